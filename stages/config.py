@@ -1,0 +1,124 @@
+"""Recipe fields that several stages share. Every field says its unit and scope; an unknown field or a wrong type is an error.
+
+Each stage has its own step config that extends ``StepConfig`` (or ``TrainingStepConfig``) and lives in the stage's module.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Quantization = Literal["none", "int8", "nf4"]
+
+
+class Strict(BaseModel):
+    """A recipe block: no unknown fields, no silent conversions, immutable once read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+
+
+class LoraSettings(Strict):
+    """Low-rank adapters (peft) trained instead of the whole model."""
+
+    r: int = Field(8, ge=1, description="Rank of the update.")
+    alpha: float = Field(16.0, gt=0, description="Scale: the update is multiplied by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: str | list[str] = Field("all-linear", description="Modules that get an adapter: 'all-linear' or a list of names.")
+
+
+class ModelInput(Strict):
+    """A model to read: a step of this recipe, a registry reference (``name``, ``name@3``, a digest), a local folder, or a hub id."""
+
+    ref: str = Field(description="Step name, registry reference, folder or hub id.")
+    quantization: Quantization = Field("none", description="Load the backbone in int8 or nf4 (bitsandbytes); heads stay in full precision.")
+    double_quantization: bool = Field(True, description="nf4 only: quantize the quantization constants too.")
+    revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
+    trust_remote_code: bool = Field(False, description="Run code that comes with a hub model. Recorded in the lineage.")
+
+
+def _ref_shorthand(value: Any) -> Any:
+    return {"ref": value} if isinstance(value, str) else value
+
+
+ModelField = Annotated[ModelInput, BeforeValidator(_ref_shorthand)]
+"""A ``ModelInput`` that may be written as a bare string in a recipe."""
+
+
+class DataSource(Strict):
+    """One table: a local file or folder, a hub data set, or a part of the embedded world (``world:raw`` and so on)."""
+
+    path: str = Field(description="File (.jsonl, .jsonl.gz, .json, .csv, .parquet, .txt), folder, hub id, or world:PART.")
+    name: str | None = Field(None, description="Hub configuration name.")
+    split: str | None = Field(None, description="Split of a hub data set (default: train for training, validation or test for held-out data).")
+    limit: int | None = Field(None, ge=1, description="Use only the first so many rows.")
+    skip: int = Field(0, ge=0, description="Leave out the first so many rows.")
+    columns: dict[str, str] = Field({}, description="Rename: our column name -> the file's column name, e.g. {text: review, label: sentiment}.")
+
+
+def _sources(value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+DataField = Annotated[list[DataSource], BeforeValidator(_sources), Field(min_length=1)]
+"""One source or a list of sources (rows are concatenated in order); a bare string is a path."""
+
+
+class DataInput(Strict):
+    """Training data and held-out data of a step."""
+
+    train: DataField
+    validation: DataField | None = Field(None, description="Held-out data. Absent: validation_fraction of the training rows is held out.")
+    validation_fraction: float = Field(0.05, gt=0, lt=1, description="Share of training rows held out when no validation source is named.")
+
+
+class OptimizerSettings(Strict):
+    """How a step trains. Batch sizes count sequences (reward_model: prompts) summed over all processes."""
+
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Shape after warmup.")
+    final_learning_rate_fraction: float = Field(0.0, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
+    warmup_fraction: float = Field(0.0, ge=0, lt=1, description="Share of the optimizer steps used for linear warmup.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the training data.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps (overrides epochs).")
+    batch_size: int = Field(32, ge=1, description="Sequences per optimizer step, summed over processes.")
+    microbatch_size: int = Field(32, ge=1, description="Sequences per forward pass and process; the rest is gradient accumulation.")
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the global gradient norm; null: no clipping.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, slower.")
+
+    @model_validator(mode="after")
+    def _microbatches_fit(self) -> "OptimizerSettings":
+        if self.batch_size % min(self.microbatch_size, self.batch_size):
+            raise ValueError(f"batch_size={self.batch_size} must be a multiple of microbatch_size={self.microbatch_size}")
+        return self
+
+
+class StepConfig(Strict):
+    """What every step of a recipe has."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the step, and of the model it makes: <recipe>/<name>.")
+    stage: str = Field(description="Which stage runs.")
+    seed: int | None = Field(None, ge=0, description="Random seed of this step (default: the recipe's).")
+    precision: Precision = Field("auto", description="auto: bf16 where the hardware is measured to be faster at it, else fp32.")
+
+
+class TrainingStepConfig(StepConfig):
+    """A step that trains one model with a Trainer."""
+
+    lora: LoraSettings | None = Field(None, description="Train low-rank adapters instead of the whole model.")
+    training: OptimizerSettings = OptimizerSettings()
+
+
+class GenerationSettings(Strict):
+    """How completions are sampled. Defaults are pure sampling at temperature 1, as the papers' rollouts."""
+
+    max_new_tokens: int = Field(48, ge=1, description="Most response tokens per completion.")
+    temperature: float = Field(1.0, ge=0, description="Logits are divided by this; 0 is greedy.")
+    top_k: int = Field(0, ge=0, description="Keep the k most likely tokens; 0 keeps all.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Keep the smallest set of tokens with this much probability; 1 keeps all.")
+    stop: list[str] = Field([], description="Tokens (as text) that end a completion besides the tokenizer's eos and the model's own.")
+    batch_size: int = Field(64, ge=1, description="Sequences decoded together, per process.")

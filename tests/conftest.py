@@ -1,0 +1,107 @@
+"""Fixtures that the whole suite shares: a tiny tokenizer and tiny models made on the spot, and a step context without a chain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.config import ModelInput
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+SENTENCES = [
+    "the acting was warm and the film was a joy",
+    "the plot was dull and the ending was weak",
+    "write a happy line about the music",
+    "a fine film with a bright and honest story",
+]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data beside the project; a test that needs it skips where it is not."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("needs ../shared/data (real data sets that are not part of the project)")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """Byte-level BPE of 300 pieces with eos <|endoftext|> and pad <|pad|>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>", "<|pad|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """A random two-layer Llama (32 wide, 300 tokens) saved with its tokenizer, as from_pretrained reads it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+    )
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def resolve_folder() -> Any:
+    """resolve_folder(path, **model_input_fields) -> ResolvedModel of a local folder."""
+    from stages.runtime import ResolvedModel
+
+    def resolve(path: Path | str, **fields: Any) -> ResolvedModel:
+        return ResolvedModel(ref=str(path), kind="folder", path=str(path), digest="sha256:test", input=ModelInput(ref=str(path), **fields))
+
+    return resolve
+
+
+@pytest.fixture
+def step_context(tmp_path: Path) -> Any:
+    """step_context(name="test/step", seed=0, **models) -> StepContext with its own registry and folders."""
+    from stages.registry import Registry
+    from stages.runtime import Runtime, StepContext
+
+    def make(name: str = "test/step", seed: int = 0, models: dict[str, Any] | None = None) -> StepContext:
+        folder = tmp_path / "run" / name.rsplit("/")[-1]
+        checkpoints = tmp_path / "work" / name.rsplit("/")[-1]
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        runtime = Runtime(quiet=True)
+        runtime.begin_step(seed)
+        return StepContext(
+            name=name,
+            seed=seed,
+            runtime=runtime,
+            registry=Registry(tmp_path / "registry"),
+            models=models or {},
+            folder=folder,
+            checkpoint_folder=checkpoints,
+        )
+
+    return make
