@@ -1,0 +1,83 @@
+"""What the files of a model folder say: content digests that do not depend on the time or the place they were written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Pickle-based formats can run code when they are read; the registry holds safetensors only.
+UNSAFE_SUFFIXES = (".bin", ".pt", ".pkl", ".pth", ".ckpt", ".pickle")
+# Keys in which transformers and peft note where a model was loaded from: facts about a machine, not about the model.
+MACHINE_KEYS = {
+    "config.json": {"_name_or_path", "name_or_path"},
+    "generation_config.json": {"_name_or_path", "name_or_path"},
+    "tokenizer_config.json": {"_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file", "is_local", "local_files_only"},
+}
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def files_of(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(relative path with slashes, path) of every file below ``folder``, sorted; hidden files (.gitattributes, .cache) are left out."""
+    found = []
+    for root, directories, names in os.walk(folder):
+        directories[:] = [name for name in directories if not name.startswith(".")]
+        found += [Path(root, name) for name in names if not name.startswith(".")]
+    yield from sorted((path.relative_to(folder).as_posix(), path) for path in found)
+
+
+def without_place(name: str, content: dict[str, Any], base: str | None) -> dict[str, Any]:
+    """``content`` of the JSON file ``name`` without the paths of the machine that wrote it.
+
+    ``base`` (a digest or a hub id) takes the place of an adapter's base path; None empties it.
+    """
+    kept = {key: value for key, value in content.items() if key not in MACHINE_KEYS.get(name, ())}
+    if name == "adapter_config.json":
+        kept["base_model_name_or_path"] = base
+        for key, value in kept.items():  # peft keeps module names in sets, whose order changes from process to process
+            if isinstance(value, list) and all(isinstance(item, str) for item in value):
+                kept[key] = sorted(value)
+    return kept
+
+
+def normalised(path: Path, base: str | None) -> bytes | None:
+    """The bytes the file should have to be independent of its place; None where it already is."""
+    if path.name not in MACHINE_KEYS and path.name != "adapter_config.json":
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    kept = without_place(path.name, content, base)
+    return None if kept == content else (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def normalise_folder(folder: Path, base: str | None) -> None:
+    """Rewrite the JSON files of ``folder`` so that equal models have equal bytes wherever and whenever they were saved."""
+    for _, path in list(files_of(folder)):
+        content = normalised(path, base)
+        if content is not None:
+            path.write_bytes(content)
+
+
+def digest_of(hashes: dict[str, str]) -> str:
+    """``sha256:...`` over (relative path, SHA-256 of the content), sorted by path."""
+    lines = "".join(f"{name}\0{content}\n" for name, content in sorted(hashes.items()))
+    return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
+
+
+def digest_folder(folder: Path, base: str | None = None) -> str:
+    """The content digest of a model folder anywhere on disk: the one the registry gives to a whole model with these files."""
+    hashes = {}
+    for name, path in files_of(folder):
+        content = normalised(path, base)
+        hashes[name] = file_sha256(path) if content is None else hashlib.sha256(content).hexdigest()
+    return digest_of(hashes)
