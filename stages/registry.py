@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 MANIFEST_VERSION = 1
 ROLES = ("language_model", "reward_model", "classifier", "value_model")
-RECORDED_PACKAGES = ("tristage", "torch", "transformers", "tokenizers", "safetensors", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+RECORDED_PACKAGES = (
+    "tristage", "torch", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "datasets", "bitsandbytes", "trl",
+)
 SEGMENT = r"(?=[^/]*[A-Za-z_-])[A-Za-z0-9][A-Za-z0-9_.-]*"  # a digit-only segment could be mistaken for a version folder
 NAME = re.compile(rf"{SEGMENT}(/{SEGMENT})?")
 REFERENCE = re.compile(rf"(?P<name>{NAME.pattern})(@(?P<version>[1-9][0-9]*))?")
@@ -111,7 +113,7 @@ class Registry:
                 "version": 0,
                 "role": role,
                 "digest": digest_of({str(file["path"]): str(file["sha256"]) for file in files}),
-                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "base": _describe(base) if base is not None else None,
                 "parents": _distinct([_describe(parent) for parent in parents]),
                 "recipe_step": recipe_step or {},
@@ -257,7 +259,7 @@ class Registry:
             raise RegistryError(f"{path}: not a readable manifest ({error}); the version is damaged, remove {folder}") from error
         if written > MANIFEST_VERSION:
             raise RegistryError(
-                f"{path}: written as manifest version {written} by a newer tristage; this one reads up to {MANIFEST_VERSION}. Upgrade tristage"
+                f"{path}: written as manifest version {written} by a newer tristage (this one reads {MANIFEST_VERSION}); upgrade it"
             )
         return ModelRecord(manifest["name"], manifest["version"], manifest["digest"], manifest["role"], folder / "model", manifest)
 
@@ -349,7 +351,7 @@ class Registry:
         return destination
 
     def remove(self, ref: str, *, force: bool = False) -> ModelRecord:
-        """Take a version out of the registry. Refused where adapters stand on it (unless ``force``) or where ``name`` alone is ambiguous."""
+        """Take a version out. Refused where adapters stand on it (unless ``force``) or where ``name`` alone is ambiguous."""
         record = self.get(ref)
         others = self.versions(record.name)
         if ref == record.name and len(others) > 1:

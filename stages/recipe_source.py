@@ -1,0 +1,213 @@
+"""A recipe as written: YAML read safely, with the line of every value, and the overrides of the command line laid over it.
+
+A path is a tuple of keys and indices, ``("steps", 1, "training", "learning_rate")``, shown as ``steps[1].training.learning_rate``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from stages.config import DataSource, ModelInput
+from stages.errors import RecipeError
+
+Steps = tuple[str | int, ...]
+MOST_VALUES = 100_000  # an alias of aliases can stand for billions of values
+
+
+def show(path: Iterable[str | int]) -> str:
+    """``steps[1].training.learning_rate``."""
+    text = ""
+    for key in path:
+        text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else key
+    return text
+
+
+def parse_path(text: str) -> Steps:
+    """The inverse of ``show``; raises ValueError for what is no path."""
+    parts: list[str | int] = []
+    for piece in re.findall(r"[^.\[\]]+|\[\d+\]|[.\[\]]", text):
+        if piece.startswith("[") and len(piece) > 1:
+            parts.append(int(piece[1:-1]))
+        elif piece in "[]":
+            raise ValueError(f"{text!r} has a stray {piece!r}")
+        elif piece != ".":
+            parts.append(piece)
+    if not parts or text.startswith((".", "[")) or text.endswith(".") or ".." in text:
+        raise ValueError(f"{text!r} is no field path")
+    return tuple(parts)
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """``did you mean 'x'?``, else what there is to choose from."""
+    choices = sorted(known)
+    near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(choices) or 'none'}"
+
+
+@dataclass
+class RecipeSource:
+    """Plain values of a recipe, and where each was written."""
+
+    file: str
+    content: dict[str, Any]
+    lines: dict[Steps, int] = field(default_factory=dict)  # counted from 1
+    overrides: dict[Steps, str] = field(default_factory=dict)
+
+    def place(self, path: Steps) -> str:
+        """``recipes/x.yaml:12: steps[1].field`` or ``override 'sft.field=1': steps[1].field``."""
+        for length in range(len(path), -1, -1):
+            if path[:length] in self.overrides:
+                return f"override {self.overrides[path[:length]]!r}: {show(path)}"
+            if path[:length] in self.lines:
+                return f"{self.file}:{self.lines[path[:length]]}: {show(path)}".rstrip(": ")
+        return f"{self.file}: {show(path)}"
+
+    def error(self, path: Steps, message: str) -> RecipeError:
+        return RecipeError(f"{self.place(path)}: {message}")
+
+    def override(self, text: str) -> None:
+        """Lay ``step.field=value`` (or ``seed=8``) over the content. Raises RecipeError that names the override."""
+        target, separator, written = text.partition("=")
+        if not separator:
+            raise RecipeError(f"override {text!r}: expected step.field=value, e.g. sft.training.epochs=2 or seed=8")
+        try:
+            path = self._locate(parse_path(target.strip()), target.strip())
+            value, _ = _parse(written, "value")
+        except (ValueError, RecipeError) as error:
+            raise RecipeError(f"override {text!r}: {error}") from error
+        try:
+            self._assign(path, value)
+        except (KeyError, IndexError, TypeError) as error:
+            raise RecipeError(f"override {text!r}: {error.args[0]}") from error
+        for known in (self.lines, self.overrides):
+            for below in [key for key in known if key[: len(path)] == path]:
+                del known[below]  # type: ignore[attr-defined]
+        self.overrides[path] = text
+
+    def _locate(self, parts: Steps, target: str) -> Steps:
+        """The path an override means: its first part is a step's name or a field of the recipe."""
+        steps = self.content["steps"]
+        names = [step.get("name") if isinstance(step, dict) else None for step in steps]
+        if parts[0] == "steps" and len(parts) > 2 and isinstance(parts[1], int):
+            return parts
+        # Longest first: a step's name may itself hold dots.
+        for name in sorted((name for name in names if isinstance(name, str)), key=len, reverse=True):
+            if target.startswith(name + "."):
+                return ("steps", names.index(name), *parse_path(target[len(name) + 1 :]))
+        if len(parts) == 1 and parts[0] in ("name", "seed", "description"):
+            return parts
+        if parts[0] in names:
+            raise ValueError(f"{parts[0]!r} is a step; name the field of it to set: {parts[0]}.field=value")
+        known = [name for name in names if name] + ["name", "seed", "description"]
+        raise ValueError(f"the recipe has no step {parts[0]!r}; {nearest(parts[0], known)}")
+
+    def _assign(self, path: Steps, value: Any) -> None:
+        node: Any = self.content
+        for depth, key in enumerate(path):
+            is_last = depth == len(path) - 1
+            here = show(path[:depth])
+            if isinstance(key, int):
+                if not isinstance(node, list):
+                    raise TypeError(f"{here} is not a list, so it has no item [{key}]")
+                if key >= len(node):
+                    raise IndexError(f"{here} has {len(node)} items; [{key}] is beyond its end")
+            elif not isinstance(node, dict):
+                raise TypeError(f"{here} is {node!r}, not a block of fields, so it has no field {key!r}")
+            if is_last:
+                node[key] = value
+                return
+            child = node[key] if isinstance(key, int) else node.get(key)
+            node[key] = _opened(child, path[depth + 1])
+            node = node[key]
+
+
+def _opened(child: Any, key: str | int) -> Any:
+    """``child`` in the form that takes ``key``: an absent block is made, a model or a data source written as a bare string is spelt out."""
+    if child is None and isinstance(key, str):
+        return {}
+    if isinstance(key, int) and isinstance(child, str | dict):
+        return [child]
+    if isinstance(child, str) and key in ModelInput.model_fields:
+        return {"ref": child}
+    if isinstance(child, str) and key in DataSource.model_fields:
+        return {"path": child}
+    return child
+
+
+def read(path: Path | str) -> RecipeSource:
+    """Read a recipe file. Raises RecipeError where it is missing, is not YAML, or is not a mapping with a list of steps."""
+    file = str(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        folder = Path(path).parent
+        known = [str(item) for item in sorted(folder.glob("*.yaml"))] if folder.is_dir() else []
+        raise RecipeError(f"{file}: no such recipe; {nearest(file, known)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: cannot be read as a recipe ({error})") from error
+    content, lines = _parse(text, file)
+    source = RecipeSource(file, content, lines)
+    if not isinstance(content, dict):
+        raise RecipeError(f"{file}: expected a block with the fields name and steps, got {type(content).__name__}")
+    if "steps" not in content:
+        raise RecipeError(f"{file}:1: the field steps is missing; expected a list of steps, each with a name and a stage")
+    if not isinstance(content["steps"], list) or not content["steps"]:
+        raise source.error(("steps",), f"got {content['steps']!r}, expected a list of at least one step, each with a name and a stage")
+    return source
+
+
+def _parse(text: str, file: str) -> tuple[Any, dict[Steps, int]]:
+    """Plain values of a YAML document, and their lines. Tags are refused: a recipe names values, never Python objects."""
+    reader = YAML(typ="rt")
+    try:
+        document = reader.load(StringIO(text))
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f"{mark.line + 1}: column {mark.column + 1}" if mark is not None else "1"
+        problem = str(error.problem).partition(" (original value")[0]
+        raise RecipeError(f"{file}:{line}: not readable as YAML: {problem}") from error
+    except (YAMLError, ValueError) as error:
+        raise RecipeError(f"{file}: not readable as YAML: {error}") from error
+    lines: dict[Steps, int] = {(): 1}
+    return _plain(document, (), lines, file), lines
+
+
+def _plain(node: Any, path: Steps, lines: dict[Steps, int], file: str) -> Any:
+    if len(lines) > MOST_VALUES:
+        raise RecipeError(f"{file}: more than {MOST_VALUES} values; aliases that repeat aliases are not for recipes")
+    line = lines.get(path, 1)
+    tag = getattr(getattr(node, "tag", None), "value", None)
+    if tag is not None and not str(tag).startswith("tag:yaml.org,2002:"):
+        raise RecipeError(f"{file}:{line}: {show(path)}: the tag {tag} is not allowed; write a plain value")
+    if isinstance(node, CommentedMap):
+        for key in node:
+            if not isinstance(key, str):
+                raise RecipeError(f"{file}:{line}: {show(path)}: the key {key!r} is not text; put it in quotes")
+            lines[(*path, key)] = node.lc.data[key][0] + 1 if key in (node.lc.data or {}) else line
+        return {str(key): _plain(value, (*path, key), lines, file) for key, value in node.items()}
+    if isinstance(node, CommentedSeq):
+        items: list[Any] = []
+        for index, value in enumerate(node):
+            lines[(*path, index)] = node.lc.item(index)[0] + 1
+            items.append(_plain(value, (*path, index), lines, file))
+        return items
+    if isinstance(node, bool) or node is None:
+        return node
+    if isinstance(node, int):
+        return int(node)
+    if isinstance(node, float):
+        if not math.isfinite(node):
+            raise RecipeError(f"{file}:{line}: {show(path)}: got {node}, expected a finite number")
+        return float(node)
+    return str(node)  # text, and dates, which no field of a recipe expects as anything else
