@@ -1,0 +1,1 @@
+"""Models and what stands on them: loading and quantization, scalar heads, adapters."""

@@ -1,0 +1,278 @@
+"""Scalar heads on a causal transformer: the reward model (one number per text) and the value model (one number per position).
+
+B sequences, T tokens, d hidden size. Masks are 1 where a token counts; padding may be on either side.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from stages.config import LoraSettings
+from stages.errors import ModelError
+from stages.models.adapters import HEAD_FILE, is_adapter
+from stages.models.loading import as_resolved, load_backbone, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.runtime import ResolvedModel
+
+
+class ScalarModel(nn.Module):
+    """A transformer and a linear head from its last hidden states to one number per token; the head is always fp32."""
+
+    def __init__(self, backbone: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.config = backbone.config
+        device = next(backbone.parameters()).device
+        self.score_head = nn.Linear(self.config.get_text_config().hidden_size, 1, bias=True, dtype=torch.float32, device=device)
+        nn.init.zeros_(self.score_head.weight)
+        nn.init.zeros_(self.score_head.bias)
+
+    # Making one
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: ResolvedModel | str | Path,
+        *,
+        dtype: torch.dtype,
+        lora: LoraSettings | None = None,
+        trainable: bool = False,
+        dropout: bool = False,
+    ) -> Self:
+        """A saved scalar model with its head and bias. Raises ModelError where the checkpoint has no such head."""
+        model = as_resolved(model)
+        weight, bias = _read_head(model)
+        tokenizer = load_tokenizer(model)
+        backbone = load_backbone(model, dtype=dtype, lora=lora, trainable=trainable, tokenizer=tokenizer, dropout=dropout)
+        made = cls(backbone, tokenizer)
+        if weight.shape != made.score_head.weight.shape:
+            raise ModelError(f"the head of {model.ref!r} has shape {tuple(weight.shape)}; expected {tuple(made.score_head.weight.shape)}")
+        with torch.no_grad():
+            made.score_head.weight.copy_(weight)
+            made.score_head.bias.fill_(bias)
+        made.score_head.requires_grad_(trainable)
+        return made.train(trainable)
+
+    # Computing
+
+    def score_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """One number per position, from that token and those before it. Inputs [B, T]; returns [B, T] fp32."""
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **self._positions(attention_mask))
+        return self.score_head(hidden.last_hidden_state.float()).squeeze(-1)
+
+    def _positions(self, attention_mask: Tensor) -> dict[str, Tensor]:
+        """Position ids that count real tokens only, so that left padding does not shift a text. Empty for models without positions."""
+        if not _takes_position_ids(self.backbone):
+            return {}
+        return {"position_ids": (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)}
+
+    # The trainer's side
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+        if not any(parameter.requires_grad for parameter in self.backbone.get_input_embeddings().parameters()):
+            self.backbone.enable_input_require_grads()  # frozen under an adapter: nothing else carries the gradient into the first block
+
+    # Saving
+
+    def save(
+        self, folder: Path | str, tokenizer: PreTrainedTokenizerBase | None = None, *, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        """Write backbone, head, bias and tokenizer.
+
+        Whole weights make a Hugging Face checkpoint of ``<Arch>ForSequenceClassification`` with one label (``score.weight``) whose config
+        keeps the bias (``reward_bias``). An adapter is saved as peft does, with the head beside it in head.safetensors.
+        """
+        from peft import PeftModel, get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.state_dict() if state_dict is None else state_dict
+        head = {f"score.{name}": state[f"score_head.{name}"].detach().float().cpu().contiguous() for name in ("weight", "bias")}
+        body = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
+        config = copy.deepcopy(self.config)
+        config.num_labels = 1
+        config.reward_bias = float(head["score.bias"])
+        if isinstance(self.backbone, PeftModel):
+            adapter = get_peft_model_state_dict(self.backbone, state_dict=body, save_embedding_layers=False)
+            save_file(
+                {name: value.detach().cpu().contiguous() for name, value in adapter.items()},
+                folder / "adapter_model.safetensors", metadata={"format": "pt"},
+            )
+            self.backbone.peft_config["default"].save_pretrained(folder)
+            save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+        else:
+            config.architectures = [_classifier_class(config)]
+            prefix = self.backbone.base_model_prefix
+            whole = {f"{prefix}.{name}": value.detach().cpu().contiguous() for name, value in body.items()}
+            save_file({**whole, **head}, folder / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(folder)
+        if tokenizer := tokenizer or self.tokenizer:
+            tokenizer.save_pretrained(folder)
+
+
+class RewardModel(ScalarModel):
+    """Says how good a whole text is: the number at its last token."""
+
+    @classmethod
+    def from_language_model(
+        cls,
+        model: ResolvedModel | str | Path,
+        *,
+        dtype: torch.dtype,
+        lora: LoraSettings | None = None,
+        trainable: bool = True,
+        dropout: bool = False,
+        seed: int = 0,
+    ) -> Self:
+        """A new reward model on a causal language model; weights of the head ~ N(0, 1 / (d + 1)), bias 0.
+
+        The initialisation is that of Stiennon et al. 2020 (https://arxiv.org/abs/2009.01325, appendix B.1); ``seed`` draws it. Raises
+        ModelError for an encoder, whose last token has no special meaning.
+        """
+        model = as_resolved(model)
+        tokenizer = load_tokenizer(model)
+        backbone = load_backbone(model, dtype=dtype, lora=lora, trainable=trainable, tokenizer=tokenizer, dropout=dropout)
+        _refuse_encoder(backbone.config, model)
+        made = cls(backbone, tokenizer)
+        width = made.score_head.in_features
+        drawn = torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / math.sqrt(width + 1)
+        with torch.no_grad():
+            made.score_head.weight.copy_(drawn)
+        return made.train(trainable)
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The score of each text, read at its last token that is not padding. Inputs [B, T]; returns [B] fp32."""
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **self._positions(attention_mask))
+        last = last_positions(attention_mask)
+        rows = torch.arange(len(last), device=last.device)
+        return self.score_head(hidden.last_hidden_state[rows, last].float()).squeeze(-1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """``score``, by the name that wrappers (DDP, FSDP) call."""
+        return self.score(input_ids, attention_mask)
+
+    @torch.no_grad()
+    def center(self, mean: float) -> None:
+        """Subtract ``mean`` from every score from now on, through the bias."""
+        self.score_head.bias -= mean
+
+    @property
+    def reward_bias(self) -> float:
+        return float(self.score_head.bias)
+
+
+class ValueModel(ScalarModel):
+    """Predicts the return at every position of a text."""
+
+    @classmethod
+    def from_reward_model(cls, reward_model: RewardModel) -> Self:
+        """A trainable copy of a reward model: its value at a text's last token is the text's score."""
+        made = cls(copy.deepcopy(reward_model.backbone), reward_model.tokenizer)
+        made.score_head.load_state_dict(reward_model.score_head.state_dict())
+        return made.train()
+
+    @classmethod
+    def from_policy(
+        cls,
+        model: ResolvedModel | str | Path,
+        *,
+        dtype: torch.dtype,
+        lora: LoraSettings | None = None,
+        trainable: bool = True,
+        dropout: bool = False,
+    ) -> Self:
+        """The transformer of a policy with a head of zeros: the first values are 0 everywhere."""
+        model = as_resolved(model)
+        tokenizer = load_tokenizer(model)
+        backbone = load_backbone(model, dtype=dtype, lora=lora, trainable=trainable, tokenizer=tokenizer, dropout=dropout)
+        _refuse_encoder(backbone.config, model)
+        return cls(backbone, tokenizer).train(trainable)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Values of every position. Inputs [B, T]; returns [B, T] fp32."""
+        return self.score_tokens(input_ids, attention_mask)
+
+
+def last_positions(attention_mask: Tensor) -> Tensor:
+    """Column of each row's last real token, whichever side is padded. Mask [B, T]; returns [B]."""
+    columns = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
+    return (attention_mask.long() * columns).argmax(dim=-1)
+
+
+def _takes_position_ids(backbone: Any) -> bool:
+    import inspect
+
+    plain = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
+    return "position_ids" in inspect.signature(plain.forward).parameters
+
+
+def _classifier_class(config: Any) -> str:
+    """Name of transformers' sequence classifier of this architecture; the backbone's own where there is none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type, (config.architectures or ["AutoModel"])[0])
+
+
+def _refuse_encoder(config: Any, model: ResolvedModel) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    kind = config.model_type
+    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(
+            f"{model.ref!r} is a {kind} model; a scalar head needs a causal language model (llama, gpt2, gpt_neox, qwen2, ...). "
+            "An encoder can be trained as a classifier (stage: sentiment) and rewarded by its label"
+        )
+
+
+def _read_head(model: ResolvedModel) -> tuple[Tensor, float]:
+    """Weight [1, d] and bias of the scalar head in a checkpoint; the config's ``reward_bias`` comes before a stored bias."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    refused = ModelError(
+        f"{model.ref!r} has no reward head (score.weight); a random head is never used in silence. "
+        "Train one with a reward_model step, or name a model that has it"
+    )
+    names = [HEAD_FILE] if is_adapter(model) else ["model.safetensors.index.json", "model.safetensors"]
+    found = None
+    for name in names:
+        try:
+            found = cached_file(model.path, name, revision=model.input.revision, _raise_exceptions_for_missing_entries=False)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot read {model.ref!r}: {str(error).splitlines()[0]}") from error
+        if found is not None:
+            break
+    if found is None:
+        raise refused
+    if found.endswith(".json"):
+        shards = json.loads(Path(found).read_text(encoding="utf-8"))["weight_map"]
+        if "score.weight" not in shards:
+            raise refused
+        found = cached_file(model.path, shards["score.weight"], revision=model.input.revision)
+    with safe_open(str(found), framework="pt") as file:
+        stored = set(file.keys())
+        if "score.weight" not in stored:
+            raise refused
+        weight = file.get_tensor("score.weight").float()
+        bias = float(file.get_tensor("score.bias")) if "score.bias" in stored else 0.0
+    if weight.shape[0] != 1:
+        raise ModelError(f"the head of {model.ref!r} has {weight.shape[0]} outputs; a reward model has 1. Is it a classifier?")
+    config_file = cached_file(model.path, "config.json", revision=model.input.revision, _raise_exceptions_for_missing_entries=False)
+    config = json.loads(Path(config_file).read_text(encoding="utf-8")) if config_file is not None else {}
+    return weight, float(config.get("reward_bias", bias))

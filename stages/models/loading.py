@@ -1,0 +1,401 @@
+"""Loading and saving of tokenizers and models: safetensors only, a pad token that is not the end token, no weights made up in silence."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from stages.config import LoraSettings, ModelInput
+from stages.errors import ModelError
+from stages.models.adapters import apply_adapter, attach_lora, find_base, is_adapter, merge, quantization_config, whole_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.runtime import ResolvedModel
+
+logger = logging.getLogger(__name__)
+# It reports every cast and every kernel it could speed up with; what fails raises.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+_said: set[str] = set()
+
+
+def as_resolved(model: ResolvedModel | str | Path) -> ResolvedModel:
+    """A bare folder or hub id as a ``ResolvedModel``; what is resolved already stays as it is."""
+    from stages.runtime import ResolvedModel
+
+    if isinstance(model, ResolvedModel):
+        return model
+    kind = "folder" if Path(model).is_dir() else "hub"
+    return ResolvedModel(ref=str(model), kind=kind, path=str(model), digest="", input=ModelInput(ref=str(model)))
+
+
+# Tokenizers
+
+
+def load_tokenizer(model: ResolvedModel | str | Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a pad token that differs from its end token. The padding side is left as it is.
+
+    Raises ModelError where there is no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    model = as_resolved(model)
+    with _explained(model, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.path, revision=model.input.revision, trust_remote_code=model.input.trust_remote_code
+        )
+    ensure_pad_token(tokenizer, model.ref)
+    return tokenizer
+
+
+def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, name: str = "the tokenizer") -> None:
+    """Give ``tokenizer`` a pad token where it has none, or only its end token: the unknown token, else a new ``[PAD]``.
+
+    Padding with the end token hides real ends from the loss; a tokenizer that was saved so is mended, and a warning says it once.
+    """
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if pad is not None and pad != eos:
+        return
+    reason = "has no pad token" if pad is None else f"pads with its end token {tokenizer.eos_token!r}"
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in (eos, tokenizer.bos_token_id):
+        tokenizer.pad_token = tokenizer.unk_token
+    else:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    if name not in _said:
+        _said.add(name)
+        logger.warning("the tokenizer of %s %s; %r pads from here on", name, reason, tokenizer.pad_token)
+
+
+# Models
+
+
+def load_language_model(
+    model: ResolvedModel | str | Path,
+    *,
+    dtype: torch.dtype,
+    lora: LoraSettings | None = None,
+    trainable: bool = True,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dropout: bool = False,
+) -> Any:
+    """A causal language model (``PreTrainedModel``, or ``PeftModel`` where ``lora`` is given) with weights of ``dtype``.
+
+    A model of the registry that is an adapter is merged into its base first; ``lora`` then adds a new adapter on top. ``tokenizer``: the
+    embedding grows where the tokenizer has more tokens than rows. ``trainable=False`` freezes everything and sets evaluation mode;
+    ``dropout=False`` switches dropout off (PPO needs logprobs that do not change from one forward pass to the next).
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = as_resolved(model)
+    return _finish(_load(AutoModelForCausalLM, model, dtype, tokenizer, trainable, lora), lora, "CAUSAL_LM", trainable, dropout)
+
+
+def load_backbone(
+    model: ResolvedModel | str | Path,
+    *,
+    dtype: torch.dtype,
+    lora: LoraSettings | None = None,
+    trainable: bool = True,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dropout: bool = False,
+) -> Any:
+    """The transformer of a causal language model without its head (``AutoModel``); arguments as in ``load_language_model``."""
+    from transformers import AutoModel
+
+    model = as_resolved(model)
+    return _finish(_load(AutoModel, model, dtype, tokenizer, trainable, lora), lora, "FEATURE_EXTRACTION", trainable, dropout)
+
+
+def load_classifier(
+    model: ResolvedModel | str | Path,
+    *,
+    dtype: torch.dtype,
+    labels: Sequence[str] | None = None,
+    require_head: bool = True,
+    lora: LoraSettings | None = None,
+    trainable: bool = True,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dropout: bool = False,
+) -> Any:
+    """An ``AutoModelForSequenceClassification`` with weights of ``dtype``.
+
+    ``labels`` names the classes (default: the checkpoint's own). ``require_head=True`` raises ModelError where the checkpoint lacks the
+    head's weights or has another number of classes; ``False`` makes a new head, for a model that is about to be trained.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    model = as_resolved(model)
+    options: dict[str, Any] = {}
+    if labels is not None:
+        options["num_labels"] = len(labels)
+        options["id2label"] = dict(enumerate(labels))
+        options["label2id"] = {label: index for index, label in enumerate(labels)}
+    loaded = _load(
+        AutoModelForSequenceClassification, model, dtype, tokenizer, trainable, lora, require_head=require_head, options=options
+    )
+    return _finish(loaded, lora, "SEQ_CLS", trainable, dropout)
+
+
+def _load(
+    auto: Any,
+    model: ResolvedModel,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase | None,
+    trainable: bool,
+    lora: LoraSettings | None,
+    *,
+    require_head: bool = True,
+    options: dict[str, Any] | None = None,
+) -> Any:
+    """Whole weights of ``model`` in the class that ``auto`` picks, adapters merged, embedding resized, quantized where asked."""
+    quantized = model.input.quantization != "none"
+    if quantized and trainable and lora is None:
+        raise ModelError(
+            f"{model.ref!r} is loaded in {model.input.quantization}, and quantized weights cannot be trained; "
+            "add `lora: {}` to the step, or set quantization: none"
+        )
+    if not is_adapter(model):
+        return _from_pretrained(auto, model, model.path, dtype, tokenizer, require_head, options or {})
+    if quantized:
+        with whole_weights(model) as path:
+            return _from_pretrained(auto, model, path, dtype, tokenizer, require_head, options or {})
+    return _merged(auto, model, tokenizer, require_head, options or {}).to(dtype)
+
+
+def _merged(
+    auto: Any, adapter: ResolvedModel, tokenizer: PreTrainedTokenizerBase | None, require_head: bool, options: dict[str, Any]
+) -> Any:
+    """An adapter merged into its base in fp32, in the class that ``auto`` picks."""
+    from peft import PeftConfig
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kinds = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification, "FEATURE_EXTRACTION": AutoModel}
+    with _explained(adapter, "adapter"):
+        task = str(PeftConfig.from_pretrained(adapter.path, revision=adapter.input.revision).task_type)
+    saved_auto = kinds.get(task, AutoModelForCausalLM)
+    own_tokenizer = load_tokenizer(adapter)  # the base may have fewer rows than the adapter was trained with
+    if saved_auto is auto is AutoModelForSequenceClassification:
+        options = options or _classifier_labels(adapter)
+    base = _load(
+        saved_auto, find_base(adapter), torch.float32, own_tokenizer, False, None,
+        require_head=False, options=options if saved_auto is AutoModelForSequenceClassification else {},
+    )
+    whole = merge(apply_adapter(base, adapter))
+    if saved_auto is auto:
+        model = whole
+    elif auto is AutoModel:
+        model = getattr(whole, whole.base_model_prefix)
+    else:
+        raise ModelError(f"{adapter.ref!r} is an adapter of a {task} model and cannot be loaded as {auto.__name__}")
+    if tokenizer is not None:
+        resize_embedding(model, tokenizer)
+    return model
+
+
+def _classifier_labels(adapter: ResolvedModel) -> dict[str, Any]:
+    """The class names that ``save_model`` keeps beside a classifier's adapter."""
+    from transformers import AutoConfig
+
+    if not (Path(adapter.path) / "config.json").exists():
+        return {}
+    config = AutoConfig.from_pretrained(adapter.path)
+    return {"num_labels": config.num_labels, "id2label": config.id2label, "label2id": config.label2id}
+
+
+def _from_pretrained(
+    auto: Any,
+    model: ResolvedModel,
+    path: str,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase | None,
+    require_head: bool,
+    options: dict[str, Any],
+) -> Any:
+    quantization = quantization_config(model.input, dtype)
+    if quantization is not None:
+        options = {**options, "quantization_config": quantization, "device_map": {"": _own_device()}}
+    _refuse_pickle(model, path)
+    own = path == model.path
+    with _explained(model, "model"), _quiet_loading():
+        loaded, report = auto.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            revision=model.input.revision if own else None,
+            trust_remote_code=model.input.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=not require_head,
+            **options,
+        )
+    if quantization is not None:
+        _keep_4bit_layout(loaded)
+    _refuse_missing(loaded, report, model, require_head)
+    if tokenizer is not None:
+        resize_embedding(loaded, tokenizer)
+    return loaded
+
+
+def _keep_4bit_layout(model: nn.Module) -> None:
+    """On a CPU bitsandbytes repacks 4-bit weights at the first evaluation, which fails for widths that are no multiple of 32 and leaves
+    weights that training cannot read; keep the layout they were loaded in.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _own_device() -> Any:
+    """Where bitsandbytes puts this process's weights: its GPU, or the CPU."""
+    from accelerate import PartialState
+
+    return PartialState().device
+
+
+def _finish(model: Any, lora: LoraSettings | None, task: str, trainable: bool, dropout: bool) -> Any:
+    if not dropout:
+        disable_dropout(model)
+    if lora is not None:
+        if getattr(model, "is_quantized", False):
+            from peft import prepare_model_for_kbit_training
+
+            # Gradient checkpointing is the trainer's to switch on.
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = attach_lora(model, lora, task=task)
+    if not trainable:
+        model.requires_grad_(False)
+    return model.train(trainable)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability in ``model`` to 0. The config keeps its values, so what is saved is as it was."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            # attention modules hand a bare float to scaled_dot_product_attention
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def resize_embedding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add rows to the embedding (and the output matrix) until ``tokenizer`` fits; a new row is the mean of the old ones.
+
+    The pad token of the config follows the tokenizer's. The mean is deterministic, and no new token stands out among the logits.
+    """
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= rows:
+        return
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    matrices = [model.get_input_embeddings(), model.get_output_embeddings()]
+    with torch.no_grad():
+        for matrix in matrices:
+            if matrix is not None and matrix.weight.shape[0] == len(tokenizer):
+                matrix.weight[rows:] = matrix.weight[:rows].mean(dim=0)
+
+
+def save_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Path | str, *, state_dict: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write ``model`` as safetensors (of a PeftModel the adapter alone) and its tokenizer into ``folder``.
+
+    ``state_dict`` stands in for the model's own weights where they are spread over processes.
+    """
+    from peft import PeftModel
+
+    folder = Path(folder)
+    if isinstance(model, PeftModel):
+        # "auto" would ask the hub about the base's vocabulary; loading resizes the base by the tokenizer instead
+        model.save_pretrained(folder, save_embedding_layers=False, state_dict=state_dict)
+        (folder / "README.md").unlink(missing_ok=True)
+        if str(model.peft_config["default"].task_type) == "SEQ_CLS":
+            model.get_base_model().config.save_pretrained(folder)  # the class names; an adapter has no place for them
+    else:
+        model.save_pretrained(folder, state_dict=state_dict)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+# What cannot be loaded
+
+
+def _refuse_pickle(model: ResolvedModel, path: str) -> None:
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        if pickled:
+            raise ModelError(
+                f"{model.ref!r} has its weights only as {', '.join(pickled)}: pickle files can run code when they are read. "
+                "Save the model again with save_pretrained, which writes safetensors"
+            )
+        raise ModelError(f"{model.ref!r} ({path}) holds no *.safetensors; expected a folder written by save_pretrained")
+
+
+def _refuse_missing(loaded: Any, report: dict[str, Any], model: ResolvedModel, require_head: bool) -> None:
+    """Raise ModelError where transformers filled weights with random numbers that the checkpoint does not have."""
+    missing = sorted(set(report["missing_keys"]))
+    wrong = sorted(str(item[0] if isinstance(item, tuple) else item) for item in report.get("mismatched_keys", ()))
+    prefix = f"{loaded.base_model_prefix}."
+    names = {name for name, _ in loaded.named_parameters()}
+    has_prefix = any(name.startswith(prefix) for name in names)
+    # Buffers are computed, and a pooler that the architecture adds is part of no causal model.
+    missing = [name for name in missing if name in names]
+    body = [name for name in missing if not has_prefix or name.startswith(prefix)]
+    if body:
+        raise ModelError(f"{model.ref!r} lacks weights of {type(loaded).__name__}: {_some(body)}; the folder is incomplete")
+    head = [*missing, *wrong]
+    if head and require_head:
+        raise ModelError(
+            f"{model.ref!r} has no trained head for {type(loaded).__name__} ({_some(head)} missing or of another shape); "
+            "a random head is never used in silence. Train one with a step of this recipe, or name a model that has it"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+@contextmanager
+def _explained(model: ResolvedModel, what: str) -> Iterator[None]:
+    """Turn the loading errors of transformers and the hub into a ModelError that says what to do."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError) as error:
+        if model.kind == "hub":
+            move = "check the id (owner/name), the connection and the access rights, or download it and name its folder"
+        else:
+            move = "expected a folder written by save_pretrained: config.json, *.safetensors, and the tokenizer's files"
+        if model.input.quantization != "none" and what == "model":
+            move += f"; quantization: {model.input.quantization} needs bitsandbytes and a backend of it for this device"
+        reason = str(error).strip().split("\n")[0][:300]
+        raise ModelError(f"cannot load the {what} of {model.ref!r} ({type(error).__name__}: {reason}); {move}") from error
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No loading bar and no table of unexpected keys: what is missing is raised, and a head that a role does not use is no news."""
+    from transformers.utils import logging as hf_logging
+
+    bar, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bar:
+            hf_logging.enable_progress_bar()
