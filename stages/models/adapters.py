@@ -1,7 +1,7 @@
 """Low-rank adapters and quantized backbones: attach, find the base, merge.
 
-An adapter published by a step stands on the model that the step was given, which may be an adapter itself: loading merges from the bottom up.
-So with the newest adapter switched off one always has the model that the step began with.
+An adapter published by a step stands on the model that the step was given, which may be an adapter itself: loading merges from the
+bottom up. So with the newest adapter switched off one always has the model that the step began with.
 """
 
 from __future__ import annotations
@@ -88,8 +88,7 @@ def attach_lora(model: Any, lora: LoraSettings, *, task: str) -> Any:
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules, task_type=task, bias="none"
     )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that transformers wants to retire
+        with _without_future_warnings():
             return get_peft_model(model, config)
     except ValueError as error:
         linear = sorted({name.rsplit(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
@@ -104,9 +103,18 @@ def apply_adapter(base: Any, adapter: ResolvedModel) -> Any:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(base, adapter.path, revision=adapter.input.revision, is_trainable=False)
+        with _without_future_warnings():
+            return PeftModel.from_pretrained(base, adapter.path, revision=adapter.input.revision, is_trainable=False)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"the adapter {adapter.ref!r} does not fit its base {type(base).__name__}: {error}") from error
+
+
+@contextmanager
+def _without_future_warnings() -> Iterator[None]:
+    """peft asks transformers by a name that transformers wants to retire; nothing a user could change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def merge(model: Any) -> Any:

@@ -223,7 +223,7 @@ def _from_pretrained(
         options = {**options, "quantization_config": quantization, "device_map": {"": _own_device()}}
     _refuse_pickle(model, path)
     own = path == model.path
-    with _explained(model, "model"), _quiet_loading():
+    with _explained(model, "model"), quiet_transformers():
         loaded, report = auto.from_pretrained(
             path,
             dtype=dtype,
@@ -316,12 +316,14 @@ def save_model(
     folder = Path(folder)
     if isinstance(model, PeftModel):
         # "auto" would ask the hub about the base's vocabulary; loading resizes the base by the tokenizer instead
-        model.save_pretrained(folder, save_embedding_layers=False, state_dict=state_dict)
+        with quiet_transformers():
+            model.save_pretrained(folder, save_embedding_layers=False, state_dict=state_dict)
         (folder / "README.md").unlink(missing_ok=True)
         if str(model.peft_config["default"].task_type) == "SEQ_CLS":
             model.get_base_model().config.save_pretrained(folder)  # the class names; an adapter has no place for them
     else:
-        model.save_pretrained(folder, state_dict=state_dict)
+        with quiet_transformers():
+            model.save_pretrained(folder, state_dict=state_dict)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -386,8 +388,8 @@ def _explained(model: ResolvedModel, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """No loading bar and no table of unexpected keys: what is missing is raised, and a head that a role does not use is no news."""
+def quiet_transformers() -> Iterator[None]:
+    """No bars for every file that is read or written, and no tables of unexpected keys: what is missing is raised instead."""
     from transformers.utils import logging as hf_logging
 
     bar, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()

@@ -1,0 +1,99 @@
+"""How likely a causal language model finds given tokens: the measure behind held-out loss, perplexity and bits per byte.
+
+B sequences, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Summed negative log-likelihood (nats) of ``tokens`` predicted tokens."""
+
+    nats: float
+    tokens: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def bits_per_byte(self, num_bytes: int) -> float:
+        """Bits per UTF-8 byte of the text that the tokens spell: comparable across tokenizers."""
+        return self.nats / math.log(2) / num_bytes
+
+
+@torch.inference_mode()
+def measure_likelihood(
+    model: Any,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    pad_token_id: int,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Likelihood:
+    """Likelihood of ``rows`` of (token ids, mask); a token counts where its mask is 1 (the first never does: nothing predicts it).
+
+    The rows are shared out among the processes and the sums added up, so that every process returns the same. Compute runs in ``dtype``.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import reduce
+
+    state = PartialState()
+    ordered = sorted(rows, key=lambda row: len(row[0]))  # equal lengths together: little padding
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    nats, tokens = 0.0, 0
+    training = model.training
+    model.eval()
+    try:
+        # Every process makes equally many forward passes, since a sharded model gathers its weights in each; surplus ones do not count.
+        for turn in range(math.ceil(len(batches) / state.num_processes)):
+            index = turn * state.num_processes + state.process_index
+            input_ids, attention_mask, counted = _padded(batches[min(index, len(batches) - 1)], pad_token_id, device)
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            if index < len(batches):
+                nats += _summed_loss(logits, input_ids, counted)
+                tokens += int(counted[:, 1:].sum())
+    finally:
+        model.train(training)
+    if state.num_processes > 1:
+        sums = reduce(torch.tensor([nats, float(tokens)], dtype=torch.float64, device=device), "sum")
+        nats, tokens = float(sums[0]), int(sums[1])
+    return Likelihood(nats, tokens)
+
+
+def _padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-padded ids, attention mask and counting mask, each [B, T]."""
+    width = max(len(ids) for ids, _ in rows)
+    input_ids = torch.full((len(rows), width), pad_token_id)
+    attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
+    counted = torch.zeros((len(rows), width), dtype=torch.bool)
+    for row, (ids, mask) in enumerate(rows):
+        input_ids[row, : len(ids)] = torch.as_tensor(ids)
+        attention_mask[row, : len(ids)] = 1
+        counted[row, : len(ids)] = torch.as_tensor(mask, dtype=torch.bool)
+    return input_ids.to(device), attention_mask.to(device), counted.to(device)
+
+
+def _summed_loss(logits: Tensor, input_ids: Tensor, counted: Tensor) -> float:
+    """Sum over counted tokens of -log p(token | those before). Logits [B, T, V]; one row at a time, as fp32 logits are large."""
+    total = 0.0
+    for row_logits, row_ids, row_counted in zip(logits, input_ids, counted, strict=True):
+        chosen = row_counted[1:]
+        total += float(functional.cross_entropy(row_logits[:-1][chosen].float(), row_ids[1:][chosen], reduction="sum"))
+    return total
