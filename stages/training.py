@@ -117,7 +117,8 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 def train(trainer: Any, context: StepContext, description: str) -> dict[str, float]:
-    """Run ``trainer`` to its end, from the newest checkpoint where a run was cut off; returns loss, optimizer steps and seconds.
+    """Run ``trainer`` to its end, from the newest checkpoint where a run was cut off; returns loss, optimizer steps,
+    seconds and speed.
 
     Logs go to ``context.log`` as ``train/...`` and to a progress bar. Raises TrainingError where the loss is not a number.
     """
@@ -134,10 +135,13 @@ def train(trainer: Any, context: StepContext, description: str) -> dict[str, flo
         trainer.add_callback(_step_callback(context, description, stack))
         stack.enter_context(quiet_transformers())
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    seconds = max(float(output.metrics["train_runtime"]), 1e-9)
+    resumed_at = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
     return {
         "train_loss": float(output.training_loss),
         "optimizer_steps": float(output.global_step),
-        "train_seconds": float(output.metrics["train_runtime"]),
+        "train_seconds": seconds,
+        "steps_per_second": (output.global_step - resumed_at) / seconds,
     }
 
 

@@ -1,0 +1,292 @@
+"""Self-supervised causal language modelling on a text corpus: from random weights with a tokenizer of its own, or continuing a model.
+
+Documents are joined by the end token and cut into blocks; every token of a block counts in the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from stages.config import DataInput, DataSource, ModelField, ModelInput, OptimizerSettings, Strict, TrainingStepConfig
+from stages.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.runtime import StepContext, StepResult
+
+END, PAD = "<|endoftext|>", "<|pad|>"
+
+
+class TokenizerSettings(Strict):
+    """A byte-level BPE tokenizer trained on the step's training corpus, with an end and a pad token."""
+
+    vocab_size: int = Field(1024, ge=258, description="Number of tokens: 256 bytes, the special tokens, and merges.")
+    special_tokens: list[str] = Field([], description="Tokens to keep whole besides the end and pad tokens, e.g. role marks of a template.")
+
+
+def _tokenizer_shorthand(value: Any) -> Any:
+    return {"ref": value} if isinstance(value, str) else value
+
+
+class PretrainingOptimizer(OptimizerSettings):
+    """As ``OptimizerSettings``, with the customary decay of a pretraining run."""
+
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    final_learning_rate_fraction: float = Field(0.1, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
+    warmup_fraction: float = Field(0.02, ge=0, lt=1, description="Share of the optimizer steps used for linear warmup.")
+    weight_decay: float = Field(0.1, ge=0)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+
+
+class PretrainingConfig(TrainingStepConfig):
+    """Either ``model`` (continued pretraining) or ``architecture`` (random weights)."""
+
+    stage: Literal["pretraining"] = "pretraining"
+    model: ModelField | None = Field(None, description="Model to continue; it brings its own tokenizer.")
+    architecture: dict[str, Any] | None = Field(
+        None, description="Random weights: {type: llama | gpt2 | ..., and fields of that transformers config, e.g. hidden_size: 128}."
+    )
+    tokenizer: Annotated[TokenizerSettings | ModelInput | None, BeforeValidator(_tokenizer_shorthand)] = Field(
+        None, description="With architecture: {vocab_size: 1024} trains one on the corpus (default); a reference takes a model's."
+    )
+    block_size: int = Field(256, ge=2, description="Tokens per training sequence.")
+    data: DataInput
+    training: PretrainingOptimizer = PretrainingOptimizer()
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> PretrainingConfig:
+        if (self.model is None) == (self.architecture is None):
+            raise ValueError("give either model (continued pretraining) or architecture (random weights), and not both")
+        if self.model is not None and self.tokenizer is not None:
+            raise ValueError("tokenizer goes with architecture; a model brings its own")
+        if self.architecture is not None:
+            if not isinstance(self.architecture.get("type"), str):
+                raise ValueError("architecture needs a type, e.g. {type: llama, hidden_size: 128, num_hidden_layers: 4}")
+            if "vocab_size" in self.architecture:
+                raise ValueError("architecture.vocab_size follows from the tokenizer; write tokenizer: {vocab_size: ...}")
+            if self.lora is not None:
+                raise ValueError("lora needs a model to adapt; with architecture every weight is random and must be trained")
+        if self.model is not None and self.model.quantization != "none" and self.lora is None:
+            raise ValueError(f"model.quantization={self.model.quantization!r} needs lora: quantized weights cannot be trained themselves")
+        return self
+
+    def model_inputs(self) -> dict[str, ModelInput]:
+        if self.model is not None:
+            return {"model": self.model}
+        return {"tokenizer": self.tokenizer} if isinstance(self.tokenizer, ModelInput) else {}
+
+    def data_inputs(self) -> dict[str, list[DataSource]]:
+        inputs = {"data.train": self.data.train}
+        return inputs if self.data.validation is None else {**inputs, "data.validation": self.data.validation}
+
+
+def run(config: PretrainingConfig, context: StepContext) -> StepResult:
+    """Train on packed blocks; publish the language model with its held-out perplexity and bits per byte before and after."""
+    from transformers import Trainer
+
+    from stages.corpora.text import load_text
+    from stages.models.loading import save_model
+    from stages.runtime import StepResult
+    from stages.training import gathered_weights, train, training_arguments
+
+    corpus = load_text(config.data)
+    tokenizer = _tokenizer(config, context, corpus.train)
+    model = _model(config, context, tokenizer)
+    train_tokens = encode_documents(tokenizer, corpus.train)
+    heldout_tokens = encode_documents(tokenizer, corpus.validation)
+    blocks = pack_blocks(train_tokens, config.block_size)
+    heldout_bytes = sum(len(text.encode()) for text in corpus.validation)
+
+    arguments = training_arguments(config.training, context, precision=config.precision, remove_unused_columns=False)
+    trainer = Trainer(model=model, args=arguments, train_dataset=_Blocks(blocks), data_collator=_collate)
+    before = _measure(trainer, config, context, tokenizer, heldout_tokens, heldout_bytes, "before")
+    trained = train(trainer, context, f"{context.name}: pretraining")
+    after = _measure(trainer, config, context, tokenizer, heldout_tokens, heldout_bytes, "after")
+
+    metrics = {
+        **before,
+        **after,
+        **trained,
+        "train_tokens": len(train_tokens),
+        "heldout_tokens": len(heldout_tokens),
+        "tokens_per_second": trained["steps_per_second"] * config.training.batch_size * config.block_size,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    weights = gathered_weights(trainer)
+    record = context.publish(
+        lambda folder: save_model(model, tokenizer, folder, state_dict=weights),
+        role="language_model",
+        metrics=metrics,
+        base=context.models["model"] if config.lora is not None else None,
+    )
+    return StepResult(model=record, metrics=metrics)
+
+
+# Tokenizer and model
+
+
+def train_tokenizer(texts: Sequence[str], settings: TokenizerSettings) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer of ``settings.vocab_size`` tokens; equal texts make equal tokenizers."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        special_tokens=[END, PAD, *settings.special_tokens],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=settings.special_tokens,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _tokenizer(config: PretrainingConfig, context: StepContext, texts: Sequence[str]) -> PreTrainedTokenizerBase:
+    from stages.models.loading import load_tokenizer
+
+    if config.model is not None:
+        return load_tokenizer(context.models["model"])
+    if isinstance(config.tokenizer, ModelInput):
+        return load_tokenizer(context.models["tokenizer"])
+    return train_tokenizer(texts, config.tokenizer or TokenizerSettings())
+
+
+def _model(config: PretrainingConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase) -> Any:
+    from stages.models.loading import load_language_model
+    from stages.training import weights_dtype
+
+    context.runtime.seed_everything(context.seed)  # reading the data must not decide the weights
+    if config.architecture is not None:
+        model = _random_model(config.architecture, tokenizer)
+    else:
+        model = load_language_model(
+            context.models["model"], dtype=weights_dtype(config, context), lora=config.lora, tokenizer=tokenizer, dropout=True
+        )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.block_size > longest:
+        raise ModelError(f"block_size={config.block_size} is longer than the model's {longest} positions; lower it to {longest}")
+    return model
+
+
+def _random_model(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A model of random weights. Raises ModelError for a type or a field that transformers does not know."""
+    import difflib
+
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    fields = dict(architecture)
+    kind = fields.pop("type")
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(kind, CONFIG_MAPPING.keys(), n=3)
+        raise ModelError(f"architecture.type={kind!r} is unknown; {'did you mean ' + ' or '.join(near) if near else 'try llama or gpt2'}")
+    known = {*CONFIG_MAPPING[kind]().to_dict(), *CONFIG_MAPPING[kind].attribute_map}
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            raise ModelError(f"architecture.{name} is no field of {kind}" + (f"; did you mean {near[0]}?" if near else ""))
+    special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    try:
+        config = CONFIG_MAPPING[kind](**{**special, **fields}, vocab_size=len(tokenizer))
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"no {kind} language model can be made of architecture {architecture}: {reason}") from error
+
+
+# Data
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
+    """All texts as one run of tokens, each closed by the end token (and opened as the tokenizer opens a text)."""
+    from stages.models.loading import quiet_transformers
+
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ModelError("the tokenizer has no end token (eos_token), which separates documents; set one in its tokenizer_config.json")
+    tokens: list[int] = []
+    with quiet_transformers():  # a document longer than the model is cut into blocks, not an error
+        encoded = tokenizer(list(texts))["input_ids"] if texts else []
+    for ids in encoded:
+        tokens += ids
+        if not ids or ids[-1] != eos:
+            tokens.append(eos)
+    return tokens
+
+
+def pack_blocks(tokens: Sequence[int], block_size: int) -> Any:
+    """``tokens`` cut into rows of ``block_size``; returns a long tensor [blocks, block_size]. The rest at the end is left out."""
+    import torch
+
+    count = len(tokens) // block_size
+    if count == 0:
+        raise DataError(f"the training corpus has {len(tokens)} tokens, less than one block; lower block_size={block_size} or add text")
+    return torch.tensor(tokens[: count * block_size], dtype=torch.long).view(count, block_size)
+
+
+def overlapping_windows(tokens: Sequence[int], block_size: int) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """Rows of (ids, mask) that predict every token but the first exactly once: each window begins with the last token of the one before."""
+    rows = [tokens[start : start + block_size] for start in range(0, len(tokens) - 1, block_size - 1)]
+    return [(row, [1] * len(row)) for row in rows]
+
+
+class _Blocks:
+    """A data set over the rows of a tensor."""
+
+    def __init__(self, blocks: Any) -> None:
+        self._blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self._blocks[index]}
+
+
+def _collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    import torch
+
+    input_ids = torch.stack([row["input_ids"] for row in rows])
+    return {"input_ids": input_ids, "labels": input_ids.clone()}
+
+
+# Measuring
+
+
+def _measure(
+    trainer: Any,
+    config: PretrainingConfig,
+    context: StepContext,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: list[int],
+    num_bytes: int,
+    when: str,
+) -> dict[str, float]:
+    """Held-out perplexity and bits per byte of the text; end tokens are predicted, too, and add to both."""
+    from stages.models.likelihood import measure_likelihood
+
+    likelihood = measure_likelihood(
+        trainer.model.to(context.runtime.device),
+        overlapping_windows(tokens, config.block_size),
+        pad_token_id=tokenizer.pad_token_id,
+        batch_size=trainer.args.per_device_eval_batch_size,
+        device=context.runtime.device,
+        dtype=context.runtime.dtype(config.precision),
+    )
+    measured = {"heldout_perplexity": likelihood.perplexity, "heldout_bits_per_byte": likelihood.bits_per_byte(num_bytes)}
+    context.log(0 if when == "before" else trainer.state.global_step, {f"heldout/{name[8:]}": value for name, value in measured.items()})
+    shown = f"perplexity {likelihood.perplexity:.4g}, {measured['heldout_bits_per_byte']:.4g} bits per byte"
+    context.runtime.console.print(f"{context.name}: held-out {when}: {shown}")
+    return {f"{name}_{when}": value for name, value in measured.items()}
