@@ -22,6 +22,7 @@ from stages.config import DataSource, ModelInput
 from stages.errors import RecipeError
 
 Steps = tuple[str | int, ...]
+PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null")
 MOST_VALUES = 100_000  # an alias of aliases can stand for billions of values
 
 
@@ -188,7 +189,7 @@ def _plain(node: Any, path: Steps, lines: dict[Steps, int], file: str) -> Any:
         raise RecipeError(f"{file}: more than {MOST_VALUES} values; aliases that repeat aliases are not for recipes")
     line = lines.get(path, 1)
     tag = getattr(getattr(node, "tag", None), "value", None)
-    if tag is not None and not str(tag).startswith("tag:yaml.org,2002:"):
+    if tag is not None and str(tag).removeprefix("tag:yaml.org,2002:") not in PLAIN_TAGS:
         raise RecipeError(f"{file}:{line}: {show(path)}: the tag {tag} is not allowed; write a plain value")
     if isinstance(node, CommentedMap):
         for key in node:

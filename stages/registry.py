@@ -92,8 +92,9 @@ class Registry:
     ) -> ModelRecord:
         """Add a version of ``name`` made of what ``fill(folder)`` writes: after a crash there is either nothing of it or all of it.
 
-        ``base`` is the model that adapter weights stand on; required where ``fill`` writes an adapter. Raises RegistryError for a name that
-        is no name, for weights that are not safetensors, and for an empty folder; the registry is then as it was.
+        ``base`` is the model that adapter weights stand on: required where ``fill`` writes an adapter, of no interest otherwise.
+        Raises RegistryError for a name that is no name, for weights that are not safetensors, and for an empty folder; the registry is
+        then as it was.
         """
         check_name(name)
         if role not in ROLES:
@@ -103,7 +104,8 @@ class Registry:
             model.mkdir()
             fill(model)
             self._check_files(model, name, base)
-            if (model / "adapter_config.json").exists():
+            is_adapter = (model / "adapter_config.json").exists()
+            if is_adapter:
                 (model / "README.md").unlink(missing_ok=True)  # peft's form of a model card: nothing but the path of the base
             normalise_folder(model, _place_free(base))
             files = [{"path": path, "size": file.stat().st_size, "sha256": file_sha256(file)} for path, file in files_of(model)]
@@ -114,7 +116,7 @@ class Registry:
                 "role": role,
                 "digest": digest_of({str(file["path"]): str(file["sha256"]) for file in files}),
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "base": _describe(base) if base is not None else None,
+                "base": _describe(base) if base is not None and is_adapter else None,
                 "parents": _distinct([_describe(parent) for parent in parents]),
                 "recipe_step": recipe_step or {},
                 "data": data or {},
@@ -266,18 +268,6 @@ class Registry:
     def _check_inside(self, folder: Path) -> None:
         if not folder.resolve().is_relative_to(self._models.resolve()):
             raise RegistryError(f"{folder} leads out of the registry {self.root} by a symbolic link; refused")
-
-    def base_path(self, record: ModelRecord) -> str:
-        """Where ``from_pretrained`` finds the model that an adapter stands on: a folder, or a hub id."""
-        base = record.manifest["base"]
-        if base is None:
-            raise RegistryError(f"{record.ref} is no adapter: it has no base")
-        if base["kind"] != "registry":
-            return str(base["path"])
-        for candidate in [*self.versions(base["ref"].partition("@")[0]), *self.records()]:
-            if candidate.digest == base["digest"]:
-                return str(candidate.path)
-        raise RegistryError(f"{record.ref} is an adapter on {base['ref']} ({base['digest'][:19]}), which is not in {self.root} any more")
 
     # Looking after versions
 

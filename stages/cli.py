@@ -1,0 +1,349 @@
+"""The commands. Importing this file is fast: what a command needs is imported when it runs.
+
+    stages run RECIPE [step.field=value ...]      stages plan RECIPE
+    stages models list | show | lineage | verify | export | remove
+    stages generate REF --prompt TEXT [--against REF2]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from stages import __version__
+from stages.errors import StagesError
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+    from stages.registry import ModelRecord, Registry
+    from stages.runtime import ResolvedModel, Runtime
+
+app = typer.Typer(
+    name="stages", help="Chains of training stages: from raw text to an aligned language model.", no_args_is_help=True,
+    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+models = typer.Typer(help="The registry: what steps have made.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(models, name="models")
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe file (YAML).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[STEP.FIELD=VALUE]...", help="Overrides, e.g. sft.training.epochs=2 seed=8.")
+]
+Home = Annotated[Path | None, typer.Option(help="Folder of everything made (default: STAGES_HOME, else outputs).")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
+Ref = Annotated[str, typer.Argument(metavar="REF", help="name (newest), name@3, or sha256:<first digits>.")]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def reports_errors(command: Command) -> Command:
+    """A user's error is one message on stderr and exit status 2; --debug shows where it was raised. Bugs keep their traceback."""
+
+    @wraps(command)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        try:
+            return command(*arguments, **options)
+        except StagesError as error:
+            if options.get("debug"):
+                raise
+            if _is_main():  # under several processes all of them meet the same error
+                typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(error.exit_status) from error
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _is_main() -> bool:
+    from stages.runtime import launched_rank
+
+    return launched_rank() == 0
+
+
+def _home(home: Path | None) -> Path:
+    from stages.runtime import default_home
+
+    return (home or default_home()).absolute()
+
+
+def _registry(home: Path | None) -> Registry:
+    from stages.registry import Registry
+
+    return Registry(_home(home) / "registry")
+
+
+def _runtime() -> Runtime:
+    from stages.runtime import Runtime
+
+    return Runtime()
+
+
+def _print_json(content: Any) -> None:
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tristage {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Chains of training stages: from raw text to an aligned language model."""
+    # A recipe may name functions (package.module:function) beside it; the `stages` script, unlike `python -m`, does not look there.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+@app.command()
+@reports_errors
+def run(recipe: Recipe, overrides: Overrides = None, home: Home = None, debug: Debug = False) -> None:
+    """Run a recipe: make what is missing or changed, reuse the rest."""
+    from stages import chain
+    from stages.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [], _registry(home))
+    chain.run(loaded, _home(home), _runtime())
+
+
+@app.command()
+@reports_errors
+def plan(recipe: Recipe, overrides: Overrides = None, home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Say what a run would make, reuse or resume, and why. Loads no model."""
+    from stages import chain
+    from stages.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [], _registry(home))
+    plans = chain.plan(loaded, _home(home))
+    if as_json:
+        typer.echo(chain.plans_json(loaded, plans))
+    else:
+        _runtime().console.print(chain.plan_table(plans, f"{loaded.name}: {len(plans)} steps"))
+
+
+# The registry
+
+
+@models.command("list")
+@reports_errors
+def list_models(home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Every version of every model."""
+    from rich.table import Table
+
+    records = _registry(home).records()
+    if as_json:
+        _print_json([_row(record) for record in records])
+        return
+    console = _runtime().console
+    if not records:
+        console.print(f"No models in {_home(home) / 'registry'}; `stages run RECIPE` makes some.")
+        return
+    table = Table("model", "role", "digest", "MiB", "made (UTC)", "kind")
+    for record in records:
+        size = sum(file["size"] for file in record.manifest["files"]) / 2**20
+        kind = f"adapter on {record.manifest['base']['ref']}" if record.is_adapter else "whole"
+        table.add_row(record.ref, record.role, record.digest[:19], f"{size:.1f}", record.manifest["created"][:19], kind)
+    console.print(table)
+
+
+def _row(record: ModelRecord) -> dict[str, Any]:
+    kept = ("created", "base", "metrics")
+    identity = {"ref": record.ref, "name": record.name, "version": record.version, "role": record.role, "digest": record.digest}
+    return {**identity, "path": str(record.path), **{key: record.manifest[key] for key in kept}}
+
+
+@models.command()
+@reports_errors
+def show(ref: Ref, home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
+    """What a version is, where it came from and how it did."""
+    from rich.table import Table
+
+    record = _registry(home).get(ref)
+    manifest = record.manifest
+    if as_json:
+        _print_json({**manifest, "path": str(record.path)})
+        return
+    table = Table(title=record.ref, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for label, value in (
+        ("role", record.role),
+        ("digest", record.digest),
+        ("made (UTC)", manifest["created"]),
+        ("folder", str(record.path)),
+        ("base", manifest["base"]["ref"] if record.is_adapter else "none: whole weights"),
+        ("parents", "\n".join(f"{parent['ref']}  {parent['digest'][:19]}" for parent in manifest["parents"]) or "none"),
+        ("data", "\n".join(f"{place}  {mark[:19]}" for place, mark in manifest["data"].items()) or "none"),
+        ("metrics", "\n".join(f"{name}  {value}" for name, value in manifest["metrics"].items()) or "none"),
+        ("step", json.dumps(manifest["recipe_step"], ensure_ascii=False)),
+        ("extra", json.dumps(manifest["extra"], ensure_ascii=False)),
+        ("packages", ", ".join(f"{name} {version}" for name, version in manifest["packages"].items())),
+        ("files", "\n".join(f"{file['path']}  {file['size']} bytes" for file in manifest["files"])),
+    ):
+        table.add_row(label, value)
+    _runtime().console.print(table, markup=False)
+
+
+@models.command()
+@reports_errors
+def lineage(ref: Ref, home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
+    """The tree of what a version was made from."""
+    tree = _registry(home).lineage(ref)
+    if as_json:
+        _print_json(tree)
+    else:
+        _runtime().console.print(_tree(tree))
+
+
+def _tree(node: dict[str, Any], branch: Tree | None = None) -> Tree:
+    from rich.markup import escape
+    from rich.tree import Tree
+
+    note = node.get("role") or node["kind"]
+    if node.get("removed"):
+        note = "removed from the registry, or changed"
+    if node.get("trust_remote_code"):
+        note += ", with code of the hub's"
+    label = f"[bold]{escape(node['ref'])}[/] {escape(node['digest'][:19])} ({note})"
+    here = Tree(label) if branch is None else branch.add(label)
+    for place, mark in node.get("data", {}).items():
+        here.add(f"{escape(place)}: data {escape(mark[:19])}")
+    for parent in node["parents"]:
+        _tree(parent, here)
+    return here
+
+
+@models.command()
+@reports_errors
+def verify(
+    ref: Annotated[str | None, typer.Argument(metavar="[REF]", help="A version; all of them when left out.")] = None,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check every byte against the manifest; exit status 2 where something is wrong."""
+    registry = _registry(home)
+    refs = [registry.get(ref).ref] if ref is not None else [record.ref for record in registry.records()]
+    found = {name: registry.verify(name) for name in refs}
+    if as_json:
+        _print_json(found)
+    for name, problems in found.items():
+        if not as_json:
+            typer.echo(f"{name}: {'; '.join(problems) or 'whole'}")
+    if any(found.values()):
+        raise typer.Exit(2)
+
+
+@models.command()
+@reports_errors
+def export(
+    ref: Ref,
+    destination: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that does not exist or is empty.")],
+    adapter: Annotated[bool, typer.Option("--adapter", help="Export an adapter as it is instead of merging it into its base.")] = False,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Copy a model out, whole, for from_pretrained."""
+    path = _registry(home).export(ref, destination, adapter=adapter)
+    if as_json:
+        _print_json({"path": str(path)})
+    else:
+        typer.echo(f"exported {ref} to {path}")
+
+
+@models.command()
+@reports_errors
+def remove(
+    ref: Ref,
+    force: Annotated[bool, typer.Option("--force", help="Also where adapters stand on it.")] = False,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Take a version out of the registry."""
+    record = _registry(home).remove(ref, force=force)
+    if as_json:
+        _print_json({"removed": record.ref, "digest": record.digest})
+    else:
+        typer.echo(f"removed {record.ref} {record.digest[:19]}")
+
+
+# Trying models out
+
+
+@app.command()
+@reports_errors
+def generate(
+    ref: Annotated[str, typer.Argument(metavar="REF", help="A model: registry reference, folder or hub id.")],
+    prompt: Annotated[list[str], typer.Option(help="The prompt; repeat for several.")],
+    against: Annotated[str | None, typer.Option(metavar="REF2", help="A second model, shown beside the first.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens per completion.")] = 48,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same completions.")] = 0,
+    num_samples: Annotated[int, typer.Option(min=1, help="Completions per prompt.")] = 1,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Complete prompts in the terminal, by one model or by two side by side."""
+    from rich.table import Table
+    from rich.text import Text
+
+    refs = [ref] if against is None else [ref, against]
+    runtime = _runtime()
+    resolved = [_resolve(name, _registry(home)) for name in refs]
+    prompts = [text for text in prompt for _ in range(num_samples)]
+    columns = [
+        _complete(model, prompts, runtime, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed) for model in resolved
+    ]
+    if as_json:
+        _print_json([{"prompt": text, **dict(zip(refs, row, strict=True))} for text, *row in zip(prompts, *columns, strict=True)])
+        return
+    table = Table("prompt", *refs, show_lines=True)
+    for row in zip(prompts, *columns, strict=True):
+        table.add_row(*(Text(text) for text in row))  # Text: a model's brackets are not markup
+    runtime.console.print(table)
+
+
+def _resolve(ref: str, registry: Registry) -> ResolvedModel:
+    from stages.chain import resolve
+    from stages.config import ModelInput
+    from stages.recipe import find_model
+
+    return resolve(find_model(ModelInput(ref=ref), registry, [Path.cwd()]), registry)
+
+
+def _complete(
+    model: ResolvedModel, prompts: list[str], runtime: Runtime, *, max_new_tokens: int, temperature: float, seed: int
+) -> list[str]:
+    """One completion per prompt; repeated prompts get seeds of their own."""
+    from stages.config import GenerationSettings
+    from stages.corpora.templates import encode_prompt
+    from stages.generation import generate as sample
+    from stages.models.loading import load_language_model, load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    language_model = load_language_model(model, dtype=runtime.dtype("auto"), trainable=False, tokenizer=tokenizer).to(runtime.device)
+    settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature)
+    ids = [encode_prompt(tokenizer, text) for text in prompts]
+    generated = sample(language_model, tokenizer, ids, settings, seeds=[seed + index for index in range(len(ids))])
+    return [
+        tokenizer.decode(row[mask], skip_special_tokens=True)
+        for row, mask in zip(generated.response_ids, generated.response_mask, strict=True)
+    ]
+
+
+def main() -> None:
+    app()
