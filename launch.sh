@@ -1,0 +1,157 @@
+#!/usr/bin/env bash
+# Sets the environment up once, then runs a recipe, the tests, or any other `stages` command in it. See ./launch.sh --help.
+set -euo pipefail
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv=${STAGES_VENV:-$repository/.venv}
+stamp=$venv/.tristage-installed
+log=$venv.install.log
+torch_version=2.13.0
+
+usage() {
+    cat <<'HELP'
+usage: ./launch.sh RECIPE [step.field=value ...] [--home DIR] [accelerate options]     run a recipe
+       ./launch.sh test [pytest options]                                               run the tests
+       ./launch.sh plan|models|generate|... ARGUMENTS                                  any other `stages` command
+
+The first start makes .venv and installs everything (torch for the GPU where nvidia-smi finds one, else for the CPU).
+accelerate options, before or after the recipe:
+  --num_processes N     processes (on a CPU, torchrun starts them: accelerate launch would start one)
+  --config_file FILE    an accelerate config, e.g. recipes/accelerate/ddp.yaml
+  and any other --option=value of `accelerate launch`, written with an equals sign
+HELP
+}
+
+fail() {
+    printf 'launch.sh: %s\n' "$*" >&2
+    exit 2
+}
+
+has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+
+find_python() {
+    local candidate
+    for candidate in ${STAGES_PYTHON:-} python3.12 python3.11 python3.13 python3; do
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.11 to 3.13 with the venv module was found; install one (Debian: apt install python3 python3-venv), or name it in STAGES_PYTHON"
+}
+
+# The build of torch is chosen by the machine. No index is named here: uv knows the CPU and CUDA builds by --torch-backend; pip takes the
+# CPU build (a local version, +cpu) from the user's own index or wheel folder where there is one, else the default build of the pinned release.
+install_with_uv() {
+    local backend=cpu
+    if has_gpu; then backend=auto; fi
+    uv pip install --quiet --python "$venv/bin/python" --torch-backend "$backend" "torch==$torch_version" >>"$log" 2>&1 &&
+        uv pip install --quiet --python "$venv/bin/python" -e "$repository[test]" >>"$log" 2>&1
+}
+
+install_with_pip() {
+    local pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet install)
+    if has_gpu; then
+        "${pip[@]}" "torch==$torch_version" >>"$log" 2>&1 || return 1
+    else
+        "${pip[@]}" "torch==$torch_version+cpu" >>"$log" 2>&1 || "${pip[@]}" "torch==$torch_version" >>"$log" 2>&1 || return 1
+    fi
+    "${pip[@]}" -e "$repository[test]" >>"$log" 2>&1
+}
+
+install() {
+    local python started=$SECONDS
+    python=$(find_python)
+    printf 'Setting up %s with %s (once; a few minutes). Log: %s\n' "$venv" "$("$python" --version)" "$log" >&2
+    rm -f "$stamp"
+    : >"$log"
+    "$python" -m venv "$venv" >>"$log" 2>&1 || fail "could not make $venv; the log says why: $log"
+    if ! { command -v uv >/dev/null 2>&1 && install_with_uv; } && ! install_with_pip; then
+        tail -n 5 "$log" >&2
+        fail "the installation failed. Check the connection to the package index and the free disk space (about 3 GB for a CPU), then start again; whole log: $log"
+    fi
+    wanted >"$stamp"
+    printf 'Ready after %s s.\n' "$((SECONDS - started))" >&2
+}
+
+# What the environment was made for; when this changes, it is brought up to date.
+wanted() {
+    cksum <"$repository/pyproject.toml"
+    printf '%s %s\n' "$torch_version" "$(has_gpu && echo gpu || echo cpu)"
+}
+
+ensure_environment() {
+    if [[ -f $stamp && $(<"$stamp") == "$(wanted)" ]]; then return; fi
+    if command -v flock >/dev/null 2>&1; then
+        # Two first starts at once: the second waits and finds everything there.
+        exec 9>"$venv.lock"
+        flock 9
+        if [[ -f $stamp && $(<"$stamp") == "$(wanted)" ]]; then exec 9>&-; return; fi
+    fi
+    install
+    if command -v flock >/dev/null 2>&1; then exec 9>&-; fi
+}
+
+cores() { nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1; }
+
+run_recipe() {
+    local processes=1 arguments=() launcher=() threads
+    while (($#)); do
+        case $1 in
+        --num_processes | --num-processes) [[ $# -gt 1 ]] || fail "$1 needs a number"; processes=$2; shift 2 ;;
+        --num_processes=* | --num-processes=*) processes=${1#*=}; shift ;;
+        --config_file | --config-file) [[ $# -gt 1 ]] || fail "$1 needs a file"; launcher+=(--config_file "$2"); shift 2 ;;
+        --home) [[ $# -gt 1 ]] || fail "$1 needs a folder"; arguments+=(--home "$2"); shift 2 ;;
+        --home=* | --debug) arguments+=("$1"); shift ;;
+        --*=*) launcher+=("$1"); shift ;;
+        --*) fail "unknown option $1. Options of accelerate launch are written with an equals sign (--mixed_precision=bf16); see ./launch.sh --help" ;;
+        *) arguments+=("$1"); shift ;;
+        esac
+    done
+    [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--num_processes $processes: expected a whole number from 1"
+    threads=$(($(cores) / processes))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+    if has_gpu; then
+        if [[ $processes != 1 || ${#launcher[@]} == 0 ]]; then launcher+=(--num_processes "$processes"); fi
+        exec "$venv/bin/accelerate" launch "${launcher[@]}" -m stages run "${arguments[@]}"
+    fi
+    if ((processes > 1)); then
+        # On a CPU without MPI `accelerate launch --num_processes 2` starts one process and says nothing; torchrun starts them all.
+        ((${#launcher[@]} == 0)) || fail "on a CPU, --num_processes $processes goes without other accelerate options (torchrun starts the processes)"
+        exec "$venv/bin/python" -m torch.distributed.run --standalone --nproc_per_node "$processes" -m stages run "${arguments[@]}"
+    fi
+    if ((${#launcher[@]} == 0)); then launcher=(--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process "$OMP_NUM_THREADS"); fi
+    exec "$venv/bin/accelerate" launch "${launcher[@]}" -m stages run "${arguments[@]}"
+}
+
+main() {
+    case ${1:-} in
+    '' | -h | --help | help) usage; [[ $# -gt 0 ]] || exit 2; exit 0 ;;
+    esac
+    export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+    case $1 in
+    test)
+        shift
+        ensure_environment
+        cd "$repository"
+        exec "$venv/bin/python" -m pytest "$@"
+        ;;
+    run | *.yaml | *.yml | -*)
+        if [[ $1 == run ]]; then shift; fi
+        local argument
+        for argument in "$@"; do
+            if [[ ($argument == *.yaml || $argument == *.yml) && $argument != *=* && ! -f $argument && $argument != recipes/accelerate/* ]]; then
+                fail "no recipe at $argument; recipes that ship: $(cd "$repository" && echo recipes/*.yaml)"
+            fi
+        done
+        ensure_environment
+        run_recipe "$@"
+        ;;
+    *)
+        ensure_environment
+        exec "$venv/bin/python" -m stages "$@"
+        ;;
+    esac
+}
+
+main "$@"
