@@ -27,7 +27,7 @@ def validate(model: type[Any], content: Any, path: Steps, source: RecipeSource) 
         return model.model_validate(content)
     except ValidationError as error:
         problems = error.errors(include_url=False)
-        more = f" ({len(problems) - 1} more problems after this one)" if len(problems) > 1 else ""
+        more = f" (and {len(problems) - 1} more below it)" if len(problems) > 1 else ""
         raise _explained(problems[0], model, content, path, source, more) from error
     except StagesError as error:
         raise source.error(path, str(error)) from error

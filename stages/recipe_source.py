@@ -137,8 +137,8 @@ def _opened(child: Any, key: str | int) -> Any:
     """``child`` in the form that takes ``key``: an absent block is made, a model or a data source written as a bare string is spelt out."""
     if child is None and isinstance(key, str):
         return {}
-    if isinstance(key, int) and isinstance(child, str | dict):
-        return [child]
+    if isinstance(key, int) and (isinstance(child, str) or (isinstance(child, dict) and "path" in child)):
+        return [child]  # a list of data sources may be written as its only item
     if isinstance(child, str) and key in ModelInput.model_fields:
         return {"ref": child}
     if isinstance(child, str) and key in DataSource.model_fields:
