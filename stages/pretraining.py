@@ -199,7 +199,7 @@ def _random_model(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBa
             raise ModelError(f"architecture.{name} is no field of {kind}" + (f"; did you mean {near[0]}?" if near else ""))
     special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     try:
-        config = CONFIG_MAPPING[kind](**{**special, **fields}, vocab_size=len(tokenizer))
+        config = CONFIG_MAPPING[kind](**{**special, **fields, "vocab_size": len(tokenizer)})
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     except (ValueError, TypeError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]

@@ -6,7 +6,8 @@ The rows are tokenized here, by the template that the model keeps, so that train
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,7 +43,7 @@ class SFTStepConfig(TrainingStepConfig):
     completion_only_loss: bool = Field(True, description="Only the completion's tokens count in the loss; false: the prompt's, too.")
     packing: bool = Field(False, description="Several demonstrations in one row (they do not see each other); batch_size counts rows.")
     max_length: int | None = Field(
-        None, ge=2, description="Longest demonstration and row, in tokens; longer ones are left out and counted. null: the model's positions."
+        None, ge=2, description="Longest demonstration and row, in tokens; longer ones are left out, and said. null: the model's positions."
     )
     training: SFTOptimizer = SFTOptimizer()
 
@@ -160,16 +161,29 @@ def _trainer(
         columns = {"input_ids": [row.ids for row in rows]}
         if config.completion_only_loss:
             columns["completion_mask"] = [row.counted(True) for row in rows]
-    with quiet_transformers():
+    with quiet_transformers(), _quiet_datasets():
         arguments = training_arguments(config.training, context, precision=config.precision, kind=SFTConfig, **options)
         trainer = SFTTrainer(
             model=model, args=arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer, data_collator=collator
         )
-    for parameter in trainer.model.parameters():
+    for parameter in model.parameters():
         # TRL makes a quantized model's adapter bf16, in which small updates are lost
         if parameter.requires_grad and parameter.dtype.itemsize < 4:
             parameter.data = parameter.data.float()
     return trainer
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _measure(

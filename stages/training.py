@@ -134,6 +134,9 @@ def train(trainer: Any, context: StepContext, description: str) -> dict[str, flo
     with ExitStack() as stack:
         trainer.add_callback(_step_callback(context, description, stack))
         stack.enter_context(quiet_transformers())
+        stack.enter_context(warnings.catch_warnings())
+        # peft looks for the base's vocabulary at each checkpoint; the embedding is never an adapter's part here
+        warnings.filterwarnings("ignore", message="Could not find a config file")
         output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     seconds = max(float(output.metrics["train_runtime"]), 1e-9)
     resumed_at = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0

@@ -77,25 +77,30 @@ def _read_adapter_config(adapter: ResolvedModel) -> dict[str, Any]:
     return json.loads(Path(str(path)).read_text(encoding="utf-8"))
 
 
-def attach_lora(model: Any, lora: LoraSettings, *, task: str) -> Any:
+def attach_lora(model: Any, lora: LoraSettings, *, task: str, base: str) -> Any:
     """``model`` inside a PeftModel with a fresh adapter (an identity at first); ``task`` is a peft task type such as ``CAUSAL_LM``.
+
+    ``base`` is the folder or hub id that the adapter will say it stands on (the registry writes its own reference instead).
 
     Only the adapter is trainable afterwards; its weights are fp32. Raises ModelError where no module matches ``target_modules``.
     """
     from peft import LoraConfig, get_peft_model
 
+    alpha: Any = lora.alpha  # peft says int and divides whatever it gets by r
     config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules, task_type=task, bias="none"
+        r=lora.r, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules, task_type=task, bias="none"
     )
     try:
         with _without_future_warnings():
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         linear = sorted({name.rsplit(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
         raise ModelError(
             f"no adapter fits target_modules={lora.target_modules!r} on {type(model).__name__}: {error} "
             f"Linear modules here: {', '.join(linear) or 'none'}; or use 'all-linear'"
         ) from error
+    adapted.peft_config["default"].base_model_name_or_path = base
+    return adapted
 
 
 def apply_adapter(base: Any, adapter: ResolvedModel) -> Any:

@@ -111,7 +111,7 @@ class ScalarModel(nn.Module):
                 {name: value.detach().cpu().contiguous() for name, value in adapter.items()},
                 folder / "adapter_model.safetensors", metadata={"format": "pt"},
             )
-            self.backbone.peft_config["default"].save_pretrained(folder)
+            self.backbone.peft_config["default"].save_pretrained(str(folder))
             save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
@@ -169,7 +169,7 @@ class RewardModel(ScalarModel):
     @torch.no_grad()
     def center(self, mean: float) -> None:
         """Subtract ``mean`` from every score from now on, through the bias."""
-        self.score_head.bias -= mean
+        self.score_head.bias.sub_(mean)
 
     @property
     def reward_bias(self) -> float:

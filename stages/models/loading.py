@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from stages.runtime import ResolvedModel
 
 logger = logging.getLogger(__name__)
-# It reports every cast and every kernel it could speed up with; what fails raises.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 _said: set[str] = set()
 
 
@@ -94,7 +92,7 @@ def load_language_model(
     from transformers import AutoModelForCausalLM
 
     model = as_resolved(model)
-    return _finish(_load(AutoModelForCausalLM, model, dtype, tokenizer, trainable, lora), lora, "CAUSAL_LM", trainable, dropout)
+    return _finish(_load(AutoModelForCausalLM, model, dtype, tokenizer, trainable, lora), model, lora, "CAUSAL_LM", trainable, dropout)
 
 
 def load_backbone(
@@ -110,7 +108,7 @@ def load_backbone(
     from transformers import AutoModel
 
     model = as_resolved(model)
-    return _finish(_load(AutoModel, model, dtype, tokenizer, trainable, lora), lora, "FEATURE_EXTRACTION", trainable, dropout)
+    return _finish(_load(AutoModel, model, dtype, tokenizer, trainable, lora), model, lora, "FEATURE_EXTRACTION", trainable, dropout)
 
 
 def load_classifier(
@@ -140,7 +138,7 @@ def load_classifier(
     loaded = _load(
         AutoModelForSequenceClassification, model, dtype, tokenizer, trainable, lora, require_head=require_head, options=options
     )
-    return _finish(loaded, lora, "SEQ_CLS", trainable, dropout)
+    return _finish(loaded, model, lora, "SEQ_CLS", trainable, dropout)
 
 
 def _load(
@@ -249,7 +247,7 @@ def _keep_4bit_layout(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _own_device() -> Any:
@@ -259,18 +257,18 @@ def _own_device() -> Any:
     return PartialState().device
 
 
-def _finish(model: Any, lora: LoraSettings | None, task: str, trainable: bool, dropout: bool) -> Any:
+def _finish(model: Any, source: ResolvedModel, lora: LoraSettings | None, task: str, trainable: bool, dropout: bool) -> Any:
     if not dropout:
         disable_dropout(model)
-    if lora is not None:
+    if lora is None:
+        model.requires_grad_(trainable)  # a merged adapter leaves its base frozen
+    else:
         if getattr(model, "is_quantized", False):
             from peft import prepare_model_for_kbit_training
 
             # Gradient checkpointing is the trainer's to switch on.
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        model = attach_lora(model, lora, task=task)
-    if not trainable:
-        model.requires_grad_(False)
+        model = attach_lora(model, lora, task=task, base=source.path)
     return model.train(trainable)
 
 
@@ -317,10 +315,10 @@ def save_model(
     if isinstance(model, PeftModel):
         # "auto" would ask the hub about the base's vocabulary; loading resizes the base by the tokenizer instead
         with quiet_transformers():
-            model.save_pretrained(folder, save_embedding_layers=False, state_dict=state_dict)
+            model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict)
         (folder / "README.md").unlink(missing_ok=True)
         if str(model.peft_config["default"].task_type) == "SEQ_CLS":
-            model.get_base_model().config.save_pretrained(folder)  # the class names; an adapter has no place for them
+            model.config.save_pretrained(folder)  # the class names; an adapter has no place for them
     else:
         with quiet_transformers():
             model.save_pretrained(folder, state_dict=state_dict)
