@@ -93,7 +93,7 @@ class RecipeSource:
             raise RecipeError(f"override {text!r}: {error.args[0]}") from error
         for known in (self.lines, self.overrides):
             for below in [key for key in known if key[: len(path)] == path]:
-                del known[below]  # type: ignore[attr-defined]
+                del known[below]
         self.overrides[path] = text
 
     def _locate(self, parts: Steps, target: str) -> Steps:

@@ -1,0 +1,164 @@
+"""The commands: what they print, what they write, and how they fail."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from stages import __version__
+from stages.cli import app
+from stages.contents import digest_folder
+from stages.recipe import STAGES
+from stages.registry import Registry
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RECIPE = """\
+name: quick
+steps:
+  - {stage: train, name: base, data: a.txt}
+  - {stage: train, name: sft, model: base, data: a.txt}
+  - {stage: judge, name: verdict, candidates: {base: base, sft: sft}}
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copy(Path(__file__).with_name("fake_stages.py"), tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "fake_stages", raising=False)
+    for name in ("train", "judge"):
+        monkeypatch.setitem(STAGES, name, STAGES["sft"])  # so that what install() puts there is taken out again
+    importlib.import_module("fake_stages").install()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("STAGES_HOME", raising=False)
+    Path("a.txt").write_text("a")
+    Path("quick.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def calls_json(*arguments: str) -> Any:
+    result = call(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_help_is_fast_and_names_the_commands() -> None:
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "stages", "--help"], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    took = time.monotonic() - start
+    assert took < 3, f"{took:.1f} s"  # 0.1 s alone; the machine may be busy
+    for command in ("run", "plan", "models", "generate"):
+        assert command in done.stdout
+
+
+def test_version() -> None:
+    assert call("--version").stdout == f"tristage {__version__}\n"
+
+
+def test_run_and_run_again(place: Path) -> None:
+    result = call("run", "quick.yaml", "base.rate=2.0", "--home", "made")
+    assert result.exit_code == 0, result.output
+    assert "quick finished" in result.stdout
+    assert "The report: made/runs/quick/" in result.stdout
+    summary = json.loads(Path("made/runs/quick/latest/summary.json").read_text())
+    assert summary["overrides"] == ["base.rate=2.0"]
+    again = call("run", "quick.yaml", "base.rate=2.0", "--home", "made")
+    assert again.stdout.count("reused:") == 3
+
+
+def test_the_home_folder_is_an_option_or_the_environment_or_outputs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call("run", "quick.yaml")
+    assert Path("outputs/registry").is_dir()
+    monkeypatch.setenv("STAGES_HOME", str(place / "elsewhere"))
+    call("run", "quick.yaml")
+    assert Path("elsewhere/registry").is_dir()
+
+
+def test_plan_runs_nothing(place: Path) -> None:
+    steps = calls_json("plan", "quick.yaml")["steps"]
+    assert [(step["name"], step["action"]) for step in steps] == [("base", "run"), ("sft", "run"), ("verdict", "run")]
+    assert not Path("outputs").exists()
+    call("run", "quick.yaml")
+    steps = calls_json("plan", "quick.yaml", "sft.rate=3.0")["steps"]
+    assert [step["action"] for step in steps] == ["reuse", "run", "run"]
+    assert steps[1]["reason"] == "setting changed: rate (1.0 -> 3.0)"
+    table = call("plan", "quick.yaml")
+    assert table.stdout.count("reuse") == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "quick.yaml", "sft.rte=2"], "error: override 'sft.rte=2': steps[1].rte: unknown field 'rte'; did you mean 'rate'?"),
+        (["plan", "quick.yaml", "sft.rate=fast"], "error: override 'sft.rate=fast': steps[1].rate: got 'fast', expected a number."),
+        (["run", "missing.yaml"], "error: missing.yaml: no such recipe; known: quick.yaml"),
+        (["models", "show", "quick/sft"], "error: no model named 'quick/sft'"),
+        (["models", "verify", "quick/sft"], "error: no model named 'quick/sft'"),
+        (["generate", "nowhere", "--prompt", "a"], "error: got 'nowhere', which is no"),
+    ],
+)
+def test_a_users_error_is_one_message_and_status_two(place: Path, arguments: list[str], message: str) -> None:
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(message)
+    assert result.stderr.count("\n") == 1
+
+
+def test_debug_keeps_the_traceback(place: Path) -> None:
+    result = call("run", "missing.yaml", "--debug")
+    assert type(result.exception).__name__ == "RecipeError"
+
+
+def test_models_are_listed_shown_and_traced(place: Path) -> None:
+    assert "No models in" in call("models", "list").stdout
+    call("run", "quick.yaml")
+    rows = calls_json("models", "list")
+    assert [row["ref"] for row in rows] == ["quick/base@1", "quick/sft@1"]
+    assert rows[0]["metrics"]["loss"] == 0.5
+    assert "quick/sft@1" in call("models", "list").stdout
+    shown = calls_json("models", "show", "quick/sft")
+    assert shown["parents"][0]["ref"] == "quick/base@1"
+    assert shown["recipe_step"]["stage"] == "train"
+    assert "quick/base@1" in call("models", "show", "quick/sft").stdout
+    assert calls_json("models", "lineage", "quick/sft")["parents"][0]["ref"] == "quick/base@1"
+    tree = call("models", "lineage", "quick/sft").stdout
+    assert tree.index("quick/sft@1") < tree.index("quick/base@1")
+
+
+def test_models_are_verified_exported_and_removed(place: Path) -> None:
+    call("run", "quick.yaml")
+    assert call("models", "verify").stdout == "quick/base@1: whole\nquick/sft@1: whole\n"
+    record = Registry("outputs/registry").get("quick/sft")
+    assert calls_json("models", "export", "quick/sft", "out")["path"] == str(place / "out")
+    assert digest_folder(place / "out") == record.digest
+    (record.path / "config.json").write_text("{ }")
+    result = call("models", "verify", "quick/sft")
+    assert result.exit_code == 2
+    assert result.stdout == "quick/sft@1: config.json was changed: its SHA-256 is not the published one\n"
+    assert calls_json("models", "remove", "quick/sft")["removed"] == "quick/sft@1"
+    assert [row["ref"] for row in calls_json("models", "list")] == ["quick/base@1"]
+
+
+def test_generate_shows_two_models_side_by_side(place: Path, tiny_llama_folder: Path) -> None:
+    arguments = ["generate", str(tiny_llama_folder), "--prompt", "the film", "--against", str(tiny_llama_folder)]
+    options = ["--max-new-tokens", "5", "--num-samples", "2", "--seed", "3"]
+    rows = calls_json(*arguments, *options)
+    assert len(rows) == 2 and rows[0]["prompt"] == "the film"
+    assert rows == calls_json(*arguments, *options)
+    table = call(*arguments, *options)
+    assert table.exit_code == 0, table.output
+    assert "the film" in table.stdout
