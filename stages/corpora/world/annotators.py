@@ -1,0 +1,69 @@
+"""Simulated annotators: each weighs the parts of a good review differently, is drawn to something that does not matter, and errs.
+
+What they share is close to the gold judge; what they like beyond it is what a reward model trained on their rankings can be led astray by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from random import Random
+
+from stages.corpora.world.gold import WEIGHTS, judge
+from stages.corpora.world.language import Request
+from stages.corpora.world.lexicon import lexicon
+
+NUM_ANNOTATORS = 12
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """One simulated person. Utilities lie around [0, 1]; noise and tie_width are in the same unit."""
+
+    name: str
+    weights: dict[str, float]
+    likes_length: float  # utility per word, up to forty
+    likes_emphasis: float  # utility per emphatic adverb, up to four
+    noise: float  # standard deviation of an error drawn per completion
+    tie_width: float  # completions closer than this rank the same
+
+    def utility(self, request: Request, completion: str) -> float:
+        """How much this annotator likes a completion, before the error of the day."""
+        found = judge(request, completion)
+        words = completion.lower().strip(".").split()
+        emphasis = sum(word in lexicon().adverbs for word in words)
+        total = sum(weight * found[name] for name, weight in self.weights.items())
+        biases = self.likes_length * min(len(words), 40) + self.likes_emphasis * min(emphasis, 4)
+        return found["coherence"] * (0.5 + 0.5 * found["freshness"]) * total + biases
+
+    def rank(self, random: Random, request: Request, completions: list[str]) -> list[int]:
+        """Ranks of ``completions``, 0 best; neighbours within the tie width share a rank."""
+        felt = [self.utility(request, completion) + random.gauss(0, self.noise) for completion in completions]
+        order = sorted(range(len(felt)), key=lambda index: -felt[index])
+        ranks, rank = [0] * len(felt), 0
+        for place, index in enumerate(order):
+            if place and felt[order[place - 1]] - felt[index] > self.tie_width:
+                rank = place
+            ranks[index] = rank
+        return ranks
+
+
+@cache
+def annotators() -> tuple[Annotator, ...]:
+    """The same people every time."""
+    made = []
+    for number in range(NUM_ANNOTATORS):
+        random = Random(f"annotator {number}")
+        raw = {name: weight * random.uniform(0.6, 1.4) for name, weight in WEIGHTS.items()}
+        total = sum(raw.values())
+        made.append(
+            Annotator(
+                name=f"annotator-{number:02d}",
+                weights={name: weight / total for name, weight in raw.items()},
+                likes_length=random.uniform(0.0, 0.002),
+                likes_emphasis=random.uniform(0.0, 0.03),
+                noise=random.uniform(0.03, 0.12),
+                tie_width=random.uniform(0.005, 0.03),
+            )
+        )
+    return tuple(made)

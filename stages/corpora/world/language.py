@@ -1,0 +1,202 @@
+"""Films, requests and sentences of the embedded world, and the grammar that reads sentences back."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from random import Random
+
+from stages.corpora.world.lexicon import SENTIMENTS, lexicon
+
+SPLITS = ("train", "validation", "heldout")
+# Films go to splits by title: what is asked about in one split is never seen in another.
+SPLIT_SHARES = {"train": 0.80, "validation": 0.08, "heldout": 0.12}
+
+
+@dataclass(frozen=True)
+class Film:
+    """A film: its title decides its genre and its split."""
+
+    title: str
+    genre: str
+    split: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an instruction asks for."""
+
+    film: Film
+    sentiment: str
+    aspects: tuple[str, ...]
+    sentences: int
+    phrasing: int
+    sentiment_word: str
+
+    @property
+    def text(self) -> str:
+        """The instruction as written."""
+        count = f"{lexicon().numbers[self.sentences - 1]} sentence{'s' if self.sentences > 1 else ''}"
+        return lexicon().instructions[self.phrasing].format(
+            sentiment=self.sentiment_word, genre=self.film.genre, title=self.film.title, count=count, aspects=" and the ".join(self.aspects)
+        )
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """What one sentence of a review says."""
+
+    sentiment: str  # positive, negative or mixed
+    aspects: tuple[str, ...]
+    title: str | None
+    genre: str | None
+
+
+def _share(text: str) -> float:
+    """A fixed number in [0, 1) for a text, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+@cache
+def films() -> tuple[Film, ...]:
+    """Every film of the world."""
+    words, made = lexicon(), []
+    for first in words.first:
+        for second in words.second:
+            title = f"{first} {second}"
+            place, split = _share(f"split {title}"), SPLITS[-1]
+            for name in SPLITS:
+                if place < SPLIT_SHARES[name]:
+                    split = name
+                    break
+                place -= SPLIT_SHARES[name]
+            made.append(Film(title, words.genres[int(_share(f"genre {title}") * len(words.genres))], split))
+    return tuple(made)
+
+
+@cache
+def films_of(split: str) -> tuple[Film, ...]:
+    return tuple(film for film in films() if film.split == split)
+
+
+def draw_request(random: Random, split: str) -> Request:
+    """A random request about a film of ``split``: one or two aspects, one to four sentences (at least as many as reading well needs)."""
+    words = lexicon()
+    sentiment = random.choice(SENTIMENTS)
+    aspects = tuple(random.sample(words.aspects, random.choice((1, 1, 2))))
+    return Request(
+        film=random.choice(films_of(split)),
+        sentiment=sentiment,
+        aspects=aspects,
+        sentences=random.choice((1, 2, 2, 3, 3, 4)),
+        phrasing=random.randrange(len(words.instructions)),
+        sentiment_word=random.choice(words.sentiment_words[sentiment]),
+    )
+
+
+@cache
+def _request_patterns() -> tuple[re.Pattern[str], ...]:
+    words = lexicon()
+    slots = {
+        "sentiment": _either([word for side in SENTIMENTS for word in words.sentiment_words[side]]),
+        "genre": _either(words.genres),
+        "title": f"{_either(words.first)} {_either(words.second)}",
+        "count": f"{_either(words.numbers)} sentences?",
+        "aspects": f"{_either(words.aspects)}(?: and the {_either(words.aspects)})?",
+    }
+    return tuple(_pattern(form, slots) for form in words.instructions)
+
+
+@lru_cache(maxsize=65536)
+def read_request(text: str) -> Request | None:
+    """The request that an instruction makes; None for a text that is no instruction of this world."""
+    words, by_title = lexicon(), {film.title: film for film in films()}
+    for phrasing, pattern in enumerate(_request_patterns()):
+        if found := pattern.fullmatch(text.strip()):
+            word = found["sentiment"]
+            return Request(
+                film=by_title[found["title"]],
+                sentiment=next(side for side in SENTIMENTS if word in words.sentiment_words[side]),
+                aspects=tuple(found["aspects"].split(" and the ")),
+                sentences=words.numbers.index(found["count"].split()[0]) + 1,
+                phrasing=phrasing,
+                sentiment_word=word,
+            )
+    return None
+
+
+def write_sentence(random: Random, kind: str, *, sentiment: str, title: str, genre: str, aspects: tuple[str, ...], avoid: set[str]) -> str:
+    """A sentence of form ``kind``; adjectives in ``avoid`` are left out where others remain, and those used are added to it."""
+    words = lexicon()
+    fresh = [word for word in words.adjectives[sentiment] if word not in avoid] or words.adjectives[sentiment]
+    adjectives = random.sample(fresh, 2) if len(fresh) > 1 else fresh * 2
+    form = random.choice(words.sentences[kind])
+    text = form.format(
+        title=title,
+        genre=genre,
+        aspect=aspects[0] if aspects else "",
+        aspect2=aspects[1] if len(aspects) > 1 else "",
+        adjective=adjectives[0],
+        adjective2=adjectives[1],
+        verb=random.choice(words.verbs[sentiment]),
+        adverb=random.choice(words.adverbs),
+    )
+    avoid.update(word for word, slot in zip(adjectives, ("{adjective}", "{adjective2}"), strict=True) if slot in form)
+    return text
+
+
+@cache
+def _sentence_patterns() -> tuple[re.Pattern[str], ...]:
+    words = lexicon()
+    adjectives = _either([word for side in SENTIMENTS for word in words.adjectives[side]])
+    slots = {
+        "title": f"{_either(words.first)} {_either(words.second)}",
+        "genre": _either(words.genres),
+        "aspect": _either(words.aspects),
+        "aspect2": _either(words.aspects),
+        "adjective": adjectives,
+        "adjective2": adjectives,
+        "verb": _either([word for side in SENTIMENTS for word in words.verbs[side]]),
+        "adverb": _either(words.adverbs),
+    }
+    return tuple(_pattern(form, slots) for forms in words.sentences.values() for form in forms)
+
+
+@cache
+def _word_sentiment() -> dict[str, str]:
+    words = lexicon()
+    return {word: side for side in SENTIMENTS for word in [*words.adjectives[side], *words.verbs[side]]}
+
+
+@lru_cache(maxsize=65536)
+def read_sentence(text: str) -> Sentence | None:
+    """What a sentence says; None for one that the world's grammar cannot have written."""
+    for pattern in _sentence_patterns():
+        if found := pattern.fullmatch(text):
+            slots = found.groupdict()
+            sides = {_word_sentiment()[slots[name]] for name in ("adjective", "adjective2", "verb") if slots.get(name)}
+            return Sentence(
+                sentiment=sides.pop() if len(sides) == 1 else "mixed",
+                aspects=tuple(slots[name] for name in ("aspect", "aspect2") if slots.get(name)),
+                title=slots.get("title"),
+                genre=slots.get("genre"),
+            )
+    return None
+
+
+def split_sentences(text: str) -> list[str]:
+    """The text cut behind each full stop, question mark or line break; white space at the ends of a sentence does not count."""
+    return [part.strip() for part in re.split(r"(?<=[.?!])\s+|\n+", text.strip()) if part.strip()]
+
+
+def _either(words: list[str]) -> str:
+    return "(?:" + "|".join(sorted(words)) + ")"
+
+
+def _pattern(form: str, slots: dict[str, str]) -> re.Pattern[str]:
+    """A form as a regular expression with one named group per slot."""
+    parts = re.split(r"\{(\w+)\}", form)
+    built = [re.escape(part) if index % 2 == 0 else f"(?P<{part}>{slots[part]})" for index, part in enumerate(parts)]
+    return re.compile("".join(built))

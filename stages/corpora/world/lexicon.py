@@ -1,0 +1,54 @@
+"""The words and sentence forms of the embedded world, read once from data/world."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from stages.errors import DataError
+
+WORLD_FOLDER = Path(__file__).resolve().parents[3] / "data" / "world"
+SENTIMENTS = ("positive", "negative")
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """Words by kind. Sentiment-bearing kinds are keyed by ``positive`` and ``negative``."""
+
+    first: list[str]
+    second: list[str]
+    genres: list[str]
+    aspects: list[str]
+    adjectives: dict[str, list[str]]
+    verbs: dict[str, list[str]]
+    adverbs: list[str]
+    numbers: list[str]
+    sentiment_words: dict[str, list[str]]
+    instructions: list[str]
+    sentences: dict[str, list[str]]
+    listings: dict[str, list[str]]
+    requests: dict[str, list[str]]
+
+
+@cache
+def lexicon() -> Lexicon:
+    """The world's lexicon. Raises DataError where data/world is missing (an installation that is not editable has no data folder)."""
+    words, phrases = _read("lexicon.yaml"), _read("phrasings.yaml")
+    titles = words.pop("titles")
+    return Lexicon(**titles, **words, **phrases)
+
+
+def world_files() -> list[Path]:
+    """The files that the world is made from, for fingerprints."""
+    return sorted(WORLD_FOLDER.glob("*.yaml"))
+
+
+def _read(name: str) -> dict[str, Any]:
+    from ruamel.yaml import YAML
+
+    path = WORLD_FOLDER / name
+    if not path.is_file():
+        raise DataError(f"the embedded world needs {path}; run from a checkout of the repository, installed with `pip install -e .`")
+    return dict(YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")))

@@ -1,0 +1,127 @@
+"""The tables of the embedded world, as recipes name them: ``world:PART`` (training), ``world:PART/validation`` and ``world:PART/heldout``.
+
+Films are split by title, so what is asked about in one split is never seen in another. Every table is a function of its name alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from random import Random
+from typing import Any
+
+from stages.corpora.world.annotators import annotators
+from stages.corpora.world.language import SPLITS, draw_request, films_of
+from stages.corpora.world.lexicon import SENTIMENTS
+from stages.corpora.world.writers import (
+    random_flaws,
+    write_answered_requests,
+    write_free_review,
+    write_listing,
+    write_request_list,
+    write_review,
+)
+from stages.errors import DataError
+
+PREFIX = "world:"
+Row = dict[str, Any]
+
+
+def _raw(random: Random, split: str) -> Row:
+    """A page of the site, for pretraining: requests, listings and reviews, few of them together."""
+    kind = random.choices(("requests", "listing", "review", "answered"), weights=(0.35, 0.15, 0.35, 0.15))[0]
+    if kind == "requests":
+        return {"text": write_request_list(random, split)}
+    if kind == "listing":
+        return {"text": write_listing(random, split)}
+    if kind == "answered":
+        return {"text": write_answered_requests(random, split)}
+    film = random.choice(films_of(split))
+    return {"text": " ".join(write_free_review(random, film) for _ in range(random.choice((1, 1, 2))))}
+
+
+def _demonstrations(random: Random, split: str) -> Row:
+    """A request and a review, of uneven quality: about half have no flaw."""
+    request = draw_request(random, split)
+    return {"prompt": request.text, "completion": write_review(random, request, random_flaws(random, (0.45, 0.35, 0.2)))}
+
+
+def _comparisons(random: Random, split: str) -> Row:
+    """A request with four to nine reviews, ranked by one annotator (ranks: 0 best, equal numbers tie)."""
+    request = draw_request(random, split)
+    annotator = random.choice(annotators())
+    completions: list[str] = []
+    while len(completions) < random.randint(4, 9):
+        kind = random.random()
+        if kind < 0.04:
+            text = write_request_list(random, split)
+        elif kind < 0.08:
+            text = write_review(random, draw_request(random, split))  # a good answer to another request
+        else:
+            text = write_review(random, request, random_flaws(random, (0.25, 0.35, 0.25, 0.15)))
+        if text not in completions:
+            completions.append(text)
+    return {
+        "prompt": request.text,
+        "completions": completions,
+        "ranks": annotator.rank(random, request, completions),
+        "annotator": annotator.name,
+    }
+
+
+def _prompts(random: Random, split: str) -> Row:
+    """A request alone, with the sentiment it asks for."""
+    request = draw_request(random, split)
+    return {"prompt": request.text, "sentiment": request.sentiment}
+
+
+def _reviews(random: Random, split: str) -> Row:
+    """A review with its label (0 negative, 1 positive); one in ten holds a sentence of the other mind."""
+    request = draw_request(random, split)
+    flaws = ("mixed_sentiment",) if request.sentences > 2 and random.random() < 0.2 else ()
+    return {"text": write_review(random, request, flaws), "label": 1 - SENTIMENTS.index(request.sentiment)}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A table: how a row is made, and how many there are in each split."""
+
+    row: Callable[[Random, str], Row]
+    sizes: dict[str, int]
+
+
+PARTS = {
+    "raw": Part(_raw, {"train": 16000, "validation": 400, "heldout": 400}),
+    "demonstrations": Part(_demonstrations, {"train": 3000, "validation": 200, "heldout": 200}),
+    "comparisons": Part(_comparisons, {"train": 2000, "validation": 200, "heldout": 200}),
+    "prompts": Part(_prompts, {"train": 6000, "validation": 256, "heldout": 512}),
+    "reviews": Part(_reviews, {"train": 3000, "validation": 400, "heldout": 400}),
+}
+
+
+def parse_part(path: str) -> tuple[str, str]:
+    """``world:PART[/SPLIT]`` as (part, split). Raises DataError naming the nearest valid part."""
+    name, _, split = path.removeprefix(PREFIX).partition("/")
+    split = split or "train"
+    if name not in PARTS:
+        near = difflib.get_close_matches(name, PARTS, n=1)
+        hint = f"; did you mean {PREFIX}{near[0]}?" if near else ""
+        raise DataError(f"{path!r} is no part of the embedded world; expected {PREFIX} and one of {', '.join(PARTS)}{hint}")
+    if split not in SPLITS:
+        raise DataError(f"{path!r} has no split {split!r}; expected {PREFIX}{name}/ and one of {', '.join(SPLITS)}")
+    return name, split
+
+
+@lru_cache(maxsize=4)
+def _table(name: str, split: str, rows: int) -> tuple[Row, ...]:
+    part = PARTS[name]
+    return tuple(part.row(Random(f"world {name} {split} {index}"), split) for index in range(rows))
+
+
+def world_rows(path: str, limit: int | None = None) -> list[Row]:
+    """Rows of ``world:PART[/SPLIT]``, at most ``limit``; the same on every machine and in every process."""
+    name, split = parse_part(path)
+    size = PARTS[name].sizes[split]
+    return [dict(row) for row in _table(name, split, min(size, limit or size))]

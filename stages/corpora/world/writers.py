@@ -1,0 +1,138 @@
+"""Who writes in the embedded world: careful reviewers, careless ones, and the site around them.
+
+A flaw is a named way of failing a request. Demonstrations carry few flaws, the completions that annotators compare carry many.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from stages.corpora.world.language import Film, Request, draw_request, films_of, write_sentence
+from stages.corpora.world.lexicon import SENTIMENTS, lexicon
+
+FLAWS = (
+    "wrong_sentiment", "mixed_sentiment", "wrong_aspect", "wrong_title", "no_title", "wrong_genre", "too_short", "too_long", "repeats",
+    "asks_again", "broken_words", "cut_off",
+)
+
+
+def write_review(random: Random, request: Request, flaws: tuple[str, ...] = ()) -> str:
+    """A review that does what ``request`` asks, except for ``flaws``."""
+    words = lexicon()
+    other = SENTIMENTS[1 - SENTIMENTS.index(request.sentiment)]
+    title, genre, aspects, count = request.film.title, request.film.genre, list(request.aspects), request.sentences
+    if "wrong_title" in flaws:
+        title = random.choice([film.title for film in films_of(request.film.split) if film.title != title])
+    if "wrong_genre" in flaws:
+        genre = random.choice([name for name in words.genres if name != genre])
+    if "wrong_aspect" in flaws:
+        place = random.randrange(len(aspects))
+        aspects[place] = random.choice([aspect for aspect in words.aspects if aspect not in aspects])
+    if "too_short" in flaws:
+        count = max(1, count - random.choice((1, 1, 2)))
+    if "too_long" in flaws:
+        count += random.choice((1, 1, 2))
+    sentiments = [other if "wrong_sentiment" in flaws else request.sentiment] * count
+    if "mixed_sentiment" in flaws:
+        sentiments[random.randrange(count)] = other
+    with_film = "no_title" not in flaws
+    used: set[str] = set()
+    sentences = [
+        write_sentence(random, kind, sentiment=sentiment, title=title, genre=genre, aspects=about, avoid=used)
+        for (kind, about), sentiment in zip(_plan(random, aspects, count, with_film), sentiments, strict=True)
+    ]
+    if "repeats" in flaws:
+        place = random.randrange(len(sentences))
+        sentences[place:place] = [sentences[place]] * random.choice((1, 2, 3))
+    if "asks_again" in flaws:
+        sentences.append(draw_request(random, request.film.split).text)
+    text = " ".join(sentences)
+    if "broken_words" in flaws:
+        text = _break_words(random, text)
+    if "cut_off" in flaws:
+        tokens = text.split()
+        text = " ".join(tokens[: random.randint(2, max(2, len(tokens) - 2))])
+    return text
+
+
+def _plan(random: Random, aspects: list[str], count: int, with_film: bool) -> list[tuple[str, tuple[str, ...]]]:
+    """Which kind of sentence says what, so that film and aspects are all mentioned within ``count`` sentences."""
+    pair = tuple(aspects)
+    if count == 1:
+        if not with_film:
+            return [("two_aspects", pair)] if len(pair) == 2 else [("aspect", pair)]
+        return [("film_and_two_aspects", pair)] if len(pair) == 2 else [("film_and_aspect", pair)]
+    plan: list[tuple[str, tuple[str, ...]]] = []
+    if with_film:
+        opening = random.choice(("film", "film_and_aspect"))
+        plan.append((opening, () if opening == "film" else pair[:1]))
+    rest = count - len(plan)
+    if len(pair) == 2 and rest == 1 and not (plan and plan[0][1]):
+        plan.append(("two_aspects", pair))
+        return plan
+    order = list(pair)
+    if plan and plan[0][1] and len(pair) == 2:
+        order = [pair[1], pair[0]]
+    plan += [("aspect", (order[index % len(order)],)) for index in range(rest)]
+    return plan
+
+
+def _break_words(random: Random, text: str) -> str:
+    """Swap, drop or double some words: what a weak language model's slips look like."""
+    tokens = text.split()
+    for _ in range(max(1, len(tokens) // 8)):
+        place = random.randrange(len(tokens))
+        slip = random.choice(("drop", "double", "swap", "replace"))
+        if slip == "drop" and len(tokens) > 3:
+            del tokens[place]
+        elif slip == "double":
+            tokens.insert(place, tokens[place])
+        elif slip == "swap":
+            other = random.randrange(len(tokens))
+            tokens[place], tokens[other] = tokens[other], tokens[place]
+        else:
+            words = lexicon()
+            tokens[place] = random.choice([*words.aspects, *words.genres, *words.adverbs, "the", "is", "a", "of"])
+    return " ".join(tokens)
+
+
+def write_listing(random: Random, split: str) -> str:
+    """A programme of films, as the site prints it."""
+    forms = lexicon().listings
+    lines = [random.choice(forms["heading"])]
+    for film in random.sample(films_of(split), random.randint(2, 4)):
+        line = random.choice(forms["line"])
+        lines.append(line.format(title=film.title, genre=film.genre, hall=random.randint(1, 6), hour=random.randint(1, 11)))
+    return "\n".join(lines)
+
+
+def write_request_list(random: Random, split: str) -> str:
+    """Instructions one below the other: why a base model answers an instruction with more instructions."""
+    lines = [draw_request(random, split).text for _ in range(random.randint(3, 5))]
+    if random.random() < 0.5:
+        lines.insert(0, random.choice(lexicon().requests["heading"]))
+    return "\n".join(lines)
+
+
+def write_free_review(random: Random, film: Film) -> str:
+    """A review that nobody asked for: any aspects, any length, sometimes of two minds."""
+    request = draw_request(random, film.split)
+    free = Request(film, request.sentiment, request.aspects, request.sentences, request.phrasing, request.sentiment_word)
+    flaws = ("mixed_sentiment",) if random.random() < 0.2 else ()
+    return write_review(random, free, flaws)
+
+
+def write_answered_requests(random: Random, split: str) -> str:
+    """A page of requests with their reviews, of any quality: the reason why a prompted base model does better than a bare one."""
+    pairs = []
+    for _ in range(random.randint(2, 3)):
+        request = draw_request(random, split)
+        flaws = random_flaws(random, (0.4, 0.3, 0.2, 0.1))
+        pairs.append(f"Request: {request.text}\nReview: {write_review(random, request, flaws)}")
+    return "\n\n".join(pairs)
+
+
+def random_flaws(random: Random, shares: tuple[float, ...]) -> tuple[str, ...]:
+    """So many distinct flaws as a draw from ``shares`` says: shares[n] is the probability of n flaws."""
+    number = random.choices(range(len(shares)), weights=shares)[0]
+    return tuple(random.sample(FLAWS, number))
