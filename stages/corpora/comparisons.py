@@ -1,0 +1,120 @@
+"""Comparisons for reward models: a prompt and K >= 2 ranked completions; K may differ from row to row, and ranks may tie.
+
+    prompt + completions + ranks         ranks: 0 is best, equal numbers tie
+    prompt + responses (+ scores)        best first; equal scores tie
+    prompt + chosen + rejected           the ordinary pair, text or messages (also hh-rlhf's dialogues without a prompt column)
+    prompt + responses as an object      {name: text}; ``preferred`` names the best one, the others tie
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stages.config import DataInput
+from stages.corpora.files import Row, read_splits, text_of
+from stages.corpora.messages import Prompt, prompt_of, reply_of, split_dialogue
+from stages.errors import DataError
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Completions of one prompt and their ranks (0 best; equal ranks tie)."""
+
+    prompt: Prompt
+    completions: list[str]
+    ranks: list[int]
+    annotator: str | None = None
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs that are no tie."""
+        return sum(a != b for index, a in enumerate(self.ranks) for b in self.ranks[:index])
+
+    @property
+    def best(self) -> str:
+        return self.completions[self.ranks.index(min(self.ranks))]
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """Comparisons to train on, and comparisons held out."""
+
+    train: list[Comparison]
+    validation: list[Comparison]
+
+
+def load_comparisons(data: DataInput, *, preferred: str | None = None) -> Comparisons:
+    """Comparisons of both splits. Raises DataError where a row is malformed, or where a split holds nothing but ties."""
+    splits = []
+    for rows, which in zip(read_splits(data), ("training", "held-out"), strict=True):
+        made = [comparison(row, preferred=preferred) for row in rows]
+        if not any(item.num_pairs for item in made):
+            raise DataError(f"the {which} comparisons ({len(made)} rows, first {rows[0].place}) are all ties; a ranking needs a preference")
+        splits.append(made)
+    return Comparisons(*splits)
+
+
+def comparison(row: Row, *, preferred: str | None = None) -> Comparison:
+    """One row as ranked completions."""
+    annotator = row.get("annotator")
+    name = annotator if isinstance(annotator, str) else None
+    if "chosen" in row and "rejected" in row:
+        if "prompt" in row:
+            return Comparison(prompt_of(row), [reply_of(row, "chosen"), reply_of(row, "rejected")], [0, 1], name)
+        prompt, chosen = split_dialogue(text_of(row, "chosen"), row, "chosen")
+        other, rejected = split_dialogue(text_of(row, "rejected"), row, "rejected")
+        if prompt != other:
+            # hh-rlhf has a few dialogues that part before the last turn; what follows the common part is compared.
+            common = _common(prompt + chosen, other + rejected)
+            prompt, chosen, rejected = common, (prompt + chosen)[len(common) :], (other + rejected)[len(common) :]
+        return Comparison(prompt, [chosen, rejected], [0, 1], name)
+    column = next((column for column in ("completions", "responses") if column in row), None)
+    if column is None:
+        raise DataError(
+            f"{row.place}: columns {', '.join(row)} make no comparison; expected prompt + completions + ranks, prompt + responses "
+            "(+ scores), or (prompt +) chosen + rejected"
+        )
+    value = row[column]
+    if isinstance(value, dict):
+        if preferred not in value:
+            raise DataError(f"{row.place}: {column} is an object; set preferred to one of {', '.join(value)} (got {preferred!r})")
+        value, ranks = list(value.values()), [int(key != preferred) for key in value]
+    elif isinstance(value, list):
+        ranks = _ranks(row, column, len(value))
+    else:
+        raise DataError(f"{row.place}: {column} is {type(value).__name__}; expected a list of texts")
+    if len(value) < 2:
+        raise DataError(f"{row.place}: {len(value)} completion(s); a comparison needs at least 2")
+    for number, text in enumerate(value, 1):
+        if not isinstance(text, str):
+            raise DataError(f"{row.place}: {column}, entry {number} is {type(text).__name__}; expected text")
+    return Comparison(prompt_of(row), value, ranks, name)
+
+
+def _ranks(row: Row, column: str, number: int) -> list[int]:
+    given = row.get("ranks", row.get("scores"))
+    if given is None:
+        if column == "completions":
+            raise DataError(f"{row.place}: completions without ranks; expected ranks (0 best, equal numbers tie) or scores")
+        return list(range(number))  # responses: best first
+    if not isinstance(given, list) or len(given) != number or not all(isinstance(item, int | float) for item in given):
+        raise DataError(f"{row.place}: expected {number} numbers in {'ranks' if 'ranks' in row else 'scores'}, got {given!r:.80}")
+    ordered = sorted(set(given), reverse="ranks" not in row)
+    return [ordered.index(item) for item in given]
+
+
+def _common(first: str, second: str) -> str:
+    """The longest common beginning that ends with a reply's mark."""
+    length = next((index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    head, mark, _ = first[:length].rpartition("\n\nAssistant:")
+    return head + mark
+
+
+def group_by_annotator(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
+    """Comparisons by who ranked them; rows without a name are left out."""
+    groups: dict[str, list[Comparison]] = {}
+    for item in comparisons:
+        if item.annotator is not None:
+            groups.setdefault(item.annotator, []).append(item)
+    return dict(sorted(groups.items()))

@@ -1,0 +1,65 @@
+"""Prompts for PPO and for evaluation: column ``prompt`` (text or messages), or the first words of a ``text``."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from stages.config import DataSource
+from stages.corpora.files import Row, read_rows, text_of
+from stages.corpora.messages import Prompt, prompt_of, split_dialogue
+from stages.errors import DataError
+
+
+def load_prompts(
+    sources: Sequence[DataSource], *, prompt_words: int | None = None, limit: int | None = None, split: str = "train"
+) -> list[Prompt]:
+    """Distinct prompts in the order of the data; ``prompt_words`` takes so many first words of each text. Raises DataError on bad rows."""
+    prompts: list[Prompt] = []
+    seen: set[str] = set()
+    for row in read_rows(sources, split=split):
+        prompt = _prompt(row, prompt_words)
+        key = repr(prompt)
+        if key not in seen:
+            seen.add(key)
+            prompts.append(prompt)
+        if limit is not None and len(prompts) == limit:
+            break
+    return prompts
+
+
+def _prompt(row: Row, words: int | None) -> Prompt:
+    if words is not None:
+        column = "text" if "text" in row else "prompt"
+        return " ".join(text_of(row, column).replace("<br />", " ").split()[:words])
+    if "prompt" in row:
+        return prompt_of(row)
+    if "messages" in row:
+        from stages.corpora.demonstrations import demonstration
+
+        return demonstration(row)["prompt"]
+    if "instruction" in row:
+        from stages.corpora.demonstrations import demonstration
+
+        return demonstration(Row({**row, "output": row.get("output") or "-"}))["prompt"]
+    if "chosen" in row:
+        return split_dialogue(text_of(row, "chosen"), row, "chosen")[0]
+    raise DataError(
+        f"{row.place}: columns {', '.join(row)} hold no prompt; expected prompt, instruction, messages, chosen, or text with prompt_words"
+    )
+
+
+def plain_text(prompt: Prompt) -> str:
+    """A prompt as one text: what reward sources and judges that are no language models are shown."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+
+
+def shuffled_forever(items: Sequence[Any], seed: int) -> Any:
+    """Endless stream of ``items``: every pass in a fresh order drawn from ``seed`` and the number of the pass."""
+    number = 0
+    while True:
+        order = list(items)
+        random.Random(f"{seed} {number}").shuffle(order)
+        yield from order
+        number += 1
