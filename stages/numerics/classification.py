@@ -1,0 +1,61 @@
+"""Counting right and wrong: intervals, calibration, F1, confusion. N examples, C classes; plain floats come back."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+Z95 = 1.959963984540054  # the 97.5 % point of the standard normal distribution
+
+
+def wilson_interval(successes: float, trials: float) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927); (0, 1) without trials. Half successes, as ties give, are allowed."""
+    if trials <= 0:
+        return 0.0, 1.0
+    share = successes / trials
+    scale = 1 + Z95**2 / trials
+    middle = (share + Z95**2 / (2 * trials)) / scale
+    half = Z95 / scale * math.sqrt(share * (1 - share) / trials + Z95**2 / (4 * trials**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def calibration_bins(confidence: Tensor, correct: Tensor, num_bins: int = 10) -> list[dict[str, float]]:
+    """Mean confidence, accuracy and count of equally wide bins of confidence in [0, 1]; empty bins are left out. Inputs [N]."""
+    bins = []
+    places = (confidence * num_bins).long().clamp(max=num_bins - 1)
+    for place in range(num_bins):
+        inside = places == place
+        if inside.any():
+            bins.append(
+                {
+                    "confidence": float(confidence[inside].mean()),
+                    "accuracy": float(correct[inside].double().mean()),
+                    "count": int(inside.sum()),
+                }
+            )
+    return bins
+
+
+def expected_calibration_error(confidence: Tensor, correct: Tensor, num_bins: int = 10) -> float:
+    """Mean distance of confidence from accuracy over the bins, weighted by count (Guo et al. 2017). Inputs [N]."""
+    bins = calibration_bins(confidence, correct, num_bins)
+    return sum(item["count"] * abs(item["confidence"] - item["accuracy"]) for item in bins) / max(1, len(confidence))
+
+
+def confusion_matrix(truth: Tensor, predicted: Tensor, num_classes: int) -> list[list[int]]:
+    """Counts [C][C]: row the true class, column the predicted one. Inputs [N] int."""
+    flat = torch.bincount(truth * num_classes + predicted, minlength=num_classes**2)
+    return [[int(count) for count in row] for row in flat.reshape(num_classes, num_classes)]
+
+
+def f1_scores(confusion: list[list[int]]) -> list[float]:
+    """F1 of each class, 2 TP / (2 TP + FP + FN); 0 for a class that neither occurs nor is predicted."""
+    scores = []
+    for index, row in enumerate(confusion):
+        hits = row[index]
+        misses = sum(row) - hits
+        false = sum(other[index] for other in confusion) - hits
+        scores.append(2 * hits / (2 * hits + false + misses) if hits + false + misses else 0.0)
+    return scores

@@ -1,0 +1,38 @@
+"""The terms of PPO's loss, per token. Inputs and results are [B, R]; what to sum and what to divide by is the update's business.
+
+Per-token terms and not means: a minibatch that is cut into microbatches of unequal length must still give the gradient of the whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def policy_terms(
+    logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, *, clip_range: float, dual_clip: float | None = None
+) -> Tensor:
+    """max(-A * ratio, -A * clip(ratio, 1 - c, 1 + c)), https://arxiv.org/abs/1707.06347, equation 7.
+
+    ``dual_clip`` (> 1) bounds the term by -A * dual_clip where A < 0 (https://arxiv.org/abs/1912.09729).
+    """
+    ratio = (logprobs - rollout_logprobs).exp()
+    terms = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+    if dual_clip is not None:
+        terms = torch.where(advantages < 0, torch.minimum(terms, -advantages * dual_clip), terms)
+    return terms
+
+
+def policy_clipped(logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, *, clip_range: float) -> Tensor:
+    """True where the clip is active, that is where the token gives no gradient."""
+    ratio = (logprobs - rollout_logprobs).exp()
+    return -advantages * ratio.clamp(1 - clip_range, 1 + clip_range) > -advantages * ratio
+
+
+def value_terms(values: Tensor, rollout_values: Tensor, returns: Tensor, *, clip_range: float | None) -> Tensor:
+    """1/2 max((v - G)^2, (clip(v, v_old - c, v_old + c) - G)^2); without clip_range 1/2 (v - G)^2."""
+    squared = (values - returns) ** 2
+    if clip_range is not None:
+        clipped = rollout_values + (values - rollout_values).clamp(-clip_range, clip_range)
+        squared = torch.maximum(squared, (clipped - returns) ** 2)
+    return 0.5 * squared

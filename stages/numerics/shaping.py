@@ -1,0 +1,39 @@
+"""From scores to per-token rewards. B sequences, R response tokens; response_mask is True through the stop token."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+MissingEOS = Literal["none", "replace", "subtract"]
+
+
+def last_token_index(response_mask: Tensor) -> Tensor:
+    """Column of each row's last counted token. Mask [B, R]; returns [B]. A row must have at least one token."""
+    columns = torch.arange(response_mask.shape[1], device=response_mask.device)
+    return (response_mask * columns).argmax(dim=1)
+
+
+def penalize_missing_eos(scores: Tensor, stopped: Tensor, *, how: MissingEOS, penalty: float) -> Tensor:
+    """Scores [B] of completions that never stopped: replaced by ``-penalty`` (Ziegler; Huang's EOS trick), or lowered by it (TRL)."""
+    if how == "none":
+        return scores
+    penalized = torch.full_like(scores, -penalty) if how == "replace" else scores - penalty
+    return torch.where(stopped, scores, penalized)
+
+
+def shape_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, *, kl_coef: float, token_scores: Tensor | None = None) -> Tensor:
+    """Per-token rewards [B, R]: -kl_coef * kl (+ token_scores), with each row's score [B] added at its last counted token.
+
+    Ouyang et al. 2022, equation 2, and openai/lm-human-preferences ``compute_rewards``; 0 outside the mask.
+    """
+    rewards = -kl_coef * kl
+    if token_scores is not None:
+        rewards = rewards + token_scores
+    rewards = torch.where(response_mask, rewards, torch.zeros_like(rewards))
+    rows = torch.arange(len(scores), device=scores.device)
+    final = torch.zeros_like(rewards)
+    final[rows, last_token_index(response_mask)] = scores.to(rewards.dtype)
+    return rewards + final
