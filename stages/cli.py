@@ -331,6 +331,7 @@ def _complete(
     """One completion per prompt; repeated prompts get seeds of their own."""
     from stages.config import GenerationSettings
     from stages.corpora.templates import encode_prompt
+    from stages.generation import decode_completions, stop_token_ids
     from stages.generation import generate as sample
     from stages.models.loading import load_language_model, load_tokenizer
 
@@ -338,11 +339,15 @@ def _complete(
     language_model = load_language_model(model, dtype=runtime.dtype("auto"), trainable=False, tokenizer=tokenizer).to(runtime.device)
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature)
     ids = [encode_prompt(tokenizer, text) for text in prompts]
-    generated = sample(language_model, tokenizer, ids, settings, seeds=[seed + index for index in range(len(ids))])
-    return [
-        tokenizer.decode(row[mask], skip_special_tokens=True)
-        for row, mask in zip(generated.response_ids, generated.response_mask, strict=True)
-    ]
+    generated = sample(
+        language_model,
+        ids,
+        settings,
+        seeds=[seed + index for index in range(len(ids))],
+        stop_ids=stop_token_ids(language_model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return decode_completions(tokenizer, generated)
 
 
 def main() -> None:

@@ -1,0 +1,46 @@
+"""A Python function as a reward source: only the one that the recipe names is imported."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from stages.corpora.messages import Prompt
+from stages.corpora.prompts import plain_text
+from stages.errors import RecipeError, TrainingError
+
+
+def load_function(address: str) -> Callable[[list[str], list[str]], Sequence[float]]:
+    """The function at ``package.module:name``. Raises RecipeError where there is none."""
+    module, _, name = address.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise RecipeError(f"function {address!r}: cannot import {module} ({error}); is it installed, or on PYTHONPATH?") from error
+    except AttributeError as error:
+        raise RecipeError(f"function {address!r}: {module} has no {name!r}") from error
+    if not callable(found):
+        raise RecipeError(f"function {address!r} is {type(found).__name__}; expected a function of (prompts, completions)")
+    return found
+
+
+class FunctionSource:
+    """Calls ``function(prompts, completions) -> scores`` with lists of texts."""
+
+    def __init__(self, name: str, address: str) -> None:
+        self.name, self.address = name, address
+        self.function = load_function(address)
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
+        """Scores [N]. Raises TrainingError where the function raises, or returns something that is no list of numbers."""
+        try:
+            scores = self.function([plain_text(prompt) for prompt in prompts], list(completions))
+        except Exception as error:
+            raise TrainingError(f"reward function {self.address} raised {type(error).__name__}: {error}") from error
+        try:
+            return torch.as_tensor(scores, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TrainingError(f"reward function {self.address} returned {scores!r:.80}; expected one number per completion") from error
