@@ -49,10 +49,10 @@ class DataSource(Strict):
 
     path: str = Field(description="File (.jsonl, .jsonl.gz, .json, .csv, .parquet, .txt), folder, hub id, or world:PART.")
     name: str | None = Field(None, description="Hub configuration name.")
-    split: str | None = Field(None, description="Split of a hub data set (default: train for training, validation or test for held-out data).")
+    split: str | None = Field(None, description="Split of a hub data set (default: train; held-out data: validation or test).")
     limit: int | None = Field(None, ge=1, description="Use only the first so many rows.")
     skip: int = Field(0, ge=0, description="Leave out the first so many rows.")
-    columns: dict[str, str] = Field({}, description="Rename: our column name -> the file's column name, e.g. {text: review, label: sentiment}.")
+    columns: dict[str, str] = Field({}, description="Rename: our column name -> the file's, e.g. {text: review, label: sentiment}.")
 
 
 def _sources(value: Any) -> Any:

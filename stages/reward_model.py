@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -176,7 +177,6 @@ def collate(comparisons: Sequence[EncodedComparison], pad_token_id: int) -> dict
 
 
 def _trainer(model: RewardModel, arguments: Any, rows: list[EncodedComparison], pad_token_id: int) -> Any:
-    import torch
     from transformers import Trainer
 
     from stages.numerics.ranking import ranking_loss
@@ -194,8 +194,9 @@ def _trainer(model: RewardModel, arguments: Any, rows: list[EncodedComparison], 
             from safetensors.torch import save_file
 
             state = self.model.state_dict() if state_dict is None else state_dict
-            folder = output_dir or self.args.output_dir
-            save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, f"{folder}/model.safetensors")
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, folder / "model.safetensors")
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             from safetensors.torch import load_file

@@ -216,7 +216,7 @@ class StepContext:
         extra: dict[str, Any] | None = None,
         name: str | None = None,
     ) -> ModelRecord:
-        """Publish what ``save(folder)`` writes; ``base`` is the model that an adapter stands on. The record is returned on every process."""
+        """Publish what ``save(folder)`` writes; ``base`` is the model that an adapter stands on. Every process gets the record."""
         name = name or self.name
         if self.runtime.is_main:
             self.registry.publish(

@@ -69,7 +69,7 @@ def _open(source: DataSource, split: str) -> Iterator[Row]:
     if path.is_dir() or path.is_file():
         return (row for file in _files(path) for row in _read_file(file))
     if path.is_absolute() or path.suffix in (*SUFFIXES, ".gz"):
-        raise DataError(f"{source.path}: there is no such file; expected {', '.join(SUFFIXES)} (also .gz), a folder, a hub id or world:PART")
+        raise DataError(f"{source.path}: no such file; expected {', '.join(SUFFIXES)} (also .gz), a folder, a hub id or world:PART")
     return _read_hub(source, split)
 
 
@@ -120,7 +120,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
         try:
             value = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: malformed JSON at column {error.colno} ({error.msg}); expected one object per line") from error
+            raise DataError(f"{path}:{number}: bad JSON at column {error.colno} ({error.msg}); expected an object per line") from error
         yield _row(value, f"{path}:{number}")
 
 
@@ -128,7 +128,7 @@ def _read_json(path: Path) -> Iterator[Row]:
     try:
         value = json.loads(_text(path))
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: malformed JSON at column {error.colno} ({error.msg})") from error
+        raise DataError(f"{path}:{error.lineno}: bad JSON at column {error.colno} ({error.msg})") from error
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a list of objects, got {type(value).__name__}; one object per line is .jsonl")
     for number, item in enumerate(value, 1):
@@ -223,7 +223,7 @@ def _names(sources: Sequence[DataSource]) -> str:
 
 
 def fingerprint(sources: Sequence[DataSource]) -> str:
-    """Hash of what ``sources`` hold: the bytes of files (wherever they lie), the world's files and code, the id and revision of hub data."""
+    """Hash of what ``sources`` hold: the bytes of files (wherever they lie), the world's files and code, id and revision of hub data."""
     hashes = hashlib.sha256()
     for source in sources:
         hashes.update(_source_fingerprint(source).encode() + b"\n")

@@ -31,7 +31,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     if template == "chat":
         if not tokenizer.chat_template:
             names = ", ".join(PLAIN_TEMPLATES)
-            raise ModelError(f"template: chat, and the tokenizer has no chat template; name a plain one ({names}) or write one with {{prompt}}")
+            raise ModelError(f"template: chat, and the tokenizer has no chat template; name a plain one ({names}) or write {{prompt}}")
         return
     text = PLAIN_TEMPLATES.get(template, template)
     if text.count("{prompt}") != 1:

@@ -181,9 +181,17 @@ class ValueModel(ScalarModel):
 
     @classmethod
     def from_reward_model(cls, reward_model: RewardModel) -> Self:
-        """A trainable copy of a reward model: its value at a text's last token is the text's score."""
+        """A trainable copy of a reward model: its value at a text's last token is the text's score.
+
+        Of a reward model with an adapter the copy's adapter and head are trainable.
+        """
+        from peft import PeftModel
+
         made = cls(copy.deepcopy(reward_model.backbone), reward_model.tokenizer)
         made.score_head.load_state_dict(reward_model.score_head.state_dict())
+        adapted = isinstance(made.backbone, PeftModel)
+        for name, parameter in made.backbone.named_parameters():
+            parameter.requires_grad_("lora_" in name or not adapted)
         return made.train()
 
     @classmethod

@@ -230,7 +230,7 @@ def _from_pretrained(
             revision=model.input.revision if own else None,
             trust_remote_code=model.input.trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=not require_head,
+            ignore_mismatched_sizes=True,  # what does not fit is raised by name below
             **options,
         )
     if quantization is not None:
@@ -245,9 +245,10 @@ def _keep_4bit_layout(model: nn.Module) -> None:
     """On a CPU bitsandbytes repacks 4-bit weights at the first evaluation, which fails for widths that are no multiple of 32 and leaves
     weights that training cannot read; keep the layout they were loaded in.
     """
-    for module in model.modules():
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False
 
 
 def _own_device() -> Any:
@@ -352,10 +353,12 @@ def _refuse_missing(loaded: Any, report: dict[str, Any], model: ResolvedModel, r
     has_prefix = any(name.startswith(prefix) for name in names)
     # Buffers are computed, and a pooler that the architecture adds is part of no causal model.
     missing = [name for name in missing if name in names]
-    body = [name for name in missing if not has_prefix or name.startswith(prefix)]
+    body = [name for name in [*missing, *wrong] if not has_prefix or name.startswith(prefix)]
     if body:
-        raise ModelError(f"{model.ref!r} lacks weights of {type(loaded).__name__}: {_some(body)}; the folder is incomplete")
-    head = [*missing, *wrong]
+        raise ModelError(
+            f"{model.ref!r} lacks weights of {type(loaded).__name__} ({_some(body)} missing or of another shape); the folder is incomplete"
+        )
+    head = [*missing, *wrong]  # the transformer is whole: only these are left
     if head and require_head:
         raise ModelError(
             f"{model.ref!r} has no trained head for {type(loaded).__name__} ({_some(head)} missing or of another shape); "

@@ -1,1 +1,1 @@
-"""Pure tensor functions: torch in, torch out, nothing else imported. B sequences, R response tokens; masks are True where a token counts."""
+"""Pure tensor functions: torch and nothing else. B sequences, R response tokens; masks are True where a token counts."""

@@ -54,11 +54,13 @@ def checked(scores: Tensor, name: str, completions: Sequence[str]) -> Tensor:
     """``scores`` as [N] fp32, or TrainingError naming the source and the first completion it failed on."""
     scores = torch.as_tensor(scores, dtype=torch.float32).cpu()
     if scores.shape != (len(completions),):
-        raise TrainingError(f"reward {name!r} returned scores of shape {tuple(scores.shape)}; expected one number per completion ({len(completions)})")
+        expected = f"expected one number per completion ({len(completions)})"
+        raise TrainingError(f"reward {name!r} returned scores of shape {tuple(scores.shape)}; {expected}")
     bad = torch.nonzero(~torch.isfinite(scores)).flatten()
     if len(bad):
         place = int(bad[0])
-        raise TrainingError(f"reward {name!r} returned {float(scores[place])} for the completion {completions[place][:80]!r}; expected a finite number")
+        value, text = float(scores[place]), completions[place][:80]
+        raise TrainingError(f"reward {name!r} returned {value} for the completion {text!r}; expected a finite number")
     return scores
 
 

@@ -1,0 +1,45 @@
+"""Likelihood of held-out tokens: a model that knows nothing has the vocabulary's size as its perplexity."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.models.likelihood import Likelihood, measure_likelihood
+from stages.models.loading import load_language_model
+
+CPU: dict[str, Any] = {"pad_token_id": 1, "device": torch.device("cpu"), "dtype": torch.float32}
+
+
+def test_perplexity_of_a_uniform_model_is_the_vocabulary_size(tiny_llama_folder: Path) -> None:
+    model = load_language_model(str(tiny_llama_folder), dtype=torch.float32)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    rows = [([5, 6, 7, 8], [1, 1, 1, 1]), ([9, 10], [1, 1])]
+    measured = measure_likelihood(model, rows, batch_size=2, **CPU)
+    assert measured.tokens == 4  # 3 + 1: nothing predicts a first token
+    assert measured.perplexity == pytest.approx(300, rel=1e-5)
+    # 4 tokens of log2(300) = 8.2288 bits spread over 8 bytes
+    assert measured.bits_per_byte(8) == pytest.approx(4.1144, abs=1e-3)
+
+
+def test_only_counted_tokens_count_and_batches_do_not_matter(tiny_llama_folder: Path) -> None:
+    model = load_language_model(str(tiny_llama_folder), dtype=torch.float32)
+    model.train()
+    rows = [([5, 6, 7, 8, 30, 31], [0, 0, 0, 1, 1, 0]), ([9, 10, 11], [0, 1, 1]), ([4, 2], [0, 1])]
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(input_ids=torch.tensor([rows[0][0]])).logits, dim=-1)[0]
+    expected = -float(logprobs[2, 8] + logprobs[3, 30])
+    assert measure_likelihood(model, rows[:1], batch_size=1, **CPU).nats == pytest.approx(expected, rel=1e-5)
+    one, three = (measure_likelihood(model, rows, batch_size=size, **CPU) for size in (1, 3))
+    assert one.tokens == three.tokens == 5
+    assert one.nats == pytest.approx(three.nats, rel=1e-5)
+    assert model.training  # left as it was
+
+
+def test_nothing_counted_has_no_loss() -> None:
+    assert math.isnan(Likelihood(0.0, 0).loss)

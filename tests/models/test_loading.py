@@ -1,0 +1,210 @@
+"""Tokenizers get a pad token that is not their end; models load whole or not at all; adapters and quantized weights do what they should."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.config import LoraSettings
+from stages.errors import ModelError
+from stages.models import loading
+from stages.models.loading import disable_dropout, ensure_pad_token, load_classifier, load_language_model, load_tokenizer, save_model
+
+IDS = torch.tensor([[5, 17, 40, 3, 250]])
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def test_a_missing_pad_token_becomes_the_unknown_token(shared_data: Path) -> None:
+    folder = shared_data / "stories260K" / "hf"
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer.pad_token == "<unk>"
+    assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    model = load_language_model(str(folder), dtype=torch.float32, tokenizer=tokenizer)
+    assert model.get_input_embeddings().weight.shape[0] == 512  # nothing had to be added
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_padding_with_the_end_token_is_mended_and_said_once(
+    tiny_llama_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_llama_folder))
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path)
+    loading._said.clear()
+    with caplog.at_level(logging.WARNING):
+        first, _ = load_tokenizer(str(tmp_path)), load_tokenizer(str(tmp_path))
+    assert first.pad_token == "[PAD]"
+    assert first.pad_token_id != first.eos_token_id
+    assert sum("pads with its end token" in record.message for record in caplog.records) == 1
+
+
+def test_a_good_pad_token_and_the_padding_side_stay(tiny_tokenizer: Any) -> None:
+    before = tiny_tokenizer.pad_token_id, tiny_tokenizer.padding_side, len(tiny_tokenizer)
+    ensure_pad_token(tiny_tokenizer)
+    assert (tiny_tokenizer.pad_token_id, tiny_tokenizer.padding_side, len(tiny_tokenizer)) == before
+
+
+def test_new_rows_of_the_embedding_are_the_mean_of_the_old(tiny_llama_folder: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_llama_folder))
+    plain = load_language_model(str(tiny_llama_folder), dtype=torch.float32)
+    tokenizer.add_tokens(["<new>"])
+    grown = load_language_model(str(tiny_llama_folder), dtype=torch.float32, tokenizer=tokenizer)
+    rows = plain.get_input_embeddings().weight
+    assert grown.get_input_embeddings().weight.shape[0] == rows.shape[0] + 1
+    torch.testing.assert_close(grown.get_input_embeddings().weight[-1], rows.mean(dim=0))
+    torch.testing.assert_close(grown.get_output_embeddings().weight[-1], plain.get_output_embeddings().weight.mean(dim=0))
+
+
+def test_saved_and_loaded_is_the_same_model(tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    model = load_language_model(str(tiny_llama_folder), dtype=torch.float32)
+    save_model(model, tiny_tokenizer, tmp_path)
+    again = load_language_model(str(tmp_path), dtype=torch.float32)
+    torch.testing.assert_close(logits_of(again), logits_of(model), rtol=0, atol=0)
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".safetensors"}
+
+
+def test_frozen_models_have_no_trainable_weight(tiny_llama_folder: Path) -> None:
+    model = load_language_model(str(tiny_llama_folder), dtype=torch.float32, trainable=False)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_pickled_weights_are_refused_with_the_reason(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    (tmp_path / "config.json").write_text((tiny_llama_folder / "config.json").read_text())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"whatever")
+    with pytest.raises(ModelError, match="pytorch_model.bin: pickle files can run code"):
+        load_language_model(str(tmp_path), dtype=torch.float32)
+
+
+def test_a_folder_without_weights_is_an_error_with_a_next_move(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="expected a folder written by save_pretrained"):
+        load_language_model(str(tmp_path), dtype=torch.float32)
+    with pytest.raises(ModelError, match="cannot load the tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_missing_weights_of_the_transformer_are_never_made_up(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tiny_llama_folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((tiny_llama_folder / "config.json").read_text())
+    with pytest.raises(ModelError, match=r"lacks weights of LlamaForCausalLM .model.layers.1.mlp.up_proj.weight"):
+        load_language_model(str(tmp_path), dtype=torch.float32)
+
+
+def test_a_classifier_without_a_head_is_refused_unless_it_is_to_be_trained(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no trained head"):
+        load_classifier(str(tiny_llama_folder), dtype=torch.float32)
+    model = load_classifier(str(tiny_llama_folder), dtype=torch.float32, labels=["negative", "positive"], require_head=False)
+    save_model(model, load_tokenizer(str(tiny_llama_folder)), tmp_path)
+    again = load_classifier(str(tmp_path), dtype=torch.float32)
+    assert again.config.id2label == {0: "negative", 1: "positive"}
+    torch.testing.assert_close(again.score.weight, model.score.weight)
+    with pytest.raises(ModelError, match="no trained head"):
+        load_classifier(str(tmp_path), dtype=torch.float32, labels=["a", "b", "c"])
+
+
+def test_dropout_is_switched_off_in_modules_and_in_attention(tiny_tokenizer: Any) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, attention_dropout=0.5
+        )
+    )
+    for model in (gpt2, llama):
+        disable_dropout(model)
+        model.train()
+        torch.testing.assert_close(model(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=0, atol=0)
+    assert llama.config.attention_dropout == 0.5  # what is saved is as it was
+
+
+def adapted(folder: Path, target: Path, tokenizer: Any, **options: Any) -> Any:
+    """A model with a LoRA adapter that does something, and that adapter saved in ``target``."""
+    model = load_language_model(str(folder), dtype=torch.float32, lora=LoraSettings(r=4), **options)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    save_model(model, tokenizer, target)
+    return model
+
+
+def test_an_adapter_starts_as_an_identity_and_trains_alone(tiny_llama_folder: Path) -> None:
+    plain = load_language_model(str(tiny_llama_folder), dtype=torch.float32)
+    model = load_language_model(str(tiny_llama_folder), dtype=torch.float32, lora=LoraSettings())
+    torch.testing.assert_close(logits_of(model), logits_of(plain))
+    assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    with pytest.raises(ModelError, match="Linear modules here:.*q_proj"):
+        load_language_model(str(tiny_llama_folder), dtype=torch.float32, lora=LoraSettings(target_modules=["nothing"]))
+
+
+def test_a_chain_of_adapters_loads_from_the_bottom_up(tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    first = adapted(tiny_llama_folder, tmp_path / "one", tiny_tokenizer)
+    second = adapted(tmp_path / "one", tmp_path / "two", tiny_tokenizer)
+    with second.disable_adapter():
+        torch.testing.assert_close(logits_of(second), logits_of(first))  # the reference of a PPO step
+    loaded = load_language_model(str(tmp_path / "two"), dtype=torch.float32)
+    torch.testing.assert_close(logits_of(loaded), logits_of(second))
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }
+
+
+def test_the_registry_exports_an_adapter_merged(
+    tiny_llama_folder: Path, tiny_tokenizer: Any, step_context: Any, resolve_folder: Any, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = resolve_folder(tiny_llama_folder)
+    model = adapted(tiny_llama_folder, tmp_path / "adapter", tiny_tokenizer)
+    context = step_context(models={"model": base})
+    record = context.publish(lambda folder: save_model(model, tiny_tokenizer, folder), role="language_model", metrics={}, base=base)
+    assert str(tmp_path) not in (record.path / "adapter_config.json").read_text()
+    context.registry.export(record.ref, tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    torch.testing.assert_close(logits_of(exported), logits_of(model))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantized_models_answer_and_train_an_adapter(
+    tiny_llama_folder: Path, tiny_tokenizer: Any, resolve_folder: Any, tmp_path: Path, quantization: str
+) -> None:
+    source = resolve_folder(tiny_llama_folder, quantization=quantization)
+    full = load_language_model(str(tiny_llama_folder), dtype=torch.float32)
+    model = load_language_model(source, dtype=torch.float32, lora=LoraSettings())
+    assert torch.nn.functional.cosine_similarity(logits_of(model).flatten(), logits_of(full).flatten(), dim=0) > 0.95
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "lora_B" in name)
+    with pytest.raises(ModelError, match="quantized weights cannot be trained"):
+        load_language_model(source, dtype=torch.float32)
+    # an adapter under a quantized model is merged before quantizing
+    adapter = adapted(tiny_llama_folder, tmp_path, tiny_tokenizer)
+    again = load_language_model(resolve_folder(tmp_path, quantization=quantization), dtype=torch.float32, trainable=False)
+    save_model(adapter.merge_and_unload(), tiny_tokenizer, tmp_path / "merged")
+    merged = load_language_model(resolve_folder(tmp_path / "merged", quantization=quantization), dtype=torch.float32, trainable=False)
+    torch.testing.assert_close(logits_of(again), logits_of(merged))
+
+
+def test_a_classifier_adapter_keeps_its_head_and_labels(tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    model = load_classifier(
+        str(tiny_llama_folder), dtype=torch.float32, labels=["bad", "good"], require_head=False, lora=LoraSettings()
+    )
+    save_model(model, tiny_tokenizer, tmp_path)
+    again = load_classifier(str(tmp_path), dtype=torch.float32, tokenizer=tiny_tokenizer)
+    assert again.config.id2label == {0: "bad", 1: "good"}
+    torch.testing.assert_close(logits_of(again), logits_of(model))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"

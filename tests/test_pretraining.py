@@ -1,0 +1,155 @@
+"""Pretraining from random weights and from a model: blocks by hand, equal runs of equal bits, mistakes named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from stages.config import ModelInput
+from stages.errors import DataError, ModelError
+from stages.pretraining import (
+    PretrainingConfig,
+    TokenizerSettings,
+    encode_documents,
+    overlapping_windows,
+    pack_blocks,
+    run,
+    train_tokenizer,
+)
+from stages.runtime import ResolvedModel
+
+TINY = {"type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+SENTENCES = ["the acting was warm and the film was a joy", "the plot was dull and the ending was weak", "write a happy line"]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Thirty documents in a JSON-lines file."""
+    import json
+
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{SENTENCES[index % 3]} {index}"}) + "\n" for index in range(30)))
+    return path
+
+
+def config(corpus: Path, **fields: Any) -> PretrainingConfig:
+    settings = {
+        "name": "base",
+        "architecture": TINY,
+        "tokenizer": {"vocab_size": 300},
+        "block_size": 16,
+        "precision": "fp32",
+        "data": {"train": str(corpus), "validation_fraction": 0.1},
+        "training": {"epochs": 3.0, "batch_size": 8},
+    }
+    return PretrainingConfig.model_validate({name: value for name, value in {**settings, **fields}.items() if value is not None})
+
+
+def test_documents_are_joined_by_the_end_token_and_cut(tiny_tokenizer: Any) -> None:
+    end = tiny_tokenizer.eos_token_id
+    a, b = (tiny_tokenizer(text)["input_ids"] for text in SENTENCES[:2])
+    tokens = encode_documents(tiny_tokenizer, SENTENCES[:2])
+    assert tokens == [*a, end, *b, end]
+    blocks = pack_blocks(tokens, 5)
+    assert blocks.shape == (len(tokens) // 5, 5)
+    assert blocks.flatten().tolist() == tokens[: len(tokens) // 5 * 5]
+    with pytest.raises(DataError, match="3 tokens, less than one block; lower block_size=5"):
+        pack_blocks([1, 2, 3], 5)
+
+
+def test_windows_predict_every_token_but_the_first_once() -> None:
+    rows = [ids for ids, _ in overlapping_windows([0, 1, 2, 3, 4, 5, 6], 3)]
+    assert rows == [[0, 1, 2], [2, 3, 4], [4, 5, 6]]
+    assert [token for row in rows for token in row[1:]] == [1, 2, 3, 4, 5, 6]
+    assert [ids for ids, _ in overlapping_windows([0, 1, 2, 3], 3)] == [[0, 1, 2], [2, 3]]
+
+
+def test_tokenizers_of_equal_texts_are_equal_and_lose_nothing() -> None:
+    settings = TokenizerSettings(vocab_size=300, special_tokens=["<|user|>"])
+    first, second = (train_tokenizer(SENTENCES, settings) for _ in range(2))
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+    text = "Grüße, <|user|> 你好\n"
+    ids = first(text)["input_ids"]
+    assert first.decode(ids) == text
+    assert first.convert_tokens_to_ids("<|user|>") in ids
+    assert len(first) == 300 and first.pad_token_id != first.eos_token_id
+
+
+def test_from_random_weights_to_a_published_model(corpus: Path, step_context: Any) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    results = [run(config(corpus), step_context(name=f"test/base{turn}", seed=5)) for turn in range(2)]
+    assert results[0].model.digest == results[1].model.digest  # equal bits from run to run
+    assert run(config(corpus), step_context(name="test/other", seed=6)).model.digest != results[0].model.digest
+    metrics = results[0].metrics
+    assert metrics["heldout_perplexity_before"] == pytest.approx(300, rel=0.15)  # small random weights are nearly uniform
+    assert metrics["heldout_perplexity_after"] < metrics["heldout_perplexity_before"] / 2
+    assert metrics["heldout_bits_per_byte_after"] < metrics["heldout_bits_per_byte_before"]
+    assert metrics["tokens_per_second"] > 0
+    record = results[0].model
+    assert record.role == "language_model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(record.path), AutoTokenizer.from_pretrained(record.path)
+    assert model.config.vocab_size == len(tokenizer) == 300
+    assert (model.config.eos_token_id, model.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_continuing_a_model_begins_where_it_was(corpus: Path, step_context: Any, lora: dict[str, int] | None) -> None:
+    base = run(config(corpus), step_context(name="test/base", seed=5))
+    record = base.model
+    resolved = ResolvedModel(
+        ref=record.ref, kind="registry", path=str(record.path), digest=record.digest, input=ModelInput(ref=record.ref), record=record
+    )
+    continued = config(corpus, architecture=None, tokenizer=None, model=record.ref, lora=lora)
+    result = run(continued, step_context(name="test/more", seed=5, models={"model": resolved}))
+    assert result.metrics["heldout_perplexity_before"] == pytest.approx(base.metrics["heldout_perplexity_after"], rel=1e-4)
+    assert result.metrics["heldout_perplexity_after"] < result.metrics["heldout_perplexity_before"]
+    assert result.model.is_adapter == (lora is not None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"architecture": None}, "either model .* or architecture"),
+        ({"model": "gpt2"}, "either model .* or architecture"),
+        ({"architecture": {"hidden_size": 8}}, "architecture needs a type"),
+        ({"architecture": {**TINY, "vocab_size": 9}}, "follows from the tokenizer"),
+        ({"lora": {}}, "lora needs a model"),
+        ({"architecture": None, "tokenizer": None, "model": {"ref": "x", "quantization": "nf4"}}, "needs lora"),
+        ({"architecture": None, "model": "x"}, "tokenizer goes with architecture"),
+        ({"tokenizer": {"vocab_sise": 300}}, "vocab_sise"),
+    ],
+)
+def test_contradictions_are_refused(corpus: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        config(corpus, **fields)
+
+
+def test_defaults_of_the_stage_survive_a_partial_block(corpus: Path) -> None:
+    assert config(corpus, training={"epochs": 2.0}).training.adam_beta2 == 0.95
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"architecture": {"type": "lama"}}, "architecture.type='lama' is unknown; did you mean .*llama"),
+        ({"architecture": {**TINY, "num_hiden_layers": 1}}, "num_hiden_layers is no field of llama; did you mean num_hidden_layers"),
+        ({"architecture": {**TINY, "max_position_embeddings": 8}}, "block_size=16 is longer than the model's 8 positions"),
+    ],
+)
+def test_an_architecture_that_cannot_be_is_named(corpus: Path, step_context: Any, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        run(config(corpus, **fields), step_context())
+
+
+def test_bf16_trains_on_a_cpu(corpus: Path, step_context: Any) -> None:
+    context = step_context()
+    result = run(config(corpus, precision="bf16", training={"max_steps": 2, "batch_size": 4}), context)
+    from safetensors.torch import load_file
+
+    assert load_file(result.model.path / "model.safetensors")["model.norm.weight"].dtype == torch.float32  # master weights

@@ -1,0 +1,139 @@
+"""Supervised fine-tuning: only completions are learned, packing changes no gradient, over-long rows are left out and said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from stages.errors import DataError
+from stages.models.loading import load_language_model
+from stages.sft import IGNORED, EncodedRow, PackedCollator, SFTStepConfig, _trainer, pack_rows, run
+
+ROWS = [EncodedRow([10, 11, 12, 13], 2), EncodedRow([20, 21], 1), EncodedRow([30, 31, 32, 33, 34], 3), EncodedRow([40, 41, 42], 1)]
+
+
+@pytest.fixture
+def demonstrations(tmp_path: Path) -> Path:
+    """Twenty prompt-completion pairs in a JSON-lines file."""
+    path = tmp_path / "demonstrations.jsonl"
+    rows = [{"prompt": f"write a line about the {thing} {number}:", "completion": f"the {thing} was a joy"}
+            for number in range(5) for thing in ("film", "plot", "music", "ending")]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(path: Path | str = "unused", **fields: Any) -> SFTStepConfig:
+    settings = {
+        "name": "sft", "model": "base", "precision": "fp32", "data": {"train": str(path), "validation_fraction": 0.2},
+        "training": {"epochs": 3.0, "batch_size": 4, "learning_rate": 1e-2},
+    }  # fmt: skip
+    return SFTStepConfig.model_validate({**settings, **fields})
+
+
+def test_what_counts_in_the_loss() -> None:
+    assert EncodedRow([1, 2, 3, 4], 2).counted(True) == [0, 0, 1, 1]
+    assert EncodedRow([1, 2, 3, 4], 2).counted(False) == [0, 1, 1, 1]
+    assert EncodedRow([1, 2, 3], 0).counted(True) == [0, 1, 1]  # nothing predicts the first token
+
+
+def test_packing_by_hand() -> None:
+    packed = pack_rows(ROWS, 8, completion_only=True)
+    # longest first: 5 opens a row (3 left), 4 opens a row (4 left); 3 fits best into the first (0 left), 2 into the second
+    assert packed["input_ids"] == [[30, 31, 32, 33, 34, 40, 41, 42], [10, 11, 12, 13, 20, 21]]
+    assert packed["position_ids"] == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 0, 1]]
+    x = IGNORED
+    assert packed["labels"] == [[x, x, x, 33, 34, x, 41, 42], [x, x, 12, 13, x, 21]]
+    batch = PackedCollator(1)([{name: column[row] for name, column in packed.items()} for row in range(2)])
+    assert batch["input_ids"][1].tolist() == [10, 11, 12, 13, 20, 21, 1, 1]
+    assert batch["labels"][1].tolist() == [x, x, 12, 13, x, 21, x, x]
+    assert batch["position_ids"][1].tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
+
+
+def gradient(context: Any, folder: Path, tokenizer: Any, rows: list[EncodedRow], **fields: Any) -> dict[str, torch.Tensor]:
+    """The gradient of one optimizer step's loss over all ``rows``, as TRL's trainer computes it."""
+    model = load_language_model(str(folder), dtype=torch.float32)
+    settings = config(training={"batch_size": len(rows), "microbatch_size": len(rows)}, **fields)
+    trainer = _trainer(settings, context, model, tokenizer, rows, 16)
+    batch = next(iter(trainer.get_train_dataloader()))
+    count = batch["labels"][:, 1:].ne(IGNORED).sum()
+    trainer.compute_loss(trainer.model.train(), batch, num_items_in_batch=count).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_packed_demonstrations_have_the_gradient_of_separate_ones(step_context: Any, tiny_llama_folder: Path, tiny_tokenizer: Any) -> None:
+    separate = gradient(step_context(name="test/a"), tiny_llama_folder, tiny_tokenizer, ROWS)
+    packed = gradient(step_context(name="test/b"), tiny_llama_folder, tiny_tokenizer, ROWS, packing=True)
+    for name, expected in separate.items():
+        torch.testing.assert_close(packed[name], expected, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_prompt_tokens_are_not_learned(step_context: Any, tiny_llama_folder: Path, tiny_tokenizer: Any) -> None:
+    def head_rows(completion_only: bool, name: str) -> torch.Tensor:
+        context = step_context(name=name)
+        found = gradient(context, tiny_llama_folder, tiny_tokenizer, [ROWS[0]], completion_only_loss=completion_only)
+        return found["lm_head.weight"]
+
+    model = load_language_model(str(tiny_llama_folder), dtype=torch.float32)
+    # By hand: cross-entropy of tokens 12 and 13 alone (positions 1 and 2 predict them), or of 11, 12 and 13.
+    for completion_only, first in ((True, 1), (False, 0)):
+        logits = model(input_ids=torch.tensor([ROWS[0].ids])).logits[0, first:3]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(ROWS[0].ids[first + 1 :]))
+        (expected,) = torch.autograd.grad(loss, [model.lm_head.weight])
+        torch.testing.assert_close(head_rows(completion_only, f"test/{first}"), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"packing": True}, {"lora": {"r": 4}}, {"completion_only_loss": False}, {"training": {"gradient_checkpointing": True}},
+     {"lora": {"r": 4}, "model": {"ref": "base", "quantization": "nf4"}}],
+    ids=["full", "packing", "lora", "whole-text", "checkpointing", "nf4"],
+)  # fmt: skip
+def test_fine_tuning_lowers_the_held_out_loss(
+    demonstrations: Path, step_context: Any, tiny_llama_folder: Path, resolve_folder: Any, fields: dict[str, Any]
+) -> None:
+    settings = {"epochs": 3.0, "batch_size": 4, "microbatch_size": 2, "learning_rate": 1e-2, **fields.get("training", {})}
+    step = config(demonstrations, template="instruction", **{**fields, "training": settings})
+    source = resolve_folder(tiny_llama_folder, quantization=step.model.quantization)
+    result = run(step, step_context(models={"model": source}))
+    assert result.metrics["heldout_loss_after"] < result.metrics["heldout_loss_before"] - 0.1
+    assert result.metrics["demonstrations"] == 16 and result.metrics["heldout_demonstrations"] == 4
+    assert result.model is not None and result.model.is_adapter == (step.lora is not None)
+    assert result.model.manifest["extra"] == {"template": "instruction"}
+    from stages.models.loading import load_tokenizer
+
+    assert "### Response:" in (load_tokenizer(str(result.model.path)).chat_template or "")  # the template travels with the model
+
+
+def test_equal_runs_make_equal_models(demonstrations: Path, step_context: Any, tiny_llama_folder: Path, resolve_folder: Any) -> None:
+    models = {"model": resolve_folder(tiny_llama_folder)}
+    for fields in ({}, {"lora": {"r": 4}}):
+        contexts = [step_context(name=f"test/{len(fields)}-{turn}", seed=3, models=models) for turn in range(2)]
+        digests = {run(config(demonstrations, **fields), context).model.digest for context in contexts}
+        assert len(digests) == 1
+
+
+def test_rows_that_are_too_long_are_left_out_and_counted(
+    tmp_path: Path, step_context: Any, tiny_llama_folder: Path, resolve_folder: Any
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a fine film", "completion": "and honest"}] * 6 + [{"prompt": "x " * 60, "completion": "too long"}]
+    heldout = tmp_path / "heldout.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    heldout.write_text(json.dumps(rows[0]) + "\n")
+    context = step_context(models={"model": resolve_folder(tiny_llama_folder)})
+    data = {"train": str(path), "validation": str(heldout)}
+    result = run(config(data=data, max_length=40, training={"max_steps": 1, "batch_size": 2}), context)
+    assert (result.metrics["demonstrations"], result.metrics["dropped_too_long"]) == (6, 1)
+    context = step_context(models={"model": resolve_folder(tiny_llama_folder)})
+    with pytest.raises(DataError, match="no training demonstration fits max_length=3: the shortest of 7 has"):
+        run(config(data=data, max_length=3), context)
+
+
+def test_quantized_weights_need_an_adapter() -> None:
+    with pytest.raises(ValidationError, match="needs lora"):
+        config(model={"ref": "base", "quantization": "int8"})
