@@ -112,8 +112,10 @@ def test_fine_tuning_lowers_the_held_out_loss(
 def test_equal_runs_make_equal_models(demonstrations: Path, step_context: Any, tiny_llama_folder: Path, resolve_folder: Any) -> None:
     models = {"model": resolve_folder(tiny_llama_folder)}
     for fields in ({}, {"lora": {"r": 4}}):
-        contexts = [step_context(name=f"test/{len(fields)}-{turn}", seed=3, models=models) for turn in range(2)]
-        digests = {run(config(demonstrations, **fields), context).model.digest for context in contexts}
+        digests = set()
+        for turn in range(2):
+            context = step_context(name=f"test/{len(fields)}-{turn}", seed=3, models=models)
+            digests.add(run(config(demonstrations, **fields), context).model.digest)
         assert len(digests) == 1
 
 

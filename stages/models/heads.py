@@ -173,7 +173,7 @@ class RewardModel(ScalarModel):
 
     @property
     def reward_bias(self) -> float:
-        return float(self.score_head.bias)
+        return self.score_head.bias.item()
 
 
 class ValueModel(ScalarModel):
