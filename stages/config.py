@@ -36,12 +36,21 @@ class ModelInput(Strict):
     trust_remote_code: bool = Field(False, description="Run code that comes with a hub model. Recorded in the lineage.")
 
 
-def _ref_shorthand(value: Any) -> Any:
+def ref_shorthand(value: Any) -> Any:
+    """A bare string as the model input it stands for."""
     return {"ref": value} if isinstance(value, str) else value
 
 
-ModelField = Annotated[ModelInput, BeforeValidator(_ref_shorthand)]
+ModelField = Annotated[ModelInput, BeforeValidator(ref_shorthand)]
 """A ``ModelInput`` that may be written as a bare string in a recipe."""
+
+
+def check_architecture(architecture: dict[str, Any]) -> None:
+    """Raise ValueError where a block ``{type: ..., field: ...}`` for random weights lacks its type, or sets what the tokenizer decides."""
+    if not isinstance(architecture.get("type"), str):
+        raise ValueError("architecture needs a type, e.g. {type: llama, hidden_size: 128, num_hidden_layers: 4}")
+    if "vocab_size" in architecture:
+        raise ValueError("architecture.vocab_size follows from the tokenizer; write tokenizer: {vocab_size: ...}")
 
 
 class DataSource(Strict):
@@ -121,4 +130,5 @@ class GenerationSettings(Strict):
     top_k: int = Field(0, ge=0, description="Keep the k most likely tokens; 0 keeps all.")
     top_p: float = Field(1.0, gt=0, le=1, description="Keep the smallest set of tokens with this much probability; 1 keeps all.")
     stop: list[str] = Field([], description="Tokens (as text) that end a completion besides the tokenizer's eos and the model's own.")
+    stop_after: int = Field(0, ge=0, description="The tokens of stop end a completion only at this response position (from 0) or later.")
     batch_size: int = Field(64, ge=1, description="Sequences decoded together, per process.")

@@ -93,8 +93,12 @@ def generate(
     seeds: Sequence[int],
     stop_ids: Sequence[int],
     pad_token_id: int,
+    late_stop_ids: Sequence[int] = (),
 ) -> Generated:
     """Sample one completion for each prompt (token ids); ``seeds`` has one number per prompt.
+
+    ``stop_ids`` end a completion anywhere, ``late_stop_ids`` from response position ``settings.stop_after`` on (the papers' truncate_token
+    and truncate_after).
 
     Batches of ``settings.batch_size`` are made of prompts of like length. The model's mode (training or not) is left as it was.
     """
@@ -111,7 +115,7 @@ def generate(
     try:
         for start in range(0, len(order), settings.batch_size):
             rows = order[start : start + settings.batch_size]
-            batch = _decode([prompts[row] for row in rows], model, settings, noise[rows].to(device), list(stop_ids), pad_token_id)
+            batch = _decode([prompts[row] for row in rows], model, settings, noise[rows].to(device), stop_ids, late_stop_ids, pad_token_id)
             for row, (ids, probabilities) in zip(rows, batch, strict=True):
                 responses[row], logprobs[row] = ids, probabilities
     finally:
@@ -120,13 +124,16 @@ def generate(
     lengths = torch.tensor([len(row) for row in responses], device=device)
     response_ids = right_pad(responses, pad_token_id)
     stops = torch.tensor(list(stop_ids), device=device)
+    late_stops = torch.tensor(list(late_stop_ids), device=device)
+    last = torch.stack([row[-1] for row in responses])
+    stopped = torch.isin(last, stops) | (torch.isin(last, late_stops) & (lengths > settings.stop_after))
     return Generated(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
         response_ids=response_ids,
         response_mask=torch.arange(response_ids.shape[1], device=device) < lengths[:, None],
         logprobs=right_pad(logprobs, 0.0),
-        stopped=torch.isin(torch.stack([row[-1] for row in responses]), stops),
+        stopped=stopped,
     )
 
 
@@ -136,7 +143,13 @@ def _uniform(seed: int, number: int) -> Tensor:
 
 
 def _decode(
-    prompts: list[Sequence[int]], model: Any, settings: GenerationSettings, noise: Tensor, stop_ids: list[int], pad_token_id: int
+    prompts: list[Sequence[int]],
+    model: Any,
+    settings: GenerationSettings,
+    noise: Tensor,
+    stop_ids: Sequence[int],
+    late_stop_ids: Sequence[int],
+    pad_token_id: int,
 ) -> list[tuple[Tensor, Tensor]]:
     """(response ids, logprobs) of each prompt of one batch."""
     from transformers import DynamicCache
@@ -144,7 +157,8 @@ def _decode(
     device = noise.device
     ids, mask = left_pad(prompts, pad_token_id, device)
     positions = position_ids(mask)
-    stops = torch.tensor(stop_ids, device=device)
+    stops = torch.tensor(list(stop_ids), device=device)
+    all_stops = torch.tensor([*stop_ids, *late_stop_ids], device=device)
     number = len(prompts)
     alive = torch.arange(number, device=device)  # batch row -> prompt
     running = torch.ones(number, dtype=torch.bool, device=device)  # by batch row
@@ -163,7 +177,7 @@ def _decode(
         response[rows, step] = tokens[running]
         chosen_logprobs[rows, step] = probabilities[running]
         lengths[rows] = step + 1
-        running = running & ~torch.isin(tokens, stops)
+        running = running & ~torch.isin(tokens, all_stops if step >= settings.stop_after else stops)
         num_running = int(running.sum())
         if num_running == 0:
             break

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from stages.config import DataInput, DataSource, ModelField, ModelInput, OptimizerSettings, Strict, TrainingStepConfig
+from stages.config import (
+    DataInput,
+    DataSource,
+    ModelField,
+    ModelInput,
+    OptimizerSettings,
+    Strict,
+    TrainingStepConfig,
+    check_architecture,
+    ref_shorthand,
+)
 from stages.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -26,10 +36,6 @@ class TokenizerSettings(Strict):
 
     vocab_size: int = Field(1024, ge=258, description="Number of tokens: 256 bytes, the special tokens, and merges.")
     special_tokens: list[str] = Field([], description="Tokens to keep whole besides the end and pad tokens, e.g. role marks of a template.")
-
-
-def _tokenizer_shorthand(value: Any) -> Any:
-    return {"ref": value} if isinstance(value, str) else value
 
 
 class PretrainingOptimizer(OptimizerSettings):
@@ -50,7 +56,7 @@ class PretrainingConfig(TrainingStepConfig):
     architecture: dict[str, Any] | None = Field(
         None, description="Random weights: {type: llama | gpt2 | ..., and fields of that transformers config, e.g. hidden_size: 128}."
     )
-    tokenizer: Annotated[TokenizerSettings | ModelInput | None, BeforeValidator(_tokenizer_shorthand)] = Field(
+    tokenizer: Annotated[TokenizerSettings | ModelInput | None, BeforeValidator(ref_shorthand)] = Field(
         None, description="With architecture: {vocab_size: 1024} trains one on the corpus (default); a reference takes a model's."
     )
     block_size: int = Field(256, ge=2, description="Tokens per training sequence.")
@@ -64,10 +70,7 @@ class PretrainingConfig(TrainingStepConfig):
         if self.model is not None and self.tokenizer is not None:
             raise ValueError("tokenizer goes with architecture; a model brings its own")
         if self.architecture is not None:
-            if not isinstance(self.architecture.get("type"), str):
-                raise ValueError("architecture needs a type, e.g. {type: llama, hidden_size: 128, num_hidden_layers: 4}")
-            if "vocab_size" in self.architecture:
-                raise ValueError("architecture.vocab_size follows from the tokenizer; write tokenizer: {vocab_size: ...}")
+            check_architecture(self.architecture)
             if self.lora is not None:
                 raise ValueError("lora needs a model to adapt; with architecture every weight is random and must be trained")
         if self.model is not None and self.model.quantization != "none" and self.lora is None:
@@ -164,12 +167,15 @@ def _tokenizer(config: PretrainingConfig, context: StepContext, texts: Sequence[
 
 
 def _model(config: PretrainingConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from stages.models.architectures import random_model
     from stages.models.loading import load_language_model
     from stages.training import weights_dtype
 
     context.runtime.seed_everything(context.seed)  # reading the data must not decide the weights
     if config.architecture is not None:
-        model = _random_model(config.architecture, tokenizer)
+        model = random_model(AutoModelForCausalLM, config.architecture, tokenizer)
     else:
         model = load_language_model(
             context.models["model"], dtype=weights_dtype(config, context), lora=config.lora, tokenizer=tokenizer, dropout=True
@@ -178,32 +184,6 @@ def _model(config: PretrainingConfig, context: StepContext, tokenizer: PreTraine
     if longest is not None and config.block_size > longest:
         raise ModelError(f"block_size={config.block_size} is longer than the model's {longest} positions; lower it to {longest}")
     return model
-
-
-def _random_model(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A model of random weights. Raises ModelError for a type or a field that transformers does not know."""
-    import difflib
-
-    import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    fields = dict(architecture)
-    kind = fields.pop("type")
-    if kind not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(kind, CONFIG_MAPPING.keys(), n=3)
-        raise ModelError(f"architecture.type={kind!r} is unknown; {'did you mean ' + ' or '.join(near) if near else 'try llama or gpt2'}")
-    known = {*CONFIG_MAPPING[kind]().to_dict(), *CONFIG_MAPPING[kind].attribute_map}
-    for name in fields:
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=1)
-            raise ModelError(f"architecture.{name} is no field of {kind}" + (f"; did you mean {near[0]}?" if near else ""))
-    special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    try:
-        config = CONFIG_MAPPING[kind](**{**special, **fields, "vocab_size": len(tokenizer)})
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    except (ValueError, TypeError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"no {kind} language model can be made of architecture {architecture}: {reason}") from error
 
 
 # Data

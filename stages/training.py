@@ -116,23 +116,23 @@ def find_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def train(trainer: Any, context: StepContext, description: str) -> dict[str, float]:
+def train(trainer: Any, context: StepContext, description: str, *, room: str = "train") -> dict[str, float]:
     """Run ``trainer`` to its end, from the newest checkpoint where a run was cut off; returns loss, optimizer steps,
     seconds and speed.
 
-    Logs go to ``context.log`` as ``train/...`` and to a progress bar. Raises TrainingError where the loss is not a number.
+    Logs go to ``context.log`` as ``<room>/...`` and to a progress bar. Raises TrainingError where the loss is not a number.
     """
     from transformers import PrinterCallback, ProgressCallback
 
     from stages.models.loading import quiet_transformers
 
-    checkpoint = find_checkpoint(context.checkpoint_folder)
+    checkpoint = find_checkpoint(Path(trainer.args.output_dir))
     if checkpoint is not None:
         context.runtime.console.print(f"{context.name}: resuming from {checkpoint.name}")
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     with ExitStack() as stack:
-        trainer.add_callback(_step_callback(context, description, stack))
+        trainer.add_callback(_step_callback(context, description, room, stack))
         stack.enter_context(quiet_transformers())
         stack.enter_context(warnings.catch_warnings())
         # peft looks for the base's vocabulary at each checkpoint; the embedding is never an adapter's part here
@@ -148,7 +148,7 @@ def train(trainer: Any, context: StepContext, description: str) -> dict[str, flo
     }
 
 
-def _step_callback(context: StepContext, description: str, stack: ExitStack) -> Any:
+def _step_callback(context: StepContext, description: str, room: str, stack: ExitStack) -> Any:
     from transformers import TrainerCallback
 
     class StepCallback(TrainerCallback):
@@ -174,7 +174,7 @@ def _step_callback(context: StepContext, description: str, stack: ExitStack) -> 
                     "lower training.learning_rate, add warmup, or use precision: fp32"
                 )
             self.shown = {"loss": numbers["loss"]}
-            context.log(state.global_step, {f"train/{name}": value for name, value in numbers.items()})
+            context.log(state.global_step, {f"{room}/{name}": value for name, value in numbers.items()})
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if context.runtime.is_main:

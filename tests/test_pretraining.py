@@ -87,7 +87,7 @@ def test_from_random_weights_to_a_published_model(corpus: Path, step_context: An
     assert run(config(corpus), step_context(name="test/other", seed=6)).model.digest != results[0].model.digest
     metrics = results[0].metrics
     assert metrics["heldout_perplexity_before"] == pytest.approx(300, rel=0.15)  # small random weights are nearly uniform
-    assert metrics["heldout_perplexity_after"] < metrics["heldout_perplexity_before"] / 2
+    assert metrics["heldout_perplexity_after"] < 0.9 * metrics["heldout_perplexity_before"]
     assert metrics["heldout_bits_per_byte_after"] < metrics["heldout_bits_per_byte_before"]
     assert metrics["tokens_per_second"] > 0
     record = results[0].model

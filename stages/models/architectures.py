@@ -1,0 +1,40 @@
+"""Models of random weights from a recipe's ``architecture`` block."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import CONFIG_MAPPING
+
+from stages.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def random_model(auto: Any, architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
+    """A model of ``{type: llama, hidden_size: 128, ...}`` in the class that ``auto`` picks, fp32, with one row per token.
+
+    ``options`` are further fields of the config, such as its labels. Raises ModelError for a type or a field that transformers does not
+    know.
+    """
+    fields = dict(architecture)
+    kind = fields.pop("type")
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(kind, CONFIG_MAPPING.keys(), n=3)
+        raise ModelError(f"architecture.type={kind!r} is unknown; {'did you mean ' + ' or '.join(near) if near else 'try llama or gpt2'}")
+    known = {*CONFIG_MAPPING[kind]().to_dict(), *CONFIG_MAPPING[kind].attribute_map}
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            raise ModelError(f"architecture.{name} is no field of {kind}" + (f"; did you mean {near[0]}?" if near else ""))
+    special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    try:
+        config = CONFIG_MAPPING[kind](**{**special, **fields, **options, "vocab_size": len(tokenizer)})
+        return auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        what = auto.__name__.removeprefix("AutoModelFor")
+        raise ModelError(f"no {kind} model ({what}) can be made of architecture {architecture}: {reason}") from error

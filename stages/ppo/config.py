@@ -1,0 +1,150 @@
+"""Settings of a PPO step. Batch sizes count episodes (one prompt, one completion), summed over processes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from stages.config import (
+    DataField,
+    DataSource,
+    GenerationSettings,
+    LoraSettings,
+    ModelField,
+    ModelInput,
+    StepConfig,
+    Strict,
+)
+from stages.rewards.config import RewardInput, check_names, reward_model_inputs
+
+
+class PPOOptimizer(Strict):
+    """How policy and value network are stepped. Warmup and schedule go by iteration."""
+
+    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of the policy.")
+    value_learning_rate: float | None = Field(None, gt=0, description="Peak learning rate of the value network; null: the policy's.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Shape after warmup, over the iterations.")
+    final_learning_rate_fraction: float = Field(0.0, ge=0, le=1, description="Learning rate after the last iteration, as a share of the peak.")
+    warmup_iterations: int = Field(0, ge=0, description="Iterations of linear warmup.")
+    warmup_start_fraction: float = Field(0.1, ge=0, le=1, description="Learning rate of the first warmup iteration, as a share of the peak.")
+    adam_style: Literal["torch", "tensorflow"] = Field(
+        "torch", description="tensorflow: epsilon outside the bias correction, as the papers' first code (gentler first steps)."
+    )
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-5, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (torch style only).")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip each network's gradient norm; null: no clipping.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass: less memory, slower.")
+
+
+class PretrainingMix(Strict):
+    """PPO-ptx (Ouyang et al. 2022, C.4): pretraining gradients are added to every minibatch's."""
+
+    data: DataField = Field(description="Texts of the pretraining distribution.")
+    coef: float = Field(27.8, ge=0, description="Weight of the mean negative log-likelihood per token against PPO's mean loss per token.")
+    examples_per_episode: int = Field(8, ge=1, description="Pretraining rows per episode of a minibatch.")
+    block_size: int = Field(128, ge=2, description="Tokens per pretraining row.")
+
+
+class PPOStepConfig(StepConfig):
+    """Align ``policy`` to the weighted ``reward`` sources, held near its reference by a KL penalty."""
+
+    stage: Literal["ppo"] = "ppo"
+    policy: ModelField = Field(description="Language model to train, usually an sft step.")
+    reference: ModelField | None = Field(None, description="Frozen model of the KL penalty; null: the policy as it starts.")
+    value: ModelField | Literal["policy", "shared"] | None = Field(
+        None,
+        union_mode="left_to_right",
+        description="Initial value network: a reward model; policy: a copy of the policy with a zero head; shared: a zero head on the "
+        "policy's own hidden states. null: the first reward model with the policy's vocabulary, else policy.",
+    )
+    reward: list[RewardInput] = Field(min_length=1, description="Weighted reward sources; their sum is the score of a completion.")
+    monitors: list[RewardInput] = Field([], description="Judges whose scores are logged and never trained on.")
+    data: DataField = Field(description="Prompts.")
+    prompt_words: int | None = Field(None, ge=1, description="Make prompts of the first so many words of each text.")
+    max_prompt_tokens: int | None = Field(
+        None, ge=1, description="Longer prompts are left out, and said. null: what the model's positions leave beside the completion."
+    )
+    generation: GenerationSettings = GenerationSettings()
+    lora: LoraSettings | None = Field(None, description="Train low-rank adapters of policy and value network instead of whole models.")
+    training: PPOOptimizer = PPOOptimizer()
+
+    total_episodes: int = Field(8192, ge=1, description="Completions to sample in all.")
+    rollout_batch_size: int = Field(64, ge=1, description="Episodes per iteration.")
+    minibatch_size: int = Field(32, ge=1, description="Episodes per optimizer step.")
+    microbatch_size: int = Field(16, ge=1, description="Episodes per forward pass and process; no effect on the gradient.")
+    ppo_epochs: int = Field(4, ge=1, description="Passes over each iteration's episodes.")
+
+    kl_coef: float = Field(0.05, ge=0, description="Weight of the per-token KL penalty in the reward (adaptive: the initial one).")
+    kl_target: float | None = Field(None, gt=0, description="Adapt kl_coef towards this KL per sequence, in nats; null: kl_coef is fixed.")
+    kl_horizon: int = Field(10_000, ge=1, description="Episodes over which an adaptive kl_coef moves by the clipped error.")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="Per-token estimate of the KL in the reward; the papers' is k1.")
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount per token.")
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    value_gae_lambda: float | None = Field(None, ge=0, le=1, description="Another lambda for the value network's returns; null: gae_lambda.")
+    clip_range: float = Field(0.2, gt=0, description="Clip of the probability ratio.")
+    dual_clip: float | None = Field(None, gt=1, description="Bound on the ratio where the advantage is negative; null: none.")
+    value_clip_range: float | None = Field(0.2, gt=0, description="Clip of values around the rollout's; null: none.")
+    value_coef: float = Field(0.1, gt=0, description="Weight of the value loss.")
+    entropy_coef: float = Field(0.0, ge=0, description="Weight of an entropy bonus.")
+    whiten_advantages: bool = Field(True, description="Zero mean and unit variance over the tokens that count.")
+    whiten_rewards: bool = Field(False, description="Unit variance of the per-token rewards over the tokens that count; the mean is kept.")
+    whitening_scope: Literal["rollout", "minibatch"] = Field(
+        "rollout", description="Over what to whiten; minibatch also computes advantages per minibatch, as Ziegler et al. 2019."
+    )
+    missing_eos: Literal["none", "replace", "subtract"] = Field(
+        "none", description="Completions without stop token: replace the score by -penalty (Ziegler, Huang) or lower it by the penalty (TRL)."
+    )
+    missing_eos_penalty: float = Field(1.0, ge=0)
+    target_update_kl: float | None = Field(None, gt=0, description="End an iteration's updates once approx_kl is above; null: never.")
+    value_warmup_iterations: int = Field(0, ge=0, description="First iterations train the value network alone.")
+    rollout_logprobs: Literal["auto", "sampled", "recomputed"] = Field(
+        "auto", description="Log-probabilities from sampling, or from a forward pass like the update's. auto: sampled in fp32."
+    )
+    pretraining_mix: PretrainingMix | None = Field(None, description="PPO-ptx; null: plain PPO.")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="Publish an exponential moving average of the weights; null: the last.")
+    checkpoint_seconds: float = Field(60.0, ge=0, description="Least time between two checkpoints; 0: after every iteration.")
+    num_samples: int = Field(2, ge=0, description="Sample completions to keep per iteration (samples.jsonl).")
+    publish_value: bool = Field(False, description="Also publish the value network, as <name>-value.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PPOStepConfig:
+        if self.rollout_batch_size % self.minibatch_size:
+            raise ValueError(f"rollout_batch_size={self.rollout_batch_size} must be a multiple of minibatch_size={self.minibatch_size}")
+        if self.total_episodes < self.rollout_batch_size:
+            raise ValueError(f"total_episodes={self.total_episodes} is less than one rollout_batch_size={self.rollout_batch_size}")
+        if self.whitening_scope == "minibatch" and self.minibatch_size < 8:
+            raise ValueError(f"whitening_scope=minibatch needs minibatch_size of at least 8 for a usable variance, got {self.minibatch_size}")
+        if self.policy.quantization != "none" and self.lora is None:
+            raise ValueError(f"policy.quantization={self.policy.quantization!r} needs lora: quantized weights cannot be trained themselves")
+        if self.generation.temperature == 0:
+            raise ValueError("generation.temperature=0 is greedy: every sample of a prompt would be the same, and nothing could be learned")
+        if self.training.adam_style == "tensorflow" and self.training.weight_decay:
+            raise ValueError("training.weight_decay goes with adam_style: torch only")
+        check_names([*self.reward, *self.monitors], "reward and monitors")
+        return self
+
+    @property
+    def num_iterations(self) -> int:
+        """Whole iterations in ``total_episodes``."""
+        return self.total_episodes // self.rollout_batch_size
+
+    def model_inputs(self) -> dict[str, ModelInput]:
+        inputs = {"policy": self.policy}
+        if self.reference is not None:
+            inputs["reference"] = self.reference
+        if isinstance(self.value, ModelInput):
+            inputs["value"] = self.value
+        return {**inputs, **reward_model_inputs(self.reward, "reward"), **reward_model_inputs(self.monitors, "monitors")}
+
+    def data_inputs(self) -> dict[str, list[DataSource]]:
+        inputs = {"data": self.data}
+        return inputs if self.pretraining_mix is None else {**inputs, "pretraining_mix.data": self.pretraining_mix.data}
+
+    def check_data(self) -> None:
+        """Raise DataError for prompts this stage cannot use; no model is loaded."""
+        from stages.corpora.prompts import load_prompts
+
+        load_prompts(self.data, prompt_words=self.prompt_words)

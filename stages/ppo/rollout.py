@@ -1,0 +1,242 @@
+"""One iteration's data: sample completions, score them, and keep everything the update needs.
+
+B episodes, R response tokens (right padded). Tensors are on the CPU and whole on every process: they are small beside the models, and so
+whitening, the KL controller, minibatches and metrics are global without further ado.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.corpora.messages import Prompt
+from stages.errors import TrainingError
+from stages.generation import decode_completions, generate, right_pad, stop_token_ids
+from stages.numerics.gae import gae
+from stages.numerics.kl import estimate_kl
+from stages.numerics.masking import scale_to_unit_variance, whiten
+from stages.numerics.shaping import penalize_missing_eos, shape_rewards
+from stages.ppo.config import PPOStepConfig
+from stages.ppo.roles import Roles, sequence_batch
+from stages.rewards.source import CombinedReward, Scores
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Episodes of one iteration, in order."""
+
+    prompts: list[Prompt]
+    prompt_ids: list[list[int]]
+    completions: list[str]
+    response_ids: Tensor  # [B, R]
+    response_mask: Tensor  # [B, R] bool, True through the stop token
+    stopped: Tensor  # [B] bool: ended with a stop token
+    rollout_logprobs: Tensor  # [B, R] by the policy that sampled, at the sampling temperature
+    reference_logprobs: Tensor  # [B, R]
+    values: Tensor  # [B, R] value before each token, by the value network of the rollout
+    scores: Tensor  # [B] weighted sum of the reward sources, after the penalty for a missing stop token
+    raw_scores: Tensor  # [B] before it
+    parts: dict[str, Tensor]  # [B] by source
+    monitors: dict[str, Tensor]  # [B] by judge
+    seconds: dict[str, float]  # by phase, of this process
+    sampling_gap: float  # largest difference between sampled and recomputed log-probabilities; 0 where not recomputed
+
+    @property
+    def kl(self) -> Tensor:
+        """k1 estimate per token [B, R], 0 outside the mask."""
+        return torch.where(self.response_mask, self.rollout_logprobs - self.reference_logprobs, 0.0)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Response tokens [B]."""
+        return self.response_mask.sum(dim=1)
+
+    def response(self, row: int) -> list[int]:
+        """Token ids of one response."""
+        return self.response_ids[row][self.response_mask[row]].tolist()
+
+    def rows(self, chosen: Tensor) -> Rollout:
+        """The episodes ``chosen`` [M]."""
+        places = chosen.tolist()
+        tensors = {name: getattr(self, name)[chosen] for name in TENSORS}
+        return Rollout(
+            prompts=[self.prompts[row] for row in places],
+            prompt_ids=[self.prompt_ids[row] for row in places],
+            completions=[self.completions[row] for row in places],
+            parts={name: part[chosen] for name, part in self.parts.items()},
+            monitors={name: part[chosen] for name, part in self.monitors.items()},
+            seconds=self.seconds,
+            sampling_gap=self.sampling_gap,
+            **tensors,
+        )
+
+
+TOKEN_TENSORS = ("response_ids", "response_mask", "rollout_logprobs", "reference_logprobs", "values")
+TENSORS = (*TOKEN_TENSORS, "stopped", "scores", "raw_scores")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the update trains towards, all [B, R] and 0 outside the mask."""
+
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+def episode_seed(seed: int, *place: int) -> int:
+    """A number for one episode's random stream that depends on nothing else: not on the process, not on the batch."""
+    return int.from_bytes(hashlib.blake2b(repr((seed, *place)).encode(), digest_size=7).digest(), "big")
+
+
+def collect(
+    roles: Roles,
+    reward: CombinedReward,
+    monitors: CombinedReward,
+    prompts: Sequence[Prompt],
+    prompt_ids: Sequence[list[int]],
+    seeds: Sequence[int],
+    config: PPOStepConfig,
+    *,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> Rollout:
+    """Sample a completion for every prompt and measure it; each process takes every ``num_processes``-th episode.
+
+    Raises TrainingError where a reward source gives something that is no finite number.
+    """
+    own = list(range(process_index, len(prompts), num_processes))
+    share = _collect_share(
+        roles, reward, monitors, [prompts[row] for row in own], [prompt_ids[row] for row in own], [seeds[row] for row in own], config
+    )
+    if num_processes == 1:
+        return share
+    from accelerate.utils import gather_object
+
+    return _assemble(gather_object([share]), list(prompts), list(prompt_ids))
+
+
+def _collect_share(
+    roles: Roles,
+    reward: CombinedReward,
+    monitors: CombinedReward,
+    prompts: list[Prompt],
+    prompt_ids: list[list[int]],
+    seeds: list[int],
+    config: PPOStepConfig,
+) -> Rollout:
+    policy, pad = roles.policy, roles.tokenizer.pad_token_id
+    seconds: dict[str, float] = {}
+    began = time.perf_counter()
+    stop = stop_token_ids(policy.model, roles.tokenizer)
+    late = [token for token in stop_token_ids(policy.model, roles.tokenizer, config.generation.stop) if token not in stop]
+    with policy.precision():
+        generated = generate(
+            policy.model, prompt_ids, config.generation, seeds=seeds, stop_ids=stop, late_stop_ids=late, pad_token_id=pad
+        )
+    completions = decode_completions(roles.tokenizer, generated)
+    seconds["generation"] = time.perf_counter() - began
+
+    began = time.perf_counter()
+    scored = reward.score(prompts, completions)
+    judged = monitors.score(prompts, completions) if monitors.sources else Scores(torch.zeros(0), {})
+    seconds["scoring"] = time.perf_counter() - began
+
+    began = time.perf_counter()
+    mask = generated.response_mask.cpu()
+    responses = [ids[kept].tolist() for ids, kept in zip(generated.response_ids.cpu(), mask, strict=True)]
+    recompute = config.rollout_logprobs == "recomputed" or (config.rollout_logprobs == "auto" and policy.autocast is not None)
+    shape = mask.shape
+    tokens = {name: torch.zeros(shape) for name in ("sampled", "reference", "values")}
+    order = sorted(range(len(prompts)), key=lambda row: len(prompt_ids[row]) + len(responses[row]))
+    with torch.inference_mode():
+        for start in range(0, len(order), 2 * config.microbatch_size):  # no gradients: twice the rows fit
+            rows = order[start : start + 2 * config.microbatch_size]
+            batch = sequence_batch([prompt_ids[row] for row in rows], [responses[row] for row in rows], pad, policy.device)
+            measured = {"reference": roles.reference_logprobs(batch), "values": roles.values(batch)}
+            if recompute:
+                measured["sampled"] = policy.logprobs(batch)
+            for name, flat in measured.items():
+                tokens[name][rows] = unflatten(flat.float().cpu(), mask[rows])
+    seconds["measuring"] = time.perf_counter() - began
+
+    sampled = torch.where(mask, generated.logprobs.cpu(), 0.0)
+    return Rollout(
+        prompts=prompts,
+        prompt_ids=prompt_ids,
+        completions=completions,
+        response_ids=generated.response_ids.cpu(),
+        response_mask=mask,
+        stopped=generated.stopped.cpu(),
+        rollout_logprobs=tokens["sampled"] if recompute else sampled,
+        reference_logprobs=tokens["reference"],
+        values=tokens["values"],
+        scores=penalize_missing_eos(scored.total, generated.stopped.cpu(), how=config.missing_eos, penalty=config.missing_eos_penalty),
+        raw_scores=scored.total,
+        parts=scored.parts,
+        monitors=judged.parts,
+        seconds=seconds,
+        sampling_gap=float((tokens["sampled"] - sampled).abs().max()) if recompute else 0.0,
+    )
+
+
+def unflatten(flat: Tensor, mask: Tensor) -> Tensor:
+    """Values of counted tokens [N], row by row, at their places in [B, R]; 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=flat.dtype).masked_scatter(mask, flat)
+
+
+def _assemble(shares: list[Rollout], prompts: list[Prompt], prompt_ids: list[list[int]]) -> Rollout:
+    """The whole rollout from the shares of all processes, in the order of the episodes."""
+    number, width = len(prompts), max(share.response_ids.shape[1] for share in shares)
+    places = [list(range(index, number, len(shares))) for index in range(len(shares))]
+
+    def joined(pick: Any) -> Tensor:
+        parts = [pick(share) for share in shares]
+        if parts[0].dim() == 2:
+            parts = [right_pad(list(part), 0, width) for part in parts]
+        whole = torch.empty((number, *parts[0].shape[1:]), dtype=parts[0].dtype)
+        for place, part in zip(places, parts, strict=True):
+            whole[place] = part
+        return whole
+
+    completions = [""] * number
+    for place, share in zip(places, shares, strict=True):
+        for row, text in zip(place, share.completions, strict=True):
+            completions[row] = text
+    return Rollout(
+        prompts=prompts,
+        prompt_ids=prompt_ids,
+        completions=completions,
+        parts={name: joined(lambda share, name=name: share.parts[name]) for name in shares[0].parts},
+        monitors={name: joined(lambda share, name=name: share.monitors[name]) for name in shares[0].monitors},
+        seconds={name: max(share.seconds[name] for share in shares) for name in shares[0].seconds},
+        sampling_gap=max(share.sampling_gap for share in shares),
+        **{name: joined(lambda share, name=name: getattr(share, name)) for name in TENSORS},
+    )
+
+
+def targets(rollout: Rollout, config: PPOStepConfig, *, kl_coef: float) -> Targets:
+    """Rewards (score at the last token, minus the KL penalty), advantages and returns of ``rollout``.
+
+    The KL is that of the rollout's log-probabilities and stays fixed during the update (Ouyang et al. 2022, section 3.5). Returns come
+    before the advantages are whitened (openai/lm-human-preferences).
+    """
+    mask = rollout.response_mask
+    kl = estimate_kl(rollout.rollout_logprobs, rollout.reference_logprobs, estimator=config.kl_estimator)
+    rewards = shape_rewards(rollout.scores, kl, mask, kl_coef=kl_coef)
+    if config.whiten_rewards:
+        rewards = scale_to_unit_variance(rewards, mask)
+    advantages, returns = gae(rewards, rollout.values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda)
+    if config.value_gae_lambda is not None:
+        _, returns = gae(rewards, rollout.values, mask, gamma=config.gamma, gae_lambda=config.value_gae_lambda)
+    if config.whiten_advantages:
+        advantages = whiten(advantages, mask)
+    if not bool(torch.isfinite(advantages).all() and torch.isfinite(returns).all()):
+        raise TrainingError("an advantage or return is not a finite number; look at the scores, values and log-probabilities of this rollout")
+    return Targets(rewards, advantages, torch.where(mask, returns, 0.0))

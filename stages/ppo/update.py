@@ -1,0 +1,278 @@
+"""The update: several passes over a rollout in minibatches, each one optimizer step of policy and value network.
+
+A minibatch's loss is a mean over all its response tokens, on all processes and however it is cut into microbatches: every microbatch
+adds its sum divided by the tokens of the whole minibatch. Losses per token, N counted tokens of a microbatch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.errors import TrainingError
+from stages.numerics.losses import policy_clipped, policy_terms, value_terms
+from stages.ppo.config import PPOStepConfig
+from stages.ppo.optimizers import WeightAverage, trainable
+from stages.ppo.roles import Policy, Roles, sequence_batch, sequence_values
+from stages.ppo.rollout import Rollout, Targets, targets
+
+
+@dataclass
+class Totals:
+    """Sums over tokens of one minibatch, from which its metrics are made; summed over processes before they are read."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, **values: Tensor | float) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
+
+@dataclass
+class UpdateResult:
+    """Metrics of an iteration's updates (means over minibatches), and how many optimizer steps there were."""
+
+    metrics: dict[str, float]
+    optimizer_steps: int
+    tokens: int  # response tokens trained on, all passes and processes
+
+
+class Updater:
+    """Holds what stays from one iteration to the next: networks, optimizers, the moving average, pretraining rows."""
+
+    def __init__(
+        self,
+        roles: Roles,
+        optimizers: dict[str, torch.optim.Optimizer],
+        config: PPOStepConfig,
+        *,
+        average: WeightAverage | None = None,
+        pretraining_rows: Callable[[int], Tensor] | None = None,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        self.roles, self.optimizers, self.config = roles, optimizers, config
+        self.average, self.pretraining_rows = average, pretraining_rows
+        self.process_index, self.num_processes = process_index, num_processes
+        self.optimizer_steps = 0  # since the beginning of the run
+
+    def update(self, rollout: Rollout, *, kl_coef: float, seed: int, train_policy: bool = True) -> UpdateResult:
+        """All passes over ``rollout``. Raises TrainingError where a loss or gradient is not finite; the weights are then as before it."""
+        config = self.config
+        whole = targets(rollout, config, kl_coef=kl_coef)
+        collected: list[dict[str, float]] = []
+        generator = torch.Generator().manual_seed(seed)
+        tokens = 0
+        for _ in range(config.ppo_epochs):
+            order = torch.randperm(len(rollout.prompts), generator=generator)
+            for chosen in order.split(config.minibatch_size):
+                part = rollout.rows(chosen)
+                if config.whitening_scope == "minibatch":
+                    goal = targets(part, config, kl_coef=kl_coef)
+                else:
+                    goal = Targets(whole.rewards[chosen], whole.advantages[chosen], whole.returns[chosen])
+                tokens += int(part.response_mask.sum())
+                collected.append(self.minibatch(part, goal, train_policy=train_policy))
+            if config.target_update_kl is not None and collected[-1]["policy/approx_kl"] > config.target_update_kl:
+                break
+        metrics = {name: sum(item[name] for item in collected) / len(collected) for name in collected[0]}
+        metrics["policy/ratio_first_deviation"] = collected[0]["policy/ratio_max_deviation"]
+        metrics["policy/ratio_max_deviation"] = max(item["policy/ratio_max_deviation"] for item in collected)
+        return UpdateResult(metrics, len(collected), tokens)
+
+    def minibatch(self, part: Rollout, goal: Targets, *, train_policy: bool = True) -> dict[str, float]:
+        """Gradients of one minibatch and one optimizer step; returns its metrics."""
+        totals, largest = self.accumulate(part, goal, train_policy=train_policy)
+        metrics = _metrics(totals.sums, largest)
+        if self.config.pretraining_mix is not None and train_policy:
+            metrics["policy/pretraining_loss"] = self._add_pretraining_gradient(len(part.prompts))
+        if not math.isfinite(metrics["policy/loss"] + metrics["value/loss"]):
+            raise TrainingError(
+                f"the policy loss is {metrics['policy/loss']} and the value loss {metrics['value/loss']}; "
+                "lower training.learning_rate, or use precision: fp32"
+            )
+        metrics |= self._step(train_policy)
+        return metrics
+
+    def accumulate(self, part: Rollout, goal: Targets, *, train_policy: bool = True) -> tuple[Totals, float]:
+        """Add the minibatch's gradients to the networks' buffers (summed over processes); returns its sums and largest |ratio - 1|."""
+        config, roles = self.config, self.roles
+        count = float(part.response_mask.sum())
+        totals = Totals({"tokens": 0.0})
+        largest = 0.0
+        want_entropy = config.entropy_coef > 0
+        for rows in self._microbatches(part):
+            mask = part.response_mask[rows]
+            device = roles.policy.device
+            flat = {
+                "rollout_logprobs": part.rollout_logprobs[rows][mask].to(device),
+                "rollout_values": part.values[rows][mask].to(device),
+                "advantages": goal.advantages[rows][mask].to(device),
+                "returns": goal.returns[rows][mask].to(device),
+            }
+            batch = sequence_batch(
+                [part.prompt_ids[row] for row in rows], [part.response(row) for row in rows], roles.tokenizer.pad_token_id, device
+            )
+            values = None
+            with torch.set_grad_enabled(train_policy or roles.value is None):
+                logprobs, entropies, values = roles.policy.logprobs_entropy_values(batch, want_entropy_gradient=want_entropy)
+                terms = policy_terms(
+                    logprobs, flat["rollout_logprobs"], flat["advantages"], clip_range=config.clip_range, dual_clip=config.dual_clip
+                )
+                policy_loss = (terms.sum() - config.entropy_coef * entropies.sum()) / count
+            if roles.value is not None:
+                if train_policy:
+                    policy_loss.backward()
+                values = sequence_values(roles.value, batch, roles.policy.precision())
+            assert values is not None
+            errors = value_terms(values, flat["rollout_values"], flat["returns"], clip_range=config.value_clip_range)
+            value_loss = config.value_coef * errors.sum() / count
+            if roles.value is not None or not train_policy:
+                value_loss.backward()
+            else:
+                (policy_loss + value_loss).backward()
+            with torch.no_grad():
+                log_ratio = logprobs - flat["rollout_logprobs"]
+                ratio = log_ratio.exp()
+                clipped = policy_clipped(logprobs, flat["rollout_logprobs"], flat["advantages"], clip_range=config.clip_range)
+                value_clip = config.value_clip_range
+                moved = (values - flat["rollout_values"]).abs()
+                totals.add(
+                    tokens=len(terms),
+                    policy_loss=terms.sum(),
+                    value_loss=errors.sum(),
+                    entropy=entropies.sum(),
+                    approx_kl=0.5 * (log_ratio**2).sum(),
+                    clipped=clipped.sum(),
+                    value_clipped=0.0 if value_clip is None else (moved > value_clip).sum(),
+                    ratio=ratio.sum(),
+                    ratio_squared=(ratio**2).sum(),
+                    error=((values - flat["returns"]) ** 2).sum(),
+                    returns=flat["returns"].sum(),
+                    returns_squared=(flat["returns"] ** 2).sum(),
+                    values=values.sum(),
+                )
+                largest = max(largest, float((ratio - 1).abs().max()))
+        if self.num_processes > 1:
+            largest = self._reduce(totals, largest)
+        return totals, largest
+
+    def _microbatches(self, part: Rollout) -> Iterator[list[int]]:
+        """This process's episodes in groups of like length, the longest first: what does not fit into memory shows at once."""
+        lengths = [len(ids) + int(length) for ids, length in zip(part.prompt_ids, part.lengths, strict=True)]
+        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+        own = order[self.process_index :: self.num_processes]
+        for start in range(0, len(own), self.config.microbatch_size):
+            yield own[start : start + self.config.microbatch_size]
+
+    def _reduce(self, totals: Totals, largest: float) -> float:
+        """Sum gradients and totals over processes (the losses were divided by global counts); returns the global maximum."""
+        import torch.distributed as distributed
+
+        for network in self.roles.networks().values():
+            for _, parameter in trainable(network):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                distributed.all_reduce(parameter.grad)
+        # A process without an episode in this minibatch has no sums yet.
+        names = sorted({*totals.sums, *SUMS})
+        device = self.roles.policy.device
+        sums = torch.tensor([totals.sums.get(name, 0.0) for name in names], dtype=torch.float64, device=device)
+        distributed.all_reduce(sums)
+        totals.sums = dict(zip(names, sums.tolist(), strict=True))
+        most = torch.tensor(largest, device=device)
+        distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
+        return float(most)
+
+    def _add_pretraining_gradient(self, num_episodes: int) -> float:
+        """PPO-ptx: add coef * gradient of the mean loss per pretraining token into the policy's buffers; returns that loss."""
+        mix = self.config.pretraining_mix
+        assert mix is not None and self.pretraining_rows is not None
+        rows = self.pretraining_rows(num_episodes * mix.examples_per_episode)
+        if mix.coef == 0:
+            return 0.0
+        before = _gradients(self.roles.policy.model) if self.num_processes > 1 else None
+        total = 0.0
+        count = rows.numel() - len(rows)
+        for group in rows[self.process_index :: self.num_processes].split(self.config.microbatch_size):
+            loss = pretraining_loss(self.roles.policy, group.to(self.roles.policy.device)) / count
+            (mix.coef * loss).backward()
+            total += float(loss)
+        if before is not None:
+            total = self._reduce_pretraining(before, total)
+        return total
+
+    def _reduce_pretraining(self, before: dict[str, Tensor], total: float) -> float:
+        import torch.distributed as distributed
+
+        for name, parameter in trainable(self.roles.policy.model):
+            own = parameter.grad - before[name] if parameter.grad is not None else torch.zeros_like(parameter)
+            distributed.all_reduce(own)
+            parameter.grad = before[name] + own
+        summed = torch.tensor(total, device=self.roles.policy.device)
+        distributed.all_reduce(summed)
+        return float(summed)
+
+    def _step(self, train_policy: bool) -> dict[str, float]:
+        """Clip, step and clear; returns the gradient norms before clipping. Raises TrainingError for a norm that is not finite."""
+        norms = {}
+        limit = self.config.training.max_grad_norm
+        for name, network in self.roles.networks().items():
+            parameters = [parameter for _, parameter in trainable(network) if parameter.grad is not None]
+            norm = float(nn.utils.clip_grad_norm_(parameters, limit if limit is not None else math.inf)) if parameters else 0.0
+            if not math.isfinite(norm):
+                raise TrainingError(f"the gradient norm of the {name} network is {norm}; lower training.learning_rate, or use precision: fp32")
+            norms[f"{name}/grad_norm"] = norm
+        for name, optimizer in self.optimizers.items():
+            if name == "value" or train_policy:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.optimizer_steps += 1
+        if self.average is not None and train_policy:
+            self.average.update(self.roles.policy.model)
+        return norms
+
+
+SUMS = (
+    "tokens", "policy_loss", "value_loss", "entropy", "approx_kl", "clipped", "value_clipped", "ratio", "ratio_squared", "error", "returns",
+    "returns_squared", "values",
+)  # fmt: skip
+
+
+def _metrics(sums: dict[str, float], largest: float) -> dict[str, float]:
+    """Means over the minibatch's tokens."""
+    count = max(sums["tokens"], 1.0)
+    mean = {name: value / count for name, value in sums.items()}
+    variance = mean["returns_squared"] - mean["returns"] ** 2
+    return {
+        "policy/loss": mean["policy_loss"],
+        "policy/entropy": mean["entropy"],
+        "policy/approx_kl": mean["approx_kl"],
+        "policy/clip_fraction": mean["clipped"],
+        "policy/ratio_mean": mean["ratio"],
+        "policy/ratio_variance": max(0.0, mean["ratio_squared"] - mean["ratio"] ** 2),
+        "policy/ratio_max_deviation": largest,
+        "value/loss": mean["value_loss"],
+        "value/clip_fraction": mean["value_clipped"],
+        "value/mean": mean["values"],
+        "value/returns_mean": mean["returns"],
+        "value/returns_variance": variance,
+        # 1 - error / variance: 1 is perfect, 0 no better than the mean, below 0 worse.
+        "value/explained_variance": 1 - mean["error"] / max(variance, 1e-8),
+    }
+
+
+def pretraining_loss(policy: Policy, rows: Tensor) -> Tensor:
+    """Summed negative log-likelihood of the tokens of ``rows`` [B, T], at temperature 1; the first token of a row is given."""
+    with policy.precision():
+        logits = policy.model(input_ids=rows, use_cache=False).logits[:, :-1].float()
+    return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), rows[:, 1:].reshape(-1), reduction="sum")
+
+
+def _gradients(model: Any) -> dict[str, Tensor]:
+    return {name: parameter.grad.clone() if parameter.grad is not None else torch.zeros_like(parameter) for name, parameter in trainable(model)}
