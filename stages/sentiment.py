@@ -163,7 +163,8 @@ def train_wordpiece(texts: Sequence[str], settings: WordPieceSettings, max_lengt
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=settings.max_chars))
     # In the tokenizer and not in the stage: whoever loads the exported model gives it raw reviews.
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex("<[^<>]{1,40}>"), " "), normalizers.BertNormalizer(lowercase=True)])
+    tags = normalizers.Replace(Regex("<[^<>]{1,40}>"), " ")
+    tokenizer.normalizer = normalizers.Sequence([tags, normalizers.BertNormalizer(lowercase=True)])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.train_from_iterator(
@@ -216,7 +217,7 @@ def _tokenizer_and_model(config: SentimentConfig, context: StepContext, texts: l
 def _masked_body(
     config: SentimentConfig, context: StepContext, architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase, texts: list[str]
 ) -> dict[str, torch.Tensor]:
-    """The encoder's weights after masked-language modelling; kept in the checkpoint folder, so that a resumed run does not learn them again."""
+    """The encoder's weights after masked-language modelling; kept in the checkpoint folder for a run that is cut off later."""
     import os
 
     from safetensors.torch import load_file, save_file

@@ -25,9 +25,9 @@ class PPOOptimizer(Strict):
     learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of the policy.")
     value_learning_rate: float | None = Field(None, gt=0, description="Peak learning rate of the value network; null: the policy's.")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Shape after warmup, over the iterations.")
-    final_learning_rate_fraction: float = Field(0.0, ge=0, le=1, description="Learning rate after the last iteration, as a share of the peak.")
+    final_learning_rate_fraction: float = Field(0.0, ge=0, le=1, description="Learning rate after the last iteration / the peak.")
     warmup_iterations: int = Field(0, ge=0, description="Iterations of linear warmup.")
-    warmup_start_fraction: float = Field(0.1, ge=0, le=1, description="Learning rate of the first warmup iteration, as a share of the peak.")
+    warmup_start_fraction: float = Field(0.1, ge=0, le=1, description="Learning rate of the first warmup iteration / the peak.")
     adam_style: Literal["torch", "tensorflow"] = Field(
         "torch", description="tensorflow: epsilon outside the bias correction, as the papers' first code (gentler first steps)."
     )

@@ -25,7 +25,7 @@ class TensorFlowAdam(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         assert closure is None, "no closure: gradients are there before a step"
         for group in self.param_groups:
             beta1, beta2 = group["betas"]

@@ -238,5 +238,5 @@ def targets(rollout: Rollout, config: PPOStepConfig, *, kl_coef: float) -> Targe
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
     if not bool(torch.isfinite(advantages).all() and torch.isfinite(returns).all()):
-        raise TrainingError("an advantage or return is not a finite number; look at the scores, values and log-probabilities of this rollout")
+        raise TrainingError("an advantage or return is not a finite number; look at the scores and values of this rollout")
     return Targets(rewards, advantages, torch.where(mask, returns, 0.0))

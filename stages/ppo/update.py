@@ -226,7 +226,7 @@ class Updater:
             parameters = [parameter for _, parameter in trainable(network) if parameter.grad is not None]
             norm = float(nn.utils.clip_grad_norm_(parameters, limit if limit is not None else math.inf)) if parameters else 0.0
             if not math.isfinite(norm):
-                raise TrainingError(f"the gradient norm of the {name} network is {norm}; lower training.learning_rate, or use precision: fp32")
+                raise TrainingError(f"the gradient norm of the {name} is {norm}; lower training.learning_rate, or use precision: fp32")
             norms[f"{name}/grad_norm"] = norm
         for name, optimizer in self.optimizers.items():
             if name == "value" or train_policy:
@@ -275,4 +275,7 @@ def pretraining_loss(policy: Policy, rows: Tensor) -> Tensor:
 
 
 def _gradients(model: Any) -> dict[str, Tensor]:
-    return {name: parameter.grad.clone() if parameter.grad is not None else torch.zeros_like(parameter) for name, parameter in trainable(model)}
+    made = {}
+    for name, parameter in trainable(model):
+        made[name] = parameter.grad.clone() if parameter.grad is not None else torch.zeros_like(parameter)
+    return made

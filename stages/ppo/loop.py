@@ -1,0 +1,279 @@
+"""The PPO stage: iterations of collect and update, with metrics, samples, checkpoints and a published policy."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stages.errors import DataError, TrainingError
+from stages.numerics.kl import AdaptiveKLController, FixedKLController
+from stages.ppo.checkpoint import load_checkpoint, save_checkpoint
+from stages.ppo.config import PPOStepConfig
+from stages.ppo.optimizers import WeightAverage, learning_rate_factor, make_optimizer, trainable
+from stages.ppo.roles import Roles, load_roles
+from stages.ppo.rollout import Rollout, collect, episode_seed
+from stages.ppo.update import Updater, UpdateResult
+
+if TYPE_CHECKING:
+    from stages.corpora.messages import Prompt
+    from stages.runtime import StepContext, StepResult
+
+
+def run(config: PPOStepConfig, context: StepContext) -> StepResult:
+    """Align the policy; publish it, with how score, KL, entropy and length went."""
+    from stages.models.loading import save_model
+    from stages.rewards.source import build_reward
+    from stages.runtime import StepResult
+
+    runtime = context.runtime
+    roles = load_roles(config, context)
+    sources = {"device": runtime.device, "dtype": runtime.dtype(config.precision)}
+    reward = build_reward(config.reward, context.models, "reward", **sources)
+    monitors = build_reward(config.monitors, context.models, "monitors", **sources)
+    prompts = _load_prompts(config, context, roles)
+    parameters = {name: [parameter for _, parameter in trainable(network)] for name, network in roles.networks().items()}
+    optimizers = {name: make_optimizer(group, config.training) for name, group in parameters.items()}
+    average = WeightAverage(roles.policy.model, config.ema_decay) if config.ema_decay is not None else None
+    updater = Updater(
+        roles,
+        optimizers,
+        config,
+        average=average,
+        pretraining_rows=_pretraining_rows(config, context, roles),
+        process_index=runtime.process_index,
+        num_processes=runtime.num_processes,
+    )
+    controller = (
+        FixedKLController(config.kl_coef)
+        if config.kl_target is None
+        else AdaptiveKLController(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
+    )
+    began_at, history = _resume(context, roles, updater, controller)
+    order = itertools.islice(_shuffled(prompts, context.seed), began_at * config.rollout_batch_size, None)
+    saved = time.monotonic()
+    with runtime.progress(f"{context.name}: ppo", config.num_iterations) as bar:
+        bar.advance(began_at)
+        for iteration in range(began_at, config.num_iterations):
+            _set_learning_rates(config, optimizers, iteration)
+            chosen = list(itertools.islice(order, config.rollout_batch_size))
+            rollout = collect(
+                roles,
+                reward,
+                monitors,
+                [prompt for prompt, _ in chosen],
+                [ids for _, ids in chosen],
+                [episode_seed(context.seed, iteration, row) for row in range(len(chosen))],
+                config,
+                process_index=runtime.process_index,
+                num_processes=runtime.num_processes,
+            )
+            started = time.perf_counter()
+            try:
+                result = updater.update(
+                    rollout,
+                    kl_coef=controller.value,
+                    seed=episode_seed(context.seed, iteration, -1),
+                    train_policy=iteration >= config.value_warmup_iterations,
+                )
+            except TrainingError as error:
+                raise TrainingError(f"{context.name}: iteration {iteration}: {error}{_keep_batch(context, rollout)}") from error
+            rollout.seconds["update"] = time.perf_counter() - started
+            metrics = iteration_metrics(rollout, result, config, kl_coef=controller.value)
+            metrics["policy/learning_rate"] = optimizers["policy"].param_groups[0]["lr"]
+            controller.update(metrics["policy/kl"], len(rollout.prompts))
+            samples = [
+                {"iteration": iteration, "prompt": rollout.prompts[row], "completion": rollout.completions[row],
+                 "score": float(rollout.scores[row])}
+                for row in range(min(config.num_samples, len(rollout.prompts)))
+            ]  # fmt: skip
+            history.append({"metrics": metrics, "samples": samples})
+            _log(context, iteration, history[-1])
+            bar.advance(
+                1, score=metrics["rewards/score_mean"], kl=metrics["policy/kl"], episodes_per_s=metrics["time/episodes_per_second"]
+            )
+            done = iteration + 1
+            if done < config.num_iterations and time.monotonic() - saved >= config.checkpoint_seconds:
+                if runtime.is_main:
+                    state = {"history": history, "kl_coef": controller.value, "optimizer_steps": updater.optimizer_steps}
+                    save_checkpoint(context.checkpoint_folder / "ppo", done, roles.networks(), optimizers, average, state)
+                saved = time.monotonic()
+    if average is not None:
+        average.copy_to(roles.policy.model)
+    summary = _summary(history, config, updater)
+    _report(context, summary)
+    record = context.publish(
+        lambda folder: save_model(roles.policy.model, roles.tokenizer, folder),
+        role="language_model",
+        metrics=summary,
+        base=context.models["policy"] if config.lora is not None else None,
+    )
+    if config.publish_value and roles.value is not None:
+        _publish_value(config, context, roles)
+    return StepResult(model=record, metrics=summary)
+
+
+# Prompts and pretraining rows
+
+
+def _load_prompts(config: PPOStepConfig, context: StepContext, roles: Roles) -> list[tuple[Prompt, list[int]]]:
+    """Prompts with their token ids, without those too long to be answered (cutting one would ask something else)."""
+    from stages.corpora.prompts import load_prompts
+    from stages.corpora.templates import encode_prompt
+
+    positions = getattr(roles.policy.model.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
+    longest = config.max_prompt_tokens or positions - config.generation.max_new_tokens
+    encoded = [(prompt, encode_prompt(roles.tokenizer, prompt)) for prompt in load_prompts(config.data, prompt_words=config.prompt_words)]
+    kept = [(prompt, ids) for prompt, ids in encoded if 0 < len(ids) <= longest]
+    if not kept:
+        raise DataError(
+            f"none of {len(encoded)} prompts has at most {longest} tokens (max_prompt_tokens, or the model's {positions} positions less "
+            f"generation.max_new_tokens={config.generation.max_new_tokens})"
+        )
+    if len(kept) < len(encoded):
+        context.runtime.console.print(f"{context.name}: left out {len(encoded) - len(kept)} of {len(encoded)} prompts over {longest} tokens")
+    return kept
+
+
+def _shuffled(prompts: list[tuple[Prompt, list[int]]], seed: int) -> Any:
+    from stages.corpora.prompts import shuffled_forever
+
+    return shuffled_forever(prompts, seed)
+
+
+def _pretraining_rows(config: PPOStepConfig, context: StepContext, roles: Roles) -> Callable[[int], torch.Tensor] | None:
+    """A function that gives the next so many rows of the pretraining mix; its place follows from the optimizer steps made."""
+    mix = config.pretraining_mix
+    if mix is None:
+        return None
+    from stages.corpora.files import read_rows, text_of
+
+    tokens: list[int] = []
+    for row in read_rows(mix.data):
+        tokens += [*roles.tokenizer(text_of(row, "text"))["input_ids"], roles.tokenizer.eos_token_id]
+    count = len(tokens) // mix.block_size
+    if count == 0:
+        raise DataError(f"pretraining_mix.data has {len(tokens)} tokens, less than one row of block_size={mix.block_size}")
+    blocks = torch.tensor(tokens[: count * mix.block_size]).view(count, mix.block_size)
+
+    def draw(number: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(episode_seed(context.seed, -2, draw.step))  # type: ignore[attr-defined]
+        draw.step += 1  # type: ignore[attr-defined]
+        return blocks[torch.randint(count, (number,), generator=generator)]
+
+    draw.step = 0  # type: ignore[attr-defined]
+    return draw
+
+
+# Around an iteration
+
+
+def _set_learning_rates(config: PPOStepConfig, optimizers: dict[str, torch.optim.Optimizer], iteration: int) -> None:
+    factor = learning_rate_factor(config.training, iteration, config.num_iterations)
+    peaks = {"policy": config.training.learning_rate, "value": config.training.value_learning_rate or config.training.learning_rate}
+    for name, optimizer in optimizers.items():
+        for group in optimizer.param_groups:
+            group["lr"] = peaks[name] * factor
+
+
+def iteration_metrics(rollout: Rollout, result: UpdateResult, config: PPOStepConfig, *, kl_coef: float) -> dict[str, float]:
+    """What an iteration is known by. KL is summed over tokens and averaged over episodes, in nats."""
+    sequence_kl = rollout.kl.sum(dim=1)
+    lengths = rollout.lengths.float()
+    seconds = sum(rollout.seconds.values())
+    made = {
+        "rewards/score_mean": float(rollout.scores.mean()),
+        "rewards/score_std": float(rollout.scores.std(correction=0)),
+        **{f"rewards/{name}": float(part.mean()) for name, part in rollout.parts.items()},
+        **{f"monitors/{name}": float(part.mean()) for name, part in rollout.monitors.items()},
+        "rewards/total_mean": float((rollout.scores - kl_coef * sequence_kl).mean()),
+        "policy/kl": float(sequence_kl.mean()),
+        "policy/kl_coef": kl_coef,
+        **result.metrics,
+        "responses/length_mean": float(lengths.mean()),
+        "responses/length_max": float(lengths.max()),
+        "responses/stopped_share": float(rollout.stopped.float().mean()),
+        "policy/sampling_gap": rollout.sampling_gap,
+        **{f"time/{name}_s": value for name, value in rollout.seconds.items()},
+        "time/episodes_per_second": len(rollout.prompts) / max(seconds, 1e-9),
+        "time/generated_tokens_per_second": float(lengths.sum()) / max(rollout.seconds["generation"], 1e-9),
+        "time/update_tokens_per_second": result.tokens / max(rollout.seconds["update"], 1e-9),
+    }
+    return made
+
+
+def _log(context: StepContext, iteration: int, entry: dict[str, Any]) -> None:
+    context.log(iteration, entry["metrics"])
+    if context.runtime.is_main:
+        with (context.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+            for sample in entry["samples"]:
+                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+
+
+def _resume(context: StepContext, roles: Roles, updater: Updater, controller: Any) -> tuple[int, list[dict[str, Any]]]:
+    """(iterations done, their logs) of a run that was cut off; the logs are written again, so that metrics.jsonl is whole."""
+    state = load_checkpoint(context.checkpoint_folder / "ppo", roles.networks(), updater.optimizers, updater.average)
+    if state is None:
+        return 0, []
+    controller.value = state["kl_coef"]
+    updater.optimizer_steps = state["optimizer_steps"]
+    if updater.pretraining_rows is not None:
+        updater.pretraining_rows.step = state["optimizer_steps"]  # type: ignore[attr-defined]
+    for iteration, entry in enumerate(state["history"]):
+        _log(context, iteration, entry)
+    context.runtime.console.print(f"{context.name}: resuming after iteration {state['iteration']}")
+    return state["iteration"], state["history"]
+
+
+def _keep_batch(context: StepContext, rollout: Rollout) -> str:
+    """Write the offending episodes beside the metrics; returns the end of the message."""
+    if not context.runtime.is_main:
+        return ""
+    path = context.folder / "failed_rollout.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for row, prompt in enumerate(rollout.prompts):
+            episode = {"prompt": prompt, "completion": rollout.completions[row], "score": float(rollout.scores[row])}
+            file.write(json.dumps(episode, ensure_ascii=False) + "\n")
+    return f". Its episodes are in {path.name} of the run folder; the last checkpoint is kept"
+
+
+def _summary(history: list[dict[str, Any]], config: PPOStepConfig, updater: Updater) -> dict[str, Any]:
+    """First and last tenth of the run, side by side."""
+    tenth = max(1, len(history) // 10)
+    summary: dict[str, Any] = {"iterations": len(history), "episodes": len(history) * config.rollout_batch_size}
+    summary["optimizer_steps"] = updater.optimizer_steps
+    shown = ["rewards/score_mean", "policy/kl", "policy/entropy", "responses/length_mean", "responses/stopped_share"]
+    shown += [name for name in history[-1]["metrics"] if name.startswith("monitors/")]
+    for name in shown:
+        values = [entry["metrics"][name] for entry in history]
+        short = name.rpartition("/")[2]
+        summary[f"{short}_first"], summary[f"{short}_last"] = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+    summary["value_explained_variance"] = history[-1]["metrics"]["value/explained_variance"]
+    summary["episodes_per_second"] = sum(entry["metrics"]["time/episodes_per_second"] for entry in history) / len(history)
+    return summary
+
+
+def _report(context: StepContext, summary: dict[str, Any]) -> None:
+    context.runtime.console.print(
+        f"{context.name}: score {summary['score_mean_first']:.3f} -> {summary['score_mean_last']:.3f}, "
+        f"KL {summary['kl_last']:.2f} nats, entropy {summary['entropy_first']:.2f} -> {summary['entropy_last']:.2f}, "
+        f"length {summary['length_mean_first']:.1f} -> {summary['length_mean_last']:.1f}, {summary['episodes_per_second']:.1f} episodes/s"
+    )
+
+
+def _publish_value(config: PPOStepConfig, context: StepContext, roles: Roles) -> None:
+    value = roles.value
+    assert value is not None
+    places = [place for place in ("value", *(f"reward[{index}].model" for index in range(len(config.reward)))) if place in context.models]
+    base = context.models[places[0]] if places else context.models["policy"]
+    context.publish(
+        lambda folder: value.save(folder, roles.tokenizer),
+        role="value_model",
+        metrics={},
+        base=base if config.lora is not None else None,
+        name=f"{context.name}-value",
+    )
