@@ -6,6 +6,7 @@ own, so a completion depends on its seed and its prompt and not on which others 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,6 +136,11 @@ def generate(
         logprobs=right_pad(logprobs, 0.0),
         stopped=stopped,
     )
+
+
+def episode_seed(seed: int, *place: int) -> int:
+    """A number for one episode's random stream that depends on nothing else: not on the process, not on the batch."""
+    return int.from_bytes(hashlib.blake2b(repr((seed, *place)).encode(), digest_size=7).digest(), "big")
 
 
 def _uniform(seed: int, number: int) -> Tensor:

@@ -21,7 +21,8 @@ from stages.config import (
     check_architecture,
     ref_shorthand,
 )
-from stages.errors import DataError, ModelError
+from stages.corpora.packing import encode_documents, overlapping_windows, pack_blocks
+from stages.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -187,39 +188,6 @@ def _model(config: PretrainingConfig, context: StepContext, tokenizer: PreTraine
 
 
 # Data
-
-
-def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
-    """All texts as one run of tokens, each closed by the end token (and opened as the tokenizer opens a text)."""
-    from stages.models.loading import quiet_transformers
-
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ModelError("the tokenizer has no end token (eos_token), which separates documents; set one in its tokenizer_config.json")
-    tokens: list[int] = []
-    with quiet_transformers():  # a document longer than the model is cut into blocks, not an error
-        encoded = tokenizer(list(texts))["input_ids"] if texts else []
-    for ids in encoded:
-        tokens += ids
-        if not ids or ids[-1] != eos:
-            tokens.append(eos)
-    return tokens
-
-
-def pack_blocks(tokens: Sequence[int], block_size: int) -> Any:
-    """``tokens`` cut into rows of ``block_size``; returns a long tensor [blocks, block_size]. The rest at the end is left out."""
-    import torch
-
-    count = len(tokens) // block_size
-    if count == 0:
-        raise DataError(f"the training corpus has {len(tokens)} tokens, less than one block; lower block_size={block_size} or add text")
-    return torch.tensor(tokens[: count * block_size], dtype=torch.long).view(count, block_size)
-
-
-def overlapping_windows(tokens: Sequence[int], block_size: int) -> list[tuple[Sequence[int], Sequence[int]]]:
-    """Rows of (ids, mask) that predict every token but the first exactly once: each window begins with the last token of the one before."""
-    rows = [tokens[start : start + block_size] for start in range(0, len(tokens) - 1, block_size - 1)]
-    return [(row, [1] * len(row)) for row in rows]
 
 
 class _Blocks:

@@ -10,13 +10,11 @@ import torch
 from pydantic import ValidationError
 
 from stages.config import ModelInput
+from stages.corpora.packing import encode_documents, overlapping_windows, pack_blocks
 from stages.errors import DataError, ModelError
 from stages.pretraining import (
     PretrainingConfig,
     TokenizerSettings,
-    encode_documents,
-    overlapping_windows,
-    pack_blocks,
     run,
     train_tokenizer,
 )

@@ -83,7 +83,7 @@ class PPOStepConfig(StepConfig):
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="Per-token estimate of the KL in the reward; the papers' is k1.")
     gamma: float = Field(1.0, gt=0, le=1, description="Discount per token.")
     gae_lambda: float = Field(0.95, ge=0, le=1)
-    value_gae_lambda: float | None = Field(None, ge=0, le=1, description="Another lambda for the value network's returns; null: gae_lambda.")
+    value_gae_lambda: float | None = Field(None, ge=0, le=1, description="Lambda of the value network's returns; null: gae_lambda.")
     clip_range: float = Field(0.2, gt=0, description="Clip of the probability ratio.")
     dual_clip: float | None = Field(None, gt=1, description="Bound on the ratio where the advantage is negative; null: none.")
     value_clip_range: float | None = Field(0.2, gt=0, description="Clip of values around the rollout's; null: none.")
@@ -95,7 +95,7 @@ class PPOStepConfig(StepConfig):
         "rollout", description="Over what to whiten; minibatch also computes advantages per minibatch, as Ziegler et al. 2019."
     )
     missing_eos: Literal["none", "replace", "subtract"] = Field(
-        "none", description="Completions without stop token: replace the score by -penalty (Ziegler, Huang) or lower it by the penalty (TRL)."
+        "none", description="Completion without stop token: replace its score by -penalty (Ziegler, Huang) or lower it (TRL)."
     )
     missing_eos_penalty: float = Field(1.0, ge=0)
     target_update_kl: float | None = Field(None, gt=0, description="End an iteration's updates once approx_kl is above; null: never.")
@@ -116,7 +116,7 @@ class PPOStepConfig(StepConfig):
         if self.total_episodes < self.rollout_batch_size:
             raise ValueError(f"total_episodes={self.total_episodes} is less than one rollout_batch_size={self.rollout_batch_size}")
         if self.whitening_scope == "minibatch" and self.minibatch_size < 8:
-            raise ValueError(f"whitening_scope=minibatch needs minibatch_size of at least 8 for a usable variance, got {self.minibatch_size}")
+            raise ValueError(f"whitening_scope=minibatch needs minibatch_size >= 8 for a usable variance, got {self.minibatch_size}")
         if self.policy.quantization != "none" and self.lora is None:
             raise ValueError(f"policy.quantization={self.policy.quantization!r} needs lora: quantized weights cannot be trained themselves")
         if self.generation.temperature == 0:

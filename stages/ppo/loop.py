@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stages.errors import DataError, TrainingError
+from stages.generation import episode_seed
 from stages.numerics.kl import AdaptiveKLController, FixedKLController
 from stages.ppo.checkpoint import load_checkpoint, save_checkpoint
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.optimizers import WeightAverage, learning_rate_factor, make_optimizer, trainable
 from stages.ppo.roles import Roles, load_roles
-from stages.ppo.rollout import Rollout, collect, episode_seed
+from stages.ppo.rollout import Rollout, collect
 from stages.ppo.update import Updater, UpdateResult
 
 if TYPE_CHECKING:
@@ -135,7 +136,8 @@ def _load_prompts(config: PPOStepConfig, context: StepContext, roles: Roles) -> 
             f"generation.max_new_tokens={config.generation.max_new_tokens})"
         )
     if len(kept) < len(encoded):
-        context.runtime.console.print(f"{context.name}: left out {len(encoded) - len(kept)} of {len(encoded)} prompts over {longest} tokens")
+        left_out = len(encoded) - len(kept)
+        context.runtime.console.print(f"{context.name}: left out {left_out} of {len(encoded)} prompts ({longest} tokens at most)")
     return kept
 
 
@@ -151,19 +153,15 @@ def _pretraining_rows(config: PPOStepConfig, context: StepContext, roles: Roles)
     if mix is None:
         return None
     from stages.corpora.files import read_rows, text_of
+    from stages.corpora.packing import encode_documents, pack_blocks
 
-    tokens: list[int] = []
-    for row in read_rows(mix.data):
-        tokens += [*roles.tokenizer(text_of(row, "text"))["input_ids"], roles.tokenizer.eos_token_id]
-    count = len(tokens) // mix.block_size
-    if count == 0:
-        raise DataError(f"pretraining_mix.data has {len(tokens)} tokens, less than one row of block_size={mix.block_size}")
-    blocks = torch.tensor(tokens[: count * mix.block_size]).view(count, mix.block_size)
+    tokens = encode_documents(roles.tokenizer, [text_of(row, "text") for row in read_rows(mix.data)])
+    blocks = pack_blocks(tokens, mix.block_size)
 
     def draw(number: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(episode_seed(context.seed, -2, draw.step))  # type: ignore[attr-defined]
         draw.step += 1  # type: ignore[attr-defined]
-        return blocks[torch.randint(count, (number,), generator=generator)]
+        return blocks[torch.randint(len(blocks), (number,), generator=generator)]
 
     draw.step = 0  # type: ignore[attr-defined]
     return draw
@@ -185,7 +183,7 @@ def iteration_metrics(rollout: Rollout, result: UpdateResult, config: PPOStepCon
     sequence_kl = rollout.kl.sum(dim=1)
     lengths = rollout.lengths.float()
     seconds = sum(rollout.seconds.values())
-    made = {
+    return {
         "rewards/score_mean": float(rollout.scores.mean()),
         "rewards/score_std": float(rollout.scores.std(correction=0)),
         **{f"rewards/{name}": float(part.mean()) for name, part in rollout.parts.items()},
@@ -203,7 +201,6 @@ def iteration_metrics(rollout: Rollout, result: UpdateResult, config: PPOStepCon
         "time/generated_tokens_per_second": float(lengths.sum()) / max(rollout.seconds["generation"], 1e-9),
         "time/update_tokens_per_second": result.tokens / max(rollout.seconds["update"], 1e-9),
     }
-    return made
 
 
 def _log(context: StepContext, iteration: int, entry: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ whitening, the KL controller, minibatches and metrics are global without further
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +17,13 @@ from torch import Tensor
 from stages.corpora.messages import Prompt
 from stages.errors import TrainingError
 from stages.generation import decode_completions, generate, right_pad, stop_token_ids
+from stages.models.responses import sequence_batch
 from stages.numerics.gae import gae
 from stages.numerics.kl import estimate_kl
 from stages.numerics.masking import scale_to_unit_variance, whiten
 from stages.numerics.shaping import penalize_missing_eos, shape_rewards
 from stages.ppo.config import PPOStepConfig
-from stages.ppo.roles import Roles, sequence_batch
+from stages.ppo.roles import Roles
 from stages.rewards.source import CombinedReward, Scores
 
 
@@ -88,11 +88,6 @@ class Targets:
     rewards: Tensor
     advantages: Tensor
     returns: Tensor
-
-
-def episode_seed(seed: int, *place: int) -> int:
-    """A number for one episode's random stream that depends on nothing else: not on the process, not on the batch."""
-    return int.from_bytes(hashlib.blake2b(repr((seed, *place)).encode(), digest_size=7).digest(), "big")
 
 
 def collect(

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from stages.errors import TrainingError
+from stages.models.responses import Policy, sequence_batch, sequence_values
 from stages.numerics.losses import policy_clipped, policy_terms, value_terms
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.optimizers import WeightAverage, trainable
-from stages.ppo.roles import Policy, Roles, sequence_batch, sequence_values
+from stages.ppo.roles import Roles
 from stages.ppo.rollout import Rollout, Targets, targets
 
 

@@ -1,0 +1,36 @@
+"""Comparing completions: win rates of paired scores, and how varied texts are. N prompts; plain floats come back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stages.numerics.classification import wilson_interval
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """How often ``a`` beats ``b`` on the same prompts; a tie is half a win. ``ci_low``, ``ci_high`` are Wilson's 95 % interval."""
+
+    win_rate: float
+    ci_low: float
+    ci_high: float
+    wins: int
+    ties: int
+    n: int
+
+
+def win_rate(a: Sequence[float], b: Sequence[float]) -> WinRate:
+    """Compare paired scores [N]. Counting a tie as half a win makes the interval wider than needed, never too narrow."""
+    if len(a) != len(b):
+        raise ValueError(f"scores must be paired, got {len(a)} and {len(b)}")
+    wins = sum(x > y for x, y in zip(a, b, strict=True))
+    ties = sum(x == y for x, y in zip(a, b, strict=True))
+    low, high = wilson_interval(wins + 0.5 * ties, len(a))
+    return WinRate((wins + 0.5 * ties) / len(a) if a else 0.5, low, high, wins, ties, len(a))
+
+
+def distinct_ngrams(rows: Sequence[Sequence[int] | Sequence[str]], n: int) -> float:
+    """Share of different n-grams among all n-grams of all rows (Li et al. 2016); 0 where no row is long enough."""
+    grams = [tuple(row[start : start + n]) for row in rows for start in range(len(row) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
