@@ -23,11 +23,13 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
     """Biased variance over counted entries; a scalar."""
+    x = torch.where(mask, x, torch.zeros_like(x))  # first: infinity - mean would poison the gradient
     return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
 
 def standardize(x: Tensor, mask: Tensor, *, mean: Tensor, variance: Tensor, epsilon: float = 1e-8) -> Tensor:
     """(x - mean) / sqrt(variance + epsilon) where the mask is True, 0 elsewhere. mean and variance may come from all processes."""
+    x = torch.where(mask, x, torch.zeros_like(x))
     return torch.where(mask, (x - mean) * torch.rsqrt(variance + epsilon), torch.zeros_like(x))
 
 

@@ -23,7 +23,7 @@ from stages.runtime import StepContext
 
 @dataclass
 class Roles:
-    """Everything a PPO step asks. ``value`` is None with a shared head; ``reference`` is None where it is the policy without its adapter."""
+    """Everything a PPO step asks. ``value`` is None with a shared head; ``reference`` is None where it is the policy less its adapter."""
 
     tokenizer: Any
     policy: Policy
@@ -105,5 +105,5 @@ def _load_value(config: PPOStepConfig, context: StepContext, tokenizer: Any, dty
                 continue
             if load_tokenizer(found).get_vocab() == vocabulary:
                 return ValueModel.from_pretrained(found, dtype=dtype, lora=config.lora, trainable=True)
-        context.runtime.console.print(f"{context.name}: no reward model has the policy's vocabulary; the value network starts as the policy")
+        context.runtime.console.print(f"{context.name}: no reward model has the policy's vocabulary; a copy of it is the value network")
     return ValueModel.from_policy(context.models["policy"], dtype=dtype, lora=config.lora, trainable=True)

@@ -1,0 +1,55 @@
+"""InstructGPT's ranking loss: by hand, ties dropped, and a prompt's weight independent of its K."""
+
+import math
+
+import pytest
+import torch
+
+from stages.numerics.ranking import best_of_loss, pairwise_correct, ranking_loss, ranking_pairs
+
+
+def logsigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x))
+
+
+def test_pairs_leave_out_ties_and_other_prompts() -> None:
+    better, worse = ranking_pairs(torch.tensor([0, 1, 1, 0]), torch.tensor([0, 0, 0, 1]))
+    assert list(zip(better.tolist(), worse.tolist(), strict=True)) == [(0, 1), (0, 2)]
+
+
+def test_the_loss_by_hand() -> None:
+    # prompt 0: K = 3 without ties, three pairs, margins 1, 3, 2; prompt 1: K = 2, one pair, margin -1
+    scores, ranks, prompts = torch.tensor([3.0, 2.0, 0.0, 1.0, 2.0]), torch.tensor([0, 1, 2, 0, 1]), torch.tensor([0, 0, 0, 1, 1])
+    first = -(logsigmoid(1) + logsigmoid(3) + logsigmoid(2)) / 3
+    assert ranking_loss(scores, ranks, prompts).item() == pytest.approx((first - logsigmoid(-1)) / 2)
+
+
+def test_equal_scores_cost_log_two_whatever_k() -> None:
+    for k in (2, 4, 9):
+        loss = ranking_loss(torch.zeros(k), torch.arange(k), torch.zeros(k, dtype=torch.long))
+        assert loss.item() == pytest.approx(math.log(2))
+
+
+def test_a_prompt_of_ties_neither_adds_nor_dilutes() -> None:
+    scores, ranks, prompts = torch.tensor([1.0, 0.0, 5.0, 9.0]), torch.tensor([0, 1, 0, 0]), torch.tensor([0, 0, 1, 1])
+    assert ranking_loss(scores, ranks, prompts).item() == pytest.approx(-logsigmoid(1))
+    only_ties = torch.tensor([5.0, 9.0], requires_grad=True)
+    loss = ranking_loss(only_ties, torch.zeros(2), torch.zeros(2))
+    loss.backward()
+    assert loss.item() == 0 and only_ties.grad.abs().sum() == 0
+
+
+def test_gradient_raises_the_better() -> None:
+    scores = torch.zeros(2, requires_grad=True)
+    ranking_loss(scores, torch.tensor([1, 0]), torch.zeros(2)).backward()
+    assert scores.grad.tolist() == [0.5, -0.5]  # the second is preferred; sigmoid(0) = 1/2
+
+
+def test_best_of_four() -> None:
+    # softmax of (0, 0, 0, log 3) gives the last 3/6
+    scores = torch.tensor([[0.0, 0.0, 0.0, math.log(3)]])
+    assert best_of_loss(scores, torch.tensor([3])).item() == pytest.approx(math.log(2))
+
+
+def test_equal_scores_are_no_success() -> None:
+    assert pairwise_correct(torch.tensor([1.0, 1.0]), torch.tensor([0, 1]), torch.zeros(2)).tolist() == [False]
