@@ -6,6 +6,7 @@ torch, accelerate and transformers are imported when first needed, so that plann
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import resource
@@ -81,6 +82,8 @@ class Runtime:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.is_main = launched_rank() == 0
+        # It warns on import that an optional speed-up for 4-bit models on CPUs is not installed, whether or not one is used.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         # Wide enough for tables when the output is a file: rich would otherwise fold at 80 columns.
         width = None if sys.stdout.isatty() else 140
         self.console = Console(quiet=quiet or not self.is_main, width=width, highlight=False)

@@ -54,7 +54,7 @@ class PPOStepConfig(StepConfig):
     stage: Literal["ppo"] = "ppo"
     policy: ModelField = Field(description="Language model to train, usually an sft step.")
     reference: ModelField | None = Field(None, description="Frozen model of the KL penalty; null: the policy as it starts.")
-    value: ModelField | Literal["policy", "shared"] | None = Field(
+    value: Literal["policy", "shared"] | ModelField | None = Field(
         None,
         union_mode="left_to_right",
         description="Initial value network: a reward model; policy: a copy of the policy with a zero head; shared: a zero head on the "

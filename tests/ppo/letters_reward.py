@@ -1,0 +1,11 @@
+"""Reward functions that the PPO tests name in their recipes."""
+
+
+def letters(prompts: list[str], completions: list[str]) -> list[float]:
+    """Varies from text to text: the share of the letter e, and the length."""
+    return [text.count("e") / (len(text) + 1) + 0.05 * len(text) for text in completions]
+
+
+def vowels(prompts: list[str], completions: list[str]) -> list[float]:
+    """The share of vowels: what the sign canary has to raise."""
+    return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in completions]

@@ -1,0 +1,175 @@
+"""The whole stage: reward rises, resume equals never having stopped, LoRA and averages, what it leaves in the run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from stages.errors import DataError, TrainingError
+from stages.ppo import loop
+from stages.ppo.loop import run
+from stages.ppo.rollout import targets
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{word} {number}"}) + "\n" for number in range(4) for word in ("film", "a plot", "the music")))
+    return str(path)
+
+
+def weights(result: Any) -> dict[str, torch.Tensor]:
+    return load_file(next(result.model.path.glob("*.safetensors")))
+
+
+def test_the_sign_canary(ppo_config, ppo_context, prompts) -> None:
+    config = ppo_config(
+        data=prompts, reward=[{"function": "letters_reward:vowels"}], total_episodes=24 * 64, rollout_batch_size=64, minibatch_size=32,
+        microbatch_size=32, ppo_epochs=2, kl_coef=0.0, training={"learning_rate": 3e-3, "schedule": "constant"},
+        generation={"max_new_tokens": 8},
+    )  # fmt: skip
+    metrics = run(config, ppo_context).metrics
+    assert metrics["score_mean_last"] > metrics["score_mean_first"] + 0.1
+    assert metrics["kl_last"] > metrics["kl_first"] >= 0
+    lines = [json.loads(line) for line in (ppo_context.folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 24 and all(math.isfinite(value) for line in lines for value in line.values())
+    samples = [json.loads(line) for line in (ppo_context.folder / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 48 and set(samples[0]) == {"iteration", "prompt", "completion", "score"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"ema_decay": 0.9, "kl_target": 1.0, "kl_horizon": 100},
+        {"value": "shared", "training": {"learning_rate": 1e-3, "adam_style": "tensorflow"}},
+        {"lora": {"r": 2}, "whiten_rewards": True},
+    ],
+)
+def test_resuming_equals_never_having_stopped(ppo_config, step_context, resolve_folder, tiny_llama_folder, prompts, monkeypatch, fields) -> None:
+    config = ppo_config(data=prompts, total_episodes=72, **fields)  # six iterations
+    models = {"policy": resolve_folder(tiny_llama_folder)}
+    whole_context = step_context("test/whole", 5, models)
+    whole = run(config, whole_context)
+
+    class Killed(BaseException):
+        """As SIGKILL: nothing may catch it."""
+
+    calls = 0
+    original = loop.collect
+
+    def dies_in_the_fourth_iteration(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise Killed
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(loop, "collect", dies_in_the_fourth_iteration)
+    context = step_context("test/cut", 5, models)
+    with pytest.raises(Killed):
+        run(config, context)
+    context.close()
+    monkeypatch.setattr(loop, "collect", original)
+    (context.folder / "metrics.jsonl").unlink()  # the chain gives the second attempt a run folder of its own
+    (context.folder / "samples.jsonl").unlink()
+    torch.manual_seed(999)  # whatever the process did in between
+    cut = run(config, context)
+
+    one, two = weights(whole), weights(cut)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert (context.folder / "samples.jsonl").read_text() == (whole_context.folder / "samples.jsonl").read_text()
+    for line, other in zip((whole_context.folder / "metrics.jsonl").open(), (context.folder / "metrics.jsonl").open(), strict=True):
+        timeless = [{key: value for key, value in json.loads(text).items() if not key.startswith("time/")} for text in (line, other)]
+        assert timeless[0] == timeless[1]
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(ppo_config, ppo_context, prompts) -> None:
+    config = ppo_config(data=prompts, total_episodes=60)
+    finished = run(config, ppo_context)
+    newest, older = sorted((ppo_context.checkpoint_folder / "ppo").glob("iteration-*"), reverse=True)
+    (newest / "policy.safetensors").write_bytes(b"half a fi")
+    again = run(config, ppo_context)
+    assert older.name == "iteration-000003" and newest.name == "iteration-000004"
+    one, two = weights(finished), weights(again)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_lora_publishes_an_adapter_that_stands_on_the_policy(ppo_config, ppo_context, prompts) -> None:
+    result = run(ppo_config(data=prompts, lora={"r": 2}), ppo_context)
+    assert result.model.is_adapter and all("lora_" in name for name in weights(result))
+    from stages.models.loading import load_language_model
+    from stages.runtime import ResolvedModel
+
+    source = ResolvedModel("x", "registry", str(result.model.path), result.model.digest, ppo_context.models["policy"].input, result.model)
+    assert load_language_model(source, dtype=torch.float32) is not None
+
+
+def test_the_average_is_what_is_published(ppo_config, step_context, resolve_folder, tiny_llama_folder, prompts) -> None:
+    models = {"policy": resolve_folder(tiny_llama_folder)}
+    start = load_file(tiny_llama_folder / "model.safetensors")
+    last = weights(run(ppo_config(data=prompts), step_context("test/last", 1, models)))
+    average = weights(run(ppo_config(data=prompts, ema_decay=0.999999), step_context("test/average", 1, models)))
+    name = "model.embed_tokens.weight"
+    assert not torch.allclose(last[name], start[name], atol=1e-4)
+    torch.testing.assert_close(average[name], start[name], rtol=0, atol=1e-5)  # eight steps of a millionth each
+
+
+def test_returns_by_hand_in_a_whole_rollout(ppo_config, ppo_context, make_rollout) -> None:
+    from stages.ppo.roles import load_roles
+
+    config = ppo_config(whiten_advantages=False, gae_lambda=1.0, missing_eos="subtract", missing_eos_penalty=3.0)
+    rollout = make_rollout(load_roles(config, ppo_context), config)
+    assert set(rollout.stopped.tolist()) == {True, False}
+    torch.testing.assert_close(rollout.raw_scores - rollout.scores, torch.where(rollout.stopped, 0.0, 3.0))
+    goal = targets(rollout, config, kl_coef=0.2)
+    for row in range(len(rollout.prompts)):
+        length = int(rollout.lengths[row])
+        # at gamma = lambda = 1 the return of the first token is everything that follows
+        expected = float(rollout.scores[row]) - 0.2 * float(rollout.kl[row].sum())
+        assert float(goal.returns[row, 0]) == pytest.approx(expected, abs=1e-4)
+        assert float(goal.rewards[row, length - 1]) == pytest.approx(float(rollout.scores[row] - 0.2 * rollout.kl[row, length - 1]), abs=1e-5)
+
+
+def test_a_reward_that_fails_is_named(ppo_config, ppo_context, prompts, tmp_path, monkeypatch) -> None:
+    (tmp_path / "bad_rewards.py").write_text(
+        "def raises(p, c): raise ZeroDivisionError('no')\ndef short(p, c): return [1.0]\ndef nans(p, c): return [float('nan')] * len(c)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, message in (
+        ("raises", "bad_rewards:raises raised ZeroDivisionError: no"),
+        ("short", r"'short' returned scores of shape \(1,\); expected one number per completion \(12\)"),
+        ("nans", "'nans' returned nan for the completion"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            run(ppo_config(data=prompts, reward=[{"function": f"bad_rewards:{name}"}]), ppo_context)
+
+
+def test_prompts_that_leave_no_room_are_left_out(ppo_config, ppo_context, tmp_path) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"prompt": "film " * 200}) + "\n")
+    with pytest.raises(DataError, match="none of 1 prompts has at most 118 tokens"):  # 128 positions less 10 new tokens
+        run(ppo_config(data=str(path)), ppo_context)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rollout_batch_size": 10}, "rollout_batch_size=10 must be a multiple of minibatch_size=6"),
+        ({"total_episodes": 6}, "total_episodes=6 is less than one rollout_batch_size=12"),
+        ({"generation": {"temperature": 0.0}}, "temperature=0 is greedy"),
+        ({"policy": {"ref": "p", "quantization": "nf4"}}, "needs lora"),
+        ({"reward": [{"function": "a:b"}, {"function": "c:b"}]}, "two sources are called 'b'"),
+        ({"training": {"adam_style": "tensorflow", "weight_decay": 0.1}}, "weight_decay goes with adam_style: torch"),
+        ({"whitening_scope": "minibatch"}, "minibatch_size >= 8"),
+    ],
+)
+def test_contradictions_are_refused(ppo_config, fields, message) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ppo_config(**fields)

@@ -1,0 +1,166 @@
+"""The update against a slow reference, for any split into microbatches; ratio 1 at the first minibatch; PPO-ptx; failures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from stages.errors import TrainingError
+from stages.ppo.loop import _pretraining_rows
+from stages.ppo.optimizers import make_optimizer, trainable
+from stages.ppo.roles import load_roles
+from stages.ppo.rollout import targets
+from stages.ppo.update import Updater
+
+
+def make_updater(roles: Any, config: Any, **options: Any) -> Updater:
+    optimizers = {
+        name: make_optimizer([parameter for _, parameter in trainable(network)], config.training) for name, network in roles.networks().items()
+    }
+    return Updater(roles, optimizers, config, **options)
+
+
+def gradients(roles: Any) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": parameter.grad.clone()
+        for name, network in roles.networks().items()
+        for key, parameter in trainable(network)
+        if parameter.grad is not None
+    }
+
+
+def move_policy(roles: Any) -> None:
+    """As after some optimizer steps: otherwise every ratio is 1 and every clip idle."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for network in roles.networks().values():
+            for _, parameter in trainable(network):
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def slow_loss(roles: Any, rollout: Any, goal: Any, config: Any) -> torch.Tensor:
+    """PPO's loss, episode by episode and token by token, in plain Python on whole sequences: slow, and easy to see through."""
+    policy_loss, value_loss, count = 0.0, 0.0, 0
+    for row in range(len(rollout.prompts)):
+        prompt, response = rollout.prompt_ids[row], rollout.response(row)
+        ids = torch.tensor([prompt + response])
+        logits = roles.policy.model(input_ids=ids).logits[0] / config.generation.temperature
+        values = roles.value.score_tokens(ids, torch.ones_like(ids))[0]
+        for step, token in enumerate(response):
+            place = len(prompt) - 1 + step
+            logprob = logits[place].log_softmax(-1)[token]
+            ratio = torch.exp(logprob - rollout.rollout_logprobs[row, step])
+            advantage = goal.advantages[row, step]
+            unclipped, clipped = ratio * advantage, ratio.clamp(1 - config.clip_range, 1 + config.clip_range) * advantage
+            policy_loss = policy_loss - torch.min(unclipped, clipped)
+            old, value, aim = rollout.values[row, step], values[place], goal.returns[row, step]
+            near = old + (value - old).clamp(-config.value_clip_range, config.value_clip_range)
+            value_loss = value_loss + 0.5 * torch.max((value - aim) ** 2, (near - aim) ** 2)
+            count += 1
+    return (policy_loss + config.value_coef * value_loss) / count
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradients_equal_the_slow_reference_for_any_microbatch(ppo_config, ppo_context, make_rollout, temperature) -> None:
+    config = ppo_config(generation={"max_new_tokens": 10, "temperature": temperature, "stop": list("abcdefghijklmnopqrstuvwxyz")})
+    roles = load_roles(config, ppo_context)
+    rollout = make_rollout(roles, config)
+    assert len(set(rollout.lengths.tolist())) > 1, "the test wants ragged responses"
+    goal = targets(rollout, config, kl_coef=0.1)
+    move_policy(roles)
+    slow_loss(roles, rollout, goal, config).backward()
+    expected = gradients(roles)
+    for microbatch in (1, 5, 12):
+        for network in roles.networks().values():
+            network.zero_grad()
+        updater = make_updater(roles, config.model_copy(update={"microbatch_size": microbatch}))
+        updater.accumulate(rollout, goal)
+        found = gradients(roles)
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            # fp32 sums in another order
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_first_minibatch_has_ratio_one_and_no_kl(ppo_config, ppo_context, make_rollout) -> None:
+    for settings in ({}, {"generation": {"max_new_tokens": 10, "temperature": 0.7}}, {"value": "shared"}, {"rollout_logprobs": "recomputed"}):
+        config = ppo_config(**settings)
+        roles = load_roles(config, ppo_context)
+        roles.policy.model.train()  # dropout of the config must stay off
+        rollout = make_rollout(roles, config)
+        assert rollout.kl.abs().max() < 1e-5
+        result = make_updater(roles, config).update(rollout, kl_coef=0.1, seed=0)
+        assert result.metrics["policy/ratio_first_deviation"] < 1e-5
+        assert rollout.sampling_gap < 1e-5
+
+
+def test_padding_with_the_end_token_changes_nothing(ppo_config, ppo_context, make_rollout) -> None:
+    config = ppo_config()
+    found = []
+    for pad in ("<|pad|>", "<|endoftext|>"):
+        roles = load_roles(config, ppo_context)
+        roles.tokenizer.pad_token = pad
+        rollout = make_rollout(roles, config)
+        make_updater(roles, config).accumulate(rollout, targets(rollout, config, kl_coef=0.1))
+        found.append((rollout.completions, rollout.lengths.tolist(), gradients(roles)))
+    assert found[0][:2] == found[1][:2]
+    for name, gradient in found[0][2].items():
+        torch.testing.assert_close(gradient, found[1][2][name])
+
+
+def test_value_warmup_leaves_the_policy_alone(ppo_config, ppo_context, make_rollout) -> None:
+    for value in ("policy", "shared"):
+        config = ppo_config(value=value)
+        roles = load_roles(config, ppo_context)
+        before = {name: parameter.clone() for name, parameter in roles.policy.model.named_parameters()}
+        rollout = make_rollout(roles, config)
+        make_updater(roles, config).update(rollout, kl_coef=0.1, seed=0, train_policy=False)
+        assert all(torch.equal(parameter, before[name]) for name, parameter in roles.policy.model.named_parameters())
+
+
+def test_pretraining_gradient_is_added_with_its_coefficient(ppo_config, ppo_context, make_rollout, tmp_path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the acting was warm and the film was a joy\n" * 20)
+    mix = {"data": str(corpus), "coef": 2.0, "examples_per_episode": 1, "block_size": 8}
+    plain, mixed, off = ppo_config(), ppo_config(pretraining_mix=mix), ppo_config(pretraining_mix={**mix, "coef": 0.0})
+    found = {}
+    for name, config in {"plain": plain, "mixed": mixed, "off": off}.items():
+        roles = load_roles(config, ppo_context)
+        rollout = make_rollout(roles, config)
+        updater = make_updater(roles, config, pretraining_rows=_pretraining_rows(config, ppo_context, roles))
+        goal = targets(rollout, config, kl_coef=0.1)
+        updater.accumulate(rollout, goal)
+        if config.pretraining_mix is not None:
+            loss = updater._add_pretraining_gradient(12)
+        found[name] = gradients(roles)
+    assert all(torch.equal(found["plain"][name], found["off"][name]) for name in found["plain"])  # gamma = 0: to the bit
+    rows = _pretraining_rows(mixed, ppo_context, roles)(12)
+    model = load_roles(mixed, ppo_context).policy.model
+    expected = model(input_ids=rows, labels=rows).loss  # transformers' own mean loss per token
+    assert loss == 0.0 and float(expected) > 0
+    expected.backward()
+    for name, parameter in trainable(model):
+        added = found["mixed"][f"policy.{name}"] - found["plain"][f"policy.{name}"]
+        torch.testing.assert_close(added, 2.0 * parameter.grad, rtol=1e-3, atol=1e-5)  # a difference of two fp32 sums
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(ppo_config, ppo_context, make_rollout) -> None:
+    config = ppo_config()
+    roles = load_roles(config, ppo_context)
+    rollout = make_rollout(roles, config)
+    goal = targets(rollout, config, kl_coef=0.1)
+    goal.advantages[0, 0] = float("nan")
+    before = {name: parameter.clone() for name, parameter in roles.policy.model.named_parameters()}
+    with pytest.raises(TrainingError, match="policy loss is nan.*lower training.learning_rate"):
+        make_updater(roles, config).minibatch(rollout, goal)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in roles.policy.model.named_parameters())
+
+
+def test_early_stop_by_kl(ppo_config, ppo_context, make_rollout) -> None:
+    for limit, steps in ((None, 8), (1e-9, 2)):  # two minibatches an epoch, four epochs
+        config = ppo_config(ppo_epochs=4, target_update_kl=limit, training={"learning_rate": 1e-2})
+        roles = load_roles(config, ppo_context)
+        rollout = make_rollout(roles, config)
+        assert make_updater(roles, config).update(rollout, kl_coef=0.1, seed=0).optimizer_steps == steps
