@@ -1,0 +1,118 @@
+"""Sampling: left padding is invisible, streams belong to rows, stop tokens end rows, log-probabilities are those of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from stages.config import GenerationSettings
+from stages.errors import ModelError
+from stages.generation import Generated, _choose, decode_completions, generate, left_pad, position_ids, right_pad, stop_token_ids
+from stages.models.loading import load_language_model
+
+PROMPTS = [[10, 11, 12, 13, 14], [20], [30, 31, 32], [40, 41]]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama_folder) -> Any:
+    return load_language_model(str(tiny_llama_folder), dtype=torch.float32, trainable=False)
+
+
+def sample(model: Any, prompts: list[list[int]], seeds: list[int], stop: tuple[int, ...] = (0,), **settings: Any) -> Generated:
+    chosen = GenerationSettings(**{"max_new_tokens": 12, **settings})
+    return generate(model, prompts, chosen, seeds=seeds, stop_ids=stop, pad_token_id=1)
+
+
+def rows(generated: Generated) -> list[list[int]]:
+    return [ids[mask].tolist() for ids, mask in zip(generated.response_ids, generated.response_mask, strict=True)]
+
+
+def test_padding_and_positions() -> None:
+    ids, mask = left_pad([[5, 6], [7]], 1)
+    assert ids.tolist() == [[5, 6], [1, 7]] and mask.tolist() == [[True, True], [False, True]]
+    assert position_ids(mask).tolist() == [[0, 1], [0, 0]]
+    assert right_pad([torch.tensor([1, 2]), torch.tensor([3])], 9, width=3).tolist() == [[1, 2, 9], [3, 9, 9]]
+
+
+def test_a_completion_does_not_depend_on_its_batch(model) -> None:
+    seeds = [7, 8, 9, 10]
+    stop = tuple(range(100, 160))  # a fifth of the tokens: rows leave the batch at different times
+    together = rows(sample(model, PROMPTS, seeds, stop))
+    assert len({len(row) for row in together}) > 1
+    for row, prompt in enumerate(PROMPTS):
+        assert rows(sample(model, [prompt], [seeds[row]], stop)) == [together[row]]
+    assert rows(sample(model, PROMPTS, seeds, stop, batch_size=2)) == together
+    assert rows(sample(model, PROMPTS[::-1], seeds[::-1], stop)) == together[::-1]
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.5}, {"temperature": 0.0}])
+def test_logprobs_equal_a_plain_forward_pass(model, settings) -> None:
+    generated = sample(model, PROMPTS, [1, 2, 3, 4], tuple(range(100, 130)), **settings)
+    for row, prompt in enumerate(PROMPTS):
+        response = rows(generated)[row]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / (settings.get("temperature", 1.0) or 1.0)).log_softmax(-1)[range(len(response)), response]
+        found = generated.logprobs[row][generated.response_mask[row]]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_greedy_equals_transformers(model) -> None:
+    ours = rows(sample(model, [PROMPTS[0]], [0], temperature=0.0))
+    theirs = model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=12, do_sample=False, eos_token_id=0, pad_token_id=1)
+    assert ours == [theirs[0, len(PROMPTS[0]) :].tolist()]
+
+
+def test_stop_tokens_end_a_row_and_count(model) -> None:
+    free = rows(sample(model, PROMPTS[:1], [3]))[0]
+    stopping = free[4]
+    first = free.index(stopping)
+    generated = sample(model, PROMPTS[:1], [3], (stopping,))
+    assert rows(generated) == [free[: first + 1]] and generated.stopped.tolist() == [True]
+    assert sample(model, PROMPTS[:1], [3], max_new_tokens=2).stopped.tolist() == [False]
+    # late stops are ignored before their position (the papers' truncate_after)
+    late = generate(
+        model, PROMPTS[:1], GenerationSettings(max_new_tokens=12, stop_after=first + 1), seeds=[3], stop_ids=[0], pad_token_id=1,
+        late_stop_ids=[stopping],
+    )  # fmt: skip
+    assert len(rows(late)[0]) > first + 1
+
+
+def test_the_model_s_mode_is_left_alone(model) -> None:
+    model.train()
+    sample(model, PROMPTS[:1], [0])
+    assert model.training
+    model.eval()
+
+
+def test_sampling_follows_the_distribution() -> None:
+    probabilities = torch.tensor([0.5, 0.2, 0.2, 0.1])
+    noise = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000  # every thousandth of [0, 1)
+    logits = probabilities.log().expand(1000, 4)
+
+    def shares(**settings: Any) -> list[float]:
+        return [round(x, 3) for x in (torch.bincount(_choose(logits, GenerationSettings(**settings), noise), minlength=4) / 1000).tolist()]
+
+    assert shares() == [0.5, 0.2, 0.2, 0.1]
+    assert shares(top_k=1) == [1.0, 0.0, 0.0, 0.0]
+    assert shares(top_p=0.5) == [1.0, 0.0, 0.0, 0.0]
+    # 0.5 + 0.2 reach 0.6: two tokens stay, 5/7 and 2/7
+    assert shares(top_p=0.6) == [0.714, 0.286, 0.0, 0.0]
+    # squared: 0.25, 0.04, 0.04, 0.01 of 0.34
+    assert shares(temperature=0.5) == [0.735, 0.118, 0.118, 0.029]
+
+
+def test_stop_words(model, tiny_tokenizer) -> None:
+    eos = tiny_tokenizer.eos_token_id
+    assert stop_token_ids(model, tiny_tokenizer) == [eos]
+    assert stop_token_ids(model, tiny_tokenizer, ["a"]) == sorted([eos, tiny_tokenizer.convert_tokens_to_ids("a")])
+    with pytest.raises(ModelError, match=r"'happy ending!' is \d+ tokens"):
+        stop_token_ids(model, tiny_tokenizer, ["happy ending!"])
+
+
+def test_decoding_leaves_out_stop_tokens(tiny_tokenizer) -> None:
+    ids = tiny_tokenizer(" the film", add_special_tokens=False)["input_ids"] + [tiny_tokenizer.eos_token_id]
+    generated = Generated(*(torch.tensor([[0]]),) * 2, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool), *(torch.zeros(1),) * 2)
+    assert decode_completions(tiny_tokenizer, generated) == ["the film"]
