@@ -1,0 +1,80 @@
+"""Every form of a ranked comparison becomes ranks, 0 best; what is malformed is named with its line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.config import DataInput
+from stages.corpora.comparisons import comparison, load_comparisons
+from stages.corpora.files import Row
+from stages.errors import DataError
+
+
+def row(**columns: Any) -> Row:
+    made = Row(columns)
+    made.place = "pairs.jsonl:7"
+    return made
+
+
+@pytest.mark.parametrize(
+    ("columns", "completions", "ranks"),
+    [
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, ["a", "b"], [0, 1]),
+        ({"prompt": "p", "completions": ["a", "b", "c"], "ranks": [2, 1, 1]}, ["a", "b", "c"], [1, 0, 0]),
+        ({"prompt": "p", "completions": ["a", "b", "c"], "scores": [0.5, 3, 3]}, ["a", "b", "c"], [1, 0, 0]),
+        ({"prompt": "p", "responses": ["a", "b", "c"]}, ["a", "b", "c"], [0, 1, 2]),
+    ],
+)
+def test_forms(columns, completions, ranks) -> None:
+    made = comparison(row(**columns))
+    assert (made.prompt, made.completions, made.ranks) == ("p", completions, ranks)
+
+
+def test_messages_and_named_preferred() -> None:
+    prompt = [{"role": "user", "content": "hi"}]
+    made = comparison(row(prompt=prompt, chosen=[{"role": "assistant", "content": "a"}], rejected=[{"role": "assistant", "content": "b"}]))
+    assert made.prompt == prompt and made.completions == ["a", "b"]
+    named = comparison(row(prompt="p", responses={"x": "one", "y": "two", "z": "three"}), preferred="y")
+    assert named.ranks == [1, 0, 1] and named.num_pairs == 2 and named.best == "two"
+
+
+def test_hh_dialogues_are_split_at_the_last_reply() -> None:
+    made = comparison(row(chosen="\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: good", rejected="\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: bad"))  # fmt: skip
+    assert made.prompt == "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    assert made.completions == [" good", " bad"]
+    parted = comparison(row(chosen="\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", rejected="\n\nHuman: a\n\nAssistant: x"))
+    assert parted.prompt == "\n\nHuman: a\n\nAssistant:" and parted.completions == [" b\n\nHuman: c\n\nAssistant: d", " x"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": "x"}, "columns text make no comparison"),
+        ({"prompt": "p", "completions": ["a", "b"]}, "completions without ranks"),
+        ({"prompt": "p", "completions": ["a", "b"], "ranks": [0]}, r"expected 2 numbers in ranks, got \[0\]"),
+        ({"prompt": "p", "responses": ["a"]}, r"1 completion\(s\); a comparison needs at least 2"),
+        ({"prompt": "p", "responses": ["a", 3]}, "responses, entry 2 is int; expected text"),
+        ({"prompt": "p", "responses": {"x": "a", "y": "b"}}, "set preferred to one of x, y"),
+    ],
+)
+def test_malformed_rows_are_named(columns, message) -> None:
+    with pytest.raises(DataError, match=f"pairs.jsonl:7: .*{message}"):
+        comparison(row(**columns))
+
+
+def test_a_split_of_ties_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ties.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "p", "completions": ["a", "b"], "ranks": [0, 0]}) + "\n" for _ in range(9)))
+    with pytest.raises(DataError, match="the training comparisons .* are all ties"):
+        load_comparisons(DataInput.model_validate({"train": str(path)}))
+
+
+def test_real_preference_pairs(shared_data: Path) -> None:
+    for folder in ("hh_harmless", "hh_helpful"):
+        files = sorted((shared_data / folder).glob("*.jsonl*"))
+        made = load_comparisons(DataInput.model_validate({"train": [str(file) for file in files]}))
+        assert len(made.train) > 100 and all(len(item.completions) == 2 for item in made.train)

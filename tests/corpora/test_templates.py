@@ -1,0 +1,53 @@
+"""The template travels with the tokenizer; prompt and completion are tokenized apart."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from stages.corpora.templates import encode_pair, encode_prompt, render_prompt, set_template
+from stages.errors import DataError, ModelError
+
+
+@pytest.fixture
+def tokenizer(tiny_tokenizer: Any) -> Any:
+    return copy.deepcopy(tiny_tokenizer)
+
+
+def test_a_plain_template_survives_saving(tokenizer, tmp_path) -> None:
+    from transformers import AutoTokenizer
+
+    set_template(tokenizer, 'Say "{prompt}"\nReview:')
+    tokenizer.save_pretrained(tmp_path)
+    assert render_prompt(AutoTokenizer.from_pretrained(tmp_path), "{{ hi }}") == 'Say "{{ hi }}"\nReview:'
+
+
+def test_named_templates(tokenizer) -> None:
+    set_template(tokenizer, "question")
+    assert render_prompt(tokenizer, "why?") == "Question: why?\nAnswer:"
+
+
+def test_completion_gets_a_space_where_the_prompt_ends_in_a_mark(tokenizer) -> None:
+    set_template(tokenizer, "question")
+    ids, prompt_length = encode_pair(tokenizer, "why?", "because")
+    assert tokenizer.decode(ids[:prompt_length]) == "Question: why?\nAnswer:"
+    assert tokenizer.decode(ids[prompt_length:]) == " because<|endoftext|>"
+    set_template(tokenizer, "instruction")
+    ids, prompt_length = encode_pair(tokenizer, "why?", "because", eos=False)
+    assert tokenizer.decode(ids[prompt_length:]) == "because"
+
+
+def test_conversations(tokenizer) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    with pytest.raises(DataError, match="no chat template; set template in its sft step"):
+        encode_prompt(tokenizer, messages)
+    set_template(tokenizer, "dialogue")
+    assert render_prompt(tokenizer, messages) == "\n\nHuman: a\n\nAssistant:b<|endoftext|>\n\nHuman: c\n\nAssistant:"
+
+
+@pytest.mark.parametrize(("template", "message"), [("chat", "has no chat template"), ("no place", "a text with {prompt} once")])
+def test_bad_templates(tokenizer, template, message) -> None:
+    with pytest.raises(ModelError, match=message):
+        set_template(tokenizer, template)

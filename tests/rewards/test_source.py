@@ -1,0 +1,108 @@
+"""Reward sources: their own tokenizer, the label asked for, weights and parts, and refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from stages.errors import ModelError, RecipeError, TrainingError
+from stages.rewards.config import RewardInput
+from stages.rewards.function import FunctionSource, load_function
+from stages.rewards.source import CombinedReward, build_reward, build_source, checked
+
+CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
+
+
+@pytest.fixture(scope="module")
+def classifier_folder(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A random two-class DistilBERT of 16 positions with the tiny tokenizer."""
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    torch.manual_seed(1)
+    config = DistilBertConfig(
+        vocab_size=len(tiny_tokenizer), dim=16, hidden_dim=32, n_layers=1, n_heads=2, max_position_embeddings=16,
+        id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1}, pad_token_id=tiny_tokenizer.pad_token_id,
+        initializer_range=0.5,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("classifier")
+    DistilBertForSequenceClassification(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def classifier(folder: Path, resolve: Any, **fields: Any) -> Any:
+    return build_source(RewardInput.model_validate({"model": str(folder), **fields}), resolve(folder), **CPU)
+
+
+def test_outputs_of_a_classifier(classifier_folder, resolve_folder, tiny_tokenizer) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(classifier_folder).eval()
+    texts = ["the film was a joy", "dull", "a fine story"]
+    with torch.no_grad():
+        logits = torch.cat([model(torch.tensor([tiny_tokenizer(f"about it {text}")["input_ids"][:16]])).logits for text in texts])
+    prompts = ["about it"] * 3
+    for output, expected in (("logit", logits[:, 1]), ("probability", logits.softmax(-1)[:, 1]), ("logprob", logits.log_softmax(-1)[:, 1])):
+        for label in ("positive", "POSITIVE", 1):
+            found = classifier(classifier_folder, resolve_folder, label=label, output=output).score(prompts, texts)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    alone = classifier(classifier_folder, resolve_folder, label=1, reads="completion").score(prompts, texts)
+    assert not torch.allclose(alone, logits[:, 1], atol=1e-3)
+    assert torch.isfinite(classifier(classifier_folder, resolve_folder, label=1, reads="completion").score(["p"], [""])).all()
+
+
+def test_a_label_that_is_not_there(classifier_folder, resolve_folder) -> None:
+    with pytest.raises(ModelError, match=r"no label 'happy'; expected one of 0 \(NEGATIVE\), 1 \(POSITIVE\)"):
+        classifier(classifier_folder, resolve_folder, label="happy")
+
+
+def test_weights_and_parts() -> None:
+    class Constant:
+        def __init__(self, name: str, value: float) -> None:
+            self.name, self.value = name, value
+
+        def score(self, prompts: Any, completions: Any) -> torch.Tensor:
+            return torch.full((len(completions),), self.value)
+
+    scores = CombinedReward([(Constant("a", 2.0), 0.5), (Constant("b", 3.0), -1.0)]).score(["p", "p"], ["x", "y"])
+    assert scores.total.tolist() == [-2.0, -2.0]
+    assert {name: part.tolist() for name, part in scores.parts.items()} == {"a": [2.0, 2.0], "b": [3.0, 3.0]}
+
+
+def test_functions() -> None:
+    source = FunctionSource("gold", "stages.corpora.world.gold:score_batch")
+    prompt = "Compose one sentence on the romance Bitter Morning. Talk about the acting and stay negative."
+    assert source.score([prompt], ["nothing"]).tolist() == [0.0]
+    with pytest.raises(RecipeError, match="cannot import no_such_module"):
+        load_function("no_such_module:f")
+    with pytest.raises(RecipeError, match="has no 'nothing'"):
+        load_function("stages.corpora.world.gold:nothing")
+    with pytest.raises(TrainingError, match="raised DataError"):
+        source.score(["joke"], ["ha"])
+
+
+def test_scores_that_are_no_numbers() -> None:
+    with pytest.raises(TrainingError, match="returned inf for the completion 'b'"):
+        checked(torch.tensor([0.0, torch.inf]), "x", ["a", "b"])
+
+
+def test_a_list_finds_its_models(classifier_folder, resolve_folder) -> None:
+    sources = [
+        RewardInput.model_validate({"function": "stages.corpora.world.gold:score_batch", "weight": 2.0}),
+        RewardInput.model_validate({"model": "m", "label": 0}),
+    ]
+    reward = build_reward(sources, {"reward[1].model": resolve_folder(classifier_folder)}, "reward", **CPU)
+    assert [(source.name, weight) for source, weight in reward.sources] == [("score_batch", 2.0), ("m", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({}, "exactly one"), ({"model": "m", "function": "a:b"}, "exactly one"), ({"function": "a:b", "label": 1}, "label belongs")],
+)
+def test_inputs_that_make_no_sense(fields, message) -> None:
+    with pytest.raises(ValidationError, match=message):
+        RewardInput.model_validate(fields)
