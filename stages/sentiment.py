@@ -161,15 +161,24 @@ def train_wordpiece(texts: Sequence[str], settings: WordPieceSettings, max_lengt
     from transformers import PreTrainedTokenizerFast
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=settings.max_chars))
     # In the tokenizer and not in the stage: whoever loads the exported model gives it raw reviews.
     tags = normalizers.Replace(Regex("<[^<>]{1,40}>"), " ")
-    tokenizer.normalizer = normalizers.Sequence([tags, normalizers.BertNormalizer(lowercase=True)])
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.train_from_iterator(
-        texts, trainers.WordPieceTrainer(vocab_size=settings.vocab_size, special_tokens=special, show_progress=False), length=len(texts)
-    )
+    normalizer = normalizers.Sequence([tags, normalizers.BertNormalizer(lowercase=True)])
+    # The trainer numbers word pieces in the order of a hash table, which differs from run to run and decides ties between merges. Given
+    # the whole alphabet as special tokens it has nothing left to order; the tokenizer itself is then built from the vocabulary.
+    letters = sorted(set("".join(normalizer.normalize_str(text) for text in texts)) - set(" \t\n\r"))
+    alphabet = [*letters, *(f"##{letter}" for letter in letters)]
+
+    def blank(vocabulary: dict[str, int] | None = None) -> Tokenizer:
+        made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=settings.max_chars))
+        made.normalizer, made.pre_tokenizer, made.decoder = normalizer, pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+        return made
+
+    trained = blank()
+    trainer = trainers.WordPieceTrainer(vocab_size=settings.vocab_size, special_tokens=[*special, *alphabet], show_progress=False)
+    trained.train_from_iterator(texts, trainer, length=len(texts))
+    tokenizer = blank(trained.get_vocab())
+    tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )

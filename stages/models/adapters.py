@@ -87,9 +87,12 @@ def attach_lora(model: Any, lora: LoraSettings, *, task: str, base: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
     alpha: Any = lora.alpha  # peft says int and divides whatever it gets by r
+    # peft trains a classifier's head whole (everything that is called ...classifier or ...score), so the adapter has to stay off it.
+    head = r".*(classifier|score)" if task == "SEQ_CLS" and lora.target_modules == "all-linear" else None
     config = LoraConfig(
-        r=lora.r, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules, task_type=task, bias="none"
-    )
+        r=lora.r, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules, exclude_modules=head, task_type=task,
+        bias="none",
+    )  # fmt: skip
     try:
         with _without_future_warnings():
             adapted = get_peft_model(model, config)

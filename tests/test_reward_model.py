@@ -1,0 +1,129 @@
+"""The reward model stage: K-wise batches, learning, the stored bias, held-out numbers by hand, resume, LoRA."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from stages.corpora.comparisons import Comparison
+from stages.errors import DataError
+from stages.models.heads import RewardModel
+from stages.reward_model import EncodedComparison, RewardModelConfig, collate, encode, measure, run
+
+
+@pytest.fixture
+def comparisons(tmp_path: Path) -> str:
+    """The word joy is preferred; K is 2, 3 and 4; some ties."""
+    path = tmp_path / "comparisons.jsonl"
+    texts = ["the film was a joy", "the film was dull", "the plot was weak", "write"]
+    rows = [
+        {"prompt": f"write a line {number}:", "completions": texts[: 2 + number % 3], "ranks": [0, 1, 1, 2][: 2 + number % 3]}
+        for number in range(30)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def config(path: str, **fields: Any) -> RewardModelConfig:
+    settings = {
+        "name": "preference", "model": "sft", "precision": "fp32", "data": {"train": path, "validation_fraction": 0.2},
+        "training": {"learning_rate": 5e-3, "batch_size": 4, "microbatch_size": 2},
+    }  # fmt: skip
+    return RewardModelConfig.model_validate({**settings, **fields})
+
+
+@pytest.fixture
+def sft(resolve_folder, tiny_llama_folder) -> dict[str, Any]:
+    return {"model": resolve_folder(tiny_llama_folder)}
+
+
+def test_it_learns_and_centres(comparisons, step_context, sft) -> None:
+    result = run(config(comparisons), step_context(models=sft))
+    metrics = result.metrics
+    assert metrics["heldout_accuracy"] > 0.9 and metrics["heldout_ci_low"] < metrics["heldout_accuracy"]
+    # six held-out rows with K = 2, 3, 4 twice: 1, 2 and 5 pairs that are no tie
+    assert metrics["heldout_pairs"] == 16
+    model = RewardModel.from_pretrained(str(result.model.path), dtype=torch.float32)
+    best = [encode(Comparison(f"write a line {number}:", ["the film was a joy"], [0]), model.tokenizer, 128).rows[0] for number in range(24)]
+    with torch.no_grad():
+        scores = torch.cat([model.score(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long)) for row in best])
+    assert scores.mean().item() == pytest.approx(0, abs=1e-4)  # mean reward of the demonstrations is 0
+    assert abs(metrics["reward_bias"]) > 1e-3
+
+
+def test_named_demonstrations_set_the_zero(comparisons, step_context, sft, tmp_path) -> None:
+    path = tmp_path / "demonstrations.jsonl"
+    path.write_text(json.dumps({"prompt": "write a line 0:", "completion": "the plot was weak"}) + "\n")
+    result = run(config(comparisons, demonstrations=str(path)), step_context(models=sft))
+    model = RewardModel.from_pretrained(str(result.model.path), dtype=torch.float32)
+    row = encode(Comparison("write a line 0:", ["the plot was weak"], [0]), model.tokenizer, 128).rows[0]
+    with torch.no_grad():
+        assert model.score(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long)).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_a_prompt_is_never_split(tiny_tokenizer) -> None:
+    items = [EncodedComparison([[5, 6, 7], [5]], [0, 1]), EncodedComparison([[8, 9], [8], [9]], [0, 1, 1])]
+    batch = collate(items, 1)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 1, 1], [8, 9, 1], [8, 1, 1], [9, 1, 1]]
+    assert batch["attention_mask"].sum(1).tolist() == [3, 1, 2, 1, 1]
+    assert batch["ranks"].tolist() == [0, 1, 0, 1, 1] and batch["prompt_index"].tolist() == [0, 0, 1, 1, 1]
+
+
+def test_gradient_does_not_depend_on_the_microbatch(comparisons, step_context, sft) -> None:
+    made = []
+    for microbatch in (1, 4):
+        training = {"learning_rate": 5e-3, "batch_size": 4, "microbatch_size": microbatch, "max_steps": 2}
+        result = run(config(comparisons, training=training), step_context(f"test/m{microbatch}", models=sft))
+        made.append(RewardModel.from_pretrained(str(result.model.path), dtype=torch.float32))
+    for (name, one), (_, two) in zip(made[0].named_parameters(), made[1].named_parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+class Fixed(torch.nn.Module):
+    """Scores a row by its first token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+    def score(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return input_ids[:, 0] * self.scale
+
+
+def test_measures_by_hand() -> None:
+    # scores 2.0, 1.0 (right, margin 1.0); 1.0, 1.5, 0.5 with ranks 0, 1, 2: wrong by 0.5, right by 0.5, right by 1.0
+    items = [EncodedComparison([[4], [2]], [0, 1]), EncodedComparison([[2], [3], [1]], [0, 1, 2])]
+    found = measure(Fixed(), items, pad_token_id=0, batch_size=2)
+    assert (found["accuracy"], found["pairs"]) == (0.75, 4)
+    assert found["accuracy_by_prompt"] == pytest.approx((1 + 2 / 3) / 2)
+    assert [(row["from"], row["to"], row["accuracy"], row["pairs"]) for row in found["accuracy_by_margin"]] == [(0.5, 1.0, 0.5, 2), (1.0, 2.0, 1.0, 2)]
+    with pytest.raises(DataError, match="no held-out comparison has a preference"):
+        measure(Fixed(), [], pad_token_id=0, batch_size=2)
+
+
+def test_long_texts_lose_their_beginning(tiny_tokenizer) -> None:
+    whole = encode(Comparison("write a happy line:", ["the film"], [0]), tiny_tokenizer, 100).rows[0]
+    assert whole[-1] == tiny_tokenizer.eos_token_id
+    assert encode(Comparison("write a happy line:", ["the film"], [0]), tiny_tokenizer, 4).rows[0] == whole[-4:]
+
+
+def test_lora_keeps_head_and_bias(comparisons, step_context, sft) -> None:
+    result = run(config(comparisons, lora={"r": 4}, training={"learning_rate": 2e-2, "batch_size": 4, "epochs": 2.0}), step_context(models=sft))
+    assert result.model.is_adapter and result.metrics["heldout_accuracy"] > 0.8
+
+
+def test_quantization_needs_lora() -> None:
+    with pytest.raises(ValidationError, match="needs lora"):
+        config("unused", model={"ref": "sft", "quantization": "int8"})
+
+
+def test_real_ranked_lists(shared_data, step_context, sft) -> None:
+    file = next((shared_data / "alpaca_eval_ranking").glob("*.jsonl*"))
+    data = {"train": {"path": str(file), "limit": 24}, "validation": {"path": str(file), "skip": 24, "limit": 8}}
+    result = run(config("unused", data=data, max_length=96, training={"max_steps": 2, "batch_size": 2, "microbatch_size": 1}), step_context(models=sft))
+    assert 0 <= result.metrics["heldout_ci_low"] <= result.metrics["heldout_accuracy"]
