@@ -287,20 +287,21 @@ def _measure_kl(config: EvaluationConfig, context: StepContext, answers: dict[st
     """KL per completion: log-probability by the candidate less that by the reference, summed over the tokens the candidate sampled."""
     import torch
 
+    from stages.models.loading import load_tokenizer
     from stages.models.responses import Policy, sequence_batch
 
     assert config.kl_reference is not None
     with _loaded(config, context, config.kl_reference) as (model, tokenizer):
         reference = Policy(model, temperature=config.generation.temperature or 1.0, autocast=None)
-        vocabulary = model.get_input_embeddings().num_embeddings
+        vocabulary = tokenizer.get_vocab()
         for name, answer in answers.items():
             if config.candidates[name].few_shot is not None:
                 continue  # it was asked something else
-            largest = max(max(row) for row in (*answer.prompt_ids, *answer.response_ids))
-            if largest >= vocabulary:
+            own_vocabulary = load_tokenizer(context.models[f"candidates.{name}"]).get_vocab()
+            if any(vocabulary.get(token) != index for token, index in own_vocabulary.items()):
                 raise ModelError(
-                    f"candidate {name!r} uses token {largest}, and kl_reference {config.kl_reference!r} knows {vocabulary}; "
-                    "KL needs one tokenizer: choose a reference of the same family, or null"
+                    f"candidate {name!r} and kl_reference {config.kl_reference!r} have different tokenizers, and a KL is between "
+                    "distributions over the same tokens; choose a reference of the same family, or null"
                 )
             answer.kl = []
             for start in range(0, len(answer.response_ids), config.generation.batch_size):

@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 def _raw(random: Random, split: str) -> Row:
     """A page of the site, for pretraining: requests, listings and reviews, few of them together."""
-    kind = random.choices(("requests", "listing", "review", "answered"), weights=(0.35, 0.15, 0.35, 0.15))[0]
+    kind = random.choices(("requests", "listing", "review", "answered"), weights=(0.3, 0.1, 0.1, 0.5))[0]
     if kind == "requests":
         return {"text": write_request_list(random, split)}
     if kind == "listing":
