@@ -1,0 +1,149 @@
+"""The house as the README draws it: who may import whom, what lies where, and that starting is quick."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Room -> rooms it may import, beside itself. `config` and `errors` are for everyone.
+ARROWS = {
+    "errors": set(),
+    "config": set(),
+    "contents": {"errors"},
+    "numerics": set(),
+    "registry": {"contents"},
+    "runtime": {"registry"},
+    "generation": {"numerics"},
+    "corpora": {"contents", "models"},
+    "models": {"registry", "runtime", "generation", "numerics", "contents"},
+    "rewards": {"models", "corpora", "generation", "runtime"},
+    "training": {"runtime", "models"},
+    "report": {"numerics", "corpora", "runtime", "evaluation"},
+    "pretraining": {"corpora", "models", "training", "runtime"},
+    "sft": {"corpora", "models", "training", "runtime", "generation"},
+    "reward_model": {"corpora", "models", "training", "runtime", "rewards", "generation", "numerics"},
+    "sentiment": {"corpora", "models", "training", "runtime", "numerics", "generation"},
+    "ppo": {"corpora", "models", "rewards", "runtime", "generation", "numerics"},
+    "evaluation": {"corpora", "models", "rewards", "runtime", "generation", "report"},
+    "recipe_source": {"recipe_messages"},
+    "recipe_messages": {"recipe_source"},
+    "recipe": {"registry", "recipe_source", "recipe_messages"},
+    "fingerprints": {"corpora", "recipe", "contents", "registry"},
+    "results": {"contents", "registry"},
+    "chain": {"recipe", "registry", "runtime", "fingerprints", "results", "contents"},
+    "cli": {"chain", "recipe", "registry", "runtime", "models", "corpora", "generation"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+STAGES = ("pretraining", "sft", "reward_model", "sentiment", "ppo", "evaluation")
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of this package that ``path`` imports at run time; what only a type checker reads is left out."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "stages":
+            found.add(node.module)
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names if alias.name.split(".")[0] == "stages")
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found
+
+
+def modules() -> list[Path]:
+    return sorted((REPOSITORY / "stages").rglob("*.py"))
+
+
+def test_arrows() -> None:
+    wrong = []
+    for path in modules():
+        here = path.relative_to(REPOSITORY / "stages").parts[0].removesuffix(".py")
+        for module in imports_of(path):
+            there = room(module)
+            if there not in {here, "config", "errors", "__init__"} | ARROWS[here]:
+                wrong.append(f"{path.relative_to(REPOSITORY)} imports {module}")
+    assert wrong == []
+
+
+def test_no_stage_imports_another() -> None:
+    for stage in STAGES:
+        assert not ARROWS[stage] & set(STAGES)
+
+
+def test_numerics_needs_torch_alone() -> None:
+    for path in (REPOSITORY / "stages" / "numerics").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.split(".")[0] in {"torch", "stages", *sys.stdlib_module_names}, f"{path.name} imports {name}"
+
+
+def test_no_code_among_data_and_recipes() -> None:
+    assert not list((REPOSITORY / "data").rglob("*.py")) and not list((REPOSITORY / "recipes").rglob("*.py"))
+
+
+def test_top_level_is_the_card() -> None:
+    files = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout.split()
+    if not files:
+        pytest.skip("not a git checkout")
+    top = {name.split("/")[0] for name in files}
+    assert {name for name in top if not name.startswith(".")} == {"README.md", "data", "launch.sh", "pyproject.toml", "recipes", "stages", "tests"}
+
+
+def test_the_readme_names_every_file_and_no_other() -> None:
+    tree = re.search(r"```text\n(stages/.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    assert tree is not None, "README.md has no tree that begins with stages/"
+    named, folders = set(), [""]
+    for line in tree[1].splitlines():
+        depth, names = (len(line) - len(line.lstrip())) // 2, re.split(r"\s{2,}", line.strip())[0].split("  ")[0]
+        folders = folders[: depth]
+        for name in names.split():
+            if name.endswith("/"):
+                folders.append(name)
+            else:
+                named.add("".join(folders) + name)
+    real = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "stages").rglob("*") if path.suffix in (".py", ".jinja")}
+    real = {name for name in real if not name.endswith("__init__.py")}
+    assert named == real, f"missing in the README: {sorted(real - named)}; gone: {sorted(named - real)}"
+
+
+def test_every_module_has_a_test_file_or_is_tested_by_its_room() -> None:
+    tested = {path.stem.removeprefix("test_") for path in (REPOSITORY / "tests").rglob("test_*.py")}
+    for stage in ("pretraining", "sft", "reward_model", "sentiment", "evaluation", "chain", "recipe", "registry", "cli", "generation", "training"):
+        assert stage in tested
+    for path in (REPOSITORY / "stages" / "numerics").glob("[a-z]*.py"):
+        assert path.stem in tested
+
+
+@pytest.mark.parametrize("command", [["--help"], ["run", "--help"], ["models", "--help"]])
+def test_help_imports_nothing_heavy(command) -> None:
+    code = (
+        "import sys; from stages.cli import app\n"
+        f"try: app({command!r})\nexcept SystemExit: pass\n"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'trl') if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert "Usage" in done.stdout
+
+
+def test_numerics_import_without_transformers() -> None:
+    code = "import sys, stages.numerics.gae, stages.numerics.comparing; print('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip() == "False"
