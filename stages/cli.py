@@ -256,7 +256,9 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Copy a model out, whole, for from_pretrained."""
-    path = _registry(home).export(ref, destination, adapter=adapter)
+    from stages.models.adapters import export_merged
+
+    path = _registry(home).export(ref, destination, merge=None if adapter else export_merged)
     if as_json:
         _print_json({"path": str(path)})
     else:

@@ -65,6 +65,10 @@ class ModelRecord:
         return self.manifest["base"] is not None
 
 
+Merge = Callable[["ModelRecord", "Registry", Path], None]
+"""Writes an adapter's record, merged into its base, into an empty folder."""
+
+
 class Registry:
     """The versions under ``root``; made on first publish, safe for several processes."""
 
@@ -313,8 +317,8 @@ class Registry:
             problems.append("manifest.json was changed: its digest does not follow from its list of files")
         return problems
 
-    def export(self, ref: str, destination: Path | str, *, adapter: bool = False) -> Path:
-        """Copy a model out for ``from_pretrained``. An adapter is merged into its base, unless ``adapter`` asks for the adapter alone.
+    def export(self, ref: str, destination: Path | str, *, merge: Merge | None = None) -> Path:
+        """Copy a model out for ``from_pretrained``. An adapter is written by ``merge`` (models.adapters.export_merged), else alone.
 
         Raises RegistryError where the destination exists and is not empty, or where the version does not verify.
         """
@@ -326,11 +330,9 @@ class Registry:
         partial = destination.with_name(f".{destination.name}.{uuid.uuid4().hex}")
         partial.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if record.is_adapter and not adapter:
-                from stages.models.adapters import export_merged
-
+            if record.is_adapter and merge is not None:
                 partial.mkdir()
-                export_merged(record, self, partial)
+                merge(record, self, partial)
             else:
                 shutil.copytree(record.path, partial)
             if destination.exists():

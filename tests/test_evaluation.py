@@ -67,7 +67,9 @@ def test_a_whole_evaluation(prompts, step_context, models, tmp_path) -> None:
     for line in lines:
         assert line["scores"]["lengths"] == {name: len(text) for name, text in line["completions"].items()}
     assert base["scores"]["lengths"] == pytest.approx(sum(len(line["completions"]["base"]) for line in lines) / 4)
-    wins = sum((x > y) + 0.5 * (x == y) for x, y in ((line["scores"]["lengths"]["aligned"], line["scores"]["lengths"]["base"]) for line in lines))
+    wins = sum(
+        (x > y) + 0.5 * (x == y) for x, y in ((line["scores"]["lengths"]["aligned"], line["scores"]["lengths"]["base"]) for line in lines)
+    )
     (rate,) = [row for row in result.evaluation["win_rates"] if (row["a"], row["b"]) == ("aligned", "base")]
     assert (rate["win_rate"], rate["n"], rate["judge"]) == (wins / 4, 4, "lengths")
     assert {(row["a"], row["b"]) for row in result.evaluation["win_rates"]} == {("aligned", "base"), ("base", "aligned")}
@@ -106,7 +108,9 @@ def test_kl_is_the_difference_of_log_probabilities(prompts, step_context, models
 def test_few_shot_text(tmp_path) -> None:
     path = tmp_path / "shots.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"p{number}", "completion": f"{{c{number}}}"}) + "\n" for number in range(3)))
-    settings = FewShot.model_validate({"data": str(path), "num_examples": 2, "instruction": "Answer:\n", "template": "Q: {prompt}\nA: {completion}\n\n"})
+    settings = FewShot.model_validate(
+        {"data": str(path), "num_examples": 2, "instruction": "Answer:\n", "template": "Q: {prompt}\nA: {completion}\n\n"}
+    )
     text = few_shot_examples(settings, 0)
     assert text.startswith("Answer:\nQ: p") and text.count("Q:") == 2 and text.count("A: {c") == 2
     assert text == few_shot_examples(settings, 0) != few_shot_examples(settings, 1)

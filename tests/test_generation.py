@@ -114,5 +114,7 @@ def test_stop_words(model, tiny_tokenizer) -> None:
 
 def test_decoding_leaves_out_stop_tokens(tiny_tokenizer) -> None:
     ids = tiny_tokenizer(" the film", add_special_tokens=False)["input_ids"] + [tiny_tokenizer.eos_token_id]
-    generated = Generated(*(torch.tensor([[0]]),) * 2, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool), *(torch.zeros(1),) * 2)
+    generated = Generated(
+        *(torch.tensor([[0]]),) * 2, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool), *(torch.zeros(1),) * 2
+    )
     assert decode_completions(tiny_tokenizer, generated) == ["the film"]

@@ -295,7 +295,7 @@ def test_export_copies_and_spares_what_is_there(tmp_path: Path) -> None:
 def test_export_of_an_adapter_alone(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "registry")
     record = publish(registry, fill=adapter_files, base=resolved(publish(registry, "quickstart/base")))
-    path = registry.export(record.ref, tmp_path / "out", adapter=True)
+    path = registry.export(record.ref, tmp_path / "out")
     assert sorted(file.name for file in path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 

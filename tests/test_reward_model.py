@@ -49,7 +49,9 @@ def test_it_learns_and_centres(comparisons, step_context, sft) -> None:
     # six held-out rows with K = 2, 3, 4 twice: 1, 2 and 5 pairs that are no tie
     assert metrics["heldout_pairs"] == 16
     model = RewardModel.from_pretrained(str(result.model.path), dtype=torch.float32)
-    best = [encode(Comparison(f"write a line {number}:", ["the film was a joy"], [0]), model.tokenizer, 128).rows[0] for number in range(24)]
+    best = [
+        encode(Comparison(f"write a line {number}:", ["the film was a joy"], [0]), model.tokenizer, 128).rows[0] for number in range(24)
+    ]
     with torch.no_grad():
         scores = torch.cat([model.score(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long)) for row in best])
     assert scores.mean().item() == pytest.approx(0, abs=1e-4)  # mean reward of the demonstrations is 0
@@ -101,7 +103,10 @@ def test_measures_by_hand() -> None:
     found = measure(Fixed(), items, pad_token_id=0, batch_size=2)
     assert (found["accuracy"], found["pairs"]) == (0.75, 4)
     assert found["accuracy_by_prompt"] == pytest.approx((1 + 2 / 3) / 2)
-    assert [(row["from"], row["to"], row["accuracy"], row["pairs"]) for row in found["accuracy_by_margin"]] == [(0.5, 1.0, 0.5, 2), (1.0, 2.0, 1.0, 2)]
+    assert [(row["from"], row["to"], row["accuracy"], row["pairs"]) for row in found["accuracy_by_margin"]] == [
+        (0.5, 1.0, 0.5, 2),
+        (1.0, 2.0, 1.0, 2),
+    ]
     with pytest.raises(DataError, match="no held-out comparison has a preference"):
         measure(Fixed(), [], pad_token_id=0, batch_size=2)
 
@@ -113,7 +118,9 @@ def test_long_texts_lose_their_beginning(tiny_tokenizer) -> None:
 
 
 def test_lora_keeps_head_and_bias(comparisons, step_context, sft) -> None:
-    result = run(config(comparisons, lora={"r": 4}, training={"learning_rate": 2e-2, "batch_size": 4, "epochs": 2.0}), step_context(models=sft))
+    result = run(
+        config(comparisons, lora={"r": 4}, training={"learning_rate": 2e-2, "batch_size": 4, "epochs": 2.0}), step_context(models=sft)
+    )
     assert result.model.is_adapter and result.metrics["heldout_accuracy"] > 0.8
 
 
@@ -125,5 +132,8 @@ def test_quantization_needs_lora() -> None:
 def test_real_ranked_lists(shared_data, step_context, sft) -> None:
     file = next((shared_data / "alpaca_eval_ranking").glob("*.jsonl*"))
     data = {"train": {"path": str(file), "limit": 24}, "validation": {"path": str(file), "skip": 24, "limit": 8}}
-    result = run(config("unused", data=data, max_length=96, training={"max_steps": 2, "batch_size": 2, "microbatch_size": 1}), step_context(models=sft))
+    result = run(
+        config("unused", data=data, max_length=96, training={"max_steps": 2, "batch_size": 2, "microbatch_size": 1}),
+        step_context(models=sft),
+    )
     assert 0 <= result.metrics["heldout_ci_low"] <= result.metrics["heldout_accuracy"]

@@ -19,7 +19,12 @@ TINY = {"type": "distilbert", "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_hea
 @pytest.fixture
 def reviews(tmp_path: Path) -> str:
     path = tmp_path / "reviews.jsonl"
-    rows = [{"text": f"{text} number {number}", "label": label} for number in range(20) for label, texts in ((1, GOOD), (0, BAD)) for text in texts]
+    rows = [
+        {"text": f"{text} number {number}", "label": label}
+        for number in range(20)
+        for label, texts in ((1, GOOD), (0, BAD))
+        for text in texts
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -27,7 +32,8 @@ def reviews(tmp_path: Path) -> str:
 def config(reviews: str, **fields: Any) -> SentimentConfig:
     settings = {
         "name": "taste", "architecture": TINY, "tokenizer": {"vocab_size": 120}, "max_length": 16, "precision": "fp32",
-        "data": {"train": reviews, "validation_fraction": 0.2}, "training": {"learning_rate": 1e-2, "epochs": 6.0, "batch_size": 8, "microbatch_size": 8},
+        "data": {"train": reviews, "validation_fraction": 0.2},
+        "training": {"learning_rate": 1e-2, "epochs": 6.0, "batch_size": 8, "microbatch_size": 8},
     }  # fmt: skip
     return SentimentConfig.model_validate({name: value for name, value in {**settings, **fields}.items() if value is not None})
 
@@ -50,7 +56,10 @@ def test_a_model_goes_on_and_lora_publishes_an_adapter(reviews, step_context, re
     first = run(config(reviews, training={"max_steps": 2}), step_context("test/one"))
     source = resolve_folder(first.model.path)
     fields = {"architecture": None, "tokenizer": None, "model": "x", "lora": {"r": 4}}
-    result = run(config(reviews, **fields, training={"learning_rate": 2e-2, "epochs": 4.0, "batch_size": 8}), step_context("test/two", models={"model": source}))
+    result = run(
+        config(reviews, **fields, training={"learning_rate": 2e-2, "epochs": 4.0, "batch_size": 8}),
+        step_context("test/two", models={"model": source}),
+    )
     assert result.model.is_adapter and result.metrics["heldout_accuracy"] > 0.9
 
 

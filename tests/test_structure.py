@@ -90,7 +90,13 @@ def test_no_stage_imports_another() -> None:
 def test_numerics_needs_torch_alone() -> None:
     for path in (REPOSITORY / "stages" / "numerics").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             for name in names:
                 assert name.split(".")[0] in {"torch", "stages", *sys.stdlib_module_names}, f"{path.name} imports {name}"
 
@@ -104,7 +110,15 @@ def test_top_level_is_the_card() -> None:
     if not files:
         pytest.skip("not a git checkout")
     top = {name.split("/")[0] for name in files}
-    assert {name for name in top if not name.startswith(".")} == {"README.md", "data", "launch.sh", "pyproject.toml", "recipes", "stages", "tests"}
+    assert {name for name in top if not name.startswith(".")} == {
+        "README.md",
+        "data",
+        "launch.sh",
+        "pyproject.toml",
+        "recipes",
+        "stages",
+        "tests",
+    }
 
 
 def test_the_readme_names_every_file_and_no_other() -> None:
@@ -113,7 +127,7 @@ def test_the_readme_names_every_file_and_no_other() -> None:
     named, folders = set(), [""]
     for line in tree[1].splitlines():
         depth, names = (len(line) - len(line.lstrip())) // 2, re.split(r"\s{2,}", line.strip())[0].split("  ")[0]
-        folders = folders[: depth]
+        folders = folders[:depth]
         for name in names.split():
             if name.endswith("/"):
                 folders.append(name)
@@ -126,7 +140,19 @@ def test_the_readme_names_every_file_and_no_other() -> None:
 
 def test_every_module_has_a_test_file_or_is_tested_by_its_room() -> None:
     tested = {path.stem.removeprefix("test_") for path in (REPOSITORY / "tests").rglob("test_*.py")}
-    for stage in ("pretraining", "sft", "reward_model", "sentiment", "evaluation", "chain", "recipe", "registry", "cli", "generation", "training"):
+    for stage in (
+        "pretraining",
+        "sft",
+        "reward_model",
+        "sentiment",
+        "evaluation",
+        "chain",
+        "recipe",
+        "registry",
+        "cli",
+        "generation",
+        "training",
+    ):
         assert stage in tested
     for path in (REPOSITORY / "stages" / "numerics").glob("[a-z]*.py"):
         assert path.stem in tested
@@ -146,4 +172,6 @@ def test_help_imports_nothing_heavy(command) -> None:
 
 def test_numerics_import_without_transformers() -> None:
     code = "import sys, stages.numerics.gae, stages.numerics.comparing; print('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip() == "False"
+    )

@@ -43,10 +43,10 @@ def test_messages_and_named_preferred() -> None:
 
 
 def test_hh_dialogues_are_split_at_the_last_reply() -> None:
-    made = comparison(row(chosen="\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: good", rejected="\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: bad"))  # fmt: skip
-    assert made.prompt == "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
-    assert made.completions == [" good", " bad"]
-    parted = comparison(row(chosen="\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", rejected="\n\nHuman: a\n\nAssistant: x"))
+    start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    made = comparison(row(chosen=f"{start} good", rejected=f"{start} bad"))
+    assert made.prompt == start and made.completions == [" good", " bad"]
+    parted = comparison(row(chosen=f"{start} d", rejected="\n\nHuman: a\n\nAssistant: x"))
     assert parted.prompt == "\n\nHuman: a\n\nAssistant:" and parted.completions == [" b\n\nHuman: c\n\nAssistant: d", " x"]
 
 

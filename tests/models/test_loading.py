@@ -13,6 +13,7 @@ import torch
 from stages.config import LoraSettings
 from stages.errors import ModelError
 from stages.models import loading
+from stages.models.adapters import export_merged
 from stages.models.loading import disable_dropout, ensure_pad_token, load_classifier, load_language_model, load_tokenizer, save_model
 
 IDS = torch.tensor([[5, 17, 40, 3, 250]])
@@ -174,7 +175,7 @@ def test_the_registry_exports_an_adapter_merged(
     context = step_context(models={"model": base})
     record = context.publish(lambda folder: save_model(model, tiny_tokenizer, folder), role="language_model", metrics={}, base=base)
     assert str(tmp_path) not in (record.path / "adapter_config.json").read_text()
-    context.registry.export(record.ref, tmp_path / "exported")
+    context.registry.export(record.ref, tmp_path / "exported", merge=export_merged)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     torch.testing.assert_close(logits_of(exported), logits_of(model))
 

@@ -23,7 +23,7 @@ def test_unpaired_scores_are_refused() -> None:
 
 
 def test_distinct_ngrams() -> None:
-    rows = ["a b a b".split(), "a b".split()]
+    rows = [["a", "b", "a", "b"], ["a", "b"]]
     assert distinct_ngrams(rows, 1) == pytest.approx(2 / 6)
     assert distinct_ngrams(rows, 2) == pytest.approx(2 / 4)  # ab, ba, ab | ab: no bigram spans two rows
     assert distinct_ngrams([["a"]], 2) == 0.0

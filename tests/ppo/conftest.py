@@ -14,7 +14,14 @@ from stages.ppo.config import PPOStepConfig
 
 # A random model samples each of 300 tokens alike: with 62 stop tokens responses are ragged.
 LETTERS = list(string.ascii_letters + string.digits)
-PROMPTS = ["write a happy line", "the film", "a fine film with a bright and honest story about the music", "plot", "joy and warm", "the ending was"]
+PROMPTS = [
+    "write a happy line",
+    "the film",
+    "a fine film with a bright and honest story about the music",
+    "plot",
+    "joy and warm",
+    "the ending was",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +37,8 @@ def ppo_config() -> Callable[..., PPOStepConfig]:
         settings = {
             "name": "aligned", "policy": "policy", "precision": "fp32", "value": "policy",
             "reward": [{"function": "letters_reward:letters"}], "data": "unused",
-            "generation": {"max_new_tokens": 10, "stop": LETTERS}, "total_episodes": 24, "rollout_batch_size": 12, "minibatch_size": 6, "microbatch_size": 4,
+            "generation": {"max_new_tokens": 10, "stop": LETTERS}, "total_episodes": 24,
+            "rollout_batch_size": 12, "minibatch_size": 6, "microbatch_size": 4,
             "ppo_epochs": 2, "training": {"learning_rate": 1e-3}, "checkpoint_seconds": 0.0,
         }  # fmt: skip
         return PPOStepConfig.model_validate({**settings, **fields})

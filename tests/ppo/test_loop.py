@@ -21,7 +21,9 @@ from stages.ppo.rollout import targets
 @pytest.fixture
 def prompts(tmp_path: Path) -> str:
     path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{word} {number}"}) + "\n" for number in range(4) for word in ("film", "a plot", "the music")))
+    path.write_text(
+        "".join(json.dumps({"prompt": f"{word} {number}"}) + "\n" for number in range(4) for word in ("film", "a plot", "the music"))
+    )
     return str(path)
 
 
@@ -52,7 +54,9 @@ def test_the_sign_canary(ppo_config, ppo_context, prompts) -> None:
         {"lora": {"r": 2}, "whiten_rewards": True},
     ],
 )
-def test_resuming_equals_never_having_stopped(ppo_config, step_context, resolve_folder, tiny_llama_folder, prompts, monkeypatch, fields) -> None:
+def test_resuming_equals_never_having_stopped(
+    ppo_config, step_context, resolve_folder, tiny_llama_folder, prompts, monkeypatch, fields
+) -> None:
     config = ppo_config(data=prompts, total_episodes=72, **fields)  # six iterations
     models = {"policy": resolve_folder(tiny_llama_folder)}
     whole_context = step_context("test/whole", 5, models)
@@ -134,7 +138,9 @@ def test_returns_by_hand_in_a_whole_rollout(ppo_config, ppo_context, make_rollou
         # at gamma = lambda = 1 the return of the first token is everything that follows
         expected = float(rollout.scores[row]) - 0.2 * float(rollout.kl[row].sum())
         assert float(goal.returns[row, 0]) == pytest.approx(expected, abs=1e-4)
-        assert float(goal.rewards[row, length - 1]) == pytest.approx(float(rollout.scores[row] - 0.2 * rollout.kl[row, length - 1]), abs=1e-5)
+        assert float(goal.rewards[row, length - 1]) == pytest.approx(
+            float(rollout.scores[row] - 0.2 * rollout.kl[row, length - 1]), abs=1e-5
+        )
 
 
 def test_a_reward_that_fails_is_named(ppo_config, ppo_context, prompts, tmp_path, monkeypatch) -> None:

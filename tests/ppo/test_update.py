@@ -17,7 +17,8 @@ from stages.ppo.update import Updater
 
 def make_updater(roles: Any, config: Any, **options: Any) -> Updater:
     optimizers = {
-        name: make_optimizer([parameter for _, parameter in trainable(network)], config.training) for name, network in roles.networks().items()
+        name: make_optimizer([parameter for _, parameter in trainable(network)], config.training)
+        for name, network in roles.networks().items()
     }
     return Updater(roles, optimizers, config, **options)
 
@@ -85,7 +86,12 @@ def test_gradients_equal_the_slow_reference_for_any_microbatch(ppo_config, ppo_c
 
 
 def test_first_minibatch_has_ratio_one_and_no_kl(ppo_config, ppo_context, make_rollout) -> None:
-    for settings in ({}, {"generation": {"max_new_tokens": 10, "temperature": 0.7}}, {"value": "shared"}, {"rollout_logprobs": "recomputed"}):
+    for settings in (
+        {},
+        {"generation": {"max_new_tokens": 10, "temperature": 0.7}},
+        {"value": "shared"},
+        {"rollout_logprobs": "recomputed"},
+    ):
         config = ppo_config(**settings)
         roles = load_roles(config, ppo_context)
         roles.policy.model.train()  # dropout of the config must stay off
