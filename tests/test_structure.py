@@ -124,11 +124,14 @@ def test_top_level_is_the_card() -> None:
 def test_the_readme_names_every_file_and_no_other() -> None:
     tree = re.search(r"```text\n(stages/.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
     assert tree is not None, "README.md has no tree that begins with stages/"
-    named, folders = set(), [""]
+    named: set[str] = set()
+    folders: list[str] = []
     for line in tree[1].splitlines():
-        depth, names = (len(line) - len(line.lstrip())) // 2, re.split(r"\s{2,}", line.strip())[0].split("  ")[0]
+        depth = (len(line) - len(line.lstrip())) // 2
         folders = folders[:depth]
-        for name in names.split():
+        for name in line.split():
+            if not re.fullmatch(r"\w+/|[\w.]+\.(py|jinja)", name):
+                break  # the phrase begins
             if name.endswith("/"):
                 folders.append(name)
             else:
