@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 def _raw(random: Random, split: str) -> Row:
     """A page of the site, for pretraining: requests, listings and reviews, few of them together."""
-    kind = random.choices(("requests", "listing", "review", "answered"), weights=(0.3, 0.1, 0.35, 0.25))[0]
+    kind = random.choices(("requests", "listing", "review", "answered"), weights=(0.35, 0.15, 0.35, 0.15))[0]
     if kind == "requests":
         return {"text": write_request_list(random, split)}
     if kind == "listing":
@@ -39,7 +39,7 @@ def _raw(random: Random, split: str) -> Row:
     if kind == "answered":
         return {"text": write_answered_requests(random, split)}
     film = random.choice(films_of(split))
-    return {"text": "\n\n".join(write_free_review(random, film) for _ in range(random.choice((1, 1, 2))))}
+    return {"text": " ".join(write_free_review(random, film) for _ in range(random.choice((1, 1, 2))))}
 
 
 def _demonstrations(random: Random, split: str) -> Row:
@@ -93,8 +93,8 @@ class Part:
 
 
 PARTS = {
-    "raw": Part(_raw, {"train": 28000, "validation": 400, "heldout": 400}),
-    "demonstrations": Part(_demonstrations, {"train": 3000, "validation": 200, "heldout": 200}),
+    "raw": Part(_raw, {"train": 16000, "validation": 400, "heldout": 400}),
+    "demonstrations": Part(_demonstrations, {"train": 8000, "validation": 200, "heldout": 200}),
     "comparisons": Part(_comparisons, {"train": 2000, "validation": 200, "heldout": 200}),
     "prompts": Part(_prompts, {"train": 6000, "validation": 256, "heldout": 512}),
     "reviews": Part(_reviews, {"train": 3000, "validation": 400, "heldout": 400}),

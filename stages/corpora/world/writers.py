@@ -115,17 +115,17 @@ def write_request_list(random: Random, split: str) -> str:
 
 
 def write_free_review(random: Random, film: Film) -> str:
-    """A review that nobody asked for, under its heading: any aspects, any length, sometimes of two minds."""
+    """A review that nobody asked for: any aspects, any length, sometimes of two minds."""
     request = draw_request(random, film.split)
     free = Request(film, request.sentiment, request.aspects, request.sentences, request.phrasing, request.sentiment_word)
     flaws = ("mixed_sentiment",) if random.random() < 0.2 else ()
-    return f"{film.title} ({film.genre}): {' and '.join(free.aspects)}\n{write_review(random, free, flaws)}"
+    return write_review(random, free, flaws)
 
 
 def write_answered_requests(random: Random, split: str) -> str:
     """A page of requests with their reviews, of any quality: the reason why a prompted base model does better than a bare one."""
     pairs = []
-    for _ in range(random.randint(1, 2)):
+    for _ in range(random.randint(2, 3)):
         request = draw_request(random, split)
         flaws = random_flaws(random, (0.4, 0.3, 0.2, 0.1))
         pairs.append(f"Request: {request.text}\nReview: {write_review(random, request, flaws)}")
