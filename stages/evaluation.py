@@ -59,6 +59,8 @@ class EvaluationConfig(StepConfig):
     data: DataField = Field(description="Held-out prompts.")
     prompt_words: int | None = Field(None, ge=1, description="Make prompts of the first so many words of each text.")
     num_prompts: int | None = Field(256, ge=1, description="Use the first so many distinct prompts; null: all.")
+    exclude: DataField | None = Field(None, description="Prompts that occur in these data (what PPO trained on) are left out.")
+    samples_per_prompt: int = Field(1, ge=1, description="Completions of each prompt by each candidate.")
     generation: GenerationSettings = GenerationSettings()
     judges: list[RewardInput] = Field(min_length=1, description="Who scores the completions; the first decides the verdict.")
     kl_reference: str | None = Field(None, description="Candidate to which every other's KL per completion is measured.")
@@ -83,17 +85,29 @@ class EvaluationConfig(StepConfig):
         for name, candidate in self.candidates.items():
             if candidate.few_shot is not None:
                 inputs[f"candidates.{name}.few_shot.data"] = candidate.few_shot.data
+        if self.exclude is not None:
+            inputs["exclude"] = self.exclude
         return inputs if self.perplexity is None else {**inputs, "perplexity": self.perplexity}
 
     def check_data(self) -> None:
         """Raise DataError for data this stage cannot use; no model is loaded."""
-        from stages.corpora.prompts import load_prompts
-
-        load_prompts(self.data, prompt_words=self.prompt_words, limit=self.num_prompts, split="test")
+        self.load_prompts()
         for candidate in self.candidates.values():
             if candidate.few_shot is not None:
                 few_shot_examples(candidate.few_shot, 0)
         _texts(self)
+
+    def load_prompts(self) -> list[Prompt]:
+        """The held-out prompts, each once. Raises DataError where ``exclude`` leaves none."""
+        from stages.corpora.prompts import load_prompts
+
+        excluded = load_prompts(self.exclude, prompt_words=self.prompt_words) if self.exclude is not None else []
+        known = {repr(prompt) for prompt in excluded}
+        prompts = load_prompts(self.data, prompt_words=self.prompt_words, split="test")
+        apart = [prompt for prompt in prompts if repr(prompt) not in known]
+        if not apart:
+            raise DataError(f"all {len(prompts)} prompts of data occur in exclude; name data kept apart, or raise prompt_words")
+        return apart[: self.num_prompts]
 
 
 @dataclass
@@ -113,12 +127,11 @@ class Answers:
 
 def run(config: EvaluationConfig, context: StepContext) -> StepResult:
     """Sample, measure, judge, compare; leaves completions.jsonl and report.html in the run folder."""
-    from stages.corpora.prompts import load_prompts
     from stages.report.page import write_page
     from stages.report.results import compare, evaluation_table, verdict
     from stages.runtime import StepResult
 
-    prompts = load_prompts(config.data, prompt_words=config.prompt_words, limit=config.num_prompts, split="test")
+    prompts = [prompt for prompt in config.load_prompts() for _ in range(config.samples_per_prompt)]
     prompts, shown = _rendered(config, context, prompts)
     answers = {}
     for name in config.candidates:
@@ -130,14 +143,14 @@ def run(config: EvaluationConfig, context: StepContext) -> StepResult:
 
     judges = [judge.shown_name for judge in config.judges]
     models = {name: context.models[f"candidates.{name}"] for name in config.candidates}
-    outcome = compare(answers, judges, models)
+    outcome = compare(answers, judges, models, samples_per_prompt=config.samples_per_prompt)
     for table in evaluation_table(outcome, judges):
         context.runtime.console.print(table)
     context.runtime.console.print(verdict(outcome, judges), style="bold")
     if context.runtime.is_main:
         _write_completions(config, context, prompts, answers)
         write_page(context.folder / "report.html", context.name, prompts, answers, outcome, judges)
-    metrics = {"prompts": len(prompts), "verdict": verdict(outcome, judges)}
+    metrics = {"prompts": len(prompts) // config.samples_per_prompt, "samples": len(prompts), "verdict": verdict(outcome, judges)}
     return StepResult(None, metrics, evaluation={"candidates": outcome.candidates, "win_rates": outcome.win_rates, "judges": judges})
 
 

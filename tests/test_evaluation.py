@@ -76,6 +76,19 @@ def test_a_whole_evaluation(prompts, step_context, models, tmp_path) -> None:
     assert "By lengths, aligned" in (context.folder / "report.html").read_text()
 
 
+def test_several_samples_and_prompts_kept_apart(prompts, step_context, models, tmp_path) -> None:
+    trained = tmp_path / "trained.jsonl"
+    trained.write_text(json.dumps({"prompt": PROMPTS[1]}) + "\n")
+    context = step_context(models=models)
+    result = run(config(prompts, exclude=str(trained), samples_per_prompt=3), context)
+    lines = [json.loads(line) for line in (context.folder / "completions.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [prompt for prompt in PROMPTS if prompt != PROMPTS[1] for _ in range(3)]
+    assert len({line["completions"]["base"] for line in lines}) > 3  # every sample has a stream of its own
+    assert result.metrics["prompts"] == 3 and all(row["n"] == 3 for row in result.evaluation["win_rates"])
+    with pytest.raises(DataError, match="all 4 prompts of data occur in exclude"):
+        config(prompts, exclude=prompts).check_data()
+
+
 def test_one_model_twice_is_a_tie(prompts, step_context, resolve_folder, tiny_llama_folder) -> None:
     same = resolve_folder(tiny_llama_folder)
     result = run(config(prompts), step_context(models={"candidates.base": same, "candidates.aligned": same}))

@@ -10,7 +10,10 @@ from stages.numerics.classification import wilson_interval
 
 @dataclass(frozen=True)
 class WinRate:
-    """How often ``a`` beats ``b`` on the same prompts; a tie is half a win. ``ci_low``, ``ci_high`` are Wilson's 95 % interval."""
+    """How often ``a`` beats ``b`` on the same prompts; a tie is half a win. ``ci_low``, ``ci_high`` are Wilson's 95 % interval.
+
+    ``n`` counts prompts; ``wins`` and ``ties`` count samples, of which a prompt may have several.
+    """
 
     win_rate: float
     ci_low: float
@@ -20,14 +23,20 @@ class WinRate:
     n: int
 
 
-def win_rate(a: Sequence[float], b: Sequence[float]) -> WinRate:
-    """Compare paired scores [N]. Counting a tie as half a win makes the interval wider than needed, never too narrow."""
+def win_rate(a: Sequence[float], b: Sequence[float], *, cluster_size: int = 1) -> WinRate:
+    """Compare paired scores [N]; every ``cluster_size`` neighbours are samples of one prompt.
+
+    A prompt counts once, by the mean over its samples: samples of one prompt are not independent. Fractions (ties as half a win, such
+    means) make the interval wider than needed, never too narrow.
+    """
     if len(a) != len(b):
         raise ValueError(f"scores must be paired, got {len(a)} and {len(b)}")
     wins = sum(x > y for x, y in zip(a, b, strict=True))
     ties = sum(x == y for x, y in zip(a, b, strict=True))
-    low, high = wilson_interval(wins + 0.5 * ties, len(a))
-    return WinRate((wins + 0.5 * ties) / len(a) if a else 0.5, low, high, wins, ties, len(a))
+    share = (wins + 0.5 * ties) / len(a) if a else 0.5
+    prompts = len(a) // cluster_size
+    low, high = wilson_interval(share * prompts, prompts)
+    return WinRate(share, low, high, wins, ties, prompts)
 
 
 def distinct_ngrams(rows: Sequence[Sequence[int] | Sequence[str]], n: int) -> float:

@@ -30,11 +30,13 @@ class Outcome:
         raise LookupError(f"no comparison of {a!r} with {b!r} by {judge!r}")
 
 
-def compare(answers: Mapping[str, Answers], judges: Sequence[str], models: Mapping[str, ResolvedModel]) -> Outcome:
-    """Summaries of all candidates, and every pair in both directions."""
+def compare(
+    answers: Mapping[str, Answers], judges: Sequence[str], models: Mapping[str, ResolvedModel], *, samples_per_prompt: int = 1
+) -> Outcome:
+    """Summaries of all candidates, and every pair in both directions; samples of one prompt lie next to each other."""
     candidates = {name: _summary(answer, judges, models[name]) for name, answer in answers.items()}
     rates = [
-        {"a": a, "b": b, "judge": judge, **asdict(win_rate(answers[a].scores[judge], answers[b].scores[judge]))}
+        {"a": a, "b": b, "judge": judge, **asdict(win_rate(answers[a].scores[judge], answers[b].scores[judge], cluster_size=samples_per_prompt))}
         for judge in judges
         for a in answers
         for b in answers
@@ -60,7 +62,7 @@ def _summary(answer: Answers, judges: Sequence[str], model: ResolvedModel) -> di
     if answer.perplexity is not None:
         summary |= {"perplexity": answer.perplexity, "bits_per_byte": answer.bits_per_byte}
     if answer.kl is not None:
-        summary["kl"] = _mean(answer.kl)
+        summary["kl"] = round(_mean(answer.kl), 6) + 0.0  # no -0.0
     return summary
 
 

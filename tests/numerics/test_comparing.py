@@ -17,6 +17,13 @@ def test_win_rate_interval_is_wilsons() -> None:
     assert (round(rate.ci_low, 4), round(rate.ci_high, 4)) == (0.2553, 0.3662)  # Newcombe 1998, table I
 
 
+def test_samples_of_one_prompt_count_as_one() -> None:
+    rate = win_rate([1.0, 1.0, 0.0, 0.0] * 10, [0.5] * 40, cluster_size=4)
+    assert (rate.n, rate.wins, rate.win_rate) == (10, 20, 0.5)
+    # Wilson at 5 of 10: 0.2366 to 0.7634
+    assert (round(rate.ci_low, 4), round(rate.ci_high, 4)) == (0.2366, 0.7634)
+
+
 def test_unpaired_scores_are_refused() -> None:
     with pytest.raises(ValueError, match="paired, got 1 and 2"):
         win_rate([1.0], [1.0, 2.0])
