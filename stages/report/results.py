@@ -35,8 +35,9 @@ def compare(
 ) -> Outcome:
     """Summaries of all candidates, and every pair in both directions; samples of one prompt lie next to each other."""
     candidates = {name: _summary(answer, judges, models[name]) for name, answer in answers.items()}
+    scores = {name: answer.scores for name, answer in answers.items()}
     rates = [
-        {"a": a, "b": b, "judge": judge, **asdict(win_rate(answers[a].scores[judge], answers[b].scores[judge], cluster_size=samples_per_prompt))}
+        {"a": a, "b": b, "judge": judge, **asdict(win_rate(scores[a][judge], scores[b][judge], cluster_size=samples_per_prompt))}
         for judge in judges
         for a in answers
         for b in answers
