@@ -17,17 +17,18 @@ from stages.ppo.checkpoint import load_checkpoint, save_checkpoint
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.optimizers import WeightAverage, learning_rate_factor, make_optimizer, trainable
 from stages.ppo.roles import Roles, load_roles
-from stages.ppo.rollout import Rollout, collect
+from stages.ppo.rollout import Rollout, ScoringError, collect
 from stages.ppo.update import Updater, UpdateResult
+from stages.rewards.config import reward_model_inputs
 
 if TYPE_CHECKING:
     from stages.corpora.messages import Prompt
+    from stages.registry import ModelRecord
     from stages.runtime import StepContext, StepResult
 
 
 def run(config: PPOStepConfig, context: StepContext) -> StepResult:
     """Align the policy; publish it, with how score, KL, entropy and length went."""
-    from stages.models.loading import save_model
     from stages.rewards.source import build_reward
     from stages.runtime import StepResult
 
@@ -62,17 +63,21 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
         for iteration in range(began_at, config.num_iterations):
             _set_learning_rates(config, optimizers, iteration)
             chosen = list(itertools.islice(order, config.rollout_batch_size))
-            rollout = collect(
-                roles,
-                reward,
-                monitors,
-                [prompt for prompt, _ in chosen],
-                [ids for _, ids in chosen],
-                [episode_seed(context.seed, iteration, row) for row in range(len(chosen))],
-                config,
-                process_index=runtime.process_index,
-                num_processes=runtime.num_processes,
-            )
+            try:
+                rollout = collect(
+                    roles,
+                    reward,
+                    monitors,
+                    [prompt for prompt, _ in chosen],
+                    [ids for _, ids in chosen],
+                    [episode_seed(context.seed, iteration, row) for row in range(len(chosen))],
+                    config,
+                    process_index=runtime.process_index,
+                    num_processes=runtime.num_processes,
+                )
+            except ScoringError as error:
+                kept = _keep_batch(context, [{"prompt": prompt, "completion": text} for prompt, text in error.episodes])
+                raise TrainingError(f"{context.name}: iteration {iteration}: {error}{kept}") from error
             started = time.perf_counter()
             try:
                 result = updater.update(
@@ -82,7 +87,8 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
                     train_policy=iteration >= config.value_warmup_iterations,
                 )
             except TrainingError as error:
-                raise TrainingError(f"{context.name}: iteration {iteration}: {error}{_keep_batch(context, rollout)}") from error
+                kept = _keep_batch(context, _episodes(rollout))
+                raise TrainingError(f"{context.name}: iteration {iteration}: {error}{kept}") from error
             rollout.seconds["update"] = time.perf_counter() - started
             metrics = iteration_metrics(rollout, result, config, kl_coef=controller.value)
             metrics["policy/learning_rate"] = optimizers["policy"].param_groups[0]["lr"]
@@ -104,15 +110,12 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
                     save_checkpoint(context.checkpoint_folder / "ppo", done, roles.networks(), optimizers, average, state)
                 saved = time.monotonic()
     if average is not None:
+        if config.publish_last:
+            _publish_policy(config, context, roles, {}, f"{context.name}-last")
         average.copy_to(roles.policy.model)
     summary = _summary(history, config, updater)
     _report(context, summary)
-    record = context.publish(
-        lambda folder: save_model(roles.policy.model, roles.tokenizer, folder),
-        role="language_model",
-        metrics=summary,
-        base=context.models["policy"] if config.lora is not None else None,
-    )
+    record = _publish_policy(config, context, roles, summary)
     if config.publish_value and roles.value is not None:
         _publish_value(config, context, roles)
     return StepResult(model=record, metrics=summary)
@@ -226,16 +229,29 @@ def _resume(context: StepContext, roles: Roles, updater: Updater, controller: An
     return state["iteration"], state["history"]
 
 
-def _keep_batch(context: StepContext, rollout: Rollout) -> str:
-    """Write the offending episodes beside the metrics; returns the end of the message."""
-    if not context.runtime.is_main:
-        return ""
-    path = context.folder / "failed_rollout.jsonl"
+def _episodes(rollout: Rollout) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": rollout.prompts[row],
+            "completion": rollout.completions[row],
+            "score": float(rollout.scores[row]),
+            **{name: float(part[row]) for name, part in rollout.parts.items()},
+            "kl": float(rollout.kl[row].sum()),
+            "tokens": rollout.response(row),
+        }
+        for row in range(len(rollout.prompts))
+    ]
+
+
+def _keep_batch(context: StepContext, episodes: list[dict[str, Any]]) -> str:
+    """Write the offending episodes beside the metrics; returns the end of the message. Each process writes what it met."""
+    index = context.runtime.process_index
+    path = context.folder / ("failed_rollout.jsonl" if index == 0 else f"failed_rollout-{index}.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-        for row, prompt in enumerate(rollout.prompts):
-            episode = {"prompt": prompt, "completion": rollout.completions[row], "score": float(rollout.scores[row])}
+        for episode in episodes:
             file.write(json.dumps(episode, ensure_ascii=False) + "\n")
-    return f". Its episodes are in {path.name} of the run folder; the last checkpoint is kept"
+    return f". Its episodes are in {path}; the last checkpoint is kept in {context.checkpoint_folder / 'ppo'}"
 
 
 def _summary(history: list[dict[str, Any]], config: PPOStepConfig, updater: Updater) -> dict[str, Any]:
@@ -262,10 +278,24 @@ def _report(context: StepContext, summary: dict[str, Any]) -> None:
     )
 
 
+def _publish_policy(
+    config: PPOStepConfig, context: StepContext, roles: Roles, metrics: dict[str, Any], name: str | None = None
+) -> ModelRecord:
+    from stages.models.loading import save_model
+
+    return context.publish(
+        lambda folder: save_model(roles.policy.model, roles.tokenizer, folder),
+        role="language_model",
+        metrics=metrics,
+        base=context.models["policy"] if config.lora is not None else None,
+        name=name,
+    )
+
+
 def _publish_value(config: PPOStepConfig, context: StepContext, roles: Roles) -> None:
     value = roles.value
     assert value is not None
-    places = [place for place in ("value", *(f"reward[{index}].model" for index in range(len(config.reward)))) if place in context.models]
+    places = [place for place in ("value", *reward_model_inputs(config.reward, "reward")) if place in context.models]
     base = context.models[places[0]] if places else context.models["policy"]
     context.publish(
         lambda folder: value.save(folder, roles.tokenizer),
