@@ -16,6 +16,7 @@ from stages.config import (
     StepConfig,
     Strict,
 )
+from stages.ppo.health import HealthSettings
 from stages.rewards.config import RewardInput, check_names, reward_model_inputs
 
 
@@ -123,6 +124,7 @@ class PPOStepConfig(StepConfig):
     publish_last: bool = Field(False, description="With ema_decay: also publish the last weights, as <name>-last.")
     checkpoint_seconds: float = Field(60.0, ge=0, description="Least time between two checkpoints; 0: after every iteration.")
     num_samples: int = Field(2, ge=0, description="Sample completions to keep per iteration (samples.jsonl).")
+    health: HealthSettings = Field(HealthSettings(), description="When to raise an alarm about the run, and which alarms end it.")
     publish_value: bool = Field(False, description="Also publish the value network, as <name>-value.")
 
     @model_validator(mode="after")

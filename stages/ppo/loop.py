@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,11 @@ import torch
 
 from stages.errors import DataError, TrainingError
 from stages.generation import episode_seed
+from stages.numerics.comparing import repeated_ngrams
 from stages.numerics.kl import AdaptiveKLController, FixedKLController
 from stages.ppo.checkpoint import load_checkpoint, save_checkpoint
 from stages.ppo.config import PPOStepConfig
+from stages.ppo.health import Alarm, Health, alarm_metrics
 from stages.ppo.optimizers import WeightAverage, learning_rate_factor, make_optimizer, trainable
 from stages.ppo.roles import Roles, load_roles
 from stages.ppo.rollout import Rollout, ScoringError, collect
@@ -56,6 +59,9 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
         else AdaptiveKLController(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
     )
     began_at, history = _resume(context, roles, updater, controller)
+    health = Health(config.health)
+    for entry in history:
+        health.observe(entry["metrics"])
     order = itertools.islice(_shuffled(prompts, context.seed), began_at * config.rollout_batch_size, None)
     saved = time.monotonic()
     with runtime.progress(f"{context.name}: ppo", config.num_iterations) as bar:
@@ -92,6 +98,8 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
             rollout.seconds["update"] = time.perf_counter() - started
             metrics = iteration_metrics(rollout, result, config, kl_coef=controller.value)
             metrics["policy/learning_rate"] = optimizers["policy"].param_groups[0]["lr"]
+            alarms = health.observe(metrics)
+            metrics |= alarm_metrics(alarms)
             controller.update(metrics["policy/kl"], len(rollout.prompts))
             samples = [
                 {"iteration": iteration, "prompt": rollout.prompts[row], "completion": rollout.completions[row],
@@ -100,6 +108,7 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
             ]  # fmt: skip
             history.append({"metrics": metrics, "samples": samples})
             _log(context, iteration, history[-1])
+            _raise_alarms(config, context, iteration, health, alarms)
             bar.advance(
                 1, score=metrics["rewards/score_mean"], kl=metrics["policy/kl"], episodes_per_s=metrics["time/episodes_per_second"]
             )
@@ -113,7 +122,7 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
         if config.publish_last:
             _publish_policy(config, context, roles, {}, f"{context.name}-last")
         average.copy_to(roles.policy.model)
-    summary = _summary(history, config, updater)
+    summary = {**_summary(history, config, updater), "alarms": health.summary()}
     _report(context, summary)
     record = _publish_policy(config, context, roles, summary)
     if config.publish_value and roles.value is not None:
@@ -193,17 +202,30 @@ def iteration_metrics(rollout: Rollout, result: UpdateResult, config: PPOStepCon
         **{f"monitors/{name}": float(part.mean()) for name, part in rollout.monitors.items()},
         "rewards/total_mean": float((rollout.scores - kl_coef * sequence_kl).mean()),
         "policy/kl": float(sequence_kl.mean()),
+        "policy/kl_standard_error": float(sequence_kl.std(correction=0)) / math.sqrt(len(sequence_kl)),
         "policy/kl_coef": kl_coef,
         **result.metrics,
         "responses/length_mean": float(lengths.mean()),
         "responses/length_max": float(lengths.max()),
         "responses/stopped_share": float(rollout.stopped.float().mean()),
+        "responses/repetition": repeated_ngrams([rollout.response(row) for row in range(len(rollout.prompts))], 4),
+        "responses/distinct_share": len(set(rollout.completions)) / len(rollout.completions),
         "policy/sampling_gap": rollout.sampling_gap,
         **{f"time/{name}_s": value for name, value in rollout.seconds.items()},
         "time/episodes_per_second": len(rollout.prompts) / max(seconds, 1e-9),
         "time/generated_tokens_per_second": float(lengths.sum()) / max(rollout.seconds["generation"], 1e-9),
         "time/update_tokens_per_second": result.tokens / max(rollout.seconds["update"], 1e-9),
     }
+
+
+def _raise_alarms(config: PPOStepConfig, context: StepContext, iteration: int, health: Health, alarms: list[Alarm]) -> None:
+    """Say what has begun to go wrong. Raises TrainingError for an alarm that ends the run."""
+    for alarm in health.begun:
+        context.runtime.console.print(f"{context.name}: iteration {iteration}: {alarm.name}: {alarm.message}", style="yellow", markup=False)
+    for alarm in alarms:
+        if alarm.name in config.health.stop_on:
+            kept = f"the last checkpoint is kept in {context.checkpoint_folder / 'ppo'}"
+            raise TrainingError(f"{context.name}: iteration {iteration}: stopped on {alarm.name} (health.stop_on): {alarm.message}; {kept}")
 
 
 def _log(context: StepContext, iteration: int, entry: dict[str, Any]) -> None:
@@ -275,6 +297,7 @@ def _report(context: StepContext, summary: dict[str, Any]) -> None:
         f"{context.name}: score {summary['score_mean_first']:.3f} -> {summary['score_mean_last']:.3f}, "
         f"KL {summary['kl_last']:.2f} nats, entropy {summary['entropy_first']:.2f} -> {summary['entropy_last']:.2f}, "
         f"length {summary['length_mean_first']:.1f} -> {summary['length_mean_last']:.1f}, {summary['episodes_per_second']:.1f} episodes/s"
+        + (f"; alarms: {', '.join(alarm['name'] for alarm in summary['alarms'])}" if summary["alarms"] else "")
     )
 
 
