@@ -9,3 +9,8 @@ def letters(prompts: list[str], completions: list[str]) -> list[float]:
 def vowels(prompts: list[str], completions: list[str]) -> list[float]:
     """The share of vowels: what the sign canary has to raise."""
     return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in completions]
+
+
+def each_e(prompts: list[str], completions: list[str]) -> list[list[tuple[int, float]]]:
+    """One for every e, where it stands."""
+    return [[(place, 1.0) for place, letter in enumerate(text) if letter == "e"] for text in completions]
