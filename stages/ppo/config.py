@@ -7,13 +7,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from stages.config import (
+    CheckpointedStepConfig,
     DataField,
     DataSource,
     GenerationSettings,
     LoraSettings,
     ModelField,
     ModelInput,
-    StepConfig,
     Strict,
 )
 from stages.rewards.config import RewardInput, check_names, reward_model_inputs
@@ -48,7 +48,7 @@ class PretrainingMix(Strict):
     block_size: int = Field(128, ge=2, description="Tokens per pretraining row.")
 
 
-class PPOStepConfig(StepConfig):
+class PPOStepConfig(CheckpointedStepConfig):
     """Align ``policy`` to the weighted ``reward`` sources, held near its reference by a KL penalty."""
 
     stage: Literal["ppo"] = "ppo"
@@ -105,7 +105,6 @@ class PPOStepConfig(StepConfig):
     )
     pretraining_mix: PretrainingMix | None = Field(None, description="PPO-ptx; null: plain PPO.")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="Publish an exponential moving average of the weights; null: the last.")
-    checkpoint_seconds: float = Field(60.0, ge=0, description="Least time between two checkpoints; 0: after every iteration.")
     num_samples: int = Field(2, ge=0, description="Sample completions to keep per iteration (samples.jsonl).")
     publish_value: bool = Field(False, description="Also publish the value network, as <name>-value.")
 
