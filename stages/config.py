@@ -130,7 +130,20 @@ class StepConfig(Strict):
     precision: Precision = Field("auto", description="auto: bf16 where the hardware is measured to be faster at it, else fp32.")
 
 
-class TrainingStepConfig(StepConfig):
+class CheckpointedStepConfig(StepConfig):
+    """A step that trains for long, and goes on after a cut where its newest checkpoint was."""
+
+    checkpoint_seconds: float = Field(
+        10.0, ge=0, description="Least time between two checkpoints; 0: at every safe point. Slow ones pause longer: writing takes 5 %."
+    )
+    keep_last: int = Field(2, ge=1, description="Checkpoints to keep while the step runs, the newest; a damaged one is passed over.")
+    keep_best: int = Field(
+        0, ge=0, description="Also keep so many of the best, and publish the best as <name>-best. ppo: by mean reward less KL penalty; "
+        "other stages: by their held-out measure, taken ten times in a run."
+    )  # fmt: skip
+
+
+class TrainingStepConfig(CheckpointedStepConfig):
     """A step that trains one model with a Trainer."""
 
     lora: LoraSettings | None = Field(None, description="Train low-rank adapters instead of the whole model.")

@@ -7,13 +7,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from stages.config import (
+    CheckpointedStepConfig,
     DataField,
     DataSource,
     GenerationSettings,
     LoraSettings,
     ModelField,
     ModelInput,
-    StepConfig,
     Strict,
 )
 from stages.ppo.health import HealthSettings
@@ -54,7 +54,7 @@ class PretrainingMix(Strict):
     )
 
 
-class PPOStepConfig(StepConfig):
+class PPOStepConfig(CheckpointedStepConfig):
     """Align ``policy`` to the weighted ``reward`` sources, held near its reference by a KL penalty."""
 
     stage: Literal["ppo"] = "ppo"
@@ -122,7 +122,6 @@ class PPOStepConfig(StepConfig):
         "optimizer_step", description="When the average takes in the weights; the paper does not say. Rollouts are the policy's own."
     )
     publish_last: bool = Field(False, description="With ema_decay: also publish the last weights, as <name>-last.")
-    checkpoint_seconds: float = Field(60.0, ge=0, description="Least time between two checkpoints; 0: after every iteration.")
     num_samples: int = Field(2, ge=0, description="Sample completions to keep per iteration (samples.jsonl).")
     health: HealthSettings = Field(HealthSettings(), description="When to raise an alarm about the run, and which alarms end it.")
     publish_value: bool = Field(False, description="Also publish the value network, as <name>-value.")

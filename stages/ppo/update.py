@@ -35,6 +35,14 @@ class Totals:
 
 
 @dataclass
+class UpdateProgress:
+    """How far the update of a rollout is: the metrics of the minibatches done, and the response tokens they had."""
+
+    collected: list[dict[str, float]] = field(default_factory=list)
+    tokens: int = 0
+
+
+@dataclass
 class UpdateResult:
     """Metrics of an iteration's updates (means over minibatches), and how many optimizer steps there were."""
 
@@ -62,28 +70,46 @@ class Updater:
         self.process_index, self.num_processes = process_index, num_processes
         self.optimizer_steps = 0  # since the beginning of the run
 
-    def update(self, rollout: Rollout, *, kl_coef: float, seed: int, train_policy: bool = True) -> UpdateResult:
-        """All passes over ``rollout``. Raises TrainingError where a loss or gradient is not finite; the weights are then as before it."""
+    def update(
+        self,
+        rollout: Rollout,
+        *,
+        kl_coef: float,
+        seed: int,
+        train_policy: bool = True,
+        progress: UpdateProgress | None = None,
+        after_minibatch: Callable[[], None] | None = None,
+    ) -> UpdateResult:
+        """All passes over ``rollout``. Raises TrainingError where a loss or gradient is not finite; the weights are then as before it.
+
+        ``progress`` is kept up to date, and where it says that minibatches were done (by a run that was cut off) those are passed over.
+        ``after_minibatch`` is called after each optimizer step.
+        """
         config = self.config
         whole = whole_targets(rollout, config, kl_coef=kl_coef, num_processes=self.num_processes)
-        collected: list[dict[str, float]] = []
+        progress = progress if progress is not None else UpdateProgress()
+        collected, position = progress.collected, 0
         generator = torch.Generator().manual_seed(seed)
-        tokens = 0
         for _ in range(config.ppo_epochs):
             order = torch.randperm(len(rollout.prompts), generator=generator)
             for chosen in order.split(config.minibatch_size):
+                position += 1
+                if position <= len(collected):
+                    continue
                 part = rollout.rows(chosen)
                 goal = targets(part, config, kl_coef=kl_coef) if config.whitening_scope == "minibatch" else whole.rows(chosen)
-                tokens += int(part.response_mask.sum())
                 collected.append(self.minibatch(part, goal, train_policy=train_policy))
-            if config.target_update_kl is not None and collected[-1]["policy/approx_kl"] > config.target_update_kl:
+                progress.tokens += int(part.response_mask.sum())
+                if after_minibatch is not None:
+                    after_minibatch()
+            if config.target_update_kl is not None and collected[position - 1]["policy/approx_kl"] > config.target_update_kl:
                 break
         if train_policy and config.ema_cadence == "iteration":
             self._update_average()
         metrics = {name: sum(item[name] for item in collected) / len(collected) for name in collected[0]}
         metrics["policy/ratio_first_deviation"] = collected[0]["policy/ratio_max_deviation"]
         metrics["policy/ratio_max_deviation"] = max(item["policy/ratio_max_deviation"] for item in collected)
-        return UpdateResult(metrics, len(collected), tokens)
+        return UpdateResult(metrics, len(collected), progress.tokens)
 
     def minibatch(self, part: Rollout, goal: Targets, *, train_policy: bool = True) -> dict[str, float]:
         """Gradients of one minibatch and one optimizer step; returns its metrics."""

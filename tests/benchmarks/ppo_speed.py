@@ -186,7 +186,8 @@ def speed(result: dict[str, Any], batch: int) -> float:
 
 def show(name: str, runs: dict[str, list[dict[str, Any]]], batch: int) -> dict[str, Any]:
     base = runs["trl"]
-    print(f"\n{name}: {len(base)} interleaved runs of {len(base[0]['seconds'])} iterations; mean response {runs['separate'][0]['length']:.1f} tokens")
+    length = runs["separate"][0]["length"]
+    print(f"\n{name}: {len(base)} interleaved runs of {len(base[0]['seconds'])} iterations; mean response {length:.1f} tokens")
     shown: dict[str, Any] = {}
     for kind, results in runs.items():
         ratios = [speed(one, batch) / speed(other, batch) for one, other in zip(results, base, strict=True)]

@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from stages.errors import DataError, TrainingError
-from stages.ppo import loop
 from stages.ppo.loop import run
 from stages.ppo.rollout import targets
 
@@ -44,65 +43,6 @@ def test_the_sign_canary(ppo_config, ppo_context, prompts) -> None:
     assert len(lines) == 24 and all(math.isfinite(value) for line in lines for value in line.values())
     samples = [json.loads(line) for line in (ppo_context.folder / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 48 and set(samples[0]) == {"iteration", "prompt", "completion", "score"}
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"ema_decay": 0.9, "kl_target": 1.0, "kl_horizon": 100},
-        {"value": "shared", "training": {"learning_rate": 1e-3, "adam_style": "tensorflow"}},
-        {"lora": {"r": 2}, "whiten_rewards": True},
-    ],
-)
-def test_resuming_equals_never_having_stopped(
-    ppo_config, step_context, resolve_folder, tiny_llama_folder, prompts, monkeypatch, fields
-) -> None:
-    config = ppo_config(data=prompts, total_episodes=72, **fields)  # six iterations
-    models = {"policy": resolve_folder(tiny_llama_folder)}
-    whole_context = step_context("test/whole", 5, models)
-    whole = run(config, whole_context)
-
-    class Killed(BaseException):
-        """As SIGKILL: nothing may catch it."""
-
-    calls = 0
-    original = loop.collect
-
-    def dies_in_the_fourth_iteration(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise Killed
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(loop, "collect", dies_in_the_fourth_iteration)
-    context = step_context("test/cut", 5, models)
-    with pytest.raises(Killed):
-        run(config, context)
-    context.close()
-    monkeypatch.setattr(loop, "collect", original)
-    (context.folder / "metrics.jsonl").unlink()  # the chain gives the second attempt a run folder of its own
-    (context.folder / "samples.jsonl").unlink()
-    torch.manual_seed(999)  # whatever the process did in between
-    cut = run(config, context)
-
-    one, two = weights(whole), weights(cut)
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    assert (context.folder / "samples.jsonl").read_text() == (whole_context.folder / "samples.jsonl").read_text()
-    for line, other in zip((whole_context.folder / "metrics.jsonl").open(), (context.folder / "metrics.jsonl").open(), strict=True):
-        timeless = [{key: value for key, value in json.loads(text).items() if not key.startswith("time/")} for text in (line, other)]
-        assert timeless[0] == timeless[1]
-
-
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(ppo_config, ppo_context, prompts) -> None:
-    config = ppo_config(data=prompts, total_episodes=60)
-    finished = run(config, ppo_context)
-    newest, older = sorted((ppo_context.checkpoint_folder / "ppo").glob("iteration-*"), reverse=True)
-    (newest / "policy.safetensors").write_bytes(b"half a fi")
-    again = run(config, ppo_context)
-    assert older.name == "iteration-000003" and newest.name == "iteration-000004"
-    one, two = weights(finished), weights(again)
-    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_lora_publishes_an_adapter_that_stands_on_the_policy(ppo_config, ppo_context, prompts) -> None:
