@@ -171,6 +171,18 @@ class RewardModel(ScalarModel):
         """Subtract ``mean`` from every score from now on, through the bias."""
         self.score_head.bias.sub_(mean)
 
+    @torch.no_grad()
+    def standardize(self, mean: float, deviation: float) -> float:
+        """Make scores of this mean and standard deviation ones of 0 and 1, through weights and bias of the head; returns the gain.
+
+        Ziegler et al. 2019: gain 1 / sigma and bias -gain * mu. Raises ModelError where all scores were equal.
+        """
+        if deviation <= 0:
+            raise ModelError("the reward model gives every text the same score, which cannot be brought to variance 1")
+        self.score_head.bias.sub_(mean).div_(deviation)
+        self.score_head.weight.div_(deviation)
+        return 1 / deviation
+
     @property
     def reward_bias(self) -> float:
         return self.score_head.bias.item()
