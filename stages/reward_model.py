@@ -73,6 +73,7 @@ class RewardModelConfig(TrainingStepConfig):
     """Train a scalar head and its backbone on comparisons."""
 
     stage: Literal["reward_model"] = "reward_model"
+    preset: str | None = Field(None, description="Published settings beneath the step's own, e.g. instructgpt2022 (stages/presets.py).")
     model: ModelField = Field(description="A language model, which gets a new head, or a reward model to go on with.")
     data: DataInput = Field(description="Comparisons.")
     preferred: str | None = Field(None, description="For responses given as an object: the key of the preferred one.")

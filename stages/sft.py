@@ -52,6 +52,7 @@ class SFTStepConfig(TrainingStepConfig):
     """Fine-tune ``model`` on the demonstrations in ``data``."""
 
     stage: Literal["sft"] = "sft"
+    preset: str | None = Field(None, description="Published settings beneath the step's own, e.g. instructgpt2022 (stages/presets.py).")
     model: ModelField = Field(description="Language model to fine-tune.")
     data: DataInput
     template: str | None = Field(
