@@ -190,6 +190,20 @@ def plan(
             console.print(settings_table(loaded, step, shown[step.name]))
 
 
+@app.command()
+@reports_errors
+def conformance(as_json: Json = False, debug: Debug = False) -> None:
+    """Every detail of the papers: where it is in the code, and the tests that prove it."""
+    from dataclasses import asdict
+
+    from stages.conformance import DETAILS, conformance_table
+
+    if as_json:
+        _print_json([asdict(detail) for detail in DETAILS])
+    else:
+        _runtime().console.print(conformance_table())
+
+
 # The registry
 
 

@@ -64,6 +64,7 @@ def test_what_is_collected(prompts, step_context, models) -> None:
     assert len(collect_comparisons(collection(prompts), context, precision="fp32")) == 3
 
 
+@pytest.mark.detail("P26")
 def test_only_what_ends_is_shown(prompts, step_context, models) -> None:
     settings = {"generation": {"max_new_tokens": 4, "stop": list("abcdefghijklmnop")}, "num_prompts": 3, "attempts": 40}
     made = collect_comparisons(collection(prompts, only_ended=True, **settings), step_context(models=models), precision="fp32")

@@ -43,6 +43,7 @@ def configured(tmp_path: Path, stage: str, preset: str, *overrides: str, **field
     return recipe(tmp_path, step(stage, preset, **fields), overrides=overrides).steps[0].config
 
 
+@pytest.mark.detail("P4", "P15", "P17", "S1", "S3", "S5")
 def test_instructgpt(tmp_path: Path) -> None:
     ppo = configured(tmp_path, "ppo", "instructgpt2022", **MIX)
     assert (ppo.rollout_batch_size, ppo.minibatch_size, ppo.ppo_epochs, ppo.total_episodes) == (512, 64, 1, 256_000)
@@ -63,6 +64,7 @@ def test_instructgpt(tmp_path: Path) -> None:
     assert (reward.normalization.to, reward.normalization.on) == ("center", "demonstrations")
 
 
+@pytest.mark.detail("P32", "S6")
 def test_stiennon(tmp_path: Path) -> None:
     small, large = (configured(tmp_path, "ppo", f"stiennon2020/{size}") for size in ("1.3b", "6.7b"))
     assert (small.training.learning_rate, large.training.learning_rate) == (1.5e-5, 7e-6)
@@ -74,6 +76,7 @@ def test_stiennon(tmp_path: Path) -> None:
     assert (sft.training.learning_rate, sft.training.batch_size, sft.training.schedule) == (6.35e-5, 128, "cosine")
 
 
+@pytest.mark.detail("P4", "P33")
 def test_ziegler(tmp_path: Path) -> None:
     style, tldr, cnndm = (configured(tmp_path, "ppo", f"ziegler2019/{task}") for task in ("style", "tldr", "cnndm"))
     assert (style.kl_coef, style.kl_target, style.kl_horizon) == (0.15, 6.0, 10_000)
@@ -93,6 +96,7 @@ def test_ziegler(tmp_path: Path) -> None:
         configured(tmp_path, "sft", "ziegler2019")
 
 
+@pytest.mark.detail("D13", "P31", "S7")
 def test_huang(tmp_path: Path) -> None:
     ppo = configured(tmp_path, "ppo", "huang2024")
     assert (ppo.rollout_batch_size, ppo.minibatch_size, ppo.ppo_epochs, ppo.training.learning_rate) == (512, 512, 4, 3e-6)
@@ -131,6 +135,7 @@ def test_a_preset_lies_beneath_recipe_and_command_line(tmp_path: Path) -> None:
     assert configured(tmp_path, "ppo", "stiennon2020", "ppo.prompt_fit=null").prompt_fit is None  # a block set to null is an answer
 
 
+@pytest.mark.detail("P15")
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

@@ -43,6 +43,7 @@ def sft(resolve_folder, tiny_llama_folder) -> dict[str, Any]:
     return {"model": resolve_folder(tiny_llama_folder)}
 
 
+@pytest.mark.detail("D9", "R11")
 def test_it_learns_and_centres(comparisons, step_context, sft) -> None:
     result = run(config(comparisons), step_context(models=sft))
     metrics = result.metrics
@@ -69,6 +70,7 @@ def test_named_demonstrations_set_the_zero(comparisons, step_context, sft, tmp_p
         assert model.score(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long)).item() == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.detail("R3")
 def test_a_prompt_is_never_split(tiny_tokenizer) -> None:
     items = [EncodedComparison([[5, 6, 7], [5]], [0, 1]), EncodedComparison([[8, 9], [8], [9]], [0, 1, 1])]
     batch = collate(items, 1)
@@ -150,6 +152,7 @@ def test_real_ranked_lists(shared_data, step_context, sft) -> None:
     assert 0 <= result.metrics["heldout_ci_low"] <= result.metrics["heldout_accuracy"]
 
 
+@pytest.mark.detail("R2")
 def test_every_completion_is_scored_once(comparisons, step_context, sft, tiny_llama_folder) -> None:
     from stages.training import training_arguments
 
@@ -164,11 +167,13 @@ def test_every_completion_is_scored_once(comparisons, step_context, sft, tiny_ll
     assert seen == [13]
 
 
+@pytest.mark.detail("R5")
 def test_best_of_trains_too(comparisons, step_context, sft) -> None:
     result = run(config(comparisons, loss="best_of"), step_context(models=sft))
     assert result.metrics["heldout_accuracy"] > 0.8
 
 
+@pytest.mark.detail("R12")
 def test_standardizing_on_samples(comparisons, step_context, sft) -> None:
     from stages.rewards.learned import score_rows
 
@@ -192,6 +197,7 @@ def test_standardizing_on_samples(comparisons, step_context, sft) -> None:
         config(comparisons, normalization={"before_training": True})
 
 
+@pytest.mark.detail("R17")
 def test_the_gain_is_taken_out_of_the_calibration() -> None:
     items = [EncodedComparison([[4], [2]], [0, 1]), EncodedComparison([[2], [3], [1]], [0, 1, 2])]
     scores = torch.tensor([2.0, 1.0, 1.0, 1.5, 0.5])
@@ -200,6 +206,7 @@ def test_the_gain_is_taken_out_of_the_calibration() -> None:
         assert stretched[name] == pytest.approx(plain[name], rel=1e-5)
 
 
+@pytest.mark.detail("D11", "R8")
 def test_the_best_of_several_seeds_is_kept_and_measured_on_other_comparisons(comparisons, step_context, sft) -> None:
     settings = config(comparisons, num_seeds=3, data={"train": comparisons, "validation_fraction": 0.4})
     context = step_context("test/seeds", 5, models=sft)
@@ -220,6 +227,7 @@ def test_the_best_of_several_seeds_is_kept_and_measured_on_other_comparisons(com
     assert again.metrics["seeds"] == accuracies and again.model.digest == result.model.digest
 
 
+@pytest.mark.detail("R16", "R18")
 def test_accuracy_by_length_and_by_group_by_hand() -> None:
     # lengths after the prompt (2 tokens): 8 beats 2, 2 beats 8, 4 beats 4; scores say: longer, longer, first
     def item(better: int, worse: int, group: str) -> EncodedComparison:
@@ -237,6 +245,7 @@ def test_accuracy_by_length_and_by_group_by_hand() -> None:
     assert table[0]["ci_low"] < 0.5 < table[0]["ci_high"]
 
 
+@pytest.mark.detail("R18")
 def test_groups_come_from_the_data(comparisons, step_context, sft, tmp_path) -> None:
     path = tmp_path / "grouped.jsonl"
     rows = [{**json.loads(line), "confidence": number % 2} for number, line in enumerate(Path(comparisons).read_text().splitlines())]

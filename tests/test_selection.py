@@ -25,6 +25,7 @@ def third_is_best(prompts, completions):
 """
 
 
+@pytest.mark.detail("S4")
 def test_the_reward_decides_and_not_the_loss() -> None:
     # the loss says the first, the reward the second
     tried = [Tried(10, score=0.1, heldout_loss=1.0), Tried(20, score=0.7, heldout_loss=1.5), Tried(30, score=0.4, heldout_loss=2.0)]
@@ -57,6 +58,7 @@ def weights(result: Any) -> dict[str, torch.Tensor]:
     return load_file(next(result.model.path.glob("*.safetensors")))
 
 
+@pytest.mark.detail("S4")
 @pytest.mark.parametrize("lora", [None, {"r": 4}])
 def test_the_model_along_the_run_is_published(demonstrations, step_context, resolve_folder, tiny_llama_folder, lora) -> None:
     models = {"model": resolve_folder(tiny_llama_folder)}

@@ -72,6 +72,7 @@ def test_packed_demonstrations_have_the_gradient_of_separate_ones(step_context: 
         torch.testing.assert_close(packed[name], expected, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.detail("S7")
 def test_prompt_tokens_are_not_learned(step_context: Any, tiny_llama_folder: Path, tiny_tokenizer: Any) -> None:
     def head_rows(completion_only: bool, name: str) -> torch.Tensor:
         context = step_context(name=name)
@@ -141,6 +142,7 @@ def test_quantized_weights_need_an_adapter() -> None:
         config(model={"ref": "base", "quantization": "int8"})
 
 
+@pytest.mark.detail("S5")
 def test_pretraining_texts_are_a_tenth_of_the_rows(
     demonstrations: Path, tmp_path: Path, step_context: Any, tiny_llama_folder: Path, tiny_tokenizer: Any, resolve_folder: Any
 ) -> None:

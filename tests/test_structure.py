@@ -39,11 +39,12 @@ ARROWS = {
     "recipe_messages": {"recipe_source"},
     "recipe": {"registry", "recipe_source", "recipe_messages", "presets"},
     "presets": {"recipe_source"},
+    "conformance": set(),
     "settings": {"recipe", "recipe_source", "presets"},
     "fingerprints": {"corpora", "recipe", "contents", "registry"},
     "results": {"contents", "registry"},
     "chain": {"recipe", "registry", "runtime", "fingerprints", "results", "contents"},
-    "cli": {"settings", "chain", "recipe", "registry", "runtime", "models", "corpora", "generation"},
+    "cli": {"settings", "conformance", "chain", "recipe", "registry", "runtime", "models", "corpora", "generation"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -123,8 +123,8 @@ OURS = cases.Implementation(
 )
 
 
-@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: f"{case.detail}-{case.needs}")
 @pytest.mark.detail("G5", "P3", "P5", "P6", "P8", "P9", "P11", "P12", "P18", "P21", "P23", "P25", "P34", "R1", "R2", "R5", "R10")
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: f"{case.detail}-{case.needs}")
 def test_a_number_of_the_papers(case: Any) -> None:
     found = case.run(getattr(OURS, case.needs))
     assert cases.difference(found, case.expected) <= case.tolerance, f"{case.what}: {found}, expected {case.expected}"

@@ -31,6 +31,7 @@ def count_words(text: str) -> int:
     return len(text.split())
 
 
+@pytest.mark.detail("D1")
 def test_prompts_with_the_same_beginning_count_once() -> None:
     table = rows(
         {"prompt": "Write a poem about the sea, please"}, {"prompt": "write a poem about THE SEA and the sky"}, {"prompt": "Write a poem"},
@@ -42,6 +43,7 @@ def test_prompts_with_the_same_beginning_count_once() -> None:
     assert len(Curator(Curation(prefix_words=6)).training(table)) == 4  # "the sea," and "the sea" differ; so do "the hills" and "the sea"
 
 
+@pytest.mark.detail("D2")
 def test_the_two_hundred_and_first_prompt_of_a_user_is_dropped() -> None:
     table = rows(*({"prompt": f"question {number}", "user": "ann"} for number in range(201)), {"prompt": "mine", "user": "bob"})
     kept = Curator(Curation(max_per_user=200)).training(table)
@@ -50,6 +52,7 @@ def test_the_two_hundred_and_first_prompt_of_a_user_is_dropped() -> None:
         Curator(Curation(max_per_user=200, user_column="author")).training(table)
 
 
+@pytest.mark.detail("D4")
 @pytest.mark.parametrize(
     "text",
     ["write to ann.b-c+d@mail.example.org today", "call +1 555-123-4567", "call (030) 1234 5678 now", "ssn 078-05-1120",
@@ -73,6 +76,7 @@ def test_masking_names_the_kind() -> None:
     assert mask_pii("ann@example.org or 555-123-4567") == "[email] or [phone]"
 
 
+@pytest.mark.detail("D10")
 def test_lengths_are_counted_in_tokens() -> None:
     table = rows(*({"prompt": "p", "completion": "word " * number} for number in (23, 24, 48, 49)))
     curator = Curator(Curation(tokens={"completion": [24, 48]}), count_words)

@@ -15,6 +15,7 @@ def post(text: str) -> str:
     return f"SUBREDDIT: r/film\n\nTITLE: a film\n\nPOST: {text}\n\nTL;DR:"
 
 
+@pytest.mark.detail("G7")
 def test_lines_are_cut_from_the_end_of_the_post(tiny_tokenizer) -> None:
     lines = ["the acting was warm", "the plot was dull", "the ending was weak"]
     full = post("\n".join(lines))
@@ -26,6 +27,7 @@ def test_lines_are_cut_from_the_end_of_the_post(tiny_tokenizer) -> None:
             assert fit_prompt(full, PromptFit(max_tokens=limit, **FIT), tiny_tokenizer) == post("\n".join(lines[:kept]))
 
 
+@pytest.mark.detail("G7")
 def test_a_single_line_is_cut_by_characters(tiny_tokenizer) -> None:
     full = post("a fine film with a bright and honest story")
     limit = len(encode_prompt(tiny_tokenizer, full)) - 4

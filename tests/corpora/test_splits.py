@@ -25,6 +25,7 @@ def split(table: str, **fields: object) -> tuple[list[dict], list[dict]]:
     return read_splits(DataInput.model_validate({"train": table, **fields}))
 
 
+@pytest.mark.detail("D3")
 def test_no_user_is_on_both_sides(table: str) -> None:
     train, heldout = split(table, split_by="user", validation_fraction=0.25)
     users = [{row["user"] for row in side} for side in (train, heldout)]
@@ -34,6 +35,7 @@ def test_no_user_is_on_both_sides(table: str) -> None:
     assert {row["user"] for row in split(table)[1]} & {row["user"] for row in split(table)[0]}  # by row, users are on both sides
 
 
+@pytest.mark.detail("R19")
 def test_folds_hold_out_every_group_once(table: str) -> None:
     seen: list[str] = []
     for fold in range(5):
@@ -51,6 +53,7 @@ def test_a_group_s_side_does_not_depend_on_the_other_rows(table: str) -> None:
     assert {row["user"] for row in split(table, split_by="user", folds=3, fold=1)[1]} == first
 
 
+@pytest.mark.detail("R19")
 def test_annotators_of_the_embedded_world_are_folds() -> None:
     groups = []
     for fold in range(5):

@@ -37,6 +37,7 @@ def outputs(model: Any, module: Any) -> torch.Tensor:
     return seen[0].detach()
 
 
+@pytest.mark.detail("S2")
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "opt"])
 def test_only_the_branches_are_dropped(family: str) -> None:
     model = make(family)
