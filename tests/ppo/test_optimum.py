@@ -1,6 +1,7 @@
 """Ground truth for learning: a bandit whose best policy is known, reference times exp(reward / kl_coef), is what PPO ends at.
 
-One prompt, one token, ten arms. What the run ends at is read off the published policy's probabilities, without sampling.
+One prompt, one token, ten arms. What the run ends at is read off the published policy's probabilities, without sampling. Each of the six
+runs takes some seconds: sixty iterations are what it takes to settle.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def bandit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     torch.manual_seed(3)
     config = LlamaConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=8,
+        vocab_size=len(words), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=8,
         eos_token_id=1, pad_token_id=0, bos_token_id=None, initializer_range=0.3,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("bandit")
@@ -72,7 +73,7 @@ def test_ppo_ends_at_the_best_policy(ppo_config, step_context, resolve_folder, b
     config = ppo_config(
         data=str(path), reward=[{"function": "letters_reward:arms"}], value="policy", lora=lora, kl_coef=KL_COEF, total_episodes=60 * 256,
         rollout_batch_size=256, minibatch_size=256, microbatch_size=256, ppo_epochs=2, generation={"max_new_tokens": 1, "batch_size": 256},
-        training={"learning_rate": 3e-2 if lora is None else 6e-2, "max_grad_norm": None, "adam_beta2": 0.99}, num_samples=0,
+        training={"learning_rate": 1.5e-2 if lora is None else 2e-2, "max_grad_norm": None, "adam_beta2": 0.99}, num_samples=0,
         checkpoint_seconds=1e9,
     )  # fmt: skip
     context = step_context(f"test/{'full' if lora is None else 'lora'}{seed}", seed, {"policy": resolve_folder(bandit)})
@@ -87,7 +88,7 @@ def test_ppo_ends_at_the_best_policy(ppo_config, step_context, resolve_folder, b
                  (("start", reference), ("best", best), ("found", found))}  # fmt: skip
     # the optimum's value is kl_coef * log E_reference[exp(reward / kl_coef)]
     assert objective["best"] == pytest.approx(KL_COEF * math.log(float((reference * (reward / KL_COEF).exp()).sum())))
-    print(seed, lora, objective, expected_reward(best, reward), expected_reward(found, reward), kl(best, reference), kl(found, reference))
+    # The objective is flat at its best: a policy a few percent off in KL has all but all of it.
     assert objective["found"] == pytest.approx(objective["best"], abs=0.02 * (objective["best"] - objective["start"]))
-    assert expected_reward(found, reward) == pytest.approx(expected_reward(best, reward), rel=0.05)
-    assert kl(found, reference) == pytest.approx(kl(best, reference), rel=0.15)
+    assert expected_reward(found, reward) == pytest.approx(expected_reward(best, reward), rel=0.02)
+    assert kl(found, reference) == pytest.approx(kl(best, reference), rel=0.08)
