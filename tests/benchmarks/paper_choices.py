@@ -33,6 +33,7 @@ def variants() -> dict[str, tuple[str, dict[str, Any]]]:
         "no-clipping": ("gradients not clipped (Z, S, I, H)", {"training": {**training, "max_grad_norm": None}}),
         "warmup": ("constant after ten iterations of warmup (I)",
                    {"training": {**training, "schedule": "constant", "warmup_iterations": 10}}),
+        "value-warmup": ("the value network alone for five iterations", {"value_warmup_iterations": 5}),
         "one-epoch": ("one epoch of eight minibatches (I) instead of four of two", {"ppo_epochs": 1, "minibatch_size": 8}),
         "whiten-rewards": ("rewards whitened (Z style)", {"whiten_rewards": True}),
         "by-minibatch": ("whitening and GAE by minibatch (Z)", {"whitening_scope": "minibatch"}),
@@ -47,6 +48,34 @@ def variants() -> dict[str, tuple[str, dict[str, Any]]]:
 
 def last_tenth(metrics: list[dict[str, float]], name: str) -> float:
     return statistics.fmean(line[name] for line in metrics[-max(1, len(metrics) // 10) :])
+
+
+def table(chosen: dict[str, tuple[str, dict[str, Any]]], found: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
+    """One row per variant: its means, and the differences to the default with half their 95 % intervals."""
+    rows = []
+    for name, (what, _) in chosen.items():
+        row: dict[str, Any] = {"variant": name, "what": what, "seeds": len(found[name])}
+        for measure in MEASURES:
+            differences = [run[measure] - base[measure] for run, base in zip(found[name], found["default"], strict=True)]
+            error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+            row[measure] = {
+                "mean": round(statistics.fmean(run[measure] for run in found[name]), 4),
+                "difference": round(statistics.fmean(differences), 4), "half": round(T975.get(len(differences) - 1, 1.96) * error, 4),
+            }  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    print(f"\nafter {rows[0]['seeds']} seed(s)")
+    for row in rows:
+        gold, proxy = row["monitors/gold"], row["rewards/score_mean"]
+        print(
+            f"{row['variant']:16s} gold {gold['mean']:.3f} ({gold['difference']:+.3f} +- {gold['half']:.3f})  proxy {proxy['mean']:6.3f} "
+            f"({proxy['difference']:+.3f} +- {proxy['half']:.3f})  KL {row['policy/kl']['mean']:5.2f}  length "
+            f"{row['responses/length_mean']['mean']:5.1f}  {row['what']}",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -64,26 +93,11 @@ def main() -> None:
             step = f"{name}-{seed}"
             metrics = run_steps("paper-choices", {step: {**fields, **extra, "seed": seed}}, options.home.absolute())[step]
             found[name].append({measure: last_tenth(metrics, measure) for measure in MEASURES})
-    rows = []
-    for name, (what, _) in chosen.items():
-        row: dict[str, Any] = {"variant": name, "what": what, "seeds": options.seeds}
-        for measure in MEASURES:
-            differences = [run[measure] - base[measure] for run, base in zip(found[name], found["default"], strict=True)]
-            error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-            row[measure] = {
-                "mean": round(statistics.fmean(run[measure] for run in found[name]), 4),
-                "difference": round(statistics.fmean(differences), 4), "half": round(T975.get(len(differences) - 1, 1.96) * error, 4),
-            }  # fmt: skip
-        rows.append(row)
-        gold, proxy = row["monitors/gold"], row["rewards/score_mean"]
-        print(
-            f"{name:16s} gold {gold['mean']:.3f} ({gold['difference']:+.3f} +- {gold['half']:.3f})  proxy {proxy['mean']:6.3f} "
-            f"({proxy['difference']:+.3f} +- {proxy['half']:.3f})  KL {row['policy/kl']['mean']:5.2f}  length "
-            f"{row['responses/length_mean']['mean']:5.1f}  {what}"
-        )
-    if not options.only:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "paper_choices.json").write_text(json.dumps({"episodes": options.episodes, "rows": rows}, indent=1) + "\n")
+        rows = table(chosen, found)
+        show(rows)
+        if not options.only:
+            RESULTS.mkdir(exist_ok=True)
+            (RESULTS / "paper_choices.json").write_text(json.dumps({"episodes": options.episodes, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
