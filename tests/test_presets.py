@@ -178,6 +178,7 @@ def test_where_every_value_comes_from(tmp_path: Path) -> None:
     assert found["gae_lambda"].origin.startswith("instructgpt2022: not published; ours: as Ziegler")
     assert (found["entropy_coef"].kind, found["health.kl_limit"].kind) == ("default", "default")
     assert (found["policy.ref"].kind, found["reward[0].function"].kind, found["data[0].path"].kind) == ("recipe", "recipe", "recipe")
+    assert (found["policy.quantization"].kind, found["data[0].skip"].kind) == ("default", "default")
     assert (found["reward[0].weight"].kind, found["pretraining_mix.data[0].path"].kind) == ("default", "recipe")
     shown = {setting.path for setting in preset_settings(loaded, loaded.steps[0])}
     assert {"kl_coef", "ppo_epochs", "clip_range", "pretraining_mix.coef"} <= shown and "entropy_coef" not in shown
