@@ -93,7 +93,8 @@ def plan_step(recipe: Recipe, step: RecipeStep, home: Path, registry: Registry, 
 
     name, damage = recipe.model_name(step), ""
     if STAGES[step.stage].makes_model:
-        record = registry.find_fingerprint(fingerprint, name)
+        # What another recipe or a sweep made in the same way is as good: it is taken in under this step's name.
+        record = registry.find_fingerprint(fingerprint, name) or registry.find_fingerprint(fingerprint)
         damage = "; ".join(registry.verify(record.ref)) if record is not None else ""
         if record is not None and not damage:
             return planned("reuse", f"{record.ref} was made with the same settings, inputs, data and code", record)
@@ -219,7 +220,10 @@ class _Run:
         if self.runtime.is_main:  # left by a run that was cut off between publishing and clearing away
             self._clear(_work_folder(self.home, planned.fingerprint))
         if planned.record is not None:
-            return StepResult(planned.record, planned.record.manifest["metrics"])
+            record, name = planned.record, self.recipe.model_name(step)
+            if record.name != name:
+                record = self._decide(lambda: self.registry.adopt(record, name))
+            return StepResult(record, record.manifest["metrics"])
         kept = self._decide(lambda: load_result(self.home, str(planned.fingerprint))) or {}
         if self.runtime.is_main:
             restore_files(self.home, planned.fingerprint, self.folder / step.name)
@@ -316,6 +320,7 @@ class _Run:
                 "reused": planned.action == "reuse",
                 "action": planned.action,
                 "reason": planned.reason,
+                "fingerprint": planned.fingerprint,
                 "settings": settings_of(step.config),
                 "metrics": {**(model.manifest["metrics"] if model is not None else {}), **result.metrics},
             }
@@ -348,22 +353,26 @@ class _Run:
                 number += 1
 
     def _decide(self, make: Callable[[], T]) -> T:
-        """What rank zero makes of it, on every process; an error of rank zero's is raised on all, so that none waits for ever."""
-        if launched_processes() == 1:
-            return make()
-        outcome: list[Any] = [None, None]
-        if self.runtime.is_main:
-            try:
-                outcome[0] = make()
-            except StagesError as error:
-                outcome[1] = error
-        from accelerate.utils import broadcast_object_list
+        return decided(self.runtime, make)
 
-        _ = self.runtime.state  # joins the process group
-        broadcast_object_list(outcome, from_process=0)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+
+def decided(runtime: Runtime, make: Callable[[], T]) -> T:
+    """What rank zero makes of it, on every process; an error of rank zero's is raised on all, so that none waits for ever."""
+    if launched_processes() == 1:
+        return make()
+    outcome: list[Any] = [None, None]
+    if runtime.is_main:
+        try:
+            outcome[0] = make()
+        except StagesError as error:
+            outcome[1] = error
+    from accelerate.utils import broadcast_object_list
+
+    _ = runtime.state  # joins the process group
+    broadcast_object_list(outcome, from_process=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def environment() -> dict[str, Any]:

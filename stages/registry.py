@@ -144,6 +144,38 @@ class Registry:
                 _sync(folder)
         return self._read(folder / str(manifest["version"]))
 
+    def adopt(self, record: ModelRecord, name: str) -> ModelRecord:
+        """Take a version that another recipe made in under ``name``, with the models published beside it (``<name>-value``).
+
+        The files are linked, not copied, where the disk can: versions never change.
+        """
+        beside = [
+            other
+            for other in self.records()
+            if other.name.startswith(f"{record.name}-") and other.manifest["fingerprint_parts"] == record.manifest["fingerprint_parts"]
+        ]
+        newest = {other.name: other for other in beside}  # records() has the newest version of a name last
+        for other in newest.values():
+            self._adopt(other, name + other.name.removeprefix(record.name))
+        return self._adopt(record, name)
+
+    def _adopt(self, record: ModelRecord, name: str) -> ModelRecord:
+        check_name(name)
+        with self._staging_folder() as staging:
+            shutil.copytree(record.path, staging / "model", copy_function=_link)
+            with self._lock():
+                folder = self._models / name
+                folder.mkdir(parents=True, exist_ok=True)
+                self._check_inside(folder)
+                version = self._claim_version(folder)
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                adopted = {"name": name, "version": version, "created": now, "adopted_from": record.ref}
+                write_json(staging / "manifest.json", {**record.manifest, **adopted})
+                _sync(staging)
+                os.rename(staging, folder / str(version))
+                _sync(folder)
+        return self._read(folder / str(version))
+
     def _check_files(self, model: Path, name: str, base: ResolvedModel | None) -> None:
         paths = dict(files_of(model))
         if not paths:
@@ -415,6 +447,14 @@ def _place_free(base: ResolvedModel | None) -> str | None:
 
 def _distinct(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [item for index, item in enumerate(items) if item not in items[:index]]
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file that never changes; a copy where the disk knows no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _sync(path: Path) -> None:

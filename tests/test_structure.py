@@ -38,7 +38,8 @@ ARROWS = {
     "fingerprints": {"corpora", "recipe", "contents", "registry"},
     "results": {"contents", "registry"},
     "chain": {"recipe", "registry", "runtime", "fingerprints", "results", "contents"},
-    "cli": {"chain", "recipe", "registry", "runtime", "models", "corpora", "generation"},
+    "sweep": {"chain", "recipe", "recipe_source", "registry", "runtime", "numerics"},
+    "cli": {"chain", "sweep", "recipe", "registry", "runtime", "models", "corpora", "generation"},
     "__main__": {"cli"},
     "__init__": set(),
 }
