@@ -97,15 +97,13 @@ class EvaluationConfig(StepConfig):
 
     def check_data(self) -> None:
         """Raise DataError for data this stage cannot use; no model is loaded."""
-        from stages.corpora.choices import load_questions
-
         self.load_prompts()
         for candidate in self.candidates.values():
             if candidate.few_shot is not None:
                 few_shot_examples(candidate.few_shot, 0)
         _texts(self)
         for task in self.tasks.values():
-            load_questions(task.data)
+            task.load()
 
     def load_prompts(self) -> list[Prompt]:
         """The held-out prompts, each once. Raises DataError where ``exclude`` leaves none."""
@@ -302,14 +300,11 @@ def _answer(
 
 
 def _tasks(config: EvaluationConfig, context: StepContext, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
-    from stages.corpora.choices import load_questions
     from stages.tasks import measure_task
 
     runtime = context.runtime
     shares = {"process_index": runtime.process_index, "num_processes": runtime.num_processes, "batch_size": config.generation.batch_size}
-    return {
-        name: measure_task(model, tokenizer, load_questions(task.data), task, **shares).as_json() for name, task in config.tasks.items()
-    }
+    return {name: measure_task(model, tokenizer, task.load(), task, **shares).as_json() for name, task in config.tasks.items()}
 
 
 def _texts(config: EvaluationConfig) -> list[str]:

@@ -25,9 +25,17 @@ class TaskInput(Strict):
     """One task of an evaluation; a bare string, a source or a list of sources is its data."""
 
     data: DataField = Field(description="Rows with context, choices and answer.")
+    context: str | None = Field(None, description="Text to show, with {column} slots, for rows that have no context of their own.")
+    choices: list[str] | None = Field(None, min_length=2, description="The choices of every row, for rows that have none of their own.")
     normalize: Literal["none", "tokens", "bytes"] = Field(
         "none", description="Divide a choice's log-likelihood by its tokens or bytes: for choices of unequal length."
     )
+
+    def load(self) -> list[Question]:
+        """The questions. Raises DataError with the place of a row that is none."""
+        from stages.corpora.choices import load_questions
+
+        return load_questions(self.data, self.context, self.choices)
 
 
 def _task(value: Any) -> Any:

@@ -30,6 +30,16 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
     assert load(tmp_path, row, columns={"context": "query", "choices": "options", "answer": "gold"}) == [Question("2 + 2 =", ["4", "5"], 0)]
 
 
+def test_labelled_texts_become_a_task(tmp_path: Path) -> None:
+    path = tmp_path / "reviews.jsonl"
+    path.write_text(json.dumps({"sentence": "a {fine} film", "label": "1", "context": "not this"}) + "\n")
+    source = DataSource(path=str(path), columns={"answer": "label"})
+    (found,) = load_questions([source], "Review: {sentence}\nSentiment:", ["negative", "positive"])
+    assert found == Question("Review: a {fine} film\nSentiment:", ["negative", "positive"], 1)
+    with pytest.raises(DataError, match="no column 'text'"):
+        load_questions([source], "{text}", ["no", "yes"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
