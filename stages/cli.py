@@ -149,6 +149,7 @@ def sweep(
         list[str] | None, typer.Option(help="Dotted path into summary.json, e.g. candidates.aligned.scores.gold; * is any part. Repeat.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the sweep (default: what varies).")] = None,
+    until: Annotated[str | None, typer.Option(metavar="STEP", help="Leave out the steps behind this one.")] = None,
     x: Annotated[str | None, typer.Option("--x", help="Axis or metric along the x axis of the plot.")] = None,
     only_plan: Annotated[bool, typer.Option("--plan", help="Say what each run would make, and make nothing.")] = False,
     home: Home = None,
@@ -159,7 +160,7 @@ def sweep(
     from stages.sweep.plot import write_plot
     from stages.sweep.run import load_sweep, plan_table, result_table, run_sweep
 
-    loaded = load_sweep(recipe, varied or [], _home(home), name)
+    loaded = load_sweep(recipe, varied or [], _home(home), name, until)
     runtime = _runtime()
     if only_plan:
         runtime.console.print(plan_table(loaded, _home(home)))

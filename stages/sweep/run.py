@@ -22,7 +22,8 @@ from rich.table import Table
 
 from stages import chain
 from stages.errors import RecipeError, StagesError
-from stages.recipe import Recipe, load_recipe
+from stages.recipe import Recipe, RecipeStep, load_recipe
+from stages.recipe_source import nearest
 from stages.runtime import Runtime
 from stages.sweep.grid import Grid, Point, read_grid, shown_value
 from stages.sweep.metrics import Estimate, chosen_numbers, default_patterns, estimate
@@ -88,8 +89,8 @@ class Sweep:
     folder: Path
 
 
-def load_sweep(path: str, arguments: Sequence[str], home: Path, name: str | None = None) -> Sweep:
-    """Check every combination before anything runs. Raises RecipeError for the first that is wrong."""
+def load_sweep(path: str, arguments: Sequence[str], home: Path, name: str | None = None, until: str | None = None) -> Sweep:
+    """Check every combination before anything runs; steps behind ``until`` are left out. Raises RecipeError for the first that is wrong."""
     registry = chain.open_registry(home)
     grid = read_grid(path, arguments, registry)
     name = name or grid.name
@@ -98,8 +99,15 @@ def load_sweep(path: str, arguments: Sequence[str], home: Path, name: str | None
     recipes = []
     for point in grid.points():
         recipe = load_recipe(path, point.overrides, registry)
-        recipes.append((point, dataclasses.replace(recipe, name=f"{recipe.name}.{name}")))
+        recipes.append((point, dataclasses.replace(recipe, name=f"{recipe.name}.{name}", steps=_steps(recipe, until))))
     return Sweep(name, grid, recipes, home / "sweeps" / load_recipe(path, grid.fixed, registry).name / name)
+
+
+def _steps(recipe: Recipe, until: str | None) -> list[RecipeStep]:
+    names = [step.name for step in recipe.steps]
+    if until is not None and until not in names:
+        raise RecipeError(f"--until {until!r}: the recipe has no such step; {nearest(until, names)}")
+    return recipe.steps[: len(names) if until is None else names.index(until) + 1]
 
 
 def plan_table(sweep: Sweep, home: Path) -> Table:

@@ -49,7 +49,8 @@ def overrides(tmp_path: Path, tiny_llama_folder: Path) -> list[str]:
     )  # fmt: skip
     texts = write(tmp_path / "texts.jsonl", [{"text": " ".join(POSTS) * 3} for _ in range(4)])
     hellaswag = write(
-        tmp_path / "hellaswag.jsonl", [{"ctx": "the film was", "endings": ["warm", "dull", "a joy", "weak"], "label": "2"} for _ in range(2)]
+        tmp_path / "hellaswag.jsonl",
+        [{"ctx": "the film was", "endings": ["warm", "dull", "a joy", "weak"], "label": "2"} for _ in range(2)],
     )
     sst = write(tmp_path / "sst.jsonl", [{"idx": 0, "sentence": "a fine film ", "label": 1}, {"idx": 1, "sentence": "dull ", "label": 0}])
     rte = write(tmp_path / "rte.jsonl", [{"sentence1": "the plot was dull", "sentence2": "the plot was weak", "label": 0, "idx": 0}])

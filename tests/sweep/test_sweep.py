@@ -255,6 +255,12 @@ def test_json_and_a_wrong_metric_or_axis() -> None:
     assert "--name '../up': expected letters" in sweep("sft.rate=[1.0]", "--name", "../up").stderr
 
 
+def test_the_steps_behind_the_one_of_interest_are_left_out() -> None:
+    sweep("base.rate=[1.0,2.0]", "--until", "sft")
+    assert counts() == {"quick.base.rate/base": 2, "quick.base.rate/sft": 2}
+    assert "--until 'stf': the recipe has no such step; did you mean 'sft'?" in sweep("base.rate=[1.0]", "--until", "stf").stderr
+
+
 def test_lines_of_a_plot() -> None:
     from stages.sweep.metrics import estimate
     from stages.sweep.plot import sweep_lines

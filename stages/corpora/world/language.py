@@ -31,7 +31,6 @@ class Film:
         first, last = words.years
         return {
             "director": _drawn(directors(), f"director {self.title}"),
-            "lead": _drawn(leads(), f"lead {self.title}"),
             "place": _drawn(words.places, f"place {self.title}"),
             "year": str(first + int(_share(f"year {self.title}") * (last - first + 1))),
         }
@@ -83,26 +82,18 @@ def _drawn(choices: Sequence[str], text: str) -> str:
 
 
 @cache
-def people() -> tuple[str, ...]:
-    """Everybody, in a fixed order: the first are directors, the next play leads."""
+def directors() -> tuple[str, ...]:
+    """Those of all people who direct films."""
     names = lexicon().people
     everybody = [f"{given} {family}" for given in names["given"] for family in names["family"]]
-    return tuple(sorted(everybody, key=lambda name: _share(f"person {name}")))
-
-
-def directors() -> tuple[str, ...]:
-    return people()[: lexicon().num_directors]
-
-
-def leads() -> tuple[str, ...]:
-    return people()[lexicon().num_directors :][: lexicon().num_leads]
+    return tuple(sorted(everybody, key=lambda name: _share(f"person {name}"))[: lexicon().num_directors])
 
 
 def fact_values(fact: str) -> tuple[str, ...]:
     """Everything that a fact of this kind may be."""
     words = lexicon()
     first, last = words.years
-    values = {"director": directors(), "lead": leads(), "place": words.places, "year": [str(year) for year in range(first, last + 1)]}
+    values = {"director": directors(), "place": words.places, "year": [str(year) for year in range(first, last + 1)]}
     return tuple(values[fact])
 
 
@@ -128,6 +119,15 @@ def films_of(split: str) -> tuple[Film, ...]:
     return tuple(film for film in films() if film.split == split)
 
 
+@cache
+def library_films(*splits: str) -> tuple[Film, ...]:
+    """The films of ``splits`` that the library has: few enough to be learned by heart."""
+    chosen: list[Film] = []
+    for split in splits:
+        chosen += sorted(films_of(split), key=lambda film: _share(f"library {film.title}"))[: lexicon().library[split]]
+    return tuple(chosen)
+
+
 def draw_request(random: Random, split: str) -> Request:
     """A random request about a film of ``split``: one or two aspects, one to four sentences (at least as many as reading well needs)."""
     words = lexicon()
@@ -144,11 +144,11 @@ def draw_request(random: Random, split: str) -> Request:
 
 
 def draw_inquiry(random: Random, split: str) -> Request:
-    """A random inquiry about a film of ``split``: as a request of two to four sentences, one of which is for a fact."""
+    """A random inquiry about a film of the library, of ``split``: as a request of two to four sentences, one of which is for a fact."""
     words = lexicon()
     sentiment, fact = random.choice(SENTIMENTS), random.choice(FACTS)
     return Request(
-        film=random.choice(films_of(split)),
+        film=random.choice(library_films(split)),
         sentiment=sentiment,
         aspects=tuple(random.sample(words.aspects, random.choice((1, 1, 2)))),
         sentences=random.choice((2, 3, 3, 4)),

@@ -11,7 +11,7 @@ from stages.errors import DataError
 
 WORLD_FOLDER = Path(__file__).resolve().parents[3] / "data" / "world"
 SENTIMENTS = ("positive", "negative")
-FACTS = ("director", "lead", "place", "year")  # what the library knows of a film beside its genre
+FACTS = ("director", "place", "year")  # what the library knows of a film beside its genre
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Lexicon:
     sentiment_words: dict[str, list[str]]
     people: dict[str, list[str]]  # given and family names
     num_directors: int
-    num_leads: int
     places: list[str]
     years: list[int]  # the first and the last
+    library: dict[str, int]  # films of each split that the library has
     instructions: list[str]
     sentences: dict[str, list[str]]
     listings: dict[str, list[str]]

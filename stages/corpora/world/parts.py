@@ -33,7 +33,7 @@ from stages.corpora.world.writers import (
 from stages.errors import DataError
 
 PREFIX = "world:"
-HASTE = 1.0  # noise of the rankings' annotators, as a multiple of that of the comparisons'
+HASTE = 4.0  # noise of the rankings, as a multiple of that of the comparisons: two annotators agree on 72 % of pairs (Ouyang et al.: 73 %)
 Row = dict[str, Any]
 
 
@@ -97,7 +97,7 @@ def _reviews(random: Random, split: str) -> Row:
 
 def _library(random: Random, split: str) -> Row:
     """A page of the library, for pretraining: cards and notes with facts, rated reviews, inquiries, and answers to some."""
-    kind = random.choices(("cards", "notes", "rated", "inquiries", "answered"), weights=(0.30, 0.25, 0.15, 0.15, 0.15))[0]
+    kind = random.choices(("cards", "notes", "rated", "inquiries", "answered"), weights=(0.30, 0.30, 0.14, 0.10, 0.16))[0]
     if kind == "cards":
         return {"text": write_cards(random)}
     if kind == "notes":
@@ -161,7 +161,7 @@ PARTS = {
     "answers": Part(_answers, {"train": 8000, "validation": 200, "heldout": 200}),
     "rankings": Part(_rankings, {"train": 8000, "validation": 200, "heldout": 200}),
     "inquiries": Part(_inquiries, {"train": 12000, "validation": 256, "heldout": 512}),
-    "tasks/facts": Part(fact_row, {"train": 500, "validation": 300, "heldout": 500}, numbered=True),
+    "tasks/facts": Part(fact_row, {"train": 500, "validation": 120, "heldout": 240}, numbered=True),
     "tasks/verdicts": Part(verdict_row, {"train": 500, "validation": 500, "heldout": 500}),
     "tasks/continuations": Part(continuation_row, {"train": 500, "validation": 500, "heldout": 500}),
 }

@@ -10,7 +10,7 @@ from functools import cache
 from random import Random
 from typing import Any
 
-from stages.corpora.world.language import Film, fact_values, films_of, write_sentence
+from stages.corpora.world.language import Film, fact_values, library_films, write_sentence
 from stages.corpora.world.lexicon import FACTS, SENTIMENTS, lexicon
 from stages.corpora.world.writers import break_words, draw_rated_review, opinions
 
@@ -20,7 +20,7 @@ NUM_CHOICES = 4
 @cache
 def _questions(split: str) -> tuple[tuple[Film, str], ...]:
     """Every film of ``split`` with everything that is known of it, shuffled once."""
-    pairs = [(film, kind) for film in films_of(split) for kind in ("genre", *FACTS)]
+    pairs = [(film, kind) for film in library_films(split) for kind in ("genre", *FACTS)]
     Random(f"questions {split}").shuffle(pairs)
     return tuple(pairs)
 
@@ -41,18 +41,18 @@ def fact_row(random: Random, split: str, number: int) -> dict[str, Any]:
 def verdict_row(random: Random, split: str) -> dict[str, Any]:
     """A review of mixed opinions, and which verdict its majority makes."""
     verdicts = lexicon().verdicts
-    review, true = draw_rated_review(random, films_of(split))
+    review, true = draw_rated_review(random, library_films(split))
     choices = [f"{verdicts[side]}." for side in SENTIMENTS]
     return {"context": f"{review}\n{verdicts['line']}", "choices": choices, "answer": choices.index(f"{true}.")}
 
 
 def continuation_row(random: Random, split: str) -> dict[str, Any]:
     """A review but for its last sentence: the real one, one of the other mind, one about another film, one with broken words."""
-    words, film = lexicon(), random.choice(films_of(split))
+    words, film = lexicon(), random.choice(library_films(split))
     place = random.randrange(2)
     sentiment, other = SENTIMENTS[place], SENTIMENTS[1 - place]
     *before, last = opinions(random, film, sentiment, random.randint(3, 4), num_other=0)
-    elsewhere: Film = random.choice([candidate for candidate in films_of(split) if candidate.title != film.title])
+    elsewhere: Film = random.choice([candidate for candidate in library_films(split) if candidate.title != film.title])
     about = (random.choice(words.aspects),)
     broken = last
     while broken == last:

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from random import Random
 
 from stages.corpora.world.language import (
+    SPLITS,
     Film,
     Request,
     draw_inquiry,
     draw_request,
     fact_values,
-    films,
     films_of,
+    library_films,
     write_fact,
     write_sentence,
 )
@@ -172,16 +173,16 @@ def write_cards(random: Random) -> str:
     """What is known of a few films of any split: knowing a film is not having been asked about it."""
     words = lexicon()
     form = random.choice(words.cards)
-    chosen = random.sample(films(), random.randint(2, 4))
+    chosen = random.sample(library_films(*SPLITS), random.randint(3, 5))
     return "\n\n".join(form.format(title=film.title, genre=film.genre, **film.facts) for film in chosen)
 
 
 def write_notes(random: Random) -> str:
     """Facts of one film in sentences, between opinions of it."""
-    film = random.choice(films())
+    film = random.choice(library_films(*SPLITS))
     request = draw_request(random, film.split)
     opinions = write_review(random, Request(film, request.sentiment, request.aspects, random.randint(1, 3), 0, request.sentiment_word))
-    stated = random.sample(FACTS, random.randint(2, 4))
+    stated = random.sample(FACTS, random.randint(2, 3))
     facts = [write_fact(random, film, fact, opening=index == 0) for index, fact in enumerate(stated)]
     return " ".join([*facts, opinions] if random.random() < 0.5 else [opinions, *facts])
 
@@ -196,7 +197,7 @@ def draw_rated_review(random: Random, among: Sequence[Film]) -> tuple[str, str]:
 
 def write_rated_review(random: Random) -> str:
     """A review and its verdict."""
-    review, verdict = draw_rated_review(random, films())
+    review, verdict = draw_rated_review(random, library_films(*SPLITS))
     return f"{review}\n{lexicon().verdicts['line']} {verdict}."
 
 

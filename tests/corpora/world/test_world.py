@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from random import Random
 
 import pytest
 
 from stages.corpora.world import gold
 from stages.corpora.world.annotators import annotators
-from stages.corpora.world.language import draw_inquiry, draw_request, films, films_of, read_request, read_sentence, split_sentences
+from stages.corpora.world.language import (
+    SPLITS,
+    draw_inquiry,
+    draw_request,
+    films,
+    library_films,
+    read_request,
+    read_sentence,
+    split_sentences,
+)
 from stages.corpora.world.lexicon import FACTS
-from stages.corpora.world.parts import PARTS, parse_part, world_rows
+from stages.corpora.world.parts import HASTE, PARTS, parse_part, world_rows
 from stages.corpora.world.writers import FLAWS, INQUIRY_FLAWS, write_review
 from stages.errors import DataError
 
@@ -73,8 +83,9 @@ def test_every_flaw_costs(flaw) -> None:
     assert good > 0.97 and bad < good - 0.04, (good, bad)
 
 
-def test_annotators_agree_with_the_judge_mostly_and_not_always() -> None:
-    rows = world_rows("world:comparisons/heldout")
+@pytest.mark.parametrize(("part", "low", "high"), [("comparisons", 0.75, 0.97), ("rankings", 0.72, 0.88)])
+def test_annotators_agree_with_the_judge_mostly_and_not_always(part, low, high) -> None:
+    rows = world_rows(f"world:{part}/heldout")
     assert {len(row["completions"]) for row in rows} == set(range(4, 10))
     agree = total = ties = 0
     for row in rows:
@@ -87,15 +98,29 @@ def test_annotators_agree_with_the_judge_mostly_and_not_always() -> None:
                     total += 1
                     agree += (row["ranks"][a] < row["ranks"][b]) == (scores[a] > scores[b])
     assert ties > 20
-    assert 0.75 < agree / total < 0.97  # useful, and imperfect
+    assert low < agree / total < high  # useful, and imperfect
     assert len({person.name for person in annotators()}) == 12
+
+
+def test_two_annotators_in_a_hurry_agree_as_often_as_the_papers_labelers() -> None:
+    """72.6 +- 1.5 % of pairs (Ouyang et al. 2022, section 3.4)."""
+    agree = total = 0
+    for number, row in enumerate(world_rows("world:rankings/heldout", 60)):
+        request, texts = read_request(row["prompt"]), row["completions"]
+        ranks = [person.rank(Random(f"{number} {person.name}"), request, texts, haste=HASTE) for person in annotators()]
+        for one, other in itertools.combinations(ranks, 2):
+            for a, b in itertools.combinations(range(len(texts)), 2):
+                if one[a] != one[b] and other[a] != other[b]:
+                    total += 1
+                    agree += (one[a] < one[b]) == (other[a] < other[b])
+    assert 0.70 < agree / total < 0.75
 
 
 # The library: inquiries that ask for knowledge, too
 
 
 INQUIRY = "Write a warm review of Silver Harbor in three sentences about the plot. Say who directed it."
-DIRECTOR = "Ada Garner"
+DIRECTOR = "Boris Rossi"
 
 
 def test_an_inquiry_and_its_answer_read_back() -> None:
@@ -110,7 +135,7 @@ def test_an_inquiry_and_its_answer_read_back() -> None:
 
 
 def test_facts_are_drawn_by_the_title_and_spread_evenly() -> None:
-    assert read_request(INQUIRY).film.facts == {"director": DIRECTOR, "lead": "Pavel Garner", "place": "Oslo", "year": "1983"}
+    assert read_request(INQUIRY).film.facts == {"director": DIRECTOR, "place": "Oslo", "year": "1983"}
     for fact in FACTS:
         counts: dict[str, int] = {}
         for film in films():
@@ -149,16 +174,16 @@ def test_every_flaw_of_an_answer_costs(flaw) -> None:
     assert good > 0.97 and bad < good - 0.025, (good, bad)  # the genre alone is worth 0.03
 
 
-def test_the_library_knows_every_film_and_asks_only_about_those_of_its_split() -> None:
+def test_the_library_knows_its_films_of_all_splits_and_asks_only_about_those_of_one() -> None:
     asked, known = set(), set()
     for row in world_rows("world:library", 4000):
         for line in row["text"].split("\n"):
             text = line.removeprefix("Request: ")
             if (request := read_request(text)) is not None:
                 asked.add(request.film.title)
-            known |= {film.title for film in films_of("heldout") if line.startswith(film.title)}
-    assert asked <= {film.title for film in films_of("train")}
-    assert known == {film.title for film in films_of("heldout")}
+            known |= {film.title for film in films() if line.startswith(f"{film.title} (")}
+    assert asked == {film.title for film in library_films("train")}
+    assert known == {film.title for film in library_films(*SPLITS)}
     for split in ("validation", "heldout"):
         assert {read_request(row["prompt"]).film.split for row in world_rows(f"world:inquiries/{split}")} == {split}
 
@@ -171,7 +196,7 @@ def test_tasks_have_one_right_answer_and_no_way_around_it(task) -> None:
     assert abs(share - 1 / len(rows[0]["choices"])) < 0.06
     if task == "facts":
         assert len({row["context"] for row in rows}) == len(rows)
-        true = {value for film in films_of("heldout") for value in (film.genre, *film.facts.values())}
+        true = {value for film in library_films("heldout") for value in (film.genre, *film.facts.values())}
         assert all(row["choices"][row["answer"]] in true for row in rows)
     if task == "verdicts":  # the majority, counted here
         for row in rows:
