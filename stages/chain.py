@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -28,12 +28,13 @@ from rich.table import Table
 
 from stages.config import ModelInput
 from stages.contents import digest_folder
-from stages.errors import RegistryError, StagesError
+from stages.errors import RegistryError
 from stages.fingerprints import fingerprint_of, parts_of, settings_of, why
 from stages.recipe import STAGES, Recipe, RecipeStep, Reference, load_object
-from stages.registry import ModelRecord, Registry, installed_packages, write_json
+from stages.registry import ModelRecord, Registry, installed_packages
 from stages.results import last_result, load_result, restore_files, save_result
 from stages.runtime import ResolvedModel, Runtime, StepContext, StepResult, launched_processes
+from stages.storage import write_json
 
 T = TypeVar("T")
 ACTION_STYLES = {"reuse": "green", "run": "yellow", "resume": "cyan"}
@@ -163,8 +164,8 @@ class _Run:
         self.registry = open_registry(home)
         self.began = time.monotonic()
         self.made: dict[str, ModelRecord | None] = {}
-        self.plans: list[StepPlan] = self._decide(lambda: plan(recipe, home))
-        self.folder: Path = self._decide(self._new_run_folder)
+        self.plans: list[StepPlan] = self.runtime.decide(lambda: plan(recipe, home))
+        self.folder: Path = self.runtime.decide(self._new_run_folder)
         self.reports: list[Path] = []
         self.summary: dict[str, Any] = {
             "recipe": recipe.name,
@@ -191,7 +192,7 @@ class _Run:
         began = time.monotonic()
         if planned.fingerprint is None:
             # What came before is done now: the inputs are known, and may have come out as they were.
-            planned = self._decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
+            planned = self.runtime.decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
         if planned.action == "reuse":
             result = self._reuse(step, planned)
         else:
@@ -222,9 +223,9 @@ class _Run:
         if planned.record is not None:
             record, name = planned.record, self.recipe.model_name(step)
             if record.name != name:
-                record = self._decide(lambda: self.registry.adopt(record, name))
+                record = self.runtime.decide(lambda: self.registry.adopt(record, name))
             return StepResult(record, record.manifest["metrics"])
-        kept = self._decide(lambda: load_result(self.home, str(planned.fingerprint))) or {}
+        kept = self.runtime.decide(lambda: load_result(self.home, str(planned.fingerprint))) or {}
         if self.runtime.is_main:
             restore_files(self.home, planned.fingerprint, self.folder / step.name)
         return StepResult(None, kept["metrics"], kept["evaluation"])
@@ -234,7 +235,7 @@ class _Run:
         assert planned.fingerprint is not None
         work = _work_folder(self.home, planned.fingerprint)
         with self._held(work):
-            planned = self._decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
+            planned = self.runtime.decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
             if planned.action == "reuse":
                 return planned, self._reuse(step, planned)
             self.runtime.console.rule(f"[bold]{step.name}[/] ({step.stage}): {planned.action}, {planned.reason}", align="left")
@@ -351,28 +352,6 @@ class _Run:
                 return folder
             except FileExistsError:  # a run that began in the same second
                 number += 1
-
-    def _decide(self, make: Callable[[], T]) -> T:
-        return decided(self.runtime, make)
-
-
-def decided(runtime: Runtime, make: Callable[[], T]) -> T:
-    """What rank zero makes of it, on every process; an error of rank zero's is raised on all, so that none waits for ever."""
-    if launched_processes() == 1:
-        return make()
-    outcome: list[Any] = [None, None]
-    if runtime.is_main:
-        try:
-            outcome[0] = make()
-        except StagesError as error:
-            outcome[1] = error
-    from accelerate.utils import broadcast_object_list
-
-    _ = runtime.state  # joins the process group
-    broadcast_object_list(outcome, from_process=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 def environment() -> dict[str, Any]:

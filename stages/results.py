@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.contents import file_sha256, files_of
-from stages.registry import write_json
+from stages.storage import write_json
 
 
 def save_result(home: Path, fingerprint: str, result: dict[str, Any], folder: Path) -> None:

@@ -123,7 +123,7 @@ def plan_table(sweep: Sweep, home: Path) -> Table:
 def run_sweep(sweep: Sweep, home: Path, runtime: Runtime, metrics: Sequence[str] = ()) -> SweepResult:
     """Run what is not there yet; a run that fails is recorded, and the others go on."""
     result = SweepResult(sweep.grid, sweep.folder)
-    earlier = chain.decided(runtime, lambda: _earlier_rows(sweep.folder))
+    earlier = runtime.decide(lambda: _earlier_rows(sweep.folder))
     for number, (point, recipe) in enumerate(sweep.recipes, 1):
         runtime.console.rule(f"[bold]run {number} of {len(sweep.recipes)}[/]: {point}", align="left", characters="=")
         result.runs.append(_run_point(point, recipe, home, runtime, metrics, earlier))
@@ -137,13 +137,13 @@ def run_sweep(sweep: Sweep, home: Path, runtime: Runtime, metrics: Sequence[str]
 def _run_point(
     point: Point, recipe: Recipe, home: Path, runtime: Runtime, metrics: Sequence[str], earlier: dict[str, dict[str, Any]]
 ) -> SweepRun:
-    found = chain.decided(runtime, lambda: _finished(recipe, home, earlier))
+    found = runtime.decide(lambda: _finished(recipe, home, earlier))
     if found is not None:
         summary, folder = found
         runtime.console.print(f"done before: {folder}")
     else:
         try:
-            summary, folder = chain.run(recipe, home, runtime), chain.decided(runtime, lambda: _newest_run(recipe, home))
+            summary, folder = chain.run(recipe, home, runtime), runtime.decide(lambda: _newest_run(recipe, home))
         except StagesError as error:
             runtime.console.print(f"[red]failed[/]: {error}")
             return SweepRun(point, {}, str(error), {})

@@ -40,6 +40,11 @@ def rates(summary: dict[str, Any], judge: str) -> dict[str, dict[str, float]]:
     return {**found, BASELINE: {"win_rate": 0.5, "ci_low": 0.5, "ci_high": 0.5}}
 
 
+def shown(rate: dict[str, float]) -> str:
+    """A win rate with its interval."""
+    return f"{rate['win_rate']:.2f} ({rate['ci_low']:.2f}-{rate['ci_high']:.2f})"
+
+
 def sizes_of(summary: dict[str, Any]) -> list[str]:
     """Suffixes of the candidates, in the recipe's order: s, m, l."""
     return list(dict.fromkeys(name.rpartition("-")[2] for name in summary["candidates"]))
@@ -53,7 +58,7 @@ def claims(summary: dict[str, Any], judge: str) -> list[tuple[str, bool, str]]:
     for size in sizes:
         for better, worse in (("prompted", "base"), ("sft", "prompted"), ("ppo", "sft"), ("ptx", "sft")):
             row = pairs[f"{better}-{size}", f"{worse}-{size}"]
-            said.append((f"{better}-{size} > {worse}-{size}", row["ci_low"] > 0.5, f"{row['win_rate']:.3f} ({row['ci_low']:.3f} to {row['ci_high']:.3f})"))
+            said.append((f"{better}-{size} > {worse}-{size}", row["ci_low"] > 0.5, shown(row)))
     against = rates(summary, judge)
     small, large = against[f"ppo-{sizes[0]}"], against[f"base-{sizes[-1]}"]
     said.append(
@@ -94,10 +99,10 @@ def main() -> None:
         panel.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
         panel.grid(alpha=0.3)
         print(f"\n{judge}: win rate against {BASELINE} (95 % interval)\n")
-        print("| | " + " | ".join(f"{parameters[size] / 1e6:.2g} M" for size in sizes) + " |\n|---" * 1 + "|---" * len(sizes) + "|")
+        print(f"| | {' | '.join(f'{parameters[size] / 1e6:.2g} M' for size in sizes)} |")
+        print("|---" * (1 + len(sizes)) + "|")
         for kind, label in KINDS.items():
-            cells = [against[f"{kind}-{size}"] for size in sizes]
-            print(f"| {label} | " + " | ".join(f"{cell['win_rate']:.2f} ({cell['ci_low']:.2f}-{cell['ci_high']:.2f})" for cell in cells) + " |")
+            print(f"| {label} | {' | '.join(shown(against[f'{kind}-{size}']) for size in sizes)} |")
         print()
         for claim, holds, numbers in claims(summary, judge):
             print(f"{'holds' if holds else 'FAILS'}  {claim}: {numbers}")
