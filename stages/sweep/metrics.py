@@ -70,8 +70,7 @@ def default_patterns(summary: Mapping[str, Any]) -> list[str]:
     """Each candidate's mean score by the first judge; where nothing was evaluated, what the steps measured on held-out data."""
     scored = {name: row["scores"] for name, row in summary["candidates"].items() if row.get("scores")}
     patterns = [f"candidates.{name}.scores.{next(iter(scores))}" for name, scores in scored.items()]
-    measured = {step["name"]: [name for name in step["metrics"] if "heldout" in name] for step in summary["steps"]}
-    return patterns or [f"steps.{step}.metrics.{name}" for step, names in measured.items() for name in names]
+    return patterns or [path for path in numbers_of(summary) if path.startswith("steps.") and ".metrics.heldout" in path]
 
 
 def estimate(values: Sequence[float]) -> Estimate:

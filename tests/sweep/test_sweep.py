@@ -123,7 +123,7 @@ def test_mistakes_are_said_before_anything_runs(arguments: list[str], message: s
 SUMMARY = {
     "candidates": {"base": {"scores": {"gold": 0.2, "taste": 0.4}}, "sft": {"scores": {"gold": 0.5, "taste": 0.6}, "model": "x"}},
     "win_rates": [{"a": "sft", "b": "base", "judge": "gold", "win_rate": 0.7, "n": 10}],
-    "steps": [{"name": "v1.5", "metrics": {"heldout_loss": 1.5, "train_loss": 2.0, "fine": True}}],
+    "steps": [{"name": "v1.5", "metrics": {"heldout_loss": 1.5, "train_loss": 2.0, "fine": True, "heldout_bins": [1, 2]}}],
     "wall_seconds": 3.0,
 }  # fmt: skip
 

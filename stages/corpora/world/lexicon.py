@@ -40,6 +40,7 @@ class Lexicon:
     asks: dict[str, list[str]]
     facts: dict[str, list[str]]
     cards: list[str]
+    headings: list[str]
     verdicts: dict[str, str]
 
 

@@ -23,6 +23,7 @@ from stages.corpora.world.writers import (
     write_answered_requests,
     write_cards,
     write_free_review,
+    write_headed_reviews,
     write_inquiry_list,
     write_listing,
     write_notes,
@@ -96,15 +97,17 @@ def _reviews(random: Random, split: str) -> Row:
 
 
 def _library(random: Random, split: str) -> Row:
-    """A page of the library, for pretraining: cards and notes with facts, rated reviews, inquiries, and answers to some."""
-    kind = random.choices(("cards", "notes", "rated", "inquiries", "answered"), weights=(0.30, 0.30, 0.14, 0.10, 0.16))[0]
-    if kind == "cards":
-        return {"text": write_cards(random)}
-    if kind == "notes":
-        return {"text": write_notes(random)}
-    if kind == "rated":
-        return {"text": write_rated_review(random)}
-    return {"text": write_inquiry_list(random, split) if kind == "inquiries" else write_answered_inquiries(random, split)}
+    """A page of the library, for pretraining: cards and notes with facts, reviews with a heading or a verdict, inquiries, some answered."""
+    writers = {
+        "cards": lambda: write_cards(random),
+        "notes": lambda: write_notes(random),
+        "headed": lambda: write_headed_reviews(random),
+        "rated": lambda: write_rated_review(random),
+        "inquiries": lambda: write_inquiry_list(random, split),
+        "answered": lambda: write_answered_inquiries(random, split),
+    }
+    kind = random.choices(list(writers), weights=(0.24, 0.24, 0.24, 0.08, 0.06, 0.14))[0]
+    return {"text": writers[kind]()}
 
 
 def _inquiries(random: Random, split: str) -> Row:

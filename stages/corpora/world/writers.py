@@ -15,6 +15,7 @@ from stages.corpora.world.language import (
     draw_inquiry,
     draw_request,
     fact_values,
+    films,
     films_of,
     library_films,
     write_fact,
@@ -185,6 +186,17 @@ def write_notes(random: Random) -> str:
     stated = random.sample(FACTS, random.randint(2, 3))
     facts = [write_fact(random, film, fact, opening=index == 0) for index, fact in enumerate(stated)]
     return " ".join([*facts, opinions] if random.random() < 0.5 else [opinions, *facts])
+
+
+def write_headed_reviews(random: Random) -> str:
+    """Reviews of any films under headings that say what they are about: what teaches a model to keep to its subject."""
+    written = []
+    for _ in range(random.randint(1, 2)):
+        film, drawn = random.choice(films()), draw_request(random, "train")
+        request = Request(film, drawn.sentiment, drawn.aspects, random.randint(2, 4), 0, drawn.sentiment_word)
+        heading = random.choice(lexicon().headings).format(title=film.title, aspects=" and the ".join(request.aspects))
+        written.append(f"{heading}\n{write_review(random, request)}")
+    return "\n\n".join(written)
 
 
 def draw_rated_review(random: Random, among: Sequence[Film]) -> tuple[str, str]:
