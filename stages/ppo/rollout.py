@@ -151,6 +151,7 @@ def _collect_share(
     seconds: dict[str, float] = {}
     began = time.perf_counter()
     stop, late = ending_tokens(policy.model, roles.tokenizer, config.generation)
+    policy.activate()
     with policy.precision():
         generated = generate(
             policy.model, prompt_ids, config.generation, seeds=seeds, stop_ids=stop, late_stop_ids=late, pad_token_id=pad

@@ -234,7 +234,7 @@ class Updater:
         rows = self.pretraining_rows(num_episodes * mix.examples_per_episode)
         if mix.coef == 0:
             return 0.0
-        before = _gradients(self.roles.policy.model) if self.num_processes > 1 else None
+        before = _gradients(self.roles.networks()["policy"]) if self.num_processes > 1 else None
         total = 0.0
         count = rows.numel() - len(rows) if mix.normalization == "token" else len(rows)
         for group in rows[self.process_index :: self.num_processes].split(self.config.microbatch_size):
@@ -248,7 +248,7 @@ class Updater:
     def _reduce_pretraining(self, before: dict[str, Tensor], total: float) -> float:
         import torch.distributed as distributed
 
-        for name, parameter in trainable(self.roles.policy.model):
+        for name, parameter in trainable(self.roles.networks()["policy"]):
             own = parameter.grad - before[name] if parameter.grad is not None else torch.zeros_like(parameter)
             distributed.all_reduce(own)
             parameter.grad = before[name] + own
@@ -277,7 +277,7 @@ class Updater:
 
     def _update_average(self) -> None:
         if self.average is not None:
-            self.average.update(self.roles.policy.model)
+            self.average.update(self.roles.networks()["policy"])
 
 
 SUMS = (
