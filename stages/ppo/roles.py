@@ -6,7 +6,7 @@ is the policy less its fresh adapter, the value network the reward model (or the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from stages.models.loading import load_language_model, load_tokenizer, save_mode
 from stages.models.responses import Policy, SequenceBatch, sequence_values
 from stages.models.shared import RoleParameters, SharedBackbone
 from stages.ppo.config import PPOStepConfig
+from stages.ppo.offload import Offload
 from stages.rewards.config import leaves
 from stages.runtime import ResolvedModel, StepContext
 
@@ -38,6 +39,7 @@ class Roles:
     value: ValueModel | None
     trained: dict[str, nn.Module]
     backbone: SharedBackbone | None = None
+    offload: Offload = field(default_factory=lambda: Offload([], torch.device("cpu"), enabled=False))
 
     def reference_logprobs(self, batch: SequenceBatch) -> Tensor:
         """Log-probabilities under the frozen reference [N]."""
@@ -52,6 +54,17 @@ class Roles:
     def networks(self) -> dict[str, nn.Module]:
         """The modules that train: policy, and value."""
         return self.trained
+
+    def shares(self, module: nn.Module) -> bool:
+        """Whether a scalar model stands on the policy's backbone."""
+        return getattr(module, "backbone", None) is self.policy.decoder
+
+    def waiting(self) -> list[nn.Module]:
+        """Whole models of their own that compute only now and then."""
+        found = [] if self.reference.model is self.policy.model else [self.reference.model]
+        if self.value is not None and not self.shares(self.value):
+            found.append(self.value)
+        return found
 
     def load_reward_model(self, model: ResolvedModel, *, dtype: torch.dtype) -> RewardModel:
         """A reward model, on the shared backbone where it stands on it."""
