@@ -86,8 +86,8 @@ def trl_implementation(cases: Any) -> Any:
         rows = torch.arange(len(ratio))
         return run(
             "vpredclipped = torch.clamp(", "pg_loss = masked_mean(", vpred=values, mb_values=old, mb_return=returns,
-            mb_advantage=advantages, padding_mask_p1=~mask, padding_mask=~mask, micro_batch_inds=rows, new_logprobs=ratio.log(),
-            mb_logprobs=torch.zeros_like(ratio),
+            mb_advantage=advantages, padding_mask_p1=~mask, padding_mask=~mask, micro_batch_inds=rows,
+            new_logprobs=ratio.log(), mb_logprobs=torch.zeros_like(ratio),
         )  # fmt: skip
 
     def policy_loss(ratio: Any, advantages: Any, mask: Any) -> Any:
