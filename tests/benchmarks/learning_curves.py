@@ -90,7 +90,7 @@ def plot(curves: Mapping[str, Mapping[str, list[float]]], path: Path, seeds: int
         axis.grid(alpha=0.25, linewidth=0.5)
     figure.suptitle(f"PPO of the quickstart: mean and standard deviation over {seeds} seeds", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, dpi=90, metadata={"Software": None})
 
 
 def main() -> None:
