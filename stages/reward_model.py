@@ -182,6 +182,7 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     for number in range(config.num_seeds):
         seed = context.seed + number
         if number:
+            context.runtime.seed_everything(seed)  # an adapter is drawn from the process's stream
             model = _new_model(config, context, seed).to(context.runtime.device)
         if config.normalization.before_training:
             normalise(model)
@@ -323,8 +324,10 @@ def _train(
         if context.runtime.is_main:
             from safetensors.torch import save_file
 
+            from stages.checkpoints import trainable
+
             done.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, done / "model.safetensors")
+            save_file({name: value.detach().cpu().contiguous() for name, value in trainable(model).items()}, done / "model.safetensors")
             (done / "attempt.json").write_text(json.dumps(vars(attempt)), encoding="utf-8")  # last: it says that all is there
         context.runtime.wait_for_everyone()
     return attempt, trainer
@@ -335,9 +338,15 @@ def _finished(context: StepContext, seed: int) -> Path:
 
 
 def _load_state(model: RewardModel, folder: Path) -> None:
+    import torch
     from safetensors.torch import load_file
 
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    from stages.checkpoints import trainable
+
+    stored = load_file(folder / "model.safetensors")
+    with torch.no_grad():
+        for name, parameter in trainable(model).items():
+            parameter.copy_(stored[name])
 
 
 def encode(comparison: Comparison, tokenizer: Any, max_length: int) -> EncodedComparison:

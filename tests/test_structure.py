@@ -32,11 +32,13 @@ ARROWS = {
     "training": {"runtime", "models"},
     "report": {"numerics", "corpora", "runtime", "evaluation"},
     "pretraining": {"corpora", "models", "training", "runtime"},
-    "selection": {"corpora", "rewards", "runtime", "generation"},
+    "selection": {"checkpoints", "corpora", "rewards", "runtime", "generation"},
     "sft": {"corpora", "models", "training", "runtime", "generation", "selection"},
     "preferences": {"numerics"},
     "collection": {"corpora", "models", "rewards", "generation", "runtime"},
-    "reward_model": {"corpora", "models", "training", "runtime", "rewards", "generation", "numerics", "preferences", "collection"},
+    "reward_model": {
+        "checkpoints", "corpora", "models", "training", "runtime", "rewards", "generation", "numerics", "preferences", "collection"
+    },  # fmt: skip
     "sentiment": {"corpora", "models", "training", "runtime", "numerics", "generation"},
     "ppo": {"corpora", "models", "rewards", "runtime", "generation", "numerics", "checkpoints"},
     "tasks": {"corpora", "models", "numerics"},
