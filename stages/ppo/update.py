@@ -256,7 +256,7 @@ class Updater:
         for group in rows[self.process_index :: self.num_processes].split(self.config.microbatch_size):
             loss = pretraining_loss(self.roles.policy, group.to(self.roles.policy.device), self.matmuls) / count
             (mix.coef * loss).backward()
-            total += float(loss)
+            total += float(loss.detach())
         if before is not None:
             total = self._reduce_pretraining(before, total)
         return total
