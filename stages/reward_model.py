@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -92,7 +91,7 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     from stages.models.heads import RewardModel
     from stages.rewards.learned import score_rows
     from stages.runtime import StepResult
-    from stages.training import gathered_weights, train, training_arguments, weights_dtype
+    from stages.training import gathered_weights, publish_best, train, training_arguments, weights_dtype
 
     source = context.models["model"]
     dtype = weights_dtype(config, context)
@@ -115,11 +114,23 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     trainer = _trainer(model, arguments, train_rows, tokenizer.pad_token_id)
     evaluate = {"pad_token_id": tokenizer.pad_token_id, "batch_size": 8 * config.training.microbatch_size}
     before = measure(model.to(context.runtime.device), heldout, **evaluate)
-    trained = train(trainer, context, f"{context.name}: reward model")
+    trained = train(
+        trainer, context, f"{context.name}: reward model", rule=config, measure=lambda: measure(model, heldout, **evaluate)["loss"]
+    )
 
     demonstrations = config.load_demonstrations() or [(item.prompt, item.best) for item in comparisons.train]
-    scores = score_rows(_encode_pairs(demonstrations, tokenizer, max_length), _inference(model), **evaluate, device=context.runtime.device)
-    model.center(float(scores.double().mean()))
+    encoded = _encode_pairs(demonstrations, tokenizer, max_length)
+
+    def center() -> torch.Tensor:
+        """Make the demonstrations' mean score 0; returns their scores before."""
+        found = score_rows(encoded, _inference(model), **evaluate, device=context.runtime.device)
+        model.center(float(found.double().mean()))
+        return found
+
+    kind: dict[str, Any] = {"role": "reward_model", "base": source if config.lora is not None else None}
+    save = lambda folder, weights: model.save(folder, tokenizer, state_dict=weights)  # noqa: E731
+    publish_best(trainer, context, save, prepare=center, **kind)
+    scores = center()
     after = measure(model, heldout, **evaluate)
     context.log(trainer.state.global_step, {"heldout/accuracy": after["accuracy"], "heldout/loss": after["loss"]})
     context.runtime.console.print(
@@ -138,12 +149,7 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
         "demonstration_reward_std": float(scores.double().std(correction=0)),
     }
     weights = gathered_weights(trainer)
-    record = context.publish(
-        lambda folder: model.save(folder, tokenizer, state_dict=weights),
-        role="reward_model",
-        metrics=metrics,
-        base=source if config.lora is not None else None,
-    )
+    record = context.publish(lambda folder: save(folder, weights), metrics=metrics, **kind)
     return StepResult(model=record, metrics=metrics)
 
 
@@ -177,31 +183,35 @@ def collate(comparisons: Sequence[EncodedComparison], pad_token_id: int) -> dict
 
 
 def _trainer(model: RewardModel, arguments: Any, rows: list[EncodedComparison], pad_token_id: int) -> Any:
+    import torch
     from transformers import Trainer
 
-    from stages.numerics.ranking import ranking_loss
+    from stages.numerics.ranking import ranking_losses, ranking_pairs
+    from stages.training import exact
 
-    class RankingTrainer(Trainer):
+    class RankingTrainer(exact(Trainer)):  # type: ignore[misc]
         """A Trainer whose examples are prompts with all their completions, so that no prompt is ever split across steps."""
 
-        def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+        loss_is_scaled_for_ga = True  # the loss below is a share of the mean over the whole step
+
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None, **_: Any
+        ) -> Any:
             scores = model(inputs["input_ids"], inputs["attention_mask"])
-            loss = ranking_loss(scores, inputs["ranks"], inputs["prompt_index"])
+            losses = ranking_losses(scores, inputs["ranks"], inputs["prompt_index"])
+            loss = losses.sum() / num_items_in_batch * self.args.world_size  # DDP takes the mean over processes
             return (loss, {"scores": scores}) if return_outputs else loss
 
-        def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-            # A checkpoint only has to be read by this trainer again: the module's own state.
-            from safetensors.torch import save_file
+        def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
+            """Prompts of the step, on all processes, that have a preference."""
+            number = 0
+            for batch in batch_samples:
+                better, _ = ranking_pairs(batch["ranks"], batch["prompt_index"])
+                number += len(torch.unique(batch["prompt_index"][better]))
+            return self.accelerator.gather(torch.tensor([number], device=device)).sum().clamp(min=1)
 
-            state = self.model.state_dict() if state_dict is None else state_dict
-            folder = Path(output_dir or self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, folder / "model.safetensors")
-
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            from safetensors.torch import load_file
-
-            (model or self.model).load_state_dict(load_file(f"{resume_from_checkpoint}/model.safetensors"))
+        def blank(self, batch: dict[str, Any]) -> dict[str, Any]:
+            return {**batch, "ranks": torch.zeros_like(batch["ranks"])}  # all ties: no pairs
 
     return RankingTrainer(model=model, args=arguments, train_dataset=rows, data_collator=lambda items: collate(items, pad_token_id))
 

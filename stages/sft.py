@@ -19,6 +19,7 @@ from stages.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from stages.models.likelihood import Likelihood
     from stages.runtime import StepContext, StepResult
 
 IGNORED = -100  # label of a token that does not count in the loss
@@ -80,7 +81,7 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     from stages.corpora.templates import set_template
     from stages.models.loading import load_language_model, load_tokenizer, save_model
     from stages.runtime import StepResult
-    from stages.training import gathered_weights, train, weights_dtype
+    from stages.training import gathered_weights, publish_best, train, weights_dtype
 
     tokenizer = load_tokenizer(context.models["model"])
     if config.template is not None:
@@ -95,7 +96,10 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
 
     trainer = _trainer(config, context, model, tokenizer, rows, max_length)
     before = _measure(trainer, config, context, tokenizer, heldout, "before")
-    trained = train(trainer, context, f"{context.name}: sft")
+    trained = train(
+        trainer, context, f"{context.name}: sft", rule=config,
+        measure=lambda: _likelihood(trainer, config, context, tokenizer, heldout).loss,
+    )  # fmt: skip
     after = _measure(trainer, config, context, tokenizer, heldout, "after")
 
     num_tokens = sum(len(row.ids) for row in rows)
@@ -108,14 +112,14 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
         "dropped_too_long": len(demonstrations.train) + len(demonstrations.validation) - len(rows) - len(heldout),
         "tokens_per_second": trained["steps_per_second"] * config.training.batch_size * num_tokens / len(trainer.train_dataset),
     }
+    kind: dict[str, Any] = {
+        "role": "language_model",
+        "base": context.models["model"] if config.lora is not None else None,
+        "extra": {"template": config.template} if config.template is not None else None,
+    }
+    publish_best(trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights), **kind)
     weights = gathered_weights(trainer)
-    record = context.publish(
-        lambda folder: save_model(model, tokenizer, folder, state_dict=weights),
-        role="language_model",
-        metrics=metrics,
-        base=context.models["model"] if config.lora is not None else None,
-        extra={"template": config.template} if config.template is not None else None,
-    )
+    record = context.publish(lambda folder: save_model(model, tokenizer, folder, state_dict=weights), metrics=metrics, **kind)
     return StepResult(model=record, metrics=metrics)
 
 
@@ -149,7 +153,24 @@ def _trainer(
     from trl import SFTConfig, SFTTrainer
 
     from stages.models.loading import quiet_transformers
-    from stages.training import training_arguments
+    from stages.training import exact, training_arguments
+
+    class DemonstrationTrainer(exact(SFTTrainer)):  # type: ignore[misc]
+        """Its entropy and accuracy are means over tokens; TRL's are over forward passes, and so depend on how a step is cut into them."""
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
+            counted = self.accelerator.gather((inputs["labels"][..., 1:] != IGNORED).sum().reshape(1)).sum()
+            made = super().compute_loss(model, inputs, *arguments, **named)
+            self._metrics["train"]["counted"].append(float(counted))
+            return made
+
+        def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
+            kept = self._metrics["train"]
+            counts = kept.pop("counted", [])
+            for name in ("entropy", "mean_token_accuracy"):
+                if sum(counts) and len(kept[name]) == len(counts):
+                    kept[name] = [sum(value * count for value, count in zip(kept[name], counts, strict=True)) / sum(counts)]
+            super().log(logs, *arguments, **named)
 
     options: dict[str, Any] = {"max_length": None, "packing": False, "completion_only_loss": config.completion_only_loss}
     collator = None
@@ -163,7 +184,7 @@ def _trainer(
             columns["completion_mask"] = [row.counted(True) for row in rows]
     with quiet_transformers(), _quiet_datasets():
         arguments = training_arguments(config.training, context, precision=config.precision, kind=SFTConfig, **options)
-        trainer = SFTTrainer(
+        trainer = DemonstrationTrainer(
             model=model, args=arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer, data_collator=collator
         )
     for parameter in model.parameters():
@@ -189,9 +210,18 @@ def _quiet_datasets() -> Iterator[None]:
 def _measure(
     trainer: Any, config: SFTStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, heldout: list[EncodedRow], when: str
 ) -> float:
+    likelihood = _likelihood(trainer, config, context, tokenizer, heldout)
+    context.log(0 if when == "before" else trainer.state.global_step, {"heldout/loss": likelihood.loss})
+    context.runtime.console.print(f"{context.name}: held-out {when}: loss {likelihood.loss:.4f} over {likelihood.tokens} tokens")
+    return likelihood.loss
+
+
+def _likelihood(
+    trainer: Any, config: SFTStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, heldout: list[EncodedRow]
+) -> Likelihood:
     from stages.models.likelihood import measure_likelihood
 
-    likelihood = measure_likelihood(
+    return measure_likelihood(
         trainer.model.to(context.runtime.device),
         [(row.ids, row.counted(config.completion_only_loss)) for row in heldout],
         pad_token_id=tokenizer.pad_token_id,
@@ -199,9 +229,6 @@ def _measure(
         device=context.runtime.device,
         dtype=context.runtime.dtype(config.precision),
     )
-    context.log(0 if when == "before" else trainer.state.global_step, {"heldout/loss": likelihood.loss})
-    context.runtime.console.print(f"{context.name}: held-out {when}: loss {likelihood.loss:.4f} over {likelihood.tokens} tokens")
-    return likelihood.loss
 
 
 # Packing. TRL's own makes one row of a whole batch, whose attention mask grows with the square of it where there is no flash attention.
