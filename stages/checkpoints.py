@@ -235,7 +235,7 @@ def generator_states(runtime: Runtime) -> dict[str, Any]:
     name, keys, *rest = numpy.random.get_state()
     state: dict[str, Any] = {
         "python": [version, list(words), gauss],
-        "numpy": [name, keys.tolist(), *rest],
+        "numpy": [name, numpy.asarray(keys).tolist(), *rest],
         "torch": torch.get_rng_state().tolist(),
     }
     if runtime.device.type == "cuda":

@@ -144,4 +144,7 @@ class GenerationSettings(Strict):
     top_p: float = Field(1.0, gt=0, le=1, description="Keep the smallest set of tokens with this much probability; 1 keeps all.")
     stop: list[str] = Field([], description="Tokens (as text) that end a completion besides the tokenizer's eos and the model's own.")
     stop_after: int = Field(0, ge=0, description="The tokens of stop end a completion only at this response position (from 0) or later.")
+    ignore_eos: bool = Field(
+        False, description="Only the tokens of stop end a completion, at stop_after or later, the end token among them if named there."
+    )
     batch_size: int = Field(64, ge=1, description="Sequences decoded together, per process.")

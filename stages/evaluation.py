@@ -237,12 +237,11 @@ def _answer(config: EvaluationConfig, context: StepContext, name: str, prompt_id
     """Completions of one candidate; the prompts are shared out among the processes."""
     from accelerate.utils import gather_object
 
-    from stages.generation import decode_completions, episode_seed, generate, stop_token_ids
+    from stages.generation import decode_completions, ending_tokens, episode_seed, generate
 
     runtime = context.runtime
     with _loaded(config, context, name) as (model, tokenizer):
-        stop = stop_token_ids(model, tokenizer)
-        late = [token for token in stop_token_ids(model, tokenizer, config.generation.stop) if token not in stop]
+        stop, late = ending_tokens(model, tokenizer, config.generation)
         own = list(range(runtime.process_index, len(prompt_ids), runtime.num_processes))
         generated = generate(
             model,

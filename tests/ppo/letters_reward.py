@@ -13,6 +13,11 @@ def vowels(prompts: list[str], completions: list[str]) -> list[float]:
     return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in completions]
 
 
+def each_e(prompts: list[str], completions: list[str]) -> list[list[tuple[int, float]]]:
+    """One for every e, where it stands."""
+    return [[(place, 1.0) for place, letter in enumerate(text) if letter == "e"] for text in completions]
+
+
 def noisy(prompts: list[str], completions: list[str]) -> list[float]:
     """As ``letters``, with noise from the process's own random stream."""
     return [score + 0.1 * random.random() for score in letters(prompts, completions)]

@@ -65,6 +65,23 @@ def test_the_average_is_what_is_published(ppo_config, step_context, resolve_fold
     torch.testing.assert_close(average[name], start[name], rtol=0, atol=1e-5)  # eight steps of a millionth each
 
 
+def test_the_average_by_iteration_and_the_last_weights_beside_it(
+    ppo_config, step_context, resolve_folder, tiny_llama_folder, prompts
+) -> None:
+    models = {"policy": resolve_folder(tiny_llama_folder)}
+    start = load_file(tiny_llama_folder / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    # one iteration of four optimizer steps: by iteration the average takes in the last weights once
+    one = ppo_config(data=prompts, total_episodes=12, ema_decay=0.75, ema_cadence="iteration", publish_last=True)
+    context = step_context("test/average", 1, models)
+    average = weights(run(one, context))
+    last = load_file(next(context.registry.get("test/average-last").path.glob("*.safetensors")))
+    torch.testing.assert_close(average[name], 0.75 * start[name] + 0.25 * last[name], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(last[name], start[name], atol=1e-4)
+    every = weights(run(ppo_config(data=prompts, total_episodes=12, ema_decay=0.75), step_context("test/every", 1, models)))
+    assert not torch.allclose(every[name], average[name], atol=1e-5)
+
+
 def test_returns_by_hand_in_a_whole_rollout(ppo_config, ppo_context, make_rollout) -> None:
     from stages.ppo.roles import load_roles
 
@@ -95,6 +112,8 @@ def test_a_reward_that_fails_is_named(ppo_config, ppo_context, prompts, tmp_path
     ):
         with pytest.raises(TrainingError, match=message):
             run(ppo_config(data=prompts, reward=[{"function": f"bad_rewards:{name}"}]), ppo_context)
+        episodes = [json.loads(line) for line in (ppo_context.folder / "failed_rollout.jsonl").read_text().splitlines()]
+        assert len(episodes) == 12 and set(episodes[0]) == {"prompt", "completion"}
 
 
 def test_prompts_that_leave_no_room_are_left_out(ppo_config, ppo_context, tmp_path) -> None:
@@ -114,6 +133,10 @@ def test_prompts_that_leave_no_room_are_left_out(ppo_config, ppo_context, tmp_pa
         ({"reward": [{"function": "a:b"}, {"function": "c:b"}]}, "two sources are called 'b'"),
         ({"training": {"adam_style": "tensorflow", "weight_decay": 0.1}}, "weight_decay goes with adam_style: torch"),
         ({"whitening_scope": "minibatch"}, "minibatch_size >= 8"),
+        ({"publish_last": True}, "publish_last goes with ema_decay"),
+        ({"generation": {"ignore_eos": True}, "missing_eos": "replace"}, "no completion could end"),
+        ({"reward": [{"ensemble": [{"function": "a:b"}, {"function": "c:d"}]}]}, "an ensemble needs a name"),
+        ({"reward": [{"function": "a:b", "combine": "min"}]}, "combine: min belongs to an ensemble"),
     ],
 )
 def test_contradictions_are_refused(ppo_config, fields, message) -> None:
