@@ -69,7 +69,7 @@ def make_loader(dataset: Any, collate: Callable[[list[Any]], Any], blank: Callab
     def batch(rows: list[Any]) -> Any:
         return collate(rows) if rows else blank(collate([dataset[0]]))
 
-    class Loader(DataLoader):  # type: ignore[type-arg]
+    class Loader(DataLoader):
         def set_epoch(self, epoch: int) -> None:
             sampler.set_epoch(epoch)
 

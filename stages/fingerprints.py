@@ -19,8 +19,8 @@ from stages.recipe import STAGES, RecipeStep, data_inputs
 PACKAGE = Path(__file__).parent
 # Plumbing that carries results but does not make them: an edit here must not send every step of every recipe to train again.
 PLUMBING = {
-    "chain", "cli", "config", "contents", "errors", "fingerprints", "recipe", "recipe_messages", "recipe_source", "registry", "results",
-    "runtime",
+    "chain", "checkpoints", "cli", "config", "contents", "errors", "fingerprints", "launching", "recipe", "recipe_messages",
+    "recipe_source", "registry", "results", "runtime", "stopping", "storage",
 }  # fmt: skip
 TEXT_SUFFIXES = (".html", ".jinja", ".css", ".js", ".yaml", ".txt")
 

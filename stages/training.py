@@ -133,7 +133,7 @@ def exact(kind: type[Any]) -> type[Any]:
     (``num_items_in_batch``), as transformers does for language models. ``train`` takes such trainers only.
     """
 
-    class ExactTrainer(kind):  # type: ignore[misc]
+    class ExactTrainer(kind):
         checkpoints: Checkpoints
         logged: list[tuple[int, dict[str, float]]]
         steps_per_epoch: int
@@ -281,8 +281,10 @@ def train(
 
     assert hasattr(trainer, "restore_logs"), "make the trainer of training.exact(Trainer): others depend on the number of processes"
     runtime = trainer.runtime = context.runtime
-    options = {} if rule is None else {"keep_last": rule.keep_last, "keep_best": rule.keep_best, "seconds": rule.checkpoint_seconds}
-    trainer.checkpoints = Checkpoints(Path(trainer.args.output_dir), runtime, **options)
+    rule = rule or CheckpointedStepConfig(name="step", stage="")
+    trainer.checkpoints = Checkpoints(
+        Path(trainer.args.output_dir), runtime, keep_last=rule.keep_last, keep_best=rule.keep_best, seconds=rule.checkpoint_seconds
+    )
     if trainer.checkpoints.keep_best and measure is None:
         raise RecipeError(f"{context.name}: keep_best is not for this stage; leave it at 0")
     found = trainer.checkpoints.newest()
