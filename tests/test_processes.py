@@ -196,5 +196,6 @@ def test_an_error_of_one_process_is_told(place: Path, pair: Path) -> None:
     Registry(place / "raising" / "registry").remove("pair/aligned")
     done = start(place, "raising", *TWO, AT_CALL="1", IN_PROCESS="1", WHAT="raises")
     assert done.returncode == 2
-    assert "process 1: error: pair/aligned: iteration 0: reward function pair_reward:vowels raised ValueError: no reward today" in done.stderr
+    said = "reward function pair_reward:vowels raised ValueError: no reward today"
+    assert f"process 1: error: pair/aligned: iteration 0: {said}" in done.stderr
     assert "Traceback" not in done.stderr
