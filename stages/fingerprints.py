@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,16 @@ def _collect(module: str, files: set[Path]) -> None:
 
 def _imports(file: Path, package: str) -> Iterator[str]:
     """Names that ``file`` imports from this package, also inside functions; a name imported from a package may be a module of it."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    yield from _imports_of(file.read_text(encoding="utf-8"), package)
+
+
+@lru_cache(maxsize=512)
+def _imports_of(text: str, package: str) -> tuple[str, ...]:
+    return tuple(_walk_imports(text, package))
+
+
+def _walk_imports(text: str, package: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("stages."))
         elif isinstance(node, ast.ImportFrom):

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 ARROWS = {
     "errors": set(),
     "config": set(),
-    "contents": {"errors"},
+    "contents": {"storage"},
     "numerics": set(),
     "storage": set(),
     "stopping": set(),
