@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from stages.errors import ModelError
 from stages.storage import write_json
 
 LARGE_BYTES = 2**20  # smaller files are read as fast as they are looked up
@@ -136,7 +137,12 @@ def normalised(path: Path, base: str | None) -> bytes | None:
     """The bytes the file should have to be independent of its place; None where it already is."""
     if path.name not in MACHINE_KEYS and path.name != "adapter_config.json":
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not readable as JSON ({error}); expected a folder written by save_pretrained") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: holds a {type(content).__name__}, expected an object, as save_pretrained writes it")
     kept = without_place(path.name, content, base)
     return None if kept == content else (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
 

@@ -88,6 +88,12 @@ class PretrainingConfig(TrainingStepConfig):
         inputs = {"data.train": self.data.train}
         return inputs if self.data.validation is None else {**inputs, "data.validation": self.data.validation}
 
+    def check_data(self) -> None:
+        """Raise DataError for data this stage cannot use; no model is loaded."""
+        from stages.corpora.text import load_text
+
+        load_text(self.data)
+
 
 def run(config: PretrainingConfig, context: StepContext) -> StepResult:
     """Train on packed blocks; publish the language model with its held-out perplexity and bits per byte before and after."""

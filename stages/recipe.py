@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 
 from stages.config import DataSource, ModelInput, StepConfig, Strict
 from stages.errors import DataError, RecipeError, RegistryError, StagesError
+from stages.functions import addresses, check_function
 from stages.recipe_messages import validate
 from stages.recipe_source import RecipeSource, Steps, nearest, parse_path, read
 from stages.registry import DIGEST, REFERENCE, Registry, check_name
@@ -99,14 +100,18 @@ class Recipe:
         return f"{self.name}/{step.name}"
 
     def check_data(self, step: RecipeStep) -> None:
-        """Let the step's config look at its data (columns, empty splits) before any model is loaded. Raises DataError with the place."""
+        """Look for the functions that a step names, and let its config look at its data (columns, empty splits); no model is loaded.
+
+        Raises RecipeError or DataError with the place.
+        """
         check: Callable[[], None] | None = getattr(step.config, "check_data", None)
-        if check is None:
-            return
         try:
-            check()
-        except DataError as error:
-            raise DataError(f"{self.source.place(('steps', step.index))} ({step.name}): {error}") from error
+            for address in addresses(step.config):
+                check_function(address)
+            if check is not None:
+                check()
+        except (DataError, RecipeError) as error:
+            raise type(error)(f"{self.source.place(('steps', step.index))} ({step.name}): {error}") from error
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = (), registry: Registry | None = None) -> Recipe:
@@ -151,7 +156,7 @@ def _step_config(content: dict[str, Any], index: int, source: RecipeSource) -> S
     path: Steps = ("steps", index)
     if "stage" not in content:
         raise source.error(path, f"the field stage is missing; expected one of {', '.join(STAGES)}")
-    if content["stage"] not in STAGES:
+    if not isinstance(content["stage"], str) or content["stage"] not in STAGES:
         raise source.error((*path, "stage"), f"got {content['stage']!r}, which is no stage; {nearest(content['stage'], STAGES)}")
     return validate(load_object(STAGES[content["stage"]].config), content, path, source)
 
@@ -226,7 +231,9 @@ def find_model(
     ref = model.ref
     looks_like_path = ref.startswith((".", "/", "~"))
     for folder in folders:
-        path = (folder / Path(ref).expanduser()).resolve()
+        path = _local(folder, ref)
+        if path is None:
+            continue
         if path.is_dir() and ((path / "config.json").exists() or (path / "adapter_config.json").exists()):
             return Reference("folder", str(path), model)
         if path.is_dir() and looks_like_path:
@@ -248,6 +255,16 @@ def find_model(
     else:
         advice = f"earlier steps: {', '.join(steps) or 'none'}; registry: {', '.join(sorted(names)[:10]) or 'empty'}"
     raise RecipeError(f"got {ref!r}, which is no earlier step, folder, registry reference or hub id; {advice}")
+
+
+def _local(folder: Path, written: str) -> Path | None:
+    """The path that ``written`` names, seen from ``folder``; None for what can be no path (a NUL, too long, another's unknown home)."""
+    try:
+        path = (folder / Path(written).expanduser()).resolve()
+        path.exists()
+    except (OSError, ValueError, RuntimeError):
+        return None
+    return path
 
 
 # Data paths
@@ -274,11 +291,11 @@ def _data_path(written: str, path: Steps, folders: Sequence[Path], source: Recip
     if written.startswith("world:"):
         return written
     for folder in folders:
-        found = folder / Path(written).expanduser()
-        if found.exists():
-            return str(found.resolve())
+        found = _local(folder, written)
+        if found is not None and found.exists():
+            return str(found)
     owner = written.partition("/")[0]
-    is_local = any((folder / owner).is_dir() for folder in folders) or written.endswith(DATA_SUFFIXES)
+    is_local = any((near := _local(folder, owner)) is not None and near.is_dir() for folder in folders) or written.endswith(DATA_SUFFIXES)
     if not is_local and (HUB_ID.fullmatch(written) or OLD_HUB_ID.fullmatch(written) or written.isidentifier()):
         return written  # a data set of the hub
     looked = " and ".join(str(folder) for folder in dict.fromkeys(folders))

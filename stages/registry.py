@@ -218,7 +218,7 @@ class Registry:
         name, version = match["name"], match["version"]
         versions = _versions(self._models / name)
         if not versions:
-            raise RegistryError(f"no model named {name!r} in {self.root}; {self._nearest(name)}. Run its recipe first")
+            raise RegistryError(f"no model named {name!r} in {self.root}; {self._nearest(name)} Or run its recipe first")
         if version is not None and int(version) not in versions:
             raise RegistryError(f"{name!r} has no version {version} in {self.root}; it has {', '.join(map(str, versions))}")
         return self._read(self._models / name / (version or str(versions[-1])))
@@ -237,7 +237,7 @@ class Registry:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         if near:
             return f"did you mean {' or '.join(near)}?"
-        return f"known: {', '.join(names[:20]) or 'none'}"
+        return f"known: {', '.join(names[:20]) or 'none'}."
 
     def records(self) -> list[ModelRecord]:
         """Every version, by name and number."""

@@ -100,8 +100,11 @@ class SentimentConfig(TrainingStepConfig):
     def check_data(self) -> None:
         """Raise DataError for data this stage cannot use; no model is loaded."""
         from stages.corpora.reviews import load_reviews
+        from stages.corpora.text import check_texts
 
         load_reviews(self.data, self.labels)
+        if self.masked is not None and self.masked.data is not None:
+            check_texts(self.masked.data)
 
 
 def run(config: SentimentConfig, context: StepContext) -> StepResult:

@@ -167,5 +167,8 @@ class PPOStepConfig(CheckpointedStepConfig):
     def check_data(self) -> None:
         """Raise DataError for prompts this stage cannot use; no model is loaded."""
         from stages.corpora.prompts import load_prompts
+        from stages.corpora.text import check_texts
 
         load_prompts(self.data, prompt_words=self.prompt_words)
+        if self.pretraining_mix is not None:
+            check_texts(self.pretraining_mix.data)

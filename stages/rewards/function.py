@@ -21,11 +21,14 @@ def load_function(address: str) -> Callable[[list[str], list[str]], Sequence[flo
     """The function at ``package.module:name``. Raises RecipeError where there is none."""
     module, _, name = address.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
+        found: Any = importlib.import_module(module)
     except ImportError as error:
         raise RecipeError(f"function {address!r}: cannot import {module} ({error}); is it installed, or on PYTHONPATH?") from error
-    except AttributeError as error:
-        raise RecipeError(f"function {address!r}: {module} has no {name!r}") from error
+    except Exception as error:  # of the module's own
+        raise RecipeError(f"function {address!r}: cannot import {module} ({type(error).__name__}: {error})") from error
+    if not hasattr(found, name):
+        raise RecipeError(f"function {address!r}: {module} has no {name!r}")
+    found = getattr(found, name)
     if not callable(found):
         raise RecipeError(f"function {address!r} is {type(found).__name__}; expected a function of (prompts, completions)")
     return found
