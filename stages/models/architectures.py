@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from stages.errors import ModelError
+from stages.models.loading import FastConv1D
+from stages.numerics.matmul import use_fast_matmuls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,8 +37,10 @@ def random_model(auto: Any, architecture: dict[str, Any], tokenizer: PreTrainedT
     special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     try:
         config = CONFIG_MAPPING[kind](**{**special, **fields, **options, "vocab_size": len(tokenizer)})
-        return auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model = auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         what = auto.__name__.removeprefix("AutoModelFor")
         raise ModelError(f"no {kind} model ({what}) can be made of architecture {architecture}: {reason}") from error
+    use_fast_matmuls(model, {Conv1D: FastConv1D})
+    return model

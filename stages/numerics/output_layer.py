@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from stages.numerics.matmul import linear, product
 
 CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 """Size of a chunk of fp32 logits by kind of device: what a core's cache holds, or what keeps a GPU busy."""
@@ -57,7 +58,7 @@ def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, temperature:
     with _no_autocast(hidden):
         for start in range(0, len(hidden), size):
             rows = slice(start, min(start + size, len(hidden)))
-            logits = functional.linear(hidden[rows].to(dtype), weight, bias).float()
+            logits = linear(hidden[rows].to(dtype), weight, bias).float()
             yield rows, logits.div_(temperature) if temperature != 1.0 else logits
 
 
@@ -103,11 +104,9 @@ class _SummedLoss(torch.autograd.Function):
                     bias_gradient += gradient.sum(dim=0)
                 gradient = gradient.to(dtype)
                 if hidden_gradient is not None:
-                    hidden_gradient[rows] = (gradient @ matrix).to(hidden.dtype)
-                if weight_gradient is not None and weight_gradient.dtype == dtype == hidden.dtype:
-                    weight_gradient.addmm_(gradient.T, hidden[rows])
-                elif weight_gradient is not None:
-                    weight_gradient += gradient.T @ hidden[rows].to(dtype)
+                    hidden_gradient[rows] = product(gradient, matrix).to(hidden.dtype)
+                if weight_gradient is not None:
+                    weight_gradient += product(gradient.T, hidden[rows].to(dtype))
         ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
         empty = hidden.new_zeros(0, dtype=torch.float32)
         logprobs, entropies = torch.cat([empty, *all_logprobs]), torch.cat([empty, *all_entropies])

@@ -8,9 +8,7 @@ from torch import Tensor
 BLOCK = 64  # tokens per block of the two-level search
 
 
-def sample_tokens(
-    logits: Tensor, noise: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def sample_tokens(logits: Tensor, noise: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
     """Next tokens [B] for logits [B, V] and noise [B] in [0, 1), and their log-probabilities [B] fp32.
 
     The token is where the cumulative distribution passes ``noise``; the likeliest at temperature 0. The log-probability is that of

@@ -3,8 +3,8 @@
     .venv/bin/python tests/benchmarks/sampling_speed.py [--rounds 5] [--device cuda]
 
 Pure sampling at temperature 1 from a random Llama of 4 M parameters (256 wide, 4 layers, 4,096 tokens), 64 left-padded prompts of 8 to 32
-tokens, up to 48 (--new-tokens) new ones. ``full``: nothing ends a response. ``ragged``: one token in sixteen does, so that rows end all along.
-The two take turns in one process; the first round is not counted.
+tokens, up to 48 (--new-tokens) new ones. ``full``: nothing ends a response. ``ragged``: one token in sixteen does, so that rows end all
+along. The two take turns in one process; the first round is not counted.
 """
 
 from __future__ import annotations

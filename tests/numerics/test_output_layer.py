@@ -21,8 +21,6 @@ def inputs() -> tuple[torch.Tensor, ...]:
     return hidden, weight, bias, tokens
 
 
-
-
 def test_two_tokens_by_hand() -> None:
     # logits (0, log 3): probabilities 1/4 and 3/4; entropy (log 4) / 4 + 3/4 log(4/3)
     hidden, weight = torch.ones(1, 1), torch.tensor([[0.0], [math.log(3)]])

@@ -53,7 +53,13 @@ def test_a_token_without_weight_is_never_chosen() -> None:
 
 def test_logprobs_are_those_before_truncation() -> None:
     logits = torch.randn(64, 300, generator=torch.Generator().manual_seed(0))
-    for settings, temperature in (({}, 1.0), ({"temperature": 0.7}, 0.7), ({"top_k": 3}, 1.0), ({"top_p": 0.4}, 1.0), ({"temperature": 0.0}, 1.0)):
+    for settings, temperature in (
+        ({}, 1.0),
+        ({"temperature": 0.7}, 0.7),
+        ({"top_k": 3}, 1.0),
+        ({"top_p": 0.4}, 1.0),
+        ({"temperature": 0.0}, 1.0),
+    ):
         tokens, logprobs = sample_tokens(logits, torch.rand(64, generator=torch.Generator().manual_seed(1)).double(), **settings)
         expected = (logits / temperature).log_softmax(-1)[torch.arange(64), tokens]
         torch.testing.assert_close(logprobs, expected)
