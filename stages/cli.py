@@ -133,9 +133,13 @@ def root(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
     """Chains of training stages: from raw text to an aligned language model."""
-    # A recipe may name functions (package.module:function) beside it; the `stages` script, unlike `python -m`, does not look there.
+    from stages.runtime import protect_secrets
+
+    protect_secrets()
+    # A recipe may name functions (package.module:function) beside it; the `stages` script, unlike `python -m`, does not look there. Last:
+    # a file that happens to lie here must not stand in for an installed package.
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
 
 
 @app.command()

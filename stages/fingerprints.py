@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).parent
 # Plumbing that carries results but does not make them: an edit here must not send every step of every recipe to train again.
 PLUMBING = {
     "chain", "checkpoints", "cli", "config", "contents", "errors", "fingerprints", "functions", "launching", "recipe", "recipe_messages",
-    "recipe_source", "registry", "results", "runtime", "stopping", "storage",
+    "recipe_source", "redaction", "registry", "results", "runtime", "stopping", "storage",
 }  # fmt: skip
 TEXT_SUFFIXES = (".html", ".jinja", ".css", ".js", ".yaml", ".txt")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from stages.errors import DataError, RecipeError, RegistryError, StagesError
 from stages.functions import addresses, check_function
 from stages.recipe_messages import validate
 from stages.recipe_source import RecipeSource, Steps, nearest, parse_path, read
+from stages.redaction import find_secret
 from stages.registry import DIGEST, REFERENCE, Registry, check_name
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -117,6 +118,7 @@ class Recipe:
 def load_recipe(path: Path | str, overrides: Sequence[str] = (), registry: Registry | None = None) -> Recipe:
     """Read, override and check a recipe; nothing is run and no model is loaded. Raises RecipeError with place, value and next move."""
     source = read(path)
+    _refuse_secrets(source, overrides)
     for text in overrides:
         source.override(text)
     header = validate(RecipeHeader, source.content, (), source)
@@ -140,6 +142,29 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), registry: Regis
         seed = header.seed if config.seed is None else config.seed
         steps.append(RecipeStep(index, config, models, seed))
     return Recipe(header.name, header.seed, header.description, steps, source)
+
+
+def _refuse_secrets(source: RecipeSource, overrides: Sequence[str]) -> None:
+    """Raise RecipeError where a text of the recipe is a secret; the message tells the place and not the text."""
+    advice = "a recipe is kept in manifests and logs. Put it into the environment, and take back the one that was written down"
+    for place, text in _texts(source.content, ()):
+        if (kind := find_secret([text])) is not None:
+            raise source.error(place, f"holds {kind}; {advice}")
+    for text in overrides:
+        if (kind := find_secret([text])) is not None:
+            raise RecipeError(f"override {text.partition('=')[0]!r}: holds {kind}; {advice}")
+
+
+def _texts(value: Any, path: Steps) -> Iterator[tuple[Steps, str]]:
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield path, key
+            yield from _texts(item, (*path, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _texts(item, (*path, index))
 
 
 def model_inputs(config: Any) -> dict[str, ModelInput]:

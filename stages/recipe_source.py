@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import date
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -219,4 +220,6 @@ def _plain(node: Any, path: Steps, lines: dict[Steps, int], file: str) -> Any:
         if not math.isfinite(node):
             raise RecipeError(f"{file}:{line}: {show(path)}: got {node}, expected a finite number")
         return float(node)
-    return str(node)  # text, and dates, which no field of a recipe expects as anything else
+    if isinstance(node, str | date):
+        return str(node)  # dates, too: no field of a recipe expects them as anything else
+    raise RecipeError(f"{file}:{line}: {show(path)}: a value of type {type(node).__name__} is not allowed; write a plain value")

@@ -261,14 +261,18 @@ class Registry:
         path = folder / "manifest.json"
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            written = manifest["manifest_version"]
+            written = int(manifest["manifest_version"])
+            if written > MANIFEST_VERSION:
+                raise RegistryError(
+                    f"{path}: written as manifest version {written} by a newer tristage (this one reads {MANIFEST_VERSION}); upgrade it"
+                )
+            name, version = manifest["name"], manifest["version"]
+            record = ModelRecord(name, version, manifest["digest"], manifest["role"], folder / "model", manifest)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RegistryError(f"{path}: not a readable manifest ({error}); the version is damaged, remove {folder}") from error
-        if written > MANIFEST_VERSION:
-            raise RegistryError(
-                f"{path}: written as manifest version {written} by a newer tristage (this one reads {MANIFEST_VERSION}); upgrade it"
-            )
-        return ModelRecord(manifest["name"], manifest["version"], manifest["digest"], manifest["role"], folder / "model", manifest)
+        if f"{name}/{version}" != folder.relative_to(self._models).as_posix():
+            raise RegistryError(f"{path}: says that it is {name!r} version {version}, which belongs elsewhere; moved or edited, refused")
+        return record
 
     def _check_inside(self, folder: Path) -> None:
         if not folder.resolve().is_relative_to(self._models.resolve()):
@@ -309,6 +313,8 @@ class Registry:
             path = present.pop(file["path"], None)
             if path is None:
                 problems.append(f"{file['path']} is missing")
+            elif path.is_symlink():
+                problems.append(f"{file['path']} was replaced by a symbolic link")
             elif path.stat().st_size < file["size"]:
                 problems.append(f"{file['path']} is truncated: {path.stat().st_size} bytes of {file['size']}")
             elif file_sha256(path) != file["sha256"]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from stages import redaction
 from stages.config import ModelInput
 from stages.errors import LaunchError, StagesError
 from stages.registry import ModelRecord, Registry
@@ -69,6 +70,12 @@ def environment_without_launcher() -> dict[str, str]:
 def has_launcher() -> bool:
     """Whether a launcher (accelerate, torchrun) started this process and waits for it."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_DYNAMO_MODE" in os.environ
+
+
+def protect_secrets() -> None:
+    """Blot the environment's secrets out of what this process prints from now on."""
+    redaction.protect(os.environ)
+    sys.stdout, sys.stderr = redaction.Blotted(sys.stdout), redaction.Blotted(sys.stderr)
 
 
 def command_to_go_on() -> str:
