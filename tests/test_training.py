@@ -81,7 +81,8 @@ def make_trainer(
 
     from stages.models.loading import load_language_model
 
-    settings = OptimizerSettings(batch_size=4, microbatch_size=microbatch_size, learning_rate=learning_rate)
+    # Epsilon keeps Adam from making full steps of rounding errors.
+    settings = OptimizerSettings(batch_size=4, microbatch_size=microbatch_size, learning_rate=learning_rate, adam_epsilon=1e-2)
     arguments = training_arguments(settings, context, precision="fp32", remove_unused_columns=False, **options)
     data = list(torch.randint(0, 300, (rows, 8), generator=torch.Generator().manual_seed(0)))
     return exact(Trainer)(
