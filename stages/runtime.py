@@ -306,10 +306,13 @@ class StepContext:
     fingerprint_parts: dict[str, Any] = field(default_factory=dict)
     recipe_step: dict[str, Any] = field(default_factory=dict)  # the step as resolved
     data_fingerprints: dict[str, str] = field(default_factory=dict)
+    recorded: list[tuple[int, dict[str, float]]] | None = None  # where a training notes what it logs, for a run that goes on after a cut
     _tensorboard: SummaryWriter | None = None
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append metrics (named ``room/name``) to metrics.jsonl and TensorBoard; rank zero only."""
+        if self.recorded is not None:
+            self.recorded.append((step, metrics))
         if not self.runtime.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -135,7 +135,7 @@ def exact(kind: type[Any]) -> type[Any]:
 
     class ExactTrainer(kind):
         checkpoints: Checkpoints
-        logged: list[tuple[int, dict[str, float]]]
+        context: StepContext
         steps_per_epoch: int
         score: float | None = None  # of the checkpoint about to be written
         _resumed_from: str | None = None
@@ -192,7 +192,7 @@ def exact(kind: type[Any]) -> type[Any]:
                 "loss": float(gathered),
                 "total_loss": self._total_loss_scalar,
                 "last_logged": self._globalstep_last_logged,
-                "logged": self.logged,
+                "logged": self.context.recorded,
                 "metrics": getattr(self, "_metrics", {}).get("train"),  # TRL's, since the last line of the log
                 "tokens": getattr(self, "_total_train_tokens", 0),
             }
@@ -289,7 +289,7 @@ def train(
         raise RecipeError(f"{context.name}: keep_best is not for this stage; leave it at 0")
     found = trainer.checkpoints.newest()
     checkpoint = str(found.path) if found is not None else None
-    trainer.logged = []
+    trainer.context, context.recorded = context, []
     if found is None:
         runtime.seed_everything(trainer.args.seed + PROCESS_SEEDS * runtime.process_index)  # dropout differs from process to process
     for callback in (PrinterCallback, ProgressCallback):
@@ -340,8 +340,8 @@ def _step_callback(
             self.resumed_at = state.global_step
             runtime.console.print(f"{context.name}: resuming after optimizer step {state.global_step} of {state.max_steps}")
             trainer.restore_logs(checkpoint)
-            for step, numbers in trainer._read_state(checkpoint)["logged"]:
-                self._log(step, numbers)
+            for step, metrics in trainer._read_state(checkpoint)["logged"]:
+                context.log(step, metrics)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.bar.advance(1, **self.shown)
@@ -364,12 +364,8 @@ def _step_callback(
             if "loss" not in numbers:  # the summary at the end
                 return
             numbers["epoch"] = state.global_step / trainer.steps_per_epoch  # the Trainer counts forward passes, whose number varies
-            self._log(state.global_step, numbers)
-
-        def _log(self, step: int, numbers: dict[str, float]) -> None:
             self.shown = {"loss": numbers["loss"]}
-            trainer.logged.append((step, numbers))
-            context.log(step, {f"{room}/{name}": value for name, value in numbers.items()})
+            context.log(state.global_step, {f"{room}/{name}": value for name, value in numbers.items()})
 
     return StepCallback()
 
@@ -380,7 +376,8 @@ def best_weights(trainer: Any) -> Iterator[dict[str, float] | None]:
 
     Yields None, and changes nothing, where none is kept.
     """
-    best = trainer.checkpoints.best() if trainer.checkpoints.keep_best else None
+    checkpoints = getattr(trainer, "checkpoints", None)  # a training that was done before has none
+    best = checkpoints.best() if checkpoints is not None and checkpoints.keep_best else None
     if best is None:
         yield None
         return
@@ -401,7 +398,7 @@ def publish_best(
     context: StepContext,
     save: Callable[[Path, dict[str, torch.Tensor] | None], None],
     *,
-    prepare: Callable[[], None] | None = None,
+    prepare: Callable[[], Any] | None = None,
     **options: Any,
 ) -> None:
     """Publish the best checkpoint as ``<name>-best`` where one is kept: what ``save(folder, gathered weights)`` writes.

@@ -39,6 +39,27 @@ def best_of_loss(scores: Tensor, best: Tensor) -> Tensor:
     return functional.cross_entropy(scores, best)
 
 
+def best_of_ranked_losses(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> Tensor:
+    """``best_of_loss`` of ranked completions [N]: each prompt's best against all its completions [P].
+
+    Of several that share the best rank the mean counts. Prompts that are all ties are left out of P; where there is no other, the result
+    is empty, with a gradient of 0.
+    """
+    losses = []
+    for prompt in prompt_index.unique():
+        own = prompt_index == prompt
+        if len(ranks[own].unique()) > 1:
+            best = ranks[own] == ranks[own].min()
+            losses.append(-scores[own].log_softmax(dim=0)[best].mean())
+    return torch.stack(losses) if losses else scores[:0] + 0.0 * scores.sum()
+
+
+def best_of_ranked_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> Tensor:
+    """The mean of ``best_of_ranked_losses`` over prompts, a scalar; 0 where every prompt is all ties."""
+    losses = best_of_ranked_losses(scores, ranks, prompt_index)
+    return losses.sum() / max(1, len(losses))
+
+
 def pairwise_correct(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> Tensor:
     """For each pair that is no tie, whether the better completion scores higher; equal scores are wrong. Returns [pairs] bool."""
     better, worse = ranking_pairs(ranks, prompt_index)

@@ -17,7 +17,7 @@ from stages.errors import DataError, Stopped, TrainingError
 from stages.generation import episode_seed
 from stages.numerics.comparing import repeated_ngrams
 from stages.numerics.kl import AdaptiveKLController, FixedKLController
-from stages.ppo.checkpoint import RunKeeper, RunState
+from stages.ppo.checkpoint import RunHistory, RunKeeper, RunState
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.health import Alarm, Health, alarm_metrics
 from stages.ppo.optimizers import WeightAverage, learning_rate_factor, make_optimizer, trainable
@@ -67,7 +67,7 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
     state = _resume(context, keeper, updater) or RunState(kl_coef=config.kl_coef)
     controller.value = state.kl_coef
     health = Health(config.health)
-    for entry in state.history:
+    for entry in state.history.resumed:
         health.observe(entry["metrics"])
 
     def note_counts() -> None:
@@ -134,8 +134,8 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
                  "score": float(rollout.scores[row])}
                 for row in range(min(config.num_samples, len(rollout.prompts)))
             ]  # fmt: skip
-            state.history.append({"metrics": metrics, "samples": samples})
-            _log(context, iteration, state.history[-1])
+            state.history.append(entry := {"metrics": metrics, "samples": samples})
+            _log(context, iteration, entry)
             _raise_alarms(config, context, iteration, health, alarms)
             bar.advance(
                 1, score=metrics["rewards/score_mean"], kl=metrics["policy/kl"], episodes_per_s=metrics["time/episodes_per_second"]
@@ -166,12 +166,21 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
 
 def _load_prompts(config: PPOStepConfig, context: StepContext, roles: Roles) -> list[tuple[Prompt, list[int]]]:
     """Prompts with their token ids, without those too long to be answered (cutting one would ask something else)."""
+    from stages.corpora.curation import Curator
+    from stages.corpora.fitting import fit_prompt
     from stages.corpora.prompts import load_prompts
-    from stages.corpora.templates import encode_prompt
+    from stages.corpora.templates import count_tokens, encode_prompt
 
     positions = getattr(roles.policy.model.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
     longest = config.max_prompt_tokens or positions - config.generation.max_new_tokens
-    encoded = [(prompt, encode_prompt(roles.tokenizer, prompt)) for prompt in load_prompts(config.data, prompt_words=config.prompt_words)]
+    curator = Curator(config.curation, count_tokens(roles.tokenizer))
+    prompts = load_prompts(config.data, prompt_words=config.prompt_words, curator=curator)
+    if config.prompt_fit is not None:
+        prompts = [fit_prompt(prompt, config.prompt_fit, roles.tokenizer) for prompt in prompts]
+    encoded = [(prompt, encode_prompt(roles.tokenizer, prompt)) for prompt in prompts]
+    if curator.left_out:
+        reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(curator.left_out.items()))
+        context.runtime.console.print(f"{context.name}: curation left out {sum(curator.left_out.values())} prompts ({reasons})")
     kept = [(prompt, ids) for prompt, ids in encoded if 0 < len(ids) <= longest]
     if not kept:
         raise DataError(
@@ -275,7 +284,7 @@ def _resume(context: StepContext, keeper: RunKeeper, updater: Updater) -> RunSta
     updater.optimizer_steps = state.optimizer_steps
     if updater.pretraining_rows is not None:
         updater.pretraining_rows.step = state.pretraining_draws  # type: ignore[attr-defined]
-    for iteration, entry in enumerate(state.history):
+    for iteration, entry in enumerate(state.history.resumed):
         _log(context, iteration, entry)
     inside = f", minibatch {len(state.progress.collected)} of the next" if state.rollout is not None else ""
     context.runtime.console.print(f"{context.name}: resuming after iteration {state.iteration}{inside}")
@@ -319,19 +328,19 @@ def _keep_batch(context: StepContext, episodes: list[dict[str, Any]]) -> str:
     return f". Its episodes are in {path}; the last checkpoint is kept in {context.checkpoint_folder / 'ppo'}"
 
 
-def _summary(history: list[dict[str, Any]], config: PPOStepConfig, updater: Updater) -> dict[str, Any]:
+def _summary(history: RunHistory, config: PPOStepConfig, updater: Updater) -> dict[str, Any]:
     """First and last tenth of the run, side by side."""
     tenth = max(1, len(history) // 10)
     summary: dict[str, Any] = {"iterations": len(history), "episodes": len(history) * config.rollout_batch_size}
     summary["optimizer_steps"] = updater.optimizer_steps
     shown = ["rewards/score_mean", "policy/kl", "policy/entropy", "responses/length_mean", "responses/stopped_share"]
-    shown += [name for name in history[-1]["metrics"] if name.startswith("monitors/")]
+    shown += [name for name in history.names() if name.startswith("monitors/")]
     for name in shown:
-        values = [entry["metrics"][name] for entry in history]
+        values = history.values(name)
         short = name.rpartition("/")[2]
         summary[f"{short}_first"], summary[f"{short}_last"] = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
-    summary["value_explained_variance"] = history[-1]["metrics"]["value/explained_variance"]
-    summary["episodes_per_second"] = sum(entry["metrics"]["time/episodes_per_second"] for entry in history) / len(history)
+    summary["value_explained_variance"] = history.values("value/explained_variance")[-1]
+    summary["episodes_per_second"] = sum(history.values("time/episodes_per_second")) / len(history)
     return summary
 
 

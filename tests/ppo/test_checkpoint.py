@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from stages.checkpoints import Checkpoints
 from stages.errors import Stopped
 from stages.ppo import loop
-from stages.ppo.checkpoint import HistoryLog
+from stages.ppo.checkpoint import HistoryLog, RunHistory
 from stages.ppo.loop import run
 from stages.ppo.update import Updater
 from stages.rewards.source import CombinedReward
@@ -130,6 +130,7 @@ CUTS = {
 CASES = [(cut, settings) for cut in CUTS for settings in SETTINGS if cut != "killed between" or settings == "average, adaptive KL"]
 
 
+@pytest.mark.detail("P18")
 @pytest.mark.parametrize(("cut", "settings"), CASES)
 def test_a_run_cut_off_anywhere_ends_as_if_it_had_not_been(
     six_iterations, undisturbed, every, step_context, resolve_folder, tiny_llama_folder, monkeypatch, cut, settings
@@ -204,12 +205,19 @@ def test_only_adapters_are_kept_where_only_adapters_train(ppo_config, ppo_contex
 def test_the_history_is_appended_to_and_cut_where_a_run_was(tmp_path: Path) -> None:
     entries = [{"metrics": {"a": number / 3}, "samples": ["…"]} for number in range(5)]
     log = HistoryLog(tmp_path / "history.jsonl")
-    log.extend(entries[:2])
-    mark = log.extend(entries[:3])
-    log.extend(entries)  # by a run that is then cut off before its checkpoint is whole
+    log.append(entries[:2])
+    mark = log.append(entries[2:3])
+    log.append(entries[3:])  # by a run that is then cut off before its checkpoint is whole
     again = HistoryLog(tmp_path / "history.jsonl")
     assert again.first(mark) == entries[:3]
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 3
-    assert HistoryLog(tmp_path / "history.jsonl").first(again.extend(entries)) == entries
+    assert HistoryLog(tmp_path / "history.jsonl").first(again.append(entries[3:])) == entries
     (tmp_path / "history.jsonl").write_text((tmp_path / "history.jsonl").read_text().replace("0.0", "0.1"))
     assert HistoryLog(tmp_path / "history.jsonl").first(mark) is None
+
+
+def test_metrics_are_kept_as_columns_and_entries_until_they_are_written() -> None:
+    history = RunHistory([{"metrics": {"a": 1.0, "b": 2.0}, "samples": []}])
+    history.append({"metrics": {"a": 3.0}, "samples": ["x"]})
+    assert (len(history), history.names(), list(history.values("a"))) == (2, ["a"], [1.0, 3.0])
+    assert history.take_new() == [{"metrics": {"a": 3.0}, "samples": ["x"]}] and history.take_new() == []
