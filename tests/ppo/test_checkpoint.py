@@ -221,3 +221,32 @@ def test_metrics_are_kept_as_columns_and_entries_until_they_are_written() -> Non
     history.append({"metrics": {"a": 3.0}, "samples": ["x"]})
     assert (len(history), history.names(), list(history.values("a"))) == (2, ["a"], [1.0, 3.0])
     assert history.take_new() == [{"metrics": {"a": 3.0}, "samples": ["x"]}] and history.take_new() == []
+
+
+def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_checkpoints(
+    six_iterations, every, step_context, resolve_folder, tiny_llama_folder, monkeypatch
+) -> None:
+    from stages.errors import TrainingError
+
+    context = step_context("test/broken", 5, {"policy": resolve_folder(tiny_llama_folder)})
+    every(1)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def poison(self: Updater, *arguments: Any, **options: Any) -> Any:
+        outcome = original(self, *arguments, **options)
+        seen.append({name: value.detach().clone() for name, value in self.roles.policy.model.named_parameters()})
+        if len(seen) == 6:
+            next(iter(self.roles.policy.model.parameters())).grad[0, 0] = float("inf")
+            seen.append(dict(self.roles.policy.model.named_parameters()))
+        return outcome
+
+    original = Updater.accumulate
+    monkeypatch.setattr(Updater, "accumulate", poison)
+    with pytest.raises(TrainingError, match="iteration 1: the gradient norm of the policy is inf"):
+        run(six_iterations("average, adaptive KL"), context)
+    before, after = seen[-2:]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    newest = max((context.checkpoint_folder / "ppo").glob("checkpoint-*"))
+    kept = load_file(newest / "policy.safetensors")
+    assert all(torch.isfinite(value).all() for value in kept.values())
+    assert all(torch.equal(kept[name], before[name]) for name in kept)
