@@ -97,7 +97,8 @@ def plan_step(recipe: Recipe, step: RecipeStep, home: Path, registry: Registry, 
 
     name, damage = recipe.model_name(step), ""
     if STAGES[step.stage].makes_model:
-        record = registry.find_fingerprint(fingerprint, name)
+        # What another recipe or a sweep made in the same way is as good: it is taken in under this step's name.
+        record = registry.find_fingerprint(fingerprint, name) or registry.find_fingerprint(fingerprint)
         damage = "; ".join(registry.verify(record.ref)) if record is not None else ""
         if record is not None and not damage:
             return planned("reuse", f"{record.ref} was made with the same settings, inputs, data and code", record)
@@ -178,7 +179,7 @@ class _Run:
             "finished": False,
             "wall_seconds": 0.0,
             "peak_memory_bytes": 0,
-            "environment": environment(),
+            "environment": {**environment(), "sharded": runtime.shards},
             "steps": [],
             "candidates": {},
             "win_rates": [],
@@ -224,7 +225,10 @@ class _Run:
         if self.runtime.is_main:  # left by a run that was cut off between publishing and clearing away
             self._clear(_work_folder(self.home, planned.fingerprint))
         if planned.record is not None:
-            return StepResult(planned.record, planned.record.manifest["metrics"])
+            record, name = planned.record, self.recipe.model_name(step)
+            if record.name != name:
+                record = self.runtime.decide(lambda: self.registry.adopt(record, name))
+            return StepResult(record, record.manifest["metrics"])
         kept = self.runtime.decide(lambda: load_result(self.home, str(planned.fingerprint))) or {}
         if self.runtime.is_main:
             restore_files(self.home, planned.fingerprint, self.folder / step.name)
@@ -322,6 +326,7 @@ class _Run:
                 "reused": planned.action == "reuse",
                 "action": planned.action,
                 "reason": planned.reason,
+                "fingerprint": planned.fingerprint,
                 "settings": settings_of(step.config),
                 "metrics": {**(model.manifest["metrics"] if model is not None else {}), **result.metrics},
             }

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from stages.config import DataField, DataSource, GenerationSettings, ModelField, ModelInput, StepConfig, Strict
 from stages.errors import DataError, ModelError
 from stages.rewards.config import RewardInput, check_names, reward_model_inputs
+from stages.tasks import TaskField
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,6 +67,9 @@ class EvaluationConfig(StepConfig):
     kl_reference: str | None = Field(None, description="Candidate to which every other's KL per completion is measured.")
     perplexity: DataField | None = Field(None, description="Held-out texts on which each candidate's perplexity is measured.")
     perplexity_block_size: int = Field(128, ge=2, description="Tokens of context for the perplexity.")
+    tasks: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], TaskField] = Field(
+        {}, description="Small tasks by name, scored by the likelihood of each choice: {facts: world:tasks/facts/heldout}."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> EvaluationConfig:
@@ -87,7 +91,9 @@ class EvaluationConfig(StepConfig):
                 inputs[f"candidates.{name}.few_shot.data"] = candidate.few_shot.data
         if self.exclude is not None:
             inputs["exclude"] = self.exclude
-        return inputs if self.perplexity is None else {**inputs, "perplexity": self.perplexity}
+        if self.perplexity is not None:
+            inputs["perplexity"] = self.perplexity
+        return {**inputs, **{f"tasks.{name}.data": task.data for name, task in self.tasks.items()}}
 
     def check_data(self) -> None:
         """Raise DataError for data this stage cannot use; no model is loaded."""
@@ -96,6 +102,8 @@ class EvaluationConfig(StepConfig):
             if candidate.few_shot is not None:
                 few_shot_examples(candidate.few_shot, 0)
         _texts(self)
+        for task in self.tasks.values():
+            task.load()
 
     def load_prompts(self) -> list[Prompt]:
         """The held-out prompts, each once. Raises DataError where ``exclude`` leaves none."""
@@ -121,6 +129,7 @@ class Answers:
     stopped: list[bool]
     perplexity: float | None = None
     bits_per_byte: float | None = None
+    tasks: dict[str, dict[str, float | int]] = field(default_factory=dict)  # by name, as TaskResult
     kl: list[float] | None = None  # nats per completion to the reference
     scores: dict[str, list[float]] = field(default_factory=dict)  # by judge
 
@@ -130,13 +139,15 @@ def run(config: EvaluationConfig, context: StepContext) -> StepResult:
     from stages.report.page import write_page
     from stages.report.results import compare, evaluation_table, verdict
     from stages.runtime import StepResult
+    from stages.tasks import task_table
 
     prompts = [prompt for prompt in config.load_prompts() for _ in range(config.samples_per_prompt)]
     prompts, shown = _rendered(config, context, prompts)
-    answers = {}
+    answers: dict[str, Answers] = {}
     for name in config.candidates:
         context.runtime.console.print(f"{context.name}: {name} answers {len(prompts)} prompts")
-        answers[name] = _answer(config, context, name, shown[name])
+        twin = next((answers[other] for other in answers if _same_model(context, name, other)), None)
+        answers[name] = _answer(config, context, name, shown[name], twin)
     if config.kl_reference is not None:
         _measure_kl(config, context, answers)
     _judge(config, context, prompts, answers)
@@ -146,6 +157,8 @@ def run(config: EvaluationConfig, context: StepContext) -> StepResult:
     outcome = compare(answers, judges, models, samples_per_prompt=config.samples_per_prompt)
     for table in evaluation_table(outcome, judges):
         context.runtime.console.print(table)
+    if (tasks := task_table(outcome.candidates)) is not None:
+        context.runtime.console.print(tasks)
     context.runtime.console.print(verdict(outcome, judges), style="bold")
     if context.runtime.is_main:
         _write_completions(config, context, prompts, answers)
@@ -233,8 +246,17 @@ def _loaded(config: EvaluationConfig, context: StepContext, name: str) -> Iterat
         gc.collect()
 
 
-def _answer(config: EvaluationConfig, context: StepContext, name: str, prompt_ids: list[list[int]]) -> Answers:
-    """Completions of one candidate; the prompts are shared out among the processes."""
+def _same_model(context: StepContext, one: str, other: str) -> bool:
+    """Whether two candidates are one model, asked in different ways."""
+    models = [context.models[f"candidates.{name}"] for name in (one, other)]
+    settings = [model.input.model_dump(exclude={"ref"}) for model in models]
+    return models[0].digest == models[1].digest and settings[0] == settings[1]
+
+
+def _answer(
+    config: EvaluationConfig, context: StepContext, name: str, prompt_ids: list[list[int]], twin: Answers | None = None
+) -> Answers:
+    """Completions of one candidate; each process answers its share. ``twin``: answers of the same model, otherwise asked."""
     from accelerate.utils import gather_object
 
     from stages.generation import decode_completions, ending_tokens, episode_seed, generate
@@ -267,9 +289,21 @@ def _answer(config: EvaluationConfig, context: StepContext, name: str, prompt_id
         few_shot = config.candidates[name].few_shot
         completions = [row[1] if few_shot is None else row[1].split(few_shot.stop)[0].strip() for row in gathered]
         answers = Answers(completions, prompt_ids, [row[2] for row in gathered], [row[3] for row in gathered], [row[4] for row in gathered])
+        if twin is not None:  # what is measured on plain text does not depend on how the prompts are put
+            answers.perplexity, answers.bits_per_byte, answers.tasks = twin.perplexity, twin.bits_per_byte, twin.tasks
+            return answers
         if config.perplexity is not None:
             answers.perplexity, answers.bits_per_byte = _perplexity(config, context, model, tokenizer)
+        answers.tasks = _tasks(config, context, model, tokenizer)
     return answers
+
+
+def _tasks(config: EvaluationConfig, context: StepContext, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
+    from stages.tasks import measure_task
+
+    runtime = context.runtime
+    shares = {"process_index": runtime.process_index, "num_processes": runtime.num_processes, "batch_size": config.generation.batch_size}
+    return {name: measure_task(model, tokenizer, task.load(), task, **shares).as_json() for name, task in config.tasks.items()}
 
 
 def _texts(config: EvaluationConfig) -> list[str]:

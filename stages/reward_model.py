@@ -150,6 +150,7 @@ class Attempt:
 def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     """Train, normalise, publish; with held-out accuracy and calibration before and after."""
     from stages.checkpoints import load_tensors
+    from stages.models.sharding import whole
     from stages.rewards.learned import score_rows
     from stages.runtime import StepResult
     from stages.training import gathered_weights, publish_best
@@ -173,7 +174,8 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     def normalise(model: RewardModel) -> tuple[float, float]:
         """(gain, standard deviation of the scores before it)."""
         rows = _encode_pairs(texts, tokenizer, max_length)
-        scores = score_rows(rows, _inference(model.eval()), **scoring, device=context.runtime.device).double()
+        with whole(model):
+            scores = score_rows(rows, _inference(model.eval()), **scoring, device=context.runtime.device).double()
         mean, deviation = float(scores.mean()), float(scores.std(correction=0))
         if config.normalization.to == "standardize":
             return model.standardize(mean, deviation), deviation
@@ -431,6 +433,7 @@ def measure(
     model: RewardModel, comparisons: Sequence[EncodedComparison], *, pad_token_id: int, batch_size: int, gain: float = 1.0
 ) -> dict[str, Any]:
     """How well the model's scores agree with held-out comparisons (stages.preferences)."""
+    from stages.models.sharding import whole
     from stages.preferences import agreement
     from stages.rewards.learned import score_rows
 
@@ -439,6 +442,7 @@ def measure(
     training = model.training
     model.eval()
     rows = [row for item in comparisons for row in item.rows]
-    scores = score_rows(rows, _inference(model), pad_token_id, batch_size, device=next(model.parameters()).device)
+    with whole(model):
+        scores = score_rows(rows, _inference(model), pad_token_id, batch_size, device=next(model.parameters()).device)
     model.train(training)
     return agreement(scores, comparisons, gain=gain)

@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -65,6 +65,25 @@ def is_short_of_processes() -> bool:
 def environment_without_launcher() -> dict[str, str]:
     """The environment less what a launcher set, for another launcher to begin from."""
     return {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "MASTER_", "KMP_"))}
+
+
+def _takes_sharding_over() -> bool:
+    """Whether an accelerate config asked for FSDP2. It is then our own affair (models/sharding.py), on CPUs as well as on GPUs.
+
+    Raises LaunchError for what is not offered.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+        return False
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise LaunchError("FSDP of version 1 was asked for; write fsdp_version: 2 into the accelerate config")
+    for option, advice in (
+        ("FSDP_OFFLOAD_PARAMS", "leave it out"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "write training: {gradient_checkpointing: true} into the step instead"),
+    ):
+        if os.environ.get(option, "").lower() == "true":
+            raise LaunchError(f"{option.lower()} in the accelerate config is not offered here; {advice}")
+    del os.environ["ACCELERATE_USE_FSDP"]
+    return launched_processes() > 1
 
 
 def has_launcher() -> bool:
@@ -118,6 +137,11 @@ class ResolvedModel:
     input: ModelInput
     record: ModelRecord | None = None
 
+    def with_quantization(self, other: ModelInput) -> ResolvedModel:
+        """The same model, to be loaded quantized as ``other`` is."""
+        fields = {"quantization": other.quantization, "double_quantization": other.double_quantization}
+        return replace(self, input=self.input.model_copy(update=fields))
+
 
 @dataclass
 class StepResult:
@@ -148,6 +172,8 @@ class Runtime:
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         # Wide enough for tables when the output is a file: rich would otherwise fold at 80 columns.
         width = None if sys.stdout.isatty() else 140
+        self.shards = _takes_sharding_over()
+        self.uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
         self.console = Console(quiet=quiet or not self.is_main, width=width, highlight=False)
         self.stop = StopRequest()
 

@@ -299,12 +299,14 @@ def predict(model: Any, rows: Sequence[dict[str, Any]], pad_token_id: int, batch
     """Class probabilities [N, C], on the CPU; the model's mode is left as it was."""
     import torch
 
+    from stages.models.sharding import whole
+
     collate = _Collator(pad_token_id)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
     probabilities: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     training = model.training
     model.eval()
-    with torch.inference_mode():
+    with whole(model), torch.inference_mode():
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
             batch = {name: value.to(model.device) for name, value in collate([rows[place] for place in places]).items() if name != "labels"}

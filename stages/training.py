@@ -27,6 +27,7 @@ from stages.checkpoints import (
 )
 from stages.config import CheckpointedStepConfig, OptimizerSettings, TrainingStepConfig
 from stages.errors import RecipeError, TrainingError
+from stages.models.sharding import clip_gradients, grouped, reduce_gradients, shard, whole, whole_state_dict
 
 if TYPE_CHECKING:
     from stages.runtime import ProgressBar, StepContext
@@ -169,8 +170,29 @@ def exact(kind: type[Any]) -> type[Any]:
             batch["labels"] = torch.full_like(batch["labels"], IGNORED)
             return batch
 
+        # Sharding
+
+        def create_optimizer(self, model: Any = None) -> Any:
+            made = super().create_optimizer(model)
+            if self.is_distributed_loading_by_transformers:
+                groups = [{**group, **side} for group in made.param_groups for side in grouped(group["params"])]
+                made.param_groups[:] = groups
+            return made
+
+        def _sync_replicated_trainable_parameters(self, model: Any) -> None:
+            """Nothing yet: processes begin with equal weights, and gradients are averaged before the step."""
+
+        def _clip_grad_norm(self, model: Any) -> Any:
+            if not self.is_distributed_loading_by_transformers:
+                return super()._clip_grad_norm(model)
+            reduce_gradients(model, average=True)
+            return torch.tensor(clip_gradients(list(model.parameters()), self.args.max_grad_norm))
+
         def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
             """Called before every optimizer step. Raises TrainingError for a gradient that is no number; the weights are as before it."""
+            if grad_norm is None and self.is_distributed_loading_by_transformers:
+                reduce_gradients(model, average=True)
+                grad_norm = torch.tensor(clip_gradients(list(model.parameters()), None))
             norm = super()._get_grad_norm(model, grad_norm=grad_norm)
             scaled = self.accelerator.scaler is not None  # fp16 meets infinity now and then, and skips the step
             if norm is not None and not scaled and not math.isfinite(float(norm)):
@@ -202,9 +224,9 @@ def exact(kind: type[Any]) -> type[Any]:
                 if self.is_deepspeed_enabled:
                     self.model_wrapped.save_checkpoint(str(folder))
                 else:
-                    parameters = trainable(self.accelerator.unwrap_model(self.model))
+                    parameters = self._trainable()
                     save_tensors(parameters, folder / "weights.safetensors", write=is_main)
-                    save_optimizer(self.optimizer, folder / "optimizer.safetensors", write=is_main)
+                    save_optimizer(self.optimizer, parameters, folder / "optimizer.safetensors", write=is_main)
                 save_generators(folder, self.runtime)
                 if is_main:
                     (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
@@ -214,15 +236,16 @@ def exact(kind: type[Any]) -> type[Any]:
             self.score = None
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            load_tensors(
-                trainable(self.accelerator.unwrap_model(model or self.model)), Path(resume_from_checkpoint) / "weights.safetensors"
-            )
+            load_tensors(self._trainable(), Path(resume_from_checkpoint) / "weights.safetensors")
+
+        def _trainable(self) -> dict[str, torch.nn.Parameter]:
+            return trainable(self.accelerator.unwrap_model(self.model))
 
         def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
             if checkpoint is None:
                 return
             if not self.is_deepspeed_enabled:
-                load_optimizer(self.optimizer, Path(checkpoint) / "optimizer.safetensors")
+                load_optimizer(self.optimizer, self._trainable(), Path(checkpoint) / "optimizer.safetensors")
             self.lr_scheduler.load_state_dict(self._read_state(checkpoint)["scheduler"])
             self._resumed_from, self._awaits_generators = checkpoint, True
 
@@ -290,6 +313,9 @@ def train(
     found = trainer.checkpoints.newest()
     checkpoint = str(found.path) if found is not None else None
     trainer.context, context.recorded = context, []
+    if runtime.shards:
+        shard(trainer.model, add_up=False)
+        trainer.is_distributed_loading_by_transformers = True  # so that the Trainer does not wrap it once more
     if found is None:
         runtime.seed_everything(trainer.args.seed + PROCESS_SEEDS * runtime.process_index)  # dropout differs from process to process
     for callback in (PrinterCallback, ProgressCallback):
@@ -351,7 +377,8 @@ def _step_callback(
                 runtime.stop.ask(int(stop))
                 control.should_training_stop = True
             if trainer.checkpoints.keep_best and measure is not None and self._is_measured(state):
-                score = -measure()
+                with whole(trainer.model):
+                    score = -measure()
                 if trainer.checkpoints.wants(score):
                     trainer.score, control.should_save = score, True
 
@@ -381,7 +408,7 @@ def best_weights(trainer: Any) -> Iterator[dict[str, float] | None]:
     if best is None:
         yield None
         return
-    parameters = trainable(trainer.accelerator.unwrap_model(trainer.model))
+    parameters = trainer._trainable()
     last = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     trainer.load_weights(best)
     state = json.loads((best.path / "trainer_state.json").read_text(encoding="utf-8"))
@@ -415,7 +442,7 @@ def publish_best(
 
 
 def gathered_weights(trainer: Any) -> dict[str, torch.Tensor] | None:
-    """All weights on rank zero where they are sharded over processes (FSDP, ZeRO); None where the model has them. Call on every process."""
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    """All weights where they are sharded over processes (FSDP, ZeRO); None where the model has them. Call on every process."""
+    if trainer.is_deepspeed_enabled:
         return trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    return None
+    return whole_state_dict(trainer.model)

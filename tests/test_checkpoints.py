@@ -146,15 +146,29 @@ def test_optimizers_round_trip_with_their_settings(tmp_path: Path) -> None:
     weight.grad = torch.arange(4.0)
     optimizer.step()
     optimizer.param_groups[0]["lr"] = 0.25  # a schedule's work
-    save_optimizer(optimizer, tmp_path / "o.safetensors")
+    save_optimizer(optimizer, {"w": weight}, tmp_path / "o.safetensors")
     other_weight, other = made()
-    load_optimizer(other, tmp_path / "o.safetensors")
+    load_optimizer(other, {"w": other_weight}, tmp_path / "o.safetensors")
+    with pytest.raises(ModelError, match="of other parameters"):
+        load_optimizer(other, {"v": other_weight}, tmp_path / "o.safetensors")
     assert other.param_groups[0]["lr"] == 0.25 and other.param_groups[0]["betas"] == (0.8, 0.9)
     other_weight.data.copy_(weight.data)
     for tensor, stepped in ((weight, optimizer), (other_weight, other)):
         tensor.grad = torch.ones(4)
         stepped.step()
     assert torch.equal(weight, other_weight)
+
+
+def test_optimizers_are_read_into_another_order_and_other_groups(tmp_path: Path) -> None:
+    one, two = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    optimizer = torch.optim.AdamW([one, two], lr=0.5)
+    one.grad, two.grad = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    optimizer.step()
+    save_optimizer(optimizer, {"one": one, "two": two}, tmp_path / "o.safetensors")
+    other = torch.optim.AdamW([{"params": [two]}, {"params": [one]}], lr=0.1)
+    load_optimizer(other, {"two": two, "one": one}, tmp_path / "o.safetensors")
+    assert torch.equal(other.state[two]["exp_avg"], optimizer.state[two]["exp_avg"])
+    assert [group["lr"] for group in other.param_groups] == [0.5, 0.5]
 
 
 def test_random_streams_round_trip_through_json(runtime: Runtime) -> None:

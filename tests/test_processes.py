@@ -114,6 +114,9 @@ TWO = (sys.executable, "-m", "stages.launching", "--cpu", "--num_processes", "2"
 TWO_BY_ACCELERATE = (str(ACCELERATE), "launch", "--cpu", "--num_processes", "2")
 
 
+SHARDED = (sys.executable, "-m", "stages.launching", "--config_file", str(REPOSITORY / "recipes" / "accelerate" / "fsdp2.yaml"))
+
+
 @pytest.fixture(scope="module")
 def alone(place: Path) -> Path:
     done = start(place, "alone", *ONE)
@@ -152,6 +155,18 @@ def test_two_processes_make_the_updates_of_one(alone: Path, pair: Path) -> None:
     assert_same_updates(alone, pair, "sft", tolerance=2e-5)
     assert_same_updates(alone, pair, "preference", tolerance=1e-4)
     assert_same_updates(alone, pair, "aligned", tolerance=5e-4)
+
+
+def test_sharded_over_two_processes_the_updates_are_the_same(place: Path, alone: Path) -> None:
+    """FSDP2 over gloo, by the accelerate config that ships; sampling does not wait for the other process, so it cannot hang."""
+    done = start(place, "sharded", *SHARDED)
+    assert done.returncode == 0, done.stderr
+    home = place / "sharded"
+    summary = json.loads((home / "runs" / "pair" / "latest" / "summary.json").read_text())
+    assert summary["environment"]["sharded"] and summary["environment"]["num_processes"] == 2
+    assert_same_updates(alone, home, "sft", tolerance=2e-5)
+    assert_same_updates(alone, home, "preference", tolerance=1e-4)
+    assert_same_updates(alone, home, "aligned", tolerance=5e-4)
 
 
 def test_there_is_one_summary_and_one_version_of_each_model(pair: Path) -> None:

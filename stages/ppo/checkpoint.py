@@ -114,7 +114,7 @@ class RunKeeper:
             for name, network in self.networks.items():
                 save_tensors(trainable(network), folder / f"{name}.safetensors", write=is_main)
             for name, optimizer in self.optimizers.items():
-                save_optimizer(optimizer, folder / f"{name}-optimizer.safetensors", write=is_main)
+                save_optimizer(optimizer, trainable(self.networks[name]), folder / f"{name}-optimizer.safetensors", write=is_main)
             if self.average is not None:
                 save_tensors(self.average.weights, folder / "average.safetensors", write=is_main)
             save_generators(folder, self.runtime)
@@ -145,7 +145,7 @@ class RunKeeper:
             return None
         self.load_weights(found)
         for name, optimizer in self.optimizers.items():
-            load_optimizer(optimizer, found.path / f"{name}-optimizer.safetensors")
+            load_optimizer(optimizer, trainable(self.networks[name]), found.path / f"{name}-optimizer.safetensors")
         load_generators(found.path, self.runtime)
         rollout = load_rollout(found.path) if (found.path / "rollout.json").exists() else None
         content |= {"history": RunHistory(history), "rollout": rollout, "progress": UpdateProgress(**content["progress"])}

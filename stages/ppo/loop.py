@@ -15,6 +15,7 @@ import torch
 from stages.checkpoints import generator_states, set_generator_states
 from stages.errors import DataError, Stopped, TrainingError
 from stages.generation import episode_seed
+from stages.models.sharding import grouped, whole_state_dict
 from stages.numerics.comparing import repeated_ngrams
 from stages.numerics.kl import AdaptiveKLController, FixedKLController
 from stages.ppo.checkpoint import RunHistory, RunKeeper, RunState
@@ -39,13 +40,16 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
 
     runtime = context.runtime
     roles = load_roles(config, context)
-    sources = {"device": runtime.device, "dtype": runtime.dtype(config.precision)}
+    dtype = runtime.dtype(config.precision)
+    sources: dict[str, Any] = {
+        "device": runtime.device, "dtype": dtype, "load": lambda model: roles.load_reward_model(model, dtype=dtype)
+    }  # fmt: skip
     reward = build_reward(config.reward, context.models, "reward", **sources)
     monitors = build_reward(config.monitors, context.models, "monitors", **sources)
     prompts = _load_prompts(config, context, roles)
     parameters = {name: [parameter for _, parameter in trainable(network)] for name, network in roles.networks().items()}
-    optimizers = {name: make_optimizer(group, config.training) for name, group in parameters.items()}
-    average = WeightAverage(roles.policy.model, config.ema_decay) if config.ema_decay is not None else None
+    optimizers = {name: make_optimizer(grouped(group), config.training) for name, group in parameters.items()}
+    average = WeightAverage(roles.networks()["policy"], config.ema_decay) if config.ema_decay is not None else None
     updater = Updater(
         roles,
         optimizers,
@@ -149,7 +153,7 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
     if average is not None:
         if config.publish_last:
             _publish_policy(config, context, roles, {}, f"{context.name}-last")
-        average.copy_to(roles.policy.model)
+        average.copy_to(roles.networks()["policy"])
     summary = {**_summary(history, config, updater), "alarms": health.summary()}
     _report(context, summary)
     if config.publish_value and roles.value is not None:
@@ -356,10 +360,9 @@ def _report(context: StepContext, summary: dict[str, Any]) -> None:
 def _publish_policy(
     config: PPOStepConfig, context: StepContext, roles: Roles, metrics: dict[str, Any], name: str | None = None
 ) -> ModelRecord:
-    from stages.models.loading import save_model
-
+    weights = whole_state_dict(roles.policy.model)
     return context.publish(
-        lambda folder: save_model(roles.policy.model, roles.tokenizer, folder),
+        lambda folder: roles.save_policy(folder, weights),
         role="language_model",
         metrics=metrics,
         base=context.models["policy"] if config.lora is not None else None,
@@ -369,25 +372,24 @@ def _publish_policy(
 
 def _publish_best(config: PPOStepConfig, context: StepContext, roles: Roles, keeper: RunKeeper) -> None:
     """The policy of the iteration with the highest mean reward (score less KL penalty), as ``<name>-best``; the last one stays in place."""
-    from stages.models.loading import save_model
-
     best = keeper.checkpoints.best()
     if best is None:
         context.runtime.console.print(f"{context.name}: no whole checkpoint of a best iteration is left; none is published")
         return
-    last = {name: parameter.detach().clone() for name, parameter in trainable(roles.policy.model)}
+    last = {name: parameter.detach().clone() for name, parameter in trainable(roles.networks()["policy"])}
     keeper.load_weights(best)
     if keeper.average is not None:
-        keeper.average.copy_to(roles.policy.model)
+        keeper.average.copy_to(roles.networks()["policy"])
+    weights = whole_state_dict(roles.policy.model)
     context.publish(
-        lambda folder: save_model(roles.policy.model, roles.tokenizer, folder),
+        lambda folder: roles.save_policy(folder, weights),
         role="language_model",
         metrics={"total_mean": best.score, "iteration": json.loads((best.path / "state.json").read_text(encoding="utf-8"))["iteration"]},
         base=context.models["policy"] if config.lora is not None else None,
         name=f"{context.name}-best",
     )
     with torch.no_grad():
-        for name, parameter in trainable(roles.policy.model):
+        for name, parameter in trainable(roles.networks()["policy"]):
             parameter.copy_(last[name])
 
 
@@ -396,8 +398,9 @@ def _publish_value(config: PPOStepConfig, context: StepContext, roles: Roles) ->
     assert value is not None
     places = [place for place in ("value", *reward_model_inputs(config.reward, "reward")) if place in context.models]
     base = context.models[places[0]] if places else context.models["policy"]
+    weights = whole_state_dict(value)
     context.publish(
-        lambda folder: value.save(folder, roles.tokenizer),
+        lambda folder: value.save(folder, roles.tokenizer, state_dict=weights),
         role="value_model",
         metrics={},
         base=base if config.lora is not None else None,

@@ -62,6 +62,8 @@ def _summary(answer: Answers, judges: Sequence[str], model: ResolvedModel) -> di
     }
     if answer.perplexity is not None:
         summary |= {"perplexity": answer.perplexity, "bits_per_byte": answer.bits_per_byte}
+    if answer.tasks:
+        summary["tasks"] = answer.tasks
     if answer.kl is not None:
         summary["kl"] = round(_mean(answer.kl), 6) + 0.0  # no -0.0
     return summary
