@@ -57,7 +57,8 @@ def measure(place: Path, given: dict[str, int], iterations: int) -> dict[str, An
     name = "-".join(map(str, given.values()))
     model = place / f"model-{given['width']}-{given['layers']}"
     parameters = make_model(model, width=given["width"], layers=given["layers"])
-    (place / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{n:03d} " + "a" * (given["prompt"] - 4)}) + "\n" for n in range(128)))
+    rows = [{"prompt": f"{number:03d} " + "a" * (given["prompt"] - 4)} for number in range(128)]
+    (place / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     step = {
         "stage": "ppo", "name": "aligned", "precision": "fp32", "policy": str(model), "value": "policy", "data": "prompts.jsonl",
         "reward": [{"function": "scale_reward:score"}], "generation": {"max_new_tokens": given["response"], "ignore_eos": True},
