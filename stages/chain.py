@@ -4,6 +4,7 @@
     <home>/runs/<recipe>/<UTC time>/<step>/   metrics and samples of a step; summary.json beside; ``latest`` links to the newest run
     <home>/work/<fingerprint>/                checkpoints of a step under way; gone once it is done
     <home>/results/<fingerprint>/             what steps found that make no model
+    <home>/cache/plan.json                    what planning found out before; may be deleted
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.table import Table
 
 from stages.config import ModelInput
-from stages.contents import digest_folder
+from stages.contents import digest_folder, remembering
 from stages.errors import RegistryError
 from stages.fingerprints import fingerprint_of, parts_of, settings_of, why
 from stages.recipe import STAGES, Recipe, RecipeStep, Reference, data_inputs, load_object
@@ -73,11 +75,12 @@ def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]
     registry = open_registry(home)
     made: dict[str, ModelRecord | None] = {}
     plans = []
-    for step in recipe.steps:
-        plans.append(plan_step(recipe, step, home, registry, made))
-        made[step.name] = plans[-1].record
-        if plans[-1].action != "reuse" and (download or not on_hub(step)):
-            recipe.check_data(step)
+    with remembering(home / "cache" / "plan.json") as memo:
+        for step in recipe.steps:
+            plans.append(plan_step(recipe, step, home, registry, made))
+            made[step.name] = plans[-1].record
+            if plans[-1].action != "reuse" and (download or not on_hub(step)):
+                memo.passes(fingerprint_of(parts_of(step, {})), partial(recipe.check_data, step))
     return plans
 
 
@@ -185,7 +188,7 @@ class _Run:
             "finished": False,
             "wall_seconds": 0.0,
             "peak_memory_bytes": 0,
-            "environment": environment(),
+            "environment": {**environment(), "sharded": runtime.shards},
             "steps": [],
             "candidates": {},
             "win_rates": [],
@@ -201,7 +204,8 @@ class _Run:
         began = time.monotonic()
         if planned.fingerprint is None:
             # What came before is done now: the inputs are known, and may have come out as they were.
-            planned = self.runtime.decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
+            with remembering(self.home / "cache" / "plan.json"):
+                planned = self.runtime.decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
         if planned.action == "reuse":
             result = self._reuse(step, planned)
         else:
@@ -244,6 +248,7 @@ class _Run:
         assert planned.fingerprint is not None
         work = _work_folder(self.home, planned.fingerprint)
         with self._held(work):
+            # Now for certain: every byte of the inputs is read.
             planned = self.runtime.decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
             if planned.action == "reuse":
                 return planned, self._reuse(step, planned)

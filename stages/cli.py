@@ -54,6 +54,8 @@ def reports_errors(command: Command) -> Command:
 
     @wraps(command)
     def wrapped(*arguments: Any, **options: Any) -> Any:
+        from stages import runtime
+
         try:
             return command(*arguments, **options)
         except Exception as error:
@@ -62,7 +64,7 @@ def reports_errors(command: Command) -> Command:
             explained = _explained(error)
             if explained is None:
                 raise
-            _say(f"error: {explained}", patience=2 if explained is error else 5)
+            _say(f"error: {explained}", is_echo=runtime.lost_the_others(error))
             _end(explained.exit_status, error)
 
     return wrapped  # type: ignore[return-value]
@@ -90,14 +92,14 @@ def _end(status: int, cause: BaseException) -> NoReturn:
     raise typer.Exit(status) from cause
 
 
-def _say(message: str, *, patience: float) -> None:
+def _say(message: str, *, is_echo: bool) -> None:
     """Show a message; under several processes once where all have the same: the first shows it, and its end ends those who wait."""
     from stages import runtime
 
-    if runtime.launched_rank() > 0:
-        time.sleep(patience)
-        message = f"process {runtime.launched_rank()}: {message}"
-    runtime.print_error(message)
+    rank = runtime.launched_rank()
+    if is_echo or rank > 0:  # of another process's end, which has said why itself; or of the same error on rank zero
+        time.sleep(5 if is_echo else 2)
+    runtime.print_error(f"process {rank}: {message}" if rank > 0 else message)
 
 
 def _home(home: Path | None) -> Path:
@@ -133,9 +135,13 @@ def root(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
     """Chains of training stages: from raw text to an aligned language model."""
-    # A recipe may name functions (package.module:function) beside it; the `stages` script, unlike `python -m`, does not look there.
+    from stages.runtime import protect_secrets
+
+    protect_secrets()
+    # A recipe may name functions (package.module:function) beside it; the `stages` script, unlike `python -m`, does not look there. Last:
+    # a file that happens to lie here must not stand in for an installed package.
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
 
 
 @app.command()

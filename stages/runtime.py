@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from stages import redaction
 from stages.config import ModelInput
 from stages.errors import LaunchError, StagesError
 from stages.registry import ModelRecord, Registry
@@ -67,9 +68,34 @@ def environment_without_launcher() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "MASTER_", "KMP_"))}
 
 
+def _takes_sharding_over() -> bool:
+    """Whether an accelerate config asked for FSDP2. It is then our own affair (models/sharding.py), on CPUs as well as on GPUs.
+
+    Raises LaunchError for what is not offered.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+        return False
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise LaunchError("FSDP of version 1 was asked for; write fsdp_version: 2 into the accelerate config")
+    for option, advice in (
+        ("FSDP_OFFLOAD_PARAMS", "leave it out"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "write training: {gradient_checkpointing: true} into the step instead"),
+    ):
+        if os.environ.get(option, "").lower() == "true":
+            raise LaunchError(f"{option.lower()} in the accelerate config is not offered here; {advice}")
+    del os.environ["ACCELERATE_USE_FSDP"]
+    return launched_processes() > 1
+
+
 def has_launcher() -> bool:
     """Whether a launcher (accelerate, torchrun) started this process and waits for it."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_DYNAMO_MODE" in os.environ
+
+
+def protect_secrets() -> None:
+    """Blot the environment's secrets out of what this process prints from now on."""
+    redaction.protect(os.environ)
+    sys.stdout, sys.stderr = redaction.Blotted(sys.stdout), redaction.Blotted(sys.stderr)
 
 
 def command_to_go_on() -> str:
@@ -171,6 +197,8 @@ class Runtime:
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         # Wide enough for tables when the output is a file: rich would otherwise fold at 80 columns.
         width = None if sys.stdout.isatty() else 140
+        self.shards = _takes_sharding_over()
+        self.uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
         self.console = Console(quiet=quiet or not self.is_main, width=width, highlight=False)
         self.stop = StopRequest()
 
@@ -329,10 +357,13 @@ class StepContext:
     fingerprint_parts: dict[str, Any] = field(default_factory=dict)
     recipe_step: dict[str, Any] = field(default_factory=dict)  # the step as resolved
     data_fingerprints: dict[str, str] = field(default_factory=dict)
+    recorded: list[tuple[int, dict[str, float]]] | None = None  # where a training notes what it logs, for a run that goes on after a cut
     _tensorboard: SummaryWriter | None = None
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append metrics (named ``room/name``) to metrics.jsonl and TensorBoard; rank zero only."""
+        if self.recorded is not None:
+            self.recorded.append((step, metrics))
         if not self.runtime.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
