@@ -21,6 +21,7 @@ def test_wilson_interval_of_a_published_example() -> None:
     assert wilson_interval(0, 0) == (0.0, 1.0)
 
 
+@pytest.mark.detail("R17")
 def test_calibration_by_hand() -> None:
     confidence = torch.tensor([0.95, 0.95, 0.65, 0.65])
     correct = torch.tensor([True, True, True, False])
