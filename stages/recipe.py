@@ -38,7 +38,7 @@ STAGES: dict[str, Stage] = {
     "reward_model": Stage("stages.reward_model:RewardModelConfig", "stages.reward_model:run"),
     "sentiment": Stage("stages.sentiment:SentimentConfig", "stages.sentiment:run"),
     "ppo": Stage("stages.ppo.config:PPOStepConfig", "stages.ppo.loop:run"),
-    "evaluation": Stage("stages.evaluation:EvaluationConfig", "stages.evaluation:run", makes_model=False),
+    "evaluation": Stage("stages.evaluation.config:EvaluationConfig", "stages.evaluation.run:run", makes_model=False),
 }
 
 

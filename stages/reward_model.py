@@ -223,7 +223,8 @@ def measure(model: RewardModel, comparisons: Sequence[EncodedComparison], *, pad
     """
     import torch
 
-    from stages.numerics.classification import calibration_bins, expected_calibration_error, wilson_interval
+    from stages.numerics.classification import calibration_bins, expected_calibration_error
+    from stages.numerics.intervals import wilson_interval
     from stages.numerics.ranking import ranking_loss, ranking_pairs
     from stages.rewards.learned import score_rows
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from stages.config import ModelInput
+from stages.errors import RecipeError
 from stages.registry import ModelRecord, Registry
 
 if TYPE_CHECKING:
@@ -33,6 +34,14 @@ if TYPE_CHECKING:
 def default_home() -> Path:
     """The folder under which everything made is kept: ``STAGES_HOME``, else ``outputs``."""
     return Path(os.environ.get("STAGES_HOME") or "outputs")
+
+
+def secret(variable: str) -> str:
+    """The secret in an environment variable; it must never reach a log, a manifest or a report. Raises RecipeError where it is not set."""
+    value = os.environ.get(variable, "")
+    if not value:
+        raise RecipeError(f"the environment variable {variable} is not set; export it, or remove api_key_variable where no key is needed")
+    return value
 
 
 def launched_processes() -> int:
@@ -203,6 +212,11 @@ class StepContext:
             self._tensorboard = SummaryWriter(self.folder / "tensorboard")
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
+
+    @property
+    def cache_folder(self) -> Path:
+        """For what may be lost but is dear to make again; it belongs to the home, not to the step."""
+        return self.registry.root.parent / "cache"
 
     def close(self) -> None:
         if self._tensorboard is not None:

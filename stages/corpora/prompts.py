@@ -19,7 +19,7 @@ def load_prompts(
     prompts: list[Prompt] = []
     seen: set[str] = set()
     for row in read_rows(sources, split=split):
-        prompt = _prompt(row, prompt_words)
+        prompt = prompt_in(row, prompt_words)
         key = repr(prompt)
         if key not in seen:
             seen.add(key)
@@ -29,7 +29,8 @@ def load_prompts(
     return prompts
 
 
-def _prompt(row: Row, words: int | None) -> Prompt:
+def prompt_in(row: Row, words: int | None = None) -> Prompt:
+    """The prompt of a row of any schema that has one; ``words``: the first so many of its text. Raises DataError where it has none."""
     if words is not None:
         column = "text" if "text" in row else "prompt"
         return " ".join(text_of(row, column).replace("<br />", " ").split()[:words])
