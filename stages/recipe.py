@@ -37,6 +37,7 @@ STAGES: dict[str, Stage] = {
     "sft": Stage("stages.sft:SFTStepConfig", "stages.sft:run"),
     "reward_model": Stage("stages.reward_model:RewardModelConfig", "stages.reward_model:run"),
     "sentiment": Stage("stages.sentiment:SentimentConfig", "stages.sentiment:run"),
+    "dpo": Stage("stages.dpo:DPOStepConfig", "stages.dpo:run"),
     "ppo": Stage("stages.ppo.config:PPOStepConfig", "stages.ppo.loop:run"),
     "evaluation": Stage("stages.evaluation.config:EvaluationConfig", "stages.evaluation.run:run", makes_model=False),
 }
