@@ -16,7 +16,7 @@ usage: ./launch.sh RECIPE [step.field=value ...] [--home DIR] [accelerate option
 
 The first start makes .venv and installs everything (torch for the GPU where nvidia-smi finds one, else for the CPU).
 accelerate options, before or after the recipe:
-  --num_processes N     processes (on a CPU, torchrun starts them: accelerate launch would start one)
+  --num_processes N     processes, on GPUs or CPUs
   --config_file FILE    an accelerate config, e.g. recipes/accelerate/ddp.yaml
   and any other --option=value of `accelerate launch`, written with an equals sign
 HELP
@@ -111,17 +111,14 @@ run_recipe() {
     [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--num_processes $processes: expected a whole number from 1"
     threads=$(($(cores) / processes))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-    if has_gpu; then
-        if [[ $processes != 1 || ${#launcher[@]} == 0 ]]; then launcher+=(--num_processes "$processes"); fi
-        exec "$venv/bin/accelerate" launch "${launcher[@]}" -m stages run "${arguments[@]}"
+    if ((processes == 1 && ${#launcher[@]} == 0)); then
+        # One process needs no launcher: signals and the exit status are its own.
+        exec "$venv/bin/python" -m stages run "${arguments[@]}"
     fi
-    if ((processes > 1)); then
-        # On a CPU without MPI `accelerate launch --num_processes 2` starts one process and says nothing; torchrun starts them all.
-        ((${#launcher[@]} == 0)) || fail "on a CPU, --num_processes $processes goes without other accelerate options (torchrun starts the processes)"
-        exec "$venv/bin/python" -m torch.distributed.run --standalone --nproc_per_node "$processes" -m stages run "${arguments[@]}"
-    fi
-    if ((${#launcher[@]} == 0)); then launcher=(--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process "$OMP_NUM_THREADS"); fi
-    exec "$venv/bin/accelerate" launch "${launcher[@]}" -m stages run "${arguments[@]}"
+    # accelerate launch, with every process that was asked for (on a CPU it would start one), its exit status, and signals passed on.
+    if ((processes > 1)); then launcher+=(--num_processes "$processes"); fi
+    if ! has_gpu && [[ " ${launcher[*]} " != *" --config_file "* ]]; then launcher+=(--cpu); fi
+    exec "$venv/bin/python" -m stages.launching "${launcher[@]}" -m stages run "${arguments[@]}"
 }
 
 main() {
@@ -137,6 +134,9 @@ main() {
         exec "$venv/bin/python" -m pytest "$@"
         ;;
     run | *.yaml | *.yml | -*)
+        # What a run that was stopped tells to type again.
+        STAGES_COMMAND="$0$(printf ' %q' "$@")"
+        export STAGES_COMMAND
         if [[ $1 == run ]]; then shift; fi
         local argument
         for argument in "$@"; do

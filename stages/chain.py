@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -28,12 +28,13 @@ from rich.table import Table
 
 from stages.config import ModelInput
 from stages.contents import digest_folder
-from stages.errors import RegistryError, StagesError
+from stages.errors import RegistryError
 from stages.fingerprints import fingerprint_of, parts_of, settings_of, why
 from stages.recipe import STAGES, Recipe, RecipeStep, Reference, load_object
-from stages.registry import ModelRecord, Registry, installed_packages, write_json
+from stages.registry import ModelRecord, Registry, installed_packages
 from stages.results import last_result, load_result, restore_files, save_result
 from stages.runtime import ResolvedModel, Runtime, StepContext, StepResult, launched_processes
+from stages.storage import write_json
 
 T = TypeVar("T")
 ACTION_STYLES = {"reuse": "green", "run": "yellow", "resume": "cyan"}
@@ -162,12 +163,12 @@ class _Run:
         self.registry = open_registry(home)
         self.began = time.monotonic()
         self.made: dict[str, ModelRecord | None] = {}
-        self.plans: list[StepPlan] = self._decide(lambda: plan(recipe, home))
-        self.folder: Path = self._decide(self._new_run_folder)
-        self.reports: list[Path] = []
+        self.plans: list[StepPlan] = self.runtime.decide(lambda: plan(recipe, home))
+        self.folder: Path = self.runtime.decide(self._new_run_folder)
         self.summary: dict[str, Any] = {
             "recipe": recipe.name,
             "recipe_file": recipe.source.file,
+            "description": recipe.description,
             "seed": recipe.seed,
             "overrides": list(recipe.source.overrides.values()),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -190,7 +191,7 @@ class _Run:
         began = time.monotonic()
         if planned.fingerprint is None:
             # What came before is done now: the inputs are known, and may have come out as they were.
-            planned = self._decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
+            planned = self.runtime.decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
         if planned.action == "reuse":
             result = self._reuse(step, planned)
         else:
@@ -208,9 +209,22 @@ class _Run:
         self._write_summary()
         console = self.runtime.console
         console.print(f"{self.recipe.name} finished in {self.summary['wall_seconds']:.1f} s: {_shown(self.folder / 'summary.json')}")
-        for report in self.reports:
-            console.print(f"The report: {_shown(report)}", style="bold", soft_wrap=True)
+        if self.runtime.is_main and self.summary["candidates"]:
+            self._write_report()
         return self.summary
+
+    def _write_report(self) -> None:
+        """The page of the run. What was made is safe by now: a page that fails must not make the run fail."""
+        from stages.report.page import write_report
+        from stages.report.run_folder import read_run
+
+        try:
+            page = write_report(read_run(self.folder))
+        except Exception as error:
+            again = f"stages report {_shown(self.folder)} --debug"
+            self.runtime.console.print(f"The report could not be written ({type(error).__name__}: {error}); try `{again}`", style="yellow")
+        else:
+            self.runtime.console.print(f"The report: {_shown(page)}", style="bold", soft_wrap=True)
 
     # One step
 
@@ -218,11 +232,11 @@ class _Run:
         assert planned.fingerprint is not None
         if self.runtime.is_main:  # left by a run that was cut off between publishing and clearing away
             self._clear(_work_folder(self.home, planned.fingerprint))
-        if planned.record is not None:
-            return StepResult(planned.record, planned.record.manifest["metrics"])
-        kept = self._decide(lambda: load_result(self.home, str(planned.fingerprint))) or {}
         if self.runtime.is_main:
             restore_files(self.home, planned.fingerprint, self.folder / step.name)
+        if planned.record is not None:
+            return StepResult(planned.record, planned.record.manifest["metrics"])
+        kept = self.runtime.decide(lambda: load_result(self.home, str(planned.fingerprint))) or {}
         return StepResult(None, kept["metrics"], kept["evaluation"])
 
     def _run_alone(self, step: RecipeStep, planned: StepPlan) -> tuple[StepPlan, StepResult]:
@@ -230,14 +244,13 @@ class _Run:
         assert planned.fingerprint is not None
         work = _work_folder(self.home, planned.fingerprint)
         with self._held(work):
-            planned = self._decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
+            planned = self.runtime.decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
             if planned.action == "reuse":
                 return planned, self._reuse(step, planned)
             self.runtime.console.rule(f"[bold]{step.name}[/] ({step.stage}): {planned.action}, {planned.reason}", align="left")
             result = self._run_stage(step, planned, work)
             if self.runtime.is_main:
-                if result.model is None:
-                    self._keep(step, planned, result)
+                self._keep(step, planned, result)
                 self._clear(work)
             self.runtime.wait_for_everyone()
         return planned, result
@@ -316,16 +329,17 @@ class _Run:
                 "reused": planned.action == "reuse",
                 "action": planned.action,
                 "reason": planned.reason,
+                "inputs": planned.inputs,
+                "data": planned.parts.get("data", {}),
+                "peak_memory_bytes": self.runtime.measure_peak_memory(),  # of the process so far
                 "settings": settings_of(step.config),
+                "config": step.config.model_dump(mode="json"),
                 "metrics": {**(model.manifest["metrics"] if model is not None else {}), **result.metrics},
             }
         )
         if result.evaluation is not None:
             self.summary["candidates"].update(result.evaluation["candidates"])
             self.summary["win_rates"].extend(result.evaluation["win_rates"])
-        report = self.folder / step.name / "report.html"
-        if report.exists():
-            self.reports.append(report)
         self._write_summary()
 
     def _write_summary(self) -> None:
@@ -346,24 +360,6 @@ class _Run:
                 return folder
             except FileExistsError:  # a run that began in the same second
                 number += 1
-
-    def _decide(self, make: Callable[[], T]) -> T:
-        """What rank zero makes of it, on every process; an error of rank zero's is raised on all, so that none waits for ever."""
-        if launched_processes() == 1:
-            return make()
-        outcome: list[Any] = [None, None]
-        if self.runtime.is_main:
-            try:
-                outcome[0] = make()
-            except StagesError as error:
-                outcome[1] = error
-        from accelerate.utils import broadcast_object_list
-
-        _ = self.runtime.state  # joins the process group
-        broadcast_object_list(outcome, from_process=0)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
 
 
 def environment() -> dict[str, Any]:

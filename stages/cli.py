@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
 from stages import __version__
-from stages.errors import StagesError
+from stages.errors import StagesError, Stopped
+from stages.storage import storage_error
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -52,20 +54,48 @@ def reports_errors(command: Command) -> Command:
     def wrapped(*arguments: Any, **options: Any) -> Any:
         try:
             return command(*arguments, **options)
-        except StagesError as error:
+        except Exception as error:
             if options.get("debug"):
                 raise
-            if _is_main():  # under several processes all of them meet the same error
-                typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(error.exit_status) from error
+            explained = _explained(error)
+            if explained is None:
+                raise
+            _say(f"error: {explained}", patience=2 if explained is error else 5)
+            _end(explained.exit_status, error)
 
     return wrapped  # type: ignore[return-value]
 
 
-def _is_main() -> bool:
-    from stages.runtime import launched_rank
+def _explained(error: Exception) -> StagesError | None:
+    """What a user is told of ``error``; None where it is a bug of ours."""
+    from stages import runtime
+    from stages.errors import LaunchError
 
-    return launched_rank() == 0
+    if isinstance(error, StagesError):
+        return error
+    if (storage := storage_error(error)) is not None:
+        return storage
+    if runtime.lost_the_others(error):
+        return LaunchError("another process of this run ended, and this one cannot go on alone; what it said is above")
+    return None
+
+
+def _end(status: int, cause: BaseException) -> NoReturn:
+    from stages import runtime
+
+    if runtime.launched_processes() > 1:
+        runtime.leave_at_once(status)
+    raise typer.Exit(status) from cause
+
+
+def _say(message: str, *, patience: float) -> None:
+    """Show a message; under several processes once where all have the same: the first shows it, and its end ends those who wait."""
+    from stages import runtime
+
+    if runtime.launched_rank() > 0:
+        time.sleep(patience)
+        message = f"process {runtime.launched_rank()}: {message}"
+    runtime.print_error(message)
 
 
 def _home(home: Path | None) -> Path:
@@ -111,10 +141,24 @@ def root(
 def run(recipe: Recipe, overrides: Overrides = None, home: Home = None, debug: Debug = False) -> None:
     """Run a recipe: make what is missing or changed, reuse the rest."""
     from stages import chain
+    from stages.launching import start_missing_processes
     from stages.recipe import load_recipe
+    from stages.runtime import command_to_go_on, has_launcher, print_error
+    from stages.stopping import end_with_launcher
 
-    loaded = load_recipe(recipe, overrides or [], _registry(home))
-    chain.run(loaded, _home(home), _runtime())
+    start_missing_processes()
+    if has_launcher():
+        end_with_launcher()
+    runtime = _runtime()
+    try:
+        with runtime.stop.installed():
+            loaded = load_recipe(recipe, overrides or [], _registry(home))
+            chain.run(loaded, _home(home), runtime)
+    except Stopped as stop:
+        if runtime.is_main:
+            print_error(f"stopped by {stop.name}; what is done is kept. To go on: {command_to_go_on()}")
+        _end(stop.exit_status, stop)
+    runtime.leave()
 
 
 @app.command()

@@ -115,7 +115,20 @@ class StepConfig(Strict):
     precision: Precision = Field("auto", description="auto: bf16 where the hardware is measured to be faster at it, else fp32.")
 
 
-class TrainingStepConfig(StepConfig):
+class CheckpointedStepConfig(StepConfig):
+    """A step that trains for long, and goes on after a cut where its newest checkpoint was."""
+
+    checkpoint_seconds: float = Field(
+        10.0, ge=0, description="Least time between two checkpoints; 0: at every safe point. Slow ones pause longer: writing takes 5 %."
+    )
+    keep_last: int = Field(2, ge=1, description="Checkpoints to keep while the step runs, the newest; a damaged one is passed over.")
+    keep_best: int = Field(
+        0, ge=0, description="Also keep so many of the best, and publish the best as <name>-best. ppo: by mean reward less KL penalty; "
+        "other stages: by their held-out measure, taken ten times in a run."
+    )  # fmt: skip
+
+
+class TrainingStepConfig(CheckpointedStepConfig):
     """A step that trains one model with a Trainer."""
 
     lora: LoraSettings | None = Field(None, description="Train low-rank adapters instead of the whole model.")
@@ -131,4 +144,7 @@ class GenerationSettings(Strict):
     top_p: float = Field(1.0, gt=0, le=1, description="Keep the smallest set of tokens with this much probability; 1 keeps all.")
     stop: list[str] = Field([], description="Tokens (as text) that end a completion besides the tokenizer's eos and the model's own.")
     stop_after: int = Field(0, ge=0, description="The tokens of stop end a completion only at this response position (from 0) or later.")
+    ignore_eos: bool = Field(
+        False, description="Only the tokens of stop end a completion, at stop_after or later, the end token among them if named there."
+    )
     batch_size: int = Field(64, ge=1, description="Sequences decoded together, per process.")

@@ -5,8 +5,13 @@
     |- DataError        a data file, a row of it, or a missing column
     |- ModelError       a model, a tokenizer, a head or an adapter that cannot be used as asked
     |- RegistryError    the registry: a reference that does not resolve, a damaged version, a refused removal
-    '- TrainingError    a run that must not go on (NaN, a reward function that returns nonsense)
+    |- TrainingError    a run that must not go on (NaN, a reward function that returns nonsense)
+    |- StorageError     a disk that is full, a folder that may not be written
+    '- LaunchError      processes that cannot be started as asked, or that lost each other
+    Stopped             no error: SIGTERM or Ctrl-C asked for an orderly end
 """
+
+import signal
 
 
 class StagesError(Exception):
@@ -33,3 +38,28 @@ class RegistryError(StagesError):
 
 class TrainingError(StagesError):
     """Training was stopped on purpose; what was made before is kept."""
+
+
+class StorageError(StagesError):
+    """Something could not be written; the registry and the checkpoints before it are whole."""
+
+
+class LaunchError(StagesError):
+    """Processes cannot be started as asked, or one of them lost the others."""
+
+
+class Stopped(BaseException):
+    """A signal asked for an end. Not an Exception: no library on the way may take it for an error of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.number).name
+
+    @property
+    def exit_status(self) -> int:
+        """128 + the signal's number, as shells count."""
+        return 128 + self.number

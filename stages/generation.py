@@ -62,6 +62,16 @@ def stop_token_ids(model: Any, tokenizer: Any, stop: Iterable[str] = ()) -> list
     return sorted(ids)
 
 
+def ending_tokens(model: Any, tokenizer: Any, settings: GenerationSettings) -> tuple[list[int], list[int]]:
+    """(tokens that end a completion anywhere, tokens that end it from position ``stop_after`` on), as ``generate`` wants them."""
+    usual = stop_token_ids(model, tokenizer)
+    named = stop_token_ids(model, tokenizer, settings.stop)
+    if not settings.ignore_eos:
+        return usual, [token for token in named if token not in usual]
+    own = {tokenizer.convert_tokens_to_ids(text) for text in settings.stop}
+    return [], [token for token in named if token not in usual or token in own]
+
+
 def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Token rows as (ids, mask), both [B, P]. Left, because generation goes on from the last column."""
     width = max(len(row) for row in rows)
@@ -124,8 +134,8 @@ def generate(
     prompt_ids, prompt_mask = left_pad(prompts, pad_token_id, device)
     lengths = torch.tensor([len(row) for row in responses], device=device)
     response_ids = right_pad(responses, pad_token_id)
-    stops = torch.tensor(list(stop_ids), device=device)
-    late_stops = torch.tensor(list(late_stop_ids), device=device)
+    stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
+    late_stops = torch.tensor(list(late_stop_ids), dtype=torch.long, device=device)
     last = torch.stack([row[-1] for row in responses])
     stopped = torch.isin(last, stops) | (torch.isin(last, late_stops) & (lengths > settings.stop_after))
     return Generated(
@@ -163,8 +173,8 @@ def _decode(
     device = noise.device
     ids, mask = left_pad(prompts, pad_token_id, device)
     positions = position_ids(mask)
-    stops = torch.tensor(list(stop_ids), device=device)
-    all_stops = torch.tensor([*stop_ids, *late_stop_ids], device=device)
+    stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
+    all_stops = torch.tensor([*stop_ids, *late_stop_ids], dtype=torch.long, device=device)
     number = len(prompts)
     alive = torch.arange(number, device=device)  # batch row -> prompt
     running = torch.ones(number, dtype=torch.bool, device=device)  # by batch row

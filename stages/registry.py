@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.contents import UNSAFE_SUFFIXES, digest_of, file_sha256, files_of, normalise_folder
 from stages.errors import RegistryError
+from stages.storage import sync, write_json
 
 if TYPE_CHECKING:
     from stages.runtime import ResolvedModel
@@ -132,16 +133,16 @@ class Registry:
                 "files": files,
             }
             for _, file in files_of(model):
-                _sync(file)
+                sync(file)
             with self._lock():
                 folder = self._models / name
                 folder.mkdir(parents=True, exist_ok=True)
                 self._check_inside(folder)
                 manifest["version"] = self._claim_version(folder)
                 write_json(staging / "manifest.json", manifest)
-                _sync(staging)
+                sync(staging)
                 os.rename(staging, folder / str(manifest["version"]))
-                _sync(folder)
+                sync(folder)
         return self._read(folder / str(manifest["version"]))
 
     def _check_files(self, model: Path, name: str, base: ResolvedModel | None) -> None:
@@ -377,17 +378,6 @@ def installed_packages() -> dict[str, str]:
     return versions
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader, or a crash, sees the old file or the new one and nothing between."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def _versions(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
@@ -415,11 +405,3 @@ def _place_free(base: ResolvedModel | None) -> str | None:
 
 def _distinct(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [item for index, item in enumerate(items) if item not in items[:index]]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

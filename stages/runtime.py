@@ -10,25 +10,30 @@ import logging
 import os
 import random
 import resource
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from stages.config import ModelInput
-from stages.errors import RecipeError
+from stages.errors import LaunchError, RecipeError, StagesError
 from stages.registry import ModelRecord, Registry
+from stages.stopping import StopRequest
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator, PartialState
     from torch.utils.tensorboard import SummaryWriter
+
+T = TypeVar("T")
 
 
 def default_home() -> Path:
@@ -46,12 +51,61 @@ def secret(variable: str) -> str:
 
 def launched_processes() -> int:
     """How many processes the launcher started (1 without a launcher); known without importing torch."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _first_number("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", default=1)
 
 
 def launched_rank() -> int:
     """This process's number among those the launcher started; known without importing torch."""
-    return int(os.environ.get("RANK", "0"))
+    return _first_number("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", default=0)
+
+
+def _first_number(*names: str, default: int) -> int:
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default)
+
+
+def is_short_of_processes() -> bool:
+    """Whether ``accelerate launch`` was asked for several processes and started this one alone: it then sets MASTER_ADDR and no size."""
+    by_accelerate = "ACCELERATE_DYNAMO_MODE" in os.environ and "MASTER_ADDR" in os.environ
+    return by_accelerate and launched_processes() == 1 and not any(name in os.environ for name in ("WORLD_SIZE", "PMI_SIZE"))
+
+
+def environment_without_launcher() -> dict[str, str]:
+    """The environment less what a launcher set, for another launcher to begin from."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "MASTER_", "KMP_"))}
+
+
+def has_launcher() -> bool:
+    """Whether a launcher (accelerate, torchrun) started this process and waits for it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_DYNAMO_MODE" in os.environ
+
+
+def command_to_go_on() -> str:
+    """What the user typed, to be typed again: as launch.sh tells (STAGES_COMMAND), else this process's own arguments."""
+    given = os.environ.get("STAGES_COMMAND")
+    program = Path(sys.argv[0]).name
+    return given or shlex.join(["stages" if program in ("stages", "__main__.py") else program, *sys.argv[1:]])
+
+
+def print_error(text: str) -> None:
+    """One message on stderr, whole even where several processes write at once."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def leave_at_once(status: int) -> None:
+    """End a process among several that met an error: the exchange with the others is broken off, and may not be taken down in order."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def lost_the_others(error: BaseException) -> bool:
+    """Whether ``error`` says that another process of this run is gone (gloo and NCCL notice it at their next exchange)."""
+    if launched_processes() == 1:
+        return False
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError"):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "closed by peer", "reset by peer"))
 
 
 @dataclass(frozen=True)
@@ -96,12 +150,24 @@ class Runtime:
         # Wide enough for tables when the output is a file: rich would otherwise fold at 80 columns.
         width = None if sys.stdout.isatty() else 140
         self.console = Console(quiet=quiet or not self.is_main, width=width, highlight=False)
+        self.stop = StopRequest()
 
     @cached_property
     def state(self) -> PartialState:
+        """Device and process group; joined on first use. Raises LaunchError where fewer processes joined than the launcher started."""
+        import torch
         from accelerate import PartialState
 
-        return PartialState()
+        wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        # Without cpu=True accelerate joins no process group on a CPU: each of the launched processes would train alone. The time limit is
+        # for a process that is at work and not for one that is gone, which the launcher notices: rank zero may write for long.
+        state = PartialState(cpu=wants_cpu or not torch.accelerator.is_available(), timeout=timedelta(hours=3))
+        if state.num_processes != launched_processes():
+            raise LaunchError(
+                f"the launcher started {launched_processes()} processes, and {state.num_processes} joined; start them with ./launch.sh "
+                "RECIPE --num_processes N, torchrun or accelerate launch"
+            )
+        return state
 
     @property
     def accelerator(self) -> Accelerator:
@@ -181,6 +247,50 @@ class Runtime:
         if launched_processes() > 1:
             self.state.wait_for_everyone()
 
+    def decide(self, make: Callable[[], T]) -> T:
+        """What rank zero makes of it, on every process; an error of rank zero's is raised on all, so that none waits for ever."""
+        if launched_processes() == 1:
+            return make()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = make()
+            except StagesError as error:
+                outcome[1] = error
+        from accelerate.utils import broadcast_object_list
+
+        _ = self.state  # joins the process group
+        broadcast_object_list(outcome, from_process=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def leave(self) -> None:
+        """Take the exchange between the processes down in order; its threads outlive the interpreter otherwise, and abort it."""
+        if launched_processes() > 1 and "state" in vars(self):
+            import torch.distributed as distributed
+
+            self.state.wait_for_everyone()
+            distributed.destroy_process_group()
+
+    def largest(self, *values: float) -> list[float]:
+        """The largest of each value over all processes, on every process."""
+        if launched_processes() == 1:
+            return list(values)
+        import torch
+        import torch.distributed as distributed
+
+        gathered = torch.tensor(values, dtype=torch.float64, device=self.device)
+        distributed.all_reduce(gathered, op=distributed.ReduceOp.MAX)
+        return gathered.tolist()
+
+    def stop_asked(self) -> bool:
+        """Whether any process was asked to end; all processes call this at the same places and get the same answer."""
+        number = int(self.largest(self.stop.number or 0)[0])
+        if number:
+            self.stop.ask(number)
+        return number > 0
+
 
 @dataclass
 class StepContext:
@@ -235,7 +345,10 @@ class StepContext:
     ) -> ModelRecord:
         """Publish what ``save(folder)`` writes; ``base`` is the model that an adapter stands on. Every process gets the record."""
         name = name or self.name
-        if self.runtime.is_main:
+        fingerprint = self.fingerprint if name == self.name else f"{self.fingerprint}:{name}"
+        # A model beside the step's own is published before it: a run cut off in between must not publish it again.
+        is_there = name != self.name and bool(self.fingerprint) and self.registry.find_fingerprint(fingerprint, name) is not None
+        if self.runtime.is_main and not is_there:
             self.registry.publish(
                 name,
                 save,
@@ -244,7 +357,7 @@ class StepContext:
                 recipe_step=self.recipe_step,
                 data=self.data_fingerprints,
                 metrics=metrics,
-                fingerprint=self.fingerprint if name == self.name else "",
+                fingerprint=fingerprint,
                 fingerprint_parts=self.fingerprint_parts,
                 base=base,
                 extra=extra,

@@ -9,7 +9,17 @@ import torch
 
 from stages.config import GenerationSettings
 from stages.errors import ModelError
-from stages.generation import Generated, _choose, decode_completions, generate, left_pad, position_ids, right_pad, stop_token_ids
+from stages.generation import (
+    Generated,
+    _choose,
+    decode_completions,
+    ending_tokens,
+    generate,
+    left_pad,
+    position_ids,
+    right_pad,
+    stop_token_ids,
+)
 from stages.models.loading import load_language_model
 
 PROMPTS = [[10, 11, 12, 13, 14], [20], [30, 31, 32], [40, 41]]
@@ -110,6 +120,15 @@ def test_stop_words(model, tiny_tokenizer) -> None:
     assert stop_token_ids(model, tiny_tokenizer, ["a"]) == sorted([eos, tiny_tokenizer.convert_tokens_to_ids("a")])
     with pytest.raises(ModelError, match=r"'happy ending!' is \d+ tokens"):
         stop_token_ids(model, tiny_tokenizer, ["happy ending!"])
+
+
+def test_only_the_named_tokens_end_a_completion_where_the_end_token_is_ignored(model, tiny_tokenizer) -> None:
+    eos, letter = tiny_tokenizer.eos_token_id, tiny_tokenizer.convert_tokens_to_ids("a")
+    assert ending_tokens(model, tiny_tokenizer, GenerationSettings(stop=["a"])) == ([eos], [letter])
+    for stop, late in (([], []), (["a"], [letter]), (["a", "<|endoftext|>"], sorted([eos, letter]))):
+        assert ending_tokens(model, tiny_tokenizer, GenerationSettings(stop=stop, ignore_eos=True)) == ([], late)
+    free = sample(model, PROMPTS[:1], [3], stop=())
+    assert free.lengths.tolist() == [12] and free.stopped.tolist() == [False]
 
 
 def test_decoding_leaves_out_stop_tokens(tiny_tokenizer) -> None:

@@ -23,7 +23,7 @@ ARROWS = {
     "generation": {"numerics"},
     "corpora": {"contents", "models"},
     "models": {"registry", "runtime", "generation", "numerics", "contents"},
-    "rewards": {"models", "corpora", "generation", "runtime"},
+    "rewards": {"models", "corpora", "generation", "numerics", "runtime"},
     "training": {"runtime", "models"},
     "report": {"numerics", "corpora", "runtime", "evaluation"},
     "pretraining": {"corpora", "models", "training", "runtime"},

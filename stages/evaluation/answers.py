@@ -232,10 +232,9 @@ def _sample(
     places: Sequence[tuple[int, ...]],
 ) -> list[Sample]:
     """A completion of every prompt, by the random stream of its place; the prompts are shared out among the processes."""
-    from stages.generation import decode_completions, episode_seed, generate, stop_token_ids
+    from stages.generation import decode_completions, ending_tokens, episode_seed, generate
 
-    stop = stop_token_ids(model, tokenizer)
-    late = [token for token in stop_token_ids(model, tokenizer, config.generation.stop) if token not in stop]
+    stop, late = ending_tokens(model, tokenizer, config.generation)
 
     def work(own: list[int]) -> list[Sample]:
         generated = generate(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from stages.errors import StagesError
 from stages.evaluation.answers import Answers, Question, score_texts
 from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.prompts import Exclusion
@@ -16,9 +15,8 @@ from stages.judges.config import EndpointJudge, JudgementsFile
 
 if TYPE_CHECKING:
     from stages.rewards.config import RewardInput
-    from stages.runtime import Runtime, StepContext
+    from stages.runtime import StepContext
 
-T = TypeVar("T")
 Pair = tuple[str, str]
 
 
@@ -97,7 +95,6 @@ def _compared(scores: dict[str, list[float | None]]) -> dict[Pair, list[float | 
 
 
 def _ask_endpoint(judge: EndpointJudge, context: StepContext, questions: Sequence[Question], answers: dict[str, Answers]) -> Judged:
-    """Rank zero asks, and tells the others."""
     pairs = list(combinations(answers, 2))
     if judge.against == "last":
         last = list(answers)[-1]
@@ -124,30 +121,12 @@ def _ask_endpoint(judge: EndpointJudge, context: StepContext, questions: Sequenc
         finally:
             cache.close()
 
-    verdicts, details = on_main(context.runtime, make)
+    verdicts, details = context.runtime.decide(make)  # rank zero asks, and tells the others
     preferences: dict[Pair, list[float | None]] = {pair: [None] * len(questions) for pair in pairs}
     for (pair, row), verdict in zip(asked, verdicts, strict=True):
         preferences[pair][row] = verdict
     left_out = Exclusion(f"comparisons that {judge.name} gave no verdict on", verdicts.count(None), len(verdicts))
     return Judged(judge.name, "llm", preferences, details=details, exclusions=[left_out] if left_out.count else [])
-
-
-def on_main(runtime: Runtime, make: Callable[[], T]) -> T:
-    """What rank zero makes of it, on every process; an error of rank zero's is raised on all, so that none waits for ever."""
-    if runtime.num_processes == 1:
-        return make()
-    from accelerate.utils import broadcast_object_list
-
-    outcome: list[Any] = [None, None]
-    if runtime.is_main:
-        try:
-            outcome[0] = make()
-        except StagesError as error:
-            outcome[1] = error
-    broadcast_object_list(outcome, from_process=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 # A file of judgements

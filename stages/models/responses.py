@@ -46,6 +46,20 @@ def sequence_batch(prompts: Sequence[Sequence[int]], responses: Sequence[Sequenc
     return SequenceBatch(ids.to(device), mask.to(device), rows.to(device), columns.to(device), tokens.to(device))
 
 
+def with_closing(batch: SequenceBatch, closing: Tensor) -> SequenceBatch:
+    """``batch`` with one more position for each row of ``closing`` [B] bool, behind all the others: the row's last token, which predicts
+    nothing. A value there is that of the state after the response; a log-probability there means nothing."""
+    rows = torch.nonzero(closing.to(batch.rows.device)).flatten()
+    last = batch.attention_mask.sum(dim=1)[rows] - 1
+    return SequenceBatch(
+        batch.input_ids,
+        batch.attention_mask,
+        rows=torch.cat([batch.rows, rows]),
+        columns=torch.cat([batch.columns, last]),
+        tokens=torch.cat([batch.tokens, torch.zeros_like(rows)]),
+    )
+
+
 class Policy:
     """A causal language model, its temperature, and the way from its hidden states to logits at chosen positions only."""
 

@@ -129,3 +129,10 @@ def distinct_ngrams(rows: Sequence[Sequence[int] | Sequence[str]], n: int) -> fl
     """Share of different n-grams among all n-grams of all rows (Li et al. 2016); 0 where no row is long enough."""
     grams = [tuple(row[start : start + n]) for row in rows for start in range(len(row) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repeated_ngrams(rows: Sequence[Sequence[int] | Sequence[str]], n: int) -> float:
+    """Share of n-grams that occurred before in their own row; 0 where no row is long enough."""
+    grams = [[tuple(row[start : start + n]) for start in range(len(row) - n + 1)] for row in rows]
+    number = sum(map(len, grams))
+    return sum(len(own) - len(set(own)) for own in grams) / number if number else 0.0

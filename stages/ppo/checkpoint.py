@@ -1,82 +1,181 @@
-"""Checkpoints of a PPO run: all weights that train, optimizers, the moving average, and a small JSON of everything else.
+"""What a PPO run needs to go on at the place it was cut off: between iterations, or inside one with its rollout in hand.
 
-Random streams need no saving: every one of them is drawn from the seed and the iteration. A checkpoint is written aside and renamed,
-so a cut-off run leaves whole ones only; the two newest are kept.
+Episodes, minibatches and pretraining rows are drawn from the seed and their place in the run. The process-wide random streams are kept
+as well: a reward function may draw from them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
+from torch.optim import Optimizer
 
-from stages.ppo.optimizers import WeightAverage, load_optimizer_tensors, optimizer_tensors, trainable
-
-KEPT = 2
-
-
-def save_checkpoint(
-    folder: Path,
-    iteration: int,
-    networks: dict[str, nn.Module],
-    optimizers: dict[str, torch.optim.Optimizer],
-    average: WeightAverage | None,
-    state: dict[str, Any],
-) -> None:
-    """Write ``folder/iteration-<n>`` after ``iteration`` iterations."""
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / f".partial-{iteration}"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    for name, network in networks.items():
-        save_file({key: value.detach().cpu().contiguous() for key, value in trainable(network)}, staging / f"{name}.safetensors")
-    for name, optimizer in optimizers.items():
-        save_file(optimizer_tensors(optimizer), staging / f"{name}-optimizer.safetensors")
-    if average is not None:
-        save_file({key: value.cpu().contiguous() for key, value in average.weights.items()}, staging / "average.safetensors")
-    (staging / "state.json").write_text(json.dumps({**state, "iteration": iteration}), encoding="utf-8")
-    target = folder / f"iteration-{iteration:06d}"
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(staging, target)
-    for old in _checkpoints(folder)[KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
+from stages.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+    load_generators,
+    load_optimizer,
+    load_tensors,
+    save_generators,
+    save_optimizer,
+    save_tensors,
+    trainable,
+)
+from stages.ppo.optimizers import WeightAverage
+from stages.ppo.rollout import TENSORS, Rollout
+from stages.ppo.update import UpdateProgress
+from stages.runtime import Runtime
 
 
-def load_checkpoint(
-    folder: Path, networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], average: WeightAverage | None
-) -> dict[str, Any] | None:
-    """Put the newest readable checkpoint into the networks and optimizers; returns its state, or None where there is none."""
-    for place in _checkpoints(folder):
+@dataclass
+class RunState:
+    """Where a run is. ``rollout`` is None between iterations and while one is collected."""
+
+    iteration: int = 0  # iterations done
+    kl_coef: float = 0.0  # of the iteration under way
+    optimizer_steps: int = 0
+    pretraining_draws: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)  # of the iterations done
+    rollout: Rollout | None = None
+    progress: UpdateProgress = field(default_factory=UpdateProgress)
+
+
+class RunKeeper:
+    """Writes and reads the checkpoints of a run: networks, optimizers, the average of weights and its state."""
+
+    def __init__(
+        self,
+        folder: Path,
+        runtime: Runtime,
+        networks: dict[str, nn.Module],
+        optimizers: dict[str, Optimizer],
+        average: WeightAverage | None,
+        **rule: Any,
+    ) -> None:
+        self.checkpoints = Checkpoints(folder, runtime, **rule)
+        self.runtime, self.networks, self.optimizers, self.average = runtime, networks, optimizers, average
+        self.log = HistoryLog(folder / "history.jsonl", is_main=runtime.is_main)
+
+    def save(self, state: RunState, *, score: float | None = None) -> None:
+        """Write a checkpoint. Call on every process."""
+        is_main = self.runtime.is_main
+
+        def fill(folder: Path) -> None:
+            for name, network in self.networks.items():
+                save_tensors(trainable(network), folder / f"{name}.safetensors", write=is_main)
+            for name, optimizer in self.optimizers.items():
+                save_optimizer(optimizer, folder / f"{name}-optimizer.safetensors", write=is_main)
+            if self.average is not None:
+                save_tensors(self.average.weights, folder / "average.safetensors", write=is_main)
+            save_generators(folder, self.runtime)
+            if is_main:
+                content = {
+                    "iteration": state.iteration,
+                    "kl_coef": state.kl_coef,
+                    "optimizer_steps": state.optimizer_steps,
+                    "pretraining_draws": state.pretraining_draws,
+                    "history": self.log.extend(state.history),
+                    "progress": vars(state.progress),
+                }
+                (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
+                if state.rollout is not None:
+                    save_rollout(state.rollout, folder)
+
+        self.checkpoints.write(fill, score=score)
+
+    def load(self) -> RunState | None:
+        """Put the newest whole checkpoint into networks, optimizers and average; None where there is none."""
+        found = self.checkpoints.newest()
+        if found is None:
+            return None
+        content = json.loads((found.path / "state.json").read_text(encoding="utf-8"))
+        history = self.log.first(content["history"])
+        if history is None:
+            self.runtime.console.print(f"{self.log.path.name} does not hold the iterations of {found.path.name}; beginning anew")
+            return None
+        self.load_weights(found)
+        for name, optimizer in self.optimizers.items():
+            load_optimizer(optimizer, found.path / f"{name}-optimizer.safetensors")
+        load_generators(found.path, self.runtime)
+        rollout = load_rollout(found.path) if (found.path / "rollout.json").exists() else None
+        content |= {"history": history, "rollout": rollout, "progress": UpdateProgress(**content["progress"])}
+        return RunState(**content)
+
+    def load_weights(self, found: Checkpoint) -> None:
+        """Put a checkpoint's weights into the networks and the average."""
+        for name, network in self.networks.items():
+            load_tensors(trainable(network), found.path / f"{name}.safetensors")
+        if self.average is not None:
+            load_tensors(self.average.weights, found.path / "average.safetensors")
+
+
+class HistoryLog:
+    """Metrics and samples of all iterations, appended to as the run goes on; a checkpoint names how much of it is its own."""
+
+    def __init__(self, path: Path, *, is_main: bool = True) -> None:
+        self.path, self.is_main = path, is_main
+        self._written = 0
+        self._hash = hashlib.sha256()
+
+    def extend(self, history: list[dict[str, Any]]) -> dict[str, Any]:
+        """Append what is new in ``history``; returns what ``first`` needs to find it again."""
+        lines = [json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in history[self._written :]]
+        with self.path.open("ab" if self._written else "wb") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        for line in lines:
+            self._hash.update(line)
+        self._written = len(history)
+        return {"iterations": self._written, "sha256": self._hash.hexdigest()}
+
+    def first(self, mark: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """The iterations that a checkpoint named; None where the file does not hold them as they were written.
+
+        What a cut-off run wrote behind them is taken off, so that appending goes on from there.
+        """
+        self._hash = hashlib.sha256()
         try:
-            state = json.loads((place / "state.json").read_text(encoding="utf-8"))
-            weights = {name: load_file(place / f"{name}.safetensors") for name in networks}
-            moments = {name: load_file(place / f"{name}-optimizer.safetensors") for name in optimizers}
-            averages = load_file(place / "average.safetensors") if average is not None else None
-        except (OSError, ValueError, SafetensorError):
-            continue  # a damaged one; the one before it is older and whole
-        with torch.no_grad():
-            for name, network in networks.items():
-                for key, parameter in trainable(network):
-                    parameter.copy_(weights[name][key])
-        for name, optimizer in optimizers.items():
-            load_optimizer_tensors(optimizer, moments[name])
-        if average is not None and averages is not None:
-            average.weights = {key: _like(value, average.weights[key]) for key, value in averages.items()}
-        return state
-    return None
+            with self.path.open("rb") as file:
+                lines = [line for _, line in zip(range(mark["iterations"]), file, strict=False)]
+        except OSError:
+            lines = []
+        for line in lines:
+            self._hash.update(line)
+        if len(lines) < mark["iterations"] or self._hash.hexdigest() != mark["sha256"]:
+            return None
+        self._written = len(lines)
+        if self.is_main and lines:
+            os.truncate(self.path, sum(map(len, lines)))
+        return [json.loads(line) for line in lines]
 
 
-def _like(value: Tensor, old: Tensor) -> Tensor:
-    return value.to(old.device)
+# The rollout in hand
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, the newest first."""
-    return sorted((path for path in folder.glob("iteration-*") if (path / "state.json").exists()), reverse=True)
+def save_rollout(rollout: Rollout, folder: Path) -> None:
+    """Tensors as safetensors, texts and numbers as JSON."""
+    tensors = {name: getattr(rollout, name) for name in TENSORS}
+    tensors |= {f"parts.{name}": part for name, part in rollout.parts.items()}
+    tensors |= {f"monitors.{name}": part for name, part in rollout.monitors.items()}
+    save_file({name: value.clone() for name, value in tensors.items()}, folder / "rollout.safetensors")  # some share their memory
+    plain = [item.name for item in fields(Rollout) if item.name not in (*TENSORS, "parts", "monitors")]
+    content = {name: getattr(rollout, name) for name in plain}
+    content |= {"parts": list(rollout.parts), "monitors": list(rollout.monitors)}  # in their order, which metrics are written in
+    (folder / "rollout.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def load_rollout(folder: Path) -> Rollout:
+    """What ``save_rollout`` kept."""
+    tensors = load_file(folder / "rollout.safetensors")
+    content = json.loads((folder / "rollout.json").read_text(encoding="utf-8"))
+    for group in ("parts", "monitors"):
+        content[group] = {name: tensors[f"{group}.{name}"] for name in content[group]}
+    return Rollout(**content, **{name: tensors[name] for name in TENSORS})

@@ -7,15 +7,16 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from stages.config import (
+    CheckpointedStepConfig,
     DataField,
     DataSource,
     GenerationSettings,
     LoraSettings,
     ModelField,
     ModelInput,
-    StepConfig,
     Strict,
 )
+from stages.ppo.health import HealthSettings
 from stages.rewards.config import RewardInput, check_names, reward_model_inputs
 
 
@@ -46,9 +47,14 @@ class PretrainingMix(Strict):
     coef: float = Field(27.8, ge=0, description="Weight of the mean negative log-likelihood per token against PPO's mean loss per token.")
     examples_per_episode: int = Field(8, ge=1, description="Pretraining rows per episode of a minibatch.")
     block_size: int = Field(128, ge=2, description="Tokens per pretraining row.")
+    normalization: Literal["token", "row"] = Field(
+        "token",
+        description="What coef weighs: the mean loss per token, or per row (the sum over its tokens, equation 2 of the paper taken by its "
+        "word). The paper does not say which.",
+    )
 
 
-class PPOStepConfig(StepConfig):
+class PPOStepConfig(CheckpointedStepConfig):
     """Align ``policy`` to the weighted ``reward`` sources, held near its reference by a KL penalty."""
 
     stage: Literal["ppo"] = "ppo"
@@ -91,13 +97,20 @@ class PPOStepConfig(StepConfig):
     entropy_coef: float = Field(0.0, ge=0, description="Weight of an entropy bonus.")
     whiten_advantages: bool = Field(True, description="Zero mean and unit variance over the tokens that count.")
     whiten_rewards: bool = Field(False, description="Unit variance of the per-token rewards over the tokens that count; the mean is kept.")
-    whitening_scope: Literal["rollout", "minibatch"] = Field(
-        "rollout", description="Over what to whiten; minibatch also computes advantages per minibatch, as Ziegler et al. 2019."
+    whitening_scope: Literal["rollout", "process", "minibatch"] = Field(
+        "rollout",
+        description="Over what to whiten: all episodes of an iteration; each process's own (Huang et al. 2024); or each minibatch, whose "
+        "advantages are then computed anew (Ziegler et al. 2019).",
     )
     missing_eos: Literal["none", "replace", "subtract"] = Field(
         "none", description="Completion without stop token: replace its score by -penalty (Ziegler, Huang) or lower it (TRL)."
     )
     missing_eos_penalty: float = Field(1.0, ge=0)
+    score_placement: Literal["last_token", "after"] = Field(
+        "last_token",
+        description="Where the score is paid: at the last token, or one state behind it with a value of its own, where the response leaves "
+        "room (Huang et al. 2024).",
+    )
     target_update_kl: float | None = Field(None, gt=0, description="End an iteration's updates once approx_kl is above; null: never.")
     value_warmup_iterations: int = Field(0, ge=0, description="First iterations train the value network alone.")
     rollout_logprobs: Literal["auto", "sampled", "recomputed"] = Field(
@@ -105,8 +118,12 @@ class PPOStepConfig(StepConfig):
     )
     pretraining_mix: PretrainingMix | None = Field(None, description="PPO-ptx; null: plain PPO.")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="Publish an exponential moving average of the weights; null: the last.")
-    checkpoint_seconds: float = Field(60.0, ge=0, description="Least time between two checkpoints; 0: after every iteration.")
+    ema_cadence: Literal["optimizer_step", "iteration"] = Field(
+        "optimizer_step", description="When the average takes in the weights; the paper does not say. Rollouts are the policy's own."
+    )
+    publish_last: bool = Field(False, description="With ema_decay: also publish the last weights, as <name>-last.")
     num_samples: int = Field(2, ge=0, description="Sample completions to keep per iteration (samples.jsonl).")
+    health: HealthSettings = Field(HealthSettings(), description="When to raise an alarm about the run, and which alarms end it.")
     publish_value: bool = Field(False, description="Also publish the value network, as <name>-value.")
 
     @model_validator(mode="after")
@@ -123,6 +140,10 @@ class PPOStepConfig(StepConfig):
             raise ValueError("generation.temperature=0 is greedy: every sample of a prompt would be the same, and nothing could be learned")
         if self.training.adam_style == "tensorflow" and self.training.weight_decay:
             raise ValueError("training.weight_decay goes with adam_style: torch only")
+        if self.publish_last and self.ema_decay is None:
+            raise ValueError("publish_last goes with ema_decay: without an average the last weights are what is published")
+        if self.generation.ignore_eos and not self.generation.stop and self.missing_eos != "none":
+            raise ValueError("generation.ignore_eos without generation.stop: no completion could end, and every one would miss its end")
         check_names([*self.reward, *self.monitors], "reward and monitors")
         return self
 

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.errors import DataError, TrainingError
+from stages.checkpoints import generator_states, set_generator_states
+from stages.errors import DataError, Stopped, TrainingError
 from stages.generation import episode_seed
+from stages.numerics.comparing import repeated_ngrams
 from stages.numerics.kl import AdaptiveKLController, FixedKLController
-from stages.ppo.checkpoint import load_checkpoint, save_checkpoint
+from stages.ppo.checkpoint import RunKeeper, RunState
 from stages.ppo.config import PPOStepConfig
+from stages.ppo.health import Alarm, Health, alarm_metrics
 from stages.ppo.optimizers import WeightAverage, learning_rate_factor, make_optimizer, trainable
 from stages.ppo.roles import Roles, load_roles
-from stages.ppo.rollout import Rollout, collect
-from stages.ppo.update import Updater, UpdateResult
+from stages.ppo.rollout import Rollout, ScoringError, collect
+from stages.ppo.update import UpdateProgress, Updater, UpdateResult
+from stages.rewards.config import reward_model_inputs
 
 if TYPE_CHECKING:
     from stages.corpora.messages import Prompt
+    from stages.registry import ModelRecord
     from stages.runtime import StepContext, StepResult
 
 
 def run(config: PPOStepConfig, context: StepContext) -> StepResult:
     """Align the policy; publish it, with how score, KL, entropy and length went."""
-    from stages.models.loading import save_model
     from stages.rewards.source import build_reward
     from stages.runtime import StepResult
 
@@ -54,25 +60,56 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
         if config.kl_target is None
         else AdaptiveKLController(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
     )
-    began_at, history = _resume(context, roles, updater, controller)
-    order = itertools.islice(_shuffled(prompts, context.seed), began_at * config.rollout_batch_size, None)
-    saved = time.monotonic()
-    with runtime.progress(f"{context.name}: ppo", config.num_iterations) as bar:
-        bar.advance(began_at)
-        for iteration in range(began_at, config.num_iterations):
+    keeper = RunKeeper(
+        context.checkpoint_folder / "ppo", runtime, roles.networks(), optimizers, average,
+        keep_last=config.keep_last, keep_best=config.keep_best, seconds=config.checkpoint_seconds,
+    )  # fmt: skip
+    state = _resume(context, keeper, updater) or RunState(kl_coef=config.kl_coef)
+    controller.value = state.kl_coef
+    health = Health(config.health)
+    for entry in state.history:
+        health.observe(entry["metrics"])
+
+    def note_counts() -> None:
+        state.optimizer_steps = updater.optimizer_steps
+        state.pretraining_draws = getattr(updater.pretraining_rows, "step", 0)
+
+    def safe_point() -> None:
+        """A place where the run may be cut off and go on: write a checkpoint where it is time, and end where that was asked for."""
+        due, stop = runtime.largest(float(runtime.is_main and keeper.checkpoints.is_due()), runtime.stop.number or 0)
+        if due or stop:
+            note_counts()
+            keeper.save(state)
+        if stop:
+            runtime.stop.ask(int(stop))
+            runtime.stop.check()
+
+    order = itertools.islice(_shuffled(prompts, context.seed), state.iteration * config.rollout_batch_size, None)
+    with runtime.stop.deferred(), runtime.progress(f"{context.name}: ppo", config.num_iterations) as bar:
+        bar.advance(state.iteration)
+        for iteration in range(state.iteration, config.num_iterations):
             _set_learning_rates(config, optimizers, iteration)
             chosen = list(itertools.islice(order, config.rollout_batch_size))
-            rollout = collect(
-                roles,
-                reward,
-                monitors,
-                [prompt for prompt, _ in chosen],
-                [ids for _, ids in chosen],
-                [episode_seed(context.seed, iteration, row) for row in range(len(chosen))],
-                config,
-                process_index=runtime.process_index,
-                num_processes=runtime.num_processes,
-            )
+            if state.rollout is None:
+                try:
+                    # Nothing that trains changes while a rollout is collected: alone, a process may end there at once.
+                    with runtime.stop.allowed() if runtime.num_processes == 1 else nullcontext(), _saved_when_stopped(keeper, state):
+                        state.rollout = collect(
+                            roles,
+                            reward,
+                            monitors,
+                            [prompt for prompt, _ in chosen],
+                            [ids for _, ids in chosen],
+                            [episode_seed(context.seed, iteration, row) for row in range(len(chosen))],
+                            config,
+                            process_index=runtime.process_index,
+                            num_processes=runtime.num_processes,
+                        )
+                except ScoringError as error:
+                    kept = _keep_batch(context, [{"prompt": prompt, "completion": text} for prompt, text in error.episodes])
+                    raise TrainingError(f"{context.name}: iteration {iteration}: {error}{kept}") from error
+                safe_point()
+            rollout = state.rollout
             started = time.perf_counter()
             try:
                 result = updater.update(
@@ -80,41 +117,47 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
                     kl_coef=controller.value,
                     seed=episode_seed(context.seed, iteration, -1),
                     train_policy=iteration >= config.value_warmup_iterations,
+                    progress=state.progress,
+                    after_minibatch=safe_point,
                 )
             except TrainingError as error:
-                raise TrainingError(f"{context.name}: iteration {iteration}: {error}{_keep_batch(context, rollout)}") from error
+                kept = _keep_batch(context, _episodes(rollout))
+                raise TrainingError(f"{context.name}: iteration {iteration}: {error}{kept}") from error
             rollout.seconds["update"] = time.perf_counter() - started
             metrics = iteration_metrics(rollout, result, config, kl_coef=controller.value)
             metrics["policy/learning_rate"] = optimizers["policy"].param_groups[0]["lr"]
+            alarms = health.observe(metrics)
+            metrics |= alarm_metrics(alarms)
             controller.update(metrics["policy/kl"], len(rollout.prompts))
             samples = [
                 {"iteration": iteration, "prompt": rollout.prompts[row], "completion": rollout.completions[row],
                  "score": float(rollout.scores[row])}
                 for row in range(min(config.num_samples, len(rollout.prompts)))
             ]  # fmt: skip
-            history.append({"metrics": metrics, "samples": samples})
-            _log(context, iteration, history[-1])
+            state.history.append({"metrics": metrics, "samples": samples})
+            _log(context, iteration, state.history[-1])
+            _raise_alarms(config, context, iteration, health, alarms)
             bar.advance(
                 1, score=metrics["rewards/score_mean"], kl=metrics["policy/kl"], episodes_per_s=metrics["time/episodes_per_second"]
             )
-            done = iteration + 1
-            if done < config.num_iterations and time.monotonic() - saved >= config.checkpoint_seconds:
-                if runtime.is_main:
-                    state = {"history": history, "kl_coef": controller.value, "optimizer_steps": updater.optimizer_steps}
-                    save_checkpoint(context.checkpoint_folder / "ppo", done, roles.networks(), optimizers, average, state)
-                saved = time.monotonic()
+            state.iteration, state.kl_coef, state.rollout, state.progress = iteration + 1, controller.value, None, UpdateProgress()
+            if keeper.checkpoints.wants(metrics["rewards/total_mean"]):
+                note_counts()
+                keeper.save(state, score=metrics["rewards/total_mean"])
+            safe_point()
+    history = state.history
     if average is not None:
+        if config.publish_last:
+            _publish_policy(config, context, roles, {}, f"{context.name}-last")
         average.copy_to(roles.policy.model)
-    summary = _summary(history, config, updater)
+    summary = {**_summary(history, config, updater), "alarms": health.summary()}
     _report(context, summary)
-    record = context.publish(
-        lambda folder: save_model(roles.policy.model, roles.tokenizer, folder),
-        role="language_model",
-        metrics=summary,
-        base=context.models["policy"] if config.lora is not None else None,
-    )
     if config.publish_value and roles.value is not None:
         _publish_value(config, context, roles)
+    if config.keep_best:
+        _publish_best(config, context, roles, keeper)
+    # Last: with this version published the step counts as done.
+    record = _publish_policy(config, context, roles, summary)
     return StepResult(model=record, metrics=summary)
 
 
@@ -190,17 +233,30 @@ def iteration_metrics(rollout: Rollout, result: UpdateResult, config: PPOStepCon
         **{f"monitors/{name}": float(part.mean()) for name, part in rollout.monitors.items()},
         "rewards/total_mean": float((rollout.scores - kl_coef * sequence_kl).mean()),
         "policy/kl": float(sequence_kl.mean()),
+        "policy/kl_standard_error": float(sequence_kl.std(correction=0)) / math.sqrt(len(sequence_kl)),
         "policy/kl_coef": kl_coef,
         **result.metrics,
         "responses/length_mean": float(lengths.mean()),
         "responses/length_max": float(lengths.max()),
         "responses/stopped_share": float(rollout.stopped.float().mean()),
+        "responses/repetition": repeated_ngrams([rollout.response(row) for row in range(len(rollout.prompts))], 4),
+        "responses/distinct_share": len(set(rollout.completions)) / len(rollout.completions),
         "policy/sampling_gap": rollout.sampling_gap,
         **{f"time/{name}_s": value for name, value in rollout.seconds.items()},
         "time/episodes_per_second": len(rollout.prompts) / max(seconds, 1e-9),
         "time/generated_tokens_per_second": float(lengths.sum()) / max(rollout.seconds["generation"], 1e-9),
         "time/update_tokens_per_second": result.tokens / max(rollout.seconds["update"], 1e-9),
     }
+
+
+def _raise_alarms(config: PPOStepConfig, context: StepContext, iteration: int, health: Health, alarms: list[Alarm]) -> None:
+    """Say what has begun to go wrong. Raises TrainingError for an alarm that ends the run."""
+    for alarm in health.begun:
+        context.runtime.console.print(f"{context.name}: iteration {iteration}: {alarm.name}: {alarm.message}", style="yellow", markup=False)
+    for alarm in alarms:
+        if alarm.name in config.health.stop_on:
+            kept = f"the last checkpoint is kept in {context.checkpoint_folder / 'ppo'}"
+            raise TrainingError(f"{context.name}: iteration {iteration}: stopped on {alarm.name} (health.stop_on): {alarm.message}; {kept}")
 
 
 def _log(context: StepContext, iteration: int, entry: dict[str, Any]) -> None:
@@ -211,31 +267,56 @@ def _log(context: StepContext, iteration: int, entry: dict[str, Any]) -> None:
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
 
-def _resume(context: StepContext, roles: Roles, updater: Updater, controller: Any) -> tuple[int, list[dict[str, Any]]]:
-    """(iterations done, their logs) of a run that was cut off; the logs are written again, so that metrics.jsonl is whole."""
-    state = load_checkpoint(context.checkpoint_folder / "ppo", roles.networks(), updater.optimizers, updater.average)
+def _resume(context: StepContext, keeper: RunKeeper, updater: Updater) -> RunState | None:
+    """The state of a run that was cut off; its logs are written again, so that metrics.jsonl is whole."""
+    state = keeper.load()
     if state is None:
-        return 0, []
-    controller.value = state["kl_coef"]
-    updater.optimizer_steps = state["optimizer_steps"]
+        return None
+    updater.optimizer_steps = state.optimizer_steps
     if updater.pretraining_rows is not None:
-        updater.pretraining_rows.step = state["optimizer_steps"]  # type: ignore[attr-defined]
-    for iteration, entry in enumerate(state["history"]):
+        updater.pretraining_rows.step = state.pretraining_draws  # type: ignore[attr-defined]
+    for iteration, entry in enumerate(state.history):
         _log(context, iteration, entry)
-    context.runtime.console.print(f"{context.name}: resuming after iteration {state['iteration']}")
-    return state["iteration"], state["history"]
+    inside = f", minibatch {len(state.progress.collected)} of the next" if state.rollout is not None else ""
+    context.runtime.console.print(f"{context.name}: resuming after iteration {state.iteration}{inside}")
+    return state
 
 
-def _keep_batch(context: StepContext, rollout: Rollout) -> str:
-    """Write the offending episodes beside the metrics; returns the end of the message."""
-    if not context.runtime.is_main:
-        return ""
-    path = context.folder / "failed_rollout.jsonl"
+@contextmanager
+def _saved_when_stopped(keeper: RunKeeper, state: RunState) -> Iterator[None]:
+    """Where an end is asked for inside: keep the run as it was before, random streams included."""
+    generators = generator_states(keeper.runtime)
+    try:
+        yield
+    except Stopped:
+        set_generator_states(generators, keeper.runtime)
+        keeper.save(state)
+        raise
+
+
+def _episodes(rollout: Rollout) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": rollout.prompts[row],
+            "completion": rollout.completions[row],
+            "score": float(rollout.scores[row]),
+            **{name: float(part[row]) for name, part in rollout.parts.items()},
+            "kl": float(rollout.kl[row].sum()),
+            "tokens": rollout.response(row),
+        }
+        for row in range(len(rollout.prompts))
+    ]
+
+
+def _keep_batch(context: StepContext, episodes: list[dict[str, Any]]) -> str:
+    """Write the offending episodes beside the metrics; returns the end of the message. Each process writes what it met."""
+    index = context.runtime.process_index
+    path = context.folder / ("failed_rollout.jsonl" if index == 0 else f"failed_rollout-{index}.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-        for row, prompt in enumerate(rollout.prompts):
-            episode = {"prompt": prompt, "completion": rollout.completions[row], "score": float(rollout.scores[row])}
+        for episode in episodes:
             file.write(json.dumps(episode, ensure_ascii=False) + "\n")
-    return f". Its episodes are in {path.name} of the run folder; the last checkpoint is kept"
+    return f". Its episodes are in {path}; the last checkpoint is kept in {context.checkpoint_folder / 'ppo'}"
 
 
 def _summary(history: list[dict[str, Any]], config: PPOStepConfig, updater: Updater) -> dict[str, Any]:
@@ -259,13 +340,52 @@ def _report(context: StepContext, summary: dict[str, Any]) -> None:
         f"{context.name}: score {summary['score_mean_first']:.3f} -> {summary['score_mean_last']:.3f}, "
         f"KL {summary['kl_last']:.2f} nats, entropy {summary['entropy_first']:.2f} -> {summary['entropy_last']:.2f}, "
         f"length {summary['length_mean_first']:.1f} -> {summary['length_mean_last']:.1f}, {summary['episodes_per_second']:.1f} episodes/s"
+        + (f"; alarms: {', '.join(alarm['name'] for alarm in summary['alarms'])}" if summary["alarms"] else "")
     )
+
+
+def _publish_policy(
+    config: PPOStepConfig, context: StepContext, roles: Roles, metrics: dict[str, Any], name: str | None = None
+) -> ModelRecord:
+    from stages.models.loading import save_model
+
+    return context.publish(
+        lambda folder: save_model(roles.policy.model, roles.tokenizer, folder),
+        role="language_model",
+        metrics=metrics,
+        base=context.models["policy"] if config.lora is not None else None,
+        name=name,
+    )
+
+
+def _publish_best(config: PPOStepConfig, context: StepContext, roles: Roles, keeper: RunKeeper) -> None:
+    """The policy of the iteration with the highest mean reward (score less KL penalty), as ``<name>-best``; the last one stays in place."""
+    from stages.models.loading import save_model
+
+    best = keeper.checkpoints.best()
+    if best is None:
+        context.runtime.console.print(f"{context.name}: no whole checkpoint of a best iteration is left; none is published")
+        return
+    last = {name: parameter.detach().clone() for name, parameter in trainable(roles.policy.model)}
+    keeper.load_weights(best)
+    if keeper.average is not None:
+        keeper.average.copy_to(roles.policy.model)
+    context.publish(
+        lambda folder: save_model(roles.policy.model, roles.tokenizer, folder),
+        role="language_model",
+        metrics={"total_mean": best.score, "iteration": json.loads((best.path / "state.json").read_text(encoding="utf-8"))["iteration"]},
+        base=context.models["policy"] if config.lora is not None else None,
+        name=f"{context.name}-best",
+    )
+    with torch.no_grad():
+        for name, parameter in trainable(roles.policy.model):
+            parameter.copy_(last[name])
 
 
 def _publish_value(config: PPOStepConfig, context: StepContext, roles: Roles) -> None:
     value = roles.value
     assert value is not None
-    places = [place for place in ("value", *(f"reward[{index}].model" for index in range(len(config.reward)))) if place in context.models]
+    places = [place for place in ("value", *reward_model_inputs(config.reward, "reward")) if place in context.models]
     base = context.models[places[0]] if places else context.models["policy"]
     context.publish(
         lambda folder: value.save(folder, roles.tokenizer),

@@ -18,6 +18,7 @@ from stages.models.heads import ValueModel
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.responses import Policy, SequenceBatch, sequence_values
 from stages.ppo.config import PPOStepConfig
+from stages.rewards.config import leaves
 from stages.runtime import StepContext
 
 
@@ -99,8 +100,8 @@ def _load_value(config: PPOStepConfig, context: StepContext, tokenizer: Any, dty
             )
         return ValueModel.from_pretrained(source, dtype=dtype, lora=config.lora, trainable=True)
     if config.value is None:
-        for index, reward in enumerate(config.reward):
-            found = context.models.get(f"reward[{index}].model")
+        for place, reward in leaves(config.reward, "reward").items():
+            found = context.models.get(f"{place}.model")
             if found is None or reward.label is not None:
                 continue
             if load_tokenizer(found).get_vocab() == vocabulary:

@@ -16,15 +16,24 @@ from torch import Tensor
 
 from stages.corpora.messages import Prompt
 from stages.errors import TrainingError
-from stages.generation import decode_completions, generate, right_pad, stop_token_ids
-from stages.models.responses import sequence_batch
+from stages.generation import decode_completions, ending_tokens, generate, right_pad
+from stages.models.responses import sequence_batch, with_closing
 from stages.numerics.gae import gae
 from stages.numerics.kl import estimate_kl
 from stages.numerics.masking import scale_to_unit_variance, whiten
 from stages.numerics.shaping import penalize_missing_eos, shape_rewards
 from stages.ppo.config import PPOStepConfig
+from stages.ppo.credit import token_scores
 from stages.ppo.roles import Roles
 from stages.rewards.source import CombinedReward, Scores
+
+
+class ScoringError(TrainingError):
+    """A reward source failed, or gave something that is no finite number; ``episodes`` are the prompts and completions it was shown."""
+
+    def __init__(self, message: str, episodes: list[tuple[Prompt, str]]) -> None:
+        super().__init__(message)
+        self.episodes = episodes
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,11 @@ class Rollout:
     rollout_logprobs: Tensor  # [B, R] by the policy that sampled, at the sampling temperature
     reference_logprobs: Tensor  # [B, R]
     values: Tensor  # [B, R] value before each token, by the value network of the rollout
+    closing_values: Tensor  # [B] value after the last token, where closing_mask is True
+    closing_mask: Tensor  # [B] bool: the score is paid one state behind the last token (score_placement: after, and room left)
     scores: Tensor  # [B] weighted sum of the reward sources, after the penalty for a missing stop token
     raw_scores: Tensor  # [B] before it
+    token_scores: Tensor  # [B, R] the share of the scores that has a place in the text; what is left of a score is paid at the end
     parts: dict[str, Tensor]  # [B] by source
     monitors: dict[str, Tensor]  # [B] by judge
     seconds: dict[str, float]  # by phase, of this process
@@ -77,17 +89,26 @@ class Rollout:
         )
 
 
-TOKEN_TENSORS = ("response_ids", "response_mask", "rollout_logprobs", "reference_logprobs", "values")
-TENSORS = (*TOKEN_TENSORS, "stopped", "scores", "raw_scores")
+TOKEN_TENSORS = ("response_ids", "response_mask", "rollout_logprobs", "reference_logprobs", "values", "token_scores")
+TENSORS = (*TOKEN_TENSORS, "closing_values", "closing_mask", "stopped", "scores", "raw_scores")
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the update trains towards, all [B, R] and 0 outside the mask."""
+    """What the update trains towards, [B, R] and 0 outside the mask.
+
+    ``closing_returns`` [B] are the returns of the states after the last tokens, 0 where those do not count; a score that is paid there is
+    in no column of ``rewards``.
+    """
 
     rewards: Tensor
     advantages: Tensor
     returns: Tensor
+    closing_returns: Tensor
+
+    def rows(self, chosen: Tensor) -> Targets:
+        """Those of the episodes ``chosen`` [M]."""
+        return Targets(self.rewards[chosen], self.advantages[chosen], self.returns[chosen], self.closing_returns[chosen])
 
 
 def collect(
@@ -104,7 +125,7 @@ def collect(
 ) -> Rollout:
     """Sample a completion for every prompt and measure it; each process takes every ``num_processes``-th episode.
 
-    Raises TrainingError where a reward source gives something that is no finite number.
+    Raises ScoringError where a reward source gives something that is no finite number.
     """
     own = list(range(process_index, len(prompts), num_processes))
     share = _collect_share(
@@ -129,8 +150,7 @@ def _collect_share(
     policy, pad = roles.policy, roles.tokenizer.pad_token_id
     seconds: dict[str, float] = {}
     began = time.perf_counter()
-    stop = stop_token_ids(policy.model, roles.tokenizer)
-    late = [token for token in stop_token_ids(policy.model, roles.tokenizer, config.generation.stop) if token not in stop]
+    stop, late = ending_tokens(policy.model, roles.tokenizer, config.generation)
     with policy.precision():
         generated = generate(
             policy.model, prompt_ids, config.generation, seeds=seeds, stop_ids=stop, late_stop_ids=late, pad_token_id=pad
@@ -139,8 +159,11 @@ def _collect_share(
     seconds["generation"] = time.perf_counter() - began
 
     began = time.perf_counter()
-    scored = reward.score(prompts, completions)
-    judged = monitors.score(prompts, completions) if monitors.sources else Scores(torch.zeros(0), {})
+    try:
+        scored = reward.score(prompts, completions)
+        judged = monitors.score(prompts, completions) if monitors.sources else Scores(torch.zeros(0), {})
+    except TrainingError as error:
+        raise ScoringError(str(error), list(zip(prompts, completions, strict=True))) from error
     seconds["scoring"] = time.perf_counter() - began
 
     began = time.perf_counter()
@@ -149,12 +172,16 @@ def _collect_share(
     recompute = config.rollout_logprobs == "recomputed" or (config.rollout_logprobs == "auto" and policy.autocast is not None)
     shape = mask.shape
     tokens = {name: torch.zeros(shape) for name in ("sampled", "reference", "values")}
+    closing = (mask.sum(dim=1) < config.generation.max_new_tokens) & (config.score_placement == "after")
+    closing_values = torch.zeros(len(prompts))
     order = sorted(range(len(prompts)), key=lambda row: len(prompt_ids[row]) + len(responses[row]))
     with torch.inference_mode():
         for start in range(0, len(order), 2 * config.microbatch_size):  # no gradients: twice the rows fit
             rows = order[start : start + 2 * config.microbatch_size]
             batch = sequence_batch([prompt_ids[row] for row in rows], [responses[row] for row in rows], pad, policy.device)
-            measured = {"reference": roles.reference_logprobs(batch), "values": roles.values(batch)}
+            values = roles.values(with_closing(batch, closing[rows]) if closing[rows].any() else batch)
+            closing_values[[row for row in rows if closing[row]]] = values[len(batch.tokens) :].float().cpu()
+            measured = {"reference": roles.reference_logprobs(batch), "values": values[: len(batch.tokens)]}
             if recompute:
                 measured["sampled"] = policy.logprobs(batch)
             for name, flat in measured.items():
@@ -162,18 +189,25 @@ def _collect_share(
     seconds["measuring"] = time.perf_counter() - began
 
     sampled = torch.where(mask, generated.logprobs.cpu(), 0.0)
+    stopped = generated.stopped.cpu()
+    paid = torch.zeros(shape) if scored.spans is None else token_scores(roles.tokenizer, responses, scored.spans, shape[1])
+    if config.missing_eos == "replace":  # the penalty stands in for all of a score
+        paid[~stopped] = 0.0
     return Rollout(
         prompts=prompts,
         prompt_ids=prompt_ids,
         completions=completions,
         response_ids=generated.response_ids.cpu(),
         response_mask=mask,
-        stopped=generated.stopped.cpu(),
+        stopped=stopped,
         rollout_logprobs=tokens["sampled"] if recompute else sampled,
         reference_logprobs=tokens["reference"],
         values=tokens["values"],
-        scores=penalize_missing_eos(scored.total, generated.stopped.cpu(), how=config.missing_eos, penalty=config.missing_eos_penalty),
+        closing_values=closing_values,
+        closing_mask=closing,
+        scores=penalize_missing_eos(scored.total, stopped, how=config.missing_eos, penalty=config.missing_eos_penalty),
         raw_scores=scored.total,
+        token_scores=paid,
         parts=scored.parts,
         monitors=judged.parts,
         seconds=seconds,
@@ -224,14 +258,37 @@ def targets(rollout: Rollout, config: PPOStepConfig, *, kl_coef: float) -> Targe
     """
     mask = rollout.response_mask
     kl = estimate_kl(rollout.rollout_logprobs, rollout.reference_logprobs, estimator=config.kl_estimator)
-    rewards = shape_rewards(rollout.scores, kl, mask, kl_coef=kl_coef)
+    paid = rollout.token_scores
+    states, values = mask, rollout.values  # every state whose value is learned: those before the tokens, ...
+    if rollout.closing_mask.any():  # ... and with score_placement: after those behind the last ones
+        rows, ends = torch.nonzero(rollout.closing_mask).flatten(), rollout.lengths[rollout.closing_mask]
+        kl, states, values, paid = (torch.nn.functional.pad(tensor, (0, 1)) for tensor in (kl, mask, values, paid))
+        states[rows, ends], values[rows, ends] = True, rollout.closing_values[rows]
+        kl[rows, ends] = 0.0
+    at_end = rollout.scores - rollout.token_scores.sum(dim=1)
+    rewards = shape_rewards(at_end, kl, states, kl_coef=kl_coef, token_scores=paid)
     if config.whiten_rewards:
-        rewards = scale_to_unit_variance(rewards, mask)
-    advantages, returns = gae(rewards, rollout.values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda)
+        rewards = scale_to_unit_variance(rewards, states)
+    advantages, returns = gae(rewards, values, states, gamma=config.gamma, gae_lambda=config.gae_lambda)
     if config.value_gae_lambda is not None:
-        _, returns = gae(rewards, rollout.values, mask, gamma=config.gamma, gae_lambda=config.value_gae_lambda)
+        _, returns = gae(rewards, values, states, gamma=config.gamma, gae_lambda=config.value_gae_lambda)
+    closing_returns = torch.zeros(len(mask))
+    if rollout.closing_mask.any():
+        closing_returns[rows] = returns[rows, ends]
+        rewards, advantages, returns = rewards[:, :-1], torch.where(mask, advantages[:, :-1], 0.0), returns[:, :-1]
+        rewards = torch.where(mask, rewards, 0.0)
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
     if not bool(torch.isfinite(advantages).all() and torch.isfinite(returns).all()):
         raise TrainingError("an advantage or return is not a finite number; look at the scores and values of this rollout")
-    return Targets(rewards, advantages, torch.where(mask, returns, 0.0))
+    return Targets(rewards, advantages, torch.where(mask, returns, 0.0), closing_returns)
+
+
+def whole_targets(rollout: Rollout, config: PPOStepConfig, *, kl_coef: float, num_processes: int) -> Targets:
+    """``targets`` of a whole rollout; with ``whitening_scope: process`` each process's share of it is whitened by itself."""
+    if config.whitening_scope != "process" or num_processes == 1:
+        return targets(rollout, config, kl_coef=kl_coef)
+    places = [torch.arange(index, len(rollout.prompts), num_processes) for index in range(num_processes)]
+    parts = [targets(rollout.rows(place), config, kl_coef=kl_coef) for place in places]
+    order = torch.cat(places).argsort()
+    return Targets(*(torch.cat([getattr(part, name) for part in parts])[order] for name in Targets.__dataclass_fields__))

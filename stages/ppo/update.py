@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from stages.errors import TrainingError
-from stages.models.responses import Policy, sequence_batch, sequence_values
+from stages.models.responses import Policy, sequence_batch, sequence_values, with_closing
 from stages.numerics.losses import policy_clipped, policy_terms, value_terms
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.optimizers import WeightAverage, trainable
 from stages.ppo.roles import Roles
-from stages.ppo.rollout import Rollout, Targets, targets
+from stages.ppo.rollout import Rollout, Targets, targets, whole_targets
 
 
 @dataclass
@@ -32,6 +32,14 @@ class Totals:
     def add(self, **values: Tensor | float) -> None:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
+
+@dataclass
+class UpdateProgress:
+    """How far the update of a rollout is: the metrics of the minibatches done, and the response tokens they had."""
+
+    collected: list[dict[str, float]] = field(default_factory=list)
+    tokens: int = 0
 
 
 @dataclass
@@ -62,29 +70,46 @@ class Updater:
         self.process_index, self.num_processes = process_index, num_processes
         self.optimizer_steps = 0  # since the beginning of the run
 
-    def update(self, rollout: Rollout, *, kl_coef: float, seed: int, train_policy: bool = True) -> UpdateResult:
-        """All passes over ``rollout``. Raises TrainingError where a loss or gradient is not finite; the weights are then as before it."""
+    def update(
+        self,
+        rollout: Rollout,
+        *,
+        kl_coef: float,
+        seed: int,
+        train_policy: bool = True,
+        progress: UpdateProgress | None = None,
+        after_minibatch: Callable[[], None] | None = None,
+    ) -> UpdateResult:
+        """All passes over ``rollout``. Raises TrainingError where a loss or gradient is not finite; the weights are then as before it.
+
+        ``progress`` is kept up to date, and where it says that minibatches were done (by a run that was cut off) those are passed over.
+        ``after_minibatch`` is called after each optimizer step.
+        """
         config = self.config
-        whole = targets(rollout, config, kl_coef=kl_coef)
-        collected: list[dict[str, float]] = []
+        whole = whole_targets(rollout, config, kl_coef=kl_coef, num_processes=self.num_processes)
+        progress = progress if progress is not None else UpdateProgress()
+        collected, position = progress.collected, 0
         generator = torch.Generator().manual_seed(seed)
-        tokens = 0
         for _ in range(config.ppo_epochs):
             order = torch.randperm(len(rollout.prompts), generator=generator)
             for chosen in order.split(config.minibatch_size):
+                position += 1
+                if position <= len(collected):
+                    continue
                 part = rollout.rows(chosen)
-                if config.whitening_scope == "minibatch":
-                    goal = targets(part, config, kl_coef=kl_coef)
-                else:
-                    goal = Targets(whole.rewards[chosen], whole.advantages[chosen], whole.returns[chosen])
-                tokens += int(part.response_mask.sum())
+                goal = targets(part, config, kl_coef=kl_coef) if config.whitening_scope == "minibatch" else whole.rows(chosen)
                 collected.append(self.minibatch(part, goal, train_policy=train_policy))
-            if config.target_update_kl is not None and collected[-1]["policy/approx_kl"] > config.target_update_kl:
+                progress.tokens += int(part.response_mask.sum())
+                if after_minibatch is not None:
+                    after_minibatch()
+            if config.target_update_kl is not None and collected[position - 1]["policy/approx_kl"] > config.target_update_kl:
                 break
+        if train_policy and config.ema_cadence == "iteration":
+            self._update_average()
         metrics = {name: sum(item[name] for item in collected) / len(collected) for name in collected[0]}
         metrics["policy/ratio_first_deviation"] = collected[0]["policy/ratio_max_deviation"]
         metrics["policy/ratio_max_deviation"] = max(item["policy/ratio_max_deviation"] for item in collected)
-        return UpdateResult(metrics, len(collected), tokens)
+        return UpdateResult(metrics, len(collected), progress.tokens)
 
     def minibatch(self, part: Rollout, goal: Targets, *, train_policy: bool = True) -> dict[str, float]:
         """Gradients of one minibatch and one optimizer step; returns its metrics."""
@@ -104,24 +129,29 @@ class Updater:
         """Add the minibatch's gradients to the networks' buffers (summed over processes); returns its sums and largest |ratio - 1|."""
         config, roles = self.config, self.roles
         count = float(part.response_mask.sum())
+        num_states = count + float(part.closing_mask.sum())
         totals = Totals({"tokens": 0.0})
         largest = 0.0
         want_entropy = config.entropy_coef > 0
         for rows in self._microbatches(part):
-            mask = part.response_mask[rows]
+            mask, closing = part.response_mask[rows], part.closing_mask[rows]
             device = roles.policy.device
             flat = {
                 "rollout_logprobs": part.rollout_logprobs[rows][mask].to(device),
-                "rollout_values": part.values[rows][mask].to(device),
+                "rollout_values": torch.cat([part.values[rows][mask], part.closing_values[rows][closing]]).to(device),
                 "advantages": goal.advantages[rows][mask].to(device),
-                "returns": goal.returns[rows][mask].to(device),
+                "returns": torch.cat([goal.returns[rows][mask], goal.closing_returns[rows][closing]]).to(device),
             }
             batch = sequence_batch(
                 [part.prompt_ids[row] for row in rows], [part.response(row) for row in rows], roles.tokenizer.pad_token_id, device
             )
+            num_tokens = len(batch.tokens)
+            if closing.any():  # those positions come last, and count for the values alone
+                batch = with_closing(batch, closing)
             values = None
             with torch.set_grad_enabled(train_policy or roles.value is None):
                 logprobs, entropies, values = roles.policy.logprobs_entropy_values(batch, want_entropy_gradient=want_entropy)
+                logprobs, entropies = logprobs[:num_tokens], entropies[:num_tokens]
                 terms = policy_terms(
                     logprobs, flat["rollout_logprobs"], flat["advantages"], clip_range=config.clip_range, dual_clip=config.dual_clip
                 )
@@ -132,7 +162,7 @@ class Updater:
                 values = sequence_values(roles.value, batch, roles.policy.precision())
             assert values is not None
             errors = value_terms(values, flat["rollout_values"], flat["returns"], clip_range=config.value_clip_range)
-            value_loss = config.value_coef * errors.sum() / count
+            value_loss = config.value_coef * errors.sum() / num_states
             if roles.value is not None or not train_policy:
                 value_loss.backward()
             else:
@@ -145,6 +175,7 @@ class Updater:
                 moved = (values - flat["rollout_values"]).abs()
                 totals.add(
                     tokens=len(terms),
+                    states=len(errors),
                     policy_loss=terms.sum(),
                     value_loss=errors.sum(),
                     entropy=entropies.sum(),
@@ -199,7 +230,7 @@ class Updater:
             return 0.0
         before = _gradients(self.roles.policy.model) if self.num_processes > 1 else None
         total = 0.0
-        count = rows.numel() - len(rows)
+        count = rows.numel() - len(rows) if mix.normalization == "token" else len(rows)
         for group in rows[self.process_index :: self.num_processes].split(self.config.microbatch_size):
             loss = pretraining_loss(self.roles.policy, group.to(self.roles.policy.device)) / count
             (mix.coef * loss).backward()
@@ -234,21 +265,25 @@ class Updater:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.optimizer_steps += 1
-        if self.average is not None and train_policy:
-            self.average.update(self.roles.policy.model)
+        if train_policy and self.config.ema_cadence == "optimizer_step":
+            self._update_average()
         return norms
+
+    def _update_average(self) -> None:
+        if self.average is not None:
+            self.average.update(self.roles.policy.model)
 
 
 SUMS = (
-    "tokens", "policy_loss", "value_loss", "entropy", "approx_kl", "clipped", "value_clipped", "ratio", "ratio_squared", "error", "returns",
-    "returns_squared", "values",
+    "tokens", "states", "policy_loss", "value_loss", "entropy", "approx_kl", "clipped", "value_clipped", "ratio", "ratio_squared", "error",
+    "returns", "returns_squared", "values",
 )  # fmt: skip
 
 
 def _metrics(sums: dict[str, float], largest: float) -> dict[str, float]:
-    """Means over the minibatch's tokens."""
-    count = max(sums["tokens"], 1.0)
-    mean = {name: value / count for name, value in sums.items()}
+    """Means over the minibatch's tokens, and over its states for what is said of values."""
+    of_states = ("value_loss", "value_clipped", "error", "returns", "returns_squared", "values")
+    mean = {name: value / max(sums["states" if name in of_states else "tokens"], 1.0) for name, value in sums.items()}
     variance = mean["returns_squared"] - mean["returns"] ** 2
     return {
         "policy/loss": mean["policy_loss"],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,11 +38,40 @@ class FunctionSource:
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
         """Scores [N]. Raises TrainingError where the function raises, or returns something that is no list of numbers."""
-        try:
-            scores = self.function([plain_text(prompt) for prompt in prompts], list(completions))
-        except Exception as error:
-            raise TrainingError(f"reward function {self.address} raised {type(error).__name__}: {error}") from error
+        scores = self._call(prompts, completions)
         try:
             return torch.as_tensor(scores, dtype=torch.float32)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TrainingError(f"reward function {self.address} returned {scores!r:.80}; expected one number per completion") from error
+
+    def _call(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Any:
+        try:
+            return self.function([plain_text(prompt) for prompt in prompts], list(completions))
+        except Exception as error:
+            raise TrainingError(f"reward function {self.address} raised {type(error).__name__}: {error}") from error
+
+
+class SpanFunctionSource(FunctionSource):
+    """Calls ``function(prompts, completions) -> lists of (character position, score)``, one list per completion."""
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
+        """The sums of the spans [N]."""
+        return torch.tensor([float(sum(score for _, score in row)) for row in self.score_spans(prompts, completions)])
+
+    def score_spans(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[list[tuple[int, float]]]:
+        """Raises TrainingError where the function returns something else, or a place outside its text."""
+        found = self._call(prompts, completions)
+        try:
+            spans = [[(operator.index(place), float(score)) for place, score in row] for row in found]
+        except (TypeError, ValueError) as error:
+            expected = "expected one list of (character position, score) per completion"
+            raise TrainingError(f"reward function {self.address} returned {found!r:.80}; {expected}") from error
+        if len(spans) != len(completions):
+            expected = f"expected one per completion ({len(completions)})"
+            raise TrainingError(f"reward function {self.address} returned {len(spans)} lists; {expected}")
+        for row, text in zip(spans, completions, strict=True):
+            outside = [place for place, _ in row if not 0 <= place <= len(text)]
+            if outside:
+                has = f"{text[:80]!r} has {len(text)} characters"
+                raise TrainingError(f"reward function {self.address} scored position {outside[0]}, and {has}")
+        return spans

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.corpora.messages import Prompt
 from stages.corpora.prompts import plain_text
-from stages.corpora.templates import encode_pair
+from stages.corpora.templates import encode_pair, joined
 from stages.errors import ModelError
 from stages.generation import right_pad
 from stages.models.heads import RewardModel
@@ -29,7 +29,8 @@ def load_source(source: RewardInput, model: ResolvedModel, *, device: torch.devi
         raise ModelError(f"{model.ref!r} is a classifier; set label to the class whose score is the reward")
     if role in ("language_model", "value_model"):
         raise ModelError(f"{model.ref!r} is a {role.replace('_', ' ')}; a reward needs a reward_model, or a classifier with a label")
-    return RewardModelSource(source, model, device=device, dtype=dtype)
+    kind = RewardModelSpans if source.level == "token" else RewardModelSource
+    return kind(source, model, device=device, dtype=dtype)
 
 
 class RewardModelSource:
@@ -47,6 +48,44 @@ class RewardModelSource:
         """Scores [N]. What is longer than the model's context loses its beginning: the end is what was written last."""
         rows = [encode_pair(self.tokenizer, *pair)[0][-self.max_length :] for pair in zip(prompts, completions, strict=True)]
         return score_rows(rows, self.model, self.tokenizer.pad_token_id, self.batch_size)
+
+
+class RewardModelSpans(RewardModelSource):
+    """What each token of a completion adds to the reward model's score: the scores of all its beginnings, one after another.
+
+    The sum is the score of the whole text, so that (without discount) the best policy stays the same; only the credit is spread (potential-
+    based shaping, Ng et al. 1999). A reward model was trained on whole texts, and what it thinks of a beginning is a guess.
+    """
+
+    @torch.inference_mode()
+    def score_spans(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[list[tuple[int, float]]]:
+        """(character position, what the token that begins there adds) of each completion; the first token has the prompt's share."""
+        spans: list[list[tuple[int, float]]] = []
+        device = next(self.model.parameters()).device
+        for start in range(0, len(completions), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            pairs = [encode_pair(self.tokenizer, *pair) for pair in zip(prompts[part], completions[part], strict=True)]
+            rows = [ids[-self.max_length :] for ids, _ in pairs]
+            ids = right_pad([torch.tensor(row) for row in rows], self.tokenizer.pad_token_id)
+            lengths = torch.tensor([len(row) for row in rows])
+            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+            scores = self.model.score_tokens(ids.to(device), mask.to(device)).cpu()
+            for row, (whole, prompt_length) in enumerate(pairs):
+                text, length = completions[start + row], len(rows[row])
+                kept = min(len(whole) - prompt_length, length)  # tokens of the completion that the model's context holds
+                own = scores[row, length - kept : length]
+                added = torch.cat([own[:1], own.diff()]).tolist()
+                places = self._places(prompts[start + row], text)[-kept:]
+                spans.append(list(zip(places, added, strict=True)))
+        return spans
+
+    def _places(self, prompt: Prompt, completion: str) -> list[int]:
+        """Where each token of the completion begins in it; the end token stands at its end."""
+        shown = joined(self.tokenizer, prompt, completion)
+        shift = len(shown) - len(completion)  # a space that joins it to the prompt is none of its characters
+        offsets = self.tokenizer(shown, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        places = [max(0, begin - shift) for begin, _ in offsets]
+        return [*places, len(completion)] if self.tokenizer.eos_token_id is not None else places
 
 
 class ClassifierSource:

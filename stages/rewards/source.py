@@ -1,16 +1,21 @@
-"""What a reward source is, and a weighted list of them. N completions."""
+"""What a reward source is, and a weighted list of them. N completions.
+
+A source gives one score per completion. One with ``level: token`` also says where in the text its score arises: spans, per completion a
+list of (character position, score) whose sum is the score. Positions and not tokens: a source has a tokenizer of its own, or none.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from stages.corpora.messages import Prompt
-from stages.errors import TrainingError
+from stages.errors import ModelError, TrainingError
+from stages.numerics.combining import Combine, combine_scores
 from stages.rewards.config import RewardInput
 from stages.runtime import ResolvedModel
 
@@ -25,12 +30,52 @@ class RewardSource(Protocol):
         ...
 
 
+Spans = list[list[tuple[int, float]]]
+
+
+@runtime_checkable
+class SpanSource(Protocol):
+    """A source that says where its scores arise."""
+
+    name: str
+
+    def score_spans(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Spans:
+        """(character position, score) pairs of each completion; the end of the text is a position, too."""
+        ...
+
+
 @dataclass(frozen=True)
 class Scores:
-    """The weighted sum [N] and each source's own, unweighted scores [N] by name."""
+    """The weighted sum [N] and each source's own, unweighted scores [N] by name; of an ensemble the members' and their variance, too.
+
+    ``spans``: the share of the sum that has a place in the text, weighted; None without a source of tokens' scores.
+    """
 
     total: Tensor
     parts: dict[str, Tensor]
+    spans: Spans | None = None
+
+
+class Ensemble:
+    """Sources that judge the same thing, made one score: what they disagree about is where a policy finds their faults."""
+
+    def __init__(self, name: str, members: Sequence[tuple[RewardSource, float]], *, combine: Combine, uncertainty_coef: float) -> None:
+        self.name, self.members = name, list(members)
+        self.combine, self.uncertainty_coef = combine, uncertainty_coef
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
+        """The members' scores as one [N]."""
+        return self.score_members(prompts, completions)[0]
+
+    def score_members(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """One score [N]; and each member's own [N] and their variance [N], by name. A member's weight is a factor of its scores."""
+        members = {
+            f"{self.name}.{member.name}": weight * checked(member.score(prompts, completions), member.name, completions)
+            for member, weight in self.members
+        }
+        table = torch.stack(list(members.values()))
+        scores = combine_scores(table, how=self.combine, uncertainty_coef=self.uncertainty_coef)
+        return scores, {**members, f"{self.name}.variance": table.var(dim=0, correction=0)}
 
 
 class CombinedReward:
@@ -41,13 +86,24 @@ class CombinedReward:
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
         """Score every completion by every source. Raises TrainingError where a source returns another number of scores, or NaN."""
-        parts = {}
+        parts: dict[str, Tensor] = {}
         total = torch.zeros(len(completions))
+        spans: Spans | None = None
         for source, weight in self.sources:
-            scores = checked(source.score(prompts, completions), source.name, completions)
+            if isinstance(source, SpanSource):
+                found = source.score_spans(prompts, completions)
+                scores = checked(torch.tensor([sum(score for _, score in row) for row in found]), source.name, completions)
+                spans = spans or [[] for _ in completions]
+                for row, new in zip(spans, found, strict=True):
+                    row += [(place, weight * score) for place, score in new]
+            elif isinstance(source, Ensemble):
+                scores, members = source.score_members(prompts, completions)
+                parts |= members
+            else:
+                scores = checked(source.score(prompts, completions), source.name, completions)
             parts[source.name] = scores
             total += weight * scores
-        return Scores(total, parts)
+        return Scores(total, parts, spans)
 
 
 def checked(scores: Tensor, name: str, completions: Sequence[str]) -> Tensor:
@@ -66,10 +122,13 @@ def checked(scores: Tensor, name: str, completions: Sequence[str]) -> Tensor:
 
 def build_source(source: RewardInput, model: ResolvedModel | None, *, device: torch.device, dtype: torch.dtype) -> RewardSource:
     """The source that a recipe names. Raises ModelError where the model cannot play the part."""
+    if source.ensemble is not None:
+        raise ModelError(f"{source.shown_name!r} is an ensemble, which is a reward of PPO; as judges, name its members")
     if source.function is not None:
-        from stages.rewards.function import FunctionSource
+        from stages.rewards.function import FunctionSource, SpanFunctionSource
 
-        return FunctionSource(source.shown_name, source.function)
+        kind = SpanFunctionSource if source.level == "token" else FunctionSource
+        return kind(source.shown_name, source.function)
     from stages.rewards.learned import load_source
 
     assert model is not None
@@ -79,9 +138,12 @@ def build_source(source: RewardInput, model: ResolvedModel | None, *, device: to
 def build_reward(
     sources: Sequence[RewardInput], models: Mapping[str, ResolvedModel], place: str, *, device: torch.device, dtype: torch.dtype
 ) -> CombinedReward:
-    """All sources of a recipe's list; ``models`` by field path (``<place>[0].model``)."""
-    built = [
-        (build_source(source, models.get(f"{place}[{index}].model"), device=device, dtype=dtype), source.weight)
-        for index, source in enumerate(sources)
-    ]
-    return CombinedReward(built)
+    """All sources of a recipe's list; ``models`` by field path (``<place>[0].model``, ``<place>[1].ensemble[0].model``)."""
+
+    def build(source: RewardInput, here: str) -> RewardSource:
+        if source.ensemble is None:
+            return build_source(source, models.get(f"{here}.model"), device=device, dtype=dtype)
+        members = [(build(member, f"{here}.ensemble[{index}]"), member.weight) for index, member in enumerate(source.ensemble)]
+        return Ensemble(source.shown_name, members, combine=source.combine, uncertainty_coef=source.uncertainty_coef)
+
+    return CombinedReward([(build(source, f"{place}[{index}]"), source.weight) for index, source in enumerate(sources)])

@@ -7,7 +7,14 @@ from random import Random
 
 import pytest
 
-from stages.numerics.comparing import distinct_ngrams, length_controlled_win_rate, preferences, prompt_means, win_rate
+from stages.numerics.comparing import (
+    distinct_ngrams,
+    length_controlled_win_rate,
+    preferences,
+    prompt_means,
+    repeated_ngrams,
+    win_rate,
+)
 
 
 def test_a_tie_is_half_a_win() -> None:
@@ -91,3 +98,10 @@ def test_distinct_ngrams() -> None:
     assert distinct_ngrams(rows, 1) == pytest.approx(2 / 6)
     assert distinct_ngrams(rows, 2) == pytest.approx(2 / 4)  # ab, ba, ab | ab: no bigram spans two rows
     assert distinct_ngrams([["a"]], 2) == 0.0
+
+
+def test_repeated_ngrams() -> None:
+    # abab: ab, ba, ab, of which one came before; ab: one, new in its own row
+    assert repeated_ngrams([["a", "b", "a", "b"], ["a", "b"]], 2) == pytest.approx(1 / 4)
+    assert repeated_ngrams([[7] * 10], 4) == pytest.approx(6 / 7)
+    assert repeated_ngrams([[1, 2]], 4) == 0.0

@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from stages.errors import DataError, TrainingError
-from stages.ppo import loop
 from stages.ppo.loop import run
 from stages.ppo.rollout import targets
 
@@ -46,65 +45,6 @@ def test_the_sign_canary(ppo_config, ppo_context, prompts) -> None:
     assert len(samples) == 48 and set(samples[0]) == {"iteration", "prompt", "completion", "score"}
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"ema_decay": 0.9, "kl_target": 1.0, "kl_horizon": 100},
-        {"value": "shared", "training": {"learning_rate": 1e-3, "adam_style": "tensorflow"}},
-        {"lora": {"r": 2}, "whiten_rewards": True},
-    ],
-)
-def test_resuming_equals_never_having_stopped(
-    ppo_config, step_context, resolve_folder, tiny_llama_folder, prompts, monkeypatch, fields
-) -> None:
-    config = ppo_config(data=prompts, total_episodes=72, **fields)  # six iterations
-    models = {"policy": resolve_folder(tiny_llama_folder)}
-    whole_context = step_context("test/whole", 5, models)
-    whole = run(config, whole_context)
-
-    class Killed(BaseException):
-        """As SIGKILL: nothing may catch it."""
-
-    calls = 0
-    original = loop.collect
-
-    def dies_in_the_fourth_iteration(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise Killed
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(loop, "collect", dies_in_the_fourth_iteration)
-    context = step_context("test/cut", 5, models)
-    with pytest.raises(Killed):
-        run(config, context)
-    context.close()
-    monkeypatch.setattr(loop, "collect", original)
-    (context.folder / "metrics.jsonl").unlink()  # the chain gives the second attempt a run folder of its own
-    (context.folder / "samples.jsonl").unlink()
-    torch.manual_seed(999)  # whatever the process did in between
-    cut = run(config, context)
-
-    one, two = weights(whole), weights(cut)
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    assert (context.folder / "samples.jsonl").read_text() == (whole_context.folder / "samples.jsonl").read_text()
-    for line, other in zip((whole_context.folder / "metrics.jsonl").open(), (context.folder / "metrics.jsonl").open(), strict=True):
-        timeless = [{key: value for key, value in json.loads(text).items() if not key.startswith("time/")} for text in (line, other)]
-        assert timeless[0] == timeless[1]
-
-
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(ppo_config, ppo_context, prompts) -> None:
-    config = ppo_config(data=prompts, total_episodes=60)
-    finished = run(config, ppo_context)
-    newest, older = sorted((ppo_context.checkpoint_folder / "ppo").glob("iteration-*"), reverse=True)
-    (newest / "policy.safetensors").write_bytes(b"half a fi")
-    again = run(config, ppo_context)
-    assert older.name == "iteration-000003" and newest.name == "iteration-000004"
-    one, two = weights(finished), weights(again)
-    assert all(torch.equal(one[name], two[name]) for name in one)
-
-
 def test_lora_publishes_an_adapter_that_stands_on_the_policy(ppo_config, ppo_context, prompts) -> None:
     result = run(ppo_config(data=prompts, lora={"r": 2}), ppo_context)
     assert result.model.is_adapter and all("lora_" in name for name in weights(result))
@@ -123,6 +63,23 @@ def test_the_average_is_what_is_published(ppo_config, step_context, resolve_fold
     name = "model.embed_tokens.weight"
     assert not torch.allclose(last[name], start[name], atol=1e-4)
     torch.testing.assert_close(average[name], start[name], rtol=0, atol=1e-5)  # eight steps of a millionth each
+
+
+def test_the_average_by_iteration_and_the_last_weights_beside_it(
+    ppo_config, step_context, resolve_folder, tiny_llama_folder, prompts
+) -> None:
+    models = {"policy": resolve_folder(tiny_llama_folder)}
+    start = load_file(tiny_llama_folder / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    # one iteration of four optimizer steps: by iteration the average takes in the last weights once
+    one = ppo_config(data=prompts, total_episodes=12, ema_decay=0.75, ema_cadence="iteration", publish_last=True)
+    context = step_context("test/average", 1, models)
+    average = weights(run(one, context))
+    last = load_file(next(context.registry.get("test/average-last").path.glob("*.safetensors")))
+    torch.testing.assert_close(average[name], 0.75 * start[name] + 0.25 * last[name], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(last[name], start[name], atol=1e-4)
+    every = weights(run(ppo_config(data=prompts, total_episodes=12, ema_decay=0.75), step_context("test/every", 1, models)))
+    assert not torch.allclose(every[name], average[name], atol=1e-5)
 
 
 def test_returns_by_hand_in_a_whole_rollout(ppo_config, ppo_context, make_rollout) -> None:
@@ -155,6 +112,8 @@ def test_a_reward_that_fails_is_named(ppo_config, ppo_context, prompts, tmp_path
     ):
         with pytest.raises(TrainingError, match=message):
             run(ppo_config(data=prompts, reward=[{"function": f"bad_rewards:{name}"}]), ppo_context)
+        episodes = [json.loads(line) for line in (ppo_context.folder / "failed_rollout.jsonl").read_text().splitlines()]
+        assert len(episodes) == 12 and set(episodes[0]) == {"prompt", "completion"}
 
 
 def test_prompts_that_leave_no_room_are_left_out(ppo_config, ppo_context, tmp_path) -> None:
@@ -174,6 +133,10 @@ def test_prompts_that_leave_no_room_are_left_out(ppo_config, ppo_context, tmp_pa
         ({"reward": [{"function": "a:b"}, {"function": "c:b"}]}, "two sources are called 'b'"),
         ({"training": {"adam_style": "tensorflow", "weight_decay": 0.1}}, "weight_decay goes with adam_style: torch"),
         ({"whitening_scope": "minibatch"}, "minibatch_size >= 8"),
+        ({"publish_last": True}, "publish_last goes with ema_decay"),
+        ({"generation": {"ignore_eos": True}, "missing_eos": "replace"}, "no completion could end"),
+        ({"reward": [{"ensemble": [{"function": "a:b"}, {"function": "c:d"}]}]}, "an ensemble needs a name"),
+        ({"reward": [{"function": "a:b", "combine": "min"}]}, "combine: min belongs to an ensemble"),
     ],
 )
 def test_contradictions_are_refused(ppo_config, fields, message) -> None:

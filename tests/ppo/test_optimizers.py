@@ -10,9 +10,7 @@ from stages.ppo.optimizers import (
     TensorFlowAdam,
     WeightAverage,
     learning_rate_factor,
-    load_optimizer_tensors,
     make_optimizer,
-    optimizer_tensors,
 )
 
 
@@ -77,7 +75,7 @@ def test_average_of_half_precision_weights_keeps_small_steps() -> None:
 
 
 def test_optimizer_state_survives_a_file(tmp_path) -> None:
-    from safetensors.torch import load_file, save_file
+    from stages.checkpoints import load_optimizer, save_optimizer
 
     for style in ("torch", "tensorflow"):
         settings = PPOOptimizer(learning_rate=0.1, adam_style=style)
@@ -86,8 +84,8 @@ def test_optimizer_state_survives_a_file(tmp_path) -> None:
         one.grad = torch.tensor([0.3, 0.1])
         first.step()
         two.data.copy_(one.data)
-        save_file(optimizer_tensors(first), tmp_path / "o.safetensors")
-        load_optimizer_tensors(second, load_file(tmp_path / "o.safetensors"))
+        save_optimizer(first, tmp_path / "o.safetensors")
+        load_optimizer(second, tmp_path / "o.safetensors")
         for weight, optimizer in ((one, first), (two, second)):
             weight.grad = torch.tensor([-0.2, 0.4])
             optimizer.step()

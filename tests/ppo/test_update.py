@@ -43,7 +43,12 @@ def move_policy(roles: Any) -> None:
 
 def slow_loss(roles: Any, rollout: Any, goal: Any, config: Any) -> torch.Tensor:
     """PPO's loss, episode by episode and token by token, in plain Python on whole sequences: slow, and easy to see through."""
-    policy_loss, value_loss, count = 0.0, 0.0, 0
+    policy_loss, value_loss, count, num_states = 0.0, 0.0, 0, 0
+
+    def value_term(value: torch.Tensor, old: torch.Tensor, aim: torch.Tensor) -> torch.Tensor:
+        near = old + (value - old).clamp(-config.value_clip_range, config.value_clip_range)
+        return 0.5 * torch.max((value - aim) ** 2, (near - aim) ** 2)
+
     for row in range(len(rollout.prompts)):
         prompt, response = rollout.prompt_ids[row], rollout.response(row)
         ids = torch.tensor([prompt + response])
@@ -56,19 +61,23 @@ def slow_loss(roles: Any, rollout: Any, goal: Any, config: Any) -> torch.Tensor:
             advantage = goal.advantages[row, step]
             unclipped, clipped = ratio * advantage, ratio.clamp(1 - config.clip_range, 1 + config.clip_range) * advantage
             policy_loss = policy_loss - torch.min(unclipped, clipped)
-            old, value, aim = rollout.values[row, step], values[place], goal.returns[row, step]
-            near = old + (value - old).clamp(-config.value_clip_range, config.value_clip_range)
-            value_loss = value_loss + 0.5 * torch.max((value - aim) ** 2, (near - aim) ** 2)
+            value_loss = value_loss + value_term(values[place], rollout.values[row, step], goal.returns[row, step])
             count += 1
-    return (policy_loss + config.value_coef * value_loss) / count
+        num_states += len(response)
+        if rollout.closing_mask[row]:  # the state after the last token
+            value_loss = value_loss + value_term(values[-1], rollout.closing_values[row], goal.closing_returns[row])
+            num_states += 1
+    return policy_loss / count + config.value_coef * value_loss / num_states
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_gradients_equal_the_slow_reference_for_any_microbatch(ppo_config, ppo_context, make_rollout, temperature) -> None:
-    config = ppo_config(generation={"max_new_tokens": 10, "temperature": temperature, "stop": list("abcdefghijklmnopqrstuvwxyz")})
+@pytest.mark.parametrize(("temperature", "placement"), [(1.0, "last_token"), (0.7, "last_token"), (1.0, "after")])
+def test_gradients_equal_the_slow_reference_for_any_microbatch(ppo_config, ppo_context, make_rollout, temperature, placement) -> None:
+    generation = {"max_new_tokens": 10, "temperature": temperature, "stop": list("abcdefghijklmnopqrstuvwxyz")}
+    config = ppo_config(generation=generation, score_placement=placement)
     roles = load_roles(config, ppo_context)
     rollout = make_rollout(roles, config)
     assert len(set(rollout.lengths.tolist())) > 1, "the test wants ragged responses"
+    assert rollout.closing_mask.tolist() == [placement == "after" and length < 10 for length in rollout.lengths.tolist()]
     goal = targets(rollout, config, kl_coef=0.1)
     move_policy(roles)
     slow_loss(roles, rollout, goal, config).backward()
@@ -131,8 +140,9 @@ def test_pretraining_gradient_is_added_with_its_coefficient(ppo_config, ppo_cont
     corpus.write_text("the acting was warm and the film was a joy\n" * 20)
     mix = {"data": str(corpus), "coef": 2.0, "examples_per_episode": 1, "block_size": 8}
     plain, mixed, off = ppo_config(), ppo_config(pretraining_mix=mix), ppo_config(pretraining_mix={**mix, "coef": 0.0})
+    by_row = ppo_config(pretraining_mix={**mix, "coef": 2.0 / 7, "normalization": "row"})  # a row of 8 predicts 7 tokens
     found = {}
-    for name, config in {"plain": plain, "mixed": mixed, "off": off}.items():
+    for name, config in {"plain": plain, "mixed": mixed, "by_row": by_row, "off": off}.items():
         roles = load_roles(config, ppo_context)
         rollout = make_rollout(roles, config)
         updater = make_updater(roles, config, pretraining_rows=_pretraining_rows(config, ppo_context, roles))
@@ -142,6 +152,8 @@ def test_pretraining_gradient_is_added_with_its_coefficient(ppo_config, ppo_cont
             loss = updater._add_pretraining_gradient(12)
         found[name] = gradients(roles)
     assert all(torch.equal(found["plain"][name], found["off"][name]) for name in found["plain"])  # gamma = 0: to the bit
+    for name, gradient in found["mixed"].items():
+        torch.testing.assert_close(found["by_row"][name], gradient, rtol=1e-4, atol=1e-6)
     rows = _pretraining_rows(mixed, ppo_context, roles)(12)
     model = load_roles(mixed, ppo_context).policy.model
     expected = model(input_ids=rows, labels=rows).loss  # transformers' own mean loss per token

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from stages.errors import ModelError, RecipeError, TrainingError
-from stages.rewards.config import RewardInput
+from stages.rewards.config import RewardInput, reward_model_inputs
 from stages.rewards.function import FunctionSource, load_function
 from stages.rewards.source import CombinedReward, build_reward, build_source, checked
 
@@ -106,3 +106,26 @@ def test_a_list_finds_its_models(classifier_folder, resolve_folder) -> None:
 def test_inputs_that_make_no_sense(fields, message) -> None:
     with pytest.raises(ValidationError, match=message):
         RewardInput.model_validate(fields)
+
+
+def test_an_ensemble_is_one_source(tmp_path, monkeypatch, classifier_folder, resolve_folder) -> None:
+    code = "def lengths(p, c): return [len(text) for text in c]\ndef ones(p, c): return [1.0 for _ in c]\n"
+    (tmp_path / "ensemble_rewards.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    members = [{"function": "ensemble_rewards:lengths"}, {"function": "ensemble_rewards:ones", "weight": 3.0}]
+    inputs = {how: RewardInput.model_validate({"name": "both", "ensemble": members, "combine": how, "weight": 2.0, "uncertainty_coef": 0.5})
+              for how in ("mean", "min", "uncertainty")}  # fmt: skip
+    # lengths 1 and 5 beside the constant 3: means 2 and 4, minima 1 and 3, variances 1 and 1
+    for how, expected in (("mean", [4.0, 8.0]), ("min", [2.0, 6.0]), ("uncertainty", [3.0, 7.0])):
+        scores = build_reward([inputs[how]], {}, "reward", **CPU).score(["p", "p"], ["a", "abcde"])
+        assert scores.total.tolist() == expected and scores.spans is None
+        assert scores.parts["both.lengths"].tolist() == [1.0, 5.0] and scores.parts["both.ones"].tolist() == [3.0, 3.0]
+        assert scores.parts["both.variance"].tolist() == [1.0, 1.0] and set(scores.parts) >= {"both"}
+    with pytest.raises(ModelError, match="is an ensemble, which is a reward of PPO"):
+        build_source(inputs["mean"], None, **CPU)
+    two = [{"model": "x", "label": 1, "name": "one"}, {"model": "y", "label": 0, "name": "two"}]
+    learned = [RewardInput.model_validate({"name": "both", "ensemble": two})]
+    assert list(reward_model_inputs(learned, "reward")) == ["reward[0].ensemble[0].model", "reward[0].ensemble[1].model"]
+    models = dict.fromkeys(reward_model_inputs(learned, "reward"), resolve_folder(classifier_folder))
+    found = build_reward(learned, models, "reward", **CPU).score(["p"], ["the film"])
+    assert found.total.item() == pytest.approx((found.parts["both.one"].item() + found.parts["both.two"].item()) / 2)

@@ -1,0 +1,92 @@
+"""SIGTERM and Ctrl-C as an orderly end: at once where nothing is lost by it, at the next safe point where a checkpoint comes first."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from stages.errors import Stopped
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PATIENCE_SECONDS = 3.0  # a second signal after this ends the process where it stands; earlier it is the same wish, sent twice
+
+
+class StopRequest:
+    """Whether an end was asked for. Outside of ``deferred`` the wish raises Stopped wherever the program is."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None  # of the signal
+        self._since = 0.0
+        self._deferred = 0
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Receive the signals (in the main thread; elsewhere Python allows no handlers)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if self.number is not None:
+            if now - self._since > PATIENCE_SECONDS:
+                os._exit(128 + number)
+            return
+        self._since = now
+        self.ask(number)
+        if not self._deferred:
+            raise Stopped(number)
+
+    def ask(self, number: int) -> None:
+        """Note the wish; another process may have received it."""
+        if self.number is None:
+            self.number = number
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, an end waits until the end of the block or the next ``check``."""
+        self._deferred += 1
+        try:
+            yield
+        finally:
+            self._deferred -= 1
+        if not self._deferred:
+            self.check()
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Inside a ``deferred`` block: a stretch that may be broken off anywhere."""
+        deferred, self._deferred = self._deferred, 0
+        try:
+            self.check()
+            yield
+        finally:
+            self._deferred = deferred
+
+    def check(self) -> None:
+        """Raise Stopped where an end was asked for."""
+        if self.number is not None:
+            raise Stopped(self.number)
+
+
+def end_with_launcher() -> None:
+    """Ask for an end once the launcher that started this process is gone: killed launchers leave their processes behind."""
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="launcher watch", daemon=True).start()

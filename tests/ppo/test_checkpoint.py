@@ -1,0 +1,215 @@
+"""Resuming PPO to the bit, wherever it was cut off: weights, metrics and sampled texts equal those of a run that was left alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stages.checkpoints import Checkpoints
+from stages.errors import Stopped
+from stages.ppo import loop
+from stages.ppo.checkpoint import HistoryLog
+from stages.ppo.loop import run
+from stages.ppo.update import Updater
+from stages.rewards.source import CombinedReward
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "average, adaptive KL": {"ema_decay": 0.9, "kl_target": 1.0, "kl_horizon": 100},
+    "shared value head": {"value": "shared", "training": {"learning_rate": 1e-3, "adam_style": "tensorflow"}},
+    "adapter, random reward": {"lora": {"r": 2}, "whiten_rewards": True, "reward": [{"function": "letters_reward:noisy"}]},
+    "pretraining mix": {"value_warmup_iterations": 2, "target_update_kl": 1e-4},
+}
+
+
+WHOLE: dict[str, dict[str, Any]] = {}
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing may catch it."""
+
+
+def at_call(number: int, then: Callable[[], None], original: Callable[..., Any]) -> Callable[..., Any]:
+    """``original``, which calls ``then`` first when it is called for the ``number``th time."""
+    calls = 0
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            then()
+        return original(*arguments, **options)
+
+    return counted
+
+
+def kill() -> None:
+    raise Killed
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{word} {n}"}) + "\n" for n in range(4) for word in ("film", "a plot", "the music")))
+    return str(path)
+
+
+@pytest.fixture
+def six_iterations(ppo_config, prompts, tmp_path) -> Callable[[str], Any]:
+    """The config of a run of six iterations of four minibatches each."""
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"the film number {n} was warm"}) + "\n" for n in range(40)))
+
+    def make(name: str) -> Any:
+        settings = dict(SETTINGS[name])
+        if name == "pretraining mix":
+            settings["pretraining_mix"] = {"data": str(tmp_path / "texts.jsonl"), "examples_per_episode": 1, "block_size": 8}
+        return ppo_config(data=prompts, total_episodes=72, checkpoint_seconds=1e9, **settings)
+
+    return make
+
+
+@pytest.fixture
+def undisturbed(six_iterations, step_context, resolve_folder, tiny_llama_folder) -> Callable[[str], dict[str, Any]]:
+    """The outcome of a run that nobody cut off; made once for each setting."""
+
+    def make(name: str) -> dict[str, Any]:
+        if name not in WHOLE:
+            context = step_context("test/whole", 5, {"policy": resolve_folder(tiny_llama_folder)})
+            WHOLE[name] = outcome(run(six_iterations(name), context), context)
+        return WHOLE[name]
+
+    return make
+
+
+@pytest.fixture
+def every(monkeypatch) -> Callable[[int], None]:
+    """every(3): a checkpoint is due at every third safe point, whatever the clock says."""
+
+    def make(number: int) -> None:
+        ticks = itertools.count(1)
+        monkeypatch.setattr(Checkpoints, "is_due", lambda self: next(ticks) % number == 0)
+
+    return make
+
+
+def outcome(result: Any, context: Any) -> dict[str, Any]:
+    """Weights, metrics without times, samples."""
+    lines = [json.loads(line) for line in (context.folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "weights": load_file(next(result.model.path.glob("*.safetensors"))),
+        "metrics": [json.dumps({key: value for key, value in line.items() if not key.startswith("time/")}) for line in lines],
+        "samples": (context.folder / "samples.jsonl").read_text(),
+    }
+
+
+def assert_equal(one: dict[str, Any], two: dict[str, Any]) -> None:
+    assert one["weights"].keys() == two["weights"].keys()
+    for name, expected in one["weights"].items():
+        assert torch.equal(expected, two["weights"][name]), name
+    assert one["metrics"] == two["metrics"] and one["samples"] == two["samples"]
+
+
+CUTS = {
+    "killed between": ("collect", 4, kill),  # three iterations are done
+    "killed inside": ("minibatch", 15, kill),  # in the fourth, after two of its four minibatches
+    "SIGTERM in the update": ("minibatch", 10, terminate),
+    "SIGTERM in the rollout": ("score", 3, terminate),  # while the third is scored
+}
+CASES = [(cut, settings) for cut in CUTS for settings in SETTINGS if cut != "killed between" or settings == "average, adaptive KL"]
+
+
+@pytest.mark.parametrize(("cut", "settings"), CASES)
+def test_a_run_cut_off_anywhere_ends_as_if_it_had_not_been(
+    six_iterations, undisturbed, every, step_context, resolve_folder, tiny_llama_folder, monkeypatch, cut, settings
+) -> None:
+    place, number, then = CUTS[cut]
+    models = {"policy": resolve_folder(tiny_llama_folder)}
+    context = step_context("test/cut", 5, models)
+    with monkeypatch.context() as patch:
+        every(3)  # the newest checkpoint is now inside an iteration, now between two, and rarely at the cut
+        target: Any = {"collect": loop, "minibatch": Updater, "score": CombinedReward}[place]
+        patch.setattr(target, place, at_call(number, then, getattr(target, place)))
+        with pytest.raises(Killed if then is kill else Stopped), context.runtime.stop.installed():
+            run(six_iterations(settings), context)
+    context.close()
+    again = step_context("test/again", 5, models)  # the chain gives every attempt a run folder of its own
+    again.checkpoint_folder = context.checkpoint_folder
+    torch.manual_seed(999)  # whatever the process did in between
+    assert_equal(undisturbed(settings), outcome(run(six_iterations(settings), again), again))
+
+
+def test_three_cuts_in_one_run(six_iterations, undisturbed, every, step_context, resolve_folder, tiny_llama_folder, monkeypatch) -> None:
+    models = {"policy": resolve_folder(tiny_llama_folder)}
+    context = step_context("test/cut", 5, models)
+    for number in (13, 5, 4):
+        every(7)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Updater, "minibatch", at_call(number, kill, Updater.minibatch))
+            run(six_iterations("average, adaptive KL"), context)
+        context.close()
+    again = step_context("test/again", 5, models)
+    again.checkpoint_folder = context.checkpoint_folder
+    assert_equal(undisturbed("average, adaptive KL"), outcome(run(six_iterations("average, adaptive KL"), again), again))
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(ppo_config, ppo_context, prompts, capsys) -> None:
+    config = ppo_config(data=prompts, total_episodes=60)
+    finished = outcome(run(config, ppo_context), ppo_context)
+    newest, older = sorted((ppo_context.checkpoint_folder / "ppo").glob("checkpoint-*"), reverse=True)
+    weights = bytearray((newest / "policy.safetensors").read_bytes())
+    weights[-1] ^= 1  # one bit
+    (newest / "policy.safetensors").write_bytes(weights)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (ppo_context.folder / name).unlink()
+    ppo_context.runtime.console.quiet = False
+    assert_equal(finished, outcome(run(config, ppo_context), ppo_context))
+    said = capsys.readouterr().out
+    assert f"{newest.name} is passed over: policy.safetensors was changed" in said and "resuming after iteration" in said
+
+
+def test_the_best_iteration_is_published_beside_the_last(ppo_config, ppo_context, prompts) -> None:
+    result = run(ppo_config(data=prompts, total_episodes=60, keep_best=2, keep_last=1, checkpoint_seconds=1e9), ppo_context)
+    lines = [json.loads(line) for line in (ppo_context.folder / "metrics.jsonl").read_text().splitlines()]
+    scores = [line["rewards/total_mean"] for line in lines]
+    best = ppo_context.registry.get("test/step-best")
+    assert best.manifest["metrics"] == {"total_mean": max(scores), "iteration": scores.index(max(scores)) + 1}
+    folders = sorted((ppo_context.checkpoint_folder / "ppo").glob("checkpoint-*"))
+    kept = [json.loads((path / "checkpoint.json").read_text())["score"] for path in folders]
+    assert set(sorted(scores)[-2:]) <= set(kept) and len(kept) <= 3
+    last = load_file(result.model.path / "model.safetensors")
+    assert (best.digest == result.model.digest) == (scores.index(max(scores)) == len(scores) - 1)
+    assert last.keys() == load_file(best.path / "model.safetensors").keys()
+
+
+def test_only_adapters_are_kept_where_only_adapters_train(ppo_config, ppo_context, prompts) -> None:
+    run(ppo_config(data=prompts, lora={"r": 2}), ppo_context)
+    newest = max((ppo_context.checkpoint_folder / "ppo").glob("checkpoint-*"))
+    assert all("lora_" in name for name in load_file(newest / "policy.safetensors"))
+    assert sum(path.stat().st_size for path in newest.glob("*.safetensors")) < (ppo_context.models["policy"].path and 200_000)
+    assert not [path for path in newest.iterdir() if path.suffix not in (".safetensors", ".json")]
+
+
+def test_the_history_is_appended_to_and_cut_where_a_run_was(tmp_path: Path) -> None:
+    entries = [{"metrics": {"a": number / 3}, "samples": ["…"]} for number in range(5)]
+    log = HistoryLog(tmp_path / "history.jsonl")
+    log.extend(entries[:2])
+    mark = log.extend(entries[:3])
+    log.extend(entries)  # by a run that is then cut off before its checkpoint is whole
+    again = HistoryLog(tmp_path / "history.jsonl")
+    assert again.first(mark) == entries[:3]
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 3
+    assert HistoryLog(tmp_path / "history.jsonl").first(again.extend(entries)) == entries
+    (tmp_path / "history.jsonl").write_text((tmp_path / "history.jsonl").read_text().replace("0.0", "0.1"))
+    assert HistoryLog(tmp_path / "history.jsonl").first(mark) is None

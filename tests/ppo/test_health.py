@@ -1,0 +1,126 @@
+"""Each alarm fires on a planted case and stays quiet on a healthy run; what is resumed raises the same."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from stages.errors import TrainingError
+from stages.ppo.health import CHECKS, Health, HealthSettings, alarm_metrics
+from stages.ppo.loop import run
+
+
+def healthy(iteration: int, **fields: float) -> dict[str, float]:
+    """What a good run looks like: score and KL rise, entropy falls by half, all else keeps within its noise."""
+    wave = math.sin(7.0 * iteration)  # stands in for the noise of a batch
+    done = min(1.0, iteration / 40)
+    return {
+        "policy/kl": 8 * done + 0.1 * wave, "policy/kl_standard_error": 0.2, "policy/ratio_first_deviation": 1e-6,
+        "policy/ratio_max_deviation": 1.5 + wave, "policy/entropy": 1.2 - 0.6 * done, "value/loss": 0.2 + 0.05 * wave,
+        "value/returns_variance": 1.0, "responses/length_mean": 25 + 8 * done + wave, "responses/repetition": 0.02 + 0.05 * done,
+        "responses/distinct_share": 1.0 - 0.1 * done, "responses/stopped_share": 0.97 + 0.02 * wave, "rewards/score_std": 0.8,
+        "rewards/score_mean": 2 * done + 0.1 * wave, "monitors/taste": 0.6 + 0.1 * done + 0.02 * wave, "monitors/taste_std": 0.3, **fields,
+    }  # fmt: skip
+
+
+def observed(history: list[dict[str, float]], **settings: Any) -> Health:
+    health = Health(HealthSettings(**settings))
+    for metrics in history:
+        health.observe(metrics)
+    return health
+
+
+PLANTED: dict[str, Any] = {
+    "negative_kl": lambda i: {"policy/kl": -1.5},
+    "exploding_kl": lambda i: {"policy/kl": 60.0},
+    "policies_disagree": lambda i: {"policy/ratio_first_deviation": 0.3},
+    "ratio_blow_up": lambda i: {"policy/ratio_max_deviation": 1000.0},
+    "value_blow_up": lambda i: {"value/loss": 40.0},
+    "entropy_collapse": lambda i: {"policy/entropy": 0.01},
+    "length_drift": lambda i: {"responses/length_mean": 3.0},
+    "repetition": lambda i: {"responses/repetition": 0.6},
+    "sameness": lambda i: {"responses/distinct_share": 0.1},
+    "missing_eos": lambda i: {"responses/stopped_share": 0.2},
+    "flat_reward": lambda i: {"rewards/score_std": 0.0},
+    "reward_hacking": lambda i: {
+        "rewards/score_mean": 2 + 0.1 * (i - 40), "monitors/taste": 0.7 - 0.02 * (i - 40) + 0.02 * math.sin(7.0 * i)
+    },
+}  # fmt: skip
+
+
+def test_every_check_has_a_planted_case() -> None:
+    assert [f"_{name}" for name in PLANTED] == [check.__name__ for check in CHECKS]
+
+
+def test_a_healthy_run_is_quiet() -> None:
+    health = observed([healthy(iteration) for iteration in range(80)])
+    assert health.summary() == []
+    # also one whose completions never end by themselves, as in the steering of a plain language model
+    endless = [healthy(iteration, **{"responses/stopped_share": 0.0, "responses/length_mean": 48.0}) for iteration in range(80)]
+    assert observed(endless).summary() == []
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_an_alarm_fires_on_its_planted_case_and_no_other_does(name: str) -> None:
+    history = [healthy(iteration, **(PLANTED[name](iteration) if iteration >= 40 else {})) for iteration in range(60)]
+    health = observed(history)
+    found = health.summary()
+    assert [entry["name"] for entry in found] == [name]
+    assert 40 <= found[0]["first_iteration"] <= 58 and found[0]["last_iteration"] <= 59 and found[0]["iterations"] >= 1
+    assert len(found[0]["message"]) > 60 and not found[0]["message"].endswith(".")
+
+
+def test_what_goes_on_is_said_once_and_what_comes_back_again() -> None:
+    health = Health(HealthSettings())
+    said = []
+    for iteration, kl in enumerate([1.0, 99.0, 99.0, 1.0, 99.0]):
+        alarms = health.observe(healthy(iteration, **{"policy/kl": kl}))
+        said.append(len(health.begun))
+        assert alarm_metrics(alarms) == ({"health/alarms": 1.0, "health/exploding_kl": 1.0} if kl > 50 else {"health/alarms": 0.0})
+    assert said == [0, 1, 0, 0, 1]
+    assert health.summary()[0] | {"message": ""} == {
+        "name": "exploding_kl", "first_iteration": 1, "last_iteration": 4, "iterations": 3, "message": ""
+    }  # fmt: skip
+
+
+def test_null_switches_an_alarm_off() -> None:
+    assert observed([healthy(0, **{"policy/kl": 1e3})], kl_limit=None).summary() == []
+    with pytest.raises(ValidationError, match="stop_on"):
+        HealthSettings(stop_on=["no_such_alarm"])
+
+
+def test_hacking_needs_a_rising_score() -> None:
+    falls = [healthy(i, **({"monitors/taste": 0.7 - 0.02 * (i - 40), "rewards/score_mean": 2 - 0.1 * (i - 40)} if i >= 40 else {}))
+             for i in range(60)]  # fmt: skip
+    assert observed(falls).summary() == []  # both fall: the run gets worse, but nobody is deceived
+
+
+def prompts(tmp_path: Any) -> str:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{word} {number}"}) + "\n" for number in range(4) for word in ("film", "a plot", "joy")))
+    return str(path)
+
+
+def test_alarms_reach_metrics_summary_and_terminal(ppo_config, ppo_context, tmp_path, monkeypatch) -> None:
+    (tmp_path / "flat_rewards.py").write_text("def flat(p, c): return [1.0 for _ in c]\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said: list[str] = []
+    monkeypatch.setattr(ppo_context.runtime.console, "print", lambda *parts, **_: said.append(" ".join(map(str, parts))))
+    config = ppo_config(data=prompts(tmp_path), reward=[{"function": "flat_rewards:flat"}], total_episodes=48)
+    metrics = run(config, ppo_context).metrics
+    assert [alarm["name"] for alarm in metrics["alarms"]] == ["flat_reward"] and metrics["alarms"][0]["iterations"] == 2
+    lines = [json.loads(line) for line in (ppo_context.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["health/alarms"] for line in lines] == [0.0, 0.0, 1.0, 1.0] and lines[3]["health/flat_reward"] == 1.0
+    assert sum("flat_reward: every completion of 3 iterations scored 1" in text for text in said) == 1
+    assert "alarms: flat_reward" in said[-1]
+
+
+def test_an_alarm_may_end_the_run(ppo_config, ppo_context, tmp_path) -> None:
+    config = ppo_config(data=prompts(tmp_path), total_episodes=48, health={"kl_limit": 1e-9, "stop_on": ["exploding_kl"]})
+    with pytest.raises(TrainingError, match=r"iteration 1: stopped on exploding_kl .health.stop_on.: the KL .* checkpoint is kept in"):
+        run(config, ppo_context)
+    assert list((ppo_context.checkpoint_folder / "ppo").glob("checkpoint-*/checkpoint.json"))

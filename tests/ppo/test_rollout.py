@@ -1,0 +1,112 @@
+"""Rewards, advantages and returns of rollouts made by hand: where the score sits, scores of tokens, what is whitened with what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from stages.errors import TrainingError
+from stages.ppo.rollout import Rollout, targets, whole_targets
+
+
+def hand_made(**fields: Any) -> Rollout:
+    """Two episodes: one of two tokens that has room for a third, one of three tokens."""
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    tensors = {
+        "response_ids": torch.zeros(2, 3, dtype=torch.long), "response_mask": mask, "stopped": torch.tensor([True, False]),
+        "rollout_logprobs": torch.tensor([[-1.0, -2.0, 0.0], [-1.0, -1.0, -3.0]]),
+        "reference_logprobs": torch.tensor([[-1.5, -1.0, 0.0], [-1.0, -2.0, -2.0]]),
+        "values": torch.tensor([[0.5, 0.25, 0.0], [1.0, 0.0, -1.0]]), "closing_values": torch.zeros(2),
+        "closing_mask": torch.zeros(2, dtype=torch.bool), "scores": torch.tensor([10.0, -4.0]), "raw_scores": torch.tensor([10.0, -4.0]),
+        "token_scores": torch.zeros(2, 3),
+    }  # fmt: skip
+    names = {"prompts": ["a", "b"], "prompt_ids": [[1], [2]], "completions": ["x", "y"], "parts": {}, "monitors": {}, "seconds": {}}
+    return Rollout(**{**names, **tensors, "sampling_gap": 0.0, **fields})  # type: ignore[arg-type]
+
+
+def test_the_score_is_paid_at_the_last_token(ppo_config) -> None:
+    config = ppo_config(whiten_advantages=False, gae_lambda=0.5)
+    goal = targets(hand_made(), config, kl_coef=0.1)
+    # kl: 0.5, -1 | 0, 1, -1
+    torch.testing.assert_close(goal.rewards, torch.tensor([[-0.05, 10.1, 0.0], [0.0, -0.1, -3.9]]))
+    # row 0: deltas -0.05 + 0.25 - 0.5 = -0.3 and 10.1 - 0.25 = 9.85; A = -0.3 + 4.925, 9.85
+    # row 1: deltas 0 - 1 = -1, -0.1 - 1 = -1.1, -3.9 + 1 = -2.9; A2 = -2.9, A1 = -1.1 - 1.45, A0 = -1 - 1.275
+    torch.testing.assert_close(goal.advantages, torch.tensor([[4.625, 9.85, 0.0], [-2.275, -2.55, -2.9]]))
+    torch.testing.assert_close(goal.returns, torch.tensor([[5.125, 10.1, 0.0], [-1.275, -2.55, -3.9]]))
+    assert goal.closing_returns.tolist() == [0.0, 0.0]
+
+
+def test_the_score_one_state_behind_where_there_is_room(ppo_config) -> None:
+    config = ppo_config(whiten_advantages=False, gae_lambda=0.5, score_placement="after")
+    rollout = hand_made(closing_mask=torch.tensor([True, False]), closing_values=torch.tensor([8.0, 0.0]))
+    goal = targets(rollout, config, kl_coef=0.1)
+    # row 0: the last token keeps its KL alone; the score is paid in the state after it, whose value is 8
+    torch.testing.assert_close(goal.rewards, torch.tensor([[-0.05, 0.1, 0.0], [0.0, -0.1, -3.9]]))
+    # deltas -0.3, 0.1 + 8 - 0.25 = 7.85, 10 - 8 = 2; A2 = 2, A1 = 7.85 + 1, A0 = -0.3 + 4.425
+    torch.testing.assert_close(goal.advantages, torch.tensor([[4.125, 8.85, 0.0], [-2.275, -2.55, -2.9]]))
+    torch.testing.assert_close(goal.returns, torch.tensor([[4.625, 9.1, 0.0], [-1.275, -2.55, -3.9]]))
+    assert goal.closing_returns.tolist() == [10.0, 0.0]
+    # whitening is over the policy's tokens alone, of which the state behind is none
+    whitened = targets(rollout, ppo_config(gae_lambda=0.5, score_placement="after"), kl_coef=0.1)
+    counted = goal.advantages[rollout.response_mask]
+    expected = (counted - counted.mean()) / (counted.var(correction=0) + 1e-8).sqrt()
+    torch.testing.assert_close(whitened.advantages[rollout.response_mask], expected)
+    torch.testing.assert_close(whitened.returns, goal.returns)
+
+
+def test_scores_of_tokens_are_paid_where_they_arise(ppo_config) -> None:
+    config = ppo_config(whiten_advantages=False)
+    goal = targets(hand_made(token_scores=torch.tensor([[4.0, 3.0, 0.0], [0.0, 0.0, 0.0]])), config, kl_coef=0.0)
+    assert goal.rewards.tolist() == [[4.0, 6.0, 0.0], [0.0, 0.0, -4.0]]  # of 10, 3 have no place but the end
+
+
+def test_a_separate_lambda_for_the_value(ppo_config) -> None:
+    settings = {"whiten_advantages": False, "gae_lambda": 0.5}
+    one = targets(hand_made(), ppo_config(**settings, value_gae_lambda=1.0), kl_coef=0.1)
+    other = targets(hand_made(), ppo_config(**settings), kl_coef=0.1)
+    torch.testing.assert_close(one.advantages, other.advantages)
+    # at lambda = 1 a return is what follows: -0.05 + 10.1, 10.1 | -4, -4, -3.9
+    torch.testing.assert_close(one.returns, torch.tensor([[10.05, 10.1, 0.0], [-4.0, -4.0, -3.9]]))
+
+
+def test_whitening_by_process_is_each_share_alone(ppo_config) -> None:
+    config = ppo_config(whitening_scope="process")
+    whole = whole_targets(hand_made(), config, kl_coef=0.1, num_processes=2)
+    for row in range(2):
+        alone = targets(hand_made().rows(torch.tensor([row])), config, kl_coef=0.1)
+        torch.testing.assert_close(whole.advantages[row], alone.advantages[0])
+        counted = whole.advantages[row][hand_made().response_mask[row]]
+        assert abs(float(counted.mean())) < 1e-5
+    together = whole_targets(hand_made(), config, kl_coef=0.1, num_processes=1)
+    torch.testing.assert_close(together.advantages, targets(hand_made(), ppo_config(), kl_coef=0.1).advantages)
+
+
+def test_a_value_that_is_no_number_is_refused(ppo_config) -> None:
+    values = hand_made().values.clone()
+    values[0, 1] = float("nan")
+    with pytest.raises(TrainingError, match="not a finite number"):
+        targets(hand_made(values=values), ppo_config(), kl_coef=0.1)
+
+
+@pytest.mark.parametrize("value", ["policy", "shared"])
+def test_the_value_behind_the_end_is_read_at_the_last_token(ppo_config, ppo_context, make_rollout, value) -> None:
+    from stages.ppo.roles import load_roles
+
+    config = ppo_config(score_placement="after", value=value)
+    roles = load_roles(config, ppo_context)
+    head = roles.value.score_head if roles.value is not None else roles.policy.value_head
+    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
+    rollout = make_rollout(roles, config)
+    assert rollout.closing_mask.any() and not rollout.closing_mask.all()
+    backbone = roles.value.backbone if roles.value is not None else roles.policy.model.model
+    for row in range(len(rollout.prompts)):
+        ids = torch.tensor([rollout.prompt_ids[row] + rollout.response(row)])
+        with torch.no_grad():
+            values = head(backbone(input_ids=ids).last_hidden_state)[0, :, 0]
+        length = int(rollout.lengths[row])
+        # before each token, and for a response with room after the last one
+        torch.testing.assert_close(rollout.values[row, :length], values[-length - 1 : -1], rtol=1e-4, atol=1e-5)
+        if rollout.closing_mask[row]:
+            torch.testing.assert_close(rollout.closing_values[row], values[-1], rtol=1e-4, atol=1e-5)
