@@ -59,7 +59,7 @@ def frontier(evaluation: Row, colors: Mapping[str, int]) -> Figure | None:
             mean, color = row["scores"][judge], SERIES[colors[name]]
             interval_points(axes, [row["kl"]], [mean], [mean if low is None else low], [mean if high is None else high], color, size=7)
             if row.get("kl_interval") and None not in row["kl_interval"]:
-                axes.hlines([mean], *[[end] for end in row["kl_interval"]], color=color, linewidth=1.4)
+                axes.hlines([mean], row["kl_interval"][0], row["kl_interval"][1], color=color, linewidth=1.4)
             axes.annotate(name, (row["kl"], mean), xytext=(7, 5), textcoords="offset points", fontsize=9, color=color)
             rows.append([judge, name, f"{row['kl']:.2f}", _mean_text({"mean": mean, "ci_low": low, "ci_high": high})])
         axes.set_xlabel(f"KL to {reference}, nats per completion")
@@ -82,7 +82,7 @@ def _mean_text(point: Mapping[str, Any]) -> str:
 
 
 def over_optimisation(step: StepFolder, evaluation: Row | None = None) -> Figure | None:
-    """The trained reward and every monitor during PPO against the square root of KL (Gao et al. 2023), with best-of-n where it was measured."""
+    """The trained reward and every monitor of a PPO step against the square root of KL (Gao et al. 2023), with best-of-n where it is."""
     kl_steps, kls = step.series("policy/kl")
     if len(kls) < 5:
         return None
@@ -91,14 +91,14 @@ def over_optimisation(step: StepFolder, evaluation: Row | None = None) -> Figure
     names |= {name: name.removeprefix("monitors/") for name in _monitors(step)}
     if len(names) < 2:
         return None
-    roots = [math.sqrt(max(0.0, value)) for value in smoothed(kls)]
+    roots = [math.sqrt(max(0.0, value)) for value in smoothed(kls, 0.1)]
     panels, rows = [], []
     has_best_of_n = False
     for metric, name in names.items():
         steps, values = step.series(metric)
         if steps != kl_steps:
             continue
-        smooth = smoothed(values)
+        smooth = smoothed(values, 0.1)
         canvas = Canvas(4.9, 2.6)
         for _, curve in (evaluation or {}).get("best_of_n", {}).items():
             points = [(math.sqrt(point["kl"]), point["scores"][name]["mean"]) for point in curve if name in point["scores"]]
@@ -115,8 +115,8 @@ def over_optimisation(step: StepFolder, evaluation: Row | None = None) -> Figure
         for place in thinned(range(len(roots)), TABLE_ROWS):
             rows.append([name, f"{steps[place]:.0f}", f"{roots[place]:.2f}", f"{smooth[place]:.3f}"])
     caption = (
-        "PPO's iterations on training prompts, in order of KL; lines are running means, the ring is their best. Where the trained reward still "
-        "rises and a judge that was only watched has turned down, the policy exploits its reward model."
+        "PPO's iterations on training prompts: dots are iterations, lines running means, the ring is their best. Where the trained reward "
+        "still rises and a judge that was only watched has turned down, the policy exploits its reward model."
     )
     legend = [(f"{step.name}, iteration by iteration", 1)]
     if has_best_of_n:
@@ -192,8 +192,8 @@ def heldout_text(step: StepFolder) -> str:
         if step.stage == "ppo" and "score_mean_first" in step.metrics:
             metrics = step.metrics
             return (
-                f"Score {metrics['score_mean_first']:.3f} to {metrics['score_mean_last']:.3f} (first and last tenth), KL {metrics['kl_last']:.2f} nats "
-                f"at the end, {metrics['episodes']:,} episodes. Thin lines are iterations, thick ones running means."
+                f"Score {metrics['score_mean_first']:.3f} to {metrics['score_mean_last']:.3f} (first and last tenth), "
+                f"KL {metrics['kl_last']:.2f} nats at the end, {metrics['episodes']:,} episodes. Thick lines are running means."
             )
         return ""
     before, after, title = HELDOUT[step.stage]
@@ -274,11 +274,9 @@ def calibration(step: StepFolder) -> Figure | None:
         canvas.axes.set_ylabel("accuracy")
         panels.append(canvas.panel("accuracy by margin"))
         rows += [["margin", name, f"{item['accuracy']:.3f}", f"{item['pairs']:,}"] for name, item in zip(names, margins, strict=True)]
+    pairs = ", which take pairs of one prompt as independent" if step.stage == "reward_model" else ""
     caption = (
-        "Held-out data. On the diagonal it is as sure as it is right; below it is too sure. Bars are Wilson's 95 % intervals and take pairs of one "
-        "prompt as independent."
-        if step.stage == "reward_model"
-        else "Held-out data. On the diagonal it is as sure as it is right; below it is too sure. Bars are Wilson's 95 % intervals."
+        f"Held-out data. On the diagonal it is as sure as it is right; below, it is too sure. Bars are Wilson's 95 % intervals{pairs}."
     )
     return Figure(
         f"calibration-{step.name}", f"Can {step.name} be trusted?", caption, panels, [], ["", "value", "accuracy", "count"], rows
@@ -324,7 +322,7 @@ def alignment_tax(evaluation: Row, colors: Mapping[str, int]) -> Figure | None:
         panels.append(canvas.panel(title))
     if not panels:
         return None
-    caption = "What the candidates still can do beside what they were aligned to. Measured against the first candidate: fine-tuning pays, too."
+    caption = "What candidates still can do beside what they were aligned to. The first is the measure: fine-tuning has its price, too."
     return Figure("tax", "Alignment tax", caption, panels, [], ["measure", "candidate", "value", "interval"], rows, small=True)
 
 
@@ -347,7 +345,8 @@ EXAMPLES = {"sft": "demonstrations", "reward_model": "comparisons", "sentiment":
 
 def data_efficiency(runs: Sequence[RunFolder]) -> Figure | None:
     """Held-out results against the number of training examples, a line per starting model, where steps differ in both or either."""
-    panels, rows, legend = [], [], {}
+    panels, rows = [], []
+    legend: dict[str, int] = {}
     for stage, key in EXAMPLES.items():
         points: dict[str, list[tuple[float, float]]] = {}
         _, after, title = HELDOUT[stage]
@@ -404,7 +403,7 @@ def overlay(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Figure]:
                 panels.append(panel)
         if panels:
             legend = [(names[number], number % len(SERIES)) for number in sorted(drawn)]
-            figures.append(
-                Figure(f"overlay-{name}", f"{name} (ppo)", "Running means of each run.", panels, legend, ["curve", "run", "first", "last"], rows, small=True)
-            )
+            headings = ["curve", "run", "first", "last"]
+            caption = "Running means of each run."
+            figures.append(Figure(f"overlay-{name}", f"{name} (ppo)", caption, panels, legend, headings, rows, small=True))
     return figures

@@ -55,7 +55,9 @@ def draw_chain(lines: Mapping[str, Sequence[str]], reads: Mapping[str, Sequence[
             (x, y), (to_x, to_y) = place[name], place[step]
             start, end = (x + WIDTH, y + HEIGHT / 2), (to_x, to_y + HEIGHT / 2)
             bend = max(24, (end[0] - start[0]) / 2)
-            arrows.append(f"M{start[0]:.0f} {start[1]:.0f} C{start[0] + bend:.0f} {start[1]:.0f} {end[0] - bend:.0f} {end[1]:.0f} {end[0]:.0f} {end[1]:.0f}")
+            points = (start, (start[0] + bend, start[1]), (end[0] - bend, end[1]), end)
+            first, *rest = (f"{x:.0f} {y:.0f}" for x, y in points)
+            arrows.append(f"M{first} C{' '.join(rest)}")
     boxes = [Box(name, *place[name], tuple(lines.get(name, ("from outside",))), name in foreign) for name in [*foreign, *steps]]
     width = 2 * PAD + max(columns, default=0) * (WIDTH + GAP_X) + WIDTH
     return Diagram(boxes, arrows, width, 2 * PAD + tallest * (HEIGHT + GAP_Y) - GAP_Y)

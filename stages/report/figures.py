@@ -5,7 +5,6 @@ matplotlib draws with marker colours; in the SVG they become CSS variables (``--
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ SERIES = tuple(f"#0a0a{number:02x}" for number in range(1, 13))
 VARIABLES = {INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)", PAPER: "var(--card)"} | {
     color: f"var(--s{number})" for number, color in enumerate(SERIES)
 }
-RC = {
+RC: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "tristage", "font.size": 9.5, "font.family": "sans-serif", "axes.linewidth": 0.8,
     "axes.edgecolor": LINE, "axes.labelcolor": SOFT, "axes.titlecolor": INK, "text.color": INK, "xtick.color": LINE, "ytick.color": LINE,
     "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT, "axes.facecolor": "none", "figure.facecolor": "none", "grid.color": LINE,
@@ -52,6 +51,10 @@ class Figure:
     headings: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
     small: bool = False  # panels are small multiples
+
+    def __post_init__(self) -> None:
+        own = [Panel(panel.title, own_ids(panel.svg, f"{self.key}-{place}-")) for place, panel in enumerate(self.panels)]
+        object.__setattr__(self, "panels", own)
 
 
 class Canvas:
@@ -92,12 +95,11 @@ def as_svg(drawing: Drawing, label: str) -> str:
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
     text = re.sub(r"#0[0-9a]0[0-9a][0-9a-f]{2}", lambda found: VARIABLES.get(found[0], found[0]), text)
     text = re.sub(r"(\d+\.\d{2})\d+", r"\1", text)  # hundredths of a point are enough
-    return _own_ids(text).strip()
+    return text.strip()
 
 
-def _own_ids(text: str) -> str:
-    """Ids that no other drawing of the page has: clip paths and markers are looked up in the whole document."""
-    prefix = f"d{hashlib.blake2s(text.encode(), digest_size=4).hexdigest()}-"
+def own_ids(text: str, prefix: str) -> str:
+    """The drawing with ids that no other one of the page has: clip paths and markers are looked up in the whole document."""
     text = re.sub(r'\bid="([^"]+)"', lambda found: f'id="{prefix}{found[1]}"', text)
     text = re.sub(r'(xlink:href|href)="#([^"]+)"', lambda found: f'href="#{prefix}{found[2]}"', text)
     return re.sub(r"url\(#([^)]+)\)", lambda found: f"url(#{prefix}{found[1]})", text)
@@ -108,11 +110,11 @@ def _attribute(text: str) -> str:
 
 
 def interval_points(
-    axes: Axes, x: Sequence[float], y: Sequence[float], low: Sequence[float], high: Sequence[float], color: str, *, marker: str = "o", size: float = 5
+    axes: Axes, x: Sequence[float], y: Sequence[float], low: Sequence[float], high: Sequence[float], color: str, *, size: float = 5
 ) -> None:
     """Points with vertical intervals."""
     axes.vlines(x, low, high, color=color, linewidth=1.4)
-    axes.plot(x, y, marker, color=color, markersize=size, markeredgecolor=PAPER, markeredgewidth=0.8)
+    axes.plot(x, y, "o", color=color, markersize=size, markeredgecolor=PAPER, markeredgewidth=0.8)
 
 
 def smoothed(values: Sequence[float], share: float = 0.05) -> list[float]:

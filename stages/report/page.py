@@ -44,10 +44,11 @@ def render_run(run: RunFolder) -> str:
         diagram=_diagram(run),
         steps=[_step(step) for step in run.steps],
         groups=_figure_groups(run),
-        readers=[_reader(step) for step in run.evaluations],
+        readers=[_reader(step, COMPLETIONS_BYTES // len(run.evaluations)) for step in run.evaluations],
         recipe=_recipe_text(run),
         command=command(run.summary),
         environment=run.summary.get("environment", {}),
+        packages=run.summary.get("environment", {}).get("packages", {}),
     )
 
 
@@ -134,7 +135,10 @@ def _verdict(run: RunFolder, step: StepFolder) -> Row:
         "prompts": evaluation["prompts"],
         "samples": evaluation["samples_per_prompt"],
         "plots": plots,
-        "candidates": [{"name": name, "color": colors[name], **row} for name, row in evaluation["candidates"].items()],
+        "candidates": [
+            {"name": name, "color": colors[name], "model": row.get("model"), "best_of": row.get("best_of")}
+            for name, row in evaluation["candidates"].items()
+        ],
         "columns": _columns(evaluation, judges),
         "matrices": [_matrix(name, names, rates) for name in judges] if others else [],
         "agreement": evaluation.get("agreement", {}),
@@ -242,10 +246,11 @@ def _notes(run: RunFolder) -> list[Row]:
     notes = []
     for step in run.steps:
         for alarm in step.metrics.get("alarms") or []:
-            first, count = alarm.get("first_iteration"), alarm.get("iterations")
-            notes.append({"kind": "alarm", "text": f"{step.name}: {alarm['name']} from iteration {first} on, in {count} iterations: {alarm['message']}"})
-        if step.stage == "ppo" and step.metrics and not step.metrics.get("alarms") and "alarms" in step.metrics:
-            notes.append({"kind": "good", "text": f"{step.name}: no health alarm was raised in {step.metrics.get('iterations', '?')} iterations of PPO."})
+            when = f"from iteration {alarm.get('first_iteration')} on, in {alarm.get('iterations')} iterations"
+            notes.append({"kind": "alarm", "text": f"{step.name}: {alarm['name']} {when}: {alarm['message']}"})
+        if step.stage == "ppo" and step.metrics.get("alarms") == []:
+            number = step.metrics.get("iterations", "?")
+            notes.append({"kind": "good", "text": f"{step.name}: no health alarm was raised in {number} iterations of PPO."})
     for step in run.evaluations:
         notes += _evaluation_notes(step)
     missing = [step.name for step in run.steps if step.stage in curves.STAGE_CURVES and not step.log]
@@ -259,10 +264,10 @@ def _notes(run: RunFolder) -> list[Row]:
 def _evaluation_notes(step: StepFolder) -> list[Row]:
     evaluation = step.evaluation
     assert evaluation is not None
-    notes = [
-        {"kind": "alarm" if item["count"] > 0.1 * item["of"] else "note", "text": f"{step.name}: {item['count']:,} of {item['of']:,} {item['what']}."}
-        for item in evaluation.get("exclusions", [])
-    ]
+    notes = []
+    for item in evaluation.get("exclusions", []):
+        text = f"{step.name}: {item['count']:,} of {item['of']:,} {item['what']}."
+        notes.append({"kind": "alarm" if item["count"] > 0.1 * item["of"] else "note", "text": text})
     names = list(evaluation["candidates"])
     judge = evaluation["judges"][0]["name"]
     unsure = []
@@ -274,21 +279,21 @@ def _evaluation_notes(step: StepFolder) -> list[Row]:
         more = f"about {needed:,.0f} prompts would be needed" if needed is not None else "no number of prompts would, at this win rate"
         unsure.append(f"{b} from {a} ({_percent(row['win_rate'])}; {more})")
     if unsure:
-        text = f"{step.name}: {evaluation['prompts']} prompts do not tell {'; '.join(unsure)}. The numbers are for a power of 80 % at 5 %, by {judge}."
-        notes.append({"kind": "note", "text": text})
+        told = f"{evaluation['prompts']} prompts do not tell {'; '.join(unsure)}"
+        notes.append({"kind": "note", "text": f"{step.name}: {told}. Numbers are for a power of 80 % at the 5 % level, by {judge}."})
     for pair in evaluation.get("agreement", {}).get("pairs", []):
         share = pair.get("agreement_decided")
         if share is not None and pair["decided"] >= 20 and share < NOISE:
-            text = f"{step.name}: {pair['a']} and {pair['b']} agree on {_percent(share)} of the {pair['decided']:,} comparisons that neither ties: they judge different things."
-            notes.append({"kind": "note", "text": text})
+            where = f"on {_percent(share)} of the {pair['decided']:,} comparisons that neither ties"
+            notes.append({"kind": "note", "text": f"{step.name}: {pair['a']} and {pair['b']} agree {where}: they judge different things."})
     for entry in evaluation["judges"]:
         if entry["kind"] == "llm":
             cost = f", for {entry['cost']:.2f}" if entry.get("cost") is not None else ""
             consistent = entry.get("order_consistency")
             same = f"; in both orders it said the same of {_percent(consistent)}" if consistent is not None else ""
             text = (
-                f"{step.name}: {entry['name']} was asked {entry['requests']:,} times ({entry['from_cache']:,} replies from the cache, {entry['retries']:,} "
-                f"retries, {entry['refused']:,} refusals, {entry['failed']:,} failures){cost}{same}."
+                f"{step.name}: {entry['name']} was asked {entry['requests']:,} times ({entry['from_cache']:,} replies from the cache, "
+                f"{entry['retries']:,} retries, {entry['refused']:,} refusals, {entry['failed']:,} failures){cost}{same}."
             )
             notes.append({"kind": "note", "text": text})
     compared = sum(row["a"] < row["b"] for row in evaluation["win_rates"])
@@ -399,8 +404,8 @@ def _figure_groups(run: RunFolder) -> list[Row]:
 # Completions
 
 
-def _reader(step: StepFolder) -> Row:
-    """The completions of an evaluation, and what the page's script needs to search and filter them."""
+def _reader(step: StepFolder, room: int) -> Row:
+    """The completions of an evaluation, as many as ``room`` bytes hold, and what the page's script needs to search and filter them."""
     evaluation = step.evaluation
     assert evaluation is not None
     names = list(evaluation["candidates"])
@@ -409,14 +414,16 @@ def _reader(step: StepFolder) -> Row:
     tokens: dict[int, dict[str, Row]] = {}
     for row in step.tokens:
         tokens.setdefault(row["row"], {})[row["candidate"]] = row
-    examples, data, used = [], [], 0
+    examples: list[Row] = []
+    data: list[Row] = []
+    used = 0
     for number, line in enumerate(step.completions):
-        example = _example(number, line, names, judges)
-        used += len(json.dumps(example, ensure_ascii=False).encode()) + 160 * len(names)
-        if used > COMPLETIONS_BYTES and examples:
+        example, numbers = _example(number, line, names, judges), _example_data(line, names, judges, tokens.get(number, {}))
+        used += _bytes_of(example, numbers)
+        if used > room and examples:
             break
         examples.append(example)
-        data.append(_example_data(line, names, judges, tokens.get(number, {})))
+        data.append(numbers)
     coloured = sorted({key for row in step.tokens for key in ("kl", "value") if key in row})
     return {
         "step": step.name,
@@ -448,6 +455,16 @@ def _example(number: int, line: Row, names: Sequence[str], judges: Sequence[str]
     }
 
 
+def _bytes_of(example: Row, numbers: Row) -> int:
+    """About what a question takes in the page: its texts as escaped, the elements around them, its numbers."""
+    from markupsafe import escape
+
+    texts = [example["prompt"], *(completion["text"] or "" for completion in example["completions"])]
+    written = sum(len(escape(text).encode()) for text in texts)
+    scores = sum(len(score) + 3 for completion in example["completions"] for score in completion["scores"])
+    return written + scores + 220 * len(texts) + len(json.dumps(numbers))
+
+
 def _prompt_text(prompt: Any) -> str:
     """A prompt as it is read; a conversation with who said what."""
     return prompt if isinstance(prompt, str) else "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
@@ -465,7 +482,8 @@ def _example_data(line: Row, names: Sequence[str], judges: Sequence[str], tokens
     if preferences:
         row["p"] = preferences
     if tokens:
-        row["t"] = {names.index(name): {key: detail[key] for key in ("tokens", "kl", "value") if key in detail} for name, detail in tokens.items()}
+        kept = ("tokens", "kl", "value")
+        row["t"] = {names.index(name): {key: detail[key] for key in kept if key in detail} for name, detail in tokens.items()}
     return row
 
 
@@ -485,7 +503,7 @@ def _recipe_text(run: RunFolder) -> str:
     yaml.default_flow_style = False
     yaml.width = 120
     stream = StringIO()
-    steps = [{"stage": step.stage, "name": step.name, **{k: v for k, v in step.config.items() if k not in ("stage", "name")}} for step in run.steps]
+    steps = [{"stage": step.stage, "name": step.name} | step.config for step in run.steps]
     yaml.dump({"name": run.summary["recipe"], "seed": run.summary.get("seed", 0), "steps": steps}, stream)
     return str(stream.getvalue())
 

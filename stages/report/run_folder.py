@@ -100,7 +100,8 @@ def read_run(path: Path) -> RunFolder:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         steps = [StepFolder(entry, path / entry["name"]) for entry in summary["steps"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: no run folder ({type(error).__name__}: {error}); expected one with the summary.json of `stages run`") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path}: no run folder ({reason}); expected one with the summary.json that `stages run` writes") from error
     return RunFolder(path.resolve(), summary, steps)
 
 
@@ -110,7 +111,8 @@ def find_run(name: str, home: Path) -> Path:
     for path in (written, home / "runs" / name, home / "runs" / name / "latest"):
         if (path / "summary.json").is_file():
             return path.resolve()
-    known = sorted(path.parent.parent.name + "/" + path.parent.name for path in (home / "runs").glob("*/*/summary.json") if not path.parent.is_symlink())
+    folders = [path.parent for path in (home / "runs").glob("*/*/summary.json")]
+    known = sorted(f"{folder.parent.name}/{folder.name}" for folder in folders if not folder.is_symlink())
     shown = ", ".join(known[-10:]) or "none"
     raise DataError(f"{name!r} is no run: expected a run folder, a recipe's name, or <recipe>/<time>; runs in {home / 'runs'}: {shown}")
 
