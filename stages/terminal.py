@@ -138,7 +138,7 @@ class Chat:
         self.seed += 1
         replies = []
         for speaker in self.speakers:
-            prompt: Prompt = self.history if speaker.converses else self.history[-1]["content"]
+            prompt: Prompt = list(self.history) if speaker.converses else self.history[-1]["content"]
             while isinstance(prompt, list) and len(prompt) > 1 and not speaker.fits(prompt, self.settings.max_new_tokens):
                 dropped = next(place for place, message in enumerate(prompt) if message["role"] != "system")
                 prompt = prompt[:dropped] + prompt[dropped + 1 :]

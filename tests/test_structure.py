@@ -25,24 +25,27 @@ ARROWS = {
     "models": {"registry", "runtime", "generation", "numerics", "contents"},
     "rewards": {"models", "corpora", "generation", "numerics", "runtime"},
     "training": {"runtime", "models"},
-    "report": {"numerics", "corpora", "runtime", "evaluation"},
+    "report": {"numerics"},
     "pretraining": {"corpora", "models", "training", "runtime"},
     "sft": {"corpora", "models", "training", "runtime", "generation"},
     "reward_model": {"corpora", "models", "training", "runtime", "rewards", "generation", "numerics"},
     "sentiment": {"corpora", "models", "training", "runtime", "numerics", "generation"},
+    "dpo": {"corpora", "models", "training", "runtime", "numerics"},
     "ppo": {"corpora", "models", "rewards", "runtime", "generation", "numerics"},
-    "evaluation": {"corpora", "models", "rewards", "runtime", "generation", "report"},
+    "judges": {"corpora", "rewards"},
+    "evaluation": {"corpora", "models", "rewards", "judges", "runtime", "generation", "numerics"},
     "recipe_source": {"recipe_messages"},
     "recipe_messages": {"recipe_source"},
     "recipe": {"registry", "recipe_source", "recipe_messages"},
     "fingerprints": {"corpora", "recipe", "contents", "registry"},
     "results": {"contents", "registry"},
-    "chain": {"recipe", "registry", "runtime", "fingerprints", "results", "contents"},
-    "cli": {"chain", "recipe", "registry", "runtime", "models", "corpora", "generation"},
+    "chain": {"recipe", "registry", "runtime", "fingerprints", "results", "contents", "report"},
+    "terminal": {"chain", "recipe", "models", "corpora", "generation", "rewards"},
+    "cli": {"chain", "recipe", "registry", "runtime", "models", "corpora", "terminal", "report"},
     "__main__": {"cli"},
     "__init__": set(),
 }
-STAGES = ("pretraining", "sft", "reward_model", "sentiment", "ppo", "evaluation")
+STAGES = ("pretraining", "sft", "reward_model", "sentiment", "dpo", "ppo", "evaluation")
 
 
 def room(module: str) -> str:
@@ -148,6 +151,7 @@ def test_every_module_has_a_test_file_or_is_tested_by_its_room() -> None:
         "sft",
         "reward_model",
         "sentiment",
+        "dpo",
         "evaluation",
         "chain",
         "recipe",

@@ -113,7 +113,7 @@ def test_the_summary_has_what_it_promises(undisturbed) -> None:
     assert set(summary["candidates"]) == {"base", "prompted", "sft", "aligned"}
     assert len(summary["win_rates"]) == 2 * 4 * 3
     folder = home / "runs" / "tiny" / "latest" / "verdict"
-    assert (folder / "report.html").exists() and len((folder / "completions.jsonl").read_text().splitlines()) == 8
+    assert (folder.parent / "report.html").exists() and len((folder / "completions.jsonl").read_text().splitlines()) == 8
     assert summary["candidates"]["sft"]["kl"] == pytest.approx(0, abs=1e-3)
 
 

@@ -9,8 +9,6 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist
 
-import torch
-
 Z95 = 1.959963984540054  # the 97.5 % point of the standard normal distribution
 
 
@@ -57,6 +55,8 @@ def share_interval(values: Sequence[float], share: float | None = None) -> tuple
 
 def bootstrap_interval(values: Sequence[float], *, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """95 % percentile interval of the mean of ``values`` [N] over resampled prompts (Efron 1979); of differences it is the paired one."""
+    import torch  # here, so that whoever needs Wilson's interval alone (a report) starts at once
+
     if not values:
         return math.nan, math.nan
     numbers = torch.tensor(list(values), dtype=torch.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from stages.report.figures import LINE, PAPER, SERIES, SOFT, Canvas, Figure, interval_points, number_text, smoothed
@@ -24,10 +24,17 @@ def series_of(candidates: Sequence[str]) -> dict[str, int]:
 # Reward against KL
 
 
-def frontier(evaluation: Row, colors: Mapping[str, int]) -> Figure | None:
-    """Mean score against KL to the reference, by each judge that scores: candidates with intervals, and best-of-n as a curve."""
+def frontier(evaluation: Row, colors: Mapping[str, int], ancestors: Collection[str] = ()) -> Figure | None:
+    """Mean score against KL to the reference, by each judge that scores: candidates with intervals, and best-of-n as a curve.
+
+    ``ancestors``: models that the reference was made from. They did not spend KL to get where they are, and are left out.
+    """
     reference = evaluation.get("kl_reference")
-    points = {name: row for name, row in evaluation["candidates"].items() if isinstance(row.get("kl"), int | float)}
+    points = {
+        name: row
+        for name, row in evaluation["candidates"].items()
+        if isinstance(row.get("kl"), int | float) and row.get("model") not in ancestors
+    }
     if reference is None or len(points) < 2:
         return None
     judges = [judge["name"] for judge in evaluation["judges"] if any(judge["name"] in row["scores"] for row in points.values())]
@@ -46,9 +53,9 @@ def frontier(evaluation: Row, colors: Mapping[str, int]) -> Figure | None:
             )  # fmt: skip
             axes.plot(kls, means, "-", color=SERIES[colors[name]])
             axes.plot(kls, means, "o", color=SERIES[colors[name]], markersize=3)
-            for point in (known[0], known[-1]) if known else ():
+            for point in known[1:]:
                 axes.annotate(
-                    f"n = {point['n']}", (point["kl"], point["scores"][judge]["mean"]), xytext=(0, -11), textcoords="offset points",
+                    f"{point['n']}", (point["kl"], point["scores"][judge]["mean"]), xytext=(0, 6), textcoords="offset points",
                     ha="center", fontsize=8, color=SOFT,
                 )  # fmt: skip
             rows += [[judge, f"best of {point['n']} ({name})", f"{point['kl']:.2f}", _mean_text(point["scores"][judge])] for point in known]
@@ -60,13 +67,12 @@ def frontier(evaluation: Row, colors: Mapping[str, int]) -> Figure | None:
             interval_points(axes, [row["kl"]], [mean], [mean if low is None else low], [mean if high is None else high], color, size=7)
             if row.get("kl_interval") and None not in row["kl_interval"]:
                 axes.hlines([mean], row["kl_interval"][0], row["kl_interval"][1], color=color, linewidth=1.4)
-            axes.annotate(name, (row["kl"], mean), xytext=(7, 5), textcoords="offset points", fontsize=9, color=color)
             rows.append([judge, name, f"{row['kl']:.2f}", _mean_text({"mean": mean, "ci_low": low, "ci_high": high})])
         axes.set_xlabel(f"KL to {reference}, nats per completion")
         axes.set_ylabel("mean score")
         axes.margins(x=0.12, y=0.15)
         panels.append(canvas.panel(f"by {judge}"))
-    best = " The line is best-of-n from one set of samples (unbiased), with KL log n - (n - 1)/n." if curves else ""
+    best = " The line is best-of-n, with its n, from one set of samples (unbiased; KL log n - (n - 1)/n)." if curves else ""
     caption = (
         f"What each way of spending KL buys on held-out prompts: up is better, left is nearer to {reference}. Bars are 95 % intervals over "
         f"prompts.{best}"
@@ -170,7 +176,7 @@ def training(step: StepFolder) -> Figure | None:
         canvas = Canvas(3.2, 2.1)
         canvas.axes.plot(steps, values, color=SERIES[1], linewidth=0.7, alpha=0.45)
         canvas.axes.plot(steps, smoothed(values), color=SERIES[1])
-        if metric.startswith("train/loss") and max(values) > 4 * sorted(values)[len(values) // 2]:
+        if metric.startswith("train/loss") and 0 < 50 * min(values) < max(values):
             canvas.axes.set_yscale("log")
         canvas.axes.set_xlabel("iteration" if step.stage == "ppo" else "optimizer step")
         panels.append(canvas.panel(title))

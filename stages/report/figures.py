@@ -94,7 +94,8 @@ def as_svg(drawing: Drawing, label: str) -> str:
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
     text = re.sub(r"#0[0-9a]0[0-9a][0-9a-f]{2}", lambda found: VARIABLES.get(found[0], found[0]), text)
-    text = re.sub(r"(\d+\.\d{2})\d+", r"\1", text)  # hundredths of a point are enough
+    # Hundredths of a point are enough for a path; what is written between the tags stays as it is.
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d+\.\d{2})\d+", r"\1", tag[0]), text)
     return text.strip()
 
 

@@ -141,7 +141,7 @@ def _verdict(run: RunFolder, step: StepFolder) -> Row:
         ],
         "columns": _columns(evaluation, judges),
         "matrices": [_matrix(name, names, rates) for name in judges] if others else [],
-        "agreement": evaluation.get("agreement", {}),
+        "agreement": {"pairs": [], "annotators": {}, **evaluation.get("agreement", {})},
         "judges": evaluation["judges"],
         "few_shot": evaluation.get("few_shot", {}),
     }
@@ -252,7 +252,7 @@ def _notes(run: RunFolder) -> list[Row]:
             number = step.metrics.get("iterations", "?")
             notes.append({"kind": "good", "text": f"{step.name}: no health alarm was raised in {number} iterations of PPO."})
     for step in run.evaluations:
-        notes += _evaluation_notes(step)
+        notes += _evaluation_notes(step, f"{step.name}: " if len(run.evaluations) > 1 else "")
     missing = [step.name for step in run.steps if step.stage in curves.STAGE_CURVES and not step.log]
     if missing:
         notes.append({"kind": "note", "text": f"No training log was kept of {_listed(missing)}: reused from a run whose files are gone."})
@@ -261,12 +261,13 @@ def _notes(run: RunFolder) -> list[Row]:
     return notes
 
 
-def _evaluation_notes(step: StepFolder) -> list[Row]:
+def _evaluation_notes(step: StepFolder, about: str) -> list[Row]:
+    """``about``: the beginning of each note where there are several evaluations."""
     evaluation = step.evaluation
     assert evaluation is not None
     notes = []
     for item in evaluation.get("exclusions", []):
-        text = f"{step.name}: {item['count']:,} of {item['of']:,} {item['what']}."
+        text = f"{about}{item['count']:,} of {item['of']:,} {item['what']}."
         notes.append({"kind": "alarm" if item["count"] > 0.1 * item["of"] else "note", "text": text})
     names = list(evaluation["candidates"])
     judge = evaluation["judges"][0]["name"]
@@ -280,25 +281,25 @@ def _evaluation_notes(step: StepFolder) -> list[Row]:
         unsure.append(f"{b} from {a} ({_percent(row['win_rate'])}; {more})")
     if unsure:
         told = f"{evaluation['prompts']} prompts do not tell {'; '.join(unsure)}"
-        notes.append({"kind": "note", "text": f"{step.name}: {told}. Numbers are for a power of 80 % at the 5 % level, by {judge}."})
+        notes.append({"kind": "note", "text": f"{about}{told}. Numbers are for a power of 80 % at the 5 % level, by {judge}."})
     for pair in evaluation.get("agreement", {}).get("pairs", []):
         share = pair.get("agreement_decided")
         if share is not None and pair["decided"] >= 20 and share < NOISE:
             where = f"on {_percent(share)} of the {pair['decided']:,} comparisons that neither ties"
-            notes.append({"kind": "note", "text": f"{step.name}: {pair['a']} and {pair['b']} agree {where}: they judge different things."})
+            notes.append({"kind": "note", "text": f"{about}{pair['a']} and {pair['b']} agree {where}: they judge different things."})
     for entry in evaluation["judges"]:
         if entry["kind"] == "llm":
             cost = f", for {entry['cost']:.2f}" if entry.get("cost") is not None else ""
             consistent = entry.get("order_consistency")
             same = f"; in both orders it said the same of {_percent(consistent)}" if consistent is not None else ""
             text = (
-                f"{step.name}: {entry['name']} was asked {entry['requests']:,} times ({entry['from_cache']:,} replies from the cache, "
+                f"{about}{entry['name']} was asked {entry['requests']:,} times ({entry['from_cache']:,} replies from the cache, "
                 f"{entry['retries']:,} retries, {entry['refused']:,} refusals, {entry['failed']:,} failures){cost}{same}."
             )
             notes.append({"kind": "note", "text": text})
     compared = sum(row["a"] < row["b"] for row in evaluation["win_rates"])
     if compared > 5:
-        text = f"{step.name}: each interval holds for its own comparison. {compared} were made, so one in twenty may miss by chance alone."
+        text = f"{about}each interval holds for its own comparison. {compared} were made, so one in twenty may miss by chance alone."
         notes.append({"kind": "note", "text": text})
     return notes
 
@@ -383,7 +384,8 @@ def _figure_groups(run: RunFolder) -> list[Row]:
         evaluation = step.evaluation
         assert evaluation is not None
         colors = curves.series_of(list(evaluation["candidates"]))
-        outcome += [curves.frontier(evaluation, colors), curves.distributions(step, colors), curves.alignment_tax(evaluation, colors)]
+        frontier = curves.frontier(evaluation, colors, _ancestors(run, evaluation))
+        outcome += [frontier, curves.distributions(step, colors), curves.alignment_tax(evaluation, colors)]
     evaluation = run.evaluations[-1].evaluation if run.evaluations else None
     trust += [curves.over_optimisation(step, evaluation) for step in run.steps if step.stage == "ppo"]
     trust += [curves.calibration(step) for step in run.steps]
@@ -399,6 +401,21 @@ def _figure_groups(run: RunFolder) -> list[Row]:
         if figures:
             made.append({**group, "figures": figures})
     return made
+
+
+def _ancestors(run: RunFolder, evaluation: Row) -> set[str]:
+    """References of the models that the evaluation's KL reference was made from, as far as this run made them."""
+    reference = evaluation.get("kl_reference")
+    own = {f"{step.entry['model']['ref']}@{step.entry['version']}": step for step in run.steps if step.entry.get("model")}
+    waiting = [evaluation["candidates"][reference].get("model")] if reference is not None else []
+    found: set[str] = set()
+    while waiting:
+        step = own.get(waiting.pop())
+        for ref in (step.entry.get("inputs") or {}).values() if step is not None else ():
+            if ref not in found:
+                found.add(ref)
+                waiting.append(ref)
+    return found
 
 
 # Completions

@@ -94,7 +94,9 @@ def make_run(folder: Path, *, number: int = 8, seed: int = 7, kl_coef: float = 0
             "reward_model",
             {
                 "heldout_accuracy_before": 0.5, "heldout_accuracy": 0.7, "heldout_calibration_error": 0.02,
-                "heldout_calibration": [{"confidence": 0.6, "accuracy": 0.58, "count": 40}, {"confidence": 0.9, "accuracy": 0.8, "count": 50}],
+                "heldout_calibration": [
+                    {"confidence": 0.6, "accuracy": 0.58, "count": 40}, {"confidence": 0.9, "accuracy": 0.8, "count": 50},
+                ],
                 "heldout_accuracy_by_margin": [
                     {"from": 0.0, "to": 0.5, "accuracy": 0.6, "pairs": 50}, {"from": 0.5, "to": None, "accuracy": 0.8, "pairs": 40},
                 ],
@@ -120,7 +122,8 @@ def make_run(folder: Path, *, number: int = 8, seed: int = 7, kl_coef: float = 0
             config["kl_coef"] = kl_coef
         entries.append(
             {
-                "name": name, "stage": stage, "model": model, "version": 1 if model else None, "wall_seconds": 12.5, "reused": name == "base",
+                "name": name, "stage": stage, "model": model, "version": 1 if model else None, "wall_seconds": 12.5,
+                "reused": name == "base",
                 "action": "run", "reason": "never run to its end", "inputs": inputs, "data": {"data": "0123456789abcdef"},
                 "peak_memory_bytes": 900 * 2**20, "settings": {}, "config": config, "metrics": metrics,
             }  # fmt: skip
@@ -129,7 +132,8 @@ def make_run(folder: Path, *, number: int = 8, seed: int = 7, kl_coef: float = 0
             write_lines(folder / name / "metrics.jsonl", [{"step": at, "train/loss": 3.0 / (at + 1)} for at in range(30)])
     ppo = [
         {
-            "step": at, "rewards/score_mean": at / 10, "rewards/score_std": 1.0, "rewards/preference": at / 10, "monitors/gold": 0.5 - at / 50,
+            "step": at, "rewards/score_mean": at / 10, "rewards/score_std": 1.0, "rewards/preference": at / 10,
+            "monitors/gold": 0.5 - at / 50,
             "policy/kl": at / 5, "policy/entropy": 1.0, "responses/length_mean": 20.0, "value/explained_variance": 0.1,
             "policy/clip_fraction": 0.1,
         }

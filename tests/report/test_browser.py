@@ -1,4 +1,4 @@
-"""The page in a real browser: no errors, no requests, search and filters that do what they say, text that stays text, any width, any theme."""
+"""The page in a real browser: no errors, no requests, search and filters do what they say, text stays text, any width, any theme."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from stages.report.page import write_report
 from stages.report.run_folder import read_run
 
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs Chromium and chromedriver (Debian: apt install chromium chromium-driver)")
+REASON = "needs Chromium and chromedriver (Debian: apt install chromium chromium-driver)"
+pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason=REASON)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,11 @@ def choose(browser: Any, role: str, text: str) -> None:
     Select(part(browser, role)).select_by_visible_text(text)
 
 
+def slide(browser: Any, percent: int) -> None:
+    script = "const [slider, value] = arguments; slider.value = value; slider.dispatchEvent(new Event('input', {bubbles: true}))"
+    browser.execute_script(script, part(browser, "margin"), percent)
+
+
 def shown(browser: Any) -> list[str]:
     """Numbers of the prompts that are visible, in their order."""
     return browser.execute_script(
@@ -97,11 +103,11 @@ def test_filter_by_who_won_and_by_margin(opened) -> None:
     choose(opened, "b", "sft")
     choose(opened, "winner", "the first wins")
     assert shown(opened) == ["4", "5", "6", "7", "8"]
-    opened.execute_script("const m = arguments[0]; m.value = 60; m.dispatchEvent(new Event('input', {bubbles: true}))", part(opened, "margin"))
+    slide(opened, 60)
     assert shown(opened) == ["6", "7", "8"] and part(opened, "least").text == "0.3"
     winners = opened.execute_script("return [...document.querySelectorAll('article:not([hidden]) .wins')].map(s => s.dataset.c)")
     assert winners == ["3", "3", "3"]
-    opened.execute_script("const m = arguments[0]; m.value = 0; m.dispatchEvent(new Event('input', {bubbles: true}))", part(opened, "margin"))
+    slide(opened, 0)
     choose(opened, "winner", "ties")
     assert shown(opened) == ["3"]
     choose(opened, "winner", "the second wins")
@@ -159,15 +165,14 @@ def test_the_keyboard_is_enough(opened) -> None:
     ActionChains(opened).send_keys(Keys.ENTER).perform()
     assert opened.find_element("css selector", ".step").get_attribute("open") is not None
     # every control has a name
-    unnamed = opened.execute_script(
-        "return [...document.querySelectorAll('input, select, button')].filter(e => !e.labels?.length && !e.ariaLabel && !e.textContent).length"
-    )
-    assert unnamed == 0
+    controls = "[...document.querySelectorAll('input, select, button')]"
+    assert opened.execute_script(f"return {controls}.filter(e => !e.labels?.length && !e.ariaLabel && !e.textContent).length") == 0
 
 
 @pytest.mark.parametrize("width", [360, 768, 1280, 1920])
 def test_nothing_sticks_out(opened, width: int) -> None:
-    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500})
+    screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     try:
         assert opened.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
     finally:
