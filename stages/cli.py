@@ -300,10 +300,13 @@ def export(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Copy a model out, whole, for from_pretrained."""
+    """Copy a model out, whole, with a model card: for from_pretrained, lm-eval, vLLM, transformers serve, or the Hub."""
+    from stages.model_card import write_card
     from stages.models.adapters import export_merged
 
-    path = _registry(home).export(ref, destination, merge=None if adapter else export_merged)
+    registry = _registry(home)
+    path = registry.export(ref, destination, merge=None if adapter else export_merged)
+    write_card(registry.get(ref), registry, path, merged=not adapter)
     if as_json:
         _print_json({"path": str(path)})
     else:

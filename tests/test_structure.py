@@ -41,7 +41,8 @@ ARROWS = {
     "results": {"contents", "registry"},
     "chain": {"recipe", "registry", "runtime", "fingerprints", "results", "contents", "report"},
     "terminal": {"chain", "recipe", "models", "corpora", "generation", "rewards"},
-    "cli": {"chain", "recipe", "registry", "runtime", "models", "corpora", "terminal", "report"},
+    "model_card": set(),
+    "cli": {"chain", "recipe", "registry", "runtime", "models", "corpora", "terminal", "report", "model_card"},
     "__main__": {"cli"},
     "__init__": set(),
 }
