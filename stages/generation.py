@@ -1,7 +1,7 @@
 """Sampling completions: left padding, a KV cache, stop tokens, the response mask, and the log-probability of every sampled token.
 
 B sequences, P prompt tokens (left padded), R response tokens (right padded), V vocabulary. Every sequence draws from a random stream of its
-own, so a completion depends on its seed and its prompt and not on which others share its batch. Rows that have stopped leave the batch.
+own, so a completion depends on its seed and its prompt and not on which others share its batch.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from stages.config import GenerationSettings
+from stages.decoding import Decoded, decode
 from stages.errors import ModelError
-from stages.numerics.logprobs import token_logprobs
-
-COMPACT_BELOW = 0.75  # the cache is copied without its finished rows once fewer than this share of its rows are alive
 
 
 @dataclass(frozen=True)
@@ -122,13 +120,14 @@ def generate(
     noise = torch.stack([_uniform(seed, settings.max_new_tokens) for seed in seeds])
     responses: list[Tensor] = [torch.empty(0)] * len(prompts)
     logprobs: list[Tensor] = [torch.empty(0)] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    # Equal prompts come to lie in one batch, which reads them once.
+    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), prompts[index]))
     try:
         for start in range(0, len(order), settings.batch_size):
             rows = order[start : start + settings.batch_size]
-            batch = _decode([prompts[row] for row in rows], model, settings, noise[rows].to(device), stop_ids, late_stop_ids, pad_token_id)
-            for row, (ids, probabilities) in zip(rows, batch, strict=True):
-                responses[row], logprobs[row] = ids, probabilities
+            made = _decode_rows(model, [prompts[row] for row in rows], settings, noise[rows], stop_ids, late_stop_ids, pad_token_id)
+            for place, (row, length) in enumerate(zip(rows, made.lengths.tolist(), strict=True)):
+                responses[row], logprobs[row] = made.ids[place, :length], made.logprobs[place, :length]
     finally:
         model.train(training)
     prompt_ids, prompt_mask = left_pad(prompts, pad_token_id, device)
@@ -148,6 +147,26 @@ def generate(
     )
 
 
+def _decode_rows(
+    model: Any,
+    prompts: list[Sequence[int]],
+    settings: GenerationSettings,
+    noise: Tensor,
+    stop_ids: Sequence[int],
+    late_stop_ids: Sequence[int],
+    pad_token_id: int,
+) -> Decoded:
+    """One batch: its different prompts padded, and each row pointed to its own."""
+    device = next(model.parameters()).device
+    places: dict[tuple[int, ...], int] = {}
+    rows = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+    ids, mask = left_pad(list(places), pad_token_id, device)
+    return decode(
+        model, ids, mask, torch.tensor(rows, device=device), settings, noise.to(device),
+        stop_ids=stop_ids, late_stop_ids=late_stop_ids, pad_token_id=pad_token_id,
+    )  # fmt: skip
+
+
 def episode_seed(seed: int, *place: int) -> int:
     """A number for one episode's random stream that depends on nothing else: not on the process, not on the batch."""
     return int.from_bytes(hashlib.blake2b(repr((seed, *place)).encode(), digest_size=7).digest(), "big")
@@ -156,86 +175,6 @@ def episode_seed(seed: int, *place: int) -> int:
 def _uniform(seed: int, number: int) -> Tensor:
     """Uniform draws in (0, 1), double precision: a sampled token may be one in a million."""
     return torch.rand(number, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def _decode(
-    prompts: list[Sequence[int]],
-    model: Any,
-    settings: GenerationSettings,
-    noise: Tensor,
-    stop_ids: Sequence[int],
-    late_stop_ids: Sequence[int],
-    pad_token_id: int,
-) -> list[tuple[Tensor, Tensor]]:
-    """(response ids, logprobs) of each prompt of one batch."""
-    from transformers import DynamicCache
-
-    device = noise.device
-    ids, mask = left_pad(prompts, pad_token_id, device)
-    positions = position_ids(mask)
-    stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
-    all_stops = torch.tensor([*stop_ids, *late_stop_ids], dtype=torch.long, device=device)
-    number = len(prompts)
-    alive = torch.arange(number, device=device)  # batch row -> prompt
-    running = torch.ones(number, dtype=torch.bool, device=device)  # by batch row
-    response = torch.full((number, settings.max_new_tokens), pad_token_id, dtype=torch.long, device=device)
-    chosen_logprobs = torch.zeros((number, settings.max_new_tokens), device=device)
-    lengths = torch.zeros(number, dtype=torch.long, device=device)
-    cache = DynamicCache(config=model.config)
-    for step in range(settings.max_new_tokens):
-        output = model(
-            input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        logits = output.logits[:, -1].float()
-        tokens = _choose(logits, settings, noise[alive, step])
-        probabilities = token_logprobs(logits, tokens, temperature=settings.temperature or 1.0)
-        rows = alive[running]
-        response[rows, step] = tokens[running]
-        chosen_logprobs[rows, step] = probabilities[running]
-        lengths[rows] = step + 1
-        running = running & ~torch.isin(tokens, all_stops if step >= settings.stop_after else stops)
-        num_running = int(running.sum())
-        if num_running == 0:
-            break
-        ids, positions = tokens[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        if num_running < COMPACT_BELOW * len(alive):
-            kept = torch.nonzero(running).squeeze(1)
-            # Columns that are padding for every row that is left go, too.
-            first = int(mask[kept].long().argmax(dim=1).min())
-            ids, positions, mask, alive = ids[kept], positions[kept], mask[kept][:, first:], alive[kept]
-            _keep_rows(cache, kept, first)
-            running = torch.ones(len(kept), dtype=torch.bool, device=device)
-    counts = lengths.tolist()
-    return [(response[row, :count], chosen_logprobs[row, :count]) for row, count in enumerate(counts)]
-
-
-def _keep_rows(cache: Any, rows: Tensor, first_column: int) -> None:
-    """Keep only ``rows`` of the cache, without the columns before ``first_column``."""
-    for layer in cache.layers:
-        # A layer with a sliding window has its own idea of columns; only whole caches are cut.
-        start = first_column if type(layer).__name__ == "DynamicLayer" else 0
-        layer.keys = layer.keys[rows, :, start:]
-        layer.values = layer.values[rows, :, start:]
-
-
-def _choose(logits: Tensor, settings: GenerationSettings, noise: Tensor) -> Tensor:
-    """Next tokens [B] for logits [B, V] by inverting the cumulative distribution at ``noise`` [B]; the likeliest at temperature 0."""
-    if settings.temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits / settings.temperature
-    if settings.top_k:
-        threshold = logits.topk(min(settings.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
-    if settings.top_p < 1:
-        ordered, places = logits.sort(dim=-1, descending=True)
-        probabilities = ordered.softmax(dim=-1)
-        # A token goes when those before it already hold top_p; the likeliest always stays.
-        drop = probabilities.cumsum(dim=-1) - probabilities >= settings.top_p
-        logits = logits.masked_fill(drop.scatter(-1, places, drop), -torch.inf)
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    target = noise[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
 def decode_completions(tokenizer: Any, generated: Generated) -> list[str]:

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from stages import decoding
 from stages.config import GenerationSettings
 from stages.errors import ModelError
 from stages.generation import (
     Generated,
-    _choose,
     decode_completions,
     ending_tokens,
     generate,
@@ -97,21 +97,45 @@ def test_the_model_s_mode_is_left_alone(model) -> None:
     model.eval()
 
 
-def test_sampling_follows_the_distribution() -> None:
-    probabilities = torch.tensor([0.5, 0.2, 0.2, 0.1])
-    noise = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000  # every thousandth of [0, 1)
-    logits = probabilities.log().expand(1000, 4)
+def test_equal_prompts_are_read_once(model, monkeypatch) -> None:
+    shapes = []
+    forward = model.forward
 
-    def shares(**settings: Any) -> list[float]:
-        return [round(x, 3) for x in (torch.bincount(_choose(logits, GenerationSettings(**settings), noise), minlength=4) / 1000).tolist()]
+    def counted(*arguments: Any, **options: Any) -> Any:
+        shapes.append(tuple(options["input_ids"].shape))
+        return forward(*arguments, **options)
 
-    assert shares() == [0.5, 0.2, 0.2, 0.1]
-    assert shares(top_k=1) == [1.0, 0.0, 0.0, 0.0]
-    assert shares(top_p=0.5) == [1.0, 0.0, 0.0, 0.0]
-    # 0.5 + 0.2 reach 0.6: two tokens stay, 5/7 and 2/7
-    assert shares(top_p=0.6) == [0.714, 0.286, 0.0, 0.0]
-    # squared: 0.25, 0.04, 0.04, 0.01 of 0.34
-    assert shares(temperature=0.5) == [0.735, 0.118, 0.118, 0.029]
+    alone = [rows(sample(model, [PROMPTS[0]], [seed]))[0] for seed in range(3)]
+    monkeypatch.setattr(model, "forward", counted)
+    together = rows(sample(model, [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]], [0, 9, 1, 2]))
+    assert shapes[0] == (2, 5) and shapes[1] == (4, 1)
+    assert [together[row] for row in (0, 2, 3)] == alone
+
+
+def test_the_cache_grows_and_loses_rows_without_changing_a_text(model, monkeypatch) -> None:
+    stop = tuple(range(100, 115))  # a twentieth of the tokens: rows last for different times
+    settings = {"max_new_tokens": 60, "stop": stop}
+    expected = rows(sample(model, PROMPTS, [1, 2, 3, 4], **settings))
+    assert len({len(row) for row in expected}) > 1
+    for room, compact_below in ((3, 0.0), (200, 1.0)):
+        monkeypatch.setattr(decoding, "FIRST_ROOM", room)
+        monkeypatch.setattr(decoding, "COMPACT_BELOW", compact_below)
+        assert rows(sample(model, PROMPTS, [1, 2, 3, 4], **settings)) == expected
+
+
+def test_a_model_with_a_sliding_window_samples_like_transformers(tiny_tokenizer) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        sliding_window=4, max_position_embeddings=128, attn_implementation="sdpa", bos_token_id=None, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    sliding = MistralForCausalLM(config).eval()
+    for prompt in PROMPTS:
+        ours = rows(sample(sliding, [prompt, PROMPTS[0]], [0, 0], temperature=0.0))[0]
+        theirs = sliding.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=0, pad_token_id=1)
+        assert ours == theirs[0, len(prompt) :].tolist()
 
 
 def test_stop_words(model, tiny_tokenizer) -> None:

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from stages.errors import ModelError
+from stages.models.loading import FastConv1D
+from stages.numerics.matmul import use_fast_matmuls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,8 +36,10 @@ def random_model(auto: Any, architecture: dict[str, Any], tokenizer: PreTrainedT
     special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     try:
         config = CONFIG_MAPPING[kind](**{**special, **fields, **options, "vocab_size": len(tokenizer)})
-        return auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model = auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     except (ValueError, TypeError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]
         what = auto.__name__.removeprefix("AutoModelFor")
         raise ModelError(f"no {kind} model ({what}) can be made of architecture {architecture}: {reason}") from error
+    use_fast_matmuls(model, {Conv1D: FastConv1D})
+    return model

@@ -71,6 +71,11 @@ class ScalarModel(nn.Module):
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **self._positions(attention_mask))
         return self.score_head(hidden.last_hidden_state.float()).squeeze(-1)
 
+    def score_positions(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """The numbers [N] at the positions ``rows``, ``columns`` [N] of right-padded ids [B, T]."""
+        hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self.score_head(hidden[rows, columns].float()).squeeze(-1)
+
     def _positions(self, attention_mask: Tensor) -> dict[str, Tensor]:
         """Position ids that count real tokens only, so that left padding does not shift a text. Empty for models without positions."""
         if not _takes_position_ids(self.backbone):

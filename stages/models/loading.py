@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
 from stages.models.adapters import apply_adapter, attach_lora, find_base, is_adapter, merge, quantization_config, whole_weights
+from stages.numerics.matmul import linear, use_fast_matmuls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -270,7 +272,15 @@ def _finish(model: Any, source: ResolvedModel, lora: LoraSettings | None, task: 
             # Gradient checkpointing is the trainer's to switch on.
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model = attach_lora(model, lora, task=task, base=source.path)
+    use_fast_matmuls(model, {Conv1D: FastConv1D})
     return model.train(trainable)
+
+
+class FastConv1D(Conv1D):
+    """GPT-2's kind of linear layer (weight [K, N]), computed with ``linear``."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight.T, self.bias)
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -17,17 +17,20 @@ from torch import Tensor, nn
 from stages.generation import right_pad
 from stages.models.heads import ValueModel
 from stages.numerics.logprobs import entropy, token_logprobs
+from stages.numerics.matmul import Linear
+from stages.numerics.output_layer import Term, chosen_logprobs, summed_loss
 
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """Sequences (prompt, then response) as right-padded ids and mask [B, T].
+    """Sequences (prompt, then response) as right-padded ids [B, T], and how long each is [B].
 
-    ``rows``, ``columns`` [N] name the positions that predict the response tokens, row by row; ``tokens`` [N] are those tokens.
+    ``rows``, ``columns`` [N] name the positions that predict the response tokens, row by row; ``tokens`` [N] are those tokens. There is no
+    attention mask: a causal model never looks to the right, where the padding is, and without a mask the fastest kernels can be used.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    lengths: Tensor
     rows: Tensor
     columns: Tensor
     tokens: Tensor
@@ -36,32 +39,41 @@ class SequenceBatch:
 def sequence_batch(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_token_id: int, device: Any) -> SequenceBatch:
     """Join prompts and responses (token ids) row by row."""
     ids = right_pad([torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses, strict=True)], pad_token_id)
-    lengths = torch.tensor([len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)])
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    rows = torch.tensor([row for row, response in enumerate(responses) for _ in response])
-    columns = torch.tensor(
-        [len(prompt) - 1 + step for prompt, response in zip(prompts, responses, strict=True) for step in range(len(response))]
-    )
-    tokens = torch.tensor([token for response in responses for token in response])
-    return SequenceBatch(ids.to(device), mask.to(device), rows.to(device), columns.to(device), tokens.to(device))
+    starts = torch.tensor([len(prompt) - 1 for prompt in prompts])
+    counts = torch.tensor([len(response) for response in responses])
+    rows = torch.repeat_interleave(torch.arange(len(prompts)), counts)
+    first = torch.cat([counts.new_zeros(1), counts.cumsum(0)[:-1]])  # number of each row's first response token among all N
+    columns = starts[rows] + torch.arange(len(rows)) - first[rows]
+    tokens = torch.tensor([token for response in responses for token in response], dtype=torch.long)
+    moved = [tensor.to(device) for tensor in (ids, starts + 1 + counts, rows, columns, tokens)]
+    return SequenceBatch(*moved)
 
 
 def with_closing(batch: SequenceBatch, closing: Tensor) -> SequenceBatch:
     """``batch`` with one more position for each row of ``closing`` [B] bool, behind all the others: the row's last token, which predicts
     nothing. A value there is that of the state after the response; a log-probability there means nothing."""
     rows = torch.nonzero(closing.to(batch.rows.device)).flatten()
-    last = batch.attention_mask.sum(dim=1)[rows] - 1
     return SequenceBatch(
         batch.input_ids,
-        batch.attention_mask,
+        batch.lengths,
         rows=torch.cat([batch.rows, rows]),
-        columns=torch.cat([batch.columns, last]),
+        columns=torch.cat([batch.columns, batch.lengths[rows] - 1]),
         tokens=torch.cat([batch.tokens, torch.zeros_like(rows)]),
     )
 
 
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A loss summed over response tokens, with gradient; log-probabilities and entropies [N] without; values [N] with a shared head."""
+
+    summed: Tensor
+    logprobs: Tensor
+    entropies: Tensor
+    values: Tensor | None
+
+
 class Policy:
-    """A causal language model, its temperature, and the way from its hidden states to logits at chosen positions only."""
+    """A causal language model, its temperature, and the way from its hidden states to the log-probabilities of chosen tokens."""
 
     def __init__(self, model: Any, *, temperature: float, autocast: torch.dtype | None, shared_value_head: nn.Linear | None = None) -> None:
         self.model, self.temperature, self.autocast = model, temperature, autocast
@@ -71,7 +83,7 @@ class Policy:
         self.decoder = getattr(plain, plain.base_model_prefix)
         self.output = plain.get_output_embeddings()
         # Some families rescale or cap their logits behind the output matrix; then the model has to make them itself.
-        self.is_direct = self._direct_equals_model()
+        self.is_direct = type(self.output) in (nn.Linear, Linear) and self._direct_equals_model()
 
     def precision(self) -> AbstractContextManager[Any]:
         """Mixed precision of forward passes where the weights are wider than what the hardware computes in."""
@@ -79,42 +91,57 @@ class Policy:
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast)
 
-    def hidden(self, batch: SequenceBatch) -> Tensor:
-        """Hidden states at the positions that predict response tokens [N, d]."""
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """Hidden states of right-padded ids [B, T]; returns [B, T, d]."""
         with self.precision():
-            states = self.decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
-        return states[batch.rows, batch.columns]
-
-    def logits(self, batch: SequenceBatch, hidden: Tensor | None = None) -> Tensor:
-        """Logits [N, V] of the response tokens, and of nothing else."""
-        with self.precision():
-            if self.is_direct:
-                return self.output(self.hidden(batch) if hidden is None else hidden)
-            made = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        return made[batch.rows, batch.columns]
+            return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
 
     def logprobs(self, batch: SequenceBatch) -> Tensor:
-        """Log-probabilities of the response tokens [N] fp32, at the sampling temperature."""
-        return token_logprobs(self.logits(batch), batch.tokens, temperature=self.temperature)
+        """Log-probabilities of the response tokens [N] fp32, at the sampling temperature; without gradient."""
+        with torch.no_grad():
+            if not self.is_direct:
+                return token_logprobs(self._logits(batch), batch.tokens, temperature=self.temperature)
+            hidden = self.hidden(batch.input_ids)[batch.rows, batch.columns]
+            with self.precision():
+                return chosen_logprobs(hidden, self.output.weight, self.output.bias, batch.tokens, temperature=self.temperature)[0]
 
-    def logprobs_entropy_values(self, batch: SequenceBatch, *, want_entropy_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probabilities, entropies and, with a shared value head, values: each [N] fp32."""
-        hidden = self.hidden(batch) if self.is_direct or self.value_head is not None else None
-        logits = self.logits(batch, hidden)
-        logprobs = token_logprobs(logits, batch.tokens, temperature=self.temperature)
-        entropies = entropy(logits if want_entropy_gradient else logits.detach(), temperature=self.temperature)
-        values = self.value_head(hidden.float()).squeeze(-1) if self.value_head is not None and hidden is not None else None
-        return logprobs, entropies, values
+    def loss(self, batch: SequenceBatch, term: Term, *, num_tokens: int | None = None, temperature: float | None = None) -> PolicyLoss:
+        """The sum of ``term`` over the first ``num_tokens`` positions of the batch (None: all); values are those of all positions.
+
+        ``temperature``: of the log-probabilities, where it is not the sampling temperature.
+        """
+        tokens = batch.tokens[:num_tokens]
+        temperature = self.temperature if temperature is None else temperature
+        if not self.is_direct:
+            return self._loss_of_logits(batch, term, tokens, temperature)
+        hidden = self.hidden(batch.input_ids)[batch.rows, batch.columns]
+        with self.precision():
+            found = summed_loss(hidden[: len(tokens)], self.output.weight, self.output.bias, tokens, term, temperature=temperature)
+        return PolicyLoss(*found, values=self._values(hidden))
 
     def values(self, batch: SequenceBatch) -> Tensor:
         """Values of the shared head [N]."""
-        assert self.value_head is not None
-        return self.value_head(self.hidden(batch).float()).squeeze(-1)
+        values = self._values(self.hidden(batch.input_ids)[batch.rows, batch.columns])
+        assert values is not None
+        return values
+
+    def _values(self, hidden: Tensor) -> Tensor | None:
+        return None if self.value_head is None else self.value_head(hidden.float()).squeeze(-1)
+
+    def _logits(self, batch: SequenceBatch) -> Tensor:
+        """Logits [N, V] of a model that has to make them itself."""
+        with self.precision():
+            return self.model(input_ids=batch.input_ids, use_cache=False).logits[batch.rows, batch.columns]
+
+    def _loss_of_logits(self, batch: SequenceBatch, term: Term, tokens: Tensor, temperature: float) -> PolicyLoss:
+        hidden = self.hidden(batch.input_ids)[batch.rows, batch.columns] if self.value_head is not None else None
+        logits = self._logits(batch)[: len(tokens)]
+        logprobs, entropies = token_logprobs(logits, tokens, temperature=temperature), entropy(logits, temperature=temperature)
+        summed = term(logprobs, entropies, slice(0, len(tokens))).sum()
+        return PolicyLoss(summed, logprobs.detach(), entropies.detach(), None if hidden is None else self._values(hidden))
 
     @torch.no_grad()
     def _direct_equals_model(self) -> bool:
-        if self.output is None:
-            return False
         training = self.model.training
         self.model.eval()
         ids = torch.arange(2, 6, device=self.device)[None] % self.model.config.get_text_config().vocab_size
@@ -128,4 +155,4 @@ class Policy:
 def sequence_values(model: ValueModel, batch: SequenceBatch, precision: AbstractContextManager[Any]) -> Tensor:
     """Values before each response token [N] fp32: the value network read at the position that predicts the token."""
     with precision:
-        return model.score_tokens(batch.input_ids, batch.attention_mask)[batch.rows, batch.columns]
+        return model.score_positions(batch.input_ids, batch.rows, batch.columns)

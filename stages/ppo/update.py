@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.errors import TrainingError
-from stages.models.responses import Policy, sequence_batch, sequence_values, with_closing
+from stages.models.responses import Policy, SequenceBatch, sequence_batch, sequence_values, with_closing
 from stages.numerics.losses import policy_clipped, policy_terms, value_terms
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.optimizers import WeightAverage, trainable
@@ -132,7 +132,6 @@ class Updater:
         num_states = count + float(part.closing_mask.sum())
         totals = Totals({"tokens": 0.0})
         largest = 0.0
-        want_entropy = config.entropy_coef > 0
         for rows in self._microbatches(part):
             mask, closing = part.response_mask[rows], part.closing_mask[rows]
             device = roles.policy.device
@@ -148,14 +147,18 @@ class Updater:
             num_tokens = len(batch.tokens)
             if closing.any():  # those positions come last, and count for the values alone
                 batch = with_closing(batch, closing)
-            values = None
-            with torch.set_grad_enabled(train_policy or roles.value is None):
-                logprobs, entropies, values = roles.policy.logprobs_entropy_values(batch, want_entropy_gradient=want_entropy)
-                logprobs, entropies = logprobs[:num_tokens], entropies[:num_tokens]
+
+            def term(logprobs: Tensor, entropies: Tensor, rows: slice, flat: dict[str, Tensor] = flat) -> Tensor:
                 terms = policy_terms(
-                    logprobs, flat["rollout_logprobs"], flat["advantages"], clip_range=config.clip_range, dual_clip=config.dual_clip
-                )
-                policy_loss = (terms.sum() - config.entropy_coef * entropies.sum()) / count
+                    logprobs, flat["rollout_logprobs"][rows], flat["advantages"][rows],
+                    clip_range=config.clip_range, dual_clip=config.dual_clip,
+                )  # fmt: skip
+                return terms - config.entropy_coef * entropies if config.entropy_coef else terms
+
+            with torch.set_grad_enabled(train_policy or roles.value is None):
+                policy = roles.policy.loss(batch, term, num_tokens=num_tokens)
+            logprobs, values = policy.logprobs, policy.values
+            policy_loss = policy.summed / count
             if roles.value is not None:
                 if train_policy:
                     policy_loss.backward()
@@ -170,6 +173,9 @@ class Updater:
             with torch.no_grad():
                 log_ratio = logprobs - flat["rollout_logprobs"]
                 ratio = log_ratio.exp()
+                terms = policy_terms(
+                    logprobs, flat["rollout_logprobs"], flat["advantages"], clip_range=config.clip_range, dual_clip=config.dual_clip
+                )
                 clipped = policy_clipped(logprobs, flat["rollout_logprobs"], flat["advantages"], clip_range=config.clip_range)
                 value_clip = config.value_clip_range
                 moved = (values - flat["rollout_values"]).abs()
@@ -178,7 +184,7 @@ class Updater:
                     states=len(errors),
                     policy_loss=terms.sum(),
                     value_loss=errors.sum(),
-                    entropy=entropies.sum(),
+                    entropy=policy.entropies.sum(),
                     approx_kl=0.5 * (log_ratio**2).sum(),
                     clipped=clipped.sum(),
                     value_clipped=0.0 if value_clip is None else (moved > value_clip).sum(),
@@ -305,9 +311,11 @@ def _metrics(sums: dict[str, float], largest: float) -> dict[str, float]:
 
 def pretraining_loss(policy: Policy, rows: Tensor) -> Tensor:
     """Summed negative log-likelihood of the tokens of ``rows`` [B, T], at temperature 1; the first token of a row is given."""
-    with policy.precision():
-        logits = policy.model(input_ids=rows, use_cache=False).logits[:, :-1].float()
-    return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), rows[:, 1:].reshape(-1), reduction="sum")
+    number, width = rows.shape
+    places = torch.arange(width - 1, device=rows.device).repeat(number)
+    owners = torch.arange(number, device=rows.device).repeat_interleave(width - 1)
+    batch = SequenceBatch(rows, torch.full((number,), width, device=rows.device), owners, places, rows[:, 1:].flatten())
+    return policy.loss(batch, lambda logprobs, entropies, _: -logprobs, temperature=1.0).summed
 
 
 def _gradients(model: Any) -> dict[str, Tensor]:

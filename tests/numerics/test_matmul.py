@@ -1,0 +1,77 @@
+"""Products by oneDNN equal PyTorch's own, with their gradients; anything it is not meant for goes PyTorch's way."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from stages.numerics import matmul
+from stages.numerics.matmul import Linear, linear, measure_peak, product, use_fast_matmuls
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor that prefers it."""
+    if not matmul._onednn_works():
+        pytest.skip("this build of PyTorch has no oneDNN linear operator")
+    monkeypatch.setattr(matmul, "prefers_onednn", lambda: True)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8), (1, 1, 8)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_and_its_gradients(onednn, shape, with_bias) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(size, generator=generator) for size in (shape, (6, 8), (6,)))
+    upstream = torch.randn(*shape[:-1], 6, generator=generator)
+    found, expected = [], []
+    for function, out in ((linear, found), (functional.linear, expected)):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+        made = function(leaves[0], leaves[1], leaves[2] if with_bias else None)
+        made.backward(upstream)
+        out += [made, *(leaf.grad for leaf in leaves[: 3 if with_bias else 2])]
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, weight, bias), functional.linear(x, weight, bias))
+
+
+def test_strided_and_transposed_operands(onednn) -> None:
+    a, b = torch.randn(7, 10)[:, ::2], torch.randn(4, 5).T
+    torch.testing.assert_close(product(a, b), a @ b)
+    x = torch.randn(4, 3, 5).transpose(0, 1)[:, 1:]
+    torch.testing.assert_close(linear(x, b.T), x @ b)
+
+
+def test_frozen_operands_get_no_gradient(onednn) -> None:
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(2, 4)
+    linear(x, weight).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(3, 4))
+    frozen, trained = torch.randn(3, 4), torch.randn(2, 4, requires_grad=True)
+    linear(frozen, trained).sum().backward()
+    torch.testing.assert_close(trained.grad, frozen.sum(0).expand(2, 4))
+
+
+@pytest.mark.parametrize("case", ["bf16", "fp64", "autocast", "empty"])
+def test_what_it_is_not_meant_for_goes_pytorch_s_way(onednn, monkeypatch, case) -> None:
+    monkeypatch.setattr(matmul, "_onednn", lambda *_: pytest.fail("oneDNN was asked"))
+    dtype = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(case, torch.float32)
+    x, weight = torch.randn(0 if case == "empty" else 3, 4, dtype=dtype), torch.randn(2, 4, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        assert torch.equal(linear(x, weight), functional.linear(x, weight))
+
+
+def test_layers_keep_their_parameters_and_names(onednn) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    plain, x = copy.deepcopy(model), torch.randn(3, 4)
+    use_fast_matmuls(model)
+    assert type(model[0]) is Linear and isinstance(model[0], nn.Linear)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    torch.testing.assert_close(model(x), plain(x))
+
+
+def test_the_peak_is_a_speed() -> None:
+    assert 1e8 < measure_peak(torch.float32, torch.device("cpu"), size=64) < 1e14
