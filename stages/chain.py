@@ -274,6 +274,8 @@ class _Run:
             fingerprint_parts=planned.parts,
             recipe_step=step.config.model_dump(mode="json"),
             data_fingerprints=planned.parts["data"],
+            run=self.folder.name,
+            trackers=self.recipe.trackers,
         )
         try:
             result = load_object(STAGES[step.stage].run)(step.config, context)

@@ -20,8 +20,8 @@ WHAT = {
 INTENDED = {
     "language_model": "Research on alignment, and as a starting point for further training. It was not tested for safety, truth or bias "
     "beyond the evaluations below; do not put it before users without tests of your own.",
-    "reward_model": "Scoring completions of prompts like those it was trained on: as a reward for PPO, to pick the best of several samples, "
-    "to compare models. Its scores mean nothing for other kinds of text, and a policy trained on it long enough will find its faults.",
+    "reward_model": "Scoring completions of prompts like those it was trained on: as a reward for PPO, to pick the best of several, to "
+    "compare models. Its scores mean nothing for other kinds of text, and a policy trained on it long enough will find its faults.",
     "classifier": "Labelling texts like those it was trained on.",
     "value_model": "Going on with a PPO run, or looking at the values of tokens.",
 }

@@ -8,15 +8,16 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from stages.config import DataSource, ModelInput, StepConfig, Strict
 from stages.errors import DataError, RecipeError, RegistryError, StagesError
 from stages.recipe_messages import validate
 from stages.recipe_source import RecipeSource, Steps, nearest, parse_path, read
 from stages.registry import DIGEST, REFERENCE, Registry, check_name
+from stages.trackers import Tracker, check_trackers
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 OLD_HUB_ID = re.compile(r"(?=.*[0-9-])[A-Za-z0-9][\w.-]*")  # gpt2, bert-base-uncased: hub models without an owner
@@ -55,6 +56,9 @@ class RecipeHeader(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the recipe; its models are <recipe>/<step>.")
     seed: int = Field(0, ge=0, description="Random seed of every step that names none.")
     description: str | None = Field(None, description="What the recipe is for, in a sentence.")
+    trackers: Annotated[list[Tracker], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
+        ["tensorboard"], description="Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio, or several of them; []: nowhere."
+    )
     steps: list[dict[str, Any]] = Field(description="The chain, in the order it runs.")
 
 
@@ -94,6 +98,7 @@ class Recipe:
     description: str | None
     steps: list[RecipeStep]
     source: RecipeSource = field(repr=False)
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def model_name(self, step: RecipeStep) -> str:
         """The registry name of what a step makes."""
@@ -135,7 +140,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), registry: Regis
                 raise source.error(("steps", index, *parse_path(place)), str(error)) from error
         seed = header.seed if config.seed is None else config.seed
         steps.append(RecipeStep(index, config, models, seed))
-    return Recipe(header.name, header.seed, header.description, steps, source)
+    check_trackers(header.trackers)
+    return Recipe(header.name, header.seed, header.description, steps, source, list(header.trackers))
 
 
 def model_inputs(config: Any) -> dict[str, ModelInput]:

@@ -12,7 +12,7 @@ import random
 import resource
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -31,7 +31,8 @@ from stages.stopping import StopRequest
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator, PartialState
-    from torch.utils.tensorboard import SummaryWriter
+
+    from stages.trackers import StepTrackers
 
 T = TypeVar("T")
 
@@ -307,21 +308,24 @@ class StepContext:
     fingerprint_parts: dict[str, Any] = field(default_factory=dict)
     recipe_step: dict[str, Any] = field(default_factory=dict)  # the step as resolved
     data_fingerprints: dict[str, str] = field(default_factory=dict)
-    _tensorboard: SummaryWriter | None = None
+    run: str = ""  # name of the run folder: what trackers call the run
+    trackers: Sequence[str] = ("tensorboard",)
+    _trackers: StepTrackers | None = None
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append metrics (named ``room/name``) to metrics.jsonl and TensorBoard; rank zero only."""
+        """Append metrics (named ``room/name``) to metrics.jsonl and to the trackers; rank zero only."""
         if not self.runtime.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter
+        if self._trackers is None:
+            from stages.trackers import StepTrackers
 
-            self._tensorboard = SummaryWriter(self.folder / "tensorboard")
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+            recipe, _, own = self.name.rpartition("/")
+            names = {"recipe": recipe or own, "run": self.run, "step": own}
+            self._trackers = StepTrackers(self.trackers, **names, folder=self.folder, settings=self.recipe_step)
+        self._trackers.log(step, metrics)
 
     @property
     def cache_folder(self) -> Path:
@@ -329,9 +333,9 @@ class StepContext:
         return self.registry.root.parent / "cache"
 
     def close(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+        if self._trackers is not None:
+            self._trackers.close()
+            self._trackers = None
 
     def publish(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -408,7 +408,7 @@ def _values(
 
     from stages.models.heads import ValueModel
     from stages.models.loading import load_tokenizer
-    from stages.models.responses import sequence_batch
+    from stages.models.responses import sequence_batch, sequence_values
 
     source = context.models["token_details.value"]
     if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
@@ -421,7 +421,7 @@ def _values(
                 found.append([])
                 continue
             batch = sequence_batch([sample.prompt_ids], [sample.response_ids], tokenizer.pad_token_id, context.runtime.device)
-            found.append(model.score_tokens(batch.input_ids, batch.attention_mask)[batch.rows, batch.columns].float().cpu().tolist())
+            found.append(sequence_values(model, batch, nullcontext()).float().cpu().tolist())
     del model
     gc.collect()
     return found
