@@ -322,6 +322,7 @@ class StepContext:
         if self._trackers is None:
             from stages.trackers import StepTrackers
 
+            _ = self.runtime.state  # accelerate's trackers ask it which process they are in
             recipe, _, own = self.name.rpartition("/")
             names = {"recipe": recipe or own, "run": self.run, "step": own}
             self._trackers = StepTrackers(self.trackers, **names, folder=self.folder, settings=self.recipe_step)

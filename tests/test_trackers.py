@@ -14,6 +14,13 @@ from stages.recipe import load_recipe
 from stages.trackers import StepTrackers, check_trackers
 
 
+@pytest.fixture(autouse=True)
+def process() -> None:
+    from accelerate import PartialState
+
+    PartialState()  # as runtime.state is before a step logs
+
+
 def trackers(folder: Path, *names: str) -> StepTrackers:
     return StepTrackers(names, recipe="toy", run="20261124T203818Z", step="sft", folder=folder, settings={"stage": "sft", "rate": 0.1})
 
