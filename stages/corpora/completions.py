@@ -1,4 +1,8 @@
-"""Completions made elsewhere: ``prompt`` + ``completion``, ``instruction`` (+ ``input``) + ``output`` (AlpacaEval's), or ``messages``."""
+"""Completions made elsewhere: ``prompt`` + ``completion``, ``instruction`` (+ ``input``) + ``output`` (AlpacaEval's), or ``messages``.
+
+Several completions of a prompt are its samples, in the order of the data; a column ``sample`` (from 0) says which one a row is, where
+some are missing.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,30 @@ from stages.corpora.prompts import prompt_in
 from stages.errors import DataError
 
 
-def load_completions(sources: Sequence[DataSource]) -> dict[str, list[str]]:
-    """The completions of each prompt (by ``prompt_key``) in the order of the data; an empty one is an answer, too."""
-    found: dict[str, list[str]] = {}
+def load_completions(sources: Sequence[DataSource]) -> dict[str, dict[int, str]]:
+    """The completions of each prompt (by ``prompt_key``) by their sample number; an empty one is an answer, too.
+
+    Raises DataError for a sample that is there twice.
+    """
+    found: dict[str, dict[int, str]] = {}
     for row in read_rows(sources, split="test"):
         prompt, completion = _pair(row)
-        found.setdefault(prompt_key(prompt), []).append(completion)
+        samples = found.setdefault(prompt_key(prompt), {})
+        sample = sample_number(row, default=len(samples))
+        if sample in samples:
+            raise DataError(f"{row.place}: sample {sample} of this prompt is there already; number the samples of a prompt apart")
+        samples[sample] = completion
     return found
+
+
+def sample_number(row: Row, *, default: int = 0) -> int:
+    """The row's column ``sample``. Raises DataError where it is no whole number from 0."""
+    value = row.get("sample", default)
+    if isinstance(value, str) and value.isdigit():  # csv has no numbers
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise DataError(f"{row.place}: sample is {value!r}; expected a whole number from 0")
+    return value
 
 
 def prompt_key(prompt: Prompt) -> str:

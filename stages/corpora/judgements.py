@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stages.config import DataSource
-from stages.corpora.completions import prompt_key
+from stages.corpora.completions import prompt_key, sample_number
 from stages.corpora.files import Row, read_rows, text_of
 from stages.corpora.prompts import prompt_in
 from stages.errors import DataError
@@ -63,7 +63,7 @@ def load_judgements(sources: Sequence[DataSource]) -> Judgements:
     ratings: list[Rating] = []
     seen: dict[tuple[object, ...], str] = {}
     for row in read_rows(sources, split="test"):
-        prompt, annotator, sample = prompt_key(prompt_in(row)), _annotator(row), _sample(row)
+        prompt, annotator, sample = prompt_key(prompt_in(row)), _annotator(row), sample_number(row)
         if "vote" in row:
             a, b = text_of(row, "a"), text_of(row, "b")
             if a == b:
@@ -94,10 +94,3 @@ def _annotator(row: Row) -> str:
     if not isinstance(value, str | int):
         raise DataError(f"{row.place}: annotator is {value!r}; expected a name")
     return str(value)
-
-
-def _sample(row: Row) -> int:
-    value = row.get("sample", 0)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise DataError(f"{row.place}: sample is {value!r}; expected a whole number from 0")
-    return value

@@ -205,8 +205,11 @@ def answer(config: EvaluationConfig, context: StepContext, asked: Asked, name: s
     return answers
 
 
-def read_answers(config: EvaluationConfig, asked: Asked, name: str) -> tuple[Answers, list[Exclusion]]:
-    """The answers of a candidate whose completions were made elsewhere; a prompt's first completion is its first sample, and so on."""
+def read_answers(config: EvaluationConfig, asked: Asked, name: str) -> Answers:
+    """The answers of a candidate whose completions were made elsewhere; a prompt's first completion is its first sample, and so on.
+
+    Raises DataError where there is none for any prompt.
+    """
     from stages.corpora.completions import load_completions, prompt_key
 
     sources = config.candidates[name].completions
@@ -214,13 +217,29 @@ def read_answers(config: EvaluationConfig, asked: Asked, name: str) -> tuple[Ans
     found = load_completions(sources)
     samples = []
     for question in asked.questions:
-        texts = found.get(prompt_key(question.prompt), [])
-        samples.append(Sample(texts[question.sample]) if question.sample < len(texts) else None)
-    missing = samples.count(None)
-    if missing == len(samples):
+        text = found.get(prompt_key(question.prompt), {}).get(question.sample)
+        samples.append(Sample(text) if text is not None else None)
+    if samples.count(None) == len(samples):
         raise DataError(f"candidate {name!r}: its completions answer none of the {len(samples)} prompts; a prompt must match whole")
-    left_out = Exclusion(f"prompts that {name} has no completion for (left out of its comparisons)", missing, len(samples))
-    return Answers(samples), [left_out] if missing else []
+    return Answers(samples)
+
+
+def missing_answers(config: EvaluationConfig, answers: dict[str, Answers]) -> list[Exclusion]:
+    """What candidates have no completion for."""
+    what = "prompts" if config.samples_per_prompt == 1 else "samples"
+    return [
+        Exclusion(f"{what} that {name} has no completion for (left out of its comparisons)", missing, len(answer.samples))
+        for name, answer in answers.items()
+        if (missing := answer.samples.count(None))
+    ]
+
+
+def answered_by_someone(asked: Asked, answers: dict[str, Answers]) -> Asked:
+    """The questions less those that no candidate has an answer to, as samples beyond the first may be; ``answers`` lose the same rows."""
+    kept = [row for row in range(len(asked.questions)) if any(answer.samples[row] is not None for answer in answers.values())]
+    for answer in answers.values():
+        answer.samples = [answer.samples[row] for row in kept]
+    return Asked([asked.questions[row] for row in kept], {}, asked.exclusions, asked.few_shot)
 
 
 def _sample(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def run(config: EvaluationConfig, context: StepContext) -> StepResult:
     """Evaluate the candidates; the files it leaves in the run folder are listed in ``record``."""
-    from stages.evaluation.answers import answer, ask, measure_kl, read_answers, token_details
+    from stages.evaluation.answers import answer, answered_by_someone, ask, measure_kl, missing_answers, read_answers, token_details
     from stages.evaluation.judging import agreement, judge_all
     from stages.evaluation.outcome import compare, evaluation_tables, verdict
     from stages.evaluation.prompts import load_heldout
@@ -24,11 +24,10 @@ def run(config: EvaluationConfig, context: StepContext) -> StepResult:
     exclusions += asked.exclusions
     answers = {}
     for name, candidate in config.candidates.items():
-        if candidate.model is not None:
-            answers[name] = answer(config, context, asked, name)
-        else:
-            answers[name], missing = read_answers(config, asked, name)
-            exclusions += missing
+        answers[name] = answer(config, context, asked, name) if candidate.model is not None else read_answers(config, asked, name)
+    if not asked.prompt_ids:  # no model answers here
+        asked = answered_by_someone(asked, answers)
+    exclusions += missing_answers(config, answers)
     if config.kl_reference is not None:
         exclusions += measure_kl(config, context, answers)
     details = token_details(config, context, asked, answers)

@@ -61,6 +61,17 @@ def test_several_samples_made_elsewhere(prompts, step_context, models, config, w
     assert (rate["n"], rate["samples"]) == (4, 7)
 
 
+def test_samples_may_be_numbered(prompts, step_context, models, config, write_rows, read_run) -> None:
+    rows = [{"prompt": PROMPTS[0], "completion": "second", "sample": 1}, {"prompt": PROMPTS[1], "completion": "first"}]
+    settings = config(prompts, candidates={"base": "b", "elsewhere": {"completions": write_rows("e", rows)}}, samples_per_prompt=2)
+    context = step_context(models=models)
+    run(settings, context)
+    assert [line["completions"].get("elsewhere") for line in read_run(context)[1]][:4] == [None, "second", "first", None]
+    for wrong, message in (([*rows, rows[0]], "sample 1 of this prompt is there already"), ([{**rows[0], "sample": -1}], "sample is -1")):
+        with pytest.raises(DataError, match=message):
+            config(prompts, candidates={"e": {"completions": write_rows("wrong", wrong)}}).check_data()
+
+
 def test_duplicates_are_counted(prompts, step_context, models, config, write_rows, read_run) -> None:
     again = write_rows("again", [{"prompt": prompt} for prompt in [*PROMPTS, PROMPTS[0], PROMPTS[0]]])
     context = step_context(models=models)
