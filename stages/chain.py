@@ -401,6 +401,7 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def plans_json(recipe: Recipe, plans: list[StepPlan]) -> str:
-    """The plan for a program."""
-    return json.dumps({"recipe": recipe.name, "seed": recipe.seed, "steps": [step.as_json() for step in plans]}, indent=2)
+def plans_json(recipe: Recipe, plans: list[StepPlan], settings: dict[str, Any] | None = None) -> str:
+    """The plan for a program; ``settings`` by step are added to it."""
+    steps = [{**step.as_json(), **({"settings": settings[step.name]} if settings and step.name in settings else {})} for step in plans]
+    return json.dumps({"recipe": recipe.name, "seed": recipe.seed, "steps": steps}, indent=2)

@@ -164,17 +164,45 @@ def run(recipe: Recipe, overrides: Overrides = None, home: Home = None, debug: D
 
 @app.command()
 @reports_errors
-def plan(recipe: Recipe, overrides: Overrides = None, home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
-    """Say what a run would make, reuse or resume, and why. Loads no model."""
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    all_settings: Annotated[bool, typer.Option("--settings", help="Show every setting of every step, and where it comes from.")] = False,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a run would make, reuse or resume, and why; of steps with a preset also each value and its source. Loads no model."""
     from stages import chain
     from stages.recipe import load_recipe
+    from stages.settings import preset_settings, settings_of_step, settings_table
 
     loaded = load_recipe(recipe, overrides or [], _registry(home))
     plans = chain.plan(loaded, _home(home))
+    shown = {step.name: (settings_of_step if all_settings else preset_settings)(loaded, step) for step in loaded.steps}
     if as_json:
-        typer.echo(chain.plans_json(loaded, plans))
+        settings = {name: [setting.as_json() for setting in found] for name, found in shown.items() if found}
+        typer.echo(chain.plans_json(loaded, plans, settings))
+        return
+    console = _runtime().console
+    console.print(chain.plan_table(plans, f"{loaded.name}: {len(plans)} steps"))
+    for step in loaded.steps:
+        if shown[step.name]:
+            console.print(settings_table(loaded, step, shown[step.name]))
+
+
+@app.command()
+@reports_errors
+def conformance(as_json: Json = False, debug: Debug = False) -> None:
+    """Every detail of the papers: where it is in the code, and the tests that prove it."""
+    from dataclasses import asdict
+
+    from stages.conformance import DETAILS, conformance_table
+
+    if as_json:
+        _print_json([asdict(detail) for detail in DETAILS])
     else:
-        _runtime().console.print(chain.plan_table(plans, f"{loaded.name}: {len(plans)} steps"))
+        _runtime().console.print(conformance_table())
 
 
 # The registry

@@ -79,6 +79,21 @@ class DataInput(Strict):
     train: DataField
     validation: DataField | None = Field(None, description="Held-out data. Absent: validation_fraction of the training rows is held out.")
     validation_fraction: float = Field(0.05, gt=0, lt=1, description="Share of training rows held out when no validation source is named.")
+    split_by: str | None = Field(
+        None, description="Hold out whole groups of training rows: those with the same value in this column (user, annotator)."
+    )
+    folds: int | None = Field(None, ge=2, description="With split_by: deal the groups out into so many folds, of which one is held out.")
+    fold: int = Field(0, ge=0, description="With folds: which one is held out, from 0.")
+
+    @model_validator(mode="after")
+    def _groups(self) -> "DataInput":
+        if self.split_by is not None and self.validation is not None:
+            raise ValueError("split_by holds out training rows, and a validation source is named, too; leave one of them out")
+        if self.folds is not None and self.split_by is None:
+            raise ValueError("folds goes with split_by: name the column whose groups are dealt out")
+        if self.fold and (self.folds is None or self.fold >= self.folds):
+            raise ValueError(f"fold={self.fold} must be below folds={self.folds}")
+        return self
 
 
 class OptimizerSettings(Strict):

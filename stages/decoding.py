@@ -126,7 +126,7 @@ def decode(
     running = torch.ones(number, dtype=torch.bool, device=device)  # by row of the batch
     columns = torch.nn.functional.pad(mask, (0, most), value=True)  # which columns of the cache count, at any step
     width = mask.shape[1]
-    padded = not bool(mask.all())
+    bias = _attention_bias(columns, logits.dtype)
     check_every = CUDA_CHECK_EVERY if device.type == "cuda" else 1
     for step in range(most):
         tokens, chosen = sample_tokens(
@@ -148,23 +148,28 @@ def decode(
                 first = int(columns[kept].long().argmax(dim=1).min()) if whole else 0
                 tokens, positions, columns, alive = tokens[kept], positions[kept], columns[kept][:, first:], alive[kept]
                 width -= first
-                padded = padded and not bool(columns.all())
+                bias = _attention_bias(columns, logits.dtype)
                 _keep(cache, kept, first)
                 running = torch.ones(len(kept), dtype=torch.bool, device=device)
         width += 1
-        logits = model(
-            input_ids=tokens[:, None], attention_mask=_step_mask(columns, width, whole, padded), position_ids=positions, **named
-        ).logits[:, -1]
+        if whole:
+            step_mask = None if bias is None else bias[..., :width]
+        else:
+            step_mask = columns[:, :width].long()
+        logits = model(input_ids=tokens[:, None], attention_mask=step_mask, position_ids=positions, **named).logits[:, -1]
         positions = positions + 1
     longest = int(lengths.max())
     return Decoded(ids[:, :longest], logprobs[:, :longest], lengths)
 
 
-def _step_mask(columns: Tensor, width: int, whole: bool, padded: bool) -> Tensor | None:
-    """Attention mask of one new token: none where nothing is padding, ready-made where the layers take it, else what transformers wants."""
-    if not whole:
-        return columns[:, :width].long()
-    return columns[:, None, None, :width] if padded else None
+def _attention_bias(columns: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What is added to a new token's attention scores [B, 1, 1, columns]; None where no column is padding.
+
+    Numbers and not truth values: of those every layer would make numbers again.
+    """
+    if bool(columns.all()):
+        return None
+    return torch.zeros(columns.shape, dtype=dtype, device=columns.device).masked_fill_(~columns, -torch.inf)[:, None, None]
 
 
 def _stop_tables(model: Any, stop_ids: Sequence[int], late_stop_ids: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:

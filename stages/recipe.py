@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from stages.config import DataSource, ModelInput, StepConfig, Strict
 from stages.errors import DataError, RecipeError, RegistryError, StagesError
+from stages.presets import Applied, apply_preset
 from stages.recipe_messages import validate
 from stages.recipe_source import RecipeSource, Steps, nearest, parse_path, read
 from stages.registry import DIGEST, REFERENCE, Registry, check_name
@@ -79,6 +80,7 @@ class RecipeStep:
     config: Any  # a StepConfig; Any because each stage adds fields of its own
     models: dict[str, Reference]
     seed: int
+    preset: Applied | None = None  # what a preset filled in
 
     @property
     def name(self) -> str:
@@ -121,7 +123,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), registry: Regis
     for text in overrides:
         source.override(text)
     header = validate(RecipeHeader, source.content, (), source)
-    configs = [_step_config(content, index, source) for index, content in enumerate(header.steps)]
+    read_steps = [_step_config(content, index, source) for index, content in enumerate(header.steps)]
+    configs = [config for config, _ in read_steps]
     _check_names(header.name, configs, source)
     folders = [Path.cwd(), Path(path).resolve().parent]
     configs = [_with_data_paths(config, ("steps", index), folders, source) for index, config in enumerate(configs)]
@@ -139,7 +142,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), registry: Regis
             except StagesError as error:
                 raise source.error(("steps", index, *parse_path(place)), str(error)) from error
         seed = header.seed if config.seed is None else config.seed
-        steps.append(RecipeStep(index, config, models, seed))
+        steps.append(RecipeStep(index, config, models, seed, read_steps[index][1]))
     check_trackers(header.trackers)
     return Recipe(header.name, header.seed, header.description, steps, source, list(header.trackers))
 
@@ -154,13 +157,16 @@ def data_inputs(config: Any) -> dict[str, list[DataSource]]:
     return config.data_inputs() if hasattr(config, "data_inputs") else {}
 
 
-def _step_config(content: dict[str, Any], index: int, source: RecipeSource) -> StepConfig:
+def _step_config(content: dict[str, Any], index: int, source: RecipeSource) -> tuple[StepConfig, Applied | None]:
+    """The step's config, its preset beneath it, and what the preset filled in."""
     path: Steps = ("steps", index)
     if "stage" not in content:
         raise source.error(path, f"the field stage is missing; expected one of {', '.join(STAGES)}")
     if content["stage"] not in STAGES:
         raise source.error((*path, "stage"), f"got {content['stage']!r}, which is no stage; {nearest(content['stage'], STAGES)}")
-    return validate(load_object(STAGES[content["stage"]].config), content, path, source)
+    schema = load_object(STAGES[content["stage"]].config)
+    filled, preset = apply_preset(content, path, source) if "preset" in schema.model_fields else (content, None)
+    return validate(schema, filled, path, source), preset
 
 
 def _check_names(recipe: str, configs: list[StepConfig], source: RecipeSource) -> None:

@@ -5,24 +5,37 @@ All pairs of a prompt are one batch element: its K completions are scored once e
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from stages.config import DataField, DataInput, DataSource, ModelField, ModelInput, OptimizerSettings, TrainingStepConfig
-from stages.errors import DataError
+from stages.collection import Collection
+from stages.config import (
+    DataField,
+    DataInput,
+    DataSource,
+    GenerationSettings,
+    ModelField,
+    ModelInput,
+    OptimizerSettings,
+    Strict,
+    TrainingStepConfig,
+)
+from stages.corpora.curation import Curation
+from stages.corpora.fitting import PromptFit
+from stages.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     import torch
 
-    from stages.corpora.comparisons import Comparison
+    from stages.corpora.comparisons import Comparison, Comparisons
     from stages.models.heads import RewardModel
+    from stages.preferences import EncodedComparison
     from stages.runtime import StepContext, StepResult
-
-MARGINS = (0.25, 0.5, 1.0, 2.0)  # edges of the score margins by which held-out accuracy is split
 
 
 class RewardModelOptimizer(OptimizerSettings):
@@ -34,16 +47,51 @@ class RewardModelOptimizer(OptimizerSettings):
     microbatch_size: int = Field(8, ge=1, description="Prompts per forward pass and process; the rest is gradient accumulation.")
 
 
+class Normalization(Strict):
+    """Where the zero of the scores lies, and their unit. A ranking loss leaves both open, and the KL penalty of PPO needs them."""
+
+    to: Literal["center", "standardize", "none"] = Field(
+        "center",
+        description="center: mean 0 (Stiennon et al. 2020, Ouyang et al. 2022); standardize: mean 0 and variance 1 (Ziegler et al. 2019).",
+    )
+    on: Literal["demonstrations", "samples"] = Field(
+        "demonstrations", description="Of which texts: demonstrations, or completions that a policy samples for the training prompts."
+    )
+    sampler: ModelField | None = Field(None, description="on: samples: the policy; null: the step's model.")
+    num_samples: int = Field(256, ge=2, description="on: samples: how many.")
+    before_training: bool = Field(False, description="on: samples: also before training, as Ziegler et al. 2019.")
+    generation: GenerationSettings = GenerationSettings()
+
+    @model_validator(mode="after")
+    def _samples(self) -> Normalization:
+        if self.on != "samples" and (self.sampler is not None or self.before_training):
+            raise ValueError("normalization.sampler and before_training go with on: samples")
+        return self
+
+
 class RewardModelConfig(TrainingStepConfig):
     """Train a scalar head and its backbone on comparisons."""
 
     stage: Literal["reward_model"] = "reward_model"
+    preset: str | None = Field(None, description="Published settings beneath the step's own, e.g. instructgpt2022 (stages/presets.py).")
     model: ModelField = Field(description="A language model, which gets a new head, or a reward model to go on with.")
     data: DataInput = Field(description="Comparisons.")
     preferred: str | None = Field(None, description="For responses given as an object: the key of the preferred one.")
     demonstrations: DataField | None = Field(
         None, description="Texts whose mean reward becomes 0 (prompt + completion). null: the best completion of each training comparison."
     )
+    collect: Collection | None = Field(None, description="Also make comparisons of what policies say now; null: only those of data.")
+    loss: Literal["pairs", "best_of"] = Field(
+        "pairs", description="pairs: all C(K, 2) of a prompt (Ouyang et al. 2022); best_of: softmax over its K (Ziegler et al. 2019)."
+    )
+    normalization: Normalization = Normalization()
+    num_seeds: int = Field(
+        1, ge=1, description="Train so many times and keep the best (Stiennon et al. 2020). Half of the held-out comparisons decide, and "
+        "the other half measures the one that was kept."
+    )  # fmt: skip
+    group_by: list[str] = Field([], description="Columns by whose values held-out accuracy is split, e.g. annotator, batch, confidence.")
+    prompt_fit: PromptFit | None = Field(None, description="Shorten prompts that are too long; null: let max_length cut their beginning.")
+    curation: Curation = Field(Curation(), description="Which rows are used.")
     max_length: int | None = Field(None, ge=2, description="Longest prompt and completion, in tokens; longer ones lose their beginning.")
     training: RewardModelOptimizer = RewardModelOptimizer()
 
@@ -54,20 +102,29 @@ class RewardModelConfig(TrainingStepConfig):
         return self
 
     def model_inputs(self) -> dict[str, ModelInput]:
-        return {"model": self.model}
+        inputs = {"model": self.model}
+        if self.normalization.sampler is not None:
+            inputs["normalization.sampler"] = self.normalization.sampler
+        return {**inputs, **(self.collect.model_inputs() if self.collect is not None else {})}
 
     def data_inputs(self) -> dict[str, list[DataSource]]:
         inputs = {"data.train": self.data.train}
         if self.data.validation is not None:
             inputs["data.validation"] = self.data.validation
+        if self.collect is not None:
+            inputs["collect.data"] = self.collect.data
         return inputs if self.demonstrations is None else {**inputs, "demonstrations": self.demonstrations}
 
     def check_data(self) -> None:
         """Raise DataError for data this stage cannot use; no model is loaded."""
         from stages.corpora.comparisons import load_comparisons
+        from stages.corpora.curation import Curator
+        from stages.corpora.prompts import load_prompts
 
-        load_comparisons(self.data, preferred=self.preferred)
+        load_comparisons(self.data, preferred=self.preferred, curator=Curator(self.curation), group_by=self.group_by)
         self.load_demonstrations()
+        if self.collect is not None:
+            load_prompts(self.collect.data)
 
     def load_demonstrations(self) -> list[tuple[Any, str]]:
         """The named demonstrations as (prompt, completion); empty where none are named."""
@@ -79,49 +136,64 @@ class RewardModelConfig(TrainingStepConfig):
 
 
 @dataclass(frozen=True)
-class EncodedComparison:
-    """The completions of one prompt as token rows (prompt included), and their ranks."""
+class Attempt:
+    """A reward model trained with one seed: what training said, and how it did on the comparisons that decide between seeds."""
 
-    rows: list[list[int]]
-    ranks: list[int]
+    seed: int
+    trained: dict[str, float]
+    accuracy: float
 
 
 def run(config: RewardModelConfig, context: StepContext) -> StepResult:
-    """Train, centre on the demonstrations, publish; with held-out accuracy and calibration before and after."""
-    from stages.corpora.comparisons import load_comparisons
-    from stages.models.heads import RewardModel
+    """Train, normalise, publish; with held-out accuracy and calibration before and after."""
     from stages.rewards.learned import score_rows
     from stages.runtime import StepResult
-    from stages.training import gathered_weights, train, training_arguments, weights_dtype
+    from stages.training import gathered_weights
 
-    source = context.models["model"]
-    dtype = weights_dtype(config, context)
-    if source.record is not None and source.record.role == "reward_model":
-        model = RewardModel.from_pretrained(source, dtype=dtype, lora=config.lora, trainable=True)
-    else:
-        model = RewardModel.from_language_model(source, dtype=dtype, lora=config.lora, seed=context.seed)
+    model = _new_model(config, context, context.seed)
     tokenizer = model.tokenizer
     assert tokenizer is not None
-    comparisons = load_comparisons(config.data, preferred=config.preferred)
     max_length = config.max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+    comparisons, left_out = _load_comparisons(config, context, tokenizer)
     train_rows = [encode(item, tokenizer, max_length) for item in comparisons.train if item.num_pairs]
     heldout = [encode(item, tokenizer, max_length) for item in comparisons.validation if item.num_pairs]
+    deciding, measuring = (heldout, heldout) if config.num_seeds == 1 else (heldout[::2], heldout[1::2])
     if config.training.epochs > 1:
         context.runtime.console.print(
             f"{context.name}: {config.training.epochs:g} epochs; reward models overfit soon (Ouyang et al. 2022, C.2: one epoch)"
         )
+    texts = _texts_to_normalize_on(config, context, comparisons)
+    scoring = {"pad_token_id": tokenizer.pad_token_id, "batch_size": 8 * config.training.microbatch_size}
+    before = measure(model.to(context.runtime.device), measuring, **scoring)
 
-    arguments = training_arguments(config.training, context, precision=config.precision, remove_unused_columns=False)
-    trainer = _trainer(model, arguments, train_rows, tokenizer.pad_token_id)
-    evaluate = {"pad_token_id": tokenizer.pad_token_id, "batch_size": 8 * config.training.microbatch_size}
-    before = measure(model.to(context.runtime.device), heldout, **evaluate)
-    trained = train(trainer, context, f"{context.name}: reward model")
+    def normalise(model: RewardModel) -> tuple[float, float]:
+        """(gain, standard deviation of the scores before it)."""
+        rows = _encode_pairs(texts, tokenizer, max_length)
+        scores = score_rows(rows, _inference(model.eval()), **scoring, device=context.runtime.device).double()
+        mean, deviation = float(scores.mean()), float(scores.std(correction=0))
+        if config.normalization.to == "standardize":
+            return model.standardize(mean, deviation), deviation
+        if config.normalization.to == "center":
+            model.center(mean)
+        return 1.0, deviation
 
-    demonstrations = config.load_demonstrations() or [(item.prompt, item.best) for item in comparisons.train]
-    scores = score_rows(_encode_pairs(demonstrations, tokenizer, max_length), _inference(model), **evaluate, device=context.runtime.device)
-    model.center(float(scores.double().mean()))
-    after = measure(model, heldout, **evaluate)
-    context.log(trainer.state.global_step, {"heldout/accuracy": after["accuracy"], "heldout/loss": after["loss"]})
+    attempts: list[Attempt] = []
+    trainer: Any = None
+    for number in range(config.num_seeds):
+        seed = context.seed + number
+        if number:
+            model = _new_model(config, context, seed).to(context.runtime.device)
+        if config.normalization.before_training:
+            normalise(model)
+        attempt, trainer = _train(config, context, model, train_rows, deciding, scoring, seed)
+        attempts.append(attempt)
+    best = max(attempts, key=lambda attempt: attempt.accuracy)  # of equals the first
+    if best is not attempts[-1]:
+        _load_state(model, _finished(context, best.seed))
+    gain, deviation = normalise(model)
+    after = measure(model, measuring, gain=gain, **scoring)
+
+    context.log(int(best.trained["optimizer_steps"]), {"heldout/accuracy": after["accuracy"], "heldout/loss": after["loss"]})
     context.runtime.console.print(
         f"{context.name}: held-out accuracy {before['accuracy']:.3f} -> {after['accuracy']:.3f} "
         f"(95 % {after['ci_low']:.3f} to {after['ci_high']:.3f}, {after['pairs']} pairs)"
@@ -129,28 +201,152 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     metrics = {
         "heldout_accuracy_before": before["accuracy"],
         **{f"heldout_{name}": value for name, value in after.items()},
-        **trained,
+        **best.trained,
         "comparisons": len(train_rows),
         "pairs": sum(item.num_pairs for item in comparisons.train),
         "all_ties": len(comparisons.train) - len(train_rows),
         "reward_bias": model.reward_bias,
-        "demonstrations": len(demonstrations),
-        "demonstration_reward_std": float(scores.double().std(correction=0)),
+        "reward_gain": gain,
+        "demonstrations": len(texts),
+        "demonstration_reward_std": deviation,
+        **{f"curation_{reason}": number for reason, number in sorted(left_out.items())},
     }
+    if config.collect is not None:
+        metrics["collected"] = sum(item.annotator == COLLECTED for item in comparisons.train)
+    if config.num_seeds > 1:
+        metrics |= {"seeds": {str(attempt.seed): attempt.accuracy for attempt in attempts}, "selected_seed": best.seed}
     weights = gathered_weights(trainer)
     record = context.publish(
         lambda folder: model.save(folder, tokenizer, state_dict=weights),
         role="reward_model",
         metrics=metrics,
-        base=source if config.lora is not None else None,
+        base=context.models["model"] if config.lora is not None else None,
     )
     return StepResult(model=record, metrics=metrics)
 
 
+COLLECTED = "collected by the step"  # stands for the annotator of comparisons that the step has made itself
+
+
+def _new_model(config: RewardModelConfig, context: StepContext, seed: int) -> RewardModel:
+    from stages.models.heads import RewardModel
+    from stages.training import weights_dtype
+
+    source, dtype = context.models["model"], weights_dtype(config, context)
+    if source.record is not None and source.record.role == "reward_model":
+        return RewardModel.from_pretrained(source, dtype=dtype, lora=config.lora, trainable=True)
+    return RewardModel.from_language_model(source, dtype=dtype, lora=config.lora, seed=seed)
+
+
+def _load_comparisons(config: RewardModelConfig, context: StepContext, tokenizer: Any) -> tuple[Comparisons, dict[str, int]]:
+    """(the comparisons, collected ones among those to train on, their prompts made to fit; how many rows curation left out)."""
+    from stages.collection import collect_comparisons
+    from stages.corpora.comparisons import Comparisons, load_comparisons
+    from stages.corpora.curation import Curator
+    from stages.corpora.fitting import fit_prompt
+    from stages.corpora.templates import count_tokens
+
+    curator = Curator(config.curation, count_tokens(tokenizer))
+    loaded = load_comparisons(config.data, preferred=config.preferred, curator=curator, group_by=config.group_by)
+    train, validation = loaded.train, loaded.validation
+    if config.collect is not None:
+        collected = collect_comparisons(config.collect, context, precision=config.precision)
+        train = [*train, *(replace(item, annotator=COLLECTED) for item in collected)]
+    fit = config.prompt_fit
+    if fit is not None:
+        train, validation = (
+            [replace(item, prompt=fit_prompt(item.prompt, fit, tokenizer)) for item in side] for side in (train, validation)
+        )
+    return Comparisons(train, validation), dict(curator.left_out)
+
+
+def _texts_to_normalize_on(config: RewardModelConfig, context: StepContext, comparisons: Comparisons) -> list[tuple[Any, str]]:
+    """(prompt, completion) pairs whose scores become those of mean 0."""
+    if config.normalization.on == "demonstrations":
+        return config.load_demonstrations() or [(item.prompt, item.best) for item in comparisons.train]
+    import torch
+
+    from stages.corpora.templates import encode_prompt
+    from stages.generation import decode_completions, ending_tokens, episode_seed, generate
+    from stages.models.loading import load_language_model, load_tokenizer
+
+    source = context.models["normalization.sampler" if config.normalization.sampler is not None else "model"]
+    if source.record is not None and source.record.role != "language_model":
+        raise ModelError(
+            f"normalization.on: samples needs a policy to sample from, and {source.ref!r} is a {source.record.role}; "
+            "name one in normalization.sampler"
+        )
+    runtime, generation = context.runtime, config.normalization.generation
+    tokenizer = load_tokenizer(source)
+    policy = load_language_model(source, dtype=runtime.dtype(config.precision), trainable=False, tokenizer=tokenizer).to(runtime.device)
+    distinct = list({repr(item.prompt): item.prompt for item in comparisons.train}.values())
+    prompts = [distinct[index % len(distinct)] for index in range(config.normalization.num_samples)]
+    stop, late = ending_tokens(policy, tokenizer, generation)
+    generated = generate(
+        policy, [encode_prompt(tokenizer, prompt) for prompt in prompts], generation,
+        seeds=[episode_seed(context.seed, -3, index) for index in range(len(prompts))],
+        stop_ids=stop, late_stop_ids=late, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    texts = decode_completions(tokenizer, generated)
+    del policy
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return list(zip(prompts, texts, strict=True))
+
+
+def _train(
+    config: RewardModelConfig,
+    context: StepContext,
+    model: RewardModel,
+    rows: list[EncodedComparison],
+    deciding: list[EncodedComparison],
+    scoring: dict[str, int],
+    seed: int,
+) -> tuple[Attempt, Any]:
+    """(what came of one seed, the trainer); with several seeds each keeps its checkpoints, and its weights once it is done."""
+    from stages.training import train, training_arguments
+
+    several = config.num_seeds > 1
+    own = replace(context, seed=seed, checkpoint_folder=context.checkpoint_folder / f"seed-{seed}") if several else context
+    arguments = training_arguments(config.training, own, precision=config.precision, remove_unused_columns=False)
+    trainer = _trainer(model, arguments, rows, scoring["pad_token_id"], config.loss)
+    done = _finished(context, seed)
+    if several and (done / "attempt.json").exists():
+        _load_state(model, done)
+        return Attempt(**json.loads((done / "attempt.json").read_text(encoding="utf-8"))), trainer
+    context.runtime.seed_everything(seed)
+    trained = train(trainer, own, f"{context.name}: reward model", room=f"train_seed_{seed}" if several else "train")
+    accuracy = measure(model, deciding, **scoring)["accuracy"] if several else 0.0
+    attempt = Attempt(seed, trained, accuracy)
+    if several:
+        context.runtime.console.print(f"{context.name}: seed {seed}: accuracy {accuracy:.3f} on the comparisons that decide")
+        if context.runtime.is_main:
+            from safetensors.torch import save_file
+
+            done.mkdir(parents=True, exist_ok=True)
+            save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, done / "model.safetensors")
+            (done / "attempt.json").write_text(json.dumps(vars(attempt)), encoding="utf-8")  # last: it says that all is there
+        context.runtime.wait_for_everyone()
+    return attempt, trainer
+
+
+def _finished(context: StepContext, seed: int) -> Path:
+    return context.checkpoint_folder / f"seed-{seed}-done"
+
+
+def _load_state(model: RewardModel, folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+
+
 def encode(comparison: Comparison, tokenizer: Any, max_length: int) -> EncodedComparison:
     """Prompt and completion as one row per completion, closed by the end token; what is too long loses its beginning."""
+    from stages.corpora.templates import encode_prompt
+    from stages.preferences import EncodedComparison
+
     rows = _encode_pairs([(comparison.prompt, completion) for completion in comparison.completions], tokenizer, max_length)
-    return EncodedComparison(rows, comparison.ranks)
+    return EncodedComparison(rows, comparison.ranks, comparison.groups, len(encode_prompt(tokenizer, comparison.prompt)))
 
 
 def _encode_pairs(pairs: Sequence[tuple[Any, str]], tokenizer: Any, max_length: int) -> list[list[int]]:
@@ -176,17 +372,19 @@ def collate(comparisons: Sequence[EncodedComparison], pad_token_id: int) -> dict
     }
 
 
-def _trainer(model: RewardModel, arguments: Any, rows: list[EncodedComparison], pad_token_id: int) -> Any:
+def _trainer(model: RewardModel, arguments: Any, rows: list[EncodedComparison], pad_token_id: int, loss: str = "pairs") -> Any:
     from transformers import Trainer
 
-    from stages.numerics.ranking import ranking_loss
+    from stages.numerics.ranking import best_of_ranked_loss, ranking_loss
+
+    loss_of = ranking_loss if loss == "pairs" else best_of_ranked_loss
 
     class RankingTrainer(Trainer):
         """A Trainer whose examples are prompts with all their completions, so that no prompt is ever split across steps."""
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
             scores = model(inputs["input_ids"], inputs["attention_mask"])
-            loss = ranking_loss(scores, inputs["ranks"], inputs["prompt_index"])
+            loss = loss_of(scores, inputs["ranks"], inputs["prompt_index"])
             return (loss, {"scores": scores}) if return_outputs else loss
 
         def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -216,16 +414,11 @@ def _inference(model: RewardModel) -> Any:
     return score
 
 
-def measure(model: RewardModel, comparisons: Sequence[EncodedComparison], *, pad_token_id: int, batch_size: int) -> dict[str, Any]:
-    """Held-out accuracy over pairs with its 95 % interval, loss, calibration, and accuracy by margin.
-
-    The probability that a model gives its own preference is sigmoid(margin); calibration compares it with how often it is right.
-    """
-    import torch
-
-    from stages.numerics.classification import calibration_bins, expected_calibration_error
-    from stages.numerics.intervals import wilson_interval
-    from stages.numerics.ranking import ranking_loss, ranking_pairs
+def measure(
+    model: RewardModel, comparisons: Sequence[EncodedComparison], *, pad_token_id: int, batch_size: int, gain: float = 1.0
+) -> dict[str, Any]:
+    """How well the model's scores agree with held-out comparisons (stages.preferences)."""
+    from stages.preferences import agreement
     from stages.rewards.learned import score_rows
 
     if not comparisons:
@@ -235,48 +428,4 @@ def measure(model: RewardModel, comparisons: Sequence[EncodedComparison], *, pad
     rows = [row for item in comparisons for row in item.rows]
     scores = score_rows(rows, _inference(model), pad_token_id, batch_size, device=next(model.parameters()).device)
     model.train(training)
-    ranks = torch.tensor([rank for item in comparisons for rank in item.ranks])
-    prompt_index = torch.tensor([index for index, item in enumerate(comparisons) for _ in item.ranks])
-    better, worse = ranking_pairs(ranks, prompt_index)
-    margins = scores[better] - scores[worse]
-    correct = margins > 0
-    confidence = margins.abs().sigmoid()
-    low, high = wilson_interval(int(correct.sum()), len(correct))
-    by_prompt = [float(correct[prompt_index[better] == index].double().mean()) for index in range(len(comparisons))]
-    clustered_low, clustered_high = _clustered_interval(by_prompt)
-    return {
-        "accuracy": float(correct.double().mean()),
-        "ci_low": low,
-        "ci_high": high,
-        "accuracy_by_prompt": sum(by_prompt) / len(by_prompt),
-        "accuracy_by_prompt_ci_low": clustered_low,
-        "accuracy_by_prompt_ci_high": clustered_high,
-        "pairs": len(correct),
-        "loss": float(ranking_loss(scores, ranks, prompt_index)),
-        "calibration_error": expected_calibration_error(confidence, correct),
-        "calibration": calibration_bins(confidence, correct),
-        "accuracy_by_margin": _by_margin(margins.abs(), correct),
-        "score_mean": float(scores.double().mean()),
-        "score_std": float(scores.double().std(correction=0)),
-    }
-
-
-def _clustered_interval(shares: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean over prompts by the bootstrap; pairs of one prompt are not independent, prompts are."""
-    import torch
-
-    values = torch.tensor(shares, dtype=torch.float64)
-    draws = torch.randint(len(values), (2000, len(values)), generator=torch.Generator().manual_seed(0))
-    means = values[draws].mean(dim=1)
-    return float(means.quantile(0.025)), float(means.quantile(0.975))
-
-
-def _by_margin(margins: torch.Tensor, correct: torch.Tensor) -> list[dict[str, float | None]]:
-    edges = [0.0, *MARGINS, float("inf")]
-    rows: list[dict[str, float | None]] = []
-    for low, high in zip(edges, edges[1:], strict=False):
-        inside = (margins >= low) & (margins < high)
-        if inside.any():
-            accuracy = float(correct[inside].double().mean())
-            rows.append({"from": low, "to": None if high == float("inf") else high, "accuracy": accuracy, "pairs": int(inside.sum())})
-    return rows
+    return agreement(scores, comparisons, gain=gain)

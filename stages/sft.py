@@ -6,22 +6,31 @@ The rows are tokenized here, by the template that the model keeps, so that train
 from __future__ import annotations
 
 import bisect
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from stages.config import DataInput, DataSource, ModelField, ModelInput, OptimizerSettings, TrainingStepConfig
+from stages.config import DataField, DataInput, DataSource, ModelField, ModelInput, OptimizerSettings, Strict, TrainingStepConfig
+from stages.corpora.curation import Curation
+from stages.corpora.fitting import PromptFit
 from stages.errors import DataError
+from stages.selection import Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from stages.corpora.demonstrations import Demonstrations
+    from stages.models.likelihood import Likelihood
     from stages.runtime import StepContext, StepResult
+    from stages.selection import Selector
 
 IGNORED = -100  # label of a token that does not count in the loss
+HELDOUT_EVERY = 20  # of the pretraining mix's blocks
+MOST_HELDOUT_BLOCKS = 64
 
 
 class SFTOptimizer(OptimizerSettings):
@@ -31,16 +40,32 @@ class SFTOptimizer(OptimizerSettings):
     warmup_fraction: float = Field(0.03, ge=0, lt=1, description="Share of the optimizer steps used for linear warmup.")
 
 
+class SFTPretrainingMix(Strict):
+    """Pretraining texts among the demonstrations: the model that PPO starts from should not forget (Ouyang et al. 2022, C.3)."""
+
+    data: DataField = Field(description="Texts of the pretraining distribution; every twentieth block of them is held out.")
+    share: float = Field(0.1, gt=0, lt=1, description="Share of the training rows that are blocks of these texts; the paper's is 0.1.")
+    block_size: int = Field(128, ge=2, description="Tokens per block; all of them count in the loss.")
+
+
 class SFTStepConfig(TrainingStepConfig):
     """Fine-tune ``model`` on the demonstrations in ``data``."""
 
     stage: Literal["sft"] = "sft"
+    preset: str | None = Field(None, description="Published settings beneath the step's own, e.g. instructgpt2022 (stages/presets.py).")
     model: ModelField = Field(description="Language model to fine-tune.")
     data: DataInput
     template: str | None = Field(
         None, description="chat: the tokenizer's own; a plain template's name; or a format string with {prompt}. null: keep what it has."
     )
     completion_only_loss: bool = Field(True, description="Only the completion's tokens count in the loss; false: the prompt's, too.")
+    pretraining_mix: SFTPretrainingMix | None = Field(None, description="Mix pretraining texts in; null: demonstrations alone.")
+    residual_dropout: float | None = Field(
+        None, ge=0, lt=1, description="Dropout on what attention and MLP add, and nowhere else; null: as the model's config has it."
+    )
+    selection: Selection | None = Field(None, description="Publish the model along the run that a reward likes best; null: the last.")
+    prompt_fit: PromptFit | None = Field(None, description="Shorten prompts that are too long; null: leave long demonstrations out.")
+    curation: Curation = Field(Curation(), description="Which rows are used.")
     packing: bool = Field(False, description="Several demonstrations in one row (they do not see each other); batch_size counts rows.")
     max_length: int | None = Field(
         None, ge=2, description="Longest demonstration and row, in tokens; longer ones are left out, and said. null: the model's positions."
@@ -54,11 +79,30 @@ class SFTStepConfig(TrainingStepConfig):
         return self
 
     def model_inputs(self) -> dict[str, ModelInput]:
-        return {"model": self.model}
+        return {"model": self.model, **(self.selection.model_inputs() if self.selection is not None else {})}
 
     def data_inputs(self) -> dict[str, list[DataSource]]:
         inputs = {"data.train": self.data.train}
-        return inputs if self.data.validation is None else {**inputs, "data.validation": self.data.validation}
+        if self.data.validation is not None:
+            inputs["data.validation"] = self.data.validation
+        if self.pretraining_mix is not None:
+            inputs["pretraining_mix.data"] = self.pretraining_mix.data
+        if self.selection is not None and self.selection.data is not None:
+            inputs["selection.data"] = self.selection.data
+        return inputs
+
+    def check_data(self) -> None:
+        """Raise DataError for data this stage cannot use; no model is loaded."""
+        from stages.corpora.curation import Curator
+        from stages.corpora.demonstrations import load_demonstrations
+        from stages.corpora.files import read_rows, text_of
+        from stages.corpora.prompts import load_prompts
+
+        load_demonstrations(self.data, Curator(self.curation))
+        for row in read_rows(self.pretraining_mix.data) if self.pretraining_mix is not None else ():
+            text_of(row, "text")
+        if self.selection is not None and self.selection.data is not None:
+            load_prompts(self.selection.data, split="validation")
 
 
 @dataclass(frozen=True)
@@ -76,8 +120,10 @@ class EncodedRow:
 
 def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     """Fine-tune; publish the language model with its held-out loss (nats per counted token) before and after."""
+    from stages.corpora.curation import Curator
     from stages.corpora.demonstrations import load_demonstrations
-    from stages.corpora.templates import set_template
+    from stages.corpora.templates import count_tokens, set_template
+    from stages.models.dropout import set_residual_dropout
     from stages.models.loading import load_language_model, load_tokenizer, save_model
     from stages.runtime import StepResult
     from stages.training import gathered_weights, train, weights_dtype
@@ -88,17 +134,28 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     model = load_language_model(
         context.models["model"], dtype=weights_dtype(config, context), lora=config.lora, tokenizer=tokenizer, dropout=True
     )
+    if config.residual_dropout is not None:
+        set_residual_dropout(model, config.residual_dropout)
     max_length: int = config.max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
-    demonstrations = load_demonstrations(config.data)
+    curator = Curator(config.curation, count_tokens(tokenizer))
+    demonstrations = _fitted(load_demonstrations(config.data, curator), config, tokenizer)
     rows = _encoded(demonstrations.train, tokenizer, max_length, context, "training")
     heldout = _encoded(demonstrations.validation, tokenizer, max_length, context, "held-out")
+    mixed = _pretraining_blocks(config, tokenizer, len(rows), context.seed)
 
-    trainer = _trainer(config, context, model, tokenizer, rows, max_length)
+    trainer = _trainer(config, context, model, tokenizer, rows + mixed.train, max_length)
     before = _measure(trainer, config, context, tokenizer, heldout, "before")
+    forgotten = _measure_pretraining(trainer, config, context, tokenizer, mixed.heldout)
+    selector = _selector(config, context, trainer, tokenizer, demonstrations, heldout)
     trained = train(trainer, context, f"{context.name}: sft")
+    selected = {}
+    if selector is not None:
+        best = selector.load_best()
+        selected = {"selected_optimizer_step": best.optimizer_step, "selection": [asdict(one) for one in selector.tried]}
     after = _measure(trainer, config, context, tokenizer, heldout, "after")
+    remembered = _measure_pretraining(trainer, config, context, tokenizer, mixed.heldout)
 
-    num_tokens = sum(len(row.ids) for row in rows)
+    num_tokens = sum(len(row.ids) for row in rows + mixed.train)
     metrics = {
         "heldout_loss_before": before,
         "heldout_loss_after": after,
@@ -106,8 +163,14 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
         "demonstrations": len(rows),
         "heldout_demonstrations": len(heldout),
         "dropped_too_long": len(demonstrations.train) + len(demonstrations.validation) - len(rows) - len(heldout),
+        **{f"curation_{reason}": number for reason, number in sorted(curator.left_out.items())},
+        **selected,
         "tokens_per_second": trained["steps_per_second"] * config.training.batch_size * num_tokens / len(trainer.train_dataset),
     }
+    if forgotten is not None and remembered is not None:
+        metrics |= {
+            "pretraining_rows": len(mixed.train), "pretraining_loss_before": forgotten, "pretraining_loss_after": remembered
+        }  # fmt: skip
     weights = gathered_weights(trainer)
     record = context.publish(
         lambda folder: save_model(model, tokenizer, folder, state_dict=weights),
@@ -135,6 +198,81 @@ def _encoded(
             f"{context.name}: left out {len(rows) - len(kept)} of {len(rows)} {which} demonstrations longer than {max_length} tokens"
         )
     return kept
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of the pretraining mix: to train on, and held out."""
+
+    train: list[EncodedRow]
+    heldout: list[EncodedRow]
+
+
+def _pretraining_blocks(config: SFTStepConfig, tokenizer: PreTrainedTokenizerBase, num_demonstrations: int, seed: int) -> Blocks:
+    """So many blocks that they are ``share`` of all training rows, drawn once by the seed; fewer where the texts hold no more."""
+    mix = config.pretraining_mix
+    if mix is None:
+        return Blocks([], [])
+    from stages.corpora.files import read_rows, text_of
+    from stages.corpora.packing import encode_documents, pack_blocks
+
+    tokens = encode_documents(tokenizer, [text_of(row, "text") for row in read_rows(mix.data)])
+    blocks = [EncodedRow(ids, 0) for ids in pack_blocks(tokens, mix.block_size).tolist()]
+    heldout = blocks[HELDOUT_EVERY - 1 :: HELDOUT_EVERY][:MOST_HELDOUT_BLOCKS] or blocks[-1:]
+    del blocks[HELDOUT_EVERY - 1 :: HELDOUT_EVERY]
+    wanted = round(num_demonstrations * mix.share / (1 - mix.share))
+    if wanted > len(blocks):
+        raise DataError(
+            f"pretraining_mix: a share of {mix.share:g} beside {num_demonstrations} demonstrations takes {wanted} blocks of "
+            f"{mix.block_size} tokens, and the texts make {len(blocks)}; add text, or lower share or block_size"
+        )
+    return Blocks(random.Random(f"pretraining mix {seed}").sample(blocks, wanted), heldout)
+
+
+def _fitted(demonstrations: Demonstrations, config: SFTStepConfig, tokenizer: PreTrainedTokenizerBase) -> Demonstrations:
+    """The demonstrations with prompts that fit."""
+    from stages.corpora.demonstrations import Demonstrations
+    from stages.corpora.fitting import fit_prompt
+
+    fit = config.prompt_fit
+    if fit is None:
+        return demonstrations
+    sides = [
+        [{**row, "prompt": fit_prompt(row["prompt"], fit, tokenizer)} for row in side]
+        for side in (demonstrations.train, demonstrations.validation)
+    ]
+    return Demonstrations(*sides)
+
+
+def _selector(
+    config: SFTStepConfig,
+    context: StepContext,
+    trainer: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    demonstrations: Demonstrations,
+    heldout: list[EncodedRow],
+) -> Selector | None:
+    selection = config.selection
+    if selection is None:
+        return None
+    from stages.corpora.fitting import fit_prompt
+    from stages.corpora.prompts import load_prompts
+    from stages.selection import Selector, selection_callback
+
+    if selection.data is not None:
+        prompts = load_prompts(selection.data, limit=selection.num_prompts, split="validation")
+    else:
+        prompts = list({repr(row["prompt"]): row["prompt"] for row in demonstrations.validation}.values())
+    if config.prompt_fit is not None:
+        prompts = [fit_prompt(prompt, config.prompt_fit, tokenizer) for prompt in prompts]
+
+    def measure_loss() -> float:
+        return _likelihood(trainer, config, context, tokenizer, heldout).loss
+
+    dtype = context.runtime.dtype(config.precision)
+    selector = Selector(selection, context, trainer.model, tokenizer, prompts, measure_loss, dtype=dtype)
+    trainer.add_callback(selection_callback(selector, trainer))
+    return selector
 
 
 def _trainer(
@@ -189,9 +327,25 @@ def _quiet_datasets() -> Iterator[None]:
 def _measure(
     trainer: Any, config: SFTStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, heldout: list[EncodedRow], when: str
 ) -> float:
+    likelihood = _likelihood(trainer, config, context, tokenizer, heldout)
+    context.log(0 if when == "before" else trainer.state.global_step, {"heldout/loss": likelihood.loss})
+    context.runtime.console.print(f"{context.name}: held-out {when}: loss {likelihood.loss:.4f} over {likelihood.tokens} tokens")
+    return likelihood.loss
+
+
+def _measure_pretraining(
+    trainer: Any, config: SFTStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, heldout: list[EncodedRow]
+) -> float | None:
+    """Loss on held-out blocks of the pretraining mix; None without one."""
+    return _likelihood(trainer, config, context, tokenizer, heldout).loss if heldout else None
+
+
+def _likelihood(
+    trainer: Any, config: SFTStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, heldout: list[EncodedRow]
+) -> Likelihood:
     from stages.models.likelihood import measure_likelihood
 
-    likelihood = measure_likelihood(
+    return measure_likelihood(
         trainer.model.to(context.runtime.device),
         [(row.ids, row.counted(config.completion_only_loss)) for row in heldout],
         pad_token_id=tokenizer.pad_token_id,
@@ -199,9 +353,6 @@ def _measure(
         device=context.runtime.device,
         dtype=context.runtime.dtype(config.precision),
     )
-    context.log(0 if when == "before" else trainer.state.global_step, {"heldout/loss": likelihood.loss})
-    context.runtime.console.print(f"{context.name}: held-out {when}: loss {likelihood.loss:.4f} over {likelihood.tokens} tokens")
-    return likelihood.loss
 
 
 # Packing. TRL's own makes one row of a whole batch, whose attention mask grows with the square of it where there is no flash attention.

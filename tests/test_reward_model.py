@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from stages.corpora.comparisons import Comparison
 from stages.errors import DataError
 from stages.models.heads import RewardModel
-from stages.reward_model import EncodedComparison, RewardModelConfig, collate, encode, measure, run
+from stages.preferences import EncodedComparison, agreement
+from stages.reward_model import RewardModelConfig, _trainer, collate, encode, measure, run
 
 
 @pytest.fixture
@@ -42,6 +43,7 @@ def sft(resolve_folder, tiny_llama_folder) -> dict[str, Any]:
     return {"model": resolve_folder(tiny_llama_folder)}
 
 
+@pytest.mark.detail("D9", "R11")
 def test_it_learns_and_centres(comparisons, step_context, sft) -> None:
     result = run(config(comparisons), step_context(models=sft))
     metrics = result.metrics
@@ -68,6 +70,7 @@ def test_named_demonstrations_set_the_zero(comparisons, step_context, sft, tmp_p
         assert model.score(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long)).item() == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.detail("R3")
 def test_a_prompt_is_never_split(tiny_tokenizer) -> None:
     items = [EncodedComparison([[5, 6, 7], [5]], [0, 1]), EncodedComparison([[8, 9], [8], [9]], [0, 1, 1])]
     batch = collate(items, 1)
@@ -147,3 +150,107 @@ def test_real_ranked_lists(shared_data, step_context, sft) -> None:
         step_context(models=sft),
     )
     assert 0 <= result.metrics["heldout_ci_low"] <= result.metrics["heldout_accuracy"]
+
+
+@pytest.mark.detail("R2")
+def test_every_completion_is_scored_once(comparisons, step_context, sft, tiny_llama_folder) -> None:
+    from stages.training import training_arguments
+
+    model = RewardModel.from_language_model(tiny_llama_folder, dtype=torch.float32)
+    rows = [encode(Comparison("write:", [f"line {number}" for number in range(k)], list(range(k))), model.tokenizer, 64) for k in (4, 9)]
+    settings = config(comparisons, training={"batch_size": 2, "microbatch_size": 2, "max_steps": 1, "learning_rate": 1e-3})
+    trainer = _trainer(model, training_arguments(settings.training, step_context(models=sft), precision="fp32"), rows, 1)
+    seen: list[int] = []
+    model.backbone.register_forward_hook(lambda _module, _inputs, output: seen.append(output.last_hidden_state.shape[0]))
+    trainer.train()
+    # 13 rows for the 6 + 36 pairs, in one step, and no prompt split
+    assert seen == [13]
+
+
+@pytest.mark.detail("R5")
+def test_best_of_trains_too(comparisons, step_context, sft) -> None:
+    result = run(config(comparisons, loss="best_of"), step_context(models=sft))
+    assert result.metrics["heldout_accuracy"] > 0.8
+
+
+@pytest.mark.detail("R12")
+def test_standardizing_on_samples(comparisons, step_context, sft) -> None:
+    from stages.rewards.learned import score_rows
+
+    settings = {"to": "standardize", "on": "samples", "num_samples": 256, "before_training": True, "generation": {"max_new_tokens": 6}}
+    context = step_context(models=sft)
+    result = run(config(comparisons, normalization=settings), context)
+    model = RewardModel.from_pretrained(str(result.model.path), dtype=torch.float32)
+    # the same samples as the step's, scored by what was saved: mean 0 and variance 1
+    from stages.reward_model import _inference, _load_comparisons, _texts_to_normalize_on
+
+    step = config(comparisons, normalization=settings)
+    loaded, _ = _load_comparisons(step, context, model.tokenizer)
+    pairs = _texts_to_normalize_on(step, context, loaded)
+    rows = [encode(Comparison(prompt, [text], [0]), model.tokenizer, 128).rows[0] for prompt, text in pairs]
+    scores = score_rows(rows, _inference(model), 1, 64, device=torch.device("cpu"))
+    assert scores.mean().item() == pytest.approx(0, abs=1e-4) and scores.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+    assert result.metrics["reward_gain"] == pytest.approx(1 / result.metrics["demonstration_reward_std"])
+    # another draw of samples has mean 0 and variance 1 within its error
+    assert len(pairs) == 256 and result.metrics["heldout_accuracy"] > 0.8
+    with pytest.raises(ValidationError, match="go with on: samples"):
+        config(comparisons, normalization={"before_training": True})
+
+
+@pytest.mark.detail("R17")
+def test_the_gain_is_taken_out_of_the_calibration() -> None:
+    items = [EncodedComparison([[4], [2]], [0, 1]), EncodedComparison([[2], [3], [1]], [0, 1, 2])]
+    scores = torch.tensor([2.0, 1.0, 1.0, 1.5, 0.5])
+    plain, stretched = agreement(scores, items), agreement(scores * 7, items, gain=7.0)
+    for name in ("accuracy", "loss", "calibration_error"):
+        assert stretched[name] == pytest.approx(plain[name], rel=1e-5)
+
+
+@pytest.mark.detail("D11", "R8")
+def test_the_best_of_several_seeds_is_kept_and_measured_on_other_comparisons(comparisons, step_context, sft) -> None:
+    settings = config(comparisons, num_seeds=3, data={"train": comparisons, "validation_fraction": 0.4})
+    context = step_context("test/seeds", 5, models=sft)
+    result = run(settings, context)
+    accuracies = result.metrics["seeds"]
+    assert list(accuracies) == ["5", "6", "7"]
+    assert accuracies[str(result.metrics["selected_seed"])] == max(accuracies.values())
+    # twelve held-out comparisons with K = 2, 3, 4 in turn: every second one measures: 3, 2, 4, 3, 2, 4 completions
+    assert result.metrics["heldout_pairs"] == 2 * (2 + 1 + 5)
+    # what was kept is the seed's own model: training it alone ends with the same weights
+    seed = result.metrics["selected_seed"]
+    alone = run(config(comparisons, data={"train": comparisons, "validation_fraction": 0.4}), step_context("test/alone", seed, models=sft))
+    one, two = (RewardModel.from_pretrained(str(made.model.path), dtype=torch.float32) for made in (result, alone))
+    for (name, first), second in zip(one.named_parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(first, second, msg=name)
+    # a run that is cut off afterwards trains no seed again
+    again = run(settings, context)
+    assert again.metrics["seeds"] == accuracies and again.model.digest == result.model.digest
+
+
+@pytest.mark.detail("R16", "R18")
+def test_accuracy_by_length_and_by_group_by_hand() -> None:
+    # lengths after the prompt (2 tokens): 8 beats 2, 2 beats 8, 4 beats 4; scores say: longer, longer, first
+    def item(better: int, worse: int, group: str) -> EncodedComparison:
+        return EncodedComparison([[7] * (2 + better), [7] * (2 + worse)], [0, 1], {"batch": group}, 2)
+
+    items = [item(8, 2, "a"), item(2, 8, "a"), item(4, 4, "b")]
+    found = agreement(torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0]), items)
+    assert found["accuracy_by_length"] == [
+        {"better_is": "longer", "accuracy": 1.0, "pairs": 1}, {"better_is": "shorter", "accuracy": 0.0, "pairs": 1},
+        {"better_is": "as long", "accuracy": 1.0, "pairs": 1},
+    ]  # fmt: skip
+    assert (found["prefers_longer"], found["longer_is_better"]) == (1.0, 0.5)
+    table = found["accuracy_by_group"]["batch"]
+    assert [(row["value"], row["accuracy"], row["pairs"]) for row in table] == [("a", 0.5, 2), ("b", 1.0, 1)]
+    assert table[0]["ci_low"] < 0.5 < table[0]["ci_high"]
+
+
+@pytest.mark.detail("R18")
+def test_groups_come_from_the_data(comparisons, step_context, sft, tmp_path) -> None:
+    path = tmp_path / "grouped.jsonl"
+    rows = [{**json.loads(line), "confidence": number % 2} for number, line in enumerate(Path(comparisons).read_text().splitlines())]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = run(config(str(path), group_by=["confidence"], training={"max_steps": 1, "batch_size": 2}), step_context(models=sft)).metrics
+    assert [row["value"] for row in metrics["heldout_accuracy_by_group"]["confidence"]] == ["0", "1"]
+    with pytest.raises(DataError, match="group_by names 'batch', and the row has"):
+        config(str(path), group_by=["batch"]).check_data()

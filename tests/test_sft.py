@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from stages.errors import DataError
 from stages.models.loading import load_language_model
-from stages.sft import IGNORED, EncodedRow, PackedCollator, SFTStepConfig, _trainer, pack_rows, run
+from stages.sft import IGNORED, EncodedRow, PackedCollator, SFTStepConfig, _pretraining_blocks, _trainer, pack_rows, run
 
 ROWS = [EncodedRow([10, 11, 12, 13], 2), EncodedRow([20, 21], 1), EncodedRow([30, 31, 32, 33, 34], 3), EncodedRow([40, 41, 42], 1)]
 
@@ -72,6 +72,7 @@ def test_packed_demonstrations_have_the_gradient_of_separate_ones(step_context: 
         torch.testing.assert_close(packed[name], expected, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.detail("S7")
 def test_prompt_tokens_are_not_learned(step_context: Any, tiny_llama_folder: Path, tiny_tokenizer: Any) -> None:
     def head_rows(completion_only: bool, name: str) -> torch.Tensor:
         context = step_context(name=name)
@@ -139,3 +140,46 @@ def test_rows_that_are_too_long_are_left_out_and_counted(
 def test_quantized_weights_need_an_adapter() -> None:
     with pytest.raises(ValidationError, match="needs lora"):
         config(model={"ref": "base", "quantization": "int8"})
+
+
+@pytest.mark.detail("S5")
+def test_pretraining_texts_are_a_tenth_of_the_rows(
+    demonstrations: Path, tmp_path: Path, step_context: Any, tiny_llama_folder: Path, tiny_tokenizer: Any, resolve_folder: Any
+) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the acting was warm and the film was a joy\n" * 3000)
+    mix = {"data": str(corpus), "block_size": 8}
+    drawn = _pretraining_blocks(config(demonstrations, pretraining_mix=mix), tiny_tokenizer, 9000, seed=1)
+    assert len(drawn.train) / (len(drawn.train) + 9000) == pytest.approx(0.10, abs=0.01)
+    assert all(len(row.ids) == 8 and row.counted(True) == [0] + [1] * 7 for row in drawn.train)  # every token counts but the first
+    assert [row.ids for row in drawn.train] != [
+        row.ids for row in _pretraining_blocks(config(demonstrations, pretraining_mix=mix), tiny_tokenizer, 9000, seed=2).train
+    ]
+    with pytest.raises(DataError, match="a share of 0.9 beside 9000 demonstrations takes 81000 blocks of 8 tokens, and the texts make"):
+        _pretraining_blocks(config(demonstrations, pretraining_mix={**mix, "share": 0.9}), tiny_tokenizer, 9000, seed=1)
+    for packing in (False, True):
+        context = step_context(name=f"test/mixed{packing}", models={"model": resolve_folder(tiny_llama_folder)})
+        result = run(config(demonstrations, pretraining_mix={**mix, "share": 0.2}, packing=packing), context)
+        assert result.metrics["pretraining_rows"] == 4  # beside 16 demonstrations
+        assert result.metrics["pretraining_loss_after"] < result.metrics["pretraining_loss_before"] - 0.1
+
+
+def test_what_is_left_out_is_counted(tmp_path: Path, step_context: Any, tiny_llama_folder: Path, resolve_folder: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"line {number}:", "completion": "a joy " * (1 + number % 3), "user": "u"} for number in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    context = step_context(models={"model": resolve_folder(tiny_llama_folder)})
+    curation = {"tokens": {"completion": [1, 8]}, "max_per_user": 4}
+    result = run(config(path, curation=curation, training={"max_steps": 1, "batch_size": 2}, residual_dropout=0.2), context)
+    assert result.metrics["demonstrations"] == 4
+    assert result.metrics["curation_length"] + result.metrics["curation_user"] + 4 + result.metrics["heldout_demonstrations"] == 20
+
+
+def test_long_prompts_are_shortened(tmp_path: Path, step_context: Any, tiny_llama_folder: Path, resolve_folder: Any) -> None:
+    path = tmp_path / "posts.jsonl"
+    rows = [{"prompt": "POST: " + "the film was a joy\n" * 20 + "TL;DR:", "completion": "joy"}] * 8
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    context = step_context(models={"model": resolve_folder(tiny_llama_folder)})
+    fit = {"max_tokens": 40, "after": "POST: ", "before": "TL;DR:"}
+    result = run(config(path, prompt_fit=fit, max_length=60, training={"max_steps": 1, "batch_size": 2}), context)
+    assert result.metrics["dropped_too_long"] == 0

@@ -51,6 +51,7 @@ def trace(steps: int, **settings: Any) -> list[float]:
     return rates
 
 
+@pytest.mark.detail("G14")
 def test_cosine_ends_at_the_final_fraction() -> None:
     rates = trace(20, schedule="cosine", final_learning_rate_fraction=0.1)
     # 0.1 + 0.9 * (1 + cos(pi t / T)) / 2: 1 at the start, 0.55 half way, 0.1 at the end

@@ -9,12 +9,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from stages.config import DataInput
 from stages.corpora.files import Row, read_splits, text_of
 from stages.corpora.messages import Prompt, prompt_of, reply_of, split_dialogue
 from stages.errors import DataError
+
+if TYPE_CHECKING:
+    from stages.corpora.curation import Curator
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Comparison:
     completions: list[str]
     ranks: list[int]
     annotator: str | None = None
+    groups: dict[str, str] = field(default_factory=dict)  # columns by which accuracy is split
 
     @property
     def num_pairs(self) -> int:
@@ -44,11 +49,13 @@ class Comparisons:
     validation: list[Comparison]
 
 
-def load_comparisons(data: DataInput, *, preferred: str | None = None) -> Comparisons:
+def load_comparisons(
+    data: DataInput, *, preferred: str | None = None, curator: Curator | None = None, group_by: Sequence[str] = ()
+) -> Comparisons:
     """Comparisons of both splits. Raises DataError where a row is malformed, or where a split holds nothing but ties."""
     splits = []
-    for rows, which in zip(read_splits(data), ("training", "held-out"), strict=True):
-        made = [comparison(row, preferred=preferred) for row in rows]
+    for rows, which in zip(read_splits(data, curator), ("training", "held-out"), strict=True):
+        made = [replace(comparison(row, preferred=preferred), groups=_groups(row, group_by)) for row in rows]
         if not any(item.num_pairs for item in made):
             raise DataError(f"the {which} comparisons ({len(made)} rows, first {rows[0].place}) are all ties; a ranking needs a preference")
         splits.append(made)
@@ -90,6 +97,13 @@ def comparison(row: Row, *, preferred: str | None = None) -> Comparison:
         if not isinstance(text, str):
             raise DataError(f"{row.place}: {column}, entry {number} is {type(text).__name__}; expected text")
     return Comparison(prompt_of(row), value, ranks, name)
+
+
+def _groups(row: Row, columns: Sequence[str]) -> dict[str, str]:
+    for column in columns:
+        if column not in row:
+            raise DataError(f"{row.place}: group_by names {column!r}, and the row has {', '.join(row)}")
+    return {column: str(row[column]) for column in columns}
 
 
 def _ranks(row: Row, column: str, number: int) -> list[int]:

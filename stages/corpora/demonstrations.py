@@ -9,12 +9,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.config import DataInput
 from stages.corpora.files import Row, read_splits, text_of
 from stages.corpora.messages import messages_of, prompt_of, reply_of, split_dialogue
 from stages.errors import DataError
+
+if TYPE_CHECKING:
+    from stages.corpora.curation import Curator
 
 Demonstration = dict[str, Any]  # prompt: text or messages; completion: text
 
@@ -27,9 +30,9 @@ class Demonstrations:
     validation: list[Demonstration]
 
 
-def load_demonstrations(data: DataInput) -> Demonstrations:
+def load_demonstrations(data: DataInput, curator: Curator | None = None) -> Demonstrations:
     """Demonstrations of both splits. Raises DataError naming the place, the columns found and those expected."""
-    train, validation = read_splits(data)
+    train, validation = read_splits(data, curator)
     return Demonstrations([demonstration(row) for row in train], [demonstration(row) for row in validation])
 
 

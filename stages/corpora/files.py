@@ -13,13 +13,16 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.config import DataInput, DataSource
 from stages.contents import file_sha256
 from stages.corpora.world.lexicon import world_files
 from stages.corpora.world.parts import PREFIX, world_rows
 from stages.errors import DataError
+
+if TYPE_CHECKING:
+    from stages.corpora.curation import Curator
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
@@ -38,15 +41,21 @@ def read_rows(sources: Sequence[DataSource], *, split: str = "train") -> list[Ro
     return [row for source in sources for row in _read_source(source, split)]
 
 
-def read_splits(data: DataInput) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows. Without a validation source the last ``validation_fraction`` of the training rows is held out."""
+def read_splits(data: DataInput, curator: Curator | None = None) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows, less what ``curator`` leaves out. Without a validation source some of the training rows are held out."""
+    from stages.corpora.splits import hold_out
+
     train = read_rows(data.train)
     if data.validation is not None:
-        return train, read_rows(data.validation, split="validation")
-    held = max(1, round(len(train) * data.validation_fraction))
-    if len(train) <= held:
-        raise DataError(f"{_names(data.train)}: {len(train)} row(s) are too few to hold any out; name a validation source or add data")
-    return train[:-held], train[-held:]
+        heldout = read_rows(data.validation, split="validation")
+    else:
+        train, heldout = hold_out(train, data, _names(data.train))
+    if curator is not None:
+        train, heldout = curator.training(train), curator.heldout(heldout)
+        for rows, which in ((train, "training"), (heldout, "held-out")):
+            if not rows:
+                raise DataError(f"{_names(data.train)}: curation leaves no {which} row ({dict(curator.left_out)})")
+    return train, heldout
 
 
 def _read_source(source: DataSource, split: str) -> list[Row]:

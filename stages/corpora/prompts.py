@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.config import DataSource
 from stages.corpora.files import Row, read_rows, text_of
 from stages.corpora.messages import Prompt, prompt_of, split_dialogue
 from stages.errors import DataError
 
+if TYPE_CHECKING:
+    from stages.corpora.curation import Curator
+
 
 def load_prompts(
-    sources: Sequence[DataSource], *, prompt_words: int | None = None, limit: int | None = None, split: str = "train"
+    sources: Sequence[DataSource],
+    *,
+    prompt_words: int | None = None,
+    limit: int | None = None,
+    split: str = "train",
+    curator: Curator | None = None,
 ) -> list[Prompt]:
     """Distinct prompts in the order of the data; ``prompt_words`` takes so many first words of each text. Raises DataError on bad rows."""
     prompts: list[Prompt] = []
     seen: set[str] = set()
-    for row in read_rows(sources, split=split):
+    rows = read_rows(sources, split=split)
+    for row in rows if curator is None else curator.training(rows):
         prompt = prompt_in(row, prompt_words)
         key = repr(prompt)
         if key not in seen:
@@ -26,6 +35,8 @@ def load_prompts(
             prompts.append(prompt)
         if limit is not None and len(prompts) == limit:
             break
+    if not prompts:
+        raise DataError(f"{', '.join(source.path for source in sources)}: curation leaves no prompt")
     return prompts
 
 

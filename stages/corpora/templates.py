@@ -12,6 +12,8 @@ from stages.corpora.messages import Prompt
 from stages.errors import DataError, ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedTokenizerBase
 
 PLAIN_TEMPLATES = {
@@ -93,3 +95,8 @@ def joined(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str) 
     if shown and completion and not shown[-1].isspace() and not completion[0].isspace():
         return " " + completion
     return completion
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
+    """How many tokens a text has, without those that a template adds."""
+    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])

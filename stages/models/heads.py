@@ -154,11 +154,15 @@ class RewardModel(ScalarModel):
         backbone = load_backbone(model, dtype=dtype, lora=lora, trainable=trainable, tokenizer=tokenizer, dropout=dropout)
         _refuse_encoder(backbone.config, model)
         made = cls(backbone, tokenizer)
-        width = made.score_head.in_features
-        drawn = torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / math.sqrt(width + 1)
-        with torch.no_grad():
-            made.score_head.weight.copy_(drawn)
+        made.draw_head(seed)
         return made.train(trainable)
+
+    @torch.no_grad()
+    def draw_head(self, seed: int) -> None:
+        """New weights of the head ~ N(0, 1 / (d + 1)), bias 0."""
+        width = self.score_head.in_features
+        self.score_head.weight.copy_(torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / math.sqrt(width + 1))
+        self.score_head.bias.zero_()
 
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The score of each text, read at its last token that is not padding. Inputs [B, T]; returns [B] fp32."""
@@ -175,6 +179,18 @@ class RewardModel(ScalarModel):
     def center(self, mean: float) -> None:
         """Subtract ``mean`` from every score from now on, through the bias."""
         self.score_head.bias.sub_(mean)
+
+    @torch.no_grad()
+    def standardize(self, mean: float, deviation: float) -> float:
+        """Make scores of this mean and standard deviation ones of 0 and 1, through weights and bias of the head; returns the gain.
+
+        Ziegler et al. 2019: gain 1 / sigma and bias -gain * mu. Raises ModelError where all scores were equal.
+        """
+        if deviation <= 0:
+            raise ModelError("the reward model gives every text the same score, which cannot be brought to variance 1")
+        self.score_head.bias.sub_(mean).div_(deviation)
+        self.score_head.weight.div_(deviation)
+        return 1 / deviation
 
     @property
     def reward_bias(self) -> float:

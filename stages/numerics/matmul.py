@@ -54,7 +54,11 @@ def _takes(*tensors: Tensor) -> bool:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of matrices, without gradient."""
-    return _onednn(a, b.T) if _takes(a, b) else a @ b
+    if not _takes(a, b):
+        return a @ b
+    # The operator copies its first operand where that is transposed; of the product's two forms, take the one that copies less.
+    turn = not a.is_contiguous() and b.shape[1] < a.shape[0]
+    return _onednn(b.T, a).T if turn else _onednn(a, b.T)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -81,7 +85,7 @@ class _Linear(torch.autograd.Function):
         gradient = upstream[0].reshape(-1, len(weight))
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         of_x = _onednn(gradient, weight.T).view(ctx.shape) if wants_x else None
-        of_weight = _onednn(gradient.T, flat.T) if wants_weight else None
+        of_weight = product(gradient.T, flat) if wants_weight else None
         return of_x, of_weight, gradient.sum(dim=0) if wants_bias else None
 
 

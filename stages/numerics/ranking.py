@@ -35,6 +35,21 @@ def best_of_loss(scores: Tensor, best: Tensor) -> Tensor:
     return functional.cross_entropy(scores, best)
 
 
+def best_of_ranked_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> Tensor:
+    """``best_of_loss`` of ranked completions [N]: each prompt's best against all its completions, averaged over prompts.
+
+    Of several that share the best rank the mean counts; a prompt that is all ties adds nothing and does not count in the average.
+    """
+    total, number = scores.sum() * 0.0, 0
+    for prompt in prompt_index.unique():
+        own = prompt_index == prompt
+        if len(ranks[own].unique()) > 1:
+            best = ranks[own] == ranks[own].min()
+            total = total - scores[own].log_softmax(dim=0)[best].mean()
+            number += 1
+    return total / max(number, 1)
+
+
 def pairwise_correct(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> Tensor:
     """For each pair that is no tie, whether the better completion scores higher; equal scores are wrong. Returns [pairs] bool."""
     better, worse = ranking_pairs(ranks, prompt_index)

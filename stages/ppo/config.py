@@ -16,6 +16,8 @@ from stages.config import (
     ModelInput,
     Strict,
 )
+from stages.corpora.curation import Curation
+from stages.corpora.fitting import PromptFit
 from stages.ppo.health import HealthSettings
 from stages.rewards.config import RewardInput, check_names, reward_model_inputs
 
@@ -58,6 +60,7 @@ class PPOStepConfig(CheckpointedStepConfig):
     """Align ``policy`` to the weighted ``reward`` sources, held near its reference by a KL penalty."""
 
     stage: Literal["ppo"] = "ppo"
+    preset: str | None = Field(None, description="Published settings beneath the step's own, e.g. instructgpt2022 (stages/presets.py).")
     policy: ModelField = Field(description="Language model to train, usually an sft step.")
     reference: ModelField | None = Field(None, description="Frozen model of the KL penalty; null: the policy as it starts.")
     value: Literal["policy", "shared"] | ModelField | None = Field(
@@ -73,6 +76,8 @@ class PPOStepConfig(CheckpointedStepConfig):
     max_prompt_tokens: int | None = Field(
         None, ge=1, description="Longer prompts are left out, and said. null: what the model's positions leave beside the completion."
     )
+    prompt_fit: PromptFit | None = Field(None, description="Shorten prompts that are too long; null: leave them out.")
+    curation: Curation = Field(Curation(), description="Which prompts are used.")
     generation: GenerationSettings = GenerationSettings()
     lora: LoraSettings | None = Field(None, description="Train low-rank adapters of policy and value network instead of whole models.")
     training: PPOOptimizer = PPOOptimizer()
@@ -166,6 +171,7 @@ class PPOStepConfig(CheckpointedStepConfig):
 
     def check_data(self) -> None:
         """Raise DataError for prompts this stage cannot use; no model is loaded."""
+        from stages.corpora.curation import Curator
         from stages.corpora.prompts import load_prompts
 
-        load_prompts(self.data, prompt_words=self.prompt_words)
+        load_prompts(self.data, prompt_words=self.prompt_words, curator=Curator(self.curation))

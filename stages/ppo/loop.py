@@ -166,12 +166,21 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
 
 def _load_prompts(config: PPOStepConfig, context: StepContext, roles: Roles) -> list[tuple[Prompt, list[int]]]:
     """Prompts with their token ids, without those too long to be answered (cutting one would ask something else)."""
+    from stages.corpora.curation import Curator
+    from stages.corpora.fitting import fit_prompt
     from stages.corpora.prompts import load_prompts
-    from stages.corpora.templates import encode_prompt
+    from stages.corpora.templates import count_tokens, encode_prompt
 
     positions = getattr(roles.policy.model.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
     longest = config.max_prompt_tokens or positions - config.generation.max_new_tokens
-    encoded = [(prompt, encode_prompt(roles.tokenizer, prompt)) for prompt in load_prompts(config.data, prompt_words=config.prompt_words)]
+    curator = Curator(config.curation, count_tokens(roles.tokenizer))
+    prompts = load_prompts(config.data, prompt_words=config.prompt_words, curator=curator)
+    if config.prompt_fit is not None:
+        prompts = [fit_prompt(prompt, config.prompt_fit, roles.tokenizer) for prompt in prompts]
+    encoded = [(prompt, encode_prompt(roles.tokenizer, prompt)) for prompt in prompts]
+    if curator.left_out:
+        reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(curator.left_out.items()))
+        context.runtime.console.print(f"{context.name}: curation left out {sum(curator.left_out.values())} prompts ({reasons})")
     kept = [(prompt, ids) for prompt, ids in encoded if 0 < len(ids) <= longest]
     if not kept:
         raise DataError(

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.config import GenerationSettings
 from stages.generation import generate, left_pad
+from stages.numerics.matmul import use_fast_matmuls
 
 
 def model_on(device: str, dtype: torch.dtype) -> Any:
@@ -38,9 +39,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--cpu-time", action="store_true", help="Count processor time instead of wall time, on a machine that is not idle.")
+    parser.add_argument("--same-matmuls", action="store_true", help="Also here products by PyTorch's default library.")
     options = parser.parse_args()
     clock = time.process_time if options.cpu_time else time.perf_counter
-    model = model_on(options.device, getattr(torch, options.dtype))
+    model, plain = (model_on(options.device, getattr(torch, options.dtype)) for _ in range(2))
+    if not options.same_matmuls:
+        use_fast_matmuls(model)  # as every model is that this project loads
     draw = random.Random(0)
     prompts = [[draw.randrange(1, 4096) for _ in range(draw.randint(8, 32))] for _ in range(64)]
     for name, stops in (("full", []), ("ragged", list(range(256)))):
@@ -53,7 +57,7 @@ def main() -> None:
 
         def theirs(seed: int, ids: Any = ids, mask: Any = mask, stops: list[int] = stops) -> int:
             torch.manual_seed(seed)
-            made = model.generate(
+            made = plain.generate(
                 ids, attention_mask=mask, max_new_tokens=options.new_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                 eos_token_id=stops or None, pad_token_id=0,
             )[:, ids.shape[1] :]  # fmt: skip

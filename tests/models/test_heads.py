@@ -92,6 +92,7 @@ def test_the_head_is_drawn_as_in_the_paper(tiny_llama_folder: Path) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.detail("R11")
 def test_centring_subtracts_and_survives_reload(reward_model: RewardModel, tmp_path: Path) -> None:
     before = score(reward_model, TEXT)
     reward_model.center(1.5)

@@ -11,6 +11,7 @@ from stages.numerics.classification import (
 )
 
 
+@pytest.mark.detail("R17")
 def test_calibration_by_hand() -> None:
     confidence = torch.tensor([0.95, 0.95, 0.65, 0.65])
     correct = torch.tensor([True, True, True, False])

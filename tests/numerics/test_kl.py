@@ -25,6 +25,7 @@ def test_k1_and_k3_average_to_the_true_kl() -> None:
         assert mean == pytest.approx(true, rel=1e-5)
 
 
+@pytest.mark.detail("P5")
 def test_the_adaptive_coefficient_moves_by_the_clipped_error() -> None:
     controller = AdaptiveKLController(0.1, target=6.0, horizon=10_000)
     controller.update(60.0, 512)  # error 9, clipped to 0.2: 0.1 * (1 + 0.2 * 512 / 10000)

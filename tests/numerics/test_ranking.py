@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 
-from stages.numerics.ranking import best_of_loss, pairwise_correct, ranking_loss, ranking_pairs
+from stages.numerics.ranking import best_of_loss, best_of_ranked_loss, pairwise_correct, ranking_loss, ranking_pairs
 
 
 def logsigmoid(x: float) -> float:
     return -math.log1p(math.exp(-x))
 
 
+@pytest.mark.detail("R4")
 def test_pairs_leave_out_ties_and_other_prompts() -> None:
     better, worse = ranking_pairs(torch.tensor([0, 1, 1, 0]), torch.tensor([0, 0, 0, 1]))
     assert list(zip(better.tolist(), worse.tolist(), strict=True)) == [(0, 1), (0, 2)]
@@ -30,6 +31,7 @@ def test_equal_scores_cost_log_two_whatever_k() -> None:
         assert loss.item() == pytest.approx(math.log(2))
 
 
+@pytest.mark.detail("R4")
 def test_a_prompt_of_ties_neither_adds_nor_dilutes() -> None:
     scores, ranks, prompts = torch.tensor([1.0, 0.0, 5.0, 9.0]), torch.tensor([0, 1, 0, 0]), torch.tensor([0, 0, 1, 1])
     assert ranking_loss(scores, ranks, prompts).item() == pytest.approx(-logsigmoid(1))
@@ -53,3 +55,18 @@ def test_best_of_four() -> None:
 
 def test_equal_scores_are_no_success() -> None:
     assert pairwise_correct(torch.tensor([1.0, 1.0]), torch.tensor([0, 1]), torch.zeros(2)).tolist() == [False]
+
+
+@pytest.mark.detail("R5")
+def test_best_of_ranked_completions_by_hand() -> None:
+    # prompt 0: the published case r = (1, 0, 0, 0), best first: log(e + 3) - 1; prompt 1: two equally best of three, scores 0
+    scores, ranks = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]), torch.tensor([0, 1, 2, 2, 0, 0, 1])
+    prompts = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    first = math.log(math.e + 3) - 1
+    assert first == pytest.approx(0.743668, abs=1e-6)
+    assert best_of_ranked_loss(scores[:4], ranks[:4], prompts[:4]).item() == pytest.approx(first)
+    assert best_of_ranked_loss(scores, ranks, prompts).item() == pytest.approx((first + math.log(3)) / 2)
+    ties = torch.tensor([5.0, 9.0], requires_grad=True)
+    loss = best_of_ranked_loss(ties, torch.zeros(2), torch.zeros(2))
+    loss.backward()
+    assert loss.item() == 0 and ties.grad.abs().sum() == 0

@@ -1,5 +1,6 @@
 """Per-token rewards: the score lands on the last counted token, KL on every one, and a missing end costs what the setting says."""
 
+import pytest
 import torch
 
 from stages.numerics.shaping import last_token_index, penalize_missing_eos, shape_rewards
@@ -22,6 +23,7 @@ def test_token_scores_add_up() -> None:
     assert rewards.tolist() == [[1, 2, 3], [4, 0, 0]]
 
 
+@pytest.mark.detail("P25")
 def test_missing_eos() -> None:
     scores, stopped = torch.tensor([0.5, 0.5]), torch.tensor([True, False])
     assert penalize_missing_eos(scores, stopped, how="none", penalty=1.0).tolist() == [0.5, 0.5]

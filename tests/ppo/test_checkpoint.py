@@ -130,6 +130,7 @@ CUTS = {
 CASES = [(cut, settings) for cut in CUTS for settings in SETTINGS if cut != "killed between" or settings == "average, adaptive KL"]
 
 
+@pytest.mark.detail("P18")
 @pytest.mark.parametrize(("cut", "settings"), CASES)
 def test_a_run_cut_off_anywhere_ends_as_if_it_had_not_been(
     six_iterations, undisturbed, every, step_context, resolve_folder, tiny_llama_folder, monkeypatch, cut, settings

@@ -120,7 +120,7 @@ def test_alarms_reach_metrics_summary_and_terminal(ppo_config, ppo_context, tmp_
 
 
 def test_an_alarm_may_end_the_run(ppo_config, ppo_context, tmp_path) -> None:
-    config = ppo_config(data=prompts(tmp_path), total_episodes=48, health={"kl_limit": 1e-4, "stop_on": ["exploding_kl"]})
+    config = ppo_config(data=prompts(tmp_path), total_episodes=48, health={"kl_limit": 1e-5, "stop_on": ["exploding_kl"]})
     with pytest.raises(TrainingError, match=r"iteration 1: stopped on exploding_kl .health.stop_on.: the KL .* checkpoint is kept in"):
         run(config, ppo_context)
     assert list((ppo_context.checkpoint_folder / "ppo").glob("checkpoint-*/checkpoint.json"))

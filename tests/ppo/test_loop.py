@@ -30,6 +30,7 @@ def weights(result: Any) -> dict[str, torch.Tensor]:
     return load_file(next(result.model.path.glob("*.safetensors")))
 
 
+@pytest.mark.detail("P35")
 def test_the_sign_canary(ppo_config, ppo_context, prompts) -> None:
     config = ppo_config(
         data=prompts, reward=[{"function": "letters_reward:vowels"}], total_episodes=24 * 64, rollout_batch_size=64, minibatch_size=32,
@@ -55,6 +56,7 @@ def test_lora_publishes_an_adapter_that_stands_on_the_policy(ppo_config, ppo_con
     assert load_language_model(source, dtype=torch.float32) is not None
 
 
+@pytest.mark.detail("P18")
 def test_the_average_is_what_is_published(ppo_config, step_context, resolve_folder, tiny_llama_folder, prompts) -> None:
     models = {"policy": resolve_folder(tiny_llama_folder)}
     start = load_file(tiny_llama_folder / "model.safetensors")

@@ -14,6 +14,7 @@ from stages.ppo.optimizers import (
 )
 
 
+@pytest.mark.detail("G5")
 def test_tensorflow_adam_by_hand() -> None:
     weight = torch.tensor([1.0], requires_grad=True)
     optimizer = TensorFlowAdam([weight], lr=0.1, betas=(0.9, 0.999), eps=1e-2)
@@ -41,12 +42,14 @@ def test_the_first_step_is_smaller_than_torchs() -> None:
     assert moved["tensorflow"] == pytest.approx(0.24025, rel=1e-3)
 
 
+@pytest.mark.detail("P17")
 def test_warmup_from_a_tenth() -> None:
     settings = PPOOptimizer(warmup_iterations=10, schedule="constant")
     factors = [learning_rate_factor(settings, iteration, 100) for iteration in range(12)]
     assert factors[:3] == pytest.approx([0.1, 0.19, 0.28]) and factors[10:] == [1.0, 1.0]
 
 
+@pytest.mark.detail("G14")
 def test_schedules() -> None:
     assert [learning_rate_factor(PPOOptimizer(), step, 4) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
     cosine = PPOOptimizer(schedule="cosine", final_learning_rate_fraction=0.1)
@@ -64,6 +67,7 @@ def test_moving_average_by_hand() -> None:
     assert model.weight.item() == pytest.approx(0.9 * (0.9 * 1 + 0.1 * 2) + 0.1 * 3)
 
 
+@pytest.mark.detail("P18")
 def test_average_of_half_precision_weights_keeps_small_steps() -> None:
     model = torch.nn.Linear(1, 1, bias=False).bfloat16()
     model.weight.data.fill_(1.0)

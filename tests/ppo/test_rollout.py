@@ -38,6 +38,7 @@ def test_the_score_is_paid_at_the_last_token(ppo_config) -> None:
     assert goal.closing_returns.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.detail("P27")
 def test_the_score_one_state_behind_where_there_is_room(ppo_config) -> None:
     config = ppo_config(whiten_advantages=False, gae_lambda=0.5, score_placement="after")
     rollout = hand_made(closing_mask=torch.tensor([True, False]), closing_values=torch.tensor([8.0, 0.0]))
@@ -71,6 +72,7 @@ def test_a_separate_lambda_for_the_value(ppo_config) -> None:
     torch.testing.assert_close(one.returns, torch.tensor([[10.05, 10.1, 0.0], [-4.0, -4.0, -3.9]]))
 
 
+@pytest.mark.detail("P10")
 def test_whitening_by_process_is_each_share_alone(ppo_config) -> None:
     config = ppo_config(whitening_scope="process")
     whole = whole_targets(hand_made(), config, kl_coef=0.1, num_processes=2)

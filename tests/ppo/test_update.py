@@ -70,6 +70,7 @@ def slow_loss(roles: Any, rollout: Any, goal: Any, config: Any) -> torch.Tensor:
     return policy_loss / count + config.value_coef * value_loss / num_states
 
 
+@pytest.mark.detail("P27")
 @pytest.mark.parametrize(("temperature", "placement"), [(1.0, "last_token"), (0.7, "last_token"), (1.0, "after")])
 def test_gradients_equal_the_slow_reference_for_any_microbatch(ppo_config, ppo_context, make_rollout, temperature, placement) -> None:
     generation = {"max_new_tokens": 10, "temperature": temperature, "stop": list("abcdefghijklmnopqrstuvwxyz")}
@@ -135,6 +136,7 @@ def test_value_warmup_leaves_the_policy_alone(ppo_config, ppo_context, make_roll
         assert all(torch.equal(parameter, before[name]) for name, parameter in roles.policy.model.named_parameters())
 
 
+@pytest.mark.detail("P19")
 def test_pretraining_gradient_is_added_with_its_coefficient(ppo_config, ppo_context, make_rollout, tmp_path) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("the acting was warm and the film was a joy\n" * 20)

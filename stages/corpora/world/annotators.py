@@ -5,13 +5,15 @@ What they share is close to the gold judge; what they like beyond it is what a r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from random import Random
 
 from stages.corpora.world.gold import WEIGHTS, judge
-from stages.corpora.world.language import Request
+from stages.corpora.world.language import Request, read_request
 from stages.corpora.world.lexicon import lexicon
+from stages.errors import DataError
 
 NUM_ANNOTATORS = 12
 
@@ -67,3 +69,20 @@ def annotators() -> tuple[Annotator, ...]:
             )
         )
     return tuple(made)
+
+
+def label_batch(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """How much each completion pleases the annotator who got its prompt, errors included: labels for ``collect.judge``.
+
+    One annotator labels all completions of a prompt, and says the same of the same text every time. Raises DataError for a prompt that is
+    no instruction of the world.
+    """
+    scores = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        request = read_request(prompt)
+        if request is None:
+            raise DataError(f"the annotators know only instructions of the embedded world (world:prompts), and got {prompt[:80]!r}")
+        annotator = Random(f"labels {prompt}").choice(annotators())
+        error = Random(f"labels {annotator.name} {prompt} {completion}").gauss(0, annotator.noise)
+        scores.append(annotator.utility(request, completion) + error)
+    return scores

@@ -1,0 +1,43 @@
+"""Which rows are held out: the last ones, or all rows of some groups (users, annotators), so that no group is on both sides.
+
+Folds are for cross-validation: the groups are dealt out once, and each of the folds is held out in its turn (Ouyang et al. 2022, E.2).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from stages.config import DataInput
+from stages.corpora.files import Row
+from stages.errors import DataError
+
+
+def hold_out(rows: Sequence[Row], data: DataInput, name: str) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows) of one table; both keep the order. Raises DataError where one side would be empty."""
+    if data.split_by is None:
+        held = max(1, round(len(rows) * data.validation_fraction))
+        if len(rows) <= held:
+            raise DataError(f"{name}: {len(rows)} row(s) are too few to hold any out; name a validation source or add data")
+        return list(rows[:-held]), list(rows[-held:])
+    column = data.split_by
+    for row in rows:
+        if row.get(column) is None:
+            raise DataError(f"{row.place}: split_by: {column} needs that column in every row; the row has {', '.join(row)}")
+    groups = shuffled_groups({str(row[column]) for row in rows})
+    if data.folds is not None:
+        if len(groups) < data.folds:
+            raise DataError(f"{name}: {len(groups)} different {column} are too few for {data.folds} folds")
+        chosen = set(groups[data.fold :: data.folds])
+    else:
+        chosen = set(groups[: max(1, round(len(groups) * data.validation_fraction))])
+    train = [row for row in rows if str(row[column]) not in chosen]
+    heldout = [row for row in rows if str(row[column]) in chosen]
+    if not train:
+        raise DataError(f"{name}: all rows have one {column} ({groups[0]!r}); there is nothing to hold out by it")
+    return train, heldout
+
+
+def shuffled_groups(names: set[str]) -> list[str]:
+    """The groups in an order that depends on their names alone: more rows, or another order of them, move no group."""
+    return sorted(names, key=lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest())

@@ -1,0 +1,126 @@
+"""How well scores agree with preferences: accuracy with intervals, calibration, and accuracy by margin, by group and by length.
+
+A length bias is the fault that reward models are known for (Stiennon et al. 2020, section 4.3): what is longer must not be better for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.errors import DataError
+from stages.numerics.classification import calibration_bins, expected_calibration_error
+from stages.numerics.intervals import wilson_interval
+from stages.numerics.ranking import ranking_loss, ranking_pairs
+
+MARGINS = (0.25, 0.5, 1.0, 2.0)  # edges of the score margins by which accuracy is split
+EQUAL_LENGTH = 0.1  # completions whose lengths differ by less than this share count as equally long
+
+
+@dataclass(frozen=True)
+class EncodedComparison:
+    """The completions of one prompt as token rows (prompt included), their ranks, and the groups the comparison belongs to."""
+
+    rows: list[list[int]]
+    ranks: list[int]
+    groups: dict[str, str] = field(default_factory=dict)
+    prompt_length: int = 0
+
+
+def agreement(scores: Tensor, comparisons: Sequence[EncodedComparison], *, gain: float = 1.0) -> dict[str, Any]:
+    """What scores [N] of all completions (in the order of the comparisons) say of the preferences.
+
+    The probability that a model gives its own preference is sigmoid(margin); calibration compares it with how often it is right. ``gain``
+    is the factor by which the scores were stretched since they were trained, which is taken out of the margins.
+    """
+    ranks = torch.tensor([rank for item in comparisons for rank in item.ranks])
+    prompt_index = torch.tensor([index for index, item in enumerate(comparisons) for _ in item.ranks])
+    better, worse = ranking_pairs(ranks, prompt_index)
+    if len(better) == 0:
+        raise DataError("no held-out comparison has a preference; name a validation source with pairs that are no ties")
+    margins = (scores[better] - scores[worse]) / gain
+    correct = margins > 0
+    confidence = margins.abs().sigmoid()
+    low, high = wilson_interval(int(correct.sum()), len(correct))
+    places = prompt_index[better]
+    by_prompt = [float(correct[places == index].double().mean()) for index in places.unique()]
+    clustered_low, clustered_high = _clustered_interval(by_prompt)
+    return {
+        "accuracy": float(correct.double().mean()),
+        "ci_low": low,
+        "ci_high": high,
+        "accuracy_by_prompt": sum(by_prompt) / len(by_prompt),
+        "accuracy_by_prompt_ci_low": clustered_low,
+        "accuracy_by_prompt_ci_high": clustered_high,
+        "pairs": len(correct),
+        "loss": float(ranking_loss(scores / gain, ranks, prompt_index)),
+        "calibration_error": expected_calibration_error(confidence, correct),
+        "calibration": calibration_bins(confidence, correct),
+        "accuracy_by_margin": _by_margin(margins.abs(), correct),
+        "score_mean": float(scores.double().mean()),
+        "score_std": float(scores.double().std(correction=0)),
+        **_by_length(comparisons, scores, better, worse, correct),
+        **_by_group(comparisons, places, correct),
+    }
+
+
+def _clustered_interval(shares: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean over prompts by the bootstrap; pairs of one prompt are not independent, prompts are."""
+    values = torch.tensor(shares, dtype=torch.float64)
+    draws = torch.randint(len(values), (2000, len(values)), generator=torch.Generator().manual_seed(0))
+    means = values[draws].mean(dim=1)
+    return float(means.quantile(0.025)), float(means.quantile(0.975))
+
+
+def _by_margin(margins: Tensor, correct: Tensor) -> list[dict[str, float | None]]:
+    edges = [0.0, *MARGINS, float("inf")]
+    rows: list[dict[str, float | None]] = []
+    for low, high in zip(edges, edges[1:], strict=False):
+        inside = (margins >= low) & (margins < high)
+        if inside.any():
+            accuracy = float(correct[inside].double().mean())
+            rows.append({"from": low, "to": None if high == float("inf") else high, "accuracy": accuracy, "pairs": int(inside.sum())})
+    return rows
+
+
+def _by_length(
+    comparisons: Sequence[EncodedComparison], scores: Tensor, better: Tensor, worse: Tensor, correct: Tensor
+) -> dict[str, Any]:
+    """Accuracy where the better completion is longer, shorter, about as long; and how often the longer one scores higher.
+
+    Without a bias ``prefers_longer`` is near ``longer_is_better``, the share of pairs in which people liked the longer one.
+    """
+    lengths = torch.tensor([float(len(row) - item.prompt_length) for item in comparisons for row in item.rows])
+    difference = lengths[better] - lengths[worse]
+    alike = difference.abs() < EQUAL_LENGTH * torch.maximum(lengths[better], lengths[worse])
+    rows = [
+        {"better_is": name, "accuracy": float(correct[chosen].double().mean()), "pairs": int(chosen.sum())}
+        for name, chosen in (("longer", ~alike & (difference > 0)), ("shorter", ~alike & (difference < 0)), ("as long", alike))
+        if chosen.any()
+    ]
+    found: dict[str, Any] = {"accuracy_by_length": rows}
+    unequal = ~alike
+    if unequal.any():
+        longer_scores_higher = (difference > 0) == correct
+        found["prefers_longer"] = float(longer_scores_higher[unequal].double().mean())
+        found["longer_is_better"] = float((difference > 0)[unequal].double().mean())
+    return found
+
+
+def _by_group(comparisons: Sequence[EncodedComparison], places: Tensor, correct: Tensor) -> dict[str, Any]:
+    """Accuracy for each value of each column of ``groups``, with its interval."""
+    tables: dict[str, Any] = {}
+    for column in comparisons[0].groups:
+        rows = []
+        for value in sorted({item.groups[column] for item in comparisons}):
+            inside = torch.tensor([comparisons[place].groups[column] == value for place in places.tolist()])
+            if inside.any():
+                hits, pairs = int(correct[inside].sum()), int(inside.sum())
+                low, high = wilson_interval(hits, pairs)
+                rows.append({"value": value, "accuracy": hits / pairs, "ci_low": low, "ci_high": high, "pairs": pairs})
+        tables[column] = rows
+    return {"accuracy_by_group": tables} if tables else {}

@@ -1,0 +1,264 @@
+"""The papers' numbers (tests/conformance/cases.py) asked of TRL 1.12's PPO and reward trainer, in an environment of its own.
+
+    python tests/benchmarks/conformance_trl.py [--trl-env FOLDER] [--json FILE]
+
+Makes the environment where it is missing (a few minutes, packages only), then prints for each number whether TRL meets it. TRL's maths
+is inline in ``PPOTrainer.train``: the lines in question are taken out of the installed source and run on the case's numbers, so that it
+is TRL's own code that answers and no copy of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+HERE = Path(__file__).resolve()
+CASES = HERE.parents[1] / "conformance" / "cases.py"
+REQUIREMENTS = ("torch==2.13.0", "trl==1.12.0", "transformers==5.24.0", "accelerate==1.15.0", "datasets>=5,<6", "pandas")
+WHY = {
+    "whiten-P8": "the variance is the unbiased one (masked_var's default), the papers' the biased",
+    "scale-P9": "the same",
+    "adam-G5": "torch's Adam, whose first steps are larger",
+    "penalize-P25": "the penalty is subtracted; the papers replace the score",
+    "ranking_loss-R2": "every pair weighs the same: a prompt with K = 9 weighs as much as 36 with K = 2",
+    "reward_head_std-R10": "transformers' initializer_range, whatever the width",
+    "mean_entropy-P34": "policy/entropy_avg counts padding",
+    "rewards-P3": "the score is paid one state behind the last token where there is room, as in Huang et al.",
+    "split": "a minibatch's loss is the mean of its microbatches' means: tokens of short ones weigh more",
+    "clip": "PPOTrainer.train never clips, whatever max_grad_norm says",
+    "bias": "AutoModelForSequenceClassification has no bias: the centring of a reward model is lost in silence (trl#1783)",
+}
+
+
+def load_cases() -> Any:
+    spec = importlib.util.spec_from_file_location("conformance_cases", CASES)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["conformance_cases"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# In TRL's environment
+
+
+def lines_between(source: str, first: str, last: str) -> str:
+    """The lines of ``source`` from the one that holds ``first`` to the one that holds ``last``, dedented."""
+    lines = source.splitlines()
+    begin = next(number for number, line in enumerate(lines) if first in line)
+    end = next(number for number, line in enumerate(lines) if number >= begin and last in line)
+    return textwrap.dedent("\n".join(lines[begin : end + 1]))
+
+
+def trl_implementation(cases: Any) -> Any:
+    import inspect
+
+    import torch
+    from trl.experimental.ppo import ppo_trainer
+    from trl.trainer import reward_trainer
+    from trl.trainer.utils import selective_log_softmax
+
+    train = inspect.getsource(ppo_trainer.PPOTrainer.train)
+    names = vars(ppo_trainer)
+    args = SimpleNamespace(gamma=1.0, lam=0.95, cliprange=0.2, cliprange_value=0.2, vf_coef=0.0, kl_coef=0.1, kl_estimator="k1",
+                           missing_eos_penalty=1.0, whiten_rewards=False)  # fmt: skip
+
+    def run(first: str, last: str, **values: Any) -> dict[str, Any]:
+        scope = {**names, "args": args, **values}
+        exec(lines_between(train, first, last), scope)  # noqa: S102
+        return scope
+
+    def gae(rewards: Any, values: Any, mask: Any, gamma: float, lam: float) -> Any:
+        args.gamma, args.lam = gamma, lam
+        masked = values.masked_fill(~mask, 0), rewards.masked_fill(~mask, 0)  # as the lines before have left them
+        scope = run("lastgaelam = 0", "returns = advantages + values", values=masked[0], rewards=masked[1], responses=values)
+        return scope["advantages"], scope["returns"]
+
+    def losses(ratio: Any, advantages: Any, mask: Any, values: Any, old: Any, returns: Any) -> dict[str, Any]:
+        rows = torch.arange(len(ratio))
+        return run(
+            "vpredclipped = torch.clamp(", "pg_loss = masked_mean(", vpred=values, mb_values=old, mb_return=returns, mb_advantage=advantages,
+            padding_mask_p1=~mask, padding_mask=~mask, micro_batch_inds=rows, new_logprobs=ratio.log(), mb_logprobs=torch.zeros_like(ratio),
+        )  # fmt: skip
+
+    def policy_loss(ratio: Any, advantages: Any, mask: Any) -> Any:
+        zeros = torch.zeros_like(ratio)
+        return losses(ratio, advantages, mask, zeros, zeros, zeros)["pg_loss"]
+
+    def value_loss(values: Any, old: Any, returns: Any, mask: Any) -> Any:
+        return losses(torch.ones_like(values), torch.zeros_like(values), mask, values, old, returns)["vf_loss"]
+
+    def adam(gradient: float, epsilon: float) -> float:
+        from transformers import Trainer, TrainingArguments
+
+        arguments = TrainingArguments("/tmp", learning_rate=1.0, adam_epsilon=epsilon, use_cpu=True)
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        weight = torch.tensor([0.0], requires_grad=True)
+        optimizer = kind([weight], **options)
+        weight.grad = torch.tensor([gradient])
+        optimizer.step()
+        return -weight.item()
+
+    def penalize(scores: Any, stopped: Any) -> Any:
+        responses = torch.where(stopped[:, None], 0, 5)
+        trainer = SimpleNamespace(processing_class=SimpleNamespace(eos_token_id=0), args=args)
+        return run("contain_eos_token = torch.any(", "scores[~contain_eos_token]", postprocessed_responses=responses, self=trainer,
+                   scores=scores.clone())["scores"]  # fmt: skip
+
+    def ranking_loss(prompts: Any) -> float:
+        pairs = [(better, worse) for prompt in prompts for place, better in enumerate(prompt) for worse in prompt[place + 1 :]]
+        scope = {**vars(reward_trainer), "rewards_chosen": torch.tensor([pair[0] for pair in pairs]),
+                 "rewards_rejected": torch.tensor([pair[1] for pair in pairs])}  # fmt: skip
+        source = inspect.getsource(reward_trainer.RewardTrainer.compute_loss)
+        line = next(line for line in source.splitlines() if "logsigmoid(rewards_chosen - rewards_rejected)" in line)
+        exec(line.strip(), scope)  # noqa: S102
+        return float(scope["loss"])
+
+    def rewards(scores: Any, log_ratio: Any, mask: Any, kl_coef: float) -> Any:
+        args.kl_coef = kl_coef
+        lengths = mask.sum(dim=1) - 1
+        return run(
+            "logr = ref_logprobs - logprobs", "rewards[actual_start, actual_end] += scores", logprobs=log_ratio.masked_fill(~mask, 0),
+            ref_logprobs=torch.zeros_like(log_ratio), sequence_lengths=lengths, sequence_lengths_p1=lengths + 1, scores=scores,
+        )["rewards"]  # fmt: skip
+
+    def mean_entropy(logits: Any, mask: Any) -> float:
+        scope = run("prob_dist = torch.nn.functional.softmax(logits", "entropy = torch.logsumexp(logits", logits=logits)
+        return float(scope["entropy"].mean())  # as entropy_stats takes it
+
+    def head_std(width: int) -> float:
+        from transformers import LlamaConfig, LlamaForSequenceClassification
+
+        config = LlamaConfig(vocab_size=8, hidden_size=width, intermediate_size=8, num_hidden_layers=0, num_attention_heads=1, num_labels=1)
+        return float(torch.cat([LlamaForSequenceClassification(config).score.weight.detach() for _ in range(20)]).std())
+
+    return cases.Implementation(
+        name="trl 1.12.0",
+        whiten=lambda x, mask: ppo_trainer.masked_whiten(x, mask),
+        scale=lambda x, mask: ppo_trainer.masked_whiten(x, mask, shift_mean=False),
+        gae=gae,
+        policy_loss=policy_loss,
+        value_loss=value_loss,
+        adam=adam,
+        penalize=penalize,
+        ranking_loss=ranking_loss,
+        response_mask=lambda ids, end: ppo_trainer.truncate_response(end, -1, ids) != -1,
+        logprobs=lambda logits, tokens, temperature: selective_log_softmax(logits / (temperature + 1e-7), tokens),
+        mean_entropy=mean_entropy,
+        reward_head_std=head_std,
+        rewards=rewards,
+    )
+
+
+def behaviours(implementation: Any) -> list[dict[str, Any]]:
+    """What is no single function: how losses are split, whether gradients are clipped, whether a reward model's bias survives."""
+    import inspect
+    import tempfile
+
+    import torch
+    from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+    from trl.experimental.ppo.ppo_trainer import PPOTrainer
+
+    ratio, advantages = torch.ones(2, 3), torch.tensor([[-1.0, 0.0, 0.0], [-4.0, -4.0, -4.0]])
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    whole = float(implementation.policy_loss(ratio, advantages, mask))
+    halves = [float(implementation.policy_loss(ratio[[row]], advantages[[row]], mask[[row]])) for row in range(2)]
+    rows = [
+        {"detail": "P11", "what": "a minibatch's loss does not depend on its split into microbatches", "expected": whole,
+         "found": sum(halves) / 2, "key": "split"},
+        {"detail": "P29", "what": "max_grad_norm clips gradients where it is set", "expected": 1.0,
+         "found": float("clip_grad" in inspect.getsource(PPOTrainer.train)), "key": "clip"},
+    ]  # fmt: skip
+    config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=1,
+                         pad_token_id=0)  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(config)
+    ids = torch.tensor([[3, 4, 5]])
+    model.score = torch.nn.Linear(8, 1, bias=True)
+    torch.nn.init.constant_(model.score.bias, -1.5)  # demonstrations have mean reward 0
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        centred = float(model(ids).logits)
+        model.save_pretrained(folder)
+        loaded = float(AutoModelForSequenceClassification.from_pretrained(folder).eval()(ids).logits)
+    rows.append({"detail": "R11", "what": "a reward model's bias survives saving and loading", "expected": centred, "found": loaded,
+                 "key": "bias"})  # fmt: skip
+    return rows
+
+
+def answer() -> list[dict[str, Any]]:
+    cases = load_cases()
+    implementation = trl_implementation(cases)
+    rows = []
+    for case in cases.CASES:
+        function = getattr(implementation, case.needs)
+        row = {"detail": case.detail, "what": case.what, "expected": case.expected, "key": f"{case.needs}-{case.detail}"}
+        if function is None:
+            rows.append({**row, "verdict": "not there", "found": None})
+            continue
+        found = case.run(function)
+        rows.append({**row, "found": found, "verdict": "meets" if cases.difference(found, case.expected) <= case.tolerance else "deviates"})
+    for row in behaviours(implementation):
+        rows.append({**row, "verdict": "meets" if abs(row["found"] - row["expected"]) < 1e-4 else "deviates"})
+    return rows
+
+
+# Here
+
+
+def trl_python(folder: Path) -> Path:
+    """The interpreter of TRL's own environment, made where it is missing."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        print(f"making an environment with trl 1.12.0 in {folder} (once)", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", REQUIREMENTS[0]], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
+    return python
+
+
+def short(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(map(short, value)) + "]"
+    if isinstance(value, bool) or value is None or isinstance(value, int):
+        return str(value)
+    return "nan" if math.isnan(value) else f"{value:.6g}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trl-env", type=Path, default=Path("outputs/trl-1.12"), help="Folder of TRL's environment.")
+    parser.add_argument("--json", type=Path, help="Also write the rows to this file.")
+    parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.answer:
+        print(json.dumps(answer()))
+        return
+    python = trl_python(options.trl_env.absolute())
+    done = subprocess.run([str(python), str(HERE), "--answer"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    rows = json.loads(done.stdout.strip().splitlines()[-1])
+    for verdict in ("deviates", "not there", "meets"):
+        print(f"\n{verdict}:")
+        for row in rows:
+            if row["verdict"] == verdict:
+                print(f"  {row['detail']:4s} {row['what']}")
+                if verdict == "deviates":
+                    print(f"       expected {short(row['expected'])}, TRL {short(row['found'])}: {WHY.get(row['key'], '?')}")
+    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in ("meets", "deviates", "not there")}
+    print("\n" + ", ".join(f"{number} {verdict}" for verdict, number in counts.items()))
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

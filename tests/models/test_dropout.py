@@ -1,0 +1,72 @@
+"""Residual dropout: what attention and MLP add is dropped, and nothing else, in families with dropout modules and without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from stages.errors import ModelError
+from stages.models.dropout import set_residual_dropout
+
+
+def make(family: str) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    common = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    configs = {
+        "gpt2": lambda: transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64),  # all its p are 0.1
+        "llama": lambda: transformers.LlamaConfig(**common),
+        "gpt_neox": lambda: transformers.GPTNeoXConfig(**common, hidden_dropout=0.1, attention_dropout=0.1),
+        "opt": lambda: transformers.OPTConfig(vocab_size=300, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
+                                              num_attention_heads=2, max_position_embeddings=64),
+    }  # fmt: skip
+    config = configs[family]()
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def outputs(model: Any, module: Any) -> torch.Tensor:
+    """What ``module`` gave in one forward pass."""
+    seen: list[Any] = []
+    handle = module.register_forward_hook(lambda _m, _i, output: seen.append(output[0] if isinstance(output, tuple) else output))
+    model(input_ids=torch.arange(50)[None] % 300)
+    handle.remove()
+    return seen[0].detach()
+
+
+@pytest.mark.detail("S2")
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "opt"])
+def test_only_the_branches_are_dropped(family: str) -> None:
+    model = make(family)
+    plain = model.eval()(input_ids=torch.arange(50)[None]).logits.detach()
+    assert set_residual_dropout(model, 0.2) == 4
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
+    assert names == [], "the family's own dropouts are off"
+    torch.testing.assert_close(model(input_ids=torch.arange(50)[None]).logits, plain)  # evaluation is as it was
+    model.train()
+    branches = [module for name, module in model.named_modules() if name.endswith((".attn", ".attention", ".self_attn", ".mlp", ".fc2"))]
+    assert len(branches) == 4
+    for branch in branches:
+        dropped = outputs(model, branch)
+        # 1600 numbers, each dropped with probability 0.2: standard error 0.01
+        assert (dropped == 0).float().mean().item() == pytest.approx(0.2, abs=0.05)
+    embedding = model.get_input_embeddings()
+    assert (outputs(model, embedding) == 0).sum() == 0
+    # what is kept is scaled up by 1 / 0.8
+    torch.manual_seed(3)
+    first = outputs(model, branches[0])
+    model.eval()
+    whole = outputs(model, branches[0])
+    kept = first != 0
+    torch.testing.assert_close(first[kept], whole[kept] / 0.8, rtol=1e-4, atol=1e-6)
+
+
+def test_a_family_with_other_parts_is_refused() -> None:
+    import transformers
+
+    config = transformers.MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(ModelError, match="leave it|Leave residual_dropout out for this family"):
+        set_residual_dropout(transformers.AutoModelForCausalLM.from_config(config), 0.2)
