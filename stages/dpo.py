@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from stages.config import DataInput, DataSource, ModelField, ModelInput, OptimizerSettings, TrainingStepConfig
+from stages.corpora.curation import Curation
 from stages.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class DPOStepConfig(TrainingStepConfig):
     model: ModelField = Field(description="Language model to train, usually an sft step.")
     reference: ModelField | None = Field(None, description="Frozen model that the loss holds it to; null: the model as it starts.")
     data: DataInput = Field(description="Comparisons, as for the reward model.")
+    curation: Curation = Field(Curation(), description="Which rows are used; as the reward model's, to train on the same ones.")
     preferred: str | None = Field(None, description="For responses given as an object: the key of the preferred one.")
     pairs_per_prompt: int | None = Field(None, ge=1, description="Use so many pairs of a longer list, drawn by the seed; null: all.")
     beta: float = Field(0.1, gt=0, description="Strength of the pull to the reference: the KL coefficient that PPO would have.")
@@ -66,8 +68,9 @@ class DPOStepConfig(TrainingStepConfig):
     def check_data(self) -> None:
         """Raise DataError for data this stage cannot use; no model is loaded."""
         from stages.corpora.comparisons import load_comparisons
+        from stages.corpora.curation import Curator
 
-        load_comparisons(self.data, preferred=self.preferred)
+        load_comparisons(self.data, preferred=self.preferred, curator=Curator(self.curation))
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Pair:
 def run(config: DPOStepConfig, context: StepContext) -> StepResult:
     """Train; publish the policy with its held-out accuracy as a reward model in disguise, and how far it went from the reference."""
     from stages.corpora.comparisons import load_comparisons
+    from stages.corpora.curation import Curator
+    from stages.corpora.templates import count_tokens
     from stages.models.loading import load_language_model, load_tokenizer, save_model
     from stages.runtime import StepResult
     from stages.training import gathered_weights, train, weights_dtype
@@ -95,7 +100,8 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
     tokenizer = load_tokenizer(source)
     model = load_language_model(source, dtype=weights_dtype(config, context), lora=config.lora, tokenizer=tokenizer)
     max_length: int = config.max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
-    comparisons = load_comparisons(config.data, preferred=config.preferred)
+    curator = Curator(config.curation, count_tokens(tokenizer))
+    comparisons = load_comparisons(config.data, preferred=config.preferred, curator=curator)
     pairs = _encoded(config, comparisons.train, tokenizer, max_length, context, "training")
     heldout = _encoded(config, comparisons.validation, tokenizer, max_length, context, "held-out")
     reference = _reference(config, context, tokenizer)
@@ -117,6 +123,7 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
         "comparisons": len(comparisons.train),
         "pairs": len(pairs),
         "heldout_pairs": len(heldout),
+        **{f"curation_{reason}": number for reason, number in sorted(curator.left_out.items())},
     }
     weights = gathered_weights(trainer)
     record = context.publish(
