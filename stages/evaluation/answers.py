@@ -183,8 +183,15 @@ def _few_shot_tries(config: EvaluationConfig, context: StepContext, name: str, p
 # Answers
 
 
-def answer(config: EvaluationConfig, context: StepContext, asked: Asked, name: str) -> Answers:
-    """The answers of one model: sampled, and measured while it is in memory."""
+def same_model(context: StepContext, one: str, other: str) -> bool:
+    """Whether two candidates are one model, asked in different ways."""
+    models = [context.models.get(f"candidates.{name}") for name in (one, other)]
+    settings = [model.input.model_dump(exclude={"ref"}) if model is not None else None for model in models]
+    return None not in models and models[0].digest == models[1].digest and settings[0] == settings[1]  # type: ignore[union-attr]
+
+
+def answer(config: EvaluationConfig, context: StepContext, asked: Asked, name: str, twin: Answers | None = None) -> Answers:
+    """The answers of one model: sampled, and measured while it is in memory. ``twin``: answers of the same model, otherwise asked."""
     candidate = config.candidates[name]
     prompt_ids = asked.prompt_ids[name]
     draws = candidate.best_of.n if candidate.best_of is not None else 1
@@ -198,7 +205,9 @@ def answer(config: EvaluationConfig, context: StepContext, asked: Asked, name: s
         answers = Answers([made[start] for start in range(0, len(made), draws)])
         if draws > 1:
             answers.draws = [made[start : start + draws] for start in range(0, len(made), draws)]
-        if config.perplexity is not None:
+        if twin is not None:  # what is measured on plain text does not depend on how the prompts are put
+            answers.perplexity, answers.bits_per_byte = twin.perplexity, twin.bits_per_byte
+        elif config.perplexity is not None:
             answers.perplexity, answers.bits_per_byte = _perplexity(config, context, model, tokenizer)
     if candidate.best_of is not None:
         _pick_best(config, context, asked, name, answers, candidate.best_of)

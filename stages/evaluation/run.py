@@ -7,12 +7,22 @@ from typing import TYPE_CHECKING
 from stages.evaluation.config import EvaluationConfig
 
 if TYPE_CHECKING:
+    from stages.evaluation.answers import Answers
     from stages.runtime import StepContext, StepResult
 
 
 def run(config: EvaluationConfig, context: StepContext) -> StepResult:
     """Evaluate the candidates; the files it leaves in the run folder are listed in ``record``."""
-    from stages.evaluation.answers import answer, answered_by_someone, ask, measure_kl, missing_answers, read_answers, token_details
+    from stages.evaluation.answers import (
+        answer,
+        answered_by_someone,
+        ask,
+        measure_kl,
+        missing_answers,
+        read_answers,
+        same_model,
+        token_details,
+    )
     from stages.evaluation.judging import agreement, judge_all
     from stages.evaluation.outcome import compare, evaluation_tables, verdict
     from stages.evaluation.prompts import load_heldout
@@ -22,9 +32,13 @@ def run(config: EvaluationConfig, context: StepContext) -> StepResult:
     prompts, exclusions = load_heldout(config)
     asked = ask(config, context, prompts)
     exclusions += asked.exclusions
-    answers = {}
+    answers: dict[str, Answers] = {}
     for name, candidate in config.candidates.items():
-        answers[name] = answer(config, context, asked, name) if candidate.model is not None else read_answers(config, asked, name)
+        if candidate.model is None:
+            answers[name] = read_answers(config, asked, name)
+            continue
+        twin = next((answers[other] for other in answers if same_model(context, name, other)), None)
+        answers[name] = answer(config, context, asked, name, twin)
     if not asked.prompt_ids:  # no model answers here
         asked = answered_by_someone(asked, answers)
     exclusions += missing_answers(config, answers)

@@ -308,11 +308,14 @@ def alignment_tax(evaluation: Row, colors: Mapping[str, int]) -> Figure | None:
         measures.append(("held-out text", bits, "bits per byte (less is better)"))
     for task in dict.fromkeys(task for row in candidates.values() for task in row.get("tasks", {})):
         found = {name: _task_value(row["tasks"][task]) for name, row in candidates.items() if task in row.get("tasks", {})}
-        measures.append((task, {name: value for name, value in found.items() if value is not None}, "score (more is better)"))
+        measures.append((task, {name: value for name, value in found.items() if value is not None}, "accuracy (more is better)"))
     for title, values, unit in measures:
         if not values:
             continue
         canvas = Canvas(3.4, 0.55 + 0.3 * len(values) + 0.35)
+        chances = {row["tasks"][title].get("chance") for row in candidates.values() if isinstance(row.get("tasks", {}).get(title), dict)}
+        for chance in chances - {None}:
+            canvas.axes.axvline(chance, color=LINE, linewidth=1.6, linestyle=":")
         names = list(values)[::-1]
         for place, name in enumerate(names):
             value, low, high = values[name]
@@ -328,7 +331,10 @@ def alignment_tax(evaluation: Row, colors: Mapping[str, int]) -> Figure | None:
         panels.append(canvas.panel(title))
     if not panels:
         return None
-    caption = "What candidates still can do beside what they were aligned to. The first is the measure: fine-tuning has its price, too."
+    caption = (
+        "What candidates still can do beside what they were aligned to. The first is the measure: fine-tuning has its price, too. "
+        "Dotted: what guessing would give."
+    )
     return Figure("tax", "Alignment tax", caption, panels, [], ["measure", "candidate", "value", "interval"], rows, small=True)
 
 
