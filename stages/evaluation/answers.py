@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from stages.errors import DataError
+from stages.errors import DataError, ModelError
 from stages.evaluation.config import BestOfN, EvaluationConfig, FewShot
 from stages.evaluation.prompts import (
     Exclusion,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from stages.corpora.messages import Prompt
     from stages.rewards.config import RewardInput
-    from stages.runtime import Runtime, StepContext
+    from stages.runtime import ResolvedModel, Runtime, StepContext
 
 T = TypeVar("T")
 
@@ -428,6 +428,26 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     return pieces
 
 
+def value_network(context: StepContext) -> ResolvedModel:
+    """The value network that token_details.value names: the model itself, or the one that a ppo step published beside its policy.
+
+    Raises ModelError where the step published none.
+    """
+    from stages.config import ModelInput
+    from stages.runtime import ResolvedModel
+
+    source = context.models["token_details.value"]
+    record = source.record
+    if record is None or record.role != "language_model":
+        return source
+    parts = record.manifest["fingerprint_parts"]
+    twins = [other for other in context.registry.versions(f"{record.name}-value") if other.manifest["fingerprint_parts"] == parts]
+    if not twins:
+        raise ModelError(f"token_details.value: {record.ref} published no value network; set publish_value: true in its ppo step")
+    value = twins[-1]
+    return ResolvedModel(value.ref, "registry", str(value.path), value.digest, ModelInput(ref=value.ref), value)
+
+
 def _values(
     config: EvaluationConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, samples: list[Sample | None]
 ) -> list[list[float]] | None:
@@ -438,7 +458,7 @@ def _values(
     from stages.models.loading import load_tokenizer
     from stages.models.responses import sequence_batch, sequence_values
 
-    source = context.models["token_details.value"]
+    source = value_network(context)
     if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
         return None
     model = ValueModel.from_pretrained(source, dtype=context.runtime.dtype(config.precision)).to(context.runtime.device)

@@ -73,7 +73,9 @@ class TokenDetails(Strict):
     """What the report can colour tokens by."""
 
     num_prompts: int = Field(24, ge=1, description="The first so many prompts get token details.")
-    value: ModelField | None = Field(None, description="A value network (publish_value of a ppo step); null: tokens have their KL only.")
+    value: ModelField | None = Field(
+        None, description="A ppo step with publish_value: true, or a value network; null: tokens have their KL only."
+    )
 
 
 class EvaluationConfig(StepConfig):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from stages.errors import DataError
+from stages.errors import DataError, ModelError
 from stages.evaluation.answers import ask
 from stages.evaluation.run import run
 from stages.numerics.best_of_n import best_of_n_kl
@@ -216,3 +216,35 @@ def test_a_reference_answers_plainly(config) -> None:
         config("unused", candidates={"base": "b", "best": best}, kl_reference="best")
     with pytest.raises(ValidationError, match="token_details has nothing to keep"):
         config("unused", token_details={})
+
+
+def test_the_value_network_of_a_ppo_step(step_context, tiny_llama_folder, tmp_path) -> None:
+    import shutil
+
+    from stages.config import ModelInput
+    from stages.evaluation.answers import value_network
+    from stages.models.heads import ValueModel
+    from stages.runtime import ResolvedModel
+
+    context = step_context()
+    value = ValueModel.from_policy(tiny_llama_folder, dtype=torch.float32)
+    records = {}
+    for version, parts in enumerate(({"seed": 1}, {"seed": 2}), 1):
+        policy = context.registry.publish(
+            "r/aligned", lambda folder: shutil.copytree(tiny_llama_folder, folder, dirs_exist_ok=True), role="language_model",
+            fingerprint=str(version), fingerprint_parts=parts,
+        )  # fmt: skip
+        records[version] = policy
+        if version == 1:
+            context.registry.publish("r/aligned-value", lambda folder: value.save(folder), role="value_model", fingerprint_parts=parts)
+
+    def resolved(record: Any) -> ResolvedModel:
+        return ResolvedModel(record.ref, "registry", str(record.path), record.digest, ModelInput(ref=record.ref), record)
+
+    context.models["token_details.value"] = resolved(records[1])
+    assert value_network(context).ref == "r/aligned-value@1"
+    context.models["token_details.value"] = value_network(context)
+    assert value_network(context).ref == "r/aligned-value@1"  # named itself
+    context.models["token_details.value"] = resolved(records[2])
+    with pytest.raises(ModelError, match="r/aligned@2 published no value network; set publish_value: true"):
+        value_network(context)
