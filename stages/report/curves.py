@@ -265,21 +265,29 @@ def calibration(step: StepFolder) -> Figure | None:
     error = step.metrics.get("heldout_calibration_error")
     panels.append(canvas.panel("reliability" + (f" (calibration error {error:.3f})" if error is not None else "")))
     rows += [["sure", f"{item['confidence']:.2f}", f"{item['accuracy']:.3f}", f"{item['count']:,}"] for item in bins]
-    margins = step.metrics.get("heldout_accuracy_by_margin")
-    if margins:
+    splits = []  # title, x axis, [(name, accuracy and pairs)]
+    margins = step.metrics.get("heldout_accuracy_by_margin") or []
+    edges = [f"{item['from']:g} to {item['to']:g}" if item["to"] is not None else f"above {item['from']:g}" for item in margins]
+    splits.append(("accuracy by margin", "difference of the two scores", list(zip(edges, margins, strict=True))))
+    lengths = step.metrics.get("heldout_accuracy_by_length") or []
+    splits.append(("accuracy by length", "the better completion is", [(item["better_is"], item) for item in lengths]))
+    for column, items in (step.metrics.get("heldout_accuracy_by_group") or {}).items():
+        splits.append((f"accuracy by {column}", column, [(str(item["value"]), item) for item in items[:12]]))
+    for split, label, named in splits:
+        if not named:
+            continue
         canvas = Canvas()
-        names = [f"{item['from']:g} to {item['to']:g}" if item["to"] is not None else f"above {item['from']:g}" for item in margins]
-        intervals = [_wilson(item["accuracy"], item["pairs"]) for item in margins]
+        intervals = [_wilson(item["accuracy"], item["pairs"]) for _, item in named]
         canvas.axes.axhline(0.5, color=LINE, linewidth=1)
         interval_points(
-            canvas.axes, list(range(len(margins))), [item["accuracy"] for item in margins],
+            canvas.axes, list(range(len(named))), [item["accuracy"] for _, item in named],
             [end[0] for end in intervals], [end[1] for end in intervals], SERIES[1],
         )  # fmt: skip
-        canvas.axes.set_xticks(range(len(names)), names)
-        canvas.axes.set_xlabel("difference of the two scores")
+        canvas.axes.set_xticks(range(len(named)), [name for name, _ in named])
+        canvas.axes.set_xlabel(label)
         canvas.axes.set_ylabel("accuracy")
-        panels.append(canvas.panel("accuracy by margin"))
-        rows += [["margin", name, f"{item['accuracy']:.3f}", f"{item['pairs']:,}"] for name, item in zip(names, margins, strict=True)]
+        panels.append(canvas.panel(split))
+        rows += [[split, name, f"{item['accuracy']:.3f}", f"{item['pairs']:,}"] for name, item in named]
     pairs = ", which take pairs of one prompt as independent" if step.stage == "reward_model" else ""
     caption = (
         f"Held-out data. On the diagonal it is as sure as it is right; below, it is too sure. Bars are Wilson's 95 % intervals{pairs}."
@@ -352,7 +360,7 @@ def _task_value(task: Any) -> tuple[float, Any, Any] | None:
 
 # Data efficiency
 
-EXAMPLES = {"sft": "demonstrations", "reward_model": "comparisons", "sentiment": "examples", "dpo": "pairs"}
+EXAMPLES = {"sft": "demonstrations", "reward_model": "comparisons", "sentiment": "reviews", "dpo": "pairs"}
 
 
 def data_efficiency(runs: Sequence[RunFolder]) -> Figure | None:

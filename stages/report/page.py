@@ -208,9 +208,19 @@ def _columns(evaluation: Row, judges: Sequence[str]) -> Row:
     keys = [key for key in shown if any(row.get(key) is not None for row in rows.values())]
     cells = {}
     for name, row in rows.items():
-        scores = [f"{row['scores'][judge]:.3f}" if row["scores"].get(judge) is not None else "" for judge in scoring]
-        cells[name] = scores + [shown[key][1].format(row[key]) if row.get(key) is not None else "" for key in keys]
+        scores = [_score_cell(row, judge) for judge in scoring]
+        others = [{"text": shown[key][1].format(row[key]) if row.get(key) is not None else "", "interval": ""} for key in keys]
+        cells[name] = scores + others
     return {"headings": [*scoring, *(shown[key][0] for key in keys)], "cells": cells}
+
+
+def _score_cell(row: Row, judge: str) -> Row:
+    """A candidate's mean score by a judge, with its interval where there is one."""
+    if row["scores"].get(judge) is None:
+        return {"text": "", "interval": ""}
+    low, high = row.get("score_intervals", {}).get(judge) or (None, None)
+    interval = f"{low:.2f} to {high:.2f}" if low is not None and high is not None else ""
+    return {"text": f"{row['scores'][judge]:.3f}", "interval": interval}
 
 
 def _matrix(judge: str, names: Sequence[str], rates: Mapping[tuple[str, str, str], Row]) -> Row:

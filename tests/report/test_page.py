@@ -126,6 +126,8 @@ def test_figures(html: str) -> None:
         assert not re.findall(r"(?:fill|stroke): #[0-9a-f]{3,6}", plot)  # every colour is the page's
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids)), sorted(name for name in set(ids) if ids.count(name) > 1)[:3]
+    for said in ("accuracy by length", "the better completion is", "accuracy by annotator"):
+        assert said in page.words
     # best of 4 stands at the KL log 4 - 3/4, as text beside the drawing
     assert "best of 4 (best) 0.64" in page.words
 
