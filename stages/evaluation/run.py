@@ -13,20 +13,12 @@ if TYPE_CHECKING:
 
 def run(config: EvaluationConfig, context: StepContext) -> StepResult:
     """Evaluate the candidates; the files it leaves in the run folder are listed in ``record``."""
-    from stages.evaluation.answers import (
-        answer,
-        answered_by_someone,
-        ask,
-        measure_kl,
-        missing_answers,
-        read_answers,
-        same_model,
-        token_details,
-    )
+    from stages.evaluation.answers import answer, answered_by_someone, ask, missing_answers, read_answers, same_model
     from stages.evaluation.judging import agreement, judge_all
     from stages.evaluation.outcome import compare, evaluation_tables, verdict
     from stages.evaluation.prompts import load_heldout
     from stages.evaluation.record import finite, write_alpaca_eval, write_completions, write_evaluation, write_lines
+    from stages.evaluation.tokens import measure_kl, token_details
     from stages.runtime import StepResult
 
     prompts, exclusions = load_heldout(config)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.report import curves
+from stages.report import training
+from stages.report.chain import command
 from stages.report.figures import SERIES, Figure
-from stages.report.page import command, render
+from stages.report.page import render
 from stages.report.run_folder import RunFolder
 
 Row = dict[str, Any]
@@ -25,7 +26,7 @@ def render_comparison(runs: Sequence[RunFolder]) -> str:
     """The page as text."""
     names = run_names(runs)
     recipes = list(dict.fromkeys(run.summary["recipe"] for run in runs))
-    figures: list[Figure | None] = [*curves.overlay(runs, names), curves.data_efficiency(runs)]
+    figures: list[Figure | None] = [*training.overlay(runs, names), training.data_efficiency(runs)]
     differing = differing_settings(runs)
     blocks = [block for block in (_scores(runs, names), *_win_rates(runs, names)) if block is not None]
     return render(

@@ -222,7 +222,7 @@ def test_the_value_network_of_a_ppo_step(step_context, tiny_llama_folder, tmp_pa
     import shutil
 
     from stages.config import ModelInput
-    from stages.evaluation.answers import value_network
+    from stages.evaluation.tokens import value_network
     from stages.models.heads import ValueModel
     from stages.runtime import ResolvedModel
 

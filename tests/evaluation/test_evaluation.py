@@ -62,7 +62,8 @@ def test_kl_is_the_difference_of_log_probabilities(prompts, step_context, models
     from transformers import AutoModelForCausalLM
 
     from stages.evaluation.answers import answer as sampled
-    from stages.evaluation.answers import ask, measure_kl
+    from stages.evaluation.answers import ask
+    from stages.evaluation.tokens import measure_kl
 
     settings = config(prompts, kl_reference="base", generation={"max_new_tokens": 6, "temperature": 0.7})
     context = step_context(models=models)

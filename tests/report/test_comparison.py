@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from stages.report.comparison import differing_settings, render_comparison, run_names, write_comparison
-from stages.report.curves import data_efficiency, over_optimisation, series_of
+from stages.report.curves import over_optimisation, series_of
 from stages.report.diagram import HEIGHT, WIDTH, draw_chain
 from stages.report.figures import as_svg, smoothed
 from stages.report.run_folder import read_run
+from stages.report.training import data_efficiency
 
 
 def test_what_differs_between_runs(new_run, tmp_path) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from stages.errors import DataError
-from stages.report.page import command, render_run, write_report
+from stages.report.chain import command
+from stages.report.page import render_run, write_report
 from stages.report.run_folder import find_run, read_lines, read_run, thinned
 
 VOID = {"meta", "input", "link", "br", "img"}
