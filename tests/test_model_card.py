@@ -92,7 +92,9 @@ def test_an_exported_model_is_what_its_readers_expect(registry, base, tmp_path) 
     """What lm-eval, vLLM and transformers serve need: an architecture they know, safetensors, a tokenizer that stands alone."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    (base.path / "model.safetensors").chmod(0o600)  # as transformers may leave it
     folder = registry.export(base.ref, tmp_path / "out", merge=export_merged)
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in folder.iterdir())
     write_card(base, registry, folder, merged=True)
     assert AutoConfig.from_pretrained(folder).architectures == ["LlamaForCausalLM"]
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0

@@ -27,7 +27,7 @@ RC: Any = {
     "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT, "axes.facecolor": "none", "figure.facecolor": "none", "grid.color": LINE,
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.titlepad": 8,
     "axes.grid": True, "grid.linewidth": 0.6, "axes.axisbelow": True, "xtick.major.size": 3, "ytick.major.size": 0, "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round", "axes.formatter.limits": (-3, 4), "axes.unicode_minus": True,
+    "lines.solid_capstyle": "round", "text.parse_math": False, "axes.formatter.limits": (-3, 4), "axes.unicode_minus": True,
 }  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def make_run(folder: Path, *, number: int = 8, seed: int = 7, kl_coef: float = 0
                     {"from": 0.0, "to": 0.5, "accuracy": 0.6, "pairs": 50}, {"from": 0.5, "to": None, "accuracy": 0.8, "pairs": 40},
                 ],
                 "heldout_accuracy_by_length": [{"better_is": "longer", "accuracy": 0.8, "pairs": 40}],
-                "heldout_accuracy_by_group": {"annotator": [{"value": "ann", "accuracy": 0.7, "pairs": 30}]},
+                "heldout_accuracy_by_group": {"annotator": [{"value": f"$ann_{{ {EVIL}", "accuracy": 0.7, "pairs": 30}]},
             },
             {"model": "toy/sft@1"},
         ),

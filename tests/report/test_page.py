@@ -165,6 +165,20 @@ def test_a_run_without_an_evaluation(run_folder: Path) -> None:
     assert "The run did not come to its end" in words
 
 
+def test_judges_that_only_compare(run_folder: Path) -> None:
+    path = run_folder / "verdict" / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    evaluation["judges"] = evaluation["judges"][1:]
+    evaluation["win_rates"] = [row for row in evaluation["win_rates"] if row["judge"] == "llm"]
+    for row in evaluation["candidates"].values():
+        row["scores"], row["score_intervals"] = {}, {}
+    evaluation["best_of_n"], evaluation["agreement"] = {}, {}
+    path.write_text(json.dumps(evaluation))
+    words = Page(render_run(read_run(run_folder))).words
+    assert "aligned loses: it wins 25 % of 8 prompts against sft, by llm" in words
+    assert "By the same judge aligned also was not compared with base and best." in words
+
+
 def test_reused_steps_without_logs_are_said(run_folder: Path) -> None:
     (run_folder / "sft" / "metrics.jsonl").unlink()
     words = Page(render_run(read_run(run_folder))).words
