@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from stages.report.figures import LINE, PAPER, SERIES, SOFT, Canvas, Figure, interval_points, number_text, smoothed
+from stages.report.figures import LINE, PAPER, SERIES, SOFT, Canvas, Figure, interval_points, number_text, short, smoothed
 from stages.report.run_folder import StepFolder, thinned
 from stages.report.training import monitors
 
@@ -200,7 +200,7 @@ def alignment_tax(evaluation: Row, colors: Mapping[str, int]) -> Figure | None:
                 canvas.axes.hlines([place], [low], [high], color=color, linewidth=1.4)
             canvas.axes.plot([value], [place], "o", color=color, markersize=7, markeredgecolor=PAPER)
             rows.append([title, name, number_text(value), f"{low:.3f} to {high:.3f}" if low is not None and high is not None else ""])
-        canvas.axes.set_yticks(range(len(names)), names)
+        canvas.axes.set_yticks(range(len(names)), [short(name) for name in names])
         canvas.axes.set_ylim(-0.6, len(names) - 0.4)
         canvas.axes.margins(x=0.12)
         canvas.axes.set_xlabel(unit)

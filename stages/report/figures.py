@@ -129,6 +129,11 @@ def smoothed(values: Sequence[float], share: float = 0.05) -> list[float]:
     return found
 
 
+def short(name: str, length: int = 16) -> str:
+    """A name that fits beside an axis."""
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
 def number_text(value: Any) -> str:
     """A number as a reader wants it."""
     if isinstance(value, bool) or value is None:

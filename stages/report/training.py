@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stages.report.figures import LINE, SERIES, Canvas, Figure, interval_points, number_text, smoothed
+from stages.report.figures import LINE, SERIES, Canvas, Figure, interval_points, number_text, short, smoothed
 from stages.report.run_folder import RunFolder, StepFolder, thinned
 
 Row = dict[str, Any]
@@ -121,7 +121,7 @@ def calibration(step: StepFolder) -> Figure | None:
             canvas.axes, list(range(len(named))), [item["accuracy"] for _, item in named],
             [end[0] for end in intervals], [end[1] for end in intervals], SERIES[1],
         )  # fmt: skip
-        canvas.axes.set_xticks(range(len(named)), [name for name, _ in named])
+        canvas.axes.set_xticks(range(len(named)), [short(name, 60 // len(named)) for name, _ in named])
         canvas.axes.set_xlabel(label)
         canvas.axes.set_ylabel("accuracy")
         panels.append(canvas.panel(split))
