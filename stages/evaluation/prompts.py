@@ -23,6 +23,7 @@ class Exclusion:
     what: str
     count: int
     of: int
+    expected: bool = False  # what the recipe asks for (a prompt counts once, training prompts are left out), and no flaw of the data
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,8 +66,8 @@ def load_heldout(config: EvaluationConfig) -> tuple[list[Prompt], list[Exclusion
     if not apart:
         raise DataError(f"all {len(distinct)} prompts of data occur in exclude; name data kept apart, or raise prompt_words")
     exclusions = [
-        Exclusion("prompts that occur more than once, counted once", len(rows) - len(distinct), len(rows)),
-        Exclusion("prompts that occur in the training data (exclude)", len(distinct) - len(apart), len(distinct)),
+        Exclusion("prompts that occur more than once, counted once", len(rows) - len(distinct), len(rows), expected=True),
+        Exclusion("prompts that occur in the training data (exclude)", len(distinct) - len(apart), len(distinct), expected=True),
     ]
     return apart[: config.num_prompts], [item for item in exclusions if item.count]
 

@@ -40,7 +40,8 @@ def _evaluation_notes(step: StepFolder, about: str) -> list[Row]:
     notes = []
     for item in evaluation.get("exclusions", []):
         text = f"{about}{item['count']:,} of {item['of']:,} {item['what']}."
-        notes.append({"kind": "alarm" if item["count"] > 0.1 * item["of"] else "note", "text": text})
+        serious = item["count"] > 0.1 * item["of"] and not item.get("expected")
+        notes.append({"kind": "alarm" if serious else "note", "text": text})
     names = list(evaluation["candidates"])
     judge = evaluation["judges"][0]["name"]
     unsure = []

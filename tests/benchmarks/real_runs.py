@@ -33,7 +33,7 @@ STEER = [
     f"steered.policy={POLICY}", "steered.reward=[{" + SST2 + ", output: logprob, name: sentiment}]",
     "steered.monitors=[{model: rotten/sentiment, label: positive, output: probability, name: another}]",
     f"steered.data={SHARED}/tinystories/train.jsonl.gz", "steered.total_episodes=5120", "steered.kl_coef=0.1",
-    "steered.training={learning_rate: 5.0e-4}",
+    "steered.training={learning_rate: 2.0e-4}",
     f"verdict.candidates.base={POLICY}", f"verdict.candidates.best-of-16.model={POLICY}",
     "verdict.candidates.best-of-16.best_of.reward={" + SST2 + ", output: logprob}",
     f"verdict.data={SHARED}/tinystories/validation.jsonl.gz", f"verdict.exclude={SHARED}/tinystories/train.jsonl.gz",
@@ -92,7 +92,7 @@ def picture(page: Path, target: Path, *, width: int = 1280, height: int = 940) -
         driver.quit()
     target.parent.mkdir(parents=True, exist_ok=True)
     small = drawn.resize((width * 5 // 8, height * 5 // 8), Image.Resampling.LANCZOS)
-    small.quantize(32, dither=Image.Dither.NONE).save(target, optimize=True)
+    small.quantize(48, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(target, optimize=True)
     print(f"{target}: {target.stat().st_size / 1000:.0f} kB")
 
 

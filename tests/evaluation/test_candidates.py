@@ -27,7 +27,7 @@ def test_completions_made_elsewhere(prompts, step_context, models, config, write
     assert [line["completions"].get("elsewhere") for line in lines] == ["a long enough answer", None, "", None]
     # two of four prompts are left out of its comparisons, and that is said
     assert found["exclusions"] == [
-        {"what": "prompts that elsewhere has no completion for (left out of its comparisons)", "count": 2, "of": 4}
+        {"what": "prompts that elsewhere has no completion for (left out of its comparisons)", "count": 2, "of": 4, "expected": False}
     ]
     (rate,) = [row for row in result.evaluation["win_rates"] if row["a"] == "elsewhere"]
     lengths = [len(lines[row]["completions"]["base"]) for row in (0, 2)]
@@ -78,7 +78,7 @@ def test_duplicates_are_counted(prompts, step_context, models, config, write_row
     run(config(again), context)
     found, lines = read_run(context)
     assert len(lines) == 4
-    assert found["exclusions"] == [{"what": "prompts that occur more than once, counted once", "count": 2, "of": 6}]
+    assert found["exclusions"] == [{"what": "prompts that occur more than once, counted once", "count": 2, "of": 6, "expected": True}]
     with pytest.raises(DataError, match="prompt is empty"):
         config(write_rows("empty", [{"prompt": "  "}])).check_data()
 

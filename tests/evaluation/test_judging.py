@@ -30,7 +30,7 @@ def test_votes_of_people(prompts, step_context, models, config, write_rows, read
     (rate,) = [row for row in found["win_rates"] if (row["a"], row["b"], row["judge"]) == ("aligned", "base", "people")]
     # by prompt: 1/3; (1/2 + 1 + 1) / 3; 1
     assert rate["win_rate"] == pytest.approx((1 / 3 + 5 / 6 + 1) / 3) and rate["n"] == 3
-    assert found["exclusions"] == [{"what": "judgements of people about other prompts or candidates", "count": 1, "of": 8}]
+    assert found["exclusions"] == [{"what": "judgements of people about other prompts or candidates", "count": 1, "of": 8, "expected": False}]
     annotators = found["agreement"]["annotators"]["people"]
     # two prompts with three votes each: base base aligned | tie aligned aligned; 2 of 6 pairs agree
     assert (annotators["units"], annotators["votes"]) == (2, 6)
@@ -130,7 +130,7 @@ def test_an_endpoint_judges_pairs(prompts, step_context, models, config, read_ru
     assert {(row["a"], row["b"]) for row in found["win_rates"] if row["judge"] == "llm"} == set(
         itertools.permutations(("third", "aligned"), 2)
     ) | set(itertools.permutations(("base", "aligned"), 2))
-    assert found["exclusions"] == [{"what": "comparisons that llm gave no verdict on", "count": 2, "of": 6}]
+    assert found["exclusions"] == [{"what": "comparisons that llm gave no verdict on", "count": 2, "of": 6, "expected": False}]
     (pair,) = found["agreement"]["pairs"]
     assert (pair["a"], pair["b"], pair["n"], pair["agreement"]) == ("lengths", "llm", 4, 1.0)
     everything = config(prompts, candidates=candidates, judges=[{**endpoint, "against": "all", "num_prompts": None}])
