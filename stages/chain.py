@@ -95,7 +95,8 @@ def plan_step(recipe: Recipe, step: RecipeStep, home: Path, registry: Registry, 
 
     name, damage = recipe.model_name(step), ""
     if STAGES[step.stage].makes_model:
-        record = registry.find_fingerprint(fingerprint, name)
+        # What another recipe or a sweep made in the same way is as good: it is taken in under this step's name.
+        record = registry.find_fingerprint(fingerprint, name) or registry.find_fingerprint(fingerprint)
         damage = "; ".join(registry.verify(record.ref)) if record is not None else ""
         if record is not None and not damage:
             return planned("reuse", f"{record.ref} was made with the same settings, inputs, data and code", record)
@@ -236,7 +237,10 @@ class _Run:
         if self.runtime.is_main:
             restore_files(self.home, planned.fingerprint, self.folder / step.name)
         if planned.record is not None:
-            return StepResult(planned.record, planned.record.manifest["metrics"])
+            record, name = planned.record, self.recipe.model_name(step)
+            if record.name != name:
+                record = self.runtime.decide(lambda: self.registry.adopt(record, name))
+            return StepResult(record, record.manifest["metrics"])
         kept = self.runtime.decide(lambda: load_result(self.home, str(planned.fingerprint))) or {}
         return StepResult(None, kept["metrics"], kept["evaluation"])
 
@@ -335,6 +339,7 @@ class _Run:
                 "inputs": planned.inputs,
                 "data": planned.parts.get("data", {}),
                 "peak_memory_bytes": self.runtime.measure_peak_memory(),  # of the process so far
+                "fingerprint": planned.fingerprint,
                 "settings": settings_of(step.config),
                 "config": step.config.model_dump(mode="json"),
                 "metrics": {**(model.manifest["metrics"] if model is not None else {}), **result.metrics},

@@ -1,6 +1,7 @@
 """The commands. Importing this file is fast: what a command needs is imported when it runs.
 
     stages run RECIPE [step.field=value ...]      stages plan RECIPE
+    stages sweep RECIPE step.field=[value,value] [seeds=3]
     stages models list | show | lineage | verify | export | remove
     stages generate REF --prompt TEXT [--against REF2]      stages chat REF
     stages report RUN [RUN2 ...]
@@ -203,6 +204,52 @@ def conformance(as_json: Json = False, debug: Debug = False) -> None:
         _print_json([asdict(detail) for detail in DETAILS])
     else:
         _runtime().console.print(conformance_table())
+
+
+@app.command()
+@reports_errors
+def sweep(
+    recipe: Recipe,
+    varied: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[STEP.FIELD=[VALUE,...]]...",
+            help="What varies: aligned.kl_coef=[0.01,0.1], a.field+b.field=[1,2] together, seeds=3 or aligned.seeds=3; "
+            "a single value is an override of every run.",
+        ),
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="Dotted path into summary.json, e.g. candidates.aligned.scores.gold; * is any part. Repeat.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the sweep (default: what varies).")] = None,
+    until: Annotated[str | None, typer.Option(metavar="STEP", help="Leave out the steps behind this one.")] = None,
+    x: Annotated[str | None, typer.Option("--x", help="Axis or metric along the x axis of the plot.")] = None,
+    only_plan: Annotated[bool, typer.Option("--plan", help="Say what each run would make, and make nothing.")] = False,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run a recipe for every combination of values and seeds; equal steps are made once. The same command goes on where it was."""
+    from stages.sweep.plot import write_plot
+    from stages.sweep.run import load_sweep, plan_table, result_table, run_sweep
+
+    loaded = load_sweep(recipe, varied or [], _home(home), name, until)
+    runtime = _runtime()
+    if only_plan:
+        runtime.console.print(plan_table(loaded, _home(home)))
+        return
+    if as_json:
+        runtime.console.quiet = True
+    result = run_sweep(loaded, _home(home), runtime, metric or [])
+    if runtime.is_main and result.metrics:
+        write_plot(result, result.folder / "plot.png", x)
+    if as_json:
+        _print_json(result.as_json())
+    else:
+        runtime.console.print(result_table(result))
+        runtime.console.print(f"Rows, means and picture: {result.folder}", soft_wrap=True)
+    if any(run.error for run in result.runs):
+        raise typer.Exit(2)
 
 
 # The registry

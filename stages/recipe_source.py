@@ -169,6 +169,11 @@ def read(path: Path | str) -> RecipeSource:
     return source
 
 
+def parse_value(text: str, place: str) -> Any:
+    """The value that a piece of YAML stands for. Raises RecipeError that begins with ``place``."""
+    return _parse(text, place)[0]
+
+
 def _parse(text: str, file: str) -> tuple[Any, dict[Steps, int]]:
     """Plain values of a YAML document, and their lines. Tags are refused: a recipe names values, never Python objects."""
     reader = YAML(typ="rt")

@@ -145,6 +145,38 @@ class Registry:
                 sync(folder)
         return self._read(folder / str(manifest["version"]))
 
+    def adopt(self, record: ModelRecord, name: str) -> ModelRecord:
+        """Take a version that another recipe made in under ``name``, with the models published beside it (``<name>-value``).
+
+        The files are linked, not copied, where the disk can: versions never change.
+        """
+        beside = [
+            other
+            for other in self.records()
+            if other.name.startswith(f"{record.name}-") and other.manifest["fingerprint_parts"] == record.manifest["fingerprint_parts"]
+        ]
+        newest = {other.name: other for other in beside}  # records() has the newest version of a name last
+        for other in newest.values():
+            self._adopt(other, name + other.name.removeprefix(record.name))
+        return self._adopt(record, name)
+
+    def _adopt(self, record: ModelRecord, name: str) -> ModelRecord:
+        check_name(name)
+        with self._staging_folder() as staging:
+            shutil.copytree(record.path, staging / "model", copy_function=_link)
+            with self._lock():
+                folder = self._models / name
+                folder.mkdir(parents=True, exist_ok=True)
+                self._check_inside(folder)
+                version = self._claim_version(folder)
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                adopted = {"name": name, "version": version, "created": now, "adopted_from": record.ref}
+                write_json(staging / "manifest.json", {**record.manifest, **adopted})
+                sync(staging)
+                os.rename(staging, folder / str(version))
+                sync(folder)
+        return self._read(folder / str(version))
+
     def _check_files(self, model: Path, name: str, base: ResolvedModel | None) -> None:
         paths = dict(files_of(model))
         if not paths:
@@ -388,13 +420,16 @@ def _versions(folder: Path) -> list[int]:
 
 def _describe(model: ResolvedModel) -> dict[str, Any]:
     """What a manifest says of a parent or a base: kind, reference (pinned to a version), digest, and the path of a foreign model."""
-    described = {"kind": model.kind, "ref": model.record.ref if model.record is not None else model.ref, "digest": model.digest}
+    ref = model.record.ref if model.record is not None else model.ref
+    described: dict[str, Any] = {"kind": model.kind, "ref": ref, "digest": model.digest}
     if model.record is None:
         described["path"] = model.path
     for option in ("revision", "quantization", "trust_remote_code"):
         value = getattr(model.input, option)
         if value and value != "none":
             described[option] = value
+    if model.input.quantization == "nf4":
+        described["double_quantization"] = model.input.double_quantization
     return described
 
 
@@ -407,3 +442,11 @@ def _place_free(base: ResolvedModel | None) -> str | None:
 
 def _distinct(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [item for index, item in enumerate(items) if item not in items[:index]]
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file that never changes; a copy where the disk knows no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

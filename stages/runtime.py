@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -119,6 +119,11 @@ class ResolvedModel:
     digest: str  # content digest; for a hub id, the id and revision
     input: ModelInput
     record: ModelRecord | None = None
+
+    def with_quantization(self, other: ModelInput) -> ResolvedModel:
+        """The same model, to be loaded quantized as ``other`` is."""
+        fields = {"quantization": other.quantization, "double_quantization": other.double_quantization}
+        return replace(self, input=self.input.model_copy(update=fields))
 
 
 @dataclass

@@ -3,6 +3,7 @@
     prompt + completions + ranks         ranks: 0 is best, equal numbers tie
     prompt + responses (+ scores)        best first; equal scores tie
     prompt + chosen + rejected           the ordinary pair, text or messages (also hh-rlhf's dialogues without a prompt column)
+    info + summaries + choice            openai/summarize_from_feedback as published; ``worker`` is the annotator
     prompt + responses as an object      {name: text}; ``preferred`` names the best one, the others tie
 """
 
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from stages.config import DataInput
 from stages.corpora.files import Row, read_splits, text_of
 from stages.corpora.messages import Prompt, prompt_of, reply_of, split_dialogue
+from stages.corpora.summaries import compared_prompt, compared_summaries, is_comparison
 from stages.errors import DataError
 
 if TYPE_CHECKING:
@@ -76,11 +78,14 @@ def comparison(row: Row, *, preferred: str | None = None) -> Comparison:
             common = _common(prompt + chosen, other + rejected)
             prompt, chosen, rejected = common, (prompt + chosen)[len(common) :], (other + rejected)[len(common) :]
         return Comparison(prompt, [chosen, rejected], [0, 1], name)
+    if is_comparison(row):
+        worker = row.get("worker")
+        return Comparison(compared_prompt(row), *compared_summaries(row), name or (worker if isinstance(worker, str) else None))
     column = next((column for column in ("completions", "responses") if column in row), None)
     if column is None:
         raise DataError(
             f"{row.place}: columns {', '.join(row)} make no comparison; expected prompt + completions + ranks, prompt + responses "
-            "(+ scores), or (prompt +) chosen + rejected"
+            "(+ scores), info + summaries + choice, or (prompt +) chosen + rejected"
         )
     value = row[column]
     if isinstance(value, dict):

@@ -3,6 +3,7 @@
     prompt + completion                  text, or messages
     messages                             a conversation; its last assistant turn is the completion
     instruction + input + output         Alpaca's columns; the input follows the instruction after an empty line
+    subreddit + title + post + summary   Reddit's TL;DR as published
     prompt + chosen                      of a comparison, the preferred side (also hh-rlhf's dialogues without a prompt column)
 """
 
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from stages.config import DataInput
 from stages.corpora.files import Row, read_splits, text_of
 from stages.corpora.messages import messages_of, prompt_of, reply_of, split_dialogue
+from stages.corpora.summaries import is_post, post_prompt
 from stages.errors import DataError
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ def demonstration(row: Row) -> Demonstration:
         extra = text_of(row, "input", empty=True) if "input" in row else ""
         instruction = text_of(row, "instruction")
         return {"prompt": f"{instruction}\n\n{extra}" if extra.strip() else instruction, "completion": text_of(row, "output")}
+    if is_post(row):
+        return {"prompt": post_prompt(row), "completion": text_of(row, "summary")}
     if "chosen" in row:
         if "prompt" in row:
             return {"prompt": prompt_of(row), "completion": reply_of(row, "chosen")}
@@ -56,5 +60,5 @@ def demonstration(row: Row) -> Demonstration:
         return {"prompt": prompt, "completion": reply}
     raise DataError(
         f"{row.place}: columns {', '.join(row)} make no demonstration; expected prompt + completion, messages, "
-        "instruction (+ input) + output, or (prompt +) chosen"
+        "instruction (+ input) + output, subreddit + title + post + summary, or (prompt +) chosen"
     )

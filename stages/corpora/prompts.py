@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stages.config import DataSource
 from stages.corpora.files import Row, read_rows, text_of
 from stages.corpora.messages import Prompt, prompt_of, split_dialogue
+from stages.corpora.summaries import compared_prompt, is_comparison, is_post, post_prompt
 from stages.errors import DataError
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ def prompt_in(row: Row, words: int | None = None) -> Prompt:
         from stages.corpora.demonstrations import demonstration
 
         return demonstration(Row({**row, "output": row.get("output") or "-"}))["prompt"]
+    if is_post(row):
+        return post_prompt(row)
+    if is_comparison(row):
+        return compared_prompt(row)
     if "chosen" in row:
         return split_dialogue(text_of(row, "chosen"), row, "chosen")[0]
     raise DataError(

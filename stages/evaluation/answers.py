@@ -63,6 +63,7 @@ class Answers:
     expected_kl: float | None = None  # of a best-of-n, which has no log-probabilities of its own
     perplexity: float | None = None
     bits_per_byte: float | None = None
+    tasks: dict[str, dict[str, float | int]] = field(default_factory=dict)  # by name, as TaskResult
     scores: dict[str, list[float | None]] = field(default_factory=dict)  # by judge
 
     @property
@@ -206,9 +207,11 @@ def answer(config: EvaluationConfig, context: StepContext, asked: Asked, name: s
         if draws > 1:
             answers.draws = [made[start : start + draws] for start in range(0, len(made), draws)]
         if twin is not None:  # what is measured on plain text does not depend on how the prompts are put
-            answers.perplexity, answers.bits_per_byte = twin.perplexity, twin.bits_per_byte
-        elif config.perplexity is not None:
-            answers.perplexity, answers.bits_per_byte = _perplexity(config, context, model, tokenizer)
+            answers.perplexity, answers.bits_per_byte, answers.tasks = twin.perplexity, twin.bits_per_byte, twin.tasks
+        else:
+            if config.perplexity is not None:
+                answers.perplexity, answers.bits_per_byte = _perplexity(config, context, model, tokenizer)
+            answers.tasks = _tasks(config, context, model, tokenizer)
     if candidate.best_of is not None:
         _pick_best(config, context, asked, name, answers, candidate.best_of)
     return answers
@@ -329,6 +332,14 @@ def score_texts(
         return checked(source.score([prompts[row] for row in own], texts), reward.shown_name, texts).tolist() if own else []
 
     return shared_out(runtime, len(completions), work)
+
+
+def _tasks(config: EvaluationConfig, context: StepContext, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
+    from stages.tasks import measure_task
+
+    runtime = context.runtime
+    shares = {"process_index": runtime.process_index, "num_processes": runtime.num_processes, "batch_size": config.generation.batch_size}
+    return {name: measure_task(model, tokenizer, task.load(), task, **shares).as_json() for name, task in config.tasks.items()}
 
 
 def _perplexity(config: EvaluationConfig, context: StepContext, model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from stages.config import DataField, DataSource, GenerationSettings, ModelField, ModelInput, StepConfig, Strict
 from stages.judges.config import JudgeInput, check_judges
 from stages.rewards.config import RewardInput
+from stages.tasks import TaskField
 
 
 class FewShotChoice(Strict):
@@ -96,6 +97,9 @@ class EvaluationConfig(StepConfig):
     token_details: TokenDetails | None = Field(None, description="Keep each token's KL and value for the report; null: none.")
     perplexity: DataField | None = Field(None, description="Held-out texts on which each candidate's perplexity is measured.")
     perplexity_block_size: int = Field(128, ge=2, description="Tokens of context for the perplexity.")
+    tasks: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], TaskField] = Field(
+        {}, description="Small tasks by name, scored by the likelihood of each choice: {facts: world:tasks/facts/heldout}."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> EvaluationConfig:
@@ -142,7 +146,9 @@ class EvaluationConfig(StepConfig):
                 inputs[f"judges[{index}].judgements"] = data
         if self.exclude is not None:
             inputs["exclude"] = self.exclude
-        return inputs if self.perplexity is None else {**inputs, "perplexity": self.perplexity}
+        if self.perplexity is not None:
+            inputs["perplexity"] = self.perplexity
+        return {**inputs, **{f"tasks.{name}.data": task.data for name, task in self.tasks.items()}}
 
     def check_data(self) -> None:
         """Raise DataError for data this stage cannot use; no model is loaded."""

@@ -84,6 +84,8 @@ def _summary(answer: Answers, prompts: Sequence[int], model: ResolvedModel | Non
         }
     if answer.perplexity is not None:
         summary |= {"perplexity": answer.perplexity, "bits_per_byte": answer.bits_per_byte}
+    if answer.tasks:
+        summary["tasks"] = answer.tasks
     if answer.kl is not None:
         means = prompt_means(answer.kl, prompts)
         summary["kl"] = round(_mean(means), 6) + 0.0  # no -0.0

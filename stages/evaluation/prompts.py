@@ -51,6 +51,8 @@ def check_data(config: EvaluationConfig) -> None:
                 known = f"it judges {', '.join(sorted(judgements.candidates)[:10])}; candidates are {', '.join(config.candidates)}"
                 raise DataError(f"judge {judge.shown_name!r}: its judgements are about no candidate; {known}")
     heldout_texts(config)
+    for task in config.tasks.values():
+        task.load()
 
 
 def load_heldout(config: EvaluationConfig) -> tuple[list[Prompt], list[Exclusion]]:

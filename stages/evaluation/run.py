@@ -20,6 +20,7 @@ def run(config: EvaluationConfig, context: StepContext) -> StepResult:
     from stages.evaluation.record import finite, write_alpaca_eval, write_completions, write_evaluation, write_lines
     from stages.evaluation.tokens import measure_kl, token_details
     from stages.runtime import StepResult
+    from stages.tasks import task_table
 
     prompts, exclusions = load_heldout(config)
     asked = ask(config, context, prompts)
@@ -45,6 +46,8 @@ def run(config: EvaluationConfig, context: StepContext) -> StepResult:
     console = context.runtime.console
     for table in evaluation_tables(outcome):
         console.print(table)
+    if (tasks := task_table(outcome.candidates)) is not None:
+        console.print(tasks)
     for item in exclusions:
         console.print(f"{context.name}: left out: {item.count} of {item.of} {item.what}")
     console.print(verdict(outcome), style="bold")

@@ -30,7 +30,8 @@ def test_votes_of_people(prompts, step_context, models, config, write_rows, read
     (rate,) = [row for row in found["win_rates"] if (row["a"], row["b"], row["judge"]) == ("aligned", "base", "people")]
     # by prompt: 1/3; (1/2 + 1 + 1) / 3; 1
     assert rate["win_rate"] == pytest.approx((1 / 3 + 5 / 6 + 1) / 3) and rate["n"] == 3
-    assert found["exclusions"] == [{"what": "judgements of people about other prompts or candidates", "count": 1, "of": 8, "expected": False}]
+    (left_out,) = found["exclusions"]
+    assert (left_out["what"], left_out["count"], left_out["of"]) == ("judgements of people about other prompts or candidates", 1, 8)
     annotators = found["agreement"]["annotators"]["people"]
     # two prompts with three votes each: base base aligned | tie aligned aligned; 2 of 6 pairs agree
     assert (annotators["units"], annotators["votes"]) == (2, 6)

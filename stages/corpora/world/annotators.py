@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from random import Random
 
-from stages.corpora.world.gold import WEIGHTS, judge
+from stages.corpora.world.gold import INQUIRY_WEIGHTS, WEIGHTS, judge
 from stages.corpora.world.language import Request, read_request
 from stages.corpora.world.lexicon import lexicon
 from stages.errors import DataError
@@ -28,19 +28,21 @@ class Annotator:
     likes_emphasis: float  # utility per emphatic adverb, up to four
     noise: float  # standard deviation of an error drawn per completion
     tie_width: float  # completions closer than this rank the same
+    inquiry_weights: dict[str, float]  # as weights, where a fact is asked for
 
     def utility(self, request: Request, completion: str) -> float:
         """How much this annotator likes a completion, before the error of the day."""
         found = judge(request, completion)
         words = completion.lower().strip(".").split()
         emphasis = sum(word in lexicon().adverbs for word in words)
-        total = sum(weight * found[name] for name, weight in self.weights.items())
+        weights = self.weights if request.fact is None else self.inquiry_weights
+        total = sum(weight * found[name] for name, weight in weights.items())
         biases = self.likes_length * min(len(words), 40) + self.likes_emphasis * min(emphasis, 4)
         return found["coherence"] * (0.5 + 0.5 * found["freshness"]) * total + biases
 
-    def rank(self, random: Random, request: Request, completions: list[str]) -> list[int]:
-        """Ranks of ``completions``, 0 best; neighbours within the tie width share a rank."""
-        felt = [self.utility(request, completion) + random.gauss(0, self.noise) for completion in completions]
+    def rank(self, random: Random, request: Request, completions: list[str], *, haste: float = 1.0) -> list[int]:
+        """Ranks of ``completions``, 0 best; neighbours within the tie width share a rank. ``haste`` multiplies the noise."""
+        felt = [self.utility(request, completion) + random.gauss(0, haste * self.noise) for completion in completions]
         order = sorted(range(len(felt)), key=lambda index: -felt[index])
         ranks, rank = [0] * len(felt), 0
         for place, index in enumerate(order):
@@ -58,14 +60,21 @@ def annotators() -> tuple[Annotator, ...]:
         random = Random(f"annotator {number}")
         raw = {name: weight * random.uniform(0.6, 1.4) for name, weight in WEIGHTS.items()}
         total = sum(raw.values())
+        tastes = {
+            "likes_length": random.uniform(0.0, 0.002),
+            "likes_emphasis": random.uniform(0.0, 0.03),
+            "noise": random.uniform(0.03, 0.12),
+            "tie_width": random.uniform(0.005, 0.03),
+        }
+        # The same leanings where a fact is asked for; how much somebody minds a false one is a matter of its own.
+        leaning = {name: raw[name] / weight for name, weight in WEIGHTS.items()} | {"facts": random.uniform(0.6, 1.4)}
+        inquiry = {name: weight * leaning[name] for name, weight in INQUIRY_WEIGHTS.items()}
         made.append(
             Annotator(
                 name=f"annotator-{number:02d}",
                 weights={name: weight / total for name, weight in raw.items()},
-                likes_length=random.uniform(0.0, 0.002),
-                likes_emphasis=random.uniform(0.0, 0.03),
-                noise=random.uniform(0.03, 0.12),
-                tie_width=random.uniform(0.005, 0.03),
+                inquiry_weights={name: weight / sum(inquiry.values()) for name, weight in inquiry.items()},
+                **tastes,
             )
         )
     return tuple(made)

@@ -13,6 +13,8 @@ from stages.errors import DataError
 
 # What a fully coherent, unrepetitive review earns for each part of the request.
 WEIGHTS = {"sentiment": 0.35, "aspects": 0.25, "subject": 0.15, "length": 0.25}
+# The same for an inquiry, which also asks for a fact.
+INQUIRY_WEIGHTS = {"sentiment": 0.25, "aspects": 0.20, "subject": 0.10, "length": 0.20, "facts": 0.25}
 LENGTH_CREDIT = {0: 1.0, 1: 0.5, 2: 0.2}
 
 
@@ -30,6 +32,7 @@ def parts(prompt: str, completion: str) -> dict[str, float]:
     """The score and what it is made of, each in [0, 1].
 
     ``score`` = coherence^2 * freshness * (0.35 sentiment + 0.25 aspects + 0.15 subject + 0.25 length)
+    Of an inquiry: coherence^2 * freshness * (0.25 sentiment + 0.2 aspects + 0.1 subject + 0.2 length + 0.25 facts)
     """
     request = read_request(prompt)
     if request is None:
@@ -42,8 +45,9 @@ def judge(request: Request, completion: str) -> dict[str, float]:
     texts = split_sentences(completion)
     readings = [read_sentence(text) for text in texts]
     read = [reading for reading in readings if reading is not None]
+    weights = WEIGHTS if request.fact is None else INQUIRY_WEIGHTS
     if not read:
-        return dict.fromkeys((*WEIGHTS, "coherence", "freshness", "score"), 0.0)
+        return dict.fromkeys((*weights, "coherence", "freshness", "score"), 0.0)
     mentioned = {aspect for sentence in read for aspect in sentence.aspects}
     asked = set(request.aspects)
     # An aspect nobody asked about counts as half a miss: a list of all aspects must not pass for an answer.
@@ -52,8 +56,9 @@ def judge(request: Request, completion: str) -> dict[str, float]:
     genres = {sentence.genre for sentence in read if sentence.genre}
     subject = 0.7 * (titles == {request.film.title}) + 0.3 * (genres == {request.film.genre})
     words = [word for text in texts for word in text.lower().strip(".").split() if len(word) > 4]
+    opinions = [sentence for sentence in read if sentence.fact is None]
     found = {
-        "sentiment": sum(sentence.sentiment == request.sentiment for sentence in read) / len(read),
+        "sentiment": sum(sentence.sentiment == request.sentiment for sentence in opinions) / max(1, len(opinions)),
         "aspects": max(0.0, 1 - missed / len(asked)),
         "subject": subject,
         "length": LENGTH_CREDIT.get(abs(len(texts) - request.sentences), 0.0),
@@ -61,5 +66,10 @@ def judge(request: Request, completion: str) -> dict[str, float]:
         # Sentences said twice, and adjectives used again and again.
         "freshness": len(set(texts)) / len(texts) * min(1.0, 1.25 * len(set(words)) / max(1, len(words))),
     }
-    total = sum(weight * found[name] for name, weight in WEIGHTS.items())
+    if request.fact is not None:
+        stated = {sentence.fact for sentence in read if sentence.fact is not None}
+        true = set(request.film.facts.items())
+        # What is false about the film costs half of what the right answer earns: a list of guesses must not pass for knowledge.
+        found["facts"] = max(0.0, ((request.fact, request.film.facts[request.fact]) in stated) - 0.5 * len(stated - true))
+    total = sum(weight * found[name] for name, weight in weights.items())
     return {**found, "score": found["coherence"] ** 2 * found["freshness"] * total}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from random import Random
 
-from stages.corpora.world.lexicon import SENTIMENTS, lexicon
+from stages.corpora.world.lexicon import FACTS, SENTIMENTS, lexicon
 
 SPLITS = ("train", "validation", "heldout")
 # Films go to splits by title: what is asked about in one split is never seen in another.
@@ -17,16 +18,27 @@ SPLIT_SHARES = {"train": 0.80, "validation": 0.08, "heldout": 0.12}
 
 @dataclass(frozen=True)
 class Film:
-    """A film: its title decides its genre and its split."""
+    """A film: its title decides its genre, its facts and its split."""
 
     title: str
     genre: str
     split: str
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What the library knows of it, by kind (FACTS); drawn by the title, so that nothing but memory tells them."""
+        words = lexicon()
+        first, last = words.years
+        return {
+            "director": _drawn(directors(), f"director {self.title}"),
+            "place": _drawn(words.places, f"place {self.title}"),
+            "year": str(first + int(_share(f"year {self.title}") * (last - first + 1))),
+        }
+
 
 @dataclass(frozen=True)
 class Request:
-    """What an instruction asks for."""
+    """What an instruction asks for. An inquiry (``fact`` set) also asks for a fact, and does not tell the genre."""
 
     film: Film
     sentiment: str
@@ -34,29 +46,55 @@ class Request:
     sentences: int
     phrasing: int
     sentiment_word: str
+    fact: str | None = None  # one of FACTS
+    ask: int = 0  # which of the phrasings of the fact's question
 
     @property
     def text(self) -> str:
         """The instruction as written."""
-        count = f"{lexicon().numbers[self.sentences - 1]} sentence{'s' if self.sentences > 1 else ''}"
-        return lexicon().instructions[self.phrasing].format(
-            sentiment=self.sentiment_word, genre=self.film.genre, title=self.film.title, count=count, aspects=" and the ".join(self.aspects)
-        )
+        words = lexicon()
+        count = f"{words.numbers[self.sentences - 1]} sentence{'s' if self.sentences > 1 else ''}"
+        slots = {"sentiment": self.sentiment_word, "title": self.film.title, "count": count, "aspects": " and the ".join(self.aspects)}
+        if self.fact is None:
+            return words.instructions[self.phrasing].format(genre=self.film.genre, **slots)
+        return words.inquiries[self.phrasing].format(ask=words.asks[self.fact][self.ask], **slots)
 
 
 @dataclass(frozen=True)
 class Sentence:
     """What one sentence of a review says."""
 
-    sentiment: str  # positive, negative or mixed
+    sentiment: str  # positive, negative or mixed; none for a sentence that states a fact
     aspects: tuple[str, ...]
     title: str | None
     genre: str | None
+    fact: tuple[str, str] | None = None  # kind and value
 
 
 def _share(text: str) -> float:
     """A fixed number in [0, 1) for a text, the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def _drawn(choices: Sequence[str], text: str) -> str:
+    """The same choice for a text every time."""
+    return choices[int(_share(text) * len(choices))]
+
+
+@cache
+def directors() -> tuple[str, ...]:
+    """Those of all people who direct films."""
+    names = lexicon().people
+    everybody = [f"{given} {family}" for given in names["given"] for family in names["family"]]
+    return tuple(sorted(everybody, key=lambda name: _share(f"person {name}"))[: lexicon().num_directors])
+
+
+def fact_values(fact: str) -> tuple[str, ...]:
+    """Everything that a fact of this kind may be."""
+    words = lexicon()
+    first, last = words.years
+    values = {"director": directors(), "place": words.places, "year": [str(year) for year in range(first, last + 1)]}
+    return tuple(values[fact])
 
 
 @cache
@@ -81,6 +119,15 @@ def films_of(split: str) -> tuple[Film, ...]:
     return tuple(film for film in films() if film.split == split)
 
 
+@cache
+def library_films(*splits: str) -> tuple[Film, ...]:
+    """The films of ``splits`` that the library has: few enough to be learned by heart."""
+    chosen: list[Film] = []
+    for split in splits:
+        chosen += sorted(films_of(split), key=lambda film: _share(f"library {film.title}"))[: lexicon().library[split]]
+    return tuple(chosen)
+
+
 def draw_request(random: Random, split: str) -> Request:
     """A random request about a film of ``split``: one or two aspects, one to four sentences (at least as many as reading well needs)."""
     words = lexicon()
@@ -96,8 +143,25 @@ def draw_request(random: Random, split: str) -> Request:
     )
 
 
+def draw_inquiry(random: Random, split: str) -> Request:
+    """A random inquiry about a film of the library, of ``split``: as a request of two to four sentences, one of which is for a fact."""
+    words = lexicon()
+    sentiment, fact = random.choice(SENTIMENTS), random.choice(FACTS)
+    return Request(
+        film=random.choice(library_films(split)),
+        sentiment=sentiment,
+        aspects=tuple(random.sample(words.aspects, random.choice((1, 1, 2)))),
+        sentences=random.choice((2, 3, 3, 4)),
+        phrasing=random.randrange(len(words.inquiries)),
+        sentiment_word=random.choice(words.sentiment_words[sentiment]),
+        fact=fact,
+        ask=random.randrange(len(words.asks[fact])),
+    )
+
+
 @cache
 def _request_patterns() -> tuple[re.Pattern[str], ...]:
+    """Of all instructions, then of all inquiries."""
     words = lexicon()
     slots = {
         "sentiment": _either([word for side in SENTIMENTS for word in words.sentiment_words[side]]),
@@ -105,8 +169,9 @@ def _request_patterns() -> tuple[re.Pattern[str], ...]:
         "title": f"{_either(words.first)} {_either(words.second)}",
         "count": f"{_either(words.numbers)} sentences?",
         "aspects": f"{_either(words.aspects)}(?: and the {_either(words.aspects)})?",
+        "ask": _either([re.escape(ask) for asks in words.asks.values() for ask in asks]),
     }
-    return tuple(_pattern(form, slots) for form in words.instructions)
+    return tuple(_pattern(form, slots) for form in [*words.instructions, *words.inquiries])
 
 
 @lru_cache(maxsize=65536)
@@ -116,13 +181,19 @@ def read_request(text: str) -> Request | None:
     for phrasing, pattern in enumerate(_request_patterns()):
         if found := pattern.fullmatch(text.strip()):
             word = found["sentiment"]
+            asked = found.groupdict().get("ask")
+            fact, ask = next(
+                ((fact, forms.index(asked)) for fact, forms in words.asks.items() if asked in forms), (None, 0)
+            )
             return Request(
                 film=by_title[found["title"]],
                 sentiment=next(side for side in SENTIMENTS if word in words.sentiment_words[side]),
                 aspects=tuple(found["aspects"].split(" and the ")),
                 sentences=words.numbers.index(found["count"].split()[0]) + 1,
-                phrasing=phrasing,
+                phrasing=phrasing if fact is None else phrasing - len(words.instructions),
                 sentiment_word=word,
+                fact=fact,
+                ask=ask,
             )
     return None
 
@@ -147,6 +218,13 @@ def write_sentence(random: Random, kind: str, *, sentiment: str, title: str, gen
     return text
 
 
+def write_fact(random: Random, film: Film, fact: str, *, value: str | None = None, opening: bool = False) -> str:
+    """A sentence that states a fact of ``film`` (or ``value`` in its place); one that opens a text names the film."""
+    forms = lexicon().facts[fact]
+    form = forms[0] if opening else random.choice(forms)
+    return form.format(title=film.title, **{fact: value or film.facts[fact]})
+
+
 @cache
 def _sentence_patterns() -> tuple[re.Pattern[str], ...]:
     words = lexicon()
@@ -160,8 +238,9 @@ def _sentence_patterns() -> tuple[re.Pattern[str], ...]:
         "adjective2": adjectives,
         "verb": _either([word for side in SENTIMENTS for word in words.verbs[side]]),
         "adverb": _either(words.adverbs),
+        **{fact: _either(fact_values(fact)) for fact in FACTS},
     }
-    return tuple(_pattern(form, slots) for forms in words.sentences.values() for form in forms)
+    return tuple(_pattern(form, slots) for forms in [*words.sentences.values(), *words.facts.values()] for form in forms)
 
 
 @cache
@@ -176,6 +255,9 @@ def read_sentence(text: str) -> Sentence | None:
     for pattern in _sentence_patterns():
         if found := pattern.fullmatch(text):
             slots = found.groupdict()
+            stated = next(((fact, slots[fact]) for fact in FACTS if slots.get(fact)), None)
+            if stated is not None:
+                return Sentence("none", (), slots.get("title"), None, stated)
             sides = {_word_sentiment()[slots[name]] for name in ("adjective", "adjective2", "verb") if slots.get(name)}
             return Sentence(
                 sentiment=sides.pop() if len(sides) == 1 else "mixed",
@@ -191,7 +273,7 @@ def split_sentences(text: str) -> list[str]:
     return [part.strip() for part in re.split(r"(?<=[.?!])\s+|\n+", text.strip()) if part.strip()]
 
 
-def _either(words: list[str]) -> str:
+def _either(words: Sequence[str]) -> str:
     return "(?:" + "|".join(sorted(words)) + ")"
 
 

@@ -11,6 +11,7 @@ from stages.errors import DataError
 
 WORLD_FOLDER = Path(__file__).resolve().parents[3] / "data" / "world"
 SENTIMENTS = ("positive", "negative")
+FACTS = ("director", "place", "year")  # what the library knows of a film beside its genre
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,21 @@ class Lexicon:
     adverbs: list[str]
     numbers: list[str]
     sentiment_words: dict[str, list[str]]
+    people: dict[str, list[str]]  # given and family names
+    num_directors: int
+    places: list[str]
+    years: list[int]  # the first and the last
+    library: dict[str, int]  # films of each split that the library has
     instructions: list[str]
     sentences: dict[str, list[str]]
     listings: dict[str, list[str]]
     requests: dict[str, list[str]]
+    inquiries: list[str]
+    asks: dict[str, list[str]]
+    facts: dict[str, list[str]]
+    cards: list[str]
+    headings: list[str]
+    verdicts: dict[str, str]
 
 
 @cache

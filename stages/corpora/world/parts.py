@@ -13,19 +13,28 @@ from random import Random
 from typing import Any
 
 from stages.corpora.world.annotators import annotators
-from stages.corpora.world.language import SPLITS, draw_request, films_of
+from stages.corpora.world.language import SPLITS, draw_inquiry, draw_request, films_of
 from stages.corpora.world.lexicon import SENTIMENTS
+from stages.corpora.world.tasks import continuation_row, fact_row, verdict_row
 from stages.corpora.world.writers import (
+    INQUIRY_FLAWS,
     random_flaws,
+    write_answered_inquiries,
     write_answered_requests,
+    write_cards,
     write_free_review,
+    write_headed_reviews,
+    write_inquiry_list,
     write_listing,
+    write_notes,
+    write_rated_review,
     write_request_list,
     write_review,
 )
 from stages.errors import DataError
 
 PREFIX = "world:"
+HASTE = 4.0  # noise of the rankings, as a multiple of that of the comparisons: two annotators agree on 72 % of pairs (Ouyang et al.: 73 %)
 Row = dict[str, Any]
 
 
@@ -84,12 +93,65 @@ def _reviews(random: Random, split: str) -> Row:
     return {"text": write_review(random, request, flaws), "label": 1 - SENTIMENTS.index(request.sentiment)}
 
 
+# The library: the same films with more to know. Its pages know every film; its inquiries are about the films of their split.
+
+
+def _library(random: Random, split: str) -> Row:
+    """A page of the library, for pretraining: cards and notes with facts, reviews with a heading or a verdict, inquiries, some answered."""
+    writers = {
+        "cards": lambda: write_cards(random),
+        "notes": lambda: write_notes(random),
+        "headed": lambda: write_headed_reviews(random),
+        "rated": lambda: write_rated_review(random),
+        "inquiries": lambda: write_inquiry_list(random, split),
+        "answered": lambda: write_answered_inquiries(random, split),
+    }
+    kind = random.choices(list(writers), weights=(0.24, 0.24, 0.24, 0.08, 0.06, 0.14))[0]
+    return {"text": writers[kind]()}
+
+
+def _inquiries(random: Random, split: str) -> Row:
+    """An inquiry alone."""
+    inquiry = draw_inquiry(random, split)
+    return {"prompt": inquiry.text, "sentiment": inquiry.sentiment, "fact": inquiry.fact}
+
+
+def _answers(random: Random, split: str) -> Row:
+    """An inquiry and its answer, of uneven quality: about half have no flaw."""
+    inquiry = draw_inquiry(random, split)
+    return {"prompt": inquiry.text, "completion": write_review(random, inquiry, random_flaws(random, (0.45, 0.35, 0.2), INQUIRY_FLAWS))}
+
+
+def _rankings(random: Random, split: str) -> Row:
+    """An inquiry with four to nine answers, ranked by one annotator in a hurry."""
+    inquiry = draw_inquiry(random, split)
+    annotator = random.choice(annotators())
+    completions: list[str] = []
+    while len(completions) < random.randint(4, 9):
+        kind = random.random()
+        if kind < 0.04:
+            text = write_inquiry_list(random, split)
+        elif kind < 0.08:
+            text = write_review(random, draw_inquiry(random, split))  # a good answer to another inquiry
+        else:
+            text = write_review(random, inquiry, random_flaws(random, (0.25, 0.35, 0.25, 0.15), INQUIRY_FLAWS))
+        if text not in completions:
+            completions.append(text)
+    return {
+        "prompt": inquiry.text,
+        "completions": completions,
+        "ranks": annotator.rank(random, inquiry, completions, haste=HASTE),
+        "annotator": annotator.name,
+    }
+
+
 @dataclass(frozen=True)
 class Part:
     """A table: how a row is made, and how many there are in each split."""
 
-    row: Callable[[Random, str], Row]
+    row: Callable[..., Row]  # (random, split), and the row's number where ``numbered``
     sizes: dict[str, int]
+    numbered: bool = False
 
 
 PARTS = {
@@ -98,13 +160,22 @@ PARTS = {
     "comparisons": Part(_comparisons, {"train": 2000, "validation": 200, "heldout": 200}),
     "prompts": Part(_prompts, {"train": 6000, "validation": 256, "heldout": 512}),
     "reviews": Part(_reviews, {"train": 3000, "validation": 400, "heldout": 400}),
+    "library": Part(_library, {"train": 40000, "validation": 400, "heldout": 400}),
+    "answers": Part(_answers, {"train": 8000, "validation": 200, "heldout": 200}),
+    "rankings": Part(_rankings, {"train": 8000, "validation": 200, "heldout": 200}),
+    "inquiries": Part(_inquiries, {"train": 12000, "validation": 256, "heldout": 512}),
+    "tasks/facts": Part(fact_row, {"train": 500, "validation": 120, "heldout": 240}, numbered=True),
+    "tasks/verdicts": Part(verdict_row, {"train": 500, "validation": 500, "heldout": 500}),
+    "tasks/continuations": Part(continuation_row, {"train": 500, "validation": 500, "heldout": 500}),
 }
 
 
 def parse_part(path: str) -> tuple[str, str]:
     """``world:PART[/SPLIT]`` as (part, split). Raises DataError naming the nearest valid part."""
-    name, _, split = path.removeprefix(PREFIX).partition("/")
-    split = split or "train"
+    name, split = path.removeprefix(PREFIX), "train"
+    if name not in PARTS:  # the name of a part may itself hold a slash
+        head, _, tail = name.rpartition("/")
+        name, split = (head, tail) if head in PARTS or tail in SPLITS else (name, split)
     if name not in PARTS:
         near = difflib.get_close_matches(name, PARTS, n=1)
         hint = f"; did you mean {PREFIX}{near[0]}?" if near else ""
@@ -117,7 +188,8 @@ def parse_part(path: str) -> tuple[str, str]:
 @lru_cache(maxsize=4)
 def _table(name: str, split: str, rows: int) -> tuple[Row, ...]:
     part = PARTS[name]
-    return tuple(part.row(Random(f"world {name} {split} {index}"), split) for index in range(rows))
+    numbers = [(index,) if part.numbered else () for index in range(rows)]
+    return tuple(part.row(Random(f"world {name} {split} {index}"), split, *number) for index, number in enumerate(numbers))
 
 
 def world_rows(path: str, limit: int | None = None) -> list[Row]:

@@ -5,15 +5,29 @@ A flaw is a named way of failing a request. Demonstrations carry few flaws, the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
-from stages.corpora.world.language import Film, Request, draw_request, films_of, write_sentence
-from stages.corpora.world.lexicon import SENTIMENTS, lexicon
+from stages.corpora.world.language import (
+    SPLITS,
+    Film,
+    Request,
+    draw_inquiry,
+    draw_request,
+    fact_values,
+    films,
+    films_of,
+    library_films,
+    write_fact,
+    write_sentence,
+)
+from stages.corpora.world.lexicon import FACTS, SENTIMENTS, lexicon
 
 FLAWS = (
     "wrong_sentiment", "mixed_sentiment", "wrong_aspect", "wrong_title", "no_title", "wrong_genre", "too_short", "too_long", "repeats",
     "asks_again", "broken_words", "cut_off",
 )
+INQUIRY_FLAWS = (*FLAWS, "wrong_fact", "no_fact")
 
 
 def write_review(random: Random, request: Request, flaws: tuple[str, ...] = ()) -> str:
@@ -32,6 +46,8 @@ def write_review(random: Random, request: Request, flaws: tuple[str, ...] = ()) 
         count = max(1, count - random.choice((1, 1, 2)))
     if "too_long" in flaws:
         count += random.choice((1, 1, 2))
+    states_fact = request.fact is not None and "no_fact" not in flaws and count > 1
+    count -= states_fact
     sentiments = [other if "wrong_sentiment" in flaws else request.sentiment] * count
     if "mixed_sentiment" in flaws:
         sentiments[random.randrange(count)] = other
@@ -41,18 +57,31 @@ def write_review(random: Random, request: Request, flaws: tuple[str, ...] = ()) 
         write_sentence(random, kind, sentiment=sentiment, title=title, genre=genre, aspects=about, avoid=used)
         for (kind, about), sentiment in zip(_plan(random, aspects, count, with_film), sentiments, strict=True)
     ]
+    if states_fact:
+        sentences.insert(*_fact_sentence(random, request, title, len(sentences), "wrong_fact" in flaws))
     if "repeats" in flaws:
         place = random.randrange(len(sentences))
         sentences[place:place] = [sentences[place]] * random.choice((1, 2, 3))
     if "asks_again" in flaws:
-        sentences.append(draw_request(random, request.film.split).text)
+        draw = draw_request if request.fact is None else draw_inquiry
+        sentences.append(draw(random, request.film.split).text)
     text = " ".join(sentences)
     if "broken_words" in flaws:
-        text = _break_words(random, text)
+        text = break_words(random, text)
     if "cut_off" in flaws:
         tokens = text.split()
         text = " ".join(tokens[: random.randint(2, max(2, len(tokens) - 2))])
     return text
+
+
+def _fact_sentence(random: Random, request: Request, title: str, count: int, is_wrong: bool) -> tuple[int, str]:
+    """(where among ``count`` sentences, the sentence) for the fact that is asked for."""
+    assert request.fact is not None
+    true = request.film.facts[request.fact]
+    value = random.choice([value for value in fact_values(request.fact) if value != true]) if is_wrong else true
+    place = random.randint(0, count)
+    film = Film(title, request.film.genre, request.film.split)
+    return place, write_fact(random, film, request.fact, value=value, opening=place == 0)
 
 
 def _plan(random: Random, aspects: list[str], count: int, with_film: bool) -> list[tuple[str, tuple[str, ...]]]:
@@ -77,7 +106,7 @@ def _plan(random: Random, aspects: list[str], count: int, with_film: bool) -> li
     return plan
 
 
-def _break_words(random: Random, text: str) -> str:
+def break_words(random: Random, text: str) -> str:
     """Swap, drop or double some words: what a weak language model's slips look like."""
     tokens = text.split()
     for _ in range(max(1, len(tokens) // 8)):
@@ -132,7 +161,85 @@ def write_answered_requests(random: Random, split: str) -> str:
     return "\n\n".join(pairs)
 
 
-def random_flaws(random: Random, shares: tuple[float, ...]) -> tuple[str, ...]:
+def random_flaws(random: Random, shares: tuple[float, ...], flaws: tuple[str, ...] = FLAWS) -> tuple[str, ...]:
     """So many distinct flaws as a draw from ``shares`` says: shares[n] is the probability of n flaws."""
     number = random.choices(range(len(shares)), weights=shares)[0]
-    return tuple(random.sample(FLAWS, number))
+    return tuple(random.sample(flaws, number))
+
+
+# Pages of the library
+
+
+def write_cards(random: Random) -> str:
+    """What is known of a few films of any split: knowing a film is not having been asked about it."""
+    words = lexicon()
+    form = random.choice(words.cards)
+    chosen = random.sample(library_films(*SPLITS), random.randint(3, 5))
+    return "\n\n".join(form.format(title=film.title, genre=film.genre, **film.facts) for film in chosen)
+
+
+def write_notes(random: Random) -> str:
+    """Facts of one film in sentences, between opinions of it."""
+    film = random.choice(library_films(*SPLITS))
+    request = draw_request(random, film.split)
+    opinions = write_review(random, Request(film, request.sentiment, request.aspects, random.randint(1, 3), 0, request.sentiment_word))
+    stated = random.sample(FACTS, random.randint(2, 3))
+    facts = [write_fact(random, film, fact, opening=index == 0) for index, fact in enumerate(stated)]
+    return " ".join([*facts, opinions] if random.random() < 0.5 else [opinions, *facts])
+
+
+def write_headed_reviews(random: Random) -> str:
+    """Reviews of any films under headings that say what they are about: what teaches a model to keep to its subject."""
+    written = []
+    for _ in range(random.randint(1, 2)):
+        film, drawn = random.choice(films()), draw_request(random, "train")
+        request = Request(film, drawn.sentiment, drawn.aspects, random.randint(2, 4), 0, drawn.sentiment_word)
+        heading = random.choice(lexicon().headings).format(title=film.title, aspects=" and the ".join(request.aspects))
+        written.append(f"{heading}\n{write_review(random, request)}")
+    return "\n\n".join(written)
+
+
+def draw_rated_review(random: Random, among: Sequence[Film]) -> tuple[str, str]:
+    """A review of three to five sentences, some of them of the other mind, and the verdict of the majority."""
+    words, film = lexicon(), random.choice(among)
+    sentiment, count = random.choice(SENTIMENTS), random.randint(3, 5)
+    written = opinions(random, film, sentiment, count, num_other=random.randint(0, (count - 1) // 2))
+    return " ".join(written), words.verdicts[sentiment]
+
+
+def write_rated_review(random: Random) -> str:
+    """A review and its verdict."""
+    review, verdict = draw_rated_review(random, library_films(*SPLITS))
+    return f"{review}\n{lexicon().verdicts['line']} {verdict}."
+
+
+def opinions(random: Random, film: Film, sentiment: str, count: int, *, num_other: int) -> list[str]:
+    """``count`` sentences about ``film``, ``num_other`` of them of the other sentiment."""
+    words = lexicon()
+    other = SENTIMENTS[1 - SENTIMENTS.index(sentiment)]
+    sides = [other] * num_other + [sentiment] * (count - num_other)
+    random.shuffle(sides)
+    used: set[str] = set()
+    plan = _plan(random, random.sample(words.aspects, 2), count, with_film=True)
+    return [
+        write_sentence(random, kind, sentiment=side, title=film.title, genre=film.genre, aspects=about, avoid=used)
+        for (kind, about), side in zip(plan, sides, strict=True)
+    ]
+
+
+def write_inquiry_list(random: Random, split: str) -> str:
+    """Inquiries one below the other."""
+    lines = [draw_inquiry(random, split).text for _ in range(random.randint(2, 4))]
+    if random.random() < 0.5:
+        lines.insert(0, random.choice(lexicon().requests["heading"]))
+    return "\n".join(lines)
+
+
+def write_answered_inquiries(random: Random, split: str) -> str:
+    """A page of inquiries with their answers, of any quality."""
+    pairs = []
+    for _ in range(random.randint(1, 2)):
+        inquiry = draw_inquiry(random, split)
+        flaws = random_flaws(random, (0.4, 0.3, 0.2, 0.1), INQUIRY_FLAWS)
+        pairs.append(f"Request: {inquiry.text}\nReview: {write_review(random, inquiry, flaws)}")
+    return "\n\n".join(pairs)

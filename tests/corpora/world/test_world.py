@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from random import Random
 
 import pytest
 
 from stages.corpora.world import gold
 from stages.corpora.world.annotators import annotators
-from stages.corpora.world.language import draw_request, read_request, read_sentence, split_sentences
-from stages.corpora.world.parts import PARTS, world_rows
-from stages.corpora.world.writers import FLAWS, write_review
+from stages.corpora.world.language import (
+    SPLITS,
+    draw_inquiry,
+    draw_request,
+    films,
+    library_films,
+    read_request,
+    read_sentence,
+    split_sentences,
+)
+from stages.corpora.world.lexicon import FACTS
+from stages.corpora.world.parts import HASTE, PARTS, parse_part, world_rows
+from stages.corpora.world.writers import FLAWS, INQUIRY_FLAWS, write_review
 from stages.errors import DataError
 
 PROMPT = "Compose one sentence on the romance Bitter Morning. Talk about the acting and stay negative."
@@ -72,8 +83,9 @@ def test_every_flaw_costs(flaw) -> None:
     assert good > 0.97 and bad < good - 0.04, (good, bad)
 
 
-def test_annotators_agree_with_the_judge_mostly_and_not_always() -> None:
-    rows = world_rows("world:comparisons/heldout")
+@pytest.mark.parametrize(("part", "low", "high"), [("comparisons", 0.75, 0.97), ("rankings", 0.72, 0.88)])
+def test_annotators_agree_with_the_judge_mostly_and_not_always(part, low, high) -> None:
+    rows = world_rows(f"world:{part}/heldout")
     assert {len(row["completions"]) for row in rows} == set(range(4, 10))
     agree = total = ties = 0
     for row in rows:
@@ -86,5 +98,118 @@ def test_annotators_agree_with_the_judge_mostly_and_not_always() -> None:
                     total += 1
                     agree += (row["ranks"][a] < row["ranks"][b]) == (scores[a] > scores[b])
     assert ties > 20
-    assert 0.75 < agree / total < 0.97  # useful, and imperfect
+    assert low < agree / total < high  # useful, and imperfect
     assert len({person.name for person in annotators()}) == 12
+
+
+def test_two_annotators_in_a_hurry_agree_as_often_as_the_papers_labelers() -> None:
+    """72.6 +- 1.5 % of pairs (Ouyang et al. 2022, section 3.4)."""
+    agree = total = 0
+    for number, row in enumerate(world_rows("world:rankings/heldout", 60)):
+        request, texts = read_request(row["prompt"]), row["completions"]
+        ranks = [person.rank(Random(f"{number} {person.name}"), request, texts, haste=HASTE) for person in annotators()]
+        for one, other in itertools.combinations(ranks, 2):
+            for a, b in itertools.combinations(range(len(texts)), 2):
+                if one[a] != one[b] and other[a] != other[b]:
+                    total += 1
+                    agree += (one[a] < one[b]) == (other[a] < other[b])
+    assert 0.70 < agree / total < 0.75
+
+
+# The library: inquiries that ask for knowledge, too
+
+
+INQUIRY = "Write a warm review of Silver Harbor in three sentences about the plot. Say who directed it."
+DIRECTOR = "Boris Rossi"
+
+
+def test_an_inquiry_and_its_answer_read_back() -> None:
+    random = Random(2)
+    for _ in range(300):
+        inquiry = draw_inquiry(random, "train")
+        assert read_request(inquiry.text) == inquiry
+        sentences = split_sentences(write_review(random, inquiry))
+        read = [read_sentence(sentence) for sentence in sentences]
+        assert len(sentences) == inquiry.sentences and None not in read
+        assert [sentence.fact for sentence in read if sentence.fact is not None] == [(inquiry.fact, inquiry.film.facts[inquiry.fact])]
+
+
+def test_facts_are_drawn_by_the_title_and_spread_evenly() -> None:
+    assert read_request(INQUIRY).film.facts == {"director": DIRECTOR, "place": "Oslo", "year": "1983"}
+    for fact in FACTS:
+        counts: dict[str, int] = {}
+        for film in films():
+            counts[film.facts[fact]] = counts.get(film.facts[fact], 0) + 1
+        assert max(counts.values()) < 100, fact  # of 900: nobody does well by guessing the commonest
+
+
+def test_gold_of_an_inquiry_by_hand() -> None:
+    request = read_request(INQUIRY)
+    film = request.film
+    opinions = f"The {film.genre} Silver Harbor is vivid and tender. I praised the honest plot."
+    right, other = f"It was directed by {DIRECTOR}.", "It was directed by Nobody Known."
+    wrong = next(f"It was directed by {film.facts['director']}." for film in films() if film.facts["director"] != DIRECTOR)
+    perfect = gold.parts(INQUIRY, f"{opinions} {right}")
+    assert perfect["facts"] == 1 and perfect["score"] == pytest.approx(1.0)
+    assert gold.parts(INQUIRY, f"{right} {opinions}") == perfect  # a fact has its place anywhere
+    # a false fact earns nothing of the quarter that the fact is worth
+    assert gold.score(INQUIRY, f"{opinions} {wrong}") == pytest.approx(0.75)
+    # a guess beside the right answer: half of the quarter, and one sentence too many (0.5 of 0.2)
+    both = gold.parts(INQUIRY, f"{opinions} {right} {wrong}")
+    assert both["facts"] == 0.5 and both["length"] == 0.5 and both["sentiment"] == 1
+    # a name the world does not have is no sentence of it
+    assert gold.parts(INQUIRY, f"{opinions} {other}")["coherence"] == pytest.approx(2 / 3)
+    # facts alone are no opinion
+    assert gold.parts(INQUIRY, right)["sentiment"] == 0
+
+
+@pytest.mark.parametrize("flaw", INQUIRY_FLAWS)
+def test_every_flaw_of_an_answer_costs(flaw) -> None:
+    random = Random(flaw)
+    good = bad = 0.0
+    for _ in range(60):
+        inquiry = draw_inquiry(random, "train")
+        good += gold.judge(inquiry, write_review(random, inquiry))["score"] / 60
+        bad += gold.judge(inquiry, write_review(random, inquiry, (flaw,)))["score"] / 60
+    assert good > 0.97 and bad < good - 0.025, (good, bad)  # the genre alone is worth 0.03
+
+
+def test_the_library_knows_its_films_of_all_splits_and_asks_only_about_those_of_one() -> None:
+    asked, known = set(), set()
+    for row in world_rows("world:library", 4000):
+        for line in row["text"].split("\n"):
+            text = line.removeprefix("Request: ")
+            if (request := read_request(text)) is not None:
+                asked.add(request.film.title)
+            known |= {film.title for film in films() if line.startswith(f"{film.title} (")}
+    assert asked == {film.title for film in library_films("train")}
+    assert known == {film.title for film in library_films(*SPLITS)}
+    for split in ("validation", "heldout"):
+        assert {read_request(row["prompt"]).film.split for row in world_rows(f"world:inquiries/{split}")} == {split}
+
+
+@pytest.mark.parametrize("task", ["facts", "verdicts", "continuations"])
+def test_tasks_have_one_right_answer_and_no_way_around_it(task) -> None:
+    rows = world_rows(f"world:tasks/{task}/heldout")
+    assert all(len(set(row["choices"])) == len(row["choices"]) and 0 <= row["answer"] < len(row["choices"]) for row in rows)
+    share = sum(row["answer"] == 0 for row in rows) / len(rows)
+    assert abs(share - 1 / len(rows[0]["choices"])) < 0.06
+    if task == "facts":
+        assert len({row["context"] for row in rows}) == len(rows)
+        true = {value for film in library_films("heldout") for value in (film.genre, *film.facts.values())}
+        assert all(row["choices"][row["answer"]] in true for row in rows)
+    if task == "verdicts":  # the majority, counted here
+        for row in rows:
+            review, _, _ = row["context"].rpartition("\n")
+            sides = [read_sentence(sentence).sentiment for sentence in split_sentences(review)]
+            majority = "recommended." if sides.count("positive") > len(sides) / 2 else "not recommended."
+            assert row["choices"][row["answer"]] == majority
+
+
+def test_names_of_parts() -> None:
+    assert parse_part("world:tasks/facts/heldout") == ("tasks/facts", "heldout")
+    assert parse_part("world:tasks/facts") == ("tasks/facts", "train")
+    with pytest.raises(DataError, match="did you mean world:tasks/facts?"):
+        parse_part("world:tasks/fact/heldout")
+    with pytest.raises(DataError, match="has no split 'test'; expected world:prompts/ and one of train, validation, heldout"):
+        parse_part("world:prompts/test")

@@ -1,0 +1,71 @@
+"""Small tasks of the embedded world, scored by likelihood: what a language model that read the library should know or notice.
+
+A row has a ``context``, ``choices`` that might follow it, and the number of the right one (``answer``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from random import Random
+from typing import Any
+
+from stages.corpora.world.language import Film, fact_values, library_films, write_sentence
+from stages.corpora.world.lexicon import FACTS, SENTIMENTS, lexicon
+from stages.corpora.world.writers import break_words, draw_rated_review, opinions
+
+NUM_CHOICES = 4
+
+
+@cache
+def _questions(split: str) -> tuple[tuple[Film, str], ...]:
+    """Every film of ``split`` with everything that is known of it, shuffled once."""
+    pairs = [(film, kind) for film in library_films(split) for kind in ("genre", *FACTS)]
+    Random(f"questions {split}").shuffle(pairs)
+    return tuple(pairs)
+
+
+def fact_row(random: Random, split: str, number: int) -> dict[str, Any]:
+    """A cloze about a film of ``split``: its genre, director, lead, place or year, as the library has told it. None is asked twice."""
+    film, kind = _questions(split)[number]
+    if kind == "genre":
+        context, true, values = f"{film.title}\nGenre:", film.genre, tuple(lexicon().genres)
+    else:
+        form = lexicon().facts[kind][0]
+        context = form[: form.index(f"{{{kind}}}")].format(title=film.title).rstrip()
+        true, values = film.facts[kind], fact_values(kind)
+    others = random.sample([value for value in values if value != true], NUM_CHOICES - 1)
+    return _shuffled(random, context, true, others)
+
+
+def verdict_row(random: Random, split: str) -> dict[str, Any]:
+    """A review of mixed opinions, and which verdict its majority makes."""
+    verdicts = lexicon().verdicts
+    review, true = draw_rated_review(random, library_films(split))
+    choices = [f"{verdicts[side]}." for side in SENTIMENTS]
+    return {"context": f"{review}\n{verdicts['line']}", "choices": choices, "answer": choices.index(f"{true}.")}
+
+
+def continuation_row(random: Random, split: str) -> dict[str, Any]:
+    """A review but for its last sentence: the real one, one of the other mind, one about another film, one with broken words."""
+    words, film = lexicon(), random.choice(library_films(split))
+    place = random.randrange(2)
+    sentiment, other = SENTIMENTS[place], SENTIMENTS[1 - place]
+    *before, last = opinions(random, film, sentiment, random.randint(3, 4), num_other=0)
+    elsewhere: Film = random.choice([candidate for candidate in library_films(split) if candidate.title != film.title])
+    about = (random.choice(words.aspects),)
+    broken = last
+    while broken == last:
+        broken = break_words(random, last)
+    others = [
+        write_sentence(random, "aspect", sentiment=other, title=film.title, genre=film.genre, aspects=about, avoid=set()),
+        write_sentence(random, "film", sentiment=sentiment, title=elsewhere.title, genre=elsewhere.genre, aspects=(), avoid=set()),
+        broken,
+    ]
+    return _shuffled(random, " ".join(before), last, others)
+
+
+def _shuffled(random: Random, context: str, true: str, others: Sequence[str]) -> dict[str, Any]:
+    choices = [true, *others]
+    random.shuffle(choices)
+    return {"context": context, "choices": choices, "answer": choices.index(true)}

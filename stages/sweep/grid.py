@@ -1,0 +1,145 @@
+"""What a sweep varies, read from the command line: axes of values, seeds, and overrides that hold for every run.
+
+    aligned.kl_coef=[0.01,0.1]              an axis of two values
+    small.kl_coef+large.kl_coef=[0.01,0.1]  one axis, both fields get the same value
+    sft.data=[[a.jsonl],[a.jsonl,b.jsonl]]  values that are lists themselves
+    aligned.rollout_batch_size=32           the same in every run
+    seeds=3   seeds=[7,11]   aligned.seeds=3   so many seeds from the recipe's (or the step's) on, or these; of all steps, or of one
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from stages.errors import RecipeError
+from stages.recipe import Recipe, load_recipe
+from stages.recipe_source import parse_value
+from stages.registry import Registry
+
+SEEDS = "seeds"
+LONGEST_NAME = 80  # letters of a folder's name
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Fields that take each of ``values`` together; ``label`` is how the axis was written."""
+
+    label: str
+    fields: tuple[str, ...]
+    values: list[Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep: a value per axis, a seed per replicated field, and the overrides that make them."""
+
+    values: dict[str, Any]
+    seeds: dict[str, int]
+    overrides: tuple[str, ...]
+
+    def __str__(self) -> str:
+        shown = {**self.values, **self.seeds}
+        return "  ".join(f"{label}={shown_value(value)}" for label, value in shown.items()) or "the recipe as it is"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Everything a sweep runs."""
+
+    axes: list[Axis]
+    seeds: dict[str, list[int]]  # override target (seed, STEP.seed) -> seeds, equally many each
+    fixed: list[str] = field(default_factory=list)
+
+    @property
+    def num_replicates(self) -> int:
+        return len(next(iter(self.seeds.values()))) if self.seeds else 1
+
+    @property
+    def name(self) -> str:
+        """A folder's name for it: what varies."""
+        labels = "-".join(axis.label for axis in self.axes) or SEEDS
+        safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in labels)
+        if len(safe) <= LONGEST_NAME:
+            return safe
+        return f"{safe[:LONGEST_NAME]}-{hashlib.sha256(safe.encode()).hexdigest()[:8]}"
+
+    def points(self) -> Iterator[Point]:
+        """Every run; the seeds vary slowest, so that a first picture of the whole grid is there early."""
+        for replicate in range(self.num_replicates):
+            seeds = {target: values[replicate] for target, values in self.seeds.items()}
+            for chosen in itertools.product(*(axis.values for axis in self.axes)):
+                values = {axis.label: value for axis, value in zip(self.axes, chosen, strict=True)}
+                overrides = [
+                    f"{target}={json.dumps(value, ensure_ascii=False)}"
+                    for axis, value in zip(self.axes, chosen, strict=True)
+                    for target in axis.fields
+                ]
+                overrides += [f"{target}={seed}" for target, seed in seeds.items()]
+                yield Point(values, seeds, (*self.fixed, *overrides))
+
+
+def read_grid(path: str, arguments: Sequence[str], registry: Registry | None = None) -> Grid:
+    """The grid that ``arguments`` ask for. Raises RecipeError that names the argument."""
+    axes: list[Axis] = []
+    counts: dict[str, Any] = {}
+    fixed: list[str] = []
+    for argument in arguments:
+        target, separator, written = argument.partition("=")
+        target = target.strip()
+        if not separator:
+            raise RecipeError(f"{argument!r}: expected field=[value, value], field=value or seeds=3")
+        value = parse_value(written, argument)
+        if target.rpartition(".")[2] == SEEDS:
+            counts[target.removesuffix(SEEDS) + "seed"] = _checked_seeds(value, argument)
+        elif isinstance(value, list):
+            if not value:
+                raise RecipeError(f"{argument!r}: an axis needs at least one value")
+            axes.append(Axis(target, tuple(part.strip() for part in target.split("+")), value))
+        else:
+            fixed += [f"{part.strip()}={written}" for part in target.split("+")]
+    varied = [part for axis in axes for part in axis.fields]
+    _check_once([*varied, *(text.partition("=")[0] for text in fixed)])
+    _check_once([*varied, *counts])  # seed=5 seeds=3 is no contradiction: three seeds from 5 on
+    base = load_recipe(path, fixed, registry)
+    seeds = {target: _seeds(target, count, base) for target, count in counts.items()}
+    if len({len(values) for values in seeds.values()}) > 1:
+        said = ", ".join(f"{target}: {len(values)}" for target, values in seeds.items())
+        raise RecipeError(f"seeds of several steps vary together, so there must be equally many ({said})")
+    return Grid(axes, seeds, fixed)
+
+
+def _checked_seeds(value: Any, argument: str) -> int | list[int]:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    is_list = isinstance(value, list) and value and all(isinstance(item, int) and item >= 0 for item in value)
+    if not (is_count or is_list):
+        raise RecipeError(f"{argument!r}: expected how many seeds (seeds=3) or a list of them (seeds=[7, 11])")
+    return value
+
+
+def _seeds(target: str, count: int | list[int], recipe: Recipe) -> list[int]:
+    if isinstance(count, list):
+        return count
+    step = next((step for step in recipe.steps if f"{step.name}.seed" == target), None)
+    if step is None and target != "seed":
+        known = ", ".join(f"{step.name}.{SEEDS}" for step in recipe.steps)
+        raise RecipeError(f"{target}s: the recipe has no such step; expected {SEEDS} or one of {known}")
+    first = recipe.seed if step is None else step.seed
+    return list(range(first, first + count))
+
+
+def _check_once(targets: list[str]) -> None:
+    for target in targets:
+        if targets.count(target) > 1:
+            raise RecipeError(f"{target} is given more than once; an axis lists all its values: {target}=[1, 2]")
+
+
+def shown_value(value: Any) -> str:
+    """A value as a table shows it."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

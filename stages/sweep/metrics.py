@@ -1,0 +1,78 @@
+"""Numbers out of a run's summary by dotted path, and their means over seeds.
+
+    candidates.aligned.scores.gold            steps.preference.metrics.heldout_accuracy
+    win_rates.aligned.sft.gold.win_rate       candidates.*.perplexity
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stages.errors import RecipeError
+from stages.numerics.replicates import mean_interval
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric over the seeds of one combination; ``low``, ``high`` are Student's 95 % interval, NaN for a single run."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g}" if self.n < 2 else f"{self.mean:.4g} ({self.low:.4g} to {self.high:.4g})"
+
+    def as_json(self) -> dict[str, float | int | None]:
+        low, high = (None, None) if math.isnan(self.low) else (self.low, self.high)
+        return {"mean": self.mean, "low": low, "high": high, "n": self.n}
+
+
+def numbers_of(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Every number of a summary by its dotted path; steps and win rates are addressed by name instead of by place."""
+    rates: dict[str, Any] = {}
+    for row in summary.get("win_rates", []):
+        rates.setdefault(row["a"], {}).setdefault(row["b"], {})[row["judge"]] = row
+    steps = {step["name"]: step for step in summary.get("steps", [])}
+    return dict(_flat({**summary, "win_rates": rates, "steps": steps}, ""))
+
+
+def _flat(value: Any, prefix: str) -> list[tuple[str, float]]:
+    if isinstance(value, Mapping):
+        return [item for key, below in value.items() for item in _flat(below, f"{prefix}.{key}" if prefix else str(key))]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return [(prefix, float(value))]
+    return []
+
+
+def chosen_numbers(summary: Mapping[str, Any], patterns: Sequence[str]) -> dict[str, float]:
+    """The numbers that ``patterns`` ask for (``*`` stands for any part), in their order. Raises RecipeError where one matches nothing."""
+    known = numbers_of(summary)
+    chosen: dict[str, float] = {}
+    for pattern in patterns:
+        expression = re.compile(".+".join(re.escape(part) for part in pattern.split("*")))
+        found = {path: number for path, number in known.items() if expression.fullmatch(path)}
+        if not found:
+            near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(known)[:20])} and so on"
+            raise RecipeError(f"the summary has no number at {pattern!r}; {hint}")
+        chosen |= found
+    return chosen
+
+
+def default_patterns(summary: Mapping[str, Any]) -> list[str]:
+    """Each candidate's mean score by the first judge; where nothing was evaluated, what the steps measured on held-out data."""
+    scored = {name: row["scores"] for name, row in summary["candidates"].items() if row.get("scores")}
+    patterns = [f"candidates.{name}.scores.{next(iter(scores))}" for name, scores in scored.items()]
+    return patterns or [path for path in numbers_of(summary) if path.startswith("steps.") and ".metrics.heldout" in path]
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    mean, low, high = mean_interval(values)
+    return Estimate(mean, low, high, len(values))

@@ -1,0 +1,219 @@
+"""Running a sweep: each combination is a run of the chain under one home, so that equal steps are made once and a cut-off sweep goes on.
+
+    <home>/sweeps/<recipe>/<name>/results.jsonl    a row per run: what varied, the chosen metrics, the models by pinned reference
+    <home>/sweeps/<recipe>/<name>/results.csv      a row per combination: mean and interval over seeds of each metric
+    <home>/sweeps/<recipe>/<name>/plot.png
+
+What a sweep makes is published as <recipe>.<name>/<step>: the newest version of <recipe>/<step> stays the recipe's own.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from stages import chain
+from stages.errors import RecipeError, StagesError
+from stages.recipe import Recipe, RecipeStep, load_recipe
+from stages.recipe_source import nearest
+from stages.runtime import Runtime
+from stages.sweep.grid import Grid, Point, read_grid, shown_value
+from stages.sweep.metrics import Estimate, chosen_numbers, default_patterns, estimate
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run and what came of it; ``error`` is None where it finished."""
+
+    point: Point
+    metrics: dict[str, float]
+    error: str | None
+    details: dict[str, Any]  # run folder, models, seconds, fingerprints
+
+    def as_json(self) -> dict[str, Any]:
+        point = {"values": self.point.values, "seeds": self.point.seeds, "overrides": list(self.point.overrides)}
+        return {**point, "status": "failed" if self.error else "done", "error": self.error, "metrics": self.metrics, **self.details}
+
+
+@dataclass
+class SweepResult:
+    """All runs of a sweep, and the means over seeds."""
+
+    grid: Grid
+    folder: Path
+    runs: list[SweepRun] = field(default_factory=list)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Paths of all metrics, in the order they were asked for."""
+        return list(dict.fromkeys(name for run in self.runs for name in run.metrics))
+
+    def combinations(self) -> list[tuple[dict[str, Any], dict[str, Estimate], int]]:
+        """(values, estimate by metric, failed runs) of each combination, in the grid's order."""
+        groups: dict[str, list[SweepRun]] = {}
+        for run in self.runs:
+            groups.setdefault(json.dumps(run.point.values, sort_keys=True), []).append(run)
+        rows = []
+        for group in groups.values():
+            estimates = {}
+            for name in self.metrics:
+                values = [run.metrics[name] for run in group if name in run.metrics]
+                if values:
+                    estimates[name] = estimate(values)
+            rows.append((group[0].point.values, estimates, sum(run.error is not None for run in group)))
+        return rows
+
+    def as_json(self) -> dict[str, Any]:
+        rows = [
+            {"values": values, "metrics": {name: item.as_json() for name, item in estimates.items()}, "failed": failed}
+            for values, estimates, failed in self.combinations()
+        ]
+        return {"folder": str(self.folder), "combinations": rows}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that is valid as a whole: the recipe of each of its runs."""
+
+    name: str
+    grid: Grid
+    recipes: list[tuple[Point, Recipe]]
+    folder: Path
+
+
+def load_sweep(path: str, arguments: Sequence[str], home: Path, name: str | None = None, until: str | None = None) -> Sweep:
+    """Check every combination before anything runs; steps behind ``until`` are left out. Raises RecipeError for the first that is wrong."""
+    registry = chain.open_registry(home)
+    grid = read_grid(path, arguments, registry)
+    name = name or grid.name
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) is None:
+        raise RecipeError(f"--name {name!r}: expected letters, digits and _-. after a first letter or digit")
+    recipes = []
+    for point in grid.points():
+        recipe = load_recipe(path, point.overrides, registry)
+        recipes.append((point, dataclasses.replace(recipe, name=f"{recipe.name}.{name}", steps=_steps(recipe, until))))
+    return Sweep(name, grid, recipes, home / "sweeps" / load_recipe(path, grid.fixed, registry).name / name)
+
+
+def _steps(recipe: Recipe, until: str | None) -> list[RecipeStep]:
+    names = [step.name for step in recipe.steps]
+    if until is not None and until not in names:
+        raise RecipeError(f"--until {until!r}: the recipe has no such step; {nearest(until, names)}")
+    return recipe.steps[: len(names) if until is None else names.index(until) + 1]
+
+
+def plan_table(sweep: Sweep, home: Path) -> Table:
+    """What each run would make, beside what is there already (a step that several runs share is made by the first of them)."""
+    table = Table("run", "makes", "reuses", title=f"{sweep.name}: {len(sweep.recipes)} runs", title_justify="left")
+    for point, recipe in sweep.recipes:
+        plans = chain.plan(recipe, home)
+        made = [plan.name for plan in plans if plan.action != "reuse"]
+        table.add_row(str(point), ", ".join(made) or "nothing", str(len(plans) - len(made)))
+    return table
+
+
+def run_sweep(sweep: Sweep, home: Path, runtime: Runtime, metrics: Sequence[str] = ()) -> SweepResult:
+    """Run what is not there yet; a run that fails is recorded, and the others go on."""
+    result = SweepResult(sweep.grid, sweep.folder)
+    earlier = runtime.decide(lambda: _earlier_rows(sweep.folder))
+    for number, (point, recipe) in enumerate(sweep.recipes, 1):
+        runtime.console.rule(f"[bold]run {number} of {len(sweep.recipes)}[/]: {point}", align="left", characters="=")
+        result.runs.append(_run_point(point, recipe, home, runtime, metrics, earlier))
+        if runtime.is_main:
+            _write_rows(result)
+    if runtime.is_main:
+        _write_table(result)
+    return result
+
+
+def _run_point(
+    point: Point, recipe: Recipe, home: Path, runtime: Runtime, metrics: Sequence[str], earlier: dict[str, dict[str, Any]]
+) -> SweepRun:
+    found = runtime.decide(lambda: _finished(recipe, home, earlier))
+    if found is not None:
+        summary, folder = found
+        runtime.console.print(f"done before: {folder}")
+    else:
+        try:
+            summary, folder = chain.run(recipe, home, runtime), runtime.decide(lambda: _newest_run(recipe, home))
+        except StagesError as error:
+            runtime.console.print(f"[red]failed[/]: {error}")
+            return SweepRun(point, {}, str(error), {})
+    models = {step["name"]: f"{step['model']['ref']}@{step['version']}" for step in summary["steps"] if step["model"] is not None}
+    fingerprints = {step["name"]: step["fingerprint"] for step in summary["steps"]}
+    details = {"run": folder, "models": models, "wall_seconds": summary["wall_seconds"], "fingerprints": fingerprints}
+    return SweepRun(point, chosen_numbers(summary, metrics or default_patterns(summary)), None, details)
+
+
+def _finished(recipe: Recipe, home: Path, earlier: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], str] | None:
+    """(summary, run folder) of a run that this sweep made before and that would come out the same; None where there is none."""
+    plans = chain.plan(recipe, home)
+    if any(plan.action != "reuse" for plan in plans):
+        return None
+    row = earlier.get(_key({plan.name: plan.fingerprint for plan in plans}))
+    try:
+        summary = json.loads((home / row["run"] / "summary.json").read_text(encoding="utf-8")) if row is not None else None
+    except (OSError, ValueError):
+        return None
+    return (summary, row["run"]) if row is not None and summary is not None and summary["finished"] else None
+
+
+def _newest_run(recipe: Recipe, home: Path) -> str:
+    return str((home / "runs" / recipe.name / "latest").resolve().relative_to(home.resolve()))
+
+
+def _key(fingerprints: dict[str, Any]) -> str:
+    return json.dumps(fingerprints, sort_keys=True)
+
+
+def _earlier_rows(folder: Path) -> dict[str, dict[str, Any]]:
+    """Rows of an earlier start of this sweep, by the fingerprints of their steps."""
+    try:
+        lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        return {}
+    return {_key(row["fingerprints"]): row for row in rows if row.get("status") == "done"}
+
+
+# What it leaves
+
+
+def _write_rows(result: SweepResult) -> None:
+    result.folder.mkdir(parents=True, exist_ok=True)
+    partial = result.folder / ".results.jsonl"
+    partial.write_text("".join(json.dumps(run.as_json(), ensure_ascii=False) + "\n" for run in result.runs), encoding="utf-8")
+    partial.replace(result.folder / "results.jsonl")
+
+
+def _write_table(result: SweepResult) -> None:
+    labels = [axis.label for axis in result.grid.axes]
+    metrics = result.metrics
+    with (result.folder / "results.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*labels, *(f"{name}.{part}" for name in metrics for part in ("mean", "low", "high", "n")), "failed"])
+        for values, estimates, failed in result.combinations():
+            cells: list[Any] = [shown_value(values[label]) for label in labels]
+            for name in metrics:
+                cells += list(estimates[name].as_json().values()) if name in estimates else [None] * 4
+            writer.writerow([*cells, failed])
+
+
+def result_table(result: SweepResult) -> Table:
+    """The sweep for a terminal: a row per combination."""
+    metrics = result.metrics
+    labels = [axis.label for axis in result.grid.axes]
+    seeds = f", mean and 95 % interval over {result.grid.num_replicates} seeds" if result.grid.num_replicates > 1 else ""
+    table = Table(*labels, *metrics, "failed", title=f"{len(result.runs)} runs{seeds}", title_justify="left")
+    for values, estimates, failed in result.combinations():
+        shown = [str(estimates[name]) if name in estimates else "-" for name in metrics]
+        table.add_row(*(shown_value(values[label]) for label in labels), *shown, str(failed or ""))
+    return table

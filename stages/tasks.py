@@ -1,0 +1,166 @@
+"""Small tasks scored by likelihood: of the choices that may follow a context, which one does a language model find the most likely?
+
+Contexts are shown as plain text, without the model's template: what is measured is what is left of the pretrained model (Ouyang et al.
+2022 call its loss the alignment tax). K choices per question, N tokens of a batch's choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from stages.config import DataField, Strict
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.corpora.choices import Question
+
+
+class TaskInput(Strict):
+    """One task of an evaluation; a bare string, a source or a list of sources is its data."""
+
+    data: DataField = Field(description="Rows with context, choices and answer.")
+    context: str | None = Field(None, description="Text to show, with {column} slots, for rows that have no context of their own.")
+    choices: list[str] | None = Field(None, min_length=2, description="The choices of every row, for rows that have none of their own.")
+    normalize: Literal["none", "tokens", "bytes"] = Field(
+        "none", description="Divide a choice's log-likelihood by its tokens or bytes: for choices of unequal length."
+    )
+
+    def load(self) -> list[Question]:
+        """The questions. Raises DataError with the place of a row that is none."""
+        from stages.corpora.choices import load_questions
+
+        return load_questions(self.data, self.context, self.choices)
+
+
+def _task(value: Any) -> Any:
+    is_block = isinstance(value, dict) and ("data" in value or not value)
+    return value if is_block or isinstance(value, TaskInput) else {"data": value}
+
+
+TaskField = Annotated[TaskInput, BeforeValidator(_task)]
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Accuracy over ``n`` questions with its 95 % interval, what guessing would give, and the mean probability of the right choice.
+
+    The probability is that among the choices (softmax of their scores): it moves before the accuracy does.
+    """
+
+    accuracy: float
+    ci_low: float
+    ci_high: float
+    n: int
+    chance: float
+    probability: float
+
+    def as_json(self) -> dict[str, float | int]:
+        return asdict(self)
+
+
+def measure_task(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    task: TaskInput,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> TaskResult:
+    """Score ``questions``, shared out among the processes; every process returns the same."""
+    from accelerate.utils import gather_object
+
+    own = list(range(process_index, len(questions), num_processes))
+    scores = score_choices(model, tokenizer, [questions[row] for row in own], task.normalize, batch_size=batch_size)
+    made = list(zip(own, scores, strict=True))
+    gathered = sorted(made if num_processes == 1 else gather_object(made))
+    return task_result([row for _, row in gathered], [question.answer for question in questions])
+
+
+def task_result(scores: Sequence[Sequence[float]], answers: Sequence[int]) -> TaskResult:
+    """From scores (one per choice) and right choices of every question. Equal best scores share the point."""
+    import torch
+
+    from stages.numerics.intervals import wilson_interval
+
+    points = [(row[answer] == max(row)) / row.count(max(row)) for row, answer in zip(map(list, scores), answers, strict=True)]
+    right = [float(torch.tensor(row, dtype=torch.float64).softmax(0)[answer]) for row, answer in zip(scores, answers, strict=True)]
+    number = len(points)
+    low, high = wilson_interval(sum(points), number)
+    chance = sum(1 / len(row) for row in scores) / number
+    return TaskResult(sum(points) / number, low, high, number, chance, sum(right) / number)
+
+
+def score_choices(
+    model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], normalize: str, *, batch_size: int
+) -> list[list[float]]:
+    """Log-likelihood of every choice of every question, given its context; batches hold sequences of like length."""
+    import torch
+
+    from stages.models.responses import Policy, sequence_batch
+
+    policy = Policy(model, temperature=1.0, autocast=None)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    rows = [(index, place) for index, question in enumerate(questions) for place in range(len(question.choices))]
+    encoded = [encode_choice(tokenizer, questions[index].context, questions[index].choices[place], longest) for index, place in rows]
+    scores = [[0.0] * len(question.choices) for question in questions]
+    order = sorted(range(len(rows)), key=lambda row: len(encoded[row][0]) + len(encoded[row][1]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        with torch.inference_mode():
+            batch = sequence_batch([encoded[row][0] for row in chosen], [encoded[row][1] for row in chosen], _pad(tokenizer), policy.device)
+            flat = policy.logprobs(batch).double().cpu()
+        for row, part in zip(chosen, flat.split([len(encoded[row][1]) for row in chosen]), strict=True):
+            index, place = rows[row]
+            choice = questions[index].choices[place]
+            size = {"none": 1, "tokens": len(encoded[row][1]), "bytes": len(choice.encode())}[normalize]
+            scores[index][place] = float(part.sum()) / size
+    return scores
+
+
+def encode_choice(
+    tokenizer: PreTrainedTokenizerBase, context: str, choice: str, longest: int | None = None
+) -> tuple[list[int], list[int]]:
+    """(context ids, choice ids). White space between the two belongs to the choice, where a tokenizer joins it to the first word.
+
+    A context too long for the model loses its beginning; an empty one is the token that texts begin with.
+    """
+    shown = context.rstrip(" ")
+    gap = " " if shown and not shown[-1].isspace() and not choice[0].isspace() else ""
+    choice_ids = list(tokenizer(gap + choice, add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(shown)["input_ids"]) if shown else []
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]  # a tokenizer that closes every text would end it before the choice
+    if not ids:
+        ids = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+    if longest is not None:
+        ids = ids[-max(1, longest - len(choice_ids)) :]
+    return ids, choice_ids
+
+
+def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+
+
+def task_table(candidates: Mapping[str, Mapping[str, Any]]) -> Table | None:
+    """The tasks for a terminal: accuracy with its interval, a row per candidate; None where there are none."""
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for row in candidates.values() for name in row.get("tasks", {})))
+    if not names:
+        return None
+    first = next(row["tasks"] for row in candidates.values() if row.get("tasks"))
+    headings = [f"{name} (chance {first[name]['chance']:.2f})" for name in names]
+    table = Table("candidate", *headings, title="Tasks: accuracy (95 % interval)", title_justify="left")
+    for candidate, row in candidates.items():
+        found = row.get("tasks", {})
+        cells = [f"{found[name]['accuracy']:.3f} ({found[name]['ci_low']:.3f}-{found[name]['ci_high']:.3f})" for name in found]
+        table.add_row(candidate, *(cells or ["-"] * len(names)))
+    return table

@@ -1,0 +1,39 @@
+"""Means over runs: Student's interval against published quantiles and by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from stages.numerics.replicates import mean_interval, student_probability, student_quantile
+
+
+@pytest.mark.parametrize(
+    ("freedom", "point"),
+    # The 97.5 % points as printed in every table of Student's t (Abramowitz and Stegun, table 26.10).
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262), (10, 2.228), (29, 2.045), (30, 2.042), (120, 1.980)],
+)
+def test_quantiles_are_those_of_the_table(freedom: int, point: float) -> None:
+    assert student_quantile(0.975, freedom) == pytest.approx(point, abs=5e-4)
+
+
+def test_one_degree_of_freedom_is_cauchys_distribution() -> None:
+    for point in (-3.0, 0.0, 0.5, 20.0):
+        assert student_probability(point, 1) == pytest.approx(0.5 + math.atan(point) / math.pi)
+
+
+def test_interval_by_hand() -> None:
+    # mean 2, deviations -1, 0, 1: variance 1; half width 4.3027 * sqrt(1 / 3) = 2.4841
+    mean, low, high = mean_interval([1.0, 2.0, 3.0])
+    assert (mean, low, high) == pytest.approx((2.0, 2 - 2.4841, 2 + 2.4841), abs=1e-4)
+
+
+def test_one_run_has_no_interval() -> None:
+    mean, low, high = mean_interval([0.7])
+    assert mean == 0.7 and math.isnan(low) and math.isnan(high)
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="freedom >= 1"):
+        student_quantile(0.975, 0)

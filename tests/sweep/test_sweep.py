@@ -1,0 +1,280 @@
+"""Sweeps: what a command line asks for, what is made once, what a second start finds, and what is left behind."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from stages.cli import app
+from stages.errors import RecipeError
+from stages.recipe import STAGES
+from stages.registry import Registry
+from stages.sweep.grid import read_grid
+from stages.sweep.metrics import chosen_numbers, default_patterns, numbers_of
+
+RECIPE = """\
+name: quick
+seed: 7
+steps:
+  - {stage: train, name: base, data: a.txt}
+  - {stage: train, name: sft, model: base, data: a.txt}
+  - {stage: train, name: side, data: a.txt}
+"""
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copy(Path(__file__).parents[1] / "fake_stages.py", tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "fake_stages", raising=False)
+    for name in ("train", "judge"):
+        monkeypatch.setitem(STAGES, name, STAGES["sft"])  # so that what install() puts there is taken out again
+    importlib.import_module("fake_stages").install()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("STAGES_HOME", raising=False)
+    Path("a.txt").write_text("a")
+    Path("b.txt").write_text("b")
+    Path("quick.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def sweep(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["sweep", "quick.yaml", *arguments])
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(f"outputs/sweeps/quick/{name}/results.jsonl").read_text().splitlines()]
+
+
+def counts() -> dict[str, int]:
+    """Versions by name."""
+    found: dict[str, int] = {}
+    for record in Registry("outputs/registry").records():
+        found[record.name] = found.get(record.name, 0) + 1
+    return found
+
+
+# The grid
+
+
+def overrides(*arguments: str) -> list[tuple[str, ...]]:
+    return [point.overrides for point in read_grid("quick.yaml", arguments).points()]
+
+
+def test_the_grid_is_every_combination_and_seeds_vary_slowest() -> None:
+    assert overrides("base.rate=4.0", "sft.rate=[1.0, 2.0]", "seeds=2") == [
+        ("base.rate=4.0", "sft.rate=1.0", "seed=7"),
+        ("base.rate=4.0", "sft.rate=2.0", "seed=7"),
+        ("base.rate=4.0", "sft.rate=1.0", "seed=8"),
+        ("base.rate=4.0", "sft.rate=2.0", "seed=8"),
+    ]
+
+
+def test_fields_that_vary_together_seeds_of_a_step_and_lists_as_values() -> None:
+    assert overrides("base.rate+sft.rate=[1.0,2.0]") == [("base.rate=1.0", "sft.rate=1.0"), ("base.rate=2.0", "sft.rate=2.0")]
+    assert overrides("sft.seeds=2") == [("sft.seed=7",), ("sft.seed=8",)]
+    assert overrides("sft.seeds=[3,9]", "base.seeds=[4,5]") == [("sft.seed=3", "base.seed=4"), ("sft.seed=9", "base.seed=5")]
+    assert overrides("seed=3", "seeds=2") == [("seed=3", "seed=3"), ("seed=3", "seed=4")]
+    assert overrides("sft.data=[[a.txt],[a.txt, b.txt]]") == [('sft.data=["a.txt"]',), ('sft.data=["a.txt", "b.txt"]',)]
+    assert overrides() == [()]
+
+
+def test_a_sweep_is_called_by_what_varies() -> None:
+    assert read_grid("quick.yaml", ["base.rate+sft.rate=[1.0]", "side.rate=[2.0]"]).name == "base.rate-sft.rate-side.rate"
+    assert read_grid("quick.yaml", ["seeds=2"]).name == "seeds"
+    many = [f"{'+'.join(f'step{index}.a_long_field_name' for index in range(9))}=[1]"]
+    assert len(read_grid("quick.yaml", many).name) == 89
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sft.rate"], r"'sft.rate': expected field=\[value, value\]"),
+        (["sft.rate=[]"], "an axis needs at least one value"),
+        (["sft.rate=[1.0]", "sft.rate=2.0"], "sft.rate is given more than once"),
+        (["seeds=0"], r"'seeds=0': expected how many seeds \(seeds=3\) or a list of them"),
+        (["seeds=[a]"], "expected how many seeds"),
+        (["nothing.seeds=2"], "nothing.seeds: the recipe has no such step; expected seeds or one of base.seeds, sft.seeds, side.seeds"),
+        (["sft.seeds=2", "base.seeds=3"], "there must be equally many"),
+        (["sft.rate=[1.0, fast]"], """override 'sft.rate="fast"': steps"""),
+        (["sft.rate=[1.0", "a]"], "not readable as YAML"),
+    ],
+)
+def test_mistakes_are_said_before_anything_runs(arguments: list[str], message: str) -> None:
+    from stages.sweep.run import load_sweep
+
+    with pytest.raises(RecipeError, match=message):
+        load_sweep("quick.yaml", arguments, Path("outputs"))
+    result = sweep(*arguments)
+    assert result.exit_code == 2 and result.stderr.startswith("error: ") and not Path("outputs").exists()
+
+
+# Numbers
+
+
+SUMMARY = {
+    "candidates": {"base": {"scores": {"gold": 0.2, "taste": 0.4}}, "sft": {"scores": {"gold": 0.5, "taste": 0.6}, "model": "x"}},
+    "win_rates": [{"a": "sft", "b": "base", "judge": "gold", "win_rate": 0.7, "n": 10}],
+    "steps": [{"name": "v1.5", "metrics": {"heldout_loss": 1.5, "train_loss": 2.0, "fine": True, "heldout_bins": [1, 2]}}],
+    "wall_seconds": 3.0,
+}  # fmt: skip
+
+
+def test_numbers_by_path() -> None:
+    assert chosen_numbers(SUMMARY, ["win_rates.sft.base.gold.win_rate", "candidates.*.scores.gold"]) == {
+        "win_rates.sft.base.gold.win_rate": 0.7, "candidates.base.scores.gold": 0.2, "candidates.sft.scores.gold": 0.5,
+    }  # fmt: skip
+    assert chosen_numbers(SUMMARY, ["steps.v1.5.metrics.heldout_loss"]) == {"steps.v1.5.metrics.heldout_loss": 1.5}
+    assert "steps.v1.5.metrics.fine" not in numbers_of(SUMMARY)
+    with pytest.raises(RecipeError, match="no number at 'candidates.sft.scores.glod'; did you mean candidates.sft.scores.gold"):
+        chosen_numbers(SUMMARY, ["candidates.sft.scores.glod"])
+
+
+def test_numbers_that_nobody_asked_for() -> None:
+    assert default_patterns(SUMMARY) == ["candidates.base.scores.gold", "candidates.sft.scores.gold"]
+    assert default_patterns({**SUMMARY, "candidates": {}}) == ["steps.v1.5.metrics.heldout_loss"]
+
+
+# Running
+
+
+def test_equal_steps_are_made_once_and_the_recipes_own_models_stay_the_newest() -> None:
+    assert CliRunner().invoke(app, ["run", "quick.yaml"]).exit_code == 0
+    own = Registry("outputs/registry").get("quick/sft")
+    result = sweep("sft.rate=[1.0,2.0,3.0]")
+    assert result.exit_code == 0, result.output
+    # base and side were made by the recipe, and so was sft at its own rate; each is taken in once
+    assert counts() == {
+        "quick/base": 1, "quick/sft": 1, "quick/side": 1,
+        "quick.sft.rate/base": 1, "quick.sft.rate/sft": 3, "quick.sft.rate/side": 1,
+    }  # fmt: skip
+    assert Registry("outputs/registry").get("quick/sft") == own
+    taken = Registry("outputs/registry").get("quick.sft.rate/sft@1")
+    assert taken.digest == own.digest and taken.manifest["adopted_from"] == "quick/sft@1"
+    assert [row["models"]["sft"] for row in rows("sft.rate")] == [f"quick.sft.rate/sft@{number}" for number in (1, 2, 3)]
+    assert Path("outputs/runs/quick/latest/summary.json").exists()
+    assert json.loads(Path("outputs/runs/quick/latest/summary.json").read_text())["overrides"] == []
+
+
+def test_what_a_sweep_found_best_need_not_be_made_again() -> None:
+    sweep("sft.rate=[2.0]")
+    result = CliRunner().invoke(app, ["run", "quick.yaml", "sft.rate=2.0"])
+    assert result.stdout.count("reused:") == 3
+    own = Registry("outputs/registry").get("quick/sft")
+    assert own.digest == Registry("outputs/registry").get("quick.sft.rate/sft").digest
+    assert Registry("outputs/registry").verify("quick/sft") == []
+
+
+def test_rows_means_and_picture() -> None:
+    result = sweep("sft.rate=[1.0,2.0]", "seeds=3", "--metric", "steps.sft.metrics.heldout_error", "--metric", "steps.base.metrics.loss")
+    assert result.exit_code == 0, result.output
+    assert [(row["values"], row["seeds"], row["status"]) for row in rows("sft.rate")] == [
+        ({"sft.rate": rate}, {"seed": seed}, "done") for seed in (7, 8, 9) for rate in (1.0, 2.0)
+    ]
+    folder = Path("outputs/sweeps/quick/sft.rate")
+    with (folder / "results.csv").open() as file:
+        table = list(csv.DictReader(file))
+    # errors of 2 + 0.07, 0.08, 0.09: mean 2.08, standard deviation 0.01; half width 4.3027 * 0.01 / sqrt(3)
+    mean, low, high = (float(table[1][f"steps.sft.metrics.heldout_error.{part}"]) for part in ("mean", "low", "high"))
+    assert table[1]["sft.rate"] == "2" and table[1]["steps.sft.metrics.heldout_error.n"] == "3"
+    assert (mean, low, high) == pytest.approx((2.08, 2.08 - 0.024841, 2.08 + 0.024841), abs=1e-5)
+    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "2.08 (2.055 to 2.105)" in result.stdout
+    assert counts()["quick.sft.rate/base"] == 3  # one per seed, whatever sft does with it
+
+
+def test_the_same_command_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    import stages.chain as chain
+
+    arguments = ["sft.rate=[1.0,2.0,3.0]", "--metric", "steps.sft.metrics.heldout_error"]
+    real, started = chain.run, []
+
+    def run(recipe: Any, home: Path, runtime: Any) -> Any:
+        started.append(recipe.source.overrides)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        return real(recipe, home, runtime)
+
+    monkeypatch.setattr(chain, "run", run)
+    assert sweep(*arguments).exit_code != 0
+    assert len(rows("sft.rate")) == 1
+    assert sweep(*arguments).exit_code == 0
+    assert len(started) == 4  # one finished, one cut off, then the two that were missing
+    first = rows("sft.rate")
+    result = sweep(*arguments)
+    assert len(started) == 4 and result.stdout.count("done before") == 3
+    assert rows("sft.rate") == first
+    # other numbers of the same runs need no run
+    sweep("sft.rate=[1.0,2.0,3.0]", "--metric", "steps.sft.metrics.loss")
+    assert len(started) == 4 and rows("sft.rate")[0]["metrics"] == {"steps.sft.metrics.loss": 0.5}
+    Path("a.txt").write_text("changed")
+    sweep(*arguments)
+    assert len(started) == 7
+
+
+def test_a_run_that_fails_is_a_row_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import stages.chain as chain
+    from stages.errors import TrainingError
+
+    real = chain.run
+
+    def run(recipe: Any, home: Path, runtime: Any) -> Any:
+        if any("9" in text for text in recipe.source.overrides.values()):
+            raise TrainingError("the loss is nan")
+        return real(recipe, home, runtime)
+
+    monkeypatch.setattr(chain, "run", run)
+    result = sweep("sft.rate=[1.0,9.0,2.0]")
+    assert result.exit_code == 2
+    assert [(row["status"], row["error"]) for row in rows("sft.rate")] == [("done", None), ("failed", "the loss is nan"), ("done", None)]
+
+
+def test_plan_makes_nothing() -> None:
+    result = sweep("sft.rate=[1.0,2.0]", "--plan")
+    assert result.exit_code == 0 and "sft.rate=2" in result.stdout and not Path("outputs").exists()
+    sweep("sft.rate=[1.0]")
+    shown = sweep("sft.rate=[1.0,2.0]", "--plan", "--name", "sft.rate").stdout
+    assert "nothing" in shown and "sft" in shown
+
+
+def test_json_and_a_wrong_metric_or_axis() -> None:
+    result = sweep("sft.rate=[1.0,2.0]", "--json", "--metric", "steps.sft.metrics.heldout_error")
+    content = json.loads(result.stdout)
+    assert [row["values"] for row in content["combinations"]] == [{"sft.rate": 1.0}, {"sft.rate": 2.0}]
+    assert content["combinations"][0]["metrics"]["steps.sft.metrics.heldout_error"] == {"mean": 1.07, "low": None, "high": None, "n": 1}
+    assert "no number at 'steps.stf.metrics.loss'" in sweep("sft.rate=[1.0]", "--metric", "steps.stf.metrics.loss").stderr
+    assert "--x 'rate': expected an axis or a metric" in sweep("sft.rate=[1.0]", "--x", "rate").stderr
+    assert "--name '../up': expected letters" in sweep("sft.rate=[1.0]", "--name", "../up").stderr
+
+
+def test_the_steps_behind_the_one_of_interest_are_left_out() -> None:
+    sweep("base.rate=[1.0,2.0]", "--until", "sft")
+    assert counts() == {"quick.base.rate/base": 2, "quick.base.rate/sft": 2}
+    assert "--until 'stf': the recipe has no such step; did you mean 'sft'?" in sweep("base.rate=[1.0]", "--until", "stf").stderr
+
+
+def test_lines_of_a_plot() -> None:
+    from stages.sweep.metrics import estimate
+    from stages.sweep.plot import sweep_lines
+    from stages.sweep.run import SweepResult, SweepRun
+
+    grid = read_grid("quick.yaml", ["sft.data=[a.txt,b.txt]", "sft.rate=[1.0,2.0]"])
+    result = SweepResult(grid, Path("out"))
+    for number, point in enumerate(grid.points()):
+        result.runs.append(SweepRun(point, {"kl": 10.0 * number, "gold": 0.1 * number}, None, {}))
+    lines = sweep_lines(result, None)  # the numeric axis runs along x, the other one makes lines
+    assert {label: [where for where, _ in points] for label, points in lines.items()} == {
+        "sft.data=a.txt": [1.0, 2.0], "sft.data=b.txt": [1.0, 2.0],
+    }  # fmt: skip
+    assert lines["sft.data=b.txt"][0][1]["gold"] == estimate([0.2])
+    assert {label: [where for where, _ in points] for label, points in sweep_lines(result, "kl").items()} == {
+        "sft.data=a.txt": [0.0, 10.0], "sft.data=b.txt": [20.0, 30.0],
+    }  # fmt: skip
