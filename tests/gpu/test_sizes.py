@@ -69,7 +69,7 @@ def test_ppo_runs_and_needs_what_was_planned(random_model, step_context, resolve
     draw = random.Random(0)
     prompts = [" ".join(f"w{draw.randrange(1, VOCABULARY)}" for _ in range(256)) for _ in range(128)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    (tmp_path / "counting_reward.py").write_text("def words(prompts, completions): return [float(len(text.split())) for text in completions]")
+    (tmp_path / "counting_reward.py").write_text("def words(prompts, completions): return [len(text.split()) for text in completions]")
     monkeypatch.syspath_prepend(str(tmp_path))
     fields = dict(fields)
     quantization = "nf4" if fields.pop("quantized", False) else "none"
