@@ -13,7 +13,7 @@ import resource
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -24,15 +24,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from stages import redaction
 from stages.config import ModelInput
-from stages.errors import LaunchError, StagesError
+from stages.errors import LaunchError, RecipeError, StagesError
 from stages.registry import ModelRecord, Registry
 from stages.stopping import StopRequest
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator, PartialState
-    from torch.utils.tensorboard import SummaryWriter
+
+    from stages.trackers import StepTrackers
 
 T = TypeVar("T")
 
@@ -40,6 +42,14 @@ T = TypeVar("T")
 def default_home() -> Path:
     """The folder under which everything made is kept: ``STAGES_HOME``, else ``outputs``."""
     return Path(os.environ.get("STAGES_HOME") or "outputs")
+
+
+def secret(variable: str) -> str:
+    """The secret in an environment variable; it must never reach a log, a manifest or a report. Raises RecipeError where it is not set."""
+    value = os.environ.get(variable, "")
+    if not value:
+        raise RecipeError(f"the environment variable {variable} is not set; export it, or remove api_key_variable where no key is needed")
+    return value
 
 
 def launched_processes() -> int:
@@ -67,9 +77,34 @@ def environment_without_launcher() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "MASTER_", "KMP_"))}
 
 
+def _takes_sharding_over() -> bool:
+    """Whether an accelerate config asked for FSDP2. It is then our own affair (models/sharding.py), on CPUs as well as on GPUs.
+
+    Raises LaunchError for what is not offered.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+        return False
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise LaunchError("FSDP of version 1 was asked for; write fsdp_version: 2 into the accelerate config")
+    for option, advice in (
+        ("FSDP_OFFLOAD_PARAMS", "leave it out"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "write training: {gradient_checkpointing: true} into the step instead"),
+    ):
+        if os.environ.get(option, "").lower() == "true":
+            raise LaunchError(f"{option.lower()} in the accelerate config is not offered here; {advice}")
+    del os.environ["ACCELERATE_USE_FSDP"]
+    return launched_processes() > 1
+
+
 def has_launcher() -> bool:
     """Whether a launcher (accelerate, torchrun) started this process and waits for it."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_DYNAMO_MODE" in os.environ
+
+
+def protect_secrets() -> None:
+    """Blot the environment's secrets out of what this process prints from now on."""
+    redaction.protect(os.environ)
+    sys.stdout, sys.stderr = redaction.Blotted(sys.stdout), redaction.Blotted(sys.stderr)
 
 
 def command_to_go_on() -> str:
@@ -171,6 +206,8 @@ class Runtime:
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         # Wide enough for tables when the output is a file: rich would otherwise fold at 80 columns.
         width = None if sys.stdout.isatty() else 140
+        self.shards = _takes_sharding_over()
+        self.uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
         self.console = Console(quiet=quiet or not self.is_main, width=width, highlight=False)
         self.stop = StopRequest()
 
@@ -329,26 +366,38 @@ class StepContext:
     fingerprint_parts: dict[str, Any] = field(default_factory=dict)
     recipe_step: dict[str, Any] = field(default_factory=dict)  # the step as resolved
     data_fingerprints: dict[str, str] = field(default_factory=dict)
-    _tensorboard: SummaryWriter | None = None
+    run: str = ""  # name of the run folder: what trackers call the run
+    trackers: Sequence[str] = ("tensorboard",)
+    recorded: list[tuple[int, dict[str, float]]] | None = None  # where a training notes what it logs, for a run that goes on after a cut
+    _trackers: StepTrackers | None = None
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append metrics (named ``room/name``) to metrics.jsonl and TensorBoard; rank zero only."""
+        """Append metrics (named ``room/name``) to metrics.jsonl and to the trackers; rank zero only."""
+        if self.recorded is not None:
+            self.recorded.append((step, metrics))
         if not self.runtime.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter
+        if self._trackers is None:
+            from stages.trackers import StepTrackers
 
-            self._tensorboard = SummaryWriter(self.folder / "tensorboard")
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+            _ = self.runtime.state  # accelerate's trackers ask it which process they are in
+            recipe, _, own = self.name.rpartition("/")
+            names = {"recipe": recipe or own, "run": self.run, "step": own}
+            self._trackers = StepTrackers(self.trackers, **names, folder=self.folder, settings=self.recipe_step)
+        self._trackers.log(step, metrics)
+
+    @property
+    def cache_folder(self) -> Path:
+        """For what may be lost but is dear to make again; it belongs to the home, not to the step."""
+        return self.registry.root.parent / "cache"
 
     def close(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+        if self._trackers is not None:
+            self._trackers.close()
+            self._trackers = None
 
     def publish(
         self,

@@ -2,8 +2,8 @@
 
     .venv/bin/python tests/benchmarks/memory_plan.py [--only NAME]
 
-Steps on a random Llama of 30 M parameters (512 wide, 8 layers, 8,192 tokens) whose tokens are words and whose tokenizer has no end token, so
-that every response has its full length and nothing but the step's own settings decides what it needs.
+Steps on a random Llama of 30 M parameters (512 wide, 8 layers, 8,192 tokens) whose tokens are words and whose tokenizer has no end token,
+so that every response has its full length and nothing but the step's own settings decides what it needs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ SETUPS: dict[str, dict[str, Any]] = {
     },
     "ppo, LoRA on one backbone": {**PPO, "reward": [{"model": "ADAPTED REWARD"}], "lora": {"r": 16}, "microbatch_size": 32},
     "sft": {"stage": "sft", "name": "step", "precision": "fp32", "model": "MODEL", "data": DATA, "training": TRAINING},
-    "sft, LoRA": {"stage": "sft", "name": "step", "precision": "fp32", "model": "MODEL", "data": DATA, "training": TRAINING, "lora": {"r": 16}},
+    "sft, LoRA": {
+        "stage": "sft", "name": "step", "precision": "fp32", "model": "MODEL", "data": DATA, "training": TRAINING, "lora": {"r": 16}
+    },
     "reward model": {"stage": "reward_model", "name": "step", "precision": "fp32", "model": "MODEL", "data": DATA, "training": TRAINING},
 }  # fmt: skip
 
@@ -57,8 +59,8 @@ def prepare(folder: Path) -> dict[str, str]:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=blank, pad_token="[PAD]")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8, max_position_embeddings=512,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0, tie_word_embeddings=True,
+        vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
+        max_position_embeddings=512, bos_token_id=None, eos_token_id=None, pad_token_id=0, tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -112,7 +114,8 @@ def main() -> None:
             run([*command, "run", str(recipe), "--home", str(home)])
             summary = json.loads((home / "runs" / "memory" / "latest" / "summary.json").read_text())
             needed = summary["peak_memory_bytes"] - idle
-            print(f"{name:36s} planned {planned / 2**20:6.0f} MiB   needed {needed / 2**20:6.0f} MiB   planned / needed {planned / needed:.2f}")
+            found = f"planned {planned / 2**20:6.0f} MiB   needed {needed / 2**20:6.0f} MiB   planned / needed {planned / needed:.2f}"
+            print(f"{name:36s} {found}", flush=True)
 
 
 if __name__ == "__main__":
