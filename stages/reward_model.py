@@ -149,7 +149,7 @@ class Attempt:
 
 def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     """Train, normalise, publish; with held-out accuracy and calibration before and after."""
-    from stages.checkpoints import load_tensors
+    from stages.checkpoints import load_tensors, trainable
     from stages.models.sharding import whole
     from stages.rewards.learned import score_rows
     from stages.runtime import StepResult
@@ -188,6 +188,7 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     for number in range(config.num_seeds):
         seed = context.seed + number
         if number:
+            context.runtime.seed_everything(seed)  # an adapter is drawn from the process's stream
             model = _new_model(config, context, seed).to(context.runtime.device)
         if config.normalization.before_training:
             normalise(model)
@@ -198,7 +199,7 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
         kept = _finished(context, best.seed).newest()
         if kept is None:
             raise TrainingError(f"{context.name}: the weights of seed {best.seed} were damaged on the disk; start the command again")
-        load_tensors(model.state_dict(), kept.path / "model.safetensors")
+        load_tensors(trainable(model), kept.path / "model.safetensors")
     kind: dict[str, Any] = {"role": "reward_model", "base": context.models["model"] if config.lora is not None else None}
     publish_best(
         trainer, context, lambda folder, weights: model.save(folder, tokenizer, state_dict=weights),
@@ -313,7 +314,7 @@ def _train(
     seed: int,
 ) -> tuple[Attempt, Any]:
     """(what came of one seed, the trainer); with several seeds each keeps its checkpoints, and its weights once it is done."""
-    from stages.checkpoints import load_tensors, save_tensors
+    from stages.checkpoints import load_tensors, save_tensors, trainable
     from stages.training import train, training_arguments
 
     several = config.num_seeds > 1
@@ -323,7 +324,7 @@ def _train(
     done = _finished(context, seed)
     found = done.newest() if several else None
     if found is not None:
-        load_tensors(model.state_dict(), found.path / "model.safetensors")
+        load_tensors(trainable(model), found.path / "model.safetensors")
         return Attempt(**json.loads((found.path / "attempt.json").read_text(encoding="utf-8"))), trainer
     context.runtime.seed_everything(seed)
     trained = train(
@@ -336,7 +337,7 @@ def _train(
         context.runtime.console.print(f"{context.name}: seed {seed}: accuracy {accuracy:.3f} on the comparisons that decide")
 
         def fill(folder: Path) -> None:
-            save_tensors(model.state_dict(), folder / "model.safetensors", write=context.runtime.is_main)
+            save_tensors(trainable(model), folder / "model.safetensors", write=context.runtime.is_main)
             if context.runtime.is_main:
                 (folder / "attempt.json").write_text(json.dumps(vars(attempt)), encoding="utf-8")
 

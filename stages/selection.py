@@ -107,7 +107,9 @@ class Selector:
         if best_of(self.tried) is tried:
             from safetensors.torch import save_file
 
-            weights = {name: value.detach().cpu().clone() for name, value in self._weights().items()}
+            from stages.checkpoints import trainable
+
+            weights = {name: value.detach().cpu().clone() for name, value in trainable(self.model).items()}
             save_file(weights, self._file(optimizer_step))
         (self.folder / "tried.json").write_text(json.dumps([asdict(one) for one in self.tried]), encoding="utf-8")
 
@@ -116,12 +118,14 @@ class Selector:
         import torch
         from safetensors.torch import load_file
 
+        from stages.checkpoints import trainable
+
         best = best_of(self.tried)
         self.context.runtime.wait_for_everyone()
         if best is not self.tried[-1]:
             stored = load_file(self._file(best.optimizer_step))
             with torch.no_grad():
-                for name, parameter in self._weights().items():
+                for name, parameter in trainable(self.model).items():
                     parameter.copy_(stored[name])
         self.context.runtime.console.print(
             f"{self.context.name}: of {len(self.tried)} models along the run the one after {best.optimizer_step} optimizer steps scores "
@@ -131,9 +135,6 @@ class Selector:
 
     def _file(self, optimizer_step: int) -> Path:
         return self.folder / f"weights-{optimizer_step}.safetensors"
-
-    def _weights(self) -> dict[str, Any]:
-        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def _score(self) -> float:
         """Mean score over the prompts; each process answers its share, with streams that depend on the prompt's place alone."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from stages.corpora.comparisons import Comparison
 from stages.errors import DataError
@@ -207,8 +208,9 @@ def test_the_gain_is_taken_out_of_the_calibration() -> None:
 
 
 @pytest.mark.detail("D11", "R8")
-def test_the_best_of_several_seeds_is_kept_and_measured_on_other_comparisons(comparisons, step_context, sft) -> None:
-    settings = config(comparisons, num_seeds=3, data={"train": comparisons, "validation_fraction": 0.4})
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
+def test_the_best_of_several_seeds_is_kept_and_measured_on_other_comparisons(comparisons, step_context, sft, lora) -> None:
+    settings = config(comparisons, num_seeds=3, lora=lora, data={"train": comparisons, "validation_fraction": 0.4})
     context = step_context("test/seeds", 5, models=sft)
     result = run(settings, context)
     accuracies = result.metrics["seeds"]
@@ -218,10 +220,11 @@ def test_the_best_of_several_seeds_is_kept_and_measured_on_other_comparisons(com
     assert result.metrics["heldout_pairs"] == 2 * (2 + 1 + 5)
     # what was kept is the seed's own model: training it alone ends with the same weights
     seed = result.metrics["selected_seed"]
-    alone = run(config(comparisons, data={"train": comparisons, "validation_fraction": 0.4}), step_context("test/alone", seed, models=sft))
-    one, two = (RewardModel.from_pretrained(str(made.model.path), dtype=torch.float32) for made in (result, alone))
-    for (name, first), second in zip(one.named_parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(first, second, msg=name)
+    once = config(comparisons, lora=lora, data={"train": comparisons, "validation_fraction": 0.4})
+    alone = run(once, step_context("test/alone", seed, models=sft))
+    one, two = (load_file(next(made.model.path.glob("*model.safetensors"))) for made in (result, alone))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], msg=name)
     # a run that is cut off afterwards trains no seed again
     again = run(settings, context)
     assert again.metrics["seeds"] == accuracies and again.model.digest == result.model.digest

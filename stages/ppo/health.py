@@ -42,7 +42,7 @@ class HealthSettings(Strict):
     hacking_errors: float | None = Field(
         5.0, gt=0, description="reward_hacking: standard errors by which a monitor fell from its best while the score rose as clearly."
     )
-    window: int = Field(10, ge=3, description="Iterations that are averaged for value_blow_up and reward_hacking.")
+    window: int = Field(5, ge=3, description="Iterations that are averaged for value_blow_up and reward_hacking.")
     stop_on: list[AlarmName] = Field([], description="Alarms that end the run; the others are said and counted.")
 
 
@@ -224,7 +224,8 @@ def _reward_hacking(history: History, settings: HealthSettings) -> Iterator[Alar
         values = [entry[name] for entry in history]
         means = [statistics.fmean(values[window]) for window in windows]
         best = windows[means.index(max(means))]
-        fallen, risen = _difference(values[best], values[-width:]), _difference(scores[-width:], scores[best])
+        fallen = (statistics.fmean(values[best]) - statistics.fmean(values[-width:])) / _error(values, width)
+        risen = (statistics.fmean(scores[-width:]) - statistics.fmean(scores[best])) / _error(scores, width)
         if min(fallen, risen) > settings.hacking_errors:
             yield Alarm(
                 "reward_hacking",
@@ -235,10 +236,10 @@ def _reward_hacking(history: History, settings: HealthSettings) -> Iterator[Alar
             return
 
 
-def _difference(high: list[float], low: list[float]) -> float:
-    """mean(high) - mean(low) in standard errors, as the scatter within both tells them."""
-    error = math.sqrt(statistics.variance(high) / len(high) + statistics.variance(low) / len(low))
-    return (statistics.fmean(high) - statistics.fmean(low)) / max(error, 1e-9)
+def _error(values: list[float], width: int) -> float:
+    """Standard error of the difference of two windows' means. The noise is read off neighbours, whose differences a trend hardly moves."""
+    noise = statistics.fmean((after - before) ** 2 for before, after in zip(values, values[1:], strict=False)) / 2
+    return max(math.sqrt(2 * noise / width), 1e-9)
 
 
 CHECKS: tuple[Callable[[History, HealthSettings], Iterator[Alarm]], ...] = (
