@@ -5,6 +5,7 @@
                                               ``latest`` links to the newest run
     <home>/work/<fingerprint>/                checkpoints of a step under way; gone once it is done
     <home>/results/<fingerprint>/             what steps found and logged, for the runs that reuse them
+    <home>/cache/plan.json                    what planning found out before; may be deleted
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.table import Table
 
 from stages.config import ModelInput
-from stages.contents import digest_folder
+from stages.contents import digest_folder, remembering
 from stages.errors import RegistryError
 from stages.fingerprints import fingerprint_of, parts_of, settings_of, why
-from stages.recipe import STAGES, Recipe, RecipeStep, Reference, load_object
+from stages.recipe import STAGES, Recipe, RecipeStep, Reference, data_inputs, load_object
 from stages.registry import ModelRecord, Registry, installed_packages
 from stages.results import last_result, load_result, restore_files, save_result
 from stages.runtime import ResolvedModel, Runtime, StepContext, StepResult, launched_processes
@@ -66,17 +68,27 @@ def open_registry(home: Path) -> Registry:
 # Planning
 
 
-def plan(recipe: Recipe, home: Path) -> list[StepPlan]:
-    """What running the recipe would do, step by step; checks the data of every step that would run. Loads no model."""
+def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]:
+    """What running the recipe would do, step by step; checks the data of every step that would run. Loads no model.
+
+    ``download=False`` leaves the data of the hub alone: a step that reads some is not checked.
+    """
     registry = open_registry(home)
     made: dict[str, ModelRecord | None] = {}
     plans = []
-    for step in recipe.steps:
-        plans.append(plan_step(recipe, step, home, registry, made))
-        made[step.name] = plans[-1].record
-        if plans[-1].action != "reuse":
-            recipe.check_data(step)
+    with remembering(home / "cache" / "plan.json") as memo:
+        for step in recipe.steps:
+            plans.append(plan_step(recipe, step, home, registry, made))
+            made[step.name] = plans[-1].record
+            if plans[-1].action != "reuse" and (download or not on_hub(step)):
+                memo.passes(fingerprint_of(parts_of(step, {})), partial(recipe.check_data, step))
     return plans
+
+
+def on_hub(step: RecipeStep) -> bool:
+    """Whether some data of a step is on the hub."""
+    sources = [source for found in data_inputs(step.config).values() for source in found]
+    return any(not source.path.startswith("world:") and not Path(source.path).exists() for source in sources)
 
 
 def plan_step(recipe: Recipe, step: RecipeStep, home: Path, registry: Registry, made: Mapping[str, ModelRecord | None]) -> StepPlan:
@@ -177,7 +189,7 @@ class _Run:
             "finished": False,
             "wall_seconds": 0.0,
             "peak_memory_bytes": 0,
-            "environment": environment(),
+            "environment": {**environment(), "sharded": runtime.shards},
             "steps": [],
             "candidates": {},
             "win_rates": [],
@@ -193,7 +205,8 @@ class _Run:
         began = time.monotonic()
         if planned.fingerprint is None:
             # What came before is done now: the inputs are known, and may have come out as they were.
-            planned = self.runtime.decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
+            with remembering(self.home / "cache" / "plan.json"):
+                planned = self.runtime.decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
         if planned.action == "reuse":
             result = self._reuse(step, planned)
         else:
@@ -249,6 +262,7 @@ class _Run:
         assert planned.fingerprint is not None
         work = _work_folder(self.home, planned.fingerprint)
         with self._held(work):
+            # Now for certain: every byte of the inputs is read.
             planned = self.runtime.decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
             if planned.action == "reuse":
                 return planned, self._reuse(step, planned)

@@ -200,33 +200,54 @@ def _like(value: Tensor, old: Tensor) -> Tensor:
     return value.to(old.device)
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, path: Path, *, write: bool = True) -> None:
-    """Moments and step counts as ``path`` (safetensors), the settings of the groups beside it as JSON."""
-    state = optimizer.state_dict()
-    slots = {f"{index}.{name}": value for index, slot in state["state"].items() for name, value in slot.items()}
-    save_tensors({key: value for key, value in slots.items() if isinstance(value, Tensor)}, path, write=write)
+def save_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], path: Path, *, write: bool = True) -> None:
+    """Moments and step counts by parameter as ``path`` (safetensors), the settings of the groups beside it as JSON.
+
+    ``parameters`` are those of the optimizer, by name: their order, and how they are grouped, may be another when they are read.
+    """
+    names = {parameter: name for name, parameter in parameters.items()}
+    slots = {(names[parameter], slot): value for parameter, state in optimizer.state.items() for slot, value in state.items()}
+    tensors = {f"{name}/{slot}": value for (name, slot), value in slots.items() if isinstance(value, Tensor)}
+    save_tensors(tensors, path, write=write)
     if write:
-        groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
-        scalars = {key: value for key, value in slots.items() if not isinstance(value, Tensor)}
+        groups = [
+            {"parameters": [names[parameter] for parameter in group["params"]], "settings": _settings(group)}
+            for group in optimizer.param_groups
+        ]
+        scalars = {f"{name}/{slot}": value for (name, slot), value in slots.items() if not isinstance(value, Tensor)}
         path.with_suffix(".json").write_text(json.dumps({"groups": groups, "scalars": scalars}), encoding="utf-8")
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Put back what ``save_optimizer`` kept."""
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], path: Path) -> None:
+    """Put back what ``save_optimizer`` kept. Raises ModelError where it was of other parameters."""
     kept = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    tensors: dict[str, Any] = {**load_file(path), **kept["scalars"]}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        parameter = parameters[int(index)]
-        is_sharded = isinstance(value, Tensor) and value.shape == parameter.shape and hasattr(parameter, "device_mesh")
-        state.setdefault(int(index), {})[name] = _like(value, parameter) if is_sharded else value
-    groups = []
-    for group, saved in zip(optimizer.state_dict()["param_groups"], kept["groups"], strict=True):
-        restored = {key: tuple(value) if isinstance(group.get(key), tuple) else value for key, value in saved.items()}
-        groups.append({**group, **restored})
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    settings = {name: group["settings"] for group in kept["groups"] for name in group["parameters"]}
+    if settings.keys() != parameters.keys():
+        raise ModelError(f"{path} is of an optimizer of other parameters; remove its folder to begin anew")
+    names = {parameter: name for name, parameter in parameters.items()}
+    for group in optimizer.param_groups:
+        if not group["params"]:
+            continue
+        for key, value in settings[names[group["params"][0]]].items():
+            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+    # Fused kernels want the step counts beside the weights, others want them on the CPU.
+    kinds = [(group.get("fused") or group.get("capturable"), group["params"]) for group in optimizer.param_groups]
+    fused = {parameter for is_fused, members in kinds if is_fused for parameter in members}
+    state: dict[Tensor, dict[str, Any]] = {}
+    for key, value in {**load_file(path), **kept["scalars"]}.items():
+        name, _, slot = key.rpartition("/")
+        parameter = parameters[name]
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value = _like(value, parameter)
+        elif isinstance(value, Tensor) and parameter in fused:
+            value = value.to(parameter.device)
+        state.setdefault(parameter, {})[slot] = value
+    optimizer.state.clear()
+    optimizer.state.update(state)
 
 
 def generator_states(runtime: Runtime) -> dict[str, Any]:

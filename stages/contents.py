@@ -5,9 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
+
+from stages.errors import ModelError
+from stages.storage import write_json
+
+LARGE_BYTES = 2**20  # smaller files are read as fast as they are looked up
+SETTLED_SECONDS = 2.0
+MEMO_ENTRIES = 10_000
 
 # Pickle-based formats can run code when they are read; the registry holds safetensors only.
 UNSAFE_SUFFIXES = (".bin", ".pt", ".pkl", ".pth", ".ckpt", ".pickle")
@@ -19,8 +29,80 @@ MACHINE_KEYS = {
 }
 
 
+class Memo:
+    """What was found out about large files before, so that planning need not read them again: a plan only has to be right about what it
+    says; a step that runs reads every byte of its inputs anew.
+
+    A file counts as unchanged while its size, its times and its place on the disk are. One that was changed a moment ago is not
+    remembered: it may change once more within the same tick of the clock.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.hashes: dict[str, list[Any]] = {}
+        self.passed: list[str] = []  # marks of checks that were passed
+        self._is_new = False
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            self.hashes, self.passed = dict(kept["hashes"]), list(kept["passed"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # it only spares work
+
+    def sha256(self, path: Path) -> str:
+        found = path.stat()
+        state = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+        kept = self.hashes.get(str(path.absolute()))
+        if kept is not None and kept[:4] == state:
+            return str(kept[4])
+        digest = _sha256(path)
+        if max(found.st_mtime, found.st_ctime) < time.time() - SETTLED_SECONDS:
+            self.hashes[str(path.absolute())] = [*state, digest]
+            self._is_new = True
+        return digest
+
+    def passes(self, mark: str, check: Callable[[], None]) -> None:
+        """Run ``check`` unless it was passed before under the same ``mark``."""
+        if mark not in self.passed:
+            check()
+            self.passed.append(mark)
+            self._is_new = True
+
+    def save(self) -> None:
+        """Keep it beside what it is about; nothing is made for it, and a disk that refuses does no harm."""
+        if not self._is_new or not self.path.parent.parent.is_dir():
+            return
+        content = {"hashes": dict(list(self.hashes.items())[-MEMO_ENTRIES:]), "passed": self.passed[-MEMO_ENTRIES:]}
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            write_json(self.path, content)
+        except OSError:
+            pass
+
+
+_memo: ContextVar[Memo | None] = ContextVar("memo", default=None)
+
+
+@contextmanager
+def remembering(path: Path) -> Iterator[Memo]:
+    """Inside, ``file_sha256`` of large files is taken from what is kept in ``path`` where they are unchanged."""
+    memo = Memo(path)
+    token = _memo.set(memo)
+    try:
+        yield memo
+    finally:
+        _memo.reset(token)
+        memo.save()
+
+
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
+    memo = _memo.get()
+    if memo is not None and path.stat().st_size >= LARGE_BYTES:
+        return memo.sha256(path)
+    return _sha256(path)
+
+
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -55,7 +137,12 @@ def normalised(path: Path, base: str | None) -> bytes | None:
     """The bytes the file should have to be independent of its place; None where it already is."""
     if path.name not in MACHINE_KEYS and path.name != "adapter_config.json":
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not readable as JSON ({error}); expected a folder written by save_pretrained") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: holds a {type(content).__name__}, expected an object, as save_pretrained writes it")
     kept = without_place(path.name, content, base)
     return None if kept == content else (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from pydantic import BaseModel
 
 from stages.config import DataSource, ModelInput
 from stages.contents import file_sha256
+from stages.functions import addresses, source_of
 from stages.recipe import STAGES, RecipeStep, data_inputs
 
 PACKAGE = Path(__file__).parent
 # Plumbing that carries results but does not make them: an edit here must not send every step of every recipe to train again.
 PLUMBING = {
-    "chain", "cli", "config", "contents", "errors", "fingerprints", "recipe", "recipe_messages", "recipe_source", "registry", "results",
-    "runtime",
+    "chain", "checkpoints", "cli", "config", "contents", "errors", "fingerprints", "functions", "launching", "recipe", "recipe_messages",
+    "recipe_source", "redaction", "registry", "results", "runtime", "stopping", "storage",
 }  # fmt: skip
 TEXT_SUFFIXES = (".html", ".jinja", ".css", ".js", ".yaml", ".txt")
 
@@ -34,7 +35,7 @@ def parts_of(step: RecipeStep, inputs: Mapping[str, str]) -> dict[str, Any]:
         "seed": step.seed,
         "inputs": dict(inputs),
         "data": data_fingerprints(step.config),
-        "code": code_version(STAGES[step.stage].run.partition(":")[0], list(_functions(settings))),
+        "code": code_version(STAGES[step.stage].run.partition(":")[0], [address.partition(":")[0] for address in addresses(settings)]),
     }
 
 
@@ -73,19 +74,6 @@ def data_fingerprints(config: BaseModel) -> dict[str, str]:
     return {place: fingerprint(sources) for place, sources in inputs.items()}
 
 
-def _functions(settings: Any) -> Iterator[str]:
-    """Modules of the functions that a recipe names (``package.module:function``): their code is part of what a step does."""
-    if isinstance(settings, dict):
-        for key, value in settings.items():
-            if key == "function" and isinstance(value, str):
-                yield value.partition(":")[0]
-            else:
-                yield from _functions(value)
-    elif isinstance(settings, list):
-        for value in settings:
-            yield from _functions(value)
-
-
 def code_version(module: str, functions: list[str] | None = None) -> str:
     """Hash of the source of a stage's module and of all it imports from this package, plumbing aside, and of the functions' modules."""
     files: set[Path] = set()
@@ -94,18 +82,10 @@ def code_version(module: str, functions: list[str] | None = None) -> str:
         if name == "stages" or name.startswith("stages."):
             _collect(name, files)
         else:
-            foreign += _source_of(name)
+            foreign += [source] if (source := source_of(name)) is not None else []
     hashes = [f"{path.relative_to(PACKAGE).as_posix()} {file_sha256(path)}" for path in sorted(files)]
     hashes += sorted(f"{path.name} {file_sha256(path)}" for path in foreign)
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-
-
-def _source_of(module: str) -> list[Path]:
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        return []  # the stage says so itself when it imports the function
-    return [Path(spec.origin)] if spec is not None and spec.origin is not None and Path(spec.origin).is_file() else []
 
 
 def _collect(module: str, files: set[Path]) -> None:
@@ -126,7 +106,16 @@ def _collect(module: str, files: set[Path]) -> None:
 
 def _imports(file: Path, package: str) -> Iterator[str]:
     """Names that ``file`` imports from this package, also inside functions; a name imported from a package may be a module of it."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    yield from _imports_of(file.read_text(encoding="utf-8"), package)
+
+
+@lru_cache(maxsize=512)
+def _imports_of(text: str, package: str) -> tuple[str, ...]:
+    return tuple(_walk_imports(text, package))
+
+
+def _walk_imports(text: str, package: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("stages."))
         elif isinstance(node, ast.ImportFrom):

@@ -27,6 +27,7 @@ from stages.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from stages.models.likelihood import Likelihood
     from stages.runtime import StepContext, StepResult
 
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -87,6 +88,12 @@ class PretrainingConfig(TrainingStepConfig):
         inputs = {"data.train": self.data.train}
         return inputs if self.data.validation is None else {**inputs, "data.validation": self.data.validation}
 
+    def check_data(self) -> None:
+        """Raise DataError for data this stage cannot use; no model is loaded."""
+        from stages.corpora.text import load_text
+
+        load_text(self.data)
+
 
 def run(config: PretrainingConfig, context: StepContext) -> StepResult:
     """Train on packed blocks; publish the language model with its held-out perplexity and bits per byte before and after."""
@@ -95,7 +102,7 @@ def run(config: PretrainingConfig, context: StepContext) -> StepResult:
     from stages.corpora.text import load_text
     from stages.models.loading import save_model
     from stages.runtime import StepResult
-    from stages.training import gathered_weights, train, training_arguments
+    from stages.training import exact, gathered_weights, publish_best, train, training_arguments
 
     corpus = load_text(config.data)
     tokenizer = _tokenizer(config, context, corpus.train)
@@ -106,9 +113,12 @@ def run(config: PretrainingConfig, context: StepContext) -> StepResult:
     heldout_bytes = sum(len(text.encode()) for text in corpus.validation)
 
     arguments = training_arguments(config.training, context, precision=config.precision, remove_unused_columns=False)
-    trainer = Trainer(model=model, args=arguments, train_dataset=_Blocks(blocks), data_collator=_collate)
+    trainer = exact(Trainer)(model=model, args=arguments, train_dataset=_Blocks(blocks), data_collator=_collate)
     before = _measure(trainer, config, context, tokenizer, heldout_tokens, heldout_bytes, "before")
-    trained = train(trainer, context, f"{context.name}: pretraining")
+    trained = train(
+        trainer, context, f"{context.name}: pretraining", rule=config,
+        measure=lambda: _likelihood(trainer, config, context, tokenizer, heldout_tokens).loss,
+    )  # fmt: skip
     after = _measure(trainer, config, context, tokenizer, heldout_tokens, heldout_bytes, "after")
 
     metrics = {
@@ -120,13 +130,10 @@ def run(config: PretrainingConfig, context: StepContext) -> StepResult:
         "tokens_per_second": trained["steps_per_second"] * config.training.batch_size * config.block_size,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
+    kind: dict[str, Any] = {"role": "language_model", "base": context.models["model"] if config.lora is not None else None}
+    publish_best(trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights), **kind)
     weights = gathered_weights(trainer)
-    record = context.publish(
-        lambda folder: save_model(model, tokenizer, folder, state_dict=weights),
-        role="language_model",
-        metrics=metrics,
-        base=context.models["model"] if config.lora is not None else None,
-    )
+    record = context.publish(lambda folder: save_model(model, tokenizer, folder, state_dict=weights), metrics=metrics, **kind)
     return StepResult(model=record, metrics=metrics)
 
 
@@ -223,18 +230,26 @@ def _measure(
     when: str,
 ) -> dict[str, float]:
     """Held-out perplexity and bits per byte of the text; end tokens are predicted, too, and add to both."""
-    from stages.models.likelihood import measure_likelihood
-
-    likelihood = measure_likelihood(
-        trainer.model.to(context.runtime.device),
-        overlapping_windows(tokens, config.block_size),
-        pad_token_id=tokenizer.pad_token_id,
-        batch_size=trainer.args.per_device_eval_batch_size,
-        device=context.runtime.device,
-        dtype=context.runtime.dtype(config.precision),
-    )
+    likelihood = _likelihood(trainer, config, context, tokenizer, tokens)
     measured = {"heldout_perplexity": likelihood.perplexity, "heldout_bits_per_byte": likelihood.bits_per_byte(num_bytes)}
     context.log(0 if when == "before" else trainer.state.global_step, {f"heldout/{name[8:]}": value for name, value in measured.items()})
     shown = f"perplexity {likelihood.perplexity:.4g}, {measured['heldout_bits_per_byte']:.4g} bits per byte"
     context.runtime.console.print(f"{context.name}: held-out {when}: {shown}")
     return {f"{name}_{when}": value for name, value in measured.items()}
+
+
+def _likelihood(
+    trainer: Any, config: PretrainingConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, tokens: list[int]
+) -> Likelihood:
+    from stages.models.likelihood import measure_likelihood
+    from stages.models.sharding import whole
+
+    with whole(trainer.model):
+        return measure_likelihood(
+            trainer.model.to(context.runtime.device),
+            overlapping_windows(tokens, config.block_size),
+            pad_token_id=tokenizer.pad_token_id,
+            batch_size=trainer.args.per_device_eval_batch_size,
+            device=context.runtime.device,
+            dtype=context.runtime.dtype(config.precision),
+        )

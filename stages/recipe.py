@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +14,11 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from stages.config import DataSource, ModelInput, StepConfig, Strict
 from stages.errors import DataError, RecipeError, RegistryError, StagesError
+from stages.functions import addresses, check_function
 from stages.presets import Applied, apply_preset
 from stages.recipe_messages import validate
 from stages.recipe_source import RecipeSource, Steps, nearest, parse_path, read
+from stages.redaction import find_secret
 from stages.registry import DIGEST, REFERENCE, Registry, check_name
 from stages.trackers import Tracker, check_trackers
 
@@ -107,19 +109,24 @@ class Recipe:
         return f"{self.name}/{step.name}"
 
     def check_data(self, step: RecipeStep) -> None:
-        """Let the step's config look at its data (columns, empty splits) before any model is loaded. Raises DataError with the place."""
+        """Look for the functions that a step names, and let its config look at its data (columns, empty splits); no model is loaded.
+
+        Raises RecipeError or DataError with the place.
+        """
         check: Callable[[], None] | None = getattr(step.config, "check_data", None)
-        if check is None:
-            return
         try:
-            check()
-        except DataError as error:
-            raise DataError(f"{self.source.place(('steps', step.index))} ({step.name}): {error}") from error
+            for address in addresses(step.config):
+                check_function(address)
+            if check is not None:
+                check()
+        except (DataError, RecipeError) as error:
+            raise type(error)(f"{self.source.place(('steps', step.index))} ({step.name}): {error}") from error
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = (), registry: Registry | None = None) -> Recipe:
     """Read, override and check a recipe; nothing is run and no model is loaded. Raises RecipeError with place, value and next move."""
     source = read(path)
+    _refuse_secrets(source, overrides)
     for text in overrides:
         source.override(text)
     header = validate(RecipeHeader, source.content, (), source)
@@ -147,6 +154,29 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), registry: Regis
     return Recipe(header.name, header.seed, header.description, steps, source, list(header.trackers))
 
 
+def _refuse_secrets(source: RecipeSource, overrides: Sequence[str]) -> None:
+    """Raise RecipeError where a text of the recipe is a secret; the message tells the place and not the text."""
+    advice = "a recipe is kept in manifests and logs. Put it into the environment, and take back the one that was written down"
+    for place, text in _texts(source.content, ()):
+        if (kind := find_secret([text])) is not None:
+            raise source.error(place, f"holds {kind}; {advice}")
+    for text in overrides:
+        if (kind := find_secret([text])) is not None:
+            raise RecipeError(f"override {text.partition('=')[0]!r}: holds {kind}; {advice}")
+
+
+def _texts(value: Any, path: Steps) -> Iterator[tuple[Steps, str]]:
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield path, key
+            yield from _texts(item, (*path, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _texts(item, (*path, index))
+
+
 def model_inputs(config: Any) -> dict[str, ModelInput]:
     """The models a step reads, by field path."""
     return config.model_inputs() if hasattr(config, "model_inputs") else {}
@@ -162,7 +192,7 @@ def _step_config(content: dict[str, Any], index: int, source: RecipeSource) -> t
     path: Steps = ("steps", index)
     if "stage" not in content:
         raise source.error(path, f"the field stage is missing; expected one of {', '.join(STAGES)}")
-    if content["stage"] not in STAGES:
+    if not isinstance(content["stage"], str) or content["stage"] not in STAGES:
         raise source.error((*path, "stage"), f"got {content['stage']!r}, which is no stage; {nearest(content['stage'], STAGES)}")
     schema = load_object(STAGES[content["stage"]].config)
     filled, preset = apply_preset(content, path, source) if "preset" in schema.model_fields else (content, None)
@@ -239,7 +269,9 @@ def find_model(
     ref = model.ref
     looks_like_path = ref.startswith((".", "/", "~"))
     for folder in folders:
-        path = (folder / Path(ref).expanduser()).resolve()
+        path = _local(folder, ref)
+        if path is None:
+            continue
         if path.is_dir() and ((path / "config.json").exists() or (path / "adapter_config.json").exists()):
             return Reference("folder", str(path), model)
         if path.is_dir() and looks_like_path:
@@ -261,6 +293,16 @@ def find_model(
     else:
         advice = f"earlier steps: {', '.join(steps) or 'none'}; registry: {', '.join(sorted(names)[:10]) or 'empty'}"
     raise RecipeError(f"got {ref!r}, which is no earlier step, folder, registry reference or hub id; {advice}")
+
+
+def _local(folder: Path, written: str) -> Path | None:
+    """The path that ``written`` names, seen from ``folder``; None for what can be no path (a NUL, too long, another's unknown home)."""
+    try:
+        path = (folder / Path(written).expanduser()).resolve()
+        path.exists()
+    except (OSError, ValueError, RuntimeError):
+        return None
+    return path
 
 
 # Data paths
@@ -287,11 +329,11 @@ def _data_path(written: str, path: Steps, folders: Sequence[Path], source: Recip
     if written.startswith("world:"):
         return written
     for folder in folders:
-        found = folder / Path(written).expanduser()
-        if found.exists():
-            return str(found.resolve())
+        found = _local(folder, written)
+        if found is not None and found.exists():
+            return str(found)
     owner = written.partition("/")[0]
-    is_local = any((folder / owner).is_dir() for folder in folders) or written.endswith(DATA_SUFFIXES)
+    is_local = any((near := _local(folder, owner)) is not None and near.is_dir() for folder in folders) or written.endswith(DATA_SUFFIXES)
     if not is_local and (HUB_ID.fullmatch(written) or OLD_HUB_ID.fullmatch(written) or written.isidentifier()):
         return written  # a data set of the hub
     looked = " and ".join(str(folder) for folder in dict.fromkeys(folders))

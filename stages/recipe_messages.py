@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -19,6 +20,8 @@ EXPECTED = {
     "literal_error": "one of {expected}", "string_pattern_mismatch": "letters, digits and _-. after a first letter or digit",
     "too_short": "at least {min_length} items",
 }  # fmt: skip
+
+SECRET_FIELD = re.compile(r"(?i)api_?key|secret|passw|credential")  # someone may have written the secret itself where its name belongs
 
 
 def validate(model: type[Any], content: Any, path: Steps, source: RecipeSource) -> Any:
@@ -48,7 +51,8 @@ def _explained(problem: Any, model: type[Any], content: Any, path: Steps, source
     if kind in ("value_error", "assertion_error"):
         return source.error(where, problem["msg"].partition(", ")[2] + more)
     expected = EXPECTED[kind].format(**problem.get("ctx", {})) if kind in EXPECTED else problem["msg"]
-    return source.error(where, f"got {_short(problem['input'])}, expected {expected}.{about}{more}")
+    got = "a text that is not shown" if location and SECRET_FIELD.search(str(location[-1])) else _short(problem["input"])
+    return source.error(where, f"got {got}, expected {expected}.{about}{more}")
 
 
 def _short(value: Any) -> str:

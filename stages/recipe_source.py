@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import date
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from stages.errors import RecipeError
 
 Steps = tuple[str | int, ...]
 PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null")
+LARGEST = 2**63 - 1
 HEADER = ("name", "seed", "description", "trackers")  # fields of the recipe itself that an override may set
 MOST_VALUES = 100_000  # an alias of aliases can stand for billions of values
 
@@ -31,7 +33,10 @@ def show(path: Iterable[str | int]) -> str:
     """``steps[1].training.learning_rate``."""
     text = ""
     for key in path:
-        text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else key
+        if isinstance(key, int):
+            text += f"[{key}]"
+        else:
+            text += f"{'.' if text else ''}{key if key.isprintable() else repr(key)}"
     return text
 
 
@@ -184,8 +189,10 @@ def _parse(text: str, file: str) -> tuple[Any, dict[Steps, int]]:
         line = f"{mark.line + 1}: column {mark.column + 1}" if mark is not None else "1"
         problem = str(error.problem).partition(" (original value")[0]
         raise RecipeError(f"{file}:{line}: not readable as YAML: {problem}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{file}: not readable as YAML: nested too deeply") from error
     except (YAMLError, ValueError) as error:
-        raise RecipeError(f"{file}: not readable as YAML: {error}") from error
+        raise RecipeError(f"{file}: not readable as YAML: {' '.join(str(error).split())}") from error
     lines: dict[Steps, int] = {(): 1}
     return _plain(document, (), lines, file), lines
 
@@ -212,9 +219,13 @@ def _plain(node: Any, path: Steps, lines: dict[Steps, int], file: str) -> Any:
     if isinstance(node, bool) or node is None:
         return node
     if isinstance(node, int):
+        if abs(node) > LARGEST:
+            raise RecipeError(f"{file}:{line}: {show(path)}: got a number of {len(str(node))} digits, expected a whole number below 2**63")
         return int(node)
     if isinstance(node, float):
         if not math.isfinite(node):
             raise RecipeError(f"{file}:{line}: {show(path)}: got {node}, expected a finite number")
         return float(node)
-    return str(node)  # text, and dates, which no field of a recipe expects as anything else
+    if isinstance(node, str | date):
+        return str(node)  # dates, too: no field of a recipe expects them as anything else
+    raise RecipeError(f"{file}:{line}: {show(path)}: a value of type {type(node).__name__} is not allowed; write a plain value")

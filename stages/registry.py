@@ -15,8 +15,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -64,6 +64,10 @@ class ModelRecord:
     @property
     def is_adapter(self) -> bool:
         return self.manifest["base"] is not None
+
+
+class _RemovedMeanwhile(RegistryError):
+    """Another process removed a version between listing and reading it."""
 
 
 Merge = Callable[["ModelRecord", "Registry", Path], None]
@@ -135,6 +139,8 @@ class Registry:
             for _, file in files_of(model):
                 sync(file)
             with self._lock():
+                if is_adapter and base is not None and base.kind == "registry":
+                    self._get_digest(base.digest, base.digest.removeprefix("sha256:"))  # it may have been removed in the meantime
                 folder = self._models / name
                 folder.mkdir(parents=True, exist_ok=True)
                 self._check_inside(folder)
@@ -143,7 +149,8 @@ class Registry:
                 sync(staging)
                 os.rename(staging, folder / str(manifest["version"]))
                 sync(folder)
-        return self._read(folder / str(manifest["version"]))
+        # Not read again: another process may have removed it by now, and it was published all the same.
+        return ModelRecord(name, manifest["version"], manifest["digest"], role, folder / str(manifest["version"]) / "model", manifest)
 
     def adopt(self, record: ModelRecord, name: str) -> ModelRecord:
         """Take a version that another recipe made in under ``name``, with the models published beside it (``<name>-value``).
@@ -196,9 +203,12 @@ class Registry:
     def _claim_version(self, folder: Path) -> int:
         """The next version number; under the lock. A removed version's number is never given again, so that old references stay true."""
         counter = folder / "last_version"
-        last = int(counter.read_text()) if counter.exists() else 0
+        try:
+            last = int(counter.read_text())
+        except (OSError, ValueError):  # not yet there, or spoilt
+            last = 0
         number = max([last, *_versions(folder)]) + 1
-        counter.write_text(str(number))
+        write_json(counter, number)
         return number
 
     @contextmanager
@@ -248,12 +258,16 @@ class Registry:
         if match is None:
             raise RegistryError(f"{ref!r} is not a registry reference; expected name, name@3 or sha256:<at least 4 hex digits>")
         name, version = match["name"], match["version"]
-        versions = _versions(self._models / name)
-        if not versions:
-            raise RegistryError(f"no model named {name!r} in {self.root}; {self._nearest(name)}. Run its recipe first")
-        if version is not None and int(version) not in versions:
-            raise RegistryError(f"{name!r} has no version {version} in {self.root}; it has {', '.join(map(str, versions))}")
-        return self._read(self._models / name / (version or str(versions[-1])))
+        while True:
+            versions = _versions(self._models / name)
+            if not versions:
+                raise RegistryError(f"no model named {name!r} in {self.root}; {self._nearest(name)} Or run its recipe first")
+            if version is not None and int(version) not in versions:
+                raise RegistryError(f"{name!r} has no version {version} in {self.root}; it has {', '.join(map(str, versions))}")
+            try:
+                return self._read(self._models / name / (version or str(versions[-1])))
+            except _RemovedMeanwhile:
+                continue  # look again: what is there now decides
 
     def _get_digest(self, ref: str, prefix: str) -> ModelRecord:
         found = [record for record in self.records() if record.digest.startswith(f"sha256:{prefix}")]
@@ -262,30 +276,39 @@ class Registry:
         if len({record.digest for record in found}) > 1:
             names = ", ".join(f"{record.ref} {record.digest[:23]}" for record in found)
             raise RegistryError(f"{ref!r} is the beginning of several digests: {names}. Give more digits")
-        return max(found, key=lambda record: (record.manifest["created"], record.version))
+        return max(found, key=lambda record: (record.manifest["created"], record.name, record.version))
 
     def _nearest(self, name: str) -> str:
         names = sorted({record.name for record in self.records()})
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         if near:
             return f"did you mean {' or '.join(near)}?"
-        return f"known: {', '.join(names[:20]) or 'none'}"
+        return f"known: {', '.join(names[:20]) or 'none'}."
 
     def records(self) -> list[ModelRecord]:
         """Every version, by name and number."""
         folders = [path.parent for pattern in ("*/*/manifest.json", "*/*/*/manifest.json") for path in self._models.glob(pattern)]
-        found = [self._read(folder) for folder in folders if folder.name.isdigit()]
+        found = self._read_all(folder for folder in folders if folder.name.isdigit())
         return sorted(found, key=lambda record: (record.name, record.version))
+
+    def _read_all(self, folders: Iterable[Path]) -> list[ModelRecord]:
+        found = []
+        for folder in folders:
+            with suppress(_RemovedMeanwhile):
+                found.append(self._read(folder))
+        return found
 
     def versions(self, name: str) -> list[ModelRecord]:
         """The versions of one name, oldest first; empty where there is none."""
         check_name(name)
-        return [self._read(self._models / name / str(number)) for number in _versions(self._models / name)]
+        return self._read_all(self._models / name / str(number) for number in _versions(self._models / name))
 
     def find_fingerprint(self, fingerprint: str, name: str | None = None) -> ModelRecord | None:
         """The newest version (of ``name``, where given) that was made with this fingerprint."""
         records = self.versions(name) if name is not None else self.records()
         found = [record for record in records if fingerprint and record.manifest["fingerprint"] == fingerprint]
+        if name is not None:
+            return found[-1] if found else None  # by number: a clock may have been set back
         return max(found, key=lambda record: (record.manifest["created"], record.version), default=None)
 
     def _read(self, folder: Path) -> ModelRecord:
@@ -293,14 +316,20 @@ class Registry:
         path = folder / "manifest.json"
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            written = manifest["manifest_version"]
+            written = int(manifest["manifest_version"])
+            if written > MANIFEST_VERSION:
+                raise RegistryError(
+                    f"{path}: written as manifest version {written} by a newer tristage (this one reads {MANIFEST_VERSION}); upgrade it"
+                )
+            name, version = manifest["name"], manifest["version"]
+            record = ModelRecord(name, version, manifest["digest"], manifest["role"], folder / "model", manifest)
         except (OSError, ValueError, KeyError, TypeError) as error:
+            if not folder.exists():
+                raise _RemovedMeanwhile(f"{folder} was removed in the meantime") from error
             raise RegistryError(f"{path}: not a readable manifest ({error}); the version is damaged, remove {folder}") from error
-        if written > MANIFEST_VERSION:
-            raise RegistryError(
-                f"{path}: written as manifest version {written} by a newer tristage (this one reads {MANIFEST_VERSION}); upgrade it"
-            )
-        return ModelRecord(manifest["name"], manifest["version"], manifest["digest"], manifest["role"], folder / "model", manifest)
+        if f"{name}/{version}" != folder.relative_to(self._models).as_posix():
+            raise RegistryError(f"{path}: says that it is {name!r} version {version}, which belongs elsewhere; moved or edited, refused")
+        return record
 
     def _check_inside(self, folder: Path) -> None:
         if not folder.resolve().is_relative_to(self._models.resolve()):
@@ -335,16 +364,26 @@ class Registry:
     def verify(self, ref: str) -> list[str]:
         """What is wrong with a version's files, one sentence per file; empty where every byte is as published."""
         record = self.get(ref)
+        try:
+            return self._problems(record)
+        except FileNotFoundError as error:
+            raise RegistryError(f"{record.ref} was removed or changed while it was verified") from error
+
+    def _problems(self, record: ModelRecord) -> list[str]:
         problems = []
         present = dict(files_of(record.path))
         for file in record.manifest["files"]:
             path = present.pop(file["path"], None)
             if path is None:
                 problems.append(f"{file['path']} is missing")
+            elif path.is_symlink():
+                problems.append(f"{file['path']} was replaced by a symbolic link")
             elif path.stat().st_size < file["size"]:
                 problems.append(f"{file['path']} is truncated: {path.stat().st_size} bytes of {file['size']}")
             elif file_sha256(path) != file["sha256"]:
                 problems.append(f"{file['path']} was changed: its SHA-256 is not the published one")
+        if not record.folder.exists():
+            raise RegistryError(f"{record.ref} was removed while it was verified")
         problems += [f"{name} was not published with this version" for name in present]
         if record.digest != digest_of({file["path"]: file["sha256"] for file in record.manifest["files"]}):
             problems.append("manifest.json was changed: its digest does not follow from its list of files")
@@ -379,6 +418,12 @@ class Registry:
 
     def remove(self, ref: str, *, force: bool = False) -> ModelRecord:
         """Take a version out. Refused where adapters stand on it (unless ``force``) or where ``name`` alone is ambiguous."""
+        with self._staging_folder() as staging, self._lock():
+            record = self._removable(ref, force)
+            os.rename(record.folder, staging / "removed")
+        return record
+
+    def _removable(self, ref: str, force: bool) -> ModelRecord:
         record = self.get(ref)
         others = self.versions(record.name)
         if ref == record.name and len(others) > 1:
@@ -388,8 +433,6 @@ class Registry:
         adapters = [other.ref for other in self.records() if other.is_adapter and other.manifest["base"]["digest"] == record.digest]
         if adapters and not twins and not force:
             raise RegistryError(f"{record.ref} is the base of {', '.join(adapters)}; remove them first, or use --force and lose them")
-        with self._staging_folder() as staging:
-            os.rename(record.folder, staging / "removed")
         return record
 
 

@@ -27,11 +27,12 @@ from stages.config import (
 )
 from stages.corpora.curation import Curation
 from stages.corpora.fitting import PromptFit
-from stages.errors import DataError, ModelError
+from stages.errors import DataError, ModelError, TrainingError
 
 if TYPE_CHECKING:
     import torch
 
+    from stages.checkpoints import Checkpoints
     from stages.corpora.comparisons import Comparison, Comparisons
     from stages.models.heads import RewardModel
     from stages.preferences import EncodedComparison
@@ -99,6 +100,8 @@ class RewardModelConfig(TrainingStepConfig):
     def _trainable(self) -> RewardModelConfig:
         if self.model.quantization != "none" and self.lora is None:
             raise ValueError(f"model.quantization={self.model.quantization!r} needs lora: quantized weights cannot be trained themselves")
+        if self.num_seeds > 1 and self.keep_best:
+            raise ValueError(f"keep_best={self.keep_best} goes with num_seeds=1; of several seeds the best is chosen already")
         return self
 
     def model_inputs(self) -> dict[str, ModelInput]:
@@ -146,9 +149,11 @@ class Attempt:
 
 def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     """Train, normalise, publish; with held-out accuracy and calibration before and after."""
+    from stages.checkpoints import load_tensors
+    from stages.models.sharding import whole
     from stages.rewards.learned import score_rows
     from stages.runtime import StepResult
-    from stages.training import gathered_weights
+    from stages.training import gathered_weights, publish_best
 
     model = _new_model(config, context, context.seed)
     tokenizer = model.tokenizer
@@ -169,7 +174,8 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     def normalise(model: RewardModel) -> tuple[float, float]:
         """(gain, standard deviation of the scores before it)."""
         rows = _encode_pairs(texts, tokenizer, max_length)
-        scores = score_rows(rows, _inference(model.eval()), **scoring, device=context.runtime.device).double()
+        with whole(model):
+            scores = score_rows(rows, _inference(model.eval()), **scoring, device=context.runtime.device).double()
         mean, deviation = float(scores.mean()), float(scores.std(correction=0))
         if config.normalization.to == "standardize":
             return model.standardize(mean, deviation), deviation
@@ -189,7 +195,15 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
         attempts.append(attempt)
     best = max(attempts, key=lambda attempt: attempt.accuracy)  # of equals the first
     if best is not attempts[-1]:
-        _load_state(model, _finished(context, best.seed))
+        kept = _finished(context, best.seed).newest()
+        if kept is None:
+            raise TrainingError(f"{context.name}: the weights of seed {best.seed} were damaged on the disk; start the command again")
+        load_tensors(model.state_dict(), kept.path / "model.safetensors")
+    kind: dict[str, Any] = {"role": "reward_model", "base": context.models["model"] if config.lora is not None else None}
+    publish_best(
+        trainer, context, lambda folder, weights: model.save(folder, tokenizer, state_dict=weights),
+        prepare=lambda: normalise(model), **kind,
+    )  # fmt: skip
     gain, deviation = normalise(model)
     after = measure(model, measuring, gain=gain, **scoring)
 
@@ -216,12 +230,7 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     if config.num_seeds > 1:
         metrics |= {"seeds": {str(attempt.seed): attempt.accuracy for attempt in attempts}, "selected_seed": best.seed}
     weights = gathered_weights(trainer)
-    record = context.publish(
-        lambda folder: model.save(folder, tokenizer, state_dict=weights),
-        role="reward_model",
-        metrics=metrics,
-        base=context.models["model"] if config.lora is not None else None,
-    )
+    record = context.publish(lambda folder: model.save(folder, tokenizer, state_dict=weights), metrics=metrics, **kind)
     return StepResult(model=record, metrics=metrics)
 
 
@@ -304,6 +313,7 @@ def _train(
     seed: int,
 ) -> tuple[Attempt, Any]:
     """(what came of one seed, the trainer); with several seeds each keeps its checkpoints, and its weights once it is done."""
+    from stages.checkpoints import load_tensors, save_tensors
     from stages.training import train, training_arguments
 
     several = config.num_seeds > 1
@@ -311,33 +321,34 @@ def _train(
     arguments = training_arguments(config.training, own, precision=config.precision, remove_unused_columns=False)
     trainer = _trainer(model, arguments, rows, scoring["pad_token_id"], config.loss)
     done = _finished(context, seed)
-    if several and (done / "attempt.json").exists():
-        _load_state(model, done)
-        return Attempt(**json.loads((done / "attempt.json").read_text(encoding="utf-8"))), trainer
+    found = done.newest() if several else None
+    if found is not None:
+        load_tensors(model.state_dict(), found.path / "model.safetensors")
+        return Attempt(**json.loads((found.path / "attempt.json").read_text(encoding="utf-8"))), trainer
     context.runtime.seed_everything(seed)
-    trained = train(trainer, own, f"{context.name}: reward model", room=f"train_seed_{seed}" if several else "train")
+    trained = train(
+        trainer, own, f"{context.name}: reward model", room=f"train_seed_{seed}" if several else "train", rule=config,
+        measure=lambda: measure(model, deciding, **scoring)["loss"],
+    )  # fmt: skip
     accuracy = measure(model, deciding, **scoring)["accuracy"] if several else 0.0
     attempt = Attempt(seed, trained, accuracy)
     if several:
         context.runtime.console.print(f"{context.name}: seed {seed}: accuracy {accuracy:.3f} on the comparisons that decide")
-        if context.runtime.is_main:
-            from safetensors.torch import save_file
 
-            done.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, done / "model.safetensors")
-            (done / "attempt.json").write_text(json.dumps(vars(attempt)), encoding="utf-8")  # last: it says that all is there
-        context.runtime.wait_for_everyone()
+        def fill(folder: Path) -> None:
+            save_tensors(model.state_dict(), folder / "model.safetensors", write=context.runtime.is_main)
+            if context.runtime.is_main:
+                (folder / "attempt.json").write_text(json.dumps(vars(attempt)), encoding="utf-8")
+
+        done.write(fill)
     return attempt, trainer
 
 
-def _finished(context: StepContext, seed: int) -> Path:
-    return context.checkpoint_folder / f"seed-{seed}-done"
+def _finished(context: StepContext, seed: int) -> Checkpoints:
+    """Where what came of a seed is kept once it is done."""
+    from stages.checkpoints import Checkpoints
 
-
-def _load_state(model: RewardModel, folder: Path) -> None:
-    from safetensors.torch import load_file
-
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return Checkpoints(context.checkpoint_folder / f"seed-{seed}-done", context.runtime, keep_last=1)
 
 
 def encode(comparison: Comparison, tokenizer: Any, max_length: int) -> EncodedComparison:
@@ -373,33 +384,37 @@ def collate(comparisons: Sequence[EncodedComparison], pad_token_id: int) -> dict
 
 
 def _trainer(model: RewardModel, arguments: Any, rows: list[EncodedComparison], pad_token_id: int, loss: str = "pairs") -> Any:
+    import torch
     from transformers import Trainer
 
-    from stages.numerics.ranking import best_of_ranked_loss, ranking_loss
+    from stages.numerics.ranking import best_of_ranked_losses, ranking_losses, ranking_pairs
+    from stages.training import exact
 
-    loss_of = ranking_loss if loss == "pairs" else best_of_ranked_loss
+    losses_of = ranking_losses if loss == "pairs" else best_of_ranked_losses
 
-    class RankingTrainer(Trainer):
+    class RankingTrainer(exact(Trainer)):  # type: ignore[misc]
         """A Trainer whose examples are prompts with all their completions, so that no prompt is ever split across steps."""
 
-        def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+        loss_is_scaled_for_ga = True  # the loss below is a share of the mean over the whole step
+
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None, **_: Any
+        ) -> Any:
             scores = model(inputs["input_ids"], inputs["attention_mask"])
-            loss = loss_of(scores, inputs["ranks"], inputs["prompt_index"])
+            losses = losses_of(scores, inputs["ranks"], inputs["prompt_index"])
+            loss = losses.sum() / num_items_in_batch * self.args.world_size  # DDP takes the mean over processes
             return (loss, {"scores": scores}) if return_outputs else loss
 
-        def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-            # A checkpoint only has to be read by this trainer again: the module's own state.
-            from safetensors.torch import save_file
+        def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
+            """Prompts of the step, on all processes, that have a preference."""
+            number = 0
+            for batch in batch_samples:
+                better, _ = ranking_pairs(batch["ranks"], batch["prompt_index"])
+                number += len(torch.unique(batch["prompt_index"][better]))
+            return self.accelerator.gather(torch.tensor([number], device=device)).sum().clamp(min=1)
 
-            state = self.model.state_dict() if state_dict is None else state_dict
-            folder = Path(output_dir or self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, folder / "model.safetensors")
-
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            from safetensors.torch import load_file
-
-            (model or self.model).load_state_dict(load_file(f"{resume_from_checkpoint}/model.safetensors"))
+        def blank(self, batch: dict[str, Any]) -> dict[str, Any]:
+            return {**batch, "ranks": torch.zeros_like(batch["ranks"])}  # all ties: no pairs
 
     return RankingTrainer(model=model, args=arguments, train_dataset=rows, data_collator=lambda items: collate(items, pad_token_id))
 
@@ -418,6 +433,7 @@ def measure(
     model: RewardModel, comparisons: Sequence[EncodedComparison], *, pad_token_id: int, batch_size: int, gain: float = 1.0
 ) -> dict[str, Any]:
     """How well the model's scores agree with held-out comparisons (stages.preferences)."""
+    from stages.models.sharding import whole
     from stages.preferences import agreement
     from stages.rewards.learned import score_rows
 
@@ -426,6 +442,7 @@ def measure(
     training = model.training
     model.eval()
     rows = [row for item in comparisons for row in item.rows]
-    scores = score_rows(rows, _inference(model), pad_token_id, batch_size, device=next(model.parameters()).device)
+    with whole(model):
+        scores = score_rows(rows, _inference(model), pad_token_id, batch_size, device=next(model.parameters()).device)
     model.train(training)
     return agreement(scores, comparisons, gain=gain)

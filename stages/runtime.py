@@ -11,6 +11,7 @@ import os
 import random
 import resource
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from stages import redaction
 from stages.config import ModelInput
 from stages.errors import LaunchError, RecipeError, StagesError
 from stages.registry import ModelRecord, Registry
@@ -75,9 +77,34 @@ def environment_without_launcher() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "MASTER_", "KMP_"))}
 
 
+def _takes_sharding_over() -> bool:
+    """Whether an accelerate config asked for FSDP2. It is then our own affair (models/sharding.py), on CPUs as well as on GPUs.
+
+    Raises LaunchError for what is not offered.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+        return False
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise LaunchError("FSDP of version 1 was asked for; write fsdp_version: 2 into the accelerate config")
+    for option, advice in (
+        ("FSDP_OFFLOAD_PARAMS", "leave it out"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "write training: {gradient_checkpointing: true} into the step instead"),
+    ):
+        if os.environ.get(option, "").lower() == "true":
+            raise LaunchError(f"{option.lower()} in the accelerate config is not offered here; {advice}")
+    del os.environ["ACCELERATE_USE_FSDP"]
+    return launched_processes() > 1
+
+
 def has_launcher() -> bool:
     """Whether a launcher (accelerate, torchrun) started this process and waits for it."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_DYNAMO_MODE" in os.environ
+
+
+def protect_secrets() -> None:
+    """Blot the environment's secrets out of what this process prints from now on."""
+    redaction.protect(os.environ)
+    sys.stdout, sys.stderr = redaction.Blotted(sys.stdout), redaction.Blotted(sys.stderr)
 
 
 def command_to_go_on() -> str:
@@ -107,6 +134,30 @@ def lost_the_others(error: BaseException) -> bool:
     if type(error).__name__ in ("DistBackendError", "DistNetworkError"):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "closed by peer", "reset by peer"))
+
+
+def cpu_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def gpu_memory() -> tuple[str, int] | None:
+    """Name and bytes of the first GPU, asked of nvidia-smi and so without torch; None where there is none."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+        first = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()[0]
+        name, size = first.rsplit(",", 1)
+        return name.strip(), int(size) << 20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def has_amx() -> bool:
+    """Whether the CPU has matrix tiles for bf16; known without torch."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -155,6 +206,8 @@ class Runtime:
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         # Wide enough for tables when the output is a file: rich would otherwise fold at 80 columns.
         width = None if sys.stdout.isatty() else 140
+        self.shards = _takes_sharding_over()
+        self.uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
         self.console = Console(quiet=quiet or not self.is_main, width=width, highlight=False)
         self.stop = StopRequest()
 
@@ -315,10 +368,13 @@ class StepContext:
     data_fingerprints: dict[str, str] = field(default_factory=dict)
     run: str = ""  # name of the run folder: what trackers call the run
     trackers: Sequence[str] = ("tensorboard",)
+    recorded: list[tuple[int, dict[str, float]]] | None = None  # where a training notes what it logs, for a run that goes on after a cut
     _trackers: StepTrackers | None = None
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append metrics (named ``room/name``) to metrics.jsonl and to the trackers; rank zero only."""
+        if self.recorded is not None:
+            self.recorded.append((step, metrics))
         if not self.runtime.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,10 @@ class Selector:
         """Sample, score, and keep the weights where they are the best so far. Call on every process."""
         if any(one.optimizer_step == optimizer_step for one in self.tried):
             return
-        tried = Tried(optimizer_step, self._score(), self.measure_loss())
+        from stages.models.sharding import whole
+
+        with whole(self.model):  # the processes sample apart
+            tried = Tried(optimizer_step, self._score(), self.measure_loss())
         self.tried.append(tried)
         self.context.log(optimizer_step, {"selection/score": tried.score, "selection/heldout_loss": tried.heldout_loss})
         if not self.context.runtime.is_main:

@@ -6,7 +6,6 @@ Its classes' logits or probabilities are also reward sources of PPO and judges o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -101,8 +100,11 @@ class SentimentConfig(TrainingStepConfig):
     def check_data(self) -> None:
         """Raise DataError for data this stage cannot use; no model is loaded."""
         from stages.corpora.reviews import load_reviews
+        from stages.corpora.text import check_texts
 
         load_reviews(self.data, self.labels)
+        if self.masked is not None and self.masked.data is not None:
+            check_texts(self.masked.data)
 
 
 def run(config: SentimentConfig, context: StepContext) -> StepResult:
@@ -112,7 +114,7 @@ def run(config: SentimentConfig, context: StepContext) -> StepResult:
     from stages.corpora.reviews import load_reviews
     from stages.models.loading import save_model
     from stages.runtime import StepResult
-    from stages.training import gathered_weights, train, training_arguments
+    from stages.training import counted_loss, exact, gathered_weights, publish_best, train, training_arguments
 
     reviews = load_reviews(config.data, config.labels)
     tokenizer, model = _tokenizer_and_model(config, context, [review.text for review in reviews.train])
@@ -122,12 +124,17 @@ def run(config: SentimentConfig, context: StepContext) -> StepResult:
     arguments = training_arguments(
         config.training, context, precision=config.precision, remove_unused_columns=False, train_sampling_strategy="group_by_length"
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=_Collator(tokenizer.pad_token_id))
+    trainer = exact(Trainer)(
+        model=model, args=arguments, train_dataset=rows, data_collator=_Collator(tokenizer.pad_token_id), compute_loss_func=counted_loss
+    )
+    truth = [row["labels"] for row in heldout]
     before = predict(model.to(context.runtime.device), heldout, tokenizer.pad_token_id)
-    trained = train(trainer, context, f"{context.name}: sentiment")
+    trained = train(
+        trainer, context, f"{context.name}: sentiment", rule=config,
+        measure=lambda: measure(predict(model, heldout, tokenizer.pad_token_id), truth)["loss"],
+    )  # fmt: skip
     after = predict(model, heldout, tokenizer.pad_token_id)
 
-    truth = [row["labels"] for row in heldout]
     measured, measured_before = measure(after, truth), measure(before, truth)
     examples = _examples(reviews.validation, before, after, config)
     _show(examples, measured, measured_before, context)
@@ -141,14 +148,14 @@ def run(config: SentimentConfig, context: StepContext) -> StepResult:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "examples": examples,
     }
+    kind: dict[str, Any] = {
+        "role": "classifier",
+        "base": context.models["model"] if config.lora is not None else None,
+        "extra": {"labels": config.labels},
+    }
+    publish_best(trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights), **kind)
     weights = gathered_weights(trainer)
-    record = context.publish(
-        lambda folder: save_model(model, tokenizer, folder, state_dict=weights),
-        role="classifier",
-        metrics=metrics,
-        base=context.models["model"] if config.lora is not None else None,
-        extra={"labels": config.labels},
-    )
+    record = context.publish(lambda folder: save_model(model, tokenizer, folder, state_dict=weights), metrics=metrics, **kind)
     return StepResult(model=record, metrics=metrics)
 
 
@@ -227,36 +234,35 @@ def _masked_body(
     config: SentimentConfig, context: StepContext, architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase, texts: list[str]
 ) -> dict[str, torch.Tensor]:
     """The encoder's weights after masked-language modelling; kept in the checkpoint folder for a run that is cut off later."""
-    import os
-
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
     from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling, Trainer
 
+    from stages.checkpoints import Checkpoints, save_tensors
     from stages.models.architectures import random_model
-    from stages.training import train, training_arguments
+    from stages.training import counted_loss, exact, gathered_weights, train, training_arguments
 
     assert config.masked is not None
-    folder = context.checkpoint_folder / "masked"
-    finished = folder / "encoder.safetensors"
-    if not finished.exists():
-        context.runtime.seed_everything(context.seed)
+    runtime = context.runtime
+    finished = Checkpoints(context.checkpoint_folder / "encoder", runtime, keep_last=1)
+    if finished.newest() is None:
+        runtime.seed_everything(context.seed)
         model = random_model(AutoModelForMaskedLM, architecture, tokenizer)
         rows = [{"input_ids": ids} for ids in tokenizer(texts, truncation=True)["input_ids"]]
         arguments = training_arguments(
-            config.masked.training, context, precision=config.precision, output_dir=str(folder),
+            config.masked.training, context, precision=config.precision, output_dir=str(context.checkpoint_folder / "masked"),
             remove_unused_columns=False, train_sampling_strategy="group_by_length",
         )  # fmt: skip
         collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=config.masked.mask_probability)
-        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
-        train(trainer, context, f"{context.name}: masked language modelling", room="masked")
-        if context.runtime.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = folder / "encoder.partial"
-            state = getattr(model, model.base_model_prefix).state_dict()
-            save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, partial)
-            os.replace(partial, finished)
-        context.runtime.wait_for_everyone()
-    return load_file(Path(finished))
+        trainer = exact(Trainer)(model=model, args=arguments, train_dataset=rows, data_collator=collator, compute_loss_func=counted_loss)
+        rule = config.model_copy(update={"keep_best": 0})
+        train(trainer, context, f"{context.name}: masked language modelling", room="masked", rule=rule)
+        state = gathered_weights(trainer) or model.state_dict()
+        prefix = f"{model.base_model_prefix}."
+        body = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        finished.write(lambda folder: save_tensors(body, folder / "encoder.safetensors", write=runtime.is_main))
+    whole = finished.newest()
+    assert whole is not None
+    return load_file(whole.path / "encoder.safetensors")
 
 
 # Data
@@ -293,12 +299,14 @@ def predict(model: Any, rows: Sequence[dict[str, Any]], pad_token_id: int, batch
     """Class probabilities [N, C], on the CPU; the model's mode is left as it was."""
     import torch
 
+    from stages.models.sharding import whole
+
     collate = _Collator(pad_token_id)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
     probabilities: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     training = model.training
     model.eval()
-    with torch.inference_mode():
+    with whole(model), torch.inference_mode():
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
             batch = {name: value.to(model.device) for name, value in collate([rows[place] for place in places]).items() if name != "labels"}

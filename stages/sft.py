@@ -126,7 +126,7 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     from stages.models.dropout import set_residual_dropout
     from stages.models.loading import load_language_model, load_tokenizer, save_model
     from stages.runtime import StepResult
-    from stages.training import gathered_weights, train, weights_dtype
+    from stages.training import gathered_weights, publish_best, train, weights_dtype
 
     tokenizer = load_tokenizer(context.models["model"])
     if config.template is not None:
@@ -147,7 +147,10 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     before = _measure(trainer, config, context, tokenizer, heldout, "before")
     forgotten = _measure_pretraining(trainer, config, context, tokenizer, mixed.heldout)
     selector = _selector(config, context, trainer, tokenizer, demonstrations, heldout)
-    trained = train(trainer, context, f"{context.name}: sft")
+    trained = train(
+        trainer, context, f"{context.name}: sft", rule=config,
+        measure=lambda: _likelihood(trainer, config, context, tokenizer, heldout).loss,
+    )  # fmt: skip
     selected = {}
     if selector is not None:
         best = selector.load_best()
@@ -171,14 +174,14 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
         metrics |= {
             "pretraining_rows": len(mixed.train), "pretraining_loss_before": forgotten, "pretraining_loss_after": remembered
         }  # fmt: skip
+    kind: dict[str, Any] = {
+        "role": "language_model",
+        "base": context.models["model"] if config.lora is not None else None,
+        "extra": {"template": config.template} if config.template is not None else None,
+    }
+    publish_best(trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights), **kind)
     weights = gathered_weights(trainer)
-    record = context.publish(
-        lambda folder: save_model(model, tokenizer, folder, state_dict=weights),
-        role="language_model",
-        metrics=metrics,
-        base=context.models["model"] if config.lora is not None else None,
-        extra={"template": config.template} if config.template is not None else None,
-    )
+    record = context.publish(lambda folder: save_model(model, tokenizer, folder, state_dict=weights), metrics=metrics, **kind)
     return StepResult(model=record, metrics=metrics)
 
 
@@ -287,7 +290,24 @@ def _trainer(
     from trl import SFTConfig, SFTTrainer
 
     from stages.models.loading import quiet_transformers
-    from stages.training import training_arguments
+    from stages.training import exact, training_arguments
+
+    class DemonstrationTrainer(exact(SFTTrainer)):  # type: ignore[misc]
+        """Its entropy and accuracy are means over tokens; TRL's are over forward passes, and so depend on how a step is cut into them."""
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
+            counted = self.accelerator.gather((inputs["labels"][..., 1:] != IGNORED).sum().reshape(1)).sum()
+            made = super().compute_loss(model, inputs, *arguments, **named)
+            self._metrics["train"]["counted"].append(float(counted))
+            return made
+
+        def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
+            kept = self._metrics["train"]
+            counts = kept.pop("counted", [])
+            for name in ("entropy", "mean_token_accuracy"):
+                if sum(counts) and len(kept[name]) == len(counts):
+                    kept[name] = [sum(value * count for value, count in zip(kept[name], counts, strict=True)) / sum(counts)]
+            super().log(logs, *arguments, **named)
 
     options: dict[str, Any] = {"max_length": None, "packing": False, "completion_only_loss": config.completion_only_loss}
     collator = None
@@ -301,7 +321,7 @@ def _trainer(
             columns["completion_mask"] = [row.counted(True) for row in rows]
     with quiet_transformers(), _quiet_datasets():
         arguments = training_arguments(config.training, context, precision=config.precision, kind=SFTConfig, **options)
-        trainer = SFTTrainer(
+        trainer = DemonstrationTrainer(
             model=model, args=arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer, data_collator=collator
         )
     for parameter in model.parameters():
@@ -344,15 +364,17 @@ def _likelihood(
     trainer: Any, config: SFTStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, heldout: list[EncodedRow]
 ) -> Likelihood:
     from stages.models.likelihood import measure_likelihood
+    from stages.models.sharding import whole
 
-    return measure_likelihood(
-        trainer.model.to(context.runtime.device),
-        [(row.ids, row.counted(config.completion_only_loss)) for row in heldout],
-        pad_token_id=tokenizer.pad_token_id,
-        batch_size=trainer.args.per_device_eval_batch_size,
-        device=context.runtime.device,
-        dtype=context.runtime.dtype(config.precision),
-    )
+    with whole(trainer.model):
+        return measure_likelihood(
+            trainer.model.to(context.runtime.device),
+            [(row.ids, row.counted(config.completion_only_loss)) for row in heldout],
+            pad_token_id=tokenizer.pad_token_id,
+            batch_size=trainer.args.per_device_eval_batch_size,
+            device=context.runtime.device,
+            dtype=context.runtime.dtype(config.precision),
+        )
 
 
 # Packing. TRL's own makes one row of a whole batch, whose attention mask grows with the square of it where there is no flash attention.

@@ -14,6 +14,7 @@ from stages.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PATIENCE_SECONDS = 3.0  # a second signal after this ends the process where it stands; earlier it is the same wish, sent twice
+REMINDER_SECONDS = 2.0
 
 
 class StopRequest:
@@ -23,6 +24,7 @@ class StopRequest:
         self.number: int | None = None  # of the signal
         self._since = 0.0
         self._deferred = 0
+        self._is_installed = self._is_reminder = False
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -31,22 +33,36 @@ class StopRequest:
             yield
             return
         before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self._is_installed = True
         try:
             yield
         finally:
+            self._is_installed = False
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        if self.number is not None:
+        now, is_reminder, self._is_reminder = time.monotonic(), self._is_reminder, False
+        if self.number is not None and not is_reminder:
             if now - self._since > PATIENCE_SECONDS:
                 os._exit(128 + number)
             return
-        self._since = now
-        self.ask(number)
-        if not self._deferred:
+        if self.number is None:
+            self._since = now
+            self.ask(number)
+        if self._deferred:
+            return
+        threading.Thread(target=self._remind, args=(number,), name="stop reminder", daemon=True).start()
+        # An exception in a finalizer goes no further than that; the reminder comes when it is over.
+        if frame is None or frame.f_code.co_name != "__del__":
             raise Stopped(number)
+
+    def _remind(self, number: int) -> None:
+        """Raise once more where something on the way took the exception and went on."""
+        time.sleep(REMINDER_SECONDS)
+        if self._is_installed and not self._deferred:
+            self._is_reminder = True
+            os.kill(os.getpid(), number)
 
     def ask(self, number: int) -> None:
         """Note the wish; another process may have received it."""

@@ -212,6 +212,42 @@ def test_a_damaged_foreign_model_is_refused() -> None:
         plan()
 
 
+def test_what_planning_remembers_does_not_let_a_damaged_input_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages import contents
+
+    monkeypatch.setattr(contents, "LARGE_BYTES", 0)
+    monkeypatch.setattr(contents.time, "time", lambda: 1e12)  # all that is on the disk is settled
+    run()
+    Path("quick.yaml").write_text("name: other\nsteps:\n  - {stage: train, name: a, model: quick/sft, data: a.txt}\n")
+    assert plan()["a"][0] == "run"
+    weights = Registry("home/registry").get("quick/sft").path / "model.safetensors"
+    weights.write_text(weights.read_text().replace("rate", "ratf"))
+    memory = json.loads(Path("home/cache/plan.json").read_text())
+    found = weights.stat()  # as if the disk had changed a bit behind the system's back
+    memory["hashes"][str(weights.absolute())][:4] = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+    Path("home/cache/plan.json").write_text(json.dumps(memory))
+    assert plan()["a"][0] == "run"  # a plan believes its memory
+    with pytest.raises(RegistryError, match="quick/sft@1 is damaged: model.safetensors was changed"):
+        run()
+
+
+def test_data_is_checked_once() -> None:
+    fake = importlib.import_module("fake_stages")
+    calls = []
+    original = fake.TrainConfig.check_data
+    fake.TrainConfig.check_data = lambda self: (calls.append(self.name), original(self))[1]
+    try:
+        Path("home").mkdir()
+        plan()
+        plan()
+        assert calls == ["base", "sft", "side"]
+        Path("b.txt").write_text("another b")
+        plan()
+        assert calls[3:] == ["sft", "side"]
+    finally:
+        fake.TrainConfig.check_data = original
+
+
 def test_a_cut_off_step_is_resumed_from_its_checkpoint() -> None:
     with pytest.raises(RuntimeError, match="the machine failed"):
         run("sft.stop_after=2")

@@ -11,7 +11,7 @@ import torch
 
 from stages.config import OptimizerSettings
 from stages.errors import RecipeError, TrainingError
-from stages.training import COMPLETE, find_checkpoint, schedule_arguments, split_batch, train, training_arguments
+from stages.training import exact, schedule_arguments, split_batch, train, training_arguments
 
 
 @pytest.mark.parametrize(
@@ -20,17 +20,18 @@ from stages.training import COMPLETE, find_checkpoint, schedule_arguments, split
         (32, 32, 1, (32, 1)),
         (32, 8, 1, (8, 4)),
         (32, 32, 4, (8, 1)),
-        (96, 32, 2, (24, 2)),  # 48 per process; the largest divisor of 48 that is at most 32
+        (96, 32, 2, (24, 2)),  # 48 per process in two passes
         (4, 32, 1, (4, 1)),
+        (32, 8, 3, (6, 2)),  # 11 for the first two processes, 10 for the third: passes of 6 at most
     ],
 )
 def test_a_batch_is_shared_out(batch: int, micro: int, processes: int, expected: tuple[int, int]) -> None:
     assert split_batch(OptimizerSettings(batch_size=batch, microbatch_size=micro), processes) == expected
 
 
-def test_a_batch_that_cannot_be_shared_is_an_error() -> None:
-    with pytest.raises(RecipeError, match="batch_size=32 cannot be shared evenly by 3 processes; use a multiple of 3"):
-        split_batch(OptimizerSettings(batch_size=32), 3)
+def test_a_batch_too_small_for_the_processes_is_an_error() -> None:
+    with pytest.raises(RecipeError, match="batch_size=2 is less than one sequence for each of 3 processes"):
+        split_batch(OptimizerSettings(batch_size=2, microbatch_size=2), 3)
 
 
 def trace(steps: int, **settings: Any) -> list[float]:
@@ -74,55 +75,48 @@ def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.stack(rows), "labels": torch.stack(rows)}
 
 
-def make_trainer(context: Any, folder: Path, *, learning_rate: float = 1e-2, **options: Any) -> Any:
+def make_trainer(
+    context: Any, folder: Path, *, learning_rate: float = 1e-2, microbatch_size: int = 2, rows: int = 40, **options: Any
+) -> Any:
     from transformers import Trainer
 
     from stages.models.loading import load_language_model
 
-    settings = OptimizerSettings(batch_size=4, microbatch_size=2, learning_rate=learning_rate)
+    # Epsilon keeps Adam from making full steps of rounding errors.
+    settings = OptimizerSettings(batch_size=4, microbatch_size=microbatch_size, learning_rate=learning_rate, adam_epsilon=1e-2)
     arguments = training_arguments(settings, context, precision="fp32", remove_unused_columns=False, **options)
-    data = list(torch.randint(0, 300, (40, 8), generator=torch.Generator().manual_seed(0)))
-    return Trainer(
+    data = list(torch.randint(0, 300, (rows, 8), generator=torch.Generator().manual_seed(0)))
+    return exact(Trainer)(
         model=load_language_model(str(folder), dtype=torch.float32), args=arguments, train_dataset=data, data_collator=collate
     )
 
 
-def test_a_run_that_was_cut_off_ends_with_the_same_weights(step_context: Any, tiny_llama_folder: Path) -> None:
-    from transformers import TrainerCallback
-
-    whole_context, cut_context = step_context(name="test/whole"), step_context(name="test/cut")
-    whole = make_trainer(whole_context, tiny_llama_folder)
-    result = train(whole, whole_context, "whole")
+def test_the_log_has_a_line_per_hundredth_and_the_metrics_are_of_the_whole_run(step_context: Any, tiny_llama_folder: Path) -> None:
+    context = step_context()
+    result = train(make_trainer(context, tiny_llama_folder), context, "whole")
     assert result["optimizer_steps"] == 10
-    logged = [json.loads(line) for line in (whole_context.folder / "metrics.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in (context.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == list(range(1, 11))
     assert {"train/loss", "train/learning_rate", "train/grad_norm"} <= set(logged[0])
-
-    class PowerCut(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == 6:
-                raise KeyboardInterrupt
-
-    cut = make_trainer(cut_context, tiny_llama_folder)
-    cut.add_callback(PowerCut())
-    with pytest.raises(KeyboardInterrupt):
-        train(cut, cut_context, "cut")
-    checkpoint = find_checkpoint(cut_context.checkpoint_folder)
-    assert checkpoint is not None and checkpoint.name == "checkpoint-5"
-    resumed = make_trainer(cut_context, tiny_llama_folder)
-    train(resumed, cut_context, "resumed")
-    for name, expected in whole.model.state_dict().items():
-        torch.testing.assert_close(resumed.model.state_dict()[name], expected, msg=name)
+    assert result["train_loss"] == pytest.approx(sum(line["train/loss"] for line in logged) / 10)
 
 
-def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path: Path) -> None:
-    for step, whole in ((9, True), (10, True), (11, False)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if whole:
-            (tmp_path / f"checkpoint-{step}" / COMPLETE).touch()
-    found = find_checkpoint(tmp_path)
-    assert found is not None and found.name == "checkpoint-10"
-    assert find_checkpoint(tmp_path / "nothing") is None
+def test_the_microbatch_changes_no_step(step_context: Any, tiny_llama_folder: Path) -> None:
+    weights = []
+    for microbatch in (4, 1):
+        context = step_context(name=f"test/micro{microbatch}")
+        trainer = make_trainer(context, tiny_llama_folder, microbatch_size=microbatch, rows=38)  # the last step has two rows
+        train(trainer, context, "micro")
+        weights.append(trainer.model.state_dict())
+    for name, expected in weights[0].items():
+        torch.testing.assert_close(weights[1][name], expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_trainers_that_depend_on_the_number_of_processes_are_not_taken(step_context: Any, tiny_llama_folder: Path) -> None:
+    from transformers import Trainer
+
+    with pytest.raises(AssertionError, match="training.exact"):
+        train(object.__new__(Trainer), step_context(), "plain")
 
 
 def test_a_loss_that_is_no_number_stops_the_run(step_context: Any, tiny_llama_folder: Path) -> None:
@@ -130,8 +124,20 @@ def test_a_loss_that_is_no_number_stops_the_run(step_context: Any, tiny_llama_fo
     trainer = make_trainer(context, tiny_llama_folder)
     with torch.no_grad():
         trainer.model.get_output_embeddings().weight[0, 0] = float("nan")
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     with pytest.raises(TrainingError, match="the loss is nan at optimizer step 1; lower training.learning_rate"):
         train(trainer, context, "nan")
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True, msg=name)  # no step was made
+    assert list(context.checkpoint_folder.glob("checkpoint-*")) == []
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_before_the_step(step_context: Any, tiny_llama_folder: Path) -> None:
+    context = step_context()
+    trainer = make_trainer(context, tiny_llama_folder)
+    trainer.model.get_output_embeddings().weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingError, match="the gradient norm is (nan|inf) at optimizer step 1"):
+        train(trainer, context, "inf")
 
 
 def test_half_precision_on_a_cpu_is_refused(step_context: Any) -> None:

@@ -126,30 +126,55 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
     for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
+        place = f"{path}:{number}"
         try:
-            value = json.loads(line)
+            value = json.loads(line, parse_constant=_refused)
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: bad JSON at column {error.colno} ({error.msg}); expected an object per line") from error
-        yield _row(value, f"{path}:{number}")
+            raise DataError(f"{place}: bad JSON at column {error.colno} ({error.msg}); expected an object per line") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place}: bad JSON ({error}); expected an object per line") from error
+        yield _row(value, place, has_escapes="\\u" in line)
 
 
 def _read_json(path: Path) -> Iterator[Row]:
     try:
-        value = json.loads(_text(path))
+        value = json.loads(_text(path), parse_constant=_refused)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: bad JSON at column {error.colno} ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: bad JSON ({error})") from error
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a list of objects, got {type(value).__name__}; one object per line is .jsonl")
     for number, item in enumerate(value, 1):
-        yield _row(item, f"{path}, row {number}")
+        yield _row(item, f"{path}, row {number}", has_escapes=True)
 
 
-def _row(value: Any, place: str) -> Row:
+def _refused(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _row(value: Any, place: str, *, has_escapes: bool = False) -> Row:
     if not isinstance(value, dict):
         raise DataError(f"{place}: expected an object, got {type(value).__name__}")
+    if has_escapes:
+        _check_characters(value, place)
     row = Row(value)
     row.place = place
     return row
+
+
+def _check_characters(value: Any, place: str) -> None:
+    """Raise DataError for what JSON's escapes can write and a text cannot hold: NUL, and one half of a surrogate pair."""
+    if isinstance(value, dict | list):
+        for item in value.items() if isinstance(value, dict) else value:
+            _check_characters(list(item) if isinstance(item, tuple) else item, place)
+    elif isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{place}: holds \\u{ord(value[error.start]):04x}, one half of a surrogate pair, which is no text") from error
+    if isinstance(value, str) and "\0" in value:
+        raise DataError(f"{place}: holds a NUL character (\\u0000); expected text")
 
 
 def _placed(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Row]:
@@ -163,11 +188,15 @@ def _read_txt(path: Path) -> Iterator[Row]:
 
 def _read_csv(path: Path) -> Iterator[Row]:
     tab = path.name.removesuffix(".gz").endswith(".tsv")
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter="\t" if tab else ",")
-    for row in reader:
-        if None in row or None in row.values():
-            raise DataError(f"{path}:{reader.line_num}: the row's columns do not match the header {reader.fieldnames}")
-        yield _row(row, f"{path}:{reader.line_num}")
+    csv.field_size_limit(2**31 - 1)  # a field may be a document
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter="\t" if tab else ",", strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise DataError(f"{path}:{reader.line_num}: the row's columns do not match the header {reader.fieldnames}")
+            yield _row(row, f"{path}:{reader.line_num}")
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: not readable as CSV ({error}); is a quotation mark not closed?") from error
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stages.config import DataInput
-from stages.corpora.files import Row, read_splits, text_of
+from stages.config import DataInput, DataSource
+from stages.corpora.files import Row, read_rows, read_splits, text_of
+from stages.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -17,10 +19,19 @@ class TextCorpus:
 
 
 def load_text(data: DataInput) -> TextCorpus:
-    """Documents of both splits; empty ones are left out. Raises DataError where the column is missing or no text."""
+    """Documents of both splits; empty ones are left out. Raises DataError where the column is missing, no text, or always empty."""
     train, validation = read_splits(data)
-    return TextCorpus(_documents(train), _documents(validation))
+    return TextCorpus(_documents(train, "training"), _documents(validation, "held-out"))
 
 
-def _documents(rows: list[Row]) -> list[str]:
-    return [text for row in rows if (text := text_of(row, "text", empty=True)).strip()]
+def check_texts(sources: Sequence[DataSource]) -> None:
+    """Raise DataError where a row of ``sources`` has no text."""
+    for row in read_rows(sources):
+        text_of(row, "text")
+
+
+def _documents(rows: list[Row], which: str) -> list[str]:
+    texts = [text for row in rows if (text := text_of(row, "text", empty=True)).strip()]
+    if not texts:
+        raise DataError(f"all {len(rows)} {which} texts (first {rows[0].place}) are empty; expected text")
+    return texts

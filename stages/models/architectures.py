@@ -6,6 +6,7 @@ import difflib
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
@@ -37,8 +38,8 @@ def random_model(auto: Any, architecture: dict[str, Any], tokenizer: PreTrainedT
     try:
         config = CONFIG_MAPPING[kind](**{**special, **fields, **options, "vocab_size": len(tokenizer)})
         model = auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    except (ValueError, TypeError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:200]
         what = auto.__name__.removeprefix("AutoModelFor")
         raise ModelError(f"no {kind} model ({what}) can be made of architecture {architecture}: {reason}") from error
     use_fast_matmuls(model, {Conv1D: FastConv1D})

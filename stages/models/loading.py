@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -392,8 +394,10 @@ def _explained(model: ResolvedModel, what: str) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError) as error:
-        if model.kind == "hub":
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError, SafetensorError, StrictDataclassError) as error:
+        if "trust_remote_code" in str(error):
+            move = "its code comes with it and was not run; write {ref: ..., trust_remote_code: true} where you trust it"
+        elif model.kind == "hub":
             move = "check the id (owner/name), the connection and the access rights, or download it and name its folder"
         else:
             move = "expected a folder written by save_pretrained: config.json, *.safetensors, and the tokenizer's files"

@@ -14,20 +14,24 @@ def ranking_pairs(ranks: Tensor, prompt_index: Tensor) -> tuple[Tensor, Tensor]:
     return better, worse
 
 
-def ranking_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> Tensor:
-    """-1 / C(K, 2) * sum over a prompt's pairs of log sigmoid(r_better - r_worse), averaged over prompts. scores [N]; returns a scalar.
+def ranking_losses(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> Tensor:
+    """-1 / C(K, 2) * sum over a prompt's pairs of log sigmoid(r_better - r_worse), for each prompt [P]. scores, ranks, prompt_index [N].
 
-    Every prompt weighs the same whatever its K; ties are dropped, and the pairs left of a prompt share its weight. A prompt that is all
-    ties adds nothing and does not count in the average.
+    Every prompt weighs the same whatever its K; ties are dropped, and the pairs left of a prompt share its weight. Prompts that are all
+    ties are left out of P; where there is no other, the result is empty, with a gradient of 0.
     """
     better, worse = ranking_pairs(ranks, prompt_index)
     if len(better) == 0:
-        return scores.sum() * 0.0
+        return scores[:0] + 0.0 * scores.sum()
     losses = -functional.logsigmoid(scores[better] - scores[worse])
-    prompts = prompt_index[better]
-    _, places, counts = torch.unique(prompts, return_inverse=True, return_counts=True)
-    weights = 1.0 / counts.to(losses.dtype)[places]
-    return (losses * weights).sum() / len(counts)
+    prompts, places, counts = torch.unique(prompt_index[better], return_inverse=True, return_counts=True)
+    return torch.zeros_like(losses[: len(prompts)]).index_add(0, places, losses) / counts.to(losses.dtype)
+
+
+def ranking_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> Tensor:
+    """The mean of ``ranking_losses`` over prompts, a scalar; 0 where every prompt is all ties."""
+    losses = ranking_losses(scores, ranks, prompt_index)
+    return losses.sum() / max(1, len(losses))
 
 
 def best_of_loss(scores: Tensor, best: Tensor) -> Tensor:
@@ -35,19 +39,25 @@ def best_of_loss(scores: Tensor, best: Tensor) -> Tensor:
     return functional.cross_entropy(scores, best)
 
 
-def best_of_ranked_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> Tensor:
-    """``best_of_loss`` of ranked completions [N]: each prompt's best against all its completions, averaged over prompts.
+def best_of_ranked_losses(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> Tensor:
+    """``best_of_loss`` of ranked completions [N]: each prompt's best against all its completions [P].
 
-    Of several that share the best rank the mean counts; a prompt that is all ties adds nothing and does not count in the average.
+    Of several that share the best rank the mean counts. Prompts that are all ties are left out of P; where there is no other, the result
+    is empty, with a gradient of 0.
     """
-    total, number = scores.sum() * 0.0, 0
+    losses = []
     for prompt in prompt_index.unique():
         own = prompt_index == prompt
         if len(ranks[own].unique()) > 1:
             best = ranks[own] == ranks[own].min()
-            total = total - scores[own].log_softmax(dim=0)[best].mean()
-            number += 1
-    return total / max(number, 1)
+            losses.append(-scores[own].log_softmax(dim=0)[best].mean())
+    return torch.stack(losses) if losses else scores[:0] + 0.0 * scores.sum()
+
+
+def best_of_ranked_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> Tensor:
+    """The mean of ``best_of_ranked_losses`` over prompts, a scalar; 0 where every prompt is all ties."""
+    losses = best_of_ranked_losses(scores, ranks, prompt_index)
+    return losses.sum() / max(1, len(losses))
 
 
 def pairwise_correct(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> Tensor:

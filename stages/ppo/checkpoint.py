@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,47 @@ from stages.ppo.update import UpdateProgress
 from stages.runtime import Runtime
 
 
+class RunHistory:
+    """The iterations done: their metrics as columns, since a long run has many, and whole (with samples) those of no checkpoint yet.
+
+    ``resumed``: whole entries of a run that was cut off, to be told of again.
+    """
+
+    def __init__(self, resumed: Sequence[dict[str, Any]] = ()) -> None:
+        self.resumed = list(resumed)
+        self._columns: dict[str, array[float]] = {}
+        self._new: list[dict[str, Any]] = []
+        self._length = 0
+        for entry in self.resumed:
+            self._note(entry)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Add an iteration: ``metrics`` and ``samples``."""
+        self._note(entry)
+        self._new.append(entry)
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        for name, value in entry["metrics"].items():
+            self._columns.setdefault(name, array("d")).append(value)
+        self._length += 1
+
+    def take_new(self) -> list[dict[str, Any]]:
+        """The entries since the last call."""
+        new, self._new = self._new, []
+        return new
+
+    def names(self) -> list[str]:
+        """The metrics that every iteration has."""
+        return [name for name, values in self._columns.items() if len(values) == self._length]
+
+    def values(self, name: str) -> Sequence[float]:
+        """A metric of every iteration."""
+        return self._columns[name]
+
+
 @dataclass
 class RunState:
     """Where a run is. ``rollout`` is None between iterations and while one is collected."""
@@ -42,7 +85,7 @@ class RunState:
     kl_coef: float = 0.0  # of the iteration under way
     optimizer_steps: int = 0
     pretraining_draws: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)  # of the iterations done
+    history: RunHistory = field(default_factory=lambda: RunHistory())  # of the iterations done
     rollout: Rollout | None = None
     progress: UpdateProgress = field(default_factory=UpdateProgress)
 
@@ -71,7 +114,7 @@ class RunKeeper:
             for name, network in self.networks.items():
                 save_tensors(trainable(network), folder / f"{name}.safetensors", write=is_main)
             for name, optimizer in self.optimizers.items():
-                save_optimizer(optimizer, folder / f"{name}-optimizer.safetensors", write=is_main)
+                save_optimizer(optimizer, trainable(self.networks[name]), folder / f"{name}-optimizer.safetensors", write=is_main)
             if self.average is not None:
                 save_tensors(self.average.weights, folder / "average.safetensors", write=is_main)
             save_generators(folder, self.runtime)
@@ -81,7 +124,7 @@ class RunKeeper:
                     "kl_coef": state.kl_coef,
                     "optimizer_steps": state.optimizer_steps,
                     "pretraining_draws": state.pretraining_draws,
-                    "history": self.log.extend(state.history),
+                    "history": self.log.append(state.history.take_new()),
                     "progress": vars(state.progress),
                 }
                 (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
@@ -102,10 +145,10 @@ class RunKeeper:
             return None
         self.load_weights(found)
         for name, optimizer in self.optimizers.items():
-            load_optimizer(optimizer, found.path / f"{name}-optimizer.safetensors")
+            load_optimizer(optimizer, trainable(self.networks[name]), found.path / f"{name}-optimizer.safetensors")
         load_generators(found.path, self.runtime)
         rollout = load_rollout(found.path) if (found.path / "rollout.json").exists() else None
-        content |= {"history": history, "rollout": rollout, "progress": UpdateProgress(**content["progress"])}
+        content |= {"history": RunHistory(history), "rollout": rollout, "progress": UpdateProgress(**content["progress"])}
         return RunState(**content)
 
     def load_weights(self, found: Checkpoint) -> None:
@@ -124,16 +167,16 @@ class HistoryLog:
         self._written = 0
         self._hash = hashlib.sha256()
 
-    def extend(self, history: list[dict[str, Any]]) -> dict[str, Any]:
-        """Append what is new in ``history``; returns what ``first`` needs to find it again."""
-        lines = [json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in history[self._written :]]
+    def append(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
+        """Add iterations; returns what ``first`` needs to find all up to here again."""
+        lines = [json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in entries]
         with self.path.open("ab" if self._written else "wb") as file:
             file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
         for line in lines:
             self._hash.update(line)
-        self._written = len(history)
+        self._written += len(lines)
         return {"iterations": self._written, "sha256": self._hash.hexdigest()}
 
     def first(self, mark: dict[str, Any]) -> list[dict[str, Any]] | None:

@@ -182,5 +182,8 @@ class PPOStepConfig(CheckpointedStepConfig):
         """Raise DataError for prompts this stage cannot use; no model is loaded."""
         from stages.corpora.curation import Curator
         from stages.corpora.prompts import load_prompts
+        from stages.corpora.text import check_texts
 
         load_prompts(self.data, prompt_words=self.prompt_words, curator=Curator(self.curation))
+        if self.pretraining_mix is not None:
+            check_texts(self.pretraining_mix.data)

@@ -15,9 +15,10 @@ import torch
 from stages.checkpoints import generator_states, set_generator_states
 from stages.errors import DataError, Stopped, TrainingError
 from stages.generation import episode_seed
+from stages.models.sharding import grouped, whole_state_dict
 from stages.numerics.comparing import repeated_ngrams
 from stages.numerics.kl import AdaptiveKLController, FixedKLController
-from stages.ppo.checkpoint import RunKeeper, RunState
+from stages.ppo.checkpoint import RunHistory, RunKeeper, RunState
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.health import Alarm, Health, alarm_metrics
 from stages.ppo.offload import Offload
@@ -51,7 +52,7 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
     roles.offload = Offload([*roles.waiting(), *judges], runtime.device, enabled=config.offload)
     prompts = _load_prompts(config, context, roles)
     parameters = {name: [parameter for _, parameter in trainable(network)] for name, network in roles.networks().items()}
-    optimizers = {name: make_optimizer(group, config.training) for name, group in parameters.items()}
+    optimizers = {name: make_optimizer(grouped(group), config.training) for name, group in parameters.items()}
     average = WeightAverage(roles.networks()["policy"], config.ema_decay) if config.ema_decay is not None else None
     updater = Updater(
         roles,
@@ -76,7 +77,7 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
     controller.value = state.kl_coef
     peak = peak_of(runtime.device, dtype)
     health = Health(config.health)
-    for entry in state.history:
+    for entry in state.history.resumed:
         health.observe(entry["metrics"])
 
     def note_counts() -> None:
@@ -143,8 +144,8 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
                  "score": float(rollout.scores[row])}
                 for row in range(min(config.num_samples, len(rollout.prompts)))
             ]  # fmt: skip
-            state.history.append({"metrics": metrics, "samples": samples})
-            _log(context, iteration, state.history[-1])
+            state.history.append(entry := {"metrics": metrics, "samples": samples})
+            _log(context, iteration, entry)
             _raise_alarms(config, context, iteration, health, alarms)
             bar.advance(
                 1, score=metrics["rewards/score_mean"], kl=metrics["policy/kl"], episodes_per_s=metrics["time/episodes_per_second"]
@@ -294,7 +295,7 @@ def _resume(context: StepContext, keeper: RunKeeper, updater: Updater) -> RunSta
     updater.optimizer_steps = state.optimizer_steps
     if updater.pretraining_rows is not None:
         updater.pretraining_rows.step = state.pretraining_draws  # type: ignore[attr-defined]
-    for iteration, entry in enumerate(state.history):
+    for iteration, entry in enumerate(state.history.resumed):
         _log(context, iteration, entry)
     inside = f", minibatch {len(state.progress.collected)} of the next" if state.rollout is not None else ""
     context.runtime.console.print(f"{context.name}: resuming after iteration {state.iteration}{inside}")
@@ -338,19 +339,19 @@ def _keep_batch(context: StepContext, episodes: list[dict[str, Any]]) -> str:
     return f". Its episodes are in {path}; the last checkpoint is kept in {context.checkpoint_folder / 'ppo'}"
 
 
-def _summary(history: list[dict[str, Any]], config: PPOStepConfig, updater: Updater) -> dict[str, Any]:
+def _summary(history: RunHistory, config: PPOStepConfig, updater: Updater) -> dict[str, Any]:
     """First and last tenth of the run, side by side."""
     tenth = max(1, len(history) // 10)
     summary: dict[str, Any] = {"iterations": len(history), "episodes": len(history) * config.rollout_batch_size}
     summary["optimizer_steps"] = updater.optimizer_steps
     shown = ["rewards/score_mean", "policy/kl", "policy/entropy", "responses/length_mean", "responses/stopped_share"]
-    shown += [name for name in history[-1]["metrics"] if name.startswith("monitors/")]
+    shown += [name for name in history.names() if name.startswith("monitors/")]
     for name in shown:
-        values = [entry["metrics"][name] for entry in history]
+        values = history.values(name)
         short = name.rpartition("/")[2]
         summary[f"{short}_first"], summary[f"{short}_last"] = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
-    summary["value_explained_variance"] = history[-1]["metrics"]["value/explained_variance"]
-    summary["episodes_per_second"] = sum(entry["metrics"]["time/episodes_per_second"] for entry in history) / len(history)
+    summary["value_explained_variance"] = history.values("value/explained_variance")[-1]
+    summary["episodes_per_second"] = sum(history.values("time/episodes_per_second")) / len(history)
     return summary
 
 
@@ -366,8 +367,9 @@ def _report(context: StepContext, summary: dict[str, Any]) -> None:
 def _publish_policy(
     config: PPOStepConfig, context: StepContext, roles: Roles, metrics: dict[str, Any], name: str | None = None
 ) -> ModelRecord:
+    weights = whole_state_dict(roles.policy.model)
     return context.publish(
-        roles.save_policy,
+        lambda folder: roles.save_policy(folder, weights),
         role="language_model",
         metrics=metrics,
         base=context.models["policy"] if config.lora is not None else None,
@@ -385,8 +387,9 @@ def _publish_best(config: PPOStepConfig, context: StepContext, roles: Roles, kee
     keeper.load_weights(best)
     if keeper.average is not None:
         keeper.average.copy_to(roles.networks()["policy"])
+    weights = whole_state_dict(roles.policy.model)
     context.publish(
-        roles.save_policy,
+        lambda folder: roles.save_policy(folder, weights),
         role="language_model",
         metrics={"total_mean": best.score, "iteration": json.loads((best.path / "state.json").read_text(encoding="utf-8"))["iteration"]},
         base=context.models["policy"] if config.lora is not None else None,
@@ -402,8 +405,9 @@ def _publish_value(config: PPOStepConfig, context: StepContext, roles: Roles) ->
     assert value is not None
     places = [place for place in ("value", *reward_model_inputs(config.reward, "reward")) if place in context.models]
     base = context.models[places[0]] if places else context.models["policy"]
+    weights = whole_state_dict(value)
     context.publish(
-        lambda folder: value.save(folder, roles.tokenizer),
+        lambda folder: value.save(folder, roles.tokenizer, state_dict=weights),
         role="value_model",
         metrics={},
         base=base if config.lora is not None else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class TensorFlowAdam(torch.optim.Optimizer):
                 parameter.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(group["eps"]), value=-rate)
 
 
-def make_optimizer(parameters: list[Tensor], settings: PPOOptimizer) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[Tensor] | list[dict[str, Any]], settings: PPOOptimizer) -> torch.optim.Optimizer:
     """Adam over ``parameters`` in the style of the settings; its learning rate is set before every iteration."""
     betas = (settings.adam_beta1, settings.adam_beta2)
     if settings.adam_style == "tensorflow":

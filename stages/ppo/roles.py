@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from stages.config import ModelInput
-from stages.errors import ModelError
+from stages.errors import LaunchError, ModelError
 from stages.models.adapters import FRESH
 from stages.models.heads import RewardModel, ValueModel
 from stages.models.loading import load_language_model, load_tokenizer, save_model
 from stages.models.responses import Policy, SequenceBatch, sequence_values
+from stages.models.sharding import shard
 from stages.models.shared import RoleParameters, SharedBackbone
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.offload import Offload
@@ -72,13 +73,19 @@ class Roles:
             return self.backbone.reward_model(model)
         return RewardModel.from_pretrained(model, dtype=dtype).to(self.policy.device).requires_grad_(False)
 
-    def save_policy(self, folder: Path) -> None:
-        """Write the policy: whole weights, or its adapter."""
-        save_model(self.policy.model, self.tokenizer, folder)
+    def save_policy(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the policy: whole weights, or its adapter. ``state_dict``: its weights where they are cut over processes."""
+        save_model(self.policy.model, self.tokenizer, folder, state_dict=state_dict)
+
+    def models(self) -> list[nn.Module]:
+        """Every model that the roles stand on."""
+        return [model for model in (self.policy.model, self.reference.model, self.value) if model is not None]
 
 
 def load_roles(config: PPOStepConfig, context: StepContext) -> Roles:
     """Policy, reference and value network as the config names them. Raises ModelError where one cannot play its part."""
+    if context.runtime.uses_deepspeed:
+        raise LaunchError("ppo does not run under DeepSpeed; cut its models over the processes with recipes/accelerate/fsdp2.yaml")
     roles = _adapted_roles(config, context) if config.lora is not None else _whole_roles(config, context)
     if config.training.gradient_checkpointing:
         roles.policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -86,6 +93,9 @@ def load_roles(config: PPOStepConfig, context: StepContext) -> Roles:
             roles.policy.model.enable_input_require_grads()
         if roles.value is not None and (roles.backbone is None or roles.value.backbone is not roles.policy.decoder):
             roles.value.gradient_checkpointing_enable({"use_reentrant": False})
+    if context.runtime.shards:
+        for model in roles.models():
+            shard(model, add_up=True)
     return roles
 
 

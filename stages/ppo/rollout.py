@@ -18,6 +18,7 @@ from stages.corpora.messages import Prompt
 from stages.errors import TrainingError
 from stages.generation import decode_completions, ending_tokens, generate, right_pad
 from stages.models.responses import sequence_batch, with_closing
+from stages.models.sharding import whole
 from stages.numerics.gae import gae
 from stages.numerics.kl import estimate_kl
 from stages.numerics.masking import scale_to_unit_variance, whiten
@@ -128,9 +129,10 @@ def collect(
     Raises ScoringError where a reward source gives something that is no finite number.
     """
     own = list(range(process_index, len(prompts), num_processes))
-    share = _collect_share(
-        roles, reward, monitors, [prompts[row] for row in own], [prompt_ids[row] for row in own], [seeds[row] for row in own], config
-    )
+    with whole(*roles.models()):  # the processes sample and measure apart
+        share = _collect_share(
+            roles, reward, monitors, [prompts[row] for row in own], [prompt_ids[row] for row in own], [seeds[row] for row in own], config
+        )
     if num_processes == 1:
         return share
     from accelerate.utils import gather_object

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stages.errors import TrainingError
 from stages.models.responses import Policy, SequenceBatch, sequence_batch, sequence_values, with_closing
+from stages.models.sharding import clip_gradients, is_cut, reduce_gradients
 from stages.numerics.losses import policy_clipped, policy_terms, value_terms
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.optimizers import WeightAverage, trainable
@@ -146,7 +147,7 @@ class Updater:
         num_states = count + float(part.closing_mask.sum())
         totals = Totals({"tokens": 0.0})
         largest = 0.0
-        for rows in self._microbatches(part):
+        for rows, counts in self._microbatches(part):
             mask, closing = part.response_mask[rows], part.closing_mask[rows]
             device = roles.policy.device
             flat = {
@@ -173,7 +174,7 @@ class Updater:
                 policy = roles.policy.loss(batch, term, num_tokens=num_tokens)
             logprobs, values = policy.logprobs, policy.values
             self.matmuls.add(roles.policy.decoder, batch, output=roles.policy.output, backward=train_policy)
-            policy_loss = policy.summed / count
+            policy_loss = policy.summed / count * counts
             if roles.value is not None:
                 if train_policy:
                     policy_loss.backward()
@@ -181,11 +182,13 @@ class Updater:
                 self.matmuls.add(roles.value.backbone, batch)
             assert values is not None
             errors = value_terms(values, flat["rollout_values"], flat["returns"], clip_range=config.value_clip_range)
-            value_loss = config.value_coef * errors.sum() / num_states
+            value_loss = config.value_coef * errors.sum() / num_states * counts
             if roles.value is not None or not train_policy:
                 value_loss.backward()
             else:
                 (policy_loss + value_loss).backward()
+            if not counts:
+                continue
             with torch.no_grad():
                 log_ratio = logprobs - flat["rollout_logprobs"]
                 ratio = log_ratio.exp()
@@ -216,23 +219,25 @@ class Updater:
             largest = self._reduce(totals, largest)
         return totals, largest
 
-    def _microbatches(self, part: Rollout) -> Iterator[list[int]]:
-        """This process's episodes in groups of like length, the longest first: what does not fit into memory shows at once."""
+    def _microbatches(self, part: Rollout) -> Iterator[tuple[list[int], bool]]:
+        """This process's episodes in groups of like length, the longest first: what does not fit into memory shows at once.
+
+        Every process gets as many groups, since a model that is cut over them needs all in every pass; the second says whether one counts.
+        """
         lengths = [len(ids) + int(length) for ids, length in zip(part.prompt_ids, part.lengths, strict=True)]
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
         own = order[self.process_index :: self.num_processes]
-        for start in range(0, len(own), self.config.microbatch_size):
-            yield own[start : start + self.config.microbatch_size]
+        largest_share = -(-len(order) // self.num_processes)
+        for start in range(0, largest_share, self.config.microbatch_size):
+            rows = own[start : start + self.config.microbatch_size]
+            yield (rows, True) if rows else (order[-1:], False)
 
     def _reduce(self, totals: Totals, largest: float) -> float:
         """Sum gradients and totals over processes (the losses were divided by global counts); returns the global maximum."""
         import torch.distributed as distributed
 
         for network in self.roles.networks().values():
-            for _, parameter in trainable(network):
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                distributed.all_reduce(parameter.grad)
+            reduce_gradients(network)
         # A process without an episode in this minibatch has no sums yet.
         names = sorted({*totals.sums, *SUMS})
         device = self.roles.policy.device
@@ -253,10 +258,14 @@ class Updater:
         before = _gradients(self.roles.networks()["policy"]) if self.num_processes > 1 else None
         total = 0.0
         count = rows.numel() - len(rows) if mix.normalization == "token" else len(rows)
-        for group in rows[self.process_index :: self.num_processes].split(self.config.microbatch_size):
-            loss = pretraining_loss(self.roles.policy, group.to(self.roles.policy.device), self.matmuls) / count
+        own, largest_share = rows[self.process_index :: self.num_processes], -(-len(rows) // self.num_processes)
+        for start in range(0, largest_share, self.config.microbatch_size):  # as many passes on every process
+            group = own[start : start + self.config.microbatch_size]
+            counts = len(group) > 0
+            batch = (group if counts else rows[:1]).to(self.roles.policy.device)
+            loss = pretraining_loss(self.roles.policy, batch, self.matmuls) / count * counts
             (mix.coef * loss).backward()
-            total += float(loss)
+            total += float(loss.detach())
         if before is not None:
             total = self._reduce_pretraining(before, total)
         return total
@@ -265,6 +274,8 @@ class Updater:
         import torch.distributed as distributed
 
         for name, parameter in trainable(self.roles.networks()["policy"]):
+            if is_cut(parameter):
+                continue  # FSDP has added up its gradients
             own = parameter.grad - before[name] if parameter.grad is not None else torch.zeros_like(parameter)
             distributed.all_reduce(own)
             parameter.grad = before[name] + own
@@ -278,7 +289,7 @@ class Updater:
         limit = self.config.training.max_grad_norm
         for name, network in self.roles.networks().items():
             parameters = [parameter for _, parameter in trainable(network) if parameter.grad is not None]
-            norm = float(nn.utils.clip_grad_norm_(parameters, limit if limit is not None else math.inf)) if parameters else 0.0
+            norm = clip_gradients(parameters, limit) if parameters else 0.0
             if not math.isfinite(norm):
                 raise TrainingError(f"the gradient norm of the {name} is {norm}; lower training.learning_rate, or use precision: fp32")
             norms[f"{name}/grad_norm"] = norm

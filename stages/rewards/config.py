@@ -36,6 +36,9 @@ class RewardInput(Strict):
         "function's: it returns, per completion, a list of (character position, score).",
     )
     batch_size: int = Field(64, ge=1, description="Texts scored together, per process.")
+    timeout_seconds: float | None = Field(
+        600.0, gt=0, description="function: the longest it may take for the completions of one call, before the run ends; null: for ever."
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> RewardInput:

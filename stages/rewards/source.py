@@ -149,7 +149,7 @@ def build_source(
         from stages.rewards.function import FunctionSource, SpanFunctionSource
 
         kind = SpanFunctionSource if source.level == "token" else FunctionSource
-        return kind(source.shown_name, source.function)
+        return kind(source.shown_name, source.function, timeout=source.timeout_seconds)
     from stages.rewards.learned import load_source
 
     assert model is not None

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from stages.checkpoints import Checkpoints
 from stages.errors import Stopped
 from stages.ppo import loop
-from stages.ppo.checkpoint import HistoryLog
+from stages.ppo.checkpoint import HistoryLog, RunHistory
 from stages.ppo.loop import run
 from stages.ppo.update import Updater
 from stages.rewards.source import CombinedReward
@@ -205,12 +205,48 @@ def test_only_adapters_are_kept_where_only_adapters_train(ppo_config, ppo_contex
 def test_the_history_is_appended_to_and_cut_where_a_run_was(tmp_path: Path) -> None:
     entries = [{"metrics": {"a": number / 3}, "samples": ["…"]} for number in range(5)]
     log = HistoryLog(tmp_path / "history.jsonl")
-    log.extend(entries[:2])
-    mark = log.extend(entries[:3])
-    log.extend(entries)  # by a run that is then cut off before its checkpoint is whole
+    log.append(entries[:2])
+    mark = log.append(entries[2:3])
+    log.append(entries[3:])  # by a run that is then cut off before its checkpoint is whole
     again = HistoryLog(tmp_path / "history.jsonl")
     assert again.first(mark) == entries[:3]
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 3
-    assert HistoryLog(tmp_path / "history.jsonl").first(again.extend(entries)) == entries
+    assert HistoryLog(tmp_path / "history.jsonl").first(again.append(entries[3:])) == entries
     (tmp_path / "history.jsonl").write_text((tmp_path / "history.jsonl").read_text().replace("0.0", "0.1"))
     assert HistoryLog(tmp_path / "history.jsonl").first(mark) is None
+
+
+def test_metrics_are_kept_as_columns_and_entries_until_they_are_written() -> None:
+    history = RunHistory([{"metrics": {"a": 1.0, "b": 2.0}, "samples": []}])
+    history.append({"metrics": {"a": 3.0}, "samples": ["x"]})
+    assert (len(history), history.names(), list(history.values("a"))) == (2, ["a"], [1.0, 3.0])
+    assert history.take_new() == [{"metrics": {"a": 3.0}, "samples": ["x"]}] and history.take_new() == []
+
+
+def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_checkpoints(
+    six_iterations, every, step_context, resolve_folder, tiny_llama_folder, monkeypatch
+) -> None:
+    from stages.errors import TrainingError
+
+    context = step_context("test/broken", 5, {"policy": resolve_folder(tiny_llama_folder)})
+    every(1)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def poison(self: Updater, *arguments: Any, **options: Any) -> Any:
+        outcome = original(self, *arguments, **options)
+        seen.append({name: value.detach().clone() for name, value in self.roles.policy.model.named_parameters()})
+        if len(seen) == 6:
+            next(iter(self.roles.policy.model.parameters())).grad[0, 0] = float("inf")
+            seen.append(dict(self.roles.policy.model.named_parameters()))
+        return outcome
+
+    original = Updater.accumulate
+    monkeypatch.setattr(Updater, "accumulate", poison)
+    with pytest.raises(TrainingError, match="iteration 1: the gradient norm of the policy is inf"):
+        run(six_iterations("average, adaptive KL"), context)
+    before, after = seen[-2:]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    newest = max((context.checkpoint_folder / "ppo").glob("checkpoint-*"))
+    kept = load_file(newest / "policy.safetensors")
+    assert all(torch.isfinite(value).all() for value in kept.values())
+    assert all(torch.equal(kept[name], before[name]) for name in kept)

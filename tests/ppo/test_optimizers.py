@@ -88,8 +88,8 @@ def test_optimizer_state_survives_a_file(tmp_path) -> None:
         one.grad = torch.tensor([0.3, 0.1])
         first.step()
         two.data.copy_(one.data)
-        save_optimizer(first, tmp_path / "o.safetensors")
-        load_optimizer(second, tmp_path / "o.safetensors")
+        save_optimizer(first, {"w": one}, tmp_path / "o.safetensors")
+        load_optimizer(second, {"w": two}, tmp_path / "o.safetensors")
         for weight, optimizer in ((one, first), (two, second)):
             weight.grad = torch.tensor([-0.2, 0.4])
             optimizer.step()

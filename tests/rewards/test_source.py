@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,64 @@ def test_functions() -> None:
         load_function("stages.corpora.world.gold:nothing")
     with pytest.raises(TrainingError, match="raised DataError"):
         source.score(["joke"], ["ha"])
+
+
+REWARDS = """
+import sys, time
+def hangs(p, c): time.sleep(60)
+def raises(p, c): raise ZeroDivisionError("no")
+def leaves(p, c): sys.exit(3)
+def text(p, c): return "high"
+def words(p, c): return ["high" for _ in c]
+def nothing(p, c): return None
+def table(p, c): return [[1.0] for _ in c]
+def one(p, c): return 1.0
+def few(p, c): return [1.0]
+def huge(p, c): return [10**400 for _ in c]
+def nan(p, c): return [float("nan") for _ in c]
+def infinite(p, c): return [1e39 for _ in c]
+def mapping(p, c): return {"a": 1.0}
+def complex_(p, c): return [1j for _ in c]
+def good(p, c): return (len(text) for text in c)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hangs", "nonsense:hangs did not return within 0.2 s for 2 completions; mend it, or raise timeout_seconds"),
+        ("raises", "nonsense:raises raised ZeroDivisionError: no"),
+        ("leaves", "nonsense:leaves raised SystemExit: 3"),
+        ("text", "nonsense:text returned 'high'; expected one number per completion"),
+        ("words", "nonsense:words returned"),
+        ("nothing", "nonsense:nothing returned None"),
+        ("table", r"'table' returned scores of shape \(2, 1\); expected one number per completion \(2\)"),
+        ("one", r"'one' returned scores of shape \(\)"),
+        ("few", r"'few' returned scores of shape \(1,\)"),
+        ("huge", "nonsense:huge returned"),
+        ("nan", "'nan' returned nan for the completion 'a'; expected a finite number"),
+        ("infinite", "'infinite' returned inf"),
+        ("mapping", "nonsense:mapping returned"),
+        ("complex_", "nonsense:complex_ returned"),
+        ("good", "nonsense:good returned <generator"),
+    ],
+)
+def test_a_function_that_hangs_raises_or_returns_nonsense(tmp_path, monkeypatch, name: str, message: str) -> None:
+    (tmp_path / "nonsense.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "nonsense", raising=False)
+    reward = CombinedReward([(FunctionSource(name, f"nonsense:{name}", timeout=0.2 if name == "hangs" else 20.0), 1.0)])
+    with pytest.raises(TrainingError, match=message):
+        reward.score(["p", "q"], ["a", "bb"])
+
+
+def test_a_function_is_called_again_after_an_error(tmp_path, monkeypatch) -> None:
+    (tmp_path / "moody.py").write_text("def moody(p, c):\n    return [1 / len(text) for text in c]\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = FunctionSource("moody", "moody:moody", timeout=5.0)
+    with pytest.raises(TrainingError, match="ZeroDivisionError"):
+        source.score(["p"], [""])
+    assert source.score(["p"], ["abcd"]).tolist() == [0.25]
 
 
 def test_scores_that_are_no_numbers() -> None:

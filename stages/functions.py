@@ -1,0 +1,53 @@
+"""Functions that recipes name (``package.module:function``): finding them without running their module, and the source they have."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from stages.errors import RecipeError
+
+
+def addresses(value: Any) -> Iterator[str]:
+    """Every ``function`` in a block of a recipe, however deep."""
+    if isinstance(value, BaseModel):
+        value = {name: getattr(value, name) for name in type(value).model_fields}
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key == "function" and isinstance(item, str):
+                yield item
+            else:
+                yield from addresses(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from addresses(item)
+
+
+def check_function(address: str) -> None:
+    """Raise RecipeError where the module, or the name in its source, is not there. The module itself is not run."""
+    module, _, name = address.partition(":")
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError) as error:
+        raise RecipeError(f"function {address!r}: cannot import {module} ({error}); is it installed, or on PYTHONPATH?") from error
+    if spec is None:
+        raise RecipeError(f"function {address!r}: cannot import {module}; is it installed, or on PYTHONPATH?")
+    source = source_of(module)
+    known = rf"\b{re.escape(name)}\b|import \*|__getattr__"
+    if source is not None and not re.search(known, source.read_text(encoding="utf-8", errors="replace")):
+        raise RecipeError(f"function {address!r}: {module} has no {name!r}")
+
+
+def source_of(module: str) -> Path | None:
+    """The file of a module, where it has one."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    is_file = spec is not None and spec.origin is not None and spec.origin.endswith(".py") and Path(spec.origin).is_file()
+    return Path(str(spec.origin)) if is_file and spec is not None else None

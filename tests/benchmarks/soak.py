@@ -1,0 +1,81 @@
+"""A long PPO run with flat memory, ended by SIGTERM: is what it holds at the end what it held after its first minutes?
+
+    python tests/benchmarks/soak.py             30 minutes and a little more; --minutes 3 for a quick look
+
+A small policy, value network and reward function, checkpoints all along. The resident memory of the process is read every ten seconds; the
+growth is the slope of a line through what was read after the first fifth of the time. Exit status 0 where the growth over an hour is less
+than 2 % of the memory held, and the run ended within ten seconds of the signal, with status 143.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from scale import make_model
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAUSE_SECONDS = 10.0
+
+
+def slope(points: list[tuple[float, float]]) -> float:
+    """Of the line through points (x, y) that is nearest in the sense of least squares."""
+    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--minutes", type=float, default=31.0)
+    given = options.parse_args()
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        place = Path(folder)
+        make_model(place / "model", width=64, layers=2)
+        (place / "soak_reward.py").write_text("def score(p, c):\n    return [text.count('e') / (len(text) + 1) for text in c]\n")
+        (place / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{n:03d} a film"}) + "\n" for n in range(500)))
+        step = {
+            "stage": "ppo", "name": "aligned", "precision": "fp32", "policy": "./model", "value": "policy", "data": "prompts.jsonl",
+            "reward": [{"function": "soak_reward:score"}], "generation": {"max_new_tokens": 24}, "total_episodes": 2**30,
+            "rollout_batch_size": 16, "minibatch_size": 8, "microbatch_size": 8, "ppo_epochs": 2, "ema_decay": 0.99,
+            "training": {"schedule": "constant"},
+        }  # fmt: skip
+        (place / "soak.yaml").write_text(f"name: soak\nsteps:\n  - {json.dumps(step)}\n")
+        environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{place}", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "stages", "run", "soak.yaml", "--home", "home"]
+        with (place / "log").open("w") as log:
+            process = subprocess.Popen(command, cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            watched, began, read = psutil.Process(process.pid), time.monotonic(), []
+            while time.monotonic() - began < 60 * given.minutes:
+                time.sleep(PAUSE_SECONDS)
+                if process.poll() is not None:
+                    raise SystemExit((place / "log").read_text()[-3000:])
+                read.append((time.monotonic() - began, watched.memory_info().rss / 2**20))
+            asked = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            status = process.wait(60)
+            ending = time.monotonic() - asked
+        metrics = place / "home" / "runs" / "soak" / "latest" / "aligned" / "metrics.jsonl"
+        iterations = len(metrics.read_text().splitlines())
+        late = read[len(read) // 5 :]
+        growth = 3600 * slope(late)
+        for share in range(0, 11, 2):
+            seconds, held = late[min(len(late) - 1, share * len(late) // 10)]
+            print(f"after {seconds / 60:5.1f} min: {held:7.1f} MiB")
+        print(
+            f"{iterations} iterations in {given.minutes:g} minutes; {late[-1][1]:.0f} MiB at the end, growing by {growth:.1f} MiB an hour "
+            f"({1000 * growth / 3600 * 60 * given.minutes / iterations:.2f} MiB per 1000 iterations); ended {ending:.1f} s after SIGTERM "
+            f"with status {status}"
+        )
+        sys.exit(not (growth < 0.02 * late[-1][1] and ending < 10 and status == 143))
+
+
+if __name__ == "__main__":
+    main()
