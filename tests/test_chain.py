@@ -17,6 +17,7 @@ from stages.errors import DataError, RegistryError
 from stages.fingerprints import code_version, why
 from stages.recipe import STAGES, load_recipe
 from stages.registry import Registry
+from stages.report.page import write_report
 from stages.runtime import Runtime
 
 RECIPE = """\
@@ -43,6 +44,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("a.txt").write_text("a")
     Path("b.txt").write_text("b")
     Path("quick.yaml").write_text(RECIPE)
+    # Drawing takes a second a run; one test below has the page made.
+    monkeypatch.setattr("stages.report.page.write_report", lambda run: run.path / "report.html")
 
 
 def run(*overrides: str, home: str = "home") -> dict[str, Any]:
@@ -112,7 +115,8 @@ def test_a_reused_evaluation_brings_its_files_and_figures() -> None:
     assert actions(run())["verdict"] == "reuse"
 
 
-def test_a_reused_step_brings_its_log_and_the_run_has_a_report() -> None:
+def test_a_reused_step_brings_its_log_and_the_run_has_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.report.page.write_report", write_report)
     run()
     first = Path("home/runs/quick/latest").resolve()
     log = (first / "sft" / "metrics.jsonl").read_text()

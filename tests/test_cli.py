@@ -38,6 +38,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("train", "judge"):
         monkeypatch.setitem(STAGES, name, STAGES["sft"])  # so that what install() puts there is taken out again
     importlib.import_module("fake_stages").install()
+    monkeypatch.setattr("stages.report.page.write_report", lambda run: run.path / "report.html")  # drawing takes a second a run
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("STAGES_HOME", raising=False)
     Path("a.txt").write_text("a")

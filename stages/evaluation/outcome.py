@@ -120,10 +120,12 @@ def _rate(judge: Judged, a: str, b: str, prompts: Sequence[int], answers: Mappin
     longer = [float(len(texts[0][place] or "") - len(texts[1][place] or "")) for place in rows]
     row["length_controlled"] = asdict(length_controlled_win_rate(preferred, longer, groups))
     if judge.scores is not None:
-        pairs = [(judge.scores[a][place], judge.scores[b][place]) for place in rows]
-        differences = prompt_means([x - y for x, y in pairs if x is not None and y is not None], groups)
-        low, high = bootstrap_interval(differences)
-        row["score_difference"] = {"mean": _mean(differences), "ci_low": low, "ci_high": high}
+        scored = [(judge.scores[a][place], judge.scores[b][place], prompts[place]) for place in rows]
+        known = [(x - y, prompt) for x, y, prompt in scored if x is not None and y is not None]  # a vote needs no rating
+        if known:
+            differences = prompt_means([difference for difference, _ in known], [prompt for _, prompt in known])
+            low, high = bootstrap_interval(differences)
+            row["score_difference"] = {"mean": _mean(differences), "ci_low": low, "ci_high": high}
     return row
 
 

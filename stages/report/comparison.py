@@ -81,6 +81,9 @@ def differing_settings(runs: Sequence[RunFolder]) -> list[list[str]]:
     rows = []
     for name in dict.fromkeys(step.name for run in runs for step in run.steps):
         found = [run.step(name) for run in runs]
+        if None in found:
+            rows.append([name, "the whole step", *("absent" if step is None else "present" for step in found)])
+            continue
         flat = []
         for run, step in zip(runs, found, strict=True):
             flat.append({**_flat(step.config), "seed of the run": run.summary.get("seed")} if step is not None else {})

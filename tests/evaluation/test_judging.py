@@ -50,12 +50,15 @@ def test_ratings_of_people(prompts, step_context, models, config, write_rows, re
             (1, "base", "ann", 5), (1, "aligned", "ann", 1), (2, "base", "ann", 4),
         ]
     ]  # fmt: skip
+    rows.append(vote(PROMPTS[3], "a", "cid"))  # a vote beside the ratings
     context = step_context(models=models)
     run(config(prompts, judges=[{"judgements": write_rows("ratings", rows), "name": "stars"}]), context)
     found, _ = read_run(context)
     (rate,) = [row for row in found["win_rates"] if (row["a"], row["b"]) == ("aligned", "base")]
-    # prompt 0: ann prefers aligned, bob ties; prompt 1: base; prompt 2 has no rating of aligned
-    assert rate["n"] == 2 and rate["win_rate"] == pytest.approx((0.75 + 0) / 2)
+    # prompt 0: ann prefers aligned, bob ties; prompt 1: base; prompt 2 has no rating of aligned; prompt 3: a vote for base
+    assert rate["n"] == 3 and rate["win_rate"] == pytest.approx((0.75 + 0 + 0) / 3)
+    # scores differ by 2.5 - 1.5 and 1 - 5 where both were rated
+    assert rate["score_difference"]["mean"] == pytest.approx((1 - 4) / 2)
     assert found["candidates"]["aligned"]["scores"]["stars"] == pytest.approx((2.5 + 1) / 2)
     assert found["agreement"]["annotators"]["stars"]["agreement"] == 0
 

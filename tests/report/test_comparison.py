@@ -37,7 +37,7 @@ def test_runs_of_two_recipes_and_a_missing_step(new_run, tmp_path) -> None:
     (second / "summary.json").write_text(json.dumps(summary))
     runs = [read_run(first), read_run(second)]
     assert run_names(runs) == ["toy one", "other one"]
-    assert ["aligned", "kl_coef", "0.05", "absent"] in differing_settings(runs)
+    assert ["aligned", "the whole step", "present", "absent"] in differing_settings(runs)
     assert write_comparison(runs, tmp_path / "deep" / "page.html").read_text().count('class="plot"') == 4
 
 
