@@ -26,7 +26,7 @@ from stages.checkpoints import (
     trainable,
 )
 from stages.config import CheckpointedStepConfig, OptimizerSettings, TrainingStepConfig
-from stages.errors import RecipeError, TrainingError
+from stages.errors import LaunchError, RecipeError, TrainingError
 from stages.models.sharding import clip_gradients, grouped, reduce_gradients, shard, whole, whole_state_dict
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 PROCESS_SEEDS = 100_003  # apart by this much are the processes' random streams
 NUM_MEASURES = 10  # held-out measures per training run, where the best checkpoints are kept
+TRAINER_OPTIMIZERS = {
+    "adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit", "paged_adamw": "paged_adamw_32bit", "paged_adamw_8bit": "paged_adamw_8bit",
+}  # fmt: skip
 NUM_LOG_LINES = 100  # per training run
 IGNORED = -100  # label of a token that does not count in the loss
 
@@ -78,6 +81,10 @@ def training_arguments(settings: OptimizerSettings, context: StepContext, *, pre
     device, dtype = context.runtime.device, context.runtime.dtype(precision)
     if dtype == torch.float16 and device.type == "cpu":
         raise RecipeError("precision: fp16 cannot be trained on a CPU; use auto, fp32 or bf16")
+    if context.runtime.shards and settings.optimizer != "adamw":
+        raise LaunchError(
+            f"training.optimizer: {settings.optimizer} needs whole weights, and FSDP cuts them over the processes; leave one of the two"
+        )
     microbatch, accumulation = split_batch(settings, context.runtime.num_processes)
     arguments = {
         "output_dir": str(context.checkpoint_folder),
@@ -88,6 +95,7 @@ def training_arguments(settings: OptimizerSettings, context: StepContext, *, pre
         "max_steps": settings.max_steps or -1,
         "learning_rate": settings.learning_rate,
         **schedule_arguments(settings),
+        "optim": TRAINER_OPTIMIZERS[settings.optimizer],
         "weight_decay": settings.weight_decay,
         "adam_beta1": settings.adam_beta1,
         "adam_beta2": settings.adam_beta2,

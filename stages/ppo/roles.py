@@ -6,7 +6,7 @@ is the policy less its fresh adapter, the value network the reward model (or the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from stages.models.responses import Policy, SequenceBatch, sequence_values
 from stages.models.sharding import shard
 from stages.models.shared import RoleParameters, SharedBackbone
 from stages.ppo.config import PPOStepConfig
+from stages.ppo.offload import Offload
 from stages.rewards.config import leaves
 from stages.runtime import ResolvedModel, StepContext
 
@@ -39,6 +40,7 @@ class Roles:
     value: ValueModel | None
     trained: dict[str, nn.Module]
     backbone: SharedBackbone | None = None
+    offload: Offload = field(default_factory=lambda: Offload([], torch.device("cpu"), enabled=False))
 
     def reference_logprobs(self, batch: SequenceBatch) -> Tensor:
         """Log-probabilities under the frozen reference [N]."""
@@ -53,6 +55,17 @@ class Roles:
     def networks(self) -> dict[str, nn.Module]:
         """The modules that train: policy, and value."""
         return self.trained
+
+    def shares(self, module: nn.Module) -> bool:
+        """Whether a scalar model stands on the policy's backbone."""
+        return getattr(module, "backbone", None) is self.policy.decoder
+
+    def waiting(self) -> list[nn.Module]:
+        """Whole models of their own that compute only now and then."""
+        found = [] if self.reference.model is self.policy.model else [self.reference.model]
+        if self.value is not None and not self.shares(self.value):
+            found.append(self.value)
+        return found
 
     def load_reward_model(self, model: ResolvedModel, *, dtype: torch.dtype) -> RewardModel:
         """A reward model, on the shared backbone where it stands on it."""
@@ -73,6 +86,9 @@ def load_roles(config: PPOStepConfig, context: StepContext) -> Roles:
     """Policy, reference and value network as the config names them. Raises ModelError where one cannot play its part."""
     if context.runtime.uses_deepspeed:
         raise LaunchError("ppo does not run under DeepSpeed; cut its models over the processes with recipes/accelerate/fsdp2.yaml")
+    if context.runtime.shards and (config.offload or config.training.optimizer != "adamw"):
+        named = "offload" if config.offload else f"training.optimizer: {config.training.optimizer}"
+        raise LaunchError(f"{named} needs whole models, and FSDP cuts them over the processes; leave one of the two")
     roles = _adapted_roles(config, context) if config.lora is not None else _whole_roles(config, context)
     if config.training.gradient_checkpointing:
         roles.policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -87,6 +87,14 @@ class CombinedReward:
     def __init__(self, sources: Sequence[tuple[RewardSource, float]]) -> None:
         self.sources = list(sources)
 
+    def modules(self) -> list[torch.nn.Module]:
+        """The models behind the sources, each once."""
+        members: list[RewardSource] = []
+        for source, _ in self.sources:
+            members += [member for member, _ in source.members] if isinstance(source, Ensemble) else [source]
+        found = [model for member in members if isinstance(model := getattr(member, "model", None), torch.nn.Module)]
+        return [model for index, model in enumerate(found) if all(model is not other for other in found[:index])]
+
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
         """Score every completion by every source. Raises TrainingError where a source returns another number of scores, or NaN."""
         parts: dict[str, Tensor] = {}
