@@ -1,9 +1,10 @@
 """The chain: plan a recipe, run, reuse or resume each step, and write the run folder with its summary.
 
     <home>/registry/                          what steps made
-    <home>/runs/<recipe>/<UTC time>/<step>/   metrics and samples of a step; summary.json beside; ``latest`` links to the newest run
+    <home>/runs/<recipe>/<UTC time>/<step>/   metrics and samples of a step; beside them summary.json and report.html;
+                                              ``latest`` links to the newest run
     <home>/work/<fingerprint>/                checkpoints of a step under way; gone once it is done
-    <home>/results/<fingerprint>/             what steps found that make no model
+    <home>/results/<fingerprint>/             what steps found and logged, for the runs that reuse them
     <home>/cache/plan.json                    what planning found out before; may be deleted
 """
 
@@ -32,7 +33,7 @@ from stages.config import ModelInput
 from stages.contents import digest_folder, remembering
 from stages.errors import RegistryError
 from stages.fingerprints import fingerprint_of, parts_of, settings_of, why
-from stages.recipe import STAGES, Recipe, RecipeStep, Reference, load_object
+from stages.recipe import STAGES, Recipe, RecipeStep, Reference, data_inputs, load_object
 from stages.registry import ModelRecord, Registry, installed_packages
 from stages.results import last_result, load_result, restore_files, save_result
 from stages.runtime import ResolvedModel, Runtime, StepContext, StepResult, launched_processes
@@ -67,8 +68,11 @@ def open_registry(home: Path) -> Registry:
 # Planning
 
 
-def plan(recipe: Recipe, home: Path) -> list[StepPlan]:
-    """What running the recipe would do, step by step; checks the data of every step that would run. Loads no model."""
+def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]:
+    """What running the recipe would do, step by step; checks the data of every step that would run. Loads no model.
+
+    ``download=False`` leaves the data of the hub alone: a step that reads some is not checked.
+    """
     registry = open_registry(home)
     made: dict[str, ModelRecord | None] = {}
     plans = []
@@ -76,9 +80,15 @@ def plan(recipe: Recipe, home: Path) -> list[StepPlan]:
         for step in recipe.steps:
             plans.append(plan_step(recipe, step, home, registry, made))
             made[step.name] = plans[-1].record
-            if plans[-1].action != "reuse":
+            if plans[-1].action != "reuse" and (download or not on_hub(step)):
                 memo.passes(fingerprint_of(parts_of(step, {})), partial(recipe.check_data, step))
     return plans
+
+
+def on_hub(step: RecipeStep) -> bool:
+    """Whether some data of a step is on the hub."""
+    sources = [source for found in data_inputs(step.config).values() for source in found]
+    return any(not source.path.startswith("world:") and not Path(source.path).exists() for source in sources)
 
 
 def plan_step(recipe: Recipe, step: RecipeStep, home: Path, registry: Registry, made: Mapping[str, ModelRecord | None]) -> StepPlan:
@@ -169,10 +179,10 @@ class _Run:
         self.made: dict[str, ModelRecord | None] = {}
         self.plans: list[StepPlan] = self.runtime.decide(lambda: plan(recipe, home))
         self.folder: Path = self.runtime.decide(self._new_run_folder)
-        self.reports: list[Path] = []
         self.summary: dict[str, Any] = {
             "recipe": recipe.name,
             "recipe_file": recipe.source.file,
+            "description": recipe.description,
             "seed": recipe.seed,
             "overrides": list(recipe.source.overrides.values()),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -214,9 +224,22 @@ class _Run:
         self._write_summary()
         console = self.runtime.console
         console.print(f"{self.recipe.name} finished in {self.summary['wall_seconds']:.1f} s: {_shown(self.folder / 'summary.json')}")
-        for report in self.reports:
-            console.print(f"The report: {_shown(report)}", style="bold", soft_wrap=True)
+        if self.runtime.is_main and self.summary["candidates"]:
+            self._write_report()
         return self.summary
+
+    def _write_report(self) -> None:
+        """The page of the run. What was made is safe by now: a page that fails must not make the run fail."""
+        from stages.report.page import write_report
+        from stages.report.run_folder import read_run
+
+        try:
+            page = write_report(read_run(self.folder))
+        except Exception as error:
+            again = f"stages report {_shown(self.folder)} --debug"
+            self.runtime.console.print(f"The report could not be written ({type(error).__name__}: {error}); try `{again}`", style="yellow")
+        else:
+            self.runtime.console.print(f"The report: {_shown(page)}", style="bold", soft_wrap=True)
 
     # One step
 
@@ -224,14 +247,14 @@ class _Run:
         assert planned.fingerprint is not None
         if self.runtime.is_main:  # left by a run that was cut off between publishing and clearing away
             self._clear(_work_folder(self.home, planned.fingerprint))
+        if self.runtime.is_main:
+            restore_files(self.home, planned.fingerprint, self.folder / step.name)
         if planned.record is not None:
             record, name = planned.record, self.recipe.model_name(step)
             if record.name != name:
                 record = self.runtime.decide(lambda: self.registry.adopt(record, name))
             return StepResult(record, record.manifest["metrics"])
         kept = self.runtime.decide(lambda: load_result(self.home, str(planned.fingerprint))) or {}
-        if self.runtime.is_main:
-            restore_files(self.home, planned.fingerprint, self.folder / step.name)
         return StepResult(None, kept["metrics"], kept["evaluation"])
 
     def _run_alone(self, step: RecipeStep, planned: StepPlan) -> tuple[StepPlan, StepResult]:
@@ -246,8 +269,7 @@ class _Run:
             self.runtime.console.rule(f"[bold]{step.name}[/] ({step.stage}): {planned.action}, {planned.reason}", align="left")
             result = self._run_stage(step, planned, work)
             if self.runtime.is_main:
-                if result.model is None:
-                    self._keep(step, planned, result)
+                self._keep(step, planned, result)
                 self._clear(work)
             self.runtime.wait_for_everyone()
         return planned, result
@@ -271,6 +293,8 @@ class _Run:
             fingerprint_parts=planned.parts,
             recipe_step=step.config.model_dump(mode="json"),
             data_fingerprints=planned.parts["data"],
+            run=self.folder.name,
+            trackers=self.recipe.trackers,
         )
         try:
             result = load_object(STAGES[step.stage].run)(step.config, context)
@@ -326,17 +350,18 @@ class _Run:
                 "reused": planned.action == "reuse",
                 "action": planned.action,
                 "reason": planned.reason,
+                "inputs": planned.inputs,
+                "data": planned.parts.get("data", {}),
+                "peak_memory_bytes": self.runtime.measure_peak_memory(),  # of the process so far
                 "fingerprint": planned.fingerprint,
                 "settings": settings_of(step.config),
+                "config": step.config.model_dump(mode="json"),
                 "metrics": {**(model.manifest["metrics"] if model is not None else {}), **result.metrics},
             }
         )
         if result.evaluation is not None:
             self.summary["candidates"].update(result.evaluation["candidates"])
             self.summary["win_rates"].extend(result.evaluation["win_rates"])
-        report = self.folder / step.name / "report.html"
-        if report.exists():
-            self.reports.append(report)
         self._write_summary()
 
     def _write_summary(self) -> None:

@@ -3,7 +3,8 @@
     stages run RECIPE [step.field=value ...]      stages plan RECIPE
     stages sweep RECIPE step.field=[value,value] [seeds=3]
     stages models list | show | lineage | verify | export | remove
-    stages generate REF --prompt TEXT [--against REF2]
+    stages generate REF --prompt TEXT [--against REF2]      stages chat REF
+    stages report RUN [RUN2 ...]
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from stages.storage import storage_error
 if TYPE_CHECKING:
     from rich.tree import Tree
 
+    from stages.planning.memory import Machine
     from stages.registry import ModelRecord, Registry
-    from stages.runtime import ResolvedModel, Runtime
+    from stages.runtime import Runtime
 
 app = typer.Typer(
     name="stages", help="Chains of training stages: from raw text to an aligned language model.", no_args_is_help=True,
@@ -174,27 +176,59 @@ def plan(
     recipe: Recipe,
     overrides: Overrides = None,
     all_settings: Annotated[bool, typer.Option("--settings", help="Show every setting of every step, and where it comes from.")] = False,
+    device_memory: Annotated[float | None, typer.Option(min=0.1, help="Plan for a GPU of so many GiB instead of this machine.")] = None,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a run would make, reuse or resume, and why; of steps with a preset also each value and its source. Loads no model."""
+    """Say what a run would make, reuse or resume, and why, and how much memory it will need; of steps with a preset also each value and
+    its source. Loads no model."""
     from stages import chain
+    from stages.planning.plan import advice_lines, memory_table, plan_memory
     from stages.recipe import load_recipe
     from stages.settings import preset_settings, settings_of_step, settings_table
 
     loaded = load_recipe(recipe, overrides or [], _registry(home))
-    plans = chain.plan(loaded, _home(home))
+    plans = chain.plan(loaded, _home(home), download=False)
+    machine = _machine(device_memory)
+    reused = {step.name: step.record.path for step in plans if step.action == "reuse" and step.record is not None}
+    memory = plan_memory(loaded, _registry(home), machine, reused=reused, processes=_processes())
     shown = {step.name: (settings_of_step if all_settings else preset_settings)(loaded, step) for step in loaded.steps}
     if as_json:
         settings = {name: [setting.as_json() for setting in found] for name, found in shown.items() if found}
-        typer.echo(chain.plans_json(loaded, plans, settings))
+        content = json.loads(chain.plans_json(loaded, plans, settings))
+        _print_json({**content, "machine": {"name": machine.name, "bytes": machine.bytes}, "memory": [step.as_json() for step in memory]})
         return
     console = _runtime().console
     console.print(chain.plan_table(plans, f"{loaded.name}: {len(plans)} steps"))
+    unseen = [step.name for step in loaded.steps if chain.on_hub(step)]
+    if unseen:
+        console.print(f"Not looked at, as it is on the hub: the data of {', '.join(unseen)}.", markup=False)
+    if memory:
+        console.print(memory_table(memory, machine))
+        for line in advice_lines(memory):
+            console.print(line, soft_wrap=True, markup=False)
     for step in loaded.steps:
         if shown[step.name]:
             console.print(settings_table(loaded, step, shown[step.name]))
+
+
+def _machine(device_memory: float | None) -> Machine:
+    """The machine that a plan is for: a GPU of the given size, this machine's GPU, or its memory."""
+    from stages.planning.memory import Machine
+    from stages.runtime import cpu_memory, gpu_memory, has_amx
+
+    if device_memory is not None:
+        return Machine("cuda", int(device_memory * 2**30), 2, f"a GPU of {device_memory:g} GiB")
+    if found := gpu_memory():
+        return Machine("cuda", found[1], 2, found[0])
+    return Machine("cpu", cpu_memory(), 2 if has_amx() else 4, "this machine's memory")
+
+
+def _processes() -> int:
+    from stages.runtime import launched_processes
+
+    return launched_processes()
 
 
 @app.command()
@@ -380,10 +414,13 @@ def export(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Copy a model out, whole, for from_pretrained."""
+    """Copy a model out, whole, with a model card: for from_pretrained, lm-eval, vLLM, transformers serve, or the Hub."""
+    from stages.model_card import write_card
     from stages.models.adapters import export_merged
 
-    path = _registry(home).export(ref, destination, merge=None if adapter else export_merged)
+    registry = _registry(home)
+    path = registry.export(ref, destination, merge=None if adapter else export_merged)
+    write_card(registry.get(ref), registry, path, merged=not adapter)
     if as_json:
         _print_json({"path": str(path)})
     else:
@@ -409,16 +446,25 @@ def remove(
 
 # Trying models out
 
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens per completion.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Keep the likeliest tokens with this much probability; 1 keeps all.")]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same completions.")]
+AnyModel = Annotated[str, typer.Argument(metavar="REF", help="A model: registry reference, folder or hub id.")]
+
 
 @app.command()
 @reports_errors
 def generate(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="A model: registry reference, folder or hub id.")],
-    prompt: Annotated[list[str], typer.Option(help="The prompt; repeat for several.")],
+    ref: AnyModel,
+    prompt: Annotated[list[str] | None, typer.Option(help="The prompt; repeat for several. None: one per line of standard input.")] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="A data file with prompts.")] = None,
     against: Annotated[str | None, typer.Option(metavar="REF2", help="A second model, shown beside the first.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens per completion.")] = 48,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same completions.")] = 0,
+    score: Annotated[str | None, typer.Option(metavar="REWARD", help="A reward model that scores the completions.")] = None,
+    max_new_tokens: MaxNewTokens = 48,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
     num_samples: Annotated[int, typer.Option(min=1, help="Completions per prompt.")] = 1,
     home: Home = None,
     as_json: Json = False,
@@ -428,53 +474,102 @@ def generate(
     from rich.table import Table
     from rich.text import Text
 
-    refs = [ref] if against is None else [ref, against]
-    runtime = _runtime()
-    resolved = [_resolve(name, _registry(home)) for name in refs]
-    prompts = [text for text in prompt for _ in range(num_samples)]
-    columns = [
-        _complete(model, prompts, runtime, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed) for model in resolved
-    ]
+    from stages import terminal
+    from stages.config import GenerationSettings
+    from stages.corpora.prompts import plain_text
+
+    refs = list(dict.fromkeys([ref] if against is None else [ref, against]))
+    runtime, registry = _runtime(), _registry(home)
+    given = terminal.read_prompts(prompt or [], prompts, None if sys.stdin.isatty() else sys.stdin.read)
+    asked = [one for one in given for _ in range(num_samples)]
+    settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p or 1e-6)
+    seeds = [seed + index for index in range(len(asked))]
+    columns = [terminal.Speaker.load(name, registry, runtime).complete(asked, settings, seeds) for name in refs]
+    scores = terminal.score(score, registry, runtime, asked, columns) if score is not None else []
     if as_json:
-        _print_json([{"prompt": text, **dict(zip(refs, row, strict=True))} for text, *row in zip(prompts, *columns, strict=True)])
+        rows: list[dict[str, Any]] = []
+        for place, one in enumerate(asked):
+            row: dict[str, Any] = {"prompt": one, **{name: column[place] for name, column in zip(refs, columns, strict=True)}}
+            if scores:
+                row["scores"] = {name: column[place] for name, column in zip(refs, scores, strict=True)}
+            rows.append(row)
+        _print_json(rows)
         return
     table = Table("prompt", *refs, show_lines=True)
-    for row in zip(prompts, *columns, strict=True):
-        table.add_row(*(Text(text) for text in row))  # Text: a model's brackets are not markup
+    for place, one in enumerate(asked):
+        cells = [column[place] + (f"\n[{scores[number][place]:.3f}]" if scores else "") for number, column in enumerate(columns)]
+        table.add_row(Text(plain_text(one)), *(Text(cell) for cell in cells))  # Text: a model's brackets are not markup
     runtime.console.print(table)
 
 
-def _resolve(ref: str, registry: Registry) -> ResolvedModel:
-    from stages.chain import resolve
-    from stages.config import ModelInput
-    from stages.recipe import find_model
+@app.command()
+@reports_errors
+def chat(
+    ref: AnyModel,
+    against: Annotated[str | None, typer.Option(metavar="REF2", help="A second model that answers, too; the first's replies stay.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message to begin with.")] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    home: Home = None,
+    debug: Debug = False,
+) -> None:
+    """Talk to a model, turn by turn. A model without a chat template goes on with each line by itself."""
+    from rich.text import Text
 
-    return resolve(find_model(ModelInput(ref=ref), registry, [Path.cwd()]), registry)
-
-
-def _complete(
-    model: ResolvedModel, prompts: list[str], runtime: Runtime, *, max_new_tokens: int, temperature: float, seed: int
-) -> list[str]:
-    """One completion per prompt; repeated prompts get seeds of their own."""
+    from stages import terminal
     from stages.config import GenerationSettings
-    from stages.corpora.templates import encode_prompt
-    from stages.generation import decode_completions, stop_token_ids
-    from stages.generation import generate as sample
-    from stages.models.loading import load_language_model, load_tokenizer
 
-    tokenizer = load_tokenizer(model)
-    language_model = load_language_model(model, dtype=runtime.dtype("auto"), trainable=False, tokenizer=tokenizer).to(runtime.device)
-    settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature)
-    ids = [encode_prompt(tokenizer, text) for text in prompts]
-    generated = sample(
-        language_model,
-        ids,
-        settings,
-        seeds=[seed + index for index in range(len(ids))],
-        stop_ids=stop_token_ids(language_model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return decode_completions(tokenizer, generated)
+    runtime, registry = _runtime(), _registry(home)
+    console = runtime.console
+    speakers = [terminal.Speaker.load(name, registry, runtime) for name in ([ref] if against is None else [ref, against])]
+    for speaker in speakers:
+        if not speaker.converses:
+            console.print(f"{speaker.name} has no chat template: it goes on with each line by itself.", style="yellow", markup=False)
+    console.print(terminal.HELP, style="dim", markup=False)
+
+    def say(who: str, text: str) -> None:
+        console.print(Text.assemble((f"{who}  " if who else "", "bold"), text))
+
+    settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p or 1e-6)
+    talk = terminal.Chat(speakers, settings, seed, say)
+    if system is not None:
+        talk.history.append({"role": "system", "content": system})
+    while True:
+        try:
+            if not talk.hear(input("> ")):
+                return
+        except (EOFError, KeyboardInterrupt):
+            typer.echo()
+            return
+
+
+# Reports
+
+
+@app.command()
+@reports_errors
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, recipe names (their newest run) or <recipe>/<time>.")],
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write it (default: report.html in the run; of several comparison.html).")
+    ] = None,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make the page of a run, or one that compares several. Loads no model."""
+    from stages.report.comparison import write_comparison
+    from stages.report.page import write_report
+    from stages.report.run_folder import find_run, read_run
+
+    found = [read_run(path) for path in dict.fromkeys(find_run(name, _home(home)) for name in runs)]
+    path = write_report(found[0], output) if len(found) == 1 else write_comparison(found, output or Path("comparison.html"))
+    if as_json:
+        _print_json({"path": str(path.absolute()), "runs": [str(run.path) for run in found]})
+    else:
+        typer.echo(f"The report: {path}")
 
 
 def main() -> None:

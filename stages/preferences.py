@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from stages.errors import DataError
-from stages.numerics.classification import calibration_bins, expected_calibration_error, wilson_interval
+from stages.numerics.classification import calibration_bins, expected_calibration_error
+from stages.numerics.intervals import wilson_interval
 from stages.numerics.ranking import ranking_loss, ranking_pairs
 
 MARGINS = (0.25, 0.5, 1.0, 2.0)  # edges of the score margins by which accuracy is split

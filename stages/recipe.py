@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from stages.config import DataSource, ModelInput, StepConfig, Strict
 from stages.errors import DataError, RecipeError, RegistryError, StagesError
@@ -20,6 +20,7 @@ from stages.recipe_messages import validate
 from stages.recipe_source import RecipeSource, Steps, nearest, parse_path, read
 from stages.redaction import find_secret
 from stages.registry import DIGEST, REFERENCE, Registry, check_name
+from stages.trackers import Tracker, check_trackers
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 OLD_HUB_ID = re.compile(r"(?=.*[0-9-])[A-Za-z0-9][\w.-]*")  # gpt2, bert-base-uncased: hub models without an owner
@@ -40,8 +41,9 @@ STAGES: dict[str, Stage] = {
     "sft": Stage("stages.sft:SFTStepConfig", "stages.sft:run"),
     "reward_model": Stage("stages.reward_model:RewardModelConfig", "stages.reward_model:run"),
     "sentiment": Stage("stages.sentiment:SentimentConfig", "stages.sentiment:run"),
+    "dpo": Stage("stages.dpo:DPOStepConfig", "stages.dpo:run"),
     "ppo": Stage("stages.ppo.config:PPOStepConfig", "stages.ppo.loop:run"),
-    "evaluation": Stage("stages.evaluation:EvaluationConfig", "stages.evaluation:run", makes_model=False),
+    "evaluation": Stage("stages.evaluation.config:EvaluationConfig", "stages.evaluation.run:run", makes_model=False),
 }
 
 
@@ -57,6 +59,9 @@ class RecipeHeader(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the recipe; its models are <recipe>/<step>.")
     seed: int = Field(0, ge=0, description="Random seed of every step that names none.")
     description: str | None = Field(None, description="What the recipe is for, in a sentence.")
+    trackers: Annotated[list[Tracker], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
+        ["tensorboard"], description="Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio, or several of them; []: nowhere."
+    )
     steps: list[dict[str, Any]] = Field(description="The chain, in the order it runs.")
 
 
@@ -97,6 +102,7 @@ class Recipe:
     description: str | None
     steps: list[RecipeStep]
     source: RecipeSource = field(repr=False)
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def model_name(self, step: RecipeStep) -> str:
         """The registry name of what a step makes."""
@@ -144,7 +150,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), registry: Regis
                 raise source.error(("steps", index, *parse_path(place)), str(error)) from error
         seed = header.seed if config.seed is None else config.seed
         steps.append(RecipeStep(index, config, models, seed, read_steps[index][1]))
-    return Recipe(header.name, header.seed, header.description, steps, source)
+    check_trackers(header.trackers)
+    return Recipe(header.name, header.seed, header.description, steps, source, list(header.trackers))
 
 
 def _refuse_secrets(source: RecipeSource, overrides: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ from stages.errors import RecipeError
 Steps = tuple[str | int, ...]
 PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null")
 LARGEST = 2**63 - 1
+HEADER = ("name", "seed", "description", "trackers")  # fields of the recipe itself that an override may set
 MOST_VALUES = 100_000  # an alias of aliases can stand for billions of values
 
 
@@ -111,11 +112,11 @@ class RecipeSource:
         for name in sorted((name for name in names if isinstance(name, str)), key=len, reverse=True):
             if target.startswith(name + "."):
                 return ("steps", names.index(name), *parse_path(target[len(name) + 1 :]))
-        if len(parts) == 1 and parts[0] in ("name", "seed", "description"):
+        if len(parts) == 1 and parts[0] in HEADER:
             return parts
         if parts[0] in names:
             raise ValueError(f"{parts[0]!r} is a step; name the field of it to set: {parts[0]}.field=value")
-        known = [name for name in names if name] + ["name", "seed", "description"]
+        known = [name for name in names if name] + list(HEADER)
         raise ValueError(f"the recipe has no step {parts[0]!r}; {nearest(parts[0], known)}")
 
     def _assign(self, path: Steps, value: Any) -> None:

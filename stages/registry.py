@@ -407,6 +407,8 @@ class Registry:
                 merge(record, self, partial)
             else:
                 shutil.copytree(record.path, partial)
+            for _, file in files_of(partial):
+                file.chmod(0o644)  # weights are written for the user alone, and a server runs as somebody else
             if destination.exists():
                 destination.rmdir()
             partial.rename(destination)

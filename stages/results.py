@@ -1,4 +1,4 @@
-"""Results of steps that make no model (evaluations), kept by fingerprint so that a chain run again need not judge again.
+"""What steps found and wrote into their run folders, kept by fingerprint: a step that is reused has its logs, an evaluation its results.
 
     <home>/results/<fingerprint>/result.json        metrics, evaluation, and the list of files with their SHA-256
     <home>/results/<fingerprint>/files/...          what the step wrote into its run folder

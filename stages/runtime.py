@@ -11,8 +11,9 @@ import os
 import random
 import resource
 import shlex
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -25,14 +26,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from stages import redaction
 from stages.config import ModelInput
-from stages.errors import LaunchError, StagesError
+from stages.errors import LaunchError, RecipeError, StagesError
 from stages.registry import ModelRecord, Registry
 from stages.stopping import StopRequest
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator, PartialState
-    from torch.utils.tensorboard import SummaryWriter
+
+    from stages.trackers import StepTrackers
 
 T = TypeVar("T")
 
@@ -40,6 +42,14 @@ T = TypeVar("T")
 def default_home() -> Path:
     """The folder under which everything made is kept: ``STAGES_HOME``, else ``outputs``."""
     return Path(os.environ.get("STAGES_HOME") or "outputs")
+
+
+def secret(variable: str) -> str:
+    """The secret in an environment variable; it must never reach a log, a manifest or a report. Raises RecipeError where it is not set."""
+    value = os.environ.get(variable, "")
+    if not value:
+        raise RecipeError(f"the environment variable {variable} is not set; export it, or remove api_key_variable where no key is needed")
+    return value
 
 
 def launched_processes() -> int:
@@ -124,6 +134,30 @@ def lost_the_others(error: BaseException) -> bool:
     if type(error).__name__ in ("DistBackendError", "DistNetworkError"):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "closed by peer", "reset by peer"))
+
+
+def cpu_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def gpu_memory() -> tuple[str, int] | None:
+    """Name and bytes of the first GPU, asked of nvidia-smi and so without torch; None where there is none."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+        first = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()[0]
+        name, size = first.rsplit(",", 1)
+        return name.strip(), int(size) << 20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def has_amx() -> bool:
+    """Whether the CPU has matrix tiles for bf16; known without torch."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -332,11 +366,13 @@ class StepContext:
     fingerprint_parts: dict[str, Any] = field(default_factory=dict)
     recipe_step: dict[str, Any] = field(default_factory=dict)  # the step as resolved
     data_fingerprints: dict[str, str] = field(default_factory=dict)
+    run: str = ""  # name of the run folder: what trackers call the run
+    trackers: Sequence[str] = ("tensorboard",)
     recorded: list[tuple[int, dict[str, float]]] | None = None  # where a training notes what it logs, for a run that goes on after a cut
-    _tensorboard: SummaryWriter | None = None
+    _trackers: StepTrackers | None = None
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append metrics (named ``room/name``) to metrics.jsonl and TensorBoard; rank zero only."""
+        """Append metrics (named ``room/name``) to metrics.jsonl and to the trackers; rank zero only."""
         if self.recorded is not None:
             self.recorded.append((step, metrics))
         if not self.runtime.is_main:
@@ -344,17 +380,24 @@ class StepContext:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter
+        if self._trackers is None:
+            from stages.trackers import StepTrackers
 
-            self._tensorboard = SummaryWriter(self.folder / "tensorboard")
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+            _ = self.runtime.state  # accelerate's trackers ask it which process they are in
+            recipe, _, own = self.name.rpartition("/")
+            names = {"recipe": recipe or own, "run": self.run, "step": own}
+            self._trackers = StepTrackers(self.trackers, **names, folder=self.folder, settings=self.recipe_step)
+        self._trackers.log(step, metrics)
+
+    @property
+    def cache_folder(self) -> Path:
+        """For what may be lost but is dear to make again; it belongs to the home, not to the step."""
+        return self.registry.root.parent / "cache"
 
     def close(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+        if self._trackers is not None:
+            self._trackers.close()
+            self._trackers = None
 
     def publish(
         self,

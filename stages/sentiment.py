@@ -325,8 +325,8 @@ def measure(probabilities: torch.Tensor, truth: Sequence[int]) -> dict[str, Any]
         confusion_matrix,
         expected_calibration_error,
         f1_scores,
-        wilson_interval,
     )
+    from stages.numerics.intervals import wilson_interval
 
     labels = torch.tensor(list(truth))
     confidence, predicted = probabilities.max(dim=1)

@@ -32,11 +32,11 @@ from stages.models.sharding import clip_gradients, grouped, reduce_gradients, sh
 if TYPE_CHECKING:
     from stages.runtime import ProgressBar, StepContext
 
-PROCESS_SEEDS = 100_003  # apart by this much are the processes' random streams
-NUM_MEASURES = 10  # held-out measures per training run, where the best checkpoints are kept
 TRAINER_OPTIMIZERS = {
     "adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit", "paged_adamw": "paged_adamw_32bit", "paged_adamw_8bit": "paged_adamw_8bit",
 }  # fmt: skip
+PROCESS_SEEDS = 100_003  # apart by this much are the processes' random streams
+NUM_MEASURES = 10  # held-out measures per training run, where the best checkpoints are kept
 NUM_LOG_LINES = 100  # per training run
 IGNORED = -100  # label of a token that does not count in the loss
 

@@ -65,10 +65,16 @@ class JudgeConfig(StepConfig):
 
 
 def judge(config: JudgeConfig, context: StepContext) -> StepResult:
-    (context.folder / "completions.jsonl").write_text('{"text": "a completion"}\n')
-    (context.folder / "report.html").write_text("<html></html>")
-    candidates: dict[str, Any] = {name: {"score": 0.5} for name in config.candidates}
+    candidates: dict[str, Any] = {name: {"scores": {"gold": 0.5}, "digest": model.ref} for name, model in config.candidates.items()}
     win_rates = [{"a": "sft", "b": "base", "judge": "gold", "win_rate": 0.7, "ci_low": 0.6, "ci_high": 0.8, "n": 100}]
+    scores = {"gold": dict.fromkeys(config.candidates, 0.5)}
+    line = {"prompt": config.question, "completions": dict.fromkeys(config.candidates, "a completion"), "scores": scores}
+    (context.folder / "completions.jsonl").write_text(json.dumps(line) + "\n")
+    evaluation = {
+        "verdict": "sft beats base", "prompts": 1, "samples_per_prompt": 1, "candidates": candidates, "win_rates": win_rates,
+        "judges": [{"name": "gold", "kind": "reward"}],
+    }  # fmt: skip
+    (context.folder / "evaluation.json").write_text(json.dumps(evaluation))
     return StepResult(None, {"judged": len(candidates)}, {"candidates": candidates, "win_rates": win_rates})
 
 

@@ -90,7 +90,7 @@ def test_the_summary_says_what_the_issue_asks(tmp_path: Path) -> None:
     assert (step["name"], step["stage"], step["reused"]) == ("sft", "train", False)
     assert step["model"]["ref"] == "quick/sft" and step["model"]["digest"].startswith("sha256:")
     assert step["metrics"]["loss"] == 0.5
-    assert summary["candidates"] == {"base": {"score": 0.5}, "sft": {"score": 0.5}}
+    assert {name: row["scores"] for name, row in summary["candidates"].items()} == {"base": {"gold": 0.5}, "sft": {"gold": 0.5}}
     assert summary["win_rates"][0]["ci_low"] == 0.6
     assert (latest / "sft" / "metrics.jsonl").exists()
     assert list(Path("home/work").iterdir()) == []
@@ -102,14 +102,39 @@ def test_a_reused_evaluation_brings_its_files_and_figures() -> None:
     summary = run()
     assert actions(summary)["verdict"] == "reuse"
     latest = Path("home/runs/quick/latest")
-    assert (latest / "verdict" / "completions.jsonl").read_text() == '{"text": "a completion"}\n'
-    assert summary["candidates"]["sft"] == {"score": 0.5}
-    (latest / "verdict" / "report.html").write_text("edited")  # an edit in a run folder does not reach what is kept
+    assert "a completion" in (latest / "verdict" / "completions.jsonl").read_text()
+    assert summary["candidates"]["sft"]["scores"] == {"gold": 0.5}
+    (latest / "verdict" / "evaluation.json").write_text("edited")  # an edit in a run folder does not reach what is kept
     assert actions(run())["verdict"] == "reuse"
-    kept = next(Path("home/results").iterdir())
-    (kept / "files" / "report.html").write_text("damaged")
+    kept = next(Path("home/results").glob("*/files/evaluation.json"))
+    kept.write_text("damaged")
     assert actions(run())["verdict"] == "run"
     assert actions(run())["verdict"] == "reuse"
+
+
+def test_a_reused_step_brings_its_log_and_the_run_has_a_report() -> None:
+    run()
+    first = Path("home/runs/quick/latest").resolve()
+    log = (first / "sft" / "metrics.jsonl").read_text()
+    page = (first / "report.html").read_text()
+    assert "sft wins 70 % of 100 prompts against base, by gold" in page
+    shutil.rmtree(first)
+    summary = run()
+    latest = Path("home/runs/quick/latest")
+    assert actions(summary)["sft"] == "reuse" and (latest / "sft" / "metrics.jsonl").read_text() == log
+    assert summary["steps"][1]["inputs"] == {"model": "quick/base@1"} and summary["steps"][1]["config"]["rate"] == 1.0
+    assert (latest / "report.html").exists()
+
+
+def test_a_report_that_fails_does_not_fail_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("a bug of the report")
+
+    monkeypatch.setattr("stages.report.page.write_report", broken)
+    recipe = load_recipe("quick.yaml", (), Registry(Path("home/registry")))
+    assert chain.run(recipe, Path("home"), Runtime())["finished"] is True
+    said = " ".join(capsys.readouterr().out.split())
+    assert "The report could not be written (ZeroDivisionError: a bug of the report); try `stages report home/runs/quick/" in said
 
 
 def test_models_of_two_homes_agree(tmp_path: Path) -> None:

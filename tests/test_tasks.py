@@ -93,7 +93,8 @@ def test_a_model_that_learned_the_answers_gets_them_right(model, tiny_tokenizer)
 
 
 def test_tasks_in_an_evaluation(tmp_path, monkeypatch, step_context, resolve_folder, tiny_llama_folder) -> None:
-    from stages.evaluation import EvaluationConfig, run
+    from stages.evaluation.config import EvaluationConfig
+    from stages.evaluation.run import run
 
     (tmp_path / "judges_for_tasks.py").write_text("def lengths(p, c): return [float(len(t)) for t in c]\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -123,7 +124,7 @@ def test_tasks_in_an_evaluation(tmp_path, monkeypatch, step_context, resolve_fol
 
 
 def test_a_task_is_a_block_or_its_data() -> None:
-    from stages.evaluation import EvaluationConfig
+    from stages.evaluation.config import EvaluationConfig
 
     base = {"name": "v", "candidates": {"a": "b"}, "data": "p", "judges": [{"function": "m:f"}]}
     tasks = {"one": "x.jsonl", "two": [{"path": "x.jsonl", "limit": 3}], "three": {"path": "y"}}

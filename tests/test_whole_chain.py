@@ -1,4 +1,4 @@
-"""All six stages in one chain on a few rows of the embedded world, as a user starts it: run, rerun, override, and a kill in the middle."""
+"""All stages in one chain on a few rows of the embedded world, as a user starts it: run, rerun, override, and a kill in the middle."""
 
 from __future__ import annotations
 
@@ -61,6 +61,13 @@ steps:
     microbatch_size: 8
     ppo_epochs: 2
     checkpoint_seconds: 0
+  - stage: dpo
+    name: dpo
+    model: sft
+    precision: fp32
+    data: {train: {path: "world:comparisons", limit: 24}, validation: {path: "world:comparisons/validation", limit: 8}}
+    pairs_per_prompt: 1
+    training: {batch_size: 8, microbatch_size: 4, learning_rate: 1.0e-4}
   - stage: evaluation
     name: verdict
     precision: fp32
@@ -68,6 +75,8 @@ steps:
       base: base
       prompted: {model: base, few_shot: {data: "world:demonstrations", num_examples: 1}}
       sft: sft
+      best: {model: sft, best_of: {n: 4, reward: {model: preference}}}
+      dpo: dpo
       aligned: aligned
     data: "world:prompts/heldout"
     num_prompts: 8
@@ -108,12 +117,12 @@ def models(summary: dict[str, Any]) -> dict[str, Any]:
 def test_the_summary_has_what_it_promises(undisturbed) -> None:
     home, summary = undisturbed
     assert summary["finished"] and summary["wall_seconds"] > 0 and summary["peak_memory_bytes"] > 2**27
-    assert [step["stage"] for step in summary["steps"]] == ["pretraining", "sft", "sentiment", "reward_model", "ppo", "evaluation"]
+    assert [step["stage"] for step in summary["steps"]] == ["pretraining", "sft", "sentiment", "reward_model", "ppo", "dpo", "evaluation"]
     assert not any(step["reused"] for step in summary["steps"])
-    assert set(summary["candidates"]) == {"base", "prompted", "sft", "aligned"}
-    assert len(summary["win_rates"]) == 2 * 4 * 3
+    assert set(summary["candidates"]) == {"base", "prompted", "sft", "best", "dpo", "aligned"}
+    assert len(summary["win_rates"]) == 2 * 6 * 5
     folder = home / "runs" / "tiny" / "latest" / "verdict"
-    assert (folder / "report.html").exists() and len((folder / "completions.jsonl").read_text().splitlines()) == 8
+    assert (folder.parent / "report.html").exists() and len((folder / "completions.jsonl").read_text().splitlines()) == 8
     assert summary["candidates"]["sft"]["kl"] == pytest.approx(0, abs=1e-3)
 
 
@@ -130,7 +139,8 @@ def test_a_changed_setting_redoes_what_depends_on_it(undisturbed, recipe) -> Non
     home, first = undisturbed
     changed = start(recipe, home, "aligned.kl_coef=0.2")
     assert {step["name"]: step["reused"] for step in changed["steps"]} == {
-        "base": True, "sft": True, "taste": True, "preference": True, "aligned": False, "verdict": False,
+        "base": True, "sft": True, "taste": True, "preference": True, "aligned": False, "dpo": True,
+        "verdict": False,
     }  # fmt: skip
     assert "kl_coef (0.05 -> 0.2)" in changed["steps"][4]["reason"]
 

@@ -42,7 +42,7 @@ def load_prompts(
 
 
 def prompt_in(row: Row, words: int | None = None) -> Prompt:
-    """The prompt of a row of any schema that has one; ``words`` takes so many first words of its text."""
+    """The prompt of a row of any schema that has one; ``words``: the first so many of its text. Raises DataError where it has none."""
     if words is not None:
         column = "text" if "text" in row else "prompt"
         return " ".join(text_of(row, column).replace("<br />", " ").split()[:words])

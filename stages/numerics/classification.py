@@ -1,24 +1,9 @@
-"""Counting right and wrong: intervals, calibration, F1, confusion. N examples, C classes; plain floats come back."""
+"""Counting right and wrong: calibration, F1, confusion. N examples, C classes; plain floats come back."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
-
-Z95 = 1.959963984540054  # the 97.5 % point of the standard normal distribution
-
-
-def wilson_interval(successes: float, trials: float) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927); (0, 1) without trials. Half successes, as ties give, are allowed."""
-    if trials <= 0:
-        return 0.0, 1.0
-    share = successes / trials
-    scale = 1 + Z95**2 / trials
-    middle = (share + Z95**2 / (2 * trials)) / scale
-    half = Z95 / scale * math.sqrt(share * (1 - share) / trials + Z95**2 / (4 * trials**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def calibration_bins(confidence: Tensor, correct: Tensor, num_bins: int = 10) -> list[dict[str, float]]:

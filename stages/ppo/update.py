@@ -262,10 +262,10 @@ class Updater:
         for start in range(0, largest_share, self.config.microbatch_size):  # as many passes on every process
             group = own[start : start + self.config.microbatch_size]
             counts = len(group) > 0
-            group = (group if counts else rows[:1]).to(self.roles.policy.device)
-            loss = pretraining_loss(self.roles.policy, group, self.matmuls) / count * counts
+            batch = (group if counts else rows[:1]).to(self.roles.policy.device)
+            loss = pretraining_loss(self.roles.policy, batch, self.matmuls) / count * counts
             (mix.coef * loss).backward()
-            total += float(loss)
+            total += float(loss.detach())
         if before is not None:
             total = self._reduce_pretraining(before, total)
         return total

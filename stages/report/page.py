@@ -1,80 +1,139 @@
-"""One self-contained HTML file: the verdict, the numbers, and every prompt with all completions side by side.
+"""One self-contained HTML file per run: the verdict, the chain, the curves, every completion side by side, and how to do it again.
 
-No network and no scripts from elsewhere; everything a model or a data set wrote goes through Jinja's escaping.
+Nothing is fetched, and the only script is the page's own: the policy in the page (CSP) names its hash. Whatever a model or a data set wrote
+goes through Jinja's escaping.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import base64
+import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from stages.corpora.prompts import plain_text
-from stages.report.results import Outcome, candidate_rows, rate_text, shown_columns, verdict
+from stages.report import curves, training
+from stages.report.chain import ancestors, command, diagram, recipe_text, step_row
+from stages.report.figures import Figure, number_text
+from stages.report.reader import reader
+from stages.report.remarks import remarks
+from stages.report.run_folder import RunFolder
+from stages.report.verdicts import verdict
 
-if TYPE_CHECKING:
-    from stages.corpora.messages import Prompt
-    from stages.evaluation import Answers
+Row = dict[str, Any]
+HERE = Path(__file__).parent
+COMPLETIONS_BYTES = 1_900_000  # of a page under 3 MB; what does not fit stays in completions.jsonl, and the page says so
 
 
-def write_page(
-    path: Path, title: str, prompts: Sequence[Prompt], answers: Mapping[str, Answers], outcome: Outcome, judges: Sequence[str]
-) -> None:
-    """Write the page of an evaluation to ``path``."""
+def write_report(run: RunFolder, path: Path | None = None) -> Path:
+    """Write the report of a run, by default beside its summary; returns where."""
+    path = path or run.path / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_page(title, prompts, answers, outcome, judges), encoding="utf-8")
+    path.write_text(render_run(run), encoding="utf-8")
+    return path
 
 
-def render_page(
-    title: str, prompts: Sequence[Prompt], answers: Mapping[str, Answers], outcome: Outcome, judges: Sequence[str]
-) -> str:
-    """The page as text."""
+def render_run(run: RunFolder) -> str:
+    """The page of one run."""
+    return render(
+        "page.html.jinja",
+        title=run.title,
+        head=_head(run),
+        verdicts=[verdict(step) for step in run.evaluations],
+        notes=remarks(run),
+        diagram=diagram(run),
+        steps=[step_row(step) for step in run.steps],
+        groups=_figure_groups(run),
+        readers=[reader(step, COMPLETIONS_BYTES // len(run.evaluations)) for step in run.evaluations],
+        recipe=recipe_text(run),
+        command=command(run.summary),
+        environment=run.summary.get("environment", {}),
+        packages=run.summary.get("environment", {}).get("packages", {}),
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of this room with its style and script, and the policy that allows these and nothing else."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
         loader=PackageLoader("stages", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template("page.html.jinja").render(
-        title=title,
-        verdict=verdict(outcome, judges),
-        judges=judges,
-        candidates=outcome.candidates,
-        headings=["candidate", *judges, *(heading for heading, _ in shown_columns(outcome).values())],
-        rows=candidate_rows(outcome, judges),
-        matrices=[_matrix(outcome, judge) for judge in judges] if len(outcome.candidates) > 1 else [],
-        examples=[_example(row, prompt, answers, judges) for row, prompt in enumerate(prompts)],
-        num_prompts=len(prompts),
+    environment.filters["number"] = number_text
+    environment.filters["percent"] = lambda value: f"{100 * value:.0f} %"
+    environment.filters["seconds"] = _seconds
+    environment.filters["bytes"] = _bytes
+    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
+    policy = (
+        f"default-src 'none'; style-src-elem {_hash(style)}; style-src-attr 'unsafe-inline'; script-src {_hash(script)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
     )
+    return environment.get_template(template).render(style=Markup(style), script=Markup(script), policy=policy, **values)
 
 
-def _matrix(outcome: Outcome, judge: str) -> dict[str, Any]:
-    """Win rates of row against column; ``strength`` in [-1, 1] colours the cell."""
-    rows = []
-    for a in outcome.candidates:
-        cells: list[dict[str, Any] | None] = []
-        for b in outcome.candidates:
-            rate = outcome.rate(a, b, judge) if a != b else None
-            sure = rate is not None and (rate["ci_low"] > 0.5 or rate["ci_high"] < 0.5)
-            cells.append({"text": rate_text(rate), "strength": round(2 * rate["win_rate"] - 1, 3), "sure": sure} if rate else None)
-        rows.append({"name": a, "cells": cells})
-    return {"judge": judge, "rows": rows}
+def _hash(text: str) -> str:
+    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
 
 
-def _example(row: int, prompt: Prompt, answers: Mapping[str, Answers], judges: Sequence[str]) -> dict[str, Any]:
-    """One prompt and its completions; ``winner`` is the candidate the first judge scores highest ('' where several do)."""
-    first = {name: answer.scores[judges[0]][row] for name, answer in answers.items()}
-    best = [name for name, score in first.items() if score == max(first.values())]
+# What the parts are given
+
+
+def _head(run: RunFolder) -> Row:
+    summary = run.summary
+    environment = summary.get("environment", {})
+    gpus = environment.get("gpus") or []
+    where = f"{len(gpus)} x {gpus[0]}" if gpus else f"{environment.get('cpu_count', '?')} CPU cores"
     return {
-        "number": row + 1,
-        "prompt": plain_text(prompt),
-        "winner": best[0] if len(best) == 1 else "",
-        "completions": [
-            {
-                "name": name,
-                "text": answer.completions[row],
-                "scores": [f"{judge} {answer.scores[judge][row]:.3f}" for judge in judges],
-                "stopped": answer.stopped[row],
-            }
-            for name, answer in answers.items()
-        ],
+        "recipe": summary["recipe"],
+        "description": str(summary.get("description") or ""),
+        "started": summary.get("started", "")[:16].replace("T", " "),
+        "seconds": summary.get("wall_seconds", 0),
+        "where": where,
+        "memory": summary.get("peak_memory_bytes", 0),
+        "finished": summary.get("finished", False),
+        "reused": sum(bool(step.entry.get("reused")) for step in run.steps),
+        "steps": len(run.steps),
     }
+
+
+def _figure_groups(run: RunFolder) -> list[Row]:
+    """Figures under their headings; a heading without figures is left out."""
+    outcome: list[Figure | None] = []
+    trust: list[Figure | None] = []
+    for step in run.evaluations:
+        evaluation = step.evaluation
+        assert evaluation is not None
+        colors = curves.series_of(list(evaluation["candidates"]))
+        frontier = curves.frontier(evaluation, colors, ancestors(run, evaluation))
+        outcome += [frontier, curves.distributions(step, colors), curves.alignment_tax(evaluation, colors)]
+    evaluation = run.evaluations[-1].evaluation if run.evaluations else None
+    trust += [curves.over_optimisation(step, evaluation) for step in run.steps if step.stage == "ppo"]
+    trust += [training.calibration(step) for step in run.steps]
+    trained = [training.training(step) for step in run.steps]
+    groups = [
+        {"key": "results", "title": "What came out", "figures": outcome},
+        {"key": "trust", "title": "Can the reward be trusted?", "figures": trust},
+        {"key": "training", "title": "Training", "figures": [*trained, training.data_efficiency([run])]},
+    ]
+    made = []
+    for group in groups:
+        figures = [figure for figure in group["figures"] if figure is not None]
+        if figures:
+            made.append({**group, "figures": figures})
+    return made
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return ""
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def _bytes(value: float | None) -> str:
+    if not value:
+        return ""
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"

@@ -58,7 +58,7 @@ def overrides(tmp_path: Path, tiny_llama_folder: Path) -> list[str]:
     chosen: dict[str, Any] = {
         "sft.model": str(tiny_llama_folder), "sft.data": {"train": published, "validation": tldr}, "sft.max_length": 120,
         "preference.data": {"train": pairs, "validation": comparisons}, "preference.max_length": 120, "preference.demonstrations": tldr,
-        "judge.data": {"train": comparisons, "validation": pairs}, "judge.max_length": 120,
+        "judge.data": {"train": comparisons, "validation": pairs}, "judge.max_length": 120, "judge.demonstrations": tldr,
         "verdict.candidates.base": str(tiny_llama_folder), "verdict.candidates.prompted.model": str(tiny_llama_folder),
         "verdict.candidates.prompted.few_shot.data": tldr, "verdict.candidates.prompted.few_shot.num_examples": 1,
         "verdict.data": published, "verdict.generation": short, "verdict.perplexity": texts, "verdict.perplexity_block_size": 64,
@@ -67,7 +67,7 @@ def overrides(tmp_path: Path, tiny_llama_folder: Path) -> list[str]:
     }  # fmt: skip
     for step in ("aligned", "aligned-ptx"):
         settings = {"data": tldr, "max_prompt_tokens": 110, "generation": short, "total_episodes": 8, "rollout_batch_size": 4}
-        chosen |= {f"{step}.{field}": value for field, value in {**settings, "minibatch_size": 4, "ppo_epochs": 1}.items()}
+        chosen |= {f"{step}.{field}": value for field, value in settings.items()}
     return [f"{field}={json.dumps(value)}" for field, value in chosen.items()]
 
 
@@ -76,6 +76,9 @@ def test_the_whole_recipe_on_stand_ins(overrides: list[str], tmp_path: Path) -> 
     recipe = load_recipe(RECIPE, overrides, Registry(home / "registry"))
     assert {plan.action for plan in chain.plan(recipe, home)} == {"run"}  # looks at all data
     summary = chain.run(recipe, home, Runtime(quiet=True))
+    taken = {step.name: step.config for step in recipe.steps}
+    assert (taken["sft"].training.learning_rate, taken["preference"].training.batch_size) == (3e-6, 64)  # as published
+    assert (taken["aligned"].kl_coef, taken["aligned"].ppo_epochs, taken["aligned"].minibatch_size) == (0.05, 4, 4)
     assert [step["name"] for step in summary["steps"]] == ["sft", "preference", "judge", "aligned", "aligned-ptx", "verdict"]
     assert list(summary["candidates"]) == ["base", "prompted", "sft", "aligned", "aligned-ptx"]
     for candidate in summary["candidates"].values():

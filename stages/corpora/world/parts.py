@@ -161,10 +161,10 @@ PARTS = {
     "prompts": Part(_prompts, {"train": 6000, "validation": 256, "heldout": 512}),
     "reviews": Part(_reviews, {"train": 3000, "validation": 400, "heldout": 400}),
     "library": Part(_library, {"train": 40000, "validation": 400, "heldout": 400}),
-    "answers": Part(_answers, {"train": 8000, "validation": 200, "heldout": 200}),
+    "answers": Part(_answers, {"train": 16000, "validation": 200, "heldout": 200}),
     "rankings": Part(_rankings, {"train": 8000, "validation": 200, "heldout": 200}),
     "inquiries": Part(_inquiries, {"train": 12000, "validation": 256, "heldout": 512}),
-    "tasks/facts": Part(fact_row, {"train": 500, "validation": 120, "heldout": 240}, numbered=True),
+    "tasks/facts": Part(fact_row, {"train": 500, "validation": 160, "heldout": 320}, numbered=True),
     "tasks/verdicts": Part(verdict_row, {"train": 500, "validation": 500, "heldout": 500}),
     "tasks/continuations": Part(continuation_row, {"train": 500, "validation": 500, "heldout": 500}),
 }

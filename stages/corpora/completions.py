@@ -1,0 +1,62 @@
+"""Completions made elsewhere: ``prompt`` + ``completion``, ``instruction`` (+ ``input``) + ``output`` (AlpacaEval's), or ``messages``.
+
+Several completions of a prompt are its samples, in the order of the data; a column ``sample`` (from 0) says which one a row is, where
+some are missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stages.config import DataSource
+from stages.corpora.files import Row, read_rows, text_of
+from stages.corpora.messages import Prompt, messages_of, reply_of
+from stages.corpora.prompts import prompt_in
+from stages.errors import DataError
+
+
+def load_completions(sources: Sequence[DataSource]) -> dict[str, dict[int, str]]:
+    """The completions of each prompt (by ``prompt_key``) by their sample number; an empty one is an answer, too.
+
+    Raises DataError for a sample that is there twice.
+    """
+    found: dict[str, dict[int, str]] = {}
+    for row in read_rows(sources, split="test"):
+        prompt, completion = _pair(row)
+        samples = found.setdefault(prompt_key(prompt), {})
+        sample = sample_number(row, default=len(samples))
+        if sample in samples:
+            raise DataError(f"{row.place}: sample {sample} of this prompt is there already; number the samples of a prompt apart")
+        samples[sample] = completion
+    return found
+
+
+def sample_number(row: Row, *, default: int = 0) -> int:
+    """The row's column ``sample``. Raises DataError where it is no whole number from 0."""
+    value = row.get("sample", default)
+    if isinstance(value, str) and value.isdigit():  # csv has no numbers
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise DataError(f"{row.place}: sample is {value!r}; expected a whole number from 0")
+    return value
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """What two equal prompts have in common."""
+    return repr(prompt)
+
+
+def _pair(row: Row) -> tuple[Prompt, str]:
+    if "messages" in row:
+        messages = messages_of(row, "messages")
+        if len(messages) < 2:
+            raise DataError(f"{row.place}: messages must end with an assistant turn that follows something")
+        return messages[:-1], reply_of(row, "messages")
+    column = next((column for column in ("completion", "output") if column in row), None)
+    if column is None:
+        raise DataError(
+            f"{row.place}: columns {', '.join(row)} hold no completion; expected prompt + completion, instruction (+ input) + output, "
+            "or messages"
+        )
+    value = row[column]
+    return prompt_in(row), reply_of(row, column) if isinstance(value, list) else text_of(row, column, empty=True)

@@ -1,0 +1,359 @@
+"""What candidates answer: sampled with the same random streams, best of several, or read from a file; and what their tokens say."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from stages.errors import DataError
+from stages.evaluation.config import BestOfN, EvaluationConfig, FewShot
+from stages.evaluation.prompts import (
+    Exclusion,
+    encode_prompts,
+    few_shot_prompts,
+    few_shot_text,
+    heldout_texts,
+    positions_of,
+    validation_prompts,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.corpora.messages import Prompt
+    from stages.rewards.config import RewardInput
+    from stages.runtime import Runtime, StepContext
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of the evaluation: a prompt, and which of its samples this is. ``prompt_number`` groups the samples of one prompt."""
+
+    prompt: Prompt
+    prompt_number: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion; of one that was made elsewhere only the text is known."""
+
+    text: str
+    prompt_ids: list[int] = field(default_factory=list)
+    response_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # of response_ids, by the candidate, at the sampling temperature
+    stopped: bool = True
+
+
+@dataclass
+class Answers:
+    """What one candidate made of the questions, in their order. None: it has no completion for that one."""
+
+    samples: list[Sample | None]
+    draws: list[list[Sample]] | None = None  # best of n: every sample of each question
+    draw_rewards: list[list[float]] | None = None  # of each draw, by the reward source that picks the best
+    draw_scores: dict[str, list[list[float]]] = field(default_factory=dict)  # of each draw, by judge
+    token_kl: list[list[float]] | None = None  # nats per response token to the reference
+    kl: list[float] | None = None  # nats per completion to the reference
+    expected_kl: float | None = None  # of a best-of-n, which has no log-probabilities of its own
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+    tasks: dict[str, dict[str, float | int]] = field(default_factory=dict)  # by name, as TaskResult
+    scores: dict[str, list[float | None]] = field(default_factory=dict)  # by judge
+
+    @property
+    def texts(self) -> list[str | None]:
+        return [sample.text if sample is not None else None for sample in self.samples]
+
+
+@dataclass
+class Asked:
+    """What is asked of the candidates: the questions, each model candidate's token ids for them, and what was left out on the way."""
+
+    questions: list[Question]
+    prompt_ids: dict[str, list[list[int]]]
+    exclusions: list[Exclusion]
+    few_shot: dict[str, list[dict[str, Any]]]  # by candidate: the tries of a few-shot prompt with their scores, the chosen one first
+
+
+def shared_out(runtime: Runtime, number: int, work: Callable[[list[int]], Sequence[T]]) -> list[T]:
+    """What ``work`` makes of places 0 to ``number`` - 1, each process doing its share; every process gets all of it, in order."""
+    own = list(range(runtime.process_index, number, runtime.num_processes))
+    made = list(zip(own, work(own), strict=True))
+    if runtime.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        made = gather_object(made)
+    return [item for _, item in sorted(made, key=lambda pair: pair[0])]
+
+
+@contextmanager
+def loaded(config: EvaluationConfig, context: StepContext, name: str) -> Iterator[tuple[Any, PreTrainedTokenizerBase]]:
+    """Model and tokenizer of a candidate; one at a time is in memory."""
+    from stages.models.loading import load_language_model, load_tokenizer
+
+    source = context.models[f"candidates.{name}"]
+    tokenizer = load_tokenizer(source)
+    dtype = context.runtime.dtype(config.precision)
+    model = load_language_model(source, dtype=dtype, trainable=False, tokenizer=tokenizer).to(context.runtime.device)
+    try:
+        yield model.eval(), tokenizer
+    finally:
+        del model
+        gc.collect()
+
+
+# What is asked
+
+
+def ask(config: EvaluationConfig, context: StepContext, prompts: list[Prompt]) -> Asked:
+    """The questions that fit every model, and each model's token ids for them: all models answer the same prompts."""
+    from stages.models.loading import load_tokenizer
+
+    encoded: dict[str, list[list[int]]] = {}
+    few_shot: dict[str, list[dict[str, Any]]] = {}
+    exclusions = []
+    fits = [True] * len(prompts)
+    for name, candidate in config.candidates.items():
+        if candidate.model is None:
+            continue
+        model = context.models[f"candidates.{name}"]
+        asked = prompts
+        if candidate.few_shot is not None:
+            tries = _few_shot_tries(config, context, name, prompts)
+            few_shot[name] = tries
+            asked = few_shot_prompts(candidate.few_shot, tries[0]["text"], prompts)
+        encoded[name] = encode_prompts(load_tokenizer(model), asked)
+        longest = positions_of(model) - config.generation.max_new_tokens
+        own = [0 < len(ids) <= longest for ids in encoded[name]]
+        if own.count(False):
+            exclusions.append(Exclusion(f"prompts longer than the {longest} tokens {name} has room for", own.count(False), len(prompts)))
+        fits = [fit and mine for fit, mine in zip(fits, own, strict=True)]
+        if not any(fits):
+            raise DataError(f"candidate {name!r}: no prompt has at most {longest} tokens, what its positions leave beside the completion")
+    kept = [place for place, fit in enumerate(fits) if fit]
+    rows = [(place, sample) for place in kept for sample in range(config.samples_per_prompt)]
+    return Asked(
+        [Question(prompts[place], place, sample) for place, sample in rows],
+        {name: [ids[place] for place, _ in rows] for name, ids in encoded.items()},
+        exclusions,
+        few_shot,
+    )
+
+
+def _few_shot_tries(config: EvaluationConfig, context: StepContext, name: str, prompts: list[Prompt]) -> list[dict[str, Any]]:
+    """The few-shot texts tried for a candidate, the best first; only one, unscored, where there is nothing to choose."""
+    settings = config.candidates[name].few_shot
+    assert settings is not None
+    if settings.choose is None:
+        return [{"text": few_shot_text(settings, context.seed), "score": None}]
+    validation = validation_prompts(settings, prompts)
+    instructions = len(settings.instruction) if isinstance(settings.instruction, list) else 1
+    texts = [
+        few_shot_text(settings, context.seed, draw=draw, instruction=instruction)
+        for instruction in range(instructions)
+        for draw in range(settings.choose.tries)
+    ]
+    longest = positions_of(context.models[f"candidates.{name}"]) - config.generation.max_new_tokens
+    with loaded(config, context, name) as (model, tokenizer):
+        encoded = [encode_prompts(tokenizer, few_shot_prompts(settings, text, validation)) for text in texts]
+        fits = [place for place in range(len(validation)) if all(len(rows[place]) <= longest for rows in encoded)]
+        if not fits:
+            raise DataError(f"candidate {name!r}: no prompt of few_shot.choose.data fits {longest} tokens in every try; use fewer examples")
+        context.runtime.console.print(f"{context.name}: {name} tries {len(texts)} few-shot prompts on {len(fits)} validation prompts")
+        seeds = [(-1, place) for place in fits]  # every try has the same streams, none of them the evaluation's
+        made = []
+        for rows in encoded:
+            samples = _sample(config, context, model, tokenizer, [rows[place] for place in fits], seeds)
+            made.append([cut(sample, settings) for sample in samples])
+    validation = [validation[place] for place in fits]
+    completions = [sample.text for samples in made for sample in samples]
+    place = f"candidates.{name}.few_shot.choose.reward"
+    scores = score_texts(config, context, settings.choose.reward, place, validation * len(texts), completions)
+    width = len(validation)
+    means = [sum(scores[start : start + width]) / width for start in range(0, len(scores), width)]
+    tries = [{"text": text, "score": mean} for text, mean in zip(texts, means, strict=True)]
+    return sorted(tries, key=lambda row: -row["score"])
+
+
+# Answers
+
+
+def same_model(context: StepContext, one: str, other: str) -> bool:
+    """Whether two candidates are one model, asked in different ways."""
+    models = [context.models.get(f"candidates.{name}") for name in (one, other)]
+    settings = [model.input.model_dump(exclude={"ref"}) if model is not None else None for model in models]
+    return None not in models and models[0].digest == models[1].digest and settings[0] == settings[1]  # type: ignore[union-attr]
+
+
+def answer(config: EvaluationConfig, context: StepContext, asked: Asked, name: str, twin: Answers | None = None) -> Answers:
+    """The answers of one model: sampled, and measured while it is in memory. ``twin``: answers of the same model, otherwise asked."""
+    candidate = config.candidates[name]
+    prompt_ids = asked.prompt_ids[name]
+    draws = candidate.best_of.n if candidate.best_of is not None else 1
+    each = f", {draws} times each" if draws > 1 else ""
+    context.runtime.console.print(f"{context.name}: {name} answers {len(prompt_ids)} prompts{each}")
+    with loaded(config, context, name) as (model, tokenizer):
+        # The first draw has the stream of the plain answer, so that a best of one would be that answer.
+        seeds = [(row,) if draw == 0 else (row, draw) for row in range(len(prompt_ids)) for draw in range(draws)]
+        ids = [row for row in prompt_ids for _ in range(draws)]
+        made = [cut(sample, candidate.few_shot) for sample in _sample(config, context, model, tokenizer, ids, seeds)]
+        answers = Answers([made[start] for start in range(0, len(made), draws)])
+        if draws > 1:
+            answers.draws = [made[start : start + draws] for start in range(0, len(made), draws)]
+        if twin is not None:  # what is measured on plain text does not depend on how the prompts are put
+            answers.perplexity, answers.bits_per_byte, answers.tasks = twin.perplexity, twin.bits_per_byte, twin.tasks
+        else:
+            if config.perplexity is not None:
+                answers.perplexity, answers.bits_per_byte = _perplexity(config, context, model, tokenizer)
+            answers.tasks = _tasks(config, context, model, tokenizer)
+    if candidate.best_of is not None:
+        _pick_best(config, context, asked, name, answers, candidate.best_of)
+    return answers
+
+
+def read_answers(config: EvaluationConfig, asked: Asked, name: str) -> Answers:
+    """The answers of a candidate whose completions were made elsewhere; a prompt's first completion is its first sample, and so on.
+
+    Raises DataError where there is none for any prompt.
+    """
+    from stages.corpora.completions import load_completions, prompt_key
+
+    sources = config.candidates[name].completions
+    assert sources is not None
+    found = load_completions(sources)
+    samples = []
+    for question in asked.questions:
+        text = found.get(prompt_key(question.prompt), {}).get(question.sample)
+        samples.append(Sample(text) if text is not None else None)
+    if samples.count(None) == len(samples):
+        raise DataError(f"candidate {name!r}: its completions answer none of the {len(samples)} prompts; a prompt must match whole")
+    return Answers(samples)
+
+
+def missing_answers(config: EvaluationConfig, answers: dict[str, Answers]) -> list[Exclusion]:
+    """What candidates have no completion for."""
+    what = "prompts" if config.samples_per_prompt == 1 else "samples"
+    return [
+        Exclusion(f"{what} that {name} has no completion for (left out of its comparisons)", missing, len(answer.samples))
+        for name, answer in answers.items()
+        if (missing := answer.samples.count(None))
+    ]
+
+
+def answered_by_someone(asked: Asked, answers: dict[str, Answers]) -> Asked:
+    """The questions less those that no candidate has an answer to, as samples beyond the first may be; ``answers`` lose the same rows."""
+    kept = [row for row in range(len(asked.questions)) if any(answer.samples[row] is not None for answer in answers.values())]
+    for answer in answers.values():
+        answer.samples = [answer.samples[row] for row in kept]
+    return Asked([asked.questions[row] for row in kept], {}, asked.exclusions, asked.few_shot)
+
+
+def _sample(
+    config: EvaluationConfig,
+    context: StepContext,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[list[int]],
+    places: Sequence[tuple[int, ...]],
+) -> list[Sample]:
+    """A completion of every prompt, by the random stream of its place; the prompts are shared out among the processes."""
+    from stages.generation import decode_completions, ending_tokens, episode_seed, generate
+
+    stop, late = ending_tokens(model, tokenizer, config.generation)
+
+    def work(own: list[int]) -> list[Sample]:
+        generated = generate(
+            model,
+            [prompt_ids[row] for row in own],
+            config.generation,
+            seeds=[episode_seed(context.seed, *places[row]) for row in own],
+            stop_ids=stop,
+            late_stop_ids=late,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        mask = generated.response_mask
+        return [
+            Sample(text, prompt_ids[row], ids[kept].tolist(), values[kept].tolist(), stopped)
+            for row, text, ids, values, kept, stopped in zip(
+                own,
+                decode_completions(tokenizer, generated),
+                generated.response_ids,
+                generated.logprobs,
+                mask,
+                generated.stopped.tolist(),
+                strict=True,
+            )
+        ]
+
+    return shared_out(context.runtime, len(prompt_ids), work)
+
+
+def cut(sample: Sample, few_shot: FewShot | None) -> Sample:
+    """A few-shot candidate's completion up to where the model would go on with another example."""
+    if few_shot is None:
+        return sample
+    text, mark, _ = sample.text.partition(few_shot.stop)
+    return Sample(text.strip(), sample.prompt_ids, sample.response_ids, sample.logprobs, sample.stopped or bool(mark))
+
+
+def _pick_best(config: EvaluationConfig, context: StepContext, asked: Asked, name: str, answers: Answers, best_of: BestOfN) -> None:
+    from stages.numerics.best_of_n import best_of_n_kl
+
+    assert answers.draws is not None
+    prompts = [question.prompt for question in asked.questions for _ in range(best_of.n)]
+    texts = [sample.text for draws in answers.draws for sample in draws]
+    scores = score_texts(config, context, best_of.reward, f"candidates.{name}.best_of.reward", prompts, texts)
+    answers.draw_rewards = [scores[start : start + best_of.n] for start in range(0, len(scores), best_of.n)]
+    best = [rewards.index(max(rewards)) for rewards in answers.draw_rewards]  # the first of equals
+    answers.samples = [draws[place] for draws, place in zip(answers.draws, best, strict=True)]
+    reference = config.kl_reference
+    if reference is not None and config.candidates[name].few_shot is None:
+        digests = [context.models[f"candidates.{candidate}"].digest for candidate in (name, reference)]
+        answers.expected_kl = best_of_n_kl(best_of.n) if digests[0] == digests[1] else None
+
+
+def score_texts(
+    config: EvaluationConfig, context: StepContext, reward: RewardInput, place: str, prompts: Sequence[Prompt], completions: Sequence[str]
+) -> list[float]:
+    """A reward source's score of every completion; each process scores its share."""
+    from stages.rewards.source import build_source, checked
+
+    runtime = context.runtime
+    source = build_source(reward, context.models.get(f"{place}.model"), device=runtime.device, dtype=runtime.dtype(config.precision))
+
+    def work(own: list[int]) -> list[float]:
+        texts = [completions[row] for row in own]
+        return checked(source.score([prompts[row] for row in own], texts), reward.shown_name, texts).tolist() if own else []
+
+    return shared_out(runtime, len(completions), work)
+
+
+def _tasks(config: EvaluationConfig, context: StepContext, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
+    from stages.tasks import measure_task
+
+    runtime = context.runtime
+    shares = {"process_index": runtime.process_index, "num_processes": runtime.num_processes, "batch_size": config.generation.batch_size}
+    return {name: measure_task(model, tokenizer, task.load(), task, **shares).as_json() for name, task in config.tasks.items()}
+
+
+def _perplexity(config: EvaluationConfig, context: StepContext, model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[float, float]:
+    """Perplexity per token, and bits per byte, which models with different tokenizers can be compared by."""
+    from stages.corpora.packing import encode_documents, overlapping_windows
+    from stages.models.likelihood import measure_likelihood
+
+    texts = heldout_texts(config)
+    likelihood = measure_likelihood(
+        model,
+        overlapping_windows(encode_documents(tokenizer, texts), config.perplexity_block_size),
+        pad_token_id=int(tokenizer.pad_token_id),
+        batch_size=config.generation.batch_size,
+        device=context.runtime.device,
+        dtype=context.runtime.dtype(config.precision),
+    )
+    return likelihood.perplexity, likelihood.bits_per_byte(sum(len(text.encode()) for text in texts))

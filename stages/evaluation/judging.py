@@ -1,0 +1,253 @@
+"""Judges at work: what each says of every pair of candidates on every question, and how far judges (and annotators) agree."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from stages.evaluation.answers import Answers, Question, score_texts
+from stages.evaluation.config import EvaluationConfig
+from stages.evaluation.prompts import Exclusion
+from stages.judges.config import EndpointJudge, JudgementsFile
+
+if TYPE_CHECKING:
+    from stages.rewards.config import RewardInput
+    from stages.runtime import StepContext
+
+Pair = tuple[str, str]
+
+
+@dataclass
+class Judged:
+    """What one judge said. A preference is 1 where the pair's first candidate is better, 0 where the second is; None: nothing was said.
+
+    ``preferences`` has the pairs that were judged, in the order of the candidates, a value per question. ``scores``: of a judge that scores
+    single completions. ``annotators``: of each thing that several people judged, their preferences.
+    """
+
+    name: str
+    kind: str  # reward | llm | people
+    preferences: dict[Pair, list[float | None]]
+    scores: dict[str, list[float | None]] | None = None
+    annotators: list[list[float]] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    exclusions: list[Exclusion] = field(default_factory=list)
+
+
+def judge_all(
+    config: EvaluationConfig, context: StepContext, questions: Sequence[Question], answers: dict[str, Answers]
+) -> list[Judged]:
+    """Every judge on every answer, one judge at a time; the scores are kept with the answers, too."""
+    made = []
+    for index, judge in enumerate(config.judges):
+        if isinstance(judge, EndpointJudge):
+            judged = _ask_endpoint(judge, context, questions, answers)
+        elif isinstance(judge, JudgementsFile):
+            judged = _read_judgements(judge, questions, answers)
+        else:
+            judged = _score(judge, f"judges[{index}]", config, context, questions, answers)
+        for name, scores in (judged.scores or {}).items():
+            answers[name].scores[judged.name] = scores
+        made.append(judged)
+    return made
+
+
+# Reward sources
+
+
+def _score(
+    judge: RewardInput,
+    place: str,
+    config: EvaluationConfig,
+    context: StepContext,
+    questions: Sequence[Question],
+    answers: dict[str, Answers],
+) -> Judged:
+    scores: dict[str, list[float | None]] = {}
+    rows = [(name, row) for name, answer in answers.items() for row, sample in enumerate(answer.samples) if sample is not None]
+    texts = [answers[name].texts[row] or "" for name, row in rows]
+    given = score_texts(config, context, judge, place, [questions[row].prompt for _, row in rows], texts)
+    for name in answers:
+        scores[name] = [None] * len(questions)
+    for (name, row), score in zip(rows, given, strict=True):
+        scores[name][row] = score
+    for answer in answers.values():
+        if answer.draws is not None:
+            width = len(answer.draws[0])
+            prompts = [question.prompt for question in questions for _ in range(width)]
+            drawn = score_texts(config, context, judge, place, prompts, [sample.text for draws in answer.draws for sample in draws])
+            answer.draw_scores[judge.shown_name] = [drawn[start : start + width] for start in range(0, len(drawn), width)]
+    return Judged(judge.shown_name, "reward", _compared(scores), scores)
+
+
+def _compared(scores: dict[str, list[float | None]]) -> dict[Pair, list[float | None]]:
+    """The preferences that scores express; a question counts for a pair where both have a score."""
+    return {
+        (a, b): [None if x is None or y is None else (x > y) + 0.5 * (x == y) for x, y in zip(scores[a], scores[b], strict=True)]
+        for a, b in combinations(scores, 2)
+    }
+
+
+# A language model behind an endpoint
+
+
+def _ask_endpoint(judge: EndpointJudge, context: StepContext, questions: Sequence[Question], answers: dict[str, Answers]) -> Judged:
+    pairs = list(combinations(answers, 2))
+    if judge.against == "last":
+        last = list(answers)[-1]
+        pairs = [pair for pair in pairs if last in pair]
+    prompts = sorted({question.prompt_number for question in questions})[: judge.num_prompts]
+    rows = [row for row, question in enumerate(questions) if question.prompt_number in set(prompts)]
+    texts = {name: answer.texts for name, answer in answers.items()}
+    asked = [(pair, row) for pair in pairs for row in rows if texts[pair[0]][row] is not None and texts[pair[1]][row] is not None]
+    context.runtime.console.print(f"{context.name}: {judge.name} compares {len(asked)} pairs of completions, in both orders")
+
+    def make() -> tuple[list[float | None], dict[str, Any]]:
+        from stages.judges.endpoint import Comparison, EndpointClient, ReplyCache
+        from stages.runtime import secret
+
+        key = secret(judge.api_key_variable) if judge.api_key_variable is not None else None
+        comparisons = [Comparison(questions[row].prompt, texts[a][row] or "", texts[b][row] or "") for (a, b), row in asked]
+        cache = ReplyCache(context.cache_folder / "judgements.sqlite3")
+        try:
+            with (
+                EndpointClient(judge, key=key, cache=cache) as client,
+                context.runtime.progress(f"{context.name}: {judge.name}", len(comparisons)) as bar,
+            ):
+                return client.compare(comparisons, bar.advance), client.tally.as_json(judge)
+        finally:
+            cache.close()
+
+    verdicts, details = context.runtime.decide(make)  # rank zero asks, and tells the others
+    preferences: dict[Pair, list[float | None]] = {pair: [None] * len(questions) for pair in pairs}
+    for (pair, row), verdict in zip(asked, verdicts, strict=True):
+        preferences[pair][row] = verdict
+    left_out = Exclusion(f"comparisons that {judge.name} gave no verdict on", verdicts.count(None), len(verdicts))
+    return Judged(judge.name, "llm", preferences, details=details, exclusions=[left_out] if left_out.count else [])
+
+
+# A file of judgements
+
+
+def _read_judgements(judge: JudgementsFile, questions: Sequence[Question], answers: dict[str, Answers]) -> Judged:
+    from stages.corpora.completions import prompt_key
+    from stages.corpora.judgements import load_judgements
+
+    judgements = load_judgements(judge.judgements)
+    place = {(prompt_key(question.prompt), question.sample): row for row, question in enumerate(questions)}
+    order = {name: index for index, name in enumerate(answers)}
+    used = 0
+    given: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)  # (candidate, row) -> annotator -> score
+    said: dict[tuple[Pair, int], dict[str, float]] = defaultdict(dict)  # (pair, row) -> annotator -> preference
+    for rating in judgements.ratings:
+        row = place.get((rating.prompt, rating.sample))
+        if row is not None and rating.candidate in order and answers[rating.candidate].samples[row] is not None:
+            given[rating.candidate, row][rating.annotator] = rating.score
+            used += 1
+    for vote in judgements.votes:
+        row = place.get((vote.prompt, vote.sample))
+        if row is None or vote.a not in order or vote.b not in order:
+            continue
+        straight = order[vote.a] < order[vote.b]
+        pair = (vote.a, vote.b) if straight else (vote.b, vote.a)
+        said[pair, row][vote.annotator] = vote.preference if straight else 1 - vote.preference
+        used += 1
+    scores: dict[str, list[float | None]] | None = None
+    if given:
+        scores = {name: [_mean(given[name, row]) if (name, row) in given else None for row in range(len(questions))] for name in answers}
+        for a, b in combinations(answers, 2):
+            for row in range(len(questions)):
+                mine, theirs = given.get((a, row), {}), given.get((b, row), {})
+                for annotator in mine.keys() & theirs.keys():
+                    x, y = mine[annotator], theirs[annotator]
+                    said[(a, b), row].setdefault(annotator, (x > y) + 0.5 * (x == y))
+    preferences: dict[Pair, list[float | None]] = {}
+    for (pair, row), votes in said.items():
+        preferences.setdefault(pair, [None] * len(questions))[row] = _mean(votes)
+    preferences = {pair: preferences[pair] for pair in combinations(answers, 2) if pair in preferences}
+    number = len(judgements.votes) + len(judgements.ratings)
+    left_out = Exclusion(f"judgements of {judge.name} about other prompts or candidates", number - used, number)
+    return Judged(
+        judge.name,
+        "people",
+        preferences,
+        scores,
+        annotators=[list(votes.values()) for votes in said.values() if len(votes) > 1],
+        details={"judgements": used, "annotators": len({a for votes in said.values() for a in votes})},
+        exclusions=[left_out] if left_out.count else [],
+    )
+
+
+def _mean(values: dict[str, float]) -> float:
+    return sum(values.values()) / len(values)
+
+
+# Agreement
+
+
+def agreement(judges: Sequence[Judged], questions: Sequence[Question]) -> dict[str, Any]:
+    """How far judges agree with each other, and annotators within a judge.
+
+    Each pair of candidates on each question is a unit, rated first, second or tie (a mean over annotators or orders: whichever side of one
+    half it is on). ``alpha``: Krippendorff's, nominal. For two judges Cohen's kappa, and the share of agreement where neither ties, with an
+    interval over prompts.
+    """
+    from stages.numerics.agreement import cohens_kappa, fleiss_kappa, krippendorff_alpha, pair_agreement
+    from stages.numerics.comparing import prompt_means
+    from stages.numerics.intervals import share_interval
+
+    rated = {judge.name: _ratings(judge) for judge in judges}
+    units = sorted({unit for ratings in rated.values() for unit in ratings})
+    columns = {name: [ratings.get(unit) for unit in units] for name, ratings in rated.items()}
+    pairs = []
+    for first, second in combinations(rated, 2):
+        both = [unit for unit in units if unit in rated[first] and unit in rated[second]]
+        if not both:
+            continue
+        decided = [unit for unit in both if "tie" not in (rated[first][unit], rated[second][unit])]
+        agreeing = [float(rated[first][unit] == rated[second][unit]) for unit in decided]
+        means = prompt_means(agreeing, [questions[unit[1]].prompt_number for unit in decided])
+        low, high = share_interval(means)
+        pairs.append(
+            {
+                "a": first,
+                "b": second,
+                "n": len(both),
+                "agreement": pair_agreement([(rated[first][unit], rated[second][unit]) for unit in both]),
+                "kappa": cohens_kappa([rated[first][unit] for unit in both], [rated[second][unit] for unit in both]),
+                "decided": len(decided),
+                "agreement_decided": sum(means) / len(means) if means else None,
+                "ci_low": low,
+                "ci_high": high,
+            }
+        )
+    found: dict[str, Any] = {"pairs": pairs, "units": len(units)}
+    if len(judges) > 1 and pairs:
+        found["alpha"] = krippendorff_alpha(list(zip(*columns.values(), strict=True)))
+    annotated = {}
+    for judge in judges:
+        if judge.annotators:
+            rows = [[_side(value) for value in votes] for votes in judge.annotators]
+            complete = len({len(row) for row in rows}) == 1
+            annotated[judge.name] = {
+                "units": len(rows),
+                "votes": sum(len(row) for row in rows),
+                "agreement": pair_agreement(rows),
+                "alpha": krippendorff_alpha(rows),
+                "fleiss_kappa": fleiss_kappa(rows) if complete else None,
+                "unanimous": sum(len(set(row)) == 1 for row in rows) / len(rows),
+            }
+    return {**found, "annotators": annotated}
+
+
+def _ratings(judge: Judged) -> dict[tuple[Pair, int], str]:
+    return {
+        (pair, row): _side(value) for pair, values in judge.preferences.items() for row, value in enumerate(values) if value is not None
+    }
+
+
+def _side(preference: float) -> str:
+    return "first" if preference > 0.5 else "second" if preference < 0.5 else "tie"

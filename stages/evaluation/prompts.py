@@ -1,0 +1,148 @@
+"""The prompts of an evaluation: those held out, what each candidate is shown for them, and the few-shot text before them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from stages.errors import DataError
+from stages.evaluation.config import EvaluationConfig, FewShot
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.corpora.messages import Prompt
+    from stages.runtime import ResolvedModel
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Something that was left out: how many of how many, and why. The report shows every one."""
+
+    what: str
+    count: int
+    of: int
+    expected: bool = False  # what the recipe asks for (a prompt counts once, training prompts are left out), and no flaw of the data
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_data(config: EvaluationConfig) -> None:
+    """Raise DataError for data an evaluation cannot use; no model is loaded."""
+    from stages.corpora.completions import load_completions, prompt_key
+    from stages.corpora.judgements import load_judgements
+    from stages.judges.config import JudgementsFile
+
+    prompts, _ = load_heldout(config)
+    keys = {prompt_key(prompt) for prompt in prompts}
+    for name, candidate in config.candidates.items():
+        if candidate.completions is not None and not keys & set(load_completions(candidate.completions)):
+            raise DataError(f"candidate {name!r}: its completions answer none of the {len(prompts)} prompts; a prompt must match whole")
+        if candidate.few_shot is not None:
+            few_shot_text(candidate.few_shot, 0)
+            if candidate.few_shot.choose is not None:
+                validation_prompts(candidate.few_shot, prompts)
+    for judge in config.judges:
+        if isinstance(judge, JudgementsFile):
+            judgements = load_judgements(judge.judgements)
+            if not judgements.candidates & set(config.candidates):
+                known = f"it judges {', '.join(sorted(judgements.candidates)[:10])}; candidates are {', '.join(config.candidates)}"
+                raise DataError(f"judge {judge.shown_name!r}: its judgements are about no candidate; {known}")
+    heldout_texts(config)
+    for task in config.tasks.values():
+        task.load()
+
+
+def load_heldout(config: EvaluationConfig) -> tuple[list[Prompt], list[Exclusion]]:
+    """The held-out prompts, each once, and what was left out of them. Raises DataError where ``exclude`` leaves none."""
+    from stages.corpora.files import read_rows
+    from stages.corpora.prompts import load_prompts, prompt_in
+
+    excluded = load_prompts(config.exclude, prompt_words=config.prompt_words) if config.exclude is not None else []
+    known = {repr(prompt) for prompt in excluded}
+    rows = [prompt_in(row, config.prompt_words) for row in read_rows(config.data, split="test")]
+    distinct = list({repr(prompt): prompt for prompt in rows}.values())
+    apart = [prompt for prompt in distinct if repr(prompt) not in known]
+    if not apart:
+        raise DataError(f"all {len(distinct)} prompts of data occur in exclude; name data kept apart, or raise prompt_words")
+    exclusions = [
+        Exclusion("prompts that occur more than once, counted once", len(rows) - len(distinct), len(rows), expected=True),
+        Exclusion("prompts that occur in the training data (exclude)", len(distinct) - len(apart), len(distinct), expected=True),
+    ]
+    return apart[: config.num_prompts], [item for item in exclusions if item.count]
+
+
+def heldout_texts(config: EvaluationConfig) -> list[str]:
+    """The texts of the perplexity; empty where none are named."""
+    from stages.corpora.files import read_rows, text_of
+
+    return [text_of(row, "text") for row in read_rows(config.perplexity, split="test")] if config.perplexity is not None else []
+
+
+# Few-shot prompts
+
+
+def few_shot_text(settings: FewShot, seed: int, *, draw: int = 0, instruction: int = 0) -> str:
+    """The text put before every prompt: the instruction and ``num_examples`` demonstrations, the ``draw``-th set of them.
+
+    Raises DataError where there are too few.
+    """
+    from stages.corpora.demonstrations import demonstration
+    from stages.corpora.files import read_rows
+    from stages.corpora.prompts import plain_text
+
+    rows = read_rows(settings.data)
+    if len(rows) < settings.num_examples:
+        raise DataError(f"few_shot.data has {len(rows)} rows, fewer than num_examples={settings.num_examples}")
+    stream = random.Random(f"few shot {seed}" if draw == 0 else f"few shot {seed} {draw}")
+    chosen = [demonstration(row) for row in stream.sample(rows, settings.num_examples)]
+    # Not str.format: a text of a data set may hold braces.
+    texts = [
+        settings.template.replace("{prompt}", plain_text(row["prompt"])).replace("{completion}", row["completion"]) for row in chosen
+    ]
+    before = settings.instruction if isinstance(settings.instruction, str) else settings.instruction[instruction]
+    return before + "".join(texts)
+
+
+def few_shot_prompts(settings: FewShot, text: str, prompts: list[Prompt]) -> list[Prompt]:
+    """What a candidate is shown: the text, then the prompt up to where its completion begins."""
+    from stages.corpora.prompts import plain_text
+
+    head = settings.template.partition("{completion}")[0]
+    # White space at the end is the completion's: a tokenizer joins it to the first word.
+    return [(text + head.replace("{prompt}", plain_text(prompt))).rstrip(" ") for prompt in prompts]
+
+
+def validation_prompts(settings: FewShot, heldout: list[Prompt]) -> list[Prompt]:
+    """The prompts by which few-shot examples are chosen, none of which is evaluated on. Raises DataError where there are none."""
+    from stages.corpora.prompts import load_prompts
+
+    assert settings.choose is not None
+    known = {repr(prompt) for prompt in heldout}
+    found = [prompt for prompt in load_prompts(settings.choose.data, split="validation") if repr(prompt) not in known]
+    if not found:
+        raise DataError("few_shot.choose.data holds no prompt that is not evaluated on; the choice needs prompts of its own")
+    return found[: settings.choose.num_prompts]
+
+
+# Tokens
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[list[int]]:
+    """Token ids of each prompt, as the model is shown it."""
+    from stages.corpora.templates import encode_prompt
+
+    return [encode_prompt(tokenizer, prompt) for prompt in prompts]
+
+
+def positions_of(model: ResolvedModel) -> int:
+    """The longest sequence, in tokens, that a model was made for."""
+    from transformers import AutoConfig
+
+    from stages.models.adapters import find_base, is_adapter
+
+    source = find_base(model) if is_adapter(model) else model
+    config = AutoConfig.from_pretrained(source.path, revision=source.input.revision, trust_remote_code=source.input.trust_remote_code)
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1_000_000)

@@ -1,0 +1,87 @@
+"""What an evaluation leaves in its run folder, for the report and for other tools.
+
+    evaluation.json             candidates, win rates, judges, agreement, curves, what was left out
+    completions.jsonl           a line per question: the prompt, every completion, every score and preference
+    tokens.jsonl                the tokens of the first prompts with their KL and value (token_details)
+    alpaca_eval/<name>.json     a candidate's completions in AlpacaEval's format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.corpora.prompts import plain_text
+from stages.evaluation.answers import Answers, Question
+from stages.evaluation.judging import Judged
+
+
+def write_evaluation(folder: Path, content: Mapping[str, Any]) -> None:
+    """evaluation.json; what is no finite number becomes null, which every reader of JSON takes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None for NaN and infinities."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def write_completions(folder: Path, questions: Sequence[Question], answers: Mapping[str, Answers], judged: Sequence[Judged]) -> None:
+    """completions.jsonl. A candidate without a completion for a question is left out of its line."""
+    lines = []
+    for row, question in enumerate(questions):
+        present = {name: answer for name, answer in answers.items() if answer.samples[row] is not None}
+        line: dict[str, Any] = {
+            "prompt": question.prompt,
+            "prompt_number": question.prompt_number,
+            "sample": question.sample,
+            "completions": {name: answer.texts[row] for name, answer in present.items()},
+            "scores": {
+                judge.name: {name: judge.scores[name][row] for name in present if judge.scores[name][row] is not None}
+                for judge in judged
+                if judge.scores is not None
+            },
+            "preferences": {
+                judge.name: [
+                    {"a": a, "b": b, "preference": values[row]} for (a, b), values in judge.preferences.items() if values[row] is not None
+                ]
+                for judge in judged
+                if judge.scores is None
+            },
+        }
+        samples = {name: sample for name, answer in present.items() if (sample := answer.samples[row]) is not None}
+        line["tokens"] = {name: len(sample.response_ids) for name, sample in samples.items() if sample.response_ids}
+        line["stopped"] = {name: sample.stopped for name, sample in samples.items()}
+        kl = {name: round(answer.kl[row], 4) for name, answer in present.items() if answer.kl is not None}
+        lines.append({**line, "kl": kl} if kl else line)
+    write_lines(folder / "completions.jsonl", lines)
+
+
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def write_alpaca_eval(folder: Path, questions: Sequence[Question], answers: Mapping[str, Answers]) -> None:
+    """One file per candidate, as ``alpaca_eval --model_outputs`` reads it: instruction, output, generator. First samples only."""
+    for name, answer in answers.items():
+        rows = [
+            {"dataset": "tristage", "instruction": plain_text(question.prompt), "output": text, "generator": name}
+            for question, text in zip(questions, answer.texts, strict=True)
+            if text is not None and question.sample == 0
+        ]
+        path = folder / "alpaca_eval" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

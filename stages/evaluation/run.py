@@ -1,0 +1,81 @@
+"""The evaluation stage: ask, answer, measure, judge, compare, and leave what the report shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stages.evaluation.config import EvaluationConfig
+
+if TYPE_CHECKING:
+    from stages.evaluation.answers import Answers
+    from stages.runtime import StepContext, StepResult
+
+
+def run(config: EvaluationConfig, context: StepContext) -> StepResult:
+    """Evaluate the candidates; the files it leaves in the run folder are listed in ``record``."""
+    from stages.evaluation.answers import answer, answered_by_someone, ask, missing_answers, read_answers, same_model
+    from stages.evaluation.judging import agreement, judge_all
+    from stages.evaluation.outcome import compare, evaluation_tables, verdict
+    from stages.evaluation.prompts import load_heldout
+    from stages.evaluation.record import finite, write_alpaca_eval, write_completions, write_evaluation, write_lines
+    from stages.evaluation.tokens import measure_kl, token_details
+    from stages.runtime import StepResult
+    from stages.tasks import task_table
+
+    prompts, exclusions = load_heldout(config)
+    asked = ask(config, context, prompts)
+    exclusions += asked.exclusions
+    answers: dict[str, Answers] = {}
+    for name, candidate in config.candidates.items():
+        if candidate.model is None:
+            answers[name] = read_answers(config, asked, name)
+            continue
+        twin = next((answers[other] for other in answers if same_model(context, name, other)), None)
+        answers[name] = answer(config, context, asked, name, twin)
+    if not asked.prompt_ids:  # no model answers here
+        asked = answered_by_someone(asked, answers)
+    exclusions += missing_answers(config, answers)
+    if config.kl_reference is not None:
+        exclusions += measure_kl(config, context, answers)
+    details = token_details(config, context, asked, answers)
+    judged = judge_all(config, context, asked.questions, answers)
+    exclusions += [item for judge in judged for item in judge.exclusions]
+
+    models = {name: context.models.get(f"candidates.{name}") for name in config.candidates}
+    outcome = compare(asked.questions, answers, judged, models)
+    console = context.runtime.console
+    for table in evaluation_tables(outcome):
+        console.print(table)
+    if (tasks := task_table(outcome.candidates)) is not None:
+        console.print(tasks)
+    for item in exclusions:
+        console.print(f"{context.name}: left out: {item.count} of {item.of} {item.what}")
+    console.print(verdict(outcome), style="bold")
+    num_prompts = len({question.prompt_number for question in asked.questions})
+    if context.runtime.is_main:
+        write_completions(context.folder, asked.questions, answers, judged)
+        write_alpaca_eval(context.folder, asked.questions, answers)
+        if details:
+            write_lines(context.folder / "tokens.jsonl", details)
+        content = {
+            "verdict": verdict(outcome),
+            "prompts": num_prompts,
+            "samples_per_prompt": config.samples_per_prompt,
+            "kl_reference": config.kl_reference,
+            "candidates": outcome.candidates,
+            "win_rates": outcome.win_rates,
+            "judges": [{"name": judge.name, "kind": judge.kind, **judge.details} for judge in judged],
+            "agreement": agreement(judged, asked.questions),
+            "best_of_n": outcome.best_of_n,
+            "few_shot": asked.few_shot,
+            "exclusions": [item.as_json() for item in exclusions],
+        }
+        write_evaluation(context.folder, content)
+    metrics = {
+        "prompts": num_prompts,
+        "samples": len(asked.questions),
+        "left_out": sum(item.count for item in exclusions),
+        "verdict": verdict(outcome),
+    }
+    evaluation = finite({"candidates": outcome.candidates, "win_rates": outcome.win_rates, "judges": outcome.judges})
+    return StepResult(None, metrics, evaluation=evaluation)

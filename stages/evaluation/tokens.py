@@ -1,0 +1,141 @@
+"""What the tokens of answers say: their KL to the reference, and the value before each of them."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from stages.errors import ModelError
+from stages.evaluation.answers import Answers, Asked, Sample, loaded
+from stages.evaluation.config import EvaluationConfig
+from stages.evaluation.prompts import Exclusion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.runtime import ResolvedModel, StepContext
+
+
+def measure_kl(config: EvaluationConfig, context: StepContext, answers: dict[str, Answers]) -> list[Exclusion]:
+    """KL of every model to the reference, per token and per completion: log-probability by the candidate less that by the reference.
+
+    Summed over the tokens that the candidate sampled. A model that was asked something else (few-shot) or speaks other tokens has none.
+    """
+    import torch
+
+    from stages.models.loading import load_tokenizer
+    from stages.models.responses import Policy, sequence_batch
+
+    assert config.kl_reference is not None
+    left_out = []
+    with loaded(config, context, config.kl_reference) as (model, tokenizer):
+        reference = Policy(model, temperature=config.generation.temperature or 1.0, autocast=None)
+        vocabulary = tokenizer.get_vocab()
+        for name, answer in answers.items():
+            candidate = config.candidates[name]
+            if candidate.model is None or candidate.few_shot is not None:
+                continue
+            own_vocabulary = load_tokenizer(context.models[f"candidates.{name}"]).get_vocab()
+            if any(vocabulary.get(token) != index for token, index in own_vocabulary.items()):
+                what = f"completions of {name} without a KL: its tokenizer is not that of {config.kl_reference}"
+                left_out.append(Exclusion(what, len(answer.samples), len(answer.samples)))
+                continue
+            samples = [sample for sample in answer.samples if sample is not None]
+            answer.token_kl = []
+            for start in range(0, len(samples), config.generation.batch_size):
+                rows = samples[start : start + config.generation.batch_size]
+                with torch.inference_mode():
+                    batch = sequence_batch(
+                        [row.prompt_ids for row in rows], [row.response_ids for row in rows], tokenizer.pad_token_id, reference.device
+                    )
+                    flat = reference.logprobs(batch).cpu()
+                for row, other in zip(rows, flat.split([len(row.response_ids) for row in rows]), strict=True):
+                    answer.token_kl.append((torch.tensor(row.logprobs) - other).tolist())
+            if candidate.best_of is None:
+                answer.kl = [sum(row) for row in answer.token_kl]
+    return left_out
+
+
+def token_details(config: EvaluationConfig, context: StepContext, asked: Asked, answers: dict[str, Answers]) -> list[dict[str, Any]]:
+    """Tokens of the first prompts with their KL and value, a row per question and candidate: what the report can colour them by."""
+    settings = config.token_details
+    if settings is None:
+        return []
+    from stages.models.loading import load_tokenizer
+
+    rows = [row for row, question in enumerate(asked.questions) if question.prompt_number < settings.num_prompts and question.sample == 0]
+    details = []
+    for name, answer in answers.items():
+        if config.candidates[name].model is None:
+            continue
+        tokenizer = load_tokenizer(context.models[f"candidates.{name}"])
+        values = _values(config, context, tokenizer, [answer.samples[row] for row in rows]) if settings.value is not None else None
+        for index, row in enumerate(rows):
+            sample = answer.samples[row]
+            if sample is None or (answer.token_kl is None and values is None):
+                continue
+            detail: dict[str, Any] = {"row": row, "candidate": name, "tokens": _pieces(tokenizer, sample.response_ids)}
+            if answer.token_kl is not None:
+                detail["kl"] = [round(value, 4) for value in answer.token_kl[row]]
+            if values is not None:
+                detail["value"] = [round(value, 4) for value in values[index]]
+            details.append(detail)
+    return details
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """The text that each token adds; special tokens add none."""
+    pieces, before = [], ""
+    for length in range(1, len(ids) + 1):
+        text = str(tokenizer.decode(ids[:length], skip_special_tokens=True))
+        pieces.append(text[len(before) :] if text.startswith(before) else "")
+        before = text if text.startswith(before) else before
+    return pieces
+
+
+def value_network(context: StepContext) -> ResolvedModel:
+    """The value network that token_details.value names: the model itself, or the one that a ppo step published beside its policy.
+
+    Raises ModelError where the step published none.
+    """
+    from stages.config import ModelInput
+    from stages.runtime import ResolvedModel
+
+    source = context.models["token_details.value"]
+    record = source.record
+    if record is None or record.role != "language_model":
+        return source
+    parts = record.manifest["fingerprint_parts"]
+    twins = [other for other in context.registry.versions(f"{record.name}-value") if other.manifest["fingerprint_parts"] == parts]
+    if not twins:
+        raise ModelError(f"token_details.value: {record.ref} published no value network; set publish_value: true in its ppo step")
+    value = twins[-1]
+    return ResolvedModel(value.ref, "registry", str(value.path), value.digest, ModelInput(ref=value.ref), value)
+
+
+def _values(
+    config: EvaluationConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, samples: list[Sample | None]
+) -> list[list[float]] | None:
+    """The value network's value before each response token; None where it reads other tokens than these."""
+    import torch
+
+    from stages.models.heads import ValueModel
+    from stages.models.loading import load_tokenizer
+    from stages.models.responses import sequence_batch, sequence_values
+
+    source = value_network(context)
+    if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
+        return None
+    model = ValueModel.from_pretrained(source, dtype=context.runtime.dtype(config.precision)).to(context.runtime.device)
+    found: list[list[float]] = []
+    with torch.inference_mode():
+        for sample in samples:
+            if sample is None:
+                found.append([])
+                continue
+            batch = sequence_batch([sample.prompt_ids], [sample.response_ids], tokenizer.pad_token_id, context.runtime.device)
+            found.append(sequence_values(model, batch, nullcontext()).float().cpu().tolist())
+    del model
+    gc.collect()
+    return found

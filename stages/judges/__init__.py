@@ -1,0 +1,1 @@
+"""Judges beyond reward sources: a language model behind an endpoint, and people whose judgements are in a file."""

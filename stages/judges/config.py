@@ -1,0 +1,88 @@
+"""How a recipe names a judge: a reward source, a language model behind an OpenAI-compatible endpoint, or a file of judgements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from stages.config import DataField, DataSource, Strict
+from stages.rewards.config import RewardInput
+
+CRITERIA = "Which response answers the prompt better? Judge by helpfulness, truth and harmlessness, not by length or by order."
+
+
+class EndpointJudge(Strict):
+    """A language model behind an OpenAI-compatible endpoint (vLLM, llama.cpp, transformers serve, a provider); asked in both orders."""
+
+    endpoint: str = Field(pattern=r"^https?://\S+$", description="Address up to /v1, e.g. http://localhost:8000/v1.")
+    model: str = Field(min_length=1, description="The model's name at the endpoint.")
+    name: str = Field("llm", pattern=r"^[\w.-]+$", description="Name in reports.")
+    api_key_variable: str | None = Field(
+        None, pattern=r"^[A-Za-z_]\w*$", description="Environment variable that holds the key; it is read there and written nowhere."
+    )
+    criteria: str = Field(CRITERIA, min_length=1, description="What makes a response the better one, in words.")
+    against: Literal["last", "all"] = Field("last", description="Compare the last candidate with each other one, or every pair.")
+    num_prompts: int | None = Field(None, ge=1, description="Judge only the first so many prompts; null: all. Each is two requests a pair.")
+    max_tokens: int = Field(16, ge=1, description="Most tokens of a reply.")
+    concurrency: int = Field(8, ge=1, description="Requests under way at once.")
+    timeout_seconds: float = Field(60.0, gt=0, description="Longest wait for one reply.")
+    retries: int = Field(4, ge=0, description="Further attempts after a time-out, a dropped connection, or status 408, 429 or 5xx.")
+    backoff_seconds: float = Field(1.0, ge=0, description="Wait before the first retry, doubled for each; a server may ask for more.")
+    max_failed_share: float = Field(0.1, ge=0, le=1, description="Share of comparisons without a verdict above which the step stops.")
+    price_per_million_input: float | None = Field(None, ge=0, description="Price of a million prompt tokens, to count the cost.")
+    price_per_million_output: float | None = Field(None, ge=0, description="Price of a million reply tokens.")
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> EndpointJudge:
+        if "@" in self.endpoint:
+            raise ValueError("endpoint holds a password, which would be written to logs and reports; name a variable by api_key_variable")
+        return self
+
+    @property
+    def shown_name(self) -> str:
+        """The name in reports."""
+        return self.name
+
+    def data_input(self) -> list[DataSource] | None:
+        """The file of judgements: none here."""
+        return None
+
+
+class JudgementsFile(Strict):
+    """Judgements made elsewhere, usually by people: votes between two candidates, or ratings of one."""
+
+    judgements: DataField = Field(
+        description="prompt + a + b + vote (a, b or tie), or prompt + candidate + score; annotator where several people judged."
+    )
+    name: str = Field("people", pattern=r"^[\w.-]+$", description="Name in reports.")
+
+    @property
+    def shown_name(self) -> str:
+        """The name in reports."""
+        return self.name
+
+    def data_input(self) -> list[DataSource] | None:
+        """The file of judgements."""
+        return self.judgements
+
+
+def _kind(value: Any) -> str:
+    keys = value if isinstance(value, dict) else vars(value)
+    return next((kind for kind in ("endpoint", "judgements") if kind in keys), "reward")
+
+
+JudgeInput = Annotated[
+    Annotated[RewardInput, Tag("reward")] | Annotated[EndpointJudge, Tag("endpoint")] | Annotated[JudgementsFile, Tag("judgements")],
+    Discriminator(_kind),
+]
+"""A judge of an evaluation; which kind it is follows from its fields."""
+
+
+def check_judges(judges: Sequence[RewardInput | EndpointJudge | JudgementsFile]) -> None:
+    """Raise ValueError where two judges would share a name in reports."""
+    names = [judge.shown_name for judge in judges]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"judges: two are called {name!r}; give each a name of its own")

@@ -1,0 +1,63 @@
+"""Do judges agree? Chance-corrected agreement of raters over units. None is a missing rating; plain floats come back.
+
+Kappa is 1 for perfect agreement and 0 for what chance would give; so is alpha, which takes missing ratings and any number of raters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations
+
+Rating = float | int | str | None
+
+
+def pair_agreement(units: Sequence[Sequence[Rating]]) -> float:
+    """Share of agreeing pairs of raters, over all pairs of ratings of one unit; NaN where no unit has two ratings."""
+    agreeing = pairs = 0
+    for unit in units:
+        rated = [rating for rating in unit if rating is not None]
+        agreeing += sum(a == b for a, b in combinations(rated, 2))
+        pairs += len(rated) * (len(rated) - 1) // 2
+    return agreeing / pairs if pairs else math.nan
+
+
+def cohens_kappa(first: Sequence[Rating], second: Sequence[Rating]) -> float:
+    """Cohen's kappa (1960) of two raters over the units that both rated; 1 where both give one and the same rating throughout."""
+    rated = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    if not rated:
+        return math.nan
+    observed = sum(a == b for a, b in rated) / len(rated)
+    firsts, seconds = Counter(a for a, _ in rated), Counter(b for _, b in rated)
+    expected = sum(firsts[value] * seconds[value] for value in firsts) / len(rated) ** 2
+    return 1.0 if expected == 1 else (observed - expected) / (1 - expected)
+
+
+def fleiss_kappa(units: Sequence[Sequence[Rating]]) -> float:
+    """Fleiss' kappa (1971): each unit has equally many ratings, of raters that need not be the same ones."""
+    numbers = {len(unit) for unit in units}
+    if len(numbers) != 1 or min(numbers) < 2 or any(rating is None for unit in units for rating in unit):
+        raise ValueError("Fleiss' kappa needs the same number of ratings, at least two, for every unit; use krippendorff_alpha")
+    (number,) = numbers
+    counts = [Counter(unit) for unit in units]
+    observed = sum((sum(count * count for count in unit.values()) - number) / (number * (number - 1)) for unit in counts) / len(units)
+    total = sum(counts, Counter())
+    expected = sum((count / (number * len(units))) ** 2 for count in total.values())
+    return 1.0 if expected == 1 else (observed - expected) / (1 - expected)
+
+
+def krippendorff_alpha(units: Sequence[Sequence[Rating]]) -> float:
+    """Krippendorff's alpha for nominal ratings (2011, "Computing Krippendorff's alpha-reliability"); units with one rating do not count."""
+    paired = [[rating for rating in unit if rating is not None] for unit in units]
+    paired = [unit for unit in paired if len(unit) > 1]
+    total = Counter(rating for unit in paired for rating in unit)
+    number = sum(total.values())
+    if not number:
+        return math.nan
+    disagreeing = 0.0
+    for unit in paired:
+        counts = Counter(unit)
+        disagreeing += (len(unit) ** 2 - sum(count * count for count in counts.values())) / (len(unit) - 1)
+    expected = (number * number - sum(count * count for count in total.values())) / (number - 1)
+    return 1.0 if expected == 0 else 1 - disagreeing / expected

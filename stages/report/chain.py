@@ -1,0 +1,114 @@
+"""The chain of a run for its page: the drawing, a row per step with its lineage, data, time and memory, the recipe and the command."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stages.report.diagram import Diagram, draw_chain
+from stages.report.figures import number_text
+from stages.report.run_folder import RunFolder, StepFolder
+
+Row = dict[str, Any]
+
+
+def diagram(run: RunFolder) -> Diagram:
+    lines, reads = {}, {}
+    for step in run.steps:
+        lines[step.name] = (step.stage, _key_result(step))
+        reads[step.name] = _inputs(run, step)
+    return draw_chain(lines, reads)
+
+
+def _inputs(run: RunFolder, step: StepFolder) -> list[str]:
+    """The models a step reads, by the name of the step that made them, or as the recipe writes them."""
+    own = {str(entry.entry["model"]["ref"]) + f"@{entry.entry['version']}": entry.name for entry in run.steps if entry.entry.get("model")}
+    found = []
+    for ref in (step.entry.get("inputs") or {}).values():
+        short = ref.rpartition("/")[2] if ref.startswith(("/", ".")) else ref
+        found.append(own.get(ref, short))
+    return list(dict.fromkeys(found))
+
+
+def _key_result(step: StepFolder) -> str:
+    metrics = step.metrics
+    if step.stage == "ppo" and "score_mean_last" in metrics:
+        return f"score {metrics['score_mean_first']:.2f} to {metrics['score_mean_last']:.2f}"
+    if step.evaluation is not None:
+        return f"{step.evaluation['prompts']} prompts"
+    for key, form in (
+        ("heldout_accuracy", "accuracy {:.3f}"), ("heldout_perplexity_after", "perplexity {:.2f}"), ("heldout_loss_after", "loss {:.3f}"),
+    ):  # fmt: skip
+        if isinstance(metrics.get(key), int | float):
+            return form.format(metrics[key])
+    return ""
+
+
+def step_row(step: StepFolder) -> Row:
+    """A row of the chain's table."""
+    model = step.entry.get("model")
+    numbers = {name: value for name, value in step.metrics.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    return {
+        "name": step.name,
+        "stage": step.stage,
+        "ref": f"{model['ref']}@{step.entry['version']}" if model else None,
+        "digest": model["digest"][:19] if model else "",
+        "inputs": [f"{place}: {ref}" for place, ref in (step.entry.get("inputs") or {}).items()],
+        "data": _data(step),
+        "seconds": step.entry.get("wall_seconds"),
+        "memory": step.entry.get("peak_memory_bytes"),
+        "reused": bool(step.entry.get("reused")),
+        "reason": step.entry.get("reason", ""),
+        "result": _key_result(step),
+        "numbers": {name: number_text(value) for name, value in numbers.items()},
+    }
+
+
+def _data(step: StepFolder) -> list[str]:
+    """The sources of a step's data, by field, with the beginning of their fingerprint."""
+    marks = step.entry.get("data") or {}
+    found = []
+    for place, mark in marks.items():
+        value: Any = step.config
+        for key in place.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        paths = [str(source.get("path")) for source in value if isinstance(source, dict)] if isinstance(value, list) else []
+        shown = ", ".join(path.rpartition("/")[2] if path.startswith("/") else path for path in paths) or place
+        found.append(f"{place}: {shown} ({mark[:8]})")
+    return found
+
+
+def ancestors(run: RunFolder, evaluation: Row) -> set[str]:
+    """References of the models that the evaluation's KL reference was made from, as far as this run made them."""
+    reference = evaluation.get("kl_reference")
+    own = {f"{step.entry['model']['ref']}@{step.entry['version']}": step for step in run.steps if step.entry.get("model")}
+    waiting = [evaluation["candidates"][reference].get("model")] if reference is not None else []
+    found: set[str] = set()
+    while waiting:
+        step = own.get(waiting.pop())
+        for ref in (step.entry.get("inputs") or {}).values() if step is not None else ():
+            if ref not in found:
+                found.add(ref)
+                waiting.append(ref)
+    return found
+
+
+def command(summary: Mapping[str, Any]) -> str:
+    """What to type to repeat the run."""
+    import shlex
+
+    return shlex.join(["./launch.sh", str(summary.get("recipe_file", "RECIPE")), *summary.get("overrides", [])])
+
+
+def recipe_text(run: RunFolder) -> str:
+    """The recipe as resolved, defaults and overrides included, as YAML that `stages run` takes."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.compat import StringIO
+
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.width = 120
+    stream = StringIO()
+    steps = [{"stage": step.stage, "name": step.name} | step.config for step in run.steps]
+    yaml.dump({"name": run.summary["recipe"], "seed": run.summary.get("seed", 0), "steps": steps}, stream)
+    return str(stream.getvalue())

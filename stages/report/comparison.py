@@ -1,0 +1,150 @@
+"""Several runs on one page: what each found, in which settings they differ, their scores side by side, their curves in common axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.report import training
+from stages.report.chain import command
+from stages.report.figures import SERIES, Figure
+from stages.report.page import render
+from stages.report.run_folder import RunFolder
+
+Row = dict[str, Any]
+
+
+def write_comparison(runs: Sequence[RunFolder], path: Path) -> Path:
+    """Write the page that compares runs to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render_comparison(runs), encoding="utf-8")
+    return path
+
+
+def render_comparison(runs: Sequence[RunFolder]) -> str:
+    """The page as text."""
+    names = run_names(runs)
+    recipes = list(dict.fromkeys(run.summary["recipe"] for run in runs))
+    figures: list[Figure | None] = [*training.overlay(runs, names), training.data_efficiency(runs)]
+    differing = differing_settings(runs)
+    blocks = [block for block in (_scores(runs, names), *_win_rates(runs, names)) if block is not None]
+    return render(
+        "comparison.html.jinja",
+        title=f"{len(runs)} runs: {', '.join(recipes)}",
+        recipes=recipes,
+        headline=f"{len(runs)} runs of {' and '.join(recipes)}, side by side.",
+        lede=_lede(differing),
+        runs=[_run(run, name, number) for number, (run, name) in enumerate(zip(runs, names, strict=True))],
+        settings={"headings": ["step", "setting", *names], "rows": differing},
+        scores=blocks,
+        figures=[figure for figure in figures if figure is not None],
+    )
+
+
+def run_names(runs: Sequence[RunFolder]) -> list[str]:
+    """A name for each run: its time, with the recipe where there are several recipes, and the parent folder where that is not enough."""
+    several = len({run.summary["recipe"] for run in runs}) > 1
+    names = [f"{run.summary['recipe']} {run.path.name}" if several else run.path.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.path) for run in runs]
+    return names
+
+
+def _lede(differing: Sequence[Sequence[str]]) -> str:
+    if not differing:
+        return "Their settings are equal: what differs is the seed of the machine, the data or the code."
+    shown = [f"{row[0]}.{row[1]}" for row in differing[:4]]
+    more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+    return f"They differ in {', '.join(shown)}{more}."
+
+
+def _run(run: RunFolder, name: str, number: int) -> Row:
+    environment = run.summary.get("environment", {})
+    gpus = environment.get("gpus") or []
+    evaluation = run.evaluations[-1].evaluation if run.evaluations else None
+    return {
+        "name": name,
+        "color": number % len(SERIES),
+        "started": run.summary.get("started", "")[:16].replace("T", " "),
+        "seconds": run.summary.get("wall_seconds"),
+        "memory": run.summary.get("peak_memory_bytes"),
+        "where": f"{len(gpus)} x {gpus[0]}" if gpus else f"{environment.get('cpu_count', '?')} CPU cores",
+        "finished": run.summary.get("finished", False),
+        "verdict": evaluation["verdict"] if evaluation is not None else "No evaluation.",
+        "command": command(run.summary),
+    }
+
+
+def differing_settings(runs: Sequence[RunFolder]) -> list[list[str]]:
+    """Rows (step, setting, value in each run) of what is not equal in all runs; the seed counts as a setting of its step."""
+    rows = []
+    for name in dict.fromkeys(step.name for run in runs for step in run.steps):
+        found = [run.step(name) for run in runs]
+        flat = []
+        for run, step in zip(runs, found, strict=True):
+            flat.append({**_flat(step.config), "seed of the run": run.summary.get("seed")} if step is not None else {})
+        for key in dict.fromkeys(key for settings in flat for key in settings):
+            values = [_word(settings, key) for settings in flat]
+            if len(set(values)) > 1:
+                rows.append([name, key, *values])
+    return rows
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level: field path -> value."""
+    if isinstance(value, dict) and value:
+        return {path: leaf for key, item in value.items() for path, leaf in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()}
+    if isinstance(value, list) and value:
+        return {path: leaf for index, item in enumerate(value) for path, leaf in _flat(item, f"{prefix}[{index}]").items()}
+    return {prefix: value}
+
+
+def _word(settings: dict[str, Any], key: str) -> str:
+    return str(settings[key]) if key in settings else "absent"
+
+
+def _scores(runs: Sequence[RunFolder], names: Sequence[str]) -> Row | None:
+    """Mean score of each candidate by each judge, a column per run."""
+    rows = []
+    candidates = dict.fromkeys(name for run in runs for name in run.summary.get("candidates", {}))
+    judges = dict.fromkeys(judge for run in runs for row in run.summary.get("candidates", {}).values() for judge in row.get("scores", {}))
+    for judge in judges:
+        for candidate in candidates:
+            cells = [_score_cell(run.summary["candidates"].get(candidate, {}), judge) for run in runs]
+            if any(cells):
+                rows.append({"name": f"{candidate}, by {judge}", "cells": cells})
+    return {"caption": "Mean score, with 95 % interval over prompts.", "headings": ["", *names], "rows": rows} if rows else None
+
+
+def _score_cell(candidate: Row, judge: str) -> Row | None:
+    if candidate.get("scores", {}).get(judge) is None:
+        return None
+    low, high = candidate.get("score_intervals", {}).get(judge) or (None, None)
+    interval = f"{low:.3f} to {high:.3f}" if low is not None and high is not None else ""
+    return {"text": f"{candidate['scores'][judge]:.3f}", "interval": interval}
+
+
+def _win_rates(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Row]:
+    """Win rates of the last candidate against each other one, a column per run, a block per judge."""
+    blocks = []
+    for judge in dict.fromkeys(row["judge"] for run in runs for row in run.summary.get("win_rates", [])):
+        rows = []
+        for pair in dict.fromkeys(
+            (row["a"], row["b"])
+            for run in runs
+            for row in run.summary.get("win_rates", [])
+            if row["judge"] == judge and row["a"] == list(run.summary["candidates"])[-1]
+        ):
+            cells = [_rate_cell(run, pair, judge) for run in runs]
+            rows.append({"name": f"{pair[0]} against {pair[1]}", "cells": cells})
+        if rows:
+            blocks.append({"caption": f"Win rate by {judge}, with 95 % interval.", "headings": ["", *names], "rows": rows})
+    return blocks
+
+
+def _rate_cell(run: RunFolder, pair: tuple[str, str], judge: str) -> Row | None:
+    for row in run.summary.get("win_rates", []):
+        if (row["a"], row["b"], row["judge"]) == (*pair, judge):
+            return {"text": f"{row['win_rate']:.2f}", "interval": f"{row['ci_low']:.2f} to {row['ci_high']:.2f}"}
+    return None

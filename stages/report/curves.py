@@ -1,0 +1,226 @@
+"""The figures of an outcome: how rewards pay for KL, over-optimisation, how scores spread, what alignment costs elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from stages.report.figures import LINE, PAPER, SERIES, SOFT, Canvas, Figure, interval_points, number_text, short, smoothed
+from stages.report.run_folder import StepFolder, thinned
+from stages.report.training import monitors
+
+Row = dict[str, Any]
+TABLE_ROWS = 12  # rows of the table beside a curve
+
+
+def series_of(candidates: Sequence[str]) -> dict[str, int]:
+    """The colour number of each candidate: grey for the first, the accent for the last, others in between."""
+    if not candidates:
+        return {}
+    middle = list(candidates[1:-1])
+    return {candidates[0]: 0, **{name: 2 + place % (len(SERIES) - 2) for place, name in enumerate(middle)}, candidates[-1]: 1}
+
+
+# Reward against KL
+
+
+def frontier(evaluation: Row, colors: Mapping[str, int], ancestors: Collection[str] = ()) -> Figure | None:
+    """Mean score against KL to the reference, by each judge that scores: candidates with intervals, and best-of-n as a curve.
+
+    ``ancestors``: models that the reference was made from. They did not spend KL to get where they are, and are left out.
+    """
+    reference = evaluation.get("kl_reference")
+    points = {
+        name: row
+        for name, row in evaluation["candidates"].items()
+        if isinstance(row.get("kl"), int | float) and row.get("model") not in ancestors
+    }
+    if reference is None or len(points) < 2:
+        return None
+    judges = [judge["name"] for judge in evaluation["judges"] if any(judge["name"] in row["scores"] for row in points.values())]
+    digest = evaluation["candidates"][reference]["digest"]
+    curves = {name: curve for name, curve in evaluation.get("best_of_n", {}).items() if evaluation["candidates"][name]["digest"] == digest}
+    panels, rows = [], []
+    for judge in judges:
+        canvas = Canvas()
+        axes = canvas.axes
+        for name, curve in curves.items():
+            known = [point for point in curve if judge in point["scores"]]
+            kls, means = [point["kl"] for point in known], [point["scores"][judge]["mean"] for point in known]
+            axes.fill_between(
+                kls, [point["scores"][judge]["ci_low"] for point in known], [point["scores"][judge]["ci_high"] for point in known],
+                color=SERIES[colors[name]], alpha=0.15, linewidth=0,
+            )  # fmt: skip
+            axes.plot(kls, means, "-", color=SERIES[colors[name]])
+            axes.plot(kls, means, "o", color=SERIES[colors[name]], markersize=3)
+            for point in known[1:]:
+                axes.annotate(
+                    f"{point['n']}", (point["kl"], point["scores"][judge]["mean"]), xytext=(0, 6), textcoords="offset points",
+                    ha="center", fontsize=8, color=SOFT,
+                )  # fmt: skip
+            rows += [[judge, f"best of {point['n']} ({name})", f"{point['kl']:.2f}", _mean_text(point["scores"][judge])] for point in known]
+        for name, row in points.items():
+            if judge not in row["scores"] or name in curves:
+                continue
+            low, high = row.get("score_intervals", {}).get(judge, (None, None))
+            mean, color = row["scores"][judge], SERIES[colors[name]]
+            interval_points(axes, [row["kl"]], [mean], [mean if low is None else low], [mean if high is None else high], color, size=7)
+            if row.get("kl_interval") and None not in row["kl_interval"]:
+                axes.hlines([mean], row["kl_interval"][0], row["kl_interval"][1], color=color, linewidth=1.4)
+            rows.append([judge, name, f"{row['kl']:.2f}", _mean_text({"mean": mean, "ci_low": low, "ci_high": high})])
+        axes.set_xlabel(f"KL to {reference}, nats per completion")
+        axes.set_ylabel("mean score")
+        axes.margins(x=0.12, y=0.15)
+        panels.append(canvas.panel(f"by {judge}"))
+    best = " The line is best-of-n, with its n, from one set of samples (unbiased; KL log n - (n - 1)/n)." if curves else ""
+    caption = (
+        f"What each way of spending KL buys on held-out prompts: up is better, left is nearer to {reference}. Bars are 95 % intervals over "
+        f"prompts.{best}"
+    )
+    legend = [(name, colors[name]) for name in points]
+    return Figure("frontier", "Reward for KL", caption, panels, legend, ["judge", "candidate", "KL", "mean score"], rows)
+
+
+def _mean_text(point: Mapping[str, Any]) -> str:
+    if point.get("ci_low") is None or point.get("ci_high") is None:
+        return f"{point['mean']:.3f}"
+    return f"{point['mean']:.3f} ({point['ci_low']:.3f} to {point['ci_high']:.3f})"
+
+
+def over_optimisation(step: StepFolder, evaluation: Row | None = None) -> Figure | None:
+    """The trained reward and every monitor of a PPO step against the square root of KL (Gao et al. 2023), with best-of-n where it is."""
+    kl_steps, kls = step.series("policy/kl")
+    if len(kls) < 5:
+        return None
+    trained = _rewards(step)
+    names = {"rewards/score_mean": trained[0] if len(trained) == 1 else "trained reward"}
+    names |= {name: name.removeprefix("monitors/") for name in monitors(step)}
+    if len(names) < 2:
+        return None
+    roots = [math.sqrt(max(0.0, value)) for value in smoothed(kls, 0.1)]
+    panels, rows = [], []
+    has_best_of_n = False
+    for metric, name in names.items():
+        steps, values = step.series(metric)
+        if steps != kl_steps:
+            continue
+        smooth = smoothed(values, 0.1)
+        canvas = Canvas(4.9, 2.6)
+        for _, curve in (evaluation or {}).get("best_of_n", {}).items():
+            points = [(math.sqrt(point["kl"]), point["scores"][name]["mean"]) for point in curve if name in point["scores"]]
+            if points:
+                has_best_of_n = True
+                canvas.axes.plot(*zip(*points, strict=True), "--o", color=SERIES[0], markersize=3, linewidth=1.2)
+        canvas.axes.plot(roots, values, ".", color=SERIES[1], markersize=2.5, alpha=0.5)
+        canvas.axes.plot(roots, smooth, color=SERIES[1])
+        best = max(range(len(smooth)), key=lambda place, smooth=smooth: smooth[place])  # type: ignore[misc]
+        canvas.axes.plot([roots[best]], [smooth[best]], "o", color=SERIES[1], markersize=6, markeredgecolor=PAPER)
+        canvas.axes.set_xlabel("square root of the KL to the reference (nats)")
+        canvas.axes.set_ylabel("mean score")
+        panels.append(canvas.panel(f"{name}, {'trained on' if metric.startswith('rewards/') else 'only watched'}"))
+        for place in thinned(range(len(roots)), TABLE_ROWS):
+            rows.append([name, f"{steps[place]:.0f}", f"{roots[place]:.2f}", f"{smooth[place]:.3f}"])
+    caption = (
+        "PPO's iterations on training prompts: dots are iterations, lines running means, the ring is their best. Where the trained reward "
+        "still rises and a judge that was only watched has turned down, the policy exploits its reward model."
+    )
+    legend = [(f"{step.name}, iteration by iteration", 1)]
+    if has_best_of_n:
+        legend.append(("best-of-n on held-out prompts", 0))
+    headings = ["score", "iteration", "root of KL", "mean"]
+    return Figure(f"over-optimisation-{step.name}", f"Over-optimisation ({step.name})", caption, panels, legend, headings, rows)
+
+
+def _rewards(step: StepFolder) -> list[str]:
+    """Names of the reward sources that were trained on."""
+    own = ("score_mean", "score_std", "total_mean")
+    return sorted({name.removeprefix("rewards/") for row in step.log[:1] for name in row if name.startswith("rewards/")} - set(own))
+
+
+# Scores
+
+
+def distributions(step: StepFolder, colors: Mapping[str, int]) -> Figure | None:
+    """How the scores of each candidate spread, by each judge that scores: the share of completions at or above a score."""
+    evaluation = step.evaluation or {}
+    panels, rows = [], []
+    for judge in [entry["name"] for entry in evaluation.get("judges", [])]:
+        found = {
+            name: sorted(line["scores"][judge][name] for line in step.completions if name in line["scores"].get(judge, {}))
+            for name in evaluation["candidates"]
+        }
+        found = {name: values for name, values in found.items() if len(values) > 1}
+        if not found:
+            continue
+        canvas = Canvas()
+        for name, values in found.items():
+            shares = [1 - place / len(values) for place in range(len(values))]
+            canvas.axes.step(values, shares, where="pre", color=SERIES[colors[name]], linewidth=2 if colors[name] == 1 else 1.4)
+            quartiles = [values[round(share * (len(values) - 1))] for share in (0, 0.25, 0.5, 0.75, 1)]
+            rows.append([judge, name, *(f"{value:.3f}" for value in quartiles)])
+        canvas.axes.set_ylim(0, 1.02)
+        canvas.axes.set_xlabel(f"score by {judge}")
+        canvas.axes.set_ylabel("share at or above")
+        panels.append(canvas.panel(f"by {judge}"))
+    if not panels:
+        return None
+    caption = "The share of a candidate's completions that score at least so much: a line further right is better, a steep one less varied."
+    legend = [(name, colors[name]) for name in evaluation["candidates"]]
+    headings = ["judge", "candidate", "lowest", "lower quartile", "median", "upper quartile", "highest"]
+    return Figure("distributions", "Scores of every completion", caption, panels, legend, headings, rows)
+
+
+# Alignment tax
+
+
+def alignment_tax(evaluation: Row, colors: Mapping[str, int]) -> Figure | None:
+    """What alignment costs elsewhere: held-out perplexity and the tasks of the recipe, candidate by candidate."""
+    candidates = evaluation["candidates"]
+    panels, rows = [], []
+    measures: list[tuple[str, dict[str, tuple[float, Any, Any]], str]] = []
+    bits = {name: (row["bits_per_byte"], None, None) for name, row in candidates.items() if row.get("bits_per_byte") is not None}
+    if len(set(candidates[name]["digest"] for name in bits)) > 1:
+        measures.append(("held-out text", bits, "bits per byte (less is better)"))
+    for task in dict.fromkeys(task for row in candidates.values() for task in row.get("tasks", {})):
+        found = {name: _task_value(row["tasks"][task]) for name, row in candidates.items() if task in row.get("tasks", {})}
+        measures.append((task, {name: value for name, value in found.items() if value is not None}, "accuracy (more is better)"))
+    for title, values, unit in measures:
+        if not values:
+            continue
+        canvas = Canvas(3.4, 0.55 + 0.3 * len(values) + 0.35)
+        chances = {row["tasks"][title].get("chance") for row in candidates.values() if isinstance(row.get("tasks", {}).get(title), dict)}
+        for chance in chances - {None}:
+            canvas.axes.axvline(chance, color=LINE, linewidth=1.6, linestyle=":")
+        names = list(values)[::-1]
+        for place, name in enumerate(names):
+            value, low, high = values[name]
+            color = SERIES[colors[name]]
+            if low is not None and high is not None:
+                canvas.axes.hlines([place], [low], [high], color=color, linewidth=1.4)
+            canvas.axes.plot([value], [place], "o", color=color, markersize=7, markeredgecolor=PAPER)
+            rows.append([title, name, number_text(value), f"{low:.3f} to {high:.3f}" if low is not None and high is not None else ""])
+        canvas.axes.set_yticks(range(len(names)), [short(name) for name in names])
+        canvas.axes.set_ylim(-0.6, len(names) - 0.4)
+        canvas.axes.margins(x=0.12)
+        canvas.axes.set_xlabel(unit)
+        panels.append(canvas.panel(title))
+    if not panels:
+        return None
+    caption = (
+        "What candidates still can do beside what they were aligned to. The first is the measure: fine-tuning has its price, too. "
+        "Dotted: what guessing would give."
+    )
+    return Figure("tax", "Alignment tax", caption, panels, [], ["measure", "candidate", "value", "interval"], rows, small=True)
+
+
+def _task_value(task: Any) -> tuple[float, Any, Any] | None:
+    """(value, low, high) of a task's result, a number or a block with one."""
+    if isinstance(task, int | float):
+        return float(task), None, None
+    if not isinstance(task, dict):
+        return None
+    for key in ("accuracy", "score", "value", "exact_match", "f1"):
+        if isinstance(task.get(key), int | float):
+            return float(task[key]), task.get("ci_low"), task.get("ci_high")
+    return None

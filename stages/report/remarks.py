@@ -1,0 +1,77 @@
+"""What a careful reader of a run should keep in mind: alarms, exclusions, what the prompts can tell apart, judges that disagree."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+from stages.report import training
+from stages.report.run_folder import RunFolder, StepFolder
+from stages.report.verdicts import listed, percent
+
+Row = dict[str, Any]
+NOISE = 0.6  # agreement of two judges below this is worth a remark
+
+
+def remarks(run: RunFolder) -> list[Row]:
+    """Remarks a careful reader would make: alarms, exclusions, what the prompts can tell apart, judges that disagree, what is missing."""
+    notes = []
+    for step in run.steps:
+        for alarm in step.metrics.get("alarms") or []:
+            when = f"from iteration {alarm.get('first_iteration')} on, in {alarm.get('iterations')} iterations"
+            notes.append({"kind": "alarm", "text": f"{step.name}: {alarm['name']} {when}: {alarm['message']}"})
+        if step.stage == "ppo" and step.metrics.get("alarms") == []:
+            number = step.metrics.get("iterations", "?")
+            notes.append({"kind": "good", "text": f"{step.name}: no health alarm was raised in {number} iterations of PPO."})
+    for step in run.evaluations:
+        notes += _evaluation_notes(step, f"{step.name}: " if len(run.evaluations) > 1 else "")
+    missing = [step.name for step in run.steps if step.stage in training.STAGE_CURVES and not step.log]
+    if missing:
+        notes.append({"kind": "note", "text": f"No training log was kept of {listed(missing)}: reused from a run whose files are gone."})
+    if not run.summary.get("finished", False):
+        notes.insert(0, {"kind": "alarm", "text": "The run did not come to its end; what is here is what was done."})
+    return notes
+
+
+def _evaluation_notes(step: StepFolder, about: str) -> list[Row]:
+    """``about``: the beginning of each note where there are several evaluations."""
+    evaluation = step.evaluation
+    assert evaluation is not None
+    notes = []
+    for item in evaluation.get("exclusions", []):
+        text = f"{about}{item['count']:,} of {item['of']:,} {item['what']}."
+        serious = item["count"] > 0.1 * item["of"] and not item.get("expected")
+        notes.append({"kind": "alarm" if serious else "note", "text": text})
+    names = list(evaluation["candidates"])
+    judge = evaluation["judges"][0]["name"]
+    unsure = []
+    for a, b in combinations(names, 2):
+        row = next((row for row in evaluation["win_rates"] if (row["a"], row["b"], row["judge"]) == (b, a, judge)), None)
+        if row is None or not row["n"] or row["ci_low"] > 0.5 or row["ci_high"] < 0.5:
+            continue
+        needed = row.get("prompts_needed")
+        more = f"about {needed:,.0f} prompts would be needed" if needed is not None else "no number of prompts would, at this win rate"
+        unsure.append(f"{b} from {a} ({percent(row['win_rate'])}; {more})")
+    if unsure:
+        told = f"{evaluation['prompts']} prompts do not tell {'; '.join(unsure)}"
+        notes.append({"kind": "note", "text": f"{about}{told}. Numbers are for a power of 80 % at the 5 % level, by {judge}."})
+    for pair in evaluation.get("agreement", {}).get("pairs", []):
+        share = pair.get("agreement_decided")
+        if share is not None and pair["decided"] >= 20 and share < NOISE:
+            where = f"on {percent(share)} of the {pair['decided']:,} comparisons that neither ties"
+            notes.append({"kind": "note", "text": f"{about}{pair['a']} and {pair['b']} agree {where}: they judge different things."})
+    for entry in evaluation["judges"]:
+        if entry["kind"] == "llm":
+            cost = f", for {entry['cost']:.2f}" if entry.get("cost") is not None else ""
+            consistent = entry.get("order_consistency")
+            same = f"; in both orders it said the same of {percent(consistent)}" if consistent is not None else ""
+            text = (
+                f"{about}{entry['name']} was asked {entry['requests']:,} times ({entry['from_cache']:,} replies from the cache, "
+                f"{entry['retries']:,} retries, {entry['refused']:,} refusals, {entry['failed']:,} failures){cost}{same}."
+            )
+            notes.append({"kind": "note", "text": text})
+    compared = sum(row["a"] < row["b"] for row in evaluation["win_rates"])
+    if compared > 5:
+        text = f"{about}each interval holds for its own comparison. {compared} were made, so one in twenty may miss by chance alone."
+        notes.append({"kind": "note", "text": text})
+    return notes

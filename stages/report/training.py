@@ -1,0 +1,212 @@
+"""The figures of training: curves of every stage, how far a reward model can be trusted, how many examples it took, several runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from stages.report.figures import LINE, SERIES, Canvas, Figure, interval_points, number_text, short, smoothed
+from stages.report.run_folder import RunFolder, StepFolder, thinned
+
+Row = dict[str, Any]
+
+STAGE_CURVES = {  # stage -> metric, title
+    "pretraining": [("train/loss", "training loss (nats per token)")],
+    "sft": [("train/loss", "training loss (nats per token)")],
+    "reward_model": [("train/loss", "ranking loss (nats)")],
+    "sentiment": [("train/loss", "training loss (nats)")],
+    "dpo": [("train/loss", "DPO loss (nats)"), ("train/rewards/margins", "margin of implicit rewards")],
+    "ppo": [
+        ("rewards/score_mean", "score"),
+        ("policy/kl", "KL to the reference (nats)"),
+        ("policy/entropy", "entropy (nats per token)"),
+        ("responses/length_mean", "length (tokens)"),
+        ("value/explained_variance", "explained variance of values"),
+        ("policy/clip_fraction", "clipped share of ratios"),
+    ],
+}
+HELDOUT = {  # stage -> (key before, key after, title)
+    "pretraining": ("heldout_perplexity_before", "heldout_perplexity_after", "held-out perplexity"),
+    "sft": ("heldout_loss_before", "heldout_loss_after", "held-out loss"),
+    "reward_model": ("heldout_accuracy_before", "heldout_accuracy", "held-out accuracy"),
+    "sentiment": ("heldout_accuracy_before", "heldout_accuracy", "held-out accuracy"),
+    "dpo": ("", "heldout_accuracy", "held-out accuracy"),
+}
+
+
+def training(step: StepFolder) -> Figure | None:
+    """The curves of one training step, small multiples."""
+    panels, rows = [], []
+    wanted = list(STAGE_CURVES.get(step.stage, [("train/loss", "training loss")]))
+    if step.stage == "ppo":
+        wanted[1:1] = [(name, f"monitor: {name.removeprefix('monitors/')}") for name in monitors(step)]
+    for metric, title in wanted:
+        steps, values = step.series(metric)
+        if len(values) < 2:
+            continue
+        canvas = Canvas(3.2, 2.1)
+        canvas.axes.plot(steps, values, color=SERIES[1], linewidth=0.7, alpha=0.45)
+        canvas.axes.plot(steps, smoothed(values), color=SERIES[1])
+        if metric.startswith("train/loss") and 0 < 50 * min(values) < max(values):
+            canvas.axes.set_yscale("log")
+        canvas.axes.set_xlabel("iteration" if step.stage == "ppo" else "optimizer step")
+        panels.append(canvas.panel(title))
+        rows += [[title, f"{at:.0f}", number_text(value)] for at, value in thinned(list(zip(steps, values, strict=True)), 6)]
+    if not panels:
+        return None
+    return Figure(
+        f"training-{step.name}", f"{step.name} ({step.stage})", heldout_text(step), panels, [], ["curve", "step", "value"], rows, small=True
+    )
+
+
+def monitors(step: StepFolder) -> list[str]:
+    return sorted({name for row in step.log for name in row if name.startswith("monitors/")})
+
+
+def heldout_text(step: StepFolder) -> str:
+    """The step's held-out number before and after, in words."""
+    if step.stage not in HELDOUT:
+        if step.stage == "ppo" and "score_mean_first" in step.metrics:
+            metrics = step.metrics
+            return (
+                f"Score {metrics['score_mean_first']:.3f} to {metrics['score_mean_last']:.3f} (first and last tenth), "
+                f"KL {metrics['kl_last']:.2f} nats at the end, {metrics['episodes']:,} episodes. Thick lines are running means."
+            )
+        return ""
+    before, after, title = HELDOUT[step.stage]
+    if after not in step.metrics:
+        return ""
+    start = f"{number_text(float(step.metrics[before]))} to " if before in step.metrics else ""
+    return f"{title[0].upper()}{title[1:]} {start}{number_text(float(step.metrics[after]))}."
+
+
+# Reward models and classifiers
+
+
+def calibration(step: StepFolder) -> Figure | None:
+    """Is a reward model (or classifier) as sure as it is right? Reliability, and accuracy by margin."""
+    bins = step.metrics.get("heldout_calibration") or step.metrics.get("calibration")
+    if not bins:
+        return None
+    panels, rows = [], []
+    canvas = Canvas()
+    axes = canvas.axes
+    low = 0.5 if step.stage == "reward_model" else 0.0
+    axes.plot([low, 1], [low, 1], color=LINE, linewidth=1)
+    intervals = [_wilson(item["accuracy"], item["count"]) for item in bins]
+    interval_points(
+        axes, [item["confidence"] for item in bins], [item["accuracy"] for item in bins],
+        [end[0] for end in intervals], [end[1] for end in intervals], SERIES[1],
+    )  # fmt: skip
+    axes.set_xlabel("how sure it is")
+    axes.set_ylabel("how often it is right")
+    error = step.metrics.get("heldout_calibration_error")
+    panels.append(canvas.panel("reliability" + (f" (calibration error {error:.3f})" if error is not None else "")))
+    rows += [["sure", f"{item['confidence']:.2f}", f"{item['accuracy']:.3f}", f"{item['count']:,}"] for item in bins]
+    splits = []  # title, x axis, [(name, accuracy and pairs)]
+    margins = step.metrics.get("heldout_accuracy_by_margin") or []
+    edges = [f"{item['from']:g} to {item['to']:g}" if item["to"] is not None else f"above {item['from']:g}" for item in margins]
+    splits.append(("accuracy by margin", "difference of the two scores", list(zip(edges, margins, strict=True))))
+    lengths = step.metrics.get("heldout_accuracy_by_length") or []
+    splits.append(("accuracy by length", "the better completion is", [(item["better_is"], item) for item in lengths]))
+    for column, items in (step.metrics.get("heldout_accuracy_by_group") or {}).items():
+        splits.append((f"accuracy by {column}", column, [(str(item["value"]), item) for item in items[:12]]))
+    for split, label, named in splits:
+        if not named:
+            continue
+        canvas = Canvas()
+        intervals = [_wilson(item["accuracy"], item["pairs"]) for _, item in named]
+        canvas.axes.axhline(0.5, color=LINE, linewidth=1)
+        interval_points(
+            canvas.axes, list(range(len(named))), [item["accuracy"] for _, item in named],
+            [end[0] for end in intervals], [end[1] for end in intervals], SERIES[1],
+        )  # fmt: skip
+        canvas.axes.set_xticks(range(len(named)), [short(name, 60 // len(named)) for name, _ in named])
+        canvas.axes.set_xlabel(label)
+        canvas.axes.set_ylabel("accuracy")
+        panels.append(canvas.panel(split))
+        rows += [[split, name, f"{item['accuracy']:.3f}", f"{item['pairs']:,}"] for name, item in named]
+    pairs = ", which take pairs of one prompt as independent" if step.stage == "reward_model" else ""
+    caption = (
+        f"Held-out data. On the diagonal it is as sure as it is right; below, it is too sure. Bars are Wilson's 95 % intervals{pairs}."
+    )
+    return Figure(
+        f"calibration-{step.name}", f"Can {step.name} be trusted?", caption, panels, [], ["", "value", "accuracy", "count"], rows
+    )
+
+
+def _wilson(share: float, number: int) -> tuple[float, float]:
+    from stages.numerics.intervals import wilson_interval
+
+    return wilson_interval(share * number, number)
+
+
+# Data efficiency
+
+EXAMPLES = {"sft": "demonstrations", "reward_model": "comparisons", "sentiment": "reviews", "dpo": "pairs"}
+
+
+def data_efficiency(runs: Sequence[RunFolder]) -> Figure | None:
+    """Held-out results against the number of training examples, a line per starting model, where steps differ in both or either."""
+    panels, rows = [], []
+    legend: dict[str, int] = {}
+    for stage, key in EXAMPLES.items():
+        points: dict[str, list[tuple[float, float]]] = {}
+        _, after, title = HELDOUT[stage]
+        for run in runs:
+            for step in run.steps:
+                if step.stage == stage and isinstance(step.metrics.get(key), int | float) and after in step.metrics:
+                    points.setdefault(_start_of(step), []).append((float(step.metrics[key]), float(step.metrics[after])))
+        if len({count for found in points.values() for count, _ in found}) < 3:
+            continue
+        canvas = Canvas()
+        for name, found in points.items():
+            color = legend.setdefault(name, 1 + len(legend))
+            found = sorted(set(found))
+            canvas.axes.plot(*zip(*found, strict=True), "-o", color=SERIES[color % len(SERIES)], markersize=4)
+            rows += [[stage, name, f"{count:,.0f}", number_text(value)] for count, value in found]
+        canvas.axes.set_xscale("log")
+        canvas.axes.set_xlabel(f"training {key}")
+        canvas.axes.set_ylabel(title)
+        panels.append(canvas.panel(f"{stage}: {title}"))
+    if not panels:
+        return None
+    caption = "How many examples it takes, by the model that training started from."
+    return Figure("efficiency", "Data efficiency", caption, panels, list(legend.items()), ["stage", "start", "examples", "held-out"], rows)
+
+
+def _start_of(step: StepFolder) -> str:
+    model = step.config.get("model")
+    ref = model.get("ref") if isinstance(model, dict) else model
+    return f"from {ref}" if ref else "from random weights"
+
+
+# Several runs
+
+
+def overlay(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Figure]:
+    """The PPO curves of all runs in common axes, by the name of the step."""
+    figures = []
+    for name in dict.fromkeys(step.name for run in runs for step in run.steps if step.stage == "ppo"):
+        panels, rows, drawn = [], [], set()
+        for metric, title in STAGE_CURVES["ppo"][:4]:
+            canvas, lines = Canvas(3.2, 2.1), 0
+            for number, (run, shown) in enumerate(zip(runs, names, strict=True)):
+                step = run.step(name)
+                steps, values = step.series(metric) if step is not None else ([], [])
+                if len(values) < 2:
+                    continue
+                canvas.axes.plot(steps, smoothed(values), color=SERIES[number % len(SERIES)], linewidth=1.4)
+                rows.append([title, shown, number_text(values[0]), number_text(values[-1])])
+                drawn.add(number)
+                lines += 1
+            canvas.axes.set_xlabel("iteration")
+            panel = canvas.panel(title)
+            if lines:
+                panels.append(panel)
+        if panels:
+            legend = [(names[number], number % len(SERIES)) for number in sorted(drawn)]
+            headings = ["curve", "run", "first", "last"]
+            caption = "Running means of each run."
+            figures.append(Figure(f"overlay-{name}", f"{name} (ppo)", caption, panels, legend, headings, rows, small=True))
+    return figures

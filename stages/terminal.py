@@ -1,0 +1,155 @@
+"""Models in the terminal: completions of one or several side by side, scored where asked, and a small chat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.config import DataSource, GenerationSettings, ModelInput
+from stages.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.corpora.messages import Message, Prompt
+    from stages.registry import Registry
+    from stages.runtime import ResolvedModel, Runtime
+
+HELP = "/again: another reply   /forget: begin anew   /system TEXT: set the system message   /quit, or Ctrl-D"
+
+
+def resolve_model(ref: str, registry: Registry) -> ResolvedModel:
+    """The model that a registry reference, a folder or a hub id names. Raises RecipeError with what was looked for."""
+    from stages.chain import resolve
+    from stages.recipe import find_model
+
+    return resolve(find_model(ModelInput(ref=ref), registry, [Path.cwd()]), registry)
+
+
+@dataclass
+class Speaker:
+    """A language model that is asked in the terminal."""
+
+    name: str
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def load(cls, ref: str, registry: Registry, runtime: Runtime) -> Speaker:
+        """The model that ``ref`` names, ready to speak."""
+        from stages.models.loading import load_language_model, load_tokenizer
+
+        source = resolve_model(ref, registry)
+        tokenizer = load_tokenizer(source)
+        model = load_language_model(source, dtype=runtime.dtype("auto"), trainable=False, tokenizer=tokenizer)
+        return cls(ref, model.to(runtime.device), tokenizer)
+
+    @property
+    def converses(self) -> bool:
+        """Whether it has a chat template, without which it can only go on with a text."""
+        return bool(self.tokenizer.chat_template)
+
+    def complete(self, prompts: Sequence[Prompt], settings: GenerationSettings, seeds: Sequence[int]) -> list[str]:
+        """One completion per prompt; equal seeds give equal completions."""
+        from stages.corpora.templates import encode_prompt
+        from stages.generation import decode_completions, ending_tokens, generate
+
+        stop, late = ending_tokens(self.model, self.tokenizer, settings)
+        generated = generate(
+            self.model,
+            [encode_prompt(self.tokenizer, prompt) for prompt in prompts],
+            settings,
+            seeds=seeds,
+            stop_ids=stop,
+            late_stop_ids=late,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return decode_completions(self.tokenizer, generated)
+
+    def fits(self, prompt: Prompt, room: int) -> bool:
+        """Whether the prompt leaves ``room`` tokens of the model's positions."""
+        from stages.corpora.templates import encode_prompt
+
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
+        return len(encode_prompt(self.tokenizer, prompt)) + room <= positions
+
+
+def read_prompts(texts: Sequence[str], file: Path | None, piped: Callable[[], str] | None) -> list[Prompt]:
+    """Prompts from the command line, from a data file, or (where there are neither) one per line of what is piped in."""
+    from stages.corpora.prompts import load_prompts
+
+    prompts: list[Prompt] = list(texts)
+    if file is not None:
+        prompts += load_prompts([DataSource(path=str(file))], split="test")
+    if not prompts and piped is not None:
+        prompts = [line for line in piped().split("\n") if line.strip()]
+    if not prompts:
+        raise DataError("no prompt: give --prompt TEXT, --prompts FILE, or pipe in one per line")
+    return prompts
+
+
+def score(ref: str, registry: Registry, runtime: Runtime, prompts: Sequence[Prompt], columns: Sequence[Sequence[str]]) -> list[list[float]]:
+    """A reward model's score of every completion, column by column."""
+    from stages.rewards.config import RewardInput
+    from stages.rewards.source import build_source, checked
+
+    source = build_source(
+        RewardInput(model=ModelInput(ref=ref)), resolve_model(ref, registry), device=runtime.device, dtype=runtime.dtype("auto")
+    )
+    return [checked(source.score(prompts, column), ref, column).tolist() for column in columns]
+
+
+class Chat:
+    """A conversation with one model, or with two of which the first one's replies are kept.
+
+    ``say`` shows a line: who speaks, and the text.
+    """
+
+    def __init__(self, speakers: Sequence[Speaker], settings: GenerationSettings, seed: int, say: Callable[[str, str], None]) -> None:
+        self.speakers, self.settings, self.say = speakers, settings, say
+        self.seed = seed
+        self.history: list[Message] = []
+
+    def hear(self, line: str) -> bool:
+        """Answer one line of the user's; False where it ends the conversation."""
+        line = line.strip()
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return False
+        if command == "/forget":
+            self.history = [message for message in self.history if message["role"] == "system"]
+            self.say("", "forgotten")
+        elif command == "/system":
+            self.history = [{"role": "system", "content": rest}, *(message for message in self.history if message["role"] != "system")]
+            self.say("", "the system message is set")
+        elif command == "/again" and self.history and self.history[-1]["role"] == "assistant":
+            self.history.pop()
+            self._reply()
+        elif command.startswith("/"):
+            self.say("", HELP)
+        elif line:
+            self.history.append({"role": "user", "content": line})
+            self._reply()
+        return True
+
+    def _reply(self) -> None:
+        self.seed += 1
+        replies = []
+        for speaker in self.speakers:
+            prompt: Prompt = list(self.history) if speaker.converses else self.history[-1]["content"]
+            while isinstance(prompt, list) and len(prompt) > 1 and not speaker.fits(prompt, self.settings.max_new_tokens):
+                dropped = next(place for place, message in enumerate(prompt) if message["role"] != "system")
+                prompt = prompt[:dropped] + prompt[dropped + 1 :]
+                while len(prompt) > dropped and prompt[dropped]["role"] == "assistant":
+                    prompt = prompt[:dropped] + prompt[dropped + 1 :]
+            if not prompt or not speaker.fits(prompt, self.settings.max_new_tokens):
+                self.say(speaker.name, "(what you wrote is longer than its context)")
+                replies.append("")
+                continue
+            if isinstance(prompt, list) and len(prompt) < len(self.history):
+                self.say(speaker.name, f"(has forgotten the first {len(self.history) - len(prompt)} messages: its context is full)")
+            replies += speaker.complete([prompt], self.settings, [self.seed])
+            self.say(speaker.name, replies[-1])
+        self.history.append({"role": "assistant", "content": replies[0]})

@@ -1,0 +1,51 @@
+"""Best-of-n: the estimator against every subset, and the KL against a sum over a small distribution."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+
+import pytest
+
+from stages.numerics.best_of_n import best_of_n_kl, best_of_n_weights
+
+
+@pytest.mark.parametrize("scores", [[0.3, -1.0, 2.0, 0.9, 0.4], [1.0, 1.0, 0.0, 1.0, 0.0], [2.0] * 5])
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_weights_are_the_share_of_subsets(scores: list[float], n: int) -> None:
+    expected = [0.0] * 5
+    subsets = list(combinations(range(5), n))
+    for subset in subsets:
+        best = [place for place in subset if scores[place] == max(scores[other] for other in subset)]
+        for place in best:
+            expected[place] += 1 / len(best) / len(subsets)
+    weights = best_of_n_weights(scores, n)
+    assert sum(weights) == pytest.approx(1)
+    if len(set(scores)) == 5:
+        assert weights == pytest.approx(expected)
+    for value in set(scores):  # among equal scores the split is by symmetry; their sum is exact
+        places = [place for place, score in enumerate(scores) if score == value]
+        assert sum(weights[place] for place in places) == pytest.approx(sum(expected[place] for place in places))
+
+
+def test_the_estimate_is_unbiased() -> None:
+    # a fair die: the best of 2 is k with probability (2 k - 1) / 36, mean 161 / 36; average the estimate over all sets of three rolls
+    rolls = [(a, b, c) for a in range(1, 7) for b in range(1, 7) for c in range(1, 7)]
+    mean = sum(sum(w * x for w, x in zip(best_of_n_weights(roll, 2), roll, strict=True)) for roll in rolls) / len(rolls)
+    assert mean == pytest.approx(161 / 36)
+
+
+def test_kl() -> None:
+    assert best_of_n_kl(1) == 0
+    assert best_of_n_kl(4) == pytest.approx(math.log(4) - 3 / 4)
+    # 2000 equally likely, distinct outcomes: the best of 4 is outcome k with probability (k/m)^4 - ((k-1)/m)^4
+    m = 2000
+    chances = [(k / m) ** 4 - ((k - 1) / m) ** 4 for k in range(1, m + 1)]
+    exact = sum(p * math.log(p * m) for p in chances)
+    assert best_of_n_kl(4) == pytest.approx(exact, abs=2e-3)
+    assert exact < best_of_n_kl(4)  # the formula is what many outcomes come to
+
+
+def test_too_many_are_refused() -> None:
+    with pytest.raises(ValueError, match="n=3 needs 1 <= n <= the 2 samples"):
+        best_of_n_weights([1.0, 2.0], 3)

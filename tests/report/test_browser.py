@@ -1,0 +1,225 @@
+"""The page in a real browser: no errors, no requests, search and filters do what they say, text stays text, any width, any theme."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.report.comparison import write_comparison
+from stages.report.page import write_report
+from stages.report.run_folder import read_run
+
+BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+REASON = "needs Chromium and chromedriver (Debian: apt install chromium chromium-driver)"
+pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason=REASON)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(BROWSER)
+    for argument in (
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1280,900",
+        f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
+    ):  # fmt: skip
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=str(DRIVER)))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def page(new_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(read_run(new_run(tmp_path_factory.mktemp("runs") / "toy" / "20261124T203818Z")))
+
+
+@pytest.fixture
+def opened(browser: Any, page: Path) -> Any:
+    """The page, freshly loaded, at desktop size."""
+    browser.set_window_size(1280, 900)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
+    browser.get_log("browser")
+    browser.get(page.as_uri())
+    return browser
+
+
+def part(browser: Any, role: str) -> Any:
+    return browser.find_element("css selector", f'[data-role="{role}"]')
+
+
+def choose(browser: Any, role: str, text: str) -> None:
+    from selenium.webdriver.support.select import Select
+
+    Select(part(browser, role)).select_by_visible_text(text)
+
+
+def slide(browser: Any, percent: int) -> None:
+    script = "const [slider, value] = arguments; slider.value = value; slider.dispatchEvent(new Event('input', {bubbles: true}))"
+    browser.execute_script(script, part(browser, "margin"), percent)
+
+
+def shown(browser: Any) -> list[str]:
+    """Numbers of the prompts that are visible, in their order."""
+    return browser.execute_script(
+        "return [...document.querySelectorAll('article')].filter(a => !a.hidden).map(a => a.querySelector('.count').textContent)"
+    )
+
+
+def test_it_opens_without_errors_and_without_the_network(opened) -> None:
+    assert opened.get_log("browser") == []
+    assert opened.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert opened.title == "toy 20261124T203818Z"
+    assert len(shown(opened)) == 8 and part(opened, "count").text == "8 of 8 prompts"
+
+
+def test_html_and_script_in_texts_stay_text(opened, evil) -> None:
+    assert opened.execute_script("return window.evil") is None
+    first = opened.find_element("css selector", 'article section[data-c="3"] .text')
+    assert first.text == evil
+    assert opened.find_element("css selector", "article h3").text.endswith(evil)
+    assert opened.execute_script("return document.images.length") == 0
+
+
+def test_search(opened) -> None:
+    part(opened, "search").send_keys("ZEBRA5")
+    assert shown(opened) == ["6"] and part(opened, "count").text == "1 of 8 prompts"
+    part(opened, "search").send_keys(" nowhere")
+    assert shown(opened) == [] and part(opened, "empty").is_displayed()
+    part(opened, "search").clear()
+    part(opened, "search").send_keys("<script>window")
+    assert shown(opened) == ["1"]
+
+
+def test_filter_by_who_won_and_by_margin(opened) -> None:
+    # gold scores aligned row / 10 - 0.2 above sft: rows 1 and 2 lose, 3 ties, the rest win by up to 0.5
+    choose(opened, "b", "sft")
+    choose(opened, "winner", "the first wins")
+    assert shown(opened) == ["4", "5", "6", "7", "8"]
+    slide(opened, 60)
+    assert shown(opened) == ["6", "7", "8"] and part(opened, "least").text == "0.3"
+    winners = opened.execute_script("return [...document.querySelectorAll('article:not([hidden]) .wins')].map(s => s.dataset.c)")
+    assert winners == ["3", "3", "3"]
+    slide(opened, 0)
+    choose(opened, "winner", "ties")
+    assert shown(opened) == ["3"]
+    choose(opened, "winner", "the second wins")
+    assert shown(opened) == ["1", "2"]
+    choose(opened, "winner", "all")
+    choose(opened, "order", "first wins most clearly")
+    assert shown(opened) == ["8", "7", "6", "5", "4", "3", "2", "1"]
+
+
+def test_a_judge_that_compares(opened) -> None:
+    choose(opened, "b", "sft")
+    choose(opened, "judge", "llm")
+    choose(opened, "winner", "the second wins")
+    assert shown(opened) == ["1", "2", "3", "4", "5", "6"]
+    choose(opened, "winner", "not judged")
+    assert shown(opened) == ["7", "8"]
+    choose(opened, "a", "sft")
+    choose(opened, "b", "aligned")
+    choose(opened, "winner", "the first wins")
+    assert len(shown(opened)) == 6
+
+
+def test_candidates_can_be_hidden_and_missing_ones_are_said(opened) -> None:
+    visible = "return [...document.querySelectorAll('article:nth-of-type(2) section')].filter(s => !s.hidden).map(s => s.dataset.c)"
+    assert opened.execute_script(visible) == ["0", "1", "2", "3"]
+    assert opened.find_element("css selector", "article:nth-of-type(2) .none").text == "no completion"
+    part(opened, "others").click()
+    assert opened.execute_script(visible) == ["2", "3"]
+
+
+def test_tokens_take_colour(opened) -> None:
+    text = opened.find_element("css selector", 'article:nth-of-type(3) section[data-c="3"] .text')
+    before = text.text
+    choose(opened, "colour", "KL")
+    tokens = text.find_elements("css selector", ".token")
+    assert [token.text.strip() for token in tokens] == ["aligned", "says", "2 zebra2"]
+    assert tokens[1].get_attribute("title").endswith("-2")
+    assert len({token.value_of_css_property("background-color") for token in tokens}) == 3
+    assert part(opened, "key").is_displayed() and "1 completions" in part(opened, "key").text
+    choose(opened, "colour", "nothing")
+    assert text.text == before and not text.find_elements("css selector", ".token")
+
+
+def test_the_keyboard_is_enough(opened) -> None:
+    from selenium.webdriver import ActionChains, Keys
+
+    ActionChains(opened).send_keys("/").perform()
+    assert opened.switch_to.active_element.get_attribute("data-role") == "search"
+    ActionChains(opened).send_keys("zebra4").perform()
+    assert shown(opened) == ["5"]
+    ActionChains(opened).send_keys(Keys.ESCAPE).perform()
+    assert opened.switch_to.active_element.tag_name == "body"
+    step = opened.find_element("css selector", ".step summary")
+    opened.execute_script("arguments[0].focus()", step)
+    ActionChains(opened).send_keys(Keys.ENTER).perform()
+    assert opened.find_element("css selector", ".step").get_attribute("open") is not None
+    # every control has a name
+    controls = "[...document.querySelectorAll('input, select, button')]"
+    assert opened.execute_script(f"return {controls}.filter(e => !e.labels?.length && !e.ariaLabel && !e.textContent).length") == 0
+
+
+@pytest.mark.parametrize("width", [360, 768, 1280, 1920])
+def test_nothing_sticks_out(opened, width: int) -> None:
+    screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    try:
+        assert opened.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+    finally:
+        opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def contrast(browser: Any, selector: str) -> float:
+    """WCAG contrast of an element's text with the page behind it."""
+
+    def luminance(color: str) -> float:
+        channels = [int(value) / 255 for value in color.partition("(")[2].rstrip(")").split(",")[:3]]
+        linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def color(element: Any, name: str) -> float:
+        return luminance(element.value_of_css_property(name))
+
+    text = color(browser.find_element("css selector", selector), "color")
+    behind = color(browser.find_element("css selector", "body"), "background-color")
+    return (max(text, behind) + 0.05) / (min(text, behind) + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_both_themes_are_readable(opened, scheme: str) -> None:
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    background = opened.find_element("css selector", "body").value_of_css_property("background-color")
+    assert (sum(int(part) for part in background.partition("(")[2].rstrip(")").split(",")[:3]) > 380) == (scheme == "light")
+    for selector in ("h1", ".lede", ".hint", ".scores", "figcaption", ".notes .alarm"):
+        assert contrast(opened, selector) > 4.5, selector
+    opened.find_element("css selector", "#theme").click()
+    assert opened.find_element("css selector", "body").value_of_css_property("background-color") != background
+
+
+def test_print_leaves_out_what_paper_cannot_do(opened) -> None:
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert not opened.find_element("css selector", ".tools").is_displayed()
+    assert not opened.find_element("css selector", ".bar-nav").is_displayed()
+    assert opened.find_element("css selector", "h1").is_displayed()
+    pdf = opened.execute_cdp_cmd("Page.printToPDF", {})["data"]
+    assert len(pdf) > 20_000
+
+
+def test_several_runs(browser, new_run, tmp_path) -> None:
+    runs = [read_run(new_run(tmp_path / "toy" / name, kl_coef=coef)) for name, coef in (("one", 0.05), ("two", 0.2))]
+    browser.get_log("browser")
+    browser.get(write_comparison(runs, tmp_path / "comparison.html").as_uri())
+    assert browser.get_log("browser") == []
+    assert browser.find_element("css selector", "h1").text == "2 runs of toy, side by side."
+    assert "aligned.kl_coef" in browser.find_element("css selector", ".lede").text
+    assert browser.execute_script("return window.evil") is None

@@ -1,0 +1,135 @@
+"""DPO: lists become pairs, the loss is the paper's, what is saved is what was trained, with and without an adapter."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.corpora.comparisons import Comparison
+from stages.dpo import DPOStepConfig, Pair, _logprobs, _trainer, measure, pairs_of, run
+from stages.errors import DataError
+from stages.models.loading import load_language_model, load_tokenizer
+
+
+@pytest.fixture
+def comparisons(tmp_path: Path) -> Path:
+    """Forty prompts with three ranked completions, of which two tie."""
+    path = tmp_path / "comparisons.jsonl"
+    rows = [
+        {"prompt": f"write a line about the {thing} {number}:", "completions": ["a fine film", "dull", "weak"], "ranks": [0, 1, 1]}
+        for number in range(10) for thing in ("film", "plot", "music", "ending")
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(path: Path | str = "unused", **fields: Any) -> DPOStepConfig:
+    settings = {
+        "name": "dpo", "model": "sft", "precision": "fp32", "data": {"train": str(path), "validation_fraction": 0.2}, "beta": 0.5,
+        "training": {"epochs": 3.0, "batch_size": 8, "microbatch_size": 8, "learning_rate": 3e-3},
+    }  # fmt: skip
+    return DPOStepConfig.model_validate({**settings, **fields})
+
+
+def test_a_ranked_list_becomes_its_pairs() -> None:
+    ranked = Comparison("p", ["best", "tied", "tied too", "worst"], [0, 1, 1, 2])
+    assert pairs_of(ranked, None, 0) == [
+        ("best", "tied"), ("best", "tied too"), ("best", "worst"), ("tied", "worst"), ("tied too", "worst"),
+    ]  # fmt: skip
+    drawn = pairs_of(ranked, 2, 0)
+    assert len(set(drawn)) == 2 and set(drawn) <= set(pairs_of(ranked, None, 0))
+    assert drawn == pairs_of(ranked, 2, 0)
+    assert pairs_of(Comparison("p", ["a", "b"], [0, 0]), None, 0) == []
+
+
+def test_measure_by_hand() -> None:
+    # log ratios: chosen -1 and -3, rejected -2 and -2; margins with beta 1/2: 1/2 and -1/2
+    found = measure(torch.tensor([[-11.0, -12.0], [-13.0, -12.0]]), torch.full((2, 2), -10.0), beta=0.5)
+    assert (found["accuracy"], found["margin"], found["chosen_log_ratio"], found["rejected_log_ratio"]) == (0.5, 0.0, -2.0, -2.0)
+    assert found["loss"] == pytest.approx((math.log(1 + math.exp(-0.5)) + math.log(1 + math.exp(0.5))) / 2)
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_the_preferred_completion_becomes_likelier(comparisons, step_context, resolve_folder, tiny_llama_folder, lora) -> None:
+    context = step_context(name="test/dpo", models={"model": resolve_folder(tiny_llama_folder)})
+    result = run(config(comparisons, lora=lora), context)
+    assert result.metrics["pairs"] == 64 and result.metrics["heldout_pairs"] == 16
+    assert result.metrics["heldout_accuracy"] == 1.0 and result.metrics["heldout_margin"] > 0.05
+    assert result.metrics["heldout_chosen_log_ratio"] > result.metrics["heldout_rejected_log_ratio"]
+    record = result.model
+    assert record.role == "language_model" and record.is_adapter == (lora is not None)
+    names = {path.name for path in record.path.iterdir()}
+    assert not any(path.is_dir() for path in record.path.iterdir()), names  # no second adapter of TRL's
+    logged = [json.loads(line) for line in (context.folder / "metrics.jsonl").read_text().splitlines()]
+    assert any("train/rewards/margins" in line for line in logged) and any("heldout/accuracy" in line for line in logged)
+
+
+def test_the_loss_is_the_papers(step_context, resolve_folder, tiny_llama_folder, tmp_path) -> None:
+    """One batch against -log sigmoid(beta * ((log p - log p_ref of chosen) - (of rejected))), written out."""
+    from transformers import AutoModelForCausalLM
+
+    source = resolve_folder(tiny_llama_folder)
+    tokenizer = load_tokenizer(source)
+    pairs = [Pair([5, 6, 7], [8, 9, 0], [10, 0]), Pair([11, 12], [13, 0], [14, 15, 16, 0])]
+    model = load_language_model(source, dtype=torch.float32, tokenizer=tokenizer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    reference = load_language_model(source, dtype=torch.float32, trainable=False, tokenizer=tokenizer)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    moved = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    moved.load_state_dict(model.state_dict())
+
+    def logprob(network: Any, prompt: list[int], response: list[int]) -> float:
+        with torch.no_grad():
+            rows = network(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        return sum(float(rows[len(prompt) - 1 + step, token]) for step, token in enumerate(response))
+
+    ratios = [
+        [logprob(moved, pair.prompt_ids, ids) - logprob(plain, pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)]
+        for pair in pairs
+    ]
+    expected = sum(math.log(1 + math.exp(-0.5 * (chosen - rejected))) for chosen, rejected in ratios) / 2
+
+    settings = config()
+    context = step_context(models={"model": source})
+    trainer = _trainer(settings, context, model, reference, tokenizer, pairs)
+    batch = trainer.data_collator([{name: getattr(pair, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for pair in pairs])
+    assert float(trainer.compute_loss(model, batch).detach()) == pytest.approx(expected, abs=1e-4)
+    # and our own measure of the same pairs agrees
+    found = measure(
+        _logprobs(settings, context, model, pairs, tokenizer), _logprobs(settings, context, reference, pairs, tokenizer), beta=0.5
+    )
+    assert found["loss"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_pairs_that_do_not_fit(comparisons, step_context, resolve_folder, tiny_llama_folder) -> None:
+    context = step_context(models={"model": resolve_folder(tiny_llama_folder)})
+    with pytest.raises(DataError, match="no training pair fits max_length=4: the shortest of 64 has"):
+        run(config(comparisons, max_length=4), context)
+
+
+def test_a_cut_off_run_goes_on(comparisons, step_context, resolve_folder, tiny_llama_folder, monkeypatch) -> None:
+    """Killed after a checkpoint and started again, an adapter's training ends with the very weights of an undisturbed run."""
+    from transformers import Trainer
+
+    calm = run(config(comparisons, lora={"r": 4}), step_context(name="test/calm", models={"model": resolve_folder(tiny_llama_folder)}))
+    context = step_context(name="test/cut", models={"model": resolve_folder(tiny_llama_folder)})
+    step = Trainer.training_step
+
+    def fails(self: Any, *arguments: Any, **options: Any) -> Any:
+        if self.state.global_step == 14:
+            raise KeyboardInterrupt
+        return step(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", fails)
+        with pytest.raises(KeyboardInterrupt):
+            run(config(comparisons, lora={"r": 4}), context)
+    assert list(context.checkpoint_folder.glob("checkpoint-*"))
+    assert run(config(comparisons, lora={"r": 4}), context).model.digest == calm.model.digest
