@@ -20,8 +20,11 @@ CHUNK = {"cpu": 2 << 20, "cuda": 256 << 20}
 
 @dataclass(frozen=True)
 class Memory:
-    """One step's fullest moment. What comes and goes between phases (cache while sampling, activations while training) counts once, as
-    the larger of the two."""
+    """One step's fullest moment.
+
+    ``kv_cache``, ``activations`` and ``logits`` come and go: each is the largest of all phases, ``passing`` what they are together in the
+    phase that holds most.
+    """
 
     weights: float = 0.0
     adapters: float = 0.0
@@ -30,16 +33,23 @@ class Memory:
     kv_cache: float = 0.0
     activations: float = 0.0
     logits: float = 0.0
+    passing: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.weights + self.adapters + self.gradients + self.optimizer + max(self.kv_cache, self.activations) + self.logits
+        return self.weights + self.adapters + self.gradients + self.optimizer + self.passing
 
     def __add__(self, other: Memory) -> Memory:
         return Memory(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     def as_json(self) -> dict[str, int]:
         return {**{field.name: round(getattr(self, field.name)) for field in fields(self)}, "total": round(self.total)}
+
+
+def phases(*held: tuple[float, float, float]) -> Memory:
+    """Phases that follow each other, each by its (cache, activations, logits)."""
+    caches, kept, logits = zip(*held, strict=True)
+    return Memory(kv_cache=max(caches), activations=max(kept), logits=max(logits), passing=max(map(sum, held)))
 
 
 @dataclass(frozen=True)
@@ -101,11 +111,6 @@ def chunked_logits(shape: Shape, positions: float, machine: Machine, *, trains_o
 def whole_logits(shape: Shape, positions: float) -> float:
     """Losses that hold logits, their log-softmax and its gradient whole, in fp32."""
     return 3 * positions * shape.vocabulary * FP32
-
-
-def largest(*phases: Memory) -> Memory:
-    """The one that holds most of phases that follow each other."""
-    return max(phases, key=lambda phase: phase.total)
 
 
 def lora_rank(config: Any) -> int:

@@ -17,8 +17,8 @@ from stages.planning.memory import (
     frozen_weights,
     inference,
     kv_cache,
-    largest,
     lora_rank,
+    phases,
     trained,
     whole_logits,
 )
@@ -79,11 +79,8 @@ def _rows(config: Any, processes: int) -> int:
 def _language_model(config: Any, view: View, rows: int, columns: int, machine: Machine) -> Memory:
     """Next-token training with logits of every position."""
     compute = dtype_bytes(config.precision, machine)
-    passing = Memory(
-        activations=activations(view.shape, rows * columns, compute, checkpointing=config.training.gradient_checkpointing),
-        logits=whole_logits(view.shape, rows * columns),
-    )
-    return _trained_model(config, view, machine) + passing
+    kept = activations(view.shape, rows * columns, compute, checkpointing=config.training.gradient_checkpointing)
+    return _trained_model(config, view, machine) + phases((0.0, kept, whole_logits(view.shape, rows * columns)))
 
 
 def _pretraining(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
@@ -108,22 +105,22 @@ def _reward_model(config: Any, models: Mapping[str, View], lengths: Lengths, mac
     view, compute = models["model"], dtype_bytes(config.precision, machine)
     columns = min(config.max_length or view.shape.positions, lengths.comparison)
     tokens = _rows(config, processes) * lengths.completions * columns
-    passing = Memory(activations=activations(view.shape, tokens, compute, checkpointing=config.training.gradient_checkpointing))
-    return _trained_model(config, view, machine, output=False) + passing
+    kept = activations(view.shape, tokens, compute, checkpointing=config.training.gradient_checkpointing)
+    return _trained_model(config, view, machine, output=False) + phases((0.0, kept, 0.0))
 
 
 def _sentiment(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
     view, compute = models["model"], dtype_bytes(config.precision, machine)
     columns = min(config.max_length, lengths.text)
     tokens = _rows(config, processes) * columns
-    passing = Memory(activations=activations(view.shape, tokens, compute, checkpointing=config.training.gradient_checkpointing))
-    step = _trained_model(config, view, machine, output=False) + passing
+    kept = activations(view.shape, tokens, compute, checkpointing=config.training.gradient_checkpointing)
+    step = _trained_model(config, view, machine, output=False) + phases((0.0, kept, 0.0))
     if config.masked is None:
         return step
     masked = config.model_copy(update={"training": config.masked.training, "lora": None})
     tokens = _rows(masked, processes) * columns
-    guessing = Memory(activations=activations(view.shape, tokens, compute), logits=whole_logits(view.shape, tokens))
-    first = _trained_model(masked, view, machine) + guessing
+    guessing = (0.0, activations(view.shape, tokens, compute), whole_logits(view.shape, tokens))
+    first = _trained_model(masked, view, machine) + phases(guessing)
     return max(step, first, key=lambda memory: memory.total)
 
 
@@ -140,32 +137,27 @@ def _ppo(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Mac
     share = max(1, config.rollout_batch_size // processes)
     decoding = min(config.generation.batch_size, share)
     rows = min(config.microbatch_size, config.minibatch_size)
-    sampling = Memory(
-        kv_cache=kv_cache(shape, decoding, prompt, new, compute),
-        activations=inference(shape, decoding * prompt, compute),  # reading the prompts
-        logits=3 * FP32 * decoding * shape.vocabulary,
+    whole_output, checkpointing = config.lora is None, config.training.gradient_checkpointing
+    sampling = (
+        kv_cache(shape, decoding, prompt, new, compute),
+        inference(shape, decoding * prompt, compute),  # reading the prompts
+        3 * FP32 * decoding * shape.vocabulary,
     )
-    whole_output = config.lora is None
-    checkpointing = config.training.gradient_checkpointing
     bigger = shape if value is None or value.shape.hidden * value.shape.layers <= shape.hidden * shape.layers else value.shape
-    updating = Memory(
-        activations=activations(bigger, rows * (prompt + new), compute, checkpointing=checkpointing),
-        logits=chunked_logits(shape, rows * new, machine, trains_output=whole_output),
+    updating = (
+        0.0,
+        activations(bigger, rows * (prompt + new), compute, checkpointing=checkpointing),
+        chunked_logits(shape, rows * new, machine, trains_output=whole_output),
     )
     judges = [view for place, view in models.items() if place.startswith(("reward", "monitors"))]
-    scoring = [
-        Memory(activations=inference(view.shape, min(EVALUATION_ROWS, share) * (prompt + new), compute)) for view in judges
-    ]  # fmt: skip
-    phases = [sampling, updating, *scoring]
+    scored = min(EVALUATION_ROWS, share) * (prompt + new)
+    scoring = [(0.0, inference(view.shape, scored, compute), 0.0) for view in judges]
+    mixing = []
     if config.pretraining_mix is not None:
         tokens = rows * config.pretraining_mix.block_size
-        phases.append(
-            Memory(
-                activations=activations(shape, tokens, compute, checkpointing=checkpointing),
-                logits=chunked_logits(shape, tokens, machine, trains_output=whole_output),
-            )
-        )
-    return held + largest(*phases)
+        kept = activations(shape, tokens, compute, checkpointing=checkpointing)
+        mixing.append((0.0, kept, chunked_logits(shape, tokens, machine, trains_output=whole_output)))
+    return held + phases(sampling, updating, *scoring, *mixing)
 
 
 def _value_view(config: Any, models: Mapping[str, View]) -> View | None:
@@ -235,15 +227,10 @@ def _evaluation(config: Any, models: Mapping[str, View], lengths: Lengths, machi
     for place, view in models.items():
         if place.startswith("judges") or view.shape.encoder:
             tokens = EVALUATION_ROWS * (lengths.prompt + new)
-            found.append(view.frozen(compute, output=False) + Memory(activations=inference(view.shape, tokens, compute)))
+            found.append(view.frozen(compute, output=False) + phases((0.0, inference(view.shape, tokens, compute), 0.0)))
             continue
         rows = config.generation.batch_size
-        found.append(
-            view.frozen(compute)
-            + Memory(
-                kv_cache=kv_cache(view.shape, rows, lengths.prompt, new, compute),
-                activations=inference(view.shape, rows * lengths.prompt, compute),
-                logits=3 * FP32 * rows * view.shape.vocabulary,
-            )
-        )
+        reading = inference(view.shape, rows * lengths.prompt, compute)
+        cache = kv_cache(view.shape, rows, lengths.prompt, new, compute)
+        found.append(view.frozen(compute) + phases((cache, reading, 3 * FP32 * rows * view.shape.vocabulary)))
     return max(found, key=lambda memory: memory.total, default=Memory())

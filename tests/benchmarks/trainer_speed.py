@@ -1,0 +1,184 @@
+"""Stages that stand on a Trainer against that Trainer alone: optimizer steps per second on the same rows, as a ratio.
+
+    .venv/bin/python tests/benchmarks/trainer_speed.py [--rounds 3]
+
+A random Llama of the quickstart's size (128 wide, 2 layers) on the embedded world: the sft stage against trl.SFTTrainer, the reward_model
+stage against a transformers.Trainer that sums the same ranking loss, the sentiment stage against a transformers.Trainer on a small
+DistilBERT. Both sides compute with PyTorch's default matrix products (--fast-matmuls: the stages with the processor's best, as users get).
+One process each, in turn; the time is the Trainer's own, start and evaluation are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS = {"sft": 200, "reward_model": 60, "sentiment": 200}
+TRAINING = {"learning_rate": 1e-3, "batch_size": 8, "microbatch_size": 8}
+DATA = {
+    "sft": {"train": "world:demonstrations", "validation": {"path": "world:demonstrations/validation", "limit": 8}},
+    "reward_model": {"train": "world:comparisons", "validation": {"path": "world:comparisons/validation", "limit": 8}},
+    "sentiment": {"train": "world:reviews", "validation": {"path": "world:reviews/validation", "limit": 8}},
+}
+
+
+def base_model(folder: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from stages.config import DataInput
+    from stages.corpora.text import load_text
+    from stages.pretraining import TokenizerSettings, train_tokenizer
+
+    corpus = load_text(DataInput.model_validate({"train": {"path": "world:raw", "limit": 2000}}))
+    tokenizer = train_tokenizer(corpus.train, TokenizerSettings(vocab_size=1024))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def step(kind: str) -> dict[str, Any]:
+    made: dict[str, Any] = {"stage": kind, "name": "step", "precision": "fp32", "data": DATA[kind]}
+    made["training"] = {**TRAINING, "max_steps": STEPS[kind]}
+    if kind == "sentiment":
+        return {**made, "architecture": {"type": "distilbert", "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4}, "max_length": 64}
+    return {**made, "model": "MODEL"}
+
+
+# One run of each (a process of its own)
+
+
+def ours(kind: str, folder: Path) -> float:
+    """Optimizer steps per second of the stage."""
+    with tempfile.TemporaryDirectory() as place:
+        recipe, home = Path(place) / "recipe.yaml", Path(place) / "home"
+        recipe.write_text(json.dumps({"name": "speed", "steps": [step(kind)]}).replace("MODEL", str(folder)))
+        from stages import chain
+        from stages.recipe import load_recipe
+        from stages.registry import Registry
+        from stages.runtime import Runtime
+
+        summary = chain.run(load_recipe(recipe, [], Registry(home / "registry")), home, Runtime(quiet=True))
+        return float(summary["steps"][0]["metrics"]["steps_per_second"])
+
+
+def theirs(kind: str, folder: Path) -> float:
+    """Optimizer steps per second of the plain Trainer."""
+    import transformers
+
+    transformers.set_seed(0)
+    with tempfile.TemporaryDirectory() as place:
+        shared = {
+            "output_dir": place, "per_device_train_batch_size": 8, "max_steps": STEPS[kind], "learning_rate": 1e-3, "use_cpu": True,
+            "report_to": "none", "save_strategy": "no", "logging_steps": 0.01, "disable_tqdm": True, "dataloader_pin_memory": False,
+        }  # fmt: skip
+        trainer = {"sft": plain_sft, "reward_model": plain_reward_model, "sentiment": plain_classifier}[kind](folder, shared)
+        return float(trainer.train().metrics["train_steps_per_second"])
+
+
+def plain_sft(folder: Path, shared: dict[str, Any]) -> Any:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    from stages.config import DataInput
+    from stages.corpora.demonstrations import load_demonstrations
+
+    rows = load_demonstrations(DataInput.model_validate(DATA["sft"])).train
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    table = Dataset.from_list([{"prompt": row["prompt"], "completion": " " + row["completion"]} for row in rows])
+    return SFTTrainer(model=model, args=SFTConfig(**shared, bf16=False, max_length=None), train_dataset=table, processing_class=tokenizer)
+
+
+def plain_reward_model(folder: Path, shared: dict[str, Any]) -> Any:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+
+    from stages.config import DataInput
+    from stages.corpora.comparisons import load_comparisons
+    from stages.numerics.ranking import ranking_loss
+    from stages.reward_model import collate, encode
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    comparisons = load_comparisons(DataInput.model_validate(DATA["reward_model"])).train
+    rows = [encode(item, tokenizer, 512) for item in comparisons if item.num_pairs]
+
+    class Ranking(Trainer):
+        def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any) -> Any:
+            scores = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0]
+            return ranking_loss(scores, inputs["ranks"], inputs["prompt_index"])
+
+    arguments = TrainingArguments(**shared, remove_unused_columns=False)
+    return Ranking(model=model, args=arguments, train_dataset=rows, data_collator=lambda items: collate(items, tokenizer.pad_token_id))
+
+
+def plain_classifier(folder: Path, shared: dict[str, Any]) -> Any:
+    from transformers import DataCollatorWithPadding, DistilBertConfig, DistilBertForSequenceClassification, Trainer, TrainingArguments
+
+    from stages.config import DataInput
+    from stages.corpora.reviews import load_reviews
+    from stages.sentiment import WordPieceSettings, train_wordpiece
+
+    reviews = load_reviews(DataInput.model_validate(DATA["sentiment"]), ["negative", "positive"]).train
+    tokenizer = train_wordpiece([review.text for review in reviews], WordPieceSettings(), 64)
+    config = DistilBertConfig(
+        vocab_size=len(tokenizer), dim=64, hidden_dim=128, n_layers=2, n_heads=4, max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    ids = tokenizer([review.text for review in reviews], truncation=True)["input_ids"]
+    rows = [{"input_ids": row, "labels": review.label} for row, review in zip(ids, reviews, strict=True)]
+    return Trainer(
+        model=DistilBertForSequenceClassification(config), args=TrainingArguments(**shared, train_sampling_strategy="group_by_length"),
+        train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer),
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--fast-matmuls", action="store_true")
+    parser.add_argument("--worker", nargs=3, metavar=("SIDE", "KIND", "FOLDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        side, kind, place = options.worker
+        if not options.fast_matmuls:
+            from stages.numerics import matmul
+
+            matmul.prefers_onednn = lambda: False  # type: ignore[assignment]
+        print({"ours": ours, "theirs": theirs}[side](kind, Path(place)))
+        return
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TOKENIZERS_PARALLELISM": "false"}
+    with tempfile.TemporaryDirectory() as place:
+        base_model(Path(place))
+        for kind in STEPS:
+            speeds: dict[str, list[float]] = {"ours": [], "theirs": []}
+            for _ in range(options.rounds):
+                for side, found in speeds.items():
+                    command = [sys.executable, "-W", "ignore", __file__, "--worker", side, kind, place]
+                    command += ["--fast-matmuls"] if options.fast_matmuls else []
+                    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+                    if done.returncode:
+                        sys.exit(done.stderr[-3000:])
+                    found.append(float(done.stdout.split()[-1]))
+            ratios = [one / other for one, other in zip(speeds["ours"], speeds["theirs"], strict=True)]
+            ours_median, theirs_median = (statistics.median(found) for found in speeds.values())
+            told = f"{ours_median:6.1f} steps/s here, {theirs_median:6.1f} by the Trainer alone"
+            print(f"{kind:12s} {told}: {statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
