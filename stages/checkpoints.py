@@ -243,8 +243,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Te
         parameter = parameters[name]
         if isinstance(value, Tensor) and value.shape == parameter.shape:
             value = _like(value, parameter)
-        elif isinstance(value, Tensor) and parameter in fused:
+        elif isinstance(value, Tensor) and (slot != "step" or parameter in fused):
             value = value.to(parameter.device)
+        if slot in ("state1", "state2") and hasattr(optimizer, "get_state_buffer"):  # bitsandbytes: its pages, where it has such
+            value = optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(parameter, {})[slot] = value
     optimizer.state.clear()
     optimizer.state.update(state)

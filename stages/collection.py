@@ -70,7 +70,7 @@ def collect_comparisons(collection: Collection, context: StepContext, *, precisi
     from stages.corpora.comparisons import Comparison
 
     path = context.checkpoint_folder / "collected.jsonl"
-    if not path.exists():
+    if not context.runtime.decide(path.exists):
         rows = context.runtime.decide(lambda: _collect(collection, context, precision))
         if context.runtime.is_main:
             partial = path.with_suffix(".partial")

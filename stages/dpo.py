@@ -6,7 +6,8 @@ What most people would do instead of PPO, so the evaluation's baseline for it. A
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -94,7 +95,7 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
     from stages.corpora.templates import count_tokens
     from stages.models.loading import load_language_model, load_tokenizer, save_model
     from stages.runtime import StepResult
-    from stages.training import gathered_weights, train, weights_dtype
+    from stages.training import gathered_weights, publish_best, train, weights_dtype
 
     source = context.models["model"]
     tokenizer = load_tokenizer(source)
@@ -108,10 +109,14 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
 
     by_reference = _logprobs(config, context, reference if reference is not None else model, heldout, tokenizer)
     trainer = _trainer(config, context, model, reference, tokenizer, pairs)
-    trained = train(trainer, context, f"{context.name}: dpo")
+
+    def measured() -> dict[str, float]:
+        return measure(_logprobs(config, context, model, heldout, tokenizer), by_reference, beta=config.beta)
+
+    trained = train(trainer, context, f"{context.name}: dpo", rule=config, measure=lambda: measured()["loss"])
     if config.lora is not None and "ref" in model.peft_config:
         model.delete_adapter("ref")  # TRL's copy of the adapter as it began
-    after = measure(_logprobs(config, context, model, heldout, tokenizer), by_reference, beta=config.beta)
+    after = measured()
     context.log(trainer.state.global_step, {"heldout/accuracy": after["accuracy"], "heldout/margin": after["margin"]})
     context.runtime.console.print(
         f"{context.name}: held-out accuracy {after['accuracy']:.3f} (95 % {after['ci_low']:.3f} to {after['ci_high']:.3f}, "
@@ -125,12 +130,11 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
         "heldout_pairs": len(heldout),
         **{f"curation_{reason}": number for reason, number in sorted(curator.left_out.items())},
     }
+    published: dict[str, Any] = {"role": "language_model", "base": source if config.lora is not None else None}
+    publish_best(trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights), **published)
     weights = gathered_weights(trainer)
     record = context.publish(
-        lambda folder: save_model(model, tokenizer, folder, state_dict=weights),
-        role="language_model",
-        metrics=metrics,
-        base=source if config.lora is not None else None,
+        lambda folder: save_model(model, tokenizer, folder, state_dict=weights), metrics=metrics, **published
     )
     return StepResult(model=record, metrics=metrics)
 
@@ -192,17 +196,41 @@ def _reference(config: DPOStepConfig, context: StepContext, tokenizer: PreTraine
 def _trainer(
     config: DPOStepConfig, context: StepContext, model: Any, reference: Any, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]
 ) -> Any:
+    import torch
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     from stages.models.loading import quiet_transformers
-    from stages.training import training_arguments
+    from stages.models.sharding import shard
+    from stages.training import exact, training_arguments
 
-    class TokenizedDPOTrainer(DPOTrainer):
-        """A DPOTrainer whose rows are token ids already."""
+    class TokenizedDPOTrainer(exact(DPOTrainer)):  # type: ignore[misc]
+        """A DPOTrainer whose rows are token ids already, and whose loss is a share of the mean over the whole step."""
+
+        loss_is_scaled_for_ga = True
 
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            own = pairs_in(inputs)
+            with _gathering_unequal_shares(self.accelerator, counts=own > 0):
+                loss = super().compute_loss(model, inputs, return_outputs)
+            if num_items_in_batch is None:
+                return loss
+            return loss * own / num_items_in_batch * self.args.world_size  # DDP takes the mean over processes
+
+        def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: Any) -> Any:
+            """Pairs of the step, on all processes."""
+            number = sum(pairs_in(batch) for batch in batch_samples)
+            return self.accelerator.gather(torch.tensor([number], device=device)).sum()
+
+        def blank(self, batch: dict[str, Any]) -> dict[str, Any]:
+            return {**batch, "completion_mask": torch.zeros_like(batch["completion_mask"])}
+
+    def pairs_in(batch: Any) -> int:
+        """Pairs that count: every completion has an end token at least."""
+        return int(batch["completion_mask"].any(dim=1).sum()) // 2
 
     options = {"beta": config.beta, "loss_type": [config.loss], "label_smoothing": config.label_smoothing, "max_length": None}
     with quiet_transformers():
@@ -211,11 +239,35 @@ def _trainer(
         trainer = TokenizedDPOTrainer(
             model=model, ref_model=reference, args=arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer
         )
+    if trainer.ref_model is not None and context.runtime.shards:
+        shard(trainer.ref_model, add_up=False)
     for parameter in model.parameters():
         # TRL makes a quantized model's adapter bf16, in which small updates are lost
         if parameter.requires_grad and parameter.dtype.itemsize < 4:
             parameter.data = parameter.data.float()
     return trainer
+
+
+@contextmanager
+def _gathering_unequal_shares(accelerator: Any, *, counts: bool) -> Iterator[None]:
+    """TRL gathers its metrics pair by pair; here processes may have different numbers of pairs, or none that ``counts``."""
+    import torch
+
+    gather = accelerator.gather
+
+    def unequal(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() == 0:
+            return gather(tensor)
+        padded = accelerator.pad_across_processes(tensor if counts else torch.full_like(tensor, torch.nan), pad_index=torch.nan)
+        gathered = gather(padded)
+        return gathered[~gathered.isnan()]
+
+    if accelerator.num_processes > 1:
+        accelerator.gather = unequal
+    try:
+        yield
+    finally:
+        accelerator.gather = gather
 
 
 # Measuring
@@ -228,6 +280,7 @@ def _logprobs(
     import torch
 
     from stages.models.responses import Policy, sequence_batch
+    from stages.models.sharding import whole
 
     model = model.to(context.runtime.device)
     training = model.training
@@ -236,7 +289,7 @@ def _logprobs(
     sums = torch.empty(len(rows), dtype=torch.float64)
     order = sorted(range(len(rows)), key=lambda place: len(rows[place][0]) + len(rows[place][1]))
     size = 4 * config.training.microbatch_size
-    with torch.inference_mode():
+    with torch.inference_mode(), whole(model):
         for start in range(0, len(order), size):
             places = order[start : start + size]
             prompts, responses = [rows[place][0] for place in places], [rows[place][1] for place in places]

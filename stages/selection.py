@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from stages.config import DataField, GenerationSettings, ModelInput, Strict
 from stages.errors import RecipeError
 from stages.rewards.config import RewardInput, check_names, reward_model_inputs
+from stages.storage import sync, write_json
 
 if TYPE_CHECKING:
     from stages.corpora.messages import Prompt
@@ -95,38 +96,31 @@ class Selector:
         """Sample, score, and keep the weights where they are the best so far. Call on every process."""
         if any(one.optimizer_step == optimizer_step for one in self.tried):
             return
+        from stages.checkpoints import save_tensors, trainable
         from stages.models.sharding import whole
 
         with whole(self.model):  # the processes sample apart
             tried = Tried(optimizer_step, self._score(), self.measure_loss())
         self.tried.append(tried)
         self.context.log(optimizer_step, {"selection/score": tried.score, "selection/heldout_loss": tried.heldout_loss})
-        if not self.context.runtime.is_main:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        is_main = self.context.runtime.is_main
+        if is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
         if best_of(self.tried) is tried:
-            from safetensors.torch import save_file
-
-            from stages.checkpoints import trainable
-
-            weights = {name: value.detach().cpu().clone() for name, value in trainable(self.model).items()}
-            save_file(weights, self._file(optimizer_step))
-        (self.folder / "tried.json").write_text(json.dumps([asdict(one) for one in self.tried]), encoding="utf-8")
+            save_tensors(trainable(self.model), path := self._file(optimizer_step), write=is_main)
+            if is_main:
+                sync(path)
+        if is_main:  # last: what is listed there is whole
+            write_json(self.folder / "tried.json", [asdict(one) for one in self.tried])
 
     def load_best(self) -> Tried:
         """Put the best weights into the model."""
-        import torch
-        from safetensors.torch import load_file
-
-        from stages.checkpoints import trainable
+        from stages.checkpoints import load_tensors, trainable
 
         best = best_of(self.tried)
         self.context.runtime.wait_for_everyone()
         if best is not self.tried[-1]:
-            stored = load_file(self._file(best.optimizer_step))
-            with torch.no_grad():
-                for name, parameter in trainable(self.model).items():
-                    parameter.copy_(stored[name])
+            load_tensors(trainable(self.model), self._file(best.optimizer_step))
         self.context.runtime.console.print(
             f"{self.context.name}: of {len(self.tried)} models along the run the one after {best.optimizer_step} optimizer steps scores "
             f"best ({best.score:.3f}; the last {self.tried[-1].score:.3f})"
@@ -167,8 +161,8 @@ def selection_callback(selector: Selector, trainer: Any) -> Any:
     """A Trainer callback that tries the model out every so many epochs and at the end."""
     from transformers import TrainerCallback
 
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise RecipeError("selection samples along the run, for which every process needs whole weights; leave it out with FSDP or ZeRO")
+    if trainer.is_deepspeed_enabled:
+        raise RecipeError("selection samples along the run, for which every process needs whole weights; leave it out with ZeRO")
 
     class SelectionCallback(TrainerCallback):
         every = 0

@@ -26,7 +26,7 @@ from stages.checkpoints import (
     trainable,
 )
 from stages.config import CheckpointedStepConfig, OptimizerSettings, TrainingStepConfig
-from stages.errors import RecipeError, TrainingError
+from stages.errors import LaunchError, RecipeError, TrainingError
 from stages.models.sharding import clip_gradients, grouped, reduce_gradients, shard, whole, whole_state_dict
 
 if TYPE_CHECKING:
@@ -81,6 +81,10 @@ def training_arguments(settings: OptimizerSettings, context: StepContext, *, pre
     device, dtype = context.runtime.device, context.runtime.dtype(precision)
     if dtype == torch.float16 and device.type == "cpu":
         raise RecipeError("precision: fp16 cannot be trained on a CPU; use auto, fp32 or bf16")
+    if context.runtime.shards and settings.optimizer != "adamw":
+        raise LaunchError(
+            f"training.optimizer: {settings.optimizer} needs whole weights, and FSDP cuts them over the processes; leave one of the two"
+        )
     microbatch, accumulation = split_batch(settings, context.runtime.num_processes)
     arguments = {
         "output_dir": str(context.checkpoint_folder),

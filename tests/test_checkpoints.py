@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -22,6 +23,8 @@ from stages.checkpoints import (
     set_generator_states,
 )
 from stages.errors import ModelError
+from stages.ppo.config import PPOOptimizer
+from stages.ppo.optimizers import make_optimizer
 from stages.runtime import Runtime
 
 NEWER = '{"format": 99, "number": 2, "score": null, "files": []}'
@@ -157,6 +160,31 @@ def test_optimizers_round_trip_with_their_settings(tmp_path: Path) -> None:
         tensor.grad = torch.ones(4)
         stepped.step()
     assert torch.equal(weight, other_weight)
+
+
+@pytest.mark.parametrize("kind", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_optimizers_of_bitsandbytes_round_trip(tmp_path: Path, kind: Any) -> None:
+    def made() -> tuple[torch.Tensor, torch.optim.Optimizer]:
+        weight = torch.linspace(-1, 1, 8192).reshape(64, 128).requires_grad_()
+        return weight, make_optimizer([weight], PPOOptimizer(learning_rate=1e-2, optimizer=kind))
+
+    def step(weight: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+        weight.grad = torch.sin(9 * weight.detach())
+        optimizer.step()
+
+    weight, optimizer = made()
+    step(weight, optimizer)
+    save_optimizer(optimizer, {"w": weight}, tmp_path / "o.safetensors")
+    other_weight, other = made()
+    other_weight.data.copy_(weight.data)
+    load_optimizer(other, {"w": other_weight}, tmp_path / "o.safetensors")
+    step(weight, optimizer)
+    step(other_weight, other)
+    assert torch.equal(weight, other_weight)
+    assert {key: value.dtype for key, value in other.state[other_weight].items() if key.startswith("state")} == {
+        key: value.dtype for key, value in optimizer.state[weight].items() if key.startswith("state")
+    }
 
 
 def test_optimizers_are_read_into_another_order_and_other_groups(tmp_path: Path) -> None:

@@ -112,24 +112,3 @@ def test_pairs_that_do_not_fit(comparisons, step_context, resolve_folder, tiny_l
     context = step_context(models={"model": resolve_folder(tiny_llama_folder)})
     with pytest.raises(DataError, match="no training pair fits max_length=4: the shortest of 64 has"):
         run(config(comparisons, max_length=4), context)
-
-
-def test_a_cut_off_run_goes_on(comparisons, step_context, resolve_folder, tiny_llama_folder, monkeypatch) -> None:
-    """Killed after a checkpoint and started again, an adapter's training ends with the very weights of an undisturbed run."""
-    from transformers import Trainer
-
-    calm = run(config(comparisons, lora={"r": 4}), step_context(name="test/calm", models={"model": resolve_folder(tiny_llama_folder)}))
-    context = step_context(name="test/cut", models={"model": resolve_folder(tiny_llama_folder)})
-    step = Trainer.training_step
-
-    def fails(self: Any, *arguments: Any, **options: Any) -> Any:
-        if self.state.global_step == 14:
-            raise KeyboardInterrupt
-        return step(self, *arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "training_step", fails)
-        with pytest.raises(KeyboardInterrupt):
-            run(config(comparisons, lora={"r": 4}), context)
-    assert list(context.checkpoint_folder.glob("checkpoint-*"))
-    assert run(config(comparisons, lora={"r": 4}), context).model.digest == calm.model.digest

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from stages.registry import Registry
 
+pytestmark = pytest.mark.timeout(900)  # a start takes 15 s where the machine is free, and minutes where it is not
 REPOSITORY = Path(__file__).resolve().parents[1]
 ACCELERATE = Path(sys.executable).with_name("accelerate")
 
@@ -59,6 +60,21 @@ steps:
     num_samples: 14
     checkpoint_seconds: 0
     training: {{learning_rate: 0.002, adam_epsilon: 0.01}}
+  - stage: dpo
+    name: direct
+    model: sft
+    lora: {{r: 2}}
+    precision: fp32
+    data: {{train: comparisons.jsonl, validation_fraction: 0.1}}
+    training: {{epochs: 1, batch_size: 14, microbatch_size: 2, learning_rate: 0.01, adam_epsilon: 0.01}}
+  - stage: evaluation
+    name: verdict
+    candidates: {{sft: sft, aligned: aligned, direct: direct}}
+    data: prompts.jsonl
+    judges: [{{function: "pair_reward:vowels"}}]
+    kl_reference: sft
+    generation: {{max_new_tokens: 10}}
+    precision: fp32
 """
 
 REWARD = '''
@@ -106,7 +122,7 @@ def start(place: Path, home: str, *launcher: str, **environment: str) -> subproc
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         given.pop(name, None)
     command = [*launcher, "-m", "stages", "run", "pair.yaml", "--home", home]
-    return subprocess.run(command, cwd=place, env=given, capture_output=True, text=True, check=False, timeout=280)
+    return subprocess.run(command, cwd=place, env=given, capture_output=True, text=True, check=False, timeout=600)
 
 
 ONE = (sys.executable,)
@@ -133,12 +149,14 @@ def pair(place: Path) -> Path:
 
 
 def logs(home: Path, step: str) -> list[dict[str, float]]:
+    """What was logged, but times, and what TRL's DPOTrainer averages pass by pass, however many pairs a pass has."""
     lines = (home / "runs" / "pair" / "latest" / step / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if not name.startswith("time/")} for line in lines]
+    left_out = "time/" if step != "direct" else ("train/logits/", "train/logps/", "train/rewards/", "train/entropy", "train/mean_token")
+    return [{name: value for name, value in json.loads(line).items() if not name.startswith(left_out)} for line in lines]
 
 
 def weights(home: Path, step: str) -> dict[str, torch.Tensor]:
-    return load_file(Registry(home / "registry").get(f"pair/{step}").path / "model.safetensors")
+    return load_file(next(Registry(home / "registry").get(f"pair/{step}").path.glob("*model.safetensors")))
 
 
 def assert_same_updates(one: Path, two: Path, step: str, *, tolerance: float) -> None:
@@ -150,11 +168,21 @@ def assert_same_updates(one: Path, two: Path, step: str, *, tolerance: float) ->
         torch.testing.assert_close(weights(two, step)[name], value, rtol=0, atol=tolerance, msg=f"{step}: {name}")
 
 
+def assert_same_scores(one: Path, two: Path) -> None:
+    """The evaluation's, candidate by candidate: its prompts are shared out, and put together again in their order."""
+    found = [json.loads((home / "runs" / "pair" / "latest" / "summary.json").read_text()) for home in (one, two)]
+    for name, candidate in found[0]["candidates"].items():
+        for key in ("scores", "kl"):
+            assert found[1]["candidates"][name].get(key) == pytest.approx(candidate.get(key), rel=1e-3, abs=1e-3), (name, key)
+
+
 def test_two_processes_make_the_updates_of_one(alone: Path, pair: Path) -> None:
     """Rounding differs with the shape of a batch; it grows from step to step, and from sft to what stands on it."""
     assert_same_updates(alone, pair, "sft", tolerance=2e-5)
     assert_same_updates(alone, pair, "preference", tolerance=1e-4)
     assert_same_updates(alone, pair, "aligned", tolerance=5e-4)
+    assert_same_updates(alone, pair, "direct", tolerance=1e-4)
+    assert_same_scores(alone, pair)
 
 
 def test_sharded_over_two_processes_the_updates_are_the_same(place: Path, alone: Path) -> None:
@@ -167,13 +195,17 @@ def test_sharded_over_two_processes_the_updates_are_the_same(place: Path, alone:
     assert_same_updates(alone, home, "sft", tolerance=2e-5)
     assert_same_updates(alone, home, "preference", tolerance=1e-4)
     assert_same_updates(alone, home, "aligned", tolerance=5e-4)
+    assert_same_updates(alone, home, "direct", tolerance=1e-4)
+    assert_same_scores(alone, home)
 
 
 def test_there_is_one_summary_and_one_version_of_each_model(pair: Path) -> None:
     summary = json.loads((pair / "runs" / "pair" / "latest" / "summary.json").read_text())
     assert summary["finished"] and summary["environment"]["num_processes"] == 2
-    assert [step["name"] for step in summary["steps"]] == ["sft", "preference", "aligned"]
-    assert [record.ref for record in Registry(pair / "registry").records()] == ["pair/aligned@1", "pair/preference@1", "pair/sft@1"]
+    assert [step["name"] for step in summary["steps"]] == ["sft", "preference", "aligned", "direct", "verdict"]
+    assert [record.ref for record in Registry(pair / "registry").records()] == [
+        "pair/aligned@1", "pair/direct@1", "pair/preference@1", "pair/sft@1",
+    ]  # fmt: skip
     assert len([path for path in (pair / "runs" / "pair").iterdir() if not path.is_symlink()]) == 1
 
 

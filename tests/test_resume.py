@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages import pretraining, reward_model, sentiment, sft
+from stages import dpo, pretraining, reward_model, sentiment, sft
 from stages.checkpoints import Checkpoints
 from stages.errors import Stopped
 
 TIMES = ("train_seconds", "steps_per_second", "tokens_per_second")
+RANKED = ("prompt", "completions", "ranks")
 THINGS = ("film", "plot", "music", "ending", "acting")
 STAGES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     # Dropout draws from the process's random stream, packing and masking are the awkward ways to make a batch.
@@ -33,6 +34,10 @@ STAGES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     }),
     "reward_model": (reward_model, reward_model.RewardModelConfig, {
         "model": "base", "training": {"learning_rate": 1e-3, "epochs": 2.0, "batch_size": 6, "microbatch_size": 3},
+    }),
+    "dpo": (dpo, dpo.DPOStepConfig, {
+        "model": "base", "lora": {"r": 2, "dropout": 0.2},
+        "training": {"learning_rate": 1e-3, "epochs": 2.0, "batch_size": 10, "microbatch_size": 5},
     }),
     "sentiment": (sentiment, sentiment.SentimentConfig, {
         "architecture": {"type": "distilbert", "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}, "max_length": 24,
@@ -65,7 +70,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def config_of(stage: str, data: str) -> Any:
     _, kind, fields = STAGES[stage]
-    columns = {"reward_model": ("prompt", "completions", "ranks"), "sentiment": ("text", "label"), "pretraining": ("text",)}
+    columns = {"reward_model": RANKED, "dpo": RANKED, "sentiment": ("text", "label"), "pretraining": ("text",)}
     wanted = columns.get(stage, ("prompt", "completion"))
     rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
     own = Path(data).with_name(f"{stage}.jsonl")

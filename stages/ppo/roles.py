@@ -86,6 +86,9 @@ def load_roles(config: PPOStepConfig, context: StepContext) -> Roles:
     """Policy, reference and value network as the config names them. Raises ModelError where one cannot play its part."""
     if context.runtime.uses_deepspeed:
         raise LaunchError("ppo does not run under DeepSpeed; cut its models over the processes with recipes/accelerate/fsdp2.yaml")
+    if context.runtime.shards and (config.offload or config.training.optimizer != "adamw"):
+        named = "offload" if config.offload else f"training.optimizer: {config.training.optimizer}"
+        raise LaunchError(f"{named} needs whole models, and FSDP cuts them over the processes; leave one of the two")
     roles = _adapted_roles(config, context) if config.lora is not None else _whole_roles(config, context)
     if config.training.gradient_checkpointing:
         roles.policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -83,10 +83,19 @@ steps:
     ema_decay: 0.9
     kl_target: 1.0
     checkpoint_seconds: 0.2
+  - stage: dpo
+    name: direct
+    model: sft
+    lora: {r: 4, dropout: 0.1}
+    precision: fp32
+    checkpoint_seconds: 0.2
+    data: {train: {path: "world:comparisons", limit: 48}, validation: {path: "world:comparisons/validation", limit: 8}}
+    pairs_per_prompt: 2
+    training: {learning_rate: 1.0e-3, batch_size: 4, microbatch_size: 4}
   - stage: evaluation
     name: verdict
     precision: fp32
-    candidates: {base: base, sft: sft, aligned: aligned}
+    candidates: {base: base, sft: sft, direct: direct, aligned: aligned}
     data: "world:prompts/heldout"
     num_prompts: 8
     generation: {max_new_tokens: 12}

@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from stages.errors import LaunchError
 from stages.ppo.config import PPOOptimizer
 from stages.ppo.loop import run
 from stages.ppo.offload import Offload
@@ -108,6 +109,15 @@ def test_bitsandbytes_optimizers_follow_adamw(optimizer: str, tolerance: float) 
             assert state["state1"].dtype == torch.uint8
     way = (ends[0] - torch.linspace(-1, 1, 8192)).abs().mean()
     assert (ends[0] - ends[1]).abs().mean() < tolerance * way
+
+
+@pytest.mark.parametrize(
+    ("options", "named"), [({"offload": True}, "offload"), ({"training": {"optimizer": "adamw_8bit"}}, "training.optimizer: adamw_8bit")]
+)
+def test_what_needs_whole_models_does_not_go_with_fsdp(ppo_config, ppo_context, monkeypatch, options, named) -> None:
+    monkeypatch.setattr(ppo_context.runtime, "shards", True)
+    with pytest.raises(LaunchError, match=f"{named} needs whole models, and FSDP cuts them over the processes"):
+        load_roles(ppo_config(**options), ppo_context)
 
 
 def test_contradictions(ppo_config) -> None:
