@@ -30,7 +30,7 @@ from stages.config import ModelInput
 from stages.contents import digest_folder
 from stages.errors import RegistryError
 from stages.fingerprints import fingerprint_of, parts_of, settings_of, why
-from stages.recipe import STAGES, Recipe, RecipeStep, Reference, load_object
+from stages.recipe import STAGES, Recipe, RecipeStep, Reference, data_inputs, load_object
 from stages.registry import ModelRecord, Registry, installed_packages
 from stages.results import last_result, load_result, restore_files, save_result
 from stages.runtime import ResolvedModel, Runtime, StepContext, StepResult, launched_processes
@@ -65,17 +65,26 @@ def open_registry(home: Path) -> Registry:
 # Planning
 
 
-def plan(recipe: Recipe, home: Path) -> list[StepPlan]:
-    """What running the recipe would do, step by step; checks the data of every step that would run. Loads no model."""
+def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]:
+    """What running the recipe would do, step by step; checks the data of every step that would run. Loads no model.
+
+    ``download=False`` leaves the data of the hub alone: a step that reads some is not checked.
+    """
     registry = open_registry(home)
     made: dict[str, ModelRecord | None] = {}
     plans = []
     for step in recipe.steps:
         plans.append(plan_step(recipe, step, home, registry, made))
         made[step.name] = plans[-1].record
-        if plans[-1].action != "reuse":
+        if plans[-1].action != "reuse" and (download or not on_hub(step)):
             recipe.check_data(step)
     return plans
+
+
+def on_hub(step: RecipeStep) -> bool:
+    """Whether some data of a step is on the hub."""
+    sources = [source for found in data_inputs(step.config).values() for source in found]
+    return any(not source.path.startswith("world:") and not Path(source.path).exists() for source in sources)
 
 
 def plan_step(recipe: Recipe, step: RecipeStep, home: Path, registry: Registry, made: Mapping[str, ModelRecord | None]) -> StepPlan:

@@ -26,6 +26,7 @@ from stages.storage import storage_error
 if TYPE_CHECKING:
     from rich.tree import Tree
 
+    from stages.planning.memory import Machine
     from stages.registry import ModelRecord, Registry
     from stages.runtime import ResolvedModel, Runtime
 
@@ -168,27 +169,59 @@ def plan(
     recipe: Recipe,
     overrides: Overrides = None,
     all_settings: Annotated[bool, typer.Option("--settings", help="Show every setting of every step, and where it comes from.")] = False,
+    device_memory: Annotated[float | None, typer.Option(min=0.1, help="Plan for a GPU of so many GiB instead of this machine.")] = None,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a run would make, reuse or resume, and why; of steps with a preset also each value and its source. Loads no model."""
+    """Say what a run would make, reuse or resume, and why, and how much memory it will need; of steps with a preset also each value and
+    its source. Loads no model."""
     from stages import chain
+    from stages.planning.plan import advice_lines, memory_table, plan_memory
     from stages.recipe import load_recipe
     from stages.settings import preset_settings, settings_of_step, settings_table
 
     loaded = load_recipe(recipe, overrides or [], _registry(home))
-    plans = chain.plan(loaded, _home(home))
+    plans = chain.plan(loaded, _home(home), download=False)
+    machine = _machine(device_memory)
+    reused = {step.name: step.record.path for step in plans if step.action == "reuse" and step.record is not None}
+    memory = plan_memory(loaded, _registry(home), machine, reused=reused, processes=_processes())
     shown = {step.name: (settings_of_step if all_settings else preset_settings)(loaded, step) for step in loaded.steps}
     if as_json:
         settings = {name: [setting.as_json() for setting in found] for name, found in shown.items() if found}
-        typer.echo(chain.plans_json(loaded, plans, settings))
+        content = json.loads(chain.plans_json(loaded, plans, settings))
+        _print_json({**content, "machine": {"name": machine.name, "bytes": machine.bytes}, "memory": [step.as_json() for step in memory]})
         return
     console = _runtime().console
     console.print(chain.plan_table(plans, f"{loaded.name}: {len(plans)} steps"))
+    unseen = [step.name for step in loaded.steps if chain.on_hub(step)]
+    if unseen:
+        console.print(f"Not looked at, as it is on the hub: the data of {', '.join(unseen)}.", markup=False)
+    if memory:
+        console.print(memory_table(memory, machine))
+        for line in advice_lines(memory):
+            console.print(line, soft_wrap=True, markup=False)
     for step in loaded.steps:
         if shown[step.name]:
             console.print(settings_table(loaded, step, shown[step.name]))
+
+
+def _machine(device_memory: float | None) -> Machine:
+    """The machine that a plan is for: a GPU of the given size, this machine's GPU, or its memory."""
+    from stages.planning.memory import Machine
+    from stages.runtime import cpu_memory, gpu_memory, has_amx
+
+    if device_memory is not None:
+        return Machine("cuda", int(device_memory * 2**30), 2, f"a GPU of {device_memory:g} GiB")
+    if found := gpu_memory():
+        return Machine("cuda", found[1], 2, found[0])
+    return Machine("cpu", cpu_memory(), 2 if has_amx() else 4, "this machine's memory")
+
+
+def _processes() -> int:
+    from stages.runtime import launched_processes
+
+    return launched_processes()
 
 
 @app.command()

@@ -96,6 +96,12 @@ class DataInput(Strict):
         return self
 
 
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
+OPTIMIZER_HELP = (
+    "adamw_8bit: moments in 8 bits (bitsandbytes), 2 bytes a weight instead of 8; paged: moments may leave the GPU for the CPU's memory."
+)
+
+
 class OptimizerSettings(Strict):
     """How a step trains. Batch sizes count sequences (reward_model: prompts) summed over all processes."""
 
@@ -107,6 +113,7 @@ class OptimizerSettings(Strict):
     max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps (overrides epochs).")
     batch_size: int = Field(32, ge=1, description="Sequences per optimizer step, summed over processes.")
     microbatch_size: int = Field(32, ge=1, description="Sequences per forward pass and process; the rest is gradient accumulation.")
+    optimizer: Optimizer = Field("adamw", description=OPTIMIZER_HELP)
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)

@@ -45,6 +45,8 @@ DETAILS = (
     _detail("G7", "A long query loses its last lines, never its form (S, H)", "corpora/fitting.py:fit_prompt",
             "corpora/test_fitting.py::test_lines_are_cut_from_the_end_of_the_post "
             "corpora/test_fitting.py::test_a_single_line_is_cut_by_characters"),
+    _detail("G8", "The form of a query (H)", "corpora/summaries.py:post_prompt",
+            "corpora/test_fitting.py::test_the_form_of_a_post_is_the_papers"),
     _detail("G9", "A completion is a space, the text and the end token", "corpora/templates.py:encode_pair",
             "conformance/test_details.py::test_a_completion_begins_with_a_space_and_ends_with_the_end_token"),
     _detail("G10", "The pad token is not the end token; what pads moves no logit",

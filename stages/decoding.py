@@ -32,6 +32,8 @@ class RoomyLayer(DynamicLayer):
 
     def __init__(self, room: int) -> None:
         super().__init__()
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
         self.room, self.length = room, 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -45,14 +47,9 @@ class RoomyLayer(DynamicLayer):
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def _make_room(self, key_states: Tensor, value_states: Tensor, end: int) -> None:
-        old_keys, old_values = self.keys, self.values
-        width = max(end + self.room, 0 if old_keys is None else end + self.length)
-        batch, heads = key_states.shape[:2]
-        self.keys = key_states.new_empty((batch, heads, width, key_states.shape[-1]))
-        self.values = value_states.new_empty((batch, heads, width, value_states.shape[-1]))
-        if old_keys is not None and old_values is not None:
-            self.keys[:, :, : self.length] = old_keys[:, :, : self.length]
-            self.values[:, :, : self.length] = old_values[:, :, : self.length]
+        width = end + max(self.room, self.length)
+        self.keys = _widened(self.keys, key_states, self.length, width)
+        self.values = _widened(self.values, value_states, self.length, width)
         self.device, self.is_initialized = key_states.device, True
 
     def get_seq_length(self) -> int:
@@ -64,6 +61,14 @@ class RoomyLayer(DynamicLayer):
         self.keys = self.keys[:, :, first_column:][rows]
         self.values = self.values[:, :, first_column:][rows]
         self.length -= first_column
+
+
+def _widened(old: Tensor | None, states: Tensor, length: int, width: int) -> Tensor:
+    """Room for ``width`` columns of tensors like ``states`` [B, H, q, D], the first ``length`` of them those of ``old``."""
+    made = states.new_empty((*states.shape[:2], width, states.shape[-1]))
+    if old is not None:
+        made[:, :, :length] = old[:, :, :length]
+    return made
 
 
 def make_cache(model: Any, room: int) -> tuple[Any, bool]:
@@ -152,10 +157,7 @@ def decode(
                 _keep(cache, kept, first)
                 running = torch.ones(len(kept), dtype=torch.bool, device=device)
         width += 1
-        if whole:
-            step_mask = None if bias is None else bias[..., :width]
-        else:
-            step_mask = columns[:, :width].long()
+        step_mask = columns[:, :width].long() if not whole else None if bias is None else bias[..., :width]
         logits = model(input_ids=tokens[:, None], attention_mask=step_mask, position_ids=positions, **named).logits[:, -1]
         positions = positions + 1
     longest = int(lengths.max())

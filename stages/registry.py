@@ -418,13 +418,16 @@ def _versions(folder: Path) -> list[int]:
 
 def _describe(model: ResolvedModel) -> dict[str, Any]:
     """What a manifest says of a parent or a base: kind, reference (pinned to a version), digest, and the path of a foreign model."""
-    described = {"kind": model.kind, "ref": model.record.ref if model.record is not None else model.ref, "digest": model.digest}
+    ref = model.record.ref if model.record is not None else model.ref
+    described: dict[str, Any] = {"kind": model.kind, "ref": ref, "digest": model.digest}
     if model.record is None:
         described["path"] = model.path
     for option in ("revision", "quantization", "trust_remote_code"):
         value = getattr(model.input, option)
         if value and value != "none":
             described[option] = value
+    if model.input.quantization == "nf4":
+        described["double_quantization"] = model.input.double_quantization
     return described
 
 

@@ -11,10 +11,11 @@ import os
 import random
 import resource
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -100,6 +101,30 @@ def lost_the_others(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "closed by peer", "reset by peer"))
 
 
+def cpu_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def gpu_memory() -> tuple[str, int] | None:
+    """Name and bytes of the first GPU, asked of nvidia-smi and so without torch; None where there is none."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+        first = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()[0]
+        name, size = first.rsplit(",", 1)
+        return name.strip(), int(size) << 20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def has_amx() -> bool:
+    """Whether the CPU has matrix tiles for bf16; known without torch."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
 @dataclass(frozen=True)
 class ResolvedModel:
     """A model input after resolution: where ``from_pretrained`` finds it, and what the registry knows of it."""
@@ -110,6 +135,11 @@ class ResolvedModel:
     digest: str  # content digest; for a hub id, the id and revision
     input: ModelInput
     record: ModelRecord | None = None
+
+    def with_quantization(self, other: ModelInput) -> ResolvedModel:
+        """The same model, to be loaded quantized as ``other`` is."""
+        fields = {"quantization": other.quantization, "double_quantization": other.double_quantization}
+        return replace(self, input=self.input.model_copy(update=fields))
 
 
 @dataclass

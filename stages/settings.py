@@ -58,7 +58,7 @@ def _where(recipe: Recipe, index: int, path: Steps) -> str | None:
     """The place in the recipe, or the override, that says what stands at ``path``; None where neither does."""
     node: Any = recipe.source.content["steps"][index]
     reached: Steps = ("steps", index)
-    for key in path:
+    for depth, key in enumerate(path):
         if isinstance(node, dict) and key in node or isinstance(node, list) and isinstance(key, int) and key < len(node):
             node = node[key]  # type: ignore[index]
             reached = (*reached, key)
@@ -68,7 +68,10 @@ def _where(recipe: Recipe, index: int, path: Steps) -> str | None:
                 continue
             return None
         else:
-            break  # a bare value that stands for a block, such as model: sft
+            # A bare value that stands for a block (model: sft) says what is referred to, and leaves the block's other fields open.
+            if not set(path[depth:]) <= {"model", "ref", "path", 0}:
+                return None
+            break
     return recipe.source.place(reached).rpartition(": ")[0]
 
 

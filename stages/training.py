@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from stages.runtime import ProgressBar, StepContext
 
 NUM_CHECKPOINTS = 10  # per training run: what a cut-off run loses is at most a tenth
+TRAINER_OPTIMIZERS = {
+    "adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit", "paged_adamw": "paged_adamw_32bit", "paged_adamw_8bit": "paged_adamw_8bit",
+}  # fmt: skip
 NUM_LOG_LINES = 100  # per training run
 COMPLETE = "complete"  # written into a checkpoint folder last
 
@@ -77,6 +80,7 @@ def training_arguments(settings: OptimizerSettings, context: StepContext, *, pre
         "max_steps": settings.max_steps or -1,
         "learning_rate": settings.learning_rate,
         **schedule_arguments(settings),
+        "optim": TRAINER_OPTIMIZERS[settings.optimizer],
         "weight_decay": settings.weight_decay,
         "adam_beta1": settings.adam_beta1,
         "adam_beta2": settings.adam_beta2,

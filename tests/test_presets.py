@@ -178,6 +178,7 @@ def test_where_every_value_comes_from(tmp_path: Path) -> None:
     assert found["gae_lambda"].origin.startswith("instructgpt2022: not published; ours: as Ziegler")
     assert (found["entropy_coef"].kind, found["health.kl_limit"].kind) == ("default", "default")
     assert (found["policy.ref"].kind, found["reward[0].function"].kind, found["data[0].path"].kind) == ("recipe", "recipe", "recipe")
+    assert (found["policy.quantization"].kind, found["data[0].skip"].kind) == ("default", "default")
     assert (found["reward[0].weight"].kind, found["pretraining_mix.data[0].path"].kind) == ("default", "recipe")
     shown = {setting.path for setting in preset_settings(loaded, loaded.steps[0])}
     assert {"kl_coef", "ppo_epochs", "clip_range", "pretraining_mix.coef"} <= shown and "entropy_coef" not in shown
@@ -201,3 +202,41 @@ def test_the_plan_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "setting": "training.batch_size", "value": 128, "from": "preset", "origin": "huang2024: H, hyperparameters of SFT"
     }  # fmt: skip
     assert "settings" not in steps["plain"]
+
+
+@pytest.mark.parametrize("preset", ["ziegler2019", "stiennon2020", "instructgpt2022", "huang2024"])
+def test_every_preset_runs(tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, preset: str) -> None:
+    """The chain of a preset on a tiny model, cut down by overrides alone: batches, lengths and numbers of steps."""
+    from stages import chain
+    from stages.runtime import Runtime
+
+    texts = {"completion": "a joy", "chosen": "a joy", "rejected": "dull"}
+    rows = [{"prompt": f"SUBREDDIT: r/film\n\nTITLE: {n}\n\nPOST: the film\n\nTL;DR:", **texts} for n in range(16)]
+    data, corpus = tmp_path / "rows.jsonl", tmp_path / "corpus.txt"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus.write_text("the acting was warm and the film was a joy\n" * 60)
+    table = {"train": str(data), "validation_fraction": 0.25}
+    mix = {"pretraining_mix": {"data": str(corpus), "block_size": 16}}
+    tuned = {"model": str(tiny_llama_folder), "data": table, "preset": preset, "precision": "fp32"}
+    steps = [
+        {"stage": "reward_model", "name": "rm", **tuned},
+        {"stage": "ppo", "name": "ppo", "policy": str(tiny_llama_folder), "reward": [{"model": "rm"}], "data": str(data), "preset": preset,
+         "precision": "fp32", **(mix if preset == "instructgpt2022" else {})},
+    ]  # fmt: skip
+    overrides = [
+        "rm.training.max_steps=1", "rm.training.batch_size=8", "ppo.rollout_batch_size=16", "ppo.total_episodes=16",
+        "ppo.generation.max_new_tokens=8", "ppo.generation.stop_after=2",
+    ]  # fmt: skip
+    if preset == "ziegler2019":
+        overrides += ["rm.normalization.num_samples=8", "rm.normalization.generation.max_new_tokens=4", 'ppo.generation.stop=["a"]']
+    else:
+        steps.insert(0, {"stage": "sft", "name": "sft", **tuned})
+        overrides += ["sft.training.max_steps=1", "sft.training.batch_size=8"]
+    if preset == "instructgpt2022":
+        steps.insert(1, {"stage": "sft", "name": "init", **tuned, "preset": "instructgpt2022/init", **mix})
+        overrides += ["init.training.max_steps=1", "init.training.batch_size=4", "ppo.max_prompt_tokens=100",
+                      "ppo.pretraining_mix.examples_per_episode=1"]  # fmt: skip
+    summary = chain.run(recipe(tmp_path, *steps, overrides=tuple(overrides)), tmp_path / "home", Runtime(quiet=True))
+    assert summary["finished"] and [step["name"] for step in summary["steps"]] == [step["name"] for step in steps]
+    ppo = summary["steps"][-1]["metrics"]
+    assert ppo["optimizer_steps"] == {"instructgpt2022": 8}.get(preset, 4)  # one epoch of eight minibatches, or four of one

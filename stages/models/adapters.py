@@ -1,16 +1,17 @@
 """Low-rank adapters and quantized backbones: attach, find the base, merge.
 
-An adapter published by a step stands on the model that the step was given, which may be an adapter itself: loading merges from the
-bottom up. So with the newest adapter switched off one always has the model that the step began with.
+An adapter published by a step stands on the model that the step was given, which may be an adapter itself. Whole weights are had by
+merging a stack from the bottom up. On a quantized base the stack stays as it is, one adapter added upon another: merging would round them
+away, and what a step trained on would not be what the next one loads.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from stages.runtime import ResolvedModel
 
 ADAPTER_CONFIG = "adapter_config.json"
+FRESH = "default"
+"""Name of the adapter that a step trains, within its process."""
 HEAD_FILE = "head.safetensors"
 """The full-precision scalar head that lies beside a reward or value model's adapter."""
 
@@ -47,6 +50,23 @@ def is_adapter(model: ResolvedModel) -> bool:
     return (Path(model.path) / ADAPTER_CONFIG).exists()
 
 
+@dataclass(frozen=True)
+class Stack:
+    """Whole weights and the adapters on them, the lowest first; none for a model that is whole itself."""
+
+    base: ResolvedModel
+    adapters: tuple[ResolvedModel, ...]
+
+
+def stack_of(model: ResolvedModel) -> Stack:
+    """What ``model`` is made of; the base is to be loaded as ``model`` says, quantized or not."""
+    adapters, below = [], model
+    while is_adapter(below):
+        adapters.append(below)
+        below = find_base(below)
+    return Stack(below.with_quantization(model.input), tuple(reversed(adapters)))
+
+
 def find_base(adapter: ResolvedModel) -> ResolvedModel:
     """The model that an adapter stands on. Raises ModelError where it does not say, RegistryError where the registry lost it."""
     from stages.registry import Registry
@@ -60,7 +80,7 @@ def find_base(adapter: ResolvedModel) -> ResolvedModel:
         kind = "folder" if Path(named).is_dir() else "hub"
         return ResolvedModel(ref=named, kind=kind, path=named, digest="", input=ModelInput(ref=named))
     base = record.manifest["base"]
-    fields = {key: base[key] for key in ("revision", "trust_remote_code") if key in base}
+    fields = {key: base[key] for key in ("revision", "trust_remote_code", "quantization", "double_quantization") if key in base}
     source = ModelInput(ref=base["ref"], **fields)
     if base["kind"] != "registry":
         return ResolvedModel(ref=base["ref"], kind=base["kind"], path=str(base["path"]), digest=base["digest"], input=source)
@@ -77,14 +97,14 @@ def _read_adapter_config(adapter: ResolvedModel) -> dict[str, Any]:
     return json.loads(Path(str(path)).read_text(encoding="utf-8"))
 
 
-def attach_lora(model: Any, lora: LoraSettings, *, task: str, base: str) -> Any:
-    """``model`` inside a PeftModel with a fresh adapter (an identity at first); ``task`` is a peft task type such as ``CAUSAL_LM``.
+def attach_lora(model: Any, lora: LoraSettings, *, task: str, base: str, name: str = FRESH) -> Any:
+    """``model`` inside a PeftModel (if it is not yet in one) with a fresh adapter, an identity at first, on top of those that act.
 
-    ``base`` is the folder or hub id that the adapter will say it stands on (the registry writes its own reference instead).
-
-    Only the adapter is trainable afterwards; its weights are fp32. Raises ModelError where no module matches ``target_modules``.
+    ``task`` is a peft task type such as ``CAUSAL_LM``, ``base`` the folder or hub id that the adapter will say it stands on (the registry
+    writes its own reference instead). Only the fresh adapter is trainable afterwards; its weights are fp32. Raises ModelError where no
+    module matches ``target_modules``.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     alpha: Any = lora.alpha  # peft says int and divides whatever it gets by r
     # peft trains a classifier's head whole (everything that is called ...classifier or ...score), so the adapter has to stay off it.
@@ -93,28 +113,105 @@ def attach_lora(model: Any, lora: LoraSettings, *, task: str, base: str) -> Any:
         r=lora.r, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules, exclude_modules=head, task_type=task,
         bias="none",
     )  # fmt: skip
+    below = active_adapters(model) if isinstance(model, PeftModel) else ()
     try:
         with _without_future_warnings():
-            adapted = get_peft_model(model, config)
+            if isinstance(model, PeftModel):
+                model.add_adapter(name, config)
+            else:
+                model = get_peft_model(model, config, adapter_name=name)
     except ValueError as error:
         linear = sorted({name.rsplit(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
         raise ModelError(
             f"no adapter fits target_modules={lora.target_modules!r} on {type(model).__name__}: {error} "
             f"Linear modules here: {', '.join(linear) or 'none'}; or use 'all-linear'"
         ) from error
-    adapted.peft_config["default"].base_model_name_or_path = base
-    return adapted
+    model.peft_config[name].base_model_name_or_path = base
+    for parameter_name, parameter in model.named_parameters():
+        if f".{name}." in parameter_name and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    activate(model, [*below, name], trainable=[name])
+    return model
 
 
-def apply_adapter(base: Any, adapter: ResolvedModel) -> Any:
-    """``base`` inside a PeftModel that holds the adapter's weights, frozen."""
-    from peft import PeftModel
+def add_adapter(model: Any, adapter: ResolvedModel, name: str) -> Any:
+    """``model`` inside a PeftModel (if it is not yet in one) with the weights of ``adapter``, frozen, on top of those that act.
 
+    The adapter may come from a model with another head than ``model`` has: what it adds to the transformer is the same. Raises ModelError
+    where it does not fit.
+    """
+    from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    below = active_adapters(model) if isinstance(model, PeftModel) else ()
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
     try:
+        config = PeftConfig.from_pretrained(adapter.path, revision=adapter.input.revision)
+        weights = load_peft_weights(adapter.path, device="cpu", revision=adapter.input.revision)
+        weights, config.target_modules = _renamed(weights, config.target_modules, plain)
+        config.inference_mode = True
+        config.task_type = _task_of(plain, config.task_type)
         with _without_future_warnings():
-            return PeftModel.from_pretrained(base, adapter.path, revision=adapter.input.revision, is_trainable=False)
+            if isinstance(model, PeftModel):
+                model.add_adapter(name, config)
+            else:
+                model = get_peft_model(model, config, adapter_name=name)
+            report = set_peft_model_state_dict(model, weights, adapter_name=name)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"the adapter {adapter.ref!r} does not fit its base {type(base).__name__}: {error}") from error
+        raise ModelError(f"the adapter {adapter.ref!r} does not fit its base {type(plain).__name__}: {error}") from error
+    missing = [key for key in report.missing_keys if f".{name}." in key]
+    if missing or report.unexpected_keys:
+        wrong = f"{len(missing)} weights missing, {len(report.unexpected_keys)} unexpected, e.g. {[*missing, *report.unexpected_keys][0]}"
+        raise ModelError(f"the adapter {adapter.ref!r} does not fit its base {type(plain).__name__}: {wrong}")
+    activate(model, [*below, name])
+    return model
+
+
+def _renamed(weights: dict[str, Any], targets: Any, plain: Any) -> tuple[dict[str, Any], Any]:
+    """Weights and target modules of an adapter by the names that they have in ``plain``: a model with a head has its transformer under a
+    name of its own, a bare transformer has not."""
+    body, before = f"{plain.base_model_prefix}.", "base_model.model."
+    here = body if plain.base_model_prefix and hasattr(plain, plain.base_model_prefix) else ""
+    there = body if all(name.startswith(before + body) for name in weights if "lora_" in name) else ""
+    if here == there:
+        return weights, targets
+    renamed = {name.replace(before + there, before + here, 1): value for name, value in weights.items()}
+    if isinstance(targets, str):
+        return renamed, targets
+    return renamed, {here + name.removeprefix(there) if "." in name else name for name in targets}
+
+
+def _task_of(plain: Any, given: Any) -> Any:
+    """peft's task type of a model; of a bare transformer whatever head the adapter was trained under."""
+    prefix = plain.base_model_prefix
+    return given if prefix and hasattr(plain, prefix) else "FEATURE_EXTRACTION"
+
+
+def active_adapters(model: Any) -> tuple[str, ...]:
+    """The adapters that act now."""
+    layer = next(iter(_adapter_layers(model)))
+    return () if layer.disable_adapters else tuple(layer.active_adapters)
+
+
+def activate(model: Any, names: Sequence[str], *, trainable: Sequence[str] | None = None) -> None:
+    """Let exactly ``names`` act from now on, none for the bare base. ``trainable`` (None: as before) says which of all may be trained."""
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for layer in _adapter_layers(model):
+        if names:
+            layer.enable_adapters(True)
+            layer.set_adapter(list(names))
+        else:
+            layer.enable_adapters(False)
+    # peft trains what acts and nothing else; here several roles train, and only one of them acts at a time.
+    for name, parameter in model.named_parameters():
+        of = next((adapter for adapter in model.peft_config if f".{adapter}." in name), None)
+        parameter.requires_grad_(of in trainable if trainable is not None and of is not None else flags[name])
+
+
+def _adapter_layers(model: Any) -> Iterator[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return (module for module in model.modules() if isinstance(module, BaseTunerLayer))
 
 
 @contextmanager
@@ -126,7 +223,7 @@ def _without_future_warnings() -> Iterator[None]:
 
 
 def merge(model: Any) -> Any:
-    """The plain model that computes what a PeftModel computes (the adapter added into the weights)."""
+    """The plain model that computes what a PeftModel computes (the adapters that act added into the weights)."""
     return model.merge_and_unload(safe_merge=True)
 
 
@@ -146,26 +243,12 @@ def quantization_config(model: ModelInput, dtype: torch.dtype) -> BitsAndBytesCo
     )
 
 
-@contextmanager
-def whole_weights(model: ResolvedModel) -> Iterator[str]:
-    """A path with whole (unquantized, merged) weights for ``from_pretrained``: the model's own, or a temporary folder for an adapter.
-
-    Merging before quantizing keeps a chain of adapters exact: adding one into 4-bit weights would round it away.
-    """
-    if not is_adapter(model):
-        yield model.path
-        return
-    with tempfile.TemporaryDirectory(prefix="merged-") as folder:
-        save_merged(model, Path(folder))
-        yield folder
-
-
 def save_merged(adapter: ResolvedModel, folder: Path) -> None:
     """Write an adapter merged into its base, in fp32, with its tokenizer; reward and value models keep their head and bias."""
     from stages.models import heads, loading
 
     tokenizer = loading.load_tokenizer(adapter)
-    plain = adapter.__class__(**{**vars(adapter), "input": adapter.input.model_copy(update={"quantization": "none"})})
+    plain = adapter.with_quantization(ModelInput(ref=adapter.ref))
     role = adapter.record.role if adapter.record is not None else _guess_role(adapter)
     if role in ("reward_model", "value_model"):
         kind = heads.RewardModel if role == "reward_model" else heads.ValueModel

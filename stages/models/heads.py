@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from stages.config import LoraSettings
 from stages.errors import ModelError
-from stages.models.adapters import HEAD_FILE, is_adapter
+from stages.models.adapters import FRESH, HEAD_FILE, is_adapter
 from stages.models.loading import as_resolved, load_backbone, load_tokenizer
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ class ScalarModel(nn.Module):
         self.score_head = nn.Linear(self.config.get_text_config().hidden_size, 1, bias=True, dtype=torch.float32, device=device)
         nn.init.zeros_(self.score_head.weight)
         nn.init.zeros_(self.score_head.bias)
+        # Where the backbone is shared with other roles (models/shared.py): what lets this one's adapters act, and what saves them.
+        self.activate: Callable[[], None] = _nothing
+        self.save_adapter: Callable[[Path], None] | None = None
 
     # Making one
 
@@ -52,27 +56,33 @@ class ScalarModel(nn.Module):
     ) -> Self:
         """A saved scalar model with its head and bias. Raises ModelError where the checkpoint has no such head."""
         model = as_resolved(model)
-        weight, bias = _read_head(model)
+        weight, bias = read_head(model)
         tokenizer = load_tokenizer(model)
         backbone = load_backbone(model, dtype=dtype, lora=lora, trainable=trainable, tokenizer=tokenizer, dropout=dropout)
         made = cls(backbone, tokenizer)
         if weight.shape != made.score_head.weight.shape:
             raise ModelError(f"the head of {model.ref!r} has shape {tuple(weight.shape)}; expected {tuple(made.score_head.weight.shape)}")
-        with torch.no_grad():
-            made.score_head.weight.copy_(weight)
-            made.score_head.bias.fill_(bias)
+        made.set_head(weight, bias)
         made.score_head.requires_grad_(trainable)
         return made.train(trainable)
+
+    @torch.no_grad()
+    def set_head(self, weight: Tensor, bias: float) -> None:
+        """Put weight [1, d] and bias into the head."""
+        self.score_head.weight.copy_(weight)
+        self.score_head.bias.fill_(bias)
 
     # Computing
 
     def score_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """One number per position, from that token and those before it. Inputs [B, T]; returns [B, T] fp32."""
+        self.activate()
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **self._positions(attention_mask))
         return self.score_head(hidden.last_hidden_state.float()).squeeze(-1)
 
     def score_positions(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """The numbers [N] at the positions ``rows``, ``columns`` [N] of right-padded ids [B, T]."""
+        self.activate()
         hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
         return self.score_head(hidden[rows, columns].float()).squeeze(-1)
 
@@ -110,13 +120,16 @@ class ScalarModel(nn.Module):
         config = copy.deepcopy(self.config)
         config.num_labels = 1
         config.reward_bias = float(head["score.bias"])
-        if isinstance(self.backbone, PeftModel):
-            adapter = get_peft_model_state_dict(self.backbone, state_dict=body, save_embedding_layers=False)
-            save_file(
-                {name: value.detach().cpu().contiguous() for name, value in adapter.items()},
-                folder / "adapter_model.safetensors", metadata={"format": "pt"},
-            )
-            self.backbone.peft_config["default"].save_pretrained(str(folder))
+        if self.save_adapter is not None or isinstance(self.backbone, PeftModel):
+            if self.save_adapter is not None:
+                self.save_adapter(folder)
+            else:
+                adapter = get_peft_model_state_dict(self.backbone, state_dict=body, save_embedding_layers=False)
+                save_file(
+                    {name: value.detach().cpu().contiguous() for name, value in adapter.items()},
+                    folder / "adapter_model.safetensors", metadata={"format": "pt"},
+                )
+                self.backbone.peft_config[FRESH].save_pretrained(str(folder))
             save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
@@ -128,6 +141,10 @@ class ScalarModel(nn.Module):
         config.save_pretrained(folder)
         if tokenizer := tokenizer or self.tokenizer:
             tokenizer.save_pretrained(folder)
+
+
+def _nothing() -> None:
+    """A backbone of one's own needs no adapters chosen."""
 
 
 class RewardModel(ScalarModel):
@@ -166,6 +183,7 @@ class RewardModel(ScalarModel):
 
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The score of each text, read at its last token that is not padding. Inputs [B, T]; returns [B] fp32."""
+        self.activate()
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **self._positions(attention_mask))
         last = last_positions(attention_mask)
         rows = torch.arange(len(last), device=last.device)
@@ -269,7 +287,7 @@ def _refuse_encoder(config: Any, model: ResolvedModel) -> None:
         )
 
 
-def _read_head(model: ResolvedModel) -> tuple[Tensor, float]:
+def read_head(model: ResolvedModel) -> tuple[Tensor, float]:
     """Weight [1, d] and bias of the scalar head in a checkpoint; the config's ``reward_bias`` comes before a stored bias."""
     from safetensors import safe_open
     from transformers.utils import cached_file

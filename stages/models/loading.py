@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
-from stages.models.adapters import apply_adapter, attach_lora, find_base, is_adapter, merge, quantization_config, whole_weights
+from stages.models.adapters import FRESH, add_adapter, attach_lora, find_base, is_adapter, merge, quantization_config, stack_of
 from stages.numerics.matmul import linear, use_fast_matmuls
 
 if TYPE_CHECKING:
@@ -164,39 +164,50 @@ def _load(
     if not is_adapter(model):
         return _from_pretrained(auto, model, model.path, dtype, tokenizer, require_head, options or {})
     if quantized:
-        with whole_weights(model) as path:
-            return _from_pretrained(auto, model, path, dtype, tokenizer, require_head, options or {})
-    return _merged(auto, model, tokenizer, require_head, options or {}).to(dtype)
+        return _stacked(auto, model, dtype, tokenizer, options or {})
+    return _merged(auto, model, tokenizer, options or {}).to(dtype)
 
 
-def _merged(
-    auto: Any, adapter: ResolvedModel, tokenizer: PreTrainedTokenizerBase | None, require_head: bool, options: dict[str, Any]
+def _stacked(
+    auto: Any, model: ResolvedModel, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None, options: dict[str, Any]
 ) -> Any:
-    """An adapter merged into its base in fp32, in the class that ``auto`` picks."""
-    from peft import PeftConfig
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    kinds = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification, "FEATURE_EXTRACTION": AutoModel}
-    with _explained(adapter, "adapter"):
-        task = str(PeftConfig.from_pretrained(adapter.path, revision=adapter.input.revision).task_type)
-    saved_auto = kinds.get(task, AutoModelForCausalLM)
-    own_tokenizer = load_tokenizer(adapter)  # the base may have fewer rows than the adapter was trained with
-    if saved_auto is auto is AutoModelForSequenceClassification:
-        options = options or _classifier_labels(adapter)
-    base = _load(
-        saved_auto, find_base(adapter), torch.float32, own_tokenizer, False, None,
-        require_head=False, options=options if saved_auto is AutoModelForSequenceClassification else {},
-    )
-    whole = merge(apply_adapter(base, adapter))
-    if saved_auto is auto:
-        model = whole
-    elif auto is AutoModel:
-        model = getattr(whole, whole.base_model_prefix)
-    else:
-        raise ModelError(f"{adapter.ref!r} is an adapter of a {task} model and cannot be loaded as {auto.__name__}")
+    """The whole weights that ``model`` stands on, in the class that ``auto`` picks, under its adapters, which stay apart from them."""
+    stack = stack_of(model)
+    loaded = _from_pretrained(auto, stack.base, stack.base.path, dtype, load_tokenizer(model), False, options or _class_names(auto, model))
+    for number, adapter in enumerate(stack.adapters):
+        loaded = add_adapter(loaded, adapter, f"below-{number}")
     if tokenizer is not None:
-        resize_embedding(model, tokenizer)
-    return model
+        resize_embedding(loaded.get_base_model(), tokenizer)
+    return loaded
+
+
+def _merged(auto: Any, model: ResolvedModel, tokenizer: PreTrainedTokenizerBase | None, options: dict[str, Any]) -> Any:
+    """An adapter and all below it merged in fp32, in the class that ``auto`` picks.
+
+    What was trained on quantized weights is merged into those weights and not into the ones they were rounded from: nf4 weights come out
+    as they were computed with, int8 ones but for the rounding of activations, which whole weights do not have.
+    """
+    stack = stack_of(model)
+    trained_on = find_base(model).input
+    loaded = _from_pretrained(
+        auto, stack.base.with_quantization(trained_on), stack.base.path, torch.float32, load_tokenizer(model), False,
+        options or _class_names(auto, model),
+    )  # fmt: skip
+    if trained_on.quantization != "none":
+        with quiet_transformers():
+            loaded = loaded.dequantize().float()
+    for number, adapter in enumerate(stack.adapters):
+        loaded = merge(add_adapter(loaded, adapter, f"below-{number}"))
+    if tokenizer is not None:
+        resize_embedding(loaded, tokenizer)
+    return loaded
+
+
+def _class_names(auto: Any, adapter: ResolvedModel) -> dict[str, Any]:
+    """Options that make a classifier with the classes of ``adapter``; none for other kinds of model."""
+    from transformers import AutoModelForSequenceClassification
+
+    return _classifier_labels(adapter) if auto is AutoModelForSequenceClassification else {}
 
 
 def _classifier_labels(adapter: ResolvedModel) -> dict[str, Any]:
@@ -261,17 +272,11 @@ def _own_device() -> Any:
 
 
 def _finish(model: Any, source: ResolvedModel, lora: LoraSettings | None, task: str, trainable: bool, dropout: bool) -> Any:
+    model.requires_grad_(trainable and lora is None)  # a merged adapter leaves its base frozen
+    if lora is not None:
+        model = attach_lora(model, lora, task=task, base=source.path)
     if not dropout:
         disable_dropout(model)
-    if lora is None:
-        model.requires_grad_(trainable)  # a merged adapter leaves its base frozen
-    else:
-        if getattr(model, "is_quantized", False):
-            from peft import prepare_model_for_kbit_training
-
-            # Gradient checkpointing is the trainer's to switch on.
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        model = attach_lora(model, lora, task=task, base=source.path)
     use_fast_matmuls(model, {Conv1D: FastConv1D})
     return model.train(trainable)
 
@@ -326,7 +331,7 @@ def save_model(
     if isinstance(model, PeftModel):
         # "auto" would ask the hub about the base's vocabulary; loading resizes the base by the tokenizer instead
         with quiet_transformers():
-            model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict)
+            model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict, selected_adapters=[FRESH])
         (folder / "README.md").unlink(missing_ok=True)
         if str(model.peft_config["default"].task_type) == "SEQ_CLS":
             model.config.save_pretrained(folder)  # the class names; an adapter has no place for them

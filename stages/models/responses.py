@@ -6,7 +6,7 @@ pass over whole sequences needs no common end of the prompts, and rows of like l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -75,9 +75,19 @@ class PolicyLoss:
 class Policy:
     """A causal language model, its temperature, and the way from its hidden states to the log-probabilities of chosen tokens."""
 
-    def __init__(self, model: Any, *, temperature: float, autocast: torch.dtype | None, shared_value_head: nn.Linear | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        temperature: float,
+        autocast: torch.dtype | None,
+        shared_value_head: nn.Linear | None = None,
+        activate: Callable[[], None] | None = None,
+    ) -> None:
+        """``activate``: what lets this role's adapters act, where its backbone carries those of others, too."""
         self.model, self.temperature, self.autocast = model, temperature, autocast
         self.value_head = shared_value_head
+        self.activate = activate or (lambda: None)
         self.device = next(model.parameters()).device
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.decoder = getattr(plain, plain.base_model_prefix)
@@ -93,6 +103,7 @@ class Policy:
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """Hidden states of right-padded ids [B, T]; returns [B, T, d]."""
+        self.activate()
         with self.precision():
             return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
 
@@ -130,6 +141,7 @@ class Policy:
 
     def _logits(self, batch: SequenceBatch) -> Tensor:
         """Logits [N, V] of a model that has to make them itself."""
+        self.activate()
         with self.precision():
             return self.model(input_ids=batch.input_ids, use_cache=False).logits[batch.rows, batch.columns]
 
@@ -142,6 +154,7 @@ class Policy:
 
     @torch.no_grad()
     def _direct_equals_model(self) -> bool:
+        self.activate()
         training = self.model.training
         self.model.eval()
         ids = torch.arange(2, 6, device=self.device)[None] % self.model.config.get_text_config().vocab_size

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from stages.config import (
+    OPTIMIZER_HELP,
     CheckpointedStepConfig,
     DataField,
     DataSource,
@@ -14,6 +15,7 @@ from stages.config import (
     LoraSettings,
     ModelField,
     ModelInput,
+    Optimizer,
     Strict,
 )
 from stages.corpora.curation import Curation
@@ -31,6 +33,7 @@ class PPOOptimizer(Strict):
     final_learning_rate_fraction: float = Field(0.0, ge=0, le=1, description="Learning rate after the last iteration / the peak.")
     warmup_iterations: int = Field(0, ge=0, description="Iterations of linear warmup.")
     warmup_start_fraction: float = Field(0.1, ge=0, le=1, description="Learning rate of the first warmup iteration / the peak.")
+    optimizer: Optimizer = Field("adamw", description=OPTIMIZER_HELP)
     adam_style: Literal["torch", "tensorflow"] = Field(
         "torch", description="tensorflow: epsilon outside the bias correction, as the papers' first code (gentler first steps)."
     )
@@ -129,6 +132,10 @@ class PPOStepConfig(CheckpointedStepConfig):
     publish_last: bool = Field(False, description="With ema_decay: also publish the last weights, as <name>-last.")
     num_samples: int = Field(2, ge=0, description="Sample completions to keep per iteration (samples.jsonl).")
     health: HealthSettings = Field(HealthSettings(), description="When to raise an alarm about the run, and which alarms end it.")
+    offload: bool = Field(
+        False,
+        description="While they have nothing to do, keep whole models (reference, reward models, value network) in the CPU's memory.",
+    )
     publish_value: bool = Field(False, description="Also publish the value network, as <name>-value.")
 
     @model_validator(mode="after")
@@ -143,6 +150,8 @@ class PPOStepConfig(CheckpointedStepConfig):
             raise ValueError(f"policy.quantization={self.policy.quantization!r} needs lora: quantized weights cannot be trained themselves")
         if self.generation.temperature == 0:
             raise ValueError("generation.temperature=0 is greedy: every sample of a prompt would be the same, and nothing could be learned")
+        if self.training.adam_style == "tensorflow" and self.training.optimizer != "adamw":
+            raise ValueError(f"training.adam_style=tensorflow goes with optimizer: adamw, got {self.training.optimizer!r}")
         if self.training.adam_style == "tensorflow" and self.training.weight_decay:
             raise ValueError("training.weight_decay goes with adam_style: torch only")
         if self.publish_last and self.ema_decay is None:

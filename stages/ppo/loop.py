@@ -20,9 +20,11 @@ from stages.numerics.kl import AdaptiveKLController, FixedKLController
 from stages.ppo.checkpoint import RunKeeper, RunState
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.health import Alarm, Health, alarm_metrics
+from stages.ppo.offload import Offload
 from stages.ppo.optimizers import WeightAverage, learning_rate_factor, make_optimizer, trainable
 from stages.ppo.roles import Roles, load_roles
 from stages.ppo.rollout import Rollout, ScoringError, collect
+from stages.ppo.speed import peak_of, speed_metrics
 from stages.ppo.update import UpdateProgress, Updater, UpdateResult
 from stages.rewards.config import reward_model_inputs
 
@@ -39,13 +41,18 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
 
     runtime = context.runtime
     roles = load_roles(config, context)
-    sources = {"device": runtime.device, "dtype": runtime.dtype(config.precision)}
+    dtype = runtime.dtype(config.precision)
+    sources: dict[str, Any] = {
+        "device": runtime.device, "dtype": dtype, "load": lambda model: roles.load_reward_model(model, dtype=dtype)
+    }  # fmt: skip
     reward = build_reward(config.reward, context.models, "reward", **sources)
     monitors = build_reward(config.monitors, context.models, "monitors", **sources)
+    judges = [module for module in (*reward.modules(), *monitors.modules()) if not roles.shares(module)]
+    roles.offload = Offload([*roles.waiting(), *judges], runtime.device, enabled=config.offload)
     prompts = _load_prompts(config, context, roles)
     parameters = {name: [parameter for _, parameter in trainable(network)] for name, network in roles.networks().items()}
     optimizers = {name: make_optimizer(group, config.training) for name, group in parameters.items()}
-    average = WeightAverage(roles.policy.model, config.ema_decay) if config.ema_decay is not None else None
+    average = WeightAverage(roles.networks()["policy"], config.ema_decay) if config.ema_decay is not None else None
     updater = Updater(
         roles,
         optimizers,
@@ -64,8 +71,10 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
         context.checkpoint_folder / "ppo", runtime, roles.networks(), optimizers, average,
         keep_last=config.keep_last, keep_best=config.keep_best, seconds=config.checkpoint_seconds,
     )  # fmt: skip
-    state = _resume(context, keeper, updater) or RunState(kl_coef=config.kl_coef)
+    with roles.offload.awake(roles.value):  # an optimizer's moments go where its weights are
+        state = _resume(context, keeper, updater) or RunState(kl_coef=config.kl_coef)
     controller.value = state.kl_coef
+    peak = peak_of(runtime.device, dtype)
     health = Health(config.health)
     for entry in state.history:
         health.observe(entry["metrics"])
@@ -124,7 +133,7 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
                 kept = _keep_batch(context, _episodes(rollout))
                 raise TrainingError(f"{context.name}: iteration {iteration}: {error}{kept}") from error
             rollout.seconds["update"] = time.perf_counter() - started
-            metrics = iteration_metrics(rollout, result, config, kl_coef=controller.value)
+            metrics = iteration_metrics(rollout, result, config, kl_coef=controller.value, matmul_peak=peak)
             metrics["policy/learning_rate"] = optimizers["policy"].param_groups[0]["lr"]
             alarms = health.observe(metrics)
             metrics |= alarm_metrics(alarms)
@@ -149,7 +158,7 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
     if average is not None:
         if config.publish_last:
             _publish_policy(config, context, roles, {}, f"{context.name}-last")
-        average.copy_to(roles.policy.model)
+        average.copy_to(roles.networks()["policy"])
     summary = {**_summary(history, config, updater), "alarms": health.summary()}
     _report(context, summary)
     if config.publish_value and roles.value is not None:
@@ -230,11 +239,12 @@ def _set_learning_rates(config: PPOStepConfig, optimizers: dict[str, torch.optim
             group["lr"] = peaks[name] * factor
 
 
-def iteration_metrics(rollout: Rollout, result: UpdateResult, config: PPOStepConfig, *, kl_coef: float) -> dict[str, float]:
-    """What an iteration is known by. KL is summed over tokens and averaged over episodes, in nats."""
+def iteration_metrics(
+    rollout: Rollout, result: UpdateResult, config: PPOStepConfig, *, kl_coef: float, matmul_peak: float = math.inf
+) -> dict[str, float]:
+    """What an iteration is known by. KL is summed over tokens and averaged over episodes, in nats; ``matmul_peak`` in operations/s."""
     sequence_kl = rollout.kl.sum(dim=1)
     lengths = rollout.lengths.float()
-    seconds = sum(rollout.seconds.values())
     return {
         "rewards/score_mean": float(rollout.scores.mean()),
         "rewards/score_std": float(rollout.scores.std(correction=0)),
@@ -251,10 +261,10 @@ def iteration_metrics(rollout: Rollout, result: UpdateResult, config: PPOStepCon
         "responses/repetition": repeated_ngrams([rollout.response(row) for row in range(len(rollout.prompts))], 4),
         "responses/distinct_share": len(set(rollout.completions)) / len(rollout.completions),
         "policy/sampling_gap": rollout.sampling_gap,
-        **{f"time/{name}_s": value for name, value in rollout.seconds.items()},
-        "time/episodes_per_second": len(rollout.prompts) / max(seconds, 1e-9),
-        "time/generated_tokens_per_second": float(lengths.sum()) / max(rollout.seconds["generation"], 1e-9),
-        "time/update_tokens_per_second": result.tokens / max(rollout.seconds["update"], 1e-9),
+        **speed_metrics(
+            rollout.seconds, episodes=len(rollout.prompts), response_tokens=int(lengths.sum()), trained_tokens=result.tokens,
+            operations=result.operations, peak=matmul_peak,
+        ),
     }
 
 
@@ -356,10 +366,8 @@ def _report(context: StepContext, summary: dict[str, Any]) -> None:
 def _publish_policy(
     config: PPOStepConfig, context: StepContext, roles: Roles, metrics: dict[str, Any], name: str | None = None
 ) -> ModelRecord:
-    from stages.models.loading import save_model
-
     return context.publish(
-        lambda folder: save_model(roles.policy.model, roles.tokenizer, folder),
+        roles.save_policy,
         role="language_model",
         metrics=metrics,
         base=context.models["policy"] if config.lora is not None else None,
@@ -369,25 +377,23 @@ def _publish_policy(
 
 def _publish_best(config: PPOStepConfig, context: StepContext, roles: Roles, keeper: RunKeeper) -> None:
     """The policy of the iteration with the highest mean reward (score less KL penalty), as ``<name>-best``; the last one stays in place."""
-    from stages.models.loading import save_model
-
     best = keeper.checkpoints.best()
     if best is None:
         context.runtime.console.print(f"{context.name}: no whole checkpoint of a best iteration is left; none is published")
         return
-    last = {name: parameter.detach().clone() for name, parameter in trainable(roles.policy.model)}
+    last = {name: parameter.detach().clone() for name, parameter in trainable(roles.networks()["policy"])}
     keeper.load_weights(best)
     if keeper.average is not None:
-        keeper.average.copy_to(roles.policy.model)
+        keeper.average.copy_to(roles.networks()["policy"])
     context.publish(
-        lambda folder: save_model(roles.policy.model, roles.tokenizer, folder),
+        roles.save_policy,
         role="language_model",
         metrics={"total_mean": best.score, "iteration": json.loads((best.path / "state.json").read_text(encoding="utf-8"))["iteration"]},
         base=context.models["policy"] if config.lora is not None else None,
         name=f"{context.name}-best",
     )
     with torch.no_grad():
-        for name, parameter in trainable(roles.policy.model):
+        for name, parameter in trainable(roles.networks()["policy"]):
             parameter.copy_(last[name])
 
 

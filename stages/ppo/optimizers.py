@@ -49,6 +49,13 @@ def make_optimizer(parameters: list[Tensor], settings: PPOOptimizer) -> torch.op
     betas = (settings.adam_beta1, settings.adam_beta2)
     if settings.adam_style == "tensorflow":
         return TensorFlowAdam(parameters, lr=settings.learning_rate, betas=betas, eps=settings.adam_epsilon)
+    if settings.optimizer != "adamw":
+        import bitsandbytes
+
+        kinds = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
+        return getattr(bitsandbytes.optim, kinds[settings.optimizer])(
+            parameters, lr=settings.learning_rate, betas=betas, eps=settings.adam_epsilon, weight_decay=settings.weight_decay
+        )
     return torch.optim.AdamW(
         parameters, lr=settings.learning_rate, betas=betas, eps=settings.adam_epsilon, weight_decay=settings.weight_decay, fused=True
     )

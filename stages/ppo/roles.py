@@ -1,12 +1,13 @@
 """The networks of PPO and what is asked of them: log-probabilities of responses, and values before each response token.
 
-B sequences, R response tokens, T = prompt and response, N counted tokens of a batch, V vocabulary, d hidden size. Rows are right padded
-here: a forward pass over whole sequences needs no common end of the prompts, and rows of like length waste least.
+Full fine-tuning keeps four models. With LoRA the roles whose adapters stand on one base share its weights (models/shared.py): the reference
+is the policy less its fresh adapter, the value network the reward model (or the policy) with a fresh adapter of its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,29 +15,35 @@ from torch import Tensor, nn
 
 from stages.config import ModelInput
 from stages.errors import ModelError
-from stages.models.heads import ValueModel
-from stages.models.loading import load_language_model, load_tokenizer
+from stages.models.adapters import FRESH
+from stages.models.heads import RewardModel, ValueModel
+from stages.models.loading import load_language_model, load_tokenizer, save_model
 from stages.models.responses import Policy, SequenceBatch, sequence_values
+from stages.models.shared import RoleParameters, SharedBackbone
 from stages.ppo.config import PPOStepConfig
+from stages.ppo.offload import Offload
 from stages.rewards.config import leaves
-from stages.runtime import StepContext
+from stages.runtime import ResolvedModel, StepContext
 
 
 @dataclass
 class Roles:
-    """Everything a PPO step asks. ``value`` is None with a shared head; ``reference`` is None where it is the policy less its adapter."""
+    """Everything a PPO step asks. ``value`` is None with a head on the policy's own hidden states.
+
+    ``trained`` are the modules that train, by name: whole models, or the weights of a role alone where a backbone is shared.
+    """
 
     tokenizer: Any
     policy: Policy
-    reference: Policy | None
+    reference: Policy
     value: ValueModel | None
+    trained: dict[str, nn.Module]
+    backbone: SharedBackbone | None = None
+    offload: Offload = field(default_factory=lambda: Offload([], torch.device("cpu"), enabled=False))
 
     def reference_logprobs(self, batch: SequenceBatch) -> Tensor:
         """Log-probabilities under the frozen reference [N]."""
-        if self.reference is not None:
-            return self.reference.logprobs(batch)
-        with self.policy.model.disable_adapter():
-            return self.policy.logprobs(batch)
+        return self.reference.logprobs(batch)
 
     def values(self, batch: SequenceBatch) -> Tensor:
         """Values before each response token [N]."""
@@ -45,51 +52,137 @@ class Roles:
         return sequence_values(self.value, batch, self.policy.precision())
 
     def networks(self) -> dict[str, nn.Module]:
-        """The modules that train, by name."""
-        made: dict[str, nn.Module] = {"policy": self.policy.model}
-        if self.value is not None:
-            made["value"] = self.value
-        elif self.policy.value_head is not None:
-            made["value"] = self.policy.value_head
-        return made
+        """The modules that train: policy, and value."""
+        return self.trained
+
+    def shares(self, module: nn.Module) -> bool:
+        """Whether a scalar model stands on the policy's backbone."""
+        return getattr(module, "backbone", None) is self.policy.decoder
+
+    def waiting(self) -> list[nn.Module]:
+        """Whole models of their own that compute only now and then."""
+        found = [] if self.reference.model is self.policy.model else [self.reference.model]
+        if self.value is not None and not self.shares(self.value):
+            found.append(self.value)
+        return found
+
+    def load_reward_model(self, model: ResolvedModel, *, dtype: torch.dtype) -> RewardModel:
+        """A reward model, on the shared backbone where it stands on it."""
+        if self.backbone is not None and self.backbone.holds(model):
+            return self.backbone.reward_model(model)
+        return RewardModel.from_pretrained(model, dtype=dtype).to(self.policy.device).requires_grad_(False)
+
+    def save_policy(self, folder: Path) -> None:
+        """Write the policy: whole weights, or its adapter."""
+        save_model(self.policy.model, self.tokenizer, folder)
 
 
 def load_roles(config: PPOStepConfig, context: StepContext) -> Roles:
     """Policy, reference and value network as the config names them. Raises ModelError where one cannot play its part."""
+    roles = _adapted_roles(config, context) if config.lora is not None else _whole_roles(config, context)
+    if config.training.gradient_checkpointing:
+        roles.policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.lora is not None:
+            roles.policy.model.enable_input_require_grads()
+        if roles.value is not None and (roles.backbone is None or roles.value.backbone is not roles.policy.decoder):
+            roles.value.gradient_checkpointing_enable({"use_reentrant": False})
+    return roles
+
+
+def _whole_roles(config: PPOStepConfig, context: StepContext) -> Roles:
+    """Full fine-tuning: a model for each role. Trained weights are fp32 (1e-8 steps survive), frozen ones of the compute dtype."""
     device, dtype = context.runtime.device, context.runtime.dtype(config.precision)
-    # Trained weights are fp32 (1e-8 steps survive), computed with in dtype; frozen ones are kept in dtype.
-    weights = torch.float32 if config.lora is None else dtype
-    autocast = dtype if dtype != torch.float32 else None
     source = context.models["policy"]
     tokenizer = load_tokenizer(source)
-    model = load_language_model(source, dtype=weights, lora=config.lora, tokenizer=tokenizer).to(device)
-    head = None
-    if config.value == "shared":
-        head = nn.Linear(model.config.get_text_config().hidden_size, 1, device=device)
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
-    if config.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if config.lora is not None:
-            model.enable_input_require_grads()
+    model = load_language_model(source, dtype=torch.float32, tokenizer=tokenizer).to(device)
+    head = _shared_value_head(config, model)
+    policy = Policy(model, temperature=config.generation.temperature, autocast=_autocast(dtype), shared_value_head=head)
+    value = None
+    if head is None:
+        chosen, with_head = _value_source(config, context, tokenizer)
+        load = ValueModel.from_pretrained if with_head else ValueModel.from_policy
+        value = load(chosen, dtype=torch.float32, trainable=True).to(device)
+    networks = {"policy": model, "value": _first(value, head)}
+    return Roles(tokenizer, policy, _reference(config, context, tokenizer), value, networks)
+
+
+def _adapted_roles(config: PPOStepConfig, context: StepContext) -> Roles:
+    """LoRA: one backbone for all roles that stand on it, adapters for each."""
+    assert config.lora is not None
+    device, dtype = context.runtime.device, context.runtime.dtype(config.precision)
+    source = context.models["policy"]
     temperature = config.generation.temperature
-    policy = Policy(model, temperature=temperature, autocast=autocast, shared_value_head=head)
-    reference = None
-    if config.reference is not None or config.lora is None:
-        chosen = context.models["reference"] if config.reference is not None else source
-        frozen = load_language_model(chosen, dtype=dtype, trainable=False, tokenizer=tokenizer).to(device)
-        if config.reference is not None and len(load_tokenizer(chosen)) != len(tokenizer):
-            raise ModelError(f"reference {chosen.ref!r} has another vocabulary than the policy {source.ref!r}; they must share one")
-        reference = Policy(frozen, temperature=temperature, autocast=None)
-    value = None if head is not None else _load_value(config, context, tokenizer, weights)
+    backbone = SharedBackbone(source, dtype=dtype, device=device, lora=config.lora)
+    below = backbone.frozen(source)
+    acting = [*below, backbone.fresh(FRESH)]
+    # The value network's adapter comes before the objects below are made: adding one may wrap the model once more.
+    value, extra = _adapted_value(config, context, backbone)
+    model = backbone.model
+    head = _shared_value_head(config, model)
+    policy = Policy(
+        model, temperature=temperature, autocast=_autocast(dtype), shared_value_head=head, activate=backbone.activation(acting)
+    )
+    if config.reference is None:
+        reference = Policy(model, temperature=temperature, autocast=_autocast(dtype), activate=backbone.activation(below))
+    elif backbone.holds(context.models["reference"]):
+        names = backbone.frozen(context.models["reference"])
+        reference = Policy(model, temperature=temperature, autocast=_autocast(dtype), activate=backbone.activation(names))
+    else:
+        reference = _reference(config, context, backbone.tokenizer)
+    networks = {"policy": RoleParameters(backbone.named_parameters(FRESH))}
     if value is not None:
-        value = value.to(device)
-        if config.training.gradient_checkpointing:
-            value.gradient_checkpointing_enable({"use_reentrant": False})
-    return Roles(tokenizer, policy, reference, value)
+        head_weights = [(f"score_head.{name}", parameter) for name, parameter in value.score_head.named_parameters()]
+        networks["value"] = RoleParameters([*extra, *head_weights]) if extra else value
+    else:
+        networks["value"] = _first(head)
+    return Roles(backbone.tokenizer, policy, reference, value, networks, backbone)
 
 
-def _load_value(config: PPOStepConfig, context: StepContext, tokenizer: Any, dtype: torch.dtype) -> ValueModel:
+def _adapted_value(
+    config: PPOStepConfig, context: StepContext, backbone: SharedBackbone
+) -> tuple[ValueModel | None, list[tuple[str, nn.Parameter]]]:
+    """(value network, its weights on the shared backbone; none of those where it has a backbone of its own)."""
+    if config.value == "shared":
+        return None, []
+    chosen, with_head = _value_source(config, context, backbone.tokenizer)
+    if backbone.holds(chosen):
+        value = backbone.value_model(chosen, with_head=with_head)
+        return value, backbone.named_parameters("value")
+    load = ValueModel.from_pretrained if with_head else ValueModel.from_policy
+    dtype = context.runtime.dtype(config.precision)
+    return load(chosen, dtype=dtype, lora=config.lora, trainable=True).to(context.runtime.device), []
+
+
+def _autocast(dtype: torch.dtype) -> torch.dtype | None:
+    return dtype if dtype != torch.float32 else None
+
+
+def _first(*modules: nn.Module | None) -> nn.Module:
+    return next(module for module in modules if module is not None)
+
+
+def _shared_value_head(config: PPOStepConfig, model: Any) -> nn.Linear | None:
+    if config.value != "shared":
+        return None
+    head = nn.Linear(model.config.get_text_config().hidden_size, 1, device=next(model.parameters()).device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def _reference(config: PPOStepConfig, context: StepContext, tokenizer: Any) -> Policy:
+    """A frozen model of its own: the one that the recipe names, or the policy as it starts."""
+    source = context.models["policy"]
+    chosen = context.models["reference"] if config.reference is not None else source
+    if config.reference is not None and len(load_tokenizer(chosen)) != len(tokenizer):
+        raise ModelError(f"reference {chosen.ref!r} has another vocabulary than the policy {source.ref!r}; they must share one")
+    dtype = context.runtime.dtype(config.precision)
+    frozen = load_language_model(chosen, dtype=dtype, trainable=False, tokenizer=tokenizer).to(context.runtime.device)
+    return Policy(frozen, temperature=config.generation.temperature, autocast=None)
+
+
+def _value_source(config: PPOStepConfig, context: StepContext, tokenizer: Any) -> tuple[ResolvedModel, bool]:
+    """The model that the value network starts as, and whether with its head: InstructGPT's is the reward model (section 3.5)."""
     vocabulary = tokenizer.get_vocab()
     if isinstance(config.value, ModelInput):
         source = context.models["value"]
@@ -98,13 +191,13 @@ def _load_value(config: PPOStepConfig, context: StepContext, tokenizer: Any, dty
                 f"value {source.ref!r} has another vocabulary than the policy; it reads the policy's tokens. Use value: policy, or a "
                 "reward model trained from the policy's family"
             )
-        return ValueModel.from_pretrained(source, dtype=dtype, lora=config.lora, trainable=True)
+        return source, True
     if config.value is None:
         for place, reward in leaves(config.reward, "reward").items():
             found = context.models.get(f"{place}.model")
-            if found is None or reward.label is not None:
-                continue
-            if load_tokenizer(found).get_vocab() == vocabulary:
-                return ValueModel.from_pretrained(found, dtype=dtype, lora=config.lora, trainable=True)
+            if found is not None and reward.label is None and load_tokenizer(found).get_vocab() == vocabulary:
+                return found, True
         context.runtime.console.print(f"{context.name}: no reward model has the policy's vocabulary; a copy of it is the value network")
-    return ValueModel.from_policy(context.models["policy"], dtype=dtype, lora=config.lora, trainable=True)
+    return context.models["policy"], False
+
+

@@ -151,6 +151,7 @@ def _collect_share(
     seconds: dict[str, float] = {}
     began = time.perf_counter()
     stop, late = ending_tokens(policy.model, roles.tokenizer, config.generation)
+    policy.activate()
     with policy.precision():
         generated = generate(
             policy.model, prompt_ids, config.generation, seeds=seeds, stop_ids=stop, late_stop_ids=late, pad_token_id=pad
@@ -160,8 +161,9 @@ def _collect_share(
 
     began = time.perf_counter()
     try:
-        scored = reward.score(prompts, completions)
-        judged = monitors.score(prompts, completions) if monitors.sources else Scores(torch.zeros(0), {})
+        with roles.offload.awake(*reward.modules(), *monitors.modules()):
+            scored = reward.score(prompts, completions)
+            judged = monitors.score(prompts, completions) if monitors.sources else Scores(torch.zeros(0), {})
     except TrainingError as error:
         raise ScoringError(str(error), list(zip(prompts, completions, strict=True))) from error
     seconds["scoring"] = time.perf_counter() - began
@@ -175,7 +177,7 @@ def _collect_share(
     closing = (mask.sum(dim=1) < config.generation.max_new_tokens) & (config.score_placement == "after")
     closing_values = torch.zeros(len(prompts))
     order = sorted(range(len(prompts)), key=lambda row: len(prompt_ids[row]) + len(responses[row]))
-    with torch.inference_mode():
+    with torch.inference_mode(), roles.offload.awake(*roles.waiting()):
         for start in range(0, len(order), 2 * config.microbatch_size):  # no gradients: twice the rows fit
             rows = order[start : start + 2 * config.microbatch_size]
             batch = sequence_batch([prompt_ids[row] for row in rows], [responses[row] for row in rows], pad, policy.device)

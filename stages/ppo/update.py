@@ -21,6 +21,7 @@ from stages.ppo.config import PPOStepConfig
 from stages.ppo.optimizers import WeightAverage, trainable
 from stages.ppo.roles import Roles
 from stages.ppo.rollout import Rollout, Targets, targets, whole_targets
+from stages.ppo.speed import MatmulCounter
 
 
 @dataclass
@@ -49,6 +50,7 @@ class UpdateResult:
     metrics: dict[str, float]
     optimizer_steps: int
     tokens: int  # response tokens trained on, all passes and processes
+    operations: float = 0.0  # of this process's matrix products
 
 
 class Updater:
@@ -69,6 +71,7 @@ class Updater:
         self.average, self.pretraining_rows = average, pretraining_rows
         self.process_index, self.num_processes = process_index, num_processes
         self.optimizer_steps = 0  # since the beginning of the run
+        self.matmuls = MatmulCounter()
 
     def update(
         self,
@@ -85,9 +88,20 @@ class Updater:
         ``progress`` is kept up to date, and where it says that minibatches were done (by a run that was cut off) those are passed over.
         ``after_minibatch`` is called after each optimizer step.
         """
+        with self.roles.offload.awake(self.roles.value):
+            return self._update(rollout, kl_coef, seed, train_policy, UpdateProgress() if progress is None else progress, after_minibatch)
+
+    def _update(
+        self,
+        rollout: Rollout,
+        kl_coef: float,
+        seed: int,
+        train_policy: bool,
+        progress: UpdateProgress,
+        after_minibatch: Callable[[], None] | None,
+    ) -> UpdateResult:
         config = self.config
         whole = whole_targets(rollout, config, kl_coef=kl_coef, num_processes=self.num_processes)
-        progress = progress if progress is not None else UpdateProgress()
         collected, position = progress.collected, 0
         generator = torch.Generator().manual_seed(seed)
         for _ in range(config.ppo_epochs):
@@ -109,7 +123,7 @@ class Updater:
         metrics = {name: sum(item[name] for item in collected) / len(collected) for name in collected[0]}
         metrics["policy/ratio_first_deviation"] = collected[0]["policy/ratio_max_deviation"]
         metrics["policy/ratio_max_deviation"] = max(item["policy/ratio_max_deviation"] for item in collected)
-        return UpdateResult(metrics, len(collected), progress.tokens)
+        return UpdateResult(metrics, len(collected), progress.tokens, self.matmuls.take())
 
     def minibatch(self, part: Rollout, goal: Targets, *, train_policy: bool = True) -> dict[str, float]:
         """Gradients of one minibatch and one optimizer step; returns its metrics."""
@@ -158,11 +172,13 @@ class Updater:
             with torch.set_grad_enabled(train_policy or roles.value is None):
                 policy = roles.policy.loss(batch, term, num_tokens=num_tokens)
             logprobs, values = policy.logprobs, policy.values
+            self.matmuls.add(roles.policy.decoder, batch, output=roles.policy.output, backward=train_policy)
             policy_loss = policy.summed / count
             if roles.value is not None:
                 if train_policy:
                     policy_loss.backward()
                 values = sequence_values(roles.value, batch, roles.policy.precision())
+                self.matmuls.add(roles.value.backbone, batch)
             assert values is not None
             errors = value_terms(values, flat["rollout_values"], flat["returns"], clip_range=config.value_clip_range)
             value_loss = config.value_coef * errors.sum() / num_states
@@ -234,13 +250,13 @@ class Updater:
         rows = self.pretraining_rows(num_episodes * mix.examples_per_episode)
         if mix.coef == 0:
             return 0.0
-        before = _gradients(self.roles.policy.model) if self.num_processes > 1 else None
+        before = _gradients(self.roles.networks()["policy"]) if self.num_processes > 1 else None
         total = 0.0
         count = rows.numel() - len(rows) if mix.normalization == "token" else len(rows)
         for group in rows[self.process_index :: self.num_processes].split(self.config.microbatch_size):
-            loss = pretraining_loss(self.roles.policy, group.to(self.roles.policy.device)) / count
+            loss = pretraining_loss(self.roles.policy, group.to(self.roles.policy.device), self.matmuls) / count
             (mix.coef * loss).backward()
-            total += float(loss)
+            total += float(loss.detach())
         if before is not None:
             total = self._reduce_pretraining(before, total)
         return total
@@ -248,7 +264,7 @@ class Updater:
     def _reduce_pretraining(self, before: dict[str, Tensor], total: float) -> float:
         import torch.distributed as distributed
 
-        for name, parameter in trainable(self.roles.policy.model):
+        for name, parameter in trainable(self.roles.networks()["policy"]):
             own = parameter.grad - before[name] if parameter.grad is not None else torch.zeros_like(parameter)
             distributed.all_reduce(own)
             parameter.grad = before[name] + own
@@ -277,7 +293,7 @@ class Updater:
 
     def _update_average(self) -> None:
         if self.average is not None:
-            self.average.update(self.roles.policy.model)
+            self.average.update(self.roles.networks()["policy"])
 
 
 SUMS = (
@@ -309,12 +325,14 @@ def _metrics(sums: dict[str, float], largest: float) -> dict[str, float]:
     }
 
 
-def pretraining_loss(policy: Policy, rows: Tensor) -> Tensor:
+def pretraining_loss(policy: Policy, rows: Tensor, matmuls: MatmulCounter | None = None) -> Tensor:
     """Summed negative log-likelihood of the tokens of ``rows`` [B, T], at temperature 1; the first token of a row is given."""
     number, width = rows.shape
     places = torch.arange(width - 1, device=rows.device).repeat(number)
     owners = torch.arange(number, device=rows.device).repeat_interleave(width - 1)
     batch = SequenceBatch(rows, torch.full((number,), width, device=rows.device), owners, places, rows[:, 1:].flatten())
+    if matmuls is not None:
+        matmuls.add(policy.decoder, batch, output=policy.output)
     return policy.loss(batch, lambda logprobs, entropies, _: -logprobs, temperature=1.0).summed
 
 

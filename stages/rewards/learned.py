@@ -19,9 +19,13 @@ from stages.rewards.config import RewardInput
 from stages.rewards.source import RewardSource
 from stages.runtime import ResolvedModel
 
+RewardModelLoader = Callable[[ResolvedModel], RewardModel]
 
-def load_source(source: RewardInput, model: ResolvedModel, *, device: torch.device, dtype: torch.dtype) -> RewardSource:
-    """A reward model, or a classifier where ``label`` is set."""
+
+def load_source(
+    source: RewardInput, model: ResolvedModel, *, device: torch.device, dtype: torch.dtype, load: RewardModelLoader | None = None
+) -> RewardSource:
+    """A reward model (from ``load``, where it is not to have weights of its own), or a classifier where ``label`` is set."""
     role = model.record.role if model.record is not None else None
     if source.label is not None:
         return ClassifierSource(source, model, device=device, dtype=dtype)
@@ -30,17 +34,18 @@ def load_source(source: RewardInput, model: ResolvedModel, *, device: torch.devi
     if role in ("language_model", "value_model"):
         raise ModelError(f"{model.ref!r} is a {role.replace('_', ' ')}; a reward needs a reward_model, or a classifier with a label")
     kind = RewardModelSpans if source.level == "token" else RewardModelSource
-    return kind(source, model, device=device, dtype=dtype)
+    if load is not None:
+        return kind(source, load(model))
+    return kind(source, RewardModel.from_pretrained(model, dtype=dtype).to(device).requires_grad_(False))
 
 
 class RewardModelSource:
     """The scalar of a reward model at the end of prompt and completion, closed by the end token, its bias included."""
 
-    def __init__(self, source: RewardInput, model: ResolvedModel, *, device: torch.device, dtype: torch.dtype) -> None:
-        self.name, self.batch_size = source.shown_name, source.batch_size
-        self.model = RewardModel.from_pretrained(model, dtype=dtype).to(device).requires_grad_(False)
-        self.tokenizer = self.model.tokenizer
-        assert self.tokenizer is not None
+    def __init__(self, source: RewardInput, model: RewardModel) -> None:
+        self.name, self.batch_size, self.model = source.shown_name, source.batch_size, model
+        assert model.tokenizer is not None
+        self.tokenizer: Any = model.tokenizer
         self.max_length = _max_positions(self.model.config)
 
     @torch.inference_mode()

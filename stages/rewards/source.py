@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from stages.errors import ModelError, TrainingError
 from stages.numerics.combining import Combine, combine_scores
 from stages.rewards.config import RewardInput
 from stages.runtime import ResolvedModel
+
+if TYPE_CHECKING:
+    from stages.rewards.learned import RewardModelLoader
 
 
 class RewardSource(Protocol):
@@ -84,6 +87,14 @@ class CombinedReward:
     def __init__(self, sources: Sequence[tuple[RewardSource, float]]) -> None:
         self.sources = list(sources)
 
+    def modules(self) -> list[torch.nn.Module]:
+        """The models behind the sources, each once."""
+        members: list[RewardSource] = []
+        for source, _ in self.sources:
+            members += [member for member, _ in source.members] if isinstance(source, Ensemble) else [source]
+        found = [model for member in members if isinstance(model := getattr(member, "model", None), torch.nn.Module)]
+        return [model for index, model in enumerate(found) if all(model is not other for other in found[:index])]
+
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
         """Score every completion by every source. Raises TrainingError where a source returns another number of scores, or NaN."""
         parts: dict[str, Tensor] = {}
@@ -120,8 +131,18 @@ def checked(scores: Tensor, name: str, completions: Sequence[str]) -> Tensor:
     return scores
 
 
-def build_source(source: RewardInput, model: ResolvedModel | None, *, device: torch.device, dtype: torch.dtype) -> RewardSource:
-    """The source that a recipe names. Raises ModelError where the model cannot play the part."""
+def build_source(
+    source: RewardInput,
+    model: ResolvedModel | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    load: RewardModelLoader | None = None,
+) -> RewardSource:
+    """The source that a recipe names; ``load``: where reward models come from (None: each is loaded with weights of its own).
+
+    Raises ModelError where the model cannot play the part.
+    """
     if source.ensemble is not None:
         raise ModelError(f"{source.shown_name!r} is an ensemble, which is a reward of PPO; as judges, name its members")
     if source.function is not None:
@@ -132,17 +153,23 @@ def build_source(source: RewardInput, model: ResolvedModel | None, *, device: to
     from stages.rewards.learned import load_source
 
     assert model is not None
-    return load_source(source, model, device=device, dtype=dtype)
+    return load_source(source, model, device=device, dtype=dtype, load=load)
 
 
 def build_reward(
-    sources: Sequence[RewardInput], models: Mapping[str, ResolvedModel], place: str, *, device: torch.device, dtype: torch.dtype
+    sources: Sequence[RewardInput],
+    models: Mapping[str, ResolvedModel],
+    place: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    load: RewardModelLoader | None = None,
 ) -> CombinedReward:
     """All sources of a recipe's list; ``models`` by field path (``<place>[0].model``, ``<place>[1].ensemble[0].model``)."""
 
     def build(source: RewardInput, here: str) -> RewardSource:
         if source.ensemble is None:
-            return build_source(source, models.get(f"{here}.model"), device=device, dtype=dtype)
+            return build_source(source, models.get(f"{here}.model"), device=device, dtype=dtype, load=load)
         members = [(build(member, f"{here}.ensemble[{index}]"), member.weight) for index, member in enumerate(source.ensemble)]
         return Ensemble(source.shown_name, members, combine=source.combine, uncertainty_coef=source.uncertainty_coef)
 

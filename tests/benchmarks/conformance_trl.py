@@ -85,8 +85,9 @@ def trl_implementation(cases: Any) -> Any:
     def losses(ratio: Any, advantages: Any, mask: Any, values: Any, old: Any, returns: Any) -> dict[str, Any]:
         rows = torch.arange(len(ratio))
         return run(
-            "vpredclipped = torch.clamp(", "pg_loss = masked_mean(", vpred=values, mb_values=old, mb_return=returns, mb_advantage=advantages,
-            padding_mask_p1=~mask, padding_mask=~mask, micro_batch_inds=rows, new_logprobs=ratio.log(), mb_logprobs=torch.zeros_like(ratio),
+            "vpredclipped = torch.clamp(", "pg_loss = masked_mean(", vpred=values, mb_values=old, mb_return=returns,
+            mb_advantage=advantages, padding_mask_p1=~mask, padding_mask=~mask, micro_batch_inds=rows,
+            new_logprobs=ratio.log(), mb_logprobs=torch.zeros_like(ratio),
         )  # fmt: skip
 
     def policy_loss(ratio: Any, advantages: Any, mask: Any) -> Any:

@@ -48,3 +48,12 @@ def test_what_cannot_be_cut_is_said(tiny_tokenizer) -> None:
     assert fit_prompt(post("x"), PromptFit(max_tokens=500, **FIT), tiny_tokenizer) == post("x")
     plain = fit_prompt("one\ntwo\nthree", PromptFit(max_tokens=len(encode_prompt(tiny_tokenizer, "one\ntwo"))), tiny_tokenizer)
     assert plain == "one\ntwo"
+
+
+@pytest.mark.detail("G8")
+def test_the_form_of_a_post_is_the_papers() -> None:
+    from stages.corpora.files import Row
+    from stages.corpora.summaries import post_prompt
+
+    row = Row({"subreddit": "tifu", "title": "by asking", "post": "Line one.\nLine two.", "summary": "x"})
+    assert post_prompt(row) == "SUBREDDIT: r/tifu\n\nTITLE: by asking\n\nPOST: Line one.\nLine two.\n\nTL;DR:"

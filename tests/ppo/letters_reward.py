@@ -21,3 +21,8 @@ def each_e(prompts: list[str], completions: list[str]) -> list[list[tuple[int, f
 def noisy(prompts: list[str], completions: list[str]) -> list[float]:
     """As ``letters``, with noise from the process's own random stream."""
     return [score + 0.1 * random.random() for score in letters(prompts, completions)]
+
+
+def arms(prompts: list[str], completions: list[str]) -> list[float]:
+    """What the arms of a bandit pay: arm0 nothing, arm9 most; anything else costs."""
+    return [int(text[3:]) / 6 if text.startswith("arm") else -0.5 for text in completions]

@@ -344,6 +344,8 @@ def test_early_stopping_and_clipping_of_gradients_are_off_in_the_presets() -> No
         if "ppo" in preset.stages:
             settings = preset.stages["ppo"]
             assert settings["target_update_kl"].value is None and settings["training.max_grad_norm"].value is None, name
+            for path, off in (("dual_clip", None), ("value_warmup_iterations", 0), ("value_gae_lambda", None)):
+                assert path not in settings or settings[path].value == off, f"{name}: {path}"
 
 
 @pytest.mark.detail("P34")
@@ -355,9 +357,10 @@ def test_the_metrics_of_the_papers_are_there_without_padding(ppo_config, ppo_con
     rollout.seconds["update"] = 1.0
     metrics = iteration_metrics(rollout, make_updater(roles, config).update(rollout, kl_coef=0.1, seed=0), config, kl_coef=0.1)
     mask = rollout.response_mask
-    batch = [_batch(load_roles(config, ppo_context), rollout, row) for row in range(12)]
+    model = load_roles(config, ppo_context).policy.model  # as it was before the update
     with torch.no_grad():
-        logits = torch.cat([load_roles(config, ppo_context).policy.logits(one) for one in batch])
+        rows = [(len(rollout.prompt_ids[row]), torch.tensor([rollout.prompt_ids[row] + rollout.response(row)])) for row in range(12)]
+        logits = torch.cat([model(input_ids=ids).logits[0, length - 1 : -1] for length, ids in rows])
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     returns, values = goal.returns[mask], rollout.values[mask]
     expected = {

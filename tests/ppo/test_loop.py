@@ -118,6 +118,19 @@ def test_a_reward_that_fails_is_named(ppo_config, ppo_context, prompts, tmp_path
         assert len(episodes) == 12 and set(episodes[0]) == {"prompt", "completion"}
 
 
+def test_an_update_that_fails_keeps_its_episodes_and_the_last_checkpoint(ppo_config, ppo_context, prompts, tmp_path, monkeypatch) -> None:
+    code = "calls = []\ndef huge_in_the_third(p, c):\n    calls.append(1)\n    return [3e38 if len(calls) == 3 else len(t) for t in c]\n"
+    (tmp_path / "late_rewards.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = ppo_config(data=prompts, reward=[{"function": "late_rewards:huge_in_the_third", "name": "late"}], total_episodes=60)
+    with pytest.raises(TrainingError, match=r"iteration 2: .*not a finite number.*failed_rollout.jsonl; the last checkpoint is kept in"):
+        run(config, ppo_context)
+    episodes = [json.loads(line) for line in (ppo_context.folder / "failed_rollout.jsonl").read_text().splitlines()]
+    assert [episode["score"] for episode in episodes] == [pytest.approx(3e38)] * 12
+    assert {"prompt", "completion", "late", "kl", "tokens"} <= set(episodes[0])
+    assert any((ppo_context.checkpoint_folder / "ppo").iterdir())
+
+
 def test_prompts_that_leave_no_room_are_left_out(ppo_config, ppo_context, tmp_path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"prompt": "film " * 200}) + "\n")

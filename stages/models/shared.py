@@ -1,0 +1,142 @@
+"""Several roles on one frozen backbone: policy, reference, value network and reward model as adapters (and heads) on the same weights.
+
+A role is a selection of adapters. The roles' own objects (a language model, a scalar model) share the backbone's modules, and each lets its
+adapters act before it computes; between a forward pass and its backward pass no other role may compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+from stages.config import LoraSettings
+from stages.models.adapters import activate, active_adapters, add_adapter, attach_lora, stack_of
+from stages.models.heads import RewardModel, ScalarModel, ValueModel, read_head
+from stages.models.loading import load_language_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from stages.runtime import ResolvedModel
+
+Scalar = TypeVar("Scalar", bound=ScalarModel)
+
+
+def backbone_key(model: ResolvedModel) -> tuple[str, str, bool]:
+    """What two models must agree in to stand on one backbone: the whole weights below their adapters, and how those are quantized."""
+    base = stack_of(model).base
+    return base.digest or base.path, base.input.quantization, base.input.double_quantization
+
+
+class SharedBackbone:
+    """The whole weights that ``model`` stands on, as a causal language model, and the adapters laid on them."""
+
+    def __init__(self, model: ResolvedModel, *, dtype: torch.dtype, device: torch.device, lora: LoraSettings) -> None:
+        self.tokenizer = load_tokenizer(model)
+        self.key = backbone_key(model)
+        self.lora, self._dtype = lora, dtype
+        base = stack_of(model).base
+        self._path = base.path
+        self.model: Any = load_language_model(base, dtype=dtype, trainable=False, tokenizer=self.tokenizer).to(device)
+        self._vocabulary = self.tokenizer.get_vocab()
+        self._frozen: dict[str, str] = {}  # digest or path of an adapter -> its name here
+
+    def holds(self, model: ResolvedModel) -> bool:
+        """Whether ``model`` stands on this backbone and reads the same tokens."""
+        return backbone_key(model) == self.key and load_tokenizer(model).get_vocab() == self._vocabulary
+
+    # Adapters
+
+    def frozen(self, model: ResolvedModel) -> tuple[str, ...]:
+        """The names of the adapters that make ``model`` of the backbone; what two models have in common is laid on it once."""
+        names = []
+        for adapter in stack_of(model).adapters:
+            known = adapter.digest or adapter.path
+            if known not in self._frozen:
+                name = f"frozen-{len(self._frozen)}"
+                self.model = add_adapter(self.model, adapter, name)
+                self._frozen[known] = name
+            names.append(self._frozen[known])
+        return tuple(names)
+
+    def fresh(self, name: str) -> str:
+        """A new trainable adapter, an identity at first."""
+        trainable = {parameter for parameter in self.model.parameters() if parameter.requires_grad}
+        self.model = attach_lora(self.model, self.lora, task="CAUSAL_LM", base=self._path, name=name)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # log-probabilities must not change from one forward pass to the next
+        return name
+
+    def activation(self, names: Iterable[str]) -> Callable[[], None]:
+        """A function that lets exactly ``names`` act from then on."""
+        chosen = tuple(names)
+
+        def activated() -> None:
+            if active_adapters(self.model) != chosen:
+                activate(self.model, chosen)
+
+        return activated
+
+    def named_parameters(self, adapter: str) -> list[tuple[str, nn.Parameter]]:
+        """The weights of one adapter."""
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if f".{adapter}." in name]
+
+    # Roles
+
+    def reward_model(self, model: ResolvedModel) -> RewardModel:
+        """A reward model that stands on this backbone, frozen."""
+        made = self._scalar(RewardModel, self.frozen(model))
+        made.set_head(*read_head(model))
+        made.score_head.requires_grad_(False)
+        return made
+
+    def value_model(self, model: ResolvedModel, *, with_head: bool) -> ValueModel:
+        """A trainable value network that starts as ``model`` is: a reward model's scores with its head, else zeros everywhere."""
+        names = [*self.frozen(model), self.fresh("value")]
+        made = self._scalar(ValueModel, names)
+        if with_head:
+            made.set_head(*read_head(model))
+        made.save_adapter = self._saver("value")
+        return made
+
+    def _scalar(self, kind: type[Scalar], names: Iterable[str]) -> Scalar:
+        plain = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        made = kind(getattr(plain, plain.base_model_prefix), self.tokenizer)
+        made.activate = self.activation(names)
+        return made
+
+    def _saver(self, name: str) -> Callable[[Path], None]:
+        """Writes the adapter ``name`` as one of a bare transformer, which a scalar model's backbone is."""
+
+        def save(folder: Path) -> None:
+            from peft import get_peft_model_state_dict
+            from safetensors.torch import save_file
+
+            body = f"base_model.model.{self.model.get_base_model().base_model_prefix}."
+            weights = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
+            renamed = {key.replace(body, "base_model.model.", 1): value.detach().cpu().contiguous() for key, value in weights.items()}
+            save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            config = self.model.peft_config[name]
+            prefix, task, targets = body.removeprefix("base_model.model."), config.task_type, config.target_modules
+            config.task_type = "FEATURE_EXTRACTION"
+            if not isinstance(targets, str):
+                config.target_modules = {target.removeprefix(prefix) for target in targets}
+            config.save_pretrained(str(folder))
+            config.task_type, config.target_modules = task, targets
+
+        return save
+
+
+class RoleParameters(nn.Module):
+    """The trainable weights of one role and nothing else: what its optimizer steps, its average follows and its checkpoint keeps."""
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        super().__init__()
+        for name, parameter in named:
+            self.register_parameter(name.replace(".", "/"), parameter)
+

@@ -1,0 +1,94 @@
+"""How long a step's texts are, in tokens: the upper ends that its memory goes by. Read from its data without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.corpora.files import Row, read_rows
+from stages.corpora.prompts import plain_text
+
+CHARACTERS_PER_TOKEN = 3.0
+"""Where no tokenizer is at hand: few enough for the small vocabularies of models made from scratch."""
+SAMPLE = 2000  # rows looked at
+LONGEST = 20  # of which so many, by characters, are tokenized
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Longest texts in tokens, an assumed 512 where the data has not been downloaded. ``completions``: most of one comparison."""
+
+    prompt: int = 512
+    demonstration: int = 512
+    comparison: int = 512
+    text: int = 512
+    completions: int = 2
+
+
+class Counter:
+    """Counts tokens, by the tokenizer of a model folder where there is one."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._tokenizer: Any = None
+        if folder is not None and (folder / "tokenizer.json").exists():
+            from tokenizers import Tokenizer
+
+            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def longest(self, texts: Iterable[str]) -> int:
+        """Tokens of the longest text, an end token included."""
+        chosen = sorted(texts, key=len, reverse=True)[:LONGEST]
+        if not chosen:
+            return Lengths.prompt
+        if self._tokenizer is None:
+            return int(len(chosen[0]) / CHARACTERS_PER_TOKEN) + 2
+        return max(len(encoding.ids) for encoding in self._tokenizer.encode_batch(chosen)) + 1
+
+
+def lengths_of(config: Any, folder: Path | None) -> Lengths:
+    """The lengths of a step's data; those that its stage has no use for keep their defaults. ``folder``: of the model it reads, if any."""
+    counter = Counter(folder)
+    if config.stage in ("ppo", "evaluation"):
+        return Lengths(prompt=counter.longest(_prompts(config)))
+    if config.stage == "sft":
+        return Lengths(demonstration=counter.longest(_demonstrations(config)))
+    if config.stage in ("reward_model", "dpo"):
+        texts, most = _comparisons(config)
+        return Lengths(comparison=counter.longest(texts), completions=most)
+    if config.stage == "sentiment":
+        return Lengths(text=counter.longest(str(row.get("text", "")) for row in _sample(config.data.train)))
+    return Lengths()
+
+
+def _sample(sources: Sequence[Any]) -> list[Row]:
+    limited = [source if source.limit is not None else source.model_copy(update={"limit": SAMPLE}) for source in sources]
+    return read_rows([source for source in limited if not _is_remote(source)])
+
+
+def _is_remote(source: Any) -> bool:
+    """Whether reading the source would download it."""
+    return not source.path.startswith("world:") and not Path(source.path).exists()
+
+
+def _prompts(config: Any) -> list[str]:
+    from stages.corpora.prompts import load_prompts
+
+    sources = [source for source in config.data if not _is_remote(source)]
+    return [plain_text(prompt) for prompt in load_prompts(sources, prompt_words=config.prompt_words, limit=SAMPLE)] if sources else []
+
+
+def _demonstrations(config: Any) -> list[str]:
+    from stages.corpora.demonstrations import demonstration
+
+    rows = [demonstration(row) for row in _sample(config.data.train)]
+    return [f"{plain_text(row['prompt'])} {row['completion']}" for row in rows]
+
+
+def _comparisons(config: Any) -> tuple[list[str], int]:
+    from stages.corpora.comparisons import comparison
+
+    items = [comparison(row, preferred=config.preferred) for row in _sample(config.data.train)]
+    texts = [f"{plain_text(item.prompt)} {text}" for item in items for text in item.completions]
+    return texts, max((len(item.completions) for item in items), default=2)

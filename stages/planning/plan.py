@@ -1,0 +1,282 @@
+"""The memory of a recipe's steps against what the machine has, and the settings that would fit where it is too much."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.table import Table
+
+from stages.config import ModelInput
+from stages.errors import RecipeError
+from stages.planning.lengths import Lengths, lengths_of
+from stages.planning.memory import Machine, Memory
+from stages.planning.shapes import shape_of, shape_of_folder, shape_of_hub
+from stages.planning.steps import View, lora_rank, memory_of
+from stages.recipe import Recipe, RecipeStep, Reference, model_inputs
+from stages.registry import Registry
+
+GIB = 2**30
+PROCESS = {"cpu": 450 << 20, "cuda": 700 << 20}
+"""Python with its libraries; on a GPU the context and the kernels of CUDA."""
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What a step will need; ``memory`` is None where it cannot be told, and ``note`` says why."""
+
+    name: str
+    stage: str
+    memory: Memory | None
+    note: str = ""
+    advice: list[str] = field(default_factory=list)  # overrides with which it would fit
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name, "bytes": self.memory.as_json() if self.memory is not None else None, "note": self.note, "advice": self.advice
+        }  # fmt: skip
+
+
+def plan_memory(
+    recipe: Recipe, registry: Registry, machine: Machine, *, reused: Mapping[str, Path] | None = None, processes: int = 1
+) -> list[StepMemory]:
+    """The estimate of each step that would run; ``reused``: folders of what steps have made already."""
+    reused = reused or {}
+    made: dict[str, View] = {}
+    found = []
+    for step in recipe.steps:
+        views, missing = _views(step, made, registry)
+        folder = _folder(step, registry, reused)
+        lengths = lengths_of(step.config, folder)
+        if missing:
+            found.append(StepMemory(step.name, step.stage, None, f"the sizes of {', '.join(missing)} are known once it is downloaded"))
+        elif step.name not in reused:
+            memory = memory_of(step.config, _loaded(views, step.config), lengths, machine, processes)
+            found.append(_advised(step, views, lengths, machine, processes, memory))
+        if (view := _made_by(step, views)) is not None:
+            made[step.name] = view
+    return found
+
+
+# The models that a step reads
+
+
+def _views(step: RecipeStep, made: Mapping[str, View], registry: Registry) -> tuple[dict[str, View], list[str]]:
+    """(models by field path, those whose sizes are unknown)."""
+    views: dict[str, View] = {}
+    missing = []
+    for place, reference in step.models.items():
+        view = made.get(reference.target) if reference.kind == "step" else _foreign(reference, registry)
+        if view is None:
+            missing.append(reference.input.ref)
+        else:
+            views[place] = view
+    return views, sorted(set(missing))
+
+
+def _foreign(reference: Reference, registry: Registry) -> View | None:
+    """A model from outside of the recipe, with the adapters it consists of."""
+    if reference.kind == "hub":
+        shape = shape_of_hub(reference.target)
+        return None if shape is None else View(shape, reference.target)
+    if reference.kind == "folder":
+        return _in_folder(Path(reference.target), reference.target)
+    record, adapters = registry.get(reference.target), 0.0
+    while record.is_adapter:
+        adapters += _weights_in(record.path)
+        base = record.manifest["base"]
+        if base["kind"] != "registry":
+            below = shape_of_hub(base["path"]) if base["kind"] == "hub" else shape_of_folder(Path(base["path"]))
+            return None if below is None else View(below, base["digest"], adapters)
+        record = registry.get(base["digest"])
+    shape = shape_of_folder(record.path)
+    return None if shape is None else View(shape, record.digest, adapters)
+
+
+def _in_folder(folder: Path, name: str) -> View | None:
+    if not (folder / "adapter_config.json").exists():
+        shape = shape_of_folder(folder)
+        return None if shape is None else View(shape, name)
+    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+    below = shape_of_folder(Path(base)) if Path(base).is_dir() else shape_of_hub(base) if "/" in base else None
+    return None if below is None else View(below, base, _weights_in(folder))
+
+
+def _weights_in(folder: Path) -> float:
+    """Weights of an adapter's file, which is fp32."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 4
+
+
+def _made_by(step: RecipeStep, views: Mapping[str, View]) -> View | None:
+    """What a step makes: its input with an adapter more, or whole weights of its own."""
+    config = step.config
+    architecture = getattr(config, "architecture", None)
+    if architecture is not None:
+        shape = shape_of(architecture)
+        if shape is None:
+            return None
+        tokenizer = views.get("tokenizer")
+        vocabulary = tokenizer.shape.vocabulary if tokenizer is not None else getattr(config.tokenizer, "vocab_size", 0) or 1024
+        return View(replace(shape, vocabulary=vocabulary), step.name)
+    start = views.get("model", views.get("policy"))
+    if start is None or step.stage == "evaluation":
+        return None
+    rank = lora_rank(config)
+    return replace(start, adapters=start.adapters + start.shape.lora_weights(rank)) if rank else View(start.shape, step.name)
+
+
+def _loaded(views: Mapping[str, View], config: Any) -> dict[str, View]:
+    """The models as the step's settings have them loaded; the model that a step makes of random weights counts as one it reads."""
+    inputs: dict[str, ModelInput] = model_inputs(config)
+    loaded = {
+        place: replace(view, quantization=inputs[place].quantization, double=inputs[place].double_quantization)
+        for place, view in views.items()
+    }
+    architecture = getattr(config, "architecture", None)
+    if architecture is not None and (shape := shape_of(architecture)) is not None:
+        tokenizer = views.get("tokenizer")
+        vocabulary = tokenizer.shape.vocabulary if tokenizer is not None else getattr(config.tokenizer, "vocab_size", 0) or 1024
+        loaded["model"] = View(replace(shape, vocabulary=vocabulary), "random weights")
+    return loaded
+
+
+def _folder(step: RecipeStep, registry: Registry, reused: Mapping[str, Path]) -> Path | None:
+    """Where a tokenizer lies that reads the step's texts."""
+    for place in ("policy", "model", *step.models):
+        reference = step.models.get(place)
+        if reference is None:
+            continue
+        if reference.kind == "step" and reference.target in reused:
+            return reused[reference.target]
+        if reference.kind == "folder":
+            return Path(reference.target)
+        if reference.kind == "registry":
+            return registry.get(reference.target).path
+    return None
+
+
+# What would fit
+
+
+def _advised(
+    step: RecipeStep, views: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int, memory: Memory | None
+) -> StepMemory:
+    if memory is None:
+        return StepMemory(step.name, step.stage, None, "its model has sizes that are not understood")
+    room = machine.bytes - PROCESS[machine.kind]
+    if memory.total <= room:
+        return StepMemory(step.name, step.stage, memory)
+
+    def total(config: Any) -> float:
+        found = memory_of(config, _loaded(views, config), lengths, machine, processes)
+        return float("inf") if found is None else found.total
+
+    config, chosen = step.config, []
+    for path, value in _remedies(step.config, views):
+        changed = _with(config, path, value)
+        if changed is None or total(changed) >= total(config):
+            continue
+        config = changed
+        chosen.append((path, value))
+        if total(config) <= room:
+            break
+    else:
+        note = "no settings known here would make it fit; take a smaller model or a larger machine"
+        return StepMemory(step.name, step.stage, memory, note)
+    for remedy in list(chosen[:-1]):  # what a later change has made needless goes again
+        fewer = step.config
+        for path, value in (other for other in chosen if other != remedy):
+            fewer = _with(fewer, path, value) or fewer
+        if total(fewer) <= room:
+            chosen.remove(remedy)
+    advice = [f"{step.name}.{path}={_shown(value)}" for path, value in chosen]
+    return StepMemory(step.name, step.stage, memory, f"with these settings {_gib(_total_of(step.config, chosen, total))}", advice)
+
+
+def _total_of(config: Any, chosen: Sequence[tuple[str, Any]], total: Any) -> float:
+    for path, value in chosen:
+        config = _with(config, path, value) or config
+    return float(total(config))
+
+
+def _remedies(config: Any, views: Mapping[str, View]) -> list[tuple[str, Any]]:
+    """Changes that save memory, those that cost least first: none of the first three changes what is learned."""
+    sizes = []
+    place = "microbatch_size" if config.stage == "ppo" else "training.microbatch_size"
+    owner: Any = config if config.stage == "ppo" else config.training if hasattr(config, "training") else None
+    size: int = owner.microbatch_size if owner is not None else 1
+    while size > 1:
+        size //= 2
+        sizes.append((place, size))
+    remedies: list[tuple[str, Any]] = [*sizes[:2]]
+    if getattr(config, "training", None) is not None:
+        remedies += [("training.gradient_checkpointing", True), *sizes[2:]]
+    if hasattr(config, "generation"):
+        remedies += [("generation.batch_size", 32), ("generation.batch_size", 8)]
+    if config.stage == "ppo":
+        remedies.append(("offload", True))
+    if getattr(config, "training", None) is not None:
+        remedies += [("training.optimizer", "adamw_8bit"), ("lora", {"r": 16})]
+    # Only together do all roles of one base share it.
+    quantized = [name for name, view in views.items() if not view.shape.encoder]
+    remedies += [(f"{name}.quantization", "nf4") for name in quantized]
+    return remedies
+
+
+def _with(config: Any, path: str, value: Any) -> Any | None:
+    """``config`` with one setting changed; None where that contradicts others."""
+    content = config.model_dump()
+    node: Any = content
+    keys = re.findall(r"[^.\[\]]+", path)
+    for key in keys[:-1]:
+        node = node[int(key)] if isinstance(node, list) else node[key]
+    node[keys[-1]] = value
+    try:
+        return type(config).model_validate(content)
+    except (ValidationError, RecipeError):
+        return None
+
+
+def _shown(value: Any) -> str:
+    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else json.dumps(value).strip('"')
+
+
+# Showing
+
+
+def memory_table(steps: Sequence[StepMemory], machine: Machine) -> Table:
+    """The estimate of every step, with what it is made of."""
+    columns = ("weights", "adapters", "gradients", "optimizer", "KV cache", "activations", "logits")
+    table = Table("step", *columns, "in all", "of the machine", title="Memory at the fullest moment, per process (GiB)")
+    table.title_justify = "left"
+    for step in steps:
+        if step.memory is None:
+            table.add_row(step.name, *("?" for _ in columns), "?", step.note)
+            continue
+        memory = step.memory
+        parts = (memory.weights, memory.adapters, memory.gradients, memory.optimizer, memory.kv_cache, memory.activations, memory.logits)
+        whole = memory.total + PROCESS[machine.kind]
+        share = f"{whole / machine.bytes:.0%}" if whole <= machine.bytes else f"[red]{whole / machine.bytes:.0%}: does not fit[/]"
+        table.add_row(step.name, *(_gib(part) for part in parts), f"[bold]{_gib(whole)}[/]", share)
+    table.caption = f"{machine.name}: {_gib(machine.bytes)} GiB; in all: with {_gib(PROCESS[machine.kind])} GiB of the process itself"
+    return table
+
+
+def advice_lines(steps: Sequence[StepMemory]) -> list[str]:
+    """For each step that does not fit, what would."""
+    lines = []
+    for step in steps:
+        if step.advice:
+            lines.append(f"{step.name} would fit ({step.note.removeprefix('with these settings ')} GiB) with: {' '.join(step.advice)}")
+        elif step.memory is not None and step.note:
+            lines.append(f"{step.name}: {step.note}")
+    return lines
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}" if size < 100 * GIB else f"{size / GIB:.0f}"

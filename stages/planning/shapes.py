@@ -1,0 +1,154 @@
+"""The sizes of a transformer, read off its configuration: how many weights it has, and what it keeps per token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+KNOWN_MODELS = Path(__file__).parent / "known_models.yaml"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A transformer by its sizes: d hidden, i intermediate, V vocabulary."""
+
+    family: str  # transformers' model_type
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    vocabulary: int
+    positions: int
+    tied: bool  # the output layer is the embedding
+    gated: bool  # three products in the feed-forward part, not two
+    learned_positions: bool
+    biases: str  # which products have one: all, qkv, none
+    encoder: bool = False
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_width
+
+    @property
+    def query_width(self) -> int:
+        return self.heads * self.head_width
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of the layers' matrix products: what quantization and adapters are about."""
+        attention = 2 * self.hidden * self.query_width + 2 * self.hidden * self.kv_width
+        return self.layers * (attention + (3 if self.gated else 2) * self.hidden * self.intermediate)
+
+    @property
+    def other_weights(self) -> int:
+        """Embeddings, norms, biases; without the output layer."""
+        norms = (2 * self.layers + 1) * self.hidden * (2 if self.biases == "all" else 1)
+        of_attention = self.query_width + 2 * self.kv_width
+        each = {"all": of_attention + 2 * self.hidden + self.intermediate, "qkv": of_attention, "none": 0}[self.biases]
+        biases = self.layers * each
+        return (self.vocabulary + (self.positions if self.learned_positions else 0)) * self.hidden + norms + biases
+
+    @property
+    def output_weights(self) -> int:
+        """The output layer, where it is not the embedding."""
+        return 0 if self.tied else self.vocabulary * self.hidden
+
+    @property
+    def weights(self) -> int:
+        """All of a causal language model's."""
+        return self.linear_weights + self.other_weights + self.output_weights
+
+    def lora_weights(self, rank: int) -> int:
+        """Of an adapter on every product of the layers."""
+        d, q, kv, i = self.hidden, self.query_width, self.kv_width, self.intermediate
+        pairs = [(d, q), (d, kv), (d, kv), (q, d), *([(d, i), (d, i), (i, d)] if self.gated else [(d, i), (i, d)])]
+        return self.layers * rank * sum(a + b for a, b in pairs)
+
+    @property
+    def saved_per_token(self) -> int:
+        """Numbers that one layer keeps of a token for its backward pass, as counted on transformers' modules.
+
+        Attention keeps queries, keys, values, its result and that result made contiguous; the rest depends on how a family writes its
+        norms and its activation function.
+        """
+        of_hidden, of_intermediate = SAVED.get(self.family, SAVED["gated"] if self.gated else SAVED["other"])
+        return of_hidden * self.hidden + 3 * self.query_width + 2 * self.kv_width + of_intermediate * self.intermediate
+
+    def with_vocabulary(self, vocabulary: int) -> Shape:
+        return replace(self, vocabulary=vocabulary)
+
+
+# What a layer keeps beside attention: (times hidden, times intermediate).
+SAVED = {"gated": (5, 4), "gpt2": (3, 5), "other": (5, 2)}
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "hidden": ("hidden_size", "n_embd", "dim", "d_model"),
+    "intermediate": ("intermediate_size", "n_inner", "hidden_dim"),
+    "layers": ("num_hidden_layers", "n_layer", "n_layers"),
+    "heads": ("num_attention_heads", "n_head", "n_heads"),
+    "positions": ("max_position_embeddings", "n_positions"),
+}
+UNGATED = ("gpt2", "gpt_neox", "gpt_neo", "opt", "bloom", "phi", "distilbert", "bert", "roberta")
+ENCODERS = ("distilbert", "bert", "roberta")
+
+
+def shape_of(config: Mapping[str, Any]) -> Shape | None:
+    """The sizes that a transformers config (config.json, or a recipe's architecture block) tells; None where it does not tell them."""
+    found: dict[str, int] = {}
+    for field, names in NAMES.items():
+        value = next((config[name] for name in names if config.get(name) is not None), None)
+        if value is not None:
+            found[field] = int(value)
+    if not {"hidden", "layers", "heads"} <= found.keys():
+        return None
+    family = str(config.get("model_type", config.get("type", "llama")))
+    hidden, heads = found["hidden"], found["heads"]
+    return Shape(
+        family=family,
+        hidden=hidden,
+        intermediate=found.get("intermediate", 4 * hidden),
+        layers=found["layers"],
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_width=int(config.get("head_dim") or hidden // heads),
+        vocabulary=int(config.get("vocab_size") or 0),
+        positions=found.get("positions", 2048),
+        tied=bool(config.get("tie_word_embeddings", family in ("gpt2", "distilbert", "bert", "roberta", "opt", "bloom"))),
+        gated=family not in UNGATED,
+        learned_positions=family in ("gpt2", "gpt_neo", "opt", "distilbert", "bert", "roberta"),
+        biases="all" if family in UNGATED else "qkv" if family.startswith("qwen2") else "none",
+        encoder=family in ENCODERS,
+    )
+
+
+def shape_of_folder(folder: Path) -> Shape | None:
+    """The sizes of a model on disk; None for a folder without a readable config."""
+    try:
+        return shape_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def shape_of_hub(identifier: str) -> Shape | None:
+    """The sizes of a model of the hub: from the local cache, else from the list of well-known ones; None where neither has it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(identifier, "config.json")
+    if isinstance(cached, str) and (found := shape_of_folder(Path(cached).parent)) is not None:
+        return found
+    known = _known_models().get(identifier.lower())
+    return shape_of(known) if known is not None else None
+
+
+@cache
+def _known_models() -> dict[str, dict[str, Any]]:
+    from ruamel.yaml import YAML
+
+    content = YAML(typ="safe").load(KNOWN_MODELS)
+    return {name.lower(): config for name, config in content.items()}

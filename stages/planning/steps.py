@@ -1,0 +1,249 @@
+"""Each stage's memory, from its settings and the sizes of the models it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stages.planning.lengths import Lengths
+from stages.planning.memory import (
+    FP32,
+    Machine,
+    Memory,
+    activations,
+    chunked_logits,
+    dtype_bytes,
+    frozen_weights,
+    inference,
+    kv_cache,
+    largest,
+    lora_rank,
+    trained,
+    whole_logits,
+)
+from stages.planning.shapes import Shape
+
+EVALUATION_ROWS = 64  # sequences scored together where a recipe does not say
+
+
+@dataclass(frozen=True)
+class View:
+    """A model that a step reads: its sizes, how it is to be loaded, and what lies below it."""
+
+    shape: Shape
+    base: str  # what its whole weights are: roles with one base can share them
+    adapters: float = 0.0  # weights of the adapters it consists of
+    quantization: str = "none"
+    double: bool = True
+
+    def frozen(self, compute: int, *, output: bool = True) -> Memory:
+        """Loaded to be used as it is."""
+        merged = self.quantization == "none"  # then its adapters are merged into it
+        return Memory(
+            weights=frozen_weights(self.shape, self.quantization, double=self.double, compute=compute, output=output),
+            adapters=0.0 if merged else FP32 * self.adapters,
+        )
+
+
+def memory_of(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory | None:
+    """The estimate of a step; None where the size of a model it reads is unknown."""
+    estimate = {
+        "pretraining": _pretraining, "sft": _sft, "dpo": _dpo, "reward_model": _reward_model, "sentiment": _sentiment, "ppo": _ppo,
+        "evaluation": _evaluation,
+    }.get(config.stage)  # fmt: skip
+    if estimate is None or any(view.shape.vocabulary == 0 for view in models.values()):
+        return None
+    return estimate(config, models, lengths, machine, processes)
+
+
+# Stages on a Trainer
+
+
+def _trained_model(config: Any, view: View, machine: Machine, *, output: bool = True) -> Memory:
+    """A model that a Trainer trains: whole weights in fp32, or an adapter on frozen ones."""
+    shape, rank = view.shape, lora_rank(config)
+    if rank:
+        adapter = shape.lora_weights(rank)
+        below = view.frozen(dtype_bytes(config.precision, machine), output=output)
+        return below + replace(trained(adapter, config.training.optimizer), adapters=FP32 * adapter)
+    weights = shape.linear_weights + shape.other_weights + (shape.output_weights if output else 0)
+    return Memory(weights=FP32 * weights) + trained(weights, config.training.optimizer)
+
+
+def _rows(config: Any, processes: int) -> int:
+    share = max(1, config.training.batch_size // processes)
+    return max(size for size in range(1, min(config.training.microbatch_size, share) + 1) if share % size == 0)
+
+
+def _language_model(config: Any, view: View, rows: int, columns: int, machine: Machine) -> Memory:
+    """Next-token training with logits of every position."""
+    compute = dtype_bytes(config.precision, machine)
+    passing = Memory(
+        activations=activations(view.shape, rows * columns, compute, checkpointing=config.training.gradient_checkpointing),
+        logits=whole_logits(view.shape, rows * columns),
+    )
+    return _trained_model(config, view, machine) + passing
+
+
+def _pretraining(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
+    return _language_model(config, models["model"], _rows(config, processes), config.block_size, machine)
+
+
+def _sft(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
+    longest = config.max_length or models["model"].shape.positions
+    columns = longest if config.packing else min(longest, lengths.demonstration)
+    return _language_model(config, models["model"], _rows(config, processes), columns, machine)
+
+
+def _dpo(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
+    """Both completions of a pair in one pass, and a frozen reference beside a model that trains whole."""
+    view, rows = models["model"], 2 * _rows(config, processes)
+    columns = min(config.max_length or view.shape.positions, lengths.comparison)
+    made = _language_model(config, view, rows, columns, machine)
+    return made if lora_rank(config) else made + view.frozen(dtype_bytes(config.precision, machine))
+
+
+def _reward_model(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
+    view, compute = models["model"], dtype_bytes(config.precision, machine)
+    columns = min(config.max_length or view.shape.positions, lengths.comparison)
+    tokens = _rows(config, processes) * lengths.completions * columns
+    passing = Memory(activations=activations(view.shape, tokens, compute, checkpointing=config.training.gradient_checkpointing))
+    return _trained_model(config, view, machine, output=False) + passing
+
+
+def _sentiment(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
+    view, compute = models["model"], dtype_bytes(config.precision, machine)
+    columns = min(config.max_length, lengths.text)
+    tokens = _rows(config, processes) * columns
+    passing = Memory(activations=activations(view.shape, tokens, compute, checkpointing=config.training.gradient_checkpointing))
+    step = _trained_model(config, view, machine, output=False) + passing
+    if config.masked is None:
+        return step
+    masked = config.model_copy(update={"training": config.masked.training, "lora": None})
+    tokens = _rows(masked, processes) * columns
+    guessing = Memory(activations=activations(view.shape, tokens, compute), logits=whole_logits(view.shape, tokens))
+    first = _trained_model(masked, view, machine) + guessing
+    return max(step, first, key=lambda memory: memory.total)
+
+
+# PPO
+
+
+def _ppo(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
+    policy, compute = models["policy"], dtype_bytes(config.precision, machine)
+    shape, new = policy.shape, config.generation.max_new_tokens
+    prompt = min(config.max_prompt_tokens or shape.positions - new, lengths.prompt)
+    value = _value_view(config, models)
+    held = _ppo_adapted(config, models, value, compute) if config.lora is not None else _ppo_whole(config, models, value, compute)
+
+    share = max(1, config.rollout_batch_size // processes)
+    decoding = min(config.generation.batch_size, share)
+    rows = min(config.microbatch_size, config.minibatch_size)
+    sampling = Memory(
+        kv_cache=kv_cache(shape, decoding, prompt, new, compute),
+        activations=inference(shape, decoding * prompt, compute),  # reading the prompts
+        logits=3 * FP32 * decoding * shape.vocabulary,
+    )
+    whole_output = config.lora is None
+    checkpointing = config.training.gradient_checkpointing
+    bigger = shape if value is None or value.shape.hidden * value.shape.layers <= shape.hidden * shape.layers else value.shape
+    updating = Memory(
+        activations=activations(bigger, rows * (prompt + new), compute, checkpointing=checkpointing),
+        logits=chunked_logits(shape, rows * new, machine, trains_output=whole_output),
+    )
+    judges = [view for place, view in models.items() if place.startswith(("reward", "monitors"))]
+    scoring = [
+        Memory(activations=inference(view.shape, min(EVALUATION_ROWS, share) * (prompt + new), compute)) for view in judges
+    ]  # fmt: skip
+    phases = [sampling, updating, *scoring]
+    if config.pretraining_mix is not None:
+        tokens = rows * config.pretraining_mix.block_size
+        phases.append(
+            Memory(
+                activations=activations(shape, tokens, compute, checkpointing=checkpointing),
+                logits=chunked_logits(shape, tokens, machine, trains_output=whole_output),
+            )
+        )
+    return held + largest(*phases)
+
+
+def _value_view(config: Any, models: Mapping[str, View]) -> View | None:
+    """What the value network starts as; None for a head on the policy's own hidden states."""
+    if config.value == "shared":
+        return None
+    if "value" in models:
+        return models["value"]
+    if config.value is None:
+        for place, view in models.items():
+            if place.startswith("reward") and view.shape.vocabulary == models["policy"].shape.vocabulary and not view.shape.encoder:
+                return view
+    return models["policy"]
+
+
+def _ppo_whole(config: Any, models: Mapping[str, View], value: View | None, compute: int) -> Memory:
+    """Full fine-tuning: every role has weights of its own."""
+    policy, optimizer = models["policy"], config.training.optimizer
+    held = Memory(weights=FP32 * policy.shape.weights) + trained(policy.shape.weights, optimizer)
+    if value is not None:
+        weights = value.shape.linear_weights + value.shape.other_weights
+        held += Memory(weights=FP32 * weights) + trained(weights, optimizer)
+    if config.ema_decay is not None:
+        held += Memory(weights=FP32 * policy.shape.weights)
+    waiting = [models.get("reference", policy).frozen(compute), *_judges(models, compute)]
+    return held if config.offload else _summed(held, waiting)
+
+
+def _ppo_adapted(config: Any, models: Mapping[str, View], value: View | None, compute: int) -> Memory:
+    """LoRA: roles on one base share it; each has adapters of its own."""
+    policy, rank, optimizer = models["policy"], lora_rank(config), config.training.optimizer
+    adapter = policy.shape.lora_weights(rank)
+    held = policy.frozen(compute) + replace(trained(adapter, optimizer), adapters=FP32 * (adapter + policy.adapters))
+
+    def shares(view: View) -> bool:
+        return (view.base, view.quantization, view.double) == (policy.base, policy.quantization, policy.double)
+
+    if value is not None:
+        adapter = value.shape.lora_weights(rank)
+        held += replace(trained(adapter, optimizer), adapters=FP32 * adapter)
+        if not shares(value):
+            held += value.frozen(compute, output=False)
+    if config.ema_decay is not None:
+        held += Memory(adapters=FP32 * policy.shape.lora_weights(rank))
+    others = [view for place, view in models.items() if place == "reference" or place.startswith(("reward", "monitors"))]
+    waiting = [Memory(adapters=FP32 * view.adapters) if shares(view) else view.frozen(compute, output=False) for view in others]
+    return _summed(held, [part for part in waiting if not config.offload or part.weights == 0])
+
+
+def _judges(models: Mapping[str, View], compute: int) -> list[Memory]:
+    return [view.frozen(compute, output=False) for place, view in models.items() if place.startswith(("reward", "monitors"))]
+
+
+def _summed(first: Memory, more: list[Memory]) -> Memory:
+    for part in more:
+        first += part
+    return first
+
+
+# Evaluation
+
+
+def _evaluation(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
+    """One candidate, then one judge at a time."""
+    compute, new = dtype_bytes(config.precision, machine), config.generation.max_new_tokens
+    found = []
+    for place, view in models.items():
+        if place.startswith("judges") or view.shape.encoder:
+            tokens = EVALUATION_ROWS * (lengths.prompt + new)
+            found.append(view.frozen(compute, output=False) + Memory(activations=inference(view.shape, tokens, compute)))
+            continue
+        rows = config.generation.batch_size
+        found.append(
+            view.frozen(compute)
+            + Memory(
+                kv_cache=kv_cache(view.shape, rows, lengths.prompt, new, compute),
+                activations=inference(view.shape, rows * lengths.prompt, compute),
+                logits=3 * FP32 * rows * view.shape.vocabulary,
+            )
+        )
+    return max(found, key=lambda memory: memory.total, default=Memory())

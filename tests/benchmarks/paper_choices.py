@@ -1,0 +1,104 @@
+"""Where the papers and common practice disagree: each choice against the default, on the quickstart's PPO, by the gold judge.
+
+    python tests/benchmarks/paper_choices.py [--home outputs] [--seeds 3] [--only NAME ...]
+
+Presets follow the papers; defaults follow what is measured here. Every variant runs with the same seeds, so prompts and random streams are
+the same, and what is shown is the difference to the default seed by seed (mean and 95 % t-interval). Kept in tests/benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from learning_curves import RESULTS, quickstart_ppo, run_steps  # noqa: E402
+
+T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # of Student's t
+MEASURES = ("monitors/gold", "rewards/score_mean", "policy/kl", "responses/length_mean")
+
+
+def variants() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name -> (what it is, the fields that differ from the quickstart's)."""
+    training = quickstart_ppo()["training"]
+    generation = quickstart_ppo()["generation"]
+    return {
+        "default": ("as the quickstart", {}),
+        "tf-adam": ("TensorFlow's Adam (Z)", {"training": {**training, "adam_style": "tensorflow"}}),
+        "no-clipping": ("gradients not clipped (Z, S, I, H)", {"training": {**training, "max_grad_norm": None}}),
+        "warmup": ("constant after ten iterations of warmup (I)",
+                   {"training": {**training, "schedule": "constant", "warmup_iterations": 10}}),
+        "value-warmup": ("the value network alone for five iterations", {"value_warmup_iterations": 5}),
+        "one-epoch": ("one epoch of eight minibatches (I) instead of four of two", {"ppo_epochs": 1, "minibatch_size": 8}),
+        "whiten-rewards": ("rewards whitened (Z style)", {"whiten_rewards": True}),
+        "by-minibatch": ("whitening and GAE by minibatch (Z)", {"whitening_scope": "minibatch"}),
+        "score-behind": ("score one state behind the end (H)", {"score_placement": "after"}),
+        "average": ("average of weights, 0.992 (I)", {"ema_decay": 0.992}),
+        "value-policy": ("value network from the policy, head 0", {"value": "policy"}),
+        "value-shared": ("value head on the policy (Z)", {"value": "shared"}),
+        "adaptive-kl": ("adaptive KL, target 6 nats (Z)", {"kl_target": 6.0}),
+        "temperature-0.7": ("sampling at temperature 0.7 (Z, H)", {"generation": {**generation, "temperature": 0.7}}),
+    }  # fmt: skip
+
+
+def last_tenth(metrics: list[dict[str, float]], name: str) -> float:
+    return statistics.fmean(line[name] for line in metrics[-max(1, len(metrics) // 10) :])
+
+
+def table(chosen: dict[str, tuple[str, dict[str, Any]]], found: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
+    """One row per variant: its means, and the differences to the default with half their 95 % intervals."""
+    rows = []
+    for name, (what, _) in chosen.items():
+        row: dict[str, Any] = {"variant": name, "what": what, "seeds": len(found[name])}
+        for measure in MEASURES:
+            differences = [run[measure] - base[measure] for run, base in zip(found[name], found["default"], strict=True)]
+            error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+            row[measure] = {
+                "mean": round(statistics.fmean(run[measure] for run in found[name]), 4),
+                "difference": round(statistics.fmean(differences), 4), "half": round(T975.get(len(differences) - 1, 1.96) * error, 4),
+            }  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    print(f"\nafter {rows[0]['seeds']} seed(s)")
+    for row in rows:
+        gold, proxy = row["monitors/gold"], row["rewards/score_mean"]
+        print(
+            f"{row['variant']:16s} gold {gold['mean']:.3f} ({gold['difference']:+.3f} +- {gold['half']:.3f})  proxy {proxy['mean']:6.3f} "
+            f"({proxy['difference']:+.3f} +- {proxy['half']:.3f})  KL {row['policy/kl']['mean']:5.2f}  length "
+            f"{row['responses/length_mean']['mean']:5.1f}  {row['what']}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--home", type=Path, default=Path("outputs"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="Variants to run; default is always among them.")
+    parser.add_argument("--episodes", type=int, help="Episodes per run (default: the quickstart's).")
+    options = parser.parse_args()
+    chosen = {name: kind for name, kind in variants().items() if not options.only or name in (*options.only, "default")}
+    extra = {"total_episodes": options.episodes} if options.episodes else {}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
+    for seed in range(1, options.seeds + 1):
+        for name, (_, fields) in chosen.items():
+            step = f"{name}-{seed}"
+            metrics = run_steps("paper-choices", {step: {**fields, **extra, "seed": seed}}, options.home.absolute())[step]
+            found[name].append({measure: last_tenth(metrics, measure) for measure in MEASURES})
+        rows = table(chosen, found)
+        show(rows)
+        if not options.only:
+            RESULTS.mkdir(exist_ok=True)
+            (RESULTS / "paper_choices.json").write_text(json.dumps({"episodes": options.episodes, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Offloaded models are awake while they compute and change nothing; 8-bit and paged optimizers follow AdamW."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from stages.ppo.config import PPOOptimizer
+from stages.ppo.loop import run
+from stages.ppo.offload import Offload
+from stages.ppo.optimizers import make_optimizer
+from stages.ppo.roles import load_roles
+
+
+class Traveller(torch.nn.Module):
+    """Notes where it is sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def to(self, place: Any) -> Traveller:  # type: ignore[override]
+        self.seen.append(str(place))
+        return self
+
+
+def test_only_what_is_named_and_looked_after_moves() -> None:
+    one, other, stranger = Traveller(), Traveller(), Traveller()
+    offload = Offload([one, other], torch.device("meta"), enabled=True)
+    assert one.seen == other.seen == ["cpu"]
+    with pytest.raises(ZeroDivisionError), offload.awake(one, None, stranger):
+        assert one.seen == ["cpu", "meta"] and other.seen == ["cpu"] and stranger.seen == []
+        raise ZeroDivisionError
+    assert one.seen == ["cpu", "meta", "cpu"]  # back to sleep whatever happened
+    off = Offload([Traveller()], torch.device("meta"), enabled=False)
+    with off.awake(*off.modules):
+        assert off.modules[0].seen == []
+
+
+def prompts(folder: Path) -> str:
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"film {number}"}) + "\n" for number in range(12)))
+    return str(path)
+
+
+def weights(result: Any) -> dict[str, torch.Tensor]:
+    return load_file(next(result.model.path.glob("*.safetensors")))
+
+
+def test_offloading_changes_nothing_but_the_place(
+    ppo_config, step_context, resolve_folder, tiny_llama_folder, tmp_path, monkeypatch
+) -> None:
+    models = {"policy": resolve_folder(tiny_llama_folder)}
+    awake: list[int] = []
+    original = Offload.awake
+
+    def counted(self: Offload, *modules: Any) -> Any:
+        awake.append(len([module for module in modules if any(module is own for own in self.modules)]))
+        return original(self, *modules)
+
+    monkeypatch.setattr(Offload, "awake", counted)
+    found = [
+        weights(run(ppo_config(data=prompts(tmp_path), offload=offload), step_context(f"test/{offload}", 3, models)))
+        for offload in (False, True)
+    ]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert max(awake) == 2  # reference and value network while the rollout is measured
+
+
+@pytest.mark.parametrize("checkpointing", [True])
+def test_gradient_checkpointing_gives_the_same_gradients(ppo_config, ppo_context, make_rollout, checkpointing) -> None:
+    from stages.ppo.rollout import targets
+    from stages.ppo.update import Updater
+
+    found = []
+    for on in (False, checkpointing):
+        config = ppo_config(training={"learning_rate": 1e-3, "gradient_checkpointing": on})
+        roles = load_roles(config, ppo_context)
+        rollout = make_rollout(roles, config)
+        Updater(roles, {}, config).accumulate(rollout, targets(rollout, config, kl_coef=0.1))
+        found.append({f"{name}.{key}": p.grad for name, network in roles.networks().items() for key, p in network.named_parameters()})
+        if on:
+            assert roles.policy.decoder.is_gradient_checkpointing
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name])
+
+
+@pytest.mark.parametrize(("optimizer", "tolerance"), [("paged_adamw", 1e-6), ("adamw_8bit", 0.05), ("paged_adamw_8bit", 0.05)])
+def test_bitsandbytes_optimizers_follow_adamw(optimizer: str, tolerance: float) -> None:
+    """A hundred steps of a noisy quadratic; 8-bit moments are off by a few per cent of the way gone, paged ones not at all."""
+    ends = []
+    for kind in ("adamw", optimizer):
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 8192))
+        made = make_optimizer([weight], PPOOptimizer(learning_rate=1e-2, optimizer=kind, adam_epsilon=1e-8))
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(100):
+            weight.grad = weight.detach() - 0.5 + 0.1 * torch.randn(8192, generator=generator)
+            made.step()
+        ends.append(weight.detach())
+        state = next(iter(made.state.values()))
+        if "8bit" in kind:
+            assert state["state1"].dtype == torch.uint8
+    way = (ends[0] - torch.linspace(-1, 1, 8192)).abs().mean()
+    assert (ends[0] - ends[1]).abs().mean() < tolerance * way
+
+
+def test_contradictions(ppo_config) -> None:
+    with pytest.raises(ValidationError, match="adam_style=tensorflow goes with optimizer: adamw"):
+        ppo_config(training={"adam_style": "tensorflow", "optimizer": "adamw_8bit"})

@@ -1,0 +1,207 @@
+"""Policy, reference, value network and reward model as adapters on one backbone compute what four models of their own compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.config import LoraSettings, ModelInput
+from stages.corpora.templates import encode_prompt
+from stages.models.adapters import activate
+from stages.models.heads import RewardModel
+from stages.models.loading import load_language_model, save_model
+from stages.models.responses import Policy, sequence_batch, sequence_values
+from stages.models.shared import SharedBackbone
+from stages.ppo.loop import run
+from stages.ppo.roles import load_roles
+from stages.ppo.rollout import collect, targets
+from stages.ppo.update import Updater
+from stages.rewards.source import CombinedReward, build_reward
+from stages.runtime import ResolvedModel
+from tests.ppo.conftest import PROMPTS
+
+QUANTIZATIONS = ["none", "nf4", "int8"]
+
+
+def disturb(model: Any, seed: int) -> None:
+    """Make the trainable adapter do something."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name and parameter.requires_grad:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def resolved(record: Any, quantization: str) -> ResolvedModel:
+    return ResolvedModel(
+        record.ref, "registry", str(record.path), record.digest, ModelInput(ref=record.ref, quantization=quantization), record
+    )
+
+
+@pytest.fixture
+def family(tiny_llama_folder: Path, tiny_tokenizer: Any, step_context: Any, resolve_folder: Any) -> Any:
+    """family(quantization) -> step context of a PPO step: an SFT adapter on the base, a reward model's adapter on that."""
+
+    def make(quantization: str) -> Any:
+        base = resolve_folder(tiny_llama_folder, quantization=quantization)
+        language_model = load_language_model(base, dtype=torch.float32, lora=LoraSettings(r=2))
+        disturb(language_model, 1)
+        made = step_context("test/sft", models={"model": base}).publish(
+            lambda folder: save_model(language_model, tiny_tokenizer, folder), role="language_model", metrics={}, base=base
+        )
+        sft = resolved(made, quantization)
+        reward_model = RewardModel.from_language_model(sft, dtype=torch.float32, lora=LoraSettings(r=2), seed=4)
+        disturb(reward_model, 2)
+        reward_model.center(0.7)
+        made = step_context("test/preference", models={"model": sft}).publish(
+            lambda folder: reward_model.save(folder, tiny_tokenizer), role="reward_model", metrics={}, base=sft
+        )
+        return step_context("test/aligned", models={"policy": sft, "reward[0].model": resolved(made, quantization)})
+
+    return make
+
+
+@pytest.fixture
+def lora_config(ppo_config: Any) -> Any:
+    def make(quantization: str = "none", **fields: Any) -> Any:
+        inputs = {"policy": {"ref": "sft", "quantization": quantization}, "value": None}
+        reward = [{"model": {"ref": "preference", "quantization": quantization}, "name": "preference"}]
+        return ppo_config(**{"reward": reward, **inputs, "lora": {"r": 4}, **fields})
+
+    return make
+
+
+def rolled(roles: Any, config: Any, context: Any) -> Any:
+    reward = build_reward(
+        config.reward, context.models, "reward", device=torch.device("cpu"), dtype=torch.float32,
+        load=lambda model: roles.load_reward_model(model, dtype=torch.float32),
+    )  # fmt: skip
+    prompts = (PROMPTS * 2)[: config.rollout_batch_size]
+    ids = [encode_prompt(roles.tokenizer, prompt) for prompt in prompts]
+    return collect(roles, reward, CombinedReward([]), prompts, ids, list(range(len(ids))), config)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_scores_values_and_logprobs_equal_those_of_separate_models(family, lora_config, quantization) -> None:
+    config, context = lora_config(quantization), family(quantization)
+    roles = load_roles(config, context)
+    assert roles.backbone is not None and roles.value.backbone is roles.policy.decoder
+    weights = sum(parameter.numel() for name, parameter in roles.policy.model.named_parameters() if "lora_" not in name)
+    alone = load_language_model(context.models["policy"].record.manifest["base"]["path"], dtype=torch.float32)
+    if quantization == "none":
+        assert weights == sum(parameter.numel() for parameter in alone.parameters())  # once, for four roles
+
+    rollout = rolled(roles, config, context)
+    batch = sequence_batch(rollout.prompt_ids, [rollout.response(row) for row in range(12)], 1, "cpu")
+    mask = rollout.response_mask
+    policy, preference = context.models["policy"], context.models["reward[0].model"]
+    separate = Policy(load_language_model(policy, dtype=torch.float32, trainable=False), temperature=1.0, autocast=None)
+    expected = separate.logprobs(batch)
+    # int8 rounds activations, so that a sum in another order may fall to another step: 1/127 of logits around 1
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if quantization != "int8" else {"rtol": 0, "atol": 2e-2}
+    torch.testing.assert_close(rollout.rollout_logprobs[mask], expected, **tolerance)
+    torch.testing.assert_close(rollout.reference_logprobs[mask], expected, **tolerance)
+    reward_model = RewardModel.from_pretrained(preference, dtype=torch.float32)
+    with torch.no_grad():
+        values = reward_model.score_positions(batch.input_ids, batch.rows, batch.columns)
+    torch.testing.assert_close(rollout.values[mask], values, **tolerance)
+    own = build_reward(config.reward, context.models, "reward", device=torch.device("cpu"), dtype=torch.float32)
+    torch.testing.assert_close(rollout.scores, own.score(rollout.prompts, rollout.completions).total, **tolerance)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_update_equals_that_of_separate_models(family, lora_config, monkeypatch, quantization) -> None:
+    config, context = lora_config(quantization), family(quantization)
+    updated = []
+    for shared in (True, False):
+        with monkeypatch.context() as patch:
+            if not shared:
+                patch.setattr(SharedBackbone, "holds", lambda self, model: False)
+            roles = load_roles(config, context)
+            for name, network in roles.networks().items():  # equal adapters on both sides, and none an identity
+                disturb(network, len(name))
+                with torch.no_grad():
+                    for key, parameter in network.named_parameters():
+                        if "lora_A" in key and parameter.requires_grad:
+                            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter) * 0.3)
+            rollout = rolled(roles, config, context)
+            assert (roles.value.backbone is roles.policy.decoder) == shared
+            updater = Updater(roles, {}, config)
+            updater.accumulate(rollout, targets(rollout, config, kl_coef=0.1))
+            found = {}
+            for name, network in roles.networks().items():
+                for key, parameter in network.named_parameters():
+                    if parameter.requires_grad:
+                        place = (
+                            key.replace("/", ".")
+                            .replace("value", "default")
+                            .replace("base_model.model.model.", "")
+                            .replace("backbone.", "")
+                        )
+                        found[name, place.replace("base_model.model.", "")] = parameter.grad
+            updated.append((rollout, found))
+    (one, first), (two, second) = updated
+    assert one.completions == two.completions
+    assert first.keys() == second.keys() and len(first) > 50
+    for key, gradient in first.items():
+        torch.testing.assert_close(gradient, second[key], rtol=1e-3, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_roles_do_not_disturb_each_other(family, lora_config) -> None:
+    config, context = lora_config(), family("none")
+    roles = load_roles(config, context)
+    batch = sequence_batch([[5, 6, 7]], [[8, 9, 10]], 1, "cpu")
+    before = {"policy": roles.policy.logprobs(batch), "reference": roles.reference_logprobs(batch), "value": roles.values(batch).detach()}
+    optimizer = torch.optim.SGD(roles.networks()["policy"].parameters(), lr=1.0)
+    roles.policy.loss(batch, lambda logprobs, entropies, rows: -logprobs).summed.backward()
+    assert all(parameter.grad is None for parameter in roles.networks()["value"].parameters())
+    optimizer.step()
+    assert not torch.allclose(roles.policy.logprobs(batch), before["policy"])
+    assert torch.equal(roles.reference_logprobs(batch), before["reference"])
+    assert torch.equal(roles.values(batch).detach(), before["value"])
+    names = {name for name, parameter in roles.policy.model.named_parameters() if parameter.requires_grad}
+    assert names and all(".default." in name or ".value." in name for name in names)  # the frozen adapters stay frozen
+
+
+def test_switching_off_every_adapter_leaves_the_base(tiny_llama_folder: Path) -> None:
+    model = load_language_model(str(tiny_llama_folder), dtype=torch.float32, lora=LoraSettings(r=2))
+    disturb(model, 0)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    adapted = model(input_ids=ids).logits
+    activate(model, [])
+    torch.testing.assert_close(
+        model(input_ids=ids).logits, load_language_model(str(tiny_llama_folder), dtype=torch.float32)(input_ids=ids).logits
+    )
+    activate(model, ["default"])
+    assert torch.equal(model(input_ids=ids).logits, adapted)
+    assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_stage_publishes_adapters_that_compute_the_same_again(family, lora_config, tmp_path, quantization) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(f'{{"prompt": "{prompt}"}}\n' for prompt in PROMPTS))
+    context = family(quantization)
+    settings = {"data": str(data), "publish_value": True, "training": {"learning_rate": 1e-2}}
+    result = run(lora_config(quantization, **settings), context)
+    record = result.model
+    assert record.is_adapter and record.manifest["base"]["ref"] == "test/sft@1"
+    value_record = context.registry.get("test/aligned-value")
+    assert value_record.is_adapter and value_record.manifest["base"]["ref"] == "test/preference@1"
+    stacked = load_language_model(resolved(record, quantization), dtype=torch.float32, trainable=False)
+    merged = load_language_model(resolved(record, "none"), dtype=torch.float32, trainable=False)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(stacked(input_ids=ids).logits, merged(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    before = load_language_model(context.models["policy"], dtype=torch.float32, trainable=False)
+    assert not torch.allclose(stacked(input_ids=ids).logits, before(input_ids=ids).logits, atol=1e-3)
+    from stages.models.heads import ValueModel
+
+    batch = sequence_batch([[5, 6, 7]], [[8, 9]], 1, "cpu")
+    values = [
+        sequence_values(ValueModel.from_pretrained(resolved(value_record, kind), dtype=torch.float32), batch, torch.no_grad())
+        for kind in {quantization, "none"}
+    ]
+    torch.testing.assert_close(values[0], values[-1], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,46 @@
+"""Operations of matrix products by hand; tokens per second by phase."""
+
+from __future__ import annotations
+
+import torch
+from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
+
+from stages.models.responses import sequence_batch
+from stages.ppo.speed import MatmulCounter, speed_metrics
+
+# per layer: q and o of 8 x 8, k and v of 8 x 4, three products of 8 x 16; one layer
+LLAMA = 2 * 64 + 2 * 32 + 3 * 128
+BATCH = sequence_batch([[1, 2], [3]], [[4, 5], [6, 7, 8]], 0, "cpu")  # two rows of four tokens, five of them predicted
+
+
+def llama() -> LlamaModel:
+    return LlamaModel(
+        LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    )
+
+
+def test_operations_by_hand() -> None:
+    counter, output = MatmulCounter(), torch.nn.Linear(8, 20, bias=False)
+    model = llama()
+    attention = 4 * 8 * 2  # 4 d for each of the two tokens that one looks back on at the mean
+    counter.add(model, BATCH, output=output, backward=False)
+    assert counter.take() == 8 * (2 * LLAMA + attention) + 5 * 2 * 160
+    counter.add(model, BATCH, output=output)
+    assert counter.take() == 3 * (8 * (2 * LLAMA + attention) + 5 * 2 * 160)
+    frozen = llama().requires_grad_(False)
+    counter.add(frozen, BATCH)  # no gradients of weights
+    assert counter.take() == 8 * (2 * 2 * LLAMA + 3 * attention) and counter.take() == 0
+
+
+def test_gpt2_s_layers_count_and_its_embeddings_do_not() -> None:
+    counter = MatmulCounter()
+    counter.add(GPT2Model(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=16)), BATCH, backward=False)
+    assert counter.take() == 8 * (2 * (8 * 24 + 8 * 8 + 8 * 32 + 32 * 8) + 4 * 8 * 2)
+
+
+def test_phases() -> None:
+    seconds = {"generation": 2.0, "scoring": 1.0, "measuring": 1.0, "update": 4.0}
+    found = speed_metrics(seconds, episodes=16, response_tokens=100, trained_tokens=400, operations=6e9, peak=3e9)
+    assert found["time/episodes_per_second"] == 2.0 and found["time/generation_s"] == 2.0
+    assert found["time/generation_tokens_per_second"] == 50.0 and found["time/scoring_tokens_per_second"] == 100.0
+    assert found["time/update_tokens_per_second"] == 100.0 and found["time/update_matmul_share"] == 0.5
