@@ -9,9 +9,10 @@ from typing import Any
 from stages.errors import RecipeError
 from stages.sweep.grid import shown_value
 from stages.sweep.metrics import Estimate
-from stages.sweep.run import SweepResult
+from stages.sweep.run import SweepResult, shortened
 
-WIDE = 20  # an axis whose largest value is this many times its smallest is drawn with a logarithmic scale
+MOST_TICKS = 6  # places along the x axis that are named one by one
+WIDE = 10  # an axis whose largest value is this many times its smallest is drawn with a logarithmic scale
 
 
 def write_plot(result: SweepResult, path: Path, x: str | None = None) -> None:
@@ -30,12 +31,16 @@ def write_plot(result: SweepResult, path: Path, x: str | None = None) -> None:
     figure, panels = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False, layout="constrained")
     for panel in panels.flat[len(metrics) :]:
         panel.set_axis_off()
-    for name, panel in zip(metrics, panels.flat, strict=False):
+    common, short = shortened(metrics)
+    if common:
+        figure.suptitle(common)
+    for name, title, panel in zip(metrics, short, panels.flat, strict=False):
         for label, points in lines.items():
             drawn = [(where, estimates[name]) for where, estimates in points if name in estimates]
             _draw(panel, drawn, label)
-        _scale(panel, [where for points in lines.values() for where, _ in points])
-        panel.set(title=name, xlabel=x or _default_axis(result))
+        if x is None or x in [axis.label for axis in result.grid.axes]:
+            _scale(panel, [where for points in lines.values() for where, _ in points])
+        panel.set(title=title, xlabel=x or _default_axis(result))
         panel.title.set_size("medium")
         if len(lines) > 1:
             panel.legend(fontsize="small")
@@ -71,17 +76,27 @@ def _draw(panel: Any, points: list[tuple[Any, Estimate]], label: str) -> None:
     # Without a second run there is no interval: a bar of length zero is not drawn.
     below = [0.0 if math.isnan(item.low) else item.mean - item.low for _, item in points]
     above = [0.0 if math.isnan(item.high) else item.high - item.mean for _, item in points]
-    panel.errorbar(where, means, yerr=[below, above], marker="o", capsize=3, label=label)
+    is_line = all(isinstance(place, int | float) for place in where)  # between two names there is nothing
+    panel.errorbar(where, means, yerr=[below, above], marker="o", linestyle="-" if is_line else "", capsize=3, label=label)
     panel.grid(alpha=0.3)
 
 
 def _scale(panel: Any, places: list[Any]) -> None:
+    """A logarithmic scale for places far apart, and ticks at the places themselves where they are few."""
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
     if not places or not all(isinstance(place, int | float) for place in places):
         return
     positive = [place for place in places if place > 0]
-    if not positive or min(places) < 0 or max(positive) < WIDE * min(positive):
-        return
-    if len(positive) == len(places):
+    is_wide = bool(positive) and min(places) >= 0 and max(positive) >= WIDE * min(positive)
+    if is_wide and len(positive) == len(places):
         panel.set_xscale("log")
-    else:
+    elif is_wide:
         panel.set_xscale("symlog", linthresh=min(positive))
+    distinct = sorted(set(places))
+    if len(distinct) <= MOST_TICKS:
+        panel.xaxis.set_major_locator(FixedLocator(distinct))
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.set_xticklabels([shown_value(place) for place in distinct])
+    elif not is_wide:
+        panel.xaxis.set_major_locator(MaxNLocator(5))

@@ -208,12 +208,24 @@ def _write_table(result: SweepResult) -> None:
 
 
 def result_table(result: SweepResult) -> Table:
-    """The sweep for a terminal: a row per combination."""
+    """The sweep for a terminal: a row per combination. What all paths have in common stands in the title."""
     metrics = result.metrics
+    common, short = shortened(metrics)
     labels = [axis.label for axis in result.grid.axes]
     seeds = f", mean and 95 % interval over {result.grid.num_replicates} seeds" if result.grid.num_replicates > 1 else ""
-    table = Table(*labels, *metrics, "failed", title=f"{len(result.runs)} runs{seeds}", title_justify="left")
+    table = Table(title=f"{len(result.runs)} runs{seeds}{f'; {common}' if common else ''}", title_justify="left")
+    for heading in [*labels, *short, "failed"]:
+        table.add_column(heading, overflow="fold")
     for values, estimates, failed in result.combinations():
         shown = [str(estimates[name]) if name in estimates else "-" for name in metrics]
         table.add_row(*(shown_value(values[label]) for label in labels), *shown, str(failed or ""))
     return table
+
+
+def shortened(paths: Sequence[str]) -> tuple[str, list[str]]:
+    """(the parts that all paths begin with, the paths without them)."""
+    parts = [path.split(".") for path in paths]
+    number = 0
+    while len(parts) > 1 and all(len(path) > number + 1 and path[number] == parts[0][number] for path in parts):
+        number += 1
+    return ".".join(parts[0][:number]) if number else "", [".".join(path[number:]) for path in parts]

@@ -262,6 +262,15 @@ def test_the_steps_behind_the_one_of_interest_are_left_out() -> None:
     assert "--until 'stf': the recipe has no such step; did you mean 'sft'?" in sweep("base.rate=[1.0]", "--until", "stf").stderr
 
 
+def test_headings_leave_out_what_all_paths_begin_with() -> None:
+    from stages.sweep.run import shortened
+
+    assert shortened(["candidates.ppo.scores.gold", "candidates.ppo.kl"]) == ("candidates.ppo", ["scores.gold", "kl"])
+    assert shortened(["steps.sft.metrics.loss"]) == ("", ["steps.sft.metrics.loss"])
+    assert shortened(["a.b", "a.b.c"]) == ("a", ["b", "b.c"])
+    assert shortened([]) == ("", [])
+
+
 def test_lines_of_a_plot() -> None:
     from stages.sweep.metrics import estimate
     from stages.sweep.plot import sweep_lines

@@ -106,7 +106,7 @@ def _library(random: Random, split: str) -> Row:
         "inquiries": lambda: write_inquiry_list(random, split),
         "answered": lambda: write_answered_inquiries(random, split),
     }
-    kind = random.choices(list(writers), weights=(0.24, 0.24, 0.24, 0.08, 0.06, 0.14))[0]
+    kind = random.choices(list(writers), weights=(0.23, 0.22, 0.19, 0.14, 0.06, 0.16))[0]
     return {"text": writers[kind]()}
 
 
