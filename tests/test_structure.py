@@ -34,7 +34,7 @@ ARROWS = {
     "training": {"batching", "checkpoints", "models", "runtime"},
     "report": {"corpora", "evaluation", "numerics", "runtime"},
     "pretraining": {"corpora", "models", "runtime", "training"},
-    "selection": {"checkpoints", "corpora", "generation", "models", "rewards", "runtime"},
+    "selection": {"checkpoints", "corpora", "generation", "models", "rewards", "runtime", "storage"},
     "sft": {"corpora", "generation", "models", "runtime", "selection", "training"},
     "preferences": {"numerics"},
     "collection": {"corpora", "generation", "models", "rewards", "runtime"},
