@@ -15,7 +15,14 @@ from stages import launching, runtime
 from stages.errors import LaunchError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PRINTER = "from stages.runtime import Runtime; r = Runtime(); print('joined', r.num_processes, r.process_index, flush=True); r.leave()"
+PRINTER = """\
+import os
+from stages.runtime import Runtime
+
+r = Runtime()
+os.write(1, f"joined {r.num_processes} {r.process_index}\\n".encode())  # one write: the processes share the pipe
+r.leave()
+"""
 
 CONFIG = """\
 compute_environment: LOCAL_MACHINE
