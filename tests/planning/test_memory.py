@@ -1,0 +1,101 @@
+"""Bytes worked out by hand, and against what torch, transformers and bitsandbytes hold."""
+
+from __future__ import annotations
+
+import pytest
+
+from stages.planning.memory import (
+    Machine,
+    Memory,
+    activations,
+    chunked_logits,
+    dtype_bytes,
+    frozen_weights,
+    kv_cache,
+    moments,
+    phases,
+    trained,
+    whole_logits,
+)
+from stages.planning.shapes import Shape, shape_of
+
+CPU = Machine("cpu", 8 << 30, 4, "a CPU")
+
+
+def llama(**fields: int) -> Shape:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 160}
+    found = shape_of({"model_type": "llama", "vocab_size": 100, "tie_word_embeddings": False, **sizes, **fields})
+    assert found is not None
+    return found
+
+
+def test_weights_by_hand() -> None:
+    shape = llama()
+    # A layer: q and o 64 x 64, k and v 64 x 32, gate, up and down 64 x 160.
+    assert shape.linear_weights == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160) == 86016
+    assert shape.other_weights == 100 * 64 + 5 * 64  # embedding, two norms a layer and one at the end
+    assert frozen_weights(shape, "none", double=True, compute=2) == 2 * (86016 + 6720 + 6400)
+    assert frozen_weights(shape, "int8", double=True, compute=2) == 86016 + 2 * (6720 + 6400)
+    assert frozen_weights(shape, "nf4", double=False, compute=2, output=False) == 86016 * 0.5625 + 2 * 6720
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_four_bits_are_what_bitsandbytes_stores(double: bool) -> None:
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+
+    weight = torch.randn(256, 4096)
+    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
+    scales = state.absmax.numel() * state.absmax.element_size()
+    if double:
+        scales += state.state2.absmax.numel() * state.state2.absmax.element_size()
+    shape = llama()
+    per_weight = frozen_weights(shape, "nf4", double=double, compute=0) / shape.linear_weights
+    assert per_weight * weight.numel() == pytest.approx(packed.numel() + scales, rel=1e-6)
+
+
+def test_a_cache_is_as_large_as_transformers() -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    cache = LlamaForCausalLM(config)(input_ids=torch.ones(3, 7, dtype=torch.long)).past_key_values
+    held = sum(tensor.numel() * 4 for layer in cache.layers for tensor in (layer.keys, layer.values))
+    assert kv_cache(llama(), rows=3, prompt=5, new=2, compute=4) == held
+
+
+def test_moments_and_gradients() -> None:
+    assert trained(1000, "adamw") == Memory(gradients=4000, optimizer=8000)
+    assert moments(256, "adamw_8bit") == 2 * (256 + 4)
+    assert moments(256, "paged_adamw") == 2 * 4 * 256
+
+
+def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer() -> None:
+    shape = llama()
+    layer = 5 * 64 + 3 * 64 + 2 * 32 + 4 * 160  # as SAVED says of gated families, fp32
+    passing = 3 * 160
+    assert activations(shape, 10, 4) == 10 * 4 * (2 * layer + passing)
+    assert activations(shape, 10, 4, checkpointing=True) == 10 * 4 * (2 * 64 + layer + passing)
+    assert activations(shape, 10, 2) == 10 * (2 * (2 * layer + passing) + 2 * 2 * 64 * 4)  # two norms a layer keep fp32 inputs
+
+
+def test_logits_in_chunks_and_whole() -> None:
+    shape = llama()
+    assert whole_logits(shape, 10) == 3 * 10 * 100 * 4
+    assert chunked_logits(shape, 10, CPU, trains_output=False) == 4 * 10 * 100 * 4 + 2 * 10 * 64 * 4
+    many = chunked_logits(shape, 10**6, CPU, trains_output=True)
+    assert many == 4 * (2 << 20) + 2 * 10**6 * 64 * 4 + 100 * 64 * 4  # a chunk is never more than 2 MiB
+
+
+def test_phases_follow_each_other() -> None:
+    memory = phases((5, 1, 1), (0, 4, 6))
+    assert (memory.kv_cache, memory.activations, memory.logits, memory.passing) == (5, 4, 6, 10)
+    assert (memory + Memory(weights=1, gradients=2)).total == 13
+
+
+def test_precision_decides_the_bytes() -> None:
+    amx = Machine("cpu", 1, 2, "a CPU with AMX")
+    assert [dtype_bytes(name, CPU) for name in ("fp32", "bf16", "fp16", "auto")] == [4, 2, 2, 4]
+    assert dtype_bytes("auto", amx) == 2

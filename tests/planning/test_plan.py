@@ -1,0 +1,132 @@
+"""The plan of whole recipes: what is counted, what does not fit, and that the advice fits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from stages.cli import app
+from stages.planning.memory import Machine
+from stages.planning.plan import PROCESS, StepMemory, advice_lines, plan_memory
+from stages.recipe import load_recipe
+from stages.registry import Registry
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+GIB = 2**30
+
+
+def planned(path: Path, home: Path, gib: float, *overrides: str) -> dict[str, StepMemory]:
+    recipe = load_recipe(path, list(overrides), Registry(home / "registry"))
+    machine = Machine("cuda", int(gib * GIB), 2, "a GPU")
+    return {step.name: step for step in plan_memory(recipe, Registry(home / "registry"), machine)}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_llama_folder: Path) -> Any:
+    """write(**fields of a PPO step) -> the recipe's path."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"write {number}"}) + "\n" for number in range(8)))
+
+    def write(**fields: Any) -> Path:
+        step = {
+            "stage": "ppo", "name": "aligned", "policy": "Qwen/Qwen2.5-1.5B", "value": "policy", "data": str(tmp_path / "prompts.jsonl"),
+            "reward": [{"function": "stages.corpora.world.gold:score_batch"}], **fields,
+        }  # fmt: skip
+        (tmp_path / "recipe.yaml").write_text(json.dumps({"name": "planned", "steps": [step]}))
+        return tmp_path / "recipe.yaml"
+
+    return write
+
+
+def test_full_fine_tuning_by_hand(recipe: Any, tmp_path: Path) -> None:
+    memory = planned(recipe(precision="fp32"), tmp_path, 80)["aligned"].memory
+    assert memory is not None
+    policy, value = 1_543_714_304, 1_543_714_304  # Qwen2.5-1.5B as its card has it (embeddings tied: no output layer to leave out)
+    assert memory.weights == 4 * (policy + value + policy)  # policy, value network, reference
+    assert memory.gradients == 4 * (policy + value)
+    assert memory.optimizer == 8 * (policy + value)
+
+
+def test_adapters_share_one_backbone(recipe: Any, tmp_path: Path) -> None:
+    lora = {"r": 16}
+    shared = planned(recipe(precision="fp32", lora=lora), tmp_path, 80)["aligned"].memory
+    assert shared is not None
+    assert shared.weights == 4 * 1_543_714_304  # policy, value network and reference on it
+    quantized = planned(recipe(precision="bf16", lora=lora, policy={"ref": "Qwen/Qwen2.5-1.5B", "quantization": "nf4"}), tmp_path, 80)
+    assert quantized["aligned"].memory is not None
+    assert quantized["aligned"].memory.weights < 0.35 * shared.weights
+    assert quantized["aligned"].memory.gradients == shared.gradients == 4 * (2 * 16 * 18_464_768 // 16)
+
+
+@pytest.mark.parametrize("gib", [24, 12, 6])
+def test_the_advice_fits(recipe: Any, tmp_path: Path, gib: float) -> None:
+    path = recipe()
+    step = planned(path, tmp_path, gib)["aligned"]
+    assert step.memory is not None
+    assert step.memory.total > gib * GIB - PROCESS["cuda"]
+    assert step.advice
+    assert all(override in advice_lines([step])[0] for override in step.advice)
+    after = planned(path, tmp_path, gib, *step.advice)["aligned"]
+    assert after.memory is not None
+    assert after.memory.total <= gib * GIB - PROCESS["cuda"]
+    assert after.advice == []
+
+
+def test_what_cannot_fit_is_said(recipe: Any, tmp_path: Path) -> None:
+    step = planned(recipe(), tmp_path, 1)["aligned"]
+    assert step.advice == []
+    assert advice_lines([step]) == ["aligned: no settings known here would make it fit; take a smaller model or a larger machine"]
+
+
+def test_sizes_that_are_not_known_are_no_guess(recipe: Any, tmp_path: Path) -> None:
+    step = planned(recipe(policy="nobody/secret", value="shared"), tmp_path, 24)["aligned"]
+    assert step.memory is None
+    assert "the sizes of nobody/secret are known once it is downloaded" in step.note
+
+
+def test_lengths_come_from_the_data(recipe: Any, tmp_path: Path, tiny_llama_folder: Path) -> None:
+    """Prompts ten times as long cost cache in proportion: rows x (prompt + new) tokens."""
+    path = recipe(policy=str(tiny_llama_folder), precision="fp32", generation={"max_new_tokens": 8, "batch_size": 4}, rollout_batch_size=4,
+                  minibatch_size=4, microbatch_size=4)  # fmt: skip
+
+    def cache() -> float:
+        memory = planned(path, tmp_path, 24)["aligned"].memory
+        assert memory is not None
+        return memory.kv_cache
+
+    per_token = 2 * 2 * 16 * 4 * 4  # keys and values, layers, kv width, rows, bytes
+    from transformers import AutoTokenizer
+
+    tokens = len(AutoTokenizer.from_pretrained(tiny_llama_folder)("write 7")["input_ids"]) + 1
+    assert cache() == per_token * (tokens + 8)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": " ".join(["write 7"] * 10)}) + "\n")
+    assert cache() > per_token * (9 * tokens)
+
+
+def test_the_7b_recipe_fits_the_cards_it_names(tmp_path: Path) -> None:
+    path = REPOSITORY / "recipes" / "instructgpt-7b-qlora.yaml"
+    for step in planned(path, tmp_path, 24).values():
+        assert step.memory is not None
+        assert step.memory.total < (24 * GIB - PROCESS["cuda"]) * 0.9, step.name  # with room
+    steps = planned(path, tmp_path, 12)
+    advice = [override for step in steps.values() for override in step.advice]
+    for step in planned(path, tmp_path, 12, *advice).values():
+        assert step.memory is not None
+        assert step.memory.total < 12 * GIB - PROCESS["cuda"], step.name
+
+
+def test_the_command_prints_and_tells_programs(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    path = str(recipe())
+    result = CliRunner().invoke(app, ["plan", path, "--home", str(tmp_path), "--device-memory", "24"])
+    assert result.exit_code == 0, result.output
+    assert "Memory at the fullest moment" in result.output
+    assert "aligned would fit" in result.output
+    result = CliRunner().invoke(app, ["plan", path, "--home", str(tmp_path), "--device-memory", "24", "--json"])
+    (step,) = json.loads(result.output)["memory"]
+    parts = step["bytes"]
+    assert parts["total"] == sum(parts[name] for name in ("weights", "adapters", "gradients", "optimizer", "passing"))
+    assert step["advice"]

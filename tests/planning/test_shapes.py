@@ -1,0 +1,126 @@
+"""The sizes read off a configuration are those that transformers and peft build."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from stages.planning.shapes import KNOWN_MODELS, Shape, shape_of, shape_of_folder, shape_of_hub
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": False, "num_key_value_heads": 2, "intermediate_size": 88},
+    "llama, tied": {"tie_word_embeddings": True, "intermediate_size": 88},
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    "gpt_neox": {"tie_word_embeddings": False, "intermediate_size": 128},
+    "qwen2": {"num_key_value_heads": 2, "intermediate_size": 88},
+    "mistral": {"num_key_value_heads": 2, "intermediate_size": 88},
+}
+
+
+def built(config: Any) -> Any:
+    """The model on the meta device: shapes without memory."""
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return (AutoModel if config.model_type == "distilbert" else AutoModelForCausalLM).from_config(config)
+
+
+def weights_of(model: Any) -> int:
+    return sum(parameter.numel() for parameter in {id(parameter): parameter for parameter in model.parameters()}.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_weight_is_counted(name: str) -> None:
+    from transformers import AutoConfig
+
+    family = name.split(",")[0]
+    common = {} if family == "gpt2" else {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = AutoConfig.for_model(family, vocab_size=200, **{**common, **FAMILIES[name]})
+    shape = shape_of(config.to_dict())
+    assert shape is not None
+    assert shape.weights == weights_of(built(config))
+
+
+def known() -> list[tuple[str, dict[str, Any]]]:
+    from ruamel.yaml import YAML
+
+    return list(YAML(typ="safe").load(KNOWN_MODELS).items())
+
+
+@pytest.mark.parametrize(("name", "listed"), known(), ids=[name for name, _ in known()])
+def test_known_models_are_as_transformers_builds_them(name: str, listed: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    fields = dict(listed)
+    shape = shape_of_hub(name)
+    model = built(AutoConfig.for_model(fields.pop("model_type"), **fields))
+    assert shape is not None
+    output = shape.output_weights if not shape.encoder else 0
+    assert shape.linear_weights + shape.other_weights + output == weights_of(model)
+
+
+def test_a_model_that_is_not_known_has_no_shape() -> None:
+    assert shape_of_hub("nobody/ever-made-this") is None
+    assert shape_of({"architectures": ["Mystery"]}) is None
+
+
+def test_an_adapter_on_every_product_is_counted() -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    with torch.device("meta"):
+        model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules="all-linear"))
+    adapters = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
+    shape = shape_of(config.to_dict())
+    assert shape is not None
+    assert shape.lora_weights(4) == adapters
+
+
+def shape(**fields: Any) -> Shape:
+    return shape_of({"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 160, **fields})  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
+def test_what_a_layer_keeps_for_its_backward_pass(family: str) -> None:
+    """Counted by autograd: two layers keep more than one by this much per token (within 15 %: rotations, masks and small things)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    rows, columns = 4, 48
+
+    def kept(layers: int) -> tuple[int, Shape]:
+        sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 160}
+        if family == "gpt2":
+            sizes = {"n_embd": 64, "n_layer": layers, "n_head": 4, "n_inner": 160}
+        config = AutoConfig.for_model(family, vocab_size=50, **sizes)
+        model = AutoModelForCausalLM.from_config(config).eval()  # no dropout, as PPO has it
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        storages: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in own:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model(input_ids=torch.ones(rows, columns, dtype=torch.long), use_cache=False).logits
+        assert output.requires_grad
+        found = shape_of(config.to_dict())
+        assert found is not None
+        return sum(storages.values()), found
+
+    (one, _), (two, of_two) = kept(1), kept(2)
+    assert (two - one) / 4 / (rows * columns) == pytest.approx(of_two.saved_per_token, rel=0.15)
+
+
+def test_a_folder_without_a_config_has_no_shape(tmp_path: Any, tiny_llama_folder: Any) -> None:
+    assert shape_of_folder(tmp_path) is None
+    found = shape_of_folder(tiny_llama_folder)
+    assert found is not None
+    assert (found.hidden, found.layers, found.kv_width, found.query_width) == (32, 2, 16, 32)
