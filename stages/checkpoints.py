@@ -207,7 +207,12 @@ def save_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Te
     """
     names = {parameter: name for name, parameter in parameters.items()}
     slots = {(names[parameter], slot): value for parameter, state in optimizer.state.items() for slot, value in state.items()}
-    tensors = {f"{name}/{slot}": value for (name, slot), value in slots.items() if isinstance(value, Tensor)}
+    # All parameters of bitsandbytes' optimizers share one map of 8-bit codes; a file of tensors wants each by itself.
+    tensors = {
+        f"{name}/{slot}": value.clone() if slot.startswith("qmap") else value
+        for (name, slot), value in slots.items()
+        if isinstance(value, Tensor)
+    }
     save_tensors(tensors, path, write=write)
     if write:
         groups = [
