@@ -40,7 +40,7 @@ DETAILS = (
     _detail("G4", "Adam epsilon 1e-5 (Z, H)", "presets.py:PRESETS", "conformance/test_details.py::test_adam_of_the_presets"),
     _detail("G5", "TensorFlow's Adam: epsilon outside the bias correction", "ppo/optimizers.py:TensorFlowAdam",
             f"{NUMBERS} ppo/test_optimizers.py::test_tensorflow_adam_by_hand"),
-    _detail("G6", "Prompts that are too long are left out, not cut", "ppo/loop.py:_load_prompts",
+    _detail("G6", "Prompts that are too long are left out, not cut", "ppo/data.py:load_prompts",
             "ppo/test_details.py::test_a_prompt_of_1001_tokens_is_left_out_and_not_cut"),
     _detail("G7", "A long query loses its last lines, never its form (S, H)", "corpora/fitting.py:fit_prompt",
             "corpora/test_fitting.py::test_lines_are_cut_from_the_end_of_the_post "
@@ -194,7 +194,7 @@ DETAILS = (
     _detail("P31", "Settings of Huang et al.", "presets.py:PRESETS", "test_presets.py::test_huang"),
     _detail("P32", "Settings of Stiennon et al.", "presets.py:PRESETS", "test_presets.py::test_stiennon"),
     _detail("P33", "Settings of Ziegler et al.", "presets.py:PRESETS", "test_presets.py::test_ziegler"),
-    _detail("P34", "Metrics, padding excluded", "ppo/loop.py:iteration_metrics",
+    _detail("P34", "Metrics, padding excluded", "ppo/metrics.py:iteration_metrics",
             f"{NUMBERS} ppo/test_details.py::test_the_metrics_of_the_papers_are_there_without_padding"),
     _detail("P35", "The sign of the reward", "ppo/loop.py:run", "ppo/test_loop.py::test_the_sign_canary"),
     _detail("P36", "Reward model and policy share nothing that trains", "rewards/learned.py:RewardModelSource",

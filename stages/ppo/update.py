@@ -19,6 +19,7 @@ from stages.models.responses import Policy, SequenceBatch, sequence_batch, seque
 from stages.models.sharding import clip_gradients, is_cut, reduce_gradients
 from stages.numerics.losses import policy_clipped, policy_terms, value_terms
 from stages.ppo.config import PPOStepConfig
+from stages.ppo.data import PretrainingRows
 from stages.ppo.optimizers import WeightAverage, trainable
 from stages.ppo.roles import Roles
 from stages.ppo.rollout import Rollout, Targets, targets, whole_targets
@@ -64,7 +65,7 @@ class Updater:
         config: PPOStepConfig,
         *,
         average: WeightAverage | None = None,
-        pretraining_rows: Callable[[int], Tensor] | None = None,
+        pretraining_rows: PretrainingRows | None = None,
         process_index: int = 0,
         num_processes: int = 1,
     ) -> None:
@@ -252,7 +253,7 @@ class Updater:
         """PPO-ptx: add coef * gradient of the mean loss per pretraining token into the policy's buffers; returns that loss."""
         mix = self.config.pretraining_mix
         assert mix is not None and self.pretraining_rows is not None
-        rows = self.pretraining_rows(num_episodes * mix.examples_per_episode)
+        rows = self.pretraining_rows.draw(num_episodes * mix.examples_per_episode)
         if mix.coef == 0:
             return 0.0
         before = _gradients(self.roles.networks()["policy"]) if self.num_processes > 1 else None

@@ -11,7 +11,9 @@ import torch
 from pydantic import ValidationError
 
 from stages.models.heads import RewardModel
-from stages.ppo.loop import _load_prompts, iteration_metrics, run
+from stages.ppo.data import load_prompts
+from stages.ppo.loop import run
+from stages.ppo.metrics import iteration_metrics
 from stages.ppo.optimizers import make_optimizer, trainable
 from stages.ppo.roles import load_roles
 from stages.ppo.rollout import targets
@@ -81,7 +83,7 @@ def test_a_prompt_of_1001_tokens_is_left_out_and_not_cut(ppo_config, ppo_context
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts.values()))
     config = ppo_config(data=str(path), max_prompt_tokens=1000)
     roles = load_roles(config, ppo_context)
-    kept = _load_prompts(config, ppo_context, roles)
+    kept = load_prompts(config, ppo_context, roles)
     assert [(len(ids), prompt) for prompt, ids in kept] == [(999, texts[999]), (1000, texts[1000])]
 
 
@@ -355,7 +357,7 @@ def test_the_metrics_of_the_papers_are_there_without_padding(ppo_config, ppo_con
     rollout = make_rollout(roles, config)
     goal = targets(rollout, config, kl_coef=0.1)
     rollout.seconds["update"] = 1.0
-    metrics = iteration_metrics(rollout, make_updater(roles, config).update(rollout, kl_coef=0.1, seed=0), config, kl_coef=0.1)
+    metrics = iteration_metrics(rollout, make_updater(roles, config).update(rollout, kl_coef=0.1, seed=0), kl_coef=0.1)
     mask = rollout.response_mask
     model = load_roles(config, ppo_context).policy.model  # as it was before the update
     with torch.no_grad():

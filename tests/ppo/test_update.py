@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stages.errors import TrainingError
-from stages.ppo.loop import _pretraining_rows
+from stages.ppo.data import load_pretraining_rows
 from stages.ppo.optimizers import make_optimizer, trainable
 from stages.ppo.roles import load_roles
 from stages.ppo.rollout import targets
@@ -147,7 +147,7 @@ def test_pretraining_gradient_is_added_with_its_coefficient(ppo_config, ppo_cont
     for name, config in {"plain": plain, "mixed": mixed, "by_row": by_row, "off": off}.items():
         roles = load_roles(config, ppo_context)
         rollout = make_rollout(roles, config)
-        updater = make_updater(roles, config, pretraining_rows=_pretraining_rows(config, ppo_context, roles))
+        updater = make_updater(roles, config, pretraining_rows=load_pretraining_rows(config, ppo_context, roles))
         goal = targets(rollout, config, kl_coef=0.1)
         updater.accumulate(rollout, goal)
         if config.pretraining_mix is not None:
@@ -156,7 +156,9 @@ def test_pretraining_gradient_is_added_with_its_coefficient(ppo_config, ppo_cont
     assert all(torch.equal(found["plain"][name], found["off"][name]) for name in found["plain"])  # gamma = 0: to the bit
     for name, gradient in found["mixed"].items():
         torch.testing.assert_close(found["by_row"][name], gradient, rtol=1e-4, atol=1e-6)
-    rows = _pretraining_rows(mixed, ppo_context, roles)(12)
+    drawn = load_pretraining_rows(mixed, ppo_context, roles)
+    assert drawn is not None
+    rows = drawn.draw(12)
     model = load_roles(mixed, ppo_context).policy.model
     expected = model(input_ids=rows, labels=rows).loss  # transformers' own mean loss per token
     assert loss == 0.0 and float(expected) > 0

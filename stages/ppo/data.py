@@ -1,0 +1,81 @@
+"""What PPO reads: prompts in an endless order, and the pretraining rows that are mixed in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from stages.errors import DataError
+from stages.generation import episode_seed
+
+if TYPE_CHECKING:
+    from stages.corpora.messages import Prompt
+    from stages.ppo.config import PPOStepConfig
+    from stages.ppo.roles import Roles
+    from stages.runtime import StepContext
+
+EncodedPrompt = tuple["Prompt", list[int]]
+
+
+def load_prompts(config: PPOStepConfig, context: StepContext, roles: Roles) -> list[EncodedPrompt]:
+    """Prompts with their token ids, without those too long to be answered (cutting one would ask something else)."""
+    from stages.corpora import prompts as corpus
+    from stages.corpora.curation import Curator
+    from stages.corpora.fitting import fit_prompt
+    from stages.corpora.templates import count_tokens, encode_prompt
+
+    positions = getattr(roles.policy.model.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
+    longest = config.max_prompt_tokens or positions - config.generation.max_new_tokens
+    curator = Curator(config.curation, count_tokens(roles.tokenizer))
+    prompts = corpus.load_prompts(config.data, prompt_words=config.prompt_words, curator=curator)
+    if config.prompt_fit is not None:
+        prompts = [fit_prompt(prompt, config.prompt_fit, roles.tokenizer) for prompt in prompts]
+    encoded = [(prompt, encode_prompt(roles.tokenizer, prompt)) for prompt in prompts]
+    if curator.left_out:
+        reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(curator.left_out.items()))
+        context.runtime.console.print(f"{context.name}: curation left out {sum(curator.left_out.values())} prompts ({reasons})")
+    kept = [(prompt, ids) for prompt, ids in encoded if 0 < len(ids) <= longest]
+    if not kept:
+        raise DataError(
+            f"none of {len(encoded)} prompts has at most {longest} tokens (max_prompt_tokens, or the model's {positions} positions less "
+            f"generation.max_new_tokens={config.generation.max_new_tokens})"
+        )
+    if len(kept) < len(encoded):
+        left_out = len(encoded) - len(kept)
+        context.runtime.console.print(f"{context.name}: left out {left_out} of {len(encoded)} prompts ({longest} tokens at most)")
+    return kept
+
+
+def in_order(prompts: list[EncodedPrompt], seed: int) -> Iterator[EncodedPrompt]:
+    """The prompts, shuffled anew for each pass, without end."""
+    from stages.corpora.prompts import shuffled_forever
+
+    return shuffled_forever(prompts, seed)
+
+
+class PretrainingRows:
+    """Blocks of the pretraining mix (Ouyang et al. 2022, equation 2), drawn with replacement from the seed and ``draws`` alone."""
+
+    def __init__(self, blocks: torch.Tensor, seed: int) -> None:
+        self.blocks, self.seed = blocks, seed  # (blocks, block_size)
+        self.draws = 0  # draws made; set it to go on
+
+    def draw(self, number: int) -> torch.Tensor:
+        """The next ``number`` blocks, (number, block_size)."""
+        generator = torch.Generator().manual_seed(episode_seed(self.seed, -2, self.draws))
+        self.draws += 1
+        return self.blocks[torch.randint(len(self.blocks), (number,), generator=generator)]
+
+
+def load_pretraining_rows(config: PPOStepConfig, context: StepContext, roles: Roles) -> PretrainingRows | None:
+    """The texts of the pretraining mix, packed; None where the step has none."""
+    mix = config.pretraining_mix
+    if mix is None:
+        return None
+    from stages.corpora.files import read_rows, text_of
+    from stages.corpora.packing import encode_documents, pack_blocks
+
+    tokens = encode_documents(roles.tokenizer, [text_of(row, "text") for row in read_rows(mix.data)])
+    return PretrainingRows(pack_blocks(tokens, mix.block_size), context.seed)

@@ -1,0 +1,67 @@
+"""What an iteration is known by, and what a whole run comes to."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from stages.numerics.comparing import repeated_ngrams
+from stages.ppo.speed import speed_metrics
+
+if TYPE_CHECKING:
+    from stages.ppo.checkpoint import RunHistory
+    from stages.ppo.rollout import Rollout
+    from stages.ppo.update import UpdateResult
+
+
+def iteration_metrics(rollout: Rollout, result: UpdateResult, *, kl_coef: float, matmul_peak: float = math.inf) -> dict[str, float]:
+    """Of one iteration. KL is summed over tokens and averaged over episodes, in nats; ``matmul_peak`` in operations/s."""
+    sequence_kl = rollout.kl.sum(dim=1)
+    lengths = rollout.lengths.float()
+    return {
+        "rewards/score_mean": float(rollout.scores.mean()),
+        "rewards/score_std": float(rollout.scores.std(correction=0)),
+        **{f"rewards/{name}": float(part.mean()) for name, part in rollout.parts.items()},
+        **{f"monitors/{name}": float(part.mean()) for name, part in rollout.monitors.items()},
+        "rewards/total_mean": float((rollout.scores - kl_coef * sequence_kl).mean()),
+        "policy/kl": float(sequence_kl.mean()),
+        "policy/kl_standard_error": float(sequence_kl.std(correction=0)) / math.sqrt(len(sequence_kl)),
+        "policy/kl_coef": kl_coef,
+        **result.metrics,
+        "responses/length_mean": float(lengths.mean()),
+        "responses/length_max": float(lengths.max()),
+        "responses/stopped_share": float(rollout.stopped.float().mean()),
+        "responses/repetition": repeated_ngrams([rollout.response(row) for row in range(len(rollout.prompts))], 4),
+        "responses/distinct_share": len(set(rollout.completions)) / len(rollout.completions),
+        "policy/sampling_gap": rollout.sampling_gap,
+        **speed_metrics(
+            rollout.seconds, episodes=len(rollout.prompts), response_tokens=int(lengths.sum()), trained_tokens=result.tokens,
+            operations=result.operations, peak=matmul_peak,
+        ),
+    }
+
+
+def run_metrics(history: RunHistory, *, episodes_per_iteration: int, optimizer_steps: int) -> dict[str, Any]:
+    """Of a whole run: its first and last tenth, side by side."""
+    tenth = max(1, len(history) // 10)
+    metrics: dict[str, Any] = {"iterations": len(history), "episodes": len(history) * episodes_per_iteration}
+    metrics["optimizer_steps"] = optimizer_steps
+    shown = ["rewards/score_mean", "policy/kl", "policy/entropy", "responses/length_mean", "responses/stopped_share"]
+    shown += [name for name in history.names() if name.startswith("monitors/")]
+    for name in shown:
+        values = history.values(name)
+        short = name.rpartition("/")[2]
+        metrics[f"{short}_first"], metrics[f"{short}_last"] = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+    metrics["value_explained_variance"] = history.values("value/explained_variance")[-1]
+    metrics["episodes_per_second"] = sum(history.values("time/episodes_per_second")) / len(history)
+    return metrics
+
+
+def run_line(metrics: dict[str, Any]) -> str:
+    """``run_metrics`` in a line for the terminal."""
+    return (
+        f"score {metrics['score_mean_first']:.3f} -> {metrics['score_mean_last']:.3f}, "
+        f"KL {metrics['kl_last']:.2f} nats, entropy {metrics['entropy_first']:.2f} -> {metrics['entropy_last']:.2f}, "
+        f"length {metrics['length_mean_first']:.1f} -> {metrics['length_mean_last']:.1f}, {metrics['episodes_per_second']:.1f} episodes/s"
+        + (f"; alarms: {', '.join(alarm['name'] for alarm in metrics['alarms'])}" if metrics["alarms"] else "")
+    )
