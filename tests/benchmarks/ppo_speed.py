@@ -98,8 +98,12 @@ def written(folder: Path, prompts: list[str], ids: list[list[int]], **models: st
 
 
 def ours(workload: dict[str, Any], seed: int, value: str) -> dict[str, Any]:
+    # All that a run imports, before memory is read, as in the other script.
+    import datasets  # noqa: F401
+    import peft  # noqa: F401
     import torch
-    import transformers  # noqa: F401  imported before memory is read, as in the other script
+    import torch.utils.tensorboard  # noqa: F401
+    import transformers  # noqa: F401
     import trl  # noqa: F401
 
     from stages.config import ModelInput

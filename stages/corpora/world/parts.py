@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from random import Random
 from typing import Any
 
@@ -185,11 +184,16 @@ def parse_part(path: str) -> tuple[str, str]:
     return name, split
 
 
-@lru_cache(maxsize=4)
-def _table(name: str, split: str, rows: int) -> tuple[Row, ...]:
-    part = PARTS[name]
-    numbers = [(index,) if part.numbered else () for index in range(rows)]
-    return tuple(part.row(Random(f"world {name} {split} {index}"), split, *number) for index, number in enumerate(numbers))
+_MADE: dict[tuple[str, str], list[Row]] = {}
+"""Rows made so far, by part and split: several steps, and the plan after the check of the data, ask for the same ones."""
+
+
+def _table(name: str, split: str, rows: int) -> list[Row]:
+    """The first ``rows`` rows; each follows from its number alone."""
+    part, made = PARTS[name], _MADE.setdefault((name, split), [])
+    for index in range(len(made), rows):
+        made.append(part.row(Random(f"world {name} {split} {index}"), split, *((index,) if part.numbered else ())))
+    return made[:rows]
 
 
 def world_rows(path: str, limit: int | None = None) -> list[Row]:
