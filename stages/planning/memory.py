@@ -16,6 +16,9 @@ NF4_BYTES = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
 """Of one weight: four bits, and a scale for each 64 of them (in 8 bits with double quantization)."""
 CHUNK = {"cpu": 2 << 20, "cuda": 256 << 20}
 """As numerics/output_layer.py."""
+HEAP = {"cpu": 2.0, "cuda": 1.0}
+"""What comes and goes needs so many times its size. glibc keeps freed blocks of up to 32 MiB in its heap and splits them: measured by
+tests/benchmarks/memory_plan.py, where giving every block back at once needs what is counted, and costs half as much time again."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Memory:
     """One step's fullest moment.
 
     ``kv_cache``, ``activations`` and ``logits`` come and go: each is the largest of all phases, ``passing`` what they are together in the
-    phase that holds most.
+    phase that holds most, with what the allocator keeps of freed blocks.
     """
 
     weights: float = 0.0

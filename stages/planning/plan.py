@@ -264,6 +264,8 @@ def memory_table(steps: Sequence[StepMemory], machine: Machine) -> Table:
         share = f"{whole / machine.bytes:.0%}" if whole <= machine.bytes else f"[red]{whole / machine.bytes:.0%}: does not fit[/]"
         table.add_row(step.name, *(_gib(part) for part in parts), f"[bold]{_gib(whole)}[/]", share)
     table.caption = f"{machine.name}: {_gib(machine.bytes)} GiB; in all: with {_gib(PROCESS[machine.kind])} GiB of the process itself"
+    if machine.kind == "cpu":
+        table.caption += ", and what the allocator keeps of freed blocks"
     return table
 
 

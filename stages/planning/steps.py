@@ -9,6 +9,7 @@ from typing import Any
 from stages.planning.lengths import Lengths
 from stages.planning.memory import (
     FP32,
+    HEAP,
     Machine,
     Memory,
     activations,
@@ -54,7 +55,8 @@ def memory_of(config: Any, models: Mapping[str, View], lengths: Lengths, machine
     }.get(config.stage)  # fmt: skip
     if estimate is None or any(view.shape.vocabulary == 0 for view in models.values()):
         return None
-    return estimate(config, models, lengths, machine, processes)
+    memory = estimate(config, models, lengths, machine, processes)
+    return replace(memory, passing=memory.passing * HEAP[machine.kind])
 
 
 # Stages on a Trainer
