@@ -88,7 +88,7 @@ def alarm_metrics(alarms: list[Alarm]) -> dict[str, float]:
 
 # The checks. Each sees the whole history, the last entry being the iteration that is judged.
 
-EARLY = 3  # iterations that make up "at first"
+EARLY = 3  # iterations that make up "at first", and "lately"
 
 
 def _at_first(history: History, name: str) -> float | None:
@@ -98,8 +98,9 @@ def _at_first(history: History, name: str) -> float | None:
 
 
 def _negative_kl(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    now = history[-1]
-    kl, error = now["policy/kl"], now["policy/kl_standard_error"]
+    recent = history[-EARLY:]  # a few small batches by chance lie far below 0; what samples from something else does so in all
+    kl = statistics.fmean(now["policy/kl"] for now in recent)
+    error = math.hypot(*(now["policy/kl_standard_error"] for now in recent)) / len(recent)
     if settings.negative_kl_errors is not None and kl < -settings.negative_kl_errors * error - 1e-3:
         yield Alarm(
             "negative_kl",

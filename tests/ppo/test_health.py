@@ -52,6 +52,14 @@ PLANTED: dict[str, Any] = {
 }  # fmt: skip
 
 
+def test_one_small_batch_below_zero_is_chance_and_all_of_them_are_none() -> None:
+    def kls(low: set[int]) -> list[dict[str, float]]:
+        return [healthy(i, **{"policy/kl": -0.9 if i in low else 0.1, "policy/kl_standard_error": 0.2}) for i in range(20)]
+
+    assert observed(kls({10})).summary() == []  # 4.5 errors below 0, once in twenty iterations; with its neighbours two
+    assert [entry["name"] for entry in observed(kls(set(range(10, 20)))).summary()] == ["negative_kl"]
+
+
 def test_every_check_has_a_planted_case() -> None:
     assert [f"_{name}" for name in PLANTED] == [check.__name__ for check in CHECKS]
 
