@@ -3,8 +3,8 @@
     python tests/benchmarks/real_runs.py [quickstart] [steer-sentiment] [hh-harmless] [--home DIR] [--pictures DIR]
 
 quickstart runs as it is. The other two ask for models and data of the hub; here they get, by overrides and nothing else, what is in
-../shared/data: stories260K (260,032 parameters) steered by a small classifier of SST-2 sentences and judged by another of Rotten Tomatoes
-sentences too; and Anthropic's harmless pairs for a language model of two million parameters that tests/benchmarks/real_judgements.py
+../shared/data: stories260K (260,032 parameters) steered toward sad ends by a small classifier of IMDb reviews, and judged by another one
+too; and Anthropic's harmless pairs for a language model of two million parameters that tests/benchmarks/real_judgements.py
 trained (run that first, with the same --home). The pictures need Chromium.
 """
 
@@ -22,23 +22,30 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED = "../shared/data"
 RESULTS = Path(__file__).with_name("results")
 
+IMDB = [
+    "sentiment.model=null", f"sentiment.data.train=[{SHARED}/imdb/train.jsonl.gz, {SHARED}/imdb/train_extra.jsonl.gz]",
+    f"sentiment.data.validation={SHARED}/imdb/validation.jsonl.gz", "sentiment.tokenizer={vocab_size: 8192}",
+]  # fmt: skip
+TRAINING = "epochs: 4, batch_size: 32, microbatch_size: 32, weight_decay: 0.1, warmup_fraction: 0.05"
 CLASSIFIER = [
-    "sentiment.model=null", "sentiment.architecture={type: distilbert, dim: 128, hidden_dim: 256, n_layers: 2, n_heads: 4}",
-    "sentiment.tokenizer={vocab_size: 4096}", "sentiment.max_length=64",
-    "sentiment.training={learning_rate: 5.0e-4, epochs: 3, batch_size: 32, microbatch_size: 32}",
+    *IMDB, "sentiment.max_length=448", f"sentiment.training={{learning_rate: 1.0e-3, {TRAINING}}}",
+    "sentiment.architecture={type: distilbert, dim: 128, hidden_dim: 256, n_layers: 1, n_heads: 4, dropout: 0.3}",
+]  # fmt: skip
+ANOTHER = [  # of other size and reading less of a text
+    *IMDB, "name=imdb-another", "sentiment.max_length=256", f"sentiment.training={{learning_rate: 5.0e-4, {TRAINING}}}",
+    "sentiment.architecture={type: distilbert, dim: 128, hidden_dim: 512, n_layers: 2, n_heads: 4, dropout: 0.2}",
 ]  # fmt: skip
 POLICY = f"{SHARED}/stories260K/hf"
-SST2 = "model: sst2/sentiment, label: positive"
+REWARD = "model: imdb-sentiment/sentiment, label: negative"
 STEER = [
-    f"steered.policy={POLICY}", "steered.reward=[{" + SST2 + ", output: logprob, name: sentiment}]",
-    "steered.monitors=[{model: rotten/sentiment, label: positive, output: probability, name: another}]",
+    f"steered.policy={POLICY}", "steered.reward=[{" + REWARD + ", output: logit, name: sentiment}]",
     f"steered.data={SHARED}/tinystories/train.jsonl.gz", "steered.total_episodes=5120", "steered.kl_coef=0.1",
-    "steered.training={learning_rate: 2.0e-4}",
+    "steered.training={learning_rate: 1.0e-4}",
     f"verdict.candidates.base={POLICY}", f"verdict.candidates.best-of-16.model={POLICY}",
-    "verdict.candidates.best-of-16.best_of.reward={" + SST2 + ", output: logprob}",
+    "verdict.candidates.best-of-16.best_of.reward={" + REWARD + ", output: logprob}",
     f"verdict.data={SHARED}/tinystories/validation.jsonl.gz", f"verdict.exclude={SHARED}/tinystories/train.jsonl.gz",
-    "verdict.judges=[{" + SST2 + ", output: probability, name: sentiment}, "
-    "{model: rotten/sentiment, label: positive, output: probability, name: another}]",
+    "verdict.judges=[{" + REWARD + ", output: probability, name: sentiment}, "
+    "{model: imdb-another/sentiment, label: negative, output: probability, name: another}]",
 ]  # fmt: skip
 PAIRS = f"{SHARED}/hh_harmless"
 HARMLESS = [
@@ -57,10 +64,8 @@ HARMLESS = [
 RUNS: dict[str, list[tuple[str, list[str]]]] = {
     "quickstart": [("quickstart", [])],
     "steer-sentiment": [
-        ("imdb-sentiment", ["name=sst2", *CLASSIFIER, f"sentiment.data.train={SHARED}/sst2/train.jsonl.gz",
-                            f"sentiment.data.validation={SHARED}/sst2/validation.jsonl.gz"]),
-        ("imdb-sentiment", ["name=rotten", *CLASSIFIER, f"sentiment.data.train={SHARED}/rotten_tomatoes/train.jsonl.gz",
-                            f"sentiment.data.validation={SHARED}/rotten_tomatoes/validation.jsonl.gz"]),
+        ("imdb-sentiment", CLASSIFIER),
+        ("imdb-sentiment", ANOTHER),
         ("steer-sentiment", STEER),
     ],
     "hh-harmless": [("hh-harmless", HARMLESS)],
