@@ -16,9 +16,12 @@ NF4_BYTES = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
 """Of one weight: four bits, and a scale for each 64 of them (in 8 bits with double quantization)."""
 CHUNK = {"cpu": 2 << 20, "cuda": 256 << 20}
 """As numerics/output_layer.py."""
-HEAP = {"cpu": 2.0, "cuda": 1.0}
-"""What comes and goes needs so many times its size. glibc keeps freed blocks of up to 32 MiB in its heap and splits them: measured by
-tests/benchmarks/memory_plan.py, where giving every block back at once needs what is counted, and costs half as much time again."""
+HEAP = {"ppo": 2.2, "trainer": 1.4}
+"""On a CPU activations need so many times their size: glibc keeps freed blocks of up to 32 MiB in its heap and splits them, the more the
+more their sizes differ. Measured by tests/benchmarks/memory_plan.py; with every block given back at once a step needs what is counted, and
+half as much time again."""
+LORA_ACTIVATIONS = 1.35
+"""What adapters keep beside their model's own activations, measured in the same way."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,12 @@ def trained(weights: float, optimizer: str) -> Memory:
     return Memory(gradients=FP32 * weights, optimizer=moments(weights, optimizer))
 
 
-def activations(shape: Shape, tokens: float, compute: int, *, checkpointing: bool = False) -> float:
+def activations(shape: Shape, tokens: float, compute: int, *, checkpointing: bool = False, lora: bool = False) -> float:
     """What a forward pass over ``tokens`` keeps for its backward pass, and that pass's own largest tensors."""
     # In half precision a norm still keeps its input in fp32.
     layer = shape.saved_per_token * compute + (2 * shape.hidden * FP32 if compute < FP32 else 0)
-    kept = shape.layers * shape.hidden * compute + layer if checkpointing else shape.layers * layer
+    each = layer * (LORA_ACTIVATIONS if lora else 1.0)
+    kept = shape.layers * shape.hidden * compute + each if checkpointing else shape.layers * each
     passing = 3 * shape.intermediate * compute  # gradients of gate, up and their product, side by side
     return tokens * (kept + passing)
 

@@ -56,7 +56,10 @@ def memory_of(config: Any, models: Mapping[str, View], lengths: Lengths, machine
     if estimate is None or any(view.shape.vocabulary == 0 for view in models.values()):
         return None
     memory = estimate(config, models, lengths, machine, processes)
-    return replace(memory, passing=memory.passing * HEAP[machine.kind])
+    if machine.kind == "cpu":
+        heap = HEAP["ppo" if config.stage == "ppo" else "trainer"]
+        memory = replace(memory, passing=memory.passing + (heap - 1) * memory.activations)
+    return memory
 
 
 # Stages on a Trainer
@@ -73,6 +76,10 @@ def _trained_model(config: Any, view: View, machine: Machine, *, output: bool = 
     return Memory(weights=FP32 * weights) + trained(weights, config.training.optimizer)
 
 
+def _kept(config: Any, shape: Shape, tokens: float, compute: int) -> float:
+    return activations(shape, tokens, compute, checkpointing=config.training.gradient_checkpointing, lora=bool(lora_rank(config)))
+
+
 def _rows(config: Any, processes: int) -> int:
     share = max(1, config.training.batch_size // processes)
     return max(size for size in range(1, min(config.training.microbatch_size, share) + 1) if share % size == 0)
@@ -81,7 +88,7 @@ def _rows(config: Any, processes: int) -> int:
 def _language_model(config: Any, view: View, rows: int, columns: int, machine: Machine) -> Memory:
     """Next-token training with logits of every position."""
     compute = dtype_bytes(config.precision, machine)
-    kept = activations(view.shape, rows * columns, compute, checkpointing=config.training.gradient_checkpointing)
+    kept = _kept(config, view.shape, rows * columns, compute)
     return _trained_model(config, view, machine) + phases((0.0, kept, whole_logits(view.shape, rows * columns)))
 
 
@@ -107,7 +114,7 @@ def _reward_model(config: Any, models: Mapping[str, View], lengths: Lengths, mac
     view, compute = models["model"], dtype_bytes(config.precision, machine)
     columns = min(config.max_length or view.shape.positions, lengths.comparison)
     tokens = _rows(config, processes) * lengths.completions * columns
-    kept = activations(view.shape, tokens, compute, checkpointing=config.training.gradient_checkpointing)
+    kept = _kept(config, view.shape, tokens, compute)
     return _trained_model(config, view, machine, output=False) + phases((0.0, kept, 0.0))
 
 
@@ -115,7 +122,7 @@ def _sentiment(config: Any, models: Mapping[str, View], lengths: Lengths, machin
     view, compute = models["model"], dtype_bytes(config.precision, machine)
     columns = min(config.max_length, lengths.text)
     tokens = _rows(config, processes) * columns
-    kept = activations(view.shape, tokens, compute, checkpointing=config.training.gradient_checkpointing)
+    kept = _kept(config, view.shape, tokens, compute)
     step = _trained_model(config, view, machine, output=False) + phases((0.0, kept, 0.0))
     if config.masked is None:
         return step
@@ -139,7 +146,7 @@ def _ppo(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Mac
     share = max(1, config.rollout_batch_size // processes)
     decoding = min(config.generation.batch_size, share)
     rows = min(config.microbatch_size, config.minibatch_size)
-    whole_output, checkpointing = config.lora is None, config.training.gradient_checkpointing
+    whole_output = config.lora is None
     sampling = (
         kv_cache(shape, decoding, prompt, new, compute),
         inference(shape, decoding * prompt, compute),  # reading the prompts
@@ -148,7 +155,7 @@ def _ppo(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Mac
     bigger = shape if value is None or value.shape.hidden * value.shape.layers <= shape.hidden * shape.layers else value.shape
     updating = (
         0.0,
-        activations(bigger, rows * (prompt + new), compute, checkpointing=checkpointing),
+        _kept(config, bigger, rows * (prompt + new), compute),
         chunked_logits(shape, rows * new, machine, trains_output=whole_output),
     )
     judges = [view for place, view in models.items() if place.startswith(("reward", "monitors"))]
@@ -157,7 +164,7 @@ def _ppo(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Mac
     mixing = []
     if config.pretraining_mix is not None:
         tokens = rows * config.pretraining_mix.block_size
-        kept = activations(shape, tokens, compute, checkpointing=checkpointing)
+        kept = _kept(config, shape, tokens, compute)
         mixing.append((0.0, kept, chunked_logits(shape, tokens, machine, trains_output=whole_output)))
     return held + phases(sampling, updating, *scoring, *mixing)
 
