@@ -67,6 +67,7 @@ class Health:
         """The alarms of the next iteration."""
         place = len(self._history)
         self._history.append(dict(metrics))
+        self._forget()
         alarms = [alarm for check in CHECKS for alarm in check(self._history, self.settings)]
         self.begun = []
         for alarm in alarms:
@@ -75,6 +76,13 @@ class Health:
                 self.begun.append(alarm)
             entry |= {"last_iteration": place, "iterations": entry["iterations"] + 1}
         return alarms
+
+    def _forget(self) -> None:
+        """Of iterations neither early nor recent keep the score and the monitors, which are all that a check looks back for that far."""
+        past = len(self._history) - 1 - max(2 * self.settings.window, self.settings.flat_iterations or 0, EARLY)
+        if past >= EARLY:
+            entry = self._history[past]
+            self._history[past] = {name: entry[name] for name in entry if name == "rewards/score_mean" or name.startswith("monitors/")}
 
     def summary(self) -> list[dict[str, Any]]:
         """Every alarm that was raised, as it began: name, first and last iteration, in how many it was raised, message."""

@@ -60,6 +60,13 @@ def test_one_small_batch_below_zero_is_chance_and_all_of_them_are_none() -> None
     assert [entry["name"] for entry in observed(kls(set(range(10, 20)))).summary()] == ["negative_kl"]
 
 
+def test_a_long_run_is_remembered_by_its_scores_and_monitors() -> None:
+    health = observed([healthy(iteration) for iteration in range(200)])
+    kept = [len(entry) for entry in health._history]
+    assert len(kept) == 200
+    assert kept[:3] == [len(healthy(0))] * 3 and set(kept[3:180]) == {3}  # score_mean, a monitor and its deviation
+
+
 def test_every_check_has_a_planted_case() -> None:
     assert [f"_{name}" for name in PLANTED] == [check.__name__ for check in CHECKS]
 
