@@ -95,10 +95,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:
         place = Path(folder)
         (place / "scale_reward.py").write_text("def score(p, c):\n    return [text.count('e') / (len(text) + 1) for text in c]\n")
+        measured: dict[str, dict[str, Any]] = {}  # several blocks hold the same row
         for block, variants in BLOCKS.items():
             first = None
             for variant in variants:
-                found = measure(place, {**BASE, **variant}, given.iterations)
+                settings = {**BASE, **variant}
+                name = "-".join(map(str, settings.values()))
+                found = measured[name] = measured.get(name) or measure(place, settings, given.iterations)
                 first = first or found["total"]
                 phases = " | ".join(f"{value:.2f}" for value in found["seconds"].values())
                 print(
