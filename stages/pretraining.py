@@ -241,15 +241,6 @@ def _measure(
 def _likelihood(
     trainer: Any, config: PretrainingConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, tokens: list[int]
 ) -> Likelihood:
-    from stages.models.likelihood import measure_likelihood
-    from stages.models.sharding import whole
+    from stages.training import heldout_likelihood
 
-    with whole(trainer.model):
-        return measure_likelihood(
-            trainer.model.to(context.runtime.device),
-            overlapping_windows(tokens, config.block_size),
-            pad_token_id=tokenizer.pad_token_id,
-            batch_size=trainer.args.per_device_eval_batch_size,
-            device=context.runtime.device,
-            dtype=context.runtime.dtype(config.precision),
-        )
+    return heldout_likelihood(trainer, context, tokenizer, overlapping_windows(tokens, config.block_size), config.precision)

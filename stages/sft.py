@@ -363,18 +363,10 @@ def _measure_pretraining(
 def _likelihood(
     trainer: Any, config: SFTStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, heldout: list[EncodedRow]
 ) -> Likelihood:
-    from stages.models.likelihood import measure_likelihood
-    from stages.models.sharding import whole
+    from stages.training import heldout_likelihood
 
-    with whole(trainer.model):
-        return measure_likelihood(
-            trainer.model.to(context.runtime.device),
-            [(row.ids, row.counted(config.completion_only_loss)) for row in heldout],
-            pad_token_id=tokenizer.pad_token_id,
-            batch_size=trainer.args.per_device_eval_batch_size,
-            device=context.runtime.device,
-            dtype=context.runtime.dtype(config.precision),
-        )
+    rows = [(row.ids, row.counted(config.completion_only_loss)) for row in heldout]
+    return heldout_likelihood(trainer, context, tokenizer, rows, config.precision)
 
 
 # Packing. TRL's own makes one row of a whole batch, whose attention mask grows with the square of it where there is no flash attention.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -25,11 +25,14 @@ from stages.checkpoints import (
     save_tensors,
     trainable,
 )
-from stages.config import CheckpointedStepConfig, OptimizerSettings, TrainingStepConfig
+from stages.config import CheckpointedStepConfig, OptimizerSettings, Precision, TrainingStepConfig
 from stages.errors import LaunchError, RecipeError, TrainingError
 from stages.models.sharding import clip_gradients, grouped, reduce_gradients, shard, whole, whole_state_dict
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.models.likelihood import Likelihood
     from stages.runtime import ProgressBar, StepContext
 
 TRAINER_OPTIMIZERS = {
@@ -426,6 +429,27 @@ def best_weights(trainer: Any) -> Iterator[dict[str, float] | None]:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(last[name])
+
+
+def heldout_likelihood(
+    trainer: Any,
+    context: StepContext,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    precision: Precision,
+) -> Likelihood:
+    """How likely held-out rows of (token ids, mask) are by the model in training. Call on every process."""
+    from stages.models.likelihood import measure_likelihood
+
+    with whole(trainer.model):
+        return measure_likelihood(
+            trainer.model.to(context.runtime.device),
+            rows,
+            pad_token_id=tokenizer.pad_token_id,
+            batch_size=trainer.args.per_device_eval_batch_size,
+            device=context.runtime.device,
+            dtype=context.runtime.dtype(precision),
+        )
 
 
 def publish_best(
