@@ -87,8 +87,7 @@ def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]
 
 def on_hub(step: RecipeStep) -> bool:
     """Whether some data of a step is on the hub."""
-    sources = [source for found in data_inputs(step.config).values() for source in found]
-    return any(not source.path.startswith("world:") and not Path(source.path).exists() for source in sources)
+    return any(source.on_hub for sources in data_inputs(step.config).values() for source in sources)
 
 
 def plan_step(recipe: Recipe, step: RecipeStep, home: Path, registry: Registry, made: Mapping[str, ModelRecord | None]) -> StepPlan:

@@ -3,6 +3,7 @@
 Each stage has its own step config that extends ``StepConfig`` (or ``TrainingStepConfig``) and lives in the stage's module.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -62,6 +63,11 @@ class DataSource(Strict):
     limit: int | None = Field(None, ge=1, description="Use only the first so many rows.")
     skip: int = Field(0, ge=0, description="Leave out the first so many rows.")
     columns: dict[str, str] = Field({}, description="Rename: our column name -> the file's, e.g. {text: review, label: sentiment}.")
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether reading it would download it."""
+        return not self.path.startswith("world:") and not Path(self.path).exists()
 
 
 def _sources(value: Any) -> Any:

@@ -64,18 +64,13 @@ def lengths_of(config: Any, folder: Path | None) -> Lengths:
 
 def _sample(sources: Sequence[Any]) -> list[Row]:
     limited = [source if source.limit is not None else source.model_copy(update={"limit": SAMPLE}) for source in sources]
-    return read_rows([source for source in limited if not _is_remote(source)])
-
-
-def _is_remote(source: Any) -> bool:
-    """Whether reading the source would download it."""
-    return not source.path.startswith("world:") and not Path(source.path).exists()
+    return read_rows([source for source in limited if not source.on_hub])
 
 
 def _prompts(config: Any) -> list[str]:
     from stages.corpora.prompts import load_prompts
 
-    sources = [source for source in config.data if not _is_remote(source)]
+    sources = [source for source in config.data if not source.on_hub]
     return [plain_text(prompt) for prompt in load_prompts(sources, prompt_words=config.prompt_words, limit=SAMPLE)] if sources else []
 
 
