@@ -115,14 +115,8 @@ def _weights_in(folder: Path) -> float:
 def _made_by(step: RecipeStep, views: Mapping[str, View]) -> View | None:
     """What a step makes: its input with an adapter more, or whole weights of its own."""
     config = step.config
-    architecture = getattr(config, "architecture", None)
-    if architecture is not None:
-        shape = shape_of(architecture)
-        if shape is None:
-            return None
-        tokenizer = views.get("tokenizer")
-        vocabulary = tokenizer.shape.vocabulary if tokenizer is not None else getattr(config.tokenizer, "vocab_size", 0) or 1024
-        return View(replace(shape, vocabulary=vocabulary), step.name)
+    if getattr(config, "architecture", None) is not None:
+        return _random_weights(config, views, step.name)
     start = views.get("model", views.get("policy"))
     if start is None or step.stage == "evaluation":
         return None
@@ -137,12 +131,20 @@ def _loaded(views: Mapping[str, View], config: Any) -> dict[str, View]:
         place: replace(view, quantization=inputs[place].quantization, double=inputs[place].double_quantization)
         for place, view in views.items()
     }
-    architecture = getattr(config, "architecture", None)
-    if architecture is not None and (shape := shape_of(architecture)) is not None:
-        tokenizer = views.get("tokenizer")
-        vocabulary = tokenizer.shape.vocabulary if tokenizer is not None else getattr(config.tokenizer, "vocab_size", 0) or 1024
-        loaded["model"] = View(replace(shape, vocabulary=vocabulary), "random weights")
+    if (made := _random_weights(config, views, "random weights")) is not None:
+        loaded["model"] = made
     return loaded
+
+
+def _random_weights(config: Any, views: Mapping[str, View], base: str) -> View | None:
+    """The model that a step with an architecture begins from; None without one, or where it does not tell its sizes."""
+    architecture = getattr(config, "architecture", None)
+    shape = shape_of(architecture) if architecture is not None else None
+    if shape is None:
+        return None
+    tokenizer = views.get("tokenizer")
+    vocabulary = tokenizer.shape.vocabulary if tokenizer is not None else getattr(config.tokenizer, "vocab_size", 0) or 1024
+    return View(replace(shape, vocabulary=vocabulary), base)
 
 
 def _folder(step: RecipeStep, registry: Registry, reused: Mapping[str, Path]) -> Path | None:
