@@ -1,8 +1,7 @@
-"""What PPO reads: prompts in an endless order, and the pretraining rows that are mixed in."""
+"""What PPO reads: prompts with their tokens, and the pretraining rows that are mixed in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,13 +45,6 @@ def load_prompts(config: PPOStepConfig, context: StepContext, roles: Roles) -> l
         left_out = len(encoded) - len(kept)
         context.runtime.console.print(f"{context.name}: left out {left_out} of {len(encoded)} prompts ({longest} tokens at most)")
     return kept
-
-
-def in_order(prompts: list[EncodedPrompt], seed: int) -> Iterator[EncodedPrompt]:
-    """The prompts, shuffled anew for each pass, without end."""
-    from stages.corpora.prompts import shuffled_forever
-
-    return shuffled_forever(prompts, seed)
 
 
 class PretrainingRows:

@@ -8,19 +8,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from stages.checkpoints import generator_states, set_generator_states
+from stages.checkpoints import generator_states, set_generator_states, trainable
 from stages.errors import Stopped, TrainingError
 from stages.generation import episode_seed
 from stages.models.sharding import grouped
 from stages.numerics.kl import AdaptiveKLController, FixedKLController
 from stages.ppo.checkpoint import RunKeeper, RunState
 from stages.ppo.config import PPOStepConfig
-from stages.ppo.data import EncodedPrompt, in_order, load_pretraining_rows, load_prompts
+from stages.ppo.data import EncodedPrompt, load_pretraining_rows, load_prompts
 from stages.ppo.health import Health, alarm_metrics
 from stages.ppo.logs import episodes_of, keep_episodes, log, samples_of
 from stages.ppo.metrics import iteration_metrics, run_line, run_metrics
 from stages.ppo.offload import Offload
-from stages.ppo.optimizers import WeightAverage, learning_rate_factor, make_optimizer, trainable
+from stages.ppo.optimizers import WeightAverage, learning_rate_factor, make_optimizer
 from stages.ppo.publishing import publish_best, publish_policy, publish_value
 from stages.ppo.roles import load_roles
 from stages.ppo.rollout import Rollout, ScoringError, collect
@@ -58,7 +58,7 @@ class PPORun:
         roles.offload = Offload([*roles.waiting(), *judges], runtime.device, enabled=config.offload)
         self.prompts = load_prompts(config, context, roles)
         self.pretraining_rows = load_pretraining_rows(config, context, roles)
-        parameters = {name: [parameter for _, parameter in trainable(network)] for name, network in roles.networks().items()}
+        parameters = {name: list(trainable(network).values()) for name, network in roles.networks().items()}
         self.optimizers = {name: make_optimizer(grouped(group), config.training) for name, group in parameters.items()}
         self.average = WeightAverage(roles.networks()["policy"], config.ema_decay) if config.ema_decay is not None else None
         self.updater = Updater(
@@ -97,8 +97,10 @@ class PPORun:
 
     def iterate(self) -> None:
         """Collect a rollout, learn from it, take note of it; until the episodes are done, or the run is asked to stop."""
+        from stages.corpora.prompts import shuffled_forever
+
         config, state = self.config, self.state
-        order = itertools.islice(in_order(self.prompts, self.context.seed), state.iteration * config.rollout_batch_size, None)
+        order = itertools.islice(shuffled_forever(self.prompts, self.context.seed), state.iteration * config.rollout_batch_size, None)
         with self.runtime.stop.deferred(), self.runtime.progress(f"{self.context.name}: ppo", config.num_iterations) as bar:
             bar.advance(state.iteration)
             while state.iteration < config.num_iterations:

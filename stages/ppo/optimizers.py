@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.checkpoints import trainable
 from stages.ppo.config import PPOOptimizer
 
 
@@ -85,21 +86,16 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.weights = {name: parameter.detach().float().clone() for name, parameter in trainable(model)}
+        self.weights = {name: parameter.detach().float().clone() for name, parameter in trainable(model).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """ema = decay * ema + (1 - decay) * weight (Ouyang et al. 2022, C.4: 0.992 after every optimizer step)."""
-        for name, parameter in trainable(model):
+        for name, parameter in trainable(model).items():
             self.weights[name].lerp_(parameter.float(), 1 - self.decay)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Put the averages into the model."""
-        for name, parameter in trainable(model):
+        for name, parameter in trainable(model).items():
             parameter.copy_(self.weights[name])
-
-
-def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The named parameters that train, in the model's order."""
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

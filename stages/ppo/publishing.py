@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stages.checkpoints import trainable
 from stages.models.sharding import whole_state_dict
-from stages.ppo.optimizers import trainable
 from stages.rewards.config import reward_model_inputs
 
 if TYPE_CHECKING:
@@ -39,14 +39,14 @@ def publish_best(config: PPOStepConfig, context: StepContext, roles: Roles, keep
     if best is None:
         context.runtime.console.print(f"{context.name}: no whole checkpoint of a best iteration is left; none is published")
         return
-    last = {name: parameter.detach().clone() for name, parameter in trainable(roles.networks()["policy"])}
+    last = {name: parameter.detach().clone() for name, parameter in trainable(roles.networks()["policy"]).items()}
     keeper.load_weights(best)
     if keeper.average is not None:
         keeper.average.copy_to(roles.networks()["policy"])
     iteration = json.loads((best.path / "state.json").read_text(encoding="utf-8"))["iteration"]
     publish_policy(config, context, roles, {"total_mean": best.score, "iteration": iteration}, f"{context.name}-best")
     with torch.no_grad():
-        for name, parameter in trainable(roles.networks()["policy"]):
+        for name, parameter in trainable(roles.networks()["policy"]).items():
             parameter.copy_(last[name])
 
 

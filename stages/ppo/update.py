@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.checkpoints import trainable
 from stages.errors import TrainingError
 from stages.models.responses import Policy, SequenceBatch, sequence_batch, sequence_values, with_closing
 from stages.models.sharding import clip_gradients, is_cut, reduce_gradients
 from stages.numerics.losses import policy_clipped, policy_terms, value_terms
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.data import PretrainingRows
-from stages.ppo.optimizers import WeightAverage, trainable
+from stages.ppo.optimizers import WeightAverage
 from stages.ppo.roles import Roles
 from stages.ppo.rollout import Rollout, Targets, targets, whole_targets
 from stages.ppo.speed import MatmulCounter
@@ -274,7 +275,7 @@ class Updater:
     def _reduce_pretraining(self, before: dict[str, Tensor], total: float) -> float:
         import torch.distributed as distributed
 
-        for name, parameter in trainable(self.roles.networks()["policy"]):
+        for name, parameter in trainable(self.roles.networks()["policy"]).items():
             if is_cut(parameter):
                 continue  # FSDP has added up its gradients
             own = parameter.grad - before[name] if parameter.grad is not None else torch.zeros_like(parameter)
@@ -289,7 +290,7 @@ class Updater:
         norms = {}
         limit = self.config.training.max_grad_norm
         for name, network in self.roles.networks().items():
-            parameters = [parameter for _, parameter in trainable(network) if parameter.grad is not None]
+            parameters = [parameter for parameter in trainable(network).values() if parameter.grad is not None]
             norm = clip_gradients(parameters, limit) if parameters else 0.0
             if not math.isfinite(norm):
                 raise TrainingError(f"the gradient norm of the {name} is {norm}; lower training.learning_rate, or use precision: fp32")
@@ -350,6 +351,6 @@ def pretraining_loss(policy: Policy, rows: Tensor, matmuls: MatmulCounter | None
 
 def _gradients(model: Any) -> dict[str, Tensor]:
     made = {}
-    for name, parameter in trainable(model):
+    for name, parameter in trainable(model).items():
         made[name] = parameter.grad.clone() if parameter.grad is not None else torch.zeros_like(parameter)
     return made

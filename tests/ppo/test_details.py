@@ -10,11 +10,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from stages.checkpoints import trainable
 from stages.models.heads import RewardModel
 from stages.ppo.data import load_prompts
 from stages.ppo.loop import run
 from stages.ppo.metrics import iteration_metrics
-from stages.ppo.optimizers import make_optimizer, trainable
+from stages.ppo.optimizers import make_optimizer
 from stages.ppo.roles import load_roles
 from stages.ppo.rollout import targets
 from stages.ppo.update import Updater
@@ -22,7 +23,7 @@ from stages.ppo.update import Updater
 
 def make_updater(roles: Any, config: Any, **options: Any) -> Updater:
     optimizers = {
-        name: make_optimizer([parameter for _, parameter in trainable(network)], config.training)
+        name: make_optimizer(list(trainable(network).values()), config.training)
         for name, network in roles.networks().items()
     }
     return Updater(roles, optimizers, config, **options)

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from stages.checkpoints import trainable
 from stages.errors import TrainingError
 from stages.ppo.data import load_pretraining_rows
-from stages.ppo.optimizers import make_optimizer, trainable
+from stages.ppo.optimizers import make_optimizer
 from stages.ppo.roles import load_roles
 from stages.ppo.rollout import targets
 from stages.ppo.update import Updater
@@ -17,7 +18,7 @@ from stages.ppo.update import Updater
 
 def make_updater(roles: Any, config: Any, **options: Any) -> Updater:
     optimizers = {
-        name: make_optimizer([parameter for _, parameter in trainable(network)], config.training)
+        name: make_optimizer(list(trainable(network).values()), config.training)
         for name, network in roles.networks().items()
     }
     return Updater(roles, optimizers, config, **options)
@@ -27,7 +28,7 @@ def gradients(roles: Any) -> dict[str, torch.Tensor]:
     return {
         f"{name}.{key}": parameter.grad.clone()
         for name, network in roles.networks().items()
-        for key, parameter in trainable(network)
+        for key, parameter in trainable(network).items()
         if parameter.grad is not None
     }
 
@@ -37,7 +38,7 @@ def move_policy(roles: Any) -> None:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for network in roles.networks().values():
-            for _, parameter in trainable(network):
+            for parameter in trainable(network).values():
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
@@ -163,7 +164,7 @@ def test_pretraining_gradient_is_added_with_its_coefficient(ppo_config, ppo_cont
     expected = model(input_ids=rows, labels=rows).loss  # transformers' own mean loss per token
     assert loss == 0.0 and float(expected) > 0
     expected.backward()
-    for name, parameter in trainable(model):
+    for name, parameter in trainable(model).items():
         added = found["mixed"][f"policy.{name}"] - found["plain"][f"policy.{name}"]
         torch.testing.assert_close(added, 2.0 * parameter.grad, rtol=1e-3, atol=1e-5)  # a difference of two fp32 sums
 
