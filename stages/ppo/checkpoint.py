@@ -30,6 +30,7 @@ from stages.checkpoints import (
     save_tensors,
     trainable,
 )
+from stages.ppo.metrics import SUMMED_UP
 from stages.ppo.optimizers import WeightAverage
 from stages.ppo.rollout import TENSORS, Rollout
 from stages.ppo.update import UpdateProgress
@@ -37,17 +38,17 @@ from stages.runtime import Runtime
 
 
 class RunHistory:
-    """The iterations done: their metrics as columns, since a long run has many, and whole (with samples) those of no checkpoint yet.
+    """The iterations done: the columns that a run is summed up by, since a long run has many, and whole those of no checkpoint yet.
 
     ``resumed``: whole entries of a run that was cut off, to be told of again.
     """
 
     def __init__(self, resumed: Sequence[dict[str, Any]] = ()) -> None:
-        self.resumed = list(resumed)
         self._columns: dict[str, array[float]] = {}
+        self._resumed = list(resumed)
         self._new: list[dict[str, Any]] = []
         self._length = 0
-        for entry in self.resumed:
+        for entry in self._resumed:
             self._note(entry)
 
     def __len__(self) -> int:
@@ -60,8 +61,14 @@ class RunHistory:
 
     def _note(self, entry: dict[str, Any]) -> None:
         for name, value in entry["metrics"].items():
-            self._columns.setdefault(name, array("d")).append(value)
+            if name in SUMMED_UP or name.startswith("monitors/"):
+                self._columns.setdefault(name, array("d")).append(value)
         self._length += 1
+
+    def take_resumed(self) -> list[dict[str, Any]]:
+        """The entries of a run that was cut off; at the second call none."""
+        resumed, self._resumed = self._resumed, []
+        return resumed
 
     def take_new(self) -> list[dict[str, Any]]:
         """The entries since the last call."""
@@ -69,11 +76,11 @@ class RunHistory:
         return new
 
     def names(self) -> list[str]:
-        """The metrics that every iteration has."""
+        """The columns that every iteration has."""
         return [name for name, values in self._columns.items() if len(values) == self._length]
 
     def values(self, name: str) -> Sequence[float]:
-        """A metric of every iteration."""
+        """A column of every iteration."""
         return self._columns[name]
 
 

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from stages.config import Strict
 
 Metrics = Mapping[str, float]
-History = list[dict[str, float]]
 AlarmName = Literal[
     "negative_kl", "exploding_kl", "policies_disagree", "ratio_blow_up", "value_blow_up", "entropy_collapse", "length_drift", "repetition",
     "sameness", "missing_eos", "flat_reward", "reward_hacking",
@@ -54,20 +53,85 @@ class Alarm:
     message: str
 
 
+class History:
+    """What the checks look back at: the first iterations, the last ones, and how every monitor went. It does not grow with the run."""
+
+    def __init__(self, settings: HealthSettings) -> None:
+        self.length = 0  # iterations so far
+        self.first: list[Metrics] = []
+        self.recent: list[Metrics] = []  # the last entry is the iteration that is judged
+        self.trends: dict[str, Trend] = {}
+        self._window, self._kept = settings.window, max(2 * settings.window, settings.flat_iterations or 0, EARLY) + 1
+
+    def append(self, metrics: Metrics) -> None:
+        """The next iteration."""
+        self.length += 1
+        if self.length <= EARLY:
+            self.first.append(dict(metrics))
+        self.recent = [*self.recent, dict(metrics)][-self._kept :]
+        for name in metrics:
+            if name.startswith("monitors/") and not name.endswith("_std"):
+                self.trends.setdefault(name, Trend(self._window)).add(
+                    [entry[name] for entry in self.recent], [entry["rewards/score_mean"] for entry in self.recent]
+                )
+
+    @property
+    def now(self) -> Metrics:
+        """The iteration that is judged."""
+        return self.recent[-1]
+
+
+class Trend:
+    """A monitor against the score, in means over ``width`` iterations: at its best, before the last ``width``, and now."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.pairs, self.full = width, 0, False
+        self.best = Point(-math.inf, -math.inf)
+        self.now = Point(-math.inf, -math.inf)
+        self._squares = Point(0.0, 0.0)
+
+    def add(self, monitor: Sequence[float], score: Sequence[float]) -> None:
+        """The next iteration; both hold the last ones up to it, at least twice ``width`` of a run that has as many."""
+        width = self.width
+        if len(monitor) > 1:
+            self.pairs += 1
+            self._squares = Point(*(old + (of[-1] - of[-2]) ** 2 for old, of in zip(self._squares, (monitor, score), strict=True)))
+        self.full = len(monitor) >= 2 * width
+        if self.full:
+            self.now = Point(statistics.fmean(monitor[-width:]), statistics.fmean(score[-width:]))
+            before = Point(statistics.fmean(monitor[-2 * width : -width]), statistics.fmean(score[-2 * width : -width]))
+            if before.monitor > self.best.monitor:
+                self.best = before
+
+    @property
+    def error(self) -> Point:
+        """Standard errors of the difference of two means. The noise is read off neighbours, whose differences a trend hardly moves."""
+        return Point(*(max(math.sqrt(squares / self.pairs / self.width), 1e-9) for squares in self._squares))
+
+
+class Point(NamedTuple):
+    """A number of the monitor and one of the score."""
+
+    monitor: float
+    score: float
+
+
+EARLY = 3  # iterations that make up "at first", and "lately"
+
+
 class Health:
     """Looks at every iteration's metrics in turn."""
 
     def __init__(self, settings: HealthSettings) -> None:
         self.settings = settings
         self.begun: list[Alarm] = []  # alarms of the last iteration that the one before it did not raise: what goes on is said once
-        self._history: History = []
+        self._history = History(settings)
         self._raised: dict[str, dict[str, Any]] = {}
 
     def observe(self, metrics: Metrics) -> list[Alarm]:
         """The alarms of the next iteration."""
-        place = len(self._history)
-        self._history.append(dict(metrics))
-        self._forget()
+        place = self._history.length
+        self._history.append(metrics)
         alarms = [alarm for check in CHECKS for alarm in check(self._history, self.settings)]
         self.begun = []
         for alarm in alarms:
@@ -76,13 +140,6 @@ class Health:
                 self.begun.append(alarm)
             entry |= {"last_iteration": place, "iterations": entry["iterations"] + 1}
         return alarms
-
-    def _forget(self) -> None:
-        """Of iterations neither early nor recent keep the score and the monitors, which are all that a check looks back for that far."""
-        past = len(self._history) - 1 - max(2 * self.settings.window, self.settings.flat_iterations or 0, EARLY)
-        if past >= EARLY:
-            entry = self._history[past]
-            self._history[past] = {name: entry[name] for name in entry if name == "rewards/score_mean" or name.startswith("monitors/")}
 
     def summary(self) -> list[dict[str, Any]]:
         """Every alarm that was raised, as it began: name, first and last iteration, in how many it was raised, message."""
@@ -94,19 +151,17 @@ def alarm_metrics(alarms: list[Alarm]) -> dict[str, float]:
     return {"health/alarms": float(len(alarms)), **{f"health/{alarm.name}": 1.0 for alarm in alarms}}
 
 
-# The checks. Each sees the whole history, the last entry being the iteration that is judged.
-
-EARLY = 3  # iterations that make up "at first", and "lately"
+# The checks
 
 
 def _at_first(history: History, name: str) -> float | None:
     """The mean over the first iterations; None while they are not over."""
-    values = [entry[name] for entry in history[:EARLY] if name in entry]
-    return sum(values) / EARLY if len(values) == EARLY and len(history) > EARLY else None
+    values = [entry[name] for entry in history.first if name in entry]
+    return sum(values) / EARLY if len(values) == EARLY and history.length > EARLY else None
 
 
 def _negative_kl(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    recent = history[-EARLY:]  # a few small batches by chance lie far below 0; what samples from something else does so in all
+    recent = history.recent[-EARLY:]  # a few small batches by chance lie far below 0; what samples from something else does so in all
     kl = statistics.fmean(now["policy/kl"] for now in recent)
     error = math.hypot(*(now["policy/kl_standard_error"] for now in recent)) / len(recent)
     if settings.negative_kl_errors is not None and kl < -settings.negative_kl_errors * error - 1e-3:
@@ -118,7 +173,7 @@ def _negative_kl(history: History, settings: HealthSettings) -> Iterator[Alarm]:
 
 
 def _exploding_kl(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    kl = history[-1]["policy/kl"]
+    kl = history.now["policy/kl"]
     if settings.kl_limit is not None and kl > settings.kl_limit:
         yield Alarm(
             "exploding_kl",
@@ -128,7 +183,7 @@ def _exploding_kl(history: History, settings: HealthSettings) -> Iterator[Alarm]
 
 
 def _policies_disagree(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    deviation = history[-1]["policy/ratio_first_deviation"]
+    deviation = history.now["policy/ratio_first_deviation"]
     if settings.disagreement is not None and deviation > settings.disagreement:
         yield Alarm(
             "policies_disagree",
@@ -138,7 +193,7 @@ def _policies_disagree(history: History, settings: HealthSettings) -> Iterator[A
 
 
 def _ratio_blow_up(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    deviation = history[-1]["policy/ratio_max_deviation"]
+    deviation = history.now["policy/ratio_max_deviation"]
     if settings.ratio_limit is not None and deviation > settings.ratio_limit:
         yield Alarm(
             "ratio_blow_up",
@@ -148,12 +203,12 @@ def _ratio_blow_up(history: History, settings: HealthSettings) -> Iterator[Alarm
 
 
 def _value_blow_up(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    before = [entry["value/loss"] for entry in history[-1 - settings.window : -1]]
+    before = [entry["value/loss"] for entry in history.recent[-1 - settings.window : -1]]
     if settings.value_growth is None or len(before) < EARLY:
         return
-    loss, usual = history[-1]["value/loss"], statistics.median(before)
+    loss, usual = history.now["value/loss"], statistics.median(before)
     # A value network may be wrong by the spread of the returns; below that no loss is a blow-up, however small the last ones were.
-    if loss > settings.value_growth * usual and loss > history[-1]["value/returns_variance"]:
+    if loss > settings.value_growth * usual and loss > history.now["value/returns_variance"]:
         yield Alarm(
             "value_blow_up",
             f"the value loss is {loss:.3g}, {loss / max(usual, 1e-9):.0f} times its recent median: lower training.value_learning_rate, or "
@@ -162,7 +217,7 @@ def _value_blow_up(history: History, settings: HealthSettings) -> Iterator[Alarm
 
 
 def _entropy_collapse(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    first, now = _at_first(history, "policy/entropy"), history[-1]["policy/entropy"]
+    first, now = _at_first(history, "policy/entropy"), history.now["policy/entropy"]
     if settings.entropy_share is not None and first is not None and now < settings.entropy_share * first:
         yield Alarm(
             "entropy_collapse",
@@ -172,7 +227,7 @@ def _entropy_collapse(history: History, settings: HealthSettings) -> Iterator[Al
 
 
 def _length_drift(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    first, now = _at_first(history, "responses/length_mean"), history[-1]["responses/length_mean"]
+    first, now = _at_first(history, "responses/length_mean"), history.now["responses/length_mean"]
     if settings.length_factor is None or first is None:
         return
     if now > settings.length_factor * first or now < first / settings.length_factor:
@@ -184,7 +239,7 @@ def _length_drift(history: History, settings: HealthSettings) -> Iterator[Alarm]
 
 
 def _repetition(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    first, now = _at_first(history, "responses/repetition"), history[-1]["responses/repetition"]
+    first, now = _at_first(history, "responses/repetition"), history.now["responses/repetition"]
     if settings.repetition_rise is not None and first is not None and now > first + settings.repetition_rise:
         yield Alarm(
             "repetition",
@@ -193,7 +248,7 @@ def _repetition(history: History, settings: HealthSettings) -> Iterator[Alarm]:
 
 
 def _sameness(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    first, now = _at_first(history, "responses/distinct_share"), history[-1]["responses/distinct_share"]
+    first, now = _at_first(history, "responses/distinct_share"), history.now["responses/distinct_share"]
     if settings.distinct_share is not None and first is not None and now < settings.distinct_share * first:
         yield Alarm(
             "sameness",
@@ -202,7 +257,7 @@ def _sameness(history: History, settings: HealthSettings) -> Iterator[Alarm]:
 
 
 def _missing_eos(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    first, now = _at_first(history, "responses/stopped_share"), history[-1]["responses/stopped_share"]
+    first, now = _at_first(history, "responses/stopped_share"), history.now["responses/stopped_share"]
     if settings.stopped_drop is not None and first is not None and now < first - settings.stopped_drop:
         yield Alarm(
             "missing_eos",
@@ -213,42 +268,29 @@ def _missing_eos(history: History, settings: HealthSettings) -> Iterator[Alarm]:
 
 def _flat_reward(history: History, settings: HealthSettings) -> Iterator[Alarm]:
     number = settings.flat_iterations
-    if number is None or len(history) < number:
+    if number is None or history.length < number:
         return
-    if all(entry["rewards/score_std"] < 1e-6 for entry in history[-number:]):
+    if all(entry["rewards/score_std"] < 1e-6 for entry in history.recent[-number:]):
         yield Alarm(
             "flat_reward",
-            f"every completion of {number} iterations scored {history[-1]['rewards/score_mean']:.3g}: there is nothing to learn from; is "
+            f"every completion of {number} iterations scored {history.now['rewards/score_mean']:.3g}: there is nothing to learn from; is "
             "the right reward named, and does it read the completion?",
         )
 
 
 def _reward_hacking(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    width = settings.window
-    if settings.hacking_errors is None or len(history) < 2 * width:
-        return
-    windows = [slice(end - width, end) for end in range(width, len(history) - width + 1)]
-    scores = [entry["rewards/score_mean"] for entry in history]
-    for name in sorted(name for name in history[-1] if name.startswith("monitors/") and not name.endswith("_std")):
-        values = [entry[name] for entry in history]
-        means = [statistics.fmean(values[window]) for window in windows]
-        best = windows[means.index(max(means))]
-        fallen = (statistics.fmean(values[best]) - statistics.fmean(values[-width:])) / _error(values, width)
-        risen = (statistics.fmean(scores[-width:]) - statistics.fmean(scores[best])) / _error(scores, width)
+    for name, trend in sorted(history.trends.items()):
+        if settings.hacking_errors is None or not trend.full:
+            continue
+        best, now, error = trend.best, trend.now, trend.error
+        fallen, risen = (best.monitor - now.monitor) / error.monitor, (now.score - best.score) / error.score
         if min(fallen, risen) > settings.hacking_errors:
             yield Alarm(
                 "reward_hacking",
-                f"{name} fell from {statistics.fmean(values[best]):.3f} to {statistics.fmean(values[-width:]):.3f} while the score rose "
-                f"from {statistics.fmean(scores[best]):.3f} to {statistics.fmean(scores[-width:]):.3f}: the policy has found what the "
-                "reward overrates; stop earlier, raise kl_coef, or use an ensemble of reward models",
+                f"{name} fell from {best.monitor:.3f} to {now.monitor:.3f} while the score rose from {best.score:.3f} to {now.score:.3f}: "
+                "the policy has found what the reward overrates; stop earlier, raise kl_coef, or use an ensemble of reward models",
             )
             return
-
-
-def _error(values: list[float], width: int) -> float:
-    """Standard error of the difference of two windows' means. The noise is read off neighbours, whose differences a trend hardly moves."""
-    noise = statistics.fmean((after - before) ** 2 for before, after in zip(values, values[1:], strict=False)) / 2
-    return max(math.sqrt(2 * noise / width), 1e-9)
 
 
 CHECKS: tuple[Callable[[History, HealthSettings], Iterator[Alarm]], ...] = (

@@ -89,7 +89,7 @@ class PPORun:
         self.updater.optimizer_steps = state.optimizer_steps
         if self.pretraining_rows is not None:
             self.pretraining_rows.draws = state.pretraining_draws
-        for iteration, entry in enumerate(state.history.resumed):
+        for iteration, entry in enumerate(state.history.take_resumed()):
             log(self.context, iteration, entry)
             self.health.observe(entry["metrics"])
         inside = f", minibatch {len(state.progress.collected)} of the next" if state.rollout is not None else ""

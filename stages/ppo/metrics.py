@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from stages.ppo.update import UpdateResult
 
 
+FIRST_AND_LAST = ["rewards/score_mean", "policy/kl", "policy/entropy", "responses/length_mean", "responses/stopped_share"]
+SUMMED_UP = frozenset([*FIRST_AND_LAST, "value/explained_variance", "time/episodes_per_second"])  # and every monitor
+
+
 def iteration_metrics(rollout: Rollout, result: UpdateResult, *, kl_coef: float, matmul_peak: float = math.inf) -> dict[str, float]:
     """Of one iteration. KL is summed over tokens and averaged over episodes, in nats; ``matmul_peak`` in operations/s."""
     sequence_kl = rollout.kl.sum(dim=1)
@@ -46,9 +50,7 @@ def run_metrics(history: RunHistory, *, episodes_per_iteration: int, optimizer_s
     tenth = max(1, len(history) // 10)
     metrics: dict[str, Any] = {"iterations": len(history), "episodes": len(history) * episodes_per_iteration}
     metrics["optimizer_steps"] = optimizer_steps
-    shown = ["rewards/score_mean", "policy/kl", "policy/entropy", "responses/length_mean", "responses/stopped_share"]
-    shown += [name for name in history.names() if name.startswith("monitors/")]
-    for name in shown:
+    for name in [*FIRST_AND_LAST, *(name for name in history.names() if name.startswith("monitors/"))]:
         values = history.values(name)
         short = name.rpartition("/")[2]
         metrics[f"{short}_first"], metrics[f"{short}_last"] = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth

@@ -221,11 +221,15 @@ def test_the_history_is_appended_to_and_cut_where_a_run_was(tmp_path: Path) -> N
     assert HistoryLog(tmp_path / "history.jsonl").first(mark) is None
 
 
-def test_metrics_are_kept_as_columns_and_entries_until_they_are_written() -> None:
-    history = RunHistory([{"metrics": {"a": 1.0, "b": 2.0}, "samples": []}])
-    history.append({"metrics": {"a": 3.0}, "samples": ["x"]})
-    assert (len(history), history.names(), list(history.values("a"))) == (2, ["a"], [1.0, 3.0])
-    assert history.take_new() == [{"metrics": {"a": 3.0}, "samples": ["x"]}] and history.take_new() == []
+def test_what_sums_a_run_up_is_kept_as_columns_and_entries_until_they_are_written() -> None:
+    told = {"metrics": {"monitors/a": 1.0, "policy/kl": 2.0, "time/update": 9.0}, "samples": []}
+    made = {"metrics": {"monitors/a": 3.0, "time/update": 9.0}, "samples": ["x"]}
+    history = RunHistory([told])
+    history.append(made)
+    assert (len(history), history.names(), list(history.values("monitors/a"))) == (2, ["monitors/a"], [1.0, 3.0])
+    assert list(history.values("policy/kl")) == [2.0] and "time/update" not in history._columns
+    assert history.take_new() == [made] and history.take_new() == []
+    assert history.take_resumed() == [told] and history.take_resumed() == []
 
 
 def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_checkpoints(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -60,11 +63,36 @@ def test_one_small_batch_below_zero_is_chance_and_all_of_them_are_none() -> None
     assert [entry["name"] for entry in observed(kls(set(range(10, 20)))).summary()] == ["negative_kl"]
 
 
-def test_a_long_run_is_remembered_by_its_scores_and_monitors() -> None:
-    health = observed([healthy(iteration) for iteration in range(200)])
-    kept = [len(entry) for entry in health._history]
-    assert len(kept) == 200
-    assert kept[:3] == [len(healthy(0))] * 3 and set(kept[3:180]) == {3}  # score_mean, a monitor and its deviation
+def test_a_long_run_is_remembered_in_a_constant_size() -> None:
+    sizes = {len(pickle.dumps(observed([healthy(i) for i in range(number)])._history)) for number in (50, 500)}
+    assert max(sizes) - min(sizes) < 40  # pickle names a larger number in more bytes
+
+
+def test_reward_hacking_is_what_all_windows_of_the_whole_run_say() -> None:
+    draw, width = random.Random(3), 4
+    score, taste = [0.0], [0.0]
+    for place in range(300):  # the monitor turns down, up and down again while the score goes on up
+        score.append(score[-1] + 0.05 + draw.gauss(0, 0.1))
+        taste.append(taste[-1] + (0.06 if place % 120 < 60 else -0.08) + draw.gauss(0, 0.1))
+    health, raised, expected = Health(HealthSettings(window=width)), [], []
+    for end in range(1, len(score) + 1):
+        alarms = health.observe(healthy(end, **{"rewards/score_mean": score[end - 1], "monitors/taste": taste[end - 1]}))
+        raised.append("reward_hacking" in [alarm.name for alarm in alarms])
+        expected.append(end >= 2 * width and hacked(score[:end], taste[:end], width, HealthSettings().hacking_errors))
+    assert raised == expected and 50 < sum(raised) < 250
+
+
+def hacked(score: list[float], monitor: list[float], width: int, limit: float | None) -> bool:
+    """The same by numpy, over the whole run: the best mean of a window before the last, differences of means in standard errors."""
+    scores, monitors = np.array(score), np.array(monitor)
+    starts = range(len(score) - 2 * width + 1)
+    best = max(starts, key=lambda start: monitors[start : start + width].mean())
+
+    def moved(values: np.ndarray) -> float:
+        error = math.sqrt(2 * np.mean(np.diff(values) ** 2) / 2 / width)
+        return float((values[-width:].mean() - values[best : best + width].mean()) / error)
+
+    return bool(-moved(monitors) > (limit or 0) and moved(scores) > (limit or 0))
 
 
 def test_every_check_has_a_planted_case() -> None:
