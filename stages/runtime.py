@@ -204,8 +204,10 @@ class Runtime:
         self.is_main = launched_rank() == 0
         # It warns on import that an optional speed-up for 4-bit models on CPUs is not installed, whether or not one is used.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-        # oneDNN keeps the code of its last 1024 shapes. Ragged batches hardly ever repeat one: a long run would fill it for nothing.
+        # oneDNN keeps the code of its last 1024 shapes, and PyTorch keeps as many over again (for each thread). Ragged batches hardly ever
+        # repeat one: a long run would fill hundreds of MiB for nothing.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+        os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
         # Wide enough for tables when the output is a file: rich would otherwise fold at 80 columns.
         width = None if sys.stdout.isatty() else 140
         self.shards = _takes_sharding_over()

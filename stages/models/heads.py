@@ -76,15 +76,22 @@ class ScalarModel(nn.Module):
 
     def score_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """One number per position, from that token and those before it. Inputs [B, T]; returns [B, T] fp32."""
-        self.activate()
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **self._positions(attention_mask))
-        return self.score_head(hidden.last_hidden_state.float()).squeeze(-1)
+        return self.score_head(self._hidden(input_ids, attention_mask).float()).squeeze(-1)
 
     def score_positions(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """The numbers [N] at the positions ``rows``, ``columns`` [N] of right-padded ids [B, T]."""
+        return self.score_head(self._hidden(input_ids, None)[rows, columns].float()).squeeze(-1)
+
+    def _hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Last hidden states [B, T, d]; None: padding is on the right.
+
+        There no mask is needed: a causal model never looks to the right, and without one the fastest kernels can be used.
+        """
         self.activate()
-        hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self.score_head(hidden[rows, columns].float()).squeeze(-1)
+        if attention_mask is None or bool(attention_mask[:, 0].all()):
+            return self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **self._positions(attention_mask)}
+        return self.backbone(**inputs, use_cache=False).last_hidden_state
 
     def _positions(self, attention_mask: Tensor) -> dict[str, Tensor]:
         """Position ids that count real tokens only, so that left padding does not shift a text. Empty for models without positions."""
@@ -127,7 +134,8 @@ class ScalarModel(nn.Module):
                 adapter = get_peft_model_state_dict(self.backbone, state_dict=body, save_embedding_layers=False)
                 save_file(
                     {name: value.detach().cpu().contiguous() for name, value in adapter.items()},
-                    folder / "adapter_model.safetensors", metadata={"format": "pt"},
+                    folder / "adapter_model.safetensors",
+                    metadata={"format": "pt"},
                 )
                 self.backbone.peft_config[FRESH].save_pretrained(str(folder))
             save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
@@ -183,11 +191,9 @@ class RewardModel(ScalarModel):
 
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The score of each text, read at its last token that is not padding. Inputs [B, T]; returns [B] fp32."""
-        self.activate()
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **self._positions(attention_mask))
         last = last_positions(attention_mask)
         rows = torch.arange(len(last), device=last.device)
-        return self.score_head(hidden.last_hidden_state[rows, last].float()).squeeze(-1)
+        return self.score_head(self._hidden(input_ids, attention_mask)[rows, last].float()).squeeze(-1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """``score``, by the name that wrappers (DDP, FSDP) call."""

@@ -132,15 +132,25 @@ def score_rows(
     if device is None:
         assert isinstance(scorer, torch.nn.Module)
         device = next(scorer.parameters()).device
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     scores = torch.empty(len(rows))
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
+    for places in like_length_batches([len(row) for row in rows], batch_size):
         ids = right_pad([torch.tensor(rows[place]) for place in places], pad_token_id)
         lengths = torch.tensor([len(rows[place]) for place in places])
         mask = torch.arange(ids.shape[1]) < lengths[:, None]
         scores[places] = scorer(ids.to(device), mask.long().to(device)).float().cpu()
     return scores
+
+
+def like_length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """The rows in batches of at most ``batch_size``, from short to long; one of a quarter of that ends where rows get a fifth longer."""
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        last = batches[-1] if batches else []
+        longer = last and len(last) >= batch_size / 4 and lengths[row] > 1.2 * lengths[last[0]]
+        if not last or len(last) == batch_size or longer:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
 
 
 def _label_number(label: str | int | None, names: dict[int, str], ref: str) -> int:

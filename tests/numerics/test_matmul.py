@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -75,3 +77,23 @@ def test_layers_keep_their_parameters_and_names(onednn) -> None:
 
 def test_the_peak_is_a_speed() -> None:
     assert 1e8 < measure_peak(torch.float32, torch.device("cpu"), size=64) < 1e14
+
+
+RAGGED = """
+import psutil, torch
+from stages.numerics import matmul
+from stages.runtime import Runtime
+torch.set_num_threads(1)
+Runtime(quiet=True)
+weight, held = torch.randn(128, 128), []
+for length in range(1, 801):  # every length is a shape of its own
+    matmul._onednn(torch.randn(length, 128), weight)
+    if length % 400 == 0:
+        held.append(psutil.Process().memory_info().rss / 2**20)
+print(held[1] - held[0])
+"""
+
+
+def test_products_of_ever_new_shapes_do_not_pile_up_their_code(onednn) -> None:
+    made = subprocess.run([sys.executable, "-c", RAGGED], capture_output=True, text=True, check=True)
+    assert float(made.stdout.splitlines()[-1]) < 8  # MiB; what oneDNN and PyTorch keep by default of 400 shapes is several times that

@@ -1,0 +1,26 @@
+"""Learned reward sources: how rows are batched, and that a score does not depend on it."""
+
+from __future__ import annotations
+
+import torch
+
+from stages.models.heads import RewardModel
+from stages.rewards.learned import like_length_batches, score_rows
+
+
+def test_rows_of_like_length_share_a_batch() -> None:
+    lengths = [50, 10, 11, 30, 12, 13, 48, 31, 14, 10]
+    batches = like_length_batches(lengths, 8)  # a quarter is 2 rows; then a row more than a fifth longer than the first begins a new batch
+    assert [[lengths[row] for row in batch] for batch in batches] == [[10, 10, 11, 12], [13, 14], [30, 31], [48, 50]]
+    assert like_length_batches([7] * 5, 2) == [[0, 1], [2, 3], [4]] and like_length_batches([], 4) == []
+    assert like_length_batches([1, 100, 200, 300], 64) == [[0, 1, 2, 3]]  # too few to be worth a pass of their own
+
+
+def test_scores_are_those_of_every_text_alone(tiny_llama_folder) -> None:
+    model = RewardModel.from_language_model(str(tiny_llama_folder), dtype=torch.float32, trainable=False)
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 20, (length,), generator=draw).tolist() for length in (40, 3, 4, 17, 5, 41, 3, 18)]
+    with torch.inference_mode():
+        alone = [float(model.score(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long))) for row in rows]
+        together = score_rows(rows, model, 0, 4)
+    torch.testing.assert_close(together, torch.tensor(alone))
