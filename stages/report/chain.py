@@ -78,10 +78,15 @@ def _data(step: StepFolder) -> list[str]:
     return found
 
 
+def made_by(run: RunFolder) -> dict[str, StepFolder]:
+    """The step that made each model of this run, by pinned reference."""
+    return {f"{step.entry['model']['ref']}@{step.entry['version']}": step for step in run.steps if step.entry.get("model")}
+
+
 def ancestors(run: RunFolder, evaluation: Row) -> set[str]:
     """References of the models that the evaluation's KL reference was made from, as far as this run made them."""
     reference = evaluation.get("kl_reference")
-    own = {f"{step.entry['model']['ref']}@{step.entry['version']}": step for step in run.steps if step.entry.get("model")}
+    own = made_by(run)
     waiting = [evaluation["candidates"][reference].get("model")] if reference is not None else []
     found: set[str] = set()
     while waiting:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from stages.report.figures import LINE, PAPER, SERIES, SOFT, Canvas, Figure, interval_points, number_text, short, smoothed
+from stages.report.figures import LINE, PAPER, SERIES, SOFT, Canvas, Figure, interval_points, number_text, root_scale, short, smoothed
 from stages.report.run_folder import StepFolder, thinned
 from stages.report.training import monitors
 
@@ -25,10 +25,13 @@ def series_of(candidates: Sequence[str]) -> dict[str, int]:
 # Reward against KL
 
 
-def frontier(evaluation: Row, colors: Mapping[str, int], ancestors: Collection[str] = ()) -> Figure | None:
+def frontier(
+    evaluation: Row, colors: Mapping[str, int], ancestors: Collection[str] = (), trained: Mapping[str, StepFolder] | None = None
+) -> Figure | None:
     """Mean score against KL to the reference, by each judge that scores: candidates with intervals, and best-of-n as a curve.
 
     ``ancestors``: models that the reference was made from. They did not spend KL to get where they are, and are left out.
+    ``trained``: the PPO steps of this run that made candidates, by candidate; the way there is a thin line where the judge watched it.
     """
     reference = evaluation.get("kl_reference")
     points = {
@@ -42,9 +45,10 @@ def frontier(evaluation: Row, colors: Mapping[str, int], ancestors: Collection[s
     digest = evaluation["candidates"][reference]["digest"]
     curves = {name: curve for name, curve in evaluation.get("best_of_n", {}).items() if evaluation["candidates"][name]["digest"] == digest}
     panels, rows = [], []
+    has_way = False
     for judge in judges:
         canvas = Canvas()
-        axes = canvas.axes
+        axes, numbered = canvas.axes, []
         for name, curve in curves.items():
             known = [point for point in curve if judge in point["scores"]]
             kls, means = [point["kl"] for point in known], [point["scores"][judge]["mean"] for point in known]
@@ -54,11 +58,7 @@ def frontier(evaluation: Row, colors: Mapping[str, int], ancestors: Collection[s
             )  # fmt: skip
             axes.plot(kls, means, "-", color=SERIES[colors[name]])
             axes.plot(kls, means, "o", color=SERIES[colors[name]], markersize=3)
-            for point in known[1:]:
-                axes.annotate(
-                    f"{point['n']}", (point["kl"], point["scores"][judge]["mean"]), xytext=(0, 6), textcoords="offset points",
-                    ha="center", fontsize=8, color=SOFT,
-                )  # fmt: skip
+            numbered += known[1:]
             rows += [[judge, f"best of {point['n']} ({name})", f"{point['kl']:.2f}", _mean_text(point["scores"][judge])] for point in known]
         for name, row in points.items():
             if judge not in row["scores"] or name in curves:
@@ -69,14 +69,21 @@ def frontier(evaluation: Row, colors: Mapping[str, int], ancestors: Collection[s
             if row.get("kl_interval") and None not in row["kl_interval"]:
                 axes.hlines([mean], row["kl_interval"][0], row["kl_interval"][1], color=color, linewidth=1.4)
             rows.append([judge, name, f"{row['kl']:.2f}", _mean_text({"mean": mean, "ci_low": low, "ci_high": high})])
+        for name, step in (trained or {}).items():
+            if name in points and (path := _way(step, judge)) is not None:
+                has_way = True
+                axes.plot(*path, color=SERIES[colors[name]], linewidth=1, alpha=0.7)
         axes.set_xlabel(f"KL to {reference}, nats per completion")
         axes.set_ylabel("mean score")
-        axes.margins(x=0.12, y=0.15)
+        axes.margins(x=0.08, y=0.15)
+        root_scale(axes)
+        _number(axes, [(point["n"], point["kl"], point["scores"][judge]["mean"]) for point in numbered])
         panels.append(canvas.panel(f"by {judge}"))
     best = " The line is best-of-n, with its n, from one set of samples (unbiased; KL log n - (n - 1)/n)." if curves else ""
+    way = " Thin lines are the iterations of PPO on its own prompts, as running means." if has_way else ""
     caption = (
         f"What each way of spending KL buys on held-out prompts: up is better, left is nearer to {reference}. Bars are 95 % intervals over "
-        f"prompts.{best}"
+        f"prompts; the axis goes with the square root (Gao et al. 2023).{best}{way}"
     )
     legend = [(name, colors[name]) for name in points]
     return Figure("frontier", "Reward for KL", caption, panels, legend, ["judge", "candidate", "KL", "mean score"], rows)
@@ -86,6 +93,25 @@ def _mean_text(point: Mapping[str, Any]) -> str:
     if point.get("ci_low") is None or point.get("ci_high") is None:
         return f"{point['mean']:.3f}"
     return f"{point['mean']:.3f} ({point['ci_low']:.3f} to {point['ci_high']:.3f})"
+
+
+def _number(axes: Any, points: Sequence[tuple[int, float, float]]) -> None:
+    """Write n beside the points (n, KL, score) of best-of-n, as far as the numbers do not lie on each other."""
+    room, last = 0.035 * math.sqrt(axes.get_xlim()[1]), -math.inf
+    for number, kl, score in points:
+        if math.sqrt(kl) - last >= room or number == points[-1][0]:
+            axes.annotate(f"{number}", (kl, score), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8, color=SOFT)
+            last = math.sqrt(kl)
+
+
+def _way(step: StepFolder, judge: str) -> tuple[list[float], list[float]] | None:
+    """KL and a judge's mean score over a PPO step's iterations, as running means; None where the judge saw none of them."""
+    steps, kls = step.series("policy/kl")
+    for metric in (f"monitors/{judge}", f"rewards/{judge}"):
+        scored, values = step.series(metric)
+        if len(values) > 1 and scored == steps:
+            return smoothed(kls, 0.1), smoothed(values, 0.1)
+    return None
 
 
 def over_optimisation(step: StepFolder, evaluation: Row | None = None) -> Figure | None:

@@ -118,6 +118,20 @@ def interval_points(
     axes.plot(x, y, "o", color=color, markersize=size, markeredgecolor=PAPER, markeredgewidth=0.8)
 
 
+def root_scale(axes: Axes) -> None:
+    """Let the horizontal axis go with the square root of its numbers, whose marks stay readable; call when all is drawn."""
+    import numpy as np
+
+    low, high = axes.get_xlim()
+    axes.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda root: np.sign(root) * root**2))
+    axes.set_xlim(low if low >= 0 else max(low, -0.02 * high), high)
+    ticks = [0.0]
+    for tick in (one * ten for ten in (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0) for one in (1, 2, 5)):
+        if tick <= high and tick**0.5 - ticks[-1] ** 0.5 >= 0.09 * high**0.5:
+            ticks.append(tick)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+
+
 def smoothed(values: Sequence[float], share: float = 0.05) -> list[float]:
     """Running mean over a centred window of ``share`` of the values, narrower at the ends."""
     half = max(0, round(len(values) * share / 2))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.report import curves, training
-from stages.report.chain import ancestors, command, diagram, recipe_text, step_row
+from stages.report.chain import ancestors, command, diagram, made_by, recipe_text, step_row
 from stages.report.figures import Figure, number_text
 from stages.report.reader import reader
 from stages.report.remarks import remarks
@@ -100,11 +100,14 @@ def _figure_groups(run: RunFolder) -> list[Row]:
     """Figures under their headings; a heading without figures is left out."""
     outcome: list[Figure | None] = []
     trust: list[Figure | None] = []
+    makers_of_models = made_by(run)
     for step in run.evaluations:
         evaluation = step.evaluation
         assert evaluation is not None
         colors = curves.series_of(list(evaluation["candidates"]))
-        frontier = curves.frontier(evaluation, colors, ancestors(run, evaluation))
+        makers = {name: makers_of_models.get(row.get("model")) for name, row in evaluation["candidates"].items()}
+        ways = {name: step for name, step in makers.items() if step is not None and step.stage == "ppo"}
+        frontier = curves.frontier(evaluation, colors, ancestors(run, evaluation), ways)
         outcome += [frontier, curves.distributions(step, colors), curves.alignment_tax(evaluation, colors)]
     evaluation = run.evaluations[-1].evaluation if run.evaluations else None
     trust += [curves.over_optimisation(step, evaluation) for step in run.steps if step.stage == "ppo"]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from stages.report.comparison import differing_settings, render_comparison, run_names, write_comparison
-from stages.report.curves import over_optimisation, series_of
+from stages.report.curves import frontier, over_optimisation, series_of
 from stages.report.diagram import HEIGHT, WIDTH, draw_chain
-from stages.report.figures import as_svg, smoothed
+from stages.report.figures import as_svg, root_scale, smoothed
 from stages.report.run_folder import read_run
 from stages.report.training import data_efficiency
 
@@ -70,6 +70,30 @@ def test_over_optimisation_has_best_of_n_beside_ppo(run_folder: Path) -> None:
     assert [panel.title for panel in figure.panels] == ["preference, trained on", "gold, only watched"]
     assert [name for name, _ in figure.legend] == ["aligned, iteration by iteration", "best-of-n on held-out prompts"]
     assert over_optimisation(run.steps[0]) is None
+
+
+def test_reward_for_kl_shows_the_way_of_ppo_on_an_axis_of_roots(run_folder: Path) -> None:
+    run = read_run(run_folder)
+    evaluation, step = run.evaluations[0].evaluation, run.step("aligned")
+    assert evaluation is not None and step is not None
+    colors = series_of(list(evaluation["candidates"]))
+    plain, with_way = frontier(evaluation, colors), frontier(evaluation, colors, trained={"aligned": step})
+    assert plain is not None and with_way is not None
+    assert "Thin lines" in with_way.caption and "Thin lines" not in plain.caption
+    watched = [panel.svg.count("<path") for panel in with_way.panels], [panel.svg.count("<path") for panel in plain.panels]
+    assert sum(watched[0]) > sum(watched[1])
+
+
+def test_an_axis_of_roots_is_marked_where_there_is_room() -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    axes.plot([0, 144], [0, 1])
+    axes.set_xlim(-0.1, 144)
+    root_scale(axes)
+    # 12 is the root of the end; marks of 1, 2, 5, ... as far as 0.09 * 12 = 1.08 of the roots lies between them
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "2", "10", "20", "50", "100"]
+    assert axes.transData.transform((36, 0))[0] == pytest.approx(axes.transData.transform([(0, 0), (144, 0)])[:, 0].mean())
 
 
 def test_colours_of_candidates() -> None:
