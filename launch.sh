@@ -118,7 +118,7 @@ run_recipe() {
     # accelerate launch, with every process that was asked for (on a CPU it would start one), its exit status, and signals passed on.
     if ((processes > 1)); then launcher+=(--num_processes "$processes"); fi
     if ! has_gpu && [[ " ${launcher[*]} " != *" --config_file "* ]]; then launcher+=(--cpu); fi
-    exec "$venv/bin/python" -m stages.launching "${launcher[@]}" -m stages run "${arguments[@]}"
+    exec "$venv/bin/python" -m stages.process.launching "${launcher[@]}" -m stages run "${arguments[@]}"
 }
 
 main() {

@@ -22,14 +22,14 @@ import typer
 
 from stages import __version__
 from stages.errors import StagesError, Stopped
-from stages.storage import storage_error
+from stages.registry.storage import storage_error
 
 if TYPE_CHECKING:
     from rich.tree import Tree
 
     from stages.planning.memory import Machine
-    from stages.registry import ModelRecord, Registry
-    from stages.runtime import Runtime
+    from stages.process.runtime import Runtime
+    from stages.registry.ledger import ModelRecord, Registry
 
 app = typer.Typer(
     name="stages", help="Chains of training stages: from raw text to an aligned language model.", no_args_is_help=True,
@@ -55,7 +55,7 @@ def reports_errors(command: Command) -> Command:
 
     @wraps(command)
     def wrapped(*arguments: Any, **options: Any) -> Any:
-        from stages import runtime
+        from stages.process import runtime
 
         try:
             return command(*arguments, **options)
@@ -73,8 +73,8 @@ def reports_errors(command: Command) -> Command:
 
 def _explained(error: Exception) -> StagesError | None:
     """What a user is told of ``error``; None where it is a bug of ours."""
-    from stages import runtime
     from stages.errors import LaunchError
+    from stages.process import runtime
 
     if isinstance(error, StagesError):
         return error
@@ -86,7 +86,7 @@ def _explained(error: Exception) -> StagesError | None:
 
 
 def _end(status: int, cause: BaseException) -> NoReturn:
-    from stages import runtime
+    from stages.process import runtime
 
     if runtime.launched_processes() > 1:
         runtime.leave_at_once(status)
@@ -95,7 +95,7 @@ def _end(status: int, cause: BaseException) -> NoReturn:
 
 def _say(message: str, *, is_echo: bool) -> None:
     """Show a message; under several processes once where all have the same: the first shows it, and its end ends those who wait."""
-    from stages import runtime
+    from stages.process import runtime
 
     rank = runtime.launched_rank()
     if is_echo or rank > 0:  # of another process's end, which has said why itself; or of the same error on rank zero
@@ -104,19 +104,19 @@ def _say(message: str, *, is_echo: bool) -> None:
 
 
 def _home(home: Path | None) -> Path:
-    from stages.runtime import default_home
+    from stages.process.runtime import default_home
 
     return (home or default_home()).absolute()
 
 
 def _registry(home: Path | None) -> Registry:
-    from stages.registry import Registry
+    from stages.registry.ledger import Registry
 
     return Registry(_home(home) / "registry")
 
 
 def _runtime() -> Runtime:
-    from stages.runtime import Runtime
+    from stages.process.runtime import Runtime
 
     return Runtime()
 
@@ -136,7 +136,7 @@ def root(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
     """Chains of training stages: from raw text to an aligned language model."""
-    from stages.runtime import protect_secrets
+    from stages.process.runtime import protect_secrets
 
     protect_secrets()
     # A recipe may name functions (package.module:function) beside it; the `stages` script, unlike `python -m`, does not look there. Last:
@@ -149,11 +149,11 @@ def root(
 @reports_errors
 def run(recipe: Recipe, overrides: Overrides = None, home: Home = None, debug: Debug = False) -> None:
     """Run a recipe: make what is missing or changed, reuse the rest."""
-    from stages import chain
-    from stages.launching import start_missing_processes
-    from stages.recipe import load_recipe
-    from stages.runtime import command_to_go_on, has_launcher, print_error
-    from stages.stopping import end_with_launcher
+    from stages.chain import run as chain
+    from stages.process.launching import start_missing_processes
+    from stages.process.runtime import command_to_go_on, has_launcher, print_error
+    from stages.process.stopping import end_with_launcher
+    from stages.recipe.schema import load_recipe
 
     start_missing_processes()
     if has_launcher():
@@ -183,10 +183,10 @@ def plan(
 ) -> None:
     """Say what a run would make, reuse or resume, and why, and how much memory it will need; of steps with a preset also each value and
     its source. Loads no model."""
-    from stages import chain
+    from stages.chain import run as chain
     from stages.planning.plan import advice_lines, memory_table, plan_memory
-    from stages.recipe import load_recipe
-    from stages.settings import preset_settings, settings_of_step, settings_table
+    from stages.recipe.schema import load_recipe
+    from stages.recipe.settings import preset_settings, settings_of_step, settings_table
 
     loaded = load_recipe(recipe, overrides or [], _registry(home))
     plans = chain.plan(loaded, _home(home), download=False)
@@ -216,7 +216,7 @@ def plan(
 def _machine(device_memory: float | None) -> Machine:
     """The machine that a plan is for: a GPU of the given size, this machine's GPU, or its memory."""
     from stages.planning.memory import Machine
-    from stages.runtime import cpu_memory, gpu_memory, has_amx
+    from stages.process.runtime import cpu_memory, gpu_memory, has_amx
 
     if device_memory is not None:
         return Machine("cuda", int(device_memory * 2**30), 2, f"a GPU of {device_memory:g} GiB")
@@ -226,7 +226,7 @@ def _machine(device_memory: float | None) -> Machine:
 
 
 def _processes() -> int:
-    from stages.runtime import launched_processes
+    from stages.process.runtime import launched_processes
 
     return launched_processes()
 
@@ -415,8 +415,8 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Copy a model out, whole, with a model card: for from_pretrained, lm-eval, vLLM, transformers serve, or the Hub."""
-    from stages.model_card import write_card
     from stages.models.adapters import export_merged
+    from stages.registry.card import write_card
 
     registry = _registry(home)
     path = registry.export(ref, destination, merge=None if adapter else export_merged)

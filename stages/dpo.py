@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.corpora.comparisons import Comparison
-    from stages.runtime import StepContext, StepResult
+    from stages.process.runtime import StepContext, StepResult
 
 
 class DPOOptimizer(OptimizerSettings):
@@ -94,8 +94,8 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
     from stages.corpora.curation import Curator
     from stages.corpora.templates import count_tokens
     from stages.models.loading import load_language_model, load_tokenizer, save_model
-    from stages.runtime import StepResult
-    from stages.training import gathered_weights, publish_best, train, weights_dtype
+    from stages.process.runtime import StepResult
+    from stages.training.trainer import gathered_weights, publish_best, train, weights_dtype
 
     source = context.models["model"]
     tokenizer = load_tokenizer(source)
@@ -202,7 +202,7 @@ def _trainer(
 
     from stages.models.loading import quiet_transformers
     from stages.models.sharding import shard
-    from stages.training import exact, training_arguments
+    from stages.training.trainer import exact, training_arguments
 
     class TokenizedDPOTrainer(exact(DPOTrainer)):  # type: ignore[misc]
         """A DPOTrainer whose rows are token ids already, and whose loss is a share of the mean over the whole step."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.models.likelihood import Likelihood
-    from stages.runtime import StepContext, StepResult
+    from stages.process.runtime import StepContext, StepResult
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -101,8 +101,8 @@ def run(config: PretrainingConfig, context: StepContext) -> StepResult:
 
     from stages.corpora.text import load_text
     from stages.models.loading import save_model
-    from stages.runtime import StepResult
-    from stages.training import exact, gathered_weights, publish_best, train, training_arguments
+    from stages.process.runtime import StepResult
+    from stages.training.trainer import exact, gathered_weights, publish_best, train, training_arguments
 
     corpus = load_text(config.data)
     tokenizer = _tokenizer(config, context, corpus.train)
@@ -179,7 +179,7 @@ def _model(config: PretrainingConfig, context: StepContext, tokenizer: PreTraine
 
     from stages.models.architectures import random_model
     from stages.models.loading import load_language_model
-    from stages.training import weights_dtype
+    from stages.training.trainer import weights_dtype
 
     context.runtime.seed_everything(context.seed)  # reading the data must not decide the weights
     if config.architecture is not None:
@@ -241,6 +241,6 @@ def _measure(
 def _likelihood(
     trainer: Any, config: PretrainingConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, tokens: list[int]
 ) -> Likelihood:
-    from stages.training import heldout_likelihood
+    from stages.training.trainer import heldout_likelihood
 
     return heldout_likelihood(trainer, context, tokenizer, overlapping_windows(tokens, config.block_size), config.precision)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.corpora.reviews import Review
-    from stages.runtime import StepContext, StepResult
+    from stages.process.runtime import StepContext, StepResult
 
 
 class WordPieceSettings(Strict):
@@ -113,8 +113,8 @@ def run(config: SentimentConfig, context: StepContext) -> StepResult:
 
     from stages.corpora.reviews import load_reviews
     from stages.models.loading import save_model
-    from stages.runtime import StepResult
-    from stages.training import counted_loss, exact, gathered_weights, publish_best, train, training_arguments
+    from stages.process.runtime import StepResult
+    from stages.training.trainer import counted_loss, exact, gathered_weights, publish_best, train, training_arguments
 
     reviews = load_reviews(config.data, config.labels)
     tokenizer, model = _tokenizer_and_model(config, context, [review.text for review in reviews.train])
@@ -198,7 +198,7 @@ def _tokenizer_and_model(config: SentimentConfig, context: StepContext, texts: l
 
     from stages.models.architectures import random_model
     from stages.models.loading import load_classifier, load_tokenizer
-    from stages.training import weights_dtype
+    from stages.training.trainer import weights_dtype
 
     if config.model is not None:
         tokenizer = load_tokenizer(context.models["model"])
@@ -237,9 +237,9 @@ def _masked_body(
     from safetensors.torch import load_file
     from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling, Trainer
 
-    from stages.checkpoints import Checkpoints, save_tensors
     from stages.models.architectures import random_model
-    from stages.training import counted_loss, exact, gathered_weights, train, training_arguments
+    from stages.training.checkpoints import Checkpoints, save_tensors
+    from stages.training.trainer import counted_loss, exact, gathered_weights, train, training_arguments
 
     assert config.masked is not None
     runtime = context.runtime

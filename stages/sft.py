@@ -18,15 +18,15 @@ from stages.config import DataField, DataInput, DataSource, ModelField, ModelInp
 from stages.corpora.curation import Curation
 from stages.corpora.fitting import PromptFit
 from stages.errors import DataError
-from stages.selection import Selection
+from stages.training.selection import Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.corpora.demonstrations import Demonstrations
     from stages.models.likelihood import Likelihood
-    from stages.runtime import StepContext, StepResult
-    from stages.selection import Selector
+    from stages.process.runtime import StepContext, StepResult
+    from stages.training.selection import Selector
 
 IGNORED = -100  # label of a token that does not count in the loss
 HELDOUT_EVERY = 20  # of the pretraining mix's blocks
@@ -52,7 +52,7 @@ class SFTStepConfig(TrainingStepConfig):
     """Fine-tune ``model`` on the demonstrations in ``data``."""
 
     stage: Literal["sft"] = "sft"
-    preset: str | None = Field(None, description="Published settings beneath the step's own, e.g. instructgpt2022 (stages/presets.py).")
+    preset: str | None = Field(None, description="Published settings beneath the step's own, e.g. instructgpt2022 (recipe/presets.py).")
     model: ModelField = Field(description="Language model to fine-tune.")
     data: DataInput
     template: str | None = Field(
@@ -125,8 +125,8 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     from stages.corpora.templates import count_tokens, set_template
     from stages.models.dropout import set_residual_dropout
     from stages.models.loading import load_language_model, load_tokenizer, save_model
-    from stages.runtime import StepResult
-    from stages.training import gathered_weights, publish_best, train, weights_dtype
+    from stages.process.runtime import StepResult
+    from stages.training.trainer import gathered_weights, publish_best, train, weights_dtype
 
     tokenizer = load_tokenizer(context.models["model"])
     if config.template is not None:
@@ -260,7 +260,7 @@ def _selector(
         return None
     from stages.corpora.fitting import fit_prompt
     from stages.corpora.prompts import load_prompts
-    from stages.selection import Selector, selection_callback
+    from stages.training.selection import Selector, selection_callback
 
     if selection.data is not None:
         prompts = load_prompts(selection.data, limit=selection.num_prompts, split="validation")
@@ -290,7 +290,7 @@ def _trainer(
     from trl import SFTConfig, SFTTrainer
 
     from stages.models.loading import quiet_transformers
-    from stages.training import exact, training_arguments
+    from stages.training.trainer import exact, training_arguments
 
     class DemonstrationTrainer(exact(SFTTrainer)):  # type: ignore[misc]
         """Its entropy and accuracy are means over tokens; TRL's are over forward passes, and so depend on how a step is cut into them."""
@@ -363,7 +363,7 @@ def _measure_pretraining(
 def _likelihood(
     trainer: Any, config: SFTStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, heldout: list[EncodedRow]
 ) -> Likelihood:
-    from stages.training import heldout_likelihood
+    from stages.training.trainer import heldout_likelihood
 
     rows = [(row.ids, row.counted(config.completion_only_loss)) for row in heldout]
     return heldout_likelihood(trainer, context, tokenizer, rows, config.precision)

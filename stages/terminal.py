@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.corpora.messages import Message, Prompt
-    from stages.registry import Registry
-    from stages.runtime import ResolvedModel, Runtime
+    from stages.process.runtime import ResolvedModel, Runtime
+    from stages.registry.ledger import Registry
 
 HELP = "/again: another reply   /forget: begin anew   /system TEXT: set the system message   /quit, or Ctrl-D"
 
 
 def resolve_model(ref: str, registry: Registry) -> ResolvedModel:
     """The model that a registry reference, a folder or a hub id names. Raises RecipeError with what was looked for."""
-    from stages.chain import resolve
-    from stages.recipe import find_model
+    from stages.chain.run import resolve
+    from stages.recipe.schema import find_model
 
     return resolve(find_model(ModelInput(ref=ref), registry, [Path.cwd()]), registry)
 
@@ -54,7 +54,7 @@ class Speaker:
     def complete(self, prompts: Sequence[Prompt], settings: GenerationSettings, seeds: Sequence[int]) -> list[str]:
         """One completion per prompt; equal seeds give equal completions."""
         from stages.corpora.templates import encode_prompt
-        from stages.generation import decode_completions, ending_tokens, generate
+        from stages.sampling.generation import decode_completions, ending_tokens, generate
 
         stop, late = ending_tokens(self.model, self.tokenizer, settings)
         generated = generate(

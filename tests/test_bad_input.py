@@ -399,7 +399,7 @@ CASES = {f"{kind}: {name}": case for kind, cases in TABLES.items() for name, cas
 @pytest.fixture
 def place(tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model, a good table for every stage, and a registry that holds one model."""
-    from stages.registry import Registry
+    from stages.registry.ledger import Registry
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("STAGES_HOME", raising=False)

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from stages import __version__
 from stages.cli import app
-from stages.contents import digest_folder
-from stages.recipe import STAGES
-from stages.registry import Registry
+from stages.recipe.schema import STAGES
+from stages.registry.contents import digest_folder
+from stages.registry.ledger import Registry
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPE = """\

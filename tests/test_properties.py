@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from stages.config import ModelInput
-from stages.contents import digest_folder
 from stages.errors import RecipeError, RegistryError, StagesError
-from stages.recipe import find_model, load_recipe
-from stages.recipe_source import parse_path, show
-from stages.registry import DIGEST, NAME, REFERENCE, Registry, check_name
-from stages.runtime import ResolvedModel
+from stages.process.runtime import ResolvedModel
+from stages.recipe.schema import find_model, load_recipe
+from stages.recipe.source import parse_path, show
+from stages.registry.contents import digest_folder
+from stages.registry.ledger import DIGEST, NAME, REFERENCE, Registry, check_name
 
 QUICK = settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

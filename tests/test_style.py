@@ -31,7 +31,7 @@ def test_recipes_are_found() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid_and_say_how_to_run(path: Path) -> None:
-    from stages.recipe import load_recipe
+    from stages.recipe.schema import load_recipe
 
     recipe = load_recipe(path)
     assert recipe.name == path.stem

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.config import DataInput, DataSource
-from stages.contents import file_sha256
 from stages.corpora.world.lexicon import world_files
 from stages.corpora.world.parts import PREFIX, world_rows
 from stages.errors import DataError
+from stages.registry.contents import file_sha256
 
 if TYPE_CHECKING:
     from stages.corpora.curation import Curator

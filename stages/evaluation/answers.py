@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.corpora.messages import Prompt
+    from stages.process.runtime import Runtime, StepContext
     from stages.rewards.config import RewardInput
-    from stages.runtime import Runtime, StepContext
 
 T = TypeVar("T")
 
@@ -263,7 +263,7 @@ def _sample(
     places: Sequence[tuple[int, ...]],
 ) -> list[Sample]:
     """A completion of every prompt, by the random stream of its place; the prompts are shared out among the processes."""
-    from stages.generation import decode_completions, ending_tokens, episode_seed, generate
+    from stages.sampling.generation import decode_completions, ending_tokens, episode_seed, generate
 
     stop, late = ending_tokens(model, tokenizer, config.generation)
 
@@ -335,7 +335,7 @@ def score_texts(
 
 
 def _tasks(config: EvaluationConfig, context: StepContext, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
-    from stages.tasks import measure_task
+    from stages.evaluation.tasks import measure_task
 
     runtime = context.runtime
     shares = {"process_index": runtime.process_index, "num_processes": runtime.num_processes, "batch_size": config.generation.batch_size}

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from stages.config import DataField, DataSource, GenerationSettings, ModelField, ModelInput, StepConfig, Strict
+from stages.evaluation.tasks import TaskField
 from stages.judges.config import JudgeInput, check_judges
 from stages.rewards.config import RewardInput
-from stages.tasks import TaskField
 
 
 class FewShotChoice(Strict):

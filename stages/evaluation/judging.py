@@ -14,8 +14,8 @@ from stages.evaluation.prompts import Exclusion
 from stages.judges.config import EndpointJudge, JudgementsFile
 
 if TYPE_CHECKING:
+    from stages.process.runtime import StepContext
     from stages.rewards.config import RewardInput
-    from stages.runtime import StepContext
 
 Pair = tuple[str, str]
 
@@ -107,7 +107,7 @@ def _ask_endpoint(judge: EndpointJudge, context: StepContext, questions: Sequenc
 
     def make() -> tuple[list[float | None], dict[str, Any]]:
         from stages.judges.endpoint import Comparison, EndpointClient, ReplyCache
-        from stages.runtime import secret
+        from stages.process.runtime import secret
 
         key = secret(judge.api_key_variable) if judge.api_key_variable is not None else None
         comparisons = [Comparison(questions[row].prompt, texts[a][row] or "", texts[b][row] or "") for (a, b), row in asked]

@@ -16,7 +16,7 @@ from stages.numerics.intervals import bootstrap_interval
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from stages.runtime import ResolvedModel
+    from stages.process.runtime import ResolvedModel
 
 
 @dataclass(frozen=True)

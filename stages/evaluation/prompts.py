@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.corpora.messages import Prompt
-    from stages.runtime import ResolvedModel
+    from stages.process.runtime import ResolvedModel
 
 
 @dataclass(frozen=True)

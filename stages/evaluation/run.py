@@ -8,7 +8,7 @@ from stages.evaluation.config import EvaluationConfig
 
 if TYPE_CHECKING:
     from stages.evaluation.answers import Answers
-    from stages.runtime import StepContext, StepResult
+    from stages.process.runtime import StepContext, StepResult
 
 
 def run(config: EvaluationConfig, context: StepContext) -> StepResult:
@@ -18,9 +18,9 @@ def run(config: EvaluationConfig, context: StepContext) -> StepResult:
     from stages.evaluation.outcome import compare, evaluation_tables, verdict
     from stages.evaluation.prompts import load_heldout
     from stages.evaluation.record import finite, write_alpaca_eval, write_completions, write_evaluation, write_lines
+    from stages.evaluation.tasks import task_table
     from stages.evaluation.tokens import measure_kl, token_details
-    from stages.runtime import StepResult
-    from stages.tasks import task_table
+    from stages.process.runtime import StepResult
 
     prompts, exclusions = load_heldout(config)
     asked = ask(config, context, prompts)

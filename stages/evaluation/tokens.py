@@ -14,7 +14,7 @@ from stages.evaluation.prompts import Exclusion
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stages.runtime import ResolvedModel, StepContext
+    from stages.process.runtime import ResolvedModel, StepContext
 
 
 def measure_kl(config: EvaluationConfig, context: StepContext, answers: dict[str, Answers]) -> list[Exclusion]:
@@ -100,7 +100,7 @@ def value_network(context: StepContext) -> ResolvedModel:
     Raises ModelError where the step published none.
     """
     from stages.config import ModelInput
-    from stages.runtime import ResolvedModel
+    from stages.process.runtime import ResolvedModel
 
     source = context.models["token_details.value"]
     record = source.record

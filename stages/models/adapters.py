@@ -24,8 +24,8 @@ from stages.errors import ModelError
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
-    from stages.registry import ModelRecord, Registry
-    from stages.runtime import ResolvedModel
+    from stages.process.runtime import ResolvedModel
+    from stages.registry.ledger import ModelRecord, Registry
 
 ADAPTER_CONFIG = "adapter_config.json"
 FRESH = "default"
@@ -69,8 +69,8 @@ def stack_of(model: ResolvedModel) -> Stack:
 
 def find_base(adapter: ResolvedModel) -> ResolvedModel:
     """The model that an adapter stands on. Raises ModelError where it does not say, RegistryError where the registry lost it."""
-    from stages.registry import Registry
-    from stages.runtime import ResolvedModel
+    from stages.process.runtime import ResolvedModel
+    from stages.registry.ledger import Registry
 
     record = adapter.record
     if record is None:
@@ -267,7 +267,7 @@ def _guess_role(adapter: ResolvedModel) -> str:
 
 def export_merged(record: ModelRecord, registry: Registry, folder: Path) -> None:
     """Write the registry's adapter version ``record`` as a whole model that ``from_pretrained`` reads."""
-    from stages.runtime import ResolvedModel
+    from stages.process.runtime import ResolvedModel
 
     adapter = ResolvedModel(
         ref=record.ref, kind="registry", path=str(record.path), digest=record.digest, input=ModelInput(ref=record.ref), record=record

@@ -23,7 +23,7 @@ from stages.models.loading import as_resolved, load_backbone, load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stages.runtime import ResolvedModel
+    from stages.process.runtime import ResolvedModel
 
 
 class ScalarModel(nn.Module):

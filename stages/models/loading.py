@@ -22,7 +22,7 @@ from stages.numerics.matmul import linear, use_fast_matmuls
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stages.runtime import ResolvedModel
+    from stages.process.runtime import ResolvedModel
 
 logger = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -30,7 +30,7 @@ _said: set[str] = set()
 
 def as_resolved(model: ResolvedModel | str | Path) -> ResolvedModel:
     """A bare folder or hub id as a ``ResolvedModel``; what is resolved already stays as it is."""
-    from stages.runtime import ResolvedModel
+    from stages.process.runtime import ResolvedModel
 
     if isinstance(model, ResolvedModel):
         return model

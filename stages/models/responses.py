@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.generation import right_pad
 from stages.models.heads import ValueModel
 from stages.numerics.logprobs import entropy, token_logprobs
 from stages.numerics.matmul import Linear
 from stages.numerics.output_layer import Term, chosen_logprobs, summed_loss
+from stages.sampling.generation import right_pad
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from stages.models.heads import RewardModel, ScalarModel, ValueModel, read_head
 from stages.models.loading import load_language_model, load_tokenizer
 
 if TYPE_CHECKING:
-    from stages.runtime import ResolvedModel
+    from stages.process.runtime import ResolvedModel
 
 Scalar = TypeVar("Scalar", bound=ScalarModel)
 

@@ -19,7 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from stages.checkpoints import (
+from stages.ppo.metrics import SUMMED_UP
+from stages.ppo.optimizers import WeightAverage
+from stages.ppo.rollout import TENSORS, Rollout
+from stages.ppo.update import UpdateProgress
+from stages.process.runtime import Runtime
+from stages.training.checkpoints import (
     Checkpoint,
     Checkpoints,
     load_generators,
@@ -30,11 +35,6 @@ from stages.checkpoints import (
     save_tensors,
     trainable,
 )
-from stages.ppo.metrics import SUMMED_UP
-from stages.ppo.optimizers import WeightAverage
-from stages.ppo.rollout import TENSORS, Rollout
-from stages.ppo.update import UpdateProgress
-from stages.runtime import Runtime
 
 
 class RunHistory:

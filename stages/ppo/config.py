@@ -63,7 +63,7 @@ class PPOStepConfig(CheckpointedStepConfig):
     """Align ``policy`` to the weighted ``reward`` sources, held near its reference by a KL penalty."""
 
     stage: Literal["ppo"] = "ppo"
-    preset: str | None = Field(None, description="Published settings beneath the step's own, e.g. instructgpt2022 (stages/presets.py).")
+    preset: str | None = Field(None, description="Published settings beneath the step's own, e.g. instructgpt2022 (recipe/presets.py).")
     policy: ModelField = Field(description="Language model to train, usually an sft step.")
     reference: ModelField | None = Field(None, description="Frozen model of the KL penalty; null: the policy as it starts.")
     value: Literal["policy", "shared"] | ModelField | None = Field(

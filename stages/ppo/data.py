@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from stages.errors import DataError
-from stages.generation import episode_seed
+from stages.sampling.generation import episode_seed
 
 if TYPE_CHECKING:
     from stages.corpora.messages import Prompt
     from stages.ppo.config import PPOStepConfig
     from stages.ppo.roles import Roles
-    from stages.runtime import StepContext
+    from stages.process.runtime import StepContext
 
 EncodedPrompt = tuple["Prompt", list[int]]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stages.ppo.rollout import Rollout
-    from stages.runtime import StepContext
+    from stages.process.runtime import StepContext
 
 
 def log(context: StepContext, iteration: int, entry: dict[str, Any]) -> None:

@@ -8,9 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from stages.checkpoints import generator_states, set_generator_states, trainable
 from stages.errors import Stopped, TrainingError
-from stages.generation import episode_seed
 from stages.models.sharding import grouped
 from stages.numerics.kl import AdaptiveKLController, FixedKLController
 from stages.ppo.checkpoint import RunKeeper, RunState
@@ -26,9 +24,11 @@ from stages.ppo.roles import load_roles
 from stages.ppo.rollout import Rollout, ScoringError, collect
 from stages.ppo.speed import peak_of
 from stages.ppo.update import UpdateProgress, Updater, UpdateResult
+from stages.sampling.generation import episode_seed
+from stages.training.checkpoints import generator_states, set_generator_states, trainable
 
 if TYPE_CHECKING:
-    from stages.runtime import StepContext, StepResult
+    from stages.process.runtime import StepContext, StepResult
 
 
 def run(config: PPOStepConfig, context: StepContext) -> StepResult:
@@ -119,7 +119,7 @@ class PPORun:
 
     def publish(self) -> StepResult:
         """Put what was made into the registry."""
-        from stages.runtime import StepResult
+        from stages.process.runtime import StepResult
 
         config, context, roles = self.config, self.context, self.roles
         if self.average is not None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.checkpoints import trainable
 from stages.ppo.config import PPOOptimizer
+from stages.training.checkpoints import trainable
 
 
 class TensorFlowAdam(torch.optim.Optimizer):

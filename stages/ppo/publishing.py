@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.checkpoints import trainable
 from stages.models.sharding import whole_state_dict
 from stages.rewards.config import reward_model_inputs
+from stages.training.checkpoints import trainable
 
 if TYPE_CHECKING:
     from stages.ppo.checkpoint import RunKeeper
     from stages.ppo.config import PPOStepConfig
     from stages.ppo.roles import Roles
-    from stages.registry import ModelRecord
-    from stages.runtime import StepContext
+    from stages.process.runtime import StepContext
+    from stages.registry.ledger import ModelRecord
 
 
 def publish_policy(

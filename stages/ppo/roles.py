@@ -23,8 +23,8 @@ from stages.models.sharding import shard
 from stages.models.shared import RoleParameters, SharedBackbone
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.offload import Offload
+from stages.process.runtime import ResolvedModel, StepContext
 from stages.rewards.config import leaves
-from stages.runtime import ResolvedModel, StepContext
 
 
 @dataclass

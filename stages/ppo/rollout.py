@@ -16,7 +16,6 @@ from torch import Tensor
 
 from stages.corpora.messages import Prompt
 from stages.errors import TrainingError
-from stages.generation import decode_completions, ending_tokens, generate, right_pad
 from stages.models.responses import sequence_batch, with_closing
 from stages.models.sharding import whole
 from stages.numerics.gae import gae
@@ -27,6 +26,7 @@ from stages.ppo.config import PPOStepConfig
 from stages.ppo.credit import token_scores
 from stages.ppo.roles import Roles
 from stages.rewards.source import CombinedReward, Scores
+from stages.sampling.generation import decode_completions, ending_tokens, generate, right_pad
 
 
 class ScoringError(TrainingError):

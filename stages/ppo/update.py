@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.checkpoints import trainable
 from stages.errors import TrainingError
 from stages.models.responses import Policy, SequenceBatch, sequence_batch, sequence_values, with_closing
 from stages.models.sharding import clip_gradients, is_cut, reduce_gradients
@@ -25,6 +24,7 @@ from stages.ppo.optimizers import WeightAverage
 from stages.ppo.roles import Roles
 from stages.ppo.rollout import Rollout, Targets, targets, whole_targets
 from stages.ppo.speed import MatmulCounter
+from stages.training.checkpoints import trainable
 
 
 @dataclass

@@ -12,12 +12,12 @@ from stages.corpora.messages import Prompt
 from stages.corpora.prompts import plain_text
 from stages.corpora.templates import encode_pair, joined
 from stages.errors import ModelError
-from stages.generation import right_pad
 from stages.models.heads import RewardModel
 from stages.models.loading import load_classifier, load_tokenizer
+from stages.process.runtime import ResolvedModel
 from stages.rewards.config import RewardInput
 from stages.rewards.source import RewardSource
-from stages.runtime import ResolvedModel
+from stages.sampling.generation import right_pad
 
 RewardModelLoader = Callable[[ResolvedModel], RewardModel]
 

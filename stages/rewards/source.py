@@ -16,8 +16,8 @@ from torch import Tensor
 from stages.corpora.messages import Prompt
 from stages.errors import ModelError, TrainingError
 from stages.numerics.combining import Combine, combine_scores
+from stages.process.runtime import ResolvedModel
 from stages.rewards.config import RewardInput
-from stages.runtime import ResolvedModel
 
 if TYPE_CHECKING:
     from stages.rewards.learned import RewardModelLoader

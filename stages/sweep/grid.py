@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stages.errors import RecipeError
-from stages.recipe import Recipe, load_recipe
-from stages.recipe_source import parse_value
-from stages.registry import Registry
+from stages.recipe.schema import Recipe, load_recipe
+from stages.recipe.source import parse_value
+from stages.registry.ledger import Registry
 
 SEEDS = "seeds"
 LONGEST_NAME = 80  # letters of a folder's name

@@ -20,11 +20,11 @@ from typing import Any
 
 from rich.table import Table
 
-from stages import chain
+from stages.chain import run as chain
 from stages.errors import RecipeError, StagesError
-from stages.recipe import Recipe, RecipeStep, load_recipe
-from stages.recipe_source import nearest
-from stages.runtime import Runtime
+from stages.process.runtime import Runtime
+from stages.recipe.schema import Recipe, RecipeStep, load_recipe
+from stages.recipe.source import nearest
 from stages.sweep.grid import Grid, Point, read_grid, shown_value
 from stages.sweep.metrics import Estimate, chosen_numbers, default_patterns, estimate
 

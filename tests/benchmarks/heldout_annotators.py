@@ -24,7 +24,7 @@ from stages.corpora.world.parts import world_rows
 from stages.models.heads import RewardModel
 from stages.numerics.ranking import pairwise_correct
 from stages.numerics.replicates import mean_interval
-from stages.registry import Registry
+from stages.registry.ledger import Registry
 from stages.rewards.learned import score_rows
 
 

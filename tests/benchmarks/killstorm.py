@@ -23,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from stages.registry import Registry
+from stages.registry.ledger import Registry
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -104,7 +104,7 @@ steps:
 
 
 def command(recipe: Path, home: Path, processes: int) -> list[str]:
-    launcher = [] if processes == 1 else ["-m", "stages.launching", "--cpu", "--num_processes", str(processes)]
+    launcher = [] if processes == 1 else ["-m", "stages.process.launching", "--cpu", "--num_processes", str(processes)]
     return [sys.executable, *launcher, "-m", "stages", "run", str(recipe), "--home", str(home)]
 
 

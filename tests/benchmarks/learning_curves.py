@@ -28,7 +28,7 @@ PANELS = {
 
 def quickstart_ppo() -> dict[str, Any]:
     """The quickstart's PPO step as its recipe has it, on models of the registry, with the gold judge as a monitor."""
-    from stages.recipe_source import read
+    from stages.recipe.source import read
 
     content = read(REPOSITORY / "recipes" / "quickstart.yaml").content
     step = next(step for step in content["steps"] if step["stage"] == "ppo")
@@ -45,10 +45,10 @@ def run_steps(recipe: str, steps: Mapping[str, Mapping[str, Any]], home: Path) -
 
     Steps that were run before are reused, and their metrics are found in the run folder that made them.
     """
-    from stages import chain
-    from stages.recipe import load_recipe
-    from stages.registry import Registry
-    from stages.runtime import Runtime
+    from stages.chain import run as chain
+    from stages.process.runtime import Runtime
+    from stages.recipe.schema import load_recipe
+    from stages.registry.ledger import Registry
 
     content = {"name": recipe, "steps": [{**quickstart_ppo(), "name": name, **fields} for name, fields in steps.items()]}
     with tempfile.TemporaryDirectory() as folder:

@@ -43,7 +43,7 @@ def natural(folder: Path, home: Path, num_prompts: int) -> dict[str, Any]:
     from stages.corpora.templates import encode_prompt
     from stages.models.heads import RewardModel
     from stages.models.loading import load_tokenizer
-    from stages.registry import Registry
+    from stages.registry.ledger import Registry
 
     registry = Registry(home / "registry")
     sft, preference = registry.get("quickstart/sft"), registry.get("quickstart/preference")
@@ -109,8 +109,8 @@ def ours(workload: dict[str, Any], seed: int, value: str) -> dict[str, Any]:
     from stages.config import ModelInput
     from stages.ppo.config import PPOStepConfig
     from stages.ppo.loop import run
-    from stages.registry import Registry
-    from stages.runtime import ResolvedModel, Runtime, StepContext
+    from stages.process.runtime import ResolvedModel, Runtime, StepContext
+    from stages.registry.ledger import Registry
 
     torch.set_num_threads(workload["threads"])
     idle = resident_mib("VmRSS")

@@ -19,8 +19,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.config import GenerationSettings
-from stages.generation import generate, left_pad
 from stages.numerics.matmul import use_fast_matmuls
+from stages.sampling.generation import generate, left_pad
 
 
 def model_on(device: str, dtype: torch.dtype) -> Any:

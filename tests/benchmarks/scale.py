@@ -66,7 +66,7 @@ def measure(place: Path, given: dict[str, int], iterations: int) -> dict[str, An
         "microbatch_size": 16, "ppo_epochs": 1, "checkpoint_seconds": 1e9,
     }  # fmt: skip
     (place / "scale.yaml").write_text(f"name: scale\nsteps:\n  - {json.dumps(step)}\n")
-    launcher = [] if given["processes"] == 1 else ["-m", "stages.launching", "--cpu", "--num_processes", str(given["processes"])]
+    launcher = [] if given["processes"] == 1 else ["-m", "stages.process.launching", "--cpu", "--num_processes", str(given["processes"])]
     command = [sys.executable, *launcher, "-m", "stages", "run", "scale.yaml", "--home", name]
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{place}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)

@@ -66,10 +66,10 @@ def ours(kind: str, folder: Path) -> float:
     with tempfile.TemporaryDirectory() as place:
         recipe, home = Path(place) / "recipe.yaml", Path(place) / "home"
         recipe.write_text(json.dumps({"name": "speed", "steps": [step(kind)]}).replace("MODEL", str(folder)))
-        from stages import chain
-        from stages.recipe import load_recipe
-        from stages.registry import Registry
-        from stages.runtime import Runtime
+        from stages.chain import run as chain
+        from stages.process.runtime import Runtime
+        from stages.recipe.schema import load_recipe
+        from stages.registry.ledger import Registry
 
         summary = chain.run(load_recipe(recipe, [], Registry(home / "registry")), home, Runtime(quiet=True))
         return float(summary["steps"][0]["metrics"]["steps_per_second"])
@@ -110,7 +110,7 @@ def plain_reward_model(folder: Path, shared: dict[str, Any]) -> Any:
     from stages.config import DataInput
     from stages.corpora.comparisons import load_comparisons
     from stages.numerics.ranking import ranking_loss
-    from stages.reward_model import collate, encode
+    from stages.reward_model.run import collate, encode
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)

@@ -13,16 +13,16 @@ import torch
 from stages.config import GenerationSettings, OptimizerSettings
 from stages.corpora.comparisons import Comparison
 from stages.corpora.templates import encode_completion, encode_pair, set_template
-from stages.generation import episode_seed, generate, left_pad, position_ids
 from stages.models.heads import RewardModel, ValueModel
 from stages.models.loading import load_language_model
 from stages.ppo.config import PPOOptimizer
 from stages.ppo.optimizers import make_optimizer
-from stages.presets import PRESETS
-from stages.reward_model import RewardModelConfig, collate, encode, run
+from stages.recipe.presets import PRESETS
+from stages.reward_model.run import RewardModelConfig, collate, encode, run
 from stages.rewards.config import RewardInput
 from stages.rewards.source import build_source
-from stages.training import schedule_arguments
+from stages.sampling.generation import episode_seed, generate, left_pad, position_ids
+from stages.training.trainer import schedule_arguments
 
 TEXT = [7, 42, 105, 9]
 PAD = 1

@@ -81,7 +81,7 @@ def _response_mask(ids: torch.Tensor, end: int) -> torch.Tensor:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from stages.config import GenerationSettings
-    from stages.generation import generate
+    from stages.sampling.generation import generate
 
     class Says(LlamaForCausalLM):
         said: list[int] = []

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from stages.registry import Registry
+from stages.registry.ledger import Registry
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GPUS = torch.cuda.device_count()
@@ -60,7 +60,7 @@ def run(recipe: Path, home: Path, *launcher: str) -> dict[str, Any]:
 
 def config(name: str, processes: int = 2) -> tuple[str, ...]:
     file = REPOSITORY / "recipes" / "accelerate" / f"{name}.yaml"
-    return ("-m", "stages.launching", "--config_file", str(file), "--num_processes", str(processes))
+    return ("-m", "stages.process.launching", "--config_file", str(file), "--num_processes", str(processes))
 
 
 @pytest.mark.parametrize("fields", [{"precision": "fp32"}, {"precision": "bf16"}, {"lora": {"r": 4}}], ids=["fp32", "bf16", "lora"])

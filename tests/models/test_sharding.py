@@ -13,7 +13,7 @@ from torch import nn
 
 from stages.errors import LaunchError, ModelError
 from stages.models.sharding import blocks_of, clip_gradients, grouped, shard, whole, whole_state_dict
-from stages.runtime import Runtime
+from stages.process.runtime import Runtime
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -22,12 +22,12 @@ import sys
 import torch
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
-from stages.checkpoints import load_optimizer, load_tensors, save_optimizer, save_tensors, trainable
+from stages.training.checkpoints import load_optimizer, load_tensors, save_optimizer, save_tensors, trainable
 from stages.config import LoraSettings
 from stages.models.adapters import attach_lora
 from stages.models.sharding import clip_gradients, grouped, is_cut, reduce_gradients, shard, sharded_blocks, whole, whole_state_dict
 from stages.ppo.optimizers import WeightAverage
-from stages.runtime import Runtime
+from stages.process.runtime import Runtime
 
 runtime = Runtime()
 runtime.begin_step(0)
@@ -106,7 +106,7 @@ runtime.leave()
 def test_two_processes_with_half_the_weights_each_do_what_one_does(tmp_path: Path) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
-    command = [sys.executable, "-m", "stages.launching", "--cpu", "--num_processes", "2", str(worker), str(tmp_path)]
+    command = [sys.executable, "-m", "stages.process.launching", "--cpu", "--num_processes", "2", str(worker), str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -82,7 +82,7 @@ def test_the_peak_is_a_speed() -> None:
 RAGGED = """
 import psutil, torch
 from stages.numerics import matmul
-from stages.runtime import Runtime
+from stages.process.runtime import Runtime
 torch.set_num_threads(1)
 Runtime(quiet=True)
 weight, held = torch.randn(128, 128), []

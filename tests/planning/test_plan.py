@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from stages.cli import app
 from stages.planning.memory import Machine
 from stages.planning.plan import PROCESS, StepMemory, advice_lines, plan_memory
-from stages.recipe import load_recipe
-from stages.registry import Registry
+from stages.recipe.schema import load_recipe
+from stages.registry.ledger import Registry
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GIB = 2**30

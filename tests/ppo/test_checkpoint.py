@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages.checkpoints import Checkpoints
 from stages.errors import Stopped
 from stages.ppo import loop
 from stages.ppo.checkpoint import HistoryLog, RunHistory
 from stages.ppo.loop import run
 from stages.ppo.update import Updater
 from stages.rewards.source import CombinedReward
+from stages.training.checkpoints import Checkpoints
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "average, adaptive KL": {"ema_decay": 0.9, "kl_target": 1.0, "kl_horizon": 100},

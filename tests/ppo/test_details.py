@@ -10,7 +10,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from stages.checkpoints import trainable
 from stages.models.heads import RewardModel
 from stages.ppo.data import load_prompts
 from stages.ppo.loop import run
@@ -19,6 +18,7 @@ from stages.ppo.optimizers import make_optimizer
 from stages.ppo.roles import load_roles
 from stages.ppo.rollout import targets
 from stages.ppo.update import Updater
+from stages.training.checkpoints import trainable
 
 
 def make_updater(roles: Any, config: Any, **options: Any) -> Updater:
@@ -341,7 +341,7 @@ def test_truncation_at_a_token_after_a_position(ppo_config, ppo_context, make_ro
 
 @pytest.mark.detail("P29")
 def test_early_stopping_and_clipping_of_gradients_are_off_in_the_presets() -> None:
-    from stages.presets import PRESETS
+    from stages.recipe.presets import PRESETS
 
     for name, preset in PRESETS.items():
         if "ppo" in preset.stages:
@@ -384,9 +384,9 @@ def test_a_policy_s_samples_become_labels_of_the_next_reward_model(
     """Reward model 1 -> policy 1 -> comparisons -> reward model 2: the registry tells it in its lineage."""
     from dataclasses import replace
 
-    from stages.reward_model import RewardModelConfig
-    from stages.reward_model import run as train_reward_model
-    from stages.runtime import ResolvedModel
+    from stages.process.runtime import ResolvedModel
+    from stages.reward_model.run import RewardModelConfig
+    from stages.reward_model.run import run as train_reward_model
 
     first = replace(resolve_folder(reward_folder), digest="sha256:reward-model-1", ref="reward-model-1")
     data = prompts_file(tmp_path)

@@ -79,7 +79,7 @@ def test_average_of_half_precision_weights_keeps_small_steps() -> None:
 
 
 def test_optimizer_state_survives_a_file(tmp_path) -> None:
-    from stages.checkpoints import load_optimizer, save_optimizer
+    from stages.training.checkpoints import load_optimizer, save_optimizer
 
     for style in ("torch", "tensorflow"):
         settings = PPOOptimizer(learning_rate=0.1, adam_style=style)

@@ -19,8 +19,8 @@ from stages.ppo.loop import run
 from stages.ppo.roles import load_roles
 from stages.ppo.rollout import collect, targets
 from stages.ppo.update import Updater
+from stages.process.runtime import ResolvedModel
 from stages.rewards.source import CombinedReward, build_reward
-from stages.runtime import ResolvedModel
 from tests.ppo.conftest import PROMPTS
 
 QUANTIZATIONS = ["none", "nf4", "int8"]

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from stages.checkpoints import trainable
 from stages.errors import TrainingError
 from stages.ppo.data import load_pretraining_rows
 from stages.ppo.optimizers import make_optimizer
 from stages.ppo.roles import load_roles
 from stages.ppo.rollout import targets
 from stages.ppo.update import Updater
+from stages.training.checkpoints import trainable
 
 
 def make_updater(roles: Any, config: Any, **options: Any) -> Updater:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from stages import chain
-from stages.recipe import load_recipe
-from stages.registry import Registry
-from stages.runtime import Runtime
+from stages.chain import run as chain
+from stages.process.runtime import Runtime
+from stages.recipe.schema import load_recipe
+from stages.registry.ledger import Registry
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "instructgpt.yaml"
 POSTS = ["the acting was warm", "the plot was dull", "the ending was weak", "a fine film", "an honest story", "the music was a joy"]

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from stages import chain
-from stages.recipe import load_recipe
-from stages.registry import Registry
-from stages.runtime import Runtime
+from stages.chain import run as chain
+from stages.process.runtime import Runtime
+from stages.recipe.schema import load_recipe
+from stages.registry.ledger import Registry
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KINDS = ("base", "prompted", "sft", "ppo", "ptx")

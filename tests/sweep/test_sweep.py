@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from stages.cli import app
 from stages.errors import RecipeError
-from stages.recipe import STAGES
-from stages.registry import Registry
+from stages.recipe.schema import STAGES
+from stages.registry.ledger import Registry
 from stages.sweep.grid import read_grid
 from stages.sweep.metrics import chosen_numbers, default_patterns, numbers_of
 
@@ -193,7 +193,7 @@ def test_rows_means_and_picture() -> None:
 
 
 def test_the_same_command_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    import stages.chain as chain
+    import stages.chain.run as chain
 
     arguments = ["sft.rate=[1.0,2.0,3.0]", "--metric", "steps.sft.metrics.heldout_error"]
     real, started = chain.run, []
@@ -222,7 +222,7 @@ def test_the_same_command_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_run_that_fails_is_a_row_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    import stages.chain as chain
+    import stages.chain.run as chain
     from stages.errors import TrainingError
 
     real = chain.run

@@ -1,0 +1,164 @@
+"""The fingerprint of a step: everything its result depends on, kept in parts so that a step that runs again can say why."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from stages.config import DataSource, ModelInput
+from stages.recipe.functions import addresses, source_of
+from stages.recipe.schema import STAGES, RecipeStep, data_inputs
+from stages.registry.contents import file_sha256
+
+PACKAGE = Path(__file__).parents[1]
+# Plumbing that carries results but does not make them: an edit here must not send every step of every recipe to train again.
+PLUMBING = {"chain", "cli", "config", "errors", "process", "recipe", "registry", "training.checkpoints"}
+TEXT_SUFFIXES = (".html", ".jinja", ".css", ".js", ".yaml", ".txt")
+
+
+def parts_of(step: RecipeStep, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """The parts of a step's fingerprint. ``inputs``: content digest of every model input, by field path."""
+    settings = settings_of(step.config)
+    return {
+        "stage": step.stage,
+        "settings": settings,
+        "seed": step.seed,
+        "inputs": dict(inputs),
+        "data": data_fingerprints(step.config),
+        "code": code_version(STAGES[step.stage].run.partition(":")[0], [address.partition(":")[0] for address in addresses(settings)]),
+    }
+
+
+def fingerprint_of(parts: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of the parts in canonical JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def settings_of(config: BaseModel) -> dict[str, Any]:
+    """A step's settings without its name and seed. Models and local files are left to their digests: where they lie changes nothing."""
+    return {name: _setting(getattr(config, name)) for name in type(config).model_fields if name not in ("name", "seed", "stage")}
+
+
+def _setting(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        settings = {name: _setting(getattr(value, name)) for name in type(value).model_fields}
+        if isinstance(value, ModelInput):
+            del settings["ref"]
+        if isinstance(value, DataSource) and Path(value.path).is_absolute():
+            settings["path"] = "".join(Path(value.path).suffixes[-2:])  # the reader goes by the suffix
+        return settings
+    if isinstance(value, dict):
+        return {key: _setting(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_setting(item) for item in value]
+    return value
+
+
+def data_fingerprints(config: BaseModel) -> dict[str, str]:
+    """Fingerprint of the content of every data input, by field path."""
+    inputs = data_inputs(config)
+    if not inputs:
+        return {}
+    from stages.corpora.files import fingerprint
+
+    return {place: fingerprint(sources) for place, sources in inputs.items()}
+
+
+def code_version(module: str, functions: list[str] | None = None) -> str:
+    """Hash of the source of a stage's module and of all it imports from this package, plumbing aside, and of the functions' modules."""
+    files: set[Path] = set()
+    foreign: list[Path] = []
+    for name in [module, *(functions or [])]:
+        if name == "stages" or name.startswith("stages."):
+            _collect(name, files)
+        else:
+            foreign += [source] if (source := source_of(name)) is not None else []
+    hashes = [f"{path.relative_to(PACKAGE).as_posix()} {file_sha256(path)}" for path in sorted(files)]
+    hashes += sorted(f"{path.name} {file_sha256(path)}" for path in foreign)
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _collect(module: str, files: set[Path]) -> None:
+    """Add the files of ``module`` and, following its imports, of the modules of this package it uses."""
+    names = module.split(".")[1:]
+    if not names or {names[0], ".".join(names)} & PLUMBING:
+        return
+    path = PACKAGE.joinpath(*names)
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if not file.exists() or file in files:
+        return
+    files.add(file)
+    if file.parent != PACKAGE:
+        files.update(item for item in file.parent.iterdir() if item.suffix in TEXT_SUFFIXES)
+    for imported in _imports(file, module if path.is_dir() else module.rpartition(".")[0]):
+        _collect(imported, files)
+
+
+def _imports(file: Path, package: str) -> Iterator[str]:
+    """Names that ``file`` imports from this package, also inside functions; a name imported from a package may be a module of it."""
+    yield from _imports_of(file.read_text(encoding="utf-8"), package)
+
+
+@lru_cache(maxsize=512)
+def _imports_of(text: str, package: str) -> tuple[str, ...]:
+    return tuple(_walk_imports(text, package))
+
+
+def _walk_imports(text: str, package: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("stages."))
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                parent = package.split(".")[: len(package.split(".")) - node.level + 1]
+                source = ".".join([*parent, source] if source else parent)
+            if source == "stages" or source.startswith("stages."):
+                yield source
+                yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def why(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """In words: which parts of the fingerprint changed between two versions of a step."""
+    changes = []
+    if old.get("stage") != new["stage"]:
+        changes.append(f"stage changed ({old.get('stage')} -> {new['stage']})")
+    before, after = _flat(old.get("settings", {})), _flat(new["settings"])
+    settings = [key for key in sorted({*before, *after}) if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
+    shown = [f"{key} ({_word(before, key)} -> {_word(after, key)})" for key in settings[:3]]
+    if settings:
+        more = f" and {len(settings) - 3} more" if len(settings) > 3 else ""
+        changes.append(f"setting changed: {', '.join(shown)}{more}")
+    if old.get("seed") != new["seed"]:
+        changes.append(f"seed changed ({old.get('seed')} -> {new['seed']})")
+    for part, noun in (("inputs", "input"), ("data", "data")):
+        then, now = old.get(part, {}), new[part]
+        places = [place for place in sorted({*then, *now}) if then.get(place) != now.get(place)]
+        if places:
+            changes.append(f"{noun} changed: {', '.join(places)}")
+    if old.get("code") != new["code"]:
+        changes.append("code of the stage changed")
+    return "; ".join(changes) or "no complete version with these settings"
+
+
+_ABSENT = object()
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level: field path -> value."""
+    if isinstance(value, dict) and value:
+        return {path: leaf for key, item in value.items() for path, leaf in _flat(item, f"{prefix}.{key}" if prefix else key).items()}
+    if isinstance(value, list) and value:
+        return {path: leaf for index, item in enumerate(value) for path, leaf in _flat(item, f"{prefix}[{index}]").items()}
+    return {prefix: value}
+
+
+def _word(settings: dict[str, Any], key: str) -> str:
+    return repr(settings[key]) if key in settings else "absent"

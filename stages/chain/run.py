@@ -1,0 +1,426 @@
+"""The chain: plan a recipe, run, reuse or resume each step, and write the run folder with its summary.
+
+    <home>/registry/                          what steps made
+    <home>/runs/<recipe>/<UTC time>/<step>/   metrics and samples of a step; beside them summary.json and report.html;
+                                              ``latest`` links to the newest run
+    <home>/work/<fingerprint>/                checkpoints of a step under way; gone once it is done
+    <home>/results/<fingerprint>/             what steps found and logged, for the runs that reuse them
+    <home>/cache/plan.json                    what planning found out before; may be deleted
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.table import Table
+
+from stages.chain.fingerprints import fingerprint_of, parts_of, settings_of, why
+from stages.chain.results import last_result, load_result, restore_files, save_result
+from stages.config import ModelInput
+from stages.errors import RegistryError
+from stages.process.runtime import ResolvedModel, Runtime, StepContext, StepResult, launched_processes
+from stages.recipe.schema import STAGES, Recipe, RecipeStep, Reference, data_inputs, load_object
+from stages.registry.contents import digest_folder, remembering
+from stages.registry.ledger import ModelRecord, Registry, installed_packages
+from stages.registry.storage import write_json
+
+T = TypeVar("T")
+ACTION_STYLES = {"reuse": "green", "run": "yellow", "resume": "cyan"}
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What happens to one step, and why."""
+
+    name: str
+    stage: str
+    action: str  # reuse | run | resume
+    reason: str
+    fingerprint: str | None  # None while an input still has to be made
+    inputs: dict[str, str]  # field path -> reference of the model, as far as it is known
+    parts: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, ResolvedModel] = field(default_factory=dict)
+    record: ModelRecord | None = None  # the version reused
+
+    def as_json(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in ("name", "stage", "action", "reason", "fingerprint", "inputs")}
+
+
+def open_registry(home: Path) -> Registry:
+    return Registry(home / "registry")
+
+
+# Planning
+
+
+def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]:
+    """What running the recipe would do, step by step; checks the data of every step that would run. Loads no model.
+
+    ``download=False`` leaves the data of the hub alone: a step that reads some is not checked.
+    """
+    registry = open_registry(home)
+    made: dict[str, ModelRecord | None] = {}
+    plans = []
+    with remembering(home / "cache" / "plan.json") as memo:
+        for step in recipe.steps:
+            plans.append(plan_step(recipe, step, home, registry, made))
+            made[step.name] = plans[-1].record
+            if plans[-1].action != "reuse" and (download or not on_hub(step)):
+                memo.passes(fingerprint_of(parts_of(step, {})), partial(recipe.check_data, step))
+    return plans
+
+
+def on_hub(step: RecipeStep) -> bool:
+    """Whether some data of a step is on the hub."""
+    return any(source.on_hub for sources in data_inputs(step.config).values() for source in sources)
+
+
+def plan_step(recipe: Recipe, step: RecipeStep, home: Path, registry: Registry, made: Mapping[str, ModelRecord | None]) -> StepPlan:
+    """The plan of one step, given what the steps before it made (None: still to be made)."""
+    waiting = sorted({model.target for model in step.models.values() if model.kind == "step" and made[model.target] is None})
+    if waiting:
+        known = {place: model.target for place, model in step.models.items()}
+        return StepPlan(step.name, step.stage, "run", f"its input {', '.join(waiting)} is made anew", None, known)
+    models = {place: resolve(model, registry, made) for place, model in step.models.items()}
+    parts = parts_of(step, {place: model.digest for place, model in models.items()})
+    fingerprint = fingerprint_of(parts)
+    inputs = {place: model.record.ref if model.record is not None else model.ref for place, model in models.items()}
+
+    def planned(action: str, reason: str, record: ModelRecord | None = None) -> StepPlan:
+        return StepPlan(step.name, step.stage, action, reason, fingerprint, inputs, parts, models, record)
+
+    name, damage = recipe.model_name(step), ""
+    if STAGES[step.stage].makes_model:
+        # What another recipe or a sweep made in the same way is as good: it is taken in under this step's name.
+        record = registry.find_fingerprint(fingerprint, name) or registry.find_fingerprint(fingerprint)
+        damage = "; ".join(registry.verify(record.ref)) if record is not None else ""
+        if record is not None and not damage:
+            return planned("reuse", f"{record.ref} was made with the same settings, inputs, data and code", record)
+        versions = [version.manifest for version in registry.versions(name) if version.manifest["fingerprint"]]
+        last = versions[-1] if versions else None
+    else:
+        if load_result(home, fingerprint) is not None:
+            return planned("reuse", "its result was found with the same settings, inputs, data and code")
+        last = last_result(home, name)
+    if damage:
+        reason = f"{name} is damaged: {damage}"
+    else:
+        reason = why(last["fingerprint_parts"], parts) if last is not None else "never run to its end"
+    work = _work_folder(home, fingerprint)
+    if work.is_dir() and any(work.iterdir()):
+        return planned("resume", f"a run of it was cut off; {reason}")
+    return planned("run", reason)
+
+
+def resolve(model: Reference, registry: Registry, made: Mapping[str, ModelRecord | None] | None = None) -> ResolvedModel:
+    """Where the model is and what its content is. Raises RegistryError for a version whose files are damaged."""
+    if model.kind == "step":
+        record = (made or {})[model.target]
+        assert record is not None, f"step {model.target} was not run before it was read"
+        return _resolved(model.input, record)
+    if model.kind == "registry":
+        record = registry.get(model.target)
+        if problems := registry.verify(record.ref):
+            raise RegistryError(f"{record.ref} is damaged: {'; '.join(problems)}. Remove it and run its recipe again")
+        return _resolved(model.input, record)
+    if model.kind == "folder":
+        return ResolvedModel(model.input.ref, "folder", model.target, digest_folder(Path(model.target)), model.input)
+    return ResolvedModel(model.input.ref, "hub", model.target, f"hub:{model.target}@{model.input.revision or 'main'}", model.input)
+
+
+def _resolved(model: ModelInput, record: ModelRecord) -> ResolvedModel:
+    return ResolvedModel(model.ref, "registry", str(record.path), record.digest, model, record)
+
+
+def plan_table(plans: list[StepPlan], title: str) -> Table:
+    """The plan for a terminal."""
+    table = Table("step", "stage", "action", "why", title=title, title_justify="left")
+    for step in plans:
+        table.add_row(step.name, step.stage, f"[{ACTION_STYLES[step.action]}]{step.action}[/]", step.reason)
+    return table
+
+
+# Running
+
+
+def run(recipe: Recipe, home: Path, runtime: Runtime) -> dict[str, Any]:
+    """Run the recipe's steps in order, reusing what is there; returns the summary (also in <run folder>/summary.json)."""
+    home = home.absolute()
+    chain = _Run(recipe, home, runtime)
+    chain.start()
+    for step, planned in zip(recipe.steps, chain.plans, strict=True):
+        chain.do(step, planned)
+    return chain.finish()
+
+
+class _Run:
+    """One run of a recipe. Under several processes rank zero decides and writes; the others are told."""
+
+    def __init__(self, recipe: Recipe, home: Path, runtime: Runtime) -> None:
+        self.recipe, self.home, self.runtime = recipe, home, runtime
+        self.registry = open_registry(home)
+        self.began = time.monotonic()
+        self.made: dict[str, ModelRecord | None] = {}
+        self.plans: list[StepPlan] = self.runtime.decide(lambda: plan(recipe, home))
+        self.folder: Path = self.runtime.decide(self._new_run_folder)
+        self.summary: dict[str, Any] = {
+            "recipe": recipe.name,
+            "recipe_file": recipe.source.file,
+            "description": recipe.description,
+            "seed": recipe.seed,
+            "overrides": list(recipe.source.overrides.values()),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "finished": False,
+            "wall_seconds": 0.0,
+            "peak_memory_bytes": 0,
+            "environment": {**environment(), "sharded": runtime.shards},
+            "steps": [],
+            "candidates": {},
+            "win_rates": [],
+        }
+
+    def start(self) -> None:
+        self._write_summary()
+        if self.runtime.is_main:
+            _point(self.folder.parent / "latest", self.folder.name)
+        self.runtime.console.print(plan_table(self.plans, f"{self.recipe.name}: {len(self.plans)} steps"))
+
+    def do(self, step: RecipeStep, planned: StepPlan) -> None:
+        began = time.monotonic()
+        if planned.fingerprint is None:
+            # What came before is done now: the inputs are known, and may have come out as they were.
+            with remembering(self.home / "cache" / "plan.json"):
+                planned = self.runtime.decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
+        if planned.action == "reuse":
+            result = self._reuse(step, planned)
+        else:
+            planned, result = self._run_alone(step, planned)
+        self.made[step.name] = result.model
+        if planned.action == "reuse":
+            self.runtime.console.print(f"[bold]{step.name}[/] reused: {planned.reason}")
+        else:
+            outcome = f"{result.model.ref} {result.model.digest[:19]}" if result.model is not None else "done"
+            self.runtime.console.print(f"[bold]{step.name}[/] {outcome} after {time.monotonic() - began:.1f} s")
+        self._record(step, planned, result, time.monotonic() - began)
+
+    def finish(self) -> dict[str, Any]:
+        self.summary["finished"] = True
+        self._write_summary()
+        console = self.runtime.console
+        console.print(f"{self.recipe.name} finished in {self.summary['wall_seconds']:.1f} s: {_shown(self.folder / 'summary.json')}")
+        if self.runtime.is_main and self.summary["candidates"]:
+            self._write_report()
+        return self.summary
+
+    def _write_report(self) -> None:
+        """The page of the run. What was made is safe by now: a page that fails must not make the run fail."""
+        from stages.report.page import write_report
+        from stages.report.run_folder import read_run
+
+        try:
+            page = write_report(read_run(self.folder))
+        except Exception as error:
+            again = f"stages report {_shown(self.folder)} --debug"
+            self.runtime.console.print(f"The report could not be written ({type(error).__name__}: {error}); try `{again}`", style="yellow")
+        else:
+            self.runtime.console.print(f"The report: {_shown(page)}", style="bold", soft_wrap=True)
+
+    # One step
+
+    def _reuse(self, step: RecipeStep, planned: StepPlan) -> StepResult:
+        assert planned.fingerprint is not None
+        if self.runtime.is_main:  # left by a run that was cut off between publishing and clearing away
+            self._clear(_work_folder(self.home, planned.fingerprint))
+        if self.runtime.is_main:
+            restore_files(self.home, planned.fingerprint, self.folder / step.name)
+        if planned.record is not None:
+            record, name = planned.record, self.recipe.model_name(step)
+            if record.name != name:
+                record = self.runtime.decide(lambda: self.registry.adopt(record, name))
+            return StepResult(record, record.manifest["metrics"])
+        kept = self.runtime.decide(lambda: load_result(self.home, str(planned.fingerprint))) or {}
+        return StepResult(None, kept["metrics"], kept["evaluation"])
+
+    def _run_alone(self, step: RecipeStep, planned: StepPlan) -> tuple[StepPlan, StepResult]:
+        """Run a step while no other ``stages`` process works on the same one; where another just did, take what it made."""
+        assert planned.fingerprint is not None
+        work = _work_folder(self.home, planned.fingerprint)
+        with self._held(work):
+            # Now for certain: every byte of the inputs is read.
+            planned = self.runtime.decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
+            if planned.action == "reuse":
+                return planned, self._reuse(step, planned)
+            self.runtime.console.rule(f"[bold]{step.name}[/] ({step.stage}): {planned.action}, {planned.reason}", align="left")
+            result = self._run_stage(step, planned, work)
+            if self.runtime.is_main:
+                self._keep(step, planned, result)
+                self._clear(work)
+            self.runtime.wait_for_everyone()
+        return planned, result
+
+    def _run_stage(self, step: RecipeStep, planned: StepPlan, work: Path) -> StepResult:
+        folder = self.folder / step.name
+        if self.runtime.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            work.mkdir(parents=True, exist_ok=True)
+        self.runtime.begin_step(step.seed)
+        self.runtime.wait_for_everyone()
+        context = StepContext(
+            name=self.recipe.model_name(step),
+            seed=step.seed,
+            runtime=self.runtime,
+            registry=self.registry,
+            models=planned.models,
+            folder=folder,
+            checkpoint_folder=work,
+            fingerprint=str(planned.fingerprint),
+            fingerprint_parts=planned.parts,
+            recipe_step=step.config.model_dump(mode="json"),
+            data_fingerprints=planned.parts["data"],
+            run=self.folder.name,
+            trackers=self.recipe.trackers,
+        )
+        try:
+            result = load_object(STAGES[step.stage].run)(step.config, context)
+        finally:
+            context.close()
+            _free_memory()
+        assert (result.model is not None) == STAGES[step.stage].makes_model, f"stage {step.stage} must return the model it published"
+        return result
+
+    def _clear(self, work: Path) -> None:
+        shutil.rmtree(work, ignore_errors=True)
+        # Whoever waits on the lock finds the step done, so it does no harm that a new lock would be another file.
+        work.with_suffix(".lock").unlink(missing_ok=True)
+
+    def _keep(self, step: RecipeStep, planned: StepPlan, result: StepResult) -> None:
+        kept = {
+            "name": self.recipe.model_name(step),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "fingerprint_parts": planned.parts,
+            "metrics": result.metrics,
+            "evaluation": result.evaluation,
+        }
+        save_result(self.home, str(planned.fingerprint), kept, self.folder / step.name)
+
+    @contextmanager
+    def _held(self, work: Path) -> Iterator[None]:
+        """Rank zero holds the step's lock; it is released with the process, however that ends."""
+        if not self.runtime.is_main:
+            yield
+            return
+        work.parent.mkdir(parents=True, exist_ok=True)
+        lock = work.with_suffix(".lock")
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.runtime.console.print("Another process runs this step with the same settings; waiting for it.")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    # The run folder
+
+    def _record(self, step: RecipeStep, planned: StepPlan, result: StepResult, seconds: float) -> None:
+        model = result.model
+        self.summary["steps"].append(
+            {
+                "name": step.name,
+                "stage": step.stage,
+                # Content only: two runs that make the same files agree here, whatever their version numbers.
+                "model": {"ref": model.name, "digest": model.digest} if model is not None else None,
+                "version": model.version if model is not None else None,
+                "wall_seconds": round(seconds, 3),
+                "reused": planned.action == "reuse",
+                "action": planned.action,
+                "reason": planned.reason,
+                "inputs": planned.inputs,
+                "data": planned.parts.get("data", {}),
+                "peak_memory_bytes": self.runtime.measure_peak_memory(),  # of the process so far
+                "fingerprint": planned.fingerprint,
+                "settings": settings_of(step.config),
+                "config": step.config.model_dump(mode="json"),
+                "metrics": {**(model.manifest["metrics"] if model is not None else {}), **result.metrics},
+            }
+        )
+        if result.evaluation is not None:
+            self.summary["candidates"].update(result.evaluation["candidates"])
+            self.summary["win_rates"].extend(result.evaluation["win_rates"])
+        self._write_summary()
+
+    def _write_summary(self) -> None:
+        self.summary["wall_seconds"] = round(time.monotonic() - self.began, 3)
+        self.summary["peak_memory_bytes"] = self.runtime.measure_peak_memory()
+        if self.runtime.is_main:
+            write_json(self.folder / "summary.json", self.summary)
+
+    def _new_run_folder(self) -> Path:
+        runs = self.home / "runs" / self.recipe.name
+        runs.mkdir(parents=True, exist_ok=True)
+        stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        number = 1
+        while True:
+            folder = runs / (stamp if number == 1 else f"{stamp}-{number}")
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:  # a run that began in the same second
+                number += 1
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers of a run may depend on beside the recipe."""
+    torch = sys.modules.get("torch")
+    has_cuda = torch is not None and torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "num_processes": launched_processes(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if has_cuda and torch else [],
+        "packages": installed_packages(),
+    }
+
+
+def _work_folder(home: Path, fingerprint: str) -> Path:
+    return home / "work" / fingerprint
+
+
+def _free_memory() -> None:
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _point(link: Path, target: str) -> None:
+    """Make ``link`` a symbolic link to ``target``; whoever reads it sees the old one or the new one."""
+    partial = link.with_name(f".{link.name}.{uuid.uuid4().hex}")
+    partial.symlink_to(target)
+    os.replace(partial, link)
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def plans_json(recipe: Recipe, plans: list[StepPlan], settings: dict[str, Any] | None = None) -> str:
+    """The plan for a program; ``settings`` by step are added to it."""
+    steps = [{**step.as_json(), **({"settings": settings[step.name]} if settings and step.name in settings else {})} for step in plans]
+    return json.dumps({"recipe": recipe.name, "seed": recipe.seed, "steps": steps}, indent=2)

@@ -1,0 +1,97 @@
+"""Checking a block of a recipe against its schema, with one clear message: the place, the value, what was expected."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from stages.errors import RecipeError, StagesError
+from stages.recipe.source import RecipeSource, Steps, nearest
+
+EXPECTED = {
+    "float_type": "a number", "int_type": "a whole number", "int_from_float": "a whole number", "string_type": "text",
+    "bool_type": "true or false", "list_type": "a list", "dict_type": "a block of fields", "model_type": "a block of fields",
+    "greater_than": "a number above {gt}", "greater_than_equal": "a number of at least {ge}",
+    "less_than": "a number below {lt}", "less_than_equal": "a number of at most {le}",
+    "literal_error": "one of {expected}", "string_pattern_mismatch": "letters, digits and _-. after a first letter or digit",
+    "too_short": "at least {min_length} items",
+}  # fmt: skip
+
+SECRET_FIELD = re.compile(r"(?i)api_?key|secret|passw|credential")  # someone may have written the secret itself where its name belongs
+
+
+def validate(model: type[Any], content: Any, path: Steps, source: RecipeSource) -> Any:
+    """``content`` (written at ``path``) as a ``model``. Raises RecipeError for the first thing that is wrong with it."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        more = f" (and {len(problems) - 1} more below it)" if len(problems) > 1 else ""
+        raise _explained(problems[0], model, content, path, source, more) from error
+    except StagesError as error:
+        raise source.error(path, str(error)) from error
+
+
+def _explained(problem: Any, model: type[Any], content: Any, path: Steps, source: RecipeSource, more: str) -> RecipeError:
+    """One clear message of one pydantic error: place, value, what was expected."""
+    kind, location = problem["type"], problem["loc"]
+    where = (*path, *_written(location, content, keep_last=kind in ("missing", "extra_forbidden")))
+    if kind == "extra_forbidden":
+        known = sorted({name for block in _blocks_at(model, location[:-1]) for name in block.model_fields})
+        return source.error(where, f"unknown field {str(location[-1])!r}; {nearest(location[-1], known)}{more}")
+    description = next((block.model_fields[location[-1]].description for block in _blocks_at(model, location[:-1])
+                        if location and location[-1] in block.model_fields), None)  # fmt: skip
+    about = f" {location[-1]}: {description}" if description else ""
+    if kind == "missing":
+        return source.error(where, f"this field is missing.{about}{more}")
+    if kind in ("value_error", "assertion_error"):
+        return source.error(where, problem["msg"].partition(", ")[2] + more)
+    expected = EXPECTED[kind].format(**problem.get("ctx", {})) if kind in EXPECTED else problem["msg"]
+    got = "a text that is not shown" if location and SECRET_FIELD.search(str(location[-1])) else _short(problem["input"])
+    return source.error(where, f"got {got}, expected {expected}.{about}{more}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _written(location: Sequence[str | int], content: Any, *, keep_last: bool) -> Iterator[str | int]:
+    """The part of a pydantic location that the recipe's author wrote: without union members and spelt-out shorthands."""
+    for depth, key in enumerate(location):
+        if isinstance(content, dict) and key in content:
+            content = content[str(key)]
+            yield key
+        elif isinstance(content, list) and isinstance(key, int) and key < len(content):
+            content = content[key]
+            yield key
+        elif keep_last and depth == len(location) - 1:
+            yield key
+
+
+def _blocks_at(model: Any, location: Sequence[str | int]) -> list[type[BaseModel]]:
+    """The blocks (pydantic models) that the schema allows at a location."""
+    here = [model]
+    for key in location:
+        below = []
+        for kind in _flattened(here):
+            if isinstance(kind, type) and issubclass(kind, BaseModel) and key in kind.model_fields:
+                below.append(kind.model_fields[str(key)].annotation)
+            elif get_origin(kind) is list and isinstance(key, int) or get_origin(kind) is dict:
+                below.append(get_args(kind)[-1])
+        here = below or here  # a union member's name in the location leads nowhere
+    return [kind for kind in _flattened(here) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def _flattened(kinds: list[Any]) -> Iterator[Any]:
+    for kind in kinds:
+        if get_origin(kind) in (Union, types.UnionType):
+            yield from _flattened(list(get_args(kind)))
+        elif get_origin(kind) is Annotated:
+            yield from _flattened([get_args(kind)[0]])
+        else:
+            yield kind

@@ -1,0 +1,479 @@
+"""The published settings of four papers, each value with where it stands; ``preset: instructgpt2022`` puts them beneath a step's own.
+
+A value that was never published stays a default of ours and says so (``ours``): nobody can tell what the paper did there.
+
+Sources: Z Ziegler et al. 2019 (arXiv 1909.08593), its code openai/lm-human-preferences (LMHP); S Stiennon et al. 2020 (2009.01325);
+I Ouyang et al. 2022 (2203.02155); H Huang et al. 2024 (2403.17031), its code vwxyzjn/summarize_from_feedback_details (N+).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from stages.recipe.source import RecipeSource, Steps, nearest, parse_path
+
+STAGES = ("sft", "reward_model", "ppo")
+
+
+@dataclass(frozen=True)
+class Value:
+    """One setting of a preset: its value, where it is published, or why we chose it."""
+
+    value: Any
+    source: str
+    published: bool = True
+
+    @property
+    def origin(self) -> str:
+        """``C.4``, or ``not published; ours: ...``."""
+        return self.source if self.published else f"not published; ours: {self.source}"
+
+
+def ours(value: Any, reason: str) -> Value:
+    return Value(value, reason, published=False)
+
+
+Settings = dict[str, Value]  # field path -> value
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The settings of one paper for one size or task, by stage."""
+
+    paper: str
+    stages: dict[str, Settings]
+    missing: dict[str, str] = field(default_factory=dict)  # stage -> why there is nothing for it
+    required: dict[str, dict[str, str]] = field(default_factory=dict)  # stage -> field that the recipe must fill -> what it is for
+    notes: dict[str, str] = field(default_factory=dict)  # stage -> what the preset cannot hold
+
+
+UNSAID = "the paper does not mention it"
+NO_CLIP = ours(None, "no paper mentions gradient clipping, and neither LMHP nor N+ clips")
+
+# Ziegler et al. 2019
+
+_Z_REWARD: Settings = {
+    "loss": Value("best_of", "Z 2; LMHP label_types.py PickBest"),
+    "training.epochs": Value(1.0, "LMHP train_reward.py: every label once"),
+    "training.schedule": Value("linear", "LMHP train_reward.py"),
+    "training.final_learning_rate_fraction": Value(0.0, "LMHP train_reward.py"),
+    "training.warmup_fraction": Value(0.0, "LMHP train_reward.py"),
+    "training.adam_beta1": Value(0.9, "LMHP utils/core.py: TensorFlow's default"),
+    "training.adam_beta2": Value(0.999, "LMHP utils/core.py: TensorFlow's default"),
+    "training.adam_epsilon": Value(1e-5, "LMHP utils/core.py (there outside the bias correction)"),
+    "training.weight_decay": Value(0.0, "LMHP utils/core.py"),
+    "training.max_grad_norm": Value(None, "LMHP utils/core.py"),
+    "normalization.to": Value("standardize", "Z 2.2; LMHP train_reward.py"),
+    "normalization.on": Value("samples", "Z 2.2: x ~ D, y ~ rho(.|x)"),
+    "normalization.num_samples": Value(256, "LMHP launch.py"),
+    "normalization.before_training": Value(True, "LMHP launch.py normalize_before"),
+    "normalization.generation.ignore_eos": Value(True, "LMHP train_reward.py: responses of a fixed length"),
+}
+_Z_PPO: Settings = {
+    "value": Value("shared", "LMHP policy.py: a head on the policy's hidden states, weights 0 at first"),
+    "total_episodes": Value(1_000_000, "LMHP launch.py (the paper: 2,000,000 for its 774M model)"),
+    "ppo_epochs": Value(4, "LMHP train_policy.py noptepochs"),
+    "gamma": Value(1.0, "LMHP train_policy.py"),
+    "gae_lambda": Value(0.95, "LMHP train_policy.py"),
+    "clip_range": Value(0.2, "LMHP train_policy.py"),
+    "value_clip_range": Value(0.2, "LMHP train_policy.py"),
+    "value_coef": Value(0.1, "LMHP train_policy.py"),
+    "entropy_coef": Value(0.0, "LMHP train_policy.py"),
+    "kl_estimator": Value("k1", "LMHP train_policy.py compute_rewards"),
+    "whiten_advantages": Value(True, "LMHP train_policy.py loss"),
+    "whitening_scope": Value("minibatch", "LMHP train_policy.py: inside the loss"),
+    "missing_eos": Value("replace", "LMHP train_policy.py penalize"),
+    "missing_eos_penalty": Value(1.0, "LMHP lm_tasks.py penalty_reward_value"),
+    "score_placement": Value("last_token", "LMHP train_policy.py compute_rewards"),
+    "generation.ignore_eos": Value(True, "LMHP lm_tasks.py: truncate_token alone ends a completion"),
+    "generation.top_k": Value(0, "LMHP: pure sampling"),
+    "generation.top_p": Value(1.0, "LMHP: pure sampling"),
+    "training.schedule": Value("linear", "LMHP train_policy.py"),
+    "training.final_learning_rate_fraction": Value(0.0, "LMHP train_policy.py"),
+    "training.warmup_iterations": Value(0, "LMHP train_policy.py"),
+    "training.adam_style": Value("tensorflow", "LMHP utils/core.py: tf.train.AdamOptimizer"),
+    "training.adam_beta1": Value(0.9, "TensorFlow's default"),
+    "training.adam_beta2": Value(0.999, "TensorFlow's default"),
+    "training.adam_epsilon": Value(1e-5, "LMHP utils/core.py"),
+    "training.weight_decay": Value(0.0, "LMHP utils/core.py"),
+    "training.max_grad_norm": Value(None, "LMHP utils/core.py"),
+    "ema_decay": Value(None, "LMHP train_policy.py"),
+    "target_update_kl": Value(None, "LMHP train_policy.py"),
+}
+_Z_NOTES = {
+    "ppo": "LMHP also trains on the tokens behind the truncation; here they do not exist, as in the papers after it",
+    "reward_model": "LMHP's Adam keeps epsilon outside the bias correction in the reward model, too; here that is PPO's alone",
+}
+_Z_MISSING = {"sft": "Ziegler et al. begin from a pretrained model without fine-tuning on demonstrations"}
+
+
+def _ziegler(
+    *, length: int, stop: str, after: int, temperature: float, kl_coef: float, adaptive: bool, whiten: bool, batch: int,
+    rate: float, reward_rate: float, reward_batch: int,
+) -> Preset:  # fmt: skip
+    launch = "LMHP launch.py"
+    samples = {
+        "normalization.generation.temperature": Value(temperature, launch),
+        "normalization.generation.max_new_tokens": Value(length, launch),
+    }
+    training = {"training.learning_rate": Value(reward_rate, launch), "training.batch_size": Value(reward_batch, launch)}
+    ppo = {
+        "rollout_batch_size": Value(batch, launch),
+        "minibatch_size": Value(batch, "LMHP train_policy.py nminibatches = 1"),
+        "kl_coef": Value(kl_coef, launch + (" (adapted from there)" if adaptive else "")),
+        "kl_target": Value(6.0 if adaptive else None, launch),
+        "kl_horizon": Value(10_000, "LMHP train_policy.py"),
+        "whiten_rewards": Value(whiten, launch if not whiten else "LMHP train_policy.py"),
+        "generation.max_new_tokens": Value(length, f"{launch} response_length"),
+        "generation.temperature": Value(temperature, launch),
+        "generation.stop": Value([stop], f"{launch} truncate_token"),
+        "generation.stop_after": Value(after, f"{launch} truncate_after"),
+        "training.learning_rate": Value(rate, launch),
+    }
+    return Preset("Ziegler et al. 2019", {"reward_model": _Z_REWARD | samples | training, "ppo": _Z_PPO | ppo}, _Z_MISSING, notes=_Z_NOTES)
+
+
+_STYLE = _ziegler(
+    length=24, stop=".", after=16, temperature=0.7, kl_coef=0.15, adaptive=True, whiten=True, batch=512, rate=1e-5, reward_rate=5e-5,
+    reward_batch=32,
+)  # fmt: skip
+_SUMMARIES: dict[str, Any] = {
+    "length": 75, "stop": "\n", "after": 55, "adaptive": False, "whiten": False, "batch": 32, "rate": 2e-6, "reward_rate": 2.5e-5,
+    "reward_batch": 16,
+}  # fmt: skip
+
+# Stiennon et al. 2020
+
+_TLDR_FIT: Settings = {
+    "prompt_fit.max_tokens": Value(512, "S B.2; N+ tldr_dataset.py"),
+    "prompt_fit.after": Value("POST: ", "N+ tldr_dataset.py format_str, truncate_field"),
+    "prompt_fit.before": Value("\n\nTL;DR:", "N+ tldr_dataset.py format_str"),
+    "prompt_fit.at": Value("\n", "S B.2; N+ tldr_dataset.py truncate_text"),
+}
+
+
+def _stiennon(sft_rate: float, reward_rate: float, rate: float, batch: int) -> Preset:
+    sft: Settings = _TLDR_FIT | {
+        "training.epochs": Value(1.0, "S B.1"),
+        "training.batch_size": Value(128, "S B.1"),
+        "training.learning_rate": Value(sft_rate, "S B.1"),
+        "training.schedule": Value("cosine", "S B.1"),
+        "training.final_learning_rate_fraction": ours(0.0, "as Huang et al. 2024"),
+        "training.warmup_fraction": ours(0.0, UNSAID),
+        "training.adam_epsilon": ours(1e-5, "as Ziegler and Huang et al."),
+        "training.max_grad_norm": NO_CLIP,
+        "completion_only_loss": ours(True, UNSAID),
+    }
+    reward: Settings = _TLDR_FIT | {
+        "loss": Value("pairs", "S 3.4"),
+        "num_seeds": Value(3, "S B.1: 3 to 10, the best on validation comparisons is kept"),
+        "training.epochs": Value(1.0, "S B.1"),
+        "training.batch_size": Value(64, "S B.1"),
+        "training.learning_rate": Value(reward_rate, "S B.1"),
+        "training.schedule": Value("cosine", "S B.1"),
+        "training.final_learning_rate_fraction": ours(0.0, "as Huang et al. 2024"),
+        "training.warmup_fraction": ours(0.0, UNSAID),
+        "training.adam_epsilon": ours(1e-5, "as Ziegler and Huang et al."),
+        "training.max_grad_norm": NO_CLIP,
+        "normalization.to": Value("center", "S 3.4: the reference summaries have a mean score of 0"),
+        "normalization.on": Value("demonstrations", "S 3.4"),
+    }
+    ppo: Settings = _TLDR_FIT | {
+        "value": Value(None, "S 3.4: a separate network that starts from the reward model (null: the first reward model)"),
+        "total_episodes": Value(1_000_000, "S B.1"),
+        "rollout_batch_size": Value(batch, "S B.1"),
+        "minibatch_size": ours(batch, "one minibatch, as LMHP and N+"),
+        "ppo_epochs": Value(4, "S B.1"),
+        "kl_coef": Value(0.05, "S B.1"),
+        "kl_target": Value(None, "S B.1: a fixed coefficient"),
+        "kl_estimator": Value("k1", "S 3.4"),
+        "gamma": Value(1.0, "S B.1"),
+        "gae_lambda": Value(0.95, "S B.1"),
+        "clip_range": ours(0.2, "as LMHP"),
+        "value_clip_range": ours(0.2, "as LMHP"),
+        "value_coef": ours(0.1, "as LMHP"),
+        "whiten_advantages": ours(True, "as LMHP"),
+        "whiten_rewards": ours(False, "as LMHP for summaries"),
+        "missing_eos": ours("replace", "as N+"),
+        "missing_eos_penalty": ours(1.0, "as N+"),
+        "generation.max_new_tokens": ours(53, "as N+; the data's summaries have 24 to 48 tokens"),
+        "generation.temperature": ours(0.7, "as N+"),
+        "training.learning_rate": Value(rate, "S B.1"),
+        "training.schedule": Value("linear", "S B.1"),
+        "training.final_learning_rate_fraction": Value(0.0, "S B.1"),
+        "training.warmup_iterations": ours(0, UNSAID),
+        "training.adam_epsilon": ours(1e-5, "as LMHP and N+"),
+        "training.max_grad_norm": NO_CLIP,
+        "ema_decay": ours(None, UNSAID),
+        "target_update_kl": ours(None, UNSAID),
+    }
+    return Preset("Stiennon et al. 2020", {"sft": sft, "reward_model": reward, "ppo": ppo})
+
+
+# Ouyang et al. 2022
+
+_I_ADAM: Settings = {
+    "training.adam_beta1": Value(0.9, "I C"),
+    "training.adam_beta2": Value(0.95, "I C"),
+    "training.weight_decay": ours(0.0, UNSAID),
+    "training.max_grad_norm": NO_CLIP,
+}
+_I_COSINE: Settings = {
+    "training.schedule": Value("cosine", "I C.1 to C.3"),
+    "training.final_learning_rate_fraction": Value(0.1, "I C.1 to C.3"),
+    "training.warmup_fraction": Value(0.0, "I C.1 to C.3: no warmup"),
+    "training.adam_epsilon": ours(1e-8, UNSAID),
+}
+_PRETRAINING_DATA = "texts of the pretraining distribution"
+
+
+def _instructgpt(*, sft_rate: float, init_rate: float, sft_batch: int, value_rate: float, init: bool) -> Preset:
+    if init:
+        sft = _I_ADAM | _I_COSINE | {
+            "training.epochs": Value(2.0, "I C.3"),
+            "training.learning_rate": Value(init_rate, "I C.3"),
+            "training.batch_size": Value(sft_batch, "I C.3"),
+            "pretraining_mix.share": Value(0.1, "I C.3, E.8: 10 % pretraining data"),
+            "residual_dropout": ours(None, "C.1 gives it for supervised fine-tuning alone"),
+            "completion_only_loss": ours(True, UNSAID),
+        }  # fmt: skip
+        required = {"pretraining_mix.data": f"{_PRETRAINING_DATA}, of which one row in ten is (I C.3)"}
+        return Preset(
+            "Ouyang et al. 2022", {"sft": sft}, {stage: "init is the model that PPO begins from" for stage in ("reward_model", "ppo")},
+            required={"sft": required},
+        )  # fmt: skip
+    sft = _I_ADAM | _I_COSINE | {
+        "training.epochs": Value(16.0, "I 3.5, C.1"),
+        "training.learning_rate": Value(sft_rate, "I C.1"),
+        "training.batch_size": Value(sft_batch, "I C.1"),
+        "residual_dropout": Value(0.2, "I C.1"),
+        "completion_only_loss": ours(True, UNSAID),
+    }  # fmt: skip
+    reward = _I_ADAM | _I_COSINE | {
+        "loss": Value("pairs", "I equation 1: all C(K, 2) pairs of a prompt as one element"),
+        "training.epochs": Value(1.0, "I C.2"),
+        "training.learning_rate": Value(9e-6, "I C.2"),
+        "training.batch_size": Value(64, "I C.2: prompts"),
+        "normalization.to": Value("center", "I 3.5: demonstrations have a mean score of 0"),
+        "normalization.on": Value("demonstrations", "I 3.5"),
+    }  # fmt: skip
+    ppo = _I_ADAM | {
+        "value": Value(None, "I C.4: a separate network that starts from the reward model (null: the first reward model)"),
+        "total_episodes": Value(256_000, "I C.4"),
+        "rollout_batch_size": Value(512, "I C.4"),
+        "minibatch_size": Value(64, "I C.4"),
+        "ppo_epochs": Value(1, "I C.4"),
+        "kl_coef": Value(0.02, "I C.4, E.7"),
+        "kl_target": Value(None, "I C.4: a fixed coefficient"),
+        "kl_estimator": Value("k1", "I equation 2"),
+        "gamma": Value(1.0, "I C.4: no discount"),
+        "clip_range": Value(0.2, "I C.4"),
+        "gae_lambda": ours(0.95, "as Ziegler and Stiennon et al."),
+        "value_clip_range": ours(0.2, "as LMHP"),
+        "value_coef": ours(0.1, "as LMHP"),
+        "whiten_advantages": ours(True, "as LMHP"),
+        "whiten_rewards": ours(False, UNSAID),
+        "missing_eos": ours("none", "responses of at most 1k tokens; what happens to longer ones is not told"),
+        "max_prompt_tokens": Value(1024, "I C: prompts of more than 1k tokens are left out"),
+        "generation.max_new_tokens": Value(1024, "I C: responses of at most 1k tokens"),
+        "generation.temperature": Value(1.0, "I C.4"),
+        "generation.top_k": ours(0, "as LMHP"),
+        "generation.top_p": ours(1.0, "as LMHP"),
+        "training.learning_rate": ours(8.05e-6, "E.9 scans 2.55e-6 to 2.55e-5; above 8.05e-6 PPO without pretraining data diverged"),
+        "training.value_learning_rate": Value(value_rate, "I C.4"),
+        "training.schedule": Value("constant", "I C.4"),
+        "training.warmup_iterations": Value(10, "I C.4"),
+        "training.warmup_start_fraction": Value(0.1, "I C.4"),
+        "training.adam_epsilon": ours(1e-5, "as LMHP"),
+        "pretraining_mix.coef": Value(27.8, "I C.4"),
+        "pretraining_mix.examples_per_episode": Value(8, "I C.4, E.6"),
+        "pretraining_mix.normalization": ours("token", "the paper does not say what the coefficient multiplies"),
+        "ema_decay": Value(0.992, "I C.4"),
+        "ema_cadence": ours("optimizer_step", UNSAID),
+        "target_update_kl": ours(None, UNSAID),
+    }  # fmt: skip
+    return Preset(
+        "Ouyang et al. 2022",
+        {"sft": sft, "reward_model": reward, "ppo": ppo},
+        required={"ppo": {"pretraining_mix.data": f"{_PRETRAINING_DATA}, whose gradients PPO-ptx adds (I C.4)"}},
+        notes={
+            "sft": "the paper keeps the model along the run that the reward model likes best on validation prompts (selection.reward)",
+            "ppo": "the paper's policy is not the sft model but one made with the preset instructgpt2022/init",
+        },
+    )
+
+
+_I_SIZES: dict[str, dict[str, Any]] = {
+    "1.3b": {"sft_rate": 9.65e-6, "init_rate": 5e-6, "sft_batch": 32, "value_rate": 9e-6},
+    "6b": {"sft_rate": 9.65e-6, "init_rate": 1.04e-5, "sft_batch": 32, "value_rate": 9e-6},
+    "175b": {"sft_rate": 5.03e-6, "init_rate": 2.45e-6, "sft_batch": 8, "value_rate": 5e-6},
+}
+
+# Huang et al. 2024
+
+_H_ADAM: Settings = {
+    "training.learning_rate": Value(3e-6, "H; N+ Args.lr"),
+    "training.adam_epsilon": Value(1e-5, "N+ Args.eps"),
+    "training.adam_beta1": Value(0.9, "N+: torch's default"),
+    "training.adam_beta2": Value(0.999, "N+: torch's default"),
+    "training.weight_decay": Value(0.01, "N+: AdamW with torch's default"),
+    "training.max_grad_norm": Value(None, "N+ does not clip"),
+}
+_H_COSINE: Settings = {
+    "training.schedule": Value("cosine", "N+ Args.scheduler"),
+    "training.final_learning_rate_fraction": Value(0.0, "N+: transformers' cosine"),
+    "training.warmup_fraction": Value(0.0, "N+ Args.warm_up_steps"),
+    "training.epochs": Value(1.0, "N+ Args.num_train_epochs"),
+}
+_HUANG = Preset(
+    "Huang et al. 2024",
+    {
+        "sft": _H_ADAM | _H_COSINE | _TLDR_FIT | {
+            "training.batch_size": Value(128, "H, hyperparameters of SFT"),
+            "completion_only_loss": Value(False, "N+ sft.py: only padding is left out of the loss"),
+            "residual_dropout": Value(0.0, "N+ disable_dropout: none anywhere"),
+            "max_length": Value(562, "N+ README max_sft_query_response_length"),
+        },
+        "reward_model": _H_ADAM | _H_COSINE | _TLDR_FIT | {
+            "loss": Value("pairs", "N+ reward.py"),
+            "training.batch_size": Value(64, "H, hyperparameters of the reward model"),
+            "max_length": Value(638, "N+ README max_rm_query_response_length"),
+            "normalization.to": Value("center", "N+ reward.py: config.bias"),
+            "normalization.on": Value("demonstrations", "N+ reward.py"),
+        },
+        "ppo": _H_ADAM | _TLDR_FIT | {
+            "value": Value(None, "N+ ppo.py: a separate network that starts from the reward model (null: the first reward model)"),
+            "total_episodes": Value(1_000_000, "N+ Args.total_episodes"),
+            "rollout_batch_size": Value(512, "H, hyperparameters of PPO"),
+            "minibatch_size": Value(512, "N+ PpoHParams.nminibatches = 1"),
+            "ppo_epochs": Value(4, "N+ PpoHParams"),
+            "kl_coef": Value(0.05, "N+ PpoHParams"),
+            "kl_target": Value(None, "N+ ppo.py"),
+            "kl_estimator": Value("k1", "N+ ppo.py"),
+            "gamma": Value(1.0, "N+ PpoHParams"),
+            "gae_lambda": Value(0.95, "N+ PpoHParams"),
+            "clip_range": Value(0.2, "N+ PpoHParams"),
+            "value_clip_range": Value(0.2, "N+ PpoHParams"),
+            "value_coef": Value(0.1, "N+ PpoHParams"),
+            "entropy_coef": Value(0.0, "N+ ppo.py"),
+            "whiten_advantages": Value(True, "N+ ppo.py"),
+            "whiten_rewards": Value(False, "N+ PpoHParams"),
+            "whitening_scope": Value("process", "N+ ppo.py: each process's own episodes"),
+            "missing_eos": Value("replace", "N+ ppo.py non_eos_penalty"),
+            "missing_eos_penalty": Value(1.0, "N+ Args.penalty_reward_value"),
+            "score_placement": Value("after", "N+ ppo.py sequence_lengths_p1"),
+            "generation.max_new_tokens": Value(53, "N+ Args.response_length"),
+            "generation.temperature": Value(0.7, "N+ Args.temperature"),
+            "generation.top_k": Value(0, "N+ generation_config"),
+            "generation.top_p": Value(1.0, "N+ generation_config"),
+            "training.schedule": Value("linear", "N+ ppo.py lrnow"),
+            "training.final_learning_rate_fraction": Value(0.0, "N+ ppo.py lrnow"),
+            "training.warmup_iterations": Value(0, "N+ ppo.py"),
+            "training.adam_style": Value("torch", "N+ ppo.py"),
+            "ema_decay": Value(None, "N+ ppo.py"),
+            "target_update_kl": Value(None, "N+ ppo.py"),
+        },
+    },
+)  # fmt: skip
+
+PRESETS: dict[str, Preset] = {
+    "ziegler2019": _STYLE,
+    "ziegler2019/style": _STYLE,
+    "ziegler2019/tldr": _ziegler(temperature=0.7, kl_coef=0.03, **_SUMMARIES),
+    "ziegler2019/cnndm": _ziegler(temperature=0.5, kl_coef=0.01, **_SUMMARIES),
+    "stiennon2020": _stiennon(6.35e-5, 1.5e-5, 1.5e-5, 512),
+    "stiennon2020/1.3b": _stiennon(6.35e-5, 1.5e-5, 1.5e-5, 512),
+    "stiennon2020/6.7b": _stiennon(2.83e-5, 5e-6, 7e-6, 256),
+    "instructgpt2022": _instructgpt(**_I_SIZES["1.3b"], init=False),
+    "instructgpt2022/init": _instructgpt(**_I_SIZES["1.3b"], init=True),
+    **{f"instructgpt2022/{size}": _instructgpt(**rates, init=False) for size, rates in _I_SIZES.items()},
+    **{f"instructgpt2022/{size}-init": _instructgpt(**rates, init=True) for size, rates in _I_SIZES.items()},
+    "huang2024": _HUANG,
+}
+
+
+# Applying one
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A preset as a step uses it: the values that it fills in, by field path, and what cannot be filled in."""
+
+    name: str
+    values: Settings
+    note: str | None
+
+
+def apply_preset(content: Mapping[str, Any], path: Steps, source: RecipeSource) -> tuple[dict[str, Any], Applied | None]:
+    """(a step's content with its preset beneath, what the preset gave). Raises RecipeError for an unknown name, and for a missing field."""
+    name, stage = content.get("preset"), content.get("stage")
+    if name is None:
+        return dict(content), None
+    if not isinstance(name, str) or name not in PRESETS:
+        raise source.error((*path, "preset"), f"got {name!r}, which is no preset; {nearest(name, PRESETS)}")
+    preset = PRESETS[name]
+    if stage not in preset.stages:
+        reason = preset.missing.get(str(stage), f"only for {', '.join(preset.stages)}")
+        raise source.error((*path, "preset"), f"{name!r} has nothing for the stage {stage}: {reason}")
+    merged = copy.deepcopy(dict(content))
+    values = _scaled(preset.stages[stage], merged)
+    filled = {place: value for place, value in values.items() if _fill(merged, parse_path(place), value.value)}
+    for place, purpose in preset.required.get(stage, {}).items():
+        keys = parse_path(place)
+        if _lacks(merged, keys):
+            block = keys[0]
+            raise source.error(path, f"the preset {name!r} needs {place}: {purpose}. Or set {block}: null to go without it")
+    return merged, Applied(name, filled, preset.notes.get(stage))
+
+
+def _scaled(settings: Settings, content: dict[str, Any]) -> Settings:
+    """The settings fitted to the batch sizes that the recipe gives: the number of minibatches stays, and microbatches divide a batch."""
+    scaled = dict(settings)
+    if "rollout_batch_size" in settings:
+        number = settings["rollout_batch_size"].value // settings["minibatch_size"].value
+        given, small = content.get("rollout_batch_size"), content.get("minibatch_size")
+        if isinstance(given, int) and small is None:
+            parts = max(count for count in range(1, number + 1) if given % count == 0) if given > 0 else 1
+            scaled["minibatch_size"] = _because(settings["minibatch_size"], given // parts, f"{parts} minibatches")
+        elif isinstance(small, int) and given is None:
+            scaled["rollout_batch_size"] = _because(settings["rollout_batch_size"], small * number, f"{number} minibatches")
+    training = content.get("training")
+    own = training if isinstance(training, dict) else {}
+    batch = own.get("batch_size", settings["training.batch_size"].value if "training.batch_size" in settings else None)
+    if isinstance(batch, int) and batch > 0 and "microbatch_size" not in own:
+        most = 8 if content.get("stage") == "reward_model" else 32
+        size = max(count for count in range(1, min(most, batch) + 1) if batch % count == 0)
+        scaled["training.microbatch_size"] = ours(size, f"the largest part of batch_size={batch} up to {most}; no effect on the gradient")
+    return scaled
+
+
+def _because(value: Value, scaled: int, reason: str) -> Value:
+    return Value(scaled, f"{value.source}, scaled to the recipe's batch: {reason}", value.published)
+
+
+def _fill(content: dict[str, Any], path: Steps, value: Any) -> bool:
+    """Put ``value`` at ``path`` unless the recipe says something there (a block that it sets to null, too, is said)."""
+    node: Any = content
+    for key in path[:-1]:
+        if key in node and not isinstance(node[key], dict):
+            return False
+        node = node.setdefault(key, {})
+    if path[-1] in node:
+        return False
+    node[path[-1]] = copy.deepcopy(value)
+    return True
+
+
+def _lacks(content: dict[str, Any], path: Steps) -> bool:
+    """Whether the recipe leaves ``path`` open; a block set to null is an answer."""
+    node: Any = content
+    for key in path:
+        if not isinstance(node, dict):
+            return False
+        if key not in node:
+            return True
+        node = node[key]
+    return False

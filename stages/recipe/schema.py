@@ -1,0 +1,341 @@
+"""The recipe's schema: strict and typed, checked whole before any model is loaded; errors name the line, the value and the next move."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, Field
+
+from stages.config import DataSource, ModelInput, StepConfig, Strict
+from stages.errors import DataError, RecipeError, RegistryError, StagesError
+from stages.process.redaction import find_secret
+from stages.process.trackers import Tracker, check_trackers
+from stages.recipe.functions import addresses, check_function
+from stages.recipe.messages import validate
+from stages.recipe.presets import Applied, apply_preset
+from stages.recipe.source import RecipeSource, Steps, nearest, parse_path, read
+from stages.registry.ledger import DIGEST, REFERENCE, Registry, check_name
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+OLD_HUB_ID = re.compile(r"(?=.*[0-9-])[A-Za-z0-9][\w.-]*")  # gpt2, bert-base-uncased: hub models without an owner
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a stage's parts are; imported only when a recipe uses them."""
+
+    config: str  # module:class of the step's config
+    run: str  # module:function
+    makes_model: bool = True
+
+
+STAGES: dict[str, Stage] = {
+    "pretraining": Stage("stages.pretraining:PretrainingConfig", "stages.pretraining:run"),
+    "sft": Stage("stages.sft:SFTStepConfig", "stages.sft:run"),
+    "reward_model": Stage("stages.reward_model.run:RewardModelConfig", "stages.reward_model.run:run"),
+    "sentiment": Stage("stages.sentiment:SentimentConfig", "stages.sentiment:run"),
+    "dpo": Stage("stages.dpo:DPOStepConfig", "stages.dpo:run"),
+    "ppo": Stage("stages.ppo.config:PPOStepConfig", "stages.ppo.loop:run"),
+    "evaluation": Stage("stages.evaluation.config:EvaluationConfig", "stages.evaluation.run:run", makes_model=False),
+}
+
+
+def load_object(address: str) -> Any:
+    """The object at ``module:name``."""
+    module, _, name = address.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+class RecipeHeader(Strict):
+    """The fields of a recipe outside its steps."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the recipe; its models are <recipe>/<step>.")
+    seed: int = Field(0, ge=0, description="Random seed of every step that names none.")
+    description: str | None = Field(None, description="What the recipe is for, in a sentence.")
+    trackers: Annotated[list[Tracker], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
+        ["tensorboard"], description="Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio, or several of them; []: nowhere."
+    )
+    steps: list[dict[str, Any]] = Field(description="The chain, in the order it runs.")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model reference understood: ``kind`` step | folder | registry | hub, ``target`` the step's name, path, reference or id."""
+
+    kind: str
+    target: str
+    input: ModelInput
+
+
+@dataclass(frozen=True)
+class RecipeStep:
+    """One step, valid: its config (data paths absolute) and its model inputs by field path."""
+
+    index: int
+    config: Any  # a StepConfig; Any because each stage adds fields of its own
+    models: dict[str, Reference]
+    seed: int
+    preset: Applied | None = None  # what a preset filled in
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def stage(self) -> str:
+        return self.config.stage
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that is valid as a whole."""
+
+    name: str
+    seed: int
+    description: str | None
+    steps: list[RecipeStep]
+    source: RecipeSource = field(repr=False)
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+    def model_name(self, step: RecipeStep) -> str:
+        """The registry name of what a step makes."""
+        return f"{self.name}/{step.name}"
+
+    def check_data(self, step: RecipeStep) -> None:
+        """Look for the functions that a step names, and let its config look at its data (columns, empty splits); no model is loaded.
+
+        Raises RecipeError or DataError with the place.
+        """
+        check: Callable[[], None] | None = getattr(step.config, "check_data", None)
+        try:
+            for address in addresses(step.config):
+                check_function(address)
+            if check is not None:
+                check()
+        except (DataError, RecipeError) as error:
+            raise type(error)(f"{self.source.place(('steps', step.index))} ({step.name}): {error}") from error
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = (), registry: Registry | None = None) -> Recipe:
+    """Read, override and check a recipe; nothing is run and no model is loaded. Raises RecipeError with place, value and next move."""
+    source = read(path)
+    _refuse_secrets(source, overrides)
+    for text in overrides:
+        source.override(text)
+    header = validate(RecipeHeader, source.content, (), source)
+    read_steps = [_step_config(content, index, source) for index, content in enumerate(header.steps)]
+    configs = [config for config, _ in read_steps]
+    _check_names(header.name, configs, source)
+    folders = [Path.cwd(), Path(path).resolve().parent]
+    configs = [_with_data_paths(config, ("steps", index), folders, source) for index, config in enumerate(configs)]
+    _check_order(header.name, configs, source)
+    steps = []
+    for index, config in enumerate(configs):
+        models = {}
+        for place, model in model_inputs(config).items():
+            step = _step_named(model.ref, header.name, configs)
+            if step is not None:
+                models[place] = Reference("step", step, model)
+                continue
+            try:
+                models[place] = find_model(model, registry, folders, [other.name for other in configs[:index]], header.name)
+            except StagesError as error:
+                raise source.error(("steps", index, *parse_path(place)), str(error)) from error
+        seed = header.seed if config.seed is None else config.seed
+        steps.append(RecipeStep(index, config, models, seed, read_steps[index][1]))
+    check_trackers(header.trackers)
+    return Recipe(header.name, header.seed, header.description, steps, source, list(header.trackers))
+
+
+def _refuse_secrets(source: RecipeSource, overrides: Sequence[str]) -> None:
+    """Raise RecipeError where a text of the recipe is a secret; the message tells the place and not the text."""
+    advice = "a recipe is kept in manifests and logs. Put it into the environment, and take back the one that was written down"
+    for place, text in _texts(source.content, ()):
+        if (kind := find_secret([text])) is not None:
+            raise source.error(place, f"holds {kind}; {advice}")
+    for text in overrides:
+        if (kind := find_secret([text])) is not None:
+            raise RecipeError(f"override {text.partition('=')[0]!r}: holds {kind}; {advice}")
+
+
+def _texts(value: Any, path: Steps) -> Iterator[tuple[Steps, str]]:
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield path, key
+            yield from _texts(item, (*path, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _texts(item, (*path, index))
+
+
+def model_inputs(config: Any) -> dict[str, ModelInput]:
+    """The models a step reads, by field path."""
+    return config.model_inputs() if hasattr(config, "model_inputs") else {}
+
+
+def data_inputs(config: Any) -> dict[str, list[DataSource]]:
+    """The data a step reads, by field path."""
+    return config.data_inputs() if hasattr(config, "data_inputs") else {}
+
+
+def _step_config(content: dict[str, Any], index: int, source: RecipeSource) -> tuple[StepConfig, Applied | None]:
+    """The step's config, its preset beneath it, and what the preset filled in."""
+    path: Steps = ("steps", index)
+    if "stage" not in content:
+        raise source.error(path, f"the field stage is missing; expected one of {', '.join(STAGES)}")
+    if not isinstance(content["stage"], str) or content["stage"] not in STAGES:
+        raise source.error((*path, "stage"), f"got {content['stage']!r}, which is no stage; {nearest(content['stage'], STAGES)}")
+    schema = load_object(STAGES[content["stage"]].config)
+    filled, preset = apply_preset(content, path, source) if "preset" in schema.model_fields else (content, None)
+    return validate(schema, filled, path, source), preset
+
+
+def _check_names(recipe: str, configs: list[StepConfig], source: RecipeSource) -> None:
+    first: dict[str, int] = {}
+    for index, config in enumerate(configs):
+        path: Steps = ("steps", index, "name")
+        if config.name in first:
+            raise source.error(path, f"got {config.name!r}, which is already the name of steps[{first[config.name]}]; names must differ")
+        if config.name in RecipeHeader.model_fields:
+            raise source.error(path, f"got {config.name!r}, a field of the recipe itself; choose another name")
+        first[config.name] = index
+        try:
+            check_name(f"{recipe}/{config.name}")
+        except RegistryError as error:
+            raise source.error(path, str(error)) from error
+
+
+# Model references
+
+
+def _step_named(ref: str, recipe: str, configs: list[StepConfig]) -> str | None:
+    name = ref.removeprefix(f"{recipe}/")
+    return name if name in {config.name for config in configs} else None
+
+
+def _check_order(recipe: str, configs: list[StepConfig], source: RecipeSource) -> None:
+    """Every step may read only what an earlier step of this recipe made."""
+    order = {config.name: index for index, config in enumerate(configs)}
+    reads = {config.name: [_step_named(model.ref, recipe, configs) for model in model_inputs(config).values()] for config in configs}
+    for index, config in enumerate(configs):
+        for place, model in model_inputs(config).items():
+            target = _step_named(model.ref, recipe, configs)
+            if target is None:
+                continue
+            path: Steps = ("steps", index, *parse_path(place))
+            if target == config.name:
+                raise source.error(path, f"got {model.ref!r}, a cycle: the step {target!r} refers to itself; expected an earlier step")
+            if order[target] > index:
+                cycle = " -> ".join([config.name, *_way(target, config.name, reads)])
+                if cycle.endswith(f"-> {config.name}"):
+                    raise source.error(path, f"got {model.ref!r}, a cycle: {cycle}; a step reads earlier steps only")
+                later = f"a step that comes later (steps[{order[target]}])"
+                raise source.error(path, f"got {model.ref!r}, {later}; move it before {config.name!r}")
+            if not STAGES[configs[order[target]].stage].makes_model:
+                raise source.error(path, f"got {model.ref!r}, a step of stage {configs[order[target]].stage!r}, which makes no model")
+
+
+def _way(start: str, goal: str, reads: dict[str, list[str | None]]) -> list[str]:
+    """The steps from ``start`` to ``goal`` along what each reads; empty where there is no way."""
+    trail: list[list[str]] = [[start]]
+    seen = {start}
+    while trail:
+        way = trail.pop()
+        if way[-1] == goal:
+            return way
+        for name in reads[way[-1]]:
+            if name is not None and name not in seen:
+                seen.add(name)
+                trail.append([*way, name])
+    return []
+
+
+def find_model(
+    model: ModelInput, registry: Registry | None, folders: Sequence[Path], steps: Sequence[str] = (), recipe: str | None = None
+) -> Reference:
+    """Understand a reference that is no step: an existing model folder, a registry reference, or a hub id.
+
+    ``steps`` are the names a typing error may have meant. Raises RecipeError or RegistryError that says what was looked for.
+    """
+    ref = model.ref
+    looks_like_path = ref.startswith((".", "/", "~"))
+    for folder in folders:
+        path = _local(folder, ref)
+        if path is None:
+            continue
+        if path.is_dir() and ((path / "config.json").exists() or (path / "adapter_config.json").exists()):
+            return Reference("folder", str(path), model)
+        if path.is_dir() and looks_like_path:
+            raise RecipeError(f"got {ref!r}, a folder without config.json; expected a model as save_pretrained writes it")
+    if looks_like_path:
+        raise RecipeError(f"got {ref!r}, a folder that does not exist (looked in {' and '.join(map(str, dict.fromkeys(folders)))})")
+    names = {record.name for record in registry.records()} if registry is not None else set()
+    is_known = (match := REFERENCE.fullmatch(ref)) is not None and match["name"] in names
+    if registry is not None and (is_known or DIGEST.fullmatch(ref) or "@" in ref):
+        return Reference("registry", registry.get(ref).ref, model)
+    known = [*steps, *(f"{recipe}/{step}" for step in steps if recipe), *sorted(names)]
+    near = difflib.get_close_matches(ref, known, n=1, cutoff=0.75)
+    owner = ref.partition("/")[0]
+    ours = owner == recipe or owner in {name.partition("/")[0] for name in names}
+    if not near and not ours and (HUB_ID.fullmatch(ref) or OLD_HUB_ID.fullmatch(ref)):
+        return Reference("hub", ref, model)
+    if near:
+        advice = f"did you mean {near[0]!r}?"
+    else:
+        advice = f"earlier steps: {', '.join(steps) or 'none'}; registry: {', '.join(sorted(names)[:10]) or 'empty'}"
+    raise RecipeError(f"got {ref!r}, which is no earlier step, folder, registry reference or hub id; {advice}")
+
+
+def _local(folder: Path, written: str) -> Path | None:
+    """The path that ``written`` names, seen from ``folder``; None for what can be no path (a NUL, too long, another's unknown home)."""
+    try:
+        path = (folder / Path(written).expanduser()).resolve()
+        path.exists()
+    except (OSError, ValueError, RuntimeError):
+        return None
+    return path
+
+
+# Data paths
+
+
+def _with_data_paths(value: Any, path: Steps, folders: Sequence[Path], source: RecipeSource) -> Any:
+    """``value`` with the path of every local data source made absolute; raises RecipeError for a file that is not there."""
+    if isinstance(value, DataSource):
+        return value.model_copy(update={"path": _data_path(value.path, path, folders, source)})
+    if isinstance(value, BaseModel):
+        fields = {name: getattr(value, name) for name in type(value).model_fields}
+        changed = {name: _with_data_paths(item, (*path, name), folders, source) for name, item in fields.items()}
+        return value.model_copy(update={name: item for name, item in changed.items() if item is not fields[name]})
+    if isinstance(value, list):
+        items = [_with_data_paths(item, (*path, index), folders, source) for index, item in enumerate(value)]
+        return items if any(new is not old for new, old in zip(items, value, strict=True)) else value
+    if isinstance(value, dict):
+        entries = {key: _with_data_paths(item, (*path, key), folders, source) for key, item in value.items()}
+        return entries if any(entries[key] is not value[key] for key in value) else value
+    return value
+
+
+def _data_path(written: str, path: Steps, folders: Sequence[Path], source: RecipeSource) -> str:
+    if written.startswith("world:"):
+        return written
+    for folder in folders:
+        found = _local(folder, written)
+        if found is not None and found.exists():
+            return str(found)
+    owner = written.partition("/")[0]
+    is_local = any((near := _local(folder, owner)) is not None and near.is_dir() for folder in folders) or written.endswith(DATA_SUFFIXES)
+    if not is_local and (HUB_ID.fullmatch(written) or OLD_HUB_ID.fullmatch(written) or written.isidentifier()):
+        return written  # a data set of the hub
+    looked = " and ".join(str(folder) for folder in dict.fromkeys(folders))
+    expected = "a file, a folder, a hub id or world:PART"
+    raise source.error(path, f"got {written!r}, a file that does not exist (looked in {looked}); expected {expected}")

@@ -1,0 +1,308 @@
+"""A model card in the Hub's format for an exported model: what it is, where it came from, how it did, how to load it, what nobody knows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stages.registry.ledger import ModelRecord, Registry
+
+PIPELINES = {"language_model": "text-generation", "reward_model": "text-classification", "classifier": "text-classification"}
+WHAT = {
+    "language_model": "A causal language model",
+    "reward_model": "A reward model: one number for a prompt with its completion, higher where people (or whoever ranked) would prefer it",
+    "classifier": "A text classifier",
+    "value_model": "A value network: it predicts the score of a completion from every token on; of use to go on with PPO",
+}
+INTENDED = {
+    "language_model": "Research on alignment, and as a starting point for further training. It was not tested for safety, truth or bias "
+    "beyond the evaluations below; do not put it before users without tests of your own.",
+    "reward_model": "Scoring completions of prompts like those it was trained on: as a reward for PPO, to pick the best of several, to "
+    "compare models. Its scores mean nothing for other kinds of text, and a policy trained on it long enough will find its faults.",
+    "classifier": "Labelling texts like those it was trained on.",
+    "value_model": "Going on with a PPO run, or looking at the values of tokens.",
+}
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+{{ what }}, made by Tristage {{ version }} in the step `{{ step }}` (stage `{{ stage }}`).
+
+| | |
+|---|---|
+| version | `{{ ref }}` |
+| digest | `{{ digest }}` |
+| made | {{ created }} |
+| weights | {{ weights }} |
+
+## Use
+
+{{ intended }}
+{%- for title, code in usage %}
+{%- if title %}
+
+{{ title }}
+{%- endif %}
+
+```{{ "python" if "import" in code else "bash" }}
+{{ code }}
+```
+{%- endfor %}
+
+## Where it came from
+
+```text
+{{ lineage }}
+```
+{%- if data %}
+
+Data of the last step (each with the beginning of its content's fingerprint):
+{% for line in data %}
+- {{ line }}
+{%- endfor %}
+{%- endif %}
+
+## How it did
+{% if metrics %}
+| metric of its training | value |
+|---|---|
+{%- for name, value in metrics %}
+| {{ name }} | {{ value }} |
+{%- endfor %}
+{%- else %}
+Its step recorded no metrics.
+{%- endif %}
+{%- for evaluation in evaluations %}
+
+### {{ evaluation.title }}
+
+{{ evaluation.verdict }}
+
+| against | judge | win rate | 95 % interval | prompts |
+|---|---|---|---|---|
+{%- for row in evaluation.rows %}
+| {{ row.other }} | {{ row.judge }} | {{ row.rate }} | {{ row.interval }} | {{ row.n }} |
+{%- endfor %}
+{%- endfor %}
+
+## Limits and licence
+
+The licence is **unknown**: it follows from the licences of the data and of the models above, which the registry does not know. Find them
+out before you share this model.
+
+The step as resolved:
+
+```json
+{{ settings }}
+```
+
+Packages: {{ packages }}.
+"""
+
+
+def write_card(record: ModelRecord, registry: Registry, folder: Path, *, merged: bool) -> Path:
+    """Write README.md into an exported model's ``folder``; ``merged``: an adapter was added into its base."""
+    path = folder / "README.md"
+    path.write_text(model_card(record, registry, merged=merged), encoding="utf-8")
+    return path
+
+
+def model_card(record: ModelRecord, registry: Registry, *, merged: bool) -> str:
+    """The card as text: metadata that the Hub reads, then Markdown."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    manifest = record.manifest
+    step = manifest["recipe_step"]
+    evaluations = list(_evaluations(record, registry))
+    is_adapter = record.is_adapter and not merged
+    bases = [parent["ref"] for parent in _foreign(registry.lineage(record.ref)) if parent["kind"] == "hub"]
+    data = ModelCardData(
+        model_name=record.name,
+        license="unknown",
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag=PIPELINES.get(record.role),
+        tags=["tristage", *([step["stage"]] if "stage" in step else []), *(["reward-model"] if record.role == "reward_model" else [])],
+        base_model=list(dict.fromkeys(bases)) or None,
+        datasets=_hub_data(step) or None,
+        eval_results=_results(record, evaluations) or None,
+    )
+    size = sum(file["size"] for file in manifest["files"]) / 2**20
+    weights = f"adapter on `{manifest['base']['ref']}`" if is_adapter else "whole, safetensors"
+    return str(
+        ModelCard.from_template(
+            data,
+            template_str=TEMPLATE,
+            name=record.name,
+            what=WHAT[record.role],
+            version=manifest["packages"].get("tristage", ""),
+            step=step.get("name", record.name.rpartition("/")[2]),
+            stage=step.get("stage", "unknown"),
+            ref=record.ref,
+            digest=record.digest,
+            created=manifest["created"],
+            weights=f"{weights}; {size:.1f} MiB in the registry",
+            intended=INTENDED[record.role],
+            usage=_usage(record, is_adapter),
+            lineage="\n".join(_tree(registry.lineage(record.ref))),
+            data=_data_lines(manifest),
+            metrics=[(name, _number(value)) for name, value in manifest["metrics"].items() if isinstance(value, int | float)],
+            evaluations=evaluations,
+            settings=json.dumps(_without_places(step), indent=1, ensure_ascii=False),
+            packages=", ".join(f"{name} {version}" for name, version in manifest["packages"].items()),
+        )
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+# Where it came from
+
+
+def _tree(node: dict[str, Any], depth: int = 0) -> Iterator[str]:
+    note = node.get("role") or node["kind"]
+    yield f"{'  ' * depth}{node['ref']}  {node['digest'][:19]}  ({note}{', removed' if node.get('removed') else ''})"
+    for parent in node["parents"]:
+        yield from _tree(parent, depth + 1)
+
+
+def _foreign(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The leaves of a lineage that come from outside the registry."""
+    if node["kind"] != "registry":
+        yield node
+    for parent in node["parents"]:
+        yield from _foreign(parent)
+
+
+def _sources(value: Any) -> Iterator[dict[str, Any]]:
+    """Every data source in a step's settings."""
+    if isinstance(value, dict):
+        if "path" in value and "columns" in value:
+            yield value
+        else:
+            for item in value.values():
+                yield from _sources(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _sources(item)
+
+
+def _without_places(value: Any) -> Any:
+    """Settings without the folders of the machine they were made on: a card is for others."""
+    if isinstance(value, dict):
+        return {key: _without_places(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_places(item) for item in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+
+
+def _hub_data(step: dict[str, Any]) -> list[str]:
+    """Hub ids among the data of a step."""
+    paths = [str(source["path"]) for source in _sources(step)]
+    return list(dict.fromkeys(path for path in paths if not path.startswith(("world:", "/", ".")) and not Path(path).suffix))
+
+
+def _data_lines(manifest: dict[str, Any]) -> list[str]:
+    lines = []
+    for place, mark in manifest["data"].items():
+        value: Any = manifest["recipe_step"]
+        for key in place.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        paths = [str(source["path"]).rpartition("/")[2] or source["path"] for source in _sources(value)] if value is not None else []
+        lines.append(f"`{place}`: {', '.join(paths) or 'not recorded'} (`{mark[:12]}`)")
+    return lines
+
+
+# How it did
+
+
+def _evaluations(record: ModelRecord, registry: Registry) -> Iterator[dict[str, Any]]:
+    """Kept evaluations in which this very model was a candidate, newest first; of each, its win rates."""
+    found = []
+    for path in (registry.root.parent / "results").glob("*/result.json"):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            evaluation = json.loads((path.parent / "files" / "evaluation.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        names = [name for name, row in evaluation["candidates"].items() if row.get("digest") == record.digest and not row.get("best_of")]
+        if names:
+            found.append((result["created"], result["name"], names[-1], evaluation))
+    for created, name, candidate, evaluation in sorted(found, key=lambda item: item[:3], reverse=True):
+        rows = [
+            {
+                "other": row["b"],
+                "judge": row["judge"],
+                "rate": f"{row['win_rate']:.3f}",
+                "interval": f"{row['ci_low']:.3f} to {row['ci_high']:.3f}",
+                "n": row["n"],
+            }
+            for row in evaluation["win_rates"]
+            if row["a"] == candidate
+        ]
+        yield {"title": f"{name}, {created[:10]}, as `{candidate}`", "verdict": evaluation["verdict"], "rows": rows, "name": name}
+
+
+def _results(record: ModelRecord, evaluations: list[dict[str, Any]]) -> list[Any]:
+    """The win rates of the newest evaluation, by its first judge, as the Hub's metadata."""
+    from huggingface_hub import EvalResult
+
+    if not evaluations:
+        return []
+    newest = evaluations[0]
+    return [
+        EvalResult(
+            task_type=PIPELINES.get(record.role, "text-generation"),
+            dataset_type=newest["name"],
+            dataset_name=f"held-out prompts of {newest['name']}",
+            metric_type="win_rate",
+            metric_value=float(row["rate"]),
+            metric_name=f"win rate against {row['other']} by {row['judge']} (95 %: {row['interval']}, {row['n']} prompts)",
+        )
+        for row in newest["rows"]
+        if row["judge"] == newest["rows"][0]["judge"]
+    ]
+
+
+# How to load it
+
+
+def _usage(record: ModelRecord, is_adapter: bool) -> list[tuple[str, str]]:
+    base = record.manifest["base"]["ref"] if is_adapter else ""
+    if record.role == "language_model" and is_adapter:
+        return [
+            (
+                f"The adapter stands on `{base}`; `stages models export {base} BASE` writes that one.",
+                'from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n'
+                'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "FOLDER")',
+            ),
+            ("", "lm_eval --model hf --model_args pretrained=BASE,peft=FOLDER --tasks ..."),
+            ("", "vllm serve BASE --enable-lora --lora-modules aligned=FOLDER"),
+        ]
+    if record.role == "language_model":
+        load = 'model = AutoModelForCausalLM.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+        return [
+            ("", f"from transformers import AutoModelForCausalLM, AutoTokenizer\n\n{load}"),
+            ("", "lm_eval --model hf --model_args pretrained=FOLDER --tasks ..."),
+            ("", "vllm serve FOLDER"),
+            ("", "transformers serve FOLDER"),
+        ]
+    if record.role == "reward_model":
+        bias = record.manifest["metrics"].get("reward_bias")
+        text = "The score of a text is the only logit"
+        text += f" plus the bias {bias:.4g}, which the class has no place for (`config.reward_bias`)." if bias is not None else "."
+        if is_adapter:
+            load = 'RewardModel.from_pretrained("FOLDER", dtype=torch.float32)'
+            return [("The head lies beside the adapter.", f"import torch\nfrom stages.models.heads import RewardModel\n\nmodel = {load}")]
+        load = 'model = AutoModelForSequenceClassification.from_pretrained("FOLDER")'
+        load += "\nscore = model(**inputs).logits[:, 0] + model.config.reward_bias"
+        return [(text, f"from transformers import AutoModelForSequenceClassification\n\n{load}")]
+    if record.role == "classifier":
+        return [("", 'from transformers import pipeline\n\nclassify = pipeline("text-classification", "FOLDER")')]
+    return []

@@ -1,0 +1,495 @@
+"""The registry: a ledger on disk of immutable models in the Hugging Face format, each with a manifest.
+
+    <root>/models/<name>/<version>/model/...        what from_pretrained reads (safetensors)
+    <root>/models/<name>/<version>/manifest.json    what it is, where it came from, how it did
+
+``<name>`` may hold one slash (``quickstart/sft``). A reference is ``name`` (newest), ``name@3`` or a digest prefix ``sha256:ab12...``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fcntl
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.errors import RegistryError
+from stages.registry.contents import UNSAFE_SUFFIXES, digest_of, file_sha256, files_of, normalise_folder
+from stages.registry.storage import sync, write_json
+
+if TYPE_CHECKING:
+    from stages.process.runtime import ResolvedModel
+
+MANIFEST_VERSION = 1
+ROLES = ("language_model", "reward_model", "classifier", "value_model")
+RECORDED_PACKAGES = (
+    "tristage", "torch", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "datasets", "bitsandbytes", "trl",
+)
+SEGMENT = r"(?=[^/]*[A-Za-z_-])[A-Za-z0-9][A-Za-z0-9_.-]*"  # a digit-only segment could be mistaken for a version folder
+NAME = re.compile(rf"{SEGMENT}(/{SEGMENT})?")
+REFERENCE = re.compile(rf"(?P<name>{NAME.pattern})(@(?P<version>[1-9][0-9]*))?")
+DIGEST = re.compile(r"sha256:(?P<prefix>[0-9a-f]{4,64})")
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """One immutable version of a model."""
+
+    name: str
+    version: int
+    digest: str  # sha256:... of the files of model/, whatever the time and the place
+    role: str
+    path: Path  # the model/ folder, for from_pretrained
+    manifest: dict[str, Any]
+
+    @property
+    def ref(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    @property
+    def folder(self) -> Path:
+        """The version's folder: model/ and manifest.json."""
+        return self.path.parent
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.manifest["base"] is not None
+
+
+class _RemovedMeanwhile(RegistryError):
+    """Another process removed a version between listing and reading it."""
+
+
+Merge = Callable[["ModelRecord", "Registry", Path], None]
+"""Writes an adapter's record, merged into its base, into an empty folder."""
+
+
+class Registry:
+    """The versions under ``root``; made on first publish, safe for several processes."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root).absolute()
+        self._models = self.root / "models"
+        self._staging = self.root / "tmp"
+
+    # Publishing
+
+    def publish(
+        self,
+        name: str,
+        fill: Callable[[Path], None],
+        *,
+        role: str,
+        parents: Sequence[ResolvedModel] = (),
+        recipe_step: dict[str, Any] | None = None,
+        data: dict[str, str] | None = None,
+        metrics: dict[str, Any] | None = None,
+        fingerprint: str = "",
+        fingerprint_parts: dict[str, Any] | None = None,
+        base: ResolvedModel | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> ModelRecord:
+        """Add a version of ``name`` made of what ``fill(folder)`` writes: after a crash there is either nothing of it or all of it.
+
+        ``base`` is the model that adapter weights stand on: required where ``fill`` writes an adapter, of no interest otherwise.
+        Raises RegistryError for a name that is no name, for weights that are not safetensors, and for an empty folder; the registry is
+        then as it was.
+        """
+        check_name(name)
+        if role not in ROLES:
+            raise RegistryError(f"role {role!r} of {name!r} is not one of {', '.join(ROLES)}")
+        with self._staging_folder() as staging:
+            model = staging / "model"
+            model.mkdir()
+            fill(model)
+            self._check_files(model, name, base)
+            is_adapter = (model / "adapter_config.json").exists()
+            if is_adapter:
+                (model / "README.md").unlink(missing_ok=True)  # peft's form of a model card: nothing but the path of the base
+            normalise_folder(model, _place_free(base))
+            files = [{"path": path, "size": file.stat().st_size, "sha256": file_sha256(file)} for path, file in files_of(model)]
+            manifest: dict[str, Any] = {
+                "manifest_version": MANIFEST_VERSION,
+                "name": name,
+                "version": 0,
+                "role": role,
+                "digest": digest_of({str(file["path"]): str(file["sha256"]) for file in files}),
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "base": _describe(base) if base is not None and is_adapter else None,
+                "parents": _distinct([_describe(parent) for parent in parents]),
+                "recipe_step": recipe_step or {},
+                "data": data or {},
+                "metrics": metrics or {},
+                "fingerprint": fingerprint,
+                "fingerprint_parts": fingerprint_parts or {},
+                "extra": extra or {},
+                "packages": installed_packages(),
+                "files": files,
+            }
+            for _, file in files_of(model):
+                sync(file)
+            with self._lock():
+                if is_adapter and base is not None and base.kind == "registry":
+                    self._get_digest(base.digest, base.digest.removeprefix("sha256:"))  # it may have been removed in the meantime
+                folder = self._models / name
+                folder.mkdir(parents=True, exist_ok=True)
+                self._check_inside(folder)
+                manifest["version"] = self._claim_version(folder)
+                write_json(staging / "manifest.json", manifest)
+                sync(staging)
+                os.rename(staging, folder / str(manifest["version"]))
+                sync(folder)
+        # Not read again: another process may have removed it by now, and it was published all the same.
+        return ModelRecord(name, manifest["version"], manifest["digest"], role, folder / str(manifest["version"]) / "model", manifest)
+
+    def adopt(self, record: ModelRecord, name: str) -> ModelRecord:
+        """Take a version that another recipe made in under ``name``, with the models published beside it (``<name>-value``).
+
+        The files are linked, not copied, where the disk can: versions never change.
+        """
+        beside = [
+            other
+            for other in self.records()
+            if other.name.startswith(f"{record.name}-") and other.manifest["fingerprint_parts"] == record.manifest["fingerprint_parts"]
+        ]
+        newest = {other.name: other for other in beside}  # records() has the newest version of a name last
+        for other in newest.values():
+            self._adopt(other, name + other.name.removeprefix(record.name))
+        return self._adopt(record, name)
+
+    def _adopt(self, record: ModelRecord, name: str) -> ModelRecord:
+        check_name(name)
+        with self._staging_folder() as staging:
+            shutil.copytree(record.path, staging / "model", copy_function=_link)
+            with self._lock():
+                folder = self._models / name
+                folder.mkdir(parents=True, exist_ok=True)
+                self._check_inside(folder)
+                version = self._claim_version(folder)
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                adopted = {"name": name, "version": version, "created": now, "adopted_from": record.ref}
+                write_json(staging / "manifest.json", {**record.manifest, **adopted})
+                sync(staging)
+                os.rename(staging, folder / str(version))
+                sync(folder)
+        return self._read(folder / str(version))
+
+    def _check_files(self, model: Path, name: str, base: ResolvedModel | None) -> None:
+        paths = dict(files_of(model))
+        if not paths:
+            raise RegistryError(f"nothing was saved for {name!r}; a model needs at least its config.json and *.safetensors")
+        unsafe = [path for path in paths if path.endswith(UNSAFE_SUFFIXES)]
+        if unsafe:
+            raise RegistryError(
+                f"{name!r} holds {', '.join(unsafe)}: pickle-based weights are refused because reading them can run code. "
+                "Save as safetensors (save_pretrained does) and leave trainer state in the checkpoint folder"
+            )
+        links = [path for path, file in paths.items() if file.is_symlink()]
+        if links:
+            raise RegistryError(f"{name!r} holds symbolic links ({', '.join(links)}); a version must hold its files itself")
+        if "adapter_config.json" in paths and base is None:
+            raise RegistryError(f"{name!r} holds an adapter, but not which model it stands on; pass base= to publish")
+
+    def _claim_version(self, folder: Path) -> int:
+        """The next version number; under the lock. A removed version's number is never given again, so that old references stay true."""
+        counter = folder / "last_version"
+        try:
+            last = int(counter.read_text())
+        except (OSError, ValueError):  # not yet there, or spoilt
+            last = 0
+        number = max([last, *_versions(folder)]) + 1
+        write_json(counter, number)
+        return number
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _staging_folder(self) -> Iterator[Path]:
+        """A folder of our own under tmp/. While its lock file is held we are alive; a folder nobody holds is the leftover of a crash."""
+        with self._lock():
+            self._staging.mkdir(exist_ok=True)
+            self._clean_leftovers()
+            staging = self._staging / uuid.uuid4().hex
+            owner = staging.with_suffix(".lock").open("w")
+            fcntl.flock(owner, fcntl.LOCK_EX)
+            staging.mkdir()
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)  # gone already where it was published
+            Path(owner.name).unlink(missing_ok=True)
+            owner.close()
+
+    def _clean_leftovers(self) -> None:
+        for path in self._staging.iterdir():
+            if path.suffix == ".lock":
+                with path.open("w") as owner:
+                    try:
+                        fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        continue
+                    shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+                    path.unlink()
+            elif not path.with_suffix(".lock").exists():
+                shutil.rmtree(path, ignore_errors=True)
+
+    # Reading
+
+    def get(self, ref: str) -> ModelRecord:
+        """The record of a reference: ``name`` (newest), ``name@3`` or ``sha256:prefix``. Raises RegistryError with the nearest names."""
+        if match := DIGEST.fullmatch(ref):
+            return self._get_digest(ref, match["prefix"])
+        match = REFERENCE.fullmatch(ref)
+        if match is None:
+            raise RegistryError(f"{ref!r} is not a registry reference; expected name, name@3 or sha256:<at least 4 hex digits>")
+        name, version = match["name"], match["version"]
+        while True:
+            versions = _versions(self._models / name)
+            if not versions:
+                raise RegistryError(f"no model named {name!r} in {self.root}; {self._nearest(name)} Or run its recipe first")
+            if version is not None and int(version) not in versions:
+                raise RegistryError(f"{name!r} has no version {version} in {self.root}; it has {', '.join(map(str, versions))}")
+            try:
+                return self._read(self._models / name / (version or str(versions[-1])))
+            except _RemovedMeanwhile:
+                continue  # look again: what is there now decides
+
+    def _get_digest(self, ref: str, prefix: str) -> ModelRecord:
+        found = [record for record in self.records() if record.digest.startswith(f"sha256:{prefix}")]
+        if not found:
+            raise RegistryError(f"no model whose digest begins with {ref!r} in {self.root}; `stages models list` shows the digests")
+        if len({record.digest for record in found}) > 1:
+            names = ", ".join(f"{record.ref} {record.digest[:23]}" for record in found)
+            raise RegistryError(f"{ref!r} is the beginning of several digests: {names}. Give more digits")
+        return max(found, key=lambda record: (record.manifest["created"], record.name, record.version))
+
+    def _nearest(self, name: str) -> str:
+        names = sorted({record.name for record in self.records()})
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        if near:
+            return f"did you mean {' or '.join(near)}?"
+        return f"known: {', '.join(names[:20]) or 'none'}."
+
+    def records(self) -> list[ModelRecord]:
+        """Every version, by name and number."""
+        folders = [path.parent for pattern in ("*/*/manifest.json", "*/*/*/manifest.json") for path in self._models.glob(pattern)]
+        found = self._read_all(folder for folder in folders if folder.name.isdigit())
+        return sorted(found, key=lambda record: (record.name, record.version))
+
+    def _read_all(self, folders: Iterable[Path]) -> list[ModelRecord]:
+        found = []
+        for folder in folders:
+            with suppress(_RemovedMeanwhile):
+                found.append(self._read(folder))
+        return found
+
+    def versions(self, name: str) -> list[ModelRecord]:
+        """The versions of one name, oldest first; empty where there is none."""
+        check_name(name)
+        return self._read_all(self._models / name / str(number) for number in _versions(self._models / name))
+
+    def find_fingerprint(self, fingerprint: str, name: str | None = None) -> ModelRecord | None:
+        """The newest version (of ``name``, where given) that was made with this fingerprint."""
+        records = self.versions(name) if name is not None else self.records()
+        found = [record for record in records if fingerprint and record.manifest["fingerprint"] == fingerprint]
+        if name is not None:
+            return found[-1] if found else None  # by number: a clock may have been set back
+        return max(found, key=lambda record: (record.manifest["created"], record.version), default=None)
+
+    def _read(self, folder: Path) -> ModelRecord:
+        self._check_inside(folder)
+        path = folder / "manifest.json"
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            written = int(manifest["manifest_version"])
+            if written > MANIFEST_VERSION:
+                raise RegistryError(
+                    f"{path}: written as manifest version {written} by a newer tristage (this one reads {MANIFEST_VERSION}); upgrade it"
+                )
+            name, version = manifest["name"], manifest["version"]
+            record = ModelRecord(name, version, manifest["digest"], manifest["role"], folder / "model", manifest)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not folder.exists():
+                raise _RemovedMeanwhile(f"{folder} was removed in the meantime") from error
+            raise RegistryError(f"{path}: not a readable manifest ({error}); the version is damaged, remove {folder}") from error
+        if f"{name}/{version}" != folder.relative_to(self._models).as_posix():
+            raise RegistryError(f"{path}: says that it is {name!r} version {version}, which belongs elsewhere; moved or edited, refused")
+        return record
+
+    def _check_inside(self, folder: Path) -> None:
+        if not folder.resolve().is_relative_to(self._models.resolve()):
+            raise RegistryError(f"{folder} leads out of the registry {self.root} by a symbolic link; refused")
+
+    # Looking after versions
+
+    def lineage(self, ref: str) -> dict[str, Any]:
+        """The tree of what a version was made from: ref, digest, role, base, parents (the same again; a foreign model is a leaf)."""
+        record = self.get(ref)
+        parents = []
+        for parent in record.manifest["parents"]:
+            try:
+                known = parent["kind"] == "registry" and self.get(parent["ref"]).digest == parent["digest"]
+            except RegistryError:
+                known = False
+            if known:
+                parents.append(self.lineage(parent["ref"]))
+            else:
+                parents.append({**parent, "removed": parent["kind"] == "registry", "parents": []})
+        return {
+            "kind": "registry",
+            "ref": record.ref,
+            "digest": record.digest,
+            "role": record.role,
+            "created": record.manifest["created"],
+            "data": record.manifest["data"],
+            "base": record.manifest["base"],
+            "parents": parents,
+        }
+
+    def verify(self, ref: str) -> list[str]:
+        """What is wrong with a version's files, one sentence per file; empty where every byte is as published."""
+        record = self.get(ref)
+        try:
+            return self._problems(record)
+        except FileNotFoundError as error:
+            raise RegistryError(f"{record.ref} was removed or changed while it was verified") from error
+
+    def _problems(self, record: ModelRecord) -> list[str]:
+        problems = []
+        present = dict(files_of(record.path))
+        for file in record.manifest["files"]:
+            path = present.pop(file["path"], None)
+            if path is None:
+                problems.append(f"{file['path']} is missing")
+            elif path.is_symlink():
+                problems.append(f"{file['path']} was replaced by a symbolic link")
+            elif path.stat().st_size < file["size"]:
+                problems.append(f"{file['path']} is truncated: {path.stat().st_size} bytes of {file['size']}")
+            elif file_sha256(path) != file["sha256"]:
+                problems.append(f"{file['path']} was changed: its SHA-256 is not the published one")
+        if not record.folder.exists():
+            raise RegistryError(f"{record.ref} was removed while it was verified")
+        problems += [f"{name} was not published with this version" for name in present]
+        if record.digest != digest_of({file["path"]: file["sha256"] for file in record.manifest["files"]}):
+            problems.append("manifest.json was changed: its digest does not follow from its list of files")
+        return problems
+
+    def export(self, ref: str, destination: Path | str, *, merge: Merge | None = None) -> Path:
+        """Copy a model out for ``from_pretrained``. An adapter is written by ``merge`` (models.adapters.export_merged), else alone.
+
+        Raises RegistryError where the destination exists and is not empty, or where the version does not verify.
+        """
+        record, destination = self.get(ref), Path(destination).absolute()
+        if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+            raise RegistryError(f"{destination} exists and is not an empty folder; name another one or empty it")
+        if problems := self.verify(record.ref):
+            raise RegistryError(f"{record.ref} is damaged and was not exported: {'; '.join(problems)}")
+        partial = destination.with_name(f".{destination.name}.{uuid.uuid4().hex}")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if record.is_adapter and merge is not None:
+                partial.mkdir()
+                merge(record, self, partial)
+            else:
+                shutil.copytree(record.path, partial)
+            for _, file in files_of(partial):
+                file.chmod(0o644)  # weights are written for the user alone, and a server runs as somebody else
+            if destination.exists():
+                destination.rmdir()
+            partial.rename(destination)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return destination
+
+    def remove(self, ref: str, *, force: bool = False) -> ModelRecord:
+        """Take a version out. Refused where adapters stand on it (unless ``force``) or where ``name`` alone is ambiguous."""
+        with self._staging_folder() as staging, self._lock():
+            record = self._removable(ref, force)
+            os.rename(record.folder, staging / "removed")
+        return record
+
+    def _removable(self, ref: str, force: bool) -> ModelRecord:
+        record = self.get(ref)
+        others = self.versions(record.name)
+        if ref == record.name and len(others) > 1:
+            numbers = ", ".join(other.ref for other in others)
+            raise RegistryError(f"{ref!r} has several versions ({numbers}); name the one to remove")
+        twins = [other for other in self.records() if other.digest == record.digest and other.ref != record.ref]
+        adapters = [other.ref for other in self.records() if other.is_adapter and other.manifest["base"]["digest"] == record.digest]
+        if adapters and not twins and not force:
+            raise RegistryError(f"{record.ref} is the base of {', '.join(adapters)}; remove them first, or use --force and lose them")
+        return record
+
+
+def check_name(name: str) -> None:
+    """Raise RegistryError unless ``name`` is a registry name; such a name cannot lead out of the registry."""
+    if NAME.fullmatch(name) is None:
+        raise RegistryError(
+            f"{name!r} is not a model name; expected <step> or <recipe>/<step> of letters, digits, '_', '-' and '.', not digits alone"
+        )
+
+
+def installed_packages() -> dict[str, str]:
+    """Versions of the packages that make the numbers, without importing them."""
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _versions(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and (path / "manifest.json").exists())
+
+
+def _describe(model: ResolvedModel) -> dict[str, Any]:
+    """What a manifest says of a parent or a base: kind, reference (pinned to a version), digest, and the path of a foreign model."""
+    ref = model.record.ref if model.record is not None else model.ref
+    described: dict[str, Any] = {"kind": model.kind, "ref": ref, "digest": model.digest}
+    if model.record is None:
+        described["path"] = model.path
+    for option in ("revision", "quantization", "trust_remote_code"):
+        value = getattr(model.input, option)
+        if value and value != "none":
+            described[option] = value
+    if model.input.quantization == "nf4":
+        described["double_quantization"] = model.input.double_quantization
+    return described
+
+
+def _place_free(base: ResolvedModel | None) -> str | None:
+    """How an adapter's config names its base: a hub id can be loaded anywhere; of anything else the digest is what stays true."""
+    if base is None:
+        return None
+    return base.path if base.kind == "hub" else base.digest
+
+
+def _distinct(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [item for index, item in enumerate(items) if item not in items[:index]]
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file that never changes; a copy where the disk knows no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

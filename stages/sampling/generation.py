@@ -1,0 +1,183 @@
+"""Sampling completions: left padding, a KV cache, stop tokens, the response mask, and the log-probability of every sampled token.
+
+B sequences, P prompt tokens (left padded), R response tokens (right padded), V vocabulary. Every sequence draws from a random stream of its
+own, so a completion depends on its seed and its prompt and not on which others share its batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.config import GenerationSettings
+from stages.errors import ModelError
+from stages.sampling.decoding import Decoded, decode
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Prompts and their completions.
+
+    prompt_ids, prompt_mask [B, P] left padded; response_ids, response_mask, logprobs [B, R] right padded. The mask is True through the stop
+    token. ``logprobs`` are those of the sampled tokens at the sampling temperature (at 1 for greedy), before top-k and top-p.
+    ``stopped`` [B]: whether the completion ended with a stop token.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    logprobs: Tensor
+    stopped: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """Response tokens of each row [B], the stop token among them."""
+        return self.response_mask.sum(dim=1)
+
+
+def stop_token_ids(model: Any, tokenizer: Any, stop: Iterable[str] = ()) -> list[int]:
+    """Tokens that end a completion: the tokenizer's eos, the model's own (generation config), and ``stop`` (each must be one token)."""
+    ids: set[int] = set()
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if own is not None:
+        ids.update(own if isinstance(own, list) else [own])
+    for text in stop:
+        token = tokenizer.convert_tokens_to_ids(text)
+        if token is None or token == tokenizer.unk_token_id and text != tokenizer.unk_token:
+            found = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(found) != 1:
+                raise ModelError(f"generation.stop: {text!r} is {len(found)} tokens of this tokenizer; a stop token must be exactly one")
+            token = found[0]
+        ids.add(token)
+    return sorted(ids)
+
+
+def ending_tokens(model: Any, tokenizer: Any, settings: GenerationSettings) -> tuple[list[int], list[int]]:
+    """(tokens that end a completion anywhere, tokens that end it from position ``stop_after`` on), as ``generate`` wants them."""
+    usual = stop_token_ids(model, tokenizer)
+    named = stop_token_ids(model, tokenizer, settings.stop)
+    if not settings.ignore_eos:
+        return usual, [token for token in named if token not in usual]
+    own = {tokenizer.convert_tokens_to_ids(text) for text in settings.stop}
+    return [], [token for token in named if token not in usual or token in own]
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Token rows as (ids, mask), both [B, P]. Left, because generation goes on from the last column."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        ids[index, width - len(row) :] = torch.tensor(row, dtype=torch.long)
+        mask[index, width - len(row) :] = True
+    return ids.to(device), mask.to(device)
+
+
+def right_pad(rows: Sequence[Tensor], value: float, width: int | None = None) -> Tensor:
+    """Rows of any length as one tensor [B, width], filled up on the right with ``value``."""
+    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+    missing = 0 if width is None else width - padded.shape[1]
+    return torch.nn.functional.pad(padded, (0, missing), value=value) if missing > 0 else padded
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Positions that count real tokens only: what makes left padding invisible to the model. Mask [B, T]; returns [B, T]."""
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    *,
+    seeds: Sequence[int],
+    stop_ids: Sequence[int],
+    pad_token_id: int,
+    late_stop_ids: Sequence[int] = (),
+) -> Generated:
+    """Sample one completion for each prompt (token ids); ``seeds`` has one number per prompt.
+
+    ``stop_ids`` end a completion anywhere, ``late_stop_ids`` from response position ``settings.stop_after`` on (the papers' truncate_token
+    and truncate_after).
+
+    Batches of ``settings.batch_size`` are made of prompts of like length. The model's mode (training or not) is left as it was.
+    """
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds")
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    # The noise of each row is drawn whole and up front: one generator per row, no work per token.
+    noise = torch.stack([_uniform(seed, settings.max_new_tokens) for seed in seeds])
+    responses: list[Tensor] = [torch.empty(0)] * len(prompts)
+    logprobs: list[Tensor] = [torch.empty(0)] * len(prompts)
+    # Equal prompts come to lie in one batch, which reads them once.
+    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), prompts[index]))
+    try:
+        for start in range(0, len(order), settings.batch_size):
+            rows = order[start : start + settings.batch_size]
+            made = _decode_rows(model, [prompts[row] for row in rows], settings, noise[rows], stop_ids, late_stop_ids, pad_token_id)
+            for place, (row, length) in enumerate(zip(rows, made.lengths.tolist(), strict=True)):
+                responses[row], logprobs[row] = made.ids[place, :length], made.logprobs[place, :length]
+    finally:
+        model.train(training)
+    prompt_ids, prompt_mask = left_pad(prompts, pad_token_id, device)
+    lengths = torch.tensor([len(row) for row in responses], device=device)
+    response_ids = right_pad(responses, pad_token_id)
+    stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
+    late_stops = torch.tensor(list(late_stop_ids), dtype=torch.long, device=device)
+    last = torch.stack([row[-1] for row in responses])
+    stopped = torch.isin(last, stops) | (torch.isin(last, late_stops) & (lengths > settings.stop_after))
+    return Generated(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        response_ids=response_ids,
+        response_mask=torch.arange(response_ids.shape[1], device=device) < lengths[:, None],
+        logprobs=right_pad(logprobs, 0.0),
+        stopped=stopped,
+    )
+
+
+def _decode_rows(
+    model: Any,
+    prompts: list[Sequence[int]],
+    settings: GenerationSettings,
+    noise: Tensor,
+    stop_ids: Sequence[int],
+    late_stop_ids: Sequence[int],
+    pad_token_id: int,
+) -> Decoded:
+    """One batch: its different prompts padded, and each row pointed to its own."""
+    device = next(model.parameters()).device
+    places: dict[tuple[int, ...], int] = {}
+    rows = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+    ids, mask = left_pad(list(places), pad_token_id, device)
+    return decode(
+        model, ids, mask, torch.tensor(rows, device=device), settings, noise.to(device),
+        stop_ids=stop_ids, late_stop_ids=late_stop_ids, pad_token_id=pad_token_id,
+    )  # fmt: skip
+
+
+def episode_seed(seed: int, *place: int) -> int:
+    """A number for one episode's random stream that depends on nothing else: not on the process, not on the batch."""
+    return int.from_bytes(hashlib.blake2b(repr((seed, *place)).encode(), digest_size=7).digest(), "big")
+
+
+def _uniform(seed: int, number: int) -> Tensor:
+    """Uniform draws in (0, 1), double precision: a sampled token may be one in a million."""
+    return torch.rand(number, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def decode_completions(tokenizer: Any, generated: Generated) -> list[str]:
+    """Completions as text, without the stop token and other special tokens, and without white space at the ends."""
+    rows = [ids[mask].tolist() for ids, mask in zip(generated.response_ids.cpu(), generated.response_mask.cpu(), strict=True)]
+    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]

@@ -1,0 +1,179 @@
+"""Which of the models along a fine-tuning run is kept: the one whose completions a reward likes best (Ouyang et al. 2022, section 3.5).
+
+The held-out loss of supervised fine-tuning rises after the first epoch while the completions still get better, so it is the wrong judge.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, model_validator
+
+from stages.config import DataField, GenerationSettings, ModelInput, Strict
+from stages.errors import RecipeError
+from stages.registry.storage import sync, write_json
+from stages.rewards.config import RewardInput, check_names, reward_model_inputs
+
+if TYPE_CHECKING:
+    from stages.corpora.messages import Prompt
+    from stages.process.runtime import StepContext
+
+
+class Selection(Strict):
+    """Try the model out along the run, and keep the best."""
+
+    reward: list[RewardInput] = Field(min_length=1, description="Whose mean score decides; usually a reward model made before.")
+    data: DataField | None = Field(None, description="Validation prompts; null: those of the held-out demonstrations.")
+    num_prompts: int = Field(64, ge=1, description="Use the first so many distinct prompts.")
+    every_epochs: float = Field(1.0, gt=0, description="Epochs between two tries; the end of the run is always tried.")
+    generation: GenerationSettings = GenerationSettings()
+
+    @model_validator(mode="after")
+    def _named(self) -> Selection:
+        check_names(self.reward, "selection.reward")
+        return self
+
+    def model_inputs(self) -> dict[str, ModelInput]:
+        """The models of the reward, by field path within the step."""
+        return reward_model_inputs(self.reward, "selection.reward")
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A model along the run and how it did."""
+
+    optimizer_step: int
+    score: float
+    heldout_loss: float
+
+
+def best_of(tried: Sequence[Tried]) -> Tried:
+    """The one with the highest score; of equal ones the earliest. The held-out loss has no say."""
+    return max(tried, key=lambda one: (one.score, -one.optimizer_step))
+
+
+class Selector:
+    """Tries the model at given optimizer steps, and keeps the weights of every new best beside the checkpoints.
+
+    After a cut the tries behind the checkpoint that the run goes on from are made again; they come out as before.
+    """
+
+    def __init__(
+        self,
+        selection: Selection,
+        context: StepContext,
+        model: Any,
+        tokenizer: Any,
+        prompts: Sequence[Prompt],
+        measure_loss: Callable[[], float],
+        *,
+        dtype: Any,
+    ) -> None:
+        from stages.corpora.templates import encode_prompt
+        from stages.rewards.source import build_reward
+
+        self.selection, self.context, self.model, self.tokenizer = selection, context, model, tokenizer
+        self.measure_loss, self.dtype = measure_loss, dtype
+        self.prompts = list(prompts)[: selection.num_prompts]
+        self.prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in self.prompts]
+        self.reward = build_reward(selection.reward, context.models, "selection.reward", device=context.runtime.device, dtype=dtype)
+        self.folder = context.checkpoint_folder / "selection"
+        self.tried: list[Tried] = []
+
+    def resume(self, optimizer_step: int) -> None:
+        """Take up what was tried up to ``optimizer_step``."""
+        try:
+            rows = json.loads((self.folder / "tried.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        self.tried = [Tried(**row) for row in rows if row["optimizer_step"] <= optimizer_step]
+
+    def try_out(self, optimizer_step: int) -> None:
+        """Sample, score, and keep the weights where they are the best so far. Call on every process."""
+        if any(one.optimizer_step == optimizer_step for one in self.tried):
+            return
+        from stages.models.sharding import whole
+        from stages.training.checkpoints import save_tensors, trainable
+
+        with whole(self.model):  # the processes sample apart
+            tried = Tried(optimizer_step, self._score(), self.measure_loss())
+        self.tried.append(tried)
+        self.context.log(optimizer_step, {"selection/score": tried.score, "selection/heldout_loss": tried.heldout_loss})
+        is_main = self.context.runtime.is_main
+        if is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        if best_of(self.tried) is tried:
+            save_tensors(trainable(self.model), path := self._file(optimizer_step), write=is_main)
+            if is_main:
+                sync(path)
+        if is_main:  # last: what is listed there is whole
+            write_json(self.folder / "tried.json", [asdict(one) for one in self.tried])
+
+    def load_best(self) -> Tried:
+        """Put the best weights into the model."""
+        from stages.training.checkpoints import load_tensors, trainable
+
+        best = best_of(self.tried)
+        self.context.runtime.wait_for_everyone()
+        if best is not self.tried[-1]:
+            load_tensors(trainable(self.model), self._file(best.optimizer_step))
+        self.context.runtime.console.print(
+            f"{self.context.name}: of {len(self.tried)} models along the run the one after {best.optimizer_step} optimizer steps scores "
+            f"best ({best.score:.3f}; the last {self.tried[-1].score:.3f})"
+        )
+        return best
+
+    def _file(self, optimizer_step: int) -> Path:
+        return self.folder / f"weights-{optimizer_step}.safetensors"
+
+    def _score(self) -> float:
+        """Mean score over the prompts; each process answers its share, with streams that depend on the prompt's place alone."""
+        import torch
+
+        from stages.sampling.generation import decode_completions, ending_tokens, episode_seed, generate
+
+        runtime = self.context.runtime
+        own = list(range(runtime.process_index, len(self.prompts), runtime.num_processes))
+        stop, late = ending_tokens(self.model, self.tokenizer, self.selection.generation)
+        with torch.autocast(runtime.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            generated = generate(
+                self.model,
+                [self.prompt_ids[row] for row in own],
+                self.selection.generation,
+                seeds=[episode_seed(self.context.seed, row) for row in own],
+                stop_ids=stop,
+                late_stop_ids=late,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        scores = self.reward.score([self.prompts[row] for row in own], decode_completions(self.tokenizer, generated)).total.tolist()
+        if runtime.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            scores = gather_object(scores)
+        return sum(scores) / len(scores)
+
+
+def selection_callback(selector: Selector, trainer: Any) -> Any:
+    """A Trainer callback that tries the model out every so many epochs and at the end."""
+    from transformers import TrainerCallback
+
+    if trainer.is_deepspeed_enabled:
+        raise RecipeError("selection samples along the run, for which every process needs whole weights; leave it out with ZeRO")
+
+    class SelectionCallback(TrainerCallback):
+        every = 0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            per_epoch = state.max_steps / max(state.num_train_epochs, 1e-9)
+            self.every = max(1, round(per_epoch * selector.selection.every_epochs))
+            selector.resume(state.global_step)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+                selector.try_out(state.global_step)
+
+    return SelectionCallback()

@@ -1,0 +1,248 @@
+"""Two processes do what one does: the same updates, one summary, one version of each model; they end together, and go on as one.
+
+Processes are started as users start them, on a CPU over gloo; each start costs seconds, so there are few and each shows several things.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stages.registry.ledger import Registry
+
+pytestmark = pytest.mark.timeout(900)  # a start takes 15 s where the machine is free, and minutes where it is not
+REPOSITORY = Path(__file__).resolve().parents[2]
+ACCELERATE = Path(sys.executable).with_name("accelerate")
+
+RECIPE = """
+name: pair
+seed: 3
+steps:
+  - stage: sft
+    name: sft
+    model: {model}
+    precision: fp32
+    data: {{train: rows.jsonl, validation_fraction: 0.1}}
+    # 27 rows in steps of 8: the last step has 3, one of them for the second process. Epsilon keeps Adam from full steps of rounding errors.
+    training: {{epochs: 2, batch_size: 8, microbatch_size: 2, learning_rate: 0.01, adam_epsilon: 0.01, warmup_fraction: 0}}
+  - stage: reward_model
+    name: preference
+    model: sft
+    precision: fp32
+    data: {{train: comparisons.jsonl, validation_fraction: 0.1}}
+    training: {{epochs: 1, batch_size: 6, microbatch_size: 2, learning_rate: 0.01, adam_epsilon: 0.01}}
+  - stage: ppo
+    name: aligned
+    policy: sft
+    precision: fp32
+    reward: [{{model: preference}}, {{function: "pair_reward:vowels", weight: 0.5}}]
+    data: prompts.jsonl
+    generation: {{max_new_tokens: 10, stop: [a, e, i, o, u, s, t, n, r, l, d, h, m]}}
+    total_episodes: 70
+    rollout_batch_size: 14
+    minibatch_size: 7
+    microbatch_size: 3
+    ppo_epochs: 2
+    kl_target: 0.5
+    whiten_rewards: true
+    pretraining_mix: {{data: texts.jsonl, examples_per_episode: 1, block_size: 8}}
+    ema_decay: 0.9
+    num_samples: 14
+    checkpoint_seconds: 0
+    training: {{learning_rate: 0.002, adam_epsilon: 0.01}}
+  - stage: dpo
+    name: direct
+    model: sft
+    lora: {{r: 2}}
+    precision: fp32
+    data: {{train: comparisons.jsonl, validation_fraction: 0.1}}
+    training: {{epochs: 1, batch_size: 14, microbatch_size: 2, learning_rate: 0.01, adam_epsilon: 0.01}}
+  - stage: evaluation
+    name: verdict
+    candidates: {{sft: sft, aligned: aligned, direct: direct}}
+    data: prompts.jsonl
+    judges: [{{function: "pair_reward:vowels"}}]
+    kl_reference: sft
+    generation: {{max_new_tokens: 10}}
+    precision: fp32
+"""
+
+REWARD = '''
+import os, signal, time
+
+calls = 0
+
+def vowels(prompts, completions):
+    """The share of vowels; on the call and in the process that the environment names, something happens."""
+    global calls
+    calls += 1
+    if os.environ.get("AT_CALL") == str(calls) and os.environ.get("IN_PROCESS", os.environ.get("RANK")) == os.environ.get("RANK"):
+        what = os.environ["WHAT"]
+        if what == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "stops":
+            os.kill(os.getppid(), signal.SIGTERM)  # the launcher's
+            time.sleep(1)
+        if what == "raises":
+            raise ValueError("no reward today")
+    return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in completions]
+'''
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("pair")
+    things = ("film", "plot", "music")
+    rows = [{"prompt": f"write about the {thing}", "completion": f"the {thing} was a joy" + " indeed" * number}
+            for number in range(10) for thing in things]  # fmt: skip
+    comparisons = [{"prompt": f"write {number}", "completions": ["a joy", "dull", "weak", "so so"][: 2 + number % 3],
+                    "ranks": [0, 1, 1, 2][: 2 + number % 3]} for number in range(30)]  # fmt: skip
+    prompts = [{"prompt": f"{'the ' * (number % 4)}{thing} {number}"} for number in range(4) for thing in things]
+    texts = [{"text": f"the film number {number} was warm"} for number in range(40)]
+    for name, table in (("rows", rows), ("comparisons", comparisons), ("prompts", prompts), ("texts", texts)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    (folder / "pair.yaml").write_text(RECIPE.format(model=tiny_llama_folder))
+    (folder / "pair_reward.py").write_text(REWARD)
+    return folder
+
+
+def start(place: Path, home: str, *launcher: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``stages run pair.yaml`` behind ``launcher``, in ``place``."""
+    given = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{place}", "OMP_NUM_THREADS": "1", **environment}
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        given.pop(name, None)
+    command = [*launcher, "-m", "stages", "run", "pair.yaml", "--home", home]
+    return subprocess.run(command, cwd=place, env=given, capture_output=True, text=True, check=False, timeout=600)
+
+
+ONE = (sys.executable,)
+TWO = (sys.executable, "-m", "stages.process.launching", "--cpu", "--num_processes", "2")
+TWO_BY_ACCELERATE = (str(ACCELERATE), "launch", "--cpu", "--num_processes", "2")
+
+
+SHARDED = (sys.executable, "-m", "stages.process.launching", "--config_file", str(REPOSITORY / "recipes" / "accelerate" / "fsdp2.yaml"))
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path) -> Path:
+    done = start(place, "alone", *ONE)
+    assert done.returncode == 0, done.stderr
+    return place / "alone"
+
+
+@pytest.fixture(scope="module")
+def pair(place: Path) -> Path:
+    """Started by plain ``accelerate launch``, which alone would start one process and say nothing."""
+    done = start(place, "pair", *TWO_BY_ACCELERATE)
+    assert done.returncode == 0, done.stderr
+    return place / "pair"
+
+
+def logs(home: Path, step: str) -> list[dict[str, float]]:
+    """What was logged, but times, and what TRL's DPOTrainer averages pass by pass, however many pairs a pass has."""
+    lines = (home / "runs" / "pair" / "latest" / step / "metrics.jsonl").read_text().splitlines()
+    left_out = "time/" if step != "direct" else ("train/logits/", "train/logps/", "train/rewards/", "train/entropy", "train/mean_token")
+    return [{name: value for name, value in json.loads(line).items() if not name.startswith(left_out)} for line in lines]
+
+
+def weights(home: Path, step: str) -> dict[str, torch.Tensor]:
+    return load_file(next(Registry(home / "registry").get(f"pair/{step}").path.glob("*model.safetensors")))
+
+
+def assert_same_updates(one: Path, two: Path, step: str, *, tolerance: float) -> None:
+    first, second = logs(one, step), logs(two, step)
+    assert len(first) == len(second) > 0
+    for number, (expected, found) in enumerate(zip(first, second, strict=True)):
+        assert found == pytest.approx(expected, rel=1e-3, abs=tolerance), f"{step}, line {number}"
+    for name, value in weights(one, step).items():
+        torch.testing.assert_close(weights(two, step)[name], value, rtol=0, atol=tolerance, msg=f"{step}: {name}")
+
+
+def assert_same_scores(one: Path, two: Path) -> None:
+    """The evaluation's, candidate by candidate: its prompts are shared out, and put together again in their order."""
+    found = [json.loads((home / "runs" / "pair" / "latest" / "summary.json").read_text()) for home in (one, two)]
+    for name, candidate in found[0]["candidates"].items():
+        for key in ("scores", "kl"):
+            assert found[1]["candidates"][name].get(key) == pytest.approx(candidate.get(key), rel=1e-3, abs=1e-3), (name, key)
+
+
+def test_two_processes_make_the_updates_of_one(alone: Path, pair: Path) -> None:
+    """Rounding differs with the shape of a batch; it grows from step to step, and from sft to what stands on it."""
+    assert_same_updates(alone, pair, "sft", tolerance=2e-5)
+    assert_same_updates(alone, pair, "preference", tolerance=1e-4)
+    assert_same_updates(alone, pair, "aligned", tolerance=5e-4)
+    assert_same_updates(alone, pair, "direct", tolerance=1e-4)
+    assert_same_scores(alone, pair)
+
+
+def test_sharded_over_two_processes_the_updates_are_the_same(place: Path, alone: Path) -> None:
+    """FSDP2 over gloo, by the accelerate config that ships; sampling does not wait for the other process, so it cannot hang."""
+    done = start(place, "sharded", *SHARDED)
+    assert done.returncode == 0, done.stderr
+    home = place / "sharded"
+    summary = json.loads((home / "runs" / "pair" / "latest" / "summary.json").read_text())
+    assert summary["environment"]["sharded"] and summary["environment"]["num_processes"] == 2
+    assert_same_updates(alone, home, "sft", tolerance=2e-5)
+    assert_same_updates(alone, home, "preference", tolerance=1e-4)
+    assert_same_updates(alone, home, "aligned", tolerance=5e-4)
+    assert_same_updates(alone, home, "direct", tolerance=1e-4)
+    assert_same_scores(alone, home)
+
+
+def test_there_is_one_summary_and_one_version_of_each_model(pair: Path) -> None:
+    summary = json.loads((pair / "runs" / "pair" / "latest" / "summary.json").read_text())
+    assert summary["finished"] and summary["environment"]["num_processes"] == 2
+    assert [step["name"] for step in summary["steps"]] == ["sft", "preference", "aligned", "direct", "verdict"]
+    assert [record.ref for record in Registry(pair / "registry").records()] == [
+        "pair/aligned@1", "pair/direct@1", "pair/preference@1", "pair/sft@1",
+    ]  # fmt: skip
+    assert len([path for path in (pair / "runs" / "pair").iterdir() if not path.is_symlink()]) == 1
+
+
+def test_processes_sample_apart_and_as_one_would(alone: Path, pair: Path) -> None:
+    samples = [(home / "runs" / "pair" / "latest" / "aligned" / "samples.jsonl").read_text().splitlines() for home in (alone, pair)]
+    texts = [[json.loads(line)["completion"] for line in lines] for lines in samples]
+    assert len(texts[0]) == 70 and texts[0] == texts[1]
+    # The episodes of the first rollout by process: were their streams alike, the completions would be.
+    assert texts[1][0:14:2] != texts[1][1:14:2]
+
+
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_alone(place: Path, alone: Path, pair: Path) -> None:
+    shutil.copytree(pair / "registry", place / "cut" / "registry")
+    Registry(place / "cut" / "registry").remove("pair/aligned")
+    began = time.monotonic()
+    done = start(place, "cut", *TWO, AT_CALL="3", IN_PROCESS="1", WHAT="dies")
+    assert time.monotonic() - began < 100  # the start included; the end itself takes a moment
+    assert done.returncode == 128 + signal.SIGKILL
+    assert "process 1 of 2 was ended by SIGKILL; the others were ended with it" in done.stderr
+    assert "Traceback" not in done.stderr
+
+    stopped = start(place, "cut", *TWO, AT_CALL="2", IN_PROCESS="0", WHAT="stops")
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+    assert "resuming after iteration 2" in stopped.stdout
+    assert "stopped by SIGTERM; what is done is kept. To go on: stages run pair.yaml --home cut" in stopped.stderr
+
+    resumed = start(place, "cut", *ONE)  # with another number of processes
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming after iteration 3" in resumed.stdout
+    assert_same_updates(alone, place / "cut", "aligned", tolerance=5e-4)
+
+
+def test_an_error_of_one_process_is_told(place: Path, pair: Path) -> None:
+    shutil.copytree(pair / "registry", place / "raising" / "registry")
+    Registry(place / "raising" / "registry").remove("pair/aligned")
+    done = start(place, "raising", *TWO, AT_CALL="1", IN_PROCESS="1", WHAT="raises")
+    assert done.returncode == 2
+    said = "reward function pair_reward:vowels raised ValueError: no reward today"
+    assert f"process 1: error: pair/aligned: iteration 0: {said}" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,95 @@
+"""SIGTERM and Ctrl-C: at once where nothing is lost, at the next safe point elsewhere, and without mercy when asked twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from stages.errors import Stopped
+from stages.process.stopping import StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_outside_of_deferred_blocks_it_is_raised_where_the_program_is(number: signal.Signals) -> None:
+    stop = StopRequest()
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as caught, stop.installed():
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    assert caught.value.name == number.name and caught.value.exit_status == 128 + number
+    assert signal.getsignal(number) is before
+
+
+def test_deferred_it_waits_for_the_end_or_a_check() -> None:
+    stop, passed = StopRequest(), []
+    with stop.installed():
+        with pytest.raises(Stopped), stop.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            passed.append("still here")
+        with pytest.raises(Stopped), stop.deferred():
+            stop.check()
+            passed.append("not reached")
+    assert passed == ["still here"]
+
+
+def test_a_stretch_inside_may_be_broken_off() -> None:
+    stop, reached = StopRequest(), []
+    with stop.installed(), pytest.raises(Stopped), stop.deferred():
+        try:
+            with stop.allowed():
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+        finally:
+            reached.append(stop._deferred)
+    assert reached == [1]  # what follows in the block is protected again
+
+
+def test_a_wish_that_came_before_ends_the_stretch_at_its_beginning() -> None:
+    stop = StopRequest()
+    with pytest.raises(Stopped), stop.deferred():
+        stop.ask(signal.SIGTERM)
+        with stop.allowed():
+            raise AssertionError("not reached")
+
+
+def test_asked_again_after_a_while_the_process_ends_where_it_stands() -> None:
+    script = """
+        import os, signal, time
+        from stages.process import stopping
+        stopping.PATIENCE_SECONDS = 0.2
+        stop = stopping.StopRequest()
+        with stop.installed(), stop.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # the same wish, sent twice
+            time.sleep(0.3)
+            print("alive", flush=True)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+            print("not reached", flush=True)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "alive\n")
+
+
+def test_a_process_ends_with_its_launcher() -> None:
+    child = "import os, time, stages.process.stopping as s\ns.end_with_launcher()\nprint(os.getpid(), flush=True)\ntime.sleep(60)"
+    parent = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {child!r}])\ntime.sleep(60)"
+    launcher = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    pid = int(launcher.stdout.readline())
+    launcher.kill()
+    launcher.wait()
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"process {pid} outlived its launcher")

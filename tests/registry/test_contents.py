@@ -1,0 +1,107 @@
+"""What planning remembers of large files, and when it does not trust that."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from stages.registry import contents
+from stages.registry.contents import file_sha256, remembering
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that were read, in order; every file counts as large."""
+    monkeypatch.setattr(contents, "LARGE_BYTES", 0)
+    done: list[Path] = []
+    original = contents._sha256
+    monkeypatch.setattr(contents, "_sha256", lambda path: (done.append(path), original(path))[1])
+    return done
+
+
+def settled(path: Path, text: str) -> Path:
+    path.write_text(text)
+    past = time.time() - 100
+    os.utime(path, (past, past))
+    return path
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is ten seconds ahead: what a test has just written is settled."""
+    now = time.time
+    monkeypatch.setattr(contents.time, "time", lambda: now() + 10)
+
+
+def test_an_unchanged_file_is_read_once(tmp_path: Path, reads: list[Path], later: None) -> None:
+    file = settled(tmp_path / "weights", "abc")
+    for _ in range(3):
+        with remembering(tmp_path / "cache" / "plan.json"):
+            assert file_sha256(file) == hashlib.sha256(b"abc").hexdigest()
+    assert reads == [file]
+    assert file_sha256(file) and reads == [file, file]  # outside every byte is read
+
+
+def test_a_change_of_the_same_size_and_time_is_seen(tmp_path: Path, reads: list[Path], later: None) -> None:
+    file = settled(tmp_path / "weights", "abc")
+    with remembering(tmp_path / "cache" / "plan.json"):
+        file_sha256(file)
+    times = file.stat()
+    file.write_text("abd")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # the system's own mark of the change (ctime) cannot be set back
+    with remembering(tmp_path / "cache" / "plan.json"):
+        assert file_sha256(file) == hashlib.sha256(b"abd").hexdigest()
+
+
+def test_a_file_just_written_or_from_the_future_is_not_remembered(tmp_path: Path, reads: list[Path]) -> None:
+    young = tmp_path / "young"
+    young.write_text("abc")
+    future = tmp_path / "future"
+    future.write_text("abc")
+    os.utime(future, (time.time() + 10**6,) * 2)
+    for file in (young, future):
+        for _ in range(2):
+            with remembering(tmp_path / "cache" / "plan.json"):
+                file_sha256(file)
+    assert reads == [young, young, future, future]
+
+
+def test_checks_that_were_passed_are_not_made_again(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def fails() -> None:
+        made.append("fails")
+        raise ValueError("no")
+
+    for _ in range(2):
+        with remembering(tmp_path / "cache" / "plan.json") as memo:
+            memo.passes("a", lambda: made.append("a"))
+            with pytest.raises(ValueError, match="no"):
+                memo.passes("b", fails)
+    assert made == ["a", "fails", "fails"]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"hashes": 3, "passed": []}', "\x00"])
+def test_a_spoilt_memory_is_forgotten(tmp_path: Path, content: str, later: None, reads: list[Path]) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "plan.json").write_text(content)
+    file = settled(tmp_path / "weights", "abc")
+    with remembering(tmp_path / "cache" / "plan.json"):
+        assert file_sha256(file) == hashlib.sha256(b"abc").hexdigest()
+    with remembering(tmp_path / "cache" / "plan.json"):
+        file_sha256(file)
+    assert len(reads) == 1
+
+
+def test_nothing_is_made_where_there_is_no_home_and_no_disk_is_no_harm(tmp_path: Path, later: None, reads: list[Path]) -> None:
+    file = settled(tmp_path / "weights", "abc")
+    with remembering(tmp_path / "nowhere" / "cache" / "plan.json"):
+        file_sha256(file)
+    assert not (tmp_path / "nowhere").exists()
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    with remembering(tmp_path / "cache" / "plan.json"):
+        file_sha256(file)

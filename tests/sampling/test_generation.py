@@ -1,0 +1,163 @@
+"""Sampling: left padding is invisible, streams belong to rows, stop tokens end rows, log-probabilities are those of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from stages.config import GenerationSettings
+from stages.errors import ModelError
+from stages.models.loading import load_language_model
+from stages.sampling import decoding
+from stages.sampling.generation import (
+    Generated,
+    decode_completions,
+    ending_tokens,
+    generate,
+    left_pad,
+    position_ids,
+    right_pad,
+    stop_token_ids,
+)
+
+PROMPTS = [[10, 11, 12, 13, 14], [20], [30, 31, 32], [40, 41]]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama_folder) -> Any:
+    return load_language_model(str(tiny_llama_folder), dtype=torch.float32, trainable=False)
+
+
+def sample(model: Any, prompts: list[list[int]], seeds: list[int], stop: tuple[int, ...] = (0,), **settings: Any) -> Generated:
+    chosen = GenerationSettings(**{"max_new_tokens": 12, **settings})
+    return generate(model, prompts, chosen, seeds=seeds, stop_ids=stop, pad_token_id=1)
+
+
+def rows(generated: Generated) -> list[list[int]]:
+    return [ids[mask].tolist() for ids, mask in zip(generated.response_ids, generated.response_mask, strict=True)]
+
+
+def test_padding_and_positions() -> None:
+    ids, mask = left_pad([[5, 6], [7]], 1)
+    assert ids.tolist() == [[5, 6], [1, 7]] and mask.tolist() == [[True, True], [False, True]]
+    assert position_ids(mask).tolist() == [[0, 1], [0, 0]]
+    assert right_pad([torch.tensor([1, 2]), torch.tensor([3])], 9, width=3).tolist() == [[1, 2, 9], [3, 9, 9]]
+
+
+def test_a_completion_does_not_depend_on_its_batch(model) -> None:
+    seeds = [7, 8, 9, 10]
+    stop = tuple(range(100, 160))  # a fifth of the tokens: rows leave the batch at different times
+    together = rows(sample(model, PROMPTS, seeds, stop))
+    assert len({len(row) for row in together}) > 1
+    for row, prompt in enumerate(PROMPTS):
+        assert rows(sample(model, [prompt], [seeds[row]], stop)) == [together[row]]
+    assert rows(sample(model, PROMPTS, seeds, stop, batch_size=2)) == together
+    assert rows(sample(model, PROMPTS[::-1], seeds[::-1], stop)) == together[::-1]
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.5}, {"temperature": 0.0}])
+def test_logprobs_equal_a_plain_forward_pass(model, settings) -> None:
+    generated = sample(model, PROMPTS, [1, 2, 3, 4], tuple(range(100, 130)), **settings)
+    for row, prompt in enumerate(PROMPTS):
+        response = rows(generated)[row]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / (settings.get("temperature", 1.0) or 1.0)).log_softmax(-1)[range(len(response)), response]
+        found = generated.logprobs[row][generated.response_mask[row]]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_greedy_equals_transformers(model) -> None:
+    ours = rows(sample(model, [PROMPTS[0]], [0], temperature=0.0))
+    theirs = model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=12, do_sample=False, eos_token_id=0, pad_token_id=1)
+    assert ours == [theirs[0, len(PROMPTS[0]) :].tolist()]
+
+
+def test_stop_tokens_end_a_row_and_count(model) -> None:
+    free = rows(sample(model, PROMPTS[:1], [3]))[0]
+    stopping = free[4]
+    first = free.index(stopping)
+    generated = sample(model, PROMPTS[:1], [3], (stopping,))
+    assert rows(generated) == [free[: first + 1]] and generated.stopped.tolist() == [True]
+    assert sample(model, PROMPTS[:1], [3], max_new_tokens=2).stopped.tolist() == [False]
+    # late stops are ignored before their position (the papers' truncate_after)
+    late = generate(
+        model, PROMPTS[:1], GenerationSettings(max_new_tokens=12, stop_after=first + 1), seeds=[3], stop_ids=[0], pad_token_id=1,
+        late_stop_ids=[stopping],
+    )  # fmt: skip
+    assert len(rows(late)[0]) > first + 1
+
+
+def test_the_model_s_mode_is_left_alone(model) -> None:
+    model.train()
+    sample(model, PROMPTS[:1], [0])
+    assert model.training
+    model.eval()
+
+
+def test_equal_prompts_are_read_once(model, monkeypatch) -> None:
+    shapes = []
+    forward = model.forward
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        shapes.append(tuple(options["input_ids"].shape))
+        return forward(*arguments, **options)
+
+    alone = [rows(sample(model, [PROMPTS[0]], [seed]))[0] for seed in range(3)]
+    monkeypatch.setattr(model, "forward", counted)
+    together = rows(sample(model, [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]], [0, 9, 1, 2]))
+    assert shapes[0] == (2, 5) and shapes[1] == (4, 1)
+    assert [together[row] for row in (0, 2, 3)] == alone
+
+
+def test_the_cache_grows_and_loses_rows_without_changing_a_text(model, monkeypatch) -> None:
+    stop = tuple(range(100, 115))  # a twentieth of the tokens: rows last for different times
+    settings = {"max_new_tokens": 60, "stop": stop}
+    expected = rows(sample(model, PROMPTS, [1, 2, 3, 4], **settings))
+    assert len({len(row) for row in expected}) > 1
+    for room, compact_below in ((3, 0.0), (200, 1.0)):
+        monkeypatch.setattr(decoding, "FIRST_ROOM", room)
+        monkeypatch.setattr(decoding, "COMPACT_BELOW", compact_below)
+        assert rows(sample(model, PROMPTS, [1, 2, 3, 4], **settings)) == expected
+
+
+def test_a_model_with_a_sliding_window_samples_like_transformers(tiny_tokenizer) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        sliding_window=4, max_position_embeddings=128, attn_implementation="sdpa", bos_token_id=None, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    sliding = MistralForCausalLM(config).eval()
+    for prompt in PROMPTS:
+        ours = rows(sample(sliding, [prompt, PROMPTS[0]], [0, 0], temperature=0.0))[0]
+        theirs = sliding.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=0, pad_token_id=1)
+        assert ours == theirs[0, len(prompt) :].tolist()
+
+
+def test_stop_words(model, tiny_tokenizer) -> None:
+    eos = tiny_tokenizer.eos_token_id
+    assert stop_token_ids(model, tiny_tokenizer) == [eos]
+    assert stop_token_ids(model, tiny_tokenizer, ["a"]) == sorted([eos, tiny_tokenizer.convert_tokens_to_ids("a")])
+    with pytest.raises(ModelError, match=r"'happy ending!' is \d+ tokens"):
+        stop_token_ids(model, tiny_tokenizer, ["happy ending!"])
+
+
+def test_only_the_named_tokens_end_a_completion_where_the_end_token_is_ignored(model, tiny_tokenizer) -> None:
+    eos, letter = tiny_tokenizer.eos_token_id, tiny_tokenizer.convert_tokens_to_ids("a")
+    assert ending_tokens(model, tiny_tokenizer, GenerationSettings(stop=["a"])) == ([eos], [letter])
+    for stop, late in (([], []), (["a"], [letter]), (["a", "<|endoftext|>"], sorted([eos, letter]))):
+        assert ending_tokens(model, tiny_tokenizer, GenerationSettings(stop=stop, ignore_eos=True)) == ([], late)
+    free = sample(model, PROMPTS[:1], [3], stop=())
+    assert free.lengths.tolist() == [12] and free.stopped.tolist() == [False]
+
+
+def test_decoding_leaves_out_stop_tokens(tiny_tokenizer) -> None:
+    ids = tiny_tokenizer(" the film", add_special_tokens=False)["input_ids"] + [tiny_tokenizer.eos_token_id]
+    generated = Generated(
+        *(torch.tensor([[0]]),) * 2, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool), *(torch.zeros(1),) * 2
+    )
+    assert decode_completions(tiny_tokenizer, generated) == ["the film"]

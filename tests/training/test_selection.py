@@ -1,0 +1,110 @@
+"""The model that a reward likes best is kept, whatever the held-out loss says; a cut-off run tries again what it lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stages.sft import SFTStepConfig, run
+from stages.training.selection import Selection, Selector, Tried, best_of
+
+REWARDS = """
+def fewest_e(prompts, completions):
+    return [-text.count("e") for text in completions]
+
+calls = []
+
+def third_is_best(prompts, completions):
+    calls.append(len(completions))
+    return [{3: 1.0}.get(len(calls), 0.0)] * len(completions)
+"""
+
+
+@pytest.mark.detail("S4")
+def test_the_reward_decides_and_not_the_loss() -> None:
+    # the loss says the first, the reward the second
+    tried = [Tried(10, score=0.1, heldout_loss=1.0), Tried(20, score=0.7, heldout_loss=1.5), Tried(30, score=0.4, heldout_loss=2.0)]
+    assert best_of(tried).optimizer_step == 20
+    assert best_of([*tried, Tried(40, score=0.7, heldout_loss=0.1)]).optimizer_step == 20  # of equals the earliest
+
+
+@pytest.fixture
+def demonstrations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "sft_rewards.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(__import__("sys").modules, "sft_rewards", raising=False)
+    path = tmp_path / "demonstrations.jsonl"
+    rows = [{"prompt": f"write a line about the {thing} {number}:", "completion": f"the {thing} was a joy"}
+            for number in range(5) for thing in ("film", "plot", "music", "ending")]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def config(path: str, reward: str, **fields: Any) -> SFTStepConfig:
+    settings = {
+        "name": "sft", "model": "base", "precision": "fp32", "data": {"train": path, "validation_fraction": 0.2},
+        "training": {"epochs": 4.0, "batch_size": 4, "learning_rate": 1e-2},
+        "selection": {"reward": [{"function": f"sft_rewards:{reward}"}], "num_prompts": 4, "generation": {"max_new_tokens": 8}},
+    }  # fmt: skip
+    return SFTStepConfig.model_validate({**settings, **fields})
+
+
+def weights(result: Any) -> dict[str, torch.Tensor]:
+    return load_file(next(result.model.path.glob("*.safetensors")))
+
+
+@pytest.mark.detail("S4")
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_the_model_along_the_run_is_published(demonstrations, step_context, resolve_folder, tiny_llama_folder, lora) -> None:
+    models = {"model": resolve_folder(tiny_llama_folder)}
+    result = run(config(demonstrations, "third_is_best", lora=lora), step_context("test/chosen", 3, models))
+    # 16 rows in batches of 4: four optimizer steps an epoch, four tries
+    assert [one["optimizer_step"] for one in result.metrics["selection"]] == [4, 8, 12, 16]
+    assert result.metrics["selected_optimizer_step"] == 12
+    losses = [one["heldout_loss"] for one in result.metrics["selection"]]
+    assert result.metrics["heldout_loss_after"] == pytest.approx(losses[2], rel=1e-4) and losses[2] != losses[3]
+    # the same run without a selection, cut after the same step, has the same weights
+    plain = config(demonstrations, "third_is_best", lora=lora, selection=None)
+    context = step_context("test/plain", 3, models)
+    last = weights(run(plain, context))
+    chosen = weights(result)
+    assert any(not torch.equal(chosen[name], last[name]) for name in chosen)
+    assert (step_context("test/chosen", 3, models).folder / "metrics.jsonl").read_text().count("selection/score") == 4
+
+
+def test_a_cut_off_run_keeps_its_tries(demonstrations, step_context, resolve_folder, tiny_llama_folder) -> None:
+    models = {"model": resolve_folder(tiny_llama_folder)}
+    settings = config(demonstrations, "fewest_e")
+    whole = run(settings, step_context("test/whole", 3, models))
+    calls = 0
+    original = Selector.try_out
+
+    class PowerCut(BaseException):
+        """Nothing may catch it."""
+
+    def cut_in_the_third(self: Selector, optimizer_step: int) -> None:
+        nonlocal calls
+        calls += 1
+        original(self, optimizer_step)
+        if calls == 3:
+            raise PowerCut
+
+    context = step_context("test/cut", 3, models)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(Selector, "try_out", cut_in_the_third)
+        run(settings, context)
+    again = run(settings, context)
+    assert again.metrics["selection"] == whole.metrics["selection"]
+    one, two = weights(whole), weights(again)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_reward_model_is_an_input_of_the_step(demonstrations) -> None:
+    step = config(demonstrations, "fewest_e", selection={"reward": [{"model": "preference"}]})
+    assert list(step.model_inputs()) == ["model", "selection.reward[0].model"]
+    assert Selection.model_validate({"reward": [{"function": "a:b"}]}).every_epochs == 1.0

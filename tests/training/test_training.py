@@ -1,0 +1,148 @@
+"""What the training stages share: batches over processes, schedules by hand, resuming to the same bits, and refusing to go on with NaN."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.config import OptimizerSettings
+from stages.errors import RecipeError, TrainingError
+from stages.training.trainer import exact, schedule_arguments, split_batch, train, training_arguments
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "processes", "expected"),
+    [
+        (32, 32, 1, (32, 1)),
+        (32, 8, 1, (8, 4)),
+        (32, 32, 4, (8, 1)),
+        (96, 32, 2, (24, 2)),  # 48 per process in two passes
+        (4, 32, 1, (4, 1)),
+        (32, 8, 3, (6, 2)),  # 11 for the first two processes, 10 for the third: passes of 6 at most
+    ],
+)
+def test_a_batch_is_shared_out(batch: int, micro: int, processes: int, expected: tuple[int, int]) -> None:
+    assert split_batch(OptimizerSettings(batch_size=batch, microbatch_size=micro), processes) == expected
+
+
+def test_a_batch_too_small_for_the_processes_is_an_error() -> None:
+    with pytest.raises(RecipeError, match="batch_size=2 is less than one sequence for each of 3 processes"):
+        split_batch(OptimizerSettings(batch_size=2, microbatch_size=2), 3)
+
+
+def trace(steps: int, **settings: Any) -> list[float]:
+    """Learning rates before each of ``steps`` optimizer steps, and the one after the last, as shares of the peak."""
+    from transformers import get_scheduler
+
+    arguments = schedule_arguments(OptimizerSettings(learning_rate=0.5, **settings))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler = get_scheduler(
+        arguments["lr_scheduler_type"], optimizer, num_warmup_steps=int(arguments["warmup_steps"] * steps), num_training_steps=steps,
+        scheduler_specific_kwargs=arguments.get("lr_scheduler_kwargs"),
+    )
+    rates = []
+    for _ in range(steps + 1):
+        rates.append(optimizer.param_groups[0]["lr"] / 0.5)
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.detail("G14")
+def test_cosine_ends_at_the_final_fraction() -> None:
+    rates = trace(20, schedule="cosine", final_learning_rate_fraction=0.1)
+    # 0.1 + 0.9 * (1 + cos(pi t / T)) / 2: 1 at the start, 0.55 half way, 0.1 at the end
+    assert (rates[0], rates[10], rates[20]) == pytest.approx((1.0, 0.55, 0.1))
+
+
+def test_linear_ends_at_the_final_fraction_after_warmup() -> None:
+    rates = trace(20, schedule="linear", final_learning_rate_fraction=0.2, warmup_fraction=0.2)
+    # 4 steps up from 0, then 16 down from 1 to 0.2: half way of that is 0.6
+    assert (rates[0], rates[2], rates[4], rates[12], rates[20]) == pytest.approx((0.0, 0.5, 1.0, 0.6, 0.2))
+
+
+def test_constant_stays_after_warmup() -> None:
+    rates = trace(10, schedule="constant", warmup_fraction=0.2)
+    assert (rates[0], rates[1], *rates[2:]) == pytest.approx((0.0, 0.5, *[1.0] * 9))
+    assert trace(10, schedule="linear", final_learning_rate_fraction=1.0) == pytest.approx([1.0] * 11)
+
+
+def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.stack(rows), "labels": torch.stack(rows)}
+
+
+def make_trainer(
+    context: Any, folder: Path, *, learning_rate: float = 1e-2, microbatch_size: int = 2, rows: int = 40, **options: Any
+) -> Any:
+    from transformers import Trainer
+
+    from stages.models.loading import load_language_model
+
+    # Epsilon keeps Adam from making full steps of rounding errors.
+    settings = OptimizerSettings(batch_size=4, microbatch_size=microbatch_size, learning_rate=learning_rate, adam_epsilon=1e-2)
+    arguments = training_arguments(settings, context, precision="fp32", remove_unused_columns=False, **options)
+    data = list(torch.randint(0, 300, (rows, 8), generator=torch.Generator().manual_seed(0)))
+    return exact(Trainer)(
+        model=load_language_model(str(folder), dtype=torch.float32), args=arguments, train_dataset=data, data_collator=collate
+    )
+
+
+def test_the_log_has_a_line_per_hundredth_and_the_metrics_are_of_the_whole_run(step_context: Any, tiny_llama_folder: Path) -> None:
+    context = step_context()
+    result = train(make_trainer(context, tiny_llama_folder), context, "whole")
+    assert result["optimizer_steps"] == 10
+    logged = [json.loads(line) for line in (context.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == list(range(1, 11))
+    assert {"train/loss", "train/learning_rate", "train/grad_norm"} <= set(logged[0])
+    assert result["train_loss"] == pytest.approx(sum(line["train/loss"] for line in logged) / 10)
+
+
+def test_the_microbatch_changes_no_step(step_context: Any, tiny_llama_folder: Path) -> None:
+    weights = []
+    for microbatch in (4, 1):
+        context = step_context(name=f"test/micro{microbatch}")
+        trainer = make_trainer(context, tiny_llama_folder, microbatch_size=microbatch, rows=38)  # the last step has two rows
+        train(trainer, context, "micro")
+        weights.append(trainer.model.state_dict())
+    for name, expected in weights[0].items():
+        torch.testing.assert_close(weights[1][name], expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_trainers_that_depend_on_the_number_of_processes_are_not_taken(step_context: Any, tiny_llama_folder: Path) -> None:
+    from transformers import Trainer
+
+    with pytest.raises(AssertionError, match="training.exact"):
+        train(object.__new__(Trainer), step_context(), "plain")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(step_context: Any, tiny_llama_folder: Path) -> None:
+    context = step_context()
+    trainer = make_trainer(context, tiny_llama_folder)
+    with torch.no_grad():
+        trainer.model.get_output_embeddings().weight[0, 0] = float("nan")
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with pytest.raises(TrainingError, match="the loss is nan at optimizer step 1; lower training.learning_rate"):
+        train(trainer, context, "nan")
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True, msg=name)  # no step was made
+    assert list(context.checkpoint_folder.glob("checkpoint-*")) == []
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_before_the_step(step_context: Any, tiny_llama_folder: Path) -> None:
+    context = step_context()
+    trainer = make_trainer(context, tiny_llama_folder)
+    trainer.model.get_output_embeddings().weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingError, match="the gradient norm is (nan|inf) at optimizer step 1"):
+        train(trainer, context, "inf")
+
+
+def test_half_precision_on_a_cpu_is_refused(step_context: Any) -> None:
+    context = step_context()
+    if context.runtime.device.type != "cpu":
+        pytest.skip("fp16 is fine on this device")
+    with pytest.raises(RecipeError, match="fp16 cannot be trained on a CPU"):
+        training_arguments(OptimizerSettings(), context, precision="fp16")
