@@ -17,6 +17,8 @@ from stages.recipe.schema import STAGES, Recipe, Stage, load_recipe
 from stages.recipe.source import parse_path, show
 from stages.registry.ledger import Registry
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+
 
 class TrainConfig(TrainingStepConfig):
     """A training stage in little."""
@@ -315,6 +317,6 @@ def test_paths_are_shown_and_read_alike(path: tuple[str | int, ...]) -> None:
 
 
 def test_reading_recipes_does_not_import_torch() -> None:
-    code = "import sys, stages.chain.run, stages.cli; print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    code = "import sys, stages.chain.run, stages.cli\nprint([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert run.stdout == "[]\n"
