@@ -61,12 +61,13 @@ class Grid:
 
     @property
     def name(self) -> str:
-        """A folder's name for it: what varies."""
+        """A folder's name for it: what varies, and where overrides hold for every run a number for them, as that is another sweep."""
         labels = "-".join(axis.label for axis in self.axes) or SEEDS
         safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in labels)
-        if len(safe) <= LONGEST_NAME:
+        told_apart = [safe] if len(safe) > LONGEST_NAME else []
+        if not (told_apart or self.fixed):
             return safe
-        return f"{safe[:LONGEST_NAME]}-{hashlib.sha256(safe.encode()).hexdigest()[:8]}"
+        return f"{safe[:LONGEST_NAME]}-{hashlib.sha256(repr([*told_apart, *sorted(self.fixed)]).encode()).hexdigest()[:8]}"
 
     def points(self) -> Iterator[Point]:
         """Every run; the seeds vary slowest, so that a first picture of the whole grid is there early."""

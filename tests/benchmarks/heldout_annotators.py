@@ -2,7 +2,7 @@
 
     stages sweep recipes/instructgpt-studies.yaml preference.data.validation=null preference.data.split_by=annotator \\
       preference.data.folds=5 "preference.data.fold=[0,1,2,3,4]" --until preference --metric steps.preference.metrics.heldout_accuracy
-    python tests/benchmarks/heldout_annotators.py outputs/sweeps/instructgpt-studies/preference.data.fold/results.jsonl
+    python tests/benchmarks/heldout_annotators.py outputs/sweeps/instructgpt-studies/preference.data.fold-*/results.jsonl
 
 Each fold's model judges rankings of prompts that none was trained on: those by its own held-out annotators, and those by the annotators it
 learned from. Annotators differ in care, so the same rankings are also judged by the four models that did learn from their authors. The

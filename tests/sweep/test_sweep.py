@@ -91,6 +91,8 @@ def test_fields_that_vary_together_seeds_of_a_step_and_lists_as_values() -> None
 def test_a_sweep_is_called_by_what_varies() -> None:
     assert read_grid("quick.yaml", ["base.rate+sft.rate=[1.0]", "side.rate=[2.0]"]).name == "base.rate-sft.rate-side.rate"
     assert read_grid("quick.yaml", ["seeds=2"]).name == "seeds"
+    others = [read_grid("quick.yaml", ["base.rate=[1.0]", *fixed]).name for fixed in ([], ["side.rate=2.0"], ["side.rate=3.0"])]
+    assert others[0] == "base.rate" and len(set(others)) == 3  # rows of one are not rows of another
     many = [f"{'+'.join(f'step{index}.a_long_field_name' for index in range(9))}=[1]"]
     assert len(read_grid("quick.yaml", many).name) == 89
 
