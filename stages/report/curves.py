@@ -97,11 +97,11 @@ def _mean_text(point: Mapping[str, Any]) -> str:
 
 def _number(axes: Any, points: Sequence[tuple[int, float, float]]) -> None:
     """Write n beside the points (n, KL, score) of best-of-n, as far as the numbers do not lie on each other."""
-    room, last = 0.035 * math.sqrt(axes.get_xlim()[1]), -math.inf
-    for number, kl, score in points:
-        if math.sqrt(kl) - last >= room or number == points[-1][0]:
+    room, before = 0.045 * math.sqrt(axes.get_xlim()[1]), math.inf
+    for number, kl, score in reversed(points):  # the largest n always has its number
+        if before - math.sqrt(kl) >= room:
             axes.annotate(f"{number}", (kl, score), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8, color=SOFT)
-            last = math.sqrt(kl)
+            before = math.sqrt(kl)
 
 
 def _way(step: StepFolder, judge: str) -> tuple[list[float], list[float]] | None:

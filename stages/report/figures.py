@@ -124,7 +124,7 @@ def root_scale(axes: Axes) -> None:
 
     low, high = axes.get_xlim()
     axes.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda root: np.sign(root) * root**2))
-    axes.set_xlim(low if low >= 0 else max(low, -0.02 * high), high)
+    axes.set_xlim(low if low >= 0 else max(low, -0.002 * high), high)
     ticks = [0.0]
     for tick in (one * ten for ten in (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0) for one in (1, 2, 5)):
         if tick <= high and tick**0.5 - ticks[-1] ** 0.5 >= 0.09 * high**0.5:
