@@ -17,8 +17,7 @@ def sample_tokens(logits: Tensor, noise: Tensor, *, temperature: float = 1.0, to
     logits = logits.float()
     if temperature not in (0.0, 1.0):
         logits = logits / temperature
-    peak = logits.amax(dim=-1, keepdim=True)
-    weights = (logits - peak).exp_()
+    weights = logits.softmax(dim=-1)  # their sum is 1 but for rounding, which ``total`` takes out again
     if temperature == 0:
         tokens = logits.argmax(dim=-1)
         total = weights.sum(dim=-1, dtype=torch.float64)
@@ -27,8 +26,8 @@ def sample_tokens(logits: Tensor, noise: Tensor, *, temperature: float = 1.0, to
         tokens, _ = invert_cumulative(_truncated(weights, top_k=top_k, top_p=top_p), noise)
     else:
         tokens, total = invert_cumulative(weights, noise)
-    chosen = logits.gather(-1, tokens[:, None]).squeeze(-1)
-    return tokens, chosen - peak.squeeze(-1) - total.log().float()
+    chosen = weights.gather(-1, tokens[:, None]).squeeze(-1)
+    return tokens, (chosen.double() / total).log().float()
 
 
 def invert_cumulative(weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from stages.config import GenerationSettings
 from stages.errors import ModelError
 from stages.models.loading import load_language_model
-from stages.sampling import decoding
+from stages.sampling import cache, decoding
 from stages.sampling.generation import (
     Generated,
     decode_completions,
@@ -112,15 +112,37 @@ def test_equal_prompts_are_read_once(model, monkeypatch) -> None:
     assert [together[row] for row in (0, 2, 3)] == alone
 
 
-def test_the_cache_grows_and_loses_rows_without_changing_a_text(model, monkeypatch) -> None:
+@pytest.mark.parametrize("layer_room", ["COLUMN_ROOM", "FIRST_ROOM"])
+def test_the_cache_grows_and_loses_rows_without_changing_a_text(model, monkeypatch, layer_room) -> None:
+    monkeypatch.setattr(cache, "_reads_by_columns", lambda model: layer_room == "COLUMN_ROOM")
     stop = tuple(range(100, 115))  # a twentieth of the tokens: rows last for different times
     settings = {"max_new_tokens": 60, "stop": stop}
     expected = rows(sample(model, PROMPTS, [1, 2, 3, 4], **settings))
     assert len({len(row) for row in expected}) > 1
     for room, compact_below in ((3, 0.0), (200, 1.0)):
-        monkeypatch.setattr(decoding, "FIRST_ROOM", room)
+        monkeypatch.setattr(cache, layer_room, room)
         monkeypatch.setattr(decoding, "COMPACT_BELOW", compact_below)
         assert rows(sample(model, PROMPTS, [1, 2, 3, 4], **settings)) == expected
+
+
+def test_prompts_are_read_in_parts_of_like_length_without_their_padding(model, monkeypatch) -> None:
+    prompts = [[row + 5, *range(20, 20 + length)] for row, length in enumerate([2, 9, 3, 3, 8, 1])]
+    seeds = list(range(6))
+    whole = sample(model, prompts, seeds)
+    shapes = []
+    forward = model.forward
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        shapes.append(tuple(options["input_ids"].shape))
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(model, "forward", counted)
+    monkeypatch.setattr(decoding, "PASS_TOKENS_CPU", 12)
+    parts = sample(model, prompts, seeds)
+    # lengths in order: 2, 3, 4 | 4 | 9 | 10, as 12 tokens with their padding are the most
+    assert shapes[:4] == [(3, 4), (1, 4), (1, 9), (1, 10)] and shapes[4] == (6, 1)
+    assert rows(parts) == rows(whole)
+    torch.testing.assert_close(parts.logprobs, whole.logprobs, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_with_a_sliding_window_samples_like_transformers(tiny_tokenizer) -> None:

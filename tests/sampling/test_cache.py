@@ -1,0 +1,78 @@
+"""The cache and its attention against transformers' own, in the layouts by tokens and by columns."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from stages.sampling.cache import ColumnLayer, RoomyLayer, attend_by_columns
+
+
+def states(rows: int, tokens: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(rows, 2, tokens, 4, generator=generator), torch.randn(rows, 2, tokens, 3, generator=generator)
+
+
+@pytest.mark.parametrize("made", [RoomyLayer, ColumnLayer])
+def test_a_layer_holds_what_transformers_own_holds(made: type[RoomyLayer]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    ours, theirs = made(2), DynamicLayer()
+    short, long = states(1, 3, draw), states(2, 5, draw)
+    ours.put(*short, row=0, rows=3, length=5)
+    ours.put(*long, row=1, rows=3, length=5)
+    padded = [torch.cat([torch.nn.functional.pad(one, (0, 0, 2, 0)), two]) for one, two in zip(short, long, strict=True)]
+    theirs.update(*padded)
+    for step in range(12):
+        if step == 5:  # rows leave and come twice, and a column of padding goes
+            rows = torch.tensor([2, 0, 2])
+            ours.keep(rows, 1)
+            theirs.keys, theirs.values = theirs.keys[rows][:, :, 1:], theirs.values[rows][:, :, 1:]
+        new = states(3, 1, draw)
+        for found, expected in zip(ours.update(*new), theirs.update(*new), strict=True):
+            assert torch.equal(found, expected)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+
+
+def test_padding_of_a_new_cache_is_zero_whatever_lay_in_memory(monkeypatch) -> None:
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: empty(self, *shape).fill_(torch.nan))
+    layer = ColumnLayer(2)
+    layer.put(*states(1, 1, torch.Generator().manual_seed(0)), row=0, rows=1, length=4)
+    new = states(1, 1, torch.Generator().manual_seed(1))
+    assert all(torch.isfinite(found).all() and not found[:, :, :3].any() for found in layer.update(*new))
+
+
+@pytest.mark.parametrize(("heads", "masked", "scaling"), [(2, False, None), (2, True, None), (6, True, 0.3)])
+def test_one_token_attends_as_by_sdpa(heads: int, masked: bool, scaling: float | None) -> None:
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(3, heads, 1, 4, generator=draw)
+    key, value = states(3, 7, draw)
+    mask = torch.zeros(3, 1, 1, 7)
+    mask[0, ..., :2] = mask[2, ..., :5] = -torch.inf
+    module = SimpleNamespace(num_key_value_groups=heads // 2, is_causal=True)
+    layer = ColumnLayer(1)
+    layer.put(key, value, row=0, rows=3, length=7)
+    new = states(3, 1, draw)
+    by_columns = layer.update(*new)
+    mask = torch.nn.functional.pad(mask, (0, 1)) if masked else None
+    key, value = torch.cat([key, new[0]], dim=2), torch.cat([value, new[1]], dim=2)
+    expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
+    found, weights = attend_by_columns(module, query, *by_columns, mask, scaling=scaling)
+    assert weights is None and found.shape == (3, 1, heads, 3)
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_is_not_one_token_is_left_to_sdpa() -> None:
+    draw = torch.Generator().manual_seed(0)
+    query, (key, value) = torch.randn(2, 2, 5, 4, generator=draw), states(2, 5, draw)
+    module = SimpleNamespace(is_causal=True)
+    expected, _ = sdpa_attention_forward(module, query, key, value, None)
+    torch.testing.assert_close(attend_by_columns(module, query, key, value, None)[0], expected)
+    # a mask of truth values is not something to add
+    allowed = torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    allowed[0, ..., :3] = False
+    expected, _ = sdpa_attention_forward(module, query[:, :, :1], key, value, allowed)
+    torch.testing.assert_close(attend_by_columns(module, query[:, :, :1], key, value, allowed)[0], expected)
