@@ -37,7 +37,7 @@ ARROWS = {
     "conformance": set(),
     "chain": {"corpora", "process", "recipe", "registry", "report"},
     "sweep": {"chain", "numerics", "process", "recipe", "registry"},
-    "planning": {"corpora", "recipe", "registry"},
+    "planning": {"corpora", "numerics", "recipe", "registry"},
     "terminal": {"chain", "corpora", "models", "recipe", "rewards", "sampling"},
     "cli": {
         "chain", "conformance", "corpora", "models", "planning", "process", "recipe", "registry", "report", "sampling", "sweep", "terminal",

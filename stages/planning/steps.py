@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from stages.numerics.passes import rows_of_a_pass
 from stages.planning.lengths import Lengths
 from stages.planning.memory import (
     FP32,
@@ -145,11 +146,11 @@ def _ppo(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Mac
 
     share = max(1, config.rollout_batch_size // processes)
     decoding = min(config.generation.batch_size, share)
-    rows = min(config.microbatch_size, config.minibatch_size)
+    rows = rows_of_a_pass(min(config.microbatch_size, config.minibatch_size), prompt + new, device_type=machine.kind)
     whole_output = config.lora is None
     sampling = (
         kv_cache(shape, decoding, prompt, new, compute),
-        inference(shape, decoding * prompt, compute),  # reading the prompts
+        _reading(shape, decoding, prompt, compute, machine),
         3 * FP32 * decoding * shape.vocabulary,
     )
     bigger = shape if value is None or value.shape.hidden * value.shape.layers <= shape.hidden * shape.layers else value.shape
@@ -163,10 +164,16 @@ def _ppo(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Mac
     scoring = [(0.0, inference(view.shape, scored, compute), 0.0) for view in judges]
     mixing = []
     if config.pretraining_mix is not None:
-        tokens = rows * config.pretraining_mix.block_size
+        block = config.pretraining_mix.block_size
+        tokens = block * rows_of_a_pass(config.microbatch_size, block, device_type=machine.kind)
         kept = _kept(config, shape, tokens, compute)
         mixing.append((0.0, kept, chunked_logits(shape, tokens, machine, trains_output=whole_output)))
     return held + phases(sampling, updating, *scoring, *mixing)
+
+
+def _reading(shape: Shape, rows: int, prompt: int, compute: int, machine: Machine) -> float:
+    """Activations of a pass over as many of ``rows`` prompts as go together."""
+    return inference(shape, rows_of_a_pass(rows, prompt, device_type=machine.kind) * prompt, compute)
 
 
 def _value_view(config: Any, models: Mapping[str, View]) -> View | None:
@@ -239,7 +246,7 @@ def _evaluation(config: Any, models: Mapping[str, View], lengths: Lengths, machi
             found.append(view.frozen(compute, output=False) + phases((0.0, inference(view.shape, tokens, compute), 0.0)))
             continue
         rows = config.generation.batch_size
-        reading = inference(view.shape, rows * lengths.prompt, compute)
+        reading = _reading(view.shape, rows, lengths.prompt, compute, machine)
         cache = kv_cache(view.shape, rows, lengths.prompt, new, compute)
         found.append(view.frozen(compute) + phases((cache, reading, 3 * FP32 * rows * view.shape.vocabulary)))
     return max(found, key=lambda memory: memory.total, default=Memory())

@@ -21,6 +21,7 @@ from stages.models.sharding import whole
 from stages.numerics.gae import gae
 from stages.numerics.kl import estimate_kl
 from stages.numerics.masking import scale_to_unit_variance, whiten
+from stages.numerics.passes import passes
 from stages.numerics.shaping import penalize_missing_eos, shape_rewards
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.credit import token_scores
@@ -178,10 +179,11 @@ def _collect_share(
     tokens = {name: torch.zeros(shape) for name in ("sampled", "reference", "values")}
     closing = (mask.sum(dim=1) < config.generation.max_new_tokens) & (config.score_placement == "after")
     closing_values = torch.zeros(len(prompts))
-    order = sorted(range(len(prompts)), key=lambda row: len(prompt_ids[row]) + len(responses[row]))
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompt_ids, responses, strict=True)]
+    order = sorted(range(len(prompts)), key=lengths.__getitem__)
     with torch.inference_mode(), roles.offload.awake(*roles.waiting()):
-        for start in range(0, len(order), 2 * config.microbatch_size):  # no gradients: twice the rows fit
-            rows = order[start : start + 2 * config.microbatch_size]
+        # no gradients: twice the rows fit
+        for rows in passes(order, lengths, rows=2 * config.microbatch_size, device_type=policy.device.type):
             batch = sequence_batch([prompt_ids[row] for row in rows], [responses[row] for row in rows], pad, policy.device)
             values = roles.values(with_closing(batch, closing[rows]) if closing[rows].any() else batch)
             closing_values[[row for row in rows if closing[row]]] = values[len(batch.tokens) :].float().cpu()

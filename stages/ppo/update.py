@@ -18,6 +18,7 @@ from stages.errors import TrainingError
 from stages.models.responses import Policy, SequenceBatch, sequence_batch, sequence_values, with_closing
 from stages.models.sharding import clip_gradients, is_cut, reduce_gradients
 from stages.numerics.losses import policy_clipped, policy_terms, value_terms
+from stages.numerics.passes import passes, rows_of_a_pass
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.data import PretrainingRows
 from stages.ppo.optimizers import WeightAverage
@@ -228,11 +229,11 @@ class Updater:
         """
         lengths = [len(ids) + int(length) for ids, length in zip(part.prompt_ids, part.lengths, strict=True)]
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-        own = order[self.process_index :: self.num_processes]
-        largest_share = -(-len(order) // self.num_processes)
-        for start in range(0, largest_share, self.config.microbatch_size):
-            rows = own[start : start + self.config.microbatch_size]
-            yield (rows, True) if rows else (order[-1:], False)
+        limits: dict[str, Any] = {"rows": self.config.microbatch_size, "device_type": self.roles.policy.device.type}
+        shares = [passes(order[index :: self.num_processes], lengths, **limits) for index in range(self.num_processes)]
+        own = shares[self.process_index]
+        for number in range(max(map(len, shares))):
+            yield (own[number], True) if number < len(own) else (order[-1:], False)
 
     def _reduce(self, totals: Totals, largest: float) -> float:
         """Sum gradients and totals over processes (the losses were divided by global counts); returns the global maximum."""
@@ -261,8 +262,9 @@ class Updater:
         total = 0.0
         count = rows.numel() - len(rows) if mix.normalization == "token" else len(rows)
         own, largest_share = rows[self.process_index :: self.num_processes], -(-len(rows) // self.num_processes)
-        for start in range(0, largest_share, self.config.microbatch_size):  # as many passes on every process
-            group = own[start : start + self.config.microbatch_size]
+        size = rows_of_a_pass(self.config.microbatch_size, rows.shape[1], device_type=self.roles.policy.device.type)
+        for start in range(0, largest_share, size):  # as many passes on every process
+            group = own[start : start + size]
             counts = len(group) > 0
             batch = (group if counts else rows[:1]).to(self.roles.policy.device)
             loss = pretraining_loss(self.roles.policy, batch, self.matmuls) / count * counts

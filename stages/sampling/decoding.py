@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from stages.config import GenerationSettings
+from stages.numerics.passes import passes
 from stages.numerics.sampling import sample_tokens
 from stages.sampling.cache import decoding_attention, forward_options, keep_rows, make_cache, prompt_cache, put_prompts
 
 COMPACT_BELOW = 0.75  # the cache is copied without its finished rows once fewer than this share of its rows are alive
-PASS_TOKENS_CPU = 512  # prompt tokens of one pass, padding among them: about what keeps a small model's activations in a core's cache
-PASS_TOKENS_CUDA = 16_384  # fills a GPU, and bounds the activations of a pass
+PROMPT_TOKENS = 16_384  # of one pass over prompts: fills a GPU, and bounds its activations
 CUDA_CHECK_EVERY = 8  # steps between two looks at how many rows are alive, each of which makes the CPU wait for the GPU
 
 
@@ -110,19 +110,14 @@ def read_prompts(model: Any, cache: Any, whole: bool, ids: Tensor, mask: Tensor)
     if not whole:
         output = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, **forward_options(model, cache))
         return output.logits[:, -1]
-    most = PASS_TOKENS_CUDA if ids.device.type == "cuda" else PASS_TOKENS_CPU
-    lengths = mask.sum(dim=1).tolist()
-    logits, start = [], 0
-    while start < number:
-        end, longest = start + 1, lengths[start]
-        while end < number and max(longest, lengths[end]) * (end + 1 - start) <= most:
-            end, longest = end + 1, max(longest, lengths[end])
-        part = (slice(start, end), slice(width - longest, width))
+    lengths, kind = mask.sum(dim=1).tolist(), ids.device.type
+    logits = []
+    for rows in passes(range(number), lengths, rows=max(1, PROMPT_TOKENS // width), device_type=kind):
+        part = (slice(rows[0], rows[-1] + 1), slice(width - max(lengths[row] for row in rows), width))
         read = prompt_cache(cache)
         output = model(input_ids=ids[part], attention_mask=mask[part].long(), position_ids=positions[part], **forward_options(model, read))
-        put_prompts(cache, read, start, number, width)
+        put_prompts(cache, read, rows[0], number, width)
         logits.append(output.logits[:, -1])
-        start = end
     return torch.cat(logits)
 
 

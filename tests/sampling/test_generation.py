@@ -10,6 +10,7 @@ import torch
 from stages.config import GenerationSettings
 from stages.errors import ModelError
 from stages.models.loading import load_language_model
+from stages.numerics import passes as numerics_passes
 from stages.sampling import cache, decoding
 from stages.sampling.generation import (
     Generated,
@@ -137,7 +138,7 @@ def test_prompts_are_read_in_parts_of_like_length_without_their_padding(model, m
         return forward(*arguments, **options)
 
     monkeypatch.setattr(model, "forward", counted)
-    monkeypatch.setattr(decoding, "PASS_TOKENS_CPU", 12)
+    monkeypatch.setattr(numerics_passes, "CPU_TOKENS", 12)
     parts = sample(model, prompts, seeds)
     # lengths in order: 2, 3, 4 | 4 | 9 | 10, as 12 tokens with their padding are the most
     assert shapes[:4] == [(3, 4), (1, 4), (1, 9), (1, 10)] and shapes[4] == (6, 1)
