@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from stages.errors import ModelError
+from stages.models.lean import use_lean_layers
 from stages.models.loading import FastConv1D
 from stages.numerics.matmul import use_fast_matmuls
 
@@ -43,4 +44,5 @@ def random_model(auto: Any, architecture: dict[str, Any], tokenizer: PreTrainedT
         what = auto.__name__.removeprefix("AutoModelFor")
         raise ModelError(f"no {kind} model ({what}) can be made of architecture {architecture}: {reason}") from error
     use_fast_matmuls(model, {Conv1D: FastConv1D})
+    use_lean_layers(model)
     return model

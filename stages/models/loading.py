@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
 from stages.models.adapters import FRESH, add_adapter, attach_lora, find_base, is_adapter, merge, quantization_config, stack_of
+from stages.models.lean import use_lean_layers
 from stages.numerics.matmul import linear, use_fast_matmuls
 
 if TYPE_CHECKING:
@@ -280,6 +281,7 @@ def _finish(model: Any, source: ResolvedModel, lora: LoraSettings | None, task: 
     if not dropout:
         disable_dropout(model)
     use_fast_matmuls(model, {Conv1D: FastConv1D})
+    use_lean_layers(model)
     return model.train(trainable)
 
 

@@ -70,14 +70,16 @@ class Shape:
         pairs = [(d, q), (d, kv), (d, kv), (q, d), *([(d, i), (d, i), (i, d)] if self.gated else [(d, i), (i, d)])]
         return self.layers * rank * sum(a + b for a, b in pairs)
 
-    @property
-    def saved_per_token(self) -> int:
+    def saved_per_token(self, *, lean: bool = False) -> int:
         """Numbers that one layer keeps of a token for its backward pass, as counted on transformers' modules.
+
+        ``lean``: where norms and feed-forward layers are replaced by those of ``models/lean.py``.
 
         Attention keeps queries, keys, values, its result and that result made contiguous; the rest depends on how a family writes its
         norms and its activation function.
         """
-        of_hidden, of_intermediate = SAVED.get(self.family, SAVED["gated"] if self.gated else SAVED["other"])
+        kind = "other" if not self.gated else "lean" if lean and not self.family.startswith("gemma") else "gated"
+        of_hidden, of_intermediate = SAVED.get(self.family, SAVED[kind])
         return of_hidden * self.hidden + 3 * self.query_width + 2 * self.kv_width + of_intermediate * self.intermediate
 
     def with_vocabulary(self, vocabulary: int) -> Shape:
@@ -85,7 +87,7 @@ class Shape:
 
 
 # What a layer keeps beside attention: (times hidden, times intermediate).
-SAVED = {"gated": (5, 4), "gpt2": (3, 5), "other": (5, 2)}
+SAVED = {"gated": (5, 4), "lean": (4, 2), "gpt2": (3, 5), "other": (5, 2)}
 
 NAMES: dict[str, tuple[str, ...]] = {
     "hidden": ("hidden_size", "n_embd", "dim", "d_model"),

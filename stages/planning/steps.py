@@ -77,8 +77,10 @@ def _trained_model(config: Any, view: View, machine: Machine, *, output: bool = 
     return Memory(weights=FP32 * weights) + trained(weights, config.training.optimizer)
 
 
-def _kept(config: Any, shape: Shape, tokens: float, compute: int) -> float:
-    return activations(shape, tokens, compute, checkpointing=config.training.gradient_checkpointing, lora=bool(lora_rank(config)))
+def _kept(config: Any, shape: Shape, tokens: float, compute: int, machine: Machine) -> float:
+    lora = bool(lora_rank(config))
+    lean = machine.kind == "cpu" and compute == FP32 and not lora
+    return activations(shape, tokens, compute, checkpointing=config.training.gradient_checkpointing, lora=lora, lean=lean)
 
 
 def _rows(config: Any, processes: int) -> int:
@@ -89,7 +91,7 @@ def _rows(config: Any, processes: int) -> int:
 def _language_model(config: Any, view: View, rows: int, columns: int, machine: Machine) -> Memory:
     """Next-token training with logits of every position."""
     compute = dtype_bytes(config.precision, machine)
-    kept = _kept(config, view.shape, rows * columns, compute)
+    kept = _kept(config, view.shape, rows * columns, compute, machine)
     return _trained_model(config, view, machine) + phases((0.0, kept, whole_logits(view.shape, rows * columns)))
 
 
@@ -115,7 +117,7 @@ def _reward_model(config: Any, models: Mapping[str, View], lengths: Lengths, mac
     view, compute = models["model"], dtype_bytes(config.precision, machine)
     columns = min(config.max_length or view.shape.positions, lengths.comparison)
     tokens = _rows(config, processes) * lengths.completions * columns
-    kept = _kept(config, view.shape, tokens, compute)
+    kept = _kept(config, view.shape, tokens, compute, machine)
     return _trained_model(config, view, machine, output=False) + phases((0.0, kept, 0.0))
 
 
@@ -123,7 +125,7 @@ def _sentiment(config: Any, models: Mapping[str, View], lengths: Lengths, machin
     view, compute = models["model"], dtype_bytes(config.precision, machine)
     columns = min(config.max_length, lengths.text)
     tokens = _rows(config, processes) * columns
-    kept = _kept(config, view.shape, tokens, compute)
+    kept = _kept(config, view.shape, tokens, compute, machine)
     step = _trained_model(config, view, machine, output=False) + phases((0.0, kept, 0.0))
     if config.masked is None:
         return step
@@ -156,7 +158,7 @@ def _ppo(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Mac
     bigger = shape if value is None or value.shape.hidden * value.shape.layers <= shape.hidden * shape.layers else value.shape
     updating = (
         0.0,
-        _kept(config, bigger, rows * (prompt + new), compute),
+        _kept(config, bigger, rows * (prompt + new), compute, machine),
         chunked_logits(shape, rows * new, machine, trains_output=whole_output),
     )
     judges = [view for place, view in models.items() if place.startswith(("reward", "monitors"))]
@@ -166,7 +168,7 @@ def _ppo(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Mac
     if config.pretraining_mix is not None:
         block = config.pretraining_mix.block_size
         tokens = block * rows_of_a_pass(config.microbatch_size, block, device_type=machine.kind)
-        kept = _kept(config, shape, tokens, compute)
+        kept = _kept(config, shape, tokens, compute, machine)
         mixing.append((0.0, kept, chunked_logits(shape, tokens, machine, trains_output=whole_output)))
     return held + phases(sampling, updating, *scoring, *mixing)
 

@@ -79,6 +79,8 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer() -> None:
     assert activations(shape, 10, 4) == 10 * 4 * (2 * layer + passing)
     assert activations(shape, 10, 4, checkpointing=True) == 10 * 4 * (2 * 64 + layer + passing)
     assert activations(shape, 10, 2) == 10 * (2 * (2 * layer + passing) + 2 * 2 * 64 * 4)  # two norms a layer keep fp32 inputs
+    lean = 4 * 64 + 3 * 64 + 2 * 32 + 2 * 160
+    assert activations(shape, 10, 4, lean=True) == 10 * 4 * (2 * lean + passing)
 
 
 def test_logits_in_chunks_and_whole() -> None:

@@ -86,11 +86,13 @@ def shape(**fields: Any) -> Shape:
     return shape_of({"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 160, **fields})  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
-def test_what_a_layer_keeps_for_its_backward_pass(family: str) -> None:
+@pytest.mark.parametrize(("family", "lean"), [("llama", False), ("llama", True), ("gpt_neox", True), ("gpt2", True)])
+def test_what_a_layer_keeps_for_its_backward_pass(family: str, lean: bool) -> None:
     """Counted by autograd: two layers keep more than one by this much per token (within 15 %: rotations, masks and small things)."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from stages.models.lean import use_lean_layers
 
     rows, columns = 4, 48
 
@@ -100,6 +102,8 @@ def test_what_a_layer_keeps_for_its_backward_pass(family: str) -> None:
             sizes = {"n_embd": 64, "n_layer": layers, "n_head": 4, "n_inner": 160}
         config = AutoConfig.for_model(family, vocab_size=50, **sizes)
         model = AutoModelForCausalLM.from_config(config).eval()  # no dropout, as PPO has it
+        if lean:
+            use_lean_layers(model)
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         storages: dict[int, int] = {}
 
@@ -116,7 +120,7 @@ def test_what_a_layer_keeps_for_its_backward_pass(family: str) -> None:
         return sum(storages.values()), found
 
     (one, _), (two, of_two) = kept(1), kept(2)
-    assert (two - one) / 4 / (rows * columns) == pytest.approx(of_two.saved_per_token, rel=0.15)
+    assert (two - one) / 4 / (rows * columns) == pytest.approx(of_two.saved_per_token(lean=lean), rel=0.15)
 
 
 def test_a_folder_without_a_config_has_no_shape(tmp_path: Any, tiny_llama_folder: Any) -> None:

@@ -1,0 +1,75 @@
+"""Layers of today's transformers that keep less for their backward pass and take fewer steps. fp32; d hidden, i intermediate.
+
+What autograd keeps of a layer written operation by operation is each operation's operands; here it is what the layer was given and what is
+dear to compute again. Gradients are the same but for rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from stages.numerics.matmul import linear, product
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension (Zhang and Sennrich 2019), differentiable; keeps x."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = upstream
+        x, weight, scale = ctx.saved_tensors
+        normed = x * scale
+        of_weight = (gradient * normed).flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, of_weight, None
+        of_x = gradient * weight
+        along = torch.linalg.vecdot(of_x, normed).div_(-x.shape[-1]).unsqueeze(-1)  # the part that the norm takes out
+        return of_x.addcmul_(normed, along).mul_(scale), of_weight, None
+
+
+def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """(silu(x gate^T) * (x up^T)) down^T (Shazeer 2020, SwiGLU), differentiable; keeps x and the first two products.
+
+    x [..., d], gate and up [i, d], down [d, i].
+    """
+    return _GatedMLP.apply(x, gate, up, down)
+
+
+class _GatedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        gated, upped = linear(flat, gate), linear(flat, up)
+        ctx.save_for_backward(flat, gated, upped, gate, up, down)
+        return linear(functional.silu(gated).mul_(upped), down).view(*x.shape[:-1], len(down))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        flat, gated, upped, gate, up, down = ctx.saved_tensors
+        shape = (*upstream[0].shape[:-1], flat.shape[-1])
+        gradient = upstream[0].reshape(-1, len(down))
+        wants_x, wants_gate, wants_up, wants_down = ctx.needs_input_grad
+        inner = product(gradient, down)
+        silu = functional.silu(gated)
+        of_down = product(gradient.T, silu * upped) if wants_down else None
+        of_upped = silu.mul_(inner)
+        of_gated = torch.ops.aten.silu_backward(inner.mul_(upped), gated)
+        of_x = product(of_gated, gate).add_(product(of_upped, up)).view(shape) if wants_x else None
+        of_gate = product(of_gated.T, flat) if wants_gate else None
+        of_up = product(of_upped.T, flat) if wants_up else None
+        return of_x, of_gate, of_up, of_down
