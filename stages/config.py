@@ -176,3 +176,6 @@ class GenerationSettings(Strict):
         False, description="Only the tokens of stop end a completion, at stop_after or later, the end token among them if named there."
     )
     batch_size: int = Field(64, ge=1, description="Sequences decoded together, per process.")
+    cuda_graphs: bool = Field(
+        True, description="On a GPU, record a decoding step and replay it; where a model cannot be recorded, its steps are computed."
+    )

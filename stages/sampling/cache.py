@@ -42,6 +42,7 @@ class RoomyLayer(DynamicLayer):
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.room, self.length = room, 0
+        self._at: Tensor | None = None
 
     def put(self, keys: Tensor, values: Tensor, row: int, rows: int, length: int) -> None:
         """Take in what was read of prompts: [b, H, p, D] becomes the last of ``length`` tokens, from ``row`` on of ``rows``."""
@@ -55,16 +56,36 @@ class RoomyLayer(DynamicLayer):
             place[:, :, : length - states.shape[2]] = 0.0  # under padding: its weight is 0, and 0 times anything must be 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append [B, H, q, D]; returns all keys and values [B, H, T, D]."""
+        """Append [B, H, q, D]; returns all keys and values [B, H, T, D]. Once fixed: at the fixed place, and with all of the room."""
         assert self.keys is not None and self.values is not None
+        if self._at is not None:
+            places = (self._by_token(self.keys), self._by_token(self.values))
+            return places[0].index_copy_(2, self._at, key_states), places[1].index_copy_(2, self._at, value_states)
         start, end = self.length, self.length + key_states.shape[-2]
-        if end > self._by_token(self.keys).shape[-2]:
-            self.keys, self.values = (self._widened(old, end + self._growth()) for old in (self.keys, self.values))
+        self._make_room(end)
         keys, values = self._by_token(self.keys), self._by_token(self.values)
         keys[:, :, start:end] = key_states
         values[:, :, start:end] = value_states
         self.length = end
         return keys[:, :, :end], values[:, :, :end]
+
+    def fix(self, at: Tensor) -> None:
+        """From now on write every token at the place that ``at`` [1] holds, so that a step touches the same memory each time."""
+        self._make_room(self.length + 1)
+        for storage in (self.keys, self.values):
+            assert storage is not None
+            self._by_token(storage)[:, :, self.length :] = 0.0  # read before it is written, with weight 0
+        self._at = at
+
+    def unfix(self, length: int) -> None:
+        """Append again, behind the first ``length`` tokens."""
+        self._at, self.length = None, length
+
+    @property
+    def room_in_all(self) -> int:
+        """The tokens that there is room for."""
+        assert self.keys is not None
+        return self._by_token(self.keys).shape[2]
 
     def keep(self, rows: Tensor, first: int) -> None:
         """Keep only ``rows`` (which may repeat), without the tokens before ``first``."""
@@ -74,6 +95,11 @@ class RoomyLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return self.length
+
+    def _make_room(self, tokens: int) -> None:
+        assert self.keys is not None and self.values is not None
+        if tokens > self.room_in_all:
+            self.keys, self.values = (self._widened(old, tokens + self._growth()) for old in (self.keys, self.values))
 
     def _widened(self, old: Tensor, width: int) -> Tensor:
         """Storage for ``width`` tokens, of which the first are those of ``old``."""

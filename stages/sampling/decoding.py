@@ -17,6 +17,7 @@ from stages.config import GenerationSettings
 from stages.numerics.passes import passes
 from stages.numerics.sampling import sample_tokens
 from stages.sampling.cache import decoding_attention, forward_options, keep_rows, make_cache, prompt_cache, put_prompts
+from stages.sampling.graphs import StepRecorder
 
 COMPACT_BELOW = 0.75  # the cache is copied without its finished rows once fewer than this share of its rows are alive
 PROMPT_TOKENS = 16_384  # of one pass over prompts: fills a GPU, and bounds its activations
@@ -65,7 +66,8 @@ def decode(
     columns = torch.nn.functional.pad(mask, (0, most), value=True)  # which columns of the cache count, at any step
     width = mask.shape[1]
     bias = _attention_bias(columns, logits.dtype)
-    named = forward_options(model, cache)
+    options = forward_options(model, cache)
+    recorder = StepRecorder(model, cache, enabled=whole and settings.cuda_graphs)
     check_every = CUDA_CHECK_EVERY if device.type == "cuda" else 1
     with decoding_attention(model, cache):
         for step in range(most):
@@ -89,12 +91,15 @@ def decode(
                     tokens, positions, columns, alive = tokens[kept], positions[kept], columns[kept][:, first:], alive[kept]
                     width -= first
                     bias = _attention_bias(columns, logits.dtype)
+                    recorder.release()
                     keep_rows(cache, kept, first)
                     running = torch.ones(len(kept), dtype=torch.bool, device=device)
+            found = recorder(tokens, positions, bias, most - step - 1)
             width += 1
-            step_mask = columns[:, :width].long() if not whole else None if bias is None else bias[..., :width]
-            logits = model(input_ids=tokens[:, None], attention_mask=step_mask, position_ids=positions, **named).logits[:, -1]
-            positions = positions + 1
+            if found is None:
+                step_mask = columns[:, :width].long() if not whole else None if bias is None else bias[..., :width]
+                found = model(input_ids=tokens[:, None], attention_mask=step_mask, position_ids=positions, **options).logits[:, -1]
+            logits, positions = found, positions + 1
     longest = int(lengths.max())
     return Decoded(ids[:, :longest], logprobs[:, :longest], lengths)
 
