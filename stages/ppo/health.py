@@ -85,7 +85,7 @@ class Trend:
     """A monitor against the score, in means over ``width`` iterations: at its best, before the last ``width``, and now."""
 
     def __init__(self, width: int) -> None:
-        self.width, self.pairs, self.full = width, 0, False
+        self.width, self.pairs = width, 0
         self.best = Point(-math.inf, -math.inf)
         self.now = Point(-math.inf, -math.inf)
         self._squares = Point(0.0, 0.0)
@@ -96,12 +96,16 @@ class Trend:
         if len(monitor) > 1:
             self.pairs += 1
             self._squares = Point(*(old + (of[-1] - of[-2]) ** 2 for old, of in zip(self._squares, (monitor, score), strict=True)))
-        self.full = len(monitor) >= 2 * width
-        if self.full:
+        if len(monitor) >= 2 * width:
             self.now = Point(statistics.fmean(monitor[-width:]), statistics.fmean(score[-width:]))
             before = Point(statistics.fmean(monitor[-2 * width : -width]), statistics.fmean(score[-2 * width : -width]))
             if before.monitor > self.best.monitor:
                 self.best = before
+
+    @property
+    def full(self) -> bool:
+        """Whether there were iterations enough for both means."""
+        return self.now.monitor > -math.inf
 
     @property
     def error(self) -> Point:

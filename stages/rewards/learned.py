@@ -71,10 +71,7 @@ class RewardModelSpans(RewardModelSource):
             part = slice(start, start + self.batch_size)
             pairs = [encode_pair(self.tokenizer, *pair) for pair in zip(prompts[part], completions[part], strict=True)]
             rows = [ids[-self.max_length :] for ids, _ in pairs]
-            ids = right_pad([torch.tensor(row) for row in rows], self.tokenizer.pad_token_id)
-            lengths = torch.tensor([len(row) for row in rows])
-            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-            scores = self.model.score_tokens(ids.to(device), mask.to(device)).cpu()
+            scores = self.model.score_tokens(*_padded(rows, self.tokenizer.pad_token_id, device)).cpu()
             for row, (whole, prompt_length) in enumerate(pairs):
                 text, length = completions[start + row], len(rows[row])
                 kept = min(len(whole) - prompt_length, length)  # tokens of the completion that the model's context holds
@@ -134,11 +131,15 @@ def score_rows(
         device = next(scorer.parameters()).device
     scores = torch.empty(len(rows))
     for places in like_length_batches([len(row) for row in rows], batch_size):
-        ids = right_pad([torch.tensor(rows[place]) for place in places], pad_token_id)
-        lengths = torch.tensor([len(rows[place]) for place in places])
-        mask = torch.arange(ids.shape[1]) < lengths[:, None]
-        scores[places] = scorer(ids.to(device), mask.long().to(device)).float().cpu()
+        scores[places] = scorer(*_padded([rows[place] for place in places], pad_token_id, device)).float().cpu()
     return scores
+
+
+def _padded(rows: Sequence[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token rows as right-padded ids and attention mask, both [B, T]."""
+    ids = right_pad([torch.tensor(row) for row in rows], pad_token_id)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)
 
 
 def like_length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
