@@ -244,7 +244,7 @@ class Registry:
                     except BlockingIOError:
                         continue
                     shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-                    path.unlink()
+                    path.unlink(missing_ok=True)  # its owner may have been done just now
             elif not path.with_suffix(".lock").exists():
                 shutil.rmtree(path, ignore_errors=True)
 

@@ -203,7 +203,8 @@ def prompt_cache(cache: Any) -> Any:
 def put_prompts(cache: Any, read: Any, row: int, rows: int, length: int) -> None:
     """Keys and values of prompts, ``read`` with a ``prompt_cache``, as the rows from ``row`` on of ``rows`` with ``length`` tokens."""
     for layer, part in zip(cache.layers, read.layers, strict=True):
-        layer.put(part.keys, part.values, row, rows, length)
+        if part.is_initialized:  # a layer that the model asks nothing of has nothing
+            layer.put(part.keys, part.values, row, rows, length)
 
 
 @contextmanager
@@ -230,6 +231,7 @@ def keep_rows(cache: Any, rows: Tensor, first: int) -> None:
     """Keep only ``rows`` (which may repeat) of every layer, without the tokens before ``first`` (0 where a layer is not whole)."""
     for layer in cache.layers:
         if isinstance(layer, RoomyLayer):
-            layer.keep(rows, first)
+            if layer.is_initialized:
+                layer.keep(rows, first)
         else:
             layer.batch_select_indices(rows)

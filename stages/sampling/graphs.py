@@ -74,7 +74,8 @@ class StaticStep:
     """A decoding step whose inputs and results have fixed places."""
 
     def __init__(self, model: Any, cache: Any, rows: int, bias: Tensor | None) -> None:
-        self._model, self._layers, self._options = model, cache.layers, forward_options(model, cache)
+        self._model, self._options = model, forward_options(model, cache)
+        self._layers = [layer for layer in cache.layers if layer.is_initialized]
         self._width = cache.get_seq_length()
         device, dtype = next(model.parameters()).device, model.dtype if bias is None else bias.dtype
         self._at = torch.tensor([self._width], device=device)  # the place in the cache of the token to come

@@ -318,6 +318,22 @@ def test_eight_processes_publish_read_and_remove_at_once(tmp_path: Path) -> None
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+def test_a_leftover_whose_owner_is_done_just_now_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry(tmp_path)
+    registry.publish("fault/base", fill, role="language_model")
+    lock = tmp_path / "tmp" / "leftover.lock"
+    lock.touch()
+    flock = registry_module.fcntl.flock
+
+    def flock_while_the_owner_ends(file: Any, how: int) -> None:
+        if how & registry_module.fcntl.LOCK_NB:
+            lock.unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(registry_module.fcntl, "flock", flock_while_the_owner_ends)
+    assert registry.publish("fault/base", fill, role="language_model").version == 2
+
+
 def test_a_base_removed_while_its_adapter_is_trained_is_noticed(tmp_path: Path) -> None:
     from stages.config import ModelInput
     from stages.process.runtime import ResolvedModel
