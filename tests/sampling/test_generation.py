@@ -140,8 +140,8 @@ def test_prompts_are_read_in_parts_of_like_length_without_their_padding(model, m
     monkeypatch.setattr(model, "forward", counted)
     monkeypatch.setattr(numerics_passes, "CPU_TOKENS", 12)
     parts = sample(model, prompts, seeds)
-    # lengths in order: 2, 3, 4 | 4 | 9 | 10, as 12 tokens with their padding are the most
-    assert shapes[:4] == [(3, 4), (1, 4), (1, 9), (1, 10)] and shapes[4] == (6, 1)
+    # lengths in order: 2, 3 | 4, 4 | 9 | 10, as 12 tokens with their padding are the most
+    assert shapes[:4] == [(2, 3), (2, 4), (1, 9), (1, 10)] and shapes[4] == (6, 1)
     assert rows(parts) == rows(whole)
     torch.testing.assert_close(parts.logprobs, whole.logprobs, rtol=1e-4, atol=1e-5)
 
