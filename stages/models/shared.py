@@ -25,9 +25,16 @@ Scalar = TypeVar("Scalar", bound=ScalarModel)
 
 
 def backbone_key(model: ResolvedModel) -> tuple[str, str, bool]:
-    """What two models must agree in to stand on one backbone: the whole weights below their adapters, and how those are quantized."""
+    """What two models must agree in to stand on one backbone: the whole weights below their adapters, and how those are quantized.
+
+    Outside of the registry weights are known by where they lie: an adapter says of its base no more than that.
+    """
     base = stack_of(model).base
-    return base.digest or base.path, base.input.quantization, base.input.double_quantization
+    if base.kind == "registry":
+        weights = base.digest
+    else:
+        weights = str(Path(base.path).resolve()) if base.kind == "folder" else f"{base.path}@{base.input.revision or ''}"
+    return weights, base.input.quantization, base.input.double_quantization
 
 
 class SharedBackbone:

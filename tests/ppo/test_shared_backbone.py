@@ -14,7 +14,7 @@ from stages.models.adapters import activate
 from stages.models.heads import RewardModel
 from stages.models.loading import load_language_model, save_model
 from stages.models.responses import Policy, sequence_batch, sequence_values
-from stages.models.shared import SharedBackbone
+from stages.models.shared import SharedBackbone, backbone_key
 from stages.ppo.loop import run
 from stages.ppo.roles import load_roles
 from stages.ppo.rollout import collect, targets
@@ -148,6 +148,37 @@ def test_the_update_equals_that_of_separate_models(family, lora_config, monkeypa
     assert first.keys() == second.keys() and len(first) > 50
     for key, gradient in first.items():
         torch.testing.assert_close(gradient, second[key], rtol=1e-3, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_an_adapter_in_a_folder_shares_the_backbone_of_its_base_s_folder(
+    tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe's own folder has a digest, the base that an adapter names by its path has none; they are one model all the same."""
+    adapted = RewardModel.from_language_model(str(tiny_llama_folder), dtype=torch.float32, lora=LoraSettings(r=2))
+    adapted.save(tmp_path / "adapted", tiny_tokenizer)
+
+    def folder(path: Path | str, digest: str, kind: str = "folder", **fields: Any) -> ResolvedModel:
+        return ResolvedModel(str(path), kind, str(path), digest, ModelInput(ref=str(path), **fields))
+
+    monkeypatch.chdir(tiny_llama_folder.parent)
+    policy = folder(tiny_llama_folder.name, "sha256:1234")  # relative to where the recipe runs
+    reward = folder(tmp_path / "adapted", "sha256:5678")
+    assert backbone_key(policy) == backbone_key(reward)
+    assert backbone_key(folder(tmp_path / "adapted", "", quantization="nf4")) != backbone_key(policy)
+    backbone = SharedBackbone(policy, dtype=torch.float32, device=torch.device("cpu"), lora=LoraSettings(r=2))
+    assert backbone.holds(reward)
+    assert backbone.reward_model(reward).backbone is backbone.model.get_base_model().model
+
+
+def test_models_of_the_hub_share_by_name_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages.models import adapters
+
+    monkeypatch.setattr(adapters, "is_adapter", lambda model: False)
+
+    def hub(**fields: Any) -> tuple[str, str, bool]:
+        return backbone_key(ResolvedModel("org/m", "hub", "org/m", fields.pop("digest", ""), ModelInput(ref="org/m", **fields)))
+
+    assert hub(digest="org/m@1") == hub() != hub(revision="2")
 
 
 def test_roles_do_not_disturb_each_other(family, lora_config) -> None:
