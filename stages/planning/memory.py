@@ -118,8 +118,8 @@ def chunked_logits(shape: Shape, positions: float, machine: Machine, *, trains_o
 
 
 def whole_logits(shape: Shape, positions: float) -> float:
-    """Losses that hold logits, their log-softmax and its gradient whole, in fp32."""
-    return 3 * positions * shape.vocabulary * FP32
+    """Losses that hold logits, the shifted copy of them, its log-softmax and both gradients whole, in fp32."""
+    return 5 * positions * shape.vocabulary * FP32
 
 
 def lora_rank(config: Any) -> int:
