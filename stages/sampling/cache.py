@@ -159,8 +159,8 @@ def attend_by_columns(
     query [B, heads, 1, D], key and value [B, H, T, D], attention_mask added to the scores [B, 1, 1, T]; returns [B, 1, heads, D].
     """
     batch, heads, length, width = query.shape
-    plain = options.get("position_bias") is None and (attention_mask is None or attention_mask.is_floating_point())
-    if length != 1 or dropout or not plain:
+    is_added = attention_mask is None or (attention_mask.is_floating_point() and attention_mask.shape[1] == 1)
+    if length != 1 or dropout or not is_added or options.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
     groups = key.shape[1]  # heads that share keys are the rows of one product
     query = query.reshape(batch, groups, heads // groups, width) * (width**-0.5 if scaling is None else scaling)

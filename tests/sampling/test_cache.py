@@ -71,6 +71,11 @@ def test_what_is_not_one_token_is_left_to_sdpa() -> None:
     module = SimpleNamespace(is_causal=True)
     expected, _ = sdpa_attention_forward(module, query, key, value, None)
     torch.testing.assert_close(attend_by_columns(module, query, key, value, None)[0], expected)
+    # a mask for each head (ALiBi's)
+    each = torch.randn(2, 6, 1, 5, generator=draw)
+    six, shared = torch.randn(2, 6, 1, 4, generator=draw), SimpleNamespace(is_causal=True, num_key_value_groups=3)
+    expected, _ = sdpa_attention_forward(shared, six, key, value, each)
+    torch.testing.assert_close(attend_by_columns(shared, six, key, value, each)[0], expected)
     # a mask of truth values is not something to add
     allowed = torch.ones(2, 1, 1, 5, dtype=torch.bool)
     allowed[0, ..., :3] = False
