@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+PLAIN = (Tensor, nn.Parameter)
+
 
 @cache
 def prefers_onednn() -> bool:
@@ -42,14 +44,19 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _takes(*tensors: Tensor) -> bool:
+def _takes(a: Tensor, b: Tensor) -> bool:
     """Whether oneDNN is to have these tensors: plain fp32 ones on a CPU, outside of autocast, compilation and sharding."""
-    if not prefers_onednn() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-        return False
-    return all(
-        type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.numel() > 0
-        for tensor in tensors
+    return (
+        prefers_onednn()
+        and _is_plain(a)
+        and _is_plain(b)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
     )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in PLAIN and tensor.dtype is torch.float32 and tensor.is_cpu and tensor.numel() > 0
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
