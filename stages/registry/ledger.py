@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from glob import iglob
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -287,7 +288,10 @@ class Registry:
 
     def records(self) -> list[ModelRecord]:
         """Every version, by name and number."""
-        folders = [path.parent for pattern in ("*/*/manifest.json", "*/*/*/manifest.json") for path in self._models.glob(pattern)]
+        patterns = ("*/*/manifest.json", "*/*/*/manifest.json")
+        # glob, not pathlib's: it passes over folders that another process removes meanwhile.
+        paths = [path for pattern in patterns for path in iglob(pattern, root_dir=self._models, include_hidden=True)]
+        folders = [(self._models / path).parent for path in paths]
         found = self._read_all(folder for folder in folders if folder.name.isdigit())
         return sorted(found, key=lambda record: (record.name, record.version))
 

@@ -318,6 +318,21 @@ def test_eight_processes_publish_read_and_remove_at_once(tmp_path: Path) -> None
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+def test_a_version_removed_while_all_are_listed_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry(tmp_path)
+    for _ in range(2):
+        registry.publish("base", fill, role="language_model")
+    scandir = os.scandir
+
+    def scandir_of_what_is_gone(path: Any = ".") -> Any:
+        if Path(os.fspath(path)).name == "1":
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scandir_of_what_is_gone)
+    assert "base@2" in [record.ref for record in registry.records()]
+
+
 def test_a_leftover_whose_owner_is_done_just_now_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry(tmp_path)
     registry.publish("fault/base", fill, role="language_model")
