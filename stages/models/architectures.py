@@ -8,12 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
-from transformers.pytorch_utils import Conv1D
 
 from stages.errors import ModelError
-from stages.models.lean import use_lean_layers
-from stages.models.loading import FastConv1D
-from stages.numerics.matmul import use_fast_matmuls
+from stages.models.loading import use_own_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +40,5 @@ def random_model(auto: Any, architecture: dict[str, Any], tokenizer: PreTrainedT
         reason = " ".join(str(error).split())[:200]
         what = auto.__name__.removeprefix("AutoModelFor")
         raise ModelError(f"no {kind} model ({what}) can be made of architecture {architecture}: {reason}") from error
-    use_fast_matmuls(model, {Conv1D: FastConv1D})
-    use_lean_layers(model)
+    use_own_layers(model)
     return model

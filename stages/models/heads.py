@@ -19,6 +19,7 @@ from stages.config import LoraSettings
 from stages.errors import ModelError
 from stages.models.adapters import FRESH, HEAD_FILE, is_adapter
 from stages.models.loading import as_resolved, load_backbone, load_tokenizer
+from stages.sampling.decoding import position_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,7 +98,7 @@ class ScalarModel(nn.Module):
         """Position ids that count real tokens only, so that left padding does not shift a text. Empty for models without positions."""
         if not _takes_position_ids(self.backbone):
             return {}
-        return {"position_ids": (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)}
+        return {"position_ids": position_ids(attention_mask)}
 
     # The trainer's side
 

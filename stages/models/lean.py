@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.numerics.lean import gated_mlp, rms_norm
-from stages.numerics.matmul import Linear
+from stages.numerics.matmul import Linear, are_plain
 
 PRODUCTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -43,7 +43,7 @@ class _LeanNorm(nn.Module):
         return rms_norm(x, self.weight, self.variance_epsilon)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.lean(x) if _trains_plainly(x, self.weight) else super().forward(x)
+        return self.lean(x) if torch.is_grad_enabled() and are_plain(x, self.weight) else super().forward(x)
 
 
 class _LeanMLP(nn.Module):
@@ -51,29 +51,20 @@ class _LeanMLP(nn.Module):
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        return _are_plain(module)
+        return _has_plain_products(module)
 
     def lean(self, x: Tensor) -> Tensor:
         return gated_mlp(x, *(getattr(self, name).weight for name in PRODUCTS))
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = _are_plain(self) and _trains_plainly(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
-        return self.lean(x) if plain else super().forward(x)
+        trains = torch.is_grad_enabled() and _has_plain_products(self)
+        weights = (getattr(self, name).weight for name in PRODUCTS)
+        return self.lean(x) if trains and are_plain(x, *weights) else super().forward(x)
 
 
-def _are_plain(module: nn.Module) -> bool:
+def _has_plain_products(module: nn.Module) -> bool:
     products: list[Any] = [getattr(module, name, None) for name in PRODUCTS]
     return all(type(one) in (nn.Linear, Linear) and one.bias is None and not one._forward_hooks for one in products)
-
-
-def _trains_plainly(*tensors: Tensor) -> bool:
-    """Whether a backward pass may follow, over plain fp32 tensors on a CPU: outside of autocast, compilation and sharding."""
-    return (
-        torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and all(type(one) in (Tensor, nn.Parameter) and one.dtype == torch.float32 and one.device.type == "cpu" for one in tensors)
-    )
 
 
 @cache

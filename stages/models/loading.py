@@ -280,9 +280,14 @@ def _finish(model: Any, source: ResolvedModel, lora: LoraSettings | None, task: 
         model = attach_lora(model, lora, task=task, base=source.path)
     if not dropout:
         disable_dropout(model)
+    use_own_layers(model)
+    return model.train(trainable)
+
+
+def use_own_layers(model: nn.Module) -> None:
+    """Let ``model`` compute with this project's layers where they are the faster or the leaner ones."""
     use_fast_matmuls(model, {Conv1D: FastConv1D})
     use_lean_layers(model)
-    return model.train(trainable)
 
 
 class FastConv1D(Conv1D):

@@ -45,18 +45,16 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _takes(a: Tensor, b: Tensor) -> bool:
-    """Whether oneDNN is to have these tensors: plain fp32 ones on a CPU, outside of autocast, compilation and sharding."""
-    return (
-        prefers_onednn()
-        and _is_plain(a)
-        and _is_plain(b)
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
+    """Whether oneDNN is to have these tensors."""
+    return prefers_onednn() and are_plain(a, b)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in PLAIN and tensor.dtype is torch.float32 and tensor.is_cpu and tensor.numel() > 0
+def are_plain(*tensors: Tensor) -> bool:
+    """Whether these are plain fp32 tensors on a CPU with numbers in them, outside of autocast, compilation and sharding."""
+    for tensor in tensors:  # no generator: every product asks
+        if type(tensor) not in PLAIN or tensor.dtype is not torch.float32 or not tensor.is_cpu or tensor.numel() == 0:
+            return False
+    return not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

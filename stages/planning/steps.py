@@ -58,7 +58,10 @@ def memory_of(config: Any, models: Mapping[str, View], lengths: Lengths, machine
         return None
     memory = estimate(config, models, lengths, machine, processes)
     if machine.kind == "cpu":
-        heap = HEAP["trainer" if config.stage != "ppo" else "ppo" if config.lora is None else "ppo with adapters"]
+        kind = "trainer"
+        if config.stage == "ppo":
+            kind = "ppo" if config.lora is None else "ppo with adapters"
+        heap = HEAP[kind]
         memory = replace(memory, passing=memory.passing + (heap - 1) * memory.activations)
     return memory
 

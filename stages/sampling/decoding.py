@@ -104,6 +104,11 @@ def decode(
     return Decoded(ids[:, :longest], logprobs[:, :longest], lengths)
 
 
+def position_ids(mask: Tensor) -> Tensor:
+    """Positions that count real tokens only: what makes left padding invisible to the model. Mask [B, T]; returns [B, T]."""
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
 def read_prompts(model: Any, cache: Any, whole: bool, ids: Tensor, mask: Tensor) -> Tensor:
     """Fill ``cache`` with the prompts [prompts, P]; returns the logits of the token after each [prompts, V].
 
@@ -111,7 +116,7 @@ def read_prompts(model: Any, cache: Any, whole: bool, ids: Tensor, mask: Tensor)
     ``generate`` gives prompts in order of length.
     """
     number, width = ids.shape
-    positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    positions = position_ids(mask)
     if not whole:
         output = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, **forward_options(model, cache))
         return output.logits[:, -1]

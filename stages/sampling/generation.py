@@ -88,11 +88,6 @@ def right_pad(rows: Sequence[Tensor], value: float, width: int | None = None) ->
     return torch.nn.functional.pad(padded, (0, missing), value=value) if missing > 0 else padded
 
 
-def position_ids(mask: Tensor) -> Tensor:
-    """Positions that count real tokens only: what makes left padding invisible to the model. Mask [B, T]; returns [B, T]."""
-    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
 @torch.no_grad()
 def generate(
     model: Any,

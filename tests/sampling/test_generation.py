@@ -12,13 +12,13 @@ from stages.errors import ModelError
 from stages.models.loading import load_language_model
 from stages.numerics import passes as numerics_passes
 from stages.sampling import cache, decoding
+from stages.sampling.decoding import position_ids
 from stages.sampling.generation import (
     Generated,
     decode_completions,
     ending_tokens,
     generate,
     left_pad,
-    position_ids,
     right_pad,
     stop_token_ids,
 )
