@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 
 from stages.errors import ModelError, RecipeError
 from stages.judges.config import EndpointJudge
-from stages.judges.endpoint import Comparison, EndpointClient, ReplyCache, read_verdict, shown
+from stages.judges.endpoint import Comparison, EndpointClient, ReplyCache, shown
 
 Reply = tuple[int, Any, dict[str, str]]
 
@@ -199,6 +200,30 @@ def test_nothing_is_asked_twice(server: Server, tmp_path: Path) -> None:
     assert b"k-123" not in path.read_bytes()
 
 
+@pytest.mark.parametrize(("unreadable", "reason"), [("", "the reply is empty"), ("I cannot judge this.", "the reply is no verdict")])
+def test_a_reply_without_a_verdict_is_asked_for_again(server: Server, tmp_path: Path, unreadable: str, reason: str) -> None:
+    path = tmp_path / "judgements.sqlite3"
+    server.reply = lambda body, number: (200, said(unreadable), {})
+    with client(server, cache=ReplyCache(path), max_failed_share=1.0) as asked:
+        assert asked.compare(PAIRS[:1]) == [None]
+    assert asked.tally.refused == 1 and asked.tally.reasons == {reason: 1}
+    server.reply = lambda body, number: (200, said(longer(body)), {})
+    with client(server, cache=ReplyCache(path)) as again:
+        assert again.compare(PAIRS[:1]) == [1.0]
+    assert (again.tally.requests, again.tally.from_cache) == (2, 0)
+
+
+def test_an_unreadable_reply_of_an_older_cache_is_asked_for_again(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "judgements.sqlite3"
+    with client(server, cache=ReplyCache(path)) as asked:
+        asked.compare(PAIRS[:1])
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE replies SET reply = ''")
+    with client(server, cache=ReplyCache(path)) as again:
+        assert again.compare(PAIRS[:1]) == [1.0]
+    assert (again.tally.requests, again.tally.from_cache) == (2, 0)
+
+
 def test_a_broken_cache_is_said(tmp_path: Path) -> None:
     path = tmp_path / "judgements.sqlite3"
     path.write_text("not a data base, but long enough to be taken for one " * 4)
@@ -213,18 +238,6 @@ def test_cost(server: Server) -> None:
     priced = judge(server, price_per_million_input=3.0, price_per_million_output=15.0)
     assert asked.tally.as_json(priced)["cost"] == pytest.approx(400 * 3e-6 + 8 * 15e-6)
     assert asked.tally.as_json(judge(server))["cost"] is None
-
-
-@pytest.mark.parametrize(
-    ("reply", "expected"),
-    [
-        ("A", 1.0), ("b", 0.0), ("**B**", 0.0), ("Tie.", 0.5), ("[[A]]", 1.0), ("Answer: A", 1.0), ("Response B is better.", 0.0),
-        ("The first is clearer.\nFinal verdict: A", 1.0), ("a tie", 0.5), ("", None), ("A or B", None), ("I cannot say.", None),
-        ("As an AI, a", None), ("Banana", None),
-    ],
-)  # fmt: skip
-def test_reading_a_verdict(reply: str, expected: float | None) -> None:
-    assert read_verdict(reply) == expected
 
 
 def test_what_the_judge_reads() -> None:
