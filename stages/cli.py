@@ -2,7 +2,7 @@
 
     stages run RECIPE [step.field=value ...]      stages plan RECIPE
     stages sweep RECIPE step.field=[value,value] [seeds=3]
-    stages models list | show | lineage | verify | export | remove
+    stages models list | show | lineage | verify | export | import | remove
     stages generate REF --prompt TEXT [--against REF2]      stages chat REF
     stages report RUN [RUN2 ...]
 """
@@ -425,6 +425,34 @@ def export(
         _print_json({"path": str(path)})
     else:
         typer.echo(f"exported {ref} to {path}")
+
+
+@models.command("import")
+@reports_errors
+def import_command(
+    source: Annotated[str, typer.Argument(metavar="FOLDER|FILE.gguf", help="What another library saved.")],
+    name: Annotated[str, typer.Option("--as", metavar="NAME", help="Name in the registry, e.g. imported/reward.")],
+    role: Annotated[str | None, typer.Option(help="reward_model or value_model, where the files do not say which the head is.")] = None,
+    pickle: Annotated[bool, typer.Option("--pickle", help="Also read pickle files (pytorch_model.bin), with weights_only=True.")] = False,
+    base: Annotated[str | None, typer.Option(help="The model that an adapter stands on, if its config names another path.")] = None,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Bring in a model of TRL, OpenRLHF, DeepSpeed-Chat, trlX, LLaMA-Factory, ms-swift, transformers, or llama.cpp (GGUF)."""
+    from stages.importing.run import import_model
+
+    if role not in (None, "language_model", "reward_model", "value_model", "classifier"):
+        raise typer.BadParameter(f"{role!r}: expected language_model, reward_model, value_model or classifier", param_hint="--role")
+    imported = import_model(source, _registry(home), name, role=role, allow_pickle=pickle, base=base)  # type: ignore[arg-type]
+    if as_json:
+        _print_json({"library": imported.library, "models": [_row(record) for record in imported.records], "notes": imported.notes})
+        return
+    typer.echo(f"{source} was saved by {imported.library}")
+    for record in imported.records:
+        typer.echo(f"published {record.ref} ({record.role})")
+    for note in imported.notes:
+        typer.echo(f"note: {note}")
 
 
 @models.command()

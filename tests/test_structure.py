@@ -38,9 +38,11 @@ ARROWS = {
     "chain": {"corpora", "process", "recipe", "registry", "report"},
     "sweep": {"chain", "numerics", "process", "recipe", "registry"},
     "planning": {"corpora", "numerics", "recipe", "registry"},
+    "importing": {"models", "process", "registry"},
     "terminal": {"chain", "corpora", "models", "recipe", "rewards", "sampling"},
     "cli": {
-        "chain", "conformance", "corpora", "models", "planning", "process", "recipe", "registry", "report", "sampling", "sweep", "terminal",
+        "chain", "conformance", "corpora", "importing", "models", "planning", "process", "recipe", "registry", "report", "sampling",
+        "sweep", "terminal",
     },  # fmt: skip
     "__main__": {"cli"},
     "__init__": set(),

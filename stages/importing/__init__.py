@@ -1,0 +1,1 @@
+"""Models that other libraries saved, brought into the registry."""

@@ -1,0 +1,148 @@
+"""The forms in which other libraries save a transformer with a scalar head, recognised by the names of the tensors.
+
+d is the hidden size. A head is weight [1, d] and a bias.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from stages.errors import ModelError
+
+Role = Literal["language_model", "reward_model", "value_model", "classifier"]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A scalar head: weight [1, d] fp32, its bias, and the name it had in the file."""
+
+    weight: Tensor
+    bias: float
+    name: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a folder holds.
+
+    ``library`` wrote it; ``body`` are the transformer's tensors under the names that transformers uses; ``role`` is that of the head (None
+    without one); ``has_policy``: the language model is a result of its own beside the head; ``notes`` say what was assumed, changed or left
+    out.
+    """
+
+    library: str
+    body: dict[str, Tensor]
+    head: Head | None = None
+    role: Role | None = None
+    has_policy: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def recognise(weights: dict[str, Tensor], head_file: dict[str, Tensor], config: dict[str, Any], *, is_adapter: bool) -> Layout:
+    """The layout of a folder: ``weights`` of its model, ``head_file`` of a separate head, ``config`` its config.json.
+
+    Raises ModelError for a head that is not linear from d to 1.
+    """
+    names = set(weights)
+    if head_file:
+        return _separate_head(weights, head_file)
+    if any(name.startswith("rwtransformer.") for name in names):
+        return _deepspeed_chat(weights)
+    if any(name.startswith("base_model.") for name in names) and not is_adapter:
+        return _trlx(weights)
+    if "v_head.summary.weight" in names:
+        return _trl_value_head(weights, is_adapter)
+    if "v_head.weight" in names:
+        return _trlx_reward_model(weights)
+    if "value_head.weight" in names or _is_openrlhf(config, names):
+        return _openrlhf(weights, config)
+    return Layout("transformers", weights, role=_role_of(config, names, is_adapter))
+
+
+def _role_of(config: dict[str, Any], names: set[str], is_adapter: bool) -> Role | None:
+    """The role of a model in transformers' own form."""
+    heads = [name for name in names if name.split(".")[0] in ("score", "classifier")]
+    if not heads:
+        return None if is_adapter else "language_model"
+    labels = config.get("num_labels") or len(config.get("id2label") or {}) or 2
+    return "reward_model" if labels == 1 and names & {"score.weight"} else "classifier"
+
+
+def _separate_head(weights: dict[str, Tensor], head_file: dict[str, Tensor]) -> Layout:
+    head = linear_head(head_file, "v_head.summary")
+    return Layout("LLaMA-Factory or ms-swift", weights, head, "reward_model", notes=[_assumed_reward("value_head")])
+
+
+def _deepspeed_chat(weights: dict[str, Tensor]) -> Layout:
+    head = linear_head(weights, "v_head")
+    body, dropped = _split(weights, "rwtransformer.", head)
+    return Layout("DeepSpeed-Chat", body, head, "reward_model", notes=[_assumed_reward("v_head"), *dropped])
+
+
+def _trl_value_head(weights: dict[str, Tensor], is_adapter: bool) -> Layout:
+    head = linear_head(weights, "v_head.summary")
+    body = {name.removeprefix("pretrained_model."): value for name, value in weights.items() if not name.startswith("v_head.")}
+    return Layout("TRL 0.4 to 0.11 (AutoModelForCausalLMWithValueHead)", body, head, "value_model", has_policy=bool(body) or is_adapter)
+
+
+def _trlx(weights: dict[str, Tensor]) -> Layout:
+    body = {name.removeprefix("base_model."): value for name, value in weights.items() if name.startswith("base_model.")}
+    others = sorted({name.split(".")[0] for name in weights if not name.startswith("base_model.")})
+    notes = []
+    if "v_head" in others:
+        notes.append(
+            "left out: v_head, which has two layers (or a branch of the transformer) in trlX; the value network here has one linear layer. "
+            "Start PPO's value network from a reward model or from the policy"
+        )
+    if "frozen_head" in others:
+        notes.append("left out: frozen_head, a copy of the upper layers of the reference; name the SFT model as the policy's start instead")
+    return Layout("trlX (AutoModelForCausalLMWithValueHead)", body, has_policy=True, role="language_model", notes=notes)
+
+
+def _trlx_reward_model(weights: dict[str, Tensor]) -> Layout:
+    head = linear_head(weights, "v_head")
+    body = {name: value for name, value in weights.items() if not name.startswith("v_head.")}
+    return Layout("trlX (reward model of its examples)", body, head, "reward_model", notes=[_assumed_reward("v_head")])
+
+
+def _is_openrlhf(config: dict[str, Any], names: set[str]) -> bool:
+    made = (config.get("architectures") or [""])[0]
+    return made in ("RewardModel", "CriticModel") and any(name.endswith(".weight") and "." in name for name in names)
+
+
+def _openrlhf(weights: dict[str, Tensor], config: dict[str, Any]) -> Layout:
+    prefix = next((name for name in ("value_head", "score") if f"{name}.weight" in weights), config.get("value_head_prefix", "score"))
+    head = linear_head(weights, prefix)
+    body = {name: value for name, value in weights.items() if not name.startswith(f"{prefix}.")}
+    is_critic = (config.get("architectures") or [""])[0] == "CriticModel"
+    notes = [] if is_critic or config.get("architectures") else [_assumed_reward(prefix)]
+    if config.get("normalize_reward") and "mean" in config:
+        mean, deviation = float(config["mean"]), float(config["std"])
+        head = Head(head.weight / deviation, (head.bias - mean) / deviation, head.name)
+        notes.append(f"scores are normalised as in OpenRLHF's evaluation mode: (score - {mean:g}) / {deviation:g}, put into the head")
+    return Layout("OpenRLHF", body, head, "value_model" if is_critic else "reward_model", notes=notes)
+
+
+def linear_head(tensors: dict[str, Tensor], prefix: str) -> Head:
+    """The linear head under ``prefix``. Raises ModelError where it is missing or not linear from d to 1."""
+    found = {name: value for name, value in tensors.items() if name.startswith(f"{prefix.split('.')[0]}.")}
+    weight, bias = tensors.get(f"{prefix}.weight"), tensors.get(f"{prefix}.bias")
+    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in sorted(found.items())) or "none"
+    if weight is None or set(found) - {f"{prefix}.weight", f"{prefix}.bias"} or weight.dim() != 2 or weight.shape[0] != 1:
+        raise ModelError(f"the head is not one linear layer to one number: expected {prefix}.weight [1, d]; the file has {shapes}")
+    return Head(weight.float(), 0.0 if bias is None else float(torch.as_tensor(bias).reshape(-1)[0]), prefix)
+
+
+def _split(weights: dict[str, Tensor], prefix: str, head: Head) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors under ``prefix`` without it, and a note on those that are neither there nor in the head."""
+    body = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    others = sorted(name for name in weights if not name.startswith((prefix, f"{head.name}.")))
+    return body, [f"left out: {', '.join(others)}"] if others else []
+
+
+def _assumed_reward(name: str) -> str:
+    return f"the file does not say whether {name} is a reward or a value; assumed: a reward model (else: --role value_model)"
