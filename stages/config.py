@@ -23,7 +23,7 @@ class LoraSettings(Strict):
 
     r: int = Field(8, ge=1, description="Rank of the update.")
     alpha: float = Field(16.0, gt=0, description="Scale: the update is multiplied by alpha / r.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input; reward_model, dpo and ppo steps switch it off.")
     target_modules: str | list[str] = Field("all-linear", description="Modules that get an adapter: 'all-linear' or a list of names.")
 
 

@@ -178,6 +178,16 @@ RECIPES = {
     "an override of no field": Case("override 'sft.sed=1': steps[0].sed: unknown field 'sed'; did you mean 'seed'?", SFT,
                                     overrides=("sft.sed=1",)),
     "an override of the wrong type": Case("got 'many', expected a whole number", SFT, overrides=("sft.training.batch_size=many",)),
+    "an override that contradicts another field": Case("override 'aligned.rollout_batch_size=9': steps[0]: rollout_batch_size=9",
+                                                       PPO, overrides=("aligned.seed=1", "aligned.rollout_batch_size=9")),
+    "two overrides that contradict each other": Case("overrides 'aligned.rollout_batch_size=9', 'aligned.minibatch_size=4': steps",
+                                                     PPO, overrides=("aligned.rollout_batch_size=9", "aligned.minibatch_size=4")),
+    "an override beside a mistake of the file": Case("error: bad.yaml:4: steps[0].sed: unknown field 'sed'", SFT, {"sed": 1},
+                                                     overrides=("sft.seed=1",)),
+    "an override that names data of another kind": Case("error: override 'sft.data.train=texts.jsonl': steps[0] (sft): ", SFT,
+                                                        overrides=("sft.seed=1", "sft.data.train=texts.jsonl")),
+    "an override that names no function": Case("override 'aligned.reward[0].function=no_such_module:score': steps[0] (aligned): ", PPO,
+                                               overrides=("aligned.reward[0].function=no_such_module:score",)),
     "an override with a tag": Case("is not allowed", SFT, overrides=("sft.seed=!!python/name:os.system",)),
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Dropout on the residual branches alone (Ouyang et al. 2022, C.1: 0.2 in supervised fine-tuning), for any family of decoders.
 
-Many of today's families have no dropout modules where GPT had them, so the branches' outputs are dropped by forward hooks: no weight, no
-module and no name changes, and what is saved is as it was.
+Many families have no dropout modules where GPT had them. Forward hooks therefore drop the outputs of the branches: no weight, module or
+name changes, and the saved model is as it was.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ BRANCHES = ("self_attn", "self_attention", "attn", "attention", "mlp", "feed_for
 
 
 def set_residual_dropout(model: Any, probability: float) -> int:
-    """Drop what each attention and each MLP adds to the residual stream, in training mode; every other dropout goes to 0.
+    """Drop what each attention and each MLP adds to the residual stream, in training mode; set every other dropout to 0.
 
-    Returns how many branches there are. Raises ModelError for a model whose layers have not exactly two.
+    Returns the number of branches. Raises ModelError for a model whose layers do not have exactly two.
     """
     disable_dropout(model)
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    found = 0
+    count = 0
     for layer in _layers(plain):
         branches = [child for name, child in layer.named_children() if name in BRANCHES]
         if len(branches) != 2:
@@ -34,9 +34,20 @@ def set_residual_dropout(model: Any, probability: float) -> int:
                 "them. Leave residual_dropout out for this family"
             )
         for branch in branches:
-            branch.register_forward_hook(_dropper(probability))
-            found += 1
-    return found
+            branch.residual_dropout = probability
+            branch.register_forward_hook(_drop)
+            count += 1
+    return count
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether ``model`` drops anything in training mode: by modules, inside its attention, or on residual branches."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return True
+        if any("dropout" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items()):
+            return True
+    return False
 
 
 def _layers(model: Any) -> nn.ModuleList:
@@ -47,12 +58,10 @@ def _layers(model: Any) -> nn.ModuleList:
     raise ModelError(f"residual_dropout: {type(model).__name__} has no list of {number} layers; leave residual_dropout out for this family")
 
 
-def _dropper(probability: float) -> Any:
-    def drop(module: nn.Module, inputs: Any, output: Tensor | tuple[Any, ...]) -> Any:
-        if not module.training:
-            return output
-        if isinstance(output, tuple):
-            return (functional.dropout(output[0], probability), *output[1:])
-        return functional.dropout(output, probability)
-
-    return drop
+def _drop(module: Any, inputs: Any, output: Tensor | tuple[Any, ...]) -> Any:
+    """The forward hook of a branch: drop its output, the first item where it gives several."""
+    if not module.training:
+        return output
+    if isinstance(output, tuple):
+        return (functional.dropout(output[0], module.residual_dropout), *output[1:])
+    return functional.dropout(output, module.residual_dropout)

@@ -19,7 +19,7 @@ from stages.process.trackers import Tracker, check_trackers
 from stages.recipe.functions import addresses, check_function
 from stages.recipe.messages import validate
 from stages.recipe.presets import Applied, apply_preset
-from stages.recipe.source import RecipeSource, Steps, nearest, parse_path, read
+from stages.recipe.source import RecipeSource, Steps, named, nearest, parse_path, read, show
 from stages.registry.ledger import DIGEST, REFERENCE, Registry, check_name
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -114,17 +114,52 @@ class Recipe:
         Raises RecipeError or DataError with the place.
         """
         check: Callable[[], None] | None = getattr(step.config, "check_data", None)
+        path: Steps = ("steps", step.index)
+        address = ""
         try:
             for address in addresses(step.config):
                 check_function(address)
+            address = ""
             if check is not None:
                 check()
         except (DataError, RecipeError) as error:
-            raise type(error)(f"{self.source.place(('steps', step.index))} ({step.name}): {error}") from error
+            overrides = self.source.overrides_with(path, address) or self.source.overrides_of(path, data_inputs(step.config))
+            place = f"{named(overrides)}: {show(path)}" if overrides else self.source.place(path)
+            raise type(error)(f"{place} ({step.name}): {error}") from error
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = (), registry: Registry | None = None) -> Recipe:
-    """Read, override and check a recipe; nothing is run and no model is loaded. Raises RecipeError with place, value and next move."""
+    """Read, override and check a recipe; nothing is run and no model is loaded.
+
+    Raises RecipeError with place, value and next move; the place is the override where the recipe is right without it.
+    """
+    try:
+        return _load(path, overrides, registry)
+    except RecipeError as error:
+        if not overrides or str(error).startswith("override "):
+            raise
+        guilty = _guilty_overrides(str(error), path, overrides, registry)
+        if not guilty:
+            raise
+        raise RecipeError(f"{named(guilty)}: {str(error).removeprefix(str(path)).lstrip(':0123456789 ')}") from error
+
+
+def _guilty_overrides(message: str, path: Path | str, overrides: Sequence[str], registry: Registry | None) -> list[str]:
+    """The overrides without which the recipe does not fail with ``message``; none where the file alone fails so."""
+
+    def fails_so(kept: Sequence[str]) -> bool:
+        try:
+            _load(path, kept, registry)
+        except RecipeError as error:
+            return str(error) == message
+        return False
+
+    if fails_so(()):
+        return []
+    return [text for index, text in enumerate(overrides) if not fails_so([*overrides[:index], *overrides[index + 1 :]])] or list(overrides)
+
+
+def _load(path: Path | str, overrides: Sequence[str], registry: Registry | None) -> Recipe:
     source = read(path)
     _refuse_secrets(source, overrides)
     for text in overrides:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from io import StringIO
@@ -62,6 +62,11 @@ def nearest(name: Any, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(choices) or 'none'}"
 
 
+def named(overrides: Sequence[str]) -> str:
+    """``override 'sft.seed=1'``, or ``overrides 'a=1', 'b=2'``: the beginning of a message about them."""
+    return f"override{'s' if len(overrides) > 1 else ''} {', '.join(map(repr, overrides))}"
+
+
 @dataclass
 class RecipeSource:
     """Plain values of a recipe, and where each was written."""
@@ -79,6 +84,16 @@ class RecipeSource:
             if path[:length] in self.lines:
                 return f"{self.file}:{self.lines[path[:length]]}: {show(path)}".rstrip(": ")
         return f"{self.file}: {show(path)}"
+
+    def overrides_of(self, path: Steps, fields: Iterable[str]) -> list[str]:
+        """The overrides of ``fields`` (paths below ``path``), of a part of them, or of what holds them."""
+        wanted = [(*path, *parse_path(name)) for name in fields]
+        return [text for key, text in self.overrides.items() if any(key[: len(one)] == one[: len(key)] for one in wanted)]
+
+    def overrides_with(self, path: Steps, value: str) -> list[str]:
+        """The overrides below ``path`` whose value holds the text ``value``; none for an empty text."""
+        below = [text for key, text in self.overrides.items() if key[: len(path)] == path]
+        return [text for text in below if value and value in text.partition("=")[2]]
 
     def error(self, path: Steps, message: str) -> RecipeError:
         return RecipeError(f"{self.place(path)}: {message}")

@@ -311,6 +311,7 @@ def train(
     """
     from transformers import PrinterCallback, ProgressCallback
 
+    from stages.models.dropout import has_dropout
     from stages.models.loading import quiet_transformers
 
     assert hasattr(trainer, "restore_logs"), "make the trainer of training.exact(Trainer): others depend on the number of processes"
@@ -329,6 +330,11 @@ def train(
         trainer.is_distributed_loading_by_transformers = True  # so that the Trainer does not wrap it once more
     if found is None:
         runtime.seed_everything(trainer.args.seed + PROCESS_SEEDS * runtime.process_index)  # dropout differs from process to process
+    if runtime.num_processes > 1 and has_dropout(trainer.model):
+        runtime.console.print(
+            f"{context.name}: dropout is on, and each process draws its own masks: with another number of processes the weights differ by "
+            "chance. Set dropout to 0 for results that do not depend on it."
+        )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     with ExitStack() as stack:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from stages.errors import ModelError
-from stages.models.dropout import set_residual_dropout
+from stages.models.dropout import has_dropout, set_residual_dropout
+from stages.models.loading import disable_dropout
 
 
 def make(family: str) -> Any:
@@ -70,3 +71,16 @@ def test_a_family_with_other_parts_is_refused() -> None:
     config = transformers.MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, state_size=4)
     with pytest.raises(ModelError, match="leave it|Leave residual_dropout out for this family"):
         set_residual_dropout(transformers.AutoModelForCausalLM.from_config(config), 0.2)
+
+
+@pytest.mark.parametrize(("family", "expected"), [("gpt2", True), ("llama", False), ("gpt_neox", True)])
+def test_has_dropout_sees_modules_and_attention_and_branches(family: str, expected: bool) -> None:
+    model = make(family)
+    assert has_dropout(model) is expected
+    disable_dropout(model)
+    assert not has_dropout(model)
+    set_residual_dropout(model, 0.2)
+    assert has_dropout(model)
+    disable_dropout(model)  # it reaches the branches, too
+    branch = next(module for name, module in model.named_modules() if name.endswith(".mlp"))
+    assert not has_dropout(model) and not (outputs(model.train(), branch) == 0).any()

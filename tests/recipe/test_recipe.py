@@ -300,8 +300,12 @@ def test_data_is_found_beside_the_caller_first(tmp_path: Path) -> None:
 def test_data_that_a_step_refuses_is_reported_with_the_place() -> None:
     Path("empty.txt").write_text("")
     recipe = load(GOOD, "sft.data.train=empty.txt")
-    with pytest.raises(DataError, match=r"recipes/x.yaml:5: steps\[1\] \(sft\): .*empty.txt: no rows"):
+    with pytest.raises(DataError, match=r"^override 'sft.data.train=empty.txt': steps\[1\] \(sft\): .*empty.txt: no rows"):
         recipe.check_data(recipe.steps[1])
+    recipe = load(changed("texts.txt", "empty.txt"), "sft.seed=1")
+    with pytest.raises(DataError, match=r"^recipes/x.yaml:5: steps\[1\] \(sft\): .*empty.txt: no rows"):
+        recipe.check_data(recipe.steps[1])
+
 
 
 def test_an_alias_of_aliases_is_stopped() -> None:
