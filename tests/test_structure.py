@@ -37,7 +37,7 @@ ARROWS = {
     "conformance": set(),
     "chain": {"corpora", "process", "recipe", "registry", "report"},
     "sweep": {"chain", "numerics", "process", "recipe", "registry"},
-    "planning": {"corpora", "numerics", "recipe", "registry"},
+    "planning": {"corpora", "models", "numerics", "process", "recipe", "registry"},
     "importing": {"models", "process", "registry"},
     "terminal": {"chain", "corpora", "models", "recipe", "rewards", "sampling"},
     "cli": {

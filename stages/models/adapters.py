@@ -1,17 +1,14 @@
-"""Low-rank adapters and quantized backbones: attach, find the base, merge.
+"""Low-rank adapters: attach a fresh one, lay a saved one on a model, choose which act, merge.
 
-An adapter published by a step stands on the model that the step was given, which may be an adapter itself. Whole weights are had by
-merging a stack from the bottom up. On a quantized base the stack stays as it is, one adapter added upon another: merging would round them
-away, and what a step trained on would not be what the next one loads.
+Merging a stack (models/stacks.py) from the bottom up gives whole weights. On a quantized base the adapters stay apart: merging would round
+them away, and the next step would load another model than the last one trained.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +17,7 @@ from torch import nn
 
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
+from stages.models.stacks import read_adapter_config
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -27,74 +25,10 @@ if TYPE_CHECKING:
     from stages.process.runtime import ResolvedModel
     from stages.registry.ledger import ModelRecord, Registry
 
-ADAPTER_CONFIG = "adapter_config.json"
 FRESH = "default"
 """Name of the adapter that a step trains, within its process."""
 HEAD_FILE = "head.safetensors"
 """The full-precision scalar head that lies beside a reward or value model's adapter."""
-
-
-def is_adapter(model: ResolvedModel) -> bool:
-    """Whether the model's folder (or hub repository) holds an adapter and not whole weights."""
-    if model.record is not None:
-        return model.record.is_adapter
-    if model.kind == "hub":
-        from transformers.utils import cached_file
-
-        found = cached_file(
-            model.path, ADAPTER_CONFIG, revision=model.input.revision,
-            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
-        return found is not None
-    return (Path(model.path) / ADAPTER_CONFIG).exists()
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Whole weights and the adapters on them, the lowest first; none for a model that is whole itself."""
-
-    base: ResolvedModel
-    adapters: tuple[ResolvedModel, ...]
-
-
-def stack_of(model: ResolvedModel) -> Stack:
-    """What ``model`` is made of; the base is to be loaded as ``model`` says, quantized or not."""
-    adapters, below = [], model
-    while is_adapter(below):
-        adapters.append(below)
-        below = find_base(below)
-    return Stack(below.with_quantization(model.input), tuple(reversed(adapters)))
-
-
-def find_base(adapter: ResolvedModel) -> ResolvedModel:
-    """The model that an adapter stands on. Raises ModelError where it does not say, RegistryError where the registry lost it."""
-    from stages.process.runtime import ResolvedModel
-    from stages.registry.ledger import Registry
-
-    record = adapter.record
-    if record is None:
-        named = _read_adapter_config(adapter).get("base_model_name_or_path")
-        if not named:
-            raise ModelError(f"the adapter {adapter.ref!r} does not say which model it stands on (base_model_name_or_path is empty)")
-        kind = "folder" if Path(named).is_dir() else "hub"
-        return ResolvedModel(ref=named, kind=kind, path=named, digest="", input=ModelInput(ref=named))
-    base = record.manifest["base"]
-    fields = {key: base[key] for key in ("revision", "trust_remote_code", "quantization", "double_quantization") if key in base}
-    source = ModelInput(ref=base["ref"], **fields)
-    if base["kind"] != "registry":
-        return ResolvedModel(ref=base["ref"], kind=base["kind"], path=str(base["path"]), digest=base["digest"], input=source)
-    # <root>/models/<name>/<version>, where the name may hold slashes
-    registry = Registry(record.folder.parents[record.name.count("/") + 2])
-    found = registry.get(base["digest"])
-    return ResolvedModel(ref=found.ref, kind="registry", path=str(found.path), digest=found.digest, input=source, record=found)
-
-
-def _read_adapter_config(adapter: ResolvedModel) -> dict[str, Any]:
-    from transformers.utils import cached_file
-
-    path = cached_file(adapter.path, ADAPTER_CONFIG, revision=adapter.input.revision)
-    return json.loads(Path(str(path)).read_text(encoding="utf-8"))
 
 
 def attach_lora(model: Any, lora: LoraSettings, *, task: str, base: str, name: str = FRESH) -> Any:
@@ -262,7 +196,7 @@ def save_merged(adapter: ResolvedModel, folder: Path) -> None:
 def _guess_role(adapter: ResolvedModel) -> str:
     if (Path(adapter.path) / HEAD_FILE).exists():
         return "reward_model"
-    return "classifier" if _read_adapter_config(adapter).get("task_type") == "SEQ_CLS" else "language_model"
+    return "classifier" if read_adapter_config(adapter).get("task_type") == "SEQ_CLS" else "language_model"
 
 
 def export_merged(record: ModelRecord, registry: Registry, folder: Path) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from stages.config import LoraSettings
 from stages.errors import ModelError
-from stages.models.adapters import FRESH, HEAD_FILE, is_adapter
+from stages.models.adapters import FRESH, HEAD_FILE
 from stages.models.loading import as_resolved, load_backbone, load_tokenizer
+from stages.models.stacks import is_adapter
 from stages.sampling.decoding import position_ids
 
 if TYPE_CHECKING:

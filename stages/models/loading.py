@@ -16,8 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
-from stages.models.adapters import FRESH, add_adapter, attach_lora, find_base, is_adapter, merge, quantization_config, stack_of
+from stages.models.adapters import FRESH, add_adapter, attach_lora, merge, quantization_config
 from stages.models.lean import use_lean_layers
+from stages.models.stacks import is_adapter, stack_of, trained_on
 from stages.numerics.matmul import linear, use_fast_matmuls
 
 if TYPE_CHECKING:
@@ -191,12 +192,12 @@ def _merged(auto: Any, model: ResolvedModel, tokenizer: PreTrainedTokenizerBase 
     as they were computed with, int8 ones but for the rounding of activations, which whole weights do not have.
     """
     stack = stack_of(model)
-    trained_on = find_base(model).input
+    origin = trained_on(model)
     loaded = _from_pretrained(
-        auto, stack.base.with_quantization(trained_on), stack.base.path, torch.float32, load_tokenizer(model), False,
+        auto, stack.base.with_quantization(origin), stack.base.path, torch.float32, load_tokenizer(model), False,
         options or _class_names(auto, model),
     )  # fmt: skip
-    if trained_on.quantization != "none":
+    if origin.quantization != "none":
         with quiet_transformers():
             loaded = loaded.dequantize().float()
     for number, adapter in enumerate(stack.adapters):

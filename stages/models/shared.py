@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from stages.config import LoraSettings
-from stages.models.adapters import activate, active_adapters, add_adapter, attach_lora, stack_of
+from stages.models.adapters import activate, active_adapters, add_adapter, attach_lora
 from stages.models.heads import RewardModel, ScalarModel, ValueModel, read_head
 from stages.models.loading import load_language_model, load_tokenizer
+from stages.models.stacks import stack_of, weights_of
 
 if TYPE_CHECKING:
     from stages.process.runtime import ResolvedModel
@@ -25,16 +26,9 @@ Scalar = TypeVar("Scalar", bound=ScalarModel)
 
 
 def backbone_key(model: ResolvedModel) -> tuple[str, str, bool]:
-    """What two models must agree in to stand on one backbone: the whole weights below their adapters, and how those are quantized.
-
-    Outside of the registry weights are known by where they lie: an adapter says of its base no more than that.
-    """
+    """What two models must agree in to stand on one backbone: the whole weights below their adapters, and how those are quantized."""
     base = stack_of(model).base
-    if base.kind == "registry":
-        weights = base.digest
-    else:
-        weights = str(Path(base.path).resolve()) if base.kind == "folder" else f"{base.path}@{base.input.revision or ''}"
-    return weights, base.input.quantization, base.input.double_quantization
+    return weights_of(base), base.input.quantization, base.input.double_quantization
 
 
 class SharedBackbone:

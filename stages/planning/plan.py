@@ -18,6 +18,7 @@ from stages.planning.lengths import Lengths, lengths_of
 from stages.planning.memory import Machine, Memory
 from stages.planning.shapes import shape_of, shape_of_folder, shape_of_hub
 from stages.planning.steps import View, lora_rank, memory_of
+from stages.process.runtime import ResolvedModel
 from stages.recipe.schema import Recipe, RecipeStep, Reference, model_inputs
 from stages.registry.ledger import Registry
 
@@ -80,31 +81,38 @@ def _views(step: RecipeStep, made: Mapping[str, View], registry: Registry) -> tu
 
 
 def _foreign(reference: Reference, registry: Registry) -> View | None:
-    """A model from outside of the recipe, with the adapters it consists of."""
-    if reference.kind == "hub":
-        shape = shape_of_hub(reference.target)
-        return None if shape is None else View(shape, reference.target)
-    if reference.kind == "folder":
-        return _in_folder(Path(reference.target), reference.target)
-    record, adapters = registry.get(reference.target), 0.0
-    while record.is_adapter:
-        adapters += _weights_in(record.path)
-        base = record.manifest["base"]
-        if base["kind"] != "registry":
-            below = shape_of_hub(base["path"]) if base["kind"] == "hub" else shape_of_folder(Path(base["path"]))
-            return None if below is None else View(below, base["digest"], adapters)
-        record = registry.get(base["digest"])
-    shape = shape_of_folder(record.path)
-    return None if shape is None else View(shape, record.digest, adapters)
+    """A model from outside of the recipe, with the adapters it consists of; None where its sizes are unknown."""
+    from stages.models.stacks import Stack, stack_of, weights_of
+
+    model = _unread(reference, registry)
+    # Asking the hub whether a model is an adapter needs a connection, which a plan does without where the cache cannot tell.
+    stack = Stack(model, ()) if model.kind == "hub" and not _is_cached_adapter(model) else stack_of(model)
+    base = stack.base
+    shape = shape_of_hub(base.path, base.input.revision) if base.kind == "hub" else shape_of_folder(Path(base.path))
+    return None if shape is None else View(shape, weights_of(base), sum(_weights_in(_folder_of(adapter)) for adapter in stack.adapters))
 
 
-def _in_folder(folder: Path, name: str) -> View | None:
-    if not (folder / "adapter_config.json").exists():
-        shape = shape_of_folder(folder)
-        return None if shape is None else View(shape, name)
-    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
-    below = shape_of_folder(Path(base)) if Path(base).is_dir() else shape_of_hub(base) if "/" in base else None
-    return None if below is None else View(below, base, _weights_in(folder))
+def _unread(reference: Reference, registry: Registry) -> ResolvedModel:
+    """The model that a reference names, without its digest: a plan need not read the weights."""
+    if reference.kind == "registry":
+        record = registry.get(reference.target)
+        return ResolvedModel(reference.input.ref, "registry", str(record.path), record.digest, reference.input, record)
+    return ResolvedModel(reference.input.ref, reference.kind, reference.target, "", reference.input)
+
+
+def _is_cached_adapter(model: ResolvedModel) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(model.path, "adapter_config.json", revision=model.input.revision), str)
+
+
+def _folder_of(adapter: ResolvedModel) -> Path:
+    """Where the files of an adapter lie; of one on the hub that was not downloaded whole, its part of the cache."""
+    if adapter.kind != "hub":
+        return Path(adapter.path)
+    from huggingface_hub import try_to_load_from_cache
+
+    return Path(str(try_to_load_from_cache(adapter.path, "adapter_config.json", revision=adapter.input.revision))).parent
 
 
 def _weights_in(folder: Path) -> float:

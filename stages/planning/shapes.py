@@ -137,11 +137,11 @@ def shape_of_folder(folder: Path) -> Shape | None:
         return None
 
 
-def shape_of_hub(identifier: str) -> Shape | None:
+def shape_of_hub(identifier: str, revision: str | None = None) -> Shape | None:
     """The sizes of a model of the hub: from the local cache, else from the list of well-known ones; None where neither has it."""
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(identifier, "config.json")
+    cached = try_to_load_from_cache(identifier, "config.json", revision=revision)
     if isinstance(cached, str) and (found := shape_of_folder(Path(cached).parent)) is not None:
         return found
     known = _known_models().get(identifier.lower())

@@ -170,6 +170,7 @@ class ResolvedModel:
     digest: str  # content digest; for a hub id, the id and revision
     input: ModelInput
     record: ModelRecord | None = None
+    base: ResolvedModel | None = None  # of an adapter whose own files do not say it, such as one that is about to be published
 
     def with_quantization(self, other: ModelInput) -> ResolvedModel:
         """The same model, to be loaded quantized as ``other`` is."""

@@ -274,11 +274,12 @@ def _results(record: ModelRecord, evaluations: list[dict[str, Any]]) -> list[Any
 
 
 def _usage(record: ModelRecord, is_adapter: bool) -> list[tuple[str, str]]:
-    base = record.manifest["base"]["ref"] if is_adapter else ""
+    base = record.manifest["base"] if is_adapter else {}
     if record.role == "language_model" and is_adapter:
+        where = f"`stages models export {base['ref']} BASE` writes it, merged" if base["kind"] == "registry" else "put its path for BASE"
         return [
             (
-                f"The adapter stands on `{base}`; `stages models export {base} BASE` writes that one.",
+                f"The adapter belongs to `{base['ref']}`; {where}.",
                 'from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n'
                 'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "FOLDER")',
             ),

@@ -171,9 +171,9 @@ def test_an_adapter_in_a_folder_shares_the_backbone_of_its_base_s_folder(
 
 
 def test_models_of_the_hub_share_by_name_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stages.models import adapters
+    from stages.models import stacks
 
-    monkeypatch.setattr(adapters, "is_adapter", lambda model: False)
+    monkeypatch.setattr(stacks, "is_adapter", lambda model: False)
 
     def hub(**fields: Any) -> tuple[str, str, bool]:
         return backbone_key(ResolvedModel("org/m", "hub", "org/m", fields.pop("digest", ""), ModelInput(ref="org/m", **fields)))

@@ -240,7 +240,7 @@ def test_export_does_not_follow_a_link_at_its_destination(tmp_path: Path) -> Non
 
 
 def test_an_adapter_is_sought_in_its_own_registry_alone() -> None:
-    from stages.models.adapters import find_base
+    from stages.models.stacks import find_base
 
     registry = Registry("home/registry")
     base = published("safe/base")

@@ -1,0 +1,95 @@
+"""What a model consists of is read at any depth: registry, folders and hub ids, at the revision that an adapter names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.config import LoraSettings, ModelInput
+from stages.errors import ModelError
+from stages.models import stacks
+from stages.models.loading import load_language_model, save_model
+from stages.models.stacks import find_base, stack_of, trained_on
+from stages.process.runtime import ResolvedModel
+
+
+def folder_of(path: Path | str, **fields: Any) -> ResolvedModel:
+    return ResolvedModel(str(path), "folder", str(path), "", ModelInput(ref=str(path), **fields))
+
+
+def write_adapter(folder: Path, base: Any, **config: Any) -> ResolvedModel:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base, **config}))
+    return folder_of(folder)
+
+
+def test_three_adapters_in_folders_are_read_to_the_bottom(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    write_adapter(tmp_path / "one", str(tiny_llama_folder))
+    write_adapter(tmp_path / "two", str(tmp_path / "one"))
+    top = write_adapter(tmp_path / "three", "../two")  # beside its own folder, wherever the command runs
+    stack = stack_of(top)
+    assert stack.base.path == str(tiny_llama_folder)
+    assert [Path(adapter.path).name for adapter in stack.adapters] == ["one", "two", "three"]
+
+
+def test_a_base_on_the_hub_is_read_at_the_revision_that_the_adapter_names(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "one", "org/base", revision="v2")
+    adapter = ResolvedModel(adapter.ref, "folder", adapter.path, "", ModelInput(ref="one", trust_remote_code=True))
+    base = find_base(adapter)
+    assert (base.kind, base.path, base.input.revision, base.input.trust_remote_code) == ("hub", "org/base", "v2", True)
+    assert base.digest == "hub:org/base@v2"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"base_model_name_or_path": None}, "is empty; write the folder or the hub id"),
+        ({"base_model_name_or_path": "sha256:0123456789ab"}, "is a digest of a registry .sha256:0123456789ab.; export the model merged"),
+        ({"base_model_name_or_path": "./gone"}, "'./gone', a folder that does not exist"),
+        ({"base_model_name_or_path": "org/base", "peft_type": "IA3"}, "is of peft type IA3; only LORA"),
+        ({"base_model_name_or_path": "org/base", "peft_type": "PROMPT_TUNING"}, "is of peft type PROMPT_TUNING; only LORA"),
+    ],
+)
+def test_an_adapter_that_cannot_be_stacked_is_refused_in_one_message(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    adapter = write_adapter(tmp_path / "one", config.pop("base_model_name_or_path"), **config)
+    with pytest.raises(ModelError, match=message):
+        stack_of(adapter)
+
+
+def test_bases_that_form_a_circle_are_refused(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "one", str(tmp_path / "two"))
+    with pytest.raises(ModelError, match="is its own base"):
+        stack_of(write_adapter(tmp_path / "two", str(tmp_path / "one")))
+
+
+def test_the_next_quantized_input_below_decides_what_merged_weights_were_trained_on(tmp_path: Path, monkeypatch: Any) -> None:
+    """Adapter 1 on nf4 weights; adapter 2 on the two of them merged: its base is what nf4 made of the weights, not the weights."""
+    base = folder_of(tmp_path / "base", quantization="nf4")
+    one = ResolvedModel("one", "folder", "one", "", ModelInput(ref="one"), base=base)
+    two = ResolvedModel("two", "folder", "two", "", ModelInput(ref="two"), base=one)
+    monkeypatch.setattr(stacks, "is_adapter", lambda model: model.base is not None)
+    assert trained_on(two).quantization == "nf4" and trained_on(one).quantization == "nf4"
+
+
+def test_an_adapter_trained_on_a_merged_quantized_stack_loads_as_it_was_trained(
+    tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path, resolve_folder: Any
+) -> None:
+    """The lower adapter on nf4 weights, the upper on the merge of both: the merge of all three is what the upper one computed."""
+    ids = torch.tensor([[5, 17, 40, 3, 250]])
+    below = resolve_folder(tiny_llama_folder, quantization="nf4")
+    for name in ("one", "two"):
+        model = load_language_model(below, dtype=torch.float32, lora=LoraSettings(r=2))
+        torch.manual_seed(len(name))
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key and parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.05)
+        save_model(model, tiny_tokenizer, tmp_path / name)
+        below = ResolvedModel(name, "folder", str(tmp_path / name), "", ModelInput(ref=name), base=below)
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+        again = load_language_model(below, dtype=torch.float32, trainable=False)(input_ids=ids).logits
+    torch.testing.assert_close(again, expected)
