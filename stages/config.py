@@ -3,13 +3,20 @@
 Each stage has its own step config that extends ``StepConfig`` (or ``TrainingStepConfig``) and lives in the stage's module.
 """
 
+import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Quantization = Literal["none", "int8", "nf4"]
+
+
+ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+ATTENTION_KERNEL = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?")
+ATTENTION_HELP = f"One of {', '.join(ATTENTIONS)}, or a kernel of the hub (owner/name)."
 
 
 class Strict(BaseModel):
@@ -35,6 +42,15 @@ class ModelInput(Strict):
     double_quantization: bool = Field(True, description="nf4 only: quantize the quantization constants too.")
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     trust_remote_code: bool = Field(False, description="Run code that comes with a hub model. Recorded in the lineage.")
+    attention: str = Field("auto", description="auto: the fastest that the model's class supports. " + ATTENTION_HELP)
+
+    @field_validator("attention")
+    @classmethod
+    def _attention_is_known(cls, value: str) -> str:
+        if value in ATTENTIONS or ATTENTION_KERNEL.fullmatch(value):
+            return value
+        near = get_close_matches(value, ATTENTIONS, n=1)
+        raise ValueError(f"attention={value!r} is unknown. {ATTENTION_HELP}{f' Did you mean {near[0]}?' if near else ''}")
 
 
 def ref_shorthand(value: Any) -> Any:

@@ -32,9 +32,10 @@ from rich.table import Table
 from stages.chain.fingerprints import fingerprint_of, parts_of, settings_of, why
 from stages.chain.results import last_result, load_result, restore_files, save_result
 from stages.config import ModelInput
-from stages.errors import RegistryError
+from stages.errors import RecipeError, RegistryError
+from stages.process.packages import missing_attention_package
 from stages.process.runtime import ResolvedModel, Runtime, StepContext, StepResult, launched_processes
-from stages.recipe.schema import STAGES, Recipe, RecipeStep, Reference, data_inputs, load_object
+from stages.recipe.schema import STAGES, Recipe, RecipeStep, Reference, data_inputs, load_object, model_inputs
 from stages.registry.contents import digest_folder, remembering
 from stages.registry.ledger import ModelRecord, Registry, installed_packages
 from stages.registry.storage import write_json
@@ -80,9 +81,18 @@ def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]
         for step in recipe.steps:
             plans.append(plan_step(recipe, step, home, registry, made))
             made[step.name] = plans[-1].record
+            if plans[-1].action != "reuse":
+                check_attention(step)
             if plans[-1].action != "reuse" and (download or not on_hub(step)):
                 memo.passes(fingerprint_of(parts_of(step, {})), partial(recipe.check_data, step))
     return plans
+
+
+def check_attention(step: RecipeStep) -> None:
+    """Raise RecipeError where a model of the step asks for an attention whose package is not installed."""
+    for place, model in model_inputs(step.config).items():
+        if missing := missing_attention_package(model.attention):
+            raise RecipeError(f"step {step.name}: {place}.attention={model.attention} cannot be used: {missing}. Write attention: auto")
 
 
 def on_hub(step: RecipeStep) -> bool:

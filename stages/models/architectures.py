@@ -9,7 +9,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 
+from stages.config import ModelInput
 from stages.errors import ModelError
+from stages.models.attention import attention_of
 from stages.models.loading import use_own_layers
 
 if TYPE_CHECKING:
@@ -35,7 +37,8 @@ def random_model(auto: Any, architecture: dict[str, Any], tokenizer: PreTrainedT
     special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     try:
         config = CONFIG_MAPPING[kind](**{**special, **fields, **options, "vocab_size": len(tokenizer)})
-        model = auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        attention = attention_of(auto, config, ModelInput(ref=kind), torch.float32)
+        model = auto.from_config(config, dtype=torch.float32, attn_implementation=attention)
     except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         what = auto.__name__.removeprefix("AutoModelFor")

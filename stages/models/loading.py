@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
 from stages.models.adapters import FRESH, add_adapter, attach_lora, merge, quantization_config
+from stages.models.attention import attention_of
+from stages.models.failures import explained
 from stages.models.lean import use_lean_layers
 from stages.models.stacks import is_adapter, stack_of, trained_on
 from stages.numerics.matmul import linear, use_fast_matmuls
@@ -51,7 +51,7 @@ def load_tokenizer(model: ResolvedModel | str | Path) -> PreTrainedTokenizerBase
     from transformers import AutoTokenizer
 
     model = as_resolved(model)
-    with _explained(model, "tokenizer"):
+    with explained(model, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             model.path, revision=model.input.revision, trust_remote_code=model.input.trust_remote_code
         )
@@ -192,7 +192,7 @@ def _merged(auto: Any, model: ResolvedModel, tokenizer: PreTrainedTokenizerBase 
     as they were computed with, int8 ones but for the rounding of activations, which whole weights do not have.
     """
     stack = stack_of(model)
-    origin = trained_on(model)
+    origin = trained_on(model).model_copy(update={"attention": model.input.attention})
     loaded = _from_pretrained(
         auto, stack.base.with_quantization(origin), stack.base.path, torch.float32, load_tokenizer(model), False,
         options or _class_names(auto, model),
@@ -233,19 +233,22 @@ def _from_pretrained(
     require_head: bool,
     options: dict[str, Any],
 ) -> Any:
+    from transformers import AutoConfig
+
     quantization = quantization_config(model.input, dtype)
     if quantization is not None:
         options = {**options, "quantization_config": quantization, "device_map": {"": _own_device()}}
     _refuse_pickle(model, path)
     own = path == model.path
-    with _explained(model, "model"), quiet_transformers():
+    code = {"revision": model.input.revision if own else None, "trust_remote_code": model.input.trust_remote_code}
+    with explained(model, "model"), quiet_transformers():
+        config = AutoConfig.from_pretrained(path, **code)
         loaded, report = auto.from_pretrained(
             path,
             dtype=dtype,
             use_safetensors=True,
-            attn_implementation="sdpa",
-            revision=model.input.revision if own else None,
-            trust_remote_code=model.input.trust_remote_code,
+            attn_implementation=attention_of(auto, config, model.input, dtype),
+            **code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # what does not fit is raised by name below
             **options,
@@ -393,26 +396,6 @@ def _refuse_missing(loaded: Any, report: dict[str, Any], model: ResolvedModel, r
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-@contextmanager
-def _explained(model: ResolvedModel, what: str) -> Iterator[None]:
-    """Turn the loading errors of transformers and the hub into a ModelError that says what to do."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError, SafetensorError, StrictDataclassError) as error:
-        if "trust_remote_code" in str(error):
-            move = "its code comes with it and was not run; write {ref: ..., trust_remote_code: true} where you trust it"
-        elif model.kind == "hub":
-            move = "check the id (owner/name), the connection and the access rights, or download it and name its folder"
-        else:
-            move = "expected a folder written by save_pretrained: config.json, *.safetensors, and the tokenizer's files"
-        if model.input.quantization != "none" and what == "model":
-            move += f"; quantization: {model.input.quantization} needs bitsandbytes and a backend of it for this device"
-        reason = str(error).strip().split("\n")[0][:300]
-        raise ModelError(f"cannot load the {what} of {model.ref!r} ({type(error).__name__}: {reason}); {move}") from error
 
 
 @contextmanager

@@ -173,8 +173,8 @@ class ResolvedModel:
     base: ResolvedModel | None = None  # of an adapter whose own files do not say it, such as one that is about to be published
 
     def with_quantization(self, other: ModelInput) -> ResolvedModel:
-        """The same model, to be loaded quantized as ``other`` is."""
-        fields = {"quantization": other.quantization, "double_quantization": other.double_quantization}
+        """The same model, loaded as ``other`` says: quantized or not, and with its attention."""
+        fields = {"quantization": other.quantization, "double_quantization": other.double_quantization, "attention": other.attention}
         return replace(self, input=self.input.model_copy(update=fields))
 
 

@@ -1,0 +1,26 @@
+"""Which optional packages are installed; asked without importing them, so that a plan can be checked before any step runs."""
+
+from __future__ import annotations
+
+import importlib.util
+
+FLASH_ATTENTION = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flash_attention_4": "flash_attn.cute"}
+"""The package of each flash attention; transformers takes the hub's kernels (package ``kernels``) where it is absent."""
+
+
+def missing_attention_package(attention: str) -> str:
+    """What a model input's ``attention`` needs and this environment lacks, in a clause; empty where nothing is missing."""
+    if "/" in attention:
+        return "" if is_installed("kernels") else "kernels of the hub need the package kernels, which is not installed"
+    module = FLASH_ATTENTION.get(attention)
+    if module is None or is_installed(module) or is_installed("kernels"):
+        return ""
+    return f"neither {module.partition('.')[0]} nor kernels is installed"
+
+
+def is_installed(module: str) -> bool:
+    """Whether ``import module`` would find something."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

@@ -1,0 +1,75 @@
+"""Every failure of loading names its own cause; the advice about ``save_pretrained`` stands under an incomplete folder alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.errors import ModelError
+from stages.models.loading import load_classifier, load_language_model, load_tokenizer
+
+ADVICE = "expected a folder written by save_pretrained"
+
+
+@pytest.fixture
+def folder(tiny_llama_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_llama_folder, tmp_path / "model"))
+
+
+def change(folder: Path, **fields: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in {**config, **fields}.items() if value is not None}))
+
+
+def message(folder: Path) -> str:
+    with pytest.raises(ModelError) as raised:
+        load_language_model(str(folder), dtype=torch.float32)
+    return str(raised.value)
+
+
+def test_a_folder_without_a_config_names_what_is_absent(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    assert f"has no config.json; {ADVICE}" in message(folder)
+
+
+def test_weights_that_were_cut_off_are_called_damaged(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    found = message(folder)
+    assert "damaged or cut off" in found and ADVICE not in found
+
+
+def test_a_config_that_is_no_json_is_called_that(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "llama",')
+    found = message(folder)
+    assert "not valid JSON" in found and ADVICE not in found
+
+
+@pytest.mark.parametrize("kind", ["llama17", None])
+def test_an_unknown_model_type_is_named(folder: Path, kind: str | None) -> None:
+    change(folder, model_type=kind)
+    found = message(folder)
+    assert (f"names model_type {kind!r}" if kind else "names no model_type") in found and ADVICE not in found
+
+
+def test_a_model_without_a_class_of_the_kind_names_its_type(folder: Path) -> None:
+    change(folder, model_type="mamba", architectures=["MambaForCausalLM"])
+    with pytest.raises(ModelError, match="names model_type 'mamba', and transformers has no class of this kind") as raised:
+        load_classifier(str(folder), dtype=torch.float32)
+    assert ADVICE not in str(raised.value)
+
+
+def test_a_field_with_a_wrong_value_is_named(folder: Path) -> None:
+    change(folder, hidden_size="wide")
+    found = message(folder)
+    assert "hidden_size" in found and "correct that field" in found and ADVICE not in found
+
+
+def test_a_folder_without_a_tokenizer_says_so(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="has no tokenizer file"):
+        load_tokenizer(str(folder))

@@ -1,0 +1,37 @@
+"""What a recipe's attention needs is asked for before any step runs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from stages.chain.run import check_attention
+from stages.config import ModelInput
+from stages.errors import RecipeError
+from stages.process import packages
+
+
+@pytest.mark.parametrize("attention", ["auto", "eager", "sdpa", "flex_attention"])
+def test_attention_of_pytorch_needs_no_package(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "is_installed", lambda module: False)
+    assert packages.missing_attention_package(attention) == ""
+
+
+def test_a_package_or_the_kernels_of_the_hub_serve_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    for installed, missing in (("flash_attn", False), ("kernels", False), ("other", True)):
+        monkeypatch.setattr(packages, "is_installed", lambda module, installed=installed: module == installed)
+        assert bool(packages.missing_attention_package("flash_attention_2")) == missing
+
+
+def test_is_installed_knows_packages_and_their_parts() -> None:
+    assert packages.is_installed("json.decoder")
+    assert not packages.is_installed("no_such_package") and not packages.is_installed("no_such_package.part")
+
+
+def test_a_step_whose_attention_needs_a_missing_package_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "is_installed", lambda module: False)
+    inputs = {"policy": ModelInput(ref="some/model", attention="flash_attention_2")}
+    step = SimpleNamespace(name="ppo", config=SimpleNamespace(model_inputs=lambda: inputs))
+    with pytest.raises(RecipeError, match="step ppo: policy.attention=flash_attention_2 cannot be used: neither flash_attn nor kernels"):
+        check_attention(step)  # type: ignore[arg-type]
