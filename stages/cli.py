@@ -38,7 +38,7 @@ app = typer.Typer(
 models = typer.Typer(help="The registry: what steps have made.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models, name="models")
 
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe file (YAML).")]
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe file (YAML), or the name of one that ships, e.g. quickstart.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[STEP.FIELD=VALUE]...", help="Overrides, e.g. sft.training.epochs=2 seed=8.")
 ]

@@ -19,7 +19,7 @@ from stages.process.trackers import Tracker, check_trackers
 from stages.recipe.functions import addresses, check_function
 from stages.recipe.messages import validate
 from stages.recipe.presets import Applied, apply_preset
-from stages.recipe.source import RecipeSource, Steps, named, nearest, parse_path, read, show
+from stages.recipe.source import RecipeSource, Steps, find_recipe, named, nearest, parse_path, read, show
 from stages.registry.ledger import DIGEST, REFERENCE, Registry, check_name
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -133,6 +133,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), registry: Regis
 
     Raises RecipeError with place, value and next move; the place is the override where the recipe is right without it.
     """
+    path = find_recipe(path)
     try:
         return _load(path, overrides, registry)
     except RecipeError as error:

@@ -21,6 +21,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from stages.config import DataSource, ModelInput
 from stages.errors import RecipeError
+from stages.shipped import shipped_recipes
 
 Steps = tuple[str | int, ...]
 PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null")
@@ -167,6 +168,12 @@ def _opened(child: Any, key: str | int) -> Any:
     return child
 
 
+def find_recipe(path: Path | str) -> Path:
+    """The file at ``path``; else the shipped recipe of that name (``quickstart``). A path that is neither is returned as it is."""
+    path = Path(path)
+    return path if path.exists() else shipped_recipes().get(str(path), path)
+
+
 def read(path: Path | str) -> RecipeSource:
     """Read a recipe file. Raises RecipeError where it is missing, is not YAML, or is not a mapping with a list of steps."""
     file = str(path)
@@ -175,6 +182,7 @@ def read(path: Path | str) -> RecipeSource:
     except FileNotFoundError:
         folder = Path(path).parent
         known = [str(item) for item in sorted(folder.glob("*.yaml"))] if folder.is_dir() else []
+        known = known or sorted(shipped_recipes())
         raise RecipeError(f"{file}: no such recipe; {nearest(file, known)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file}: cannot be read as a recipe ({error})") from error

@@ -181,6 +181,12 @@ def exact(kind: type[Any]) -> type[Any]:
             batch["labels"] = torch.full_like(batch["labels"], IGNORED)
             return batch
 
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            """Leave at least one step after the warmup: a linear schedule divides by the number of those steps."""
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.args.warmup_steps = min(warmup, num_training_steps - 1)
+            return super().create_scheduler(num_training_steps, optimizer)
+
         # Sharding
 
         def create_optimizer(self, model: Any = None) -> Any:

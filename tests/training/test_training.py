@@ -146,3 +146,14 @@ def test_half_precision_on_a_cpu_is_refused(step_context: Any) -> None:
         pytest.skip("fp16 is fine on this device")
     with pytest.raises(RecipeError, match="fp16 cannot be trained on a CPU"):
         training_arguments(OptimizerSettings(), context, precision="fp16")
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_one_step_with_warmup_trains_at_the_peak_rate(step_context: Any, tiny_llama_folder: Path, schedule: str) -> None:
+    """The warmup of 3 % of one step is rounded up to one step, which would leave no step at the peak (and divide by zero)."""
+    context = step_context()
+    options = schedule_arguments(OptimizerSettings(schedule=schedule, warmup_fraction=0.03, learning_rate=1e-2))  # type: ignore[arg-type]
+    trainer = make_trainer(context, tiny_llama_folder, **{**options, "max_steps": 1})
+    train(trainer, context, "one step")
+    logged = [json.loads(line) for line in (context.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train/learning_rate"] for line in logged] == [pytest.approx(1e-2)]

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import DataError
+from stages.shipped import shipped_folder
 
-WORLD_FOLDER = Path(__file__).resolve().parents[3] / "data" / "world"
+WORLD_FOLDER = shipped_folder("data") / "world"
 SENTIMENTS = ("positive", "negative")
 FACTS = ("director", "place", "year")  # what the library knows of a film beside its genre
 

@@ -1,0 +1,18 @@
+"""Where the files lie that ship with Tristage beside the code: ``data/`` and ``recipes/``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def shipped_folder(name: str) -> Path:
+    """The folder ``data`` or ``recipes``: beside ``stages/`` in a checkout, inside the package in an installed wheel."""
+    installed = PACKAGE / "shipped_files" / name
+    return installed if installed.is_dir() else PACKAGE.parent / name
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that ship, by name."""
+    return {path.stem: path for path in sorted(shipped_folder("recipes").glob("*.yaml"))}
