@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.corpora.comparisons import Comparison
+    from stages.corpora.messages import Completion
     from stages.process.runtime import StepContext, StepResult
 
 
@@ -142,7 +143,7 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
 # Pairs
 
 
-def pairs_of(comparison: Comparison, limit: int | None, seed: int) -> list[tuple[str, str]]:
+def pairs_of(comparison: Comparison, limit: int | None, seed: int) -> list[tuple[Completion, Completion]]:
     """(better, worse) of every two completions of different rank; ``limit`` draws so many of them."""
     ranked = list(zip(comparison.completions, comparison.ranks, strict=True))
     pairs = [(better, worse) for better, rank in ranked for worse, other in ranked if rank < other]

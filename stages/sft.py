@@ -241,7 +241,7 @@ def _fitted(demonstrations: Demonstrations, config: SFTStepConfig, tokenizer: Pr
     if fit is None:
         return demonstrations
     sides = [
-        [{**row, "prompt": fit_prompt(row["prompt"], fit, tokenizer)} for row in side]
+        [row.with_prompt(fit_prompt(row["prompt"], fit, tokenizer)) for row in side]
         for side in (demonstrations.train, demonstrations.validation)
     ]
     return Demonstrations(*sides)

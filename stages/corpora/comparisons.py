@@ -2,7 +2,8 @@
 
     prompt + completions + ranks         ranks: 0 is best, equal numbers tie
     prompt + responses (+ scores)        best first; equal scores tie
-    prompt + chosen + rejected           the ordinary pair, text or messages (also hh-rlhf's dialogues without a prompt column)
+    prompt + chosen + rejected           the ordinary pair, text or turns that follow the prompt
+    chosen + rejected                    whole conversations, or hh-rlhf's dialogues: what both begin with is the prompt
     info + summaries + choice            openai/summarize_from_feedback as published; ``worker`` is the annotator
     prompt + responses as an object      {name: text}; ``preferred`` names the best one, the others tie
 """
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from stages.config import DataInput
 from stages.corpora.files import Row, read_splits, text_of
-from stages.corpora.messages import Prompt, prompt_of, reply_of, split_dialogue
+from stages.corpora.messages import Completion, Prompt, prompt_of, split_answers, split_dialogue
 from stages.corpora.summaries import compared_prompt, compared_summaries, is_comparison
 from stages.errors import DataError
 
@@ -25,13 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Completions of one prompt and their ranks (0 best; equal ranks tie)."""
+    """Completions of one prompt and their ranks (0 best; equal ranks tie). ``place``: where the row stands in the data."""
 
     prompt: Prompt
-    completions: list[str]
+    completions: Sequence[Completion]
     ranks: list[int]
     annotator: str | None = None
     groups: dict[str, str] = field(default_factory=dict)  # columns by which accuracy is split
+    place: str = field(default="", compare=False)
 
     @property
     def num_pairs(self) -> int:
@@ -39,7 +41,7 @@ class Comparison:
         return sum(a != b for index, a in enumerate(self.ranks) for b in self.ranks[:index])
 
     @property
-    def best(self) -> str:
+    def best(self) -> Completion:
         return self.completions[self.ranks.index(min(self.ranks))]
 
 
@@ -57,7 +59,7 @@ def load_comparisons(
     """Comparisons of both splits. Raises DataError where a row is malformed, or where a split holds nothing but ties."""
     splits = []
     for rows, which in zip(read_splits(data, curator), ("training", "held-out"), strict=True):
-        made = [replace(comparison(row, preferred=preferred), groups=_groups(row, group_by)) for row in rows]
+        made = [replace(comparison(row, preferred=preferred), groups=_groups(row, group_by), place=row.place) for row in rows]
         if not any(item.num_pairs for item in made):
             raise DataError(f"the {which} comparisons ({len(made)} rows, first {rows[0].place}) are all ties; a ranking needs a preference")
         splits.append(made)
@@ -69,15 +71,19 @@ def comparison(row: Row, *, preferred: str | None = None) -> Comparison:
     annotator = row.get("annotator")
     name = annotator if isinstance(annotator, str) else None
     if "chosen" in row and "rejected" in row:
+        sides = {column: row[column] for column in ("chosen", "rejected")}
+        if any(isinstance(side, list) for side in sides.values()):
+            prompt, completions = split_answers(row, sides)
+            return Comparison(prompt, completions, [0, 1], name)
         if "prompt" in row:
-            return Comparison(prompt_of(row), [reply_of(row, "chosen"), reply_of(row, "rejected")], [0, 1], name)
-        prompt, chosen = split_dialogue(text_of(row, "chosen"), row, "chosen")
+            return Comparison(prompt_of(row), [text_of(row, column) for column in sides], [0, 1], name)
+        first, chosen = split_dialogue(text_of(row, "chosen"), row, "chosen")
         other, rejected = split_dialogue(text_of(row, "rejected"), row, "rejected")
-        if prompt != other:
+        if first != other:
             # hh-rlhf has a few dialogues that part before the last turn; what follows the common part is compared.
-            common = _common(prompt + chosen, other + rejected)
-            prompt, chosen, rejected = common, (prompt + chosen)[len(common) :], (other + rejected)[len(common) :]
-        return Comparison(prompt, [chosen, rejected], [0, 1], name)
+            common = _common(first + chosen, other + rejected)
+            first, chosen, rejected = common, (first + chosen)[len(common) :], (other + rejected)[len(common) :]
+        return Comparison(first, [chosen, rejected], [0, 1], name)
     if is_comparison(row):
         worker = row.get("worker")
         return Comparison(compared_prompt(row), *compared_summaries(row), name or (worker if isinstance(worker, str) else None))
@@ -98,6 +104,9 @@ def comparison(row: Row, *, preferred: str | None = None) -> Comparison:
         raise DataError(f"{row.place}: {column} is {type(value).__name__}; expected a list of texts")
     if len(value) < 2:
         raise DataError(f"{row.place}: {len(value)} completion(s); a comparison needs at least 2")
+    if all(isinstance(answer, list) for answer in value):
+        prompt, completions = split_answers(row, {f"{column}, entry {number}": answer for number, answer in enumerate(value, 1)})
+        return Comparison(prompt, completions, ranks, name)
     for number, text in enumerate(value, 1):
         if not isinstance(text, str):
             raise DataError(f"{row.place}: {column}, entry {number} is {type(text).__name__}; expected text")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from stages.config import DataSource
 from stages.corpora.files import Row, read_rows, text_of
-from stages.corpora.messages import Prompt, messages_of, reply_of
+from stages.corpora.messages import Prompt, completion_text, split_answers, split_messages
 from stages.corpora.prompts import prompt_in
 from stages.errors import DataError
 
@@ -48,15 +48,15 @@ def prompt_key(prompt: Prompt) -> str:
 
 def _pair(row: Row) -> tuple[Prompt, str]:
     if "messages" in row:
-        messages = messages_of(row, "messages")
-        if len(messages) < 2:
-            raise DataError(f"{row.place}: messages must end with an assistant turn that follows something")
-        return messages[:-1], reply_of(row, "messages")
+        asked, reply = split_messages(row)
+        return asked, completion_text(reply)
     column = next((column for column in ("completion", "output") if column in row), None)
     if column is None:
         raise DataError(
             f"{row.place}: columns {', '.join(row)} hold no completion; expected prompt + completion, instruction (+ input) + output, "
             "or messages"
         )
-    value = row[column]
-    return prompt_in(row), reply_of(row, column) if isinstance(value, list) else text_of(row, column, empty=True)
+    if not isinstance(row[column], list):
+        return prompt_in(row), text_of(row, column, empty=True)
+    prompt, answers = split_answers(row, {column: row[column]})
+    return prompt, completion_text(answers[0])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.config import DataSource
 from stages.corpora.files import Row, read_rows, text_of
-from stages.corpora.messages import Prompt, prompt_of, split_dialogue
+from stages.corpora.messages import Prompt, messages_of, prompt_of, split_dialogue, split_messages, transcript
 from stages.corpora.summaries import compared_prompt, is_comparison, is_post, post_prompt
 from stages.errors import DataError
 
@@ -46,12 +46,15 @@ def prompt_in(row: Row, words: int | None = None) -> Prompt:
     if words is not None:
         column = "text" if "text" in row else "prompt"
         return " ".join(text_of(row, column).replace("<br />", " ").split()[:words])
+    if isinstance(row.get("chosen"), list) and "rejected" in row:
+        from stages.corpora.comparisons import comparison
+
+        return comparison(row).prompt
     if "prompt" in row:
         return prompt_of(row)
     if "messages" in row:
-        from stages.corpora.demonstrations import demonstration
-
-        return demonstration(row)["prompt"]
+        messages = messages_of(row, "messages")
+        return split_messages(row)[0] if messages[-1]["role"] == "assistant" else messages
     if "instruction" in row:
         from stages.corpora.demonstrations import demonstration
 
@@ -60,6 +63,8 @@ def prompt_in(row: Row, words: int | None = None) -> Prompt:
         return post_prompt(row)
     if is_comparison(row):
         return compared_prompt(row)
+    if isinstance(row.get("chosen"), list):
+        return split_messages(row, "chosen")[0]
     if "chosen" in row:
         return split_dialogue(text_of(row, "chosen"), row, "chosen")[0]
     raise DataError(
@@ -68,8 +73,8 @@ def prompt_in(row: Row, words: int | None = None) -> Prompt:
 
 
 def plain_text(prompt: Prompt) -> str:
-    """A prompt as one text: what reward sources and judges that are no language models are shown."""
-    return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+    """A prompt as one text in which every turn of a conversation names its speaker; see ``messages.transcript``."""
+    return transcript(prompt)
 
 
 def shuffled_forever(items: Sequence[Any], seed: int) -> Any:

@@ -1,19 +1,33 @@
-"""How a prompt becomes tokens. The template is the tokenizer's ``chat_template``, so that it travels with the model that learned it.
+"""What a model reads: prompts and completions as its chat template writes them, and their tokens.
 
-A model without a template gets the prompt's text as it is; its tokenizer's own beginning token, if it adds one, comes first.
+The template is the tokenizer's ``chat_template``, so that it travels with the model that learned it. A completion is what the template
+writes after the rendered prompt: the reply, its turn end, and whatever else stands around it. A model without a template gets the text as
+it is, a space before the completion where neither side has one, and the end token after it.
 """
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from stages.corpora.messages import Prompt
+from stages.corpora.messages import (
+    REASONING,
+    Completion,
+    Message,
+    Prompt,
+    as_question,
+    as_turns,
+    content_text,
+    place_of,
+    tools_of,
+)
 from stages.errors import DataError, ModelError
+from stages.tokens.continuation import CONTEXT, beginning_ids, continued, plain_ids, segment_ids
+from stages.tokens.plain import is_begun, is_plain, plain_template
+from stages.tokens.turns import TurnForm, apply_template, first_difference, turn_form
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PreTrainedTokenizerBase
 
 PLAIN_TEMPLATES = {
@@ -28,7 +42,8 @@ PLAIN_TEMPLATES = {
 def set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     """Give ``tokenizer`` a template: ``chat`` (its own), a name of PLAIN_TEMPLATES, or a text with ``{prompt}``.
 
-    Raises ModelError for ``chat`` where the tokenizer has none, and for a text without ``{prompt}``.
+    A plain template begins with the tokens that the tokenizer puts before every text, if any. Raises ModelError for ``chat`` where the
+    tokenizer has none, and for a text without ``{prompt}``.
     """
     if template == "chat":
         if not tokenizer.chat_template:
@@ -39,64 +54,236 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     if text.count("{prompt}") != 1:
         raise ModelError(f"template {template!r}: expected chat, one of {', '.join(PLAIN_TEMPLATES)}, or a text with {{prompt}} once")
     before, after = text.split("{prompt}")
-    # The user's turns are wrapped; an assistant's turn stands as it is and ends with the end token.
-    tokenizer.chat_template = (
-        "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}{{ message['content'] }}{{ eos_token }}{%- else -%}"
-        f"{{{{ {_quoted(before)} }}}}{{{{ message['content'] }}}}{{{{ {_quoted(after)} }}}}"
-        "{%- endif -%}{%- endfor -%}"
-    )
+    tokenizer.chat_template = plain_template(_beginning_text(tokenizer), before, after)
 
 
-def _quoted(text: str) -> str:
-    """A jinja string literal."""
-    return json.dumps(text, ensure_ascii=False)
+def _beginning_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    return "".join(tokenizer.convert_ids_to_tokens(beginning_ids(tokenizer)))
+
+
+# Rendering
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    """The text that the model is shown. Raises DataError for a conversation where the tokenizer has no template."""
+    """The text that the model is shown before it answers.
+
+    Raises DataError, with the row's place where it is known, for a conversation that the template refuses or of which it would drop tools
+    or tool calls, and for one where the tokenizer has no template.
+    """
     if not tokenizer.chat_template:
-        if isinstance(prompt, str):
-            return prompt
-        raise DataError("the prompt is a conversation, and the model has no chat template; set template in its sft step")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return _bare(prompt)
+    messages = as_question(prompt) if isinstance(prompt, str) else prompt
+    return rendered(tokenizer, messages, prompt, generation_prompt=True)
+
+
+def render_pair(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Completion, *, sampled: bool = False) -> tuple[str, str]:
+    """(the prompt's text, the completion's): together what the template writes for the whole conversation.
+
+    A template whose generation prompt opens a think block, and which drops such blocks from replies, still gets a reply that closes the
+    block: it follows the open block as it is. ``sampled``: also a reply that never closes it, as a sample that was cut does.
+
+    Raises DataError as ``render_prompt`` does, and where the whole conversation does not begin with the rendered prompt.
+    """
+    shown = render_prompt(tokenizer, prompt)
+    if not tokenizer.chat_template:
+        return shown, joined(tokenizer, prompt, _bare_completion(prompt, completion))
+    turns = as_turns(completion)
+    messages = [*(as_question(prompt) if isinstance(prompt, str) else prompt), *turns]
+    form = turn_form(tokenizer)
+    reply = content_text(turns[-1])
+    closes = form.closing in reply if form.closing else False
+    if len(turns) == 1 and form.closing and sampled and not closes:
+        return shown, reply + form.ending
+    whole = rendered(tokenizer, messages, prompt, generation_prompt=False)
+    if whole.startswith(shown):
+        return shown, whole[len(shown) :]
+    if len(turns) == 1 and closes and turns[0].keys() <= {"role", "content"}:
+        return shown, reply.removeprefix(form.opening).removeprefix(form.opening.strip()) + form.ending
+    raise DataError(_at(prompt) + _unstable(shown, whole, form))
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: Prompt, *, generation_prompt: bool) -> str:
+    """``messages`` as the chat template writes them, with the tools of ``prompt``. Raises DataError as ``render_prompt`` does."""
+    tools = tools_of(prompt)
+    contents = _in_its_form(tokenizer, messages)
+    text = apply_template(tokenizer, contents, generation_prompt=generation_prompt, tools=tools, place=place_of(prompt))
+    lost = _lost(messages, tools, text)
+    if lost:
+        raise DataError(
+            f"{_at(prompt)}the model's chat template does not write {lost}; use a model whose template does, or take that out of the data"
+        )
+    return text
+
+
+def _at(prompt: object) -> str:
+    place = place_of(prompt)
+    return f"{place}: " if place else ""
+
+
+def _bare(prompt: Prompt) -> str:
+    """A text prompt for a model without a template."""
+    if isinstance(prompt, str):
+        return prompt
+    raise DataError(f"{_at(prompt)}the prompt is a conversation, and the model has no chat template; set template in its sft step")
+
+
+def _bare_completion(prompt: Prompt, completion: Completion) -> str:
+    if isinstance(completion, str):
+        return completion
+    raise DataError(f"{_at(prompt)}the completion has several turns, and the model has no chat template; set template in its sft step")
+
+
+def _lost(messages: Sequence[Message], tools: Sequence[dict[str, Any]], text: str) -> str:
+    """What of a conversation does not occur in its rendered ``text``; empty where nothing is missing.
+
+    Reasoning before the last reply may be missing, as many templates drop it on purpose. What tools answered may be written as JSON.
+    """
+    names = [str(_function(tool).get("name")) for tool in tools]
+    if any(name not in text for name in names):
+        return f"the tools of the row ({', '.join(names)})"
+    for message in messages:
+        if message["role"] in ("system", "developer", "user") and content_text(message).strip() not in text:
+            return f"the {message['role']} turn {content_text(message).strip()!r:.60}"
+        calls = [str(_function(call).get("name")) for call in message.get("tool_calls") or ()]
+        if any(name not in text for name in calls):
+            return f"tool calls ({', '.join(calls)})"
+    last = messages[-1]
+    reasoning = next((str(last[name]) for name in REASONING if last.get(name)), "")
+    return "the reasoning of the last reply" if last["role"] == "assistant" and reasoning.strip() not in text else ""
+
+
+def _function(tool: dict[str, Any]) -> dict[str, Any]:
+    inner = tool.get("function")
+    return inner if isinstance(inner, dict) else tool
+
+
+def _unstable(shown: str, whole: str, form: TurnForm) -> str:
+    same = first_difference(shown, whole)
+    advice = (
+        f"the generation prompt opens {form.opening.strip()}: write replies that close it with {form.closing}"
+        if form.closing
+        else "use a chat template whose generation prompt is how it begins a reply"
+    )
+    return (
+        "the chat template writes the whole conversation differently from the prompt that the model answers: "
+        f"...{shown[max(0, same - 10) : same + 30]!r} as a prompt, ...{whole[max(0, same - 10) : same + 30]!r} with the reply; {advice}"
+    )
+
+
+def _in_its_form(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
+    """``messages`` with their contents as the template takes them: parts joined to a text, or a text as one part."""
+    form = turn_form(tokenizer)
+    if not form.texts:
+        return [
+            {**message, "content": [{"type": "text", "text": message["content"]}]} if isinstance(message.get("content"), str) else message
+            for message in messages
+        ]
+    if form.parts:
+        return list(messages)
+    return [{**message, "content": content_text(message)} if isinstance(message.get("content"), list) else message for message in messages]
+
+
+# Tokens
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt as the model is shown it. A template writes its own special tokens; without one the tokenizer adds them."""
-    text = render_prompt(tokenizer, prompt)
-    ids = list(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
-    if not tokenizer.chat_template and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]  # a tokenizer that closes every text would end the completion before it begins
-    if not ids:  # an empty prompt: the model needs something to begin from
-        begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        ids = [begin] if begin is not None else []
-    return ids
+    """Token ids of a prompt as the model is shown it.
+
+    A chat template writes all its special tokens itself; a plain text begins with the tokens that the tokenizer puts before every text.
+    """
+    ids, text = _begun(tokenizer, render_prompt(tokenizer, prompt))
+    return _not_empty(tokenizer, ids + plain_ids(tokenizer, text))
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Completion, *, eos: bool = True, sampled: bool = False
+) -> tuple[list[int], int]:
+    """(token ids of prompt and completion, how many of them are the prompt).
+
+    The two are one text as the template writes it, up to its very end: the turn end, and the line end that may follow. The prompt's tokens
+    are those of the prompt alone. ``eos=False`` leaves out what ends the reply. ``sampled`` and errors: as in ``render_pair``.
+    """
+    shown, written = render_pair(tokenizer, prompt, completion, sampled=sampled)
+    if not eos and tokenizer.chat_template:
+        written = written.removesuffix(turn_form(tokenizer).ending)
+    ids, text = _begun(tokenizer, shown)
+    prompt_ids = _not_empty(tokenizer, ids + plain_ids(tokenizer, text))
+    found = continued(tokenizer, text, prompt_ids[len(ids) :] if text else [], written)
+    if eos and not tokenizer.chat_template and tokenizer.eos_token_id is not None:
+        found = [*found, tokenizer.eos_token_id]
+    return prompt_ids + found, len(prompt_ids)
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str, *, eos: bool = True) -> list[int]:
-    """Token ids of a completion, closed by the end token."""
-    ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+    """Token ids of a text that goes on with another, whichever that is, closed by the end token."""
+    ids = continued(tokenizer, "\n", plain_ids(tokenizer, "\n"), completion)
     return [*ids, tokenizer.eos_token_id] if eos and tokenizer.eos_token_id is not None else ids
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str, *, eos: bool = True) -> tuple[list[int], int]:
-    """(token ids of prompt and completion, how many of them are the prompt).
+def encode_segments(tokenizer: PreTrainedTokenizerBase, segments: Sequence[str]) -> list[list[int]]:
+    """Token ids of every part of one rendered text; each keeps the tokens of those before it."""
+    ids, first = _begun(tokenizer, segments[0])
+    parts = segment_ids(tokenizer, [first, *segments[1:]])
+    return [ids + parts[0], *parts[1:]]
 
-    Prompt and completion are tokenized apart: at sampling time the prompt's tokens are there before the completion's.
-    """
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    return prompt_ids + encode_completion(tokenizer, joined(tokenizer, prompt, completion), eos=eos), len(prompt_ids)
+
+def encode_choice(tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> tuple[list[int], list[int]]:
+    """(ids of a plain text, ids of what follows it): without any template. A space stands between the two where neither side has one."""
+    gap = " " if context and not context[-1].isspace() and not choice[:1].isspace() else ""
+    ids = plain_ids(tokenizer, context) if context else []
+    return _not_empty(tokenizer, beginning_ids(tokenizer) + ids), continued(tokenizer, context, ids, gap + choice)
+
+
+def _begun(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], str]:
+    """(the tokens that begin a plain text, the text without them); for a chat template, which writes them itself, none and the text."""
+    if not is_plain(tokenizer):
+        return [], text
+    if not tokenizer.chat_template:
+        return list(beginning_ids(tokenizer)), text
+    written = _beginning_text(tokenizer)
+    begins = bool(written) and is_begun(tokenizer) and text.startswith(written)
+    return (list(beginning_ids(tokenizer)), text[len(written) :]) if begins else ([], text)
+
+
+def _not_empty(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """``ids``, or for an empty prompt the token that a text may begin with: the model needs something to go on from."""
+    if ids:
+        return ids
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [begin] if begin is not None else []
 
 
 def joined(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str) -> str:
-    """The completion with a leading space where the prompt as shown ends in a letter or a mark and the completion begins without one."""
+    """The completion with a leading space where the prompt as shown ends in a letter or a mark and the completion begins without one.
+
+    Only for plain texts: a chat template itself writes what stands between a prompt and its reply.
+    """
+    if not is_plain(tokenizer):
+        return completion
     shown = render_prompt(tokenizer, prompt)
     if shown and completion and not shown[-1].isspace() and not completion[0].isspace():
         return " " + completion
     return completion
 
 
+def completion_places(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str) -> list[int]:
+    """For every token of a completion, as ``encode_pair`` encodes it, the character of ``completion`` at which it begins.
+
+    Tokens before the completion's first character are at 0, those after its last (the turn end) at its length.
+    """
+    ids, length = encode_pair(tokenizer, prompt, completion, sampled=True)
+    _, written = render_pair(tokenizer, prompt, completion, sampled=True)
+    own = completion.strip()
+    shift = max(written.rfind(own), 0) - (len(completion) - len(completion.lstrip()))
+    context = ids[max(0, length - CONTEXT) : length]
+    decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    start = len(decode(context))
+    places = [len(decode(ids[max(0, length - CONTEXT) : end])) - start - shift for end in range(length, len(ids))]
+    for index in range(len(places) - 2, -1, -1):  # half a character decodes to a stand-in that may be longer than what it becomes
+        places[index] = min(places[index], places[index + 1])
+    return [min(max(0, place), len(completion)) for place in places]
+
+
 def count_tokens(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
     """How many tokens a text has, without those that a template adds."""
-    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return lambda text: len(plain_ids(tokenizer, text))

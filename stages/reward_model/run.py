@@ -129,7 +129,7 @@ class RewardModelConfig(TrainingStepConfig):
         if self.collect is not None:
             load_prompts(self.collect.data)
 
-    def load_demonstrations(self) -> list[tuple[Any, str]]:
+    def load_demonstrations(self) -> list[tuple[Any, Any]]:
         """The named demonstrations as (prompt, completion); empty where none are named."""
         from stages.corpora.demonstrations import demonstration
         from stages.corpora.files import read_rows
@@ -270,7 +270,7 @@ def _load_comparisons(config: RewardModelConfig, context: StepContext, tokenizer
     return Comparisons(train, validation), dict(curator.left_out)
 
 
-def _texts_to_normalize_on(config: RewardModelConfig, context: StepContext, comparisons: Comparisons) -> list[tuple[Any, str]]:
+def _texts_to_normalize_on(config: RewardModelConfig, context: StepContext, comparisons: Comparisons) -> list[tuple[Any, Any]]:
     """(prompt, completion) pairs whose scores become those of mean 0."""
     if config.normalization.on == "demonstrations":
         return config.load_demonstrations() or [(item.prompt, item.best) for item in comparisons.train]
@@ -361,7 +361,7 @@ def encode(comparison: Comparison, tokenizer: Any, max_length: int) -> EncodedCo
     return EncodedComparison(rows, comparison.ranks, comparison.groups, len(encode_prompt(tokenizer, comparison.prompt)))
 
 
-def _encode_pairs(pairs: Sequence[tuple[Any, str]], tokenizer: Any, max_length: int) -> list[list[int]]:
+def _encode_pairs(pairs: Sequence[tuple[Any, Any]], tokenizer: Any, max_length: int) -> list[list[int]]:
     from stages.corpora.templates import encode_pair
 
     return [encode_pair(tokenizer, prompt, completion)[0][-max_length:] for prompt, completion in pairs]

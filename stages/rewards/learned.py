@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.corpora.messages import Prompt
 from stages.corpora.prompts import plain_text
-from stages.corpora.templates import encode_pair, joined
+from stages.corpora.templates import completion_places, encode_pair
 from stages.errors import ModelError
 from stages.models.heads import RewardModel
 from stages.models.loading import load_classifier, load_tokenizer
@@ -51,7 +51,7 @@ class RewardModelSource:
     @torch.inference_mode()
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
         """Scores [N]. What is longer than the model's context loses its beginning: the end is what was written last."""
-        rows = [encode_pair(self.tokenizer, *pair)[0][-self.max_length :] for pair in zip(prompts, completions, strict=True)]
+        rows = [encode_pair(self.tokenizer, *pair, sampled=True)[0][-self.max_length :] for pair in zip(prompts, completions, strict=True)]
         return score_rows(rows, self.model, self.tokenizer.pad_token_id, self.batch_size)
 
 
@@ -69,7 +69,7 @@ class RewardModelSpans(RewardModelSource):
         device = next(self.model.parameters()).device
         for start in range(0, len(completions), self.batch_size):
             part = slice(start, start + self.batch_size)
-            pairs = [encode_pair(self.tokenizer, *pair) for pair in zip(prompts[part], completions[part], strict=True)]
+            pairs = [encode_pair(self.tokenizer, *pair, sampled=True) for pair in zip(prompts[part], completions[part], strict=True)]
             rows = [ids[-self.max_length :] for ids, _ in pairs]
             scores = self.model.score_tokens(*_padded(rows, self.tokenizer.pad_token_id, device)).cpu()
             for row, (whole, prompt_length) in enumerate(pairs):
@@ -83,11 +83,7 @@ class RewardModelSpans(RewardModelSource):
 
     def _places(self, prompt: Prompt, completion: str) -> list[int]:
         """Where each token of the completion begins in it; the end token stands at its end."""
-        shown = joined(self.tokenizer, prompt, completion)
-        shift = len(shown) - len(completion)  # a space that joins it to the prompt is none of its characters
-        offsets = self.tokenizer(shown, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        places = [max(0, begin - shift) for begin, _ in offsets]
-        return [*places, len(completion)] if self.tokenizer.eos_token_id is not None else places
+        return completion_places(self.tokenizer, prompt, completion)
 
 
 class ClassifierSource:

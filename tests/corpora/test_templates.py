@@ -1,4 +1,4 @@
-"""The template travels with the tokenizer; prompt and completion are tokenized apart."""
+"""The template travels with the tokenizer; prompt and completion are encoded as the text that they make."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def test_conversations(tokenizer) -> None:
     with pytest.raises(DataError, match="no chat template; set template in its sft step"):
         encode_prompt(tokenizer, messages)
     set_template(tokenizer, "dialogue")
-    assert render_prompt(tokenizer, messages) == "\n\nHuman: a\n\nAssistant:b<|endoftext|>\n\nHuman: c\n\nAssistant:"
+    # An earlier reply stands in the prompt as it was learned: with the space that a completion gets.
+    assert render_prompt(tokenizer, messages) == "\n\nHuman: a\n\nAssistant: b<|endoftext|>\n\nHuman: c\n\nAssistant:"
 
 
 @pytest.mark.parametrize(("template", "message"), [("chat", "has no chat template"), ("no place", "a text with {prompt} once")])

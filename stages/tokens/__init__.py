@@ -1,0 +1,1 @@
+"""Tokenizers: texts that continue others, and what a chat template does with every turn."""

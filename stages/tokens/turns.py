@@ -1,0 +1,116 @@
+"""What a chat template does with every turn, read from conversations that it renders: where a reply ends, and which contents it takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from stages.errors import DataError
+from stages.tokens.continuation import segment_ids
+from stages.tokens.plain import template_to_apply
+
+Messages = Sequence[dict[str, Any]]
+_ASKED, _ANSWERED = "tristageasks", "tristageanswers"
+
+
+def apply_template(tokenizer: Any, messages: Messages, *, generation_prompt: bool, tools: Sequence[Any] = (), place: str = "") -> str:
+    """``messages`` as the tokenizer's chat template writes them. Raises DataError with ``place`` where the template refuses them."""
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) or None, chat_template=template_to_apply(tokenizer), tokenize=False,
+            add_generation_prompt=generation_prompt,
+        )  # fmt: skip
+    except Exception as error:  # a template is a program of its own, and anything may go wrong in it
+        roles = ", ".join(str(message["role"]) for message in messages)
+        raise DataError(
+            f"{place}{': ' if place else ''}the model's chat template refuses the conversation ({roles}): {error}; "
+            "change the rows, or use another template"
+        ) from error
+    return str(text)
+
+
+@dataclass(frozen=True)
+class TurnForm:
+    """How a chat template frames a reply.
+
+    ``opening``: what the generation prompt writes and a reply does not repeat, such as ``<think>`` and a line end; ``closing``: the mark
+    that ends that block. ``ending``: the text after a reply. ``end_ids``: the first special token in it, at which generation stops; empty
+    where there is none. ``parts``, ``texts``: whether a message's content may be a list of text parts, or a text.
+    """
+
+    opening: str
+    closing: str
+    ending: str
+    end_ids: tuple[int, ...]
+    parts: bool
+    texts: bool
+
+
+_forms: WeakKeyDictionary[Any, tuple[Any, TurnForm]] = WeakKeyDictionary()
+
+
+def turn_form(tokenizer: Any) -> TurnForm:
+    """The form of the tokenizer's chat template."""
+    known = _forms.get(tokenizer)
+    if known is None or known[0] != tokenizer.chat_template:
+        known = (tokenizer.chat_template, _read_form(tokenizer))
+        _forms[tokenizer] = known
+    return known[1]
+
+
+def turn_end_ids(tokenizer: Any) -> list[int]:
+    """The token that ends an assistant's turn as the chat template writes it.
+
+    Empty without a template, and where the template writes no special token after a reply.
+    """
+    return list(turn_form(tokenizer).end_ids) if tokenizer.chat_template else []
+
+
+def first_difference(one: str, other: str) -> int:
+    """The first character at which two texts differ, the length of the shorter one where it begins the other."""
+    shorter = min(len(one), len(other))
+    return next((place for place in range(shorter) if one[place] != other[place]), shorter)
+
+
+def _read_form(tokenizer: Any) -> TurnForm:
+    texts, parts = _probe(tokenizer, _as_text), _probe(tokenizer, _as_parts)
+    chosen = texts or parts
+    if chosen is None:  # a template for conversations of another kind: its own messages will say what it takes
+        return TurnForm("", "", "", (), parts=False, texts=True)
+    shown, whole = chosen
+    opening = shown[first_difference(shown, whole) :]
+    opened = re.search(r"<(\w+)>\s*$", opening)
+    head, _, ending = whole.rpartition(_ANSWERED)
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
+    first = next((token for token in segment_ids(tokenizer, [head + _ANSWERED, ending])[1] if token in special), None)
+    return TurnForm(
+        opening=opening,
+        closing=f"</{opened[1]}>" if opened else "",
+        ending=ending,
+        end_ids=() if first is None else (first,),
+        parts=parts is not None and parts == chosen,
+        texts=texts is not None,
+    )
+
+
+def _probe(tokenizer: Any, content: Any) -> tuple[str, str] | None:
+    """(prompt, whole) of a conversation with this form of content; None where the template does not write it."""
+    messages = [{"role": "user", "content": content(_ASKED)}, {"role": "assistant", "content": content(_ANSWERED)}]
+    try:
+        shown = apply_template(tokenizer, messages[:1], generation_prompt=True)
+        whole = apply_template(tokenizer, messages, generation_prompt=False)
+    except DataError:
+        return None
+    written = _ASKED in shown and _ANSWERED in whole and "'type'" not in whole  # a list printed as Python prints it is not taken
+    return (shown, whole) if written else None
+
+
+def _as_text(text: str) -> str:
+    return text
+
+
+def _as_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
