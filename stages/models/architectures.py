@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING
 from stages.config import ModelInput
 from stages.errors import ModelError
 from stages.models.attention import attention_of
-from stages.models.loading import use_own_layers
+from stages.models.own_layers import use_own_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

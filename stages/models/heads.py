@@ -19,6 +19,7 @@ from stages.config import LoraSettings
 from stages.errors import ModelError
 from stages.models.adapters import FRESH, HEAD_FILE
 from stages.models.loading import as_resolved, load_backbone, load_tokenizer
+from stages.models.parts import hidden_width
 from stages.models.stacks import is_adapter
 from stages.sampling.decoding import position_ids
 
@@ -37,7 +38,7 @@ class ScalarModel(nn.Module):
         self.tokenizer = tokenizer
         self.config = backbone.config
         device = next(backbone.parameters()).device
-        self.score_head = nn.Linear(self.config.get_text_config().hidden_size, 1, bias=True, dtype=torch.float32, device=device)
+        self.score_head = nn.Linear(hidden_width(backbone), 1, bias=True, dtype=torch.float32, device=device)
         nn.init.zeros_(self.score_head.weight)
         nn.init.zeros_(self.score_head.bias)
         # Where the backbone is shared with other roles (models/shared.py): what lets this one's adapters act, and what saves them.
@@ -179,7 +180,6 @@ class RewardModel(ScalarModel):
         model = as_resolved(model)
         tokenizer = load_tokenizer(model)
         backbone = load_backbone(model, dtype=dtype, lora=lora, trainable=trainable, tokenizer=tokenizer, dropout=dropout)
-        _refuse_encoder(backbone.config, model)
         made = cls(backbone, tokenizer)
         made.draw_head(seed)
         return made.train(trainable)
@@ -255,7 +255,6 @@ class ValueModel(ScalarModel):
         model = as_resolved(model)
         tokenizer = load_tokenizer(model)
         backbone = load_backbone(model, dtype=dtype, lora=lora, trainable=trainable, tokenizer=tokenizer, dropout=dropout)
-        _refuse_encoder(backbone.config, model)
         return cls(backbone, tokenizer).train(trainable)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -281,18 +280,6 @@ def _classifier_class(config: Any) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
     return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type, (config.architectures or ["AutoModel"])[0])
-
-
-def _refuse_encoder(config: Any, model: ResolvedModel) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    kind = config.model_type
-    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(
-            f"{model.ref!r} is a {kind} model; a scalar head needs a causal language model (llama, gpt2, gpt_neox, qwen2, ...). "
-            "An encoder can be trained as a classifier (stage: sentiment) and rewarded by its label"
-        )
 
 
 def read_head(model: ResolvedModel) -> tuple[Tensor, float]:

@@ -1,65 +1,98 @@
-"""A loaded model's norms and feed-forward layers replaced by such as keep less for their backward pass (``numerics/lean.py``).
+"""A loaded model's norms and feed-forward layers replaced by ones that keep less for their backward pass (``numerics/lean.py``).
 
-transformers writes the same two layers anew in every family. Which of a model's they are is found by computing: a layer that has the
-parts, and makes of random numbers what the lean one makes. Parameters, names and saved form stay as they are.
+transformers writes the same two layers anew in every family. Whether a layer is one of them is read first: its parts, its activation, the
+arguments of its ``forward``. Then both are computed with weights drawn for the purpose and with inputs of several sizes, in training and in
+evaluation mode. The weights of today decide nothing: near 0 a GELU looks like a SiLU. Parameters, names and saved form stay as they are.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
+from collections import Counter
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from stages.numerics.lean import gated_mlp, rms_norm
 from stages.numerics.matmul import Linear, are_plain
 
 PRODUCTS = ("gate_proj", "up_proj", "down_proj")
+EPSILONS = ("variance_epsilon", "eps")
+ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation", "hidden_act")
+PROBE_SIZES = (1e-3, 1.0, 30.0)
+"""Sizes of the inputs of a probe: a small one shows the epsilon of a norm, a large one the shape of an activation."""
 
 
-def use_lean_layers(model: nn.Module) -> None:
-    """Let the RMS norms and SwiGLU layers of ``model`` compute leanly wherever they train in fp32 on a CPU."""
-    found: dict[type[nn.Module], type[nn.Module] | None] = {}
+def use_lean_layers(model: nn.Module) -> Counter[str]:
+    """Let the RMS norms and SwiGLU layers of ``model`` compute leanly wherever they train in fp32 on a CPU.
+
+    Returns how many layers of each class were switched.
+    """
+    found: dict[Any, type[nn.Module] | None] = {}
+    switched: Counter[str] = Counter()
     for module in model.modules():
-        kind: Any = type(module)
-        if kind not in found:
-            found[kind] = next((lean for lean in _leaner(kind) if _is_equal(module, lean)), None)
-        if (lean := found[kind]) is not None:
+        key = _alike(module)
+        if key not in found:
+            kind: Any = type(module)
+            found[key] = next((lean for lean in _leaner(kind) if _is_equal(module, lean)), None)
+        if (lean := found[key]) is not None:
+            switched[type(module).__name__] += 1
             module.__class__ = lean
+    return switched
 
 
 class _LeanNorm(nn.Module):
-    """Mixed into a family's own RMS norm."""
+    """Mixed into a family's own RMS norm: weight * x / sqrt(mean(x^2) + eps)."""
 
     weight: Tensor
-    variance_epsilon: float
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        return isinstance(getattr(module, "weight", None), Tensor) and isinstance(getattr(module, "variance_epsilon", None), float)
+        """Whether the layer has a weight alone, an epsilon, and no part of its own."""
+        names = [name for name, _ in module.named_parameters()]
+        return names == ["weight"] and module.weight.ndim == 1 and _epsilon(module) is not None and not list(module.children())
 
     def lean(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.variance_epsilon)
+        epsilon = _epsilon(self)
+        assert epsilon is not None  # ``fits`` has asked
+        return rms_norm(x, self.weight, epsilon)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lean(x) if torch.is_grad_enabled() and are_plain(x, self.weight) else super().forward(x)
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        takes = len(inputs) == 1 and not named and torch.is_grad_enabled() and are_plain(inputs[0], self.weight)
+        return self.lean(inputs[0]) if takes else super().forward(*inputs, **named)
 
 
 class _LeanMLP(nn.Module):
-    """Mixed into a family's own feed-forward layer; with an adapter on one of its products it stays as it is written."""
+    """Mixed into a family's own feed-forward layer; with an adapter on one of its products the family's own forward runs."""
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        return _has_plain_products(module)
+        """Whether the layer has the three products, no other parameter, and a SiLU wherever it names its activation."""
+        named = [getattr(module, name) for name in ACTIVATIONS if callable(getattr(module, name, None))]
+        parameters = {name for name, _ in module.named_parameters()}
+        return _has_plain_products(module) and parameters == {f"{name}.weight" for name in PRODUCTS} and all(map(_is_silu, named))
 
     def lean(self, x: Tensor) -> Tensor:
         return gated_mlp(x, *(getattr(self, name).weight for name in PRODUCTS))
 
-    def forward(self, x: Tensor) -> Tensor:
-        trains = torch.is_grad_enabled() and _has_plain_products(self)
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         weights = (getattr(self, name).weight for name in PRODUCTS)
-        return self.lean(x) if trains and are_plain(x, *weights) else super().forward(x)
+        takes = len(inputs) == 1 and not named and torch.is_grad_enabled() and _has_plain_products(self) and are_plain(inputs[0], *weights)
+        return self.lean(inputs[0]) if takes else super().forward(*inputs, **named)
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    found = [value for name in EPSILONS if isinstance(value := getattr(module, name, None), float)]
+    return found[0] if len(found) == 1 else None
+
+
+def _is_silu(activation: Any) -> bool:
+    """Whether an activation is x * sigmoid(x), by what it is and not by what it computes of a few numbers."""
+    return activation is functional.silu or isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
 
 
 def _has_plain_products(module: nn.Module) -> bool:
@@ -67,24 +100,56 @@ def _has_plain_products(module: nn.Module) -> bool:
     return all(type(one) in (nn.Linear, Linear) and one.bias is None and not one._forward_hooks for one in products)
 
 
+def _alike(module: nn.Module) -> tuple[Any, ...]:
+    """What two layers must agree in to compute the same function of their weights: the class and the plain settings on it."""
+    settings = tuple(
+        (name, value) for name, value in sorted(vars(module).items())
+        if isinstance(value, bool | int | float | str) and name not in ("layer_idx", "training")
+    )  # fmt: skip
+    activations = tuple(type(getattr(module, name, None)) for name in ACTIVATIONS)
+    return (type(module), settings, activations, tuple(name for name, _ in module.named_parameters()))
+
+
 @cache
 def _leaner(kind: type[nn.Module]) -> tuple[type[nn.Module], ...]:
-    """Lean forms that layers of this class could have. Their class has the name of the one it stands for, as configs name classes."""
-    if issubclass(kind, (_LeanNorm, _LeanMLP)):
+    """Lean forms that layers of this class could have. Their class has the name of the one it replaces, as configs name classes."""
+    if issubclass(kind, (_LeanNorm, _LeanMLP)) or not _takes_one_tensor(kind):
         return ()
     return tuple(type(kind.__name__, (mixin, kind), {"__module__": kind.__module__}) for mixin in (_LeanNorm, _LeanMLP))
 
 
+def _takes_one_tensor(kind: type[nn.Module]) -> bool:
+    """Whether ``forward`` has one argument; a gate or a mask beside the input would change what it computes."""
+    return len(inspect.signature(kind.forward).parameters) == 2
+
+
 @torch.no_grad()
 def _is_equal(module: Any, lean: Any) -> bool:
-    """Whether ``lean`` computes what ``module`` computes, on a few random numbers."""
-    if not lean.fits(module):
+    """Whether ``lean`` computes what ``module`` computes, for weights and inputs that are drawn here."""
+    if not lean.fits(module) or next(module.parameters()).dtype != torch.float32:
         return False
-    weight = getattr(module, "weight", None)
-    width = len(weight) if isinstance(weight, Tensor) else module.gate_proj.in_features
-    dtype = next(module.parameters()).dtype
-    x = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    probe = _with_drawn_weights(module)
+    generator = torch.Generator().manual_seed(1)
+    width = next(module.parameters()).shape[-1]
+    x = torch.cat([torch.randn(4, width, generator=generator) * size for size in PROBE_SIZES])
     try:
-        return dtype == torch.float32 and torch.allclose(lean.lean(module, x), module(x), rtol=1e-4, atol=1e-5)
+        return all(
+            torch.allclose(lean.lean(probe, x), probe.train(training)(x), rtol=1e-4, atol=1e-6) for training in (True, False)
+        )  # fmt: skip
     except (AttributeError, RuntimeError, TypeError):
         return False
+
+
+def _with_drawn_weights(module: nn.Module) -> Any:
+    """A copy of a layer whose weights are drawn from [-1.5, 1.5], on the CPU. A matrix gets one drawn row, repeated without memory.
+
+    The rows of a matrix are scaled so that a product with inputs of size s has values of about size s.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn: dict[int, Any] = {}
+    for parameter in module.parameters():
+        row = torch.rand(parameter.shape[-1], generator=generator) * 3 - 1.5
+        if parameter.ndim == 2:
+            row = (row / parameter.shape[-1] ** 0.5).expand(parameter.shape)
+        drawn[id(parameter)] = nn.Parameter(row, requires_grad=False)
+    return copy.deepcopy(module, drawn)

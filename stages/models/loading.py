@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
 from stages.models.adapters import FRESH, add_adapter, attach_lora, merge, quantization_config
 from stages.models.attention import attention_of
 from stages.models.failures import explained
-from stages.models.lean import use_lean_layers
+from stages.models.families import refuse_unfit
+from stages.models.own_layers import use_own_layers
 from stages.models.stacks import is_adapter, stack_of, trained_on
-from stages.numerics.matmul import linear, use_fast_matmuls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -233,7 +232,7 @@ def _from_pretrained(
     require_head: bool,
     options: dict[str, Any],
 ) -> Any:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     quantization = quantization_config(model.input, dtype)
     if quantization is not None:
@@ -243,6 +242,8 @@ def _from_pretrained(
     code = {"revision": model.input.revision if own else None, "trust_remote_code": model.input.trust_remote_code}
     with explained(model, "model"), quiet_transformers():
         config = AutoConfig.from_pretrained(path, **code)
+        if auto is not AutoModelForSequenceClassification:
+            refuse_unfit(config, model.ref)
         loaded, report = auto.from_pretrained(
             path,
             dtype=dtype,
@@ -286,19 +287,6 @@ def _finish(model: Any, source: ResolvedModel, lora: LoraSettings | None, task: 
         disable_dropout(model)
     use_own_layers(model)
     return model.train(trainable)
-
-
-def use_own_layers(model: nn.Module) -> None:
-    """Let ``model`` compute with this project's layers where they are the faster or the leaner ones."""
-    use_fast_matmuls(model, {Conv1D: FastConv1D})
-    use_lean_layers(model)
-
-
-class FastConv1D(Conv1D):
-    """GPT-2's kind of linear layer (weight [K, N]), computed with ``linear``."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight.T, self.bias)
 
 
 def disable_dropout(model: nn.Module) -> None:

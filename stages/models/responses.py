@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from stages.models.heads import ValueModel
+from stages.models.output_path import multiplies_directly
+from stages.models.parts import transformer_of
 from stages.numerics.logprobs import entropy, token_logprobs
 from stages.numerics.matmul import Linear
 from stages.numerics.output_layer import Term, chosen_logprobs, summed_loss
@@ -90,10 +92,11 @@ class Policy:
         self.activate = activate or (lambda: None)
         self.device = next(model.parameters()).device
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.decoder = getattr(plain, plain.base_model_prefix)
+        self.decoder = transformer_of(model)
         self.output = plain.get_output_embeddings()
+        self.activate()
         # Some families rescale or cap their logits behind the output matrix; then the model has to make them itself.
-        self.is_direct = type(self.output) in (nn.Linear, Linear) and self._direct_equals_model()
+        self.is_direct = type(self.output) in (nn.Linear, Linear) and multiplies_directly(model, self.decoder, self.output, self.precision)
 
     def precision(self) -> AbstractContextManager[Any]:
         """Mixed precision of forward passes where the weights are wider than what the hardware computes in."""
@@ -151,18 +154,6 @@ class Policy:
         logprobs, entropies = token_logprobs(logits, tokens, temperature=temperature), entropy(logits, temperature=temperature)
         summed = term(logprobs, entropies, slice(0, len(tokens))).sum()
         return PolicyLoss(summed, logprobs.detach(), entropies.detach(), None if hidden is None else self._values(hidden))
-
-    @torch.no_grad()
-    def _direct_equals_model(self) -> bool:
-        self.activate()
-        training = self.model.training
-        self.model.eval()
-        ids = torch.arange(2, 6, device=self.device)[None] % self.model.config.get_text_config().vocab_size
-        with self.precision():
-            direct = self.output(self.decoder(input_ids=ids, use_cache=False).last_hidden_state).float()
-            whole = self.model(input_ids=ids, use_cache=False).logits.float()
-        self.model.train(training)
-        return torch.allclose(direct, whole, rtol=1e-3, atol=1e-3)
 
 
 def sequence_values(model: ValueModel, batch: SequenceBatch, precision: AbstractContextManager[Any]) -> Tensor:

@@ -17,6 +17,7 @@ from stages.config import LoraSettings
 from stages.models.adapters import activate, active_adapters, add_adapter, attach_lora
 from stages.models.heads import RewardModel, ScalarModel, ValueModel, read_head
 from stages.models.loading import load_language_model, load_tokenizer
+from stages.models.parts import transformer_of
 from stages.models.stacks import stack_of, weights_of
 
 if TYPE_CHECKING:
@@ -106,8 +107,7 @@ class SharedBackbone:
         return made
 
     def _scalar(self, kind: type[Scalar], names: Iterable[str]) -> Scalar:
-        plain = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        made = kind(getattr(plain, plain.base_model_prefix), self.tokenizer)
+        made = kind(transformer_of(self.model), self.tokenizer)
         made.activate = self.activation(names)
         return made
 

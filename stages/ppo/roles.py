@@ -18,6 +18,7 @@ from stages.errors import LaunchError, ModelError
 from stages.models.adapters import FRESH
 from stages.models.heads import RewardModel, ValueModel
 from stages.models.loading import load_language_model, load_tokenizer, save_model
+from stages.models.parts import hidden_width, transformer_of
 from stages.models.responses import Policy, SequenceBatch, sequence_values
 from stages.models.sharding import shard
 from stages.models.shared import RoleParameters, SharedBackbone
@@ -177,7 +178,7 @@ def _first(*modules: nn.Module | None) -> nn.Module:
 def _shared_value_head(config: PPOStepConfig, model: Any) -> nn.Linear | None:
     if config.value != "shared":
         return None
-    head = nn.Linear(model.config.get_text_config().hidden_size, 1, device=next(model.parameters()).device)
+    head = nn.Linear(hidden_width(transformer_of(model)), 1, device=next(model.parameters()).device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head

@@ -41,6 +41,11 @@ def architectures(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any)
     configs = {
         "gpt2": transformers.GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=32),
         "gpt_neox": transformers.GPTNeoXConfig(**common, intermediate_size=16, max_position_embeddings=32),
+        # 24 wide inside, and hidden states of 16 behind its projection, as OPT-350m has 1024 and 512
+        "opt": transformers.OPTConfig(
+            vocab_size=300, hidden_size=24, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32,
+            word_embed_proj_dim=16, do_layer_norm_before=False,
+        ),
         "qwen2": transformers.Qwen2Config(**common, num_key_value_heads=2, intermediate_size=16, max_position_embeddings=32),
     }
     folders = {}
@@ -67,7 +72,7 @@ def test_padding_changes_no_score_on_either_side(reward_model: RewardModel) -> N
     assert score(reward_model, TEXT[:-1] + [10]) != pytest.approx(plain, abs=1e-5)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "qwen2"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "qwen2"])
 def test_every_family_scores_saves_and_reloads(architectures: dict[str, Path], family: str, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
@@ -123,7 +128,7 @@ def test_an_encoder_is_refused(tmp_path: Path, tiny_tokenizer: Any) -> None:
     config = transformers.DistilBertConfig(vocab_size=300, dim=16, n_layers=1, n_heads=2, hidden_dim=16)
     transformers.DistilBertForMaskedLM(config).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="distilbert model; a scalar head needs a causal language model"):
+    with pytest.raises(ModelError, match="distilbert model; a policy or a scalar head needs a causal language model"):
         RewardModel.from_language_model(str(tmp_path), dtype=torch.float32)
 
 
@@ -194,3 +199,13 @@ def test_gradient_checkpointing_gives_the_same_gradient(tiny_llama_folder: Path)
         model.score(torch.tensor([TEXT]), torch.ones(1, 4, dtype=torch.long)).sum().backward()
         gradients.append(model.backbone.layers[0].mlp.up_proj.weight.grad)
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_a_head_is_as_wide_as_what_the_backbone_gives(architectures: dict[str, Path], tmp_path: Path) -> None:
+    source = str(architectures["opt"])
+    reward = RewardModel.from_language_model(source, dtype=torch.float32)
+    assert reward.score_head.in_features == 16  # the projection's width; the config says hidden_size 24
+    value = ValueModel.from_policy(source, dtype=torch.float32, lora=LoraSettings(r=2))
+    assert value.score_head.in_features == 16
+    value.save(tmp_path)
+    assert ValueModel.from_pretrained(str(tmp_path), dtype=torch.float32).score_head.in_features == 16

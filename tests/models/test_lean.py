@@ -93,3 +93,120 @@ def test_a_layer_with_an_adapter_on_it_stays_as_it_is_written() -> None:
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
     _, gradients = loss_and_gradients(adapted)
     assert len(gradients) == 4 and all(gradient.abs().sum() > 0 for gradient in gradients.values())
+
+
+# What a layer computes is not guessed from the weights of today.
+
+
+class Gated(torch.nn.Module):
+    """A feed-forward layer as families write it, with any activation."""
+
+    def __init__(self, activation: Any, *, named: bool = True, size: float = 1e-4) -> None:
+        super().__init__()
+        for name, (given, made) in {"gate_proj": (8, 12), "up_proj": (8, 12), "down_proj": (12, 8)}.items():
+            layer = torch.nn.Linear(given, made, bias=False)
+            torch.nn.init.normal_(layer.weight, std=size)
+            setattr(self, name, layer)
+        if named:
+            self.act_fn = activation
+        self.compute = lambda x: activation(x)
+
+    def forward(self, x: Any) -> Any:
+        return self.down_proj(self.compute(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Clamped(Gated):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x).clamp(max=7.0)
+
+
+class InTraining(Gated):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x) * (2 if self.training else 1)
+
+
+silu, gelu = torch.nn.functional.silu, torch.nn.functional.gelu
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (Gated(silu), True),
+        (Gated(torch.nn.SiLU()), True),
+        (Gated(silu, named=False), True),  # written into its forward
+        (Gated(gelu), False),
+        (Gated(gelu, named=False), False),
+        (Gated(torch.nn.GELU(approximate="tanh"), named=False), False),
+        (Gated(lambda x: x * torch.sigmoid(1.702 * x), named=False), False),
+        (Gated(lambda x: silu(x.clamp(max=7)), named=False), False),
+        (Clamped(silu), False),
+        (InTraining(silu), False),
+    ],
+)
+def test_an_activation_is_told_apart_where_weights_are_near_zero(layer: Any, expected: bool) -> None:
+    assert bool(use_lean_layers(layer)) is expected
+
+
+def test_the_old_way_of_telling_would_be_fooled_here() -> None:
+    """At the weights of today both activations agree to the tolerance that was used; the probe must not look at them."""
+    layer = Gated(gelu)
+    x = torch.randn(3, 8)
+    plain = layer.down_proj(silu(layer.gate_proj(x)) * layer.up_proj(x))
+    assert torch.allclose(layer(x), plain, rtol=1e-4, atol=1e-5)
+
+
+class Norm(torch.nn.Module):
+    """An RMS norm whose weight is multiplied, as Llama's, or added to 1, as Gemma's."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(8))
+        self.variance_epsilon = 1e-6
+        self.kind = kind
+
+    def forward(self, x: Any) -> Any:
+        centred = x - x.mean(-1, keepdim=True) if self.kind == "centred" else x
+        scale = torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + (0.0 if self.kind == "no epsilon" else self.variance_epsilon))
+        return centred * scale * (1 + self.weight if self.kind == "plus one" else self.weight)
+
+
+class GatedNorm(Norm):
+    """As Mamba 2's: without a gate it is a plain RMS norm, but it is called with one."""
+
+    def forward(self, x: Any, gate: Any = None) -> Any:
+        return super().forward(x if gate is None else x * silu(gate))
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (Norm("plain"), True), (Norm("plus one"), False), (Norm("centred"), False), (Norm("no epsilon"), False),
+        (GatedNorm("plain"), False),
+    ],
+)  # fmt: skip
+def test_norms_of_other_formulas_are_told_apart(layer: Any, expected: bool) -> None:
+    assert bool(use_lean_layers(layer)) is expected
+
+
+def test_layers_of_one_class_with_different_settings_are_judged_apart() -> None:
+    layers = torch.nn.Sequential(Norm("plain"), Norm("plus one"), Norm("plain"))
+    assert use_lean_layers(layers) == {"Norm": 2}
+    assert [isinstance(layer, _LeanNorm) for layer in layers] == [True, False, True]
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text", "granite", "cohere", "olmo2", "phi3", "helium", "glm4"])
+def test_training_is_the_familys_own_once_weights_have_grown(family: str) -> None:
+    fields = {"head_dim": 8} if family in ("gemma", "gemma2", "gemma3_text", "glm4", "helium") else {}
+    model = model_of(family, **fields, initializer_range=1e-4)
+    lean = model_of(family, **fields, initializer_range=1e-4)
+    use_lean_layers(lean)
+    with torch.no_grad():
+        for one, other in zip(model.parameters(), lean.parameters(), strict=True):
+            grown = torch.randn(one.shape, generator=torch.Generator().manual_seed(2)) * 0.5
+            one.copy_(grown)
+            other.copy_(grown)
+    loss, gradients = loss_and_gradients(model)
+    lean_loss, lean_gradients = loss_and_gradients(lean)
+    torch.testing.assert_close(lean_loss, loss, rtol=1e-4, atol=1e-4)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(lean_gradients[name], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))

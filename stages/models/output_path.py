@@ -1,0 +1,108 @@
+"""Whether a language model's logits are its output matrix times its last hidden states, with nothing before, between or behind.
+
+Families cap their logits (Gemma 2), scale them (Cohere, Granite) or scale the hidden states that they multiply (MiniCPM). With the weights
+of today such an operation may not show: a cap of 30 is invisible while logits are near 0. The check therefore does not look at the weights.
+It replaces the hidden states and then the logits by large drawn numbers and compares what arrives at the next place.
+
+T tokens, d hidden size, V rows of the output matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+HIDDEN_SPREAD = 30.0  # standard deviation of the drawn hidden states
+LOGIT_SPREAD = 300.0  # the drawn logits lie evenly between minus this and this, beyond every cap in use
+
+
+@torch.no_grad()
+def multiplies_directly(model: Any, decoder: nn.Module, output: nn.Module, precision: Callable[[], AbstractContextManager[Any]]) -> bool:
+    """Whether ``model(ids).logits`` is ``output(decoder(ids).last_hidden_state)`` for all weights, in training and in evaluation mode.
+
+    ``model``: a causal language model, perhaps inside a PeftModel; ``decoder`` and ``output`` are parts of it. ``precision()`` is the
+    autocast that the model will run under. The process's random streams and the model's mode stay as they are.
+    """
+    device = next(model.parameters()).device
+    ids = torch.arange(2, 6, device=device)[None] % model.config.get_text_config().vocab_size
+    training = model.training
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices), precision():
+            model.eval()
+            direct = decoder(input_ids=ids, use_cache=False).last_hidden_state
+            probes = [_probe(model, output, ids)]
+            model.train()
+            probes.append(_probe(model, output, ids))
+    finally:
+        model.train(training)
+    hidden = probes[0].own_hidden
+    return hidden is not None and torch.equal(direct, hidden) and all(probe.passed for probe in probes)
+
+
+class _Probe:
+    """What one forward pass with drawn numbers showed. ``own_hidden`` [1, T, d]: the hidden states that the model made itself."""
+
+    def __init__(self) -> None:
+        self.own_hidden: Tensor | None = None
+        self.drawn_hidden: Tensor | None = None
+        self.drawn_logits: Tensor | None = None
+        self.multiplied: Tensor | None = None  # what the output matrix was given
+        self.logits: Tensor | None = None  # what the model returned
+
+    @property
+    def passed(self) -> bool:
+        """Whether the drawn hidden states reached the output matrix, and the drawn logits the caller, unchanged."""
+        pairs = ((self.drawn_hidden, self.multiplied), (self.drawn_logits, self.logits))
+        return all(_unchanged(sent, arrived) for sent, arrived in pairs)
+
+
+def _unchanged(sent: Tensor | None, arrived: Tensor | None) -> bool:
+    """Whether the same numbers arrived; a cast to another dtype is no change."""
+    if sent is None or arrived is None or sent.shape != arrived.shape:
+        return False
+    return torch.equal(sent.to(arrived.dtype), arrived)
+
+
+def _probe(model: Any, output: nn.Module, ids: Tensor) -> _Probe:
+    probe = _Probe()
+    with _replaced(model, output, probe):
+        probe.logits = model(input_ids=ids, use_cache=False).logits
+    return probe
+
+
+@contextmanager
+def _replaced(model: Any, output: nn.Module, probe: _Probe) -> Iterator[None]:
+    """Replace the last hidden states of every transformer inside ``model``, and what ``output`` computes, by drawn numbers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def replace_hidden(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+        own = getattr(outputs, "last_hidden_state", None)
+        if own is None:
+            return None
+        if probe.drawn_hidden is None:  # the innermost transformer; one around it gets the same numbers
+            probe.drawn_hidden = (torch.randn(own.shape, generator=generator) * HIDDEN_SPREAD).to(own)
+            probe.own_hidden = own
+        outputs.last_hidden_state = probe.drawn_hidden
+        return outputs
+
+    def replace_logits(module: nn.Module, inputs: Any, outputs: Tensor) -> Tensor:
+        probe.multiplied = inputs[0]
+        even = torch.linspace(-LOGIT_SPREAD, LOGIT_SPREAD, outputs.numel())[torch.randperm(outputs.numel(), generator=generator)]
+        probe.drawn_logits = even.view(outputs.shape).to(outputs)
+        return probe.drawn_logits
+
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    transformers = [module for module in plain.modules() if isinstance(module, PreTrainedModel) and module is not plain]
+    handles = [module.register_forward_hook(replace_hidden) for module in transformers]
+    handles.append(output.register_forward_hook(replace_logits))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

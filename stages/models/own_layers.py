@@ -1,0 +1,38 @@
+"""The one place where layers of a loaded model are switched to this project's: products by oneDNN, and lean norms and MLPs.
+
+A switch changes a module's class to a subclass of the one it had. What the module computes stays the same but for rounding. Parameters,
+names and saved form stay exactly as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from stages.models.lean import use_lean_layers
+from stages.numerics.matmul import linear, use_fast_matmuls
+
+logger = logging.getLogger(__name__)
+
+
+def use_own_layers(model: nn.Module) -> Counter[str]:
+    """Switch the layers of ``model`` for which this project has a faster or leaner class.
+
+    Returns how many modules of each class were switched, and logs it (level info).
+    """
+    switched = use_fast_matmuls(model, {Conv1D: FastConv1D}) + use_lean_layers(model)
+    if switched:
+        named = ", ".join(f"{count} {name}" for name, count in sorted(switched.items()))
+        logger.info("%s: layers switched to this project's own: %s", type(model).__name__, named)
+    return switched
+
+
+class FastConv1D(Conv1D):
+    """GPT-2's kind of linear layer (weight [K, N]), computed with ``linear``."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight.T, self.bias)

@@ -1,0 +1,37 @@
+"""The one place that switches layers: it says what it switched, and what is saved stays as it was."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from stages.models.own_layers import use_own_layers
+from stages.numerics.matmul import prefers_onednn
+
+
+def test_switched_layers_are_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.arange(3, 9)[None]
+    names, before = list(model.state_dict()), model(input_ids=ids).logits.detach()
+    with caplog.at_level(logging.INFO, logger="stages.models.own_layers"):
+        switched = use_own_layers(model)
+    expected = {"LlamaRMSNorm": 5, "LlamaMLP": 2} | ({"Linear": 15} if prefers_onednn() else {})  # 7 products a layer, and the output
+    assert switched == expected
+    assert "LlamaForCausalLM" in caplog.text and "5 LlamaRMSNorm" in caplog.text
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(model(input_ids=ids).logits.detach(), before)
+    assert all(isinstance(module, nn.Linear) for name, module in model.named_modules() if name.endswith("_proj"))
+
+
+def test_a_second_time_switches_nothing() -> None:
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=16))
+    use_own_layers(model)
+    assert not use_own_layers(model)
