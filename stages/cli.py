@@ -415,7 +415,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Copy a model out, whole, with a model card: for from_pretrained, lm-eval, vLLM, transformers serve, or the Hub."""
-    from stages.models.adapters import export_merged
+    from stages.models.exporting import export_merged
     from stages.registry.card import write_card
 
     registry = _registry(home)

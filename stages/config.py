@@ -31,7 +31,15 @@ class LoraSettings(Strict):
     r: int = Field(8, ge=1, description="Rank of the update.")
     alpha: float = Field(16.0, gt=0, description="Scale: the update is multiplied by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input; reward_model, dpo and ppo steps switch it off.")
-    target_modules: str | list[str] = Field("all-linear", description="Modules that get an adapter: 'all-linear' or a list of names.")
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="Modules that get an adapter: 'all-linear' (all but the output layer), a list of names, or a regular expression.",
+    )
+    modules_to_save: list[str] = Field(
+        [],
+        description="Modules that train whole and are saved with the adapter, e.g. [embed_tokens, lm_head]. Rows of tokens that the model "
+        "had no rows for train in any case.",
+    )
 
 
 class ModelInput(Strict):

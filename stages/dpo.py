@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -94,6 +94,7 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
     from stages.corpora.comparisons import load_comparisons
     from stages.corpora.curation import Curator
     from stages.corpora.templates import count_tokens
+    from stages.models.adapters import as_it_starts, refuse_output_adapter
     from stages.models.loading import load_language_model, load_tokenizer, save_model
     from stages.process.runtime import StepResult
     from stages.training.trainer import gathered_weights, publish_best, train, weights_dtype
@@ -101,6 +102,7 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
     source = context.models["model"]
     tokenizer = load_tokenizer(source)
     model = load_language_model(source, dtype=weights_dtype(config, context), lora=config.lora, tokenizer=tokenizer)
+    refuse_output_adapter(model, config.lora)
     max_length: int = config.max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
     curator = Curator(config.curation, count_tokens(tokenizer))
     comparisons = load_comparisons(config.data, preferred=config.preferred, curator=curator)
@@ -108,15 +110,14 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
     heldout = _encoded(config, comparisons.validation, tokenizer, max_length, context, "held-out")
     reference = _reference(config, context, tokenizer)
 
-    by_reference = _logprobs(config, context, reference if reference is not None else model, heldout, tokenizer)
+    with as_it_starts(model) if reference is None else nullcontext():
+        by_reference = _logprobs(config, context, reference if reference is not None else model, heldout, tokenizer)
     trainer = _trainer(config, context, model, reference, tokenizer, pairs)
 
     def measured() -> dict[str, float]:
         return measure(_logprobs(config, context, model, heldout, tokenizer), by_reference, beta=config.beta)
 
     trained = train(trainer, context, f"{context.name}: dpo", rule=config, measure=lambda: measured()["loss"])
-    if config.lora is not None and "ref" in model.peft_config:
-        model.delete_adapter("ref")  # TRL's copy of the adapter as it began
     after = measured()
     context.log(trainer.state.global_step, {"heldout/accuracy": after["accuracy"], "heldout/margin": after["margin"]})
     context.runtime.console.print(
@@ -182,7 +183,7 @@ def _encoded(
 
 
 def _reference(config: DPOStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The frozen reference; None where it is the model less its adapter. Raises ModelError where it speaks other tokens."""
+    """The frozen reference; None where it is the model without its fresh adapter. Raises ModelError for another vocabulary."""
     from stages.models.loading import load_language_model, load_tokenizer
 
     if config.reference is None and config.lora is not None:
@@ -200,7 +201,9 @@ def _trainer(
     import torch
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
+    from trl.models.utils import disable_gradient_checkpointing
 
+    from stages.models.adapters import as_it_starts, without_copies
     from stages.models.loading import quiet_transformers
     from stages.models.sharding import shard
     from stages.training.trainer import exact, training_arguments
@@ -215,11 +218,23 @@ def _trainer(
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             own = pairs_in(inputs)
+            if self.precompute_ref_logps:
+                inputs = {**inputs, **self._reference_logprobs(inputs)}
             with _gathering_unequal_shares(self.accelerator, counts=own > 0):
                 loss = super().compute_loss(model, inputs, return_outputs)
             if num_items_in_batch is None:
                 return loss
             return loss * own / num_items_in_batch * self.args.world_size  # DDP takes the mean over processes
+
+        def _reference_logprobs(self, inputs: Any) -> dict[str, torch.Tensor]:
+            """Log-probabilities [pairs] of the completions by the model as it started: the adapters below the fresh one act."""
+            masked = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+            tensors = {name: value for name, value in inputs.items() if name != "completion_mask"}
+            checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+            with torch.no_grad(), checkpointing, as_it_starts(self.model):
+                outputs = self.model(**tensors, use_cache=False, labels=masked, fused_lm_head=True)
+            chosen, rejected = outputs.log_probs.sum(dim=1).chunk(2)
+            return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
         def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: Any) -> Any:
             """Pairs of the step, on all processes."""
@@ -234,12 +249,14 @@ def _trainer(
         return int(batch["completion_mask"].any(dim=1).sum()) // 2
 
     options = {"beta": config.beta, "loss_type": [config.loss], "label_smoothing": config.label_smoothing, "max_length": None}
-    with quiet_transformers():
+    with quiet_transformers(), without_copies(model):
         arguments = training_arguments(config.training, context, precision=config.precision, kind=DPOConfig, **options)
         columns = {name: [getattr(pair, name) for pair in pairs] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
         trainer = TokenizedDPOTrainer(
             model=model, ref_model=reference, args=arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer
         )
+    # TRL's reference of an adapter is a copy of that adapter alone; ours is every adapter below it.
+    trainer.precompute_ref_logps = reference is None
     if trainer.ref_model is not None and context.runtime.shards:
         shard(trainer.ref_model, add_up=False)
     for parameter in model.parameters():

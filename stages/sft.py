@@ -123,6 +123,7 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     from stages.corpora.curation import Curator
     from stages.corpora.demonstrations import load_demonstrations
     from stages.corpora.templates import count_tokens, set_template
+    from stages.models.adapters import refuse_output_adapter
     from stages.models.dropout import set_residual_dropout
     from stages.models.loading import load_language_model, load_tokenizer, save_model
     from stages.process.runtime import StepResult
@@ -134,6 +135,7 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     model = load_language_model(
         context.models["model"], dtype=weights_dtype(config, context), lora=config.lora, tokenizer=tokenizer, dropout=True
     )
+    refuse_output_adapter(model, config.lora)
     if config.residual_dropout is not None:
         set_residual_dropout(model, config.residual_dropout)
     max_length: int = config.max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024

@@ -112,3 +112,65 @@ def test_pairs_that_do_not_fit(comparisons, step_context, resolve_folder, tiny_l
     context = step_context(models={"model": resolve_folder(tiny_llama_folder)})
     with pytest.raises(DataError, match="no training pair fits max_length=4: the shortest of 64 has"):
         run(config(comparisons, max_length=4), context)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_reference_of_a_fresh_adapter_is_the_model_that_it_began_as(
+    step_context, resolve_folder, tiny_llama_folder, tmp_path, quantization
+) -> None:
+    """DPO on an SFT adapter: the reference's log-probabilities are the SFT model's own, as peft alone computes them, before and after a
+    step, and not those of the bare base."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from stages.config import LoraSettings, ModelInput
+    from stages.models.loading import save_model
+    from stages.process.runtime import ResolvedModel
+
+    base = resolve_folder(tiny_llama_folder, quantization=quantization)
+    tokenizer = load_tokenizer(base)
+    sft = load_language_model(base, dtype=torch.float32, lora=LoraSettings(r=4))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in sft.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    save_model(sft, tokenizer, tmp_path / "sft")
+    source = ResolvedModel("sft", "folder", str(tmp_path / "sft"), "", ModelInput(ref="sft", quantization=quantization), base=base)
+
+    options = {} if quantization == "none" else {"quantization_config": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )}  # fmt: skip
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float32, attn_implementation="eager", **options)
+    for module in plain.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    pair = Pair([5, 6, 7], [8, 9, 0], [10, 0])
+
+    def logprob(network: Any, response: list[int]) -> float:
+        with torch.no_grad():
+            rows = network(torch.tensor([pair.prompt_ids + response])).logits[0].log_softmax(-1)
+        return sum(float(rows[len(pair.prompt_ids) - 1 + step, token]) for step, token in enumerate(response))
+
+    bare = [logprob(plain, ids) for ids in (pair.chosen_ids, pair.rejected_ids)]
+    adapted = PeftModel.from_pretrained(plain, tmp_path / "sft")
+    expected = [logprob(adapted, ids) for ids in (pair.chosen_ids, pair.rejected_ids)]
+    assert abs(expected[0] - bare[0]) > 0.05
+
+    settings = config(lora={"r": 4}, model={"ref": "sft", "quantization": quantization})
+    context = step_context(models={"model": source})
+    model = load_language_model(source, dtype=torch.float32, lora=settings.lora, tokenizer=tokenizer)
+    trainer = _trainer(settings, context, model, None, tokenizer, [pair])
+    assert "ref" not in model.peft_config  # TRL's copy of the fresh adapter, which is not the reference
+    batch = trainer.data_collator([{name: getattr(pair, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}])
+    for _ in range(2):
+        loss = trainer.compute_loss(model, batch)
+        found = trainer._reference_logprobs(batch)
+        assert [float(found[f"ref_{kind}_logps"]) for kind in ("chosen", "rejected")] == pytest.approx(expected, abs=1e-3)
+        loss.backward()
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained and all(".default." in name and parameter.grad is not None for name, parameter in trained.items())
+        with torch.no_grad():
+            for parameter in trained.values():
+                parameter.sub_(parameter.grad)
+    assert float(trainer.compute_loss(model, batch)) < math.log(2) - 0.01

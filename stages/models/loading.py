@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,14 @@ from torch import nn
 
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
-from stages.models.adapters import FRESH, add_adapter, attach_lora, merge, quantization_config
+from stages.models.adapters import FRESH, attach_lora, plain_model, quantization_config
 from stages.models.attention import attention_of
 from stages.models.failures import explained
 from stages.models.families import refuse_unfit
 from stages.models.own_layers import use_own_layers
-from stages.models.stacks import is_adapter, stack_of, trained_on
+from stages.models.saved_adapters import SavedAdapter, head_size, read_adapter
+from stages.models.stacking import dequantized, merged_stack, stacked_apart
+from stages.models.stacks import Stack, is_adapter, stack_of, tokenizer_source, trained_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,11 +47,11 @@ def as_resolved(model: ResolvedModel | str | Path) -> ResolvedModel:
 def load_tokenizer(model: ResolvedModel | str | Path) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token that differs from its end token. The padding side is left as it is.
 
-    Raises ModelError where there is no tokenizer.
+    An adapter that comes without a tokenizer has that of the model below it. Raises ModelError where there is no tokenizer.
     """
     from transformers import AutoTokenizer
 
-    model = as_resolved(model)
+    model = tokenizer_source(as_resolved(model))
     with explained(model, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             model.path, revision=model.input.revision, trust_remote_code=model.input.trust_remote_code
@@ -90,14 +92,15 @@ def load_language_model(
 ) -> Any:
     """A causal language model (``PreTrainedModel``, or ``PeftModel`` where ``lora`` is given) with weights of ``dtype``.
 
-    A model of the registry that is an adapter is merged into its base first; ``lora`` then adds a new adapter on top. ``tokenizer``: the
-    embedding grows where the tokenizer has more tokens than rows. ``trainable=False`` freezes everything and sets evaluation mode;
-    ``dropout=False`` switches dropout off (PPO needs logprobs that do not change from one forward pass to the next).
+    A model that is an adapter is merged into its base first (on a quantized base it stays apart); ``lora`` then adds a new adapter on top.
+    ``tokenizer``: the embedding grows where the tokenizer has more tokens than rows; with ``lora`` the new rows train, too.
+    ``trainable=False`` freezes everything and sets evaluation mode; ``dropout=False`` switches dropout off (PPO needs logprobs that do not
+    change from one forward pass to the next).
     """
     from transformers import AutoModelForCausalLM
 
     model = as_resolved(model)
-    return _finish(_load(AutoModelForCausalLM, model, dtype, tokenizer, trainable, lora), model, lora, "CAUSAL_LM", trainable, dropout)
+    return _finish(*_load(AutoModelForCausalLM, model, dtype, tokenizer, trainable, lora), model, lora, "CAUSAL_LM", trainable, dropout)
 
 
 def load_backbone(
@@ -113,7 +116,7 @@ def load_backbone(
     from transformers import AutoModel
 
     model = as_resolved(model)
-    return _finish(_load(AutoModel, model, dtype, tokenizer, trainable, lora), model, lora, "FEATURE_EXTRACTION", trainable, dropout)
+    return _finish(*_load(AutoModel, model, dtype, tokenizer, trainable, lora), model, lora, "FEATURE_EXTRACTION", trainable, dropout)
 
 
 def load_classifier(
@@ -143,7 +146,7 @@ def load_classifier(
     loaded = _load(
         AutoModelForSequenceClassification, model, dtype, tokenizer, trainable, lora, require_head=require_head, options=options
     )
-    return _finish(loaded, model, lora, "SEQ_CLS", trainable, dropout)
+    return _finish(*loaded, model, lora, "SEQ_CLS", trainable, dropout)
 
 
 def _load(
@@ -156,90 +159,100 @@ def _load(
     *,
     require_head: bool = True,
     options: dict[str, Any] | None = None,
-) -> Any:
-    """Whole weights of ``model`` in the class that ``auto`` picks, adapters merged, embedding resized, quantized where asked."""
+) -> tuple[Any, Collection[int]]:
+    """(``model`` in the class that ``auto`` picks, adapters merged, quantized where asked; rows added for tokens that it had none for)."""
     quantized = model.input.quantization != "none"
     if quantized and trainable and lora is None:
         raise ModelError(
             f"{model.ref!r} is loaded in {model.input.quantization}, and quantized weights cannot be trained; "
             "add `lora: {}` to the step, or set quantization: none"
         )
-    if not is_adapter(model):
-        return _from_pretrained(auto, model, model.path, dtype, tokenizer, require_head, options or {})
-    if quantized:
-        return _stacked(auto, model, dtype, tokenizer, options or {})
-    return _merged(auto, model, tokenizer, options or {}).to(dtype)
+    if is_adapter(model):
+        loaded = _stack(auto, model, dtype, require_head, options or {})
+    else:
+        loaded = _from_pretrained(auto, model, dtype, require_head, options or {})
+    return loaded, resize_embedding(plain_model(loaded), tokenizer) if tokenizer is not None else range(0)
 
 
-def _stacked(
-    auto: Any, model: ResolvedModel, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None, options: dict[str, Any]
-) -> Any:
-    """The whole weights that ``model`` stands on, in the class that ``auto`` picks, under its adapters, which stay apart from them."""
+def _stack(auto: Any, model: ResolvedModel, dtype: torch.dtype, require_head: bool, options: dict[str, Any]) -> Any:
+    """An adapter and all below it, in the class that ``auto`` picks: merged in fp32, or apart from quantized weights."""
     stack = stack_of(model)
-    loaded = _from_pretrained(auto, stack.base, stack.base.path, dtype, load_tokenizer(model), False, options or _class_names(auto, model))
-    for number, adapter in enumerate(stack.adapters):
-        loaded = add_adapter(loaded, adapter, f"below-{number}")
-    if tokenizer is not None:
-        resize_embedding(loaded.get_base_model(), tokenizer)
-    return loaded
+    saved = [read_adapter(adapter) for adapter in stack.adapters]
+    sizes = [vocabulary_size(load_tokenizer(adapter)) for adapter in stack.adapters]
+    loaded = _base(auto, model, stack, dtype, require_head, options or _class_names(auto, stack, saved), saved)
+    if model.input.quantization != "none":
+        return stacked_apart(loaded, saved, sizes)
+    return merged_stack(loaded, saved, sizes).to(dtype)
 
 
-def _merged(auto: Any, model: ResolvedModel, tokenizer: PreTrainedTokenizerBase | None, options: dict[str, Any]) -> Any:
-    """An adapter and all below it merged in fp32, in the class that ``auto`` picks.
+def _base(
+    auto: Any,
+    model: ResolvedModel,
+    stack: Stack,
+    dtype: torch.dtype,
+    require_head: bool,
+    options: dict[str, Any],
+    saved: Sequence[SavedAdapter],
+) -> Any:
+    """The whole weights at the bottom of ``model``'s stack: quantized as ``model`` asks, or fp32 to merge into.
 
     What was trained on quantized weights is merged into those weights and not into the ones they were rounded from: nf4 weights come out
     as they were computed with, int8 ones but for the rounding of activations, which whole weights do not have.
     """
-    stack = stack_of(model)
+    supplied = [name for adapter in saved for name in adapter.names()]
+    if model.input.quantization != "none":
+        return _from_pretrained(auto, stack.base, dtype, require_head, options, supplied)
     origin = trained_on(model).model_copy(update={"attention": model.input.attention})
-    loaded = _from_pretrained(
-        auto, stack.base.with_quantization(origin), stack.base.path, torch.float32, load_tokenizer(model), False,
-        options or _class_names(auto, model),
-    )  # fmt: skip
-    if origin.quantization != "none":
-        with quiet_transformers():
-            loaded = loaded.dequantize().float()
-    for number, adapter in enumerate(stack.adapters):
-        loaded = merge(add_adapter(loaded, adapter, f"below-{number}"))
-    if tokenizer is not None:
-        resize_embedding(loaded, tokenizer)
-    return loaded
+    loaded = _from_pretrained(auto, stack.base.with_quantization(origin), torch.float32, require_head, options, supplied)
+    return dequantized(loaded) if origin.quantization != "none" else loaded
 
 
-def _class_names(auto: Any, adapter: ResolvedModel) -> dict[str, Any]:
-    """Options that make a classifier with the classes of ``adapter``; none for other kinds of model."""
-    from transformers import AutoModelForSequenceClassification
+def load_base(model: ResolvedModel, *, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Collection[int]]:
+    """(the whole weights at the bottom of ``model``'s stack as a frozen causal language model; the rows that no adapter of it has trained).
 
-    return _classifier_labels(adapter) if auto is AutoModelForSequenceClassification else {}
+    ``tokenizer`` is ``model``'s: the embedding grows until it fits. For roles that share one backbone.
+    """
+    from transformers import AutoModelForCausalLM
+
+    stack = stack_of(model)
+    loaded = _base(AutoModelForCausalLM, model, stack, dtype, True, {}, []) if stack.adapters else None
+    if loaded is None:
+        loaded = _from_pretrained(AutoModelForCausalLM, stack.base, dtype, True, {})
+    elif model.input.quantization == "none":
+        loaded = loaded.to(dtype)
+    new_rows = resize_embedding(loaded, tokenizer)
+    return _finish(loaded, (), model, None, "CAUSAL_LM", False, False), () if stack.adapters else new_rows
 
 
-def _classifier_labels(adapter: ResolvedModel) -> dict[str, Any]:
-    """The class names that ``save_model`` keeps beside a classifier's adapter."""
-    from transformers import AutoConfig
+def _class_names(auto: Any, stack: Stack, saved: Sequence[SavedAdapter]) -> dict[str, Any]:
+    """Options that make a classifier with the classes of the highest adapter that has a head; none for other kinds of model."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers.utils import cached_file
 
-    if not (Path(adapter.path) / "config.json").exists():
+    if auto is not AutoModelForSequenceClassification:
         return {}
-    config = AutoConfig.from_pretrained(adapter.path)
-    return {"num_labels": config.num_labels, "id2label": config.id2label, "label2id": config.label2id}
+    for adapter, content in reversed(list(zip(stack.adapters, saved, strict=True))):
+        place = {"revision": adapter.input.revision}
+        if cached_file(adapter.path, "config.json", **place, _raise_exceptions_for_missing_entries=False) is not None:
+            config = AutoConfig.from_pretrained(adapter.path, **place, trust_remote_code=adapter.input.trust_remote_code)
+            return {"num_labels": config.num_labels, "id2label": config.id2label, "label2id": config.label2id}
+        if (size := head_size(content)) is not None:
+            return {"num_labels": size}
+    return {}
 
 
 def _from_pretrained(
-    auto: Any,
-    model: ResolvedModel,
-    path: str,
-    dtype: torch.dtype,
-    tokenizer: PreTrainedTokenizerBase | None,
-    require_head: bool,
-    options: dict[str, Any],
+    auto: Any, model: ResolvedModel, dtype: torch.dtype, require_head: bool, options: dict[str, Any], supplied: Collection[str] = ()
 ) -> Any:
+    """Whole weights from a folder or the hub; ``supplied`` names weights that an adapter will bring, such as a classifier's head."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     quantization = quantization_config(model.input, dtype)
     if quantization is not None:
         options = {**options, "quantization_config": quantization, "device_map": {"": _own_device()}}
+    path = model.path
     _refuse_pickle(model, path)
-    own = path == model.path
-    code = {"revision": model.input.revision if own else None, "trust_remote_code": model.input.trust_remote_code}
+    code = {"revision": model.input.revision, "trust_remote_code": model.input.trust_remote_code}
     with explained(model, "model"), quiet_transformers():
         config = AutoConfig.from_pretrained(path, **code)
         if auto is not AutoModelForSequenceClassification:
@@ -256,9 +269,7 @@ def _from_pretrained(
         )
     if quantization is not None:
         _keep_4bit_layout(loaded)
-    _refuse_missing(loaded, report, model, require_head)
-    if tokenizer is not None:
-        resize_embedding(loaded, tokenizer)
+    _refuse_missing(loaded, report, model, require_head, supplied)
     return loaded
 
 
@@ -279,10 +290,12 @@ def _own_device() -> Any:
     return PartialState().device
 
 
-def _finish(model: Any, source: ResolvedModel, lora: LoraSettings | None, task: str, trainable: bool, dropout: bool) -> Any:
+def _finish(
+    model: Any, new_rows: Collection[int], source: ResolvedModel, lora: LoraSettings | None, task: str, trainable: bool, dropout: bool
+) -> Any:
     model.requires_grad_(trainable and lora is None)  # a merged adapter leaves its base frozen
     if lora is not None:
-        model = attach_lora(model, lora, task=task, base=source.path)
+        model = attach_lora(model, lora, task=task, base=source.path, new_rows=new_rows)
     if not dropout:
         disable_dropout(model)
     use_own_layers(model)
@@ -300,23 +313,37 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def resize_embedding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Add rows to the embedding (and the output matrix) until ``tokenizer`` fits; a new row is the mean of the old ones.
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number of rows that an embedding needs for ``tokenizer``: one more than its highest token id."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
-    The pad token of the config follows the tokenizer's. The mean is deterministic, and no new token stands out among the logits.
+
+def resize_embedding(model: Any, tokenizer: PreTrainedTokenizerBase) -> Collection[int]:
+    """Add rows to the embedding (and the output matrix) until ``tokenizer`` fits; returns the new rows that are to be trained.
+
+    The pad token of the config follows the tokenizer's. Its row is not to be trained: nothing ever reads or predicts it.
     """
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return [row for row in grow_embedding(model, vocabulary_size(tokenizer)) if row != tokenizer.pad_token_id]
+
+
+def grow_embedding(model: Any, size: int) -> range:
+    """Give the embedding (and the output matrix) at least ``size`` rows; returns the new ones, each the mean of the old ones.
+
+    The mean is deterministic, and no new token stands out among the logits.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) <= rows:
-        return
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if size <= rows:
+        return range(0)
+    model.resize_token_embeddings(size, mean_resizing=False)
     matrices = [model.get_input_embeddings(), model.get_output_embeddings()]
     with torch.no_grad():
         for matrix in matrices:
-            if matrix is not None and matrix.weight.shape[0] == len(tokenizer):
+            if matrix is not None and matrix.weight.shape[0] == size:
                 matrix.weight[rows:] = matrix.weight[:rows].mean(dim=0)
+    return range(rows, size)
 
 
 def save_model(
@@ -334,7 +361,7 @@ def save_model(
         with quiet_transformers():
             model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict, selected_adapters=[FRESH])
         (folder / "README.md").unlink(missing_ok=True)
-        if str(model.peft_config["default"].task_type) == "SEQ_CLS":
+        if str(model.peft_config[FRESH].task_type) == "SEQ_CLS":
             model.config.save_pretrained(folder)  # the class names; an adapter has no place for them
     else:
         with quiet_transformers():
@@ -360,7 +387,9 @@ def _refuse_pickle(model: ResolvedModel, path: str) -> None:
         raise ModelError(f"{model.ref!r} ({path}) holds no *.safetensors; expected a folder written by save_pretrained")
 
 
-def _refuse_missing(loaded: Any, report: dict[str, Any], model: ResolvedModel, require_head: bool) -> None:
+def _refuse_missing(
+    loaded: Any, report: dict[str, Any], model: ResolvedModel, require_head: bool, supplied: Collection[str] = ()
+) -> None:
     """Raise ModelError where transformers filled weights with random numbers that the checkpoint does not have."""
     missing = sorted(set(report["missing_keys"]))
     wrong = sorted(str(item[0] if isinstance(item, tuple) else item) for item in report.get("mismatched_keys", ()))
@@ -374,7 +403,7 @@ def _refuse_missing(loaded: Any, report: dict[str, Any], model: ResolvedModel, r
         raise ModelError(
             f"{model.ref!r} lacks weights of {type(loaded).__name__} ({_some(body)} missing or of another shape); the folder is incomplete"
         )
-    head = [*missing, *wrong]  # the transformer is whole: only these are left
+    head = [name for name in [*missing, *wrong] if name not in supplied]  # the transformer is whole: only these are left
     if head and require_head:
         raise ModelError(
             f"{model.ref!r} has no trained head for {type(loaded).__name__} ({_some(head)} missing or of another shape); "

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from stages.config import LoraSettings
-from stages.models.adapters import activate, active_adapters, add_adapter, attach_lora
+from stages.models.adapters import activate, active_adapters, add_adapter, attach_lora, is_part_of
 from stages.models.heads import RewardModel, ScalarModel, ValueModel, read_head
-from stages.models.loading import load_language_model, load_tokenizer
+from stages.models.loading import load_base, load_tokenizer
 from stages.models.parts import transformer_of
-from stages.models.stacks import stack_of, weights_of
+from stages.models.stacks import stack_of, trained_on, weights_of
 
 if TYPE_CHECKING:
     from stages.process.runtime import ResolvedModel
@@ -27,9 +27,10 @@ Scalar = TypeVar("Scalar", bound=ScalarModel)
 
 
 def backbone_key(model: ResolvedModel) -> tuple[str, str, bool]:
-    """What two models must agree in to stand on one backbone: the whole weights below their adapters, and how those are quantized."""
-    base = stack_of(model).base
-    return weights_of(base), base.input.quantization, base.input.double_quantization
+    """What two models must agree in to share one backbone: the whole weights below their adapters, and how those are quantized or were
+    quantized when the adapters trained."""
+    loaded = model.input if model.input.quantization != "none" else trained_on(model)
+    return weights_of(stack_of(model).base), f"{model.input.quantization} {loaded.quantization}", loaded.double_quantization
 
 
 class SharedBackbone:
@@ -39,9 +40,9 @@ class SharedBackbone:
         self.tokenizer = load_tokenizer(model)
         self.key = backbone_key(model)
         self.lora, self._dtype = lora, dtype
-        base = stack_of(model).base
-        self._path = base.path
-        self.model: Any = load_language_model(base, dtype=dtype, trainable=False, tokenizer=self.tokenizer).to(device)
+        self._path = stack_of(model).base.path
+        found, self._new_rows = load_base(model, dtype=dtype, tokenizer=self.tokenizer)
+        self.model: Any = found.to(device)
         self._vocabulary = self.tokenizer.get_vocab()
         self._frozen: dict[str, str] = {}  # digest or path of an adapter -> its name here
 
@@ -58,7 +59,7 @@ class SharedBackbone:
             known = adapter.digest or adapter.path
             if known not in self._frozen:
                 name = f"frozen-{len(self._frozen)}"
-                self.model = add_adapter(self.model, adapter, name)
+                self.model = add_adapter(self.model, adapter, name, is_shared=True)
                 self._frozen[known] = name
             names.append(self._frozen[known])
         return tuple(names)
@@ -66,7 +67,7 @@ class SharedBackbone:
     def fresh(self, name: str) -> str:
         """A new trainable adapter, an identity at first."""
         trainable = {parameter for parameter in self.model.parameters() if parameter.requires_grad}
-        self.model = attach_lora(self.model, self.lora, task="CAUSAL_LM", base=self._path, name=name)
+        self.model = attach_lora(self.model, self.lora, task="CAUSAL_LM", base=self._path, name=name, new_rows=self._new_rows)
         for parameter in trainable:
             parameter.requires_grad_(True)
         for module in self.model.modules():
@@ -86,7 +87,7 @@ class SharedBackbone:
 
     def named_parameters(self, adapter: str) -> list[tuple[str, nn.Parameter]]:
         """The weights of one adapter."""
-        return [(name, parameter) for name, parameter in self.model.named_parameters() if f".{adapter}." in name]
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if is_part_of(name, adapter)]
 
     # Roles
 

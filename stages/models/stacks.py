@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from stages.process.runtime import ResolvedModel
 
 ADAPTER_CONFIG = "adapter_config.json"
+TOKENIZER_FILES = (
+    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 
 
 def is_adapter(model: ResolvedModel) -> bool:
@@ -60,6 +63,23 @@ def stack_of(model: ResolvedModel) -> Stack:
         adapters.append(below)
         below = find_base(below)
     return Stack(below.with_quantization(model.input), tuple(reversed(adapters)))
+
+
+def tokenizer_source(model: ResolvedModel) -> ResolvedModel:
+    """The highest model of the stack that comes with a tokenizer; many adapters come without."""
+    below = model
+    while is_adapter(below) and not _has_tokenizer(below):
+        below = find_base(below)
+    return below
+
+
+def _has_tokenizer(model: ResolvedModel) -> bool:
+    if model.kind != "hub":
+        return any((Path(model.path) / name).exists() for name in TOKENIZER_FILES)
+    from transformers.utils import cached_file
+
+    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return any(cached_file(model.path, name, revision=model.input.revision, **options) is not None for name in TOKENIZER_FILES[:2])
 
 
 def trained_on(model: ResolvedModel) -> ModelInput:

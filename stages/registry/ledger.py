@@ -394,7 +394,7 @@ class Registry:
         return problems
 
     def export(self, ref: str, destination: Path | str, *, merge: Merge | None = None) -> Path:
-        """Copy a model out for ``from_pretrained``. An adapter is written by ``merge`` (models.adapters.export_merged), else alone.
+        """Copy a model out for ``from_pretrained``. An adapter is written by ``merge`` (models.exporting.export_merged), else alone.
 
         Raises RegistryError where the destination exists and is not empty, or where the version does not verify.
         """

@@ -1,0 +1,47 @@
+"""Adapters written as whole models that ``from_pretrained`` reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from stages.config import ModelInput
+from stages.models import heads, loading
+from stages.models.adapters import HEAD_FILE
+from stages.models.stacks import read_adapter_config
+
+if TYPE_CHECKING:
+    from stages.process.runtime import ResolvedModel
+    from stages.registry.ledger import ModelRecord, Registry
+
+
+def save_merged(adapter: ResolvedModel, folder: Path) -> None:
+    """Write an adapter merged into its base, in fp32, with its tokenizer; reward and value models keep their head and bias."""
+    tokenizer = loading.load_tokenizer(adapter)
+    plain = adapter.with_quantization(ModelInput(ref=adapter.ref))
+    role = adapter.record.role if adapter.record is not None else _guess_role(adapter)
+    if role in ("reward_model", "value_model"):
+        kind = heads.RewardModel if role == "reward_model" else heads.ValueModel
+        kind.from_pretrained(plain, dtype=torch.float32).save(folder, tokenizer)
+        return
+    load = loading.load_classifier if role == "classifier" else loading.load_language_model
+    model = load(plain, dtype=torch.float32, trainable=False, dropout=True)
+    loading.save_model(model, tokenizer, folder)
+
+
+def _guess_role(adapter: ResolvedModel) -> str:
+    if (Path(adapter.path) / HEAD_FILE).exists():
+        return "reward_model"
+    return "classifier" if read_adapter_config(adapter).get("task_type") == "SEQ_CLS" else "language_model"
+
+
+def export_merged(record: ModelRecord, registry: Registry, folder: Path) -> None:
+    """Write the registry's adapter version ``record`` as a whole model that ``from_pretrained`` reads."""
+    from stages.process.runtime import ResolvedModel
+
+    adapter = ResolvedModel(
+        ref=record.ref, kind="registry", path=str(record.path), digest=record.digest, input=ModelInput(ref=record.ref), record=record
+    )
+    save_merged(adapter, folder)

@@ -1,0 +1,195 @@
+"""Adapters as peft saves them: read from a folder or the hub, and put into the names of the model that they are laid on.
+
+An adapter may have been trained under another head, under a wrapper that prefixes names, or with its targets given as a pattern. Which
+modules it changes is therefore read from the names of its weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from stages.errors import ModelError
+
+if TYPE_CHECKING:
+    from stages.process.runtime import ResolvedModel
+
+BEFORE = "base_model.model."
+"""What peft puts before the name of every weight."""
+TOKENS = ".token_adapter.trainable_tokens_delta"
+WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.", "module.")
+"""Prefixes that FSDP, torch.compile, checkpointing and DDP leave in the names of weights saved from inside them."""
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter's config (peft's LoraConfig), and its weights by name: ``base_model.model.<module>...``.
+
+    ``changes_base`` names weights of the base that the adapter replaces, such as trained biases or an embedding saved whole.
+    """
+
+    ref: str
+    config: Any
+    weights: dict[str, Tensor]
+    changes_base: tuple[str, ...] = ()
+
+    def names(self) -> list[str]:
+        """The names of the weights, as the model that was trained calls them."""
+        return [name.removeprefix(BEFORE) for name in self.weights]
+
+    def embedding_rows(self, embedding: str) -> int | None:
+        """How many rows the embedding of this dotted name has to have for the adapter to fit; None where any number will do."""
+        short = embedding.rpartition(".")[2]
+        for name, value in self.weights.items():
+            if module_of(name).rpartition(".")[2] != short or name.endswith(TOKENS):
+                continue
+            if "lora_embedding_A" in name:
+                return value.shape[1]
+            if name.endswith(".weight") and "lora_" not in name:
+                return value.shape[0]
+        return None
+
+
+def read_adapter(adapter: ResolvedModel) -> SavedAdapter:
+    """The adapter's config and weights. Raises ModelError where they cannot be read, or lie in a pickle file alone."""
+    from peft import PeftConfig
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from transformers.utils import cached_file
+
+    def found(name: str) -> str | None:
+        return cached_file(adapter.path, name, revision=adapter.input.revision, _raise_exceptions_for_missing_entries=False)
+
+    try:
+        config = PeftConfig.from_pretrained(adapter.path, revision=adapter.input.revision)
+        file = found("adapter_model.safetensors")
+        if file is None:
+            pickled = found("adapter_model.bin") is not None
+            reason = "its weights are in adapter_model.bin, a pickle file that can run code" if pickled else "it has no weights"
+            raise ModelError(f"cannot read the adapter {adapter.ref!r}: {reason}; save it again with peft, which writes safetensors")
+        weights = load_file(file)
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise ModelError(f"cannot read the adapter {adapter.ref!r}: {str(error).strip().splitlines()[0][:300]}") from error
+    return SavedAdapter(adapter.ref, config, {_plain_name(name): value for name, value in weights.items()})
+
+
+def _plain_name(name: str) -> str:
+    """The name of a weight without what wrappers and adapter names add to it."""
+    name = name.removeprefix(BEFORE)
+    for wrapper in WRAPPERS:
+        name = re.sub(rf"(^|\.){re.escape(wrapper)}", r"\1", name)
+    name = re.sub(r"\.(lora_[A-Za-z_]+)\.(?!weight$|bias$)[^.]+(\.weight|\.bias)?$", r".\1\2", name)
+    return BEFORE + name
+
+
+def module_of(name: str) -> str:
+    """The dotted name of the module that a weight belongs to."""
+    name = name.removeprefix(BEFORE)
+    if ".lora_" in name:
+        return name.partition(".lora_")[0]
+    return name.removesuffix(TOKENS) if name.endswith(TOKENS) else name.rpartition(".")[0].removesuffix(".base_layer")
+
+
+def fitted(saved: SavedAdapter, plain: Any) -> SavedAdapter:
+    """``saved`` by the names of ``plain``, a transformers model, frozen and without dropout.
+
+    A model with a head has its transformer under a name of its own, a bare transformer has not. What belongs to a head that ``plain`` lacks
+    is left out.
+    """
+    if (kind := str(getattr(saved.config.peft_type, "value", saved.config.peft_type))) != "LORA":
+        raise ModelError(f"the adapter {saved.ref!r} is of peft type {kind}; only LORA can be stacked and merged here")
+    body = f"{plain.base_model_prefix}." if plain.base_model_prefix else ""
+    here = body if body and hasattr(plain, plain.base_model_prefix) else ""
+    there = body if body and any(name.startswith(body) for name in saved.names()) else ""
+
+    def renamed(name: str) -> str:
+        if here == there:
+            return name
+        return here + name if here else name.removeprefix(there)
+
+    modules = dict(plain.named_modules())
+    same_head = str(saved.config.task_type or "").endswith("CAUSAL_LM") and plain.get_output_embeddings() is not None
+    weights = {}
+    for name, value in saved.weights.items():
+        old = name.removeprefix(BEFORE)
+        if there and not old.startswith(there) and not same_head and module_of(old) not in modules:
+            continue
+        new = old if there and not old.startswith(there) else renamed(old)
+        weights[BEFORE + new] = value
+    config = _fitted_config(saved.config, weights, plain, renamed, modules)
+    return _with_changes(replace(saved, config=config, weights=weights), plain)
+
+
+def _fitted_config(config: Any, weights: dict[str, Tensor], plain: Any, renamed: Any, modules: dict[str, Any]) -> Any:
+    config = copy.deepcopy(config)
+    config.inference_mode = True
+    config.lora_dropout = 0.0  # it trained with it; a frozen adapter computes without
+    config.task_type = config.task_type if plain.base_model_prefix and hasattr(plain, plain.base_model_prefix) else "FEATURE_EXTRACTION"
+    targets = sorted({module_of(name) for name in weights if ".lora_" in name})
+    if not config.target_parameters:
+        config.target_modules, config.exclude_modules = set(targets), None
+        config.layers_to_transform = config.layers_pattern = None
+    config.fan_in_fan_out = any(isinstance(base_of(modules[name]), Conv1D) for name in targets if name in modules)
+
+    def present(names: Any) -> list[str]:
+        asked = [renamed(name) if "." in name else name for name in names]
+        return [name for name in asked if any(module == name or module.endswith(f".{name}") for module in modules)]
+
+    config.modules_to_save = present(config.modules_to_save or ()) or None
+    if isinstance(config.trainable_token_indices, dict):
+        rows = {(renamed(name) if "." in name else name): indices for name, indices in config.trainable_token_indices.items()}
+        config.trainable_token_indices = {name: rows[name] for name in present(rows)} or None
+    for field in ("rank_pattern", "alpha_pattern"):
+        setattr(config, field, {_renamed_pattern(key, renamed): value for key, value in getattr(config, field).items()})
+    return config
+
+
+def _renamed_pattern(pattern: str, renamed: Any) -> str:
+    start = "^" if pattern.startswith("^") else ""
+    return start + renamed(pattern.removeprefix("^")) if "." in pattern else pattern
+
+
+def _with_changes(saved: SavedAdapter, plain: Any) -> SavedAdapter:
+    """``saved`` with what it replaces of its base noted, and without weights of the base that are the base's own."""
+    whole = saved.config.modules_to_save or []
+    parameters = dict(plain.named_parameters(remove_duplicate=False))
+    kept, changes = {}, []
+    for name, value in saved.weights.items():
+        module = module_of(name)
+        is_copy = any(f".{module}.".endswith(f".{one}.") or f".{one}." in f".{module}." for one in whole)
+        if ".lora_" not in name and not name.endswith(TOKENS) and not is_copy:
+            own = parameters.get(f"{module}.{name.rpartition('.')[2]}", parameters.get(f"{module}.base_layer.{name.rpartition('.')[2]}"))
+            if own is not None and own.shape == value.shape and torch.equal(own.detach().cpu(), value.to(own.dtype)):
+                continue
+            changes.append(name.removeprefix(BEFORE))
+        kept[name] = value
+    return replace(saved, weights=kept, changes_base=tuple(changes))
+
+
+def base_of(module: Any) -> Any:
+    """The module below all wrappers of peft."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    while True:
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module = module.original_module
+        else:
+            return module
+
+
+def head_size(saved: SavedAdapter) -> int | None:
+    """The number of outputs of a classification head that the adapter holds; None where it holds none."""
+    for suffix in ("score.weight", "classifier.weight", "classifier.out_proj.weight", "classification_head.out_proj.weight"):
+        for name, value in saved.weights.items():
+            if name.endswith(f".{suffix}") and value.dim() == 2:
+                return value.shape[0]
+    return None

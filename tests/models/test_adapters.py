@@ -1,0 +1,247 @@
+"""What an adapter computes is the same while it trains, as peft reads it, laid on its base again, and merged and exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.config import LoraSettings, ModelInput
+from stages.errors import ModelError
+from stages.models.exporting import save_merged
+from stages.models.loading import load_backbone, load_language_model, load_tokenizer, save_model
+from stages.process.runtime import ResolvedModel
+
+VOCABULARY = 300
+IDS = torch.tensor([[5, 17, 40, 3, 250, 299]])
+NEW_IDS = torch.tensor([[5, 300, 40, 301, 250, 302, 7]])  # three tokens that the model has no rows for
+TARGETS = {
+    "all-linear": {"target_modules": "all-linear"},
+    "one": {"target_modules": ["q_proj"]},
+    "pattern": {"target_modules": r".*\.0\.self_attn\.(q|v)_proj"},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "output": {"target_modules": ["lm_head", "q_proj"]},
+    "both": {"target_modules": ["embed_tokens", "lm_head"]},
+    "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "saved output": {"modules_to_save": ["lm_head"]},
+    "saved both": {"modules_to_save": ["embed_tokens", "lm_head"]},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> dict[str, Path]:
+    """One-layer models with and without tied weights, and a GPT-2, whose layers are Conv1D."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    made = {}
+    for tied in (True, False):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        special = {"eos_token_id": 0, "bos_token_id": None, "pad_token_id": 1}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=tied, initializer_range=0.3, **sizes, **special))
+        made["tied" if tied else "untied"] = model
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    torch.manual_seed(0)
+    made["gpt2"] = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, initializer_range=0.3, **sizes, eos_token_id=0, pad_token_id=1))
+    folders = {}
+    for name, model in made.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folders[name])
+        tiny_tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+def resolved(path: Path, base: ResolvedModel | None = None, **fields: Any) -> ResolvedModel:
+    return ResolvedModel(str(path), "folder", str(path), "", ModelInput(ref=str(path), **fields), base=base)
+
+
+def disturb(model: Any, seed: int = 1) -> None:
+    """Make everything that trains differ from what it began as."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def logits_of(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits.float()
+
+
+def by_peft(adapter: Path, base: Path, quantization: str, rows: int = VOCABULARY) -> Any:
+    """The adapter as peft itself reads it, on a base that transformers loads."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    kinds = {"nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, "int8": {"load_in_8bit": True}}
+    options = {"quantization_config": BitsAndBytesConfig(**kinds[quantization])} if quantization != "none" else {}
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager", **options)
+    for module in loaded.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    if rows > VOCABULARY:
+        loaded.resize_token_embeddings(rows, mean_resizing=False)
+    return PeftModel.from_pretrained(loaded, adapter)
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor, quantization: str = "none") -> None:
+    """int8 layers round activations too, which whole weights do not: there the difference may be 8 percent of the logits' size."""
+    if quantization == "int8":
+        assert (found - expected).pow(2).mean() < 0.08**2 * expected.pow(2).mean()
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+CASES = [
+    (target, base, quantization)
+    for target in TARGETS for base in ("tied", "untied") for quantization in ("none", "nf4", "int8")
+    if quantization != "int8" or (base == "tied" and target in ("all-linear", "embedding", "both", "saved both"))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("target", "base", "quantization"), CASES)
+def test_an_adapter_computes_the_same_trained_read_stacked_and_exported(
+    bases: dict[str, Path], tiny_tokenizer: Any, tmp_path: Path, target: str, base: str, quantization: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = resolved(bases[base], quantization=quantization)
+    model = load_language_model(source, dtype=torch.float32, lora=LoraSettings(r=2, **TARGETS[target]))
+    before = logits_of(model)
+    disturb(model)
+    expected = logits_of(model)
+    assert (expected - before).abs().max() > 0.1
+    save_model(model, tiny_tokenizer, tmp_path / "adapter")
+    assert_same(logits_of(by_peft(tmp_path / "adapter", bases[base], quantization)), expected)
+    adapter = resolved(tmp_path / "adapter", source, quantization=quantization)
+    assert_same(logits_of(load_language_model(adapter, dtype=torch.float32, trainable=False)), expected)
+    save_merged(adapter, tmp_path / "whole")
+    assert_same(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")), expected, quantization)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("settings", [{}, {"target_modules": ["wte", "c_attn"]}, {"target_modules": ["lm_head", "c_proj"]}])
+def test_layers_of_gpt2_keep_their_form(
+    bases: dict[str, Path], tiny_tokenizer: Any, tmp_path: Path, settings: dict[str, Any], quantization: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = resolved(bases["gpt2"], quantization=quantization)
+    model = load_language_model(source, dtype=torch.float32, lora=LoraSettings(r=2, **settings))
+    disturb(model)
+    expected = logits_of(model)
+    save_model(model, tiny_tokenizer, tmp_path / "adapter")
+    assert_same(logits_of(by_peft(tmp_path / "adapter", bases["gpt2"], quantization)), expected)
+    save_merged(resolved(tmp_path / "adapter", source), tmp_path / "whole")
+    assert_same(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")), expected, quantization)
+
+
+# Tokens that the model has no rows for
+
+
+@pytest.fixture
+def larger_tokenizer(bases: dict[str, Path]) -> Any:
+    tokenizer = load_tokenizer(str(bases["tied"]))
+    tokenizer.add_tokens(["<a>", "<b>", "<c>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("base", ["tied", "untied", "gpt2"])
+def test_rows_of_new_tokens_train_and_are_kept(
+    bases: dict[str, Path], larger_tokenizer: Any, tmp_path: Path, base: str, quantization: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = resolved(bases[base], quantization=quantization)
+    model = load_language_model(source, dtype=torch.float32, lora=LoraSettings(r=2), tokenizer=larger_tokenizer)
+    model.train()(input_ids=NEW_IDS, labels=NEW_IDS).loss.backward()
+    rows = {name: value.grad for name, value in model.named_parameters() if "trainable_tokens_delta" in name}
+    assert len(rows) == (2 if base == "untied" else 1)  # with tied weights the output layer follows the embedding
+    assert all(gradient is not None and bool((gradient.abs().sum(dim=1) > 0).all()) for gradient in rows.values())
+    disturb(model)
+    expected = logits_of(model, NEW_IDS)
+    save_model(model, larger_tokenizer, tmp_path / "adapter")
+    # peft grows its base with random rows; the adapter brings its own, for input and output alike
+    again = logits_of(by_peft(tmp_path / "adapter", bases[base], quantization, rows=303), NEW_IDS)
+    assert_same(again, expected)
+    adapter = resolved(tmp_path / "adapter", source, quantization=quantization)
+    assert_same(logits_of(load_language_model(adapter, dtype=torch.float32, trainable=False), NEW_IDS), expected)
+    hidden = load_backbone(adapter, dtype=torch.float32, trainable=False)(input_ids=NEW_IDS).last_hidden_state
+    whole = load_language_model(adapter, dtype=torch.float32, trainable=False)
+    assert_same(hidden, whole(input_ids=NEW_IDS, output_hidden_states=True).hidden_states[-1])
+    save_merged(adapter, tmp_path / "whole")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert exported.config.tie_word_embeddings == (base != "untied")
+    assert_same(logits_of(exported, NEW_IDS), expected)
+
+
+def test_the_pad_token_s_row_does_not_train(bases: dict[str, Path]) -> None:
+    tokenizer = load_tokenizer(str(bases["tied"]))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    model = load_language_model(str(bases["tied"]), dtype=torch.float32, lora=LoraSettings(r=2), tokenizer=tokenizer)
+    assert model.get_input_embeddings().weight.shape[0] == 301
+    assert not any("trainable_tokens" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("base", "settings", "message"),
+    [
+        ("untied", {"modules_to_save": ["embed_tokens"]}, "name both in lora.modules_to_save: .embed_tokens, lm_head."),
+        ("tied", {"modules_to_save": ["embed_tokens"]}, "leave embed_tokens out of lora.modules_to_save"),
+        ("tied", {"target_modules": ["embed_tokens"]}, "lora.target_modules puts an adapter on their matrix"),
+        ("untied", {"target_modules": ".*lm_head"}, "lora.target_modules puts an adapter on their matrix"),
+    ],
+)
+def test_rows_that_cannot_train_are_refused(
+    bases: dict[str, Path], larger_tokenizer: Any, base: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        load_language_model(str(bases[base]), dtype=torch.float32, lora=LoraSettings(**settings), tokenizer=larger_tokenizer)
+
+
+def test_whole_modules_hold_the_new_rows(bases: dict[str, Path], larger_tokenizer: Any, tmp_path: Path) -> None:
+    lora = LoraSettings(r=2, modules_to_save=["embed_tokens", "lm_head"])
+    model = load_language_model(str(bases["untied"]), dtype=torch.float32, lora=lora, tokenizer=larger_tokenizer)
+    disturb(model)
+    save_model(model, larger_tokenizer, tmp_path)
+    again = load_language_model(str(tmp_path), dtype=torch.float32, trainable=False)
+    assert_same(logits_of(again, NEW_IDS), logits_of(model, NEW_IDS))
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "nothing"]}, {"modules_to_save": ["nothing"]}])
+def test_a_name_that_no_module_has_is_refused(bases: dict[str, Path], settings: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="names nothing, which LlamaForCausalLM does not have"):
+        load_language_model(str(bases["tied"]), dtype=torch.float32, lora=LoraSettings(**settings))
+    with pytest.raises(ModelError, match="no adapter with target_modules"):
+        load_language_model(str(bases["tied"]), dtype=torch.float32, lora=LoraSettings(target_modules="nothing"))
+
+
+# Stacks
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_three_adapters_of_every_kind_compute_what_each_trained(
+    bases: dict[str, Path], larger_tokenizer: Any, tiny_tokenizer: Any, tmp_path: Path, quantization: str
+) -> None:
+    """New rows first, then an adapter on the embedding and output layer, then a module saved whole: each begins where the last ended."""
+    from transformers import AutoModelForCausalLM
+
+    below = resolved(bases["tied"], quantization=quantization)
+    kinds: list[dict[str, Any]] = [{}, {"target_modules": ["embed_tokens", "v_proj"]}, {"modules_to_save": ["lm_head"]}]
+    expected = None
+    for number, settings in enumerate(kinds):
+        model = load_language_model(below, dtype=torch.float32, lora=LoraSettings(r=2, **settings), tokenizer=larger_tokenizer)
+        if expected is not None:
+            assert_same(logits_of(model, NEW_IDS), expected)
+        disturb(model, number)
+        expected = logits_of(model, NEW_IDS)
+        save_model(model, larger_tokenizer, tmp_path / str(number))
+        below = resolved(tmp_path / str(number), below, quantization=quantization)
+    assert expected is not None
+    assert_same(logits_of(load_language_model(below, dtype=torch.float32, trainable=False), NEW_IDS), expected)
+    save_merged(below, tmp_path / "whole")
+    assert_same(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "whole"), NEW_IDS), expected)
