@@ -41,13 +41,14 @@ ARROWS = {
     "sweep": {"chain", "numerics", "process", "recipe", "registry"},
     "planning": {"corpora", "models", "numerics", "process", "recipe", "registry"},
     "importing": {"models", "process", "registry"},
+    "api": {"chain", "models", "process", "recipe", "registry"},
     "terminal": {"chain", "corpora", "models", "recipe", "rewards", "sampling"},
     "cli": {
         "chain", "conformance", "corpora", "importing", "models", "planning", "process", "recipe", "registry", "report", "sampling",
         "sweep", "terminal",
     },  # fmt: skip
     "__main__": {"cli"},
-    "__init__": set(),
+    "__init__": {"api", "registry"},
 }
 STAGES = ("pretraining", "sft", "reward_model", "sentiment", "dpo", "ppo", "evaluation")
 

@@ -215,6 +215,7 @@ class Runtime:
         self.uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
         self.console = Console(quiet=quiet or not self.is_main, width=width, highlight=False)
         self.stop = StopRequest()
+        self.listeners: list[Callable[[str, int, dict[str, float]], None]] = []  # called with every line of metrics; rank zero only
 
     @cached_property
     def state(self) -> PartialState:
@@ -382,6 +383,8 @@ class StepContext:
             self.recorded.append((step, metrics))
         if not self.runtime.is_main:
             return
+        for listener in self.runtime.listeners:
+            listener(self.name, step, metrics)
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")

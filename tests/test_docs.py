@@ -1,0 +1,56 @@
+"""The documentation is true: its Python snippets run, its links lead somewhere, and the files it names exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGES = sorted([*(REPOSITORY / "docs").glob("*.md"), *REPOSITORY.glob("*.md")])
+
+
+def test_python_page_runs_from_top_to_bottom(tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"word {number}", "completion": "yes"} for number in range(32)]
+    (tmp_path / "rows.jsonl").write_text("".join('{"prompt": "a", "completion": "b"}\n' for _ in range(20)))
+    (tmp_path / "recipe.yaml").write_text(
+        f"name: mine\nsteps:\n  - {{stage: sft, name: sft, model: {tiny_llama_folder}, data: {{train: rows.jsonl}}}}\n"
+    )
+    namespace: dict[str, Any] = {
+        "model": AutoModelForCausalLM.from_pretrained(tiny_llama_folder),
+        "tokenizer": AutoTokenizer.from_pretrained(tiny_llama_folder),
+        "demonstrations": rows,
+        "comparisons": [{"prompt": row["prompt"], "chosen": "yes", "rejected": "no"} for row in rows],
+        "prompts": [{"prompt": row["prompt"]} for row in rows],
+        "heldout": [{"prompt": f"other {number}"} for number in range(4)],
+        "home": str(tmp_path / "home"),
+    }
+    snippets = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "python.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(snippets) == 6
+    for snippet in snippets:
+        exec(compile(snippet, "docs/python.md", "exec"), namespace)
+    assert namespace["aligned"].ref == "python/ppo@1"
+    assert sum(value is not None for value in namespace["losses"]) == 2
+    assert namespace["page"].is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_lead_to_files(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+    missing = [target for target in targets if target and not (page.parent / target).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:tests|recipes|data|docs)/[\w./-]+\.\w+)`", text))
+    named |= {f"stages/{name}" for name in re.findall(r"`((?:numerics|sampling|models|corpora|ppo)/\w+\.py)`", text)}
+    missing = sorted(name for name in named if not (REPOSITORY / name).exists())
+    assert missing == []
