@@ -13,7 +13,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -21,8 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 
 from stages import __version__
-from stages.errors import StagesError, Stopped
-from stages.registry.storage import storage_error
+from stages.errors import LaunchError, Stopped
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -51,38 +51,45 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def reports_errors(command: Command) -> Command:
-    """A user's error is one message on stderr and exit status 2; --debug shows where it was raised. Bugs keep their traceback."""
+    """An error is one message on stderr: exit status 2 where the user can act on it, 1 where nobody expected it.
+
+    ``--debug`` shows the traceback instead. Ctrl-C ends a command with status 130.
+    """
 
     @wraps(command)
     def wrapped(*arguments: Any, **options: Any) -> Any:
         from stages.process import runtime
+        from stages.process.unexpected import was_in_step
 
         try:
             return command(*arguments, **options)
-        except Exception as error:
-            if options.get("debug"):
-                raise
-            explained = _explained(error)
-            if explained is None:
-                raise
-            _say(f"error: {explained}", is_echo=runtime.lost_the_others(error))
-            _end(explained.exit_status, error)
+        except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+            raise
+        except KeyboardInterrupt as error:
+            if not was_in_step(error):  # in a step Ctrl-C raises Stopped, so that a function of the recipe has raised this
+                _end(130, error)
+            _report(error, command.__name__, options)
+        except (Exception, SystemExit) as error:
+            if isinstance(error, Exception) and runtime.lost_the_others(error):
+                explained = LaunchError("another process of this run ended, and this one cannot go on alone; what it said is above")
+                _say(f"error: {explained}", is_echo=True)
+                _end(explained.exit_status, error)
+            _report(error, command.__name__, options)
 
     return wrapped  # type: ignore[return-value]
 
 
-def _explained(error: Exception) -> StagesError | None:
-    """What a user is told of ``error``; None where it is a bug of ours."""
-    from stages.errors import LaunchError
-    from stages.process import runtime
+def _report(error: BaseException, command: str, options: dict[str, Any]) -> NoReturn:
+    """Say what went wrong and end the command; with --debug raise ``error`` instead."""
+    from stages.process.unexpected import explain
 
-    if isinstance(error, StagesError):
-        return error
-    if (storage := storage_error(error)) is not None:
-        return storage
-    if runtime.lost_the_others(error):
-        return LaunchError("another process of this run ended, and this one cannot go on alone; what it said is above")
-    return None
+    if options.get("debug"):
+        if isinstance(error, SystemExit):  # it would end the program without a word
+            raise RuntimeError(f"the program was ended by {error!r}") from error
+        raise error
+    explained = explain(error, f"stages {command}", _home(options.get("home")))
+    _say(f"error: {explained}", is_echo=False)
+    _end(explained.exit_status, error)
 
 
 def _end(status: int, cause: BaseException) -> NoReturn:
@@ -151,7 +158,7 @@ def run(recipe: Recipe, overrides: Overrides = None, home: Home = None, debug: D
     """Run a recipe: make what is missing or changed, reuse the rest."""
     from stages.chain import run as chain
     from stages.process.launching import start_missing_processes
-    from stages.process.runtime import command_to_go_on, has_launcher, print_error
+    from stages.process.runtime import has_launcher
     from stages.process.stopping import end_with_launcher
     from stages.recipe.schema import load_recipe
 
@@ -159,15 +166,24 @@ def run(recipe: Recipe, overrides: Overrides = None, home: Home = None, debug: D
     if has_launcher():
         end_with_launcher()
     runtime = _runtime()
+    with _stoppable(runtime):
+        loaded = load_recipe(recipe, overrides or [], _registry(home))
+        chain.run(loaded, _home(home), runtime)
+    runtime.leave()
+
+
+@contextmanager
+def _stoppable(runtime: Runtime) -> Iterator[None]:
+    """SIGTERM and Ctrl-C end the block in order; the command to go on is said, and the exit status is the signal's."""
+    from stages.process.runtime import command_to_go_on, print_error
+
     try:
         with runtime.stop.installed():
-            loaded = load_recipe(recipe, overrides or [], _registry(home))
-            chain.run(loaded, _home(home), runtime)
+            yield
     except Stopped as stop:
         if runtime.is_main:
             print_error(f"stopped by {stop.name}; what is done is kept. To go on: {command_to_go_on()}")
         _end(stop.exit_status, stop)
-    runtime.leave()
 
 
 @app.command()
@@ -279,7 +295,8 @@ def sweep(
         return
     if as_json:
         runtime.console.quiet = True
-    result = run_sweep(loaded, _home(home), runtime, metric or [])
+    with _stoppable(runtime):
+        result = run_sweep(loaded, _home(home), runtime, metric or [])
     if runtime.is_main and result.metrics:
         write_plot(result, result.folder / "plot.png", x)
     if as_json:
@@ -287,8 +304,8 @@ def sweep(
     else:
         runtime.console.print(result_table(result))
         runtime.console.print(f"Rows, means and picture: {result.folder}", soft_wrap=True)
-    if any(run.error for run in result.runs):
-        raise typer.Exit(2)
+    if result.exit_status:
+        raise typer.Exit(result.exit_status)
 
 
 # The registry

@@ -19,6 +19,9 @@ ATTENTION_KERNEL = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?")
 ATTENTION_HELP = f"One of {', '.join(ATTENTIONS)}, or a kernel of the hub (owner/name)."
 
 
+LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
+
+
 class Strict(BaseModel):
     """A recipe block: no unknown fields, no silent conversions, immutable once read."""
 
@@ -163,7 +166,7 @@ class StepConfig(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the step, and of the model it makes: <recipe>/<name>.")
     stage: str = Field(description="Which stage runs.")
-    seed: int | None = Field(None, ge=0, description="Random seed of this step (default: the recipe's).")
+    seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="Random seed of this step (default: the recipe's).")
     precision: Precision = Field("auto", description="auto: bf16 where the hardware is measured to be faster at it, else fp32.")
 
 

@@ -1,5 +1,7 @@
 """The errors a user can act on. Each message names the value, what was expected and the next move; the command exits with status 2.
 
+``doing`` notes what the program was at, for the message of an error that nobody expected.
+
     StagesError
     |- RecipeError      the recipe file, or an override on the command line
     |- DataError        a data file, a row of it, or a missing column
@@ -7,15 +9,19 @@
     |- RegistryError    the registry: a reference that does not resolve, a damaged version, a refused removal
     |- TrainingError    a run that must not go on (NaN, a reward function that returns nonsense)
     |- StorageError     a disk that is full, a folder that may not be written
-    '- LaunchError      processes that cannot be started as asked, or that lost each other
+    |- LaunchError      processes that cannot be started as asked, or that lost each other
+    '- UnexpectedError  any other exception, in one message; exit status 1
     Stopped             no error: SIGTERM or Ctrl-C asked for an orderly end
 """
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class StagesError(Exception):
-    """Base of every error that is the user's to mend; anything else is a bug of ours and keeps its traceback."""
+    """Base of every error that has a message for the user. Commands report any other exception as an UnexpectedError."""
 
     exit_status = 2
 
@@ -46,6 +52,23 @@ class StorageError(StagesError):
 
 class LaunchError(StagesError):
     """Processes cannot be started as asked, or one of them lost the others."""
+
+
+class UnexpectedError(StagesError):
+    """An exception that no code expected; the message says what was being done, and where the traceback is."""
+
+    exit_status = 1
+
+
+@contextmanager
+def doing(what: str, folder: Path | None = None) -> Iterator[None]:
+    """Note on an exception that leaves the block that this was being done, and a folder for its traceback. Innermost notes come first."""
+    try:
+        yield
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        if not isinstance(error, StagesError):
+            vars(error).setdefault("stages_notes", []).append((what, folder))
+        raise
 
 
 class Stopped(BaseException):

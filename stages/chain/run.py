@@ -32,7 +32,7 @@ from rich.table import Table
 from stages.chain.fingerprints import fingerprint_of, parts_of, settings_of, why
 from stages.chain.results import last_result, load_result, restore_files, save_result
 from stages.config import ModelInput
-from stages.errors import RecipeError, RegistryError
+from stages.errors import RecipeError, RegistryError, doing
 from stages.process.packages import missing_attention_package
 from stages.process.runtime import ResolvedModel, Runtime, StepContext, StepResult, launched_processes
 from stages.recipe.schema import STAGES, Recipe, RecipeStep, Reference, data_inputs, load_object, model_inputs
@@ -79,12 +79,14 @@ def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]
     plans = []
     with remembering(home / "cache" / "plan.json") as memo:
         for step in recipe.steps:
-            plans.append(plan_step(recipe, step, home, registry, made))
+            with doing(f"planning step {step.name!r} ({step.stage})"):
+                plans.append(plan_step(recipe, step, home, registry, made))
             made[step.name] = plans[-1].record
             if plans[-1].action != "reuse":
                 check_attention(step)
             if plans[-1].action != "reuse" and (download or not on_hub(step)):
-                memo.passes(fingerprint_of(parts_of(step, {})), partial(recipe.check_data, step))
+                with doing(f"checking the data of step {step.name!r} ({step.stage})"):
+                    memo.passes(fingerprint_of(parts_of(step, {})), partial(recipe.check_data, step))
     return plans
 
 
@@ -306,7 +308,8 @@ class _Run:
             trackers=self.recipe.trackers,
         )
         try:
-            result = load_object(STAGES[step.stage].run)(step.config, context)
+            with doing(f"step {step.name!r} ({step.stage})", folder):
+                result = load_object(STAGES[step.stage].run)(step.config, context)
         finally:
             context.close()
             _free_memory()

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from stages.errors import ModelError
+from stages.errors import ModelError, doing
 
 if TYPE_CHECKING:
     from stages.process.runtime import ResolvedModel
 
-FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError, SafetensorError, StrictDataclassError)
+# What transformers raises for files that are wrong. It reads most fields of a config unchecked, so that a wrong one fails as arithmetic does.
+FAILURES = (
+    OSError, ValueError, LookupError, ImportError, RuntimeError, SafetensorError, StrictDataclassError, AttributeError, TypeError, ArithmeticError,
+)  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 
 
@@ -24,14 +27,15 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 def explained(model: ResolvedModel, what: str) -> Iterator[None]:
     """Raise a ModelError for what goes wrong inside. ``what``: "model" or "tokenizer"."""
     try:
-        yield
+        with doing(f"loading the {what} of {model.ref!r}"):
+            yield
     except ModelError:
         raise
     except FAILURES as error:
         move = _incomplete_folder(model, what) or _move(model, error)
         if model.input.quantization != "none" and what == "model":
             move += f"; quantization: {model.input.quantization} needs bitsandbytes and a backend of it for this device"
-        reason = str(error).strip().split("\n")[0][:300]
+        reason = " ".join(str(error).split())[:300]  # a config's error names the field in its first line and the value in its second
         raise ModelError(f"cannot load the {what} of {model.ref!r} ({type(error).__name__}: {reason}); {move}") from error
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from stages.config import ModelInput
-from stages.errors import LaunchError, RecipeError, StagesError
+from stages.errors import LaunchError, RecipeError, StagesError, doing
 from stages.process import redaction
 from stages.process.stopping import StopRequest
 from stages.registry.ledger import ModelRecord, Registry
@@ -295,9 +295,10 @@ class Runtime:
     @contextmanager
     def progress(self, description: str, total: float) -> Iterator[ProgressBar]:
         """A progress bar over ``total`` units, shown on rank zero and only in a terminal (a log file gets no bar)."""
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+        description_and_bar = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+        columns = [*description_and_bar, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[fields]}")]
         disable = self.console.quiet or not self.console.is_terminal
-        with Progress(*columns, TextColumn("{task.fields[fields]}"), console=self.console, disable=disable, transient=False) as bar:
+        with doing(description), Progress(*columns, console=self.console, disable=disable, transient=False) as bar:
             yield ProgressBar(bar, bar.add_task(description, total=total, fields=""))
 
     def measure_peak_memory(self) -> int:
@@ -423,18 +424,19 @@ class StepContext:
         # A model beside the step's own is published before it: a run cut off in between must not publish it again.
         is_there = name != self.name and bool(self.fingerprint) and self.registry.find_fingerprint(fingerprint, name) is not None
         if self.runtime.is_main and not is_there:
-            self.registry.publish(
-                name,
-                save,
-                role=role,
-                parents=list(self.models.values()),
-                recipe_step=self.recipe_step,
-                data=self.data_fingerprints,
-                metrics=metrics,
-                fingerprint=fingerprint,
-                fingerprint_parts=self.fingerprint_parts,
-                base=base,
-                extra=extra,
-            )
+            with doing(f"saving {name}"):
+                self.registry.publish(
+                    name,
+                    save,
+                    role=role,
+                    parents=list(self.models.values()),
+                    recipe_step=self.recipe_step,
+                    data=self.data_fingerprints,
+                    metrics=metrics,
+                    fingerprint=fingerprint,
+                    fingerprint_parts=self.fingerprint_parts,
+                    base=base,
+                    extra=extra,
+                )
         self.runtime.wait_for_everyone()
         return self.registry.get(name)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field
 
-from stages.config import DataSource, ModelInput, StepConfig, Strict
+from stages.config import LARGEST_SEED, DataSource, ModelInput, StepConfig, Strict
 from stages.errors import DataError, RecipeError, RegistryError, StagesError
 from stages.process.redaction import find_secret
 from stages.process.trackers import Tracker, check_trackers
@@ -57,7 +57,7 @@ class RecipeHeader(Strict):
     """The fields of a recipe outside its steps."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the recipe; its models are <recipe>/<step>.")
-    seed: int = Field(0, ge=0, description="Random seed of every step that names none.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Random seed of every step that names none.")
     description: str | None = Field(None, description="What the recipe is for, in a sentence.")
     trackers: Annotated[list[Tracker], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
         ["tensorboard"], description="Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio, or several of them; []: nowhere."

@@ -64,8 +64,8 @@ def storage_error(error: BaseException) -> StorageError | None:
 
 
 def _errno_in_text(error: BaseException) -> int | None:
-    text = str(error)
     if type(error).__name__ == "SafetensorError" or isinstance(error, RuntimeError):
+        text = str(error)
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
             if f"code: {number}," in text or f"os error {number}" in text:
                 return number

@@ -21,8 +21,9 @@ from typing import Any
 from rich.table import Table
 
 from stages.chain import run as chain
-from stages.errors import RecipeError, StagesError
-from stages.process.runtime import Runtime
+from stages.errors import RecipeError
+from stages.process.unexpected import explain
+from stages.process.runtime import Runtime, lost_the_others
 from stages.recipe.schema import Recipe, RecipeStep, load_recipe
 from stages.recipe.source import nearest
 from stages.sweep.grid import Grid, Point, read_grid, shown_value
@@ -37,6 +38,7 @@ class SweepRun:
     metrics: dict[str, float]
     error: str | None
     details: dict[str, Any]  # run folder, models, seconds, fingerprints
+    exit_status: int = 0  # of the error: 2 where the user can act on it, 1 where nobody expected it
 
     def as_json(self) -> dict[str, Any]:
         point = {"values": self.point.values, "seeds": self.point.seeds, "overrides": list(self.point.overrides)}
@@ -50,6 +52,11 @@ class SweepResult:
     grid: Grid
     folder: Path
     runs: list[SweepRun] = field(default_factory=list)
+
+    @property
+    def exit_status(self) -> int:
+        """0 where every run finished; 1 where an error was not expected, else 2."""
+        return min((run.exit_status for run in self.runs if run.error is not None), default=0)
 
     @property
     def metrics(self) -> list[str]:
@@ -144,9 +151,12 @@ def _run_point(
     else:
         try:
             summary, folder = chain.run(recipe, home, runtime), runtime.decide(lambda: _newest_run(recipe, home))
-        except StagesError as error:
-            runtime.console.print(f"[red]failed[/]: {error}")
-            return SweepRun(point, {}, str(error), {})
+        except (Exception, SystemExit) as error:
+            if isinstance(error, Exception) and lost_the_others(error):
+                raise
+            explained = explain(error, f"run {point}", home)
+            runtime.console.print(f"failed: {explained}", style="red", markup=False)
+            return SweepRun(point, {}, str(explained), {}, explained.exit_status)
     models = {step["name"]: f"{step['model']['ref']}@{step['version']}" for step in summary["steps"] if step["model"] is not None}
     fingerprints = {step["name"]: step["fingerprint"] for step in summary["steps"]}
     details = {"run": folder, "models": models, "wall_seconds": summary["wall_seconds"], "fingerprints": fingerprints}

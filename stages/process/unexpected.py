@@ -1,0 +1,94 @@
+"""An exception that nobody expected becomes one message; its traceback goes to a file.
+
+The notes of ``stages.errors.doing`` say what was being done, and which folder the file belongs to.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+from stages.errors import StagesError, UnexpectedError
+from stages.process.redaction import without_secrets
+from stages.process.runtime import launched_rank
+from stages.registry.storage import storage_error
+
+LONGEST_REASON = 300  # characters of the exception's first line
+PACKAGE = Path(__file__).resolve().parents[1]
+OUT_OF_MEMORY = (
+    "Memory ran out: lower microbatch_size or the lengths in tokens, or set training.gradient_checkpointing; `stages plan` estimates what "
+    "a step needs"
+)
+
+
+def was_in_step(error: BaseException) -> bool:
+    """Whether ``error`` left a step of a recipe."""
+    return any(folder is not None for _, folder in vars(error).get("stages_notes", []))
+
+
+def explain(error: BaseException, doing: str, home: Path) -> StagesError:
+    """What to tell a user of ``error``: its own message, what the disk refused, or that it was not expected (see ``unexpected``)."""
+    if isinstance(error, StagesError):
+        return error
+    return storage_error(error) or unexpected(error, doing, home)
+
+
+def unexpected(error: BaseException, doing: str, home: Path) -> UnexpectedError:
+    """The message for ``error``; writes its traceback into the folder that the notes name, else into ``<home>/errors``.
+
+    ``doing`` is said where the error has no notes.
+    """
+    notes = vars(error).get("stages_notes", [])
+    folder = next((folder for _, folder in notes if folder is not None), home / "errors")
+    did = ", ".join(what for what, _ in reversed(notes)) or doing
+    parts = [f"{did}: unexpected {_reason(error)}{_location(error)}"]
+    if _is_out_of_memory(error):
+        parts.append(OUT_OF_MEMORY)
+    file = _write(traceback.format_exception(error), folder)
+    parts.append(f"The traceback is in {file}; --debug shows it" if file is not None else "--debug shows the traceback")
+    return UnexpectedError(". ".join(parts))
+
+
+def _reason(error: BaseException) -> str:
+    """``ValueError: the first line of its message``."""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # a user's exception may fail to print itself
+        lines = ["(its message cannot be printed)"]
+    first = lines[0] if lines else ""
+    shown = first if len(first) <= LONGEST_REASON else first[: LONGEST_REASON - 3] + "..."
+    return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
+
+
+def _location(error: BaseException) -> str:
+    """`` (stages/models/heads.py:12)``: the innermost line of this package; nothing where none took part."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if path.is_relative_to(PACKAGE):
+            return f" ({path.relative_to(PACKAGE.parent)}:{frame.lineno})"
+    return ""
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the CPU or on a GPU: torch says so by a class of its own, or in words."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+
+
+def _write(lines: list[str], folder: Path) -> Path | None:
+    """Write the traceback; into the folder for temporary files where ``folder`` cannot be written, None where that fails, too."""
+    rank = launched_rank()
+    name = "traceback.txt" if rank == 0 else f"traceback-{rank}.txt"
+    text = without_secrets("".join(lines)).encode("utf-8", "backslashreplace")
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(text)
+        return folder / name
+    with suppress(OSError), tempfile.NamedTemporaryFile(prefix="stages-", suffix=f"-{name}", delete=False) as file:
+        file.write(text)
+        return Path(file.name)
+    return None

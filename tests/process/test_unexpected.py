@@ -1,0 +1,94 @@
+"""An exception that nobody expected: one message with step, activity and file, exit status 1, no traceback on the screen."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.errors import DataError, UnexpectedError, doing
+from stages.process.unexpected import explain, was_in_step
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch names its own."""
+
+
+def raised(error: BaseException, folder: Path | None = None) -> BaseException:
+    """``error`` after it left two nested notes."""
+    with pytest.raises(type(error)) as caught, doing("step 'sft' (sft)", folder), doing("loading the model"):
+        raise error
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("first line\nsecond line"), "unexpected ValueError: first line. The"),
+        (KeyError("hidden_size"), "unexpected KeyError: 'hidden_size'. The"),
+        (AssertionError(), "unexpected AssertionError. The"),
+        (SystemExit(3), "unexpected SystemExit: 3. The"),
+        (KeyboardInterrupt(), "unexpected KeyboardInterrupt. The"),
+        (RecursionError("x" * 1000), "x... "),
+        (Unprintable(), "unexpected Unprintable: (its message cannot be printed). The"),
+        (MemoryError(), "lower microbatch_size"),
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "lower microbatch_size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "lower microbatch_size"),
+        (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"), "unexpected UnicodeEncodeError"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_an_unexpected_exception_is_one_message_and_a_file(tmp_path: Path, error: BaseException, said: str) -> None:
+    explained = explain(raised(error, tmp_path / "run" / "sft"), "stages run", tmp_path)
+    file = tmp_path / "run" / "sft" / "traceback.txt"
+    message = str(explained)
+    assert isinstance(explained, UnexpectedError) and explained.exit_status == 1
+    assert message.startswith("step 'sft' (sft), loading the model: unexpected "), message
+    assert (said if said != "x... " else "x...") in message and message.endswith(f"The traceback is in {file}; --debug shows it")
+    assert "\n" not in message and len(message) < 700 + len(str(file))
+    assert file.read_text().startswith("Traceback (most recent call last)") and "test_unexpected.py" in file.read_text()
+
+
+def test_without_a_step_the_file_is_below_the_home(tmp_path: Path) -> None:
+    explained = explain(ValueError("odd"), "stages plan", tmp_path)
+    file = tmp_path / "errors" / "traceback.txt"
+    assert str(explained) == f"stages plan: unexpected ValueError: odd. The traceback is in {file}; --debug shows it"
+
+
+def test_a_home_that_cannot_be_written_does_not_hide_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    explained = explain(ValueError("odd"), "stages plan", tmp_path / "file")
+    named = Path(str(explained).partition("traceback is in ")[2].partition("; ")[0])
+    assert named.read_text().endswith("ValueError: odd\n")
+    named.unlink()
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", refuse)
+    assert str(explain(ValueError("odd"), "stages plan", tmp_path / "file")).endswith("ValueError: odd. --debug shows the traceback")
+
+
+def test_errors_with_a_message_keep_it(tmp_path: Path) -> None:
+    own = DataError("a.jsonl:1: no text")
+    assert explain(raised(own), "stages run", tmp_path) is own
+    assert explain(PermissionError(errno.EACCES, "denied", "/x"), "stages run", tmp_path).exit_status == 2
+    assert not (tmp_path / "errors").exists()
+
+
+def test_secrets_do_not_reach_the_file(tmp_path: Path) -> None:
+    secret = "hf_" + "a" * 30
+    explain(ValueError(f"token {secret}"), "stages run", tmp_path)
+    assert secret not in (tmp_path / "errors" / "traceback.txt").read_text()
+
+
+def test_only_an_exception_that_left_a_step_was_in_a_step(tmp_path: Path) -> None:
+    assert was_in_step(raised(KeyboardInterrupt(), tmp_path))
+    assert not was_in_step(raised(KeyboardInterrupt()))  # Ctrl-C while `stages generate` loads a model
