@@ -56,6 +56,8 @@ def reports_errors(command: Command) -> Command:
     ``--debug`` shows the traceback instead. Ctrl-C ends a command with status 130.
     """
 
+    name = command.__name__.removesuffix("_models")
+
     @wraps(command)
     def wrapped(*arguments: Any, **options: Any) -> Any:
         from stages.process import runtime
@@ -68,13 +70,13 @@ def reports_errors(command: Command) -> Command:
         except KeyboardInterrupt as error:
             if not was_in_step(error):  # in a step Ctrl-C raises Stopped, so that a function of the recipe has raised this
                 _end(130, error)
-            _report(error, command.__name__, options)
+            _report(error, name, options)
         except (Exception, SystemExit) as error:
             if isinstance(error, Exception) and runtime.lost_the_others(error):
                 explained = LaunchError("another process of this run ended, and this one cannot go on alone; what it said is above")
                 _say(f"error: {explained}", is_echo=True)
                 _end(explained.exit_status, error)
-            _report(error, command.__name__, options)
+            _report(error, name, options)
 
     return wrapped  # type: ignore[return-value]
 

@@ -178,6 +178,7 @@ RECIPES = {
     "an override of no field": Case("override 'sft.sed=1': steps[0].sed: unknown field 'sed'; did you mean 'seed'?", SFT,
                                     overrides=("sft.sed=1",)),
     "an override of the wrong type": Case("got 'many', expected a whole number", SFT, overrides=("sft.training.batch_size=many",)),
+    "a seed that numpy does not take": Case("expected a number of at most 4294967295", SFT, {"seed": 2**40}),
     "an override that contradicts another field": Case("override 'aligned.rollout_batch_size=9': steps[0]: rollout_batch_size=9",
                                                        PPO, overrides=("aligned.seed=1", "aligned.rollout_batch_size=9")),
     "two overrides that contradict each other": Case("overrides 'aligned.rollout_batch_size=9', 'aligned.minibatch_size=4': steps",
@@ -318,6 +319,13 @@ def pickled(folder: Path) -> None:
     torch.save(state, folder / "model" / "pytorch_model.bin")
 
 
+def not_a_number(folder: Path) -> None:
+    path = folder / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+
+
 def without_a_layer(folder: Path) -> None:
     path = folder / "model" / "model.safetensors"
     save_file({name: value for name, value in load_file(path).items() if "layers.1" not in name}, path, metadata={"format": "pt"})
@@ -364,6 +372,12 @@ MODELS = {
     "an architecture of the future": Case("cannot load the", SFT, prepare=configured(model_type="llama99")),
     "code of its own": Case("write {ref: ..., trust_remote_code: true} where you trust it", SFT, prepare=configured(
         model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"})),
+    "a config with no attention heads": Case("cannot load the", SFT, prepare=configured(num_attention_heads=0)),
+    "a config with text for a size": Case("Field 'hidden_size' expected int, got str", SFT, prepare=configured(hidden_size="large")),
+    "a config with a list for a block": Case("cannot load the", SFT, prepare=configured(quantization_config=[1])),
+    "a config of no dtype": Case("cannot load the", SFT, prepare=configured(dtype="float3")),
+    "a tokenizer of another form": Case("cannot load the tokenizer", SFT, files={"model/tokenizer.json": "[]"}),
+    "weights that are not finite": Case("the weight model.norm.weight of './model' is NaN or infinite", PPO, prepare=not_a_number),
     "no weights": Case("holds no *.safetensors", SFT, prepare=without("*.safetensors")),
     "pickled weights": Case("pickle files can run code when they are read", SFT, prepare=pickled),
     "truncated weights": Case("cannot load the model of './model'", SFT, prepare=weights(lambda data: data[: len(data) // 2])),

@@ -124,6 +124,54 @@ def test_debug_keeps_the_traceback(place: Path) -> None:
     assert type(result.exception).__name__ == "RecipeError"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "broken", "begin"),
+    [
+        (["run", "quick.yaml"], "fake_stages.train", "error: step 'base' (train): unexpected"),
+        (["plan", "quick.yaml"], "fake_stages.TrainConfig.check_data", "error: checking the data of step 'base' (train): unexpected"),
+        (["plan", "quick.yaml"], "stages.planning.plan.plan_memory", "error: stages plan: unexpected"),
+        (["models", "list"], "stages.registry.ledger.Registry.records", "error: stages list: unexpected"),
+        (["models", "show", "x"], "stages.registry.ledger.Registry.get", "error: stages show: unexpected"),
+        (["generate", "x", "--prompt", "a"], "stages.terminal.Speaker.load", "error: stages generate: unexpected"),
+        (["chat", "x"], "stages.terminal.Speaker.load", "error: stages chat: unexpected"),
+        (["report", "x"], "stages.report.run_folder.find_run", "error: stages report: unexpected"),
+        (["sweep", "quick.yaml", "base.rate=[1.0]"], "stages.sweep.run.load_sweep", "error: stages sweep: unexpected"),
+    ],
+)
+@pytest.mark.parametrize("error", [ZeroDivisionError("odd"), SystemExit("odd")], ids=["exception", "exit"])
+def test_an_unexpected_error_is_one_message_and_status_one(
+    place: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], broken: str, begin: str, error: BaseException
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error.__class__(*error.args)
+
+    monkeypatch.setattr(broken, fail)
+    result = call(*arguments)
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1), result.output
+    assert result.stderr.startswith(f"{begin} {type(error).__name__}: odd")
+    file = Path(result.stderr.partition("The traceback is in ")[2].partition("; --debug shows it")[0])
+    assert f"{type(error).__name__}: odd" in file.read_text() and "Traceback" not in result.output
+    debugged = call(*arguments, "--debug")
+    assert debugged.exit_code == 1 and type(debugged.exception) in (ZeroDivisionError, RuntimeError)
+
+
+def test_a_sweep_goes_on_after_an_unexpected_error(place: Path) -> None:
+    result = call("sweep", "quick.yaml", "base.stop_after=[0,null]", "--metric", "steps.base.metrics.loss")
+    assert result.exit_code == 1, result.output
+    rows = [json.loads(line) for line in next(place.rglob("results.jsonl")).read_text().splitlines()]
+    assert [row["status"] for row in rows] == ["failed", "done"]
+    assert rows[0]["error"].startswith("step 'base' (train): unexpected RuntimeError: the machine failed")
+
+
+def test_ctrl_c_ends_a_command_with_status_130(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stages.terminal.Speaker.load", interrupted)
+    result = call("generate", "x", "--prompt", "a")
+    assert (result.exit_code, result.stderr) == (130, "")
+
+
 def test_models_are_listed_shown_and_traced(place: Path) -> None:
     assert "No models in" in call("models", "list").stdout
     call("run", "quick.yaml")

@@ -16,9 +16,10 @@ from stages.errors import ModelError, doing
 if TYPE_CHECKING:
     from stages.process.runtime import ResolvedModel
 
-# What transformers raises for files that are wrong. It reads most fields of a config unchecked, so that a wrong one fails as arithmetic does.
+# transformers reads most fields of a config unchecked, so that a wrong one fails in whatever is computed from it.
 FAILURES = (
-    OSError, ValueError, LookupError, ImportError, RuntimeError, SafetensorError, StrictDataclassError, AttributeError, TypeError, ArithmeticError,
+    ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, SafetensorError, StrictDataclassError, TypeError,
+    ValueError,
 )  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 

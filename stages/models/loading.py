@@ -293,6 +293,7 @@ def _own_device() -> Any:
 def _finish(
     model: Any, new_rows: Collection[int], source: ResolvedModel, lora: LoraSettings | None, task: str, trainable: bool, dropout: bool
 ) -> Any:
+    _check_finite(model, source)
     model.requires_grad_(trainable and lora is None)  # a merged adapter leaves its base frozen
     if lora is not None:
         model = attach_lora(model, lora, task=task, base=source.path, new_rows=new_rows)
@@ -300,6 +301,16 @@ def _finish(
         disable_dropout(model)
     use_own_layers(model)
     return model.train(trainable)
+
+
+def _check_finite(model: nn.Module, source: ResolvedModel) -> None:
+    """Raise ModelError where a weight is NaN or infinite: every result would be NaN, and sampling would fail far from the cause."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16) and not bool(torch.isfinite(parameter).all()):
+            raise ModelError(
+                f"the weight {name} of {source.ref!r} is NaN or infinite in places; take an earlier version of it, or train it again "
+                "with a lower learning rate"
+            )
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -22,8 +22,8 @@ from rich.table import Table
 
 from stages.chain import run as chain
 from stages.errors import RecipeError
-from stages.process.unexpected import explain
 from stages.process.runtime import Runtime, lost_the_others
+from stages.process.unexpected import explain
 from stages.recipe.schema import Recipe, RecipeStep, load_recipe
 from stages.recipe.source import nearest
 from stages.sweep.grid import Grid, Point, read_grid, shown_value
