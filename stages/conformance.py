@@ -53,7 +53,7 @@ DETAILS = (
             "models/loading.py:ensure_pad_token models/responses.py:sequence_batch",
             "conformance/test_details.py::test_no_logit_depends_on_what_pads "
             "conformance/test_details.py::test_the_pad_token_is_not_the_end_token"),
-    _detail("G11", "Positions follow the mask", "sampling/decoding.py:position_ids",
+    _detail("G11", "Positions follow the mask", "sampling/readers.py:position_ids",
             "conformance/test_details.py::test_positions_follow_the_mask"),
     _detail("G12", "Dropout is off in reward model and PPO", "models/loading.py:disable_dropout",
             "ppo/test_details.py::test_dropout_is_off_everywhere "

@@ -22,7 +22,7 @@ ARROWS = {
     "process": {"registry"},
     "tokens": set(),
     "sampling": {"numerics", "tokens"},
-    "models": {"numerics", "process", "registry", "sampling"},
+    "models": {"numerics", "process", "registry", "sampling", "tokens"},
     "corpora": {"models", "registry", "tokens"},
     "rewards": {"corpora", "models", "numerics", "process", "sampling"},
     "judges": {"corpora", "rewards"},

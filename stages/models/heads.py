@@ -21,7 +21,7 @@ from stages.models.adapters import FRESH, HEAD_FILE
 from stages.models.loading import as_resolved, load_backbone, load_tokenizer
 from stages.models.parts import hidden_width
 from stages.models.stacks import is_adapter
-from stages.sampling.decoding import position_ids
+from stages.sampling.readers import position_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

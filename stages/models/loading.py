@@ -15,6 +15,7 @@ from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
 from stages.models.adapters import FRESH, attach_lora, plain_model, quantization_config
 from stages.models.attention import attention_of
+from stages.models.causality import require_causal
 from stages.models.failures import explained
 from stages.models.families import refuse_unfit
 from stages.models.own_layers import use_own_layers
@@ -100,7 +101,9 @@ def load_language_model(
     from transformers import AutoModelForCausalLM
 
     model = as_resolved(model)
-    return _finish(*_load(AutoModelForCausalLM, model, dtype, tokenizer, trainable, lora), model, lora, "CAUSAL_LM", trainable, dropout)
+    loaded, new_rows = _load(AutoModelForCausalLM, model, dtype, tokenizer, trainable, lora)
+    require_causal(loaded, model.ref)
+    return _finish(loaded, new_rows, model, lora, "CAUSAL_LM", trainable, dropout)
 
 
 def load_backbone(

@@ -5,7 +5,6 @@ B sequences, H key-value heads, T tokens so far (padding among them), D the widt
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from stages.sampling.support import DecodingSupport
 
 FIRST_ROOM = 64  # response tokens that a cache by tokens has room for at first; doubled when they are used up
 COLUMN_ROOM = 24  # new tokens that a cache by columns has room for, and by which it grows at least (see ColumnLayer)
@@ -174,17 +175,15 @@ AttentionInterface.register(BY_COLUMNS, attend_by_columns)
 AttentionMaskInterface.register(BY_COLUMNS, sdpa_mask)
 
 
-def make_cache(model: Any, most: int) -> tuple[Any, bool]:
-    """A cache for ``most`` new tokens of ``model``, and whether every layer of it looks back without limit.
+def make_cache(model: Any, most: int) -> Any:
+    """An empty cache of ``model`` with room for ``most`` new tokens, in layers that look back without limit.
 
-    Then prompts may be put into it in parts (``prompt_cache``, ``put_prompts``), tokens may be cut and masks be prepared.
+    Prompts are put into it in parts (``prompt_cache``, ``put_prompts``).
     """
     cache = DynamicCache(config=model.config)
-    whole = bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
-    if whole:
-        made, room = (ColumnLayer, COLUMN_ROOM) if _reads_by_columns(model) else (RoomyLayer, FIRST_ROOM)
-        cache.layers = [made(min(most, room)) for _ in cache.layers]
-    return cache, whole
+    made, room = (ColumnLayer, COLUMN_ROOM) if _reads_by_columns(model) else (RoomyLayer, FIRST_ROOM)
+    cache.layers = [made(min(most, room)) for _ in cache.layers]
+    return cache
 
 
 def _reads_by_columns(model: Any) -> bool:
@@ -219,19 +218,16 @@ def decoding_attention(model: Any, cache: Any) -> Iterator[None]:
         model.config._attn_implementation = usual
 
 
-def forward_options(model: Any, cache: Any) -> dict[str, Any]:
-    """What a forward pass needs besides its input to use ``cache`` and to give the last token's logits only."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    # transformers is renaming past_key_values to cache
-    name = "cache" if "cache" in inspect.signature(plain.forward).parameters else "past_key_values"
-    return {name: cache, "use_cache": True, "logits_to_keep": 1}
+def forward_options(support: DecodingSupport, cache: Any) -> dict[str, Any]:
+    """What a forward pass needs besides its input to use ``cache`` (None: no cache) and to give the last token's logits only."""
+    options: dict[str, Any] = {"use_cache": cache is not None} if support.takes_use_cache else {}
+    if cache is not None and support.cache_name is not None:
+        options[support.cache_name] = cache
+    return {**options, "logits_to_keep": 1} if support.limits_logits else options
 
 
 def keep_rows(cache: Any, rows: Tensor, first: int) -> None:
-    """Keep only ``rows`` (which may repeat) of every layer, without the tokens before ``first`` (0 where a layer is not whole)."""
+    """Keep only ``rows`` (which may repeat) of every layer of ``make_cache``'s, without the tokens before ``first``."""
     for layer in cache.layers:
-        if isinstance(layer, RoomyLayer):
-            if layer.is_initialized:
-                layer.keep(rows, first)
-        else:
-            layer.batch_select_indices(rows)
+        if layer.is_initialized:
+            layer.keep(rows, first)

@@ -7,6 +7,7 @@ own, so a completion depends on its seed and its prompt and not on which others 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from torch import Tensor
 from stages.config import GenerationSettings
 from stages.errors import ModelError
 from stages.sampling.decoding import Decoded, decode
+from stages.sampling.probe import usable_support
+from stages.sampling.support import DecodingSupport
+from stages.tokens.positions import model_length
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,21 @@ def right_pad(rows: Sequence[Tensor], value: float, width: int | None = None) ->
     return torch.nn.functional.pad(padded, (0, missing), value=value) if missing > 0 else padded
 
 
+def require_room(model: Any, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
+    """Raise ModelError where a prompt (token ids) and ``settings.max_new_tokens`` are more than the positions of ``model``."""
+    positions = model_length(model.config)
+    if positions is None:
+        return
+    room = positions - settings.max_new_tokens
+    too_long = [len(prompt) for prompt in prompts if len(prompt) > room]
+    if too_long:
+        raise ModelError(
+            f"{len(too_long)} of {len(prompts)} prompts are too long to be answered: the longest has {max(too_long)} tokens, and the model "
+            f"has {positions} positions, of which generation.max_new_tokens={settings.max_new_tokens} leaves {max(room, 0)}. "
+            "Leave out or shorten long prompts, or lower max_new_tokens"
+        )
+
+
 @torch.no_grad()
 def generate(
     model: Any,
@@ -104,10 +123,13 @@ def generate(
     ``stop_ids`` end a completion anywhere, ``late_stop_ids`` from response position ``settings.stop_after`` on (the papers' truncate_token
     and truncate_after).
 
-    Batches of ``settings.batch_size`` are made of prompts of like length. The model's mode (training or not) is left as it was.
+    Batches of ``settings.batch_size`` are made of prompts of like length; of equal length where the model cannot hide padding. The model's
+    mode (training or not) is left as it was. Raises ModelError where a prompt leaves too few of the model's positions, and where the model
+    cannot write token by token.
     """
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds")
+    require_room(model, prompts, settings)
     training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -118,9 +140,10 @@ def generate(
     # Equal prompts come to lie in one batch, which reads them once.
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), prompts[index]))
     try:
-        for start in range(0, len(order), settings.batch_size):
-            rows = order[start : start + settings.batch_size]
-            made = _decode_rows(model, [prompts[row] for row in rows], settings, noise[rows], stop_ids, late_stop_ids, pad_token_id)
+        support = usable_support(model)
+        for rows in _batches(order, [len(prompt) for prompt in prompts], settings.batch_size, mixed=support.hides_padding):
+            chosen = [prompts[row] for row in rows]
+            made = _decode_rows(model, support, chosen, settings, noise[rows], stop_ids, late_stop_ids, pad_token_id)
             for place, (row, length) in enumerate(zip(rows, made.lengths.tolist(), strict=True)):
                 responses[row], logprobs[row] = made.ids[place, :length], made.logprobs[place, :length]
     finally:
@@ -142,8 +165,15 @@ def generate(
     )
 
 
+def _batches(order: Sequence[int], lengths: Sequence[int], batch_size: int, *, mixed: bool) -> list[list[int]]:
+    """Rows in ``order`` of length, ``batch_size`` at a time; ``mixed``: whether rows of different length may share a batch."""
+    alike = [list(order)] if mixed else [list(rows) for _, rows in itertools.groupby(order, key=lambda row: lengths[row])]
+    return [rows[start : start + batch_size] for rows in alike for start in range(0, len(rows), batch_size)]
+
+
 def _decode_rows(
     model: Any,
+    support: DecodingSupport,
     prompts: list[Sequence[int]],
     settings: GenerationSettings,
     noise: Tensor,
@@ -158,7 +188,7 @@ def _decode_rows(
     ids, mask = left_pad(list(places), pad_token_id, device)
     return decode(
         model, ids, mask, torch.tensor(rows, device=device), settings, noise.to(device),
-        stop_ids=stop_ids, late_stop_ids=late_stop_ids, pad_token_id=pad_token_id,
+        support=support, stop_ids=stop_ids, late_stop_ids=late_stop_ids, pad_token_id=pad_token_id,
     )  # fmt: skip
 
 

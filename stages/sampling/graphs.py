@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.sampling.cache import forward_options
-
 logger = logging.getLogger(__name__)
 _said: set[str] = set()
 
@@ -28,8 +26,8 @@ class StepRecorder:
     batch where the model cannot be recorded (because it asks the GPU something on its way) or a replay does not say what was computed.
     """
 
-    def __init__(self, model: Any, cache: Any, *, enabled: bool) -> None:
-        self._model, self._cache = model, cache
+    def __init__(self, model: Any, cache: Any, options: dict[str, Any], *, enabled: bool) -> None:
+        self._model, self._cache, self._options = model, cache, options
         self._enabled = enabled and can_record(model)
         self._step: StaticStep | None = None
 
@@ -43,7 +41,7 @@ class StepRecorder:
         if self._step is None:
             if not self._enabled or remaining < FEWEST_STEPS:
                 return None
-            self._step = self._recorded(StaticStep(self._model, self._cache, len(tokens), bias), tokens, positions)
+            self._step = self._recorded(StaticStep(self._model, self._cache, self._options, len(tokens), bias), tokens, positions)
             if self._step is None:
                 return None
         return self._step(tokens, positions)
@@ -73,8 +71,8 @@ class StepRecorder:
 class StaticStep:
     """A decoding step whose inputs and results have fixed places."""
 
-    def __init__(self, model: Any, cache: Any, rows: int, bias: Tensor | None) -> None:
-        self._model, self._options = model, forward_options(model, cache)
+    def __init__(self, model: Any, cache: Any, options: dict[str, Any], rows: int, bias: Tensor | None) -> None:
+        self._model, self._options = model, options
         self._layers = [layer for layer in cache.layers if layer.is_initialized]
         self._width = cache.get_seq_length()
         device, dtype = next(model.parameters()).device, model.dtype if bias is None else bias.dtype

@@ -75,11 +75,13 @@ class Selector:
     ) -> None:
         from stages.corpora.templates import encode_prompt
         from stages.rewards.source import build_reward
+        from stages.sampling.generation import require_room
 
         self.selection, self.context, self.model, self.tokenizer = selection, context, model, tokenizer
         self.measure_loss, self.dtype = measure_loss, dtype
         self.prompts = list(prompts)[: selection.num_prompts]
         self.prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in self.prompts]
+        require_room(model, self.prompt_ids, selection.generation)  # now, and not after the first epoch
         self.reward = build_reward(selection.reward, context.models, "selection.reward", device=context.runtime.device, dtype=dtype)
         self.folder = context.checkpoint_folder / "selection"
         self.tried: list[Tried] = []

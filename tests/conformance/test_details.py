@@ -21,8 +21,8 @@ from stages.recipe.presets import PRESETS
 from stages.reward_model.run import RewardModelConfig, collate, encode, run
 from stages.rewards.config import RewardInput
 from stages.rewards.source import build_source
-from stages.sampling.decoding import position_ids
 from stages.sampling.generation import episode_seed, generate, left_pad
+from stages.sampling.readers import position_ids
 from stages.training.trainer import schedule_arguments
 
 TEXT = [7, 42, 105, 9]

@@ -12,7 +12,6 @@ from stages.errors import ModelError
 from stages.models.loading import load_language_model
 from stages.numerics import passes as numerics_passes
 from stages.sampling import cache, decoding
-from stages.sampling.decoding import position_ids
 from stages.sampling.generation import (
     Generated,
     decode_completions,
@@ -22,6 +21,7 @@ from stages.sampling.generation import (
     right_pad,
     stop_token_ids,
 )
+from stages.sampling.readers import position_ids
 
 PROMPTS = [[10, 11, 12, 13, 14], [20], [30, 31, 32], [40, 41]]
 

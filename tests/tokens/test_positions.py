@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from stages.models.positions import model_length, readable_length, tokenizer_length
+from stages.tokens.positions import model_length, readable_length, tokenizer_length
 
 SIZES: dict[str, dict[str, Any]] = {
     "bert": {}, "roberta": {}, "xlm-roberta": {}, "camembert": {}, "mpnet": {}, "esm": {}, "ibert": {}, "data2vec-text": {},

@@ -1,0 +1,44 @@
+"""Whether a model writes from left to right: its prediction at a token must not depend on later tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from stages.errors import ModelError
+from stages.sampling.support import says_causal
+
+LENGTH = 6  # tokens of the text that is tried
+
+
+def require_causal(model: Any, name: str) -> None:
+    """Raise ModelError where ``model``, called ``name``, reads to the right of a token.
+
+    A class whose attention layers all say that they are causal is believed. Other classes read two texts that differ in the last token:
+    the logits before it must not.
+    """
+    if says_causal(model) or not _looks_ahead(model):
+        return
+    hint = "set is_decoder: true in its config.json where it was trained to write" if hasattr(model.config, "is_decoder") else ""
+    raise ModelError(
+        f"{name!r} ({type(model).__name__}) is no causal language model: its prediction at a token depends on later tokens. "
+        f"Name a model that writes from left to right{f', or {hint}' if hint else ''}"
+    )
+
+
+@torch.no_grad()
+def _looks_ahead(model: Any) -> bool:
+    embedding = model.get_input_embeddings().weight
+    size, pad = embedding.shape[0], getattr(model.config, "pad_token_id", None)
+    tokens = [token for token in range(min(size, LENGTH + 2)) if token != pad][: LENGTH + 1]
+    text = torch.tensor([tokens[:LENGTH], [*tokens[: LENGTH - 1], tokens[-1]]], device=embedding.device)
+    training = model.training
+    model.eval()
+    try:
+        logits = model(input_ids=text).logits[:, : LENGTH - 1].float()
+    finally:
+        model.train(training)
+    spread = (logits[0] - logits[0].mean(dim=-1, keepdim=True)).norm()
+    # Both rows go through the same kernels, so that equal inputs differ by rounding at most.
+    return float((logits[0] - logits[1]).norm()) > (1e-4 if model.dtype == torch.float32 else 0.05) * float(spread)

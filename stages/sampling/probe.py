@@ -1,0 +1,122 @@
+"""Whether a model decodes right the way its class suggests: a few tokens, read that way and in one plain pass per row.
+
+A class that is not clear-cut (a state, a cache of several kinds, no position ids, code that came with the model) is tried out once before
+its first batch. What fails is replaced by a slower way that is right, and the log says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from stages.errors import ModelError
+from stages.sampling.readers import make_reader
+from stages.sampling.support import DecodingSupport, decoding_support, family_of, plain_model, says_causal
+
+logger = logging.getLogger(__name__)
+_found: WeakKeyDictionary[Any, tuple[DecodingSupport, DecodingSupport]] = WeakKeyDictionary()  # what was asked for, what was right
+_said: set[str] = set()
+
+LENGTHS = (3, 7)  # tokens of the two prompts that are tried
+STEPS = 2  # tokens that follow each
+TOLERANCE = 1e-2  # of the logits' spread: far above fp32's rounding, far below what a wrong position does
+LOW_PRECISION_TOLERANCE = 0.3  # the same in half precision and for quantized weights, whose rounding is large
+FAILURES = (RuntimeError, IndexError, ValueError, TypeError, AttributeError, AssertionError, KeyError, NotImplementedError)
+
+
+@torch.no_grad()
+def usable_support(model: Any) -> DecodingSupport:
+    """The fastest way of decoding ``model`` that is right, tried out where its class is not clear-cut.
+
+    Raises ModelError where no way is right: the model reads to the right of a token, so that it cannot write one after another.
+    """
+    support, plain = decoding_support(model), plain_model(model)
+    is_clear = support.adds_mask and family_of(plain).__module__.startswith("transformers.") and says_causal(plain)
+    if is_clear:
+        return support
+    asked, found = _found.get(plain, (None, support))
+    if asked != support:
+        found = _tried_out(model, support)
+        _found[plain] = (support, found)
+    return found
+
+
+def _tried_out(model: Any, support: DecodingSupport) -> DecodingSupport:
+    name, reason = type(plain_model(model)).__name__, ""
+    for way, what in _ways(support):
+        problem = _problem(model, way)
+        if problem is None:
+            if reason and name not in _said:
+                _said.add(name)
+                logger.warning("%s is decoded %s: %s", name, what, reason)
+            return way
+        reason = reason or problem
+    raise ModelError(
+        f"{name} cannot write a text token by token: {reason}. Expected a causal language model, whose logits depend on earlier tokens only"
+    )
+
+
+def _ways(support: DecodingSupport) -> list[tuple[DecodingSupport, str]]:
+    """``support`` and all that is slower and asks less of the model, each with a word for the log."""
+    equal = replace(support, hides_padding=False, adds_mask=False)
+    ways = {support: "as its class says", equal: "in batches of equal length", without_cache(support): "without a cache, which is slow"}
+    return list(ways.items())
+
+
+def without_cache(support: DecodingSupport) -> DecodingSupport:
+    """The way that reads the whole text at every step: right for every causal model."""
+    return replace(support, cache_name=None, hides_padding=False, adds_mask=False)
+
+
+def _problem(model: Any, support: DecodingSupport) -> str | None:
+    """What is wrong with this way of decoding; None where its logits are those of plain passes."""
+    lengths = LENGTHS if support.hides_padding else (LENGTHS[1],) * 2
+    rows = _texts(model, [length + STEPS for length in lengths])
+    try:
+        found = _read(model, support, rows, lengths)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        return f"its forward pass fails ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+    expected = torch.stack(
+        [model(input_ids=row[None]).logits[0, length - 1 :].float() for row, length in zip(rows, lengths, strict=True)]
+    )  # [2, 1 + STEPS, V]
+    spread = (expected - expected.mean(dim=-1, keepdim=True)).norm()
+    difference = float((found - expected).norm() / spread.clamp(min=torch.finfo(torch.float32).tiny))
+    device = rows[0].device.type
+    exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(device)
+    if difference <= (TOLERANCE if exact else LOW_PRECISION_TOLERANCE):
+        return None
+    return f"its logits would differ by {difference:.0%} of their spread from those of a plain pass"
+
+
+def _texts(model: Any, lengths: list[int]) -> list[Tensor]:
+    """Texts of ``lengths`` tokens, spread over the vocabulary, without the pad token."""
+    embedding = model.get_input_embeddings().weight
+    size, pad = embedding.shape[0], getattr(model.config, "pad_token_id", None)
+    tokens = [token for token in range(size) if token != pad]
+    step = max(1, len(tokens) // sum(lengths))
+    drawn = iter(tokens[index * step % len(tokens)] for index in range(sum(lengths)))
+    return [torch.tensor([next(drawn) for _ in range(length)], device=embedding.device) for length in lengths]
+
+
+def _read(model: Any, support: DecodingSupport, rows: list[Tensor], lengths: tuple[int, ...]) -> Tensor:
+    """Logits after the prompt and after each further token [2, 1 + STEPS, V] fp32; the rows change places on the way."""
+    width = max(lengths)
+    ids = torch.stack([torch.nn.functional.pad(row[:length], (width - length, 0)) for row, length in zip(rows, lengths, strict=True)])
+    mask = torch.stack([torch.arange(width, device=ids.device) >= width - length for length in lengths])
+    reader = make_reader(model, support, STEPS, cuda_graphs=False)
+    logits, order = [reader.read(ids, mask)], torch.tensor([0, 1], device=ids.device)
+    with reader.stepping():
+        for step in range(STEPS):
+            swap = torch.tensor([1, 0], device=ids.device)
+            reader.keep(swap, trim=True)
+            order = order[swap]
+            tokens = torch.stack([row[length + step] for row, length in zip(rows, lengths, strict=True)])
+            logits.append(reader.step(tokens[order], STEPS - step)[order])
+    return torch.stack(logits, dim=1).float()
