@@ -133,10 +133,13 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
         **{f"curation_{reason}": number for reason, number in sorted(curator.left_out.items())},
     }
     published: dict[str, Any] = {"role": "language_model", "base": source if config.lora is not None else None}
-    publish_best(trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights), **published)
+    shown = [[*pair.prompt_ids, *pair.chosen_ids] for pair in heldout]  # what was saved is compared on the first of them
+    publish_best(
+        trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), **published
+    )
     weights = gathered_weights(trainer)
     record = context.publish(
-        lambda folder: save_model(model, tokenizer, folder, state_dict=weights), metrics=metrics, **published
+        lambda folder: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), metrics=metrics, **published
     )
     return StepResult(model=record, metrics=metrics)
 

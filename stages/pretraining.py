@@ -131,9 +131,10 @@ def run(config: PretrainingConfig, context: StepContext) -> StepResult:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     kind: dict[str, Any] = {"role": "language_model", "base": context.models["model"] if config.lora is not None else None}
-    publish_best(trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights), **kind)
+    shown = [heldout_tokens[: config.block_size]]  # what was saved is compared with the model in memory on its beginning
+    publish_best(trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), **kind)
     weights = gathered_weights(trainer)
-    record = context.publish(lambda folder: save_model(model, tokenizer, folder, state_dict=weights), metrics=metrics, **kind)
+    record = context.publish(lambda folder: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), metrics=metrics, **kind)
     return StepResult(model=record, metrics=metrics)
 
 

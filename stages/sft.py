@@ -181,9 +181,10 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
         "base": context.models["model"] if config.lora is not None else None,
         "extra": {"template": config.template} if config.template is not None else None,
     }
-    publish_best(trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights), **kind)
+    shown = [row.ids for row in heldout]  # what was saved is compared with the model in memory on the first of them
+    publish_best(trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), **kind)
     weights = gathered_weights(trainer)
-    record = context.publish(lambda folder: save_model(model, tokenizer, folder, state_dict=weights), metrics=metrics, **kind)
+    record = context.publish(lambda folder: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), metrics=metrics, **kind)
     return StepResult(model=record, metrics=metrics)
 
 

@@ -37,13 +37,21 @@ HEAD_FILE = "head.safetensors"
 
 
 def attach_lora(
-    model: Any, lora: LoraSettings, *, task: str, base: str, name: str = FRESH, new_rows: Collection[int] = ()
+    model: Any,
+    lora: LoraSettings,
+    *,
+    task: str,
+    base: str,
+    name: str = FRESH,
+    new_rows: Collection[int] = (),
+    source: ResolvedModel | None = None,
 ) -> Any:
     """``model`` inside a PeftModel (if it is not yet in one) with a fresh adapter, an identity at first, on top of those that act.
 
     ``task`` is a peft task type such as ``CAUSAL_LM``, ``base`` the folder or hub id that the adapter will say it belongs to (the registry
-    writes its own reference instead). ``new_rows`` are token ids whose rows of the embedding and of the output layer train, too. Only the
-    fresh adapter is trainable afterwards; its weights are fp32. Raises ModelError where ``lora`` does not fit the model.
+    writes its own reference instead), ``source`` the model that it begins as, for the check of what is published. ``new_rows`` are token
+    ids whose rows of the embedding and of the output layer train, too. Only the fresh adapter is trainable afterwards; its weights are
+    fp32. Raises ModelError where ``lora`` does not fit the model.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -69,6 +77,7 @@ def attach_lora(
             f"{type(plain).__name__}: {error} {_linear_modules(plain)}"
         ) from error
     model.peft_config[name].base_model_name_or_path = base
+    model._stages_sources = {**getattr(model, "_stages_sources", {}), name: source}
     _start_from_what_acts(model, name)
     for parameter_name, parameter in model.named_parameters():
         if is_part_of(parameter_name, name) and parameter.is_floating_point():
@@ -118,6 +127,11 @@ def add_adapter(model: Any, adapter: ResolvedModel | SavedAdapter, name: str, *,
     _compute_in_own_dtype(model, name)
     activate(model, [*below, name])
     return model
+
+
+def source_of(model: Any, name: str) -> ResolvedModel | None:
+    """The model that the adapter ``name`` of a PeftModel began as; None where ``attach_lora`` was not told."""
+    return getattr(model, "_stages_sources", {}).get(name)
 
 
 def plain_model(model: Any) -> Any:
@@ -346,9 +360,15 @@ def without_copies(model: Any) -> Iterator[None]:
     yield
     added = set(getattr(model, "peft_config", {})) - known
     for name in added:
-        model.delete_adapter(name)
+        remove_adapter(model, name)
     if added:
         activate(model, acting, trainable=trainable)
+
+
+def remove_adapter(model: Any, name: str) -> None:
+    """Take an adapter out of a PeftModel that has others; one of them acts afterwards."""
+    activate(model, [other for other in model.peft_config if other != name][-1:])  # peft deletes beside one that acts, not beside several
+    model.delete_adapter(name)
 
 
 @contextmanager

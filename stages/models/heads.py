@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from stages.config import LoraSettings
 from stages.errors import ModelError
-from stages.models.adapters import FRESH, HEAD_FILE
+from stages.models.adapters import FRESH, HEAD_FILE, is_part_of
 from stages.models.loading import as_resolved, load_backbone, load_tokenizer
 from stages.models.parts import hidden_width
+from stages.models.published import check_saved_adapter, check_saved_weights, rows_for
 from stages.models.stacks import is_adapter
 from stages.sampling.readers import position_ids
 
@@ -44,6 +45,7 @@ class ScalarModel(nn.Module):
         # Where the backbone is shared with other roles (models/shared.py): what lets this one's adapters act, and what saves them.
         self.activate: Callable[[], None] = _nothing
         self.save_adapter: Callable[[Path], None] | None = None
+        self.adapted: Any = None  # the PeftModel around the shared backbone
 
     # Making one
 
@@ -112,12 +114,18 @@ class ScalarModel(nn.Module):
     # Saving
 
     def save(
-        self, folder: Path | str, tokenizer: PreTrainedTokenizerBase | None = None, *, state_dict: dict[str, Tensor] | None = None
+        self,
+        folder: Path | str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        state_dict: dict[str, Tensor] | None = None,
+        rows: Sequence[Sequence[int]] | None = None,
     ) -> None:
         """Write backbone, head, bias and tokenizer.
 
         Whole weights make a Hugging Face checkpoint of ``<Arch>ForSequenceClassification`` with one label (``score.weight``) whose config
-        keeps the bias (``reward_bias``). An adapter is saved as peft does, with the head beside it in head.safetensors.
+        keeps the bias (``reward_bias``). An adapter is saved as peft does, with the head beside it in head.safetensors. ``state_dict`` and
+        ``rows`` as of ``loading.save_model``: what was written is read again and compared with this model.
         """
         from peft import PeftModel, get_peft_model_state_dict
         from safetensors.torch import save_file
@@ -152,6 +160,43 @@ class ScalarModel(nn.Module):
         config.save_pretrained(folder)
         if tokenizer := tokenizer or self.tokenizer:
             tokenizer.save_pretrained(folder)
+        if state_dict is None and tokenizer:
+            self._check_saved(folder, rows)
+
+    def _check_saved(self, folder: Path, rows: Sequence[Sequence[int]] | None) -> None:
+        """Raise ModelError where the files in ``folder`` do not compute what this model does."""
+        from peft import PeftModel
+
+        adapted = self.adapted or (self.backbone if isinstance(self.backbone, PeftModel) else None)
+        ids = rows_for(self.backbone, rows)
+        device = self.score_head.weight.device
+        scale = float(self.score_head.weight.detach().norm())
+
+        def reload(saved: ResolvedModel) -> list[Tensor]:
+            dtype = torch.float32 if adapted is not None else next(self.backbone.parameters()).dtype
+            return type(self).from_pretrained(saved, dtype=dtype).to(device)._numbers(ids)
+
+        if adapted is None:
+            check_saved_weights(self, folder, lambda: self._numbers(ids), reload, scale=scale)
+            return
+        self.activate()
+        activate, self.activate = self.activate, _nothing  # the check chooses the adapters that act
+        try:
+            check_saved_adapter(adapted, folder, lambda: self._numbers(ids), reload, scale=scale)
+        finally:
+            self.activate = activate
+
+    @torch.no_grad()
+    def _numbers(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The numbers [T] of each row of token ids, alone."""
+        training, device = self.training, self.score_head.weight.device
+        self.eval()
+        found = []
+        for row in rows:
+            ids = torch.tensor([row], device=device)
+            found.append(self.score_tokens(ids, torch.ones_like(ids))[0].float().cpu())
+        self.train(training)
+        return found
 
 
 def _nothing() -> None:
@@ -238,7 +283,7 @@ class ValueModel(ScalarModel):
         made.score_head.load_state_dict(reward_model.score_head.state_dict())
         adapted = isinstance(made.backbone, PeftModel)
         for name, parameter in made.backbone.named_parameters():
-            parameter.requires_grad_("lora_" in name or not adapted)
+            parameter.requires_grad_(is_part_of(name, FRESH) or not adapted)
         return made.train()
 
     @classmethod

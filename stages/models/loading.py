@@ -19,6 +19,7 @@ from stages.models.causality import require_causal
 from stages.models.failures import explained
 from stages.models.families import refuse_unfit
 from stages.models.own_layers import use_own_layers
+from stages.models.published import check_saved_adapter, check_saved_weights, outputs_of, rows_for
 from stages.models.saved_adapters import SavedAdapter, head_size, read_adapter
 from stages.models.stacking import dequantized, merged_stack, stacked_apart
 from stages.models.stacks import Stack, is_adapter, stack_of, tokenizer_source, trained_on
@@ -299,7 +300,7 @@ def _finish(
     _check_finite(model, source)
     model.requires_grad_(trainable and lora is None)  # a merged adapter leaves its base frozen
     if lora is not None:
-        model = attach_lora(model, lora, task=task, base=source.path, new_rows=new_rows)
+        model = attach_lora(model, lora, task=task, base=source.path, new_rows=new_rows, source=source)
     if not dropout:
         disable_dropout(model)
     use_own_layers(model)
@@ -361,16 +362,24 @@ def grow_embedding(model: Any, size: int) -> range:
 
 
 def save_model(
-    model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Path | str, *, state_dict: dict[str, torch.Tensor] | None = None
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path | str,
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    rows: Sequence[Sequence[int]] | None = None,
 ) -> None:
-    """Write ``model`` as safetensors (of a PeftModel the adapter alone) and its tokenizer into ``folder``.
+    """Write ``model`` as safetensors (of a PeftModel the fresh adapter alone) and its tokenizer into ``folder``.
 
-    ``state_dict`` stands in for the model's own weights where they are spread over processes.
+    ``state_dict`` stands in for the model's own weights where they are spread over processes. Without one, what was written is read again
+    and compared with the model in memory on ``rows`` of token ids (None: some of the vocabulary; models/published.py says what it covers).
+    Raises ModelError where they differ.
     """
     from peft import PeftModel
 
     folder = Path(folder)
-    if isinstance(model, PeftModel):
+    is_adapter_alone = isinstance(model, PeftModel)
+    if is_adapter_alone:
         # "auto" would ask the hub about the base's vocabulary; loading resizes the base by the tokenizer instead
         with quiet_transformers():
             model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict, selected_adapters=[FRESH])
@@ -382,6 +391,25 @@ def save_model(
             model.save_pretrained(folder, state_dict=state_dict)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    load = _loader_of(plain_model(model))
+    if state_dict is not None or load is None:
+        return
+    device, ids = next(model.parameters()).device, rows_for(model, rows)
+
+    def reload(saved: ResolvedModel) -> list[torch.Tensor]:
+        dtype = torch.float32 if is_adapter_alone else next(model.parameters()).dtype
+        return outputs_of(load(saved, dtype=dtype, trainable=False).to(device), ids)
+
+    check = check_saved_adapter if is_adapter_alone else check_saved_weights
+    check(model, folder, lambda: outputs_of(model, ids), reload)
+
+
+def _loader_of(plain: Any) -> Any:
+    """What loads a model of this class; None for classes that no role has, such as one that guesses masked words."""
+    name = type(plain).__name__
+    if name.endswith("ForSequenceClassification"):
+        return load_classifier
+    return load_language_model if name.endswith(("ForCausalLM", "LMHeadModel", "LMHead")) else None
 
 
 # What cannot be loaded

@@ -6,7 +6,8 @@ adapters act before it computes; between a forward pass and its backward pass no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,10 +15,11 @@ import torch
 from torch import nn
 
 from stages.config import LoraSettings
-from stages.models.adapters import activate, active_adapters, add_adapter, attach_lora, is_part_of
+from stages.models.adapters import activate, active_adapters, add_adapter, attach_lora, is_part_of, module_name, plain_model
 from stages.models.heads import RewardModel, ScalarModel, ValueModel, read_head
 from stages.models.loading import load_base, load_tokenizer
 from stages.models.parts import transformer_of
+from stages.models.saved_adapters import BEFORE
 from stages.models.stacks import stack_of, trained_on, weights_of
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ class SharedBackbone:
         self.tokenizer = load_tokenizer(model)
         self.key = backbone_key(model)
         self.lora, self._dtype = lora, dtype
-        self._path = stack_of(model).base.path
+        self._source, self._path = model, stack_of(model).base.path
         found, self._new_rows = load_base(model, dtype=dtype, tokenizer=self.tokenizer)
         self.model: Any = found.to(device)
         self._vocabulary = self.tokenizer.get_vocab()
@@ -54,26 +56,34 @@ class SharedBackbone:
 
     def frozen(self, model: ResolvedModel) -> tuple[str, ...]:
         """The names of the adapters that make ``model`` of the backbone; what two models have in common is laid on it once."""
-        names = []
+        names: list[str] = []
         for adapter in stack_of(model).adapters:
             known = adapter.digest or adapter.path
             if known not in self._frozen:
                 name = f"frozen-{len(self._frozen)}"
+                self._let_act(names)
                 self.model = add_adapter(self.model, adapter, name, is_shared=True)
                 self._frozen[known] = name
             names.append(self._frozen[known])
         return tuple(names)
 
-    def fresh(self, name: str) -> str:
-        """A new trainable adapter, an identity at first."""
+    def fresh(self, name: str, below: Sequence[str] = (), *, source: ResolvedModel | None = None) -> str:
+        """A new trainable adapter on those ``below``, an identity at first; ``source``: the model that they make (None: the policy)."""
         trainable = {parameter for parameter in self.model.parameters() if parameter.requires_grad}
-        self.model = attach_lora(self.model, self.lora, task="CAUSAL_LM", base=self._path, name=name, new_rows=self._new_rows)
+        self._let_act(below)
+        self.model = attach_lora(
+            self.model, self.lora, task="CAUSAL_LM", base=self._path, name=name, new_rows=self._new_rows, source=source or self._source
+        )
         for parameter in trainable:
             parameter.requires_grad_(True)
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # log-probabilities must not change from one forward pass to the next
         return name
+
+    def _let_act(self, names: Sequence[str]) -> None:
+        if hasattr(self.model, "peft_config"):
+            activate(self.model, names)
 
     def activation(self, names: Iterable[str]) -> Callable[[], None]:
         """A function that lets exactly ``names`` act from then on."""
@@ -100,7 +110,8 @@ class SharedBackbone:
 
     def value_model(self, model: ResolvedModel, *, with_head: bool) -> ValueModel:
         """A trainable value network that starts as ``model`` is: a reward model's scores with its head, else zeros everywhere."""
-        names = [*self.frozen(model), self.fresh("value")]
+        below = self.frozen(model)
+        names = [*below, self.fresh("value", below, source=model)]
         made = self._scalar(ValueModel, names)
         if with_head:
             made.set_head(*read_head(model))
@@ -109,7 +120,7 @@ class SharedBackbone:
 
     def _scalar(self, kind: type[Scalar], names: Iterable[str]) -> Scalar:
         made = kind(transformer_of(self.model), self.tokenizer)
-        made.activate = self.activation(names)
+        made.activate, made.adapted = self.activation(names), self.model
         return made
 
     def _saver(self, name: str) -> Callable[[Path], None]:
@@ -119,17 +130,20 @@ class SharedBackbone:
             from peft import get_peft_model_state_dict
             from safetensors.torch import save_file
 
-            body = f"base_model.model.{self.model.get_base_model().base_model_prefix}."
+            body = f"{module_name(plain_model(self.model), transformer_of(self.model))}."
             weights = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
-            renamed = {key.replace(body, "base_model.model.", 1): value.detach().cpu().contiguous() for key, value in weights.items()}
+            # Rows and copies of the output layer are no part of a value network.
+            own = {key: value for key, value in weights.items() if key.startswith(BEFORE + body)}
+            renamed = {key.replace(BEFORE + body, BEFORE, 1): value.detach().cpu().contiguous() for key, value in own.items()}
             save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-            config = self.model.peft_config[name]
-            prefix, task, targets = body.removeprefix("base_model.model."), config.task_type, config.target_modules
+            config = copy.deepcopy(self.model.peft_config[name])
             config.task_type = "FEATURE_EXTRACTION"
-            if not isinstance(targets, str):
-                config.target_modules = {target.removeprefix(prefix) for target in targets}
+            if not isinstance(config.target_modules, str):
+                config.target_modules = {target.removeprefix(body) for target in config.target_modules}
+            if config.trainable_token_indices is not None:
+                rows = config.trainable_token_indices.items()
+                config.trainable_token_indices = {key.removeprefix(body): value for key, value in rows if key.startswith(body)}
             config.save_pretrained(str(folder))
-            config.task_type, config.target_modules = task, targets
 
         return save
 

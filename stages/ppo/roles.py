@@ -76,6 +76,7 @@ class Roles:
 
     def save_policy(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the policy: whole weights, or its adapter. ``state_dict``: its weights where they are cut over processes."""
+        self.policy.activate()
         save_model(self.policy.model, self.tokenizer, folder, state_dict=state_dict)
 
     def models(self) -> list[nn.Module]:
@@ -128,7 +129,7 @@ def _adapted_roles(config: PPOStepConfig, context: StepContext) -> Roles:
     temperature = config.generation.temperature
     backbone = SharedBackbone(source, dtype=dtype, device=device, lora=config.lora)
     below = backbone.frozen(source)
-    acting = [*below, backbone.fresh(FRESH)]
+    acting = [*below, backbone.fresh(FRESH, below)]
     # The value network's adapter comes before the objects below are made: adding one may wrap the model once more.
     value, extra = _adapted_value(config, context, backbone)
     model = backbone.model

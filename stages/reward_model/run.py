@@ -201,8 +201,9 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
             raise TrainingError(f"{context.name}: the weights of seed {best.seed} were damaged on the disk; start the command again")
         load_tensors(trainable(model), kept.path / "model.safetensors")
     kind: dict[str, Any] = {"role": "reward_model", "base": context.models["model"] if config.lora is not None else None}
+    shown = [item.rows[0] for item in heldout]  # what was saved is compared with the model in memory on the first of them
     publish_best(
-        trainer, context, lambda folder, weights: model.save(folder, tokenizer, state_dict=weights),
+        trainer, context, lambda folder, weights: model.save(folder, tokenizer, state_dict=weights, rows=shown),
         prepare=lambda: normalise(model), **kind,
     )  # fmt: skip
     gain, deviation = normalise(model)
@@ -231,7 +232,7 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     if config.num_seeds > 1:
         metrics |= {"seeds": {str(attempt.seed): attempt.accuracy for attempt in attempts}, "selected_seed": best.seed}
     weights = gathered_weights(trainer)
-    record = context.publish(lambda folder: model.save(folder, tokenizer, state_dict=weights), metrics=metrics, **kind)
+    record = context.publish(lambda folder: model.save(folder, tokenizer, state_dict=weights, rows=shown), metrics=metrics, **kind)
     return StepResult(model=record, metrics=metrics)
 
 
