@@ -96,6 +96,7 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
     from stages.corpora.templates import count_tokens
     from stages.models.adapters import as_it_starts, refuse_output_adapter
     from stages.models.loading import load_language_model, load_tokenizer, save_model
+    from stages.models.positions import row_length
     from stages.process.runtime import StepResult
     from stages.training.trainer import gathered_weights, publish_best, train, weights_dtype
 
@@ -103,7 +104,7 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
     tokenizer = load_tokenizer(source)
     model = load_language_model(source, dtype=weights_dtype(config, context), lora=config.lora, tokenizer=tokenizer)
     refuse_output_adapter(model, config.lora)
-    max_length: int = config.max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
+    max_length: int = row_length(config.max_length, model.config, tokenizer, unlimited=1024)
     curator = Curator(config.curation, count_tokens(tokenizer))
     comparisons = load_comparisons(config.data, preferred=config.preferred, curator=curator)
     pairs = _encoded(config, comparisons.train, tokenizer, max_length, context, "training")

@@ -180,6 +180,7 @@ def _model(config: PretrainingConfig, context: StepContext, tokenizer: PreTraine
 
     from stages.models.architectures import random_model
     from stages.models.loading import load_language_model
+    from stages.models.positions import model_length
     from stages.training.trainer import weights_dtype
 
     context.runtime.seed_everything(context.seed)  # reading the data must not decide the weights
@@ -189,7 +190,7 @@ def _model(config: PretrainingConfig, context: StepContext, tokenizer: PreTraine
         model = load_language_model(
             context.models["model"], dtype=weights_dtype(config, context), lora=config.lora, tokenizer=tokenizer, dropout=True
         )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = model_length(model.config)  # blocks are cut from the stream of tokens, so the tokenizer's own limit says nothing here
     if longest is not None and config.block_size > longest:
         raise ModelError(f"block_size={config.block_size} is longer than the model's {longest} positions; lower it to {longest}")
     return model

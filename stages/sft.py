@@ -126,6 +126,7 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     from stages.models.adapters import refuse_output_adapter
     from stages.models.dropout import set_residual_dropout
     from stages.models.loading import load_language_model, load_tokenizer, save_model
+    from stages.models.positions import row_length
     from stages.process.runtime import StepResult
     from stages.training.trainer import gathered_weights, publish_best, train, weights_dtype
 
@@ -138,7 +139,7 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     refuse_output_adapter(model, config.lora)
     if config.residual_dropout is not None:
         set_residual_dropout(model, config.residual_dropout)
-    max_length: int = config.max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
+    max_length: int = row_length(config.max_length, model.config, tokenizer, unlimited=1024)
     curator = Curator(config.curation, count_tokens(tokenizer))
     demonstrations = _fitted(load_demonstrations(config.data, curator), config, tokenizer)
     rows = _encoded(demonstrations.train, tokenizer, max_length, context, "training")

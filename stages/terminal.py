@@ -69,11 +69,12 @@ class Speaker:
         return decode_completions(self.tokenizer, generated)
 
     def fits(self, prompt: Prompt, room: int) -> bool:
-        """Whether the prompt leaves ``room`` tokens of the model's positions."""
+        """Whether the prompt leaves ``room`` of the tokens that model and tokenizer can read."""
         from stages.corpora.templates import encode_prompt
+        from stages.models.positions import readable_length
 
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
-        return len(encode_prompt(self.tokenizer, prompt)) + room <= positions
+        positions = readable_length(self.model.config, self.tokenizer)
+        return positions is None or len(encode_prompt(self.tokenizer, prompt)) + room <= positions
 
 
 def read_prompts(texts: Sequence[str], file: Path | None, piped: Callable[[], str] | None) -> list[Prompt]:

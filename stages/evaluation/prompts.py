@@ -139,12 +139,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) ->
 
 def positions_of(model: ResolvedModel) -> int:
     """The longest sequence, in tokens, that a model and its tokenizer can read. The config is that of the weights below all adapters."""
-    from transformers import AutoConfig
-
-    from stages.models.loading import load_tokenizer
+    from stages.models.loading import config_of, load_tokenizer
     from stages.models.positions import readable_length
-    from stages.models.stacks import stack_of
 
-    source = stack_of(model).base
-    config = AutoConfig.from_pretrained(source.path, revision=source.input.revision, trust_remote_code=source.input.trust_remote_code)
-    return readable_length(config, load_tokenizer(model)) or 1_000_000
+    return readable_length(config_of(model), load_tokenizer(model)) or 1_000_000

@@ -104,10 +104,11 @@ def score_choices(
     """Log-likelihood of every choice of every question, given its context; batches hold sequences of like length."""
     import torch
 
+    from stages.models.positions import readable_length
     from stages.models.responses import Policy, sequence_batch
 
     policy = Policy(model, temperature=1.0, autocast=None)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = readable_length(model.config, tokenizer)
     rows = [(index, place) for index, question in enumerate(questions) for place in range(len(question.choices))]
     encoded = [encode_choice(tokenizer, questions[index].context, questions[index].choices[place], longest) for index, place in rows]
     scores = [[0.0] * len(question.choices) for question in questions]

@@ -22,7 +22,6 @@ from stages.models.loading import as_resolved, load_backbone, load_tokenizer
 from stages.models.parts import hidden_width
 from stages.models.published import check_saved_adapter, check_saved_weights, rows_for
 from stages.models.stacks import is_adapter
-from stages.sampling.readers import position_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,19 +89,19 @@ class ScalarModel(nn.Module):
     def _hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Last hidden states [B, T, d]; None: padding is on the right.
 
-        There no mask is needed: a causal model never looks to the right, and without one the fastest kernels can be used.
+        There no mask is needed: a causal model never looks to the right. Rows that are padded on the left are moved to the left for the
+        pass, and their hidden states back. So every family reads a text from position 0, those without a mask (RWKV) among them, and the
+        fastest kernels can be used.
         """
         self.activate()
         if attention_mask is None or bool(attention_mask[:, 0].all()):
             return self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **self._positions(attention_mask)}
-        return self.backbone(**inputs, use_cache=False).last_hidden_state
-
-    def _positions(self, attention_mask: Tensor) -> dict[str, Tensor]:
-        """Position ids that count real tokens only, so that left padding does not shift a text. Empty for models without positions."""
-        if not _takes_position_ids(self.backbone):
-            return {}
-        return {"position_ids": position_ids(attention_mask)}
+        starts = attention_mask.long().argmax(dim=1, keepdim=True)  # first real token of each row
+        columns, width = torch.arange(input_ids.shape[1], device=input_ids.device), input_ids.shape[1]
+        moved = input_ids.gather(1, (columns + starts) % width)
+        hidden = self.backbone(input_ids=moved, use_cache=False).last_hidden_state
+        back = (columns - starts) % width
+        return hidden.gather(1, back[..., None].expand_as(hidden))
 
     # The trainer's side
 
@@ -311,13 +310,6 @@ def last_positions(attention_mask: Tensor) -> Tensor:
     """Column of each row's last real token, whichever side is padded. Mask [B, T]; returns [B]."""
     columns = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
     return (attention_mask.long() * columns).argmax(dim=-1)
-
-
-def _takes_position_ids(backbone: Any) -> bool:
-    import inspect
-
-    plain = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
-    return "position_ids" in inspect.signature(plain.forward).parameters
 
 
 def _classifier_class(config: Any) -> str:

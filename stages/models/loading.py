@@ -83,6 +83,15 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, name: str = "the tokeni
 # Models
 
 
+def config_of(model: ResolvedModel | str | Path) -> Any:
+    """The config of the whole weights below a model's adapters. Raises ModelError where it cannot be read."""
+    from transformers import AutoConfig
+
+    base = stack_of(as_resolved(model)).base
+    with explained(base, "model"):
+        return AutoConfig.from_pretrained(base.path, revision=base.input.revision, trust_remote_code=base.input.trust_remote_code)
+
+
 def load_language_model(
     model: ResolvedModel | str | Path,
     *,

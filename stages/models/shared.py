@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 Scalar = TypeVar("Scalar", bound=ScalarModel)
 
 
-def backbone_key(model: ResolvedModel) -> tuple[str, str, bool]:
-    """What two models must agree in to share one backbone: the whole weights below their adapters, and how those are quantized or were
-    quantized when the adapters trained."""
+def backbone_key(model: ResolvedModel) -> tuple[str, str, bool, str]:
+    """What two models must agree in to share one backbone: the whole weights below their adapters, how those are quantized or were
+    quantized when the adapters trained, and the attention that the recipe asks for."""
     loaded = model.input if model.input.quantization != "none" else trained_on(model)
-    return weights_of(stack_of(model).base), f"{model.input.quantization} {loaded.quantization}", loaded.double_quantization
+    quantized = f"{model.input.quantization} {loaded.quantization}"
+    return weights_of(stack_of(model).base), quantized, loaded.double_quantization, model.input.attention
 
 
 class SharedBackbone:

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from stages.models.positions import model_length
 
 KNOWN_MODELS = Path(__file__).parent / "known_models.yaml"
 
@@ -94,7 +97,6 @@ NAMES: dict[str, tuple[str, ...]] = {
     "intermediate": ("intermediate_size", "n_inner", "hidden_dim"),
     "layers": ("num_hidden_layers", "n_layer", "n_layers"),
     "heads": ("num_attention_heads", "n_head", "n_heads"),
-    "positions": ("max_position_embeddings", "n_positions"),
 }
 UNGATED = ("gpt2", "gpt_neox", "gpt_neo", "opt", "bloom", "phi", "distilbert", "bert", "roberta")
 ENCODERS = ("distilbert", "bert", "roberta")
@@ -120,7 +122,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape | None:
         kv_heads=int(config.get("num_key_value_heads") or heads),
         head_width=int(config.get("head_dim") or hidden // heads),
         vocabulary=int(config.get("vocab_size") or 0),
-        positions=found.get("positions", 2048),
+        positions=model_length(SimpleNamespace(**{**config, "model_type": family})) or 2048,
         tied=bool(config.get("tie_word_embeddings", family in ("gpt2", "distilbert", "bert", "roberta", "opt", "bloom"))),
         gated=family not in UNGATED,
         learned_positions=family in ("gpt2", "gpt_neo", "opt", "distilbert", "bert", "roberta"),

@@ -2,49 +2,72 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stages.errors import DataError
+from stages.models.positions import readable_length
 from stages.sampling.generation import episode_seed
 
 if TYPE_CHECKING:
+    from stages.corpora.curation import Curator
     from stages.corpora.messages import Prompt
     from stages.ppo.config import PPOStepConfig
     from stages.ppo.roles import Roles
     from stages.process.runtime import StepContext
 
+UNLIMITED = 1_000_000  # prompt tokens, where neither model nor tokenizer sets a limit
 EncodedPrompt = tuple["Prompt", list[int]]
 
 
 def load_prompts(config: PPOStepConfig, context: StepContext, roles: Roles) -> list[EncodedPrompt]:
     """Prompts with their token ids, without those too long to be answered (cutting one would ask something else)."""
-    from stages.corpora import prompts as corpus
     from stages.corpora.curation import Curator
-    from stages.corpora.fitting import fit_prompt
-    from stages.corpora.templates import count_tokens, encode_prompt
+    from stages.corpora.templates import count_tokens
 
-    positions = getattr(roles.policy.model.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
-    longest = config.max_prompt_tokens or positions - config.generation.max_new_tokens
+    longest = prompt_room(config, roles.policy.model.config, roles.tokenizer)
     curator = Curator(config.curation, count_tokens(roles.tokenizer))
-    prompts = corpus.load_prompts(config.data, prompt_words=config.prompt_words, curator=curator)
-    if config.prompt_fit is not None:
-        prompts = [fit_prompt(prompt, config.prompt_fit, roles.tokenizer) for prompt in prompts]
-    encoded = [(prompt, encode_prompt(roles.tokenizer, prompt)) for prompt in prompts]
+    encoded = encoded_prompts(config, roles.tokenizer, curator)
     if curator.left_out:
         reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(curator.left_out.items()))
         context.runtime.console.print(f"{context.name}: curation left out {sum(curator.left_out.values())} prompts ({reasons})")
     kept = [(prompt, ids) for prompt, ids in encoded if 0 < len(ids) <= longest]
     if not kept:
         raise DataError(
-            f"none of {len(encoded)} prompts has at most {longest} tokens (max_prompt_tokens, or the model's {positions} positions less "
+            f"none of {len(encoded)} prompts has at most {longest} tokens (max_prompt_tokens, or what policy and tokenizer can read less "
             f"generation.max_new_tokens={config.generation.max_new_tokens})"
         )
     if len(kept) < len(encoded):
         left_out = len(encoded) - len(kept)
         context.runtime.console.print(f"{context.name}: left out {left_out} of {len(encoded)} prompts ({longest} tokens at most)")
     return kept
+
+
+def encoded_prompts(config: PPOStepConfig, tokenizer: Any, curator: Curator | None = None) -> list[EncodedPrompt]:
+    """All prompts of the step, shortened where it says so, with their token ids."""
+    from stages.corpora import prompts as corpus
+    from stages.corpora.fitting import fit_prompt
+    from stages.corpora.templates import encode_prompt
+
+    prompts = corpus.load_prompts(config.data, prompt_words=config.prompt_words, curator=curator)
+    if config.prompt_fit is not None:
+        prompts = [fit_prompt(prompt, config.prompt_fit, tokenizer) for prompt in prompts]
+    return [(prompt, encode_prompt(tokenizer, prompt)) for prompt in prompts]
+
+
+def prompt_room(config: PPOStepConfig, policy: Any, tokenizer: Any) -> int:
+    """The longest prompt, in tokens, that a policy of config ``policy`` can read and still answer with ``max_new_tokens``."""
+    readable = readable_length(policy, tokenizer)
+    room = UNLIMITED if readable is None else readable - config.generation.max_new_tokens
+    return room if config.max_prompt_tokens is None else min(room, config.max_prompt_tokens)
+
+
+def longest_sequence(config: PPOStepConfig, policy: Any, tokenizer: Any) -> int:
+    """The most tokens, prompt and completion, that the networks of this step will read."""
+    room = prompt_room(config, policy, tokenizer)
+    lengths = [len(ids) for _, ids in encoded_prompts(config, tokenizer) if len(ids) <= room]
+    return max(lengths, default=0) + config.generation.max_new_tokens
 
 
 class PretrainingRows:

@@ -17,12 +17,14 @@ from stages.config import ModelInput
 from stages.errors import LaunchError, ModelError
 from stages.models.adapters import FRESH
 from stages.models.heads import RewardModel, ValueModel
-from stages.models.loading import load_language_model, load_tokenizer, save_model
+from stages.models.loading import config_of, load_language_model, load_tokenizer, save_model
 from stages.models.parts import hidden_width, transformer_of
+from stages.models.positions import model_length
 from stages.models.responses import Policy, SequenceBatch, sequence_values
 from stages.models.sharding import shard
 from stages.models.shared import RoleParameters, SharedBackbone
 from stages.ppo.config import PPOStepConfig
+from stages.ppo.data import longest_sequence, prompt_room
 from stages.ppo.offload import Offload
 from stages.process.runtime import ResolvedModel, StepContext
 from stages.rewards.config import leaves
@@ -191,13 +193,19 @@ def _reference(config: PPOStepConfig, context: StepContext, tokenizer: Any) -> P
     chosen = context.models["reference"] if config.reference is not None else source
     if config.reference is not None and len(load_tokenizer(chosen)) != len(tokenizer):
         raise ModelError(f"reference {chosen.ref!r} has another vocabulary than the policy {source.ref!r}; they must share one")
+    if config.reference is not None and (short := _too_short(config, context, chosen, tokenizer)):
+        raise ModelError(f"reference {chosen.ref!r} {short}. Name the model that the policy started from, or lower max_prompt_tokens")
     dtype = context.runtime.dtype(config.precision)
     frozen = load_language_model(chosen, dtype=dtype, trainable=False, tokenizer=tokenizer).to(context.runtime.device)
     return Policy(frozen, temperature=config.generation.temperature, autocast=None)
 
 
 def _value_source(config: PPOStepConfig, context: StepContext, tokenizer: Any) -> tuple[ResolvedModel, bool]:
-    """The model that the value network starts as, and whether with its head: InstructGPT's is the reward model (section 3.5)."""
+    """The model that the value network starts as, and whether with its head: InstructGPT's is the reward model (section 3.5).
+
+    A reward model with another vocabulary, or one that cannot read prompt and completion, is passed over and named. Raises ModelError where
+    the recipe itself names such a model as ``value``.
+    """
     vocabulary = tokenizer.get_vocab()
     if isinstance(config.value, ModelInput):
         source = context.models["value"]
@@ -206,13 +214,30 @@ def _value_source(config: PPOStepConfig, context: StepContext, tokenizer: Any) -
                 f"value {source.ref!r} has another vocabulary than the policy; it reads the policy's tokens. Use value: policy, or a "
                 "reward model trained from the policy's family"
             )
+        if short := _too_short(config, context, source, tokenizer):
+            raise ModelError(f"value {source.ref!r} {short}. Use value: policy, or lower max_prompt_tokens")
         return source, True
     if config.value is None:
+        console = context.runtime.console
         for place, reward in leaves(config.reward, "reward").items():
             found = context.models.get(f"{place}.model")
-            if found is not None and reward.label is None and load_tokenizer(found).get_vocab() == vocabulary:
+            if found is None or reward.label is not None or load_tokenizer(found).get_vocab() != vocabulary:
+                continue
+            short = _too_short(config, context, found, tokenizer)
+            if not short:
                 return found, True
-        context.runtime.console.print(f"{context.name}: no reward model has the policy's vocabulary; a copy of it is the value network")
+            console.print(f"{context.name}: the reward model {found.ref} {short}; the value network is not started from it")
+        console.print(f"{context.name}: no reward model reads what the policy reads; a copy of the policy is the value network")
     return context.models["policy"], False
 
 
+def _too_short(config: PPOStepConfig, context: StepContext, model: ResolvedModel, tokenizer: Any) -> str:
+    """In a clause: that ``model`` cannot read the longest prompt with its completion; empty where it can.
+
+    The prompts are read only where the policy's own limit does not settle it.
+    """
+    reads, policy = model_length(config_of(model)), config_of(context.models["policy"])
+    if reads is None or reads >= prompt_room(config, policy, tokenizer) + config.generation.max_new_tokens:
+        return ""
+    needed = longest_sequence(config, policy, tokenizer)
+    return "" if reads >= needed else f"reads {reads} tokens, and a prompt with its completion has up to {needed}"

@@ -149,6 +149,7 @@ class Attempt:
 
 def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     """Train, normalise, publish; with held-out accuracy and calibration before and after."""
+    from stages.models.positions import row_length
     from stages.models.sharding import whole
     from stages.process.runtime import StepResult
     from stages.rewards.learned import score_rows
@@ -158,7 +159,7 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     model = _new_model(config, context, context.seed)
     tokenizer = model.tokenizer
     assert tokenizer is not None
-    max_length = config.max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+    max_length = row_length(config.max_length, model.config, tokenizer, unlimited=2048)
     comparisons, left_out = _load_comparisons(config, context, tokenizer)
     train_rows = [encode(item, tokenizer, max_length) for item in comparisons.train if item.num_pairs]
     heldout = [encode(item, tokenizer, max_length) for item in comparisons.validation if item.num_pairs]

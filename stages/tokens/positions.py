@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 NAMES = (
     "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_seq_length", "seq_length", "n_ctx",
@@ -40,7 +44,21 @@ def readable_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
     return min(limits, default=None)
 
 
-def model_length(config: PretrainedConfig) -> int | None:
+def row_length(asked: int | None, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None, *, unlimited: int) -> int:
+    """The longest row that a step reads: ``asked`` by its recipe (max_length), but never more than model and tokenizer can read.
+
+    Where the recipe asks for nothing it is what they can read, or ``unlimited`` where they set no limit. Logs a warning where ``asked`` is
+    lowered.
+    """
+    readable = readable_length(config, tokenizer)
+    if asked is None or readable is None:
+        return asked or readable or unlimited
+    if asked > readable:
+        logger.warning("max_length=%d: model and tokenizer read at most %d tokens, so rows are held to that", asked, readable)
+    return min(asked, readable)
+
+
+def model_length(config: PretrainedConfig | SimpleNamespace) -> int | None:
     """The longest sequence that the model's positions allow; None for no limit. A config of several modalities is read for its text."""
     text = _text_config(config)
     kind = getattr(text, "model_type", "")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from stages.tokens.positions import model_length, readable_length, tokenizer_length
+from stages.tokens.positions import model_length, readable_length, row_length, tokenizer_length
 
 SIZES: dict[str, dict[str, Any]] = {
     "bert": {}, "roberta": {}, "xlm-roberta": {}, "camembert": {}, "mpnet": {}, "esm": {}, "ibert": {}, "data2vec-text": {},
@@ -86,3 +86,15 @@ def test_a_tokenizer_without_a_limit_sets_none(sentinel: int | None) -> None:
     tokenizer = SimpleNamespace(model_max_length=sentinel)
     assert tokenizer_length(tokenizer) is None
     assert readable_length(transformers.BloomConfig(), tokenizer) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "limit", "expected"), [(None, 64, 64), (32, 64, 32), (500, 64, 64), (500, None, 500), (None, None, 1024)]
+)
+def test_row_length_never_exceeds_what_can_be_read(
+    asked: int | None, limit: int | None, expected: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = transformers.BloomConfig() if limit is None else transformers.LlamaConfig(max_position_embeddings=limit)
+    with caplog.at_level("WARNING"):
+        assert row_length(asked, config, None, unlimited=1024) == expected
+    assert ("max_length=500: model and tokenizer read at most 64 tokens" in caplog.text) == (asked == 500 and limit == 64)
