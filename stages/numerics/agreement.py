@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from itertools import combinations
+from collections.abc import Callable, Sequence
+from itertools import combinations, permutations
+from typing import Literal
 
 Rating = float | int | str | None
 
@@ -47,17 +48,40 @@ def fleiss_kappa(units: Sequence[Sequence[Rating]]) -> float:
     return 1.0 if expected == 1 else (observed - expected) / (1 - expected)
 
 
-def krippendorff_alpha(units: Sequence[Sequence[Rating]]) -> float:
-    """Krippendorff's alpha for nominal ratings (2011, "Computing Krippendorff's alpha-reliability"); units with one rating do not count."""
+Level = Literal["nominal", "ordinal", "interval"]
+
+
+def krippendorff_alpha(units: Sequence[Sequence[Rating]], level: Level = "nominal") -> float:
+    """Krippendorff's alpha (2011, "Computing Krippendorff's alpha-reliability"); units with one rating do not count.
+
+    ``level`` says how far apart two ratings are: nominal, 1 where they differ; interval, their squared difference; ordinal, the squared
+    number of ratings between them, each end counted half. Ordinal and interval ratings are numbers.
+    """
     paired = [[rating for rating in unit if rating is not None] for unit in units]
     paired = [unit for unit in paired if len(unit) > 1]
-    total = Counter(rating for unit in paired for rating in unit)
+    total: Counter[Rating] = Counter(rating for unit in paired for rating in unit)
     number = sum(total.values())
     if not number:
         return math.nan
-    disagreeing = 0.0
-    for unit in paired:
-        counts = Counter(unit)
-        disagreeing += (len(unit) ** 2 - sum(count * count for count in counts.values())) / (len(unit) - 1)
-    expected = (number * number - sum(count * count for count in total.values())) / (number - 1)
+    distance = _distances(total, level)
+    disagreeing = sum(_disagreement(Counter(unit), distance) / (len(unit) - 1) for unit in paired)
+    expected = _disagreement(total, distance) / (number - 1)
     return 1.0 if expected == 0 else 1 - disagreeing / expected
+
+
+def _disagreement(counts: Counter[Rating], distance: Callable[[Rating, Rating], float]) -> float:
+    """Sum of the distances over all ordered pairs of ratings."""
+    return sum(counts[a] * counts[b] * distance(a, b) for a, b in permutations(counts, 2))
+
+
+def _distances(total: Counter[Rating], level: Level) -> Callable[[Rating, Rating], float]:
+    if level == "nominal":
+        return lambda a, b: 1.0
+    if level == "interval":
+        return lambda a, b: (a - b) ** 2  # type: ignore[operator]
+    middle: dict[Rating, float] = {}
+    below = 0
+    for value in sorted(total):  # type: ignore[type-var]
+        middle[value] = below + total[value] / 2
+        below += total[value]
+    return lambda a, b: (middle[a] - middle[b]) ** 2

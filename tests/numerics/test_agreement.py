@@ -44,6 +44,25 @@ def test_krippendorff_alpha() -> None:
     assert math.isnan(krippendorff_alpha([[1, None], [2]]))
 
 
+@pytest.mark.parametrize(("level", "alpha"), [("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)])
+def test_krippendorff_alpha_of_levels(level, alpha) -> None:
+    # Krippendorff 2011, section D: four observers, twelve units, missing ratings; the three values are the paper's
+    x = None
+    observers = [
+        [1, 2, 3, 3, 2, 1, 4, 1, 2, x, x, x],
+        [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, x, 3],
+        [x, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, x],
+        [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, x],
+    ]
+    assert krippendorff_alpha(list(zip(*observers, strict=True)), level) == pytest.approx(alpha, abs=5e-4)
+
+
+def test_ordinal_alpha_by_hand() -> None:
+    # Ratings 1 1 | 1 2 | 3 3: counts 1: 3, 2: 1, 3: 2; middles 1.5, 3.5, 5; squared distances 12: 4, 13: 12.25, 23: 2.25
+    # observed: one unit with 1 and 2, both orders: 8; expected: 2 * (3*1*4 + 3*2*12.25 + 1*2*2.25) / 5 = 2 * 90 / 5 = 36
+    assert krippendorff_alpha([[1, 1], [1, 2], [3, 3]], "ordinal") == pytest.approx(1 - 8 / 36)
+
+
 def test_pair_agreement() -> None:
     # unit 1: 1 of 3 pairs; unit 2: 1 of 1; unit 3 has one rating
     assert pair_agreement([[1, 1, 2], [0, 0, None], [1]]) == pytest.approx(2 / 4)
