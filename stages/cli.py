@@ -4,6 +4,7 @@
     stages sweep RECIPE step.field=[value,value] [seeds=3]
     stages models list | show | lineage | verify | export | import | remove
     stages generate REF --prompt TEXT [--against REF2]      stages chat REF
+    stages label STEP_OR_FILE [--annotator NAME] [--report]
     stages report RUN [RUN2 ...]
 """
 
@@ -22,9 +23,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 
 from stages import __version__
-from stages.errors import LaunchError, Stopped
+from stages.errors import LaunchError, Stopped, Waiting
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.tree import Tree
 
     from stages.planning.memory import Machine
@@ -46,6 +48,10 @@ Home = Annotated[Path | None, typer.Option(help="Folder of everything made (defa
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
 Ref = Annotated[str, typer.Argument(metavar="REF", help="name (newest), name@3, or sha256:<first digits>.")]
+
+FORMATS = "argilla, label-studio, alpaca-eval, pandalm or csv"
+LABEL_EXPORTS = f"Write tasks and answers as {FORMATS}, or as comparisons; serve nothing."
+LABEL_IMPORTS = f"Take answers in from {FORMATS}; serve nothing."
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -85,6 +91,9 @@ def _report(error: BaseException, command: str, options: dict[str, Any]) -> NoRe
     """Say what went wrong and end the command; with --debug raise ``error`` instead."""
     from stages.process.unexpected import explain
 
+    if isinstance(error, Waiting):
+        _say(f"waiting: {error}", is_echo=False)
+        _end(error.exit_status, error)
     if options.get("debug"):
         if isinstance(error, SystemExit):  # it would end the program without a word
             raise RuntimeError(f"the program was ended by {error!r}") from error
@@ -156,7 +165,13 @@ def root(
 
 @app.command()
 @reports_errors
-def run(recipe: Recipe, overrides: Overrides = None, home: Home = None, debug: Debug = False) -> None:
+def run(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for people who rank, instead of ending with status 75.")] = False,
+    home: Home = None,
+    debug: Debug = False,
+) -> None:
     """Run a recipe: make what is missing or changed, reuse the rest."""
     from stages.chain import run as chain
     from stages.process.launching import start_missing_processes
@@ -168,6 +183,7 @@ def run(recipe: Recipe, overrides: Overrides = None, home: Home = None, debug: D
     if has_launcher():
         end_with_launcher()
     runtime = _runtime()
+    runtime.waits_for_people = wait
     with _stoppable(runtime):
         loaded = load_recipe(recipe, overrides or [], _registry(home))
         chain.run(loaded, _home(home), runtime)
@@ -590,6 +606,80 @@ def chat(
         except (EOFError, KeyboardInterrupt):
             typer.echo()
             return
+
+
+# People who rank
+
+
+@app.command()
+@reports_errors
+def label(
+    what: Annotated[str, typer.Argument(metavar="STEP_OR_FILE", help="RECIPE/STEP that waits for people, or a file of completions.")],
+    annotator: Annotated[list[str] | None, typer.Option(help="Who gets a link; repeat for several (default: you).")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port (default: the first free one from 8770).")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on. Any but this machine's own needs a password.")] = "127.0.0.1",
+    show_report: Annotated[bool, typer.Option("--report", help="Print agreement, rate and bias of the answers; serve nothing.")] = False,
+    export: Annotated[tuple[str, Path] | None, typer.Option(metavar="FORMAT FILE", help=LABEL_EXPORTS)] = None,
+    import_from: Annotated[tuple[str, Path] | None, typer.Option("--import", metavar="FORMAT FILE", help=LABEL_IMPORTS)] = None,
+    questions: Annotated[Path | None, typer.Option(metavar="FILE", help="Of a file: YAML with the questions.")] = None,
+    instructions: Annotated[Path | None, typer.Option(metavar="FILE", help="Of a file: Markdown for the annotators.")] = None,
+    annotators: Annotated[int | None, typer.Option(min=1, help="Of a file: people who each see an overlap task (default 2).")] = None,
+    overlap: Annotated[float | None, typer.Option(min=0, max=1, help="Of a file: share of tasks for several people (default 0.2).")] = None,
+    target: Annotated[int | None, typer.Option(min=1, help="Of a file: how many tasks are wanted (default: all).")] = None,
+    gold: Annotated[Path | None, typer.Option(metavar="FILE", help="Of a file: screening tasks with known ranks.")] = None,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Serve the page on which people rank completions, or report on their answers. Loads no model."""
+    from stages.labelling import command
+    from stages.labelling.config import People
+
+    given = {
+        "questions": questions and str(questions), "instructions": instructions and str(instructions), "annotators": annotators,
+        "overlap": overlap, "target": target, "gold": gold and str(gold),
+    }  # fmt: skip
+    settings = {name: value for name, value in given.items() if value is not None}
+    folder = command.open_folder(what, _home(home), People.model_validate(settings), has_settings=bool(settings))
+    if import_from is not None:
+        from stages.labelling.exchange import import_answers
+
+        typer.echo(import_answers(folder, *import_from))
+    if export is not None:
+        from stages.labelling.exchange import export_labels
+
+        typer.echo(export_labels(folder, *export))
+    if show_report:
+        from stages.labelling.report import quality
+        from stages.labelling.store import read_labels
+        from stages.labelling.tables import report_tables
+
+        content = quality(read_labels(folder))
+        if as_json:
+            _print_json(content)
+        else:
+            _console().print(report_tables(content))
+    if import_from or export or show_report:
+        return
+    password = None if host in ("localhost", "127.0.0.1", "::1") else _password(command.PASSWORD_VARIABLE)
+    names = command.annotator_names(annotator or [])
+    command.serve(folder, names, host=host, port=port, password=password, console=_console())
+
+
+def _console() -> Console:
+    """A console for commands that load no model, as wide as a table needs where the output is a file."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+
+
+def _password(variable: str) -> str | None:
+    """The password of a page that other machines can reach: from the environment, else asked for; None where nobody can be asked."""
+    from stages.process.runtime import secret_if_set
+
+    if given := secret_if_set(variable):
+        return given
+    return typer.prompt("Password for the page", hide_input=True, confirmation_prompt=True) if sys.stdin.isatty() else None
 
 
 # Reports

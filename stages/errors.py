@@ -10,7 +10,8 @@
     |- TrainingError    a run that must not go on (NaN, a reward function that returns nonsense)
     |- StorageError     a disk that is full, a folder that may not be written
     |- LaunchError      processes that cannot be started as asked, or that lost each other
-    '- UnexpectedError  any other exception, in one message; exit status 1
+    |- UnexpectedError  any other exception, in one message; exit status 1
+    '- Waiting          no error: people have to answer first, and the same command goes on afterwards (status 75)
     Stopped             no error: SIGTERM or Ctrl-C asked for an orderly end
 """
 
@@ -52,6 +53,12 @@ class StorageError(StagesError):
 
 class LaunchError(StagesError):
     """Processes cannot be started as asked, or one of them lost the others."""
+
+
+class Waiting(StagesError):
+    """A step waits for people; the message says what they are asked to do."""
+
+    exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class UnexpectedError(StagesError):

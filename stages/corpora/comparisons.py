@@ -51,6 +51,7 @@ class Comparisons:
 
     train: list[Comparison]
     validation: list[Comparison]
+    collected: int = 0  # how many of those to train on were made by the step itself
 
 
 def load_comparisons(
@@ -63,7 +64,7 @@ def load_comparisons(
         if not any(item.num_pairs for item in made):
             raise DataError(f"the {which} comparisons ({len(made)} rows, first {rows[0].place}) are all ties; a ranking needs a preference")
         splits.append(made)
-    return Comparisons(*splits)
+    return Comparisons(splits[0], splits[1])
 
 
 def comparison(row: Row, *, preferred: str | None = None) -> Comparison:

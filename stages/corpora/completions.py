@@ -22,7 +22,7 @@ def load_completions(sources: Sequence[DataSource]) -> dict[str, dict[int, str]]
     """
     found: dict[str, dict[int, str]] = {}
     for row in read_rows(sources, split="test"):
-        prompt, completion = _pair(row)
+        prompt, completion = completion_in(row)
         samples = found.setdefault(prompt_key(prompt), {})
         sample = sample_number(row, default=len(samples))
         if sample in samples:
@@ -46,7 +46,8 @@ def prompt_key(prompt: Prompt) -> str:
     return repr(prompt)
 
 
-def _pair(row: Row) -> tuple[Prompt, str]:
+def completion_in(row: Row) -> tuple[Prompt, str]:
+    """The prompt of a row and its completion as a text. Raises DataError with the row's place where it holds none."""
     if "messages" in row:
         asked, reply = split_messages(row)
         return asked, completion_text(reply)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.config import DataInput, DataSource
+from stages.corpora.labels import ANSWERS, TASKS, labelled_rows, labelling_folder_of
 from stages.corpora.world.lexicon import world_files
 from stages.corpora.world.parts import PREFIX, world_rows
 from stages.errors import DataError
@@ -75,6 +76,8 @@ def _open(source: DataSource, split: str) -> Iterator[Row]:
     if source.path.startswith(PREFIX):
         return _placed(world_rows(source.path, None if source.limit is None else source.skip + source.limit), source.path)
     path = Path(source.path)
+    if (labels := labelling_folder_of(path)) is not None:
+        return (_row(row, place) for place, row in labelled_rows(labels))
     if path.is_dir() or path.is_file():
         return (row for file in _files(path) for row in _read_file(file))
     if path.is_absolute() or path.suffix in (*SUFFIXES, ".gz"):
@@ -273,6 +276,8 @@ def _source_fingerprint(source: DataSource) -> str:
         code = sorted((Path(__file__).parent / "world").glob("*.py"))
         return " ".join([source.path, *(file_sha256(file) for file in [*world_files(), *code])])
     path = Path(source.path)
+    if (labels := labelling_folder_of(path)) is not None:
+        return " ".join(file_sha256(labels / name) for name in (TASKS, ANSWERS) if (labels / name).exists())
     if path.is_file():
         return file_sha256(path)
     if path.is_dir():

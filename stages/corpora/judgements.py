@@ -4,13 +4,17 @@
     prompt + candidate + score            a number; the higher the better
     annotator                             who judged, where several did
     sample                                which of several samples of a prompt (from 0; 0 where it is left out)
+
+A labelling folder (``stages label``) is read as votes: one per annotator and pair of candidates whose completions were ranked.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from stages.config import DataSource
 from stages.corpora.completions import prompt_key, sample_number
@@ -64,6 +68,9 @@ def load_judgements(sources: Sequence[DataSource]) -> Judgements:
     seen: dict[tuple[object, ...], str] = {}
     for row in read_rows(sources, split="test"):
         prompt, annotator, sample = prompt_key(prompt_in(row)), _annotator(row), sample_number(row)
+        if "ranks" in row and "authors" in row:
+            votes += _votes_of_ranking(row, prompt, sample, annotator)
+            continue
         if "vote" in row:
             a, b = text_of(row, "a"), text_of(row, "b")
             if a == b:
@@ -87,6 +94,15 @@ def load_judgements(sources: Sequence[DataSource]) -> Judgements:
             raise DataError(f"{row.place}: {who} judged the same thing in {seen[what]}; name annotators, or samples")
         seen[what] = row.place
     return Judgements(votes, ratings)
+
+
+def _votes_of_ranking(row: Row, prompt: str, sample: int, annotator: str) -> list[Vote]:
+    """A vote per pair of candidates. Candidates that wrote the same text tie; one that wrote several of the texts is no side of a vote."""
+    written = Counter(name for names in row["authors"] for name in set(names))
+    ranked = [(name, rank) for rank, names in zip(row["ranks"], row["authors"], strict=True) for name in names]
+    ranks = {name: rank for name, rank in ranked if written[name] == 1}
+    pairs = combinations(sorted(ranks), 2)
+    return [Vote(prompt, sample, a, b, (ranks[a] < ranks[b]) + 0.5 * (ranks[a] == ranks[b]), annotator) for a, b in pairs]
 
 
 def _annotator(row: Row) -> str:

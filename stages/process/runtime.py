@@ -52,6 +52,11 @@ def secret(variable: str) -> str:
     return value
 
 
+def secret_if_set(variable: str) -> str | None:
+    """The secret in an environment variable, or None."""
+    return os.environ.get(variable) or None
+
+
 def launched_processes() -> int:
     """How many processes the launcher started (1 without a launcher); known without importing torch."""
     return _first_number("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", default=1)
@@ -216,6 +221,7 @@ class Runtime:
         self.console = Console(quiet=quiet or not self.is_main, width=width, highlight=False)
         self.stop = StopRequest()
         self.listeners: list[Callable[[str, int, dict[str, float]], None]] = []  # called with every line of metrics; rank zero only
+        self.waits_for_people = False  # wait until people have answered, instead of ending with status 75
 
     @cached_property
     def state(self) -> PartialState:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from random import Random
+from typing import Any
 
 from stages.corpora.world.gold import INQUIRY_WEIGHTS, WEIGHTS, judge
 from stages.corpora.world.language import Request, read_request
@@ -95,3 +96,17 @@ def label_batch(prompts: Sequence[str], completions: Sequence[str]) -> list[floa
         error = Random(f"labels {annotator.name} {prompt} {completion}").gauss(0, annotator.noise)
         scores.append(annotator.utility(request, completion) + error)
     return scores
+
+
+def opinion(annotator: str, prompt: Any, completions: Sequence[str]) -> list[float]:
+    """How much each completion pleases the annotator of this name, errors included: for ``people.simulate``.
+
+    A name that is none of the twelve gets one of them. Raises DataError for a prompt that is no instruction of the world.
+    """
+    request = read_request(prompt) if isinstance(prompt, str) else None
+    if request is None:
+        raise DataError(f"the annotators know only instructions of the embedded world (world:prompts), and got {str(prompt)[:80]!r}")
+    known = {person.name: person for person in annotators()}
+    person = known.get(annotator) or Random(f"who is {annotator}").choice(annotators())
+    errors = (Random(f"opinion {annotator} {prompt} {completion}").gauss(0, person.noise) for completion in completions)
+    return [person.utility(request, completion) + error for completion, error in zip(completions, errors, strict=True)]

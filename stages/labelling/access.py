@@ -1,0 +1,106 @@
+"""Who may open the page: a token per person in the URL, and a password where other machines can reach the server.
+
+Tokens follow from a secret in the folder (access.json, readable by its owner alone), so that a link stays good when the server restarts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stages.errors import DataError
+
+ACCESS = "access.json"
+NAME = re.compile(r"[\w.@+-]{1,64}")
+SHORTEST_PASSWORD = 8
+LEAD = "lead"
+
+
+def check_annotator(name: str) -> str:
+    """``name``, where it can name an annotator. Raises DataError."""
+    if not NAME.fullmatch(name):
+        raise DataError(f"annotator {name!r}: expected 1 to 64 letters, digits or any of . _ @ + -")
+    return name
+
+
+@dataclass
+class Access:
+    """Tokens, and the password where there is one."""
+
+    secret: bytes
+    password: str | None = None
+    _failures: list[float] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def of(cls, folder: Path, password: str | None = None) -> Access:
+        """The access of a folder; its secret is made on first use. Raises DataError for a password that is too short."""
+        if password is not None and len(password) < SHORTEST_PASSWORD:
+            raise DataError(f"the password has {len(password)} characters; expected at least {SHORTEST_PASSWORD}")
+        path = folder / ACCESS
+        if not path.exists():
+            partial = folder / f".{ACCESS}.{secrets.token_hex(4)}"
+            with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+                json.dump({"secret": secrets.token_hex(32)}, file)
+            os.replace(partial, path)
+        return cls(bytes.fromhex(json.loads(path.read_text(encoding="utf-8"))["secret"]), password)
+
+    def _mac(self, text: str) -> str:
+        return hmac.new(self.secret, text.encode(), hashlib.sha256).hexdigest()[:32]
+
+    def token(self, annotator: str) -> str:
+        """The token of an annotator's link."""
+        return self._mac(f"annotator {annotator}")
+
+    @property
+    def lead_token(self) -> str:
+        """The token of the page for the one who leads."""
+        return self._mac(LEAD)
+
+    def is_annotator(self, annotator: str, token: str) -> bool:
+        """Whether the token belongs to the annotator."""
+        return NAME.fullmatch(annotator) is not None and hmac.compare_digest(self.token(annotator).encode(), token.encode())
+
+    def is_lead(self, token: str) -> bool:
+        """Whether the token is that of the one who leads."""
+        return hmac.compare_digest(self.lead_token.encode(), token.encode())
+
+    # The password
+
+    @property
+    def session(self) -> str:
+        """The cookie of somebody who gave the password; another password makes it void."""
+        return self._mac(f"session {self.password}")
+
+    def has_session(self, cookie: str) -> bool:
+        """Whether the password was given, or none is needed."""
+        return self.password is None or hmac.compare_digest(self.session.encode(), cookie.encode())
+
+    def gives_password(self, text: str) -> bool | None:
+        """Whether ``text`` is the password; None where too many wrong ones came in the last minute."""
+        with self._lock:
+            now = time.monotonic()
+            self._failures = [moment for moment in self._failures if now - moment < 60]
+            if len(self._failures) >= 10:
+                return None
+            is_right = self.password is not None and hmac.compare_digest(self.password.encode(), text.encode())
+            if not is_right:
+                self._failures.append(now)
+            return is_right
+
+
+def link(base: str, access: Access, annotator: str | None) -> str:
+    """The address of an annotator's page, or of the leader's where no annotator is named."""
+    if annotator is None:
+        return f"{base}/progress?token={access.lead_token}"
+    from urllib.parse import quote
+
+    return f"{base}/?annotator={quote(annotator, safe='')}&token={access.token(annotator)}"

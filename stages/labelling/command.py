@@ -1,0 +1,80 @@
+"""What ``stages label`` does: find the tasks, say who may open which address, and serve until it is stopped."""
+
+from __future__ import annotations
+
+import getpass
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from stages.errors import DataError, LaunchError
+from stages.labelling.access import Access, check_annotator, link
+from stages.labelling.config import People
+from stages.labelling.publishing import find_folder, known_steps, publish_file
+from stages.labelling.store import Store
+
+PASSWORD_VARIABLE = "STAGES_LABEL_PASSWORD"
+
+
+def open_folder(what: str, home: Path, people: People, *, has_settings: bool) -> Path:
+    """The labelling folder of a step or a file. ``has_settings``: options for a file were given. Raises DataError with what is known."""
+    folder = find_folder(what, home)
+    if folder is not None:
+        if has_settings:
+            raise DataError(f"{what}: the recipe says what these tasks ask; change it there, or name a file of completions")
+        return folder
+    path = Path(what)
+    if path.is_file():
+        return publish_file(path, home, people)
+    steps = ", ".join(known_steps(home)) or "none"
+    raise DataError(
+        f"{what!r} is no step that waits for people, no labelling folder and no file; steps with tasks under {home}: {steps}. Run the "
+        "recipe first, or name a file with prompt + completions"
+    )
+
+
+def annotator_names(given: Sequence[str]) -> list[str]:
+    """The annotators that get a link: those named, else the user of this machine."""
+    if given:
+        return [check_annotator(name) for name in dict.fromkeys(given)]
+    try:
+        return [check_annotator(getpass.getuser())]
+    except (OSError, KeyError, DataError):
+        return ["annotator-1"]
+
+
+def serve(folder: Path, annotators: Sequence[str], *, host: str, port: int | None, password: str | None, console: Console) -> None:
+    """Serve a folder until SIGTERM or Ctrl-C. Raises LaunchError where no address can be had, DataError where it is served already."""
+    from stages.labelling.server import LabelServer, base_url, is_loopback, listen, make_server
+
+    if not is_loopback(host) and password is None:
+        raise LaunchError(f"--host {host} lets other machines in, and no password is set; export {PASSWORD_VARIABLE}")
+    store = Store(folder)
+    try:
+        access = Access.of(folder, password)
+        bound = listen(host, port)
+        base = base_url(bound, host)
+        settings = store.settings
+        console.print(
+            f"{settings.name}: {store.num_ranked()} of {settings.target} tasks are ranked. Answers: {folder / 'answers.jsonl'}",
+            soft_wrap=True,
+        )
+        if store.cut_off:
+            console.print(
+                f"The last line of the answers was cut off by a crash and was never acknowledged; {store.cut_off} bytes are removed."
+            )
+        if not is_loopback(host):
+            console.print(
+                "Other machines can reach this server, and what is sent is not encrypted. Use it in a network that you trust, or behind a "
+                "proxy with TLS.", style="yellow",
+            )  # fmt: skip
+        for name in annotators:
+            console.print(f"  {name}: {link(base, access, name)}", soft_wrap=True, markup=False)
+        console.print(f"  progress: {link(base, access, None)}", soft_wrap=True, markup=False)
+        console.print(
+            "Whoever has a link can answer under its name. Ctrl-C stops the server; every answer is on the disk already.", soft_wrap=True
+        )
+        make_server(LabelServer(store, access, base)).run(sockets=[bound])
+    finally:
+        store.close()

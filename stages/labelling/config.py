@@ -1,0 +1,174 @@
+"""How a recipe asks people to rank, and the questions that the page asks (a YAML file beside the recipe)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from stages.config import DataField, DataSource, ModelField, Strict
+from stages.errors import DataError
+
+
+class Rating(Strict):
+    """A Likert scale that every completion is rated on."""
+
+    name: str = Field(pattern=r"^[\w-]+$", description="Name in the answers.")
+    text: str = Field(min_length=1, description="What is asked.")
+    lowest: int = Field(1, description="First number of the scale.")
+    highest: int = Field(7, description="Last number of the scale.")
+    low: str = Field("", description="What the first number means.")
+    high: str = Field("", description="What the last number means.")
+    required: bool = Field(True, description="Whether an answer needs it.")
+
+    @model_validator(mode="after")
+    def _scale(self) -> Rating:
+        if not 1 <= self.highest - self.lowest <= 10:
+            raise ValueError(f"rating {self.name}: the scale {self.lowest} to {self.highest} has no 2 to 11 numbers")
+        return self
+
+
+class Check(Strict):
+    """A check box of every completion."""
+
+    name: str = Field(pattern=r"^[\w-]+$", description="Name in the answers.")
+    text: str = Field(min_length=1, description="What is ticked.")
+
+
+class Questions(Strict):
+    """What is asked about the completions of a prompt, beside their ranking."""
+
+    title: str = Field("Rank the answers", min_length=1, description="Heading of the page.")
+    ranking: str = Field("Rank the answers from best to worst.", min_length=1, description="What is asked of the ranking.")
+    ties: bool = Field(True, description="Whether answers may share a rank.")
+    ratings: list[Rating] = Field([], description="Likert scales.")
+    checks: list[Check] = Field([], description="Check boxes.")
+    notes: bool = Field(False, description="Whether the page has a field for a note about the task.")
+
+    @model_validator(mode="after")
+    def _names(self) -> Questions:
+        names = [rating.name for rating in self.ratings] + [check.name for check in self.checks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two questions are called {name!r}; give each a name of its own")
+        return self
+
+
+def _file(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"path": value}
+    raise ValueError(f"expected the path of a file, got {value!r}")
+
+
+FileField = Annotated[DataSource, BeforeValidator(lambda value: value if isinstance(value, DataSource) else _file(value))]
+"""The path of one local file."""
+
+
+class SimulatedPeople(Strict):
+    """Functions in the place of people: they answer over the same HTTP interface as the page, so that a chain runs without anybody."""
+
+    function: str = Field(
+        pattern=r"^[\w.]+:\w+$", description="package.module:function, called with annotator, prompt and completions; returns scores."
+    )
+    tie_width: float = Field(0.0, ge=0, description="Neighbours whose scores differ by no more than this share a rank.")
+
+
+class People(Strict):
+    """People who rank completions on the page of ``stages label``."""
+
+    questions: FileField | None = Field(None, description="YAML file with the questions; null: the ranking alone.")
+    instructions: FileField | None = Field(None, description="Markdown file that annotators are shown.")
+    annotators: int = Field(2, ge=1, description="How many people each overlap task goes to.")
+    overlap: float = Field(0.2, ge=0, le=1, description="Share of the tasks that go to several people, which measures their agreement.")
+    target: int | None = Field(None, ge=1, description="Tasks that must be ranked before the chain goes on; null: all.")
+    gold: DataField | None = Field(
+        None,
+        description="Screening tasks: prompt + completions + ranks (+ checks). Annotators answer them first. null: everyone is let in.",
+    )
+    pass_mark: float = Field(0.75, ge=0, le=1, description="Share of agreement with the gold answers that lets an annotator in.")
+    reward_model: ModelField | None = Field(
+        None, description="The reward model of the last round; reports say how far it agrees with the people. They never see its scores."
+    )
+    simulate: SimulatedPeople | None = Field(None, description="Functions in the place of people; null: people.")
+
+    def data_inputs(self, place: str) -> dict[str, list[DataSource]]:
+        """The files by field path."""
+        files = {"questions": self.questions, "instructions": self.instructions}
+        found = {f"{place}.{name}": [source] for name, source in files.items() if source is not None}
+        return found | ({f"{place}.gold": self.gold} if self.gold is not None else {})
+
+    def check(self) -> None:
+        """Raise DataError where a file cannot be used."""
+        from stages.labelling.publishing import read_gold
+
+        questions = load_questions(self.questions)
+        load_instructions(self.instructions)
+        if self.gold is not None:
+            read_gold(self.gold, questions)
+
+
+class AskPeople(Strict):
+    """A judge that is people: ``judge: {people: {...}}``."""
+
+    people: People = Field(description="Who is asked, and what.")
+
+
+class PeopleJudge(AskPeople):
+    """People as a judge of an evaluation: they see the candidates' completions side by side, without names."""
+
+    name: str = Field("people", pattern=r"^[\w.-]+$", description="Name in reports.")
+    candidates: list[str] | None = Field(None, min_length=2, description="Candidates that are shown; null: all.")
+    num_prompts: int | None = Field(None, ge=1, description="Ask about the first so many prompts; null: all.")
+
+    @model_validator(mode="after")
+    def _no_scores(self) -> PeopleJudge:
+        if self.people.reward_model is not None:
+            raise ValueError("people.reward_model belongs to collect; an evaluation names its reward models as judges of their own")
+        return self
+
+    @property
+    def shown_name(self) -> str:
+        """The name in reports."""
+        return self.name
+
+    def data_input(self) -> list[DataSource] | None:
+        """A file of judgements: none here."""
+        return None
+
+
+def load_questions(source: DataSource | None) -> Questions:
+    """The questions of a YAML file; the ranking alone without one. Raises DataError that names the file, the field and what is wrong."""
+    if source is None:
+        return Questions()
+    from pydantic import ValidationError
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    text = _read(Path(source.path), "questions")
+    try:
+        content = YAML(typ="safe").load(text)
+    except YAMLError as error:
+        raise DataError(f"{source.path}: is no YAML ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{source.path}: holds {type(content).__name__}; expected the fields {', '.join(Questions.model_fields)}")
+    try:
+        return Questions.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "questions"
+        raise DataError(f"{source.path}: {place}: {first['msg']} (got {first['input']!r:.80})") from error
+
+
+def load_instructions(source: DataSource | None) -> str:
+    """The Markdown text for annotators; empty without a file."""
+    return "" if source is None else _read(Path(source.path), "instructions")
+
+
+def _read(path: Path, what: str) -> str:
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file; {what} names a local file")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not valid UTF-8; convert the file to UTF-8") from error

@@ -1,0 +1,455 @@
+"""Tasks and answers in the formats of other tools.
+
+    argilla         records of Argilla 2 (fields prompt, completion_1 ...; one RankingQuestion), a JSON list
+    label-studio    tasks of Label Studio: K completions in a List with a Ranker, two in a Pairwise; a JSON list
+    alpaca-eval     annotations of AlpacaEval: a row per pair, preference 1, 2 or 1.5 for a tie; a JSON list
+    pandalm         the test set of PandaLM: a row per pair with response1, response2, annotator1 ... (1, 2, 0 for a tie); a JSON list
+    csv             a row per task, annotator and completion, with its rank
+    comparisons     prompt + completions + ranks + annotator, JSON lines (out only): what training steps read
+
+A ranking that a format cannot hold (a tie in Label Studio, a reply to an unknown task) is counted and told, never guessed.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+from uuid import NAMESPACE_URL, uuid5
+
+from stages.corpora.labels import LabelAnswer, LabelTask, labelled_rows
+from stages.corpora.prompts import plain_text
+from stages.errors import DataError
+from stages.labelling.store import Labels, Store, read_labels
+
+RANKING = "ranking"
+TIED_ARGILLA = "rankings with ties, which Argilla's list of names cannot hold"
+TIED_LABEL_STUDIO = "rankings with ties, which Label Studio cannot hold"
+LABEL_STUDIO_CONFIG = {
+    "ranker": '<View><Text name="prompt" value="$prompt"/><List name="completions" value="$items" title="Best first"/>'
+    '<Ranker name="ranking" toName="completions"/></View>',
+    "pairwise": '<View><Text name="prompt" value="$prompt"/><Pairwise name="ranking" toName="completion_1,completion_2"/>'
+    '<Text name="completion_1" value="$completion_1"/><Text name="completion_2" value="$completion_2"/></View>',
+}
+
+
+@dataclass
+class Taken:
+    """One ranking that came in: the task it is about, who gave it, ranks in the order of the task's completions."""
+
+    task: str
+    annotator: str
+    ranks: list[int]
+
+
+@dataclass
+class Incoming:
+    """What a file holds for a folder, and what of it was left out and why."""
+
+    labels: Labels
+    rankings: list[Taken] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    def skip(self, reason: str) -> None:
+        """Count a row that is left out."""
+        self.left_out[reason] = self.left_out.get(reason, 0) + 1
+
+    @cached_property
+    def pairs(self) -> dict[tuple[str, frozenset[str]], LabelTask]:
+        """The tasks with two completions, by prompt and texts."""
+        tasks = (task for task in self.labels.tasks.values() if len(task.completions) == 2)
+        return {(plain_text(task.asked), frozenset(task.texts)): task for task in tasks}
+
+    def take(self, task: str, annotator: Any, ranks: list[int]) -> None:
+        """Note a ranking; smaller numbers are better."""
+        self.rankings.append(Taken(task, str(annotator), ranks))
+
+
+def _objects(content: Any) -> list[dict[str, Any]]:
+    if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
+        raise DataError("expected a JSON list of objects")
+    return content
+
+
+def given_answers(labels: Labels) -> Iterator[tuple[LabelTask, LabelAnswer]]:
+    """Rankings that count, task by task."""
+    for name, task in labels.tasks.items():
+        for annotator in sorted(labels.answers):
+            answer = labels.answers[annotator].get(name)
+            if answer is not None and answer.is_used:
+                yield task, answer
+
+
+def answers_of(labels: Labels, task: LabelTask) -> list[LabelAnswer]:
+    """The rankings of one task that count."""
+    return [
+        answer for annotator in sorted(labels.answers) if (answer := labels.answers[annotator].get(task.id)) is not None and answer.is_used
+    ]
+
+
+def _best_first(ranks: list[int]) -> list[int]:
+    return sorted(range(len(ranks)), key=lambda index: (ranks[index], index))
+
+
+def _from_order(order: list[int]) -> list[int]:
+    return [order.index(index) for index in range(len(order))]
+
+
+# Argilla
+
+
+def _argilla_out(labels: Labels) -> tuple[Any, dict[str, int]]:
+    lost: dict[str, int] = {}
+    records = []
+    for task in labels.tasks.values():
+        names = [f"completion_{index + 1}" for index in range(len(task.completions))]
+        responses = []
+        for answer in answers_of(labels, task):
+            assert answer.ranks is not None
+            if len(set(answer.ranks)) < len(answer.ranks):
+                lost[TIED_ARGILLA] = lost.get(TIED_ARGILLA, 0) + 1
+                continue
+            responses.append({"value": [names[index] for index in _best_first(answer.ranks)], "user_id": _user_id(answer.annotator)})
+        records.append(
+            {
+                "id": task.id,
+                "fields": {"prompt": plain_text(task.asked), **dict(zip(names, task.texts, strict=True))},
+                "metadata": {},
+                "suggestions": {},
+                "responses": {RANKING: responses} if responses else {},
+                "vectors": {},
+            }
+        )
+    return records, lost
+
+
+def _user_id(annotator: str) -> str:
+    """Argilla knows people by UUIDs; this one follows from the name."""
+    return str(uuid5(NAMESPACE_URL, f"annotator:{annotator}"))
+
+
+def _argilla_in(content: Any, labels: Labels, found: Incoming) -> None:
+    names = {_user_id(annotator): annotator for annotator in labels.answers}
+    for number, record in enumerate(_objects(content), 1):
+        task = labels.tasks.get(str(record.get("id") or record.get("external_id")))
+        if task is None:
+            found.skip("records of no task here")
+            continue
+        responses = record.get("responses")
+        given = responses.get(RANKING, []) if isinstance(responses, dict) else record.get(RANKING, [])
+        for response in given:
+            if isinstance(response, dict) and response.get("status") in ("draft", "discarded"):
+                found.skip(f"{response['status']} responses")
+                continue
+            value = response.get("value") if isinstance(response, dict) else None
+            ranks = _argilla_ranks(value, len(task.completions))
+            if ranks is None:
+                raise DataError(
+                    f"record {number}: ranking is {value!r:.80}; expected completion_1 to completion_{len(task.completions)}, best first, "
+                    "or {value, rank} for each"
+                )
+            user = str(response.get("user_id") or "argilla")
+            found.take(task.id, names.get(user, user), ranks)
+
+
+def _argilla_ranks(value: Any, number: int) -> list[int] | None:
+    """Ranks of Argilla's three forms: names best first; a list of {value, rank}; {value: [names], rank: [numbers]}."""
+    if isinstance(value, dict) and isinstance(value.get("value"), list) and isinstance(value.get("rank"), list):
+        if len(value["value"]) != len(value["rank"]):
+            return None
+        value = [{"value": name, "rank": rank} for name, rank in zip(value["value"], value["rank"], strict=True)]
+    if not isinstance(value, list):
+        return None
+    ranks = {}
+    for place, item in enumerate(value):
+        name, rank = (item.get("value"), item.get("rank", place)) if isinstance(item, dict) else (item, place)
+        if not isinstance(name, str) or type(rank) is not int:
+            return None
+        ranks[name] = rank
+    names = [f"completion_{index + 1}" for index in range(number)]
+    return [ranks[name] for name in names] if set(ranks) == set(names) else None
+
+
+# Label Studio
+
+
+def _label_studio_out(labels: Labels) -> tuple[Any, dict[str, int]]:
+    lost: dict[str, int] = {}
+    tasks = []
+    for task in labels.tasks.values():
+        is_pair = len(task.completions) == 2
+        data: dict[str, Any] = {"prompt": plain_text(task.asked), "task_id": task.id}
+        if is_pair:
+            data |= {"completion_1": task.texts[0], "completion_2": task.texts[1]}
+        else:
+            data["items"] = [{"id": f"completion_{index + 1}", "title": "", "body": text} for index, text in enumerate(task.texts)]
+        annotations = []
+        for answer in answers_of(labels, task):
+            assert answer.ranks is not None
+            if len(set(answer.ranks)) < len(answer.ranks):
+                lost[TIED_LABEL_STUDIO] = lost.get(TIED_LABEL_STUDIO, 0) + 1
+                continue
+            if is_pair:
+                side = "left" if answer.ranks[0] < answer.ranks[1] else "right"
+                result = {"from_name": RANKING, "to_name": "completion_1,completion_2", "type": "pairwise", "value": {"selected": side}}
+            else:
+                order = [f"completion_{index + 1}" for index in _best_first(answer.ranks)]
+                result = {"from_name": RANKING, "to_name": "completions", "type": "ranker", "value": {"ranker": {RANKING: order}}}
+            annotations.append(
+                {"result": [{"id": answer.id[:10], **result}], "completed_by": {"email": answer.annotator}, "lead_time": answer.seconds}
+            )
+        tasks.append({"data": data, "annotations": annotations})
+    return tasks, lost
+
+
+def _label_studio_in(content: Any, labels: Labels, found: Incoming) -> None:
+    for number, item in enumerate(_objects(content), 1):
+        data = item.get("data") if isinstance(item.get("data"), dict) else item
+        assert isinstance(data, dict)
+        task = labels.tasks.get(str(data.get("task_id")))
+        if task is None:
+            found.skip("tasks that are none here")
+            continue
+        for annotation in item.get("annotations") or []:
+            if not isinstance(annotation, dict) or annotation.get("was_cancelled"):
+                found.skip("cancelled annotations")
+                continue
+            result = next((one for one in annotation.get("result", []) if one.get("type") in ("ranker", "pairwise")), None)
+            if result is None:
+                found.skip("annotations without a ranking")
+                continue
+            ranks = _label_studio_ranks(result, len(task.completions))
+            if ranks is None:
+                raise DataError(
+                    f"task {number}: the result {json.dumps(result.get('value'))[:80]} does not rank {len(task.completions)} completions"
+                )
+            by = annotation.get("completed_by")
+            found.take(task.id, (by.get("email") or by.get("id")) if isinstance(by, dict) else by or "label-studio", ranks)
+
+
+def _label_studio_ranks(result: dict[str, Any], number: int) -> list[int] | None:
+    value = result.get("value")
+    if not isinstance(value, dict):
+        return None
+    if result["type"] == "pairwise":
+        return {"left": [0, 1], "right": [1, 0]}.get(str(value.get("selected"))) if number == 2 else None
+    ranker = value.get("ranker")
+    order = next(iter(ranker.values()), None) if isinstance(ranker, dict) else ranker
+    names = [f"completion_{index + 1}" for index in range(number)]
+    return (
+        _from_order([names.index(name) for name in order]) if isinstance(order, list) and sorted(map(str, order)) == sorted(names) else None
+    )
+
+
+# Pairs: AlpacaEval and PandaLM
+
+
+def _author(task: LabelTask, index: int) -> str:
+    """Who wrote a completion, by name; its number where nobody is known."""
+    return "+".join(task.authors[index]) or f"completion_{index + 1}"
+
+
+def _alpaca_eval_out(labels: Labels) -> tuple[Any, dict[str, int]]:
+    rows = []
+    for task, answer in given_answers(labels):
+        assert answer.ranks is not None
+        for i, j in combinations(range(len(task.completions)), 2):
+            rows.append(
+                {
+                    "instruction": plain_text(task.asked), "output_1": task.texts[i], "output_2": task.texts[j],
+                    "generator_1": _author(task, i), "generator_2": _author(task, j), "annotator": answer.annotator,
+                    "preference": 1.5 - 0.5 * ((answer.ranks[i] < answer.ranks[j]) - (answer.ranks[i] > answer.ranks[j])),
+                }
+            )  # fmt: skip
+    return rows, {}
+
+
+def _alpaca_eval_in(content: Any, labels: Labels, found: Incoming) -> None:
+    for number, row in enumerate(_objects(content), 1):
+        preference = row.get("preference")
+        if preference is None:
+            found.skip("rows without a preference")
+            continue
+        if isinstance(preference, bool) or not isinstance(preference, int | float) or not (1 <= preference <= 2 or preference == 0):
+            raise DataError(f"row {number}: preference is {preference!r:.40}; expected 1, 2, 1.5 (a tie) or a number between")
+        side = 0 if preference in (0, 1.5) else 1 if preference < 1.5 else -1
+        _take_pair(found, row.get("instruction"), row.get("output_1"), row.get("output_2"), side, row.get("annotator") or "alpaca-eval")
+
+
+def _pandalm_out(labels: Labels) -> tuple[Any, dict[str, int]]:
+    rows: list[dict[str, Any]] = []
+    for task in labels.tasks.values():
+        answers = answers_of(labels, task)
+        for i, j in combinations(range(len(task.completions)), 2):
+            if answers:
+                votes = {f"annotator{place}": _pandalm_vote(answer, i, j) for place, answer in enumerate(answers, 1)}
+                rows.append(
+                    {
+                        "idx": len(rows), "instruction": plain_text(task.asked), "input": "", "response1": task.texts[i],
+                        "response2": task.texts[j], **votes, "cmp_key": f"{_author(task, i)}_{_author(task, j)}",
+                    }
+                )  # fmt: skip
+    return rows, {}
+
+
+def _pandalm_vote(answer: LabelAnswer, i: int, j: int) -> int:
+    assert answer.ranks is not None
+    return 0 if answer.ranks[i] == answer.ranks[j] else 1 if answer.ranks[i] < answer.ranks[j] else 2
+
+
+def _pandalm_in(content: Any, labels: Labels, found: Incoming) -> None:
+    for number, row in enumerate(_objects(content), 1):
+        prompt = "\n".join(part for part in (row.get("instruction"), row.get("input")) if part)
+        texts = [row.get(f"response{place}", row.get(f"response_{place}")) for place in (1, 2)]
+        votes = {name: vote for name, vote in row.items() if name.startswith("annotator") and name != "annotators"}
+        votes |= {f"annotator{place}": vote for place, vote in enumerate(row.get("annotators") or [], 1)}
+        for name, vote in votes.items():
+            if vote not in (0, 1, 2) or isinstance(vote, bool):
+                raise DataError(f"row {number}: {name} is {vote!r:.40}; expected 1, 2, or 0 for a tie")
+            _take_pair(found, prompt, texts[0], texts[1], {0: 0, 1: 1, 2: -1}[vote], name)
+
+
+def _take_pair(found: Incoming, prompt: Any, first: Any, second: Any, side: int, annotator: Any) -> None:
+    """Note a vote on two completions, where a task shows just these two. ``side``: 1 the first is better, -1 the second, 0 a tie."""
+    task = found.pairs.get((str(prompt), frozenset((str(first), str(second)))))
+    if task is None:
+        found.skip("pairs of no task here with these two completions")
+        return
+    found.take(task.id, annotator, [0, 0] if side == 0 else [0, 1] if (side == 1) == (task.texts[0] == first) else [1, 0])
+
+
+# CSV
+
+COLUMNS = ["task", "annotator", "completion", "rank", "author", "prompt", "text", "seconds", "time"]
+
+
+def _csv_out(labels: Labels) -> str:
+    made = io.StringIO()
+    writer = csv.DictWriter(made, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for task in labels.tasks.values():
+        answers: list[LabelAnswer | None] = [*answers_of(labels, task)] or [None]
+        for answer in answers:
+            for index, text in enumerate(task.texts):
+                writer.writerow(
+                    {
+                        "task": task.id, "annotator": answer.annotator if answer else "", "completion": index + 1,
+                        "rank": answer.ranks[index] + 1 if answer and answer.ranks else "", "author": "+".join(task.authors[index]),
+                        "prompt": plain_text(task.asked), "text": text, "seconds": answer.seconds if answer else "",
+                        "time": answer.time if answer else "",
+                    }
+                )  # fmt: skip
+    return made.getvalue()
+
+
+def _csv_in(text: str, labels: Labels, found: Incoming) -> None:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    if reader.fieldnames is None or not {"task", "annotator", "completion", "rank"} <= set(reader.fieldnames):
+        raise DataError(f"the CSV has the columns {reader.fieldnames}; expected task, annotator, completion and rank")
+    given: dict[tuple[str, str], dict[int, int]] = {}
+    for row in reader:
+        if row["rank"] == "":
+            continue
+        try:
+            given.setdefault((row["task"], row["annotator"] or "csv"), {})[int(row["completion"]) - 1] = int(row["rank"])
+        except ValueError as error:
+            raise DataError(
+                f"line {reader.line_num}: completion {row['completion']!r}, rank {row['rank']!r}; expected whole numbers"
+            ) from error
+    for (name, annotator), ranks in given.items():
+        task = labels.tasks.get(name)
+        if task is None:
+            found.skip("rankings of no task here")
+        elif set(ranks) != set(range(len(task.completions))):
+            found.skip("rankings that leave out a completion")
+        else:
+            found.take(name, annotator, [ranks[index] for index in range(len(task.completions))])
+
+
+# The two directions
+
+WRITERS: dict[str, Callable[[Labels], tuple[Any, dict[str, int]]]] = {
+    "argilla": _argilla_out, "label-studio": _label_studio_out, "alpaca-eval": _alpaca_eval_out, "pandalm": _pandalm_out,
+}  # fmt: skip
+READERS: dict[str, Callable[[Any, Labels, Incoming], None]] = {
+    "argilla": _argilla_in, "label-studio": _label_studio_in, "alpaca-eval": _alpaca_eval_in, "pandalm": _pandalm_in,
+}  # fmt: skip
+
+
+def export_labels(folder: Path, kind: str, path: Path) -> str:
+    """Write tasks and answers in another tool's format; returns what to tell. Raises DataError for an unknown format."""
+    labels = read_labels(folder)
+    lost: dict[str, int] = {}
+    if kind == "csv":
+        text = _csv_out(labels)
+    elif kind == "comparisons":
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for _, row in labelled_rows(folder))
+    elif kind in WRITERS:
+        content, lost = WRITERS[kind](labels)
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    else:
+        raise DataError(f"{kind!r} is no format; expected one of {', '.join([*WRITERS, 'csv', 'comparisons'])}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", newline="")
+    said = f"wrote {len(labels.tasks)} tasks with {sum(1 for _ in given_answers(labels))} rankings to {path}"
+    if kind == "label-studio":
+        sizes = sorted({"pairwise" if len(task.completions) == 2 else "ranker" for task in labels.tasks.values()})
+        said += "".join(f"\nlabelling config ({name}): {LABEL_STUDIO_CONFIG[name]}" for name in sizes)
+    return said + "".join(f"\nleft out: {number} {reason}" for reason, number in lost.items())
+
+
+def import_answers(folder: Path, kind: str, path: Path) -> str:
+    """Take rankings in from another tool's file; returns what to tell. Answers that are there already are not repeated.
+
+    Raises DataError for an unknown format, or a row that is broken; nothing is taken in then.
+    """
+    if kind not in READERS and kind != "csv":
+        raise DataError(f"{kind!r} is no format; expected one of {', '.join([*READERS, 'csv'])}")
+    labels = read_labels(folder)
+    found = Incoming(labels)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if kind == "csv":
+            _csv_in(text, labels, found)
+        else:
+            READERS[kind](json.loads(text), labels, found)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: there is no such file") from error
+    except (ValueError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as {kind} ({error})") from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    taken, known = _keep(folder, kind, found)
+    said = f"took in {taken} rankings from {path}" + (f"; {known} were there already" if known else "")
+    return said + "".join(f"\nleft out: {number} {reason}" for reason, number in found.left_out.items())
+
+
+def _keep(folder: Path, kind: str, found: Incoming) -> tuple[int, int]:
+    """(rankings kept, rankings that were there already). An imported answer's id follows from its content."""
+    store = Store(folder)
+    taken = known = 0
+    try:
+        for item in found.rankings:
+            annotator = _annotator_name(item.annotator)
+            content = json.dumps([item.task, annotator, item.ranks])
+            number = hashlib.sha256(content.encode()).hexdigest()[:32]
+            if store.knows(number):
+                known += 1
+                continue
+            store.take_in(number, annotator, item.task, item.ranks, f"imported from {kind}")
+            taken += 1
+    finally:
+        store.close()
+    return taken, known
+
+
+def _annotator_name(name: str) -> str:
+    """A name as annotators may have it: other characters become hyphens."""
+    return "".join(char if char.isalnum() or char in "._@+-" else "-" for char in name)[:64] or "imported"

@@ -1,0 +1,39 @@
+"""Instructions for annotators: Markdown as HTML that holds no markup of the file's own, no images and no address but the web's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def render(text: str) -> str:
+    """HTML of a Markdown text. Raw HTML is shown as text; links open beside the page; images become their description."""
+    if not text.strip():
+        return ""
+    from markdown_it import MarkdownIt
+
+    parser = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
+    parser.validateLink = lambda url: url.lower().startswith(("http://", "https://", "mailto:", "#"))  # type: ignore[method-assign]
+    parser.add_render_rule("link_open", _link_open)
+    parser.add_render_rule("image", _image)
+    parser.add_render_rule("heading_open", _lower_heading)
+    parser.add_render_rule("heading_close", _lower_heading)
+    return str(parser.render(text))
+
+
+def _link_open(self: Any, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+    tokens[place].attrSet("target", "_blank")
+    tokens[place].attrSet("rel", "noopener noreferrer")
+    return str(self.renderToken(tokens, place, options, env))
+
+
+def _image(self: Any, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+    from markdown_it.common.utils import escapeHtml
+
+    return escapeHtml(f"[picture: {tokens[place].content}]")
+
+
+def _lower_heading(self: Any, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+    """The page has its own h1 and h2."""
+    tokens[place].tag = f"h{min(6, int(tokens[place].tag[1]) + 2)}"
+    return str(self.renderToken(tokens, place, options, env))

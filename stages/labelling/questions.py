@@ -1,0 +1,103 @@
+"""What an answer must hold: checked on the server, whatever the page did."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from stages.corpora.labels import LabelTask
+from stages.labelling.config import Questions
+
+LONGEST_TEXT = 4000
+
+
+class AnswerError(ValueError):
+    """An answer that cannot be kept; the message is shown on the page."""
+
+
+def checked_answer(content: dict[str, Any], task: LabelTask, questions: Questions) -> dict[str, Any]:
+    """The fields of an answer that come from the page, checked. Lists follow the task's completions. Raises AnswerError."""
+    number = len(task.completions)
+    skipped, flagged = _reason(content, "skipped"), _reason(content, "flagged")
+    checked: dict[str, Any] = {
+        "id": _id(content.get("id")),
+        "seconds": _seconds(content.get("seconds")),
+        "order": _order(content.get("order"), number),
+        "skipped": skipped,
+        "flagged": flagged,
+        "notes": _text(content.get("notes", ""), "notes"),
+        "ranks": None if skipped is not None else _ranks(content.get("ranks"), number, questions.ties),
+        "ratings": {},
+        "checks": {},
+    }
+    if skipped is not None:
+        return checked
+    ratings, checks = content.get("ratings") or {}, content.get("checks") or {}
+    for given, known, what in ((ratings, questions.ratings, "rating"), (checks, questions.checks, "check box")):
+        if not isinstance(given, dict) or set(given) - {item.name for item in known}:
+            raise AnswerError(f"unknown {what}: {given!r:.80}")
+    for rating in questions.ratings:
+        values = ratings.get(rating.name, [None] * number)
+        good = isinstance(values, list) and len(values) == number
+        if not good or any(not _in_scale(value, rating.lowest, rating.highest) for value in values):
+            raise AnswerError(f"{rating.text}: expected {number} numbers from {rating.lowest} to {rating.highest}, got {values!r:.60}")
+        if rating.required and None in values:
+            raise AnswerError(f"{rating.text}: an answer has no rating yet")
+        checked["ratings"][rating.name] = values
+    for check in questions.checks:
+        values = checks.get(check.name, [False] * number)
+        if not isinstance(values, list) or len(values) != number or not all(isinstance(value, bool) for value in values):
+            raise AnswerError(f"{check.text}: expected {number} times true or false, got {values!r:.60}")
+        checked["checks"][check.name] = values
+    return checked
+
+
+def _in_scale(value: Any, lowest: int, highest: int) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest)
+
+
+def _id(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[\w-]{8,64}", value):
+        raise AnswerError(f"id is {value!r:.40}; expected 8 to 64 letters, digits or hyphens")
+    return value
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e7:
+        raise AnswerError(f"seconds is {value!r:.40}; expected the time the task was in view")
+    return round(float(value), 2)
+
+
+def _order(value: Any, number: int) -> list[int]:
+    if not isinstance(value, list) or any(type(item) is not int for item in value) or sorted(value) != list(range(number)):
+        raise AnswerError(f"order is {value!r:.60}; expected the numbers 0 to {number - 1} as they were shown")
+    return value
+
+
+def _ranks(value: Any, number: int, ties: bool) -> list[int]:
+    """Any whole numbers, the smallest best, as the count of better completions."""
+    if not isinstance(value, list) or len(value) != number or any(type(item) is not int for item in value):
+        raise AnswerError(f"expected {number} ranks, got {value!r:.60}; every answer needs one")
+    if not ties and len(set(value)) < number:
+        raise AnswerError("two answers share a rank; give each a rank of its own")
+    return [sum(other < own for other in value) for own in value]
+
+
+def _reason(content: dict[str, Any], name: str) -> str | None:
+    value = content.get(name)
+    if value is None:
+        return None
+    text = _text(value, name).strip()
+    if not text:
+        raise AnswerError(f"{'a skipped' if name == 'skipped' else 'a flagged'} task needs a reason")
+    return text
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or len(value) > LONGEST_TEXT:
+        raise AnswerError(f"{name}: expected a text of at most {LONGEST_TEXT} characters")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise AnswerError(f"{name}: holds half a surrogate pair, which is no text") from error
+    return value.replace("\0", "")

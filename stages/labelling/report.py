@@ -1,0 +1,260 @@
+"""The quality of labels: rate, time per task, agreement of annotators, position bias, and the reward model of the last round against them.
+
+A pair is two completions of one task. A pair is decided by an annotator who does not tie it. Screening tasks count for the screening alone;
+skipped and flagged tasks are counted, and nothing else is measured on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from itertools import combinations
+from statistics import median
+from typing import Any
+
+from stages.corpora.labels import LabelAnswer
+from stages.labelling.store import Labels, screen
+from stages.numerics.agreement import cohens_kappa, krippendorff_alpha
+from stages.numerics.intervals import share_interval
+
+# Ouyang et al. 2022, section 3.4: how often two of their training labellers, and two held-out ones, agreed on a pair.
+PAPER_AGREEMENT = {"training": 0.726, "held-out": 0.773}
+
+
+def quality(labels: Labels, now: datetime | None = None) -> dict[str, Any]:
+    """All numbers of the report, JSON-ready: a share that nothing was measured on is None."""
+    given = [answer for own in labels.answers.values() for name, answer in own.items() if name in labels.tasks]
+    used = [answer for answer in given if answer.is_used]
+    ranked = {answer.task for answer in used}
+    content = {
+        "name": labels.settings.name,
+        "tasks": len(labels.tasks),
+        "target": labels.settings.target,
+        "ranked_tasks": len(ranked),
+        "answers": len(given),
+        "skipped": _reasons(answer.skipped for answer in given),
+        "flagged": _reasons(answer.flagged for answer in given),
+        "rate": _rate(given, now or datetime.now(UTC)),
+        "seconds": _times(used),
+        "agreement": agreement(used),
+        "paper_agreement": PAPER_AGREEMENT,
+        "ratings": {rating.name: _rating(used, rating.name, rating.text) for rating in labels.settings.questions.ratings},
+        "checks": {check.name: _check(used, check.name, check.text) for check in labels.settings.questions.checks},
+        "position": position_bias([answer for answer in used if answer.seconds > 0]),
+        "reward_model": _reward_model(labels, used),
+        "annotators": [_annotator(labels, name, used) for name in sorted(labels.answers)],
+    }
+    return _finite(content)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
+
+
+def _reasons(given: Iterable[str | None]) -> dict[str, Any]:
+    counted = Counter(reason for reason in given if reason is not None)
+    return {"count": sum(counted.values()), "reasons": dict(counted.most_common(10))}
+
+
+def _rate(given: Sequence[LabelAnswer], now: datetime) -> dict[str, Any]:
+    """Answers in the last hour, and per hour of work (the time tasks were in view)."""
+    times = [datetime.fromisoformat(answer.time) for answer in given]
+    hours = sum(answer.seconds for answer in given) / 3600
+    recent = sum((now - moment).total_seconds() < 3600 for moment in times)
+    return {"last_hour": recent, "per_hour_of_work": len(given) / hours if hours else math.nan, "hours_of_work": hours}
+
+
+def _times(used: Sequence[LabelAnswer]) -> dict[str, float]:
+    seconds = sorted(answer.seconds for answer in used if answer.seconds > 0)  # an imported answer has no time
+    if not seconds:
+        return {"median": math.nan, "p90": math.nan, "mean": math.nan}
+    return {"median": median(seconds), "p90": seconds[min(len(seconds) - 1, int(0.9 * len(seconds)))], "mean": sum(seconds) / len(seconds)}
+
+
+# Agreement
+
+
+def _by_task(used: Iterable[LabelAnswer]) -> dict[str, list[LabelAnswer]]:
+    """The tasks that several annotators ranked."""
+    tasks: dict[str, list[LabelAnswer]] = defaultdict(list)
+    for answer in used:
+        tasks[answer.task].append(answer)
+    return {name: answers for name, answers in tasks.items() if len(answers) > 1}
+
+
+def _side(ranks: Sequence[int], first: int, second: int) -> int:
+    """1 where ``first`` is better, -1 where ``second`` is, 0 for a tie."""
+    return (ranks[first] < ranks[second]) - (ranks[first] > ranks[second])
+
+
+def _agreeing(one: Sequence[int], other: Sequence[int]) -> list[float]:
+    """Per pair that both decide, whether they agree."""
+    sides = [(_side(one, i, j), _side(other, i, j)) for i, j in combinations(range(len(one)), 2)]
+    return [float(a == b) for a, b in sides if a and b]
+
+
+def _share(groups: Iterable[Sequence[float]]) -> dict[str, Any]:
+    """Share over all values, with a 95 % interval over the groups (tasks), whose values are not independent."""
+    kept = [group for group in groups if group]
+    number = sum(len(group) for group in kept)
+    if not number:
+        return {"share": math.nan, "ci_low": math.nan, "ci_high": math.nan, "pairs": 0, "tasks": 0}
+    share = sum(sum(group) for group in kept) / number
+    low, high = share_interval([sum(group) / len(group) for group in kept], share)
+    return {"share": share, "ci_low": low, "ci_high": high, "pairs": number, "tasks": len(kept)}
+
+
+def agreement(used: Sequence[LabelAnswer]) -> dict[str, Any]:
+    """Agreement on the tasks that several annotators ranked.
+
+    ``pairwise``: of the pairs that two annotators both decide, the share they agree on. ``with_ties``: the same over all pairs, where a tie
+    agrees with a tie alone. ``alpha``: Krippendorff's, ordinal, over the mid-ranks of single completions.
+    """
+    tasks = _by_task(used)
+    decided, everything = [], []
+    units: list[list[float]] = []
+    for answers in tasks.values():
+        rankings = [answer.ranks for answer in answers if answer.ranks is not None]
+        both = list(combinations(rankings, 2))
+        decided.append([value for one, other in both for value in _agreeing(one, other)])
+        pairs = list(combinations(range(len(rankings[0])), 2))
+        everything.append([float(_side(one, i, j) == _side(other, i, j)) for one, other in both for i, j in pairs])
+        middles = [_mid_ranks(ranks) for ranks in rankings]
+        units.extend([ranks[index] for ranks in middles] for index in range(len(rankings[0])))
+    return {
+        "overlap_tasks": len(tasks),
+        "alpha": krippendorff_alpha(units, "ordinal"),
+        "pairwise": _share(decided),
+        "with_ties": _share(everything),
+    }
+
+
+def _mid_ranks(ranks: Sequence[int]) -> list[float]:
+    """Ranks in which those that tie share the mean of their places."""
+    return [sum(other < own for other in ranks) + (ranks.count(own) - 1) / 2 for own in ranks]
+
+
+def _rating(used: Sequence[LabelAnswer], name: str, text: str) -> dict[str, Any]:
+    """Mean of a Likert scale, and Krippendorff's ordinal alpha over the completions that several annotators rated."""
+    values = [value for answer in used for value in answer.ratings.get(name, []) if value is not None]
+    units = [
+        [answer.ratings[name][index] for answer in answers if name in answer.ratings]
+        for answers in _by_task(used).values()
+        for index in range(len(answers[0].order))
+    ]
+    mean = sum(values) / len(values) if values else math.nan
+    return {"text": text, "mean": mean, "n": len(values), "alpha": krippendorff_alpha(units, "ordinal")}
+
+
+def _check(used: Sequence[LabelAnswer], name: str, text: str) -> dict[str, Any]:
+    """How often a box is ticked, and Cohen's kappa: of more than two annotators the mean over pairs, weighted by what both answered."""
+    ticked = [value for answer in used for value in answer.checks.get(name, [])]
+    columns: dict[tuple[str, str], tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+    for answers in _by_task(used).values():
+        for one, other in combinations(sorted(answers, key=lambda answer: answer.annotator), 2):
+            if name in one.checks and name in other.checks:
+                first, second = columns[one.annotator, other.annotator]
+                first.extend(int(value) for value in one.checks[name])
+                second.extend(int(value) for value in other.checks[name])
+    number = sum(len(first) for first, _ in columns.values())
+    kappa = sum(cohens_kappa(first, second) * len(first) for first, second in columns.values()) / number if number else math.nan
+    same = sum(a == b for first, second in columns.values() for a, b in zip(first, second, strict=True))
+    return {
+        "text": text, "share": sum(ticked) / len(ticked) if ticked else math.nan, "n": len(ticked), "kappa": kappa, "compared": number,
+        "agreement": same / number if number else math.nan,
+    }  # fmt: skip
+
+
+# Bias
+
+
+def position_bias(used: Sequence[LabelAnswer]) -> dict[str, Any]:
+    """Whether where a completion was shown decides its rank. Orders are shuffled, so without a bias ``earlier_wins`` is near one half.
+
+    ``best``: per position, how often the completion there was best (ties share), and how often chance would have it so.
+    """
+    earlier = []
+    best: dict[int, list[float]] = defaultdict(list)
+    chance: dict[int, list[float]] = defaultdict(list)
+    for answer in used:
+        shown = [answer.ranks[index] for index in answer.order] if answer.ranks is not None else []
+        earlier.append([float(side > 0) for i, j in combinations(range(len(shown)), 2) if (side := _side(shown, i, j))])
+        winners = shown.count(0)
+        for place, rank in enumerate(shown):
+            best[place].append((rank == 0) / winners)
+            chance[place].append(1 / len(shown))
+    places = []
+    for place, wins in sorted(best.items()):
+        number = len(wins)
+        places.append({"position": place + 1, "best": sum(wins) / number, "chance": sum(chance[place]) / number, "n": number})
+    return {"earlier_wins": _share(earlier), "best": places}
+
+
+# Against others
+
+
+def _annotator(labels: Labels, name: str, used: Sequence[LabelAnswer]) -> dict[str, Any]:
+    """One annotator: how much they did, and how far they agree with the rest and with the last reward model."""
+    own = labels.answers[name]
+    mine = [answer for answer in used if answer.annotator == name]
+    others: dict[str, list[LabelAnswer]] = defaultdict(list)
+    for answer in used:
+        if answer.annotator != name:
+            others[answer.task].append(answer)
+    shared = [
+        [value for other in others[answer.task] for value in _agreeing(answer.ranks or [], other.ranks or [])]
+        for answer in mine
+        if answer.task in others
+    ]
+    gold = [(task, own[key]) for key, task in labels.gold.items() if key in own]
+    screening = screen(gold, len(labels.gold), labels.settings.pass_mark)
+    return {
+        "name": name,
+        "answers": sum(key in labels.tasks for key in own),
+        "skipped": sum(own[key].skipped is not None for key in own if key in labels.tasks),
+        "flagged": sum(own[key].flagged is not None for key in own if key in labels.tasks),
+        "corrected": sum(answer.replaces is not None for answer in own.values()),
+        "median_seconds": _times(mine)["median"],
+        "against_the_rest": _share(shared),
+        "against_reward_model": _against_scores(labels, mine),
+        "ties": _ties(mine),
+        "screening": {
+            "answered": screening.answered,
+            "of": screening.of,
+            "ranking_agreement": screening.ranking_agreement,
+            "check_agreement": screening.check_agreement,
+            "passed": screening.passed,
+        }
+        if labels.gold
+        else None,
+        "last": max((answer.time for answer in own.values()), default=None),
+    }
+
+
+def _ties(mine: Sequence[LabelAnswer]) -> float:
+    """Share of pairs that the annotator ties."""
+    sides = [_side(answer.ranks, i, j) for answer in mine if answer.ranks for i, j in combinations(range(len(answer.ranks)), 2)]
+    return sides.count(0) / len(sides) if sides else math.nan
+
+
+def _against_scores(labels: Labels, answers: Sequence[LabelAnswer]) -> dict[str, Any] | None:
+    if labels.scores is None:
+        return None
+    groups = []
+    for answer in answers:
+        scores = labels.scores["scores"].get(answer.task)
+        if scores is not None and answer.ranks is not None:
+            groups.append(_agreeing(answer.ranks, [-score for score in scores]))
+    return _share(groups)
+
+
+def _reward_model(labels: Labels, used: Sequence[LabelAnswer]) -> dict[str, Any] | None:
+    """How often the last round's reward model has the order that people gave to a pair."""
+    found = _against_scores(labels, used)
+    return None if found is None or labels.scores is None else {"model": labels.scores["model"], **found}

@@ -1,0 +1,309 @@
+"""The HTTP server of ``stages label``: one page for annotators, one for whoever leads, and the JSON interface behind both.
+
+    GET  /  /progress  /static/...     the pages; they hold no data
+    GET  /api/session                  the annotator, the questions, the instructions
+    GET  /api/task[?id=|?wish=]        the next task, or a given one with the annotator's answer
+    GET  /api/answers                  the annotator's last answers
+    POST /api/answer                   keep an answer; status 200 means that it is on the device
+    GET  /api/progress                 the numbers of the report (leader)
+    POST /api/invite                   a link for one more annotator (leader)
+    POST /api/login                    the password, where one is needed
+
+Tokens come in the header ``Authorization: Bearer``, never from a cookie: another site's page cannot use them.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from anyio.to_thread import run_sync
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from stages.corpora.labels import LabelAnswer, LabelTask
+from stages.corpora.messages import completion_text
+from stages.errors import DataError, LaunchError, StorageError
+from stages.labelling.access import Access, check_annotator, link
+from stages.labelling.markdown import render
+from stages.labelling.questions import AnswerError
+from stages.labelling.report import quality
+from stages.labelling.store import Store
+
+PAGE = Path(__file__).parent / "page"
+FILES = {"label.html", "progress.html", "label.js", "answers.js", "board.js", "server.js", "progress.js", "style.css"}
+LONGEST_BODY = 256 * 1024
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+COOKIE = "stages_label"
+PROGRESS_SECONDS = 3.0  # the numbers of the report are computed no more often
+
+
+class Refused(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(self, status: int, message: str, **fields: Any) -> None:
+        super().__init__(message)
+        self.status, self.content = status, {"error": message, **fields}
+
+
+class LabelServer:
+    """The pages and the interface over one store."""
+
+    def __init__(self, store: Store, access: Access, base: str = "") -> None:
+        self.store, self.access, self.base = store, access, base
+        self._instructions = render(store.settings.instructions)
+        self._quality: tuple[float, dict[str, Any]] = (float("-inf"), {})
+        self._counting = threading.Lock()
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+        return Starlette(
+            routes=[
+                Route("/", partial(self._page, "label.html")),
+                Route("/progress", partial(self._page, "progress.html")),
+                Route("/static/{name}", self._static),
+                Route("/api/session", self._guarded(self._session)),
+                Route("/api/task", self._guarded(self._task)),
+                Route("/api/answers", self._guarded(self._answers)),
+                Route("/api/answer", self._guarded(self._answer), methods=["POST"]),
+                Route("/api/progress", self._guarded(self._progress)),
+                Route("/api/invite", self._guarded(self._invite), methods=["POST"]),
+                Route("/api/login", self._guarded(self._login), methods=["POST"]),
+            ]
+        )
+
+    # Files
+
+    async def _page(self, name: str, request: Request) -> Response:
+        return FileResponse(PAGE / name, headers=HEADERS)
+
+    async def _static(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in FILES:
+            return JSONResponse({"error": "no such file"}, 404, headers=HEADERS)
+        return FileResponse(PAGE / name, headers=HEADERS)
+
+    # Who asks
+
+    def _guarded(self, answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        async def guarded(request: Request) -> Response:
+            try:
+                response = await answer(request)
+            except Refused as refused:
+                response = JSONResponse(refused.content, refused.status)
+            except (AnswerError, DataError) as error:
+                response = JSONResponse({"error": str(error)}, 400)
+            except StorageError as error:
+                response = JSONResponse({"error": str(error)}, 503)
+            response.headers.update(HEADERS)
+            return response
+
+        return guarded
+
+    def _token(self, request: Request) -> str:
+        if not self.access.has_session(request.cookies.get(COOKIE, "")):
+            raise Refused(401, "the password is needed", needs="password")
+        return request.headers.get("authorization", "").removeprefix("Bearer ")
+
+    def _annotator(self, request: Request) -> str:
+        token, name = self._token(request), request.query_params.get("annotator", "")
+        if not self.access.is_annotator(name, token):
+            raise Refused(403, "this link is not valid; ask whoever sent it for a new one")
+        return name
+
+    def _check_lead(self, request: Request) -> None:
+        if not self.access.is_lead(self._token(request)):
+            raise Refused(403, "this link is not valid; `stages label` prints the right one")
+
+    async def _body(self, request: Request) -> Any:
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > LONGEST_BODY:
+                raise Refused(413, f"the request is longer than {LONGEST_BODY} bytes")
+        try:
+            return json.loads(body, parse_constant=_refused_constant)
+        except (ValueError, RecursionError) as error:
+            raise Refused(400, "the request is no JSON") from error
+
+    # The annotator's side
+
+    async def _session(self, request: Request) -> Response:
+        annotator = self._annotator(request)
+        settings = self.store.settings
+        return JSONResponse(
+            {
+                "annotator": annotator,
+                "name": settings.name,
+                "questions": settings.questions.model_dump(mode="json"),
+                "instructions": self._instructions,
+                "counts": self.store.counts(annotator),
+            }
+        )
+
+    async def _task(self, request: Request) -> Response:
+        annotator = self._annotator(request)
+        given = request.query_params.get("id")
+        if given is not None:
+            task, answer = self.store.task(given), self.store.answer_of(annotator, given)
+            if task is None or answer is None or task.gold is not None:
+                raise Refused(404, "there is no such answer of yours")
+            return JSONResponse({"task": self._shown(task, annotator), "answer": asdict(answer) | {"digests": None}})
+        found = self.store.next_task(annotator, request.query_params.get("wish"))
+        content: dict[str, Any] = {"counts": self.store.counts(annotator), "task": None}
+        if self.store.gold:
+            screening = self.store.screening(annotator)
+            content["screening"] = {"answered": screening.answered, "of": screening.of, "passed": screening.passed}
+        if found is not None:
+            content["task"] = self._shown(found, annotator)
+        return JSONResponse(content)
+
+    def _shown(self, task: LabelTask, annotator: str) -> dict[str, Any]:
+        """What an annotator may know of a task: no authors, no digests, no gold answer."""
+        order = self.store.order(task, annotator)
+        texts = task.texts
+        return {"id": task.id, "prompt": _turns(task), "order": order, "completions": [texts[index] for index in order]}
+
+    async def _answers(self, request: Request) -> Response:
+        return JSONResponse(
+            {"answers": [_line(answer, self.store.tasks[answer.task]) for answer in self.store.history(self._annotator(request))]}
+        )
+
+    async def _answer(self, request: Request) -> Response:
+        annotator = self._annotator(request)
+        content = await self._body(request)
+        answer = await run_sync(self.store.record, annotator, content)
+        return JSONResponse({"id": answer.id, "counts": self.store.counts(annotator)})
+
+    # The leader's side
+
+    async def _progress(self, request: Request) -> Response:
+        self._check_lead(request)
+        return JSONResponse(await run_sync(self._numbers))
+
+    def _numbers(self) -> dict[str, Any]:
+        with self._counting:
+            made, content = self._quality
+            if time.monotonic() - made > PROGRESS_SECONDS:
+                content = quality(self.store.labels())
+                self._quality = (time.monotonic(), content)
+            return content
+
+    async def _invite(self, request: Request) -> Response:
+        self._check_lead(request)
+        content = await self._body(request)
+        name = check_annotator(str(content.get("annotator", "")) if isinstance(content, dict) else "")
+        base = f"{request.url.scheme}://{request.headers.get('host', '')}"
+        return JSONResponse({"annotator": name, "link": link(base, self.access, name)})
+
+    async def _login(self, request: Request) -> Response:
+        content = await self._body(request)
+        is_right = self.access.gives_password(str(content.get("password", "")) if isinstance(content, dict) else "")
+        if is_right is None:
+            raise Refused(429, "too many wrong passwords; wait a minute", needs="password")
+        if not is_right:
+            raise Refused(401, "this is not the password", needs="password")
+        response = JSONResponse({})
+        response.set_cookie(COOKIE, self.access.session, httponly=True, samesite="strict")
+        return response
+
+
+def _turns(task: LabelTask) -> str | list[dict[str, str]]:
+    """The prompt as a text, or as turns with a role and a text each."""
+    if isinstance(task.prompt, str):
+        return task.prompt
+    tools = [{"role": "tools", "content": json.dumps(task.tools, ensure_ascii=False)}] if task.tools else []
+    return tools + [{"role": str(message["role"]), "content": completion_text([message])} for message in task.prompt]
+
+
+def _refused_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _line(answer: LabelAnswer, task: LabelTask) -> dict[str, Any]:
+    prompt = task.prompt if isinstance(task.prompt, str) else completion_text(task.prompt[-1:])
+    state = "skipped" if answer.skipped is not None else "flagged" if answer.flagged is not None else "ranked"
+    return {"task": answer.task, "time": answer.time, "state": state, "prompt": prompt[:120]}
+
+
+# Starting
+
+
+def listen(host: str, port: int | None) -> socket.socket:
+    """A socket on ``port``; without one the first free port from 8770. Raises LaunchError where none can be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for number in [port] if port is not None else range(8770, 8790):
+        found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio leaves out TCP_NODELAY
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            found.bind((host, number))
+            found.listen(128)
+            return found
+        except (OSError, OverflowError) as error:
+            found.close()
+            reason: Exception = error
+    where = f"port {port}" if port is not None else "a port from 8770 to 8789"
+    raise LaunchError(f"cannot listen on {host}, {where} ({reason}); name another with --port or --host")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def base_url(bound: socket.socket, host: str) -> str:
+    """The address of the server's pages, as far as it is known: a wildcard address is shown as this machine's name."""
+    shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{bound.getsockname()[1]}"
+
+
+def make_server(server: LabelServer) -> uvicorn.Server:
+    """uvicorn over the application. It logs no addresses, since they hold tokens."""
+    config = uvicorn.Config(
+        server.app(), loop="asyncio", http="h11", ws="none", lifespan="off", access_log=False, log_level="warning", server_header=False,
+        timeout_graceful_shutdown=2,
+    )  # fmt: skip
+    return uvicorn.Server(config)
+
+
+class Served:
+    """A store served on the loopback address by a thread, for a block: ``with Served(folder) as served: ... served.base``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> Served:
+        self.store = Store(self._folder)
+        try:
+            self.access = Access.of(self._folder)
+            self._socket = listen("127.0.0.1", 0)
+        except BaseException:
+            self.store.close()
+            raise
+        self.base = base_url(self._socket, "127.0.0.1")
+        self._server = make_server(LabelServer(self.store, self.access, self.base))
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, name="label server", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._server.should_exit = True
+        self._thread.join(timeout=10)
+        self._socket.close()
+        self.store.close()

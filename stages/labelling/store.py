@@ -1,0 +1,320 @@
+"""The answers of a labelling folder: read once, appended to, and on the device before they are acknowledged.
+
+One server at a time holds a folder. An answer has an id of its own, made by the page: sent twice, it is kept once, so a page that got no
+acknowledgement may send again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from stages.corpora.labels import ANSWERS, GOLD, TASKS, LabelAnswer, LabelTask, latest, read_answers, read_tasks
+from stages.errors import DataError, StorageError
+from stages.labelling.assignment import Assignment, overlap_tasks, shown_order
+from stages.labelling.publishing import SCORES, LabelSettings, read_settings
+from stages.labelling.questions import AnswerError, checked_answer
+from stages.registry.storage import STORAGE, sync
+
+
+@dataclass(frozen=True)
+class Screening:
+    """How an annotator did on the gold tasks. Shares are None where no gold task asks for it."""
+
+    answered: int
+    of: int
+    ranking_agreement: float | None
+    check_agreement: float | None
+    passed: bool | None  # None while tasks are left
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A labelling folder, read: what reports are made of. ``answers``: annotator -> task -> the answer that counts.
+
+    ``scores``: of the last round's reward model, with ``model`` (its reference) and ``scores`` (per task a list); None without one.
+    """
+
+    settings: LabelSettings
+    tasks: dict[str, LabelTask]
+    gold: dict[str, LabelTask]
+    answers: dict[str, dict[str, LabelAnswer]]
+    scores: dict[str, Any] | None
+
+
+def read_labels(folder: Path) -> Labels:
+    """A folder as it is on the disk now, whether or not a server holds it."""
+    answers: dict[str, dict[str, LabelAnswer]] = {}
+    for _, answer in latest(read_answers(folder / ANSWERS)):
+        answers.setdefault(answer.annotator, {})[answer.task] = answer
+    gold = read_tasks(folder / GOLD) if (folder / GOLD).exists() else {}
+    return Labels(read_settings(folder), read_tasks(folder / TASKS), gold, answers, read_scores(folder))
+
+
+def read_scores(folder: Path) -> dict[str, Any] | None:
+    """What the last round's reward model says of the completions; None where there is none."""
+    path = folder / SCORES
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+@dataclass
+class Log:
+    """A file that lines are appended to; ``append`` returns once the line is on the device.
+
+    Lines that are written while another is being flushed share the next flush, so that many writers wait for two flushes at most.
+    """
+
+    path: Path
+    _file: int = -1
+    _size: int = 0
+    _written: int = 0
+    _flushed: int = 0
+    _writing: threading.Lock = field(default_factory=threading.Lock)
+    _flushing: threading.Lock = field(default_factory=threading.Lock)
+
+    def open(self) -> int:
+        """Open the file; returns how many bytes of a line without an end were cut off (a crash while it was written)."""
+        is_new = not self.path.exists()
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        if is_new:
+            sync(self.path.parent)
+        content = self.path.read_bytes()
+        self._size = content.rfind(b"\n") + 1
+        if self._size < len(content):
+            os.ftruncate(self._file, self._size)
+        return len(content) - self._size
+
+    def append(self, line: str) -> None:
+        """Write one line and flush it to the device. Raises StorageError where the disk refuses; the file then ends as before."""
+        data = line.encode() + b"\n"
+        try:
+            with self._writing:
+                try:
+                    rest = memoryview(data)
+                    while rest:
+                        rest = rest[os.write(self._file, rest) :]
+                except OSError:
+                    os.ftruncate(self._file, self._size)
+                    raise
+                self._size += len(data)
+                self._written += 1
+                ticket = self._written
+            with self._flushing:
+                if self._flushed < ticket:
+                    upto = self._written
+                    os.fsync(self._file)
+                    self._flushed = upto
+        except OSError as error:
+            reason = STORAGE.get(error.errno or 0, str(error))
+            raise StorageError(f"{self.path}: the answer could not be kept ({reason}). Free some space; the page sends it again") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+class Store:
+    """Tasks and answers of a folder, and who is to answer what next. Thread-safe."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.settings: LabelSettings = read_settings(folder)
+        self._lock = threading.Lock()
+        self._writers: dict[str, threading.Lock] = {}  # by annotator: the same answer sent twice at once is kept once
+        self._hold = self._take_hold()
+        self.tasks: dict[str, LabelTask] = read_tasks(folder / TASKS)
+        self.gold: dict[str, LabelTask] = read_tasks(folder / GOLD) if (folder / GOLD).exists() else {}
+        overlap = overlap_tasks(list(self.tasks), self.settings.overlap, self.settings.seed)
+        wanted = {name: self.settings.annotators if name in overlap else 1 for name in self.tasks}
+        self._assignment = Assignment(list(self.tasks), wanted)
+        self.answers: dict[str, dict[str, LabelAnswer]] = {}  # annotator -> task -> the answer that counts, in the order of the file
+        self._ids: dict[str, LabelAnswer] = {}
+        for _, answer in read_answers(folder / ANSWERS):
+            self._take(answer)
+        self._log = Log(folder / ANSWERS)
+        self.cut_off = self._log.open()
+
+    def _take_hold(self) -> int:
+        lock = os.open(self.folder / "server.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise DataError(
+                f"{self.folder}: another `stages label` serves these tasks. Open its address (one server takes many annotators), or stop it"
+            ) from error
+        return lock
+
+    def close(self) -> None:
+        """Let another server have the folder."""
+        self._log.close()
+        os.close(self._hold)
+
+    def _take(self, answer: LabelAnswer) -> None:
+        self._ids[answer.id] = answer
+        own = self.answers.setdefault(answer.annotator, {})
+        own.pop(answer.task, None)
+        own[answer.task] = answer
+        if answer.task in self.tasks:
+            self._assignment.answered(answer.task, answer.annotator, is_ranked=answer.is_used)
+
+    # What the page asks for
+
+    def next_task(self, annotator: str, wish: str | None = None) -> LabelTask | None:
+        """The annotator's next task; None where there is none left, or where the screening does not let them in."""
+        with self._lock:
+            answered = self.answers.get(annotator, {})
+            for name in shown_gold(list(self.gold), annotator, self.settings.seed):
+                if name not in answered:
+                    return self.gold[name]
+            if self.gold and not self._screening(annotator).passed:
+                return None
+            found = self._assignment.next(annotator, answered, wish)
+            return None if found is None else self.tasks[found]
+
+    def task(self, name: str) -> LabelTask | None:
+        """A task by its id."""
+        return self.tasks.get(name) or self.gold.get(name)
+
+    def order(self, task: LabelTask, annotator: str) -> list[int]:
+        """The order in which this annotator sees the completions."""
+        return shown_order(task.id, annotator, len(task.completions), self.settings.seed)
+
+    def answer_of(self, annotator: str, task: str) -> LabelAnswer | None:
+        """The annotator's answer that counts."""
+        with self._lock:
+            return self.answers.get(annotator, {}).get(task)
+
+    def history(self, annotator: str, limit: int = 50) -> list[LabelAnswer]:
+        """The annotator's last answers, the newest first; screening tasks are left out."""
+        with self._lock:
+            return [answer for name, answer in reversed(self.answers.get(annotator, {}).items()) if name in self.tasks][:limit]
+
+    def record(self, annotator: str, content: Any) -> LabelAnswer:
+        """Keep an answer; it is on the device when this returns. Raises AnswerError for one that is wrong, StorageError for a full disk."""
+        if not isinstance(content, dict):
+            raise AnswerError(f"expected an object, got {type(content).__name__}")
+        task = self.task(str(content.get("task")))
+        if task is None:
+            raise AnswerError(f"there is no task {content.get('task')!r:.40}; load the page again")
+        with self._lock:
+            writer = self._writers.setdefault(annotator, threading.Lock())
+        with writer:
+            return self._record(annotator, task, content)
+
+    def _record(self, annotator: str, task: LabelTask, content: dict[str, Any]) -> LabelAnswer:
+        with self._lock:
+            if (known := self._ids.get(str(content.get("id")))) is not None:
+                if (known.annotator, known.task) != (annotator, task.id):
+                    raise AnswerError("this id belongs to another answer; load the page again")
+                return known
+            before = self.answers.get(annotator, {}).get(task.id)
+        if before is not None and task.id in self.gold:
+            raise AnswerError("a screening task is answered once")
+        answer = LabelAnswer(
+            annotator=annotator,
+            task=task.id,
+            time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            digests=task.digests,
+            replaces=before.id if before is not None else None,
+            **checked_answer(content, task, self.settings.questions),
+        )
+        self._log.append(answer.as_line())
+        with self._lock:
+            self._take(answer)
+        return answer
+
+    def knows(self, number: str) -> bool:
+        """Whether an answer with this id is kept."""
+        return number in self._ids
+
+    def take_in(self, number: str, annotator: str, task: str, ranks: list[int], note: str) -> None:
+        """Keep a ranking that was made elsewhere: nobody knows its ratings, its time, or the order shown."""
+        before = self.answers.get(annotator, {}).get(task)
+        answer = LabelAnswer(
+            id=number,
+            task=task,
+            annotator=annotator,
+            time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            seconds=0.0,
+            order=list(range(len(ranks))),
+            digests=self.tasks[task].digests,
+            ranks=[sum(other < own for other in ranks) for own in ranks],
+            notes=note,
+            replaces=before.id if before is not None else None,
+        )
+        self._log.append(answer.as_line())
+        self._take(answer)
+
+    # Where things stand
+
+    def screening(self, annotator: str) -> Screening:
+        """How the annotator did on the gold tasks."""
+        with self._lock:
+            return self._screening(annotator)
+
+    def _screening(self, annotator: str) -> Screening:
+        own = self.answers.get(annotator, {})
+        return screen([(task, own[name]) for name, task in self.gold.items() if name in own], len(self.gold), self.settings.pass_mark)
+
+    def labels(self) -> Labels:
+        """A copy of all that reports are made of."""
+        with self._lock:
+            answers = {annotator: dict(answers) for annotator, answers in self.answers.items()}
+        return Labels(self.settings, self.tasks, self.gold, answers, read_scores(self.folder))
+
+    def num_ranked(self) -> int:
+        """How many tasks somebody has ranked."""
+        with self._lock:
+            return sum(bool(people) for people in self._assignment.ranked.values())
+
+    def num_begun(self) -> int:
+        """How many overlap tasks have some of their rankings and not all."""
+        with self._lock:
+            return self._assignment.num_begun()
+
+    def counts(self, annotator: str) -> dict[str, int]:
+        """What the page shows of an annotator's progress."""
+        with self._lock:
+            own = self.answers.get(annotator, {})
+            ranked = sum(bool(people) for people in self._assignment.ranked.values())
+            mine = sum(name in self.tasks for name in own)
+        return {"mine": mine, "ranked": ranked, "target": self.settings.target, "tasks": len(self.tasks)}
+
+
+def shown_gold(names: list[str], annotator: str, seed: int) -> list[str]:
+    """The screening tasks in this annotator's order."""
+    order = shown_order("gold", annotator, len(names), seed)
+    return [names[place] for place in order]
+
+
+def screen(answers: list[tuple[LabelTask, LabelAnswer]], of: int, pass_mark: float) -> Screening:
+    """Agreement with the gold answers: of pairs of completions that the gold answer does not tie, and of check boxes.
+
+    A skipped task and a tie agree with nothing. Both shares must reach the pass mark (Ouyang et al. 2022, B.1: 75 %).
+    """
+    pairs = right_pairs = boxes = right_boxes = 0
+    for task, answer in answers:
+        assert task.gold is not None
+        known, said = task.gold["ranks"], answer.ranks
+        for i in range(len(known)):
+            for j in range(i):
+                if known[i] != known[j]:
+                    pairs += 1
+                    right_pairs += said is not None and said[i] != said[j] and (said[i] < said[j]) == (known[i] < known[j])
+        for name, values in task.gold.get("checks", {}).items():
+            ticked = answer.checks.get(name, [None] * len(values))
+            boxes += len(values)
+            right_boxes += sum(a == b for a, b in zip(values, ticked, strict=True)) if answer.ranks is not None else 0
+    ranking = right_pairs / pairs if pairs else None
+    checks = right_boxes / boxes if boxes else None
+    passed = all(share is None or share >= pass_mark for share in (ranking, checks)) if len(answers) >= of else None
+    return Screening(len(answers), of, ranking, checks, passed)

@@ -1,0 +1,80 @@
+"""The chain and its people: publish the tasks, let people (or what stands in for them) answer, go on once the target is reached."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.corpora.labels import ANSWERS, read_answers
+from stages.errors import Waiting
+from stages.labelling.config import People
+from stages.labelling.publishing import point_latest, publish_settings, read_settings
+
+if TYPE_CHECKING:
+    from stages.process.runtime import StepContext
+
+POLL_SECONDS = 2.0
+WAITING = "waiting.txt"  # in the step's checkpoint folder: why it has not run to its end, for `stages plan`
+
+
+def home_of(context: StepContext) -> Path:
+    """The folder of everything made."""
+    return context.registry.root.parent
+
+
+def ask_people(folder: Path, people: People, context: StepContext) -> None:
+    """Have the tasks of ``folder`` ranked until the target is reached. Raises Waiting where people have to answer first.
+
+    Every process calls this; rank zero looks. With ``--wait`` it returns once the target is reached, however long that takes.
+    """
+    runtime = context.runtime
+
+    def publish() -> None:
+        publish_settings(folder, context.name, context.seed, people)
+        point_latest(folder)
+        if people.simulate is not None and num_ranked(folder) < read_settings(folder).target:
+            from stages.labelling.simulated import simulate
+
+            made = simulate(folder, people)
+            runtime.console.print(f"{context.name}: simulated people gave {made} answers")
+
+    runtime.decide(publish)
+    is_told = False
+    while True:
+        ranked, target = runtime.decide(lambda: (num_ranked(folder), read_settings(folder).target))
+        if ranked >= target:
+            if runtime.is_main:
+                (context.checkpoint_folder / WAITING).unlink(missing_ok=True)
+            return
+        text = f"{context.name}: {ranked} of {target} tasks are ranked. Rank them with: {command(context)}"
+        if not runtime.waits_for_people:
+            if runtime.is_main:
+                context.checkpoint_folder.mkdir(parents=True, exist_ok=True)
+                (context.checkpoint_folder / WAITING).write_text(f"{ranked} of {target} tasks are ranked", encoding="utf-8")
+            from stages.process.runtime import command_to_go_on
+
+            raise Waiting(f"{text}\nThen go on with: {command_to_go_on()}   (or wait here with --wait)")
+        if not is_told:
+            runtime.console.print(f"{text} (waiting)", soft_wrap=True, markup=False)
+            is_told = True
+        time.sleep(POLL_SECONDS)
+
+
+def num_ranked(folder: Path) -> int:
+    """How many tasks of a folder somebody has ranked."""
+    from stages.corpora.labels import GOLD, latest, read_tasks
+
+    gold = set(read_tasks(folder / GOLD)) if (folder / GOLD).exists() else set()
+    return len({answer.task for _, answer in latest(read_answers(folder / ANSWERS)) if answer.is_used} - gold)
+
+
+def command(context: StepContext) -> str:
+    """What people type to rank the tasks of a step."""
+    import shlex
+
+    from stages.process.runtime import default_home
+
+    home = home_of(context)
+    where = [] if home == default_home().absolute() else ["--home", str(home)]
+    return shlex.join(["stages", "label", context.name, *where])

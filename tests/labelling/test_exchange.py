@@ -1,0 +1,183 @@
+"""Tasks and answers in the formats of other tools, out and in.
+
+The shapes are those of the tools' documentation: records of Argilla 2 (Record.to_dict), Label Studio's tasks with a Ranker or a Pairwise,
+AlpacaEval's annotations.json and PandaLM's testset-v1.json. The tools themselves are not installed.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from stages.config import DataSource
+from stages.corpora.comparisons import comparison
+from stages.corpora.files import read_rows
+from stages.errors import DataError
+from stages.labelling.exchange import export_labels, import_answers
+from stages.labelling.publishing import file_tasks
+from stages.labelling.store import Store, read_labels
+
+
+@pytest.fixture
+def answered(make_folder, answer) -> Path:
+    """Two tasks: three completions ranked 2 < 0 < 1 by anna and with a tie by ben; two completions of which anna likes the second."""
+    folder = make_folder(texts=[["a", "b", "c"], ["x", "y"]], overlap=1.0)
+    store = Store(folder)
+    one, two = store.tasks
+    store.record("anna", answer(store, "anna", one, [1, 2, 0]))
+    store.record("ben", answer(store, "ben", one, [0, 0, 1]))
+    store.record("anna", answer(store, "anna", two, [1, 0]))
+    store.close()
+    return folder
+
+
+def written(folder: Path, kind: str) -> tuple[Path, str]:
+    path = folder.parent / f"{kind}.out"
+    return path, export_labels(folder, kind, path)
+
+
+def rankings(folder: Path) -> dict[tuple[str, str], list[int]]:
+    labels = read_labels(folder)
+    return {(labels.tasks[task].prompt, name): item.ranks for name, own in labels.answers.items() for task, item in own.items()}
+
+
+def test_argilla_records(answered) -> None:
+    path, said = written(answered, "argilla")
+    first, second = json.loads(path.read_text())
+    assert first["fields"] == {"prompt": "instruction 0", "completion_1": "a", "completion_2": "b", "completion_3": "c"}
+    assert [item["value"] for item in first["responses"]["ranking"]] == [["completion_3", "completion_1", "completion_2"]]
+    assert second["responses"]["ranking"][0]["value"] == ["completion_2", "completion_1"]
+    assert "left out: 1 rankings with ties" in said
+
+
+def test_label_studio_tasks(answered) -> None:
+    path, said = written(answered, "label-studio")
+    first, second = json.loads(path.read_text())
+    assert first["data"]["items"][0] == {"id": "completion_1", "title": "", "body": "a"}
+    (result,) = first["annotations"][0]["result"]
+    assert result["type"] == "ranker" and result["value"] == {"ranker": {"ranking": ["completion_3", "completion_1", "completion_2"]}}
+    (pair,) = second["annotations"][0]["result"]
+    assert pair["type"] == "pairwise" and pair["value"] == {"selected": "right"}
+    assert "left out: 1 rankings with ties" in said and "<Pairwise" in said and "<Ranker" in said
+
+
+def test_alpaca_eval_and_pandalm_pairs(answered) -> None:
+    rows = json.loads(written(answered, "alpaca-eval")[0].read_text())
+    assert len(rows) == 3 + 3 + 1
+    told = {(row["annotator"], row["output_1"], row["output_2"]): row["preference"] for row in rows}
+    assert told["anna", "a", "b"] == 1 and told["anna", "a", "c"] == 2 and told["ben", "a", "b"] == 1.5
+    assert rows[0]["generator_1"] == "model-0" and rows[0]["instruction"] == "instruction 0"
+    pairs = json.loads(written(answered, "pandalm")[0].read_text())
+    assert [(row["response1"], row["response2"], row["annotator1"], row.get("annotator2")) for row in pairs] == [
+        ("a", "b", 1, 0), ("a", "c", 2, 1), ("b", "c", 2, 1), ("x", "y", 2, None),
+    ]  # fmt: skip
+
+
+def test_csv_and_comparisons(answered) -> None:
+    with written(answered, "csv")[0].open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["annotator"], row["text"], row["rank"]) for row in rows[:3]] == [
+        ("anna", "a", "2"),
+        ("anna", "b", "3"),
+        ("anna", "c", "1"),
+    ]
+    path = answered.parent / "out.jsonl"
+    export_labels(answered, "comparisons", path)
+    made = [comparison(row) for row in read_rows([DataSource(path=str(path))])]
+    assert [(item.ranks, item.annotator) for item in made] == [([1, 2, 0], "anna"), ([0, 0, 1], "ben"), ([1, 0], "anna")]
+
+
+@pytest.mark.parametrize("kind", ["argilla", "label-studio", "alpaca-eval", "pandalm", "csv"])
+def test_what_goes_out_comes_back(answered, make_folder, kind) -> None:
+    path, _ = written(answered, kind)
+    empty = make_folder(texts=[["a", "b", "c"], ["x", "y"]], overlap=1.0, name="empty")
+    said = import_answers(empty, kind, path)
+    before, after = rankings(answered), rankings(empty)
+    if kind == "csv":
+        assert after == before
+    elif kind in ("argilla", "label-studio"):  # ties do not go out
+        assert list(after.values()) == [[1, 2, 0], [1, 0]]
+    else:  # pairs of three completions do not make a ranking
+        assert list(after.values()) == [[1, 0]] and "left out: " in said
+    assert "were there already" in import_answers(empty, kind, path)
+    assert rankings(empty) == after
+
+
+def test_argilla_forms_of_a_ranking(make_folder) -> None:
+    folder = make_folder(texts=[["a", "b", "c"]], overlap=1.0)
+    task = next(iter(read_labels(folder).tasks))
+    values = {
+        "one": ["completion_2", "completion_3", "completion_1"],
+        "two": [{"value": "completion_1", "rank": 1}, {"value": "completion_2", "rank": 1}, {"value": "completion_3", "rank": 2}],
+        "three": {"value": ["completion_1", "completion_2", "completion_3"], "rank": [3, 2, 1]},
+    }
+    responses = [{"user_id": name, "value": value} for name, value in values.items()]
+    responses.append({"user_id": "four", "value": values["one"], "status": "discarded"})
+    path = folder.parent / "in.json"
+    path.write_text(json.dumps([{"id": task, "responses": {"ranking": responses}}, {"id": "other"}]))
+    said = import_answers(folder, "argilla", path)
+    assert rankings(folder) == {
+        ("instruction 0", "one"): [2, 0, 1],
+        ("instruction 0", "two"): [0, 0, 2],
+        ("instruction 0", "three"): [2, 1, 0],
+    }
+    assert "1 discarded responses" in said and "1 records of no task here" in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("argilla", '[{"id": "TASK", "responses": {"ranking": [{"value": ["completion_1"]}]}}]', "record 1: ranking is"),
+        (
+            "label-studio",
+            '[{"data": {"task_id": "TASK"}, "annotations": [{"result": [{"type": "ranker", "value": {}}]}]}]',
+            "task 1: the result",
+        ),
+        ("alpaca-eval", '[{"instruction": "i", "output_1": "a", "output_2": "b", "preference": 7}]', "row 1: preference is 7"),
+        ("pandalm", '[{"instruction": "i", "response1": "a", "response2": "b", "annotator1": 5}]', "row 1: annotator1 is 5"),
+        ("csv", "a,b\n1,2\n", "expected task, annotator, completion and rank"),
+        ("csv", "task,annotator,completion,rank\nx,y,one,2\n", "expected whole numbers"),
+        ("argilla", "{", "cannot be read as argilla"),
+        ("argilla", "{}", "expected a JSON list"),
+        ("word", "", "'word' is no format; expected one of argilla, label-studio"),
+    ],
+)
+def test_broken_file_is_named_and_nothing_is_taken(make_folder, kind, content, message) -> None:
+    folder = make_folder(texts=[["a", "b", "c"]])
+    path = folder.parent / "in.file"
+    path.write_text(content.replace("TASK", next(iter(read_labels(folder).tasks))))
+    with pytest.raises(DataError, match=message):
+        import_answers(folder, kind, path)
+    assert rankings(folder) == {}
+
+
+def test_files_of_other_tools_become_tasks(tmp_path: Path) -> None:
+    outputs = tmp_path / "outputs.json"  # AlpacaEval's model outputs of two models
+    outputs.write_text(
+        json.dumps([{"instruction": "say hello", "output": text, "generator": name} for name, text in (("m", "hello"), ("n", "hi"))])
+    )
+    (task,) = file_tasks(outputs)
+    assert (task.prompt, task.completions, task.authors) == ("say hello", ["hello", "hi"], [["m"], ["n"]])
+    ranked = tmp_path / "ranked.jsonl"
+    ranked.write_text(
+        json.dumps({"prompt": "p", "responses": ["good", "fair", "fair"], "models": ["m", "n", "o"]}) + "\n"
+        + json.dumps({"prompt": "q", "chosen": "yes", "rejected": "no"}) + "\n"
+    )  # fmt: skip
+    first, second = file_tasks(ranked)
+    assert first.completions == ["good", "fair"] and first.authors == [["m"], ["n", "o"]]  # equal texts are shown once
+    assert second.completions == ["yes", "no"]
+    tool = {"type": "function", "function": {"name": "clock"}}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]}
+    asked = [{"role": "user", "content": "what time is it?"}]
+    ranked.write_text(
+        json.dumps({"prompt": asked, "completions": [[call], [{"role": "assistant", "content": "noon"}]], "tools": [tool]}) + "\n"
+    )
+    (task,) = file_tasks(ranked)
+    assert task.texts == ['[tool call] {"name": "clock", "arguments": {}}', "noon"] and task.tools == [tool]
+    assert json.loads(task.as_line())["completions"] == [[call], "noon"]
+    ranked.write_text(json.dumps({"prompt": "p", "completions": ["same", "same"]}) + "\n")
+    with pytest.raises(DataError, match=r"ranked.jsonl:1: 1 different completion\(s\); people rank 2 to 9"):
+        file_tasks(ranked)
