@@ -33,6 +33,7 @@ from stages.chain.fingerprints import fingerprint_of, parts_of, settings_of, why
 from stages.chain.results import last_result, load_result, restore_files, save_result
 from stages.config import ModelInput
 from stages.errors import RecipeError, RegistryError, doing
+from stages.labelling.waiting import WAITING
 from stages.process.packages import missing_attention_package
 from stages.process.runtime import ResolvedModel, Runtime, StepContext, StepResult, launched_processes
 from stages.recipe.schema import STAGES, Recipe, RecipeStep, Reference, data_inputs, load_object, model_inputs
@@ -134,6 +135,8 @@ def plan_step(recipe: Recipe, step: RecipeStep, home: Path, registry: Registry, 
     else:
         reason = why(last["fingerprint_parts"], parts) if last is not None else "never run to its end"
     work = _work_folder(home, fingerprint)
+    if (note := work / WAITING).is_file():
+        return planned("resume", f"it waits for people: {note.read_text(encoding='utf-8')}")
     if work.is_dir() and any(work.iterdir()):
         return planned("resume", f"a run of it was cut off; {reason}")
     return planned("run", reason)

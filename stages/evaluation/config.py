@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from stages.config import DataField, DataSource, GenerationSettings, ModelField, ModelInput, StepConfig, Strict
+from stages.corpora.labels import MOST_COMPLETIONS
 from stages.evaluation.tasks import TaskField
 from stages.judges.config import JudgeInput, check_judges
+from stages.labelling.config import PeopleJudge
 from stages.rewards.config import RewardInput
 
 
@@ -104,6 +106,9 @@ class EvaluationConfig(StepConfig):
     @model_validator(mode="after")
     def _consistent(self) -> EvaluationConfig:
         check_judges(self.judges)
+        for judge in self.judges:
+            if isinstance(judge, PeopleJudge):
+                self._check_people(judge)
         if self.kl_reference is not None:
             if self.kl_reference not in self.candidates:
                 raise ValueError(f"kl_reference={self.kl_reference!r} is no candidate; expected one of {', '.join(self.candidates)}")
@@ -113,6 +118,13 @@ class EvaluationConfig(StepConfig):
         if self.token_details is not None and self.kl_reference is None and self.token_details.value is None:
             raise ValueError("token_details has nothing to keep: set kl_reference, token_details.value, or both")
         return self
+
+    def _check_people(self, judge: PeopleJudge) -> None:
+        shown = judge.candidates or list(self.candidates)
+        if unknown := [name for name in shown if name not in self.candidates]:
+            raise ValueError(f"judge {judge.name}: {unknown[0]!r} is no candidate; expected some of {', '.join(self.candidates)}")
+        if not 2 <= len(shown) <= MOST_COMPLETIONS or len(set(shown)) < len(shown):
+            raise ValueError(f"judge {judge.name}: people compare 2 to {MOST_COMPLETIONS} different candidates, got {', '.join(shown)}")
 
     def model_inputs(self) -> dict[str, ModelInput]:
         inputs = {}
@@ -142,7 +154,9 @@ class EvaluationConfig(StepConfig):
                 if candidate.few_shot.choose is not None:
                     inputs[f"{place}.few_shot.choose.data"] = candidate.few_shot.choose.data
         for index, judge in enumerate(self.judges):
-            if not isinstance(judge, RewardInput) and (data := judge.data_input()) is not None:
+            if isinstance(judge, PeopleJudge):
+                inputs |= judge.people.data_inputs(f"judges[{index}].people")
+            elif not isinstance(judge, RewardInput) and (data := judge.data_input()) is not None:
                 inputs[f"judges[{index}].judgements"] = data
         if self.exclude is not None:
             inputs["exclude"] = self.exclude
@@ -155,6 +169,9 @@ class EvaluationConfig(StepConfig):
         from stages.evaluation.prompts import check_data
 
         check_data(self)
+        for judge in self.judges:
+            if isinstance(judge, PeopleJudge):
+                judge.people.check()
 
 
 def _reward_input(reward: RewardInput, place: str) -> dict[str, ModelInput]:

@@ -6,14 +6,18 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.evaluation.answers import Answers, Question, score_texts
 from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.prompts import Exclusion
 from stages.judges.config import EndpointJudge, JudgementsFile
+from stages.labelling.config import PeopleJudge
 
 if TYPE_CHECKING:
+    from stages.corpora.judgements import Judgements
+    from stages.corpora.labels import LabelTask
     from stages.process.runtime import StepContext
     from stages.rewards.config import RewardInput
 
@@ -41,12 +45,16 @@ def judge_all(
     config: EvaluationConfig, context: StepContext, questions: Sequence[Question], answers: dict[str, Answers]
 ) -> list[Judged]:
     """Every judge on every answer, one judge at a time; the scores are kept with the answers, too."""
+    from stages.corpora.judgements import load_judgements
+
     made = []
     for index, judge in enumerate(config.judges):
         if isinstance(judge, EndpointJudge):
             judged = _ask_endpoint(judge, context, questions, answers)
         elif isinstance(judge, JudgementsFile):
-            judged = _read_judgements(judge, questions, answers)
+            judged = _judged_by_people(judge.name, load_judgements(judge.judgements), questions, answers)
+        elif isinstance(judge, PeopleJudge):
+            judged = _ask_people(judge, config, context, questions, answers)
         else:
             judged = _score(judge, f"judges[{index}]", config, context, questions, answers)
         for name, scores in (judged.scores or {}).items():
@@ -129,14 +137,95 @@ def _ask_endpoint(judge: EndpointJudge, context: StepContext, questions: Sequenc
     return Judged(judge.name, "llm", preferences, details=details, exclusions=[left_out] if left_out.count else [])
 
 
+# People
+
+
+def _ask_people(
+    judge: PeopleJudge, config: EvaluationConfig, context: StepContext, questions: Sequence[Question], answers: dict[str, Answers]
+) -> Judged:
+    """Publish the candidates' completions side by side, without names; read the rankings as votes once there are enough."""
+    from stages.config import DataSource
+    from stages.corpora.judgements import load_judgements
+    from stages.corpora.labels import TASKS, read_tasks
+    from stages.labelling.publishing import publish_tasks
+    from stages.labelling.waiting import ask_people
+
+    folder = _labelling_folder(judge, config, context)
+    asked = _tasks_of(judge, context, questions, answers)
+    if not context.runtime.decide((folder / TASKS).exists):
+        context.runtime.decide(lambda: publish_tasks(folder, list(asked.values())))
+    published = context.runtime.decide(lambda: read_tasks(folder / TASKS))
+    ask_people(folder, judge.people, context)
+    judged = _judged_by_people(judge.name, load_judgements([DataSource(path=str(folder))]), questions, answers)
+    shown = {(repr(task.asked), task.sample): set(task.texts) for task in published.values()}
+    changed = sum(shown.get(key) != set(task.texts) for key, task in asked.items())
+    if changed:
+        judged.exclusions.append(Exclusion(f"questions whose completions are no longer those that {judge.name} saw", changed, len(asked)))
+    chosen = _asked_prompts(judge, questions)
+    number = sum(question.prompt_number in chosen for question in questions)
+    if number > len(asked):
+        what = f"questions that {judge.name} were not asked, since the candidates gave fewer than two different answers"
+        judged.exclusions.append(Exclusion(what, number - len(asked), number))
+    judged.details["labels"] = str(folder)
+    return judged
+
+
+def _labelling_folder(judge: PeopleJudge, config: EvaluationConfig, context: StepContext) -> Path:
+    """Where the tasks lie: it follows from what is asked of which models, so that a later run finds the same people's work."""
+    from stages.corpora.files import fingerprint
+    from stages.labelling.publishing import step_folder
+    from stages.labelling.waiting import home_of
+
+    names = judge.candidates or list(config.candidates)
+    candidates = {}
+    for name in names:
+        candidate, model = config.candidates[name], context.models.get(f"candidates.{name}")
+        made = None if candidate.completions is None else fingerprint(candidate.completions)
+        rest = candidate.model_dump(mode="json", exclude={"model", "completions"})
+        candidates[name] = [model.digest if model is not None else None, made, rest]
+    kept = {"prompt_words", "num_prompts", "samples_per_prompt", "generation"}
+    key = {
+        **config.model_dump(mode="json", include=kept), "candidates": candidates, "data": fingerprint(config.data),
+        "asked": judge.num_prompts, "judge": judge.name, "seed": context.seed,
+    }  # fmt: skip
+    return step_folder(home_of(context), context.name, key)
+
+
+def _asked_prompts(judge: PeopleJudge, questions: Sequence[Question]) -> set[int]:
+    """Numbers of the prompts that people are asked about."""
+    return set(sorted({question.prompt_number for question in questions})[: judge.num_prompts])
+
+
+def _tasks_of(
+    judge: PeopleJudge, context: StepContext, questions: Sequence[Question], answers: dict[str, Answers]
+) -> dict[tuple[str, int], LabelTask]:
+    """A task per question that two candidates answered differently, by prompt and sample. Equal texts are shown once."""
+    from stages.labelling.publishing import task_of
+
+    names = judge.candidates or list(answers)
+    kept = _asked_prompts(judge, questions)
+    tasks = {}
+    for row, question in enumerate(questions):
+        if question.prompt_number not in kept:
+            continue
+        texts: dict[str, list[str]] = {}
+        for name in names:
+            if answers[name].samples[row] is not None:
+                texts.setdefault(answers[name].texts[row] or "", []).append(name)
+        if len(texts) > 1:
+            digests = [[model.digest for name in group if (model := context.models.get(f"candidates.{name}"))] for group in texts.values()]
+            task = task_of(question.prompt, list(texts), list(texts.values()), digests, question.sample)
+            tasks[repr(question.prompt), question.sample] = task
+    return tasks
+
+
 # A file of judgements
 
 
-def _read_judgements(judge: JudgementsFile, questions: Sequence[Question], answers: dict[str, Answers]) -> Judged:
+def _judged_by_people(name: str, judgements: Judgements, questions: Sequence[Question], answers: dict[str, Answers]) -> Judged:
+    """What votes and ratings say of the answers; a mean over annotators where several judged the same."""
     from stages.corpora.completions import prompt_key
-    from stages.corpora.judgements import load_judgements
 
-    judgements = load_judgements(judge.judgements)
     place = {(prompt_key(question.prompt), question.sample): row for row, question in enumerate(questions)}
     order = {name: index for index, name in enumerate(answers)}
     used = 0
@@ -169,9 +258,9 @@ def _read_judgements(judge: JudgementsFile, questions: Sequence[Question], answe
         preferences.setdefault(pair, [None] * len(questions))[row] = _mean(votes)
     preferences = {pair: preferences[pair] for pair in combinations(answers, 2) if pair in preferences}
     number = len(judgements.votes) + len(judgements.ratings)
-    left_out = Exclusion(f"judgements of {judge.name} about other prompts or candidates", number - used, number)
+    left_out = Exclusion(f"judgements of {name} about other prompts or candidates", number - used, number)
     return Judged(
-        judge.name,
+        name,
         "people",
         preferences,
         scores,

@@ -1,4 +1,4 @@
-"""How a recipe names a judge: a reward source, a language model behind an OpenAI-compatible endpoint, or a file of judgements."""
+"""How a recipe names a judge: a reward source, a language model behind an OpenAI-compatible endpoint, people, or a file of judgements."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from stages.config import DataField, DataSource, Strict
+from stages.labelling.config import PeopleJudge
 from stages.rewards.config import RewardInput
 
 CRITERIA = "Which response answers the prompt better? Judge by helpfulness, truth and harmlessness, not by length or by order."
@@ -54,7 +55,8 @@ class JudgementsFile(Strict):
     """Judgements made elsewhere, usually by people: votes between two candidates, or ratings of one."""
 
     judgements: DataField = Field(
-        description="prompt + a + b + vote (a, b or tie), or prompt + candidate + score; annotator where several people judged."
+        description="prompt + a + b + vote (a, b or tie), or prompt + candidate + score; annotator where several people judged. Or a "
+        "labelling folder of `stages label`."
     )
     name: str = Field("people", pattern=r"^[\w.-]+$", description="Name in reports.")
 
@@ -70,17 +72,21 @@ class JudgementsFile(Strict):
 
 def _kind(value: Any) -> str:
     keys = value if isinstance(value, dict) else vars(value)
-    return next((kind for kind in ("endpoint", "judgements") if kind in keys), "reward")
+    return next((kind for kind in ("endpoint", "judgements", "people") if kind in keys), "reward")
 
 
+Judge = RewardInput | EndpointJudge | JudgementsFile | PeopleJudge
 JudgeInput = Annotated[
-    Annotated[RewardInput, Tag("reward")] | Annotated[EndpointJudge, Tag("endpoint")] | Annotated[JudgementsFile, Tag("judgements")],
+    Annotated[RewardInput, Tag("reward")]
+    | Annotated[EndpointJudge, Tag("endpoint")]
+    | Annotated[JudgementsFile, Tag("judgements")]
+    | Annotated[PeopleJudge, Tag("people")],
     Discriminator(_kind),
 ]
 """A judge of an evaluation; which kind it is follows from its fields."""
 
 
-def check_judges(judges: Sequence[RewardInput | EndpointJudge | JudgementsFile]) -> None:
+def check_judges(judges: Sequence[Judge]) -> None:
     """Raise ValueError where two judges would share a name in reports."""
     names = [judge.shown_name for judge in judges]
     for name in names:

@@ -1,20 +1,25 @@
 """New comparisons of what policies say now: several completions of each prompt, ranked by a judge, are added to the training data.
 
 Steps 2 and 3 of Ouyang et al. 2022, figure 2, can be repeated: a reward model is trained on what the last policy says, and that policy
-was trained by the reward model before. The policies are inputs of the step, so the lineage tells the whole story. The judge may be a
-function that stands in for people (the embedded world's annotators); labels by people are ordinary comparisons in a file.
+was trained by the reward model before. The policies are inputs of the step, so the lineage tells the whole story. The judge is a model, a
+function, or people: their tasks are published, and the step goes on once they have ranked enough of them (stages/labelling).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from stages.config import DataField, GenerationSettings, ModelField, ModelInput, Strict
+from stages.config import DataField, DataSource, GenerationSettings, ModelField, ModelInput, Strict
+from stages.corpora.labels import MOST_COMPLETIONS, TASKS
+from stages.errors import DataError
+from stages.labelling.config import AskPeople, People
+from stages.labelling.simulated import ranked
 from stages.rewards.config import RewardInput, reward_model_inputs
 
 if TYPE_CHECKING:
@@ -35,8 +40,19 @@ def _policies(value: Any) -> Any:
     return [{"model": item} if isinstance(item, str) or (isinstance(item, dict) and "ref" in item) else item for item in items]
 
 
+def _judge_kind(value: Any) -> str:
+    return "people" if "people" in (value if isinstance(value, dict) else vars(value)) else "reward"
+
+
+JudgeOrPeople = Annotated[Annotated[RewardInput, Tag("reward")] | Annotated[AskPeople, Tag("people")], Discriminator(_judge_kind)]
+SHORT_NAMES = {"prompts": "data", "per_prompt": "completions_per_prompt"}
+
+
 class Collection(Strict):
-    """Comparisons made by this step. Each prompt's completions come from all policies, by their weights."""
+    """Comparisons made by this step. Each prompt's completions come from all policies, by their weights.
+
+    ``prompts`` and ``per_prompt`` are short for ``data`` and ``completions_per_prompt``.
+    """
 
     policies: Annotated[list[CollectedPolicy], BeforeValidator(_policies)] = Field(
         min_length=1, description="Whose completions; the paper's are mostly the SFT model's, some are PPO's."
@@ -44,7 +60,9 @@ class Collection(Strict):
     data: DataField = Field(description="Prompts.")
     num_prompts: int = Field(256, ge=1, description="Prompts to collect comparisons for, drawn by the seed.")
     completions_per_prompt: int = Field(4, ge=2, description="K: different completions that are ranked together.")
-    judge: RewardInput = Field(description="Who ranks: a function or a model that scores (prompt, completion); higher is better.")
+    judge: JudgeOrPeople = Field(
+        description="Who ranks: a function or a model that scores (prompt, completion), higher is better; or people: {people: {...}}."
+    )
     tie_width: float = Field(0.0, ge=0, description="Neighbours whose scores differ by no more than this share a rank.")
     only_ended: bool = Field(
         False, description="Only completions that end by themselves are shown to the judge (Ziegler et al. 2019); others are drawn again."
@@ -52,17 +70,59 @@ class Collection(Strict):
     attempts: int = Field(4, ge=1, description="Draws per completion until one ends, and differs from those there are.")
     generation: GenerationSettings = GenerationSettings()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _short_names(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        for short, name in SHORT_NAMES.items():
+            if short in value and name in value:
+                raise ValueError(f"collect.{short} and collect.{name} are the same setting; leave one of them out")
+        return {SHORT_NAMES.get(name, name): item for name, item in value.items()}
+
     @model_validator(mode="after")
     def _scores_texts(self) -> Collection:
-        if self.judge.ensemble is not None or self.judge.level == "token":
+        if isinstance(self.judge, AskPeople):
+            if self.completions_per_prompt > MOST_COMPLETIONS:
+                raise ValueError(f"completions_per_prompt={self.completions_per_prompt}: people rank at most {MOST_COMPLETIONS} at a time")
+            if self.tie_width:
+                raise ValueError("tie_width belongs to a judge that scores; people say themselves what ties")
+            target = self.judge.people.target
+            if target is not None and target > self.num_prompts:
+                raise ValueError(f"judge.people.target={target} is more than num_prompts={self.num_prompts}, a task each")
+        elif self.judge.ensemble is not None or self.judge.level == "token":
             raise ValueError("collect.judge is one model or function that scores whole completions")
         return self
+
+    @property
+    def people(self) -> People | None:
+        """The people who rank, where they do."""
+        return self.judge.people if isinstance(self.judge, AskPeople) else None
 
     def model_inputs(self) -> dict[str, ModelInput]:
         """The models of policies and judge, by field path within the step."""
         inputs = {f"collect.policies[{index}].model": policy.model for index, policy in enumerate(self.policies)}
+        if isinstance(self.judge, AskPeople):
+            model = self.judge.people.reward_model
+            return inputs if model is None else {**inputs, "collect.judge.people.reward_model": model}
         judge = reward_model_inputs([self.judge], "collect.judge")
         return inputs | {place.replace("[0]", ""): model for place, model in judge.items()}
+
+    def data_inputs(self) -> dict[str, list[DataSource]]:
+        """Prompts, and what people are shown, by field path within the step."""
+        return {"collect.data": self.data, **(self.people.data_inputs("collect.judge.people") if self.people is not None else {})}
+
+    def check_data(self) -> None:
+        """Raise DataError for files that this collection cannot use; no model is loaded."""
+        from stages.corpora.prompts import load_prompts
+
+        prompts = load_prompts(self.data)
+        if self.people is None:
+            return
+        self.people.check()
+        number = min(len(prompts), self.num_prompts)
+        if self.people.target is not None and self.people.target > number:
+            raise DataError(f"collect.judge.people.target is {self.people.target}, and the data hold {number} prompts, a task each")
 
 
 def collect_comparisons(collection: Collection, context: StepContext, *, precision: str) -> list[Comparison]:
@@ -71,7 +131,10 @@ def collect_comparisons(collection: Collection, context: StepContext, *, precisi
 
     path = context.checkpoint_folder / "collected.jsonl"
     if not context.runtime.decide(path.exists):
-        rows = context.runtime.decide(lambda: _collect(collection, context, precision))
+        if collection.people is not None:
+            rows = _ask_people(collection, collection.people, context, precision)
+        else:
+            rows = context.runtime.decide(lambda: _collect(collection, context, precision))
         if context.runtime.is_main:
             partial = path.with_suffix(".partial")
             partial.parent.mkdir(parents=True, exist_ok=True)
@@ -82,15 +145,90 @@ def collect_comparisons(collection: Collection, context: StepContext, *, precisi
     if context.runtime.is_main:
         context.folder.mkdir(parents=True, exist_ok=True)
         (context.folder / "collected.jsonl").write_text(text, encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
-    return [Comparison(row["prompt"], row["completions"], row["ranks"]) for row in rows]
+    rows = [json.loads(line) for line in text.split("\n") if line]
+    return [Comparison(row["prompt"], row["completions"], row["ranks"], row.get("annotator")) for row in rows]
+
+
+def _ask_people(collection: Collection, people: People, context: StepContext, precision: str) -> list[dict[str, Any]]:
+    """The rankings of people. Their tasks are published once; whatever of the step changes later, the same tasks are found again."""
+    from stages.corpora.labels import labelled_rows
+    from stages.labelling.waiting import ask_people
+
+    folder = _labelling_folder(collection, context)
+    context.runtime.decide(lambda: _publish(collection, people, context, precision, folder))
+    ask_people(folder, people, context)
+    rows = context.runtime.decide(lambda: [row for _, row in labelled_rows(folder)])
+    if not rows:
+        raise DataError(f"{context.name}: people ranked no task that counts")
+    annotators = {row["annotator"] for row in rows}
+    tasks = {row["task"] for row in rows}
+    context.runtime.console.print(f"{context.name}: {len(rows)} rankings of {len(tasks)} tasks by {len(annotators)} people")
+    return rows
+
+
+def _labelling_folder(collection: Collection, context: StepContext) -> Path:
+    from stages.corpora.files import fingerprint
+    from stages.labelling.publishing import step_folder
+    from stages.labelling.waiting import home_of
+
+    settings = collection.model_dump(mode="json", exclude={"judge", "data", "policies", "tie_width"})
+    policies = [[context.models[f"collect.policies[{i}].model"].digest, policy.weight] for i, policy in enumerate(collection.policies)]
+    key = {**settings, "policies": policies, "data": fingerprint(collection.data), "seed": context.seed}
+    return step_folder(home_of(context), context.name, key)
+
+
+def _publish(collection: Collection, people: People, context: StepContext, precision: str, folder: Path) -> None:
+    """Sample and publish the tasks where they are not there yet; have the last round's reward model score them."""
+    from stages.corpora.labels import read_tasks
+    from stages.labelling.publishing import SCORES, publish_scores, publish_tasks, scored_by, task_of
+    from stages.rewards.source import build_source, checked
+
+    if not (folder / TASKS).exists():
+        digests = {policy.model.ref: context.models[f"collect.policies[{i}].model"].digest for i, policy in enumerate(collection.policies)}
+        tasks = []
+        for row in _sampled(collection, context, precision):
+            authors, marks = [[ref] for ref in row["policies"]], [[digests[ref]] for ref in row["policies"]]
+            tasks.append(task_of(row["prompt"], row["completions"], authors, marks))
+        publish_tasks(folder, tasks)
+    if people.reward_model is None:
+        (folder / SCORES).unlink(missing_ok=True)
+        return
+    source = context.models["collect.judge.people.reward_model"]
+    if scored_by(folder) == source.digest:
+        return
+    published = read_tasks(folder / TASKS)
+    judge = build_source(
+        RewardInput(model=people.reward_model), source, device=context.runtime.device, dtype=context.runtime.dtype(precision)
+    )
+    pairs = [(task.asked, text) for task in published.values() for text in task.texts]
+    texts = [text for _, text in pairs]
+    scores = iter(checked(judge.score([prompt for prompt, _ in pairs], texts), judge.name, texts).tolist())
+    found = {name: [next(scores) for _ in task.completions] for name, task in published.items()}
+    publish_scores(folder, people.reward_model.ref, source.digest, found)
 
 
 def _collect(collection: Collection, context: StepContext, precision: str) -> list[dict[str, Any]]:
-    from stages.corpora.prompts import load_prompts
     from stages.rewards.source import build_source, checked
 
+    assert isinstance(collection.judge, RewardInput)
     runtime = context.runtime
+    rows = _sampled(collection, context, precision)
+    device, dtype = runtime.device, runtime.dtype(precision)
+    judge = build_source(collection.judge, context.models.get("collect.judge.model"), device=device, dtype=dtype)
+    pairs = [(row["prompt"], text) for row in rows for text in row["completions"]]
+    texts = [text for _, text in pairs]
+    scores = iter(checked(judge.score([prompt for prompt, _ in pairs], texts), judge.name, texts).tolist())
+    for row in rows:
+        row["ranks"] = ranked([next(scores) for _ in row["completions"]], collection.tie_width)
+    number = sum(len(row["completions"]) for row in rows)
+    runtime.console.print(f"{context.name}: collected {len(rows)} comparisons of {number} completions")
+    return rows
+
+
+def _sampled(collection: Collection, context: StepContext, precision: str) -> list[dict[str, Any]]:
+    """Prompts with different completions of the policies, drawn by their weights: ``prompt``, ``completions``, ``policies``."""
+    from stages.corpora.prompts import load_prompts
+
     prompts = load_prompts(collection.data)
     Random(f"collection {context.seed}").shuffle(prompts)
     prompts = prompts[: collection.num_prompts]
@@ -107,15 +245,6 @@ def _collect(collection: Collection, context: StepContext, precision: str) -> li
         if len(taken) >= 2:
             policies = [collection.policies[index].model.ref for index in taken.values()]
             rows.append({"prompt": prompt, "completions": list(taken), "policies": policies})
-    device, dtype = runtime.device, runtime.dtype(precision)
-    judge = build_source(collection.judge, context.models.get("collect.judge.model"), device=device, dtype=dtype)
-    pairs = [(row["prompt"], text) for row in rows for text in row["completions"]]
-    texts = [text for _, text in pairs]
-    scores = iter(checked(judge.score([prompt for prompt, _ in pairs], texts), judge.name, texts).tolist())
-    for row in rows:
-        row["ranks"] = ranked([next(scores) for _ in row["completions"]], collection.tie_width)
-    number = sum(len(row["completions"]) for row in rows)
-    runtime.console.print(f"{context.name}: collected {len(rows)} comparisons of {number} completions")
     return rows
 
 
@@ -154,14 +283,3 @@ def _sample(collection: Collection, context: StepContext, precision: str, index:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return [list(texts) for texts in found]
-
-
-def ranked(scores: Sequence[float], tie_width: float) -> list[int]:
-    """Ranks (0 best) of scores; neighbours in the order that differ by no more than ``tie_width`` share one."""
-    order = sorted(range(len(scores)), key=lambda index: -scores[index])
-    ranks, rank = [0] * len(scores), 0
-    for place, index in enumerate(order):
-        if place and scores[order[place - 1]] - scores[index] > tie_width:
-            rank = place
-        ranks[index] = rank
-    return ranks

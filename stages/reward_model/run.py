@@ -115,19 +115,18 @@ class RewardModelConfig(TrainingStepConfig):
         if self.data.validation is not None:
             inputs["data.validation"] = self.data.validation
         if self.collect is not None:
-            inputs["collect.data"] = self.collect.data
+            inputs |= self.collect.data_inputs()
         return inputs if self.demonstrations is None else {**inputs, "demonstrations": self.demonstrations}
 
     def check_data(self) -> None:
         """Raise DataError for data this stage cannot use; no model is loaded."""
         from stages.corpora.comparisons import load_comparisons
         from stages.corpora.curation import Curator
-        from stages.corpora.prompts import load_prompts
 
         load_comparisons(self.data, preferred=self.preferred, curator=Curator(self.curation), group_by=self.group_by)
         self.load_demonstrations()
         if self.collect is not None:
-            load_prompts(self.collect.data)
+            self.collect.check_data()
 
     def load_demonstrations(self) -> list[tuple[Any, Any]]:
         """The named demonstrations as (prompt, completion); empty where none are named."""
@@ -152,10 +151,13 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     from stages.models.positions import row_length
     from stages.models.sharding import whole
     from stages.process.runtime import StepResult
+    from stages.reward_model.collection import collect_comparisons
     from stages.rewards.learned import score_rows
     from stages.training.checkpoints import load_tensors, trainable
     from stages.training.trainer import gathered_weights, publish_best
 
+    if config.collect is not None and config.collect.people is not None:
+        collect_comparisons(config.collect, context, precision=config.precision)  # before a model waits for people in memory
     model = _new_model(config, context, context.seed)
     tokenizer = model.tokenizer
     assert tokenizer is not None
@@ -229,7 +231,7 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
         **{f"curation_{reason}": number for reason, number in sorted(left_out.items())},
     }
     if config.collect is not None:
-        metrics["collected"] = sum(item.annotator == COLLECTED for item in comparisons.train)
+        metrics["collected"] = comparisons.collected
     if config.num_seeds > 1:
         metrics |= {"seeds": {str(attempt.seed): attempt.accuracy for attempt in attempts}, "selected_seed": best.seed}
     weights = gathered_weights(trainer)
@@ -263,13 +265,13 @@ def _load_comparisons(config: RewardModelConfig, context: StepContext, tokenizer
     train, validation = loaded.train, loaded.validation
     if config.collect is not None:
         collected = collect_comparisons(config.collect, context, precision=config.precision)
-        train = [*train, *(replace(item, annotator=COLLECTED) for item in collected)]
+        train = [*train, *(replace(item, annotator=item.annotator or COLLECTED) for item in collected)]
     fit = config.prompt_fit
     if fit is not None:
         train, validation = (
             [replace(item, prompt=fit_prompt(item.prompt, fit, tokenizer)) for item in side] for side in (train, validation)
         )
-    return Comparisons(train, validation), dict(curator.left_out)
+    return Comparisons(train, validation, len(train) - len(loaded.train)), dict(curator.left_out)
 
 
 def _texts_to_normalize_on(config: RewardModelConfig, context: StepContext, comparisons: Comparisons) -> list[tuple[Any, Any]]:
