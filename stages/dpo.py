@@ -77,7 +77,7 @@ class DPOStepConfig(TrainingStepConfig):
 
 @dataclass(frozen=True)
 class Pair:
-    """Token ids of a prompt and of its better and worse completion, each closed by the end token."""
+    """Token ids of a prompt and of its better and worse completion, each as the chat template ends it."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -102,13 +102,14 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
 
     source = context.models["model"]
     tokenizer = load_tokenizer(source)
+    curator = Curator(config.curation, count_tokens(tokenizer))
+    comparisons = load_comparisons(config.data, preferred=config.preferred, curator=curator)
+    encoded, encoded_heldout = (encode(config, side, tokenizer, context.seed) for side in (comparisons.train, comparisons.validation))
     model = load_language_model(source, dtype=weights_dtype(config, context), lora=config.lora, tokenizer=tokenizer)
     refuse_output_adapter(model, config.lora)
     max_length: int = row_length(config.max_length, model.config, tokenizer, unlimited=1024)
-    curator = Curator(config.curation, count_tokens(tokenizer))
-    comparisons = load_comparisons(config.data, preferred=config.preferred, curator=curator)
-    pairs = _encoded(config, comparisons.train, tokenizer, max_length, context, "training")
-    heldout = _encoded(config, comparisons.validation, tokenizer, max_length, context, "held-out")
+    pairs = _short_enough(encoded, max_length, context, "training")
+    heldout = _short_enough(encoded_heldout, max_length, context, "held-out")
     reference = _reference(config, context, tokenizer)
 
     with as_it_starts(model) if reference is None else nullcontext():
@@ -157,22 +158,26 @@ def pairs_of(comparison: Comparison, limit: int | None, seed: int) -> list[tuple
     return random.Random(f"pairs {seed} {comparison.prompt!r}").sample(pairs, limit)
 
 
-def _encoded(
-    config: DPOStepConfig,
-    comparisons: Sequence[Comparison],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    context: StepContext,
-    which: str,
-) -> list[Pair]:
-    """Pairs as tokens, by the template the model keeps: training, sampling and scoring see one and the same text."""
+def encode(config: DPOStepConfig, comparisons: Sequence[Comparison], tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Pair]:
+    """Pairs as tokens, by the template the model keeps: training, sampling and scoring see one and the same text.
+
+    All that follows the prompt counts; where a completion has several turns, the turns of others in it count, too, as in TRL. Raises
+    DataError, with the row's place, for a conversation that the chat template refuses.
+    """
+    from stages.corpora.messages import naming
     from stages.corpora.templates import encode_pair
 
     rows = []
     for comparison in comparisons:
-        for better, worse in pairs_of(comparison, config.pairs_per_prompt, context.seed):
-            (chosen, length), (rejected, _) = (encode_pair(tokenizer, comparison.prompt, text) for text in (better, worse))
-            rows.append(Pair(chosen[:length], chosen[length:], rejected[length:]))
+        with naming(comparison.place):
+            for better, worse in pairs_of(comparison, config.pairs_per_prompt, seed):
+                (chosen, length), (rejected, _) = (encode_pair(tokenizer, comparison.prompt, text) for text in (better, worse))
+                rows.append(Pair(chosen[:length], chosen[length:], rejected[length:]))
+    return rows
+
+
+def _short_enough(rows: list[Pair], max_length: int, context: StepContext, which: str) -> list[Pair]:
+    """The pairs without those of more than ``max_length`` tokens."""
     kept = [row for row in rows if row.length <= max_length]
     if not kept:
         shortest = min((row.length for row in rows), default=0)

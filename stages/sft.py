@@ -17,13 +17,14 @@ from pydantic import Field, model_validator
 from stages.config import DataField, DataInput, DataSource, ModelField, ModelInput, OptimizerSettings, Strict, TrainingStepConfig
 from stages.corpora.curation import Curation
 from stages.corpora.fitting import PromptFit
+from stages.corpora.training_rows import TrainOn
 from stages.errors import DataError
 from stages.training.selection import Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stages.corpora.demonstrations import Demonstrations
+    from stages.corpora.demonstrations import Demonstration, Demonstrations
     from stages.models.likelihood import Likelihood
     from stages.process.runtime import StepContext, StepResult
     from stages.training.selection import Selector
@@ -58,7 +59,11 @@ class SFTStepConfig(TrainingStepConfig):
     template: str | None = Field(
         None, description="chat: the tokenizer's own; a plain template's name; or a format string with {prompt}. null: keep what it has."
     )
-    completion_only_loss: bool = Field(True, description="Only the completion's tokens count in the loss; false: the prompt's, too.")
+    completion_only_loss: bool = Field(True, description="Only the assistant's tokens count in the loss; false: the prompt's, too.")
+    train_on: TrainOn = Field(
+        "all_assistant_turns",
+        description="Which replies train: all of a conversation (of a row with a prompt column, those of its completion), or the last one.",
+    )
     pretraining_mix: SFTPretrainingMix | None = Field(None, description="Mix pretraining texts in; null: demonstrations alone.")
     residual_dropout: float | None = Field(
         None, ge=0, lt=1, description="Dropout on what attention and MLP add, and nowhere else; null: as the model's config has it."
@@ -107,14 +112,20 @@ class SFTStepConfig(TrainingStepConfig):
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """A demonstration as tokens; the first ``prompt_length`` of ``ids`` are the prompt."""
+    """A demonstration as tokens; the first ``prompt_length`` of ``ids`` are the prompt.
+
+    ``trained``: 1 where a token belongs to a reply that trains; None: all after the prompt do.
+    """
 
     ids: list[int]
     prompt_length: int
+    trained: list[int] | None = None
 
     def counted(self, completion_only: bool) -> list[int]:
         """1 where a token counts in the loss, 0 elsewhere. The very first token is never predicted."""
         start = max(self.prompt_length, 1) if completion_only else 1
+        if completion_only and self.trained is not None:
+            return [0] * start + self.trained[start:]
         return [0] * start + [1] * (len(self.ids) - start)
 
 
@@ -133,6 +144,10 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     tokenizer = load_tokenizer(context.models["model"])
     if config.template is not None:
         set_template(tokenizer, config.template)
+    curator = Curator(config.curation, count_tokens(tokenizer))
+    demonstrations = _fitted(load_demonstrations(config.data, curator), config, tokenizer)
+    encoded = encode(demonstrations.train, tokenizer, config.train_on)
+    encoded_heldout = encode(demonstrations.validation, tokenizer, config.train_on)
     model = load_language_model(
         context.models["model"], dtype=weights_dtype(config, context), lora=config.lora, tokenizer=tokenizer, dropout=True
     )
@@ -140,10 +155,9 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     if config.residual_dropout is not None:
         set_residual_dropout(model, config.residual_dropout)
     max_length: int = row_length(config.max_length, model.config, tokenizer, unlimited=1024)
-    curator = Curator(config.curation, count_tokens(tokenizer))
-    demonstrations = _fitted(load_demonstrations(config.data, curator), config, tokenizer)
-    rows = _encoded(demonstrations.train, tokenizer, max_length, context, "training")
-    heldout = _encoded(demonstrations.validation, tokenizer, max_length, context, "held-out")
+    _say_form(tokenizer, len(encoded) - len(demonstrations.train), context)
+    rows = _short_enough(encoded, max_length, context, "training")
+    heldout = _short_enough(encoded_heldout, max_length, context, "held-out")
     mixed = _pretraining_blocks(config, tokenizer, len(rows), context.seed)
 
     trainer = _trainer(config, context, model, tokenizer, rows + mixed.train, max_length)
@@ -168,7 +182,7 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
         **trained,
         "demonstrations": len(rows),
         "heldout_demonstrations": len(heldout),
-        "dropped_too_long": len(demonstrations.train) + len(demonstrations.validation) - len(rows) - len(heldout),
+        "dropped_too_long": len(encoded) + len(encoded_heldout) - len(rows) - len(heldout),
         **{f"curation_{reason}": number for reason, number in sorted(curator.left_out.items())},
         **selected,
         "tokens_per_second": trained["steps_per_second"] * config.training.batch_size * num_tokens / len(trainer.train_dataset),
@@ -189,13 +203,33 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     return StepResult(model=record, metrics=metrics)
 
 
-def _encoded(
-    demonstrations: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int, context: StepContext, which: str
-) -> list[EncodedRow]:
-    """The demonstrations as tokens, without those that are longer than ``max_length`` (cutting one would teach an ending that is none)."""
-    from stages.corpora.templates import encode_pair
+def encode(demonstrations: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, train_on: TrainOn) -> list[EncodedRow]:
+    """The demonstrations as tokens. Raises DataError, with the row's place, for one that the chat template refuses."""
+    from stages.corpora.training_rows import training_rows
 
-    rows = [EncodedRow(*encode_pair(tokenizer, row["prompt"], row["completion"])) for row in demonstrations]
+    rows = [row for demonstration in demonstrations for row in training_rows(tokenizer, demonstration, train_on=train_on)]
+    return [EncodedRow(row.ids, row.prompt_length, row.trained) for row in rows]
+
+
+def _say_form(tokenizer: PreTrainedTokenizerBase, apart: int, context: StepContext) -> None:
+    """Say what the chat template does that a user would not expect: replies in rows of their own, and replies without an end."""
+    from stages.tokens.turns import turn_end_ids, turn_form
+
+    console = context.runtime.console
+    if apart:
+        console.print(
+            f"{context.name}: {apart} earlier replies train in rows of their own: the chat template writes them differently once another "
+            "turn follows"
+        )
+    if tokenizer.chat_template and not turn_end_ids(tokenizer):
+        console.print(
+            f"{context.name}: the chat template ends a reply with {turn_form(tokenizer).ending!r}, which holds no special token: the model "
+            "learns no token to stop at; add one to the template"
+        )
+
+
+def _short_enough(rows: list[EncodedRow], max_length: int, context: StepContext, which: str) -> list[EncodedRow]:
+    """The rows without those that are longer than ``max_length`` tokens (cutting one would teach an ending that is none)."""
     kept = [row for row in rows if len(row.ids) <= max_length]
     if not kept:
         longest = min((len(row.ids) for row in rows), default=0)

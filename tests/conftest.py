@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +107,69 @@ def step_context(tmp_path: Path) -> Any:
         )
 
     return make
+
+
+# Tokenizers of the kinds that models have; they share their special tokens
+
+TURN_TOKENS = [
+    "<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|begin|>", "<|head|>", "<|headend|>", "<|eot|>", "<start_of_turn>",
+    "<end_of_turn>", "[INST]", "[/INST]", "[TOOLS]", "[/TOOLS]", "[CALLS]", "<|user|>", "<|system|>", "<|assistant|>", "<|end|>", "<|tool|>",
+]  # fmt: skip
+THINKING = ["<think>", "</think>", "<tool_call>", "</tool_call>"]  # tokens of their own that are text, as in Qwen3
+KIND_SENTENCES = [
+    "hello there, how are you? i am fine and the sun is warm today.",
+    "what is the weather in paris? the weather is 22 degrees, says the tool.",
+    "be kind and brief. the answer is: there was a cat. the other answer is no.",
+    "once upon a time there was a red ball. one two three four five.",
+] * 3
+TOKENIZER_KINDS = ("byte_bpe", "sentencepiece", "metaspace", "unigram", "wordpiece")
+
+
+@cache
+def _tokenizer_of(kind: str) -> Any:
+    """byte_bpe: GPT-2's; sentencepiece: Llama-2's (a space before every text, bytes for what is unknown); metaspace: BPE with a space
+    before the first text only; unigram: T5's pieces; wordpiece: BERT's."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = sorted(set("".join(KIND_SENTENCES)) | set(" \nABCDEFGHIJKLMNOPQRSTUVWXYZ{}[]\"':,/<>|_#-=()&"))
+    options: dict[str, Any] = {"vocab_size": 520, "special_tokens": TURN_TOKENS, "show_progress": False}
+    if kind == "byte_bpe":
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        trainer: Any = trainers.BpeTrainer(**options, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    elif kind in ("sentencepiece", "metaspace"):
+        made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        trainer = trainers.BpeTrainer(**options, initial_alphabet=[*characters, "▁"])
+        trainer.special_tokens = [*TURN_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))]
+        trainer.vocab_size = 800
+    elif kind == "unigram":
+        made = Tokenizer(models.Unigram())
+        made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(**options, unk_token="<unk>", initial_alphabet=[*characters, "▁"])
+    else:
+        made = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        made.pre_tokenizer, made.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=False)
+        trainer = trainers.WordPieceTrainer(**options, initial_alphabet=characters)
+    made.train_from_iterator(KIND_SENTENCES, trainer)
+    if kind == "sentencepiece":  # as converted from Llama-2
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        made.pre_tokenizer = None
+    if kind in ("sentencepiece", "metaspace"):
+        made.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+    made.add_tokens([AddedToken(text, special=False, normalized=False) for text in THINKING])
+    if kind != "byte_bpe":
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+        additional_special_tokens=TURN_TOKENS[4:],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tokenizer_of() -> Any:
+    """tokenizer_of(kind) -> a copy of a tokenizer of that kind, one of TOKENIZER_KINDS."""
+    return lambda kind: copy.deepcopy(_tokenizer_of(kind))

@@ -30,7 +30,7 @@ ARROWS = {
     "training": {"corpora", "models", "process", "registry", "rewards", "sampling"},
     "report": {"corpora", "evaluation", "numerics", "process"},
     "pretraining": {"corpora", "models", "process", "training"},
-    "sft": {"corpora", "models", "process", "sampling", "training"},
+    "sft": {"corpora", "models", "process", "sampling", "tokens", "training"},
     "reward_model": {"corpora", "labelling", "models", "numerics", "process", "rewards", "sampling", "training"},
     "sentiment": {"corpora", "models", "numerics", "process", "sampling", "training"},
     "dpo": {"corpora", "models", "numerics", "process", "training"},

@@ -7,7 +7,8 @@ A prompt is a text or a conversation that the assistant answers next. A completi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from stages.corpora.files import Row, text_of
@@ -138,6 +139,17 @@ def content_text(message: Message) -> str:
     """The text of a message's content: empty where there is none, the parts joined where there are several."""
     content = message.get("content")
     return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
+
+
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Within it, a DataError that does not name ``place`` (where a row stands in the data) gets it put first."""
+    try:
+        yield
+    except DataError as error:
+        if not place or place in str(error):
+            raise
+        raise DataError(f"{place}: {error}") from error
 
 
 # Splitting

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stages.config import DataSource
 from stages.corpora.files import Row, read_rows, text_of
-from stages.corpora.messages import Prompt, messages_of, prompt_of, split_dialogue, split_messages, transcript
+from stages.corpora.messages import Prompt, messages_of, place_of, prompt_of, split_dialogue, split_messages, transcript
 from stages.corpora.summaries import compared_prompt, is_comparison, is_post, post_prompt
 from stages.errors import DataError
 
@@ -70,6 +70,20 @@ def prompt_in(row: Row, words: int | None = None) -> Prompt:
     raise DataError(
         f"{row.place}: columns {', '.join(row)} hold no prompt; expected prompt, instruction, messages, chosen, or text with prompt_words"
     )
+
+
+def check_readers(models: Iterable[Any], prompts: Sequence[Prompt]) -> None:
+    """Render ``prompts`` with the chat template of every one of ``models`` (resolved) that reads them as a chat.
+
+    Those are the registry's language models and reward models; classifiers read texts. Only tokenizers are loaded. Raises DataError with the
+    place of a conversation that a template refuses.
+    """
+    from stages.corpora.templates import check_rendering
+    from stages.models.loading import load_tokenizer
+
+    for model in models:
+        if model.record is not None and model.record.role in ("language_model", "reward_model"):
+            check_rendering(load_tokenizer(model), ((prompt, [], place_of(prompt)) for prompt in prompts))
 
 
 def plain_text(prompt: Prompt) -> str:

@@ -7,7 +7,7 @@ it is, a space before the completion where neither side has one, and the end tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from stages.corpora.messages import (
     as_question,
     as_turns,
     content_text,
+    naming,
     place_of,
     tools_of,
 )
@@ -105,7 +106,7 @@ def render_pair(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: Prompt, *, generation_prompt: bool) -> str:
     """``messages`` as the chat template writes them, with the tools of ``prompt``. Raises DataError as ``render_prompt`` does."""
     tools = tools_of(prompt)
-    contents = _in_its_form(tokenizer, messages)
+    contents = in_its_form(tokenizer, messages)
     text = apply_template(tokenizer, contents, generation_prompt=generation_prompt, tools=tools, place=place_of(prompt))
     lost = _lost(messages, tools, text)
     if lost:
@@ -113,6 +114,24 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], pr
             f"{_at(prompt)}the model's chat template does not write {lost}; use a model whose template does, or take that out of the data"
         )
     return text
+
+
+def check_rendering(tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[Prompt, Sequence[Completion], str]]) -> None:
+    """Render rows of (prompt, its completions, the row's place), which needs no model: every conversation, and the first text.
+
+    Raises DataError with the place of the first row that the chat template refuses, drops a part of, or does not write as the
+    continuation of its prompt.
+    """
+    seen_text = False
+    for prompt, completions, place in rows:
+        if isinstance(prompt, str) and all(isinstance(completion, str) for completion in completions):
+            if seen_text:
+                continue
+            seen_text = True
+        with naming(place):
+            render_prompt(tokenizer, prompt)
+            for completion in completions:
+                render_pair(tokenizer, prompt, completion)
 
 
 def _at(prompt: object) -> str:
@@ -170,7 +189,7 @@ def _unstable(shown: str, whole: str, form: TurnForm) -> str:
     )
 
 
-def _in_its_form(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
+def in_its_form(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
     """``messages`` with their contents as the template takes them: parts joined to a text, or a text as one part."""
     form = turn_form(tokenizer)
     if not form.texts:
@@ -227,11 +246,11 @@ def encode_segments(tokenizer: PreTrainedTokenizerBase, segments: Sequence[str])
     return [ids + parts[0], *parts[1:]]
 
 
-def encode_choice(tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> tuple[list[int], list[int]]:
-    """(ids of a plain text, ids of what follows it): without any template. A space stands between the two where neither side has one."""
-    gap = " " if context and not context[-1].isspace() and not choice[:1].isspace() else ""
-    ids = plain_ids(tokenizer, context) if context else []
-    return _not_empty(tokenizer, beginning_ids(tokenizer) + ids), continued(tokenizer, context, ids, gap + choice)
+def encode_plain_pair(tokenizer: PreTrainedTokenizerBase, text: str, addition: str) -> tuple[list[int], list[int]]:
+    """(ids of a text, ids of what follows it), without any template. A space stands between the two where neither side has one."""
+    gap = " " if text and not text[-1].isspace() and not addition[:1].isspace() else ""
+    ids = plain_ids(tokenizer, text) if text else []
+    return _not_empty(tokenizer, beginning_ids(tokenizer) + ids), continued(tokenizer, text, ids, gap + addition)
 
 
 def _begun(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], str]:

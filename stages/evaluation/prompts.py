@@ -91,7 +91,7 @@ def few_shot_text(settings: FewShot, seed: int, *, draw: int = 0, instruction: i
     """
     from stages.corpora.demonstrations import demonstration
     from stages.corpora.files import read_rows
-    from stages.corpora.prompts import plain_text
+    from stages.corpora.messages import completion_text, transcript
 
     rows = read_rows(settings.data)
     if len(rows) < settings.num_examples:
@@ -100,7 +100,8 @@ def few_shot_text(settings: FewShot, seed: int, *, draw: int = 0, instruction: i
     chosen = [demonstration(row) for row in stream.sample(rows, settings.num_examples)]
     # Not str.format: a text of a data set may hold braces.
     texts = [
-        settings.template.replace("{prompt}", plain_text(row["prompt"])).replace("{completion}", row["completion"]) for row in chosen
+        settings.template.replace("{prompt}", transcript(row["prompt"])).replace("{completion}", completion_text(row["completion"]))
+        for row in chosen
     ]
     before = settings.instruction if isinstance(settings.instruction, str) else settings.instruction[instruction]
     return before + "".join(texts)
@@ -108,11 +109,11 @@ def few_shot_text(settings: FewShot, seed: int, *, draw: int = 0, instruction: i
 
 def few_shot_prompts(settings: FewShot, text: str, prompts: list[Prompt]) -> list[Prompt]:
     """What a candidate is shown: the text, then the prompt up to where its completion begins."""
-    from stages.corpora.prompts import plain_text
+    from stages.corpora.messages import transcript
 
     head = settings.template.partition("{completion}")[0]
     # White space at the end is the completion's: a tokenizer joins it to the first word.
-    return [(text + head.replace("{prompt}", plain_text(prompt))).rstrip(" ") for prompt in prompts]
+    return [(text + head.replace("{prompt}", transcript(prompt))).rstrip(" ") for prompt in prompts]
 
 
 def validation_prompts(settings: FewShot, heldout: list[Prompt]) -> list[Prompt]:

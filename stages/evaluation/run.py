@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 def run(config: EvaluationConfig, context: StepContext) -> StepResult:
     """Evaluate the candidates; the files it leaves in the run folder are listed in ``record``."""
+    from stages.corpora.prompts import check_readers
     from stages.evaluation.answers import answer, answered_by_someone, ask, missing_answers, read_answers, same_model
     from stages.evaluation.judging import agreement, judge_all
     from stages.evaluation.outcome import compare, evaluation_tables, verdict
@@ -23,6 +24,7 @@ def run(config: EvaluationConfig, context: StepContext) -> StepResult:
     from stages.process.runtime import StepResult
 
     prompts, exclusions = load_heldout(config)
+    check_readers([model for name, model in context.models.items() if not name.startswith("candidates.")], prompts)
     asked = ask(config, context, prompts)
     exclusions += asked.exclusions
     answers: dict[str, Answers] = {}

@@ -131,16 +131,12 @@ def encode_choice(
 ) -> tuple[list[int], list[int]]:
     """(context ids, choice ids). White space between the two belongs to the choice, where a tokenizer joins it to the first word.
 
-    A context too long for the model loses its beginning; an empty one is the token that texts begin with.
+    The two are encoded as the text that they make. A context too long for the model loses its beginning; an empty one is the token that
+    texts begin with.
     """
-    shown = context.rstrip(" ")
-    gap = " " if shown and not shown[-1].isspace() and not choice[0].isspace() else ""
-    choice_ids = list(tokenizer(gap + choice, add_special_tokens=False)["input_ids"])
-    ids = list(tokenizer(shown)["input_ids"]) if shown else []
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]  # a tokenizer that closes every text would end it before the choice
-    if not ids:
-        ids = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+    from stages.corpora.templates import encode_plain_pair
+
+    ids, choice_ids = encode_plain_pair(tokenizer, context.rstrip(" "), choice)
     if longest is not None:
         ids = ids[-max(1, longest - len(choice_ids)) :]
     return ids, choice_ids

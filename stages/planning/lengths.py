@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.corpora.files import Row, read_rows
+from stages.corpora.messages import completion_text
 from stages.corpora.prompts import plain_text
 
 CHARACTERS_PER_TOKEN = 3.0
@@ -78,12 +79,12 @@ def _demonstrations(config: Any) -> list[str]:
     from stages.corpora.demonstrations import demonstration
 
     rows = [demonstration(row) for row in _sample(config.data.train)]
-    return [f"{plain_text(row['prompt'])} {row['completion']}" for row in rows]
+    return [f"{plain_text(row['prompt'])} {completion_text(row['completion'])}" for row in rows]
 
 
 def _comparisons(config: Any) -> tuple[list[str], int]:
     from stages.corpora.comparisons import comparison
 
     items = [comparison(row, preferred=config.preferred) for row in _sample(config.data.train)]
-    texts = [f"{plain_text(item.prompt)} {text}" for item in items for text in item.completions]
+    texts = [f"{plain_text(item.prompt)} {completion_text(answer)}" for item in items for answer in item.completions]
     return texts, max((len(item.completions) for item in items), default=2)

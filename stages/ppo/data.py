@@ -21,6 +21,17 @@ UNLIMITED = 1_000_000  # prompt tokens, where neither model nor tokenizer sets a
 EncodedPrompt = tuple["Prompt", list[int]]
 
 
+def check_prompts(config: PPOStepConfig, context: StepContext) -> None:
+    """Raise DataError, with the row's place, for a conversation that a chat template refuses; before any weights are loaded."""
+    from stages.corpora import prompts as corpus
+    from stages.corpora.templates import check_rendering
+    from stages.models.loading import load_tokenizer
+
+    prompts = corpus.load_prompts(config.data, prompt_words=config.prompt_words)
+    check_rendering(load_tokenizer(context.models["policy"]), ((prompt, [], "") for prompt in prompts))
+    corpus.check_readers(context.models.values(), prompts)
+
+
 def load_prompts(config: PPOStepConfig, context: StepContext, roles: Roles) -> list[EncodedPrompt]:
     """Prompts with their token ids, without those too long to be answered (cutting one would ask something else)."""
     from stages.corpora.curation import Curator

@@ -13,7 +13,7 @@ from stages.models.sharding import grouped
 from stages.numerics.kl import AdaptiveKLController, FixedKLController
 from stages.ppo.checkpoint import RunKeeper, RunState
 from stages.ppo.config import PPOStepConfig
-from stages.ppo.data import EncodedPrompt, load_pretraining_rows, load_prompts
+from stages.ppo.data import EncodedPrompt, check_prompts, load_pretraining_rows, load_prompts
 from stages.ppo.health import Health, alarm_metrics
 from stages.ppo.logs import episodes_of, keep_episodes, log, samples_of
 from stages.ppo.metrics import iteration_metrics, run_line, run_metrics
@@ -48,6 +48,7 @@ class PPORun:
         runtime = context.runtime
         dtype = runtime.dtype(config.precision)
         self.config, self.context, self.runtime = config, context, runtime
+        check_prompts(config, context)
         self.roles = roles = load_roles(config, context)
         sources: dict[str, Any] = {
             "device": runtime.device, "dtype": dtype, "load": lambda model: roles.load_reward_model(model, dtype=dtype)

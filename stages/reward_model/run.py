@@ -156,6 +156,7 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     from stages.training.checkpoints import load_tensors, trainable
     from stages.training.trainer import gathered_weights, publish_best
 
+    _check_texts(config, context)
     if config.collect is not None and config.collect.people is not None:
         collect_comparisons(config.collect, context, precision=config.precision)  # before a model waits for people in memory
     model = _new_model(config, context, context.seed)
@@ -240,6 +241,18 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
 
 
 COLLECTED = "collected by the step"  # stands for the annotator of comparisons that the step has made itself
+
+
+def _check_texts(config: RewardModelConfig, context: StepContext) -> None:
+    """Raise DataError, with the row's place, for a conversation that the chat template refuses; before any weights are loaded."""
+    from stages.corpora.comparisons import load_comparisons
+    from stages.corpora.templates import check_rendering
+    from stages.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(context.models["model"])
+    loaded = load_comparisons(config.data, preferred=config.preferred, group_by=config.group_by)
+    check_rendering(tokenizer, ((item.prompt, item.completions, item.place) for side in (loaded.train, loaded.validation) for item in side))
+    check_rendering(tokenizer, ((prompt, [completion], "") for prompt, completion in config.load_demonstrations()))
 
 
 def _new_model(config: RewardModelConfig, context: StepContext, seed: int) -> RewardModel:
@@ -357,18 +370,21 @@ def _finished(context: StepContext, seed: int) -> Checkpoints:
 
 
 def encode(comparison: Comparison, tokenizer: Any, max_length: int) -> EncodedComparison:
-    """Prompt and completion as one row per completion, closed by the end token; what is too long loses its beginning."""
+    """Prompt and completion as one row per completion, as the chat template ends it; what is too long loses its beginning."""
+    from stages.corpora.messages import naming
     from stages.corpora.templates import encode_prompt
     from stages.reward_model.preferences import EncodedComparison
 
-    rows = _encode_pairs([(comparison.prompt, completion) for completion in comparison.completions], tokenizer, max_length)
+    with naming(comparison.place):
+        rows = _encode_pairs([(comparison.prompt, completion) for completion in comparison.completions], tokenizer, max_length)
     return EncodedComparison(rows, comparison.ranks, comparison.groups, len(encode_prompt(tokenizer, comparison.prompt)))
 
 
 def _encode_pairs(pairs: Sequence[tuple[Any, Any]], tokenizer: Any, max_length: int) -> list[list[int]]:
     from stages.corpora.templates import encode_pair
 
-    return [encode_pair(tokenizer, prompt, completion)[0][-max_length:] for prompt, completion in pairs]
+    # Collected and sampled completions may be cut; what the data holds was checked before.
+    return [encode_pair(tokenizer, prompt, completion, sampled=True)[0][-max_length:] for prompt, completion in pairs]
 
 
 def collate(comparisons: Sequence[EncodedComparison], pad_token_id: int) -> dict[str, torch.Tensor]:

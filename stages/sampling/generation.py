@@ -20,7 +20,9 @@ from stages.errors import ModelError
 from stages.sampling.decoding import Decoded, decode
 from stages.sampling.probe import usable_support
 from stages.sampling.support import DecodingSupport
+from stages.tokens.continuation import CONTEXT, continuation_text
 from stages.tokens.positions import model_length
+from stages.tokens.turns import turn_end_ids
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,12 @@ class Generated:
 
 
 def stop_token_ids(model: Any, tokenizer: Any, stop: Iterable[str] = ()) -> list[int]:
-    """Tokens that end a completion: the tokenizer's eos, the model's own (generation config), and ``stop`` (each must be one token)."""
-    ids: set[int] = set()
+    """Tokens that end a completion.
+
+    They are the tokenizer's eos, the model's own (generation config), the token with which the chat template ends an assistant's turn, and
+    ``stop`` (each must be one token).
+    """
+    ids: set[int] = set(turn_end_ids(tokenizer))
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -203,6 +209,16 @@ def _uniform(seed: int, number: int) -> Tensor:
 
 
 def decode_completions(tokenizer: Any, generated: Generated) -> list[str]:
-    """Completions as text, without the stop token and other special tokens, and without white space at the ends."""
-    rows = [ids[mask].tolist() for ids, mask in zip(generated.response_ids.cpu(), generated.response_mask.cpu(), strict=True)]
-    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+    """Completions as text, without the turn end and other special tokens, and without white space at the ends.
+
+    Each is decoded as the continuation of its prompt: some tokenizers write a word differently at the beginning of a text.
+    """
+    ends = set(turn_end_ids(tokenizer))
+    texts = []
+    for row, mask in enumerate(generated.response_mask.cpu()):
+        ids = generated.response_ids[row].cpu()[mask].tolist()
+        if ids and ids[-1] in ends:  # a template may end turns with a token that the tokenizer does not call special
+            ids = ids[:-1]
+        prompt = generated.prompt_ids[row, -CONTEXT:][generated.prompt_mask[row, -CONTEXT:]].tolist()
+        texts.append(continuation_text(tokenizer, prompt, ids).strip())
+    return texts

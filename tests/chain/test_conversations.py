@@ -1,0 +1,156 @@
+"""Conversations of several turns through SFT, reward model, PPO and evaluation: what each stage read is what the chat template writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from stages.cli import app
+
+TEMPLATE = (  # its turn end is not the end token, and it trims replies, as Gemma's does
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' + m.content | trim + '<end_of_turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
+STEP = {"precision": "fp32", "training": {"max_steps": 1, "batch_size": 4, "microbatch_size": 4}}
+
+
+def turn(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+def opening(number: int) -> list[dict[str, str]]:
+    return [turn("system", "be kind"), turn("user", f"hello {number}"), turn("assistant", " the sun is warm "), turn("user", "how are you?")]
+
+
+SHOWN = (
+    "<s><start_of_turn>system\nbe kind<end_of_turn>\n<start_of_turn>user\nhello {}<end_of_turn>\n<start_of_turn>model\nthe sun is warm"
+    "<end_of_turn>\n<start_of_turn>user\nhow are you?<end_of_turn>\n<start_of_turn>model\n"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer_of: Any) -> Path:
+    """A recipe of the four stages, its data and a random model of 300 thousand weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tokenizer_of("byte_bpe")
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=3,
+        )
+    ).save_pretrained(tmp_path / "model")  # fmt: skip
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = {
+        "chats": [{"messages": [*opening(number), turn("assistant", "i am fine")]} for number in range(8)],
+        "pairs": [
+            {"chosen": [*opening(number), turn("assistant", "i am fine")], "rejected": [*opening(number), turn("assistant", "no")]}
+            for number in range(8)
+        ],
+        "prompts": [{"prompt": opening(number)} for number in range(4)],
+    }
+    for name, table in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    generation = {"max_new_tokens": 4}
+    steps = [
+        {**STEP, "stage": "sft", "name": "sft", "model": "./model", "data": {"train": "chats.jsonl"}},
+        {**STEP, "stage": "reward_model", "name": "preference", "model": "sft", "data": {"train": "pairs.jsonl"}},
+        {
+            "stage": "ppo", "name": "aligned", "precision": "fp32", "policy": "sft", "data": "prompts.jsonl", "reward": [{"model": "preference"}],
+            "generation": generation, "total_episodes": 4, "rollout_batch_size": 4, "minibatch_size": 4, "microbatch_size": 4,
+        },
+        {
+            "stage": "evaluation", "name": "verdict", "precision": "fp32", "candidates": {"aligned": "aligned"}, "data": "prompts.jsonl",
+            "judges": [{"model": "preference", "name": "preference"}], "generation": generation,
+        },
+    ]  # fmt: skip
+    (tmp_path / "chain.yaml").write_text(json.dumps({"name": "chats", "steps": steps}))
+    return tmp_path
+
+
+def test_every_stage_reads_what_the_template_writes(folder, monkeypatch) -> None:
+    import stages.reward_model.run as reward_model
+    import stages.rewards.learned as learned
+    import stages.sampling.generation as generation
+    from stages import sft
+    from stages.models.loading import load_tokenizer
+    from stages.ppo import rollout
+
+    seen: dict[str, list[Any]] = {"sft": [], "reward_model": [], "sampled": [], "scored": [], "stop": []}
+
+    def spy(module: Any, name: str, note: Any) -> None:
+        real = getattr(module, name)
+
+        def called(*arguments: Any, **named: Any) -> Any:
+            note(*arguments, **named)
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(module, name, called)
+
+    def note_sample(model: Any, prompts: Any, settings: Any, **named: Any) -> None:
+        seen["sampled"] += prompts
+        seen["stop"].append(named["stop_ids"])
+
+    spy(sft, "_trainer", lambda config, context, model, tokenizer, rows, max_length: seen["sft"].extend(rows))
+    spy(reward_model, "_trainer", lambda model, arguments, rows, *rest: seen["reward_model"].extend(rows))
+    spy(rollout, "generate", note_sample)
+    spy(generation, "generate", note_sample)
+    spy(learned, "score_rows", lambda rows, *rest, **named: seen["scored"].extend(rows))
+    done = CliRunner().invoke(app, ["run", str(folder / "chain.yaml"), "--home", str(folder / "home")])
+    assert done.exit_code == 0, done.output
+    tokenizer = load_tokenizer(str(folder / "model"))
+    text = tokenizer.decode
+
+    # SFT: both replies train, each with its turn end; the rest of the row is read and does not train.
+    rows = seen["sft"]
+    assert {text(row.ids) for row in rows} <= {SHOWN.format(number) + "i am fine<end_of_turn>\n" for number in range(8)}
+    for row in rows:
+        trained = text([token for token, counts in zip(row.ids, row.counted(True), strict=True) if counts])
+        assert trained == "the sun is warm<end_of_turn>\ni am fine<end_of_turn>\n"
+
+    # Reward model: both sides of the conversation, whole.
+    sides = {tuple(text(ids) for ids in row.rows) for row in seen["reward_model"]}
+    endings = [tuple(SHOWN.format(number) + f"{reply}<end_of_turn>\n" for reply in ("i am fine", "no")) for number in range(8)]
+    assert sides and sides <= set(endings)
+
+    # PPO and evaluation: the policy is shown the conversation up to its turn, and stops at the turn end; the judge reads the same and the reply.
+    shown = {SHOWN.format(number) for number in range(4)}
+    assert {text(ids) for ids in seen["sampled"]} == shown and len(seen["sampled"]) == 8
+    ends = {tokenizer.convert_tokens_to_ids("<end_of_turn>"), tokenizer.eos_token_id}
+    assert all(ends <= set(stop) for stop in seen["stop"])
+    completions = [json.loads(line) for path in folder.rglob("completions.jsonl") for line in path.read_text().splitlines()]
+    replies = {reply for line in completions for reply in line["completions"].values()}
+    scored = [text(ids) for ids in seen["scored"]]
+    judged = {SHOWN.format(number) + f"{reply}<end_of_turn>\n" for number in range(4) for reply in replies}
+    assert len([row for row in scored if row in judged]) >= 4
+    assert all(row.endswith("<end_of_turn>\n") and any(row.startswith(one) for one in [SHOWN.format(n) for n in range(8)]) for row in scored)
+    assert completions[0]["prompt"] == opening(0)
+
+
+def test_a_role_that_the_template_refuses_is_one_message_before_a_model_is_loaded(folder, monkeypatch) -> None:
+    import stages.models.loading as loading
+
+    tokenizer_file = next(path for path in (folder / "model").iterdir() if path.name == "chat_template.jinja")
+    tokenizer_file.write_text("{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + TEMPLATE)
+    loaded: list[str] = []
+    monkeypatch.setattr(loading, "_from_pretrained", lambda *arguments, **named: loaded.append("a model"))
+    chain = json.loads((folder / "chain.yaml").read_text())
+    alone = [{**step, **{key: "./model" for key in ("model", "policy") if key in step}} for step in chain["steps"]]
+    alone[2]["reward"] = [{"function": "stages.corpora.world.gold:score_batch", "name": "gold"}]
+    alone[2]["value"] = "policy"
+    alone[3] |= {"candidates": {"aligned": "./model"}, "judges": alone[2]["reward"]}
+    alone.append({**STEP, "stage": "dpo", "name": "direct", "model": "./model", "data": {"train": "pairs.jsonl"}})
+    for step in alone:
+        (folder / "one.yaml").write_text(json.dumps({"name": "one", "steps": [step]}))
+        done = CliRunner().invoke(app, ["run", str(folder / "one.yaml"), "--home", str(folder / "home")])
+        assert done.exit_code == 2 and not loaded, (step["stage"], done.output)
+        message = " ".join(done.stderr.split())
+        assert "jsonl:1: the model's chat template refuses the conversation (system, user" in message and "no system turns" in message

@@ -1,0 +1,165 @@
+"""Conversations as data sets hold them: nothing in them is lost, and prompt and completion part where the assistant speaks."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+
+from stages.corpora.comparisons import comparison
+from stages.corpora.completions import prompt_key
+from stages.corpora.demonstrations import demonstration
+from stages.corpora.files import Row
+from stages.corpora.messages import Conversation, completion_text, messages_of, tools_of, transcript
+from stages.corpora.prompts import plain_text, prompt_in
+from stages.errors import DataError
+
+
+def row(**columns: Any) -> Row:
+    made = Row(columns)
+    made.place = "chats.jsonl:7"
+    return made
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def bot(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "look_up", "arguments": {"a": 1}}}]}
+RESULT = {"role": "tool", "name": "look_up", "tool_call_id": "x1", "content": "22"}
+
+
+def test_every_field_of_a_message_is_kept() -> None:
+    thinking = {**bot("22"), "reasoning_content": "easy", "name": None}
+    read = messages_of(row(messages=[{**user("hi"), "name": "Bob"}, CALL, RESULT, thinking], tools=TOOLS), "messages")
+    assert read == Conversation([{**user("hi"), "name": "Bob"}, CALL, RESULT, {**bot("22"), "reasoning_content": "easy"}], tools=TOOLS)
+    assert read[1]["content"] is None and read.place == "chats.jsonl:7"
+
+
+def test_tools_make_another_prompt_and_travel_between_processes() -> None:
+    plain, with_tools = Conversation([user("hi")]), Conversation([user("hi")], tools=TOOLS, place="a:1")
+    assert plain == [user("hi")] and plain != with_tools and prompt_key(plain) != prompt_key(with_tools)
+    assert prompt_key(plain) == prompt_key([user("hi")])
+    again = pickle.loads(pickle.dumps(with_tools))
+    assert again == with_tools and tools_of(again) == TOOLS and again.place == "a:1"
+    as_json = row(messages=[user("hi"), bot("a")], tools='[{"name": "look_up"}]')
+    assert tools_of(demonstration(as_json)["prompt"]) == [{"name": "look_up"}]
+    assert demonstration(row(prompt="hi", completion="a", tools=TOOLS))["prompt"] == with_tools
+
+
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        ({"role": "boss", "content": "a"}, "expected a role"),
+        ({"role": "user", "content": None}, "expected content, a text"),
+        ({"role": "assistant", "content": None}, "only an assistant's message with tool_calls may have none"),
+        ({"role": "user", "content": [{"type": "image", "url": "x"}]}, "images and sounds cannot be read"),
+        ("hi", "expected a role"),
+    ],
+)
+def test_a_message_that_cannot_be_read_is_named(message, problem) -> None:
+    with pytest.raises(DataError, match=f"chats.jsonl:7: messages, message 2: .*{problem}"):
+        messages_of(row(messages=[user("hi"), message]), "messages")
+
+
+@pytest.mark.parametrize("tools", ["hammer", {"name": "a"}, [1]])
+def test_tools_that_are_none_are_named(tools) -> None:
+    with pytest.raises(DataError, match=r"chats.jsonl:7: tools is .* expected a list of JSON descriptions"):
+        messages_of(row(messages=[user("hi")], tools=tools), "messages")
+
+
+HISTORY = [user("hi"), bot("hello")]
+
+
+@pytest.mark.parametrize(
+    ("columns", "prompt", "completions"),
+    [
+        # turns that follow the prompt; what both sides begin with belongs to the prompt
+        ({"prompt": [user("hi")], "chosen": [bot("a")], "rejected": [bot("b")]}, [user("hi")], ["a", "b"]),
+        (
+            {"prompt": [user("hi")], "chosen": [bot("hello"), user("and?"), bot("a")], "rejected": [bot("hello"), user("what?"), bot("b")]},
+            [user("hi")],
+            [[bot("hello"), user("and?"), bot("a")], [bot("hello"), user("what?"), bot("b")]],
+        ),
+        (
+            {"prompt": [user("hi")], "chosen": [bot("hello"), user("so?"), bot("a")], "rejected": [bot("hello"), user("so?"), bot("b")]},
+            [user("hi"), bot("hello"), user("so?")],
+            ["a", "b"],
+        ),
+        # whole conversations, without a prompt or beside one
+        ({"chosen": [*HISTORY, user("so?"), bot("a")], "rejected": [*HISTORY, user("so?"), bot("b")]}, [*HISTORY, user("so?")], ["a", "b"]),
+        ({"prompt": "hi", "chosen": [user("hi"), bot("a")], "rejected": [user("hi"), bot("b")]}, "hi", ["a", "b"]),
+        (
+            {"prompt": "hi", "chosen": [{"role": "system", "content": "s"}, user("hi"), bot("a")],
+             "rejected": [{"role": "system", "content": "s"}, user("hi"), bot("b")]},
+            [{"role": "system", "content": "s"}, user("hi")],
+            ["a", "b"],
+        ),
+        ({"prompt": [user("hi")], "chosen": [user("hi"), bot("a")], "rejected": [user("hi"), bot("b")]}, [user("hi")], ["a", "b"]),
+        # a text prompt, a turn of the assistant's; sides of different forms and lengths
+        ({"prompt": "hi", "chosen": [bot("a")], "rejected": "b"}, "hi", ["a", "b"]),
+        ({"prompt": "hi", "chosen": [CALL, RESULT, bot("a")], "rejected": [bot("b")]}, "hi", [[CALL, RESULT, bot("a")], "b"]),
+        # several ranked ones
+        (
+            {"prompt": "hi", "responses": [[bot("a")], [bot("b")], [bot("c"), user("x"), bot("d")]]},
+            "hi",
+            ["a", "b", [bot("c"), user("x"), bot("d")]],
+        ),
+    ],
+)  # fmt: skip
+def test_comparisons_keep_every_turn(columns, prompt, completions) -> None:
+    made = comparison(row(**columns))
+    assert made.prompt == prompt and list(made.completions) == completions
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"chosen": [user("x"), bot("a")], "rejected": [user("y"), bot("b")]}, "have no first turn in common that the assistant answers"),
+        ({"prompt": "other", "chosen": [user("x"), bot("a")], "rejected": [user("x"), bot("b")]}, "does not hold the prompt 'other'"),
+        ({"prompt": "hi", "chosen": [bot("a"), user("b")], "rejected": [bot("b")]}, "chosen ends with the role 'user'"),
+    ],
+)
+def test_conversations_that_do_not_fit_together_are_refused(columns, message) -> None:
+    with pytest.raises(DataError, match=f"chats.jsonl:7: .*{message}"):
+        comparison(row(**columns))
+
+
+def test_demonstrations_keep_every_turn() -> None:
+    made = demonstration(row(prompt=[user("hi")], completion=[bot("hello"), user("and?"), bot("a")]))
+    assert made == {"prompt": [user("hi")], "completion": [bot("hello"), user("and?"), bot("a")]}
+    assert made.place == "chats.jsonl:7" and not made.whole
+    whole = demonstration(row(messages=[*HISTORY, user("so?"), CALL]))
+    assert whole == {"prompt": [*HISTORY, user("so?")], "completion": [CALL]} and whole.whole
+    chosen = demonstration(row(chosen=[*HISTORY, user("so?"), bot("a")], rejected="-"))
+    assert chosen == {"prompt": [*HISTORY, user("so?")], "completion": "a"} and chosen.whole
+    beside = demonstration(row(prompt="hi", completion=[user("hi"), bot("a")]))
+    assert beside == {"prompt": "hi", "completion": "a"}
+
+
+def test_prompts_of_rows_of_conversations() -> None:
+    assert prompt_in(row(messages=[*HISTORY, user("so?")])) == [*HISTORY, user("so?")]
+    assert prompt_in(row(messages=[*HISTORY, user("so?"), bot("a")])) == [*HISTORY, user("so?")]
+    assert prompt_in(row(chosen=[user("hi"), bot("a")], rejected=[user("hi"), bot("b")])) == [user("hi")]
+    with pytest.raises(DataError, match="chats.jsonl:7: prompt ends with an assistant turn"):
+        prompt_in(row(prompt=HISTORY))
+
+
+def test_a_transcript_says_who_speaks() -> None:
+    one, other = [user("a"), bot("b"), user("c")], [user("a\n\nb"), bot("c"), user("")]
+    assert plain_text(one) == "user: a\n\nassistant: b\n\nuser: c" and transcript(one) != transcript(other)
+    assert transcript("hi") == transcript([user("hi")]) == "hi"
+    long = Conversation([{"role": "system", "content": "s"}, {**user("x"), "name": "Bob"}, CALL, RESULT], tools=[{"name": "look_up"}])
+    assert transcript(long) == (
+        'tools: [{"name": "look_up"}]\n\nsystem: s\n\nuser (Bob): x\n\n'
+        'assistant: [tool call] {"name": "look_up", "arguments": {"a": 1}}\n\ntool (look_up): 22'
+    )
+    assert completion_text([{**bot("a"), "reasoning_content": "hm"}, user("x"), bot("b")]) == (
+        "<think>\nhm\n</think>\na\n\nuser: x\n\nassistant: b"
+    )

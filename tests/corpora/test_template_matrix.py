@@ -1,0 +1,261 @@
+"""Ten chat templates of the kinds that models have, on five kinds of tokenizers: what trains is what the template writes for the replies.
+
+The whole rendering is transformers' own ``apply_chat_template``. What a template writes for a reply is given by hand in ``REPLY``.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import groupby
+from typing import Any
+
+import pytest
+
+from stages.corpora.demonstrations import demonstration
+from stages.corpora.files import Row
+from stages.corpora.messages import Conversation
+from stages.corpora.templates import encode_pair, encode_prompt, render_pair
+from stages.corpora.training_rows import training_rows
+from stages.errors import DataError
+from stages.tokens.turns import turn_end_ids
+
+REFUSE_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns here') }}{% endif %}"
+MERGE_SYSTEM = (
+    "{% set sys = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% set turns = messages[1:] if messages[0].role == 'system' else messages %}"
+)
+ALTERNATE = "{% if (loop.index0 % 2 == 0) != (m.role == 'user') %}{{ raise_exception('roles must take turns') }}{% endif %}"
+TEMPLATES = {
+    "chatml": "{% if tools %}{{ '<|im_start|>system\\nTools: ' + tools | tojson + '<|im_end|>\\n' }}{% endif %}{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\\n' }}{% if m.content %}{{ m.content }}{% endif %}{% for call in m.tool_calls or [] %}"
+    "{{ '<tool_call>' + call.function | tojson + '</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    "llama2": MERGE_SYSTEM + "{% for m in turns %}" + ALTERNATE + "{% if m.role == 'user' %}{{ bos_token + '[INST] ' }}"
+    "{% if loop.first and sys %}{{ '<<SYS>>\\n' + sys + '\\n<</SYS>>\\n\\n' }}{% endif %}{{ m.content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
+    "llama3": "{{ '<|begin|>' }}{% for m in messages %}{{ '<|head|>' + m.role + '<|headend|>\\n\\n' + m.content | trim + '<|eot|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|head|>assistant<|headend|>\\n\\n' }}{% endif %}",
+    "gemma": "{{ bos_token }}" + REFUSE_SYSTEM + "{% for m in messages %}"
+    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' + m.content | trim + '<end_of_turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}",
+    "tekken": "{{ bos_token }}" + MERGE_SYSTEM + "{% set asked = turns | selectattr('role', 'equalto', 'user') | list %}"
+    "{% for m in turns %}{% if m.role == 'user' %}{% if tools and m is sameas asked[-1] %}"
+    "{{ '[TOOLS]' + tools | tojson + '[/TOOLS]' }}{% endif %}{{ '[INST]' }}{% if loop.first and sys %}{{ sys + '\\n\\n' }}{% endif %}"
+    "{{ m.content + '[/INST]' }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}",
+    "phi": "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ '' }}{% endif %}",
+    "zephyr": "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + eos_token + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",
+    "qwen3": "{% set ns = namespace(asked=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.asked = loop.index0 %}{% endif %}"
+    "{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% set text = m.content or '' %}{% if m.role == 'assistant' %}"
+    "{% set thought = m.reasoning_content or '' %}{% if '</think>' in text %}{% set thought = text.split('</think>')[0].split('<think>')[-1] %}"
+    "{% set text = text.split('</think>')[-1].lstrip('\\n') %}{% endif %}{% if loop.index0 > ns.asked %}"
+    "{{ '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}{% endif %}{% endif %}{{ text + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    "deepseek": "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ '<|assistant|>' + m.content.split('</think>')[-1] + eos_token }}{% elif m.role == 'user' %}{{ '<|user|>' + m.content }}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>\\n' }}{% endif %}",
+    "marked": MERGE_SYSTEM + "{% for m in turns %}{% if m.role == 'user' %}{{ '<|user|>' }}{% if loop.first and sys %}{{ sys + '\\n' }}"
+    "{% endif %}{{ m.content + '<|end|>' }}{% else %}{{ '<|assistant|>' }}{% generation %}{{ m.content + '<|end|>' }}{% endgeneration %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+}  # fmt: skip
+REPLY = {  # what each writes for a reply after its generation prompt
+    "chatml": "{}<|im_end|>\n",
+    "llama2": " {} </s>",
+    "llama3": "{}<|eot|>",
+    "gemma": "{}<end_of_turn>\n",
+    "tekken": "{}</s>",
+    "phi": "{}<|end|>\n",
+    "zephyr": "{}</s>\n",
+    "qwen3": "<think>\n\n</think>\n\n{}<|im_end|>\n",
+    "deepseek": "so\n</think>\n\n{}</s>",  # its generation prompt opens the block, and its replies are given with one
+    "marked": "{}<|end|>",
+}
+TURN_END = {
+    "chatml": "<|im_end|>", "llama2": "</s>", "llama3": "<|eot|>", "gemma": "<end_of_turn>", "tekken": "</s>", "phi": "<|end|>",
+    "zephyr": "</s>", "qwen3": "<|im_end|>", "deepseek": "</s>", "marked": "<|end|>",
+}  # fmt: skip
+DROPS_THOUGHTS = ("qwen3", "deepseek")  # from replies before the last user turn: those train in rows of their own
+KINDS = ("byte_bpe", "sentencepiece", "metaspace", "unigram", "wordpiece")
+
+USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
+SINGLE = [(USER, "hello there"), (ASSISTANT, "i am fine")]
+MULTI = [*SINGLE, (USER, "how are you?"), (ASSISTANT, "the sun is warm"), (USER, "one two"), (ASSISTANT, "three")]
+
+
+def said(name: str, reply: str) -> str:
+    """A reply as the data of this template's users has it."""
+    return f"<think>\nso\n</think>\n\n{reply}" if name == "deepseek" else reply
+
+
+def turns(name: str, spoken: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": said(name, text) if role == ASSISTANT else text} for role, text in spoken]
+
+
+def row(**columns: Any) -> Row:
+    made = Row(columns)
+    made.place = "chats.jsonl:7"
+    return made
+
+
+@pytest.fixture(params=list(TEMPLATES))
+def name(request: Any) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tokenizer(tokenizer_of: Any, name: str) -> Any:
+    made = tokenizer_of("byte_bpe")
+    made.chat_template = TEMPLATES[name]
+    return made
+
+
+def trained_runs(tokenizer: Any, made: Any) -> list[str]:
+    """The text of every run of trained tokens."""
+    runs = groupby(zip(made.ids, made.trained, strict=True), key=lambda pair: pair[1])
+    return [tokenizer.decode([token for token, _ in run]) for trains, run in runs if trains]
+
+
+def prompt_text(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("spoken", [SINGLE, MULTI], ids=["single", "multi"])
+def test_the_last_reply_trains_as_the_template_writes_it(tokenizer, name, spoken) -> None:
+    messages = turns(name, spoken)
+    (made,) = training_rows(tokenizer, demonstration(row(messages=messages)), train_on="last_reply")
+    expected = REPLY[name].format(spoken[-1][1])
+    assert trained_runs(tokenizer, made) == [expected]
+    assert tokenizer.decode(made.ids) == prompt_text(tokenizer, messages[:-1]) + expected
+    if name != "deepseek":  # which does not write what its own generation prompt opens
+        assert tokenizer.decode(made.ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_every_reply_of_a_conversation_trains(tokenizer, name) -> None:
+    messages = turns(name, MULTI)
+    made = training_rows(tokenizer, demonstration(row(messages=messages)), train_on="all_assistant_turns")
+    expected = [REPLY[name].format(text) for role, text in MULTI if role == ASSISTANT]
+    if name not in DROPS_THOUGHTS:
+        assert len(made) == 1 and trained_runs(tokenizer, made[0]) == expected
+        assert tokenizer.decode(made[0].ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+        return
+    # Each as the last turn, after the history as the template writes it then.
+    ordered = sorted(made, key=lambda one: len(one.ids))
+    assert [trained_runs(tokenizer, one) for one in ordered] == [[text] for text in expected]
+    for one, end in zip(ordered, (1, 3, 5), strict=True):
+        assert tokenizer.decode(one.ids[: one.prompt_length]) == prompt_text(tokenizer, messages[:end])
+
+
+def test_only_the_completion_of_a_row_with_a_prompt_trains(tokenizer, name) -> None:
+    messages = turns(name, MULTI)
+    made = training_rows(tokenizer, demonstration(row(prompt=messages[:3], completion=messages[3:])), train_on="all_assistant_turns")
+    runs = [run for one in sorted(made, key=lambda one: len(one.ids)) for run in trained_runs(tokenizer, one)]
+    assert runs == [REPLY[name].format(text) for text in ("the sun is warm", "three")]
+
+
+def test_a_system_turn_is_written_or_refused(tokenizer, name) -> None:
+    messages = [{"role": SYSTEM, "content": "be kind"}, *turns(name, SINGLE)]
+    read = demonstration(row(messages=messages))
+    if name == "gemma":
+        with pytest.raises(DataError, match=r"chats.jsonl:7: the model's chat template refuses .*no system turns here"):
+            training_rows(tokenizer, read, train_on="all_assistant_turns")
+        return
+    (made,) = training_rows(tokenizer, read, train_on="all_assistant_turns")
+    assert trained_runs(tokenizer, made) == [REPLY[name].format("i am fine")]
+    assert "be kind" in tokenizer.decode(made.ids[: made.prompt_length])
+
+
+TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def test_tools_are_written_or_refused(tokenizer, name) -> None:
+    read = demonstration(row(messages=turns(name, SINGLE), tools=TOOLS))
+    if name not in ("chatml", "tekken"):
+        with pytest.raises(DataError, match=r"chats.jsonl:7: the model's chat template does not write the tools of the row \(look_up\)"):
+            training_rows(tokenizer, read, train_on="all_assistant_turns")
+        return
+    (made,) = training_rows(tokenizer, read, train_on="all_assistant_turns")
+    assert tokenizer.decode(made.ids[: made.prompt_length]).count("look_up") == 1
+    assert trained_runs(tokenizer, made) == [REPLY[name].format("i am fine")]
+
+
+def test_tool_calls_train_or_are_refused(tokenizer, name) -> None:
+    call = {"role": ASSISTANT, "content": None, "tool_calls": [{"type": "function", "function": {"name": "look_up", "arguments": {"a": 1}}}]}
+    answered = {"role": "tool", "tool_call_id": "1", "content": "22"}
+    read = demonstration(row(messages=[{"role": USER, "content": "hello"}, call, answered, {"role": ASSISTANT, "content": "22 degrees"}]))
+    if name != "chatml":
+        with pytest.raises(DataError, match=r"chats.jsonl:7: "):
+            training_rows(tokenizer, read, train_on="all_assistant_turns")
+        return
+    (made,) = training_rows(tokenizer, read, train_on="all_assistant_turns")
+    assert trained_runs(tokenizer, made) == [
+        '<tool_call>{"name": "look_up", "arguments": {"a": 1}}</tool_call><|im_end|>\n', "22 degrees<|im_end|>\n"
+    ]  # fmt: skip
+
+
+def test_generation_stops_at_the_turn_end(tokenizer, name) -> None:
+    assert tokenizer.convert_ids_to_tokens(turn_end_ids(tokenizer)) == [TURN_END[name]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_are_those_of_the_whole_rendering(tokenizer_of, name, kind) -> None:
+    """No token stands between prompt and reply that the tokenizer would not write there, on any kind of tokenizer."""
+    tokenizer = tokenizer_of(kind)
+    tokenizer.chat_template = TEMPLATES[name]
+    messages = turns(name, MULTI[:4])
+    ids, length = encode_pair(tokenizer, Conversation(messages[:3]), messages[3]["content"])
+    assert ids[:length] == encode_prompt(tokenizer, messages[:3])
+    whole = prompt_text(tokenizer, messages[:3]) + REPLY[name].format("the sun is warm")
+    assert ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert ids.count(tokenizer.bos_token_id) == whole.count("<s>")
+    assert re.sub(r"\s", "", tokenizer.decode(ids[length:])) == re.sub(r"\s", "", REPLY[name].format("the sun is warm"))
+
+
+@pytest.mark.parametrize("reply", ["i am fine", "<think>\nhm\n</think>\n\ni am fine", "hm\n</think>\n\ni am fine"])
+def test_think_blocks(tokenizer_of, reply) -> None:
+    tokenizer = tokenizer_of("byte_bpe")
+    tokenizer.chat_template = TEMPLATES["qwen3"]
+    thought = "hm" if "hm" in reply else ""
+    assert render_pair(tokenizer, "hello", reply)[1] == f"<think>\n{thought}\n</think>\n\ni am fine<|im_end|>\n"
+    tokenizer.chat_template = TEMPLATES["deepseek"]
+    if thought:  # the generation prompt has opened the block already
+        assert render_pair(tokenizer, "hello", reply) == ("<s><|user|>hello<|assistant|><think>\n", "hm\n</think>\n\ni am fine</s>")
+        return
+    with pytest.raises(DataError, match="the generation prompt opens <think>: write replies that close it with </think>"):
+        render_pair(tokenizer, "hello", reply)
+    # A sample that was cut inside the block is scored as it was sampled, closed by the turn end.
+    assert render_pair(tokenizer, "hello", reply, sampled=True)[1] == "i am fine</s>"
+
+
+def test_reasoning_reaches_the_template_or_is_refused(tokenizer_of) -> None:
+    tokenizer = tokenizer_of("byte_bpe")
+    reply = [{"role": ASSISTANT, "content": "22", "reasoning_content": "look outside"}]
+    tokenizer.chat_template = TEMPLATES["qwen3"]
+    assert render_pair(tokenizer, "hello", reply)[1] == "<think>\nlook outside\n</think>\n\n22<|im_end|>\n"
+    tokenizer.chat_template = TEMPLATES["chatml"]
+    with pytest.raises(DataError, match="does not write the reasoning of the last reply"):
+        render_pair(tokenizer, "hello", reply)
+
+
+PARTS_ONLY = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% for part in m.content %}{{ part.text }}{% endfor %}{{ '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [TEMPLATES["phi"], PARTS_ONLY], ids=["takes texts", "takes parts"])
+@pytest.mark.parametrize("content", ["one two", [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]], ids=["text", "parts"])
+def test_content_is_given_in_the_form_that_the_template_takes(tokenizer_of, template, content) -> None:
+    tokenizer = tokenizer_of("byte_bpe")
+    tokenizer.chat_template = template
+    prompt = demonstration(row(messages=[{"role": USER, "content": content}, {"role": ASSISTANT, "content": content}]))
+    (made,) = training_rows(tokenizer, prompt, train_on="all_assistant_turns")
+    assert re.sub(r"\n", "", tokenizer.decode(made.ids)) == "<|user|>one two<|end|><|assistant|>one two<|end|>"
+
+
+def test_a_template_that_drops_a_system_turn_is_refused(tokenizer_of) -> None:
+    tokenizer = tokenizer_of("byte_bpe")
+    tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.content + eos_token }}{% endfor %}"
+    messages = [{"role": SYSTEM, "content": "be kind"}, {"role": USER, "content": "hello"}]
+    with pytest.raises(DataError, match="does not write the system turn 'be kind'"):
+        encode_prompt(tokenizer, messages)

@@ -1,0 +1,124 @@
+"""A text and what continues it, on every kind of tokenizer: the first keeps its tokens, and together they are the text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from stages.corpora.templates import encode_completion, encode_pair, encode_plain_pair, encode_prompt, render_prompt, set_template
+from stages.models.loading import load_tokenizer
+from stages.tokens.continuation import beginning_ids, continuation_text, continued, plain_ids, segment_ids
+
+KINDS = ("byte_bpe", "sentencepiece", "metaspace", "unigram", "wordpiece")
+PAIRS = [
+    ("once upon a time", " there was a cat"),
+    ("once upon a time ", "there was a cat"),
+    ("once upon a time\n", "there was a cat"),
+    ("once upon a time", "\n\nthere was a cat"),
+    ("once upon a time\n", "\nthere was a cat"),
+    ("once upon a ti", "me there was a cat"),
+    ("the answer is:", " 22"),
+    ("hello<|im_start|>", "there was a cat"),
+    ("hello[/INST]", " there was a cat"),
+    ("hello<|end|>", "\nhow are you?"),
+    ("", "there was a cat"),
+    ("hello", ""),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("text", "addition"), PAIRS)
+def test_the_parts_make_the_whole_text(tokenizer_of, kind, text, addition) -> None:
+    tokenizer = tokenizer_of(kind)
+    first, second = segment_ids(tokenizer, [text, addition])
+    assert first == plain_ids(tokenizer, text)
+    assert tokenizer.decode(first + second) == tokenizer.decode(plain_ids(tokenizer, text + addition))
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "metaspace"])
+@pytest.mark.parametrize(
+    ("text", "addition", "expected"),
+    [
+        ("time", " there", ["▁there"]),
+        ("time ", "there", ["t", "he", "re"]),
+        ("time\n", "there", ["t", "he", "re"]),
+        ("time", "\nthere", ["\n", "t", "he", "re"]),
+    ],
+)
+def test_no_space_is_made_up_before_a_completion(tokenizer_of, kind, text, addition, expected) -> None:
+    tokenizer = tokenizer_of(kind)
+    found = continued(tokenizer, text, plain_ids(tokenizer, text), addition)
+    assert "".join(tokenizer.convert_ids_to_tokens(found)) == "".join(expected)
+    assert tokenizer.convert_ids_to_tokens(found)[0] == expected[0]
+
+
+def test_real_stories_are_encoded_as_one_text(shared_data) -> None:
+    tokenizer = load_tokenizer(str(shared_data / "stories260K" / "hf"))
+    ids, length = encode_pair(tokenizer, "Once upon a time", "there was a cat", eos=False)
+    assert ids == tokenizer("Once upon a time there was a cat")["input_ids"]
+    assert ids[:length] == tokenizer("Once upon a time")["input_ids"] == encode_prompt(tokenizer, "Once upon a time")
+    after_line, _ = encode_pair(tokenizer, "Once upon a time\n", "there", eos=False)
+    assert tokenizer.convert_ids_to_tokens(after_line)[-3:] == ["t", "he", "re"]
+    context, choice = encode_plain_pair(tokenizer, "Once upon a time", "there was a cat")
+    assert context + choice == ids
+    assert tokenizer.convert_ids_to_tokens(encode_completion(tokenizer, " there", eos=False)) == ["▁there"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merge_over_the_boundary_leaves_the_prompt_alone(tokenizer_of, kind) -> None:
+    """'there was' is one text, cut inside a word: the first part keeps the tokens that it has alone."""
+    tokenizer = tokenizer_of(kind)
+    first, second = segment_ids(tokenizer, ["the weather is wa", "rm today"])
+    assert first == plain_ids(tokenizer, "the weather is wa")
+    assert tokenizer.decode(first + second).replace(" ", "") == "theweatheriswarmtoday"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_text_of_a_continuation_is_read_in_its_place(tokenizer_of, kind) -> None:
+    tokenizer = tokenizer_of(kind)
+    for text, addition in (("how are you?", " i am fine"), ("the weather is wa", "rm today"), ("once upon\n", "a time")):
+        before, ids = segment_ids(tokenizer, [text, addition])
+        expected = addition
+        if kind == "unigram" and text.endswith("\n"):
+            expected = "a time"
+        assert continuation_text(tokenizer, before, ids).strip() == expected.strip()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", [None, "question", "tldr", "Q: {prompt}\nA:"])
+def test_a_plain_text_begins_as_the_tokenizer_begins_texts(tokenizer_of, kind, template) -> None:
+    tokenizer = tokenizer_of(kind)
+    if template is not None:
+        set_template(tokenizer, template)
+    text = {None: "hi", "question": "Question: hi\nAnswer:", "tldr": "hi\n\nTL;DR:", "Q: {prompt}\nA:": "Q: hi\nA:"}[template]
+    assert encode_prompt(tokenizer, "hi") == tokenizer(text)["input_ids"]
+    assert beginning_ids(tokenizer) == ([] if kind == "byte_bpe" else [tokenizer.bos_token_id])
+    ids, length = encode_pair(tokenizer, "hi", "the cat")
+    assert ids[:length] == encode_prompt(tokenizer, "hi") and ids[-1] == tokenizer.eos_token_id
+    assert ids[:-1] == tokenizer(f"{text} the cat")["input_ids"]
+    if template is not None:  # other programs read the same, by the template alone
+        turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the cat"}]
+        begins = "" if kind == "byte_bpe" else "<s>"
+        assert tokenizer.apply_chat_template(turns, tokenize=False) == f"{begins}{text} the cat</s>"
+
+
+FIRST_FORM = (
+    "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}{{ message['content'] }}{{ eos_token }}{%- else -%}"
+    "{{ \"Q \\\"{\\\": \" }}{{ message['content'] }}{{ \"\\nA:\" }}{%- endif -%}{%- endfor -%}"
+)
+
+
+def test_models_of_earlier_versions_read_what_they_learned(tokenizer_of) -> None:
+    """Their plain templates write neither a beginning token nor the space, which was put before the completion."""
+    tokenizer = tokenizer_of("sentencepiece")
+    tokenizer.chat_template = FIRST_FORM
+    assert render_prompt(tokenizer, "hi") == 'Q "{": hi\nA:'
+    ids, length = encode_pair(tokenizer, "hi", "the cat")
+    assert ids == [*plain_ids(tokenizer, 'Q "{": hi\nA: the cat'), tokenizer.eos_token_id]
+
+
+def test_a_tokenizer_without_an_end_token(tokenizer_of: Any) -> None:
+    tokenizer = tokenizer_of("byte_bpe")
+    tokenizer.eos_token = None
+    assert tokenizer.decode(encode_pair(tokenizer, "hi", "the cat")[0]) == "hi the cat"
