@@ -75,6 +75,14 @@ class DPOStepConfig(TrainingStepConfig):
         load_comparisons(self.data, preferred=self.preferred, curator=Curator(self.curation))
 
 
+    def conversations(self) -> list[tuple[Any, Sequence[Any], str]]:
+        """Rows of (prompt, its completions, the row's place) that the models of this step read; see ``chain/texts.py``."""
+        from stages.corpora.comparisons import load_comparisons
+
+        loaded = load_comparisons(self.data, preferred=self.preferred)
+        return [(item.prompt, item.completions, item.place) for side in (loaded.train, loaded.validation) for item in side]
+
+
 @dataclass(frozen=True)
 class Pair:
     """Token ids of a prompt and of its better and worse completion, each as the chat template ends it."""

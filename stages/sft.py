@@ -110,6 +110,14 @@ class SFTStepConfig(TrainingStepConfig):
             load_prompts(self.selection.data, split="validation")
 
 
+    def conversations(self) -> list[tuple[Any, list[Any], str]]:
+        """Rows of (prompt, its completions, the row's place) that the models of this step read; see ``chain/texts.py``."""
+        from stages.corpora.demonstrations import load_demonstrations
+
+        loaded = load_demonstrations(self.data)
+        return [(row["prompt"], [row["completion"]], row.place) for side in (loaded.train, loaded.validation) for row in side]
+
+
 @dataclass(frozen=True)
 class EncodedRow:
     """A demonstration as tokens; the first ``prompt_length`` of ``ids`` are the prompt.
@@ -279,7 +287,7 @@ def _fitted(demonstrations: Demonstrations, config: SFTStepConfig, tokenizer: Pr
     if fit is None:
         return demonstrations
     sides = [
-        [row.with_prompt(fit_prompt(row["prompt"], fit, tokenizer)) for row in side]
+        [row.with_prompt(fit_prompt(row["prompt"], fit, tokenizer, row.place)) for row in side]
         for side in (demonstrations.train, demonstrations.validation)
     ]
     return Demonstrations(*sides)

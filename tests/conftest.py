@@ -113,7 +113,7 @@ def step_context(tmp_path: Path) -> Any:
 
 TURN_TOKENS = [
     "<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|begin|>", "<|head|>", "<|headend|>", "<|eot|>", "<start_of_turn>",
-    "<end_of_turn>", "[INST]", "[/INST]", "[TOOLS]", "[/TOOLS]", "[CALLS]", "<|user|>", "<|system|>", "<|assistant|>", "<|end|>", "<|tool|>",
+    "<end_of_turn>", "[INST]", "[/INST]", "[TOOLS]", "[/TOOLS]", "<|user|>", "<|system|>", "<|assistant|>", "<|end|>", "<|tool|>",
 ]  # fmt: skip
 THINKING = ["<think>", "</think>", "<tool_call>", "</tool_call>"]  # tokens of their own that are text, as in Qwen3
 KIND_SENTENCES = [

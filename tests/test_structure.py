@@ -38,7 +38,7 @@ ARROWS = {
     "evaluation": {"corpora", "judges", "labelling", "models", "numerics", "process", "report", "rewards", "sampling"},
     "recipe": {"process", "registry"},
     "conformance": set(),
-    "chain": {"corpora", "labelling", "process", "recipe", "registry", "report"},
+    "chain": {"corpora", "labelling", "models", "process", "recipe", "registry", "report"},
     "sweep": {"chain", "numerics", "process", "recipe", "registry"},
     "planning": {"corpora", "models", "numerics", "process", "recipe", "registry"},
     "importing": {"models", "process", "registry"},

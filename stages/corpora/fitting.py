@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from stages.config import Strict
-from stages.corpora.messages import Prompt
+from stages.corpora.messages import Prompt, naming, place_of
 from stages.errors import DataError
 
 if TYPE_CHECKING:
@@ -26,11 +26,17 @@ class PromptFit(Strict):
     at: str = Field("\n", min_length=1, description="Cut at the last of these; where none is left, by one character.")
 
 
-def fit_prompt(prompt: Prompt, fit: PromptFit, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+def fit_prompt(prompt: Prompt, fit: PromptFit, tokenizer: PreTrainedTokenizerBase, place: str = "") -> Prompt:
     """``prompt``, or its shortened form with at most ``fit.max_tokens`` tokens.
 
-    Raises DataError where the part that may be cut is not there or not long enough, and for a conversation that is too long.
+    Raises DataError, with the row's ``place`` where it is known, where the part that may be cut is not there or not long enough, and for a
+    conversation that is too long.
     """
+    with naming(place or place_of(prompt)):
+        return _fitted(prompt, fit, tokenizer)
+
+
+def _fitted(prompt: Prompt, fit: PromptFit, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     from stages.corpora.templates import encode_prompt
 
     if len(encode_prompt(tokenizer, prompt)) <= fit.max_tokens:

@@ -75,8 +75,8 @@ def prompt_in(row: Row, words: int | None = None) -> Prompt:
 def check_readers(models: Iterable[Any], prompts: Sequence[Prompt]) -> None:
     """Render ``prompts`` with the chat template of every one of ``models`` (resolved) that reads them as a chat.
 
-    Those are the registry's language models and reward models; classifiers read texts. Only tokenizers are loaded. Raises DataError with the
-    place of a conversation that a template refuses.
+    Those are the registry's language models and reward models; classifiers read texts. Only tokenizers are loaded. Raises DataError with
+    the place of a conversation that a template refuses.
     """
     from stages.corpora.templates import check_rendering
     from stages.models.loading import load_tokenizer

@@ -15,6 +15,7 @@ from stages.corpora.demonstrations import Demonstration
 from stages.corpora.messages import Conversation, Message, as_question, as_turns, naming, simplified, tools_of
 from stages.corpora.templates import encode_pair, encode_prompt, encode_segments, in_its_form, render_pair, rendered
 from stages.errors import DataError
+from stages.tokens.turns import turn_form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,10 +74,13 @@ def _by_prefixes(tokenizer: PreTrainedTokenizerBase, messages: Conversation, rep
     if list(replies) == [len(messages) - 1]:
         return [_whole_completion(*encode_pair(tokenizer, _before(messages, replies[0]), simplified(messages[-1:])))]
     whole = rendered(tokenizer, messages, messages, generation_prompt=False)
+    form = turn_form(tokenizer)
     cuts, apart = [0], []
     for turn in replies:
         prompt, reply = _before(messages, turn), simplified(messages[turn : turn + 1])
         shown, written = render_pair(tokenizer, prompt, reply)
+        if not whole.startswith(shown + written):  # some templates close a conversation with more than a turn
+            written = written.removesuffix(form.ending) + form.turn_end
         if whole.startswith(shown + written) and len(shown) >= cuts[-1]:
             cuts += [len(shown), len(shown) + len(written)]
         else:

@@ -164,6 +164,13 @@ class EvaluationConfig(StepConfig):
             inputs["perplexity"] = self.perplexity
         return {**inputs, **{f"tasks.{name}.data": task.data for name, task in self.tasks.items()}}
 
+    def conversations(self) -> list[tuple[Any, list[Any], str]]:
+        """Rows of (prompt, its completions, the row's place) that the models of this step read; see ``chain/texts.py``."""
+        from stages.corpora.messages import place_of
+        from stages.evaluation.prompts import load_heldout
+
+        return [(prompt, [], place_of(prompt)) for prompt in load_heldout(self)[0]]
+
     def check_data(self) -> None:
         """Raise DataError for data this stage cannot use; no model is loaded."""
         from stages.evaluation.prompts import check_data

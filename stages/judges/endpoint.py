@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx2
 
-from stages.corpora.messages import Prompt
+from stages.corpora.messages import Prompt, transcript
 from stages.errors import ModelError
 from stages.judges.config import EndpointJudge
 from stages.judges.verdicts import read_verdict
@@ -270,7 +270,7 @@ def _asked_wait(header: str | None) -> float:
 
 def shown(prompt: Prompt, a: str, b: str) -> str:
     """What the judge reads."""
-    text = prompt if isinstance(prompt, str) else "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    text = transcript(prompt)
     parts = (("prompt", text), ("response_A", a), ("response_B", b))
     blocks = [f"<{name}>\n{content}\n</{name}>" for name, content in parts]
     return "\n\n".join([*blocks, "Which is better: A, B, or tie?"])

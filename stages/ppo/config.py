@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -177,6 +177,13 @@ class PPOStepConfig(CheckpointedStepConfig):
     def data_inputs(self) -> dict[str, list[DataSource]]:
         inputs = {"data": self.data}
         return inputs if self.pretraining_mix is None else {**inputs, "pretraining_mix.data": self.pretraining_mix.data}
+
+    def conversations(self) -> list[tuple[Any, list[Any], str]]:
+        """Rows of (prompt, its completions, the row's place) that the models of this step read; see ``chain/texts.py``."""
+        from stages.corpora.messages import place_of
+        from stages.corpora.prompts import load_prompts
+
+        return [(prompt, [], place_of(prompt)) for prompt in load_prompts(self.data, prompt_words=self.prompt_words)]
 
     def check_data(self) -> None:
         """Raise DataError for prompts this stage cannot use; no model is loaded."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stages.corpora.messages import transcript
 from stages.report import curves
 from stages.report.run_folder import StepFolder
 
@@ -75,7 +76,7 @@ def _bytes_of(example: Row, numbers: Row) -> int:
 
 def _prompt_text(prompt: Any) -> str:
     """A prompt as it is read; a conversation with who said what."""
-    return prompt if isinstance(prompt, str) else "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return transcript(prompt)
 
 
 def _example_data(line: Row, names: Sequence[str], judges: Sequence[str], tokens: Mapping[str, Row]) -> Row:

@@ -128,6 +128,14 @@ class RewardModelConfig(TrainingStepConfig):
         if self.collect is not None:
             self.collect.check_data()
 
+    def conversations(self) -> list[tuple[Any, Sequence[Any], str]]:
+        """Rows of (prompt, its completions, the row's place) that the models of this step read; see ``chain/texts.py``."""
+        from stages.corpora.comparisons import load_comparisons
+
+        loaded = load_comparisons(self.data, preferred=self.preferred, group_by=self.group_by)
+        compared = [(item.prompt, item.completions, item.place) for side in (loaded.train, loaded.validation) for item in side]
+        return [*compared, *((prompt, [completion], "") for prompt, completion in self.load_demonstrations())]
+
     def load_demonstrations(self) -> list[tuple[Any, Any]]:
         """The named demonstrations as (prompt, completion); empty where none are named."""
         from stages.corpora.demonstrations import demonstration
@@ -245,14 +253,10 @@ COLLECTED = "collected by the step"  # stands for the annotator of comparisons t
 
 def _check_texts(config: RewardModelConfig, context: StepContext) -> None:
     """Raise DataError, with the row's place, for a conversation that the chat template refuses; before any weights are loaded."""
-    from stages.corpora.comparisons import load_comparisons
     from stages.corpora.templates import check_rendering
     from stages.models.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(context.models["model"])
-    loaded = load_comparisons(config.data, preferred=config.preferred, group_by=config.group_by)
-    check_rendering(tokenizer, ((item.prompt, item.completions, item.place) for side in (loaded.train, loaded.validation) for item in side))
-    check_rendering(tokenizer, ((prompt, [completion], "") for prompt, completion in config.load_demonstrations()))
+    check_rendering(load_tokenizer(context.models["model"]), config.conversations())
 
 
 def _new_model(config: RewardModelConfig, context: StepContext, seed: int) -> RewardModel:
@@ -282,7 +286,7 @@ def _load_comparisons(config: RewardModelConfig, context: StepContext, tokenizer
     fit = config.prompt_fit
     if fit is not None:
         train, validation = (
-            [replace(item, prompt=fit_prompt(item.prompt, fit, tokenizer)) for item in side] for side in (train, validation)
+            [replace(item, prompt=fit_prompt(item.prompt, fit, tokenizer, item.place)) for item in side] for side in (train, validation)
         )
     return Comparisons(train, validation, len(train) - len(loaded.train)), dict(curator.left_out)
 

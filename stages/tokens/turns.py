@@ -37,13 +37,15 @@ class TurnForm:
     """How a chat template frames a reply.
 
     ``opening``: what the generation prompt writes and a reply does not repeat, such as ``<think>`` and a line end; ``closing``: the mark
-    that ends that block. ``ending``: the text after a reply. ``end_ids``: the first special token in it, at which generation stops; empty
-    where there is none. ``parts``, ``texts``: whether a message's content may be a list of text parts, or a text.
+    that ends that block. ``ending``: the text after the last reply. ``end_ids``: the first special token in it, at which generation stops;
+    empty where there is none. ``turn_end``: the ending up to that token and the white space after it, without what only closes the
+    conversation. ``parts``, ``texts``: whether a message's content may be a list of text parts, or a text.
     """
 
     opening: str
     closing: str
     ending: str
+    turn_end: str
     end_ids: tuple[int, ...]
     parts: bool
     texts: bool
@@ -79,7 +81,7 @@ def _read_form(tokenizer: Any) -> TurnForm:
     texts, parts = _probe(tokenizer, _as_text), _probe(tokenizer, _as_parts)
     chosen = texts or parts
     if chosen is None:  # a template for conversations of another kind: its own messages will say what it takes
-        return TurnForm("", "", "", (), parts=False, texts=True)
+        return TurnForm("", "", "", "", (), parts=False, texts=True)
     shown, whole = chosen
     opening = shown[first_difference(shown, whole) :]
     opened = re.search(r"<(\w+)>\s*$", opening)
@@ -90,10 +92,17 @@ def _read_form(tokenizer: Any) -> TurnForm:
         opening=opening,
         closing=f"</{opened[1]}>" if opened else "",
         ending=ending,
+        turn_end=ending if first is None else _through(ending, tokenizer.convert_ids_to_tokens(first)),
         end_ids=() if first is None else (first,),
         parts=parts is not None and parts == chosen,
         texts=texts is not None,
     )
+
+
+def _through(ending: str, token: str) -> str:
+    """``ending`` up to the first ``token`` and the white space after it."""
+    before, mark, after = ending.partition(token)
+    return before + mark + after[: len(after) - len(after.lstrip())]
 
 
 def _probe(tokenizer: Any, content: Any) -> tuple[str, str] | None:

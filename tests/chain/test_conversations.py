@@ -24,7 +24,8 @@ def turn(role: str, text: str) -> dict[str, str]:
 
 
 def opening(number: int) -> list[dict[str, str]]:
-    return [turn("system", "be kind"), turn("user", f"hello {number}"), turn("assistant", " the sun is warm "), turn("user", "how are you?")]
+    answered = [turn("user", f"hello {number}"), turn("assistant", " the sun is warm ")]
+    return [turn("system", "be kind"), *answered, turn("user", "how are you?")]
 
 
 SHOWN = (
@@ -64,8 +65,9 @@ def folder(tmp_path: Path, tokenizer_of: Any) -> Path:
         {**STEP, "stage": "sft", "name": "sft", "model": "./model", "data": {"train": "chats.jsonl"}},
         {**STEP, "stage": "reward_model", "name": "preference", "model": "sft", "data": {"train": "pairs.jsonl"}},
         {
-            "stage": "ppo", "name": "aligned", "precision": "fp32", "policy": "sft", "data": "prompts.jsonl", "reward": [{"model": "preference"}],
-            "generation": generation, "total_episodes": 4, "rollout_batch_size": 4, "minibatch_size": 4, "microbatch_size": 4,
+            "stage": "ppo", "name": "aligned", "precision": "fp32", "policy": "sft", "data": "prompts.jsonl",
+            "reward": [{"model": "preference"}], "generation": generation, "total_episodes": 4,
+            "rollout_batch_size": 4, "minibatch_size": 4, "microbatch_size": 4,
         },
         {
             "stage": "evaluation", "name": "verdict", "precision": "fp32", "candidates": {"aligned": "aligned"}, "data": "prompts.jsonl",
@@ -121,7 +123,7 @@ def test_every_stage_reads_what_the_template_writes(folder, monkeypatch) -> None
     endings = [tuple(SHOWN.format(number) + f"{reply}<end_of_turn>\n" for reply in ("i am fine", "no")) for number in range(8)]
     assert sides and sides <= set(endings)
 
-    # PPO and evaluation: the policy is shown the conversation up to its turn, and stops at the turn end; the judge reads the same and the reply.
+    # PPO and evaluation: the policy is shown the conversation up to its turn, and stops at the turn end; the judge reads both.
     shown = {SHOWN.format(number) for number in range(4)}
     assert {text(ids) for ids in seen["sampled"]} == shown and len(seen["sampled"]) == 8
     ends = {tokenizer.convert_tokens_to_ids("<end_of_turn>"), tokenizer.eos_token_id}
@@ -131,7 +133,7 @@ def test_every_stage_reads_what_the_template_writes(folder, monkeypatch) -> None
     scored = [text(ids) for ids in seen["scored"]]
     judged = {SHOWN.format(number) + f"{reply}<end_of_turn>\n" for number in range(4) for reply in replies}
     assert len([row for row in scored if row in judged]) >= 4
-    assert all(row.endswith("<end_of_turn>\n") and any(row.startswith(one) for one in [SHOWN.format(n) for n in range(8)]) for row in scored)
+    assert all(row.startswith(tuple(SHOWN.format(number) for number in range(8))) and row.endswith("<end_of_turn>\n") for row in scored)
     assert completions[0]["prompt"] == opening(0)
 
 

@@ -33,7 +33,8 @@ TEMPLATES = {
     "llama2": MERGE_SYSTEM + "{% for m in turns %}" + ALTERNATE + "{% if m.role == 'user' %}{{ bos_token + '[INST] ' }}"
     "{% if loop.first and sys %}{{ '<<SYS>>\\n' + sys + '\\n<</SYS>>\\n\\n' }}{% endif %}{{ m.content.strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
-    "llama3": "{{ '<|begin|>' }}{% for m in messages %}{{ '<|head|>' + m.role + '<|headend|>\\n\\n' + m.content | trim + '<|eot|>' }}{% endfor %}"
+    "llama3": "{{ '<|begin|>' }}{% for m in messages %}"
+    "{{ '<|head|>' + m.role + '<|headend|>\\n\\n' + m.content | trim + '<|eot|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|head|>assistant<|headend|>\\n\\n' }}{% endif %}",
     "gemma": "{{ bos_token }}" + REFUSE_SYSTEM + "{% for m in messages %}"
     "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' + m.content | trim + '<end_of_turn>\\n' }}{% endfor %}"
@@ -43,13 +44,14 @@ TEMPLATES = {
     "{{ '[TOOLS]' + tools | tojson + '[/TOOLS]' }}{% endif %}{{ '[INST]' }}{% if loop.first and sys %}{{ sys + '\\n\\n' }}{% endif %}"
     "{{ m.content + '[/INST]' }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}",
     "phi": "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ '' }}{% endif %}",
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}",
     "zephyr": "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + eos_token + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}",
     "qwen3": "{% set ns = namespace(asked=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.asked = loop.index0 %}{% endif %}"
     "{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% set text = m.content or '' %}{% if m.role == 'assistant' %}"
-    "{% set thought = m.reasoning_content or '' %}{% if '</think>' in text %}{% set thought = text.split('</think>')[0].split('<think>')[-1] %}"
-    "{% set text = text.split('</think>')[-1].lstrip('\\n') %}{% endif %}{% if loop.index0 > ns.asked %}"
+    "{% set thought = m.reasoning_content or '' %}{% if '</think>' in text %}"
+    "{% set thought = text.split('</think>')[0].split('<think>')[-1] %}{% set text = text.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
+    "{% if loop.index0 > ns.asked %}"
     "{{ '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}{% endif %}{% endif %}{{ text + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
     "deepseek": "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
@@ -71,6 +73,7 @@ REPLY = {  # what each writes for a reply after its generation prompt
     "deepseek": "so\n</think>\n\n{}</s>",  # its generation prompt opens the block, and its replies are given with one
     "marked": "{}<|end|>",
 }
+CLOSING = {"phi": "</s>"}  # what it writes once, after the last turn
 TURN_END = {
     "chatml": "<|im_end|>", "llama2": "</s>", "llama3": "<|eot|>", "gemma": "<end_of_turn>", "tekken": "</s>", "phi": "<|end|>",
     "zephyr": "</s>", "qwen3": "<|im_end|>", "deepseek": "</s>", "marked": "<|end|>",
@@ -86,6 +89,11 @@ MULTI = [*SINGLE, (USER, "how are you?"), (ASSISTANT, "the sun is warm"), (USER,
 def said(name: str, reply: str) -> str:
     """A reply as the data of this template's users has it."""
     return f"<think>\nso\n</think>\n\n{reply}" if name == "deepseek" else reply
+
+
+def last(name: str, reply: str) -> str:
+    """What the template writes for the last reply of a conversation."""
+    return REPLY[name].format(reply) + CLOSING.get(name, "")
 
 
 def turns(name: str, spoken: list[tuple[str, str]]) -> list[dict[str, Any]]:
@@ -124,7 +132,7 @@ def prompt_text(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
 def test_the_last_reply_trains_as_the_template_writes_it(tokenizer, name, spoken) -> None:
     messages = turns(name, spoken)
     (made,) = training_rows(tokenizer, demonstration(row(messages=messages)), train_on="last_reply")
-    expected = REPLY[name].format(spoken[-1][1])
+    expected = last(name, spoken[-1][1])
     assert trained_runs(tokenizer, made) == [expected]
     assert tokenizer.decode(made.ids) == prompt_text(tokenizer, messages[:-1]) + expected
     if name != "deepseek":  # which does not write what its own generation prompt opens
@@ -134,7 +142,8 @@ def test_the_last_reply_trains_as_the_template_writes_it(tokenizer, name, spoken
 def test_every_reply_of_a_conversation_trains(tokenizer, name) -> None:
     messages = turns(name, MULTI)
     made = training_rows(tokenizer, demonstration(row(messages=messages)), train_on="all_assistant_turns")
-    expected = [REPLY[name].format(text) for role, text in MULTI if role == ASSISTANT]
+    *earlier, final = [text for role, text in MULTI if role == ASSISTANT]
+    expected = [*(REPLY[name].format(text) for text in earlier), last(name, final)]
     if name not in DROPS_THOUGHTS:
         assert len(made) == 1 and trained_runs(tokenizer, made[0]) == expected
         assert tokenizer.decode(made[0].ids) == tokenizer.apply_chat_template(messages, tokenize=False)
@@ -150,7 +159,7 @@ def test_only_the_completion_of_a_row_with_a_prompt_trains(tokenizer, name) -> N
     messages = turns(name, MULTI)
     made = training_rows(tokenizer, demonstration(row(prompt=messages[:3], completion=messages[3:])), train_on="all_assistant_turns")
     runs = [run for one in sorted(made, key=lambda one: len(one.ids)) for run in trained_runs(tokenizer, one)]
-    assert runs == [REPLY[name].format(text) for text in ("the sun is warm", "three")]
+    assert runs == [REPLY[name].format("the sun is warm"), last(name, "three")]
 
 
 def test_a_system_turn_is_written_or_refused(tokenizer, name) -> None:
@@ -161,7 +170,7 @@ def test_a_system_turn_is_written_or_refused(tokenizer, name) -> None:
             training_rows(tokenizer, read, train_on="all_assistant_turns")
         return
     (made,) = training_rows(tokenizer, read, train_on="all_assistant_turns")
-    assert trained_runs(tokenizer, made) == [REPLY[name].format("i am fine")]
+    assert trained_runs(tokenizer, made) == [last(name, "i am fine")]
     assert "be kind" in tokenizer.decode(made.ids[: made.prompt_length])
 
 
@@ -176,11 +185,12 @@ def test_tools_are_written_or_refused(tokenizer, name) -> None:
         return
     (made,) = training_rows(tokenizer, read, train_on="all_assistant_turns")
     assert tokenizer.decode(made.ids[: made.prompt_length]).count("look_up") == 1
-    assert trained_runs(tokenizer, made) == [REPLY[name].format("i am fine")]
+    assert trained_runs(tokenizer, made) == [last(name, "i am fine")]
 
 
 def test_tool_calls_train_or_are_refused(tokenizer, name) -> None:
-    call = {"role": ASSISTANT, "content": None, "tool_calls": [{"type": "function", "function": {"name": "look_up", "arguments": {"a": 1}}}]}
+    function = {"name": "look_up", "arguments": {"a": 1}}
+    call = {"role": ASSISTANT, "content": None, "tool_calls": [{"type": "function", "function": function}]}
     answered = {"role": "tool", "tool_call_id": "1", "content": "22"}
     read = demonstration(row(messages=[{"role": USER, "content": "hello"}, call, answered, {"role": ASSISTANT, "content": "22 degrees"}]))
     if name != "chatml":
@@ -205,10 +215,10 @@ def test_tokens_are_those_of_the_whole_rendering(tokenizer_of, name, kind) -> No
     messages = turns(name, MULTI[:4])
     ids, length = encode_pair(tokenizer, Conversation(messages[:3]), messages[3]["content"])
     assert ids[:length] == encode_prompt(tokenizer, messages[:3])
-    whole = prompt_text(tokenizer, messages[:3]) + REPLY[name].format("the sun is warm")
+    whole = prompt_text(tokenizer, messages[:3]) + last(name, "the sun is warm")
     assert ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
     assert ids.count(tokenizer.bos_token_id) == whole.count("<s>")
-    assert re.sub(r"\s", "", tokenizer.decode(ids[length:])) == re.sub(r"\s", "", REPLY[name].format("the sun is warm"))
+    assert re.sub(r"\s", "", tokenizer.decode(ids[length:])) == re.sub(r"\s", "", last(name, "the sun is warm"))
 
 
 @pytest.mark.parametrize("reply", ["i am fine", "<think>\nhm\n</think>\n\ni am fine", "hm\n</think>\n\ni am fine"])
@@ -250,7 +260,8 @@ def test_content_is_given_in_the_form_that_the_template_takes(tokenizer_of, temp
     tokenizer.chat_template = template
     prompt = demonstration(row(messages=[{"role": USER, "content": content}, {"role": ASSISTANT, "content": content}]))
     (made,) = training_rows(tokenizer, prompt, train_on="all_assistant_turns")
-    assert re.sub(r"\n", "", tokenizer.decode(made.ids)) == "<|user|>one two<|end|><|assistant|>one two<|end|>"
+    closing = "</s>" if "eos_token" in template else ""
+    assert re.sub(r"\n", "", tokenizer.decode(made.ids)) == f"<|user|>one two<|end|><|assistant|>one two<|end|>{closing}"
 
 
 def test_a_template_that_drops_a_system_turn_is_refused(tokenizer_of) -> None:

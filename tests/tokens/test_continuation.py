@@ -105,7 +105,7 @@ def test_a_plain_text_begins_as_the_tokenizer_begins_texts(tokenizer_of, kind, t
 
 FIRST_FORM = (
     "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}{{ message['content'] }}{{ eos_token }}{%- else -%}"
-    "{{ \"Q \\\"{\\\": \" }}{{ message['content'] }}{{ \"\\nA:\" }}{%- endif -%}{%- endfor -%}"
+    '{{ "Q \\"{\\": " }}{{ message[\'content\'] }}{{ "\\nA:" }}{%- endif -%}{%- endfor -%}'
 )
 
 
