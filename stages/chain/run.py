@@ -31,6 +31,7 @@ from rich.table import Table
 
 from stages.chain.fingerprints import fingerprint_of, parts_of, settings_of, why
 from stages.chain.results import last_result, load_result, restore_files, save_result
+from stages.chain.texts import check_texts
 from stages.config import ModelInput
 from stages.errors import RecipeError, RegistryError, doing
 from stages.labelling.waiting import WAITING
@@ -87,8 +88,14 @@ def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]
                 check_attention(step)
             if plans[-1].action != "reuse" and (download or not on_hub(step)):
                 with doing(f"checking the data of step {step.name!r} ({step.stage})"):
-                    memo.passes(fingerprint_of(parts_of(step, {})), partial(recipe.check_data, step))
+                    memo.passes(fingerprint_of(parts_of(step, {})), partial(_check_data, recipe, step, registry))
     return plans
+
+
+def _check_data(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
+    """Raise RecipeError or DataError for data that a step or one of its models cannot read."""
+    recipe.check_data(step)
+    check_texts(recipe, step, registry)
 
 
 def check_attention(step: RecipeStep) -> None:

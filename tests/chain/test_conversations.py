@@ -156,3 +156,23 @@ def test_a_role_that_the_template_refuses_is_one_message_before_a_model_is_loade
         assert done.exit_code == 2 and not loaded, (step["stage"], done.output)
         message = " ".join(done.stderr.split())
         assert "jsonl:1: the model's chat template refuses the conversation (system, user" in message and "no system turns" in message
+
+
+def test_the_plan_says_it_of_a_later_step(folder) -> None:
+    """The prompts of the last step are refused before the first one trains."""
+    from stages.chain.run import plan
+    from stages.errors import DataError
+    from stages.recipe.schema import load_recipe
+
+    (folder / "model" / "chat_template.jinja").write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + TEMPLATE
+    )
+    chain = json.loads((folder / "chain.yaml").read_text())
+    for name in ("chats", "pairs"):  # rows that it takes: one turn each
+        row = json.dumps({"prompt": "hello", "completion": "fine", "chosen": "fine", "rejected": "no"}) + "\n"
+        (folder / f"{name}.jsonl").write_text(row * 8)
+    evaluated = [*chain["steps"][:2], chain["steps"][3] | {"candidates": {"a": "sft"}}]
+    for steps, step in ((chain["steps"][:3], "aligned"), (evaluated, "verdict")):
+        (folder / "chain.yaml").write_text(json.dumps({"name": "chats", "steps": steps}))
+        with pytest.raises(DataError, match=rf"\({step}\): (policy|candidates.a) cannot read .*prompts.jsonl:1: .*no system turns"):
+            plan(load_recipe(folder / "chain.yaml"), folder / "home")
