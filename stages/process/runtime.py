@@ -6,7 +6,6 @@ torch, accelerate and transformers are imported when first needed, so that plann
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random
 import resource
@@ -26,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from stages.config import ModelInput
 from stages.errors import LaunchError, RecipeError, StagesError, doing
-from stages.process import redaction
+from stages.process import noise, redaction
 from stages.process.stopping import StopRequest
 from stages.registry.ledger import ModelRecord, Registry
 
@@ -208,8 +207,7 @@ class Runtime:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.is_main = launched_rank() == 0
-        # It warns on import that an optional speed-up for 4-bit models on CPUs is not installed, whether or not one is used.
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+        noise.silence()
         # oneDNN keeps the code of its last 1024 shapes, and PyTorch keeps as many over again (for each thread). Ragged batches hardly ever
         # repeat one: a long run would fill hundreds of MiB for nothing.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
