@@ -182,8 +182,8 @@ def _reading(shape: Shape, rows: int, prompt: int, compute: int, machine: Machin
 
 
 def _value_view(config: Any, models: Mapping[str, View]) -> View | None:
-    """What the value network starts as; None for a head on the policy's own hidden states."""
-    if config.value == "shared":
+    """What the value network starts as; None for a head on the policy's own hidden states, and where there is no value network."""
+    if config.value == "shared" or not config.has_value:
         return None
     if "value" in models:
         return models["value"]

@@ -95,6 +95,14 @@ class PPOStepConfig(CheckpointedStepConfig):
     kl_target: float | None = Field(None, gt=0, description="Adapt kl_coef towards this KL per sequence, in nats; null: kl_coef is fixed.")
     kl_horizon: int = Field(10_000, ge=1, description="Episodes over which an adaptive kl_coef moves by the clipped error.")
     kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="Per-token estimate of the KL in the reward; the papers' is k1.")
+    advantages: Literal["gae", "rloo", "grpo", "reinforce"] = Field(
+        "gae",
+        description="gae: by a value network. The others have none; all tokens of a completion share one advantage, from its return (score "
+        "less KL penalties): rloo, less the mean of the prompt's other completions; grpo, less the mean of all the prompt's completions "
+        "and divided by their deviation; reinforce, less the mean of the iteration.",
+    )
+    samples_per_prompt: int = Field(1, ge=1, description="Completions of each prompt in an iteration; rollout_batch_size counts them all.")
+    divide_by_deviation: bool = Field(True, description="grpo: false leaves the division out (Dr. GRPO, Liu et al. 2025).")
     gamma: float = Field(1.0, gt=0, le=1, description="Discount per token.")
     gae_lambda: float = Field(0.95, ge=0, le=1)
     value_gae_lambda: float | None = Field(None, ge=0, le=1, description="Lambda of the value network's returns; null: gae_lambda.")
@@ -103,7 +111,9 @@ class PPOStepConfig(CheckpointedStepConfig):
     value_clip_range: float | None = Field(0.2, gt=0, description="Clip of values around the rollout's; null: none.")
     value_coef: float = Field(0.1, gt=0, description="Weight of the value loss.")
     entropy_coef: float = Field(0.0, ge=0, description="Weight of an entropy bonus.")
-    whiten_advantages: bool = Field(True, description="Zero mean and unit variance over the tokens that count.")
+    whiten_advantages: bool | None = Field(
+        None, description="Zero mean and unit variance over the tokens that count; null: with advantages: gae."
+    )
     whiten_rewards: bool = Field(False, description="Unit variance of the per-token rewards over the tokens that count; the mean is kept.")
     whitening_scope: Literal["rollout", "process", "minibatch"] = Field(
         "rollout",
@@ -161,6 +171,46 @@ class PPOStepConfig(CheckpointedStepConfig):
         check_names([*self.reward, *self.monitors], "reward and monitors")
         return self
 
+    @model_validator(mode="after")
+    def _consistent_advantages(self) -> PPOStepConfig:
+        if self.rollout_batch_size % self.samples_per_prompt:
+            raise ValueError(
+                f"rollout_batch_size={self.rollout_batch_size} must be a multiple of samples_per_prompt={self.samples_per_prompt}: "
+                "it counts completions"
+            )
+        if self.advantages in ("rloo", "grpo") and self.samples_per_prompt == 1:
+            raise ValueError(f"advantages={self.advantages} compares completions of one prompt; set samples_per_prompt, e.g. to 4")
+        if not self.divide_by_deviation and self.advantages != "grpo":
+            raise ValueError(f"divide_by_deviation=false goes with advantages: grpo, got {self.advantages!r}")
+        if self.has_value:
+            return self
+        ours = type(self).model_fields
+        for name in ("value", "publish_value", "value_warmup_iterations", "value_gae_lambda", "score_placement", "whiten_rewards"):
+            if getattr(self, name) != ours[name].default:
+                raise ValueError(f"{name}={_shown(getattr(self, name))} goes with advantages: gae; {self.advantages} has no value network")
+        if self.training.value_learning_rate is not None:
+            raise ValueError(f"training.value_learning_rate goes with advantages: gae; {self.advantages} has no value network")
+        if self.gamma != 1:
+            raise ValueError(f"gamma={self.gamma} goes with advantages: gae; {self.advantages} weighs whole completions")
+        if self.whitening_scope != "rollout":
+            raise ValueError(f"whitening_scope={self.whitening_scope} goes with advantages: gae; it would part a prompt's completions")
+        return self
+
+    @property
+    def has_value(self) -> bool:
+        """Whether there is a value network, or a value head on the policy."""
+        return self.advantages == "gae"
+
+    @property
+    def whitens_advantages(self) -> bool:
+        """``whiten_advantages``, by default on with a value network and off without."""
+        return self.has_value if self.whiten_advantages is None else self.whiten_advantages
+
+    @property
+    def prompts_per_iteration(self) -> int:
+        """Different prompts of an iteration; each has ``samples_per_prompt`` completions."""
+        return self.rollout_batch_size // self.samples_per_prompt
+
     @property
     def num_iterations(self) -> int:
         """Whole iterations in ``total_episodes``."""
@@ -194,3 +244,8 @@ class PPOStepConfig(CheckpointedStepConfig):
         load_prompts(self.data, prompt_words=self.prompt_words, curator=Curator(self.curation))
         if self.pretraining_mix is not None:
             check_texts(self.pretraining_mix.data)
+
+
+def _shown(value: object) -> str:
+    """A field's value as a recipe writes it."""
+    return value.ref if isinstance(value, ModelInput) else str(value).lower() if isinstance(value, bool) else str(value)

@@ -207,6 +207,8 @@ def _ratio_blow_up(history: History, settings: HealthSettings) -> Iterator[Alarm
 
 
 def _value_blow_up(history: History, settings: HealthSettings) -> Iterator[Alarm]:
+    if "value/loss" not in history.now:  # no value network
+        return
     before = [entry["value/loss"] for entry in history.recent[-1 - settings.window : -1]]
     if settings.value_growth is None or len(before) < EARLY:
         return

@@ -101,12 +101,14 @@ class PPORun:
         from stages.corpora.prompts import shuffled_forever
 
         config, state = self.config, self.state
-        order = itertools.islice(shuffled_forever(self.prompts, self.context.seed), state.iteration * config.rollout_batch_size, None)
+        done = state.iteration * config.prompts_per_iteration
+        order = itertools.islice(shuffled_forever(self.prompts, self.context.seed), done, None)
         with self.runtime.stop.deferred(), self.runtime.progress(f"{self.context.name}: ppo", config.num_iterations) as bar:
             bar.advance(state.iteration)
             while state.iteration < config.num_iterations:
                 self._set_learning_rates()
-                chosen = list(itertools.islice(order, config.rollout_batch_size))
+                asked = list(itertools.islice(order, config.prompts_per_iteration))
+                chosen = [prompt for prompt in asked for _ in range(config.samples_per_prompt)]
                 if state.rollout is None:
                     state.rollout = self._collect(chosen)
                     self._safe_point()
@@ -193,7 +195,9 @@ class PPORun:
     def _note(self, rollout: Rollout, result: UpdateResult) -> dict[str, float]:
         """Log the iteration, raise alarms, move the KL coefficient; the iteration is done then."""
         state, iteration = self.state, self.state.iteration
-        metrics = iteration_metrics(rollout, result, kl_coef=self.controller.value, matmul_peak=self.matmul_peak)
+        metrics = iteration_metrics(
+            rollout, result, kl_coef=self.controller.value, samples_per_prompt=self.config.samples_per_prompt, matmul_peak=self.matmul_peak
+        )
         metrics["policy/learning_rate"] = self.optimizers["policy"].param_groups[0]["lr"]
         alarms = self.health.observe(metrics)
         metrics |= alarm_metrics(alarms)

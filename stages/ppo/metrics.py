@@ -9,6 +9,8 @@ from stages.numerics.comparing import repeated_ngrams
 from stages.ppo.speed import speed_metrics
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from stages.ppo.checkpoint import RunHistory
     from stages.ppo.rollout import Rollout
     from stages.ppo.update import UpdateResult
@@ -18,13 +20,27 @@ FIRST_AND_LAST = ["rewards/score_mean", "policy/kl", "policy/entropy", "response
 SUMMED_UP = frozenset([*FIRST_AND_LAST, "value/explained_variance", "time/episodes_per_second"])  # and every monitor
 
 
-def iteration_metrics(rollout: Rollout, result: UpdateResult, *, kl_coef: float, matmul_peak: float = math.inf) -> dict[str, float]:
+def group_metrics(scores: Tensor, samples_per_prompt: int) -> dict[str, float]:
+    """How far the scores [B] of one prompt's completions differ, and the share of prompts whose completions all score the same.
+
+    rloo and grpo learn nothing from such a prompt but the KL. Nothing where each prompt has one completion.
+    """
+    if samples_per_prompt == 1:
+        return {}
+    spreads = scores.view(-1, samples_per_prompt).std(dim=1, correction=0)
+    return {"rewards/prompt_std": float(spreads.mean()), "rewards/flat_prompt_share": float((spreads < 1e-6).float().mean())}
+
+
+def iteration_metrics(
+    rollout: Rollout, result: UpdateResult, *, kl_coef: float, samples_per_prompt: int = 1, matmul_peak: float = math.inf
+) -> dict[str, float]:
     """Of one iteration. KL is summed over tokens and averaged over episodes, in nats; ``matmul_peak`` in operations/s."""
     sequence_kl = rollout.kl.sum(dim=1)
     lengths = rollout.lengths.float()
     return {
         "rewards/score_mean": float(rollout.scores.mean()),
         "rewards/score_std": float(rollout.scores.std(correction=0)),
+        **group_metrics(rollout.scores, samples_per_prompt),
         **{f"rewards/{name}": float(part.mean()) for name, part in rollout.parts.items()},
         **{f"monitors/{name}": float(part.mean()) for name, part in rollout.monitors.items()},
         "rewards/total_mean": float((rollout.scores - kl_coef * sequence_kl).mean()),
@@ -54,7 +70,8 @@ def run_metrics(history: RunHistory, *, episodes_per_iteration: int, optimizer_s
         values = history.values(name)
         short = name.rpartition("/")[2]
         metrics[f"{short}_first"], metrics[f"{short}_last"] = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
-    metrics["value_explained_variance"] = history.values("value/explained_variance")[-1]
+    if "value/explained_variance" in history.names():
+        metrics["value_explained_variance"] = history.values("value/explained_variance")[-1]
     metrics["episodes_per_second"] = sum(history.values("time/episodes_per_second")) / len(history)
     return metrics
 

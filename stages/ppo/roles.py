@@ -32,7 +32,9 @@ from stages.rewards.config import leaves
 
 @dataclass
 class Roles:
-    """Everything a PPO step asks. ``value`` is None with a head on the policy's own hidden states.
+    """Everything a PPO step asks. ``value`` is None with a head on the policy's own hidden states, and without a value network.
+
+    ``has_value``: whether there are values at all (``advantages: gae``).
 
     ``trained`` are the modules that train, by name: whole models, or the weights of a role alone where a backbone is shared.
     """
@@ -43,6 +45,7 @@ class Roles:
     value: ValueModel | None
     trained: dict[str, nn.Module]
     backbone: SharedBackbone | None = None
+    has_value: bool = True
     offload: Offload = field(default_factory=lambda: Offload([], torch.device("cpu"), enabled=False))
 
     def reference_logprobs(self, batch: SequenceBatch) -> Tensor:
@@ -50,7 +53,9 @@ class Roles:
         return self.reference.logprobs(batch)
 
     def values(self, batch: SequenceBatch) -> Tensor:
-        """Values before each response token [N]."""
+        """Values before each response token [N]; zeros without a value network."""
+        if not self.has_value:
+            return torch.zeros(len(batch.tokens))
         if self.value is None:
             return self.policy.values(batch)
         return sequence_values(self.value, batch, self.policy.precision())
@@ -115,12 +120,14 @@ def _whole_roles(config: PPOStepConfig, context: StepContext) -> Roles:
     head = _shared_value_head(config, model)
     policy = Policy(model, temperature=config.generation.temperature, autocast=_autocast(dtype), shared_value_head=head)
     value = None
-    if head is None:
+    if head is None and config.has_value:
         chosen, with_head = _value_source(config, context, tokenizer)
         load = ValueModel.from_pretrained if with_head else ValueModel.from_policy
         value = load(chosen, dtype=torch.float32, trainable=True).to(device)
-    networks = {"policy": model, "value": _first(value, head)}
-    return Roles(tokenizer, policy, _reference(config, context, tokenizer), value, networks)
+    networks = {"policy": model}
+    if config.has_value:
+        networks["value"] = _first(value, head)
+    return Roles(tokenizer, policy, _reference(config, context, tokenizer), value, networks, has_value=config.has_value)
 
 
 def _adapted_roles(config: PPOStepConfig, context: StepContext) -> Roles:
@@ -150,16 +157,16 @@ def _adapted_roles(config: PPOStepConfig, context: StepContext) -> Roles:
     if value is not None:
         head_weights = [(f"score_head.{name}", parameter) for name, parameter in value.score_head.named_parameters()]
         networks["value"] = RoleParameters([*extra, *head_weights]) if extra else value
-    else:
-        networks["value"] = _first(head)
-    return Roles(backbone.tokenizer, policy, reference, value, networks, backbone)
+    elif head is not None:
+        networks["value"] = head
+    return Roles(backbone.tokenizer, policy, reference, value, networks, backbone, has_value=config.has_value)
 
 
 def _adapted_value(
     config: PPOStepConfig, context: StepContext, backbone: SharedBackbone
 ) -> tuple[ValueModel | None, list[tuple[str, nn.Parameter]]]:
     """(value network, its weights on the shared backbone; none of those where it has a backbone of its own)."""
-    if config.value == "shared":
+    if config.value == "shared" or not config.has_value:
         return None, []
     chosen, with_head = _value_source(config, context, backbone.tokenizer)
     if backbone.holds(chosen):

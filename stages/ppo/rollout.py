@@ -18,6 +18,7 @@ from stages.corpora.messages import Prompt
 from stages.errors import TrainingError
 from stages.models.responses import sequence_batch, with_closing
 from stages.models.sharding import whole
+from stages.numerics.baselines import batch_baseline, group_relative, leave_one_out, spread
 from stages.numerics.gae import gae
 from stages.numerics.kl import estimate_kl
 from stages.numerics.masking import scale_to_unit_variance, whiten
@@ -275,6 +276,8 @@ def targets(rollout: Rollout, config: PPOStepConfig, *, kl_coef: float) -> Targe
     rewards = shape_rewards(at_end, kl, states, kl_coef=kl_coef, token_scores=paid)
     if config.whiten_rewards:
         rewards = scale_to_unit_variance(rewards, states)
+    if not config.has_value:
+        return _targets_without_values(rewards, mask, config)
     advantages, returns = gae(rewards, values, states, gamma=config.gamma, gae_lambda=config.gae_lambda)
     if config.value_gae_lambda is not None:
         _, returns = gae(rewards, values, states, gamma=config.gamma, gae_lambda=config.value_gae_lambda)
@@ -283,11 +286,28 @@ def targets(rollout: Rollout, config: PPOStepConfig, *, kl_coef: float) -> Targe
         closing_returns[rows] = returns[rows, ends]
         rewards, advantages, returns = rewards[:, :-1], torch.where(mask, advantages[:, :-1], 0.0), returns[:, :-1]
         rewards = torch.where(mask, rewards, 0.0)
-    if config.whiten_advantages:
+    if config.whitens_advantages:
         advantages = whiten(advantages, mask)
     if not bool(torch.isfinite(advantages).all() and torch.isfinite(returns).all()):
         raise TrainingError("an advantage or return is not a finite number; look at the scores and values of this rollout")
     return Targets(rewards, advantages, torch.where(mask, returns, 0.0), closing_returns)
+
+
+def _targets_without_values(rewards: Tensor, mask: Tensor, config: PPOStepConfig) -> Targets:
+    """Targets by ``config.advantages`` from the return of each completion; the rollout's rows are whole groups of a prompt."""
+    returns = torch.where(mask, rewards, 0.0).sum(dim=1)
+    if config.advantages == "rloo":
+        each = leave_one_out(returns, config.samples_per_prompt)
+    elif config.advantages == "grpo":
+        each = group_relative(returns, config.samples_per_prompt, divide_by_deviation=config.divide_by_deviation)
+    else:
+        each = batch_baseline(returns)
+    advantages = spread(each, mask)
+    if config.whitens_advantages:
+        advantages = whiten(advantages, mask)
+    if not bool(torch.isfinite(advantages).all()):
+        raise TrainingError("an advantage is not a finite number; look at the scores of this rollout")
+    return Targets(rewards, advantages, torch.zeros_like(advantages), torch.zeros(len(mask)))
 
 
 def whole_targets(rollout: Rollout, config: PPOStepConfig, *, kl_coef: float, num_processes: int) -> Targets:

@@ -132,14 +132,13 @@ class Updater:
     def minibatch(self, part: Rollout, goal: Targets, *, train_policy: bool = True) -> dict[str, float]:
         """Gradients of one minibatch and one optimizer step; returns its metrics."""
         totals, largest = self.accumulate(part, goal, train_policy=train_policy)
-        metrics = _metrics(totals.sums, largest)
+        metrics = {**_policy_metrics(totals.sums, largest), **(_value_metrics(totals.sums) if self.roles.has_value else {})}
         if self.config.pretraining_mix is not None and train_policy:
             metrics["policy/pretraining_loss"] = self._add_pretraining_gradient(len(part.prompts))
-        if not math.isfinite(metrics["policy/loss"] + metrics["value/loss"]):
-            raise TrainingError(
-                f"the policy loss is {metrics['policy/loss']} and the value loss {metrics['value/loss']}; "
-                "lower training.learning_rate, or use precision: fp32"
-            )
+        losses = {name: metrics[f"{name}/loss"] for name in ("policy", "value") if f"{name}/loss" in metrics}
+        if not math.isfinite(sum(losses.values())):
+            said = " and ".join(f"the {name} loss is {loss}" for name, loss in losses.items())
+            raise TrainingError(f"{said}; lower training.learning_rate, or use precision: fp32")
         metrics |= self._step(train_policy)
         return metrics
 
@@ -183,13 +182,17 @@ class Updater:
                     policy_loss.backward()
                 values = sequence_values(roles.value, batch, roles.policy.precision())
                 self.matmuls.add(roles.value.backbone, batch)
-            assert values is not None
-            errors = value_terms(values, flat["rollout_values"], flat["returns"], clip_range=config.value_clip_range)
-            value_loss = config.value_coef * errors.sum() / num_states * counts
-            if roles.value is not None or not train_policy:
-                value_loss.backward()
+            if not roles.has_value:
+                policy_loss.backward()
+                values = errors = torch.zeros(num_tokens, device=device)
             else:
-                (policy_loss + value_loss).backward()
+                assert values is not None
+                errors = value_terms(values, flat["rollout_values"], flat["returns"], clip_range=config.value_clip_range)
+                value_loss = config.value_coef * errors.sum() / num_states * counts
+                if roles.value is not None or not train_policy:
+                    value_loss.backward()
+                else:
+                    (policy_loss + value_loss).backward()
             if not counts:
                 continue
             with torch.no_grad():
@@ -317,11 +320,9 @@ SUMS = (
 )  # fmt: skip
 
 
-def _metrics(sums: dict[str, float], largest: float) -> dict[str, float]:
-    """Means over the minibatch's tokens, and over its states for what is said of values."""
-    of_states = ("value_loss", "value_clipped", "error", "returns", "returns_squared", "values")
-    mean = {name: value / max(sums["states" if name in of_states else "tokens"], 1.0) for name, value in sums.items()}
-    variance = mean["returns_squared"] - mean["returns"] ** 2
+def _policy_metrics(sums: dict[str, float], largest: float) -> dict[str, float]:
+    """Means over the minibatch's tokens."""
+    mean = {name: value / max(sums["tokens"], 1.0) for name, value in sums.items()}
     return {
         "policy/loss": mean["policy_loss"],
         "policy/entropy": mean["entropy"],
@@ -330,6 +331,14 @@ def _metrics(sums: dict[str, float], largest: float) -> dict[str, float]:
         "policy/ratio_mean": mean["ratio"],
         "policy/ratio_variance": max(0.0, mean["ratio_squared"] - mean["ratio"] ** 2),
         "policy/ratio_max_deviation": largest,
+    }
+
+
+def _value_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """Means over the minibatch's states."""
+    mean = {name: value / max(sums["states"], 1.0) for name, value in sums.items()}
+    variance = mean["returns_squared"] - mean["returns"] ** 2
+    return {
         "value/loss": mean["value_loss"],
         "value/clip_fraction": mean["value_clipped"],
         "value/mean": mean["values"],

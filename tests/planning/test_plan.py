@@ -50,6 +50,14 @@ def test_full_fine_tuning_by_hand(recipe: Any, tmp_path: Path) -> None:
     assert memory.optimizer == 8 * (policy + value)
 
 
+def test_without_a_value_network_its_memory_is_not_counted(recipe: Any, tmp_path: Path) -> None:
+    critic_free = {"advantages": "rloo", "samples_per_prompt": 4, "value": None}
+    memory = planned(recipe(precision="fp32", **critic_free), tmp_path, 80)["aligned"].memory
+    assert memory is not None
+    policy = 1_543_714_304
+    assert (memory.weights, memory.gradients, memory.optimizer) == (4 * 2 * policy, 4 * policy, 8 * policy)  # policy and reference
+
+
 def test_adapters_share_one_backbone(recipe: Any, tmp_path: Path) -> None:
     lora = {"r": 16}
     shared = planned(recipe(precision="fp32", lora=lora), tmp_path, 80)["aligned"].memory

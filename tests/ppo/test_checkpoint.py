@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "shared value head": {"value": "shared", "training": {"learning_rate": 1e-3, "adam_style": "tensorflow"}},
     "adapter, random reward": {"lora": {"r": 2}, "whiten_rewards": True, "reward": [{"function": "letters_reward:noisy"}]},
     "8-bit moments": {"training": {"learning_rate": 1e-3, "optimizer": "adamw_8bit"}},
+    "leave-one-out": {"advantages": "rloo", "samples_per_prompt": 2, "value": None},
     "pretraining mix": {"value_warmup_iterations": 2, "target_update_kl": 1e-4},
 }
 
@@ -129,7 +130,8 @@ CUTS = {
     "SIGTERM in the rollout": ("score", 3, terminate),  # while the third is scored
 }
 ONCE = {"killed between": "average, adaptive KL"}  # a cut that one setting is enough for
-SLOW = {"8-bit moments": "killed inside"}  # a setting that one cut is enough for: bitsandbytes takes its time on CPUs
+# settings that one cut is enough for: bitsandbytes takes its time on CPUs
+SLOW = {"8-bit moments": "killed inside", "leave-one-out": "killed inside"}
 CASES = [
     (cut, settings) for cut in CUTS for settings in SETTINGS if ONCE.get(cut, settings) == settings and SLOW.get(settings, cut) == cut
 ]
