@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -53,8 +54,8 @@ class StopRequest:
         if self._deferred:
             return
         threading.Thread(target=self._remind, args=(number,), name="stop reminder", daemon=True).start()
-        # An exception in a finalizer goes no further than that; the reminder comes when it is over.
-        if frame is None or frame.f_code.co_name != "__del__":
+        # Python prints an exception that leaves a finalizer, and goes on; the reminder comes when the finalizer is over.
+        if not _in_finalizer(frame):
             raise Stopped(number)
 
     def _remind(self, number: int) -> None:
@@ -94,6 +95,15 @@ class StopRequest:
         """Raise Stopped where an end was asked for."""
         if self.number is not None:
             raise Stopped(self.number)
+
+
+def _in_finalizer(frame: Any) -> bool:
+    """Whether ``frame`` runs inside a ``__del__`` or a callback of a weak reference."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__" or frame.f_code.co_filename == weakref.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def end_with_launcher() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import weakref
 
 import pytest
 
@@ -93,3 +94,40 @@ def test_a_process_ends_with_its_launcher() -> None:
             return
         time.sleep(0.1)
     raise AssertionError(f"process {pid} outlived its launcher")
+
+
+@pytest.mark.parametrize("kind", ["__del__", "weak reference"])
+def test_inside_a_finalizer_it_waits_for_the_reminder(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Python prints an exception that leaves a finalizer with its traceback, and goes on."""
+    printed: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    monkeypatch.setattr("stages.process.stopping.REMINDER_SECONDS", 0.1)
+
+    def ask() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+    class Finalized:
+        def __del__(self) -> None:
+            if kind == "__del__":
+                ask()
+
+    class Key:
+        def __hash__(self) -> int:
+            return 1
+
+    class Asking(dict):  # type: ignore[type-arg]
+        def __delitem__(self, key: object) -> None:
+            ask()
+            super().__delitem__(key)
+
+    stop = StopRequest()
+    with pytest.raises(Stopped), stop.installed():
+        if kind == "__del__":
+            Finalized()
+        else:
+            table: weakref.WeakKeyDictionary[Key, int] = weakref.WeakKeyDictionary()
+            table.data = Asking()
+            table[Key()] = 1
+        time.sleep(5)
+    assert printed == []
