@@ -214,11 +214,12 @@ def decode_completions(tokenizer: Any, generated: Generated) -> list[str]:
     Each is decoded as the continuation of its prompt: some tokenizers write a word differently at the beginning of a text.
     """
     ends = set(turn_end_ids(tokenizer))
+    responses = zip(generated.response_ids.cpu(), generated.response_mask.cpu(), strict=True)
+    prompts = zip(generated.prompt_ids[:, -CONTEXT:].cpu(), generated.prompt_mask[:, -CONTEXT:].cpu().bool(), strict=True)
     texts = []
-    for row, mask in enumerate(generated.response_mask.cpu()):
-        ids = generated.response_ids[row].cpu()[mask].tolist()
+    for (response, counts), (prompt, shown) in zip(responses, prompts, strict=True):
+        ids = response[counts].tolist()
         if ids and ids[-1] in ends:  # a template may end turns with a token that the tokenizer does not call special
             ids = ids[:-1]
-        prompt = generated.prompt_ids[row, -CONTEXT:][generated.prompt_mask[row, -CONTEXT:]].tolist()
-        texts.append(continuation_text(tokenizer, prompt, ids).strip())
+        texts.append(continuation_text(tokenizer, prompt[shown].tolist(), ids).strip())
     return texts

@@ -184,3 +184,34 @@ def test_decoding_leaves_out_stop_tokens(tiny_tokenizer) -> None:
         *(torch.tensor([[0]]),) * 2, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool), *(torch.zeros(1),) * 2
     )
     assert decode_completions(tiny_tokenizer, generated) == ["the film"]
+
+
+def test_a_completion_ends_where_the_chat_template_ends_a_turn(model, tokenizer_of) -> None:
+    """Its turn end is neither the end token nor, here, a token that the tokenizer calls special."""
+    tokenizer = tokenizer_of("byte_bpe")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ':' + m.content + '</tool_call>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    end = tokenizer.convert_tokens_to_ids("</tool_call>")
+    assert end not in tokenizer.all_special_ids
+    assert ending_tokens(model, tokenizer, GenerationSettings()) == (sorted([tokenizer.eos_token_id, end, 0]), [])
+    assert ending_tokens(model, tokenizer, GenerationSettings(ignore_eos=True)) == ([], [])
+    ids = tokenizer(" there was", add_special_tokens=False)["input_ids"] + [end]
+    generated = Generated(
+        *(torch.tensor([[9]]),) * 2, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool), *(torch.zeros(1),) * 2
+    )
+    assert decode_completions(tokenizer, generated) == ["there was"]
+
+
+def test_a_completion_is_decoded_after_its_prompt(tokenizer_of) -> None:
+    """A word piece that goes on with the prompt's last word has no marks before it."""
+    tokenizer = tokenizer_of("wordpiece")
+    prompt = tokenizer("the weather is wa", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("the weather is warm today", add_special_tokens=False)["input_ids"][-1:]
+    piece = tokenizer.convert_tokens_to_ids("##r")
+    generated = Generated(
+        torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.bool), torch.tensor([[piece, *ids]]),
+        torch.ones(1, 1 + len(ids), dtype=torch.bool), *(torch.zeros(1),) * 2,
+    )  # fmt: skip
+    assert decode_completions(tokenizer, generated) == ["r today"]
