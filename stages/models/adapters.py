@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,12 +77,12 @@ def attach_lora(
             f"{type(plain).__name__}: {error} {_linear_modules(plain)}"
         ) from error
     model.peft_config[name].base_model_name_or_path = base
+    _prepare_wrappers(model, name)
     model._stages_sources = {**getattr(model, "_stages_sources", {}), name: source}
     _start_from_what_acts(model, name)
     for parameter_name, parameter in model.named_parameters():
         if is_part_of(parameter_name, name) and parameter.is_floating_point():
             parameter.data = parameter.data.float()
-    _compute_in_own_dtype(model, name)
     activate(model, [*below, name], trainable=[name])
     return model
 
@@ -116,6 +116,7 @@ def add_adapter(model: Any, adapter: ResolvedModel | SavedAdapter, name: str, *,
                 model.add_adapter(name, saved.config)
             else:
                 model = get_peft_model(model, saved.config, adapter_name=name)
+            _prepare_wrappers(model, name)
             report = set_peft_model_state_dict(model, saved.weights, adapter_name=name)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
         raise ModelError(f"the adapter {saved.ref!r} does not fit its base {type(plain).__name__}: {error}") from error
@@ -124,7 +125,6 @@ def add_adapter(model: Any, adapter: ResolvedModel | SavedAdapter, name: str, *,
     if missing or report.unexpected_keys:
         wrong = f"{len(missing)} weights missing, {len(report.unexpected_keys)} unexpected, e.g. {[*missing, *report.unexpected_keys][0]}"
         raise ModelError(f"the adapter {saved.ref!r} does not fit its base {type(plain).__name__}: {wrong}")
-    _compute_in_own_dtype(model, name)
     activate(model, [*below, name])
     return model
 
@@ -251,23 +251,41 @@ def _start_from_what_acts(model: Any, name: str) -> None:
             modules[name].load_state_dict(modules[active[-1]].state_dict())
 
 
-def _compute_in_own_dtype(model: Any, name: str) -> None:
-    """Let whole modules of the adapter ``name`` compute in the dtype of their own weights, and hand on the base's dtype.
+def _prepare_wrappers(model: Any, name: str) -> None:
+    """Mend what peft's wrappers of whole modules and rows cannot do, after the adapter ``name`` was added.
 
-    They are fp32 while they train, and their base may be bf16; under autocast nothing changes. Logits stay in fp32.
+    Whole modules of the adapter compute in the dtype of their own weights, and hand on the base's dtype: they are fp32 while they train,
+    and their base may be bf16. Under autocast nothing changes. Logits stay in fp32.
     """
+    from peft.utils.other import TrainableTokensWrapper
+
     for wrapper in _wrappers(model):
+        if type(wrapper) is TrainableTokensWrapper:
+            wrapper.__class__ = _rows_of_some()
         modules = getattr(wrapper, "modules_to_save", None)
-        if modules is None or name not in modules:
-            if modules is None and isinstance(wrapper.original_module, nn.Linear):
-                wrapper.bias = None  # peft hides it, and TRL's loss reads it; a layer that has one is refused
+        weight = next(wrapper.original_module.parameters(), None)
+        if modules is None or name not in modules or weight is None or weight.dtype not in (torch.bfloat16, torch.float16):
             continue
-        module, weight = modules[name], next(wrapper.original_module.parameters(), None)
-        if weight is None or not weight.is_floating_point() or weight.dtype == torch.float32:
-            continue
-        module.register_forward_pre_hook(_cast_inputs)
-        if not isinstance(module, nn.Linear):
-            module.register_forward_hook(partial(_cast_output, dtype=weight.dtype))
+        modules[name].register_forward_pre_hook(_cast_inputs)
+        if not isinstance(modules[name], nn.Linear):
+            modules[name].register_forward_hook(partial(_cast_output, dtype=weight.dtype))
+
+
+@cache
+def _rows_of_some() -> type[Any]:
+    """peft's wrapper of rows, for models in which some adapters have rows and others have none; peft saves and loads rows for all."""
+    from peft.utils.other import TrainableTokensWrapper
+
+    class RowsOfSome(TrainableTokensWrapper):
+        bias = None  # peft hides the layer's own, and TRL's loss reads it; an output layer that has one is refused
+
+        def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+            return super().adapter_state_dict_load_map(adapter_name) if adapter_name in self._get_available_adapters() else {}
+
+        def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return super().adapter_state_dict(adapter_name, state_dict) if adapter_name in self._get_available_adapters() else {}
+
+    return RowsOfSome
 
 
 def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

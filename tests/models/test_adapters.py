@@ -245,3 +245,20 @@ def test_three_adapters_of_every_kind_compute_what_each_trained(
     assert_same(logits_of(load_language_model(below, dtype=torch.float32, trainable=False), NEW_IDS), expected)
     save_merged(below, tmp_path / "whole")
     assert_same(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "whole"), NEW_IDS), expected)
+
+
+@pytest.mark.parametrize("field", [None, "modules_to_save", "target_modules"])
+def test_copies_in_fp32_work_on_a_bf16_base(bases: dict[str, Path], larger_tokenizer: Any, tmp_path: Path, field: str | None) -> None:
+    """Without autocast, as PPO and the evaluation compute; saving compares what was saved by itself."""
+    settings: dict[str, Any] = {field: ["embed_tokens", "lm_head"]} if field is not None else {}
+    tokenizer = load_tokenizer(str(bases["untied"])) if field == "target_modules" else larger_tokenizer
+    source = resolved(bases["untied"])
+    model = load_language_model(source, dtype=torch.bfloat16, lora=LoraSettings(r=2, **settings), tokenizer=tokenizer)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained and all(parameter.dtype == torch.float32 for parameter in trained)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    disturb(model)
+    save_model(model, tokenizer, tmp_path / "adapter", rows=[IDS[0].tolist()])
+    again = load_language_model(resolved(tmp_path / "adapter", source), dtype=torch.bfloat16, trainable=False)
+    difference = (logits_of(again) - logits_of(model)).pow(2).mean().sqrt()
+    assert difference < 0.05 * logits_of(model).pow(2).mean().sqrt()  # bf16 has 8 bits

@@ -1,0 +1,219 @@
+"""Adapters as people have them: made by peft alone, in the forms that it writes, and what no stack can compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.config import LoraSettings, ModelInput
+from stages.errors import ModelError
+from stages.models.exporting import save_merged
+from stages.models.heads import RewardModel
+from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer, save_model
+from stages.models.shared import SharedBackbone
+from stages.process.runtime import ResolvedModel
+
+IDS = torch.tensor([[5, 17, 40, 3, 250]])
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def foreign(base: Path | str, folder: Path, *, seed: int = 1, loaded: Any = None, **settings: Any) -> torch.Tensor:
+    """Write an adapter made by peft alone, without a tokenizer; returns the logits of the model it was made on."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    plain = loaded if loaded is not None else AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    config = LoraConfig(r=4, lora_alpha=16, **{"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"], **settings})
+    model = get_peft_model(plain, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return logits_of(model)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "patterns": {"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 5}},
+    "regular expression": {"target_modules": r".*model\.layers\.\d+\.mlp\.(up|down)_proj"},
+    "all-linear": {"target_modules": "all-linear"},
+    "some layers": {"layers_to_transform": [1]},
+    "excluded": {"exclude_modules": r".*layers\.0.*"},
+    "trained biases": {"bias": "all", "target_modules": ["q_proj"]},
+    "dropout": {"lora_dropout": 0.5},
+    "embedding": {"target_modules": ["embed_tokens", "o_proj"]},
+    "rows": {"trainable_token_indices": {"embed_tokens": [3, 250], "lm_head": [3]}},
+    "whole modules": {"modules_to_save": ["embed_tokens", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_of_every_form_is_loaded_and_exported(kind: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    expected = foreign(tiny_llama_folder, tmp_path / "adapter", **KINDS[kind])
+    tokenizer = load_tokenizer(str(tmp_path / "adapter"))  # its base's
+    loaded = load_language_model(str(tmp_path / "adapter"), dtype=torch.float32, trainable=False, tokenizer=tokenizer)
+    torch.testing.assert_close(logits_of(loaded), expected, rtol=1e-4, atol=1e-5)
+    save_merged(as_resolved(tmp_path / "adapter"), tmp_path / "whole")
+    torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dora", "trained biases", "rows", "whole modules"])
+def test_an_adapter_of_every_form_stays_what_it_is_under_a_fresh_one(kind: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """On nf4 weights it stays apart from what is quantized, and a fresh adapter on top begins as an identity."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, attn_implementation="eager", quantization_config=quantized)
+    for module in plain.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    expected = foreign(tiny_llama_folder, tmp_path / "adapter", loaded=plain, **KINDS[kind])
+    source = ResolvedModel("one", "folder", str(tmp_path / "adapter"), "", ModelInput(ref="one", quantization="nf4"))
+    model = load_language_model(source, dtype=torch.float32, lora=LoraSettings(r=2))
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["_fsdp_wrapped_module.", "_orig_mod.", "module."])
+def test_names_left_by_wrappers_are_understood(prefix: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    expected = foreign(tiny_llama_folder, tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    renamed = {name.replace("base_model.model.", f"base_model.model.{prefix}"): value for name, value in weights.items()}
+    renamed = {name.replace(".lora_A.weight", ".lora_A.default.weight"): value for name, value in renamed.items()}
+    save_file(renamed, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    torch.testing.assert_close(logits_of(load_language_model(str(tmp_path), dtype=torch.float32)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dora_adapter_above_another_is_merged_or_refused(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """Its magnitudes belong to the merged weights below it: right where they are merged, refused where they stay apart."""
+    foreign(tiny_llama_folder, tmp_path / "one")
+    merged = load_language_model(str(tmp_path / "one"), dtype=torch.float32, trainable=False)
+    expected = foreign(tmp_path / "one", tmp_path / "two", loaded=merged, use_dora=True)
+    torch.testing.assert_close(logits_of(load_language_model(str(tmp_path / "two"), dtype=torch.float32)), expected, rtol=1e-4, atol=1e-5)
+    apart = ResolvedModel("two", "folder", str(tmp_path / "two"), "", ModelInput(ref="two", quantization="nf4"))
+    with pytest.raises(ModelError, match="'two' is a DoRA adapter on another adapter that is not merged"):
+        load_language_model(apart, dtype=torch.float32, trainable=False)
+
+
+def test_adapters_of_language_models_serve_a_reward_model(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """What belongs to the output layer alone is no part of a reward model; what belongs to the transformer is."""
+    foreign(tiny_llama_folder, tmp_path / "adapter", **KINDS["rows"])
+    whole = load_language_model(str(tmp_path / "adapter"), dtype=torch.float32, trainable=False)
+    reward_model = RewardModel.from_language_model(str(tmp_path / "adapter"), dtype=torch.float32)
+    with torch.no_grad():
+        hidden = whole(input_ids=IDS, output_hidden_states=True).hidden_states[-1]
+        torch.testing.assert_close(reward_model.eval().backbone(input_ids=IDS).last_hidden_state, hidden)
+
+
+@pytest.mark.parametrize("labels", [2, 3])
+def test_a_classifier_s_adapter_brings_its_head(labels: int, tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Made by peft alone: no config.json beside it says how many classes there are, the head's rows do."""
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(labels)
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_llama_folder, num_labels=labels)
+    expected = foreign(tiny_llama_folder, tmp_path, loaded=plain, task_type="SEQ_CLS")
+    found = load_classifier(str(tmp_path), dtype=torch.float32, trainable=False)
+    torch.testing.assert_close(logits_of(found), expected, rtol=1e-4, atol=1e-5)
+    foreign(tiny_llama_folder, tmp_path / "headless", task_type="CAUSAL_LM")
+    with pytest.raises(ModelError, match="no trained head"):
+        load_classifier(str(tmp_path / "headless"), dtype=torch.float32, trainable=False)
+
+
+def test_weights_in_a_pickle_file_are_refused(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    foreign(tiny_llama_folder, tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"adapter_model.bin, a pickle file that can run code; save it again with peft"):
+        load_language_model(str(tmp_path), dtype=torch.float32)
+
+
+# Several roles on one backbone
+
+
+def backbone_of(policy: ResolvedModel) -> SharedBackbone:
+    return SharedBackbone(policy, dtype=torch.float32, device=torch.device("cpu"), lora=LoraSettings(r=2))
+
+
+@pytest.mark.parametrize("kind", ["rows", "whole modules", "embedding", "rslora", "dora"])
+def test_roles_on_one_backbone_keep_their_own_copies(kind: str, tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """The policy's adapter has rows or modules of its own, the reward model's adapter on the bare base has none: each as if alone."""
+    expected = foreign(tiny_llama_folder, tmp_path / "policy", **KINDS[kind])
+    tiny_tokenizer.save_pretrained(tmp_path / "policy")
+    reward_model = RewardModel.from_language_model(str(tiny_llama_folder), dtype=torch.float32, lora=LoraSettings(r=2), trainable=False)
+    reward_model.save(tmp_path / "reward", tiny_tokenizer)
+    mask = torch.ones_like(IDS)
+    scores = reward_model.score_tokens(IDS, mask)
+    backbone = backbone_of(as_resolved(tmp_path / "policy"))
+    below = backbone.frozen(as_resolved(tmp_path / "policy"))
+    backbone.fresh("default", below)
+    assert backbone.holds(as_resolved(tmp_path / "reward"))
+    shared = backbone.reward_model(as_resolved(tmp_path / "reward"))
+    for _ in range(2):
+        backbone.activation(below)()
+        torch.testing.assert_close(logits_of(backbone.model), expected, rtol=1e-4, atol=1e-5)
+        backbone.activation([*below, "default"])()
+        torch.testing.assert_close(logits_of(backbone.model), expected, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(shared.score_tokens(IDS, mask), scores.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_that_changes_the_base_is_refused_on_a_shared_backbone(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, attention_bias=True)
+    plain.save_pretrained(tmp_path / "base")
+    load_tokenizer(str(tiny_llama_folder)).save_pretrained(tmp_path / "base")
+    foreign(tmp_path / "base", tmp_path / "policy", **KINDS["trained biases"])
+    backbone = backbone_of(as_resolved(tmp_path / "policy"))
+    with pytest.raises(ModelError, match="changes weights of its base .*bias.* and other roles compute with that base"):
+        backbone.frozen(as_resolved(tmp_path / "policy"))
+
+
+def test_a_policy_with_new_tokens_trains_their_rows_apart_from_its_value_network(
+    tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    from stages.models.heads import ValueModel
+
+    tokenizer = load_tokenizer(str(tiny_llama_folder))
+    tokenizer.add_tokens(["<a>", "<b>"])
+    load_language_model(str(tiny_llama_folder), dtype=torch.float32).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    source = as_resolved(tmp_path / "base")
+    backbone = backbone_of(source)
+    backbone.fresh("default")
+    value = backbone.value_model(source, with_head=False)
+    for role in ("default", "value"):
+        names = [name for name, parameter in backbone.named_parameters(role) if parameter.requires_grad]
+        assert any("trainable_tokens_delta" in name for name in names)
+    ids = torch.tensor([[5, 300, 301, 7]])
+    with torch.no_grad():
+        value.score_head.weight.normal_()
+        for number, role in enumerate(("default", "value")):
+            for name, parameter in backbone.named_parameters(role):
+                if "trainable_tokens" in name:
+                    parameter.add_(number + 1.0)
+    values = value.score_tokens(ids, torch.ones_like(ids)).detach()
+    value.save(tmp_path / "value", tokenizer)  # checks by itself that what is read again computes the same
+    read = ValueModel.from_pretrained(
+        ResolvedModel("value", "folder", str(tmp_path / "value"), "", ModelInput(ref="value"), base=source), dtype=torch.float32
+    )
+    torch.testing.assert_close(read.score_tokens(ids, torch.ones_like(ids)).detach(), values, rtol=1e-4, atol=1e-4)
+    backbone.activation(["default"])()
+    save_model(backbone.model, tokenizer, tmp_path / "policy")
+    policy = ResolvedModel("policy", "folder", str(tmp_path / "policy"), "", ModelInput(ref="policy"), base=source)
+    expected = backbone.model(input_ids=ids).logits.detach()
+    again = load_language_model(policy, dtype=torch.float32)
+    torch.testing.assert_close(again(input_ids=ids).logits.detach(), expected, rtol=1e-4, atol=1e-4)
