@@ -47,6 +47,7 @@ Overrides = Annotated[
 Home = Annotated[Path | None, typer.Option(help="Folder of everything made (default: STAGES_HOME, else outputs).")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
+All = Annotated[bool, typer.Option("--all", help="Show everything that is known, digests and defaults included.")]
 Ref = Annotated[str, typer.Argument(metavar="REF", help="name (newest), name@3, or sha256:<first digits>.")]
 
 FORMATS = "argilla, label-studio, alpaca-eval, pandalm or csv"
@@ -359,62 +360,97 @@ def _row(record: ModelRecord) -> dict[str, Any]:
 
 @models.command()
 @reports_errors
-def show(ref: Ref, home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
-    """What a version is, where it came from and how it did."""
+def show(ref: Ref, everything: All = False, home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
+    """What a version is, where it came from and how it did: data, the settings that differ from the defaults, metrics."""
     from rich.table import Table
 
     record = _registry(home).get(ref)
-    manifest = record.manifest
     if as_json:
-        _print_json({**manifest, "path": str(record.path)})
+        _print_json({**record.manifest, "path": str(record.path)})
         return
     table = Table(title=record.ref, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for label, value in (
+    for label, value in _all_rows(record) if everything else _chosen_rows(record):
+        table.add_row(label, value)
+    console = _runtime().console
+    console.print(table, markup=False)
+    if not everything:
+        console.print("Digests, all settings, files and packages: --all, or --json.", style="dim")
+
+
+def _chosen_rows(record: ModelRecord) -> list[tuple[str, str]]:
+    """What most people ask for."""
+    from stages.chain.description import describe
+
+    manifest = record.manifest
+    stage = manifest["recipe_step"].get("stage")
+    size = sum(file["size"] for file in manifest["files"]) / 2**20
+    found = [
+        ("role", record.role + (f", made by a step of stage {stage}" if stage else "")),
+        ("made (UTC)", manifest["created"][:19]),
+        ("folder", f"{record.path} ({size:.1f} MiB)"),
+        ("base", f"adapter on {manifest['base']['ref']}" if record.is_adapter else "none: whole weights"),
+        ("made from", "\n".join(parent["ref"] for parent in manifest["parents"]) or "nothing: random weights"),
+    ]
+    return found + [(heading, "\n".join(lines) or "none") for heading, lines in describe(record).items()]
+
+
+def _all_rows(record: ModelRecord) -> list[tuple[str, str]]:
+    """Everything that the manifest holds."""
+    manifest = record.manifest
+    return [
         ("role", record.role),
         ("digest", record.digest),
         ("made (UTC)", manifest["created"]),
         ("folder", str(record.path)),
         ("base", manifest["base"]["ref"] if record.is_adapter else "none: whole weights"),
-        ("parents", "\n".join(f"{parent['ref']}  {parent['digest'][:19]}" for parent in manifest["parents"]) or "none"),
-        ("data", "\n".join(f"{place}  {mark[:19]}" for place, mark in manifest["data"].items()) or "none"),
+        ("parents", "\n".join(f"{parent['ref']}  {parent['digest']}" for parent in manifest["parents"]) or "none"),
+        ("data", "\n".join(f"{place}  {mark}" for place, mark in manifest["data"].items()) or "none"),
         ("metrics", "\n".join(f"{name}  {value}" for name, value in manifest["metrics"].items()) or "none"),
         ("step", json.dumps(manifest["recipe_step"], ensure_ascii=False)),
         ("extra", json.dumps(manifest["extra"], ensure_ascii=False)),
         ("packages", ", ".join(f"{name} {version}" for name, version in manifest["packages"].items())),
-        ("files", "\n".join(f"{file['path']}  {file['size']} bytes" for file in manifest["files"])),
-    ):
-        table.add_row(label, value)
-    _runtime().console.print(table, markup=False)
+        ("files", "\n".join(f"{file['path']}  {file['size']} bytes  {file['sha256']}" for file in manifest["files"])),
+    ]
 
 
 @models.command()
 @reports_errors
-def lineage(ref: Ref, home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
-    """The tree of what a version was made from."""
-    tree = _registry(home).lineage(ref)
+def lineage(ref: Ref, everything: All = False, home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
+    """The tree of what a version was made from: models, and data by path and rows."""
+    registry = _registry(home)
+    tree = registry.lineage(ref)
     if as_json:
         _print_json(tree)
     else:
-        _runtime().console.print(_tree(tree))
+        _runtime().console.print(_tree(tree, registry, everything))
 
 
-def _tree(node: dict[str, Any], branch: Tree | None = None) -> Tree:
+def _tree(node: dict[str, Any], registry: Registry, everything: bool, branch: Tree | None = None) -> Tree:
     from rich.markup import escape
     from rich.tree import Tree
+
+    from stages.chain.description import data_lines
 
     note = node.get("role") or node["kind"]
     if node.get("removed"):
         note = "removed from the registry, or changed"
+    elif (base := node.get("base")) is not None:
+        note += f", adapter on {base['ref']}"
     if node.get("trust_remote_code"):
         note += ", with code of the hub's"
-    label = f"[bold]{escape(node['ref'])}[/] {escape(node['digest'][:19])} ({note})"
+    digest = f" {node['digest']}" if everything else ""
+    label = f"[bold]{escape(node['ref'])}[/]{escape(digest)} ({escape(note)})"
     here = Tree(label) if branch is None else branch.add(label)
-    for place, mark in node.get("data", {}).items():
-        here.add(f"{escape(place)}: data {escape(mark[:19])}")
+    if everything:
+        lines = [f"{place}: data {mark}" for place, mark in node.get("data", {}).items()]
+    else:
+        lines = data_lines(registry.get(node["ref"]).manifest) if node.get("data") else []
+    for line in lines:
+        here.add(escape(line))
     for parent in node["parents"]:
-        _tree(parent, here)
+        _tree(parent, registry, everything, here)
     return here
 
 

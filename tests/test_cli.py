@@ -182,10 +182,19 @@ def test_models_are_listed_shown_and_traced(place: Path) -> None:
     shown = calls_json("models", "show", "quick/sft")
     assert shown["parents"][0]["ref"] == "quick/base@1"
     assert shown["recipe_step"]["stage"] == "train"
-    assert "quick/base@1" in call("models", "show", "quick/sft").stdout
+    text = call("models", "show", "quick/sft").stdout
+    for said in ("quick/base@1", "data: a.txt (1 row)", "made by a step of stage train", "heldout_error  1", "question"):
+        assert (said in text) is (said != "question"), text
+    assert "digest" not in text and shown["digest"] not in text
+    everything = call("models", "show", "quick/sft", "--all").stdout
+    assert "digest" in everything and "packages" in everything and '"rate": 1.0' in everything.replace("\n", "")
     assert calls_json("models", "lineage", "quick/sft")["parents"][0]["ref"] == "quick/base@1"
     tree = call("models", "lineage", "quick/sft").stdout
     assert tree.index("quick/sft@1") < tree.index("quick/base@1")
+    assert tree.count("data: a.txt (1 row)") == 2 and "sha256:" not in tree
+    Path("a.txt").write_text("b\n")
+    assert "data: a.txt (changed since)" in call("models", "show", "quick/sft").stdout
+    assert call("models", "lineage", "quick/sft", "--all").stdout.count("sha256:") >= 2
 
 
 def test_models_are_verified_exported_and_removed(place: Path) -> None:

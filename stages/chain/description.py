@@ -1,0 +1,153 @@
+"""A version of the registry for people: data by path and rows, the settings that are no defaults, metrics with three digits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ValidationError
+
+from stages.config import DataSource, ModelInput
+from stages.corpora.files import fingerprint, read_rows
+from stages.errors import StagesError
+from stages.recipe.schema import STAGES, data_inputs, load_object, model_inputs
+
+if TYPE_CHECKING:
+    from stages.registry.ledger import ModelRecord
+
+LARGEST_COUNTED = 64 * 2**20  # bytes of a file whose rows are counted while one waits
+IDENTITY = ("name", "stage")
+
+
+def describe(record: ModelRecord) -> dict[str, list[str]]:
+    """Lines by heading: data, settings, metrics. A heading without lines has nothing to say."""
+    return {
+        "data": data_lines(record.manifest),
+        "settings": [f"{path}: {_shown(value)}" for path, value in changed_settings(record.manifest["recipe_step"])],
+        "metrics": [f"{name}  {three_digits(value)}" for name, value in _numbers(record.manifest["metrics"])],
+    }
+
+
+def three_digits(value: Any) -> str:
+    """A number with three significant digits; whole numbers and texts as they are."""
+    if isinstance(value, bool) or not isinstance(value, float):
+        return str(value)
+    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else f"{value:.3g}"
+
+
+def _numbers(metrics: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """The numbers of nested metrics, by dotted name; lists (histograms, alarms) are left to --all."""
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{before}{name}.")
+        elif isinstance(value, int | float | str):
+            yield f"{before}{name}", value
+
+
+# Data
+
+
+def data_lines(manifest: Mapping[str, Any]) -> list[str]:
+    """Each data input of the step: its field, path or Hub id, and rows. Files that changed since, or are gone, are said to be."""
+    config = _config(manifest["recipe_step"])
+    if config is None:  # made by an import, or by a version with other fields
+        return [f"{field}: content {mark[:19]}" for field, mark in manifest["data"].items()]
+    lines = []
+    for field, sources in data_inputs(config).items():
+        is_same = _is_unchanged(sources, manifest["data"].get(field))
+        lines += [f"{field}: {_source_text(source, field, is_same)}" for source in sources]
+    return lines
+
+
+def _is_unchanged(sources: list[DataSource], mark: str | None) -> bool:
+    if any(source.on_hub for source in sources):
+        return True  # nothing is fetched for a description
+    try:
+        return fingerprint(sources) == mark
+    except (StagesError, OSError):
+        return False
+
+
+def _source_text(source: DataSource, field: str, is_same: bool) -> str:
+    options = [f"{name} {value}" for name, value in (("config", source.name), ("split", source.split)) if value is not None]
+    place = ", ".join([_path(source.path), *options])
+    if source.on_hub:
+        is_file = Path(source.path).is_absolute()
+        return f"{place} ({'no longer there' if is_file else 'on the Hub'})"
+    if not is_same:
+        return f"{place} (changed since)"
+    rows = _count(source, "validation" if "validation" in field else "train")
+    return f"{place} ({rows})"
+
+
+def _count(source: DataSource, split: str) -> str:
+    path = Path(source.path)
+    if path.is_file() and path.stat().st_size > LARGEST_COUNTED:
+        return f"{path.stat().st_size / 2**20:.0f} MiB, rows not counted"
+    try:
+        count = len(read_rows([source], split=split))
+    except StagesError:
+        return "rows not readable"
+    return f"{count:,} row{'s' if count != 1 else ''}"
+
+
+def _path(written: str) -> str:
+    """A path below the current folder as seen from it; anything else as it is."""
+    path = Path(written)
+    return os.path.relpath(path) if path.is_absolute() and path.is_relative_to(Path.cwd()) else written
+
+
+# Settings
+
+
+def changed_settings(step: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """(dotted path, value) of each setting that is not its default; models and data have lines of their own."""
+    config = _config(step)
+    if config is None:
+        return [(name, value) for name, value in step.items() if name not in IDENTITY]
+    shown_elsewhere = {*model_inputs(config), *data_inputs(config)}
+    return [(path, value) for path, value in _changes(config, "") if path not in shown_elsewhere and path not in IDENTITY]
+
+
+def _changes(block: BaseModel, before: str) -> Iterator[tuple[str, Any]]:
+    for name, field in type(block).model_fields.items():
+        value, path = getattr(block, name), f"{before}{name}"
+        default = field.get_default(call_default_factory=True, validated_data={})
+        if value == default:
+            continue
+        if isinstance(value, BaseModel) and default is not None and not isinstance(value, ModelInput):
+            yield from _changes(value, f"{path}.")
+        else:
+            yield path, value.model_dump(mode="json", exclude_defaults=True) if isinstance(value, BaseModel) else _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """Blocks inside lists and tables as what the recipe would say."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value.model_dump(mode="json", exclude_defaults=True) if isinstance(value, BaseModel) else value
+
+
+def _shown(value: Any) -> str:
+    """A value as a recipe writes it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_shown(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_shown, value)) + "]"
+    return f"{value:g}" if isinstance(value, float) else repr(value) if isinstance(value, str) and "\n" in value else str(value)
+
+
+def _config(step: Mapping[str, Any]) -> Any:
+    """The step's config; None for a step that this version does not know, or whose fields it does not know."""
+    if step.get("stage") not in STAGES:
+        return None
+    try:
+        return load_object(STAGES[step["stage"]].config).model_validate(dict(step))
+    except (ValidationError, StagesError):
+        return None
