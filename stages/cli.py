@@ -669,14 +669,13 @@ def label(
 ) -> None:
     """Serve the page on which people rank completions, or report on their answers. Loads no model."""
     from stages.labelling import command
-    from stages.labelling.config import People
 
     given = {
         "questions": questions and str(questions), "instructions": instructions and str(instructions), "annotators": annotators,
         "overlap": overlap, "target": target, "gold": gold and str(gold),
     }  # fmt: skip
     settings = {name: value for name, value in given.items() if value is not None}
-    folder = command.open_folder(what, _home(home), People.model_validate(settings), has_settings=bool(settings))
+    folder = command.open_folder(what, _home(home), settings)
     if import_from is not None:
         from stages.labelling.exchange import import_answers
 

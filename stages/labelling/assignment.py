@@ -58,6 +58,16 @@ class Assignment:
                 return self._lease(name, annotator)
         return None
 
+    @property
+    def held(self) -> dict[str, str]:
+        """The task that each annotator has open."""
+        return dict(self._held)
+
+    def hold(self, annotator: str, task: str) -> None:
+        """Give a lease again that was given before the server ended."""
+        if task in self.ranked and self._is_open(task, annotator):
+            self._lease(task, annotator)
+
     def answered(self, task: str, annotator: str, *, is_ranked: bool) -> None:
         """Note an answer; a task that was skipped or flagged stays open for others."""
         if is_ranked:

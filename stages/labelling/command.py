@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -17,16 +18,16 @@ from stages.labelling.store import Store
 PASSWORD_VARIABLE = "STAGES_LABEL_PASSWORD"
 
 
-def open_folder(what: str, home: Path, people: People, *, has_settings: bool) -> Path:
-    """The labelling folder of a step or a file. ``has_settings``: options for a file were given. Raises DataError with what is known."""
+def open_folder(what: str, home: Path, settings: dict[str, Any]) -> Path:
+    """The labelling folder of a step or a file. ``settings``: what options say of a file. Raises DataError with what is known."""
     folder = find_folder(what, home)
     if folder is not None:
-        if has_settings:
+        if settings:
             raise DataError(f"{what}: the recipe says what these tasks ask; change it there, or name a file of completions")
         return folder
     path = Path(what)
     if path.is_file():
-        return publish_file(path, home, people)
+        return publish_file(path, home, People.model_validate(settings), settings)
     steps = ", ".join(known_steps(home)) or "none"
     raise DataError(
         f"{what!r} is no step that waits for people, no labelling folder and no file; steps with tasks under {home}: {steps}. Run the "

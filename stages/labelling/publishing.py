@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,17 +53,17 @@ def publish_tasks(folder: Path, tasks: Sequence[LabelTask]) -> None:
     _write(folder / TASKS, tasks)
 
 
-def publish_settings(folder: Path, name: str, seed: int, people: People) -> LabelSettings:
-    """Write (or bring up to date) what a folder of tasks is asked with. Raises DataError for files or a target that cannot be."""
-    questions = load_questions(people.questions)
+def publish_settings(folder: Path, name: str, seed: int, people: People, only: Collection[str] | None = None) -> LabelSettings:
+    """Write (or bring up to date) what a folder of tasks is asked with; ``only`` names the fields of ``people`` that change, None: all.
+
+    Raises DataError for files or a target that cannot be.
+    """
+    before = json.loads((folder / SETTINGS).read_text(encoding="utf-8")) if (folder / SETTINGS).exists() else None
     number = len(read_tasks(folder / TASKS))
     target = number if people.target is None else people.target
     if target > number:
         raise DataError(f"{name}: target is {target}, and there are only {number} tasks; lower the target, or collect for more prompts")
-    if people.gold is not None:
-        _write(folder / GOLD, read_gold(people.gold, questions))
-    else:
-        (folder / GOLD).unlink(missing_ok=True)
+    questions = load_questions(people.questions)
     content = {
         "version": 1,
         "name": name,
@@ -76,6 +76,14 @@ def publish_settings(folder: Path, name: str, seed: int, people: People) -> Labe
         "questions": questions.model_dump(mode="json"),
         "instructions": load_instructions(people.instructions),
     }
+    changed = set(content) if only is None or before is None else set(only)
+    content = {field: value if before is None or field in changed else before[field] for field, value in content.items()}
+    if only is None or before is None or "gold" in changed:
+        gold = [] if people.gold is None else read_gold(people.gold, Questions.model_validate(content["questions"]))
+        if gold:
+            _write(folder / GOLD, gold)
+        else:
+            (folder / GOLD).unlink(missing_ok=True)
     write_json(folder / SETTINGS, content)
     return read_settings(folder)
 
@@ -211,13 +219,14 @@ def _check_number(place: str, number: int) -> None:
         raise DataError(f"{place}: {number} different completion(s); people rank 2 to {MOST_COMPLETIONS} at a time")
 
 
-def publish_file(path: Path, home: Path, people: People) -> Path:
-    """The labelling folder of a file of completions, made where it is not there yet."""
+def publish_file(path: Path, home: Path, people: People, given: Collection[str]) -> Path:
+    """The labelling folder of a file of completions, made where it is not there yet. ``given``: the fields of ``people`` to change."""
     content = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     folder = home / "labelling" / "files" / f"{path.name.split('.')[0]}-{content}"
     if not (folder / TASKS).exists():
         publish_tasks(folder, file_tasks(path))
-    publish_settings(folder, path.name, 0, people)
+    if given or not (folder / SETTINGS).exists():
+        publish_settings(folder, path.name, 0, people, given)
     return folder
 
 

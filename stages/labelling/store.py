@@ -22,6 +22,8 @@ from stages.labelling.publishing import SCORES, LabelSettings, read_settings
 from stages.labelling.questions import AnswerError, checked_answer
 from stages.registry.storage import STORAGE, sync
 
+OPEN = "open.json"  # annotator -> the task that they have open
+
 
 @dataclass(frozen=True)
 class Screening:
@@ -139,6 +141,9 @@ class Store:
         self._ids: dict[str, LabelAnswer] = {}
         for _, answer in read_answers(folder / ANSWERS):
             self._take(answer)
+        for annotator, task in _read_open(folder / OPEN).items():
+            if task not in self.answers.get(annotator, {}):
+                self._assignment.hold(annotator, task)
         self._log = Log(folder / ANSWERS)
         self.cut_off = self._log.open()
 
@@ -177,8 +182,20 @@ class Store:
                     return self.gold[name]
             if self.gold and not self._screening(annotator).passed:
                 return None
+            before = self._assignment.held.get(annotator)
             found = self._assignment.next(annotator, answered, wish)
+            if found != before:
+                self._note_open()
             return None if found is None else self.tasks[found]
+
+    def _note_open(self) -> None:
+        """Keep who has which task open, for the next server. It is a note and no answer: nothing is lost with it, so nothing is flushed."""
+        partial = self.folder / f".{OPEN}"
+        try:
+            partial.write_text(json.dumps(self._assignment.held), encoding="utf-8")
+            os.replace(partial, self.folder / OPEN)
+        except OSError:
+            partial.unlink(missing_ok=True)  # a full disk: answers say so themselves
 
     def task(self, name: str) -> LabelTask | None:
         """A task by its id."""
@@ -288,6 +305,14 @@ class Store:
             ranked = sum(bool(people) for people in self._assignment.ranked.values())
             mine = sum(name in self.tasks for name in own)
         return {"mine": mine, "ranked": ranked, "target": self.settings.target, "tasks": len(self.tasks)}
+
+
+def _read_open(path: Path) -> dict[str, str]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def shown_gold(names: list[str], annotator: str, seed: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -18,7 +19,7 @@ from starlette.testclient import TestClient
 from stages.corpora.labels import read_answers
 from stages.errors import DataError, LaunchError
 from stages.labelling.access import Access
-from stages.labelling.command import serve
+from stages.labelling.command import open_folder, serve
 from stages.labelling.markdown import render
 from stages.labelling.server import LabelServer, listen
 from stages.labelling.store import Store
@@ -202,3 +203,36 @@ def test_kill_storm_loses_no_acknowledged_answer(make_folder, start_server) -> N
     assert acknowledged.items() <= kept.items()
     assert len(kept) == len(read_answers(folder / "answers.jsonl"))  # sent again, and kept once
     assert len(kept) - len(acknowledged) <= 2  # those under way when it all ended
+
+
+# The command
+
+
+def test_options_of_a_file_change_only_what_they_name(tmp_path, answer) -> None:
+    path, home = tmp_path / "tasks.jsonl", tmp_path / "home"
+    path.write_text("".join(json.dumps({"prompt": f"p {n}", "completions": ["a", "b"]}) + "\n" for n in range(3)))
+    (tmp_path / "q.yaml").write_text("title: Mine\n")
+    folder = open_folder(str(path), home, {"questions": str(tmp_path / "q.yaml"), "target": 2})
+    store = Store(folder)
+    store.record("anna", answer(store, "anna", store.next_task("anna").id, [0, 1]))
+    store.close()
+    assert open_folder(str(path), home, {}) == folder  # the same command without its options
+    open_folder(str(path), home, {"annotators": 3})
+    again = Store(folder)
+    assert (again.settings.questions.title, again.settings.target, again.settings.annotators) == ("Mine", 2, 3)
+    assert again.num_ranked() == 1
+    again.close()
+
+
+def test_command_says_what_it_knows_where_it_finds_nothing(make_folder, tmp_path) -> None:
+    with pytest.raises(DataError, match="'recipe/none' is no step that waits for people, no labelling folder and no file"):
+        open_folder("recipe/none", tmp_path, {})
+    with pytest.raises(DataError, match="the recipe says what these tasks ask"):
+        open_folder(str(make_folder()), tmp_path, {"target": 1})
+
+
+def test_ctrl_c_ends_the_server_in_order(make_folder, start_server) -> None:
+    server = start_server(make_folder(), "anna")
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(timeout=20) == 130
+    assert "Traceback" not in server.process.stdout.read()
