@@ -120,6 +120,7 @@ def test_simulated_people_answer_over_http_and_the_same_way_twice(prompts, step_
     answers = [(item.task, item.annotator, item.order) for _, item in read_answers(folder / "answers.jsonl")]
     assert {name for _, name, _ in answers} == {"annotator-00", "annotator-01"}
     (folder / "answers.jsonl").unlink()
+    (folder / "open.json").unlink()
     (context.checkpoint_folder / "collected.jsonl").unlink()
     collect_comparisons(collection(prompts, people), context, precision="fp32")
     assert answers == [(item.task, item.annotator, item.order) for _, item in read_answers(folder / "answers.jsonl")]
