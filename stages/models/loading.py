@@ -23,6 +23,7 @@ from stages.models.published import check_saved_adapter, check_saved_weights, ou
 from stages.models.saved_adapters import SavedAdapter, head_size, read_adapter
 from stages.models.stacking import dequantized, merged_stack, stacked_apart
 from stages.models.stacks import Stack, is_adapter, stack_of, tokenizer_source, trained_on
+from stages.tokens.turns import turn_end_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -396,6 +397,8 @@ def save_model(
         if str(model.peft_config[FRESH].task_type) == "SEQ_CLS":
             model.config.save_pretrained(folder)  # the class names; an adapter has no place for them
     else:
+        if tokenizer is not None:
+            _stop_at_turn_ends(model, tokenizer)
         with quiet_transformers():
             model.save_pretrained(folder, state_dict=state_dict)
     if tokenizer is not None:
@@ -411,6 +414,17 @@ def save_model(
 
     check = check_saved_adapter if is_adapter_alone else check_saved_weights
     check(model, folder, lambda: outputs_of(model, ids), reload)
+
+
+def _stop_at_turn_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put the token that ends a turn of the chat template into the generation config, where other programs look for it."""
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = [token for token in (*known, *turn_end_ids(tokenizer)) if token is not None]
+    if set(ends) != {token for token in known if token is not None}:
+        config.eos_token_id = list(dict.fromkeys(ends))
 
 
 def _loader_of(plain: Any) -> Any:

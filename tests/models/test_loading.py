@@ -238,3 +238,18 @@ def test_a_classifier_adapter_keeps_its_head_and_labels(tiny_llama_folder: Path,
     assert again.config.id2label == {0: "bad", 1: "good"}
     torch.testing.assert_close(logits_of(again), logits_of(model))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+
+
+def test_a_saved_model_stops_where_its_chat_template_ends_a_turn(tiny_llama_folder, tokenizer_of, tmp_path) -> None:
+    """Programs that read the generation config alone stop there, too."""
+    from transformers import AutoModelForCausalLM
+
+    from stages.models.loading import save_model
+
+    tokenizer = tokenizer_of("byte_bpe")
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    own = model.generation_config.eos_token_id
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ':' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    save_model(model, tokenizer, tmp_path, state_dict=model.state_dict())
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id
+    assert saved == [own, tokenizer.convert_tokens_to_ids("<|im_end|>")]
