@@ -221,7 +221,7 @@ def encode(demonstrations: Sequence[Demonstration], tokenizer: PreTrainedTokeniz
 
 def _say_form(tokenizer: PreTrainedTokenizerBase, apart: int, context: StepContext) -> None:
     """Say what the chat template does that a user would not expect: replies in rows of their own, and replies without an end."""
-    from stages.tokens.turns import turn_end_ids, turn_form
+    from stages.tokens.turns import turn_form
 
     console = context.runtime.console
     if apart:
@@ -229,7 +229,7 @@ def _say_form(tokenizer: PreTrainedTokenizerBase, apart: int, context: StepConte
             f"{context.name}: {apart} earlier replies train in rows of their own: the chat template writes them differently once another "
             "turn follows"
         )
-    if tokenizer.chat_template and not turn_end_ids(tokenizer):
+    if tokenizer.chat_template and not turn_form(tokenizer).writes_end:
         console.print(
             f"{context.name}: the chat template ends a reply with {turn_form(tokenizer).ending!r}, which holds no special token: the model "
             "learns no token to stop at; add one to the template"

@@ -108,7 +108,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], pr
     tools = tools_of(prompt)
     contents = in_its_form(tokenizer, messages)
     text = apply_template(tokenizer, contents, generation_prompt=generation_prompt, tools=tools, place=place_of(prompt))
-    lost = _lost(messages, tools, text)
+    lost = _lost(tokenizer, contents, tools, text, generation_prompt=generation_prompt)
     if lost:
         raise DataError(
             f"{_at(prompt)}the model's chat template does not write {lost}; use a model whose template does, or take that out of the data"
@@ -152,28 +152,43 @@ def _bare_completion(prompt: Prompt, completion: Completion) -> str:
     raise DataError(f"{_at(prompt)}the completion has several turns, and the model has no chat template; set template in its sft step")
 
 
-def _lost(messages: Sequence[Message], tools: Sequence[dict[str, Any]], text: str) -> str:
-    """What of a conversation does not occur in its rendered ``text``; empty where nothing is missing.
+def _lost(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Any], text: str, *, generation_prompt: bool
+) -> str:
+    """What of a conversation the template leaves out of its ``text``; empty where nothing is missing.
 
-    Reasoning before the last reply may be missing, as many templates drop it on purpose. What tools answered may be written as JSON.
+    Reasoning before the last reply may be missing, as many templates drop it on purpose.
     """
-    names = [str(_function(tool).get("name")) for tool in tools]
-    if any(name not in text for name in names):
-        return f"the tools of the row ({', '.join(names)})"
+
+    def makes_no_difference(others: Sequence[Message], tools: Sequence[Any]) -> bool:
+        try:
+            return apply_template(tokenizer, others, generation_prompt=generation_prompt, tools=tools) == text
+        except DataError:
+            return False
+
     for message in messages:
         if message["role"] in ("system", "developer", "user") and content_text(message).strip() not in text:
             return f"the {message['role']} turn {content_text(message).strip()!r:.60}"
-        calls = [str(_function(call).get("name")) for call in message.get("tool_calls") or ()]
-        if any(name not in text for name in calls):
-            return f"tool calls ({', '.join(calls)})"
-    last = messages[-1]
-    reasoning = next((str(last[name]) for name in REASONING if last.get(name)), "")
-    return "the reasoning of the last reply" if last["role"] == "assistant" and reasoning.strip() not in text else ""
+    if tools and makes_no_difference(messages, ()):
+        return f"the tools of the row ({', '.join(map(_name, tools))})"
+    for turn, message in enumerate(messages):
+        calls = message.get("tool_calls")
+        if calls and makes_no_difference(_without(messages, turn, ("tool_calls",)), tools):
+            return f"tool calls ({', '.join(map(_name, calls))})"
+    last = len(messages) - 1
+    thought = messages[last]["role"] == "assistant" and any(messages[last].get(name) for name in REASONING)
+    return "the reasoning of the last reply" if thought and makes_no_difference(_without(messages, last, REASONING), tools) else ""
 
 
-def _function(tool: dict[str, Any]) -> dict[str, Any]:
+def _without(messages: Sequence[Message], turn: int, fields: Sequence[str]) -> list[Message]:
+    """The messages, one of them without some of its fields."""
+    bare = {name: value for name, value in messages[turn].items() if name not in fields}
+    return [*messages[:turn], bare, *messages[turn + 1 :]]
+
+
+def _name(tool: dict[str, Any]) -> str:
     inner = tool.get("function")
-    return inner if isinstance(inner, dict) else tool
+    return str((inner if isinstance(inner, dict) else tool).get("name"))
 
 
 def _unstable(shown: str, whole: str, form: TurnForm) -> str:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stages.corpora.demonstrations import Demonstration
 from stages.corpora.messages import Conversation, Message, as_question, as_turns, naming, simplified, tools_of
-from stages.corpora.templates import encode_pair, encode_prompt, encode_segments, in_its_form, render_pair, rendered
+from stages.corpora.templates import encode_pair, encode_segments, in_its_form, render_pair, rendered
 from stages.errors import DataError
-from stages.tokens.turns import turn_form
+from stages.tokens.continuation import plain_ids
+from stages.tokens.turns import first_difference, turn_form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,14 +99,15 @@ def _has_markers(tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, A
 
 
 def _by_markers(tokenizer: PreTrainedTokenizerBase, messages: Conversation, replies: Sequence[int]) -> TrainingRow:
-    """The row whose trained tokens are those that the template's generation markers enclose, from the first trained reply on."""
+    """The row whose trained tokens are those that the template's generation markers enclose, after the turns before the first reply."""
     rendered(tokenizer, messages, messages, generation_prompt=False)  # raises for what the template refuses or drops
     contents: list[Message] = in_its_form(tokenizer, messages)
     encoded: Any = tokenizer.apply_chat_template(
         contents, tools=messages.tools or None, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     ids, marked = list(encoded["input_ids"]), list(encoded["assistant_masks"])
-    length = min(len(encode_prompt(tokenizer, _before(messages, replies[0]))), len(ids))
+    before = rendered(tokenizer, messages[: replies[0]], messages, generation_prompt=False)
+    length = first_difference(plain_ids(tokenizer, before), ids)
     trained = [0] * length + marked[length:]
     if not any(trained):
         raise DataError("the generation markers of the model's chat template enclose none of the replies that train")

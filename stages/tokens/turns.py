@@ -37,9 +37,10 @@ class TurnForm:
     """How a chat template frames a reply.
 
     ``opening``: what the generation prompt writes and a reply does not repeat, such as ``<think>`` and a line end; ``closing``: the mark
-    that ends that block. ``ending``: the text after the last reply. ``end_ids``: the first special token in it, at which generation stops;
-    empty where there is none. ``turn_end``: the ending up to that token and the white space after it, without what only closes the
-    conversation. ``parts``, ``texts``: whether a message's content may be a list of text parts, or a text.
+    that ends that block. ``ending``: the text after the last reply. ``turn_end``: the ending up to its first special token and the white
+    space after it, without what only closes the conversation. ``end_ids``: the first special token after a reply, at which generation
+    stops; empty where there is none. ``writes_end``: it stands in the ending, and not only at the beginning of the next turn. ``parts``,
+    ``texts``: whether a message's content may be a list of text parts, or a text.
     """
 
     opening: str
@@ -47,6 +48,7 @@ class TurnForm:
     ending: str
     turn_end: str
     end_ids: tuple[int, ...]
+    writes_end: bool
     parts: bool
     texts: bool
 
@@ -64,15 +66,15 @@ def turn_form(tokenizer: Any) -> TurnForm:
 
 
 def turn_end_ids(tokenizer: Any) -> list[int]:
-    """The token that ends an assistant's turn as the chat template writes it.
+    """The token that ends an assistant's turn as the chat template writes it: the first special token after a reply.
 
-    Empty without a template, and where the template writes no special token after a reply.
+    A template may write none at the end of a conversation; then the one that begins the next turn is it. Empty without a template.
     """
     return list(turn_form(tokenizer).end_ids) if tokenizer.chat_template else []
 
 
-def first_difference(one: str, other: str) -> int:
-    """The first character at which two texts differ, the length of the shorter one where it begins the other."""
+def first_difference(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """The first place at which two texts (or lists) differ, the length of the shorter one where it begins the other."""
     shorter = min(len(one), len(other))
     return next((place for place in range(shorter) if one[place] != other[place]), shorter)
 
@@ -81,19 +83,20 @@ def _read_form(tokenizer: Any) -> TurnForm:
     texts, parts = _probe(tokenizer, _as_text), _probe(tokenizer, _as_parts)
     chosen = texts or parts
     if chosen is None:  # a template for conversations of another kind: its own messages will say what it takes
-        return TurnForm("", "", "", "", (), parts=False, texts=True)
+        return TurnForm("", "", "", "", (), writes_end=False, parts=False, texts=True)
     shown, whole = chosen
-    opening = shown[first_difference(shown, whole) :]
-    opened = re.search(r"<(\w+)>\s*$", opening)
-    head, _, ending = whole.rpartition(_ANSWERED)
-    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
-    first = next((token for token in segment_ids(tokenizer, [head + _ANSWERED, ending])[1] if token in special), None)
+    opened = re.search(r"<(\w+)>\s*$", shown) if not whole.startswith(shown) else None
+    opening = opened[0] if opened else shown[first_difference(shown, whole) :]
+    ending = whole.rpartition(_ANSWERED)[2]
+    first = _first_special(tokenizer, whole)
+    following = _first_special(tokenizer, _followed(tokenizer, _as_text if texts else _as_parts)) if first is None else first
     return TurnForm(
         opening=opening,
         closing=f"</{opened[1]}>" if opened else "",
         ending=ending,
         turn_end=ending if first is None else _through(ending, tokenizer.convert_ids_to_tokens(first)),
-        end_ids=() if first is None else (first,),
+        end_ids=() if following is None else (following,),
+        writes_end=first is not None,
         parts=parts is not None and parts == chosen,
         texts=texts is not None,
     )
@@ -103,6 +106,22 @@ def _through(ending: str, token: str) -> str:
     """``ending`` up to the first ``token`` and the white space after it."""
     before, mark, after = ending.partition(token)
     return before + mark + after[: len(after) - len(after.lstrip())]
+
+
+def _first_special(tokenizer: Any, text: str) -> int | None:
+    """The first special token behind the reply of a probe; None where there is none."""
+    head, answered, after = text.rpartition(_ANSWERED)
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
+    return next((token for token in segment_ids(tokenizer, [head + answered, after])[1] if token in special), None)
+
+
+def _followed(tokenizer: Any, content: Any) -> str:
+    """The probe's conversation with one more question behind the reply; the empty text where the template refuses it."""
+    said = [("user", _ASKED), ("assistant", _ANSWERED), ("user", _ASKED)]
+    try:
+        return apply_template(tokenizer, [{"role": role, "content": content(text)} for role, text in said], generation_prompt=False)
+    except DataError:
+        return ""
 
 
 def _probe(tokenizer: Any, content: Any) -> tuple[str, str] | None:

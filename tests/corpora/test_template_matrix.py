@@ -17,7 +17,7 @@ from stages.corpora.messages import Conversation
 from stages.corpora.templates import encode_pair, encode_prompt, render_pair
 from stages.corpora.training_rows import training_rows
 from stages.errors import DataError
-from stages.tokens.turns import turn_end_ids
+from stages.tokens.turns import turn_end_ids, turn_form
 
 REFUSE_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns here') }}{% endif %}"
 MERGE_SYSTEM = (
@@ -270,3 +270,55 @@ def test_a_template_that_drops_a_system_turn_is_refused(tokenizer_of) -> None:
     messages = [{"role": SYSTEM, "content": "be kind"}, {"role": USER, "content": "hello"}]
     with pytest.raises(DataError, match="does not write the system turn 'be kind'"):
         encode_prompt(tokenizer, messages)
+
+
+def test_generation_markers_are_followed_to_the_token(tokenizer_of) -> None:
+    """They may enclose the line end of the generation prompt. Nothing before the completion of a row with a prompt trains."""
+    tokenizer = tokenizer_of("byte_bpe")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ '\\n' + m.content + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}{% else %}"
+        "{{ '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+    )
+    messages = turns("chatml", MULTI)
+    (made,) = training_rows(tokenizer, demonstration(row(messages=messages)), train_on="all_assistant_turns")
+    theirs = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    assert made.ids == theirs["input_ids"] and made.trained == theirs["assistant_masks"]
+    parted = demonstration(row(prompt=messages[:3], completion=messages[3:]))
+    (made,) = training_rows(tokenizer, parted, train_on="all_assistant_turns")
+    assert trained_runs(tokenizer, made) == ["\nthe sun is warm<|im_end|>", "\nthree<|im_end|>"]
+
+
+def test_a_call_is_missed_though_its_name_stands_among_the_tools(tokenizer_of) -> None:
+    tokenizer = tokenizer_of("byte_bpe")
+    listed = "{% if tools %}{{ tools | tojson }}{% endif %}"
+    tokenizer.chat_template = listed + "{% for m in messages %}{{ m.content or '' }}<|im_end|>{% endfor %}"
+    call = {"role": ASSISTANT, "content": "", "tool_calls": [{"type": "function", "function": {"name": "look_up", "arguments": {}}}]}
+    with pytest.raises(DataError, match=r"does not write tool calls \(look_up\)"):
+        read = demonstration(row(messages=[{"role": USER, "content": "hello"}, call], tools=TOOLS))
+        training_rows(tokenizer, read, train_on="last_reply")
+
+
+def test_a_think_block_that_the_template_writes_otherwise(tokenizer_of) -> None:
+    """Its generation prompt and its replies both begin with the mark, and differ after it."""
+    tokenizer = tokenizer_of("byte_bpe")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' and '</think>' not in m.content %}"
+        "{{ '<think></think>' }}{% endif %}{{ m.content.split('</think>')[-1] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|><think>\\n' }}{% endif %}"
+    )
+    assert render_pair(tokenizer, "hello", "<think>\nhm\n</think>fine")[1] == "hm\n</think>fine<|end|>"
+    with pytest.raises(DataError, match="write replies that close it with </think>"):
+        render_pair(tokenizer, "hello", "fine")
+
+
+def test_a_turn_that_only_the_next_one_ends(tokenizer_of) -> None:
+    """As GLM's: generation stops where the next speaker begins."""
+    tokenizer = tokenizer_of("byte_bpe")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    assert tokenizer.convert_ids_to_tokens(turn_end_ids(tokenizer)) == ["<|user|>"]
+    assert not turn_form(tokenizer).writes_end
