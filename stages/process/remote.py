@@ -1,0 +1,168 @@
+"""Requests to servers that answer in JSON: retries with a growing wait and jitter, a time-out, and answers kept on disk by content.
+
+A key goes into a request's header, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx2
+
+from stages.errors import ModelError
+
+T = TypeVar("T")
+RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+LONGEST_WAIT = 120.0  # seconds; a server that asks for more is asked again after this
+
+
+class GaveUp(Exception):
+    """A request that got no usable answer after all attempts; the message says why."""
+
+
+class Final(GaveUp):
+    """An answer that cannot be used, of a kind that does not change when one asks again."""
+
+
+class Refused(Exception):
+    """A status after which asking again cannot help; the message has the status and what the server said."""
+
+
+class AnswerCache:
+    """Answers on disk, by what was asked of whom. Safe for threads and processes. Raises ModelError where the file cannot be used."""
+
+    def __init__(self, path: Path, what: str = "the cache of judgements") -> None:
+        self.path, self.what = path, what
+        self._lock = threading.Lock()
+        with self._explained():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(path, check_same_thread=False, timeout=60)
+            self._connection.execute("CREATE TABLE IF NOT EXISTS replies (asked TEXT PRIMARY KEY, reply TEXT NOT NULL)")
+            self._connection.commit()
+
+    def get(self, asked: str) -> str | None:
+        with self._lock, self._explained():
+            row = self._connection.execute("SELECT reply FROM replies WHERE asked = ?", (asked,)).fetchone()
+        return row[0] if row is not None else None
+
+    def put(self, asked: str, reply: str) -> None:
+        with self._lock, self._explained():
+            self._connection.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (asked, reply))
+            self._connection.commit()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _explained(self) -> Any:
+        return _CacheErrors(self)
+
+
+class _CacheErrors:
+    def __init__(self, cache: AnswerCache) -> None:
+        self.cache = cache
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, sqlite3.Error | OSError):
+            raise ModelError(f"{self.cache.what} {self.cache.path} cannot be used ({error}); remove it, or free the disk") from error
+
+
+class JsonClient:
+    """Posts JSON. Safe for threads. ``sleep`` is the pause between attempts; ``counted`` hears of requests and retries.
+
+    ``jitter``: up to this share of a wait is added to it at random, so that many clients do not come back at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        key: str | None,
+        timeout: float | None,
+        retries: int,
+        backoff_seconds: float,
+        jitter: float = 0.0,
+        sleep: Callable[[float], Any] | None = None,
+        counted: Callable[..., None] = lambda **counts: None,
+    ) -> None:
+        self.retries, self.timeout, self.backoff_seconds, self.jitter = retries, timeout, backoff_seconds, jitter
+        self._key, self._counted = key, counted
+        self._stopping = threading.Event()
+        self._sleep = sleep if sleep is not None else self._stopping.wait
+        self._random = random.Random()  # not the process's stream, which a resumed run must find as it was
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx2.Client(timeout=timeout, headers=headers)
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._client.close()
+
+    def stop(self) -> None:
+        """Have the threads that wait for a further attempt give up."""
+        self._stopping.set()
+
+    def post(self, url: str, body: Any, read: Callable[[Any], T]) -> T:
+        """What ``read`` makes of the answer's JSON; where it raises GaveUp, the answer is as none, and the server is asked again.
+
+        Raises GaveUp where there is none after all attempts, Refused where asking again cannot help.
+        """
+        reason, wait = "", 0.0
+        for attempt in range(self.retries + 1):
+            if attempt:
+                self._counted(retries=1)
+                self._sleep(max(wait, self._backoff(attempt)))
+                if self._stopping.is_set():
+                    break
+            self._counted(requests=1)
+            wait = 0.0
+            try:
+                response = self._client.post(url, json=body)
+            except httpx2.TimeoutException:
+                reason = f"no reply within {self.timeout:g} s"
+                continue
+            except httpx2.TransportError as error:
+                reason = f"no connection ({type(error).__name__})"
+                continue
+            if response.status_code == 200:
+                try:
+                    return read(_json_of(response))
+                except Final:
+                    raise
+                except GaveUp as error:
+                    reason = str(error)
+                    continue
+            reason = f"status {response.status_code}"
+            if response.status_code not in RETRIED:
+                raise Refused(f"{reason}: {self.without_key(response.text[:300])}")
+            wait = asked_wait(response.headers.get("retry-after"))
+        raise GaveUp(reason)
+
+    def _backoff(self, attempt: int) -> float:
+        base = min(LONGEST_WAIT, self.backoff_seconds * 2 ** (attempt - 1))
+        return base * (1 + self._random.uniform(0, self.jitter)) if self.jitter else base
+
+    def without_key(self, text: str) -> str:
+        """``text`` with the key blotted out."""
+        return text.replace(self._key, "...") if self._key else text
+
+
+def _json_of(response: httpx2.Response) -> Any:
+    """The JSON of an answer; None where it holds none."""
+    try:
+        return response.json()
+    except ValueError:
+        return None
+
+
+def asked_wait(header: str | None) -> float:
+    """Seconds that a server asks to wait (Retry-After); 0 where it does not, or names a date."""
+    try:
+        return min(LONGEST_WAIT, max(0.0, float(header or 0)))
+    except ValueError:
+        return 0.0

@@ -1,0 +1,200 @@
+"""A reward behind an HTTP endpoint: prompts, completions and columns go out in batches as JSON, scores come back. N completions.
+
+    openrlhf    {query, prompts, labels, ...}  -> {rewards} (or {scores})     OpenRLHF's remote reward model, and `stages serve`
+    classify    {model, input}                 -> {data: [{probs}]}           vLLM, SGLang: one class of a classifier
+    pooling     {model, input}                 -> {data: [{data}]}            vLLM: the last number that a reward model gives
+    score       {model, text_1, text_2}        -> {data: [{score}]}           vLLM: a cross-encoder of prompt and completion
+
+An error, a time-out, and a score that is missing or not finite is never a number: after the retries it ends the run, or is waited for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.corpora.messages import Prompt, transcript
+from stages.errors import TrainingError
+from stages.process.remote import AnswerCache, GaveUp, JsonClient, Refused
+from stages.rewards.config import RewardInput
+from stages.rewards.details import NOTHING, Details, Judgement
+from stages.rewards.texts import conversation, whole_text
+
+logger = logging.getLogger(__name__)
+BETWEEN_ROUNDS = 30.0  # seconds between two rounds of attempts with on_failure: wait
+Item = dict[str, Any]
+"""One completion as it goes out: prompt, messages, completion, query (the whole text), and its columns."""
+
+
+class EndpointSource:
+    """Scores by a server. Answers are kept on disk by content, so that a run that goes on asks nothing twice."""
+
+    def __init__(
+        self, source: RewardInput, *, key: str | None, cache: AnswerCache | None = None, sleep: Callable[[float], None] | None = None
+    ) -> None:
+        assert source.endpoint is not None
+        self.name, self.source, self.cache = source.shown_name, source, cache
+        self._sleep = sleep if sleep is not None else time.sleep
+        self._client = JsonClient(
+            key=key, timeout=source.timeout_seconds, retries=4 if source.retries is None else source.retries,
+            backoff_seconds=source.backoff_seconds, jitter=0.5, sleep=sleep,
+        )  # fmt: skip
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Tensor:
+        """The scores [N] of ``judge``."""
+        return self.judge(prompts, completions, details).scores
+
+    def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
+        """One score per completion. Raises TrainingError where the server gives none after all retries, or refuses the request."""
+        items = [self._item(*one) for one in zip(prompts, completions, self._columns(details, len(completions)), strict=True)]
+        keys = [self._key_of(item) for item in items]
+        scores = [self._kept(key) for key in keys]
+        while missing := self._first_of_each(keys, scores):
+            size = self.source.batch_size
+            batches = [missing[start : start + size] for start in range(0, len(missing), size)]
+            failure = self._ask_all(batches, items, keys, scores)
+            self._copy_to_equals(keys, scores)
+            if failure is None:
+                continue
+            what = f"{self.source.endpoint} gave no score for {scores.count(None)} of {len(items)} completions: {failure}"
+            message = f"reward {self.name!r}: {what}"
+            if isinstance(failure, Refused) or self.source.on_failure == "stop":
+                raise TrainingError(f"{message}. Scores that came are kept; check the server, endpoint, protocol and api_key_variable")
+            logger.warning("%s; asking again in %g s (on_failure: wait)", message, BETWEEN_ROUNDS)
+            self._sleep(BETWEEN_ROUNDS)
+        return Judgement(torch.tensor([math.nan if score is None else score for score in scores], dtype=torch.float32))
+
+    # What goes out
+
+    def _columns(self, details: Details, number: int) -> list[dict[str, Any]]:
+        named = [*self.source.columns, *([self.source.label_column] if self.source.label_column is not None else [])]
+        return [{name: details.columns[name][row] for name in named} for row in range(number)]
+
+    def _item(self, prompt: Prompt, completion: str, columns: dict[str, Any]) -> Item:
+        query = completion if self.source.reads == "completion" else whole_text(prompt, completion)
+        return {
+            "prompt": transcript(prompt), "messages": conversation(prompt), "completion": completion, "query": query, "columns": columns,
+        }  # fmt: skip
+
+    def _body(self, items: Sequence[Item]) -> dict[str, Any]:
+        source = self.source
+        named = {"model": source.served_model} if source.served_model is not None else {}
+        if source.protocol == "openrlhf":
+            label = source.label_column
+            return {
+                **named,
+                "query": [item["query"] for item in items],
+                "prompts": [item["prompt"] for item in items],
+                "labels": [item["columns"][label] for item in items] if label is not None else None,
+                "completions": [item["completion"] for item in items],
+                "messages": [item["messages"] for item in items],
+                "columns": {name: [item["columns"][name] for item in items] for name in source.columns},
+            }
+        if source.protocol == "score":
+            return {**named, "text_1": [item["prompt"] for item in items], "text_2": [item["completion"] for item in items]}
+        return {**named, "input": [item["query"] for item in items]}
+
+    def _key_of(self, item: Item) -> str:
+        source = self.source
+        asked = [source.endpoint, source.protocol, source.served_model, source.label, source.output, item]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+
+    # What comes back
+
+    def _ask_all(
+        self, batches: Sequence[list[int]], items: Sequence[Item], keys: Sequence[str], scores: list[float | None]
+    ) -> GaveUp | Refused | None:
+        """Ask for every batch, several at once; fill in and keep what comes. Returns the first failure."""
+        failure: GaveUp | Refused | None = None
+        pool = ThreadPoolExecutor(self.source.concurrency)
+        try:
+            futures = [pool.submit(self._ask, [items[place] for place in batch]) for batch in batches]
+            for batch, future in zip(batches, futures, strict=True):
+                try:
+                    found = future.result()
+                except (GaveUp, Refused) as error:
+                    failure = failure or error
+                    for other in futures:  # those under way may still bring something
+                        other.cancel()
+                    continue
+                except CancelledError:
+                    continue
+                for place, score in zip(batch, found, strict=True):
+                    scores[place] = score
+                    if self.cache is not None:
+                        self.cache.put(keys[place], json.dumps(score))
+        except BaseException:  # a request to stop
+            self._client.stop()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        return failure
+
+    def _ask(self, items: Sequence[Item]) -> list[float]:
+        return self._client.post(str(self.source.endpoint), self._body(items), lambda answer: self._scores_in(answer, len(items)))
+
+    def _scores_in(self, answer: Any, number: int) -> list[float]:
+        """The scores in an answer. Raises GaveUp where one is missing or no finite number."""
+        found = self._numbers(answer, number)
+        if len(found) != number:
+            raise GaveUp(f"the answer has {len(found)} scores for {number} completions")
+        for score in found:
+            if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+                raise GaveUp(f"the answer holds {score!r:.40} for a score")
+        return [float(score) for score in found]
+
+    def _numbers(self, answer: Any, number: int) -> list[Any]:
+        """The scores in an answer, whatever they are. Raises GaveUp where it has another form than the protocol's."""
+        source = self.source
+        try:
+            if source.protocol == "openrlhf":
+                found = answer["rewards"] if "rewards" in answer else answer["scores"]
+                return [one[0] if isinstance(one, list) and len(one) == 1 else one for one in found]
+            rows = sorted(answer["data"], key=lambda row: row["index"])
+            if [row["index"] for row in rows] != list(range(number)):
+                raise GaveUp(f"the answer has the indices {[row['index'] for row in rows]!r:.60}; expected 0 to {number - 1}")
+            if source.protocol == "score":
+                return [row["score"] for row in rows]
+            if source.protocol == "pooling":
+                return [_last_number(row["data"]) for row in rows]
+            probabilities = [row["probs"][source.label] for row in rows]
+            return [math.log(one) for one in probabilities] if source.output == "logprob" else probabilities
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            kind = f"{type(error).__name__}: {error}"
+            raise GaveUp(f"the answer is none of protocol: {source.protocol} ({kind})") from error
+
+    # What is known already
+
+    def _kept(self, key: str) -> float | None:
+        kept = self.cache.get(key) if self.cache is not None else None
+        return None if kept is None else float(kept)
+
+    def _first_of_each(self, keys: Sequence[str], scores: Sequence[float | None]) -> list[int]:
+        """The places without a score, of equal ones the first."""
+        return list({keys[place]: place for place in reversed(range(len(keys))) if scores[place] is None}.values())[::-1]
+
+    def _copy_to_equals(self, keys: Sequence[str], scores: list[float | None]) -> None:
+        known = {key: score for key, score in zip(keys, scores, strict=True) if score is not None}
+        scores[:] = [known.get(key) for key in keys]
+
+
+def _last_number(data: Any) -> Any:
+    """The score in a pooling answer: a number, a list with one number per token, or rows of one number; the last one counts."""
+    while isinstance(data, list):
+        data = data[-1]
+    return data
+
+
+def open_cache(folder: Path | None, source: RewardInput) -> AnswerCache | None:
+    """Where the source keeps its answers; None where it keeps none."""
+    return AnswerCache(folder / "rewards.sqlite3", "the cache of rewards") if folder is not None and source.cache else None

@@ -1,0 +1,188 @@
+"""Rewards behind an HTTP endpoint: what goes out, what comes back, and every way in which a server can fail."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from stages.corpora.files import Row
+from stages.errors import DataError, TrainingError
+from stages.process.remote import AnswerCache
+from stages.rewards.config import RewardInput
+from stages.rewards.details import Details
+from stages.rewards.endpoint import EndpointSource
+from stages.rewards.signature import columns_asked_for
+
+
+class Server:
+    """A scoring server on the loopback address; ``reply(body, number)`` gives (status, content) of the request with that number."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.reply: Callable[[dict[str, Any], int], tuple[int, Any]] = lambda body, number: (200, {"rewards": lengths(body)})
+        lock, outer = threading.Lock(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with lock:
+                    outer.bodies.append(body)
+                    outer.headers.append({name.lower(): value for name, value in self.headers.items()})
+                    number = len(outer.bodies)
+                status, content = outer.reply(body, number)
+                data = content if isinstance(content, bytes) else json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/get_reward"
+
+
+def lengths(body: dict[str, Any]) -> list[float]:
+    return [float(len(text)) for text in body["completions"]]
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    running = Server()
+    yield running
+    running.server.shutdown()
+
+
+def source(
+    server: Server, *, key: str | None = None, cache: AnswerCache | None = None, sleep: Any = lambda seconds: None, **fields: Any
+) -> EndpointSource:
+    given = {"endpoint": server.url, "name": "far", "retries": 2, **fields}
+    return EndpointSource(RewardInput.model_validate(given), key=key, cache=cache, sleep=sleep)
+
+
+TURNS = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
+
+
+def test_what_goes_out_and_comes_back(server) -> None:
+    far = source(server, key="k-secret-9", columns=["level"], label_column="answer", batch_size=2, concurrency=1)
+    details = Details({"answer": ["x", "y", "z"], "level": [1, 2, 3]})
+    assert far.score(["p", TURNS, "q"], ["a", "bc", "d"], details).tolist() == [1.0, 2.0, 1.0]
+    first, second = server.bodies
+    assert first == {
+        "query": ["p a", "system: be kind\n\nuser: hello\n\nassistant: bc"], "prompts": ["p", "system: be kind\n\nuser: hello"],
+        "completions": ["a", "bc"], "messages": [[{"role": "user", "content": "p"}], TURNS], "labels": ["x", "y"],
+        "columns": {"level": [1, 2]},
+    }  # fmt: skip
+    assert second["labels"] == ["z"] and server.headers[0]["authorization"] == "Bearer k-secret-9"
+
+
+@pytest.mark.parametrize(
+    ("fields", "answer", "expected", "sent"),
+    [
+        ({}, {"rewards": [[0.5], [2]]}, [0.5, 2.0], "query"),
+        ({}, {"scores": [0.5, 2]}, [0.5, 2.0], "query"),
+        ({"protocol": "pooling", "served_model": "rm"}, {"data": [{"index": 1, "data": [[0.1], [0.7]]}, {"index": 0, "data": [0.2]}]},
+         [0.2, 0.7], "input"),
+        ({"protocol": "classify", "label": 1, "output": "probability"},
+         {"data": [{"index": 0, "probs": [0.25, 0.75]}, {"index": 1, "probs": [0.5, 0.5]}]}, [0.75, 0.5], "input"),
+        ({"protocol": "classify", "label": 1, "output": "logprob"},
+         {"data": [{"index": 0, "probs": [0.0, 1.0]}, {"index": 1, "probs": [0.5, 0.5]}]}, [0.0, -0.6931472], "input"),
+        ({"protocol": "score"}, {"data": [{"index": 0, "score": 0.1}, {"index": 1, "score": -3}]}, [0.1, -3.0], "text_2"),
+    ],
+)  # fmt: skip
+def test_protocols(server, fields, answer, expected, sent) -> None:
+    server.reply = lambda body, number: (200, answer)
+    assert source(server, **fields).score(["p", "q"], ["a", "b"]).tolist() == pytest.approx(expected)
+    assert len(server.bodies[0][sent]) == 2 and server.bodies[0].get("model") == fields.get("served_model")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"rewards": [1.0]}, "the answer has 1 scores for 2 completions"),
+        ({"rewards": [1.0, None]}, "the answer holds None for a score"),
+        ({"rewards": [1.0, "high"]}, "the answer holds 'high' for a score"),
+        ({"rewards": [1.0, True]}, "the answer holds True for a score"),
+        (b'{"rewards": [1.0, NaN]}', "the answer holds nan for a score"),
+        (b'{"rewards": [1.0, Infinity]}', "the answer holds inf for a score"),
+        ({"reward": [1.0, 2.0]}, "the answer is none of protocol: openrlhf"),
+        (b"<html>", "the answer is none of protocol: openrlhf"),
+        ([1.0, 2.0], "the answer is none of protocol: openrlhf"),
+    ],
+)
+def test_what_is_no_score_is_asked_for_again_and_then_ends_the_run(server, answer, message) -> None:
+    server.reply = lambda body, number: (200, answer)
+    with pytest.raises(TrainingError, match=f"reward 'far': .* gave no score for 2 of 2 completions: {message}"):
+        source(server).score(["p", "q"], ["a", "b"])
+    assert len(server.bodies) == 3  # and two retries
+    server.reply = lambda body, number: (200, answer if number == 4 else {"rewards": lengths(body)})
+    assert source(server).score(["p", "q"], ["a", "bb"]).tolist() == [1.0, 2.0]
+
+
+def test_errors_of_the_server(server) -> None:
+    waits: list[float] = []
+    server.reply = lambda body, number: (503, {}) if number < 3 else (200, {"rewards": lengths(body)})
+    assert source(server, sleep=waits.append, backoff_seconds=1.0).score(["p"], ["abc"]).tolist() == [3.0]
+    assert 1.0 <= waits[0] <= 1.5 and 2.0 <= waits[1] <= 3.0 and waits[1] != 2 * waits[0]  # with jitter
+    server.reply = lambda body, number: (401, {"error": "the key k-secret-9 is wrong"})
+    with pytest.raises(TrainingError, match="status 401.*check the server, endpoint, protocol and api_key_variable") as caught:
+        source(server, key="k-secret-9", on_failure="wait").score(["p"], ["abc"])  # waiting cannot help
+    assert "k-secret-9" not in str(caught.value) and len(server.bodies) == 4
+    server.server.server_close()
+    server.server.shutdown()
+    with pytest.raises(TrainingError, match="gave no score for 1 of 1 completions: no connection"):
+        source(server).score(["p"], ["abc"])
+
+
+def test_waiting_for_a_server(server) -> None:
+    waits: list[float] = []
+    server.reply = lambda body, number: (500, {}) if number < 8 else (200, {"rewards": lengths(body)})
+    far = source(server, on_failure="wait", sleep=waits.append, backoff_seconds=0.0)
+    assert far.score(["p"], ["abc"]).tolist() == [3.0]
+    assert waits.count(30.0) == 2 and len(server.bodies) == 8  # two rounds of three attempts, and the second of the third
+
+
+def test_what_came_is_kept(server, tmp_path: Path) -> None:
+    cache = AnswerCache(tmp_path / "rewards.sqlite3")
+    server.reply = lambda body, number: (400, {}) if "bad" in body["completions"] else (200, {"rewards": lengths(body)})
+    with pytest.raises(TrainingError, match="gave no score for 1 of 3"):
+        source(server, cache=cache, batch_size=1, concurrency=1).score(["p"] * 3, ["a", "bb", "bad"])
+    assert source(server, cache=cache).score(["p"] * 4, ["bb", "a", "new", "new"]).tolist() == [2.0, 1.0, 3.0, 3.0]
+    assert server.bodies[-1]["completions"] == ["new"]  # the rest was known, and of equal ones one is asked
+    source(server, cache=cache).score(["another prompt"], ["a"])
+    assert server.bodies[-1]["completions"] == ["a"]
+
+
+def test_columns_that_are_not_there() -> None:
+    row = Row({"prompt": "p", "answers": "x"})
+    row.place = "data.jsonl:1"
+    columns = columns_asked_for([RewardInput(endpoint="http://h/r", label_column="answer")])
+    with pytest.raises(DataError, match="data.jsonl:1: the reward h-r asks for the column 'answer', and the row has prompt, answers; did"):
+        columns(row)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"endpoint": "http://user:secret@host/"}, "holds a password"),
+        ({"endpoint": "http://h", "function": "a:b"}, "exactly one of"),
+        ({"endpoint": "http://h", "protocol": "classify"}, "needs label, the number of the class, and output: probability or logprob"),
+        ({"endpoint": "http://h", "label": 1}, "label belongs to protocol: classify"),
+        ({"endpoint": "http://h", "protocol": "pooling", "columns": ["a"]}, "belong to protocol: openrlhf"),
+        ({"function": "a:b", "on_failure": "wait"}, "on_failure belongs to an endpoint"),
+        ({"endpoint": "http://h", "level": "token"}, "not with a classifier, an endpoint"),
+    ],
+)
+def test_contradictions_are_refused(fields, message) -> None:
+    with pytest.raises(ValidationError, match=message):
+        RewardInput.model_validate(fields)
