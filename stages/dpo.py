@@ -116,8 +116,8 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
     model = load_language_model(source, dtype=weights_dtype(config, context), lora=config.lora, tokenizer=tokenizer)
     refuse_output_adapter(model, config.lora)
     max_length: int = row_length(config.max_length, model.config, tokenizer, unlimited=1024)
-    pairs = _short_enough(encoded, max_length, context, "training")
-    heldout = _short_enough(encoded_heldout, max_length, context, "held-out")
+    pairs, left_out = _usable(encoded, max_length, context, "training")
+    heldout, heldout_left_out = _usable(encoded_heldout, max_length, context, "held-out")
     reference = _reference(config, context, tokenizer)
 
     with as_it_starts(model) if reference is None else nullcontext():
@@ -140,6 +140,8 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
         "comparisons": len(comparisons.train),
         "pairs": len(pairs),
         "heldout_pairs": len(heldout),
+        **left_out,
+        **{f"heldout_{reason}": number for reason, number in heldout_left_out.items()},
         **{f"curation_{reason}": number for reason, number in sorted(curator.left_out.items())},
     }
     published: dict[str, Any] = {"role": "language_model", "base": source if config.lora is not None else None}
@@ -184,16 +186,22 @@ def encode(config: DPOStepConfig, comparisons: Sequence[Comparison], tokenizer: 
     return rows
 
 
-def _short_enough(rows: list[Pair], max_length: int, context: StepContext, which: str) -> list[Pair]:
-    """The pairs without those of more than ``max_length`` tokens."""
-    kept = [row for row in rows if row.length <= max_length]
+def _usable(rows: list[Pair], max_length: int, context: StepContext, which: str) -> tuple[list[Pair], dict[str, int]]:
+    """(the pairs of at most ``max_length`` tokens whose two texts differ, how many were left out by reason)."""
+    fitting = [row for row in rows if row.length <= max_length]
+    kept = [row for row in fitting if row.chosen_ids != row.rejected_ids]
+    if len(kept) < len(fitting):
+        equal = f"left out {len(fitting) - len(kept)} of {len(fitting)} {which} pairs, whose two texts are the same tokens"
+        context.runtime.console.print(f"{context.name}: {equal}")
+    if fitting and not kept:
+        raise DataError(f"no {which} pair is left: the completions of all {len(fitting)} are the same tokens")
     if not kept:
         shortest = min((row.length for row in rows), default=0)
         raise DataError(f"no {which} pair fits max_length={max_length}: the shortest of {len(rows)} has {shortest} tokens")
-    if len(kept) < len(rows):
-        left_out = len(rows) - len(kept)
+    if len(fitting) < len(rows):
+        left_out = len(rows) - len(fitting)
         context.runtime.console.print(f"{context.name}: left out {left_out} of {len(rows)} {which} pairs longer than {max_length} tokens")
-    return kept
+    return kept, {"too_long_pairs": len(rows) - len(fitting), "equal_pairs": len(fitting) - len(kept)}
 
 
 # Training

@@ -7,20 +7,25 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def ranking_pairs(ranks: Tensor, prompt_index: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices (better, worse) of all pairs of completions of one prompt that are no tie. ranks [N] (0 best), prompt_index [N]."""
+def ranking_pairs(ranks: Tensor, prompt_index: Tensor, text_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Indices (better, worse) of all pairs of completions of one prompt that are no tie. ranks [N] (0 best), prompt_index [N].
+
+    ``text_index`` [N]: equal numbers are equal texts, of which none can be the better one; None: all texts differ.
+    """
     same = prompt_index[:, None] == prompt_index[None, :]
+    if text_index is not None:
+        same = same & (text_index[:, None] != text_index[None, :])
     better, worse = torch.nonzero(same & (ranks[:, None] < ranks[None, :]), as_tuple=True)
     return better, worse
 
 
-def ranking_losses(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> Tensor:
+def ranking_losses(scores: Tensor, ranks: Tensor, prompt_index: Tensor, text_index: Tensor | None = None) -> Tensor:
     """-1 / C(K, 2) * sum over a prompt's pairs of log sigmoid(r_better - r_worse), for each prompt [P]. scores, ranks, prompt_index [N].
 
-    Every prompt weighs the same whatever its K; ties are dropped, and the pairs left of a prompt share its weight. Prompts that are all
-    ties are left out of P; where there is no other, the result is empty, with a gradient of 0.
+    Every prompt weighs the same whatever its K; ties and pairs of equal texts (``ranking_pairs``) are dropped, and the pairs left of a
+    prompt share its weight. Prompts without a pair are left out of P; where there is no other, the result is empty, with a gradient of 0.
     """
-    better, worse = ranking_pairs(ranks, prompt_index)
+    better, worse = ranking_pairs(ranks, prompt_index, text_index)
     if len(better) == 0:
         return scores[:0] + 0.0 * scores.sum()
     losses = -functional.logsigmoid(scores[better] - scores[worse])
@@ -28,9 +33,9 @@ def ranking_losses(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> Tenso
     return torch.zeros_like(losses[: len(prompts)]).index_add(0, places, losses) / counts.to(losses.dtype)
 
 
-def ranking_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> Tensor:
+def ranking_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor, text_index: Tensor | None = None) -> Tensor:
     """The mean of ``ranking_losses`` over prompts, a scalar; 0 where every prompt is all ties."""
-    losses = ranking_losses(scores, ranks, prompt_index)
+    losses = ranking_losses(scores, ranks, prompt_index, text_index)
     return losses.sum() / max(1, len(losses))
 
 
@@ -39,11 +44,11 @@ def best_of_loss(scores: Tensor, best: Tensor) -> Tensor:
     return functional.cross_entropy(scores, best)
 
 
-def best_of_ranked_losses(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> Tensor:
+def best_of_ranked_losses(scores: Tensor, ranks: Tensor, prompt_index: Tensor, text_index: Tensor | None = None) -> Tensor:
     """``best_of_loss`` of ranked completions [N]: each prompt's best against all its completions [P].
 
     Of several that share the best rank the mean counts. Prompts that are all ties are left out of P; where there is no other, the result
-    is empty, with a gradient of 0.
+    is empty, with a gradient of 0. ``text_index`` [N] has no say: an equal text is a competitor as any other.
     """
     losses = []
     for prompt in prompt_index.unique():

@@ -23,12 +23,31 @@ EQUAL_LENGTH = 0.1  # completions whose lengths differ by less than this share c
 
 @dataclass(frozen=True)
 class EncodedComparison:
-    """The completions of one prompt as token rows (prompt included), their ranks, and the groups the comparison belongs to."""
+    """The completions of one prompt as token rows (prompt included), their ranks, and the groups the comparison belongs to.
+
+    ``lengths``: tokens of each completion before anything was cut; empty: what the rows have beyond ``prompt_length``. ``cut``: rows that
+    lost their beginning.
+    """
 
     rows: list[list[int]]
     ranks: list[int]
     groups: dict[str, str] = field(default_factory=dict)
     prompt_length: int = 0
+    lengths: list[int] = field(default_factory=list)
+    cut: int = 0
+
+    @property
+    def texts(self) -> list[int]:
+        """A number for each row; equal rows have the same."""
+        return [self.rows.index(row) for row in self.rows]
+
+    @property
+    def pairs(self) -> tuple[int, int]:
+        """(pairs of other ranks whose rows differ, pairs of other ranks whose rows are equal)."""
+        texts = self.texts
+        ranked = [(a, b) for b in range(len(self.ranks)) for a in range(b) if self.ranks[a] != self.ranks[b]]
+        equal = sum(texts[a] == texts[b] for a, b in ranked)
+        return len(ranked) - equal, equal
 
 
 def agreement(scores: Tensor, comparisons: Sequence[EncodedComparison], *, gain: float = 1.0) -> dict[str, Any]:
@@ -39,7 +58,8 @@ def agreement(scores: Tensor, comparisons: Sequence[EncodedComparison], *, gain:
     """
     ranks = torch.tensor([rank for item in comparisons for rank in item.ranks])
     prompt_index = torch.tensor([index for index, item in enumerate(comparisons) for _ in item.ranks])
-    better, worse = ranking_pairs(ranks, prompt_index)
+    text_index = torch.tensor([number for item in comparisons for number in item.texts])
+    better, worse = ranking_pairs(ranks, prompt_index, text_index)
     if len(better) == 0:
         raise DataError("no held-out comparison has a preference; name a validation source with pairs that are no ties")
     margins = (scores[better] - scores[worse]) / gain
@@ -57,7 +77,7 @@ def agreement(scores: Tensor, comparisons: Sequence[EncodedComparison], *, gain:
         "accuracy_by_prompt_ci_low": clustered_low,
         "accuracy_by_prompt_ci_high": clustered_high,
         "pairs": len(correct),
-        "loss": float(ranking_loss(scores / gain, ranks, prompt_index)),
+        "loss": float(ranking_loss(scores / gain, ranks, prompt_index, text_index)),
         "calibration_error": expected_calibration_error(confidence, correct),
         "calibration": calibration_bins(confidence, correct),
         "accuracy_by_margin": _by_margin(margins.abs(), correct),
@@ -94,7 +114,8 @@ def _by_length(
 
     Without a bias ``prefers_longer`` is near ``longer_is_better``, the share of pairs in which people liked the longer one.
     """
-    lengths = torch.tensor([float(len(row) - item.prompt_length) for item in comparisons for row in item.rows])
+    known = [item.lengths or [len(row) - item.prompt_length for row in item.rows] for item in comparisons]
+    lengths = torch.tensor([float(length) for row in known for length in row])
     difference = lengths[better] - lengths[worse]
     alike = difference.abs() < EQUAL_LENGTH * torch.maximum(lengths[better], lengths[worse])
     rows = [

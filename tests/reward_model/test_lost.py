@@ -1,0 +1,61 @@
+"""What a length limit takes from comparisons: rows that are cut, and pairs whose two texts are the same tokens then."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from stages.corpora.comparisons import Comparison
+from stages.errors import DataError
+from stages.numerics.ranking import ranking_losses, ranking_pairs
+from stages.reward_model.preferences import EncodedComparison, agreement
+from stages.reward_model.run import Lost, RewardModelConfig, _usable, encode, run
+
+
+def test_pairs_of_equal_texts_are_no_pairs() -> None:
+    ranks, prompts, texts = torch.tensor([0, 1, 2]), torch.zeros(3, dtype=torch.long), torch.tensor([0, 1, 0])
+    better, worse = ranking_pairs(ranks, prompts, texts)
+    assert list(zip(better.tolist(), worse.tolist(), strict=True)) == [(0, 1), (1, 2)]  # not (0, 2), which are one text
+    scores = torch.tensor([1.0, 0.0, 1.0])
+    # -log sigmoid(1) and -log sigmoid(-1), each half of the prompt's weight
+    assert float(ranking_losses(scores, ranks, prompts, texts)) == pytest.approx((0.3132617 + 1.3132617) / 2)
+
+
+def test_what_is_lost_by_hand(tiny_tokenizer) -> None:
+    same_end = [f"{letter}{'z' * 30}" for letter in "ab"]  # a token per letter z, or nearly
+    whole = encode(Comparison("film", same_end, [0, 1]), tiny_tokenizer, 1000)
+    assert whole.cut == 0 and whole.pairs == (1, 0)
+    cut = encode(Comparison("film", same_end, [0, 1]), tiny_tokenizer, 8)
+    assert cut.cut == 2 and cut.pairs == (0, 1) and cut.lengths == whole.lengths
+    three = encode(Comparison("film", [*same_end, "joy"], [0, 1, 2]), tiny_tokenizer, 8)
+    assert three.cut == 2 and three.pairs == (2, 1)
+    kept, lost = _usable([whole, cut, three])
+    assert kept == [whole, three] and lost == Lost(rows=7, cut=4, pairs=5, equal=2)
+    # the one text that counts twice is in no pair: two pairs, of which the scores have one right
+    measured = agreement(torch.tensor([3.0, 3.0, 1.0]), [three])
+    assert measured["pairs"] == 2 and measured["accuracy"] == 1.0
+    tie = EncodedComparison([[1], [1]], [0, 0])
+    assert tie.pairs == (0, 0)
+
+
+def test_a_step_says_what_it_lost(tmp_path, step_context, resolve_folder, tiny_llama_folder) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": "film", "chosen": f"a{n} joy", "rejected": "dull"} for n in range(8)]
+    path, same = tmp_path / "pairs.jsonl", {"prompt": "film", "chosen": "a" + "z" * 40, "rejected": "b" + "z" * 40}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, same]))
+    validation = tmp_path / "heldout.jsonl"
+    validation.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:2], same]))
+    settings = {
+        "name": "rm", "model": "sft", "precision": "fp32", "data": {"train": str(path), "validation": str(validation)}, "max_length": 16,
+        "training": {"batch_size": 4, "microbatch_size": 4, "max_steps": 1},
+    }  # fmt: skip
+    models = {"model": resolve_folder(tiny_llama_folder)}
+    metrics = run(RewardModelConfig.model_validate(settings), step_context(models=models)).metrics
+    assert (metrics["comparisons"], metrics["pairs"], metrics["equal_pairs"], metrics["heldout_equal_pairs"]) == (8, 8, 1, 1)
+    assert metrics["cut_share"] == pytest.approx(2 / 18) and metrics["heldout_cut_share"] == pytest.approx(2 / 6)
+    assert metrics["heldout_pairs"] == 2
+    path.write_text(json.dumps(same) + "\n")
+    with pytest.raises(DataError, match="no comparison is left: the completions of each are the same tokens after the limit of 16"):
+        run(RewardModelConfig.model_validate(settings), step_context("test/none", models=models))
