@@ -64,7 +64,7 @@ class SentimentConfig(TrainingStepConfig):
     )
     tokenizer: WordPieceSettings | None = Field(None, description="With architecture: the tokenizer that is trained on the texts.")
     labels: list[str] = Field(["negative", "positive"], min_length=2, description="Names of the classes, by label number.")
-    max_length: int = Field(512, ge=8, description="Tokens per text; longer ones lose their end.")
+    max_length: int = Field(512, ge=8, description="Tokens per text, or as many as the model reads; longer ones lose their end.")
     data: DataInput = Field(description="Columns text and label (a number, or one of labels).")
     masked: MaskedSettings | None = Field(None, description="Learn the texts themselves first; null: straight to the labels.")
     num_examples: int = Field(10, ge=0, description="Held-out reviews to show with truth and prediction, before and after.")
@@ -118,8 +118,12 @@ def run(config: SentimentConfig, context: StepContext) -> StepResult:
 
     reviews = load_reviews(config.data, config.labels)
     tokenizer, model = _tokenizer_and_model(config, context, [review.text for review in reviews.train])
-    rows = _encode(reviews.train, tokenizer)
-    heldout = _encode(reviews.validation, tokenizer)
+    (rows, cut), (heldout, heldout_cut) = _encode(reviews.train, tokenizer), _encode(reviews.validation, tokenizer)
+    if cut or heldout_cut:
+        context.runtime.console.print(
+            f"{context.name}: {cut} of {len(rows)} reviews and {heldout_cut} of {len(heldout)} held-out ones lose their end: they are "
+            f"longer than the {tokenizer.model_max_length} tokens that max_length, the model and its tokenizer allow"
+        )
 
     arguments = training_arguments(
         config.training, context, precision=config.precision, remove_unused_columns=False, train_sampling_strategy="group_by_length"
@@ -145,6 +149,8 @@ def run(config: SentimentConfig, context: StepContext) -> StepResult:
         **trained,
         "reviews": len(rows),
         "heldout_reviews": len(heldout),
+        "cut_share": cut / len(rows),
+        "heldout_cut_share": heldout_cut / len(heldout),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "examples": examples,
     }
@@ -214,6 +220,9 @@ def _tokenizer_and_model(config: SentimentConfig, context: StepContext, texts: l
             tokenizer=tokenizer,
             dropout=True,
         )
+        _limit_length(tokenizer, model)
+        # The labels exclude each other here; a checkpoint that was trained otherwise must not say so to whoever loads what is published.
+        model.config.problem_type = "single_label_classification"
         return tokenizer, model
     assert config.architecture is not None
     if config.masked is not None and config.masked.data is not None:
@@ -226,9 +235,19 @@ def _tokenizer_and_model(config: SentimentConfig, context: StepContext, texts: l
     context.runtime.seed_everything(context.seed)
     labels = {"id2label": dict(enumerate(config.labels)), "label2id": {label: index for index, label in enumerate(config.labels)}}
     model = random_model(AutoModelForSequenceClassification, architecture, tokenizer, num_labels=len(config.labels), **labels)
+    model.config.problem_type = "single_label_classification"
+    _limit_length(tokenizer, model)
     if body is not None:
         getattr(model, model.base_model_prefix).load_state_dict(body, strict=False)
     return tokenizer, model
+
+
+def _limit_length(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    """Have the tokenizer cut texts where the model's positions end, if that comes before the tokenizer's own limit."""
+    from stages.models.positions import readable_length
+
+    if (length := readable_length(model.config, tokenizer)) is not None:
+        tokenizer.model_max_length = length
 
 
 def _masked_body(
@@ -248,6 +267,7 @@ def _masked_body(
     if finished.newest() is None:
         runtime.seed_everything(context.seed)
         model = random_model(AutoModelForMaskedLM, architecture, tokenizer)
+        _limit_length(tokenizer, model)
         rows = [{"input_ids": ids} for ids in tokenizer(texts, truncation=True)["input_ids"]]
         arguments = training_arguments(
             config.masked.training, context, precision=config.precision, output_dir=str(context.checkpoint_folder / "masked"),
@@ -269,9 +289,13 @@ def _masked_body(
 # Data
 
 
-def _encode(reviews: Sequence[Review], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    encoded = tokenizer([review.text for review in reviews], truncation=True)["input_ids"]
-    return [{"input_ids": ids, "labels": review.label} for ids, review in zip(encoded, reviews, strict=True)]
+def _encode(reviews: Sequence[Review], tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, Any]], int]:
+    """(rows of input_ids and label, how many of them lost their end)."""
+    texts = [review.text for review in reviews]
+    whole = tokenizer(texts, verbose=False)["input_ids"]
+    encoded = tokenizer(texts, truncation=True)["input_ids"]
+    rows = [{"input_ids": ids, "labels": review.label} for ids, review in zip(encoded, reviews, strict=True)]
+    return rows, sum(len(ids) > len(kept) for ids, kept in zip(whole, encoded, strict=True))
 
 
 class _Collator:

@@ -101,13 +101,16 @@ class SFTStepConfig(TrainingStepConfig):
         from stages.corpora.curation import Curator
         from stages.corpora.demonstrations import load_demonstrations
         from stages.corpora.files import read_rows, text_of
-        from stages.corpora.prompts import load_prompts
+        from stages.corpora.prompts import load_prompt_rows
 
         load_demonstrations(self.data, Curator(self.curation))
         for row in read_rows(self.pretraining_mix.data) if self.pretraining_mix is not None else ():
             text_of(row, "text")
         if self.selection is not None and self.selection.data is not None:
-            load_prompts(self.selection.data, split="validation")
+            from stages.rewards.signature import columns_asked_for
+
+            columns = columns_asked_for(self.selection.reward, run=False)
+            load_prompt_rows(self.selection.data, split="validation", columns=columns)
 
 
     def conversations(self) -> list[tuple[Any, list[Any], str]]:
@@ -304,16 +307,20 @@ def _selector(
     selection = config.selection
     if selection is None:
         return None
+    from stages.corpora.files import Row
     from stages.corpora.fitting import fit_prompt
-    from stages.corpora.prompts import load_prompts
+    from stages.corpora.prompts import PromptRow, load_prompt_rows
+    from stages.rewards.signature import columns_asked_for
     from stages.training.selection import Selector, selection_callback
 
+    columns = columns_asked_for(selection.reward)
     if selection.data is not None:
-        prompts = load_prompts(selection.data, limit=selection.num_prompts, split="validation")
+        prompts = load_prompt_rows(selection.data, limit=selection.num_prompts, split="validation", columns=columns)
     else:
-        prompts = list({repr(row["prompt"]): row["prompt"] for row in demonstrations.validation}.values())
+        rows = {repr(row["prompt"]): row for row in demonstrations.validation}.values()
+        prompts = [PromptRow(row["prompt"], columns(Row(row))) for row in rows]
     if config.prompt_fit is not None:
-        prompts = [fit_prompt(prompt, config.prompt_fit, tokenizer) for prompt in prompts]
+        prompts = [PromptRow(fit_prompt(row.prompt, config.prompt_fit, tokenizer), row.columns) for row in prompts]
 
     def measure_loss() -> float:
         return _likelihood(trainer, config, context, tokenizer, heldout).loss

@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from stages.config import DataSource, ModelInput
-from stages.recipe.functions import addresses, source_of
+from stages.process.modules import source_of
+from stages.recipe.functions import addresses
 from stages.recipe.schema import STAGES, RecipeStep, data_inputs
 from stages.registry.contents import file_sha256
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stages.config import DataSource
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
     from stages.corpora.curation import Curator
 
 
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt, and those other columns of its row that somebody asked for."""
+
+    prompt: Prompt
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
 def load_prompts(
     sources: Sequence[DataSource],
     *,
@@ -25,15 +34,29 @@ def load_prompts(
     curator: Curator | None = None,
 ) -> list[Prompt]:
     """Distinct prompts in the order of the data; ``prompt_words`` takes so many first words of each text. Raises DataError on bad rows."""
-    prompts: list[Prompt] = []
+    found = load_prompt_rows(sources, prompt_words=prompt_words, limit=limit, split=split, curator=curator)
+    return [row.prompt for row in found]
+
+
+def load_prompt_rows(
+    sources: Sequence[DataSource],
+    *,
+    prompt_words: int | None = None,
+    limit: int | None = None,
+    split: str = "train",
+    curator: Curator | None = None,
+    columns: Callable[[Row], dict[str, Any]] = lambda row: {},
+) -> list[PromptRow]:
+    """As ``load_prompts``, with what ``columns`` picks of each row. Rows of one prompt are distinct where their columns are."""
+    prompts: list[PromptRow] = []
     seen: set[str] = set()
     rows = read_rows(sources, split=split)
     for row in rows if curator is None else curator.training(rows):
-        prompt = prompt_in(row, prompt_words)
-        key = repr(prompt)
+        found = PromptRow(prompt_in(row, prompt_words), columns(row))
+        key = repr(found)
         if key not in seen:
             seen.add(key)
-            prompts.append(prompt)
+            prompts.append(found)
         if limit is not None and len(prompts) == limit:
             break
     if not prompts:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from stages.errors import DataError
+from stages.errors import DataError, ModelError
 from stages.evaluation.config import BestOfN, EvaluationConfig, FewShot
 from stages.evaluation.prompts import (
     Exclusion,
@@ -19,6 +20,7 @@ from stages.evaluation.prompts import (
     positions_of,
     validation_prompts,
 )
+from stages.rewards.details import Details, columns_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +39,7 @@ class Question:
     prompt: Prompt
     prompt_number: int
     sample: int
+    columns: dict[str, Any] = field(default_factory=dict)  # of its row of data, those that reward functions ask for
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,13 @@ def loaded(config: EvaluationConfig, context: StepContext, name: str) -> Iterato
 # What is asked
 
 
-def ask(config: EvaluationConfig, context: StepContext, prompts: list[Prompt]) -> Asked:
-    """The questions that fit every model, and each model's token ids for them: all models answer the same prompts."""
+def ask(
+    config: EvaluationConfig, context: StepContext, prompts: list[Prompt], columns: Sequence[dict[str, Any]] | None = None
+) -> Asked:
+    """The questions that fit every model, and each model's token ids for them: all models answer the same prompts.
+
+    ``columns``: of each prompt's row of data, those that reward functions ask for; None: none of them does.
+    """
     from stages.models.loading import load_tokenizer
 
     encoded: dict[str, list[list[int]]] = {}
@@ -139,7 +147,7 @@ def ask(config: EvaluationConfig, context: StepContext, prompts: list[Prompt]) -
     kept = [place for place, fit in enumerate(fits) if fit]
     rows = [(place, sample) for place in kept for sample in range(config.samples_per_prompt)]
     return Asked(
-        [Question(prompts[place], place, sample) for place, sample in rows],
+        [Question(prompts[place], place, sample, columns[place] if columns is not None else {}) for place, sample in rows],
         {name: [ids[place] for place, _ in rows] for name, ids in encoded.items()},
         exclusions,
         few_shot,
@@ -160,8 +168,9 @@ def _few_shot_tries(config: EvaluationConfig, context: StepContext, name: str, p
         for draw in range(settings.choose.tries)
     ]
     longest = positions_of(context.models[f"candidates.{name}"]) - config.generation.max_new_tokens
+    asked = [row.prompt for row in validation]
     with loaded(config, context, name) as (model, tokenizer):
-        encoded = [encode_prompts(tokenizer, few_shot_prompts(settings, text, validation)) for text in texts]
+        encoded = [encode_prompts(tokenizer, few_shot_prompts(settings, text, asked)) for text in texts]
         fits = [place for place in range(len(validation)) if all(len(rows[place]) <= longest for rows in encoded)]
         if not fits:
             raise DataError(f"candidate {name!r}: no prompt of few_shot.choose.data fits {longest} tokens in every try; use fewer examples")
@@ -172,9 +181,11 @@ def _few_shot_tries(config: EvaluationConfig, context: StepContext, name: str, p
             samples = _sample(config, context, model, tokenizer, [rows[place] for place in fits], seeds)
             made.append([cut(sample, settings) for sample in samples])
     validation = [validation[place] for place in fits]
-    completions = [sample.text for samples in made for sample in samples]
+    flat = [sample for samples in made for sample in samples]
+    prompts = [row.prompt for row in validation] * len(texts)
+    details = Details(columns_of([row.columns for row in validation] * len(texts)), [sample.response_ids for sample in flat])
     place = f"candidates.{name}.few_shot.choose.reward"
-    scores = score_texts(config, context, settings.choose.reward, place, validation * len(texts), completions)
+    scores = every_score(config, context, settings.choose.reward, place, prompts, [sample.text for sample in flat], details)
     width = len(validation)
     means = [sum(scores[start : start + width]) / width for start in range(0, len(scores), width)]
     tries = [{"text": text, "score": mean} for text, mean in zip(texts, means, strict=True)]
@@ -307,8 +318,10 @@ def _pick_best(config: EvaluationConfig, context: StepContext, asked: Asked, nam
 
     assert answers.draws is not None
     prompts = [question.prompt for question in asked.questions for _ in range(best_of.n)]
-    texts = [sample.text for draws in answers.draws for sample in draws]
-    scores = score_texts(config, context, best_of.reward, f"candidates.{name}.best_of.reward", prompts, texts)
+    drawn = [sample for draws in answers.draws for sample in draws]
+    details = details_of([question for question in asked.questions for _ in range(best_of.n)], drawn)
+    place = f"candidates.{name}.best_of.reward"
+    scores = every_score(config, context, best_of.reward, place, prompts, [sample.text for sample in drawn], details)
     answers.draw_rewards = [scores[start : start + best_of.n] for start in range(0, len(scores), best_of.n)]
     best = [rewards.index(max(rewards)) for rewards in answers.draw_rewards]  # the first of equals
     answers.samples = [draws[place] for draws, place in zip(answers.draws, best, strict=True)]
@@ -318,20 +331,63 @@ def _pick_best(config: EvaluationConfig, context: StepContext, asked: Asked, nam
         answers.expected_kl = best_of_n_kl(best_of.n) if digests[0] == digests[1] else None
 
 
+def details_of(questions: Sequence[Question], samples: Sequence[Sample]) -> Details:
+    """What reward sources may read of samples beside their texts; token ids where a model of this run wrote all of them."""
+    sampled = all(sample.prompt_ids for sample in samples)
+    return Details(columns_of([question.columns for question in questions]), [one.response_ids for one in samples] if sampled else None)
+
+
 def score_texts(
-    config: EvaluationConfig, context: StepContext, reward: RewardInput, place: str, prompts: Sequence[Prompt], completions: Sequence[str]
-) -> list[float]:
-    """A reward source's score of every completion; each process scores its share."""
-    from stages.rewards.source import build_source, checked
+    config: EvaluationConfig,
+    context: StepContext,
+    reward: RewardInput,
+    place: str,
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    details: Details,
+) -> list[float | None]:
+    """A reward source's score of every completion, None where it does not apply; each process scores its share.
+
+    What the source could not read whole is said.
+    """
+    from stages.rewards.source import build_source, judge
 
     runtime = context.runtime
-    source = build_source(reward, context.models.get(f"{place}.model"), device=runtime.device, dtype=runtime.dtype(config.precision))
+    source = build_source(
+        reward, context.models.get(f"{place}.model"), device=runtime.device, dtype=runtime.dtype(config.precision),
+        cache_folder=context.cache_folder,
+    )  # fmt: skip
 
-    def work(own: list[int]) -> list[float]:
-        texts = [completions[row] for row in own]
-        return checked(source.score([prompts[row] for row in own], texts), reward.shown_name, texts).tolist() if own else []
+    def work(own: list[int]) -> list[tuple[float | None, bool]]:
+        if not own:
+            return []
+        found = judge(source, [prompts[row] for row in own], [completions[row] for row in own], details.rows(own))
+        cut = found.cut.tolist() if found.cut is not None else [False] * len(own)
+        return [(None if math.isnan(score) else score, lost) for score, lost in zip(found.scores.tolist(), cut, strict=True)]
 
-    return shared_out(runtime, len(completions), work)
+    made = shared_out(runtime, len(completions), work)
+    if cut := sum(lost for _, lost in made):
+        said = f"{reward.shown_name} could not read {cut} of {len(made)} texts whole; they lost their beginning"
+        runtime.console.print(f"{context.name}: {said}")
+    return [score for score, _ in made]
+
+
+def every_score(
+    config: EvaluationConfig,
+    context: StepContext,
+    reward: RewardInput,
+    place: str,
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    details: Details,
+) -> list[float]:
+    """``score_texts`` of a source that has to choose. Raises ModelError where it does not apply to a completion."""
+    scores = score_texts(config, context, reward, place, prompts, completions, details)
+    found = [score for score in scores if score is not None]
+    if len(found) < len(scores):
+        text = completions[scores.index(None)]
+        raise ModelError(f"{place}: {reward.shown_name} returned None for {text[:80]!r}; choosing among completions needs a score of each")
+    return found
 
 
 def _tasks(config: EvaluationConfig, context: StepContext, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:

@@ -126,6 +126,11 @@ class EvaluationConfig(StepConfig):
         if not 2 <= len(shown) <= MOST_COMPLETIONS or len(set(shown)) < len(shown):
             raise ValueError(f"judge {judge.name}: people compare 2 to {MOST_COMPLETIONS} different candidates, got {', '.join(shown)}")
 
+    def scorers(self) -> list[RewardInput]:
+        """The reward sources that score answers to ``data``: judges, and those that pick the best of several samples."""
+        judges = [judge for judge in self.judges if isinstance(judge, RewardInput)]
+        return [*judges, *(one.best_of.reward for one in self.candidates.values() if one.best_of is not None)]
+
     def model_inputs(self) -> dict[str, ModelInput]:
         inputs = {}
         for name, candidate in self.candidates.items():

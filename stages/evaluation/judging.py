@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.evaluation.answers import Answers, Question, score_texts
+from stages.evaluation.answers import Answers, Question, details_of, score_texts
 from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.prompts import Exclusion
 from stages.judges.config import EndpointJudge, JudgementsFile
@@ -74,21 +74,28 @@ def _score(
     questions: Sequence[Question],
     answers: dict[str, Answers],
 ) -> Judged:
-    scores: dict[str, list[float | None]] = {}
-    rows = [(name, row) for name, answer in answers.items() for row, sample in enumerate(answer.samples) if sample is not None]
-    texts = [answers[name].texts[row] or "" for name, row in rows]
-    given = score_texts(config, context, judge, place, [questions[row].prompt for _, row in rows], texts)
-    for name in answers:
-        scores[name] = [None] * len(questions)
-    for (name, row), score in zip(rows, given, strict=True):
+    rows = [(name, row, sample) for name, answer in answers.items() for row, sample in enumerate(answer.samples) if sample is not None]
+    asked = [questions[row] for _, row, _ in rows]
+    details = details_of(asked, [sample for _, _, sample in rows])
+    texts = [sample.text for _, _, sample in rows]
+    given = score_texts(config, context, judge, place, [question.prompt for question in asked], texts, details)
+    scores: dict[str, list[float | None]] = {name: [None] * len(questions) for name in answers}
+    for (name, row, _), score in zip(rows, given, strict=True):
         scores[name][row] = score
-    for answer in answers.values():
+    left_out = [Exclusion(f"completions that {judge.shown_name} does not apply to (it returned None)", given.count(None), len(given))]
+    for name, answer in answers.items():
         if answer.draws is not None:
             width = len(answer.draws[0])
-            prompts = [question.prompt for question in questions for _ in range(width)]
-            drawn = score_texts(config, context, judge, place, prompts, [sample.text for draws in answer.draws for sample in draws])
-            answer.draw_scores[judge.shown_name] = [drawn[start : start + width] for start in range(0, len(drawn), width)]
-    return Judged(judge.shown_name, "reward", _compared(scores), scores)
+            repeated = [question for question in questions for _ in range(width)]
+            samples = [sample for draws in answer.draws for sample in draws]
+            prompts, texts = [question.prompt for question in repeated], [sample.text for sample in samples]
+            drawn = score_texts(config, context, judge, place, prompts, texts, details_of(repeated, samples))
+            known = [score for score in drawn if score is not None]
+            if len(known) == len(drawn):
+                answer.draw_scores[judge.shown_name] = [known[start : start + width] for start in range(0, len(known), width)]
+            what = f"samples of {name} that {judge.shown_name} does not apply to (its best-of-n curve is left out)"
+            left_out.append(Exclusion(what, len(drawn) - len(known), len(drawn)))
+    return Judged(judge.shown_name, "reward", _compared(scores), scores, exclusions=[item for item in left_out if item.count])
 
 
 def _compared(scores: dict[str, list[float | None]]) -> dict[Pair, list[float | None]]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.corpora.messages import Prompt
+    from stages.corpora.prompts import PromptRow
     from stages.process.runtime import ResolvedModel
 
 
@@ -35,7 +36,8 @@ def check_data(config: EvaluationConfig) -> None:
     from stages.corpora.judgements import load_judgements
     from stages.judges.config import JudgementsFile
 
-    prompts, _ = load_heldout(config)
+    rows, _ = load_heldout(config, run=False)
+    prompts = [row.prompt for row in rows]
     keys = {prompt_key(prompt) for prompt in prompts}
     for name, candidate in config.candidates.items():
         if candidate.completions is not None and not keys & set(load_completions(candidate.completions)):
@@ -43,7 +45,7 @@ def check_data(config: EvaluationConfig) -> None:
         if candidate.few_shot is not None:
             few_shot_text(candidate.few_shot, 0)
             if candidate.few_shot.choose is not None:
-                validation_prompts(candidate.few_shot, prompts)
+                validation_prompts(candidate.few_shot, prompts, run=False)
     for judge in config.judges:
         if isinstance(judge, JudgementsFile):
             judgements = load_judgements(judge.judgements)
@@ -55,16 +57,21 @@ def check_data(config: EvaluationConfig) -> None:
         task.load()
 
 
-def load_heldout(config: EvaluationConfig) -> tuple[list[Prompt], list[Exclusion]]:
-    """The held-out prompts, each once, and what was left out of them. Raises DataError where ``exclude`` leaves none."""
+def load_heldout(config: EvaluationConfig, *, run: bool = True) -> tuple[list[PromptRow], list[Exclusion]]:
+    """The held-out prompts with the columns that reward functions ask for, each once, and what was left out of them.
+
+    ``run=False``: no module of a function is imported. Raises DataError where ``exclude`` leaves no prompt.
+    """
     from stages.corpora.files import read_rows
-    from stages.corpora.prompts import load_prompts, prompt_in
+    from stages.corpora.prompts import PromptRow, load_prompts, prompt_in
+    from stages.rewards.signature import columns_asked_for
 
     excluded = load_prompts(config.exclude, prompt_words=config.prompt_words) if config.exclude is not None else []
     known = {repr(prompt) for prompt in excluded}
-    rows = [prompt_in(row, config.prompt_words) for row in read_rows(config.data, split="test")]
-    distinct = list({repr(prompt): prompt for prompt in rows}.values())
-    apart = [prompt for prompt in distinct if repr(prompt) not in known]
+    columns = columns_asked_for(config.scorers(), run=run)
+    rows = [PromptRow(prompt_in(row, config.prompt_words), columns(row)) for row in read_rows(config.data, split="test")]
+    distinct = list({repr(row): row for row in rows}.values())
+    apart = [row for row in distinct if repr(row.prompt) not in known]
     if not apart:
         raise DataError(f"all {len(distinct)} prompts of data occur in exclude; name data kept apart, or raise prompt_words")
     exclusions = [
@@ -116,13 +123,16 @@ def few_shot_prompts(settings: FewShot, text: str, prompts: list[Prompt]) -> lis
     return [(text + head.replace("{prompt}", transcript(prompt))).rstrip(" ") for prompt in prompts]
 
 
-def validation_prompts(settings: FewShot, heldout: list[Prompt]) -> list[Prompt]:
+def validation_prompts(settings: FewShot, heldout: list[Prompt], *, run: bool = True) -> list[PromptRow]:
     """The prompts by which few-shot examples are chosen, none of which is evaluated on. Raises DataError where there are none."""
-    from stages.corpora.prompts import load_prompts
+    from stages.corpora.prompts import load_prompt_rows
+    from stages.rewards.signature import columns_asked_for
 
     assert settings.choose is not None
     known = {repr(prompt) for prompt in heldout}
-    found = [prompt for prompt in load_prompts(settings.choose.data, split="validation") if repr(prompt) not in known]
+    columns = columns_asked_for([settings.choose.reward], run=run)
+    rows = load_prompt_rows(settings.choose.data, split="validation", columns=columns)
+    found = [row for row in rows if repr(row.prompt) not in known]
     if not found:
         raise DataError("few_shot.choose.data holds no prompt that is not evaluated on; the choice needs prompts of its own")
     return found[: settings.choose.num_prompts]

@@ -23,9 +23,10 @@ def run(config: EvaluationConfig, context: StepContext) -> StepResult:
     from stages.evaluation.tokens import measure_kl, token_details
     from stages.process.runtime import StepResult
 
-    prompts, exclusions = load_heldout(config)
+    heldout, exclusions = load_heldout(config)
+    prompts = [row.prompt for row in heldout]
     check_readers([model for name, model in context.models.items() if not name.startswith("candidates.")], prompts)
-    asked = ask(config, context, prompts)
+    asked = ask(config, context, prompts, [row.columns for row in heldout])
     exclusions += asked.exclusions
     answers: dict[str, Answers] = {}
     for name, candidate in config.candidates.items():

@@ -238,10 +238,12 @@ class PPOStepConfig(CheckpointedStepConfig):
     def check_data(self) -> None:
         """Raise DataError for prompts this stage cannot use; no model is loaded."""
         from stages.corpora.curation import Curator
-        from stages.corpora.prompts import load_prompts
+        from stages.corpora.prompts import load_prompt_rows
         from stages.corpora.text import check_texts
+        from stages.rewards.signature import columns_asked_for
 
-        load_prompts(self.data, prompt_words=self.prompt_words, curator=Curator(self.curation))
+        asked = columns_asked_for([*self.reward, *self.monitors], run=False)
+        load_prompt_rows(self.data, prompt_words=self.prompt_words, curator=Curator(self.curation), columns=asked)
         if self.pretraining_mix is not None:
             check_texts(self.pretraining_mix.data)
 

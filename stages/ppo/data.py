@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from stages.process.runtime import StepContext
 
 UNLIMITED = 1_000_000  # prompt tokens, where neither model nor tokenizer sets a limit
-EncodedPrompt = tuple["Prompt", list[int]]
+
+
+class EncodedPrompt(NamedTuple):
+    """A prompt, its token ids, and the columns of its row that reward functions ask for."""
+
+    prompt: Prompt
+    ids: list[int]
+    columns: dict[str, Any]
 
 
 def check_prompts(config: PPOStepConfig, context: StepContext) -> None:
@@ -43,7 +50,7 @@ def load_prompts(config: PPOStepConfig, context: StepContext, roles: Roles) -> l
     if curator.left_out:
         reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(curator.left_out.items()))
         context.runtime.console.print(f"{context.name}: curation left out {sum(curator.left_out.values())} prompts ({reasons})")
-    kept = [(prompt, ids) for prompt, ids in encoded if 0 < len(ids) <= longest]
+    kept = [one for one in encoded if 0 < len(one.ids) <= longest]
     if not kept:
         raise DataError(
             f"none of {len(encoded)} prompts has at most {longest} tokens (max_prompt_tokens, or what policy and tokenizer can read less "
@@ -56,15 +63,17 @@ def load_prompts(config: PPOStepConfig, context: StepContext, roles: Roles) -> l
 
 
 def encoded_prompts(config: PPOStepConfig, tokenizer: Any, curator: Curator | None = None) -> list[EncodedPrompt]:
-    """All prompts of the step, shortened where it says so, with their token ids."""
+    """All prompts of the step, shortened where it says so, with their token ids and the columns that its rewards ask for."""
     from stages.corpora import prompts as corpus
     from stages.corpora.fitting import fit_prompt
     from stages.corpora.templates import encode_prompt
+    from stages.rewards.signature import columns_asked_for
 
-    prompts = corpus.load_prompts(config.data, prompt_words=config.prompt_words, curator=curator)
+    columns = columns_asked_for([*config.reward, *config.monitors])
+    rows = corpus.load_prompt_rows(config.data, prompt_words=config.prompt_words, curator=curator, columns=columns)
     if config.prompt_fit is not None:
-        prompts = [fit_prompt(prompt, config.prompt_fit, tokenizer) for prompt in prompts]
-    return [(prompt, encode_prompt(tokenizer, prompt)) for prompt in prompts]
+        rows = [corpus.PromptRow(fit_prompt(row.prompt, config.prompt_fit, tokenizer), row.columns) for row in rows]
+    return [EncodedPrompt(row.prompt, encode_prompt(tokenizer, row.prompt), row.columns) for row in rows]
 
 
 def prompt_room(config: PPOStepConfig, policy: Any, tokenizer: Any) -> int:
@@ -77,7 +86,7 @@ def prompt_room(config: PPOStepConfig, policy: Any, tokenizer: Any) -> int:
 def longest_sequence(config: PPOStepConfig, policy: Any, tokenizer: Any) -> int:
     """The most tokens, prompt and completion, that the networks of this step will read."""
     room = prompt_room(config, policy, tokenizer)
-    lengths = [len(ids) for _, ids in encoded_prompts(config, tokenizer) if len(ids) <= room]
+    lengths = [len(one.ids) for one in encoded_prompts(config, tokenizer) if len(one.ids) <= room]
     return max(lengths, default=0) + config.generation.max_new_tokens
 
 

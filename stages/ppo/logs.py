@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def episodes_of(rollout: Rollout) -> list[dict[str, Any]]:
             "prompt": rollout.prompts[row],
             "completion": rollout.completions[row],
             "score": float(rollout.scores[row]),
-            **{name: float(part[row]) for name, part in rollout.parts.items()},
+            **{name: None if math.isnan(part[row]) else float(part[row]) for name, part in rollout.parts.items()},
             "kl": float(rollout.kl[row].sum()),
             "tokens": rollout.response(row),
         }

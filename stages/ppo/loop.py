@@ -24,6 +24,7 @@ from stages.ppo.roles import load_roles
 from stages.ppo.rollout import Rollout, ScoringError, collect
 from stages.ppo.speed import peak_of
 from stages.ppo.update import UpdateProgress, Updater, UpdateResult
+from stages.rewards.details import columns_of
 from stages.sampling.generation import episode_seed
 from stages.training.checkpoints import generator_states, set_generator_states, trainable
 
@@ -51,7 +52,8 @@ class PPORun:
         check_prompts(config, context)
         self.roles = roles = load_roles(config, context)
         sources: dict[str, Any] = {
-            "device": runtime.device, "dtype": dtype, "load": lambda model: roles.load_reward_model(model, dtype=dtype)
+            "device": runtime.device, "dtype": dtype, "load": lambda model: roles.load_reward_model(model, dtype=dtype),
+            "cache_folder": context.cache_folder,
         }  # fmt: skip
         self.reward = build_reward(config.reward, context.models, "reward", **sources)
         self.monitors = build_reward(config.monitors, context.models, "monitors", **sources)
@@ -78,6 +80,7 @@ class PPORun:
         self.health = Health(config.health)
         self.matmul_peak = peak_of(runtime.device, dtype)
         self.state = RunState(kl_coef=config.kl_coef)
+        self._said_cuts: set[str] = set()
 
     def resume(self) -> None:
         """Take up a run that was cut off, where there is one; its logs are written again, so that they are whole."""
@@ -163,10 +166,11 @@ class PPORun:
                     self.roles,
                     self.reward,
                     self.monitors,
-                    [prompt for prompt, _ in chosen],
-                    [ids for _, ids in chosen],
+                    [one.prompt for one in chosen],
+                    [one.ids for one in chosen],
                     [episode_seed(self.context.seed, iteration, row) for row in range(len(chosen))],
                     self.config,
+                    columns=columns_of([one.columns for one in chosen]),
                     process_index=self.runtime.process_index,
                     num_processes=self.runtime.num_processes,
                 )
@@ -199,6 +203,7 @@ class PPORun:
             rollout, result, kl_coef=self.controller.value, samples_per_prompt=self.config.samples_per_prompt, matmul_peak=self.matmul_peak
         )
         metrics["policy/learning_rate"] = self.optimizers["policy"].param_groups[0]["lr"]
+        self._say_cuts(metrics)
         alarms = self.health.observe(metrics)
         metrics |= alarm_metrics(alarms)
         self.controller.update(metrics["policy/kl"], len(rollout.prompts))
@@ -214,6 +219,15 @@ class PPORun:
                 raise TrainingError(f"{said}; the last checkpoint is kept in {self.context.checkpoint_folder / 'ppo'}")
         state.iteration, state.kl_coef, state.rollout, state.progress = iteration + 1, self.controller.value, None, UpdateProgress()
         return metrics
+
+    def _say_cuts(self, metrics: dict[str, float]) -> None:
+        """Say once of each reward source that it cannot read whole texts."""
+        for name, share in metrics.items():
+            if name.endswith("_cut_share") and share and name not in self._said_cuts:
+                self._said_cuts.add(name)
+                what = "completions lost their beginning to" if name.endswith("_completion_cut_share") else "texts lost their beginning to"
+                said = f"iteration {self.state.iteration}: {share:.0%} of {what} the length that this reward can read ({name})"
+                self.runtime.console.print(f"{self.context.name}: {said}", style="yellow", markup=False)
 
     # Checkpoints
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from stages.numerics.comparing import repeated_ngrams
 from stages.ppo.speed import speed_metrics
+from stages.rewards.details import applies
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,8 +43,8 @@ def iteration_metrics(
         "rewards/score_mean": float(rollout.scores.mean()),
         "rewards/score_std": float(rollout.scores.std(correction=0)),
         **group_metrics(rollout.scores, samples_per_prompt),
-        **{f"rewards/{name}": float(part.mean()) for name, part in rollout.parts.items()},
-        **{f"monitors/{name}": float(part.mean()) for name, part in rollout.monitors.items()},
+        **_means("rewards", rollout.parts),
+        **_means("monitors", rollout.monitors),
         "rewards/total_mean": float((rollout.scores - kl_coef * sequence_kl).mean()),
         "policy/kl": float(sequence_kl.mean()),
         "policy/kl_standard_error": float(sequence_kl.std(correction=0)) / math.sqrt(len(sequence_kl)),
@@ -59,6 +61,18 @@ def iteration_metrics(
             operations=result.operations, peak=matmul_peak,
         ),
     }
+
+
+def _means(room: str, parts: Mapping[str, Tensor]) -> dict[str, float]:
+    """The mean of each part [B] over the episodes that it applies to, and how many it does not apply to where there are any."""
+    found: dict[str, float] = {}
+    for name, part in parts.items():
+        present = part[applies(part)]
+        if len(present):
+            found[f"{room}/{name}"] = float(present.mean())
+        if len(present) < len(part):
+            found[f"{room}/{name}_not_applied"] = float(len(part) - len(present))
+    return found
 
 
 def run_metrics(history: RunHistory, *, episodes_per_iteration: int, optimizer_steps: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ whitening, the KL controller, minibatches and metrics are global without further
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from stages.numerics.shaping import penalize_missing_eos, shape_rewards
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.credit import token_scores
 from stages.ppo.roles import Roles
+from stages.rewards.details import Details
 from stages.rewards.source import CombinedReward, Scores
 from stages.sampling.generation import decode_completions, ending_tokens, generate, right_pad
 
@@ -57,8 +58,8 @@ class Rollout:
     scores: Tensor  # [B] weighted sum of the reward sources, after the penalty for a missing stop token
     raw_scores: Tensor  # [B] before it
     token_scores: Tensor  # [B, R] the share of the scores that has a place in the text; what is left of a score is paid at the end
-    parts: dict[str, Tensor]  # [B] by source
-    monitors: dict[str, Tensor]  # [B] by judge
+    parts: dict[str, Tensor]  # [B] by source, NaN where it does not apply; and what was measured beside (stages.rewards.source.Scores)
+    monitors: dict[str, Tensor]  # [B] by judge, likewise
     seconds: dict[str, float]  # by phase, of this process
     sampling_gap: float  # largest difference between sampled and recomputed log-probabilities; 0 where not recomputed
 
@@ -123,18 +124,22 @@ def collect(
     seeds: Sequence[int],
     config: PPOStepConfig,
     *,
+    columns: Mapping[str, Sequence[Any]] | None = None,
     process_index: int = 0,
     num_processes: int = 1,
 ) -> Rollout:
     """Sample a completion for every prompt and measure it; each process takes every ``num_processes``-th episode.
 
+    ``columns``: what the prompts' rows say beside them, for the reward functions that ask for it.
     Raises ScoringError where a reward source gives something that is no finite number.
     """
     own = list(range(process_index, len(prompts), num_processes))
+    details = Details(columns or {}).rows(own)
     with whole(*roles.models()):  # the processes sample and measure apart
         share = _collect_share(
-            roles, reward, monitors, [prompts[row] for row in own], [prompt_ids[row] for row in own], [seeds[row] for row in own], config
-        )
+            roles, reward, monitors, [prompts[row] for row in own], [prompt_ids[row] for row in own], [seeds[row] for row in own], config,
+            details,
+        )  # fmt: skip
     if num_processes == 1:
         return share
     from accelerate.utils import gather_object
@@ -150,6 +155,7 @@ def _collect_share(
     prompt_ids: list[list[int]],
     seeds: list[int],
     config: PPOStepConfig,
+    details: Details,
 ) -> Rollout:
     policy, pad = roles.policy, roles.tokenizer.pad_token_id
     seconds: dict[str, float] = {}
@@ -161,20 +167,21 @@ def _collect_share(
             policy.model, prompt_ids, config.generation, seeds=seeds, stop_ids=stop, late_stop_ids=late, pad_token_id=pad
         )
     completions = decode_completions(roles.tokenizer, generated)
+    mask = generated.response_mask.cpu()
+    responses = [ids[kept].tolist() for ids, kept in zip(generated.response_ids.cpu(), mask, strict=True)]
     seconds["generation"] = time.perf_counter() - began
 
     began = time.perf_counter()
     try:
         with roles.offload.awake(*reward.modules(), *monitors.modules()):
-            scored = reward.score(prompts, completions)
-            judged = monitors.score(prompts, completions) if monitors.sources else Scores(torch.zeros(0), {})
+            known = Details(details.columns, responses)
+            scored = reward.score(prompts, completions, known)
+            judged = monitors.score(prompts, completions, known, may_abstain=True) if monitors.sources else Scores(torch.zeros(0), {})
     except TrainingError as error:
         raise ScoringError(str(error), list(zip(prompts, completions, strict=True))) from error
     seconds["scoring"] = time.perf_counter() - began
 
     began = time.perf_counter()
-    mask = generated.response_mask.cpu()
-    responses = [ids[kept].tolist() for ids, kept in zip(generated.response_ids.cpu(), mask, strict=True)]
     recompute = config.rollout_logprobs == "recomputed" or (config.rollout_logprobs == "auto" and policy.autocast is not None)
     shape = mask.shape
     tokens = {name: torch.zeros(shape) for name in ("sampled", "reference", "values")}

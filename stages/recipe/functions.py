@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from stages.errors import RecipeError
+from stages.process.modules import source_of
 
 
 def addresses(value: Any) -> Iterator[str]:
@@ -41,13 +41,3 @@ def check_function(address: str) -> None:
     known = rf"\b{re.escape(name)}\b|import \*|__getattr__"
     if source is not None and not re.search(known, source.read_text(encoding="utf-8", errors="replace")):
         raise RecipeError(f"function {address!r}: {module} has no {name!r}")
-
-
-def source_of(module: str) -> Path | None:
-    """The file of a module, where it has one."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        return None
-    is_file = spec is not None and spec.origin is not None and spec.origin.endswith(".py") and Path(spec.origin).is_file()
-    return Path(str(spec.origin)) if is_file and spec is not None else None

@@ -8,6 +8,7 @@ function, or people: their tasks are published, and the step goes on once they h
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from stages.corpora.comparisons import Comparison
     from stages.corpora.messages import Prompt
     from stages.process.runtime import StepContext
+    from stages.rewards.details import Details
 
 
 class CollectedPolicy(Strict):
@@ -114,9 +116,11 @@ class Collection(Strict):
 
     def check_data(self) -> None:
         """Raise DataError for files that this collection cannot use; no model is loaded."""
-        from stages.corpora.prompts import load_prompts
+        from stages.corpora.prompts import load_prompt_rows
+        from stages.rewards.signature import columns_asked_for
 
-        prompts = load_prompts(self.data)
+        judges = [self.judge] if isinstance(self.judge, RewardInput) else []
+        prompts = load_prompt_rows(self.data, columns=columns_asked_for(judges, run=False))
         if self.people is None:
             return
         self.people.check()
@@ -208,33 +212,47 @@ def _publish(collection: Collection, people: People, context: StepContext, preci
 
 
 def _collect(collection: Collection, context: StepContext, precision: str) -> list[dict[str, Any]]:
-    from stages.rewards.source import build_source, checked
+    from stages.rewards.source import build_source, judge
 
     assert isinstance(collection.judge, RewardInput)
     runtime = context.runtime
-    rows = _sampled(collection, context, precision)
+    rows, details = _sampled(collection, context, precision, collection.judge)
     device, dtype = runtime.device, runtime.dtype(precision)
-    judge = build_source(collection.judge, context.models.get("collect.judge.model"), device=device, dtype=dtype)
+    model = context.models.get("collect.judge.model")
+    source = build_source(collection.judge, model, device=device, dtype=dtype, cache_folder=context.cache_folder)
     pairs = [(row["prompt"], text) for row in rows for text in row["completions"]]
-    texts = [text for _, text in pairs]
-    scores = iter(checked(judge.score([prompt for prompt, _ in pairs], texts), judge.name, texts).tolist())
-    for row in rows:
-        row["ranks"] = ranked([next(scores) for _ in row["completions"]], collection.tie_width)
+    found = judge(source, [prompt for prompt, _ in pairs], [text for _, text in pairs], details)
+    scores = iter(found.scores.tolist())
+    rows, left_out = _ranked_rows(rows, [[next(scores) for _ in row["completions"]] for row in rows], collection.tie_width)
+    if left_out:
+        runtime.console.print(f"{context.name}: {source.name} does not apply to {left_out} of {len(pairs)} completions; they are left out")
+    if found.cut is not None and found.cut.any():
+        cut = f"{source.name} could not read {int(found.cut.sum())} of {len(pairs)} texts whole; they lost their beginning"
+        runtime.console.print(f"{context.name}: {cut}")
     number = sum(len(row["completions"]) for row in rows)
     runtime.console.print(f"{context.name}: collected {len(rows)} comparisons of {number} completions")
     return rows
 
 
-def _sampled(collection: Collection, context: StepContext, precision: str) -> list[dict[str, Any]]:
-    """Prompts with different completions of the policies, drawn by their weights: ``prompt``, ``completions``, ``policies``."""
-    from stages.corpora.prompts import load_prompts
+def _sampled(
+    collection: Collection, context: StepContext, precision: str, judge: RewardInput | None = None
+) -> tuple[list[dict[str, Any]], Details]:
+    """(prompts with different completions of the policies, drawn by their weights; what ``judge`` asks for beside the texts).
 
-    prompts = load_prompts(collection.data)
-    Random(f"collection {context.seed}").shuffle(prompts)
-    prompts = prompts[: collection.num_prompts]
-    drawn = [_sample(collection, context, precision, index, prompts) for index in range(len(collection.policies))]
+    Each row has ``prompt``, ``completions`` and ``policies``.
+    """
+    from stages.corpora.prompts import load_prompt_rows
+    from stages.rewards.details import Details, columns_of
+    from stages.rewards.signature import columns_asked_for
+
+    asked = load_prompt_rows(collection.data, columns=columns_asked_for([judge] if judge is not None else []))
+    Random(f"collection {context.seed}").shuffle(asked)
+    asked = asked[: collection.num_prompts]
+    drawn = [_sample(collection, context, precision, index, [row.prompt for row in asked]) for index in range(len(collection.policies))]
     rows: list[dict[str, Any]] = []
-    for place, prompt in enumerate(prompts):
+    columns: list[dict[str, Any]] = []
+    completion_ids: list[list[int]] = []
+    for place, row in enumerate(asked):
         offered = [(text, index) for index, texts in enumerate(drawn) for text in texts[place]]
         taken: dict[str, int] = {}
         random = Random(f"collection {context.seed} {place}")
@@ -244,12 +262,28 @@ def _sampled(collection: Collection, context: StepContext, precision: str) -> li
             taken.setdefault(text, index)
         if len(taken) >= 2:
             policies = [collection.policies[index].model.ref for index in taken.values()]
-            rows.append({"prompt": prompt, "completions": list(taken), "policies": policies})
-    return rows
+            rows.append({"prompt": row.prompt, "completions": list(taken), "policies": policies})
+            columns += [row.columns for _ in taken]
+            completion_ids += [drawn[index][place][text] for text, index in taken.items()]
+    return rows, Details(columns_of(columns), completion_ids)
 
 
-def _sample(collection: Collection, context: StepContext, precision: str, index: int, prompts: Sequence[Prompt]) -> list[list[str]]:
-    """Different completions of every prompt by one policy, as many as a comparison could take from it."""
+def _ranked_rows(rows: list[dict[str, Any]], scores: list[list[float]], tie_width: float) -> tuple[list[dict[str, Any]], int]:
+    """(rows with ranks, how many completions were left out). A completion without a score (NaN) is, and a row with fewer than two."""
+    made, left_out = [], 0
+    for row, values in zip(rows, scores, strict=True):
+        kept = [place for place, score in enumerate(values) if not math.isnan(score)]
+        left_out += len(values) - len(kept)
+        if len(kept) >= 2:
+            lists = {name: [row[name][place] for place in kept] for name in ("completions", "policies")}
+            made.append({**row, **lists, "ranks": ranked([values[place] for place in kept], tie_width)})
+    return made, left_out
+
+
+def _sample(
+    collection: Collection, context: StepContext, precision: str, index: int, prompts: Sequence[Prompt]
+) -> list[dict[str, list[int]]]:
+    """Different completions of every prompt by one policy with their token ids, as many as a comparison could take from it."""
     import torch
 
     from stages.corpora.templates import encode_prompt
@@ -262,7 +296,7 @@ def _sample(collection: Collection, context: StepContext, precision: str, index:
     model = load_language_model(source, dtype=runtime.dtype(precision), trainable=False, tokenizer=tokenizer).to(runtime.device)
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     stop, late = ending_tokens(model, tokenizer, collection.generation)
-    found: list[dict[str, None]] = [{} for _ in prompts]
+    found: list[dict[str, list[int]]] = [{} for _ in prompts]
     for attempt in range(collection.completions_per_prompt * collection.attempts):
         wanted = [place for place, texts in enumerate(found) if len(texts) < collection.completions_per_prompt]
         if not wanted:
@@ -276,10 +310,12 @@ def _sample(collection: Collection, context: StepContext, precision: str, index:
             late_stop_ids=late,
             pad_token_id=tokenizer.pad_token_id,
         )
-        for place, text, ended in zip(wanted, decode_completions(tokenizer, generated), generated.stopped.tolist(), strict=True):
+        texts = decode_completions(tokenizer, generated)
+        ids_made = [ids[mask].tolist() for ids, mask in zip(generated.response_ids.cpu(), generated.response_mask.cpu(), strict=True)]
+        for place, text, made, ended in zip(wanted, texts, ids_made, generated.stopped.tolist(), strict=True):
             if text and (ended or not collection.only_ended):
-                found[place].setdefault(text)
+                found[place].setdefault(text, made)
     del model
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return [list(texts) for texts in found]
+    return found

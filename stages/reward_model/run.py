@@ -172,8 +172,10 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     assert tokenizer is not None
     max_length = row_length(config.max_length, model.config, tokenizer, unlimited=2048)
     comparisons, left_out = _load_comparisons(config, context, tokenizer)
-    train_rows = [encode(item, tokenizer, max_length) for item in comparisons.train if item.num_pairs]
-    heldout = [encode(item, tokenizer, max_length) for item in comparisons.validation if item.num_pairs]
+    train_rows, lost = _usable([encode(item, tokenizer, max_length) for item in comparisons.train if item.num_pairs])
+    heldout, lost_heldout = _usable([encode(item, tokenizer, max_length) for item in comparisons.validation if item.num_pairs])
+    for which, counts in (("", lost), ("held-out ", lost_heldout)):
+        _say_lost(context, which, counts, max_length)
     deciding, measuring = (heldout, heldout) if config.num_seeds == 1 else (heldout[::2], heldout[1::2])
     if config.training.epochs > 1:
         context.runtime.console.print(
@@ -231,8 +233,10 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
         **{f"heldout_{name}": value for name, value in after.items()},
         **best.trained,
         "comparisons": len(train_rows),
-        "pairs": sum(item.num_pairs for item in comparisons.train),
-        "all_ties": len(comparisons.train) - len(train_rows),
+        "pairs": sum(item.pairs[0] for item in train_rows),
+        "all_ties": sum(not item.num_pairs for item in comparisons.train),
+        **lost.as_metrics(),
+        **{f"heldout_{name}": value for name, value in lost_heldout.as_metrics().items()},
         "reward_bias": model.reward_bias,
         "reward_gain": gain,
         "demonstrations": len(texts),
@@ -376,12 +380,57 @@ def _finished(context: StepContext, seed: int) -> Checkpoints:
 def encode(comparison: Comparison, tokenizer: Any, max_length: int) -> EncodedComparison:
     """Prompt and completion as one row per completion, as the chat template ends it; what is too long loses its beginning."""
     from stages.corpora.messages import naming
-    from stages.corpora.templates import encode_prompt
+    from stages.corpora.templates import encode_pair
     from stages.reward_model.preferences import EncodedComparison
 
     with naming(comparison.place):
-        rows = _encode_pairs([(comparison.prompt, completion) for completion in comparison.completions], tokenizer, max_length)
-    return EncodedComparison(rows, comparison.ranks, comparison.groups, len(encode_prompt(tokenizer, comparison.prompt)))
+        pairs = [encode_pair(tokenizer, comparison.prompt, completion) for completion in comparison.completions]
+    return EncodedComparison(
+        [ids[-max_length:] for ids, _ in pairs],
+        comparison.ranks,
+        comparison.groups,
+        pairs[0][1],
+        lengths=[len(ids) - prompt_length for ids, prompt_length in pairs],
+        cut=sum(len(ids) > max_length for ids, _ in pairs),
+    )
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What the length limit took from a list of comparisons: ``cut`` of ``rows``, and ``equal`` of ``pairs`` that are one text then."""
+
+    rows: int
+    cut: int
+    pairs: int
+    equal: int
+
+    def as_metrics(self) -> dict[str, float]:
+        """For the step's metrics."""
+        return {"cut_share": self.cut / max(1, self.rows), "equal_pairs": self.equal}
+
+
+def _usable(comparisons: list[EncodedComparison]) -> tuple[list[EncodedComparison], Lost]:
+    """(comparisons with at least one pair of different rows, what was lost of all of them)."""
+    pairs = [item.pairs for item in comparisons]
+    lost = Lost(
+        rows=sum(len(item.rows) for item in comparisons),
+        cut=sum(item.cut for item in comparisons),
+        pairs=sum(different + equal for different, equal in pairs),
+        equal=sum(equal for _, equal in pairs),
+    )
+    return [item for item, (different, _) in zip(comparisons, pairs, strict=True) if different], lost
+
+
+def _say_lost(context: StepContext, which: str, lost: Lost, max_length: int) -> None:
+    console = context.runtime.console
+    if lost.cut:
+        console.print(f"{context.name}: {lost.cut} of {lost.rows} {which}texts lost their beginning to the limit of {max_length} tokens")
+    if lost.equal:
+        console.print(f"{context.name}: left out {lost.equal} of {lost.pairs} {which}pairs, whose two texts are the same tokens")
+    if lost.equal == lost.pairs:
+        raise DataError(
+            f"no {which}comparison is left: the completions of each are the same tokens after the limit of {max_length}; raise max_length"
+        )
 
 
 def _encode_pairs(pairs: Sequence[tuple[Any, Any]], tokenizer: Any, max_length: int) -> list[list[int]]:
@@ -392,7 +441,7 @@ def _encode_pairs(pairs: Sequence[tuple[Any, Any]], tokenizer: Any, max_length: 
 
 
 def collate(comparisons: Sequence[EncodedComparison], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """All completions of a few prompts as one batch: input_ids and attention_mask [N, T], ranks [N], prompt_index [N]."""
+    """All completions of a few prompts as one batch: input_ids and attention_mask [N, T]; ranks, prompt_index, text_index [N]."""
     import torch
 
     from stages.sampling.generation import right_pad
@@ -405,6 +454,7 @@ def collate(comparisons: Sequence[EncodedComparison], pad_token_id: int) -> dict
         "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
         "ranks": torch.tensor([rank for item in comparisons for rank in item.ranks]),
         "prompt_index": torch.tensor([index for index, item in enumerate(comparisons) for _ in item.ranks]),
+        "text_index": torch.tensor([number for item in comparisons for number in item.texts]),
     }
 
 
@@ -426,7 +476,7 @@ def _trainer(model: RewardModel, arguments: Any, rows: list[EncodedComparison], 
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None, **_: Any
         ) -> Any:
             scores = model(inputs["input_ids"], inputs["attention_mask"])
-            losses = losses_of(scores, inputs["ranks"], inputs["prompt_index"])
+            losses = losses_of(scores, inputs["ranks"], inputs["prompt_index"], inputs["text_index"])
             loss = losses.sum() / num_items_in_batch * self.args.world_size  # DDP takes the mean over processes
             return (loss, {"scores": scores}) if return_outputs else loss
 
@@ -434,7 +484,7 @@ def _trainer(model: RewardModel, arguments: Any, rows: list[EncodedComparison], 
             """Prompts of the step, on all processes, that have a preference."""
             number = 0
             for batch in batch_samples:
-                better, _ = ranking_pairs(batch["ranks"], batch["prompt_index"])
+                better, _ = ranking_pairs(batch["ranks"], batch["prompt_index"], batch["text_index"])
                 number += len(torch.unique(batch["prompt_index"][better]))
             return self.accelerator.gather(torch.tensor([number], device=device)).sum().clamp(min=1)
 

@@ -1,10 +1,16 @@
-"""A Python function as a reward source: only the one that the recipe names is imported."""
+"""A Python function as a reward source: only the one that the recipe names is imported. N completions.
+
+Which arguments a function gets follows from its signature (stages/rewards/signature.py). A score of None means that the function does not
+apply to that completion.
+"""
 
 from __future__ import annotations
 
-import importlib
+import logging
+import math
 import operator
 import threading
+import time
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -12,83 +18,158 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.corpora.messages import Prompt
-from stages.corpora.prompts import plain_text
-from stages.errors import RecipeError, TrainingError
+from stages.corpora.messages import Prompt, transcript
+from stages.errors import TrainingError
+from stages.rewards.details import NOTHING, Details, Judgement, Spans
+from stages.rewards.signature import GIVEN, Signature, load_function, signature_of
+from stages.rewards.texts import conversation
+
+logger = logging.getLogger(__name__)
+LONGEST_WAIT = 60.0  # seconds between two attempts
 
 
-def load_function(address: str) -> Callable[[list[str], list[str]], Sequence[float]]:
-    """The function at ``package.module:name``. Raises RecipeError where there is none."""
-    module, _, name = address.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-    except ImportError as error:
-        raise RecipeError(f"function {address!r}: cannot import {module} ({error}); is it installed, or on PYTHONPATH?") from error
-    except Exception as error:  # of the module's own
-        raise RecipeError(f"function {address!r}: cannot import {module} ({type(error).__name__}: {error})") from error
-    if not hasattr(found, name):
-        raise RecipeError(f"function {address!r}: {module} has no {name!r}")
-    found = getattr(found, name)
-    if not callable(found):
-        raise RecipeError(f"function {address!r} is {type(found).__name__}; expected a function of (prompts, completions)")
-    return found
+class Hung(Exception):
+    """A call that did not come back in time."""
 
 
-class FunctionSource:
-    """Calls ``function(prompts, completions) -> scores`` with lists of texts."""
+class _Worker:
+    """A thread that calls a function. It is a daemon: nothing can end a thread from outside, so one that hangs is left behind."""
 
-    def __init__(self, name: str, address: str, *, timeout: float | None = None) -> None:
-        self.name, self.address, self.timeout = name, address, timeout
-        self.function = load_function(address)
-        self._calls: SimpleQueue[tuple[list[str], list[str]]] = SimpleQueue()
+    def __init__(self, function: Callable[..., Any], name: str) -> None:
+        self._function = function
+        self._calls: SimpleQueue[tuple[list[Any], dict[str, Any]]] = SimpleQueue()
         self._outcomes: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
-        # A daemon, and left behind where the function hangs: nothing can end a thread from outside.
-        self._thread = threading.Thread(target=self._serve, name=f"reward {address}", daemon=True)
+        threading.Thread(target=self._serve, name=name, daemon=True).start()
 
     def _serve(self) -> None:
         while True:
-            texts = self._calls.get()
+            arguments, named = self._calls.get()
             try:
-                self._outcomes.put((self.function(*texts), None))
+                self._outcomes.put((self._function(*arguments, **named), None))
             except BaseException as error:  # also what is meant to end a program: this one says why it ends
                 self._outcomes.put((None, error))
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
-        """Scores [N]. Raises TrainingError where the function raises, hangs, or returns something that is no list of numbers."""
-        scores = self._call(prompts, completions)
+    def call(self, arguments: list[Any], named: dict[str, Any], timeout: float | None) -> tuple[Any, BaseException | None]:
+        """(what the function returns, what it raises). Raises Hung after ``timeout`` seconds."""
+        self._calls.put((arguments, named))
         try:
-            return torch.as_tensor(scores, dtype=torch.float32)
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise TrainingError(f"reward function {self.address} returned {scores!r:.80}; expected one number per completion") from error
-
-    def _call(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Any:
-        if not self._thread.is_alive():
-            self._thread.start()
-        self._calls.put(([plain_text(prompt) for prompt in prompts], list(completions)))
-        try:
-            value, error = self._outcomes.get(timeout=self.timeout)
+            return self._outcomes.get(timeout=timeout)
         except Empty:
-            raise TrainingError(
-                f"reward function {self.address} did not return within {self.timeout:g} s for {len(completions)} completions; mend it, or "
-                "raise timeout_seconds of this reward"
-            ) from None
-        if error is not None:
-            raise TrainingError(f"reward function {self.address} raised {type(error).__name__}: {error}") from error
-        return value
+            raise Hung from None
+
+
+class FunctionSource:
+    """Calls a function with what its signature asks for.
+
+    ``retries``: further attempts after an exception or a time-out, with a growing wait between them; a return value that is no list of
+    scores is a fault of the function, and is not asked for again.
+    """
+
+    may_abstain = True
+
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        *,
+        timeout: float | None = None,
+        retries: int = 0,
+        backoff_seconds: float = 1.0,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.name, self.address, self.timeout = name, address, timeout
+        self.retries, self.backoff_seconds, self._sleep = retries, backoff_seconds, sleep
+        self.function = load_function(address)
+        self.signature: Signature = signature_of(self.function, address)
+        self._worker: _Worker | None = None
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Tensor:
+        """The scores [N] of ``judge``."""
+        return self.judge(prompts, completions, details).scores
+
+    def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
+        """One score per completion; NaN where the function returned None.
+
+        Raises TrainingError where the function raises, hangs, or returns something that is no list of finite numbers.
+        """
+        found = self._call(prompts, completions, details)
+        if not isinstance(found, list | tuple):
+            return Judgement(self._numbers(found, completions))
+        scores = self._numbers([0.0 if score is None else score for score in found], completions)
+        scores[[place for place, score in enumerate(found) if score is None]] = math.nan
+        return Judgement(scores)
+
+    def _numbers(self, found: Any, completions: Sequence[str]) -> Tensor:
+        from stages.rewards.source import checked
+
+        try:
+            scores = torch.as_tensor(found, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise TrainingError(f"reward function {self.address} returned {found!r:.80}; expected one number per completion") from error
+        return checked(scores, self.name, completions)
+
+    def _call(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details) -> Any:
+        arguments, named = self._arguments(prompts, completions, details)
+        for attempt in range(self.retries + 1):
+            if attempt:
+                self._sleep(min(LONGEST_WAIT, self.backoff_seconds * 2 ** (attempt - 1)))
+            if self._worker is None:
+                self._worker = _Worker(self.function, f"reward {self.address}")
+            try:
+                # Only what the function raised is its failure: a request to stop arrives here, too, and must pass.
+                value, cause = self._worker.call(arguments, named, self.timeout)
+            except Hung:
+                self._worker, cause = None, None
+                reason = f"did not return within {self.timeout:g} s for {len(completions)} completions"
+                advice = "; mend it, or raise timeout_seconds of this reward"
+            else:
+                if cause is None:
+                    return value
+                reason, advice = f"raised {type(cause).__name__}: {cause}", ""
+                if not isinstance(cause, Exception):
+                    break
+            if attempt < self.retries:
+                logger.warning("reward function %s %s; attempt %d of %d follows", self.address, reason, attempt + 2, self.retries + 1)
+        tried = f" (attempt {attempt + 1} of {self.retries + 1})" if self.retries else ""
+        raise TrainingError(f"reward function {self.address} {reason}{tried}{advice}") from cause
+
+    def _arguments(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details
+    ) -> tuple[list[Any], dict[str, Any]]:
+        given = {
+            "prompts": [transcript(prompt) for prompt in prompts],
+            "completions": list(completions),
+            "messages": [conversation(prompt) for prompt in prompts],
+            "completion_ids": None if details.completion_ids is None else [list(ids) for ids in details.completion_ids],
+        }
+        try:
+            return self.signature.arguments(given, {name: list(values) for name, values in details.columns.items()})
+        except LookupError as error:
+            name = error.args[0]
+            why = "these completions have no token ids of this run" if name in GIVEN else "the data here has no such column"
+            raise TrainingError(f"reward function {self.address} asks for {name!r}, and {why}") from None
 
 
 class SpanFunctionSource(FunctionSource):
-    """Calls ``function(prompts, completions) -> lists of (character position, score)``, one list per completion."""
+    """Calls a function that returns, per completion, a list of (character position, score)."""
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
-        """The sums of the spans [N]."""
-        return torch.tensor([float(sum(score for _, score in row)) for row in self.score_spans(prompts, completions)])
+    def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
+        """The sums of the spans, and the spans; a completion of which the function returned None has NaN, and no span."""
+        found = self._spans(prompts, completions, details)
+        scores = torch.tensor([math.nan if row is None else float(sum(score for _, score in row)) for row in found])
+        return Judgement(scores, spans=[row or [] for row in found])
 
-    def score_spans(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[list[tuple[int, float]]]:
+    def score_spans(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Spans:
+        """The spans of every completion."""
+        return [row or [] for row in self._spans(prompts, completions, NOTHING)]
+
+    def _spans(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details
+    ) -> list[list[tuple[int, float]] | None]:
         """Raises TrainingError where the function returns something else, or a place outside its text."""
-        found = self._call(prompts, completions)
+        found = self._call(prompts, completions, details)
         try:
-            spans = [[(operator.index(place), float(score)) for place, score in row] for row in found]
+            spans = [None if row is None else [(operator.index(place), float(score)) for place, score in row] for row in found]
         except (TypeError, ValueError) as error:
             expected = "expected one list of (character position, score) per completion"
             raise TrainingError(f"reward function {self.address} returned {found!r:.80}; {expected}") from error
@@ -96,8 +177,10 @@ class SpanFunctionSource(FunctionSource):
             expected = f"expected one per completion ({len(completions)})"
             raise TrainingError(f"reward function {self.address} returned {len(spans)} lists; {expected}")
         for row, text in zip(spans, completions, strict=True):
-            outside = [place for place, _ in row if not 0 <= place <= len(text)]
-            if outside:
-                has = f"{text[:80]!r} has {len(text)} characters"
-                raise TrainingError(f"reward function {self.address} scored position {outside[0]}, and {has}")
+            for place, score in row or []:
+                if not 0 <= place <= len(text):
+                    has = f"{text[:80]!r} has {len(text)} characters"
+                    raise TrainingError(f"reward function {self.address} scored position {place}, and {has}")
+                if not math.isfinite(score):
+                    raise TrainingError(f"reward function {self.address} returned {score} for the completion {text[:80]!r}")
         return spans

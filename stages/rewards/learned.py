@@ -1,4 +1,4 @@
-"""Learned reward sources: a reward model, or one label of a classifier. Each has its own tokenizer; text crosses, not token ids."""
+"""Reward models as reward sources, and which learned source a recipe means. Each has its own tokenizer; text crosses, not token ids."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from stages.corpora.messages import Prompt
-from stages.corpora.prompts import plain_text
 from stages.corpora.templates import completion_places, encode_pair
 from stages.errors import ModelError
 from stages.models.heads import RewardModel
-from stages.models.loading import load_classifier, load_tokenizer
+from stages.models.positions import readable_length
 from stages.process.runtime import ResolvedModel
+from stages.rewards.classifier import ClassifierSource
 from stages.rewards.config import RewardInput
+from stages.rewards.details import NOTHING, Details, Judgement, Spans
 from stages.rewards.source import RewardSource
 from stages.sampling.generation import right_pad
 
@@ -46,13 +47,33 @@ class RewardModelSource:
         self.name, self.batch_size, self.model = source.shown_name, source.batch_size, model
         assert model.tokenizer is not None
         self.tokenizer: Any = model.tokenizer
-        self.max_length = _max_positions(self.model.config)
+        self.max_length = readable_length(self.model.config, self.tokenizer)
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Tensor:
+        """The scores [N] of ``judge``."""
+        return self.judge(prompts, completions, details).scores
 
     @torch.inference_mode()
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
-        """Scores [N]. What is longer than the model's context loses its beginning: the end is what was written last."""
-        rows = [encode_pair(self.tokenizer, *pair, sampled=True)[0][-self.max_length :] for pair in zip(prompts, completions, strict=True)]
-        return score_rows(rows, self.model, self.tokenizer.pad_token_id, self.batch_size)
+    def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
+        """Scores, and which rows were cut: what the model cannot read whole loses its beginning, since the end was written last."""
+        pairs = self._encode(prompts, completions)
+        rows = [self._kept(ids) for ids, _ in pairs]
+        return Judgement(score_rows(rows, self.model, self.tokenizer.pad_token_id, self.batch_size), **self._cuts(pairs))
+
+    def _encode(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[tuple[list[int], int]]:
+        """(whole row, length of the prompt in it) of every pair."""
+        return [encode_pair(self.tokenizer, *pair, sampled=True) for pair in zip(prompts, completions, strict=True)]
+
+    def _kept(self, ids: list[int]) -> list[int]:
+        return ids if self.max_length is None else ids[-self.max_length :]
+
+    def _cuts(self, pairs: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
+        """Which rows [N] lost a part, and which of them even a part of the completion."""
+        most = self.max_length if self.max_length is not None else float("inf")
+        return {
+            "cut": torch.tensor([len(ids) > most for ids, _ in pairs], dtype=torch.bool),
+            "completion_cut": torch.tensor([len(ids) - prompt_length > most for ids, prompt_length in pairs], dtype=torch.bool),
+        }
 
 
 class RewardModelSpans(RewardModelSource):
@@ -62,15 +83,23 @@ class RewardModelSpans(RewardModelSource):
     based shaping, Ng et al. 1999). A reward model was trained on whole texts, and what it thinks of a beginning is a guess.
     """
 
-    @torch.inference_mode()
-    def score_spans(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[list[tuple[int, float]]]:
+    def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
+        """The sums of the spans, the spans, and which rows were cut."""
+        pairs = self._encode(prompts, completions)
+        spans = self._spans(prompts, completions, pairs)
+        return Judgement(torch.tensor([sum(score for _, score in row) for row in spans]), spans, **self._cuts(pairs))
+
+    def score_spans(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Spans:
         """(character position, what the token that begins there adds) of each completion; the first token has the prompt's share."""
-        spans: list[list[tuple[int, float]]] = []
+        return self._spans(prompts, completions, self._encode(prompts, completions))
+
+    @torch.inference_mode()
+    def _spans(self, prompts: Sequence[Prompt], completions: Sequence[str], encoded: Sequence[tuple[list[int], int]]) -> Spans:
+        spans: Spans = []
         device = next(self.model.parameters()).device
         for start in range(0, len(completions), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            pairs = [encode_pair(self.tokenizer, *pair, sampled=True) for pair in zip(prompts[part], completions[part], strict=True)]
-            rows = [ids[-self.max_length :] for ids, _ in pairs]
+            pairs = encoded[start : start + self.batch_size]
+            rows = [self._kept(ids) for ids, _ in pairs]
             scores = self.model.score_tokens(*_padded(rows, self.tokenizer.pad_token_id, device)).cpu()
             for row, (whole, prompt_length) in enumerate(pairs):
                 text, length = completions[start + row], len(rows[row])
@@ -78,40 +107,12 @@ class RewardModelSpans(RewardModelSource):
                 own = scores[row, length - kept : length]
                 added = torch.cat([own[:1], own.diff()]).tolist()
                 places = self._places(prompts[start + row], text)[-kept:]
-                spans.append(list(zip(places, added, strict=True)))
+                spans.append([(place, float(value)) for place, value in zip(places, added, strict=True)])
         return spans
 
     def _places(self, prompt: Prompt, completion: str) -> list[int]:
         """Where each token of the completion begins in it; the end token stands at its end."""
         return completion_places(self.tokenizer, prompt, completion)
-
-
-class ClassifierSource:
-    """What a sequence classifier gives one of its labels."""
-
-    def __init__(self, source: RewardInput, model: ResolvedModel, *, device: torch.device, dtype: torch.dtype) -> None:
-        self.name, self.batch_size, self.output, self.reads = source.shown_name, source.batch_size, source.output, source.reads
-        self.tokenizer = load_tokenizer(model)
-        self.model = load_classifier(model, dtype=dtype, trainable=False, tokenizer=self.tokenizer).to(device)
-        self.label = _label_number(source.label, self.model.config.id2label, model.ref)
-        self.max_length = min(_max_positions(self.model.config), self.tokenizer.model_max_length)
-
-    @torch.inference_mode()
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
-        """Scores [N]. Texts are cut at the classifier's context."""
-        texts = list(completions)
-        if self.reads == "prompt_and_completion":
-            texts = [f"{plain_text(prompt)} {completion}" for prompt, completion in zip(prompts, completions, strict=True)]
-        rows = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
-        rows = [row or [self.tokenizer.pad_token_id] for row in rows]
-        return score_rows(rows, self._of_label, self.tokenizer.pad_token_id, self.batch_size, device=self.model.device)
-
-    def _of_label(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
-        if self.output == "logit":
-            return logits[:, self.label]
-        logprobs = logits.log_softmax(dim=-1)[:, self.label]
-        return logprobs.exp() if self.output == "probability" else logprobs
 
 
 def score_rows(
@@ -148,20 +149,3 @@ def like_length_batches(lengths: Sequence[int], batch_size: int) -> list[list[in
             batches.append([])
         batches[-1].append(row)
     return batches
-
-
-def _label_number(label: str | int | None, names: dict[int, str], ref: str) -> int:
-    """The class that ``label`` names; names are compared without regard to case."""
-    known = {int(number): str(name) for number, name in names.items()}
-    if isinstance(label, int) and label in known:
-        return label
-    for number, name in known.items():
-        if isinstance(label, str) and name.lower() == label.lower():
-            return number
-    shown = ", ".join(f"{number} ({name})" for number, name in known.items())
-    raise ModelError(f"{ref!r} has no label {label!r}; expected one of {shown}")
-
-
-def _max_positions(config: Any) -> int:
-    text = config.get_text_config()
-    return int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 1_000_000)

@@ -2,12 +2,16 @@
 
 A source gives one score per completion. One with ``level: token`` also says where in the text its score arises: spans, per completion a
 list of (character position, score) whose sum is the score. Positions and not tokens: a source has a tokenizer of its own, or none.
+
+A source may not apply to a completion (a function that returned None): its score there is NaN, and it has no part in the sum. An error,
+an infinity, or a NaN that a source computed, is never a score: it raises TrainingError.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
@@ -18,6 +22,7 @@ from stages.errors import ModelError, TrainingError
 from stages.numerics.combining import Combine, combine_scores
 from stages.process.runtime import ResolvedModel
 from stages.rewards.config import RewardInput
+from stages.rewards.details import NOTHING, Details, Judgement, Spans, applies
 
 if TYPE_CHECKING:
     from stages.rewards.learned import RewardModelLoader
@@ -33,25 +38,36 @@ class RewardSource(Protocol):
         ...
 
 
-Spans = list[list[tuple[int, float]]]
-
-
 @runtime_checkable
-class SpanSource(Protocol):
-    """A source that says where its scores arise."""
+class JudgingSource(Protocol):
+    """A source that reads more than the texts, or says more than a score."""
 
     name: str
 
-    def score_spans(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Spans:
-        """(character position, score) pairs of each completion; the end of the text is a position, too."""
+    def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
+        """Scores [N], where they arise, and what could not be read."""
         ...
+
+
+def judge(source: RewardSource, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
+    """What ``source`` says, checked: NaN stands only where a source that may abstain did. Raises TrainingError for anything else."""
+    if isinstance(source, JudgingSource):
+        found = source.judge(prompts, completions, details)
+    else:
+        found = Judgement(source.score(prompts, completions))
+    scores = torch.as_tensor(found.scores, dtype=torch.float32).cpu()
+    present = applies(scores) if getattr(source, "may_abstain", False) else torch.ones_like(scores, dtype=torch.bool)
+    checked(torch.where(present, scores, 0.0), source.name, completions)
+    return Judgement(scores, found.spans, found.cut, found.completion_cut)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The weighted sum [N] and each source's own, unweighted scores [N] by name; of an ensemble the members' and their variance, too.
+    """The weighted sum [N] over the sources that apply, and what was measured [N] by name.
 
-    ``spans``: the share of the sum that has a place in the text, weighted; None without a source of tokens' scores.
+    ``parts``: each source's own, unweighted scores, NaN where it does not apply; of an ensemble the members' and their variance, too.
+    Beside them ``<source>_cut_share``: 1 where a source could not read a whole text. ``spans``: the share of the sum that has a place in
+    the text, weighted; None without a source of tokens' scores.
     """
 
     total: Tensor
@@ -62,6 +78,8 @@ class Scores:
 class Ensemble:
     """Sources that judge the same thing, made one score: what they disagree about is where a policy finds their faults."""
 
+    may_abstain = True
+
     def __init__(self, name: str, members: Sequence[tuple[RewardSource, float]], *, combine: Combine, uncertainty_coef: float) -> None:
         self.name, self.members = name, list(members)
         self.combine, self.uncertainty_coef = combine, uncertainty_coef
@@ -70,15 +88,29 @@ class Ensemble:
         """The members' scores as one [N]."""
         return self.score_members(prompts, completions)[0]
 
-    def score_members(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """One score [N]; and each member's own [N] and their variance [N], by name. A member's weight is a factor of its scores."""
-        members = {
-            f"{self.name}.{member.name}": weight * checked(member.score(prompts, completions), member.name, completions)
-            for member, weight in self.members
-        }
+    def score_members(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One score [N]; and each member's own [N], their variance [N] and their notes, by name. A member's weight is a factor of its
+        scores.
+
+        Members that do not apply to a completion are left out there; where none applies, the ensemble does not either.
+        """
+        members: dict[str, Tensor] = {}
+        notes: dict[str, Tensor] = {}
+        for member, weight in self.members:
+            found = judge(member, prompts, completions, details)
+            members[f"{self.name}.{member.name}"] = weight * found.scores
+            notes |= found.notes(f"{self.name}.{member.name}")
         table = torch.stack(list(members.values()))
         scores = combine_scores(table, how=self.combine, uncertainty_coef=self.uncertainty_coef)
-        return scores, {**members, f"{self.name}.variance": table.var(dim=0, correction=0)}
+        variance = table.var(dim=0, correction=0)
+        for place in torch.nonzero(~applies(table).all(dim=0)).flatten().tolist():
+            present = table[applies(table[:, place]), place][:, None]
+            if len(present):
+                scores[place] = combine_scores(present, how=self.combine, uncertainty_coef=self.uncertainty_coef)[0]
+                variance[place] = present.var(correction=0)
+        return scores, {**members, f"{self.name}.variance": variance, **notes}
 
 
 class CombinedReward:
@@ -87,33 +119,51 @@ class CombinedReward:
     def __init__(self, sources: Sequence[tuple[RewardSource, float]]) -> None:
         self.sources = list(sources)
 
+    def leaves(self) -> list[RewardSource]:
+        """The sources, of an ensemble its members."""
+        found: list[RewardSource] = []
+        for source, _ in self.sources:
+            found += [member for member, _ in source.members] if isinstance(source, Ensemble) else [source]
+        return found
+
     def modules(self) -> list[torch.nn.Module]:
         """The models behind the sources, each once."""
-        members: list[RewardSource] = []
-        for source, _ in self.sources:
-            members += [member for member, _ in source.members] if isinstance(source, Ensemble) else [source]
-        found = [model for member in members if isinstance(model := getattr(member, "model", None), torch.nn.Module)]
+        found = [model for leaf in self.leaves() if isinstance(model := getattr(leaf, "model", None), torch.nn.Module)]
         return [model for index, model in enumerate(found) if all(model is not other for other in found[:index])]
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
-        """Score every completion by every source. Raises TrainingError where a source returns another number of scores, or NaN."""
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING, *, may_abstain: bool = False
+    ) -> Scores:
+        """Score every completion by every source.
+
+        Raises TrainingError where a source returns another number of scores, or none that is finite; and, unless all together
+        ``may_abstain``, where no source applies to a completion.
+        """
         parts: dict[str, Tensor] = {}
         total = torch.zeros(len(completions))
+        applied = torch.zeros(len(completions), dtype=torch.bool)
         spans: Spans | None = None
         for source, weight in self.sources:
-            if isinstance(source, SpanSource):
-                found = source.score_spans(prompts, completions)
-                scores = checked(torch.tensor([sum(score for _, score in row) for row in found]), source.name, completions)
-                spans = spans or [[] for _ in completions]
-                for row, new in zip(spans, found, strict=True):
-                    row += [(place, weight * score) for place, score in new]
-            elif isinstance(source, Ensemble):
-                scores, members = source.score_members(prompts, completions)
-                parts |= members
+            notes: dict[str, Tensor] = {}
+            if isinstance(source, Ensemble):
+                scores, notes = source.score_members(prompts, completions, details)
             else:
-                scores = checked(source.score(prompts, completions), source.name, completions)
+                found = judge(source, prompts, completions, details)
+                scores, notes = found.scores, found.notes(source.name)
+                if found.spans is not None:
+                    spans = spans or [[] for _ in completions]
+                    for row, new in zip(spans, found.spans, strict=True):
+                        row += [(place, weight * score) for place, score in new]
             parts[source.name] = scores
-            total += weight * scores
+            parts |= notes
+            total += weight * torch.where(applies(scores), scores, 0.0)
+            applied |= applies(scores)
+        if self.sources and not may_abstain and not applied.all():
+            text = completions[int(torch.nonzero(~applied)[0])]
+            raise TrainingError(
+                f"no reward applies to the completion {text[:80]!r}: {', '.join(source.name for source, _ in self.sources)} returned None; "
+                "add a reward that scores every completion, or return a number"
+            )
         return Scores(total, parts, spans)
 
 
@@ -138,8 +188,11 @@ def build_source(
     device: torch.device,
     dtype: torch.dtype,
     load: RewardModelLoader | None = None,
+    cache_folder: Path | None = None,
 ) -> RewardSource:
     """The source that a recipe names; ``load``: where reward models come from (None: each is loaded with weights of its own).
+
+    ``cache_folder``: where answers of servers are kept; None: nowhere.
 
     Raises ModelError where the model cannot play the part.
     """
@@ -149,7 +202,16 @@ def build_source(
         from stages.rewards.function import FunctionSource, SpanFunctionSource
 
         kind = SpanFunctionSource if source.level == "token" else FunctionSource
-        return kind(source.shown_name, source.function, timeout=source.timeout_seconds)
+        return kind(
+            source.shown_name, source.function, timeout=source.timeout_seconds, retries=source.retries or 0,
+            backoff_seconds=source.backoff_seconds,
+        )  # fmt: skip
+    if source.endpoint is not None:
+        from stages.process.runtime import secret
+        from stages.rewards.endpoint import EndpointSource, open_cache
+
+        key = secret(source.api_key_variable) if source.api_key_variable is not None else None
+        return EndpointSource(source, key=key, cache=open_cache(cache_folder, source))
     from stages.rewards.learned import load_source
 
     assert model is not None
@@ -164,12 +226,14 @@ def build_reward(
     device: torch.device,
     dtype: torch.dtype,
     load: RewardModelLoader | None = None,
+    cache_folder: Path | None = None,
 ) -> CombinedReward:
     """All sources of a recipe's list; ``models`` by field path (``<place>[0].model``, ``<place>[1].ensemble[0].model``)."""
 
     def build(source: RewardInput, here: str) -> RewardSource:
         if source.ensemble is None:
-            return build_source(source, models.get(f"{here}.model"), device=device, dtype=dtype, load=load)
+            model = models.get(f"{here}.model")
+            return build_source(source, model, device=device, dtype=dtype, load=load, cache_folder=cache_folder)
         members = [(build(member, f"{here}.ensemble[{index}]"), member.weight) for index, member in enumerate(source.ensemble)]
         return Ensemble(source.shown_name, members, combine=source.combine, uncertainty_coef=source.uncertainty_coef)
 

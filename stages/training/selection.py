@@ -17,9 +17,10 @@ from stages.config import DataField, GenerationSettings, ModelInput, Strict
 from stages.errors import RecipeError
 from stages.registry.storage import sync, write_json
 from stages.rewards.config import RewardInput, check_names, reward_model_inputs
+from stages.rewards.details import Details, columns_of
 
 if TYPE_CHECKING:
-    from stages.corpora.messages import Prompt
+    from stages.corpora.prompts import PromptRow
     from stages.process.runtime import StepContext
 
 
@@ -68,7 +69,7 @@ class Selector:
         context: StepContext,
         model: Any,
         tokenizer: Any,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[PromptRow],
         measure_loss: Callable[[], float],
         *,
         dtype: Any,
@@ -79,10 +80,14 @@ class Selector:
 
         self.selection, self.context, self.model, self.tokenizer = selection, context, model, tokenizer
         self.measure_loss, self.dtype = measure_loss, dtype
-        self.prompts = list(prompts)[: selection.num_prompts]
+        rows = list(prompts)[: selection.num_prompts]
+        self.prompts, self.columns = [row.prompt for row in rows], [row.columns for row in rows]
         self.prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in self.prompts]
         require_room(model, self.prompt_ids, selection.generation)  # now, and not after the first epoch
-        self.reward = build_reward(selection.reward, context.models, "selection.reward", device=context.runtime.device, dtype=dtype)
+        self.reward = build_reward(
+            selection.reward, context.models, "selection.reward", device=context.runtime.device, dtype=dtype,
+            cache_folder=context.cache_folder,
+        )  # fmt: skip
         self.folder = context.checkpoint_folder / "selection"
         self.tried: list[Tried] = []
 
@@ -151,7 +156,10 @@ class Selector:
                 late_stop_ids=late,
                 pad_token_id=self.tokenizer.pad_token_id,
             )
-        scores = self.reward.score([self.prompts[row] for row in own], decode_completions(self.tokenizer, generated)).total.tolist()
+        ids = [ids[mask].tolist() for ids, mask in zip(generated.response_ids.cpu(), generated.response_mask.cpu(), strict=True)]
+        details = Details(columns_of([self.columns[row] for row in own]), ids)
+        texts = decode_completions(self.tokenizer, generated)
+        scores = self.reward.score([self.prompts[row] for row in own], texts, details).total.tolist()
         if runtime.num_processes > 1:
             from accelerate.utils import gather_object
 

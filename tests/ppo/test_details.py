@@ -85,7 +85,7 @@ def test_a_prompt_of_1001_tokens_is_left_out_and_not_cut(ppo_config, ppo_context
     config = ppo_config(data=str(path), max_prompt_tokens=1000)
     roles = load_roles(config, ppo_context)
     kept = load_prompts(config, ppo_context, roles)
-    assert [(len(ids), prompt) for prompt, ids in kept] == [(999, texts[999]), (1000, texts[1000])]
+    assert [(len(ids), prompt) for prompt, ids, _ in kept] == [(999, texts[999]), (1000, texts[1000])]
 
 
 @pytest.mark.detail("G12")

@@ -1,0 +1,220 @@
+"""What a reward function asks for: read from its signature, or, without running its module, from its source.
+
+    score(prompts, completions)                       two lists of texts, whatever the parameters are called
+    score(prompts, completions, answer)               ``answer`` is a column of the data set
+    score(completions, **columns)                     the named ones of the texts, and every column
+    score(prompts, completions, messages, completion_ids)
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import Parameter
+from typing import Any
+
+from stages.corpora.files import Row
+from stages.errors import DataError, RecipeError
+from stages.process.modules import source_of
+from stages.rewards.config import RewardInput, leaves
+
+GIVEN = ("prompts", "completions", "messages", "completion_ids")
+"""Arguments that are no columns of the data set."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The arguments of one reward function. ``by_position``: its first two parameters are the prompts and the completions."""
+
+    address: str
+    parameters: tuple[Parameter, ...]
+    by_position: bool
+
+    @property
+    def _named(self) -> list[Parameter]:
+        """The parameters that are filled by their names."""
+        plain = [one for one in self.parameters if one.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)]
+        taken = [one for one in plain if one.kind is not Parameter.KEYWORD_ONLY][:2] if self.by_position else []
+        return [one for one in plain if one not in taken]
+
+    @property
+    def takes_everything(self) -> bool:
+        """Whether it has a ``**parameter``."""
+        return any(one.kind is Parameter.VAR_KEYWORD for one in self.parameters)
+
+    @property
+    def takes_texts(self) -> bool:
+        """Whether it can be given the completions: by their name, or as the second of two lists."""
+        if not self.by_position or not self.parameters:
+            return True
+        places = [one for one in self.parameters if one.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
+        return len(places) > 1 or any(one.kind is Parameter.VAR_POSITIONAL for one in self.parameters)
+
+    def columns(self, row: Row) -> dict[str, Any]:
+        """The columns of ``row`` that the function is given. Raises DataError where it must have one that is not there."""
+        found = {}
+        for one in self._named:
+            if one.name in GIVEN:
+                continue
+            if one.name in row:
+                found[one.name] = row[one.name]
+            elif one.default is Parameter.empty:
+                raise _missing(f"the reward function {self.address}", one.name, row)
+        if self.takes_everything:
+            found |= {name: value for name, value in row.items() if name not in GIVEN and name.isidentifier()}
+        return found
+
+    def arguments(self, given: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]) -> tuple[list[Any], dict[str, Any]]:
+        """(arguments by position, arguments by name) of a call. ``given``: what stands for the names of GIVEN.
+
+        Raises LookupError with the name that the function must have and that is not there.
+        """
+        values = {**columns, **{name: value for name, value in given.items() if value is not None}}
+        ordered = [given["prompts"], given["completions"]] if self.by_position else []
+        named: dict[str, Any] = {}
+        for one in self._named:
+            if one.name not in values:
+                if one.default is Parameter.empty:
+                    raise LookupError(one.name)
+                if one.kind is Parameter.POSITIONAL_ONLY:
+                    ordered.append(one.default)
+            elif one.kind is Parameter.POSITIONAL_ONLY:
+                ordered.append(values[one.name])
+            else:
+                named[one.name] = values[one.name]
+        if self.takes_everything:
+            own = ("prompts", "completions") if self.by_position else ()
+            named |= {name: value for name, value in values.items() if name not in own and name not in named and self._is_free(name)}
+        return ordered, named
+
+    def _is_free(self, name: str) -> bool:
+        return all(one.name != name for one in self.parameters)
+
+
+@dataclass(frozen=True)
+class NamedColumns:
+    """Columns that a recipe names for a reward source."""
+
+    who: str
+    names: tuple[str, ...]
+
+    def columns(self, row: Row) -> dict[str, Any]:
+        """Those columns of ``row``. Raises DataError where one is not there."""
+        for name in self.names:
+            if name not in row:
+                raise _missing(self.who, name, row)
+        return {name: row[name] for name in self.names}
+
+
+def _missing(who: str, name: str, row: Row) -> DataError:
+    near = difflib.get_close_matches(name, row, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return DataError(
+        f"{row.place}: {who} asks for the column {name!r}, and the row has {', '.join(row)}{hint} (rename it there, or with "
+        f"columns: {{{name}: THEIRS}} in the data)"
+    )
+
+
+def load_function(address: str) -> Callable[..., Any]:
+    """The function at ``package.module:name``. Raises RecipeError where there is none."""
+    module, _, name = address.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+    except ImportError as error:
+        raise RecipeError(f"function {address!r}: cannot import {module} ({error}); is it installed, or on PYTHONPATH?") from error
+    except Exception as error:  # of the module's own
+        raise RecipeError(f"function {address!r}: cannot import {module} ({type(error).__name__}: {error})") from error
+    if not hasattr(found, name):
+        raise RecipeError(f"function {address!r}: {module} has no {name!r}")
+    found = getattr(found, name)
+    if not callable(found):
+        raise RecipeError(f"function {address!r} is {type(found).__name__}; expected a function of (prompts, completions)")
+    if not signature_of(found, address).takes_texts:
+        raise RecipeError(f"function {address!r} takes {_shown(found)}; expected a function of (prompts, completions)")
+    return found
+
+
+def _shown(function: Callable[..., Any]) -> str:
+    return str(inspect.signature(function))
+
+
+def signature_of(function: Callable[..., Any], address: str) -> Signature:
+    """The signature of a function that was imported; one without (some of C) is called with the two lists."""
+    try:
+        return _signature(address, inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return Signature(address, (), by_position=True)
+
+
+def signature_in_source(address: str) -> Signature | None:
+    """The signature of ``package.module:name`` as its source has it, without running it.
+
+    None where the name is no plain function there: imported, decorated, or made at run time.
+    """
+    module, _, name = address.partition(":")
+    source = source_of(module)
+    if source is None:
+        return None
+    try:
+        tree = ast.parse(source.read_text(encoding="utf-8", errors="replace"))
+    except (SyntaxError, ValueError):
+        return None
+    defined = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name]
+    if len(defined) != 1 or defined[0] not in tree.body or defined[0].decorator_list:
+        return None
+    return _signature(address, _parameters(defined[0].args))
+
+
+def _parameters(arguments: ast.arguments) -> list[Parameter]:
+    """The parameters of a function's definition; a default is there or not, its value is not known."""
+    ordered: list[tuple[ast.arg, Any]] = [(one, Parameter.POSITIONAL_ONLY) for one in arguments.posonlyargs]
+    ordered += [(one, Parameter.POSITIONAL_OR_KEYWORD) for one in arguments.args]
+    without = len(ordered) - len(arguments.defaults)
+    found = [
+        Parameter(one.arg, kind, default=Parameter.empty if place < without else None) for place, (one, kind) in enumerate(ordered)
+    ]
+    if arguments.vararg is not None:
+        found.append(Parameter(arguments.vararg.arg, Parameter.VAR_POSITIONAL))
+    found += [
+        Parameter(one.arg, Parameter.KEYWORD_ONLY, default=Parameter.empty if default is None else None)
+        for one, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    ]
+    if arguments.kwarg is not None:
+        found.append(Parameter(arguments.kwarg.arg, Parameter.VAR_KEYWORD))
+    return found
+
+
+def _signature(address: str, parameters: Iterable[Parameter]) -> Signature:
+    """Texts go by position, unless ``completions`` is a parameter; as the second one, after a name of its own, it is a position, too."""
+    found = tuple(parameters)
+    names = [one.name for one in found]
+    second = len(found) > 1 and names[1] == "completions" and names[0] not in GIVEN
+    return Signature(address, found, by_position=second or "completions" not in names)
+
+
+def columns_asked_for(sources: Sequence[RewardInput], *, run: bool = True) -> Callable[[Row], dict[str, Any]]:
+    """What picks, of a row of data, the columns that the functions among ``sources`` ask for.
+
+    It raises DataError for a row without one that must be there. ``run=False``: no module is imported, and a function whose source does
+    not show its signature asks for nothing yet. Raises RecipeError for a function that cannot be imported, or takes fewer than two lists.
+    """
+    signatures: list[Signature | NamedColumns] = []
+    for source in leaves(list(sources), "reward").values():
+        if source.endpoint is not None:
+            names = (*source.columns, *([source.label_column] if source.label_column is not None else []))
+            signatures.append(NamedColumns(f"the reward {source.shown_name}", names))
+        if source.function is not None:
+            found = signature_of(load_function(source.function), source.function) if run else signature_in_source(source.function)
+            signatures += [found] if found is not None else []
+
+    def columns(row: Row) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for signature in signatures:
+            found |= signature.columns(row)
+        return found
+
+    return columns

@@ -1,0 +1,161 @@
+"""Classifiers as rewards: the numbers of transformers' own pipeline, and texts that are too long."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.errors import ModelError
+from stages.rewards.classifier import ClassifierSource, label_output
+from stages.rewards.config import RewardInput
+
+WORDS = """the acting was warm and film a joy plot dull ending weak write happy line about music fine with bright honest story""".split()  # noqa: SIM905
+TEXTS = ["the film was a joy", "dull", "a fine story about the music and the warm acting"]
+SMALL = {
+    "bert": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
+    "roberta": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "type_vocab_size": 1},
+    "distilbert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32},
+    "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2},
+    "llama": {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32,
+    },
+}  # fmt: skip
+
+
+def word_tokenizer(*, special: bool, pad: bool = True) -> Any:
+    """A token per word, with [CLS] before and [SEP] behind a text where ``special``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["[CLS]", "[PAD]", "[SEP]", "[UNK]"]  # 1 pads, as in RoBERTa
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate([*names, *WORDS])}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if special:
+        tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 2)])
+    options = {"cls_token": "[CLS]", "sep_token": "[SEP]"} if special else {"eos_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", **(options | ({"pad_token": "[PAD]"} if pad else {})))
+
+
+@pytest.fixture(scope="module")
+def make_classifier(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """make_classifier(kind, tokenizer, positions=64, **config) -> folder of a random classifier with large weights."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    def make(kind: str, tokenizer: Any, positions: int = 64, **fields: Any) -> Path:
+        torch.manual_seed(3)
+        config = AutoConfig.for_model(
+            kind, **{"vocab_size": len(tokenizer), "max_position_embeddings": positions, "initializer_range": 0.5, "pad_token_id": 1,
+                     **SMALL[kind], **fields}
+        )  # fmt: skip
+        folder = tmp_path_factory.mktemp(kind)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def source(folder: Path, resolve: Any, **fields: Any) -> ClassifierSource:
+    given = RewardInput.model_validate({"model": str(folder), "label": 0, "reads": "completion", **fields})
+    return ClassifierSource(given, resolve(folder), device=torch.device("cpu"), dtype=torch.float32)
+
+
+def by_pipeline(folder: Path, label: str, **options: Any) -> torch.Tensor:
+    """One text at a time, as the library's users do it."""
+    from transformers import pipeline
+
+    classify = pipeline("text-classification", str(folder), top_k=None, device="cpu", **options)
+    return torch.tensor([next(one["score"] for one in classify([text])[0] if one["label"] == label) for text in TEXTS])
+
+
+MULTI = {"problem_type": "multi_label_classification"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "special", "fields", "label"),
+    [
+        ("bert", True, {"num_labels": 3}, "LABEL_2"),
+        ("bert", True, {"num_labels": 3, **MULTI}, "LABEL_1"),
+        ("bert", True, {"num_labels": 1}, "LABEL_0"),
+        ("roberta", True, {"num_labels": 1, **MULTI}, "LABEL_0"),
+        ("distilbert", False, {"num_labels": 2, "problem_type": "single_label_classification"}, "LABEL_1"),
+        ("gpt2", False, {"num_labels": 2}, "LABEL_1"),
+        ("gpt2", False, {"num_labels": 1}, "LABEL_0"),
+        ("llama", False, {"num_labels": 2, **MULTI}, "LABEL_0"),
+    ],
+)
+def test_probabilities_are_the_pipelines(make_classifier, resolve_folder, kind, special, fields, label) -> None:
+    folder = make_classifier(kind, word_tokenizer(special=special), **fields)
+    expected = by_pipeline(folder, label)
+    found = source(folder, resolve_folder, label=label, output="probability").score(["p"] * 3, TEXTS)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert len(set(found.tolist())) == 3  # no constant
+    logprob = source(folder, resolve_folder, label=label, output="logprob").score(["p"] * 3, TEXTS)
+    torch.testing.assert_close(logprob, expected.log(), rtol=1e-3, atol=1e-4)
+    logit = source(folder, resolve_folder, label=label, output="logit").score(["p"] * 3, TEXTS)
+    torch.testing.assert_close(logit, by_pipeline(folder, label, function_to_apply="none"), rtol=1e-4, atol=1e-4)
+
+
+def test_a_regression_is_used_as_it_is(make_classifier, resolve_folder) -> None:
+    folder = make_classifier("bert", word_tokenizer(special=True), num_labels=1, problem_type="regression")
+    found = source(folder, resolve_folder).score(["p"] * 3, TEXTS)
+    torch.testing.assert_close(found, by_pipeline(folder, "LABEL_0"), rtol=1e-4, atol=1e-5)
+    for output in ("probability", "logprob"):
+        with pytest.raises(ModelError, match=f"is a regression .* which has no {output}; set output: logit"):
+            source(folder, resolve_folder, output=output)
+
+
+def test_a_log_probability_of_a_sure_sigmoid_is_finite() -> None:
+    logits = torch.tensor([[-200.0], [0.0]])
+    assert label_output(logits, 0, "sigmoid", "logprob").tolist() == [-200.0, pytest.approx(-0.6931472)]
+
+
+# RoBERTa has two rows of positions that no token can have.
+@pytest.mark.parametrize(("kind", "special", "positions"), [("bert", True, 12), ("roberta", True, 14), ("gpt2", False, 12)])
+def test_a_long_text_loses_the_beginning_of_its_prompt(make_classifier, resolve_folder, kind, special, positions) -> None:
+    tokenizer = word_tokenizer(special=special)
+    folder = make_classifier(kind, tokenizer, positions=positions, num_labels=2)
+    classifier = source(folder, resolve_folder, reads="prompt_and_completion")
+    prompts = ["the plot " * 20, "the plot", "the plot " * 20]
+    completions = ["a happy line", "a happy line", "dull and weak " * 10]
+    judged = classifier.judge(prompts, completions)
+    assert judged.cut.tolist() == [True, False, True] and judged.completion_cut.tolist() == [False, False, True]
+    # By hand: [CLS] and [SEP] where there are any, and between them the last words of prompt and completion.
+    room = 12 - 2 * special
+    kept = [" ".join(f"{prompt} {text}".split()[-room:]) for prompt, text in zip(prompts, completions, strict=True)]
+    assert kept[0].endswith("plot a happy line") and kept[2].endswith("dull and weak")
+    whole = source(folder, resolve_folder, reads="completion")
+    torch.testing.assert_close(judged.scores, whole.score(["p"] * 3, kept))
+    assert not whole.judge(["p"] * 3, kept).cut.any()
+    assert len(set(judged.scores.tolist())) == 3
+    alone = whole.judge(["p"], [completions[2]])  # reads: completion is cut in the same way
+    torch.testing.assert_close(alone.scores, judged.scores[2:])
+    assert alone.cut.item() and alone.completion_cut.item()
+
+
+def test_padding_changes_nothing(make_classifier, resolve_folder) -> None:
+    for kind, special in (("gpt2", False), ("llama", False), ("roberta", True)):
+        folder = make_classifier(kind, word_tokenizer(special=special), num_labels=2)
+        texts = [*TEXTS, "the story ends [PAD]", "[PAD]"]  # a decoder must not take an end that looks like padding for padding
+        together = source(folder, resolve_folder).score(["p"] * 5, texts)
+        alone = torch.cat([source(folder, resolve_folder, batch_size=1).score(["p"], [text]) for text in texts])
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_decoder_without_a_pad_token(make_classifier, resolve_folder) -> None:
+    folder = make_classifier("gpt2", word_tokenizer(special=False, pad=False), num_labels=2, pad_token_id=None)
+    found = source(folder, resolve_folder, output="probability", label=1).score(["p"] * 3, TEXTS)
+    torch.testing.assert_close(found, by_pipeline(folder, "LABEL_1"), rtol=1e-4, atol=1e-5)
+
+
+def test_a_conversation_keeps_its_roles(make_classifier, resolve_folder) -> None:
+    folder = make_classifier("bert", word_tokenizer(special=True), num_labels=2)
+    classifier = source(folder, resolve_folder, reads="prompt_and_completion")
+    turns = [{"role": "user", "content": "happy"}, {"role": "assistant", "content": "dull"}, {"role": "user", "content": "line"}]
+    shown = []
+    classifier._tokenize, plain = (lambda text, **options: shown.append(text) or plain(text, **options)), classifier._tokenize
+    classifier.score([turns], ["a joy"])
+    assert shown == ["user: happy\n\nassistant: dull\n\nuser: line\n\nassistant: a joy"]

@@ -1,0 +1,184 @@
+"""What reward functions are given, what they may answer, and what happens when they fail."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.config import DataSource
+from stages.corpora.files import Row
+from stages.corpora.prompts import load_prompt_rows
+from stages.errors import DataError, RecipeError, TrainingError
+from stages.rewards.config import RewardInput
+from stages.rewards.details import Details
+from stages.rewards.function import FunctionSource, SpanFunctionSource
+from stages.rewards.signature import columns_asked_for, signature_in_source, signature_of
+from stages.rewards.source import CombinedReward, build_reward
+
+CODE = '''
+import functools, time
+calls = []
+def plain(p, c): return [len(text) for text in c]
+def named(prompts, completions, answer): return [float(text == one) for text, one in zip(completions, answer)]
+def other_order(completions, *, answer, prompts): return named(prompts, completions, answer)
+def trl(completions, **kwargs): calls.append(sorted(kwargs)); return named(None, completions, kwargs["answer"])
+def everything(p, c, **rest): calls.append(sorted(rest)); return [0.0 for _ in c]
+def optional(p, c, answer="none", level=None): calls.append((answer, level)); return [0.0 for _ in c]
+def talks(prompts, completions, messages): calls.append((prompts, messages)); return [len(turns) for turns in messages]
+def tokens(prompts, completions, completion_ids): return [sum(ids) for ids in completion_ids]
+def only(prompts, completions, /, answer): return named(prompts, completions, answer)
+def old(texts, completions): return [len(text) for text in completions]
+def anything(*args): return [len(text) for text in args[1]]
+def one(texts): return [0.0]
+@functools.wraps(named)
+def wrapped(*args, **kwargs): return named(*args, **kwargs)
+def sometimes(p, c): return [None if "x" in text else len(text) for text in c]
+def never(p, c): return [None for _ in c]
+def spans(p, c): return [None if "x" in text else [(0, 1.0), (len(text), 2.0)] for text in c]
+def flaky(p, c):
+    calls.append("flaky")
+    if len(calls) < 3: raise ConnectionError("busy")
+    return [1.0 for _ in c]
+def slow_once(p, c):
+    calls.append("slow")
+    if len(calls) == 1: time.sleep(30)
+    return [2.0 for _ in c]
+'''
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module ``asking``, imported anew."""
+    (tmp_path / "asking.py").write_text(CODE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "asking", raising=False)
+    import asking  # type: ignore[import-not-found]
+
+    return asking
+
+
+COLUMNS = Details({"answer": ["a", "b"], "level": [1, 2]}, completion_ids=[[1, 2], [3]])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("plain", [1.0, 2.0]), ("old", [1.0, 2.0]), ("anything", [1.0, 2.0]), ("named", [1.0, 0.0]), ("other_order", [1.0, 0.0]),
+        ("trl", [1.0, 0.0]), ("only", [1.0, 0.0]), ("wrapped", [1.0, 0.0]), ("tokens", [3.0, 3.0]), ("talks", [1.0, 1.0]),
+    ],
+)  # fmt: skip
+def test_a_function_gets_what_its_signature_names(module, name, expected) -> None:
+    assert FunctionSource("f", f"asking:{name}").score(["p", "q"], ["a", "bc"], COLUMNS).tolist() == expected
+
+
+def test_what_is_given_beside_the_texts(module) -> None:
+    for name in ("everything", "trl", "optional"):
+        FunctionSource("f", f"asking:{name}").score(["p", "q"], ["a", "b"], COLUMNS)
+    FunctionSource("f", "asking:optional").score(["p", "q"], ["a", "b"])
+    everything = ["answer", "completion_ids", "level", "messages"]
+    assert module.calls == [everything, [*everything, "prompts"], (["a", "b"], [1, 2]), ("none", None)]
+
+
+def test_a_conversation_has_its_roles(module) -> None:
+    turns = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
+    assert FunctionSource("f", "asking:talks").score([turns, "hi"], ["a", "b"]).tolist() == [2.0, 1.0]
+    assert module.calls == [(["system: be kind\n\nuser: hello", "hi"], [turns, [{"role": "user", "content": "hi"}]])]
+
+
+def test_a_function_that_cannot_be_given_what_it_asks_for(module) -> None:
+    with pytest.raises(RecipeError, match=r"takes \(texts\); expected a function of \(prompts, completions\)"):
+        FunctionSource("f", "asking:one")
+    with pytest.raises(TrainingError, match="asks for 'answer', and the data here has no such column"):
+        FunctionSource("f", "asking:named").score(["p"], ["a"])
+    with pytest.raises(TrainingError, match="asks for 'completion_ids', and these completions have no token ids"):
+        FunctionSource("f", "asking:tokens").score(["p"], ["a"])
+
+
+def test_signatures_are_the_same_with_and_without_the_module(module) -> None:
+    for name in ("plain", "named", "other_order", "trl", "everything", "optional", "talks", "tokens", "only", "old", "anything", "spans"):
+        read, run = signature_in_source(f"asking:{name}"), signature_of(getattr(module, name), f"asking:{name}")
+        assert read is not None
+        assert [(one.name, one.kind, one.default is one.empty) for one in read.parameters] == [
+            (one.name, one.kind, one.default is one.empty) for one in run.parameters
+        ]
+        assert (read.by_position, read.takes_everything) == (run.by_position, run.takes_everything)
+    assert signature_in_source("asking:wrapped") is None and signature_in_source("asking:nothing") is None
+
+
+def test_rows_of_one_prompt_with_other_answers_are_apart(module, tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "1+1", "answer": answer, "id": number} for number, answer in enumerate(("2", "two", "2"), 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def load(function: str) -> list[dict[str, Any]]:
+        columns = columns_asked_for([RewardInput(function=f"asking:{function}")])
+        return [row.columns for row in load_prompt_rows([DataSource(path=str(path))], columns=columns)]
+
+    assert load("plain") == [{}]
+    assert load("named") == [{"answer": "2"}, {"answer": "two"}]
+    assert load("optional") == [{"answer": "2"}, {"answer": "two"}]  # no column is called level
+    assert [row["id"] for row in load("everything")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("run", [True, False])
+def test_a_column_that_is_not_there_is_one_message(module, run) -> None:
+    row = Row({"prompt": "p", "answers": "a"})
+    row.place = "data.jsonl:3"
+    columns = columns_asked_for([RewardInput(function="asking:named")], run=run)
+    with pytest.raises(DataError, match=r"data.jsonl:3: .*:named asks for the column 'answer', and the row has prompt, answers; did you"):
+        columns(row)
+
+
+def test_none_is_left_out_of_the_sum(module) -> None:
+    reward = build_reward(
+        [RewardInput(function="asking:plain", weight=0.5), RewardInput(function="asking:sometimes", weight=2.0)], {}, "reward",
+        device=torch.device("cpu"), dtype=torch.float32,
+    )  # fmt: skip
+    scores = reward.score(["p"] * 3, ["a", "xx", "ccc"])
+    assert scores.total.tolist() == [2.5, 1.0, 7.5]  # 0.5 len + 2 len; 0.5 len alone
+    assert [math.isnan(value) for value in scores.parts["sometimes"].tolist()] == [False, True, False]
+
+
+def test_no_source_applies(module) -> None:
+    reward = CombinedReward([(FunctionSource("never", "asking:never"), 1.0), (FunctionSource("sometimes", "asking:sometimes"), 1.0)])
+    with pytest.raises(TrainingError, match="no reward applies to the completion 'x y': never, sometimes returned None"):
+        reward.score(["p"] * 2, ["a", "x y"])
+    assert reward.score(["p"], ["x"], may_abstain=True).total.tolist() == [0.0]  # judges that only watch
+
+
+def test_members_of_an_ensemble_that_do_not_apply(module) -> None:
+    members = [{"function": "asking:sometimes"}, {"function": "asking:plain", "weight": 3.0}, {"function": "asking:never"}]
+    reward = build_reward(
+        [RewardInput.model_validate({"name": "all", "ensemble": members, "combine": "min"})], {}, "reward",
+        device=torch.device("cpu"), dtype=torch.float32,
+    )  # fmt: skip
+    scores = reward.score(["p"] * 2, ["aa", "x"])
+    assert scores.total.tolist() == [2.0, 3.0]
+    assert scores.parts["all.variance"].tolist() == [4.0, 0.0]  # of 2 and 6; of 3 alone
+
+
+def test_spans_of_none(module) -> None:
+    reward = CombinedReward([(SpanFunctionSource("s", "asking:spans"), 2.0), (FunctionSource("plain", "asking:plain"), 1.0)])
+    scores = reward.score(["p"] * 2, ["ab", "x"])
+    assert scores.total.tolist() == [8.0, 1.0] and scores.spans == [[(0, 2.0), (2, 4.0)], []]
+
+
+def test_retries_with_a_growing_wait(module) -> None:
+    waits: list[float] = []
+    source = FunctionSource("f", "asking:flaky", retries=3, backoff_seconds=0.5, sleep=waits.append)
+    assert source.score(["p"], ["a"]).tolist() == [1.0] and waits == [0.5, 1.0]
+    module.calls.clear()
+    with pytest.raises(TrainingError, match=r"asking:flaky raised ConnectionError: busy \(attempt 2 of 2\)"):
+        FunctionSource("f", "asking:flaky", retries=1, sleep=waits.append).score(["p"], ["a"])
+    module.calls.clear()
+    source = FunctionSource("f", "asking:slow_once", retries=1, timeout=0.2, sleep=waits.append)
+    assert source.score(["p"], ["a"]).tolist() == [2.0]  # the call that hangs is left behind
+    assert source.score(["p", "q"], ["a", "b"]).tolist() == [2.0, 2.0]
+    with pytest.raises(ValueError, match="retries belongs to a function or an endpoint"):
+        RewardInput.model_validate({"model": "m", "label": 1, "retries": 2})
