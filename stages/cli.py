@@ -603,6 +603,28 @@ def generate(
 
 @app.command()
 @reports_errors
+def serve(
+    ref: AnyModel,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; another than the loopback needs a key.")] = "127.0.0.1",
+    label: Annotated[str | None, typer.Option(help="Classifier: the class whose score counts, by name or number.")] = None,
+    output: Annotated[str, typer.Option(help="Classifier: logit, probability or logprob.")] = "logit",
+    api_key_variable: Annotated[str | None, typer.Option(metavar="NAME", help="Environment variable that holds the key.")] = None,
+    home: Home = None,
+    debug: Debug = False,
+) -> None:
+    """Score texts for other programs: a reward model or classifier by the protocols of OpenRLHF and vLLM."""
+    from stages import serving, terminal
+    from stages.process.runtime import secret
+
+    runtime, registry = _runtime(), _registry(home)
+    key = secret(api_key_variable) if api_key_variable is not None else None
+    scorer = terminal.scorer(ref, registry, runtime, label=label, output=output)
+    serving.serve(scorer, host=host, port=port, key=key, say=lambda line: runtime.console.print(line, markup=False))
+
+
+@app.command()
+@reports_errors
 def chat(
     ref: AnyModel,
     against: Annotated[str | None, typer.Option(metavar="REF2", help="A second model that answers, too; the first's replies stay.")] = None,

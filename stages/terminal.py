@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.config import DataSource, GenerationSettings, ModelInput
-from stages.errors import DataError
+from stages.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from stages.corpora.messages import Message, Prompt
     from stages.process.runtime import ResolvedModel, Runtime
     from stages.registry.ledger import Registry
+    from stages.serving import Scorer
 
 HELP = "/again: another reply   /forget: begin anew   /system TEXT: set the system message   /quit, or Ctrl-D"
 
@@ -100,6 +101,23 @@ def score(ref: str, registry: Registry, runtime: Runtime, prompts: Sequence[Prom
         RewardInput(model=ModelInput(ref=ref)), resolve_model(ref, registry), device=runtime.device, dtype=runtime.dtype("auto")
     )
     return [checked(source.score(prompts, column), ref, column).tolist() for column in columns]
+
+
+def scorer(ref: str, registry: Registry, runtime: Runtime, *, label: str | None, output: str) -> Scorer:
+    """What `stages serve` answers with. Raises RecipeError for options that make no sense, ModelError for a model that cannot score."""
+    from pydantic import ValidationError
+
+    from stages.rewards.config import RewardInput
+    from stages.rewards.learned import load_source
+    from stages.serving import Scorer
+
+    number = int(label) if label is not None and label.isdigit() else label
+    try:
+        given = RewardInput.model_validate({"model": ref, "label": number, "output": output, "reads": "prompt_and_completion"})
+    except ValidationError as error:
+        raise RecipeError(f"serve {ref}: {error.errors()[0]['msg']}") from error
+    model = resolve_model(ref, registry)
+    return Scorer(load_source(given, model, device=runtime.device, dtype=runtime.dtype("auto")), model)  # type: ignore[arg-type]
 
 
 class Chat:

@@ -43,10 +43,11 @@ ARROWS = {
     "planning": {"corpora", "models", "numerics", "process", "recipe", "registry"},
     "importing": {"models", "process", "registry"},
     "api": {"chain", "models", "process", "recipe", "registry"},
-    "terminal": {"chain", "corpora", "models", "recipe", "rewards", "sampling"},
+    "serving": {"rewards"},
+    "terminal": {"chain", "corpora", "models", "recipe", "rewards", "sampling", "serving"},
     "cli": {
         "chain", "conformance", "corpora", "importing", "labelling", "models", "planning", "process", "recipe", "registry", "report",
-        "sampling", "sweep", "terminal",
+        "sampling", "serving", "sweep", "terminal",
     },  # fmt: skip
     "__main__": {"cli"},
     "__init__": {"api", "registry"},

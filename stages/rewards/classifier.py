@@ -75,6 +75,20 @@ class ClassifierSource:
         rows, cut, completion_cut = self._encode(texts, completions)
         return Judgement(self._score_rows(rows), cut=cut, completion_cut=completion_cut)
 
+    def score_texts(self, texts: Sequence[str]) -> Tensor:
+        """Scores [N] of whole texts, without a prompt apart."""
+        with torch.inference_mode():
+            return self._score_rows(self._encode(texts, texts)[0])
+
+    def probabilities(self, texts: Sequence[str]) -> list[list[float]]:
+        """The probabilities of all labels for each whole text; a regression's are its values, as the pipeline has them."""
+        found = []
+        with torch.inference_mode():
+            for row in self._encode(texts, texts)[0]:
+                logits = self._logits([row])[0]
+                found.append({"softmax": logits.softmax(dim=-1), "sigmoid": logits.sigmoid(), "regression": logits}[self.kind].tolist())
+        return found
+
     def _encode(self, texts: Sequence[str], completions: Sequence[str]) -> tuple[list[Row], Tensor, Tensor]:
         """(rows, which texts [N] were cut, which completions [N] were). Special tokens stay where they are when a text is cut."""
         rows = [self._tokenize(text) for text in texts]

@@ -60,6 +60,14 @@ class RewardModelSource:
         rows = [self._kept(ids) for ids, _ in pairs]
         return Judgement(score_rows(rows, self.model, self.tokenizer.pad_token_id, self.batch_size), **self._cuts(pairs))
 
+    @torch.inference_mode()
+    def score_texts(self, texts: Sequence[str]) -> Tensor:
+        """Scores [N] of whole texts as they are: a template was written by whoever sends them. The end token closes each."""
+        end = self.tokenizer.eos_token_id
+        rows = [list(self.tokenizer(text, verbose=False)["input_ids"]) for text in texts]
+        rows = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in rows]
+        return score_rows([self._kept(ids) for ids in rows], self.model, self.tokenizer.pad_token_id, self.batch_size)
+
     def _encode(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[tuple[list[int], int]]:
         """(whole row, length of the prompt in it) of every pair."""
         return [encode_pair(self.tokenizer, *pair, sampled=True) for pair in zip(prompts, completions, strict=True)]

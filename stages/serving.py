@@ -1,0 +1,192 @@
+"""A reward model or classifier behind HTTP, by the protocols that ``reward: [{endpoint: ...}]`` speaks. N texts of a request.
+
+    POST /get_reward    {query, prompts, completions, messages} -> {rewards, scores}    (OpenRLHF's remote reward model)
+    POST /pooling       {input} -> {data: [{index, data}]}                              (vLLM)
+    POST /classify      {input} -> {data: [{index, label, probs, num_classes}]}         (vLLM; classifiers only)
+    POST /score         {text_1, text_2} -> {data: [{index, score}]}                    (vLLM)
+    GET  /health, /v1/models
+
+Every answer has ``model`` and ``digest``, the model's content, so that a score can be traced to the weights that gave it.
+"""
+
+from __future__ import annotations
+
+import hmac
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from stages.errors import LaunchError, StagesError
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from stages.corpora.messages import Prompt
+    from stages.process.runtime import ResolvedModel
+    from stages.rewards.classifier import ClassifierSource
+    from stages.rewards.learned import RewardModelSource
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LONGEST_REQUEST = 64 * 2**20  # bytes
+
+
+class BadRequest(Exception):
+    """A request that cannot be answered; the message says what is wrong with it. Status 400."""
+
+
+class Scorer:
+    """Answers requests with one source. A lock lets one request at a time compute: batches are made inside."""
+
+    def __init__(self, source: RewardModelSource | ClassifierSource, model: ResolvedModel) -> None:
+        self.source = source
+        self.signature = {"model": model.ref, "digest": model.digest}
+        self._lock = threading.Lock()
+
+    def get_reward(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Scores of prompts and completions; of ``query`` alone where there are no completions."""
+        prompts, completions = _pairs(body)
+        scores = self._score(prompts, completions) if prompts is not None else self._score_texts(completions)
+        return {"rewards": scores, "scores": scores, "extra_logs": {}}
+
+    def pooling(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The score of each whole text."""
+        return _listed({"data": [score], "object": "pooling"} for score in self._score_texts(_texts(body, "input")))
+
+    def score(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The score of each pair of prompt and completion; one text_1 goes with every text_2."""
+        first, second = _texts(body, "text_1"), _texts(body, "text_2")
+        if len(first) == 1:
+            first = first * len(second)
+        if len(first) != len(second):
+            raise BadRequest(f"text_1 has {len(first)} texts and text_2 {len(second)}; expected one, or as many")
+        return _listed({"score": score, "object": "score"} for score in self._score(first, second))
+
+    def classify(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The probabilities of all labels for each whole text."""
+        from stages.rewards.classifier import ClassifierSource
+
+        if not isinstance(self.source, ClassifierSource):
+            raise BadRequest("this is a reward model, which has no classes; use /pooling, /score or /get_reward")
+        texts = _texts(body, "input")
+        with self._lock:
+            rows = self.source.probabilities(texts)
+        names = self.source.model.config.id2label
+        return _listed(
+            {"label": names[max(range(len(row)), key=row.__getitem__)], "probs": row, "num_classes": len(row)} for row in rows
+        )
+
+    def _score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        from stages.rewards.source import judge
+
+        with self._lock:
+            return [float(score) for score in judge(self.source, prompts, completions).scores]
+
+    def _score_texts(self, texts: Sequence[str]) -> list[float]:
+        with self._lock:
+            return [float(score) for score in self.source.score_texts(texts)]
+
+
+def _pairs(body: dict[str, Any]) -> tuple[list[Prompt] | None, list[str]]:
+    """(prompts, completions) of a request; (None, whole texts) where it does not tell them apart."""
+    if "completions" not in body:
+        queries = _texts(body, "query")
+        prompts = _texts(body, "prompts") if body.get("prompts") else None
+        if prompts is not None and len(prompts) != len(queries):
+            raise BadRequest(f"prompts has {len(prompts)} texts and query {len(queries)}")
+        if prompts is None or not all(query.startswith(prompt) for query, prompt in zip(queries, prompts, strict=True)):
+            return None, queries
+        return list(prompts), [query[len(prompt) :] for query, prompt in zip(queries, prompts, strict=True)]
+    completions = _texts(body, "completions")
+    column = "messages" if body.get("messages") else "prompts"
+    given: Any = body.get(column)
+    if not isinstance(given, list) or len(given) != len(completions):
+        raise BadRequest(f"{column} must be a list with one entry for each of the {len(completions)} completions")
+    if column == "prompts":
+        return list(_texts(body, "prompts")), completions
+    for turns in given:
+        good = isinstance(turns, list) and turns and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns)
+        if not good:
+            raise BadRequest(f"messages holds {turns!r:.60}; expected a list of messages {{role, content}} for each completion")
+    plain = all(len(turns) == 1 and set(turns[0]) == {"role", "content"} and turns[0]["role"] == "user" for turns in given)
+    return [turns[0]["content"] for turns in given] if plain else given, completions
+
+
+def _texts(body: dict[str, Any], name: str) -> list[str]:
+    """The texts of a field: a list of texts, or one. Raises BadRequest."""
+    value = body.get(name)
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise BadRequest(f"{name} is {value!r:.60}; expected a list of texts")
+    return texts
+
+
+def _listed(rows: Any) -> dict[str, Any]:
+    return {"object": "list", "data": [{"index": index, **row} for index, row in enumerate(rows)]}
+
+
+def make_app(scorer: Scorer, *, key: str | None = None) -> Starlette:
+    """The server; with a ``key`` every request but /health must bring it as a bearer token."""
+    import json
+
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+
+    def denied(request: Request) -> Response | None:
+        sent = request.headers.get("authorization", "")
+        if key is None or hmac.compare_digest(sent.encode(), f"Bearer {key}".encode()):
+            return None
+        return JSONResponse({"error": "this server needs its key as a bearer token", **scorer.signature}, status_code=401)
+
+    def answering(work: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Request], Any]:
+        async def answer(request: Request) -> Response:
+            if (refusal := denied(request)) is not None:
+                return refusal
+            try:
+                if int(request.headers.get("content-length") or 0) > LONGEST_REQUEST:
+                    raise BadRequest(f"the request is longer than {LONGEST_REQUEST} bytes; send smaller batches")
+                body = json.loads(await request.body())
+                if not isinstance(body, dict):
+                    raise BadRequest("expected a JSON object")
+                return JSONResponse({**await run_in_threadpool(work, body), **scorer.signature})
+            except ValueError as error:
+                return JSONResponse({"error": f"the request is no JSON ({error})", **scorer.signature}, status_code=400)
+            except (BadRequest, StagesError) as error:
+                status = 400 if isinstance(error, BadRequest) else 500
+                return JSONResponse({"error": str(error), **scorer.signature}, status_code=status)
+
+        return answer
+
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok", **scorer.signature})
+
+    async def models(request: Request) -> Response:
+        listed = {"id": scorer.signature["model"], "object": "model", **scorer.signature}
+        return denied(request) or JSONResponse({"object": "list", "data": [listed]})
+
+    calls = {"/get_reward": scorer.get_reward, "/pooling": scorer.pooling, "/classify": scorer.classify, "/score": scorer.score}
+    routes = [Route(path, answering(work), methods=["POST"]) for path, work in calls.items()]
+    return Starlette(routes=[*routes, Route("/health", health), Route("/v1/models", models)])
+
+
+def serve(scorer: Scorer, *, host: str, port: int, key: str | None, say: Callable[[str], None]) -> None:
+    """Answer until the process is stopped. Raises LaunchError for an open address without a key, and for a port that is taken."""
+    import socket
+
+    import uvicorn
+
+    if host not in LOOPBACK and key is None:
+        raise LaunchError(f"--host {host} lets other machines ask; name the variable that holds a key with --api-key-variable")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise LaunchError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port, or 0 for any that is free") from error
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    say(f"{scorer.signature['model']} ({scorer.signature['digest']}) answers at {address}/get_reward, /pooling, /classify and /score")
+    uvicorn.Server(uvicorn.Config(make_app(scorer, key=key), log_level="warning")).run(sockets=[listener])

@@ -1,0 +1,148 @@
+"""`stages serve`: scores over HTTP equal those of the model here, every answer has the digest, and bad requests are told what is wrong."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import torch
+
+from stages.errors import LaunchError, ModelError, RecipeError
+from stages.models.heads import RewardModel
+from stages.process.runtime import Runtime
+from stages.registry.ledger import Registry
+from stages.rewards.config import RewardInput
+from stages.rewards.endpoint import EndpointSource
+from stages.serving import Scorer, serve
+from stages.terminal import scorer
+
+TEXTS = ["the film was a joy", "dull"]
+TURNS = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}, {"role": "user", "content": "a film"}]
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+Served = dict[str, tuple[str, Scorer]]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, tiny_tokenizer: Any) -> Iterator[Served]:
+    """(address, scorer) of a reward model with a template and a classifier, each behind a server of its own."""
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("served")
+    torch.manual_seed(1)
+    model = RewardModel.from_language_model(str(tiny_llama_folder), dtype=torch.float32, trainable=False)
+    torch.nn.init.normal_(model.score_head.weight)
+    model.tokenizer.chat_template = TEMPLATE
+    model.save(folder / "rm", model.tokenizer)
+    config = DistilBertConfig(
+        vocab_size=len(tiny_tokenizer), dim=16, hidden_dim=32, n_layers=1, n_heads=2, initializer_range=0.5,
+        id2label={0: "BAD", 1: "GOOD"}, label2id={"BAD": 0, "GOOD": 1}, pad_token_id=tiny_tokenizer.pad_token_id,
+    )  # fmt: skip
+    DistilBertForSequenceClassification(config).save_pretrained(folder / "classifier")
+    tiny_tokenizer.save_pretrained(folder / "classifier")
+    runtime, registry = Runtime(quiet=True), Registry(folder / "registry")
+    found = {}
+    for name, label in (("rm", None), ("classifier", "good")):
+        made = scorer(str(folder / name), registry, runtime, label=label, output="logit")
+        said: list[str] = []
+        ready = threading.Event()
+
+        def say(line: str, said: list[str] = said, ready: threading.Event = ready) -> None:
+            said.append(line)
+            ready.set()
+
+        options = {"host": "127.0.0.1", "port": 0, "key": "k-secret-9" if name == "rm" else None, "say": say}
+        threading.Thread(target=serve, args=(made,), kwargs=options, daemon=True).start()
+        assert ready.wait(30) and made.signature["digest"] in said[0]
+        found[name] = (said[0].partition(" answers at ")[2].partition("/get_reward")[0], made)
+    yield found
+
+
+def far(address: str, key: str | None = None, **fields: Any) -> EndpointSource:
+    return EndpointSource(RewardInput.model_validate({"endpoint": address, "retries": 3, **fields}), key=key)
+
+
+def test_scores_are_the_models_own(served) -> None:
+    for name, key in (("rm", "k-secret-9"), ("classifier", None)):
+        address, made = served[name]
+        prompts = ["about it", TURNS]
+        expected = made.source.score(prompts, TEXTS)
+        assert len(set(expected.tolist())) == 2
+        torch.testing.assert_close(far(f"{address}/get_reward", key).score(prompts, TEXTS), expected)
+
+
+def test_whole_texts_by_vllms_protocols(served) -> None:
+    address, made = served["rm"]
+    tokenizer, model = made.source.tokenizer, made.source.model
+    rows = [torch.tensor([[*tokenizer(f"p {text}")["input_ids"], tokenizer.eos_token_id]]) for text in TEXTS]
+    alone = [model.score(row, torch.ones_like(row)) for row in rows]
+    found = far(f"{address}/pooling", "k-secret-9", protocol="pooling").score(["p", "p"], TEXTS)
+    torch.testing.assert_close(found, torch.cat(alone).detach())
+    scores = far(f"{address}/score", "k-secret-9", protocol="score").score(["p", "q"], TEXTS)
+    torch.testing.assert_close(scores, made.source.score(["p", "q"], TEXTS))
+    classifier, made = served["classifier"]
+    found = far(f"{classifier}/classify", protocol="classify", label=1, output="probability", reads="completion").score(["p", "p"], TEXTS)
+    logits = torch.cat([made.source.model(torch.tensor([made.source.tokenizer(text)["input_ids"]])).logits for text in TEXTS]).detach()
+    torch.testing.assert_close(found, logits.softmax(dim=-1)[:, 1], rtol=1e-4, atol=1e-5)
+
+
+def test_openrlhfs_own_requests(served) -> None:
+    address, made = served["classifier"]
+    query, prompts = ["about it the film", "p dull"], ["about it", "p"]
+    answer = httpx2.post(f"{address}/get_reward", json={"query": query, "prompts": prompts, "labels": [None, None]}).json()
+    expected = made.source.score(prompts, [" the film", " dull"])
+    assert answer["rewards"] == answer["scores"] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert (answer["model"], answer["digest"]) == (made.signature["model"], made.signature["digest"])
+    answer = httpx2.post(f"{address}/get_reward", json={"query": query}).json()  # nothing says where the prompts end
+    assert answer["rewards"] == pytest.approx(made.source.score_texts(query).tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("get_reward", {"query": "ok", "prompts": 5}, "prompts is 5; expected a list of texts"),
+        ("get_reward", {"completions": ["a"], "prompts": ["p", "q"]}, "prompts must be a list with one entry for each of the 1"),
+        ("get_reward", {"completions": ["a"], "messages": [[{"content": "x"}]]}, "expected a list of messages"),
+        ("pooling", {"input": [[1, 2]]}, "expected a list of texts"),
+        ("score", {"text_1": ["a", "b"], "text_2": ["c"]}, "text_1 has 2 texts and text_2 1"),
+        ("pooling", [1], "expected a JSON object"),
+    ],
+)
+def test_bad_requests(served, path, body, message) -> None:
+    address, made = served["classifier"]
+    response = httpx2.post(f"{address}/{path}", json=body)
+    assert response.status_code == 400 and message in response.json()["error"]
+    assert response.json()["digest"] == made.signature["digest"]
+    assert httpx2.post(f"{address}/{path}", content=b"{").status_code == 400
+
+
+def test_the_key_and_the_health(served) -> None:
+    address, made = served["rm"]
+    body = {"query": ["a"]}
+    assert httpx2.post(f"{address}/get_reward", json=body).status_code == 401
+    assert httpx2.get(f"{address}/v1/models", headers={"Authorization": "Bearer wrong"}).status_code == 401
+    assert httpx2.get(f"{address}/health").json() == {"status": "ok", **made.signature}
+    response = httpx2.post(f"{address}/classify", json={"input": ["a"]}, headers={"Authorization": "Bearer k-secret-9"})
+    assert response.status_code == 400 and "a reward model, which has no classes" in response.json()["error"]
+
+
+def test_what_cannot_be_served(served, tiny_llama_folder, tmp_path) -> None:
+    _, made = served["rm"]
+    with pytest.raises(LaunchError, match="--host 0.0.0.0 lets other machines ask; .* --api-key-variable"):
+        serve(made, host="0.0.0.0", port=0, key=None, say=print)
+    port = int(served["rm"][0].rpartition(":")[2])
+    with pytest.raises(LaunchError, match="cannot listen on 127.0.0.1:.*choose another --port"):
+        serve(made, host="127.0.0.1", port=port, key=None, say=print)
+    registry, runtime = Registry(tmp_path / "registry"), Runtime(quiet=True)
+    with pytest.raises(ModelError):
+        scorer(str(tiny_llama_folder), registry, runtime, label=None, output="logit")
+    with pytest.raises(RecipeError, match="serve .*Input should be"):
+        scorer(str(tiny_llama_folder), registry, runtime, label="x", output="loud")
