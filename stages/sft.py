@@ -92,9 +92,7 @@ class SFTStepConfig(TrainingStepConfig):
             inputs["data.validation"] = self.data.validation
         if self.pretraining_mix is not None:
             inputs["pretraining_mix.data"] = self.pretraining_mix.data
-        if self.selection is not None and self.selection.data is not None:
-            inputs["selection.data"] = self.selection.data
-        return inputs
+        return inputs if self.selection is None else {**inputs, **self.selection.data_inputs()}
 
     def check_data(self) -> None:
         """Raise DataError for data this stage cannot use; no model is loaded."""

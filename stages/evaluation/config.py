@@ -11,7 +11,7 @@ from stages.corpora.labels import MOST_COMPLETIONS
 from stages.evaluation.tasks import TaskField
 from stages.judges.config import JudgeInput, check_judges
 from stages.labelling.config import PeopleJudge
-from stages.rewards.config import RewardInput
+from stages.rewards.config import RewardInput, check_rubrics, rubric_inputs
 
 
 class FewShotChoice(Strict):
@@ -131,6 +131,20 @@ class EvaluationConfig(StepConfig):
         judges = [judge for judge in self.judges if isinstance(judge, RewardInput)]
         return [*judges, *(one.best_of.reward for one in self.candidates.values() if one.best_of is not None)]
 
+    def _rewards(self) -> dict[str, RewardInput]:
+        """Every reward source by field path."""
+        found = {f"judges[{index}]": judge for index, judge in enumerate(self.judges) if isinstance(judge, RewardInput)}
+        for name, candidate in self.candidates.items():
+            if candidate.best_of is not None:
+                found[f"candidates.{name}.best_of.reward"] = candidate.best_of.reward
+            if candidate.few_shot is not None and candidate.few_shot.choose is not None:
+                found[f"candidates.{name}.few_shot.choose.reward"] = candidate.few_shot.choose.reward
+        return found
+
+    def check_rewards(self) -> None:
+        """Raise RecipeError where a rubric cannot be read."""
+        check_rubrics(list(self._rewards().values()))
+
     def model_inputs(self) -> dict[str, ModelInput]:
         inputs = {}
         for name, candidate in self.candidates.items():
@@ -150,6 +164,8 @@ class EvaluationConfig(StepConfig):
 
     def data_inputs(self) -> dict[str, list[DataSource]]:
         inputs = {"data": self.data}
+        for place, reward in self._rewards().items():
+            inputs |= {path.replace("[0]", "", 1): rubric for path, rubric in rubric_inputs([reward], place).items()}
         for name, candidate in self.candidates.items():
             place = f"candidates.{name}"
             if candidate.completions is not None:

@@ -36,6 +36,7 @@ def check_data(config: EvaluationConfig) -> None:
     from stages.corpora.judgements import load_judgements
     from stages.judges.config import JudgementsFile
 
+    config.check_rewards()
     rows, _ = load_heldout(config, run=False)
     prompts = [row.prompt for row in rows]
     keys = {prompt_key(prompt) for prompt in prompts}

@@ -11,6 +11,8 @@ from stages.config import DataField, DataSource, Strict
 from stages.labelling.config import PeopleJudge
 from stages.rewards.config import RewardInput
 
+SCORING = {"protocol", "served_model", "columns", "label_column", "on_failure", "cache"}
+"""Fields of an endpoint that scores single completions."""
 CRITERIA = "Which response answers the prompt better? Judge by helpfulness, truth and harmlessness, not by length or by order."
 
 
@@ -71,8 +73,13 @@ class JudgementsFile(Strict):
 
 
 def _kind(value: Any) -> str:
-    keys = value if isinstance(value, dict) else vars(value)
-    return next((kind for kind in ("endpoint", "judgements", "people") if kind in keys), "reward")
+    """The kind of a judge: an endpoint that compares is told from one that scores by the fields that only the latter has."""
+    if not isinstance(value, dict):
+        kinds = {EndpointJudge: "endpoint", JudgementsFile: "judgements", PeopleJudge: "people"}
+        return next((name for kind, name in kinds.items() if isinstance(value, kind)), "reward")
+    if "endpoint" in value:
+        return "reward" if SCORING & value.keys() else "endpoint"
+    return next((kind for kind in ("judgements", "people") if kind in value), "reward")
 
 
 Judge = RewardInput | EndpointJudge | JudgementsFile | PeopleJudge

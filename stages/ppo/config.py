@@ -21,7 +21,7 @@ from stages.config import (
 from stages.corpora.curation import Curation
 from stages.corpora.fitting import PromptFit
 from stages.ppo.health import HealthSettings
-from stages.rewards.config import RewardInput, check_names, reward_model_inputs
+from stages.rewards.config import RewardInput, check_names, check_rubrics, reward_model_inputs, rubric_inputs
 
 
 class PPOOptimizer(Strict):
@@ -225,7 +225,8 @@ class PPOStepConfig(CheckpointedStepConfig):
         return {**inputs, **reward_model_inputs(self.reward, "reward"), **reward_model_inputs(self.monitors, "monitors")}
 
     def data_inputs(self) -> dict[str, list[DataSource]]:
-        inputs = {"data": self.data}
+        rubrics = {**rubric_inputs(self.reward, "reward"), **rubric_inputs(self.monitors, "monitors")}
+        inputs = {"data": self.data, **rubrics}
         return inputs if self.pretraining_mix is None else {**inputs, "pretraining_mix.data": self.pretraining_mix.data}
 
     def conversations(self) -> list[tuple[Any, list[Any], str]]:
@@ -242,6 +243,7 @@ class PPOStepConfig(CheckpointedStepConfig):
         from stages.corpora.text import check_texts
         from stages.rewards.signature import columns_asked_for
 
+        check_rubrics([*self.reward, *self.monitors])
         asked = columns_asked_for([*self.reward, *self.monitors], run=False)
         load_prompt_rows(self.data, prompt_words=self.prompt_words, curator=Curator(self.curation), columns=asked)
         if self.pretraining_mix is not None:

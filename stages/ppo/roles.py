@@ -228,7 +228,7 @@ def _value_source(config: PPOStepConfig, context: StepContext, tokenizer: Any) -
         console = context.runtime.console
         for place, reward in leaves(config.reward, "reward").items():
             found = context.models.get(f"{place}.model")
-            if found is None or reward.label is not None or load_tokenizer(found).get_vocab() != vocabulary:
+            if found is None or reward.label is not None or reward.answers is not None or load_tokenizer(found).get_vocab() != vocabulary:
                 continue
             short = _too_short(config, context, found, tokenizer)
             if not short:

@@ -21,7 +21,7 @@ from stages.corpora.labels import MOST_COMPLETIONS, TASKS
 from stages.errors import DataError
 from stages.labelling.config import AskPeople, People
 from stages.labelling.simulated import ranked
-from stages.rewards.config import RewardInput, reward_model_inputs
+from stages.rewards.config import RewardInput, check_rubrics, reward_model_inputs, rubric_inputs
 
 if TYPE_CHECKING:
     from stages.corpora.comparisons import Comparison
@@ -112,7 +112,10 @@ class Collection(Strict):
 
     def data_inputs(self) -> dict[str, list[DataSource]]:
         """Prompts, and what people are shown, by field path within the step."""
-        return {"collect.data": self.data, **(self.people.data_inputs("collect.judge.people") if self.people is not None else {})}
+        if isinstance(self.judge, AskPeople):
+            return {"collect.data": self.data, **self.judge.people.data_inputs("collect.judge.people")}
+        rubrics = rubric_inputs([self.judge], "collect.judge").items()
+        return {"collect.data": self.data, **{path.replace("[0]", "", 1): rubric for path, rubric in rubrics}}
 
     def check_data(self) -> None:
         """Raise DataError for files that this collection cannot use; no model is loaded."""
@@ -120,6 +123,7 @@ class Collection(Strict):
         from stages.rewards.signature import columns_asked_for
 
         judges = [self.judge] if isinstance(self.judge, RewardInput) else []
+        check_rubrics(judges)
         prompts = load_prompt_rows(self.data, columns=columns_asked_for(judges, run=False))
         if self.people is None:
             return
@@ -190,7 +194,7 @@ def _publish(collection: Collection, people: People, context: StepContext, preci
     if not (folder / TASKS).exists():
         digests = {policy.model.ref: context.models[f"collect.policies[{i}].model"].digest for i, policy in enumerate(collection.policies)}
         tasks = []
-        for row in _sampled(collection, context, precision):
+        for row in _sampled(collection, context, precision)[0]:
             authors, marks = [[ref] for ref in row["policies"]], [[digests[ref]] for ref in row["policies"]]
             tasks.append(task_of(row["prompt"], row["completions"], authors, marks))
         publish_tasks(folder, tasks)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +29,7 @@ from stages.corpora.curation import Curation
 from stages.corpora.fitting import PromptFit
 from stages.errors import DataError, ModelError, TrainingError
 from stages.reward_model.collection import Collection
+from stages.rewards.config import RewardInput, check_names, check_rubrics, reward_model_inputs, rubric_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +83,9 @@ class RewardModelConfig(TrainingStepConfig):
     demonstrations: DataField | None = Field(
         None, description="Texts whose mean reward becomes 0 (prompt + completion). null: the best completion of each training comparison."
     )
+    beside: list[RewardInput] = Field(
+        [], description="Other reward sources, measured on the same held-out comparisons: their accuracy stands beside this model's."
+    )
     collect: Collection | None = Field(None, description="Also make comparisons of what policies say now; null: only those of data.")
     loss: Literal["pairs", "best_of"] = Field(
         "pairs", description="pairs: all C(K, 2) of a prompt (Ouyang et al. 2022); best_of: softmax over its K (Ziegler et al. 2019)."
@@ -102,12 +107,14 @@ class RewardModelConfig(TrainingStepConfig):
             raise ValueError(f"model.quantization={self.model.quantization!r} needs lora: quantized weights cannot be trained themselves")
         if self.num_seeds > 1 and self.keep_best:
             raise ValueError(f"keep_best={self.keep_best} goes with num_seeds=1; of several seeds the best is chosen already")
+        check_names(self.beside, "beside")
         return self
 
     def model_inputs(self) -> dict[str, ModelInput]:
         inputs = {"model": self.model}
         if self.normalization.sampler is not None:
             inputs["normalization.sampler"] = self.normalization.sampler
+        inputs |= reward_model_inputs(self.beside, "beside")
         return {**inputs, **(self.collect.model_inputs() if self.collect is not None else {})}
 
     def data_inputs(self) -> dict[str, list[DataSource]]:
@@ -116,6 +123,7 @@ class RewardModelConfig(TrainingStepConfig):
             inputs["data.validation"] = self.data.validation
         if self.collect is not None:
             inputs |= self.collect.data_inputs()
+        inputs |= rubric_inputs(self.beside, "beside")
         return inputs if self.demonstrations is None else {**inputs, "demonstrations": self.demonstrations}
 
     def check_data(self) -> None:
@@ -125,6 +133,7 @@ class RewardModelConfig(TrainingStepConfig):
 
         load_comparisons(self.data, preferred=self.preferred, curator=Curator(self.curation), group_by=self.group_by)
         self.load_demonstrations()
+        check_rubrics(self.beside)
         if self.collect is not None:
             self.collect.check_data()
 
@@ -173,10 +182,14 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     max_length = row_length(config.max_length, model.config, tokenizer, unlimited=2048)
     comparisons, left_out = _load_comparisons(config, context, tokenizer)
     train_rows, lost = _usable([encode(item, tokenizer, max_length) for item in comparisons.train if item.num_pairs])
-    heldout, lost_heldout = _usable([encode(item, tokenizer, max_length) for item in comparisons.validation if item.num_pairs])
+    validation = [item for item in comparisons.validation if item.num_pairs]
+    encoded = [encode(item, tokenizer, max_length) for item in validation]
+    heldout, lost_heldout = _usable(encoded)
+    texts_of_heldout = [item for item, rows in zip(validation, encoded, strict=True) if rows.pairs[0]]
     for which, counts in (("", lost), ("held-out ", lost_heldout)):
         _say_lost(context, which, counts, max_length)
     deciding, measuring = (heldout, heldout) if config.num_seeds == 1 else (heldout[::2], heldout[1::2])
+    texts_of_measuring = texts_of_heldout if config.num_seeds == 1 else texts_of_heldout[1::2]
     if config.training.epochs > 1:
         context.runtime.console.print(
             f"{context.name}: {config.training.epochs:g} epochs; reward models overfit soon (Ouyang et al. 2022, C.2: one epoch)"
@@ -228,8 +241,10 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
         f"{context.name}: held-out accuracy {before['accuracy']:.3f} -> {after['accuracy']:.3f} "
         f"(95 % {after['ci_low']:.3f} to {after['ci_high']:.3f}, {after['pairs']} pairs)"
     )
+    beside = _measure_beside(config, context, texts_of_measuring, measuring)
     metrics = {
         "heldout_accuracy_before": before["accuracy"],
+        **({"heldout_beside": beside} if beside else {}),
         **{f"heldout_{name}": value for name, value in after.items()},
         **best.trained,
         "comparisons": len(train_rows),
@@ -250,6 +265,34 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     weights = gathered_weights(trainer)
     record = context.publish(lambda folder: model.save(folder, tokenizer, state_dict=weights, rows=shown), metrics=metrics, **kind)
     return StepResult(model=record, metrics=metrics)
+
+
+def _measure_beside(
+    config: RewardModelConfig, context: StepContext, comparisons: Sequence[Comparison], encoded: Sequence[EncodedComparison]
+) -> dict[str, dict[str, Any]]:
+    """How often each source of ``beside`` agrees with the held-out comparisons, by name; one source at a time is in memory."""
+    from stages.corpora.messages import completion_text
+    from stages.reward_model.preferences import agreement
+    from stages.rewards.source import build_reward
+
+    runtime = context.runtime
+    prompts = [item.prompt for item in comparisons for _ in item.completions]
+    completions = [completion_text(text) for item in comparisons for text in item.completions]
+    found = {}
+    for index, source in enumerate(config.beside):
+        own = f"beside[{index}]"
+        models = {f"beside[0]{place.removeprefix(own)}": model for place, model in context.models.items() if place.startswith(own)}
+        reward = build_reward(
+            [source], models, "beside", device=runtime.device, dtype=runtime.dtype(config.precision), cache_folder=context.cache_folder
+        )
+        measured = agreement(runtime.decide(partial(reward.score, prompts, completions)).total, encoded)
+        name = source.shown_name
+        found[name] = {key: measured[key] for key in ("accuracy", "ci_low", "ci_high", "pairs")}
+        runtime.console.print(
+            f"{context.name}: beside it {name}: held-out accuracy {measured['accuracy']:.3f} (95 % {measured['ci_low']:.3f} to "
+            f"{measured['ci_high']:.3f})"
+        )
+    return found
 
 
 COLLECTED = "collected by the step"  # stands for the annotator of comparisons that the step has made itself

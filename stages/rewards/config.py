@@ -3,19 +3,62 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from stages.config import ModelField, ModelInput, Strict
+from stages.config import DataField, DataSource, ModelField, ModelInput, Strict
+from stages.errors import RecipeError
 
 ENDPOINT_FIELDS = {
     "protocol", "served_model", "columns", "label_column", "api_key_variable", "concurrency", "on_failure", "cache",
 }  # fmt: skip
 
 
+QUESTION = (
+    "<prompt>\n{prompt}\n</prompt>\n\n<response>\n{completion}\n</response>\n\nIs this a good response to the prompt? Answer Yes or No."
+)
+
+
+class RubricJudge(Strict):
+    """A language model behind an OpenAI-compatible endpoint that grades single completions by a rubric."""
+
+    endpoint: str = Field(pattern=r"^https?://\S+$", description="Address up to /v1, e.g. http://localhost:8000/v1.")
+    model: str = Field(min_length=1, description="The model's name at the endpoint.")
+    rubric: DataField = Field(description="A text file: what makes a completion good, in words.")
+    scale: list[float] = Field([1.0, 10.0], min_length=2, max_length=2, description="Lowest and highest grade.")
+    api_key_variable: str | None = Field(
+        None, pattern=r"^[A-Za-z_]\w*$", description="Environment variable that holds the key; it is read there and written nowhere."
+    )
+    max_tokens: int = Field(16, ge=1, description="Most tokens of a reply.")
+    attempts: int = Field(2, ge=1, description="Times that a completion is graded anew where the reply has no grade.")
+    max_refused_share: float = Field(0.1, ge=0, le=1, description="Share of a call's completions without a grade above which the run ends.")
+    concurrency: int = Field(8, ge=1, description="Requests under way at once.")
+    timeout_seconds: float = Field(60.0, gt=0, description="Longest wait for one reply.")
+    retries: int = Field(4, ge=0, description="Further attempts after a time-out, a dropped connection, or status 408, 429 or 5xx.")
+    backoff_seconds: float = Field(1.0, ge=0, description="Wait before the first retry, doubled for each; a server may ask for more.")
+    price_per_million_input: float | None = Field(None, ge=0, description="Price of a million prompt tokens, to count the cost.")
+    price_per_million_output: float | None = Field(None, ge=0, description="Price of a million reply tokens.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RubricJudge:
+        if has_password(self.endpoint):
+            raise ValueError("endpoint holds a password, which would be written to logs and reports; name a variable by api_key_variable")
+        if self.scale[0] >= self.scale[1]:
+            raise ValueError(f"scale is [{self.scale[0]:g}, {self.scale[1]:g}]; expected the lowest and then the highest grade")
+        if len(self.rubric) != 1:
+            raise ValueError(f"rubric names {len(self.rubric)} files; expected one")
+        return self
+
+
+def has_password(address: str) -> bool:
+    """Whether a URL has user and password in front of its host."""
+    return "@" in address.partition("://")[2].partition("/")[0]
+
+
 class RewardInput(Strict):
-    """One source of scores. Exactly one of ``model``, ``function``, ``endpoint`` and ``ensemble``."""
+    """One source of scores. Exactly one of ``model``, ``function``, ``endpoint``, ``judge`` and ``ensemble``."""
 
     model: ModelField | None = Field(None, description="A reward model, or a classifier (then set label).")
     function: str | None = Field(
@@ -27,6 +70,14 @@ class RewardInput(Strict):
     endpoint: str | None = Field(
         None, pattern=r"^https?://\S+$", description="A server that scores, by the address of the call: http://localhost:5000/get_reward."
     )
+    judge: RubricJudge | None = Field(None, description="A language model behind an endpoint, which grades by a rubric.")
+    answers: list[str] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="Makes a language model a reward: the score is log P(first) - log P(second), its log-odds of two answers to question.",
+    )
+    question: str = Field(QUESTION, description="answers: what the model is asked, with {prompt} and {completion}.")
     ensemble: list[RewardInput] | None = Field(
         None, min_length=2, description="Several sources that judge the same thing, e.g. reward models of different seeds, made one score."
     )
@@ -79,8 +130,9 @@ class RewardInput(Strict):
 
     @model_validator(mode="after")
     def _one_kind(self) -> RewardInput:
-        if [self.model, self.function, self.endpoint, self.ensemble].count(None) != 3:
-            raise ValueError("give exactly one of model, function, endpoint and ensemble")
+        if [self.model, self.function, self.endpoint, self.judge, self.ensemble].count(None) != 4:
+            raise ValueError("give exactly one of model, function, endpoint, judge and ensemble")
+        self._check_answers()
         if self.endpoint is not None:
             self._check_endpoint(self.endpoint)
         elif given := ENDPOINT_FIELDS & self.model_fields_set:
@@ -101,9 +153,22 @@ class RewardInput(Strict):
             raise ValueError(f"combine: {self.combine} belongs to an ensemble")
         return self
 
+    def _check_answers(self) -> None:
+        """Raise ValueError where fields of a language model as a reward contradict each other."""
+        if self.answers is None:
+            if "question" in self.model_fields_set:
+                raise ValueError("question belongs to answers")
+            return
+        if self.model is None or self.label is not None or self.level == "token":
+            raise ValueError("answers belongs to model, a language model that scores whole completions, without label")
+        if not all(self.answers) or self.answers[0] == self.answers[1]:
+            raise ValueError(f"answers is {list(self.answers)}; expected two texts that differ")
+        if "{completion}" not in self.question:
+            raise ValueError("question must hold {completion}, and usually {prompt}")
+
     def _check_endpoint(self, address: str) -> None:
         """Raise ValueError where fields of an endpoint contradict each other."""
-        if "@" in address.partition("://")[2].partition("/")[0]:
+        if has_password(address):
             raise ValueError("endpoint holds a password, which would be written to logs and reports; name a variable by api_key_variable")
         if self.protocol == "classify":
             if not isinstance(self.label, int) or self.output == "logit":
@@ -122,6 +187,8 @@ class RewardInput(Strict):
             return self.function.rpartition(":")[2]
         if self.endpoint is not None:
             return re.sub(r"[^\w.-]+", "-", self.endpoint.partition("://")[2]).strip("-")
+        if self.judge is not None:
+            return re.sub(r"[^\w.-]+", "-", self.judge.model).strip("-") or "judge"
         assert self.model is not None
         return self.model.ref.rstrip("/").rpartition("/")[2]
 
@@ -138,6 +205,29 @@ def leaves(sources: list[RewardInput], place: str) -> dict[str, RewardInput]:
 def reward_model_inputs(sources: list[RewardInput], place: str) -> dict[str, ModelInput]:
     """Model inputs of a list of sources by field path, e.g. ``reward[0].model``."""
     return {f"{path}.model": source.model for path, source in leaves(sources, place).items() if source.model is not None}
+
+
+def rubric_inputs(sources: list[RewardInput], place: str) -> dict[str, list[DataSource]]:
+    """The files of rubrics by field path, e.g. ``reward[0].judge.rubric``."""
+    found = leaves(sources, place).items()
+    return {f"{path}.judge.rubric": source.judge.rubric for path, source in found if source.judge is not None}
+
+
+def read_rubric(path: str) -> str:
+    """The text of a rubric. Raises RecipeError where the file cannot be read, or is empty."""
+    try:
+        text = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"rubric {path}: cannot be read ({error}); expected a Markdown or text file in UTF-8") from error
+    if not text:
+        raise RecipeError(f"rubric {path}: the file is empty; expected what makes a response good, in words")
+    return text
+
+
+def check_rubrics(sources: list[RewardInput]) -> None:
+    """Raise RecipeError where a rubric cannot be read."""
+    for rubric in rubric_inputs(sources, "reward").values():
+        read_rubric(rubric[0].path)
 
 
 def check_names(sources: list[RewardInput], place: str) -> None:

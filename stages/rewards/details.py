@@ -46,18 +46,21 @@ class Judgement:
 
     ``scores`` [N] fp32: NaN where the source does not apply. ``spans``: where in the texts the scores arise; None for a source that does
     not say. ``cut`` [N] bool: the source could not read the whole text. ``completion_cut`` [N] bool: even a part of the completion was
-    lost. Both are None for a source that reads texts of any length.
+    lost. Both are None for a source that reads texts of any length. ``measured`` [N] by
+    name: what else is known of each completion, such as tokens and cost.
     """
 
     scores: Tensor
     spans: Spans | None = None
     cut: Tensor | None = None
     completion_cut: Tensor | None = None
+    measured: dict[str, Tensor] = field(default_factory=dict)
 
     def notes(self, name: str) -> dict[str, Tensor]:
         """What is measured beside the scores, [N] each, by the name of its metric."""
         found = {f"{name}_cut_share": self.cut, f"{name}_completion_cut_share": self.completion_cut}
-        return {key: value.float() for key, value in found.items() if value is not None}
+        cuts = {key: value.float() for key, value in found.items() if value is not None}
+        return {**cuts, **{f"{name}_{key}": value for key, value in self.measured.items()}}
 
 
 def applies(scores: Tensor) -> Tensor:

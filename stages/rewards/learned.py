@@ -28,12 +28,21 @@ def load_source(
 ) -> RewardSource:
     """A reward model (from ``load``, where it is not to have weights of its own), or a classifier where ``label`` is set."""
     role = model.record.role if model.record is not None else None
+    if source.answers is not None:
+        from stages.rewards.prompted import GenerativeSource
+
+        if role not in (None, "language_model"):
+            raise ModelError(f"{model.ref!r} is a {role.replace('_', ' ')}; answers needs a language model")
+        return GenerativeSource(source, model, device=device, dtype=dtype)
     if source.label is not None:
         return ClassifierSource(source, model, device=device, dtype=dtype)
     if role == "classifier":
         raise ModelError(f"{model.ref!r} is a classifier; set label to the class whose score is the reward")
     if role in ("language_model", "value_model"):
-        raise ModelError(f"{model.ref!r} is a {role.replace('_', ' ')}; a reward needs a reward_model, or a classifier with a label")
+        raise ModelError(
+            f"{model.ref!r} is a {role.replace('_', ' ')}; a reward needs a reward_model, a classifier with a label, or a "
+            "language model with answers"
+        )
     kind = RewardModelSpans if source.level == "token" else RewardModelSource
     if load is not None:
         return kind(source, load(model))

@@ -58,7 +58,7 @@ def judge(source: RewardSource, prompts: Sequence[Prompt], completions: Sequence
     scores = torch.as_tensor(found.scores, dtype=torch.float32).cpu()
     present = applies(scores) if getattr(source, "may_abstain", False) else torch.ones_like(scores, dtype=torch.bool)
     checked(torch.where(present, scores, 0.0), source.name, completions)
-    return Judgement(scores, found.spans, found.cut, found.completion_cut)
+    return Judgement(scores, found.spans, found.cut, found.completion_cut, found.measured)
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,13 @@ def build_source(
 
         key = secret(source.api_key_variable) if source.api_key_variable is not None else None
         return EndpointSource(source, key=key, cache=open_cache(cache_folder, source))
+    if source.judge is not None:
+        from stages.process.runtime import secret
+        from stages.rewards.endpoint import open_cache
+        from stages.rewards.prompted import RubricSource
+
+        variable = source.judge.api_key_variable
+        return RubricSource(source, key=secret(variable) if variable is not None else None, cache=open_cache(cache_folder, source))
     from stages.rewards.learned import load_source
 
     assert model is not None

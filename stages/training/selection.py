@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from stages.config import DataField, GenerationSettings, ModelInput, Strict
+from stages.config import DataField, DataSource, GenerationSettings, ModelInput, Strict
 from stages.errors import RecipeError
 from stages.registry.storage import sync, write_json
-from stages.rewards.config import RewardInput, check_names, reward_model_inputs
+from stages.rewards.config import RewardInput, check_names, reward_model_inputs, rubric_inputs
 from stages.rewards.details import Details, columns_of
 
 if TYPE_CHECKING:
@@ -41,6 +41,11 @@ class Selection(Strict):
     def model_inputs(self) -> dict[str, ModelInput]:
         """The models of the reward, by field path within the step."""
         return reward_model_inputs(self.reward, "selection.reward")
+
+    def data_inputs(self) -> dict[str, list[DataSource]]:
+        """The validation prompts, where they are named, and the rubrics of the reward, by field path within the step."""
+        inputs = rubric_inputs(self.reward, "selection.reward")
+        return inputs if self.data is None else {"selection.data": self.data, **inputs}
 
 
 @dataclass(frozen=True)
