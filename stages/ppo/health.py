@@ -71,8 +71,9 @@ class History:
         self.recent = [*self.recent, dict(metrics)][-self._kept :]
         for name in metrics:
             if name.startswith("monitors/") and not name.endswith("_std"):
+                known = [entry for entry in self.recent if name in entry]  # a monitor may apply to no episode of an iteration
                 self.trends.setdefault(name, Trend(self._window)).add(
-                    [entry[name] for entry in self.recent], [entry["rewards/score_mean"] for entry in self.recent]
+                    [entry[name] for entry in known], [entry["rewards/score_mean"] for entry in known]
                 )
 
     @property

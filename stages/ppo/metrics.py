@@ -64,14 +64,17 @@ def iteration_metrics(
 
 
 def _means(room: str, parts: Mapping[str, Tensor]) -> dict[str, float]:
-    """The mean of each part [B] over the episodes that it applies to, and how many it does not apply to where there are any."""
+    """The mean of each part [B] over the episodes that it applies to, and how many it does not apply to where there are any.
+
+    A part whose name has a room already (``scoring/...``) is no score of this room.
+    """
     found: dict[str, float] = {}
     for name, part in parts.items():
         present = part[applies(part)]
         if len(present):
-            found[f"{room}/{name}"] = float(present.mean())
+            found[name if "/" in name else f"{room}/{name}"] = float(present.mean())
         if len(present) < len(part):
-            found[f"{room}/{name}_not_applied"] = float(len(part) - len(present))
+            found[f"scoring/{name}_not_applied"] = float(len(part) - len(present))
     return found
 
 

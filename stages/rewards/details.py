@@ -57,10 +57,10 @@ class Judgement:
     measured: dict[str, Tensor] = field(default_factory=dict)
 
     def notes(self, name: str) -> dict[str, Tensor]:
-        """What is measured beside the scores, [N] each, by the name of its metric."""
-        found = {f"{name}_cut_share": self.cut, f"{name}_completion_cut_share": self.completion_cut}
+        """What is measured beside the scores, [N] each, by the name of its metric in the room ``scoring``."""
+        found = {"cut_share": self.cut, "completion_cut_share": self.completion_cut}
         cuts = {key: value.float() for key, value in found.items() if value is not None}
-        return {**cuts, **{f"{name}_{key}": value for key, value in self.measured.items()}}
+        return {f"scoring/{name}_{key}": value for key, value in {**cuts, **self.measured}.items()}
 
 
 def applies(scores: Tensor) -> Tensor:

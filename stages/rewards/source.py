@@ -66,8 +66,8 @@ class Scores:
     """The weighted sum [N] over the sources that apply, and what was measured [N] by name.
 
     ``parts``: each source's own, unweighted scores, NaN where it does not apply; of an ensemble the members' and their variance, too.
-    Beside them ``<source>_cut_share``: 1 where a source could not read a whole text. ``spans``: the share of the sum that has a place in
-    the text, weighted; None without a source of tokens' scores.
+    Beside them what is no score: ``scoring/<source>_cut_share`` is 1 where a source could not read a text whole. ``spans``: share of the
+    sum that has a place in the text, weighted; None without a source of tokens' scores.
     """
 
     total: Tensor

@@ -57,8 +57,8 @@ def test_every_row_with_its_own_answer(grading, rows, ppo_config, ppo_context) -
     ]
     assert all(turns == 1 and 1 <= tokens <= 10 for *_, turns, tokens in grading.seen)
     metrics = json.loads((ppo_context.folder / "metrics.jsonl").read_text().splitlines()[0])
-    assert metrics["rewards/even"] == 1.0 and metrics["rewards/even_not_applied"] == 6.0  # the mean of those that it applies to
-    assert "rewards/graded_not_applied" not in metrics
+    assert metrics["rewards/even"] == 1.0 and metrics["scoring/even_not_applied"] == 6.0  # the mean of those that it applies to
+    assert "scoring/graded_not_applied" not in metrics
     samples = [json.loads(line) for line in (ppo_context.folder / "samples.jsonl").read_text().splitlines()]
     scores = {(prompt, answer): answer + 10.0 * (answer % 2 == 0) for prompt, answer, *_ in grading.seen[:2]}
     for sample, ((prompt, _), score) in zip(samples, scores.items(), strict=True):

@@ -51,8 +51,8 @@ def test_a_rubric_grades(server, tmp_path) -> None:
     prices = {"price_per_million_input": 1.0, "price_per_million_output": 100.0}
     scores = CombinedReward([(grader(server, tmp_path, concurrency=1, **prices), 0.5)]).score([TURNS, "p"], ["ab", "abc"])
     assert scores.total.tolist() == [1.0, 1.5]
-    assert scores.parts["kind_input_tokens"].tolist() == [50.0, 50.0]
-    assert scores.parts["kind_cost"].tolist() == pytest.approx([250e-6, 250e-6])
+    assert scores.parts["scoring/kind_input_tokens"].tolist() == [50.0, 50.0]
+    assert scores.parts["scoring/kind_cost"].tolist() == pytest.approx([250e-6, 250e-6])
     body = server.bodies[0]
     assert body["model"] == "judge-1" and body["temperature"] == 0
     assert "from 1 to 10" in body["messages"][0]["content"] and "Be kind. {braces} stay." in body["messages"][0]["content"]
