@@ -219,11 +219,14 @@ def plan(
     """Say what a run would make, reuse or resume, and why, and how much memory it will need; of steps with a preset also each value and
     its source. Loads no model."""
     from stages.chain import run as chain
+    from stages.chain.pins import pinned, resolve_commits
     from stages.planning.plan import advice_lines, memory_table, plan_memory
     from stages.recipe.schema import load_recipe
     from stages.recipe.settings import preset_settings, settings_of_step, settings_table
 
     loaded = load_recipe(recipe, overrides or [], _registry(home))
+    commits = resolve_commits(loaded, needs_hub=False)
+    loaded = pinned(loaded, commits)
     plans = chain.plan(loaded, _home(home), download=False)
     machine = _machine(device_memory)
     reused = {step.name: step.record.path for step in plans if step.action == "reuse" and step.record is not None}
@@ -232,13 +235,16 @@ def plan(
     if as_json:
         settings = {name: [setting.as_json() for setting in found] for name, found in shown.items() if found}
         content = json.loads(chain.plans_json(loaded, plans, settings))
-        _print_json({**content, "machine": {"name": machine.name, "bytes": machine.bytes}, "memory": [step.as_json() for step in memory]})
+        _print_json({**content, "machine": {"name": machine.name, "bytes": machine.bytes}, "memory": [step.as_json() for step in memory],
+                     "not_checked": commits.unreached})
         return
     console = _runtime().console
     console.print(chain.plan_table(plans, f"{loaded.name}: {len(plans)} steps"))
+    for message in commits.unreached:
+        console.print(f"Not checked: {message}", markup=False, soft_wrap=True)
     unseen = [step.name for step in loaded.steps if chain.on_hub(step)]
     if unseen:
-        console.print(f"Not looked at, as it is on the hub: the data of {', '.join(unseen)}.", markup=False)
+        console.print(f"Not read, as they are on the Hub: the rows of {', '.join(unseen)}.", markup=False)
     if memory:
         console.print(memory_table(memory, machine))
         for line in advice_lines(memory):

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+HUB = "hub:"
+"""Before an id in a recipe: it is on the Hub, whatever a step, a registry version or a folder is called."""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Quantization = Literal["none", "int8", "nf4"]
 
@@ -48,7 +50,7 @@ class LoraSettings(Strict):
 class ModelInput(Strict):
     """A model to read: a step of this recipe, a registry reference (``name``, ``name@3``, a digest), a local folder, or a hub id."""
 
-    ref: str = Field(description="Step name, registry reference, folder or hub id.")
+    ref: str = Field(description="Step name, registry reference, folder or hub id (hub:owner/name where something else has that name).")
     quantization: Quantization = Field("none", description="Load the backbone in int8 or nf4 (bitsandbytes); heads stay in full precision.")
     double_quantization: bool = Field(True, description="nf4 only: quantize the quantization constants too.")
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
@@ -82,19 +84,35 @@ def check_architecture(architecture: dict[str, Any]) -> None:
 
 
 class DataSource(Strict):
-    """One table: a local file or folder, a hub data set, or a part of the embedded world (``world:raw`` and so on)."""
+    """One table: a local file or folder, a data set of the Hub, or a part of the embedded world (``world:raw`` and so on)."""
 
-    path: str = Field(description="File (.jsonl, .jsonl.gz, .json, .csv, .parquet, .txt), folder, hub id, or world:PART.")
-    name: str | None = Field(None, description="Hub configuration name.")
-    split: str | None = Field(None, description="Split of a hub data set (default: train; held-out data: validation or test).")
+    path: str = Field(
+        description="File (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt, also .gz), folder, hub id (hub:owner/name where a folder is "
+        "called the same), or world:PART."
+    )  # fmt: skip
+    name: str | None = Field(None, description="Config of the data set, as its README names them.")
+    split: str | None = Field(
+        None, description="Split of a folder or a data set of the Hub: test, train[:100], train+test (default: train; held-out data: "
+        "validation or test)."
+    )  # fmt: skip
+    data_dir: str | None = Field(None, description="Read only this folder of a folder or a data set of the Hub.")
+    data_files: str | list[str] | None = Field(None, description="Read only the files that fit these patterns, e.g. data/*.parquet.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a data set of the Hub (default: main).")
     limit: int | None = Field(None, ge=1, description="Use only the first so many rows.")
     skip: int = Field(0, ge=0, description="Leave out the first so many rows.")
     columns: dict[str, str] = Field({}, description="Rename: our column name -> the file's, e.g. {text: review, label: sentiment}.")
 
     @property
     def on_hub(self) -> bool:
-        """Whether reading it would download it."""
+        """Whether reading it would ask the Hub."""
+        if self.path.startswith(HUB):
+            return True
         return not self.path.startswith("world:") and not Path(self.path).exists()
+
+    @property
+    def hub_id(self) -> str:
+        """The id of a data set of the Hub."""
+        return self.path.removeprefix(HUB)
 
 
 def _sources(value: Any) -> Any:

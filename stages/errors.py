@@ -9,6 +9,9 @@
     |- RegistryError    the registry: a reference that does not resolve, a damaged version, a refused removal
     |- TrainingError    a run that must not go on (NaN, a reward function that returns nonsense)
     |- StorageError     a disk that is full, a folder that may not be written
+    |- HubError         a model or a data set of the Hub that cannot be used
+    |  |- HubMissing        the Hub does not have it
+    |  '- HubUnreachable    the Hub cannot be asked, and the local cache has no answer
     |- LaunchError      processes that cannot be started as asked, or that lost each other
     |- UnexpectedError  any other exception, in one message; exit status 1
     '- Waiting          no error: people have to answer first, and the same command goes on afterwards (status 75)
@@ -49,6 +52,18 @@ class TrainingError(StagesError):
 
 class StorageError(StagesError):
     """Something could not be written; the registry and the checkpoints before it are whole."""
+
+
+class HubError(StagesError):
+    """A model or a data set of the Hub cannot be used; the message says what the Hub answered and what to do."""
+
+
+class HubMissing(HubError):
+    """The Hub has no such repository or revision."""
+
+
+class HubUnreachable(HubError):
+    """The Hub did not answer, or must not be asked (HF_HUB_OFFLINE) and the local cache does not have it."""
 
 
 class LaunchError(StagesError):

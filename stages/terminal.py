@@ -23,10 +23,12 @@ HELP = "/again: another reply   /forget: begin anew   /system TEXT: set the syst
 
 def resolve_model(ref: str, registry: Registry) -> ResolvedModel:
     """The model that a registry reference, a folder or a hub id names. Raises RecipeError with what was looked for."""
+    from stages.chain.pins import apart_from_folders, pinned_model
     from stages.chain.run import resolve
     from stages.recipe.schema import find_model
 
-    return resolve(find_model(ModelInput(ref=ref), registry, [Path.cwd()]), registry)
+    found = pinned_model(find_model(ModelInput(ref=ref), registry, [Path.cwd()]))
+    return apart_from_folders(resolve(found, registry))
 
 
 @dataclass

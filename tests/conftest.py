@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test of this process asks the real Hub
+
 import copy
+import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +19,9 @@ from stages.config import ModelInput
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+# The stand-in of the Hub and the overrides that make recipes small: modules of fixtures and tests.
+sys.path += [str(REPOSITORY / "tests" / "hub"), str(REPOSITORY / "tests" / "recipes")]
 
 SENTENCES = [
     "the acting was warm and the film was a joy",
@@ -173,3 +182,24 @@ def _tokenizer_of(kind: str) -> Any:
 def tokenizer_of() -> Any:
     """tokenizer_of(kind) -> a copy of a tokenizer of that kind, one of TOKENIZER_KINDS."""
     return lambda kind: copy.deepcopy(_tokenizer_of(kind))
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The stand-in of the Hub (tests/hub/stand_in.py) with what the recipes that ship read there."""
+    from published import publish_all
+    from stand_in import Hub
+
+    server = Hub()
+    publish_all(server, tmp_path_factory.mktemp("published"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def hub_client(hub: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """hub_client.run("plan", ...) runs ``stages plan ...`` in a process whose client libraries ask ``hub``; see tests/hub/client.py."""
+    from client import Client
+
+    client = Client(hub.environment(tmp_path_factory.mktemp("hub-cache")))
+    yield client
+    client.close()

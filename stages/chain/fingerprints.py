@@ -20,7 +20,7 @@ from stages.registry.contents import file_sha256
 
 PACKAGE = Path(__file__).parents[1]
 # Plumbing that carries results but does not make them: an edit here must not send every step of every recipe to train again.
-PLUMBING = {"chain", "cli", "config", "errors", "labelling", "process", "recipe", "registry", "training.checkpoints"}
+PLUMBING = {"chain", "cli", "config", "errors", "hub", "labelling", "process", "recipe", "registry", "training.checkpoints"}
 TEXT_SUFFIXES = (".html", ".jinja", ".css", ".js", ".yaml", ".txt")
 
 
@@ -43,7 +43,10 @@ def fingerprint_of(parts: Mapping[str, Any]) -> str:
 
 
 def settings_of(config: BaseModel) -> dict[str, Any]:
-    """A step's settings without its name and seed. Models and local files are left to their digests: where they lie changes nothing."""
+    """A step's settings without its name and seed.
+
+    Models and data are left to their digests: where local files lie, and which branch led to a commit, changes nothing.
+    """
     return {name: _setting(getattr(config, name)) for name in type(config).model_fields if name not in ("name", "seed", "stage")}
 
 
@@ -51,9 +54,11 @@ def _setting(value: Any) -> Any:
     if isinstance(value, BaseModel):
         settings = {name: _setting(getattr(value, name)) for name in type(value).model_fields}
         if isinstance(value, ModelInput):
-            del settings["ref"]
-        if isinstance(value, DataSource) and Path(value.path).is_absolute():
-            settings["path"] = "".join(Path(value.path).suffixes[-2:])  # the reader goes by the suffix
+            del settings["ref"], settings["revision"]
+        if isinstance(value, DataSource):
+            del settings["revision"]
+            if Path(value.path).is_absolute():
+                settings["path"] = "".join(Path(value.path).suffixes[-2:])  # the reader goes by the suffix
         return settings
     if isinstance(value, dict):
         return {key: _setting(item) for key, item in value.items()}

@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 from rich.table import Table
 
 from stages.chain.fingerprints import fingerprint_of, parts_of, settings_of, why
+from stages.chain.pins import Commits, apart_from_folders, hub_inputs, is_known, pinned, resolve_commits
 from stages.chain.results import last_result, load_result, restore_files, save_result
 from stages.chain.texts import check_texts
 from stages.config import ModelInput
@@ -56,12 +57,13 @@ class StepPlan:
     reason: str
     fingerprint: str | None  # None while an input still has to be made
     inputs: dict[str, str]  # field path -> reference of the model, as far as it is known
+    hub: dict[str, str] = field(default_factory=dict)  # field path -> owner/name@commit of what is read on the Hub
     parts: dict[str, Any] = field(default_factory=dict)
     models: dict[str, ResolvedModel] = field(default_factory=dict)
     record: ModelRecord | None = None  # the version reused
 
     def as_json(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("name", "stage", "action", "reason", "fingerprint", "inputs")}
+        return {key: getattr(self, key) for key in ("name", "stage", "action", "reason", "fingerprint", "inputs", "hub")}
 
 
 def open_registry(home: Path) -> Registry:
@@ -74,8 +76,11 @@ def open_registry(home: Path) -> Registry:
 def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]:
     """What running the recipe would do, step by step; checks the data of every step that would run. Loads no model.
 
-    ``download=False`` leaves the data of the hub alone: a step that reads some is not checked.
+    What the recipe reads on the Hub is resolved to commits and checked from metadata first, unless the recipe is pinned already.
+    ``download=False`` leaves the rows of the Hub's data sets alone: those of a step that reads some are not checked.
     """
+    if not recipe.is_pinned:
+        recipe = pinned(recipe, resolve_commits(recipe))
     registry = open_registry(home)
     made: dict[str, ModelRecord | None] = {}
     plans = []
@@ -86,7 +91,7 @@ def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]
             made[step.name] = plans[-1].record
             if plans[-1].action != "reuse":
                 check_attention(step)
-            if plans[-1].action != "reuse" and (download or not on_hub(step)):
+            if plans[-1].action != "reuse" and is_known(step) and (download or not on_hub(step)):
                 with doing(f"checking the data of step {step.name!r} ({step.stage})"):
                     memo.passes(fingerprint_of(parts_of(step, {})), partial(_check_data, recipe, step, registry))
     return plans
@@ -112,17 +117,21 @@ def on_hub(step: RecipeStep) -> bool:
 
 def plan_step(recipe: Recipe, step: RecipeStep, home: Path, registry: Registry, made: Mapping[str, ModelRecord | None]) -> StepPlan:
     """The plan of one step, given what the steps before it made (None: still to be made)."""
+    read_on_hub = hub_inputs(step)
     waiting = sorted({model.target for model in step.models.values() if model.kind == "step" and made[model.target] is None})
     if waiting:
         known = {place: model.target for place, model in step.models.items()}
-        return StepPlan(step.name, step.stage, "run", f"its input {', '.join(waiting)} is made anew", None, known)
+        return StepPlan(step.name, step.stage, "run", f"its input {', '.join(waiting)} is made anew", None, known, read_on_hub)
+    if not is_known(step):
+        known = {place: model.input.ref for place, model in step.models.items()}
+        return StepPlan(step.name, step.stage, "run", "what it reads on the Hub could not be looked up", None, known, read_on_hub)
     models = {place: resolve(model, registry, made) for place, model in step.models.items()}
     parts = parts_of(step, {place: model.digest for place, model in models.items()})
     fingerprint = fingerprint_of(parts)
     inputs = {place: model.record.ref if model.record is not None else model.ref for place, model in models.items()}
 
     def planned(action: str, reason: str, record: ModelRecord | None = None) -> StepPlan:
-        return StepPlan(step.name, step.stage, action, reason, fingerprint, inputs, parts, models, record)
+        return StepPlan(step.name, step.stage, action, reason, fingerprint, inputs, read_on_hub, parts, models, record)
 
     name, damage = recipe.model_name(step), ""
     if STAGES[step.stage].makes_model:
@@ -150,7 +159,10 @@ def plan_step(recipe: Recipe, step: RecipeStep, home: Path, registry: Registry, 
 
 
 def resolve(model: Reference, registry: Registry, made: Mapping[str, ModelRecord | None] | None = None) -> ResolvedModel:
-    """Where the model is and what its content is. Raises RegistryError for a version whose files are damaged."""
+    """Where the model is and what its content is.
+
+    Raises RegistryError for a version whose files are damaged, HubError for a model of the Hub that cannot be loaded.
+    """
     if model.kind == "step":
         record = (made or {})[model.target]
         assert record is not None, f"step {model.target} was not run before it was read"
@@ -160,9 +172,13 @@ def resolve(model: Reference, registry: Registry, made: Mapping[str, ModelRecord
         if problems := registry.verify(record.ref):
             raise RegistryError(f"{record.ref} is damaged: {'; '.join(problems)}. Remove it and run its recipe again")
         return _resolved(model.input, record)
+    base = resolve(model.base, registry) if model.base is not None else None
+    below = f" on {base.digest}" if base is not None else ""
     if model.kind == "folder":
-        return ResolvedModel(model.input.ref, "folder", model.target, digest_folder(Path(model.target)), model.input)
-    return ResolvedModel(model.input.ref, "hub", model.target, f"hub:{model.target}@{model.input.revision or 'main'}", model.input)
+        digest = digest_folder(Path(model.target)) + below
+        return ResolvedModel(model.input.ref, "folder", model.target, digest, model.input, base=base)
+    digest = f"hub:{model.target}@{model.input.revision or 'main'}{below}"
+    return ResolvedModel(model.input.ref, "hub", model.target, digest, model.input, base=base)
 
 
 def _resolved(model: ModelInput, record: ModelRecord) -> ResolvedModel:
@@ -185,7 +201,7 @@ def run(recipe: Recipe, home: Path, runtime: Runtime) -> dict[str, Any]:
     home = home.absolute()
     chain = _Run(recipe, home, runtime)
     chain.start()
-    for step, planned in zip(recipe.steps, chain.plans, strict=True):
+    for step, planned in zip(chain.recipe.steps, chain.plans, strict=True):
         chain.do(step, planned)
     return chain.finish()
 
@@ -198,6 +214,9 @@ class _Run:
         self.registry = open_registry(home)
         self.began = time.monotonic()
         self.made: dict[str, ModelRecord | None] = {}
+        if not recipe.is_pinned:
+            commits: Commits = self.runtime.decide(lambda: resolve_commits(recipe))
+            self.recipe = recipe = pinned(recipe, commits)
         self.plans: list[StepPlan] = self.runtime.decide(lambda: plan(recipe, home))
         self.folder: Path = self.runtime.decide(self._new_run_folder)
         self.summary: dict[str, Any] = {
@@ -307,7 +326,7 @@ class _Run:
             seed=step.seed,
             runtime=self.runtime,
             registry=self.registry,
-            models=planned.models,
+            models={place: apart_from_folders(model) for place, model in planned.models.items()},
             folder=folder,
             checkpoint_folder=work,
             fingerprint=str(planned.fingerprint),
@@ -373,6 +392,7 @@ class _Run:
                 "action": planned.action,
                 "reason": planned.reason,
                 "inputs": planned.inputs,
+                "hub": planned.hub,
                 "data": planned.parts.get("data", {}),
                 "peak_memory_bytes": self.runtime.measure_peak_memory(),  # of the process so far
                 "fingerprint": planned.fingerprint,

@@ -105,10 +105,18 @@ class ScalarModel(nn.Module):
 
     # The trainer's side
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any) -> None:
+        """Recompute the backbone's activations in the backward pass; ``options`` are those that transformers' trainer adds."""
+        if hasattr(self.backbone, "activation_checkpointing_enable"):
+            self.backbone.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+        else:  # transformers before 5.24
+            self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
         if not any(parameter.requires_grad for parameter in self.backbone.get_input_embeddings().parameters()):
             self.backbone.enable_input_require_grads()  # frozen under an adapter: nothing else carries the gradient into the first block
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any) -> None:
+        """The name by which transformers 5.24 and later ask for ``gradient_checkpointing_enable``."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
 
     # Saving
 

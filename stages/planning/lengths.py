@@ -72,7 +72,10 @@ def _prompts(config: Any) -> list[str]:
     from stages.corpora.prompts import load_prompts
 
     sources = [source for source in config.data if not source.on_hub]
-    return [plain_text(prompt) for prompt in load_prompts(sources, prompt_words=config.prompt_words, limit=SAMPLE)] if sources else []
+    if not sources:
+        return []
+    split = "test" if config.stage == "evaluation" else "train"
+    return [plain_text(prompt) for prompt in load_prompts(sources, prompt_words=config.prompt_words, limit=SAMPLE, split=split)]
 
 
 def _demonstrations(config: Any) -> list[str]:

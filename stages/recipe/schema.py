@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field
 
-from stages.config import LARGEST_SEED, DataSource, ModelInput, StepConfig, Strict
+from stages.config import HUB, LARGEST_SEED, DataSource, ModelInput, StepConfig, Strict
 from stages.errors import DataError, RecipeError, RegistryError, StagesError
 from stages.process.redaction import find_secret
 from stages.process.trackers import Tracker, check_trackers
@@ -24,7 +24,7 @@ from stages.registry.ledger import DIGEST, REFERENCE, Registry, check_name
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 OLD_HUB_ID = re.compile(r"(?=.*[0-9-])[A-Za-z0-9][\w.-]*")  # gpt2, bert-base-uncased: hub models without an owner
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".bz2", ".xz")
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,17 @@ class RecipeHeader(Strict):
 
 @dataclass(frozen=True)
 class Reference:
-    """A model reference understood: ``kind`` step | folder | registry | hub, ``target`` the step's name, path, reference or id."""
+    """A model reference understood: ``kind`` step | folder | registry | hub, ``target`` the step's name, path, reference or id.
+
+    ``advice``: for an id that the Hub turns out not to have, what here has a similar name. ``base``: of an adapter on a model of the Hub,
+    that model at its commit; known once the recipe is pinned (chain/pins.py).
+    """
 
     kind: str
     target: str
     input: ModelInput
+    advice: str | None = None
+    base: Reference | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,7 @@ class Recipe:
     steps: list[RecipeStep]
     source: RecipeSource = field(repr=False)
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    is_pinned: bool = False  # whether models and data of the Hub are named by commits (chain/pins.py)
 
     def model_name(self, step: RecipeStep) -> str:
         """The registry name of what a step makes."""
@@ -170,7 +177,12 @@ def _load(path: Path | str, overrides: Sequence[str], registry: Registry | None)
     configs = [config for config, _ in read_steps]
     _check_names(header.name, configs, source)
     folders = [Path.cwd(), Path(path).resolve().parent]
-    configs = [_with_data_paths(config, ("steps", index), folders, source) for index, config in enumerate(configs)]
+    configs = [
+        with_sources(
+            config, ("steps", index), lambda data, at: data.model_copy(update={"path": _data_path(data.path, at, folders, source)})
+        )
+        for index, config in enumerate(configs)
+    ]
     _check_order(header.name, configs, source)
     steps = []
     for index, config in enumerate(configs):
@@ -300,10 +312,15 @@ def find_model(
 ) -> Reference:
     """Understand a reference that is no step: an existing model folder, a registry reference, or a hub id.
 
-    ``steps`` are the names a typing error may have meant. Raises RecipeError or RegistryError that says what was looked for.
+    Only exact names count: an id that merely resembles a step or a version is one of the Hub, and ``Reference.advice`` keeps the
+    resemblance for the case that the Hub does not have it. ``steps`` are the names a typing error may have meant. Raises RecipeError or
+    RegistryError that says what was looked for.
     """
     ref = model.ref
+    if ref.startswith(HUB):
+        return Reference("hub", _hub_id(ref), model)
     looks_like_path = ref.startswith((".", "/", "~"))
+    bare_folder = None
     for folder in folders:
         path = _local(folder, ref)
         if path is None:
@@ -312,6 +329,7 @@ def find_model(
             return Reference("folder", str(path), model)
         if path.is_dir() and looks_like_path:
             raise RecipeError(f"got {ref!r}, a folder without config.json; expected a model as save_pretrained writes it")
+        bare_folder = path if path.is_dir() else bare_folder
     if looks_like_path:
         raise RecipeError(f"got {ref!r}, a folder that does not exist (looked in {' and '.join(map(str, dict.fromkeys(folders)))})")
     names = {record.name for record in registry.records()} if registry is not None else set()
@@ -320,15 +338,21 @@ def find_model(
         return Reference("registry", registry.get(ref).ref, model)
     known = [*steps, *(f"{recipe}/{step}" for step in steps if recipe), *sorted(names)]
     near = difflib.get_close_matches(ref, known, n=1, cutoff=0.75)
-    owner = ref.partition("/")[0]
-    ours = owner == recipe or owner in {name.partition("/")[0] for name in names}
-    if not near and not ours and (HUB_ID.fullmatch(ref) or OLD_HUB_ID.fullmatch(ref)):
-        return Reference("hub", ref, model)
-    if near:
-        advice = f"did you mean {near[0]!r}?"
-    else:
-        advice = f"earlier steps: {', '.join(steps) or 'none'}; registry: {', '.join(sorted(names)[:10]) or 'empty'}"
+    advice = f"did you mean {near[0]!r}?" if near else None
+    if advice is None and bare_folder is not None:
+        advice = f"the folder {bare_folder} has that name and holds no config.json"
+    if HUB_ID.fullmatch(ref) or OLD_HUB_ID.fullmatch(ref):
+        return Reference("hub", ref, model, advice)
+    advice = advice or f"earlier steps: {', '.join(steps) or 'none'}; registry: {', '.join(sorted(names)[:10]) or 'empty'}"
     raise RecipeError(f"got {ref!r}, which is no earlier step, folder, registry reference or hub id; {advice}")
+
+
+def _hub_id(written: str) -> str:
+    """The id in ``hub:owner/name``. Raises RecipeError where it is none."""
+    identifier = written.removeprefix(HUB)
+    if not (HUB_ID.fullmatch(identifier) or OLD_HUB_ID.fullmatch(identifier) or identifier.isidentifier()):
+        raise RecipeError(f"got {written!r}, expected hub:owner/name")
+    return identifier
 
 
 def _local(folder: Path, written: str) -> Path | None:
@@ -344,34 +368,39 @@ def _local(folder: Path, written: str) -> Path | None:
 # Data paths
 
 
-def _with_data_paths(value: Any, path: Steps, folders: Sequence[Path], source: RecipeSource) -> Any:
-    """``value`` with the path of every local data source made absolute; raises RecipeError for a file that is not there."""
+def with_sources(value: Any, path: Steps, change: Callable[[DataSource, Steps], DataSource]) -> Any:
+    """``value`` (a block of a recipe, written at ``path``) with every data source in it replaced by what ``change`` makes of it."""
     if isinstance(value, DataSource):
-        return value.model_copy(update={"path": _data_path(value.path, path, folders, source)})
+        return change(value, path)
     if isinstance(value, BaseModel):
         fields = {name: getattr(value, name) for name in type(value).model_fields}
-        changed = {name: _with_data_paths(item, (*path, name), folders, source) for name, item in fields.items()}
+        changed = {name: with_sources(item, (*path, name), change) for name, item in fields.items()}
         return value.model_copy(update={name: item for name, item in changed.items() if item is not fields[name]})
     if isinstance(value, list):
-        items = [_with_data_paths(item, (*path, index), folders, source) for index, item in enumerate(value)]
+        items = [with_sources(item, (*path, index), change) for index, item in enumerate(value)]
         return items if any(new is not old for new, old in zip(items, value, strict=True)) else value
     if isinstance(value, dict):
-        entries = {key: _with_data_paths(item, (*path, key), folders, source) for key, item in value.items()}
+        entries = {key: with_sources(item, (*path, key), change) for key, item in value.items()}
         return entries if any(entries[key] is not value[key] for key in value) else value
     return value
 
 
 def _data_path(written: str, path: Steps, folders: Sequence[Path], source: RecipeSource) -> str:
+    """The absolute path of local data; other names are as written. Raises RecipeError for a file that is not there."""
     if written.startswith("world:"):
+        return written
+    if written.startswith(HUB):
+        try:
+            _hub_id(written)
+        except RecipeError as error:
+            raise source.error(path, str(error)) from error
         return written
     for folder in folders:
         found = _local(folder, written)
         if found is not None and found.exists():
             return str(found)
-    owner = written.partition("/")[0]
-    is_local = any((near := _local(folder, owner)) is not None and near.is_dir() for folder in folders) or written.endswith(DATA_SUFFIXES)
-    if not is_local and (HUB_ID.fullmatch(written) or OLD_HUB_ID.fullmatch(written) or written.isidentifier()):
-        return written  # a data set of the hub
+    if not written.endswith(DATA_SUFFIXES) and (HUB_ID.fullmatch(written) or OLD_HUB_ID.fullmatch(written) or written.isidentifier()):
+        return written  # a data set of the Hub
     looked = " and ".join(str(folder) for folder in dict.fromkeys(folders))
     expected = "a file, a folder, a hub id or world:PART"
     raise source.error(path, f"got {written!r}, a file that does not exist (looked in {looked}); expected {expected}")

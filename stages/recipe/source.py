@@ -27,6 +27,7 @@ Steps = tuple[str | int, ...]
 PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null")
 LARGEST = 2**63 - 1
 HEADER = ("name", "seed", "description", "trackers")  # fields of the recipe itself that an override may set
+DATA_FIELDS = ("data", "train", "validation", "demonstrations", "perplexity", "exclude", "completions", "judgements")
 MOST_VALUES = 100_000  # an alias of aliases can stand for billions of values
 
 
@@ -151,17 +152,21 @@ class RecipeSource:
                 node[key] = value
                 return
             child = node[key] if isinstance(key, int) else node.get(key)
-            node[key] = _opened(child, path[depth + 1])
+            field = next((part for part in reversed(path[: depth + 1]) if isinstance(part, str)), "")
+            node[key] = _opened(child, path[depth + 1], field)
             node = node[key]
 
 
-def _opened(child: Any, key: str | int) -> Any:
-    """``child`` in the form that takes ``key``: an absent block is made, a model or a data source written as a bare string is spelt out."""
+def _opened(child: Any, key: str | int, field: str) -> Any:
+    """``child`` in the form that takes ``key``: an absent block is made, a model or a data source written as a bare string is spelt out.
+
+    ``field`` is the field that ``child`` stands in; it tells a model from a data source where both have the key.
+    """
     if child is None and isinstance(key, str):
         return {}
     if isinstance(key, int) and (isinstance(child, str) or (isinstance(child, dict) and "path" in child)):
         return [child]  # a list of data sources may be written as its only item
-    if isinstance(child, str) and key in ModelInput.model_fields:
+    if isinstance(child, str) and key in ModelInput.model_fields and not (field in DATA_FIELDS and key in DataSource.model_fields):
         return {"ref": child}
     if isinstance(child, str) and key in DataSource.model_fields:
         return {"path": child}

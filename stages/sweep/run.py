@@ -21,7 +21,8 @@ from typing import Any
 from rich.table import Table
 
 from stages.chain import run as chain
-from stages.errors import RecipeError
+from stages.chain.pins import Commits, pinned, resolve_commits
+from stages.errors import RecipeError, StagesError
 from stages.process.runtime import Runtime, lost_the_others
 from stages.process.unexpected import explain
 from stages.recipe.schema import Recipe, RecipeStep, load_recipe
@@ -120,8 +121,9 @@ def _steps(recipe: Recipe, until: str | None) -> list[RecipeStep]:
 def plan_table(sweep: Sweep, home: Path) -> Table:
     """What each run would make, beside what is there already (a step that several runs share is made by the first of them)."""
     table = Table("run", "makes", "reuses", title=f"{sweep.name}: {len(sweep.recipes)} runs", title_justify="left")
+    commits = Commits()
     for point, recipe in sweep.recipes:
-        plans = chain.plan(recipe, home)
+        plans = chain.plan(pinned(recipe, resolve_commits(recipe, commits)), home)
         made = [plan.name for plan in plans if plan.action != "reuse"]
         table.add_row(str(point), ", ".join(made) or "nothing", str(len(plans) - len(made)))
     return table
@@ -131,9 +133,10 @@ def run_sweep(sweep: Sweep, home: Path, runtime: Runtime, metrics: Sequence[str]
     """Run what is not there yet; a run that fails is recorded, and the others go on."""
     result = SweepResult(sweep.grid, sweep.folder)
     earlier = runtime.decide(lambda: _earlier_rows(sweep.folder))
+    commits = Commits()  # the same for all runs, though the Hub may change meanwhile
     for number, (point, recipe) in enumerate(sweep.recipes, 1):
         runtime.console.rule(f"[bold]run {number} of {len(sweep.recipes)}[/]: {point}", align="left", characters="=")
-        result.runs.append(_run_point(point, recipe, home, runtime, metrics, earlier))
+        result.runs.append(_run_point(point, recipe, home, runtime, metrics, earlier, commits))
         if runtime.is_main:
             _write_rows(result)
     if runtime.is_main:
@@ -142,8 +145,19 @@ def run_sweep(sweep: Sweep, home: Path, runtime: Runtime, metrics: Sequence[str]
 
 
 def _run_point(
-    point: Point, recipe: Recipe, home: Path, runtime: Runtime, metrics: Sequence[str], earlier: dict[str, dict[str, Any]]
+    point: Point,
+    recipe: Recipe,
+    home: Path,
+    runtime: Runtime,
+    metrics: Sequence[str],
+    earlier: dict[str, dict[str, Any]],
+    commits: Commits,
 ) -> SweepRun:
+    try:
+        recipe = pinned(recipe, runtime.decide(lambda: resolve_commits(recipe, commits)))
+    except StagesError as error:
+        runtime.console.print(f"failed: {error}", style="red", markup=False)
+        return SweepRun(point, {}, str(error), {}, error.exit_status)
     found = runtime.decide(lambda: _finished(recipe, home, earlier))
     if found is not None:
         summary, folder = found

@@ -150,6 +150,9 @@ def test_a_good_recipe_is_read_whole(tmp_path: Path) -> None:
         ("aligned.policy=base", lambda recipe: recipe.steps[2].models["policy"].target, "base"),
         ("aligned.policy.quantization=nf4", lambda recipe: recipe.steps[2].config.policy.quantization, "nf4"),
         ("sft.data.train.limit=10", lambda recipe: recipe.steps[1].config.data.train[0].limit, 10),
+        ("sft.data.train.revision=v1", lambda recipe: recipe.steps[1].config.data.train[0].revision, "v1"),
+        ("sft.data.train[0].revision=v1", lambda recipe: recipe.steps[1].config.data.train[0].revision, "v1"),
+        ("aligned.policy.revision=v1", lambda recipe: recipe.steps[2].config.policy.revision, "v1"),
         ("sft.data.train[0].limit=10", lambda recipe: recipe.steps[1].config.data.train[0].limit, 10),
     ],
 )
@@ -199,7 +202,6 @@ WRONG = [
     (changed("  - stage: steer\n    name", "  - name"), "recipes/x.yaml:13: steps[2]: the field stage is missing"),
     (changed("policy: sft", "policy: stf"), "recipes/x.yaml:15: steps[2].policy: got 'stf', which is no earlier step"),
     (changed("policy: sft", "policy: bases"), "recipes/x.yaml:15: steps[2].policy: got 'bases', which is no earlier step, folder"),
-    (changed("policy: sft", "policy: quick/sff"), "did you mean 'quick/sft'?"),
     (
         changed("model: base\n", "model: aligned\n"),
         "recipes/x.yaml:7: steps[1].model: got 'aligned', a cycle: sft -> aligned -> sft",
@@ -214,7 +216,9 @@ WRONG = [
     (changed("policy: sft", "policy: ./nowhere"), "recipes/x.yaml:15: steps[2].policy: got './nowhere', a folder that does not exist"),
     (changed("policy: sft", "policy: ./recipes"), "recipes/x.yaml:15: steps[2].policy: got './recipes', a folder without config.json"),
     (changed("texts.txt", "text.txt"), "recipes/x.yaml:9: steps[1].data.train[0]: got 'text.txt', a file that does not exist"),
-    (changed("texts.txt", "recipes/reviews"), "steps[1].data.train[0]: got 'recipes/reviews', a file that does not exist"),
+    (changed("texts.txt", "recipes/reviews.csv"), "steps[1].data.train[0]: got 'recipes/reviews.csv', a file that does not exist"),
+    (changed("texts.txt", "hub:a b"), "recipes/x.yaml:9: steps[1].data.train[0]: got 'hub:a b', expected hub:owner/name"),
+    (changed("policy: sft", "policy: hub:a b"), "recipes/x.yaml:15: steps[2].policy: got 'hub:a b', expected hub:owner/name"),
     (changed("{model: base, weight: 1.0}", "{weight: 1.0}"), "recipes/x.yaml:17: steps[2].reward[0]: name a model to score with"),
     (changed("{base: base, aligned: aligned}", "base"), "steps[3].candidates: got 'base', expected a block of fields"),
     (changed("name: quick\n", "name: quick\nname: again\n"), "recipes/x.yaml:2: column 1: not readable as YAML: found duplicate key"),
@@ -287,8 +291,27 @@ def test_references_are_understood_in_order(tmp_path: Path) -> None:
         assert (model.kind, model.target) == (kind, target), ref
     with pytest.raises(RecipeError, match="has no version 2"):
         load(GOOD, "aligned.policy=other/model@2", registry=registry)
-    with pytest.raises(RecipeError, match="did you mean 'other/model'"):
-        load(GOOD, "aligned.policy=other/modle", registry=registry)
+
+
+def test_only_exact_names_keep_an_id_from_the_hub(tmp_path: Path) -> None:
+    """What resembles a step, a version or a folder is an id of the Hub; the resemblance is kept for the case that it is not there."""
+    registry = Registry(tmp_path / "registry")
+    registry.publish("other/model", lambda folder: (folder / "config.json").write_text("{}") and None, role="language_model")
+    (tmp_path / "recipes" / "texts" / "mine").mkdir(parents=True)
+    for ref, target, advice in (
+        ("quick/sff", "quick/sff", "did you mean 'quick/sft'?"),
+        ("quick/other", "quick/other", None),
+        ("other/modle", "other/modle", "did you mean 'other/model'?"),
+        ("texts/mine", "texts/mine", f"the folder {tmp_path / 'recipes' / 'texts' / 'mine'} has that name and holds no config.json"),
+        ("sft-1", "sft-1", "did you mean 'sft'?"),
+        ("hub:quick/sft", "quick/sft", None),
+        ("hub:other/model", "other/model", None),
+    ):
+        model = load(GOOD, f"aligned.policy={ref}", registry=registry).steps[2].models["policy"]
+        assert (model.kind, model.target, model.advice) == ("hub", target, advice), ref
+    for path in ("texts/tldr", "hub:texts/mine", "hub:recipes"):
+        assert load(GOOD, f"sft.data.train={path}").steps[1].config.data.train[0].path == path
+    assert load(GOOD, "sft.data.train=texts/mine").steps[1].config.data.train[0].path == str(tmp_path / "recipes" / "texts" / "mine")
 
 
 def test_data_is_found_beside_the_caller_first(tmp_path: Path) -> None:

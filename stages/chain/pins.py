@@ -1,0 +1,237 @@
+"""What a recipe reads on the Hub, resolved to commits when the plan is made: from then on nothing of it can change.
+
+Everything is checked here from metadata alone, before anything is trained: that a model is there, may be read and has weights that can be
+loaded; that a data set has the config, the split and the columns that the recipe names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stages.config import DataSource, ModelInput
+from stages.errors import DataError, HubError, HubMissing, HubUnreachable
+from stages.hub.models import adapter_base, check_model, download
+from stages.hub.repositories import COMMIT, Kind, Repository, look_up
+from stages.process.runtime import ResolvedModel
+from stages.recipe.schema import Recipe, RecipeStep, Reference, data_inputs, with_sources
+from stages.recipe.source import Steps, parse_path
+
+Key = tuple[Kind, str, str | None]  # kind, id, revision as written
+
+
+@dataclass
+class Commits:
+    """The repositories that were looked up: each name means one commit for as long as this lives."""
+
+    found: dict[Key, Repository] = field(default_factory=dict)
+    bases: dict[str, tuple[str, Repository]] = field(default_factory=dict)  # of adapters, by the ref or folder of the adapter
+    unreached: list[str] = field(default_factory=list)  # messages; only where the caller goes on without the Hub
+
+    def look_up(self, kind: Kind, identifier: str, revision: str | None) -> Repository:
+        key: Key = (kind, identifier, revision)
+        if key not in self.found:
+            repository = look_up(kind, identifier, revision)
+            if kind == "model":
+                check_model(repository)
+            self.found[key] = repository
+        return self.found[key]
+
+
+def pinned(recipe: Recipe, commits: Commits) -> Recipe:
+    """``recipe`` with the commits that were found in the place of branches and tags. What was not looked up stays as it is."""
+    steps = [_pinned_step(step, commits) for step in recipe.steps]
+    return dataclasses.replace(recipe, steps=steps, is_pinned=True)
+
+
+def resolve_commits(recipe: Recipe, commits: Commits | None = None, *, needs_hub: bool = True) -> Commits:
+    """Look up and check every model and data set of the Hub that the recipe reads. A recipe that reads none makes no request.
+
+    Raises HubError or DataError with the place in the recipe. ``needs_hub=False``: where the Hub cannot be asked, the reason is kept in
+    ``unreached`` and the rest is left unchecked.
+    """
+    commits = commits if commits is not None else Commits()
+    for step in recipe.steps:
+        try:
+            _resolve_models(recipe, step, commits)
+            _resolve_data(recipe, step, commits)
+        except HubUnreachable as error:
+            if needs_hub:
+                raise
+            commits.unreached.append(str(error))
+            if not _is_offline():
+                break  # it would be waited for again and again
+    return commits
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import is_offline_mode
+
+    return is_offline_mode()
+
+
+def hub_inputs(step: RecipeStep) -> dict[str, str]:
+    """``owner/name@commit`` of everything that a pinned step reads on the Hub, by field path; ``...@?`` where the commit is not known."""
+    found = {}
+    for place, model in step.models.items():
+        if model.kind == "hub":
+            found[place] = _at(model.target, model.input.revision)
+        below, name = model.base, place
+        while below is not None:
+            name = f"{name}.base"
+            found[name] = _at(below.target, below.input.revision)
+            below = below.base
+    found.update({place: _at(source.hub_id, source.revision) for place, source in _hub_sources(step)})
+    return found
+
+
+def is_known(step: RecipeStep) -> bool:
+    """Whether the commit of everything that the step reads on the Hub is known."""
+    return not any(ref.endswith("@?") for ref in hub_inputs(step).values())
+
+
+def _at(identifier: str, revision: str | None) -> str:
+    return f"{identifier}@{revision if revision is not None and COMMIT.fullmatch(revision) else '?'}"
+
+
+def _hub_sources(step: RecipeStep) -> Iterator[tuple[str, DataSource]]:
+    for place, sources in data_inputs(step.config).items():
+        for index, source in enumerate(sources):
+            if source.on_hub and not Path(source.path).is_absolute():
+                yield (f"{place}[{index}]" if len(sources) > 1 else place), source
+
+
+def apart_from_folders(model: ResolvedModel) -> ResolvedModel:
+    """A model of the Hub whose id is also the name of something in this folder, by the place of its copy in the cache.
+
+    transformers would read the local folder instead. The copy is downloaded where the cache does not have it.
+    """
+    base = apart_from_folders(model.base) if model.base is not None else None
+    model = dataclasses.replace(model, base=base)
+    if model.kind != "hub" or not Path(model.path).exists():
+        return model
+    return dataclasses.replace(model, path=str(download(look_up("model", model.path, model.input.revision))))
+
+
+# Looking up
+
+
+def pinned_model(model: Reference) -> Reference:
+    """``model`` at the commit that its revision names now. Raises HubError where the Hub does not have it or it cannot be loaded."""
+    commits = Commits()
+    _resolve_model(model, commits)
+    return _pinned_model(model, commits)
+
+
+def _resolve_models(recipe: Recipe, step: RecipeStep, commits: Commits) -> None:
+    for place, model in step.models.items():
+        try:
+            _resolve_model(model, commits)
+        except HubError as error:
+            raise type(error)(f"{_place(recipe, step, place)}: got {model.input.ref!r}: {error}") from error
+
+
+def _resolve_model(model: Reference, commits: Commits) -> None:
+    if model.kind == "folder" and (named := _base_of_folder(Path(model.target))) is not None:
+        _resolve_base(model.target, named, commits)
+    if model.kind != "hub":
+        return
+    try:
+        repository = commits.look_up("model", model.target, model.input.revision)
+    except (HubMissing, HubUnreachable) as error:
+        raise type(error)(f"{error}. Here, {model.advice}" if model.advice else str(error)) from error
+    _resolve_base(repository.ref, adapter_base(repository), commits)
+
+
+def _resolve_base(adapter: str, named: tuple[str, str | None] | None, commits: Commits) -> None:
+    """Look up the model that an adapter stands on, where it is on the Hub, at the revision that the adapter names."""
+    if named is None or Path(named[0]).exists() or named[0].startswith((".", "/", "~", "sha256:")):
+        return
+    try:
+        repository = commits.look_up("model", *named)
+        commits.bases[adapter] = (named[0], repository)
+        _resolve_base(repository.ref, adapter_base(repository), commits)
+    except HubError as error:
+        raise type(error)(f"the base of the adapter {adapter}: {error}") from error
+
+
+def _base_of_folder(folder: Path) -> tuple[str, str | None] | None:
+    import json
+
+    try:
+        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    base = config.get("base_model_name_or_path")
+    if not base or (folder / str(base)).exists():
+        return None
+    return str(base), config.get("revision")
+
+
+def _resolve_data(recipe: Recipe, step: RecipeStep, commits: Commits) -> None:
+    from stages.corpora.hub_tables import check_source
+
+    for place, source in _hub_sources(step):
+        try:
+            repository = commits.look_up("dataset", source.hub_id, source.revision)
+            check_source(repository, source, default_split(step.stage, place))
+        except HubMissing as error:
+            raise HubMissing(f"{_place(recipe, step, place)}: got {source.path!r}: {error}{_beside(recipe, source)}") from error
+        except (HubError, DataError) as error:
+            raise type(error)(f"{_place(recipe, step, place)}: {error}") from error
+
+
+def _beside(recipe: Recipe, source: DataSource) -> str:
+    """What is said of a local folder that an id of the Hub could have meant."""
+    owner, _, name = source.path.partition("/")
+    for folder in (Path.cwd(), Path(recipe.source.file).resolve().parent):
+        if name and (folder / owner).is_dir():
+            return f". The folder {folder / owner} holds no {name!r} either"
+    return ""
+
+
+def default_split(stage: str, place: str) -> str:
+    """The split that a stage reads where a source names none: as its reader says, by the field."""
+    fields = place.replace("[", ".").replace("]", "").split(".")
+    if "validation" in fields or "choose" in fields:
+        return "validation"
+    trained_on = {"few_shot", "exclude"} & set(fields)
+    return "test" if stage == "evaluation" and not trained_on else "train"
+
+
+def _place(recipe: Recipe, step: RecipeStep, place: str) -> str:
+    return recipe.source.place(("steps", step.index, *parse_path(place)))
+
+
+# Writing commits into a recipe
+
+
+def _pinned_step(step: RecipeStep, commits: Commits) -> RecipeStep:
+    def at_commit(source: DataSource, _: Steps) -> DataSource:
+        found = commits.found.get(("dataset", source.hub_id, source.revision)) if source.on_hub else None
+        return source if found is None else source.model_copy(update={"revision": found.commit})
+
+    models = {place: _pinned_model(model, commits) for place, model in step.models.items()}
+    return dataclasses.replace(step, config=with_sources(step.config, (), at_commit), models=models)
+
+
+def _pinned_model(model: Reference, commits: Commits) -> Reference:
+    adapter = model.target
+    if model.kind == "hub":
+        found = commits.found.get(("model", model.target, model.input.revision))
+        if found is None:
+            return model
+        adapter = found.ref
+        model = dataclasses.replace(model, input=model.input.model_copy(update={"revision": found.commit}))
+    return dataclasses.replace(model, base=_base_reference(model.input, commits.bases, adapter))
+
+
+def _base_reference(adapter: ModelInput, bases: Mapping[str, tuple[str, Repository]], key: str) -> Reference | None:
+    if key not in bases:
+        return None
+    name, repository = bases[key]
+    source = ModelInput(ref=name, revision=repository.commit, trust_remote_code=adapter.trust_remote_code)
+    return Reference("hub", repository.id, source, base=_base_reference(source, bases, repository.ref))

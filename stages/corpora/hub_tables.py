@@ -1,0 +1,152 @@
+"""Data sets of the Hub at one commit: their splits and columns, told without the rows; and the rows, downloaded file by file.
+
+Only the files of the split that is read are downloaded, into the Hub's own cache, from where they are read again offline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+from stages.config import DataSource
+from stages.corpora.files import Row, _placed, logger, read_file, rows_of_parts
+from stages.corpora.layout import Layout, Part, find_split, front_matter, layout_of, parts_of, suffix_of
+from stages.errors import DataError, HubUnreachable
+from stages.hub.repositories import COMMIT, Repository, fetch, look_up
+
+TYPED = {".csv": "csv", ".tsv": "csv", ".txt": "text"}
+"""Formats whose values the ``datasets`` library interprets; of a text file each line is a row there."""
+ORDER = (".parquet", ".arrow", ".jsonl", ".json", ".csv")  # which format is read where as many files have another, as datasets does
+
+
+def commit_of(source: DataSource) -> str:
+    """The commit at which a data set of the Hub is read. Asks the Hub where the recipe was not pinned before."""
+    pinned = source.revision is not None and COMMIT.fullmatch(source.revision)
+    return str(source.revision) if pinned else repository_of(source).commit
+
+
+def repository_of(source: DataSource) -> Repository:
+    """The repository of a source. Raises HubError where the Hub does not give it."""
+    if source.revision is not None and COMMIT.fullmatch(source.revision):
+        return _at_commit(source.hub_id, source.revision)
+    return look_up("dataset", source.hub_id, source.revision)
+
+
+@lru_cache(maxsize=64)
+def _at_commit(identifier: str, commit: str) -> Repository:
+    """The repository at a commit, which cannot change: one request per process."""
+    return look_up("dataset", identifier, commit)
+
+
+def hub_layout(repository: Repository, source: DataSource) -> Layout:
+    """The data files of the repository by split. Raises DataError where the source chooses what is not there."""
+    files = [source.data_files] if isinstance(source.data_files, str) else source.data_files
+    try:
+        layout = layout_of(
+            repository.files, lambda name: fetch(repository, name).read_text(encoding="utf-8", errors="replace"),
+            name=source.name, data_dir=source.data_dir, data_files=files,
+        )  # fmt: skip
+    except DataError as error:
+        if repository.is_cached:  # what is missing may never have been downloaded
+            raise HubUnreachable(_not_downloaded(repository, str(error))) from error
+        raise DataError(f"{repository.id}: {error}") from error
+    if any(layout.splits.values()):
+        return layout
+    if repository.is_cached:
+        raise HubUnreachable(_not_downloaded(repository, "no data file is there"))
+    kinds = sorted({suffix_of(name) or name for name in repository.files})
+    raise DataError(f"{repository.id}: the data set holds no file that can be read here (it has {', '.join(kinds[:8])})")
+
+
+def check_source(repository: Repository, source: DataSource, split: str) -> None:
+    """Raise DataError where the config, the split or a renamed column does not exist; no rows are downloaded.
+
+    ``split`` is the one that is read where the source names none. Columns are checked where the README lists them.
+    """
+    chosen_files(repository, source, split)
+    columns = _declared_columns(repository, source)
+    for ours, theirs in source.columns.items():
+        if columns and theirs not in columns:
+            raise DataError(f"{repository.id}: columns names {theirs!r} for {ours!r}, and the data set has {', '.join(columns)}")
+
+
+def chosen_files(repository: Repository, source: DataSource, split: str) -> list[str]:
+    """The files that the source reads. Raises DataError where its split is not there."""
+    layout = hub_layout(repository, source)
+    return [name for part in _chosen_parts(repository, layout, source, split) for name in layout.splits[part.split]]
+
+
+def _chosen_parts(repository: Repository, layout: Layout, source: DataSource, split: str) -> list[Part]:
+    """What the source's split means. On the Hub a data set without splits is "train", as the ``datasets`` library has it."""
+    try:
+        if source.split is None and source.data_files is None:
+            return [Part(find_split(layout, split, is_default=True))]
+        return parts_of(layout, source.split, split)
+    except DataError as error:
+        if repository.is_cached:
+            raise HubUnreachable(_not_downloaded(repository, str(error))) from error
+        raise DataError(f"{repository.id}: {error}") from error
+
+
+def _not_downloaded(repository: Repository, reason: str) -> str:
+    return (
+        f"the data set {repository.id!r} is in the local cache in part ({reason}), and HF_HUB_OFFLINE is set; unset it, or download the "
+        f"rest: hf download {repository.id} --repo-type dataset --revision {repository.commit}"
+    )
+
+
+def _declared_columns(repository: Repository, source: DataSource) -> list[str]:
+    """The columns that the README lists for what is read; empty where it lists none."""
+    if "README.md" not in repository.files or source.data_dir is not None or source.data_files is not None:
+        return []
+    infos = front_matter(fetch(repository, "README.md").read_text(encoding="utf-8", errors="replace")).get("dataset_info")
+    listed: list[Any] = infos if isinstance(infos, list) else [infos]
+    known = {info.get("config_name", "default"): info for info in listed if isinstance(info, dict)}
+    info = known.get(source.name or "default") or (next(iter(known.values())) if len(known) == 1 else {})
+    return [str(item["name"]) for item in info.get("features") or () if isinstance(item, dict) and "name" in item]
+
+
+def read_hub(source: DataSource, split: str) -> Iterator[Row]:
+    """The rows of a data set of the Hub, of the split that the source names, else of ``split``.
+
+    Raises HubError where the Hub does not give it, DataError where it cannot be read.
+    """
+    repository = repository_of(source)
+    layout = hub_layout(repository, source)
+    parts = _chosen_parts(repository, layout, source, split)
+    format_read = _one_format(repository, [name for part in parts for name in layout.splits[part.split]])
+    only = Layout(
+        {name: [file for file in of_split if suffix_of(file) == format_read] for name, of_split in layout.splits.items()},
+        layout.names_splits,
+    )
+    return rows_of_parts(only, parts, lambda name: _read_one(repository, name))
+
+
+def _one_format(repository: Repository, files: Sequence[str]) -> str:
+    """The format of most files: the same rows are often published in several. What is left out is said."""
+    suffixes = [suffix_of(name) for name in files]
+    most = max(dict.fromkeys(suffixes), key=lambda suffix: (suffixes.count(suffix), -(ORDER.index(suffix) if suffix in ORDER else 9)))
+    others = [name for name in files if suffix_of(name) != most]
+    if others:
+        logger.warning("%s: its %s files are read, and %d of other formats are not: %s", repository.id, most, len(others), others[0])
+    return most
+
+
+def _read_one(repository: Repository, name: str) -> Iterator[Row]:
+    path, shown = fetch(repository, name), f"{repository.id}, {name}"
+    module = TYPED.get(suffix_of(name))
+    if module is None:
+        yield from read_file(path, shown)
+        return
+    from datasets import Dataset
+
+    try:
+        if module == "csv":
+            table = Dataset.from_csv(str(path), sep="\t" if suffix_of(name) == ".tsv" else ",")
+        else:
+            table = Dataset.from_text(str(path))
+    except Exception as error:  # datasets raises a dozen kinds
+        reason = str(error.__cause__ or error).strip().split("\n")[0][:300]
+        raise DataError(f"{shown}: cannot be read as {module} ({type(error).__name__}: {reason})") from error
+    yield from _placed(table, shown)

@@ -1,0 +1,70 @@
+"""Whether a model of the Hub can be loaded here, told from the list of its files and its small files; weights are not downloaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stages.errors import HubError
+from stages.hub.repositories import Repository, fetch
+
+CONFIG, ADAPTER_CONFIG, INDEX = "config.json", "adapter_config.json", "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+READ = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py")
+OTHERS = (".gguf", ".h5", ".msgpack", ".onnx", ".tflite")
+
+
+def check_model(repository: Repository) -> None:
+    """Raise HubError where the repository holds no model that this project loads; its configuration is downloaded."""
+    names = [name for name in repository.files if "/" not in name]
+    config = next((name for name in (ADAPTER_CONFIG, CONFIG) if name in names), None)
+    if config is None:
+        raise HubError(
+            f"the model {repository.id!r} has neither {CONFIG} nor {ADAPTER_CONFIG} among its files; expected a transformers model or a "
+            "peft adapter"
+        )
+    fetch(repository, config)
+    _check_weights(repository, names)
+    if repository.is_cached and INDEX in names:
+        index = json.loads(fetch(repository, INDEX).read_text(encoding="utf-8"))
+        for shard in sorted(set(index["weight_map"].values())):
+            fetch(repository, shard)
+
+
+def _check_weights(repository: Repository, names: list[str]) -> None:
+    if any(name.endswith(".safetensors") for name in names):
+        return
+    pickled = [name for name in names if name.endswith(PICKLED) and name != "training_args.bin"]
+    if pickled:
+        raise HubError(
+            f"the model {repository.id!r} has its weights only as {_some(pickled)}: pickle files can run code when they are read, so they "
+            f"are not loaded. Look for a pull request with safetensors at {repository.page}/discussions and name it "
+            "({ref: ..., revision: refs/pr/N}), or convert the weights where you trust them and name the folder"
+        )
+    if repository.is_cached:
+        fetch(repository, "model.safetensors")  # raises: offline, and only the small files are there
+    others = [name for name in names if name.endswith(OTHERS)]
+    found = f"only {_some(others)}" if others else "none"
+    raise HubError(f"the model {repository.id!r} has no *.safetensors (weights found: {found}); choose a repository that has them")
+
+
+def download(repository: Repository) -> Path:
+    """The folder with the files of a model that from_pretrained reads; those that the cache does not have are downloaded."""
+    for name in repository.files:
+        if name.endswith(READ) and ("/" not in name or name.startswith("additional_chat_templates/")):
+            fetch(repository, name)
+    return fetch(repository, CONFIG if CONFIG in repository.files else ADAPTER_CONFIG).parent
+
+
+def adapter_base(repository: Repository) -> tuple[str, str | None] | None:
+    """Name and revision of the model that an adapter stands on, as the adapter names them; None for a model that is no adapter."""
+    if ADAPTER_CONFIG not in repository.files:
+        return None
+    config: dict[str, Any] = json.loads(fetch(repository, ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    return (str(base), config.get("revision")) if base else None
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

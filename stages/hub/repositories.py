@@ -1,0 +1,210 @@
+"""Repositories of the Hub: the commit that a revision names, the list of files, and single small files.
+
+All requests go through ``_asked``. It retries for a few seconds and turns the errors of the Hub's client into one message. With
+``HF_HUB_OFFLINE=1`` no request is made: the local cache answers, at the commit that it holds.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from stages.errors import HubError, HubMissing, HubUnreachable, StorageError
+
+T = TypeVar("T")
+Kind = Literal["model", "dataset"]
+NOUNS = {"model": "model", "dataset": "data set"}
+COMMIT = re.compile(r"[0-9a-f]{40}")
+PAUSES = (1.0, 2.0)
+"""Seconds between the attempts to reach the Hub."""
+TIMEOUT = 10.0
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+BUSY = (408, 429, 500, 502, 503, 504)
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A model or a data set of the Hub at one commit."""
+
+    kind: Kind
+    id: str  # owner/name
+    commit: str
+    files: tuple[str, ...]  # paths with slashes, sorted
+    is_cached: bool = False  # known from the local cache alone: ``files`` are those that were downloaded
+
+    @property
+    def ref(self) -> str:
+        """``owner/name@commit``."""
+        return f"{self.id}@{self.commit}"
+
+    @property
+    def page(self) -> str:
+        """The address of its page."""
+        return _page(self.kind, self.id)
+
+
+def look_up(kind: Kind, identifier: str, revision: str | None = None) -> Repository:
+    """The repository at the commit that ``revision`` (branch, tag or commit; default: main) names now.
+
+    Raises HubMissing where the Hub does not have it, HubUnreachable where it cannot be asked and the cache has no answer, and HubError
+    where it refuses access.
+    """
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, is_offline_mode
+
+    if is_offline_mode():
+        return _cached(kind, identifier, revision)
+    api = HfApi()
+    info: Any = _asked(kind, identifier, revision, lambda: api.repo_info(identifier, repo_type=kind, revision=revision, timeout=TIMEOUT))
+    commit = str(info.sha)
+    if revision != commit:
+        _remember(kind, identifier, revision or "main", commit)
+    files = tuple(sorted(sibling.rfilename for sibling in info.siblings or ()))
+    if files and info.gated:
+        # What the Hub tells of a gated repository is public; its files tell who may read them.
+        url = hf_hub_url(identifier, files[0], repo_type=kind, revision=commit)
+        _asked(kind, identifier, revision, lambda: get_hf_file_metadata(url, timeout=TIMEOUT))
+    return Repository(kind, identifier, commit, files)
+
+
+def fetch(repository: Repository, name: str) -> Path:
+    """Where the file ``name`` lies on this machine; it is downloaded where the cache does not have it. Raises as ``look_up`` does."""
+    from huggingface_hub import hf_hub_download
+
+    kind, identifier, commit = repository.kind, repository.id, repository.commit
+    path = _folder(kind, identifier) / "snapshots" / commit / name
+    if path.is_file():
+        return path
+    if repository.is_cached:
+        raise HubUnreachable(f"{name} of the {NOUNS[kind]} {identifier!r} {_not_cached(kind, identifier)}")
+    return Path(_asked(kind, identifier, commit, lambda: hf_hub_download(identifier, name, repo_type=kind, revision=commit)))
+
+
+def _asked(kind: Kind, identifier: str, revision: str | None, ask: Callable[[], T]) -> T:
+    """What ``ask`` returns. Raises HubError, or one of its kinds, that says what to do."""
+    from httpx2 import TransportError
+    from huggingface_hub.errors import (
+        DisabledRepoError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    what = f"the {NOUNS[kind]} {identifier!r}"
+    problem = ""
+    for pause in (*PAUSES, None):
+        try:
+            return ask()
+        except GatedRepoError as error:
+            raise HubError(
+                f"{what} is gated, and this account may not read it; accept its terms at {_page(kind, identifier)}, then log in with "
+                "`hf auth login` (or set HF_TOKEN)"
+            ) from error
+        except RevisionNotFoundError as error:
+            page = _page(kind, identifier)
+            raise HubMissing(f"{what} has no revision {revision!r}; name a branch, a tag or a commit of {page}") from error
+        except DisabledRepoError as error:
+            raise HubError(f"{what} was disabled by the Hub; choose another one") from error
+        except RepositoryNotFoundError as error:
+            login = "" if _has_token() else "; for a private one log in with `hf auth login` (or set HF_TOKEN)"
+            missing = f"the Hub has no {NOUNS[kind]} {identifier!r} that this account can read"
+            raise HubMissing(f"{missing}; check the spelling{login}") from error
+        except HFValidationError as error:
+            raise HubMissing(f"{identifier!r} is no id of the Hub; expected owner/name") from error
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            if status in (401, 403):
+                raise HubError(f"the Hub refuses {what} (HTTP {status}); check the token: `hf auth whoami`") from error
+            if status not in BUSY:
+                raise HubError(f"the Hub did not give {what} (HTTP {status}: {_first_line(error)})") from error
+            problem = f"HTTP {status}"
+        except (TransportError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+                raise StorageError(f"{what} cannot be stored in the cache of the Hub ({error}); make room, or set HF_HOME") from error
+            problem = f"{type(error).__name__}: {_first_line(error)}"
+        if pause is not None:
+            time.sleep(pause)
+    raise HubUnreachable(
+        f"the Hub at {_endpoint()} did not answer for {what} ({problem}; {len(PAUSES) + 1} attempts). Check the connection and try again; "
+        "with HF_HUB_OFFLINE=1 what was downloaded before is used"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
+
+
+def _page(kind: Kind, identifier: str) -> str:
+    return f"{_endpoint()}/{'datasets/' if kind == 'dataset' else ''}{identifier}"
+
+
+def _has_token() -> bool:
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+# The local cache, laid out as huggingface_hub documents it: refs/<revision> holds a commit, snapshots/<commit>/ the files
+
+
+def _folder(kind: Kind, identifier: str) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / "--".join([f"{kind}s", *identifier.split("/")])
+
+
+def _remember(kind: Kind, identifier: str, revision: str, commit: str) -> None:
+    """Note in the cache which commit ``revision`` names. A download by commit would leave no trace of it for later work offline."""
+    path = _folder(kind, identifier) / "refs" / revision
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{uuid.uuid4().hex}")
+        partial.write_text(commit, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError:
+        pass  # a cache that may not be written to serves all the same
+
+
+def _cached(kind: Kind, identifier: str, revision: str | None) -> Repository:
+    folder = _folder(kind, identifier)
+    commit = _cached_commit(folder, revision)
+    snapshot = folder / "snapshots" / commit if commit is not None else None
+    if commit is None or snapshot is None or not snapshot.is_dir():
+        at = f" at revision {revision!r}" if revision is not None else ""
+        raise HubUnreachable(f"the {NOUNS[kind]} {identifier!r}{at} {_not_cached(kind, identifier)}")
+    files = sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
+    return Repository(kind, identifier, commit, tuple(files), is_cached=True)
+
+
+def _cached_commit(folder: Path, revision: str | None) -> str | None:
+    """The commit that the cache holds for ``revision``; without a note of it, that of the only snapshot for the main branch."""
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision
+    try:
+        return (folder / "refs" / (revision or "main")).read_text(encoding="utf-8").strip()
+    except OSError:
+        pass
+    snapshots = [path.name for path in (folder / "snapshots").glob("*")]
+    return snapshots[0] if revision in (None, "main") and len(snapshots) == 1 else None
+
+
+def _not_cached(kind: Kind, identifier: str) -> str:
+    kinds = " --repo-type dataset" if kind == "dataset" else ""
+    return (
+        "is not in the local cache, and HF_HUB_OFFLINE is set; unset it, or download it on a machine with a connection: "
+        f"hf download {identifier}{kinds}"
+    )

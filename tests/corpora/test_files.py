@@ -1,0 +1,171 @@
+"""Rows of files and folders: each format, packed or not; the split of a folder that is named, and never another one's rows."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import logging
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.config import DataSource
+from stages.corpora.files import fingerprint, read_rows
+from stages.errors import DataError
+
+Rows = list[dict[str, Any]]
+
+
+def write(path: Path, *texts: str) -> Path:
+    """A file of one row for each text, in the format that its name says."""
+    import pyarrow
+    from pyarrow import csv, ipc, parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.table({"text": list(texts)})
+    if path.name.endswith(".parquet"):
+        parquet.write_table(table, path)
+    elif path.name.endswith(".arrow"):
+        with ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+    elif path.name.endswith((".csv", ".tsv")):
+        csv.write_csv(table, path, csv.WriteOptions(delimiter="\t" if path.suffix == ".tsv" else ","))
+    elif path.name.endswith(".json"):
+        path.write_text(json.dumps([{"text": text} for text in texts]))
+    elif path.name.endswith(".txt"):
+        path.write_text(texts[0])
+    else:
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": lambda data: _zstd(path, data)}
+        path.write_bytes(pack.get(path.suffix, bytes)(lines))
+    return path
+
+
+def _zstd(path: Path, data: bytes) -> bytes:
+    import pyarrow
+
+    with pyarrow.output_stream(str(path), compression="zstd") as stream:
+        stream.write(data)
+    return path.read_bytes()
+
+
+def texts(path: Path, default: str = "train", **fields: Any) -> list[str]:
+    """The texts of ``path``; ``default`` is the split that the reader asks for where ``fields`` name none."""
+    return [row["text"] for row in read_rows([DataSource(path=str(path), **fields)], split=default)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.jsonl", "a.ndjson", "a.json", "a.csv", "a.tsv", "a.parquet", "a.arrow", "a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.xz", "a.jsonl.zst"],
+)
+def test_every_format_is_read(name: str, tmp_path: Path) -> None:
+    assert texts(write(tmp_path / name, "one", "two, three")) == ["one", "two, three"]
+
+
+def test_json_that_holds_lines_is_read_as_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"text": "one"}\n\n{"text": "two"}\n')
+    rows = read_rows([DataSource(path=str(tmp_path / "a.json"))])
+    assert [(row["text"], row.place.rpartition(":")[2]) for row in rows] == [("one", "1"), ("two", "3")]
+    (tmp_path / "b.json").write_text('{"text": "one"}\n{"text": two}\n')
+    with pytest.raises(DataError, match=r"b.json:2: bad JSON"):
+        texts(tmp_path / "b.json")
+    (tmp_path / "c.json").write_text('{\n "text": "one"\n}\n')
+    with pytest.raises(DataError, match="expected a list of objects, got dict; several objects, one per line, are read, too"):
+        texts(tmp_path / "c.json")
+    (tmp_path / "d.jsonl").write_text('[\n{"text": "one"}\n]\n')
+    with pytest.raises(DataError, match=r"d.jsonl:1: bad JSON .* a list of objects is .json"):
+        texts(tmp_path / "d.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("train/x.jsonl", "test/x.jsonl"), ("train.csv", "test.csv"), ("data/train.jsonl.gz", "data/eval.jsonl.gz"),
+     ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"),
+     ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet")],
+)  # fmt: skip
+def test_a_split_of_a_folder_holds_its_own_rows_only(train: str, test: str, tmp_path: Path) -> None:
+    write(tmp_path / train, "learned")
+    write(tmp_path / test, "held out")
+    (tmp_path / "LICENSE.txt").write_text("no data")
+    (tmp_path / "README.md").write_text("# about")
+    assert texts(tmp_path, default="train") == texts(tmp_path, split="train") == ["learned"]
+    assert texts(tmp_path, default="test") == texts(tmp_path, split="test") == ["held out"]
+    for choice, fields in (("validation", {}), ("train", {"split": "validation"})):
+        with pytest.raises(DataError, match="there is no split 'validation'"):
+            texts(tmp_path, default=choice, **fields)
+
+
+def test_folders_of_save_to_disk_are_read(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    rows = {split: Dataset.from_dict({"text": [split, f"{split} 2"]}) for split in ("train", "test", "hard")}
+    DatasetDict(rows).save_to_disk(str(tmp_path / "all"))
+    rows["hard"].map(lambda row: {"text": row["text"].upper()}).save_to_disk(str(tmp_path / "one"))
+    for split in rows:
+        assert texts(tmp_path / "all", split=split) == [split, f"{split} 2"]
+    assert texts(tmp_path / "all", default="test") == ["test", "test 2"]
+    with pytest.raises(DataError, match="there is no split 'validation' .*; its splits: train, test, hard"):
+        texts(tmp_path / "all", default="validation")
+    assert texts(tmp_path / "one", default="validation") == ["HARD", "HARD 2"]
+
+
+def test_a_folder_that_names_no_splits_is_read_whole_and_not_in_parts(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", "one")
+    write(tmp_path / "b" / "c.csv", "two")
+    for split in ("train", "validation", "test"):
+        assert texts(tmp_path, default=split) == ["one", "two"]
+    with pytest.raises(DataError, match="there is no split 'test': the names of the files tell no splits apart"):
+        texts(tmp_path, split="test")
+
+
+def test_files_outside_of_all_splits_are_not_dropped_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "train.jsonl", "one")
+    write(tmp_path / "more.jsonl", "two")
+    with pytest.raises(DataError, match=r"some file names tell a split \(train\) and others do not \(more.jsonl\)"):
+        texts(tmp_path)
+    assert texts(tmp_path, data_files="**") == ["two", "one"]
+    with caplog.at_level(logging.WARNING):
+        assert texts(tmp_path, split="train") == ["one"]
+    assert "1 data files belong to no split and are not read: more.jsonl" in caplog.text
+
+
+def test_one_table_in_two_formats_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "rows.csv", "one")
+    write(tmp_path / "rows.jsonl.gz", "one")
+    with pytest.raises(DataError, match="rows.csv and rows.jsonl.gz look like one table in two formats"):
+        texts(tmp_path)
+    assert texts(tmp_path, data_files="*.csv") == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"split": "test"}, "there is no split 'test'"), ({"split": "train[:1]"}, "choose its rows with skip and limit"),
+     ({"name": "x"}, "name is set, and the path is one file"), ({"data_dir": "x"}, "data_dir is set"),
+     ({"revision": "x"}, "revision is set")],
+)  # fmt: skip
+def test_one_file_has_no_splits_to_choose(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", "one", "two")
+    with pytest.raises(DataError, match=message):
+        texts(path, **fields)
+    assert texts(path, default="test") == texts(path, split="train") == ["one", "two"]
+    assert texts(write(tmp_path / "test.jsonl", "held"), split="test") == ["held"]
+
+
+def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# about")
+    with pytest.raises(DataError, match=r"the folder holds no data file \(it holds README.md\); expected .jsonl"):
+        texts(tmp_path)
+
+
+def test_the_fingerprint_of_a_folder_follows_what_decides_its_rows(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", "one")
+    sources = [DataSource(path=str(tmp_path))]
+    before = fingerprint(sources)
+    (tmp_path / "LICENSE").write_text("new")
+    (tmp_path / "notes.py").write_text("new")
+    assert fingerprint(sources) == before
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\n---\n")
+    assert fingerprint(sources) != before

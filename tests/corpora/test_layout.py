@@ -1,0 +1,178 @@
+"""Which files belong to which split: as ``datasets`` has it, without leaks and without files that are no data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.corpora.layout import Layout, find_split, is_data, layout_of, parts_of
+from stages.errors import DataError
+
+
+def layout(*names: str, texts: dict[str, str] | None = None, **choice: Any) -> Layout:
+    """The layout of files of these names; ``texts`` gives what stands in some of them."""
+    contents = texts or {}
+    return layout_of([*names, *(name for name in contents if name not in names)], lambda name: contents.get(name, ""), **choice)
+
+
+NAMED = {
+    "folders": (["train/a.jsonl", "train/b.jsonl", "test/a.jsonl"],
+                {"train": ["train/a.jsonl", "train/b.jsonl"], "test": ["test/a.jsonl"]}),
+    "folders below a folder": (["x/data/train/a.csv", "x/data/dev/a.csv"],
+                               {"train": ["x/data/train/a.csv"], "validation": ["x/data/dev/a.csv"]}),
+    "file names": (["train.jsonl", "val.jsonl", "eval.jsonl"],
+                   {"train": ["train.jsonl"], "validation": ["val.jsonl"], "test": ["eval.jsonl"]}),
+    "packed": (["harmless/train.jsonl.gz", "harmless/test.jsonl.gz"],
+               {"train": ["harmless/train.jsonl.gz"], "test": ["harmless/test.jsonl.gz"]}),
+    "shards, any split": (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/hard-00000-of-00001.parquet"],
+                          {"train": ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
+                           "hard": ["data/hard-00000-of-00001.parquet"]}),
+    "shards elsewhere": (["parts/train-00000-of-00001.parquet", "parts/test-00000-of-00001.parquet"],
+                         {"train": ["parts/train-00000-of-00001.parquet"], "test": ["parts/test-00000-of-00001.parquet"]}),
+    "words within names": (["my_train_set.csv", "my_testing_set.csv"], {"train": ["my_train_set.csv"], "test": ["my_testing_set.csv"]}),
+    "nothing named": (["a.jsonl", "b/c.jsonl", "latest.jsonl"], {"train": ["a.jsonl", "b/c.jsonl", "latest.jsonl"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "splits"), NAMED.values(), ids=NAMED)
+def test_names_tell_splits_as_datasets_has_it(names: list[str], splits: dict[str, list[str]], tmp_path: Path) -> None:
+    assert layout(*names).splits == splits
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    theirs = DataFilesDict.from_local_or_remote(get_data_patterns(str(tmp_path)), base_path=str(tmp_path))
+    assert {split: sorted(str(Path(file).relative_to(tmp_path)) for file in files) for split, files in theirs.items()} == splits
+
+
+def test_names_tell_splits_in_capitals_too() -> None:
+    assert layout("Train/a.csv", "Test/a.csv").splits == {"train": ["Train/a.csv"], "test": ["Test/a.csv"]}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "LICENSE", "LICENSE.txt", "Licence.txt", "README.txt", "requirements.txt", "NOTICE.txt",
+     "dataset_info.json", "dataset_infos.json", "state.json", ".hidden.jsonl", ".cache/x.jsonl", "__pycache__/x.json",
+     "load.py", "notes.md", "picture.png"],
+)  # fmt: skip
+def test_files_that_are_no_data_are_left_out(name: str) -> None:
+    assert not is_data(name)
+    assert layout("a.jsonl", name).splits == {"train": ["a.jsonl"]}
+
+
+def test_a_file_that_is_no_data_names_no_split() -> None:
+    assert layout("rows.jsonl", "train.py", "test.md").splits == {"train": ["rows.jsonl"]}
+
+
+CARD = """---
+configs:
+- config_name: easy
+  default: true
+  data_files:
+  - split: train
+    path: "easy/*.csv"
+  - split: held
+    path: ["other/held.csv"]
+- config_name: hard
+  data_dir: hard
+- config_name: plain
+  data_files: easy/b.csv
+---
+# About
+"""
+CARD_FILES = ("easy/a.csv", "easy/b.csv", "other/held.csv", "hard/train.csv", "hard/test.csv", "hard/README.md")
+
+
+@pytest.mark.parametrize(
+    ("name", "splits"),
+    [
+        (None, {"train": ["easy/a.csv", "easy/b.csv"], "held": ["other/held.csv"]}),
+        ("easy", {"train": ["easy/a.csv", "easy/b.csv"], "held": ["other/held.csv"]}),
+        ("hard", {"train": ["hard/train.csv"], "test": ["hard/test.csv"]}),
+        ("plain", {"train": ["easy/b.csv"]}),
+    ],
+)
+def test_a_readme_declares_configs(name: str | None, splits: dict[str, list[str]]) -> None:
+    assert layout(*CARD_FILES, texts={"README.md": CARD}, name=name).splits == splits
+
+
+def test_folders_and_files_are_chosen() -> None:
+    names = ("README.md", "base/train.jsonl", "base/test.jsonl", "online/train.jsonl", "red/attempts.jsonl")
+    assert layout(*names, data_dir="base").splits == {"train": ["base/train.jsonl"], "test": ["base/test.jsonl"]}
+    assert layout(*names, data_dir="./base/").splits == {"train": ["base/train.jsonl"], "test": ["base/test.jsonl"]}
+    assert layout(*names, data_files=["*/train.jsonl"]).splits == {"train": ["base/train.jsonl", "online/train.jsonl"]}
+    assert layout(*names, data_files=["red/*"]).splits == {"train": ["red/attempts.jsonl"]}
+    assert layout(*names, data_files=["train.jsonl"], data_dir="online").splits == {"train": ["online/train.jsonl"]}
+
+
+WRONG: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
+    "no such config": (CARD_FILES, {"name": "esy", "texts": {"README.md": CARD}}, "there is no config 'esy'; did you mean 'easy'"),
+    "a folder is no config": (("base/train.jsonl",), {"name": "base"}, "the data set names no configs; write data_dir: base"),
+    "several configs": (("a.csv",), {"texts": {"README.md": "---\nconfigs:\n- config_name: a\n- config_name: b\n---\n"}}, "name: a, b"),
+    "no such folder": (("base/train.jsonl",), {"data_dir": "bse"}, "data_dir: bse holds no data file; did you mean 'base'"),
+    "no such file": (("base/train.jsonl",), {"data_files": ["base/trian.jsonl"]}, "no data file fits 'base/trian.jsonl'; did you mean"),
+    "no pattern": (("a.jsonl",), {"data_files": ["a**b"]}, "not a pattern of file names"),
+    "both": (("base/train.jsonl",), {"data_dir": "base", "name": "base"}, "both choose a part"),
+    "in two splits": (("train-test.jsonl",), {}, "the name of train-test.jsonl fits the splits train and test"),
+    "a shard is missing": (("data/train-00000-of-00003.parquet", "data/train-00002-of-00003.parquet"), {},
+                           "1 of 3 files are missing, e.g. data/train-00001-of-00003.parquet"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "choice", "message"), WRONG.values(), ids=WRONG)
+def test_a_choice_that_fits_nothing_is_refused(names: tuple[str, ...], choice: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        layout(*names, **choice)
+    assert message in str(caught.value)
+
+
+def saved(*files: str) -> str:
+    return json.dumps({"_data_files": [{"filename": name} for name in files], "_split": None})
+
+
+def test_folders_of_save_to_disk() -> None:
+    """Splits of any name, and only the files that state.json lists: cache files of map() are none of the data."""
+    texts = {"dataset_dict.json": '{"splits": ["train", "hard"]}', "train/state.json": saved("data-00000-of-00001.arrow"),
+             "hard/state.json": saved("data-00000-of-00001.arrow")}  # fmt: skip
+    names = ("train/data-00000-of-00001.arrow", "train/cache-1f.arrow", "hard/data-00000-of-00001.arrow", "train/dataset_info.json")
+    assert layout(*names, texts=texts).splits == {
+        "train": ["train/data-00000-of-00001.arrow"], "hard": ["hard/data-00000-of-00001.arrow"]
+    }  # fmt: skip
+    single = layout("data-00000-of-00001.arrow", "cache-1f.arrow", texts={"state.json": saved("data-00000-of-00001.arrow")})
+    assert single.splits == {"train": ["data-00000-of-00001.arrow"]}
+    with pytest.raises(DataError, match=r"data-00001-of-00002.arrow is missing, and state.json lists it"):
+        layout("data-00000-of-00002.arrow", texts={"state.json": saved("data-00000-of-00002.arrow", "data-00001-of-00002.arrow")})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"), [("test", "test"), ("eval", "test"), ("valid", "dev"), ("validation", "dev"), ("dev", "dev"), ("train", "train")]
+)
+def test_a_split_is_found_by_what_its_name_means(wanted: str, found: str) -> None:
+    assert find_split(Layout({"train": ["a"], "dev": ["b"], "test": ["c"]}, True), wanted) == found
+
+
+def test_a_split_expression_chooses_rows() -> None:
+    three = Layout({"train": ["a"], "test": ["b"], "extra": ["c"]}, True)
+    assert [(part.split, list(part.rows(10))) for part in parts_of(three, "train[:3]+test[80%:]", "train")] == [
+        ("train", [0, 1, 2]), ("test", [8, 9])
+    ]  # fmt: skip
+    assert [part.split for part in parts_of(three, "all", "train")] == ["train", "test", "extra"]
+    assert [part.split for part in parts_of(three, None, "test")] == ["test"]
+    for written, message in (("trian", "did you mean 'train'"), ("train[:", "cannot be read"), ("train[x:]", "cannot"), ("", "cannot")):
+        with pytest.raises(DataError, match=message):
+            [part.rows(10) for part in parts_of(three, written, "train")]
+    with pytest.raises(DataError, match="there is no split 'validation' \\(which is read here unless split names another\\); its splits"):
+        parts_of(three, None, "validation")
+
+
+def test_where_nothing_names_splits_all_rows_are_read_and_no_part_is_made_up() -> None:
+    plain = layout("a.jsonl", "b.jsonl")
+    for default in ("train", "validation", "test"):
+        assert [part.split for part in parts_of(plain, None, default)] == ["train"]
+    assert [part.split for part in parts_of(plain, "train", "train")] == ["train"]
+    with pytest.raises(DataError, match="there is no split 'test': the names of the files tell no splits apart"):
+        parts_of(plain, "test", "train")

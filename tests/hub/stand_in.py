@@ -1,0 +1,230 @@
+"""A stand-in of the Hub: its HTTP interface, as huggingface_hub, transformers and datasets use it, over repositories made by a test.
+
+    hub = Hub(folder); hub.start()
+    commit = hub.publish("model", "org/name", files)      # {path: bytes}, or a folder; ``revision`` is a branch or a tag
+    environment = hub.environment(cache)                  # for the process of a client
+    hub.stop()
+
+A commit stays readable by its hash when its branch has moved, as on the real Hub. Faults are switched on by attributes: ``gated``,
+``slow_seconds``, ``cut_after``, ``failures``, ``is_down``. ``requests`` lists what was asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+API = re.compile(r"/api/(models|datasets)/([^/]+(?:/[^/]+)?)(?:/(revision|tree|paths-info|refs)(?:/([^/]+)(?:/(.*))?)?)?")
+FILE = re.compile(r"/(datasets/)?([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)")
+WHAT = ("revision", "tree", "paths-info", "refs")
+
+
+@dataclass
+class Repository:
+    """The commits of one repository (path -> content of each) and the branches and tags that name them."""
+
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Hub:
+    """Repositories, and the faults that the server shows."""
+
+    repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)  # by kind (model, dataset) and id
+    redirects: dict[str, str] = field(default_factory=dict)  # old id -> new id
+    gated: set[str] = field(default_factory=set)  # ids whose files are refused; what the API tells of them is public
+    slow_seconds: float = 0.0  # before each answer
+    cut_after: int | None = None  # bytes after which a download breaks off,
+    cuts: int = 0  # so many times
+    failures: int = 0  # so many requests are answered with status 503
+    is_down: bool = False  # connections are closed without an answer
+    requests: list[str] = field(default_factory=list)  # "GET /path"
+    _server: ThreadingHTTPServer | None = None
+
+    def publish(self, kind: str, identifier: str, files: dict[str, bytes] | Path, revision: str = "main") -> str:
+        """Make ``files`` the newest commit of a branch or tag; returns its hash, which depends on the content alone."""
+        if isinstance(files, Path):
+            files = {path.relative_to(files).as_posix(): path.read_bytes() for path in sorted(files.rglob("*")) if path.is_file()}
+        digest = hashlib.sha1(identifier.encode())
+        for name, content in sorted(files.items()):
+            digest.update(name.encode() + b"\0" + hashlib.sha1(content).digest())
+        repository = self.repositories.setdefault((kind, identifier), Repository())
+        repository.commits[digest.hexdigest()] = dict(files)
+        repository.refs[revision] = digest.hexdigest()
+        return digest.hexdigest()
+
+    def commit(self, kind: str, identifier: str, revision: str = "main") -> str:
+        return self.repositories[kind, identifier].refs[revision]
+
+    def start(self) -> None:
+        hub = self
+
+        class Handler(_Handler):
+            state = hub
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def stop(self) -> None:
+        assert self._server is not None
+        self._server.shutdown()
+        self._server.server_close()
+
+    @property
+    def endpoint(self) -> str:
+        assert self._server is not None
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def environment(self, cache: Path, *, offline: bool = False, endpoint: str | None = None) -> dict[str, str]:
+        """Environment of a client process that asks this hub and keeps what it downloads in ``cache``."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        own = {"HF_ENDPOINT": endpoint or self.endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
+        return {**kept, **own, **({"HF_HUB_OFFLINE": "1"} if offline else {})}
+
+    def downloads(self) -> list[str]:
+        """The names of the files that were downloaded whole or in part."""
+        files = [request for request in self.requests if request.startswith("GET ") and "/resolve/" in request]
+        return [request.rpartition("/resolve/")[2].partition("/")[2] for request in files]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    state: Hub
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        hub = self.state
+        url = urlsplit(self.path)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        hub.requests.append(f"{self.command} {url.path}")
+        if hub.is_down:
+            self.close_connection = True
+            return
+        time.sleep(hub.slow_seconds)
+        if hub.failures > 0:
+            hub.failures -= 1
+            self._error(503, "", "Service Unavailable")
+        elif match := API.fullmatch(url.path):
+            self._api(match, body, url.query)
+        elif match := FILE.fullmatch(url.path):
+            self._file(match)
+        else:
+            self._error(404, "", "Not found")
+
+    do_HEAD = do_POST = do_GET
+
+    def _api(self, match: re.Match[str], body: bytes, query: str) -> None:
+        kinds, identifier, what, revision, path = match.groups()
+        if identifier.rpartition("/")[2] in WHAT:  # an id without an owner
+            identifier, _, what = identifier.rpartition("/")
+            revision, path = match.group(3), None
+        if identifier in self.state.redirects:
+            target = self.path.replace(identifier, self.state.redirects[identifier], 1)
+            self._send(307, b"", {"Location": target})
+            return
+        found = self._commit(kinds[:-1], identifier, unquote(revision or "main"))
+        if found is None:
+            return
+        commit, files = found
+        folders = sorted({str(folder) for name in files for folder in PurePosixPath(name).parents} - {"."})
+        entries = [{"type": "directory", "path": folder, "size": 0, "oid": "0" * 40} for folder in folders]
+        entries += [{"type": "file", "path": name, "size": len(data), "oid": _sha(data)[:40]} for name, data in sorted(files.items())]
+        if what == "tree":
+            start = f"{unquote(path)}/" if path else ""
+            inside = [entry for entry in entries if str(entry["path"]).startswith(start)]
+            if start and not inside:
+                self._error(404, "EntryNotFound", "Entry not found")
+                return
+            deep = parse_qs(query).get("recursive", ["false"])[0].lower() in ("true", "1")
+            self._json([entry for entry in inside if deep or "/" not in str(entry["path"]).removeprefix(start)])
+        elif what == "paths-info":
+            wanted = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode()).get("paths", [])
+            self._json([entry for entry in entries if entry["path"] in wanted])
+        elif what == "refs":
+            refs = self.state.repositories[kinds[:-1], identifier].refs
+            branches = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit} for name, commit in refs.items()]
+            self._json({"branches": branches, "converts": [], "tags": []})
+        else:
+            gated = "manual" if identifier in self.state.gated else False
+            siblings = [{"rfilename": name} for name in sorted(files)]
+            self._json({"_id": "0" * 24, "id": identifier, "modelId": identifier, "sha": commit, "private": False, "gated": gated,
+                        "disabled": False, "downloads": 0, "likes": 0, "tags": [], "lastModified": "2026-01-01T00:00:00.000Z",
+                        "createdAt": "2025-01-01T00:00:00.000Z", "siblings": siblings})  # fmt: skip
+
+    def _file(self, match: re.Match[str]) -> None:
+        hub = self.state
+        kind, identifier, revision, name = "dataset" if match[1] else "model", match[2], unquote(match[3]), unquote(match[4])
+        if identifier in hub.redirects:
+            self._send(307, b"", {"Location": self.path.replace(identifier, hub.redirects[identifier], 1)})
+            return
+        if identifier in hub.gated:
+            self._error(403, "GatedRepo", f"Access to {kind} {identifier} is restricted. Please log in.")
+            return
+        found = self._commit(kind, identifier, revision)
+        if found is None:
+            return
+        commit, files = found
+        if name not in files:
+            self._error(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
+            return
+        data = files[name]
+        headers = {"ETag": f'"{_sha(data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if part is None:
+            self._send(200, data, headers, "application/octet-stream")
+        else:
+            first, last = int(part[1]), int(part[2]) if part[2] else len(data) - 1
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+            self._send(206, data[first : last + 1], headers, "application/octet-stream")
+
+    def _commit(self, kind: str, identifier: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        """Hash and files of a commit; where there is none the error is sent."""
+        repository = self.state.repositories.get((kind, identifier))
+        if repository is None:
+            # The real Hub hides what does not exist from those who have not logged in.
+            self._error(401, "RepoNotFound", "Repository not found")
+            return None
+        commit = repository.refs.get(revision, revision)
+        if commit not in repository.commits:
+            self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return None
+        return commit, repository.commits[commit]
+
+    def _json(self, content: Any) -> None:
+        self._send(200, json.dumps(content).encode())
+
+    def _error(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
+        told = {"X-Error-Code": code, "X-Error-Message": message, **(headers or {})}
+        self._send(status, json.dumps({"error": message}).encode(), {key: value for key, value in told.items() if value})
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None, content_type: str = "application/json") -> None:
+        self.send_response(status)
+        for key, value in {"Content-Type": content_type, "Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        hub = self.state
+        if status in (200, 206) and hub.cuts > 0 and hub.cut_after is not None and len(body) > hub.cut_after:
+            hub.cuts -= 1
+            self.wfile.write(body[: hub.cut_after])
+            self.close_connection = True
+            return
+        self.wfile.write(body)
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
