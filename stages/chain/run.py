@@ -36,10 +36,11 @@ from stages.chain.texts import check_texts
 from stages.config import ModelInput
 from stages.errors import RecipeError, RegistryError, doing
 from stages.labelling.waiting import WAITING
+from stages.models.stacks import check_folder, find_base, is_adapter
 from stages.process.packages import missing_attention_package
 from stages.process.runtime import ResolvedModel, Runtime, StepContext, StepResult, launched_processes
 from stages.recipe.schema import STAGES, Recipe, RecipeStep, Reference, data_inputs, load_object, model_inputs
-from stages.registry.contents import digest_folder, remembering
+from stages.registry.contents import digest_folder, digest_of, remembering
 from stages.registry.ledger import ModelRecord, Registry, installed_packages
 from stages.registry.storage import write_json
 
@@ -87,6 +88,7 @@ def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]
     with remembering(home / "cache" / "plan.json") as memo:
         for step in recipe.steps:
             with doing(f"planning step {step.name!r} ({step.stage})"):
+                check_folders(step)
                 plans.append(plan_step(recipe, step, home, registry, made))
             made[step.name] = plans[-1].record
             if plans[-1].action != "reuse":
@@ -101,6 +103,13 @@ def _check_data(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
     """Raise RecipeError or DataError for data that a step or one of its models cannot read."""
     recipe.check_data(step)
     check_texts(recipe, step, registry)
+
+
+def check_folders(step: RecipeStep) -> None:
+    """Raise ModelError where a folder that the step reads holds an adapter that cannot be loaded."""
+    for model in step.models.values():
+        if model.kind == "folder":
+            check_folder(ResolvedModel(model.input.ref, "folder", model.target, "", model.input))
 
 
 def check_attention(step: RecipeStep) -> None:
@@ -175,10 +184,21 @@ def resolve(model: Reference, registry: Registry, made: Mapping[str, ModelRecord
     base = resolve(model.base, registry) if model.base is not None else None
     below = f" on {base.digest}" if base is not None else ""
     if model.kind == "folder":
-        digest = digest_folder(Path(model.target)) + below
+        digest = digest_folder(Path(model.target)) + below if base is not None else _folder_digest(Path(model.target), model.input)
         return ResolvedModel(model.input.ref, "folder", model.target, digest, model.input, base=base)
     digest = f"hub:{model.target}@{model.input.revision or 'main'}{below}"
     return ResolvedModel(model.input.ref, "hub", model.target, digest, model.input, base=base)
+
+
+def _folder_digest(folder: Path, model: ModelInput) -> str:
+    """The digest of a model in a folder; of an adapter, of its own files and of its base: either changes what it computes."""
+    own = digest_folder(folder)
+    adapter = ResolvedModel(model.ref, "folder", str(folder), "", model)
+    if not is_adapter(adapter):
+        return own
+    base = find_base(adapter)
+    below = _folder_digest(Path(base.path), base.input) if base.kind == "folder" else base.digest
+    return digest_of({"adapter": own, "base": below})
 
 
 def _resolved(model: ModelInput, record: ModelRecord) -> ResolvedModel:

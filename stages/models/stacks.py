@@ -65,6 +65,17 @@ def stack_of(model: ResolvedModel) -> Stack:
     return Stack(below.with_quantization(model.input), tuple(reversed(adapters)))
 
 
+def check_folder(model: ResolvedModel) -> None:
+    """Raise ModelError where a model in a folder is an adapter that cannot be loaded, as far as folders tell; asks no hub."""
+    seen: set[str] = set()
+    while model.kind == "folder" and is_adapter(model):
+        if model.path in seen:
+            raise ModelError(f"the adapter {model.ref!r} is its own base; name its base in base_model_name_or_path of {ADAPTER_CONFIG}")
+        seen.add(model.path)
+        check_adapter(model)
+        model = find_base(model)
+
+
 def tokenizer_source(model: ResolvedModel) -> ResolvedModel:
     """The highest model of the stack that comes with a tokenizer; many adapters come without."""
     below = model

@@ -93,3 +93,46 @@ def test_an_adapter_trained_on_a_merged_quantized_stack_loads_as_it_was_trained(
         expected = model.eval()(input_ids=ids).logits
         again = load_language_model(below, dtype=torch.float32, trainable=False)(input_ids=ids).logits
     torch.testing.assert_close(again, expected)
+
+
+# In a recipe
+
+
+@pytest.fixture
+def plan_of(tmp_path: Path, tiny_llama_folder: Path) -> Any:
+    """plan_of(folder) -> plans of a recipe whose last step reads the model in ``folder`` as its reference."""
+    from stages.chain.run import plan
+    from stages.recipe.schema import load_recipe
+
+    (tmp_path / "sft.jsonl").write_text('{"prompt": "a b", "completion": "c"}\n' * 4)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a b", "chosen": "c", "rejected": "d"}\n' * 4)
+
+    def make(folder: Path) -> Any:
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(
+            "name: stacks\nsteps:\n"
+            f"  - {{stage: sft, name: sft, model: {tiny_llama_folder}, data: {{train: sft.jsonl}}}}\n"
+            f"  - {{stage: sft, name: other, model: {folder}, data: {{train: sft.jsonl}}}}\n"
+            f"  - {{stage: dpo, name: dpo, model: sft, reference: {folder}, data: {{train: pairs.jsonl}}}}\n"
+        )
+        return plan(load_recipe(recipe), tmp_path / "home")
+
+    return make
+
+
+def test_an_adapter_that_cannot_be_loaded_is_refused_before_any_step_runs(tmp_path: Path, plan_of: Any) -> None:
+    adapter = write_adapter(tmp_path / "one", str(tmp_path / "gone" / "base"), peft_type="IA3")
+    with pytest.raises(ModelError, match="is of peft type IA3; only LORA"):
+        plan_of(Path(adapter.path))
+
+
+def test_a_step_runs_again_when_the_base_of_its_adapter_changes(tmp_path: Path, plan_of: Any, tiny_llama_folder: Path) -> None:
+    import shutil
+
+    shutil.copytree(tiny_llama_folder, tmp_path / "base")
+    adapter = write_adapter(tmp_path / "one", str(tmp_path / "base"))
+    first = plan_of(Path(adapter.path))[1].fingerprint
+    assert first == plan_of(Path(adapter.path))[1].fingerprint
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    assert first != plan_of(Path(adapter.path))[1].fingerprint
