@@ -55,7 +55,8 @@ class _GatedMLP(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         gated, upped = linear(flat, gate), linear(flat, up)
         ctx.save_for_backward(flat, gated, upped, gate, up, down)
-        return linear(functional.silu(gated).mul_(upped), down).view(*x.shape[:-1], len(down))
+        # Not a view for autograd: Llama 4 adds to the result in place.
+        return torch.ops.aten._unsafe_view(linear(functional.silu(gated).mul_(upped), down), [*x.shape[:-1], len(down)])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

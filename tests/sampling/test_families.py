@@ -15,7 +15,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from stages.config import GenerationSettings
 from stages.errors import ModelError
 from stages.models.causality import require_causal
+from stages.models.loading import disable_dropout
 from stages.models.own_layers import use_own_layers
+from stages.models.responses import Policy, sequence_batch
 from stages.sampling import decoding, probe
 from stages.sampling.generation import Generated, generate
 from stages.sampling.probe import usable_support
@@ -179,6 +181,28 @@ def test_rows_of_a_state_leave_the_batch_and_come_twice(monkeypatch) -> None:
     assert torch.equal(found.response_ids[:5], found.response_ids[5:])
     for row, prompt in enumerate(PROMPTS):
         assert found.response_ids[row][found.response_mask[row]].tolist() == plain(model, prompt)[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["bloom", "falcon with alibi", "mpt", "mistral", "mixtral", "llama4_text", "mamba", "qwen3_next", "recurrent_gemma", "roberta"]
+)
+def test_right_padded_sequences_without_a_mask_have_the_log_probabilities_of_their_rows_alone(name: str) -> None:
+    kind, fields = VARIANTS[name]
+    reference, model = make(kind, **fields), make(kind, **fields)
+    disable_dropout(model)
+    use_own_layers(model)
+    responses = [[5, 6, 7], list(range(8, 28)), [33], list(range(50, 60)), [61]]
+    expected = []
+    with torch.no_grad():
+        for prompt, response in zip(PROMPTS, responses, strict=True):
+            logits = reference(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+            expected.append(logits.log_softmax(-1)[range(len(response)), response])
+    policy = Policy(model.train(), temperature=1.0, autocast=None)
+    batch = sequence_batch(PROMPTS, responses, 0, "cpu")
+    torch.testing.assert_close(policy.logprobs(batch), torch.cat(expected), rtol=1e-3, atol=1e-4)
+    loss = policy.loss(batch, lambda logprobs, entropies, rows: -logprobs)  # the pass that training makes
+    loss.summed.backward()
+    torch.testing.assert_close(loss.logprobs, torch.cat(expected), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "xlnet"])
