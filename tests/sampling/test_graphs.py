@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -76,7 +77,7 @@ def test_few_steps_are_not_worth_a_recording(model, made) -> None:
 
 @pytest.mark.parametrize("fails", ["raises", "differs"])
 def test_a_model_that_cannot_be_recorded_decodes_all_the_same(model, made, monkeypatch, caplog, fails) -> None:
-    monkeypatch.setattr(graphs, "_said", set())
+    monkeypatch.setattr(graphs, "_refusals", Counter())
     attempts = []
 
     def record(step: graphs.StaticStep) -> str:
@@ -92,9 +93,47 @@ def test_a_model_that_cannot_be_recorded_decodes_all_the_same(model, made, monke
         found = sample(model)
         sample(model)
     assert torch.equal(found.response_ids, expected.response_ids)
-    assert len(attempts) == 2  # once a batch
+    if fails == "raises":
+        assert len(attempts) == 2  # once a batch
+    else:
+        rows = [len(step._tokens) for step in attempts]
+        assert len(rows) > 2 and rows[0] == 4 and rows[: len(rows) // 2] == sorted(set(rows), reverse=True)  # anew when rows have left
+    assert graphs._refusals.total() == len(attempts)
     said = [message for message in caplog.messages if "CUDA graph" in message]
     assert len(said) == 1 and "long story" not in said[0] and "generation.cuda_graphs: false" in said[0]
+
+
+def test_a_refusal_is_said_again_when_there_are_ten_of_them(model, made, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(graphs, "_refusals", Counter())
+    monkeypatch.setattr(graphs, "record", lambda step: "a replayed step says something else than a computed one")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(12):
+            sample(model, PROMPTS[:1], stops=())
+    said = [message for message in caplog.messages if "CUDA graph" in message]
+    assert len(said) == 2 and "(10 of the recordings so far" in said[1]
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 3.45e-4), (torch.float16, 0.03125), (torch.bfloat16, 0.0884)])
+def test_a_replay_may_differ_by_the_root_of_the_precision(dtype: torch.dtype, share: float) -> None:
+    computed = torch.tensor([[3.0, -1.0, -2.0, -torch.inf], [1.0, 5.0, 0.0, -torch.inf]])  # a token that is never said
+    spread = (computed - computed.where(torch.isfinite(computed), torch.tensor(0.0)).mean(dim=-1, keepdim=True))[:, :3]
+    missing = computed.where(torch.isfinite(computed), torch.tensor(0.0)).mean(dim=-1)  # the spread counts that token as 0
+    norm = float((spread.square().sum() + missing.square().sum()).sqrt())
+    for factor, agrees in ((0.9, True), (1.1, False)):
+        replayed = computed.clone()
+        replayed[0, 0] += factor * share * norm
+        assert graphs.agree(replayed, computed, dtype) == agrees
+    assert graphs.agree(computed, computed.clone(), dtype)
+    broken = computed.clone()
+    broken[1, 2] = torch.nan
+    assert not graphs.agree(broken, computed, dtype)
+
+
+def test_autocast_counts_as_the_precision_of_a_step() -> None:
+    logits = torch.zeros(1)
+    assert graphs.compute_dtype(logits) == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert graphs.compute_dtype(logits) == torch.bfloat16
 
 
 def test_nothing_is_recorded_without_a_gpu_or_where_int8_waits(model) -> None:
