@@ -37,6 +37,7 @@ from stages.config import ModelInput
 from stages.errors import RecipeError, RegistryError, doing
 from stages.labelling.waiting import WAITING
 from stages.models.stacks import check_folder, find_base, is_adapter
+from stages.process.gpus import peak_gpu_memory, visible_gpus
 from stages.process.packages import missing_attention_package
 from stages.process.runtime import ResolvedModel, Runtime, StepContext, StepResult, launched_processes
 from stages.recipe.schema import STAGES, Recipe, RecipeStep, Reference, data_inputs, load_object, model_inputs
@@ -249,6 +250,7 @@ class _Run:
             "finished": False,
             "wall_seconds": 0.0,
             "peak_memory_bytes": 0,
+            "peak_gpu_memory_bytes": None,
             "environment": {**environment(), "sharded": runtime.shards},
             "steps": [],
             "candidates": {},
@@ -415,6 +417,7 @@ class _Run:
                 "hub": planned.hub,
                 "data": planned.parts.get("data", {}),
                 "peak_memory_bytes": self.runtime.measure_peak_memory(),  # of the process so far
+                "peak_gpu_memory_bytes": peak_gpu_memory(),  # the same of its GPU; None without one
                 "fingerprint": planned.fingerprint,
                 "settings": settings_of(step.config),
                 "config": step.config.model_dump(mode="json"),
@@ -429,6 +432,7 @@ class _Run:
     def _write_summary(self) -> None:
         self.summary["wall_seconds"] = round(time.monotonic() - self.began, 3)
         self.summary["peak_memory_bytes"] = self.runtime.measure_peak_memory()
+        self.summary["peak_gpu_memory_bytes"] = peak_gpu_memory()
         if self.runtime.is_main:
             write_json(self.folder / "summary.json", self.summary)
 
@@ -448,15 +452,13 @@ class _Run:
 
 def environment() -> dict[str, Any]:
     """What the numbers of a run may depend on beside the recipe."""
-    torch = sys.modules.get("torch")
-    has_cuda = torch is not None and torch.cuda.is_available()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
         "num_processes": launched_processes(),
-        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if has_cuda and torch else [],
+        "gpus": visible_gpus(),
         "packages": installed_packages(),
     }
 

@@ -104,6 +104,7 @@ def loaded(config: EvaluationConfig, context: StepContext, name: str) -> Iterato
     tokenizer = load_tokenizer(source)
     dtype = context.runtime.dtype(config.precision)
     model = load_language_model(source, dtype=dtype, trainable=False, tokenizer=tokenizer).to(context.runtime.device)
+    context.runtime.say_model(f"{context.name}: {name}", model, dtype)
     try:
         yield model.eval(), tokenizer
     finally:

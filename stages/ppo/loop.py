@@ -24,6 +24,7 @@ from stages.ppo.roles import load_roles
 from stages.ppo.rollout import Rollout, ScoringError, collect
 from stages.ppo.speed import peak_of
 from stages.ppo.update import UpdateProgress, Updater, UpdateResult
+from stages.process.gpus import measured_gpu_memory
 from stages.rewards.details import columns_of
 from stages.sampling.generation import episode_seed
 from stages.training.checkpoints import generator_states, set_generator_states, trainable
@@ -51,6 +52,7 @@ class PPORun:
         self.config, self.context, self.runtime = config, context, runtime
         check_prompts(config, context)
         self.roles = roles = load_roles(config, context)
+        runtime.say_model(f"{config.name}: policy", roles.policy.model, dtype)
         sources: dict[str, Any] = {
             "device": runtime.device, "dtype": dtype, "load": lambda model: roles.load_reward_model(model, dtype=dtype),
             "cache_folder": context.cache_folder,
@@ -182,14 +184,15 @@ class PPORun:
         iteration = self.state.iteration
         started = time.perf_counter()
         try:
-            result = self.updater.update(
-                rollout,
-                kl_coef=self.controller.value,
-                seed=episode_seed(self.context.seed, iteration, -1),
-                train_policy=iteration >= self.config.value_warmup_iterations,
-                progress=self.state.progress,
-                after_minibatch=self._safe_point,
-            )
+            with measured_gpu_memory(rollout.gpu_memory, "update"):
+                result = self.updater.update(
+                    rollout,
+                    kl_coef=self.controller.value,
+                    seed=episode_seed(self.context.seed, iteration, -1),
+                    train_policy=iteration >= self.config.value_warmup_iterations,
+                    progress=self.state.progress,
+                    after_minibatch=self._safe_point,
+                )
         except TrainingError as error:
             kept = keep_episodes(self.context, episodes_of(rollout))
             raise TrainingError(f"{self.context.name}: iteration {iteration}: {error}{kept}") from error

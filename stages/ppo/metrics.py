@@ -60,6 +60,7 @@ def iteration_metrics(
             rollout.seconds, episodes=len(rollout.prompts), response_tokens=int(lengths.sum()), trained_tokens=result.tokens,
             operations=result.operations, peak=matmul_peak,
         ),
+        **{f"memory/{phase}_gpu_gib": peak / 2**30 for phase, peak in rollout.gpu_memory.items()},
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from stages.numerics.shaping import penalize_missing_eos, shape_rewards
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.credit import token_scores
 from stages.ppo.roles import Roles
+from stages.process.gpus import measured_gpu_memory
 from stages.rewards.details import Details
 from stages.rewards.source import CombinedReward, Scores
 from stages.sampling.generation import decode_completions, ending_tokens, generate, right_pad
@@ -62,6 +63,7 @@ class Rollout:
     monitors: dict[str, Tensor]  # [B] by judge, likewise
     seconds: dict[str, float]  # by phase, of this process
     sampling_gap: float  # largest difference between sampled and recomputed log-probabilities; 0 where not recomputed
+    gpu_memory: dict[str, int] = field(default_factory=dict)  # peak bytes of the GPU by phase, the largest of all processes
 
     @property
     def kl(self) -> Tensor:
@@ -89,6 +91,7 @@ class Rollout:
             monitors={name: part[chosen] for name, part in self.monitors.items()},
             seconds=self.seconds,
             sampling_gap=self.sampling_gap,
+            gpu_memory=self.gpu_memory,
             **tensors,
         )
 
@@ -159,10 +162,11 @@ def _collect_share(
 ) -> Rollout:
     policy, pad = roles.policy, roles.tokenizer.pad_token_id
     seconds: dict[str, float] = {}
+    gpu_memory: dict[str, int] = {}
     began = time.perf_counter()
     stop, late = ending_tokens(policy.model, roles.tokenizer, config.generation)
     policy.activate()
-    with policy.precision():
+    with measured_gpu_memory(gpu_memory, "generation"), policy.precision():
         generated = generate(
             policy.model, prompt_ids, config.generation, seeds=seeds, stop_ids=stop, late_stop_ids=late, pad_token_id=pad
         )
@@ -173,7 +177,7 @@ def _collect_share(
 
     began = time.perf_counter()
     try:
-        with roles.offload.awake(*reward.modules(), *monitors.modules()):
+        with measured_gpu_memory(gpu_memory, "scoring"), roles.offload.awake(*reward.modules(), *monitors.modules()):
             known = Details(details.columns, responses)
             scored = reward.score(prompts, completions, known)
             judged = monitors.score(prompts, completions, known, may_abstain=True) if monitors.sources else Scores(torch.zeros(0), {})
@@ -189,7 +193,7 @@ def _collect_share(
     closing_values = torch.zeros(len(prompts))
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompt_ids, responses, strict=True)]
     order = sorted(range(len(prompts)), key=lengths.__getitem__)
-    with torch.inference_mode(), roles.offload.awake(*roles.waiting()):
+    with measured_gpu_memory(gpu_memory, "measuring"), torch.inference_mode(), roles.offload.awake(*roles.waiting()):
         # no gradients: twice the rows fit
         for rows in passes(order, lengths, rows=2 * config.microbatch_size, device_type=policy.device.type):
             batch = sequence_batch([prompt_ids[row] for row in rows], [responses[row] for row in rows], pad, policy.device)
@@ -226,6 +230,7 @@ def _collect_share(
         monitors=judged.parts,
         seconds=seconds,
         sampling_gap=float((tokens["sampled"] - sampled).abs().max()) if recompute else 0.0,
+        gpu_memory=gpu_memory,
     )
 
 
@@ -260,6 +265,7 @@ def _assemble(shares: list[Rollout], prompts: list[Prompt], prompt_ids: list[lis
         monitors={name: joined(lambda share, name=name: share.monitors[name]) for name in shares[0].monitors},
         seconds={name: max(share.seconds[name] for share in shares) for name in shares[0].seconds},
         sampling_gap=max(share.sampling_gap for share in shares),
+        gpu_memory={name: max(share.gpu_memory[name] for share in shares) for name in shares[0].gpu_memory},
         **{name: joined(lambda share, name=name: getattr(share, name)) for name in TENSORS},
     )
 

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from stages.config import ModelInput
 from stages.errors import LaunchError, RecipeError, StagesError, doing
 from stages.process import noise, redaction
+from stages.process.gpus import describe_model, gpu_name, set_up_gpu, visible_gpus
 from stages.process.stopping import StopRequest
 from stages.registry.ledger import ModelRecord, Registry
 
@@ -236,6 +237,9 @@ class Runtime:
                 f"the launcher started {launched_processes()} processes, and {state.num_processes} joined; start them with ./launch.sh "
                 "RECIPE --num_processes N, torchrun or accelerate launch"
             )
+        if state.device.type == "cuda":
+            settings = set_up_gpu()
+            self.console.print(f"GPU: {', '.join(gpu_name(gpu) for gpu in visible_gpus()) or state.device}; {settings}", markup=False)
         return state
 
     @property
@@ -305,13 +309,14 @@ class Runtime:
         with doing(description), Progress(*columns, console=self.console, disable=disable, transient=False) as bar:
             yield ProgressBar(bar, bar.add_task(description, total=total, fields=""))
 
+    def say_model(self, name: str, model: Any, dtype: torch.dtype) -> None:
+        """On a GPU, one line about a model that a step begins to compute with: dtype, attention and kernels."""
+        if self.device.type == "cuda":
+            self.console.print(f"{name}: {describe_model(model, dtype)}", markup=False)
+
     def measure_peak_memory(self) -> int:
-        """Peak memory of this process in bytes: resident memory, plus what CUDA allocated."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_available():
-            peak += torch.cuda.max_memory_allocated()
-        return peak
+        """Peak resident memory of this process in bytes; ``peak_gpu_memory`` is that of its GPU."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def wait_for_everyone(self) -> None:
         if launched_processes() > 1:

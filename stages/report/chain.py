@@ -7,7 +7,7 @@ from typing import Any
 
 from stages.report.diagram import Diagram, draw_chain
 from stages.report.figures import number_text
-from stages.report.run_folder import RunFolder, StepFolder
+from stages.report.run_folder import RunFolder, StepFolder, shown_memory
 
 Row = dict[str, Any]
 
@@ -56,7 +56,7 @@ def step_row(step: StepFolder) -> Row:
         "inputs": [f"{place}: {ref}" for place, ref in (step.entry.get("inputs") or {}).items()],
         "data": _data(step),
         "seconds": step.entry.get("wall_seconds"),
-        "memory": step.entry.get("peak_memory_bytes"),
+        "memory": shown_memory(step.entry),
         "reused": bool(step.entry.get("reused")),
         "reason": step.entry.get("reason", ""),
         "result": _key_result(step),

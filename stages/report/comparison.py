@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stages.process.gpus import gpu_name
 from stages.report import training
 from stages.report.chain import command
 from stages.report.figures import SERIES, Figure
 from stages.report.page import render
-from stages.report.run_folder import RunFolder
+from stages.report.run_folder import RunFolder, shown_memory
 
 Row = dict[str, Any]
 
@@ -68,8 +69,8 @@ def _run(run: RunFolder, name: str, number: int) -> Row:
         "color": number % len(SERIES),
         "started": run.summary.get("started", "")[:16].replace("T", " "),
         "seconds": run.summary.get("wall_seconds"),
-        "memory": run.summary.get("peak_memory_bytes"),
-        "where": f"{len(gpus)} x {gpus[0]}" if gpus else f"{environment.get('cpu_count', '?')} CPU cores",
+        "memory": shown_memory(run.summary),
+        "where": f"{len(gpus)} x {gpu_name(gpus[0])}" if gpus else f"{environment.get('cpu_count', '?')} CPU cores",
         "finished": run.summary.get("finished", False),
         "verdict": evaluation["verdict"] if evaluation is not None else "No evaluation.",
         "command": command(run.summary),

@@ -11,12 +11,13 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from stages.process.gpus import gpu_name
 from stages.report import curves, training
 from stages.report.chain import ancestors, command, diagram, made_by, recipe_text, step_row
 from stages.report.figures import Figure, number_text
 from stages.report.reader import reader
 from stages.report.remarks import remarks
-from stages.report.run_folder import RunFolder
+from stages.report.run_folder import RunFolder, shown_memory
 from stages.report.verdicts import verdict
 
 Row = dict[str, Any]
@@ -82,14 +83,14 @@ def _head(run: RunFolder) -> Row:
     summary = run.summary
     environment = summary.get("environment", {})
     gpus = environment.get("gpus") or []
-    where = f"{len(gpus)} x {gpus[0]}" if gpus else f"{environment.get('cpu_count', '?')} CPU cores"
+    where = f"{len(gpus)} x {gpu_name(gpus[0])}" if gpus else f"{environment.get('cpu_count', '?')} CPU cores"
     return {
         "recipe": summary["recipe"],
         "description": str(summary.get("description") or ""),
         "started": summary.get("started", "")[:16].replace("T", " "),
         "seconds": summary.get("wall_seconds", 0),
         "where": where,
-        "memory": summary.get("peak_memory_bytes", 0),
+        "memory": shown_memory(summary) or 0,
         "finished": summary.get("finished", False),
         "reused": sum(bool(step.entry.get("reused")) for step in run.steps),
         "steps": len(run.steps),

@@ -143,3 +143,8 @@ def thinned(rows: Sequence[Any], number: int) -> list[Any]:
     if len(rows) <= number:
         return list(rows)
     return [rows[round(place * (len(rows) - 1) / (number - 1))] for place in range(number)]
+
+
+def shown_memory(entry: dict[str, Any]) -> int | None:
+    """Peak memory in bytes of a run or a step: that of its GPU where it had one, else that of the process."""
+    return entry.get("peak_gpu_memory_bytes") or entry.get("peak_memory_bytes")

@@ -322,6 +322,8 @@ def train(
 
     assert hasattr(trainer, "restore_logs"), "make the trainer of training.exact(Trainer): others depend on the number of processes"
     runtime = trainer.runtime = context.runtime
+    dtypes = {True: "bfloat16", False: "float16" if trainer.args.fp16 else "float32"}
+    runtime.say_model(f"{context.name}: {description}", trainer.model, dtypes[bool(trainer.args.bf16)])
     rule = rule or CheckpointedStepConfig(name="step", stage="")
     trainer.checkpoints = Checkpoints(
         Path(trainer.args.output_dir), runtime, keep_last=rule.keep_last, keep_best=rule.keep_best, seconds=rule.checkpoint_seconds

@@ -112,3 +112,21 @@ def test_the_value_behind_the_end_is_read_at_the_last_token(ppo_config, ppo_cont
         torch.testing.assert_close(rollout.values[row, :length], values[-length - 1 : -1], rtol=1e-4, atol=1e-5)
         if rollout.closing_mask[row]:
             torch.testing.assert_close(rollout.closing_values[row], values[-1], rtol=1e-4, atol=1e-5)
+
+
+def test_each_phase_of_an_iteration_has_its_peak_of_gpu_memory(ppo_config, ppo_context, make_rollout, monkeypatch) -> None:
+    from stages.ppo.metrics import iteration_metrics
+    from stages.ppo.roles import load_roles
+    from stages.ppo.update import UpdateResult
+
+    config = ppo_config()
+    roles = load_roles(config, ppo_context)
+    peaks = iter([0, 5 * 2**30, 0, 2**30, 0, 3 * 2**30])  # before and at the end of generation, scoring, measuring
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: next(peaks))
+    rollout = make_rollout(roles, config)
+    rollout.seconds["update"] = 1.0
+    metrics = iteration_metrics(rollout, UpdateResult({}, 1, 1), kl_coef=0.1)
+    found = {name: value for name, value in metrics.items() if name.startswith("memory/")}
+    assert found == {"memory/generation_gpu_gib": 5.0, "memory/scoring_gpu_gib": 1.0, "memory/measuring_gpu_gib": 3.0}

@@ -224,3 +224,16 @@ def test_reading_lines(tmp_path: Path) -> None:
 def test_thinned() -> None:
     assert thinned(range(10), 4) == [0, 3, 6, 9]
     assert thinned([1, 2], 4) == [1, 2]
+
+
+@pytest.mark.parametrize("gpu", [{"name": "NVIDIA H200", "memory_bytes": 2**37, "driver": "580.95"}, "NVIDIA H200"], ids=["now", "older"])
+def test_a_gpu_run_shows_its_gpu_and_the_memory_of_it(new_run: Any, tmp_path: Path, gpu: Any) -> None:
+    folder = new_run(tmp_path / "runs" / "toy" / "20261124T203818Z")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["environment"]["gpus"] = [gpu]
+    summary["peak_gpu_memory_bytes"] = 77 * 2**30
+    summary["steps"][0]["peak_gpu_memory_bytes"] = 33 * 2**30
+    (folder / "summary.json").write_text(json.dumps(summary))
+    words = Page(render_run(read_run(folder))).words
+    assert "1 x NVIDIA H200" in words
+    assert "77.00 GiB at most" in words and "33.00 GiB" in words

@@ -1,0 +1,92 @@
+"""The GPUs of this machine: which they are, the settings of the process for them, and how much of their memory each phase takes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_largest = 0  # bytes; the peak of the phases so far, as each phase begins to count anew
+
+
+def visible_gpus() -> list[dict[str, Any]]:
+    """Name, bytes of memory and driver version of every GPU that this process may use; empty where there is none.
+
+    nvidia-smi is asked, so that torch need not be loaded yet; torch is asked where nvidia-smi is missing and torch is loaded.
+    """
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None and chosen.strip() in ("", "-1"):
+        return []
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    if chosen:
+        command.append(f"--id={chosen.replace(' ', '')}")
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
+        fields = [[field.strip() for field in line.rsplit(",", 2)] for line in lines if line.strip()]
+        return [{"name": name, "memory_bytes": int(size) << 20, "driver": driver} for name, size, driver in fields]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return _gpus_of_torch()
+
+
+def _gpus_of_torch() -> list[dict[str, Any]]:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [{"name": gpu.name, "memory_bytes": gpu.total_memory, "driver": None} for gpu in found]
+
+
+def gpu_name(gpu: Any) -> str:
+    """The name of an entry of ``environment.gpus``; summaries of older runs hold names alone."""
+    return str(gpu["name"]) if isinstance(gpu, dict) else str(gpu)
+
+
+def set_up_gpu() -> str:
+    """Settings of the process for training and decoding on its GPU; returns them as words for the log.
+
+    cuDNN's attention is off: it makes a plan for every new shape, and rollouts have new shapes all the time. On an H200 PPO took up to
+    three times as long with it, and replays of CUDA graphs differed from computed steps.
+    """
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    kernels = {"flash": torch.backends.cuda.flash_sdp_enabled(), "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled()}
+    on = " and ".join([name for name, enabled in kernels.items() if enabled]) or "plain"
+    return f"torch {torch.__version__}, CUDA {torch.version.cuda}; sdpa kernels {on}, cuDNN's attention off"
+
+
+def describe_model(model: Any, dtype: Any) -> str:
+    """What a GPU run says of a model: its weights, the dtype that it computes in, its attention and its special layers."""
+    weights = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None) or "its own"
+    kinds = [type(module).__name__ for module in model.modules()]
+    quantized = [f"{kinds.count(kind)} {kind}" for kind in ("Linear4bit", "Linear8bitLt") if kind in kinds]
+    computes = str(dtype).removeprefix("torch.")
+    return ", ".join([f"weights {' and '.join(weights)}", f"computes in {computes}", f"attention {attention}", *quantized])
+
+
+@contextmanager
+def measured_gpu_memory(peaks: dict[str, int], phase: str) -> Iterator[None]:
+    """Note the peak of GPU memory in bytes within it as ``peaks[phase]``, or the larger one that is there. Nothing without a GPU."""
+    global _largest
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        yield
+        return
+    _largest = max(_largest, torch.cuda.max_memory_allocated())
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        yield
+    finally:
+        peaks[phase] = max(peaks.get(phase, 0), torch.cuda.max_memory_allocated())
+
+
+def peak_gpu_memory() -> int | None:
+    """The most GPU memory in bytes that this process's tensors have taken so far; None without a GPU."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    return max(_largest, torch.cuda.max_memory_allocated())

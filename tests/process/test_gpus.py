@@ -1,0 +1,118 @@
+"""GPUs of a machine, the settings of the process for them, and their memory by phase; nvidia-smi and torch.cuda are stand-ins."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from stages.chain.run import environment
+from stages.process import gpus
+from stages.process.runtime import Runtime
+
+GIB = 2**30
+
+
+@pytest.fixture
+def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An nvidia-smi that lists two GPUs and notes its arguments."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        f"#!/bin/sh\necho \"$@\" >> {tmp_path}/asked\necho 'NVIDIA H200, 143771, 580.95.05'\necho 'NVIDIA L4, 23034, 580.95.05'\n"
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tmp_path / "asked"
+
+
+class Cuda:
+    """torch.cuda with a memory that a test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.peak = 0
+        monkeypatch.setattr(gpus, "_largest", 0)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: self.peak)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: setattr(self, "peak", 0))
+
+
+def test_the_environment_of_a_run_names_its_gpus_before_torch_is_loaded(smi: Path, monkeypatch) -> None:
+    monkeypatch.setitem(gpus.sys.modules, "torch", None)
+    assert environment()["gpus"] == [
+        {"name": "NVIDIA H200", "memory_bytes": 143771 * 2**20, "driver": "580.95.05"},
+        {"name": "NVIDIA L4", "memory_bytes": 23034 * 2**20, "driver": "580.95.05"},
+    ]
+    assert gpus.gpu_name(environment()["gpus"][0]) == gpus.gpu_name("NVIDIA H200") == "NVIDIA H200"
+
+
+@pytest.mark.parametrize("chosen", ["", "-1"])
+def test_hidden_gpus_are_not_named(smi: Path, monkeypatch, chosen: str) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert gpus.visible_gpus() == [] and not smi.exists()
+
+
+def test_only_the_gpus_of_the_process_are_asked_for(smi: Path, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1, 0")
+    gpus.visible_gpus()
+    assert "--id=1,0" in smi.read_text()
+
+
+def test_torch_is_asked_where_nvidia_smi_is_missing(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpus.visible_gpus() == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="NVIDIA A10", total_memory=24 * GIB))
+    assert gpus.visible_gpus() == [{"name": "NVIDIA A10", "memory_bytes": 24 * GIB, "driver": None}]
+
+
+def test_a_gpu_run_turns_cudnn_attention_off_and_says_what_it_computes_with(smi: Path, monkeypatch, capsys) -> None:
+    import accelerate
+
+    turned: list[bool] = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", turned.append)
+    state = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cuda", 0))
+    monkeypatch.setattr(accelerate, "PartialState", lambda **_: state)
+    runtime = Runtime()
+    assert runtime.device.type == "cuda" and runtime.device.type == "cuda"
+    model = torch.nn.Linear(2, 2).to(torch.bfloat16)
+    model.config = SimpleNamespace(_attn_implementation="sdpa")  # type: ignore[assignment]
+    runtime.say_model("ppo: policy", model, torch.bfloat16)
+    said = capsys.readouterr().out
+    assert turned == [False]  # once
+    assert "GPU: NVIDIA H200, NVIDIA L4; torch " in said and "cuDNN's attention off" in said
+    assert "ppo: policy: weights bfloat16, computes in bfloat16, attention sdpa" in said
+
+
+def test_a_cpu_run_touches_no_setting_and_says_nothing(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda _: pytest.fail("no GPU"))
+    runtime = Runtime()
+    if runtime.device.type != "cpu":
+        pytest.skip("there is a GPU")
+    runtime.say_model("ppo: policy", torch.nn.Linear(2, 2), torch.float32)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_phase_has_a_peak_of_its_own_and_the_run_the_largest(monkeypatch) -> None:
+    cuda, peaks = Cuda(monkeypatch), dict[str, int]()
+    cuda.peak = 3 * GIB  # while the models were loaded
+    for phase, used in (("generation", 5), ("update", 2), ("generation", 4)):
+        with gpus.measured_gpu_memory(peaks, phase):
+            assert cuda.peak == 0
+            cuda.peak = used * GIB
+    assert peaks == {"generation": 5 * GIB, "update": 2 * GIB}
+    assert gpus.peak_gpu_memory() == 5 * GIB
+
+
+def test_without_a_gpu_there_is_no_gpu_memory(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    peaks: dict[str, Any] = {}
+    with gpus.measured_gpu_memory(peaks, "update"):
+        pass
+    assert peaks == {} and gpus.peak_gpu_memory() is None
