@@ -79,6 +79,9 @@ DETAILS = (
     _detail("D11", "What selects a model does not measure it", "reward_model/run.py:run",
             "reward_model/test_reward_model.py::test_the_best_of_several_seeds_is_kept_and_measured_on_other_comparisons"),
     _detail("D13", "Length caps of the TL;DR data", "recipe/presets.py:PRESETS", "recipe/test_presets.py::test_huang"),
+    # People
+    _detail("E2", "A Likert rating from 1 to 7 and eleven check boxes (I, table 3)", "labelling/config.py:Questions",
+            "labelling/test_store.py::test_questions_of_instructgpt_are_those_of_table_3"),
     # Supervised fine-tuning
     _detail("S1", "16 epochs, cosine to a tenth, no warmup (I)", "recipe/presets.py:PRESETS training/trainer.py:schedule_arguments",
             "conformance/test_details.py::test_sixteen_epochs_of_cosine_to_a_tenth recipe/test_presets.py::test_instructgpt"),

@@ -155,7 +155,7 @@ def _ask_people(
     from stages.corpora.judgements import load_judgements
     from stages.corpora.labels import TASKS, read_tasks
     from stages.labelling.publishing import publish_tasks
-    from stages.labelling.waiting import ask_people
+    from stages.labelling.waiting import QUALITY, ask_people, keep_quality
 
     folder = _labelling_folder(judge, config, context)
     asked = _tasks_of(judge, context, questions, answers)
@@ -173,6 +173,7 @@ def _ask_people(
     if number > len(asked):
         what = f"questions that {judge.name} were not asked, since the candidates gave fewer than two different answers"
         judged.exclusions.append(Exclusion(what, number - len(asked), number))
+    context.runtime.decide(lambda: keep_quality(folder, context.folder / QUALITY))
     judged.details["labels"] = str(folder)
     return judged
 

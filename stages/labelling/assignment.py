@@ -40,6 +40,7 @@ class Assignment:
     ) -> None:
         self.ids, self.wanted = list(ids), wanted
         self.ranked: dict[str, set[str]] = {name: set() for name in ids}  # task -> who has ranked it
+        self.num_ranked = 0  # tasks that somebody has ranked
         self._leases: dict[str, dict[str, float]] = {}
         self._held: dict[str, str] = {}  # annotator -> task
         self._start = 0  # every task before this one has all the rankings it wants
@@ -70,11 +71,14 @@ class Assignment:
 
     def answered(self, task: str, annotator: str, *, is_ranked: bool) -> None:
         """Note an answer; a task that was skipped or flagged stays open for others."""
+        people = self.ranked[task]
+        before = bool(people)
         if is_ranked:
-            self.ranked[task].add(annotator)
-        elif annotator in self.ranked[task]:
-            self.ranked[task].discard(annotator)
+            people.add(annotator)
+        elif annotator in people:
+            people.discard(annotator)
             self._start = 0
+        self.num_ranked += bool(people) - before
         self._leases.get(task, {}).pop(annotator, None)
         if self._held.get(annotator) == task:
             del self._held[annotator]

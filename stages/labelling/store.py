@@ -291,7 +291,7 @@ class Store:
     def num_ranked(self) -> int:
         """How many tasks somebody has ranked."""
         with self._lock:
-            return sum(bool(people) for people in self._assignment.ranked.values())
+            return self._assignment.num_ranked
 
     def num_begun(self) -> int:
         """How many overlap tasks have some of their rankings and not all."""
@@ -302,7 +302,7 @@ class Store:
         """What the page shows of an annotator's progress."""
         with self._lock:
             own = self.answers.get(annotator, {})
-            ranked = sum(bool(people) for people in self._assignment.ranked.values())
+            ranked = self._assignment.num_ranked
             mine = sum(name in self.tasks for name in own)
         return {"mine": mine, "ranked": ranked, "target": self.settings.target, "tasks": len(self.tasks)}
 

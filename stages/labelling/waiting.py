@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.corpora.labels import ANSWERS, read_answers
 from stages.errors import Waiting
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from stages.process.runtime import StepContext
 
 POLL_SECONDS = 2.0
+QUALITY = "labels.json"  # in the run folder of a step: the report of the labels it used
 WAITING = "waiting.txt"  # in the step's checkpoint folder: why it has not run to its end, for `stages plan`
 
 
@@ -59,6 +60,18 @@ def ask_people(folder: Path, people: People, context: StepContext) -> None:
             runtime.console.print(f"{text} (waiting)", soft_wrap=True, markup=False)
             is_told = True
         time.sleep(POLL_SECONDS)
+
+
+def keep_quality(folder: Path, path: Path) -> dict[str, Any]:
+    """Write the report of a folder's labels, as JSON, and return it."""
+    from stages.labelling.report import quality
+    from stages.labelling.store import read_labels
+    from stages.registry.storage import write_json
+
+    content = quality(read_labels(folder))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
+    return content
 
 
 def num_ranked(folder: Path) -> int:

@@ -21,6 +21,7 @@ from stages.corpora.labels import MOST_COMPLETIONS, TASKS
 from stages.errors import DataError
 from stages.labelling.config import AskPeople, People
 from stages.labelling.simulated import ranked
+from stages.labelling.waiting import QUALITY
 from stages.rewards.config import RewardInput, check_rubrics, reward_model_inputs, rubric_inputs
 
 if TYPE_CHECKING:
@@ -153,6 +154,8 @@ def collect_comparisons(collection: Collection, context: StepContext, *, precisi
     if context.runtime.is_main:
         context.folder.mkdir(parents=True, exist_ok=True)
         (context.folder / "collected.jsonl").write_text(text, encoding="utf-8")
+        if (quality := context.checkpoint_folder / QUALITY).exists():
+            (context.folder / QUALITY).write_text(quality.read_text(encoding="utf-8"), encoding="utf-8")
     rows = [json.loads(line) for line in text.split("\n") if line]
     return [Comparison(row["prompt"], row["completions"], row["ranks"], row.get("annotator")) for row in rows]
 
@@ -160,7 +163,7 @@ def collect_comparisons(collection: Collection, context: StepContext, *, precisi
 def _ask_people(collection: Collection, people: People, context: StepContext, precision: str) -> list[dict[str, Any]]:
     """The rankings of people. Their tasks are published once; whatever of the step changes later, the same tasks are found again."""
     from stages.corpora.labels import labelled_rows
-    from stages.labelling.waiting import ask_people
+    from stages.labelling.waiting import ask_people, keep_quality
 
     folder = _labelling_folder(collection, context)
     context.runtime.decide(lambda: _publish(collection, people, context, precision, folder))
@@ -168,9 +171,13 @@ def _ask_people(collection: Collection, people: People, context: StepContext, pr
     rows = context.runtime.decide(lambda: [row for _, row in labelled_rows(folder)])
     if not rows:
         raise DataError(f"{context.name}: people ranked no task that counts")
+    found = context.runtime.decide(lambda: keep_quality(folder, context.checkpoint_folder / QUALITY))
     annotators = {row["annotator"] for row in rows}
-    tasks = {row["task"] for row in rows}
-    context.runtime.console.print(f"{context.name}: {len(rows)} rankings of {len(tasks)} tasks by {len(annotators)} people")
+    share = found["agreement"]["pairwise"]["share"]
+    agreement = "" if share is None else f", who agree on {100 * share:.1f} % of the pairs they share"
+    context.runtime.console.print(
+        f"{context.name}: {len(rows)} rankings of {found['ranked_tasks']} tasks by {len(annotators)} people{agreement}"
+    )
     return rows
 
 

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from stages.config import DataSource
+from stages.config import DataInput, DataSource
+from stages.corpora.comparisons import load_comparisons
 from stages.corpora.files import fingerprint, read_rows
 from stages.corpora.labels import read_answers
 from stages.errors import DataError, StorageError
 from stages.labelling.assignment import Assignment, overlap_tasks, shown_order
+from stages.labelling.config import load_questions
 from stages.labelling.questions import AnswerError
 from stages.labelling.store import Store
+from stages.shipped import shipped_folder
 
 
 def test_answer_is_one_line_with_all_that_reports_need(make_folder, answer) -> None:
@@ -277,3 +280,24 @@ def test_bad_questions_name_file_and_field(make_folder, tmp_path: Path) -> None:
         make_folder(name="other", questions="ratings: [{name: q, text: Q}]\nchecks: [{name: q, text: Q}]\n")
     with pytest.raises(DataError, match="target is 9, and there are only 4 tasks"):
         make_folder(name="third", target=9)
+
+
+@pytest.mark.detail("E2")
+def test_questions_of_instructgpt_are_those_of_table_3() -> None:
+    questions = load_questions(DataSource(path=str(shipped_folder("data") / "labelling" / "instructgpt.yaml")))
+    (rating,) = questions.ratings
+    assert (rating.lowest, rating.highest, rating.required) == (1, 7, True)
+    assert len(questions.checks) == 11 and questions.ties
+    assert load_questions(DataSource(path=str(shipped_folder("data") / "labelling" / "ranks.yaml"))) == load_questions(None)
+
+
+def test_annotators_of_a_folder_can_be_held_out(make_folder, answer) -> None:
+    store = Store(make_folder(number=6, overlap=0.0))
+    for name in ("anna", "ben", "carol"):
+        for _ in range(2):
+            store.record(name, answer(store, name, store.next_task(name).id, [0, 1, 2]))
+    store.close()
+    data = DataInput(train=[DataSource(path=str(store.folder))], split_by="annotator", folds=3)
+    loaded = load_comparisons(data)
+    assert {item.annotator for item in loaded.validation} & {item.annotator for item in loaded.train} == set()
+    assert len(loaded.validation) == 2 and len(loaded.train) == 4

@@ -75,6 +75,7 @@ def test_collection_waits_with_a_command_and_goes_on_once_the_target_is_reached(
     assert len(made) == 4 and {item.annotator for item in made} == {"anna"}
     assert all(item.ranks == list(range(len(item.completions))) for item in made)
     assert not (context.checkpoint_folder / "waiting.txt").exists()
+    assert json.loads((context.folder / "labels.json").read_text())["ranked_tasks"] == 4
 
 
 def test_labels_outlive_other_settings_of_the_step(prompts, step_context, models, answer, tmp_path) -> None:
@@ -211,5 +212,8 @@ def test_people_judge_an_evaluation_side_by_side(prompts, tmp_path, monkeypatch,
     assert rates["people", "new", "old"]["win_rate"] == pytest.approx((0.5 + 3) / 4)
     assert evaluation["judges"][0]["kind"] == "people"
     assert any("fewer than two different answers" in item["what"] for item in evaluation["exclusions"])
+    page = (tmp_path / "home" / "runs" / "small" / "latest" / "report.html").read_text()
+    assert "people" in page and "longer" in page
+    assert (tmp_path / "home" / "runs" / "small" / "latest" / "verdict" / "labels.json").is_file()
     report = CliRunner().invoke(app, ["label", "small/verdict", "--report", "--json", *home])
     assert json.loads(report.stdout)["ranked_tasks"] == 4
