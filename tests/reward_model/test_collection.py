@@ -77,7 +77,7 @@ def test_a_reward_model_of_what_its_policy_says(prompts, step_context, models, t
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     step = RewardModelConfig.model_validate({
         "name": "second", "model": "base", "precision": "fp32", "data": {"train": str(path), "validation_fraction": 0.2},
-        "collect": collection(prompts).model_dump(), "training": {"learning_rate": 5e-3, "batch_size": 4, "microbatch_size": 2},
+        "collect": collection(prompts).model_dump(exclude_unset=True), "training": {"learning_rate": 5e-3, "batch_size": 4, "microbatch_size": 2},
     })  # fmt: skip
     assert list(step.model_inputs()) == ["model", "collect.policies[0].model", "collect.policies[1].model"]
     result = run(step, step_context(models=models))
@@ -88,7 +88,7 @@ def test_a_reward_model_of_what_its_policy_says(prompts, step_context, models, t
 
 def test_refused(prompts) -> None:
     with pytest.raises(ValidationError, match="one model or function that scores whole completions"):
-        collection(prompts, judge=RewardInput.model_validate({"function": "a:b", "level": "token"}).model_dump())
+        collection(prompts, judge=RewardInput.model_validate({"function": "a:b", "level": "token"}).model_dump(exclude_unset=True))
 
 
 def test_the_annotators_of_the_embedded_world_label() -> None:
