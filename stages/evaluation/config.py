@@ -190,7 +190,7 @@ class EvaluationConfig(StepConfig):
         from stages.corpora.messages import place_of
         from stages.evaluation.prompts import load_heldout
 
-        return [(prompt, [], place_of(prompt)) for prompt in load_heldout(self)[0]]
+        return [(row.prompt, [], place_of(row.prompt)) for row in load_heldout(self, run=False)[0]]
 
     def check_data(self) -> None:
         """Raise DataError for data this stage cannot use; no model is loaded."""

@@ -151,3 +151,15 @@ def test_another_vocabulary_has_no_kl(prompts, step_context, models, config) -> 
 def test_contradictions(fields, message, config) -> None:
     with pytest.raises(ValidationError, match=message):
         config("unused", **fields)
+
+
+def test_the_conversations_of_an_evaluation_are_its_prompts(tmp_path) -> None:
+    """What the plan renders with the templates of the candidates: the prompts themselves, without their columns."""
+    import json
+
+    from stages.evaluation.config import EvaluationConfig
+
+    turns = [{"role": "user", "content": "hello"}]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": turns, "topic": "a"}) + "\n")
+    settings = {"name": "verdict", "candidates": {"a": "sft"}, "data": str(tmp_path / "prompts.jsonl"), "judges": [{"model": "rm"}]}
+    assert [list(prompt) for prompt, _, _ in EvaluationConfig.model_validate(settings).conversations()] == [turns]
