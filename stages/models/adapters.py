@@ -9,6 +9,7 @@ take the place of the base's own while the adapter acts.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,6 +66,7 @@ def attach_lora(
         bias="none", modules_to_save=list(lora.modules_to_save) or None, trainable_token_indices=_rows_to_train(plain, lora, new_rows),
     )  # fmt: skip
     below = active_adapters(model)
+    _refuse_clash(plain, "a fresh adapter", config)
     try:
         with _quiet_peft():
             if isinstance(model, PeftModel):
@@ -110,6 +112,7 @@ def add_adapter(model: Any, adapter: ResolvedModel | SavedAdapter, name: str, *,
         )
     if not saved.weights:
         return model
+    _refuse_clash(plain, f"the adapter {saved.ref!r}", saved.config)
     try:
         with _quiet_peft():
             if isinstance(model, PeftModel):
@@ -132,6 +135,28 @@ def add_adapter(model: Any, adapter: ResolvedModel | SavedAdapter, name: str, *,
 def source_of(model: Any, name: str) -> ResolvedModel | None:
     """The model that the adapter ``name`` of a PeftModel began as; None where ``attach_lora`` was not told."""
     return getattr(model, "_stages_sources", {}).get(name)
+
+
+def _refuse_clash(plain: Any, who: str, config: Any) -> None:
+    """Raise ModelError where an adapter puts an update on a module of which another one holds a copy or rows, or the other way round.
+
+    peft cannot compute both in one module. In a stack of its own a model has the lower one merged; roles that share a backbone have not.
+    """
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    def is_named(module: str, names: Any) -> bool:
+        if isinstance(names, str):
+            return names != "all-linear" and re.fullmatch(names, module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in names or ())
+
+    copies = [*(config.modules_to_save or ()), *(config.trainable_token_indices or ())]
+    for name, module in plain.named_modules():
+        updates = next(_adapter_layers_at(module), None) is not None
+        if (isinstance(module, AuxiliaryTrainingWrapper) and is_named(name, config.target_modules)) or (updates and is_named(name, copies)):
+            raise ModelError(
+                f"{who} and another adapter on the same weights both change {name}, one by an update and one by a copy or rows of its own; "
+                "that cannot be computed together. Export the model below merged (stages models export), and name that folder"
+            )
 
 
 def plain_model(model: Any) -> Any:
@@ -183,7 +208,9 @@ def _check_names(lora: LoraSettings, plain: Any, task: str) -> None:
 def _linear_modules(plain: Any) -> str:
     from transformers.pytorch_utils import Conv1D
 
-    linear = sorted({name.rsplit(".")[-1] for name, module in plain.named_modules() if isinstance(module, nn.Linear | Conv1D)})
+    adapted = {name: module for name, module in plain.named_modules() if next(_adapter_layers_at(module), None) is not None}
+    outside = {name: module for name, module in plain.named_modules() if not any(name.startswith(f"{layer}.") for layer in adapted)}
+    linear = sorted({name.rpartition(".")[2] for name, module in outside.items() if isinstance(base_of(module), nn.Linear | Conv1D)})
     return f"Linear modules here: {', '.join(linear) or 'none'}; or use 'all-linear'"
 
 
@@ -234,8 +261,6 @@ def _rows_to_train(plain: Any, lora: LoraSettings, new_rows: Collection[int]) ->
 
 def _has_adapter(plain: Any, module: Any, lora: LoraSettings) -> bool:
     """Whether ``lora.target_modules`` names this module."""
-    import re
-
     name = module_name(plain, module)
     if isinstance(lora.target_modules, str):
         return lora.target_modules != "all-linear" and re.fullmatch(lora.target_modules, name) is not None

@@ -220,6 +220,15 @@ def test_a_name_that_no_module_has_is_refused(bases: dict[str, Path], settings: 
         load_language_model(str(bases["tied"]), dtype=torch.float32, lora=LoraSettings(target_modules="nothing"))
 
 
+def test_the_message_names_the_layers_of_a_model_under_adapters(bases: dict[str, Path], tiny_tokenizer: Any, tmp_path: Path) -> None:
+    source = resolved(bases["gpt2"], quantization="nf4")
+    save_model(load_language_model(source, dtype=torch.float32, lora=LoraSettings(r=2)), tiny_tokenizer, tmp_path)
+    with pytest.raises(ModelError, match="Linear modules here: c_attn, c_fc, c_proj, lm_head; or use"):
+        load_language_model(
+            resolved(tmp_path, source, quantization="nf4"), dtype=torch.float32, lora=LoraSettings(target_modules=["q_proj"])
+        )
+
+
 # Stacks
 
 

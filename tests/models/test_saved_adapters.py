@@ -182,6 +182,22 @@ def test_an_adapter_that_changes_the_base_is_refused_on_a_shared_backbone(tiny_l
         backbone.frozen(as_resolved(tmp_path / "policy"))
 
 
+def test_an_update_and_rows_of_one_embedding_are_refused_on_a_shared_backbone(
+    tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Each alone is computed; so are both in a stack of their own, where the lower one is merged."""
+    foreign(tiny_llama_folder, tmp_path / "rows", **KINDS["rows"])
+    tiny_tokenizer.save_pretrained(tmp_path / "rows")
+    merged = load_language_model(str(tmp_path / "rows"), dtype=torch.float32, trainable=False)
+    expected = foreign(tmp_path / "rows", tmp_path / "update", loaded=merged, **KINDS["embedding"])
+    torch.testing.assert_close(
+        logits_of(load_language_model(str(tmp_path / "update"), dtype=torch.float32)), expected, rtol=1e-4, atol=1e-5
+    )
+    backbone = backbone_of(as_resolved(tmp_path / "update"))
+    with pytest.raises(ModelError, match="both change model.embed_tokens, one by an update and one by a copy or rows of its own"):
+        backbone.frozen(as_resolved(tmp_path / "update"))
+
+
 def test_a_policy_with_new_tokens_trains_their_rows_apart_from_its_value_network(
     tiny_llama_folder: Path, tmp_path: Path
 ) -> None:
