@@ -77,7 +77,8 @@ def test_a_reward_model_of_what_its_policy_says(prompts, step_context, models, t
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     step = RewardModelConfig.model_validate({
         "name": "second", "model": "base", "precision": "fp32", "data": {"train": str(path), "validation_fraction": 0.2},
-        "collect": collection(prompts).model_dump(exclude_unset=True), "training": {"learning_rate": 5e-3, "batch_size": 4, "microbatch_size": 2},
+        "collect": collection(prompts).model_dump(exclude_unset=True),
+        "training": {"learning_rate": 5e-3, "batch_size": 4, "microbatch_size": 2},
     })  # fmt: skip
     assert list(step.model_inputs()) == ["model", "collect.policies[0].model", "collect.policies[1].model"]
     result = run(step, step_context(models=models))
