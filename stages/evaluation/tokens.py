@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.prompts import Exclusion
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from stages.process.runtime import ResolvedModel, StepContext
@@ -20,41 +22,54 @@ if TYPE_CHECKING:
 def measure_kl(config: EvaluationConfig, context: StepContext, answers: dict[str, Answers]) -> list[Exclusion]:
     """KL of every model to the reference, per token and per completion: log-probability by the candidate less that by the reference.
 
-    Summed over the tokens that the candidate sampled. A model that was asked something else (few-shot) or speaks other tokens has none.
+    Summed over the tokens that the candidate sampled. Both log-probabilities come from the same kind of pass over the same batches, so that
+    the KL of a model to itself is exactly 0 in any precision; those that sampling gave come from passes over one token. A model that was
+    asked something else (few-shot) or speaks other tokens has no KL.
     """
     import torch
 
     from stages.models.loading import load_tokenizer
-    from stages.models.responses import Policy, sequence_batch
 
     assert config.kl_reference is not None
-    left_out = []
+    left_out, measured, own = [], {}, {}
+    vocabulary = load_tokenizer(context.models[f"candidates.{config.kl_reference}"]).get_vocab()
+    for name, answer in answers.items():
+        candidate = config.candidates[name]
+        if candidate.model is None or candidate.few_shot is not None:
+            continue
+        own_vocabulary = load_tokenizer(context.models[f"candidates.{name}"]).get_vocab()
+        if any(vocabulary.get(token) != index for token, index in own_vocabulary.items()):
+            what = f"completions of {name} without a KL: its tokenizer is not that of {config.kl_reference}"
+            left_out.append(Exclusion(what, len(answer.samples), len(answer.samples)))
+            continue
+        measured[name] = [sample for sample in answer.samples if sample is not None]
+        if name != config.kl_reference:
+            with loaded(config, context, name) as (model, tokenizer):
+                own[name] = _logprobs(config, model, tokenizer.pad_token_id, measured[name])
     with loaded(config, context, config.kl_reference) as (model, tokenizer):
-        reference = Policy(model, temperature=config.generation.temperature or 1.0, autocast=None)
-        vocabulary = tokenizer.get_vocab()
-        for name, answer in answers.items():
-            candidate = config.candidates[name]
-            if candidate.model is None or candidate.few_shot is not None:
-                continue
-            own_vocabulary = load_tokenizer(context.models[f"candidates.{name}"]).get_vocab()
-            if any(vocabulary.get(token) != index for token, index in own_vocabulary.items()):
-                what = f"completions of {name} without a KL: its tokenizer is not that of {config.kl_reference}"
-                left_out.append(Exclusion(what, len(answer.samples), len(answer.samples)))
-                continue
-            samples = [sample for sample in answer.samples if sample is not None]
-            answer.token_kl = []
-            for start in range(0, len(samples), config.generation.batch_size):
-                rows = samples[start : start + config.generation.batch_size]
-                with torch.inference_mode():
-                    batch = sequence_batch(
-                        [row.prompt_ids for row in rows], [row.response_ids for row in rows], tokenizer.pad_token_id, reference.device
-                    )
-                    flat = reference.logprobs(batch).cpu()
-                for row, other in zip(rows, flat.split([len(row.response_ids) for row in rows]), strict=True):
-                    answer.token_kl.append((torch.tensor(row.logprobs) - other).tolist())
-            if candidate.best_of is None:
+        for name, samples in measured.items():
+            answer, reference = answers[name], _logprobs(config, model, tokenizer.pad_token_id, samples)
+            pairs = zip(own.get(name, reference), reference, strict=True)
+            answer.token_kl = [torch.sub(by_candidate, by_reference).tolist() for by_candidate, by_reference in pairs]
+            if config.candidates[name].best_of is None:
                 answer.kl = [sum(row) for row in answer.token_kl]
     return left_out
+
+
+def _logprobs(config: EvaluationConfig, model: Any, pad_token_id: int, samples: Sequence[Sample]) -> list[Tensor]:
+    """Log-probabilities by ``model`` of the tokens of each sample, at the sampling temperature."""
+    import torch
+
+    from stages.models.responses import Policy, sequence_batch
+
+    policy = Policy(model, temperature=config.generation.temperature or 1.0, autocast=None)
+    found: list[Tensor] = []
+    for start in range(0, len(samples), config.generation.batch_size):
+        rows = samples[start : start + config.generation.batch_size]
+        with torch.inference_mode():
+            batch = sequence_batch([row.prompt_ids for row in rows], [row.response_ids for row in rows], pad_token_id, policy.device)
+            found += policy.logprobs(batch).cpu().split([len(row.response_ids) for row in rows])
+    return found
 
 
 def token_details(config: EvaluationConfig, context: StepContext, asked: Asked, answers: dict[str, Answers]) -> list[dict[str, Any]]:

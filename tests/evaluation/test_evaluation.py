@@ -84,6 +84,22 @@ def test_kl_is_the_difference_of_log_probabilities(prompts, step_context, models
         assert answer.kl[row] == pytest.approx(sums["aligned"] - sums["base"], abs=1e-3)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_model_has_a_kl_of_exactly_zero_to_itself_in_any_precision(prompts, step_context, models, config, precision: str) -> None:
+    from stages.evaluation.answers import answer as sampled
+    from stages.evaluation.answers import ask
+    from stages.evaluation.tokens import measure_kl
+
+    settings = config(prompts, kl_reference="base", precision=precision, generation={"max_new_tokens": 12, "batch_size": 3})
+    twins = {**models, "candidates.aligned": models["candidates.base"]}
+    context = step_context(models=twins)
+    asked = ask(settings, context, PROMPTS)
+    answers = {name: sampled(settings, context, asked, name) for name in ("base", "aligned")}
+    measure_kl(settings, context, answers)
+    for answer in answers.values():
+        assert answer.kl == [0.0] * len(PROMPTS)
+
+
 def test_few_shot_text(tmp_path) -> None:
     path = tmp_path / "shots.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"p{number}", "completion": f"{{c{number}}}"}) + "\n" for number in range(3)))
