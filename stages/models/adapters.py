@@ -138,24 +138,30 @@ def source_of(model: Any, name: str) -> ResolvedModel | None:
 
 
 def _refuse_clash(plain: Any, who: str, config: Any) -> None:
-    """Raise ModelError where an adapter puts an update on a module of which another one holds a copy or rows, or the other way round.
+    """Raise ModelError where an adapter changes a module in another way (update, whole copy, rows) than another adapter does.
 
-    peft cannot compute both in one module. In a stack of its own a model has the lower one merged; roles that share a backbone have not.
+    peft cannot compute two of them in one module. A stack of its own has the lower ones merged; roles that share a backbone have not.
     """
-    from peft.utils.other import AuxiliaryTrainingWrapper
+    from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 
     def is_named(module: str, names: Any) -> bool:
         if isinstance(names, str):
             return names != "all-linear" and re.fullmatch(names, module) is not None
         return any(module == name or module.endswith(f".{name}") for name in names or ())
 
-    copies = [*(config.modules_to_save or ()), *(config.trainable_token_indices or ())]
+    whole, rows = config.modules_to_save, config.trainable_token_indices
     for name, module in plain.named_modules():
         updates = next(_adapter_layers_at(module), None) is not None
-        if (isinstance(module, AuxiliaryTrainingWrapper) and is_named(name, config.target_modules)) or (updates and is_named(name, copies)):
+        holds_rows = isinstance(module, TrainableTokensWrapper)
+        holds_copy = isinstance(module, AuxiliaryTrainingWrapper) and not holds_rows
+        if (
+            ((holds_rows or holds_copy) and is_named(name, config.target_modules))
+            or ((updates or holds_rows) and is_named(name, whole))
+            or ((updates or holds_copy) and is_named(name, rows))
+        ):
             raise ModelError(
-                f"{who} and another adapter on the same weights both change {name}, one by an update and one by a copy or rows of its own; "
-                "that cannot be computed together. Export the model below merged (stages models export), and name that folder"
+                f"{who} and another adapter on the same weights both change {name}, in two ways (update, whole copy, rows) that cannot be "
+                "computed together. Export the model below merged (stages models export), and name that folder"
             )
 
 

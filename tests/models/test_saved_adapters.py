@@ -194,8 +194,14 @@ def test_an_update_and_rows_of_one_embedding_are_refused_on_a_shared_backbone(
         logits_of(load_language_model(str(tmp_path / "update"), dtype=torch.float32)), expected, rtol=1e-4, atol=1e-5
     )
     backbone = backbone_of(as_resolved(tmp_path / "update"))
-    with pytest.raises(ModelError, match="both change model.embed_tokens, one by an update and one by a copy or rows of its own"):
+    with pytest.raises(ModelError, match="both change model.embed_tokens, in two ways .update, whole copy, rows. that"):
         backbone.frozen(as_resolved(tmp_path / "update"))
+    whole = SharedBackbone(
+        as_resolved(tmp_path / "rows"), dtype=torch.float32, device=torch.device("cpu"),
+        lora=LoraSettings(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="a fresh adapter and another adapter on the same weights both change lm_head"):
+        whole.fresh("default", whole.frozen(as_resolved(tmp_path / "rows")))
 
 
 def test_a_policy_with_new_tokens_trains_their_rows_apart_from_its_value_network(
