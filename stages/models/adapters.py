@@ -21,6 +21,7 @@ from torch import nn
 
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
+from stages.models.families import state_space_products
 from stages.models.saved_adapters import SavedAdapter, base_of, fitted, read_adapter
 
 if TYPE_CHECKING:
@@ -60,9 +61,11 @@ def attach_lora(
     _check_names(lora, plain, task)
     alpha: Any = lora.alpha  # peft says int and divides whatever it gets by r
     # peft trains a classifier's head whole (everything that is called ...classifier or ...score), so the adapter has to stay off it.
-    head = r".*(classifier|score)" if task == "SEQ_CLS" and lora.target_modules == "all-linear" else None
+    head = [r".*(classifier|score)"] if task == "SEQ_CLS" else []
+    excluded = "|".join([*head, *map(re.escape, state_space_products(plain))]) if lora.target_modules == "all-linear" else None
     config = LoraConfig(
-        r=lora.r, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules, exclude_modules=head, task_type=task,
+        r=lora.r, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules, exclude_modules=excluded or None,
+        task_type=task,
         bias="none", modules_to_save=list(lora.modules_to_save) or None, trainable_token_indices=_rows_to_train(plain, lora, new_rows),
     )  # fmt: skip
     below = active_adapters(model)
@@ -198,6 +201,13 @@ def _check_names(lora: LoraSettings, plain: Any, task: str) -> None:
     A bare transformer has no output layer, so a name that only the language model has is allowed there.
     """
     names = [name for name, _ in plain.named_modules()]
+    if not isinstance(lora.target_modules, str):
+        ends = tuple(f".{own}" for own in lora.target_modules)
+        if passed := [one for one in state_space_products(plain) if f".{one}".endswith(ends)]:
+            raise ModelError(
+                f"lora.target_modules reaches {passed[0]} of {type(plain).__name__}: a state-space mixer reads that weight past its layer, "
+                "so an adapter on it does nothing. Use 'all-linear', which leaves it out, or name in_proj"
+            )
     is_bare = task == "FEATURE_EXTRACTION"
     for field, wanted in (("target_modules", lora.target_modules), ("modules_to_save", lora.modules_to_save)):
         if isinstance(wanted, str):

@@ -16,6 +16,9 @@ SCORE_CAPS = ("attn_logit_softcapping", "attention_logit_softcapping", "attn_log
 """Config fields that cap attention scores. PyTorch's scaled_dot_product_attention has no such cap."""
 
 
+EAGER_ADDS_ALIBI_TWICE = "the eager attention of Falcon in this version of transformers adds the ALiBi bias twice"
+
+
 def attention_of(auto: Any, config: Any, model: ModelInput, dtype: torch.dtype) -> str | None:
     """The ``attn_implementation`` for the class that ``auto`` picks for ``config``; None lets transformers choose sdpa or else eager.
 
@@ -59,7 +62,7 @@ def _refusal(attention: str, found: Any, config: Any) -> str:
     """Why ``attention`` cannot be used, in a clause; empty where it can."""
     name = found.__name__ if found is not None else "a class of the model's own"
     if attention == "eager":
-        return ""
+        return EAGER_ADDS_ALIBI_TWICE if config.model_type == "falcon" and getattr(config, "alibi", False) else ""
     if attention == "sdpa":
         if found is not None and not found._supports_sdpa:
             return f"{name} does not support sdpa"

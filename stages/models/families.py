@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import nn
+
 from stages.errors import ModelError
 
 
@@ -28,3 +31,35 @@ def refuse_unfit(config: Any, name: str) -> None:
             f"{name!r} is a {kind} model; a policy or a scalar head needs a causal language model (llama, gpt2, gpt_neox, qwen2, ...). "
             "An encoder can be trained as a classifier (stage: sentiment) and rewarded by its label"
         )
+
+
+def refuse_quantization(config: Any, quantization: str, name: str) -> None:
+    """Raise ModelError for a family whose class cannot compute with weights of ``quantization``."""
+    if config.model_type == "rwkv" and quantization == "nf4":
+        raise ModelError(f"{name!r} is an rwkv model, whose class cannot rescale nf4 weights; write quantization: int8 or none")
+
+
+def state_space_products(model: nn.Module) -> list[str]:
+    """Names of the products inside state-space mixers (Mamba, Jamba, Bamba, Falcon-H1) that take neither an adapter nor quantized weights.
+
+    Their weights are read past the layer, by the fused kernels or by the family's own code, so what is wrapped around the layer would be
+    passed over in silence. ``in_proj`` is always computed as a layer.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if "A_log" in module._parameters:
+            found += [f"{name}.{own}" for own, child in module.named_children() if isinstance(child, nn.Linear) and own != "in_proj"]
+    return found
+
+
+def unquantized_modules(auto: Any, config: Any) -> list[str] | None:
+    """Modules of the class that ``auto`` picks which stay as they are under quantization; None for transformers' own choice."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    text = config.get_text_config()
+    if not any(hasattr(text, field) for field in ("mamba_d_state", "state_size", "mamba_state_dim")):
+        return None
+    with torch.device("meta"):
+        made = auto.from_config(config)
+    products = state_space_products(made)
+    return [*get_keys_to_not_convert(made), *products] if products else None

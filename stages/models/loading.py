@@ -17,7 +17,7 @@ from stages.models.adapters import FRESH, attach_lora, plain_model, quantization
 from stages.models.attention import attention_of
 from stages.models.causality import require_causal
 from stages.models.failures import explained
-from stages.models.families import refuse_unfit
+from stages.models.families import refuse_quantization, refuse_unfit, unquantized_modules
 from stages.models.own_layers import use_own_layers
 from stages.models.published import check_saved_adapter, check_saved_weights, outputs_of, rows_for
 from stages.models.saved_adapters import SavedAdapter, head_size, read_adapter
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _said: set[str] = set()
+QUANTIZED_LAYERS = ("Linear4bit", "Linear8bitLt")
 
 
 def as_resolved(model: ResolvedModel | str | Path) -> ResolvedModel:
@@ -271,6 +272,9 @@ def _from_pretrained(
         config = AutoConfig.from_pretrained(path, **code)
         if auto is not AutoModelForSequenceClassification:
             refuse_unfit(config, model.ref)
+        if quantization is not None:
+            refuse_quantization(config, model.input.quantization, model.ref)
+            quantization.llm_int8_skip_modules = unquantized_modules(auto, config)
         loaded, report = auto.from_pretrained(
             path,
             dtype=dtype,
@@ -282,9 +286,29 @@ def _from_pretrained(
             **options,
         )
     if quantization is not None:
+        _refuse_unquantized(loaded, model)
         _keep_4bit_layout(loaded)
     _refuse_missing(loaded, report, model, require_head, supplied)
     return loaded
+
+
+def _refuse_unquantized(loaded: nn.Module, model: ResolvedModel) -> None:
+    """Raise ModelError where bitsandbytes took none of the layers, and warn where it left most weights as they are.
+
+    It takes plain linear layers alone. Falcon's are of a class of its own, and experts are often one tensor for all of them.
+    """
+    taken = sum(module.in_features * module.out_features for module in loaded.modules() if type(module).__name__ in QUANTIZED_LAYERS)
+    if taken == 0:
+        raise ModelError(
+            f"quantization: {model.input.quantization} reaches no layer of {model.ref!r}: bitsandbytes takes plain linear layers alone, "
+            f"and {type(loaded).__name__} has none. Write quantization: none"
+        )
+    left = sum(parameter.numel() for parameter in loaded.parameters() if parameter.is_floating_point() and parameter.ndim > 2)
+    if left > taken:
+        logger.warning(
+            "quantization: %s reaches %.0f %% of the large weights of %s; its experts are no linear layers and stay whole",
+            model.input.quantization, 100 * taken / (taken + left), model.ref,
+        )  # fmt: skip
 
 
 def _keep_4bit_layout(model: nn.Module) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.deberta.modeling_deberta import DisentangledSelfAttention
 from transformers.pytorch_utils import Conv1D
 
 from stages.models.lean import use_lean_layers
@@ -24,7 +26,7 @@ def use_own_layers(model: nn.Module) -> Counter[str]:
 
     Returns how many modules of each class were switched, and logs it (level info).
     """
-    switched = use_fast_matmuls(model, {Conv1D: FastConv1D}) + use_lean_layers(model)
+    switched = use_fast_matmuls(model, {Conv1D: FastConv1D}) + use_lean_layers(model) + _leave_autocast(model)
     if switched:
         named = ", ".join(f"{count} {name}" for name, count in sorted(switched.items()))
         logger.info("%s: layers switched to this project's own: %s", type(model).__name__, named)
@@ -36,3 +38,25 @@ class FastConv1D(Conv1D):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight.T, self.bias)
+
+
+class PlainDebertaAttention(DisentangledSelfAttention):
+    """The attention of DeBERTa (v1), outside of autocast: inside, it fills bf16 scores with the smallest fp32 number, which fails."""
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        weight = next(self.parameters())
+
+        def cast(value: Any) -> Any:
+            return value.to(weight.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+        with torch.autocast(weight.device.type, enabled=False):
+            return super().forward(*map(cast, inputs), **{name: cast(value) for name, value in named.items()})
+
+
+def _leave_autocast(model: nn.Module) -> Counter[str]:
+    switched: Counter[str] = Counter()
+    for module in model.modules():
+        if type(module) is DisentangledSelfAttention:
+            module.__class__ = PlainDebertaAttention
+            switched["DisentangledSelfAttention"] += 1
+    return switched

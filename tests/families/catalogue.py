@@ -6,7 +6,6 @@ number where a config allows it, sliding windows are shorter than the texts, cap
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -48,6 +47,7 @@ MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 8}
 EVEN = {"num_key_value_heads": 4}
 WINDOW = {"sliding_window": 6}
+FALCON = {"LoRA on nf4": "bitsandbytes takes plain linear layers alone"}
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
 
 DECODERS: dict[str, Family] = {
@@ -61,8 +61,9 @@ DECODERS: dict[str, Family] = {
     "opt": Family("opt", _llama(ffn_dim=48, word_embed_proj_dim=32, init_std=0.2)),
     "opt-projected": Family("opt", _llama(ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False, init_std=0.2)),
     "bloom": Family("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}),
-    "falcon": Family("falcon", _llama(new_decoder_architecture=True, num_kv_heads=2)),
-    "falcon-alibi": Family("falcon", _llama(alibi=True, new_decoder_architecture=False, multi_query=True, parallel_attn=False, bias=True)),
+    "falcon": Family("falcon", _llama(new_decoder_architecture=True, num_kv_heads=2), without=dict(FALCON)),
+    "falcon-alibi": Family("falcon", _llama(alibi=True, new_decoder_architecture=False, multi_query=True, parallel_attn=False, bias=True),
+                           without=dict(FALCON)),
     "mpt": Family("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": POSITIONS, "initializer_range": 0.2}),
     "llama": Family("llama", _llama(), "sentencepiece"),
     "mistral": Family("mistral", _llama(**WINDOW), "sentencepiece"),
@@ -103,7 +104,8 @@ DECODERS: dict[str, Family] = {
     "mamba2": Family("mamba2", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1,
                                 "expand": 2, "chunk_size": 8, "initializer_range": 0.2}),
     "rwkv": Family("rwkv", {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "intermediate_size": 48,
-                            "context_length": POSITIONS}),
+                            "context_length": POSITIONS},
+                   without={"LoRA on nf4": "whose class cannot rescale nf4 weights"}),
     "jamba": Family("jamba", _llama(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=2,
                                     mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False)),
     "bamba": Family("bamba", _llama(attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1,
@@ -249,5 +251,3 @@ def save(family: Family, folder: Path, auto: Any, *, seed: int = 0, **more: Any)
     tokenizer_of(family.tokenizer).save_pretrained(folder)
     return folder
 
-
-Check = Callable[..., Any]
