@@ -44,7 +44,7 @@ class PlainDebertaAttention(DisentangledSelfAttention):
     """The attention of DeBERTa (v1), outside of autocast: inside, it fills bf16 scores with the smallest fp32 number, which fails."""
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        weight = next(self.parameters())
+        weight: Any = self.in_proj.weight  # of the base where an adapter is on it
 
         def cast(value: Any) -> Any:
             return value.to(weight.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
@@ -58,5 +58,7 @@ def _leave_autocast(model: nn.Module) -> Counter[str]:
     for module in model.modules():
         if type(module) is DisentangledSelfAttention:
             module.__class__ = PlainDebertaAttention
+            for bias in (module.q_bias, module.v_bias):  # transformers keeps them fp32 beside bf16 products
+                bias.data = bias.data.to(module.in_proj.weight.dtype)
             switched["DisentangledSelfAttention"] += 1
     return switched

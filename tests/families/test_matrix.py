@@ -43,8 +43,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
+LEFT_OUT = ("codegen", "olmo", "qwen2_moe", "granitemoe", "cohere2", "nemotron", "deepseek_v2", "falcon_mamba", "camembert", "albert")
+"""Families like another one that is tried here; the whole matrix has them."""
+
+
 def chosen(families: Any, first: str) -> list[tuple[str, str]]:
-    return [(name, check) for name in families for check in (first, *MORE.get(name, ()))]
+    return [(name, check) for name in families if name not in LEFT_OUT for check in (first, *MORE.get(name, ()))]
 
 
 @pytest.mark.parametrize(("name", "check"), chosen(DECODERS, "log-probabilities"))
