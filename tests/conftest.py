@@ -196,10 +196,16 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def hub_client(hub: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where ``hub_client`` keeps what it downloads."""
+    return tmp_path_factory.mktemp("hub-cache")
+
+
+@pytest.fixture(scope="session")
+def hub_client(hub: Any, hub_cache: Path) -> Iterator[Any]:
     """hub_client.run("plan", ...) runs ``stages plan ...`` in a process whose client libraries ask ``hub``; see tests/hub/client.py."""
     from client import Client
 
-    client = Client(hub.environment(tmp_path_factory.mktemp("hub-cache")))
+    client = Client(hub.environment(hub_cache))
     yield client
     client.close()

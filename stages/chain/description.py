@@ -71,7 +71,9 @@ def _is_unchanged(sources: list[DataSource], mark: str | None) -> bool:
 
 
 def _source_text(source: DataSource, field: str, is_same: bool) -> str:
-    options = [f"{name} {value}" for name, value in (("config", source.name), ("split", source.split)) if value is not None]
+    commit = source.revision[:12] if source.revision is not None else None
+    fields = (("config", source.name), ("folder", source.data_dir), ("split", source.split), ("commit", commit))
+    options = [f"{name} {value}" for name, value in fields if value is not None]
     place = ", ".join([_path(source.path), *options])
     if source.on_hub:
         is_file = Path(source.path).is_absolute()

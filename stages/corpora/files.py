@@ -59,6 +59,7 @@ def read_splits(data: DataInput, curator: Curator | None = None) -> tuple[list[R
     train = read_rows(data.train)
     if data.validation is not None:
         heldout = read_rows(data.validation, split="validation")
+        _say_overlap(data.train, data.validation)
     else:
         train, heldout = hold_out(train, data, _names(data.train))
     if curator is not None:
@@ -67,6 +68,29 @@ def read_splits(data: DataInput, curator: Curator | None = None) -> tuple[list[R
             if not rows:
                 raise DataError(f"{_names(data.train)}: curation leaves no {which} row ({dict(curator.left_out)})")
     return train, heldout
+
+
+def _say_overlap(train: Sequence[DataSource], validation: Sequence[DataSource]) -> None:
+    """Warn where held-out data are also trained on, by what the sources name; equal rows under other names are not looked for."""
+    for held in validation:
+        for source in train:
+            if _rows_named(source, "train") == _rows_named(held, "validation") and _meet(source, held):
+                logger.warning("%s: rows of the held-out data are trained on, too; name other rows (split, skip, limit) for one", held.path)
+
+
+def _rows_named(source: DataSource, default: str) -> tuple[Any, ...]:
+    """What ``source`` reads, but for skip and limit; ``default`` is the split where it names none."""
+    split = source.split or default
+    path = Path(source.path)
+    if not source.on_hub and not (path.is_dir() and folder_layout(path, source).names_splits):
+        split = WHOLE  # a file, a part of the embedded world, or a folder that is read whole
+    return source.path, source.name, split, source.data_dir, str(source.data_files), source.revision
+
+
+def _meet(one: DataSource, other: DataSource) -> bool:
+    """Whether skip and limit of two sources leave rows that both read."""
+    ends = [float("inf") if source.limit is None else source.skip + source.limit for source in (one, other)]
+    return max(one.skip, other.skip) < min(ends)
 
 
 def _read_source(source: DataSource, split: str) -> list[Row]:

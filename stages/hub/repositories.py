@@ -11,7 +11,8 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,6 +22,7 @@ from stages.errors import HubError, HubMissing, HubUnreachable, StorageError
 T = TypeVar("T")
 Kind = Literal["model", "dataset"]
 NOUNS = {"model": "model", "dataset": "data set"}
+SMALL = ("config.json", ".index.json", ".md")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PAUSES = (1.0, 2.0)
 """Seconds between the attempts to reach the Hub."""
@@ -83,7 +85,23 @@ def fetch(repository: Repository, name: str) -> Path:
         return path
     if repository.is_cached:
         raise HubUnreachable(f"{name} of the {NOUNS[kind]} {identifier!r} {_not_cached(kind, identifier)}")
-    return Path(_asked(kind, identifier, commit, lambda: hf_hub_download(identifier, name, repo_type=kind, revision=commit)))
+    with _quiet() if name.endswith(SMALL) else nullcontext():
+        return Path(_asked(kind, identifier, commit, lambda: hf_hub_download(identifier, name, repo_type=kind, revision=commit)))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar for a file of a few kilobytes."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _asked(kind: Kind, identifier: str, revision: str | None, ask: Callable[[], T]) -> T:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.config import HUB
+
 if TYPE_CHECKING:
     from stages.registry.ledger import ModelRecord, Registry
 
@@ -204,7 +206,7 @@ def _without_places(value: Any) -> Any:
 
 def _hub_data(step: dict[str, Any]) -> list[str]:
     """Hub ids among the data of a step."""
-    paths = [str(source["path"]) for source in _sources(step)]
+    paths = [str(source["path"]).removeprefix(HUB) for source in _sources(step)]
     return list(dict.fromkeys(path for path in paths if not path.startswith(("world:", "/", ".")) and not Path(path).suffix))
 
 

@@ -195,15 +195,14 @@ def test_commits_stand_in_plan_manifest_and_summary_and_changes_are_noticed(
     assert {step["action"] for step in planned(hub_client, place, *pinned).values()} == {"reuse"}
 
 
-def test_offline_the_cached_commits_are_used_and_what_is_missing_is_said(fresh: Hub, place: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    online = Client(fresh.environment(cache))
-    assert asked(online, "run", place, home="first").status == 0
-    before = planned(online, place, home="first")
-    online.close()
+def test_offline_the_cached_commits_are_used_and_what_is_missing_is_said(
+    fresh: Hub, hub_client: Client, hub_cache: Path, place: Path
+) -> None:
+    assert asked(hub_client, "run", place, home="first").status == 0
+    before = planned(hub_client, place, home="first")
     fresh.publish("dataset", "org/rows", rows_of(ROWS[12:]))  # the cache does not know of it
     fresh.requests.clear()
-    offline = Client(fresh.environment(cache, offline=True))
+    offline = Client(fresh.environment(hub_cache, offline=True))
     after = planned(offline, place, home="first")
     assert {name: (step["action"], step["hub"]) for name, step in after.items()} == {
         name: ("reuse", step["hub"]) for name, step in before.items()
@@ -211,8 +210,8 @@ def test_offline_the_cached_commits_are_used_and_what_is_missing_is_said(fresh: 
     answer = asked(offline, "run", place, "seed=2", home="second")
     assert answer.status == 0, answer.output
     for override, message in (
-        ("verdict.candidates.base=org/gguf", "the model 'org/gguf' is not in the local cache, and HF_HUB_OFFLINE is set"),
-        ("verdict.data={path: trl-lib/tldr}", "the data set 'trl-lib/tldr' is not in the local cache, and HF_HUB_OFFLINE is set"),
+        ("verdict.candidates.base=org/never", "the model 'org/never' is not in the local cache, and HF_HUB_OFFLINE is set"),
+        ("verdict.data={path: org/gated-rows}", "the data set 'org/gated-rows' is not in the local cache, and HF_HUB_OFFLINE is set"),
         ("verdict.data={path: org/rows, split: validation}", "the data set 'org/rows' is in the local cache in part"),
     ):
         answer = asked(offline, "run", place, override)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from stages.config import DataSource
-from stages.corpora.files import fingerprint, read_rows
+from stages.config import DataInput, DataSource
+from stages.corpora.files import fingerprint, read_rows, read_splits
 from stages.errors import DataError
 
 Rows = list[dict[str, Any]]
@@ -169,3 +169,29 @@ def test_the_fingerprint_of_a_folder_follows_what_decides_its_rows(tmp_path: Pat
     assert fingerprint(sources) == before
     (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\n---\n")
     assert fingerprint(sources) != before
+
+
+@pytest.mark.parametrize(
+    ("train", "held", "is_said"),
+    [({}, {}, True), ({"limit": 2}, {"skip": 2}, False), ({"limit": 3}, {"skip": 2}, True), ({"split": "train"}, {}, True)],
+)
+def test_held_out_rows_that_are_trained_on_are_said(
+    train: dict[str, Any], held: dict[str, Any], is_said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder whose names tell no splits is the same rows for both; named splits are not."""
+    write(tmp_path / "plain" / "a.jsonl", "one", "two", "three", "four")
+    plain = str(tmp_path / "plain")
+    data = DataInput(train=[DataSource(path=plain, **train)], validation=[DataSource(path=plain, **held)])
+    with caplog.at_level(logging.WARNING):
+        read_splits(data)
+    assert ("rows of the held-out data are trained on" in caplog.text) == is_said
+
+
+def test_named_splits_of_a_folder_are_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "train.jsonl", "one")
+    write(tmp_path / "dev.jsonl", "two")
+    source = DataSource(path=str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        rows = read_splits(DataInput(train=[source], validation=[source]))
+    assert [[row["text"] for row in part] for part in rows] == [["one"], ["two"]]
+    assert caplog.text == ""
