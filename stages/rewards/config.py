@@ -11,9 +11,7 @@ from pydantic import Field, model_validator
 from stages.config import DataField, DataSource, ModelField, ModelInput, Strict
 from stages.errors import RecipeError
 
-ENDPOINT_FIELDS = {
-    "protocol", "served_model", "columns", "label_column", "api_key_variable", "concurrency", "on_failure", "cache",
-}  # fmt: skip
+ENDPOINT_FIELDS = ("protocol", "served_model", "columns", "label_column", "api_key_variable", "concurrency", "on_failure", "cache")
 
 
 QUESTION = (
@@ -135,8 +133,8 @@ class RewardInput(Strict):
         self._check_answers()
         if self.endpoint is not None:
             self._check_endpoint(self.endpoint)
-        elif given := ENDPOINT_FIELDS & self.model_fields_set:
-            raise ValueError(f"{', '.join(sorted(given))} belongs to an endpoint")
+        elif given := [name for name in ENDPOINT_FIELDS if self._is_changed(name)]:
+            raise ValueError(f"{', '.join(given)} belongs to an endpoint")
         elif self.model is None and self.label is not None:
             raise ValueError("label belongs to a classifier, and no model was given")
         if self.retries and self.function is None and self.endpoint is None:
@@ -153,10 +151,14 @@ class RewardInput(Strict):
             raise ValueError(f"combine: {self.combine} belongs to an ensemble")
         return self
 
+    def _is_changed(self, name: str) -> bool:
+        """Whether a field has another value than its default: settings that were written out whole name every field."""
+        return bool(getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True))
+
     def _check_answers(self) -> None:
         """Raise ValueError where fields of a language model as a reward contradict each other."""
         if self.answers is None:
-            if "question" in self.model_fields_set:
+            if self._is_changed("question"):
                 raise ValueError("question belongs to answers")
             return
         if self.model is None or self.label is not None or self.level == "token":

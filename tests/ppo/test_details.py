@@ -84,6 +84,7 @@ def test_a_prompt_of_1001_tokens_is_left_out_and_not_cut(ppo_config, ppo_context
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts.values()))
     config = ppo_config(data=str(path), max_prompt_tokens=1000)
     roles = load_roles(config, ppo_context)
+    roles.policy.model.config.max_position_embeddings = 2000  # the limit that counts here is the step's
     kept = load_prompts(config, ppo_context, roles)
     assert [(len(ids), prompt) for prompt, ids, _ in kept] == [(999, texts[999]), (1000, texts[1000])]
 

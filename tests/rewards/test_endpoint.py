@@ -123,6 +123,12 @@ def test_columns_that_are_not_there() -> None:
         columns(row)
 
 
+@pytest.mark.parametrize("fields", [{"function": "a:b"}, {"endpoint": "http://h"}, {"model": "m", "answers": ["a", "b"]}])
+def test_settings_that_are_written_out_are_read_again(fields) -> None:
+    source = RewardInput.model_validate(fields)
+    assert RewardInput.model_validate(source.model_dump()) == source
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
