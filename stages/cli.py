@@ -724,7 +724,7 @@ def label(
             _console().print(report_tables(content))
     if import_from or export or show_report:
         return
-    password = None if host in ("localhost", "127.0.0.1", "::1") else _password(command.PASSWORD_VARIABLE)
+    password = None if command.is_loopback(host) else _password(command.PASSWORD_VARIABLE)
     names = command.annotator_names(annotator or [])
     command.serve(folder, names, host=host, port=port, password=password, console=_console())
 

@@ -97,6 +97,11 @@ class Access:
             return is_right
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def link(base: str, access: Access, annotator: str | None) -> str:
     """The address of an annotator's page, or of the leader's where no annotator is named."""
     if annotator is None:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from stages.errors import DataError, LaunchError
-from stages.labelling.access import Access, check_annotator, link
+from stages.labelling.access import Access, check_annotator, is_loopback, link
 from stages.labelling.config import People
 from stages.labelling.publishing import find_folder, known_steps, publish_file
 from stages.labelling.store import Store
@@ -47,7 +47,7 @@ def annotator_names(given: Sequence[str]) -> list[str]:
 
 def serve(folder: Path, annotators: Sequence[str], *, host: str, port: int | None, password: str | None, console: Console) -> None:
     """Serve a folder until SIGTERM or Ctrl-C. Raises LaunchError where no address can be had, DataError where it is served already."""
-    from stages.labelling.server import LabelServer, base_url, is_loopback, listen, make_server
+    from stages.labelling.server import LabelServer, base_url, listen, make_server
 
     if not is_loopback(host) and password is None:
         raise LaunchError(f"--host {host} lets other machines in, and no password is set; export {PASSWORD_VARIABLE}")

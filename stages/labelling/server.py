@@ -262,11 +262,6 @@ def listen(host: str, port: int | None) -> socket.socket:
     raise LaunchError(f"cannot listen on {host}, {where} ({reason}); name another with --port or --host")
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``."""
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
 def base_url(bound: socket.socket, host: str) -> str:
     """The address of the server's pages, as far as it is known: a wildcard address is shown as this machine's name."""
     shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host

@@ -352,6 +352,28 @@ def test_page_fits_phone_and_desktop_in_both_themes(served, width: int) -> None:
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+def test_finger_drags_an_answer_to_its_rank(served) -> None:
+    browser = served(number=1, k=3)
+    screen = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    try:
+        browser.execute_script("document.getElementById('board').scrollIntoView({block: 'center'})")
+        middle = """const box = document.querySelector(arguments[0]).getBoundingClientRect();
+            return [box.x + box.width / 2, box.y + box.height / 2]"""
+        start = browser.execute_script(middle, '[data-chip="1"]')
+        end = browser.execute_script(middle, '#board .row[data-rank="2"] .zone')
+        touch = [("touchStart", start), ("touchMove", [start[0], start[1] + 12]), ("touchMove", end), ("touchEnd", None)]
+        for kind, point in touch:
+            points = [{"x": point[0], "y": point[1]}] if point else []
+            browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        wait(lambda: one(browser, "#status").get_attribute("textContent") == "Answer B: rank 2.", seconds=5)
+        assert one(browser, "#card-1 input[type=radio][value='2']").is_selected()
+    finally:
+        browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def test_leader_sees_the_numbers_and_makes_links(served, answer) -> None:
     browser = served(number=2, k=2, overlap=1.0)
     store, access = browser.served.store, browser.served.access

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from stages.errors import DataError, StorageError
 from stages.labelling.assignment import Assignment, overlap_tasks, shown_order
 from stages.labelling.config import load_questions
 from stages.labelling.questions import AnswerError
-from stages.labelling.store import Store
+from stages.labelling.store import Log, Store
 from stages.shipped import shipped_folder
 
 
@@ -73,6 +75,44 @@ def test_line_cut_off_by_a_crash_is_removed_and_the_rest_stays(make_folder, answ
     again.record("anna", answer(again, "anna", again.next_task("anna").id, [1, 0, 2]))
     again.close()
     assert len(read_answers(folder / "answers.jsonl")) == 2
+
+
+def test_answer_is_flushed_to_the_device_before_it_is_acknowledged(make_folder, answer, monkeypatch) -> None:
+    folder = make_folder()
+    store, flushed = Store(folder), []
+    monkeypatch.setattr(os, "fsync", lambda _: flushed.append((folder / "answers.jsonl").read_bytes().count(b"\n")))
+    for number in (1, 2):
+        store.record("anna", answer(store, "anna", store.next_task("anna").id, [0, 1, 2]))
+        assert flushed[-1] == number
+    store.close()
+
+
+def test_lines_that_many_write_at_once_stay_whole_and_share_flushes(tmp_path: Path, monkeypatch) -> None:
+    log = Log(tmp_path / "log.jsonl")
+    log.open()
+    flushes, fsync = [], os.fsync
+
+    def slow(file: int) -> None:
+        time.sleep(0.002)
+        flushes.append(os.fstat(file).st_size)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", slow)
+
+    def write(name: str) -> None:
+        for number in range(20):
+            log.append(f"{name} {number} " + name * 2000)
+            assert flushes[-1] > 0
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in "abcdefgh"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    log.close()
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert sorted(lines) == sorted(f"{name} {number} " + name * 2000 for name in "abcdefgh" for number in range(20))
+    assert len(flushes) < 160  # eight writers wait for one flush together
 
 
 def test_full_disk_refuses_the_answer_and_leaves_whole_lines(make_folder, answer, monkeypatch) -> None:
