@@ -157,6 +157,7 @@ def main() -> None:
         "machine": platform.machine(),
         "python": platform.python_version(),
         "cores_of_the_server": 1,
+        "real_time_scheduling": os.sched_getscheduler(0) == os.SCHED_FIFO,  # chrt -f 5: other work on the machine waits
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))

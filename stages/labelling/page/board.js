@@ -6,6 +6,7 @@ import { make } from "./server.js";
 /** Draw the board. `place(chip, rank)` is called with the rank that a chip was moved to; null takes its rank away. */
 export function drawBoard(board, texts, ranks, { place, key }) {
   const focused = document.activeElement?.dataset?.chip;
+  board.classList.toggle("many", texts.length > 5);
   const chip = (index) =>
     make("button", { type: "button", class: "chip", "data-chip": index, "aria-label":
         `Answer ${letter(index)}: ${ranks[index] === null ? "not ranked" : `rank ${ranks[index]}`}. Arrow keys or a number move it.`,
