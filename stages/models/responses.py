@@ -54,7 +54,7 @@ def sequence_batch(prompts: Sequence[Sequence[int]], responses: Sequence[Sequenc
 def with_closing(batch: SequenceBatch, closing: Tensor) -> SequenceBatch:
     """``batch`` with one more position for each row of ``closing`` [B] bool, behind all the others: the row's last token, which predicts
     nothing. A value there is that of the state after the response; a log-probability there means nothing."""
-    rows = torch.nonzero(closing.to(batch.rows.device)).flatten()
+    rows = torch.nonzero(closing).flatten().to(batch.rows.device)  # counted where it lies: on a GPU that would wait for it
     return SequenceBatch(
         batch.input_ids,
         batch.lengths,

@@ -30,13 +30,37 @@ from stages.training.checkpoints import trainable
 
 @dataclass
 class Totals:
-    """Sums over tokens of one minibatch, from which its metrics are made; summed over processes before they are read."""
+    """Sums over tokens of one minibatch, from which its metrics are made; summed over processes before they are read.
+
+    They are added up where the tensors lie, in double precision, and read in one go: a read makes the CPU wait for the GPU.
+    """
 
     sums: dict[str, float] = field(default_factory=dict)
+    _waiting: dict[str, Tensor] = field(default_factory=dict)
+    _largest: Tensor | None = None
 
     def add(self, **values: Tensor | float) -> None:
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+            if isinstance(value, Tensor):
+                value = value.detach().double()
+                self._waiting[name] = self._waiting[name] + value if name in self._waiting else value
+            else:
+                self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
+    def note(self, deviation: Tensor) -> None:
+        """Keep the largest of the scalars given; one that is no number counts for nothing."""
+        self._largest = deviation if self._largest is None else torch.fmax(self._largest, deviation)
+
+    def read(self) -> float:
+        """Bring the sums to the CPU; returns the largest scalar noted (0 where there is none)."""
+        names = list(self._waiting)
+        waiting = [*self._waiting.values(), *([] if self._largest is None else [self._largest.double()])]
+        numbers: list[float] = torch.stack(waiting).tolist() if waiting else []
+        largest = numbers.pop() if self._largest is not None else 0.0
+        for name, number in zip(names, numbers, strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + number
+        self._waiting, self._largest = {}, None
+        return max(0.0, largest)
 
 
 @dataclass
@@ -148,7 +172,6 @@ class Updater:
         count = float(part.response_mask.sum())
         num_states = count + float(part.closing_mask.sum())
         totals = Totals({"tokens": 0.0})
-        largest = 0.0
         for rows, counts in self._microbatches(part):
             mask, closing = part.response_mask[rows], part.closing_mask[rows]
             device = roles.policy.device
@@ -220,7 +243,8 @@ class Updater:
                     returns_squared=(flat["returns"] ** 2).sum(),
                     values=values.sum(),
                 )
-                largest = max(largest, float((ratio - 1).abs().max()))
+                totals.note((ratio - 1).abs().max())
+        largest = totals.read()
         if self.num_processes > 1:
             largest = self._reduce(totals, largest)
         return totals, largest
@@ -262,7 +286,7 @@ class Updater:
         if mix.coef == 0:
             return 0.0
         before = _gradients(self.roles.networks()["policy"]) if self.num_processes > 1 else None
-        total = 0.0
+        totals = Totals()
         count = rows.numel() - len(rows) if mix.normalization == "token" else len(rows)
         own, largest_share = rows[self.process_index :: self.num_processes], -(-len(rows) // self.num_processes)
         size = rows_of_a_pass(self.config.microbatch_size, rows.shape[1], device_type=self.roles.policy.device.type)
@@ -272,7 +296,9 @@ class Updater:
             batch = (group if counts else rows[:1]).to(self.roles.policy.device)
             loss = pretraining_loss(self.roles.policy, batch, self.matmuls) / count * counts
             (mix.coef * loss).backward()
-            total += float(loss.detach())
+            totals.add(loss=loss)
+        totals.read()
+        total = totals.sums.get("loss", 0.0)
         if before is not None:
             total = self._reduce_pretraining(before, total)
         return total

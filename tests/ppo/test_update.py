@@ -187,3 +187,35 @@ def test_early_stop_by_kl(ppo_config, ppo_context, make_rollout) -> None:
         roles = load_roles(config, ppo_context)
         rollout = make_rollout(roles, config)
         assert make_updater(roles, config).update(rollout, kl_coef=0.1, seed=0).optimizer_steps == steps
+
+
+@pytest.mark.parametrize("size", [2, 6])
+def test_the_sums_of_a_minibatch_are_read_once_however_many_microbatches_it_has(
+    ppo_config, ppo_context, make_rollout, monkeypatch, size: int
+) -> None:
+    config = ppo_config(minibatch_size=6, microbatch_size=size)
+    roles = load_roles(config, ppo_context)
+    part = make_rollout(roles, config).rows(torch.arange(6))
+    goal, updater = targets(part, config, kl_coef=0.1), make_updater(roles, config)
+    reads: list[str] = []
+    for name in ("__float__", "item"):
+        plain = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, name=name, plain=plain: reads.append(name) or plain(tensor))
+    updater.accumulate(part, goal)
+    assert len(reads) <= 2  # the counts of tokens and of states, which lie on the CPU
+
+
+def test_totals_are_sums_in_double_precision_and_the_largest_number() -> None:
+    from stages.ppo.update import Totals
+
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(50, generator=draw) * 1e4
+    totals, expected = Totals({"tokens": 0.0}), 0.0
+    for value in values:
+        totals.add(tokens=3, loss=value)
+        totals.note(value.abs())
+        expected += float(value)
+    totals.note(torch.tensor(torch.nan))
+    assert totals.read() == float(values.abs().max())
+    assert totals.sums == {"tokens": 150.0, "loss": expected}  # to the bit
+    assert Totals().read() == 0.0
