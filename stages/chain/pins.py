@@ -196,7 +196,7 @@ def _beside(recipe: Recipe, source: DataSource) -> str:
 def default_split(stage: str, place: str) -> str:
     """The split that a stage reads where a source names none: as its reader says, by the field."""
     fields = place.replace("[", ".").replace("]", "").split(".")
-    if "validation" in fields or "choose" in fields:
+    if {"validation", "choose", "selection"} & set(fields):
         return "validation"
     trained_on = {"few_shot", "exclude"} & set(fields)
     return "test" if stage == "evaluation" and not trained_on else "train"

@@ -171,6 +171,8 @@ def _read_folder(path: Path, source: DataSource, split: str) -> Iterator[Row]:
     layout = folder_layout(path, source)
     if layout.unread and not layout.is_declared:
         _say_unread(path, layout, source)
+    if layout.lost:
+        logger.warning("%s: %s; only those that are there are read", path, layout.lost)
     parts = parts_of(layout, source.split, split)
     _check_formats([name for part in parts for name in layout.splits[part.split]])
     return rows_of_parts(layout, parts, lambda name: read_file(path / name, str(path / name)))

@@ -51,10 +51,10 @@ def hub_layout(repository: Repository, source: DataSource) -> Layout:
         if repository.is_cached:  # what is missing may never have been downloaded
             raise HubUnreachable(_not_downloaded(repository, str(error))) from error
         raise DataError(f"{repository.id}: {error}") from error
+    if repository.is_cached and (layout.lost or not any(layout.splits.values())):
+        raise HubUnreachable(_not_downloaded(repository, layout.lost or "no data file is there"))
     if any(layout.splits.values()):
         return layout
-    if repository.is_cached:
-        raise HubUnreachable(_not_downloaded(repository, "no data file is there"))
     kinds = sorted({suffix_of(name) or name for name in repository.files})
     raise DataError(f"{repository.id}: the data set holds no file that can be read here (it has {', '.join(kinds[:8])})")
 
@@ -114,6 +114,8 @@ def read_hub(source: DataSource, split: str) -> Iterator[Row]:
     """
     repository = repository_of(source)
     layout = hub_layout(repository, source)
+    if layout.lost:
+        logger.warning("%s: %s; only those that are there are read", repository.id, layout.lost)
     parts = _chosen_parts(repository, layout, source, split)
     format_read = _one_format(repository, [name for part in parts for name in layout.splits[part.split]])
     only = Layout(

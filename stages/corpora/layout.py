@@ -34,6 +34,7 @@ class Layout:
     names_splits: bool  # False: nothing tells splits apart
     unread: list[str] = field(default_factory=list)  # data files that belong to no split
     is_declared: bool = False  # by a README, or by whoever wrote the folder: what is left out is left out on purpose
+    lost: str = ""  # what is said where files of a series (x-00000-of-00003) are not there
 
 
 def is_data(name: str) -> bool:
@@ -93,7 +94,7 @@ def _within(
         raise DataError(f"data_dir: {folder} holds no data file; {_nearest(folder.strip('/'), folders, 'folders with data')}")
     found = layout_of(below, lambda name: read(start + name), data_files=data_files)
     splits = {split: [start + name for name in files] for split, files in found.splits.items()}
-    return Layout(splits, found.names_splits, [start + name for name in found.unread], found.is_declared)
+    return Layout(splits, found.names_splits, [start + name for name in found.unread], found.is_declared, found.lost)
 
 
 # What a README declares
@@ -147,7 +148,8 @@ def _declared(names: list[str], configs: Mapping[str, dict[str, Any]], name: str
             named |= isinstance(entry, dict)
             files = _matching(below, [patterns] if isinstance(patterns, str) else list(patterns or ()), None)
             splits.setdefault(split, []).extend(files)
-    return Layout({split: [start + other for other in files] for split, files in splits.items()}, named, is_declared=True)
+    lost = _lost_shards([other for files in splits.values() for other in files])
+    return Layout({split: [start + other for other in files] for split, files in splits.items()}, named, is_declared=True, lost=lost)
 
 
 # Folders written by save_to_disk
@@ -189,10 +191,10 @@ def _by_names(names: list[str]) -> Layout:
         parts = string_to_dict(PurePosixPath(name).name, PurePosixPath(SPLIT_PATTERN_SHARDED).name)
         shards.setdefault(str((parts or {}).get("split", WHOLE)), []).append(name)
     if shards:
-        _check_shards([name for files in shards.values() for name in files])
         usual = [str(split) for split in DEFAULT_SPLITS]
         order = sorted(shards, key=lambda split: (usual.index(split) if split in usual else len(usual), split))
-        return Layout({split: shards[split] for split in order}, True, _rest(names, shards))
+        lost = _lost_shards([name for files in shards.values() for name in files])
+        return Layout({split: shards[split] for split in order}, True, _rest(names, shards), lost=lost)
     for patterns in ALL_DEFAULT_PATTERNS:
         if patterns is DEFAULT_PATTERNS_ALL:
             break
@@ -203,14 +205,12 @@ def _by_names(names: list[str]) -> Layout:
             if twice := next((name for name, count in Counter(taken).items() if count > 1), None):
                 of = " and ".join(split for split, files in splits.items() if twice in files)
                 raise DataError(f"the name of {twice} fits the splits {of}; choose files with data_dir or data_files")
-            _check_shards(taken)
-            return Layout(splits, True, _rest(names, splits))
-    _check_shards(names)
-    return Layout({WHOLE: names} if names else {}, False)
+            return Layout(splits, True, _rest(names, splits), lost=_lost_shards(taken))
+    return Layout({WHOLE: names} if names else {}, False, lost=_lost_shards(names))
 
 
-def _check_shards(names: Sequence[str]) -> None:
-    """Raise DataError where ``x-00000-of-00003`` is there and one of its sisters is not."""
+def _lost_shards(names: Sequence[str]) -> str:
+    """What is said where ``x-00000-of-00003`` is there and another file of the series is not; empty where all are."""
     series: dict[tuple[str, int, str], set[int]] = {}
     for name in names:
         if match := re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(.*)", name):
@@ -220,7 +220,8 @@ def _check_shards(names: Sequence[str]) -> None:
         lost = sorted(set(range(count)) - found)
         if lost:
             example = f"{start}{lost[0]:05d}-of-{count:05d}{suffix}"
-            raise DataError(f"{len(lost)} of {count} files are missing, e.g. {example}; download or copy the rest")
+            return f"{len(lost)} of {count} files are missing, e.g. {example}"
+    return ""
 
 
 def _rest(names: list[str], splits: Mapping[str, list[str]]) -> list[str]:

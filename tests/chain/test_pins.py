@@ -20,6 +20,8 @@ from client import Answer, Client
 from published import json_lines, parquet, readme, tldr
 from stand_in import Hub
 
+from stages.chain.pins import default_split
+
 RECIPE = """\
 name: small
 seed: 1
@@ -138,6 +140,19 @@ def test_a_data_set_that_lacks_something_is_one_message_at_the_plan(
     assert "steps[1].data: " in line
     assert re.search(message, line), line
     assert not any(name.endswith((".safetensors", ".parquet", ".gz")) for name in fresh.downloads())
+
+
+@pytest.mark.parametrize(
+    ("stage", "place", "split"),
+    [("sft", "data.train", "train"), ("sft", "data.validation", "validation"), ("sft", "pretraining_mix.data", "train"),
+     ("sft", "selection.data", "validation"), ("reward_model", "demonstrations", "train"), ("ppo", "data", "train"),
+     ("evaluation", "data", "test"), ("evaluation", "exclude", "train"), ("evaluation", "perplexity", "test"),
+     ("evaluation", "tasks.sst.data", "test"), ("evaluation", "judges[0].judgements", "test"),
+     ("evaluation", "candidates.a.completions", "test"), ("evaluation", "candidates.a.few_shot.data", "train"),
+     ("evaluation", "candidates.a.few_shot.choose.data", "validation")],
+)  # fmt: skip
+def test_the_plan_checks_the_split_that_the_reader_of_a_field_asks_for(stage: str, place: str, split: str) -> None:
+    assert default_split(stage, place) == split
 
 
 def test_ids_that_resemble_something_here_are_the_hubs(fresh: Hub, hub_client: Client, place: Path) -> None:

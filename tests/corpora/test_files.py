@@ -195,3 +195,11 @@ def test_named_splits_of_a_folder_are_apart(tmp_path: Path, caplog: pytest.LogCa
         rows = read_splits(DataInput(train=[source], validation=[source]))
     assert [[row["text"] for row in part] for part in rows] == [["one"], ["two"]]
     assert caplog.text == ""
+
+
+def test_a_part_of_a_series_is_read_and_the_rest_is_missed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "train-00000-of-00002.parquet", "one")
+    write(tmp_path / "test-00000-of-00001.parquet", "two")
+    with caplog.at_level(logging.WARNING):
+        assert texts(tmp_path, split="train") == ["one"]
+    assert "1 of 2 files are missing, e.g. train-00001-of-00002.parquet; only those that are there are read" in caplog.text

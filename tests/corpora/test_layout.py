@@ -118,8 +118,6 @@ WRONG: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "no pattern": (("a.jsonl",), {"data_files": ["a**b"]}, "not a pattern of file names"),
     "both": (("base/train.jsonl",), {"data_dir": "base", "name": "base"}, "both choose a part"),
     "in two splits": (("train-test.jsonl",), {}, "the name of train-test.jsonl fits the splits train and test"),
-    "a shard is missing": (("data/train-00000-of-00003.parquet", "data/train-00002-of-00003.parquet"), {},
-                           "1 of 3 files are missing, e.g. data/train-00001-of-00003.parquet"),
 }  # fmt: skip
 
 
@@ -176,3 +174,11 @@ def test_where_nothing_names_splits_all_rows_are_read_and_no_part_is_made_up() -
     assert [part.split for part in parts_of(plain, "train", "train")] == ["train"]
     with pytest.raises(DataError, match="there is no split 'test': the names of the files tell no splits apart"):
         parts_of(plain, "test", "train")
+
+
+@pytest.mark.parametrize("folder", ["data/", "", "other/"])
+def test_a_file_that_a_series_lacks_is_named(folder: str) -> None:
+    incomplete = layout(f"{folder}train-00000-of-00003.parquet", f"{folder}train-00002-of-00003.parquet")
+    assert incomplete.lost == f"1 of 3 files are missing, e.g. {folder}train-00001-of-00003.parquet"
+    whole = layout(*(f"{folder}train-0000{number}-of-00003-{number}f.parquet" for number in range(3)))  # each with a hash of its own
+    assert whole.lost == ""

@@ -1,0 +1,38 @@
+"""Data sets of the Hub without a connection: what the cache holds in part is not read as if it were all."""
+
+from __future__ import annotations
+
+import pytest
+
+from stages.config import DataSource
+from stages.corpora.hub_tables import chosen_files, hub_layout
+from stages.errors import DataError, HubUnreachable
+from stages.hub.repositories import Repository
+
+COMMIT = "0" * 40
+
+
+def repository(*files: str, is_cached: bool = False) -> Repository:
+    return Repository("dataset", "org/rows", COMMIT, files, is_cached)
+
+
+def test_a_series_that_is_cached_in_part_is_not_read() -> None:
+    files = ("data/train-00000-of-00002.parquet",)
+    message = r"in part \(1 of 2 files are missing, .* hf download org/rows --repo-type dataset --revision 0"
+    with pytest.raises(HubUnreachable, match=message):
+        hub_layout(repository(*files, is_cached=True), DataSource(path="org/rows"))
+    assert hub_layout(repository(*files), DataSource(path="org/rows")).splits == {"train": list(files)}  # so it was published
+
+
+def test_the_default_split_holds_where_names_tell_no_splits() -> None:
+    """A data set without splits is train on the Hub: an evaluation that names no split must not take it for a test split."""
+    plain = repository("a.jsonl", "b.jsonl")
+    assert chosen_files(plain, DataSource(path="org/rows"), "train") == ["a.jsonl", "b.jsonl"]
+    with pytest.raises(DataError, match=r"there is no split 'test' \(which is read here unless split names another\); its splits: train"):
+        chosen_files(plain, DataSource(path="org/rows"), "test")
+    assert chosen_files(plain, DataSource(path="org/rows", data_files="b.jsonl"), "test") == ["b.jsonl"]
+
+
+def test_a_data_set_without_rows_says_what_it_has() -> None:
+    with pytest.raises(DataError, match=r"org/rows: the data set holds no file that can be read here \(it has .md, .tar\)"):
+        hub_layout(repository("about.md", "images.tar"), DataSource(path="org/rows"))
