@@ -34,6 +34,11 @@ def test_alpha_on_ranks_by_hand() -> None:
     # With two values every metric is the nominal one: observed disagreement 2 units x 2 ordered pairs / 1 = 4; expected 2*4*4 / 7 = 32/7.
     answers = [given("one", "anna", [0, 1]), given("one", "ben", [0, 1]), given("two", "anna", [0, 1]), given("two", "ben", [1, 0])]
     assert agreement(answers)["alpha"] == pytest.approx(1 - 4 / (32 / 7))
+    # Ties share the mean of their places: anna 0, 1.5, 1.5; ben 0, 1, 2. Counts 0: 2, 1: 1, 1.5: 2, 2: 1; middles 1, 2.5, 4, 5.5.
+    # Observed: 2 * 2.25 in the second unit and in the third. Expected, over ordered pairs:
+    # 2 * (2*1*2.25 + 2*2*9 + 2*1*20.25 + 1*2*2.25 + 1*1*9 + 2*1*2.25) / 5 = 39.6
+    tied = [given("one", "anna", [0, 1, 1]), given("one", "ben", [0, 1, 2])]
+    assert agreement(tied)["alpha"] == pytest.approx(1 - 9 / 39.6)
     perfect = [given("one", name, [0, 1, 1]) for name in ("anna", "ben")]  # mid-ranks 0, 1.5, 1.5
     assert agreement(perfect)["alpha"] == 1
 
