@@ -35,6 +35,8 @@ def test_wheel_holds_recipes_data_and_licence(installed: Path) -> None:
     assert (shipped / "recipes" / "quickstart.yaml").is_file()
     assert (shipped / "data" / "world" / "lexicon.yaml").is_file()
     assert (installed / "stages" / "report" / "page.html.jinja").is_file()
+    assert (installed / "stages" / "labelling" / "page" / "label.js").is_file()
+    assert (shipped / "data" / "labelling" / "instructgpt.yaml").is_file()
     assert list(installed.glob("tristage-*.dist-info/licenses/LICENSE"))
     assert not (installed / "tests").exists() and not (installed / "data").exists()
 
