@@ -1,9 +1,8 @@
-"""The house as the README draws it: who may import whom, what lies where, and that starting is quick."""
+"""The structure of the code: who may import whom, what lies where, and that starting is quick."""
 
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,24 +126,18 @@ def test_top_level_is_the_card() -> None:
     assert top <= required | allowed
 
 
-def test_the_readme_names_every_file_and_no_other() -> None:
-    tree = re.search(r"```text\n(stages/.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    assert tree is not None, "README.md has no tree that begins with stages/"
-    named: set[str] = set()
-    folders: list[str] = []
-    for line in tree[1].splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        folders = folders[:depth]
-        for name in line.split():
-            if not re.fullmatch(r"\w+/|[\w.]+\.(py|jinja)", name):
-                break  # the phrase begins
-            if name.endswith("/"):
-                folders.append(name)
-            else:
-                named.add("".join(folders) + name)
-    real = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "stages").rglob("*") if path.suffix in (".py", ".jinja")}
-    real = {name for name in real if not name.endswith("__init__.py")}
-    assert named == real, f"missing in the README: {sorted(real - named)}; gone: {sorted(named - real)}"
+def test_the_tree_in_the_docs_is_up_to_date() -> None:
+    done = subprocess.run([sys.executable, "docs/tree.py", "--check"], cwd=REPOSITORY, check=False)
+    assert done.returncode == 0, "run: python docs/tree.py"
+
+
+def test_every_module_says_what_it_is() -> None:
+    silent = [str(path.relative_to(REPOSITORY)) for path in modules() if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert silent == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 def test_every_module_has_a_test_file_or_is_tested_by_its_room() -> None:
