@@ -25,12 +25,15 @@ def run(
     seed: int = 0,
     on_log: Log | None = None,
     quiet: bool = False,
+    wait: bool = False,
 ) -> Results:
     """Run a recipe and return its results. Steps that are there already are reused.
 
     ``recipe`` is a file, the name of a recipe that ships, or a list of steps: mappings as in a recipe, whose values may be models, data
     sets and functions in memory. ``name`` and ``seed`` are the recipe's in that case. ``overrides`` are by path:
     ``{"aligned.kl_coef": 0.1}``. ``home`` is where everything is kept (default: STAGES_HOME, else ``outputs``).
+
+    With ``wait`` the call waits where people have to rank completions; without, it raises Waiting (stages.errors), which says what to do.
 
     Raises StagesError for bad input, and KeyboardInterrupt if the run was stopped; the same call then continues it.
     """
@@ -43,6 +46,7 @@ def run(
     plain = {path: as_field(path.rpartition(".")[2], value, place / "inputs") for path, value in (overrides or {}).items()}
     changes = [f"{path}={json.dumps(value)}" for path, value in plain.items()]
     runtime = Runtime(quiet=quiet)
+    runtime.waits_for_people = wait
     if on_log is not None:
         runtime.listeners.append(on_log)
     try:

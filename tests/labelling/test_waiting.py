@@ -13,6 +13,7 @@ import pytest
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
+import stages
 from stages.config import DataSource
 from stages.corpora.judgements import load_judgements
 from stages.corpora.labels import read_answers, read_tasks
@@ -197,6 +198,8 @@ def test_people_judge_an_evaluation_side_by_side(prompts, tmp_path, monkeypatch,
     assert first.exit_code == 75 and "waiting: small/verdict: 0 of 4 tasks are ranked" in first.output + first.stderr
     planned = CliRunner().invoke(app, ["plan", "small.yaml", *home, "--json"])
     assert json.loads(planned.stdout)["steps"][0]["reason"] == "it waits for people: 0 of 4 tasks are ranked"
+    with pytest.raises(Waiting, match="0 of 4 tasks are ranked"):
+        stages.run("small.yaml", home=tmp_path / "home", quiet=True)
     folder = find_folder("small/verdict", tmp_path / "home")
     assert len(read_tasks(folder / "tasks.jsonl")) == 5  # equal completions are not shown
     store = Store(folder)
