@@ -3,6 +3,7 @@
     prompt + completions + ranks         ranks: 0 is best, equal numbers tie
     prompt + responses (+ scores)        best first; equal scores tie
     prompt + chosen + rejected           the ordinary pair, text or turns that follow the prompt
+    conversations + chosen + rejected    ShareGPT's pair: a conversation that the user ends, and two answers
     chosen + rejected                    whole conversations, or hh-rlhf's dialogues: what both begin with is the prompt
     info + summaries + choice            openai/summarize_from_feedback as published; ``worker`` is the annotator
     prompt + responses as an object      {name: text}; ``preferred`` names the best one, the others tie
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from stages.config import DataInput
 from stages.corpora.files import Row, read_splits, text_of
-from stages.corpora.messages import Completion, Prompt, prompt_of, split_answers, split_dialogue
+from stages.corpora.messages import Completion, Prompt, holds_turns, open_conversation, prompt_of, split_answers, split_dialogue
 from stages.corpora.summaries import compared_prompt, compared_summaries, is_comparison
 from stages.errors import DataError
 
@@ -73,7 +74,7 @@ def comparison(row: Row, *, preferred: str | None = None) -> Comparison:
     name = annotator if isinstance(annotator, str) else None
     if "chosen" in row and "rejected" in row:
         sides = {column: row[column] for column in ("chosen", "rejected")}
-        if any(isinstance(side, list) for side in sides.values()):
+        if any(holds_turns(side) for side in sides.values()) or open_conversation(row) is not None:
             prompt, completions = split_answers(row, sides)
             return Comparison(prompt, completions, [0, 1], name)
         if "prompt" in row:
@@ -105,7 +106,7 @@ def comparison(row: Row, *, preferred: str | None = None) -> Comparison:
         raise DataError(f"{row.place}: {column} is {type(value).__name__}; expected a list of texts")
     if len(value) < 2:
         raise DataError(f"{row.place}: {len(value)} completion(s); a comparison needs at least 2")
-    if all(isinstance(answer, list) for answer in value):
+    if all(holds_turns(answer) for answer in value):
         prompt, completions = split_answers(row, {f"{column}, entry {number}": answer for number, answer in enumerate(value, 1)})
         return Comparison(prompt, completions, ranks, name)
     for number, text in enumerate(value, 1):

@@ -1,4 +1,5 @@
-"""Completions made elsewhere: ``prompt`` + ``completion``, ``instruction`` (+ ``input``) + ``output`` (AlpacaEval's), or ``messages``.
+"""Completions made elsewhere: ``prompt`` + ``completion``, ``instruction`` (+ ``input``) + ``output`` (AlpacaEval's), ``messages``, or
+ShareGPT's ``conversations``.
 
 Several completions of a prompt are its samples, in the order of the data; a column ``sample`` (from 0) says which one a row is, where
 some are missing.
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 from stages.config import DataSource
 from stages.corpora.files import Row, read_rows, text_of
-from stages.corpora.messages import Prompt, completion_text, split_answers, split_messages
+from stages.corpora.messages import Prompt, completion_text, conversation_column, holds_turns, split_answers, split_messages
 from stages.corpora.prompts import prompt_in
 from stages.errors import DataError
 
@@ -48,16 +49,16 @@ def prompt_key(prompt: Prompt) -> str:
 
 def completion_in(row: Row) -> tuple[Prompt, str]:
     """The prompt of a row and its completion as a text. Raises DataError with the row's place where it holds none."""
-    if "messages" in row:
-        asked, reply = split_messages(row)
+    if (whole := conversation_column(row)) is not None:
+        asked, reply = split_messages(row, whole)
         return asked, completion_text(reply)
     column = next((column for column in ("completion", "output") if column in row), None)
     if column is None:
         raise DataError(
             f"{row.place}: columns {', '.join(row)} hold no completion; expected prompt + completion, instruction (+ input) + output, "
-            "or messages"
+            "messages or conversations"
         )
-    if not isinstance(row[column], list):
+    if not holds_turns(row[column]):
         return prompt_in(row), text_of(row, column, empty=True)
     prompt, answers = split_answers(row, {column: row[column]})
     return prompt, completion_text(answers[0])

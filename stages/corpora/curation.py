@@ -171,9 +171,7 @@ def mask_pii(text: str) -> str:
 
 
 def _masked_row(row: Row) -> Row:
-    masked = Row({name: _masked(value) for name, value in row.items()})
-    masked.place = row.place
-    return masked
+    return row.with_values({name: _masked(value) for name, value in row.items()})
 
 
 def _masked(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
     prompt + completion                  text, or messages
     messages                             a conversation; its last assistant turn is the completion, the turns before it are the prompt
+    conversations                        the same as ShareGPT has it, {from, value}; a column system holds the first turn
+    conversations + chosen               a conversation that the user ends, and the preferred answer to it
     instruction + input + output         Alpaca's columns; the input follows the instruction after an empty line
     subreddit + title + post + summary   Reddit's TL;DR as published
     prompt + chosen                      of a comparison, the preferred side (also hh-rlhf's dialogues without a prompt column)
@@ -16,7 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 from stages.config import DataInput
 from stages.corpora.files import Row, read_splits, text_of
-from stages.corpora.messages import Completion, Prompt, prompt_of, split_answers, split_dialogue, split_messages
+from stages.corpora.messages import (
+    Completion,
+    Prompt,
+    conversation_column,
+    holds_turns,
+    open_conversation,
+    prompt_of,
+    split_answers,
+    split_dialogue,
+    split_messages,
+)
 from stages.corpora.summaries import is_post, post_prompt
 from stages.errors import DataError
 
@@ -60,15 +72,24 @@ def demonstration(row: Row) -> Demonstration:
     prompt, completion = _prompt_and_completion(row)
     made = Demonstration(prompt=prompt, completion=completion)
     made.place = row.place
-    made.whole = "completion" not in row and ("messages" in row or (isinstance(row.get("chosen"), list) and "prompt" not in row))
+    made.whole = _is_whole(row)
     return made
+
+
+def _is_whole(row: Row) -> bool:
+    """Whether one column holds all of the demonstration."""
+    if "completion" in row or open_conversation(row) is not None:
+        return False
+    return conversation_column(row) is not None or (isinstance(row.get("chosen"), list) and "prompt" not in row)
 
 
 def _prompt_and_completion(row: Row) -> tuple[Prompt, Completion]:
     if "completion" in row:
         return _answered(row, "completion")
-    if "messages" in row:
-        return split_messages(row)
+    if open_conversation(row) is not None:
+        return _answered(row, "chosen")
+    if (whole := conversation_column(row)) is not None:
+        return split_messages(row, whole)
     if "instruction" in row:
         extra = text_of(row, "input", empty=True) if "input" in row else ""
         instruction = text_of(row, "instruction")
@@ -82,14 +103,14 @@ def _prompt_and_completion(row: Row) -> tuple[Prompt, Completion]:
             return split_messages(row, "chosen")
         return split_dialogue(text_of(row, "chosen"), row, "chosen")
     raise DataError(
-        f"{row.place}: columns {', '.join(row)} make no demonstration; expected prompt + completion, messages, "
+        f"{row.place}: columns {', '.join(row)} make no demonstration; expected prompt + completion, messages, conversations, "
         "instruction (+ input) + output, subreddit + title + post + summary, or (prompt +) chosen"
     )
 
 
 def _answered(row: Row, column: str) -> tuple[Prompt, Completion]:
-    """A row with a column ``prompt`` and its answer in ``column``."""
-    if not isinstance(row.get(column), list):
+    """A row with a prompt and its answer in ``column``."""
+    if not holds_turns(row.get(column)) and open_conversation(row) is None:
         return prompt_of(row), text_of(row, column)
     prompt, completions = split_answers(row, {column: row[column]})
     return prompt, completions[0]

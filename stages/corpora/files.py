@@ -39,9 +39,19 @@ DECIDE = ("README.md", "dataset_dict.json", "state.json")
 
 
 class Row(dict[str, Any]):
-    """A row of a table and its place (``file:line`` or ``source, row N``)."""
+    """A row of a table and its place (``file:line`` or ``source, row N``).
+
+    ``columnar``: it is of a parquet or Arrow table, whose objects have None for the fields that only other rows have.
+    """
 
     place: str = ""
+    columnar: bool = False
+
+    def with_values(self, values: dict[str, Any]) -> Row:
+        """A row with other values at the same place."""
+        made = Row(values)
+        made.place, made.columnar = self.place, self.columnar
+        return made
 
 
 def read_rows(sources: Sequence[DataSource], *, split: str = "train") -> list[Row]:
@@ -332,6 +342,12 @@ def _placed(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Row]:
     return (_row(row, f"{name}, row {number}") for number, row in enumerate(rows, 1))
 
 
+def _columnar(rows: Iterator[Row]) -> Iterator[Row]:
+    for row in rows:
+        row.columnar = True
+        yield row
+
+
 def _read_txt(path: Path, shown: str) -> Iterator[Row]:
     """A text file is one document."""
     yield _row({"text": _text(path, shown)}, shown)
@@ -356,7 +372,7 @@ def _read_parquet(path: Path, shown: str) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(path) as file:
             batches = (row for batch in file.iter_batches(ROWS_AT_ONCE) for row in batch.to_pylist())
-            yield from _placed(batches, shown)
+            yield from _columnar(_placed(batches, shown))
     except (ArrowException, OSError) as error:
         raise DataError(f"{shown}: not a parquet file ({error})") from error
 
@@ -374,7 +390,7 @@ def _read_arrow(path: Path, shown: str) -> Iterator[Row]:
                 source.seek(0)
                 file = ipc.open_file(source)
                 batches = (file.get_batch(index) for index in range(file.num_record_batches))
-            yield from _placed((row for batch in batches for row in batch.to_pylist()), shown)
+            yield from _columnar(_placed((row for batch in batches for row in batch.to_pylist()), shown))
     except (ArrowException, OSError) as error:
         raise DataError(f"{shown}: not an Arrow file ({error})") from error
 
@@ -386,9 +402,7 @@ def _renamed(row: Row, source: DataSource) -> Row:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise DataError(f"{row.place}: columns names {theirs!r} for {column!r}, and the row has {', '.join(row)}{hint}")
     values = {column: row[theirs] for column, theirs in source.columns.items()}
-    renamed = Row({**{name: value for name, value in row.items() if name not in source.columns.values()}, **values})
-    renamed.place = row.place
-    return renamed
+    return row.with_values({**{name: value for name, value in row.items() if name not in source.columns.values()}, **values})
 
 
 def text_of(row: Row, column: str, *, empty: bool = False) -> str:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from stages.corpora.files import Row, text_of
+from stages.corpora.sharegpt import as_message, is_sharegpt
+from stages.corpora.tool_calls import with_objects, without_missing
 from stages.errors import DataError
 
 Message = dict[str, Any]
@@ -46,6 +48,7 @@ Prompt = str | list[Message]
 Completion = str | list[Message]
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names under which data sets keep what the assistant thought before its reply
+COLUMNS = ("messages", "conversations")  # that hold a whole conversation; the second is ShareGPT's
 LAST_REPLY = "\n\nAssistant:"  # how Anthropic's dialogues mark a reply
 
 
@@ -53,30 +56,94 @@ LAST_REPLY = "\n\nAssistant:"  # how Anthropic's dialogues mark a reply
 
 
 def messages_of(row: Row, column: str) -> Conversation:
-    """The conversation in ``column``, with the row's tools. Every field of a message is kept. Raises DataError naming the message."""
+    """The conversation in ``column``, with the row's tools. Every field of a message is kept.
+
+    Messages are {role, content}, or {from, value} as ShareGPT has them; a column ``system`` beside the latter is their first turn. Raises
+    DataError naming the message.
+    """
     value = row.get(column)
     if not isinstance(value, list) or not value:
-        raise DataError(f"{row.place}: {column} is {type(value).__name__}; expected a list of messages {{role, content}}")
+        expected = "expected a list of messages {role, content} or {from, value}"
+        raise DataError(f"{row.place}: {column} is {type(value).__name__}; {expected}")
     messages = []
-    for number, message in enumerate(value, 1):
-        problem = _problem(message)
-        if problem:
-            raise DataError(f"{row.place}: {column}, message {number}: {message!r:.80}; {problem}")
-        messages.append({name: item for name, item in message.items() if item is not None or name == "content"})
+    for number, entry in enumerate(value, 1):
+        with naming(f"{row.place}: {column}, message {number}"):
+            messages.append(_message(entry, columnar=row.columnar))
+    if column == "conversations" or is_sharegpt(value[0]):
+        messages = _after_system(row, column, messages)
     return Conversation(messages, tools=_tools(row), place=row.place)
+
+
+def _message(entry: Any, *, columnar: bool) -> Message:
+    """An entry of a conversation as a message, without the fields that are None. Raises DataError for what is no message."""
+    message = as_message(entry) if is_sharegpt(entry) else entry
+    if isinstance(message, dict) and isinstance(message.get("tool_calls"), str):
+        message = {**message, "tool_calls": _read_json(message["tool_calls"])}
+    problem = _problem(message)
+    if problem:
+        raise DataError(f"{entry!r:.80}; {problem}")
+    fields = {name: item for name, item in message.items() if item is not None or name == "content"}
+    if not fields.get("tool_calls", True):
+        del fields["tool_calls"]
+    return {name: without_missing(item) for name, item in fields.items()} if columnar else fields
+
+
+def _read_json(text: str) -> Any:
+    """What ``text`` holds as JSON; the text itself where it is none, None where it is blank."""
+    try:
+        return json.loads(text) if text.strip() else None
+    except (ValueError, RecursionError):
+        return text
+
+
+def _after_system(row: Row, column: str, messages: list[Message]) -> list[Message]:
+    """``messages`` after the system turn that the column ``system`` holds, if any. Replies that follow a prompt get none."""
+    system = row.get("system")
+    if system is None or system == "":
+        return messages
+    if not isinstance(system, str):
+        raise DataError(f"{row.place}: system is {type(system).__name__}; expected a text")
+    first = messages[0]
+    if first["role"] in ("system", "developer"):
+        if content_text(first).strip() != system.strip():
+            raise DataError(f"{row.place}: the column system and the first turn of {column} are two system turns; keep one of them")
+        return messages
+    follows = first["role"] == "assistant" and column not in (*COLUMNS, "prompt")
+    return messages if follows else [{"role": "system", "content": system}, *messages]
+
+
+def conversation_column(row: Row) -> str | None:
+    """The column that holds the row's whole conversation; None where it has none."""
+    return next((column for column in COLUMNS if column in row), None)
+
+
+def open_conversation(row: Row) -> Conversation | None:
+    """The conversation in ``conversations`` that ``chosen`` goes on with, instead of a column ``prompt``; None in rows of another form."""
+    if "prompt" in row or "chosen" not in row or "conversations" not in row:
+        return None
+    messages = messages_of(row, "conversations")
+    return None if messages[-1]["role"] == "assistant" else messages
+
+
+def holds_turns(value: Any) -> bool:
+    """Whether an answer is given as turns: a list of messages, or one message alone."""
+    return isinstance(value, list | dict)
 
 
 def _problem(message: Any) -> str:
     """What is wrong with a message; empty where nothing is."""
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         return f"expected a role ({', '.join(ROLES)}) and content"
+    calls = message.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        return "expected tool_calls, a list of objects {type: function, function: {name, arguments}}"
     content = message.get("content")
     if isinstance(content, str):
         return ""
     if isinstance(content, list):
         good = all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content)
         return "" if good and content else "expected content of text parts {type: text, text}; images and sounds cannot be read"
-    if content is None and message["role"] == "assistant" and message.get("tool_calls"):
+    if content is None and message["role"] == "assistant" and calls:
         return ""
     return "expected content, a text (only an assistant's message with tool_calls may have none)"
 
@@ -92,7 +159,7 @@ def _tools(row: Row) -> list[dict[str, Any]]:
         tools = None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f"{row.place}: tools is {value!r:.80}; expected a list of JSON descriptions of functions")
-    return tools
+    return without_missing(tools) if row.columnar and tools is value else tools
 
 
 def prompt_of(row: Row, column: str = "prompt") -> Prompt:
@@ -167,11 +234,11 @@ def split_messages(row: Row, column: str = "messages") -> tuple[Conversation, Co
 def split_answers(row: Row, answers: Mapping[str, Any]) -> tuple[Prompt, list[Completion]]:
     """(prompt, completions) of a row with one or several ``answers``, by the names that messages give them.
 
-    An answer is a text, the turns that follow the column ``prompt``, or a whole conversation that begins with the prompt. What several
-    answers have in common belongs to the prompt, and every completion begins with an assistant turn. Raises DataError where an answer does
-    not end with an assistant turn, or where no common turn is left for the prompt.
+    An answer is a text, the turns that follow the prompt, or a whole conversation that begins with it. The prompt stands in the column
+    ``prompt``, or is an ``open_conversation``. What several answers have in common belongs to the prompt, and every completion begins with
+    an assistant turn. Raises DataError where an answer does not end with an assistant turn, or where no common turn is left for the prompt.
     """
-    given = _any_prompt(row, "prompt") if "prompt" in row else None
+    given = _any_prompt(row, "prompt") if "prompt" in row else open_conversation(row)
     sides = [_turns_in(row, name, answer) for name, answer in answers.items()]
     opening, sides = _opened(row, given, sides, next(iter(answers)))
     if len(sides) == 1:
@@ -193,9 +260,8 @@ def as_question(text: str) -> list[Message]:
 
 def _turns_in(row: Row, name: str, answer: Any) -> list[Message]:
     """An answer as turns. Raises DataError where it is no text and does not end with an assistant turn."""
-    alone = Row({name: answer})
-    alone.place = row.place
-    if not isinstance(answer, list):
+    alone = row.with_values({name: [answer] if isinstance(answer, dict) else answer, "system": row.get("system")})
+    if not holds_turns(answer):
         return as_turns(text_of(alone, name))
     messages = messages_of(alone, name)
     if messages[-1]["role"] != "assistant":
@@ -278,5 +344,6 @@ def _said(message: Message) -> str:
     reasoning = next((message[name] for name in REASONING if message.get(name)), None)
     parts = [f"<think>\n{reasoning}\n</think>"] if reasoning else []
     parts += [text] if (text := content_text(message)) else []
-    parts += [f"[tool call] {json.dumps(call.get('function', call), ensure_ascii=False)}" for call in message.get("tool_calls") or ()]
+    calls = with_objects(message).get("tool_calls") or ()
+    parts += [f"[tool call] {json.dumps(call.get('function', call), ensure_ascii=False)}" for call in calls]
     return "\n".join(parts)

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from stages.config import DataSource
 from stages.corpora.files import Row, read_rows, text_of
-from stages.corpora.messages import Prompt, messages_of, place_of, prompt_of, split_dialogue, split_messages, transcript
+from stages.corpora.messages import (
+    Prompt,
+    conversation_column,
+    holds_turns,
+    messages_of,
+    place_of,
+    prompt_of,
+    split_dialogue,
+    split_messages,
+    transcript,
+)
 from stages.corpora.summaries import compared_prompt, is_comparison, is_post, post_prompt
 from stages.errors import DataError
 
@@ -69,15 +79,15 @@ def prompt_in(row: Row, words: int | None = None) -> Prompt:
     if words is not None:
         column = "text" if "text" in row else "prompt"
         return " ".join(text_of(row, column).replace("<br />", " ").split()[:words])
-    if isinstance(row.get("chosen"), list) and "rejected" in row:
+    if holds_turns(row.get("chosen")) and "rejected" in row:
         from stages.corpora.comparisons import comparison
 
         return comparison(row).prompt
     if "prompt" in row:
         return prompt_of(row)
-    if "messages" in row:
-        messages = messages_of(row, "messages")
-        return split_messages(row)[0] if messages[-1]["role"] == "assistant" else messages
+    if (whole := conversation_column(row)) is not None:
+        messages = messages_of(row, whole)
+        return split_messages(row, whole)[0] if messages[-1]["role"] == "assistant" else messages
     if "instruction" in row:
         from stages.corpora.demonstrations import demonstration
 
@@ -91,7 +101,8 @@ def prompt_in(row: Row, words: int | None = None) -> Prompt:
     if "chosen" in row:
         return split_dialogue(text_of(row, "chosen"), row, "chosen")[0]
     raise DataError(
-        f"{row.place}: columns {', '.join(row)} hold no prompt; expected prompt, instruction, messages, chosen, or text with prompt_words"
+        f"{row.place}: columns {', '.join(row)} hold no prompt; expected prompt, instruction, messages, conversations, chosen, or "
+        "text with prompt_words"
     )
 
 

@@ -23,10 +23,11 @@ from stages.corpora.messages import (
     place_of,
     tools_of,
 )
+from stages.corpora.tool_calls import in_argument_form
 from stages.errors import DataError, ModelError
 from stages.tokens.continuation import CONTEXT, beginning_ids, continued, plain_ids, segment_ids
 from stages.tokens.plain import is_begun, is_plain, plain_template
-from stages.tokens.turns import TurnForm, apply_template, first_difference, turn_form
+from stages.tokens.turns import TurnForm, apply_template, argument_form, first_difference, turn_form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,7 +107,8 @@ def render_pair(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: Prompt, *, generation_prompt: bool) -> str:
     """``messages`` as the chat template writes them, with the tools of ``prompt``. Raises DataError as ``render_prompt`` does."""
     tools = tools_of(prompt)
-    contents = in_its_form(tokenizer, messages)
+    with naming(place_of(prompt)):
+        contents = in_its_form(tokenizer, messages)
     text = apply_template(tokenizer, contents, generation_prompt=generation_prompt, tools=tools, place=place_of(prompt))
     lost = _lost(tokenizer, contents, tools, text, generation_prompt=generation_prompt)
     if lost:
@@ -205,8 +207,14 @@ def _unstable(shown: str, whole: str, form: TurnForm) -> str:
 
 
 def in_its_form(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
-    """``messages`` with their contents as the template takes them: parts joined to a text, or a text as one part."""
+    """``messages`` in the forms that the template takes.
+
+    Contents are parts joined to a text, or a text as one part; arguments of tool calls are objects, or JSON as text. Raises DataError for
+    arguments that are no JSON object where the template needs one.
+    """
     form = turn_form(tokenizer)
+    if any(message.get("tool_calls") for message in messages):
+        messages = [in_argument_form(message, argument_form(tokenizer)) for message in messages]
     if not form.texts:
         return [
             {**message, "content": [{"type": "text", "text": message["content"]}]} if isinstance(message.get("content"), str) else message

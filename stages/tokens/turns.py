@@ -1,9 +1,12 @@
-"""What a chat template does with every turn, read from conversations that it renders: where a reply ends, and which contents it takes."""
+"""What a chat template does with every turn, read from conversations that it renders.
+
+That is where a reply ends, and which forms of contents and of tool calls it takes.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,6 +17,7 @@ from stages.tokens.plain import template_to_apply
 
 Messages = Sequence[dict[str, Any]]
 _ASKED, _ANSWERED = "tristageasks", "tristageanswers"
+_KEY, _VALUE, _CALLED = "tristagekey", "tristagevalue", "tristagecalls"
 
 
 def apply_template(tokenizer: Any, messages: Messages, *, generation_prompt: bool, tools: Sequence[Any] = (), place: str = "") -> str:
@@ -53,16 +57,40 @@ class TurnForm:
     texts: bool
 
 
-_forms: WeakKeyDictionary[Any, tuple[Any, TurnForm]] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class ArgumentForm:
+    """Which forms of a tool call's arguments a chat template writes as what they mean: an object, and a text that holds it as JSON.
+
+    Neither where the template writes no tool calls.
+    """
+
+    objects: bool
+    texts: bool
+
+
+_Known = WeakKeyDictionary[Any, tuple[Any, Any]]
+_turn_forms: _Known = WeakKeyDictionary()
+_argument_forms: _Known = WeakKeyDictionary()
 
 
 def turn_form(tokenizer: Any) -> TurnForm:
     """The form of the tokenizer's chat template."""
-    known = _forms.get(tokenizer)
-    if known is None or known[0] != tokenizer.chat_template:
-        known = (tokenizer.chat_template, _read_form(tokenizer))
-        _forms[tokenizer] = known
-    return known[1]
+    form: TurnForm = _read_once(_turn_forms, tokenizer, _read_form)
+    return form
+
+
+def argument_form(tokenizer: Any) -> ArgumentForm:
+    """The forms of tool calls' arguments that the tokenizer's chat template takes."""
+    form: ArgumentForm = _read_once(_argument_forms, tokenizer, _read_argument_form)
+    return form
+
+
+def _read_once(known: _Known, tokenizer: Any, read: Callable[[Any], Any]) -> Any:
+    """What ``read`` finds in the tokenizer's template; read again once the template is another."""
+    found = known.get(tokenizer)
+    if found is None or found[0] != tokenizer.chat_template:
+        found = known[tokenizer] = (tokenizer.chat_template, read(tokenizer))
+    return found[1]
 
 
 def turn_end_ids(tokenizer: Any) -> list[int]:
@@ -134,6 +162,32 @@ def _probe(tokenizer: Any, content: Any) -> tuple[str, str] | None:
         return None
     written = _ASKED in shown and _ANSWERED in whole and "'type'" not in whole  # a list printed as Python prints it is not taken
     return (shown, whole) if written else None
+
+
+def _read_argument_form(tokenizer: Any) -> ArgumentForm:
+    return ArgumentForm(
+        objects=_writes_arguments(tokenizer, {_KEY: _VALUE}),
+        texts=_writes_arguments(tokenizer, f'{{"{_KEY}": "{_VALUE}"}}'),
+    )
+
+
+def _writes_arguments(tokenizer: Any, arguments: dict[str, str] | str) -> bool:
+    """Whether the template writes a call with these arguments: neither escaped in a string of JSON, nor as Python prints a dictionary."""
+    content = _as_text if turn_form(tokenizer).texts else _as_parts
+    call = {"id": "tristage1", "type": "function", "function": {"name": _CALLED, "arguments": arguments}}  # Mistral's ids have nine signs
+    parameters: dict[str, Any] = {"type": "object", "properties": {}}
+    tool = {"type": "function", "function": {"name": _CALLED, "description": _CALLED, "parameters": parameters}}
+    for said in (content(""), None):
+        for tools in ([], [tool]):
+            asked = {"role": "user", "content": content(_ASKED)}
+            turns: Messages = [asked, {"role": "assistant", "content": said, "tool_calls": [call]}]
+            try:
+                text = apply_template(tokenizer, turns, generation_prompt=False, tools=tools)
+            except DataError:
+                continue
+            if _KEY in text and _VALUE in text and f"\\\"{_KEY}" not in text and f"'{_KEY}'" not in text:
+                return True
+    return False
 
 
 def _as_text(text: str) -> str:

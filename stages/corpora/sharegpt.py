@@ -1,0 +1,50 @@
+"""Turns as ShareGPT's data sets hold them: ``{from: human, value: ...}`` instead of ``{role: user, content: ...}``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from stages.errors import DataError
+
+SPEAKERS = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bard": "assistant",
+    "system": "system", "tool": "tool", "observation": "tool", "function": "tool", "function_call": "assistant",
+}  # fmt: skip
+
+
+def is_sharegpt(entry: Any) -> bool:
+    """Whether an entry of a conversation names its speaker in ``from`` and has no ``role``."""
+    return isinstance(entry, dict) and entry.get("from") is not None and entry.get("role") is None
+
+
+def as_message(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry as a message with ``role`` and ``content``; its other fields are kept.
+
+    The value of a ``function_call`` becomes ``tool_calls``. A ``weight`` that only says the default (replies train, other turns do not) is
+    left out. Raises DataError for an unknown speaker, and for a function call that is no JSON.
+    """
+    speaker = entry["from"]
+    name = speaker.lower() if isinstance(speaker, str) else None
+    if name not in SPEAKERS:
+        raise DataError(f"the speaker is {speaker!r:.60}; expected one of {', '.join(SPEAKERS)}")
+    role = SPEAKERS[name]
+    rest = {field: item for field, item in entry.items() if field not in ("from", "value", "role", "content") and item is not None}
+    if rest.get("weight") == int(role == "assistant"):
+        del rest["weight"]
+    content = entry.get("value") if entry.get("content") is None else entry["content"]
+    if name == "function_call":
+        return {"role": role, "content": None, **rest, "tool_calls": _calls(content)}
+    return {"role": role, "content": content, **rest}
+
+
+def _calls(value: Any) -> list[dict[str, Any]]:
+    """The calls that the value of a ``function_call`` holds: an object ``{name, arguments}``, or a list of them, as JSON."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        found = None
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise DataError(f"the function call is {value!r:.80}; expected JSON: an object {{name, arguments}}, or a list of them")
+    return [{"type": "function", "function": call} for call in calls]

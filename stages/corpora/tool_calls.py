@@ -1,0 +1,78 @@
+"""Tool calls: the form of their arguments that a chat template takes, and fields that only the table around them added."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from stages.errors import DataError
+from stages.tokens.turns import ArgumentForm
+
+Message = dict[str, Any]
+
+
+def without_missing(value: Any) -> Any:
+    """``value`` without the fields that are None, at every depth.
+
+    All objects in a column of a parquet or Arrow table have the same fields; None stands for those that an object did not have.
+    """
+    if isinstance(value, dict):
+        return {name: without_missing(item) for name, item in value.items() if item is not None}
+    return [without_missing(item) for item in value] if isinstance(value, list) else value
+
+
+def in_argument_form(message: Message, form: ArgumentForm) -> Message:
+    """The message with the arguments of its tool calls as the template takes them: objects where it takes both.
+
+    Raises DataError for arguments that are no JSON object where the template takes nothing else.
+    """
+    return _with_arguments(message, lambda function: _in_form(function, form))
+
+
+def with_objects(message: Message) -> Message:
+    """The message with the arguments of its tool calls as objects; a text that is no JSON object stays as it is."""
+    return _with_arguments(message, lambda function: _in_form(function, ArgumentForm(objects=True, texts=True)))
+
+
+def _with_arguments(message: Message, convert: Callable[[dict[str, Any]], Any]) -> Message:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        return message
+    converted = []
+    for call in calls:
+        function = call.get("function")
+        if isinstance(function, dict):
+            converted.append({**call, "function": {**function, **_arguments(function, convert)}})
+        else:
+            converted.append({**call, **_arguments(call, convert)})
+    return {**message, "tool_calls": converted}
+
+
+def _arguments(function: dict[str, Any], convert: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    return {"arguments": convert(function)} if "arguments" in function else {}
+
+
+def _in_form(function: dict[str, Any], form: ArgumentForm) -> Any:
+    """The arguments of a called function in a form that the template takes."""
+    arguments = function["arguments"]
+    if isinstance(arguments, str) and form.objects:
+        parsed = _json_object(arguments)
+        if parsed is None and not form.texts:
+            call = f"the arguments of the tool call {function.get('name')} are {arguments!r:.80}"
+            raise DataError(f"{call}; the model's chat template needs a JSON object")
+        return arguments if parsed is None else parsed
+    if isinstance(arguments, dict) and form.texts and not form.objects:
+        return json.dumps(arguments, ensure_ascii=False)
+    return arguments
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    """The object that ``text`` holds as JSON, an empty one for a blank text (a call without arguments); None for anything else."""
+    if not text.strip():
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
