@@ -178,5 +178,5 @@ def _masked(value: Any) -> Any:
     if isinstance(value, str):
         return mask_pii(value)
     if isinstance(value, dict):
-        return {name: _masked(item) for name, item in value.items()}
+        return type(value)({name: _masked(item) for name, item in value.items()})
     return [_masked(item) for item in value] if isinstance(value, list) else value

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.config import HUB, DataInput, DataSource
+from stages.corpora.columnar import plain_rows
 from stages.corpora.labels import ANSWERS, TASKS, labelled_rows, labelling_folder_of
 from stages.corpora.layout import PACKED, SUFFIXES, WHOLE, Layout, Part, is_data, layout_of, parts_of, suffix_of
 from stages.corpora.world.lexicon import world_files
@@ -371,7 +372,7 @@ def _read_parquet(path: Path, shown: str) -> Iterator[Row]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            batches = (row for batch in file.iter_batches(ROWS_AT_ONCE) for row in batch.to_pylist())
+            batches = (row for batch in file.iter_batches(ROWS_AT_ONCE) for row in plain_rows(batch))
             yield from _columnar(_placed(batches, shown))
     except (ArrowException, OSError) as error:
         raise DataError(f"{shown}: not a parquet file ({error})") from error
@@ -390,7 +391,7 @@ def _read_arrow(path: Path, shown: str) -> Iterator[Row]:
                 source.seek(0)
                 file = ipc.open_file(source)
                 batches = (file.get_batch(index) for index in range(file.num_record_batches))
-            yield from _columnar(_placed((row for batch in batches for row in batch.to_pylist()), shown))
+            yield from _columnar(_placed((row for batch in batches for row in plain_rows(batch)), shown))
     except (ArrowException, OSError) as error:
         raise DataError(f"{shown}: not an Arrow file ({error})") from error
 

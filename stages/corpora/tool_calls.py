@@ -1,4 +1,4 @@
-"""Tool calls: the form of their arguments that a chat template takes, and fields that only the table around them added."""
+"""Tool calls: their arguments in the form that a chat template takes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,6 @@ from stages.errors import DataError
 from stages.tokens.turns import ArgumentForm
 
 Message = dict[str, Any]
-
-
-def without_missing(value: Any) -> Any:
-    """``value`` without the fields that are None, at every depth.
-
-    All objects in a column of a parquet or Arrow table have the same fields; None stands for those that an object did not have.
-    """
-    if isinstance(value, dict):
-        return {name: without_missing(item) for name, item in value.items() if item is not None}
-    return [without_missing(item) for item in value] if isinstance(value, list) else value
 
 
 def in_argument_form(message: Message, form: ArgumentForm) -> Message:

@@ -155,6 +155,23 @@ def test_fields_that_the_table_added_are_left_out(tmp_path: Path, kind: str) -> 
         assert list(read) == given["messages"] and tools_of(read) == given["tools"]
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_json_columns_are_parsed_and_keep_their_nulls(tmp_path: Path, saved: bool) -> None:
+    """``datasets`` writes objects of mixed types as JSON: here every message, and one keyword of the tools' schemas."""
+    from datasets import Dataset
+
+    rows = table()
+    rows[0]["messages"] = [{"role": "user", "content": "hi"}, call_of({"town": None, "days": "three"})]
+    rows[1]["messages"][1]["tool_calls"][0]["function"]["arguments"] = {"days": 3}
+    rows[1]["tools"] = json.loads(json.dumps([TOOL]).replace('"type": "string"', '"type": ["string", "null"]'))
+    path = tmp_path / ("table" if saved else "table.parquet")
+    made = Dataset.from_list(rows, on_mixed_types="use_json")
+    _ = made.save_to_disk(path) if saved else made.to_parquet(path)
+    for found, given in zip(read_rows([DataSource(path=str(path))]), rows, strict=True):
+        read = messages_of(found, "messages")
+        assert list(read) == given["messages"] and tools_of(read) == given["tools"]
+
+
 def test_null_in_json_lines_is_an_argument(tokenizer) -> None:
     tokenizer.chat_template = OBJECTS["tojson"]
     assert written(tokenizer, row({"town": None})) == '[look_up {"town": null}]<|im_end|>'

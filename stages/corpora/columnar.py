@@ -1,0 +1,57 @@
+"""Objects in parquet and Arrow tables: their JSON columns, and the fields that only the table gave them."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow
+
+
+class JsonObject(dict[str, Any]):
+    """An object that a table holds as JSON text. Its None values are the data's own."""
+
+
+def plain_rows(batch: pyarrow.RecordBatch) -> list[dict[str, Any]]:
+    """The rows of a batch. Values of the type ``arrow.json``, as ``datasets`` writes objects of mixed types, are parsed."""
+    rows: list[dict[str, Any]] = batch.to_pylist()
+    for column in batch.schema:
+        if _holds_json(column.type):
+            for row in rows:
+                row[column.name] = _parsed(row[column.name], column.type)
+    return rows
+
+
+def _is_json(kind: pyarrow.DataType) -> bool:
+    return getattr(kind, "extension_name", "") == "arrow.json"
+
+
+def _holds_json(kind: pyarrow.DataType) -> bool:
+    return _is_json(kind) or any(_holds_json(kind.field(index).type) for index in range(kind.num_fields))
+
+
+def _parsed(value: Any, kind: pyarrow.DataType) -> Any:
+    """``value`` with its JSON parsed; a text that is no JSON stays as it is."""
+    if _is_json(kind) and isinstance(value, str):
+        try:
+            return json.loads(value, object_hook=JsonObject)
+        except (ValueError, RecursionError):
+            return value
+    if isinstance(value, dict):
+        return {name: _parsed(item, kind.field(name).type) for name, item in value.items()}
+    if isinstance(value, list) and kind.num_fields == 1:
+        return [_parsed(item, kind.field(0).type) for item in value]
+    return value
+
+
+def without_missing(value: Any) -> Any:
+    """``value`` without the fields that are None, at every depth outside JSON.
+
+    All objects in a column of a table have the same fields; None stands for those that an object did not have.
+    """
+    if isinstance(value, JsonObject):
+        return value
+    if isinstance(value, dict):
+        return {name: without_missing(item) for name, item in value.items() if item is not None}
+    return [without_missing(item) for item in value] if isinstance(value, list) else value
