@@ -8,6 +8,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 TRAINING = ("training.max_steps=2", "training.batch_size=4", "training.microbatch_size=4")
 PPO = ("total_episodes=8", "rollout_batch_size=4", "minibatch_size=4", "microbatch_size=4")
 WORLD_MODEL = "architecture={type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}"
+ANSWERS = "data.train={path: world:answers, limit: 64}"
 
 
 def each(steps: str, *fields: str) -> list[str]:
@@ -73,19 +74,19 @@ SHRUNK: dict[str, list[str]] = {
     ],
     "instructgpt-miniature": [
         *pretraining("base-s base-m base-l"), *each("sft-s sft-m sft-l preference judge", *TRAINING),
-        *each("sft-s sft-m sft-l ptx-s ptx-m ptx-l", "pretraining_mix.data.limit=60"),
+        *each("sft-s sft-m sft-l", ANSWERS), *each("sft-s sft-m sft-l ptx-s ptx-m ptx-l", "pretraining_mix.data.limit=60"),
         *each("preference judge", "data.train.limit=16"), "judge.data.train.skip=20",
         *each("ppo-s ppo-m ppo-l ptx-s ptx-m ptx-l", *PPO, "generation.max_new_tokens=4"), "verdict.num_prompts=4",
         "verdict.generation.max_new_tokens=4", "verdict.perplexity={path: world:library/heldout, limit: 4}",
     ],
     "instructgpt-studies": [
-        *pretraining("base blank"), *each("sft preference", *TRAINING), *each("sft ptx", "pretraining_mix.data.limit=60"),
+        *pretraining("base blank"), *each("sft preference", *TRAINING), f"sft.{ANSWERS}", *each("sft ptx", "pretraining_mix.data.limit=60"),
         "preference.data.train.limit=16", *each("ppo ptx", *PPO, "generation.max_new_tokens=4"), "verdict.num_prompts=4",
         "verdict.generation.max_new_tokens=4", "verdict.perplexity={path: world:library/heldout, limit: 4}",
     ],
     "instructgpt-overoptimisation": [
         *pretraining("base"), *each("sft weak-1 weak-2 weak-3 weak-4 strong dpo-far dpo dpo-near", *TRAINING),
-        "sft.pretraining_mix.data.limit=60", *each("weak-1 weak-2 weak-3 weak-4 dpo-far dpo dpo-near", "data.train.limit=16"),
+        f"sft.{ANSWERS}", "sft.pretraining_mix.data.limit=60", *each("weak-1 weak-2 weak-3 weak-4 dpo-far dpo dpo-near", "data.train.limit=16"),
         "strong.data.train.limit=16", "strong.data.train.skip=20", *each("one mean min uncertain", *PPO, "generation.max_new_tokens=4"),
         "verdict.num_prompts=4", "verdict.generation.max_new_tokens=4", "verdict.candidates.best-of-64.best_of.n=2",
     ],
