@@ -86,7 +86,8 @@ SHRUNK: dict[str, list[str]] = {
     ],
     "instructgpt-overoptimisation": [
         *pretraining("base"), *each("sft weak-1 weak-2 weak-3 weak-4 strong dpo-far dpo dpo-near", *TRAINING),
-        f"sft.{ANSWERS}", "sft.pretraining_mix.data.limit=60", *each("weak-1 weak-2 weak-3 weak-4 dpo-far dpo dpo-near", "data.train.limit=16"),
+        f"sft.{ANSWERS}", "sft.pretraining_mix.data.limit=60",
+        *each("weak-1 weak-2 weak-3 weak-4 dpo-far dpo dpo-near", "data.train.limit=16"),
         "strong.data.train.limit=16", "strong.data.train.skip=20", *each("one mean min uncertain", *PPO, "generation.max_new_tokens=4"),
         "verdict.num_prompts=4", "verdict.generation.max_new_tokens=4", "verdict.candidates.best-of-64.best_of.n=2",
     ],
