@@ -67,9 +67,10 @@ def reports_errors(command: Command) -> Command:
 
     @wraps(command)
     def wrapped(*arguments: Any, **options: Any) -> Any:
-        from stages.process import runtime
+        from stages.process import noise, runtime
         from stages.process.unexpected import was_in_step
 
+        noise.silence()
         try:
             return command(*arguments, **options)
         except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):

@@ -60,8 +60,8 @@ def attach_lora(
     plain = plain_model(model)
     _check_names(lora, plain, task)
     alpha: Any = lora.alpha  # peft says int and divides whatever it gets by r
-    # peft trains a classifier's head whole (everything that is called ...classifier or ...score), so the adapter has to stay off it.
-    head = [r".*(classifier|score)"] if task == "SEQ_CLS" else []
+    # peft trains the whole head of a classifier: every module whose name ends in classifier or score. No adapter goes into it.
+    head = [r".*(classifier|score)(\..*)?"] if task == "SEQ_CLS" else []
     excluded = "|".join([*head, *map(re.escape, state_space_products(plain))]) if lora.target_modules == "all-linear" else None
     config = LoraConfig(
         r=lora.r, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules, exclude_modules=excluded or None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +114,7 @@ def fitted(saved: SavedAdapter, plain: Any) -> SavedAdapter:
             return name
         return here + name if here else name.removeprefix(there)
 
-    modules = dict(plain.named_modules())
+    modules = modules_of(plain)
     same_head = str(saved.config.task_type or "").endswith("CAUSAL_LM") and plain.get_output_embeddings() is not None
     weights = {}
     for name, value in saved.weights.items():
@@ -124,6 +125,14 @@ def fitted(saved: SavedAdapter, plain: Any) -> SavedAdapter:
         weights[BEFORE + new] = value
     config = _fitted_config(saved.config, weights, plain, renamed, modules)
     return _with_changes(replace(saved, config=config, weights=weights), plain)
+
+
+def modules_of(plain: Any) -> dict[str, Any]:
+    """The modules of a transformers model by the names that they had before peft wrapped some of them."""
+    found: dict[str, Any] = {}
+    for name, module in plain.named_modules():
+        found.setdefault(re.sub(r"\.(original_module|base_layer)(?=\.|$)", "", name), module)
+    return found
 
 
 def _fitted_config(config: Any, weights: dict[str, Tensor], plain: Any, renamed: Any, modules: dict[str, Any]) -> Any:
@@ -139,7 +148,7 @@ def _fitted_config(config: Any, weights: dict[str, Tensor], plain: Any, renamed:
 
     def present(names: Any) -> list[str]:
         asked = [renamed(name) if "." in name else name for name in names]
-        return [name for name in asked if any(module == name or module.endswith(f".{name}") for module in modules)]
+        return [name for name in asked if any(module.endswith(name) for module in modules)]
 
     config.modules_to_save = present(config.modules_to_save or ()) or None
     if isinstance(config.trainable_token_indices, dict):
@@ -162,7 +171,7 @@ def _with_changes(saved: SavedAdapter, plain: Any) -> SavedAdapter:
     kept, changes = {}, []
     for name, value in saved.weights.items():
         module = module_of(name)
-        is_copy = any(f".{module}.".endswith(f".{one}.") or f".{one}." in f".{module}." for one in whole)
+        is_copy = is_inside(module, whole)
         if ".lora_" not in name and not name.endswith(TOKENS) and not is_copy:
             own = parameters.get(f"{module}.{name.rpartition('.')[2]}", parameters.get(f"{module}.base_layer.{name.rpartition('.')[2]}"))
             if own is not None and own.shape == value.shape and torch.equal(own.detach().cpu(), value.to(own.dtype)):
@@ -170,6 +179,12 @@ def _with_changes(saved: SavedAdapter, plain: Any) -> SavedAdapter:
             changes.append(name.removeprefix(BEFORE))
         kept[name] = value
     return replace(saved, weights=kept, changes_base=tuple(changes))
+
+
+def is_inside(module: str, names: Collection[str]) -> bool:
+    """Whether a module, or one that it is part of, is named by ``modules_to_save``: peft compares the ends of names, without dots."""
+    parts = module.split(".")
+    return any(".".join(parts[:end]).endswith(name) for end in range(1, len(parts) + 1) for name in names)
 
 
 def base_of(module: Any) -> Any:

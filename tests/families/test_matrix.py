@@ -21,7 +21,8 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 MORE = {
     "opt-projected": ["rewards and values", "LoRA, merged and reloaded"], "rwkv": ["rewards and values"], "gemma2": ["full step"],
     "bloom": ["rewards and values"], "jamba": ["LoRA, merged and reloaded", "LoRA on nf4"],
-    "bert": ["LoRA in bf16"], "deberta": ["LoRA in bf16"], "distilbert": ["LoRA in bf16"],
+    "bert": ["LoRA in bf16"], "deberta": ["LoRA in bf16"], "distilbert": ["LoRA in bf16", "LoRA, merged and reloaded"],
+    "roberta": ["LoRA, merged and reloaded"],
 }  # fmt: skip
 
 
