@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 from rich.table import Table
 
 from stages.chain.fingerprints import fingerprint_of, parts_of, settings_of, why
+from stages.chain.fitness import check_models
 from stages.chain.pins import Commits, apart_from_folders, hub_inputs, is_known, pinned, resolve_commits
 from stages.chain.results import last_result, load_result, restore_files, save_result
 from stages.chain.texts import check_texts
@@ -94,6 +95,9 @@ def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]
             made[step.name] = plans[-1].record
             if plans[-1].action != "reuse":
                 check_attention(step)
+                if is_known(step):
+                    with doing(f"checking the models of step {step.name!r} ({step.stage})"):
+                        check_models(recipe, step, registry)
             if plans[-1].action != "reuse" and is_known(step) and (download or not on_hub(step)):
                 with doing(f"checking the data of step {step.name!r} ({step.stage})"):
                     memo.passes(fingerprint_of(parts_of(step, {})), partial(_check_data, recipe, step, registry))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from stages.errors import ModelError
 
@@ -37,6 +38,23 @@ def refuse_quantization(config: Any, quantization: str, name: str) -> None:
     """Raise ModelError for a family whose class cannot compute with weights of ``quantization``."""
     if config.model_type == "rwkv" and quantization == "nf4":
         raise ModelError(f"{name!r} is an rwkv model, whose class cannot rescale nf4 weights; write quantization: int8 or none")
+
+
+def refuse_without_linear_layers(auto: Any, config: Any, quantization: str, name: str) -> None:
+    """Raise ModelError where bitsandbytes would take none of the layers of the class that ``auto`` picks; no weights are made."""
+    with torch.device("meta"):
+        made = auto.from_config(config)
+    head = made.get_output_embeddings() if hasattr(made, "get_output_embeddings") else None
+    if not any(type(module) in (nn.Linear, Conv1D) for module in made.modules() if module is not head):
+        raise ModelError(no_linear_layers(type(made).__name__, quantization, name))
+
+
+def no_linear_layers(kind: str, quantization: str, name: str) -> str:
+    """What is said of a class ``kind`` without plain linear layers."""
+    return (
+        f"quantization: {quantization} reaches no layer of {name!r}: bitsandbytes takes plain linear layers alone, and {kind} has none. "
+        "Write quantization: none"
+    )
 
 
 def state_space_products(model: nn.Module) -> list[str]:

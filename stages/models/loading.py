@@ -17,7 +17,7 @@ from stages.models.adapters import FRESH, attach_lora, plain_model, quantization
 from stages.models.attention import attention_of
 from stages.models.causality import require_causal
 from stages.models.failures import explained
-from stages.models.families import refuse_quantization, refuse_unfit, unquantized_modules
+from stages.models.families import no_linear_layers, refuse_quantization, refuse_unfit, unquantized_modules
 from stages.models.own_layers import use_own_layers
 from stages.models.published import check_saved_adapter, check_saved_weights, outputs_of, rows_for
 from stages.models.saved_adapters import SavedAdapter, head_size, read_adapter
@@ -299,10 +299,7 @@ def _refuse_unquantized(loaded: nn.Module, model: ResolvedModel) -> None:
     """
     taken = sum(module.in_features * module.out_features for module in loaded.modules() if type(module).__name__ in QUANTIZED_LAYERS)
     if taken == 0:
-        raise ModelError(
-            f"quantization: {model.input.quantization} reaches no layer of {model.ref!r}: bitsandbytes takes plain linear layers alone, "
-            f"and {type(loaded).__name__} has none. Write quantization: none"
-        )
+        raise ModelError(no_linear_layers(type(loaded).__name__, model.input.quantization, model.ref))
     left = sum(parameter.numel() for parameter in loaded.parameters() if parameter.is_floating_point() and parameter.ndim > 2)
     if left > taken:
         logger.warning(

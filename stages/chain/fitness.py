@@ -1,0 +1,82 @@
+"""Whether the models that a recipe brings can play their part, as far as their configs tell; asked before anything is trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from stages.errors import ModelError, RecipeError
+
+if TYPE_CHECKING:
+    from stages.process.runtime import ResolvedModel
+    from stages.recipe.schema import Recipe, RecipeStep, Reference
+    from stages.registry.ledger import Registry
+
+
+def check_models(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
+    """Check family, quantization and attention of every model that a step reads from a folder, the Hub or the registry.
+
+    Only configs are read. A model that cannot be read is left to the step, which says what is wrong with it. Raises RecipeError with the
+    place in the recipe.
+    """
+    for place, reference in step.models.items():
+        if reference.kind == "step":
+            continue
+        try:
+            _check(step, place, reference, registry)
+        except ModelError as error:
+            raise RecipeError(f"{recipe.source.place(('steps', step.index))} ({step.name}): {place}: {error}") from error
+
+
+def _check(step: RecipeStep, place: str, reference: Reference, registry: Registry) -> None:
+    base = _base(reference, registry)
+    config = _config(base) if base is not None else None
+    if base is None or config is None:
+        return
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from stages.models.attention import attention_of
+    from stages.models.families import refuse_quantization, refuse_unfit, refuse_without_linear_layers
+
+    is_classifier = _is_classifier(step, place)
+    auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    if not is_classifier:
+        refuse_unfit(config, reference.input.ref)
+    attention_of(auto, config, reference.input, torch.float32)
+    if reference.input.quantization != "none":
+        refuse_quantization(config, reference.input.quantization, reference.input.ref)
+        refuse_without_linear_layers(auto, config, reference.input.quantization, reference.input.ref)
+
+
+def _is_classifier(step: RecipeStep, place: str) -> bool:
+    """Whether the model at ``place`` is a sequence classifier: of the sentiment stage, or a source that names a label."""
+    if step.stage == "sentiment":
+        return True
+    from stages.recipe.source import parse_path
+
+    value: Any = step.config
+    for key in parse_path(place)[:-1]:
+        value = value[key] if isinstance(key, int) or isinstance(value, dict) else getattr(value, key)
+    return getattr(value, "label", None) is not None
+
+
+def _base(reference: Reference, registry: Registry) -> ResolvedModel | None:
+    """The whole weights that a model consists of; None where they cannot be found now."""
+    from stages.chain.run import resolve
+    from stages.errors import StagesError
+    from stages.models.stacks import stack_of
+
+    try:
+        return stack_of(resolve(reference, registry)).base
+    except (StagesError, OSError, ValueError):
+        return None
+
+
+def _config(model: ResolvedModel) -> Any:
+    """The config of a model; None where it cannot be read, or has code of its own."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model.path, revision=model.input.revision, trust_remote_code=False)
+    except Exception:  # transformers, the Hub and broken files raise a dozen kinds; loading the model says which
+        return None

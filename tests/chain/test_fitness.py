@@ -1,0 +1,77 @@
+"""Models that cannot play their part are refused when the recipe is planned, before any step trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    FalconConfig,
+    Gemma2Config,
+    T5Config,
+    T5Model,
+)
+
+from stages.chain.run import plan
+from stages.errors import RecipeError
+from stages.recipe.schema import load_recipe
+
+SIZES = {"vocab_size": 300, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> Path:
+    """Folders: bert (a classifier), falcon, gemma2, t5."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
+    made = {
+        "bert": AutoModelForSequenceClassification.from_config(BertConfig(**SIZES, intermediate_size=32)),
+        "falcon": AutoModelForCausalLM.from_config(FalconConfig(**SIZES)),
+        "gemma2": AutoModelForCausalLM.from_config(Gemma2Config(**SIZES, intermediate_size=32, num_key_value_heads=1, head_dim=16)),
+        "t5": T5Model(T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)),
+    }
+    for name, model in made.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def planned(tmp_path: Path, llama: Path, last: str) -> Any:
+    """Plan a recipe whose first step is fine and whose last step is ``last``."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b", "chosen": "b", "rejected": "c"}\n' * 20)
+    path = tmp_path / "late.yaml"
+    path.write_text(
+        f"name: late\nsteps:\n  - {{stage: sft, name: sft, model: {llama}, data: {{train: rows.jsonl}}}}\n  - {{name: last, {last}}}\n"
+    )
+    return plan(load_recipe(path), tmp_path / "home")
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ("stage: ppo, policy: MODELS/bert, reward: [{function: 'os:getcwd'}], data: ROWS", "is a bert model; a policy or"),
+        ("stage: ppo, policy: sft, reward: [{model: MODELS/bert}], data: ROWS", r"reward\[0\].model: .* is a bert model"),
+        ("stage: reward_model, model: MODELS/t5, data: {train: ROWS}", "is a t5 model, an encoder with a decoder"),
+        ("stage: dpo, model: {ref: MODELS/falcon, quantization: nf4}, lora: {}, data: {train: ROWS}", "nf4 reaches no layer of"),
+        ("stage: sft, model: {ref: MODELS/gemma2, attention: sdpa}, data: {train: ROWS}", "does not support sdpa"),
+        ("stage: evaluation, candidates: {a: sft, b: MODELS/bert}, data: ROWS, judges: [{function: 'os:getcwd'}]", "is a bert model"),
+    ],
+    ids=["encoder policy", "encoder reward model", "encoder-decoder", "falcon nf4", "attention", "candidate"],
+)  # fmt: skip
+def test_an_unfit_model_of_the_last_step_is_refused_at_the_plan(
+    models: Path, tmp_path: Path, tiny_llama_folder: Path, last: str, message: str
+) -> None:
+    last = last.replace("MODELS", str(models)).replace("ROWS", "rows.jsonl")
+    with pytest.raises(RecipeError, match=rf"late.yaml:4: .*last.*{message}"):
+        planned(tmp_path, tiny_llama_folder, last)
+    assert not (tmp_path / "home" / "registry" / "models").exists()
+
+
+def test_a_classifier_with_a_label_is_a_fit_reward(models: Path, tmp_path: Path, tiny_llama_folder: Path) -> None:
+    last = f"stage: ppo, policy: sft, reward: [{{model: {models}/bert, label: 0}}], data: rows.jsonl"
+    assert [step.action for step in planned(tmp_path, tiny_llama_folder, last)] == ["run", "run"]
