@@ -392,7 +392,7 @@ MODELS = {
     "no chat template": Case("template: chat, and the tokenizer has no chat template", SFT, {"template": "chat"}),
     "a template without a prompt": Case("template 'Answer:': expected chat, one of", SFT, {"template": "Answer:"}),
     "an encoder to fine-tune": Case("./encoder", SFT, {"model": "./encoder"}, prepare=encoder),
-    "an encoder as reward model": Case("is a distilbert model; a scalar head needs a causal language model", REWARD, {"model": "./encoder"},
+    "an encoder as reward model": Case("is a distilbert model; a policy or a scalar head needs", REWARD, {"model": "./encoder"},
                                        prepare=encoder),
     "a block longer than the model": Case("block_size=500 is longer than the model's 128 positions", {
         key: value for key, value in PRETRAINING.items() if key not in ("architecture", "tokenizer")} | {
@@ -408,7 +408,7 @@ MODELS = {
     "a value model without a head": Case("has no reward head", PPO, {"value": "./model"}),
     "a reference of another vocabulary": Case("has another vocabulary than the policy", PPO, {"reference": "./other"},
                                               prepare=other_vocabulary),
-    "modules to adapt that there are not": Case("no adapter fits target_modules=['nothing']", SFT,
+    "modules to adapt that there are not": Case("lora.target_modules names nothing, which LlamaForCausalLM does not have", SFT,
                                                 {"lora": {"target_modules": ["nothing"]}}),
     "fp16 on a CPU": Case("precision: fp16 cannot be trained on a CPU", SFT, {"precision": "fp16"}),
     "a registry reference that is none": Case("no model named 'bad/model'", SFT, {"model": "bad/model@3"}),

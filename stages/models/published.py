@@ -84,7 +84,7 @@ def _check_adapter(
 
     expected, acting = compute(), active_adapters(model)
     name, dtype = "published", _dtype_of(model)
-    saved = ResolvedModel(folder.name, "folder", str(folder), "", ModelInput(ref=folder.name), base=source_of(model, acting[-1]))
+    saved = ResolvedModel(folder.name, "folder", str(folder), "", _as_it_runs(model, folder), base=source_of(model, acting[-1]))
     trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
     activate(model, acting[:-1])
     try:
@@ -116,10 +116,15 @@ def check_saved_weights(
     _check_number_of_values(model, folder)
     if _size_of(model) > SMALL:
         return
-    saved = ResolvedModel(folder.name, "folder", str(folder), "", ModelInput(ref=folder.name))
+    saved = ResolvedModel(folder.name, "folder", str(folder), "", _as_it_runs(model, folder))
     dtype = next(parameter.dtype for parameter in model.parameters())
     with torch.random.fork_rng():
         _compare(reload(saved), compute(), SAME.get(dtype, SAME[torch.bfloat16]), scale, "loaded again")
+
+
+def _as_it_runs(model: Any, folder: Path) -> ModelInput:
+    """The saved model as an input. Code that came with the model runs in this process already, by the recipe's own word."""
+    return ModelInput(ref=folder.name, trust_remote_code=type(plain_model(model)).__module__.startswith("transformers_modules"))
 
 
 def _check_number_of_values(model: nn.Module, folder: Path) -> None:

@@ -86,5 +86,5 @@ def test_prompts_are_held_to_what_policy_and_tokenizer_can_read(step: Any, monke
     prompts_file(Path(config.data[0].path).parent, "joy", WORDS)
     lines = said(context, monkeypatch)
     kept = load_prompts(config, context, roles)
-    assert [prompt for prompt, _ in kept] == ["joy"]
+    assert [one.prompt for one in kept] == ["joy"]
     assert any("left out 1 of 2 prompts (5 tokens at most)" in line for line in lines)

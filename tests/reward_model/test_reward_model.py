@@ -234,7 +234,7 @@ def test_the_best_of_several_seeds_is_kept_and_measured_on_other_comparisons(com
 def test_accuracy_by_length_and_by_group_by_hand() -> None:
     # lengths after the prompt (2 tokens): 8 beats 2, 2 beats 8, 4 beats 4; scores say: longer, longer, first
     def item(better: int, worse: int, group: str) -> EncodedComparison:
-        return EncodedComparison([[7] * (2 + better), [7] * (2 + worse)], [0, 1], {"batch": group}, 2)
+        return EncodedComparison([[7] * (2 + better), [7, 7] + [8] * worse], [0, 1], {"batch": group}, 2)
 
     items = [item(8, 2, "a"), item(2, 8, "a"), item(4, 4, "b")]
     found = agreement(torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0]), items)
