@@ -30,7 +30,11 @@ class Started:
         named = [part for name in annotators for part in ("--annotator", name)]
         command = [sys.executable, "-m", "stages", "label", str(folder), "--port", str(port), *named]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        # A test run in the background ignores Ctrl-C, and its children would, too.
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
         self.links: dict[str, str] = {}
         said = ""
         assert self.process.stdout is not None
