@@ -335,7 +335,23 @@ def _finish(
     if not dropout:
         disable_dropout(model)
     use_own_layers(model)
+    leave_out_router_loss(model)
     return model.train(trainable)
+
+
+def leave_out_router_loss(model: Any) -> None:
+    """Let a mixture of experts return no router logits, and compute no load-balancing loss of them.
+
+    A forward pass here needs neither, and that loss takes no attention mask of four dimensions. TRL's SFT and DPO switch it on for their
+    own training, with the coefficient of the config.
+    """
+    text = plain_model(model).config.get_text_config()
+    if not hasattr(text, "output_router_logits"):
+        return
+    text.output_router_logits = False
+    if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
+        # TRL asks every config for num_experts; GraniteMoe's has the other name alone, and no alias as its siblings have.
+        type(text).attribute_map = {**type(text).attribute_map, "num_experts": "num_local_experts"}
 
 
 def _check_finite(model: nn.Module, source: ResolvedModel) -> None:

@@ -253,3 +253,27 @@ def test_a_saved_model_stops_where_its_chat_template_ends_a_turn(tiny_llama_fold
     save_model(model, tokenizer, tmp_path, state_dict=model.state_dict())
     saved = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id
     assert saved == [own, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
+def test_a_mixture_of_experts_that_was_saved_with_its_router_loss_on_is_loaded_without(family: str, tmp_path: Path) -> None:
+    """TRL's SFT leaves ``output_router_logits: true`` in the config. That loss takes no attention bias of four dimensions."""
+    import transformers
+
+    from stages.config import GenerationSettings
+    from stages.sampling.generation import generate
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.CONFIG_MAPPING[family](**sizes, **heads, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_language_model(str(tmp_path), dtype=torch.float32, trainable=False)
+    assert model.config.output_router_logits is False
+    assert model.config.num_experts == 2  # the name by which TRL asks
+    settings = GenerationSettings(max_new_tokens=3, temperature=0.0)
+    made = generate(model, [[5, 6, 7], [8]], settings, seeds=[0, 1], stop_ids=[], late_stop_ids=[], pad_token_id=0)
+    for prompt, response in zip([[5, 6, 7], [8]], made.response_ids.tolist(), strict=True):
+        for token in response:  # one row at a time, without a cache
+            with torch.no_grad():
+                assert token == int(model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax())
+            prompt = [*prompt, token]
