@@ -104,8 +104,8 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
     from stages.corpora.templates import count_tokens
     from stages.models.adapters import as_it_starts, refuse_output_adapter
     from stages.models.loading import load_language_model, load_tokenizer, save_model
-    from stages.models.positions import row_length
     from stages.process.runtime import StepResult
+    from stages.tokens.positions import row_length
     from stages.training.trainer import gathered_weights, publish_best, train, weights_dtype
 
     source = context.models["model"]

@@ -180,7 +180,7 @@ def _model(config: PretrainingConfig, context: StepContext, tokenizer: PreTraine
 
     from stages.models.architectures import random_model
     from stages.models.loading import load_language_model
-    from stages.models.positions import model_length
+    from stages.tokens.positions import model_length
     from stages.training.trainer import weights_dtype
 
     context.runtime.seed_everything(context.seed)  # reading the data must not decide the weights

@@ -244,7 +244,7 @@ def _tokenizer_and_model(config: SentimentConfig, context: StepContext, texts: l
 
 def _limit_length(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
     """Have the tokenizer cut texts where the model's positions end, if that comes before the tokenizer's own limit."""
-    from stages.models.positions import readable_length
+    from stages.tokens.positions import readable_length
 
     if (length := readable_length(model.config, tokenizer)) is not None:
         tokenizer.model_max_length = length

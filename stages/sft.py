@@ -146,8 +146,8 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     from stages.models.adapters import refuse_output_adapter
     from stages.models.dropout import set_residual_dropout
     from stages.models.loading import load_language_model, load_tokenizer, save_model
-    from stages.models.positions import row_length
     from stages.process.runtime import StepResult
+    from stages.tokens.positions import row_length
     from stages.training.trainer import gathered_weights, publish_best, train, weights_dtype
 
     tokenizer = load_tokenizer(context.models["model"])

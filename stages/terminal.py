@@ -74,7 +74,7 @@ class Speaker:
     def fits(self, prompt: Prompt, room: int) -> bool:
         """Whether the prompt leaves ``room`` of the tokens that model and tokenizer can read."""
         from stages.corpora.templates import encode_prompt
-        from stages.models.positions import readable_length
+        from stages.tokens.positions import readable_length
 
         positions = readable_length(self.model.config, self.tokenizer)
         return positions is None or len(encode_prompt(self.tokenizer, prompt)) + room <= positions

@@ -152,6 +152,6 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) ->
 def positions_of(model: ResolvedModel) -> int:
     """The longest sequence, in tokens, that a model and its tokenizer can read. The config is that of the weights below all adapters."""
     from stages.models.loading import config_of, load_tokenizer
-    from stages.models.positions import readable_length
+    from stages.tokens.positions import readable_length
 
     return readable_length(config_of(model), load_tokenizer(model)) or 1_000_000

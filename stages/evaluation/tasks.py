@@ -104,8 +104,8 @@ def score_choices(
     """Log-likelihood of every choice of every question, given its context; batches hold sequences of like length."""
     import torch
 
-    from stages.models.positions import readable_length
     from stages.models.responses import Policy, sequence_batch
+    from stages.tokens.positions import readable_length
 
     policy = Policy(model, temperature=1.0, autocast=None)
     longest = readable_length(model.config, tokenizer)

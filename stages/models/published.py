@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from stages.config import ModelInput
 from stages.errors import ModelError
 from stages.models.adapters import activate, active_adapters, add_adapter, plain_model, remove_adapter, source_of
-from stages.models.positions import readable_length
 from stages.models.saved_adapters import base_of
+from stages.tokens.positions import readable_length
 
 if TYPE_CHECKING:
     from stages.process.runtime import ResolvedModel

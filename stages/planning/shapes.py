@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from stages.models.positions import model_length
+from stages.tokens.positions import model_length
 
 KNOWN_MODELS = Path(__file__).parent / "known_models.yaml"
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from stages.errors import DataError
-from stages.models.positions import readable_length
 from stages.sampling.generation import episode_seed
+from stages.tokens.positions import readable_length
 
 if TYPE_CHECKING:
     from stages.corpora.curation import Curator

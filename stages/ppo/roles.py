@@ -19,7 +19,6 @@ from stages.models.adapters import FRESH
 from stages.models.heads import RewardModel, ValueModel
 from stages.models.loading import config_of, load_language_model, load_tokenizer, save_model
 from stages.models.parts import hidden_width, transformer_of
-from stages.models.positions import model_length
 from stages.models.responses import Policy, SequenceBatch, sequence_values
 from stages.models.sharding import shard
 from stages.models.shared import RoleParameters, SharedBackbone
@@ -28,6 +27,7 @@ from stages.ppo.data import longest_sequence, prompt_room
 from stages.ppo.offload import Offload
 from stages.process.runtime import ResolvedModel, StepContext
 from stages.rewards.config import leaves
+from stages.tokens.positions import model_length
 
 
 @dataclass

@@ -165,11 +165,11 @@ class Attempt:
 
 def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     """Train, normalise, publish; with held-out accuracy and calibration before and after."""
-    from stages.models.positions import row_length
     from stages.models.sharding import whole
     from stages.process.runtime import StepResult
     from stages.reward_model.collection import collect_comparisons
     from stages.rewards.learned import score_rows
+    from stages.tokens.positions import row_length
     from stages.training.checkpoints import load_tensors, trainable
     from stages.training.trainer import gathered_weights, publish_best
 

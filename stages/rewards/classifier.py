@@ -17,11 +17,11 @@ from torch.nn import functional
 from stages.corpora.messages import Prompt
 from stages.errors import ModelError
 from stages.models.loading import load_classifier, load_tokenizer
-from stages.models.positions import readable_length
 from stages.process.runtime import ResolvedModel
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement
 from stages.rewards.texts import whole_text
+from stages.tokens.positions import readable_length
 
 Kind = Literal["softmax", "sigmoid", "regression"]
 Row = dict[str, list[int]]

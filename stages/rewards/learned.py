@@ -12,13 +12,13 @@ from stages.corpora.messages import Prompt
 from stages.corpora.templates import completion_places, encode_pair
 from stages.errors import ModelError
 from stages.models.heads import RewardModel
-from stages.models.positions import readable_length
 from stages.process.runtime import ResolvedModel
 from stages.rewards.classifier import ClassifierSource
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement, Spans
 from stages.rewards.source import RewardSource
 from stages.sampling.generation import right_pad
+from stages.tokens.positions import readable_length
 
 RewardModelLoader = Callable[[ResolvedModel], RewardModel]
 

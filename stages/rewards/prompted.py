@@ -20,11 +20,11 @@ from torch import Tensor
 from stages.corpora.messages import Prompt, transcript
 from stages.errors import ModelError, TrainingError
 from stages.models.loading import load_language_model, load_tokenizer
-from stages.models.positions import readable_length
 from stages.process.remote import AnswerCache, GaveUp, JsonClient, Refused
 from stages.process.runtime import ResolvedModel
 from stages.rewards.config import RewardInput, read_rubric
 from stages.rewards.details import NOTHING, Details, Judgement
+from stages.tokens.positions import readable_length
 
 logger = logging.getLogger(__name__)
 GRADER = (
