@@ -16,7 +16,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
@@ -102,6 +102,16 @@ def _from_order(order: list[int]) -> list[int]:
     return [order.index(index) for index in range(len(order))]
 
 
+def _without_ties(answers: Iterable[LabelAnswer], lost: dict[str, int], reason: str) -> Iterator[tuple[LabelAnswer, list[int]]]:
+    """The answers whose ranks are all different, with their ranks; the others are counted in ``lost`` under ``reason``."""
+    for answer in answers:
+        assert answer.ranks is not None
+        if len(set(answer.ranks)) < len(answer.ranks):
+            lost[reason] = lost.get(reason, 0) + 1
+        else:
+            yield answer, answer.ranks
+
+
 # Argilla
 
 
@@ -111,12 +121,8 @@ def _argilla_out(labels: Labels) -> tuple[Any, dict[str, int]]:
     for task in labels.tasks.values():
         names = [f"completion_{index + 1}" for index in range(len(task.completions))]
         responses = []
-        for answer in answers_of(labels, task):
-            assert answer.ranks is not None
-            if len(set(answer.ranks)) < len(answer.ranks):
-                lost[TIED_ARGILLA] = lost.get(TIED_ARGILLA, 0) + 1
-                continue
-            responses.append({"value": [names[index] for index in _best_first(answer.ranks)], "user_id": _user_id(answer.annotator)})
+        for answer, ranks in _without_ties(answers_of(labels, task), lost, TIED_ARGILLA):
+            responses.append({"value": [names[index] for index in _best_first(ranks)], "user_id": _user_id(answer.annotator)})
         records.append(
             {
                 "id": task.id,
@@ -191,16 +197,12 @@ def _label_studio_out(labels: Labels) -> tuple[Any, dict[str, int]]:
         else:
             data["items"] = [{"id": f"completion_{index + 1}", "title": "", "body": text} for index, text in enumerate(task.texts)]
         annotations = []
-        for answer in answers_of(labels, task):
-            assert answer.ranks is not None
-            if len(set(answer.ranks)) < len(answer.ranks):
-                lost[TIED_LABEL_STUDIO] = lost.get(TIED_LABEL_STUDIO, 0) + 1
-                continue
+        for answer, ranks in _without_ties(answers_of(labels, task), lost, TIED_LABEL_STUDIO):
             if is_pair:
-                side = "left" if answer.ranks[0] < answer.ranks[1] else "right"
+                side = "left" if ranks[0] < ranks[1] else "right"
                 result = {"from_name": RANKING, "to_name": "completion_1,completion_2", "type": "pairwise", "value": {"selected": side}}
             else:
-                order = [f"completion_{index + 1}" for index in _best_first(answer.ranks)]
+                order = [f"completion_{index + 1}" for index in _best_first(ranks)]
                 result = {"from_name": RANKING, "to_name": "completions", "type": "ranker", "value": {"ranker": {RANKING: order}}}
             annotations.append(
                 {"result": [{"id": answer.id[:10], **result}], "completed_by": {"email": answer.annotator}, "lead_time": answer.seconds}
