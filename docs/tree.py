@@ -1,7 +1,7 @@
 """Writes the tree of ``stages/`` in docs/architecture.md from the first sentence of each module's docstring.
 
-    python docs/tree.py            # rewrites the tree
-    python docs/tree.py --check    # exit status 1 if the tree is not up to date (a test runs this)
+python docs/tree.py            # rewrites the tree
+python docs/tree.py --check    # exit status 1 if the tree is not up to date (a test runs this)
 """
 
 from __future__ import annotations

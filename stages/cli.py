@@ -1,11 +1,11 @@
 """The commands. Importing this file is fast: what a command needs is imported when it runs.
 
-    stages run RECIPE [step.field=value ...]      stages plan RECIPE
-    stages sweep RECIPE step.field=[value,value] [seeds=3]
-    stages models list | show | lineage | verify | export | import | remove
-    stages generate REF --prompt TEXT [--against REF2]      stages chat REF
-    stages label STEP_OR_FILE [--annotator NAME] [--report]
-    stages report RUN [RUN2 ...]
+stages run RECIPE [step.field=value ...]      stages plan RECIPE
+stages sweep RECIPE step.field=[value,value] [seeds=3]
+stages models list | show | lineage | verify | export | import | remove
+stages generate REF --prompt TEXT [--against REF2]      stages chat REF
+stages label STEP_OR_FILE [--annotator NAME] [--report]
+stages report RUN [RUN2 ...]
 """
 
 from __future__ import annotations
@@ -34,9 +34,13 @@ if TYPE_CHECKING:
     from stages.registry.ledger import ModelRecord, Registry
 
 app = typer.Typer(
-    name="stages", help="Chains of training stages: from raw text to an aligned language model.", no_args_is_help=True,
-    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-)  # fmt: skip
+    name="stages",
+    help="Chains of training stages: from raw text to an aligned language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 models = typer.Typer(help="The registry: what steps have made.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models, name="models")
 
@@ -236,8 +240,14 @@ def plan(
     if as_json:
         settings = {name: [setting.as_json() for setting in found] for name, found in shown.items() if found}
         content = json.loads(chain.plans_json(loaded, plans, settings))
-        _print_json({**content, "machine": {"name": machine.name, "bytes": machine.bytes}, "memory": [step.as_json() for step in memory],
-                     "not_checked": commits.unreached})
+        _print_json(
+            {
+                **content,
+                "machine": {"name": machine.name, "bytes": machine.bytes},
+                "memory": [step.as_json() for step in memory],
+                "not_checked": commits.unreached,
+            }
+        )
         return
     console = _runtime().console
     console.print(chain.plan_table(plans, f"{loaded.name}: {len(plans)} steps"))
@@ -700,9 +710,13 @@ def label(
     from stages.labelling import command
 
     given = {
-        "questions": questions and str(questions), "instructions": instructions and str(instructions), "annotators": annotators,
-        "overlap": overlap, "target": target, "gold": gold and str(gold),
-    }  # fmt: skip
+        "questions": questions and str(questions),
+        "instructions": instructions and str(instructions),
+        "annotators": annotators,
+        "overlap": overlap,
+        "target": target,
+        "gold": gold and str(gold),
+    }
     settings = {name: value for name, value in given.items() if value is not None}
     folder = command.open_folder(what, _home(home), settings)
     if import_from is not None:

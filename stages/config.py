@@ -89,12 +89,13 @@ class DataSource(Strict):
     path: str = Field(
         description="File (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt, also .gz), folder, hub id (hub:owner/name where a folder is "
         "called the same), or world:PART."
-    )  # fmt: skip
+    )
     name: str | None = Field(None, description="Config of the data set, as its README names them.")
     split: str | None = Field(
-        None, description="Split of a folder or a data set of the Hub: test, train[:100], train+test (default: train; held-out data: "
-        "validation or test)."
-    )  # fmt: skip
+        None,
+        description="Split of a folder or a data set of the Hub: test, train[:100], train+test (default: train; held-out data: "
+        "validation or test).",
+    )
     data_dir: str | None = Field(None, description="Read only this folder of a folder or a data set of the Hub.")
     data_files: str | list[str] | None = Field(None, description="Read only the files that fit these patterns, e.g. data/*.parquet.")
     revision: str | None = Field(None, description="Branch, tag or commit of a data set of the Hub (default: main).")
@@ -196,9 +197,11 @@ class CheckpointedStepConfig(StepConfig):
     )
     keep_last: int = Field(2, ge=1, description="Checkpoints to keep while the step runs, the newest; a damaged one is passed over.")
     keep_best: int = Field(
-        0, ge=0, description="Also keep so many of the best, and publish the best as <name>-best. ppo: by mean reward less KL penalty; "
-        "other stages: by their held-out measure, taken ten times in a run."
-    )  # fmt: skip
+        0,
+        ge=0,
+        description="Also keep so many of the best, and publish the best as <name>-best. ppo: by mean reward less KL penalty; "
+        "other stages: by their held-out measure, taken ten times in a run.",
+    )
 
 
 class TrainingStepConfig(CheckpointedStepConfig):

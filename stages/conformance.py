@@ -32,187 +32,451 @@ NUMBERS = "conformance/test_numbers.py::test_a_number_of_the_papers"
 
 DETAILS = (
     # General
-    _detail("G1", "A scalar head takes the place of the unembedding", "models/heads.py:ScalarModel",
-            "conformance/test_details.py::test_a_scalar_head_takes_the_place_of_the_unembedding"),
-    _detail("G2", "fp32 weights that train, half-precision forward passes", "ppo/roles.py:load_roles training/trainer.py:weights_dtype",
-            "ppo/test_details.py::test_weights_are_fp32_while_the_forward_pass_is_half"),
+    _detail(
+        "G1",
+        "A scalar head takes the place of the unembedding",
+        "models/heads.py:ScalarModel",
+        "conformance/test_details.py::test_a_scalar_head_takes_the_place_of_the_unembedding",
+    ),
+    _detail(
+        "G2",
+        "fp32 weights that train, half-precision forward passes",
+        "ppo/roles.py:load_roles training/trainer.py:weights_dtype",
+        "ppo/test_details.py::test_weights_are_fp32_while_the_forward_pass_is_half",
+    ),
     _detail("G3", "Adam betas 0.9 and 0.95 (I)", "recipe/presets.py:PRESETS", "conformance/test_details.py::test_adam_of_the_presets"),
     _detail("G4", "Adam epsilon 1e-5 (Z, H)", "recipe/presets.py:PRESETS", "conformance/test_details.py::test_adam_of_the_presets"),
-    _detail("G5", "TensorFlow's Adam: epsilon outside the bias correction", "ppo/optimizers.py:TensorFlowAdam",
-            f"{NUMBERS} ppo/test_optimizers.py::test_tensorflow_adam_by_hand"),
-    _detail("G6", "Prompts that are too long are left out, not cut", "ppo/data.py:load_prompts",
-            "ppo/test_details.py::test_a_prompt_of_1001_tokens_is_left_out_and_not_cut"),
-    _detail("G7", "A long query loses its last lines, never its form (S, H)", "corpora/fitting.py:fit_prompt",
-            "corpora/test_fitting.py::test_lines_are_cut_from_the_end_of_the_post "
-            "corpora/test_fitting.py::test_a_single_line_is_cut_by_characters"),
-    _detail("G8", "The form of a query (H)", "corpora/summaries.py:post_prompt",
-            "corpora/test_fitting.py::test_the_form_of_a_post_is_the_papers"),
-    _detail("G9", "A completion is a space, the text and the end token", "corpora/templates.py:encode_pair",
-            "conformance/test_details.py::test_a_completion_begins_with_a_space_and_ends_with_the_end_token"),
-    _detail("G10", "The pad token is not the end token; what pads moves no logit",
-            "models/loading.py:ensure_pad_token models/responses.py:sequence_batch",
-            "conformance/test_details.py::test_no_logit_depends_on_what_pads "
-            "conformance/test_details.py::test_the_pad_token_is_not_the_end_token"),
-    _detail("G11", "Positions follow the mask", "sampling/readers.py:position_ids",
-            "conformance/test_details.py::test_positions_follow_the_mask"),
-    _detail("G12", "Dropout is off in reward model and PPO", "models/loading.py:disable_dropout",
-            "ppo/test_details.py::test_dropout_is_off_everywhere "
-            "ppo/test_details.py::test_the_first_minibatch_has_ratio_one_and_no_kl"),
-    _detail("G13", "Every process samples from streams of its own", "sampling/generation.py:episode_seed",
-            "conformance/test_details.py::test_processes_sample_differently_from_one_order_of_prompts"),
-    _detail("G14", "Learning rates: cosine to a tenth (I), linear to 0 (Z, S, H), constant after a warmup from a tenth (I)",
-            "training/trainer.py:schedule_arguments ppo/optimizers.py:learning_rate_factor",
-            "conformance/test_details.py::test_sixteen_epochs_of_cosine_to_a_tenth "
-            "training/test_training.py::test_cosine_ends_at_the_final_fraction ppo/test_optimizers.py::test_schedules"),
+    _detail(
+        "G5",
+        "TensorFlow's Adam: epsilon outside the bias correction",
+        "ppo/optimizers.py:TensorFlowAdam",
+        f"{NUMBERS} ppo/test_optimizers.py::test_tensorflow_adam_by_hand",
+    ),
+    _detail(
+        "G6",
+        "Prompts that are too long are left out, not cut",
+        "ppo/data.py:load_prompts",
+        "ppo/test_details.py::test_a_prompt_of_1001_tokens_is_left_out_and_not_cut",
+    ),
+    _detail(
+        "G7",
+        "A long query loses its last lines, never its form (S, H)",
+        "corpora/fitting.py:fit_prompt",
+        "corpora/test_fitting.py::test_lines_are_cut_from_the_end_of_the_post "
+        "corpora/test_fitting.py::test_a_single_line_is_cut_by_characters",
+    ),
+    _detail(
+        "G8",
+        "The form of a query (H)",
+        "corpora/summaries.py:post_prompt",
+        "corpora/test_fitting.py::test_the_form_of_a_post_is_the_papers",
+    ),
+    _detail(
+        "G9",
+        "A completion is a space, the text and the end token",
+        "corpora/templates.py:encode_pair",
+        "conformance/test_details.py::test_a_completion_begins_with_a_space_and_ends_with_the_end_token",
+    ),
+    _detail(
+        "G10",
+        "The pad token is not the end token; what pads moves no logit",
+        "models/loading.py:ensure_pad_token models/responses.py:sequence_batch",
+        "conformance/test_details.py::test_no_logit_depends_on_what_pads "
+        "conformance/test_details.py::test_the_pad_token_is_not_the_end_token",
+    ),
+    _detail(
+        "G11",
+        "Positions follow the mask",
+        "sampling/readers.py:position_ids",
+        "conformance/test_details.py::test_positions_follow_the_mask",
+    ),
+    _detail(
+        "G12",
+        "Dropout is off in reward model and PPO",
+        "models/loading.py:disable_dropout",
+        "ppo/test_details.py::test_dropout_is_off_everywhere ppo/test_details.py::test_the_first_minibatch_has_ratio_one_and_no_kl",
+    ),
+    _detail(
+        "G13",
+        "Every process samples from streams of its own",
+        "sampling/generation.py:episode_seed",
+        "conformance/test_details.py::test_processes_sample_differently_from_one_order_of_prompts",
+    ),
+    _detail(
+        "G14",
+        "Learning rates: cosine to a tenth (I), linear to 0 (Z, S, H), constant after a warmup from a tenth (I)",
+        "training/trainer.py:schedule_arguments ppo/optimizers.py:learning_rate_factor",
+        "conformance/test_details.py::test_sixteen_epochs_of_cosine_to_a_tenth "
+        "training/test_training.py::test_cosine_ends_at_the_final_fraction ppo/test_optimizers.py::test_schedules",
+    ),
     # Data
-    _detail("D1", "Prompts with a long common beginning count once", "corpora/curation.py:Curator",
-            "corpora/test_curation.py::test_prompts_with_the_same_beginning_count_once"),
-    _detail("D2", "At most 200 prompts of one user", "corpora/curation.py:Curator",
-            "corpora/test_curation.py::test_the_two_hundred_and_first_prompt_of_a_user_is_dropped"),
+    _detail(
+        "D1",
+        "Prompts with a long common beginning count once",
+        "corpora/curation.py:Curator",
+        "corpora/test_curation.py::test_prompts_with_the_same_beginning_count_once",
+    ),
+    _detail(
+        "D2",
+        "At most 200 prompts of one user",
+        "corpora/curation.py:Curator",
+        "corpora/test_curation.py::test_the_two_hundred_and_first_prompt_of_a_user_is_dropped",
+    ),
     _detail("D3", "Splits by user", "corpora/splits.py:hold_out", "corpora/test_splits.py::test_no_user_is_on_both_sides"),
-    _detail("D4", "Personal data is kept out of the training split", "corpora/curation.py:PII",
-            "corpora/test_curation.py::test_personal_data_is_found"),
-    _detail("D9", "K from 4 to 9 per prompt, ragged, with ties", "corpora/comparisons.py:comparison",
-            "reward_model/test_reward_model.py::test_it_learns_and_centres"),
-    _detail("D10", "Lengths between 24 and 48 tokens", "corpora/curation.py:Curator",
-            "corpora/test_curation.py::test_lengths_are_counted_in_tokens"),
-    _detail("D11", "What selects a model does not measure it", "reward_model/run.py:run",
-            "reward_model/test_reward_model.py::test_the_best_of_several_seeds_is_kept_and_measured_on_other_comparisons"),
+    _detail(
+        "D4",
+        "Personal data is kept out of the training split",
+        "corpora/curation.py:PII",
+        "corpora/test_curation.py::test_personal_data_is_found",
+    ),
+    _detail(
+        "D9",
+        "K from 4 to 9 per prompt, ragged, with ties",
+        "corpora/comparisons.py:comparison",
+        "reward_model/test_reward_model.py::test_it_learns_and_centres",
+    ),
+    _detail(
+        "D10",
+        "Lengths between 24 and 48 tokens",
+        "corpora/curation.py:Curator",
+        "corpora/test_curation.py::test_lengths_are_counted_in_tokens",
+    ),
+    _detail(
+        "D11",
+        "What selects a model does not measure it",
+        "reward_model/run.py:run",
+        "reward_model/test_reward_model.py::test_the_best_of_several_seeds_is_kept_and_measured_on_other_comparisons",
+    ),
     _detail("D13", "Length caps of the TL;DR data", "recipe/presets.py:PRESETS", "recipe/test_presets.py::test_huang"),
     # People
-    _detail("E2", "A Likert rating from 1 to 7 and eleven check boxes (I, table 3)", "labelling/config.py:Questions",
-            "labelling/test_store.py::test_questions_of_instructgpt_are_those_of_table_3"),
+    _detail(
+        "E2",
+        "A Likert rating from 1 to 7 and eleven check boxes (I, table 3)",
+        "labelling/config.py:Questions",
+        "labelling/test_store.py::test_questions_of_instructgpt_are_those_of_table_3",
+    ),
     # Supervised fine-tuning
-    _detail("S1", "16 epochs, cosine to a tenth, no warmup (I)", "recipe/presets.py:PRESETS training/trainer.py:schedule_arguments",
-            "conformance/test_details.py::test_sixteen_epochs_of_cosine_to_a_tenth recipe/test_presets.py::test_instructgpt"),
-    _detail("S2", "Dropout 0.2 on residuals and nowhere else (I)", "models/dropout.py:set_residual_dropout",
-            "models/test_dropout.py::test_only_the_branches_are_dropped"),
-    _detail("S3", "Learning rates and batch sizes by model size (I)", "recipe/presets.py:PRESETS",
-            "recipe/test_presets.py::test_instructgpt"),
-    _detail("S4", "The model along the run that the reward model likes best is kept (I)", "training/selection.py:best_of "
-            "training/selection.py:Selector",
-            "training/test_selection.py::test_the_reward_decides_and_not_the_loss "
-            "training/test_selection.py::test_the_model_along_the_run_is_published"),
-    _detail("S5", "PPO's initial model: 2 epochs, 10 % pretraining rows (I)", "sft.py:SFTPretrainingMix recipe/presets.py:PRESETS",
-            "test_sft.py::test_pretraining_texts_are_a_tenth_of_the_rows recipe/test_presets.py::test_instructgpt"),
+    _detail(
+        "S1",
+        "16 epochs, cosine to a tenth, no warmup (I)",
+        "recipe/presets.py:PRESETS training/trainer.py:schedule_arguments",
+        "conformance/test_details.py::test_sixteen_epochs_of_cosine_to_a_tenth recipe/test_presets.py::test_instructgpt",
+    ),
+    _detail(
+        "S2",
+        "Dropout 0.2 on residuals and nowhere else (I)",
+        "models/dropout.py:set_residual_dropout",
+        "models/test_dropout.py::test_only_the_branches_are_dropped",
+    ),
+    _detail(
+        "S3", "Learning rates and batch sizes by model size (I)", "recipe/presets.py:PRESETS", "recipe/test_presets.py::test_instructgpt"
+    ),
+    _detail(
+        "S4",
+        "The model along the run that the reward model likes best is kept (I)",
+        "training/selection.py:best_of training/selection.py:Selector",
+        "training/test_selection.py::test_the_reward_decides_and_not_the_loss "
+        "training/test_selection.py::test_the_model_along_the_run_is_published",
+    ),
+    _detail(
+        "S5",
+        "PPO's initial model: 2 epochs, 10 % pretraining rows (I)",
+        "sft.py:SFTPretrainingMix recipe/presets.py:PRESETS",
+        "test_sft.py::test_pretraining_texts_are_a_tenth_of_the_rows recipe/test_presets.py::test_instructgpt",
+    ),
     _detail("S6", "1 epoch, batch 128, cosine (S)", "recipe/presets.py:PRESETS", "recipe/test_presets.py::test_stiennon"),
-    _detail("S7", "The loss may count the prompt (H) or the completion alone", "sft.py:EncodedRow",
-            "test_sft.py::test_prompt_tokens_are_not_learned recipe/test_presets.py::test_huang"),
-    _detail("S8", "Evaluation samples at temperature 0.01", "numerics/sampling.py:sample_tokens",
-            "conformance/test_details.py::test_evaluation_at_a_hundredth_is_sampling_that_all_but_takes_the_likeliest"),
+    _detail(
+        "S7",
+        "The loss may count the prompt (H) or the completion alone",
+        "sft.py:EncodedRow",
+        "test_sft.py::test_prompt_tokens_are_not_learned recipe/test_presets.py::test_huang",
+    ),
+    _detail(
+        "S8",
+        "Evaluation samples at temperature 0.01",
+        "numerics/sampling.py:sample_tokens",
+        "conformance/test_details.py::test_evaluation_at_a_hundredth_is_sampling_that_all_but_takes_the_likeliest",
+    ),
     # Reward model
     _detail("R1", "-log sigmoid of the margin", "numerics/ranking.py:ranking_loss", NUMBERS),
-    _detail("R2", "All C(K, 2) pairs of a prompt are one element; K rows are scored", "numerics/ranking.py:ranking_loss",
-            f"{NUMBERS} reward_model/test_reward_model.py::test_every_completion_is_scored_once"),
-    _detail("R3", "No prompt is split across steps", "reward_model/run.py:collate",
-            "conformance/test_details.py::test_a_prompt_is_one_element_of_a_batch "
-            "reward_model/test_reward_model.py::test_a_prompt_is_never_split"),
-    _detail("R4", "Ties are dropped", "numerics/ranking.py:ranking_pairs",
-            "numerics/test_ranking.py::test_a_prompt_of_ties_neither_adds_nor_dilutes "
-            "numerics/test_ranking.py::test_pairs_leave_out_ties_and_other_prompts"),
-    _detail("R5", "Softmax over the best of K (Z)", "numerics/ranking.py:best_of_ranked_loss",
-            f"{NUMBERS} numerics/test_ranking.py::test_best_of_ranked_completions_by_hand "
-            "reward_model/test_reward_model.py::test_best_of_trains_too"),
-    _detail("R7", "One epoch; more is warned of", "reward_model/run.py:run",
-            "conformance/test_details.py::test_more_than_one_epoch_is_warned_of"),
-    _detail("R8", "Several seeds, the best on validation is kept (S)", "reward_model/run.py:run",
-            "reward_model/test_reward_model.py::test_the_best_of_several_seeds_is_kept_and_measured_on_other_comparisons"),
-    _detail("R10", "The head's weights are drawn with standard deviation 1 / sqrt(d + 1)", "models/heads.py:RewardModel",
-            f"{NUMBERS} conformance/test_details.py::test_the_head_of_a_wide_model_is_drawn_within_five_percent"),
-    _detail("R11", "Demonstrations have a mean reward of 0; the bias is stored", "models/heads.py:RewardModel",
-            "reward_model/test_reward_model.py::test_it_learns_and_centres "
-            "models/test_heads.py::test_centring_subtracts_and_survives_reload"),
-    _detail("R12", "Mean 0 and variance 1 on the policy's samples, before and after (Z)",
-            "reward_model/run.py:Normalization models/heads.py:RewardModel",
-            "reward_model/test_reward_model.py::test_standardizing_on_samples"),
-    _detail("R13", "The score is read at the last token", "models/heads.py:last_positions",
-            "conformance/test_details.py::test_nothing_behind_the_end_moves_the_score"),
-    _detail("R14", "The reward model reads the prompt, too", "rewards/learned.py:RewardModelSource",
-            "conformance/test_details.py::test_the_reward_model_reads_the_prompt"),
-    _detail("R15", "Left and right padding hardly differ", "models/heads.py:ScalarModel",
-            "conformance/test_details.py::test_left_and_right_padding_hardly_differ"),
-    _detail("R16", "Accuracy by length, and how often the longer text wins", "reward_model/preferences.py:agreement",
-            "reward_model/test_reward_model.py::test_accuracy_by_length_and_by_group_by_hand"),
-    _detail("R17", "Calibration", "numerics/classification.py:expected_calibration_error",
-            "numerics/test_classification.py::test_calibration_by_hand "
-            "reward_model/test_reward_model.py::test_the_gain_is_taken_out_of_the_calibration"),
-    _detail("R18", "Accuracy by batch, confidence or any column", "reward_model/preferences.py:agreement",
-            "reward_model/test_reward_model.py::test_groups_come_from_the_data "
-            "reward_model/test_reward_model.py::test_accuracy_by_length_and_by_group_by_hand"),
-    _detail("R19", "Cross-validation over groups of annotators", "corpora/splits.py:hold_out",
-            "corpora/test_splits.py::test_folds_hold_out_every_group_once "
-            "corpora/test_splits.py::test_annotators_of_the_embedded_world_are_folds"),
-    _detail("R20", "The reward model may be of another family and vocabulary than the policy", "rewards/learned.py:RewardModelSource",
-            "conformance/test_details.py::test_a_reward_model_of_another_family_and_vocabulary_scores_texts "
-            "ppo/test_details.py::test_the_value_network_falls_back_on_the_policy"),
+    _detail(
+        "R2",
+        "All C(K, 2) pairs of a prompt are one element; K rows are scored",
+        "numerics/ranking.py:ranking_loss",
+        f"{NUMBERS} reward_model/test_reward_model.py::test_every_completion_is_scored_once",
+    ),
+    _detail(
+        "R3",
+        "No prompt is split across steps",
+        "reward_model/run.py:collate",
+        "conformance/test_details.py::test_a_prompt_is_one_element_of_a_batch "
+        "reward_model/test_reward_model.py::test_a_prompt_is_never_split",
+    ),
+    _detail(
+        "R4",
+        "Ties are dropped",
+        "numerics/ranking.py:ranking_pairs",
+        "numerics/test_ranking.py::test_a_prompt_of_ties_neither_adds_nor_dilutes "
+        "numerics/test_ranking.py::test_pairs_leave_out_ties_and_other_prompts",
+    ),
+    _detail(
+        "R5",
+        "Softmax over the best of K (Z)",
+        "numerics/ranking.py:best_of_ranked_loss",
+        f"{NUMBERS} numerics/test_ranking.py::test_best_of_ranked_completions_by_hand "
+        "reward_model/test_reward_model.py::test_best_of_trains_too",
+    ),
+    _detail(
+        "R7",
+        "One epoch; more is warned of",
+        "reward_model/run.py:run",
+        "conformance/test_details.py::test_more_than_one_epoch_is_warned_of",
+    ),
+    _detail(
+        "R8",
+        "Several seeds, the best on validation is kept (S)",
+        "reward_model/run.py:run",
+        "reward_model/test_reward_model.py::test_the_best_of_several_seeds_is_kept_and_measured_on_other_comparisons",
+    ),
+    _detail(
+        "R10",
+        "The head's weights are drawn with standard deviation 1 / sqrt(d + 1)",
+        "models/heads.py:RewardModel",
+        f"{NUMBERS} conformance/test_details.py::test_the_head_of_a_wide_model_is_drawn_within_five_percent",
+    ),
+    _detail(
+        "R11",
+        "Demonstrations have a mean reward of 0; the bias is stored",
+        "models/heads.py:RewardModel",
+        "reward_model/test_reward_model.py::test_it_learns_and_centres models/test_heads.py::test_centring_subtracts_and_survives_reload",
+    ),
+    _detail(
+        "R12",
+        "Mean 0 and variance 1 on the policy's samples, before and after (Z)",
+        "reward_model/run.py:Normalization models/heads.py:RewardModel",
+        "reward_model/test_reward_model.py::test_standardizing_on_samples",
+    ),
+    _detail(
+        "R13",
+        "The score is read at the last token",
+        "models/heads.py:last_positions",
+        "conformance/test_details.py::test_nothing_behind_the_end_moves_the_score",
+    ),
+    _detail(
+        "R14",
+        "The reward model reads the prompt, too",
+        "rewards/learned.py:RewardModelSource",
+        "conformance/test_details.py::test_the_reward_model_reads_the_prompt",
+    ),
+    _detail(
+        "R15",
+        "Left and right padding hardly differ",
+        "models/heads.py:ScalarModel",
+        "conformance/test_details.py::test_left_and_right_padding_hardly_differ",
+    ),
+    _detail(
+        "R16",
+        "Accuracy by length, and how often the longer text wins",
+        "reward_model/preferences.py:agreement",
+        "reward_model/test_reward_model.py::test_accuracy_by_length_and_by_group_by_hand",
+    ),
+    _detail(
+        "R17",
+        "Calibration",
+        "numerics/classification.py:expected_calibration_error",
+        "numerics/test_classification.py::test_calibration_by_hand "
+        "reward_model/test_reward_model.py::test_the_gain_is_taken_out_of_the_calibration",
+    ),
+    _detail(
+        "R18",
+        "Accuracy by batch, confidence or any column",
+        "reward_model/preferences.py:agreement",
+        "reward_model/test_reward_model.py::test_groups_come_from_the_data "
+        "reward_model/test_reward_model.py::test_accuracy_by_length_and_by_group_by_hand",
+    ),
+    _detail(
+        "R19",
+        "Cross-validation over groups of annotators",
+        "corpora/splits.py:hold_out",
+        "corpora/test_splits.py::test_folds_hold_out_every_group_once "
+        "corpora/test_splits.py::test_annotators_of_the_embedded_world_are_folds",
+    ),
+    _detail(
+        "R20",
+        "The reward model may be of another family and vocabulary than the policy",
+        "rewards/learned.py:RewardModelSource",
+        "conformance/test_details.py::test_a_reward_model_of_another_family_and_vocabulary_scores_texts "
+        "ppo/test_details.py::test_the_value_network_falls_back_on_the_policy",
+    ),
     # PPO
-    _detail("P3", "KL penalty per token from the rollout's log-probabilities, the score at the end", "numerics/shaping.py:shape_rewards",
-            f"{NUMBERS} ppo/test_details.py::test_rewards_add_up_to_the_score_and_their_kl_is_the_rollouts "
-            "ppo/test_details.py::test_the_first_minibatch_has_ratio_one_and_no_kl"),
-    _detail("P4", "KL coefficients of the papers", "recipe/presets.py:PRESETS", "recipe/test_presets.py::test_instructgpt "
-            "recipe/test_presets.py::test_ziegler"),
-    _detail("P5", "Adaptive KL coefficient", "numerics/kl.py:AdaptiveKLController",
-            f"{NUMBERS} numerics/test_kl.py::test_the_adaptive_coefficient_moves_by_the_clipped_error"),
-    _detail("P6", "Generalised advantage estimation", "numerics/gae.py:gae",
-            f"{NUMBERS} numerics/test_gae.py::test_a_padded_batch_equals_its_rows_alone"),
-    _detail("P7", "Returns come before the whitening", "ppo/rollout.py:targets",
-            "ppo/test_details.py::test_returns_come_before_the_whitening"),
-    _detail("P8", "Advantage whitening: biased variance, masked", "numerics/masking.py:whiten",
-            f"{NUMBERS} ppo/test_details.py::test_returns_come_before_the_whitening"),
+    _detail(
+        "P3",
+        "KL penalty per token from the rollout's log-probabilities, the score at the end",
+        "numerics/shaping.py:shape_rewards",
+        f"{NUMBERS} ppo/test_details.py::test_rewards_add_up_to_the_score_and_their_kl_is_the_rollouts "
+        "ppo/test_details.py::test_the_first_minibatch_has_ratio_one_and_no_kl",
+    ),
+    _detail(
+        "P4",
+        "KL coefficients of the papers",
+        "recipe/presets.py:PRESETS",
+        "recipe/test_presets.py::test_instructgpt recipe/test_presets.py::test_ziegler",
+    ),
+    _detail(
+        "P5",
+        "Adaptive KL coefficient",
+        "numerics/kl.py:AdaptiveKLController",
+        f"{NUMBERS} numerics/test_kl.py::test_the_adaptive_coefficient_moves_by_the_clipped_error",
+    ),
+    _detail(
+        "P6",
+        "Generalised advantage estimation",
+        "numerics/gae.py:gae",
+        f"{NUMBERS} numerics/test_gae.py::test_a_padded_batch_equals_its_rows_alone",
+    ),
+    _detail(
+        "P7", "Returns come before the whitening", "ppo/rollout.py:targets", "ppo/test_details.py::test_returns_come_before_the_whitening"
+    ),
+    _detail(
+        "P8",
+        "Advantage whitening: biased variance, masked",
+        "numerics/masking.py:whiten",
+        f"{NUMBERS} ppo/test_details.py::test_returns_come_before_the_whitening",
+    ),
     _detail("P9", "Reward whitening keeps the mean", "numerics/masking.py:scale_to_unit_variance", NUMBERS),
-    _detail("P10", "Whitening and GAE inside the minibatch (Z), by process (H), or over the rollout", "ppo/rollout.py:whole_targets",
-            "ppo/test_details.py::test_whitening_by_minibatch_needs_eight_episodes "
-            "ppo/test_rollout.py::test_whitening_by_process_is_each_share_alone"),
+    _detail(
+        "P10",
+        "Whitening and GAE inside the minibatch (Z), by process (H), or over the rollout",
+        "ppo/rollout.py:whole_targets",
+        "ppo/test_details.py::test_whitening_by_minibatch_needs_eight_episodes "
+        "ppo/test_rollout.py::test_whitening_by_process_is_each_share_alone",
+    ),
     _detail("P11", "Clipped objective", "numerics/losses.py:policy_terms", NUMBERS),
     _detail("P12", "Clipped value loss", "numerics/losses.py:value_terms", NUMBERS),
-    _detail("P13", "A value network of its own, which begins as the reward model", "ppo/roles.py:load_roles",
-            "ppo/test_details.py::test_the_value_network_is_its_own_and_begins_as_the_reward_model"),
-    _detail("P14", "Or a shared head that begins at 0 (Z)", "ppo/roles.py:load_roles",
-            "ppo/test_details.py::test_a_shared_head_begins_with_values_of_zero"),
-    _detail("P15", "512 episodes in 8 minibatches, one epoch; 4000 optimizer steps (I)", "recipe/presets.py:PRESETS",
-            "recipe/test_presets.py::test_instructgpt recipe/test_presets.py::test_batch_sizes_scale"),
-    _detail("P17", "Constant learning rate after ten iterations of warmup from a tenth (I)", "ppo/optimizers.py:learning_rate_factor",
-            "recipe/test_presets.py::test_instructgpt ppo/test_optimizers.py::test_warmup_from_a_tenth"),
-    _detail("P18", "Average of weights in fp32, saved, resumed, published", "ppo/optimizers.py:WeightAverage",
-            f"{NUMBERS} ppo/test_optimizers.py::test_average_of_half_precision_weights_keeps_small_steps "
-            "ppo/test_loop.py::test_the_average_is_what_is_published "
-            "ppo/test_checkpoint.py::test_a_run_cut_off_anywhere_ends_as_if_it_had_not_been"),
-    _detail("P19", "PPO-ptx: pretraining gradients in the same buffers", "ppo/update.py:Updater",
-            "ppo/test_update.py::test_pretraining_gradient_is_added_with_its_coefficient "
-            "ppo/test_details.py::test_a_coefficient_of_zero_is_plain_ppo_to_the_bit"),
-    _detail("P20", "PPO-ptx keeps what would be forgotten", "ppo/update.py:Updater",
-            "ppo/test_details.py::test_pretraining_gradients_halve_what_is_forgotten"),
-    _detail("P21", "One temperature in sampler, policy and reference", "models/responses.py:Policy",
-            f"{NUMBERS} ppo/test_details.py::test_recomputed_logprobs_are_the_samplers"),
+    _detail(
+        "P13",
+        "A value network of its own, which begins as the reward model",
+        "ppo/roles.py:load_roles",
+        "ppo/test_details.py::test_the_value_network_is_its_own_and_begins_as_the_reward_model",
+    ),
+    _detail(
+        "P14",
+        "Or a shared head that begins at 0 (Z)",
+        "ppo/roles.py:load_roles",
+        "ppo/test_details.py::test_a_shared_head_begins_with_values_of_zero",
+    ),
+    _detail(
+        "P15",
+        "512 episodes in 8 minibatches, one epoch; 4000 optimizer steps (I)",
+        "recipe/presets.py:PRESETS",
+        "recipe/test_presets.py::test_instructgpt recipe/test_presets.py::test_batch_sizes_scale",
+    ),
+    _detail(
+        "P17",
+        "Constant learning rate after ten iterations of warmup from a tenth (I)",
+        "ppo/optimizers.py:learning_rate_factor",
+        "recipe/test_presets.py::test_instructgpt ppo/test_optimizers.py::test_warmup_from_a_tenth",
+    ),
+    _detail(
+        "P18",
+        "Average of weights in fp32, saved, resumed, published",
+        "ppo/optimizers.py:WeightAverage",
+        f"{NUMBERS} ppo/test_optimizers.py::test_average_of_half_precision_weights_keeps_small_steps "
+        "ppo/test_loop.py::test_the_average_is_what_is_published "
+        "ppo/test_checkpoint.py::test_a_run_cut_off_anywhere_ends_as_if_it_had_not_been",
+    ),
+    _detail(
+        "P19",
+        "PPO-ptx: pretraining gradients in the same buffers",
+        "ppo/update.py:Updater",
+        "ppo/test_update.py::test_pretraining_gradient_is_added_with_its_coefficient "
+        "ppo/test_details.py::test_a_coefficient_of_zero_is_plain_ppo_to_the_bit",
+    ),
+    _detail(
+        "P20",
+        "PPO-ptx keeps what would be forgotten",
+        "ppo/update.py:Updater",
+        "ppo/test_details.py::test_pretraining_gradients_halve_what_is_forgotten",
+    ),
+    _detail(
+        "P21",
+        "One temperature in sampler, policy and reference",
+        "models/responses.py:Policy",
+        f"{NUMBERS} ppo/test_details.py::test_recomputed_logprobs_are_the_samplers",
+    ),
     _detail("P22", "Pure sampling", "config.py:GenerationSettings", "ppo/test_details.py::test_recomputed_logprobs_are_the_samplers"),
-    _detail("P23", "What comes behind the end counts nowhere", "sampling/generation.py:generate",
-            f"{NUMBERS} ppo/test_details.py::test_what_comes_behind_the_end_counts_nowhere"),
-    _detail("P24", "Truncation at a token at or after a position; the reward reads what is left", "sampling/generation.py:ending_tokens",
-            "ppo/test_details.py::test_truncation_at_a_token_after_a_position"),
-    _detail("P25", "A completion without end: its score is replaced (Z, H) or lowered", "numerics/shaping.py:penalize_missing_eos",
-            f"{NUMBERS} numerics/test_shaping.py::test_missing_eos ppo/test_details.py::test_truncation_at_a_token_after_a_position"),
-    _detail("P26", "Only completions that pass the filter are shown to people (Z)", "reward_model/collection.py:Collection",
-            "reward_model/test_collection.py::test_only_what_ends_is_shown"),
-    _detail("P27", "The score one state behind the end, where there is room (H)", "ppo/rollout.py:targets",
-            "ppo/test_rollout.py::test_the_score_one_state_behind_where_there_is_room "
-            "ppo/test_update.py::test_gradients_equal_the_slow_reference_for_any_microbatch"),
-    _detail("P28", "Values of a text that goes on are those of the truncated one", "ppo/rollout.py:collect",
-            "ppo/test_details.py::test_what_comes_behind_the_end_counts_nowhere"),
-    _detail("P29", "No early stop by KL and no clipping of gradients in the presets", "recipe/presets.py:PRESETS",
-            "ppo/test_details.py::test_early_stopping_and_clipping_of_gradients_are_off_in_the_presets"),
+    _detail(
+        "P23",
+        "What comes behind the end counts nowhere",
+        "sampling/generation.py:generate",
+        f"{NUMBERS} ppo/test_details.py::test_what_comes_behind_the_end_counts_nowhere",
+    ),
+    _detail(
+        "P24",
+        "Truncation at a token at or after a position; the reward reads what is left",
+        "sampling/generation.py:ending_tokens",
+        "ppo/test_details.py::test_truncation_at_a_token_after_a_position",
+    ),
+    _detail(
+        "P25",
+        "A completion without end: its score is replaced (Z, H) or lowered",
+        "numerics/shaping.py:penalize_missing_eos",
+        f"{NUMBERS} numerics/test_shaping.py::test_missing_eos ppo/test_details.py::test_truncation_at_a_token_after_a_position",
+    ),
+    _detail(
+        "P26",
+        "Only completions that pass the filter are shown to people (Z)",
+        "reward_model/collection.py:Collection",
+        "reward_model/test_collection.py::test_only_what_ends_is_shown",
+    ),
+    _detail(
+        "P27",
+        "The score one state behind the end, where there is room (H)",
+        "ppo/rollout.py:targets",
+        "ppo/test_rollout.py::test_the_score_one_state_behind_where_there_is_room "
+        "ppo/test_update.py::test_gradients_equal_the_slow_reference_for_any_microbatch",
+    ),
+    _detail(
+        "P28",
+        "Values of a text that goes on are those of the truncated one",
+        "ppo/rollout.py:collect",
+        "ppo/test_details.py::test_what_comes_behind_the_end_counts_nowhere",
+    ),
+    _detail(
+        "P29",
+        "No early stop by KL and no clipping of gradients in the presets",
+        "recipe/presets.py:PRESETS",
+        "ppo/test_details.py::test_early_stopping_and_clipping_of_gradients_are_off_in_the_presets",
+    ),
     _detail("P31", "Settings of Huang et al.", "recipe/presets.py:PRESETS", "recipe/test_presets.py::test_huang"),
     _detail("P32", "Settings of Stiennon et al.", "recipe/presets.py:PRESETS", "recipe/test_presets.py::test_stiennon"),
     _detail("P33", "Settings of Ziegler et al.", "recipe/presets.py:PRESETS", "recipe/test_presets.py::test_ziegler"),
-    _detail("P34", "Metrics, padding excluded", "ppo/metrics.py:iteration_metrics",
-            f"{NUMBERS} ppo/test_details.py::test_the_metrics_of_the_papers_are_there_without_padding"),
+    _detail(
+        "P34",
+        "Metrics, padding excluded",
+        "ppo/metrics.py:iteration_metrics",
+        f"{NUMBERS} ppo/test_details.py::test_the_metrics_of_the_papers_are_there_without_padding",
+    ),
     _detail("P35", "The sign of the reward", "ppo/loop.py:run", "ppo/test_loop.py::test_the_sign_canary"),
-    _detail("P36", "Reward model and policy share nothing that trains", "rewards/learned.py:RewardModelSource",
-            "conformance/test_details.py::test_a_reward_model_of_another_family_and_vocabulary_scores_texts"),
-    _detail("P37", "Comparisons of what the last policy says, and their lineage", "reward_model/collection.py:collect_comparisons",
-            "ppo/test_details.py::test_a_policy_s_samples_become_labels_of_the_next_reward_model"),
-    _detail("P38", "The reference may be another model", "ppo/roles.py:load_roles",
-            "ppo/test_details.py::test_the_reference_may_be_another_model"),
-)  # fmt: skip
+    _detail(
+        "P36",
+        "Reward model and policy share nothing that trains",
+        "rewards/learned.py:RewardModelSource",
+        "conformance/test_details.py::test_a_reward_model_of_another_family_and_vocabulary_scores_texts",
+    ),
+    _detail(
+        "P37",
+        "Comparisons of what the last policy says, and their lineage",
+        "reward_model/collection.py:collect_comparisons",
+        "ppo/test_details.py::test_a_policy_s_samples_become_labels_of_the_next_reward_model",
+    ),
+    _detail(
+        "P38",
+        "The reference may be another model",
+        "ppo/roles.py:load_roles",
+        "ppo/test_details.py::test_the_reference_may_be_another_model",
+    ),
+)
 
 
 def conformance_table(details: Iterable[Detail] = DETAILS) -> Table:

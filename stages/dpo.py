@@ -74,7 +74,6 @@ class DPOStepConfig(TrainingStepConfig):
 
         load_comparisons(self.data, preferred=self.preferred, curator=Curator(self.curation))
 
-
     def conversations(self) -> list[tuple[Any, Sequence[Any], str]]:
         """Rows of (prompt, its completions, the row's place) that the models of this step read; see ``chain/texts.py``."""
         from stages.corpora.comparisons import load_comparisons

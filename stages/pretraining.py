@@ -116,9 +116,12 @@ def run(config: PretrainingConfig, context: StepContext) -> StepResult:
     trainer = exact(Trainer)(model=model, args=arguments, train_dataset=_Blocks(blocks), data_collator=_collate)
     before = _measure(trainer, config, context, tokenizer, heldout_tokens, heldout_bytes, "before")
     trained = train(
-        trainer, context, f"{context.name}: pretraining", rule=config,
+        trainer,
+        context,
+        f"{context.name}: pretraining",
+        rule=config,
         measure=lambda: _likelihood(trainer, config, context, tokenizer, heldout_tokens).loss,
-    )  # fmt: skip
+    )
     after = _measure(trainer, config, context, tokenizer, heldout_tokens, heldout_bytes, "after")
 
     metrics = {

@@ -134,9 +134,12 @@ def run(config: SentimentConfig, context: StepContext) -> StepResult:
     truth = [row["labels"] for row in heldout]
     before = predict(model.to(context.runtime.device), heldout, tokenizer.pad_token_id)
     trained = train(
-        trainer, context, f"{context.name}: sentiment", rule=config,
+        trainer,
+        context,
+        f"{context.name}: sentiment",
+        rule=config,
         measure=lambda: measure(predict(model, heldout, tokenizer.pad_token_id), truth)["loss"],
-    )  # fmt: skip
+    )
     after = predict(model, heldout, tokenizer.pad_token_id)
 
     measured, measured_before = measure(after, truth), measure(before, truth)
@@ -270,9 +273,13 @@ def _masked_body(
         _limit_length(tokenizer, model)
         rows = [{"input_ids": ids} for ids in tokenizer(texts, truncation=True)["input_ids"]]
         arguments = training_arguments(
-            config.masked.training, context, precision=config.precision, output_dir=str(context.checkpoint_folder / "masked"),
-            remove_unused_columns=False, train_sampling_strategy="group_by_length",
-        )  # fmt: skip
+            config.masked.training,
+            context,
+            precision=config.precision,
+            output_dir=str(context.checkpoint_folder / "masked"),
+            remove_unused_columns=False,
+            train_sampling_strategy="group_by_length",
+        )
         collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=config.masked.mask_probability)
         trainer = exact(Trainer)(model=model, args=arguments, train_dataset=rows, data_collator=collator, compute_loss_func=counted_loss)
         rule = config.model_copy(update={"keep_best": 0})

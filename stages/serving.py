@@ -73,9 +73,7 @@ class Scorer:
         with self._lock:
             rows = self.source.probabilities(texts)
         names = self.source.model.config.id2label
-        return _listed(
-            {"label": names[max(range(len(row)), key=row.__getitem__)], "probs": row, "num_classes": len(row)} for row in rows
-        )
+        return _listed({"label": names[max(range(len(row)), key=row.__getitem__)], "probs": row, "num_classes": len(row)} for row in rows)
 
     def _score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
         from stages.rewards.source import judge

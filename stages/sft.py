@@ -110,7 +110,6 @@ class SFTStepConfig(TrainingStepConfig):
             columns = columns_asked_for(self.selection.reward, run=False)
             load_prompt_rows(self.selection.data, split="validation", columns=columns)
 
-
     def conversations(self) -> list[tuple[Any, list[Any], str]]:
         """Rows of (prompt, its completions, the row's place) that the models of this step read; see ``chain/texts.py``."""
         from stages.corpora.demonstrations import load_demonstrations
@@ -174,9 +173,12 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     forgotten = _measure_pretraining(trainer, config, context, tokenizer, mixed.heldout)
     selector = _selector(config, context, trainer, tokenizer, demonstrations, heldout)
     trained = train(
-        trainer, context, f"{context.name}: sft", rule=config,
+        trainer,
+        context,
+        f"{context.name}: sft",
+        rule=config,
         measure=lambda: _likelihood(trainer, config, context, tokenizer, heldout).loss,
-    )  # fmt: skip
+    )
     selected = {}
     if selector is not None:
         best = selector.load_best()
@@ -197,9 +199,7 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
         "tokens_per_second": trained["steps_per_second"] * config.training.batch_size * num_tokens / len(trainer.train_dataset),
     }
     if forgotten is not None and remembered is not None:
-        metrics |= {
-            "pretraining_rows": len(mixed.train), "pretraining_loss_before": forgotten, "pretraining_loss_after": remembered
-        }  # fmt: skip
+        metrics |= {"pretraining_rows": len(mixed.train), "pretraining_loss_before": forgotten, "pretraining_loss_after": remembered}
     kind: dict[str, Any] = {
         "role": "language_model",
         "base": context.models["model"] if config.lora is not None else None,

@@ -121,9 +121,28 @@ def step_context(tmp_path: Path) -> Any:
 # Tokenizers of the kinds that models have; they share their special tokens
 
 TURN_TOKENS = [
-    "<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|begin|>", "<|head|>", "<|headend|>", "<|eot|>", "<start_of_turn>",
-    "<end_of_turn>", "[INST]", "[/INST]", "[TOOLS]", "[/TOOLS]", "<|user|>", "<|system|>", "<|assistant|>", "<|end|>", "<|tool|>",
-]  # fmt: skip
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<pad>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|begin|>",
+    "<|head|>",
+    "<|headend|>",
+    "<|eot|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "[INST]",
+    "[/INST]",
+    "[TOOLS]",
+    "[/TOOLS]",
+    "<|user|>",
+    "<|system|>",
+    "<|assistant|>",
+    "<|end|>",
+    "<|tool|>",
+]
 THINKING = ["<think>", "</think>", "<tool_call>", "</tool_call>"]  # tokens of their own that are text, as in Qwen3
 KIND_SENTENCES = [
     "hello there, how are you? i am fine and the sun is warm today.",
@@ -166,22 +185,26 @@ def _tokenizer_of(kind: str) -> Any:
         made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         made.pre_tokenizer = None
     if kind in ("sentencepiece", "metaspace"):
-        made.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
+        made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     made.add_tokens([AddedToken(text, special=False, normalized=False) for text in THINKING])
     if kind != "byte_bpe":
         made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))])
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+        tokenizer_object=made,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
         additional_special_tokens=TURN_TOKENS[4:],
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="session")
 def tokenizer_of() -> Any:
     """tokenizer_of(kind) -> a copy of a tokenizer of that kind, one of TOKENIZER_KINDS."""
     return lambda kind: copy.deepcopy(_tokenizer_of(kind))
+
+
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The stand-in of the Hub (tests/hub/stand_in.py) with what the recipes that ship read there."""

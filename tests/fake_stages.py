@@ -71,9 +71,13 @@ def judge(config: JudgeConfig, context: StepContext) -> StepResult:
     line = {"prompt": config.question, "completions": dict.fromkeys(config.candidates, "a completion"), "scores": scores}
     (context.folder / "completions.jsonl").write_text(json.dumps(line) + "\n")
     evaluation = {
-        "verdict": "sft beats base", "prompts": 1, "samples_per_prompt": 1, "candidates": candidates, "win_rates": win_rates,
+        "verdict": "sft beats base",
+        "prompts": 1,
+        "samples_per_prompt": 1,
+        "candidates": candidates,
+        "win_rates": win_rates,
         "judges": [{"name": "gold", "kind": "reward"}],
-    }  # fmt: skip
+    }
     (context.folder / "evaluation.json").write_text(json.dumps(evaluation))
     return StepResult(None, {"judged": len(candidates)}, {"candidates": candidates, "win_rates": win_rates})
 

@@ -21,32 +21,64 @@ from typer.testing import CliRunner
 from stages.cli import app
 
 PRETRAINING = {
-    "stage": "pretraining", "name": "base", "precision": "fp32", "block_size": 8, "tokenizer": {"vocab_size": 300},
+    "stage": "pretraining",
+    "name": "base",
+    "precision": "fp32",
+    "block_size": 8,
+    "tokenizer": {"vocab_size": 300},
     "architecture": {"type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
-    "data": {"train": "texts.jsonl"}, "training": {"max_steps": 1},
-}  # fmt: skip
+    "data": {"train": "texts.jsonl"},
+    "training": {"max_steps": 1},
+}
 SFT = {
-    "stage": "sft", "name": "sft", "precision": "fp32", "model": "./model", "data": {"train": "demonstrations.jsonl"},
+    "stage": "sft",
+    "name": "sft",
+    "precision": "fp32",
+    "model": "./model",
+    "data": {"train": "demonstrations.jsonl"},
     "training": {"max_steps": 1},
-}  # fmt: skip
+}
 REWARD = {
-    "stage": "reward_model", "name": "preference", "precision": "fp32", "model": "./model", "data": {"train": "comparisons.jsonl"},
+    "stage": "reward_model",
+    "name": "preference",
+    "precision": "fp32",
+    "model": "./model",
+    "data": {"train": "comparisons.jsonl"},
     "training": {"max_steps": 1},
-}  # fmt: skip
+}
 SENTIMENT = {
-    "stage": "sentiment", "name": "taste", "precision": "fp32", "data": {"train": "reviews.jsonl"}, "tokenizer": {"vocab_size": 100},
-    "architecture": {"type": "distilbert", "dim": 8, "hidden_dim": 8, "n_layers": 1, "n_heads": 1}, "max_length": 16,
+    "stage": "sentiment",
+    "name": "taste",
+    "precision": "fp32",
+    "data": {"train": "reviews.jsonl"},
+    "tokenizer": {"vocab_size": 100},
+    "architecture": {"type": "distilbert", "dim": 8, "hidden_dim": 8, "n_layers": 1, "n_heads": 1},
+    "max_length": 16,
     "training": {"max_steps": 1},
-}  # fmt: skip
+}
 PPO = {
-    "stage": "ppo", "name": "aligned", "precision": "fp32", "policy": "./model", "value": "policy", "data": "prompts.jsonl",
-    "reward": [{"function": "stages.corpora.world.gold:score_batch", "name": "gold"}], "generation": {"max_new_tokens": 4},
-    "total_episodes": 8, "rollout_batch_size": 8, "minibatch_size": 8, "microbatch_size": 8,
-}  # fmt: skip
+    "stage": "ppo",
+    "name": "aligned",
+    "precision": "fp32",
+    "policy": "./model",
+    "value": "policy",
+    "data": "prompts.jsonl",
+    "reward": [{"function": "stages.corpora.world.gold:score_batch", "name": "gold"}],
+    "generation": {"max_new_tokens": 4},
+    "total_episodes": 8,
+    "rollout_batch_size": 8,
+    "minibatch_size": 8,
+    "microbatch_size": 8,
+}
 EVALUATION = {
-    "stage": "evaluation", "name": "verdict", "precision": "fp32", "candidates": {"base": "./model"}, "data": "prompts.jsonl",
-    "judges": [{"function": "stages.corpora.world.gold:score_batch", "name": "gold"}], "generation": {"max_new_tokens": 4},
-}  # fmt: skip
+    "stage": "evaluation",
+    "name": "verdict",
+    "precision": "fp32",
+    "candidates": {"base": "./model"},
+    "data": "prompts.jsonl",
+    "judges": [{"function": "stages.corpora.world.gold:score_batch", "name": "gold"}],
+    "generation": {"max_new_tokens": 4},
+}
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "texts": [{"text": f"the film number {number} was a joy to watch"} for number in range(20)],
@@ -87,11 +119,13 @@ def only(name: str, *rows: Any) -> dict[str, str | bytes]:
 
 HEAD = "name: bad\nsteps:\n"
 RECIPES = {
-    "unknown field": Case("bad.yaml:4: steps[0].blocksize: unknown field 'blocksize'; did you mean 'block_size'?", PRETRAINING,
-                          {"blocksize": 3}),
+    "unknown field": Case(
+        "bad.yaml:4: steps[0].blocksize: unknown field 'blocksize'; did you mean 'block_size'?", PRETRAINING, {"blocksize": 3}
+    ),
     "unknown nested field": Case("steps[0].training.epoch: unknown field 'epoch'; did you mean 'epochs'?", SFT, {"training": {"epoch": 1}}),
-    "text for a number": Case("steps[0].training.learning_rate: got 'fast', expected a number",
-                              SFT, {"training": {"learning_rate": "fast"}}),
+    "text for a number": Case(
+        "steps[0].training.learning_rate: got 'fast', expected a number", SFT, {"training": {"learning_rate": "fast"}}
+    ),
     "number in quotes": Case("training.epochs: got '2', expected a number", SFT, {"training": {"epochs": "2"}}),
     "fraction for a count": Case("training.batch_size: got 2.5, expected a whole number", SFT, {"training": {"batch_size": 2.5}}),
     "negative rate": Case("training.learning_rate: got -0.1, expected a number above 0", SFT, {"training": {"learning_rate": -0.1}}),
@@ -103,11 +137,13 @@ RECIPES = {
     "yes for a switch": Case("steps[0].packing: got 'yes', expected true or false", SFT, {"packing": "yes"}),
     "a list for text": Case("steps[0].template: got ['a'], expected text", SFT, {"template": ["a"]}),
     "text for a block": Case("steps[0].lora: got 'r=8', expected a block of fields", SFT, {"lora": "r=8"}),
-    "no such choice": Case("training.schedule: got 'cosinus', expected one of 'constant', 'linear' or 'cosine'", SFT,
-                           {"training": {"schedule": "cosinus"}}),
+    "no such choice": Case(
+        "training.schedule: got 'cosinus', expected one of 'constant', 'linear' or 'cosine'", SFT, {"training": {"schedule": "cosinus"}}
+    ),
     "no such precision": Case("precision: got 'fp8', expected one of 'auto', 'fp32', 'bf16' or 'fp16'", SFT, {"precision": "fp8"}),
-    "no such quantization": Case("quantization: got 'int4', expected one of 'none', 'int8' or 'nf4'", SFT,
-                                 {"model": {"ref": "./model", "quantization": "int4"}}),
+    "no such quantization": Case(
+        "quantization: got 'int4', expected one of 'none', 'int8' or 'nf4'", SFT, {"model": {"ref": "./model", "quantization": "int4"}}
+    ),
     "a field is missing": Case("steps[0].data: this field is missing", {key: SFT[key] for key in SFT if key != "data"}),
     "a model without a reference": Case("steps[0].model.ref: this field is missing", SFT, {"model": {"revision": "main"}}),
     "no stage": Case("the field stage is missing; expected one of pretraining, sft", {key: SFT[key] for key in SFT if key != "stage"}),
@@ -120,8 +156,9 @@ RECIPES = {
     "a name with a slash": Case("name: got '../bad', expected letters, digits", recipe="name: ../bad\nsteps:\n  - {stage: sft}\n"),
     "a step's name with a slash": Case("steps[0].name: got '../../x', expected letters, digits", SFT, {"name": "../../x"}),
     "a name of digits": Case("'bad/7' is not a model name", SFT, {"name": "7"}),
-    "a name twice": Case("got 'sft', which is already the name of steps[0]",
-                         recipe=HEAD + f"  - {json.dumps(SFT)}\n  - {json.dumps(SFT)}\n"),
+    "a name twice": Case(
+        "got 'sft', which is already the name of steps[0]", recipe=HEAD + f"  - {json.dumps(SFT)}\n  - {json.dumps(SFT)}\n"
+    ),
     "the name of a field": Case("got 'seed', a field of the recipe itself", SFT, {"name": "seed"}),
     "a negative seed": Case("seed: got -1, expected a number of at least 0", recipe="name: bad\nseed: -1\nsteps:\n  - {stage: sft}\n"),
     "an empty file": Case("bad.yaml: expected a block with the fields name and steps, got NoneType", recipe=""),
@@ -130,32 +167,55 @@ RECIPES = {
     "a tab": Case("not readable as YAML", recipe="name: bad\nsteps:\n\t- a\n"),
     "a key twice": Case("not readable as YAML: found duplicate key", recipe="name: bad\nname: again\nsteps: [a]\n"),
     "a key that is a number": Case("the key 7 is not text", recipe="name: bad\n7: a\nsteps: [a]\n"),
-    "a Python object": Case("the tag tag:yaml.org,2002:python/object/apply:os.system is not allowed",
-                            recipe="name: !!python/object/apply:os.system [touch owned]\nsteps: [a]\n"),
+    "a Python object": Case(
+        "the tag tag:yaml.org,2002:python/object/apply:os.system is not allowed",
+        recipe="name: !!python/object/apply:os.system [touch owned]\nsteps: [a]\n",
+    ),
     "an unknown alias": Case("not readable as YAML", recipe="name: *nobody\nsteps: [a]\n"),
-    "a bomb of aliases": Case("more than 100000 values", recipe="a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
-        f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)) + "name: bad\nsteps: [a]\n"),
+    "a bomb of aliases": Case(
+        "more than 100000 values",
+        recipe="a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n"
+        + "".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9))
+        + "name: bad\nsteps: [a]\n",
+    ),
     "a deep nest": Case("nested too deeply", recipe="name: bad\nsteps: " + "[" * 3000 + "]" * 3000 + "\n"),
     "bytes that are no UTF-8": Case("bad.yaml: cannot be read as a recipe", recipe=b"name: \xff\xfe\n"),
     "a NUL byte in the recipe": Case("not readable as YAML", recipe="name: ba\0d\n"),
     "two documents": Case("not readable as YAML", recipe="name: bad\nsteps: [a]\n---\nname: other\n"),
-    "a later step": Case("got 'second', a step that comes later (steps[1]); move it before 'first'", recipe=HEAD + "".join(
-        f"  - {json.dumps({**SFT, 'name': name, 'model': model})}\n" for name, model in (("first", "second"), ("second", "./model")))),
-    "a cycle": Case("a cycle: first -> second -> first", recipe=HEAD + "".join(
-        f"  - {json.dumps({**SFT, 'name': name, 'model': model})}\n" for name, model in (("first", "second"), ("second", "first")))),
+    "a later step": Case(
+        "got 'second', a step that comes later (steps[1]); move it before 'first'",
+        recipe=HEAD
+        + "".join(
+            f"  - {json.dumps({**SFT, 'name': name, 'model': model})}\n" for name, model in (("first", "second"), ("second", "./model"))
+        ),
+    ),
+    "a cycle": Case(
+        "a cycle: first -> second -> first",
+        recipe=HEAD
+        + "".join(
+            f"  - {json.dumps({**SFT, 'name': name, 'model': model})}\n" for name, model in (("first", "second"), ("second", "first"))
+        ),
+    ),
     "itself": Case("got 'sft', a cycle: the step 'sft' refers to itself", SFT, {"model": "sft"}),
-    "a step that makes no model": Case("a step of stage 'evaluation', which makes no model", recipe=HEAD + "".join(
-        f"  - {json.dumps(step)}\n" for step in (EVALUATION, {**SFT, "model": "verdict"}))),
-    "a typing error in a step's name": Case("did you mean 'base'?", recipe=HEAD + "".join(
-        f"  - {json.dumps(step)}\n" for step in (PRETRAINING, {**SFT, "model": "bse"}))),
+    "a step that makes no model": Case(
+        "a step of stage 'evaluation', which makes no model",
+        recipe=HEAD + "".join(f"  - {json.dumps(step)}\n" for step in (EVALUATION, {**SFT, "model": "verdict"})),
+    ),
+    "a typing error in a step's name": Case(
+        "did you mean 'base'?", recipe=HEAD + "".join(f"  - {json.dumps(step)}\n" for step in (PRETRAINING, {**SFT, "model": "bse"}))
+    ),
     "quantized without an adapter": Case("model.quantization='nf4' needs lora", SFT, {"model": {"ref": "./model", "quantization": "nf4"}}),
     "both origins": Case("give either model (continued pretraining) or architecture", PRETRAINING, {"model": "./model"}),
     "no type of architecture": Case("architecture needs a type", PRETRAINING, {"architecture": {"hidden_size": 8}}),
     "an architecture there is not": Case("'lama'", PRETRAINING, {"architecture": {"type": "lama"}}),
-    "heads that do not divide": Case("is not a multiple of the number of attention heads (3)", PRETRAINING,
-                                     {"architecture": {**PRETRAINING["architecture"], "num_attention_heads": 3}}),
-    "an architecture's field there is not": Case("hiden_size", PRETRAINING,
-                                                 {"architecture": {**PRETRAINING["architecture"], "hiden_size": 8}}),
+    "heads that do not divide": Case(
+        "is not a multiple of the number of attention heads (3)",
+        PRETRAINING,
+        {"architecture": {**PRETRAINING["architecture"], "num_attention_heads": 3}},
+    ),
+    "an architecture's field there is not": Case(
+        "hiden_size", PRETRAINING, {"architecture": {**PRETRAINING["architecture"], "hiden_size": 8}}
+    ),
     "batches that do not fit": Case("rollout_batch_size=8 must be a multiple of minibatch_size=3", PPO, {"minibatch_size": 3}),
     "too few episodes": Case("total_episodes=4 is less than one rollout_batch_size=8", PPO, {"total_episodes": 4}),
     "greedy rollouts": Case("generation.temperature=0 is greedy", PPO, {"generation": {"temperature": 0.0}}),
@@ -163,127 +223,215 @@ RECIPES = {
     "a reward of two kinds": Case("give exactly one of model", PPO, {"reward": [{"function": "a:b", "model": "./model"}]}),
     "rewards of one name": Case("two sources are called 'b'", PPO, {"reward": [{"function": "a:b"}, {"function": "c:b"}]}),
     "a function's address": Case("steps[0].reward[0].function: got 'os.system'", PPO, {"reward": [{"function": "os.system"}]}),
-    "a function's module there is not": Case("function 'no_such_module:f': cannot import no_such_module", PPO,
-                                             {"reward": [{"function": "no_such_module:f"}]}),
+    "a function's module there is not": Case(
+        "function 'no_such_module:f': cannot import no_such_module", PPO, {"reward": [{"function": "no_such_module:f"}]}
+    ),
     "a function there is not": Case("has no 'nothing'", PPO, {"reward": [{"function": "stages.corpora.world.gold:nothing"}]}),
     "a function that is none": Case("expected a function of (prompts, completions)", PPO, {"reward": [{"function": "json:__name__"}]}),
-    "a module that breaks at import": Case("cannot import broken_rewards (ZeroDivisionError: division by zero)", PPO,
-                                           {"reward": [{"function": "broken_rewards:f"}]},
-                                           files={"broken_rewards.py": "1 / 0\ndef f(): ...\n"}),
+    "a module that breaks at import": Case(
+        "cannot import broken_rewards (ZeroDivisionError: division by zero)",
+        PPO,
+        {"reward": [{"function": "broken_rewards:f"}]},
+        files={"broken_rewards.py": "1 / 0\ndef f(): ...\n"},
+    ),
     "no candidates": Case("steps[0].candidates", EVALUATION, {"candidates": {}}),
     "a reference that is no candidate": Case("kl_reference='sft' is no candidate", EVALUATION, {"kl_reference": "sft"}),
-    "an override of no step": Case("override 'stf.seed=1': the recipe has no step 'stf'; did you mean 'sft'?",
-                                   SFT, overrides=("stf.seed=1",)),
+    "an override of no step": Case(
+        "override 'stf.seed=1': the recipe has no step 'stf'; did you mean 'sft'?", SFT, overrides=("stf.seed=1",)
+    ),
     "an override without a value": Case("override 'sft.seed': expected step.field=value", SFT, overrides=("sft.seed",)),
-    "an override of no field": Case("override 'sft.sed=1': steps[0].sed: unknown field 'sed'; did you mean 'seed'?", SFT,
-                                    overrides=("sft.sed=1",)),
+    "an override of no field": Case(
+        "override 'sft.sed=1': steps[0].sed: unknown field 'sed'; did you mean 'seed'?", SFT, overrides=("sft.sed=1",)
+    ),
     "an override of the wrong type": Case("got 'many', expected a whole number", SFT, overrides=("sft.training.batch_size=many",)),
     "a seed that numpy does not take": Case("expected a number of at most 4294967295", SFT, {"seed": 2**40}),
-    "an override that contradicts another field": Case("override 'aligned.rollout_batch_size=9': steps[0]: rollout_batch_size=9",
-                                                       PPO, overrides=("aligned.seed=1", "aligned.rollout_batch_size=9")),
-    "two overrides that contradict each other": Case("overrides 'aligned.rollout_batch_size=9', 'aligned.minibatch_size=4': steps",
-                                                     PPO, overrides=("aligned.rollout_batch_size=9", "aligned.minibatch_size=4")),
-    "an override beside a mistake of the file": Case("error: bad.yaml:4: steps[0].sed: unknown field 'sed'", SFT, {"sed": 1},
-                                                     overrides=("sft.seed=1",)),
-    "an override that names data of another kind": Case("error: override 'sft.data.train=texts.jsonl': steps[0] (sft): ", SFT,
-                                                        overrides=("sft.seed=1", "sft.data.train=texts.jsonl")),
-    "an override that names no function": Case("override 'aligned.reward[0].function=no_such_module:score': steps[0] (aligned): ", PPO,
-                                               overrides=("aligned.reward[0].function=no_such_module:score",)),
+    "an override that contradicts another field": Case(
+        "override 'aligned.rollout_batch_size=9': steps[0]: rollout_batch_size=9",
+        PPO,
+        overrides=("aligned.seed=1", "aligned.rollout_batch_size=9"),
+    ),
+    "two overrides that contradict each other": Case(
+        "overrides 'aligned.rollout_batch_size=9', 'aligned.minibatch_size=4': steps",
+        PPO,
+        overrides=("aligned.rollout_batch_size=9", "aligned.minibatch_size=4"),
+    ),
+    "an override beside a mistake of the file": Case(
+        "error: bad.yaml:4: steps[0].sed: unknown field 'sed'", SFT, {"sed": 1}, overrides=("sft.seed=1",)
+    ),
+    "an override that names data of another kind": Case(
+        "error: override 'sft.data.train=texts.jsonl': steps[0] (sft): ", SFT, overrides=("sft.seed=1", "sft.data.train=texts.jsonl")
+    ),
+    "an override that names no function": Case(
+        "override 'aligned.reward[0].function=no_such_module:score': steps[0] (aligned): ",
+        PPO,
+        overrides=("aligned.reward[0].function=no_such_module:score",),
+    ),
     "an override with a tag": Case("is not allowed", SFT, overrides=("sft.seed=!!python/name:os.system",)),
-}  # fmt: skip
+}
 
 DATA = {
     "no such file": Case("got 'nowhere.jsonl', a file that does not exist", SFT, {"data": {"train": "nowhere.jsonl"}}),
-    "a folder without data": Case("the folder holds no data file", PRETRAINING, {"data": {"train": "./empty"}},
-                                  prepare=lambda folder: (folder / "empty").mkdir()),
+    "a folder without data": Case(
+        "the folder holds no data file", PRETRAINING, {"data": {"train": "./empty"}}, prepare=lambda folder: (folder / "empty").mkdir()
+    ),
     "an unknown suffix": Case("cannot read .xlsx", PRETRAINING, {"data": {"train": "texts.xlsx"}}, files={"texts.xlsx": "a"}),
     "an empty file": Case("texts.jsonl: no rows", PRETRAINING, files={"texts.jsonl": ""}),
     "blank lines": Case("texts.jsonl: no rows", PRETRAINING, files={"texts.jsonl": "\n\n  \n"}),
     "rows that are all skipped": Case("no rows after skip=50", PRETRAINING, {"data": {"train": {"path": "texts.jsonl", "skip": 50}}}),
-    "a line that is no JSON": Case("texts.jsonl:3: bad JSON at column 10", PRETRAINING,
-                                   files={"texts.jsonl": lines(ROWS["texts"][:2]) + '{"text": x}\n' + lines(ROWS["texts"])}),
+    "a line that is no JSON": Case(
+        "texts.jsonl:3: bad JSON at column 10",
+        PRETRAINING,
+        files={"texts.jsonl": lines(ROWS["texts"][:2]) + '{"text": x}\n' + lines(ROWS["texts"])},
+    ),
     "half a line": Case("texts.jsonl:21: bad JSON", PRETRAINING, files={"texts.jsonl": lines(ROWS["texts"]) + '{"text": "cut o'}),
     "a line that is a list": Case("texts.jsonl:1: expected an object, got list", PRETRAINING, files={"texts.jsonl": "[1]\n"}),
     "a line that is a number": Case("texts.jsonl:1: expected an object, got int", PRETRAINING, files={"texts.jsonl": "7\n"}),
-    "a deep line": Case("texts.jsonl:1: bad JSON (maximum recursion depth exceeded",
-                        PRETRAINING, files={"texts.jsonl": "[" * 100_000 + "\n"}),
-    "a json file that is an object": Case("expected a list of objects, got dict", PRETRAINING, {"data": {"train": "texts.json"}},
-                                          files={"texts.json": "{}"}),
-    "no UTF-8": Case("texts.jsonl:2: not valid UTF-8 (byte 0xff)", PRETRAINING,
-                     files={"texts.jsonl": lines(ROWS["texts"][:1]).encode() + b'{"text": "\xff"}\n'}),
+    "a deep line": Case(
+        "texts.jsonl:1: bad JSON (maximum recursion depth exceeded", PRETRAINING, files={"texts.jsonl": "[" * 100_000 + "\n"}
+    ),
+    "a json file that is an object": Case(
+        "expected a list of objects, got dict", PRETRAINING, {"data": {"train": "texts.json"}}, files={"texts.json": "{}"}
+    ),
+    "no UTF-8": Case(
+        "texts.jsonl:2: not valid UTF-8 (byte 0xff)",
+        PRETRAINING,
+        files={"texts.jsonl": lines(ROWS["texts"][:1]).encode() + b'{"text": "\xff"}\n'},
+    ),
     "Latin-1": Case("not valid UTF-8 (byte 0xe9); convert the file to UTF-8", PRETRAINING, files={"texts.jsonl": b'{"text": "caf\xe9"}\n'}),
     "a NUL byte": Case("texts.jsonl:1: holds a NUL byte", PRETRAINING, files={"texts.jsonl": '{"text": "a\0b"}\n'}),
     "an escaped NUL": Case("texts.jsonl:5: holds a NUL character", PRETRAINING, files=bad_row("texts", 5, {"text": "a\0b"})),
-    "half a surrogate": Case("texts.jsonl:5: holds \\ud800, one half of a surrogate pair", PRETRAINING,
-                             files={"texts.jsonl": lines(ROWS["texts"][:4]) + '{"text": "a\\ud800b"}\n' + lines(ROWS["texts"])}),
-    "gzip that is none": Case("texts.jsonl.gz: cannot be read", PRETRAINING, {"data": {"train": "texts.jsonl.gz"}},
-                              files={"texts.jsonl.gz": "plain"}),
-    "gzip cut off": Case("texts.jsonl.gz: cannot be read", PRETRAINING, {"data": {"train": "texts.jsonl.gz"}},
-                         files={"texts.jsonl.gz": gzip.compress(lines(ROWS["texts"]).encode())[:40]}),
+    "half a surrogate": Case(
+        "texts.jsonl:5: holds \\ud800, one half of a surrogate pair",
+        PRETRAINING,
+        files={"texts.jsonl": lines(ROWS["texts"][:4]) + '{"text": "a\\ud800b"}\n' + lines(ROWS["texts"])},
+    ),
+    "gzip that is none": Case(
+        "texts.jsonl.gz: cannot be read", PRETRAINING, {"data": {"train": "texts.jsonl.gz"}}, files={"texts.jsonl.gz": "plain"}
+    ),
+    "gzip cut off": Case(
+        "texts.jsonl.gz: cannot be read",
+        PRETRAINING,
+        {"data": {"train": "texts.jsonl.gz"}},
+        files={"texts.jsonl.gz": gzip.compress(lines(ROWS["texts"]).encode())[:40]},
+    ),
     "parquet that is none": Case("not a parquet file", PRETRAINING, {"data": {"train": "texts.parquet"}}, files={"texts.parquet": "plain"}),
-    "a ragged csv": Case("texts.csv:3: the row's columns do not match the header", PRETRAINING, {"data": {"train": "texts.csv"}},
-                         files={"texts.csv": "text,label\na,1\nb\n"}),
-    "a csv with an open quotation": Case("is a quotation mark not closed?", PRETRAINING, {"data": {"train": "texts.csv"}},
-                                         files={"texts.csv": "text\n" + '"' + "x" * 200_000 + '"\n' + '"'}),
-    "a column that is missing": Case("texts.jsonl:1: no column 'text'; the row has txt; did you mean 'txt'?", PRETRAINING,
-                                     files=only("texts", *[{"txt": "a"}] * 4)),
-    "a renamed column that is missing": Case("columns names 'review' for 'text', and the row has text", PRETRAINING,
-                                             {"data": {"train": {"path": "texts.jsonl", "columns": {"text": "review"}}}}),
+    "a ragged csv": Case(
+        "texts.csv:3: the row's columns do not match the header",
+        PRETRAINING,
+        {"data": {"train": "texts.csv"}},
+        files={"texts.csv": "text,label\na,1\nb\n"},
+    ),
+    "a csv with an open quotation": Case(
+        "is a quotation mark not closed?",
+        PRETRAINING,
+        {"data": {"train": "texts.csv"}},
+        files={"texts.csv": "text\n" + '"' + "x" * 200_000 + '"\n' + '"'},
+    ),
+    "a column that is missing": Case(
+        "texts.jsonl:1: no column 'text'; the row has txt; did you mean 'txt'?", PRETRAINING, files=only("texts", *[{"txt": "a"}] * 4)
+    ),
+    "a renamed column that is missing": Case(
+        "columns names 'review' for 'text', and the row has text",
+        PRETRAINING,
+        {"data": {"train": {"path": "texts.jsonl", "columns": {"text": "review"}}}},
+    ),
     "a number for a text": Case("texts.jsonl:7: text is int (3); expected text", PRETRAINING, files=bad_row("texts", 7, {"text": 3})),
-    "null for a text": Case("texts.jsonl:7: text is NoneType (None); expected text",
-                            PRETRAINING, files=bad_row("texts", 7, {"text": None})),
+    "null for a text": Case(
+        "texts.jsonl:7: text is NoneType (None); expected text", PRETRAINING, files=bad_row("texts", 7, {"text": None})
+    ),
     "only empty texts": Case("all 19 training texts (first", PRETRAINING, files=only("texts", *[{"text": " "}] * 20)),
     "less than a block": Case("less than one block; lower block_size=8", PRETRAINING, files=only("texts", {"text": "a"}, {"text": "b"})),
     "one row": Case("1 row(s) are too few to hold any out", PRETRAINING, files=only("texts", {"text": "a"})),
     "no part of the world": Case("'world:raww' is no part of the embedded world", PRETRAINING, {"data": {"train": "world:raww"}}),
     "no split of the world": Case("has no split 'tests'", PRETRAINING, {"data": {"train": "world:raw/tests"}}),
     "no demonstration": Case("columns text make no demonstration", SFT, files=only("demonstrations", *ROWS["texts"])),
-    "an empty prompt": Case("demonstrations.jsonl:4: prompt is empty", SFT,
-                            files=bad_row("demonstrations", 4, {"prompt": " ", "completion": "a"})),
-    "an empty completion": Case("demonstrations.jsonl:4: completion is empty", SFT,
-                                files=bad_row("demonstrations", 4, {"prompt": "a", "completion": ""})),
-    "messages of an unknown role": Case("messages, message 1: ", SFT, files=only("demonstrations", *[
-        {"messages": [{"role": "boss", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 4)),
-    "messages without an answer": Case("messages must end with an assistant turn", SFT, files=only("demonstrations", *[
-        {"messages": [{"role": "user", "content": "a"}]}] * 4)),
-    "messages without a template": Case("has no chat template", SFT, files=only("demonstrations", *[
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 4)),
-    "demonstrations too long for the model": Case("demonstration fits", SFT, files=only("demonstrations", *[
-        {"prompt": "joy " * 200, "completion": "a"}] * 20)),
-    "a line of a million characters": Case("demonstration fits", SFT, files=only("demonstrations", *[
-        {"prompt": "x" * 1_000_000, "completion": "a"}] * 2)),
+    "an empty prompt": Case(
+        "demonstrations.jsonl:4: prompt is empty", SFT, files=bad_row("demonstrations", 4, {"prompt": " ", "completion": "a"})
+    ),
+    "an empty completion": Case(
+        "demonstrations.jsonl:4: completion is empty", SFT, files=bad_row("demonstrations", 4, {"prompt": "a", "completion": ""})
+    ),
+    "messages of an unknown role": Case(
+        "messages, message 1: ",
+        SFT,
+        files=only("demonstrations", *[{"messages": [{"role": "boss", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 4),
+    ),
+    "messages without an answer": Case(
+        "messages must end with an assistant turn",
+        SFT,
+        files=only("demonstrations", *[{"messages": [{"role": "user", "content": "a"}]}] * 4),
+    ),
+    "messages without a template": Case(
+        "has no chat template",
+        SFT,
+        files=only("demonstrations", *[{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 4),
+    ),
+    "demonstrations too long for the model": Case(
+        "demonstration fits", SFT, files=only("demonstrations", *[{"prompt": "joy " * 200, "completion": "a"}] * 20)
+    ),
+    "a line of a million characters": Case(
+        "demonstration fits", SFT, files=only("demonstrations", *[{"prompt": "x" * 1_000_000, "completion": "a"}] * 2)
+    ),
     "no comparison": Case("columns text make no comparison", REWARD, files=only("comparisons", *ROWS["texts"])),
-    "one completion": Case("comparisons.jsonl:2: 1 completion(s); a comparison needs at least 2", REWARD,
-                           files=bad_row("comparisons", 2, {"prompt": "a", "completions": ["b"], "ranks": [0]})),
-    "only ties": Case("are all ties; a ranking needs a preference", REWARD, files=only("comparisons", *[
-        {"prompt": "a", "completions": ["b", "c"], "ranks": [1, 1]}] * 20)),
-    "too few ranks": Case("expected 2 numbers in ranks, got [0]", REWARD,
-                          files=bad_row("comparisons", 2, {"prompt": "a", "completions": ["b", "c"], "ranks": [0]})),
-    "ranks that are words": Case("expected 2 numbers in ranks", REWARD,
-                                 files=bad_row("comparisons", 2, {"prompt": "a", "completions": ["b", "c"], "ranks": ["good", "bad"]})),
-    "ranks that are no numbers": Case("comparisons.jsonl:21: bad JSON (NaN is no number of JSON)",
-                                      REWARD, files={"comparisons.jsonl": lines(ROWS["comparisons"])
-                                      + '{"prompt": "a", "completions": ["b", "c"], "ranks": [0, NaN]}\n'}),
-    "completions that are one text": Case("completions is str; expected a list of texts", REWARD,
-                                          files=bad_row("comparisons", 2, {"prompt": "a", "completions": "bc", "ranks": [0, 1]})),
-    "a completion that is a number": Case("completions, entry 2 is int; expected text", REWARD,
-                                          files=bad_row("comparisons", 2, {"prompt": "a", "completions": ["b", 3], "ranks": [0, 1]})),
+    "one completion": Case(
+        "comparisons.jsonl:2: 1 completion(s); a comparison needs at least 2",
+        REWARD,
+        files=bad_row("comparisons", 2, {"prompt": "a", "completions": ["b"], "ranks": [0]}),
+    ),
+    "only ties": Case(
+        "are all ties; a ranking needs a preference",
+        REWARD,
+        files=only("comparisons", *[{"prompt": "a", "completions": ["b", "c"], "ranks": [1, 1]}] * 20),
+    ),
+    "too few ranks": Case(
+        "expected 2 numbers in ranks, got [0]",
+        REWARD,
+        files=bad_row("comparisons", 2, {"prompt": "a", "completions": ["b", "c"], "ranks": [0]}),
+    ),
+    "ranks that are words": Case(
+        "expected 2 numbers in ranks",
+        REWARD,
+        files=bad_row("comparisons", 2, {"prompt": "a", "completions": ["b", "c"], "ranks": ["good", "bad"]}),
+    ),
+    "ranks that are no numbers": Case(
+        "comparisons.jsonl:21: bad JSON (NaN is no number of JSON)",
+        REWARD,
+        files={"comparisons.jsonl": lines(ROWS["comparisons"]) + '{"prompt": "a", "completions": ["b", "c"], "ranks": [0, NaN]}\n'},
+    ),
+    "completions that are one text": Case(
+        "completions is str; expected a list of texts",
+        REWARD,
+        files=bad_row("comparisons", 2, {"prompt": "a", "completions": "bc", "ranks": [0, 1]}),
+    ),
+    "a completion that is a number": Case(
+        "completions, entry 2 is int; expected text",
+        REWARD,
+        files=bad_row("comparisons", 2, {"prompt": "a", "completions": ["b", 3], "ranks": [0, 1]}),
+    ),
     "a pair without a prompt": Case("chosen is no dialogue", REWARD, files=only("comparisons", *[{"chosen": "a", "rejected": "b"}] * 4)),
-    "a label there is not": Case("reviews.jsonl:6: label is 7; expected one of 0 (negative), 1 (positive)", SENTIMENT,
-                                 files=bad_row("reviews", 6, {"text": "a", "label": 7})),
-    "a label that is a word": Case("reviews.jsonl:6: label is 'fine'",
-                                   SENTIMENT, files=bad_row("reviews", 6, {"text": "a", "label": "fine"})),
+    "a label there is not": Case(
+        "reviews.jsonl:6: label is 7; expected one of 0 (negative), 1 (positive)",
+        SENTIMENT,
+        files=bad_row("reviews", 6, {"text": "a", "label": 7}),
+    ),
+    "a label that is a word": Case(
+        "reviews.jsonl:6: label is 'fine'", SENTIMENT, files=bad_row("reviews", 6, {"text": "a", "label": "fine"})
+    ),
     "a label that is missing": Case("reviews.jsonl:6: label is None", SENTIMENT, files=bad_row("reviews", 6, {"text": "a"})),
-    "one label only": Case("have one label; a classifier needs at least two", SENTIMENT, files=only("reviews", *[
-        {"text": "a", "label": 1}] * 20)),
+    "one label only": Case(
+        "have one label; a classifier needs at least two", SENTIMENT, files=only("reviews", *[{"text": "a", "label": 1}] * 20)
+    ),
     "no prompt": Case("columns label hold no prompt", PPO, files=only("prompts", {"label": 1})),
     "an empty prompt for PPO": Case("prompts.jsonl:3: prompt is empty", PPO, files=bad_row("prompts", 3, {"prompt": ""})),
     "prompts longer than the context": Case("prompts has at most 124 tokens", PPO, files=only("prompts", {"prompt": "joy " * 300})),
     "prompts that PPO was trained on": Case("all 20 prompts of data occur in exclude", EVALUATION, {"exclude": "prompts.jsonl"}),
-    "too few examples": Case("few_shot.data has 2 rows, fewer than num_examples=3", EVALUATION,
-                             {"candidates": {"base": {"model": "./model", "few_shot": {"data": "few.jsonl"}}}},
-                             files={"few.jsonl": lines(ROWS["demonstrations"][:2])}),
-}  # fmt: skip
+    "too few examples": Case(
+        "few_shot.data has 2 rows, fewer than num_examples=3",
+        EVALUATION,
+        {"candidates": {"base": {"model": "./model", "few_shot": {"data": "few.jsonl"}}}},
+        files={"few.jsonl": lines(ROWS["demonstrations"][:2])},
+    ),
+}
 
 
 def without(*names: str) -> Callable[[Path], None]:
@@ -358,9 +506,15 @@ def classifier(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "classifier")
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        id2label={0: "dull", 1: "fine"}, label2id={"dull": 0, "fine": 1}, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        id2label={0: "dull", 1: "fine"},
+        label2id={"dull": 0, "fine": 1},
+        pad_token_id=tokenizer.pad_token_id,
+    )
     LlamaForSequenceClassification(config).save_pretrained(folder / "classifier")
 
 
@@ -370,8 +524,11 @@ MODELS = {
     "a config that is no JSON": Case("config.json: not readable as JSON", SFT, files={"model/config.json": "{"}),
     "a config of no type": Case("cannot load the", SFT, files={"model/config.json": "{}"}),
     "an architecture of the future": Case("cannot load the", SFT, prepare=configured(model_type="llama99")),
-    "code of its own": Case("write {ref: ..., trust_remote_code: true} where you trust it", SFT, prepare=configured(
-        model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"})),
+    "code of its own": Case(
+        "write {ref: ..., trust_remote_code: true} where you trust it",
+        SFT,
+        prepare=configured(model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}),
+    ),
     "a config with no attention heads": Case("cannot load the", SFT, prepare=configured(num_attention_heads=0)),
     "a config with text for a size": Case("Field 'hidden_size' expected int, got str", SFT, prepare=configured(hidden_size="large")),
     "a config with a list for a block": Case("cannot load the", SFT, prepare=configured(quantization_config=[1])),
@@ -382,8 +539,9 @@ MODELS = {
     "pickled weights": Case("pickle files can run code when they are read", SFT, prepare=pickled),
     "truncated weights": Case("cannot load the model of './model'", SFT, prepare=weights(lambda data: data[: len(data) // 2])),
     "an empty file of weights": Case("cannot load the model of './model'", SFT, prepare=weights(lambda data: b"")),
-    "a flipped bit in the header": Case("cannot load the model of './model'",
-                                        SFT, prepare=weights(lambda data: data[:3] + b"\xff" + data[4:])),
+    "a flipped bit in the header": Case(
+        "cannot load the model of './model'", SFT, prepare=weights(lambda data: data[:3] + b"\xff" + data[4:])
+    ),
     "a foreign file of weights": Case("cannot load the model of './model'", SFT, prepare=weights(lambda data: b"PK\x03\x04" + data)),
     "a layer missing": Case("lacks weights of LlamaForCausalLM", SFT, prepare=without_a_layer),
     "another width": Case("lacks weights of LlamaForCausalLM", SFT, prepare=configured(hidden_size=16, head_dim=4)),
@@ -392,29 +550,41 @@ MODELS = {
     "no chat template": Case("template: chat, and the tokenizer has no chat template", SFT, {"template": "chat"}),
     "a template without a prompt": Case("template 'Answer:': expected chat, one of", SFT, {"template": "Answer:"}),
     "an encoder to fine-tune": Case("./encoder", SFT, {"model": "./encoder"}, prepare=encoder),
-    "an encoder as reward model": Case("is a distilbert model; a policy or a scalar head needs", REWARD, {"model": "./encoder"},
-                                       prepare=encoder),
-    "a block longer than the model": Case("block_size=500 is longer than the model's 128 positions", {
-        key: value for key, value in PRETRAINING.items() if key not in ("architecture", "tokenizer")} | {
-        "model": "./model", "block_size": 500}, files=only("texts", *ROWS["texts"] * 20)),
+    "an encoder as reward model": Case(
+        "is a distilbert model; a policy or a scalar head needs", REWARD, {"model": "./encoder"}, prepare=encoder
+    ),
+    "a block longer than the model": Case(
+        "block_size=500 is longer than the model's 128 positions",
+        {key: value for key, value in PRETRAINING.items() if key not in ("architecture", "tokenizer")}
+        | {"model": "./model", "block_size": 500},
+        files=only("texts", *ROWS["texts"] * 20),
+    ),
     "a language model as reward": Case("has no reward head (score.weight)", PPO, {"reward": [{"model": "./model"}]}),
-    "a classifier without a label": Case("has 2 outputs; a reward model has 1", PPO, {"reward": [{"model": "./classifier"}]},
-                                         prepare=classifier),
-    "a label that a classifier has not": Case("has no label 'happy'; expected one of 0 (dull), 1 (fine)", PPO,
-                                              {"reward": [{"model": "./classifier", "label": "happy"}]}, prepare=classifier),
+    "a classifier without a label": Case(
+        "has 2 outputs; a reward model has 1", PPO, {"reward": [{"model": "./classifier"}]}, prepare=classifier
+    ),
+    "a label that a classifier has not": Case(
+        "has no label 'happy'; expected one of 0 (dull), 1 (fine)",
+        PPO,
+        {"reward": [{"model": "./classifier", "label": "happy"}]},
+        prepare=classifier,
+    ),
     "a language model as classifier": Case("has no trained head", PPO, {"reward": [{"model": "./model", "label": 0}]}),
-    "a value model of another vocabulary": Case("has another vocabulary than the policy",
-                                                PPO, {"value": "./other"}, prepare=other_vocabulary),
+    "a value model of another vocabulary": Case(
+        "has another vocabulary than the policy", PPO, {"value": "./other"}, prepare=other_vocabulary
+    ),
     "a value model without a head": Case("has no reward head", PPO, {"value": "./model"}),
-    "a reference of another vocabulary": Case("has another vocabulary than the policy", PPO, {"reference": "./other"},
-                                              prepare=other_vocabulary),
-    "modules to adapt that there are not": Case("lora.target_modules names nothing, which LlamaForCausalLM does not have", SFT,
-                                                {"lora": {"target_modules": ["nothing"]}}),
+    "a reference of another vocabulary": Case(
+        "has another vocabulary than the policy", PPO, {"reference": "./other"}, prepare=other_vocabulary
+    ),
+    "modules to adapt that there are not": Case(
+        "lora.target_modules names nothing, which LlamaForCausalLM does not have", SFT, {"lora": {"target_modules": ["nothing"]}}
+    ),
     "fp16 on a CPU": Case("precision: fp16 cannot be trained on a CPU", SFT, {"precision": "fp16"}),
     "a registry reference that is none": Case("no model named 'bad/model'", SFT, {"model": "bad/model@3"}),
     "a digest that is none": Case("no model whose digest begins with", SFT, {"model": "sha256:0123abcd"}),
     "a digest too short": Case("got 'sha256:01'", SFT, {"model": "sha256:01"}),
-}  # fmt: skip
+}
 
 TABLES = {"recipe": RECIPES, "data": DATA, "model": MODELS}
 CASES = {f"{kind}: {name}": case for kind, cases in TABLES.items() for name, case in cases.items()}

@@ -227,7 +227,9 @@ def test_import_says_what_it_read_and_published(tmp_path: Path) -> None:
     """The command prints the library, the models and the notes; bad input is one message and status 2."""
     done = subprocess.run(
         [sys.executable, "-m", "stages", "models", "import", str(tmp_path / "nowhere"), "--as", "old/model", "--home", str(tmp_path)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error:") and "no such folder" in done.stderr and "Traceback" not in done.stderr

@@ -22,25 +22,34 @@ def comparisons(tmp_path: Path) -> Path:
     path = tmp_path / "comparisons.jsonl"
     rows = [
         {"prompt": f"write a line about the {thing} {number}:", "completions": ["a fine film", "dull", "weak"], "ranks": [0, 1, 1]}
-        for number in range(10) for thing in ("film", "plot", "music", "ending")
-    ]  # fmt: skip
+        for number in range(10)
+        for thing in ("film", "plot", "music", "ending")
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def config(path: Path | str = "unused", **fields: Any) -> DPOStepConfig:
     settings = {
-        "name": "dpo", "model": "sft", "precision": "fp32", "data": {"train": str(path), "validation_fraction": 0.2}, "beta": 0.5,
+        "name": "dpo",
+        "model": "sft",
+        "precision": "fp32",
+        "data": {"train": str(path), "validation_fraction": 0.2},
+        "beta": 0.5,
         "training": {"epochs": 3.0, "batch_size": 8, "microbatch_size": 8, "learning_rate": 3e-3},
-    }  # fmt: skip
+    }
     return DPOStepConfig.model_validate({**settings, **fields})
 
 
 def test_a_ranked_list_becomes_its_pairs() -> None:
     ranked = Comparison("p", ["best", "tied", "tied too", "worst"], [0, 1, 1, 2])
     assert pairs_of(ranked, None, 0) == [
-        ("best", "tied"), ("best", "tied too"), ("best", "worst"), ("tied", "worst"), ("tied too", "worst"),
-    ]  # fmt: skip
+        ("best", "tied"),
+        ("best", "tied too"),
+        ("best", "worst"),
+        ("tied", "worst"),
+        ("tied too", "worst"),
+    ]
     drawn = pairs_of(ranked, 2, 0)
     assert len(set(drawn)) == 2 and set(drawn) <= set(pairs_of(ranked, None, 0))
     assert drawn == pairs_of(ranked, 2, 0)
@@ -138,9 +147,11 @@ def test_the_reference_of_a_fresh_adapter_is_the_model_that_it_began_as(
     save_model(sft, tokenizer, tmp_path / "sft")
     source = ResolvedModel("sft", "folder", str(tmp_path / "sft"), "", ModelInput(ref="sft", quantization=quantization), base=base)
 
-    options = {} if quantization == "none" else {"quantization_config": BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-    )}  # fmt: skip
+    options = (
+        {}
+        if quantization == "none"
+        else {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)}
+    )
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float32, attn_implementation="eager", **options)
     for module in plain.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -26,18 +26,23 @@ QUICK = settings(max_examples=150, derandomize=True, deadline=None, suppress_hea
 # Recipes
 
 BASE: dict[str, Any] = {
-    "name": "some", "seed": 3,
+    "name": "some",
+    "seed": 3,
     "steps": [
         {"stage": "pretraining", "name": "base", "architecture": {"type": "llama"}, "data": {"train": "world:raw"}},
         {"stage": "sft", "name": "sft", "model": "base", "data": {"train": "world:demonstrations"}, "training": {"epochs": 2}},
         {"stage": "reward_model", "name": "preference", "model": "sft", "data": {"train": "world:comparisons"}},
         {"stage": "ppo", "name": "aligned", "policy": "sft", "reward": [{"model": "preference"}], "data": "world:prompts"},
     ],
-}  # fmt: skip
+}
 LEAVES = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
     | st.sampled_from(["base", "sft", "aligned", "../x", "/etc", "world:raw", "sha256:00", "a@1", "a@0", "~", ".", ""])
-)  # fmt: skip
+)
 VALUES = st.recursive(
     LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6
 )
@@ -93,8 +98,11 @@ def test_any_text_is_a_recipe_or_is_refused(tmp_path: Path, text: str) -> None:
 
 
 @QUICK
-@given(text=st.text(max_size=40) | st.builds("{}={}".format, st.text(max_size=20), st.text(max_size=20)) | st.builds(
-    "{}.{}={}".format, st.sampled_from(["sft", "aligned", "seed", "steps[0]"]), KEYS, st.text(max_size=12)))
+@given(
+    text=st.text(max_size=40)
+    | st.builds("{}={}".format, st.text(max_size=20), st.text(max_size=20))
+    | st.builds("{}.{}={}".format, st.sampled_from(["sft", "aligned", "seed", "steps[0]"]), KEYS, st.text(max_size=12))
+)
 def test_any_override_is_laid_over_or_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "some.yaml"
     file.write_text(json.dumps(BASE))

@@ -31,10 +31,14 @@ def reviews(tmp_path: Path) -> str:
 
 def config(reviews: str, **fields: Any) -> SentimentConfig:
     settings = {
-        "name": "taste", "architecture": TINY, "tokenizer": {"vocab_size": 120}, "max_length": 16, "precision": "fp32",
+        "name": "taste",
+        "architecture": TINY,
+        "tokenizer": {"vocab_size": 120},
+        "max_length": 16,
+        "precision": "fp32",
         "data": {"train": reviews, "validation_fraction": 0.2},
         "training": {"learning_rate": 1e-2, "epochs": 6.0, "batch_size": 8, "microbatch_size": 8},
-    }  # fmt: skip
+    }
     return SentimentConfig.model_validate({name: value for name, value in {**settings, **fields}.items() if value is not None})
 
 

@@ -43,9 +43,16 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, ti
     model.tokenizer.chat_template = TEMPLATE
     model.save(folder / "rm", model.tokenizer)
     config = DistilBertConfig(
-        vocab_size=len(tiny_tokenizer), dim=16, hidden_dim=32, n_layers=1, n_heads=2, initializer_range=0.5,
-        id2label={0: "BAD", 1: "GOOD"}, label2id={"BAD": 0, "GOOD": 1}, pad_token_id=tiny_tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tiny_tokenizer),
+        dim=16,
+        hidden_dim=32,
+        n_layers=1,
+        n_heads=2,
+        initializer_range=0.5,
+        id2label={0: "BAD", 1: "GOOD"},
+        label2id={"BAD": 0, "GOOD": 1},
+        pad_token_id=tiny_tokenizer.pad_token_id,
+    )
     DistilBertForSequenceClassification(config).save_pretrained(folder / "classifier")
     tiny_tokenizer.save_pretrained(folder / "classifier")
     runtime, registry = Runtime(quiet=True), Registry(folder / "registry")

@@ -21,17 +21,23 @@ ROWS = [EncodedRow([10, 11, 12, 13], 2), EncodedRow([20, 21], 1), EncodedRow([30
 def demonstrations(tmp_path: Path) -> Path:
     """Twenty prompt-completion pairs in a JSON-lines file."""
     path = tmp_path / "demonstrations.jsonl"
-    rows = [{"prompt": f"write a line about the {thing} {number}:", "completion": f"the {thing} was a joy"}
-            for number in range(5) for thing in ("film", "plot", "music", "ending")]  # fmt: skip
+    rows = [
+        {"prompt": f"write a line about the {thing} {number}:", "completion": f"the {thing} was a joy"}
+        for number in range(5)
+        for thing in ("film", "plot", "music", "ending")
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def config(path: Path | str = "unused", **fields: Any) -> SFTStepConfig:
     settings = {
-        "name": "sft", "model": "base", "precision": "fp32", "data": {"train": str(path), "validation_fraction": 0.2},
+        "name": "sft",
+        "model": "base",
+        "precision": "fp32",
+        "data": {"train": str(path), "validation_fraction": 0.2},
         "training": {"epochs": 3.0, "batch_size": 4, "learning_rate": 1e-2},
-    }  # fmt: skip
+    }
     return SFTStepConfig.model_validate({**settings, **fields})
 
 
@@ -90,10 +96,16 @@ def test_prompt_tokens_are_not_learned(step_context: Any, tiny_llama_folder: Pat
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"packing": True}, {"lora": {"r": 4}}, {"completion_only_loss": False}, {"training": {"gradient_checkpointing": True}},
-     {"lora": {"r": 4}, "model": {"ref": "base", "quantization": "nf4"}}],
+    [
+        {},
+        {"packing": True},
+        {"lora": {"r": 4}},
+        {"completion_only_loss": False},
+        {"training": {"gradient_checkpointing": True}},
+        {"lora": {"r": 4}, "model": {"ref": "base", "quantization": "nf4"}},
+    ],
     ids=["full", "packing", "lora", "whole-text", "checkpointing", "nf4"],
-)  # fmt: skip
+)
 def test_fine_tuning_lowers_the_held_out_loss(
     demonstrations: Path, step_context: Any, tiny_llama_folder: Path, resolve_folder: Any, fields: dict[str, Any]
 ) -> None:

@@ -1,4 +1,4 @@
-"""ruff and mypy are clean, and the shipped recipes are valid."""
+"""ruff's linter, ruff's formatter and mypy are clean, and the shipped recipes are valid."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 
 
-def test_ruff() -> None:
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=["linter", "formatter"])
+def test_ruff(command: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "stages", "tests"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "ruff", *command, "stages", "tests", "docs"], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_line_is_kept_from_the_formatter() -> None:
+    marks = ("fmt: " + word for word in ("skip", "off", "on"))
+    kept = [mark for mark in marks for path in REPOSITORY.glob("[st]*/**/*.py") if mark in path.read_text()]
+    assert not kept
 
 
 @pytest.mark.timeout(600)

@@ -1,9 +1,9 @@
 """One class per stage, for single steps from a Python program. Fields are those of the recipe (docs/recipes.md).
 
-    from stages import PPO
+from stages import PPO
 
-    result = PPO(policy=(model, tokenizer), reward=my_function, data=prompts, total_episodes=512).train()
-    aligned, tokenizer = result.load()
+result = PPO(policy=(model, tokenizer), reward=my_function, data=prompts, total_episodes=512).train()
+aligned, tokenizer = result.load()
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What steps found and wrote into their run folders, kept by fingerprint: a step that is reused has its logs, an evaluation its results.
 
-    <home>/results/<fingerprint>/result.json        metrics, evaluation, and the list of files with their SHA-256
-    <home>/results/<fingerprint>/files/...          what the step wrote into its run folder
+<home>/results/<fingerprint>/result.json        metrics, evaluation, and the list of files with their SHA-256
+<home>/results/<fingerprint>/files/...          what the step wrote into its run folder
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The chain: plan a recipe, run, reuse or resume each step, and write the run folder with its summary.
 
-    <home>/registry/                          what steps made
-    <home>/runs/<recipe>/<UTC time>/<step>/   metrics and samples of a step; beside them summary.json and report.html;
-                                              ``latest`` links to the newest run
-    <home>/work/<fingerprint>/                checkpoints of a step under way; gone once it is done
-    <home>/results/<fingerprint>/             what steps found and logged, for the runs that reuse them
-    <home>/cache/plan.json                    what planning found out before; may be deleted
+<home>/registry/                          what steps made
+<home>/runs/<recipe>/<UTC time>/<step>/   metrics and samples of a step; beside them summary.json and report.html;
+                                          ``latest`` links to the newest run
+<home>/work/<fingerprint>/                checkpoints of a step under way; gone once it is done
+<home>/results/<fingerprint>/             what steps found and logged, for the runs that reuse them
+<home>/cache/plan.json                    what planning found out before; may be deleted
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Comparisons for reward models: a prompt and K >= 2 ranked completions; K may differ from row to row, and ranks may tie.
 
-    prompt + completions + ranks         ranks: 0 is best, equal numbers tie
-    prompt + responses (+ scores)        best first; equal scores tie
-    prompt + chosen + rejected           the ordinary pair, text or turns that follow the prompt
-    conversations + chosen + rejected    ShareGPT's pair: a conversation that the user ends, and two answers
-    chosen + rejected                    whole conversations, or hh-rlhf's dialogues: what both begin with is the prompt
-    info + summaries + choice            openai/summarize_from_feedback as published; ``worker`` is the annotator
-    prompt + responses as an object      {name: text}; ``preferred`` names the best one, the others tie
+prompt + completions + ranks         ranks: 0 is best, equal numbers tie
+prompt + responses (+ scores)        best first; equal scores tie
+prompt + chosen + rejected           the ordinary pair, text or turns that follow the prompt
+conversations + chosen + rejected    ShareGPT's pair: a conversation that the user ends, and two answers
+chosen + rejected                    whole conversations, or hh-rlhf's dialogues: what both begin with is the prompt
+info + summaries + choice            openai/summarize_from_feedback as published; ``worker`` is the annotator
+prompt + responses as an object      {name: text}; ``preferred`` names the best one, the others tie
 """
 
 from __future__ import annotations

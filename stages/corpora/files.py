@@ -228,9 +228,15 @@ def rows_of_parts(layout: Layout, parts: Sequence[Part], read: Callable[[str], I
 def read_file(path: Path, shown: str) -> Iterator[Row]:
     """The rows of one file; ``shown`` names it in messages. Raises DataError for what cannot be read."""
     readers: dict[str, Callable[[Path, str], Iterator[Row]]] = {
-        ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json, ".txt": _read_txt, ".csv": _read_csv, ".tsv": _read_csv,
-        ".parquet": _read_parquet, ".arrow": _read_arrow,
-    }  # fmt: skip
+        ".jsonl": _read_jsonl,
+        ".ndjson": _read_jsonl,
+        ".json": _read_json,
+        ".txt": _read_txt,
+        ".csv": _read_csv,
+        ".tsv": _read_csv,
+        ".parquet": _read_parquet,
+        ".arrow": _read_arrow,
+    }
     suffix = suffix_of(shown)
     if suffix not in readers:
         raise DataError(f"{shown}: cannot read {suffix or 'a file without a suffix'}; expected {EXPECTED}")

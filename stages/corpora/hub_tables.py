@@ -44,9 +44,12 @@ def hub_layout(repository: Repository, source: DataSource) -> Layout:
     files = [source.data_files] if isinstance(source.data_files, str) else source.data_files
     try:
         layout = layout_of(
-            repository.files, lambda name: fetch(repository, name).read_text(encoding="utf-8", errors="replace"),
-            name=source.name, data_dir=source.data_dir, data_files=files,
-        )  # fmt: skip
+            repository.files,
+            lambda name: fetch(repository, name).read_text(encoding="utf-8", errors="replace"),
+            name=source.name,
+            data_dir=source.data_dir,
+            data_files=files,
+        )
     except DataError as error:
         if repository.is_cached:  # what is missing may never have been downloaded
             raise HubUnreachable(_not_downloaded(repository, str(error))) from error

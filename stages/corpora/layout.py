@@ -81,9 +81,7 @@ def layout_of(
     return _saved(names, read) or _by_names([name for name in names if is_data(name)])
 
 
-def _within(
-    folder: str, names: list[str], read: Callable[[str], str], config: str | None, data_files: Sequence[str] | None
-) -> Layout:
+def _within(folder: str, names: list[str], read: Callable[[str], str], config: str | None, data_files: Sequence[str] | None) -> Layout:
     """The layout of the part below ``folder``."""
     if config is not None:
         raise DataError(f"name: {config} and data_dir: {folder} both choose a part of the data set; leave one out")

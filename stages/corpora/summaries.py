@@ -1,7 +1,7 @@
 """Posts to summarize, as the TL;DR data of Stiennon et al. 2020 are published; the text put to the model is theirs.
 
-    subreddit, title, post, summary                        a demonstration (tldr_3_filtered)
-    info {subreddit, title, post | article}, summaries [{text, ...}], choice, worker        a comparison of two (comparisons)
+subreddit, title, post, summary                        a demonstration (tldr_3_filtered)
+info {subreddit, title, post | article}, summaries [{text, ...}], choice, worker        a comparison of two (comparisons)
 """
 
 from __future__ import annotations

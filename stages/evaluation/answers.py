@@ -115,9 +115,7 @@ def loaded(config: EvaluationConfig, context: StepContext, name: str) -> Iterato
 # What is asked
 
 
-def ask(
-    config: EvaluationConfig, context: StepContext, prompts: list[Prompt], columns: Sequence[dict[str, Any]] | None = None
-) -> Asked:
+def ask(config: EvaluationConfig, context: StepContext, prompts: list[Prompt], columns: Sequence[dict[str, Any]] | None = None) -> Asked:
     """The questions that fit every model, and each model's token ids for them: all models answer the same prompts.
 
     ``columns``: of each prompt's row of data, those that reward functions ask for; None: none of them does.
@@ -355,9 +353,12 @@ def score_texts(
 
     runtime = context.runtime
     source = build_source(
-        reward, context.models.get(f"{place}.model"), device=runtime.device, dtype=runtime.dtype(config.precision),
+        reward,
+        context.models.get(f"{place}.model"),
+        device=runtime.device,
+        dtype=runtime.dtype(config.precision),
         cache_folder=context.cache_folder,
-    )  # fmt: skip
+    )
 
     def work(own: list[int]) -> list[tuple[float | None, bool]]:
         if not own:

@@ -41,9 +41,7 @@ class Judged:
     exclusions: list[Exclusion] = field(default_factory=list)
 
 
-def judge_all(
-    config: EvaluationConfig, context: StepContext, questions: Sequence[Question], answers: dict[str, Answers]
-) -> list[Judged]:
+def judge_all(config: EvaluationConfig, context: StepContext, questions: Sequence[Question], answers: dict[str, Answers]) -> list[Judged]:
     """Every judge on every answer, one judge at a time; the scores are kept with the answers, too."""
     from stages.corpora.judgements import load_judgements
 
@@ -193,9 +191,13 @@ def _labelling_folder(judge: PeopleJudge, config: EvaluationConfig, context: Ste
         candidates[name] = [model.digest if model is not None else None, made, rest]
     kept = {"prompt_words", "num_prompts", "samples_per_prompt", "generation"}
     key = {
-        **config.model_dump(mode="json", include=kept), "candidates": candidates, "data": fingerprint(config.data),
-        "asked": judge.num_prompts, "judge": judge.name, "seed": context.seed,
-    }  # fmt: skip
+        **config.model_dump(mode="json", include=kept),
+        "candidates": candidates,
+        "data": fingerprint(config.data),
+        "asked": judge.num_prompts,
+        "judge": judge.name,
+        "seed": context.seed,
+    }
     return step_folder(home_of(context), context.name, key)
 
 

@@ -1,9 +1,9 @@
 """What an evaluation leaves in its run folder, for the report and for other tools.
 
-    evaluation.json             candidates, win rates, judges, agreement, curves, what was left out
-    completions.jsonl           a line per question: the prompt, every completion, every score and preference
-    tokens.jsonl                the tokens of the first prompts with their KL and value (token_details)
-    alpaca_eval/<name>.json     a candidate's completions in AlpacaEval's format
+evaluation.json             candidates, win rates, judges, agreement, curves, what was left out
+completions.jsonl           a line per question: the prompt, every completion, every score and preference
+tokens.jsonl                the tokens of the first prompts with their KL and value (token_details)
+alpaca_eval/<name>.json     a candidate's completions in AlpacaEval's format
 """
 
 from __future__ import annotations

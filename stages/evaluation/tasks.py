@@ -126,9 +126,7 @@ def score_choices(
     return scores
 
 
-def encode_choice(
-    tokenizer: PreTrainedTokenizerBase, context: str, choice: str, longest: int | None = None
-) -> tuple[list[int], list[int]]:
+def encode_choice(tokenizer: PreTrainedTokenizerBase, context: str, choice: str, longest: int | None = None) -> tuple[list[int], list[int]]:
     """(context ids, choice ids). White space between the two belongs to the choice, where a tokenizer joins it to the first word.
 
     The two are encoded as the text that they make. A context too long for the model loses its beginning; an empty one is the token that

@@ -81,9 +81,13 @@ class EndpointClient:
         self.tally = Tally()
         self._lock = threading.Lock()
         self._client = JsonClient(
-            key=key, timeout=judge.timeout_seconds, retries=judge.retries, backoff_seconds=judge.backoff_seconds, sleep=sleep,
+            key=key,
+            timeout=judge.timeout_seconds,
+            retries=judge.retries,
+            backoff_seconds=judge.backoff_seconds,
+            sleep=sleep,
             counted=self._count,
-        )  # fmt: skip
+        )
 
     def __enter__(self) -> EndpointClient:
         return self

@@ -68,8 +68,9 @@ def serve(folder: Path, annotators: Sequence[str], *, host: str, port: int | Non
         if not is_loopback(host):
             console.print(
                 "Other machines can reach this server, and what is sent is not encrypted. Use it in a network that you trust, or behind a "
-                "proxy with TLS.", style="yellow",
-            )  # fmt: skip
+                "proxy with TLS.",
+                style="yellow",
+            )
         for name in annotators:
             console.print(f"  {name}: {link(base, access, name)}", soft_wrap=True, markup=False)
         console.print(f"  progress: {link(base, access, None)}", soft_wrap=True, markup=False)

@@ -265,11 +265,15 @@ def _alpaca_eval_out(labels: Labels) -> tuple[Any, dict[str, int]]:
         for i, j in combinations(range(len(task.completions)), 2):
             rows.append(
                 {
-                    "instruction": plain_text(task.asked), "output_1": task.texts[i], "output_2": task.texts[j],
-                    "generator_1": _author(task, i), "generator_2": _author(task, j), "annotator": answer.annotator,
+                    "instruction": plain_text(task.asked),
+                    "output_1": task.texts[i],
+                    "output_2": task.texts[j],
+                    "generator_1": _author(task, i),
+                    "generator_2": _author(task, j),
+                    "annotator": answer.annotator,
                     "preference": 1.5 - 0.5 * ((answer.ranks[i] < answer.ranks[j]) - (answer.ranks[i] > answer.ranks[j])),
                 }
-            )  # fmt: skip
+            )
     return rows, {}
 
 
@@ -294,10 +298,15 @@ def _pandalm_out(labels: Labels) -> tuple[Any, dict[str, int]]:
                 votes = {f"annotator{place}": _pandalm_vote(answer, i, j) for place, answer in enumerate(answers, 1)}
                 rows.append(
                     {
-                        "idx": len(rows), "instruction": plain_text(task.asked), "input": "", "response1": task.texts[i],
-                        "response2": task.texts[j], **votes, "cmp_key": f"{_author(task, i)}_{_author(task, j)}",
+                        "idx": len(rows),
+                        "instruction": plain_text(task.asked),
+                        "input": "",
+                        "response1": task.texts[i],
+                        "response2": task.texts[j],
+                        **votes,
+                        "cmp_key": f"{_author(task, i)}_{_author(task, j)}",
                     }
-                )  # fmt: skip
+                )
     return rows, {}
 
 
@@ -342,12 +351,17 @@ def _csv_out(labels: Labels) -> str:
             for index, text in enumerate(task.texts):
                 writer.writerow(
                     {
-                        "task": task.id, "annotator": answer.annotator if answer else "", "completion": index + 1,
-                        "rank": answer.ranks[index] + 1 if answer and answer.ranks else "", "author": "+".join(task.authors[index]),
-                        "prompt": plain_text(task.asked), "text": text, "seconds": answer.seconds if answer else "",
+                        "task": task.id,
+                        "annotator": answer.annotator if answer else "",
+                        "completion": index + 1,
+                        "rank": answer.ranks[index] + 1 if answer and answer.ranks else "",
+                        "author": "+".join(task.authors[index]),
+                        "prompt": plain_text(task.asked),
+                        "text": text,
+                        "seconds": answer.seconds if answer else "",
                         "time": answer.time if answer else "",
                     }
-                )  # fmt: skip
+                )
     return made.getvalue()
 
 
@@ -378,11 +392,17 @@ def _csv_in(text: str, labels: Labels, found: Incoming) -> None:
 # The two directions
 
 WRITERS: dict[str, Callable[[Labels], tuple[Any, dict[str, int]]]] = {
-    "argilla": _argilla_out, "label-studio": _label_studio_out, "alpaca-eval": _alpaca_eval_out, "pandalm": _pandalm_out,
-}  # fmt: skip
+    "argilla": _argilla_out,
+    "label-studio": _label_studio_out,
+    "alpaca-eval": _alpaca_eval_out,
+    "pandalm": _pandalm_out,
+}
 READERS: dict[str, Callable[[Any, Labels, Incoming], None]] = {
-    "argilla": _argilla_in, "label-studio": _label_studio_in, "alpaca-eval": _alpaca_eval_in, "pandalm": _pandalm_in,
-}  # fmt: skip
+    "argilla": _argilla_in,
+    "label-studio": _label_studio_in,
+    "alpaca-eval": _alpaca_eval_in,
+    "pandalm": _pandalm_in,
+}
 
 
 def export_labels(folder: Path, kind: str, path: Path) -> str:

@@ -166,9 +166,13 @@ def _check(used: Sequence[LabelAnswer], name: str, text: str) -> dict[str, Any]:
     kappa = sum(cohens_kappa(first, second) * len(first) for first, second in columns.values()) / number if number else math.nan
     same = sum(a == b for first, second in columns.values() for a, b in zip(first, second, strict=True))
     return {
-        "text": text, "share": sum(ticked) / len(ticked) if ticked else math.nan, "n": len(ticked), "kappa": kappa, "compared": number,
+        "text": text,
+        "share": sum(ticked) / len(ticked) if ticked else math.nan,
+        "n": len(ticked),
+        "kappa": kappa,
+        "compared": number,
         "agreement": same / number if number else math.nan,
-    }  # fmt: skip
+    }
 
 
 # Bias

@@ -271,9 +271,16 @@ def base_url(bound: socket.socket, host: str) -> str:
 def make_server(server: LabelServer) -> uvicorn.Server:
     """uvicorn over the application. It logs no addresses, since they hold tokens."""
     config = uvicorn.Config(
-        server.app(), loop="asyncio", http="h11", ws="none", lifespan="off", access_log=False, log_level="warning", server_header=False,
+        server.app(),
+        loop="asyncio",
+        http="h11",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
         timeout_graceful_shutdown=2,
-    )  # fmt: skip
+    )
     return uvicorn.Server(config)
 
 

@@ -66,9 +66,16 @@ def _annotators(content: dict[str, Any]) -> Table:
             verdict = {None: f"{screening['answered']} of {screening['of']}", True: "let in", False: "not let in"}[screening["passed"]]
             state = f"{verdict}, {percent(screening['ranking_agreement'])}"
         table.add_row(
-            Text(row["name"]), str(row["answers"]), str(row["skipped"]), str(row["flagged"]), str(row["corrected"]),
-            _number(row["median_seconds"], ".0f"), percent(row["ties"]), _interval(row["against_the_rest"]), state,
-        )  # fmt: skip
+            Text(row["name"]),
+            str(row["answers"]),
+            str(row["skipped"]),
+            str(row["flagged"]),
+            str(row["corrected"]),
+            _number(row["median_seconds"], ".0f"),
+            percent(row["ties"]),
+            _interval(row["against_the_rest"]),
+            state,
+        )
     return table
 
 

@@ -64,10 +64,16 @@ def attach_lora(
     head = [r".*(classifier|score)(\..*)?"] if task == "SEQ_CLS" else []
     excluded = "|".join([*head, *map(re.escape, state_space_products(plain))]) if lora.target_modules == "all-linear" else None
     config = LoraConfig(
-        r=lora.r, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules, exclude_modules=excluded or None,
+        r=lora.r,
+        lora_alpha=alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        exclude_modules=excluded or None,
         task_type=task,
-        bias="none", modules_to_save=list(lora.modules_to_save) or None, trainable_token_indices=_rows_to_train(plain, lora, new_rows),
-    )  # fmt: skip
+        bias="none",
+        modules_to_save=list(lora.modules_to_save) or None,
+        trainable_token_indices=_rows_to_train(plain, lora, new_rows),
+    )
     below = active_adapters(model)
     _refuse_clash(plain, "a fresh adapter", config)
     try:

@@ -18,9 +18,17 @@ if TYPE_CHECKING:
 
 # transformers reads most fields of a config unchecked, so that a wrong one fails in whatever is computed from it.
 FAILURES = (
-    ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, SafetensorError, StrictDataclassError, TypeError,
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
     ValueError,
-)  # fmt: skip
+)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 
 

@@ -103,9 +103,10 @@ def _has_plain_products(module: nn.Module) -> bool:
 def _alike(module: nn.Module) -> tuple[Any, ...]:
     """What two layers must agree in to compute the same function of their weights: the class and the plain settings on it."""
     settings = tuple(
-        (name, value) for name, value in sorted(vars(module).items())
+        (name, value)
+        for name, value in sorted(vars(module).items())
         if isinstance(value, bool | int | float | str) and name not in ("layer_idx", "training")
-    )  # fmt: skip
+    )
     activations = tuple(type(getattr(module, name, None)) for name in ACTIVATIONS)
     return (type(module), settings, activations, tuple(name for name, _ in module.named_parameters()))
 
@@ -133,9 +134,7 @@ def _is_equal(module: Any, lean: Any) -> bool:
     width = next(module.parameters()).shape[-1]
     x = torch.cat([torch.randn(4, width, generator=generator) * size for size in PROBE_SIZES])
     try:
-        return all(
-            torch.allclose(lean.lean(probe, x), probe.train(training)(x), rtol=1e-4, atol=1e-6) for training in (True, False)
-        )  # fmt: skip
+        return all(torch.allclose(lean.lean(probe, x), probe.train(training)(x), rtol=1e-4, atol=1e-6) for training in (True, False))
     except (AttributeError, RuntimeError, TypeError):
         return False
 

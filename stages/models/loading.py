@@ -158,9 +158,7 @@ def load_classifier(
         options["num_labels"] = len(labels)
         options["id2label"] = dict(enumerate(labels))
         options["label2id"] = {label: index for index, label in enumerate(labels)}
-    loaded = _load(
-        AutoModelForSequenceClassification, model, dtype, tokenizer, trainable, lora, require_head=require_head, options=options
-    )
+    loaded = _load(AutoModelForSequenceClassification, model, dtype, tokenizer, trainable, lora, require_head=require_head, options=options)
     return _finish(*loaded, model, lora, "SEQ_CLS", trainable, dropout)
 
 
@@ -304,8 +302,10 @@ def _refuse_unquantized(loaded: nn.Module, model: ResolvedModel) -> None:
     if left > taken:
         logger.warning(
             "quantization: %s reaches %.0f %% of the large weights of %s; its experts are no linear layers and stay whole",
-            model.input.quantization, 100 * taken / (taken + left), model.ref,
-        )  # fmt: skip
+            model.input.quantization,
+            100 * taken / (taken + left),
+            model.ref,
+        )
 
 
 def _keep_4bit_layout(model: nn.Module) -> None:
@@ -489,9 +489,7 @@ def _refuse_pickle(model: ResolvedModel, path: str) -> None:
         raise ModelError(f"{model.ref!r} ({path}) holds no *.safetensors; expected a folder written by save_pretrained")
 
 
-def _refuse_missing(
-    loaded: Any, report: dict[str, Any], model: ResolvedModel, require_head: bool, supplied: Collection[str] = ()
-) -> None:
+def _refuse_missing(loaded: Any, report: dict[str, Any], model: ResolvedModel, require_head: bool, supplied: Collection[str] = ()) -> None:
     """Raise ModelError where transformers filled weights with random numbers that the checkpoint does not have."""
     missing = sorted(set(report["missing_keys"]))
     wrong = sorted(str(item[0] if isinstance(item, tuple) else item) for item in report.get("mismatched_keys", ()))

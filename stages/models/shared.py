@@ -156,4 +156,3 @@ class RoleParameters(nn.Module):
         super().__init__()
         for name, parameter in named:
             self.register_parameter(name.replace(".", "/"), parameter)
-

@@ -19,8 +19,14 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER_FILES = (
-    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 
 
 def is_adapter(model: ResolvedModel) -> bool:
@@ -31,8 +37,11 @@ def is_adapter(model: ResolvedModel) -> bool:
         from transformers.utils import cached_file
 
         found = cached_file(
-            model.path, ADAPTER_CONFIG, revision=model.input.revision,
-            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+            model.path,
+            ADAPTER_CONFIG,
+            revision=model.input.revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
             _raise_exceptions_for_gated_repo=False,
         )
         return found is not None

@@ -89,9 +89,7 @@ def trained(weights: float, optimizer: str) -> Memory:
     return Memory(gradients=FP32 * weights, optimizer=moments(weights, optimizer))
 
 
-def activations(
-    shape: Shape, tokens: float, compute: int, *, checkpointing: bool = False, lora: bool = False, lean: bool = False
-) -> float:
+def activations(shape: Shape, tokens: float, compute: int, *, checkpointing: bool = False, lora: bool = False, lean: bool = False) -> float:
     """What a forward pass over ``tokens`` keeps for its backward pass, and that pass's own largest tensors."""
     # In half precision a norm still keeps its input in fp32.
     layer = shape.saved_per_token(lean=lean) * compute + (2 * shape.hidden * FP32 if compute < FP32 else 0)

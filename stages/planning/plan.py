@@ -39,8 +39,11 @@ class StepMemory:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "name": self.name, "bytes": self.memory.as_json() if self.memory is not None else None, "note": self.note, "advice": self.advice
-        }  # fmt: skip
+            "name": self.name,
+            "bytes": self.memory.as_json() if self.memory is not None else None,
+            "note": self.note,
+            "advice": self.advice,
+        }
 
 
 def plan_memory(

@@ -51,9 +51,14 @@ class View:
 def memory_of(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory | None:
     """The estimate of a step; None where the size of a model it reads is unknown."""
     estimate = {
-        "pretraining": _pretraining, "sft": _sft, "dpo": _dpo, "reward_model": _reward_model, "sentiment": _sentiment, "ppo": _ppo,
+        "pretraining": _pretraining,
+        "sft": _sft,
+        "dpo": _dpo,
+        "reward_model": _reward_model,
+        "sentiment": _sentiment,
+        "ppo": _ppo,
         "evaluation": _evaluation,
-    }.get(config.stage)  # fmt: skip
+    }.get(config.stage)
     if estimate is None or any(view.shape.vocabulary == 0 for view in models.values()):
         return None
     memory = estimate(config, models, lengths, machine, processes)

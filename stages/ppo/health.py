@@ -17,9 +17,19 @@ from stages.config import Strict
 
 Metrics = Mapping[str, float]
 AlarmName = Literal[
-    "negative_kl", "exploding_kl", "policies_disagree", "ratio_blow_up", "value_blow_up", "entropy_collapse", "length_drift", "repetition",
-    "sameness", "missing_eos", "flat_reward", "reward_hacking",
-]  # fmt: skip
+    "negative_kl",
+    "exploding_kl",
+    "policies_disagree",
+    "ratio_blow_up",
+    "value_blow_up",
+    "entropy_collapse",
+    "length_drift",
+    "repetition",
+    "sameness",
+    "missing_eos",
+    "flat_reward",
+    "reward_hacking",
+]
 
 
 class HealthSettings(Strict):
@@ -301,6 +311,16 @@ def _reward_hacking(history: History, settings: HealthSettings) -> Iterator[Alar
 
 
 CHECKS: tuple[Callable[[History, HealthSettings], Iterator[Alarm]], ...] = (
-    _negative_kl, _exploding_kl, _policies_disagree, _ratio_blow_up, _value_blow_up, _entropy_collapse, _length_drift, _repetition,
-    _sameness, _missing_eos, _flat_reward, _reward_hacking,
-)  # fmt: skip
+    _negative_kl,
+    _exploding_kl,
+    _policies_disagree,
+    _ratio_blow_up,
+    _value_blow_up,
+    _entropy_collapse,
+    _length_drift,
+    _repetition,
+    _sameness,
+    _missing_eos,
+    _flat_reward,
+    _reward_hacking,
+)

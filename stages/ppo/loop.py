@@ -54,9 +54,11 @@ class PPORun:
         self.roles = roles = load_roles(config, context)
         runtime.say_model(f"{config.name}: policy", roles.policy.model, dtype)
         sources: dict[str, Any] = {
-            "device": runtime.device, "dtype": dtype, "load": lambda model: roles.load_reward_model(model, dtype=dtype),
+            "device": runtime.device,
+            "dtype": dtype,
+            "load": lambda model: roles.load_reward_model(model, dtype=dtype),
             "cache_folder": context.cache_folder,
-        }  # fmt: skip
+        }
         self.reward = build_reward(config.reward, context.models, "reward", **sources)
         self.monitors = build_reward(config.monitors, context.models, "monitors", **sources)
         judges = [module for module in (*self.reward.modules(), *self.monitors.modules()) if not roles.shares(module)]
@@ -67,18 +69,29 @@ class PPORun:
         self.optimizers = {name: make_optimizer(grouped(group), config.training) for name, group in parameters.items()}
         self.average = WeightAverage(roles.networks()["policy"], config.ema_decay) if config.ema_decay is not None else None
         self.updater = Updater(
-            roles, self.optimizers, config, average=self.average, pretraining_rows=self.pretraining_rows,
-            process_index=runtime.process_index, num_processes=runtime.num_processes,
-        )  # fmt: skip
+            roles,
+            self.optimizers,
+            config,
+            average=self.average,
+            pretraining_rows=self.pretraining_rows,
+            process_index=runtime.process_index,
+            num_processes=runtime.num_processes,
+        )
         self.controller = (
             FixedKLController(config.kl_coef)
             if config.kl_target is None
             else AdaptiveKLController(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
         )
         self.keeper = RunKeeper(
-            context.checkpoint_folder / "ppo", runtime, roles.networks(), self.optimizers, self.average,
-            keep_last=config.keep_last, keep_best=config.keep_best, seconds=config.checkpoint_seconds,
-        )  # fmt: skip
+            context.checkpoint_folder / "ppo",
+            runtime,
+            roles.networks(),
+            self.optimizers,
+            self.average,
+            keep_last=config.keep_last,
+            keep_best=config.keep_best,
+            seconds=config.checkpoint_seconds,
+        )
         self.health = Health(config.health)
         self.matmul_peak = peak_of(runtime.device, dtype)
         self.state = RunState(kl_coef=config.kl_coef)

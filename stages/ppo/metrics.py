@@ -57,8 +57,12 @@ def iteration_metrics(
         "responses/distinct_share": len(set(rollout.completions)) / len(rollout.completions),
         "policy/sampling_gap": rollout.sampling_gap,
         **speed_metrics(
-            rollout.seconds, episodes=len(rollout.prompts), response_tokens=int(lengths.sum()), trained_tokens=result.tokens,
-            operations=result.operations, peak=matmul_peak,
+            rollout.seconds,
+            episodes=len(rollout.prompts),
+            response_tokens=int(lengths.sum()),
+            trained_tokens=result.tokens,
+            operations=result.operations,
+            peak=matmul_peak,
         ),
         **{f"memory/{phase}_gpu_gib": peak / 2**30 for phase, peak in rollout.gpu_memory.items()},
     }

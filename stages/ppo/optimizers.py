@@ -20,9 +20,7 @@ class TensorFlowAdam(torch.optim.Optimizer):
     first steps are larger (https://huggingface.co/blog/the_n_implementation_details_of_rlhf_with_ppo).
     """
 
-    def __init__(
-        self, params: Iterable[Tensor], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
-    ) -> None:
+    def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
 
     @torch.no_grad()

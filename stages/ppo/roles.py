@@ -143,9 +143,7 @@ def _adapted_roles(config: PPOStepConfig, context: StepContext) -> Roles:
     value, extra = _adapted_value(config, context, backbone)
     model = backbone.model
     head = _shared_value_head(config, model)
-    policy = Policy(
-        model, temperature=temperature, autocast=_autocast(dtype), shared_value_head=head, activate=backbone.activation(acting)
-    )
+    policy = Policy(model, temperature=temperature, autocast=_autocast(dtype), shared_value_head=head, activate=backbone.activation(acting))
     if config.reference is None:
         reference = Policy(model, temperature=temperature, autocast=_autocast(dtype), activate=backbone.activation(below))
     elif backbone.holds(context.models["reference"]):

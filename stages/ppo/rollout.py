@@ -140,9 +140,15 @@ def collect(
     details = Details(columns or {}).rows(own)
     with whole(*roles.models()):  # the processes sample and measure apart
         share = _collect_share(
-            roles, reward, monitors, [prompts[row] for row in own], [prompt_ids[row] for row in own], [seeds[row] for row in own], config,
+            roles,
+            reward,
+            monitors,
+            [prompts[row] for row in own],
+            [prompt_ids[row] for row in own],
+            [seeds[row] for row in own],
+            config,
             details,
-        )  # fmt: skip
+        )
     if num_processes == 1:
         return share
     from accelerate.utils import gather_object
@@ -167,9 +173,7 @@ def _collect_share(
     stop, late = ending_tokens(policy.model, roles.tokenizer, config.generation)
     policy.activate()
     with measured_gpu_memory(gpu_memory, "generation"), policy.precision():
-        generated = generate(
-            policy.model, prompt_ids, config.generation, seeds=seeds, stop_ids=stop, late_stop_ids=late, pad_token_id=pad
-        )
+        generated = generate(policy.model, prompt_ids, config.generation, seeds=seeds, stop_ids=stop, late_stop_ids=late, pad_token_id=pad)
     completions = decode_completions(roles.tokenizer, generated)
     mask = generated.response_mask.cpu()
     responses = [ids[kept].tolist() for ids, kept in zip(generated.response_ids.cpu(), mask, strict=True)]

@@ -190,9 +190,12 @@ class Updater:
 
             def term(logprobs: Tensor, entropies: Tensor, rows: slice, flat: dict[str, Tensor] = flat) -> Tensor:
                 terms = policy_terms(
-                    logprobs, flat["rollout_logprobs"][rows], flat["advantages"][rows],
-                    clip_range=config.clip_range, dual_clip=config.dual_clip,
-                )  # fmt: skip
+                    logprobs,
+                    flat["rollout_logprobs"][rows],
+                    flat["advantages"][rows],
+                    clip_range=config.clip_range,
+                    dual_clip=config.dual_clip,
+                )
                 return terms - config.entropy_coef * entropies if config.entropy_coef else terms
 
             with torch.set_grad_enabled(train_policy or roles.value is None):
@@ -341,9 +344,21 @@ class Updater:
 
 
 SUMS = (
-    "tokens", "states", "policy_loss", "value_loss", "entropy", "approx_kl", "clipped", "value_clipped", "ratio", "ratio_squared", "error",
-    "returns", "returns_squared", "values",
-)  # fmt: skip
+    "tokens",
+    "states",
+    "policy_loss",
+    "value_loss",
+    "entropy",
+    "approx_kl",
+    "clipped",
+    "value_clipped",
+    "ratio",
+    "ratio_squared",
+    "error",
+    "returns",
+    "returns_squared",
+    "values",
+)
 
 
 def _policy_metrics(sums: dict[str, float], largest: float) -> dict[str, float]:

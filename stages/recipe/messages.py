@@ -13,13 +13,22 @@ from stages.errors import RecipeError, StagesError
 from stages.recipe.source import RecipeSource, Steps, nearest
 
 EXPECTED = {
-    "float_type": "a number", "int_type": "a whole number", "int_from_float": "a whole number", "string_type": "text",
-    "bool_type": "true or false", "list_type": "a list", "dict_type": "a block of fields", "model_type": "a block of fields",
-    "greater_than": "a number above {gt}", "greater_than_equal": "a number of at least {ge}",
-    "less_than": "a number below {lt}", "less_than_equal": "a number of at most {le}",
-    "literal_error": "one of {expected}", "string_pattern_mismatch": "letters, digits and _-. after a first letter or digit",
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a block of fields",
+    "model_type": "a block of fields",
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "a number of at least {ge}",
+    "less_than": "a number below {lt}",
+    "less_than_equal": "a number of at most {le}",
+    "literal_error": "one of {expected}",
+    "string_pattern_mismatch": "letters, digits and _-. after a first letter or digit",
     "too_short": "at least {min_length} items",
-}  # fmt: skip
+}
 
 SECRET_FIELD = re.compile(r"(?i)api_?key|secret|passw|credential")  # someone may have written the secret itself where its name belongs
 
@@ -43,8 +52,14 @@ def _explained(problem: Any, model: type[Any], content: Any, path: Steps, source
     if kind == "extra_forbidden":
         known = sorted({name for block in _blocks_at(model, location[:-1]) for name in block.model_fields})
         return source.error(where, f"unknown field {str(location[-1])!r}; {nearest(location[-1], known)}{more}")
-    description = next((block.model_fields[location[-1]].description for block in _blocks_at(model, location[:-1])
-                        if location and location[-1] in block.model_fields), None)  # fmt: skip
+    description = next(
+        (
+            block.model_fields[location[-1]].description
+            for block in _blocks_at(model, location[:-1])
+            if location and location[-1] in block.model_fields
+        ),
+        None,
+    )
     about = f" {location[-1]}: {description}" if description else ""
     if kind == "missing":
         return source.error(where, f"this field is missing.{about}{more}")

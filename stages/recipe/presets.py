@@ -111,9 +111,19 @@ _Z_MISSING = {"sft": "Ziegler et al. begin from a pretrained model without fine-
 
 
 def _ziegler(
-    *, length: int, stop: str, after: int, temperature: float, kl_coef: float, adaptive: bool, whiten: bool, batch: int,
-    rate: float, reward_rate: float, reward_batch: int,
-) -> Preset:  # fmt: skip
+    *,
+    length: int,
+    stop: str,
+    after: int,
+    temperature: float,
+    kl_coef: float,
+    adaptive: bool,
+    whiten: bool,
+    batch: int,
+    rate: float,
+    reward_rate: float,
+    reward_batch: int,
+) -> Preset:
     launch = "LMHP launch.py"
     samples = {
         "normalization.generation.temperature": Value(temperature, launch),
@@ -137,13 +147,29 @@ def _ziegler(
 
 
 _STYLE = _ziegler(
-    length=24, stop=".", after=16, temperature=0.7, kl_coef=0.15, adaptive=True, whiten=True, batch=512, rate=1e-5, reward_rate=5e-5,
+    length=24,
+    stop=".",
+    after=16,
+    temperature=0.7,
+    kl_coef=0.15,
+    adaptive=True,
+    whiten=True,
+    batch=512,
+    rate=1e-5,
+    reward_rate=5e-5,
     reward_batch=32,
-)  # fmt: skip
+)
 _SUMMARIES: dict[str, Any] = {
-    "length": 75, "stop": "\n", "after": 55, "adaptive": False, "whiten": False, "batch": 32, "rate": 2e-6, "reward_rate": 2.5e-5,
+    "length": 75,
+    "stop": "\n",
+    "after": 55,
+    "adaptive": False,
+    "whiten": False,
+    "batch": 32,
+    "rate": 2e-6,
+    "reward_rate": 2.5e-5,
     "reward_batch": 16,
-}  # fmt: skip
+}
 
 # Stiennon et al. 2020
 
@@ -232,34 +258,48 @@ _PRETRAINING_DATA = "texts of the pretraining distribution"
 
 def _instructgpt(*, sft_rate: float, init_rate: float, sft_batch: int, value_rate: float, init: bool) -> Preset:
     if init:
-        sft = _I_ADAM | _I_COSINE | {
-            "training.epochs": Value(2.0, "I C.3"),
-            "training.learning_rate": Value(init_rate, "I C.3"),
-            "training.batch_size": Value(sft_batch, "I C.3"),
-            "pretraining_mix.share": Value(0.1, "I C.3, E.8: 10 % pretraining data"),
-            "residual_dropout": ours(None, "C.1 gives it for supervised fine-tuning alone"),
-            "completion_only_loss": ours(True, UNSAID),
-        }  # fmt: skip
+        sft = (
+            _I_ADAM
+            | _I_COSINE
+            | {
+                "training.epochs": Value(2.0, "I C.3"),
+                "training.learning_rate": Value(init_rate, "I C.3"),
+                "training.batch_size": Value(sft_batch, "I C.3"),
+                "pretraining_mix.share": Value(0.1, "I C.3, E.8: 10 % pretraining data"),
+                "residual_dropout": ours(None, "C.1 gives it for supervised fine-tuning alone"),
+                "completion_only_loss": ours(True, UNSAID),
+            }
+        )
         required = {"pretraining_mix.data": f"{_PRETRAINING_DATA}, of which one row in ten is (I C.3)"}
         return Preset(
-            "Ouyang et al. 2022", {"sft": sft}, {stage: "init is the model that PPO begins from" for stage in ("reward_model", "ppo")},
+            "Ouyang et al. 2022",
+            {"sft": sft},
+            {stage: "init is the model that PPO begins from" for stage in ("reward_model", "ppo")},
             required={"sft": required},
-        )  # fmt: skip
-    sft = _I_ADAM | _I_COSINE | {
-        "training.epochs": Value(16.0, "I 3.5, C.1"),
-        "training.learning_rate": Value(sft_rate, "I C.1"),
-        "training.batch_size": Value(sft_batch, "I C.1"),
-        "residual_dropout": Value(0.2, "I C.1"),
-        "completion_only_loss": ours(True, UNSAID),
-    }  # fmt: skip
-    reward = _I_ADAM | _I_COSINE | {
-        "loss": Value("pairs", "I equation 1: all C(K, 2) pairs of a prompt as one element"),
-        "training.epochs": Value(1.0, "I C.2"),
-        "training.learning_rate": Value(9e-6, "I C.2"),
-        "training.batch_size": Value(64, "I C.2: prompts"),
-        "normalization.to": Value("center", "I 3.5: demonstrations have a mean score of 0"),
-        "normalization.on": Value("demonstrations", "I 3.5"),
-    }  # fmt: skip
+        )
+    sft = (
+        _I_ADAM
+        | _I_COSINE
+        | {
+            "training.epochs": Value(16.0, "I 3.5, C.1"),
+            "training.learning_rate": Value(sft_rate, "I C.1"),
+            "training.batch_size": Value(sft_batch, "I C.1"),
+            "residual_dropout": Value(0.2, "I C.1"),
+            "completion_only_loss": ours(True, UNSAID),
+        }
+    )
+    reward = (
+        _I_ADAM
+        | _I_COSINE
+        | {
+            "loss": Value("pairs", "I equation 1: all C(K, 2) pairs of a prompt as one element"),
+            "training.epochs": Value(1.0, "I C.2"),
+            "training.learning_rate": Value(9e-6, "I C.2"),
+            "training.batch_size": Value(64, "I C.2: prompts"),
+            "normalization.to": Value("center", "I 3.5: demonstrations have a mean score of 0"),
+            "normalization.on": Value("demonstrations", "I 3.5"),
+        }
+    )
     ppo = _I_ADAM | {
         "value": Value(None, "I C.4: a separate network that starts from the reward model (null: the first reward model)"),
         "total_episodes": Value(256_000, "I C.4"),
@@ -294,7 +334,7 @@ def _instructgpt(*, sft_rate: float, init_rate: float, sft_batch: int, value_rat
         "ema_decay": Value(0.992, "I C.4"),
         "ema_cadence": ours("optimizer_step", UNSAID),
         "target_update_kl": ours(None, UNSAID),
-    }  # fmt: skip
+    }
     return Preset(
         "Ouyang et al. 2022",
         {"sft": sft, "reward_model": reward, "ppo": ppo},
@@ -331,20 +371,28 @@ _H_COSINE: Settings = {
 _HUANG = Preset(
     "Huang et al. 2024",
     {
-        "sft": _H_ADAM | _H_COSINE | _TLDR_FIT | {
+        "sft": _H_ADAM
+        | _H_COSINE
+        | _TLDR_FIT
+        | {
             "training.batch_size": Value(128, "H, hyperparameters of SFT"),
             "completion_only_loss": Value(False, "N+ sft.py: only padding is left out of the loss"),
             "residual_dropout": Value(0.0, "N+ disable_dropout: none anywhere"),
             "max_length": Value(562, "N+ README max_sft_query_response_length"),
         },
-        "reward_model": _H_ADAM | _H_COSINE | _TLDR_FIT | {
+        "reward_model": _H_ADAM
+        | _H_COSINE
+        | _TLDR_FIT
+        | {
             "loss": Value("pairs", "N+ reward.py"),
             "training.batch_size": Value(64, "H, hyperparameters of the reward model"),
             "max_length": Value(638, "N+ README max_rm_query_response_length"),
             "normalization.to": Value("center", "N+ reward.py: config.bias"),
             "normalization.on": Value("demonstrations", "N+ reward.py"),
         },
-        "ppo": _H_ADAM | _TLDR_FIT | {
+        "ppo": _H_ADAM
+        | _TLDR_FIT
+        | {
             "value": Value(None, "N+ ppo.py: a separate network that starts from the reward model (null: the first reward model)"),
             "total_episodes": Value(1_000_000, "N+ Args.total_episodes"),
             "rollout_batch_size": Value(512, "H, hyperparameters of PPO"),
@@ -377,7 +425,7 @@ _HUANG = Preset(
             "target_update_kl": Value(None, "N+ ppo.py"),
         },
     },
-)  # fmt: skip
+)
 
 PRESETS: dict[str, Preset] = {
     "ziegler2019": _STYLE,

@@ -282,7 +282,7 @@ def _usage(record: ModelRecord, is_adapter: bool) -> list[tuple[str, str]]:
         return [
             (
                 f"The adapter belongs to `{base['ref']}`; {where}.",
-                'from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n'
+                "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
                 'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "FOLDER")',
             ),
             ("", "lm_eval --model hf --model_args pretrained=BASE,peft=FOLDER --tasks ..."),

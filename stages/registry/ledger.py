@@ -34,7 +34,16 @@ if TYPE_CHECKING:
 MANIFEST_VERSION = 1
 ROLES = ("language_model", "reward_model", "classifier", "value_model")
 RECORDED_PACKAGES = (
-    "tristage", "torch", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "datasets", "bitsandbytes", "trl",
+    "tristage",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "peft",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+    "trl",
 )
 SEGMENT = r"(?=[^/]*[A-Za-z_-])[A-Za-z0-9][A-Za-z0-9_.-]*"  # a digit-only segment could be mistaken for a version folder
 NAME = re.compile(rf"{SEGMENT}(/{SEGMENT})?")

@@ -37,8 +37,10 @@ def _key_result(step: StepFolder) -> str:
     if step.evaluation is not None:
         return f"{step.evaluation['prompts']} prompts"
     for key, form in (
-        ("heldout_accuracy", "accuracy {:.3f}"), ("heldout_perplexity_after", "perplexity {:.2f}"), ("heldout_loss_after", "loss {:.3f}"),
-    ):  # fmt: skip
+        ("heldout_accuracy", "accuracy {:.3f}"),
+        ("heldout_perplexity_after", "perplexity {:.2f}"),
+        ("heldout_loss_after", "loss {:.3f}"),
+    ):
         if isinstance(metrics.get(key), int | float):
             return form.format(metrics[key])
     return ""

@@ -53,9 +53,13 @@ def frontier(
             known = [point for point in curve if judge in point["scores"]]
             kls, means = [point["kl"] for point in known], [point["scores"][judge]["mean"] for point in known]
             axes.fill_between(
-                kls, [point["scores"][judge]["ci_low"] for point in known], [point["scores"][judge]["ci_high"] for point in known],
-                color=SERIES[colors[name]], alpha=0.15, linewidth=0,
-            )  # fmt: skip
+                kls,
+                [point["scores"][judge]["ci_low"] for point in known],
+                [point["scores"][judge]["ci_high"] for point in known],
+                color=SERIES[colors[name]],
+                alpha=0.15,
+                linewidth=0,
+            )
             axes.plot(kls, means, "-", color=SERIES[colors[name]])
             axes.plot(kls, means, "o", color=SERIES[colors[name]], markersize=3)
             numbered += known[1:]

@@ -22,13 +22,38 @@ VARIABLES = {INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)", PAPER:
     color: f"var(--s{number})" for number, color in enumerate(SERIES)
 }
 RC: Any = {
-    "svg.fonttype": "none", "svg.hashsalt": "tristage", "font.size": 9.5, "font.family": "sans-serif", "axes.linewidth": 0.8,
-    "axes.edgecolor": LINE, "axes.labelcolor": SOFT, "axes.titlecolor": INK, "text.color": INK, "xtick.color": LINE, "ytick.color": LINE,
-    "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT, "axes.facecolor": "none", "figure.facecolor": "none", "grid.color": LINE,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.titlepad": 8,
-    "axes.grid": True, "grid.linewidth": 0.6, "axes.axisbelow": True, "xtick.major.size": 3, "ytick.major.size": 0, "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round", "text.parse_math": False, "axes.formatter.limits": (-3, 4), "axes.unicode_minus": True,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tristage",
+    "font.size": 9.5,
+    "font.family": "sans-serif",
+    "axes.linewidth": 0.8,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": SOFT,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": SOFT,
+    "ytick.labelcolor": SOFT,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "grid.color": LINE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.grid": True,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "text.parse_math": False,
+    "axes.formatter.limits": (-3, 4),
+    "axes.unicode_minus": True,
+}
 
 
 @dataclass(frozen=True)

@@ -95,9 +95,13 @@ def calibration(step: StepFolder) -> Figure | None:
     axes.plot([low, 1], [low, 1], color=LINE, linewidth=1)
     intervals = [_wilson(item["accuracy"], item["count"]) for item in bins]
     interval_points(
-        axes, [item["confidence"] for item in bins], [item["accuracy"] for item in bins],
-        [end[0] for end in intervals], [end[1] for end in intervals], SERIES[1],
-    )  # fmt: skip
+        axes,
+        [item["confidence"] for item in bins],
+        [item["accuracy"] for item in bins],
+        [end[0] for end in intervals],
+        [end[1] for end in intervals],
+        SERIES[1],
+    )
     axes.set_xlabel("how sure it is")
     axes.set_ylabel("how often it is right")
     error = step.metrics.get("heldout_calibration_error")
@@ -118,9 +122,13 @@ def calibration(step: StepFolder) -> Figure | None:
         intervals = [_wilson(item["accuracy"], item["pairs"]) for _, item in named]
         canvas.axes.axhline(0.5, color=LINE, linewidth=1)
         interval_points(
-            canvas.axes, list(range(len(named))), [item["accuracy"] for _, item in named],
-            [end[0] for end in intervals], [end[1] for end in intervals], SERIES[1],
-        )  # fmt: skip
+            canvas.axes,
+            list(range(len(named))),
+            [item["accuracy"] for _, item in named],
+            [end[0] for end in intervals],
+            [end[1] for end in intervals],
+            SERIES[1],
+        )
         canvas.axes.set_xticks(range(len(named)), [short(name, 60 // len(named)) for name, _ in named])
         canvas.axes.set_xlabel(label)
         canvas.axes.set_ylabel("accuracy")
@@ -130,9 +138,7 @@ def calibration(step: StepFolder) -> Figure | None:
     caption = (
         f"Held-out data. On the diagonal it is as sure as it is right; below, it is too sure. Bars are Wilson's 95 % intervals{pairs}."
     )
-    return Figure(
-        f"calibration-{step.name}", f"Can {step.name} be trusted?", caption, panels, [], ["", "value", "accuracy", "count"], rows
-    )
+    return Figure(f"calibration-{step.name}", f"Can {step.name} be trusted?", caption, panels, [], ["", "value", "accuracy", "count"], rows)
 
 
 def _wilson(share: float, number: int) -> tuple[float, float]:

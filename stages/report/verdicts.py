@@ -100,9 +100,13 @@ def _interval_row(name: str, rate: Row, color: int) -> Row:
 def _columns(evaluation: Row, judges: Sequence[str]) -> Row:
     """Headings and cells of the table of candidates."""
     shown = {
-        "length_words": ("words", "{:.1f}"), "stopped_share": ("ended by itself", "{:.0%}"), "distinct_2": ("distinct bigrams", "{:.3f}"),
-        "perplexity": ("perplexity", "{:.4g}"), "bits_per_byte": ("bits per byte", "{:.3f}"), "kl": ("KL (nats)", "{:.2f}"),
-    }  # fmt: skip
+        "length_words": ("words", "{:.1f}"),
+        "stopped_share": ("ended by itself", "{:.0%}"),
+        "distinct_2": ("distinct bigrams", "{:.3f}"),
+        "perplexity": ("perplexity", "{:.4g}"),
+        "bits_per_byte": ("bits per byte", "{:.3f}"),
+        "kl": ("KL (nats)", "{:.2f}"),
+    }
     rows = evaluation["candidates"]
     scoring = [judge for judge in judges if any(judge in row["scores"] for row in rows.values())]
     keys = [key for key in shown if any(row.get(key) is not None for row in rows.values())]

@@ -107,9 +107,7 @@ def _by_margin(margins: Tensor, correct: Tensor) -> list[dict[str, float | None]
     return rows
 
 
-def _by_length(
-    comparisons: Sequence[EncodedComparison], scores: Tensor, better: Tensor, worse: Tensor, correct: Tensor
-) -> dict[str, Any]:
+def _by_length(comparisons: Sequence[EncodedComparison], scores: Tensor, better: Tensor, worse: Tensor, correct: Tensor) -> dict[str, Any]:
     """Accuracy where the better completion is longer, shorter, about as long; and how often the longer one scores higher.
 
     Without a bias ``prefers_longer`` is near ``longer_is_better``, the share of pairs in which people liked the longer one.

@@ -92,9 +92,11 @@ class RewardModelConfig(TrainingStepConfig):
     )
     normalization: Normalization = Normalization()
     num_seeds: int = Field(
-        1, ge=1, description="Train so many times and keep the best (Stiennon et al. 2020). Half of the held-out comparisons decide, and "
-        "the other half measures the one that was kept."
-    )  # fmt: skip
+        1,
+        ge=1,
+        description="Train so many times and keep the best (Stiennon et al. 2020). Half of the held-out comparisons decide, and "
+        "the other half measures the one that was kept.",
+    )
     group_by: list[str] = Field([], description="Columns by whose values held-out accuracy is split, e.g. annotator, batch, confidence.")
     prompt_fit: PromptFit | None = Field(None, description="Shorten prompts that are too long; null: let max_length cut their beginning.")
     curation: Curation = Field(Curation(), description="Which rows are used.")
@@ -230,9 +232,12 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     kind: dict[str, Any] = {"role": "reward_model", "base": context.models["model"] if config.lora is not None else None}
     shown = [item.rows[0] for item in heldout]  # what was saved is compared with the model in memory on the first of them
     publish_best(
-        trainer, context, lambda folder, weights: model.save(folder, tokenizer, state_dict=weights, rows=shown),
-        prepare=lambda: normalise(model), **kind,
-    )  # fmt: skip
+        trainer,
+        context,
+        lambda folder, weights: model.save(folder, tokenizer, state_dict=weights, rows=shown),
+        prepare=lambda: normalise(model),
+        **kind,
+    )
     gain, deviation = normalise(model)
     after = measure(model, measuring, gain=gain, **scoring)
 
@@ -361,10 +366,14 @@ def _texts_to_normalize_on(config: RewardModelConfig, context: StepContext, comp
     prompts = [distinct[index % len(distinct)] for index in range(config.normalization.num_samples)]
     stop, late = ending_tokens(policy, tokenizer, generation)
     generated = generate(
-        policy, [encode_prompt(tokenizer, prompt) for prompt in prompts], generation,
+        policy,
+        [encode_prompt(tokenizer, prompt) for prompt in prompts],
+        generation,
         seeds=[episode_seed(context.seed, -3, index) for index in range(len(prompts))],
-        stop_ids=stop, late_stop_ids=late, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        stop_ids=stop,
+        late_stop_ids=late,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     texts = decode_completions(tokenizer, generated)
     del policy
     if torch.cuda.is_available():
@@ -396,9 +405,13 @@ def _train(
         return Attempt(**json.loads((found.path / "attempt.json").read_text(encoding="utf-8"))), trainer
     context.runtime.seed_everything(seed)
     trained = train(
-        trainer, own, f"{context.name}: reward model", room=f"train_seed_{seed}" if several else "train", rule=config,
+        trainer,
+        own,
+        f"{context.name}: reward model",
+        room=f"train_seed_{seed}" if several else "train",
+        rule=config,
         measure=lambda: measure(model, deciding, **scoring)["loss"],
-    )  # fmt: skip
+    )
     accuracy = measure(model, deciding, **scoring)["accuracy"] if several else 0.0
     attempt = Attempt(seed, trained, accuracy)
     if several:

@@ -46,9 +46,13 @@ class EndpointSource:
         self.name, self.source, self.cache = source.shown_name, source, cache
         self._sleep = sleep if sleep is not None else time.sleep
         self._client = JsonClient(
-            key=key, timeout=source.timeout_seconds, retries=4 if source.retries is None else source.retries,
-            backoff_seconds=source.backoff_seconds, jitter=0.5, sleep=sleep,
-        )  # fmt: skip
+            key=key,
+            timeout=source.timeout_seconds,
+            retries=4 if source.retries is None else source.retries,
+            backoff_seconds=source.backoff_seconds,
+            jitter=0.5,
+            sleep=sleep,
+        )
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Tensor:
         """The scores [N] of ``judge``."""
@@ -83,8 +87,12 @@ class EndpointSource:
     def _item(self, prompt: Prompt, completion: str, columns: dict[str, Any]) -> Item:
         query = completion if self.source.reads == "completion" else whole_text(prompt, completion)
         return {
-            "prompt": transcript(prompt), "messages": conversation(prompt), "completion": completion, "query": query, "columns": columns,
-        }  # fmt: skip
+            "prompt": transcript(prompt),
+            "messages": conversation(prompt),
+            "completion": completion,
+            "query": query,
+            "columns": columns,
+        }
 
     def _body(self, items: Sequence[Item]) -> dict[str, Any]:
         source = self.source

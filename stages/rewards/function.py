@@ -133,9 +133,7 @@ class FunctionSource:
         tried = f" (attempt {attempt + 1} of {self.retries + 1})" if self.retries else ""
         raise TrainingError(f"reward function {self.address} {reason}{tried}{advice}") from cause
 
-    def _arguments(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details
-    ) -> tuple[list[Any], dict[str, Any]]:
+    def _arguments(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details) -> tuple[list[Any], dict[str, Any]]:
         given = {
             "prompts": [transcript(prompt) for prompt in prompts],
             "completions": list(completions),
@@ -163,9 +161,7 @@ class SpanFunctionSource(FunctionSource):
         """The spans of every completion."""
         return [row or [] for row in self._spans(prompts, completions, NOTHING)]
 
-    def _spans(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details
-    ) -> list[list[tuple[int, float]] | None]:
+    def _spans(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details) -> list[list[tuple[int, float]] | None]:
         """Raises TrainingError where the function returns something else, or a place outside its text."""
         found = self._call(prompts, completions, details)
         try:

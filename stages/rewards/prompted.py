@@ -82,9 +82,13 @@ class RubricSource:
         self.name, self.judge_input, self.cache = source.shown_name, source.judge, cache
         self.rubric = read_rubric(source.judge.rubric[0].path)
         self._client = JsonClient(
-            key=key, timeout=source.judge.timeout_seconds, retries=source.judge.retries, backoff_seconds=source.judge.backoff_seconds,
-            jitter=0.5, sleep=sleep,
-        )  # fmt: skip
+            key=key,
+            timeout=source.judge.timeout_seconds,
+            retries=source.judge.retries,
+            backoff_seconds=source.judge.backoff_seconds,
+            jitter=0.5,
+            sleep=sleep,
+        )
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Tensor:
         """The scores [N] of ``judge``."""

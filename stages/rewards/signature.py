@@ -1,9 +1,9 @@
 """What a reward function asks for: read from its signature, or, without running its module, from its source.
 
-    score(prompts, completions)                       two lists of texts, whatever the parameters are called
-    score(prompts, completions, answer)               ``answer`` is a column of the data set
-    score(completions, **columns)                     the named ones of the texts, and every column
-    score(prompts, completions, messages, completion_ids)
+score(prompts, completions)                       two lists of texts, whatever the parameters are called
+score(prompts, completions, answer)               ``answer`` is a column of the data set
+score(completions, **columns)                     the named ones of the texts, and every column
+score(prompts, completions, messages, completion_ids)
 """
 
 from __future__ import annotations
@@ -174,9 +174,7 @@ def _parameters(arguments: ast.arguments) -> list[Parameter]:
     ordered: list[tuple[ast.arg, Any]] = [(one, Parameter.POSITIONAL_ONLY) for one in arguments.posonlyargs]
     ordered += [(one, Parameter.POSITIONAL_OR_KEYWORD) for one in arguments.args]
     without = len(ordered) - len(arguments.defaults)
-    found = [
-        Parameter(one.arg, kind, default=Parameter.empty if place < without else None) for place, (one, kind) in enumerate(ordered)
-    ]
+    found = [Parameter(one.arg, kind, default=Parameter.empty if place < without else None) for place, (one, kind) in enumerate(ordered)]
     if arguments.vararg is not None:
         found.append(Parameter(arguments.vararg.arg, Parameter.VAR_POSITIONAL))
     found += [

@@ -203,9 +203,12 @@ def build_source(
 
         kind = SpanFunctionSource if source.level == "token" else FunctionSource
         return kind(
-            source.shown_name, source.function, timeout=source.timeout_seconds, retries=source.retries or 0,
+            source.shown_name,
+            source.function,
+            timeout=source.timeout_seconds,
+            retries=source.retries or 0,
             backoff_seconds=source.backoff_seconds,
-        )  # fmt: skip
+        )
     if source.endpoint is not None:
         from stages.process.runtime import secret
         from stages.rewards.endpoint import EndpointSource, open_cache

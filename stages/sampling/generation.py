@@ -193,9 +193,17 @@ def _decode_rows(
     rows = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
     ids, mask = left_pad(list(places), pad_token_id, device)
     return decode(
-        model, ids, mask, torch.tensor(rows, device=device), settings, noise.to(device),
-        support=support, stop_ids=stop_ids, late_stop_ids=late_stop_ids, pad_token_id=pad_token_id,
-    )  # fmt: skip
+        model,
+        ids,
+        mask,
+        torch.tensor(rows, device=device),
+        settings,
+        noise.to(device),
+        support=support,
+        stop_ids=stop_ids,
+        late_stop_ids=late_stop_ids,
+        pad_token_id=pad_token_id,
+    )
 
 
 def episode_seed(seed: int, *place: int) -> int:

@@ -72,8 +72,9 @@ class StepRecorder:
         if _refusals[reason] in SAID_AT:
             logger.warning(
                 "decoding without a CUDA graph: %s (%d of the recordings so far; generation.cuda_graphs: false leaves out the attempt)",
-                reason, _refusals[reason],
-            )  # fmt: skip
+                reason,
+                _refusals[reason],
+            )
         return None
 
 

@@ -1,10 +1,10 @@
 """What a sweep varies, read from the command line: axes of values, seeds, and overrides that hold for every run.
 
-    aligned.kl_coef=[0.01,0.1]              an axis of two values
-    small.kl_coef+large.kl_coef=[0.01,0.1]  one axis, both fields get the same value
-    sft.data=[[a.jsonl],[a.jsonl,b.jsonl]]  values that are lists themselves
-    aligned.rollout_batch_size=32           the same in every run
-    seeds=3   seeds=[7,11]   aligned.seeds=3   so many seeds from the recipe's (or the step's) on, or these; of all steps, or of one
+aligned.kl_coef=[0.01,0.1]              an axis of two values
+small.kl_coef+large.kl_coef=[0.01,0.1]  one axis, both fields get the same value
+sft.data=[[a.jsonl],[a.jsonl,b.jsonl]]  values that are lists themselves
+aligned.rollout_batch_size=32           the same in every run
+seeds=3   seeds=[7,11]   aligned.seeds=3   so many seeds from the recipe's (or the step's) on, or these; of all steps, or of one
 """
 
 from __future__ import annotations

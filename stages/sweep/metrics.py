@@ -1,7 +1,7 @@
 """Numbers out of a run's summary by dotted path, and their means over seeds.
 
-    candidates.aligned.scores.gold            steps.preference.metrics.heldout_accuracy
-    win_rates.aligned.sft.gold.win_rate       candidates.*.perplexity
+candidates.aligned.scores.gold            steps.preference.metrics.heldout_accuracy
+win_rates.aligned.sft.gold.win_rate       candidates.*.perplexity
 """
 
 from __future__ import annotations

@@ -12,15 +12,36 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NAMES = (
-    "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_seq_length", "seq_length", "n_ctx",
-    "context_length", "model_max_length",
-)  # fmt: skip
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_length",
+    "n_ctx",
+    "context_length",
+    "model_max_length",
+)
 """What families call their number of positions. The first that a config has counts."""
 
-SKIP_TO_PAD = frozenset({
-    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "roberta",
-    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
-})  # fmt: skip
+SKIP_TO_PAD = frozenset(
+    {
+        "camembert",
+        "data2vec-text",
+        "esm",
+        "ibert",
+        "layoutlmv3",
+        "lilt",
+        "longformer",
+        "luke",
+        "markuplm",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+)
 """Model types that number their tokens from ``pad_token_id + 1``: the rows before that one hold no token."""
 
 SKIP_TWO = frozenset({"mpnet"})

@@ -24,9 +24,12 @@ def apply_template(tokenizer: Any, messages: Messages, *, generation_prompt: boo
     """``messages`` as the tokenizer's chat template writes them. Raises DataError with ``place`` where the template refuses them."""
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) or None, chat_template=template_to_apply(tokenizer), tokenize=False,
+            list(messages),
+            tools=list(tools) or None,
+            chat_template=template_to_apply(tokenizer),
+            tokenize=False,
             add_generation_prompt=generation_prompt,
-        )  # fmt: skip
+        )
     except Exception as error:  # a template is a program of its own, and anything may go wrong in it
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(
@@ -185,7 +188,7 @@ def _writes_arguments(tokenizer: Any, arguments: dict[str, str] | str) -> bool:
                 text = apply_template(tokenizer, turns, generation_prompt=False, tools=tools)
             except DataError:
                 continue
-            if _KEY in text and _VALUE in text and f"\\\"{_KEY}" not in text and f"'{_KEY}'" not in text:
+            if _KEY in text and _VALUE in text and f'\\"{_KEY}' not in text and f"'{_KEY}'" not in text:
                 return True
     return False
 

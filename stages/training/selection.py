@@ -90,9 +90,13 @@ class Selector:
         self.prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in self.prompts]
         require_room(model, self.prompt_ids, selection.generation)  # now, and not after the first epoch
         self.reward = build_reward(
-            selection.reward, context.models, "selection.reward", device=context.runtime.device, dtype=dtype,
+            selection.reward,
+            context.models,
+            "selection.reward",
+            device=context.runtime.device,
+            dtype=dtype,
             cache_folder=context.cache_folder,
-        )  # fmt: skip
+        )
         self.folder = context.checkpoint_folder / "selection"
         self.tried: list[Tried] = []
 

@@ -36,8 +36,11 @@ if TYPE_CHECKING:
     from stages.process.runtime import ProgressBar, StepContext
 
 TRAINER_OPTIMIZERS = {
-    "adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit", "paged_adamw": "paged_adamw_32bit", "paged_adamw_8bit": "paged_adamw_8bit",
-}  # fmt: skip
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
 PROCESS_SEEDS = 100_003  # apart by this much are the processes' random streams
 NUM_MEASURES = 10  # held-out measures per training run, where the best checkpoints are kept
 NUM_LOG_LINES = 100  # per training run

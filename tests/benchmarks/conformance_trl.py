@@ -68,8 +68,17 @@ def trl_implementation(cases: Any) -> Any:
 
     train = inspect.getsource(ppo_trainer.PPOTrainer.train)
     names = vars(ppo_trainer)
-    args = SimpleNamespace(gamma=1.0, lam=0.95, cliprange=0.2, cliprange_value=0.2, vf_coef=0.0, kl_coef=0.1, kl_estimator="k1",
-                           missing_eos_penalty=1.0, whiten_rewards=False)  # fmt: skip
+    args = SimpleNamespace(
+        gamma=1.0,
+        lam=0.95,
+        cliprange=0.2,
+        cliprange_value=0.2,
+        vf_coef=0.0,
+        kl_coef=0.1,
+        kl_estimator="k1",
+        missing_eos_penalty=1.0,
+        whiten_rewards=False,
+    )
 
     def run(first: str, last: str, **values: Any) -> dict[str, Any]:
         scope = {**names, "args": args, **values}
@@ -85,10 +94,18 @@ def trl_implementation(cases: Any) -> Any:
     def losses(ratio: Any, advantages: Any, mask: Any, values: Any, old: Any, returns: Any) -> dict[str, Any]:
         rows = torch.arange(len(ratio))
         return run(
-            "vpredclipped = torch.clamp(", "pg_loss = masked_mean(", vpred=values, mb_values=old, mb_return=returns,
-            mb_advantage=advantages, padding_mask_p1=~mask, padding_mask=~mask, micro_batch_inds=rows,
-            new_logprobs=ratio.log(), mb_logprobs=torch.zeros_like(ratio),
-        )  # fmt: skip
+            "vpredclipped = torch.clamp(",
+            "pg_loss = masked_mean(",
+            vpred=values,
+            mb_values=old,
+            mb_return=returns,
+            mb_advantage=advantages,
+            padding_mask_p1=~mask,
+            padding_mask=~mask,
+            micro_batch_inds=rows,
+            new_logprobs=ratio.log(),
+            mb_logprobs=torch.zeros_like(ratio),
+        )
 
     def policy_loss(ratio: Any, advantages: Any, mask: Any) -> Any:
         zeros = torch.zeros_like(ratio)
@@ -111,13 +128,21 @@ def trl_implementation(cases: Any) -> Any:
     def penalize(scores: Any, stopped: Any) -> Any:
         responses = torch.where(stopped[:, None], 0, 5)
         trainer = SimpleNamespace(processing_class=SimpleNamespace(eos_token_id=0), args=args)
-        return run("contain_eos_token = torch.any(", "scores[~contain_eos_token]", postprocessed_responses=responses, self=trainer,
-                   scores=scores.clone())["scores"]  # fmt: skip
+        return run(
+            "contain_eos_token = torch.any(",
+            "scores[~contain_eos_token]",
+            postprocessed_responses=responses,
+            self=trainer,
+            scores=scores.clone(),
+        )["scores"]
 
     def ranking_loss(prompts: Any) -> float:
         pairs = [(better, worse) for prompt in prompts for place, better in enumerate(prompt) for worse in prompt[place + 1 :]]
-        scope = {**vars(reward_trainer), "rewards_chosen": torch.tensor([pair[0] for pair in pairs]),
-                 "rewards_rejected": torch.tensor([pair[1] for pair in pairs])}  # fmt: skip
+        scope = {
+            **vars(reward_trainer),
+            "rewards_chosen": torch.tensor([pair[0] for pair in pairs]),
+            "rewards_rejected": torch.tensor([pair[1] for pair in pairs]),
+        }
         source = inspect.getsource(reward_trainer.RewardTrainer.compute_loss)
         line = next(line for line in source.splitlines() if "logsigmoid(rewards_chosen - rewards_rejected)" in line)
         exec(line.strip(), scope)  # noqa: S102
@@ -127,9 +152,14 @@ def trl_implementation(cases: Any) -> Any:
         args.kl_coef = kl_coef
         lengths = mask.sum(dim=1) - 1
         return run(
-            "logr = ref_logprobs - logprobs", "rewards[actual_start, actual_end] += scores", logprobs=log_ratio.masked_fill(~mask, 0),
-            ref_logprobs=torch.zeros_like(log_ratio), sequence_lengths=lengths, sequence_lengths_p1=lengths + 1, scores=scores,
-        )["rewards"]  # fmt: skip
+            "logr = ref_logprobs - logprobs",
+            "rewards[actual_start, actual_end] += scores",
+            logprobs=log_ratio.masked_fill(~mask, 0),
+            ref_logprobs=torch.zeros_like(log_ratio),
+            sequence_lengths=lengths,
+            sequence_lengths_p1=lengths + 1,
+            scores=scores,
+        )["rewards"]
 
     def mean_entropy(logits: Any, mask: Any) -> float:
         scope = run("prob_dist = torch.nn.functional.softmax(logits", "entropy = torch.logsumexp(logits", logits=logits)
@@ -173,13 +203,24 @@ def behaviours(implementation: Any) -> list[dict[str, Any]]:
     whole = float(implementation.policy_loss(ratio, advantages, mask))
     halves = [float(implementation.policy_loss(ratio[[row]], advantages[[row]], mask[[row]])) for row in range(2)]
     rows = [
-        {"detail": "P11", "what": "a minibatch's loss does not depend on its split into microbatches", "expected": whole,
-         "found": sum(halves) / 2, "key": "split"},
-        {"detail": "P29", "what": "max_grad_norm clips gradients where it is set", "expected": 1.0,
-         "found": float("clip_grad" in inspect.getsource(PPOTrainer.train)), "key": "clip"},
-    ]  # fmt: skip
-    config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=1,
-                         pad_token_id=0)  # fmt: skip
+        {
+            "detail": "P11",
+            "what": "a minibatch's loss does not depend on its split into microbatches",
+            "expected": whole,
+            "found": sum(halves) / 2,
+            "key": "split",
+        },
+        {
+            "detail": "P29",
+            "what": "max_grad_norm clips gradients where it is set",
+            "expected": 1.0,
+            "found": float("clip_grad" in inspect.getsource(PPOTrainer.train)),
+            "key": "clip",
+        },
+    ]
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=1, pad_token_id=0
+    )
     torch.manual_seed(0)
     model = LlamaForSequenceClassification(config)
     ids = torch.tensor([[3, 4, 5]])
@@ -189,8 +230,9 @@ def behaviours(implementation: Any) -> list[dict[str, Any]]:
         centred = float(model(ids).logits)
         model.save_pretrained(folder)
         loaded = float(AutoModelForSequenceClassification.from_pretrained(folder).eval()(ids).logits)
-    rows.append({"detail": "R11", "what": "a reward model's bias survives saving and loading", "expected": centred, "found": loaded,
-                 "key": "bias"})  # fmt: skip
+    rows.append(
+        {"detail": "R11", "what": "a reward model's bias survives saving and loading", "expected": centred, "found": loaded, "key": "bias"}
+    )
     return rows
 
 

@@ -49,11 +49,15 @@ def measure(method: str, seed: int, episodes: int, home: Path) -> dict[str, Any]
     rate = next(row for row in summary["win_rates"] if {row["a"], row["b"]} == {"aligned", "sft"} and row["judge"] == "gold")
     candidate = summary["candidates"]["aligned"]
     return {
-        "method": method, "seed": seed, "episodes": episodes,
+        "method": method,
+        "seed": seed,
+        "episodes": episodes,
         "win_rate": rate["win_rate"] if rate["a"] == "aligned" else 1 - rate["win_rate"],
-        "gold": candidate["scores"]["gold"], "reward": candidate["scores"]["preference"], "kl": candidate["kl"],
+        "gold": candidate["scores"]["gold"],
+        "reward": candidate["scores"]["preference"],
+        "kl": candidate["kl"],
         "seconds": None if aligned["reused"] else aligned["wall_seconds"],
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

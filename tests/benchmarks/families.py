@@ -85,9 +85,13 @@ def recipe(folder: Path, work: Path, how: dict[str, Any]) -> dict[str, Any]:
     reward = {"stage": "reward_model", "name": "reward", "model": model("sft"), "data": {"train": str(work / "pairs.jsonl")}}
     ppo = {"stage": "ppo", "name": "ppo", "policy": model("sft"), "reward": [{"model": model("reward")}], "data": prompts, **sizes}
     evaluation = {
-        "stage": "evaluation", "name": "evaluation", "data": prompts, "generation": generation,
-        "candidates": {"sft": {"model": model("sft")}, "ppo": {"model": model("ppo")}}, "judges": [{"model": model("reward")}],
-    }  # fmt: skip
+        "stage": "evaluation",
+        "name": "evaluation",
+        "data": prompts,
+        "generation": generation,
+        "candidates": {"sft": {"model": model("sft")}, "ppo": {"model": model("ppo")}},
+        "judges": [{"model": model("reward")}],
+    }
     steps = [{**sft, **lora}, {**reward, "training": training, **lora}, {**ppo, "generation": generation, **lora}, evaluation]
     return {"name": "families", "seed": 1, "steps": steps}
 

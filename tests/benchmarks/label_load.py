@@ -113,8 +113,11 @@ def measure(links: dict[str, str], names: list[str], answers: int, think: float)
         thread.join()
     seconds = time.perf_counter() - began
     times = {"answer": acknowledged, "task": shown}
-    found = {f"{name}_{what}_ms": round(1000 * value(list(values)), 1) for name, values in times.items() for what, value in
-             (("median", median), ("p99", lambda values: percentile(values, 0.99)), ("worst", max))}  # fmt: skip
+    found = {
+        f"{name}_{what}_ms": round(1000 * value(list(values)), 1)
+        for name, values in times.items()
+        for what, value in (("median", median), ("p99", lambda values: percentile(values, 0.99)), ("worst", max))
+    }
     return {**found, "answers": len(acknowledged), "answers_per_second": round(len(acknowledged) / seconds, 1)}
 
 
@@ -131,8 +134,10 @@ def main() -> None:
         home = Path(work) / "home"
         subprocess.run(
             [sys.executable, "-m", "stages", "label", str(path), "--home", str(home), "--report", "--json"],
-            check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        )  # fmt: skip
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        )
         (folder,) = (home / "labelling" / "files").iterdir()
         opened, computed = [], []
         for _ in range(3):

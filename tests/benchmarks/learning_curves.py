@@ -21,9 +21,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
 GOLD = {"function": "stages.corpora.world.gold:score_batch", "name": "gold"}
 PANELS = {
-    "monitors/gold": "gold score", "rewards/score_mean": "proxy score (reward model)", "policy/kl": "KL to the reference, nats",
-    "policy/entropy": "entropy, nats per token", "responses/length_mean": "length, tokens",
-}  # fmt: skip
+    "monitors/gold": "gold score",
+    "rewards/score_mean": "proxy score (reward model)",
+    "policy/kl": "KL to the reference, nats",
+    "policy/entropy": "entropy, nats per token",
+    "responses/length_mean": "length, tokens",
+}
 
 
 def quickstart_ppo() -> dict[str, Any]:

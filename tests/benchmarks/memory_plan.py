@@ -23,25 +23,44 @@ VOCABULARY = 8192
 IMPORTS = "import torch, transformers, trl, datasets, peft, torch.utils.tensorboard, stages.ppo.loop, stages.sft, stages.reward_model.run"
 
 PPO = {
-    "stage": "ppo", "name": "step", "precision": "fp32", "policy": "MODEL", "reward": [{"model": "REWARD"}], "data": "prompts.jsonl",
-    "generation": {"max_new_tokens": 48}, "total_episodes": 128, "rollout_batch_size": 64, "minibatch_size": 64, "microbatch_size": 16,
-    "ppo_epochs": 1, "checkpoint_seconds": 1e9, "training": {"learning_rate": 1e-5},
-}  # fmt: skip
+    "stage": "ppo",
+    "name": "step",
+    "precision": "fp32",
+    "policy": "MODEL",
+    "reward": [{"model": "REWARD"}],
+    "data": "prompts.jsonl",
+    "generation": {"max_new_tokens": 48},
+    "total_episodes": 128,
+    "rollout_batch_size": 64,
+    "minibatch_size": 64,
+    "microbatch_size": 16,
+    "ppo_epochs": 1,
+    "checkpoint_seconds": 1e9,
+    "training": {"learning_rate": 1e-5},
+}
 DATA = {"train": "pairs.jsonl", "validation": {"path": "pairs.jsonl", "limit": 8}}
 TRAINING = {"max_steps": 2, "batch_size": 16, "microbatch_size": 16}
 SETUPS: dict[str, dict[str, Any]] = {
     "ppo, four models": PPO,
     "ppo, value head on the policy": {**PPO, "value": "shared", "microbatch_size": 32},
     "ppo, 8-bit moments, checkpointing": {
-        **PPO, "microbatch_size": 64, "training": {"learning_rate": 1e-5, "optimizer": "adamw_8bit", "gradient_checkpointing": True}
+        **PPO,
+        "microbatch_size": 64,
+        "training": {"learning_rate": 1e-5, "optimizer": "adamw_8bit", "gradient_checkpointing": True},
     },
     "ppo, LoRA on one backbone": {**PPO, "reward": [{"model": "ADAPTED REWARD"}], "lora": {"r": 16}, "microbatch_size": 32},
     "sft": {"stage": "sft", "name": "step", "precision": "fp32", "model": "MODEL", "data": DATA, "training": TRAINING},
     "sft, LoRA": {
-        "stage": "sft", "name": "step", "precision": "fp32", "model": "MODEL", "data": DATA, "training": TRAINING, "lora": {"r": 16}
+        "stage": "sft",
+        "name": "step",
+        "precision": "fp32",
+        "model": "MODEL",
+        "data": DATA,
+        "training": TRAINING,
+        "lora": {"r": 16},
     },
     "reward model": {"stage": "reward_model", "name": "step", "precision": "fp32", "model": "MODEL", "data": DATA, "training": TRAINING},
-}  # fmt: skip
+}
 
 
 def prepare(folder: Path) -> dict[str, str]:
@@ -59,9 +78,17 @@ def prepare(folder: Path) -> dict[str, str]:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=blank, pad_token="[PAD]")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
-        max_position_embeddings=512, bos_token_id=None, eos_token_id=None, pad_token_id=0, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     RewardModel.from_language_model(str(folder / "model"), dtype=torch.float32).save(folder / "reward", tokenizer)

@@ -32,8 +32,10 @@ def variants() -> dict[str, tuple[str, dict[str, Any]]]:
         "default": ("as the quickstart", {}),
         "tf-adam": ("TensorFlow's Adam (Z)", {"training": {**training, "adam_style": "tensorflow"}}),
         "no-clipping": ("gradients not clipped (Z, S, I, H)", {"training": {**training, "max_grad_norm": None}}),
-        "warmup": ("constant after ten iterations of warmup (I)",
-                   {"training": {**training, "schedule": "constant", "warmup_iterations": 10}}),
+        "warmup": (
+            "constant after ten iterations of warmup (I)",
+            {"training": {**training, "schedule": "constant", "warmup_iterations": 10}},
+        ),
         "value-warmup": ("the value network alone for five iterations", {"value_warmup_iterations": 5}),
         "one-epoch": ("one epoch of eight minibatches (I) instead of four of two", {"ppo_epochs": 1, "minibatch_size": 8}),
         "whiten-rewards": ("rewards whitened (Z style)", {"whiten_rewards": True}),
@@ -42,7 +44,7 @@ def variants() -> dict[str, tuple[str, dict[str, Any]]]:
         "value-policy": ("value network from the policy, head 0", {"value": "policy"}),
         "value-shared": ("value head on the policy (Z)", {"value": "shared"}),
         "adaptive-kl": ("adaptive KL, target 6 nats (Z)", {"kl_target": 6.0}),
-    }  # fmt: skip
+    }
 
 
 def last_quarter(metrics: list[dict[str, float]], name: str) -> float:
@@ -59,8 +61,9 @@ def table(chosen: dict[str, tuple[str, dict[str, Any]]], found: dict[str, list[d
             error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
             row[measure] = {
                 "mean": round(statistics.fmean(run[measure] for run in found[name]), 4),
-                "difference": round(statistics.fmean(differences), 4), "half": round(T975.get(len(differences) - 1, 1.96) * error, 4),
-            }  # fmt: skip
+                "difference": round(statistics.fmean(differences), 4),
+                "half": round(T975.get(len(differences) - 1, 1.96) * error, 4),
+            }
         rows.append(row)
     return rows
 

@@ -76,9 +76,18 @@ def no_early_end(folder: Path, num_prompts: int) -> dict[str, Any]:
     ending.save_pretrained(folder / "trl_tokenizer")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8,
-        max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=0, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "policy")
     RewardModel.from_language_model(str(folder / "policy"), dtype=torch.float32).save(folder / "reward_model", tokenizer)
     draw = random.Random(0)
@@ -115,13 +124,22 @@ def ours(workload: dict[str, Any], seed: int, value: str) -> dict[str, Any]:
     torch.set_num_threads(workload["threads"])
     idle = resident_mib("VmRSS")
     settings = {
-        "name": "aligned", "policy": "policy", "precision": "fp32", "reward": [{"model": "preference", "name": "preference"}],
-        "data": workload["prompts"], "generation": {"max_new_tokens": workload["new_tokens"]}, "kl_coef": workload["kl_coef"],
-        "total_episodes": workload["batch"] * workload["iterations"], "rollout_batch_size": workload["batch"],
-        "minibatch_size": workload["batch"], "microbatch_size": workload["microbatch"], "ppo_epochs": workload["epochs"],
-        "training": {"learning_rate": workload["learning_rate"], "max_grad_norm": None}, "checkpoint_seconds": 1e9,
+        "name": "aligned",
+        "policy": "policy",
+        "precision": "fp32",
+        "reward": [{"model": "preference", "name": "preference"}],
+        "data": workload["prompts"],
+        "generation": {"max_new_tokens": workload["new_tokens"]},
+        "kl_coef": workload["kl_coef"],
+        "total_episodes": workload["batch"] * workload["iterations"],
+        "rollout_batch_size": workload["batch"],
+        "minibatch_size": workload["batch"],
+        "microbatch_size": workload["microbatch"],
+        "ppo_epochs": workload["epochs"],
+        "training": {"learning_rate": workload["learning_rate"], "max_grad_norm": None},
+        "checkpoint_seconds": 1e9,
         **({"value": "shared"} if value == "shared" else {}),
-    }  # fmt: skip
+    }
 
     def folder_model(path: str) -> ResolvedModel:
         return ResolvedModel(ref=path, kind="folder", path=path, digest=path, input=ModelInput(ref=path))
@@ -131,10 +149,14 @@ def ours(workload: dict[str, Any], seed: int, value: str) -> dict[str, Any]:
         runtime = Runtime(quiet=True)
         runtime.begin_step(seed)
         context = StepContext(
-            name="benchmark/aligned", seed=seed, runtime=runtime, registry=Registry(Path(place) / "registry"),
+            name="benchmark/aligned",
+            seed=seed,
+            runtime=runtime,
+            registry=Registry(Path(place) / "registry"),
             models={"policy": folder_model(workload["policy"]), "reward[0].model": folder_model(workload["reward_model"])},
-            folder=Path(place) / "run", checkpoint_folder=Path(place) / "work",
-        )  # fmt: skip
+            folder=Path(place) / "run",
+            checkpoint_folder=Path(place) / "work",
+        )
         context.folder.mkdir()
         log = context.log
 
@@ -148,9 +170,13 @@ def ours(workload: dict[str, Any], seed: int, value: str) -> dict[str, Any]:
     seconds = [after - before for before, after in zip(times, times[1:], strict=False)]
     phases = {name: statistics.mean(line[name] for line in lines[1:]) for name in lines[0] if name.startswith("time/")}
     return {
-        "seconds": seconds, "scores": [line["rewards/score_mean"] for line in lines], "idle_mib": idle, "peak_mib": resident_mib("VmHWM"),
-        "phases": phases, "length": statistics.mean(line["responses/length_mean"] for line in lines),
-    }  # fmt: skip
+        "seconds": seconds,
+        "scores": [line["rewards/score_mean"] for line in lines],
+        "idle_mib": idle,
+        "peak_mib": resident_mib("VmHWM"),
+        "phases": phases,
+        "length": statistics.mean(line["responses/length_mean"] for line in lines),
+    }
 
 
 def resident_mib(field: str) -> float:
@@ -198,10 +224,13 @@ def show(name: str, runs: dict[str, list[dict[str, Any]]], batch: int) -> dict[s
         above = [result["peak_mib"] - result["idle_mib"] for result in results]
         memory = [one / (other["peak_mib"] - other["idle_mib"]) for one, other in zip(above, base, strict=True)]
         shown[kind] = {
-            "episodes_per_second": statistics.median(speed(result, batch) for result in results), "ratio": statistics.median(ratios),
-            "ratio_range": [min(ratios), max(ratios)], "memory_mib": statistics.median(above), "memory_ratio": statistics.median(memory),
+            "episodes_per_second": statistics.median(speed(result, batch) for result in results),
+            "ratio": statistics.median(ratios),
+            "ratio_range": [min(ratios), max(ratios)],
+            "memory_mib": statistics.median(above),
+            "memory_ratio": statistics.median(memory),
             "scores": [result["scores"] for result in results],
-        }  # fmt: skip
+        }
         row = shown[kind]
         print(
             f"  {kind:9s} {row['episodes_per_second']:6.1f} episodes/s   {row['ratio']:.2f}x ({min(ratios):.2f} to {max(ratios):.2f})   "

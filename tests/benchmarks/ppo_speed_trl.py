@@ -52,18 +52,42 @@ def main() -> None:
     batch, microbatch = workload["batch"], workload["microbatch"]
     with tempfile.TemporaryDirectory() as folder:
         arguments = PPOConfig(
-            output_dir=folder, report_to="none", seed=seed, use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
-            logging_steps=1, per_device_train_batch_size=microbatch, gradient_accumulation_steps=batch // microbatch, num_mini_batches=1,
-            num_ppo_epochs=workload["epochs"], local_rollout_forward_batch_size=batch, total_episodes=batch * workload["iterations"],
-            learning_rate=workload["learning_rate"], lr_scheduler_type="linear", adam_epsilon=1e-5, response_length=workload["new_tokens"],
-            temperature=1.0, stop_token="eos", kl_coef=workload["kl_coef"], num_sample_generations=0, gradient_checkpointing=False,
+            output_dir=folder,
+            report_to="none",
+            seed=seed,
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_steps=1,
+            per_device_train_batch_size=microbatch,
+            gradient_accumulation_steps=batch // microbatch,
+            num_mini_batches=1,
+            num_ppo_epochs=workload["epochs"],
+            local_rollout_forward_batch_size=batch,
+            total_episodes=batch * workload["iterations"],
+            learning_rate=workload["learning_rate"],
+            lr_scheduler_type="linear",
+            adam_epsilon=1e-5,
+            response_length=workload["new_tokens"],
+            temperature=1.0,
+            stop_token="eos",
+            kl_coef=workload["kl_coef"],
+            num_sample_generations=0,
+            gradient_checkpointing=False,
             eval_strategy="no",
-        )  # fmt: skip
+        )
         trainer = PPOTrainer(
-            args=arguments, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward, value_model=value,
-            train_dataset=Dataset.from_dict({"input_ids": rows}), eval_dataset=Dataset.from_dict({"input_ids": rows[:batch]}),
+            args=arguments,
+            processing_class=tokenizer,
+            model=policy,
+            ref_model=reference,
+            reward_model=reward,
+            value_model=value,
+            train_dataset=Dataset.from_dict({"input_ids": rows}),
+            eval_dataset=Dataset.from_dict({"input_ids": rows[:batch]}),
             callbacks=[Clock()],
-        )  # fmt: skip
+        )
         began = time.perf_counter()
         trainer.train()
     seconds = [after - before for before, after in zip([began, *times], times, strict=False)]

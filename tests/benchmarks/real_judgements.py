@@ -145,11 +145,15 @@ def show(run: Path) -> None:
         judge = evaluation["judges"][0]["name"]
         print(f"\n{step}: {evaluation['prompts']} prompts")
         for name, found in evaluation["agreement"]["annotators"].items():
-            print(f"  {name}: {found['units']} comparisons, {found['votes']} votes, " + ", ".join(
-                f"{key} {found[key]:.3f}" for key in ("agreement", "unanimous", "alpha", "fleiss_kappa")))
+            print(
+                f"  {name}: {found['units']} comparisons, {found['votes']} votes, "
+                + ", ".join(f"{key} {found[key]:.3f}" for key in ("agreement", "unanimous", "alpha", "fleiss_kappa"))
+            )
         for pair in evaluation["agreement"]["pairs"]:
-            print(f"  {pair['a']} and {pair['b']}: {pair['agreement_decided']:.3f} ({pair['ci_low']:.3f} to {pair['ci_high']:.3f}) of "
-                  f"{pair['decided']} without ties, kappa {pair['kappa']:.3f}")
+            print(
+                f"  {pair['a']} and {pair['b']}: {pair['agreement_decided']:.3f} ({pair['ci_low']:.3f} to {pair['ci_high']:.3f}) of "
+                f"{pair['decided']} without ties, kappa {pair['kappa']:.3f}"
+            )
         names = list(evaluation["candidates"])
         rates = {(row["a"], row["b"]): row for row in evaluation["win_rates"] if row["judge"] == judge}
         for a in names:
@@ -159,8 +163,10 @@ def show(run: Path) -> None:
     for step in summary["steps"]:
         if step["name"] == "preference":
             metrics = step["metrics"]
-            print(f"\nreward model: held-out accuracy {metrics['heldout_accuracy']:.3f} ({metrics['heldout_ci_low']:.3f} to "
-                  f"{metrics['heldout_ci_high']:.3f}) of {metrics['heldout_pairs']} pairs")
+            print(
+                f"\nreward model: held-out accuracy {metrics['heldout_accuracy']:.3f} ({metrics['heldout_ci_low']:.3f} to "
+                f"{metrics['heldout_ci_high']:.3f}) of {metrics['heldout_pairs']} pairs"
+            )
     print(f"wall {summary['wall_seconds']:.0f} s; {run / 'report.html'}")
 
 

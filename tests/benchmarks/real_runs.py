@@ -23,44 +23,63 @@ SHARED = "../shared/data"
 RESULTS = Path(__file__).with_name("results")
 
 IMDB = [
-    "sentiment.model=null", f"sentiment.data.train=[{SHARED}/imdb/train.jsonl.gz, {SHARED}/imdb/train_extra.jsonl.gz]",
-    f"sentiment.data.validation={SHARED}/imdb/validation.jsonl.gz", "sentiment.tokenizer={vocab_size: 8192}",
-]  # fmt: skip
+    "sentiment.model=null",
+    f"sentiment.data.train=[{SHARED}/imdb/train.jsonl.gz, {SHARED}/imdb/train_extra.jsonl.gz]",
+    f"sentiment.data.validation={SHARED}/imdb/validation.jsonl.gz",
+    "sentiment.tokenizer={vocab_size: 8192}",
+]
 TRAINING = "epochs: 4, batch_size: 32, microbatch_size: 32, weight_decay: 0.1, warmup_fraction: 0.05"
 CLASSIFIER = [
-    *IMDB, "sentiment.max_length=448", f"sentiment.training={{learning_rate: 1.0e-3, {TRAINING}}}",
+    *IMDB,
+    "sentiment.max_length=448",
+    f"sentiment.training={{learning_rate: 1.0e-3, {TRAINING}}}",
     "sentiment.architecture={type: distilbert, dim: 128, hidden_dim: 256, n_layers: 1, n_heads: 4, dropout: 0.3}",
-]  # fmt: skip
+]
 ANOTHER = [  # of other size and reading less of a text
-    *IMDB, "name=imdb-another", "sentiment.max_length=256", f"sentiment.training={{learning_rate: 5.0e-4, {TRAINING}}}",
+    *IMDB,
+    "name=imdb-another",
+    "sentiment.max_length=256",
+    f"sentiment.training={{learning_rate: 5.0e-4, {TRAINING}}}",
     "sentiment.architecture={type: distilbert, dim: 128, hidden_dim: 512, n_layers: 2, n_heads: 4, dropout: 0.2}",
-]  # fmt: skip
+]
 POLICY = f"{SHARED}/stories260K/hf"
 REWARD = "model: imdb-sentiment/sentiment, label: negative"
 STEER = [
-    f"steered.policy={POLICY}", "steered.reward=[{" + REWARD + ", output: logit, name: sentiment}]",
-    f"steered.data={SHARED}/tinystories/train.jsonl.gz", "steered.total_episodes=5120", "steered.kl_coef=0.1",
+    f"steered.policy={POLICY}",
+    "steered.reward=[{" + REWARD + ", output: logit, name: sentiment}]",
+    f"steered.data={SHARED}/tinystories/train.jsonl.gz",
+    "steered.total_episodes=5120",
+    "steered.kl_coef=0.1",
     "steered.training={learning_rate: 1.0e-4}",
-    f"verdict.candidates.base={POLICY}", f"verdict.candidates.best-of-16.model={POLICY}",
+    f"verdict.candidates.base={POLICY}",
+    f"verdict.candidates.best-of-16.model={POLICY}",
     "verdict.candidates.best-of-16.best_of.reward={" + REWARD + ", output: logprob}",
-    f"verdict.data={SHARED}/tinystories/validation.jsonl.gz", f"verdict.exclude={SHARED}/tinystories/train.jsonl.gz",
+    f"verdict.data={SHARED}/tinystories/validation.jsonl.gz",
+    f"verdict.exclude={SHARED}/tinystories/train.jsonl.gz",
     "verdict.judges=[{" + REWARD + ", output: probability, name: sentiment}, "
     "{model: imdb-another/sentiment, label: negative, output: probability, name: another}]",
-]  # fmt: skip
+]
 PAIRS = f"{SHARED}/hh_harmless"
 HARMLESS = [
-    "sft.model=real-judgements/base", "sft.max_length=320", "preference.max_length=320", "judge.max_length=320", "dpo.max_length=320",
+    "sft.model=real-judgements/base",
+    "sft.max_length=320",
+    "preference.max_length=320",
+    "judge.max_length=320",
+    "dpo.max_length=320",
     *(f"{step}.data.validation={PAIRS}/validation.jsonl.gz" for step in ("sft", "preference", "judge", "dpo")),
     f"sft.data.train={PAIRS}/train.jsonl.gz",
     *(f"{step}.data.train={{path: {PAIRS}/train.jsonl.gz, limit: 950}}" for step in ("preference", "dpo")),
     f"judge.data.train={{path: {PAIRS}/train.jsonl.gz, skip: 950}}",
-    f"aligned.data={PAIRS}/train.jsonl.gz", "aligned.max_prompt_tokens=256", "aligned.total_episodes=3072",
-    f"verdict.data={PAIRS}/validation.jsonl.gz", "verdict.candidates.base=real-judgements/base",
+    f"aligned.data={PAIRS}/train.jsonl.gz",
+    "aligned.max_prompt_tokens=256",
+    "aligned.total_episodes=3072",
+    f"verdict.data={PAIRS}/validation.jsonl.gz",
+    "verdict.candidates.base=real-judgements/base",
     "sft.training={learning_rate: 1.0e-3, epochs: 2, batch_size: 16, microbatch_size: 8}",
     *(f"{step}.training={{learning_rate: 2.0e-4, batch_size: 16, microbatch_size: 8}}" for step in ("preference", "judge")),
     "dpo.training={learning_rate: 1.0e-4, batch_size: 16, microbatch_size: 8}",
     "aligned.training={learning_rate: 2.0e-4, value_learning_rate: 5.0e-4}",
-]  # fmt: skip
+]
 RUNS: dict[str, list[tuple[str, list[str]]]] = {
     "quickstart": [("quickstart", [])],
     "steer-sentiment": [
@@ -69,7 +88,7 @@ RUNS: dict[str, list[tuple[str, list[str]]]] = {
         ("steer-sentiment", STEER),
     ],
     "hh-harmless": [("hh-harmless", HARMLESS)],
-}  # fmt: skip
+}
 
 
 def run(recipe: str, overrides: list[str], home: Path) -> None:

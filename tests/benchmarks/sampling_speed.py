@@ -26,9 +26,18 @@ from stages.sampling.generation import generate, left_pad
 def model_on(device: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8,
-        max_position_embeddings=4096, bos_token_id=None, eos_token_id=None, pad_token_id=0, attn_implementation="sdpa",
-    )  # fmt: skip
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        attn_implementation="sdpa",
+    )
     return LlamaForCausalLM(config).eval().to(device, dtype)
 
 
@@ -58,9 +67,16 @@ def main() -> None:
         def theirs(seed: int, ids: Any = ids, mask: Any = mask, stops: list[int] = stops) -> int:
             torch.manual_seed(seed)
             made = plain.generate(
-                ids, attention_mask=mask, max_new_tokens=options.new_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                eos_token_id=stops or None, pad_token_id=0,
-            )[:, ids.shape[1] :]  # fmt: skip
+                ids,
+                attention_mask=mask,
+                max_new_tokens=options.new_tokens,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                eos_token_id=stops or None,
+                pad_token_id=0,
+            )[:, ids.shape[1] :]
             if not stops:
                 return made.numel()
             ended = torch.isin(made, torch.tensor(stops, device=made.device)).long().cumsum(1)

@@ -44,9 +44,16 @@ def make_model(folder: Path, *, width: int, layers: int) -> int:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>").save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-        num_attention_heads=max(1, width // 32), max_position_embeddings=1024, eos_token_id=0, pad_token_id=1, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 32),
+        max_position_embeddings=1024,
+        eos_token_id=0,
+        pad_token_id=1,
+        bos_token_id=None,
+    )
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
@@ -60,11 +67,21 @@ def measure(place: Path, given: dict[str, int], iterations: int) -> dict[str, An
     rows = [{"prompt": f"{number:03d} " + "a" * (given["prompt"] - 4)} for number in range(128)]
     (place / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     step = {
-        "stage": "ppo", "name": "aligned", "precision": "fp32", "policy": str(model), "value": "policy", "data": "prompts.jsonl",
-        "reward": [{"function": "scale_reward:score"}], "generation": {"max_new_tokens": given["response"], "ignore_eos": True},
-        "total_episodes": given["batch"] * iterations, "rollout_batch_size": given["batch"], "minibatch_size": given["batch"] // 2,
-        "microbatch_size": 16, "ppo_epochs": 1, "checkpoint_seconds": 1e9,
-    }  # fmt: skip
+        "stage": "ppo",
+        "name": "aligned",
+        "precision": "fp32",
+        "policy": str(model),
+        "value": "policy",
+        "data": "prompts.jsonl",
+        "reward": [{"function": "scale_reward:score"}],
+        "generation": {"max_new_tokens": given["response"], "ignore_eos": True},
+        "total_episodes": given["batch"] * iterations,
+        "rollout_batch_size": given["batch"],
+        "minibatch_size": given["batch"] // 2,
+        "microbatch_size": 16,
+        "ppo_epochs": 1,
+        "checkpoint_seconds": 1e9,
+    }
     (place / "scale.yaml").write_text(f"name: scale\nsteps:\n  - {json.dumps(step)}\n")
     launcher = [] if given["processes"] == 1 else ["-m", "stages.process.launching", "--cpu", "--num_processes", str(given["processes"])]
     command = [sys.executable, *launcher, "-m", "stages", "run", "scale.yaml", "--home", name]

@@ -42,11 +42,22 @@ def main() -> None:
         (place / "soak_reward.py").write_text("def score(p, c):\n    return [text.count('e') / (len(text) + 1) for text in c]\n")
         (place / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{n:03d} a film"}) + "\n" for n in range(500)))
         step = {
-            "stage": "ppo", "name": "aligned", "precision": "fp32", "policy": "./model", "value": "policy", "data": "prompts.jsonl",
-            "reward": [{"function": "soak_reward:score"}], "generation": {"max_new_tokens": 24}, "total_episodes": 2**30,
-            "rollout_batch_size": 16, "minibatch_size": 8, "microbatch_size": 8, "ppo_epochs": 2, "ema_decay": 0.99,
+            "stage": "ppo",
+            "name": "aligned",
+            "precision": "fp32",
+            "policy": "./model",
+            "value": "policy",
+            "data": "prompts.jsonl",
+            "reward": [{"function": "soak_reward:score"}],
+            "generation": {"max_new_tokens": 24},
+            "total_episodes": 2**30,
+            "rollout_batch_size": 16,
+            "minibatch_size": 8,
+            "microbatch_size": 8,
+            "ppo_epochs": 2,
+            "ema_decay": 0.99,
             "training": {"schedule": "constant"},
-        }  # fmt: skip
+        }
         (place / "soak.yaml").write_text(f"name: soak\nsteps:\n  - {json.dumps(step)}\n")
         environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{place}", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "stages", "run", "soak.yaml", "--home", "home"]

@@ -42,10 +42,17 @@ def base_model(folder: Path) -> None:
     tokenizer = train_tokenizer(corpus.train, TokenizerSettings(vocab_size=1024))
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -82,9 +89,17 @@ def theirs(kind: str, folder: Path) -> float:
     transformers.set_seed(0)
     with tempfile.TemporaryDirectory() as place:
         shared = {
-            "output_dir": place, "per_device_train_batch_size": 8, "max_steps": STEPS[kind], "learning_rate": 1e-3, "use_cpu": True,
-            "report_to": "none", "save_strategy": "no", "logging_steps": 0.01, "disable_tqdm": True, "dataloader_pin_memory": False,
-        }  # fmt: skip
+            "output_dir": place,
+            "per_device_train_batch_size": 8,
+            "max_steps": STEPS[kind],
+            "learning_rate": 1e-3,
+            "use_cpu": True,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_steps": 0.01,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        }
         trainer = {"sft": plain_sft, "reward_model": plain_reward_model, "sentiment": plain_classifier}[kind](folder, shared)
         return float(trainer.train().metrics["train_steps_per_second"])
 
@@ -136,15 +151,22 @@ def plain_classifier(folder: Path, shared: dict[str, Any]) -> Any:
     reviews = load_reviews(DataInput.model_validate(DATA["sentiment"]), ["negative", "positive"]).train
     tokenizer = train_wordpiece([review.text for review in reviews], WordPieceSettings(), 64)
     config = DistilBertConfig(
-        vocab_size=len(tokenizer), dim=64, hidden_dim=128, n_layers=2, n_heads=4, max_position_embeddings=64,
+        vocab_size=len(tokenizer),
+        dim=64,
+        hidden_dim=128,
+        n_layers=2,
+        n_heads=4,
+        max_position_embeddings=64,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     ids = tokenizer([review.text for review in reviews], truncation=True)["input_ids"]
     rows = [{"input_ids": row, "labels": review.label} for row, review in zip(ids, reviews, strict=True)]
     return Trainer(
-        model=DistilBertForSequenceClassification(config), args=TrainingArguments(**shared, train_sampling_strategy="group_by_length"),
-        train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer),
-    )  # fmt: skip
+        model=DistilBertForSequenceClassification(config),
+        args=TrainingArguments(**shared, train_sampling_strategy="group_by_length"),
+        train_dataset=rows,
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
 
 
 def main() -> None:

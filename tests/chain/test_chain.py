@@ -199,8 +199,10 @@ def test_a_damaged_version_is_made_again() -> None:
     run()
     record = Registry("home/registry").get("quick/sft")
     (record.path / "model.safetensors").write_text("{}")
-    assert plan()["sft"] == ("run", "quick/sft is damaged: model.safetensors is truncated: 2 bytes of "
-                             + f"{record.manifest['files'][1]['size']}")  # fmt: skip
+    assert plan()["sft"] == (
+        "run",
+        "quick/sft is damaged: model.safetensors is truncated: 2 bytes of " + f"{record.manifest['files'][1]['size']}",
+    )
     summary = run()
     assert actions(summary)["sft"] == "run"
     assert summary["steps"][1]["version"] == 2
@@ -329,9 +331,14 @@ def test_code_versions_follow_imports_within_the_package(tmp_path: Path, monkeyp
     monkeypatch.setattr("stages.chain.fingerprints.PACKAGE", package)
     seen = {code_version("stages.stage")}
     for name, changes in (
-        ("stage.py", True), ("rooms/inner.py", True), ("rooms/other.py", True), ("rooms/page.html", True), ("rooms/__init__.py", True),
-        ("apart.py", False), ("registry.py", False),
-    ):  # fmt: skip
+        ("stage.py", True),
+        ("rooms/inner.py", True),
+        ("rooms/other.py", True),
+        ("rooms/page.html", True),
+        ("rooms/__init__.py", True),
+        ("apart.py", False),
+        ("registry.py", False),
+    ):
         (package / name).write_text((package / name).read_text() + "\n# changed")
         version = code_version("stages.stage")
         assert (version not in seen) == changes, name

@@ -45,10 +45,17 @@ def folder(tmp_path: Path, tokenizer_of: Any) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=3,
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=256,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=3,
         )
-    ).save_pretrained(tmp_path / "model")  # fmt: skip
+    ).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     rows = {
         "chats": [{"messages": [*opening(number), turn("assistant", "i am fine")]} for number in range(8)],
@@ -65,15 +72,28 @@ def folder(tmp_path: Path, tokenizer_of: Any) -> Path:
         {**STEP, "stage": "sft", "name": "sft", "model": "./model", "data": {"train": "chats.jsonl"}},
         {**STEP, "stage": "reward_model", "name": "preference", "model": "sft", "data": {"train": "pairs.jsonl"}},
         {
-            "stage": "ppo", "name": "aligned", "precision": "fp32", "policy": "sft", "data": "prompts.jsonl",
-            "reward": [{"model": "preference"}], "generation": generation, "total_episodes": 4,
-            "rollout_batch_size": 4, "minibatch_size": 4, "microbatch_size": 4,
+            "stage": "ppo",
+            "name": "aligned",
+            "precision": "fp32",
+            "policy": "sft",
+            "data": "prompts.jsonl",
+            "reward": [{"model": "preference"}],
+            "generation": generation,
+            "total_episodes": 4,
+            "rollout_batch_size": 4,
+            "minibatch_size": 4,
+            "microbatch_size": 4,
         },
         {
-            "stage": "evaluation", "name": "verdict", "precision": "fp32", "candidates": {"aligned": "aligned"}, "data": "prompts.jsonl",
-            "judges": [{"model": "preference", "name": "preference"}], "generation": generation,
+            "stage": "evaluation",
+            "name": "verdict",
+            "precision": "fp32",
+            "candidates": {"aligned": "aligned"},
+            "data": "prompts.jsonl",
+            "judges": [{"model": "preference", "name": "preference"}],
+            "generation": generation,
         },
-    ]  # fmt: skip
+    ]
     (tmp_path / "chain.yaml").write_text(json.dumps({"name": "chats", "steps": steps}))
     return tmp_path
 

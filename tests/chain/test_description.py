@@ -47,8 +47,9 @@ def test_data_is_told_by_path_and_rows(tmp_path: Path, monkeypatch: pytest.Monke
     made = step(data={"train": [{"path": str(path), "limit": 1100}], "validation": [hub]})
     manifest = {"recipe_step": made, "data": {"data.train": fingerprint([DataSource(path=str(path))])}}
     assert data_lines(manifest) == [
-        "data.train: rows.jsonl (1,100 rows)", "data.validation: owner/set, config part, split test (on the Hub)",
-    ]  # fmt: skip
+        "data.train: rows.jsonl (1,100 rows)",
+        "data.validation: owner/set, config part, split test (on the Hub)",
+    ]
     path.write_text("{}\n")
     assert data_lines(manifest)[0] == "data.train: rows.jsonl (changed since)"
     path.unlink()

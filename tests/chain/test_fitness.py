@@ -62,7 +62,7 @@ def planned(tmp_path: Path, llama: Path, last: str) -> Any:
         ("stage: evaluation, candidates: {a: sft, b: MODELS/bert}, data: ROWS, judges: [{function: 'os:getcwd'}]", "is a bert model"),
     ],
     ids=["encoder policy", "encoder reward model", "encoder-decoder", "falcon nf4", "attention", "candidate"],
-)  # fmt: skip
+)
 def test_an_unfit_model_of_the_last_step_is_refused_at_the_plan(
     models: Path, tmp_path: Path, tiny_llama_folder: Path, last: str, message: str
 ) -> None:

@@ -14,34 +14,75 @@ import pytest
 FAMILIES = {
     "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64},
     "llama": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "tie_word_embeddings": True},
-    "gemma2": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-               "head_dim": 8},
-    "roberta": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-                "max_position_embeddings": 66},
-}  # fmt: skip
+    "gemma2": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    },
+    "roberta": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 66,
+    },
+}
 TRAINING = {"max_steps": 1, "batch_size": 4, "microbatch_size": 2}
 CHECKPOINTED = {**TRAINING, "gradient_checkpointing": True}
 LORA = {"r": 2}
 QUANTIZED = {"ref": "sft-gpt2", "quantization": "nf4"}
 PPO = {
-    "stage": "ppo", "data": "prompts.jsonl", "generation": {"max_new_tokens": 3}, "total_episodes": 4, "rollout_batch_size": 4,
-    "minibatch_size": 4, "microbatch_size": 4, "ppo_epochs": 1,
-}  # fmt: skip
+    "stage": "ppo",
+    "data": "prompts.jsonl",
+    "generation": {"max_new_tokens": 3},
+    "total_episodes": 4,
+    "rollout_batch_size": 4,
+    "minibatch_size": 4,
+    "microbatch_size": 4,
+    "ppo_epochs": 1,
+}
 STEPS: list[dict[str, Any]] = [
     {"stage": "sft", "name": "sft-gpt2", "model": "./gpt2", "data": {"train": "rows.jsonl"}, "lora": LORA, "training": CHECKPOINTED},
     {"stage": "sft", "name": "sft-gemma2", "model": "./gemma2", "data": {"train": "rows.jsonl"}, "training": CHECKPOINTED},
     {"stage": "sft", "name": "sft-llama", "model": "./llama", "data": {"train": "rows.jsonl"}, "lora": LORA, "training": TRAINING},
     {"stage": "sentiment", "name": "taste", "model": "./roberta", "data": {"train": "reviews.jsonl"}, "training": CHECKPOINTED},
-    {"stage": "reward_model", "name": "preference", "model": "sft-gpt2", "data": {"train": "rows.jsonl"}, "lora": LORA,
-     "training": TRAINING},
+    {
+        "stage": "reward_model",
+        "name": "preference",
+        "model": "sft-gpt2",
+        "data": {"train": "rows.jsonl"},
+        "lora": LORA,
+        "training": TRAINING,
+    },
     {"stage": "dpo", "name": "direct", "model": QUANTIZED, "data": {"train": "rows.jsonl"}, "lora": LORA, "training": CHECKPOINTED},
-    {**PPO, "name": "aligned", "policy": QUANTIZED, "reward": [{"model": "preference"}], "lora": LORA,
-     "training": {"gradient_checkpointing": True}},
-    {**PPO, "name": "steered", "policy": "sft-llama", "reward": [{"model": "taste", "label": "positive"}], "advantages": "rloo",
-     "samples_per_prompt": 2},
-    {"stage": "evaluation", "name": "verdict", "candidates": {"sft": "sft-gpt2", "aligned": "aligned", "gemma": "sft-gemma2"},
-     "data": "prompts.jsonl", "judges": [{"model": "taste", "label": "positive", "output": "logit"}], "generation": {"max_new_tokens": 3}},
-]  # fmt: skip
+    {
+        **PPO,
+        "name": "aligned",
+        "policy": QUANTIZED,
+        "reward": [{"model": "preference"}],
+        "lora": LORA,
+        "training": {"gradient_checkpointing": True},
+    },
+    {
+        **PPO,
+        "name": "steered",
+        "policy": "sft-llama",
+        "reward": [{"model": "taste", "label": "positive"}],
+        "advantages": "rloo",
+        "samples_per_prompt": 2,
+    },
+    {
+        "stage": "evaluation",
+        "name": "verdict",
+        "candidates": {"sft": "sft-gpt2", "aligned": "aligned", "gemma": "sft-gemma2"},
+        "data": "prompts.jsonl",
+        "judges": [{"model": "taste", "label": "positive", "output": "logit"}],
+        "generation": {"max_new_tokens": 3},
+    },
+]
 
 
 @pytest.fixture
@@ -53,8 +94,10 @@ def place(tmp_path: Path, tiny_tokenizer: Any) -> Path:
         auto = AutoModelForSequenceClassification if kind == "roberta" else AutoModelForCausalLM
         auto.from_config(AutoConfig.for_model(kind, **ids, **fields)).save_pretrained(tmp_path / kind)
         tiny_tokenizer.save_pretrained(tmp_path / kind)
-    rows = [{"prompt": f"film {n}", "completion": " warm", "chosen": " warm", "rejected": " dull", "text": f"film {n}", "label": n % 2}
-            for n in range(12)]  # fmt: skip
+    rows = [
+        {"prompt": f"film {n}", "completion": " warm", "chosen": " warm", "rejected": " dull", "text": f"film {n}", "label": n % 2}
+        for n in range(12)
+    ]
     tables = {"rows": ("prompt", "completion", "chosen", "rejected"), "prompts": ("prompt",), "reviews": ("text", "label")}
     for name, columns in tables.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({key: row[key] for key in columns}) + "\n" for row in rows))

@@ -127,7 +127,7 @@ SOURCES = {
     "path: nyu-mll/glue": "nyu-mll/glue: it has several configs; choose one with name: mrpc, rte",
     "path: NeelNanda/pile-10k": "there is no split 'test' .which is read here unless split names another.; its splits: train",
     "path: shawhin/imdb-truncated, split: train, columns: {prompt: txt}": "names 'txt' for 'prompt', and the data set has label, text",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("source", "message"), SOURCES.items(), ids=SOURCES)
@@ -144,13 +144,23 @@ def test_a_data_set_that_lacks_something_is_one_message_at_the_plan(
 
 @pytest.mark.parametrize(
     ("stage", "place", "split"),
-    [("sft", "data.train", "train"), ("sft", "data.validation", "validation"), ("sft", "pretraining_mix.data", "train"),
-     ("sft", "selection.data", "validation"), ("reward_model", "demonstrations", "train"), ("ppo", "data", "train"),
-     ("evaluation", "data", "test"), ("evaluation", "exclude", "train"), ("evaluation", "perplexity", "test"),
-     ("evaluation", "tasks.sst.data", "test"), ("evaluation", "judges[0].judgements", "test"),
-     ("evaluation", "candidates.a.completions", "test"), ("evaluation", "candidates.a.few_shot.data", "train"),
-     ("evaluation", "candidates.a.few_shot.choose.data", "validation")],
-)  # fmt: skip
+    [
+        ("sft", "data.train", "train"),
+        ("sft", "data.validation", "validation"),
+        ("sft", "pretraining_mix.data", "train"),
+        ("sft", "selection.data", "validation"),
+        ("reward_model", "demonstrations", "train"),
+        ("ppo", "data", "train"),
+        ("evaluation", "data", "test"),
+        ("evaluation", "exclude", "train"),
+        ("evaluation", "perplexity", "test"),
+        ("evaluation", "tasks.sst.data", "test"),
+        ("evaluation", "judges[0].judgements", "test"),
+        ("evaluation", "candidates.a.completions", "test"),
+        ("evaluation", "candidates.a.few_shot.data", "train"),
+        ("evaluation", "candidates.a.few_shot.choose.data", "validation"),
+    ],
+)
 def test_the_plan_checks_the_split_that_the_reader_of_a_field_asks_for(stage: str, place: str, split: str) -> None:
     assert default_split(stage, place) == split
 
@@ -189,8 +199,10 @@ def test_commits_stand_in_plan_manifest_and_summary_and_changes_are_noticed(
     assert answer.status == 0, answer.output
     summary = json.loads((place / "home/runs/small/latest/summary.json").read_text())
     assert summary["steps"][0]["hub"] == {
-        "model": f"org/model@{model}", "data.train": f"org/rows@{rows}", "data.validation": f"org/rows@{rows}"
-    }  # fmt: skip
+        "model": f"org/model@{model}",
+        "data.train": f"org/rows@{rows}",
+        "data.validation": f"org/rows@{rows}",
+    }
     manifest = json.loads((place / "home/registry/models/small/sft/1/manifest.json").read_text())
     assert manifest["parents"][0]["digest"] == f"hub:org/model@{model}"
     assert manifest["recipe_step"]["data"]["train"][0]["revision"] == rows
@@ -205,8 +217,11 @@ def test_commits_stand_in_plan_manifest_and_summary_and_changes_are_noticed(
     fresh.publish("model", "org/model", {**fresh.repositories["model", "org/model"].commits[model], "NOTES": b"retrained"})
     assert planned(hub_client, place)["sft"]["reason"] == "input changed: model; data changed: data.train, data.validation"
     # Pinned to the commits of the first run, all of it is reused: which branch led there does not matter.
-    pinned = [f"sft.model={{ref: org/model, revision: {model}}}", f"verdict.candidates.base={{ref: org/model, revision: {model}}}",
-              *(f"{field}.revision={rows}" for field in ("sft.data.train", "sft.data.validation", "verdict.data"))]  # fmt: skip
+    pinned = [
+        f"sft.model={{ref: org/model, revision: {model}}}",
+        f"verdict.candidates.base={{ref: org/model, revision: {model}}}",
+        *(f"{field}.revision={rows}" for field in ("sft.data.train", "sft.data.validation", "verdict.data")),
+    ]
     assert {step["action"] for step in planned(hub_client, place, *pinned).values()} == {"reuse"}
 
 
@@ -326,8 +341,15 @@ def test_published_layouts_are_read_as_datasets_reads_them(fresh: Hub, hub_clien
     """The rows that reach a stage equal those of load_dataset: configs, folders, shards, csv with types, text files by lines."""
     fresh.publish("dataset", "org/csv", {"train.csv": b"prompt,completion\na,1\nb,2\n", "test.csv": b"prompt,completion\nc,3\n"})
     fresh.publish("dataset", "org/lines", {"train.txt": b"one\ntwo\n", "test.txt": b"three\n"})
-    fresh.publish("dataset", "org/configs", {"a/x.jsonl": json_lines(ROWS[:2]), "b/y.jsonl": json_lines(ROWS[2:5]),
-                                             "README.md": readme({"a": {"train": "a/*.jsonl"}, "b": {"train": "b/*.jsonl"}})})  # fmt: skip
+    fresh.publish(
+        "dataset",
+        "org/configs",
+        {
+            "a/x.jsonl": json_lines(ROWS[:2]),
+            "b/y.jsonl": json_lines(ROWS[2:5]),
+            "README.md": readme({"a": {"train": "a/*.jsonl"}, "b": {"train": "b/*.jsonl"}}),
+        },
+    )
     fresh.publish("dataset", "org/twice", {"train.parquet": parquet(tldr(["one two"])), "train.csv": b"prompt\nx\n"})
     code = (
         "import json, sys\nfrom datasets import load_dataset\nfrom stages.config import DataSource\n"
@@ -339,11 +361,18 @@ def test_published_layouts_are_read_as_datasets_reads_them(fresh: Hub, hub_clien
         "    print(path, len(ours))\n"
     )
     cases: list[tuple[str, dict[str, str]]] = [
-        ("org/csv", {"split": "test"}), ("org/csv", {"split": "train[:1]+test"}), ("org/lines", {}), ("org/configs", {"name": "b"}),
-        ("org/twice", {}), ("Anthropic/hh-rlhf", {"data_dir": "harmless-base", "split": "test"}), ("Anthropic/hh-rlhf", {}),
-        ("nyu-mll/glue", {"name": "rte", "split": "validation"}), ("NeelNanda/pile-10k", {"split": "train[10%:20%]"}),
-        ("stanfordnlp/imdb", {"split": "unsupervised"}), ("org/rows", {"revision": fresh.commit("dataset", "org/rows")}),
-    ]  # fmt: skip
+        ("org/csv", {"split": "test"}),
+        ("org/csv", {"split": "train[:1]+test"}),
+        ("org/lines", {}),
+        ("org/configs", {"name": "b"}),
+        ("org/twice", {}),
+        ("Anthropic/hh-rlhf", {"data_dir": "harmless-base", "split": "test"}),
+        ("Anthropic/hh-rlhf", {}),
+        ("nyu-mll/glue", {"name": "rte", "split": "validation"}),
+        ("NeelNanda/pile-10k", {"split": "train[10%:20%]"}),
+        ("stanfordnlp/imdb", {"split": "unsupervised"}),
+        ("org/rows", {"revision": fresh.commit("dataset", "org/rows")}),
+    ]
 
     environment = {**fresh.environment(tmp_path / "cache"), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run([sys.executable, "-c", code, json.dumps(cases)], env=environment, capture_output=True, text=True, check=False)

@@ -23,29 +23,64 @@ RANKED = ("prompt", "completions", "ranks")
 THINGS = ("film", "plot", "music", "ending", "acting")
 STAGES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     # Dropout draws from the process's random stream, packing and masking are the awkward ways to make a batch.
-    "pretraining": (pretraining, pretraining.PretrainingConfig, {
-        "architecture": {"type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}, "tokenizer": {"vocab_size": 300},
-        "block_size": 16, "training": {"epochs": 6.0, "batch_size": 8, "microbatch_size": 4},
-    }),
-    "sft": (sft, sft.SFTStepConfig, {
-        "model": "base", "lora": {"r": 2, "dropout": 0.2}, "training": {"epochs": 2.0, "batch_size": 6, "microbatch_size": 2},
-    }),
-    "sft packed": (sft, sft.SFTStepConfig, {
-        "model": "base", "packing": True, "max_length": 128, "training": {"epochs": 3.0, "batch_size": 4, "microbatch_size": 2},
-    }),
-    "reward_model": (reward_model, reward_model.RewardModelConfig, {
-        "model": "base", "training": {"learning_rate": 1e-3, "epochs": 2.0, "batch_size": 6, "microbatch_size": 3},
-    }),
-    "dpo": (dpo, dpo.DPOStepConfig, {
-        "model": "base", "lora": {"r": 2, "dropout": 0.2},
-        "training": {"learning_rate": 1e-3, "epochs": 2.0, "batch_size": 10, "microbatch_size": 5},
-    }),
-    "sentiment": (sentiment, sentiment.SentimentConfig, {
-        "architecture": {"type": "distilbert", "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}, "max_length": 24,
-        "tokenizer": {"vocab_size": 120}, "training": {"epochs": 2.0, "batch_size": 8, "microbatch_size": 4},
-        "masked": {"training": {"epochs": 2.0, "batch_size": 8, "microbatch_size": 8}},
-    }),
-}  # fmt: skip
+    "pretraining": (
+        pretraining,
+        pretraining.PretrainingConfig,
+        {
+            "architecture": {"type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32},
+            "tokenizer": {"vocab_size": 300},
+            "block_size": 16,
+            "training": {"epochs": 6.0, "batch_size": 8, "microbatch_size": 4},
+        },
+    ),
+    "sft": (
+        sft,
+        sft.SFTStepConfig,
+        {
+            "model": "base",
+            "lora": {"r": 2, "dropout": 0.2},
+            "training": {"epochs": 2.0, "batch_size": 6, "microbatch_size": 2},
+        },
+    ),
+    "sft packed": (
+        sft,
+        sft.SFTStepConfig,
+        {
+            "model": "base",
+            "packing": True,
+            "max_length": 128,
+            "training": {"epochs": 3.0, "batch_size": 4, "microbatch_size": 2},
+        },
+    ),
+    "reward_model": (
+        reward_model,
+        reward_model.RewardModelConfig,
+        {
+            "model": "base",
+            "training": {"learning_rate": 1e-3, "epochs": 2.0, "batch_size": 6, "microbatch_size": 3},
+        },
+    ),
+    "dpo": (
+        dpo,
+        dpo.DPOStepConfig,
+        {
+            "model": "base",
+            "lora": {"r": 2, "dropout": 0.2},
+            "training": {"learning_rate": 1e-3, "epochs": 2.0, "batch_size": 10, "microbatch_size": 5},
+        },
+    ),
+    "sentiment": (
+        sentiment,
+        sentiment.SentimentConfig,
+        {
+            "architecture": {"type": "distilbert", "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2},
+            "max_length": 24,
+            "tokenizer": {"vocab_size": 120},
+            "training": {"epochs": 2.0, "batch_size": 8, "microbatch_size": 4},
+            "masked": {"training": {"epochs": 2.0, "batch_size": 8, "microbatch_size": 8}},
+        },
+    ),
+}
 
 
 class Killed(BaseException):
@@ -58,13 +93,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     rows = [
         {
-            "prompt": f"write a line about the {thing} {number}:", "completion": f"the {thing} was a joy" + " indeed" * number,
-            "text": f"the {thing} was {'dull' if number % 2 else 'a joy'}, they said" + " again" * number, "label": number % 2,
+            "prompt": f"write a line about the {thing} {number}:",
+            "completion": f"the {thing} was a joy" + " indeed" * number,
+            "text": f"the {thing} was {'dull' if number % 2 else 'a joy'}, they said" + " again" * number,
+            "label": number % 2,
             "completions": [f"the {thing} was a joy", f"the {thing} was dull", "write"][: 2 + number % 2],
             "ranks": [0, 1, 1][: 2 + number % 2],
         }
-        for number in range(6) for thing in THINGS
-    ]  # fmt: skip
+        for number in range(6)
+        for thing in THINGS
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 

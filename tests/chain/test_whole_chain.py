@@ -139,9 +139,14 @@ def test_a_changed_setting_redoes_what_depends_on_it(undisturbed, recipe) -> Non
     home, first = undisturbed
     changed = start(recipe, home, "aligned.kl_coef=0.2")
     assert {step["name"]: step["reused"] for step in changed["steps"]} == {
-        "base": True, "sft": True, "taste": True, "preference": True, "aligned": False, "dpo": True,
+        "base": True,
+        "sft": True,
+        "taste": True,
+        "preference": True,
+        "aligned": False,
+        "dpo": True,
         "verdict": False,
-    }  # fmt: skip
+    }
     assert "kl_coef (0.05 -> 0.2)" in changed["steps"][4]["reason"]
 
 

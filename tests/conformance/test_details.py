@@ -144,8 +144,13 @@ def test_sixteen_epochs_of_cosine_to_a_tenth() -> None:
     assert optimizer_settings.epochs == 16.0
     arguments = schedule_arguments(optimizer_settings)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = get_scheduler(arguments["lr_scheduler_type"], optimizer, num_warmup_steps=int(arguments["warmup_steps"] * 160),
-                              num_training_steps=160, scheduler_specific_kwargs=arguments["lr_scheduler_kwargs"])  # fmt: skip
+    scheduler = get_scheduler(
+        arguments["lr_scheduler_type"],
+        optimizer,
+        num_warmup_steps=int(arguments["warmup_steps"] * 160),
+        num_training_steps=160,
+        scheduler_specific_kwargs=arguments["lr_scheduler_kwargs"],
+    )
     trace = []
     for _ in range(161):
         trace.append(optimizer.param_groups[0]["lr"])
@@ -200,10 +205,18 @@ def test_more_than_one_epoch_is_warned_of(tmp_path: Path, step_context: Any, res
         said: list[str] = []
         context.runtime.console.print = lambda *parts, said=said, **_: said.append(str(parts[0]))
         training = {"epochs": epochs, "batch_size": 4, "microbatch_size": 4, "learning_rate": 1e-3}
-        run(RewardModelConfig.model_validate({
-            "name": "rm", "model": "m", "precision": "fp32", "training": training,
-            "data": {"train": str(path), "validation_fraction": 0.25},
-        }), context)  # fmt: skip
+        run(
+            RewardModelConfig.model_validate(
+                {
+                    "name": "rm",
+                    "model": "m",
+                    "precision": "fp32",
+                    "training": training,
+                    "data": {"train": str(path), "validation_fraction": 0.25},
+                }
+            ),
+            context,
+        )
         assert sum("reward models overfit soon" in text for text in said) == warned
 
 
@@ -277,8 +290,9 @@ def _other_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=270, special_tokens=["<pad>", "</s>"],
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=270, special_tokens=["<pad>", "</s>"], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
     tokenizer.train_from_iterator(["another text altogether"] * 3, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
 

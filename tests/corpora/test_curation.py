@@ -34,9 +34,12 @@ def count_words(text: str) -> int:
 @pytest.mark.detail("D1")
 def test_prompts_with_the_same_beginning_count_once() -> None:
     table = rows(
-        {"prompt": "Write a poem about the sea, please"}, {"prompt": "write a poem about THE SEA and the sky"}, {"prompt": "Write a poem"},
-        {"prompt": "Write a poem"}, {"instruction": "Write a poem about the hills", "output": "x"},
-    )  # fmt: skip
+        {"prompt": "Write a poem about the sea, please"},
+        {"prompt": "write a poem about THE SEA and the sky"},
+        {"prompt": "Write a poem"},
+        {"prompt": "Write a poem"},
+        {"instruction": "Write a poem about the hills", "output": "x"},
+    )
     curator = Curator(Curation(prefix_words=5))
     assert [row.get("prompt", "") for row in curator.training(table)] == [table[0]["prompt"], "Write a poem"]
     assert curator.left_out == {"prefix": 3}
@@ -55,9 +58,15 @@ def test_the_two_hundred_and_first_prompt_of_a_user_is_dropped() -> None:
 @pytest.mark.detail("D4")
 @pytest.mark.parametrize(
     "text",
-    ["write to ann.b-c+d@mail.example.org today", "call +1 555-123-4567", "call (030) 1234 5678 now", "ssn 078-05-1120",
-     "card 4111 1111 1111 1111", "server 192.168.10.254 is down"],
-)  # fmt: skip
+    [
+        "write to ann.b-c+d@mail.example.org today",
+        "call +1 555-123-4567",
+        "call (030) 1234 5678 now",
+        "ssn 078-05-1120",
+        "card 4111 1111 1111 1111",
+        "server 192.168.10.254 is down",
+    ],
+)
 def test_personal_data_is_found(text: str) -> None:
     table = rows({"prompt": "fine"}, {"prompt": text}, {"messages": [{"role": "user", "content": text}]})
     assert Curator(Curation(pii="drop")).training(table) == [{"prompt": "fine"}]

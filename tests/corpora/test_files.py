@@ -82,10 +82,14 @@ def test_json_that_holds_lines_is_read_as_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("train", "test"),
-    [("train/x.jsonl", "test/x.jsonl"), ("train.csv", "test.csv"), ("data/train.jsonl.gz", "data/eval.jsonl.gz"),
-     ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"),
-     ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet")],
-)  # fmt: skip
+    [
+        ("train/x.jsonl", "test/x.jsonl"),
+        ("train.csv", "test.csv"),
+        ("data/train.jsonl.gz", "data/eval.jsonl.gz"),
+        ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"),
+        ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"),
+    ],
+)
 def test_a_split_of_a_folder_holds_its_own_rows_only(train: str, test: str, tmp_path: Path) -> None:
     write(tmp_path / train, "learned")
     write(tmp_path / test, "held out")
@@ -142,10 +146,14 @@ def test_one_table_in_two_formats_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"split": "test"}, "there is no split 'test'"), ({"split": "train[:1]"}, "choose its rows with skip and limit"),
-     ({"name": "x"}, "name is set, and the path is one file"), ({"data_dir": "x"}, "data_dir is set"),
-     ({"revision": "x"}, "revision is set")],
-)  # fmt: skip
+    [
+        ({"split": "test"}, "there is no split 'test'"),
+        ({"split": "train[:1]"}, "choose its rows with skip and limit"),
+        ({"name": "x"}, "name is set, and the path is one file"),
+        ({"data_dir": "x"}, "data_dir is set"),
+        ({"revision": "x"}, "revision is set"),
+    ],
+)
 def test_one_file_has_no_splits_to_choose(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", "one", "two")
     with pytest.raises(DataError, match=message):

@@ -19,22 +19,33 @@ def layout(*names: str, texts: dict[str, str] | None = None, **choice: Any) -> L
 
 
 NAMED = {
-    "folders": (["train/a.jsonl", "train/b.jsonl", "test/a.jsonl"],
-                {"train": ["train/a.jsonl", "train/b.jsonl"], "test": ["test/a.jsonl"]}),
-    "folders below a folder": (["x/data/train/a.csv", "x/data/dev/a.csv"],
-                               {"train": ["x/data/train/a.csv"], "validation": ["x/data/dev/a.csv"]}),
-    "file names": (["train.jsonl", "val.jsonl", "eval.jsonl"],
-                   {"train": ["train.jsonl"], "validation": ["val.jsonl"], "test": ["eval.jsonl"]}),
-    "packed": (["harmless/train.jsonl.gz", "harmless/test.jsonl.gz"],
-               {"train": ["harmless/train.jsonl.gz"], "test": ["harmless/test.jsonl.gz"]}),
-    "shards, any split": (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/hard-00000-of-00001.parquet"],
-                          {"train": ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
-                           "hard": ["data/hard-00000-of-00001.parquet"]}),
-    "shards elsewhere": (["parts/train-00000-of-00001.parquet", "parts/test-00000-of-00001.parquet"],
-                         {"train": ["parts/train-00000-of-00001.parquet"], "test": ["parts/test-00000-of-00001.parquet"]}),
+    "folders": (
+        ["train/a.jsonl", "train/b.jsonl", "test/a.jsonl"],
+        {"train": ["train/a.jsonl", "train/b.jsonl"], "test": ["test/a.jsonl"]},
+    ),
+    "folders below a folder": (
+        ["x/data/train/a.csv", "x/data/dev/a.csv"],
+        {"train": ["x/data/train/a.csv"], "validation": ["x/data/dev/a.csv"]},
+    ),
+    "file names": (
+        ["train.jsonl", "val.jsonl", "eval.jsonl"],
+        {"train": ["train.jsonl"], "validation": ["val.jsonl"], "test": ["eval.jsonl"]},
+    ),
+    "packed": (
+        ["harmless/train.jsonl.gz", "harmless/test.jsonl.gz"],
+        {"train": ["harmless/train.jsonl.gz"], "test": ["harmless/test.jsonl.gz"]},
+    ),
+    "shards, any split": (
+        ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/hard-00000-of-00001.parquet"],
+        {"train": ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"], "hard": ["data/hard-00000-of-00001.parquet"]},
+    ),
+    "shards elsewhere": (
+        ["parts/train-00000-of-00001.parquet", "parts/test-00000-of-00001.parquet"],
+        {"train": ["parts/train-00000-of-00001.parquet"], "test": ["parts/test-00000-of-00001.parquet"]},
+    ),
     "words within names": (["my_train_set.csv", "my_testing_set.csv"], {"train": ["my_train_set.csv"], "test": ["my_testing_set.csv"]}),
     "nothing named": (["a.jsonl", "b/c.jsonl", "latest.jsonl"], {"train": ["a.jsonl", "b/c.jsonl", "latest.jsonl"]}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("names", "splits"), NAMED.values(), ids=NAMED)
@@ -55,10 +66,25 @@ def test_names_tell_splits_in_capitals_too() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["README.md", "LICENSE", "LICENSE.txt", "Licence.txt", "README.txt", "requirements.txt", "NOTICE.txt",
-     "dataset_info.json", "dataset_infos.json", "state.json", ".hidden.jsonl", ".cache/x.jsonl", "__pycache__/x.json",
-     "load.py", "notes.md", "picture.png"],
-)  # fmt: skip
+    [
+        "README.md",
+        "LICENSE",
+        "LICENSE.txt",
+        "Licence.txt",
+        "README.txt",
+        "requirements.txt",
+        "NOTICE.txt",
+        "dataset_info.json",
+        "dataset_infos.json",
+        "state.json",
+        ".hidden.jsonl",
+        ".cache/x.jsonl",
+        "__pycache__/x.json",
+        "load.py",
+        "notes.md",
+        "picture.png",
+    ],
+)
 def test_files_that_are_no_data_are_left_out(name: str) -> None:
     assert not is_data(name)
     assert layout("a.jsonl", name).splits == {"train": ["a.jsonl"]}
@@ -118,7 +144,7 @@ WRONG: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "no pattern": (("a.jsonl",), {"data_files": ["a**b"]}, "not a pattern of file names"),
     "both": (("base/train.jsonl",), {"data_dir": "base", "name": "base"}, "both choose a part"),
     "in two splits": (("train-test.jsonl",), {}, "the name of train-test.jsonl fits the splits train and test"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("names", "choice", "message"), WRONG.values(), ids=WRONG)
@@ -134,12 +160,13 @@ def saved(*files: str) -> str:
 
 def test_folders_of_save_to_disk() -> None:
     """Splits of any name, and only the files that state.json lists: cache files of map() are none of the data."""
-    texts = {"dataset_dict.json": '{"splits": ["train", "hard"]}', "train/state.json": saved("data-00000-of-00001.arrow"),
-             "hard/state.json": saved("data-00000-of-00001.arrow")}  # fmt: skip
+    texts = {
+        "dataset_dict.json": '{"splits": ["train", "hard"]}',
+        "train/state.json": saved("data-00000-of-00001.arrow"),
+        "hard/state.json": saved("data-00000-of-00001.arrow"),
+    }
     names = ("train/data-00000-of-00001.arrow", "train/cache-1f.arrow", "hard/data-00000-of-00001.arrow", "train/dataset_info.json")
-    assert layout(*names, texts=texts).splits == {
-        "train": ["train/data-00000-of-00001.arrow"], "hard": ["hard/data-00000-of-00001.arrow"]
-    }  # fmt: skip
+    assert layout(*names, texts=texts).splits == {"train": ["train/data-00000-of-00001.arrow"], "hard": ["hard/data-00000-of-00001.arrow"]}
     single = layout("data-00000-of-00001.arrow", "cache-1f.arrow", texts={"state.json": saved("data-00000-of-00001.arrow")})
     assert single.splits == {"train": ["data-00000-of-00001.arrow"]}
     with pytest.raises(DataError, match=r"data-00001-of-00002.arrow is missing, and state.json lists it"):
@@ -156,8 +183,9 @@ def test_a_split_is_found_by_what_its_name_means(wanted: str, found: str) -> Non
 def test_a_split_expression_chooses_rows() -> None:
     three = Layout({"train": ["a"], "test": ["b"], "extra": ["c"]}, True)
     assert [(part.split, list(part.rows(10))) for part in parts_of(three, "train[:3]+test[80%:]", "train")] == [
-        ("train", [0, 1, 2]), ("test", [8, 9])
-    ]  # fmt: skip
+        ("train", [0, 1, 2]),
+        ("test", [8, 9]),
+    ]
     assert [part.split for part in parts_of(three, "all", "train")] == ["train", "test", "extra"]
     assert [part.split for part in parts_of(three, None, "test")] == ["test"]
     for written, message in (("trian", "did you mean 'train'"), ("train[:", "cannot be read"), ("train[x:]", "cannot"), ("", "cannot")):

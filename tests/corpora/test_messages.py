@@ -96,8 +96,11 @@ HISTORY = [user("hi"), bot("hello")]
         ({"chosen": [*HISTORY, user("so?"), bot("a")], "rejected": [*HISTORY, user("so?"), bot("b")]}, [*HISTORY, user("so?")], ["a", "b"]),
         ({"prompt": "hi", "chosen": [user("hi"), bot("a")], "rejected": [user("hi"), bot("b")]}, "hi", ["a", "b"]),
         (
-            {"prompt": "hi", "chosen": [{"role": "system", "content": "s"}, user("hi"), bot("a")],
-             "rejected": [{"role": "system", "content": "s"}, user("hi"), bot("b")]},
+            {
+                "prompt": "hi",
+                "chosen": [{"role": "system", "content": "s"}, user("hi"), bot("a")],
+                "rejected": [{"role": "system", "content": "s"}, user("hi"), bot("b")],
+            },
             [{"role": "system", "content": "s"}, user("hi")],
             ["a", "b"],
         ),
@@ -112,7 +115,7 @@ HISTORY = [user("hi"), bot("hello")]
             ["a", "b", [bot("c"), user("x"), bot("d")]],
         ),
     ],
-)  # fmt: skip
+)
 def test_comparisons_keep_every_turn(columns, prompt, completions) -> None:
     made = comparison(row(**columns))
     assert made.prompt == prompt and list(made.completions) == completions

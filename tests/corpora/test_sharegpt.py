@@ -38,10 +38,19 @@ SYSTEM = turn("system", "be kind")
 @pytest.mark.parametrize(
     ("speaker", "role"),
     [
-        ("human", "user"), ("user", "user"), ("gpt", "assistant"), ("assistant", "assistant"), ("chatgpt", "assistant"),
-        ("bard", "assistant"), ("system", "system"), ("tool", "tool"), ("observation", "tool"), ("function", "tool"), ("GPT", "assistant"),
+        ("human", "user"),
+        ("user", "user"),
+        ("gpt", "assistant"),
+        ("assistant", "assistant"),
+        ("chatgpt", "assistant"),
+        ("bard", "assistant"),
+        ("system", "system"),
+        ("tool", "tool"),
+        ("observation", "tool"),
+        ("function", "tool"),
+        ("GPT", "assistant"),
     ],
-)  # fmt: skip
+)
 def test_every_speaker_has_a_role(speaker, role) -> None:
     assert messages_of(row(conversations=[said(speaker, "hi")]), "conversations") == [turn(role, "hi")]
 

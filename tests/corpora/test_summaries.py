@@ -22,8 +22,12 @@ COMPARISON = {
         {"text": " Too long.", "policy": "sup1", "note": None},
         {"text": " I write too much.", "policy": "ref", "note": None},
     ],
-    "choice": 1, "worker": "worker-7", "batch": "batch3", "split": "train", "extra": {"confidence": 6},
-}  # fmt: skip
+    "choice": 1,
+    "worker": "worker-7",
+    "batch": "batch3",
+    "split": "train",
+    "extra": {"confidence": 6},
+}
 
 
 def source(tmp_path: Path, *rows: dict[str, Any]) -> dict[str, Any]:
@@ -55,8 +59,9 @@ def test_the_same_as_trl_publishes_them(tmp_path: Path) -> None:
     dialogue = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "I write too much."}]
     other = [dialogue[0], {"role": "assistant", "content": "Too long."}]
     assert load_comparisons(data(tmp_path, {"prompt": PROMPT, "chosen": dialogue, "rejected": other})).train[0].completions == [
-        "I write too much.", "Too long.",
-    ]  # fmt: skip
+        "I write too much.",
+        "Too long.",
+    ]
 
 
 def test_both_forms_make_the_same_tokens(tmp_path: Path, tiny_tokenizer: Any) -> None:

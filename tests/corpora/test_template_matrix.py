@@ -60,7 +60,7 @@ TEMPLATES = {
     "marked": MERGE_SYSTEM + "{% for m in turns %}{% if m.role == 'user' %}{{ '<|user|>' }}{% if loop.first and sys %}{{ sys + '\\n' }}"
     "{% endif %}{{ m.content + '<|end|>' }}{% else %}{{ '<|assistant|>' }}{% generation %}{{ m.content + '<|end|>' }}{% endgeneration %}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
-}  # fmt: skip
+}
 REPLY = {  # what each writes for a reply after its generation prompt
     "chatml": "{}<|im_end|>\n",
     "llama2": " {} </s>",
@@ -75,9 +75,17 @@ REPLY = {  # what each writes for a reply after its generation prompt
 }
 CLOSING = {"phi": "</s>"}  # what it writes once, after the last turn
 TURN_END = {
-    "chatml": "<|im_end|>", "llama2": "</s>", "llama3": "<|eot|>", "gemma": "<end_of_turn>", "tekken": "</s>", "phi": "<|end|>",
-    "zephyr": "</s>", "qwen3": "<|im_end|>", "deepseek": "</s>", "marked": "<|end|>",
-}  # fmt: skip
+    "chatml": "<|im_end|>",
+    "llama2": "</s>",
+    "llama3": "<|eot|>",
+    "gemma": "<end_of_turn>",
+    "tekken": "</s>",
+    "phi": "<|end|>",
+    "zephyr": "</s>",
+    "qwen3": "<|im_end|>",
+    "deepseek": "</s>",
+    "marked": "<|end|>",
+}
 DROPS_THOUGHTS = ("qwen3", "deepseek")  # from replies before the last user turn: those train in rows of their own
 KINDS = ("byte_bpe", "sentencepiece", "metaspace", "unigram", "wordpiece")
 
@@ -199,8 +207,9 @@ def test_tool_calls_train_or_are_refused(tokenizer, name) -> None:
         return
     (made,) = training_rows(tokenizer, read, train_on="all_assistant_turns")
     assert trained_runs(tokenizer, made) == [
-        '<tool_call>{"name": "look_up", "arguments": {"a": 1}}</tool_call><|im_end|>\n', "22 degrees<|im_end|>\n"
-    ]  # fmt: skip
+        '<tool_call>{"name": "look_up", "arguments": {"a": 1}}</tool_call><|im_end|>\n',
+        "22 degrees<|im_end|>\n",
+    ]
 
 
 def test_generation_stops_at_the_turn_end(tokenizer, name) -> None:

@@ -35,8 +35,10 @@ NINE = (
     "{% for m in messages %}{% for call in m.tool_calls or [] if call.id | length != 9 %}{{ raise_exception('id') }}{% endfor %}"
     "{% endfor %}"
 )
-NAMED = [{"name": "default", "template": "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"},
-         {"name": "tool_use", "template": OBJECTS["tojson"]}]  # fmt: skip
+NAMED = [
+    {"name": "default", "template": "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"},
+    {"name": "tool_use", "template": OBJECTS["tojson"]},
+]
 WRITTEN = {
     "tojson": '[look_up {"town": "Köln", "days": 3}]',
     "whole call": '[look_up {"name": "look_up", "arguments": {"town": "Köln", "days": 3}}]',

@@ -35,9 +35,13 @@ def config() -> Any:
 
     def make(prompts: str, **fields: Any) -> EvaluationConfig:
         settings = {
-            "name": "verdict", "candidates": {"base": "b", "aligned": "a"}, "data": prompts, "precision": "fp32",
-            "generation": {"max_new_tokens": 6}, "judges": [{"function": LENGTHS}],
-        }  # fmt: skip
+            "name": "verdict",
+            "candidates": {"base": "b", "aligned": "a"},
+            "data": prompts,
+            "precision": "fp32",
+            "generation": {"max_new_tokens": 6},
+            "judges": [{"function": LENGTHS}],
+        }
         return EvaluationConfig.model_validate({**settings, **fields})
 
     return make

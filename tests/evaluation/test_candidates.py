@@ -231,9 +231,12 @@ def test_the_value_network_of_a_ppo_step(step_context, tiny_llama_folder, tmp_pa
     records = {}
     for version, parts in enumerate(({"seed": 1}, {"seed": 2}), 1):
         policy = context.registry.publish(
-            "r/aligned", lambda folder: shutil.copytree(tiny_llama_folder, folder, dirs_exist_ok=True), role="language_model",
-            fingerprint=str(version), fingerprint_parts=parts,
-        )  # fmt: skip
+            "r/aligned",
+            lambda folder: shutil.copytree(tiny_llama_folder, folder, dirs_exist_ok=True),
+            role="language_model",
+            fingerprint=str(version),
+            fingerprint_parts=parts,
+        )
         records[version] = policy
         if version == 1:
             context.registry.publish("r/aligned-value", lambda folder: value.save(folder), role="value_model", fingerprint_parts=parts)

@@ -20,9 +20,16 @@ def vote(prompt: str, choice: str, annotator: str = "ann", a: str = "base", b: s
 
 
 def test_votes_of_people(prompts, step_context, models, config, write_rows, read_run) -> None:
-    rows = [vote(PROMPTS[0], "a", "ann"), vote(PROMPTS[0], "a", "bob"), vote(PROMPTS[0], "b", "cid"),
-            vote(PROMPTS[1], "tie", "ann"), vote(PROMPTS[1], "b", "bob"), vote(PROMPTS[1], "a", "cid", a="aligned", b="base"),
-            vote(PROMPTS[2], "b", "ann"), vote("elsewhere", "a")]  # fmt: skip
+    rows = [
+        vote(PROMPTS[0], "a", "ann"),
+        vote(PROMPTS[0], "a", "bob"),
+        vote(PROMPTS[0], "b", "cid"),
+        vote(PROMPTS[1], "tie", "ann"),
+        vote(PROMPTS[1], "b", "bob"),
+        vote(PROMPTS[1], "a", "cid", a="aligned", b="base"),
+        vote(PROMPTS[2], "b", "ann"),
+        vote("elsewhere", "a"),
+    ]
     judges = [{"judgements": write_rows("votes", rows)}, {"function": "judges_for_tests:lengths"}]
     context = step_context(models=models)
     run(config(prompts, judges=judges), context)
@@ -46,10 +53,15 @@ def test_ratings_of_people(prompts, step_context, models, config, write_rows, re
     rows = [
         {"prompt": PROMPTS[row], "candidate": name, "score": score, "annotator": who}
         for row, name, who, score in [
-            (0, "base", "ann", 1), (0, "aligned", "ann", 3), (0, "base", "bob", 2), (0, "aligned", "bob", 2),
-            (1, "base", "ann", 5), (1, "aligned", "ann", 1), (2, "base", "ann", 4),
+            (0, "base", "ann", 1),
+            (0, "aligned", "ann", 3),
+            (0, "base", "bob", 2),
+            (0, "aligned", "bob", 2),
+            (1, "base", "ann", 5),
+            (1, "aligned", "ann", 1),
+            (2, "base", "ann", 4),
         ]
-    ]  # fmt: skip
+    ]
     rows.append(vote(PROMPTS[3], "a", "cid"))  # a vote beside the ratings
     context = step_context(models=models)
     run(config(prompts, judges=[{"judgements": write_rows("ratings", rows), "name": "stars"}]), context)

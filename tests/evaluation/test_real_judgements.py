@@ -37,9 +37,12 @@ def raw(path: Path) -> list[dict[str, Any]]:
 
 def evaluate(folder: Path, prefix: str, names: list[str], context: Any, **fields: Any) -> dict[str, Any]:
     settings = {
-        "name": "verdict", "data": str(folder / f"{prefix}-prompts.jsonl"), "num_prompts": None,
-        "candidates": {name: {"completions": str(folder / f"{prefix}-{name}.jsonl")} for name in names}, **fields,
-    }  # fmt: skip
+        "name": "verdict",
+        "data": str(folder / f"{prefix}-prompts.jsonl"),
+        "num_prompts": None,
+        "candidates": {name: {"completions": str(folder / f"{prefix}-{name}.jsonl")} for name in names},
+        **fields,
+    }
     config = EvaluationConfig.model_validate(settings)
     config.check_data()
     run(config, context)
@@ -49,9 +52,13 @@ def evaluate(folder: Path, prefix: str, names: list[str], context: Any, **fields
 def test_people_on_five_models(shared_data, writer, step_context, tmp_path) -> None:
     names = writer.write_pandalm(tmp_path)
     found = evaluate(
-        tmp_path, "pandalm", names, step_context(), samples_per_prompt=4,
+        tmp_path,
+        "pandalm",
+        names,
+        step_context(),
+        samples_per_prompt=4,
         judges=[{"judgements": str(tmp_path / "pandalm-votes.jsonl"), "name": "people"}],
-    )  # fmt: skip
+    )
     rows = raw(shared_data / "pandalm_human" / "validation.jsonl.gz")
     votes = np.array([row["annotators"] for row in rows])
 

@@ -105,11 +105,14 @@ def test_tasks_in_an_evaluation(tmp_path, monkeypatch, step_context, resolve_fol
     shots.write_text(json.dumps({"prompt": "the music", "completion": "was a joy"}) + "\n")
     config = EvaluationConfig.model_validate(
         {
-            "name": "verdict", "data": str(tmp_path / "prompts.jsonl"), "precision": "fp32", "generation": {"max_new_tokens": 4},
+            "name": "verdict",
+            "data": str(tmp_path / "prompts.jsonl"),
+            "precision": "fp32",
+            "generation": {"max_new_tokens": 4},
             "candidates": {"base": "b", "prompted": {"model": "b", "few_shot": {"data": str(shots), "num_examples": 1}}},
             "judges": [{"function": "judges_for_tasks:lengths"}],
             "tasks": {"plain": str(tmp_path / "task.jsonl"), "scaled": {"data": str(tmp_path / "task.jsonl"), "normalize": "bytes"}},
-        }  # fmt: skip
+        }
     )
     assert set(config.data_inputs()) >= {"tasks.plain.data", "tasks.scaled.data"}
     config.check_data()

@@ -34,9 +34,15 @@ class Family:
 def _llama(**fields: Any) -> dict[str, Any]:
     """Fields that most decoders share."""
     return {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": POSITIONS, "initializer_range": 0.2, **fields,
-    }  # fmt: skip
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": POSITIONS,
+        "initializer_range": 0.2,
+        **fields,
+    }
 
 
 def _gpt(**fields: Any) -> dict[str, Any]:
@@ -54,16 +60,27 @@ DECODERS: dict[str, Family] = {
     "gpt2": Family("gpt2", _gpt()),
     "gpt_neox": Family("gpt_neox", _llama(rotary_pct=0.25)),
     "gptj": Family("gptj", _gpt(rotary_dim=4)),
-    "gpt_neo": Family("gpt_neo", {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
-                                  "window_size": 6, "max_position_embeddings": POSITIONS, "initializer_range": 0.2}),
+    "gpt_neo": Family(
+        "gpt_neo",
+        {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 6,
+            "max_position_embeddings": POSITIONS,
+            "initializer_range": 0.2,
+        },
+    ),
     "gpt_bigcode": Family("gpt_bigcode", _gpt()),
     "codegen": Family("codegen", _gpt(rotary_dim=4)),
     "opt": Family("opt", _llama(ffn_dim=48, word_embed_proj_dim=32, init_std=0.2)),
     "opt-projected": Family("opt", _llama(ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False, init_std=0.2)),
     "bloom": Family("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}),
     "falcon": Family("falcon", _llama(new_decoder_architecture=True, num_kv_heads=2), without=dict(FALCON)),
-    "falcon-alibi": Family("falcon", _llama(alibi=True, new_decoder_architecture=False, multi_query=True, parallel_attn=False, bias=True),
-                           without=dict(FALCON)),
+    "falcon-alibi": Family(
+        "falcon", _llama(alibi=True, new_decoder_architecture=False, multi_query=True, parallel_attn=False, bias=True), without=dict(FALCON)
+    ),
     "mpt": Family("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": POSITIONS, "initializer_range": 0.2}),
     "llama": Family("llama", _llama(), "sentencepiece"),
     "mistral": Family("mistral", _llama(**WINDOW), "sentencepiece"),
@@ -73,8 +90,11 @@ DECODERS: dict[str, Family] = {
     "qwen3_moe": Family("qwen3_moe", _llama(head_dim=16, **MOE)),
     "qwen2_moe": Family("qwen2_moe", _llama(shared_expert_intermediate_size=16, **MOE)),
     "gemma": Family("gemma", _llama(head_dim=16), "unigram"),
-    "gemma2": Family("gemma2", _llama(head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
-                                      **WINDOW), "unigram"),
+    "gemma2": Family(
+        "gemma2",
+        _llama(head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **WINDOW),
+        "unigram",
+    ),
     "gemma3": Family("gemma3_text", _llama(head_dim=16, query_pre_attn_scalar=16, **LAYERS, **WINDOW), "unigram"),
     "phi": Family("phi", _llama(partial_rotary_factor=0.5)),
     "phi3": Family("phi3", _llama(), "sentencepiece"),
@@ -92,35 +112,103 @@ DECODERS: dict[str, Family] = {
     "nemotron": Family("nemotron", _llama(head_dim=8)),
     "exaone4": Family("exaone4", _llama(head_dim=8, **LAYERS, **WINDOW)),
     "gpt_oss": Family("gpt_oss", _llama(head_dim=8, num_local_experts=4, num_experts_per_tok=2, **LAYERS, **WINDOW)),
-    "deepseek_v2": Family("deepseek_v2", _llama(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1,
-                                                moe_intermediate_size=16, n_group=1, topk_group=1, **{**MLA, **EVEN})),
-    "deepseek_v3": Family("deepseek_v3", _llama(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1,
-                                                moe_intermediate_size=16, n_group=1, topk_group=1, **{**MLA, **EVEN})),
+    "deepseek_v2": Family(
+        "deepseek_v2",
+        _llama(
+            n_routed_experts=4,
+            n_shared_experts=1,
+            num_experts_per_tok=2,
+            first_k_dense_replace=1,
+            moe_intermediate_size=16,
+            n_group=1,
+            topk_group=1,
+            **{**MLA, **EVEN},
+        ),
+    ),
+    "deepseek_v3": Family(
+        "deepseek_v3",
+        _llama(
+            n_routed_experts=4,
+            n_shared_experts=1,
+            num_experts_per_tok=2,
+            first_k_dense_replace=1,
+            moe_intermediate_size=16,
+            n_group=1,
+            topk_group=1,
+            **{**MLA, **EVEN},
+        ),
+    ),
     "nanochat": Family("nanochat", _llama(final_logit_softcapping=3.0)),
     "minicpm3": Family("minicpm3", _llama(**{**MLA, **EVEN})),
     "mamba": Family("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4, "initializer_range": 0.2}),
-    "falcon_mamba": Family("falcon_mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4,
-                                            "initializer_range": 0.2}),
-    "mamba2": Family("mamba2", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1,
-                                "expand": 2, "chunk_size": 8, "initializer_range": 0.2}),
-    "rwkv": Family("rwkv", {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "intermediate_size": 48,
-                            "context_length": POSITIONS},
-                   without={"LoRA on nf4": "whose class cannot rescale nf4 weights"}),
-    "jamba": Family("jamba", _llama(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=2,
-                                    mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False)),
-    "bamba": Family("bamba", _llama(attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1,
-                                    mamba_expand=2, mamba_chunk_size=8)),
+    "falcon_mamba": Family(
+        "falcon_mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4, "initializer_range": 0.2}
+    ),
+    "mamba2": Family(
+        "mamba2",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "state_size": 8,
+            "num_heads": 8,
+            "head_dim": 8,
+            "n_groups": 1,
+            "expand": 2,
+            "chunk_size": 8,
+            "initializer_range": 0.2,
+        },
+    ),
+    "rwkv": Family(
+        "rwkv",
+        {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "intermediate_size": 48, "context_length": POSITIONS},
+        without={"LoRA on nf4": "whose class cannot rescale nf4 weights"},
+    ),
+    "jamba": Family(
+        "jamba",
+        _llama(
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            expert_layer_period=2,
+            expert_layer_offset=1,
+            num_experts=2,
+            mamba_d_state=4,
+            mamba_dt_rank=4,
+            use_mamba_kernels=False,
+        ),
+    ),
+    "bamba": Family(
+        "bamba",
+        _llama(
+            attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_expand=2, mamba_chunk_size=8
+        ),
+    ),
     "lfm2": Family("lfm2", _llama(layer_types=["conv", "full_attention"], block_ff_dim=48, block_multiple_of=8)),
-    "falcon_h1": Family("falcon_h1", _llama(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1,
-                                            mamba_chunk_size=8, lm_head_multiplier=0.5, embedding_multiplier=2.0)),
-}  # fmt: skip
+    "falcon_h1": Family(
+        "falcon_h1",
+        _llama(
+            mamba_d_ssm=64,
+            mamba_n_heads=8,
+            mamba_d_head=8,
+            mamba_d_state=8,
+            mamba_n_groups=1,
+            mamba_chunk_size=8,
+            lm_head_multiplier=0.5,
+            embedding_multiplier=2.0,
+        ),
+    ),
+}
 
 
 def _bert(**fields: Any) -> dict[str, Any]:
     return {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": POSITIONS,
-        "initializer_range": 0.2, **fields,
-    }  # fmt: skip
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": POSITIONS,
+        "initializer_range": 0.2,
+        **fields,
+    }
 
 
 ROBERTA = {"max_position_embeddings": POSITIONS + 2, "type_vocab_size": 1}
@@ -129,17 +217,21 @@ CLASSIFIERS: dict[str, Family] = {
     "bert": Family("bert", _bert(), "wordpiece"),
     "roberta": Family("roberta", _bert(**ROBERTA), "roberta"),
     "xlm-roberta": Family("xlm-roberta", _bert(**ROBERTA), "roberta"),
-    "deberta-v2": Family("deberta-v2", _bert(relative_attention=True, position_buckets=16, pos_att_type=["p2c", "c2p"],
-                                             pooler_hidden_size=32), "wordpiece"),
+    "deberta-v2": Family(
+        "deberta-v2", _bert(relative_attention=True, position_buckets=16, pos_att_type=["p2c", "c2p"], pooler_hidden_size=32), "wordpiece"
+    ),
     "deberta": Family("deberta", _bert(relative_attention=True, pos_att_type=["p2c", "c2p"], pooler_hidden_size=32), "wordpiece"),
-    "distilbert": Family("distilbert", {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": POSITIONS,
-                                        "initializer_range": 0.2}, "wordpiece"),
+    "distilbert": Family(
+        "distilbert",
+        {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": POSITIONS, "initializer_range": 0.2},
+        "wordpiece",
+    ),
     "electra": Family("electra", _bert(embedding_size=16), "wordpiece"),
     "albert": Family("albert", _bert(embedding_size=16), "wordpiece"),
     "modernbert": Family("modernbert", _bert(local_attention=8, global_attn_every_n_layers=2), "wordpiece"),
     "mpnet": Family("mpnet", _bert(max_position_embeddings=POSITIONS + 2), "wordpiece"),
     "camembert": Family("camembert", _bert(**ROBERTA), "roberta"),
-}  # fmt: skip
+}
 
 
 # Tokenizers
@@ -158,9 +250,11 @@ def _byte() -> Any:
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<|endoftext|>", "<|pad|>"], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        vocab_size=320,
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
-    )  # fmt: skip
+    )
     made.train_from_iterator(TEXTS, trainer)
     return _fast(made, eos_token="<|endoftext|>", bos_token="<|endoftext|>", pad_token="<|pad|>")
 
@@ -171,9 +265,11 @@ def _roberta() -> Any:
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False,
-    )  # fmt: skip
+        vocab_size=320,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
     made.train_from_iterator(TEXTS, trainer)
     ends = [("<s>", 0), ("</s>", 2)]
     made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=ends)
@@ -250,4 +346,3 @@ def save(family: Family, folder: Path, auto: Any, *, seed: int = 0, **more: Any)
     model.save_pretrained(folder)
     tokenizer_of(family.tokenizer).save_pretrained(folder)
     return folder
-

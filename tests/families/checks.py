@@ -161,9 +161,10 @@ def check_lora(family: Family, folder: Path, scratch: Path) -> float:
     (-logprobs.sum()).backward()
     expected = {name: parameter.grad for name, parameter in reference.named_parameters() if "lora_" in name}
     gradients = [
-        difference(parameter.grad, expected[name]) for name, parameter in model.named_parameters()
+        difference(parameter.grad, expected[name])
+        for name, parameter in model.named_parameters()
         if "lora_" in name and expected[name] is not None
-    ]  # fmt: skip
+    ]
     assert gradients, "no adapter weight has a gradient"
     found = [difference(policy.logprobs(rows.batch()), logprobs), *gradients]
     save_merged(as_resolved(str(adapter)), merged)
@@ -191,9 +192,12 @@ def check_nf4(family: Family, folder: Path, scratch: Path) -> float:
     save_model(model, tokenizer_of(family.tokenizer), adapter)
     skipped = [name for name, module in model.get_base_model().named_modules() if type(module) in (torch.nn.Linear, Linear)]
     settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32, bnb_4bit_use_double_quant=True,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_use_double_quant=True,
         llm_int8_skip_modules=[name for name in skipped if "lora_" not in name],
-    )  # fmt: skip
+    )
     reference = with_adapter(folder, adapter, quantization_config=settings, device_map={"": "cpu"})
     for module in reference.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -19,11 +19,16 @@ from checks import CLASSIFIER_CHECKS, DECODER_CHECKS, EXACT, TOLERANCE  # noqa: 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 # Each family through one check; these few, of different kinds, through more. Decoding has its own matrix in tests/sampling.
 MORE = {
-    "opt-projected": ["rewards and values", "LoRA, merged and reloaded"], "rwkv": ["rewards and values"], "gemma2": ["full step"],
-    "bloom": ["rewards and values"], "jamba": ["LoRA, merged and reloaded", "LoRA on nf4"],
-    "bert": ["LoRA in bf16"], "deberta": ["LoRA in bf16"], "distilbert": ["LoRA in bf16", "LoRA, merged and reloaded"],
+    "opt-projected": ["rewards and values", "LoRA, merged and reloaded"],
+    "rwkv": ["rewards and values"],
+    "gemma2": ["full step"],
+    "bloom": ["rewards and values"],
+    "jamba": ["LoRA, merged and reloaded", "LoRA on nf4"],
+    "bert": ["LoRA in bf16"],
+    "deberta": ["LoRA in bf16"],
+    "distilbert": ["LoRA in bf16", "LoRA, merged and reloaded"],
     "roberta": ["LoRA, merged and reloaded"],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Decoding with a CUDA graph says what decoding without says. Needs a GPU.
 
-    .venv/bin/python -m pytest -m gpu tests/gpu/test_decoding.py
+.venv/bin/python -m pytest -m gpu tests/gpu/test_decoding.py
 """
 
 from __future__ import annotations
@@ -39,9 +39,17 @@ def test_recorded_steps_decode_what_computed_ones_do(recorded, monkeypatch, stop
     monkeypatch.setattr(decoding, "COMPACT_BELOW", 0.5)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        bos_token_id=None, eos_token_id=None, pad_token_id=0, attn_implementation="sdpa",
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        attn_implementation="sdpa",
+    )
     model: Any = LlamaForCausalLM(config).eval().to("cuda", dtype)
     draw = random.Random(0)
     prompts = [[draw.randrange(1, 512) for _ in range(draw.randint(4, 24))] for _ in range(32)]

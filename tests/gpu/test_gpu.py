@@ -1,6 +1,6 @@
 """What needs GPUs: one, and several by each accelerate config that ships. Skipped without them.
 
-    .venv/bin/python -m pytest -m gpu tests/gpu
+.venv/bin/python -m pytest -m gpu tests/gpu
 """
 
 from __future__ import annotations
@@ -24,18 +24,31 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS == 0, reason="needs a CUD
 several = pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")
 
 SFT = {
-    "stage": "sft", "name": "sft", "data": {"train": "world:demonstrations"},
+    "stage": "sft",
+    "name": "sft",
+    "data": {"train": "world:demonstrations"},
     "training": {"max_steps": 12, "batch_size": 8, "microbatch_size": 2, "adam_epsilon": 0.01},
-}  # fmt: skip
+}
 REWARD = {
-    "stage": "reward_model", "name": "preference", "model": "sft", "data": {"train": {"path": "world:comparisons", "limit": 64}},
+    "stage": "reward_model",
+    "name": "preference",
+    "model": "sft",
+    "data": {"train": {"path": "world:comparisons", "limit": 64}},
     "training": {"batch_size": 8, "microbatch_size": 2, "adam_epsilon": 0.01},
-}  # fmt: skip
+}
 PPO = {
-    "stage": "ppo", "name": "aligned", "policy": "sft", "reward": [{"model": "preference"}], "data": "world:prompts",
-    "generation": {"max_new_tokens": 16}, "total_episodes": 64, "rollout_batch_size": 16, "minibatch_size": 8, "microbatch_size": 4,
+    "stage": "ppo",
+    "name": "aligned",
+    "policy": "sft",
+    "reward": [{"model": "preference"}],
+    "data": "world:prompts",
+    "generation": {"max_new_tokens": 16},
+    "total_episodes": 64,
+    "rollout_batch_size": 16,
+    "minibatch_size": 8,
+    "microbatch_size": 4,
     "training": {"adam_epsilon": 0.01},
-}  # fmt: skip
+}
 
 
 @pytest.fixture

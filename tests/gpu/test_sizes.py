@@ -1,6 +1,6 @@
 """PPO at the shapes of the recipes for one GPU, with random weights: it runs, and peak memory is what the planner says.
 
-    .venv/bin/python -m pytest -m gpu tests/gpu/test_sizes.py -s        # prints peak memory and tokens per second
+.venv/bin/python -m pytest -m gpu tests/gpu/test_sizes.py -s        # prints peak memory and tokens per second
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ SIZES = {
     "instructgpt-1b, LoRA": ("EleutherAI/pythia-1b-deduped", 16, {"lora": {"r": 16}, "microbatch_size": 8}),
     "instructgpt-1b, full": ("EleutherAI/pythia-1b-deduped", 48, {"microbatch_size": 8}),
     "instructgpt-7b-qlora": (
-        "Qwen/Qwen2.5-7B", 24, {"lora": {"r": 16}, "microbatch_size": 8, "quantized": True, "training": {"gradient_checkpointing": True}}
+        "Qwen/Qwen2.5-7B",
+        24,
+        {"lora": {"r": 16}, "microbatch_size": 8, "quantized": True, "training": {"gradient_checkpointing": True}},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -75,11 +77,19 @@ def test_ppo_runs_and_needs_what_was_planned(random_model, step_context, resolve
     quantization = "nf4" if fields.pop("quantized", False) else "none"
     config = PPOStepConfig.model_validate(
         {
-            "name": "aligned", "policy": {"ref": "policy", "quantization": quantization}, "value": "policy", "precision": "bf16",
-            "reward": [{"function": "counting_reward:words"}], "data": str(tmp_path / "prompts.jsonl"),
-            "generation": {"max_new_tokens": 53}, "total_episodes": 128, "rollout_batch_size": 64, "minibatch_size": 64, "ppo_epochs": 1,
+            "name": "aligned",
+            "policy": {"ref": "policy", "quantization": quantization},
+            "value": "policy",
+            "precision": "bf16",
+            "reward": [{"function": "counting_reward:words"}],
+            "data": str(tmp_path / "prompts.jsonl"),
+            "generation": {"max_new_tokens": 53},
+            "total_episodes": 128,
+            "rollout_batch_size": 64,
+            "minibatch_size": 64,
+            "ppo_epochs": 1,
             **fields,
-        }  # fmt: skip
+        }
     )
     context = step_context("sizes/aligned", models={"policy": resolve_folder(folder, quantization=quantization)})
     torch.cuda.reset_peak_memory_stats()

@@ -32,9 +32,12 @@ class Client:
     def __init__(self, environment: dict[str, str]) -> None:
         root = str(Path(__file__).resolve().parents[2])
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env={**environment, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        )  # fmt: skip
+        )
 
     def run(self, *arguments: str, folder: Path | None = None) -> Answer:
         assert self._process.stdin is not None and self._process.stdout is not None

@@ -65,9 +65,16 @@ def models(texts: Sequence[str], folder: Path) -> dict[str, Path]:
     qwen.chat_template = CHATML
     words = word_tokenizer(texts)
     qwen_config = Qwen2Config(
-        vocab_size=640, hidden_size=32, intermediate_size=64, num_key_value_heads=1, max_position_embeddings=4096,
-        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, **size,
-    )  # fmt: skip
+        vocab_size=640,
+        hidden_size=32,
+        intermediate_size=64,
+        num_key_value_heads=1,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        **size,
+    )
     neox_config = GPTNeoXConfig(vocab_size=640, hidden_size=32, intermediate_size=64, max_position_embeddings=2048, **size)
     gpt2_config = GPT2Config(vocab_size=len(gpt2), n_embd=32, n_layer=1, n_head=2, n_positions=1024, bos_token_id=0, eos_token_id=0)
     bert: dict[str, Any] = {"vocab_size": len(words), "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 2}
@@ -239,11 +246,20 @@ def unlabelled(rows: Rows) -> Rows:
 
 def hellaswag(texts: Sequence[str], label: str | None = None) -> Rows:
     return [
-        {"ind": place, "activity_label": "Film", "ctx_a": text[:40], "ctx_b": "it", "ctx": f"{text[:40]} it", "endings": [
-            "is good.", "is bad.", "is over.", "begins."], "source_id": "a~v", "split": "val", "split_type": "indomain",
-         "label": str(place % 4) if label is None else label}
+        {
+            "ind": place,
+            "activity_label": "Film",
+            "ctx_a": text[:40],
+            "ctx_b": "it",
+            "ctx": f"{text[:40]} it",
+            "endings": ["is good.", "is bad.", "is over.", "begins."],
+            "source_id": "a~v",
+            "split": "val",
+            "split_type": "indomain",
+            "label": str(place % 4) if label is None else label,
+        }
         for place, text in enumerate(texts)
-    ]  # fmt: skip
+    ]
 
 
 def sentences(texts: Sequence[str], *, hidden: bool) -> Rows:

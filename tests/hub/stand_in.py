@@ -160,9 +160,23 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             gated = "manual" if identifier in self.state.gated else False
             siblings = [{"rfilename": name} for name in sorted(files)]
-            self._json({"_id": "0" * 24, "id": identifier, "modelId": identifier, "sha": commit, "private": False, "gated": gated,
-                        "disabled": False, "downloads": 0, "likes": 0, "tags": [], "lastModified": "2026-01-01T00:00:00.000Z",
-                        "createdAt": "2025-01-01T00:00:00.000Z", "siblings": siblings})  # fmt: skip
+            self._json(
+                {
+                    "_id": "0" * 24,
+                    "id": identifier,
+                    "modelId": identifier,
+                    "sha": commit,
+                    "private": False,
+                    "gated": gated,
+                    "disabled": False,
+                    "downloads": 0,
+                    "likes": 0,
+                    "tags": [],
+                    "lastModified": "2026-01-01T00:00:00.000Z",
+                    "createdAt": "2025-01-01T00:00:00.000Z",
+                    "siblings": siblings,
+                }
+            )
 
     def _file(self, match: re.Match[str]) -> None:
         hub = self.state

@@ -32,9 +32,13 @@ class Started:
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         # A test run in the background ignores Ctrl-C, and its children would, too.
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )  # fmt: skip
+        )
         self.links: dict[str, str] = {}
         said = ""
         assert self.process.stdout is not None

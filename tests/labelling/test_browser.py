@@ -31,10 +31,18 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = str(BROWSER)
     for argument in (
-        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1400,900",
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-dev-shm-usage",
+        "--window-size=1400,900",
         f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
-    ):  # fmt: skip
+    ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=str(DRIVER)))
@@ -189,10 +197,15 @@ def _reward_model_ranks_heldout(folder: Path, step_context: Any, model: Any, tmp
     ]
     path = tmp_path / "heldout.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in heldout))
-    step = RewardModelConfig.model_validate({
-        "name": "preference", "stage": "reward_model", "model": "base", "data": {"train": str(folder), "validation": str(path)},
-        "training": {"learning_rate": 5e-3, "epochs": 8, "batch_size": 5, "microbatch_size": 5},
-    })  # fmt: skip
+    step = RewardModelConfig.model_validate(
+        {
+            "name": "preference",
+            "stage": "reward_model",
+            "model": "base",
+            "data": {"train": str(folder), "validation": str(path)},
+            "training": {"learning_rate": 5e-3, "epochs": 8, "batch_size": 5, "microbatch_size": 5},
+        }
+    )
     assert all(comparison(row).annotator in ("anna", "ben") for row in read_rows([DataSource(path=str(folder))]))
     result = run(step, step_context(models={"model": model}))
     assert result.metrics["heldout_ci_low"] > 0.5, result.metrics["heldout_accuracy"]

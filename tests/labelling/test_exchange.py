@@ -72,8 +72,11 @@ def test_alpaca_eval_and_pandalm_pairs(answered) -> None:
     assert rows[0]["generator_1"] == "model-0" and rows[0]["instruction"] == "instruction 0"
     pairs = json.loads(written(answered, "pandalm")[0].read_text())
     assert [(row["response1"], row["response2"], row["annotator1"], row.get("annotator2")) for row in pairs] == [
-        ("a", "b", 1, 0), ("a", "c", 2, 1), ("b", "c", 2, 1), ("x", "y", 2, None),
-    ]  # fmt: skip
+        ("a", "b", 1, 0),
+        ("a", "c", 2, 1),
+        ("b", "c", 2, 1),
+        ("x", "y", 2, None),
+    ]
 
 
 def test_csv_and_comparisons(answered) -> None:
@@ -163,9 +166,11 @@ def test_files_of_other_tools_become_tasks(tmp_path: Path) -> None:
     assert (task.prompt, task.completions, task.authors) == ("say hello", ["hello", "hi"], [["m"], ["n"]])
     ranked = tmp_path / "ranked.jsonl"
     ranked.write_text(
-        json.dumps({"prompt": "p", "responses": ["good", "fair", "fair"], "models": ["m", "n", "o"]}) + "\n"
-        + json.dumps({"prompt": "q", "chosen": "yes", "rejected": "no"}) + "\n"
-    )  # fmt: skip
+        json.dumps({"prompt": "p", "responses": ["good", "fair", "fair"], "models": ["m", "n", "o"]})
+        + "\n"
+        + json.dumps({"prompt": "q", "chosen": "yes", "rejected": "no"})
+        + "\n"
+    )
     first, second = file_tasks(ranked)
     assert first.completions == ["good", "fair"] and first.authors == [["m"], ["n", "o"]]  # equal texts are shown once
     assert second.completions == ["yes", "no"]

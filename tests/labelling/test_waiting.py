@@ -35,9 +35,13 @@ def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def collection(prompts: str, people: dict[str, Any], **fields: Any) -> Collection:
     settings = {
-        "policies": ["sft", {"model": "ppo", "weight": 0.5}], "prompts": prompts, "num_prompts": 6, "per_prompt": 4,
-        "judge": {"people": people}, "generation": {"max_new_tokens": 6, "stop": list("abcdefgh")},
-    }  # fmt: skip
+        "policies": ["sft", {"model": "ppo", "weight": 0.5}],
+        "prompts": prompts,
+        "num_prompts": 6,
+        "per_prompt": 4,
+        "judge": {"people": people},
+        "generation": {"max_new_tokens": 6, "stop": list("abcdefgh")},
+    }
     return Collection.model_validate({**settings, **fields})
 
 
@@ -167,8 +171,10 @@ def test_rankings_are_read_as_votes_between_candidates(make_folder, answer) -> N
     store.close()
     votes = load_judgements([DataSource(path=str(folder / "answers.jsonl"))]).votes
     assert [(vote.a, vote.b, vote.preference, vote.annotator) for vote in votes] == [
-        ("model-0", "model-1", 1.0, "anna"), ("model-0", "model-1", 0.0, "ben"), ("model-0", "model-1", 0.5, "anna"),
-    ]  # fmt: skip
+        ("model-0", "model-1", 1.0, "anna"),
+        ("model-0", "model-1", 0.0, "ben"),
+        ("model-0", "model-1", 0.5, "anna"),
+    ]
 
 
 RECIPE = """

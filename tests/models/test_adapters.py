@@ -97,9 +97,11 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor, quantization: str =
 
 CASES = [
     (target, base, quantization)
-    for target in TARGETS for base in ("tied", "untied") for quantization in ("none", "nf4", "int8")
+    for target in TARGETS
+    for base in ("tied", "untied")
+    for quantization in ("none", "nf4", "int8")
     if quantization != "int8" or (base == "tied" and target in ("all-linear", "embedding", "both", "saved both"))
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("target", "base", "quantization"), CASES)

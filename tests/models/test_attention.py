@@ -19,9 +19,18 @@ from stages.models.loading import load_language_model
 from stages.process import packages
 
 TINY = {
-    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "num_hidden_layers": 2, "head_dim": 8, "initializer_range": 0.5, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3,
-}  # fmt: skip
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "initializer_range": 0.5,
+    "pad_token_id": 1,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
 
 
 def saved(config: Any, folder: Path) -> Path:

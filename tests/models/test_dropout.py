@@ -21,9 +21,16 @@ def make(family: str) -> Any:
         "gpt2": lambda: transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64),  # all its p are 0.1
         "llama": lambda: transformers.LlamaConfig(**common),
         "gpt_neox": lambda: transformers.GPTNeoXConfig(**common, hidden_dropout=0.1, attention_dropout=0.1),
-        "opt": lambda: transformers.OPTConfig(vocab_size=300, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
-                                              num_attention_heads=2, max_position_embeddings=64),
-    }  # fmt: skip
+        "opt": lambda: transformers.OPTConfig(
+            vocab_size=300,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+        ),
+    }
     config = configs[family]()
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
     return transformers.AutoModelForCausalLM.from_config(config)

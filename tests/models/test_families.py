@@ -17,10 +17,14 @@ from stages.models.loading import load_language_model
 @pytest.mark.parametrize(
     "config",
     [
-        transformers.LlamaConfig(), transformers.GPT2Config(), transformers.MambaConfig(), transformers.BertConfig(is_decoder=True),
-        transformers.XLMConfig(causal=True), transformers.Gemma3Config(),
+        transformers.LlamaConfig(),
+        transformers.GPT2Config(),
+        transformers.MambaConfig(),
+        transformers.BertConfig(is_decoder=True),
+        transformers.XLMConfig(causal=True),
+        transformers.Gemma3Config(),
     ],
-)  # fmt: skip
+)
 def test_causal_language_models_are_taken(config: Any) -> None:
     refuse_unfit(config, "some/model")
 

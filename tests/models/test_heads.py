@@ -43,8 +43,14 @@ def architectures(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any)
         "gpt_neox": transformers.GPTNeoXConfig(**common, intermediate_size=16, max_position_embeddings=32),
         # 24 wide inside, and hidden states of 16 behind its projection, as OPT-350m has 1024 and 512
         "opt": transformers.OPTConfig(
-            vocab_size=300, hidden_size=24, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32,
-            word_embed_proj_dim=16, do_layer_norm_before=False,
+            vocab_size=300,
+            hidden_size=24,
+            ffn_dim=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            word_embed_proj_dim=16,
+            do_layer_norm_before=False,
         ),
         "qwen2": transformers.Qwen2Config(**common, num_key_value_heads=2, intermediate_size=16, max_position_embeddings=32),
     }

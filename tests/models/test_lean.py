@@ -11,9 +11,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from stages.models.lean import _LeanMLP, _LeanNorm, use_lean_layers
 
 SIZES = {
-    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
-}  # fmt: skip
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 
 
 def model_of(family: str, **fields: Any) -> Any:
@@ -180,10 +187,13 @@ class GatedNorm(Norm):
 @pytest.mark.parametrize(
     ("layer", "expected"),
     [
-        (Norm("plain"), True), (Norm("plus one"), False), (Norm("centred"), False), (Norm("no epsilon"), False),
+        (Norm("plain"), True),
+        (Norm("plus one"), False),
+        (Norm("centred"), False),
+        (Norm("no epsilon"), False),
         (GatedNorm("plain"), False),
     ],
-)  # fmt: skip
+)
 def test_norms_of_other_formulas_are_told_apart(layer: Any, expected: bool) -> None:
     assert bool(use_lean_layers(layer)) is expected
 

@@ -121,9 +121,7 @@ def test_dropout_is_switched_off_in_modules_and_in_attention(tiny_tokenizer: Any
 
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=32))
     llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, attention_dropout=0.5
-        )
+        LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, attention_dropout=0.5)
     )
     for model in (gpt2, llama):
         disable_dropout(model)
@@ -165,7 +163,10 @@ def test_a_chain_of_adapters_loads_from_the_bottom_up(tiny_llama_folder: Path, t
     torch.testing.assert_close(logits_of(loaded), logits_of(second))
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     assert {path.name for path in (tmp_path / "two").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
     }
 
 
@@ -200,7 +201,12 @@ def test_quantized_models_answer_and_train_an_adapter(
 
 @pytest.mark.parametrize(("quantization", "tolerance"), [("nf4", 1e-5), ("int8", 2e-2)])
 def test_what_was_trained_on_a_quantized_base_stays_what_it_was(
-    tiny_llama_folder: Path, tiny_tokenizer: Any, step_context: Any, resolve_folder: Any, tmp_path: Path, quantization: str,
+    tiny_llama_folder: Path,
+    tiny_tokenizer: Any,
+    step_context: Any,
+    resolve_folder: Any,
+    tmp_path: Path,
+    quantization: str,
     tolerance: float,
 ) -> None:
     """An adapter on an adapter on quantized weights: reloaded as it was trained, merged, exported. int8 also rounds activations, which
@@ -230,9 +236,7 @@ def test_what_was_trained_on_a_quantized_base_stays_what_it_was(
 
 
 def test_a_classifier_adapter_keeps_its_head_and_labels(tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
-    model = load_classifier(
-        str(tiny_llama_folder), dtype=torch.float32, labels=["bad", "good"], require_head=False, lora=LoraSettings()
-    )
+    model = load_classifier(str(tiny_llama_folder), dtype=torch.float32, labels=["bad", "good"], require_head=False, lora=LoraSettings())
     save_model(model, tiny_tokenizer, tmp_path)
     again = load_classifier(str(tmp_path), dtype=torch.float32, tokenizer=tiny_tokenizer)
     assert again.config.id2label == {0: "bad", 1: "good"}

@@ -15,9 +15,16 @@ from stages.models.output_path import multiplies_directly
 from stages.models.responses import Policy, sequence_batch
 
 SIZES = {
-    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3,
-}  # fmt: skip
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 1,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
 OPT = {"ffn_dim": 16, "word_embed_proj_dim": 8, "max_position_embeddings": 16}
 GPT2 = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
 

@@ -95,9 +95,7 @@ def test_an_adapter_saved_with_a_fault_is_not_published(
     context = step_context(models={"model": base})
     spoil(monkeypatch, FAULTS[fault])
     with pytest.raises(ModelError, match="what was saved is not the model in memory|does not fit its base"):
-        context.publish(
-            lambda folder: save_model(model, tiny_tokenizer, folder, rows=ROWS), role="language_model", metrics={}, base=base
-        )
+        context.publish(lambda folder: save_model(model, tiny_tokenizer, folder, rows=ROWS), role="language_model", metrics={}, base=base)
     with pytest.raises(RegistryError):
         context.registry.get("test/step")
 
@@ -149,11 +147,13 @@ def test_reward_models_and_classifiers_are_compared_too(
     labels = {"labels": ["bad", "good"], "require_head": False}
     classifier = disturb(load_classifier(str(tiny_llama_folder), dtype=torch.float32, lora=lora, **labels))
     save_model(classifier, tiny_tokenizer, tmp_path / "classifier", rows=ROWS)
-    spoil(monkeypatch, change_weights(
-        "adapter_model.safetensors" if lora else "model.safetensors", lambda weights: weights.update({
-            name: value + 1 for name, value in weights.items() if name.endswith("score.weight")
-        })
-    ))  # fmt: skip
+    spoil(
+        monkeypatch,
+        change_weights(
+            "adapter_model.safetensors" if lora else "model.safetensors",
+            lambda weights: weights.update({name: value + 1 for name, value in weights.items() if name.endswith("score.weight")}),
+        ),
+    )
     with pytest.raises(ModelError, match="its outputs differ"):
         save_model(classifier, tiny_tokenizer, tmp_path / "spoilt", rows=ROWS)
 

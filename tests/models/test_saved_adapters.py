@@ -197,16 +197,16 @@ def test_an_update_and_rows_of_one_embedding_are_refused_on_a_shared_backbone(
     with pytest.raises(ModelError, match="both change model.embed_tokens, in two ways .update, whole copy, rows. that"):
         backbone.frozen(as_resolved(tmp_path / "update"))
     whole = SharedBackbone(
-        as_resolved(tmp_path / "rows"), dtype=torch.float32, device=torch.device("cpu"),
+        as_resolved(tmp_path / "rows"),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
         lora=LoraSettings(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
-    )  # fmt: skip
+    )
     with pytest.raises(ModelError, match="a fresh adapter and another adapter on the same weights both change lm_head"):
         whole.fresh("default", whole.frozen(as_resolved(tmp_path / "rows")))
 
 
-def test_a_policy_with_new_tokens_trains_their_rows_apart_from_its_value_network(
-    tiny_llama_folder: Path, tmp_path: Path
-) -> None:
+def test_a_policy_with_new_tokens_trains_their_rows_apart_from_its_value_network(tiny_llama_folder: Path, tmp_path: Path) -> None:
     from stages.models.heads import ValueModel
 
     tokenizer = load_tokenizer(str(tiny_llama_folder))

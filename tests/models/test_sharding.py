@@ -120,8 +120,9 @@ def test_blocks_are_found_in_any_family(tiny_llama_folder: Path) -> None:
     from stages.models.loading import load_language_model
 
     assert [type(block).__name__ for block in blocks_of(load_language_model(tiny_llama_folder, dtype=torch.float32))] == [
-        "LlamaDecoderLayer", "LlamaDecoderLayer",
-    ]  # fmt: skip
+        "LlamaDecoderLayer",
+        "LlamaDecoderLayer",
+    ]
     assert len(list(blocks_of(RewardModel.from_language_model(tiny_llama_folder, dtype=torch.float32)))) == 2
     encoder = DistilBertModel(DistilBertConfig(vocab_size=50, dim=8, hidden_dim=8, n_layers=3, n_heads=1))
     assert len(list(blocks_of(encoder))) == 3

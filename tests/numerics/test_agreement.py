@@ -21,9 +21,17 @@ def test_cohens_kappa() -> None:
 def test_fleiss_kappa() -> None:
     # Fleiss 1971 as worked through in many textbooks: 10 subjects, 14 raters, 5 categories; kappa 0.210
     counts = [
-        (0, 0, 0, 0, 14), (0, 2, 6, 4, 2), (0, 0, 3, 5, 6), (0, 3, 9, 2, 0), (2, 2, 8, 1, 1),
-        (7, 7, 0, 0, 0), (3, 2, 6, 3, 0), (2, 5, 3, 2, 2), (6, 5, 2, 1, 0), (0, 2, 2, 3, 7),
-    ]  # fmt: skip
+        (0, 0, 0, 0, 14),
+        (0, 2, 6, 4, 2),
+        (0, 0, 3, 5, 6),
+        (0, 3, 9, 2, 0),
+        (2, 2, 8, 1, 1),
+        (7, 7, 0, 0, 0),
+        (3, 2, 6, 3, 0),
+        (2, 5, 3, 2, 2),
+        (6, 5, 2, 1, 0),
+        (0, 2, 2, 3, 7),
+    ]
     units = [[category for category, count in enumerate(row) for _ in range(count)] for row in counts]
     assert fleiss_kappa(units) == pytest.approx(0.2099, abs=1e-4)
     with pytest.raises(ValueError, match="same number of ratings"):

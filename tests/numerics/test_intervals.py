@@ -45,9 +45,13 @@ def test_ties_make_it_narrower_and_never_a_point() -> None:
 
 
 CASES = {  # share of wins and of ties
-    "even": (0.5, 0.0), "clear": (0.75, 0.0), "near the edge": (0.9, 0.0),
-    "some ties": (0.4, 0.2), "many ties": (0.25, 0.6), "hardly a loss": (0.6, 0.35),
-}  # fmt: skip
+    "even": (0.5, 0.0),
+    "clear": (0.75, 0.0),
+    "near the edge": (0.9, 0.0),
+    "some ties": (0.4, 0.2),
+    "many ties": (0.25, 0.6),
+    "hardly a loss": (0.6, 0.35),
+}
 
 
 @pytest.mark.parametrize("prompts", [64, 256])

@@ -32,9 +32,14 @@ def recipe(tmp_path: Path, tiny_llama_folder: Path) -> Any:
 
     def write(**fields: Any) -> Path:
         step = {
-            "stage": "ppo", "name": "aligned", "policy": "Qwen/Qwen2.5-1.5B", "value": "policy", "data": str(tmp_path / "prompts.jsonl"),
-            "reward": [{"function": "stages.corpora.world.gold:score_batch"}], **fields,
-        }  # fmt: skip
+            "stage": "ppo",
+            "name": "aligned",
+            "policy": "Qwen/Qwen2.5-1.5B",
+            "value": "policy",
+            "data": str(tmp_path / "prompts.jsonl"),
+            "reward": [{"function": "stages.corpora.world.gold:score_batch"}],
+            **fields,
+        }
         (tmp_path / "recipe.yaml").write_text(json.dumps({"name": "planned", "steps": [step]}))
         return tmp_path / "recipe.yaml"
 
@@ -97,8 +102,14 @@ def test_sizes_that_are_not_known_are_no_guess(recipe: Any, tmp_path: Path) -> N
 
 def test_lengths_come_from_the_data(recipe: Any, tmp_path: Path, tiny_llama_folder: Path) -> None:
     """Prompts ten times as long cost cache in proportion: rows x (prompt + new) tokens."""
-    path = recipe(policy=str(tiny_llama_folder), precision="fp32", generation={"max_new_tokens": 8, "batch_size": 4}, rollout_batch_size=4,
-                  minibatch_size=4, microbatch_size=4)  # fmt: skip
+    path = recipe(
+        policy=str(tiny_llama_folder),
+        precision="fp32",
+        generation={"max_new_tokens": 8, "batch_size": 4},
+        rollout_batch_size=4,
+        minibatch_size=4,
+        microbatch_size=4,
+    )
 
     def cache() -> float:
         memory = planned(path, tmp_path, 24)["aligned"].memory

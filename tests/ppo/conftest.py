@@ -35,12 +35,21 @@ def ppo_config() -> Callable[..., PPOStepConfig]:
 
     def make(**fields: Any) -> PPOStepConfig:
         settings = {
-            "name": "aligned", "policy": "policy", "precision": "fp32", "value": "policy",
-            "reward": [{"function": "letters_reward:letters"}], "data": "unused",
-            "generation": {"max_new_tokens": 10, "stop": LETTERS}, "total_episodes": 24,
-            "rollout_batch_size": 12, "minibatch_size": 6, "microbatch_size": 4,
-            "ppo_epochs": 2, "training": {"learning_rate": 1e-3}, "checkpoint_seconds": 0.0,
-        }  # fmt: skip
+            "name": "aligned",
+            "policy": "policy",
+            "precision": "fp32",
+            "value": "policy",
+            "reward": [{"function": "letters_reward:letters"}],
+            "data": "unused",
+            "generation": {"max_new_tokens": 10, "stop": LETTERS},
+            "total_episodes": 24,
+            "rollout_batch_size": 12,
+            "minibatch_size": 6,
+            "microbatch_size": 4,
+            "ppo_epochs": 2,
+            "training": {"learning_rate": 1e-3},
+            "checkpoint_seconds": 0.0,
+        }
         return PPOStepConfig.model_validate({**settings, **fields})
 
     return make

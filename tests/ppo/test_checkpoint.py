@@ -132,9 +132,7 @@ CUTS = {
 ONCE = {"killed between": "average, adaptive KL"}  # a cut that one setting is enough for
 # settings that one cut is enough for: bitsandbytes takes its time on CPUs
 SLOW = {"8-bit moments": "killed inside", "leave-one-out": "killed inside"}
-CASES = [
-    (cut, settings) for cut in CUTS for settings in SETTINGS if ONCE.get(cut, settings) == settings and SLOW.get(settings, cut) == cut
-]
+CASES = [(cut, settings) for cut in CUTS for settings in SETTINGS if ONCE.get(cut, settings) == settings and SLOW.get(settings, cut) == cut]
 
 
 @pytest.mark.detail("P18")

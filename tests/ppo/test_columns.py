@@ -12,7 +12,7 @@ import pytest
 from stages.errors import DataError, Stopped, TrainingError
 from stages.ppo.loop import run
 
-CODE = '''
+CODE = """
 import os, signal
 seen, calls = [], []
 def graded(prompts, completions, answer, level, messages, completion_ids):
@@ -25,7 +25,7 @@ def graded(prompts, completions, answer, level, messages, completion_ids):
 def even(prompts, completions, answer): return [None if one % 2 else 1.0 for one in answer]
 def misspelt(prompts, completions, anwser): return [0.0 for _ in completions]
 def down(prompts, completions): raise ConnectionError("nobody answers")
-'''
+"""
 
 
 @pytest.fixture

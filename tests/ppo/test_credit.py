@@ -68,8 +68,10 @@ def test_a_reward_model_s_parts_add_up_to_its_score(tiny_llama_folder, resolve_f
     model = RewardModel.from_language_model(str(tiny_llama_folder), dtype=torch.float32, trainable=False)
     model.center(-0.7)
     model.save(tmp_path)
-    source = {kind: build_source(RewardInput.model_validate({"model": "rm", "level": kind}), resolve_folder(tmp_path), **CPU)
-              for kind in ("token", "completion")}  # fmt: skip
+    source = {
+        kind: build_source(RewardInput.model_validate({"model": "rm", "level": kind}), resolve_folder(tmp_path), **CPU)
+        for kind in ("token", "completion")
+    }
     prompts, texts = ["write a line", "the film ", "x"], ["the film was a joy", "caf\u00e9", ""]
     spans = source["token"].score_spans(prompts, texts)
     whole = source["completion"].score(prompts, texts)

@@ -23,12 +23,18 @@ def hand_made() -> Rollout:
     """Two completions of one prompt, with a KL of 0.5, -1 and 0, 1, -1 nats per token."""
     mask = torch.tensor([[True, True, False], [True, True, True]])
     tensors = {
-        "response_ids": torch.zeros(2, 3, dtype=torch.long), "response_mask": mask, "stopped": torch.ones(2, dtype=torch.bool),
+        "response_ids": torch.zeros(2, 3, dtype=torch.long),
+        "response_mask": mask,
+        "stopped": torch.ones(2, dtype=torch.bool),
         "rollout_logprobs": torch.tensor([[-1.0, -2.0, 9.0], [-1.0, -1.0, -3.0]]),
         "reference_logprobs": torch.tensor([[-1.5, -1.0, 0.0], [-1.0, -2.0, -2.0]]),
-        "values": torch.zeros(2, 3), "closing_values": torch.zeros(2), "closing_mask": torch.zeros(2, dtype=torch.bool),
-        "scores": torch.tensor([10.0, -4.0]), "raw_scores": torch.tensor([10.0, -4.0]), "token_scores": torch.zeros(2, 3),
-    }  # fmt: skip
+        "values": torch.zeros(2, 3),
+        "closing_values": torch.zeros(2),
+        "closing_mask": torch.zeros(2, dtype=torch.bool),
+        "scores": torch.tensor([10.0, -4.0]),
+        "raw_scores": torch.tensor([10.0, -4.0]),
+        "token_scores": torch.zeros(2, 3),
+    }
     names = {"prompts": ["a", "a"], "prompt_ids": [[1], [1]], "completions": ["x", "y"], "parts": {}, "monitors": {}, "seconds": {}}
     return Rollout(**names, **tensors, sampling_gap=0.0)  # type: ignore[arg-type]
 
@@ -129,9 +135,19 @@ def test_the_completions_of_a_prompt_stand_in_a_row_and_differ(ppo_config, ppo_c
 
 def test_the_reward_rises(ppo_config, ppo_context, prompts) -> None:
     config = ppo_config(
-        data=prompts, reward=[{"function": "letters_reward:vowels"}], total_episodes=10 * 64, rollout_batch_size=64, minibatch_size=32,
-        microbatch_size=32, ppo_epochs=2, kl_coef=0.0, training={"learning_rate": 4e-3, "schedule": "constant"},
-        generation={"max_new_tokens": 6}, advantages="grpo", samples_per_prompt=4, value=None,
-    )  # fmt: skip
+        data=prompts,
+        reward=[{"function": "letters_reward:vowels"}],
+        total_episodes=10 * 64,
+        rollout_batch_size=64,
+        minibatch_size=32,
+        microbatch_size=32,
+        ppo_epochs=2,
+        kl_coef=0.0,
+        training={"learning_rate": 4e-3, "schedule": "constant"},
+        generation={"max_new_tokens": 6},
+        advantages="grpo",
+        samples_per_prompt=4,
+        value=None,
+    )
     metrics = run(config, ppo_context).metrics
     assert metrics["score_mean_last"] > metrics["score_mean_first"] + 0.1

@@ -22,10 +22,7 @@ from stages.training.checkpoints import trainable
 
 
 def make_updater(roles: Any, config: Any, **options: Any) -> Updater:
-    optimizers = {
-        name: make_optimizer(list(trainable(network).values()), config.training)
-        for name, network in roles.networks().items()
-    }
+    optimizers = {name: make_optimizer(list(trainable(network).values()), config.training) for name, network in roles.networks().items()}
     return Updater(roles, optimizers, config, **options)
 
 
@@ -250,10 +247,17 @@ def test_pretraining_gradients_halve_what_is_forgotten(ppo_config, step_context,
     before = loss(tmp_path / "base")
     models, data = {"policy": resolve_folder(tmp_path / "base")}, prompts_file(tmp_path)
     settings = {
-        "data": data, "reward": [{"function": "letters_reward:vowels"}], "total_episodes": 6 * 24, "rollout_batch_size": 24,
-        "minibatch_size": 24, "microbatch_size": 24, "kl_coef": 0.0, "generation": {"max_new_tokens": 8}, "value": "shared",
+        "data": data,
+        "reward": [{"function": "letters_reward:vowels"}],
+        "total_episodes": 6 * 24,
+        "rollout_batch_size": 24,
+        "minibatch_size": 24,
+        "microbatch_size": 24,
+        "kl_coef": 0.0,
+        "generation": {"max_new_tokens": 8},
+        "value": "shared",
         "training": {"learning_rate": 4e-3, "schedule": "constant"},
-    }  # fmt: skip
+    }
     mix = {"data": str(corpus), "coef": 27.8, "examples_per_episode": 1, "block_size": 16}
     rise = {
         name: loss(run(ppo_config(**settings, pretraining_mix=given), step_context(f"test/{name}", 3, models)).model.path) - before
@@ -368,12 +372,19 @@ def test_the_metrics_of_the_papers_are_there_without_padding(ppo_config, ppo_con
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     returns, values = goal.returns[mask], rollout.values[mask]
     expected = {
-        "policy/kl": float(rollout.kl.sum(dim=1).mean()), "policy/entropy": float(entropy.mean()), "policy/approx_kl": 0.0,
-        "policy/clip_fraction": 0.0, "value/clip_fraction": 0.0, "policy/ratio_mean": 1.0, "policy/ratio_variance": 0.0,
-        "value/returns_mean": float(returns.mean()), "value/returns_variance": float(returns.var(correction=0)),
+        "policy/kl": float(rollout.kl.sum(dim=1).mean()),
+        "policy/entropy": float(entropy.mean()),
+        "policy/approx_kl": 0.0,
+        "policy/clip_fraction": 0.0,
+        "value/clip_fraction": 0.0,
+        "policy/ratio_mean": 1.0,
+        "policy/ratio_variance": 0.0,
+        "value/returns_mean": float(returns.mean()),
+        "value/returns_variance": float(returns.var(correction=0)),
         "value/explained_variance": 1 - float(((values - returns) ** 2).mean() / returns.var(correction=0)),
-        "responses/stopped_share": float(rollout.stopped.float().mean()), "responses/length_mean": float(mask.sum(dim=1).float().mean()),
-    }  # fmt: skip
+        "responses/stopped_share": float(rollout.stopped.float().mean()),
+        "responses/length_mean": float(mask.sum(dim=1).float().mean()),
+    }
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
@@ -397,12 +408,27 @@ def test_a_policy_s_samples_become_labels_of_the_next_reward_model(
     comparisons.write_text("".join(json.dumps({"prompt": f"p {n}", "chosen": "a joy", "rejected": "dull"}) + "\n" for n in range(8)))
     made = ResolvedModel(policy.ref, "registry", str(policy.path), policy.digest, context.models["policy"].input, policy)
     context = step_context("test/second", models={"model": first, "collect.policies[0].model": made})
-    collect = {"policies": [policy.ref], "data": data, "num_prompts": 4, "completions_per_prompt": 2,
-               "judge": {"function": "letters_reward:vowels"}, "generation": {"max_new_tokens": 6}}  # fmt: skip
-    second = train_reward_model(RewardModelConfig.model_validate({
-        "name": "second", "model": "m", "precision": "fp32", "data": {"train": str(comparisons), "validation_fraction": 0.25},
-        "collect": collect, "training": {"batch_size": 4, "microbatch_size": 4},
-    }), context)  # fmt: skip
+    collect = {
+        "policies": [policy.ref],
+        "data": data,
+        "num_prompts": 4,
+        "completions_per_prompt": 2,
+        "judge": {"function": "letters_reward:vowels"},
+        "generation": {"max_new_tokens": 6},
+    }
+    second = train_reward_model(
+        RewardModelConfig.model_validate(
+            {
+                "name": "second",
+                "model": "m",
+                "precision": "fp32",
+                "data": {"train": str(comparisons), "validation_fraction": 0.25},
+                "collect": collect,
+                "training": {"batch_size": 4, "microbatch_size": 4},
+            }
+        ),
+        context,
+    )
     tree = context.registry.lineage(second.model.ref)
     parents = {node["ref"]: node for node in tree["parents"]}
     assert policy.ref in parents

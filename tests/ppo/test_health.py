@@ -22,12 +22,23 @@ def healthy(iteration: int, **fields: float) -> dict[str, float]:
     wave = math.sin(7.0 * iteration)  # stands in for the noise of a batch
     done = min(1.0, iteration / 40)
     return {
-        "policy/kl": 8 * done + 0.1 * wave, "policy/kl_standard_error": 0.2, "policy/ratio_first_deviation": 1e-6,
-        "policy/ratio_max_deviation": 1.5 + wave, "policy/entropy": 1.2 - 0.6 * done, "value/loss": 0.2 + 0.05 * wave,
-        "value/returns_variance": 1.0, "responses/length_mean": 25 + 8 * done + wave, "responses/repetition": 0.02 + 0.05 * done,
-        "responses/distinct_share": 1.0 - 0.1 * done, "responses/stopped_share": 0.97 + 0.02 * wave, "rewards/score_std": 0.8,
-        "rewards/score_mean": 2 * done + 0.1 * wave, "monitors/taste": 0.6 + 0.1 * done + 0.02 * wave, "monitors/taste_std": 0.3, **fields,
-    }  # fmt: skip
+        "policy/kl": 8 * done + 0.1 * wave,
+        "policy/kl_standard_error": 0.2,
+        "policy/ratio_first_deviation": 1e-6,
+        "policy/ratio_max_deviation": 1.5 + wave,
+        "policy/entropy": 1.2 - 0.6 * done,
+        "value/loss": 0.2 + 0.05 * wave,
+        "value/returns_variance": 1.0,
+        "responses/length_mean": 25 + 8 * done + wave,
+        "responses/repetition": 0.02 + 0.05 * done,
+        "responses/distinct_share": 1.0 - 0.1 * done,
+        "responses/stopped_share": 0.97 + 0.02 * wave,
+        "rewards/score_std": 0.8,
+        "rewards/score_mean": 2 * done + 0.1 * wave,
+        "monitors/taste": 0.6 + 0.1 * done + 0.02 * wave,
+        "monitors/taste_std": 0.3,
+        **fields,
+    }
 
 
 def observed(history: list[dict[str, float]], **settings: Any) -> Health:
@@ -50,9 +61,10 @@ PLANTED: dict[str, Any] = {
     "missing_eos": lambda i: {"responses/stopped_share": 0.2},
     "flat_reward": lambda i: {"rewards/score_std": 0.0},
     "reward_hacking": lambda i: {
-        "rewards/score_mean": 2 + 0.1 * (i - 40), "monitors/taste": 0.7 - 0.02 * (i - 40) + 0.02 * math.sin(7.0 * i)
+        "rewards/score_mean": 2 + 0.1 * (i - 40),
+        "monitors/taste": 0.7 - 0.02 * (i - 40) + 0.02 * math.sin(7.0 * i),
     },
-}  # fmt: skip
+}
 
 
 def test_one_small_batch_below_zero_is_chance_and_all_of_them_are_none() -> None:
@@ -126,8 +138,12 @@ def test_what_goes_on_is_said_once_and_what_comes_back_again() -> None:
         assert alarm_metrics(alarms) == ({"health/alarms": 1.0, "health/exploding_kl": 1.0} if kl > 50 else {"health/alarms": 0.0})
     assert said == [0, 1, 0, 0, 1]
     assert health.summary()[0] | {"message": ""} == {
-        "name": "exploding_kl", "first_iteration": 1, "last_iteration": 4, "iterations": 3, "message": ""
-    }  # fmt: skip
+        "name": "exploding_kl",
+        "first_iteration": 1,
+        "last_iteration": 4,
+        "iterations": 3,
+        "message": "",
+    }
 
 
 def test_null_switches_an_alarm_off() -> None:
@@ -137,8 +153,10 @@ def test_null_switches_an_alarm_off() -> None:
 
 
 def test_hacking_needs_a_rising_score() -> None:
-    falls = [healthy(i, **({"monitors/taste": 0.7 - 0.02 * (i - 40), "rewards/score_mean": 2 - 0.1 * (i - 40)} if i >= 40 else {}))
-             for i in range(60)]  # fmt: skip
+    falls = [
+        healthy(i, **({"monitors/taste": 0.7 - 0.02 * (i - 40), "rewards/score_mean": 2 - 0.1 * (i - 40)} if i >= 40 else {}))
+        for i in range(60)
+    ]
     assert observed(falls).summary() == []  # both fall: the run gets worse, but nobody is deceived
 
 

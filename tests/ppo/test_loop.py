@@ -33,10 +33,17 @@ def weights(result: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.detail("P35")
 def test_the_sign_canary(ppo_config, ppo_context, prompts) -> None:
     config = ppo_config(
-        data=prompts, reward=[{"function": "letters_reward:vowels"}], total_episodes=24 * 64, rollout_batch_size=64, minibatch_size=32,
-        microbatch_size=32, ppo_epochs=2, kl_coef=0.0, training={"learning_rate": 3e-3, "schedule": "constant"},
+        data=prompts,
+        reward=[{"function": "letters_reward:vowels"}],
+        total_episodes=24 * 64,
+        rollout_batch_size=64,
+        minibatch_size=32,
+        microbatch_size=32,
+        ppo_epochs=2,
+        kl_coef=0.0,
+        training={"learning_rate": 3e-3, "schedule": "constant"},
         generation={"max_new_tokens": 8},
-    )  # fmt: skip
+    )
     metrics = run(config, ppo_context).metrics
     assert metrics["score_mean_last"] > metrics["score_mean_first"] + 0.1
     assert metrics["kl_last"] > metrics["kl_first"] >= 0

@@ -29,9 +29,17 @@ def bandit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     torch.manual_seed(3)
     config = LlamaConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=8,
-        eos_token_id=1, pad_token_id=0, bos_token_id=None, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+        initializer_range=0.3,
+    )
     folder = tmp_path_factory.mktemp("bandit")
     LlamaForCausalLM(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
@@ -71,11 +79,21 @@ def test_ppo_ends_at_the_best_policy(ppo_config, step_context, resolve_folder, b
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"prompt": "pull"}) + "\n")
     config = ppo_config(
-        data=str(path), reward=[{"function": "letters_reward:arms"}], value="policy", lora=lora, kl_coef=KL_COEF, total_episodes=60 * 256,
-        rollout_batch_size=256, minibatch_size=256, microbatch_size=256, ppo_epochs=2, generation={"max_new_tokens": 1, "batch_size": 256},
-        training={"learning_rate": 1.5e-2 if lora is None else 2e-2, "max_grad_norm": None, "adam_beta2": 0.99}, num_samples=0,
+        data=str(path),
+        reward=[{"function": "letters_reward:arms"}],
+        value="policy",
+        lora=lora,
+        kl_coef=KL_COEF,
+        total_episodes=60 * 256,
+        rollout_batch_size=256,
+        minibatch_size=256,
+        microbatch_size=256,
+        ppo_epochs=2,
+        generation={"max_new_tokens": 1, "batch_size": 256},
+        training={"learning_rate": 1.5e-2 if lora is None else 2e-2, "max_grad_norm": None, "adam_beta2": 0.99},
+        num_samples=0,
         checkpoint_seconds=1e9,
-    )  # fmt: skip
+    )
     context = step_context(f"test/{'full' if lora is None else 'lora'}{seed}", seed, {"policy": resolve_folder(bandit)})
     context.log = lambda *_: None
     made = run(config, context).model
@@ -84,8 +102,10 @@ def test_ppo_ends_at_the_best_policy(ppo_config, step_context, resolve_folder, b
     best = reference * (reward / KL_COEF).exp()
     best /= best.sum()
     found = probabilities(ResolvedModel(made.ref, "registry", str(made.path), made.digest, context.models["policy"].input, made))
-    objective = {name: expected_reward(policy, reward) - KL_COEF * kl(policy, reference) for name, policy in
-                 (("start", reference), ("best", best), ("found", found))}  # fmt: skip
+    objective = {
+        name: expected_reward(policy, reward) - KL_COEF * kl(policy, reference)
+        for name, policy in (("start", reference), ("best", best), ("found", found))
+    }
     # the optimum's value is kl_coef * log E_reference[exp(reward / kl_coef)]
     assert objective["best"] == pytest.approx(KL_COEF * math.log(float((reference * (reward / KL_COEF).exp()).sum())))
     # The objective is flat at its best: a policy a few percent off in KL has all but all of it.

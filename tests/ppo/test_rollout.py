@@ -15,13 +15,18 @@ def hand_made(**fields: Any) -> Rollout:
     """Two episodes: one of two tokens that has room for a third, one of three tokens."""
     mask = torch.tensor([[True, True, False], [True, True, True]])
     tensors = {
-        "response_ids": torch.zeros(2, 3, dtype=torch.long), "response_mask": mask, "stopped": torch.tensor([True, False]),
+        "response_ids": torch.zeros(2, 3, dtype=torch.long),
+        "response_mask": mask,
+        "stopped": torch.tensor([True, False]),
         "rollout_logprobs": torch.tensor([[-1.0, -2.0, 0.0], [-1.0, -1.0, -3.0]]),
         "reference_logprobs": torch.tensor([[-1.5, -1.0, 0.0], [-1.0, -2.0, -2.0]]),
-        "values": torch.tensor([[0.5, 0.25, 0.0], [1.0, 0.0, -1.0]]), "closing_values": torch.zeros(2),
-        "closing_mask": torch.zeros(2, dtype=torch.bool), "scores": torch.tensor([10.0, -4.0]), "raw_scores": torch.tensor([10.0, -4.0]),
+        "values": torch.tensor([[0.5, 0.25, 0.0], [1.0, 0.0, -1.0]]),
+        "closing_values": torch.zeros(2),
+        "closing_mask": torch.zeros(2, dtype=torch.bool),
+        "scores": torch.tensor([10.0, -4.0]),
+        "raw_scores": torch.tensor([10.0, -4.0]),
         "token_scores": torch.zeros(2, 3),
-    }  # fmt: skip
+    }
     names = {"prompts": ["a", "b"], "prompt_ids": [[1], [2]], "completions": ["x", "y"], "parts": {}, "monitors": {}, "seconds": {}}
     return Rollout(**{**names, **tensors, "sampling_gap": 0.0, **fields})  # type: ignore[arg-type]
 

@@ -76,9 +76,13 @@ def lora_config(ppo_config: Any) -> Any:
 
 def rolled(roles: Any, config: Any, context: Any) -> Any:
     reward = build_reward(
-        config.reward, context.models, "reward", device=torch.device("cpu"), dtype=torch.float32,
+        config.reward,
+        context.models,
+        "reward",
+        device=torch.device("cpu"),
+        dtype=torch.float32,
         load=lambda model: roles.load_reward_model(model, dtype=torch.float32),
-    )  # fmt: skip
+    )
     prompts = (PROMPTS * 2)[: config.rollout_batch_size]
     ids = [encode_prompt(roles.tokenizer, prompt) for prompt in prompts]
     return collect(roles, reward, CombinedReward([]), prompts, ids, list(range(len(ids))), config)

@@ -17,10 +17,7 @@ from stages.training.checkpoints import trainable
 
 
 def make_updater(roles: Any, config: Any, **options: Any) -> Updater:
-    optimizers = {
-        name: make_optimizer(list(trainable(network).values()), config.training)
-        for name, network in roles.networks().items()
-    }
+    optimizers = {name: make_optimizer(list(trainable(network).values()), config.training) for name, network in roles.networks().items()}
     return Updater(roles, optimizers, config, **options)
 
 

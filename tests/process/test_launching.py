@@ -120,10 +120,12 @@ def test_missing_processes_are_noticed(environment: dict[str, str], monkeypatch:
 @pytest.mark.parametrize(
     ("variables", "processes", "rank"),
     [
-        ({}, 1, 0), ({"WORLD_SIZE": "4", "RANK": "3"}, 4, 3), ({"PMI_SIZE": "2", "PMI_RANK": "1"}, 2, 1),
+        ({}, 1, 0),
+        ({"WORLD_SIZE": "4", "RANK": "3"}, 4, 3),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, 2, 1),
         ({"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "5"}, 8, 5),
     ],
-)  # fmt: skip
+)
 def test_every_launcher_is_understood(environment, variables, processes, rank, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

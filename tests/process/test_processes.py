@@ -103,10 +103,19 @@ def vowels(prompts, completions):
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("pair")
     things = ("film", "plot", "music")
-    rows = [{"prompt": f"write about the {thing}", "completion": f"the {thing} was a joy" + " indeed" * number}
-            for number in range(10) for thing in things]  # fmt: skip
-    comparisons = [{"prompt": f"write {number}", "completions": ["a joy", "dull", "weak", "so so"][: 2 + number % 3],
-                    "ranks": [0, 1, 1, 2][: 2 + number % 3]} for number in range(30)]  # fmt: skip
+    rows = [
+        {"prompt": f"write about the {thing}", "completion": f"the {thing} was a joy" + " indeed" * number}
+        for number in range(10)
+        for thing in things
+    ]
+    comparisons = [
+        {
+            "prompt": f"write {number}",
+            "completions": ["a joy", "dull", "weak", "so so"][: 2 + number % 3],
+            "ranks": [0, 1, 1, 2][: 2 + number % 3],
+        }
+        for number in range(30)
+    ]
     prompts = [{"prompt": f"{'the ' * (number % 4)}{thing} {number}"} for number in range(4) for thing in things]
     texts = [{"text": f"the film number {number} was warm"} for number in range(40)]
     for name, table in (("rows", rows), ("comparisons", comparisons), ("prompts", prompts), ("texts", texts)):
@@ -204,8 +213,11 @@ def test_there_is_one_summary_and_one_version_of_each_model(pair: Path) -> None:
     assert summary["finished"] and summary["environment"]["num_processes"] == 2
     assert [step["name"] for step in summary["steps"]] == ["sft", "preference", "aligned", "direct", "verdict"]
     assert [record.ref for record in Registry(pair / "registry").records()] == [
-        "pair/aligned@1", "pair/direct@1", "pair/preference@1", "pair/sft@1",
-    ]  # fmt: skip
+        "pair/aligned@1",
+        "pair/direct@1",
+        "pair/preference@1",
+        "pair/sft@1",
+    ]
     assert len([path for path in (pair / "runs" / "pair").iterdir() if not path.is_symlink()]) == 1
 
 

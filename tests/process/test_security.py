@@ -130,9 +130,11 @@ def test_functions_are_imported_only_from_the_modules_that_the_recipe_names() ->
     Path("named.py").write_text("def score(p, c):\n    return [0.0 for _ in c]\n")
     Path("bystander.py").write_text("import os\nos.mkdir('owned')\ndef score(p, c): ...\n")
     for address, message in (
-        ("named", "got 'named'"), ("os:system;id", "got 'os:system;id'"), ("../bystander:score", "got '../bystander:score'"),
+        ("named", "got 'named'"),
+        ("os:system;id", "got 'os:system;id'"),
+        ("../bystander:score", "got '../bystander:score'"),
         ("named:score.__globals__", "got 'named:score.__globals__'"),
-    ):  # fmt: skip
+    ):
         step = {"stage": "ppo", "name": "a", "policy": "gpt2", "data": "world:prompts", "reward": [{"function": address}]}
         with pytest.raises(RecipeError, match=r"reward\[0\]\.function: .*"):
             load_recipe(recipe(step))
@@ -150,9 +152,13 @@ def test_planning_does_not_run_a_module_that_a_recipe_names() -> None:
 
 def test_yaml_is_read_safely() -> None:
     for text in (
-        "name: !!python/object/apply:os.mkdir [owned]", "name: !!python/name:os.system", "name: !<tag:yaml.org,2002:python/module:os> x",
-        "name: !custom x", "name: !!binary aGk=", "name: !!set {a, b}",
-    ):  # fmt: skip
+        "name: !!python/object/apply:os.mkdir [owned]",
+        "name: !!python/name:os.system",
+        "name: !<tag:yaml.org,2002:python/module:os> x",
+        "name: !custom x",
+        "name: !!binary aGk=",
+        "name: !!set {a, b}",
+    ):
         Path("safe.yaml").write_text(text + "\nsteps: [a]\n")
         result = run()
         assert result.exit_code == 2 and "is not allowed" in result.stderr, result.output
@@ -293,10 +299,18 @@ def test_innocent_texts_are_left_alone(text: str) -> None:
 
 
 def test_only_secret_variables_are_protected() -> None:
-    redaction.protect({
-        "HF_TOKEN": "value-of-token", "MY_API_KEY": "value-of-key", "DB_PASSWORD": PASSWORD, "TOKENIZERS_PARALLELISM": "false-ish",
-        "SSH_AUTH_SOCK": "/tmp/agent.1234", "SHORT_KEY": "abc", "KEYBOARD": "qwerty-layout", "PATH": "/usr/bin:/bin",
-    })  # fmt: skip
+    redaction.protect(
+        {
+            "HF_TOKEN": "value-of-token",
+            "MY_API_KEY": "value-of-key",
+            "DB_PASSWORD": PASSWORD,
+            "TOKENIZERS_PARALLELISM": "false-ish",
+            "SSH_AUTH_SOCK": "/tmp/agent.1234",
+            "SHORT_KEY": "abc",
+            "KEYBOARD": "qwerty-layout",
+            "PATH": "/usr/bin:/bin",
+        }
+    )
     said = "value-of-token value-of-key correct horse battery false-ish /tmp/agent.1234 abc qwerty-layout /usr/bin:/bin"
     assert redaction.without_secrets(said) == "[secret] [secret] [secret] false-ish /tmp/agent.1234 abc qwerty-layout /usr/bin:/bin"
 
@@ -318,14 +332,27 @@ def test_secrets_of_the_environment_reach_no_log_manifest_or_report(tiny_llama_f
     )
     Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": f"write {n}"}) + "\n" for n in range(8)))
     aligned = {
-        "stage": "ppo", "name": "aligned", "precision": "fp32", "policy": str(tiny_llama_folder), "value": "policy",
-        "data": "prompts.jsonl", "reward": [{"function": "leaky:scores"}], "generation": {"max_new_tokens": 4},
-        "total_episodes": 8, "rollout_batch_size": 8, "minibatch_size": 8,
-    }  # fmt: skip
+        "stage": "ppo",
+        "name": "aligned",
+        "precision": "fp32",
+        "policy": str(tiny_llama_folder),
+        "value": "policy",
+        "data": "prompts.jsonl",
+        "reward": [{"function": "leaky:scores"}],
+        "generation": {"max_new_tokens": 4},
+        "total_episodes": 8,
+        "rollout_batch_size": 8,
+        "minibatch_size": 8,
+    }
     verdict = {
-        "stage": "evaluation", "name": "verdict", "precision": "fp32", "candidates": {"aligned": "aligned"}, "data": "prompts.jsonl",
-        "judges": [{"function": "leaky:scores"}], "generation": {"max_new_tokens": 4},
-    }  # fmt: skip
+        "stage": "evaluation",
+        "name": "verdict",
+        "precision": "fp32",
+        "candidates": {"aligned": "aligned"},
+        "data": "prompts.jsonl",
+        "judges": [{"function": "leaky:scores"}],
+        "generation": {"max_new_tokens": 4},
+    }
     Path("safe.yaml").write_text(f"name: safe\nsteps:\n  - {json.dumps(aligned)}\n  - {json.dumps(verdict)}\n")
     done = run()
     assert done.exit_code == 0, done.output

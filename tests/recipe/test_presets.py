@@ -22,7 +22,7 @@ FIELDS = {
     "sft": {"stage": "sft", "name": "sft", "model": "owner/model-1", "data": {"train": "world:demonstrations"}},
     "reward_model": {"stage": "reward_model", "name": "rm", "model": "owner/model-1", "data": {"train": "world:comparisons"}},
     "ppo": {"stage": "ppo", "name": "ppo", "policy": "owner/model-1", "reward": [{"function": "a:b"}], "data": "world:prompts"},
-}  # fmt: skip
+}
 MIX = {"pretraining_mix": {"data": "world:raw"}}
 
 
@@ -83,8 +83,9 @@ def test_ziegler(tmp_path: Path) -> None:
     assert [(one.kl_coef, one.kl_target) for one in (tldr, cnndm)] == [(0.03, None), (0.01, None)]
     assert [one.generation.temperature for one in (style, tldr, cnndm)] == [0.7, 0.7, 0.5]
     assert [(one.generation.max_new_tokens, one.generation.stop, one.generation.stop_after) for one in (style, tldr)] == [
-        (24, ["."], 16), (75, ["\n"], 55)
-    ]  # fmt: skip
+        (24, ["."], 16),
+        (75, ["\n"], 55),
+    ]
     assert (style.whiten_rewards, tldr.whiten_rewards, style.whitening_scope) == (True, False, "minibatch")
     assert (style.missing_eos, style.missing_eos_penalty, style.value) == ("replace", 1.0, "shared")
     assert (style.training.adam_style, style.training.adam_epsilon, style.training.learning_rate) == ("tensorflow", 1e-5, 1e-5)
@@ -199,8 +200,11 @@ def test_the_plan_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     steps = {step["name"]: step for step in as_json["steps"]}
     rows = {row["setting"]: row for row in steps["sft"]["settings"]}
     assert rows["training.epochs"]["from"] == "override" and rows["training.batch_size"] == {
-        "setting": "training.batch_size", "value": 128, "from": "preset", "origin": "huang2024: H, hyperparameters of SFT"
-    }  # fmt: skip
+        "setting": "training.batch_size",
+        "value": 128,
+        "from": "preset",
+        "origin": "huang2024: H, hyperparameters of SFT",
+    }
     assert "settings" not in steps["plain"]
 
 
@@ -220,13 +224,25 @@ def test_every_preset_runs(tmp_path: Path, tiny_llama_folder: Path, monkeypatch:
     tuned = {"model": str(tiny_llama_folder), "data": table, "preset": preset, "precision": "fp32"}
     steps = [
         {"stage": "reward_model", "name": "rm", **tuned},
-        {"stage": "ppo", "name": "ppo", "policy": str(tiny_llama_folder), "reward": [{"model": "rm"}], "data": str(data), "preset": preset,
-         "precision": "fp32", **(mix if preset == "instructgpt2022" else {})},
-    ]  # fmt: skip
+        {
+            "stage": "ppo",
+            "name": "ppo",
+            "policy": str(tiny_llama_folder),
+            "reward": [{"model": "rm"}],
+            "data": str(data),
+            "preset": preset,
+            "precision": "fp32",
+            **(mix if preset == "instructgpt2022" else {}),
+        },
+    ]
     overrides = [
-        "rm.training.max_steps=1", "rm.training.batch_size=8", "ppo.rollout_batch_size=16", "ppo.total_episodes=16",
-        "ppo.generation.max_new_tokens=8", "ppo.generation.stop_after=2",
-    ]  # fmt: skip
+        "rm.training.max_steps=1",
+        "rm.training.batch_size=8",
+        "ppo.rollout_batch_size=16",
+        "ppo.total_episodes=16",
+        "ppo.generation.max_new_tokens=8",
+        "ppo.generation.stop_after=2",
+    ]
     if preset == "ziegler2019":
         overrides += ["rm.normalization.num_samples=8", "rm.normalization.generation.max_new_tokens=4", 'ppo.generation.stop=["a"]']
     else:
@@ -234,8 +250,12 @@ def test_every_preset_runs(tmp_path: Path, tiny_llama_folder: Path, monkeypatch:
         overrides += ["sft.training.max_steps=1", "sft.training.batch_size=8"]
     if preset == "instructgpt2022":
         steps.insert(1, {"stage": "sft", "name": "init", **tuned, "preset": "instructgpt2022/init", **mix})
-        overrides += ["init.training.max_steps=1", "init.training.batch_size=4", "ppo.max_prompt_tokens=100",
-                      "ppo.pretraining_mix.examples_per_episode=1"]  # fmt: skip
+        overrides += [
+            "init.training.max_steps=1",
+            "init.training.batch_size=4",
+            "ppo.max_prompt_tokens=100",
+            "ppo.pretraining_mix.examples_per_episode=1",
+        ]
     summary = chain.run(recipe(tmp_path, *steps, overrides=tuple(overrides)), tmp_path / "home", Runtime(quiet=True))
     assert summary["finished"] and [step["name"] for step in summary["steps"]] == [step["name"] for step in steps]
     ppo = summary["steps"][-1]["metrics"]

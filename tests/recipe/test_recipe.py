@@ -206,8 +206,10 @@ WRONG = [
         changed("model: base\n", "model: aligned\n"),
         "recipes/x.yaml:7: steps[1].model: got 'aligned', a cycle: sft -> aligned -> sft",
     ),
-    (changed('data: {train: "world:raw"}', 'model: sft, data: {train: "world:raw"}').replace("    model: base\n", ""),
-     "recipes/x.yaml:4: steps[0].model: got 'sft', a step that comes later (steps[1]); move it before 'base'"),
+    (
+        changed('data: {train: "world:raw"}', 'model: sft, data: {train: "world:raw"}').replace("    model: base\n", ""),
+        "recipes/x.yaml:4: steps[0].model: got 'sft', a step that comes later (steps[1]); move it before 'base'",
+    ),
     (changed("model: base\n", "model: sft\n"), "recipes/x.yaml:7: steps[1].model: got 'sft', a cycle: the step 'sft' refers to itself"),
     (
         GOOD + "  - {stage: judge, name: again, candidates: {a: verdict}}\n",
@@ -229,7 +231,7 @@ WRONG = [
     ("name: quick\n", "recipes/x.yaml:1: the field steps is missing"),
     ("name: quick\nsteps: []\n", "recipes/x.yaml:2: steps: got [], expected a list of at least one step"),
     ("steps:\n  - {stage: judge, name: a, candidates: {}}\n", "name: this field is missing. name: Name of the recipe"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("text", "message"), WRONG, ids=[message[-60:] for _, message in WRONG])
@@ -328,7 +330,6 @@ def test_data_that_a_step_refuses_is_reported_with_the_place() -> None:
     recipe = load(changed("texts.txt", "empty.txt"), "sft.seed=1")
     with pytest.raises(DataError, match=r"^recipes/x.yaml:5: steps\[1\] \(sft\): .*empty.txt: no rows"):
         recipe.check_data(recipe.steps[1])
-
 
 
 def test_an_alias_of_aliases_is_stopped() -> None:

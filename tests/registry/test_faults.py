@@ -59,14 +59,29 @@ def recipe(tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPa
     rows = [{"prompt": f"write {number}:", "completion": "a joy"} for number in range(24)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sft = {
-        "stage": "sft", "name": "sft", "precision": "fp32", "model": str(tiny_llama_folder), "data": {"train": "rows.jsonl"},
-        "training": {"batch_size": 8, "microbatch_size": 8}, "checkpoint_seconds": 0,
-    }  # fmt: skip
+        "stage": "sft",
+        "name": "sft",
+        "precision": "fp32",
+        "model": str(tiny_llama_folder),
+        "data": {"train": "rows.jsonl"},
+        "training": {"batch_size": 8, "microbatch_size": 8},
+        "checkpoint_seconds": 0,
+    }
     ppo = {
-        "stage": "ppo", "name": "aligned", "precision": "fp32", "policy": "sft", "value": "policy", "data": "rows.jsonl",
-        "reward": [{"function": "fault_rewards:score"}], "generation": {"max_new_tokens": 4}, "total_episodes": 24,
-        "rollout_batch_size": 8, "minibatch_size": 8, "ppo_epochs": 1, "checkpoint_seconds": 0,
-    }  # fmt: skip
+        "stage": "ppo",
+        "name": "aligned",
+        "precision": "fp32",
+        "policy": "sft",
+        "value": "policy",
+        "data": "rows.jsonl",
+        "reward": [{"function": "fault_rewards:score"}],
+        "generation": {"max_new_tokens": 4},
+        "total_episodes": 24,
+        "rollout_batch_size": 8,
+        "minibatch_size": 8,
+        "ppo_epochs": 1,
+        "checkpoint_seconds": 0,
+    }
     path = tmp_path / "fault.yaml"
     path.write_text(f"name: fault\nsteps:\n  - {json.dumps(sft)}\n  - {json.dumps(ppo)}\n")
     return path
@@ -148,7 +163,7 @@ def test_errors_of_the_disk_are_known_in_every_dress() -> None:
     except RuntimeError as wrapped:
         assert isinstance(storage_error(wrapped), StorageError)
     foreign = type("SafetensorError", (Exception,), {})
-    assert storage_error(foreign('Error while serializing: I/O error: Os { code: 28, kind: StorageFull }')) is not None  # fmt: skip
+    assert storage_error(foreign("Error while serializing: I/O error: Os { code: 28, kind: StorageFull }")) is not None
     assert storage_error(RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")) is not None
     assert storage_error(FileNotFoundError(2, "No such file")) is None and storage_error(ValueError("code: 28,")) is None
 

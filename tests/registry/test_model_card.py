@@ -48,9 +48,10 @@ def test_the_card_says_where_it_came_from_and_how_it_did(registry, base) -> None
     (kept / "result.json").write_text(json.dumps({"name": "recipe/verdict", "created": "2026-11-24T20:00:00+00:00"}))
     rate = {"a": "mine", "b": "other", "judge": "gold", "win_rate": 0.75, "ci_low": 0.6, "ci_high": 0.85, "n": 40}
     evaluation = {
-        "verdict": "By gold, mine beats other.", "candidates": {"other": {"digest": "sha256:x"}, "mine": {"digest": base.digest}},
+        "verdict": "By gold, mine beats other.",
+        "candidates": {"other": {"digest": "sha256:x"}, "mine": {"digest": base.digest}},
         "win_rates": [rate, {**rate, "a": "other", "b": "mine", "win_rate": 0.25}, {**rate, "judge": "taste", "win_rate": 0.5}],
-    }  # fmt: skip
+    }
     (kept / "files" / "evaluation.json").write_text(json.dumps(evaluation))
     text = model_card(base, registry, merged=True)
     card = ModelCard(text)
@@ -60,10 +61,18 @@ def test_the_card_says_where_it_came_from_and_how_it_did(registry, base) -> None
     (result,) = data.eval_results
     assert result.metric_value == 0.75 and "against other by gold (95 %: 0.600 to 0.850, 40 prompts)" in result.metric_name
     for said in (
-        "recipe/base@1", base.digest, "owner/raw  hub:owner/raw@main  (hub)", "| episodes | 5,120 |", "The licence is **unknown**",
-        "| other | taste | 0.500 | 0.600 to 0.850 | 40 |", "By gold, mine beats other.", "`data`: prompts.jsonl, set (`abcdef012345`)",
-        "lm_eval --model hf --model_args pretrained=FOLDER", "vllm serve FOLDER", "transformers serve FOLDER",
-    ):  # fmt: skip
+        "recipe/base@1",
+        base.digest,
+        "owner/raw  hub:owner/raw@main  (hub)",
+        "| episodes | 5,120 |",
+        "The licence is **unknown**",
+        "| other | taste | 0.500 | 0.600 to 0.850 | 40 |",
+        "By gold, mine beats other.",
+        "`data`: prompts.jsonl, set (`abcdef012345`)",
+        "lm_eval --model hf --model_args pretrained=FOLDER",
+        "vllm serve FOLDER",
+        "transformers serve FOLDER",
+    ):
         assert said in text, said
     assert "/home/me" not in text and "secret place" not in text
 

@@ -74,9 +74,7 @@ def test_an_adapters_digest_names_its_base_by_content(tmp_path: Path) -> None:
         registry = Registry(tmp_path / home)
         for _ in range(1 if home == "one" else 2):  # version numbers differ between the homes, content does not
             base = publish(registry, "quickstart/base")
-        record = publish(
-            registry, fill=lambda folder, at=home, names=modules: adapter_files(folder, f"/{at}", names), base=resolved(base)
-        )
+        record = publish(registry, fill=lambda folder, at=home, names=modules: adapter_files(folder, f"/{at}", names), base=resolved(base))
         assert json.loads((record.path / "adapter_config.json").read_text())["base_model_name_or_path"] == base.digest
         assert record.manifest["base"]["ref"] == base.ref
         assert record.is_adapter and not base.is_adapter

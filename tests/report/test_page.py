@@ -107,9 +107,16 @@ def test_the_chain(html: str) -> None:
     page = Page(html)
     assert sum(tag == "path" and attributes.get("class") == "arrow" for tag, attributes in page.tags) >= 5
     for said in (
-        "toy/aligned@1", "perplexity 3.10", "accuracy 0.700", "score -0.50 to 0.40", "reward[0].model: toy/preference@1",
-        "data: world:raw (01234567)", "900 MiB", "12.5 s", "reused",
-    ):  # fmt: skip
+        "toy/aligned@1",
+        "perplexity 3.10",
+        "accuracy 0.700",
+        "score -0.50 to 0.40",
+        "reward[0].model: toy/preference@1",
+        "data: world:raw (01234567)",
+        "900 MiB",
+        "12.5 s",
+        "reused",
+    ):
         assert said in page.words, said
 
 
@@ -117,9 +124,17 @@ def test_figures(html: str) -> None:
     page = Page(html)
     found = [attributes.get("id") for tag, attributes in page.tags if tag == "figure"]
     assert found == [
-        "frontier", "distributions", "tax", "over-optimisation-aligned", "calibration-preference", "training-base", "training-sft",
-        "training-taste", "training-preference", "training-aligned",
-    ]  # fmt: skip
+        "frontier",
+        "distributions",
+        "tax",
+        "over-optimisation-aligned",
+        "calibration-preference",
+        "training-base",
+        "training-sft",
+        "training-taste",
+        "training-preference",
+        "training-aligned",
+    ]
     plots = re.findall(r'<svg class="plot".*?</svg>', html, re.DOTALL)
     assert len(plots) > 10
     for plot in plots:

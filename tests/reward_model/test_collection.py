@@ -26,9 +26,13 @@ def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def collection(prompts: str, **fields: Any) -> Collection:
     settings = {
-        "policies": ["sft", {"model": "ppo", "weight": 0.25}], "data": prompts, "num_prompts": 8, "completions_per_prompt": 4,
-        "judge": {"function": "labels:shorter"}, "generation": {"max_new_tokens": 6, "stop": list("abcdefgh")},
-    }  # fmt: skip
+        "policies": ["sft", {"model": "ppo", "weight": 0.25}],
+        "data": prompts,
+        "num_prompts": 8,
+        "completions_per_prompt": 4,
+        "judge": {"function": "labels:shorter"},
+        "generation": {"max_new_tokens": 6, "stop": list("abcdefgh")},
+    }
     return Collection.model_validate({**settings, **fields})
 
 
@@ -54,8 +58,11 @@ def test_what_is_collected(prompts, step_context, models) -> None:
         assert len(item.completions) == len(set(item.completions)) == 4
         by_length = [[-len(text) for text in item.completions].index(-len(text)) for text in item.completions]
         assert len(set(item.ranks)) == len(set(by_length))
-        assert all((len(a) < len(b)) == (one < two) for a, one in zip(item.completions, item.ranks, strict=True)
-                   for b, two in zip(item.completions, item.ranks, strict=True))  # fmt: skip
+        assert all(
+            (len(a) < len(b)) == (one < two)
+            for a, one in zip(item.completions, item.ranks, strict=True)
+            for b, two in zip(item.completions, item.ranks, strict=True)
+        )
     rows = [json.loads(line) for line in (context.folder / "collected.jsonl").read_text().splitlines()]
     drawn = [policy for row in rows for policy in row["policies"]]
     assert 0 < drawn.count("ppo") < drawn.count("sft")  # most by the policy with the greater weight, some by the other
@@ -75,11 +82,16 @@ def test_a_reward_model_of_what_its_policy_says(prompts, step_context, models, t
     rows = [{"prompt": f"p {n}", "completions": ["a", "a long line of text"], "ranks": [0, 1]} for n in range(10)]
     path = tmp_path / "comparisons.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    step = RewardModelConfig.model_validate({
-        "name": "second", "model": "base", "precision": "fp32", "data": {"train": str(path), "validation_fraction": 0.2},
-        "collect": collection(prompts).model_dump(exclude_unset=True),
-        "training": {"learning_rate": 5e-3, "batch_size": 4, "microbatch_size": 2},
-    })  # fmt: skip
+    step = RewardModelConfig.model_validate(
+        {
+            "name": "second",
+            "model": "base",
+            "precision": "fp32",
+            "data": {"train": str(path), "validation_fraction": 0.2},
+            "collect": collection(prompts).model_dump(exclude_unset=True),
+            "training": {"learning_rate": 5e-3, "batch_size": 4, "microbatch_size": 2},
+        }
+    )
     assert list(step.model_inputs()) == ["model", "collect.policies[0].model", "collect.policies[1].model"]
     result = run(step, step_context(models=models))
     assert result.metrics["collected"] == 8 and result.metrics["comparisons"] == 16
@@ -102,6 +114,10 @@ def test_the_annotators_of_the_embedded_world_label() -> None:
     prompts, texts = [prompt for prompt, _ in pairs], [text for _, text in pairs]
     labels, gold = label_batch(prompts, texts), score_batch(prompts, texts)
     assert labels == label_batch(prompts, texts)
-    agree = [(labels[a] > labels[b]) == (gold[a] > gold[b]) for a in range(len(pairs)) for b in range(a)
-             if prompts[a] == prompts[b] and abs(gold[a] - gold[b]) > 0.2]  # fmt: skip
+    agree = [
+        (labels[a] > labels[b]) == (gold[a] > gold[b])
+        for a in range(len(pairs))
+        for b in range(a)
+        if prompts[a] == prompts[b] and abs(gold[a] - gold[b]) > 0.2
+    ]
     assert sum(agree) / len(agree) > 0.85  # people who err, not dice

@@ -48,9 +48,13 @@ def test_a_step_says_what_it_lost(tmp_path, step_context, resolve_folder, tiny_l
     validation = tmp_path / "heldout.jsonl"
     validation.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:2], same]))
     settings = {
-        "name": "rm", "model": "sft", "precision": "fp32", "data": {"train": str(path), "validation": str(validation)}, "max_length": 16,
+        "name": "rm",
+        "model": "sft",
+        "precision": "fp32",
+        "data": {"train": str(path), "validation": str(validation)},
+        "max_length": 16,
         "training": {"batch_size": 4, "microbatch_size": 4, "max_steps": 1},
-    }  # fmt: skip
+    }
     models = {"model": resolve_folder(tiny_llama_folder)}
     metrics = run(RewardModelConfig.model_validate(settings), step_context(models=models)).metrics
     assert (metrics["comparisons"], metrics["pairs"], metrics["equal_pairs"], metrics["heldout_equal_pairs"]) == (8, 8, 1, 1)

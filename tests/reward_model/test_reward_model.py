@@ -33,9 +33,12 @@ def comparisons(tmp_path: Path) -> str:
 
 def config(path: str, **fields: Any) -> RewardModelConfig:
     settings = {
-        "name": "preference", "model": "sft", "precision": "fp32", "data": {"train": path, "validation_fraction": 0.2},
+        "name": "preference",
+        "model": "sft",
+        "precision": "fp32",
+        "data": {"train": path, "validation_fraction": 0.2},
         "training": {"learning_rate": 5e-3, "batch_size": 4, "microbatch_size": 2},
-    }  # fmt: skip
+    }
     return RewardModelConfig.model_validate({**settings, **fields})
 
 
@@ -239,9 +242,10 @@ def test_accuracy_by_length_and_by_group_by_hand() -> None:
     items = [item(8, 2, "a"), item(2, 8, "a"), item(4, 4, "b")]
     found = agreement(torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0]), items)
     assert found["accuracy_by_length"] == [
-        {"better_is": "longer", "accuracy": 1.0, "pairs": 1}, {"better_is": "shorter", "accuracy": 0.0, "pairs": 1},
+        {"better_is": "longer", "accuracy": 1.0, "pairs": 1},
+        {"better_is": "shorter", "accuracy": 0.0, "pairs": 1},
         {"better_is": "as long", "accuracy": 1.0, "pairs": 1},
-    ]  # fmt: skip
+    ]
     assert (found["prefers_longer"], found["longer_is_better"]) == (1.0, 0.5)
     table = found["accuracy_by_group"]["batch"]
     assert [(row["value"], row["accuracy"], row["pairs"]) for row in table] == [("a", 0.5, 2), ("b", 1.0, 1)]

@@ -20,9 +20,13 @@ SMALL = {
     "distilbert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32},
     "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2},
     "llama": {
-        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 32,
     },
-}  # fmt: skip
+}
 
 
 def word_tokenizer(*, special: bool, pad: bool = True) -> Any:
@@ -47,9 +51,16 @@ def make_classifier(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def make(kind: str, tokenizer: Any, positions: int = 64, **fields: Any) -> Path:
         torch.manual_seed(3)
         config = AutoConfig.for_model(
-            kind, **{"vocab_size": len(tokenizer), "max_position_embeddings": positions, "initializer_range": 0.5, "pad_token_id": 1,
-                     **SMALL[kind], **fields}
-        )  # fmt: skip
+            kind,
+            **{
+                "vocab_size": len(tokenizer),
+                "max_position_embeddings": positions,
+                "initializer_range": 0.5,
+                "pad_token_id": 1,
+                **SMALL[kind],
+                **fields,
+            },
+        )
         folder = tmp_path_factory.mktemp(kind)
         AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)

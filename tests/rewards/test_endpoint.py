@@ -31,10 +31,13 @@ def test_what_goes_out_and_comes_back(server) -> None:
     assert far.score(["p", TURNS, "q"], ["a", "bc", "d"], details).tolist() == [1.0, 2.0, 1.0]
     first, second = server.bodies
     assert first == {
-        "query": ["p a", "system: be kind\n\nuser: hello\n\nassistant: bc"], "prompts": ["p", "system: be kind\n\nuser: hello"],
-        "completions": ["a", "bc"], "messages": [[{"role": "user", "content": "p"}], TURNS], "labels": ["x", "y"],
+        "query": ["p a", "system: be kind\n\nuser: hello\n\nassistant: bc"],
+        "prompts": ["p", "system: be kind\n\nuser: hello"],
+        "completions": ["a", "bc"],
+        "messages": [[{"role": "user", "content": "p"}], TURNS],
+        "labels": ["x", "y"],
         "columns": {"level": [1, 2]},
-    }  # fmt: skip
+    }
     assert second["labels"] == ["z"] and server.headers[0]["authorization"] == "Bearer k-secret-9"
 
 
@@ -43,15 +46,27 @@ def test_what_goes_out_and_comes_back(server) -> None:
     [
         ({}, {"rewards": [[0.5], [2]]}, [0.5, 2.0], "query"),
         ({}, {"scores": [0.5, 2]}, [0.5, 2.0], "query"),
-        ({"protocol": "pooling", "served_model": "rm"}, {"data": [{"index": 1, "data": [[0.1], [0.7]]}, {"index": 0, "data": [0.2]}]},
-         [0.2, 0.7], "input"),
-        ({"protocol": "classify", "label": 1, "output": "probability"},
-         {"data": [{"index": 0, "probs": [0.25, 0.75]}, {"index": 1, "probs": [0.5, 0.5]}]}, [0.75, 0.5], "input"),
-        ({"protocol": "classify", "label": 1, "output": "logprob"},
-         {"data": [{"index": 0, "probs": [0.0, 1.0]}, {"index": 1, "probs": [0.5, 0.5]}]}, [0.0, -0.6931472], "input"),
+        (
+            {"protocol": "pooling", "served_model": "rm"},
+            {"data": [{"index": 1, "data": [[0.1], [0.7]]}, {"index": 0, "data": [0.2]}]},
+            [0.2, 0.7],
+            "input",
+        ),
+        (
+            {"protocol": "classify", "label": 1, "output": "probability"},
+            {"data": [{"index": 0, "probs": [0.25, 0.75]}, {"index": 1, "probs": [0.5, 0.5]}]},
+            [0.75, 0.5],
+            "input",
+        ),
+        (
+            {"protocol": "classify", "label": 1, "output": "logprob"},
+            {"data": [{"index": 0, "probs": [0.0, 1.0]}, {"index": 1, "probs": [0.5, 0.5]}]},
+            [0.0, -0.6931472],
+            "input",
+        ),
         ({"protocol": "score"}, {"data": [{"index": 0, "score": 0.1}, {"index": 1, "score": -3}]}, [0.1, -3.0], "text_2"),
     ],
-)  # fmt: skip
+)
 def test_protocols(server, fields, answer, expected, sent) -> None:
     server.reply = lambda body, number: (200, answer)
     assert source(server, **fields).score(["p", "q"], ["a", "b"]).tolist() == pytest.approx(expected)

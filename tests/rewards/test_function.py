@@ -21,7 +21,7 @@ from stages.rewards.function import FunctionSource, SpanFunctionSource
 from stages.rewards.signature import columns_asked_for, signature_in_source, signature_of
 from stages.rewards.source import CombinedReward, build_reward
 
-CODE = '''
+CODE = """
 import functools, time
 calls = []
 def plain(p, c): return [len(text) for text in c]
@@ -49,7 +49,7 @@ def slow_once(p, c):
     calls.append("slow")
     if len(calls) == 1: time.sleep(30)
     return [2.0 for _ in c]
-'''
+"""
 
 
 @pytest.fixture
@@ -69,10 +69,18 @@ COLUMNS = Details({"answer": ["a", "b"], "level": [1, 2]}, completion_ids=[[1, 2
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("plain", [1.0, 2.0]), ("old", [1.0, 2.0]), ("anything", [1.0, 2.0]), ("named", [1.0, 0.0]), ("other_order", [1.0, 0.0]),
-        ("trl", [1.0, 0.0]), ("only", [1.0, 0.0]), ("wrapped", [1.0, 0.0]), ("tokens", [3.0, 3.0]), ("talks", [1.0, 1.0]),
+        ("plain", [1.0, 2.0]),
+        ("old", [1.0, 2.0]),
+        ("anything", [1.0, 2.0]),
+        ("named", [1.0, 0.0]),
+        ("other_order", [1.0, 0.0]),
+        ("trl", [1.0, 0.0]),
+        ("only", [1.0, 0.0]),
+        ("wrapped", [1.0, 0.0]),
+        ("tokens", [3.0, 3.0]),
+        ("talks", [1.0, 1.0]),
     ],
-)  # fmt: skip
+)
 def test_a_function_gets_what_its_signature_names(module, name, expected) -> None:
     assert FunctionSource("f", f"asking:{name}").score(["p", "q"], ["a", "bc"], COLUMNS).tolist() == expected
 
@@ -137,9 +145,12 @@ def test_a_column_that_is_not_there_is_one_message(module, run) -> None:
 
 def test_none_is_left_out_of_the_sum(module) -> None:
     reward = build_reward(
-        [RewardInput(function="asking:plain", weight=0.5), RewardInput(function="asking:sometimes", weight=2.0)], {}, "reward",
-        device=torch.device("cpu"), dtype=torch.float32,
-    )  # fmt: skip
+        [RewardInput(function="asking:plain", weight=0.5), RewardInput(function="asking:sometimes", weight=2.0)],
+        {},
+        "reward",
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
     scores = reward.score(["p"] * 3, ["a", "xx", "ccc"])
     assert scores.total.tolist() == [2.5, 1.0, 7.5]  # 0.5 len + 2 len; 0.5 len alone
     assert [math.isnan(value) for value in scores.parts["sometimes"].tolist()] == [False, True, False]
@@ -155,9 +166,12 @@ def test_no_source_applies(module) -> None:
 def test_members_of_an_ensemble_that_do_not_apply(module) -> None:
     members = [{"function": "asking:sometimes"}, {"function": "asking:plain", "weight": 3.0}, {"function": "asking:never"}]
     reward = build_reward(
-        [RewardInput.model_validate({"name": "all", "ensemble": members, "combine": "min"})], {}, "reward",
-        device=torch.device("cpu"), dtype=torch.float32,
-    )  # fmt: skip
+        [RewardInput.model_validate({"name": "all", "ensemble": members, "combine": "min"})],
+        {},
+        "reward",
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
     scores = reward.score(["p"] * 2, ["aa", "x"])
     assert scores.total.tolist() == [2.0, 3.0]
     assert scores.parts["all.variance"].tolist() == [4.0, 0.0]  # of 2 and 6; of 3 alone

@@ -23,14 +23,29 @@ from tests.rewards.conftest import TURNS, Server
 @pytest.mark.parametrize(
     ("reply", "grade"),
     [
-        ("7", 7.0), (" 7.5\n", 7.5), ("7/10", 7.0), ("Score: 8", 8.0), ("8 out of 10", 8.0), ('{"score": 3}', 3.0),
+        ("7", 7.0),
+        (" 7.5\n", 7.5),
+        ("7/10", 7.0),
+        ("Score: 8", 8.0),
+        ("8 out of 10", 8.0),
+        ('{"score": 3}', 3.0),
         ('```json\n{"score": 3}\n```', 3.0),
-        ('{"reason": "too short", "score": 2}', 2.0), ("The response is kind.\n\n9", 9.0),
-        ("<think>9 or 10?</think>\n4", 4.0), ("**6**", 6.0),
-        ("", None), ("no", None), ("11", None), ("0", None), ("between 3 and 5", None), ('{"a": 1, "b": 2}', None), ("true", None),
-        ("NaN", None), ("[5, 6]", None), ("7,5", 7.5),
+        ('{"reason": "too short", "score": 2}', 2.0),
+        ("The response is kind.\n\n9", 9.0),
+        ("<think>9 or 10?</think>\n4", 4.0),
+        ("**6**", 6.0),
+        ("", None),
+        ("no", None),
+        ("11", None),
+        ("0", None),
+        ("between 3 and 5", None),
+        ('{"a": 1, "b": 2}', None),
+        ("true", None),
+        ("NaN", None),
+        ("[5, 6]", None),
+        ("7,5", 7.5),
     ],
-)  # fmt: skip
+)
 def test_grades(reply: str, grade: float | None) -> None:
     assert read_grade(reply, (1.0, 10.0)) == grade
 
@@ -165,14 +180,19 @@ def test_accuracy_beside_the_scalar_head(tiny_llama_folder, resolve_folder, step
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = resolve_folder(tiny_llama_folder)
-    config = RewardModelConfig.model_validate({
-        "name": "rm", "model": "sft", "precision": "fp32", "data": {"train": str(path), "validation": str(path)},
-        "training": {"batch_size": 4, "microbatch_size": 4, "max_steps": 1},
-        "beside": [
-            {"function": "lengths_beside:longer"},
-            {"model": "sft", "answers": [" yes", " no"], "question": QUESTION, "name": "asked"},
-        ],
-    })  # fmt: skip
+    config = RewardModelConfig.model_validate(
+        {
+            "name": "rm",
+            "model": "sft",
+            "precision": "fp32",
+            "data": {"train": str(path), "validation": str(path)},
+            "training": {"batch_size": 4, "microbatch_size": 4, "max_steps": 1},
+            "beside": [
+                {"function": "lengths_beside:longer"},
+                {"model": "sft", "answers": [" yes", " no"], "question": QUESTION, "name": "asked"},
+            ],
+        }
+    )
     assert list(config.model_inputs()) == ["model", "beside[1].model"]
     metrics = run(config, step_context(models={"model": folder, "beside[1].model": folder})).metrics
     assert metrics["heldout_beside"]["longer"]["accuracy"] == 0.75 and metrics["heldout_beside"]["longer"]["pairs"] == 8

@@ -25,10 +25,17 @@ def classifier_folder(tmp_path_factory, tiny_tokenizer) -> Path:
 
     torch.manual_seed(1)
     config = DistilBertConfig(
-        vocab_size=len(tiny_tokenizer), dim=16, hidden_dim=32, n_layers=1, n_heads=2, max_position_embeddings=16,
-        id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1}, pad_token_id=tiny_tokenizer.pad_token_id,
+        vocab_size=len(tiny_tokenizer),
+        dim=16,
+        hidden_dim=32,
+        n_layers=1,
+        n_heads=2,
+        max_position_embeddings=16,
+        id2label={0: "NEGATIVE", 1: "POSITIVE"},
+        label2id={"NEGATIVE": 0, "POSITIVE": 1},
+        pad_token_id=tiny_tokenizer.pad_token_id,
         initializer_range=0.5,
-    )  # fmt: skip
+    )
     folder = tmp_path_factory.mktemp("classifier")
     DistilBertForSequenceClassification(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
@@ -172,8 +179,10 @@ def test_an_ensemble_is_one_source(tmp_path, monkeypatch, classifier_folder, res
     (tmp_path / "ensemble_rewards.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
     members = [{"function": "ensemble_rewards:lengths"}, {"function": "ensemble_rewards:ones", "weight": 3.0}]
-    inputs = {how: RewardInput.model_validate({"name": "both", "ensemble": members, "combine": how, "weight": 2.0, "uncertainty_coef": 0.5})
-              for how in ("mean", "min", "uncertainty")}  # fmt: skip
+    inputs = {
+        how: RewardInput.model_validate({"name": "both", "ensemble": members, "combine": how, "weight": 2.0, "uncertainty_coef": 0.5})
+        for how in ("mean", "min", "uncertainty")
+    }
     # lengths 1 and 5 beside the constant 3: means 2 and 4, minima 1 and 3, variances 1 and 1
     for how, expected in (("mean", [4.0, 8.0]), ("min", [2.0, 6.0]), ("uncertainty", [3.0, 7.0])):
         scores = build_reward([inputs[how]], {}, "reward", **CPU).score(["p", "p"], ["a", "abcde"])

@@ -85,9 +85,14 @@ def test_stop_tokens_end_a_row_and_count(model) -> None:
     assert sample(model, PROMPTS[:1], [3], max_new_tokens=2).stopped.tolist() == [False]
     # late stops are ignored before their position (the papers' truncate_after)
     late = generate(
-        model, PROMPTS[:1], GenerationSettings(max_new_tokens=12, stop_after=first + 1), seeds=[3], stop_ids=[0], pad_token_id=1,
+        model,
+        PROMPTS[:1],
+        GenerationSettings(max_new_tokens=12, stop_after=first + 1),
+        seeds=[3],
+        stop_ids=[0],
+        pad_token_id=1,
         late_stop_ids=[stopping],
-    )  # fmt: skip
+    )
     assert len(rows(late)[0]) > first + 1
 
 
@@ -151,9 +156,19 @@ def test_a_model_with_a_sliding_window_samples_like_transformers(tiny_tokenizer)
 
     torch.manual_seed(0)
     config = MistralConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        sliding_window=4, max_position_embeddings=128, attn_implementation="sdpa", bos_token_id=None, eos_token_id=0, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=4,
+        max_position_embeddings=128,
+        attn_implementation="sdpa",
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
     sliding = MistralForCausalLM(config).eval()
     for prompt in PROMPTS:
         ours = rows(sample(sliding, [prompt, PROMPTS[0]], [0, 0], temperature=0.0))[0]
@@ -211,7 +226,10 @@ def test_a_completion_is_decoded_after_its_prompt(tokenizer_of) -> None:
     ids = tokenizer("the weather is warm today", add_special_tokens=False)["input_ids"][-1:]
     piece = tokenizer.convert_tokens_to_ids("##r")
     generated = Generated(
-        torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.bool), torch.tensor([[piece, *ids]]),
-        torch.ones(1, 1 + len(ids), dtype=torch.bool), *(torch.zeros(1),) * 2,
-    )  # fmt: skip
+        torch.tensor([prompt]),
+        torch.ones(1, len(prompt), dtype=torch.bool),
+        torch.tensor([[piece, *ids]]),
+        torch.ones(1, 1 + len(ids), dtype=torch.bool),
+        *(torch.zeros(1),) * 2,
+    )
     assert decode_completions(tokenizer, generated) == ["r today"]

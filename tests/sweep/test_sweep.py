@@ -128,13 +128,15 @@ SUMMARY = {
     "win_rates": [{"a": "sft", "b": "base", "judge": "gold", "win_rate": 0.7, "n": 10}],
     "steps": [{"name": "v1.5", "metrics": {"heldout_loss": 1.5, "train_loss": 2.0, "fine": True, "heldout_bins": [1, 2]}}],
     "wall_seconds": 3.0,
-}  # fmt: skip
+}
 
 
 def test_numbers_by_path() -> None:
     assert chosen_numbers(SUMMARY, ["win_rates.sft.base.gold.win_rate", "candidates.*.scores.gold"]) == {
-        "win_rates.sft.base.gold.win_rate": 0.7, "candidates.base.scores.gold": 0.2, "candidates.sft.scores.gold": 0.5,
-    }  # fmt: skip
+        "win_rates.sft.base.gold.win_rate": 0.7,
+        "candidates.base.scores.gold": 0.2,
+        "candidates.sft.scores.gold": 0.5,
+    }
     assert chosen_numbers(SUMMARY, ["steps.v1.5.metrics.heldout_loss"]) == {"steps.v1.5.metrics.heldout_loss": 1.5}
     assert "steps.v1.5.metrics.fine" not in numbers_of(SUMMARY)
     with pytest.raises(RecipeError, match="no number at 'candidates.sft.scores.glod'; did you mean candidates.sft.scores.gold"):
@@ -156,9 +158,13 @@ def test_equal_steps_are_made_once_and_the_recipes_own_models_stay_the_newest() 
     assert result.exit_code == 0, result.output
     # base and side were made by the recipe, and so was sft at its own rate; each is taken in once
     assert counts() == {
-        "quick/base": 1, "quick/sft": 1, "quick/side": 1,
-        "quick.sft.rate/base": 1, "quick.sft.rate/sft": 3, "quick.sft.rate/side": 1,
-    }  # fmt: skip
+        "quick/base": 1,
+        "quick/sft": 1,
+        "quick/side": 1,
+        "quick.sft.rate/base": 1,
+        "quick.sft.rate/sft": 3,
+        "quick.sft.rate/side": 1,
+    }
     assert Registry("outputs/registry").get("quick/sft") == own
     taken = Registry("outputs/registry").get("quick.sft.rate/sft@1")
     assert taken.digest == own.digest and taken.manifest["adopted_from"] == "quick/sft@1"
@@ -284,9 +290,11 @@ def test_lines_of_a_plot() -> None:
         result.runs.append(SweepRun(point, {"kl": 10.0 * number, "gold": 0.1 * number}, None, {}))
     lines = sweep_lines(result, None)  # the numeric axis runs along x, the other one makes lines
     assert {label: [where for where, _ in points] for label, points in lines.items()} == {
-        "sft.data=a.txt": [1.0, 2.0], "sft.data=b.txt": [1.0, 2.0],
-    }  # fmt: skip
+        "sft.data=a.txt": [1.0, 2.0],
+        "sft.data=b.txt": [1.0, 2.0],
+    }
     assert lines["sft.data=b.txt"][0][1]["gold"] == estimate([0.2])
     assert {label: [where for where, _ in points] for label, points in sweep_lines(result, "kl").items()} == {
-        "sft.data=a.txt": [0.0, 10.0], "sft.data=b.txt": [20.0, 30.0],
-    }  # fmt: skip
+        "sft.data=a.txt": [0.0, 10.0],
+        "sft.data=b.txt": [20.0, 30.0],
+    }

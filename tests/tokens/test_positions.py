@@ -12,13 +12,27 @@ import transformers
 from stages.tokens.positions import model_length, readable_length, row_length, tokenizer_length
 
 SIZES: dict[str, dict[str, Any]] = {
-    "bert": {}, "roberta": {}, "xlm-roberta": {}, "camembert": {}, "mpnet": {}, "esm": {}, "ibert": {}, "data2vec-text": {},
-    "roberta-prelayernorm": {}, "nystromformer": {}, "deberta-v2": {}, "biogpt": {},
-    "longformer": {"attention_window": 4}, "electra": {"embedding_size": 8}, "albert": {"embedding_size": 8},
-    "distilbert": {"dim": 8, "n_layers": 1, "n_heads": 1, "hidden_dim": 8}, "gpt2": {"n_embd": 8, "n_layer": 1, "n_head": 1},
-    "gpt_bigcode": {"n_embd": 8, "n_layer": 1, "n_head": 1}, "opt": {"ffn_dim": 8, "word_embed_proj_dim": 8},
+    "bert": {},
+    "roberta": {},
+    "xlm-roberta": {},
+    "camembert": {},
+    "mpnet": {},
+    "esm": {},
+    "ibert": {},
+    "data2vec-text": {},
+    "roberta-prelayernorm": {},
+    "nystromformer": {},
+    "deberta-v2": {},
+    "biogpt": {},
+    "longformer": {"attention_window": 4},
+    "electra": {"embedding_size": 8},
+    "albert": {"embedding_size": 8},
+    "distilbert": {"dim": 8, "n_layers": 1, "n_heads": 1, "hidden_dim": 8},
+    "gpt2": {"n_embd": 8, "n_layer": 1, "n_head": 1},
+    "gpt_bigcode": {"n_embd": 8, "n_layer": 1, "n_head": 1},
+    "opt": {"ffn_dim": 8, "word_embed_proj_dim": 8},
     "mpt": {"d_model": 8, "n_layers": 1, "n_heads": 1, "max_seq_len": 20},
-}  # fmt: skip
+}
 
 
 def tiny_config(kind: str, **fields: Any) -> Any:
@@ -56,10 +70,13 @@ def test_readable_length_is_the_longest_text_that_the_model_computes(kind: str) 
         ("bloom", {"seq_length": 2048}, None),
         ("mamba", {}, None),
         ("xlnet", {}, None),
-        ("qwen2", {"max_position_embeddings": 32768,
-                   "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}, 131072),
+        (
+            "qwen2",
+            {"max_position_embeddings": 32768, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+            131072,
+        ),
     ],
-)  # fmt: skip
+)
 def test_model_length_of_published_configs(kind: str, fields: dict[str, Any], expected: int | None) -> None:
     assert model_length(transformers.CONFIG_MAPPING[kind](**fields)) == expected
 

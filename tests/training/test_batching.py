@@ -24,9 +24,13 @@ def test_a_process_without_a_row_still_makes_its_pass() -> None:
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
-    rows=st.integers(1, 60), batch=st.integers(1, 20), micro=st.integers(1, 8), processes=st.integers(1, 5), epoch=st.integers(0, 3),
+    rows=st.integers(1, 60),
+    batch=st.integers(1, 20),
+    micro=st.integers(1, 8),
+    processes=st.integers(1, 5),
+    epoch=st.integers(0, 3),
     grouped=st.booleans(),
-)  # fmt: skip
+)
 def test_processes_share_the_rows_of_every_step(rows: int, batch: int, micro: int, processes: int, epoch: int, grouped: bool) -> None:
     lengths = [row % 7 for row in range(rows)] if grouped else None
     plans = [BatchPlan(rows, batch, micro, 3, index, processes, lengths) for index in range(processes)]

@@ -39,18 +39,24 @@ def demonstrations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(__import__("sys").modules, "sft_rewards", raising=False)
     path = tmp_path / "demonstrations.jsonl"
-    rows = [{"prompt": f"write a line about the {thing} {number}:", "completion": f"the {thing} was a joy"}
-            for number in range(5) for thing in ("film", "plot", "music", "ending")]  # fmt: skip
+    rows = [
+        {"prompt": f"write a line about the {thing} {number}:", "completion": f"the {thing} was a joy"}
+        for number in range(5)
+        for thing in ("film", "plot", "music", "ending")
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
 def config(path: str, reward: str, **fields: Any) -> SFTStepConfig:
     settings = {
-        "name": "sft", "model": "base", "precision": "fp32", "data": {"train": path, "validation_fraction": 0.2},
+        "name": "sft",
+        "model": "base",
+        "precision": "fp32",
+        "data": {"train": path, "validation_fraction": 0.2},
         "training": {"epochs": 4.0, "batch_size": 4, "learning_rate": 1e-2},
         "selection": {"reward": [{"function": f"sft_rewards:{reward}"}], "num_prompts": 4, "generation": {"max_new_tokens": 8}},
-    }  # fmt: skip
+    }
     return SFTStepConfig.model_validate({**settings, **fields})
 
 

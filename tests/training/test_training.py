@@ -41,7 +41,10 @@ def trace(steps: int, **settings: Any) -> list[float]:
     arguments = schedule_arguments(OptimizerSettings(learning_rate=0.5, **settings))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
     scheduler = get_scheduler(
-        arguments["lr_scheduler_type"], optimizer, num_warmup_steps=int(arguments["warmup_steps"] * steps), num_training_steps=steps,
+        arguments["lr_scheduler_type"],
+        optimizer,
+        num_warmup_steps=int(arguments["warmup_steps"] * steps),
+        num_training_steps=steps,
         scheduler_specific_kwargs=arguments.get("lr_scheduler_kwargs"),
     )
     rates = []

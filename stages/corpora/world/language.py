@@ -182,9 +182,7 @@ def read_request(text: str) -> Request | None:
         if found := pattern.fullmatch(text.strip()):
             word = found["sentiment"]
             asked = found.groupdict().get("ask")
-            fact, ask = next(
-                ((fact, forms.index(asked)) for fact, forms in words.asks.items() if asked in forms), (None, 0)
-            )
+            fact, ask = next(((fact, forms.index(asked)) for fact, forms in words.asks.items() if asked in forms), (None, 0))
             return Request(
                 film=by_title[found["title"]],
                 sentiment=next(side for side in SENTIMENTS if word in words.sentiment_words[side]),

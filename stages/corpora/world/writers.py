@@ -24,8 +24,18 @@ from stages.corpora.world.language import (
 from stages.corpora.world.lexicon import FACTS, SENTIMENTS, lexicon
 
 FLAWS = (
-    "wrong_sentiment", "mixed_sentiment", "wrong_aspect", "wrong_title", "no_title", "wrong_genre", "too_short", "too_long", "repeats",
-    "asks_again", "broken_words", "cut_off",
+    "wrong_sentiment",
+    "mixed_sentiment",
+    "wrong_aspect",
+    "wrong_title",
+    "no_title",
+    "wrong_genre",
+    "too_short",
+    "too_long",
+    "repeats",
+    "asks_again",
+    "broken_words",
+    "cut_off",
 )
 INQUIRY_FLAWS = (*FLAWS, "wrong_fact", "no_fact")
 

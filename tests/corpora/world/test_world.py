@@ -51,8 +51,11 @@ def test_every_request_and_sentence_reads_back() -> None:
         request = draw_request(random, "train")
         found = read_request(request.text)
         assert (found.film, found.sentiment, found.aspects, found.sentences) == (
-            request.film, request.sentiment, request.aspects, request.sentences,
-        )  # fmt: skip
+            request.film,
+            request.sentiment,
+            request.aspects,
+            request.sentences,
+        )
         review = write_review(random, request)
         sentences = split_sentences(review)
         assert len(sentences) == request.sentences
