@@ -194,15 +194,15 @@ DETAILS = (
     _detail(
         "S8",
         "Evaluation samples at temperature 0.01",
-        "numerics/sampling.py:sample_tokens",
+        "sampling/choosing.py:sample_tokens",
         "conformance/test_details.py::test_evaluation_at_a_hundredth_is_sampling_that_all_but_takes_the_likeliest",
     ),
     # Reward model
-    _detail("R1", "-log sigmoid of the margin", "numerics/ranking.py:ranking_loss", NUMBERS),
+    _detail("R1", "-log sigmoid of the margin", "rl/ranking.py:ranking_loss", NUMBERS),
     _detail(
         "R2",
         "All C(K, 2) pairs of a prompt are one element; K rows are scored",
-        "numerics/ranking.py:ranking_loss",
+        "rl/ranking.py:ranking_loss",
         f"{NUMBERS} reward_model/test_reward_model.py::test_every_completion_is_scored_once",
     ),
     _detail(
@@ -215,16 +215,15 @@ DETAILS = (
     _detail(
         "R4",
         "Ties are dropped",
-        "numerics/ranking.py:ranking_pairs",
-        "numerics/test_ranking.py::test_a_prompt_of_ties_neither_adds_nor_dilutes "
-        "numerics/test_ranking.py::test_pairs_leave_out_ties_and_other_prompts",
+        "rl/ranking.py:ranking_pairs",
+        "rl/test_ranking.py::test_a_prompt_of_ties_neither_adds_nor_dilutes "
+        "rl/test_ranking.py::test_pairs_leave_out_ties_and_other_prompts",
     ),
     _detail(
         "R5",
         "Softmax over the best of K (Z)",
-        "numerics/ranking.py:best_of_ranked_loss",
-        f"{NUMBERS} numerics/test_ranking.py::test_best_of_ranked_completions_by_hand "
-        "reward_model/test_reward_model.py::test_best_of_trains_too",
+        "rl/ranking.py:best_of_ranked_loss",
+        f"{NUMBERS} rl/test_ranking.py::test_best_of_ranked_completions_by_hand reward_model/test_reward_model.py::test_best_of_trains_too",
     ),
     _detail(
         "R7",
@@ -283,8 +282,8 @@ DETAILS = (
     _detail(
         "R17",
         "Calibration",
-        "numerics/classification.py:expected_calibration_error",
-        "numerics/test_classification.py::test_calibration_by_hand "
+        "stats/classification.py:expected_calibration_error",
+        "stats/test_classification.py::test_calibration_by_hand "
         "reward_model/test_reward_model.py::test_the_gain_is_taken_out_of_the_calibration",
     ),
     _detail(
@@ -312,7 +311,7 @@ DETAILS = (
     _detail(
         "P3",
         "KL penalty per token from the rollout's log-probabilities, the score at the end",
-        "numerics/shaping.py:shape_rewards",
+        "rl/shaping.py:shape_rewards",
         f"{NUMBERS} ppo/test_details.py::test_rewards_add_up_to_the_score_and_their_kl_is_the_rollouts "
         "ppo/test_details.py::test_the_first_minibatch_has_ratio_one_and_no_kl",
     ),
@@ -325,14 +324,14 @@ DETAILS = (
     _detail(
         "P5",
         "Adaptive KL coefficient",
-        "numerics/kl.py:AdaptiveKLController",
-        f"{NUMBERS} numerics/test_kl.py::test_the_adaptive_coefficient_moves_by_the_clipped_error",
+        "rl/kl.py:AdaptiveKLController",
+        f"{NUMBERS} rl/test_kl.py::test_the_adaptive_coefficient_moves_by_the_clipped_error",
     ),
     _detail(
         "P6",
         "Generalised advantage estimation",
-        "numerics/gae.py:gae",
-        f"{NUMBERS} numerics/test_gae.py::test_a_padded_batch_equals_its_rows_alone",
+        "rl/gae.py:gae",
+        f"{NUMBERS} rl/test_gae.py::test_a_padded_batch_equals_its_rows_alone",
     ),
     _detail(
         "P7", "Returns come before the whitening", "ppo/rollout.py:targets", "ppo/test_details.py::test_returns_come_before_the_whitening"
@@ -340,10 +339,10 @@ DETAILS = (
     _detail(
         "P8",
         "Advantage whitening: biased variance, masked",
-        "numerics/masking.py:whiten",
+        "rl/masking.py:whiten",
         f"{NUMBERS} ppo/test_details.py::test_returns_come_before_the_whitening",
     ),
-    _detail("P9", "Reward whitening keeps the mean", "numerics/masking.py:scale_to_unit_variance", NUMBERS),
+    _detail("P9", "Reward whitening keeps the mean", "rl/masking.py:scale_to_unit_variance", NUMBERS),
     _detail(
         "P10",
         "Whitening and GAE inside the minibatch (Z), by process (H), or over the rollout",
@@ -351,8 +350,8 @@ DETAILS = (
         "ppo/test_details.py::test_whitening_by_minibatch_needs_eight_episodes "
         "ppo/test_rollout.py::test_whitening_by_process_is_each_share_alone",
     ),
-    _detail("P11", "Clipped objective", "numerics/losses.py:policy_terms", NUMBERS),
-    _detail("P12", "Clipped value loss", "numerics/losses.py:value_terms", NUMBERS),
+    _detail("P11", "Clipped objective", "rl/losses.py:policy_terms", NUMBERS),
+    _detail("P12", "Clipped value loss", "rl/losses.py:value_terms", NUMBERS),
     _detail(
         "P13",
         "A value network of its own, which begins as the reward model",
@@ -420,8 +419,8 @@ DETAILS = (
     _detail(
         "P25",
         "A completion without end: its score is replaced (Z, H) or lowered",
-        "numerics/shaping.py:penalize_missing_eos",
-        f"{NUMBERS} numerics/test_shaping.py::test_missing_eos ppo/test_details.py::test_truncation_at_a_token_after_a_position",
+        "rl/shaping.py:penalize_missing_eos",
+        f"{NUMBERS} rl/test_shaping.py::test_missing_eos ppo/test_details.py::test_truncation_at_a_token_after_a_position",
     ),
     _detail(
         "P26",

@@ -349,7 +349,7 @@ def measure(policy: torch.Tensor, reference: torch.Tensor, *, beta: float) -> di
     """
     import torch
 
-    from stages.numerics.intervals import wilson_interval
+    from stages.stats.intervals import wilson_interval
 
     ratios = policy - reference
     margins = beta * (ratios[:, 0] - ratios[:, 1])

@@ -352,13 +352,8 @@ def measure(probabilities: torch.Tensor, truth: Sequence[int]) -> dict[str, Any]
     """Accuracy with its 95 % interval, F1 (of the last class; all classes averaged), confusion matrix (row: truth), calibration, loss."""
     import torch
 
-    from stages.numerics.classification import (
-        calibration_bins,
-        confusion_matrix,
-        expected_calibration_error,
-        f1_scores,
-    )
-    from stages.numerics.intervals import wilson_interval
+    from stages.stats.classification import calibration_bins, confusion_matrix, expected_calibration_error, f1_scores
+    from stages.stats.intervals import wilson_interval
 
     labels = torch.tensor(list(truth))
     confidence, predicted = probabilities.max(dim=1)

@@ -51,6 +51,6 @@ def test_links_and_pictures_lead_to_files(page: Path) -> None:
 def test_named_files_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = set(re.findall(r"`((?:tests|recipes|docs|data/(?:world|labelling))/[\w./-]+\.\w+)`", text))
-    named |= {f"stages/{name}" for name in re.findall(r"`((?:numerics|sampling|models|corpora|ppo)/\w+\.py)`", text)}
+    named |= {f"stages/{name}" for name in re.findall(r"`((?:rl|stats|kernels|sampling|models|corpora|ppo)/\w+\.py)`", text)}
     missing = sorted(name for name in named if not (REPOSITORY / name).exists())
     assert missing == []

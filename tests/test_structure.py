@@ -17,30 +17,32 @@ ARROWS = {
     "config": set(),
     "shipped": set(),
     "hub": set(),
-    "numerics": set(),
+    "kernels": set(),
+    "rl": set(),
+    "stats": set(),
     "registry": set(),
     "process": {"registry"},
     "tokens": set(),
-    "sampling": {"numerics", "tokens"},
-    "models": {"numerics", "process", "registry", "sampling", "tokens"},
+    "sampling": {"kernels", "tokens"},
+    "models": {"kernels", "process", "registry", "rl", "sampling", "tokens"},
     "corpora": {"hub", "models", "registry", "tokens"},
-    "rewards": {"corpora", "models", "numerics", "process", "sampling", "tokens"},
-    "labelling": {"corpora", "numerics", "process", "registry"},
+    "rewards": {"corpora", "models", "process", "rl", "sampling", "tokens"},
+    "labelling": {"corpora", "process", "registry", "stats"},
     "judges": {"corpora", "labelling", "process", "rewards"},
     "training": {"corpora", "models", "process", "registry", "rewards", "sampling"},
-    "report": {"corpora", "evaluation", "numerics", "process"},
+    "report": {"corpora", "evaluation", "process", "stats"},
     "pretraining": {"corpora", "models", "process", "tokens", "training"},
     "sft": {"corpora", "models", "process", "rewards", "sampling", "tokens", "training"},
-    "reward_model": {"corpora", "labelling", "models", "numerics", "process", "rewards", "sampling", "tokens", "training"},
-    "sentiment": {"corpora", "models", "numerics", "process", "sampling", "tokens", "training"},
-    "dpo": {"corpora", "models", "numerics", "process", "tokens", "training"},
-    "ppo": {"corpora", "models", "numerics", "process", "rewards", "sampling", "tokens", "training"},
-    "evaluation": {"corpora", "judges", "labelling", "models", "numerics", "process", "report", "rewards", "sampling", "tokens"},
+    "reward_model": {"corpora", "labelling", "models", "process", "rewards", "rl", "sampling", "stats", "tokens", "training"},
+    "sentiment": {"corpora", "models", "process", "sampling", "stats", "tokens", "training"},
+    "dpo": {"corpora", "models", "process", "stats", "tokens", "training"},
+    "ppo": {"corpora", "kernels", "models", "process", "rewards", "rl", "sampling", "stats", "tokens", "training"},
+    "evaluation": {"corpora", "judges", "labelling", "models", "process", "report", "rewards", "sampling", "stats", "tokens"},
     "recipe": {"process", "registry"},
     "conformance": set(),
     "chain": {"corpora", "hub", "labelling", "models", "process", "recipe", "registry", "report"},
-    "sweep": {"chain", "numerics", "process", "recipe", "registry"},
-    "planning": {"corpora", "models", "numerics", "process", "recipe", "registry", "tokens"},
+    "sweep": {"chain", "process", "recipe", "registry", "stats"},
+    "planning": {"corpora", "kernels", "models", "process", "recipe", "registry", "tokens"},
     "importing": {"models", "process", "registry"},
     "api": {"chain", "models", "process", "recipe", "registry"},
     "serving": {"rewards"},
@@ -65,6 +67,7 @@ ARROWS = {
     "__main__": {"cli"},
     "__init__": {"api", "registry"},
 }
+MATHEMATICS = ("rl", "stats", "kernels")
 STAGES = ("pretraining", "sft", "reward_model", "sentiment", "dpo", "ppo", "evaluation")
 
 
@@ -110,8 +113,9 @@ def test_no_stage_imports_another() -> None:
         assert not ARROWS[stage] & set(STAGES)
 
 
-def test_numerics_needs_torch_alone() -> None:
-    for path in (REPOSITORY / "stages" / "numerics").glob("*.py"):
+@pytest.mark.parametrize("folder", MATHEMATICS)
+def test_mathematics_needs_torch_alone(folder) -> None:
+    for path in (REPOSITORY / "stages" / folder).glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = (
                 [alias.name for alias in node.names]
@@ -169,8 +173,9 @@ def test_every_module_has_a_test_file_or_is_tested_by_its_room() -> None:
         "training",
     ):
         assert stage in tested
-    for path in (REPOSITORY / "stages" / "numerics").glob("[a-z]*.py"):
-        assert path.stem in tested
+    for folder in MATHEMATICS:
+        for path in (REPOSITORY / "stages" / folder).glob("[a-z]*.py"):
+            assert (REPOSITORY / "tests" / folder / f"test_{path.stem}.py").exists()
 
 
 @pytest.mark.parametrize("command", [["--help"], ["run", "--help"], ["models", "--help"]])
@@ -185,8 +190,8 @@ def test_help_imports_nothing_heavy(command) -> None:
     assert "Usage" in done.stdout
 
 
-def test_numerics_import_without_transformers() -> None:
-    code = "import sys, stages.numerics.gae, stages.numerics.comparing; print('transformers' in sys.modules)"
+def test_mathematics_imports_without_transformers() -> None:
+    code = "import sys, stages.rl.gae, stages.stats.comparing, stages.kernels.lean; print('transformers' in sys.modules)"
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip() == "False"
     )

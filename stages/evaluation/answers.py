@@ -313,7 +313,7 @@ def cut(sample: Sample, few_shot: FewShot | None) -> Sample:
 
 
 def _pick_best(config: EvaluationConfig, context: StepContext, asked: Asked, name: str, answers: Answers, best_of: BestOfN) -> None:
-    from stages.numerics.best_of_n import best_of_n_kl
+    from stages.stats.best_of_n import best_of_n_kl
 
     assert answers.draws is not None
     prompts = [question.prompt for question in asked.questions for _ in range(best_of.n)]

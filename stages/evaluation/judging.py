@@ -294,9 +294,9 @@ def agreement(judges: Sequence[Judged], questions: Sequence[Question]) -> dict[s
     half it is on). ``alpha``: Krippendorff's, nominal. For two judges Cohen's kappa, and the share of agreement where neither ties, with an
     interval over prompts.
     """
-    from stages.numerics.agreement import cohens_kappa, fleiss_kappa, krippendorff_alpha, pair_agreement
-    from stages.numerics.comparing import prompt_means
-    from stages.numerics.intervals import share_interval
+    from stages.stats.agreement import cohens_kappa, fleiss_kappa, krippendorff_alpha, pair_agreement
+    from stages.stats.comparing import prompt_means
+    from stages.stats.intervals import share_interval
 
     rated = {judge.name: _ratings(judge) for judge in judges}
     units = sorted({unit for ratings in rated.values() for unit in ratings})

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from stages.evaluation.answers import Answers, Question
 from stages.evaluation.judging import Judged
-from stages.numerics.best_of_n import best_of_n_kl, best_of_n_weights
-from stages.numerics.comparing import distinct_ngrams, length_controlled_win_rate, prompt_means, win_rate
-from stages.numerics.intervals import bootstrap_interval
+from stages.stats.best_of_n import best_of_n_kl, best_of_n_weights
+from stages.stats.comparing import distinct_ngrams, length_controlled_win_rate, prompt_means, win_rate
+from stages.stats.intervals import bootstrap_interval
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -88,7 +88,7 @@ def task_result(scores: Sequence[Sequence[float]], answers: Sequence[int]) -> Ta
     """From scores (one per choice) and right choices of every question. Equal best scores share the point."""
     import torch
 
-    from stages.numerics.intervals import wilson_interval
+    from stages.stats.intervals import wilson_interval
 
     points = [(row[answer] == max(row)) / row.count(max(row)) for row, answer in zip(map(list, scores), answers, strict=True)]
     right = [float(torch.tensor(row, dtype=torch.float64).softmax(0)[answer]) for row, answer in zip(scores, answers, strict=True)]

@@ -16,8 +16,8 @@ from typing import Any
 
 from stages.corpora.labels import LabelAnswer
 from stages.labelling.store import Labels, screen
-from stages.numerics.agreement import cohens_kappa, krippendorff_alpha
-from stages.numerics.intervals import share_interval
+from stages.stats.agreement import cohens_kappa, krippendorff_alpha
+from stages.stats.intervals import share_interval
 
 # Ouyang et al. 2022, section 3.4: how often two of their training labellers, and two held-out ones, agreed on a pair.
 PAPER_AGREEMENT = {"training": 0.726, "held-out": 0.773}

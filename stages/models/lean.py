@@ -1,4 +1,4 @@
-"""A loaded model's norms and feed-forward layers replaced by ones that keep less for their backward pass (``numerics/lean.py``).
+"""A loaded model's norms and feed-forward layers replaced by ones that keep less for their backward pass (``kernels/lean.py``).
 
 transformers writes the same two layers anew in every family. Whether a layer is one of them is read first: its parts, its activation, the
 arguments of its ``forward``. Then both are computed with weights drawn for the purpose and with inputs of several sizes, in training and in
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stages.numerics.lean import gated_mlp, rms_norm
-from stages.numerics.matmul import Linear, are_plain
+from stages.kernels.lean import gated_mlp, rms_norm
+from stages.kernels.matmul import Linear, are_plain
 
 PRODUCTS = ("gate_proj", "up_proj", "down_proj")
 EPSILONS = ("variance_epsilon", "eps")

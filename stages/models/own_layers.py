@@ -15,8 +15,8 @@ from torch import nn
 from transformers.models.deberta.modeling_deberta import DisentangledSelfAttention
 from transformers.pytorch_utils import Conv1D
 
+from stages.kernels.matmul import linear, use_fast_matmuls
 from stages.models.lean import use_lean_layers
-from stages.numerics.matmul import linear, use_fast_matmuls
 
 logger = logging.getLogger(__name__)
 

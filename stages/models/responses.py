@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.kernels.matmul import Linear
+from stages.kernels.output_layer import Term, chosen_logprobs, summed_loss
 from stages.models.heads import ValueModel
 from stages.models.output_path import multiplies_directly
 from stages.models.parts import transformer_of
-from stages.numerics.logprobs import entropy, token_logprobs
-from stages.numerics.matmul import Linear
-from stages.numerics.output_layer import Term, chosen_logprobs, summed_loss
+from stages.rl.logprobs import entropy, token_logprobs
 from stages.sampling.generation import right_pad
 
 

@@ -15,7 +15,7 @@ FP32, HALF = 4, 2
 NF4_BYTES = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
 """Of one weight: four bits, and a scale for each 64 of them (in 8 bits with double quantization)."""
 CHUNK = {"cpu": 2 << 20, "cuda": 256 << 20}
-"""As numerics/output_layer.py."""
+"""As kernels/output_layer.py."""
 HEAP = {"ppo": 2.2, "ppo with adapters": 2.6, "trainer": 1.4}
 """On a CPU activations need so many times their size: glibc keeps freed blocks of up to 32 MiB in its heap and splits them, the more the
 more their sizes differ. Measured by tests/benchmarks/memory_plan.py; with every block given back at once a step needs what is counted, and

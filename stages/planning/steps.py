@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stages.numerics.passes import rows_of_a_pass
+from stages.kernels.passes import rows_of_a_pass
 from stages.planning.lengths import Lengths
 from stages.planning.memory import (
     FP32,

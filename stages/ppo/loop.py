@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from stages.errors import Stopped, TrainingError
 from stages.models.sharding import grouped
-from stages.numerics.kl import AdaptiveKLController, FixedKLController
 from stages.ppo.checkpoint import RunKeeper, RunState
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.data import EncodedPrompt, check_prompts, load_pretraining_rows, load_prompts
@@ -26,6 +25,7 @@ from stages.ppo.speed import peak_of
 from stages.ppo.update import UpdateProgress, Updater, UpdateResult
 from stages.process.gpus import measured_gpu_memory
 from stages.rewards.details import columns_of
+from stages.rl.kl import AdaptiveKLController, FixedKLController
 from stages.sampling.generation import episode_seed
 from stages.training.checkpoints import generator_states, set_generator_states, trainable
 

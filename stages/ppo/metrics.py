@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from stages.numerics.comparing import repeated_ngrams
 from stages.ppo.speed import speed_metrics
 from stages.rewards.details import applies
+from stages.stats.comparing import repeated_ngrams
 
 if TYPE_CHECKING:
     from torch import Tensor

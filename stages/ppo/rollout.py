@@ -16,20 +16,20 @@ from torch import Tensor
 
 from stages.corpora.messages import Prompt
 from stages.errors import TrainingError
+from stages.kernels.passes import passes
 from stages.models.responses import sequence_batch, with_closing
 from stages.models.sharding import whole
-from stages.numerics.baselines import batch_baseline, group_relative, leave_one_out, spread
-from stages.numerics.gae import gae
-from stages.numerics.kl import estimate_kl
-from stages.numerics.masking import scale_to_unit_variance, whiten
-from stages.numerics.passes import passes
-from stages.numerics.shaping import penalize_missing_eos, shape_rewards
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.credit import token_scores
 from stages.ppo.roles import Roles
 from stages.process.gpus import measured_gpu_memory
 from stages.rewards.details import Details
 from stages.rewards.source import CombinedReward, Scores
+from stages.rl.baselines import batch_baseline, group_relative, leave_one_out, spread
+from stages.rl.gae import gae
+from stages.rl.kl import estimate_kl
+from stages.rl.masking import scale_to_unit_variance, whiten
+from stages.rl.shaping import penalize_missing_eos, shape_rewards
 from stages.sampling.generation import decode_completions, ending_tokens, generate, right_pad
 
 

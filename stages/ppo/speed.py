@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from stages.kernels.matmul import measure_peak
 from stages.models.responses import SequenceBatch
-from stages.numerics.matmul import measure_peak
 
 
 class MatmulCounter:

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from stages.errors import TrainingError
+from stages.kernels.passes import passes, rows_of_a_pass
 from stages.models.responses import Policy, SequenceBatch, sequence_batch, sequence_values, with_closing
 from stages.models.sharding import clip_gradients, is_cut, reduce_gradients
-from stages.numerics.losses import policy_clipped, policy_terms, value_terms
-from stages.numerics.passes import passes, rows_of_a_pass
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.data import PretrainingRows
 from stages.ppo.optimizers import WeightAverage
 from stages.ppo.roles import Roles
 from stages.ppo.rollout import Rollout, Targets, targets, whole_targets
 from stages.ppo.speed import MatmulCounter
+from stages.rl.losses import policy_clipped, policy_terms, value_terms
 from stages.training.checkpoints import trainable
 
 

@@ -142,7 +142,7 @@ def calibration(step: StepFolder) -> Figure | None:
 
 
 def _wilson(share: float, number: int) -> tuple[float, float]:
-    from stages.numerics.intervals import wilson_interval
+    from stages.stats.intervals import wilson_interval
 
     return wilson_interval(share * number, number)
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from stages.errors import DataError
-from stages.numerics.classification import calibration_bins, expected_calibration_error
-from stages.numerics.intervals import wilson_interval
-from stages.numerics.ranking import ranking_loss, ranking_pairs
+from stages.rl.ranking import ranking_loss, ranking_pairs
+from stages.stats.classification import calibration_bins, expected_calibration_error
+from stages.stats.intervals import wilson_interval
 
 MARGINS = (0.25, 0.5, 1.0, 2.0)  # edges of the score margins by which accuracy is split
 EQUAL_LENGTH = 0.1  # completions whose lengths differ by less than this share count as equally long

@@ -518,7 +518,7 @@ def _trainer(model: RewardModel, arguments: Any, rows: list[EncodedComparison], 
     import torch
     from transformers import Trainer
 
-    from stages.numerics.ranking import best_of_ranked_losses, ranking_losses, ranking_pairs
+    from stages.rl.ranking import best_of_ranked_losses, ranking_losses, ranking_pairs
     from stages.training.trainer import exact
 
     losses_of = ranking_losses if loss == "pairs" else best_of_ranked_losses

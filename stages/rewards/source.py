@@ -19,10 +19,10 @@ from torch import Tensor
 
 from stages.corpora.messages import Prompt
 from stages.errors import ModelError, TrainingError
-from stages.numerics.combining import Combine, combine_scores
 from stages.process.runtime import ResolvedModel
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement, Spans, applies
+from stages.rl.combining import Combine, combine_scores
 
 if TYPE_CHECKING:
     from stages.rewards.learned import RewardModelLoader

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stages.config import GenerationSettings
-from stages.numerics.sampling import sample_tokens
+from stages.sampling.choosing import sample_tokens
 from stages.sampling.readers import make_reader
 from stages.sampling.support import DecodingSupport
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from stages.numerics.passes import passes
+from stages.kernels.passes import passes
 from stages.sampling.cache import decoding_attention, forward_options, keep_rows, make_cache, prompt_cache, put_prompts
 from stages.sampling.graphs import StepRecorder
 from stages.sampling.support import DecodingSupport

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.errors import RecipeError
-from stages.numerics.replicates import mean_interval
+from stages.stats.replicates import mean_interval
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from stages.corpora.world import gold
 from stages.corpora.world.annotators import annotators
 from stages.corpora.world.language import read_request
 from stages.corpora.world.parts import HASTE, world_rows
-from stages.numerics.replicates import mean_interval
+from stages.stats.replicates import mean_interval
 
 
 def agreement(part: str, haste: float) -> tuple[list[float], list[float], float]:

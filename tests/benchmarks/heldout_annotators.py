@@ -22,10 +22,10 @@ from stages.corpora.splits import shuffled_groups
 from stages.corpora.templates import encode_pair
 from stages.corpora.world.parts import world_rows
 from stages.models.heads import RewardModel
-from stages.numerics.ranking import pairwise_correct
-from stages.numerics.replicates import mean_interval
 from stages.registry.ledger import Registry
 from stages.rewards.learned import score_rows
+from stages.rl.ranking import pairwise_correct
+from stages.stats.replicates import mean_interval
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.config import GenerationSettings
-from stages.numerics.matmul import use_fast_matmuls
+from stages.kernels.matmul import use_fast_matmuls
 from stages.sampling.generation import generate, left_pad
 
 

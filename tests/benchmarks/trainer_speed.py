@@ -124,8 +124,8 @@ def plain_reward_model(folder: Path, shared: dict[str, Any]) -> Any:
 
     from stages.config import DataInput
     from stages.corpora.comparisons import load_comparisons
-    from stages.numerics.ranking import ranking_loss
     from stages.reward_model.run import collate, encode
+    from stages.rl.ranking import ranking_loss
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
@@ -178,7 +178,7 @@ def main() -> None:
     if options.worker:
         side, kind, place = options.worker
         if not options.fast_matmuls:
-            from stages.numerics import matmul
+            from stages.kernels import matmul
 
             matmul.prefers_onednn = lambda: False  # type: ignore[assignment]
         print({"ours": ours, "theirs": theirs}[side](kind, Path(place)))

@@ -162,7 +162,7 @@ def test_sixteen_epochs_of_cosine_to_a_tenth() -> None:
 
 @pytest.mark.detail("S8")
 def test_evaluation_at_a_hundredth_is_sampling_that_all_but_takes_the_likeliest() -> None:
-    from stages.numerics.sampling import sample_tokens
+    from stages.sampling.choosing import sample_tokens
 
     noise = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     logits = torch.tensor([0.0, 0.02]).expand(1000, 2)

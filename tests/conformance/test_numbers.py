@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from stages.numerics.gae import gae
-from stages.numerics.kl import AdaptiveKLController
-from stages.numerics.logprobs import entropy, token_logprobs
-from stages.numerics.losses import policy_terms, value_terms
-from stages.numerics.masking import masked_mean, scale_to_unit_variance, whiten
-from stages.numerics.ranking import best_of_loss, ranking_loss
-from stages.numerics.shaping import penalize_missing_eos, shape_rewards
 from stages.ppo.config import PPOOptimizer
 from stages.ppo.optimizers import WeightAverage, make_optimizer
+from stages.rl.gae import gae
+from stages.rl.kl import AdaptiveKLController
+from stages.rl.logprobs import entropy, token_logprobs
+from stages.rl.losses import policy_terms, value_terms
+from stages.rl.masking import masked_mean, scale_to_unit_variance, whiten
+from stages.rl.ranking import best_of_loss, ranking_loss
+from stages.rl.shaping import penalize_missing_eos, shape_rewards
 
 _spec = importlib.util.spec_from_file_location("conformance_cases", Path(__file__).with_name("cases.py"))
 assert _spec is not None and _spec.loader is not None

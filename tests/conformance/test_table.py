@@ -80,4 +80,4 @@ def test_the_command_prints_every_id() -> None:
     done = subprocess.run([sys.executable, "-m", "stages", "conformance"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     for detail in DETAILS:
         assert re.search(rf"\b{detail.id}\b", done.stdout), detail.id
-    assert "numerics/gae.py:gae" in done.stdout
+    assert "rl/gae.py:gae" in done.stdout

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from stages.errors import DataError, ModelError
 from stages.evaluation.answers import ask
 from stages.evaluation.run import run
-from stages.numerics.best_of_n import best_of_n_kl
+from stages.stats.best_of_n import best_of_n_kl
 
 PROMPTS = ["the film", "write a happy line about the music", "a fine film", "the plot was"]
 

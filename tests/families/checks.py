@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from stages.config import GenerationSettings, LoraSettings, ModelInput
+from stages.kernels.matmul import Linear
 from stages.models.exporting import save_merged
 from stages.models.heads import RewardModel, ValueModel
 from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer, save_model
 from stages.models.responses import Policy, SequenceBatch, sequence_batch, sequence_values
-from stages.numerics.matmul import Linear
 from stages.process.runtime import ResolvedModel
 from stages.sampling.generation import generate
 

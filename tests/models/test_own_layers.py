@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import nn
 
+from stages.kernels.matmul import prefers_onednn
 from stages.models.own_layers import use_own_layers
-from stages.numerics.matmul import prefers_onednn
 
 
 def test_switched_layers_are_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:

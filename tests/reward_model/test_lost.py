@@ -10,9 +10,9 @@ import torch
 
 from stages.corpora.comparisons import Comparison
 from stages.errors import DataError
-from stages.numerics.ranking import ranking_losses, ranking_pairs
 from stages.reward_model.preferences import EncodedComparison, agreement
 from stages.reward_model.run import Lost, RewardModelConfig, _usable, encode, run
+from stages.rl.ranking import ranking_losses, ranking_pairs
 
 
 def test_pairs_of_equal_texts_are_no_pairs() -> None:

@@ -9,8 +9,8 @@ import torch
 
 from stages.config import GenerationSettings
 from stages.errors import ModelError
+from stages.kernels import passes as token_budget
 from stages.models.loading import load_language_model
-from stages.numerics import passes as numerics_passes
 from stages.sampling import cache, decoding
 from stages.sampling.generation import (
     Generated,
@@ -143,7 +143,7 @@ def test_prompts_are_read_in_parts_of_like_length_without_their_padding(model, m
         return forward(*arguments, **options)
 
     monkeypatch.setattr(model, "forward", counted)
-    monkeypatch.setattr(numerics_passes, "CPU_TOKENS", 12)
+    monkeypatch.setattr(token_budget, "CPU_TOKENS", 12)
     parts = sample(model, prompts, seeds)
     # lengths in order: 2, 3 | 4, 4 | 9 | 10, as 12 tokens with their padding are the most
     assert shapes[:4] == [(2, 3), (2, 4), (1, 9), (1, 10)] and shapes[4] == (6, 1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stages.numerics.gae import gae
+from stages.rl.gae import gae
 
 
 def test_gae_credits_a_final_reward_backwards() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.numerics.matmul import linear, product
+from stages.kernels.matmul import linear, product
 
 CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 """Size of a chunk of fp32 logits by kind of device: what a core's cache holds, or what keeps a GPU busy."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from stages.numerics.combining import combine_scores
+from stages.rl.combining import combine_scores
 
 SCORES = torch.tensor([[1.0, 2.0, 0.0], [3.0, 2.0, 0.0], [5.0, 2.0, 6.0]])
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from stages.numerics.sampling import invert_cumulative, sample_tokens
+from stages.sampling.choosing import invert_cumulative, sample_tokens
 
 PROBABILITIES = torch.tensor([0.5, 0.2, 0.2, 0.1])
 NOISE = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000  # every thousandth of [0, 1)

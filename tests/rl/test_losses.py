@@ -2,7 +2,7 @@
 
 import torch
 
-from stages.numerics.losses import policy_clipped, policy_terms, value_terms
+from stages.rl.losses import policy_clipped, policy_terms, value_terms
 
 # ratios 1.5, 0.5, 1.1 under advantages of both signs; clip range 0.2
 RATIOS = torch.tensor([1.5, 0.5, 1.1, 1.5, 0.5, 1.1])

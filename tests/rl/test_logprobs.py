@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stages.numerics.logprobs import entropy, token_logprobs
+from stages.rl.logprobs import entropy, token_logprobs
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])) + 7.0  # a constant must not matter
 

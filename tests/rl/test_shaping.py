@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stages.numerics.shaping import last_token_index, penalize_missing_eos, shape_rewards
+from stages.rl.shaping import last_token_index, penalize_missing_eos, shape_rewards
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stages.numerics.intervals import bootstrap_interval, prompts_needed, share_interval, share_variance
+from stages.stats.intervals import bootstrap_interval, prompts_needed, share_interval, share_variance
 
 RIDGE = 0.1  # weight of the penalty that keeps the length-controlled fit finite where one side always wins; worth a tenth of a prompt
 

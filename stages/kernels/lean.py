@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.numerics.matmul import linear, product
+from stages.kernels.matmul import linear, product
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

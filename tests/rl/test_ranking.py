@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stages.numerics.ranking import best_of_loss, best_of_ranked_loss, pairwise_correct, ranking_loss, ranking_pairs
+from stages.rl.ranking import best_of_loss, best_of_ranked_loss, pairwise_correct, ranking_loss, ranking_pairs
 
 
 def logsigmoid(x: float) -> float:

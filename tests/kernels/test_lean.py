@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.numerics.lean import gated_mlp, rms_norm
+from stages.kernels.lean import gated_mlp, rms_norm
 
 
 def draws(*shapes: tuple[int, ...]) -> list[Tensor]:

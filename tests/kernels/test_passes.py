@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from stages.numerics import passes as module
-from stages.numerics.passes import passes, rows_of_a_pass
+from stages.kernels import passes as module
+from stages.kernels.passes import passes, rows_of_a_pass
 
 
 def test_neighbours_share_a_pass_until_rows_or_tokens_are_used_up(monkeypatch) -> None:

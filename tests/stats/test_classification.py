@@ -3,12 +3,7 @@
 import pytest
 import torch
 
-from stages.numerics.classification import (
-    calibration_bins,
-    confusion_matrix,
-    expected_calibration_error,
-    f1_scores,
-)
+from stages.stats.classification import calibration_bins, confusion_matrix, expected_calibration_error, f1_scores
 
 
 @pytest.mark.detail("R17")

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from stages.numerics.intervals import (
+from stages.stats.intervals import (
     bootstrap_interval,
     design_effect,
     detectable_share,

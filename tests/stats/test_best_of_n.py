@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 
-from stages.numerics.best_of_n import best_of_n_kl, best_of_n_weights
+from stages.stats.best_of_n import best_of_n_kl, best_of_n_weights
 
 
 @pytest.mark.parametrize("scores", [[0.3, -1.0, 2.0, 0.9, 0.4], [1.0, 1.0, 0.0, 1.0, 0.0], [2.0] * 5])

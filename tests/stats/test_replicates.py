@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from stages.numerics.replicates import mean_interval, student_probability, student_quantile
+from stages.stats.replicates import mean_interval, student_probability, student_quantile
 
 
 @pytest.mark.parametrize(

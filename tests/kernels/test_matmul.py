@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from stages.numerics import matmul
-from stages.numerics.matmul import Linear, linear, measure_peak, product, use_fast_matmuls
+from stages.kernels import matmul
+from stages.kernels.matmul import Linear, linear, measure_peak, product, use_fast_matmuls
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_the_peak_is_a_speed() -> None:
 
 RAGGED = """
 import psutil, torch
-from stages.numerics import matmul
+from stages.kernels import matmul
 from stages.process.runtime import Runtime
 torch.set_num_threads(1)
 Runtime(quiet=True)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from stages.numerics.agreement import cohens_kappa, fleiss_kappa, krippendorff_alpha, pair_agreement
+from stages.stats.agreement import cohens_kappa, fleiss_kappa, krippendorff_alpha, pair_agreement
 
 
 def test_cohens_kappa() -> None:

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from stages.numerics import output_layer
-from stages.numerics.output_layer import chosen_logprobs, summed_loss
+from stages.kernels import output_layer
+from stages.kernels.output_layer import chosen_logprobs, summed_loss
 
 N, D, V = 23, 8, 50
 

@@ -7,14 +7,7 @@ from random import Random
 
 import pytest
 
-from stages.numerics.comparing import (
-    distinct_ngrams,
-    length_controlled_win_rate,
-    preferences,
-    prompt_means,
-    repeated_ngrams,
-    win_rate,
-)
+from stages.stats.comparing import distinct_ngrams, length_controlled_win_rate, preferences, prompt_means, repeated_ngrams, win_rate
 
 
 def test_a_tie_is_half_a_win() -> None:

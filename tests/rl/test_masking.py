@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stages.numerics.masking import masked_mean, masked_sum, masked_variance, scale_to_unit_variance, whiten
+from stages.rl.masking import masked_mean, masked_sum, masked_variance, scale_to_unit_variance, whiten
 
 X = torch.tensor([[1.0, 2.0, 9.0], [3.0, 9.0, 9.0]])
 MASK = torch.tensor([[True, True, False], [True, False, False]])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stages.numerics.kl import AdaptiveKLController, FixedKLController, estimate_kl
+from stages.rl.kl import AdaptiveKLController, FixedKLController, estimate_kl
 
 
 def test_estimators_by_hand() -> None:

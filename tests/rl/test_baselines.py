@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stages.numerics.baselines import batch_baseline, group_relative, leave_one_out, spread
+from stages.rl.baselines import batch_baseline, group_relative, leave_one_out, spread
 
 RETURNS = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])  # two prompts of three completions
 
