@@ -57,18 +57,11 @@ class Speaker:
     def complete(self, prompts: Sequence[Prompt], settings: GenerationSettings, seeds: Sequence[int]) -> list[str]:
         """One completion per prompt; equal seeds give equal completions."""
         from stages.corpora.templates import encode_prompt
-        from stages.sampling.generation import decode_completions, ending_tokens, generate
+        from stages.sampling.generation import decode_completions
+        from stages.sampling.sampler import LocalSampler
 
-        stop, late = ending_tokens(self.model, self.tokenizer, settings)
-        generated = generate(
-            self.model,
-            [encode_prompt(self.tokenizer, prompt) for prompt in prompts],
-            settings,
-            seeds=seeds,
-            stop_ids=stop,
-            late_stop_ids=late,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
+        sampler = LocalSampler(self.model, self.tokenizer)
+        generated = sampler.sample([encode_prompt(self.tokenizer, prompt) for prompt in prompts], settings, seeds)
         return decode_completions(self.tokenizer, generated)
 
     def fits(self, prompt: Prompt, room: int) -> bool:

@@ -273,20 +273,14 @@ def _sample(
     places: Sequence[tuple[int, ...]],
 ) -> list[Sample]:
     """A completion of every prompt, by the random stream of its place; the prompts are shared out among the processes."""
-    from stages.sampling.generation import decode_completions, ending_tokens, episode_seed, generate
+    from stages.sampling.generation import decode_completions, episode_seed
+    from stages.sampling.sampler import LocalSampler
 
-    stop, late = ending_tokens(model, tokenizer, config.generation)
+    sampler = LocalSampler(model, tokenizer)
 
     def work(own: list[int]) -> list[Sample]:
-        generated = generate(
-            model,
-            [prompt_ids[row] for row in own],
-            config.generation,
-            seeds=[episode_seed(context.seed, *places[row]) for row in own],
-            stop_ids=stop,
-            late_stop_ids=late,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        seeds = [episode_seed(context.seed, *places[row]) for row in own]
+        generated = sampler.sample([prompt_ids[row] for row in own], config.generation, seeds)
         mask = generated.response_mask
         return [
             Sample(text, prompt_ids[row], ids[kept].tolist(), values[kept].tolist(), stopped)

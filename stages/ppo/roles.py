@@ -27,6 +27,7 @@ from stages.ppo.data import longest_sequence, prompt_room
 from stages.ppo.offload import Offload
 from stages.process.runtime import ResolvedModel, StepContext
 from stages.rewards.config import leaves
+from stages.sampling.sampler import LocalSampler, Sampler
 from stages.tokens.positions import model_length
 
 
@@ -37,6 +38,7 @@ class Roles:
     ``has_value``: whether there are values at all (``advantages: gae``).
 
     ``trained`` are the modules that train, by name: whole models, or the weights of a role alone where a backbone is shared.
+    ``sampler`` completes prompts by the policy; the local one where no other is put in its place.
     """
 
     tokenizer: Any
@@ -47,6 +49,10 @@ class Roles:
     backbone: SharedBackbone | None = None
     has_value: bool = True
     offload: Offload = field(default_factory=lambda: Offload([], torch.device("cpu"), enabled=False))
+    sampler: Sampler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sampler = LocalSampler(self.policy.model, self.tokenizer)
 
     def reference_logprobs(self, batch: SequenceBatch) -> Tensor:
         """Log-probabilities under the frozen reference [N]."""

@@ -30,7 +30,7 @@ from stages.rl.gae import gae
 from stages.rl.kl import estimate_kl
 from stages.rl.masking import scale_to_unit_variance, whiten
 from stages.rl.shaping import penalize_missing_eos, shape_rewards
-from stages.sampling.generation import decode_completions, ending_tokens, generate, right_pad
+from stages.sampling.generation import decode_completions, right_pad
 
 
 class ScoringError(TrainingError):
@@ -170,10 +170,9 @@ def _collect_share(
     seconds: dict[str, float] = {}
     gpu_memory: dict[str, int] = {}
     began = time.perf_counter()
-    stop, late = ending_tokens(policy.model, roles.tokenizer, config.generation)
     policy.activate()
     with measured_gpu_memory(gpu_memory, "generation"), policy.precision():
-        generated = generate(policy.model, prompt_ids, config.generation, seeds=seeds, stop_ids=stop, late_stop_ids=late, pad_token_id=pad)
+        generated = roles.sampler.sample(prompt_ids, config.generation, seeds)
     completions = decode_completions(roles.tokenizer, generated)
     mask = generated.response_mask.cpu()
     responses = [ids[kept].tolist() for ids, kept in zip(generated.response_ids.cpu(), mask, strict=True)]

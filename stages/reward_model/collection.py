@@ -299,34 +299,28 @@ def _sample(
 
     from stages.corpora.templates import encode_prompt
     from stages.models.loading import load_language_model, load_tokenizer
-    from stages.sampling.generation import decode_completions, ending_tokens, episode_seed, generate
+    from stages.sampling.generation import decode_completions, episode_seed
+    from stages.sampling.sampler import LocalSampler
 
     source = context.models[f"collect.policies[{index}].model"]
     tokenizer = load_tokenizer(source)
     runtime = context.runtime
     model = load_language_model(source, dtype=runtime.dtype(precision), trainable=False, tokenizer=tokenizer).to(runtime.device)
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    stop, late = ending_tokens(model, tokenizer, collection.generation)
+    sampler = LocalSampler(model, tokenizer)
     found: list[dict[str, list[int]]] = [{} for _ in prompts]
     for attempt in range(collection.completions_per_prompt * collection.attempts):
         wanted = [place for place, texts in enumerate(found) if len(texts) < collection.completions_per_prompt]
         if not wanted:
             break
-        generated = generate(
-            model,
-            [ids[place] for place in wanted],
-            collection.generation,
-            seeds=[episode_seed(context.seed, index, place, attempt) for place in wanted],
-            stop_ids=stop,
-            late_stop_ids=late,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        seeds = [episode_seed(context.seed, index, place, attempt) for place in wanted]
+        generated = sampler.sample([ids[place] for place in wanted], collection.generation, seeds)
         texts = decode_completions(tokenizer, generated)
         ids_made = [ids[mask].tolist() for ids, mask in zip(generated.response_ids.cpu(), generated.response_mask.cpu(), strict=True)]
         for place, text, made, ended in zip(wanted, texts, ids_made, generated.stopped.tolist(), strict=True):
             if text and (ended or not collection.only_ended):
                 found[place].setdefault(text, made)
-    del model
+    del model, sampler
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return found

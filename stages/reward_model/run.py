@@ -351,7 +351,8 @@ def _texts_to_normalize_on(config: RewardModelConfig, context: StepContext, comp
 
     from stages.corpora.templates import encode_prompt
     from stages.models.loading import load_language_model, load_tokenizer
-    from stages.sampling.generation import decode_completions, ending_tokens, episode_seed, generate
+    from stages.sampling.generation import decode_completions, episode_seed
+    from stages.sampling.sampler import LocalSampler
 
     source = context.models["normalization.sampler" if config.normalization.sampler is not None else "model"]
     if source.record is not None and source.record.role != "language_model":
@@ -364,18 +365,11 @@ def _texts_to_normalize_on(config: RewardModelConfig, context: StepContext, comp
     policy = load_language_model(source, dtype=runtime.dtype(config.precision), trainable=False, tokenizer=tokenizer).to(runtime.device)
     distinct = list({repr(item.prompt): item.prompt for item in comparisons.train}.values())
     prompts = [distinct[index % len(distinct)] for index in range(config.normalization.num_samples)]
-    stop, late = ending_tokens(policy, tokenizer, generation)
-    generated = generate(
-        policy,
-        [encode_prompt(tokenizer, prompt) for prompt in prompts],
-        generation,
-        seeds=[episode_seed(context.seed, -3, index) for index in range(len(prompts))],
-        stop_ids=stop,
-        late_stop_ids=late,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sampler = LocalSampler(policy, tokenizer)
+    seeds = [episode_seed(context.seed, -3, index) for index in range(len(prompts))]
+    generated = sampler.sample([encode_prompt(tokenizer, prompt) for prompt in prompts], generation, seeds)
     texts = decode_completions(tokenizer, generated)
-    del policy
+    del policy, sampler
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return list(zip(prompts, texts, strict=True))

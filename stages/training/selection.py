@@ -150,21 +150,15 @@ class Selector:
         """Mean score over the prompts; each process answers its share, with streams that depend on the prompt's place alone."""
         import torch
 
-        from stages.sampling.generation import decode_completions, ending_tokens, episode_seed, generate
+        from stages.sampling.generation import decode_completions, episode_seed
+        from stages.sampling.sampler import LocalSampler
 
         runtime = self.context.runtime
         own = list(range(runtime.process_index, len(self.prompts), runtime.num_processes))
-        stop, late = ending_tokens(self.model, self.tokenizer, self.selection.generation)
+        sampler = LocalSampler(self.model, self.tokenizer)
+        seeds = [episode_seed(self.context.seed, row) for row in own]
         with torch.autocast(runtime.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            generated = generate(
-                self.model,
-                [self.prompt_ids[row] for row in own],
-                self.selection.generation,
-                seeds=[episode_seed(self.context.seed, row) for row in own],
-                stop_ids=stop,
-                late_stop_ids=late,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
+            generated = sampler.sample([self.prompt_ids[row] for row in own], self.selection.generation, seeds)
         ids = [ids[mask].tolist() for ids, mask in zip(generated.response_ids.cpu(), generated.response_mask.cpu(), strict=True)]
         details = Details(columns_of([self.columns[row] for row in own]), ids)
         texts = decode_completions(self.tokenizer, generated)

@@ -101,10 +101,9 @@ def folder(tmp_path: Path, tokenizer_of: Any) -> Path:
 def test_every_stage_reads_what_the_template_writes(folder, monkeypatch) -> None:
     import stages.reward_model.run as reward_model
     import stages.rewards.learned as learned
-    import stages.sampling.generation as generation
+    import stages.sampling.sampler as sampler
     from stages import sft
     from stages.models.loading import load_tokenizer
-    from stages.ppo import rollout
 
     seen: dict[str, list[Any]] = {"sft": [], "reward_model": [], "sampled": [], "scored": [], "stop": []}
 
@@ -123,8 +122,7 @@ def test_every_stage_reads_what_the_template_writes(folder, monkeypatch) -> None
 
     spy(sft, "_trainer", lambda config, context, model, tokenizer, rows, max_length: seen["sft"].extend(rows))
     spy(reward_model, "_trainer", lambda model, arguments, rows, *rest: seen["reward_model"].extend(rows))
-    spy(rollout, "generate", note_sample)
-    spy(generation, "generate", note_sample)
+    spy(sampler, "generate", note_sample)
     spy(learned, "score_rows", lambda rows, *rest, **named: seen["scored"].extend(rows))
     done = CliRunner().invoke(app, ["run", str(folder / "chain.yaml"), "--home", str(folder / "home")])
     assert done.exit_code == 0, done.output

@@ -1,0 +1,51 @@
+"""The seam between those who want completions and what makes them: a ``Sampler`` completes prompts with the weights of one model.
+
+Who samples (rollouts, evaluation, collecting, the terminal) knows this interface alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from stages.config import GenerationSettings
+from stages.sampling.generation import Generated, ending_tokens, generate
+
+
+class Sampler(Protocol):
+    """Completes prompts by one model.
+
+    ``is_local``: whether the completions and their log-probabilities come from the model object of this process.
+    """
+
+    is_local: bool
+
+    def take_weights(self) -> None:
+        """Make sure that it samples with the model's weights as they are now. Call it after the weights changed, on every process."""
+
+    def sample(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, seeds: Sequence[int]) -> Generated:
+        """One completion for each prompt (token ids); ``seeds`` has one number for each. A row's stream depends on its seed alone."""
+
+    def rest(self) -> None:
+        """Give back what sampling needs and training can use, until the next ``take_weights``."""
+
+
+class LocalSampler:
+    """Samples from the model object itself, in this process."""
+
+    is_local = True
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def take_weights(self) -> None:
+        """Nothing: it reads the model itself."""
+
+    def sample(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, seeds: Sequence[int]) -> Generated:
+        """See ``generate``, whose errors it raises."""
+        stop, late = ending_tokens(self.model, self.tokenizer, settings)
+        pad = self.tokenizer.pad_token_id
+        return generate(self.model, prompts, settings, seeds=seeds, stop_ids=stop, late_stop_ids=late, pad_token_id=pad)
+
+    def rest(self) -> None:
+        """Nothing: it holds nothing between two calls."""
