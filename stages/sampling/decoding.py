@@ -1,12 +1,12 @@
-"""Decoding one batch token by token: rows that leave once they have ended, one prefill per prompt.
+"""Decoding one batch token by token: finished rows leave the batch, and a repeated prompt is read once.
 
-B sequences, P prompt tokens (left padded), V vocabulary. A step costs one forward pass of the model and a handful of operations on [B]
-tensors; nothing is copied that does not change.
+B sequences, P prompt tokens (left padded), R response tokens (right padded), V vocabulary. A step costs one forward pass of the model and
+a handful of operations on [B] tensors. Nothing is copied that does not change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +15,97 @@ from torch import Tensor
 
 from stages.config import GenerationSettings
 from stages.sampling.choosing import sample_tokens
-from stages.sampling.readers import make_reader
+from stages.sampling.readers import Reader, make_reader
 from stages.sampling.support import DecodingSupport
 
-COMPACT_BELOW = 0.75  # the cache is copied without its finished rows once fewer than this share of its rows are alive
-CUDA_CHECK_EVERY = 8  # steps between two looks at how many rows are alive, each of which makes the CPU wait for the GPU
+COMPACT_BELOW = 0.75  # finished rows leave the cache once a smaller share of its rows than this is still running
+CUDA_CHECK_EVERY = 8  # steps between two looks at which rows are running; each look makes the CPU wait for the GPU
 
 
-@dataclass
+@dataclass(frozen=True)
 class Decoded:
-    """Responses and their log-probabilities [B, R], right padded, and the length of each row [B]."""
+    """Finished responses: the row of each in the batch, ids and log-probabilities [k, R] (right padded), and lengths."""
 
+    rows: list[int]
     ids: Tensor
     logprobs: Tensor
-    lengths: Tensor
+    lengths: list[int]
+
+
+@dataclass(frozen=True)
+class Endings:
+    """Which tokens end a response: ``anywhere`` [V] at every position, ``late`` [V] from response position ``stop_after`` on."""
+
+    anywhere: Tensor
+    late: Tensor
+    stop_after: int
+
+    @classmethod
+    def of(cls, size: int, stop_ids: Sequence[int], late_stop_ids: Sequence[int], stop_after: int, device: torch.device) -> Endings:
+        """For ``size`` logits. A tokenizer may have more tokens than the model has logits; those cannot be sampled."""
+        anywhere = torch.zeros(size, dtype=torch.bool)
+        anywhere[[token for token in stop_ids if token < size]] = True
+        late = anywhere.clone()
+        late[[token for token in late_stop_ids if token < size]] = True
+        return cls(anywhere.to(device), late.to(device), stop_after)
+
+    def at(self, position: int) -> Tensor:
+        """Whether each token [V] ends a response at ``position`` (from 0)."""
+        return self.late if position >= self.stop_after else self.anywhere
+
+
+class Responses:
+    """The responses of a batch while they are sampled. A row of the batch may leave it; its response stays here."""
+
+    def __init__(self, noise: Tensor, pad_token_id: int) -> None:
+        """``noise`` [B, max_new_tokens]: one uniform number for each token that may be sampled."""
+        number, most = noise.shape
+        self._noise, self._pad = noise, pad_token_id
+        self._ids = torch.full((number, most), pad_token_id, dtype=torch.long, device=noise.device)
+        self._logprobs = torch.zeros((number, most), device=noise.device)
+        self._lengths = torch.zeros(number, dtype=torch.long, device=noise.device)
+        self._members = torch.arange(number, device=noise.device)  # row of the batch -> row of the result
+        self._running = torch.ones(number, dtype=torch.bool, device=noise.device)  # by row of the batch
+        self._unreported = set(range(number))
+
+    def extend(self, logits: Tensor, step: int, settings: GenerationSettings, endings: Endings) -> Tensor:
+        """Sample the token after each row of the batch from ``logits`` [rows, V] and append it; returns the tokens [rows]."""
+        tokens, chosen = sample_tokens(
+            logits,
+            self._noise[self._members, step],
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+        )
+        self._ids[self._members, step] = torch.where(self._running, tokens, self._pad)
+        self._logprobs[self._members, step] = torch.where(self._running, chosen, 0.0)
+        self._lengths[self._members] += self._running
+        self._running = self._running & ~endings.at(step)[tokens]
+        return tokens
+
+    def num_running(self) -> int:
+        """How many responses go on. On a GPU the CPU waits for it here."""
+        return int(self._running.sum())
+
+    def compacted(self, num_running: int) -> Tensor | None:
+        """Let the finished rows leave if that pays; returns the rows of the batch that stay, or None if all do."""
+        if num_running >= COMPACT_BELOW * len(self._members):
+            return None
+        kept = torch.nonzero(self._running).squeeze(1)
+        self._members = self._members[kept]
+        self._running = torch.ones(len(kept), dtype=torch.bool, device=kept.device)
+        return kept
+
+    def newly_finished(self, *, all_finished: bool = False) -> Decoded | None:
+        """Responses that have ended since the last call, or all that are left; None if there are none."""
+        running = set() if all_finished else set(self._members[self._running].tolist())
+        rows = sorted(self._unreported - running)
+        if not rows:
+            return None
+        self._unreported -= set(rows)
+        lengths = self._lengths[rows].tolist()
+        width = max(lengths)
+        return Decoded(rows, self._ids[rows, :width], self._logprobs[rows, :width], lengths)
 
 
 def decode(
@@ -38,60 +115,46 @@ def decode(
     rows: Tensor,
     settings: GenerationSettings,
     noise: Tensor,
+    report: Callable[[Decoded], None],
     *,
     support: DecodingSupport,
     stop_ids: Sequence[int],
     late_stop_ids: Sequence[int],
     pad_token_id: int,
-) -> Decoded:
-    """One response for each entry of ``rows`` [B]: the index of its prompt in ``prompt_ids``, ``prompt_mask`` [prompts, P].
+) -> None:
+    """Sample one response for each entry of ``rows`` [B], which is the index of its prompt in ``prompt_ids``, ``prompt_mask`` [prompts, P].
 
-    A prompt is read once, however many of the rows want it. ``noise`` [B, max_new_tokens] uniform in [0, 1). Where ``support`` says that
-    the model cannot hide padding, the prompts have one length.
+    A prompt is read once, however many rows share it. ``noise`` [B, max_new_tokens] is uniform in [0, 1). If ``support`` says that the
+    model cannot hide padding, all prompts must have the same length. ``report`` gets every response once, soon after it has ended.
     """
-    device, most = prompt_ids.device, settings.max_new_tokens
-    reader = make_reader(model, support, most, cuda_graphs=settings.cuda_graphs)
-    logits = reader.read(prompt_ids, prompt_mask)
-    if not torch.equal(rows, torch.arange(len(prompt_ids), device=device)):
-        logits = logits[rows]
-        reader.keep(rows, trim=False)
-    number = len(rows)
-    stop_anywhere, stop_late = _stop_tables(logits.shape[-1], stop_ids, late_stop_ids, device)
-    ids = torch.full((number, most), pad_token_id, dtype=torch.long, device=device)
-    logprobs = torch.zeros((number, most), device=device)
-    lengths = torch.zeros(number, dtype=torch.long, device=device)
-    alive = torch.arange(number, device=device)  # row of the batch -> row of the result
-    running = torch.ones(number, dtype=torch.bool, device=device)  # by row of the batch
-    check_every = CUDA_CHECK_EVERY if device.type == "cuda" else 1
+    reader = make_reader(model, support, settings.max_new_tokens, cuda_graphs=settings.cuda_graphs)
+    logits = _read_prompts(reader, prompt_ids, prompt_mask, rows)
+    endings = Endings.of(logits.shape[-1], stop_ids, late_stop_ids, settings.stop_after, logits.device)
+    responses = Responses(noise, pad_token_id)
+    check_every = CUDA_CHECK_EVERY if logits.device.type == "cuda" else 1
+    num_running = len(rows)
     with reader.stepping():
-        for step in range(most):
-            tokens, chosen = sample_tokens(
-                logits, noise[alive, step], temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
-            )
-            ids[alive, step] = torch.where(running, tokens, pad_token_id)
-            logprobs[alive, step] = torch.where(running, chosen, 0.0)
-            lengths[alive] += running
-            running = running & ~(stop_late if step >= settings.stop_after else stop_anywhere)[tokens]
-            if step + 1 == most:
-                break
-            if (step + 1) % check_every == 0:
-                num_running = int(running.sum())
-                if num_running == 0:
-                    break
-                if num_running < COMPACT_BELOW * len(alive):
-                    kept = torch.nonzero(running).squeeze(1)
-                    tokens, alive = tokens[kept], alive[kept]
+        for step in range(settings.max_new_tokens):
+            tokens = responses.extend(logits, step, settings, endings)
+            num_left = settings.max_new_tokens - step - 1
+            if num_left and (step + 1) % check_every == 0:
+                before, num_running = num_running, responses.num_running()
+                if 0 < num_running < before and (finished := responses.newly_finished()) is not None:
+                    report(finished)
+                if num_running and (kept := responses.compacted(num_running)) is not None:
+                    tokens = tokens[kept]
                     reader.keep(kept, trim=True)
-                    running = torch.ones(len(kept), dtype=torch.bool, device=device)
-            logits = reader.step(tokens, most - step - 1)
-    longest = int(lengths.max())
-    return Decoded(ids[:, :longest], logprobs[:, :longest], lengths)
+            if not num_left or not num_running:
+                break
+            logits = reader.step(tokens, num_left)
+    if (finished := responses.newly_finished(all_finished=True)) is not None:
+        report(finished)
 
 
-def _stop_tables(size: int, stop_ids: Sequence[int], late_stop_ids: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Whether each of ``size`` tokens ends a response anywhere, and whether it ends one from ``stop_after`` on."""
-    anywhere = torch.zeros(size, dtype=torch.bool)
-    anywhere[[token for token in stop_ids if token < size]] = True  # a tokenizer may have more tokens than the model has rows
-    late = anywhere.clone()
-    late[[token for token in late_stop_ids if token < size]] = True
-    return anywhere.to(device), late.to(device)
+def _read_prompts(reader: Reader, prompt_ids: Tensor, prompt_mask: Tensor, rows: Tensor) -> Tensor:
+    """Read every prompt once and give each row a copy of its own; returns the logits after each row's prompt [B, V]."""
+    logits = reader.read(prompt_ids, prompt_mask)
+    if torch.equal(rows, torch.arange(len(prompt_ids), device=rows.device)):
+        return logits
+    reader.keep(rows, trim=False)
+    return logits[rows]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +46,21 @@ class Generated:
     def lengths(self) -> Tensor:
         """Response tokens of each row [B], the stop token among them."""
         return self.response_mask.sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A completion that has ended, maybe while others are still sampled: the ``row`` of its prompt, its tokens, and how it ended.
+
+    ``response_ids`` holds the stop token, if there is one; ``stopped`` says whether there is one.
+    """
+
+    row: int
+    response_ids: list[int]
+    stopped: bool
+
+
+OnFinished = Callable[[list[Finished]], None]
 
 
 def stop_token_ids(model: Any, tokenizer: Any, stop: Iterable[str] = ()) -> list[int]:
@@ -123,6 +139,7 @@ def generate(
     stop_ids: Sequence[int],
     pad_token_id: int,
     late_stop_ids: Sequence[int] = (),
+    on_finished: OnFinished | None = None,
 ) -> Generated:
     """Sample one completion for each prompt (token ids); ``seeds`` has one number per prompt.
 
@@ -130,45 +147,76 @@ def generate(
     and truncate_after).
 
     Batches of ``settings.batch_size`` are made of prompts of like length; of equal length where the model cannot hide padding. The model's
-    mode (training or not) is left as it was. Raises ModelError where a prompt leaves too few of the model's positions, and where the model
-    cannot write token by token.
+    mode (training or not) is left as it was.
+
+    ``on_finished`` gets every completion once, soon after it has ended, while others are still sampled. It must return quickly and must not
+    use ``model``. Its exceptions end the sampling.
+
+    Raises ModelError where a prompt leaves too few of the model's positions, and where the model cannot write token by token.
     """
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds")
     require_room(model, prompts, settings)
-    training = model.training
-    model.eval()
-    device = next(model.parameters()).device
     # The noise of each row is drawn whole and up front: one generator per row, no work per token.
     noise = torch.stack([_uniform(seed, settings.max_new_tokens) for seed in seeds])
-    responses: list[Tensor] = [torch.empty(0)] * len(prompts)
-    logprobs: list[Tensor] = [torch.empty(0)] * len(prompts)
+    made = _Collected(len(prompts), stop_ids, late_stop_ids, settings.stop_after, on_finished)
     # Equal prompts come to lie in one batch, which reads them once.
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), prompts[index]))
+    training = model.training
+    model.eval()
     try:
         support = usable_support(model)
         for rows in _batches(order, [len(prompt) for prompt in prompts], settings.batch_size, mixed=support.hides_padding):
             chosen = [prompts[row] for row in rows]
-            made = _decode_rows(model, support, chosen, settings, noise[rows], stop_ids, late_stop_ids, pad_token_id)
-            for place, (row, length) in enumerate(zip(rows, made.lengths.tolist(), strict=True)):
-                responses[row], logprobs[row] = made.ids[place, :length], made.logprobs[place, :length]
+            _decode_rows(model, support, chosen, settings, noise[rows], partial(made.take, rows), stop_ids, late_stop_ids, pad_token_id)
     finally:
         model.train(training)
-    prompt_ids, prompt_mask = left_pad(prompts, pad_token_id, device)
-    lengths = torch.tensor([len(row) for row in responses], device=device)
-    response_ids = right_pad(responses, pad_token_id)
-    stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
-    late_stops = torch.tensor(list(late_stop_ids), dtype=torch.long, device=device)
-    last = torch.stack([row[-1] for row in responses])
-    stopped = torch.isin(last, stops) | (torch.isin(last, late_stops) & (lengths > settings.stop_after))
-    return Generated(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
-        response_ids=response_ids,
-        response_mask=torch.arange(response_ids.shape[1], device=device) < lengths[:, None],
-        logprobs=right_pad(logprobs, 0.0),
-        stopped=stopped,
-    )
+    return made.generated(prompts, pad_token_id)
+
+
+class _Collected:
+    """Completions as they come in, by the row of their prompt."""
+
+    def __init__(
+        self, number: int, stop_ids: Sequence[int], late_stop_ids: Sequence[int], stop_after: int, on_finished: OnFinished | None
+    ) -> None:
+        self._stop_ids, self._late_stop_ids, self._stop_after, self._on_finished = stop_ids, late_stop_ids, stop_after, on_finished
+        self._responses: list[Tensor] = [torch.empty(0)] * number
+        self._logprobs: list[Tensor] = [torch.empty(0)] * number
+
+    def take(self, rows: Sequence[int], made: Decoded) -> None:
+        """Take in finished responses; ``rows`` are the prompts' rows of the batch that they were decoded in."""
+        own = [rows[row] for row in made.rows]
+        for place, (row, length) in enumerate(zip(own, made.lengths, strict=True)):
+            self._responses[row], self._logprobs[row] = made.ids[place, :length], made.logprobs[place, :length]
+        if self._on_finished is not None:
+            responses = [ids[:length] for ids, length in zip(made.ids.tolist(), made.lengths, strict=True)]
+            stopped = self._stopped([self._responses[row] for row in own]).tolist()
+            self._on_finished([Finished(*parts) for parts in zip(own, responses, stopped, strict=True)])
+
+    def generated(self, prompts: Sequence[Sequence[int]], pad_token_id: int) -> Generated:
+        """All completions, in the order of their prompts."""
+        device = self._responses[0].device
+        prompt_ids, prompt_mask = left_pad(prompts, pad_token_id, device)
+        response_ids = right_pad(self._responses, pad_token_id)
+        return Generated(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            response_ids=response_ids,
+            response_mask=torch.arange(response_ids.shape[1], device=device) < self._lengths(self._responses)[:, None],
+            logprobs=right_pad(self._logprobs, 0.0),
+            stopped=self._stopped(self._responses),
+        )
+
+    def _stopped(self, responses: Sequence[Tensor]) -> Tensor:
+        """Whether each response ends with a stop token [B]."""
+        last = torch.stack([response[-1] for response in responses])
+        stops, late_stops = (torch.tensor(list(ids), dtype=torch.long, device=last.device) for ids in (self._stop_ids, self._late_stop_ids))
+        return torch.isin(last, stops) | (torch.isin(last, late_stops) & (self._lengths(responses) > self._stop_after))
+
+    @staticmethod
+    def _lengths(responses: Sequence[Tensor]) -> Tensor:
+        return torch.tensor([len(response) for response in responses], device=responses[0].device)
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], batch_size: int, *, mixed: bool) -> list[list[int]]:
@@ -183,22 +231,24 @@ def _decode_rows(
     prompts: list[Sequence[int]],
     settings: GenerationSettings,
     noise: Tensor,
+    report: Callable[[Decoded], None],
     stop_ids: Sequence[int],
     late_stop_ids: Sequence[int],
     pad_token_id: int,
-) -> Decoded:
-    """One batch: its different prompts padded, and each row pointed to its own."""
+) -> None:
+    """Decode one batch: pad its different prompts, and point each row to its own."""
     device = next(model.parameters()).device
     places: dict[tuple[int, ...], int] = {}
     rows = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
     ids, mask = left_pad(list(places), pad_token_id, device)
-    return decode(
+    decode(
         model,
         ids,
         mask,
         torch.tensor(rows, device=device),
         settings,
         noise.to(device),
+        report,
         support=support,
         stop_ids=stop_ids,
         late_stop_ids=late_stop_ids,
@@ -217,17 +267,22 @@ def _uniform(seed: int, number: int) -> Tensor:
 
 
 def decode_completions(tokenizer: Any, generated: Generated) -> list[str]:
-    """Completions as text, without the turn end and other special tokens, and without white space at the ends.
-
-    Each is decoded as the continuation of its prompt: some tokenizers write a word differently at the beginning of a text.
-    """
-    ends = set(turn_end_ids(tokenizer))
+    """The text of every completion (see ``completion_text``)."""
     responses = zip(generated.response_ids.cpu(), generated.response_mask.cpu(), strict=True)
     prompts = zip(generated.prompt_ids[:, -CONTEXT:].cpu(), generated.prompt_mask[:, -CONTEXT:].cpu().bool(), strict=True)
-    texts = []
-    for (response, counts), (prompt, shown) in zip(responses, prompts, strict=True):
-        ids = response[counts].tolist()
-        if ids and ids[-1] in ends:  # a template may end turns with a token that the tokenizer does not call special
-            ids = ids[:-1]
-        texts.append(continuation_text(tokenizer, prompt[shown].tolist(), ids).strip())
-    return texts
+    return [
+        completion_text(tokenizer, prompt[shown].tolist(), response[counts].tolist())
+        for (response, counts), (prompt, shown) in zip(responses, prompts, strict=True)
+    ]
+
+
+def completion_text(tokenizer: Any, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
+    """A completion as text, without the turn end and other special tokens, and without white space at the ends.
+
+    It is decoded as the continuation of its prompt: some tokenizers write a word differently at the beginning of a text.
+    """
+    ids = list(response_ids)
+    # A template may end turns with a token that the tokenizer does not call special.
+    if ids and ids[-1] in turn_end_ids(tokenizer):
+        ids = ids[:-1]
+    return continuation_text(tokenizer, list(prompt_ids[-CONTEXT:]), ids).strip()

@@ -13,6 +13,7 @@ from stages.kernels import passes as token_budget
 from stages.models.loading import load_language_model
 from stages.sampling import cache, decoding
 from stages.sampling.generation import (
+    Finished,
     Generated,
     decode_completions,
     ending_tokens,
@@ -94,6 +95,45 @@ def test_stop_tokens_end_a_row_and_count(model) -> None:
         late_stop_ids=[stopping],
     )
     assert len(rows(late)[0]) > first + 1
+
+
+def test_finished_completions_are_reported_once_while_others_are_sampled(model, monkeypatch) -> None:
+    steps = []
+    forward = model.forward
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        steps.append(options["input_ids"].shape)
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(model, "forward", counted)
+    reported: list[tuple[int, Finished]] = []
+    chosen = GenerationSettings(max_new_tokens=12, batch_size=3)
+    made = generate(
+        model,
+        PROMPTS,
+        chosen,
+        seeds=[7, 8, 9, 10],
+        stop_ids=range(100, 160),
+        pad_token_id=1,
+        on_finished=lambda rows: reported.extend((len(steps), row) for row in rows),
+    )
+    assert sorted(row.row for _, row in reported) == [0, 1, 2, 3]
+    for _, row in reported:
+        assert row.response_ids == rows(made)[row.row] and row.stopped == bool(made.stopped[row.row])
+    # Three rows in the first batch: the first of them to end is reported before the last one's steps are over.
+    assert reported[0][0] < reported[2][0]
+
+
+def test_an_error_of_the_callback_ends_the_sampling_and_leaves_the_model_as_it_was(model) -> None:
+    def fail(rows: list[Finished]) -> None:
+        raise KeyError("mine")
+
+    model.train()
+    usual = model.config._attn_implementation
+    with pytest.raises(KeyError, match="mine"):
+        generate(model, PROMPTS, GenerationSettings(max_new_tokens=2), seeds=range(4), stop_ids=[], pad_token_id=1, on_finished=fail)
+    assert model.training and model.config._attn_implementation == usual
+    model.eval()
 
 
 def test_the_model_s_mode_is_left_alone(model) -> None:
