@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from stages.config import GenerationSettings
-from stages.sampling.generation import Generated, ending_tokens, generate
+from stages.sampling.generation import Generated, OnFinished, ending_tokens, generate
 
 
 class Sampler(Protocol):
@@ -23,8 +23,19 @@ class Sampler(Protocol):
     def take_weights(self) -> None:
         """Make sure that it samples with the model's weights as they are now. Call it after the weights changed, on every process."""
 
-    def sample(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, seeds: Sequence[int]) -> Generated:
-        """One completion for each prompt (token ids); ``seeds`` has one number for each. A row's stream depends on its seed alone."""
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: GenerationSettings,
+        seeds: Sequence[int],
+        *,
+        on_finished: OnFinished | None = None,
+    ) -> Generated:
+        """One completion for each prompt (token ids); ``seeds`` has one number for each. A row's stream depends on its seed alone.
+
+        ``on_finished`` gets every completion once, soon after it has ended, while others are still sampled. It must return quickly and
+        must not use the model.
+        """
 
     def rest(self) -> None:
         """Give back what sampling needs and training can use, until the next ``take_weights``."""
@@ -41,11 +52,26 @@ class LocalSampler:
     def take_weights(self) -> None:
         """Nothing: it reads the model itself."""
 
-    def sample(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings, seeds: Sequence[int]) -> Generated:
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: GenerationSettings,
+        seeds: Sequence[int],
+        *,
+        on_finished: OnFinished | None = None,
+    ) -> Generated:
         """See ``generate``, whose errors it raises."""
         stop, late = ending_tokens(self.model, self.tokenizer, settings)
-        pad = self.tokenizer.pad_token_id
-        return generate(self.model, prompts, settings, seeds=seeds, stop_ids=stop, late_stop_ids=late, pad_token_id=pad)
+        return generate(
+            self.model,
+            prompts,
+            settings,
+            seeds=seeds,
+            stop_ids=stop,
+            late_stop_ids=late,
+            pad_token_id=self.tokenizer.pad_token_id,
+            on_finished=on_finished,
+        )
 
     def rest(self) -> None:
         """Nothing: it holds nothing between two calls."""
