@@ -39,6 +39,14 @@ def test_python_page_runs_from_top_to_bottom(tiny_llama_folder: Path, tmp_path: 
     assert namespace["page"].is_file()
 
 
+def test_web_pages_are_built_without_a_warning(tmp_path: Path) -> None:
+    """Each page is in the navigation, each link inside of the documentation leads to a heading, and the reference finds its classes."""
+    from sphinx.cmd.build import build_main
+
+    assert build_main(["-q", "-W", "--keep-going", str(REPOSITORY / "docs"), str(tmp_path / "html")]) == 0
+    assert "PPO" in (tmp_path / "html" / "api.html").read_text()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_pictures_lead_to_files(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)

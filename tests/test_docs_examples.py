@@ -1,0 +1,134 @@
+"""Every command and every YAML example of the documentation is accepted by the program that it is written for."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer
+from ruamel.yaml import YAML
+
+from stages.cli import app
+from stages.recipe.schema import load_recipe
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGES = sorted([*(REPOSITORY / "docs").glob("*.md"), *REPOSITORY.glob("*.md")])
+OVERRIDE = re.compile(r"[\w.\-\[\]]+=")
+
+RECIPE = textwrap.dedent("""\
+    name: page
+    steps:
+      - {stage: ppo, name: aligned, policy: sft, reward: [{function: "mymodule:score"}], data: prompts.jsonl, total_episodes: 64}
+""")
+
+
+def _blocks(language: str) -> list[Any]:
+    blocks = []
+    for page in PAGES:
+        texts = re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        blocks += [pytest.param(text, id=f"{page.name}-{index}") for index, text in enumerate(texts)]
+    return blocks
+
+
+def _commands() -> list[str]:
+    """Lines of the blocks of bash, and commands between backticks in a sentence."""
+    lines = [line for block in _blocks("bash") for line in str(block.values[0]).splitlines()]
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        lines += re.findall(r"`((?:stages|\./launch\.sh|accelerate launch|python) [^`]+)`", text)
+    return sorted(set(lines))
+
+
+def _parse(arguments: list[str]) -> None:
+    """Give ``arguments`` to the parser of ``stages``. Nothing runs. A wrong command or option raises click.UsageError."""
+    command: click.Command = typer.main.get_command(app)
+    context = command.make_context("stages", list(arguments[:1]), resilient_parsing=False)
+    while isinstance(command, click.Group):
+        name, command, arguments = command.resolve_command(context, arguments)  # type: ignore[assignment]
+        if isinstance(command, click.Group):
+            continue
+        command.make_context(str(name), list(arguments), parent=context)
+
+
+def _recipe_words(words: list[str]) -> None:
+    """A shipped recipe that a command names exists and takes the overrides behind it."""
+    recipes = [word for word in words if word.startswith("recipes/") and word.endswith(".yaml") and "/accelerate/" not in word]
+    for recipe in recipes:
+        load_recipe(REPOSITORY / recipe, [word for word in words if OVERRIDE.match(word)])
+
+
+@pytest.mark.parametrize("line", _commands())
+def test_command_is_accepted(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    if "..." in words:  # stands for more words
+        words = words[: words.index("...")]
+    if not words or words[:1] == ["git"] or "pip" in words[0] or "pre-commit" in words[0]:
+        return
+    if words[0] == "stages":
+        _parse(words[1:])
+    elif words[0] == "accelerate":
+        from accelerate.commands.launch import launch_command_parser
+
+        # A placeholder in capitals stands for a value; the parser wants a number for these two.
+        parsed = launch_command_parser().parse_args(words[2:] or ["-m", "stages"])
+        assert parsed.training_script == "stages" and parsed.module
+        _parse(parsed.training_script_args or ["run", "RECIPE"])
+    elif words[0] == "./launch.sh":
+        _launch(words[1:])
+    elif "python" in words[0]:
+        _python(words[1:])
+    else:
+        pytest.fail(f"the documentation has a command that this test does not know: {line}")
+    _recipe_words(words)
+
+
+def _launch(words: list[str]) -> None:
+    """``launch.sh`` takes a recipe, ``test`` with pytest's options, or a command of ``stages``."""
+    if words[0] == "test":
+        assert all((REPOSITORY / word).exists() for word in words[1:] if word.startswith("tests/"))
+    elif words[0].endswith(".yaml") or words[0] == "RECIPE":
+        _parse(["run", *(word for word in words if not word.startswith("--") and not word.isdigit() and "/accelerate/" not in word)])
+    else:
+        _parse(words)
+
+
+def _python(words: list[str]) -> None:
+    if words[0] == "-m":
+        assert words[1] in ("stages", "ruff", "mypy", "pytest", "sphinx", "pip"), words
+    else:
+        assert (REPOSITORY / words[0]).is_file(), f"{words[0]} does not exist"
+
+
+@pytest.mark.parametrize("block", _blocks("yaml"))
+def test_yaml_example_is_accepted(block: str, tmp_path: Path) -> None:
+    content = YAML(typ="safe").load(block)
+    if "ranking" in content:
+        from stages.config import DataSource
+        from stages.labelling.config import load_questions
+
+        (tmp_path / "questions.yaml").write_text(block)
+        assert load_questions(DataSource(path=str(tmp_path / "questions.yaml"))).title == content["title"]
+        return
+    for name in re.findall(r"[\w-]+\.(?:jsonl|csv|md|yaml)\b", RECIPE + block):
+        (tmp_path / name).touch()
+    for name in ("base", "sft", "dpo", "aligned", "aligned-1", "preference", "preference-1", "taste", "rm-1", "rm-2"):
+        (tmp_path / name).mkdir()  # models that earlier steps would have made
+        (tmp_path / name / "config.json").touch()
+    recipe = YAML(typ="safe").load(RECIPE)
+    if isinstance(content, list):  # steps
+        recipe["steps"] = content
+    elif "steps" in content:  # a whole recipe
+        recipe = content
+    elif "validation" in content.get("data", {}):  # the data of a sentiment classifier
+        recipe["steps"] = [{"stage": "sentiment", "name": "sentiment", "model": "distilbert-base-uncased", **content}]
+    else:  # fields of PPO
+        recipe["steps"][0] |= content
+    file = tmp_path / "page.yaml"
+    with file.open("w") as stream:
+        YAML().dump(recipe, stream)
+    assert load_recipe(file).steps
