@@ -79,7 +79,7 @@ class DPOStepConfig(TrainingStepConfig):
         from stages.corpora.comparisons import load_comparisons
 
         loaded = load_comparisons(self.data, preferred=self.preferred)
-        return [(item.prompt, item.completions, item.place) for side in (loaded.train, loaded.validation) for item in side]
+        return [(item.prompt, item.completions, item.location) for side in (loaded.train, loaded.validation) for item in side]
 
 
 @dataclass(frozen=True)
@@ -173,12 +173,12 @@ def encode(config: DPOStepConfig, comparisons: Sequence[Comparison], tokenizer: 
     All that follows the prompt counts; where a completion has several turns, the turns of others in it count, too, as in TRL. Raises
     DataError, with the row's place, for a conversation that the chat template refuses.
     """
-    from stages.corpora.messages import naming
+    from stages.corpora.messages import errors_at
     from stages.corpora.templates import encode_pair
 
     rows = []
     for comparison in comparisons:
-        with naming(comparison.place):
+        with errors_at(comparison.location):
             for better, worse in pairs_of(comparison, config.pairs_per_prompt, seed):
                 (chosen, length), (rejected, _) = (encode_pair(tokenizer, comparison.prompt, text) for text in (better, worse))
                 rows.append(Pair(chosen[:length], chosen[length:], rejected[length:]))

@@ -115,7 +115,7 @@ class SFTStepConfig(TrainingStepConfig):
         from stages.corpora.demonstrations import load_demonstrations
 
         loaded = load_demonstrations(self.data)
-        return [(row["prompt"], [row["completion"]], row.place) for side in (loaded.train, loaded.validation) for row in side]
+        return [(row["prompt"], [row["completion"]], row.location) for side in (loaded.train, loaded.validation) for row in side]
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ def _fitted(demonstrations: Demonstrations, config: SFTStepConfig, tokenizer: Pr
     if fit is None:
         return demonstrations
     sides = [
-        [row.with_prompt(fit_prompt(row["prompt"], fit, tokenizer, row.place)) for row in side]
+        [row.with_prompt(fit_prompt(row["prompt"], fit, tokenizer, row.location)) for row in side]
         for side in (demonstrations.train, demonstrations.validation)
     ]
     return Demonstrations(*sides)

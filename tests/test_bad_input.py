@@ -301,7 +301,7 @@ DATA = {
     "a NUL byte": Case("texts.jsonl:1: holds a NUL byte", PRETRAINING, files={"texts.jsonl": '{"text": "a\0b"}\n'}),
     "an escaped NUL": Case("texts.jsonl:5: holds a NUL character", PRETRAINING, files=bad_row("texts", 5, {"text": "a\0b"})),
     "half a surrogate": Case(
-        "texts.jsonl:5: holds \\ud800, one half of a surrogate pair",
+        "texts.jsonl:5: holds \\ud800, half of a surrogate pair",
         PRETRAINING,
         files={"texts.jsonl": lines(ROWS["texts"][:4]) + '{"text": "a\\ud800b"}\n' + lines(ROWS["texts"])},
     ),
@@ -342,9 +342,9 @@ DATA = {
     "only empty texts": Case("all 19 training texts (first", PRETRAINING, files=only("texts", *[{"text": " "}] * 20)),
     "less than a block": Case("less than one block; lower block_size=8", PRETRAINING, files=only("texts", {"text": "a"}, {"text": "b"})),
     "one row": Case("1 row(s) are too few to hold any out", PRETRAINING, files=only("texts", {"text": "a"})),
-    "no part of the world": Case("'world:raww' is no part of the embedded world", PRETRAINING, {"data": {"train": "world:raww"}}),
+    "no part of the world": Case("'world:raww' is not a part of the embedded world", PRETRAINING, {"data": {"train": "world:raww"}}),
     "no split of the world": Case("has no split 'tests'", PRETRAINING, {"data": {"train": "world:raw/tests"}}),
-    "no demonstration": Case("columns text make no demonstration", SFT, files=only("demonstrations", *ROWS["texts"])),
+    "no demonstration": Case("columns text are not a demonstration", SFT, files=only("demonstrations", *ROWS["texts"])),
     "an empty prompt": Case(
         "demonstrations.jsonl:4: prompt is empty", SFT, files=bad_row("demonstrations", 4, {"prompt": " ", "completion": "a"})
     ),
@@ -357,7 +357,7 @@ DATA = {
         files=only("demonstrations", *[{"messages": [{"role": "boss", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 4),
     ),
     "messages without an answer": Case(
-        "messages must end with an assistant turn",
+        "messages must have at least two turns and end with an assistant turn",
         SFT,
         files=only("demonstrations", *[{"messages": [{"role": "user", "content": "a"}]}] * 4),
     ),
@@ -372,14 +372,14 @@ DATA = {
     "a line of a million characters": Case(
         "demonstration fits", SFT, files=only("demonstrations", *[{"prompt": "x" * 1_000_000, "completion": "a"}] * 2)
     ),
-    "no comparison": Case("columns text make no comparison", REWARD, files=only("comparisons", *ROWS["texts"])),
+    "no comparison": Case("columns text are not a comparison", REWARD, files=only("comparisons", *ROWS["texts"])),
     "one completion": Case(
         "comparisons.jsonl:2: 1 completion(s); a comparison needs at least 2",
         REWARD,
         files=bad_row("comparisons", 2, {"prompt": "a", "completions": ["b"], "ranks": [0]}),
     ),
     "only ties": Case(
-        "are all ties; a ranking needs a preference",
+        "are all ties; expected a preference",
         REWARD,
         files=only("comparisons", *[{"prompt": "a", "completions": ["b", "c"], "ranks": [1, 1]}] * 20),
     ),
@@ -394,7 +394,7 @@ DATA = {
         files=bad_row("comparisons", 2, {"prompt": "a", "completions": ["b", "c"], "ranks": ["good", "bad"]}),
     ),
     "ranks that are no numbers": Case(
-        "comparisons.jsonl:21: bad JSON (NaN is no number of JSON)",
+        "comparisons.jsonl:21: bad JSON (NaN is not a JSON number)",
         REWARD,
         files={"comparisons.jsonl": lines(ROWS["comparisons"]) + '{"prompt": "a", "completions": ["b", "c"], "ranks": [0, NaN]}\n'},
     ),
@@ -408,7 +408,7 @@ DATA = {
         REWARD,
         files=bad_row("comparisons", 2, {"prompt": "a", "completions": ["b", 3], "ranks": [0, 1]}),
     ),
-    "a pair without a prompt": Case("chosen is no dialogue", REWARD, files=only("comparisons", *[{"chosen": "a", "rejected": "b"}] * 4)),
+    "a pair without a prompt": Case("chosen has no '\\n\\nAssistant:'", REWARD, files=only("comparisons", *[{"chosen": "a", "rejected": "b"}] * 4)),
     "a label there is not": Case(
         "reviews.jsonl:6: label is 7; expected one of 0 (negative), 1 (positive)",
         SENTIMENT,
@@ -421,7 +421,7 @@ DATA = {
     "one label only": Case(
         "have one label; a classifier needs at least two", SENTIMENT, files=only("reviews", *[{"text": "a", "label": 1}] * 20)
     ),
-    "no prompt": Case("columns label hold no prompt", PPO, files=only("prompts", {"label": 1})),
+    "no prompt": Case("columns label contain no prompt", PPO, files=only("prompts", {"label": 1})),
     "an empty prompt for PPO": Case("prompts.jsonl:3: prompt is empty", PPO, files=bad_row("prompts", 3, {"prompt": ""})),
     "prompts longer than the context": Case("prompts has at most 124 tokens", PPO, files=only("prompts", {"prompt": "joy " * 300})),
     "prompts that PPO was trained on": Case("all 20 prompts of data occur in exclude", EVALUATION, {"exclude": "prompts.jsonl"}),
@@ -547,7 +547,7 @@ MODELS = {
     "another width": Case("lacks weights of LlamaForCausalLM", SFT, prepare=configured(hidden_size=16, head_dim=4)),
     "no tokenizer": Case("cannot load the tokenizer of './model'", SFT, prepare=without("tokenizer*", "special_tokens_map.json")),
     "a tokenizer that is no JSON": Case("cannot load the tokenizer of './model'", SFT, files={"model/tokenizer.json": "{"}),
-    "no chat template": Case("template: chat, and the tokenizer has no chat template", SFT, {"template": "chat"}),
+    "no chat template": Case("template: chat, but the tokenizer has no chat template", SFT, {"template": "chat"}),
     "a template without a prompt": Case("template 'Answer:': expected chat, one of", SFT, {"template": "Answer:"}),
     "an encoder to fine-tune": Case("./encoder", SFT, {"model": "./encoder"}, prepare=encoder),
     "an encoder as reward model": Case(

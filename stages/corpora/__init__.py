@@ -1,1 +1,1 @@
-"""Data: tables read from files, the hub or the embedded world, and one module per schema (text, demonstrations, comparisons, ...)."""
+"""Data: tables from files, the Hub or the embedded world, and one module per row schema (text, demonstrations, comparisons, ...)."""

@@ -1,7 +1,7 @@
-"""Multiple-choice rows for small tasks: columns ``context``, ``choices`` (texts that may follow it) and ``answer``.
+"""Multiple-choice rows for small tasks: columns ``context``, ``choices`` (candidate continuations) and ``answer``.
 
-``answer`` is the number of the right choice (from 0), or the choice itself. Rows without the first two get them from a form filled with
-their own columns, and from a list that is the same for all: so a table of labelled texts becomes a task.
+``answer`` is the index of the right choice (from 0) or its text. A recipe can build the context from a template over the row's columns,
+and use the same choices for every row. In this way a table of labelled texts becomes a task.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stages.errors import DataError
 
 @dataclass(frozen=True)
 class Question:
-    """A context, what may follow it, and which of that is right."""
+    """A context, its candidate continuations, and the index of the right one."""
 
     context: str
     choices: list[str]
@@ -25,27 +25,27 @@ class Question:
 
 
 def load_questions(sources: Sequence[DataSource], context: str | None = None, choices: Sequence[str] | None = None) -> list[Question]:
-    """The questions of ``sources``. Raises DataError with the place of a row that is none."""
+    """Read the questions of ``sources``. Raises DataError with the location of a malformed row."""
     return [question(row, context, choices) for row in read_rows(sources, split="test")]
 
 
 def question(row: Row, form: str | None = None, fixed: Sequence[str] | None = None) -> Question:
-    """One row as a question; ``form`` (with ``{column}`` slots) and ``fixed`` choices take the place of its own."""
+    """Convert one row. ``form`` (a template with ``{column}`` slots) and ``fixed`` (choices) replace the row's own columns."""
     context = text_of(row, "context", empty=True) if form is None else _filled(form, row)
     choices, answer = row.get("choices") if fixed is None else list(fixed), row.get("answer")
     if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
-        raise DataError(f"{row.place}: choices is {choices!r:.80}; expected a list of texts. The row has {', '.join(row)}")
+        raise DataError(f"{row.location}: choices is {choices!r:.80}; expected a list of texts. The row has {', '.join(row)}")
     if len(choices) < 2 or len(set(choices)) < len(choices):
-        raise DataError(f"{row.place}: choices is {choices!r:.80}; expected at least two texts, all different")
+        raise DataError(f"{row.location}: choices is {choices!r:.80}; expected at least two texts, all different")
     if isinstance(answer, str) and answer in choices:
         answer = choices.index(answer)
-    elif isinstance(answer, str) and answer.isdigit():  # csv has no numbers, and some data sets keep them as text
+    elif isinstance(answer, str) and answer.isdigit():  # CSV has no numbers, and some data sets store them as text
         answer = int(answer)
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise DataError(f"{row.place}: answer is {answer!r:.80}; expected one of the choices, or its number from 0 to {len(choices) - 1}")
+        raise DataError(f"{row.location}: answer is {answer!r:.80}; expected one of the choices, or its index from 0 to {len(choices) - 1}")
     return Question(context, choices, answer)
 
 
 def _filled(form: str, row: Row) -> str:
-    """``form`` with its slots filled from the row in one pass: a text may hold braces of its own."""
+    """Fill the slots of ``form`` from the row in one pass, so that braces inside a filled text stay as they are."""
     return re.sub(r"\{(\w+)\}", lambda slot: text_of(row, slot[1], empty=True), form)

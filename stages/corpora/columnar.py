@@ -1,4 +1,4 @@
-"""Objects in parquet and Arrow tables: their JSON columns, and the fields that only the table gave them."""
+"""Objects in Parquet and Arrow tables: parse JSON columns, and drop the None fields that only the table schema added."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 class JsonObject(dict[str, Any]):
-    """An object that a table holds as JSON text. Its None values are the data's own."""
+    """An object that the table stores as JSON text. Its None values come from the data."""
 
 
 def plain_rows(batch: pyarrow.RecordBatch) -> list[dict[str, Any]]:
-    """The rows of a batch. Values of the type ``arrow.json``, as ``datasets`` writes objects of mixed types, are parsed."""
+    """Convert a batch to rows. Parses values of type ``arrow.json``, which ``datasets`` writes for objects of mixed types."""
     rows: list[dict[str, Any]] = batch.to_pylist()
     for column in batch.schema:
         if _holds_json(column.type):
@@ -32,7 +32,7 @@ def _holds_json(kind: pyarrow.DataType) -> bool:
 
 
 def _parsed(value: Any, kind: pyarrow.DataType) -> Any:
-    """``value`` with its JSON parsed; a text that is no JSON stays as it is."""
+    """Parse the JSON inside ``value``. A text that is not valid JSON is returned unchanged."""
     if _is_json(kind) and isinstance(value, str):
         try:
             return json.loads(value, object_hook=JsonObject)
@@ -46,9 +46,9 @@ def _parsed(value: Any, kind: pyarrow.DataType) -> Any:
 
 
 def without_missing(value: Any) -> Any:
-    """``value`` without the fields that are None, at every depth outside JSON.
+    """Remove fields that are None, at every depth except inside parsed JSON.
 
-    All objects in a column of a table have the same fields; None stands for those that an object did not have.
+    All objects in a table column share one set of fields. None marks a field that the original object did not have.
     """
     if isinstance(value, JsonObject):
         return value

@@ -1,10 +1,10 @@
-"""Comparisons for reward models: a prompt and K >= 2 ranked completions; K may differ from row to row, and ranks may tie.
+"""Comparisons for reward models: a prompt and K >= 2 ranked completions. K may differ between rows, and ranks may tie.
 
-prompt + completions + ranks         ranks: 0 is best, equal numbers tie
+prompt + completions + ranks         ranks: 0 is best, equal ranks tie
 prompt + responses (+ scores)        best first; equal scores tie
-prompt + chosen + rejected           the ordinary pair, text or turns that follow the prompt
-conversations + chosen + rejected    ShareGPT's pair: a conversation that the user ends, and two answers
-chosen + rejected                    whole conversations, or hh-rlhf's dialogues: what both begin with is the prompt
+prompt + chosen + rejected           the usual pair: text, or turns that follow the prompt
+conversations + chosen + rejected    ShareGPT's pair: a conversation that ends with a user turn, and two answers
+chosen + rejected                    full conversations, or hh-rlhf's dialogues; their common beginning is the prompt
 info + summaries + choice            openai/summarize_from_feedback as published; ``worker`` is the annotator
 prompt + responses as an object      {name: text}; ``preferred`` names the best one, the others tie
 """
@@ -27,18 +27,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Completions of one prompt and their ranks (0 best; equal ranks tie). ``place``: where the row stands in the data."""
+    """Completions of one prompt and their ranks (0 is best; equal ranks tie).
+
+    ``location``: where the row is in its file, such as ``file:line``.
+    """
 
     prompt: Prompt
     completions: Sequence[Completion]
     ranks: list[int]
     annotator: str | None = None
     groups: dict[str, str] = field(default_factory=dict)  # columns by which accuracy is split
-    place: str = field(default="", compare=False)
+    location: str = field(default="", compare=False)
 
     @property
     def num_pairs(self) -> int:
-        """Pairs that are no tie."""
+        """Number of pairs whose ranks differ."""
         return sum(a != b for index, a in enumerate(self.ranks) for b in self.ranks[:index])
 
     @property
@@ -48,28 +51,28 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Comparisons:
-    """Comparisons to train on, and comparisons held out."""
+    """Training comparisons and held-out comparisons."""
 
     train: list[Comparison]
     validation: list[Comparison]
-    collected: int = 0  # how many of those to train on were made by the step itself
+    collected: int = 0  # number of training comparisons that the step itself sampled and labelled
 
 
 def load_comparisons(
     data: DataInput, *, preferred: str | None = None, curator: Curator | None = None, group_by: Sequence[str] = ()
 ) -> Comparisons:
-    """Comparisons of both splits. Raises DataError where a row is malformed, or where a split holds nothing but ties."""
+    """Load both splits. Raises DataError for a malformed row, and for a split in which every comparison is a tie."""
     splits = []
     for rows, which in zip(read_splits(data, curator), ("training", "held-out"), strict=True):
-        made = [replace(comparison(row, preferred=preferred), groups=_groups(row, group_by), place=row.place) for row in rows]
+        made = [replace(comparison(row, preferred=preferred), groups=_groups(row, group_by), location=row.location) for row in rows]
         if not any(item.num_pairs for item in made):
-            raise DataError(f"the {which} comparisons ({len(made)} rows, first {rows[0].place}) are all ties; a ranking needs a preference")
+            raise DataError(f"the {which} comparisons ({len(made)} rows, first {rows[0].location}) are all ties; expected a preference")
         splits.append(made)
     return Comparisons(splits[0], splits[1])
 
 
 def comparison(row: Row, *, preferred: str | None = None) -> Comparison:
-    """One row as ranked completions."""
+    """Convert one row to ranked completions."""
     annotator = row.get("annotator")
     name = annotator if isinstance(annotator, str) else None
     if "chosen" in row and "rejected" in row:
@@ -82,7 +85,7 @@ def comparison(row: Row, *, preferred: str | None = None) -> Comparison:
         first, chosen = split_dialogue(text_of(row, "chosen"), row, "chosen")
         other, rejected = split_dialogue(text_of(row, "rejected"), row, "rejected")
         if first != other:
-            # hh-rlhf has a few dialogues that part before the last turn; what follows the common part is compared.
+            # A few hh-rlhf dialogues differ before the last turn: their common prefix is the prompt, the rest is compared.
             common = _common(first + chosen, other + rejected)
             first, chosen, rejected = common, (first + chosen)[len(common) :], (other + rejected)[len(common) :]
         return Comparison(first, [chosen, rejected], [0, 1], name)
@@ -92,57 +95,57 @@ def comparison(row: Row, *, preferred: str | None = None) -> Comparison:
     column = next((column for column in ("completions", "responses") if column in row), None)
     if column is None:
         raise DataError(
-            f"{row.place}: columns {', '.join(row)} make no comparison; expected prompt + completions + ranks, prompt + responses "
+            f"{row.location}: columns {', '.join(row)} are not a comparison; expected prompt + completions + ranks, prompt + responses "
             "(+ scores), info + summaries + choice, or (prompt +) chosen + rejected"
         )
     value = row[column]
     if isinstance(value, dict):
         if preferred not in value:
-            raise DataError(f"{row.place}: {column} is an object; set preferred to one of {', '.join(value)} (got {preferred!r})")
+            raise DataError(f"{row.location}: {column} is an object; set preferred to one of {', '.join(value)} (got {preferred!r})")
         value, ranks = list(value.values()), [int(key != preferred) for key in value]
     elif isinstance(value, list):
         ranks = _ranks(row, column, len(value))
     else:
-        raise DataError(f"{row.place}: {column} is {type(value).__name__}; expected a list of texts")
+        raise DataError(f"{row.location}: {column} is {type(value).__name__}; expected a list of texts")
     if len(value) < 2:
-        raise DataError(f"{row.place}: {len(value)} completion(s); a comparison needs at least 2")
+        raise DataError(f"{row.location}: {len(value)} completion(s); a comparison needs at least 2")
     if all(holds_turns(answer) for answer in value):
-        prompt, completions = split_answers(row, {f"{column}, entry {number}": answer for number, answer in enumerate(value, 1)})
+        prompt, completions = split_answers(row, {f"{column}, entry {index}": answer for index, answer in enumerate(value, 1)})
         return Comparison(prompt, completions, ranks, name)
-    for number, text in enumerate(value, 1):
+    for index, text in enumerate(value, 1):
         if not isinstance(text, str):
-            raise DataError(f"{row.place}: {column}, entry {number} is {type(text).__name__}; expected text")
+            raise DataError(f"{row.location}: {column}, entry {index} is {type(text).__name__}; expected text")
     return Comparison(prompt_of(row), value, ranks, name)
 
 
 def _groups(row: Row, columns: Sequence[str]) -> dict[str, str]:
     for column in columns:
         if column not in row:
-            raise DataError(f"{row.place}: group_by names {column!r}, and the row has {', '.join(row)}")
+            raise DataError(f"{row.location}: group_by names {column!r}, and the row has {', '.join(row)}")
     return {column: str(row[column]) for column in columns}
 
 
-def _ranks(row: Row, column: str, number: int) -> list[int]:
+def _ranks(row: Row, column: str, count: int) -> list[int]:
     given = row.get("ranks", row.get("scores"))
     if given is None:
         if column == "completions":
-            raise DataError(f"{row.place}: completions without ranks; expected ranks (0 best, equal numbers tie) or scores")
-        return list(range(number))  # responses: best first
-    if not isinstance(given, list) or len(given) != number or not all(isinstance(item, int | float) for item in given):
-        raise DataError(f"{row.place}: expected {number} numbers in {'ranks' if 'ranks' in row else 'scores'}, got {given!r:.80}")
+            raise DataError(f"{row.location}: completions without ranks; expected ranks (0 best, equal numbers tie) or scores")
+        return list(range(count))  # responses: best first
+    if not isinstance(given, list) or len(given) != count or not all(isinstance(item, int | float) for item in given):
+        raise DataError(f"{row.location}: expected {count} numbers in {'ranks' if 'ranks' in row else 'scores'}, got {given!r:.80}")
     ordered = sorted(set(given), reverse="ranks" not in row)
     return [ordered.index(item) for item in given]
 
 
 def _common(first: str, second: str) -> str:
-    """The longest common beginning that ends with a reply's mark."""
+    """The longest common prefix that ends with an assistant marker."""
     length = next((index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
     head, mark, _ = first[:length].rpartition("\n\nAssistant:")
     return head + mark
 
 
 def group_by_annotator(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
-    """Comparisons by who ranked them; rows without a name are left out."""
+    """Group comparisons by annotator. Rows without an annotator are left out."""
     groups: dict[str, list[Comparison]] = {}
     for item in comparisons:
         if item.annotator is not None:

@@ -1,8 +1,7 @@
-"""Completions made elsewhere: ``prompt`` + ``completion``, ``instruction`` (+ ``input``) + ``output`` (AlpacaEval's), ``messages``, or
+"""Completions from another source: ``prompt`` + ``completion``, AlpacaEval's ``instruction`` (+ ``input``) + ``output``, ``messages``, or
 ShareGPT's ``conversations``.
 
-Several completions of a prompt are its samples, in the order of the data; a column ``sample`` (from 0) says which one a row is, where
-some are missing.
+Several completions of one prompt are its samples, in data order. Where some are missing, the column ``sample`` gives the index (from 0).
 """
 
 from __future__ import annotations
@@ -17,45 +16,45 @@ from stages.errors import DataError
 
 
 def load_completions(sources: Sequence[DataSource]) -> dict[str, dict[int, str]]:
-    """The completions of each prompt (by ``prompt_key``) by their sample number; an empty one is an answer, too.
+    """Load completions as {``prompt_key``: {sample index: completion}}. An empty completion also counts as an answer.
 
-    Raises DataError for a sample that is there twice.
+    Raises DataError for a duplicate sample.
     """
-    found: dict[str, dict[int, str]] = {}
+    completions: dict[str, dict[int, str]] = {}
     for row in read_rows(sources, split="test"):
         prompt, completion = completion_in(row)
-        samples = found.setdefault(prompt_key(prompt), {})
-        sample = sample_number(row, default=len(samples))
+        samples = completions.setdefault(prompt_key(prompt), {})
+        sample = sample_index(row, default=len(samples))
         if sample in samples:
-            raise DataError(f"{row.place}: sample {sample} of this prompt is there already; number the samples of a prompt apart")
+            raise DataError(f"{row.location}: sample {sample} of this prompt occurs twice; give each sample of a prompt its own index")
         samples[sample] = completion
-    return found
+    return completions
 
 
-def sample_number(row: Row, *, default: int = 0) -> int:
-    """The row's column ``sample``. Raises DataError where it is no whole number from 0."""
+def sample_index(row: Row, *, default: int = 0) -> int:
+    """The row's column ``sample``. Raises DataError unless it is an integer >= 0."""
     value = row.get("sample", default)
     if isinstance(value, str) and value.isdigit():  # csv has no numbers
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise DataError(f"{row.place}: sample is {value!r}; expected a whole number from 0")
+        raise DataError(f"{row.location}: sample is {value!r}; expected an integer >= 0")
     return value
 
 
 def prompt_key(prompt: Prompt) -> str:
-    """What two equal prompts have in common."""
+    """The key under which equal prompts are grouped."""
     return repr(prompt)
 
 
 def completion_in(row: Row) -> tuple[Prompt, str]:
-    """The prompt of a row and its completion as a text. Raises DataError with the row's place where it holds none."""
-    if (whole := conversation_column(row)) is not None:
-        asked, reply = split_messages(row, whole)
+    """The row's prompt and its completion as text. Raises DataError with the row's location where there is no completion."""
+    if (column := conversation_column(row)) is not None:
+        asked, reply = split_messages(row, column)
         return asked, completion_text(reply)
     column = next((column for column in ("completion", "output") if column in row), None)
     if column is None:
         raise DataError(
-            f"{row.place}: columns {', '.join(row)} hold no completion; expected prompt + completion, instruction (+ input) + output, "
+            f"{row.location}: columns {', '.join(row)} have no completion; expected prompt + completion, instruction (+ input) + output, "
             "messages or conversations"
         )
     if not holds_turns(row[column]):

@@ -1,6 +1,6 @@
-"""Which rows are used: near-copies, users with too many prompts, personal data and texts of the wrong length are left out.
+"""Row filters: near-duplicates, users with too many prompts, personal data, and texts that are too short or too long.
 
-As Ouyang et al. 2022, section 3.2 (prompts) and Stiennon et al. 2020, appendix A (lengths). Every filter is off until a recipe sets it.
+See Ouyang et al. 2022, section 3.2 (prompts) and Stiennon et al. 2020, appendix A (lengths). Every filter is off unless a recipe sets it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stages.errors import DataError
 
 CountTokens = Callable[[str], int]
 
-# Deliberately broad: a row lost costs little, a leaked address much. Digits in groups of a phone number's size, with the usual separators.
+# Deliberately broad: a lost row costs little, a leaked address much. ``phone`` matches digit groups of a phone number's length.
 PII = {
     "email": re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),
     "phone": re.compile(r"(?<![\w.])(?:\+\d{1,3}[ .-]?)?(?:\(\d{2,4}\)[ .-]?|\d{2,4}[ .-])\d{3,4}[ .-]?\d{2,4}(?![\w-])"),
@@ -28,25 +28,25 @@ PII = {
 
 
 class Curation(Strict):
-    """Filters on the rows of a step, in this order. Counts of what is left out are said, and kept as metrics."""
+    """Row filters of a step, applied in this order. The counts of dropped rows are logged and stored as metrics."""
 
     pii: Literal["keep", "drop", "mask"] = Field(
         "keep",
-        description="Training rows with an e-mail address, a phone number or the like: left out, or the place masked. Held-out rows stay.",
+        description="Drop training rows with personal data (e-mail address, phone number, ...), or mask it. Held-out rows are kept.",
     )
     tokens: dict[str, tuple[int, int]] = Field(
-        {}, description="Least and most tokens of a column, e.g. {completion: [24, 48]}; of a list, of each of its texts."
+        {}, description="Minimum and maximum tokens of a column, e.g. {completion: [24, 48]}; in a list column, of each text."
     )
     prefix_words: int | None = Field(
-        None, ge=1, description="Of prompts that begin with the same so many words only the first is used (the paper tells no number)."
+        None, ge=1, description="Keep only the first of all prompts that share this many first words (the paper gives no number)."
     )
-    max_per_user: int | None = Field(None, ge=1, description="Most prompts of one user; the paper's is 200.")
+    max_per_user: int | None = Field(None, ge=1, description="Maximum prompts per user; 200 in the paper.")
     user_column: str = Field("user", description="The column that names the user.")
 
     @model_validator(mode="before")
     @classmethod
     def _pairs(cls, value: Any) -> Any:
-        """YAML has no tuples."""
+        """Accept lists: YAML has no tuples."""
         if isinstance(value, dict) and isinstance(value.get("tokens"), dict):
             pairs = {name: tuple(pair) if isinstance(pair, list) else pair for name, pair in value["tokens"].items()}
             return {**value, "tokens": pairs}
@@ -56,14 +56,14 @@ class Curation(Strict):
     def _ordered(self) -> Curation:
         for name, (least, most) in self.tokens.items():
             if not 0 <= least <= most:
-                raise ValueError(f"tokens.{name}=[{least}, {most}]: expected the least and then the most number of tokens")
+                raise ValueError(f"tokens.{name}=[{least}, {most}]: expected [minimum, maximum] with 0 <= minimum <= maximum")
         return self
 
 
 class Curator:
-    """Applies a step's filters to one table after another, and counts what they leave out.
+    """Applies a step's filters to tables and counts the rows that they drop.
 
-    ``count_tokens`` is the step's tokenizer; without one (before any model is loaded) lengths are not looked at.
+    ``count_tokens`` counts with the step's tokenizer. Without it (before a model is loaded) lengths are not checked.
     """
 
     def __init__(self, curation: Curation, count_tokens: CountTokens | None = None) -> None:
@@ -71,11 +71,11 @@ class Curator:
         self.left_out: Counter[str] = Counter()
 
     def training(self, rows: Iterable[Row]) -> list[Row]:
-        """The training rows that are used."""
+        """Filter training rows."""
         return self._apply(self._without_pii(rows))
 
     def heldout(self, rows: Iterable[Row]) -> list[Row]:
-        """The held-out rows that are used: the same filters, but what is personal stays (it is not learned)."""
+        """Filter held-out rows. The personal-data filter does not apply, because nothing is learned from these rows."""
         return self._apply(rows)
 
     def _apply(self, rows: Iterable[Row]) -> list[Row]:
@@ -101,7 +101,7 @@ class Curator:
             return True
         for column, (least, most) in self.curation.tokens.items():
             if column not in row:
-                raise DataError(f"{row.place}: curation.tokens names the column {column!r}, and the row has {', '.join(row)}")
+                raise DataError(f"{row.location}: curation.tokens names the column {column!r}, and the row has {', '.join(row)}")
             value = row[column]
             texts = value if isinstance(value, list) else [value]
             if not all(least <= self.count_tokens(text) <= most for text in texts if isinstance(text, str)):
@@ -116,7 +116,7 @@ class Curator:
         kept, seen = [], set()
         for row in rows:
             beginning = tuple(_prompt_text(row).lower().split()[:words])
-            # A prompt shorter than that is a copy only of one that is the same whole.
+            # A prompt with fewer words counts as a duplicate only of an identical prompt.
             if beginning in seen:
                 self.left_out["prefix"] += 1
                 continue
@@ -131,7 +131,9 @@ class Curator:
         kept, counts = [], Counter[str]()
         for row in rows:
             if self.curation.user_column not in row:
-                raise DataError(f"{row.place}: max_per_user needs the column {self.curation.user_column!r}; the row has {', '.join(row)}")
+                raise DataError(
+                    f"{row.location}: max_per_user needs the column {self.curation.user_column!r}; the row has {', '.join(row)}"
+                )
             user = str(row[self.curation.user_column])
             counts[user] += 1
             if counts[user] > most:
@@ -152,7 +154,7 @@ def _holds_pii(text: str) -> bool:
 
 
 def _texts(value: Any) -> Iterable[str]:
-    """Every text in a row, however deep (messages, lists of completions)."""
+    """Yield every text in a row at any depth (messages, lists of completions)."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -164,7 +166,7 @@ def _texts(value: Any) -> Iterable[str]:
 
 
 def mask_pii(text: str) -> str:
-    """``text`` with every e-mail address, phone number and the like replaced by its kind in brackets."""
+    """Replace every e-mail address, phone number and similar by its kind in brackets."""
     for kind, pattern in PII.items():
         text = pattern.sub(f"[{kind}]", text)
     return text

@@ -2,13 +2,13 @@
 
     prompt + completion                  text, or messages
     messages                             a conversation; its last assistant turn is the completion, the turns before it are the prompt
-    conversations                        the same as ShareGPT has it, {from, value}; a column system holds the first turn
-    conversations + chosen               a conversation that the user ends, and the preferred answer to it
+    conversations                        the same in ShareGPT's form, {from, value}; a column ``system`` holds the first turn
+    conversations + chosen               a conversation that ends with a user turn, and the preferred answer to it
     instruction + input + output         Alpaca's columns; the input follows the instruction after an empty line
     subreddit + title + post + summary   Reddit's TL;DR as published
-    prompt + chosen                      of a comparison, the preferred side (also hh-rlhf's dialogues without a prompt column)
+    prompt + chosen                      the preferred side of a comparison (also hh-rlhf's dialogues without a prompt column)
 
-``completion`` and ``chosen`` may be several turns that follow the prompt, or a conversation with the prompt in it.
+``completion`` and ``chosen`` may also be several turns that follow the prompt, or a conversation that includes the prompt.
 """
 
 from __future__ import annotations
@@ -37,47 +37,49 @@ if TYPE_CHECKING:
 
 
 class Demonstration(dict[str, Any]):
-    """``prompt`` and ``completion``.
+    """A dict with ``prompt`` and ``completion``.
 
-    ``place``: where the row stands in the data. ``whole``: the row is one conversation, whose earlier replies, which are in the prompt,
-    are demonstrations as well.
+    ``location``: where the row is in its file, such as ``file:line``. ``is_full_conversation``: the row is one conversation, so the earlier
+    replies inside the
+    prompt
+    are demonstrations, too.
     """
 
-    place: str = ""
-    whole: bool = False
+    location: str = ""
+    is_full_conversation: bool = False
 
     def with_prompt(self, prompt: Prompt) -> Demonstration:
-        """The same demonstration with another form of its prompt."""
+        """The same demonstration with a different prompt."""
         made = Demonstration(self, prompt=prompt)
-        made.place, made.whole = self.place, self.whole
+        made.location, made.is_full_conversation = self.location, self.is_full_conversation
         return made
 
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """Demonstrations to train on, and demonstrations held out."""
+    """Training demonstrations and held-out demonstrations."""
 
     train: list[Demonstration]
     validation: list[Demonstration]
 
 
 def load_demonstrations(data: DataInput, curator: Curator | None = None) -> Demonstrations:
-    """Demonstrations of both splits. Raises DataError naming the place, the columns found and those expected."""
+    """Load both splits. Raises DataError with the row's location, its columns and the expected columns."""
     train, validation = read_splits(data, curator)
     return Demonstrations([demonstration(row) for row in train], [demonstration(row) for row in validation])
 
 
 def demonstration(row: Row) -> Demonstration:
-    """One row as a prompt and a completion."""
+    """Convert one row to a prompt and a completion."""
     prompt, completion = _prompt_and_completion(row)
     made = Demonstration(prompt=prompt, completion=completion)
-    made.place = row.place
-    made.whole = _is_whole(row)
+    made.location = row.location
+    made.is_full_conversation = _is_full_conversation(row)
     return made
 
 
-def _is_whole(row: Row) -> bool:
-    """Whether one column holds all of the demonstration."""
+def _is_full_conversation(row: Row) -> bool:
+    """Whether a single column holds the full conversation."""
     if "completion" in row or open_conversation(row) is not None:
         return False
     return conversation_column(row) is not None or (isinstance(row.get("chosen"), list) and "prompt" not in row)
@@ -88,8 +90,8 @@ def _prompt_and_completion(row: Row) -> tuple[Prompt, Completion]:
         return _answered(row, "completion")
     if open_conversation(row) is not None:
         return _answered(row, "chosen")
-    if (whole := conversation_column(row)) is not None:
-        return split_messages(row, whole)
+    if (column := conversation_column(row)) is not None:
+        return split_messages(row, column)
     if "instruction" in row:
         extra = text_of(row, "input", empty=True) if "input" in row else ""
         instruction = text_of(row, "instruction")
@@ -103,13 +105,13 @@ def _prompt_and_completion(row: Row) -> tuple[Prompt, Completion]:
             return split_messages(row, "chosen")
         return split_dialogue(text_of(row, "chosen"), row, "chosen")
     raise DataError(
-        f"{row.place}: columns {', '.join(row)} make no demonstration; expected prompt + completion, messages, conversations, "
+        f"{row.location}: columns {', '.join(row)} are not a demonstration; expected prompt + completion, messages, conversations, "
         "instruction (+ input) + output, subreddit + title + post + summary, or (prompt +) chosen"
     )
 
 
 def _answered(row: Row, column: str) -> tuple[Prompt, Completion]:
-    """A row with a prompt and its answer in ``column``."""
+    """A row with a prompt, and its answer in ``column``."""
     if not holds_turns(row.get(column)) and open_conversation(row) is None:
         return prompt_of(row), text_of(row, column)
     prompt, completions = split_answers(row, {column: row[column]})

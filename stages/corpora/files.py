@@ -1,7 +1,7 @@
-"""Tables from files, folders, data sets of the Hub and the embedded world, as lists of rows; and fingerprints of their content.
+"""Read tables from files, folders, Hub data sets and the embedded world as lists of rows, and compute fingerprints of their content.
 
-A row remembers where it stands (``Row.place``), so that an error found later names the file and the line. Which files of a folder are
-read is decided in ``layout.py``, and how the Hub is read in ``hub_tables.py``.
+Each row keeps its location (``Row.location``), so that a later error can name the file and the line. ``layout.py`` decides which files of a
+folder are read; ``hub_tables.py`` reads the Hub.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from stages.config import HUB, DataInput, DataSource
 from stages.corpora.columnar import plain_rows
 from stages.corpora.labels import ANSWERS, TASKS, labelled_rows, labelling_folder_of
-from stages.corpora.layout import PACKED, SUFFIXES, WHOLE, Layout, Part, is_data, layout_of, parts_of, suffix_of
+from stages.corpora.layout import PACKED, SUFFIXES, UNSPLIT, Layout, Part, is_data, layout_of, parts_of, suffix_of
 from stages.corpora.world.lexicon import world_files
 from stages.corpora.world.parts import PREFIX, world_rows
 from stages.errors import DataError
@@ -40,31 +40,31 @@ DECIDE = ("README.md", "dataset_dict.json", "state.json")
 
 
 class Row(dict[str, Any]):
-    """A row of a table and its place (``file:line`` or ``source, row N``).
+    """A row of a table with its location (``file:line`` or ``source, row N``).
 
-    ``columnar``: it is of a parquet or Arrow table, whose objects have None for the fields that only other rows have.
+    ``columnar``: the row comes from a Parquet or Arrow table, where objects hold None for fields that only other rows have.
     """
 
-    place: str = ""
+    location: str = ""
     columnar: bool = False
 
     def with_values(self, values: dict[str, Any]) -> Row:
-        """A row with other values at the same place."""
+        """A row with other values at the same location."""
         made = Row(values)
-        made.place, made.columnar = self.place, self.columnar
+        made.location, made.columnar = self.location, self.columnar
         return made
 
 
 def read_rows(sources: Sequence[DataSource], *, split: str = "train") -> list[Row]:
-    """All rows of ``sources`` in order, columns renamed, ``skip`` and ``limit`` applied per source.
+    """Read all rows of ``sources`` in order. Renames columns, and applies ``skip`` and ``limit`` per source.
 
-    ``split`` is read of a folder or a data set of the Hub where the source names none. Raises DataError with the place of what is wrong.
+    ``split`` is the default for a folder or Hub data set whose source names none. Raises DataError with the location of the fault.
     """
     return [row for source in sources for row in _read_source(source, split)]
 
 
 def read_splits(data: DataInput, curator: Curator | None = None) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows, less what ``curator`` leaves out. Without a validation source some of the training rows are held out."""
+    """Read training and held-out rows, filtered by ``curator``. Without a validation source, part of the training rows is held out."""
     from stages.corpora.splits import hold_out
 
     train = read_rows(data.train)
@@ -82,24 +82,24 @@ def read_splits(data: DataInput, curator: Curator | None = None) -> tuple[list[R
 
 
 def _say_overlap(train: Sequence[DataSource], validation: Sequence[DataSource]) -> None:
-    """Warn where held-out data are also trained on, by what the sources name; equal rows under other names are not looked for."""
+    """Warn if held-out rows are also training rows. Compares what the sources name; equal rows under different names are not detected."""
     for held in validation:
         for source in train:
             if _rows_named(source, "train") == _rows_named(held, "validation") and _meet(source, held):
-                logger.warning("%s: rows of the held-out data are trained on, too; name other rows (split, skip, limit) for one", held.path)
+                logger.warning("%s: held-out rows are also training rows; change split, skip or limit of one", held.path)
 
 
 def _rows_named(source: DataSource, default: str) -> tuple[Any, ...]:
-    """What ``source`` reads, but for skip and limit; ``default`` is the split where it names none."""
+    """What ``source`` reads apart from skip and limit. ``default`` is the split if it names none."""
     split = source.split or default
     path = Path(source.path)
     if not source.on_hub and not (path.is_dir() and folder_layout(path, source).names_splits):
-        split = WHOLE  # a file, a part of the embedded world, or a folder that is read whole
+        split = UNSPLIT  # a file, a part of the embedded world, or a folder without splits
     return source.path, source.name, split, source.data_dir, str(source.data_files), source.revision
 
 
 def _meet(one: DataSource, other: DataSource) -> bool:
-    """Whether skip and limit of two sources leave rows that both read."""
+    """Whether the ``skip`` and ``limit`` of two sources select overlapping rows."""
     ends = [float("inf") if source.limit is None else source.skip + source.limit for source in (one, other)]
     return max(one.skip, other.skip) < min(ends)
 
@@ -119,7 +119,7 @@ def _read_source(source: DataSource, split: str) -> list[Row]:
 
 def _open(source: DataSource, split: str) -> Iterator[Row]:
     if source.path.startswith(PREFIX):
-        return _placed(world_rows(source.path, None if source.limit is None else source.skip + source.limit), source.path)
+        return _with_locations(world_rows(source.path, None if source.limit is None else source.skip + source.limit), source.path)
     if source.on_hub:
         _refuse_file(source)
         from stages.corpora.hub_tables import read_hub
@@ -127,7 +127,7 @@ def _open(source: DataSource, split: str) -> Iterator[Row]:
         return read_hub(source, split)
     path = Path(source.path)
     if (labels := labelling_folder_of(path)) is not None:
-        return (_row(row, place) for place, row in labelled_rows(labels))
+        return (_row(row, location) for location, row in labelled_rows(labels))
     try:
         if path.is_dir():
             return _read_folder(path, source, split)
@@ -138,20 +138,20 @@ def _open(source: DataSource, split: str) -> Iterator[Row]:
 
 
 def _refuse_file(source: DataSource) -> None:
-    """Raise DataError for a path that can be no id of the Hub."""
+    """Raise DataError for a path that cannot be a Hub id."""
     path = Path(source.path)
     if not source.path.startswith(HUB) and (path.is_absolute() or path.suffix in (*SUFFIXES, *PACKED)):
         raise DataError(f"{source.path}: no such file; expected {EXPECTED}, a folder, a hub id or world:PART")
 
 
 def _check_single(path: Path, source: DataSource) -> None:
-    """Raise DataError for fields that choose among files, which one file does not have."""
+    """Raise DataError for fields that select among files if the path is a single file."""
     fields = {"name": source.name, "data_dir": source.data_dir, "data_files": source.data_files, "revision": source.revision}
     given = [name for name, value in fields.items() if value is not None]
     if given:
         raise DataError(f"{given[0]} is set, and the path is one file; leave {given[0]} out, or name the folder")
     if source.split is not None:
-        parts = parts_of(layout_of([path.name], lambda name: ""), source.split, WHOLE)
+        parts = parts_of(layout_of([path.name], lambda name: ""), source.split, UNSPLIT)
         if any(part.written_slice for part in parts):
             raise DataError(f"split: {source.split} slices one file; choose its rows with skip and limit")
 
@@ -160,7 +160,7 @@ def _check_single(path: Path, source: DataSource) -> None:
 
 
 def folder_layout(path: Path, source: DataSource) -> Layout:
-    """The data files of a local folder by split. Raises DataError where there are none, or where what the source chooses is not there."""
+    """The data files of a local folder by split. Raises DataError if there are none, or if the source selects something that is missing."""
     if source.revision is not None:
         raise DataError("revision is set, and the path is a local folder; leave revision out, or write hub:owner/name for the Hub")
     names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
@@ -178,30 +178,30 @@ def _folder_text(folder: Path, name: str) -> str:
 
 
 def _read_folder(path: Path, source: DataSource, split: str) -> Iterator[Row]:
-    """The rows of a folder: of the split that the source names, else of ``split``; all rows where nothing tells splits apart."""
+    """Read a folder's rows: the split that the source names, else ``split``; all rows if nothing distinguishes splits."""
     layout = folder_layout(path, source)
     if layout.unread and not layout.is_declared:
         _say_unread(path, layout, source)
     if layout.lost:
-        logger.warning("%s: %s; only those that are there are read", path, layout.lost)
+        logger.warning("%s: %s; only the existing files are read", path, layout.lost)
     parts = parts_of(layout, source.split, split)
     _check_formats([name for part in parts for name in layout.splits[part.split]])
     return rows_of_parts(layout, parts, lambda name: read_file(path / name, str(path / name)))
 
 
 def _say_unread(path: Path, layout: Layout, source: DataSource) -> None:
-    """Report data files that belong to no split. Raises DataError where the source names no split: are they meant to be left out?"""
+    """Warn about data files that belong to no split. Raises DataError if the source names no split, because the intent is unclear."""
     left = f"{', '.join(layout.unread[:3])}{f' and {len(layout.unread) - 3} more' if len(layout.unread) > 3 else ''}"
     if source.split is None:
         raise DataError(
-            f"some file names tell a split ({', '.join(layout.splits)}) and others do not ({left}); name a split, or all files with "
+            f"some file names contain a split ({', '.join(layout.splits)}) and others do not ({left}); set split, or select all files with "
             'data_files: "**"'
         )
     logger.warning("%s: %d data files belong to no split and are not read: %s", path, len(layout.unread), left)
 
 
 def _check_formats(names: Sequence[str]) -> None:
-    """Raise DataError for one table in two formats: its rows would count twice."""
+    """Raise DataError if one table exists in two formats, because its rows would count twice."""
     seen: dict[str, str] = {}
     for name in names:
         bare = name.removesuffix(Path(name).suffix) if Path(name).suffix in PACKED else name
@@ -212,7 +212,7 @@ def _check_formats(names: Sequence[str]) -> None:
 
 
 def rows_of_parts(layout: Layout, parts: Sequence[Part], read: Callable[[str], Iterator[Row]]) -> Iterator[Row]:
-    """The rows of ``parts`` in order; ``read`` gives those of one file."""
+    """The rows of ``parts`` in order. ``read`` returns the rows of one file."""
     for part in parts:
         rows = (row for name in layout.splits[part.split] for row in read(name))
         if part.written_slice:
@@ -226,7 +226,7 @@ def rows_of_parts(layout: Layout, parts: Sequence[Part], read: Callable[[str], I
 
 
 def read_file(path: Path, shown: str) -> Iterator[Row]:
-    """The rows of one file; ``shown`` names it in messages. Raises DataError for what cannot be read."""
+    """The rows of one file. ``shown`` is its name in messages. Raises DataError for an unreadable file."""
     readers: dict[str, Callable[[Path, str], Iterator[Row]]] = {
         ".jsonl": _read_jsonl,
         ".ndjson": _read_jsonl,
@@ -244,7 +244,7 @@ def read_file(path: Path, shown: str) -> Iterator[Row]:
 
 
 def _bytes(path: Path, shown: str) -> bytes:
-    """The bytes of a file, unpacked where its name says that it is packed."""
+    """The content of a file, decompressed according to its suffix."""
     packing = Path(shown).suffix.lower()
     try:
         data = path.read_bytes()
@@ -275,23 +275,23 @@ def _read_jsonl(path: Path, shown: str) -> Iterator[Row]:
 
 
 def _json_lines(text: str, shown: str) -> Iterator[Row]:
-    # Not splitlines(): JSON strings may hold U+2028 and the like, which are no line ends of JSON Lines.
-    for number, line in enumerate(text.split("\n"), 1):
+    # Not splitlines(): JSON strings may contain U+2028 and similar characters, which do not end a line in JSON Lines.
+    for line_number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        place = f"{shown}:{number}"
+        location = f"{shown}:{line_number}"
         try:
             value = json.loads(line, parse_constant=_refused)
         except json.JSONDecodeError as error:
-            whole = "; a list of objects is .json" if number == 1 and line.lstrip().startswith("[") else ""
-            raise DataError(f"{place}: bad JSON at column {error.colno} ({error.msg}); expected an object per line{whole}") from error
+            hint = "; a list of objects is .json" if line_number == 1 and line.lstrip().startswith("[") else ""
+            raise DataError(f"{location}: bad JSON at column {error.colno} ({error.msg}); expected an object per line{hint}") from error
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{place}: bad JSON ({error}); expected an object per line") from error
-        yield _row(value, place, has_escapes="\\u" in line)
+            raise DataError(f"{location}: bad JSON ({error}); expected an object per line") from error
+        yield _row(value, location, has_escapes="\\u" in line)
 
 
 def _read_json(path: Path, shown: str) -> Iterator[Row]:
-    """A list of objects; or an object per line, which is also published under this suffix."""
+    """A list of objects, or one object per line (JSON Lines are also published with this suffix)."""
     text = _text(path, shown)
     if _holds_lines(text):
         yield from _json_lines(text, shown)
@@ -303,13 +303,13 @@ def _read_json(path: Path, shown: str) -> Iterator[Row]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{shown}: bad JSON ({error})") from error
     if not isinstance(value, list):
-        raise DataError(f"{shown}: expected a list of objects, got {type(value).__name__}; several objects, one per line, are read, too")
-    for number, item in enumerate(value, 1):
-        yield _row(item, f"{shown}, row {number}", has_escapes=True)
+        raise DataError(f"{shown}: expected a list of objects, got {type(value).__name__}; JSON Lines are also accepted")
+    for index, item in enumerate(value, 1):
+        yield _row(item, f"{shown}, row {index}", has_escapes=True)
 
 
 def _holds_lines(text: str) -> bool:
-    """Whether there are several lines and the first is an object by itself, as in JSON Lines."""
+    """Whether the text has several lines and the first one is a JSON object, as in JSON Lines."""
     first, _, rest = text.strip().partition("\n")
     try:
         return bool(rest) and isinstance(json.loads(first), dict)
@@ -318,35 +318,37 @@ def _holds_lines(text: str) -> bool:
 
 
 def _refused(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
-def _row(value: Any, place: str, *, has_escapes: bool = False) -> Row:
+def _row(value: Any, location: str, *, has_escapes: bool = False) -> Row:
     if not isinstance(value, dict):
-        raise DataError(f"{place}: expected an object, got {type(value).__name__}")
+        raise DataError(f"{location}: expected an object, got {type(value).__name__}")
     if has_escapes:
-        _check_characters(value, place)
+        _check_characters(value, location)
     row = Row(value)
-    row.place = place
+    row.location = location
     return row
 
 
-def _check_characters(value: Any, place: str) -> None:
-    """Raise DataError for what JSON's escapes can write and a text cannot hold: NUL, and one half of a surrogate pair."""
+def _check_characters(value: Any, location: str) -> None:
+    """Raise DataError for characters that JSON escapes can express but text cannot: NUL, and half of a surrogate pair."""
     if isinstance(value, dict | list):
         for item in value.items() if isinstance(value, dict) else value:
-            _check_characters(list(item) if isinstance(item, tuple) else item, place)
+            _check_characters(list(item) if isinstance(item, tuple) else item, location)
     elif isinstance(value, str) and not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"{place}: holds \\u{ord(value[error.start]):04x}, one half of a surrogate pair, which is no text") from error
+            raise DataError(
+                f"{location}: holds \\u{ord(value[error.start]):04x}, half of a surrogate pair; expected valid Unicode"
+            ) from error
     if isinstance(value, str) and "\0" in value:
-        raise DataError(f"{place}: holds a NUL character (\\u0000); expected text")
+        raise DataError(f"{location}: holds a NUL character (\\u0000); expected text")
 
 
-def _placed(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Row]:
-    return (_row(row, f"{name}, row {number}") for number, row in enumerate(rows, 1))
+def _with_locations(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Row]:
+    return (_row(row, f"{name}, row {index}") for index, row in enumerate(rows, 1))
 
 
 def _columnar(rows: Iterator[Row]) -> Iterator[Row]:
@@ -356,7 +358,7 @@ def _columnar(rows: Iterator[Row]) -> Iterator[Row]:
 
 
 def _read_txt(path: Path, shown: str) -> Iterator[Row]:
-    """A text file is one document."""
+    """A text file is a single document."""
     yield _row({"text": _text(path, shown)}, shown)
 
 
@@ -379,13 +381,13 @@ def _read_parquet(path: Path, shown: str) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(path) as file:
             batches = (row for batch in file.iter_batches(ROWS_AT_ONCE) for row in plain_rows(batch))
-            yield from _columnar(_placed(batches, shown))
+            yield from _columnar(_with_locations(batches, shown))
     except (ArrowException, OSError) as error:
         raise DataError(f"{shown}: not a parquet file ({error})") from error
 
 
 def _read_arrow(path: Path, shown: str) -> Iterator[Row]:
-    """The rows of an Arrow file, in the format of streams (as save_to_disk writes) or of files."""
+    """The rows of an Arrow file in stream format (as save_to_disk writes) or file format."""
     from pyarrow import ArrowException, ipc, memory_map
 
     try:
@@ -397,7 +399,7 @@ def _read_arrow(path: Path, shown: str) -> Iterator[Row]:
                 source.seek(0)
                 file = ipc.open_file(source)
                 batches = (file.get_batch(index) for index in range(file.num_record_batches))
-            yield from _columnar(_placed((row for batch in batches for row in plain_rows(batch)), shown))
+            yield from _columnar(_with_locations((row for batch in batches for row in plain_rows(batch)), shown))
     except (ArrowException, OSError) as error:
         raise DataError(f"{shown}: not an Arrow file ({error})") from error
 
@@ -407,24 +409,24 @@ def _renamed(row: Row, source: DataSource) -> Row:
         if theirs not in row:
             near = difflib.get_close_matches(theirs, row, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise DataError(f"{row.place}: columns names {theirs!r} for {column!r}, and the row has {', '.join(row)}{hint}")
+            raise DataError(f"{row.location}: columns names {theirs!r} for {column!r}, and the row has {', '.join(row)}{hint}")
     values = {column: row[theirs] for column, theirs in source.columns.items()}
     return row.with_values({**{name: value for name, value in row.items() if name not in source.columns.values()}, **values})
 
 
 def text_of(row: Row, column: str, *, empty: bool = False) -> str:
-    """The text in ``column``. Raises DataError where it is missing, no text, or empty (unless ``empty`` is allowed)."""
+    """The text in ``column``. Raises DataError if it is missing, not text, or empty (unless ``empty`` is True)."""
     if column not in row:
         near = difflib.get_close_matches(column, row, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise DataError(
-            f"{row.place}: no column {column!r}; the row has {', '.join(row) or 'none'}{hint} (rename with columns: {{{column}: THEIRS}})"
+            f"{row.location}: no column {column!r}; the row has {', '.join(row) or 'none'}{hint} (to rename: columns: {{{column}: THEIRS}})"
         )
     value = row[column]
     if not isinstance(value, str):
-        raise DataError(f"{row.place}: {column} is {type(value).__name__} ({value!r:.60}); expected text")
+        raise DataError(f"{row.location}: {column} is {type(value).__name__} ({value!r:.60}); expected text")
     if not empty and not value.strip():
-        raise DataError(f"{row.place}: {column} is empty; expected text")
+        raise DataError(f"{row.location}: {column} is empty; expected text")
     return value
 
 
@@ -436,7 +438,7 @@ def _names(sources: Sequence[DataSource]) -> str:
 
 
 def fingerprint(sources: Sequence[DataSource]) -> str:
-    """Hash of what ``sources`` hold: bytes of files (wherever they lie), the world's files and code, ids and commits of the Hub's data."""
+    """Hash of the content of ``sources``: file bytes (independent of the path), the world's files and code, Hub ids and commits."""
     hashes = hashlib.sha256()
     for source in sources:
         hashes.update(_source_fingerprint(source).encode() + b"\n")
@@ -461,6 +463,6 @@ def _source_fingerprint(source: DataSource) -> str:
 
 
 def _files_that_decide(path: Path) -> list[Path]:
-    """The files of a folder that its rows depend on: those with data, and those that say which split they belong to."""
+    """The files that determine a folder's rows: data files, and files that assign data files to splits."""
     files = [file for file in path.rglob("*") if file.is_file()]
     return sorted(file for file in files if file.name in DECIDE or is_data(file.relative_to(path).as_posix()))

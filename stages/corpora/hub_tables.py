@@ -1,6 +1,6 @@
-"""Data sets of the Hub at one commit: their splits and columns, told without the rows; and the rows, downloaded file by file.
+"""Data sets of the Hub at one commit: list their splits and columns without downloading rows; download and read the rows.
 
-Only the files of the split that is read are downloaded, into the Hub's own cache, from where they are read again offline.
+Only the files of the requested split are downloaded, into the Hub's own cache. From there they can be read offline.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from functools import lru_cache
 from typing import Any
 
 from stages.config import DataSource
-from stages.corpora.files import Row, _placed, logger, read_file, rows_of_parts
+from stages.corpora.files import Row, _with_locations, logger, read_file, rows_of_parts
 from stages.corpora.layout import Layout, Part, find_split, front_matter, layout_of, parts_of, suffix_of
 from stages.errors import DataError, HubUnreachable
 from stages.hub.repositories import COMMIT, Repository, fetch, look_up
 
 TYPED = {".csv": "csv", ".tsv": "csv", ".txt": "text"}
-"""Formats whose values the ``datasets`` library interprets; of a text file each line is a row there."""
-ORDER = (".parquet", ".arrow", ".jsonl", ".json", ".csv")  # which format is read where as many files have another, as datasets does
+"""Formats that the ``datasets`` library parses into values. In a text file each line is a row."""
+ORDER = (".parquet", ".arrow", ".jsonl", ".json", ".csv")  # preference between formats with equal file counts, as in datasets
 
 
 def commit_of(source: DataSource) -> str:
-    """The commit at which a data set of the Hub is read. Asks the Hub where the recipe was not pinned before."""
+    """The commit at which a data set is read. Asks the Hub unless the recipe pins a commit."""
     pinned = source.revision is not None and COMMIT.fullmatch(source.revision)
     return str(source.revision) if pinned else repository_of(source).commit
 
 
 def repository_of(source: DataSource) -> Repository:
-    """The repository of a source. Raises HubError where the Hub does not give it."""
+    """Look up the repository of a source. Raises HubError if the Hub does not return it."""
     if source.revision is not None and COMMIT.fullmatch(source.revision):
         return _at_commit(source.hub_id, source.revision)
     return look_up("dataset", source.hub_id, source.revision)
@@ -35,12 +35,12 @@ def repository_of(source: DataSource) -> Repository:
 
 @lru_cache(maxsize=64)
 def _at_commit(identifier: str, commit: str) -> Repository:
-    """The repository at a commit, which cannot change: one request per process."""
+    """Look up the repository at a commit, which cannot change: one request per process."""
     return look_up("dataset", identifier, commit)
 
 
 def hub_layout(repository: Repository, source: DataSource) -> Layout:
-    """The data files of the repository by split. Raises DataError where the source chooses what is not there."""
+    """The repository's data files by split. Raises DataError if the source selects something that does not exist."""
     files = [source.data_files] if isinstance(source.data_files, str) else source.data_files
     try:
         layout = layout_of(
@@ -51,7 +51,7 @@ def hub_layout(repository: Repository, source: DataSource) -> Layout:
             data_files=files,
         )
     except DataError as error:
-        if repository.is_cached:  # what is missing may never have been downloaded
+        if repository.is_cached:  # the missing file may exist on the Hub
             raise HubUnreachable(_not_downloaded(repository, str(error))) from error
         raise DataError(f"{repository.id}: {error}") from error
     if repository.is_cached and (layout.lost or not any(layout.splits.values())):
@@ -59,13 +59,13 @@ def hub_layout(repository: Repository, source: DataSource) -> Layout:
     if any(layout.splits.values()):
         return layout
     kinds = sorted({suffix_of(name) or name for name in repository.files})
-    raise DataError(f"{repository.id}: the data set holds no file that can be read here (it has {', '.join(kinds[:8])})")
+    raise DataError(f"{repository.id}: the data set has no file in a supported format (it has {', '.join(kinds[:8])})")
 
 
 def check_source(repository: Repository, source: DataSource, split: str) -> None:
-    """Raise DataError where the config, the split or a renamed column does not exist; no rows are downloaded.
+    """Raise DataError if the config, the split or a renamed column does not exist. No rows are downloaded.
 
-    ``split`` is the one that is read where the source names none. Columns are checked where the README lists them.
+    ``split`` is the default for a source that names none. Columns are checked if the README lists them.
     """
     chosen_files(repository, source, split)
     columns = _declared_columns(repository, source)
@@ -75,13 +75,13 @@ def check_source(repository: Repository, source: DataSource, split: str) -> None
 
 
 def chosen_files(repository: Repository, source: DataSource, split: str) -> list[str]:
-    """The files that the source reads. Raises DataError where its split is not there."""
+    """The files that the source reads. Raises DataError if its split does not exist."""
     layout = hub_layout(repository, source)
     return [name for part in _chosen_parts(repository, layout, source, split) for name in layout.splits[part.split]]
 
 
 def _chosen_parts(repository: Repository, layout: Layout, source: DataSource, split: str) -> list[Part]:
-    """What the source's split means. On the Hub a data set without splits is "train", as the ``datasets`` library has it."""
+    """The parts that the source's split selects. As in ``datasets``, a Hub data set without splits counts as "train"."""
     try:
         if source.split is None and source.data_files is None:
             return [Part(find_split(layout, split, is_default=True))]
@@ -100,7 +100,7 @@ def _not_downloaded(repository: Repository, reason: str) -> str:
 
 
 def _declared_columns(repository: Repository, source: DataSource) -> list[str]:
-    """The columns that the README lists for what is read; empty where it lists none."""
+    """The columns that the README lists for the config; empty if it lists none."""
     if "README.md" not in repository.files or source.data_dir is not None or source.data_files is not None:
         return []
     infos = front_matter(fetch(repository, "README.md").read_text(encoding="utf-8", errors="replace")).get("dataset_info")
@@ -111,14 +111,14 @@ def _declared_columns(repository: Repository, source: DataSource) -> list[str]:
 
 
 def read_hub(source: DataSource, split: str) -> Iterator[Row]:
-    """The rows of a data set of the Hub, of the split that the source names, else of ``split``.
+    """Rows of a Hub data set, from the split that the source names, else from ``split``.
 
-    Raises HubError where the Hub does not give it, DataError where it cannot be read.
+    Raises HubError if the Hub does not return the data set, and DataError if it cannot be read.
     """
     repository = repository_of(source)
     layout = hub_layout(repository, source)
     if layout.lost:
-        logger.warning("%s: %s; only those that are there are read", repository.id, layout.lost)
+        logger.warning("%s: %s; only the existing files are read", repository.id, layout.lost)
     parts = _chosen_parts(repository, layout, source, split)
     format_read = _one_format(repository, [name for part in parts for name in layout.splits[part.split]])
     only = Layout(
@@ -129,12 +129,12 @@ def read_hub(source: DataSource, split: str) -> Iterator[Row]:
 
 
 def _one_format(repository: Repository, files: Sequence[str]) -> str:
-    """The format of most files: the same rows are often published in several. What is left out is said."""
+    """The format of most files, because many data sets publish the same rows in several formats. Logs the skipped files."""
     suffixes = [suffix_of(name) for name in files]
     most = max(dict.fromkeys(suffixes), key=lambda suffix: (suffixes.count(suffix), -(ORDER.index(suffix) if suffix in ORDER else 9)))
     others = [name for name in files if suffix_of(name) != most]
     if others:
-        logger.warning("%s: its %s files are read, and %d of other formats are not: %s", repository.id, most, len(others), others[0])
+        logger.warning("%s: reading its %s files; %d other files are skipped, e.g. %s", repository.id, most, len(others), others[0])
     return most
 
 
@@ -151,7 +151,7 @@ def _read_one(repository: Repository, name: str) -> Iterator[Row]:
             table = Dataset.from_csv(str(path), sep="\t" if suffix_of(name) == ".tsv" else ",")
         else:
             table = Dataset.from_text(str(path))
-    except Exception as error:  # datasets raises a dozen kinds
+    except Exception as error:  # datasets raises many exception types
         reason = str(error.__cause__ or error).strip().split("\n")[0][:300]
         raise DataError(f"{shown}: cannot be read as {module} ({type(error).__name__}: {reason})") from error
-    yield from _placed(table, shown)
+    yield from _with_locations(table, shown)

@@ -1,11 +1,11 @@
-"""Judgements made elsewhere, usually by people, of completions that candidates gave.
+"""Judgements from outside, usually by people, of the candidates' completions.
 
     prompt + a + b + vote                 a, b: names of candidates; vote: a, b or tie
-    prompt + candidate + score            a number; the higher the better
-    annotator                             who judged, where several did
-    sample                                which of several samples of a prompt (from 0; 0 where it is left out)
+    prompt + candidate + score            a number; higher is better
+    annotator                             who judged, if there are several annotators
+    sample                                which of several samples of a prompt (from 0; default 0)
 
-A labelling folder (``stages label``) is read as votes: one per annotator and pair of candidates whose completions were ranked.
+A labelling folder (``stages label``) is read as votes: one per annotator and pair of ranked candidates.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from stages.config import DataSource
-from stages.corpora.completions import prompt_key, sample_number
+from stages.corpora.completions import prompt_key, sample_index
 from stages.corpora.files import Row, read_rows, text_of
 from stages.corpora.prompts import prompt_in
 from stages.errors import DataError
@@ -27,7 +27,7 @@ VOTES = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
 @dataclass(frozen=True)
 class Vote:
-    """One annotator on two completions of a prompt: 1 where ``a`` is better, 0 where ``b`` is, 1/2 for a tie."""
+    """One annotator's preference between two completions of a prompt: 1 for ``a``, 0 for ``b``, 1/2 for a tie."""
 
     prompt: str  # prompt_key
     sample: int
@@ -50,54 +50,54 @@ class Rating:
 
 @dataclass(frozen=True)
 class Judgements:
-    """All rows of a file: votes, ratings, or both."""
+    """All rows of the sources: votes, ratings, or both."""
 
     votes: list[Vote]
     ratings: list[Rating]
 
     @property
     def candidates(self) -> set[str]:
-        """Every name that is judged."""
+        """The names of all judged candidates."""
         return {name for vote in self.votes for name in (vote.a, vote.b)} | {rating.candidate for rating in self.ratings}
 
 
 def load_judgements(sources: Sequence[DataSource]) -> Judgements:
-    """Votes and ratings in the order of the data. Raises DataError with the place of a row that is neither, or repeats another."""
+    """Load votes and ratings in data order. Raises DataError with the location of a malformed or duplicate row."""
     votes: list[Vote] = []
     ratings: list[Rating] = []
     seen: dict[tuple[object, ...], str] = {}
     for row in read_rows(sources, split="test"):
-        prompt, annotator, sample = prompt_key(prompt_in(row)), _annotator(row), sample_number(row)
+        prompt, annotator, sample = prompt_key(prompt_in(row)), _annotator(row), sample_index(row)
         if "ranks" in row and "authors" in row:
             votes += _votes_of_ranking(row, prompt, sample, annotator)
             continue
         if "vote" in row:
             a, b = text_of(row, "a"), text_of(row, "b")
             if a == b:
-                raise DataError(f"{row.place}: a and b are both {a!r}; expected two candidates")
+                raise DataError(f"{row.location}: a and b are both {a!r}; expected two candidates")
             if row["vote"] not in VOTES:
-                raise DataError(f"{row.place}: vote is {row['vote']!r}; expected a, b or tie")
+                raise DataError(f"{row.location}: vote is {row['vote']!r}; expected a, b or tie")
             votes.append(Vote(prompt, sample, a, b, VOTES[row["vote"]], annotator))
             what: tuple[object, ...] = (prompt, sample, frozenset((a, b)), annotator)
         elif "score" in row:
             score = row["score"]
             if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-                raise DataError(f"{row.place}: score is {score!r}; expected a finite number")
+                raise DataError(f"{row.location}: score is {score!r}; expected a finite number")
             candidate = text_of(row, "candidate")
             ratings.append(Rating(prompt, sample, candidate, float(score), annotator))
             what = (prompt, sample, candidate, annotator)
         else:
             expected = "prompt + a + b + vote, or prompt + candidate + score"
-            raise DataError(f"{row.place}: columns {', '.join(row)} make no judgement; expected {expected}")
+            raise DataError(f"{row.location}: columns {', '.join(row)} are not a judgement; expected {expected}")
         if what in seen:
             who = annotator or "the annotator"
-            raise DataError(f"{row.place}: {who} judged the same thing in {seen[what]}; name annotators, or samples")
-        seen[what] = row.place
+            raise DataError(f"{row.location}: {who} already judged this in {seen[what]}; add a column annotator or sample")
+        seen[what] = row.location
     return Judgements(votes, ratings)
 
 
 def _votes_of_ranking(row: Row, prompt: str, sample: int, annotator: str) -> list[Vote]:
-    """A vote per pair of candidates. Candidates that wrote the same text tie; one that wrote several of the texts is no side of a vote."""
+    """One vote per pair of candidates. Candidates with the same text tie; a candidate that wrote several of the texts is left out."""
     written = Counter(name for names in row["authors"] for name in set(names))
     ranked = [(name, rank) for rank, names in zip(row["ranks"], row["authors"], strict=True) for name in names]
     ranks = {name: rank for name, rank in ranked if written[name] == 1}
@@ -108,5 +108,5 @@ def _votes_of_ranking(row: Row, prompt: str, sample: int, annotator: str) -> lis
 def _annotator(row: Row) -> str:
     value = row.get("annotator", "")
     if not isinstance(value, str | int):
-        raise DataError(f"{row.place}: annotator is {value!r}; expected a name")
+        raise DataError(f"{row.location}: annotator is {value!r}; expected a name")
     return str(value)

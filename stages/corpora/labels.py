@@ -1,11 +1,11 @@
-"""A labelling folder: what people are asked, and what they answered. Readers of data see its answers as ranked completions.
+"""A labelling folder: questions for annotators and their answers. Data readers see the answers as ranked completions.
 
     labelling.json    settings and questions
-    tasks.jsonl       a task per line: a prompt and 2 to 9 completions
-    gold.jsonl        tasks with known answers, for screening (not there without screening)
-    answers.jsonl     an answer per line, appended; the last one of an annotator on a task counts
+    tasks.jsonl       one task per line: a prompt and 2 to 9 completions
+    gold.jsonl        tasks with known answers for screening annotators (optional)
+    answers.jsonl     one answer per line, append-only; the last answer of an annotator to a task counts
 
-``stages label`` writes the answers; the rows that training and evaluation read are ``labelled_rows``.
+``stages label`` writes the answers. ``labelled_rows`` returns the rows for training and evaluation.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ Completion = str | list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class LabelTask:
-    """A prompt (with the tools that its assistant may call) and K completions to be ranked.
+    """A prompt (with the tools that the assistant may call) and K completions to rank.
 
-    ``authors`` and ``digests`` name, per completion, who wrote it and with which content digest (several where models wrote the same text).
-    Annotators never see either. ``sample`` tells the samples of one prompt apart. ``gold`` is the known answer of a screening task:
+    ``authors`` and ``digests`` list, per completion, the names and content digests of the models that wrote it (several if models wrote the
+    same text). Annotators see neither. ``sample`` distinguishes the samples of one prompt. ``gold`` is the known answer of a screening
+    task:
     ``ranks``, and ``checks`` by name.
     """
 
@@ -45,20 +46,20 @@ class LabelTask:
 
     @property
     def asked(self) -> Prompt:
-        """The prompt with its tools, as models are asked it."""
+        """The prompt with its tools, as models receive it."""
         from stages.corpora.messages import Conversation
 
         return self.prompt if isinstance(self.prompt, str) else Conversation(self.prompt, tools=self.tools)
 
     @property
     def texts(self) -> list[str]:
-        """The completions as people read them; tool calls and further turns are written out."""
+        """The completions as text for readers, with tool calls and further turns written out."""
         from stages.corpora.messages import completion_text
 
         return [completion_text(completion) for completion in self.completions]
 
     def as_line(self) -> str:
-        """One line of tasks.jsonl, without its end."""
+        """One line of tasks.jsonl, without the line end."""
         content = {name: getattr(self, name) for name in LabelTask.__dataclass_fields__}
         for name in ("gold", "tools"):
             if not content[name]:
@@ -68,11 +69,12 @@ class LabelTask:
 
 @dataclass(frozen=True)
 class LabelAnswer:
-    """What one annotator said of one task. All lists follow the order of the task's completions.
+    """One annotator's answer to one task. All lists are in the order of the task's completions.
 
-    ``ranks``: how many completions are better (0 is best, equal numbers tie); None where the task was skipped. ``order``: the completions'
-    indices in the order in which they were shown. ``ratings`` and ``checks``: a list per question. ``seconds``: time the task was in view.
-    ``replaces``: the id of the answer that this one corrects.
+    ``ranks``: number of better completions (0 is best, equal ranks tie); None if the task was skipped. ``order``: the indices of the
+    completions in display order. ``ratings`` and ``checks``: one list per question. ``seconds``: how long the task was visible.
+    ``replaces``:
+    the id of the answer that this one corrects.
     """
 
     id: str
@@ -92,85 +94,85 @@ class LabelAnswer:
 
     @property
     def is_used(self) -> bool:
-        """Whether it is a ranking that counts: neither skipped nor flagged."""
+        """Whether the answer is a usable ranking: neither skipped nor flagged."""
         return self.ranks is not None and self.flagged is None
 
     def as_line(self) -> str:
-        """One line of answers.jsonl, without its end."""
+        """One line of answers.jsonl, without the line end."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
 
 def is_labelling_folder(path: Path) -> bool:
-    """Whether ``path`` is a folder that ``stages label`` can serve."""
+    """Whether ``stages label`` can serve the folder ``path``."""
     return (path / SETTINGS).is_file() and (path / TASKS).is_file()
 
 
 def labelling_folder_of(path: Path) -> Path | None:
-    """The labelling folder that ``path`` names, as the folder itself or as its file of answers; None for any other path."""
+    """The labelling folder for ``path``, which is the folder itself or its answers file. None for any other path."""
     if path.name == ANSWERS and is_labelling_folder(path.parent):
         return path.parent
     return path if is_labelling_folder(path) else None
 
 
 def read_tasks(path: Path) -> dict[str, LabelTask]:
-    """The tasks of a file by id, in their order. Raises DataError with the place of a line that is none."""
+    """Read the tasks of a file by id, in order. Raises DataError with the location of a malformed line."""
     tasks: dict[str, LabelTask] = {}
-    for place, content in _lines(path, path.read_bytes()):
+    for location, content in _lines(path, path.read_bytes()):
         try:
             task = LabelTask(**content)
         except TypeError as error:
-            raise DataError(f"{place}: is no task of a labelling folder ({error})") from error
+            raise DataError(f"{location}: not a task of a labelling folder ({error})") from error
         if task.id in tasks:
-            raise DataError(f"{place}: task {task.id} is there twice")
+            raise DataError(f"{location}: task {task.id} occurs twice")
         tasks[task.id] = task
     return tasks
 
 
 def read_answers(path: Path) -> list[tuple[str, LabelAnswer]]:
-    """(place, answer) of every whole line. A last line without an end was never acknowledged, and does not count."""
+    """Read (location, answer) for every complete line. A last line without a line end was never acknowledged, so it does not count."""
     if not path.exists():
         return []
-    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    complete_lines, _, _ = path.read_bytes().rpartition(b"\n")
     answers = []
-    for place, content in _lines(path, whole):
+    for location, content in _lines(path, complete_lines):
         try:
-            answers.append((place, LabelAnswer(**content)))
+            answers.append((location, LabelAnswer(**content)))
         except TypeError as error:
-            raise DataError(f"{place}: is no answer of a labelling folder ({error})") from error
+            raise DataError(f"{location}: not an answer of a labelling folder ({error})") from error
     return answers
 
 
 def _lines(path: Path, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(content.split(b"\n"), 1):
+    for line_number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{path}:{number}: bad JSON ({error}); expected an object per line") from error
+            raise DataError(f"{path}:{line_number}: bad JSON ({error}); expected an object per line") from error
         if not isinstance(value, dict):
-            raise DataError(f"{path}:{number}: expected an object, got {type(value).__name__}")
-        yield f"{path}:{number}", value
+            raise DataError(f"{path}:{line_number}: expected an object, got {type(value).__name__}")
+        yield f"{path}:{line_number}", value
 
 
 def latest(answers: list[tuple[str, LabelAnswer]]) -> list[tuple[str, LabelAnswer]]:
-    """The answers that count: the last one of each annotator on each task, in the order of the file."""
+    """The last answer of each annotator to each task, in file order."""
     last = {(answer.annotator, answer.task): answer for _, answer in answers}
-    return [(place, answer) for place, answer in answers if last[answer.annotator, answer.task] is answer]
+    return [(location, answer) for location, answer in answers if last[answer.annotator, answer.task] is answer]
 
 
 def labelled_rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of every ranking that counts; skipped, flagged and screening tasks are left out.
+    """Yield (location, row) for every usable ranking. Skipped, flagged and screening tasks are left out.
 
     A row has prompt, completions, ranks, annotator, authors, digests, sample and task.
     """
     tasks = read_tasks(folder / TASKS)
-    for place, answer in latest(read_answers(folder / ANSWERS)):
+    for location, answer in latest(read_answers(folder / ANSWERS)):
         task = tasks.get(answer.task)
         if task is None or not answer.is_used:
             continue
         yield (
-            place,
+            location,
             {
                 "prompt": task.prompt,
                 "completions": _alike(task.completions),
@@ -186,7 +188,7 @@ def labelled_rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _alike(completions: list[Completion]) -> list[Completion]:
-    """All as texts, or all as messages."""
+    """Convert the completions to one type: all texts, or all lists of messages."""
     from stages.corpora.messages import as_turns
 
     are_texts = all(isinstance(completion, str) for completion in completions)

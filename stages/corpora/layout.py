@@ -1,8 +1,8 @@
-"""Which files of a folder, or of a repository of the Hub, are data, and to which split each belongs.
+"""Find the data files of a folder or Hub repository, and assign each one to a split.
 
-The rules are those of the ``datasets`` library: the ``configs`` of a README's front matter, ``data/train-00000-of-00002.parquet``, folders
-and file names with the word of a split (``train/``, ``dev.jsonl``), folders written by ``save_to_disk``. Where nothing names a split, all
-files are ``train``.
+The rules are those of the ``datasets`` library: the ``configs`` in a README's front matter, names such as
+``data/train-00000-of-00002.parquet``, folder and file names with a split keyword (``train/``, ``dev.jsonl``), and folders written by
+``save_to_disk``. If nothing names a split, all files belong to ``train``.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from stages.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 PACKED = (".gz", ".zst", ".bz2", ".xz")
-WHOLE = "train"
-"""The split that all files are where nothing names one."""
+UNSPLIT = "train"
+"""The split of all files if nothing names one."""
 ABOUT = re.compile(r"(?i)(readme|licen[cs]e|notice|copying|changelog|citation|contributing|requirements|authors)\b.*")
 NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The data files of a folder or repository by split; names are relative to it, with slashes, sorted."""
+    """The data files of a folder or repository by split. Names are relative paths with slashes, sorted."""
 
     splits: dict[str, list[str]]
-    names_splits: bool  # False: nothing tells splits apart
+    names_splits: bool  # False: nothing distinguishes splits
     unread: list[str] = field(default_factory=list)  # data files that belong to no split
-    is_declared: bool = False  # by a README, or by whoever wrote the folder: what is left out is left out on purpose
-    lost: str = ""  # what is said where files of a series (x-00000-of-00003) are not there
+    is_declared: bool = False  # by a README or save_to_disk: files that it does not list are left out on purpose
+    lost: str = ""  # message about missing shards (x-00000-of-00003); empty if none is missing
 
 
 def is_data(name: str) -> bool:
-    """Whether the file ``name`` (a relative path with slashes) holds rows, by its name alone."""
+    """Whether the file ``name`` (a relative path with slashes) contains rows. Decided by the name alone."""
     path = PurePosixPath(name)
     if any(part.startswith((".", "__")) for part in path.parts) or path.name in NO_DATA:
         return False
@@ -46,7 +46,7 @@ def is_data(name: str) -> bool:
 
 
 def suffix_of(name: str) -> str:
-    """``.jsonl`` of ``a.jsonl`` and of ``a.jsonl.gz``; in lower case."""
+    """``.jsonl`` for ``a.jsonl`` and for ``a.jsonl.gz``; in lower case."""
     path = PurePosixPath(name.lower())
     return PurePosixPath(path.stem).suffix if path.suffix in PACKED else path.suffix
 
@@ -59,47 +59,48 @@ def layout_of(
     data_dir: str | None = None,
     data_files: Sequence[str] | None = None,
 ) -> Layout:
-    """The layout of the files ``names``; ``read`` gives the text of a small one (README.md and the like).
+    """The layout of the files ``names``. ``read`` returns the text of a small file (README.md and similar).
 
-    ``name`` chooses a config of the README, ``data_dir`` a folder, ``data_files`` files by patterns. Raises DataError (without the place)
-    where a choice fits nothing.
+    ``name`` selects a config of the README, ``data_dir`` a folder, ``data_files`` files by pattern. Raises DataError (without a location)
+    if a
+    selection matches nothing.
     """
     names = sorted(names)
     if data_dir is not None:
         return _within(data_dir, names, read, name, data_files)
     if data_files is not None:
         chosen = _matching([name for name in names if is_data(name)], data_files, f"data_files: {', '.join(data_files)}")
-        found = _by_names(chosen)
-        return found if found.names_splits and not found.unread else Layout({WHOLE: chosen}, False)
+        layout = _by_names(chosen)
+        return layout if layout.names_splits and not layout.unread else Layout({UNSPLIT: chosen}, False)
     configs = _configs(read("README.md")) if "README.md" in names else {}
     if configs:
         return _declared(names, configs, _config_name(configs, name))
     if name is not None and name != "default":
         folders = sorted({PurePosixPath(other).parts[0] for other in names if "/" in other and is_data(other)})
         advice = f"; write data_dir: {name}" if name in folders else f"; its folders, for data_dir: {', '.join(folders) or 'none'}"
-        raise DataError(f"there is no config {name!r}: the data set names no configs{advice}")
+        raise DataError(f"there is no config {name!r}: the data set has no configs{advice}")
     return _saved(names, read) or _by_names([name for name in names if is_data(name)])
 
 
 def _within(folder: str, names: list[str], read: Callable[[str], str], config: str | None, data_files: Sequence[str] | None) -> Layout:
-    """The layout of the part below ``folder``."""
+    """The layout of the files below ``folder``."""
     if config is not None:
-        raise DataError(f"name: {config} and data_dir: {folder} both choose a part of the data set; leave one out")
+        raise DataError(f"name: {config} and data_dir: {folder} both select a part of the data set; remove one of them")
     start = folder.strip("/").removeprefix("./") + "/"
     below = [name.removeprefix(start) for name in names if name.startswith(start) and name != f"{start}README.md"]
     if not any(is_data(name) for name in below):
         folders = sorted({str(PurePosixPath(name).parent) for name in names if "/" in name and is_data(name)})
         raise DataError(f"data_dir: {folder} holds no data file; {_nearest(folder.strip('/'), folders, 'folders with data')}")
-    found = layout_of(below, lambda name: read(start + name), data_files=data_files)
-    splits = {split: [start + name for name in files] for split, files in found.splits.items()}
-    return Layout(splits, found.names_splits, [start + name for name in found.unread], found.is_declared, found.lost)
+    inner = layout_of(below, lambda name: read(start + name), data_files=data_files)
+    splits = {split: [start + name for name in files] for split, files in inner.splits.items()}
+    return Layout(splits, inner.names_splits, [start + name for name in inner.unread], inner.is_declared, inner.lost)
 
 
-# What a README declares
+# Configs declared in a README
 
 
 def front_matter(readme: str) -> dict[str, Any]:
-    """The YAML block at the head of a README; empty where there is none that can be read."""
+    """The YAML block at the start of a README; empty if there is none or it cannot be parsed."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -136,13 +137,13 @@ def _declared(names: list[str], configs: Mapping[str, dict[str, Any]], name: str
     below = [other.removeprefix(start) for other in names if other.startswith(start) and is_data(other)]
     declared = config.get("data_files")
     if declared is None:
-        found = _by_names(below)
-        splits, named = found.splits, found.names_splits
+        by_name = _by_names(below)
+        splits, named = by_name.splits, by_name.names_splits
     else:
         entries = declared if isinstance(declared, list) else [declared]
         splits, named = {}, False
         for entry in entries:
-            split, patterns = (str(entry.get("split", WHOLE)), entry.get("path")) if isinstance(entry, dict) else (WHOLE, entry)
+            split, patterns = (str(entry.get("split", UNSPLIT)), entry.get("path")) if isinstance(entry, dict) else (UNSPLIT, entry)
             named |= isinstance(entry, dict)
             files = _matching(below, [patterns] if isinstance(patterns, str) else list(patterns or ()), None)
             splits.setdefault(split, []).extend(files)
@@ -154,40 +155,40 @@ def _declared(names: list[str], configs: Mapping[str, dict[str, Any]], name: str
 
 
 def _saved(names: list[str], read: Callable[[str], str]) -> Layout | None:
-    """The layout of a folder that ``DatasetDict.save_to_disk`` or ``Dataset.save_to_disk`` wrote; None for any other."""
+    """The layout of a folder written by ``DatasetDict.save_to_disk`` or ``Dataset.save_to_disk``; None for any other folder."""
     try:
         if "dataset_dict.json" in names:
             splits = [str(split) for split in json.loads(read("dataset_dict.json"))["splits"]]
             return Layout({split: _arrow_files(names, read, f"{split}/") for split in splits}, True, is_declared=True)
         if "state.json" in names and any(name.endswith(".arrow") for name in names):
-            split = json.loads(read("state.json")).get("_split") or WHOLE
+            split = json.loads(read("state.json")).get("_split") or UNSPLIT
             return Layout({str(split): _arrow_files(names, read, "")}, False, is_declared=True)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"the folder looks like one written by save_to_disk, and its JSON files are damaged ({error})") from error
+        raise DataError(f"the folder was written by save_to_disk, but its JSON files are damaged ({error})") from error
     return None
 
 
 def _arrow_files(names: list[str], read: Callable[[str], str], start: str) -> list[str]:
-    """The files that state.json lists; others (cache-*.arrow) are left over from transformations."""
+    """The files listed in state.json. Others (cache-*.arrow) are left over from transformations."""
     files = [f"{start}{item['filename']}" for item in json.loads(read(f"{start}state.json"))["_data_files"]]
     lost = [name for name in files if name not in names]
     if lost:
-        raise DataError(f"{lost[0]} is missing, and {start}state.json lists it; the folder is incomplete")
+        raise DataError(f"{start}state.json lists {lost[0]}, which is missing; copy the complete folder")
     return files
 
 
-# What names tell
+# Splits from file names
 
 
 def _by_names(names: list[str]) -> Layout:
-    """The layout by the patterns of ``datasets``: the first kind of pattern that fits any file decides."""
+    """The layout by the patterns of ``datasets``. The first kind of pattern that matches any file is used."""
     from datasets.data_files import ALL_DEFAULT_PATTERNS, DEFAULT_PATTERNS_ALL, DEFAULT_SPLITS, SPLIT_PATTERN_SHARDED
     from datasets.utils.py_utils import string_to_dict
 
     shards: dict[str, list[str]] = {}
     for name in _matching(names, [SPLIT_PATTERN_SHARDED.replace("{split}", "*")], None):
         parts = string_to_dict(PurePosixPath(name).name, PurePosixPath(SPLIT_PATTERN_SHARDED).name)
-        shards.setdefault(str((parts or {}).get("split", WHOLE)), []).append(name)
+        shards.setdefault(str((parts or {}).get("split", UNSPLIT)), []).append(name)
     if shards:
         usual = [str(split) for split in DEFAULT_SPLITS]
         order = sorted(shards, key=lambda split: (usual.index(split) if split in usual else len(usual), split))
@@ -196,26 +197,26 @@ def _by_names(names: list[str]) -> Layout:
     for patterns in ALL_DEFAULT_PATTERNS:
         if patterns is DEFAULT_PATTERNS_ALL:
             break
-        found = {str(split): _matching(names, of_split, None, any_case=True) for split, of_split in patterns.items()}
-        splits = {split: files for split, files in found.items() if files}
+        by_split = {str(split): _matching(names, of_split, None, any_case=True) for split, of_split in patterns.items()}
+        splits = {split: files for split, files in by_split.items() if files}
         if splits:
             taken = [name for files in splits.values() for name in files]
             if twice := next((name for name, count in Counter(taken).items() if count > 1), None):
                 of = " and ".join(split for split, files in splits.items() if twice in files)
-                raise DataError(f"the name of {twice} fits the splits {of}; choose files with data_dir or data_files")
+                raise DataError(f"the file name {twice} matches the splits {of}; choose files with data_dir or data_files")
             return Layout(splits, True, _rest(names, splits), lost=_lost_shards(taken))
-    return Layout({WHOLE: names} if names else {}, False, lost=_lost_shards(names))
+    return Layout({UNSPLIT: names} if names else {}, False, lost=_lost_shards(names))
 
 
 def _lost_shards(names: Sequence[str]) -> str:
-    """What is said where ``x-00000-of-00003`` is there and another file of the series is not; empty where all are."""
+    """A message about missing shards (``x-00000-of-00003`` exists, another of its series does not); empty if none is missing."""
     series: dict[tuple[str, int, str], set[int]] = {}
     for name in names:
         if match := re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(.*)", name):
-            # a hash may follow, another one for each file
+            # a hash may follow, different for each file
             series.setdefault((match[1], int(match[3]), suffix_of(name)), set()).add(int(match[2]))
-    for (start, count, suffix), found in series.items():
-        lost = sorted(set(range(count)) - found)
+    for (start, count, suffix), shards in series.items():
+        lost = sorted(set(range(count)) - shards)
         if lost:
             example = f"{start}{lost[0]:05d}-of-{count:05d}{suffix}"
             return f"{len(lost)} of {count} files are missing, e.g. {example}"
@@ -228,18 +229,18 @@ def _rest(names: list[str], splits: Mapping[str, list[str]]) -> list[str]:
 
 
 def _matching(names: list[str], patterns: Sequence[str], what: str | None, *, any_case: bool = False) -> list[str]:
-    """The names that fit any pattern, each once and sorted. Raises DataError where a pattern of ``what`` fits none."""
+    """The names that match any pattern, sorted, without duplicates. Raises DataError if a pattern of ``what`` matches none."""
     from fsspec.utils import glob_translate
 
     flags = re.IGNORECASE if any_case else 0
     try:
         compiled = [re.compile(glob_translate(pattern.removeprefix("./")), flags) for pattern in patterns]
     except (ValueError, re.error) as error:
-        raise DataError(f"{what or 'configs'}: not a pattern of file names ({error})") from error
+        raise DataError(f"{what or 'configs'}: not a valid file name pattern ({error})") from error
     if what is not None:
         for pattern, regex in zip(patterns, compiled, strict=True):
             if not any(regex.match(name) for name in names):
-                raise DataError(f"{what}: no data file fits {pattern!r}; {_nearest(pattern, names, 'data files')}")
+                raise DataError(f"{what}: no data file matches {pattern!r}; {_nearest(pattern, names, 'data files')}")
     return [name for name in names if any(regex.match(name) for regex in compiled)]
 
 
@@ -254,16 +255,16 @@ def _nearest(wanted: str, known: Iterable[str], what: str) -> str:
 
 
 def canonical(split: str) -> str:
-    """``validation`` for ``val``, ``valid`` and ``dev``, ``test`` for ``eval``, and so on; other names stay as they are."""
+    """The usual name of a split: ``validation`` for ``val``, ``valid`` and ``dev``; ``test`` for ``eval``; others are unchanged."""
     from datasets.data_files import SPLIT_KEYWORDS
 
     return next((str(name) for name, words in SPLIT_KEYWORDS.items() if split in words), split)
 
 
 def find_split(layout: Layout, wanted: str, *, is_default: bool = False) -> str:
-    """The split of ``layout`` that ``wanted`` means: the one of that name, else the only one of the same meaning (val, validation).
+    """The split of ``layout`` that ``wanted`` names: an exact match, else the only split with the same meaning (val, validation).
 
-    Raises DataError where there is none; ``is_default`` says that the recipe names no split.
+    Raises DataError if there is none. ``is_default``: the recipe names no split.
     """
     if wanted in layout.splits:
         return wanted
@@ -272,23 +273,23 @@ def find_split(layout: Layout, wanted: str, *, is_default: bool = False) -> str:
         return alike[0]
     if not layout.names_splits and not is_default:
         raise DataError(
-            f"there is no split {wanted!r}: the names of the files tell no splits apart, and all rows are {WHOLE!r}; choose rows with skip "
+            f"there is no split {wanted!r}: the file names contain no splits, and all rows are {UNSPLIT!r}; choose rows with skip "
             "and limit, or files with data_files"
         )
-    reason = " (which is read here unless split names another)" if is_default else ""
+    reason = " (the default here; set split to read another)" if is_default else ""
     known = f"its splits: {', '.join(layout.splits)}" if is_default else _nearest(wanted, layout.splits, "its splits")
     raise DataError(f"there is no split {wanted!r}{reason}; {known}")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One term of a split expression: a split, and the slice of its rows as written (``[:20]``, ``[10%:]``); empty for all rows."""
+    """One term of a split expression: a split, and a row slice as written (``[:20]``, ``[10%:]``); an empty slice means all rows."""
 
     split: str
     written_slice: str = ""
 
     def rows(self, count: int) -> range:
-        """The indices of the rows it means, of ``count``. Raises DataError for a slice that cannot be read."""
+        """The row indices that the slice selects from ``count`` rows. Raises DataError for an invalid slice."""
         if not self.written_slice:
             return range(count)
         from datasets import ReadInstruction
@@ -303,9 +304,9 @@ class Part:
 
 
 def parts_of(layout: Layout, written: str | None, default: str) -> list[Part]:
-    """The parts of ``layout`` that a source's ``split`` means: ``train``, ``train[:20]``, ``train+test`` or ``all``; None: ``default``.
+    """The parts that a source's ``split`` selects: ``train``, ``train[:20]``, ``train+test`` or ``all``; None means ``default``.
 
-    A layout without splits is read whole where the source names none.
+    If the source names no split and the layout has none, all rows are read.
     """
     if written == "all" or (written is None and not layout.names_splits):
         return [Part(split) for split in layout.splits]

@@ -1,7 +1,7 @@
-"""Conversations as data sets hold them: messages with roles, tools and tool calls, and how they are split into prompt and completion.
+"""Conversations in data sets: messages with roles, tools and tool calls, and how to split them into prompt and completion.
 
-A prompt is a text or a conversation that the assistant answers next. A completion is a text or, where it holds more than one plain reply
-(further turns, tool calls, reasoning), a list of messages that ends with the assistant's.
+A prompt is a text, or a conversation that the assistant answers next. A completion is a text; if it has more than one plain reply (further
+turns, tool calls, reasoning), it is a list of messages that ends with an assistant turn.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from stages.corpora.tool_calls import with_objects
 from stages.errors import DataError
 
 Message = dict[str, Any]
-"""``role`` and ``content``; where the data has them also ``name``, ``tool_calls``, ``tool_call_id``, ``reasoning_content`` and others."""
+"""``role`` and ``content``; if the data has them also ``name``, ``tool_calls``, ``tool_call_id``, ``reasoning_content`` and others."""
 
 
 class Conversation(list[Message]):
-    """Messages, the tools that the assistant may call, and where the row stands in the data.
+    """Messages, the tools that the assistant may call, and the location of the row.
 
-    Two conversations with the same messages and different tools are different prompts; the place does not count.
+    Equal messages with different tools are different prompts. The location does not affect equality.
     """
 
-    def __init__(self, messages: Iterable[Message] = (), *, tools: Sequence[dict[str, Any]] = (), place: str = "") -> None:
+    def __init__(self, messages: Iterable[Message] = (), *, tools: Sequence[dict[str, Any]] = (), location: str = "") -> None:
         super().__init__(messages)
         self.tools = list(tools)
-        self.place = place
+        self.location = location
 
     def __repr__(self) -> str:
         messages = super().__repr__()
@@ -48,35 +48,36 @@ class Conversation(list[Message]):
 Prompt = str | list[Message]
 Completion = str | list[Message]
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-REASONING = ("reasoning_content", "reasoning", "thinking")  # names under which data sets keep what the assistant thought before its reply
-COLUMNS = ("messages", "conversations")  # that hold a whole conversation; the second is ShareGPT's
-LAST_REPLY = "\n\nAssistant:"  # how Anthropic's dialogues mark a reply
+REASONING = ("reasoning_content", "reasoning", "thinking")  # field names for the assistant's reasoning before its reply
+COLUMNS = ("messages", "conversations")  # columns with a full conversation; the second is ShareGPT's
+LAST_REPLY = "\n\nAssistant:"  # the assistant marker in Anthropic's dialogues
 
 
 # Reading
 
 
 def messages_of(row: Row, column: str) -> Conversation:
-    """The conversation in ``column``, with the row's tools. Every field of a message is kept.
+    """The conversation in ``column``, with the row's tools. All fields of a message are kept.
 
-    Messages are {role, content}, or {from, value} as ShareGPT has them; a column ``system`` beside the latter is their first turn. Raises
-    DataError naming the message.
+    Messages are {role, content}, or {from, value} as in ShareGPT. With the latter, a column ``system`` becomes the first turn. Raises
+    DataError
+    that names the message.
     """
     value = row.get(column)
     if not isinstance(value, list) or not value:
         expected = "expected a list of messages {role, content} or {from, value}"
-        raise DataError(f"{row.place}: {column} is {type(value).__name__}; {expected}")
+        raise DataError(f"{row.location}: {column} is {type(value).__name__}; {expected}")
     messages = []
-    for number, entry in enumerate(value, 1):
-        with naming(f"{row.place}: {column}, message {number}"):
+    for index, entry in enumerate(value, 1):
+        with errors_at(f"{row.location}: {column}, message {index}"):
             messages.append(_message(entry, columnar=row.columnar))
     if column == "conversations" or is_sharegpt(value[0]):
         messages = _after_system(row, column, messages)
-    return Conversation(messages, tools=_tools(row), place=row.place)
+    return Conversation(messages, tools=_tools(row), location=row.location)
 
 
 def _message(entry: Any, *, columnar: bool) -> Message:
-    """An entry of a conversation as a message, without the fields that are None. Raises DataError for what is no message."""
+    """Convert a conversation entry to a message without None fields. Raises DataError for an invalid entry."""
     message = as_message(entry) if is_sharegpt(entry) else entry
     if isinstance(message, dict) and isinstance(message.get("tool_calls"), str):
         message = {**message, "tool_calls": _read_json(message["tool_calls"])}
@@ -90,7 +91,7 @@ def _message(entry: Any, *, columnar: bool) -> Message:
 
 
 def _read_json(text: str) -> Any:
-    """What ``text`` holds as JSON; the text itself where it is none, None where it is blank."""
+    """Parse ``text`` as JSON. Returns the text itself if it is not JSON, and None if it is blank."""
     try:
         return json.loads(text) if text.strip() else None
     except (ValueError, RecursionError):
@@ -98,28 +99,30 @@ def _read_json(text: str) -> Any:
 
 
 def _after_system(row: Row, column: str, messages: list[Message]) -> list[Message]:
-    """``messages`` after the system turn that the column ``system`` holds, if any. Replies that follow a prompt get none."""
+    """Put the turn from the column ``system``, if any, before ``messages``. Replies that follow a separate prompt get none."""
     system = row.get("system")
     if system is None or system == "":
         return messages
     if not isinstance(system, str):
-        raise DataError(f"{row.place}: system is {type(system).__name__}; expected a text")
+        raise DataError(f"{row.location}: system is {type(system).__name__}; expected a text")
     first = messages[0]
     if first["role"] in ("system", "developer"):
         if content_text(first).strip() != system.strip():
-            raise DataError(f"{row.place}: the column system and the first turn of {column} are two system turns; keep one of them")
+            raise DataError(
+                f"{row.location}: the column system and the first turn of {column} are different system turns; keep one of them"
+            )
         return messages
     follows = first["role"] == "assistant" and column not in (*COLUMNS, "prompt")
     return messages if follows else [{"role": "system", "content": system}, *messages]
 
 
 def conversation_column(row: Row) -> str | None:
-    """The column that holds the row's whole conversation; None where it has none."""
+    """The column with the row's full conversation; None if there is none."""
     return next((column for column in COLUMNS if column in row), None)
 
 
 def open_conversation(row: Row) -> Conversation | None:
-    """The conversation in ``conversations`` that ``chosen`` goes on with, instead of a column ``prompt``; None in rows of another form."""
+    """The conversation in ``conversations`` that ``chosen`` continues, if it replaces a column ``prompt``; None for other rows."""
     if "prompt" in row or "chosen" not in row or "conversations" not in row:
         return None
     messages = messages_of(row, "conversations")
@@ -127,12 +130,12 @@ def open_conversation(row: Row) -> Conversation | None:
 
 
 def holds_turns(value: Any) -> bool:
-    """Whether an answer is given as turns: a list of messages, or one message alone."""
+    """Whether an answer is given as turns: a list of messages, or a single message."""
     return isinstance(value, list | dict)
 
 
 def _problem(message: Any) -> str:
-    """What is wrong with a message; empty where nothing is."""
+    """What is wrong with a message; empty if nothing is."""
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         return f"expected a role ({', '.join(ROLES)}) and content"
     calls = message.get("tool_calls")
@@ -143,14 +146,14 @@ def _problem(message: Any) -> str:
         return ""
     if isinstance(content, list):
         good = all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content)
-        return "" if good and content else "expected content of text parts {type: text, text}; images and sounds cannot be read"
+        return "" if good and content else "expected content of text parts {type: text, text}; images and audio are not supported"
     if content is None and message["role"] == "assistant" and calls:
         return ""
-    return "expected content, a text (only an assistant's message with tool_calls may have none)"
+    return "expected text content (only an assistant message with tool_calls may have none)"
 
 
 def _tools(row: Row) -> list[dict[str, Any]]:
-    """The column ``tools``: descriptions of functions, as a list or as JSON. Raises DataError for anything else."""
+    """The column ``tools``: function descriptions as a list or as JSON text. Raises DataError for anything else."""
     value = row.get("tools")
     if not value:
         return []
@@ -159,30 +162,30 @@ def _tools(row: Row) -> list[dict[str, Any]]:
     except ValueError:
         tools = None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{row.place}: tools is {value!r:.80}; expected a list of JSON descriptions of functions")
+        raise DataError(f"{row.location}: tools is {value!r:.80}; expected a list of JSON descriptions of functions")
     return without_missing(tools) if row.columnar and tools is value else tools
 
 
 def prompt_of(row: Row, column: str = "prompt") -> Prompt:
-    """A prompt: text, or messages that the assistant answers next. Raises DataError where the assistant has the last word in it."""
+    """A prompt: text, or messages that the assistant answers next. Raises DataError if it ends with an assistant turn."""
     prompt = _any_prompt(row, column)
     if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
-        raise DataError(f"{row.place}: {column} ends with an assistant turn; expected a turn that the assistant answers (user or tool)")
+        raise DataError(f"{row.location}: {column} ends with an assistant turn; expected a turn that the assistant answers (user or tool)")
     return prompt
 
 
 def _any_prompt(row: Row, column: str) -> Prompt:
-    """The prompt in ``column``, whoever speaks last in it. A text with tools is a conversation of one user turn."""
+    """The prompt in ``column``, which may end with any role. A text with tools becomes a conversation with one user turn."""
     if isinstance(row.get(column), list):
         return messages_of(row, column)
     text, tools = text_of(row, column), row.get("tools")
     if isinstance(tools, list) and tools:
-        return Conversation([{"role": "user", "content": text}], tools=_tools(row), place=row.place)
+        return Conversation([{"role": "user", "content": text}], tools=_tools(row), location=row.location)
     return text
 
 
 def simplified(messages: Sequence[Message]) -> Completion:
-    """A single plain assistant message as its text; anything else as it is."""
+    """A single plain assistant message as text; anything else unchanged."""
     only = messages[0]
     plain = len(messages) == 1 and only.keys() == {"role", "content"} and isinstance(only["content"], str)
     return only["content"] if plain else list(messages)
@@ -194,50 +197,55 @@ def as_turns(completion: Completion) -> list[Message]:
 
 
 def tools_of(prompt: object) -> list[dict[str, Any]]:
-    """The tools that come with a prompt; none for a text."""
+    """The tools of a prompt; none for a text."""
     return list(getattr(prompt, "tools", ()))
 
 
-def place_of(prompt: object) -> str:
-    """Where the row of a conversation stands in the data; empty where that is not known."""
-    return str(getattr(prompt, "place", ""))
+def location_of(prompt: object) -> str:
+    """The location of a conversation's row in the data; empty if unknown."""
+    return str(getattr(prompt, "location", ""))
 
 
 def content_text(message: Message) -> str:
-    """The text of a message's content: empty where there is none, the parts joined where there are several."""
+    """The text of a message: empty if it has no content, joined if it has several parts."""
     content = message.get("content")
     return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
 @contextmanager
-def naming(place: str) -> Iterator[None]:
-    """Within it, a DataError that does not name ``place`` (where a row stands in the data) gets it put first."""
+def errors_at(location: str) -> Iterator[None]:
+    """Context manager that prefixes a DataError with ``location`` (the location of a row) unless the message contains it already."""
     try:
         yield
     except DataError as error:
-        if not place or place in str(error):
+        if not location or location in str(error):
             raise
-        raise DataError(f"{place}: {error}") from error
+        raise DataError(f"{location}: {error}") from error
 
 
 # Splitting
 
 
 def split_messages(row: Row, column: str = "messages") -> tuple[Conversation, Completion]:
-    """A whole conversation as (all before the last reply, the last reply). Raises DataError where the assistant does not speak last."""
+    """Split a full conversation into (everything before the last reply, the last reply).
+
+    Raises DataError if it does not end with a reply.
+    """
     messages = messages_of(row, column)
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
-        raise DataError(f"{row.place}: {column} must end with an assistant turn that follows something")
-    prompt = Conversation(messages[:-1], tools=messages.tools, place=messages.place)
+        raise DataError(f"{row.location}: {column} must have at least two turns and end with an assistant turn")
+    prompt = Conversation(messages[:-1], tools=messages.tools, location=messages.location)
     return prompt, simplified(messages[-1:])
 
 
 def split_answers(row: Row, answers: Mapping[str, Any]) -> tuple[Prompt, list[Completion]]:
-    """(prompt, completions) of a row with one or several ``answers``, by the names that messages give them.
+    """Split a row into (prompt, completions). ``answers`` maps a name, used in messages, to each answer.
 
-    An answer is a text, the turns that follow the prompt, or a whole conversation that begins with it. The prompt stands in the column
-    ``prompt``, or is an ``open_conversation``. What several answers have in common belongs to the prompt, and every completion begins with
-    an assistant turn. Raises DataError where an answer does not end with an assistant turn, or where no common turn is left for the prompt.
+    An answer is a text, the turns after the prompt, or a full conversation that includes the prompt. The prompt is in the column ``prompt``
+    or
+    in an ``open_conversation``. The common prefix of several answers becomes part of the prompt, and every completion begins with an
+    assistant
+    turn. Raises DataError if an answer does not end with an assistant turn, or if there is no common turn for the prompt.
     """
     given = _any_prompt(row, "prompt") if "prompt" in row else open_conversation(row)
     sides = [_turns_in(row, name, answer) for name, answer in answers.items()]
@@ -247,33 +255,33 @@ def split_answers(row: Row, answers: Mapping[str, Any]) -> tuple[Prompt, list[Co
     else:
         cut = _last_common_reply(sides)
     if cut == 0:
-        raise DataError(f"{row.place}: {' and '.join(answers)} have no first turn in common that the assistant answers")
+        raise DataError(f"{row.location}: {' and '.join(answers)} share no first turn that the assistant answers")
     completions = [simplified(side[cut:]) for side in sides]
     if isinstance(given, str) and sides[0][:cut] == as_question(given):
         return given, completions
-    return Conversation(sides[0][:cut], tools=_tools(row), place=row.place), completions
+    return Conversation(sides[0][:cut], tools=_tools(row), location=row.location), completions
 
 
 def as_question(text: str) -> list[Message]:
-    """A text prompt as a conversation of one user turn."""
+    """A text prompt as a conversation with one user turn."""
     return [{"role": "user", "content": text}]
 
 
 def _turns_in(row: Row, name: str, answer: Any) -> list[Message]:
-    """An answer as turns. Raises DataError where it is no text and does not end with an assistant turn."""
+    """An answer as turns. Raises DataError if it is not a text and does not end with an assistant turn."""
     alone = row.with_values({name: [answer] if isinstance(answer, dict) else answer, "system": row.get("system")})
     if not holds_turns(answer):
         return as_turns(text_of(alone, name))
     messages = messages_of(alone, name)
     if messages[-1]["role"] != "assistant":
-        raise DataError(f"{row.place}: {name} ends with the role {messages[-1]['role']!r}; expected the assistant's reply")
+        raise DataError(f"{row.location}: {name} ends with the role {messages[-1]['role']!r}; expected the assistant's reply")
     return list(messages)
 
 
 def _opened(row: Row, given: Prompt | None, sides: list[list[Message]], name: str) -> tuple[list[Message], list[list[Message]]]:
-    """(the prompt's turns, whole conversations that begin with them). Conversations that hold the prompt already are left as they are.
+    """Return (the prompt's turns, full conversations that begin with them). Conversations that already include the prompt are unchanged.
 
-    Raises DataError for a conversation of its own beside a text prompt that does not occur in it.
+    Raises DataError for a conversation that does not contain the given text prompt.
     """
     if given is None:
         return [], sides
@@ -284,18 +292,20 @@ def _opened(row: Row, given: Prompt | None, sides: list[list[Message]], name: st
         users = [turn for turn, message in enumerate(sides[0]) if message["role"] == "user"]
         asked = next((turn for turn in users if content_text(sides[0][turn]).strip() == given.strip()), None)
         if asked is None:
-            raise DataError(f"{row.place}: {name} begins with a {sides[0][0]['role']} turn and does not hold the prompt {given!r:.60}")
+            raise DataError(
+                f"{row.location}: {name} begins with a {sides[0][0]['role']} turn and does not contain the prompt {given!r:.60}"
+            )
         return sides[0][: asked + 1], sides
     return opening, [[*opening, *side] for side in sides]
 
 
 def _next_reply(side: Sequence[Message], start: int) -> int:
-    """The first assistant turn from ``start`` on."""
+    """Index of the first assistant turn at or after ``start``."""
     return next(turn for turn in range(start, len(side)) if side[turn]["role"] == "assistant")
 
 
 def _last_common_reply(sides: Sequence[Sequence[Message]]) -> int:
-    """The last turn up to which all sides are equal and which is an assistant turn in each of them; 0 where there is none."""
+    """The last index where all sides have an assistant turn and are equal before it; 0 if there is none."""
     longest = min(len(side) for side in sides) - 1
     turn = next((turn for turn in range(longest) if any(side[turn] != sides[0][turn] for side in sides)), longest)
     while turn > 0 and any(side[turn]["role"] != "assistant" for side in sides):
@@ -304,20 +314,22 @@ def _last_common_reply(sides: Sequence[Sequence[Message]]) -> int:
 
 
 def split_dialogue(text: str, row: Row, column: str) -> tuple[str, str]:
-    """A whole dialogue (Anthropic's hh-rlhf) as prompt, ending with its last ``Assistant:``, and reply."""
+    """Split a dialogue (Anthropic's hh-rlhf) into the prompt, which ends with the last ``Assistant:``, and the reply."""
     head, mark, reply = text.rpartition(LAST_REPLY)
     if not mark:
-        raise DataError(f"{row.place}: no prompt column, and {column} is no dialogue with {LAST_REPLY!r} to take the prompt from")
+        raise DataError(f"{row.location}: no prompt column, and {column} has no {LAST_REPLY!r} that separates a prompt from a reply")
     return head + mark, reply
 
 
-# For readers that are no chat models
+# Plain text forms, for classifiers and people
 
 
 def transcript(prompt: Prompt) -> str:
-    """A prompt as one text in which every turn names its speaker: ``user: ...``, ``assistant: ...``, an empty line between turns.
+    """A prompt as one text with speaker names: ``user: ...``, ``assistant: ...``, separated by empty lines.
 
-    A text prompt, and a conversation of one plain user turn, is that text alone. Tools stand first, reasoning and tool calls in their turn.
+    A text prompt, or a conversation with one plain user turn, is returned as that text. Tools come first; reasoning and tool calls are part
+    of
+    their turn.
     """
     if isinstance(prompt, str):
         return prompt
@@ -329,7 +341,7 @@ def transcript(prompt: Prompt) -> str:
 
 
 def completion_text(completion: Completion) -> str:
-    """A completion as one text: its first reply, then any further turns with their speakers."""
+    """A completion as one text: the first reply, then further turns with speaker names."""
     if isinstance(completion, str):
         return completion
     first, *others = completion
@@ -341,7 +353,7 @@ def _speaker(message: Message) -> str:
 
 
 def _said(message: Message) -> str:
-    """What a turn holds: reasoning between think marks, the content, the tool calls as JSON."""
+    """The content of a turn: reasoning in think tags, the text, tool calls as JSON."""
     reasoning = next((message[name] for name in REASONING if message.get(name)), None)
     parts = [f"<think>\n{reasoning}\n</think>"] if reasoning else []
     parts += [text] if (text := content_text(message)) else []

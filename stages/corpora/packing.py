@@ -1,4 +1,4 @@
-"""Texts as one run of tokens, cut into rows: blocks to train on, overlapping windows to measure every token once."""
+"""Concatenate texts into one token sequence and cut it into rows: blocks for training, overlapping windows for perplexity."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
-    """All texts as one run of tokens, each closed by the end token (and opened as the tokenizer opens a text)."""
+    """Encode all texts as one token sequence. Each text ends with the end token, and begins with the tokenizer's usual prefix tokens."""
     from stages.models.loading import quiet_transformers
 
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ModelError("the tokenizer has no end token (eos_token), which separates documents; set one in its tokenizer_config.json")
     tokens: list[int] = []
-    with quiet_transformers():  # a document longer than the model is cut into blocks, not an error
+    with quiet_transformers():  # a document may exceed the model's context: it is cut into blocks
         encoded = tokenizer(list(texts))["input_ids"] if texts else []
     for ids in encoded:
         tokens += ids
@@ -30,7 +30,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
 
 
 def pack_blocks(tokens: Sequence[int], block_size: int) -> torch.Tensor:
-    """``tokens`` cut into rows of ``block_size``; returns a long tensor [blocks, block_size]. The rest at the end is left out."""
+    """Cut ``tokens`` into rows of ``block_size``. Returns a long tensor [blocks, block_size]; an incomplete last block is dropped."""
     import torch
 
     count = len(tokens) // block_size
@@ -40,6 +40,6 @@ def pack_blocks(tokens: Sequence[int], block_size: int) -> torch.Tensor:
 
 
 def overlapping_windows(tokens: Sequence[int], block_size: int) -> list[tuple[Sequence[int], Sequence[int]]]:
-    """Rows of (ids, mask) that predict every token but the first exactly once: each window begins with the last token of the one before."""
+    """Rows of (ids, mask) that predict every token except the first exactly once: windows overlap by one token."""
     rows = [tokens[start : start + block_size] for start in range(0, len(tokens) - 1, block_size - 1)]
     return [(row, [1] * len(row)) for row in rows]

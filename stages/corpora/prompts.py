@@ -1,4 +1,4 @@
-"""Prompts for PPO and for evaluation: column ``prompt`` (text or messages), or the first words of a ``text``."""
+"""Prompts for PPO and evaluation: the column ``prompt`` (text or messages), or the first words of a ``text``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from stages.corpora.messages import (
     Prompt,
     conversation_column,
     holds_turns,
+    location_of,
     messages_of,
-    place_of,
     prompt_of,
     split_dialogue,
     split_messages,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt, and those other columns of its row that somebody asked for."""
+    """A prompt, and the other columns of its row that the caller requested."""
 
     prompt: Prompt
     columns: dict[str, Any] = field(default_factory=dict)
@@ -43,9 +43,9 @@ def load_prompts(
     split: str = "train",
     curator: Curator | None = None,
 ) -> list[Prompt]:
-    """Distinct prompts in the order of the data; ``prompt_words`` takes so many first words of each text. Raises DataError on bad rows."""
-    found = load_prompt_rows(sources, prompt_words=prompt_words, limit=limit, split=split, curator=curator)
-    return [row.prompt for row in found]
+    """Load distinct prompts in data order. ``prompt_words``: use only this many first words of each text. Raises DataError on bad rows."""
+    rows = load_prompt_rows(sources, prompt_words=prompt_words, limit=limit, split=split, curator=curator)
+    return [row.prompt for row in rows]
 
 
 def load_prompt_rows(
@@ -57,16 +57,16 @@ def load_prompt_rows(
     curator: Curator | None = None,
     columns: Callable[[Row], dict[str, Any]] = lambda row: {},
 ) -> list[PromptRow]:
-    """As ``load_prompts``, with what ``columns`` picks of each row. Rows of one prompt are distinct where their columns are."""
+    """Like ``load_prompts``, with the values that ``columns`` selects from each row. Equal prompts with different values are kept."""
     prompts: list[PromptRow] = []
     seen: set[str] = set()
     rows = read_rows(sources, split=split)
     for row in rows if curator is None else curator.training(rows):
-        found = PromptRow(prompt_in(row, prompt_words), columns(row))
-        key = repr(found)
+        prompt_row = PromptRow(prompt_in(row, prompt_words), columns(row))
+        key = repr(prompt_row)
         if key not in seen:
             seen.add(key)
-            prompts.append(found)
+            prompts.append(prompt_row)
         if limit is not None and len(prompts) == limit:
             break
     if not prompts:
@@ -75,7 +75,7 @@ def load_prompt_rows(
 
 
 def prompt_in(row: Row, words: int | None = None) -> Prompt:
-    """The prompt of a row of any schema that has one; ``words``: the first so many of its text. Raises DataError where it has none."""
+    """The prompt of a row of any schema. ``words``: use only this many first words of its text. Raises DataError if there is no prompt."""
     if words is not None:
         column = "text" if "text" in row else "prompt"
         return " ".join(text_of(row, column).replace("<br />", " ").split()[:words])
@@ -85,9 +85,9 @@ def prompt_in(row: Row, words: int | None = None) -> Prompt:
         return comparison(row).prompt
     if "prompt" in row:
         return prompt_of(row)
-    if (whole := conversation_column(row)) is not None:
-        messages = messages_of(row, whole)
-        return split_messages(row, whole)[0] if messages[-1]["role"] == "assistant" else messages
+    if (conversation := conversation_column(row)) is not None:
+        messages = messages_of(row, conversation)
+        return split_messages(row, conversation)[0] if messages[-1]["role"] == "assistant" else messages
     if "instruction" in row:
         from stages.corpora.demonstrations import demonstration
 
@@ -101,35 +101,35 @@ def prompt_in(row: Row, words: int | None = None) -> Prompt:
     if "chosen" in row:
         return split_dialogue(text_of(row, "chosen"), row, "chosen")[0]
     raise DataError(
-        f"{row.place}: columns {', '.join(row)} hold no prompt; expected prompt, instruction, messages, conversations, chosen, or "
+        f"{row.location}: columns {', '.join(row)} contain no prompt; expected prompt, instruction, messages, conversations, chosen, or "
         "text with prompt_words"
     )
 
 
 def check_readers(models: Iterable[Any], prompts: Sequence[Prompt]) -> None:
-    """Render ``prompts`` with the chat template of every one of ``models`` (resolved) that reads them as a chat.
+    """Render ``prompts`` with the chat template of each of ``models`` (resolved) that reads chats.
 
-    Those are the registry's language models and reward models; classifiers read texts. Only tokenizers are loaded. Raises DataError with
-    the place of a conversation that a template refuses.
+    These are registry language models and reward models; classifiers read plain text. Only tokenizers are loaded. Raises DataError with the
+    location of a conversation that a template rejects.
     """
     from stages.corpora.templates import check_rendering
     from stages.models.loading import load_tokenizer
 
     for model in models:
         if model.record is not None and model.record.role in ("language_model", "reward_model"):
-            check_rendering(load_tokenizer(model), ((prompt, [], place_of(prompt)) for prompt in prompts))
+            check_rendering(load_tokenizer(model), ((prompt, [], location_of(prompt)) for prompt in prompts))
 
 
 def plain_text(prompt: Prompt) -> str:
-    """A prompt as one text in which every turn of a conversation names its speaker; see ``messages.transcript``."""
+    """A prompt as one text with speaker names; see ``messages.transcript``."""
     return transcript(prompt)
 
 
 def shuffled_forever(items: Sequence[Any], seed: int) -> Any:
-    """Endless stream of ``items``: every pass in a fresh order drawn from ``seed`` and the number of the pass."""
-    number = 0
+    """Endless stream of ``items``. Each epoch has a new order, drawn from ``seed`` and the epoch's index."""
+    epoch = 0
     while True:
         order = list(items)
-        random.Random(f"{seed} {number}").shuffle(order)
+        random.Random(f"{seed} {epoch}").shuffle(order)
         yield from order
-        number += 1
+        epoch += 1

@@ -12,7 +12,7 @@ from stages.errors import DataError
 
 @dataclass(frozen=True)
 class Review:
-    """A text and the number of its label."""
+    """A text and the index of its label."""
 
     text: str
     label: int
@@ -20,18 +20,18 @@ class Review:
 
 @dataclass(frozen=True)
 class Reviews:
-    """Reviews to train on, and reviews held out."""
+    """Training reviews and held-out reviews."""
 
     train: list[Review]
     validation: list[Review]
 
 
 def load_reviews(data: DataInput, labels: Sequence[str]) -> Reviews:
-    """Reviews of both splits; a label is a number below ``len(labels)`` or one of the names. Raises DataError with the place."""
+    """Load both splits. A label is an index below ``len(labels)`` or one of the names. Raises DataError with the row's location."""
     train, validation = read_splits(data)
     reviews = Reviews([_review(row, labels) for row in train], [_review(row, labels) for row in validation])
     if len({review.label for review in reviews.train}) < 2:
-        raise DataError(f"all {len(train)} training rows (first {train[0].place}) have one label; a classifier needs at least two")
+        raise DataError(f"all {len(train)} training rows (first {train[0].location}) have one label; a classifier needs at least two")
     return reviews
 
 
@@ -39,9 +39,9 @@ def _review(row: Row, labels: Sequence[str]) -> Review:
     value = row.get("label")
     if isinstance(value, str) and value in labels:
         return Review(text_of(row, "text"), list(labels).index(value))
-    if isinstance(value, str) and value.isdigit():  # csv has no numbers
+    if isinstance(value, str) and value.isdigit():  # CSV has no numbers
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(labels):
         names = ", ".join(f"{index} ({name})" for index, name in enumerate(labels))
-        raise DataError(f"{row.place}: label is {value!r}; expected one of {names}, or its name. The row has {', '.join(row)}")
+        raise DataError(f"{row.location}: label is {value!r}; expected one of {names}, or its name. The row has {', '.join(row)}")
     return Review(text_of(row, "text"), value)

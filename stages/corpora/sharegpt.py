@@ -1,4 +1,4 @@
-"""Turns as ShareGPT's data sets hold them: ``{from: human, value: ...}`` instead of ``{role: user, content: ...}``."""
+"""ShareGPT's form of turns, ``{from: human, value: ...}``, converted to ``{role: user, content: ...}``."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ SPEAKERS = {
 
 
 def is_sharegpt(entry: Any) -> bool:
-    """Whether an entry of a conversation names its speaker in ``from`` and has no ``role``."""
+    """Whether a conversation entry names its speaker in ``from`` and has no ``role``."""
     return isinstance(entry, dict) and entry.get("from") is not None and entry.get("role") is None
 
 
 def as_message(entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry as a message with ``role`` and ``content``; its other fields are kept.
+    """Convert an entry to a message with ``role`` and ``content``. Other fields are kept.
 
-    The value of a ``function_call`` becomes ``tool_calls``. A ``weight`` that only says the default (replies train, other turns do not) is
-    left out. Raises DataError for an unknown speaker, and for a function call that is no JSON.
+    The value of a ``function_call`` becomes ``tool_calls``. A ``weight`` equal to the default (replies are trained on, other turns are not)
+    is
+    dropped. Raises DataError for an unknown speaker and for a function call that is not JSON.
     """
     speaker = entry["from"]
     name = speaker.lower() if isinstance(speaker, str) else None
@@ -48,12 +49,12 @@ def as_message(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:
-    """The calls that the value of a ``function_call`` holds: an object ``{name, arguments}``, or a list of them, as JSON."""
+    """Parse the JSON value of a ``function_call``: an object ``{name, arguments}`` or a list of them."""
     try:
-        found = json.loads(value) if isinstance(value, str) else value
+        parsed = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
-        found = None
-    calls = found if isinstance(found, list) else [found]
+        parsed = None
+    calls = parsed if isinstance(parsed, list) else [parsed]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         raise DataError(f"the function call is {value!r:.80}; expected JSON: an object {{name, arguments}}, or a list of them")
     return [{"type": "function", "function": call} for call in calls]

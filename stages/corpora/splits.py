@@ -1,6 +1,6 @@
-"""Which rows are held out: the last ones, or all rows of some groups (users, annotators), so that no group is on both sides.
+"""Choose held-out rows: the last ones, or all rows of some groups (users, annotators), so that no group is in both splits.
 
-Folds are for cross-validation: the groups are dealt out once, and each of the folds is held out in its turn (Ouyang et al. 2022, E.2).
+For cross-validation, groups are assigned to folds once, and each fold is held out in turn (Ouyang et al. 2022, E.2).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from stages.errors import DataError
 
 
 def hold_out(rows: Sequence[Row], data: DataInput, name: str) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows) of one table; both keep the order. Raises DataError where one side would be empty."""
+    """Split one table into (training rows, held-out rows) in data order. Raises DataError if one side would be empty."""
     if data.split_by is None:
         held = max(1, round(len(rows) * data.validation_fraction))
         if len(rows) <= held:
@@ -23,7 +23,7 @@ def hold_out(rows: Sequence[Row], data: DataInput, name: str) -> tuple[list[Row]
     column = data.split_by
     for row in rows:
         if row.get(column) is None:
-            raise DataError(f"{row.place}: split_by: {column} needs that column in every row; the row has {', '.join(row)}")
+            raise DataError(f"{row.location}: split_by: {column} needs that column in every row; the row has {', '.join(row)}")
     groups = shuffled_groups({str(row[column]) for row in rows})
     if data.folds is not None:
         if len(groups) < data.folds:
@@ -34,10 +34,10 @@ def hold_out(rows: Sequence[Row], data: DataInput, name: str) -> tuple[list[Row]
     train = [row for row in rows if str(row[column]) not in chosen]
     heldout = [row for row in rows if str(row[column]) in chosen]
     if not train:
-        raise DataError(f"{name}: all rows have one {column} ({groups[0]!r}); there is nothing to hold out by it")
+        raise DataError(f"{name}: all rows have one {column} ({groups[0]!r}); expected at least two groups, so that one can be held out")
     return train, heldout
 
 
 def shuffled_groups(names: set[str]) -> list[str]:
-    """The groups in an order that depends on their names alone: more rows, or another order of them, move no group."""
+    """Order groups by a hash of their names. Adding or reordering rows does not move a group to another split."""
     return sorted(names, key=lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest())

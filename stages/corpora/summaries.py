@@ -1,4 +1,4 @@
-"""Posts to summarize, as the TL;DR data of Stiennon et al. 2020 are published; the text put to the model is theirs.
+"""Posts to summarize, in the published form of the TL;DR data (Stiennon et al. 2020). The prompt template is theirs.
 
 subreddit, title, post, summary                        a demonstration (tldr_3_filtered)
 info {subreddit, title, post | article}, summaries [{text, ...}], choice, worker        a comparison of two (comparisons)
@@ -26,34 +26,34 @@ def is_comparison(row: Mapping[str, Any]) -> bool:
 
 
 def post_prompt(row: Row) -> str:
-    """What the model is asked of a post."""
+    """The prompt for a post."""
     fields = {name: text_of(row, name, empty=name != "post") for name in ("subreddit", "title", "post")}
     return _filled(POST, fields)
 
 
 def compared_prompt(row: Row) -> str:
-    """The prompt of a comparison: of a Reddit post, or of a news article where it is about one (its batches named cnndm)."""
+    """The prompt of a comparison: a Reddit post, or a news article (in the batches named cnndm)."""
     info = row["info"]
     if not isinstance(info, dict):
-        raise DataError(f"{row.place}: info is {type(info).__name__}; expected an object with subreddit, title and post, or article")
+        raise DataError(f"{row.location}: info is {type(info).__name__}; expected an object with subreddit, title and post, or article")
     inner = Row(info)
-    inner.place = f"{row.place}, info"
+    inner.location = f"{row.location}, info"
     if info.get("post") is None:
         return _filled(ARTICLE, {"article": text_of(inner, "article")})
     return post_prompt(inner)
 
 
 def compared_summaries(row: Row) -> tuple[list[str], list[int]]:
-    """(the summaries, their ranks): ``choice`` is the number of the better one."""
+    """Return (summaries, ranks). ``choice`` is the index of the better summary."""
     summaries, choice = row["summaries"], row.get("choice")
     good = isinstance(summaries, list) and all(isinstance(item, dict) and isinstance(item.get("text"), str) for item in summaries)
     if not good or len(summaries) < 2:
-        raise DataError(f"{row.place}: summaries is {summaries!r:.80}; expected a list of at least two objects with a text")
+        raise DataError(f"{row.location}: summaries is {summaries!r:.80}; expected a list of at least two objects with a text")
     if isinstance(choice, bool) or not isinstance(choice, int) or not 0 <= choice < len(summaries):
-        raise DataError(f"{row.place}: choice is {choice!r}; expected the number of the better summary, from 0 to {len(summaries) - 1}")
-    return [item["text"] for item in summaries], [int(place != choice) for place in range(len(summaries))]
+        raise DataError(f"{row.location}: choice is {choice!r}; expected the index of the better summary, from 0 to {len(summaries) - 1}")
+    return [item["text"] for item in summaries], [int(index != choice) for index in range(len(summaries))]
 
 
 def _filled(form: str, fields: Mapping[str, str]) -> str:
-    """``form`` with its slots filled in one pass: a post may hold braces of its own."""
+    """Fill the slots of ``form`` in one pass, so that braces inside a post stay as they are."""
     return re.sub(r"\{(\w+)\}", lambda slot: fields[slot[1]], form)

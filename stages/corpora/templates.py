@@ -1,8 +1,8 @@
-"""What a model reads: prompts and completions as its chat template writes them, and their tokens.
+"""Render prompts and completions with a model's chat template, and encode them as tokens.
 
-The template is the tokenizer's ``chat_template``, so that it travels with the model that learned it. A completion is what the template
-writes after the rendered prompt: the reply, its turn end, and whatever else stands around it. A model without a template gets the text as
-it is, a space before the completion where neither side has one, and the end token after it.
+The template is the tokenizer's ``chat_template``, so it is stored with the model. A completion is what the template writes after the
+rendered prompt: the reply, its end-of-turn marker and anything around them. A model without a template gets the plain text: a space is
+inserted before the completion if neither side has one, and the end token is appended.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from stages.corpora.messages import (
     as_question,
     as_turns,
     content_text,
-    naming,
-    place_of,
+    errors_at,
+    location_of,
     tools_of,
 )
 from stages.corpora.tool_calls import in_argument_form
@@ -42,15 +42,16 @@ PLAIN_TEMPLATES = {
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    """Give ``tokenizer`` a template: ``chat`` (its own), a name of PLAIN_TEMPLATES, or a text with ``{prompt}``.
+    """Set the tokenizer's template: ``chat`` (keep its own), a name of PLAIN_TEMPLATES, or a text with ``{prompt}``.
 
-    A plain template begins with the tokens that the tokenizer puts before every text, if any. Raises ModelError for ``chat`` where the
-    tokenizer has none, and for a text without ``{prompt}``.
+    A plain template begins with the tokens that the tokenizer puts before every text. Raises ModelError for ``chat`` if the tokenizer has
+    no
+    template, and for a text without ``{prompt}``.
     """
     if template == "chat":
         if not tokenizer.chat_template:
             names = ", ".join(PLAIN_TEMPLATES)
-            raise ModelError(f"template: chat, and the tokenizer has no chat template; name a plain one ({names}) or write {{prompt}}")
+            raise ModelError(f"template: chat, but the tokenizer has no chat template; set one of {names}, or a text with {{prompt}}")
         return
     text = PLAIN_TEMPLATES.get(template, template)
     if text.count("{prompt}") != 1:
@@ -67,10 +68,10 @@ def _beginning_text(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    """The text that the model is shown before it answers.
+    """The text that the model sees before it answers.
 
-    Raises DataError, with the row's place where it is known, for a conversation that the template refuses or of which it would drop tools
-    or tool calls, and for one where the tokenizer has no template.
+    Raises DataError (with the row's location if known) for a conversation that the template rejects, for tools or tool calls that it would
+    drop, and for a conversation if the tokenizer has no template.
     """
     if not tokenizer.chat_template:
         return _bare(prompt)
@@ -79,12 +80,12 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
 
 
 def render_pair(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Completion, *, sampled: bool = False) -> tuple[str, str]:
-    """(the prompt's text, the completion's): together what the template writes for the whole conversation.
+    """Return (prompt text, completion text). Together they are what the template writes for the full conversation.
 
-    A template whose generation prompt opens a think block, and which drops such blocks from replies, still gets a reply that closes the
-    block: it follows the open block as it is. ``sampled``: also a reply that never closes it, as a sample that was cut does.
+    Some generation prompts open a think block, while the template drops think blocks from replies. Such a prompt is followed by the reply
+    unchanged, if the reply closes the block. ``sampled=True`` also accepts a reply that never closes it (a truncated sample).
 
-    Raises DataError as ``render_prompt`` does, and where the whole conversation does not begin with the rendered prompt.
+    Raises DataError as ``render_prompt`` does, and if the full conversation does not begin with the rendered prompt.
     """
     shown = render_prompt(tokenizer, prompt)
     if not tokenizer.chat_template:
@@ -96,70 +97,71 @@ def render_pair(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: 
     closes = form.closing in reply if form.closing else False
     if len(turns) == 1 and form.closing and sampled and not closes:
         return shown, reply + form.ending
-    whole = rendered(tokenizer, messages, prompt, generation_prompt=False)
-    if whole.startswith(shown):
-        return shown, whole[len(shown) :]
+    full_text = rendered(tokenizer, messages, prompt, generation_prompt=False)
+    if full_text.startswith(shown):
+        return shown, full_text[len(shown) :]
     if len(turns) == 1 and closes and turns[0].keys() <= {"role", "content"}:
         return shown, reply.removeprefix(form.opening).removeprefix(form.opening.strip()) + form.ending
-    raise DataError(_at(prompt) + _unstable(shown, whole, form))
+    raise DataError(_at(prompt) + _unstable(shown, full_text, form))
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: Prompt, *, generation_prompt: bool) -> str:
-    """``messages`` as the chat template writes them, with the tools of ``prompt``. Raises DataError as ``render_prompt`` does."""
+    """Apply the chat template to ``messages`` with the tools of ``prompt``. Raises DataError as ``render_prompt`` does."""
     tools = tools_of(prompt)
-    with naming(place_of(prompt)):
+    with errors_at(location_of(prompt)):
         contents = in_its_form(tokenizer, messages)
-    text = apply_template(tokenizer, contents, generation_prompt=generation_prompt, tools=tools, place=place_of(prompt))
+    text = apply_template(tokenizer, contents, generation_prompt=generation_prompt, tools=tools, location=location_of(prompt))
     lost = _lost(tokenizer, contents, tools, text, generation_prompt=generation_prompt)
     if lost:
         raise DataError(
-            f"{_at(prompt)}the model's chat template does not write {lost}; use a model whose template does, or take that out of the data"
+            f"{_at(prompt)}the model's chat template drops {lost}; use a model whose template keeps it, or remove it from the data"
         )
     return text
 
 
 def check_rendering(tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[Prompt, Sequence[Completion], str]]) -> None:
-    """Render rows of (prompt, its completions, the row's place), which needs no model: every conversation, and the first text.
+    """Render every conversation and the first text of the rows (prompt, completions, location). Needs only the tokenizer.
 
-    Raises DataError with the place of the first row that the chat template refuses, drops a part of, or does not write as the
-    continuation of its prompt.
+    Raises DataError with the location of the first row that the chat template rejects, truncates, or does not write as a continuation of
+    its
+    prompt.
     """
     seen_text = False
-    for prompt, completions, place in rows:
+    for prompt, completions, location in rows:
         if isinstance(prompt, str) and all(isinstance(completion, str) for completion in completions):
             if seen_text:
                 continue
             seen_text = True
-        with naming(place):
+        with errors_at(location):
             render_prompt(tokenizer, prompt)
             for completion in completions:
                 render_pair(tokenizer, prompt, completion)
 
 
 def _at(prompt: object) -> str:
-    place = place_of(prompt)
-    return f"{place}: " if place else ""
+    location = location_of(prompt)
+    return f"{location}: " if location else ""
 
 
 def _bare(prompt: Prompt) -> str:
-    """A text prompt for a model without a template."""
+    """The prompt for a model without a template: it must be a text."""
     if isinstance(prompt, str):
         return prompt
-    raise DataError(f"{_at(prompt)}the prompt is a conversation, and the model has no chat template; set template in its sft step")
+    raise DataError(f"{_at(prompt)}the prompt is a conversation, but the model has no chat template; set template in its sft step")
 
 
 def _bare_completion(prompt: Prompt, completion: Completion) -> str:
     if isinstance(completion, str):
         return completion
-    raise DataError(f"{_at(prompt)}the completion has several turns, and the model has no chat template; set template in its sft step")
+    raise DataError(f"{_at(prompt)}the completion has several turns, but the model has no chat template; set template in its sft step")
 
 
 def _lost(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Any], text: str, *, generation_prompt: bool
 ) -> str:
-    """What of a conversation the template leaves out of its ``text``; empty where nothing is missing.
+    """Describe what the template drops from a conversation; empty if nothing is missing from ``text``.
 
-    Reasoning before the last reply may be missing, as many templates drop it on purpose.
+    Reasoning before the last reply may be missing, because many templates drop it on purpose.
     """
 
     def makes_no_difference(others: Sequence[Message], tools: Sequence[Any]) -> bool:
@@ -183,7 +185,7 @@ def _lost(
 
 
 def _without(messages: Sequence[Message], turn: int, fields: Sequence[str]) -> list[Message]:
-    """The messages, one of them without some of its fields."""
+    """The messages, with some fields removed from one of them."""
     bare = {name: value for name, value in messages[turn].items() if name not in fields}
     return [*messages[:turn], bare, *messages[turn + 1 :]]
 
@@ -193,24 +195,25 @@ def _name(tool: dict[str, Any]) -> str:
     return str((inner if isinstance(inner, dict) else tool).get("name"))
 
 
-def _unstable(shown: str, whole: str, form: TurnForm) -> str:
-    same = first_difference(shown, whole)
+def _unstable(shown: str, full_text: str, form: TurnForm) -> str:
+    same = first_difference(shown, full_text)
     advice = (
-        f"the generation prompt opens {form.opening.strip()}: write replies that close it with {form.closing}"
+        f"the generation prompt opens {form.opening.strip()}: end the reasoning in each reply with {form.closing}"
         if form.closing
-        else "use a chat template whose generation prompt is how it begins a reply"
+        else "use a chat template that begins each reply with its generation prompt"
     )
     return (
-        "the chat template writes the whole conversation differently from the prompt that the model answers: "
-        f"...{shown[max(0, same - 10) : same + 30]!r} as a prompt, ...{whole[max(0, same - 10) : same + 30]!r} with the reply; {advice}"
+        "the full conversation, as the chat template writes it, does not begin with the rendered prompt: "
+        f"...{shown[max(0, same - 10) : same + 30]!r} as a prompt, ...{full_text[max(0, same - 10) : same + 30]!r} with the reply; {advice}"
     )
 
 
 def in_its_form(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
-    """``messages`` in the forms that the template takes.
+    """Convert ``messages`` to the form that the template accepts.
 
-    Contents are parts joined to a text, or a text as one part; arguments of tool calls are objects, or JSON as text. Raises DataError for
-    arguments that are no JSON object where the template needs one.
+    Content becomes a text, or a list with one text part; tool call arguments become objects, or JSON text. Raises DataError for arguments
+    that
+    are not a JSON object if the template needs one.
     """
     form = turn_form(tokenizer)
     if any(message.get("tool_calls") for message in messages):
@@ -229,9 +232,9 @@ def in_its_form(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt as the model is shown it.
+    """Token ids of a prompt, template included.
 
-    A chat template writes all its special tokens itself; a plain text begins with the tokens that the tokenizer puts before every text.
+    A chat template writes all its special tokens itself. A plain text gets the tokens that the tokenizer puts before every text.
     """
     ids, text = _begun(tokenizer, render_prompt(tokenizer, prompt))
     return _not_empty(tokenizer, ids + plain_ids(tokenizer, text))
@@ -240,44 +243,45 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 def encode_pair(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Completion, *, eos: bool = True, sampled: bool = False
 ) -> tuple[list[int], int]:
-    """(token ids of prompt and completion, how many of them are the prompt).
+    """Return (token ids of prompt and completion, number of prompt tokens).
 
-    The two are one text as the template writes it, up to its very end: the turn end, and the line end that may follow. The prompt's tokens
-    are those of the prompt alone. ``eos=False`` leaves out what ends the reply. ``sampled`` and errors: as in ``render_pair``.
+    The text is what the template writes, up to its end, including the end-of-turn marker and a line end after it. The prompt's tokens are
+    the
+    same as those of the prompt alone. ``eos=False`` leaves out the end of the reply. ``sampled`` and errors: as in ``render_pair``.
     """
     shown, written = render_pair(tokenizer, prompt, completion, sampled=sampled)
     if not eos and tokenizer.chat_template:
         written = written.removesuffix(turn_form(tokenizer).ending)
     ids, text = _begun(tokenizer, shown)
     prompt_ids = _not_empty(tokenizer, ids + plain_ids(tokenizer, text))
-    found = continued(tokenizer, text, prompt_ids[len(ids) :] if text else [], written)
+    completion_ids = continued(tokenizer, text, prompt_ids[len(ids) :] if text else [], written)
     if eos and not tokenizer.chat_template and tokenizer.eos_token_id is not None:
-        found = [*found, tokenizer.eos_token_id]
-    return prompt_ids + found, len(prompt_ids)
+        completion_ids = [*completion_ids, tokenizer.eos_token_id]
+    return prompt_ids + completion_ids, len(prompt_ids)
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str, *, eos: bool = True) -> list[int]:
-    """Token ids of a text that goes on with another, whichever that is, closed by the end token."""
+    """Token ids of a text that continues an arbitrary other text, plus the end token."""
     ids = continued(tokenizer, "\n", plain_ids(tokenizer, "\n"), completion)
     return [*ids, tokenizer.eos_token_id] if eos and tokenizer.eos_token_id is not None else ids
 
 
 def encode_segments(tokenizer: PreTrainedTokenizerBase, segments: Sequence[str]) -> list[list[int]]:
-    """Token ids of every part of one rendered text; each keeps the tokens of those before it."""
+    """Token ids of each part of a rendered text. Later parts do not change the tokens of earlier ones."""
     ids, first = _begun(tokenizer, segments[0])
     parts = segment_ids(tokenizer, [first, *segments[1:]])
     return [ids + parts[0], *parts[1:]]
 
 
 def encode_plain_pair(tokenizer: PreTrainedTokenizerBase, text: str, addition: str) -> tuple[list[int], list[int]]:
-    """(ids of a text, ids of what follows it), without any template. A space stands between the two where neither side has one."""
+    """Return (ids of a text, ids of its continuation) without a template. A space is inserted if neither side has one."""
     gap = " " if text and not text[-1].isspace() and not addition[:1].isspace() else ""
     ids = plain_ids(tokenizer, text) if text else []
     return _not_empty(tokenizer, beginning_ids(tokenizer) + ids), continued(tokenizer, text, ids, gap + addition)
 
 
 def _begun(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], str]:
-    """(the tokens that begin a plain text, the text without them); for a chat template, which writes them itself, none and the text."""
+    """Split a plain text into (ids of its prefix tokens, the rest). For a chat template: no ids and the full text."""
     if not is_plain(tokenizer):
         return [], text
     if not tokenizer.chat_template:
@@ -288,7 +292,7 @@ def _begun(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], st
 
 
 def _not_empty(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """``ids``, or for an empty prompt the token that a text may begin with: the model needs something to go on from."""
+    """``ids``, or one start token for an empty prompt, because the model needs at least one token of context."""
     if ids:
         return ids
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -296,9 +300,9 @@ def _not_empty(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
 
 
 def joined(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str) -> str:
-    """The completion with a leading space where the prompt as shown ends in a letter or a mark and the completion begins without one.
+    """Add a space before the completion if the rendered prompt does not end with white space and the completion does not begin with it.
 
-    Only for plain texts: a chat template itself writes what stands between a prompt and its reply.
+    Only for plain texts; a chat template writes its own separator.
     """
     if not is_plain(tokenizer):
         return completion
@@ -308,10 +312,10 @@ def joined(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str) 
     return completion
 
 
-def completion_places(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str) -> list[int]:
-    """For every token of a completion, as ``encode_pair`` encodes it, the character of ``completion`` at which it begins.
+def token_starts(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str) -> list[int]:
+    """For every token of a completion (encoded by ``encode_pair``), the index of the character of ``completion`` where it begins.
 
-    Tokens before the completion's first character are at 0, those after its last (the turn end) at its length.
+    Tokens before the first character have index 0; tokens after the last one (end of turn) have the completion's length.
     """
     ids, length = encode_pair(tokenizer, prompt, completion, sampled=True)
     _, written = render_pair(tokenizer, prompt, completion, sampled=True)
@@ -320,12 +324,12 @@ def completion_places(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, comple
     context = ids[max(0, length - CONTEXT) : length]
     decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     start = len(decode(context))
-    places = [len(decode(ids[max(0, length - CONTEXT) : end])) - start - shift for end in range(length, len(ids))]
-    for index in range(len(places) - 2, -1, -1):  # half a character decodes to a stand-in that may be longer than what it becomes
-        places[index] = min(places[index], places[index + 1])
-    return [min(max(0, place), len(completion)) for place in places]
+    starts = [len(decode(ids[max(0, length - CONTEXT) : end])) - start - shift for end in range(length, len(ids))]
+    for index in range(len(starts) - 2, -1, -1):  # an incomplete character decodes to a placeholder that may be longer
+        starts[index] = min(starts[index], starts[index + 1])
+    return [min(max(0, index), len(completion)) for index in starts]
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
-    """How many tokens a text has, without those that a template adds."""
+    """A function that counts the tokens of a text, without template tokens."""
     return lambda text: len(plain_ids(tokenizer, text))

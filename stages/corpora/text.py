@@ -12,20 +12,20 @@ from stages.errors import DataError
 
 @dataclass(frozen=True)
 class TextCorpus:
-    """Documents to train on, and documents held out."""
+    """Training documents and held-out documents."""
 
     train: list[str]
     validation: list[str]
 
 
 def load_text(data: DataInput) -> TextCorpus:
-    """Documents of both splits; empty ones are left out. Raises DataError where the column is missing, no text, or always empty."""
+    """Load both splits without empty documents. Raises DataError if the column is missing, not text, or always empty."""
     train, validation = read_splits(data)
     return TextCorpus(_documents(train, "training"), _documents(validation, "held-out"))
 
 
 def check_texts(sources: Sequence[DataSource]) -> None:
-    """Raise DataError where a row of ``sources`` has no text."""
+    """Raise DataError if a row of ``sources`` has no text."""
     for row in read_rows(sources):
         text_of(row, "text")
 
@@ -33,5 +33,5 @@ def check_texts(sources: Sequence[DataSource]) -> None:
 def _documents(rows: list[Row], which: str) -> list[str]:
     texts = [text for row in rows if (text := text_of(row, "text", empty=True)).strip()]
     if not texts:
-        raise DataError(f"all {len(rows)} {which} texts (first {rows[0].place}) are empty; expected text")
+        raise DataError(f"all {len(rows)} {which} texts (first {rows[0].location}) are empty; expected text")
     return texts

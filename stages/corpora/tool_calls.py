@@ -1,4 +1,4 @@
-"""Tool calls: their arguments in the form that a chat template takes."""
+"""Convert the arguments of tool calls to the form that a chat template accepts."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Message = dict[str, Any]
 
 
 def in_argument_form(message: Message, form: ArgumentForm) -> Message:
-    """The message with the arguments of its tool calls as the template takes them: objects where it takes both.
+    """Convert the arguments of a message's tool calls for the template: objects if it accepts both forms.
 
-    Raises DataError for arguments that are no JSON object where the template takes nothing else.
+    Raises DataError for arguments that are not a JSON object if the template accepts only objects.
     """
     return _with_arguments(message, lambda function: _in_form(function, form))
 
 
 def with_objects(message: Message) -> Message:
-    """The message with the arguments of its tool calls as objects; a text that is no JSON object stays as it is."""
+    """Convert the arguments of a message's tool calls to objects. A text that is not a JSON object is unchanged."""
     return _with_arguments(message, lambda function: _in_form(function, ArgumentForm(objects=True, texts=True)))
 
 
@@ -44,7 +44,7 @@ def _arguments(function: dict[str, Any], convert: Callable[[dict[str, Any]], Any
 
 
 def _in_form(function: dict[str, Any], form: ArgumentForm) -> Any:
-    """The arguments of a called function in a form that the template takes."""
+    """The arguments of a called function in a form that the template accepts."""
     arguments = function["arguments"]
     if isinstance(arguments, str) and form.objects:
         parsed = _json_object(arguments)
@@ -58,7 +58,7 @@ def _in_form(function: dict[str, Any], form: ArgumentForm) -> Any:
 
 
 def _json_object(text: str) -> dict[str, Any] | None:
-    """The object that ``text`` holds as JSON, an empty one for a blank text (a call without arguments); None for anything else."""
+    """Parse ``text`` as a JSON object. A blank text is an empty object (a call without arguments); anything else is None."""
     if not text.strip():
         return {}
     try:

@@ -187,10 +187,10 @@ class EvaluationConfig(StepConfig):
 
     def conversations(self) -> list[tuple[Any, list[Any], str]]:
         """Rows of (prompt, its completions, the row's place) that the models of this step read; see ``chain/texts.py``."""
-        from stages.corpora.messages import place_of
+        from stages.corpora.messages import location_of
         from stages.evaluation.prompts import load_heldout
 
-        return [(row.prompt, [], place_of(row.prompt)) for row in load_heldout(self, run=False)[0]]
+        return [(row.prompt, [], location_of(row.prompt)) for row in load_heldout(self, run=False)[0]]
 
     def check_data(self) -> None:
         """Raise DataError for data this stage cannot use; no model is loaded."""

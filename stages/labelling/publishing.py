@@ -145,21 +145,21 @@ def read_gold(sources: Sequence[DataSource], questions: Questions) -> list[Label
     tasks = {}
     for row in read_rows(sources, split="test"):
         known = comparison(row)
-        _check_number(row.place, len(known.completions))
+        _check_number(row.location, len(known.completions))
         if not known.num_pairs:
-            raise DataError(f"{row.place}: all completions of this gold task tie; a screening task needs a preference")
+            raise DataError(f"{row.location}: all completions of this gold task tie; a screening task needs a preference")
         checks = row.get("checks") or {}
         names = [check.name for check in questions.checks]
         if not isinstance(checks, dict):
-            raise DataError(f"{row.place}: checks is {type(checks).__name__}; expected {{name: [true or false per completion]}}")
+            raise DataError(f"{row.location}: checks is {type(checks).__name__}; expected {{name: [true or false per completion]}}")
         for name, values in checks.items():
             if name not in names:
                 raise DataError(
-                    f"{row.place}: checks names {name!r}, which the questions do not have; they have {', '.join(names) or 'none'}"
+                    f"{row.location}: checks names {name!r}, which the questions do not have; they have {', '.join(names) or 'none'}"
                 )
             good = isinstance(values, list) and len(values) == len(known.completions) and all(isinstance(value, bool) for value in values)
             if not good:
-                raise DataError(f"{row.place}: checks.{name} is {values!r:.60}; expected {len(known.completions)} times true or false")
+                raise DataError(f"{row.location}: checks.{name} is {values!r:.60}; expected {len(known.completions)} times true or false")
         nobody: list[list[str]] = [[] for _ in known.completions]
         task = task_of(known.prompt, known.completions, nobody, nobody)
         gold = {"ranks": known.ranks, "checks": checks}
@@ -183,7 +183,7 @@ def file_tasks(path: Path) -> list[LabelTask]:
         if {"completion", "output"} & set(row):
             prompt, text = completion_in(row)
             author = row.get("model") or row.get("generator")
-            _, texts, names, _ = single.setdefault(repr(prompt), (prompt, [], [], row.place))
+            _, texts, names, _ = single.setdefault(repr(prompt), (prompt, [], [], row.location))
             texts.append(text)
             names.append([author] if isinstance(author, str) else [])
             continue
@@ -192,7 +192,7 @@ def file_tasks(path: Path) -> list[LabelTask]:
         if column is not None and isinstance(row[column], list):
             row.setdefault("ranks", [0] * len(row[column]))
         known = comparison(row, preferred=next(iter(row[column]), None) if column and isinstance(row[column], dict) else None)
-        task = _distinct_task(row.place, known.prompt, known.completions, given)
+        task = _distinct_task(row.location, known.prompt, known.completions, given)
         tasks[task.id] = task
     for prompt, texts, names, place in single.values():
         task = _distinct_task(place, prompt, texts, names)

@@ -231,10 +231,10 @@ class PPOStepConfig(CheckpointedStepConfig):
 
     def conversations(self) -> list[tuple[Any, list[Any], str]]:
         """Rows of (prompt, its completions, the row's place) that the models of this step read; see ``chain/texts.py``."""
-        from stages.corpora.messages import place_of
+        from stages.corpora.messages import location_of
         from stages.corpora.prompts import load_prompts
 
-        return [(prompt, [], place_of(prompt)) for prompt in load_prompts(self.data, prompt_words=self.prompt_words)]
+        return [(prompt, [], location_of(prompt)) for prompt in load_prompts(self.data, prompt_words=self.prompt_words)]
 
     def check_data(self) -> None:
         """Raise DataError for prompts this stage cannot use; no model is loaded."""

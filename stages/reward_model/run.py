@@ -144,7 +144,7 @@ class RewardModelConfig(TrainingStepConfig):
         from stages.corpora.comparisons import load_comparisons
 
         loaded = load_comparisons(self.data, preferred=self.preferred, group_by=self.group_by)
-        compared = [(item.prompt, item.completions, item.place) for side in (loaded.train, loaded.validation) for item in side]
+        compared = [(item.prompt, item.completions, item.location) for side in (loaded.train, loaded.validation) for item in side]
         return [*compared, *((prompt, [completion], "") for prompt, completion in self.load_demonstrations())]
 
     def load_demonstrations(self) -> list[tuple[Any, Any]]:
@@ -338,7 +338,7 @@ def _load_comparisons(config: RewardModelConfig, context: StepContext, tokenizer
     fit = config.prompt_fit
     if fit is not None:
         train, validation = (
-            [replace(item, prompt=fit_prompt(item.prompt, fit, tokenizer, item.place)) for item in side] for side in (train, validation)
+            [replace(item, prompt=fit_prompt(item.prompt, fit, tokenizer, item.location)) for item in side] for side in (train, validation)
         )
     return Comparisons(train, validation, len(train) - len(loaded.train)), dict(curator.left_out)
 
@@ -429,11 +429,11 @@ def _finished(context: StepContext, seed: int) -> Checkpoints:
 
 def encode(comparison: Comparison, tokenizer: Any, max_length: int) -> EncodedComparison:
     """Prompt and completion as one row per completion, as the chat template ends it; what is too long loses its beginning."""
-    from stages.corpora.messages import naming
+    from stages.corpora.messages import errors_at
     from stages.corpora.templates import encode_pair
     from stages.reward_model.preferences import EncodedComparison
 
-    with naming(comparison.place):
+    with errors_at(comparison.location):
         pairs = [encode_pair(tokenizer, comparison.prompt, completion) for completion in comparison.completions]
     return EncodedComparison(
         [ids[-max_length:] for ids, _ in pairs],

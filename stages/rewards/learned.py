@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stages.corpora.messages import Prompt
-from stages.corpora.templates import completion_places, encode_pair
+from stages.corpora.templates import encode_pair, token_starts
 from stages.errors import ModelError
 from stages.models.heads import RewardModel
 from stages.process.runtime import ResolvedModel
@@ -129,7 +129,7 @@ class RewardModelSpans(RewardModelSource):
 
     def _places(self, prompt: Prompt, completion: str) -> list[int]:
         """Where each token of the completion begins in it; the end token stands at its end."""
-        return completion_places(self.tokenizer, prompt, completion)
+        return token_starts(self.tokenizer, prompt, completion)
 
 
 def score_rows(

@@ -114,7 +114,7 @@ def _missing(who: str, name: str, row: Row) -> DataError:
     near = difflib.get_close_matches(name, row, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return DataError(
-        f"{row.place}: {who} asks for the column {name!r}, and the row has {', '.join(row)}{hint} (rename it there, or with "
+        f"{row.location}: {who} asks for the column {name!r}, and the row has {', '.join(row)}{hint} (rename it there, or with "
         f"columns: {{{name}: THEIRS}} in the data)"
     )
 

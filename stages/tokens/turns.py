@@ -20,8 +20,8 @@ _ASKED, _ANSWERED = "tristageasks", "tristageanswers"
 _KEY, _VALUE, _CALLED = "tristagekey", "tristagevalue", "tristagecalls"
 
 
-def apply_template(tokenizer: Any, messages: Messages, *, generation_prompt: bool, tools: Sequence[Any] = (), place: str = "") -> str:
-    """``messages`` as the tokenizer's chat template writes them. Raises DataError with ``place`` where the template refuses them."""
+def apply_template(tokenizer: Any, messages: Messages, *, generation_prompt: bool, tools: Sequence[Any] = (), location: str = "") -> str:
+    """``messages`` as the tokenizer's chat template writes them. Raises DataError with ``location`` where the template refuses them."""
     try:
         text = tokenizer.apply_chat_template(
             list(messages),
@@ -33,7 +33,7 @@ def apply_template(tokenizer: Any, messages: Messages, *, generation_prompt: boo
     except Exception as error:  # a template is a program of its own, and anything may go wrong in it
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(
-            f"{place}{': ' if place else ''}the model's chat template refuses the conversation ({roles}): {error}; "
+            f"{location}{': ' if location else ''}the model's chat template refuses the conversation ({roles}): {error}; "
             "change the rows, or use another template"
         ) from error
     return str(text)
@@ -105,9 +105,9 @@ def turn_end_ids(tokenizer: Any) -> list[int]:
 
 
 def first_difference(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """The first place at which two texts (or lists) differ, the length of the shorter one where it begins the other."""
+    """The first location at which two texts (or lists) differ, the length of the shorter one where it begins the other."""
     shorter = min(len(one), len(other))
-    return next((place for place in range(shorter) if one[place] != other[place]), shorter)
+    return next((index for index in range(shorter) if one[index] != other[index]), shorter)
 
 
 def _read_form(tokenizer: Any) -> TurnForm:

@@ -121,11 +121,11 @@ SOURCES = {
     "path: org/rows, revision: v9": "the data set 'org/rows' has no revision 'v9'",
     "path: org/rows, split: validation": "org/rows: there is no split 'validation'; its splits: train, test",
     "path: org/rows, split: trian": "org/rows: there is no split 'trian'; did you mean 'train'",
-    "path: org/rows, name: main": "org/rows: there is no config 'main': the data set names no configs; its folders, for data_dir: data",
-    "path: Anthropic/hh-rlhf, name: harmless-base": "the data set names no configs; write data_dir: harmless-base",
+    "path: org/rows, name: main": "org/rows: there is no config 'main': the data set has no configs; its folders, for data_dir: data",
+    "path: Anthropic/hh-rlhf, name: harmless-base": "the data set has no configs; write data_dir: harmless-base",
     "path: nyu-mll/glue, name: rtee": "nyu-mll/glue: there is no config 'rtee'; did you mean 'rte'",
     "path: nyu-mll/glue": "nyu-mll/glue: it has several configs; choose one with name: mrpc, rte",
-    "path: NeelNanda/pile-10k": "there is no split 'test' .which is read here unless split names another.; its splits: train",
+    "path: NeelNanda/pile-10k": "there is no split 'test' .the default here; set split to read another.; its splits: train",
     "path: shawhin/imdb-truncated, split: train, columns: {prompt: txt}": "names 'txt' for 'prompt', and the data set has label, text",
 }
 

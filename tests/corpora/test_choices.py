@@ -43,7 +43,7 @@ def test_labelled_texts_become_a_task(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answer": 2}, "rows.jsonl:1: answer is 2; expected one of the choices, or its number from 0 to 1"),
+        ({"answer": 2}, "rows.jsonl:1: answer is 2; expected one of the choices, or its index from 0 to 1"),
         ({"answer": True}, "answer is True"),
         ({"answer": "Nobody"}, "answer is 'Nobody'"),
         ({"choices": ["one"]}, "expected at least two texts, all different"),

@@ -16,7 +16,7 @@ from stages.errors import DataError
 
 def row(**columns: Any) -> Row:
     made = Row(columns)
-    made.place = "pairs.jsonl:7"
+    made.location = "pairs.jsonl:7"
     return made
 
 
@@ -53,7 +53,7 @@ def test_hh_dialogues_are_split_at_the_last_reply() -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"text": "x"}, "columns text make no comparison"),
+        ({"text": "x"}, "columns text are not a comparison"),
         ({"prompt": "p", "completions": ["a", "b"]}, "completions without ranks"),
         ({"prompt": "p", "completions": ["a", "b"], "ranks": [0]}, r"expected 2 numbers in ranks, got \[0\]"),
         ({"prompt": "p", "responses": ["a"]}, r"1 completion\(s\); a comparison needs at least 2"),

@@ -96,7 +96,7 @@ def test_lengths_are_counted_in_tokens() -> None:
     assert len(Curator(Curation(tokens={"completions": [2, 9]}), count_words).training(lists)) == 1
     with pytest.raises(DataError, match="names the column 'completion'"):
         curator.training(rows({"prompt": "p"}))
-    with pytest.raises(ValidationError, match="expected the least and then the most"):
+    with pytest.raises(ValidationError, match="expected .minimum, maximum."):
         Curation(tokens={"completion": [48, 24]})
 
 

@@ -68,12 +68,12 @@ def test_every_format_is_read(name: str, tmp_path: Path) -> None:
 def test_json_that_holds_lines_is_read_as_lines(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"text": "one"}\n\n{"text": "two"}\n')
     rows = read_rows([DataSource(path=str(tmp_path / "a.json"))])
-    assert [(row["text"], row.place.rpartition(":")[2]) for row in rows] == [("one", "1"), ("two", "3")]
+    assert [(row["text"], row.location.rpartition(":")[2]) for row in rows] == [("one", "1"), ("two", "3")]
     (tmp_path / "b.json").write_text('{"text": "one"}\n{"text": two}\n')
     with pytest.raises(DataError, match=r"b.json:2: bad JSON"):
         texts(tmp_path / "b.json")
     (tmp_path / "c.json").write_text('{\n "text": "one"\n}\n')
-    with pytest.raises(DataError, match="expected a list of objects, got dict; several objects, one per line, are read, too"):
+    with pytest.raises(DataError, match="expected a list of objects, got dict; JSON Lines are also accepted"):
         texts(tmp_path / "c.json")
     (tmp_path / "d.jsonl").write_text('[\n{"text": "one"}\n]\n')
     with pytest.raises(DataError, match=r"d.jsonl:1: bad JSON .* a list of objects is .json"):
@@ -121,14 +121,14 @@ def test_a_folder_that_names_no_splits_is_read_whole_and_not_in_parts(tmp_path: 
     write(tmp_path / "b" / "c.csv", "two")
     for split in ("train", "validation", "test"):
         assert texts(tmp_path, default=split) == ["one", "two"]
-    with pytest.raises(DataError, match="there is no split 'test': the names of the files tell no splits apart"):
+    with pytest.raises(DataError, match="there is no split 'test': the file names contain no splits"):
         texts(tmp_path, split="test")
 
 
 def test_files_outside_of_all_splits_are_not_dropped_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "train.jsonl", "one")
     write(tmp_path / "more.jsonl", "two")
-    with pytest.raises(DataError, match=r"some file names tell a split \(train\) and others do not \(more.jsonl\)"):
+    with pytest.raises(DataError, match=r"some file names contain a split \(train\) and others do not \(more.jsonl\)"):
         texts(tmp_path)
     assert texts(tmp_path, data_files="**") == ["two", "one"]
     with caplog.at_level(logging.WARNING):
@@ -192,7 +192,7 @@ def test_held_out_rows_that_are_trained_on_are_said(
     data = DataInput(train=[DataSource(path=plain, **train)], validation=[DataSource(path=plain, **held)])
     with caplog.at_level(logging.WARNING):
         read_splits(data)
-    assert ("rows of the held-out data are trained on" in caplog.text) == is_said
+    assert ("held-out rows are also training rows" in caplog.text) == is_said
 
 
 def test_named_splits_of_a_folder_are_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -210,4 +210,4 @@ def test_a_part_of_a_series_is_read_and_the_rest_is_missed(tmp_path: Path, caplo
     write(tmp_path / "test-00000-of-00001.parquet", "two")
     with caplog.at_level(logging.WARNING):
         assert texts(tmp_path, split="train") == ["one"]
-    assert "1 of 2 files are missing, e.g. train-00001-of-00002.parquet; only those that are there are read" in caplog.text
+    assert "1 of 2 files are missing, e.g. train-00001-of-00002.parquet; only the existing files are read" in caplog.text

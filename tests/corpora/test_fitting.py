@@ -41,9 +41,9 @@ def test_a_single_line_is_cut_by_characters(tiny_tokenizer) -> None:
 
 
 def test_what_cannot_be_cut_is_said(tiny_tokenizer) -> None:
-    with pytest.raises(DataError, match="has no part between 'BODY' and"):
+    with pytest.raises(DataError, match="has no text between 'BODY' and"):
         fit_prompt(post("x" * 99), PromptFit(max_tokens=50, after="BODY", before="TL"), tiny_tokenizer)
-    with pytest.raises(DataError, match="longer than 5 tokens even without"):
+    with pytest.raises(DataError, match="more than 5 tokens even without"):
         fit_prompt(post("x" * 99), PromptFit(max_tokens=5, **FIT), tiny_tokenizer)
     assert fit_prompt(post("x"), PromptFit(max_tokens=500, **FIT), tiny_tokenizer) == post("x")
     plain = fit_prompt("one\ntwo\nthree", PromptFit(max_tokens=len(encode_prompt(tiny_tokenizer, "one\ntwo"))), tiny_tokenizer)

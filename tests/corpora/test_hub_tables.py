@@ -28,11 +28,11 @@ def test_the_default_split_holds_where_names_tell_no_splits() -> None:
     """A data set without splits is train on the Hub: an evaluation that names no split must not take it for a test split."""
     plain = repository("a.jsonl", "b.jsonl")
     assert chosen_files(plain, DataSource(path="org/rows"), "train") == ["a.jsonl", "b.jsonl"]
-    with pytest.raises(DataError, match=r"there is no split 'test' \(which is read here unless split names another\); its splits: train"):
+    with pytest.raises(DataError, match=r"there is no split 'test' \(the default here; set split to read another\); its splits: train"):
         chosen_files(plain, DataSource(path="org/rows"), "test")
     assert chosen_files(plain, DataSource(path="org/rows", data_files="b.jsonl"), "test") == ["b.jsonl"]
 
 
 def test_a_data_set_without_rows_says_what_it_has() -> None:
-    with pytest.raises(DataError, match=r"org/rows: the data set holds no file that can be read here \(it has .md, .tar\)"):
+    with pytest.raises(DataError, match=r"org/rows: the data set has no file in a supported format \(it has .md, .tar\)"):
         hub_layout(repository("about.md", "images.tar"), DataSource(path="org/rows"))

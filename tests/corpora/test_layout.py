@@ -137,13 +137,13 @@ def test_folders_and_files_are_chosen() -> None:
 
 WRONG: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "no such config": (CARD_FILES, {"name": "esy", "texts": {"README.md": CARD}}, "there is no config 'esy'; did you mean 'easy'"),
-    "a folder is no config": (("base/train.jsonl",), {"name": "base"}, "the data set names no configs; write data_dir: base"),
+    "a folder is no config": (("base/train.jsonl",), {"name": "base"}, "the data set has no configs; write data_dir: base"),
     "several configs": (("a.csv",), {"texts": {"README.md": "---\nconfigs:\n- config_name: a\n- config_name: b\n---\n"}}, "name: a, b"),
     "no such folder": (("base/train.jsonl",), {"data_dir": "bse"}, "data_dir: bse holds no data file; did you mean 'base'"),
-    "no such file": (("base/train.jsonl",), {"data_files": ["base/trian.jsonl"]}, "no data file fits 'base/trian.jsonl'; did you mean"),
-    "no pattern": (("a.jsonl",), {"data_files": ["a**b"]}, "not a pattern of file names"),
-    "both": (("base/train.jsonl",), {"data_dir": "base", "name": "base"}, "both choose a part"),
-    "in two splits": (("train-test.jsonl",), {}, "the name of train-test.jsonl fits the splits train and test"),
+    "no such file": (("base/train.jsonl",), {"data_files": ["base/trian.jsonl"]}, "no data file matches 'base/trian.jsonl'; did you mean"),
+    "no pattern": (("a.jsonl",), {"data_files": ["a**b"]}, "not a valid file name pattern"),
+    "both": (("base/train.jsonl",), {"data_dir": "base", "name": "base"}, "both select a part"),
+    "in two splits": (("train-test.jsonl",), {}, "the file name train-test.jsonl matches the splits train and test"),
 }
 
 
@@ -169,7 +169,7 @@ def test_folders_of_save_to_disk() -> None:
     assert layout(*names, texts=texts).splits == {"train": ["train/data-00000-of-00001.arrow"], "hard": ["hard/data-00000-of-00001.arrow"]}
     single = layout("data-00000-of-00001.arrow", "cache-1f.arrow", texts={"state.json": saved("data-00000-of-00001.arrow")})
     assert single.splits == {"train": ["data-00000-of-00001.arrow"]}
-    with pytest.raises(DataError, match=r"data-00001-of-00002.arrow is missing, and state.json lists it"):
+    with pytest.raises(DataError, match=r"state.json lists data-00001-of-00002.arrow, which is missing"):
         layout("data-00000-of-00002.arrow", texts={"state.json": saved("data-00000-of-00002.arrow", "data-00001-of-00002.arrow")})
 
 
@@ -191,7 +191,7 @@ def test_a_split_expression_chooses_rows() -> None:
     for written, message in (("trian", "did you mean 'train'"), ("train[:", "cannot be read"), ("train[x:]", "cannot"), ("", "cannot")):
         with pytest.raises(DataError, match=message):
             [part.rows(10) for part in parts_of(three, written, "train")]
-    with pytest.raises(DataError, match="there is no split 'validation' \\(which is read here unless split names another\\); its splits"):
+    with pytest.raises(DataError, match="there is no split 'validation' \\(the default here; set split to read another\\); its splits"):
         parts_of(three, None, "validation")
 
 
@@ -200,7 +200,7 @@ def test_where_nothing_names_splits_all_rows_are_read_and_no_part_is_made_up() -
     for default in ("train", "validation", "test"):
         assert [part.split for part in parts_of(plain, None, default)] == ["train"]
     assert [part.split for part in parts_of(plain, "train", "train")] == ["train"]
-    with pytest.raises(DataError, match="there is no split 'test': the names of the files tell no splits apart"):
+    with pytest.raises(DataError, match="there is no split 'test': the file names contain no splits"):
         parts_of(plain, "test", "train")
 
 

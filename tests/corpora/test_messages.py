@@ -18,7 +18,7 @@ from stages.errors import DataError
 
 def row(**columns: Any) -> Row:
     made = Row(columns)
-    made.place = "chats.jsonl:7"
+    made.location = "chats.jsonl:7"
     return made
 
 
@@ -39,15 +39,15 @@ def test_every_field_of_a_message_is_kept() -> None:
     thinking = {**bot("22"), "reasoning_content": "easy", "name": None}
     read = messages_of(row(messages=[{**user("hi"), "name": "Bob"}, CALL, RESULT, thinking], tools=TOOLS), "messages")
     assert read == Conversation([{**user("hi"), "name": "Bob"}, CALL, RESULT, {**bot("22"), "reasoning_content": "easy"}], tools=TOOLS)
-    assert read[1]["content"] is None and read.place == "chats.jsonl:7"
+    assert read[1]["content"] is None and read.location == "chats.jsonl:7"
 
 
 def test_tools_make_another_prompt_and_travel_between_processes() -> None:
-    plain, with_tools = Conversation([user("hi")]), Conversation([user("hi")], tools=TOOLS, place="a:1")
+    plain, with_tools = Conversation([user("hi")]), Conversation([user("hi")], tools=TOOLS, location="a:1")
     assert plain == [user("hi")] and plain != with_tools and prompt_key(plain) != prompt_key(with_tools)
     assert prompt_key(plain) == prompt_key([user("hi")])
     again = pickle.loads(pickle.dumps(with_tools))
-    assert again == with_tools and tools_of(again) == TOOLS and again.place == "a:1"
+    assert again == with_tools and tools_of(again) == TOOLS and again.location == "a:1"
     as_json = row(messages=[user("hi"), bot("a")], tools='[{"name": "look_up"}]')
     assert tools_of(demonstration(as_json)["prompt"]) == [{"name": "look_up"}]
     assert demonstration(row(prompt="hi", completion="a", tools=TOOLS))["prompt"] == with_tools
@@ -57,9 +57,9 @@ def test_tools_make_another_prompt_and_travel_between_processes() -> None:
     ("message", "problem"),
     [
         ({"role": "boss", "content": "a"}, "expected a role"),
-        ({"role": "user", "content": None}, "expected content, a text"),
-        ({"role": "assistant", "content": None}, "only an assistant's message with tool_calls may have none"),
-        ({"role": "user", "content": [{"type": "image", "url": "x"}]}, "images and sounds cannot be read"),
+        ({"role": "user", "content": None}, "expected text content"),
+        ({"role": "assistant", "content": None}, "only an assistant message with tool_calls may have none"),
+        ({"role": "user", "content": [{"type": "image", "url": "x"}]}, "images and audio are not supported"),
         ("hi", "expected a role"),
     ],
 )
@@ -124,8 +124,8 @@ def test_comparisons_keep_every_turn(columns, prompt, completions) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"chosen": [user("x"), bot("a")], "rejected": [user("y"), bot("b")]}, "have no first turn in common that the assistant answers"),
-        ({"prompt": "other", "chosen": [user("x"), bot("a")], "rejected": [user("x"), bot("b")]}, "does not hold the prompt 'other'"),
+        ({"chosen": [user("x"), bot("a")], "rejected": [user("y"), bot("b")]}, "share no first turn that the assistant answers"),
+        ({"prompt": "other", "chosen": [user("x"), bot("a")], "rejected": [user("x"), bot("b")]}, "does not contain the prompt 'other'"),
         ({"prompt": "hi", "chosen": [bot("a"), user("b")], "rejected": [bot("b")]}, "chosen ends with the role 'user'"),
     ],
 )
@@ -137,11 +137,11 @@ def test_conversations_that_do_not_fit_together_are_refused(columns, message) ->
 def test_demonstrations_keep_every_turn() -> None:
     made = demonstration(row(prompt=[user("hi")], completion=[bot("hello"), user("and?"), bot("a")]))
     assert made == {"prompt": [user("hi")], "completion": [bot("hello"), user("and?"), bot("a")]}
-    assert made.place == "chats.jsonl:7" and not made.whole
+    assert made.location == "chats.jsonl:7" and not made.is_full_conversation
     whole = demonstration(row(messages=[*HISTORY, user("so?"), CALL]))
-    assert whole == {"prompt": [*HISTORY, user("so?")], "completion": [CALL]} and whole.whole
+    assert whole == {"prompt": [*HISTORY, user("so?")], "completion": [CALL]} and whole.is_full_conversation
     chosen = demonstration(row(chosen=[*HISTORY, user("so?"), bot("a")], rejected="-"))
-    assert chosen == {"prompt": [*HISTORY, user("so?")], "completion": "a"} and chosen.whole
+    assert chosen == {"prompt": [*HISTORY, user("so?")], "completion": "a"} and chosen.is_full_conversation
     beside = demonstration(row(prompt="hi", completion=[user("hi"), bot("a")]))
     assert beside == {"prompt": "hi", "completion": "a"}
 

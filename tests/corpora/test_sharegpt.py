@@ -18,7 +18,7 @@ from stages.errors import DataError
 
 def row(**columns: Any) -> Row:
     made = Row(columns)
-    made.place = "chats.jsonl:7"
+    made.location = "chats.jsonl:7"
     return made
 
 
@@ -58,7 +58,7 @@ def test_every_speaker_has_a_role(speaker, role) -> None:
 def test_conversations_are_read_wherever_messages_are() -> None:
     whole = row(conversations=[*ASKED, said("gpt", "a")])
     made = demonstration(whole)
-    assert made == {"prompt": READ, "completion": "a"} and made.whole
+    assert made == {"prompt": READ, "completion": "a"} and made.is_full_conversation
     assert prompt_in(whole) == READ and completion_in(whole) == (READ, "a")
     assert prompt_in(row(conversations=ASKED)) == READ
     with_roles = row(conversations=[*READ, turn("assistant", "a")])
@@ -73,7 +73,7 @@ def test_the_column_system_is_the_first_turn() -> None:
     assert prompt_in(row(conversations=ASKED, system="")) == READ
     pair = comparison(row(system="be kind", chosen=[*ASKED, said("gpt", "a")], rejected=[*ASKED, said("gpt", "b")]))
     assert (pair.prompt, pair.completions) == ([SYSTEM, *READ], ["a", "b"])
-    with pytest.raises(DataError, match="chats.jsonl:7: the column system and the first turn of conversations are two system turns"):
+    with pytest.raises(DataError, match="chats.jsonl:7: the column system and the first turn of conversations are different system turns"):
         prompt_in(row(conversations=[said("system", "be rude"), *ASKED], system="be kind"))
 
 
@@ -93,7 +93,7 @@ def test_chosen_and_rejected(columns) -> None:
     assert prompt_in(row(**columns)) == READ
     shown = demonstration(row(**columns))
     assert shown == {"prompt": READ, "completion": "a"}
-    assert shown.whole == ("prompt" not in columns and "conversations" not in columns)
+    assert shown.is_full_conversation == ("prompt" not in columns and "conversations" not in columns)
 
 
 def test_a_function_call_becomes_tool_calls() -> None:
@@ -118,5 +118,5 @@ def test_an_unknown_speaker_is_named_with_those_known(column) -> None:
     known = "expected one of human, user, gpt, assistant, chatgpt, bard, system, tool, observation, function, function_call"
     with pytest.raises(DataError, match=rf"^chats.jsonl:7: {column}, message 2: the speaker is 'narrator'; {known}$"):
         messages_of(row(**{column: [said("human", "hi"), said("narrator", "later")]}), column)
-    with pytest.raises(DataError, match=rf"^chats.jsonl:7: {column}, message 1: .*expected content, a text"):
+    with pytest.raises(DataError, match=rf"^chats.jsonl:7: {column}, message 1: .*expected text content"):
         messages_of(row(**{column: [said("human", None)]}), column)

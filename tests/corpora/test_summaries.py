@@ -75,7 +75,7 @@ def test_both_forms_make_the_same_tokens(tmp_path: Path, tiny_tokenizer: Any) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"choice": 2}, "0.jsonl:1: choice is 2; expected the number of the better summary, from 0 to 1"),
+        ({"choice": 2}, "0.jsonl:1: choice is 2; expected the index of the better summary, from 0 to 1"),
         ({"choice": None}, "choice is None"),
         ({"summaries": [{"text": "one"}]}, "expected a list of at least two objects with a text"),
         ({"summaries": ["one", "two"]}, "expected a list of at least two objects with a text"),

@@ -110,7 +110,7 @@ def turns(name: str, spoken: list[tuple[str, str]]) -> list[dict[str, Any]]:
 
 def row(**columns: Any) -> Row:
     made = Row(columns)
-    made.place = "chats.jsonl:7"
+    made.location = "chats.jsonl:7"
     return made
 
 
@@ -188,7 +188,7 @@ TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"ty
 def test_tools_are_written_or_refused(tokenizer, name) -> None:
     read = demonstration(row(messages=turns(name, SINGLE), tools=TOOLS))
     if name not in ("chatml", "tekken"):
-        with pytest.raises(DataError, match=r"chats.jsonl:7: the model's chat template does not write the tools of the row \(look_up\)"):
+        with pytest.raises(DataError, match=r"chats.jsonl:7: the model's chat template drops the tools of the row \(look_up\)"):
             training_rows(tokenizer, read, train_on="all_assistant_turns")
         return
     (made,) = training_rows(tokenizer, read, train_on="all_assistant_turns")
@@ -240,7 +240,7 @@ def test_think_blocks(tokenizer_of, reply) -> None:
     if thought:  # the generation prompt has opened the block already
         assert render_pair(tokenizer, "hello", reply) == ("<s><|user|>hello<|assistant|><think>\n", "hm\n</think>\n\ni am fine</s>")
         return
-    with pytest.raises(DataError, match="the generation prompt opens <think>: write replies that close it with </think>"):
+    with pytest.raises(DataError, match="the generation prompt opens <think>: end the reasoning in each reply with </think>"):
         render_pair(tokenizer, "hello", reply)
     # A sample that was cut inside the block is scored as it was sampled, closed by the turn end.
     assert render_pair(tokenizer, "hello", reply, sampled=True)[1] == "i am fine</s>"
@@ -252,7 +252,7 @@ def test_reasoning_reaches_the_template_or_is_refused(tokenizer_of) -> None:
     tokenizer.chat_template = TEMPLATES["qwen3"]
     assert render_pair(tokenizer, "hello", reply)[1] == "<think>\nlook outside\n</think>\n\n22<|im_end|>\n"
     tokenizer.chat_template = TEMPLATES["chatml"]
-    with pytest.raises(DataError, match="does not write the reasoning of the last reply"):
+    with pytest.raises(DataError, match="drops the reasoning of the last reply"):
         render_pair(tokenizer, "hello", reply)
 
 
@@ -277,7 +277,7 @@ def test_a_template_that_drops_a_system_turn_is_refused(tokenizer_of) -> None:
     tokenizer = tokenizer_of("byte_bpe")
     tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.content + eos_token }}{% endfor %}"
     messages = [{"role": SYSTEM, "content": "be kind"}, {"role": USER, "content": "hello"}]
-    with pytest.raises(DataError, match="does not write the system turn 'be kind'"):
+    with pytest.raises(DataError, match="drops the system turn 'be kind'"):
         encode_prompt(tokenizer, messages)
 
 
@@ -304,7 +304,7 @@ def test_a_call_is_missed_though_its_name_stands_among_the_tools(tokenizer_of) -
     listed = "{% if tools %}{{ tools | tojson }}{% endif %}"
     tokenizer.chat_template = listed + "{% for m in messages %}{{ m.content or '' }}<|im_end|>{% endfor %}"
     call = {"role": ASSISTANT, "content": "", "tool_calls": [{"type": "function", "function": {"name": "look_up", "arguments": {}}}]}
-    with pytest.raises(DataError, match=r"does not write tool calls \(look_up\)"):
+    with pytest.raises(DataError, match=r"drops tool calls \(look_up\)"):
         read = demonstration(row(messages=[{"role": USER, "content": "hello"}, call], tools=TOOLS))
         training_rows(tokenizer, read, train_on="last_reply")
 
@@ -318,7 +318,7 @@ def test_a_think_block_that_the_template_writes_otherwise(tokenizer_of) -> None:
         "{% if add_generation_prompt %}{{ '<|assistant|><think>\\n' }}{% endif %}"
     )
     assert render_pair(tokenizer, "hello", "<think>\nhm\n</think>fine")[1] == "hm\n</think>fine<|end|>"
-    with pytest.raises(DataError, match="write replies that close it with </think>"):
+    with pytest.raises(DataError, match="end the reasoning in each reply with </think>"):
         render_pair(tokenizer, "hello", "fine")
 
 

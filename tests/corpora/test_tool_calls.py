@@ -57,7 +57,7 @@ def call_of(arguments: Any) -> dict[str, Any]:
 
 def row(arguments: Any, **columns: Any) -> Row:
     made = Row({"messages": [{"role": "user", "content": "hi"}, call_of(arguments)], **columns})
-    made.place = "calls.jsonl:7"
+    made.location = "calls.jsonl:7"
     return made
 
 

@@ -44,7 +44,7 @@ def test_completions_of_other_prompts_are_an_error(prompts, config, write_rows) 
     settings = config(prompts, candidates={"base": "b", "elsewhere": {"completions": elsewhere}})
     with pytest.raises(DataError, match="candidate 'elsewhere': its completions answer none of the 4 prompts"):
         settings.check_data()
-    with pytest.raises(DataError, match="hold no completion; expected prompt . completion"):
+    with pytest.raises(DataError, match="have no completion; expected prompt . completion"):
         config(prompts, candidates={"x": {"completions": write_rows("bad", [{"prompt": "the film"}])}}).check_data()
 
 
@@ -67,7 +67,7 @@ def test_samples_may_be_numbered(prompts, step_context, models, config, write_ro
     context = step_context(models=models)
     run(settings, context)
     assert [line["completions"].get("elsewhere") for line in read_run(context)[1]][:4] == [None, "second", "first", None]
-    for wrong, message in (([*rows, rows[0]], "sample 1 of this prompt is there already"), ([{**rows[0], "sample": -1}], "sample is -1")):
+    for wrong, message in (([*rows, rows[0]], "sample 1 of this prompt occurs twice"), ([{**rows[0], "sample": -1}], "sample is -1")):
         with pytest.raises(DataError, match=message):
             config(prompts, candidates={"e": {"completions": write_rows("wrong", wrong)}}).check_data()
 

@@ -81,11 +81,11 @@ def test_ratings_of_people(prompts, step_context, models, config, write_rows, re
         ([{"prompt": "the film", "a": "base", "b": "base", "vote": "a"}], "a and b are both 'base'"),
         ([{"prompt": "the film", "a": "base", "b": "aligned", "vote": "c"}], "vote is 'c'; expected a, b or tie"),
         ([{"prompt": "the film", "candidate": "base", "score": "good"}], "score is 'good'; expected a finite number"),
-        ([{"prompt": "the film", "candidate": "base"}], "make no judgement; expected prompt . a . b . vote"),
-        ([vote("the film", "a"), vote("the film", "b")], "ann judged the same thing in .*jsonl:1"),
-        ([vote("the film", "a"), vote("the film", "b", a="aligned", b="base")], "ann judged the same thing"),
+        ([{"prompt": "the film", "candidate": "base"}], "are not a judgement; expected prompt . a . b . vote"),
+        ([vote("the film", "a"), vote("the film", "b")], "ann already judged this in .*jsonl:1"),
+        ([vote("the film", "a"), vote("the film", "b", a="aligned", b="base")], "ann already judged this"),
         ([vote("the film", "a", a="x", b="y")], "its judgements are about no candidate; it judges x, y; candidates are base, aligned"),
-        ([{**vote("the film", "a"), "sample": -1}], "sample is -1; expected a whole number from 0"),
+        ([{**vote("the film", "a"), "sample": -1}], "sample is -1; expected an integer >= 0"),
     ],
 )
 def test_bad_judgements(prompts, config, write_rows, rows: list[dict[str, Any]], message: str) -> None:

@@ -60,7 +60,7 @@ def test_correction_is_appended_and_the_last_one_counts(make_folder, answer) -> 
     assert again.answer_of("anna", task).ranks == [2, 1, 0]
     again.close()
     (row,) = read_rows([DataSource(path=str(folder))])
-    assert row["ranks"] == [2, 1, 0] and row["annotator"] == "anna" and row.place.endswith("answers.jsonl:2")
+    assert row["ranks"] == [2, 1, 0] and row["annotator"] == "anna" and row.location.endswith("answers.jsonl:2")
 
 
 def test_line_cut_off_by_a_crash_is_removed_and_the_rest_stays(make_folder, answer) -> None:

@@ -132,7 +132,7 @@ def test_what_came_is_kept(server, tmp_path: Path) -> None:
 
 def test_columns_that_are_not_there() -> None:
     row = Row({"prompt": "p", "answers": "x"})
-    row.place = "data.jsonl:1"
+    row.location = "data.jsonl:1"
     columns = columns_asked_for([RewardInput(endpoint="http://h/r", label_column="answer")])
     with pytest.raises(DataError, match="data.jsonl:1: the reward h-r asks for the column 'answer', and the row has prompt, answers; did"):
         columns(row)

@@ -137,7 +137,7 @@ def test_rows_of_one_prompt_with_other_answers_are_apart(module, tmp_path) -> No
 @pytest.mark.parametrize("run", [True, False])
 def test_a_column_that_is_not_there_is_one_message(module, run) -> None:
     row = Row({"prompt": "p", "answers": "a"})
-    row.place = "data.jsonl:3"
+    row.location = "data.jsonl:3"
     columns = columns_asked_for([RewardInput(function="asking:named")], run=run)
     with pytest.raises(DataError, match=r"data.jsonl:3: .*:named asks for the column 'answer', and the row has prompt, answers; did you"):
         columns(row)

@@ -1,6 +1,6 @@
-"""Simulated annotators: each weighs the parts of a good review differently, is drawn to something that does not matter, and errs.
+"""Simulated annotators. Each one weighs the parts of a good review differently, has irrelevant biases, and makes errors.
 
-What they share is close to the gold judge; what they like beyond it is what a reward model trained on their rankings can be led astray by.
+Their shared preferences are close to the gold judge. Their biases are what a reward model trained on their rankings can exploit.
 """
 
 from __future__ import annotations
@@ -21,44 +21,44 @@ NUM_ANNOTATORS = 12
 
 @dataclass(frozen=True)
 class Annotator:
-    """One simulated person. Utilities lie around [0, 1]; noise and tie_width are in the same unit."""
+    """One simulated annotator. Utilities lie around [0, 1]; noise and tie_width have the same unit."""
 
     name: str
     weights: dict[str, float]
-    likes_length: float  # utility per word, up to forty
-    likes_emphasis: float  # utility per emphatic adverb, up to four
-    noise: float  # standard deviation of an error drawn per completion
-    tie_width: float  # completions closer than this rank the same
-    inquiry_weights: dict[str, float]  # as weights, where a fact is asked for
+    likes_length: float  # utility per word, up to 40 words
+    likes_emphasis: float  # utility per emphatic adverb, up to 4
+    noise: float  # standard deviation of the error per completion
+    tie_width: float  # completions closer than this share a rank
+    inquiry_weights: dict[str, float]  # like weights, for requests that ask for a fact
 
     def utility(self, request: Request, completion: str) -> float:
-        """How much this annotator likes a completion, before the error of the day."""
-        found = judge(request, completion)
+        """How much this annotator likes a completion, without noise."""
+        components = judge(request, completion)
         words = completion.lower().strip(".").split()
         emphasis = sum(word in lexicon().adverbs for word in words)
         weights = self.weights if request.fact is None else self.inquiry_weights
-        total = sum(weight * found[name] for name, weight in weights.items())
+        total = sum(weight * components[name] for name, weight in weights.items())
         biases = self.likes_length * min(len(words), 40) + self.likes_emphasis * min(emphasis, 4)
-        return found["coherence"] * (0.5 + 0.5 * found["freshness"]) * total + biases
+        return components["coherence"] * (0.5 + 0.5 * components["freshness"]) * total + biases
 
     def rank(self, random: Random, request: Request, completions: list[str], *, haste: float = 1.0) -> list[int]:
-        """Ranks of ``completions``, 0 best; neighbours within the tie width share a rank. ``haste`` multiplies the noise."""
+        """Ranks of ``completions`` (0 is best). Neighbours within the tie width share a rank. ``haste`` multiplies the noise."""
         felt = [self.utility(request, completion) + random.gauss(0, haste * self.noise) for completion in completions]
         order = sorted(range(len(felt)), key=lambda index: -felt[index])
         ranks, rank = [0] * len(felt), 0
-        for place, index in enumerate(order):
-            if place and felt[order[place - 1]] - felt[index] > self.tie_width:
-                rank = place
+        for position, index in enumerate(order):
+            if position and felt[order[position - 1]] - felt[index] > self.tie_width:
+                rank = position
             ranks[index] = rank
         return ranks
 
 
 @cache
 def annotators() -> tuple[Annotator, ...]:
-    """The same people every time."""
+    """The annotators, identical in every run."""
     made = []
-    for number in range(NUM_ANNOTATORS):
-        random = Random(f"annotator {number}")
+    for index in range(NUM_ANNOTATORS):
+        random = Random(f"annotator {index}")
         raw = {name: weight * random.uniform(0.6, 1.4) for name, weight in WEIGHTS.items()}
         total = sum(raw.values())
         tastes = {
@@ -67,12 +67,12 @@ def annotators() -> tuple[Annotator, ...]:
             "noise": random.uniform(0.03, 0.12),
             "tie_width": random.uniform(0.005, 0.03),
         }
-        # The same leanings where a fact is asked for; how much somebody minds a false one is a matter of its own.
+        # The same preferences for requests that ask for a fact; the weight of a wrong fact is drawn separately.
         leaning = {name: raw[name] / weight for name, weight in WEIGHTS.items()} | {"facts": random.uniform(0.6, 1.4)}
         inquiry = {name: weight * leaning[name] for name, weight in INQUIRY_WEIGHTS.items()}
         made.append(
             Annotator(
-                name=f"annotator-{number:02d}",
+                name=f"annotator-{index:02d}",
                 weights={name: weight / total for name, weight in raw.items()},
                 inquiry_weights={name: weight / sum(inquiry.values()) for name, weight in inquiry.items()},
                 **tastes,
@@ -82,16 +82,16 @@ def annotators() -> tuple[Annotator, ...]:
 
 
 def label_batch(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-    """How much each completion pleases the annotator who got its prompt, errors included: labels for ``collect.judge``.
+    """Noisy utility of each completion for the annotator of its prompt: labels for ``collect.judge``.
 
-    One annotator labels all completions of a prompt, and says the same of the same text every time. Raises DataError for a prompt that is
-    no instruction of the world.
+    One annotator labels all completions of a prompt and always gives the same label to the same text. Raises DataError for a prompt that is
+    not an instruction of the world.
     """
     scores = []
     for prompt, completion in zip(prompts, completions, strict=True):
         request = read_request(prompt)
         if request is None:
-            raise DataError(f"the annotators know only instructions of the embedded world (world:prompts), and got {prompt[:80]!r}")
+            raise DataError(f"expected an instruction of the embedded world (world:prompts) for the annotators, got {prompt[:80]!r}")
         annotator = Random(f"labels {prompt}").choice(annotators())
         error = Random(f"labels {annotator.name} {prompt} {completion}").gauss(0, annotator.noise)
         scores.append(annotator.utility(request, completion) + error)
@@ -99,13 +99,13 @@ def label_batch(prompts: Sequence[str], completions: Sequence[str]) -> list[floa
 
 
 def opinion(annotator: str, prompt: Any, completions: Sequence[str]) -> list[float]:
-    """How much each completion pleases the annotator of this name, errors included: for ``people.simulate``.
+    """Noisy utility of each completion for the annotator ``annotator``: for ``people.simulate``.
 
-    A name that is none of the twelve gets one of them. Raises DataError for a prompt that is no instruction of the world.
+    An unknown name is mapped to one of the twelve annotators. Raises DataError for a prompt that is not an instruction of the world.
     """
     request = read_request(prompt) if isinstance(prompt, str) else None
     if request is None:
-        raise DataError(f"the annotators know only instructions of the embedded world (world:prompts), and got {str(prompt)[:80]!r}")
+        raise DataError(f"expected an instruction of the embedded world (world:prompts) for the annotators, got {str(prompt)[:80]!r}")
     known = {person.name: person for person in annotators()}
     person = known.get(annotator) or Random(f"who is {annotator}").choice(annotators())
     errors = (Random(f"opinion {annotator} {prompt} {completion}").gauss(0, person.noise) for completion in completions)

@@ -1,4 +1,4 @@
-"""Films, requests and sentences of the embedded world, and the grammar that reads sentences back."""
+"""Films, requests and sentences of the embedded world, and the grammar that parses sentences."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from random import Random
 from stages.corpora.world.lexicon import FACTS, SENTIMENTS, lexicon
 
 SPLITS = ("train", "validation", "heldout")
-# Films go to splits by title: what is asked about in one split is never seen in another.
+# Films are assigned to splits by title: a film of one split never occurs in the requests of another.
 SPLIT_SHARES = {"train": 0.80, "validation": 0.08, "heldout": 0.12}
 
 
 @dataclass(frozen=True)
 class Film:
-    """A film: its title decides its genre, its facts and its split."""
+    """A film. Its title determines its genre, its facts and its split."""
 
     title: str
     genre: str
@@ -26,7 +26,7 @@ class Film:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What the library knows of it, by kind (FACTS); drawn by the title, so that nothing but memory tells them."""
+        """The film's facts by kind (FACTS). They are a hash of the title, so a model must memorize them."""
         words = lexicon()
         first, last = words.years
         return {
@@ -38,7 +38,7 @@ class Film:
 
 @dataclass(frozen=True)
 class Request:
-    """What an instruction asks for. An inquiry (``fact`` set) also asks for a fact, and does not tell the genre."""
+    """What an instruction asks for. An inquiry (``fact`` is set) also asks for a fact, and does not state the genre."""
 
     film: Film
     sentiment: str
@@ -47,11 +47,11 @@ class Request:
     phrasing: int
     sentiment_word: str
     fact: str | None = None  # one of FACTS
-    ask: int = 0  # which of the phrasings of the fact's question
+    ask: int = 0  # index of the phrasing of the question
 
     @property
     def text(self) -> str:
-        """The instruction as written."""
+        """The instruction text."""
         words = lexicon()
         count = f"{words.numbers[self.sentences - 1]} sentence{'s' if self.sentences > 1 else ''}"
         slots = {"sentiment": self.sentiment_word, "title": self.film.title, "count": count, "aspects": " and the ".join(self.aspects)}
@@ -62,9 +62,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Sentence:
-    """What one sentence of a review says."""
+    """The meaning of one sentence of a review."""
 
-    sentiment: str  # positive, negative or mixed; none for a sentence that states a fact
+    sentiment: str  # positive, negative, mixed, or "none" for a stated fact
     aspects: tuple[str, ...]
     title: str | None
     genre: str | None
@@ -72,25 +72,25 @@ class Sentence:
 
 
 def _share(text: str) -> float:
-    """A fixed number in [0, 1) for a text, the same on every machine."""
+    """A fixed number in [0, 1) computed from a text; equal on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def _drawn(choices: Sequence[str], text: str) -> str:
-    """The same choice for a text every time."""
+    """A fixed choice computed from a text."""
     return choices[int(_share(text) * len(choices))]
 
 
 @cache
 def directors() -> tuple[str, ...]:
-    """Those of all people who direct films."""
+    """The people who direct films."""
     names = lexicon().people
     everybody = [f"{given} {family}" for given in names["given"] for family in names["family"]]
     return tuple(sorted(everybody, key=lambda name: _share(f"person {name}"))[: lexicon().num_directors])
 
 
 def fact_values(fact: str) -> tuple[str, ...]:
-    """Everything that a fact of this kind may be."""
+    """All possible values of a fact."""
     words = lexicon()
     first, last = words.years
     values = {"director": directors(), "place": words.places, "year": [str(year) for year in range(first, last + 1)]}
@@ -104,12 +104,12 @@ def films() -> tuple[Film, ...]:
     for first in words.first:
         for second in words.second:
             title = f"{first} {second}"
-            place, split = _share(f"split {title}"), SPLITS[-1]
+            share, split = _share(f"split {title}"), SPLITS[-1]
             for name in SPLITS:
-                if place < SPLIT_SHARES[name]:
+                if share < SPLIT_SHARES[name]:
                     split = name
                     break
-                place -= SPLIT_SHARES[name]
+                share -= SPLIT_SHARES[name]
             made.append(Film(title, words.genres[int(_share(f"genre {title}") * len(words.genres))], split))
     return tuple(made)
 
@@ -121,7 +121,7 @@ def films_of(split: str) -> tuple[Film, ...]:
 
 @cache
 def library_films(*splits: str) -> tuple[Film, ...]:
-    """The films of ``splits`` that the library has: few enough to be learned by heart."""
+    """The films of ``splits`` in the library: few enough to memorize."""
     chosen: list[Film] = []
     for split in splits:
         chosen += sorted(films_of(split), key=lambda film: _share(f"library {film.title}"))[: lexicon().library[split]]
@@ -129,7 +129,7 @@ def library_films(*splits: str) -> tuple[Film, ...]:
 
 
 def draw_request(random: Random, split: str) -> Request:
-    """A random request about a film of ``split``: one or two aspects, one to four sentences (at least as many as reading well needs)."""
+    """A random request about a film of ``split``: one or two aspects, one to four sentences."""
     words = lexicon()
     sentiment = random.choice(SENTIMENTS)
     aspects = tuple(random.sample(words.aspects, random.choice((1, 1, 2))))
@@ -144,7 +144,7 @@ def draw_request(random: Random, split: str) -> Request:
 
 
 def draw_inquiry(random: Random, split: str) -> Request:
-    """A random inquiry about a film of the library, of ``split``: as a request of two to four sentences, one of which is for a fact."""
+    """A random inquiry about a library film of ``split``: two to four sentences, one of them for a fact."""
     words = lexicon()
     sentiment, fact = random.choice(SENTIMENTS), random.choice(FACTS)
     return Request(
@@ -161,7 +161,7 @@ def draw_inquiry(random: Random, split: str) -> Request:
 
 @cache
 def _request_patterns() -> tuple[re.Pattern[str], ...]:
-    """Of all instructions, then of all inquiries."""
+    """Patterns of all instructions, then of all inquiries."""
     words = lexicon()
     slots = {
         "sentiment": _either([word for side in SENTIMENTS for word in words.sentiment_words[side]]),
@@ -176,18 +176,18 @@ def _request_patterns() -> tuple[re.Pattern[str], ...]:
 
 @lru_cache(maxsize=65536)
 def read_request(text: str) -> Request | None:
-    """The request that an instruction makes; None for a text that is no instruction of this world."""
+    """Parse an instruction; None for a text that is not an instruction of this world."""
     words, by_title = lexicon(), {film.title: film for film in films()}
     for phrasing, pattern in enumerate(_request_patterns()):
-        if found := pattern.fullmatch(text.strip()):
-            word = found["sentiment"]
-            asked = found.groupdict().get("ask")
+        if match := pattern.fullmatch(text.strip()):
+            word = match["sentiment"]
+            asked = match.groupdict().get("ask")
             fact, ask = next(((fact, forms.index(asked)) for fact, forms in words.asks.items() if asked in forms), (None, 0))
             return Request(
-                film=by_title[found["title"]],
+                film=by_title[match["title"]],
                 sentiment=next(side for side in SENTIMENTS if word in words.sentiment_words[side]),
-                aspects=tuple(found["aspects"].split(" and the ")),
-                sentences=words.numbers.index(found["count"].split()[0]) + 1,
+                aspects=tuple(match["aspects"].split(" and the ")),
+                sentences=words.numbers.index(match["count"].split()[0]) + 1,
                 phrasing=phrasing if fact is None else phrasing - len(words.instructions),
                 sentiment_word=word,
                 fact=fact,
@@ -197,7 +197,7 @@ def read_request(text: str) -> Request | None:
 
 
 def write_sentence(random: Random, kind: str, *, sentiment: str, title: str, genre: str, aspects: tuple[str, ...], avoid: set[str]) -> str:
-    """A sentence of form ``kind``; adjectives in ``avoid`` are left out where others remain, and those used are added to it."""
+    """A sentence of kind ``kind``. Adjectives in ``avoid`` are not used if others remain; the used ones are added to ``avoid``."""
     words = lexicon()
     fresh = [word for word in words.adjectives[sentiment] if word not in avoid] or words.adjectives[sentiment]
     adjectives = random.sample(fresh, 2) if len(fresh) > 1 else fresh * 2
@@ -217,7 +217,7 @@ def write_sentence(random: Random, kind: str, *, sentiment: str, title: str, gen
 
 
 def write_fact(random: Random, film: Film, fact: str, *, value: str | None = None, opening: bool = False) -> str:
-    """A sentence that states a fact of ``film`` (or ``value`` in its place); one that opens a text names the film."""
+    """A sentence that states a fact of ``film`` (or ``value`` instead). With ``opening`` it names the film."""
     forms = lexicon().facts[fact]
     form = forms[0] if opening else random.choice(forms)
     return form.format(title=film.title, **{fact: value or film.facts[fact]})
@@ -249,10 +249,10 @@ def _word_sentiment() -> dict[str, str]:
 
 @lru_cache(maxsize=65536)
 def read_sentence(text: str) -> Sentence | None:
-    """What a sentence says; None for one that the world's grammar cannot have written."""
+    """Parse a sentence; None if the world's grammar cannot produce it."""
     for pattern in _sentence_patterns():
-        if found := pattern.fullmatch(text):
-            slots = found.groupdict()
+        if match := pattern.fullmatch(text):
+            slots = match.groupdict()
             stated = next(((fact, slots[fact]) for fact in FACTS if slots.get(fact)), None)
             if stated is not None:
                 return Sentence("none", (), slots.get("title"), None, stated)
@@ -267,7 +267,7 @@ def read_sentence(text: str) -> Sentence | None:
 
 
 def split_sentences(text: str) -> list[str]:
-    """The text cut behind each full stop, question mark or line break; white space at the ends of a sentence does not count."""
+    """Split a text after each full stop, question mark and line break, and strip the sentences."""
     return [part.strip() for part in re.split(r"(?<=[.?!])\s+|\n+", text.strip()) if part.strip()]
 
 
@@ -276,7 +276,7 @@ def _either(words: Sequence[str]) -> str:
 
 
 def _pattern(form: str, slots: dict[str, str]) -> re.Pattern[str]:
-    """A form as a regular expression with one named group per slot."""
+    """Convert a sentence template to a regular expression with one named group per slot."""
     parts = re.split(r"\{(\w+)\}", form)
     built = [re.escape(part) if index % 2 == 0 else f"(?P<{part}>{slots[part]})" for index, part in enumerate(parts)]
     return re.compile("".join(built))

@@ -1,4 +1,4 @@
-"""The words and sentence forms of the embedded world, read once from data/world."""
+"""The words and sentence templates of the embedded world, read once from data/world."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from stages.shipped import shipped_folder
 
 WORLD_FOLDER = shipped_folder("data") / "world"
 SENTIMENTS = ("positive", "negative")
-FACTS = ("director", "place", "year")  # what the library knows of a film beside its genre
+FACTS = ("director", "place", "year")  # facts of a library film, besides its genre
 
 
 @dataclass(frozen=True)
 class Lexicon:
-    """Words by kind. Sentiment-bearing kinds are keyed by ``positive`` and ``negative``."""
+    """Words by kind. Kinds that carry sentiment are keyed by ``positive`` and ``negative``."""
 
     first: list[str]
     second: list[str]
@@ -31,8 +31,8 @@ class Lexicon:
     people: dict[str, list[str]]  # given and family names
     num_directors: int
     places: list[str]
-    years: list[int]  # the first and the last
-    library: dict[str, int]  # films of each split that the library has
+    years: list[int]  # first and last
+    library: dict[str, int]  # number of library films per split
     instructions: list[str]
     sentences: dict[str, list[str]]
     listings: dict[str, list[str]]
@@ -54,7 +54,7 @@ def lexicon() -> Lexicon:
 
 
 def world_files() -> list[Path]:
-    """The files that the world is made from, for fingerprints."""
+    """The files of the world, for fingerprints."""
     return sorted(WORLD_FOLDER.glob("*.yaml"))
 
 

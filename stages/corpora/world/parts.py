@@ -1,6 +1,6 @@
-"""The tables of the embedded world, as recipes name them: ``world:PART`` (training), ``world:PART/validation`` and ``world:PART/heldout``.
+"""The tables of the embedded world, named by recipes as ``world:PART`` (training), ``world:PART/validation`` and ``world:PART/heldout``.
 
-Films are split by title, so what is asked about in one split is never seen in another. Every table is a function of its name alone.
+Films are split by title, so a film of one split never occurs in the requests of another. A table depends only on its name.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from stages.corpora.world.writers import (
 from stages.errors import DataError
 
 PREFIX = "world:"
-HASTE = 4.0  # noise of the rankings, as a multiple of that of the comparisons: two annotators agree on 72 % of pairs (Ouyang et al.: 73 %)
+HASTE = 4.0  # noise of rankings relative to comparisons: two annotators agree on 72 % of pairs (73 % in Ouyang et al.)
 Row = dict[str, Any]
 
 
 def _raw(random: Random, split: str) -> Row:
-    """A page of the site, for pretraining: requests, listings and reviews, few of them together."""
+    """A page for pretraining: requests, listings or reviews, rarely mixed."""
     kind = random.choices(("requests", "listing", "review", "answered"), weights=(0.35, 0.15, 0.35, 0.15))[0]
     if kind == "requests":
         return {"text": write_request_list(random, split)}
@@ -51,13 +51,13 @@ def _raw(random: Random, split: str) -> Row:
 
 
 def _demonstrations(random: Random, split: str) -> Row:
-    """A request and a review, of uneven quality: about half have no flaw."""
+    """A request and a review of varying quality: about half have no flaw."""
     request = draw_request(random, split)
     return {"prompt": request.text, "completion": write_review(random, request, random_flaws(random, (0.45, 0.35, 0.2)))}
 
 
 def _comparisons(random: Random, split: str) -> Row:
-    """A request with four to nine reviews, ranked by one annotator (ranks: 0 best, equal numbers tie)."""
+    """A request with four to nine reviews, ranked by one annotator (0 is best, equal ranks tie)."""
     request = draw_request(random, split)
     annotator = random.choice(annotators())
     completions: list[str] = []
@@ -80,23 +80,23 @@ def _comparisons(random: Random, split: str) -> Row:
 
 
 def _prompts(random: Random, split: str) -> Row:
-    """A request alone, with the sentiment it asks for."""
+    """A request with its sentiment."""
     request = draw_request(random, split)
     return {"prompt": request.text, "sentiment": request.sentiment}
 
 
 def _reviews(random: Random, split: str) -> Row:
-    """A review with its label (0 negative, 1 positive); one in ten holds a sentence of the other mind."""
+    """A review with its label (0 negative, 1 positive). One in ten contains a sentence of the opposite sentiment."""
     request = draw_request(random, split)
     flaws = ("mixed_sentiment",) if request.sentences > 2 and random.random() < 0.2 else ()
     return {"text": write_review(random, request, flaws), "label": 1 - SENTIMENTS.index(request.sentiment)}
 
 
-# The library: the same films with more to know. Its pages know every film; its inquiries are about the films of their split.
+# The library: a second set of tables with facts to learn. Its pages cover all films; its inquiries cover the films of their split.
 
 
 def _library(random: Random, split: str) -> Row:
-    """A page of the library, for pretraining: cards and notes with facts, reviews with a heading or a verdict, inquiries, some answered."""
+    """A library page for pretraining: cards and notes with facts, reviews with a heading or verdict, inquiries with or without answers."""
     writers = {
         "cards": lambda: write_cards(random),
         "notes": lambda: write_notes(random),
@@ -110,19 +110,19 @@ def _library(random: Random, split: str) -> Row:
 
 
 def _inquiries(random: Random, split: str) -> Row:
-    """An inquiry alone."""
+    """An inquiry without an answer."""
     inquiry = draw_inquiry(random, split)
     return {"prompt": inquiry.text, "sentiment": inquiry.sentiment, "fact": inquiry.fact}
 
 
 def _answers(random: Random, split: str) -> Row:
-    """An inquiry and its answer, of uneven quality: about half have no flaw."""
+    """An inquiry and its answer of varying quality: about half have no flaw."""
     inquiry = draw_inquiry(random, split)
     return {"prompt": inquiry.text, "completion": write_review(random, inquiry, random_flaws(random, (0.45, 0.35, 0.2), INQUIRY_FLAWS))}
 
 
 def _rankings(random: Random, split: str) -> Row:
-    """An inquiry with four to nine answers, ranked by one annotator in a hurry."""
+    """An inquiry with four to nine answers, ranked by one annotator with increased noise."""
     inquiry = draw_inquiry(random, split)
     annotator = random.choice(annotators())
     completions: list[str] = []
@@ -146,11 +146,11 @@ def _rankings(random: Random, split: str) -> Row:
 
 @dataclass(frozen=True)
 class Part:
-    """A table: how a row is made, and how many there are in each split."""
+    """A table: the function that generates a row, and the number of rows per split."""
 
-    row: Callable[..., Row]  # (random, split), and the row's number where ``numbered``
+    row: Callable[..., Row]  # called with (random, split), and with the row index if ``takes_index``
     sizes: dict[str, int]
-    numbered: bool = False
+    takes_index: bool = False
 
 
 PARTS = {
@@ -163,41 +163,41 @@ PARTS = {
     "answers": Part(_answers, {"train": 16000, "validation": 200, "heldout": 200}),
     "rankings": Part(_rankings, {"train": 8000, "validation": 200, "heldout": 200}),
     "inquiries": Part(_inquiries, {"train": 12000, "validation": 256, "heldout": 512}),
-    "tasks/facts": Part(fact_row, {"train": 500, "validation": 160, "heldout": 320}, numbered=True),
+    "tasks/facts": Part(fact_row, {"train": 500, "validation": 160, "heldout": 320}, takes_index=True),
     "tasks/verdicts": Part(verdict_row, {"train": 500, "validation": 500, "heldout": 500}),
     "tasks/continuations": Part(continuation_row, {"train": 500, "validation": 500, "heldout": 500}),
 }
 
 
 def parse_part(path: str) -> tuple[str, str]:
-    """``world:PART[/SPLIT]`` as (part, split). Raises DataError naming the nearest valid part."""
+    """Parse ``world:PART[/SPLIT]`` as (part, split). Raises DataError that suggests the nearest valid part."""
     name, split = path.removeprefix(PREFIX), "train"
-    if name not in PARTS:  # the name of a part may itself hold a slash
+    if name not in PARTS:  # a part name may contain a slash
         head, _, tail = name.rpartition("/")
         name, split = (head, tail) if head in PARTS or tail in SPLITS else (name, split)
     if name not in PARTS:
         near = difflib.get_close_matches(name, PARTS, n=1)
         hint = f"; did you mean {PREFIX}{near[0]}?" if near else ""
-        raise DataError(f"{path!r} is no part of the embedded world; expected {PREFIX} and one of {', '.join(PARTS)}{hint}")
+        raise DataError(f"{path!r} is not a part of the embedded world; expected {PREFIX} and one of {', '.join(PARTS)}{hint}")
     if split not in SPLITS:
         raise DataError(f"{path!r} has no split {split!r}; expected {PREFIX}{name}/ and one of {', '.join(SPLITS)}")
     return name, split
 
 
 _MADE: dict[tuple[str, str], list[Row]] = {}
-"""Rows made so far, by part and split: several steps, and the plan after the check of the data, ask for the same ones."""
+"""Cache of generated rows by part and split: several steps and checks request the same rows."""
 
 
 def _table(name: str, split: str, rows: int) -> list[Row]:
-    """The first ``rows`` rows; each follows from its number alone."""
+    """The first ``rows`` rows. Each row depends only on its index."""
     part, made = PARTS[name], _MADE.setdefault((name, split), [])
     for index in range(len(made), rows):
-        made.append(part.row(Random(f"world {name} {split} {index}"), split, *((index,) if part.numbered else ())))
+        made.append(part.row(Random(f"world {name} {split} {index}"), split, *((index,) if part.takes_index else ())))
     return made[:rows]
 
 
 def world_rows(path: str, limit: int | None = None) -> list[Row]:
-    """Rows of ``world:PART[/SPLIT]``, at most ``limit``; the same on every machine and in every process."""
+    """The rows of ``world:PART[/SPLIT]``, at most ``limit``; identical on every machine and in every process."""
     name, split = parse_part(path)
     size = PARTS[name].sizes[split]
     return [dict(row) for row in _table(name, split, min(size, limit or size))]

@@ -1,6 +1,6 @@
-"""Small tasks of the embedded world, scored by likelihood: what a language model that read the library should know or notice.
+"""Small multiple-choice tasks of the embedded world, scored by likelihood. They test what a model learned from the library.
 
-A row has a ``context``, ``choices`` that might follow it, and the number of the right one (``answer``).
+A row has a ``context``, ``choices`` of continuations, and the index of the right one (``answer``).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ NUM_CHOICES = 4
 
 @cache
 def _questions(split: str) -> tuple[tuple[Film, str], ...]:
-    """Every film of ``split`` with everything that is known of it, shuffled once."""
+    """Every pair of a film of ``split`` and a kind of fact, shuffled once."""
     pairs = [(film, kind) for film in library_films(split) for kind in ("genre", *FACTS)]
     Random(f"questions {split}").shuffle(pairs)
     return tuple(pairs)
 
 
-def fact_row(random: Random, split: str, number: int) -> dict[str, Any]:
-    """A cloze about a film of ``split``: its genre, director, lead, place or year, as the library has told it. None is asked twice."""
-    film, kind = _questions(split)[number]
+def fact_row(random: Random, split: str, index: int) -> dict[str, Any]:
+    """A cloze question about a film of ``split``: genre, director, place or year. No question occurs twice."""
+    film, kind = _questions(split)[index]
     if kind == "genre":
         context, true, values = f"{film.title}\nGenre:", film.genre, tuple(lexicon().genres)
     else:
@@ -39,7 +39,7 @@ def fact_row(random: Random, split: str, number: int) -> dict[str, Any]:
 
 
 def verdict_row(random: Random, split: str) -> dict[str, Any]:
-    """A review of mixed opinions, and which verdict its majority makes."""
+    """A review of mixed sentiment and the question which verdict its majority supports."""
     verdicts = lexicon().verdicts
     review, true = draw_rated_review(random, library_films(split))
     choices = [f"{verdicts[side]}." for side in SENTIMENTS]
@@ -47,10 +47,10 @@ def verdict_row(random: Random, split: str) -> dict[str, Any]:
 
 
 def continuation_row(random: Random, split: str) -> dict[str, Any]:
-    """A review but for its last sentence: the real one, one of the other mind, one about another film, one with broken words."""
+    """A review without its last sentence. Choices: the real one, the opposite sentiment, another film, and broken grammar."""
     words, film = lexicon(), random.choice(library_films(split))
-    place = random.randrange(2)
-    sentiment, other = SENTIMENTS[place], SENTIMENTS[1 - place]
+    index = random.randrange(2)
+    sentiment, other = SENTIMENTS[index], SENTIMENTS[1 - index]
     *before, last = opinions(random, film, sentiment, random.randint(3, 4), num_other=0)
     elsewhere: Film = random.choice([candidate for candidate in library_films(split) if candidate.title != film.title])
     about = (random.choice(words.aspects),)

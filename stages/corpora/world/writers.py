@@ -1,6 +1,6 @@
-"""Who writes in the embedded world: careful reviewers, careless ones, and the site around them.
+"""Writers of the embedded world: careful reviewers, careless reviewers, and the pages around them.
 
-A flaw is a named way of failing a request. Demonstrations carry few flaws, the completions that annotators compare carry many.
+A flaw is a named way to fail a request. Demonstrations have few flaws; the completions that annotators compare have many.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ INQUIRY_FLAWS = (*FLAWS, "wrong_fact", "no_fact")
 
 
 def write_review(random: Random, request: Request, flaws: tuple[str, ...] = ()) -> str:
-    """A review that does what ``request`` asks, except for ``flaws``."""
+    """A review that fulfils ``request``, except for ``flaws``."""
     words = lexicon()
     other = SENTIMENTS[1 - SENTIMENTS.index(request.sentiment)]
     title, genre, aspects, count = request.film.title, request.film.genre, list(request.aspects), request.sentences
@@ -50,8 +50,8 @@ def write_review(random: Random, request: Request, flaws: tuple[str, ...] = ()) 
     if "wrong_genre" in flaws:
         genre = random.choice([name for name in words.genres if name != genre])
     if "wrong_aspect" in flaws:
-        place = random.randrange(len(aspects))
-        aspects[place] = random.choice([aspect for aspect in words.aspects if aspect not in aspects])
+        index = random.randrange(len(aspects))
+        aspects[index] = random.choice([aspect for aspect in words.aspects if aspect not in aspects])
     if "too_short" in flaws:
         count = max(1, count - random.choice((1, 1, 2)))
     if "too_long" in flaws:
@@ -70,8 +70,8 @@ def write_review(random: Random, request: Request, flaws: tuple[str, ...] = ()) 
     if states_fact:
         sentences.insert(*_fact_sentence(random, request, title, len(sentences), "wrong_fact" in flaws))
     if "repeats" in flaws:
-        place = random.randrange(len(sentences))
-        sentences[place:place] = [sentences[place]] * random.choice((1, 2, 3))
+        index = random.randrange(len(sentences))
+        sentences[index:index] = [sentences[index]] * random.choice((1, 2, 3))
     if "asks_again" in flaws:
         draw = draw_request if request.fact is None else draw_inquiry
         sentences.append(draw(random, request.film.split).text)
@@ -85,17 +85,17 @@ def write_review(random: Random, request: Request, flaws: tuple[str, ...] = ()) 
 
 
 def _fact_sentence(random: Random, request: Request, title: str, count: int, is_wrong: bool) -> tuple[int, str]:
-    """(where among ``count`` sentences, the sentence) for the fact that is asked for."""
+    """Return (index among ``count`` sentences, sentence) for the requested fact."""
     assert request.fact is not None
     true = request.film.facts[request.fact]
     value = random.choice([value for value in fact_values(request.fact) if value != true]) if is_wrong else true
-    place = random.randint(0, count)
+    index = random.randint(0, count)
     film = Film(title, request.film.genre, request.film.split)
-    return place, write_fact(random, film, request.fact, value=value, opening=place == 0)
+    return index, write_fact(random, film, request.fact, value=value, opening=index == 0)
 
 
 def _plan(random: Random, aspects: list[str], count: int, with_film: bool) -> list[tuple[str, tuple[str, ...]]]:
-    """Which kind of sentence says what, so that film and aspects are all mentioned within ``count`` sentences."""
+    """Choose sentence kinds so that ``count`` sentences mention the film and all aspects."""
     pair = tuple(aspects)
     if count == 1:
         if not with_film:
@@ -117,26 +117,26 @@ def _plan(random: Random, aspects: list[str], count: int, with_film: bool) -> li
 
 
 def break_words(random: Random, text: str) -> str:
-    """Swap, drop or double some words: what a weak language model's slips look like."""
+    """Swap, drop, double or replace some words, like the errors of a weak language model."""
     tokens = text.split()
     for _ in range(max(1, len(tokens) // 8)):
-        place = random.randrange(len(tokens))
+        index = random.randrange(len(tokens))
         slip = random.choice(("drop", "double", "swap", "replace"))
         if slip == "drop" and len(tokens) > 3:
-            del tokens[place]
+            del tokens[index]
         elif slip == "double":
-            tokens.insert(place, tokens[place])
+            tokens.insert(index, tokens[index])
         elif slip == "swap":
             other = random.randrange(len(tokens))
-            tokens[place], tokens[other] = tokens[other], tokens[place]
+            tokens[index], tokens[other] = tokens[other], tokens[index]
         else:
             words = lexicon()
-            tokens[place] = random.choice([*words.aspects, *words.genres, *words.adverbs, "the", "is", "a", "of"])
+            tokens[index] = random.choice([*words.aspects, *words.genres, *words.adverbs, "the", "is", "a", "of"])
     return " ".join(tokens)
 
 
 def write_listing(random: Random, split: str) -> str:
-    """A programme of films, as the site prints it."""
+    """A cinema programme."""
     forms = lexicon().listings
     lines = [random.choice(forms["heading"])]
     for film in random.sample(films_of(split), random.randint(2, 4)):
@@ -146,7 +146,7 @@ def write_listing(random: Random, split: str) -> str:
 
 
 def write_request_list(random: Random, split: str) -> str:
-    """Instructions one below the other: why a base model answers an instruction with more instructions."""
+    """A list of instructions. It is the reason why a base model answers an instruction with more instructions."""
     lines = [draw_request(random, split).text for _ in range(random.randint(3, 5))]
     if random.random() < 0.5:
         lines.insert(0, random.choice(lexicon().requests["heading"]))
@@ -154,7 +154,7 @@ def write_request_list(random: Random, split: str) -> str:
 
 
 def write_free_review(random: Random, film: Film) -> str:
-    """A review that nobody asked for: any aspects, any length, sometimes of two minds."""
+    """A review without a request: any aspects, any length, sometimes with mixed sentiment."""
     request = draw_request(random, film.split)
     free = Request(film, request.sentiment, request.aspects, request.sentences, request.phrasing, request.sentiment_word)
     flaws = ("mixed_sentiment",) if random.random() < 0.2 else ()
@@ -162,7 +162,7 @@ def write_free_review(random: Random, film: Film) -> str:
 
 
 def write_answered_requests(random: Random, split: str) -> str:
-    """A page of requests with their reviews, of any quality: the reason why a prompted base model does better than a bare one."""
+    """Requests with reviews of any quality. They are the reason why few-shot prompting helps the base model."""
     pairs = []
     for _ in range(random.randint(2, 3)):
         request = draw_request(random, split)
@@ -172,16 +172,16 @@ def write_answered_requests(random: Random, split: str) -> str:
 
 
 def random_flaws(random: Random, shares: tuple[float, ...], flaws: tuple[str, ...] = FLAWS) -> tuple[str, ...]:
-    """So many distinct flaws as a draw from ``shares`` says: shares[n] is the probability of n flaws."""
-    number = random.choices(range(len(shares)), weights=shares)[0]
-    return tuple(random.sample(flaws, number))
+    """Draw distinct flaws. ``shares[n]`` is the probability of n flaws."""
+    count = random.choices(range(len(shares)), weights=shares)[0]
+    return tuple(random.sample(flaws, count))
 
 
 # Pages of the library
 
 
 def write_cards(random: Random) -> str:
-    """What is known of a few films of any split: knowing a film is not having been asked about it."""
+    """Fact cards of a few films of any split. Knowing a film's facts does not reveal the requests about it."""
     words = lexicon()
     form = random.choice(words.cards)
     chosen = random.sample(library_films(*SPLITS), random.randint(3, 5))
@@ -189,7 +189,7 @@ def write_cards(random: Random) -> str:
 
 
 def write_notes(random: Random) -> str:
-    """Facts of one film in sentences, between opinions of it."""
+    """Facts of one film in sentences, mixed with opinions."""
     film = random.choice(library_films(*SPLITS))
     request = draw_request(random, film.split)
     opinions = write_review(random, Request(film, request.sentiment, request.aspects, random.randint(1, 3), 0, request.sentiment_word))
@@ -199,7 +199,7 @@ def write_notes(random: Random) -> str:
 
 
 def write_headed_reviews(random: Random) -> str:
-    """Reviews of any films under headings that say what they are about: what teaches a model to keep to its subject."""
+    """Reviews of any film under headings that name their subject. They teach a model to stay on the subject."""
     written = []
     for _ in range(random.randint(1, 2)):
         film, drawn = random.choice(films()), draw_request(random, "train")
@@ -210,7 +210,7 @@ def write_headed_reviews(random: Random) -> str:
 
 
 def draw_rated_review(random: Random, among: Sequence[Film]) -> tuple[str, str]:
-    """A review of three to five sentences, some of them of the other mind, and the verdict of the majority."""
+    """Return (a review of three to five sentences with a minority of the opposite sentiment, the majority's verdict)."""
     words, film = lexicon(), random.choice(among)
     sentiment, count = random.choice(SENTIMENTS), random.randint(3, 5)
     written = opinions(random, film, sentiment, count, num_other=random.randint(0, (count - 1) // 2))
@@ -238,7 +238,7 @@ def opinions(random: Random, film: Film, sentiment: str, count: int, *, num_othe
 
 
 def write_inquiry_list(random: Random, split: str) -> str:
-    """Inquiries one below the other."""
+    """A list of inquiries."""
     lines = [draw_inquiry(random, split).text for _ in range(random.randint(2, 4))]
     if random.random() < 0.5:
         lines.insert(0, random.choice(lexicon().requests["heading"]))
@@ -246,7 +246,7 @@ def write_inquiry_list(random: Random, split: str) -> str:
 
 
 def write_answered_inquiries(random: Random, split: str) -> str:
-    """A page of inquiries with their answers, of any quality."""
+    """Inquiries with answers of any quality."""
     pairs = []
     for _ in range(random.randint(1, 2)):
         inquiry = draw_inquiry(random, split)

@@ -71,7 +71,7 @@ def test_gold_by_hand() -> None:
     twice = gold.parts(PROMPT, f"{perfect} {perfect}")
     assert twice["length"] == 0.5 and twice["freshness"] <= 0.5
     assert twice["score"] <= 0.5 * (1 - 0.125)
-    with pytest.raises(DataError, match="knows only instructions of the embedded world"):
+    with pytest.raises(DataError, match="expected an instruction of the embedded world"):
         gold.score("Tell me a joke.", "Ha.")
 
 
