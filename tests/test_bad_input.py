@@ -408,7 +408,9 @@ DATA = {
         REWARD,
         files=bad_row("comparisons", 2, {"prompt": "a", "completions": ["b", 3], "ranks": [0, 1]}),
     ),
-    "a pair without a prompt": Case("chosen has no '\\n\\nAssistant:'", REWARD, files=only("comparisons", *[{"chosen": "a", "rejected": "b"}] * 4)),
+    "a pair without a prompt": Case(
+        "chosen has no '\\n\\nAssistant:'", REWARD, files=only("comparisons", *[{"chosen": "a", "rejected": "b"}] * 4)
+    ),
     "a label there is not": Case(
         "reviews.jsonl:6: label is 7; expected one of 0 (negative), 1 (positive)",
         SENTIMENT,
