@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
     from stages.planning.memory import Machine
     from stages.process.runtime import Runtime
-    from stages.registry.ledger import ModelRecord, Registry
+    from stages.registry.ledger import Registry
+    from stages.registry.record import ModelRecord
 
 app = typer.Typer(
     name="stages",
@@ -71,7 +72,7 @@ def reports_errors(command: Command) -> Command:
 
     @wraps(command)
     def wrapped(*arguments: Any, **options: Any) -> Any:
-        from stages.process import noise, runtime
+        from stages.process import ending, noise
         from stages.process.unexpected import was_in_step
 
         noise.silence()
@@ -84,7 +85,7 @@ def reports_errors(command: Command) -> Command:
                 _end(130, error)
             _report(error, name, options)
         except (Exception, SystemExit) as error:
-            if isinstance(error, Exception) and runtime.lost_the_others(error):
+            if isinstance(error, Exception) and ending.lost_the_others(error):
                 explained = LaunchError("another process of this run ended, and this one cannot go on alone; what it said is above")
                 _say(f"error: {explained}", is_echo=True)
                 _end(explained.exit_status, error)
@@ -110,25 +111,25 @@ def _report(error: BaseException, command: str, options: dict[str, Any]) -> NoRe
 
 
 def _end(status: int, cause: BaseException) -> NoReturn:
-    from stages.process import runtime
+    from stages.process import ending, environment
 
-    if runtime.launched_processes() > 1:
-        runtime.leave_at_once(status)
+    if environment.launched_processes() > 1:
+        ending.leave_at_once(status)
     raise typer.Exit(status) from cause
 
 
 def _say(message: str, *, is_echo: bool) -> None:
     """Show a message; under several processes once where all have the same: the first shows it, and its end ends those who wait."""
-    from stages.process import runtime
+    from stages.process import ending, environment
 
-    rank = runtime.launched_rank()
+    rank = environment.launched_rank()
     if is_echo or rank > 0:  # of another process's end, which has said why itself; or of the same error on rank zero
         time.sleep(5 if is_echo else 2)
-    runtime.print_error(f"process {rank}: {message}" if rank > 0 else message)
+    ending.print_error(f"process {rank}: {message}" if rank > 0 else message)
 
 
 def _home(home: Path | None) -> Path:
-    from stages.process.runtime import default_home
+    from stages.process.environment import default_home
 
     return (home or default_home()).absolute()
 
@@ -160,7 +161,7 @@ def root(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
     """Chains of training stages: from raw text to an aligned language model."""
-    from stages.process.runtime import protect_secrets
+    from stages.process.environment import protect_secrets
 
     protect_secrets()
     # A recipe may name functions (package.module:function) beside it; the `stages` script, unlike `python -m`, does not look there. Last:
@@ -180,8 +181,8 @@ def run(
 ) -> None:
     """Run a recipe: make what is missing or changed, reuse the rest."""
     from stages.chain import run as chain
+    from stages.process.environment import has_launcher
     from stages.process.launching import start_missing_processes
-    from stages.process.runtime import has_launcher
     from stages.process.stopping import end_with_launcher
     from stages.recipe.schema import load_recipe
 
@@ -199,7 +200,8 @@ def run(
 @contextmanager
 def _stoppable(runtime: Runtime) -> Iterator[None]:
     """SIGTERM and Ctrl-C end the block in order; the command to go on is said, and the exit status is the signal's."""
-    from stages.process.runtime import command_to_go_on, print_error
+    from stages.process.ending import print_error
+    from stages.process.environment import command_to_go_on
 
     try:
         with runtime.stop.installed():
@@ -268,7 +270,7 @@ def plan(
 def _machine(device_memory: float | None) -> Machine:
     """The machine that a plan is for: a GPU of the given size, this machine's GPU, or its memory."""
     from stages.planning.memory import Machine
-    from stages.process.runtime import cpu_memory, gpu_memory, has_amx
+    from stages.process.hardware import cpu_memory, gpu_memory, has_amx
 
     if device_memory is not None:
         return Machine("cuda", int(device_memory * 2**30), 2, f"a GPU of {device_memory:g} GiB")
@@ -278,7 +280,7 @@ def _machine(device_memory: float | None) -> Machine:
 
 
 def _processes() -> int:
-    from stages.process.runtime import launched_processes
+    from stages.process.environment import launched_processes
 
     return launched_processes()
 
@@ -632,7 +634,7 @@ def serve(
 ) -> None:
     """Score texts for other programs: a reward model or classifier by the protocols of OpenRLHF and vLLM."""
     from stages import serving, terminal
-    from stages.process.runtime import secret
+    from stages.process.environment import secret
 
     runtime, registry = _runtime(), _registry(home)
     key = secret(api_key_variable) if api_key_variable is not None else None
@@ -753,7 +755,7 @@ def _console() -> Console:
 
 def _password(variable: str) -> str | None:
     """The password of a page that other machines can reach: from the environment, else asked for; None where nobody can be asked."""
-    from stages.process.runtime import secret_if_set
+    from stages.process.environment import secret_if_set
 
     if given := secret_if_set(variable):
         return given

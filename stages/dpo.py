@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from stages.corpora.comparisons import Comparison
     from stages.corpora.messages import Completion
-    from stages.process.runtime import StepContext, StepResult
+    from stages.step import StepContext, StepResult
 
 
 class DPOOptimizer(OptimizerSettings):
@@ -103,7 +103,7 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
     from stages.corpora.templates import count_tokens
     from stages.models.adapters import as_it_starts, refuse_output_adapter
     from stages.models.loading import load_language_model, load_tokenizer, save_model
-    from stages.process.runtime import StepResult
+    from stages.step import StepResult
     from stages.tokens.positions import row_length
     from stages.training.trainer import gathered_weights, publish_best, train, weights_dtype
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.models.likelihood import Likelihood
-    from stages.process.runtime import StepContext, StepResult
+    from stages.step import StepContext, StepResult
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -101,7 +101,7 @@ def run(config: PretrainingConfig, context: StepContext) -> StepResult:
 
     from stages.corpora.text import load_text
     from stages.models.loading import save_model
-    from stages.process.runtime import StepResult
+    from stages.step import StepResult
     from stages.training.trainer import exact, gathered_weights, publish_best, train, training_arguments
 
     corpus = load_text(config.data)

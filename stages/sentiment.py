@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.corpora.reviews import Review
-    from stages.process.runtime import StepContext, StepResult
+    from stages.step import StepContext, StepResult
 
 
 class WordPieceSettings(Strict):
@@ -113,7 +113,7 @@ def run(config: SentimentConfig, context: StepContext) -> StepResult:
 
     from stages.corpora.reviews import load_reviews
     from stages.models.loading import save_model
-    from stages.process.runtime import StepResult
+    from stages.step import StepResult
     from stages.training.trainer import counted_loss, exact, gathered_weights, publish_best, train, training_arguments
 
     reviews = load_reviews(config.data, config.labels)

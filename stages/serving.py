@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from stages.corpora.messages import Prompt
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
     from stages.rewards.classifier import ClassifierSource
     from stages.rewards.learned import RewardModelSource
 

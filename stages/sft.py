@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from stages.corpora.demonstrations import Demonstration, Demonstrations
     from stages.models.likelihood import Likelihood
-    from stages.process.runtime import StepContext, StepResult
+    from stages.step import StepContext, StepResult
     from stages.training.selection import Selector
 
 IGNORED = -100  # label of a token that does not count in the loss
@@ -145,7 +145,7 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     from stages.models.adapters import refuse_output_adapter
     from stages.models.dropout import set_residual_dropout
     from stages.models.loading import load_language_model, load_tokenizer, save_model
-    from stages.process.runtime import StepResult
+    from stages.step import StepResult
     from stages.tokens.positions import row_length
     from stages.training.trainer import gathered_weights, publish_best, train, weights_dtype
 

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.corpora.messages import Message, Prompt
-    from stages.process.runtime import ResolvedModel, Runtime
+    from stages.process.runtime import Runtime
     from stages.registry.ledger import Registry
+    from stages.registry.references import ResolvedModel
     from stages.serving import Scorer
 
 HELP = "/again: another reply   /forget: begin anew   /system TEXT: set the system message   /quit, or Ctrl-D"

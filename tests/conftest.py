@@ -84,7 +84,7 @@ def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: 
 @pytest.fixture
 def resolve_folder() -> Any:
     """resolve_folder(path, **model_input_fields) -> ResolvedModel of a local folder."""
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
     def resolve(path: Path | str, **fields: Any) -> ResolvedModel:
         return ResolvedModel(ref=str(path), kind="folder", path=str(path), digest="sha256:test", input=ModelInput(ref=str(path), **fields))
@@ -95,8 +95,9 @@ def resolve_folder() -> Any:
 @pytest.fixture
 def step_context(tmp_path: Path) -> Any:
     """step_context(name="test/step", seed=0, **models) -> StepContext with its own registry and folders."""
-    from stages.process.runtime import Runtime, StepContext
+    from stages.process.runtime import Runtime
     from stages.registry.ledger import Registry
+    from stages.step import StepContext
 
     def make(name: str = "test/step", seed: int = 0, models: dict[str, Any] | None = None) -> StepContext:
         folder = tmp_path / "run" / name.rsplit("/")[-1]

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from stages.config import DataField, DataSource, ModelField, ModelInput, StepConfig
 from stages.errors import DataError
-from stages.process.runtime import StepContext, StepResult
 from stages.recipe.schema import STAGES, Stage
+from stages.step import StepContext, StepResult
 
 
 class TrainConfig(StepConfig):

@@ -134,7 +134,7 @@ def test_the_reference_of_a_fresh_adapter_is_the_model_that_it_began_as(
 
     from stages.config import LoraSettings, ModelInput
     from stages.models.loading import save_model
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
     base = resolve_folder(tiny_llama_folder, quantization=quantization)
     tokenizer = load_tokenizer(base)

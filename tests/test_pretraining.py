@@ -18,7 +18,7 @@ from stages.pretraining import (
     run,
     train_tokenizer,
 )
-from stages.process.runtime import ResolvedModel
+from stages.registry.references import ResolvedModel
 
 TINY = {"type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 SENTENCES = ["the acting was warm and the film was a joy", "the plot was dull and the ending was weak", "write a happy line"]

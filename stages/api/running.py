@@ -38,7 +38,8 @@ def run(
     Raises StagesError for bad input, and KeyboardInterrupt if the run was stopped; the same call then continues it.
     """
     from stages.chain import run as chain
-    from stages.process.runtime import Runtime, default_home
+    from stages.process.environment import default_home
+    from stages.process.runtime import Runtime
     from stages.recipe.schema import load_recipe
 
     place = Path(home or default_home()).absolute()

@@ -15,7 +15,7 @@ from stages.errors import StagesError
 from stages.recipe.schema import STAGES, data_inputs, load_object, model_inputs
 
 if TYPE_CHECKING:
-    from stages.registry.ledger import ModelRecord
+    from stages.registry.record import ModelRecord
 
 LARGEST_COUNTED = 64 * 2**20  # bytes of a file whose rows are counted while one waits
 IDENTITY = ("name", "stage")

@@ -20,7 +20,7 @@ from stages.registry.contents import file_sha256
 
 PACKAGE = Path(__file__).parents[1]
 # Plumbing that carries results but does not make them: an edit here must not send every step of every recipe to train again.
-PLUMBING = {"chain", "cli", "config", "errors", "hub", "labelling", "process", "recipe", "registry", "training.checkpoints"}
+PLUMBING = {"chain", "cli", "config", "errors", "hub", "labelling", "process", "recipe", "registry", "step", "training.checkpoints"}
 TEXT_SUFFIXES = (".html", ".jinja", ".css", ".js", ".yaml", ".txt")
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from stages.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
-    from stages.process.runtime import ResolvedModel
     from stages.recipe.schema import Recipe, RecipeStep, Reference
     from stages.registry.ledger import Registry
+    from stages.registry.references import ResolvedModel
 
 
 def check_models(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:

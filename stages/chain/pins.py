@@ -16,9 +16,9 @@ from stages.config import DataSource, ModelInput
 from stages.errors import DataError, HubError, HubMissing, HubUnreachable
 from stages.hub.models import adapter_base, check_model, download
 from stages.hub.repositories import COMMIT, Kind, Repository, look_up
-from stages.process.runtime import ResolvedModel
 from stages.recipe.schema import Recipe, RecipeStep, Reference, data_inputs, with_sources
 from stages.recipe.source import Steps, parse_path
+from stages.registry.references import ResolvedModel
 
 Key = tuple[Kind, str, str | None]  # kind, id, revision as written
 

@@ -13,8 +13,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from stages.process.storage import write_json
 from stages.registry.contents import file_sha256, files_of
-from stages.registry.storage import write_json
 
 
 def save_result(home: Path, fingerprint: str, result: dict[str, Any], folder: Path) -> None:

@@ -38,13 +38,17 @@ from stages.config import ModelInput
 from stages.errors import RecipeError, RegistryError, doing
 from stages.labelling.waiting import WAITING
 from stages.models.stacks import check_folder, find_base, is_adapter
+from stages.process.environment import launched_processes
 from stages.process.gpus import peak_gpu_memory, visible_gpus
 from stages.process.packages import missing_attention_package
-from stages.process.runtime import ResolvedModel, Runtime, StepContext, StepResult, launched_processes
+from stages.process.runtime import Runtime
+from stages.process.storage import write_json
 from stages.recipe.schema import STAGES, Recipe, RecipeStep, Reference, data_inputs, load_object, model_inputs
 from stages.registry.contents import digest_folder, digest_of, remembering
-from stages.registry.ledger import ModelRecord, Registry, installed_packages
-from stages.registry.storage import write_json
+from stages.registry.ledger import Registry, installed_packages
+from stages.registry.record import ModelRecord
+from stages.registry.references import ResolvedModel
+from stages.step import StepContext, StepResult
 
 T = TypeVar("T")
 ACTION_STYLES = {"reuse": "green", "run": "yellow", "resume": "cyan"}

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.corpora.messages import Prompt
-    from stages.process.runtime import Runtime, StepContext
+    from stages.process.runtime import Runtime
     from stages.rewards.config import RewardInput
+    from stages.step import StepContext
 
 T = TypeVar("T")
 

@@ -18,8 +18,8 @@ from stages.labelling.config import PeopleJudge
 if TYPE_CHECKING:
     from stages.corpora.judgements import Judgements
     from stages.corpora.labels import LabelTask
-    from stages.process.runtime import StepContext
     from stages.rewards.config import RewardInput
+    from stages.step import StepContext
 
 Pair = tuple[str, str]
 
@@ -120,7 +120,7 @@ def _ask_endpoint(judge: EndpointJudge, context: StepContext, questions: Sequenc
 
     def make() -> tuple[list[float | None], dict[str, Any]]:
         from stages.judges.endpoint import Comparison, EndpointClient, ReplyCache
-        from stages.process.runtime import secret
+        from stages.process.environment import secret
 
         key = secret(judge.api_key_variable) if judge.api_key_variable is not None else None
         comparisons = [Comparison(questions[row].prompt, texts[a][row] or "", texts[b][row] or "") for (a, b), row in asked]

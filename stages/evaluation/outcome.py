@@ -16,7 +16,7 @@ from stages.stats.intervals import bootstrap_interval
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
 
 @dataclass(frozen=True)

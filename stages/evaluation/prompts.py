@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from stages.corpora.messages import Prompt
     from stages.corpora.prompts import PromptRow
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from stages.evaluation.config import EvaluationConfig
 
 if TYPE_CHECKING:
     from stages.evaluation.answers import Answers
-    from stages.process.runtime import StepContext, StepResult
+    from stages.step import StepContext, StepResult
 
 
 def run(config: EvaluationConfig, context: StepContext) -> StepResult:
@@ -21,7 +21,7 @@ def run(config: EvaluationConfig, context: StepContext) -> StepResult:
     from stages.evaluation.record import finite, write_alpaca_eval, write_completions, write_evaluation, write_lines
     from stages.evaluation.tasks import task_table
     from stages.evaluation.tokens import measure_kl, token_details
-    from stages.process.runtime import StepResult
+    from stages.step import StepResult
 
     heldout, exclusions = load_heldout(config)
     prompts = [row.prompt for row in heldout]

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from stages.process.runtime import ResolvedModel, StepContext
+    from stages.registry.references import ResolvedModel
+    from stages.step import StepContext
 
 
 def measure_kl(config: EvaluationConfig, context: StepContext, answers: dict[str, Answers]) -> list[Exclusion]:
@@ -115,7 +116,7 @@ def value_network(context: StepContext) -> ResolvedModel:
     Raises ModelError where the step published none.
     """
     from stages.config import ModelInput
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
     source = context.models["token_details.value"]
     record = source.record

@@ -17,10 +17,11 @@ from stages.importing.layouts import Layout, Role, recognise
 from stages.importing.weights import ADAPTER_FILES, read_file, read_head_file, read_weights
 from stages.models.heads import RewardModel, ScalarModel, ValueModel
 from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer, quiet_transformers, save_model
-from stages.process.runtime import ResolvedModel
+from stages.registry.references import ResolvedModel
 
 if TYPE_CHECKING:
-    from stages.registry.ledger import ModelRecord, Registry
+    from stages.registry.ledger import Registry
+    from stages.registry.record import ModelRecord
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 HEADS: dict[str, type[ScalarModel]] = {"reward_model": RewardModel, "value_model": ValueModel}

@@ -20,7 +20,7 @@ from stages.config import DataSource
 from stages.corpora.labels import GOLD, MOST_COMPLETIONS, SETTINGS, TASKS, Completion, LabelTask, is_labelling_folder, read_tasks
 from stages.errors import DataError
 from stages.labelling.config import People, Questions, load_instructions, load_questions
-from stages.registry.storage import sync, write_json
+from stages.process.storage import sync, write_json
 
 SCORES = "scores.json"  # of a reward model: {"model": ref, "digest": ..., "scores": {task: [...]}}
 

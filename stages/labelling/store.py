@@ -20,7 +20,7 @@ from stages.errors import DataError, StorageError
 from stages.labelling.assignment import Assignment, overlap_tasks, shown_order
 from stages.labelling.publishing import SCORES, LabelSettings, read_settings
 from stages.labelling.questions import AnswerError, checked_answer
-from stages.registry.storage import STORAGE, sync
+from stages.process.storage import STORAGE, sync
 
 OPEN = "open.json"  # annotator -> the task that they have open
 

@@ -12,7 +12,7 @@ from stages.labelling.config import People
 from stages.labelling.publishing import point_latest, publish_settings, read_settings
 
 if TYPE_CHECKING:
-    from stages.process.runtime import StepContext
+    from stages.step import StepContext
 
 POLL_SECONDS = 2.0
 QUALITY = "labels.json"  # in the run folder of a step: the report of the labels it used
@@ -53,7 +53,7 @@ def ask_people(folder: Path, people: People, context: StepContext) -> None:
             if runtime.is_main:
                 context.checkpoint_folder.mkdir(parents=True, exist_ok=True)
                 (context.checkpoint_folder / WAITING).write_text(f"{ranked} of {target} tasks are ranked", encoding="utf-8")
-            from stages.process.runtime import command_to_go_on
+            from stages.process.environment import command_to_go_on
 
             raise Waiting(f"{text}\nThen go on with: {command_to_go_on()}   (or wait here with --wait)")
         if not is_told:
@@ -66,7 +66,7 @@ def keep_quality(folder: Path, path: Path) -> dict[str, Any]:
     """Write the report of a folder's labels, as JSON, and return it."""
     from stages.labelling.report import quality
     from stages.labelling.store import read_labels
-    from stages.registry.storage import write_json
+    from stages.process.storage import write_json
 
     content = quality(read_labels(folder))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def command(context: StepContext) -> str:
     """What people type to rank the tasks of a step."""
     import shlex
 
-    from stages.process.runtime import default_home
+    from stages.process.environment import default_home
 
     home = home_of(context)
     where = [] if home == default_home().absolute() else ["--home", str(home)]

@@ -27,7 +27,7 @@ from stages.models.saved_adapters import SavedAdapter, base_of, fitted, read_ada
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
 FRESH = "default"
 """Name of the adapter that a step trains, within its process."""

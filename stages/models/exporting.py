@@ -13,8 +13,9 @@ from stages.models.adapters import HEAD_FILE
 from stages.models.stacks import read_adapter_config
 
 if TYPE_CHECKING:
-    from stages.process.runtime import ResolvedModel
-    from stages.registry.ledger import ModelRecord, Registry
+    from stages.registry.ledger import Registry
+    from stages.registry.record import ModelRecord
+    from stages.registry.references import ResolvedModel
 
 
 def save_merged(adapter: ResolvedModel, folder: Path) -> None:
@@ -39,7 +40,7 @@ def _guess_role(adapter: ResolvedModel) -> str:
 
 def export_merged(record: ModelRecord, registry: Registry, folder: Path) -> None:
     """Write the registry's adapter version ``record`` as a whole model that ``from_pretrained`` reads."""
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
     adapter = ResolvedModel(
         ref=record.ref, kind="registry", path=str(record.path), digest=record.digest, input=ModelInput(ref=record.ref), record=record

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from stages.errors import ModelError, doing
 
 if TYPE_CHECKING:
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
 # transformers reads most fields of a config unchecked, so that a wrong one fails in whatever is computed from it.
 FAILURES = (

@@ -26,7 +26,7 @@ from stages.models.stacks import is_adapter
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
 
 class ScalarModel(nn.Module):

@@ -28,7 +28,7 @@ from stages.tokens.turns import turn_end_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
 logger = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -37,7 +37,7 @@ QUANTIZED_LAYERS = ("Linear4bit", "Linear8bitLt")
 
 def as_resolved(model: ResolvedModel | str | Path) -> ResolvedModel:
     """A bare folder or hub id as a ``ResolvedModel``; what is resolved already stays as it is."""
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
     if isinstance(model, ResolvedModel):
         return model

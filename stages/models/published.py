@@ -22,7 +22,7 @@ from stages.models.saved_adapters import base_of
 from stages.tokens.positions import readable_length
 
 if TYPE_CHECKING:
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
 SMALL = 300_000_000
 """Parameters of a base that is loaded a second time for the check."""
@@ -80,7 +80,7 @@ def check_saved_adapter(
 def _check_adapter(
     model: Any, folder: Path, compute: Callable[[], list[Tensor]], reload: Callable[[ResolvedModel], list[Tensor]], scale: float
 ) -> None:
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
     expected, acting = compute(), active_adapters(model)
     name, dtype = "published", _dtype_of(model)
@@ -110,7 +110,7 @@ def check_saved_weights(
     model: Any, folder: Path, compute: Callable[[], list[Tensor]], reload: Callable[[ResolvedModel], list[Tensor]], *, scale: float = 0.0
 ) -> None:
     """Raise ModelError where the whole weights in ``folder`` are not those of ``model``; arguments as of ``check_saved_adapter``."""
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
     _check_sharing(model)
     _check_number_of_values(model, folder)

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from stages.errors import ModelError
 
 if TYPE_CHECKING:
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
 BEFORE = "base_model.model."
 """What peft puts before the name of every weight."""

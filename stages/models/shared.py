@@ -23,7 +23,7 @@ from stages.models.saved_adapters import BEFORE
 from stages.models.stacks import stack_of, trained_on, weights_of
 
 if TYPE_CHECKING:
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
 Scalar = TypeVar("Scalar", bound=ScalarModel)
 

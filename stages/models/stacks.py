@@ -15,7 +15,7 @@ from stages.config import ModelInput
 from stages.errors import ModelError
 
 if TYPE_CHECKING:
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
 ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER_FILES = (
@@ -131,8 +131,8 @@ def find_base(adapter: ResolvedModel) -> ResolvedModel:
 
     Raises ModelError where the adapter names no base that can be found, RegistryError where the registry no longer has it.
     """
-    from stages.process.runtime import ResolvedModel
     from stages.registry.ledger import Registry
+    from stages.registry.references import ResolvedModel
 
     if adapter.base is not None:
         return adapter.base
@@ -152,7 +152,7 @@ def find_base(adapter: ResolvedModel) -> ResolvedModel:
 
 def _named_base(adapter: ResolvedModel) -> ResolvedModel:
     """The base that adapter_config.json names: a folder (also one beside the adapter's own), else a hub id at its revision."""
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
     config = read_adapter_config(adapter)
     named = config.get("base_model_name_or_path")

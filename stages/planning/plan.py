@@ -18,9 +18,9 @@ from stages.planning.lengths import Lengths, lengths_of
 from stages.planning.memory import Machine, Memory
 from stages.planning.shapes import shape_of, shape_of_folder, shape_of_hub
 from stages.planning.steps import View, lora_rank, memory_of
-from stages.process.runtime import ResolvedModel
 from stages.recipe.schema import Recipe, RecipeStep, Reference, model_inputs
 from stages.registry.ledger import Registry
+from stages.registry.references import ResolvedModel
 
 GIB = 2**30
 PROCESS = {"cpu": 450 << 20, "cuda": 700 << 20}

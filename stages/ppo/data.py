@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from stages.corpora.messages import Prompt
     from stages.ppo.config import PPOStepConfig
     from stages.ppo.roles import Roles
-    from stages.process.runtime import StepContext
+    from stages.step import StepContext
 
 UNLIMITED = 1_000_000  # prompt tokens, where neither model nor tokenizer sets a limit
 

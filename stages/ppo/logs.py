@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stages.ppo.rollout import Rollout
-    from stages.process.runtime import StepContext
+    from stages.step import StepContext
 
 
 def log(context: StepContext, iteration: int, entry: dict[str, Any]) -> None:

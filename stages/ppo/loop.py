@@ -30,7 +30,7 @@ from stages.sampling.generation import episode_seed
 from stages.training.checkpoints import generator_states, set_generator_states, trainable
 
 if TYPE_CHECKING:
-    from stages.process.runtime import StepContext, StepResult
+    from stages.step import StepContext, StepResult
 
 
 def run(config: PPOStepConfig, context: StepContext) -> StepResult:
@@ -140,7 +140,7 @@ class PPORun:
 
     def publish(self) -> StepResult:
         """Put what was made into the registry."""
-        from stages.process.runtime import StepResult
+        from stages.step import StepResult
 
         config, context, roles = self.config, self.context, self.roles
         if self.average is not None:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from stages.ppo.checkpoint import RunKeeper
     from stages.ppo.config import PPOStepConfig
     from stages.ppo.roles import Roles
-    from stages.process.runtime import StepContext
-    from stages.registry.ledger import ModelRecord
+    from stages.registry.record import ModelRecord
+    from stages.step import StepContext
 
 
 def publish_policy(

@@ -25,9 +25,10 @@ from stages.models.shared import RoleParameters, SharedBackbone
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.data import longest_sequence, prompt_room
 from stages.ppo.offload import Offload
-from stages.process.runtime import ResolvedModel, StepContext
+from stages.registry.references import ResolvedModel
 from stages.rewards.config import leaves
 from stages.sampling.sampler import LocalSampler, Sampler
+from stages.step import StepContext
 from stages.tokens.positions import model_length
 
 

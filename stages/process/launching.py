@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stages.errors import LaunchError
-from stages.process import runtime
+from stages.process import ending, environment
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     try:
         status = launch(sys.argv[1:])
     except LaunchError as error:
-        runtime.print_error(f"error: {error}")
+        ending.print_error(f"error: {error}")
         status = error.exit_status
     sys.exit(status)
 
@@ -35,7 +35,7 @@ def start_missing_processes() -> None:
 
     Raises LaunchError where it cannot be found out how many.
     """
-    if not runtime.is_short_of_processes():
+    if not environment.is_short_of_processes():
         return
     arguments = _arguments_of_launcher()
     if arguments is None:
@@ -44,7 +44,7 @@ def start_missing_processes() -> None:
             "`./launch.sh RECIPE --num_processes N` or `torchrun --nproc_per_node N -m stages run RECIPE`"
         )
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", "stages.process.launching", *arguments], runtime.environment_without_launcher())
+    os.execve(sys.executable, [sys.executable, "-m", "stages.process.launching", *arguments], environment.environment_without_launcher())
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -120,7 +120,7 @@ def _status_of(launcher: Any, parsed: Any) -> int:
         if failure.exitcode >= 0:
             return int(failure.exitcode)
         name = signal.Signals(-failure.exitcode).name
-        runtime.print_error(f"error: process {rank} of {parsed.num_processes} was ended by {name}; the others were ended with it")
+        ending.print_error(f"error: process {rank} of {parsed.num_processes} was ended by {name}; the others were ended with it")
         return 128 - int(failure.exitcode)
     return 0
 

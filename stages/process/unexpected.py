@@ -11,9 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from stages.errors import StagesError, UnexpectedError
+from stages.process.environment import launched_rank
 from stages.process.redaction import without_secrets
-from stages.process.runtime import launched_rank
-from stages.registry.storage import storage_error
+from stages.process.storage import storage_error
 
 LONGEST_REASON = 300  # characters of the exception's first line
 PACKAGE = Path(__file__).resolve().parents[1]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from stages.config import HUB
 
 if TYPE_CHECKING:
-    from stages.registry.ledger import ModelRecord, Registry
+    from stages.registry.ledger import Registry
+    from stages.registry.record import ModelRecord
 
 PIPELINES = {"language_model": "text-generation", "reward_model": "text-classification", "classifier": "text-classification"}
 WHAT = {

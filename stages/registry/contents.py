@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import ModelError
-from stages.registry.storage import write_json
+from stages.process.storage import write_json
 
 LARGE_BYTES = 2**20  # smaller files are read as fast as they are looked up
 SETTLED_SECONDS = 2.0

@@ -17,19 +17,17 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from glob import iglob
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stages.errors import RegistryError
+from stages.process.storage import sync, write_json
 from stages.registry.contents import UNSAFE_SUFFIXES, digest_of, file_sha256, files_of, normalise_folder
-from stages.registry.storage import sync, write_json
-
-if TYPE_CHECKING:
-    from stages.process.runtime import ResolvedModel
+from stages.registry.record import ModelRecord
+from stages.registry.references import ResolvedModel
 
 MANIFEST_VERSION = 1
 ROLES = ("language_model", "reward_model", "classifier", "value_model")
@@ -51,36 +49,11 @@ REFERENCE = re.compile(rf"(?P<name>{NAME.pattern})(@(?P<version>[1-9][0-9]*))?")
 DIGEST = re.compile(r"sha256:(?P<prefix>[0-9a-f]{4,64})")
 
 
-@dataclass(frozen=True)
-class ModelRecord:
-    """One immutable version of a model."""
-
-    name: str
-    version: int
-    digest: str  # sha256:... of the files of model/, whatever the time and the place
-    role: str
-    path: Path  # the model/ folder, for from_pretrained
-    manifest: dict[str, Any]
-
-    @property
-    def ref(self) -> str:
-        return f"{self.name}@{self.version}"
-
-    @property
-    def folder(self) -> Path:
-        """The version's folder: model/ and manifest.json."""
-        return self.path.parent
-
-    @property
-    def is_adapter(self) -> bool:
-        return self.manifest["base"] is not None
-
-
 class _RemovedMeanwhile(RegistryError):
     """Another process removed a version between listing and reading it."""
 
 
-Merge = Callable[["ModelRecord", "Registry", Path], None]
+Merge = Callable[[ModelRecord, "Registry", Path], None]
 """Writes an adapter's record, merged into its base, into an empty folder."""
 
 

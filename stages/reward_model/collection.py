@@ -27,8 +27,8 @@ from stages.rewards.config import RewardInput, check_rubrics, reward_model_input
 if TYPE_CHECKING:
     from stages.corpora.comparisons import Comparison
     from stages.corpora.messages import Prompt
-    from stages.process.runtime import StepContext
     from stages.rewards.details import Details
+    from stages.step import StepContext
 
 
 class CollectedPolicy(Strict):

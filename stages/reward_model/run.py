@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     from stages.corpora.comparisons import Comparison, Comparisons
     from stages.models.heads import RewardModel
-    from stages.process.runtime import StepContext, StepResult
     from stages.reward_model.preferences import EncodedComparison
+    from stages.step import StepContext, StepResult
     from stages.training.checkpoints import Checkpoints
 
 
@@ -168,9 +168,9 @@ class Attempt:
 def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     """Train, normalise, publish; with held-out accuracy and calibration before and after."""
     from stages.models.sharding import whole
-    from stages.process.runtime import StepResult
     from stages.reward_model.collection import collect_comparisons
     from stages.rewards.learned import score_rows
+    from stages.step import StepResult
     from stages.tokens.positions import row_length
     from stages.training.checkpoints import load_tensors, trainable
     from stages.training.trainer import gathered_weights, publish_best

@@ -17,7 +17,7 @@ from torch.nn import functional
 from stages.corpora.messages import Prompt
 from stages.errors import ModelError
 from stages.models.loading import load_classifier, load_tokenizer
-from stages.process.runtime import ResolvedModel
+from stages.registry.references import ResolvedModel
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement
 from stages.rewards.texts import whole_text

@@ -12,7 +12,7 @@ from stages.corpora.messages import Prompt
 from stages.corpora.templates import encode_pair, token_starts
 from stages.errors import ModelError
 from stages.models.heads import RewardModel
-from stages.process.runtime import ResolvedModel
+from stages.registry.references import ResolvedModel
 from stages.rewards.classifier import ClassifierSource
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement, Spans

@@ -21,7 +21,7 @@ from stages.corpora.messages import Prompt, transcript
 from stages.errors import ModelError, TrainingError
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.process.remote import AnswerCache, GaveUp, JsonClient, Refused
-from stages.process.runtime import ResolvedModel
+from stages.registry.references import ResolvedModel
 from stages.rewards.config import RewardInput, read_rubric
 from stages.rewards.details import NOTHING, Details, Judgement
 from stages.tokens.positions import readable_length

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stages.corpora.messages import Prompt
 from stages.errors import ModelError, TrainingError
-from stages.process.runtime import ResolvedModel
+from stages.registry.references import ResolvedModel
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement, Spans, applies
 from stages.rl.combining import Combine, combine_scores
@@ -210,13 +210,13 @@ def build_source(
             backoff_seconds=source.backoff_seconds,
         )
     if source.endpoint is not None:
-        from stages.process.runtime import secret
+        from stages.process.environment import secret
         from stages.rewards.endpoint import EndpointSource, open_cache
 
         key = secret(source.api_key_variable) if source.api_key_variable is not None else None
         return EndpointSource(source, key=key, cache=open_cache(cache_folder, source))
     if source.judge is not None:
-        from stages.process.runtime import secret
+        from stages.process.environment import secret
         from stages.rewards.endpoint import open_cache
         from stages.rewards.prompted import RubricSource
 

@@ -23,7 +23,8 @@ from rich.table import Table
 from stages.chain import run as chain
 from stages.chain.pins import Commits, pinned, resolve_commits
 from stages.errors import RecipeError, StagesError
-from stages.process.runtime import Runtime, lost_the_others
+from stages.process.ending import lost_the_others
+from stages.process.runtime import Runtime
 from stages.process.unexpected import explain
 from stages.recipe.schema import Recipe, RecipeStep, load_recipe
 from stages.recipe.source import nearest

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from stages.errors import ModelError
 from stages.process.runtime import Runtime
+from stages.process.storage import sync, write_json
 from stages.registry.contents import file_sha256, files_of
-from stages.registry.storage import sync, write_json
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"

@@ -15,13 +15,13 @@ from pydantic import Field, model_validator
 
 from stages.config import DataField, DataSource, GenerationSettings, ModelInput, Strict
 from stages.errors import RecipeError
-from stages.registry.storage import sync, write_json
+from stages.process.storage import sync, write_json
 from stages.rewards.config import RewardInput, check_names, reward_model_inputs, rubric_inputs
 from stages.rewards.details import Details, columns_of
 
 if TYPE_CHECKING:
     from stages.corpora.prompts import PromptRow
-    from stages.process.runtime import StepContext
+    from stages.step import StepContext
 
 
 class Selection(Strict):

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.models.likelihood import Likelihood
-    from stages.process.runtime import ProgressBar, StepContext
+    from stages.process.progress import ProgressBar
+    from stages.step import StepContext
 
 TRAINER_OPTIMIZERS = {
     "adamw": "adamw_torch_fused",

@@ -118,8 +118,10 @@ def ours(workload: dict[str, Any], seed: int, value: str) -> dict[str, Any]:
     from stages.config import ModelInput
     from stages.ppo.config import PPOStepConfig
     from stages.ppo.loop import run
-    from stages.process.runtime import ResolvedModel, Runtime, StepContext
+    from stages.process.runtime import Runtime
     from stages.registry.ledger import Registry
+    from stages.registry.references import ResolvedModel
+    from stages.step import StepContext
 
     torch.set_num_threads(workload["threads"])
     idle = resident_mib("VmRSS")

@@ -224,7 +224,7 @@ def test_the_value_network_of_a_ppo_step(step_context, tiny_llama_folder, tmp_pa
     from stages.config import ModelInput
     from stages.evaluation.tokens import value_network
     from stages.models.heads import ValueModel
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
     context = step_context()
     value = ValueModel.from_policy(tiny_llama_folder, dtype=torch.float32)

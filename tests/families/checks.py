@@ -19,7 +19,7 @@ from stages.models.exporting import save_merged
 from stages.models.heads import RewardModel, ValueModel
 from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer, save_model
 from stages.models.responses import Policy, SequenceBatch, sequence_batch, sequence_values
-from stages.process.runtime import ResolvedModel
+from stages.registry.references import ResolvedModel
 from stages.sampling.generation import generate
 
 LORA = LoraSettings(r=2, alpha=4.0)

@@ -251,7 +251,7 @@ def test_a_password_in_the_address_is_refused(server: Server) -> None:
 
 
 def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stages.process.runtime import secret
+    from stages.process.environment import secret
 
     monkeypatch.setenv("A_KEY_FOR_TESTS", "k")
     assert secret("A_KEY_FOR_TESTS") == "k"

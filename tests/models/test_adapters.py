@@ -12,7 +12,7 @@ from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
 from stages.models.exporting import save_merged
 from stages.models.loading import load_backbone, load_language_model, load_tokenizer, save_model
-from stages.process.runtime import ResolvedModel
+from stages.registry.references import ResolvedModel
 
 VOCABULARY = 300
 IDS = torch.tensor([[5, 17, 40, 3, 250, 299]])

@@ -211,7 +211,7 @@ def test_what_was_trained_on_a_quantized_base_stays_what_it_was(
 ) -> None:
     """An adapter on an adapter on quantized weights: reloaded as it was trained, merged, exported. int8 also rounds activations, which
     whole weights do not: hence its tolerance, of logits around 1."""
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
     def resolved(record: Any, **fields: Any) -> ResolvedModel:
         return ResolvedModel(record.ref, "registry", str(record.path), record.digest, ModelInput(ref=record.ref, **fields), record)

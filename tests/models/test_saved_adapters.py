@@ -15,7 +15,7 @@ from stages.models.exporting import save_merged
 from stages.models.heads import RewardModel
 from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer, save_model
 from stages.models.shared import SharedBackbone
-from stages.process.runtime import ResolvedModel
+from stages.registry.references import ResolvedModel
 
 IDS = torch.tensor([[5, 17, 40, 3, 250]])
 

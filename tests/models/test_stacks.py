@@ -14,7 +14,7 @@ from stages.errors import ModelError
 from stages.models import stacks
 from stages.models.loading import load_language_model, save_model
 from stages.models.stacks import find_base, stack_of, trained_on
-from stages.process.runtime import ResolvedModel
+from stages.registry.references import ResolvedModel
 
 
 def folder_of(path: Path | str, **fields: Any) -> ResolvedModel:

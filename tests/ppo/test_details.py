@@ -396,7 +396,7 @@ def test_a_policy_s_samples_become_labels_of_the_next_reward_model(
     """Reward model 1 -> policy 1 -> comparisons -> reward model 2: the registry tells it in its lineage."""
     from dataclasses import replace
 
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
     from stages.reward_model.run import RewardModelConfig
     from stages.reward_model.run import run as train_reward_model
 

@@ -57,7 +57,7 @@ def test_lora_publishes_an_adapter_that_stands_on_the_policy(ppo_config, ppo_con
     result = run(ppo_config(data=prompts, lora={"r": 2}), ppo_context)
     assert result.model.is_adapter and all("lora_" in name for name in weights(result))
     from stages.models.loading import load_language_model
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
     source = ResolvedModel("x", "registry", str(result.model.path), result.model.digest, ppo_context.models["policy"].input, result.model)
     assert load_language_model(source, dtype=torch.float32) is not None

@@ -19,7 +19,7 @@ from stages.ppo.loop import run
 from stages.ppo.roles import load_roles
 from stages.ppo.rollout import collect, targets
 from stages.ppo.update import Updater
-from stages.process.runtime import ResolvedModel
+from stages.registry.references import ResolvedModel
 from stages.rewards.source import CombinedReward, build_reward
 from tests.ppo.conftest import PROMPTS
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from stages.errors import LaunchError
-from stages.process import launching, runtime
+from stages.process import environment as process_environment
+from stages.process import launching
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRINTER = """\
@@ -100,11 +101,11 @@ def test_what_cannot_be_started_is_said(tmp_path: Path, environment: dict[str, s
 
 
 def test_missing_processes_are_noticed(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not runtime.is_short_of_processes()
+    assert not process_environment.is_short_of_processes()
     monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")
-    assert not runtime.is_short_of_processes()  # one was asked for
+    assert not process_environment.is_short_of_processes()  # one was asked for
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert runtime.is_short_of_processes()
+    assert process_environment.is_short_of_processes()
     monkeypatch.setattr(launching, "_arguments_of_launcher", lambda: None)
     with pytest.raises(LaunchError, match="more than one process was asked for, and accelerate started this one alone"):
         launching.start_missing_processes()
@@ -114,35 +115,4 @@ def test_missing_processes_are_noticed(environment: dict[str, str], monkeypatch:
     launching.start_missing_processes()
     assert started == [["-m", "stages.process.launching", "--num_processes", "2", "-m", "stages", "run", "x.yaml"]]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not runtime.is_short_of_processes()
-
-
-@pytest.mark.parametrize(
-    ("variables", "processes", "rank"),
-    [
-        ({}, 1, 0),
-        ({"WORLD_SIZE": "4", "RANK": "3"}, 4, 3),
-        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, 2, 1),
-        ({"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "5"}, 8, 5),
-    ],
-)
-def test_every_launcher_is_understood(environment, variables, processes, rank, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert (runtime.launched_processes(), runtime.launched_rank()) == (processes, rank)
-
-
-def test_the_command_to_go_on_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("STAGES_COMMAND", raising=False)
-    monkeypatch.setattr(sys, "argv", ["/x/bin/stages", "run", "my recipe.yaml", "seed=8"])
-    assert runtime.command_to_go_on() == "stages run 'my recipe.yaml' seed=8"
-    monkeypatch.setenv("STAGES_COMMAND", "./launch.sh recipes/quickstart.yaml")
-    assert runtime.command_to_go_on() == "./launch.sh recipes/quickstart.yaml"
-
-
-def test_lost_peers_are_told_from_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    closed = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3421")
-    assert not runtime.lost_the_others(closed)  # one process has no others
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert runtime.lost_the_others(closed)
-    assert not runtime.lost_the_others(RuntimeError("a bug")) and not runtime.lost_the_others(ValueError())
+    assert not process_environment.is_short_of_processes()

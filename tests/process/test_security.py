@@ -18,9 +18,9 @@ from stages.cli import app
 from stages.config import ModelInput
 from stages.errors import ModelError, RecipeError, RegistryError
 from stages.process import redaction
-from stages.process.runtime import ResolvedModel
 from stages.recipe.schema import load_recipe
 from stages.registry.ledger import Registry
+from stages.registry.references import ResolvedModel
 
 HF_TOKEN = "hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYz012345"
 PASSWORD = "correct horse battery"

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 from stages.cli import app
 from stages.errors import RegistryError, StorageError
+from stages.process.storage import storage_error, write_json
 from stages.registry import ledger as registry_module
 from stages.registry.ledger import Registry
-from stages.registry.storage import storage_error, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -366,7 +366,7 @@ def test_a_leftover_whose_owner_is_done_just_now_stops_nobody(tmp_path: Path, mo
 
 def test_a_base_removed_while_its_adapter_is_trained_is_noticed(tmp_path: Path) -> None:
     from stages.config import ModelInput
-    from stages.process.runtime import ResolvedModel
+    from stages.registry.references import ResolvedModel
 
     registry = Registry(tmp_path)
     base = registry.publish("fault/base", fill, role="language_model")

@@ -11,9 +11,10 @@ from huggingface_hub import ModelCard
 
 from stages.config import LoraSettings, ModelInput
 from stages.models.exporting import export_merged
-from stages.process.runtime import ResolvedModel
 from stages.registry.card import model_card, write_card
-from stages.registry.ledger import ModelRecord, Registry
+from stages.registry.ledger import Registry
+from stages.registry.record import ModelRecord
+from stages.registry.references import ResolvedModel
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ import pytest
 
 from stages.config import ModelInput
 from stages.errors import RegistryError
-from stages.process.runtime import ResolvedModel
 from stages.registry.contents import digest_folder
-from stages.registry.ledger import ModelRecord, Registry
+from stages.registry.ledger import Registry
+from stages.registry.record import ModelRecord
+from stages.registry.references import ResolvedModel
 
 
 def model_files(folder: Path, weights: bytes = b"weights", place: str = "/home/a/base") -> None:

@@ -1,0 +1,107 @@
+"""A step as its stage sees it: what the stage is handed beside its config, and what it gives back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stages.errors import doing
+from stages.process.runtime import Runtime
+from stages.process.trackers import StepTrackers
+from stages.registry.ledger import Registry
+from stages.registry.record import ModelRecord
+from stages.registry.references import ResolvedModel
+
+
+@dataclass
+class StepResult:
+    """What a stage gives back to the chain."""
+
+    model: ModelRecord | None
+    metrics: dict[str, Any]
+    evaluation: dict[str, Any] | None = None  # evaluation stage only: candidates, win_rates, judges
+
+
+@dataclass
+class StepContext:
+    """What a stage is handed beside its config: the inputs as resolved, the folders to write to, and the way to publish."""
+
+    name: str  # registry name of what the step makes, <recipe>/<step>
+    seed: int
+    runtime: Runtime
+    registry: Registry
+    models: dict[str, ResolvedModel]  # by the field path of config.model_inputs()
+    folder: Path  # run folder of this step: metrics.jsonl, samples.jsonl, tensorboard/
+    checkpoint_folder: Path  # survives a cut-off run; the chain removes it once the step is done
+    fingerprint: str = ""
+    fingerprint_parts: dict[str, Any] = field(default_factory=dict)
+    recipe_step: dict[str, Any] = field(default_factory=dict)  # the step as resolved
+    data_fingerprints: dict[str, str] = field(default_factory=dict)
+    run: str = ""  # name of the run folder: what trackers call the run
+    trackers: Sequence[str] = ("tensorboard",)
+    recorded: list[tuple[int, dict[str, float]]] | None = None  # where a training notes what it logs, for a run that goes on after a cut
+    _trackers: StepTrackers | None = None
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append metrics (named ``room/name``) to metrics.jsonl and to the trackers; rank zero only."""
+        if self.recorded is not None:
+            self.recorded.append((step, metrics))
+        if not self.runtime.is_main:
+            return
+        for listener in self.runtime.listeners:
+            listener(self.name, step, metrics)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self._trackers is None:
+            _ = self.runtime.state  # accelerate's trackers ask it which process they are in
+            recipe, _, own = self.name.rpartition("/")
+            names = {"recipe": recipe or own, "run": self.run, "step": own}
+            self._trackers = StepTrackers(self.trackers, **names, folder=self.folder, settings=self.recipe_step)
+        self._trackers.log(step, metrics)
+
+    @property
+    def cache_folder(self) -> Path:
+        """For what may be lost but is dear to make again; it belongs to the home, not to the step."""
+        return self.registry.root.parent / "cache"
+
+    def close(self) -> None:
+        if self._trackers is not None:
+            self._trackers.close()
+            self._trackers = None
+
+    def publish(
+        self,
+        save: Callable[[Path], None],
+        *,
+        role: str,
+        metrics: dict[str, Any],
+        base: ResolvedModel | None = None,
+        extra: dict[str, Any] | None = None,
+        name: str | None = None,
+    ) -> ModelRecord:
+        """Publish what ``save(folder)`` writes; ``base`` is the model that an adapter stands on. Every process gets the record."""
+        name = name or self.name
+        fingerprint = self.fingerprint if name == self.name else f"{self.fingerprint}:{name}"
+        # A model beside the step's own is published before it: a run cut off in between must not publish it again.
+        is_there = name != self.name and bool(self.fingerprint) and self.registry.find_fingerprint(fingerprint, name) is not None
+        if self.runtime.is_main and not is_there:
+            with doing(f"saving {name}"):
+                self.registry.publish(
+                    name,
+                    save,
+                    role=role,
+                    parents=list(self.models.values()),
+                    recipe_step=self.recipe_step,
+                    data=self.data_fingerprints,
+                    metrics=metrics,
+                    fingerprint=fingerprint,
+                    fingerprint_parts=self.fingerprint_parts,
+                    base=base,
+                    extra=extra,
+                )
+        self.runtime.wait_for_everyone()
+        return self.registry.get(name)
