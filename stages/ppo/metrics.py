@@ -64,6 +64,7 @@ def iteration_metrics(
             operations=result.operations,
             peak=matmul_peak,
         ),
+        **({"time/scoring_hidden_s": rollout.hidden_seconds} if rollout.hidden_seconds is not None else {}),
         **{f"memory/{phase}_gpu_gib": peak / 2**30 for phase, peak in rollout.gpu_memory.items()},
     }
 

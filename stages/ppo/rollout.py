@@ -21,6 +21,7 @@ from stages.models.responses import sequence_batch, with_closing
 from stages.models.sharding import whole
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.credit import token_scores
+from stages.ppo.early_scoring import EarlyScoring
 from stages.ppo.roles import Roles
 from stages.process.gpus import measured_gpu_memory
 from stages.rewards.details import Details
@@ -63,6 +64,7 @@ class Rollout:
     monitors: dict[str, Tensor]  # [B] by judge, likewise
     seconds: dict[str, float]  # by phase, of this process
     sampling_gap: float  # largest difference between sampled and recomputed log-probabilities; 0 where not recomputed
+    hidden_seconds: float | None = None  # of remote scoring while the policy sampled and was measured; None without a remote source
     gpu_memory: dict[str, int] = field(default_factory=dict)  # peak bytes of the GPU by phase, the largest of all processes
 
     @property
@@ -91,6 +93,7 @@ class Rollout:
             monitors={name: part[chosen] for name, part in self.monitors.items()},
             seconds=self.seconds,
             sampling_gap=self.sampling_gap,
+            hidden_seconds=self.hidden_seconds,
             gpu_memory=self.gpu_memory,
             **tensors,
         )
@@ -166,52 +169,40 @@ def _collect_share(
     config: PPOStepConfig,
     details: Details,
 ) -> Rollout:
-    policy, pad = roles.policy, roles.tokenizer.pad_token_id
+    policy = roles.policy
     seconds: dict[str, float] = {}
     gpu_memory: dict[str, int] = {}
-    began = time.perf_counter()
     policy.activate()
-    with measured_gpu_memory(gpu_memory, "generation"), policy.precision():
-        generated = roles.sampler.sample(prompt_ids, config.generation, seeds)
-    completions = decode_completions(roles.tokenizer, generated)
-    mask = generated.response_mask.cpu()
-    responses = [ids[kept].tolist() for ids, kept in zip(generated.response_ids.cpu(), mask, strict=True)]
-    seconds["generation"] = time.perf_counter() - began
+    with EarlyScoring((reward, monitors), roles.tokenizer, prompts, prompt_ids, details) as early:
+        began = time.perf_counter()
+        with measured_gpu_memory(gpu_memory, "generation"), policy.precision():
+            generated = roles.sampler.sample(prompt_ids, config.generation, seeds, on_finished=early.on_finished)
+        completions = decode_completions(roles.tokenizer, generated)
+        mask = generated.response_mask.cpu()
+        responses = [ids[kept].tolist() for ids, kept in zip(generated.response_ids.cpu(), mask, strict=True)]
+        seconds["generation"] = time.perf_counter() - began
 
-    began = time.perf_counter()
-    try:
-        with measured_gpu_memory(gpu_memory, "scoring"), roles.offload.awake(*reward.modules(), *monitors.modules()):
-            known = Details(details.columns, responses)
-            scored = reward.score(prompts, completions, known)
-            judged = monitors.score(prompts, completions, known, may_abstain=True) if monitors.sources else Scores(torch.zeros(0), {})
-    except TrainingError as error:
-        raise ScoringError(str(error), list(zip(prompts, completions, strict=True))) from error
-    seconds["scoring"] = time.perf_counter() - began
+        began = time.perf_counter()
+        recompute = config.rollout_logprobs == "recomputed" or (config.rollout_logprobs == "auto" and policy.autocast is not None)
+        closing = (mask.sum(dim=1) < config.generation.max_new_tokens) & (config.score_placement == "after")
+        with measured_gpu_memory(gpu_memory, "measuring"):
+            tokens, closing_values = _measure(roles, prompt_ids, responses, mask, closing, config, recompute=recompute)
+        seconds["measuring"] = time.perf_counter() - began
 
-    began = time.perf_counter()
-    recompute = config.rollout_logprobs == "recomputed" or (config.rollout_logprobs == "auto" and policy.autocast is not None)
-    shape = mask.shape
-    tokens = {name: torch.zeros(shape) for name in ("sampled", "reference", "values")}
-    closing = (mask.sum(dim=1) < config.generation.max_new_tokens) & (config.score_placement == "after")
-    closing_values = torch.zeros(len(prompts))
-    lengths = [len(prompt) + len(response) for prompt, response in zip(prompt_ids, responses, strict=True)]
-    order = sorted(range(len(prompts)), key=lengths.__getitem__)
-    with measured_gpu_memory(gpu_memory, "measuring"), torch.inference_mode(), roles.offload.awake(*roles.waiting()):
-        # no gradients: twice the rows fit
-        for rows in passes(order, lengths, rows=2 * config.microbatch_size, device_type=policy.device.type):
-            batch = sequence_batch([prompt_ids[row] for row in rows], [responses[row] for row in rows], pad, policy.device)
-            values = roles.values(with_closing(batch, closing[rows]) if closing[rows].any() else batch)
-            closing_values[[row for row in rows if closing[row]]] = values[len(batch.tokens) :].float().cpu()
-            measured = {"reference": roles.reference_logprobs(batch), "values": values[: len(batch.tokens)]}
-            if recompute:
-                measured["sampled"] = policy.logprobs(batch)
-            for name, flat in measured.items():
-                tokens[name][rows] = unflatten(flat.float().cpu(), mask[rows])
-    seconds["measuring"] = time.perf_counter() - began
+        hidden = early.seconds() if early.sources else None
+        began = time.perf_counter()
+        try:
+            with measured_gpu_memory(gpu_memory, "scoring"), roles.offload.awake(*reward.modules(), *monitors.modules()):
+                known = Details(details.columns, responses)
+                scored = reward.score(prompts, completions, known)
+                judged = monitors.score(prompts, completions, known, may_abstain=True) if monitors.sources else Scores(torch.zeros(0), {})
+        except TrainingError as error:
+            raise ScoringError(str(error), list(zip(prompts, completions, strict=True))) from error
+        seconds["scoring"] = time.perf_counter() - began
 
     sampled = torch.where(mask, generated.logprobs.cpu(), 0.0)
     stopped = generated.stopped.cpu()
-    paid = torch.zeros(shape) if scored.spans is None else token_scores(roles.tokenizer, responses, scored.spans, shape[1])
+    paid = torch.zeros(mask.shape) if scored.spans is None else token_scores(roles.tokenizer, responses, scored.spans, mask.shape[1])
     if config.missing_eos == "replace":  # the penalty stands in for all of a score
         paid[~stopped] = 0.0
     return Rollout(
@@ -233,8 +224,39 @@ def _collect_share(
         monitors=judged.parts,
         seconds=seconds,
         sampling_gap=float((tokens["sampled"] - sampled).abs().max()) if recompute else 0.0,
+        hidden_seconds=hidden,
         gpu_memory=gpu_memory,
     )
+
+
+def _measure(
+    roles: Roles,
+    prompt_ids: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    mask: Tensor,
+    closing: Tensor,
+    config: PPOStepConfig,
+    *,
+    recompute: bool,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(log-probabilities ``reference`` and, where they are recomputed, ``sampled``, and ``values``, each [B, R]; closing values [B])."""
+    policy, pad = roles.policy, roles.tokenizer.pad_token_id
+    tokens = {name: torch.zeros(mask.shape) for name in ("sampled", "reference", "values")}
+    closing_values = torch.zeros(len(responses))
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompt_ids, responses, strict=True)]
+    order = sorted(range(len(responses)), key=lengths.__getitem__)
+    with torch.inference_mode(), roles.offload.awake(*roles.waiting()):
+        # no gradients: twice the rows fit
+        for rows in passes(order, lengths, rows=2 * config.microbatch_size, device_type=policy.device.type):
+            batch = sequence_batch([prompt_ids[row] for row in rows], [responses[row] for row in rows], pad, policy.device)
+            values = roles.values(with_closing(batch, closing[rows]) if closing[rows].any() else batch)
+            closing_values[[row for row in rows if closing[row]]] = values[len(batch.tokens) :].float().cpu()
+            measured = {"reference": roles.reference_logprobs(batch), "values": values[: len(batch.tokens)]}
+            if recompute:
+                measured["sampled"] = policy.logprobs(batch)
+            for name, flat in measured.items():
+                tokens[name][rows] = unflatten(flat.float().cpu(), mask[rows])
+    return tokens, closing_values
 
 
 def unflatten(flat: Tensor, mask: Tensor) -> Tensor:
@@ -268,6 +290,7 @@ def _assemble(shares: list[Rollout], prompts: list[Prompt], prompt_ids: list[lis
         monitors={name: joined(lambda share, name=name: share.monitors[name]) for name in shares[0].monitors},
         seconds={name: max(share.seconds[name] for share in shares) for name in shares[0].seconds},
         sampling_gap=max(share.sampling_gap for share in shares),
+        hidden_seconds=max((share.hidden_seconds for share in shares if share.hidden_seconds is not None), default=None),
         gpu_memory={name: max(share.gpu_memory[name] for share in shares) for name in shares[0].gpu_memory},
         **{name: joined(lambda share, name=name: getattr(share, name)) for name in TENSORS},
     )

@@ -16,7 +16,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch import Tensor
 from stages.corpora.messages import Prompt, transcript
 from stages.errors import TrainingError
 from stages.process.remote import AnswerCache, GaveUp, JsonClient, Refused
+from stages.rewards.background import RemoteSource
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement
 from stages.rewards.texts import conversation, whole_text
@@ -34,9 +34,11 @@ logger = logging.getLogger(__name__)
 BETWEEN_ROUNDS = 30.0  # seconds between two rounds of attempts with on_failure: wait
 Item = dict[str, Any]
 """One completion as it goes out: prompt, messages, completion, query (the whole text), and its columns."""
+Question = tuple[str, Item]
+"""An item under its key."""
 
 
-class EndpointSource:
+class EndpointSource(RemoteSource[Item, float]):
     """Scores by a server. Answers are kept on disk by content, so that a run that goes on asks nothing twice."""
 
     def __init__(
@@ -45,7 +47,7 @@ class EndpointSource:
         assert source.endpoint is not None
         self.name, self.source, self.cache = source.shown_name, source, cache
         self._sleep = sleep if sleep is not None else time.sleep
-        self._client = JsonClient(
+        client = JsonClient(
             key=key,
             timeout=source.timeout_seconds,
             retries=4 if source.retries is None else source.retries,
@@ -53,6 +55,7 @@ class EndpointSource:
             jitter=0.5,
             sleep=sleep,
         )
+        super().__init__(client, batch_size=source.batch_size, concurrency=source.concurrency)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Tensor:
         """The scores [N] of ``judge``."""
@@ -60,29 +63,40 @@ class EndpointSource:
 
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
         """One score per completion. Raises TrainingError where the server gives none after all retries, or refuses the request."""
-        items = [self._item(*one) for one in zip(prompts, completions, self._columns(details, len(completions)), strict=True)]
+        items = self._items(prompts, completions, details)
         keys = [self._key_of(item) for item in items]
-        scores = [self._kept(key) for key in keys]
-        while missing := self._first_of_each(keys, scores):
-            size = self.source.batch_size
-            batches = [missing[start : start + size] for start in range(0, len(missing), size)]
-            failure = self._ask_all(batches, items, keys, scores)
-            self._copy_to_equals(keys, scores)
-            if failure is None:
-                continue
-            what = f"{self.source.endpoint} gave no score for {scores.count(None)} of {len(items)} completions: {failure}"
+        scores: dict[str, float] = {}
+        while (failure := self._collect(dict(zip(keys, items, strict=True)), scores)) is not None:
+            missing = sum(key not in scores for key in keys)
+            what = f"{self.source.endpoint} gave no score for {missing} of {len(keys)} completions: {failure}"
             message = f"reward {self.name!r}: {what}"
             if isinstance(failure, Refused) or self.source.on_failure == "stop":
                 raise TrainingError(f"{message}. Scores that came are kept; check the server, endpoint, protocol and api_key_variable")
             logger.warning("%s; asking again in %g s (on_failure: wait)", message, BETWEEN_ROUNDS)
             self._sleep(BETWEEN_ROUNDS)
-        return Judgement(torch.tensor([math.nan if score is None else score for score in scores], dtype=torch.float32))
+        return Judgement(torch.tensor([scores[key] for key in keys], dtype=torch.float32))
+
+    def begin(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> None:
+        """Ask for the scores of these completions and return at once; ``judge`` takes the answers and meets the errors."""
+        self._add({self._key_of(item): item for item in self._items(prompts, completions, details)})
+
+    def ask(self, batch: list[Question]) -> list[float]:
+        """The scores of a batch. They are kept on disk as soon as they are there."""
+        items = [item for _, item in batch]
+        found = self._client.post(str(self.source.endpoint), self._body(items), lambda answer: self._scores_in(answer, len(items)))
+        if self.cache is not None:
+            for (key, _), score in zip(batch, found, strict=True):
+                self.cache.put(key, json.dumps(score))
+        return found
 
     # What goes out
 
     def _columns(self, details: Details, number: int) -> list[dict[str, Any]]:
         named = [*self.source.columns, *([self.source.label_column] if self.source.label_column is not None else [])]
         return [{name: details.columns[name][row] for name in named} for row in range(number)]
+
+    def _items(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details) -> list[Item]:
+        return [self._item(*one) for one in zip(prompts, completions, self._columns(details, len(completions)), strict=True)]
 
     def _item(self, prompt: Prompt, completion: str, columns: dict[str, Any]) -> Item:
         query = completion if self.source.reads == "completion" else whole_text(prompt, completion)
@@ -119,37 +133,26 @@ class EndpointSource:
 
     # What comes back
 
-    def _ask_all(
-        self, batches: Sequence[list[int]], items: Sequence[Item], keys: Sequence[str], scores: list[float | None]
-    ) -> GaveUp | Refused | None:
-        """Ask for every batch, several at once; fill in and keep what comes. Returns the first failure."""
+    def _add(self, items: dict[str, Item]) -> None:
+        """Ask for the items whose score is neither on disk nor asked for already."""
+        requests = self.begun()
+        for key in items:
+            if key not in requests and (kept := self._kept(key)) is not None:
+                requests.know(key, kept)
+        requests.add(items)
+
+    def _collect(self, items: dict[str, Item], scores: dict[str, float]) -> GaveUp | Refused | None:
+        """Fill in ``scores``, by key, with what was begun, is on disk, or comes when asked now. Returns the first failure."""
         failure: GaveUp | Refused | None = None
-        pool = ThreadPoolExecutor(self.source.concurrency)
-        try:
-            futures = [pool.submit(self._ask, [items[place] for place in batch]) for batch in batches]
-            for batch, future in zip(batches, futures, strict=True):
+        with self.taken() as requests:
+            missing = {key: item for key, item in items.items() if key not in scores}
+            self._add(missing)
+            for key in missing:
                 try:
-                    found = future.result()
+                    scores[key] = requests.answer(key)
                 except (GaveUp, Refused) as error:
                     failure = failure or error
-                    for other in futures:  # those under way may still bring something
-                        other.cancel()
-                    continue
-                except CancelledError:
-                    continue
-                for place, score in zip(batch, found, strict=True):
-                    scores[place] = score
-                    if self.cache is not None:
-                        self.cache.put(keys[place], json.dumps(score))
-        except BaseException:  # a request to stop
-            self._client.stop()
-            raise
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
         return failure
-
-    def _ask(self, items: Sequence[Item]) -> list[float]:
-        return self._client.post(str(self.source.endpoint), self._body(items), lambda answer: self._scores_in(answer, len(items)))
 
     def _scores_in(self, answer: Any, number: int) -> list[float]:
         """The scores in an answer. Raises GaveUp where one is missing or no finite number."""
@@ -186,14 +189,6 @@ class EndpointSource:
     def _kept(self, key: str) -> float | None:
         kept = self.cache.get(key) if self.cache is not None else None
         return None if kept is None else float(kept)
-
-    def _first_of_each(self, keys: Sequence[str], scores: Sequence[float | None]) -> list[int]:
-        """The places without a score, of equal ones the first."""
-        return list({keys[place]: place for place in reversed(range(len(keys))) if scores[place] is None}.values())[::-1]
-
-    def _copy_to_equals(self, keys: Sequence[str], scores: list[float | None]) -> None:
-        known = {key: score for key, score in zip(keys, scores, strict=True) if score is not None}
-        scores[:] = [known.get(key) for key in keys]
 
 
 def _last_number(data: Any) -> Any:

@@ -10,7 +10,6 @@ import logging
 import math
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from typing import Any
 
@@ -22,6 +21,7 @@ from stages.errors import ModelError, TrainingError
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.process.remote import AnswerCache, GaveUp, JsonClient, Refused
 from stages.registry.references import ResolvedModel
+from stages.rewards.background import RemoteSource
 from stages.rewards.config import RewardInput, read_rubric
 from stages.rewards.details import NOTHING, Details, Judgement
 from stages.tokens.positions import readable_length
@@ -67,7 +67,13 @@ def shown(prompt: Prompt, completion: str) -> str:
     return f"<prompt>\n{transcript(prompt)}\n</prompt>\n\n<response>\n{completion}\n</response>"
 
 
-class RubricSource:
+Question = tuple[str, dict[str, Any]]
+"""The body of a request for a grade, under its key."""
+Grade = tuple[float | None, int, int]
+"""(grade, tokens sent, tokens received); no tokens where the grade was known before."""
+
+
+class RubricSource(RemoteSource[dict[str, Any], Grade]):
     """A language model behind an OpenAI-compatible endpoint grades each completion by a rubric.
 
     A reply without a grade is asked for again, is never kept on disk, and at last means that the source does not apply there.
@@ -81,7 +87,7 @@ class RubricSource:
         assert source.judge is not None
         self.name, self.judge_input, self.cache = source.shown_name, source.judge, cache
         self.rubric = read_rubric(source.judge.rubric[0].path)
-        self._client = JsonClient(
+        client = JsonClient(
             key=key,
             timeout=source.judge.timeout_seconds,
             retries=source.judge.retries,
@@ -89,29 +95,18 @@ class RubricSource:
             jitter=0.5,
             sleep=sleep,
         )
+        super().__init__(client, batch_size=1, concurrency=source.judge.concurrency)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Tensor:
         """The scores [N] of ``judge``."""
         return self.judge(prompts, completions, details).scores
 
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
-        """Grades; NaN where no reply had one. Raises TrainingError where a request fails, or too many replies have no grade."""
-        pool = ThreadPoolExecutor(self.judge_input.concurrency)
-        try:
-            futures = [pool.submit(self._grade, *pair) for pair in zip(prompts, completions, strict=True)]
-            found = [future.result() for future in futures]
-        except (GaveUp, Refused) as error:
-            self._client.stop()
-            address, model = self.judge_input.endpoint, self.judge_input.model
-            raise TrainingError(
-                f"reward {self.name!r}: {address} gave no grade: {error}. Grades that came are kept; check endpoint, model={model!r} and "
-                "api_key_variable"
-            ) from error
-        except BaseException:  # a request to stop
-            self._client.stop()
-            raise
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        """Grades; NaN where no reply had one. Raises TrainingError where a request fails, or too many replies have no grade.
+
+        Of equal completions of a prompt one is asked for, and only that one has tokens.
+        """
+        found = self._grades(self._questions(prompts, completions))
         grades = [grade for grade, _, _ in found]
         refused = grades.count(None)
         if refused > self.judge_input.max_refused_share * len(grades):
@@ -133,17 +128,49 @@ class RubricSource:
             return {}
         return {"cost": (tokens * torch.tensor(prices, dtype=torch.float32)).sum(dim=1) / 1e6}
 
-    def _grade(self, prompt: Prompt, completion: str) -> tuple[float | None, int, int]:
-        """(grade, tokens sent, tokens received); no tokens where the grade was kept from before."""
+    def begin(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> None:
+        """Ask for the grades of these completions and return at once; ``judge`` takes the answers and meets the errors."""
+        self.begun().add(dict(self._questions(prompts, completions)))
+
+    def ask(self, batch: list[Question]) -> list[Grade]:
+        """The grades that the replies to a batch of requests hold."""
+        return [self._grade(*question) for question in batch]
+
+    def _grades(self, questions: Sequence[Question]) -> list[Grade]:
+        """The grade of each question; asks for those that were not begun. Raises TrainingError where a request fails."""
+        grades: list[Grade] = []
+        seen: set[str] = set()
+        try:
+            with self.taken() as requests:
+                requests.add(dict(questions))
+                for key, _ in questions:
+                    found = requests.answer(key)
+                    grades.append((found[0], 0, 0) if key in seen else found)
+                    seen.add(key)
+        except (GaveUp, Refused) as error:
+            address, model = self.judge_input.endpoint, self.judge_input.model
+            raise TrainingError(
+                f"reward {self.name!r}: {address} gave no grade: {error}. Grades that came are kept; check endpoint, model={model!r} and "
+                "api_key_variable"
+            ) from error
+        return grades
+
+    def _questions(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Question]:
+        bodies = [self._body(*pair) for pair in zip(prompts, completions, strict=True)]
+        return [(sha256(json.dumps([self.judge_input.endpoint, body], sort_keys=True).encode()).hexdigest(), body) for body in bodies]
+
+    def _body(self, prompt: Prompt, completion: str) -> dict[str, Any]:
         low, high = self.judge_input.scale
         system = GRADER.replace("{low}", f"{low:g}").replace("{high}", f"{high:g}").replace("{rubric}", self.rubric)
-        body = {
+        return {
             "model": self.judge_input.model,
             "messages": [{"role": "system", "content": system}, {"role": "user", "content": shown(prompt, completion)}],
             "temperature": 0,
             "max_tokens": self.judge_input.max_tokens,
         }
-        asked = sha256(json.dumps([self.judge_input.endpoint, body], sort_keys=True).encode()).hexdigest()
+
+    def _grade(self, asked: str, body: dict[str, Any]) -> Grade:
+        """The grade that the answer to ``body`` holds, from disk where it is known."""
         kept = self.cache.get(asked) if self.cache is not None else None
         if kept is not None and (grade := read_grade(kept, self.judge_input.scale)) is not None:
             return grade, 0, 0

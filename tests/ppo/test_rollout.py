@@ -126,7 +126,7 @@ def test_each_phase_of_an_iteration_has_its_peak_of_gpu_memory(ppo_config, ppo_c
 
     config = ppo_config()
     roles = load_roles(config, ppo_context)
-    peaks = iter([0, 5 * 2**30, 0, 2**30, 0, 3 * 2**30])  # before and at the end of generation, scoring, measuring
+    peaks = iter([0, 5 * 2**30, 0, 3 * 2**30, 0, 2**30])  # before and at the end of generation, measuring, scoring
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: next(peaks))

@@ -12,13 +12,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from stages.registry.ledger import Registry
+from tests.rewards.conftest import Server
 
 pytestmark = pytest.mark.timeout(900)  # a start takes 15 s where the machine is free, and minutes where it is not
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -45,7 +48,11 @@ steps:
     name: aligned
     policy: sft
     precision: fp32
-    reward: [{{model: preference}}, {{function: "pair_reward:vowels", weight: 0.5}}]
+    reward:
+      - {{model: preference}}
+      - {{function: "pair_reward:vowels", weight: 0.5}}
+      - {{function: "pair_reward:about", weight: 0.1}}
+      - {{endpoint: "{server}", name: far, weight: 0.1, label_column: thing, columns: [number]}}
     data: prompts.jsonl
     generation: {{max_new_tokens: 10, stop: [a, e, i, o, u, s, t, n, r, l, d, h, m]}}
     total_episodes: 70
@@ -96,11 +103,29 @@ def vowels(prompts, completions):
         if what == "raises":
             raise ValueError("no reward today")
     return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in completions]
+
+def about(prompts, completions, thing, number):
+    """1 where the columns are those of the prompt's own row."""
+    return [float(prompt.endswith(f"{one} {row}")) for prompt, one, row in zip(prompts, thing, number)]
 '''
 
 
+def far(body: dict[str, Any], number: int) -> tuple[int, Any]:
+    """What a server answers: the length of each completion, and 100 where the columns are not those of the prompt's own row."""
+    rows = zip(body["prompts"], body["completions"], body["labels"], body["columns"]["number"], strict=True)
+    return 200, {"rewards": [len(text) / 10 if prompt.endswith(f"{one} {row}") else 100.0 for prompt, text, one, row in rows]}
+
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> Path:
+def server() -> Iterator[Server]:
+    running = Server()
+    running.reply = far
+    yield running
+    running.server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, server: Server) -> Path:
     folder = tmp_path_factory.mktemp("pair")
     things = ("film", "plot", "music")
     rows = [
@@ -116,11 +141,13 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> 
         }
         for number in range(30)
     ]
-    prompts = [{"prompt": f"{'the ' * (number % 4)}{thing} {number}"} for number in range(4) for thing in things]
+    prompts = [
+        {"prompt": f"{'the ' * (number % 4)}{thing} {number}", "thing": thing, "number": number} for number in range(4) for thing in things
+    ]
     texts = [{"text": f"the film number {number} was warm"} for number in range(40)]
     for name, table in (("rows", rows), ("comparisons", comparisons), ("prompts", prompts), ("texts", texts)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
-    (folder / "pair.yaml").write_text(RECIPE.format(model=tiny_llama_folder))
+    (folder / "pair.yaml").write_text(RECIPE.format(model=tiny_llama_folder, server=server.url))
     (folder / "pair_reward.py").write_text(REWARD)
     return folder
 
@@ -192,6 +219,14 @@ def test_two_processes_make_the_updates_of_one(alone: Path, pair: Path) -> None:
     assert_same_updates(alone, pair, "aligned", tolerance=5e-4)
     assert_same_updates(alone, pair, "direct", tolerance=1e-4)
     assert_same_scores(alone, pair)
+
+
+def test_each_process_has_its_own_rows_scored(pair: Path, server: Server) -> None:
+    """The columns of a row stay with it, for a function and for a server; the server scores while the processes sample."""
+    lines = (pair / "runs" / "pair" / "latest" / "aligned" / "metrics.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        assert line["rewards/about"] == 1.0 and line["rewards/far"] < 100.0 and "time/scoring_hidden_s" in line
+    assert 7 in {len(body["prompts"]) for body in server.bodies}  # half of the 14 episodes
 
 
 def test_sharded_over_two_processes_the_updates_are_the_same(place: Path, alone: Path) -> None:
