@@ -1,6 +1,6 @@
-"""Recipe fields that several stages share. Every field says its unit and scope; an unknown field or a wrong type is an error.
+"""Recipe fields shared by several stages. Every field states its unit and scope; unknown fields and wrong types are errors.
 
-Each stage has its own step config that extends ``StepConfig`` (or ``TrainingStepConfig``) and lives in the stage's module.
+Each stage has its own step config in its own module, which extends ``StepConfig`` or ``TrainingStepConfig``.
 """
 
 import re
@@ -11,51 +11,51 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 HUB = "hub:"
-"""Before an id in a recipe: it is on the Hub, whatever a step, a registry version or a folder is called."""
+"""Prefix that makes an id a Hub id, even if a step, a registry version or a folder has the same name."""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Quantization = Literal["none", "int8", "nf4"]
 
 
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 ATTENTION_KERNEL = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?")
-ATTENTION_HELP = f"One of {', '.join(ATTENTIONS)}, or a kernel of the hub (owner/name)."
+ATTENTION_HELP = f"One of {', '.join(ATTENTIONS)}, or a kernel of the Hub (owner/name)."
 
 
-LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
+LARGEST_SEED = 2**32 - 1  # numpy's limit
 
 
 class Strict(BaseModel):
-    """A recipe block: no unknown fields, no silent conversions, immutable once read."""
+    """A recipe block: unknown fields are errors, types are not converted, instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
 
 
 class LoraSettings(Strict):
-    """Low-rank adapters (peft) trained instead of the whole model."""
+    """Low-rank adapters (peft), trained instead of all weights."""
 
     r: int = Field(8, ge=1, description="Rank of the update.")
     alpha: float = Field(16.0, gt=0, description="Scale: the update is multiplied by alpha / r.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input; reward_model, dpo and ppo steps switch it off.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input; reward_model, dpo and ppo steps disable it.")
     target_modules: str | list[str] = Field(
         "all-linear",
-        description="Modules that get an adapter: 'all-linear' (all but the output layer), a list of names, or a regular expression.",
+        description="Modules that get an adapter: 'all-linear' (all except the output layer), a list of names, or a regular expression.",
     )
     modules_to_save: list[str] = Field(
         [],
-        description="Modules that train whole and are saved with the adapter, e.g. [embed_tokens, lm_head]. Rows of tokens that the model "
-        "had no rows for train in any case.",
+        description="Modules whose weights are all trained and saved with the adapter, e.g. [embed_tokens, lm_head]. Embedding rows of new "
+        "tokens are always trained.",
     )
 
 
 class ModelInput(Strict):
-    """A model to read: a step of this recipe, a registry reference (``name``, ``name@3``, a digest), a local folder, or a hub id."""
+    """A model to load: a step of this recipe, a registry reference (``name``, ``name@3``, a digest), a local folder, or a Hub id."""
 
-    ref: str = Field(description="Step name, registry reference, folder or hub id (hub:owner/name where something else has that name).")
+    ref: str = Field(description="Step name, registry reference, folder or Hub id (hub:owner/name if something else has that name).")
     quantization: Quantization = Field("none", description="Load the backbone in int8 or nf4 (bitsandbytes); heads stay in full precision.")
-    double_quantization: bool = Field(True, description="nf4 only: quantize the quantization constants too.")
+    double_quantization: bool = Field(True, description="nf4 only: also quantize the quantization constants.")
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
-    trust_remote_code: bool = Field(False, description="Run code that comes with a hub model. Recorded in the lineage.")
-    attention: str = Field("auto", description="auto: the fastest that the model's class supports. " + ATTENTION_HELP)
+    trust_remote_code: bool = Field(False, description="Run the Python code in a Hub model's repository. Recorded in the lineage.")
+    attention: str = Field("auto", description="auto: the fastest implementation that the model class supports. " + ATTENTION_HELP)
 
     @field_validator("attention")
     @classmethod
@@ -67,52 +67,52 @@ class ModelInput(Strict):
 
 
 def ref_shorthand(value: Any) -> Any:
-    """A bare string as the model input it stands for."""
+    """Convert a bare string to a model input."""
     return {"ref": value} if isinstance(value, str) else value
 
 
 ModelField = Annotated[ModelInput, BeforeValidator(ref_shorthand)]
-"""A ``ModelInput`` that may be written as a bare string in a recipe."""
+"""A ``ModelInput`` that a recipe may write as a bare string."""
 
 
 def check_architecture(architecture: dict[str, Any]) -> None:
-    """Raise ValueError where a block ``{type: ..., field: ...}`` for random weights lacks its type, or sets what the tokenizer decides."""
+    """Check a block ``{type: ..., field: ...}`` for random weights. Raises ValueError if it lacks the type or sets the vocabulary size."""
     if not isinstance(architecture.get("type"), str):
         raise ValueError("architecture needs a type, e.g. {type: llama, hidden_size: 128, num_hidden_layers: 4}")
     if "vocab_size" in architecture:
-        raise ValueError("architecture.vocab_size follows from the tokenizer; write tokenizer: {vocab_size: ...}")
+        raise ValueError("architecture.vocab_size is set by the tokenizer; write tokenizer: {vocab_size: ...} instead")
 
 
 class DataSource(Strict):
-    """One table: a local file or folder, a data set of the Hub, or a part of the embedded world (``world:raw`` and so on)."""
+    """One table: a local file or folder, a data set of the Hub, or a part of the embedded world (such as ``world:raw``)."""
 
     path: str = Field(
-        description="File (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt, also .gz), folder, hub id (hub:owner/name where a folder is "
-        "called the same), or world:PART."
+        description="File (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt, also .gz), folder, Hub id (hub:owner/name if a folder has "
+        "the same name), or world:PART."
     )
-    name: str | None = Field(None, description="Config of the data set, as its README names them.")
+    name: str | None = Field(None, description="Config of the data set, as named in its README.")
     split: str | None = Field(
         None,
-        description="Split of a folder or a data set of the Hub: test, train[:100], train+test (default: train; held-out data: "
+        description="Split of a folder or Hub data set: test, train[:100], train+test (default: train; for held-out data: "
         "validation or test).",
     )
-    data_dir: str | None = Field(None, description="Read only this folder of a folder or a data set of the Hub.")
-    data_files: str | list[str] | None = Field(None, description="Read only the files that fit these patterns, e.g. data/*.parquet.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a data set of the Hub (default: main).")
-    limit: int | None = Field(None, ge=1, description="Use only the first so many rows.")
-    skip: int = Field(0, ge=0, description="Leave out the first so many rows.")
-    columns: dict[str, str] = Field({}, description="Rename: our column name -> the file's, e.g. {text: review, label: sentiment}.")
+    data_dir: str | None = Field(None, description="Read only this subfolder of a folder or Hub data set.")
+    data_files: str | list[str] | None = Field(None, description="Read only the files that match these patterns, e.g. data/*.parquet.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set (default: main).")
+    limit: int | None = Field(None, ge=1, description="Use at most this many rows.")
+    skip: int = Field(0, ge=0, description="Skip this many rows at the start.")
+    columns: dict[str, str] = Field({}, description="Rename columns: our name -> name in the data, e.g. {text: review, label: sentiment}.")
 
     @property
     def on_hub(self) -> bool:
-        """Whether reading it would ask the Hub."""
+        """Whether the source is read from the Hub."""
         if self.path.startswith(HUB):
             return True
         return not self.path.startswith("world:") and not Path(self.path).exists()
 
     @property
     def hub_id(self) -> str:
-        """The id of a data set of the Hub."""
+        """The Hub id."""
         return self.path.removeprefix(HUB)
 
 
@@ -122,49 +122,47 @@ def _sources(value: Any) -> Any:
 
 
 DataField = Annotated[list[DataSource], BeforeValidator(_sources), Field(min_length=1)]
-"""One source or a list of sources (rows are concatenated in order); a bare string is a path."""
+"""One source or a list of sources (their rows are concatenated in order). A bare string is a path."""
 
 
 class DataInput(Strict):
-    """Training data and held-out data of a step."""
+    """A step's training data and held-out data."""
 
     train: DataField
-    validation: DataField | None = Field(None, description="Held-out data. Absent: validation_fraction of the training rows is held out.")
-    validation_fraction: float = Field(0.05, gt=0, lt=1, description="Share of training rows held out when no validation source is named.")
+    validation: DataField | None = Field(None, description="Held-out data. If absent, validation_fraction of the training rows.")
+    validation_fraction: float = Field(0.05, gt=0, lt=1, description="Share of training rows to hold out if there is no validation source.")
     split_by: str | None = Field(
-        None, description="Hold out whole groups of training rows: those with the same value in this column (user, annotator)."
+        None, description="Hold out complete groups of training rows: rows with the same value in this column (user, annotator)."
     )
-    folds: int | None = Field(None, ge=2, description="With split_by: deal the groups out into so many folds, of which one is held out.")
-    fold: int = Field(0, ge=0, description="With folds: which one is held out, from 0.")
+    folds: int | None = Field(None, ge=2, description="With split_by: assign the groups to this many folds, and hold out one of them.")
+    fold: int = Field(0, ge=0, description="With folds: the fold to hold out, from 0.")
 
     @model_validator(mode="after")
     def _groups(self) -> "DataInput":
         if self.split_by is not None and self.validation is not None:
-            raise ValueError("split_by holds out training rows, and a validation source is named, too; leave one of them out")
+            raise ValueError("split_by holds out training rows, but a validation source is also given; remove one of them")
         if self.folds is not None and self.split_by is None:
-            raise ValueError("folds goes with split_by: name the column whose groups are dealt out")
+            raise ValueError("folds needs split_by, the column whose groups are assigned to folds")
         if self.fold and (self.folds is None or self.fold >= self.folds):
             raise ValueError(f"fold={self.fold} must be below folds={self.folds}")
         return self
 
 
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
-OPTIMIZER_HELP = (
-    "adamw_8bit: moments in 8 bits (bitsandbytes), 2 bytes a weight instead of 8; paged: moments may leave the GPU for the CPU's memory."
-)
+OPTIMIZER_HELP = "adamw_8bit: 8-bit moments (bitsandbytes), 2 bytes per weight instead of 8; paged: moments can be moved to CPU memory."
 
 
 class OptimizerSettings(Strict):
-    """How a step trains. Batch sizes count sequences (reward_model: prompts) summed over all processes."""
+    """Training settings of a step. Batch sizes count sequences (reward_model: prompts), summed over all processes."""
 
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Shape after warmup.")
-    final_learning_rate_fraction: float = Field(0.0, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Learning rate schedule after warmup.")
+    final_learning_rate_fraction: float = Field(0.0, ge=0, le=1, description="Final learning rate as a share of the peak.")
     warmup_fraction: float = Field(0.0, ge=0, lt=1, description="Share of the optimizer steps used for linear warmup.")
     epochs: float = Field(1.0, gt=0, description="Passes over the training data.")
-    max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps (overrides epochs).")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps (overrides epochs).")
     batch_size: int = Field(32, ge=1, description="Sequences per optimizer step, summed over processes.")
-    microbatch_size: int = Field(32, ge=1, description="Sequences per forward pass and process; the rest is gradient accumulation.")
+    microbatch_size: int = Field(32, ge=1, description="Sequences per forward pass and process; larger batches use gradient accumulation.")
     optimizer: Optimizer = Field("adamw", description=OPTIMIZER_HELP)
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -181,49 +179,47 @@ class OptimizerSettings(Strict):
 
 
 class StepConfig(Strict):
-    """What every step of a recipe has."""
+    """Fields of every step."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the step, and of the model it makes: <recipe>/<name>.")
-    stage: str = Field(description="Which stage runs.")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the step; its model is called <recipe>/<name>.")
+    stage: str = Field(description="The stage to run.")
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="Random seed of this step (default: the recipe's).")
-    precision: Precision = Field("auto", description="auto: bf16 where the hardware is measured to be faster at it, else fp32.")
+    precision: Precision = Field("auto", description="auto: bf16 if a measurement shows that it is faster on this hardware, else fp32.")
 
 
 class CheckpointedStepConfig(StepConfig):
-    """A step that trains for long, and goes on after a cut where its newest checkpoint was."""
+    """A long step that resumes from its newest checkpoint after an interruption."""
 
     checkpoint_seconds: float = Field(
-        10.0, ge=0, description="Least time between two checkpoints; 0: at every safe point. Slow ones pause longer: writing takes 5 %."
+        10.0, ge=0, description="Minimum time between checkpoints; 0: at every safe point. It grows if writing takes over 5 % of the time."
     )
-    keep_last: int = Field(2, ge=1, description="Checkpoints to keep while the step runs, the newest; a damaged one is passed over.")
+    keep_last: int = Field(2, ge=1, description="Number of newest checkpoints to keep while the step runs; a damaged one is skipped.")
     keep_best: int = Field(
         0,
         ge=0,
-        description="Also keep so many of the best, and publish the best as <name>-best. ppo: by mean reward less KL penalty; "
-        "other stages: by their held-out measure, taken ten times in a run.",
+        description="Also keep this many of the best checkpoints, and publish the best one as <name>-best. ppo: by mean reward minus KL "
+        "penalty; other stages: by their held-out metric, which is measured ten times per run.",
     )
 
 
 class TrainingStepConfig(CheckpointedStepConfig):
     """A step that trains one model with a Trainer."""
 
-    lora: LoraSettings | None = Field(None, description="Train low-rank adapters instead of the whole model.")
+    lora: LoraSettings | None = Field(None, description="Train low-rank adapters instead of all weights.")
     training: OptimizerSettings = OptimizerSettings()
 
 
 class GenerationSettings(Strict):
-    """How completions are sampled. Defaults are pure sampling at temperature 1, as the papers' rollouts."""
+    """How to sample completions. The default is pure sampling at temperature 1, as in the papers' rollouts."""
 
-    max_new_tokens: int = Field(48, ge=1, description="Most response tokens per completion.")
+    max_new_tokens: int = Field(48, ge=1, description="Maximum response tokens per completion.")
     temperature: float = Field(1.0, ge=0, description="Logits are divided by this; 0 is greedy.")
-    top_k: int = Field(0, ge=0, description="Keep the k most likely tokens; 0 keeps all.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Keep the smallest set of tokens with this much probability; 1 keeps all.")
-    stop: list[str] = Field([], description="Tokens (as text) that end a completion besides the tokenizer's eos and the model's own.")
-    stop_after: int = Field(0, ge=0, description="The tokens of stop end a completion only at this response position (from 0) or later.")
-    ignore_eos: bool = Field(
-        False, description="Only the tokens of stop end a completion, at stop_after or later, the end token among them if named there."
-    )
+    top_k: int = Field(0, ge=0, description="Sample from the k most likely tokens; 0: all tokens.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the smallest set of tokens with this total probability; 1: all tokens.")
+    stop: list[str] = Field([], description="Tokens (as text) that end a completion, besides the end tokens of tokenizer and model.")
+    stop_after: int = Field(0, ge=0, description="A stop token ends a completion only at this response position (from 0) or later.")
+    ignore_eos: bool = Field(False, description="Only stop tokens end a completion; the end token does so only if it is one of them.")
     batch_size: int = Field(64, ge=1, description="Sequences decoded together, per process.")
     cuda_graphs: bool = Field(
-        True, description="On a GPU, record a decoding step and replay it; where a model cannot be recorded, its steps are computed."
+        True, description="On a GPU, record a decoding step as a CUDA graph and replay it. Models that cannot be recorded run normally."
     )

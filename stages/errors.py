@@ -1,21 +1,21 @@
-"""The errors a user can act on. Each message names the value, what was expected and the next move; the command exits with status 2.
+"""Errors that a user can fix. Each message names the value, what was expected and the next move; the command exits with status 2.
 
-``doing`` notes what the program was at, for the message of an error that nobody expected.
+``doing`` records the current activity, for the message of an unexpected error.
 
     StagesError
     |- RecipeError      the recipe file, or an override on the command line
     |- DataError        a data file, a row of it, or a missing column
-    |- ModelError       a model, a tokenizer, a head or an adapter that cannot be used as asked
-    |- RegistryError    the registry: a reference that does not resolve, a damaged version, a refused removal
-    |- TrainingError    a run that must not go on (NaN, a reward function that returns nonsense)
-    |- StorageError     a disk that is full, a folder that may not be written
-    |- HubError         a model or a data set of the Hub that cannot be used
+    |- ModelError       a model, tokenizer, head or adapter that cannot be used as requested
+    |- RegistryError    the registry: an unknown reference, a damaged version, a refused removal
+    |- TrainingError    a run that must stop (NaN, a reward function with invalid output)
+    |- StorageError     a full disk, a folder without write permission
+    |- HubError         a model or data set of the Hub that cannot be used
     |  |- HubMissing        the Hub does not have it
-    |  '- HubUnreachable    the Hub cannot be asked, and the local cache has no answer
-    |- LaunchError      processes that cannot be started as asked, or that lost each other
+    |  '- HubUnreachable    the Hub cannot be reached, and the local cache does not have it
+    |- LaunchError      processes that cannot start as requested, or that lost each other
     |- UnexpectedError  any other exception, in one message; exit status 1
-    '- Waiting          no error: people have to answer first, and the same command goes on afterwards (status 75)
-    Stopped             no error: SIGTERM or Ctrl-C asked for an orderly end
+    '- Waiting          not an error: annotators have to answer first; the same command continues afterwards (status 75)
+    Stopped             not an error: SIGTERM or Ctrl-C requested an orderly stop
 """
 
 import signal
@@ -25,37 +25,37 @@ from pathlib import Path
 
 
 class StagesError(Exception):
-    """Base of every error that has a message for the user. Commands report any other exception as an UnexpectedError."""
+    """Base class of all errors with a message for the user. Commands report any other exception as an UnexpectedError."""
 
     exit_status = 2
 
 
 class RecipeError(StagesError):
-    """The recipe is wrong; the message begins with ``file:line:`` where the file is known."""
+    """The recipe is invalid. The message begins with ``file:line:`` if the file is known."""
 
 
 class DataError(StagesError):
-    """The data cannot be used; the message names file, line and column."""
+    """The data cannot be used. The message names file, line and column."""
 
 
 class ModelError(StagesError):
-    """A model cannot play the role the recipe gives it."""
+    """A model cannot be used in the role that the recipe gives it."""
 
 
 class RegistryError(StagesError):
-    """The registry cannot do what was asked; nothing in it was changed."""
+    """The registry cannot do what was requested. It was not changed."""
 
 
 class TrainingError(StagesError):
-    """Training was stopped on purpose; what was made before is kept."""
+    """Training was stopped on purpose. Earlier results are kept."""
 
 
 class StorageError(StagesError):
-    """Something could not be written; the registry and the checkpoints before it are whole."""
+    """A file could not be written. The registry and earlier checkpoints are intact."""
 
 
 class HubError(StagesError):
-    """A model or a data set of the Hub cannot be used; the message says what the Hub answered and what to do."""
+    """A model or data set of the Hub cannot be used. The message gives the Hub's answer and the next move."""
 
 
 class HubMissing(HubError):
@@ -63,28 +63,28 @@ class HubMissing(HubError):
 
 
 class HubUnreachable(HubError):
-    """The Hub did not answer, or must not be asked (HF_HUB_OFFLINE) and the local cache does not have it."""
+    """The Hub did not answer, or HF_HUB_OFFLINE is set and the local cache does not have the file."""
 
 
 class LaunchError(StagesError):
-    """Processes cannot be started as asked, or one of them lost the others."""
+    """Processes cannot start as requested, or a process lost the others."""
 
 
 class Waiting(StagesError):
-    """A step waits for people; the message says what they are asked to do."""
+    """A step waits for annotators. The message says what they have to do."""
 
     exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class UnexpectedError(StagesError):
-    """An exception that no code expected; the message says what was being done, and where the traceback is."""
+    """An unexpected exception. The message names the activity and the path of the traceback."""
 
     exit_status = 1
 
 
 @contextmanager
 def doing(what: str, folder: Path | None = None) -> Iterator[None]:
-    """Note on an exception that leaves the block that this was being done, and a folder for its traceback. Innermost notes come first."""
+    """Attach ``what`` (the current activity) and a folder for the traceback to exceptions in the block. Inner notes come first."""
     try:
         yield
     except (Exception, SystemExit, KeyboardInterrupt) as error:
@@ -94,7 +94,7 @@ def doing(what: str, folder: Path | None = None) -> Iterator[None]:
 
 
 class Stopped(BaseException):
-    """A signal asked for an end. Not an Exception: no library on the way may take it for an error of its own."""
+    """A signal requested a stop. It is not an Exception, so that libraries do not catch it as one."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -106,5 +106,5 @@ class Stopped(BaseException):
 
     @property
     def exit_status(self) -> int:
-        """128 + the signal's number, as shells count."""
+        """128 + the signal number, as in shells."""
         return 128 + self.number

@@ -1,4 +1,4 @@
-"""Where the files lie that ship with Tristage beside the code: ``data/`` and ``recipes/``."""
+"""The paths of the files that ship with Tristage besides the code: ``data/`` and ``recipes/``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def shipped_folder(name: str) -> Path:
-    """The folder ``data`` or ``recipes``: beside ``stages/`` in a checkout, inside the package in an installed wheel."""
+    """The folder ``data`` or ``recipes``: next to ``stages/`` in a checkout, inside the package in an installed wheel."""
     installed = PACKAGE / "shipped_files" / name
     return installed if installed.is_dir() else PACKAGE.parent / name
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that ship, by name."""
+    """The shipped recipes by name."""
     return {path.stem: path for path in sorted(shipped_folder("recipes").glob("*.yaml"))}

@@ -147,8 +147,8 @@ RECIPES = {
     "a field is missing": Case("steps[0].data: this field is missing", {key: SFT[key] for key in SFT if key != "data"}),
     "a model without a reference": Case("steps[0].model.ref: this field is missing", SFT, {"model": {"revision": "main"}}),
     "no stage": Case("the field stage is missing; expected one of pretraining, sft", {key: SFT[key] for key in SFT if key != "stage"}),
-    "no such stage": Case("got 'sftt', which is no stage; did you mean 'sft'?", SFT, {"stage": "sftt"}),
-    "a number as stage": Case("got 3, which is no stage", SFT, {"stage": 3}),
+    "no such stage": Case("got 'sftt', which is not a stage; did you mean 'sft'?", SFT, {"stage": "sftt"}),
+    "a number as stage": Case("got 3, which is not a stage", SFT, {"stage": 3}),
     "no steps": Case("bad.yaml:1: the field steps is missing", recipe="name: bad\n"),
     "empty steps": Case("steps: got [], expected a list of at least one step", recipe="name: bad\nsteps: []\n"),
     "a step that is text": Case("steps[0]: got 'sft', expected a block of fields", recipe="name: bad\nsteps: [sft]\n"),
@@ -183,7 +183,7 @@ RECIPES = {
     "a NUL byte in the recipe": Case("not readable as YAML", recipe="name: ba\0d\n"),
     "two documents": Case("not readable as YAML", recipe="name: bad\nsteps: [a]\n---\nname: other\n"),
     "a later step": Case(
-        "got 'second', a step that comes later (steps[1]); move it before 'first'",
+        "got 'second', a later step (steps[1]); move it before 'first'",
         recipe=HEAD
         + "".join(
             f"  - {json.dumps({**SFT, 'name': name, 'model': model})}\n" for name, model in (("first", "second"), ("second", "./model"))

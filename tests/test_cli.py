@@ -207,7 +207,7 @@ def test_models_are_verified_exported_and_removed(place: Path) -> None:
     (record.path / "config.json").write_text("{ }")
     result = call("models", "verify", "quick/sft")
     assert result.exit_code == 2
-    assert result.stdout == "quick/sft@1: config.json was changed: its SHA-256 is not the published one\n"
+    assert result.stdout == "quick/sft@1: config.json was changed: its SHA-256 differs from the published one\n"
     assert calls_json("models", "remove", "quick/sft")["removed"] == "quick/sft@1"
     assert [row["ref"] for row in calls_json("models", "list")] == ["quick/base@1"]
 

@@ -1,1 +1,1 @@
-"""A recipe's steps in order: each is reused, resumed or run, and what it was made from is kept."""
+"""Run a recipe's steps in order: reuse, resume or run each one, and record what its result was made from."""

@@ -1,4 +1,4 @@
-"""A version of the registry for people: data by path and rows, the settings that are no defaults, metrics with three digits."""
+"""Describe a registry version for people: data by path and row count, non-default settings, metrics with three digits."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from stages.recipe.schema import STAGES, data_inputs, load_object, model_inputs
 if TYPE_CHECKING:
     from stages.registry.record import ModelRecord
 
-LARGEST_COUNTED = 64 * 2**20  # bytes of a file whose rows are counted while one waits
+LARGEST_COUNTED = 64 * 2**20  # bytes; the rows of larger files are not counted
 IDENTITY = ("name", "stage")
 
 
 def describe(record: ModelRecord) -> dict[str, list[str]]:
-    """Lines by heading: data, settings, metrics. A heading without lines has nothing to say."""
+    """Lines by heading (data, settings, metrics). The list of a heading may be empty."""
     return {
         "data": data_lines(record.manifest),
         "settings": [f"{path}: {_shown(value)}" for path, value in changed_settings(record.manifest["recipe_step"])],
-        "metrics": [f"{name}  {three_digits(value)}" for name, value in _numbers(record.manifest["metrics"])],
+        "metrics": [f"{name}  {three_digits(value)}" for name, value in _scalars(record.manifest["metrics"])],
     }
 
 
 def three_digits(value: Any) -> str:
-    """A number with three significant digits; whole numbers and texts as they are."""
+    """Format a float with three significant digits. Integers and texts are unchanged."""
     if isinstance(value, bool) or not isinstance(value, float):
         return str(value)
     return str(int(value)) if value.is_integer() and abs(value) < 1e15 else f"{value:.3g}"
 
 
-def _numbers(metrics: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """The numbers of nested metrics, by dotted name; lists (histograms, alarms) are left to --all."""
+def _scalars(metrics: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """The scalars of nested metrics, by dotted name. Lists (histograms, alarms) are shown only with --all."""
     for name, value in metrics.items():
         if isinstance(value, Mapping):
-            yield from _numbers(value, f"{before}{name}.")
+            yield from _scalars(value, f"{before}{name}.")
         elif isinstance(value, int | float | str):
             yield f"{before}{name}", value
 
@@ -50,9 +50,9 @@ def _numbers(metrics: Mapping[str, Any], before: str = "") -> Iterator[tuple[str
 
 
 def data_lines(manifest: Mapping[str, Any]) -> list[str]:
-    """Each data input of the step: its field, path or Hub id, and rows. Files that changed since, or are gone, are said to be."""
+    """One line per data input: field, path or Hub id, row count. Says which files were changed or removed since."""
     config = _config(manifest["recipe_step"])
-    if config is None:  # made by an import, or by a version with other fields
+    if config is None:  # made by an import, or by a Tristage version with different fields
         return [f"{field}: content {mark[:19]}" for field, mark in manifest["data"].items()]
     lines = []
     for field, sources in data_inputs(config).items():
@@ -63,7 +63,7 @@ def data_lines(manifest: Mapping[str, Any]) -> list[str]:
 
 def _is_unchanged(sources: list[DataSource], mark: str | None) -> bool:
     if any(source.on_hub for source in sources):
-        return True  # nothing is fetched for a description
+        return True  # a description makes no requests
     try:
         return fingerprint(sources) == mark
     except (StagesError, OSError):
@@ -74,14 +74,14 @@ def _source_text(source: DataSource, field: str, is_same: bool) -> str:
     commit = source.revision[:12] if source.revision is not None else None
     fields = (("config", source.name), ("folder", source.data_dir), ("split", source.split), ("commit", commit))
     options = [f"{name} {value}" for name, value in fields if value is not None]
-    place = ", ".join([_path(source.path), *options])
+    shown = ", ".join([_path(source.path), *options])
     if source.on_hub:
         is_file = Path(source.path).is_absolute()
-        return f"{place} ({'no longer there' if is_file else 'on the Hub'})"
+        return f"{shown} ({'no longer there' if is_file else 'on the Hub'})"
     if not is_same:
-        return f"{place} (changed since)"
+        return f"{shown} (changed since)"
     rows = _count(source, "validation" if "validation" in field else "train")
-    return f"{place} ({rows})"
+    return f"{shown} ({rows})"
 
 
 def _count(source: DataSource, split: str) -> str:
@@ -96,7 +96,7 @@ def _count(source: DataSource, split: str) -> str:
 
 
 def _path(written: str) -> str:
-    """A path below the current folder as seen from it; anything else as it is."""
+    """The path relative to the current folder if it is below it; else unchanged."""
     path = Path(written)
     return os.path.relpath(path) if path.is_absolute() and path.is_relative_to(Path.cwd()) else written
 
@@ -105,7 +105,7 @@ def _path(written: str) -> str:
 
 
 def changed_settings(step: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """(dotted path, value) of each setting that is not its default; models and data have lines of their own."""
+    """(dotted path, value) of each setting that differs from its default. Models and data are listed separately."""
     config = _config(step)
     if config is None:
         return [(name, value) for name, value in step.items() if name not in IDENTITY]
@@ -126,7 +126,7 @@ def _changes(block: BaseModel, before: str) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Blocks inside lists and tables as what the recipe would say."""
+    """Convert blocks inside lists and dicts to their recipe form."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
@@ -135,7 +135,7 @@ def _plain(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value as a recipe writes it."""
+    """Format a value as in a recipe."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, dict):
@@ -146,7 +146,7 @@ def _shown(value: Any) -> str:
 
 
 def _config(step: Mapping[str, Any]) -> Any:
-    """The step's config; None for a step that this version does not know, or whose fields it does not know."""
+    """The step's config; None if this version does not know the stage or its fields."""
     if step.get("stage") not in STAGES:
         return None
     try:

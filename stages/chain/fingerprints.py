@@ -1,4 +1,4 @@
-"""The fingerprint of a step: everything its result depends on, kept in parts so that a step that runs again can say why."""
+"""The fingerprint of a step: everything that its result depends on. The parts are stored, so that a re-run can name its reason."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from stages.recipe.schema import STAGES, RecipeStep, data_inputs
 from stages.registry.contents import file_sha256
 
 PACKAGE = Path(__file__).parents[1]
-# Plumbing that carries results but does not make them: an edit here must not send every step of every recipe to train again.
+# Infrastructure that does not influence results: an edit of it must not cause a re-run of all steps.
 PLUMBING = {"chain", "cli", "config", "errors", "hub", "labelling", "process", "recipe", "registry", "step", "training.checkpoints"}
 TEXT_SUFFIXES = (".html", ".jinja", ".css", ".js", ".yaml", ".txt")
 
 
 def parts_of(step: RecipeStep, inputs: Mapping[str, str]) -> dict[str, Any]:
-    """The parts of a step's fingerprint. ``inputs``: content digest of every model input, by field path."""
+    """The parts of a step's fingerprint. ``inputs``: content digest of each model input, by field path."""
     settings = settings_of(step.config)
     return {
         "stage": step.stage,
@@ -45,7 +45,7 @@ def fingerprint_of(parts: Mapping[str, Any]) -> str:
 def settings_of(config: BaseModel) -> dict[str, Any]:
     """A step's settings without its name and seed.
 
-    Models and data are left to their digests: where local files lie, and which branch led to a commit, changes nothing.
+    Models and data are covered by their digests, so local paths and branch names do not count.
     """
     return {name: _setting(getattr(config, name)) for name in type(config).model_fields if name not in ("name", "seed", "stage")}
 
@@ -58,7 +58,7 @@ def _setting(value: Any) -> Any:
         if isinstance(value, DataSource):
             del settings["revision"]
             if Path(value.path).is_absolute():
-                settings["path"] = "".join(Path(value.path).suffixes[-2:])  # the reader goes by the suffix
+                settings["path"] = "".join(Path(value.path).suffixes[-2:])  # the suffix selects the reader
         return settings
     if isinstance(value, dict):
         return {key: _setting(item) for key, item in value.items()}
@@ -68,17 +68,17 @@ def _setting(value: Any) -> Any:
 
 
 def data_fingerprints(config: BaseModel) -> dict[str, str]:
-    """Fingerprint of the content of every data input, by field path."""
+    """Fingerprint of the content of each data input, by field path."""
     inputs = data_inputs(config)
     if not inputs:
         return {}
     from stages.corpora.files import fingerprint
 
-    return {place: fingerprint(sources) for place, sources in inputs.items()}
+    return {field_path: fingerprint(sources) for field_path, sources in inputs.items()}
 
 
 def code_version(module: str, functions: list[str] | None = None) -> str:
-    """Hash of the source of a stage's module and of all it imports from this package, plumbing aside, and of the functions' modules."""
+    """Hash of the source code of a stage: its module, its imports from this package except PLUMBING, and the named functions' modules."""
     files: set[Path] = set()
     foreign: list[Path] = []
     for name in [module, *(functions or [])]:
@@ -92,7 +92,7 @@ def code_version(module: str, functions: list[str] | None = None) -> str:
 
 
 def _collect(module: str, files: set[Path]) -> None:
-    """Add the files of ``module`` and, following its imports, of the modules of this package it uses."""
+    """Add the files of ``module`` and, recursively, of the package modules that it imports."""
     names = module.split(".")[1:]
     if not names or {names[0], ".".join(names)} & PLUMBING:
         return
@@ -108,7 +108,7 @@ def _collect(module: str, files: set[Path]) -> None:
 
 
 def _imports(file: Path, package: str) -> Iterator[str]:
-    """Names that ``file`` imports from this package, also inside functions; a name imported from a package may be a module of it."""
+    """Names that ``file`` imports from this package, including imports inside functions. A name may be an attribute or a module."""
     yield from _imports_of(file.read_text(encoding="utf-8"), package)
 
 
@@ -132,7 +132,7 @@ def _walk_imports(text: str, package: str) -> Iterator[str]:
 
 
 def why(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """In words: which parts of the fingerprint changed between two versions of a step."""
+    """Text that names the parts of the fingerprint that changed between two versions of a step."""
     changes = []
     if old.get("stage") != new["stage"]:
         changes.append(f"stage changed ({old.get('stage')} -> {new['stage']})")
@@ -146,9 +146,9 @@ def why(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         changes.append(f"seed changed ({old.get('seed')} -> {new['seed']})")
     for part, noun in (("inputs", "input"), ("data", "data")):
         then, now = old.get(part, {}), new[part]
-        places = [place for place in sorted({*then, *now}) if then.get(place) != now.get(place)]
-        if places:
-            changes.append(f"{noun} changed: {', '.join(places)}")
+        changed_fields = [field_path for field_path in sorted({*then, *now}) if then.get(field_path) != now.get(field_path)]
+        if changed_fields:
+            changes.append(f"{noun} changed: {', '.join(changed_fields)}")
     if old.get("code") != new["code"]:
         changes.append("code of the stage changed")
     return "; ".join(changes) or "no complete version with these settings"
@@ -158,7 +158,7 @@ _ABSENT = object()
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level: field path -> value."""
+    """Flatten nested settings: field path -> value."""
     if isinstance(value, dict) and value:
         return {path: leaf for key, item in value.items() for path, leaf in _flat(item, f"{prefix}.{key}" if prefix else key).items()}
     if isinstance(value, list) and value:

@@ -1,4 +1,4 @@
-"""Whether the models that a recipe brings can play their part, as far as their configs tell; asked before anything is trained."""
+"""Check, before any training, whether external models fit their roles in the recipe. Reads only model configs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 def check_models(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
     """Check family, quantization and attention of every model that a step reads from a folder, the Hub or the registry.
 
-    Only configs are read. A model that cannot be read is left to the step, which says what is wrong with it. Raises RecipeError with the
-    place in the recipe.
+    Only configs are read. A model whose config cannot be read is skipped; the step itself reports the error. Raises RecipeError with the
+    location in the recipe.
     """
-    for place, reference in step.models.items():
+    for field_path, reference in step.models.items():
         if reference.kind == "step":
             continue
         try:
-            _check(step, place, reference, registry)
+            _check(step, field_path, reference, registry)
         except ModelError as error:
-            raise RecipeError(f"{recipe.source.place(('steps', step.index))} ({step.name}): {place}: {error}") from error
+            raise RecipeError(f"{recipe.source.location(('steps', step.index))} ({step.name}): {field_path}: {error}") from error
 
 
-def _check(step: RecipeStep, place: str, reference: Reference, registry: Registry) -> None:
+def _check(step: RecipeStep, field_path: str, reference: Reference, registry: Registry) -> None:
     base = _base(reference, registry)
     config = _config(base) if base is not None else None
     if base is None or config is None:
@@ -38,7 +38,7 @@ def _check(step: RecipeStep, place: str, reference: Reference, registry: Registr
     from stages.models.attention import attention_of
     from stages.models.families import refuse_quantization, refuse_unfit, refuse_without_linear_layers
 
-    is_classifier = _is_classifier(step, place)
+    is_classifier = _is_classifier(step, field_path)
     auto = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
     if not is_classifier:
         refuse_unfit(config, reference.input.ref)
@@ -48,20 +48,20 @@ def _check(step: RecipeStep, place: str, reference: Reference, registry: Registr
         refuse_without_linear_layers(auto, config, reference.input.quantization, reference.input.ref)
 
 
-def _is_classifier(step: RecipeStep, place: str) -> bool:
-    """Whether the model at ``place`` is a sequence classifier: of the sentiment stage, or a source that names a label."""
+def _is_classifier(step: RecipeStep, field_path: str) -> bool:
+    """Whether the model in field ``field_path`` is a sequence classifier: in the sentiment stage, or a reward source with a label."""
     if step.stage == "sentiment":
         return True
     from stages.recipe.source import parse_path
 
     value: Any = step.config
-    for key in parse_path(place)[:-1]:
+    for key in parse_path(field_path)[:-1]:
         value = value[key] if isinstance(key, int) or isinstance(value, dict) else getattr(value, key)
     return getattr(value, "label", None) is not None
 
 
 def _base(reference: Reference, registry: Registry) -> ResolvedModel | None:
-    """The whole weights that a model consists of; None where they cannot be found now."""
+    """The base model with full weights below any adapters; None if it cannot be determined now."""
     from stages.chain.run import resolve
     from stages.errors import StagesError
     from stages.models.stacks import stack_of
@@ -73,10 +73,10 @@ def _base(reference: Reference, registry: Registry) -> ResolvedModel | None:
 
 
 def _config(model: ResolvedModel) -> Any:
-    """The config of a model; None where it cannot be read, or has code of its own."""
+    """The model's config; None if it cannot be read or needs remote code."""
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(model.path, revision=model.input.revision, trust_remote_code=False)
-    except Exception:  # transformers, the Hub and broken files raise a dozen kinds; loading the model says which
+    except Exception:  # many exception types are possible here; the step reports them when it loads the model
         return None

@@ -1,7 +1,7 @@
-"""What a recipe reads on the Hub, resolved to commits when the plan is made: from then on nothing of it can change.
+"""Resolve what a recipe reads on the Hub to commits when it is planned, so that later changes on the Hub have no effect.
 
-Everything is checked here from metadata alone, before anything is trained: that a model is there, may be read and has weights that can be
-loaded; that a data set has the config, the split and the columns that the recipe names.
+Uses only metadata, before any training. Checks that a model exists, is accessible and has loadable weights, and that a data set has the
+config, the split and the columns that the recipe names.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ Key = tuple[Kind, str, str | None]  # kind, id, revision as written
 
 @dataclass
 class Commits:
-    """The repositories that were looked up: each name means one commit for as long as this lives."""
+    """The resolved repositories. During the lifetime of this object, a name always means the same commit."""
 
-    found: dict[Key, Repository] = field(default_factory=dict)
-    bases: dict[str, tuple[str, Repository]] = field(default_factory=dict)  # of adapters, by the ref or folder of the adapter
-    unreached: list[str] = field(default_factory=list)  # messages; only where the caller goes on without the Hub
+    repositories: dict[Key, Repository] = field(default_factory=dict)
+    bases: dict[str, tuple[str, Repository]] = field(default_factory=dict)  # base models of adapters, by ref or folder of the adapter
+    unreached: list[str] = field(default_factory=list)  # messages; only if the caller continues without the Hub
 
     def look_up(self, kind: Kind, identifier: str, revision: str | None) -> Repository:
         key: Key = (kind, identifier, revision)
-        if key not in self.found:
+        if key not in self.repositories:
             repository = look_up(kind, identifier, revision)
             if kind == "model":
                 check_model(repository)
-            self.found[key] = repository
-        return self.found[key]
+            self.repositories[key] = repository
+        return self.repositories[key]
 
 
 def pinned(recipe: Recipe, commits: Commits) -> Recipe:
-    """``recipe`` with the commits that were found in the place of branches and tags. What was not looked up stays as it is."""
+    """``recipe`` with branches and tags replaced by the resolved commits. Unresolved references are unchanged."""
     steps = [_pinned_step(step, commits) for step in recipe.steps]
     return dataclasses.replace(recipe, steps=steps, is_pinned=True)
 
 
 def resolve_commits(recipe: Recipe, commits: Commits | None = None, *, needs_hub: bool = True) -> Commits:
-    """Look up and check every model and data set of the Hub that the recipe reads. A recipe that reads none makes no request.
+    """Look up and check every Hub model and data set that the recipe reads. A recipe without any makes no request.
 
-    Raises HubError or DataError with the place in the recipe. ``needs_hub=False``: where the Hub cannot be asked, the reason is kept in
-    ``unreached`` and the rest is left unchecked.
+    Raises HubError or DataError with the location in the recipe. ``needs_hub=False``: if the Hub cannot be reached, store the reason in
+    ``unreached`` and skip the remaining checks.
     """
     commits = commits if commits is not None else Commits()
     for step in recipe.steps:
@@ -63,7 +63,7 @@ def resolve_commits(recipe: Recipe, commits: Commits | None = None, *, needs_hub
                 raise
             commits.unreached.append(str(error))
             if not _is_offline():
-                break  # it would be waited for again and again
+                break  # avoid a timeout for every repository
     return commits
 
 
@@ -74,18 +74,18 @@ def _is_offline() -> bool:
 
 
 def hub_inputs(step: RecipeStep) -> dict[str, str]:
-    """``owner/name@commit`` of everything that a pinned step reads on the Hub, by field path; ``...@?`` where the commit is not known."""
-    found = {}
-    for place, model in step.models.items():
+    """``owner/name@commit`` of everything that a pinned step reads on the Hub, by field path; ``...@?`` if the commit is unknown."""
+    commits_by_field = {}
+    for field_path, model in step.models.items():
         if model.kind == "hub":
-            found[place] = _at(model.target, model.input.revision)
-        below, name = model.base, place
+            commits_by_field[field_path] = _at(model.target, model.input.revision)
+        below, name = model.base, field_path
         while below is not None:
             name = f"{name}.base"
-            found[name] = _at(below.target, below.input.revision)
+            commits_by_field[name] = _at(below.target, below.input.revision)
             below = below.base
-    found.update({place: _at(source.hub_id, source.revision) for place, source in _hub_sources(step)})
-    return found
+    commits_by_field.update({field_path: _at(source.hub_id, source.revision) for field_path, source in _hub_sources(step)})
+    return commits_by_field
 
 
 def is_known(step: RecipeStep) -> bool:
@@ -98,16 +98,16 @@ def _at(identifier: str, revision: str | None) -> str:
 
 
 def _hub_sources(step: RecipeStep) -> Iterator[tuple[str, DataSource]]:
-    for place, sources in data_inputs(step.config).items():
+    for field_path, sources in data_inputs(step.config).items():
         for index, source in enumerate(sources):
             if source.on_hub and not Path(source.path).is_absolute():
-                yield (f"{place}[{index}]" if len(sources) > 1 else place), source
+                yield (f"{field_path}[{index}]" if len(sources) > 1 else field_path), source
 
 
 def apart_from_folders(model: ResolvedModel) -> ResolvedModel:
-    """A model of the Hub whose id is also the name of something in this folder, by the place of its copy in the cache.
+    """If a Hub model's id is also a local path, replace it by the path of its copy in the cache.
 
-    transformers would read the local folder instead. The copy is downloaded where the cache does not have it.
+    Otherwise transformers would load the local folder. The copy is downloaded if the cache does not have it.
     """
     base = apart_from_folders(model.base) if model.base is not None else None
     model = dataclasses.replace(model, base=base)
@@ -120,18 +120,18 @@ def apart_from_folders(model: ResolvedModel) -> ResolvedModel:
 
 
 def pinned_model(model: Reference) -> Reference:
-    """``model`` at the commit that its revision names now. Raises HubError where the Hub does not have it or it cannot be loaded."""
+    """``model`` at the commit of its revision. Raises HubError if the Hub does not have it or it cannot be loaded."""
     commits = Commits()
     _resolve_model(model, commits)
     return _pinned_model(model, commits)
 
 
 def _resolve_models(recipe: Recipe, step: RecipeStep, commits: Commits) -> None:
-    for place, model in step.models.items():
+    for field_path, model in step.models.items():
         try:
             _resolve_model(model, commits)
         except HubError as error:
-            raise type(error)(f"{_place(recipe, step, place)}: got {model.input.ref!r}: {error}") from error
+            raise type(error)(f"{_location(recipe, step, field_path)}: got {model.input.ref!r}: {error}") from error
 
 
 def _resolve_model(model: Reference, commits: Commits) -> None:
@@ -147,7 +147,7 @@ def _resolve_model(model: Reference, commits: Commits) -> None:
 
 
 def _resolve_base(adapter: str, named: tuple[str, str | None] | None, commits: Commits) -> None:
-    """Look up the model that an adapter stands on, where it is on the Hub, at the revision that the adapter names."""
+    """Look up an adapter's base model, if it is on the Hub, at the revision that the adapter names."""
     if named is None or Path(named[0]).exists() or named[0].startswith((".", "/", "~", "sha256:")):
         return
     try:
@@ -174,36 +174,36 @@ def _base_of_folder(folder: Path) -> tuple[str, str | None] | None:
 def _resolve_data(recipe: Recipe, step: RecipeStep, commits: Commits) -> None:
     from stages.corpora.hub_tables import check_source
 
-    for place, source in _hub_sources(step):
+    for field_path, source in _hub_sources(step):
         try:
             repository = commits.look_up("dataset", source.hub_id, source.revision)
-            check_source(repository, source, default_split(step.stage, place))
+            check_source(repository, source, default_split(step.stage, field_path))
         except HubMissing as error:
-            raise HubMissing(f"{_place(recipe, step, place)}: got {source.path!r}: {error}{_beside(recipe, source)}") from error
+            raise HubMissing(f"{_location(recipe, step, field_path)}: got {source.path!r}: {error}{_beside(recipe, source)}") from error
         except (HubError, DataError) as error:
-            raise type(error)(f"{_place(recipe, step, place)}: {error}") from error
+            raise type(error)(f"{_location(recipe, step, field_path)}: {error}") from error
 
 
 def _beside(recipe: Recipe, source: DataSource) -> str:
-    """What is said of a local folder that an id of the Hub could have meant."""
+    """Hint about a local folder that could have been meant instead of the Hub id."""
     owner, _, name = source.path.partition("/")
     for folder in (Path.cwd(), Path(recipe.source.file).resolve().parent):
         if name and (folder / owner).is_dir():
-            return f". The folder {folder / owner} holds no {name!r} either"
+            return f". The folder {folder / owner} has no {name!r} either"
     return ""
 
 
-def default_split(stage: str, place: str) -> str:
-    """The split that a stage reads where a source names none: as its reader says, by the field."""
-    fields = place.replace("[", ".").replace("]", "").split(".")
+def default_split(stage: str, field_path: str) -> str:
+    """The split that a stage reads if a source names none."""
+    fields = field_path.replace("[", ".").replace("]", "").split(".")
     if {"validation", "choose", "selection"} & set(fields):
         return "validation"
     trained_on = {"few_shot", "exclude"} & set(fields)
     return "test" if stage == "evaluation" and not trained_on else "train"
 
 
-def _place(recipe: Recipe, step: RecipeStep, place: str) -> str:
-    return recipe.source.place(("steps", step.index, *parse_path(place)))
+def _location(recipe: Recipe, step: RecipeStep, field_path: str) -> str:
+    return recipe.source.location(("steps", step.index, *parse_path(field_path)))
 
 
 # Writing commits into a recipe
@@ -211,21 +211,21 @@ def _place(recipe: Recipe, step: RecipeStep, place: str) -> str:
 
 def _pinned_step(step: RecipeStep, commits: Commits) -> RecipeStep:
     def at_commit(source: DataSource, _: Steps) -> DataSource:
-        found = commits.found.get(("dataset", source.hub_id, source.revision)) if source.on_hub else None
-        return source if found is None else source.model_copy(update={"revision": found.commit})
+        repository = commits.repositories.get(("dataset", source.hub_id, source.revision)) if source.on_hub else None
+        return source if repository is None else source.model_copy(update={"revision": repository.commit})
 
-    models = {place: _pinned_model(model, commits) for place, model in step.models.items()}
+    models = {field_path: _pinned_model(model, commits) for field_path, model in step.models.items()}
     return dataclasses.replace(step, config=with_sources(step.config, (), at_commit), models=models)
 
 
 def _pinned_model(model: Reference, commits: Commits) -> Reference:
     adapter = model.target
     if model.kind == "hub":
-        found = commits.found.get(("model", model.target, model.input.revision))
-        if found is None:
+        repository = commits.repositories.get(("model", model.target, model.input.revision))
+        if repository is None:
             return model
-        adapter = found.ref
-        model = dataclasses.replace(model, input=model.input.model_copy(update={"revision": found.commit}))
+        adapter = repository.ref
+        model = dataclasses.replace(model, input=model.input.model_copy(update={"revision": repository.commit}))
     return dataclasses.replace(model, base=_base_reference(model.input, commits.bases, adapter))
 
 

@@ -1,7 +1,7 @@
-"""What steps found and wrote into their run folders, kept by fingerprint: a step that is reused has its logs, an evaluation its results.
+"""Results and run folder files of steps, stored by fingerprint, so that a reused step has its logs and an evaluation its results.
 
 <home>/results/<fingerprint>/result.json        metrics, evaluation, and the list of files with their SHA-256
-<home>/results/<fingerprint>/files/...          what the step wrote into its run folder
+<home>/results/<fingerprint>/files/...          the files that the step wrote into its run folder
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stages.registry.contents import file_sha256, files_of
 
 
 def save_result(home: Path, fingerprint: str, result: dict[str, Any], folder: Path) -> None:
-    """Keep ``result`` and the files of the step's run ``folder``, all or nothing."""
+    """Store ``result`` and the files of the step's run ``folder`` atomically."""
     target = home / "results" / fingerprint
     staging = home / "results" / f".{uuid.uuid4().hex}"
     (staging / "files").mkdir(parents=True)
@@ -28,14 +28,14 @@ def save_result(home: Path, fingerprint: str, result: dict[str, Any], folder: Pa
             _copy(path, staging / "files" / name)
         files = [{"path": name, "sha256": file_sha256(path)} for name, path in listed]
         write_json(staging / "result.json", {**result, "fingerprint": fingerprint, "files": files})
-        shutil.rmtree(target, ignore_errors=True)  # an incomplete one, or this step would have been reused
+        shutil.rmtree(target, ignore_errors=True)  # it is incomplete, or this step would have been reused
         os.rename(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def load_result(home: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The result of a fingerprint, or None where it is absent or one of its files is missing or changed."""
+    """The result of a fingerprint; None if it does not exist, or if one of its files is missing or changed."""
     folder = home / "results" / fingerprint
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -49,26 +49,26 @@ def load_result(home: Path, fingerprint: str) -> dict[str, Any] | None:
 
 
 def restore_files(home: Path, fingerprint: str, folder: Path) -> None:
-    """Put the files of a kept result into a new run folder."""
+    """Copy the files of a stored result into a new run folder."""
     source = home / "results" / fingerprint / "files"
     for name, path in files_of(source):
         _copy(path, folder / name)
 
 
 def last_result(home: Path, name: str) -> dict[str, Any] | None:
-    """The newest result kept for the step ``<recipe>/<step>``."""
-    found = []
+    """The newest stored result of the step ``<recipe>/<step>``."""
+    results = []
     for path in (home / "results").glob("*/result.json"):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if result["name"] == name:
-            found.append(result)
-    return max(found, key=lambda result: result["created"], default=None)
+            results.append(result)
+    return max(results, key=lambda result: result["created"], default=None)
 
 
 def _copy(source: Path, target: Path) -> None:
-    """A copy, not a hard link: a run folder is the user's, and an edit there must not reach the kept result."""
+    """Copy instead of hard-linking, so that a user's edit in a run folder does not change the stored result."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)

@@ -1,11 +1,11 @@
-"""The chain: plan a recipe, run, reuse or resume each step, and write the run folder with its summary.
+"""The chain: plan a recipe; run, reuse or resume each step; write the run folder with its summary.
 
-<home>/registry/                          what steps made
-<home>/runs/<recipe>/<UTC time>/<step>/   metrics and samples of a step; beside them summary.json and report.html;
+<home>/registry/                          models made by steps
+<home>/runs/<recipe>/<UTC time>/<step>/   metrics and samples of a step; next to them summary.json and report.html;
                                           ``latest`` links to the newest run
-<home>/work/<fingerprint>/                checkpoints of a step under way; gone once it is done
-<home>/results/<fingerprint>/             what steps found and logged, for the runs that reuse them
-<home>/cache/plan.json                    what planning found out before; may be deleted
+<home>/work/<fingerprint>/                checkpoints of a running step; removed when it is done
+<home>/results/<fingerprint>/             results and logs of steps, for runs that reuse them
+<home>/cache/plan.json                    cached results of planning; may be deleted
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ class StepPlan:
     stage: str
     action: str  # reuse | run | resume
     reason: str
-    fingerprint: str | None  # None while an input still has to be made
-    inputs: dict[str, str]  # field path -> reference of the model, as far as it is known
-    hub: dict[str, str] = field(default_factory=dict)  # field path -> owner/name@commit of what is read on the Hub
+    fingerprint: str | None  # None until all inputs exist
+    inputs: dict[str, str]  # field path -> model reference, if known
+    hub: dict[str, str] = field(default_factory=dict)  # field path -> owner/name@commit of Hub inputs
     parts: dict[str, Any] = field(default_factory=dict)
     models: dict[str, ResolvedModel] = field(default_factory=dict)
-    record: ModelRecord | None = None  # the version reused
+    record: ModelRecord | None = None  # the reused version
 
     def as_json(self) -> dict[str, Any]:
         return {key: getattr(self, key) for key in ("name", "stage", "action", "reason", "fingerprint", "inputs", "hub")}
@@ -81,10 +81,10 @@ def open_registry(home: Path) -> Registry:
 
 
 def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]:
-    """What running the recipe would do, step by step; checks the data of every step that would run. Loads no model.
+    """Plan every step of the recipe, and check the data of every step that would run. Loads no model.
 
-    What the recipe reads on the Hub is resolved to commits and checked from metadata first, unless the recipe is pinned already.
-    ``download=False`` leaves the rows of the Hub's data sets alone: those of a step that reads some are not checked.
+    Hub inputs are first resolved to commits and checked from metadata, unless the recipe is already pinned. ``download=False`` does not
+    download Hub data sets, so steps that read them are not checked.
     """
     if not recipe.is_pinned:
         recipe = pinned(recipe, resolve_commits(recipe))
@@ -104,7 +104,7 @@ def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]
                         check_models(recipe, step, registry)
             if plans[-1].action != "reuse" and is_known(step) and (download or not on_hub(step)):
                 with doing(f"checking the data of step {step.name!r} ({step.stage})"):
-                    memo.passes(fingerprint_of(parts_of(step, {})), partial(_check_data, recipe, step, registry))
+                    memo.check_once(fingerprint_of(parts_of(step, {})), partial(_check_data, recipe, step, registry))
     return plans
 
 
@@ -115,45 +115,47 @@ def _check_data(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
 
 
 def check_folders(step: RecipeStep) -> None:
-    """Raise ModelError where a folder that the step reads holds an adapter that cannot be loaded."""
+    """Raise ModelError if a folder that the step reads contains an adapter that cannot be loaded."""
     for model in step.models.values():
         if model.kind == "folder":
             check_folder(ResolvedModel(model.input.ref, "folder", model.target, "", model.input))
 
 
 def check_attention(step: RecipeStep) -> None:
-    """Raise RecipeError where a model of the step asks for an attention whose package is not installed."""
-    for place, model in model_inputs(step.config).items():
+    """Raise RecipeError if a model of the step needs an attention package that is not installed."""
+    for field_path, model in model_inputs(step.config).items():
         if missing := missing_attention_package(model.attention):
-            raise RecipeError(f"step {step.name}: {place}.attention={model.attention} cannot be used: {missing}. Write attention: auto")
+            raise RecipeError(
+                f"step {step.name}: {field_path}.attention={model.attention} cannot be used: {missing}. Write attention: auto"
+            )
 
 
 def on_hub(step: RecipeStep) -> bool:
-    """Whether some data of a step is on the hub."""
+    """Whether the step reads data from the Hub."""
     return any(source.on_hub for sources in data_inputs(step.config).values() for source in sources)
 
 
 def plan_step(recipe: Recipe, step: RecipeStep, home: Path, registry: Registry, made: Mapping[str, ModelRecord | None]) -> StepPlan:
-    """The plan of one step, given what the steps before it made (None: still to be made)."""
+    """Plan one step. ``made``: the models of earlier steps (None: not made yet)."""
     read_on_hub = hub_inputs(step)
     waiting = sorted({model.target for model in step.models.values() if model.kind == "step" and made[model.target] is None})
     if waiting:
-        known = {place: model.target for place, model in step.models.items()}
-        return StepPlan(step.name, step.stage, "run", f"its input {', '.join(waiting)} is made anew", None, known, read_on_hub)
+        known = {field_path: model.target for field_path, model in step.models.items()}
+        return StepPlan(step.name, step.stage, "run", f"its input {', '.join(waiting)} is re-run", None, known, read_on_hub)
     if not is_known(step):
-        known = {place: model.input.ref for place, model in step.models.items()}
-        return StepPlan(step.name, step.stage, "run", "what it reads on the Hub could not be looked up", None, known, read_on_hub)
-    models = {place: resolve(model, registry, made) for place, model in step.models.items()}
-    parts = parts_of(step, {place: model.digest for place, model in models.items()})
+        known = {field_path: model.input.ref for field_path, model in step.models.items()}
+        return StepPlan(step.name, step.stage, "run", "its inputs on the Hub could not be looked up", None, known, read_on_hub)
+    models = {field_path: resolve(model, registry, made) for field_path, model in step.models.items()}
+    parts = parts_of(step, {field_path: model.digest for field_path, model in models.items()})
     fingerprint = fingerprint_of(parts)
-    inputs = {place: model.record.ref if model.record is not None else model.ref for place, model in models.items()}
+    inputs = {field_path: model.record.ref if model.record is not None else model.ref for field_path, model in models.items()}
 
     def planned(action: str, reason: str, record: ModelRecord | None = None) -> StepPlan:
         return StepPlan(step.name, step.stage, action, reason, fingerprint, inputs, read_on_hub, parts, models, record)
 
     name, damage = recipe.model_name(step), ""
     if STAGES[step.stage].makes_model:
-        # What another recipe or a sweep made in the same way is as good: it is taken in under this step's name.
+        # A model that another recipe or sweep made with the same fingerprint is adopted under this step's name.
         record = registry.find_fingerprint(fingerprint, name) or registry.find_fingerprint(fingerprint)
         damage = "; ".join(registry.verify(record.ref)) if record is not None else ""
         if record is not None and not damage:
@@ -162,28 +164,28 @@ def plan_step(recipe: Recipe, step: RecipeStep, home: Path, registry: Registry, 
         last = versions[-1] if versions else None
     else:
         if load_result(home, fingerprint) is not None:
-            return planned("reuse", "its result was found with the same settings, inputs, data and code")
+            return planned("reuse", "its result exists with the same settings, inputs, data and code")
         last = last_result(home, name)
     if damage:
         reason = f"{name} is damaged: {damage}"
     else:
-        reason = why(last["fingerprint_parts"], parts) if last is not None else "never run to its end"
+        reason = why(last["fingerprint_parts"], parts) if last is not None else "never completed before"
     work = _work_folder(home, fingerprint)
     if (note := work / WAITING).is_file():
-        return planned("resume", f"it waits for people: {note.read_text(encoding='utf-8')}")
+        return planned("resume", f"it waits for annotators: {note.read_text(encoding='utf-8')}")
     if work.is_dir() and any(work.iterdir()):
-        return planned("resume", f"a run of it was cut off; {reason}")
+        return planned("resume", f"an earlier run was interrupted; {reason}")
     return planned("run", reason)
 
 
 def resolve(model: Reference, registry: Registry, made: Mapping[str, ModelRecord | None] | None = None) -> ResolvedModel:
-    """Where the model is and what its content is.
+    """Determine the path and the content digest of a model.
 
-    Raises RegistryError for a version whose files are damaged, HubError for a model of the Hub that cannot be loaded.
+    Raises RegistryError for a version with damaged files, and HubError for a Hub model that cannot be loaded.
     """
     if model.kind == "step":
         record = (made or {})[model.target]
-        assert record is not None, f"step {model.target} was not run before it was read"
+        assert record is not None, f"step {model.target} must run before its model is read"
         return _resolved(model.input, record)
     if model.kind == "registry":
         record = registry.get(model.target)
@@ -200,7 +202,7 @@ def resolve(model: Reference, registry: Registry, made: Mapping[str, ModelRecord
 
 
 def _folder_digest(folder: Path, model: ModelInput) -> str:
-    """The digest of a model in a folder; of an adapter, of its own files and of its base: either changes what it computes."""
+    """The digest of a model folder. For an adapter it covers its own files and its base, because both affect the output."""
     own = digest_folder(folder)
     adapter = ResolvedModel(model.ref, "folder", str(folder), "", model)
     if not is_adapter(adapter):
@@ -215,7 +217,7 @@ def _resolved(model: ModelInput, record: ModelRecord) -> ResolvedModel:
 
 
 def plan_table(plans: list[StepPlan], title: str) -> Table:
-    """The plan for a terminal."""
+    """The plan as a terminal table."""
     table = Table("step", "stage", "action", "why", title=title, title_justify="left")
     for step in plans:
         table.add_row(step.name, step.stage, f"[{ACTION_STYLES[step.action]}]{step.action}[/]", step.reason)
@@ -226,7 +228,7 @@ def plan_table(plans: list[StepPlan], title: str) -> Table:
 
 
 def run(recipe: Recipe, home: Path, runtime: Runtime) -> dict[str, Any]:
-    """Run the recipe's steps in order, reusing what is there; returns the summary (also in <run folder>/summary.json)."""
+    """Run or reuse the recipe's steps in order. Returns the summary, which is also written to <run folder>/summary.json."""
     home = home.absolute()
     chain = _Run(recipe, home, runtime)
     chain.start()
@@ -236,7 +238,7 @@ def run(recipe: Recipe, home: Path, runtime: Runtime) -> dict[str, Any]:
 
 
 class _Run:
-    """One run of a recipe. Under several processes rank zero decides and writes; the others are told."""
+    """One run of a recipe. With several processes, rank zero decides and writes, and broadcasts its decisions."""
 
     def __init__(self, recipe: Recipe, home: Path, runtime: Runtime) -> None:
         self.recipe, self.home, self.runtime = recipe, home, runtime
@@ -274,7 +276,7 @@ class _Run:
     def do(self, step: RecipeStep, planned: StepPlan) -> None:
         began = time.monotonic()
         if planned.fingerprint is None:
-            # What came before is done now: the inputs are known, and may have come out as they were.
+            # The earlier steps are done, so the inputs are known. They may equal those of an earlier run.
             with remembering(self.home / "cache" / "plan.json"):
                 planned = self.runtime.decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
         if planned.action == "reuse":
@@ -299,7 +301,7 @@ class _Run:
         return self.summary
 
     def _write_report(self) -> None:
-        """The page of the run. What was made is safe by now: a page that fails must not make the run fail."""
+        """Write the run's report page. All results are already stored, so an error here does not fail the run."""
         from stages.report.page import write_report
         from stages.report.run_folder import read_run
 
@@ -315,7 +317,7 @@ class _Run:
 
     def _reuse(self, step: RecipeStep, planned: StepPlan) -> StepResult:
         assert planned.fingerprint is not None
-        if self.runtime.is_main:  # left by a run that was cut off between publishing and clearing away
+        if self.runtime.is_main:  # left over if a run was interrupted between publishing and cleanup
             self._clear(_work_folder(self.home, planned.fingerprint))
         if self.runtime.is_main:
             restore_files(self.home, planned.fingerprint, self.folder / step.name)
@@ -328,11 +330,11 @@ class _Run:
         return StepResult(None, kept["metrics"], kept["evaluation"])
 
     def _run_alone(self, step: RecipeStep, planned: StepPlan) -> tuple[StepPlan, StepResult]:
-        """Run a step while no other ``stages`` process works on the same one; where another just did, take what it made."""
+        """Run a step under its lock. If another ``stages`` process has just finished the same step, reuse its result."""
         assert planned.fingerprint is not None
         work = _work_folder(self.home, planned.fingerprint)
         with self._held(work):
-            # Now for certain: every byte of the inputs is read.
+            # Decide again without the cache: every byte of the inputs is read.
             planned = self.runtime.decide(lambda: plan_step(self.recipe, step, self.home, self.registry, self.made))
             if planned.action == "reuse":
                 return planned, self._reuse(step, planned)
@@ -356,7 +358,7 @@ class _Run:
             seed=step.seed,
             runtime=self.runtime,
             registry=self.registry,
-            models={place: apart_from_folders(model) for place, model in planned.models.items()},
+            models={field_path: apart_from_folders(model) for field_path, model in planned.models.items()},
             folder=folder,
             checkpoint_folder=work,
             fingerprint=str(planned.fingerprint),
@@ -377,7 +379,7 @@ class _Run:
 
     def _clear(self, work: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
-        # Whoever waits on the lock finds the step done, so it does no harm that a new lock would be another file.
+        # A process that waits for the lock will find the step done, so removing the lock file is safe.
         work.with_suffix(".lock").unlink(missing_ok=True)
 
     def _keep(self, step: RecipeStep, planned: StepPlan, result: StepResult) -> None:
@@ -392,7 +394,7 @@ class _Run:
 
     @contextmanager
     def _held(self, work: Path) -> Iterator[None]:
-        """Rank zero holds the step's lock; it is released with the process, however that ends."""
+        """Hold the step's lock in rank zero. The lock is released when the process ends in any way."""
         if not self.runtime.is_main:
             yield
             return
@@ -414,7 +416,7 @@ class _Run:
             {
                 "name": step.name,
                 "stage": step.stage,
-                # Content only: two runs that make the same files agree here, whatever their version numbers.
+                # Content only, so that two runs with equal files agree here even if their version numbers differ.
                 "model": {"ref": model.name, "digest": model.digest} if model is not None else None,
                 "version": model.version if model is not None else None,
                 "wall_seconds": round(seconds, 3),
@@ -424,8 +426,8 @@ class _Run:
                 "inputs": planned.inputs,
                 "hub": planned.hub,
                 "data": planned.parts.get("data", {}),
-                "peak_memory_bytes": self.runtime.measure_peak_memory(),  # of the process so far
-                "peak_gpu_memory_bytes": peak_gpu_memory(),  # the same of its GPU; None without one
+                "peak_memory_bytes": self.runtime.measure_peak_memory(),  # of the process until now
+                "peak_gpu_memory_bytes": peak_gpu_memory(),  # of its GPU; None without a GPU
                 "fingerprint": planned.fingerprint,
                 "settings": settings_of(step.config),
                 "config": step.config.model_dump(mode="json"),
@@ -448,18 +450,18 @@ class _Run:
         runs = self.home / "runs" / self.recipe.name
         runs.mkdir(parents=True, exist_ok=True)
         stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-        number = 1
+        suffix = 1
         while True:
-            folder = runs / (stamp if number == 1 else f"{stamp}-{number}")
+            folder = runs / (stamp if suffix == 1 else f"{stamp}-{suffix}")
             try:
                 folder.mkdir()
                 return folder
-            except FileExistsError:  # a run that began in the same second
-                number += 1
+            except FileExistsError:  # another run began in the same second
+                suffix += 1
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers of a run may depend on beside the recipe."""
+    """Facts besides the recipe that can influence a run's numbers."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -483,7 +485,7 @@ def _free_memory() -> None:
 
 
 def _point(link: Path, target: str) -> None:
-    """Make ``link`` a symbolic link to ``target``; whoever reads it sees the old one or the new one."""
+    """Atomically make ``link`` a symbolic link to ``target``."""
     partial = link.with_name(f".{link.name}.{uuid.uuid4().hex}")
     partial.symlink_to(target)
     os.replace(partial, link)
@@ -494,6 +496,6 @@ def _shown(path: Path) -> str:
 
 
 def plans_json(recipe: Recipe, plans: list[StepPlan], settings: dict[str, Any] | None = None) -> str:
-    """The plan for a program; ``settings`` by step are added to it."""
+    """The plan as JSON. ``settings`` are added per step."""
     steps = [{**step.as_json(), **({"settings": settings[step.name]} if settings and step.name in settings else {})} for step in plans]
     return json.dumps({"recipe": recipe.name, "seed": recipe.seed, "steps": steps}, indent=2)

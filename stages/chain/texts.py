@@ -1,6 +1,6 @@
-"""Conversations checked before anything is trained: every model of a recipe that reads them must have a chat template that writes them.
+"""Check conversations before any training: every model that reads them must have a chat template that can render them.
 
-A step's tokenizer is that of the model which its chain began with, with the template that an sft step on the way gave it.
+A step's tokenizer is that of the first model in its chain, with the template that an sft step sets.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from stages.recipe.schema import Recipe, RecipeStep, Reference
     from stages.registry.ledger import Registry
 
-CHECKED = 2000  # conversations of a step; the step itself checks all of them before it loads a model
+CHECKED = 2000  # conversations per step; the step itself checks all of them before it loads a model
 KEEPS_TOKENIZER = {"sft": "model", "dpo": "model", "reward_model": "model", "ppo": "policy"}
-"""Of stages that make a model: the field of the model whose tokenizer it gets."""
+"""For stages that make a model: the field of the input model whose tokenizer the new model keeps."""
 
 
 def check_texts(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
-    """Render the conversations of a step with the template of every model that will read them; only tokenizers are loaded.
+    """Render a step's conversations with the template of every model that will read them. Only tokenizers are loaded.
 
-    Texts are left alone, as are models whose tokenizer is not there yet. Raises DataError with the step and the place of the row.
+    Skips plain texts, and models whose tokenizer does not exist yet. Raises DataError with the step and the row's location.
     """
     rows = getattr(step.config, "conversations", None)
     shown = [row for row in rows() if not all(isinstance(text, str) for text in (row[0], *row[1]))][:CHECKED] if rows is not None else []
@@ -29,31 +29,31 @@ def check_texts(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
         return
     from stages.corpora.templates import check_rendering
 
-    for place, reference in _readers(recipe, step).items():
+    for field_path, reference in _readers(recipe, step).items():
         tokenizer = _tokenizer(recipe, reference, registry, step.config.template if step.stage == "sft" else None)
         if tokenizer is None:
             continue
         try:
             check_rendering(tokenizer, shown)
         except DataError as error:
-            raise DataError(f"{recipe.source.place(('steps', step.index))} ({step.name}): {place} cannot read {error}") from error
+            raise DataError(f"{recipe.source.location(('steps', step.index))} ({step.name}): {field_path} cannot read {error}") from error
 
 
 def _readers(recipe: Recipe, step: RecipeStep) -> dict[str, Reference]:
-    """The models that read a step's conversations as a chat, by field path; a classifier reads texts."""
+    """The models that read a step's conversations as chats, by field path. Classifiers read plain text instead."""
     stages = {other.name: other.stage for other in recipe.steps}
-    found = {}
-    for place, reference in step.models.items():
-        name = place.removeprefix("candidates.")
-        asked = place != name and name in step.config.candidates and step.config.candidates[name].few_shot is None
+    readers = {}
+    for field_path, reference in step.models.items():
+        name = field_path.removeprefix("candidates.")
+        asked = field_path != name and name in step.config.candidates and step.config.candidates[name].few_shot is None
         judges = reference.kind == "step" and stages[reference.target] == "reward_model"
-        if place in ("model", "policy") or asked or judges:
-            found[place] = reference
-    return found
+        if field_path in ("model", "policy") or asked or judges:
+            readers[field_path] = reference
+    return readers
 
 
 def _tokenizer(recipe: Recipe, reference: Reference, registry: Registry, template: str | None) -> Any:
-    """The tokenizer that a model of the recipe will have, with ``template``; None where it is not known yet."""
+    """The tokenizer that a model of the recipe will have, with ``template``; None if it is not known yet."""
     from stages.chain.run import resolve
     from stages.corpora.templates import set_template
     from stages.models.loading import load_tokenizer
@@ -69,6 +69,6 @@ def _tokenizer(recipe: Recipe, reference: Reference, registry: Registry, templat
         tokenizer = load_tokenizer(resolve(reference, registry))
         if template is not None:
             set_template(tokenizer, template)
-    except ModelError:  # the step says what is wrong with its model
+    except ModelError:  # the step itself reports this error
         return None
     return tokenizer

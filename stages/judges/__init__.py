@@ -1,1 +1,1 @@
-"""Judges beyond reward sources: a language model behind an endpoint, and people whose judgements are in a file."""
+"""Judges besides reward sources: a language model behind an endpoint, and judgements of people in a file."""

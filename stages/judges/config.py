@@ -1,4 +1,4 @@
-"""How a recipe names a judge: a reward source, a language model behind an OpenAI-compatible endpoint, people, or a file of judgements."""
+"""Judges in a recipe: a reward source, a language model behind an OpenAI-compatible endpoint, people, or a file of judgements."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from stages.labelling.config import PeopleJudge
 from stages.rewards.config import RewardInput
 
 SCORING = {"protocol", "served_model", "columns", "label_column", "on_failure", "cache"}
-"""Fields of an endpoint that scores single completions."""
+"""Fields that only an endpoint which scores single completions has."""
 CRITERIA = "Which response answers the prompt better? Judge by helpfulness, truth and harmlessness, not by length or by order."
 
 
 class EndpointJudge(Strict):
-    """A language model behind an OpenAI-compatible endpoint (vLLM, llama.cpp, transformers serve, a provider); asked in both orders."""
+    """A language model behind an OpenAI-compatible endpoint (vLLM, llama.cpp, transformers serve, a provider). Asked in both orders."""
 
-    endpoint: str = Field(pattern=r"^https?://\S+$", description="Address up to /v1, e.g. http://localhost:8000/v1.")
-    model: str = Field(min_length=1, description="The model's name at the endpoint.")
+    endpoint: str = Field(pattern=r"^https?://\S+$", description="URL up to /v1, e.g. http://localhost:8000/v1.")
+    model: str = Field(min_length=1, description="Model name at the endpoint.")
     name: str = Field("llm", pattern=r"^[\w.-]+$", description="Name in reports.")
     api_key_variable: str | None = Field(
-        None, pattern=r"^[A-Za-z_]\w*$", description="Environment variable that holds the key; it is read there and written nowhere."
+        None, pattern=r"^[A-Za-z_]\w*$", description="Environment variable with the API key; the key is never written to disk."
     )
-    criteria: str = Field(CRITERIA, min_length=1, description="What makes a response the better one, in words.")
-    against: Literal["last", "all"] = Field("last", description="Compare the last candidate with each other one, or every pair.")
-    num_prompts: int | None = Field(None, ge=1, description="Judge only the first so many prompts; null: all. Each is two requests a pair.")
-    max_tokens: int = Field(16, ge=1, description="Most tokens of a reply.")
-    concurrency: int = Field(8, ge=1, description="Requests under way at once.")
-    timeout_seconds: float = Field(60.0, gt=0, description="Longest wait for one reply.")
-    retries: int = Field(4, ge=0, description="Further attempts after a time-out, a dropped connection, or status 408, 429 or 5xx.")
-    backoff_seconds: float = Field(1.0, ge=0, description="Wait before the first retry, doubled for each; a server may ask for more.")
-    max_failed_share: float = Field(0.1, ge=0, le=1, description="Share of comparisons without a verdict above which the step stops.")
-    price_per_million_input: float | None = Field(None, ge=0, description="Price of a million prompt tokens, to count the cost.")
-    price_per_million_output: float | None = Field(None, ge=0, description="Price of a million reply tokens.")
+    criteria: str = Field(CRITERIA, min_length=1, description="Text that defines the better response.")
+    against: Literal["last", "all"] = Field("last", description="Compare the last candidate with each other candidate, or all pairs.")
+    num_prompts: int | None = Field(None, ge=1, description="Judge only this many prompts; null: all. Two requests per pair and prompt.")
+    max_tokens: int = Field(16, ge=1, description="Maximum tokens of a reply.")
+    concurrency: int = Field(8, ge=1, description="Maximum concurrent requests.")
+    timeout_seconds: float = Field(60.0, gt=0, description="Timeout for one reply.")
+    retries: int = Field(4, ge=0, description="Retries after a timeout, a dropped connection, or status 408, 429 or 5xx.")
+    backoff_seconds: float = Field(1.0, ge=0, description="Wait before the first retry, doubled for each; a server can request more.")
+    max_failed_share: float = Field(0.1, ge=0, le=1, description="The step stops if a larger share of comparisons gets no verdict.")
+    price_per_million_input: float | None = Field(None, ge=0, description="Price per million prompt tokens, to compute the cost.")
+    price_per_million_output: float | None = Field(None, ge=0, description="Price per million reply tokens.")
 
     @model_validator(mode="after")
     def _no_secret(self) -> EndpointJudge:
         if "@" in self.endpoint:
-            raise ValueError("endpoint holds a password, which would be written to logs and reports; name a variable by api_key_variable")
+            raise ValueError("endpoint contains a password, which would be written to logs and reports; set api_key_variable instead")
         return self
 
     @property
@@ -49,15 +49,15 @@ class EndpointJudge(Strict):
         return self.name
 
     def data_input(self) -> list[DataSource] | None:
-        """The file of judgements: none here."""
+        """The file of judgements: none for an endpoint."""
         return None
 
 
 class JudgementsFile(Strict):
-    """Judgements made elsewhere, usually by people: votes between two candidates, or ratings of one."""
+    """Judgements from outside, usually by people: votes between two candidates, or ratings of one candidate."""
 
     judgements: DataField = Field(
-        description="prompt + a + b + vote (a, b or tie), or prompt + candidate + score; annotator where several people judged. Or a "
+        description="prompt + a + b + vote (a, b or tie), or prompt + candidate + score; annotator if there are several people. Or a "
         "labelling folder of `stages label`."
     )
     name: str = Field("people", pattern=r"^[\w.-]+$", description="Name in reports.")
@@ -73,7 +73,7 @@ class JudgementsFile(Strict):
 
 
 def _kind(value: Any) -> str:
-    """The kind of a judge: an endpoint that compares is told from one that scores by the fields that only the latter has."""
+    """The kind of a judge. An endpoint that scores is distinguished from one that compares by its additional fields."""
     if not isinstance(value, dict):
         kinds = {EndpointJudge: "endpoint", JudgementsFile: "judgements", PeopleJudge: "people"}
         return next((name for kind, name in kinds.items() if isinstance(value, kind)), "reward")
@@ -90,12 +90,12 @@ JudgeInput = Annotated[
     | Annotated[PeopleJudge, Tag("people")],
     Discriminator(_kind),
 ]
-"""A judge of an evaluation; which kind it is follows from its fields."""
+"""A judge of an evaluation. Its fields determine its kind."""
 
 
 def check_judges(judges: Sequence[Judge]) -> None:
-    """Raise ValueError where two judges would share a name in reports."""
+    """Raise ValueError if two judges have the same name in reports."""
     names = [judge.shown_name for judge in judges]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"judges: two are called {name!r}; give each a name of its own")
+            raise ValueError(f"judges: two have the name {name!r}; give each one a different name")

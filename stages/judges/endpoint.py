@@ -1,6 +1,6 @@
-"""A language model behind an OpenAI-compatible endpoint compares two completions: in both orders, with retries, a cache and a count.
+"""A language model behind an OpenAI-compatible endpoint compares two completions in both orders, with retries, a cache and counters.
 
-The key comes from the caller and goes into the request's header, and nowhere else.
+The API key is passed in by the caller and sent only in the request header.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ class Comparison:
 
 @dataclass
 class Tally:
-    """What judging took. A comparison is asked in both orders; one without two readable replies has no verdict."""
+    """Counters of a judging run. Each comparison is asked in both orders; without two readable replies it has no verdict."""
 
     comparisons: int = 0
-    identical: int = 0  # equal texts tie without being asked about
+    identical: int = 0  # equal texts tie without a request
     requests: int = 0
     from_cache: int = 0
     retries: int = 0
-    refused: int = 0  # comparisons of which a reply was no verdict
-    failed: int = 0  # comparisons of which a request got no reply
+    refused: int = 0  # comparisons with a reply that contains no verdict
+    failed: int = 0  # comparisons with a request that got no reply
     consistent: int = 0  # comparisons with the same verdict in both orders
     input_tokens: int = 0
     output_tokens: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
     def as_json(self, judge: EndpointJudge) -> dict[str, Any]:
-        """For the report; the cost is that of the tokens of this run, None where no price is known."""
+        """The counters for the report. The cost covers this run's tokens; it is None if a price is unknown."""
         prices = (judge.price_per_million_input, judge.price_per_million_output)
         tokens = (self.input_tokens, self.output_tokens)
         known = [price * count / 1e6 for price, count in zip(prices, tokens, strict=True) if price is not None]
@@ -68,11 +68,11 @@ ReplyCache = AnswerCache
 
 
 class Unreadable(Exception):
-    """A reply without a verdict; the message says of which kind it is."""
+    """A reply without a verdict. The message says what is wrong with it."""
 
 
 class EndpointClient:
-    """Asks the endpoint. ``sleep`` is the pause between attempts."""
+    """Client of the endpoint. ``sleep`` waits between attempts."""
 
     def __init__(
         self, judge: EndpointJudge, *, key: str | None, cache: ReplyCache | None = None, sleep: Callable[[float], None] = time.sleep
@@ -96,32 +96,32 @@ class EndpointClient:
         self._client.close()
 
     def compare(self, comparisons: Sequence[Comparison], advance: Callable[[], None] = lambda: None) -> list[float | None]:
-        """For each comparison 1 where the first is better in both orders, 0 where the second is, the mean otherwise; None: no verdict.
+        """The preference for the first completion of each comparison: 1 or 0 if both orders agree, else the mean; None without a verdict.
 
-        Raises ModelError where the endpoint refuses the request itself (key, model name, address), or where too many got no verdict.
+        Raises ModelError if the endpoint rejects the request itself (key, model name, URL), or if too many comparisons have no verdict.
         """
         with ThreadPoolExecutor(self.judge.concurrency) as pool:
             futures = [pool.submit(self._compare_both_ways, item) for item in comparisons]
-            found: list[float | None] = []
+            preferences: list[float | None] = []
             try:
                 for future in futures:
-                    found.append(future.result())
-                    self._check(found, len(comparisons))
+                    preferences.append(future.result())
+                    self._check(preferences, len(comparisons))
                     advance()
             except BaseException:
                 for future in futures:
                     future.cancel()
                 raise
-        return found
+        return preferences
 
-    def _check(self, found: list[float | None], total: int) -> None:
-        """Raise ModelError as soon as too many are without a verdict, or where not one of the first had one: the rest would take hours."""
-        missing, first = found.count(None), max(8, 2 * self.judge.concurrency)
-        if missing > self.judge.max_failed_share * total or (missing == len(found) == first and self.judge.max_failed_share < 1):
+    def _check(self, preferences: list[float | None], total: int) -> None:
+        """Raise ModelError early: once too many comparisons have no verdict, or if none of the first ones has one."""
+        missing, first = preferences.count(None), max(8, 2 * self.judge.concurrency)
+        if missing > self.judge.max_failed_share * total or (missing == len(preferences) == first and self.judge.max_failed_share < 1):
             reasons = "; ".join(f"{reason} ({count})" for reason, count in self.tally.reasons.most_common(3))
             raise ModelError(
-                f"judge {self.judge.name!r} gave no verdict on {missing} of the first {len(found)} of {total} comparisons "
-                f"(max_failed_share={self.judge.max_failed_share}): {reasons}. Verdicts are kept: a further run asks for the rest"
+                f"judge {self.judge.name!r} gave no verdict on {missing} of the first {len(preferences)} of {total} comparisons "
+                f"(max_failed_share={self.judge.max_failed_share}): {reasons}. Verdicts are cached: the next run asks only for the rest"
             )
 
     def _compare_both_ways(self, item: Comparison) -> float | None:
@@ -148,10 +148,11 @@ class EndpointClient:
                 self.tally.reasons[reason] += 1
 
     def _ask(self, prompt: Prompt, a: str, b: str) -> float:
-        """1 where the model answers A, 0 for B, 1/2 for a tie.
+        """Ask for a verdict: 1 if the model answers A, 0 for B, 1/2 for a tie.
 
-        Only replies with a verdict are cached, so that a later run asks again for the others. Raises Unreadable where the reply has no
-        verdict, GaveUp where there is no reply.
+        Only replies with a verdict are cached, so a later run asks again for the others. Raises Unreadable if the reply has no verdict, and
+        GaveUp
+        if there is no reply.
         """
         body = {
             "model": self.judge.model,
@@ -170,13 +171,13 @@ class EndpointClient:
         reply = self._request(body)
         verdict = read_verdict(reply)
         if verdict is None:
-            raise Unreadable("the reply is empty" if not reply.strip() else "the reply is no verdict")
+            raise Unreadable("the reply is empty" if not reply.strip() else "the reply contains no verdict")
         if self.cache is not None:
             self.cache.put(asked, reply)
         return verdict
 
     def _request(self, body: dict[str, Any]) -> str:
-        """The text of the reply. Raises GaveUp where there is none after all attempts, ModelError where asking again cannot help."""
+        """The reply text. Raises GaveUp if all attempts fail, and ModelError if a retry cannot help."""
         try:
             address = f"{self.judge.endpoint.rstrip('/')}/chat/completions"
             text, input_tokens, output_tokens = self._client.post(address, body, chat_reply)
@@ -190,20 +191,20 @@ class EndpointClient:
 
 
 def chat_reply(content: Any) -> tuple[str, int, int]:
-    """(text, prompt tokens, reply tokens) of a chat completion. Raises Final where it is none."""
+    """Parse a chat completion as (text, prompt tokens, reply tokens). Raises Final if it is malformed."""
     try:
         text = content["choices"][0]["message"]["content"] or ""
         usage = content.get("usage") or {}
         tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise Final("the reply is no chat completion") from error
+        raise Final("the reply is not a chat completion") from error
     if not isinstance(text, str):
-        raise Final("the reply is no chat completion")
+        raise Final("the reply is not a chat completion")
     return text, *tokens
 
 
 def shown(prompt: Prompt, a: str, b: str) -> str:
-    """What the judge reads."""
+    """The text that the judge reads."""
     text = transcript(prompt)
     parts = (("prompt", text), ("response_A", a), ("response_B", b))
     blocks = [f"<{name}>\n{content}\n</{name}>" for name, content in parts]

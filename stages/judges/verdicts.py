@@ -1,8 +1,8 @@
-"""Reads a judge's verdict from its reply: A, B or a tie, in the forms in which language models give it.
+"""Parse a judge's verdict from its reply: A, B or a tie, in the forms that language models use.
 
-The forms are tried from the most explicit to the least: JSON, ``[[A]]`` and ``\\boxed{A}``, "final verdict: A", "answer: A", the whole
-reply or its last line, a verdict followed by its reason, and sentences such as "Response B is better because ...". The first form that
-occurs decides. A reply that says two different things in that form has no verdict: nothing is guessed.
+The forms are tried from the most to the least explicit: JSON, ``[[A]]`` and ``\\boxed{A}``, "final verdict: A", "answer: A", the full
+reply or its last line, a verdict followed by a reason, and sentences such as "Response B is better because ...". The first form that
+occurs is used. A reply that gives two different verdicts in that form has no verdict.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ JSON_KEYS = re.compile(rf"(?i)(?:final[\s_-]*)?(?:{LABELS}|preferred|better|best
 
 NOUN = r"(?i:response|answer|option|assistant|candidate|completion|output|reply|model|choice)"
 ARTICLE = r"(?i:(?:the|a)\s+)?"
-# The letter is a capital in sentences, because a small "a" there is an article.
+# In sentences the letter must be a capital, because a lower-case "a" is an article.
 LETTER = rf"(?:{NOUN}\s*)?\b(?P<letter>[AB])\b"
-ALONE = r"(?!\s*(?:,|/|&|\b(?i:or|and)\b)\s*(?:(?i:response|answer|option)\s*)?[AB]\b)"  # "A or B" is a choice and no verdict
+ALONE = r"(?!\s*(?:,|/|&|\b(?i:or|and)\b)\s*(?:(?i:response|answer|option)\s*)?[AB]\b)"  # "A or B" is not a verdict
 TIE_WORD = (
     r"(?i:tied?|draw|equal(?:ly\s+\w+)?|same|the\s+same|both|neither|no\s+(?:preference|difference)|"
     r"(?:both|they|(?:A|B)\s+and\s+(?:A|B))(?:\s+(?:responses|answers|options))?\s+(?:are|is)\s+(?:a\s+tie|tied|equal|(?:the\s+)?same|"
@@ -30,7 +30,7 @@ TIE_WORD = (
 COMPARED = r"(?P<left>[AB])\s*(?P<sign>>+|<+|=+)\s*(?P<right>[AB])"
 PHRASE = rf"(?:{COMPARED}|{LETTER}{ALONE}|{ARTICLE}(?P<tie>{TIE_WORD}))"
 
-WHOLE = re.compile(
+ENTIRE_REPLY = re.compile(
     rf"\W*(?:(?i:it(?:\s+is|'s)|(?:i\s+)?(?:prefer|choose|pick|think)|my\s+\w+\s+is|(?:the\s+)?(?:final\s+)?(?:{LABELS})\W*(?:is\b)?)\W+)?"
     rf"{PHRASE}(?:\s+(?i:is\s+better|wins))?\W*"
 )
@@ -53,16 +53,25 @@ TIED = re.compile(
     r"(?i)\b(?:it(?:\s+is|'s)\s+a\s+(?:tie|draw)|equally\s+(?:good|bad|helpful|well|strong)|(?:is|are)\s+(?:tied|equal)|"
     r"neither\s+(?:\w+\s+)?is\s+better)\b"
 )
-OPEN = re.compile(r"(?i)\b(?:if|whether|unless|would\s+be|could|might|may|cannot|unclear|unsure)\b")  # what follows is not claimed
+OPEN = re.compile(r"(?i)\b(?:if|whether|unless|would\s+be|could|might|may|cannot|unclear|unsure)\b")  # no claim follows
 NEGATED = re.compile(r"(?i)\b(?:not|never|hardly|nor)\b|n't\b")
 
 
 def read_verdict(reply: str) -> float | None:
-    """1 for A, 0 for B, 1/2 for a tie; None where the reply gives no verdict, or more than one."""
+    """1 for A, 0 for B, 1/2 for a tie; None if the reply has no verdict or several different ones."""
     text = _without_thoughts(unicodedata.normalize("NFKC", reply)).strip()
     if not text:
         return None
-    for read in (_of_json, _of_brackets, _of_label(FINAL), _of_whole, _of_label(LABELLED), _of_last_line, _of_beginning, _of_sentences):
+    for read in (
+        _of_json,
+        _of_brackets,
+        _of_label(FINAL),
+        _of_entire_reply,
+        _of_label(LABELLED),
+        _of_last_line,
+        _of_beginning,
+        _of_sentences,
+    ):
         verdicts = set(read(text))
         if verdicts:
             return verdicts.pop() if len(verdicts) == 1 else None
@@ -70,12 +79,12 @@ def read_verdict(reply: str) -> float | None:
 
 
 def _without_thoughts(text: str) -> str:
-    """``text`` without a reasoning model's thoughts; nothing is left of a reply that was cut off inside them."""
+    """Remove the reasoning of a reasoning model. A reply that was truncated inside its reasoning becomes empty."""
     return re.sub(r"(?is)<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", "", re.sub(r"(?is)\A.*</think(?:ing)?>", "", text))
 
 
 def _plain(text: str) -> str:
-    """``text`` without Markdown and quotation marks, with one kind of apostrophe."""
+    """Remove Markdown and quotation marks, and unify apostrophes."""
     text = text.replace("\u2019", "'")
     text = re.sub(r"[*`\"\u201c\u201d#]+|(?<!\w)'|'(?!\w)", "", text)
     return re.sub(r"_+", " ", text)
@@ -83,16 +92,16 @@ def _plain(text: str) -> str:
 
 def _value(match: re.Match[str]) -> float:
     """The verdict of a match of PHRASE or LETTER."""
-    found = match.groupdict()
-    if found.get("left"):
-        if found["left"] == found["right"]:
+    groups = match.groupdict()
+    if groups.get("left"):
+        if groups["left"] == groups["right"]:
             return TIE
-        return TIE if found["sign"].startswith("=") else A if (found["left"] == "A") == found["sign"].startswith(">") else B
-    letter = found.get("letter") or found.get("boxed")
+        return TIE if groups["sign"].startswith("=") else A if (groups["left"] == "A") == groups["sign"].startswith(">") else B
+    letter = groups.get("letter") or groups.get("boxed")
     return {"A": A, "B": B}.get(letter or "", TIE)
 
 
-# The forms: each yields every verdict that it finds
+# The forms. Each function yields all verdicts of its form.
 
 
 def _of_json(text: str) -> Iterator[float]:
@@ -102,21 +111,21 @@ def _of_json(text: str) -> Iterator[float]:
 
 def _json_values(text: str) -> Iterator[Any]:
     decoder, start = json.JSONDecoder(), 0
-    while (found := re.compile(r"[{\[]").search(text, start)) is not None:
+    while (bracket := re.compile(r"[{\[]").search(text, start)) is not None:
         try:
-            content, start = decoder.raw_decode(text, found.start())
+            content, start = decoder.raw_decode(text, bracket.start())
             yield content
         except (ValueError, RecursionError):
-            start = found.end()
+            start = bracket.end()
 
 
 def _of_content(content: Any) -> Iterator[float]:
     if isinstance(content, list) and len(content) == 1 and isinstance(content[0], str):
-        yield from _of_whole(content[0])
+        yield from _of_entire_reply(content[0])
     if isinstance(content, dict):
         for key, value in content.items():
             if isinstance(value, str) and JSON_KEYS.fullmatch(key.strip()):
-                yield from _of_whole(value.strip())
+                yield from _of_entire_reply(value.strip())
             elif isinstance(value, dict):
                 yield from _of_content(value)
 
@@ -129,22 +138,25 @@ def _of_label(label: re.Pattern[str]) -> Callable[[str], Iterator[float]]:
     return lambda text: map(_value, label.finditer(_plain(text)))
 
 
-def _of_whole(text: str) -> Iterator[float]:
+def _of_entire_reply(text: str) -> Iterator[float]:
     plain = _plain(text).strip()
     if re.fullmatch(r"\W*[ab]\W*", plain):
         plain = plain.upper()
     elif (small := re.fullmatch(rf"(?i)(\W*{NOUN}\s*)([ab])(\W*)", plain)) is not None:
         plain = f"{small[1]}{small[2].upper()}{small[3]}"
-    if (match := WHOLE.fullmatch(plain)) is not None and "?" not in plain:
+    if (match := ENTIRE_REPLY.fullmatch(plain)) is not None and "?" not in plain:
         yield _value(match)
 
 
 def _of_last_line(text: str) -> Iterator[float]:
-    return _of_whole(text.splitlines()[-1])
+    return _of_entire_reply(text.splitlines()[-1])
 
 
 def _of_beginning(text: str) -> Iterator[float]:
-    """ "B. It is clearer": a verdict and its reason, which may mention the other response only after "because" or "than"."""
+    """A verdict followed by its reason, e.g. "B.
+
+    It is clearer". The reason may mention the other response only after "because" or "than".
+    """
     plain = _plain(text)
     if (match := LEADING.match(plain)) is None:
         return
@@ -170,6 +182,6 @@ def _of_sentences(text: str) -> Iterator[float]:
 
 
 def _is_claimed(sentence: str, match: re.Match[str]) -> bool:
-    """Whether the sentence says what was matched, and neither denies it nor leaves it open."""
+    """Whether the sentence states the match as a fact: not negated, not conditional."""
     before = sentence[: match.end()]
     return OPEN.search(before) is None and NEGATED.search(before.rpartition(",")[2]) is None

@@ -1,1 +1,1 @@
-"""How much memory a recipe will need, step by step, and what to change where that is more than there is. Loads no model and no torch."""
+"""Estimate the memory of each step of a recipe, and suggest changes if it is too much. Loads no model and does not import torch."""

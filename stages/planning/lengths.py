@@ -1,4 +1,4 @@
-"""How long a step's texts are, in tokens: the upper ends that its memory goes by. Read from its data without torch."""
+"""Upper bounds on the lengths of a step's texts, in tokens. Reads the step's data, without torch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from stages.corpora.messages import completion_text
 from stages.corpora.prompts import plain_text
 
 CHARACTERS_PER_TOKEN = 3.0
-"""Where no tokenizer is at hand: few enough for the small vocabularies of models made from scratch."""
-SAMPLE = 2000  # rows looked at
-LONGEST = 20  # of which so many, by characters, are tokenized
+"""Used without a tokenizer. Low enough for the small vocabularies of models trained from scratch."""
+SAMPLE = 2000  # rows read
+LONGEST = 20  # number of longest texts (in characters) that are tokenized
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Longest texts in tokens, an assumed 512 where the data has not been downloaded. ``completions``: most of one comparison."""
+    """Longest texts in tokens; 512 is assumed if the data is not downloaded. ``completions``: the most completions of one comparison."""
 
     prompt: int = 512
     demonstration: int = 512
@@ -29,7 +29,7 @@ class Lengths:
 
 
 class Counter:
-    """Counts tokens, by the tokenizer of a model folder where there is one."""
+    """Counts tokens with the tokenizer of a model folder, if there is one."""
 
     def __init__(self, folder: Path | None) -> None:
         self._tokenizer: Any = None
@@ -39,7 +39,7 @@ class Counter:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
     def longest(self, texts: Iterable[str]) -> int:
-        """Tokens of the longest text, an end token included."""
+        """Tokens of the longest text, including an end token."""
         chosen = sorted(texts, key=len, reverse=True)[:LONGEST]
         if not chosen:
             return Lengths.prompt
@@ -49,7 +49,7 @@ class Counter:
 
 
 def lengths_of(config: Any, folder: Path | None) -> Lengths:
-    """The lengths of a step's data; those that its stage has no use for keep their defaults. ``folder``: of the model it reads, if any."""
+    """The lengths of a step's data. Lengths that its stage does not need keep their defaults. ``folder``: a model folder, if any."""
     counter = Counter(folder)
     if config.stage in ("ppo", "evaluation"):
         return Lengths(prompt=counter.longest(_prompts(config)))

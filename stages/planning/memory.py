@@ -1,7 +1,7 @@
-"""What each step of a recipe will hold in memory at its fullest moment, by kind. Bytes, per process.
+"""Peak memory of each step by kind, in bytes per process.
 
-Counted, not guessed, where it can be: weights from the models' sizes, gradients and moments from what trains, activations from what a
-layer keeps of a token. Lengths are upper ends: the longest prompt and as many new tokens as are allowed.
+Where possible, values are computed: weights from model sizes, gradients and moments from trained weights, activations from what a layer
+stores per token. Lengths are upper bounds: the longest prompt plus the maximum number of new tokens.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from stages.planning.shapes import Shape
 
 FP32, HALF = 4, 2
 NF4_BYTES = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
-"""Of one weight: four bits, and a scale for each 64 of them (in 8 bits with double quantization)."""
+"""Bytes per weight: four bits, and a scale per 64 weights (in 8 bits with double quantization)."""
 CHUNK = {"cpu": 2 << 20, "cuda": 256 << 20}
-"""As kernels/output_layer.py."""
+"""As in kernels/output_layer.py."""
 HEAP = {"ppo": 2.2, "ppo with adapters": 2.6, "trainer": 1.4}
-"""On a CPU activations need so many times their size: glibc keeps freed blocks of up to 32 MiB in its heap and splits them, the more the
-more their sizes differ. Measured by tests/benchmarks/memory_plan.py; with every block given back at once a step needs what is counted, and
-half as much time again."""
+"""On a CPU, activations take this multiple of their size: glibc keeps freed blocks of up to 32 MiB and fragments them, more so if their
+sizes differ. Measured by tests/benchmarks/memory_plan.py. With immediate release of every block, a step needs the computed size but takes
+1.5 times as long."""
 LORA_ACTIVATIONS = 1.35
-"""What adapters keep beside their model's own activations, measured in the same way."""
+"""Additional activations with adapters, relative to those of the model; measured in the same way."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """One step's fullest moment.
+    """The peak memory of one step.
 
-    ``kv_cache``, ``activations`` and ``logits`` come and go: each is the largest of all phases, ``passing`` what they are together in the
-    phase that holds most, with what the allocator keeps of freed blocks.
+    ``kv_cache``, ``activations`` and ``logits`` are temporary: each is its maximum over all phases. ``passing`` is their sum in the largest
+    phase, plus freed blocks that the allocator keeps.
     """
 
     weights: float = 0.0
@@ -53,14 +53,14 @@ class Memory:
 
 
 def phases(*held: tuple[float, float, float]) -> Memory:
-    """Phases that follow each other, each by its (cache, activations, logits)."""
+    """Combine consecutive phases, each given as (cache, activations, logits)."""
     caches, kept, logits = zip(*held, strict=True)
     return Memory(kv_cache=max(caches), activations=max(kept), logits=max(logits), passing=max(map(sum, held)))
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan is made for. ``compute``: bytes of the dtype that precision: auto means there."""
+    """The target machine. ``compute``: bytes per value of the dtype that precision: auto selects."""
 
     kind: str  # cpu | cuda
     bytes: int
@@ -69,54 +69,54 @@ class Machine:
 
 
 def dtype_bytes(precision: str, machine: Machine) -> int:
-    """Bytes of a number that is computed in ``precision``."""
+    """Bytes per value in ``precision``."""
     return {"fp32": FP32, "bf16": HALF, "fp16": HALF}.get(precision, machine.compute)
 
 
 def frozen_weights(shape: Shape, quantization: str, *, double: bool, compute: int, output: bool = True) -> float:
-    """Of a model that does not train; quantization is of the layers' products, all else stays in the compute dtype."""
+    """Weights of a frozen model. Only the layers' linear weights are quantized; the others have the compute dtype."""
     each = {"none": float(compute), "int8": 1.0, "nf4": NF4_BYTES[double]}[quantization]
     return shape.linear_weights * each + (shape.other_weights + (shape.output_weights if output else 0)) * compute
 
 
 def moments(weights: float, optimizer: str) -> float:
-    """Adam's two moments: fp32, or 8 bits with a scale for each 256 weights (paged ones count where they are wanted: on the device)."""
+    """Adam's two moments: fp32, or 8 bits with a scale per 256 weights. Paged moments count as GPU memory."""
     return weights * (2 * (1 + FP32 / 256) if optimizer.endswith("8bit") else 2 * FP32)
 
 
 def trained(weights: float, optimizer: str) -> Memory:
-    """Gradients and moments of weights that train in fp32."""
+    """Gradients and moments of weights trained in fp32."""
     return Memory(gradients=FP32 * weights, optimizer=moments(weights, optimizer))
 
 
 def activations(shape: Shape, tokens: float, compute: int, *, checkpointing: bool = False, lora: bool = False, lean: bool = False) -> float:
-    """What a forward pass over ``tokens`` keeps for its backward pass, and that pass's own largest tensors."""
-    # In half precision a norm still keeps its input in fp32.
+    """Activations that a forward pass over ``tokens`` stores for the backward pass, plus the largest tensors of the backward pass."""
+    # In half precision, a norm stores its input in fp32.
     layer = shape.saved_per_token(lean=lean) * compute + (2 * shape.hidden * FP32 if compute < FP32 else 0)
     each = layer * (LORA_ACTIVATIONS if lora else 1.0)
     kept = shape.layers * shape.hidden * compute + each if checkpointing else shape.layers * each
-    passing = 3 * shape.intermediate * compute  # gradients of gate, up and their product, side by side
+    passing = 3 * shape.intermediate * compute  # gradients of gate, up and their product, at the same time
     return tokens * (kept + passing)
 
 
 def inference(shape: Shape, tokens: float, compute: int) -> float:
-    """The largest tensors of a forward pass that keeps nothing."""
+    """The largest tensors of a forward pass that stores no activations."""
     return tokens * (3 * shape.intermediate + 4 * shape.hidden) * compute
 
 
 def kv_cache(shape: Shape, rows: int, prompt: int, new: int, compute: int) -> float:
-    """Keys and values of a decoding batch; its room grows by doubling, with old and new side by side in one layer at a time."""
+    """Keys and values of a decoding batch. The cache doubles when it is full, one layer at a time."""
     return 2 * shape.layers * shape.kv_width * rows * (prompt + new) * compute
 
 
 def chunked_logits(shape: Shape, positions: float, machine: Machine, *, trains_output: bool) -> float:
-    """Losses at the output layer: a few chunks of logits, the hidden states' gradient, the layer's own."""
+    """Losses with a chunked output layer: a few chunks of logits, the gradient of the hidden states, the gradient of the layer."""
     chunk = min(4 * positions * shape.vocabulary, CHUNK[machine.kind])
     return 4 * chunk + positions * shape.hidden * FP32 * 2 + (shape.vocabulary * shape.hidden * FP32 if trains_output else 0)
 
 
-def whole_logits(shape: Shape, positions: float) -> float:
-    """Losses that hold logits, the shifted copy of them, its log-softmax and both gradients whole, in fp32."""
+def unchunked_logits(shape: Shape, positions: float) -> float:
+    """Losses with unchunked logits: the logits, a shifted copy, their log-softmax and both gradients, in fp32."""
     return 5 * positions * shape.vocabulary * FP32
 
 

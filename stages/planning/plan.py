@@ -1,4 +1,4 @@
-"""The memory of a recipe's steps against what the machine has, and the settings that would fit where it is too much."""
+"""Compare the memory of a recipe's steps with the machine's memory, and find settings that fit if it is too much."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from stages.registry.references import ResolvedModel
 
 GIB = 2**30
 PROCESS = {"cpu": 450 << 20, "cuda": 700 << 20}
-"""Python with its libraries; on a GPU the context and the kernels of CUDA."""
+"""Python with its libraries; on a GPU the CUDA context and kernels."""
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What a step will need; ``memory`` is None where it cannot be told, and ``note`` says why."""
+    """The memory need of a step. ``memory`` is None if it is unknown; ``note`` gives the reason."""
 
     name: str
     stage: str
     memory: Memory | None
     note: str = ""
-    advice: list[str] = field(default_factory=list)  # overrides with which it would fit
+    advice: list[str] = field(default_factory=list)  # overrides that make it fit
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -49,46 +49,46 @@ class StepMemory:
 def plan_memory(
     recipe: Recipe, registry: Registry, machine: Machine, *, reused: Mapping[str, Path] | None = None, processes: int = 1
 ) -> list[StepMemory]:
-    """The estimate of each step that would run; ``reused``: folders of what steps have made already."""
+    """Estimate each step that would run. ``reused``: model folders of completed steps."""
     reused = reused or {}
     made: dict[str, View] = {}
-    found = []
+    estimates = []
     for step in recipe.steps:
         views, missing = _views(step, made, registry)
         folder = _folder(step, registry, reused)
         lengths = lengths_of(step.config, folder)
         if missing:
-            found.append(StepMemory(step.name, step.stage, None, f"the sizes of {', '.join(missing)} are known once it is downloaded"))
+            estimates.append(StepMemory(step.name, step.stage, None, f"the size of {', '.join(missing)} is unknown until it is downloaded"))
         elif step.name not in reused:
             memory = memory_of(step.config, _loaded(views, step.config), lengths, machine, processes)
-            found.append(_advised(step, views, lengths, machine, processes, memory))
+            estimates.append(_advised(step, views, lengths, machine, processes, memory))
         if (view := _made_by(step, views)) is not None:
             made[step.name] = view
-    return found
+    return estimates
 
 
 # The models that a step reads
 
 
 def _views(step: RecipeStep, made: Mapping[str, View], registry: Registry) -> tuple[dict[str, View], list[str]]:
-    """(models by field path, those whose sizes are unknown)."""
+    """Return (models by field path, refs of models with unknown size)."""
     views: dict[str, View] = {}
     missing = []
-    for place, reference in step.models.items():
+    for field_path, reference in step.models.items():
         view = made.get(reference.target) if reference.kind == "step" else _foreign(reference, registry)
         if view is None:
             missing.append(reference.input.ref)
         else:
-            views[place] = view
+            views[field_path] = view
     return views, sorted(set(missing))
 
 
 def _foreign(reference: Reference, registry: Registry) -> View | None:
-    """A model from outside of the recipe, with the adapters it consists of; None where its sizes are unknown."""
+    """A model from outside the recipe, with its adapters; None if its size is unknown."""
     from stages.models.stacks import Stack, stack_of, weights_of
 
     model = _unread(reference, registry)
-    # Asking the hub whether a model is an adapter needs a connection, which a plan does without where the cache cannot tell.
+    # Without a cached adapter config, only a request could tell whether a Hub model is an adapter; a plan makes no requests.
     stack = Stack(model, ()) if model.kind == "hub" and not _is_cached_adapter(model) else stack_of(model)
     base = stack.base
     shape = shape_of_hub(base.path, base.input.revision) if base.kind == "hub" else shape_of_folder(Path(base.path))
@@ -96,7 +96,7 @@ def _foreign(reference: Reference, registry: Registry) -> View | None:
 
 
 def _unread(reference: Reference, registry: Registry) -> ResolvedModel:
-    """The model that a reference names, without its digest: a plan need not read the weights."""
+    """The referenced model without its digest, because a plan does not read weights."""
     if reference.kind == "registry":
         record = registry.get(reference.target)
         return ResolvedModel(reference.input.ref, "registry", str(record.path), record.digest, reference.input, record)
@@ -110,7 +110,7 @@ def _is_cached_adapter(model: ResolvedModel) -> bool:
 
 
 def _folder_of(adapter: ResolvedModel) -> Path:
-    """Where the files of an adapter lie; of one on the hub that was not downloaded whole, its part of the cache."""
+    """The folder of an adapter's files; for a Hub adapter, its folder in the cache."""
     if adapter.kind != "hub":
         return Path(adapter.path)
     from huggingface_hub import try_to_load_from_cache
@@ -119,12 +119,12 @@ def _folder_of(adapter: ResolvedModel) -> Path:
 
 
 def _weights_in(folder: Path) -> float:
-    """Weights of an adapter's file, which is fp32."""
+    """Number of weights in an adapter file (fp32)."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 4
 
 
 def _made_by(step: RecipeStep, views: Mapping[str, View]) -> View | None:
-    """What a step makes: its input with an adapter more, or whole weights of its own."""
+    """The model that a step makes: its input with one more adapter, or a model with its own full weights."""
     config = step.config
     if getattr(config, "architecture", None) is not None:
         return _random_weights(config, views, step.name)
@@ -136,11 +136,11 @@ def _made_by(step: RecipeStep, views: Mapping[str, View]) -> View | None:
 
 
 def _loaded(views: Mapping[str, View], config: Any) -> dict[str, View]:
-    """The models as the step's settings have them loaded; the model that a step makes of random weights counts as one it reads."""
+    """The models with the step's loading options. A model that the step creates from random weights is included."""
     inputs: dict[str, ModelInput] = model_inputs(config)
     loaded = {
-        place: replace(view, quantization=inputs[place].quantization, double=inputs[place].double_quantization)
-        for place, view in views.items()
+        field_path: replace(view, quantization=inputs[field_path].quantization, double=inputs[field_path].double_quantization)
+        for field_path, view in views.items()
     }
     if (made := _random_weights(config, views, "random weights")) is not None:
         loaded["model"] = made
@@ -148,7 +148,7 @@ def _loaded(views: Mapping[str, View], config: Any) -> dict[str, View]:
 
 
 def _random_weights(config: Any, views: Mapping[str, View], base: str) -> View | None:
-    """The model that a step with an architecture begins from; None without one, or where it does not tell its sizes."""
+    """The initial model of a step with an ``architecture``; None without one, or if its size cannot be determined."""
     architecture = getattr(config, "architecture", None)
     shape = shape_of(architecture) if architecture is not None else None
     if shape is None:
@@ -159,9 +159,9 @@ def _random_weights(config: Any, views: Mapping[str, View], base: str) -> View |
 
 
 def _folder(step: RecipeStep, registry: Registry, reused: Mapping[str, Path]) -> Path | None:
-    """Where a tokenizer lies that reads the step's texts."""
-    for place in ("policy", "model", *step.models):
-        reference = step.models.get(place)
+    """A folder with a tokenizer that reads the step's texts; None if there is none yet."""
+    for field_path in ("policy", "model", *step.models):
+        reference = step.models.get(field_path)
         if reference is None:
             continue
         if reference.kind == "step" and reference.target in reused:
@@ -180,14 +180,14 @@ def _advised(
     step: RecipeStep, views: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int, memory: Memory | None
 ) -> StepMemory:
     if memory is None:
-        return StepMemory(step.name, step.stage, None, "its model has sizes that are not understood")
+        return StepMemory(step.name, step.stage, None, "the size of its model cannot be read from its config")
     room = machine.bytes - PROCESS[machine.kind]
     if memory.total <= room:
         return StepMemory(step.name, step.stage, memory)
 
     def total(config: Any) -> float:
-        found = memory_of(config, _loaded(views, config), lengths, machine, processes)
-        return float("inf") if found is None else found.total
+        estimate = memory_of(config, _loaded(views, config), lengths, machine, processes)
+        return float("inf") if estimate is None else estimate.total
 
     config, chosen = step.config, []
     for path, value in _remedies(step.config, views):
@@ -199,9 +199,9 @@ def _advised(
         if total(config) <= room:
             break
     else:
-        note = "no settings known here would make it fit; take a smaller model or a larger machine"
+        note = "no known setting makes it fit; use a smaller model or a larger machine"
         return StepMemory(step.name, step.stage, memory, note)
-    for remedy in list(chosen[:-1]):  # what a later change has made needless goes again
+    for remedy in list(chosen[:-1]):  # remove changes that a later one made unnecessary
         fewer = step.config
         for path, value in (other for other in chosen if other != remedy):
             fewer = _with(fewer, path, value) or fewer
@@ -218,14 +218,14 @@ def _total_of(config: Any, chosen: Sequence[tuple[str, Any]], total: Any) -> flo
 
 
 def _remedies(config: Any, views: Mapping[str, View]) -> list[tuple[str, Any]]:
-    """Changes that save memory, those that cost least first: none of the first three changes what is learned."""
+    """Changes that save memory, cheapest first. The first three do not change the training result."""
     sizes = []
-    place = "microbatch_size" if config.stage == "ppo" else "training.microbatch_size"
+    setting = "microbatch_size" if config.stage == "ppo" else "training.microbatch_size"
     owner: Any = config if config.stage == "ppo" else config.training if hasattr(config, "training") else None
     size: int = owner.microbatch_size if owner is not None else 1
     while size > 1:
         size //= 2
-        sizes.append((place, size))
+        sizes.append((setting, size))
     remedies: list[tuple[str, Any]] = [*sizes[:2]]
     if getattr(config, "training", None) is not None:
         remedies += [("training.gradient_checkpointing", True), *sizes[2:]]
@@ -235,14 +235,14 @@ def _remedies(config: Any, views: Mapping[str, View]) -> list[tuple[str, Any]]:
         remedies.append(("offload", True))
     if getattr(config, "training", None) is not None:
         remedies += [("training.optimizer", "adamw_8bit"), ("lora", {"r": 16})]
-    # Only together do all roles of one base share it.
+    # All roles on one base must be quantized to share it.
     quantized = [name for name, view in views.items() if not view.shape.encoder]
     remedies += [(f"{name}.quantization", "nf4") for name in quantized]
     return remedies
 
 
 def _with(config: Any, path: str, value: Any) -> Any | None:
-    """``config`` with one setting changed; None where that contradicts others."""
+    """``config`` with one setting changed; None if the result is invalid."""
     content = config.model_dump()
     node: Any = content
     keys = re.findall(r"[^.\[\]]+", path)
@@ -263,9 +263,9 @@ def _shown(value: Any) -> str:
 
 
 def memory_table(steps: Sequence[StepMemory], machine: Machine) -> Table:
-    """The estimate of every step, with what it is made of."""
+    """Table of every step's estimate with its parts."""
     columns = ("weights", "adapters", "gradients", "optimizer", "KV cache", "activations", "logits")
-    table = Table("step", *columns, "in all", "of the machine", title="Memory at the fullest moment, per process (GiB)")
+    table = Table("step", *columns, "total", "of the machine", title="Peak memory per process (GiB)")
     table.title_justify = "left"
     for step in steps:
         if step.memory is None:
@@ -273,17 +273,17 @@ def memory_table(steps: Sequence[StepMemory], machine: Machine) -> Table:
             continue
         memory = step.memory
         parts = (memory.weights, memory.adapters, memory.gradients, memory.optimizer, memory.kv_cache, memory.activations, memory.logits)
-        whole = memory.total + PROCESS[machine.kind]
-        share = f"{whole / machine.bytes:.0%}" if whole <= machine.bytes else f"[red]{whole / machine.bytes:.0%}: does not fit[/]"
-        table.add_row(step.name, *(_gib(part) for part in parts), f"[bold]{_gib(whole)}[/]", share)
-    table.caption = f"{machine.name}: {_gib(machine.bytes)} GiB; in all: with {_gib(PROCESS[machine.kind])} GiB of the process itself"
+        total = memory.total + PROCESS[machine.kind]
+        share = f"{total / machine.bytes:.0%}" if total <= machine.bytes else f"[red]{total / machine.bytes:.0%}: does not fit[/]"
+        table.add_row(step.name, *(_gib(part) for part in parts), f"[bold]{_gib(total)}[/]", share)
+    table.caption = f"{machine.name}: {_gib(machine.bytes)} GiB; total includes {_gib(PROCESS[machine.kind])} GiB for the process itself"
     if machine.kind == "cpu":
-        table.caption += ", and what the allocator keeps of freed blocks"
+        table.caption += ", and freed blocks that the allocator keeps"
     return table
 
 
 def advice_lines(steps: Sequence[StepMemory]) -> list[str]:
-    """For each step that does not fit, what would."""
+    """Advice for each step that does not fit."""
     lines = []
     for step in steps:
         if step.advice:

@@ -1,4 +1,4 @@
-"""The sizes of a transformer, read off its configuration: how many weights it has, and what it keeps per token."""
+"""The sizes of a transformer from its config: number of weights, and activations stored per token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KNOWN_MODELS = Path(__file__).parent / "known_models.yaml"
 
 @dataclass(frozen=True)
 class Shape:
-    """A transformer by its sizes: d hidden, i intermediate, V vocabulary."""
+    """Sizes of a transformer."""
 
     family: str  # transformers' model_type
     hidden: int
@@ -28,10 +28,10 @@ class Shape:
     head_width: int
     vocabulary: int
     positions: int
-    tied: bool  # the output layer is the embedding
-    gated: bool  # three products in the feed-forward part, not two
+    tied: bool  # the output layer shares the embedding's weights
+    gated: bool  # three matrices in the feed-forward layer instead of two
     learned_positions: bool
-    biases: str  # which products have one: all, qkv, none
+    biases: str  # linear layers with a bias: all, qkv, none
     encoder: bool = False
 
     @property
@@ -44,13 +44,13 @@ class Shape:
 
     @property
     def linear_weights(self) -> int:
-        """Weights of the layers' matrix products: what quantization and adapters are about."""
+        """Weights of the layers' linear modules, which quantization and adapters apply to."""
         attention = 2 * self.hidden * self.query_width + 2 * self.hidden * self.kv_width
         return self.layers * (attention + (3 if self.gated else 2) * self.hidden * self.intermediate)
 
     @property
     def other_weights(self) -> int:
-        """Embeddings, norms, biases; without the output layer."""
+        """Embeddings, norms and biases, without the output layer."""
         norms = (2 * self.layers + 1) * self.hidden * (2 if self.biases == "all" else 1)
         of_attention = self.query_width + 2 * self.kv_width
         each = {"all": of_attention + 2 * self.hidden + self.intermediate, "qkv": of_attention, "none": 0}[self.biases]
@@ -59,27 +59,26 @@ class Shape:
 
     @property
     def output_weights(self) -> int:
-        """The output layer, where it is not the embedding."""
+        """The output layer, unless it is tied to the embedding."""
         return 0 if self.tied else self.vocabulary * self.hidden
 
     @property
     def weights(self) -> int:
-        """All of a causal language model's."""
+        """All weights of a causal language model."""
         return self.linear_weights + self.other_weights + self.output_weights
 
     def lora_weights(self, rank: int) -> int:
-        """Of an adapter on every product of the layers."""
+        """Weights of an adapter on every linear module of the layers."""
         d, q, kv, i = self.hidden, self.query_width, self.kv_width, self.intermediate
         pairs = [(d, q), (d, kv), (d, kv), (q, d), *([(d, i), (d, i), (i, d)] if self.gated else [(d, i), (i, d)])]
         return self.layers * rank * sum(a + b for a, b in pairs)
 
     def saved_per_token(self, *, lean: bool = False) -> int:
-        """Numbers that one layer keeps of a token for its backward pass, as counted on transformers' modules.
+        """Values that one layer stores per token for the backward pass, as counted on transformers' modules.
 
-        ``lean``: where norms and feed-forward layers are replaced by those of ``models/lean.py``.
-
-        Attention keeps queries, keys, values, its result and that result made contiguous; the rest depends on how a family writes its
-        norms and its activation function.
+        ``lean``: norms and feed-forward layers are replaced by those of ``models/lean.py``. Attention stores queries, keys, values, its
+        output and
+        a contiguous copy of the output. The rest depends on the family's norms and activation function.
         """
         kind = "other" if not self.gated else "lean" if lean and not self.family.startswith("gemma") else "gated"
         of_hidden, of_intermediate = SAVED.get(self.family, SAVED[kind])
@@ -89,7 +88,7 @@ class Shape:
         return replace(self, vocabulary=vocabulary)
 
 
-# What a layer keeps beside attention: (times hidden, times intermediate).
+# Values that a layer stores besides attention: (multiple of hidden, multiple of intermediate).
 SAVED = {"gated": (5, 4), "lean": (4, 2), "gpt2": (3, 5), "other": (5, 2)}
 
 NAMES: dict[str, tuple[str, ...]] = {
@@ -103,21 +102,21 @@ ENCODERS = ("distilbert", "bert", "roberta")
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape | None:
-    """The sizes that a transformers config (config.json, or a recipe's architecture block) tells; None where it does not tell them."""
-    found: dict[str, int] = {}
+    """The sizes in a transformers config (config.json, or a recipe's architecture block); None if they are missing."""
+    sizes: dict[str, int] = {}
     for field, names in NAMES.items():
         value = next((config[name] for name in names if config.get(name) is not None), None)
         if value is not None:
-            found[field] = int(value)
-    if not {"hidden", "layers", "heads"} <= found.keys():
+            sizes[field] = int(value)
+    if not {"hidden", "layers", "heads"} <= sizes.keys():
         return None
     family = str(config.get("model_type", config.get("type", "llama")))
-    hidden, heads = found["hidden"], found["heads"]
+    hidden, heads = sizes["hidden"], sizes["heads"]
     return Shape(
         family=family,
         hidden=hidden,
-        intermediate=found.get("intermediate", 4 * hidden),
-        layers=found["layers"],
+        intermediate=sizes.get("intermediate", 4 * hidden),
+        layers=sizes["layers"],
         heads=heads,
         kv_heads=int(config.get("num_key_value_heads") or heads),
         head_width=int(config.get("head_dim") or hidden // heads),
@@ -132,7 +131,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape | None:
 
 
 def shape_of_folder(folder: Path) -> Shape | None:
-    """The sizes of a model on disk; None for a folder without a readable config."""
+    """The sizes of a model on disk; None if the folder has no readable config."""
     try:
         return shape_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -140,12 +139,12 @@ def shape_of_folder(folder: Path) -> Shape | None:
 
 
 def shape_of_hub(identifier: str, revision: str | None = None) -> Shape | None:
-    """The sizes of a model of the hub: from the local cache, else from the list of well-known ones; None where neither has it."""
+    """The sizes of a Hub model from the local cache or the list of well-known models; None if neither has it."""
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(identifier, "config.json", revision=revision)
-    if isinstance(cached, str) and (found := shape_of_folder(Path(cached).parent)) is not None:
-        return found
+    if isinstance(cached, str) and (cached_shape := shape_of_folder(Path(cached).parent)) is not None:
+        return cached_shape
     known = _known_models().get(identifier.lower())
     return shape_of(known) if known is not None else None
 

@@ -1,4 +1,4 @@
-"""Each stage's memory, from its settings and the sizes of the models it reads."""
+"""Memory of each stage, from its settings and the sizes of its models."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from stages.planning.memory import (
     lora_rank,
     phases,
     trained,
-    whole_logits,
+    unchunked_logits,
 )
 from stages.planning.shapes import Shape
 
-EVALUATION_ROWS = 64  # sequences scored together where a recipe does not say
+EVALUATION_ROWS = 64  # sequences per scoring batch if the recipe does not set it
 
 
 @dataclass(frozen=True)
 class View:
-    """A model that a step reads: its sizes, how it is to be loaded, and what lies below it."""
+    """A model that a step reads: its sizes and its loading options."""
 
     shape: Shape
-    base: str  # what its whole weights are: roles with one base can share them
-    adapters: float = 0.0  # weights of the adapters it consists of
+    base: str  # identifies its full weights: roles with the same base can share them
+    adapters: float = 0.0  # weights of its adapters
     quantization: str = "none"
     double: bool = True
 
     def frozen(self, compute: int, *, output: bool = True) -> Memory:
-        """Loaded to be used as it is."""
-        merged = self.quantization == "none"  # then its adapters are merged into it
+        """Memory of the model loaded without training."""
+        merged = self.quantization == "none"  # adapters are merged into unquantized weights
         return Memory(
             weights=frozen_weights(self.shape, self.quantization, double=self.double, compute=compute, output=output),
             adapters=0.0 if merged else FP32 * self.adapters,
@@ -49,7 +49,7 @@ class View:
 
 
 def memory_of(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory | None:
-    """The estimate of a step; None where the size of a model it reads is unknown."""
+    """Estimate a step; None if the size of one of its models is unknown."""
     estimate = {
         "pretraining": _pretraining,
         "sft": _sft,
@@ -75,7 +75,7 @@ def memory_of(config: Any, models: Mapping[str, View], lengths: Lengths, machine
 
 
 def _trained_model(config: Any, view: View, machine: Machine, *, output: bool = True) -> Memory:
-    """A model that a Trainer trains: whole weights in fp32, or an adapter on frozen ones."""
+    """A model trained by a Trainer: full weights in fp32, or an adapter on frozen weights."""
     shape, rank = view.shape, lora_rank(config)
     if rank:
         adapter = shape.lora_weights(rank)
@@ -97,10 +97,10 @@ def _rows(config: Any, processes: int) -> int:
 
 
 def _language_model(config: Any, view: View, rows: int, columns: int, machine: Machine) -> Memory:
-    """Next-token training with logits of every position."""
+    """Next-token training with logits at every position."""
     compute = dtype_bytes(config.precision, machine)
     kept = _kept(config, view.shape, rows * columns, compute, machine)
-    return _trained_model(config, view, machine) + phases((0.0, kept, whole_logits(view.shape, rows * columns)))
+    return _trained_model(config, view, machine) + phases((0.0, kept, unchunked_logits(view.shape, rows * columns)))
 
 
 def _pretraining(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
@@ -114,7 +114,7 @@ def _sft(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Mac
 
 
 def _dpo(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
-    """Both completions of a pair in one pass, and a frozen reference beside a model that trains whole."""
+    """Both completions of a pair in one pass; plus a frozen reference unless an adapter is trained."""
     view, rows = models["model"], 2 * _rows(config, processes)
     columns = min(config.max_length or view.shape.positions, lengths.comparison)
     made = _language_model(config, view, rows, columns, machine)
@@ -139,7 +139,7 @@ def _sentiment(config: Any, models: Mapping[str, View], lengths: Lengths, machin
         return step
     masked = config.model_copy(update={"training": config.masked.training, "lora": None})
     tokens = _rows(masked, processes) * columns
-    guessing = (0.0, activations(view.shape, tokens, compute), whole_logits(view.shape, tokens))
+    guessing = (0.0, activations(view.shape, tokens, compute), unchunked_logits(view.shape, tokens))
     first = _trained_model(masked, view, machine) + phases(guessing)
     return max(step, first, key=lambda memory: memory.total)
 
@@ -152,12 +152,12 @@ def _ppo(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Mac
     shape, new = policy.shape, config.generation.max_new_tokens
     prompt = min(config.max_prompt_tokens or shape.positions - new, lengths.prompt)
     value = _value_view(config, models)
-    held = _ppo_adapted(config, models, value, compute) if config.lora is not None else _ppo_whole(config, models, value, compute)
+    held = _ppo_adapted(config, models, value, compute) if config.lora is not None else _ppo_full(config, models, value, compute)
 
     share = max(1, config.rollout_batch_size // processes)
     decoding = min(config.generation.batch_size, share)
     rows = rows_of_a_pass(min(config.microbatch_size, config.minibatch_size), prompt + new, device_type=machine.kind)
-    whole_output = config.lora is None
+    trains_output = config.lora is None
     sampling = (
         kv_cache(shape, decoding, prompt, new, compute),
         _reading(shape, decoding, prompt, compute, machine),
@@ -167,9 +167,9 @@ def _ppo(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Mac
     updating = (
         0.0,
         _kept(config, bigger, rows * (prompt + new), compute, machine),
-        chunked_logits(shape, rows * new, machine, trains_output=whole_output),
+        chunked_logits(shape, rows * new, machine, trains_output=trains_output),
     )
-    judges = [view for place, view in models.items() if place.startswith(("reward", "monitors"))]
+    judges = [view for field_path, view in models.items() if field_path.startswith(("reward", "monitors"))]
     scored = min(EVALUATION_ROWS, share) * (prompt + new)
     scoring = [(0.0, inference(view.shape, scored, compute), 0.0) for view in judges]
     mixing = []
@@ -177,30 +177,30 @@ def _ppo(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Mac
         block = config.pretraining_mix.block_size
         tokens = block * rows_of_a_pass(config.microbatch_size, block, device_type=machine.kind)
         kept = _kept(config, shape, tokens, compute, machine)
-        mixing.append((0.0, kept, chunked_logits(shape, tokens, machine, trains_output=whole_output)))
+        mixing.append((0.0, kept, chunked_logits(shape, tokens, machine, trains_output=trains_output)))
     return held + phases(sampling, updating, *scoring, *mixing)
 
 
 def _reading(shape: Shape, rows: int, prompt: int, compute: int, machine: Machine) -> float:
-    """Activations of a pass over as many of ``rows`` prompts as go together."""
+    """Activations of a prefill pass over as many of ``rows`` prompts as fit into one pass."""
     return inference(shape, rows_of_a_pass(rows, prompt, device_type=machine.kind) * prompt, compute)
 
 
 def _value_view(config: Any, models: Mapping[str, View]) -> View | None:
-    """What the value network starts as; None for a head on the policy's own hidden states, and where there is no value network."""
+    """The initial value network; None for a head on the policy's hidden states, and without a value network."""
     if config.value == "shared" or not config.has_value:
         return None
     if "value" in models:
         return models["value"]
     if config.value is None:
-        for place, view in models.items():
-            if place.startswith("reward") and view.shape.vocabulary == models["policy"].shape.vocabulary and not view.shape.encoder:
+        for field_path, view in models.items():
+            if field_path.startswith("reward") and view.shape.vocabulary == models["policy"].shape.vocabulary and not view.shape.encoder:
                 return view
     return models["policy"]
 
 
-def _ppo_whole(config: Any, models: Mapping[str, View], value: View | None, compute: int) -> Memory:
-    """Full fine-tuning: every role has weights of its own."""
+def _ppo_full(config: Any, models: Mapping[str, View], value: View | None, compute: int) -> Memory:
+    """Full fine-tuning: every role has its own weights."""
     policy, optimizer = models["policy"], config.training.optimizer
     held = Memory(weights=FP32 * policy.shape.weights) + trained(policy.shape.weights, optimizer)
     if value is not None:
@@ -213,7 +213,7 @@ def _ppo_whole(config: Any, models: Mapping[str, View], value: View | None, comp
 
 
 def _ppo_adapted(config: Any, models: Mapping[str, View], value: View | None, compute: int) -> Memory:
-    """LoRA: roles on one base share it; each has adapters of its own."""
+    """LoRA: roles on the same base share it, and each has its own adapters."""
     policy, rank, optimizer = models["policy"], lora_rank(config), config.training.optimizer
     adapter = policy.shape.lora_weights(rank)
     held = policy.frozen(compute) + replace(trained(adapter, optimizer), adapters=FP32 * (adapter + policy.adapters))
@@ -228,13 +228,13 @@ def _ppo_adapted(config: Any, models: Mapping[str, View], value: View | None, co
             held += value.frozen(compute, output=False)
     if config.ema_decay is not None:
         held += Memory(adapters=FP32 * policy.shape.lora_weights(rank))
-    others = [view for place, view in models.items() if place == "reference" or place.startswith(("reward", "monitors"))]
+    others = [view for field_path, view in models.items() if field_path == "reference" or field_path.startswith(("reward", "monitors"))]
     waiting = [Memory(adapters=FP32 * view.adapters) if shares(view) else view.frozen(compute, output=False) for view in others]
     return _summed(held, [part for part in waiting if not config.offload or part.weights == 0])
 
 
 def _judges(models: Mapping[str, View], compute: int) -> list[Memory]:
-    return [view.frozen(compute, output=False) for place, view in models.items() if place.startswith(("reward", "monitors"))]
+    return [view.frozen(compute, output=False) for field_path, view in models.items() if field_path.startswith(("reward", "monitors"))]
 
 
 def _summed(first: Memory, more: list[Memory]) -> Memory:
@@ -249,14 +249,14 @@ def _summed(first: Memory, more: list[Memory]) -> Memory:
 def _evaluation(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
     """One candidate, then one judge at a time."""
     compute, new = dtype_bytes(config.precision, machine), config.generation.max_new_tokens
-    found = []
-    for place, view in models.items():
-        if place.startswith("judges") or view.shape.encoder:
+    candidates = []
+    for field_path, view in models.items():
+        if field_path.startswith("judges") or view.shape.encoder:
             tokens = EVALUATION_ROWS * (lengths.prompt + new)
-            found.append(view.frozen(compute, output=False) + phases((0.0, inference(view.shape, tokens, compute), 0.0)))
+            candidates.append(view.frozen(compute, output=False) + phases((0.0, inference(view.shape, tokens, compute), 0.0)))
             continue
         rows = config.generation.batch_size
         reading = _reading(view.shape, rows, lengths.prompt, compute, machine)
         cache = kv_cache(view.shape, rows, lengths.prompt, new, compute)
-        found.append(view.frozen(compute) + phases((cache, reading, 3 * FP32 * rows * view.shape.vocabulary)))
-    return max(found, key=lambda memory: memory.total, default=Memory())
+        candidates.append(view.frozen(compute) + phases((cache, reading, 3 * FP32 * rows * view.shape.vocabulary)))
+    return max(candidates, key=lambda memory: memory.total, default=Memory())

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and what a user is told where the disk refuses."""
+"""Atomic file writes, and messages for disk errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STORAGE = {
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader, or a crash, sees the old file or the new one and nothing between."""
+    """Write JSON atomically: a reader, or a crash, sees either the old or the new file."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -40,7 +40,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the device."""
+    """Flush a file, or the entries of a folder, to the device."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -49,26 +49,26 @@ def sync(path: Path) -> None:
 
 
 def storage_error(error: BaseException) -> StorageError | None:
-    """What to tell of an error that the disk made; None for any other. safetensors and torch wrap the system's error in text."""
-    found: BaseException | None = error
-    while found is not None:
-        number = found.errno if isinstance(found, OSError) else _errno_in_text(found)
-        if number in STORAGE:
-            place = f" ({found.filename})" if isinstance(found, OSError) and found.filename else ""
+    """Convert a disk error to a message; None for any other error. safetensors and torch wrap the system error in text."""
+    current: BaseException | None = error
+    while current is not None:
+        code = current.errno if isinstance(current, OSError) else _errno_in_text(current)
+        if code in STORAGE:
+            path = f" ({current.filename})" if isinstance(current, OSError) and current.filename else ""
             return StorageError(
-                f"{STORAGE[number]}{place}. Mend that, or choose another --home, and start the same command again; what was made before "
-                "is whole, and checkpoints are kept"
+                f"{STORAGE[code]}{path}. Fix this or choose another --home, and run the same command again. Earlier results are "
+                "intact, and checkpoints are kept"
             )
-        found = found.__cause__ or found.__context__
+        current = current.__cause__ or current.__context__
     return None
 
 
 def _errno_in_text(error: BaseException) -> int | None:
     if type(error).__name__ == "SafetensorError" or isinstance(error, RuntimeError):
         text = str(error)
-        for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
-            if f"code: {number}," in text or f"os error {number}" in text:
-                return number
+        for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            if f"code: {code}," in text or f"os error {code}" in text:
+                return code
         if "file write failed" in text or "failed writing file" in text:
             return errno.ENOSPC
     return None

@@ -1,4 +1,4 @@
-"""Functions that recipes name (``package.module:function``): finding them without running their module, and the source they have."""
+"""Functions named in recipes (``package.module:function``): check that they exist without running their module."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stages.process.modules import source_of
 
 
 def addresses(value: Any) -> Iterator[str]:
-    """Every ``function`` in a block of a recipe, however deep."""
+    """Yield every ``function`` in a recipe block, at any depth."""
     if isinstance(value, BaseModel):
         value = {name: getattr(value, name) for name in type(value).model_fields}
     if isinstance(value, dict):
@@ -29,7 +29,7 @@ def addresses(value: Any) -> Iterator[str]:
 
 
 def check_function(address: str) -> None:
-    """Raise RecipeError where the module, or the name in its source, is not there. The module itself is not run."""
+    """Raise RecipeError if the module does not exist or its source does not contain the name. The module is not executed."""
     module, _, name = address.partition(":")
     try:
         spec = importlib.util.find_spec(module)

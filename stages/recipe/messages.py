@@ -1,4 +1,4 @@
-"""Checking a block of a recipe against its schema, with one clear message: the place, the value, what was expected."""
+"""Validate a recipe block against its schema, with one clear message: location, value, expectation."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ EXPECTED = {
     "too_short": "at least {min_length} items",
 }
 
-SECRET_FIELD = re.compile(r"(?i)api_?key|secret|passw|credential")  # someone may have written the secret itself where its name belongs
+SECRET_FIELD = re.compile(r"(?i)api_?key|secret|passw|credential")  # the value may be the secret itself instead of its name
 
 
 def validate(model: type[Any], content: Any, path: Steps, source: RecipeSource) -> Any:
-    """``content`` (written at ``path``) as a ``model``. Raises RecipeError for the first thing that is wrong with it."""
+    """Parse ``content`` (at ``path`` in the recipe) as a ``model``. Raises RecipeError for the first problem."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -46,7 +46,7 @@ def validate(model: type[Any], content: Any, path: Steps, source: RecipeSource) 
 
 
 def _explained(problem: Any, model: type[Any], content: Any, path: Steps, source: RecipeSource, more: str) -> RecipeError:
-    """One clear message of one pydantic error: place, value, what was expected."""
+    """Convert a pydantic error to one clear message: location, value, expectation."""
     kind, location = problem["type"], problem["loc"]
     where = (*path, *_written(location, content, keep_last=kind in ("missing", "extra_forbidden")))
     if kind == "extra_forbidden":
@@ -76,7 +76,7 @@ def _short(value: Any) -> str:
 
 
 def _written(location: Sequence[str | int], content: Any, *, keep_last: bool) -> Iterator[str | int]:
-    """The part of a pydantic location that the recipe's author wrote: without union members and spelt-out shorthands."""
+    """The part of a pydantic location that occurs in the recipe, without union members and expanded shorthands."""
     for depth, key in enumerate(location):
         if isinstance(content, dict) and key in content:
             content = content[str(key)]
@@ -98,7 +98,7 @@ def _blocks_at(model: Any, location: Sequence[str | int]) -> list[type[BaseModel
                 below.append(kind.model_fields[str(key)].annotation)
             elif get_origin(kind) is list and isinstance(key, int) or get_origin(kind) is dict:
                 below.append(get_args(kind)[-1])
-        here = below or here  # a union member's name in the location leads nowhere
+        here = below or here  # a union member's name in the location is not a field
     return [kind for kind in _flattened(here) if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 

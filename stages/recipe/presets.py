@@ -1,6 +1,6 @@
-"""The published settings of four papers, each value with where it stands; ``preset: instructgpt2022`` puts them beneath a step's own.
+"""Published settings of four papers, each with its source. ``preset: instructgpt2022`` provides defaults for a step's settings.
 
-A value that was never published stays a default of ours and says so (``ours``): nobody can tell what the paper did there.
+An unpublished value is our own default and is marked as such (``ours``), because the paper's value is unknown.
 
 Sources: Z Ziegler et al. 2019 (arXiv 1909.08593), its code openai/lm-human-preferences (LMHP); S Stiennon et al. 2020 (2009.01325);
 I Ouyang et al. 2022 (2203.02155); H Huang et al. 2024 (2403.17031), its code vwxyzjn/summarize_from_feedback_details (N+).
@@ -20,7 +20,7 @@ STAGES = ("sft", "reward_model", "ppo")
 
 @dataclass(frozen=True)
 class Value:
-    """One setting of a preset: its value, where it is published, or why we chose it."""
+    """One setting of a preset: its value and its published source, or the reason for our choice."""
 
     value: Any
     source: str
@@ -41,13 +41,13 @@ Settings = dict[str, Value]  # field path -> value
 
 @dataclass(frozen=True)
 class Preset:
-    """The settings of one paper for one size or task, by stage."""
+    """The settings of one paper by stage, for one model size or task."""
 
     paper: str
     stages: dict[str, Settings]
-    missing: dict[str, str] = field(default_factory=dict)  # stage -> why there is nothing for it
-    required: dict[str, dict[str, str]] = field(default_factory=dict)  # stage -> field that the recipe must fill -> what it is for
-    notes: dict[str, str] = field(default_factory=dict)  # stage -> what the preset cannot hold
+    missing: dict[str, str] = field(default_factory=dict)  # stage -> why the preset has no settings for it
+    required: dict[str, dict[str, str]] = field(default_factory=dict)  # stage -> field that the recipe must set -> its purpose
+    notes: dict[str, str] = field(default_factory=dict)  # stage -> differences that the preset cannot express
 
 
 UNSAID = "the paper does not mention it"
@@ -104,10 +104,10 @@ _Z_PPO: Settings = {
     "target_update_kl": Value(None, "LMHP train_policy.py"),
 }
 _Z_NOTES = {
-    "ppo": "LMHP also trains on the tokens behind the truncation; here they do not exist, as in the papers after it",
-    "reward_model": "LMHP's Adam keeps epsilon outside the bias correction in the reward model, too; here that is PPO's alone",
+    "ppo": "LMHP also trains on tokens after the truncation; here they do not exist, as in later papers",
+    "reward_model": "LMHP's Adam applies epsilon outside the bias correction also in the reward model; here only PPO does",
 }
-_Z_MISSING = {"sft": "Ziegler et al. begin from a pretrained model without fine-tuning on demonstrations"}
+_Z_MISSING = {"sft": "Ziegler et al. start from a pretrained model without fine-tuning on demonstrations"}
 
 
 def _ziegler(
@@ -266,15 +266,15 @@ def _instructgpt(*, sft_rate: float, init_rate: float, sft_batch: int, value_rat
                 "training.learning_rate": Value(init_rate, "I C.3"),
                 "training.batch_size": Value(sft_batch, "I C.3"),
                 "pretraining_mix.share": Value(0.1, "I C.3, E.8: 10 % pretraining data"),
-                "residual_dropout": ours(None, "C.1 gives it for supervised fine-tuning alone"),
+                "residual_dropout": ours(None, "C.1 states it for supervised fine-tuning only"),
                 "completion_only_loss": ours(True, UNSAID),
             }
         )
-        required = {"pretraining_mix.data": f"{_PRETRAINING_DATA}, of which one row in ten is (I C.3)"}
+        required = {"pretraining_mix.data": f"{_PRETRAINING_DATA}, for one row in ten (I C.3)"}
         return Preset(
             "Ouyang et al. 2022",
             {"sft": sft},
-            {stage: "init is the model that PPO begins from" for stage in ("reward_model", "ppo")},
+            {stage: "init is the model that PPO starts from" for stage in ("reward_model", "ppo")},
             required={"sft": required},
         )
     sft = (
@@ -316,7 +316,7 @@ def _instructgpt(*, sft_rate: float, init_rate: float, sft_batch: int, value_rat
         "value_coef": ours(0.1, "as LMHP"),
         "whiten_advantages": ours(True, "as LMHP"),
         "whiten_rewards": ours(False, UNSAID),
-        "missing_eos": ours("none", "responses of at most 1k tokens; what happens to longer ones is not told"),
+        "missing_eos": ours("none", "responses of at most 1k tokens; the treatment of longer ones is not stated"),
         "max_prompt_tokens": Value(1024, "I C: prompts of more than 1k tokens are left out"),
         "generation.max_new_tokens": Value(1024, "I C: responses of at most 1k tokens"),
         "generation.temperature": Value(1.0, "I C.4"),
@@ -340,8 +340,8 @@ def _instructgpt(*, sft_rate: float, init_rate: float, sft_batch: int, value_rat
         {"sft": sft, "reward_model": reward, "ppo": ppo},
         required={"ppo": {"pretraining_mix.data": f"{_PRETRAINING_DATA}, whose gradients PPO-ptx adds (I C.4)"}},
         notes={
-            "sft": "the paper keeps the model along the run that the reward model likes best on validation prompts (selection.reward)",
-            "ppo": "the paper's policy is not the sft model but one made with the preset instructgpt2022/init",
+            "sft": "the paper selects the checkpoint with the best reward model score on validation prompts (selection.reward)",
+            "ppo": "the paper's policy starts not from the sft model but from one trained with the preset instructgpt2022/init",
         },
     )
 
@@ -443,12 +443,12 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-# Applying one
+# Applying a preset
 
 
 @dataclass(frozen=True)
 class Applied:
-    """A preset as a step uses it: the values that it fills in, by field path, and what cannot be filled in."""
+    """A preset as applied to a step: the values that it sets, by field path, and a note on what it cannot set."""
 
     name: str
     values: Settings
@@ -456,45 +456,50 @@ class Applied:
 
 
 def apply_preset(content: Mapping[str, Any], path: Steps, source: RecipeSource) -> tuple[dict[str, Any], Applied | None]:
-    """(a step's content with its preset beneath, what the preset gave). Raises RecipeError for an unknown name, and for a missing field."""
+    """Return (the step's content with preset values added, the applied preset).
+
+    Raises RecipeError for an unknown preset or missing field.
+    """
     name, stage = content.get("preset"), content.get("stage")
     if name is None:
         return dict(content), None
     if not isinstance(name, str) or name not in PRESETS:
-        raise source.error((*path, "preset"), f"got {name!r}, which is no preset; {nearest(name, PRESETS)}")
+        raise source.error((*path, "preset"), f"got {name!r}, which is not a preset; {nearest(name, PRESETS)}")
     preset = PRESETS[name]
     if stage not in preset.stages:
         reason = preset.missing.get(str(stage), f"only for {', '.join(preset.stages)}")
         raise source.error((*path, "preset"), f"{name!r} has nothing for the stage {stage}: {reason}")
     merged = copy.deepcopy(dict(content))
     values = _scaled(preset.stages[stage], merged)
-    filled = {place: value for place, value in values.items() if _fill(merged, parse_path(place), value.value)}
-    for place, purpose in preset.required.get(stage, {}).items():
-        keys = parse_path(place)
+    filled = {field_path: value for field_path, value in values.items() if _fill(merged, parse_path(field_path), value.value)}
+    for field_path, purpose in preset.required.get(stage, {}).items():
+        keys = parse_path(field_path)
         if _lacks(merged, keys):
             block = keys[0]
-            raise source.error(path, f"the preset {name!r} needs {place}: {purpose}. Or set {block}: null to go without it")
+            raise source.error(path, f"the preset {name!r} needs {field_path}: {purpose}. Or set {block}: null to do without it")
     return merged, Applied(name, filled, preset.notes.get(stage))
 
 
 def _scaled(settings: Settings, content: dict[str, Any]) -> Settings:
-    """The settings fitted to the batch sizes that the recipe gives: the number of minibatches stays, and microbatches divide a batch."""
+    """Fit the settings to the recipe's batch sizes: keep the number of minibatches, and let the microbatch size divide the batch size."""
     scaled = dict(settings)
     if "rollout_batch_size" in settings:
-        number = settings["rollout_batch_size"].value // settings["minibatch_size"].value
+        num_minibatches = settings["rollout_batch_size"].value // settings["minibatch_size"].value
         given, small = content.get("rollout_batch_size"), content.get("minibatch_size")
         if isinstance(given, int) and small is None:
-            parts = max(count for count in range(1, number + 1) if given % count == 0) if given > 0 else 1
+            parts = max(count for count in range(1, num_minibatches + 1) if given % count == 0) if given > 0 else 1
             scaled["minibatch_size"] = _because(settings["minibatch_size"], given // parts, f"{parts} minibatches")
         elif isinstance(small, int) and given is None:
-            scaled["rollout_batch_size"] = _because(settings["rollout_batch_size"], small * number, f"{number} minibatches")
+            scaled["rollout_batch_size"] = _because(
+                settings["rollout_batch_size"], small * num_minibatches, f"{num_minibatches} minibatches"
+            )
     training = content.get("training")
     own = training if isinstance(training, dict) else {}
     batch = own.get("batch_size", settings["training.batch_size"].value if "training.batch_size" in settings else None)
     if isinstance(batch, int) and batch > 0 and "microbatch_size" not in own:
         most = 8 if content.get("stage") == "reward_model" else 32
         size = max(count for count in range(1, min(most, batch) + 1) if batch % count == 0)
-        scaled["training.microbatch_size"] = ours(size, f"the largest part of batch_size={batch} up to {most}; no effect on the gradient")
+        scaled["training.microbatch_size"] = ours(size, f"the largest divisor of batch_size={batch} up to {most}; same gradient")
     return scaled
 
 
@@ -503,7 +508,7 @@ def _because(value: Value, scaled: int, reason: str) -> Value:
 
 
 def _fill(content: dict[str, Any], path: Steps, value: Any) -> bool:
-    """Put ``value`` at ``path`` unless the recipe says something there (a block that it sets to null, too, is said)."""
+    """Set ``value`` at ``path`` unless the recipe sets it. A block set to null counts as set."""
     node: Any = content
     for key in path[:-1]:
         if key in node and not isinstance(node[key], dict):
@@ -516,7 +521,7 @@ def _fill(content: dict[str, Any], path: Steps, value: Any) -> bool:
 
 
 def _lacks(content: dict[str, Any], path: Steps) -> bool:
-    """Whether the recipe leaves ``path`` open; a block set to null is an answer."""
+    """Whether the recipe does not set ``path``. A block set to null counts as set."""
     node: Any = content
     for key in path:
         if not isinstance(node, dict):

@@ -1,4 +1,4 @@
-"""The recipe's schema: strict and typed, checked whole before any model is loaded; errors name the line, the value and the next move."""
+"""The recipe schema: strict and typed, checked completely before a model is loaded. Errors name the line, the value and the next move."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from stages.recipe.source import RecipeSource, Steps, find_recipe, named, neares
 from stages.registry.ledger import DIGEST, REFERENCE, Registry, check_name
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-OLD_HUB_ID = re.compile(r"(?=.*[0-9-])[A-Za-z0-9][\w.-]*")  # gpt2, bert-base-uncased: hub models without an owner
+OLD_HUB_ID = re.compile(r"(?=.*[0-9-])[A-Za-z0-9][\w.-]*")  # gpt2, bert-base-uncased: Hub models without an owner
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".bz2", ".xz")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Where a stage's parts are; imported only when a recipe uses them."""
+    """Import paths of a stage. They are imported only if a recipe uses the stage."""
 
     config: str  # module:class of the step's config
     run: str  # module:function
@@ -48,7 +48,7 @@ STAGES: dict[str, Stage] = {
 
 
 def load_object(address: str) -> Any:
-    """The object at ``module:name``."""
+    """Import the object at ``module:name``."""
     module, _, name = address.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -57,20 +57,21 @@ class RecipeHeader(Strict):
     """The fields of a recipe outside its steps."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the recipe; its models are <recipe>/<step>.")
-    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Random seed of every step that names none.")
-    description: str | None = Field(None, description="What the recipe is for, in a sentence.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Random seed of every step that does not set its own.")
+    description: str | None = Field(None, description="Purpose of the recipe in one sentence.")
     trackers: Annotated[list[Tracker], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
-        ["tensorboard"], description="Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio, or several of them; []: nowhere."
+        ["tensorboard"], description="Metric trackers besides metrics.jsonl: tensorboard, wandb, trackio, or several of them; []: none."
     )
-    steps: list[dict[str, Any]] = Field(description="The chain, in the order it runs.")
+    steps: list[dict[str, Any]] = Field(description="The steps in the order of execution.")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A model reference understood: ``kind`` step | folder | registry | hub, ``target`` the step's name, path, reference or id.
+    """A resolved model reference: ``kind`` step | folder | registry | hub, and ``target``, the step name, path, reference or Hub id.
 
-    ``advice``: for an id that the Hub turns out not to have, what here has a similar name. ``base``: of an adapter on a model of the Hub,
-    that model at its commit; known once the recipe is pinned (chain/pins.py).
+    ``advice``: similar local names, for the message if the Hub does not have the id. ``base``: for an adapter, its base model on the Hub at
+    a
+    commit; known after the recipe is pinned (chain/pins.py).
     """
 
     kind: str
@@ -82,13 +83,13 @@ class Reference:
 
 @dataclass(frozen=True)
 class RecipeStep:
-    """One step, valid: its config (data paths absolute) and its model inputs by field path."""
+    """One validated step: its config (with absolute data paths) and its model inputs by field path."""
 
     index: int
-    config: Any  # a StepConfig; Any because each stage adds fields of its own
+    config: Any  # a StepConfig; Any because each stage adds its own fields
     models: dict[str, Reference]
     seed: int
-    preset: Applied | None = None  # what a preset filled in
+    preset: Applied | None = None  # the applied preset
 
     @property
     def name(self) -> str:
@@ -101,7 +102,7 @@ class RecipeStep:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe that is valid as a whole."""
+    """A completely validated recipe."""
 
     name: str
     seed: int
@@ -109,16 +110,16 @@ class Recipe:
     steps: list[RecipeStep]
     source: RecipeSource = field(repr=False)
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    is_pinned: bool = False  # whether models and data of the Hub are named by commits (chain/pins.py)
+    is_pinned: bool = False  # whether models and data of the Hub are pinned to commits (chain/pins.py)
 
     def model_name(self, step: RecipeStep) -> str:
-        """The registry name of what a step makes."""
+        """The registry name of the step's model."""
         return f"{self.name}/{step.name}"
 
     def check_data(self, step: RecipeStep) -> None:
-        """Look for the functions that a step names, and let its config look at its data (columns, empty splits); no model is loaded.
+        """Check the functions that a step names, and its data (columns, empty splits). No model is loaded.
 
-        Raises RecipeError or DataError with the place.
+        Raises RecipeError or DataError with the location in the recipe.
         """
         check: Callable[[], None] | None = getattr(step.config, "check_data", None)
         path: Steps = ("steps", step.index)
@@ -131,14 +132,14 @@ class Recipe:
                 check()
         except (DataError, RecipeError) as error:
             overrides = self.source.overrides_with(path, address) or self.source.overrides_of(path, data_inputs(step.config))
-            place = f"{named(overrides)}: {show(path)}" if overrides else self.source.place(path)
-            raise type(error)(f"{place} ({step.name}): {error}") from error
+            location = f"{named(overrides)}: {show(path)}" if overrides else self.source.location(path)
+            raise type(error)(f"{location} ({step.name}): {error}") from error
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = (), registry: Registry | None = None) -> Recipe:
-    """Read, override and check a recipe; nothing is run and no model is loaded.
+    """Read, override and validate a recipe. Nothing is run and no model is loaded.
 
-    Raises RecipeError with place, value and next move; the place is the override where the recipe is right without it.
+    Raises RecipeError with location, value and next move. If the recipe is valid without the overrides, the location is the override.
     """
     path = find_recipe(path)
     try:
@@ -153,7 +154,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), registry: Regis
 
 
 def _guilty_overrides(message: str, path: Path | str, overrides: Sequence[str], registry: Registry | None) -> list[str]:
-    """The overrides without which the recipe does not fail with ``message``; none where the file alone fails so."""
+    """The overrides that cause the error ``message``; empty if the file alone causes it."""
 
     def fails_so(kept: Sequence[str]) -> bool:
         try:
@@ -187,15 +188,15 @@ def _load(path: Path | str, overrides: Sequence[str], registry: Registry | None)
     steps = []
     for index, config in enumerate(configs):
         models = {}
-        for place, model in model_inputs(config).items():
+        for field_path, model in model_inputs(config).items():
             step = _step_named(model.ref, header.name, configs)
             if step is not None:
-                models[place] = Reference("step", step, model)
+                models[field_path] = Reference("step", step, model)
                 continue
             try:
-                models[place] = find_model(model, registry, folders, [other.name for other in configs[:index]], header.name)
+                models[field_path] = find_model(model, registry, folders, [other.name for other in configs[:index]], header.name)
             except StagesError as error:
-                raise source.error(("steps", index, *parse_path(place)), str(error)) from error
+                raise source.error(("steps", index, *parse_path(field_path)), str(error)) from error
         seed = header.seed if config.seed is None else config.seed
         steps.append(RecipeStep(index, config, models, seed, read_steps[index][1]))
     check_trackers(header.trackers)
@@ -203,11 +204,11 @@ def _load(path: Path | str, overrides: Sequence[str], registry: Registry | None)
 
 
 def _refuse_secrets(source: RecipeSource, overrides: Sequence[str]) -> None:
-    """Raise RecipeError where a text of the recipe is a secret; the message tells the place and not the text."""
-    advice = "a recipe is kept in manifests and logs. Put it into the environment, and take back the one that was written down"
-    for place, text in _texts(source.content, ()):
+    """Raise RecipeError if a text of the recipe is a secret. The message gives its location, not the text."""
+    advice = "recipes are stored in manifests and logs. Put the secret into an environment variable, and revoke this one"
+    for path, text in _texts(source.content, ()):
         if (kind := find_secret([text])) is not None:
-            raise source.error(place, f"holds {kind}; {advice}")
+            raise source.error(path, f"holds {kind}; {advice}")
     for text in overrides:
         if (kind := find_secret([text])) is not None:
             raise RecipeError(f"override {text.partition('=')[0]!r}: holds {kind}; {advice}")
@@ -226,22 +227,22 @@ def _texts(value: Any, path: Steps) -> Iterator[tuple[Steps, str]]:
 
 
 def model_inputs(config: Any) -> dict[str, ModelInput]:
-    """The models a step reads, by field path."""
+    """The models that a step reads, by field path."""
     return config.model_inputs() if hasattr(config, "model_inputs") else {}
 
 
 def data_inputs(config: Any) -> dict[str, list[DataSource]]:
-    """The data a step reads, by field path."""
+    """The data that a step reads, by field path."""
     return config.data_inputs() if hasattr(config, "data_inputs") else {}
 
 
 def _step_config(content: dict[str, Any], index: int, source: RecipeSource) -> tuple[StepConfig, Applied | None]:
-    """The step's config, its preset beneath it, and what the preset filled in."""
+    """Return (the step's config with preset values, the applied preset)."""
     path: Steps = ("steps", index)
     if "stage" not in content:
         raise source.error(path, f"the field stage is missing; expected one of {', '.join(STAGES)}")
     if not isinstance(content["stage"], str) or content["stage"] not in STAGES:
-        raise source.error((*path, "stage"), f"got {content['stage']!r}, which is no stage; {nearest(content['stage'], STAGES)}")
+        raise source.error((*path, "stage"), f"got {content['stage']!r}, which is not a stage; {nearest(content['stage'], STAGES)}")
     schema = load_object(STAGES[content["stage"]].config)
     filled, preset = apply_preset(content, path, source) if "preset" in schema.model_fields else (content, None)
     return validate(schema, filled, path, source), preset
@@ -271,50 +272,50 @@ def _step_named(ref: str, recipe: str, configs: list[StepConfig]) -> str | None:
 
 
 def _check_order(recipe: str, configs: list[StepConfig], source: RecipeSource) -> None:
-    """Every step may read only what an earlier step of this recipe made."""
+    """Check that every step reads only models of earlier steps."""
     order = {config.name: index for index, config in enumerate(configs)}
     reads = {config.name: [_step_named(model.ref, recipe, configs) for model in model_inputs(config).values()] for config in configs}
     for index, config in enumerate(configs):
-        for place, model in model_inputs(config).items():
+        for field_path, model in model_inputs(config).items():
             target = _step_named(model.ref, recipe, configs)
             if target is None:
                 continue
-            path: Steps = ("steps", index, *parse_path(place))
+            path: Steps = ("steps", index, *parse_path(field_path))
             if target == config.name:
                 raise source.error(path, f"got {model.ref!r}, a cycle: the step {target!r} refers to itself; expected an earlier step")
             if order[target] > index:
-                cycle = " -> ".join([config.name, *_way(target, config.name, reads)])
+                cycle = " -> ".join([config.name, *_path_between(target, config.name, reads)])
                 if cycle.endswith(f"-> {config.name}"):
                     raise source.error(path, f"got {model.ref!r}, a cycle: {cycle}; a step reads earlier steps only")
-                later = f"a step that comes later (steps[{order[target]}])"
+                later = f"a later step (steps[{order[target]}])"
                 raise source.error(path, f"got {model.ref!r}, {later}; move it before {config.name!r}")
             if not STAGES[configs[order[target]].stage].makes_model:
                 raise source.error(path, f"got {model.ref!r}, a step of stage {configs[order[target]].stage!r}, which makes no model")
 
 
-def _way(start: str, goal: str, reads: dict[str, list[str | None]]) -> list[str]:
-    """The steps from ``start`` to ``goal`` along what each reads; empty where there is no way."""
+def _path_between(start: str, target: str, reads: dict[str, list[str | None]]) -> list[str]:
+    """A path of steps from ``start`` to ``target`` along their inputs; empty if there is none."""
     trail: list[list[str]] = [[start]]
     seen = {start}
     while trail:
-        way = trail.pop()
-        if way[-1] == goal:
-            return way
-        for name in reads[way[-1]]:
+        path = trail.pop()
+        if path[-1] == target:
+            return path
+        for name in reads[path[-1]]:
             if name is not None and name not in seen:
                 seen.add(name)
-                trail.append([*way, name])
+                trail.append([*path, name])
     return []
 
 
 def find_model(
     model: ModelInput, registry: Registry | None, folders: Sequence[Path], steps: Sequence[str] = (), recipe: str | None = None
 ) -> Reference:
-    """Understand a reference that is no step: an existing model folder, a registry reference, or a hub id.
+    """Resolve a reference that is not a step: an existing model folder, a registry reference, or a Hub id.
 
-    Only exact names count: an id that merely resembles a step or a version is one of the Hub, and ``Reference.advice`` keeps the
-    resemblance for the case that the Hub does not have it. ``steps`` are the names a typing error may have meant. Raises RecipeError or
-    RegistryError that says what was looked for.
+    Only exact names count. An id that is merely similar to a step or version is a Hub id; ``Reference.advice`` keeps the similar name for
+    the
+    message if the Hub does not have the id. ``steps`` are the step names to suggest. Raises RecipeError or RegistryError.
     """
     ref = model.ref
     if ref.startswith(HUB):
@@ -340,15 +341,15 @@ def find_model(
     near = difflib.get_close_matches(ref, known, n=1, cutoff=0.75)
     advice = f"did you mean {near[0]!r}?" if near else None
     if advice is None and bare_folder is not None:
-        advice = f"the folder {bare_folder} has that name and holds no config.json"
+        advice = f"the folder {bare_folder} has that name but no config.json"
     if HUB_ID.fullmatch(ref) or OLD_HUB_ID.fullmatch(ref):
         return Reference("hub", ref, model, advice)
     advice = advice or f"earlier steps: {', '.join(steps) or 'none'}; registry: {', '.join(sorted(names)[:10]) or 'empty'}"
-    raise RecipeError(f"got {ref!r}, which is no earlier step, folder, registry reference or hub id; {advice}")
+    raise RecipeError(f"got {ref!r}, which is not an earlier step, folder, registry reference or Hub id; {advice}")
 
 
 def _hub_id(written: str) -> str:
-    """The id in ``hub:owner/name``. Raises RecipeError where it is none."""
+    """The id in ``hub:owner/name``. Raises RecipeError if it is invalid."""
     identifier = written.removeprefix(HUB)
     if not (HUB_ID.fullmatch(identifier) or OLD_HUB_ID.fullmatch(identifier) or identifier.isidentifier()):
         raise RecipeError(f"got {written!r}, expected hub:owner/name")
@@ -356,7 +357,7 @@ def _hub_id(written: str) -> str:
 
 
 def _local(folder: Path, written: str) -> Path | None:
-    """The path that ``written`` names, seen from ``folder``; None for what can be no path (a NUL, too long, another's unknown home)."""
+    """The path ``written`` relative to ``folder``; None if it cannot be a path (NUL byte, too long, unknown home folder)."""
     try:
         path = (folder / Path(written).expanduser()).resolve()
         path.exists()
@@ -369,7 +370,7 @@ def _local(folder: Path, written: str) -> Path | None:
 
 
 def with_sources(value: Any, path: Steps, change: Callable[[DataSource, Steps], DataSource]) -> Any:
-    """``value`` (a block of a recipe, written at ``path``) with every data source in it replaced by what ``change`` makes of it."""
+    """``value`` (the recipe block at ``path``) with every data source replaced by ``change(source, path)``."""
     if isinstance(value, DataSource):
         return change(value, path)
     if isinstance(value, BaseModel):
@@ -386,7 +387,7 @@ def with_sources(value: Any, path: Steps, change: Callable[[DataSource, Steps], 
 
 
 def _data_path(written: str, path: Steps, folders: Sequence[Path], source: RecipeSource) -> str:
-    """The absolute path of local data; other names are as written. Raises RecipeError for a file that is not there."""
+    """The absolute path of local data; other names are unchanged. Raises RecipeError for a missing file."""
     if written.startswith("world:"):
         return written
     if written.startswith(HUB):
@@ -396,11 +397,11 @@ def _data_path(written: str, path: Steps, folders: Sequence[Path], source: Recip
             raise source.error(path, str(error)) from error
         return written
     for folder in folders:
-        found = _local(folder, written)
-        if found is not None and found.exists():
-            return str(found)
+        local = _local(folder, written)
+        if local is not None and local.exists():
+            return str(local)
     if not written.endswith(DATA_SUFFIXES) and (HUB_ID.fullmatch(written) or OLD_HUB_ID.fullmatch(written) or written.isidentifier()):
         return written  # a data set of the Hub
     looked = " and ".join(str(folder) for folder in dict.fromkeys(folders))
-    expected = "a file, a folder, a hub id or world:PART"
+    expected = "a file, a folder, a Hub id or world:PART"
     raise source.error(path, f"got {written!r}, a file that does not exist (looked in {looked}); expected {expected}")

@@ -1,4 +1,4 @@
-"""Every setting of a step as it will run, and where its value comes from: the command line, the recipe, a preset, or a default."""
+"""All settings of a step, and the origin of each value: the command line, the recipe, a preset, or a default."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stages.recipe.source import Steps, show
 
 @dataclass(frozen=True)
 class Setting:
-    """One value: ``kind`` is override, recipe, preset or default; ``origin`` says where exactly."""
+    """One value. ``kind`` is override, recipe, preset or default; ``origin`` gives the exact location."""
 
     path: str
     value: Any
@@ -28,12 +28,12 @@ class Setting:
 
 
 def settings_of_step(recipe: Recipe, step: RecipeStep) -> list[Setting]:
-    """All settings, in the order of the schema."""
+    """All settings in schema order."""
     return [_setting(recipe, step, path, value) for path, value in _leaves(step.config, ())]
 
 
 def preset_settings(recipe: Recipe, step: RecipeStep) -> list[Setting]:
-    """The settings that the step's preset has, whether or not the recipe overrode them; empty without a preset."""
+    """The settings that the step's preset defines, even if the recipe overrides them; empty without a preset."""
     from stages.recipe.presets import PRESETS
 
     if step.preset is None:
@@ -55,7 +55,7 @@ def _setting(recipe: Recipe, step: RecipeStep, path: Steps, value: Any) -> Setti
 
 
 def _where(recipe: Recipe, index: int, path: Steps) -> str | None:
-    """The place in the recipe, or the override, that says what stands at ``path``; None where neither does."""
+    """The location in the recipe, or the override, that sets ``path``; None if neither does."""
     node: Any = recipe.source.content["steps"][index]
     reached: Steps = ("steps", index)
     for depth, key in enumerate(path):
@@ -63,16 +63,16 @@ def _where(recipe: Recipe, index: int, path: Steps) -> str | None:
             node = node[key]  # type: ignore[index]
             reached = (*reached, key)
         elif isinstance(node, dict | list):
-            # A block without this key leaves it open; a list of data sources may be written as its only item.
+            # A block without this key leaves it unset. A list with one data source may be written as that source.
             if isinstance(node, dict) and isinstance(key, int):
                 continue
             return None
         else:
-            # A bare value that stands for a block (model: sft) says what is referred to, and leaves the block's other fields open.
+            # A bare value in place of a block (model: sft) sets only the reference; the block's other fields are unset.
             if not set(path[depth:]) <= {"model", "ref", "path", 0}:
                 return None
             break
-    return recipe.source.place(reached).rpartition(": ")[0]
+    return recipe.source.location(reached).rpartition(": ")[0]
 
 
 def _leaves(value: Any, path: Steps) -> Iterator[tuple[Steps, Any]]:
@@ -90,11 +90,11 @@ def _leaves(value: Any, path: Steps) -> Iterator[tuple[Steps, Any]]:
 
 
 def settings_table(recipe: Recipe, step: RecipeStep, settings: list[Setting]) -> Table:
-    """The settings for a terminal; what the recipe or the command line sets stands out."""
+    """The settings as a terminal table. Values from the recipe or the command line are highlighted."""
     title = f"{step.name} ({step.stage}){f': preset {step.preset.name}' if step.preset is not None else ''}"
     table = Table("setting", "value", "from", title=title, title_justify="left", caption_justify="left")
     if step.preset is not None and step.preset.note is not None:
-        table.caption = f"Beside these: {step.preset.note}."
+        table.caption = f"Note: {step.preset.note}."
     styles = {"override": "bold yellow", "recipe": "bold", "preset": "", "default": "dim"}
     for setting in settings:
         style = styles[setting.kind]

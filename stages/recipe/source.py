@@ -1,4 +1,4 @@
-"""A recipe as written: YAML read safely, with the line of every value, and the overrides of the command line laid over it.
+"""A recipe as written: YAML parsed safely, with the line of every value, and with command line overrides applied.
 
 A path is a tuple of keys and indices, ``("steps", 1, "training", "learning_rate")``, shown as ``steps[1].training.learning_rate``.
 """
@@ -26,13 +26,13 @@ from stages.shipped import shipped_recipes
 Steps = tuple[str | int, ...]
 PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null")
 LARGEST = 2**63 - 1
-HEADER = ("name", "seed", "description", "trackers")  # fields of the recipe itself that an override may set
+HEADER = ("name", "seed", "description", "trackers")  # recipe fields outside steps that an override may set
 DATA_FIELDS = ("data", "train", "validation", "demonstrations", "perplexity", "exclude", "completions", "judgements")
-MOST_VALUES = 100_000  # an alias of aliases can stand for billions of values
+MOST_VALUES = 100_000  # nested YAML aliases can expand to billions of values
 
 
 def show(path: Iterable[str | int]) -> str:
-    """``steps[1].training.learning_rate``."""
+    """Format a path as ``steps[1].training.learning_rate``."""
     text = ""
     for key in path:
         if isinstance(key, int):
@@ -43,42 +43,42 @@ def show(path: Iterable[str | int]) -> str:
 
 
 def parse_path(text: str) -> Steps:
-    """The inverse of ``show``; raises ValueError for what is no path."""
+    """The inverse of ``show``. Raises ValueError for an invalid path."""
     parts: list[str | int] = []
     for piece in re.findall(r"[^.\[\]]+|\[\d+\]|[.\[\]]", text):
         if piece.startswith("[") and len(piece) > 1:
             parts.append(int(piece[1:-1]))
         elif piece in "[]":
-            raise ValueError(f"{text!r} has a stray {piece!r}")
+            raise ValueError(f"{text!r} has an unmatched {piece!r}")
         elif piece != ".":
             parts.append(piece)
     if not parts or text.startswith((".", "[")) or text.endswith(".") or ".." in text:
-        raise ValueError(f"{text!r} is no field path")
+        raise ValueError(f"{text!r} is not a field path")
     return tuple(parts)
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:
-    """``did you mean 'x'?``, else what there is to choose from."""
+    """``did you mean 'x'?``, or the list of known names."""
     choices = sorted(known)
     near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(choices) or 'none'}"
 
 
 def named(overrides: Sequence[str]) -> str:
-    """``override 'sft.seed=1'``, or ``overrides 'a=1', 'b=2'``: the beginning of a message about them."""
+    """``override 'sft.seed=1'``, or ``overrides 'a=1', 'b=2'``: the beginning of a message about overrides."""
     return f"override{'s' if len(overrides) > 1 else ''} {', '.join(map(repr, overrides))}"
 
 
 @dataclass
 class RecipeSource:
-    """Plain values of a recipe, and where each was written."""
+    """The plain values of a recipe, and the line of each one."""
 
     file: str
     content: dict[str, Any]
     lines: dict[Steps, int] = field(default_factory=dict)  # counted from 1
     overrides: dict[Steps, str] = field(default_factory=dict)
 
-    def place(self, path: Steps) -> str:
+    def location(self, path: Steps) -> str:
         """``recipes/x.yaml:12: steps[1].field`` or ``override 'sft.field=1': steps[1].field``."""
         for length in range(len(path), -1, -1):
             if path[:length] in self.overrides:
@@ -88,20 +88,20 @@ class RecipeSource:
         return f"{self.file}: {show(path)}"
 
     def overrides_of(self, path: Steps, fields: Iterable[str]) -> list[str]:
-        """The overrides of ``fields`` (paths below ``path``), of a part of them, or of what holds them."""
+        """The overrides that set one of ``fields`` (paths below ``path``), a part of one, or a parent of one."""
         wanted = [(*path, *parse_path(name)) for name in fields]
         return [text for key, text in self.overrides.items() if any(key[: len(one)] == one[: len(key)] for one in wanted)]
 
     def overrides_with(self, path: Steps, value: str) -> list[str]:
-        """The overrides below ``path`` whose value holds the text ``value``; none for an empty text."""
+        """The overrides below ``path`` whose value contains the text ``value``; none for an empty text."""
         below = [text for key, text in self.overrides.items() if key[: len(path)] == path]
         return [text for text in below if value and value in text.partition("=")[2]]
 
     def error(self, path: Steps, message: str) -> RecipeError:
-        return RecipeError(f"{self.place(path)}: {message}")
+        return RecipeError(f"{self.location(path)}: {message}")
 
     def override(self, text: str) -> None:
-        """Lay ``step.field=value`` (or ``seed=8``) over the content. Raises RecipeError that names the override."""
+        """Apply ``step.field=value`` (or ``seed=8``). Raises RecipeError that names the override."""
         target, separator, written = text.partition("=")
         if not separator:
             raise RecipeError(f"override {text!r}: expected step.field=value, e.g. sft.training.epochs=2 or seed=8")
@@ -120,19 +120,19 @@ class RecipeSource:
         self.overrides[path] = text
 
     def _locate(self, parts: Steps, target: str) -> Steps:
-        """The path an override means: its first part is a step's name or a field of the recipe."""
+        """The full path of an override target, which begins with a step name or a recipe field."""
         steps = self.content["steps"]
         names = [step.get("name") if isinstance(step, dict) else None for step in steps]
         if parts[0] == "steps" and len(parts) > 2 and isinstance(parts[1], int):
             return parts
-        # Longest first: a step's name may itself hold dots.
+        # Longest first, because a step name may contain dots.
         for name in sorted((name for name in names if isinstance(name, str)), key=len, reverse=True):
             if target.startswith(name + "."):
                 return ("steps", names.index(name), *parse_path(target[len(name) + 1 :]))
         if len(parts) == 1 and parts[0] in HEADER:
             return parts
         if parts[0] in names:
-            raise ValueError(f"{parts[0]!r} is a step; name the field of it to set: {parts[0]}.field=value")
+            raise ValueError(f"{parts[0]!r} is a step; add the field to set: {parts[0]}.field=value")
         known = [name for name in names if name] + list(HEADER)
         raise ValueError(f"the recipe has no step {parts[0]!r}; {nearest(parts[0], known)}")
 
@@ -145,7 +145,7 @@ class RecipeSource:
                 if not isinstance(node, list):
                     raise TypeError(f"{here} is not a list, so it has no item [{key}]")
                 if key >= len(node):
-                    raise IndexError(f"{here} has {len(node)} items; [{key}] is beyond its end")
+                    raise IndexError(f"{here} has {len(node)} items; there is no item [{key}]")
             elif not isinstance(node, dict):
                 raise TypeError(f"{here} is {node!r}, not a block of fields, so it has no field {key!r}")
             if is_last:
@@ -158,14 +158,14 @@ class RecipeSource:
 
 
 def _opened(child: Any, key: str | int, field: str) -> Any:
-    """``child`` in the form that takes ``key``: an absent block is made, a model or a data source written as a bare string is spelt out.
+    """Convert ``child`` so that it can hold ``key``: create a missing block, or expand a model or data source written as a bare string.
 
-    ``field`` is the field that ``child`` stands in; it tells a model from a data source where both have the key.
+    ``field`` is the name of the field that holds ``child``. It distinguishes models from data sources if both have the key.
     """
     if child is None and isinstance(key, str):
         return {}
     if isinstance(key, int) and (isinstance(child, str) or (isinstance(child, dict) and "path" in child)):
-        return [child]  # a list of data sources may be written as its only item
+        return [child]  # a list with one data source may be written as that source
     if isinstance(child, str) and key in ModelInput.model_fields and not (field in DATA_FIELDS and key in DataSource.model_fields):
         return {"ref": child}
     if isinstance(child, str) and key in DataSource.model_fields:
@@ -174,13 +174,13 @@ def _opened(child: Any, key: str | int, field: str) -> Any:
 
 
 def find_recipe(path: Path | str) -> Path:
-    """The file at ``path``; else the shipped recipe of that name (``quickstart``). A path that is neither is returned as it is."""
+    """The file at ``path``, else the shipped recipe of that name (``quickstart``). Any other path is returned unchanged."""
     path = Path(path)
     return path if path.exists() else shipped_recipes().get(str(path), path)
 
 
 def read(path: Path | str) -> RecipeSource:
-    """Read a recipe file. Raises RecipeError where it is missing, is not YAML, or is not a mapping with a list of steps."""
+    """Read a recipe file. Raises RecipeError if it is missing, not YAML, or not a mapping with a list of steps."""
     file = str(path)
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -202,13 +202,13 @@ def read(path: Path | str) -> RecipeSource:
     return source
 
 
-def parse_value(text: str, place: str) -> Any:
-    """The value that a piece of YAML stands for. Raises RecipeError that begins with ``place``."""
-    return _parse(text, place)[0]
+def parse_value(text: str, location: str) -> Any:
+    """Parse the value of a piece of YAML. Raises RecipeError that begins with ``location``."""
+    return _parse(text, location)[0]
 
 
 def _parse(text: str, file: str) -> tuple[Any, dict[Steps, int]]:
-    """Plain values of a YAML document, and their lines. Tags are refused: a recipe names values, never Python objects."""
+    """Parse a YAML document to plain values and their lines. Tags are refused, so that a recipe cannot create Python objects."""
     reader = YAML(typ="rt")
     try:
         document = reader.load(StringIO(text))
@@ -227,7 +227,7 @@ def _parse(text: str, file: str) -> tuple[Any, dict[Steps, int]]:
 
 def _plain(node: Any, path: Steps, lines: dict[Steps, int], file: str) -> Any:
     if len(lines) > MOST_VALUES:
-        raise RecipeError(f"{file}: more than {MOST_VALUES} values; aliases that repeat aliases are not for recipes")
+        raise RecipeError(f"{file}: more than {MOST_VALUES} values; nested aliases are not supported in recipes")
     line = lines.get(path, 1)
     tag = getattr(getattr(node, "tag", None), "value", None)
     if tag is not None and str(tag).removeprefix("tag:yaml.org,2002:") not in PLAIN_TAGS:
@@ -255,5 +255,5 @@ def _plain(node: Any, path: Steps, lines: dict[Steps, int], file: str) -> Any:
             raise RecipeError(f"{file}:{line}: {show(path)}: got {node}, expected a finite number")
         return float(node)
     if isinstance(node, str | date):
-        return str(node)  # dates, too: no field of a recipe expects them as anything else
+        return str(node)  # dates become text: no recipe field expects a date
     raise RecipeError(f"{file}:{line}: {show(path)}: a value of type {type(node).__name__} is not allowed; write a plain value")

@@ -1,1 +1,1 @@
-"""The ledger on disk of immutable models, and what it stands on: digests of content, files that are there whole or not at all."""
+"""The on-disk registry of immutable models, with content digests and atomic file writes."""

@@ -1,4 +1,4 @@
-"""A model card in the Hub's format for an exported model: what it is, where it came from, how it did, how to load it, what nobody knows."""
+"""Model card in the Hub's format for an exported model: description, lineage, results, usage, unknowns."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 PIPELINES = {"language_model": "text-generation", "reward_model": "text-classification", "classifier": "text-classification"}
 WHAT = {
     "language_model": "A causal language model",
-    "reward_model": "A reward model: one number for a prompt with its completion, higher where people (or whoever ranked) would prefer it",
+    "reward_model": "A reward model: a score for a prompt with its completion, higher if the annotators would prefer it",
     "classifier": "A text classifier",
-    "value_model": "A value network: it predicts the score of a completion from every token on; of use to go on with PPO",
+    "value_model": "A value network: it predicts the return at every token of a completion; use it to continue PPO",
 }
 INTENDED = {
-    "language_model": "Research on alignment, and as a starting point for further training. It was not tested for safety, truth or bias "
-    "beyond the evaluations below; do not put it before users without tests of your own.",
+    "language_model": "Research on alignment, or a starting point for further training. It was not tested for safety, truthfulness or bias "
+    "beyond the evaluations below; test it yourself before you give it to users.",
     "reward_model": "Scoring completions of prompts like those it was trained on: as a reward for PPO, to pick the best of several, to "
-    "compare models. Its scores mean nothing for other kinds of text, and a policy trained on it long enough will find its faults.",
+    "compare models. Its scores are not meaningful for other texts, and a policy trained against it for too long will exploit its errors.",
     "classifier": "Labelling texts like those it was trained on.",
-    "value_model": "Going on with a PPO run, or looking at the values of tokens.",
+    "value_model": "Continuing a PPO run, or inspecting the values of tokens.",
 }
 TEMPLATE = """---
 {{ card_data }}
@@ -57,22 +57,22 @@ TEMPLATE = """---
 ```
 {%- endfor %}
 
-## Where it came from
+## Lineage
 
 ```text
 {{ lineage }}
 ```
 {%- if data %}
 
-Data of the last step (each with the beginning of its content's fingerprint):
+Data of the last step (with the first digits of its content fingerprint):
 {% for line in data %}
 - {{ line }}
 {%- endfor %}
 {%- endif %}
 
-## How it did
+## Results
 {% if metrics %}
-| metric of its training | value |
+| training metric | value |
 |---|---|
 {%- for name, value in metrics %}
 | {{ name }} | {{ value }} |
@@ -95,10 +95,10 @@ Its step recorded no metrics.
 
 ## Limits and licence
 
-The licence is **unknown**: it follows from the licences of the data and of the models above, which the registry does not know. Find them
+The licence is **unknown**: it depends on the licences of the data and models above, which the registry does not know. Find them
 out before you share this model.
 
-The step as resolved:
+The step's resolved settings:
 
 ```json
 {{ settings }}
@@ -109,14 +109,14 @@ Packages: {{ packages }}.
 
 
 def write_card(record: ModelRecord, registry: Registry, folder: Path, *, merged: bool) -> Path:
-    """Write README.md into an exported model's ``folder``; ``merged``: an adapter was added into its base."""
+    """Write README.md into an exported model's ``folder``. ``merged``: an adapter was merged into its base."""
     path = folder / "README.md"
     path.write_text(model_card(record, registry, merged=merged), encoding="utf-8")
     return path
 
 
 def model_card(record: ModelRecord, registry: Registry, *, merged: bool) -> str:
-    """The card as text: metadata that the Hub reads, then Markdown."""
+    """The card as text: the Hub's metadata, then Markdown."""
     from huggingface_hub import ModelCard, ModelCardData
 
     manifest = record.manifest
@@ -135,7 +135,7 @@ def model_card(record: ModelRecord, registry: Registry, *, merged: bool) -> str:
         eval_results=_results(record, evaluations) or None,
     )
     size = sum(file["size"] for file in manifest["files"]) / 2**20
-    weights = f"adapter on `{manifest['base']['ref']}`" if is_adapter else "whole, safetensors"
+    weights = f"adapter on `{manifest['base']['ref']}`" if is_adapter else "full weights, safetensors"
     return str(
         ModelCard.from_template(
             data,
@@ -155,7 +155,7 @@ def model_card(record: ModelRecord, registry: Registry, *, merged: bool) -> str:
             data=_data_lines(manifest),
             metrics=[(name, _number(value)) for name, value in manifest["metrics"].items() if isinstance(value, int | float)],
             evaluations=evaluations,
-            settings=json.dumps(_without_places(step), indent=1, ensure_ascii=False),
+            settings=json.dumps(_without_folders(step), indent=1, ensure_ascii=False),
             packages=", ".join(f"{name} {version}" for name, version in manifest["packages"].items()),
         )
     )
@@ -196,12 +196,12 @@ def _sources(value: Any) -> Iterator[dict[str, Any]]:
             yield from _sources(item)
 
 
-def _without_places(value: Any) -> Any:
-    """Settings without the folders of the machine they were made on: a card is for others."""
+def _without_folders(value: Any) -> Any:
+    """Settings without local folders, which mean nothing to other users."""
     if isinstance(value, dict):
-        return {key: _without_places(item) for key, item in value.items()}
+        return {key: _without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_places(item) for item in value]
+        return [_without_folders(item) for item in value]
     return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
@@ -213,12 +213,12 @@ def _hub_data(step: dict[str, Any]) -> list[str]:
 
 def _data_lines(manifest: dict[str, Any]) -> list[str]:
     lines = []
-    for place, mark in manifest["data"].items():
+    for field_path, mark in manifest["data"].items():
         value: Any = manifest["recipe_step"]
-        for key in place.split("."):
+        for key in field_path.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         paths = [str(source["path"]).rpartition("/")[2] or source["path"] for source in _sources(value)] if value is not None else []
-        lines.append(f"`{place}`: {', '.join(paths) or 'not recorded'} (`{mark[:12]}`)")
+        lines.append(f"`{field_path}`: {', '.join(paths) or 'not recorded'} (`{mark[:12]}`)")
     return lines
 
 
@@ -226,8 +226,8 @@ def _data_lines(manifest: dict[str, Any]) -> list[str]:
 
 
 def _evaluations(record: ModelRecord, registry: Registry) -> Iterator[dict[str, Any]]:
-    """Kept evaluations in which this very model was a candidate, newest first; of each, its win rates."""
-    found = []
+    """Stored evaluations with exactly this model as a candidate, newest first, with their win rates."""
+    matches = []
     for path in (registry.root.parent / "results").glob("*/result.json"):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
@@ -236,8 +236,8 @@ def _evaluations(record: ModelRecord, registry: Registry) -> Iterator[dict[str, 
             continue
         names = [name for name, row in evaluation["candidates"].items() if row.get("digest") == record.digest and not row.get("best_of")]
         if names:
-            found.append((result["created"], result["name"], names[-1], evaluation))
-    for created, name, candidate, evaluation in sorted(found, key=lambda item: item[:3], reverse=True):
+            matches.append((result["created"], result["name"], names[-1], evaluation))
+    for created, name, candidate, evaluation in sorted(matches, key=lambda item: item[:3], reverse=True):
         rows = [
             {
                 "other": row["b"],
@@ -253,7 +253,7 @@ def _evaluations(record: ModelRecord, registry: Registry) -> Iterator[dict[str, 
 
 
 def _results(record: ModelRecord, evaluations: list[dict[str, Any]]) -> list[Any]:
-    """The win rates of the newest evaluation, by its first judge, as the Hub's metadata."""
+    """The win rates of the newest evaluation by its first judge, as Hub metadata."""
     from huggingface_hub import EvalResult
 
     if not evaluations:
@@ -279,7 +279,7 @@ def _results(record: ModelRecord, evaluations: list[dict[str, Any]]) -> list[Any
 def _usage(record: ModelRecord, is_adapter: bool) -> list[tuple[str, str]]:
     base = record.manifest["base"] if is_adapter else {}
     if record.role == "language_model" and is_adapter:
-        where = f"`stages models export {base['ref']} BASE` writes it, merged" if base["kind"] == "registry" else "put its path for BASE"
+        where = f"`stages models export {base['ref']} BASE` exports it" if base["kind"] == "registry" else "replace BASE by its path"
         return [
             (
                 f"The adapter belongs to `{base['ref']}`; {where}.",
@@ -299,11 +299,11 @@ def _usage(record: ModelRecord, is_adapter: bool) -> list[tuple[str, str]]:
         ]
     if record.role == "reward_model":
         bias = record.manifest["metrics"].get("reward_bias")
-        text = "The score of a text is the only logit"
-        text += f" plus the bias {bias:.4g}, which the class has no place for (`config.reward_bias`)." if bias is not None else "."
+        text = "The score of a text is the single logit"
+        text += f" plus the bias {bias:.4g}, which the class does not add (`config.reward_bias`)." if bias is not None else "."
         if is_adapter:
             load = 'RewardModel.from_pretrained("FOLDER", dtype=torch.float32)'
-            return [("The head lies beside the adapter.", f"import torch\nfrom stages.models.heads import RewardModel\n\nmodel = {load}")]
+            return [("The head is saved with the adapter.", f"import torch\nfrom stages.models.heads import RewardModel\n\nmodel = {load}")]
         load = 'model = AutoModelForSequenceClassification.from_pretrained("FOLDER")'
         load += "\nscore = model(**inputs).logits[:, 0] + model.config.reward_bias"
         return [(text, f"from transformers import AutoModelForSequenceClassification\n\n{load}")]

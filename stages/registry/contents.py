@@ -1,4 +1,4 @@
-"""What the files of a model folder say: content digests that do not depend on the time or the place they were written."""
+"""Content digests of model folders, independent of when and where the files were written."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 from stages.errors import ModelError
 from stages.process.storage import write_json
 
-LARGE_BYTES = 2**20  # smaller files are read as fast as they are looked up
+LARGE_BYTES = 2**20  # smaller files are hashed as fast as they are looked up
 SETTLED_SECONDS = 2.0
 MEMO_ENTRIES = 10_000
 
-# Pickle-based formats can run code when they are read; the registry holds safetensors only.
+# Pickle-based formats can run code when they are read, so the registry accepts only safetensors.
 UNSAFE_SUFFIXES = (".bin", ".pt", ".pkl", ".pth", ".ckpt", ".pickle")
-# Keys in which transformers and peft note where a model was loaded from: facts about a machine, not about the model.
+# Keys where transformers and peft record the load path: properties of a machine, not of the model.
 MACHINE_KEYS = {
     "config.json": {"_name_or_path", "name_or_path"},
     "generation_config.json": {"_name_or_path", "name_or_path"},
@@ -30,45 +30,45 @@ MACHINE_KEYS = {
 
 
 class Memo:
-    """What was found out about large files before, so that planning need not read them again: a plan only has to be right about what it
-    says; a step that runs reads every byte of its inputs anew.
+    """Cache of the hashes of large files and of passed checks, so that planning need not read the files again.
 
-    A file counts as unchanged while its size, its times and its place on the disk are. One that was changed a moment ago is not
-    remembered: it may change once more within the same tick of the clock.
+    Only plans use it; a step that runs reads every byte of its inputs. A file counts as unchanged if its size, times and inode are
+    unchanged.
+    A file changed a moment ago is not cached, because it could change again within the resolution of its timestamp.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.hashes: dict[str, list[Any]] = {}
-        self.passed: list[str] = []  # marks of checks that were passed
+        self.passed: list[str] = []  # keys of passed checks
         self._is_new = False
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
             self.hashes, self.passed = dict(kept["hashes"]), list(kept["passed"])
         except (OSError, ValueError, KeyError, TypeError):
-            pass  # it only spares work
+            pass  # it is only a cache
 
     def sha256(self, path: Path) -> str:
-        found = path.stat()
-        state = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+        stat = path.stat()
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         kept = self.hashes.get(str(path.absolute()))
         if kept is not None and kept[:4] == state:
             return str(kept[4])
         digest = _sha256(path)
-        if max(found.st_mtime, found.st_ctime) < time.time() - SETTLED_SECONDS:
+        if max(stat.st_mtime, stat.st_ctime) < time.time() - SETTLED_SECONDS:
             self.hashes[str(path.absolute())] = [*state, digest]
             self._is_new = True
         return digest
 
-    def passes(self, mark: str, check: Callable[[], None]) -> None:
-        """Run ``check`` unless it was passed before under the same ``mark``."""
+    def check_once(self, mark: str, check: Callable[[], None]) -> None:
+        """Run ``check`` unless it passed before under the same ``mark``."""
         if mark not in self.passed:
             check()
             self.passed.append(mark)
             self._is_new = True
 
     def save(self) -> None:
-        """Keep it beside what it is about; nothing is made for it, and a disk that refuses does no harm."""
+        """Write the cache. Does nothing if the home folder does not exist, and ignores write errors."""
         if not self._is_new or not self.path.parent.parent.is_dir():
             return
         content = {"hashes": dict(list(self.hashes.items())[-MEMO_ENTRIES:]), "passed": self.passed[-MEMO_ENTRIES:]}
@@ -84,7 +84,7 @@ _memo: ContextVar[Memo | None] = ContextVar("memo", default=None)
 
 @contextmanager
 def remembering(path: Path) -> Iterator[Memo]:
-    """Inside, ``file_sha256`` of large files is taken from what is kept in ``path`` where they are unchanged."""
+    """Context manager in which ``file_sha256`` takes the hashes of unchanged large files from the cache at ``path``."""
     memo = Memo(path)
     token = _memo.set(memo)
     try:
@@ -111,30 +111,30 @@ def _sha256(path: Path) -> str:
 
 
 def files_of(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(relative path with slashes, path) of every file below ``folder``, sorted; hidden files (.gitattributes, .cache) are left out."""
-    found = []
+    """(relative path with slashes, path) of every file below ``folder``, sorted. Hidden files (.gitattributes, .cache) are skipped."""
+    paths = []
     for root, directories, names in os.walk(folder):
         directories[:] = [name for name in directories if not name.startswith(".")]
-        found += [Path(root, name) for name in names if not name.startswith(".")]
-    yield from sorted((path.relative_to(folder).as_posix(), path) for path in found)
+        paths += [Path(root, name) for name in names if not name.startswith(".")]
+    yield from sorted((path.relative_to(folder).as_posix(), path) for path in paths)
 
 
-def without_place(name: str, content: dict[str, Any], base: str | None) -> dict[str, Any]:
+def without_local_paths(name: str, content: dict[str, Any], base: str | None) -> dict[str, Any]:
     """``content`` of the JSON file ``name`` without the paths of the machine that wrote it.
 
-    ``base`` (a digest or a hub id) takes the place of an adapter's base path; None empties it.
+    ``base`` (a digest or Hub id) replaces an adapter's base path; None removes it.
     """
     kept = {key: value for key, value in content.items() if key not in MACHINE_KEYS.get(name, ())}
     if name == "adapter_config.json":
         kept["base_model_name_or_path"] = base
-        for key, value in kept.items():  # peft keeps module names in sets, whose order changes from process to process
+        for key, value in kept.items():  # peft stores module names in sets, whose order differs between processes
             if isinstance(value, list) and all(isinstance(item, str) for item in value):
                 kept[key] = sorted(value)
     return kept
 
 
 def normalised(path: Path, base: str | None) -> bytes | None:
-    """The bytes the file should have to be independent of its place; None where it already is."""
+    """The file's bytes without local paths; None if the file has none."""
     if path.name not in MACHINE_KEYS and path.name != "adapter_config.json":
         return None
     try:
@@ -142,13 +142,13 @@ def normalised(path: Path, base: str | None) -> bytes | None:
     except ValueError as error:
         raise ModelError(f"{path}: not readable as JSON ({error}); expected a folder written by save_pretrained") from error
     if not isinstance(content, dict):
-        raise ModelError(f"{path}: holds a {type(content).__name__}, expected an object, as save_pretrained writes it")
-    kept = without_place(path.name, content, base)
+        raise ModelError(f"{path}: contains a {type(content).__name__}, expected an object, as save_pretrained writes it")
+    kept = without_local_paths(path.name, content, base)
     return None if kept == content else (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def normalise_folder(folder: Path, base: str | None) -> None:
-    """Rewrite the JSON files of ``folder`` so that equal models have equal bytes wherever and whenever they were saved."""
+    """Rewrite the JSON files of ``folder`` so that equal models have equal bytes."""
     for _, path in list(files_of(folder)):
         content = normalised(path, base)
         if content is not None:
@@ -162,7 +162,7 @@ def digest_of(hashes: dict[str, str]) -> str:
 
 
 def digest_folder(folder: Path, base: str | None = None) -> str:
-    """The content digest of a model folder anywhere on disk: the one the registry gives to a whole model with these files."""
+    """The content digest of any model folder; equal to the registry's digest of a full model with these files."""
     hashes = {}
     for name, path in files_of(folder):
         content = normalised(path, base)

@@ -1,9 +1,9 @@
-"""The registry: a ledger on disk of immutable models in the Hugging Face format, each with a manifest.
+"""The registry: immutable models on disk in the Hugging Face format, each with a manifest.
 
-    <root>/models/<name>/<version>/model/...        what from_pretrained reads (safetensors)
-    <root>/models/<name>/<version>/manifest.json    what it is, where it came from, how it did
+    <root>/models/<name>/<version>/model/...        files for from_pretrained (safetensors)
+    <root>/models/<name>/<version>/manifest.json    role, lineage, metrics
 
-``<name>`` may hold one slash (``quickstart/sft``). A reference is ``name`` (newest), ``name@3`` or a digest prefix ``sha256:ab12...``.
+``<name>`` may contain one slash (``quickstart/sft``). A reference is ``name`` (newest), ``name@3`` or a digest prefix ``sha256:ab12...``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ RECORDED_PACKAGES = (
     "bitsandbytes",
     "trl",
 )
-SEGMENT = r"(?=[^/]*[A-Za-z_-])[A-Za-z0-9][A-Za-z0-9_.-]*"  # a digit-only segment could be mistaken for a version folder
+SEGMENT = r"(?=[^/]*[A-Za-z_-])[A-Za-z0-9][A-Za-z0-9_.-]*"  # a digits-only segment could be confused with a version folder
 NAME = re.compile(rf"{SEGMENT}(/{SEGMENT})?")
 REFERENCE = re.compile(rf"(?P<name>{NAME.pattern})(@(?P<version>[1-9][0-9]*))?")
 DIGEST = re.compile(r"sha256:(?P<prefix>[0-9a-f]{4,64})")
@@ -54,11 +54,11 @@ class _RemovedMeanwhile(RegistryError):
 
 
 Merge = Callable[[ModelRecord, "Registry", Path], None]
-"""Writes an adapter's record, merged into its base, into an empty folder."""
+"""Merges an adapter's record into its base and writes the result to an empty folder."""
 
 
 class Registry:
-    """The versions under ``root``; made on first publish, safe for several processes."""
+    """The versions under ``root``, which is created on first publish. Safe for concurrent processes."""
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root).absolute()
@@ -82,11 +82,11 @@ class Registry:
         base: ResolvedModel | None = None,
         extra: dict[str, Any] | None = None,
     ) -> ModelRecord:
-        """Add a version of ``name`` made of what ``fill(folder)`` writes: after a crash there is either nothing of it or all of it.
+        """Add a version of ``name`` with the files that ``fill(folder)`` writes. A crash leaves either nothing or a complete version.
 
-        ``base`` is the model that adapter weights stand on: required where ``fill`` writes an adapter, of no interest otherwise.
-        Raises RegistryError for a name that is no name, for weights that are not safetensors, and for an empty folder; the registry is
-        then as it was.
+        ``base`` is the base model of adapter weights: required if ``fill`` writes an adapter, else ignored. Raises RegistryError for an
+        invalid
+        name, for weights that are not safetensors, and for an empty folder; the registry is then unchanged.
         """
         check_name(name)
         if role not in ROLES:
@@ -98,8 +98,8 @@ class Registry:
             self._check_files(model, name, base)
             is_adapter = (model / "adapter_config.json").exists()
             if is_adapter:
-                (model / "README.md").unlink(missing_ok=True)  # peft's form of a model card: nothing but the path of the base
-            normalise_folder(model, _place_free(base))
+                (model / "README.md").unlink(missing_ok=True)  # peft's model card, which contains only the local path of the base
+            normalise_folder(model, _portable_base(base))
             files = [{"path": path, "size": file.stat().st_size, "sha256": file_sha256(file)} for path, file in files_of(model)]
             manifest: dict[str, Any] = {
                 "manifest_version": MANIFEST_VERSION,
@@ -123,7 +123,7 @@ class Registry:
                 sync(file)
             with self._lock():
                 if is_adapter and base is not None and base.kind == "registry":
-                    self._get_digest(base.digest, base.digest.removeprefix("sha256:"))  # it may have been removed in the meantime
+                    self._get_digest(base.digest, base.digest.removeprefix("sha256:"))  # raises if the base was removed meanwhile
                 folder = self._models / name
                 folder.mkdir(parents=True, exist_ok=True)
                 self._check_inside(folder)
@@ -132,20 +132,20 @@ class Registry:
                 sync(staging)
                 os.rename(staging, folder / str(manifest["version"]))
                 sync(folder)
-        # Not read again: another process may have removed it by now, and it was published all the same.
+        # Do not read it again: another process may already have removed it, but publishing succeeded.
         return ModelRecord(name, manifest["version"], manifest["digest"], role, folder / str(manifest["version"]) / "model", manifest)
 
     def adopt(self, record: ModelRecord, name: str) -> ModelRecord:
-        """Take a version that another recipe made in under ``name``, with the models published beside it (``<name>-value``).
+        """Add a version made by another recipe under ``name``, with the models published beside it (``<name>-value``).
 
-        The files are linked, not copied, where the disk can: versions never change.
+        Files are hard-linked if the file system allows it, because versions never change.
         """
         beside = [
             other
             for other in self.records()
             if other.name.startswith(f"{record.name}-") and other.manifest["fingerprint_parts"] == record.manifest["fingerprint_parts"]
         ]
-        newest = {other.name: other for other in beside}  # records() has the newest version of a name last
+        newest = {other.name: other for other in beside}  # records() sorts versions, so the newest wins
         for other in newest.values():
             self._adopt(other, name + other.name.removeprefix(record.name))
         return self._adopt(record, name)
@@ -179,20 +179,20 @@ class Registry:
             )
         links = [path for path, file in paths.items() if file.is_symlink()]
         if links:
-            raise RegistryError(f"{name!r} holds symbolic links ({', '.join(links)}); a version must hold its files itself")
+            raise RegistryError(f"{name!r} holds symbolic links ({', '.join(links)}); a version must contain its files")
         if "adapter_config.json" in paths and base is None:
-            raise RegistryError(f"{name!r} holds an adapter, but not which model it stands on; pass base= to publish")
+            raise RegistryError(f"{name!r} contains an adapter, but its base model is unknown; pass base= to publish")
 
     def _claim_version(self, folder: Path) -> int:
-        """The next version number; under the lock. A removed version's number is never given again, so that old references stay true."""
+        """The next version number. Call it under the lock. Numbers of removed versions are not reused, so old references stay valid."""
         counter = folder / "last_version"
         try:
             last = int(counter.read_text())
-        except (OSError, ValueError):  # not yet there, or spoilt
+        except (OSError, ValueError):  # missing or damaged
             last = 0
-        number = max([last, *_versions(folder)]) + 1
-        write_json(counter, number)
-        return number
+        version = max([last, *_versions(folder)]) + 1
+        write_json(counter, version)
+        return version
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
@@ -203,7 +203,7 @@ class Registry:
 
     @contextmanager
     def _staging_folder(self) -> Iterator[Path]:
-        """A folder of our own under tmp/. While its lock file is held we are alive; a folder nobody holds is the leftover of a crash."""
+        """A private folder under tmp/. A held lock file marks its owner as alive; a folder without one is left over from a crash."""
         with self._lock():
             self._staging.mkdir(exist_ok=True)
             self._clean_leftovers()
@@ -214,7 +214,7 @@ class Registry:
         try:
             yield staging
         finally:
-            shutil.rmtree(staging, ignore_errors=True)  # gone already where it was published
+            shutil.rmtree(staging, ignore_errors=True)  # already moved if it was published
             Path(owner.name).unlink(missing_ok=True)
             owner.close()
 
@@ -227,14 +227,14 @@ class Registry:
                     except BlockingIOError:
                         continue
                     shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-                    path.unlink(missing_ok=True)  # its owner may have been done just now
+                    path.unlink(missing_ok=True)  # its owner may have finished meanwhile
             elif not path.with_suffix(".lock").exists():
                 shutil.rmtree(path, ignore_errors=True)
 
     # Reading
 
     def get(self, ref: str) -> ModelRecord:
-        """The record of a reference: ``name`` (newest), ``name@3`` or ``sha256:prefix``. Raises RegistryError with the nearest names."""
+        """Find the record of ``name`` (newest), ``name@3`` or ``sha256:prefix``. Raises RegistryError with the nearest names."""
         if match := DIGEST.fullmatch(ref):
             return self._get_digest(ref, match["prefix"])
         match = REFERENCE.fullmatch(ref)
@@ -250,16 +250,16 @@ class Registry:
             try:
                 return self._read(self._models / name / (version or str(versions[-1])))
             except _RemovedMeanwhile:
-                continue  # look again: what is there now decides
+                continue  # list the versions again
 
     def _get_digest(self, ref: str, prefix: str) -> ModelRecord:
-        found = [record for record in self.records() if record.digest.startswith(f"sha256:{prefix}")]
-        if not found:
+        matches = [record for record in self.records() if record.digest.startswith(f"sha256:{prefix}")]
+        if not matches:
             raise RegistryError(f"no model whose digest begins with {ref!r} in {self.root}; `stages models list` shows the digests")
-        if len({record.digest for record in found}) > 1:
-            names = ", ".join(f"{record.ref} {record.digest[:23]}" for record in found)
-            raise RegistryError(f"{ref!r} is the beginning of several digests: {names}. Give more digits")
-        return max(found, key=lambda record: (record.manifest["created"], record.name, record.version))
+        if len({record.digest for record in matches}) > 1:
+            names = ", ".join(f"{record.ref} {record.digest[:23]}" for record in matches)
+            raise RegistryError(f"{ref!r} matches several digests: {names}. Give more digits")
+        return max(matches, key=lambda record: (record.manifest["created"], record.name, record.version))
 
     def _nearest(self, name: str) -> str:
         names = sorted({record.name for record in self.records()})
@@ -269,33 +269,33 @@ class Registry:
         return f"known: {', '.join(names[:20]) or 'none'}."
 
     def records(self) -> list[ModelRecord]:
-        """Every version, by name and number."""
+        """All versions, sorted by name and number."""
         patterns = ("*/*/manifest.json", "*/*/*/manifest.json")
-        # glob, not pathlib's: it passes over folders that another process removes meanwhile.
+        # glob.iglob, not pathlib: it skips folders that another process removes meanwhile.
         paths = [path for pattern in patterns for path in iglob(pattern, root_dir=self._models, include_hidden=True)]
         folders = [(self._models / path).parent for path in paths]
-        found = self._read_all(folder for folder in folders if folder.name.isdigit())
-        return sorted(found, key=lambda record: (record.name, record.version))
+        matches = self._read_all(folder for folder in folders if folder.name.isdigit())
+        return sorted(matches, key=lambda record: (record.name, record.version))
 
     def _read_all(self, folders: Iterable[Path]) -> list[ModelRecord]:
-        found = []
+        matches = []
         for folder in folders:
             with suppress(_RemovedMeanwhile):
-                found.append(self._read(folder))
-        return found
+                matches.append(self._read(folder))
+        return matches
 
     def versions(self, name: str) -> list[ModelRecord]:
-        """The versions of one name, oldest first; empty where there is none."""
+        """The versions of one name, oldest first; empty if there are none."""
         check_name(name)
-        return self._read_all(self._models / name / str(number) for number in _versions(self._models / name))
+        return self._read_all(self._models / name / str(version) for version in _versions(self._models / name))
 
     def find_fingerprint(self, fingerprint: str, name: str | None = None) -> ModelRecord | None:
-        """The newest version (of ``name``, where given) that was made with this fingerprint."""
+        """The newest version (of ``name``, if given) with this fingerprint."""
         records = self.versions(name) if name is not None else self.records()
-        found = [record for record in records if fingerprint and record.manifest["fingerprint"] == fingerprint]
+        matches = [record for record in records if fingerprint and record.manifest["fingerprint"] == fingerprint]
         if name is not None:
-            return found[-1] if found else None  # by number: a clock may have been set back
-        return max(found, key=lambda record: (record.manifest["created"], record.version), default=None)
+            return matches[-1] if matches else None  # by number, because clocks can go backwards
+        return max(matches, key=lambda record: (record.manifest["created"], record.version), default=None)
 
     def _read(self, folder: Path) -> ModelRecord:
         self._check_inside(folder)
@@ -314,17 +314,17 @@ class Registry:
                 raise _RemovedMeanwhile(f"{folder} was removed in the meantime") from error
             raise RegistryError(f"{path}: not a readable manifest ({error}); the version is damaged, remove {folder}") from error
         if f"{name}/{version}" != folder.relative_to(self._models).as_posix():
-            raise RegistryError(f"{path}: says that it is {name!r} version {version}, which belongs elsewhere; moved or edited, refused")
+            raise RegistryError(f"{path}: describes {name!r} version {version}, which does not match its folder; it was moved or edited")
         return record
 
     def _check_inside(self, folder: Path) -> None:
         if not folder.resolve().is_relative_to(self._models.resolve()):
-            raise RegistryError(f"{folder} leads out of the registry {self.root} by a symbolic link; refused")
+            raise RegistryError(f"{folder} is a symbolic link that leads out of the registry {self.root}; refused")
 
     # Looking after versions
 
     def lineage(self, ref: str) -> dict[str, Any]:
-        """The tree of what a version was made from: ref, digest, role, base, parents (the same again; a foreign model is a leaf)."""
+        """The ancestry tree of a version: ref, digest, role, base, parents (recursive). Models from outside the registry are leaves."""
         record = self.get(ref)
         parents = []
         for parent in record.manifest["parents"]:
@@ -348,7 +348,7 @@ class Registry:
         }
 
     def verify(self, ref: str) -> list[str]:
-        """What is wrong with a version's files, one sentence per file; empty where every byte is as published."""
+        """Problems with a version's files, one sentence per file; empty if every byte is as published."""
         record = self.get(ref)
         try:
             return self._problems(record)
@@ -367,18 +367,18 @@ class Registry:
             elif path.stat().st_size < file["size"]:
                 problems.append(f"{file['path']} is truncated: {path.stat().st_size} bytes of {file['size']}")
             elif file_sha256(path) != file["sha256"]:
-                problems.append(f"{file['path']} was changed: its SHA-256 is not the published one")
+                problems.append(f"{file['path']} was changed: its SHA-256 differs from the published one")
         if not record.folder.exists():
             raise RegistryError(f"{record.ref} was removed while it was verified")
         problems += [f"{name} was not published with this version" for name in present]
         if record.digest != digest_of({file["path"]: file["sha256"] for file in record.manifest["files"]}):
-            problems.append("manifest.json was changed: its digest does not follow from its list of files")
+            problems.append("manifest.json was changed: its digest does not match its list of files")
         return problems
 
     def export(self, ref: str, destination: Path | str, *, merge: Merge | None = None) -> Path:
-        """Copy a model out for ``from_pretrained``. An adapter is written by ``merge`` (models.exporting.export_merged), else alone.
+        """Copy a model to ``destination`` for ``from_pretrained``. An adapter is merged by ``merge`` if given, else copied as an adapter.
 
-        Raises RegistryError where the destination exists and is not empty, or where the version does not verify.
+        Raises RegistryError if the destination is not empty, or if the version is damaged.
         """
         record, destination = self.get(ref), Path(destination).absolute()
         if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
@@ -394,7 +394,7 @@ class Registry:
             else:
                 shutil.copytree(record.path, partial)
             for _, file in files_of(partial):
-                file.chmod(0o644)  # weights are written for the user alone, and a server runs as somebody else
+                file.chmod(0o644)  # weights are private to the user, but a server may run as another user
             if destination.exists():
                 destination.rmdir()
             partial.rename(destination)
@@ -403,7 +403,7 @@ class Registry:
         return destination
 
     def remove(self, ref: str, *, force: bool = False) -> ModelRecord:
-        """Take a version out. Refused where adapters stand on it (unless ``force``) or where ``name`` alone is ambiguous."""
+        """Remove a version. Refused if adapters depend on it (unless ``force``), or if ``ref`` is a name with several versions."""
         with self._staging_folder() as staging, self._lock():
             record = self._removable(ref, force)
             os.rename(record.folder, staging / "removed")
@@ -413,8 +413,8 @@ class Registry:
         record = self.get(ref)
         others = self.versions(record.name)
         if ref == record.name and len(others) > 1:
-            numbers = ", ".join(other.ref for other in others)
-            raise RegistryError(f"{ref!r} has several versions ({numbers}); name the one to remove")
+            refs = ", ".join(other.ref for other in others)
+            raise RegistryError(f"{ref!r} has several versions ({refs}); name the one to remove")
         twins = [other for other in self.records() if other.digest == record.digest and other.ref != record.ref]
         adapters = [other.ref for other in self.records() if other.is_adapter and other.manifest["base"]["digest"] == record.digest]
         if adapters and not twins and not force:
@@ -423,7 +423,7 @@ class Registry:
 
 
 def check_name(name: str) -> None:
-    """Raise RegistryError unless ``name`` is a registry name; such a name cannot lead out of the registry."""
+    """Raise RegistryError unless ``name`` is a valid registry name. Valid names cannot lead out of the registry."""
     if NAME.fullmatch(name) is None:
         raise RegistryError(
             f"{name!r} is not a model name; expected <step> or <recipe>/<step> of letters, digits, '_', '-' and '.', not digits alone"
@@ -431,7 +431,7 @@ def check_name(name: str) -> None:
 
 
 def installed_packages() -> dict[str, str]:
-    """Versions of the packages that make the numbers, without importing them."""
+    """Versions of the packages that influence results, without importing them."""
     versions = {}
     for package in RECORDED_PACKAGES:
         try:
@@ -448,7 +448,7 @@ def _versions(folder: Path) -> list[int]:
 
 
 def _describe(model: ResolvedModel) -> dict[str, Any]:
-    """What a manifest says of a parent or a base: kind, reference (pinned to a version), digest, and the path of a foreign model."""
+    """A parent or base as recorded in a manifest: kind, reference (with version), digest, and the path of an external model."""
     ref = model.record.ref if model.record is not None else model.ref
     described: dict[str, Any] = {"kind": model.kind, "ref": ref, "digest": model.digest}
     if model.record is None:
@@ -462,8 +462,8 @@ def _describe(model: ResolvedModel) -> dict[str, Any]:
     return described
 
 
-def _place_free(base: ResolvedModel | None) -> str | None:
-    """How an adapter's config names its base: a hub id can be loaded anywhere; of anything else the digest is what stays true."""
+def _portable_base(base: ResolvedModel | None) -> str | None:
+    """The base name for an adapter's config: a Hub id, which can be loaded anywhere, else the digest."""
     if base is None:
         return None
     return base.path if base.kind == "hub" else base.digest
@@ -474,7 +474,7 @@ def _distinct(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _link(source: str, target: str) -> None:
-    """A second name for a file that never changes; a copy where the disk knows no such thing."""
+    """Hard-link a file that never changes; copy it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:

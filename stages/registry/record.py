@@ -13,7 +13,7 @@ class ModelRecord:
 
     name: str
     version: int
-    digest: str  # sha256:... of the files of model/, whatever the time and the place
+    digest: str  # sha256:... of the files of model/, independent of time and path
     role: str
     path: Path  # the model/ folder, for from_pretrained
     manifest: dict[str, Any]

@@ -1,4 +1,4 @@
-"""A model input after resolution."""
+"""A model input with its resolved path and content digest."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from stages.registry.record import ModelRecord
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model input after resolution: where ``from_pretrained`` finds it, and what the registry knows of it."""
+    """A resolved model input: the path for ``from_pretrained``, and the registry record if there is one."""
 
-    ref: str  # as the recipe writes it
+    ref: str  # as written in the recipe
     kind: str  # "registry" | "folder" | "hub"
-    path: str  # folder, or hub id
-    digest: str  # content digest; for a hub id, the id and revision
+    path: str  # folder, or Hub id
+    digest: str  # content digest; for a Hub id, the id and revision
     input: ModelInput
     record: ModelRecord | None = None
-    base: ResolvedModel | None = None  # of an adapter whose own files do not say it, such as one that is about to be published
+    base: ResolvedModel | None = None  # for an adapter whose own files do not name it, e.g. one that is about to be published
 
     def with_quantization(self, other: ModelInput) -> ResolvedModel:
-        """The same model, loaded as ``other`` says: quantized or not, and with its attention."""
+        """The same model with the loading options of ``other``: quantization and attention."""
         fields = {"quantization": other.quantization, "double_quantization": other.double_quantization, "attention": other.attention}
         return replace(self, input=self.input.model_copy(update=fields))

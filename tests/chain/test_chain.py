@@ -67,8 +67,8 @@ def actions(summary: dict[str, Any]) -> dict[str, str]:
 def test_a_first_run_makes_everything_and_a_second_reuses_it(tmp_path: Path) -> None:
     planned = plan()
     assert {name: action for name, (action, _) in planned.items()} == dict.fromkeys(("base", "sft", "side", "verdict"), "run")
-    assert planned["base"][1] == "never run to its end"
-    assert planned["sft"][1] == "its input base is made anew"
+    assert planned["base"][1] == "never completed before"
+    assert planned["sft"][1] == "its input base is re-run"
     assert not Path("home/registry/models").exists()
 
     first = run()
@@ -171,7 +171,7 @@ def test_changed_data_redoes_the_step_and_what_depends_on_it() -> None:
     Path("a.txt").write_text("another a")
     planned = plan()
     assert planned["base"] == ("run", "data changed: data")
-    assert planned["sft"] == ("run", "its input base is made anew")
+    assert planned["sft"] == ("run", "its input base is re-run")
     assert planned["side"][0] == "reuse"
     assert actions(run()) == {"base": "run", "sft": "run", "side": "reuse", "verdict": "run"}
 
@@ -262,7 +262,7 @@ def test_a_cut_off_step_is_resumed_from_its_checkpoint() -> None:
     assert [step["name"] for step in summary["steps"]] == ["base"]
     planned = plan("sft.stop_after=2")
     assert planned["base"][0] == "reuse"
-    assert planned["sft"] == ("resume", "a run of it was cut off; never run to its end")
+    assert planned["sft"] == ("resume", "an earlier run was interrupted; never completed before")
     summary = run("sft.stop_after=2")
     assert actions(summary)["sft"] == "resume"
     assert summary["steps"][1]["metrics"]["first_step"] == 2

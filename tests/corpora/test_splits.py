@@ -68,9 +68,9 @@ def test_annotators_of_the_embedded_world_are_folds() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"folds": 5}, "folds goes with split_by"),
+        ({"folds": 5}, "folds needs split_by"),
         ({"split_by": "user", "folds": 5, "fold": 5}, "fold=5 must be below folds=5"),
-        ({"split_by": "user", "validation": "x"}, "leave one of them out"),
+        ({"split_by": "user", "validation": "x"}, "remove one of them"),
     ],
 )
 def test_contradictions_are_refused(table: str, fields: dict, message: str) -> None:

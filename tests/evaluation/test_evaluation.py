@@ -160,7 +160,7 @@ def test_another_vocabulary_has_no_kl(prompts, step_context, models, config) -> 
         ({"kl_reference": "sft"}, "kl_reference='sft' is no candidate; expected one of base, aligned"),
         ({"candidates": {}}, "at least 1"),
         ({"judges": []}, "at least 1"),
-        ({"judges": [{"function": LENGTHS}, {"function": LENGTHS}]}, "two are called 'lengths'"),
+        ({"judges": [{"function": LENGTHS}, {"function": LENGTHS}]}, "two have the name 'lengths'"),
         ({"candidates": {"b": {"model": "x", "few_shot": {"data": "d", "template": "{completion}"}}}}, "template must hold"),
     ],
 )

@@ -184,7 +184,7 @@ def test_a_reply_that_is_no_chat_completion(server: Server, content: Any) -> Non
     server.reply = lambda body, number: (200, content, {})
     with client(server, max_failed_share=1.0) as asked:
         assert asked.compare(PAIRS[:1]) == [None]
-    assert asked.tally.reasons == {"the reply is no chat completion": 1}
+    assert asked.tally.reasons == {"the reply is not a chat completion": 1}
 
 
 def test_nothing_is_asked_twice(server: Server, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_nothing_is_asked_twice(server: Server, tmp_path: Path) -> None:
     assert b"k-123" not in path.read_bytes()
 
 
-@pytest.mark.parametrize(("unreadable", "reason"), [("", "the reply is empty"), ("I cannot judge this.", "the reply is no verdict")])
+@pytest.mark.parametrize(("unreadable", "reason"), [("", "the reply is empty"), ("I cannot judge this.", "the reply contains no verdict")])
 def test_a_reply_without_a_verdict_is_asked_for_again(server: Server, tmp_path: Path, unreadable: str, reason: str) -> None:
     path = tmp_path / "judgements.sqlite3"
     server.reply = lambda body, number: (200, said(unreadable), {})
@@ -246,7 +246,7 @@ def test_what_the_judge_reads() -> None:
 
 
 def test_a_password_in_the_address_is_refused(server: Server) -> None:
-    with pytest.raises(ValidationError, match="holds a password"):
+    with pytest.raises(ValidationError, match="contains a password"):
         judge(server, endpoint="http://user:pass@host/v1")
 
 

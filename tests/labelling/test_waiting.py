@@ -203,7 +203,7 @@ def test_people_judge_an_evaluation_side_by_side(prompts, tmp_path, monkeypatch,
     first = CliRunner().invoke(app, ["run", "small.yaml", *home])
     assert first.exit_code == 75 and "waiting: small/verdict: 0 of 4 tasks are ranked" in first.output + first.stderr
     planned = CliRunner().invoke(app, ["plan", "small.yaml", *home, "--json"])
-    assert json.loads(planned.stdout)["steps"][0]["reason"] == "it waits for people: 0 of 4 tasks are ranked"
+    assert json.loads(planned.stdout)["steps"][0]["reason"] == "it waits for annotators: 0 of 4 tasks are ranked"
     with pytest.raises(Waiting, match="0 of 4 tasks are ranked"):
         stages.run("small.yaml", home=tmp_path / "home", quiet=True)
     folder = find_folder("small/verdict", tmp_path / "home")

@@ -15,7 +15,7 @@ from stages.planning.memory import (
     moments,
     phases,
     trained,
-    whole_logits,
+    unchunked_logits,
 )
 from stages.planning.shapes import Shape, shape_of
 
@@ -85,7 +85,7 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer() -> None:
 
 def test_logits_in_chunks_and_whole() -> None:
     shape = llama()
-    assert whole_logits(shape, 10) == 5 * 10 * 100 * 4
+    assert unchunked_logits(shape, 10) == 5 * 10 * 100 * 4
     assert chunked_logits(shape, 10, CPU, trains_output=False) == 4 * 10 * 100 * 4 + 2 * 10 * 64 * 4
     many = chunked_logits(shape, 10**6, CPU, trains_output=True)
     assert many == 4 * (2 << 20) + 2 * 10**6 * 64 * 4 + 100 * 64 * 4  # a chunk is never more than 2 MiB

@@ -91,13 +91,13 @@ def test_the_advice_fits(recipe: Any, tmp_path: Path, gib: float) -> None:
 def test_what_cannot_fit_is_said(recipe: Any, tmp_path: Path) -> None:
     step = planned(recipe(), tmp_path, 1)["aligned"]
     assert step.advice == []
-    assert advice_lines([step]) == ["aligned: no settings known here would make it fit; take a smaller model or a larger machine"]
+    assert advice_lines([step]) == ["aligned: no known setting makes it fit; use a smaller model or a larger machine"]
 
 
 def test_sizes_that_are_not_known_are_no_guess(recipe: Any, tmp_path: Path) -> None:
     step = planned(recipe(policy="nobody/secret", value="shared"), tmp_path, 24)["aligned"]
     assert step.memory is None
-    assert "the sizes of nobody/secret are known once it is downloaded" in step.note
+    assert "the size of nobody/secret is unknown until it is downloaded" in step.note
 
 
 def test_lengths_come_from_the_data(recipe: Any, tmp_path: Path, tiny_llama_folder: Path) -> None:
@@ -142,7 +142,7 @@ def test_the_command_prints_and_tells_programs(recipe: Any, tmp_path: Path, monk
     path = str(recipe())
     result = CliRunner().invoke(app, ["plan", path, "--home", str(tmp_path), "--device-memory", "24"])
     assert result.exit_code == 0, result.output
-    assert "Memory at the fullest moment" in result.output
+    assert "Peak memory" in result.output
     assert "aligned would fit" in result.output
     result = CliRunner().invoke(app, ["plan", path, "--home", str(tmp_path), "--device-memory", "24", "--json"])
     (step,) = json.loads(result.output)["memory"]

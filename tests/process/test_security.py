@@ -223,7 +223,7 @@ def test_a_manifest_cannot_claim_another_place() -> None:
     manifest = json.loads((record.folder / "manifest.json").read_text())
     for claim in ({"name": "../../../etc/x"}, {"name": "other/model"}, {"version": 7}):
         (record.folder / "manifest.json").write_text(json.dumps({**manifest, **claim}))
-        with pytest.raises(RegistryError, match="belongs elsewhere; moved or edited, refused"):
+        with pytest.raises(RegistryError, match="does not match its folder; it was moved or edited"):
             Registry("home/registry").get("safe/model")
 
 

@@ -93,7 +93,7 @@ def test_ziegler(tmp_path: Path) -> None:
     reward = configured(tmp_path, "reward_model", "ziegler2019")
     assert (reward.loss, reward.normalization.to, reward.normalization.num_samples) == ("best_of", "standardize", 256)
     assert reward.normalization.before_training and reward.training.schedule == "linear"
-    with pytest.raises(RecipeError, match="'ziegler2019' has nothing for the stage sft: Ziegler et al. begin from a pretrained model"):
+    with pytest.raises(RecipeError, match="'ziegler2019' has nothing for the stage sft: Ziegler et al. start from a pretrained model"):
         configured(tmp_path, "sft", "ziegler2019")
 
 
@@ -164,7 +164,7 @@ def test_what_a_preset_cannot_know_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=message):
         configured(tmp_path, "ppo", "instructgpt2022")
     assert configured(tmp_path, "ppo", "instructgpt2022", pretraining_mix=None).pretraining_mix is None
-    with pytest.raises(RecipeError, match=r"steps\[0\].preset: got 'instructgpt', which is no preset; did you mean 'instructgpt2022'\?"):
+    with pytest.raises(RecipeError, match=r"steps\[0\].preset: got 'instructgpt', which is not a preset; did you mean 'instructgpt2022'\?"):
         configured(tmp_path, "ppo", "instructgpt")
 
 

@@ -79,9 +79,9 @@ def test_checks_that_were_passed_are_not_made_again(tmp_path: Path) -> None:
 
     for _ in range(2):
         with remembering(tmp_path / "cache" / "plan.json") as memo:
-            memo.passes("a", lambda: made.append("a"))
+            memo.check_once("a", lambda: made.append("a"))
             with pytest.raises(ValueError, match="no"):
-                memo.passes("b", fails)
+                memo.check_once("b", fails)
     assert made == ["a", "fails", "fails"]
 
 

@@ -116,7 +116,7 @@ def test_a_disk_that_is_full_at_any_write_costs_no_model(disk: Any, recipe: Path
         stopped += 1
         assert result.exit_code == 2, (share, result.exception, result.output[-2000:])
         (said,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-        assert "no space is left on the device" in said and "start the same command again" in said, said
+        assert "no space is left on the device" in said and "run the same command again" in said, said
         for record in registry.records():
             assert registry.verify(record.ref) == []
         disk(30 * whole)
@@ -189,7 +189,7 @@ def test_one_flipped_bit_in_any_file_is_found_before_it_is_used(recipe: Path, tm
         content[len(content) // 2] ^= 0x10
         whole = file.read_bytes()
         file.write_bytes(content)
-        assert Registry(home / "registry").verify(record.ref) == [f"{file.name} was changed: its SHA-256 is not the published one"]
+        assert Registry(home / "registry").verify(record.ref) == [f"{file.name} was changed: its SHA-256 differs from the published one"]
         verified = CliRunner().invoke(app, ["models", "verify", "fault/sft", "--home", str(home)])
         assert verified.exit_code == 2 and f"{file.name} was changed" in verified.stdout
         exported = CliRunner().invoke(app, ["models", "export", "fault/sft", str(tmp_path / "out"), "--home", str(home)])

@@ -84,7 +84,7 @@ def test_an_adapters_digest_names_its_base_by_content(tmp_path: Path) -> None:
 
 
 def test_an_adapter_without_a_base_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RegistryError, match="which model it stands on"):
+    with pytest.raises(RegistryError, match="but its base model is unknown"):
         publish(Registry(tmp_path), fill=adapter_files)
 
 
@@ -195,7 +195,7 @@ def test_verify_names_what_is_wrong(tmp_path: Path) -> None:
     assert registry.verify(record.ref) == []
     weights = record.path / "model.safetensors"
     weights.write_bytes(b"weightt")
-    assert registry.verify(record.ref) == ["model.safetensors was changed: its SHA-256 is not the published one"]
+    assert registry.verify(record.ref) == ["model.safetensors was changed: its SHA-256 differs from the published one"]
     weights.write_bytes(b"wei")
     assert registry.verify(record.ref) == ["model.safetensors is truncated: 3 bytes of 7"]
     weights.unlink()

@@ -205,7 +205,7 @@ def make_run(folder: Path, *, number: int = 8, seed: int = 7, kl_coef: float = 0
                 "wall_seconds": 12.5,
                 "reused": name == "base",
                 "action": "run",
-                "reason": "never run to its end",
+                "reason": "never completed before",
                 "inputs": inputs,
                 "data": {"data": "0123456789abcdef"},
                 "peak_memory_bytes": 900 * 2**20,
