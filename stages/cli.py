@@ -181,7 +181,7 @@ def run(
 ) -> None:
     """Run a recipe: make what is missing or changed, reuse the rest."""
     from stages.chain import run as chain
-    from stages.process.environment import has_launcher
+    from stages.process.environment import command_to_go_on, has_launcher
     from stages.process.launching import start_missing_processes
     from stages.process.stopping import end_with_launcher
     from stages.recipe.schema import load_recipe
@@ -193,7 +193,7 @@ def run(
     runtime.waits_for_people = wait
     with _stoppable(runtime):
         loaded = load_recipe(recipe, overrides or [], _registry(home))
-        chain.run(loaded, _home(home), runtime)
+        chain.run(loaded, _home(home), runtime, command=command_to_go_on())
     runtime.leave()
 
 
@@ -770,23 +770,32 @@ def _password(variable: str) -> str | None:
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, recipe names (their newest run) or <recipe>/<time>.")],
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to write it (default: report.html in the run; of several comparison.html).")
+        Path | None,
+        typer.Option(
+            "--out", "--output", metavar="FILE", help="Where to write it (default: report.html in the run; of several comparison.html)."
+        ),
     ] = None,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Make the page of a run, or one that compares several. Loads no model."""
+    """Make the page of a run, or one that compares several: one file of at most 2 MB. Loads no model."""
     from stages.report.comparison import write_comparison
-    from stages.report.page import write_report
+    from stages.report.output import check_output
+    from stages.report.page import megabytes, write_report
     from stages.report.run_folder import find_run, read_run
 
+    if output is not None:
+        check_output(output)
     found = [read_run(path) for path in dict.fromkeys(find_run(name, _home(home)) for name in runs)]
-    path = write_report(found[0], output) if len(found) == 1 else write_comparison(found, output or Path("comparison.html"))
+    if len(found) > 1 and output is None:
+        check_output(output := Path("comparison.html"))
+    written = write_report(found[0], output) if len(found) == 1 else write_comparison(found, output)
     if as_json:
-        _print_json({"path": str(path.absolute()), "runs": [str(run.path) for run in found]})
+        runs_shown = [str(run.path) for run in found]
+        _print_json({"path": str(written.path.absolute()), "bytes": written.size, "left_out": written.notes, "runs": runs_shown})
     else:
-        typer.echo(f"The report: {path}")
+        typer.echo("\n".join([f"The report: {written.path} ({megabytes(written.size)})", *written.notes]))
 
 
 def main() -> None:

@@ -16,9 +16,11 @@ from typer.testing import CliRunner
 
 from stages import __version__
 from stages.cli import app
+from stages.process.environment import command_to_go_on
 from stages.recipe.schema import STAGES
 from stages.registry.contents import digest_folder
 from stages.registry.ledger import Registry
+from stages.report.page import Written
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPE = """\
@@ -38,7 +40,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("train", "judge"):
         monkeypatch.setitem(STAGES, name, STAGES["sft"])  # so that what install() puts there is taken out again
     importlib.import_module("fake_stages").install()
-    monkeypatch.setattr("stages.report.page.write_report", lambda run: run.path / "report.html")  # drawing takes a second a run
+    monkeypatch.setattr(
+        "stages.report.page.write_report", lambda run: Written(run.path / "report.html", 0, [])
+    )  # drawing takes a second a run
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("STAGES_HOME", raising=False)
     Path("a.txt").write_text("a")
@@ -75,7 +79,7 @@ def test_run_and_run_again(place: Path) -> None:
     assert "quick finished" in result.stdout
     assert "The report: made/runs/quick/" in result.stdout
     summary = json.loads(Path("made/runs/quick/latest/summary.json").read_text())
-    assert summary["overrides"] == ["base.rate=2.0"]
+    assert summary["overrides"] == ["base.rate=2.0"] and summary["command"] == command_to_go_on()
     again = call("run", "quick.yaml", "base.rate=2.0", "--home", "made")
     assert again.stdout.count("reused:") == 3
 

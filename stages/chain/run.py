@@ -40,6 +40,7 @@ from stages.labelling.waiting import WAITING
 from stages.models.stacks import check_folder, find_base, is_adapter
 from stages.process.environment import launched_processes
 from stages.process.gpus import peak_gpu_memory, visible_gpus
+from stages.process.hardware import cpu_name
 from stages.process.packages import missing_attention_package
 from stages.process.runtime import Runtime
 from stages.process.storage import write_json
@@ -227,10 +228,13 @@ def plan_table(plans: list[StepPlan], title: str) -> Table:
 # Running
 
 
-def run(recipe: Recipe, home: Path, runtime: Runtime) -> dict[str, Any]:
-    """Run or reuse the recipe's steps in order. Returns the summary, which is also written to <run folder>/summary.json."""
+def run(recipe: Recipe, home: Path, runtime: Runtime, *, command: str | None = None) -> dict[str, Any]:
+    """Run or reuse the recipe's steps in order. Returns the summary, which is also written to <run folder>/summary.json.
+
+    ``command`` is what the user typed to start the run; the summary and the report show it.
+    """
     home = home.absolute()
-    chain = _Run(recipe, home, runtime)
+    chain = _Run(recipe, home, runtime, command)
     chain.start()
     for step, planned in zip(chain.recipe.steps, chain.plans, strict=True):
         chain.do(step, planned)
@@ -240,11 +244,12 @@ def run(recipe: Recipe, home: Path, runtime: Runtime) -> dict[str, Any]:
 class _Run:
     """One run of a recipe. With several processes, rank zero decides and writes, and broadcasts its decisions."""
 
-    def __init__(self, recipe: Recipe, home: Path, runtime: Runtime) -> None:
+    def __init__(self, recipe: Recipe, home: Path, runtime: Runtime, command: str | None) -> None:
         self.recipe, self.home, self.runtime = recipe, home, runtime
         self.registry = open_registry(home)
         self.began = time.monotonic()
         self.made: dict[str, ModelRecord | None] = {}
+        self.circumstances: dict[str, dict[str, Any]] = {}  # by step; those of a reused step are of the run that made it
         if not recipe.is_pinned:
             commits: Commits = self.runtime.decide(lambda: resolve_commits(recipe))
             self.recipe = recipe = pinned(recipe, commits)
@@ -256,6 +261,7 @@ class _Run:
             "description": recipe.description,
             "seed": recipe.seed,
             "overrides": list(recipe.source.overrides.values()),
+            "command": command,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "finished": False,
             "wall_seconds": 0.0,
@@ -306,12 +312,14 @@ class _Run:
         from stages.report.run_folder import read_run
 
         try:
-            page = write_report(read_run(self.folder))
+            written = write_report(read_run(self.folder))
         except Exception as error:
             again = f"stages report {_shown(self.folder)} --debug"
             self.runtime.console.print(f"The report could not be written ({type(error).__name__}: {error}); try `{again}`", style="yellow")
         else:
-            self.runtime.console.print(f"The report: {_shown(page)}", style="bold", soft_wrap=True)
+            self.runtime.console.print(f"The report: {_shown(written.path)}", style="bold", soft_wrap=True)
+            for note in written.notes:
+                self.runtime.console.print(note, soft_wrap=True, markup=False)
 
     # One step
 
@@ -321,12 +329,13 @@ class _Run:
             self._clear(_work_folder(self.home, planned.fingerprint))
         if self.runtime.is_main:
             restore_files(self.home, planned.fingerprint, self.folder / step.name)
+        kept = self.runtime.decide(lambda: load_result(self.home, str(planned.fingerprint))) or {}
+        self.circumstances[step.name] = kept.get("circumstances") or {}
         if planned.record is not None:
             record, name = planned.record, self.recipe.model_name(step)
             if record.name != name:
                 record = self.runtime.decide(lambda: self.registry.adopt(record, name))
             return StepResult(record, record.manifest["metrics"])
-        kept = self.runtime.decide(lambda: load_result(self.home, str(planned.fingerprint))) or {}
         return StepResult(None, kept["metrics"], kept["evaluation"])
 
     def _run_alone(self, step: RecipeStep, planned: StepPlan) -> tuple[StepPlan, StepResult]:
@@ -347,6 +356,7 @@ class _Run:
         return planned, result
 
     def _run_stage(self, step: RecipeStep, planned: StepPlan, work: Path) -> StepResult:
+        began = time.monotonic()
         folder = self.folder / step.name
         if self.runtime.is_main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -375,7 +385,19 @@ class _Run:
             context.close()
             _free_memory()
         assert (result.model is not None) == STAGES[step.stage].makes_model, f"stage {step.stage} must return the model it published"
+        self.circumstances[step.name] = self._circumstances(step, time.monotonic() - began)
         return result
+
+    def _circumstances(self, step: RecipeStep, seconds: float) -> dict[str, Any]:
+        """How this process computed a step: facts about the machine, which are no part of the step's fingerprint."""
+        return {
+            "run": self.folder.name,
+            **self.runtime.describe_compute(step.config.precision),
+            "wall_seconds": round(seconds, 3),
+            "peak_memory_bytes": self.runtime.measure_peak_memory(),  # of the process until now
+            "peak_gpu_memory_bytes": peak_gpu_memory(),  # of its GPU; None without a GPU
+            "packages": installed_packages(),
+        }
 
     def _clear(self, work: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
@@ -389,6 +411,7 @@ class _Run:
             "fingerprint_parts": planned.parts,
             "metrics": result.metrics,
             "evaluation": result.evaluation,
+            "circumstances": self.circumstances[step.name],
         }
         save_result(self.home, str(planned.fingerprint), kept, self.folder / step.name)
 
@@ -428,6 +451,8 @@ class _Run:
                 "data": planned.parts.get("data", {}),
                 "peak_memory_bytes": self.runtime.measure_peak_memory(),  # of the process until now
                 "peak_gpu_memory_bytes": peak_gpu_memory(),  # of its GPU; None without a GPU
+                "seed": step.seed,
+                "circumstances": self.circumstances[step.name],
                 "fingerprint": planned.fingerprint,
                 "settings": settings_of(step.config),
                 "config": step.config.model_dump(mode="json"),
@@ -466,6 +491,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "num_processes": launched_processes(),
         "gpus": visible_gpus(),

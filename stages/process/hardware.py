@@ -1,8 +1,9 @@
-"""What this machine has: memory, the first GPU, matrix tiles. Imports no torch."""
+"""What this machine has: memory, the first GPU, the CPU and its matrix tiles. Imports no torch."""
 
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 from pathlib import Path
 
@@ -21,6 +22,16 @@ def gpu_memory() -> tuple[str, int] | None:
         return name.strip(), int(size) << 20
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
+
+
+def cpu_name() -> str:
+    """The model of the CPU as the system names it; its architecture where the system has no name for it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next((name for name in named if name), platform.processor() or platform.machine())
 
 
 def has_amx() -> bool:

@@ -28,6 +28,7 @@ from stages.process.environment import (
     wants_cpu,
 )
 from stages.process.gpus import describe_model, gpu_name, set_up_gpu, visible_gpus
+from stages.process.hardware import cpu_name
 from stages.process.progress import ProgressBar, progress_bar
 from stages.process.stopping import StopRequest
 
@@ -121,6 +122,16 @@ class Runtime:
             return torch.bfloat16 if torch.cuda.get_device_capability(self.device)[0] >= 8 else torch.float32
         has_amx = self.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if has_amx else torch.float32
+
+    def describe_compute(self, precision: str) -> dict[str, Any]:
+        """``device``, ``processes`` and the dtype that ``precision`` means there; empty where no step has asked for a device yet."""
+        if "state" not in self.__dict__:
+            return {}
+        gpus = visible_gpus() if self.device.type == "cuda" else []
+        device = gpu_name(gpus[0]) if gpus else cpu_name() if self.device.type == "cpu" else str(self.device)
+        named = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+        dtype = str(self.dtype(precision)).removeprefix("torch.")
+        return {"device": device, "processes": self.num_processes, "precision": named.get(dtype, dtype)}
 
     def seed_everything(self, seed: int) -> None:
         """Seed Python, numpy and torch alike on every process."""

@@ -1,8 +1,7 @@
-"""The chain of a run for its page: the drawing, a row per step with its lineage, data, time and memory, the recipe and the command."""
+"""The chain of a run for its page: the drawing, a row per step with its lineage, data, time and memory, and the recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from stages.report.diagram import Diagram, draw_chain
@@ -58,7 +57,7 @@ def step_row(step: StepFolder) -> Row:
         "inputs": [f"{place}: {ref}" for place, ref in (step.entry.get("inputs") or {}).items()],
         "data": _data(step),
         "seconds": step.entry.get("wall_seconds"),
-        "memory": shown_memory(step.entry),
+        "memory": None if step.entry.get("reused") else shown_memory(step.entry),
         "reused": bool(step.entry.get("reused")),
         "reason": step.entry.get("reason", ""),
         "result": _key_result(step),
@@ -98,13 +97,6 @@ def ancestors(run: RunFolder, evaluation: Row) -> set[str]:
                 found.add(ref)
                 waiting.append(ref)
     return found
-
-
-def command(summary: Mapping[str, Any]) -> str:
-    """What to type to repeat the run."""
-    import shlex
-
-    return shlex.join(["./launch.sh", str(summary.get("recipe_file", "RECIPE")), *summary.get("overrides", [])])
 
 
 def recipe_text(run: RunFolder) -> str:

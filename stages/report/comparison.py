@@ -6,41 +6,47 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.process.gpus import gpu_name
 from stages.report import training
-from stages.report.chain import command
+from stages.report.circumstances import command, facts, packages
 from stages.report.figures import SERIES, Figure
-from stages.report.page import render
-from stages.report.run_folder import RunFolder, shown_memory
+from stages.report.page import Page, Written, fit_figures, render, write
+from stages.report.run_folder import RunFolder
 
 Row = dict[str, Any]
+LONGEST_CELL = 200
+"""Characters of a setting in the table of differences."""
 
 
-def write_comparison(runs: Sequence[RunFolder], path: Path) -> Path:
-    """Write the page that compares runs to ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_comparison(runs), encoding="utf-8")
-    return path
+def write_comparison(runs: Sequence[RunFolder], path: Path) -> Written:
+    """Write the page that compares runs to ``path``. Raises StorageError where it cannot be written."""
+    return write(render_comparison(runs), path)
 
 
-def render_comparison(runs: Sequence[RunFolder]) -> str:
-    """The page as text."""
+def render_comparison(runs: Sequence[RunFolder]) -> Page:
+    """The page; completions are on the page of each run."""
     names = run_names(runs)
     recipes = list(dict.fromkeys(run.summary["recipe"] for run in runs))
     figures: list[Figure | None] = [*training.overlay(runs, names), training.data_efficiency(runs)]
     differing = differing_settings(runs)
     blocks = [block for block in (_scores(runs, names), *_win_rates(runs, names)) if block is not None]
-    return render(
-        "comparison.html.jinja",
-        title=f"{len(runs)} runs: {', '.join(recipes)}",
-        recipes=recipes,
-        headline=f"{len(runs)} runs of {' and '.join(recipes)}, side by side.",
-        lede=_lede(differing),
-        runs=[_run(run, name, number) for number, (run, name) in enumerate(zip(runs, names, strict=True))],
-        settings={"headings": ["step", "setting", *names], "rows": differing},
-        scores=blocks,
-        figures=[figure for figure in figures if figure is not None],
-    )
+    values = {
+        "title": f"{len(runs)} runs: {', '.join(recipes)}",
+        "recipes": recipes,
+        "headline": f"{len(runs)} runs of {' and '.join(recipes)}, side by side.",
+        "lede": _lede(differing),
+        "runs": [_run(run, name, number) for number, (run, name) in enumerate(zip(runs, names, strict=True))],
+        "versions": _versions(runs, names),
+        "settings": {"headings": ["step", "setting", *names], "rows": [[_brief(cell) for cell in row] for row in differing]},
+        "scores": blocks,
+    }
+
+    def draw(groups: list[Row], left_out: str) -> str:
+        return render(
+            "comparison.html.jinja", **values, figures=[figure for group in groups for figure in group["figures"]], left_out=left_out
+        )
+
+    html, note = fit_figures([{"figures": [figure for figure in figures if figure is not None]}], draw)
+    return Page(html, [note] if note else [])
 
 
 def run_names(runs: Sequence[RunFolder]) -> list[str]:
@@ -61,20 +67,29 @@ def _lede(differing: Sequence[Sequence[str]]) -> str:
 
 
 def _run(run: RunFolder, name: str, number: int) -> Row:
-    environment = run.summary.get("environment", {})
-    gpus = environment.get("gpus") or []
     evaluation = run.evaluations[-1].evaluation if run.evaluations else None
     return {
         "name": name,
         "color": number % len(SERIES),
         "started": run.summary.get("started", "")[:16].replace("T", " "),
         "seconds": run.summary.get("wall_seconds"),
-        "memory": shown_memory(run.summary),
-        "where": f"{len(gpus)} x {gpu_name(gpus[0])}" if gpus else f"{environment.get('cpu_count', '?')} CPU cores",
+        "facts": facts(run),
         "finished": run.summary.get("finished", False),
         "verdict": evaluation["verdict"] if evaluation is not None else "No evaluation.",
         "command": command(run.summary),
     }
+
+
+def _versions(runs: Sequence[RunFolder], names: Sequence[str]) -> list[tuple[str, str]]:
+    """Each set of package versions, with the names of the runs that had it."""
+    found: dict[str, list[str]] = {}
+    for run, name in zip(runs, names, strict=True):
+        found.setdefault(packages(run.summary.get("environment", {})), []).append(name)
+    return [("all runs" if len(found) == 1 else ", ".join(those), versions) for versions, those in found.items()]
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= LONGEST_CELL else f"{text[:LONGEST_CELL]} … ({len(text) - LONGEST_CELL:,} more characters)"
 
 
 def differing_settings(runs: Sequence[RunFolder]) -> list[list[str]]:

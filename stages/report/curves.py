@@ -6,7 +6,21 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from stages.report.figures import LINE, PAPER, SERIES, SOFT, Canvas, Figure, interval_points, number_text, root_scale, short, smoothed
+from stages.report.figures import (
+    LINE,
+    PAPER,
+    SERIES,
+    SOFT,
+    Canvas,
+    Figure,
+    drawn,
+    drawn_text,
+    interval_points,
+    number_text,
+    root_scale,
+    short,
+    smoothed,
+)
 from stages.report.run_folder import StepFolder, thinned
 from stages.report.training import monitors
 
@@ -76,7 +90,7 @@ def frontier(
         for name, step in (trained or {}).items():
             if name in points and (path := _way(step, judge)) is not None:
                 has_way = True
-                axes.plot(*path, color=SERIES[colors[name]], linewidth=1, alpha=0.7)
+                axes.plot(*drawn(*path), color=SERIES[colors[name]], linewidth=1, alpha=0.7)
         axes.set_xlabel(f"KL to {reference}, nats per completion")
         axes.set_ylabel("mean score")
         axes.margins(x=0.08, y=0.15)
@@ -142,8 +156,9 @@ def over_optimisation(step: StepFolder, evaluation: Row | None = None) -> Figure
             if points:
                 has_best_of_n = True
                 canvas.axes.plot(*zip(*points, strict=True), "--o", color=SERIES[0], markersize=3, linewidth=1.2)
-        canvas.axes.plot(roots, values, ".", color=SERIES[1], markersize=2.5, alpha=0.5)
-        canvas.axes.plot(roots, smooth, color=SERIES[1])
+        at, exact, line = drawn(roots, values, smooth)
+        canvas.axes.plot(at, exact, ".", color=SERIES[1], markersize=2.5, alpha=0.5)
+        canvas.axes.plot(at, line, color=SERIES[1])
         best = max(range(len(smooth)), key=lambda place, smooth=smooth: smooth[place])  # type: ignore[misc]
         canvas.axes.plot([roots[best]], [smooth[best]], "o", color=SERIES[1], markersize=6, markeredgecolor=PAPER)
         canvas.axes.set_xlabel("square root of the KL to the reference (nats)")
@@ -153,7 +168,7 @@ def over_optimisation(step: StepFolder, evaluation: Row | None = None) -> Figure
             rows.append([name, f"{steps[place]:.0f}", f"{roots[place]:.2f}", f"{smooth[place]:.3f}"])
     caption = (
         "PPO's iterations on training prompts: dots are iterations, lines running means, the ring is their best. Where the trained reward "
-        "still rises and a judge that was only watched has turned down, the policy exploits its reward model."
+        f"still rises and a judge that was only watched has turned down, the policy exploits its reward model.{drawn_text(len(kls))}"
     )
     legend = [(f"{step.name}, iteration by iteration", 1)]
     if has_best_of_n:
@@ -186,7 +201,7 @@ def distributions(step: StepFolder, colors: Mapping[str, int]) -> Figure | None:
         canvas = Canvas()
         for name, values in found.items():
             shares = [1 - place / len(values) for place in range(len(values))]
-            canvas.axes.step(values, shares, where="pre", color=SERIES[colors[name]], linewidth=2 if colors[name] == 1 else 1.4)
+            canvas.axes.step(*drawn(values, shares), where="pre", color=SERIES[colors[name]], linewidth=2 if colors[name] == 1 else 1.4)
             quartiles = [values[round(share * (len(values) - 1))] for share in (0, 0.25, 0.5, 0.75, 1)]
             rows.append([judge, name, *(f"{value:.3f}" for value in quartiles)])
         canvas.axes.set_ylim(0, 1.02)
@@ -196,6 +211,7 @@ def distributions(step: StepFolder, colors: Mapping[str, int]) -> Figure | None:
     if not panels:
         return None
     caption = "The share of a candidate's completions that score at least so much: a line further right is better, a steep one less varied."
+    caption += drawn_text(len(step.completions))
     legend = [(name, colors[name]) for name in evaluation["candidates"]]
     headings = ["judge", "candidate", "lowest", "lower quartile", "median", "upper quartile", "highest"]
     return Figure("distributions", "Scores of every completion", caption, panels, legend, headings, rows)

@@ -11,10 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from stages.report.run_folder import thinned
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
 
+DRAWN_POINTS = 250
+"""Points of a curve that are drawn; a page shows no more, and they would take room from completions."""
 # Colours that mark a role while matplotlib draws; no two differ by less than one step of a channel.
 INK, SOFT, LINE, PAPER = "#010101", "#020202", "#030303", "#040404"
 SERIES = tuple(f"#0a0a{number:02x}" for number in range(1, 13))
@@ -119,9 +123,18 @@ def as_svg(drawing: Drawing, label: str) -> str:
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
     text = re.sub(r"#0[0-9a]0[0-9a][0-9a-f]{2}", lambda found: VARIABLES.get(found[0], found[0]), text)
-    # Hundredths of a point are enough for a path; what is written between the tags stays as it is.
-    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d+\.\d{2})\d+", r"\1", tag[0]), text)
-    return text.strip()
+    text = re.sub(r"<[^>]*>", lambda tag: _compact(tag[0]), text)
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
+    text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", text)
+    return re.sub(r">\s+<", "><", text).strip()
+
+
+def _compact(tag: str) -> str:
+    """A tag without what the page does not need: hundredths of a point are enough for a path, and the font is the page's."""
+    tag = re.sub(r"(\d+\.\d{2})\d+", r"\1", tag)
+    tag = re.sub(r'font-family: [^;"]*(; )?', "", tag)
+    tag = re.sub(r' transform="rotate\(-?0 [^"]*\)"', "", tag)
+    return re.sub(r"\s*\n\s*", " ", tag)
 
 
 def own_ids(text: str, prefix: str) -> str:
@@ -157,6 +170,16 @@ def root_scale(axes: Axes) -> None:
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
 
 
+def log_scale(axes: Axes, axis: str) -> None:
+    """Make the ``axis`` ("x" or "y") logarithmic, with plain numbers at its marks: the page has no mathematical notation."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    getattr(axes, f"set_{axis}scale")("log")
+    chosen = getattr(axes, f"{axis}axis")
+    chosen.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    chosen.set_minor_formatter(NullFormatter())
+
+
 def smoothed(values: Sequence[float], share: float = 0.05) -> list[float]:
     """Running mean over a centred window of ``share`` of the values, narrower at the ends."""
     half = max(0, round(len(values) * share / 2))
@@ -166,6 +189,16 @@ def smoothed(values: Sequence[float], share: float = 0.05) -> list[float]:
         window = values[place - reach : place + reach + 1]
         found.append(sum(window) / len(window))
     return found
+
+
+def drawn(*series: Sequence[float]) -> list[list[float]]:
+    """Series of one length as a drawing needs them: at most ``DRAWN_POINTS`` points of each, evenly spread, the first and the last too."""
+    return [thinned(values, DRAWN_POINTS) for values in series]
+
+
+def drawn_text(number: int) -> str:
+    """A sentence for the caption where a curve has more points than are drawn."""
+    return f" Of {number:,} points {DRAWN_POINTS:,} are drawn, evenly spread." if number > DRAWN_POINTS else ""
 
 
 def short(name: str, length: int = 16) -> str:

@@ -1,55 +1,134 @@
-"""One self-contained HTML file per run: the verdict, the chain, the curves, every completion side by side, and how to do it again.
+"""One self-contained HTML file per run: the verdict, the chain, the curves, every completion side by side, and how it ran.
 
 Nothing is fetched, and the only script is the page's own: the policy in the page (CSP) names its hash. Whatever a model or a data set wrote
-goes through Jinja's escaping.
+goes through Jinja's escaping, or to the script as JSON, which makes text of it. A page takes less than ``LIMIT`` bytes; what that leaves
+out is counted and said.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages.process.gpus import gpu_name
 from stages.report import curves, training
-from stages.report.chain import ancestors, command, diagram, made_by, recipe_text, step_row
+from stages.report.chain import ancestors, diagram, made_by, recipe_text, step_row
+from stages.report.circumstances import bytes_text, command, device, facts, step_facts
 from stages.report.figures import Figure, number_text
-from stages.report.reader import reader
+from stages.report.output import GENERATOR, write_page
+from stages.report.reader import LONGEST_TEXT, Reader, fitted, read_completions
 from stages.report.remarks import remarks
 from stages.report.run_folder import RunFolder, shown_memory
 from stages.report.verdicts import verdict
 
 Row = dict[str, Any]
 HERE = Path(__file__).parent
-COMPLETIONS_BYTES = 1_900_000  # of a page under 3 MB; what does not fit stays in completions.jsonl, and the page says so
+LIMIT = 2_000_000
+"""Bytes of a page."""
+LEAST_FOR_COMPLETIONS = 500_000
+"""Bytes that completions get at least, where there are so many: figures are left out for them."""
 
 
-def write_report(run: RunFolder, path: Path | None = None) -> Path:
-    """Write the report of a run, by default beside its summary; returns where."""
-    path = path or run.path / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_run(run), encoding="utf-8")
-    return path
+@dataclass(frozen=True)
+class Page:
+    """The HTML of a page, and sentences on what it leaves out."""
+
+    html: str
+    notes: list[str] = field(default_factory=list)
 
 
-def render_run(run: RunFolder) -> str:
+@dataclass(frozen=True)
+class Written:
+    """A page on disk: its path, its bytes, and sentences on what it leaves out."""
+
+    path: Path
+    size: int
+    notes: list[str]
+
+
+def write_report(run: RunFolder, path: Path | None = None) -> Written:
+    """Write the report of a run, by default beside its summary. Raises StorageError where it cannot be written."""
+    return write(render_run(run), path or run.path / "report.html")
+
+
+def write(page: Page, path: Path) -> Written:
+    """Write a page, whole or not at all. Raises StorageError where it cannot be written."""
+    return Written(path, write_page(page.html, path), page.notes)
+
+
+def render_run(run: RunFolder) -> Page:
     """The page of one run."""
-    return render(
-        "page.html.jinja",
-        title=run.title,
-        head=_head(run),
-        verdicts=[verdict(step) for step in run.evaluations],
-        notes=remarks(run),
-        diagram=diagram(run),
-        steps=[step_row(step) for step in run.steps],
-        groups=_figure_groups(run),
-        readers=[reader(step, COMPLETIONS_BYTES // len(run.evaluations)) for step in run.evaluations],
-        recipe=recipe_text(run),
-        command=command(run.summary),
-        environment=run.summary.get("environment", {}),
-        packages=run.summary.get("environment", {}).get("packages", {}),
-    )
+    readers, groups = [read_completions(step) for step in run.evaluations], _figure_groups(run)
+    values: Row = {
+        "title": run.title,
+        "head": _head(run),
+        "verdicts": [verdict(step) for step in run.evaluations],
+        "notes": remarks(run),
+        "diagram": diagram(run),
+        "steps": [step_row(step) for step in run.steps],
+        "recipe": recipe_text(run),
+        "command": command(run.summary),
+        "facts": facts(run),
+        "step_facts": step_facts(run),
+    }
+
+    needed = min(LEAST_FOR_COMPLETIONS, sum(reader.size for reader in readers))
+    empty = [""] * len(readers)
+
+    def draw(groups: list[Row], left_out: str) -> str:
+        values.update(groups=groups, left_out=left_out)
+        return render("page.html.jinja", **values, readers=readers, data=empty)
+
+    frame, note = fit_figures(groups, draw, LIMIT - needed)
+    html, shown = _fit_completions(values, readers, LIMIT - byte_count(frame))
+    notes = [note, *(reader.note for reader in shown)]
+    if byte_count(html) > LIMIT:
+        notes.append(f"The page takes {megabytes(byte_count(html))}: its tables alone are larger than {megabytes(LIMIT)}.")
+    return Page(html, [note for note in notes if note])
+
+
+def fit_figures(groups: list[Row], draw: Callable[[list[Row], str], str], limit: int = LIMIT) -> tuple[str, str]:
+    """The page of at most ``limit`` bytes that ``draw(groups, note)`` makes with as many figures as have room, and the note.
+
+    The note says how many figures are missing, and is empty where none is.
+    """
+    total, note = _number_of_figures(groups), ""
+    while byte_count(html := draw(groups, note)) > limit and _number_of_figures(groups):
+        *others, last = groups
+        groups = [*others, {**last, "figures": last["figures"][:-1]}] if len(last["figures"]) > 1 else others
+        number = total - _number_of_figures(groups)
+        note = f"{number:,} of {total:,} figures, the last ones, have no room on a page of {megabytes(LIMIT)} and are left out."
+    return html, note
+
+
+def _number_of_figures(groups: list[Row]) -> int:
+    return sum(len(group["figures"]) for group in groups)
+
+
+def _fit_completions(values: Row, readers: list[Reader], room: int) -> tuple[str, list[Reader]]:
+    """The page with as many completions as have room, and the readers that it shows."""
+    room = max(0, room)
+    while True:
+        shown = fitted(readers, room)
+        html = render("page.html.jinja", **values, readers=shown, data=[reader.json for reader in shown])
+        excess = byte_count(html) - LIMIT
+        if excess <= 0 or room == 0:
+            return html, shown
+        room = max(0, room - excess)
+
+
+def byte_count(html: str) -> int:
+    """Bytes of a page on disk."""
+    return len(html.encode())
+
+
+def megabytes(size: int) -> str:
+    """Bytes in MB (10^6)."""
+    return f"{size / 1e6:.2f} MB"
 
 
 def render(template: str, **values: Any) -> str:
@@ -63,13 +142,16 @@ def render(template: str, **values: Any) -> str:
     environment.filters["number"] = number_text
     environment.filters["percent"] = lambda value: f"{100 * value:.0f} %"
     environment.filters["seconds"] = _seconds
-    environment.filters["bytes"] = _bytes
+    environment.filters["bytes"] = bytes_text
+    environment.filters["shortened"] = _shortened
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
     policy = (
         f"default-src 'none'; style-src-elem {_hash(style)}; style-src-attr 'unsafe-inline'; script-src {_hash(script)}; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-    return environment.get_template(template).render(style=Markup(style), script=Markup(script), policy=policy, **values)
+    values |= {"style": Markup(style), "script": Markup(script), "policy": policy, "generator": GENERATOR}
+    # UTF-8 cannot hold one half of a surrogate pair.
+    return re.sub("[\ud800-\udfff]", "\ufffd", environment.get_template(template).render(**values))
 
 
 def _hash(text: str) -> str:
@@ -81,15 +163,12 @@ def _hash(text: str) -> str:
 
 def _head(run: RunFolder) -> Row:
     summary = run.summary
-    environment = summary.get("environment", {})
-    gpus = environment.get("gpus") or []
-    where = f"{len(gpus)} x {gpu_name(gpus[0])}" if gpus else f"{environment.get('cpu_count', '?')} CPU cores"
     return {
         "recipe": summary["recipe"],
         "description": str(summary.get("description") or ""),
         "started": summary.get("started", "")[:16].replace("T", " "),
         "seconds": summary.get("wall_seconds", 0),
-        "where": where,
+        "where": device(summary),
         "memory": shown_memory(summary) or 0,
         "finished": summary.get("finished", False),
         "reused": sum(bool(step.entry.get("reused")) for step in run.steps),
@@ -137,7 +216,6 @@ def _seconds(value: float | None) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds:02d} s"
 
 
-def _bytes(value: float | None) -> str:
-    if not value:
-        return ""
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+def _shortened(text: str) -> str:
+    """The beginning of a long text, and how much is missing."""
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} … ({len(text) - LONGEST_TEXT:,} more characters)"

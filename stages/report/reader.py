@@ -1,20 +1,75 @@
-"""The completions of an evaluation for its page, as many as there is room for, and the numbers by which they are searched and filtered."""
+"""The completions of an evaluation for its page, and the numbers by which they are searched and filtered.
+
+The page's script reads them as JSON and shows a few at a time, so that a page with thousands opens at once. Where not all of them have
+room, long texts are cut and then prompts are left out, evenly; what is cut and left out is counted.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from stages.corpora.messages import transcript
 from stages.report import curves
-from stages.report.run_folder import StepFolder
+from stages.report.run_folder import StepFolder, thinned
 
 Row = dict[str, Any]
+LONGEST_TEXT = 4000
+"""Characters of a text that are kept where not everything has room."""
+WITHOUT_SCRIPT, LONGEST_WITHOUT_SCRIPT = 12, 1000
+"""Prompts that the page shows where scripts are off, and the characters of each of their texts."""
 
 
-def reader(step: StepFolder, room: int) -> Row:
-    """The completions of an evaluation, as many as ``room`` bytes hold, and what the page's script needs to search and filter them."""
+@dataclass(frozen=True)
+class Reader:
+    """The completions of one evaluation: ``rows`` is a JSON object for each prompt that the page holds."""
+
+    step: str
+    names: list[str]
+    judges: list[str]
+    colors: list[int]
+    coloured: list[str]
+    rows: list[str]
+    total: int  # prompts of the evaluation
+    completions: int
+    total_completions: int
+    cut: int = 0  # texts of ``rows`` that were cut
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of the rows in the page."""
+        return sum(_size(row) for row in self.rows)
+
+    @property
+    def first(self) -> list[Row]:
+        """What is shown where scripts are off."""
+        return [_shortened(json.loads(row), LONGEST_WITHOUT_SCRIPT)[0] for row in self.rows[:WITHOUT_SCRIPT]]
+
+    @property
+    def json(self) -> str:
+        """What the page's script reads."""
+        head = {"names": self.names, "judges": self.judges, "colors": self.colors, "coloured": self.coloured}
+        return f'{{"head":{as_json(head)},"rows":[{",".join(self.rows)}]}}'
+
+    @property
+    def note(self) -> str:
+        """What is missing, in words; empty where everything is there."""
+        said = []
+        if len(self.rows) < self.total:
+            completions = f"{self.completions:,} of {self.total_completions:,} completions"
+            said.append(f"{len(self.rows):,} of {self.total:,} prompts ({completions}), evenly spread")
+        if self.cut:
+            said.append(f"{self.cut:,} texts cut at {LONGEST_TEXT:,} characters")
+        return f"{self.step}: {'; '.join(said)}; all of it is in {self.step}/completions.jsonl of the run folder." if said else ""
+
+
+def read_completions(step: StepFolder) -> Reader:
+    """Every completion of an evaluation."""
     evaluation = step.evaluation
     assert evaluation is not None
     names = list(evaluation["candidates"])
@@ -23,77 +78,117 @@ def reader(step: StepFolder, room: int) -> Row:
     tokens: dict[int, dict[str, Row]] = {}
     for row in step.tokens:
         tokens.setdefault(row["row"], {})[row["candidate"]] = row
-    examples: list[Row] = []
-    data: list[Row] = []
-    used = 0
-    for number, line in enumerate(step.completions):
-        example, numbers = _example(number, line, names, judges), _example_data(line, names, judges, tokens.get(number, {}))
-        used += _bytes_of(example, numbers)
-        if used > room and examples:
-            break
-        examples.append(example)
-        data.append(numbers)
-    coloured = sorted({key for row in step.tokens for key in ("kl", "value") if key in row})
-    return {
-        "step": step.name,
-        "names": names,
-        "colors": [colors[name] for name in names],
-        "judges": judges,
-        "examples": examples,
-        "total": len(step.completions),
-        "coloured": coloured,
-        "data": {"names": names, "judges": judges, "rows": data},
-    }
+    rows = [_row(number, line, names, judges, tokens.get(number, {})) for number, line in enumerate(step.completions)]
+    completions = sum(_completions(row) for row in rows)
+    return Reader(
+        step=step.name,
+        names=names,
+        judges=judges,
+        colors=[colors[name] for name in names],
+        coloured=sorted({key for row in step.tokens for key in ("kl", "value") if key in row}),
+        rows=[as_json(row) for row in rows],
+        total=len(rows),
+        completions=completions,
+        total_completions=completions,
+    )
 
 
-def _example(number: int, line: Row, names: Sequence[str], judges: Sequence[str]) -> Row:
+def fitted(readers: Sequence[Reader], room: int) -> list[Reader]:
+    """The readers of a page, made to take ``room`` bytes together. Small ones stay whole, and leave what they do not need to the others."""
+    found: dict[int, Reader] = {}
+    for left, (place, reader) in enumerate(sorted(enumerate(readers), key=lambda item: item[1].size)):
+        found[place] = _fitted(reader, room // (len(readers) - left))
+        room -= found[place].size
+    return [found[place] for place in range(len(readers))]
+
+
+def _fitted(reader: Reader, room: int) -> Reader:
+    """At most ``room`` bytes of a reader: with long texts cut, and with fewer prompts if that is not enough."""
+    if reader.size <= room:
+        return reader
+    shortened = [_shortened(json.loads(row), LONGEST_TEXT) for row in reader.rows]
+    texts = [(as_json(row), _completions(row), cut) for row, cut in shortened]
+    sizes = [_size(text) for text, _, _ in texts]
+    number = len(texts)
+    while (size := sum(thinned(sizes, number))) > room:
+        number = max(0, min(number - 1, math.floor(number * room / size)))
+    kept = thinned(texts, number)
+    completions, cut = sum(count for _, count, _ in kept), sum(cut for _, _, cut in kept)
+    return replace(reader, rows=[text for text, _, _ in kept], completions=completions, cut=cut)
+
+
+def as_json(value: Any) -> str:
+    """JSON for a script element: without a ``<``, so that no text can end the element. Numbers that are not finite are null.
+
+    Halves of surrogate pairs, which UTF-8 cannot hold, are escaped.
+    """
+    text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _size(row: str) -> int:
+    """Bytes of a row and of the comma behind it."""
+    return len(row.encode()) + 1
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value
+
+
+# One prompt: n number, p prompt, c completions by candidate, o those that were still going on, s scores by judge and candidate,
+# f preferences [judge, candidate, candidate, share], t token details by candidate, m missing characters by candidate (-1: of the prompt)
+
+
+def _row(number: int, line: Row, names: Sequence[str], judges: Sequence[str], tokens: Mapping[str, Row]) -> Row:
     sample = f", sample {line['sample'] + 1}" if line.get("sample") else ""
-    scores = line.get("scores", {})
-    return {
-        "number": f"{line.get('prompt_number', number) + 1}{sample}",
-        "prompt": _prompt_text(line["prompt"]),
-        "completions": [
-            {
-                "place": place,
-                "text": line["completions"].get(name),
-                "stopped": line.get("stopped", {}).get(name, True),
-                "scores": [f"{judge} {scores[judge][name]:.3f}" for judge in judges if name in scores.get(judge, {})],
-            }
-            for place, name in enumerate(names)
-        ],
+    scores, stopped = line.get("scores", {}), line.get("stopped", {})
+    row: Row = {
+        "n": f"{line.get('prompt_number', number) + 1}{sample}",
+        "p": transcript(line["prompt"]),
+        "c": [line["completions"].get(name) for name in names],
+        "s": [[_short(scores.get(judge, {}).get(name)) for name in names] for judge in judges],
     }
-
-
-def _bytes_of(example: Row, numbers: Row) -> int:
-    """About what a question takes in the page: its texts as escaped, the elements around them, its numbers."""
-    from markupsafe import escape
-
-    texts = [example["prompt"], *(completion["text"] or "" for completion in example["completions"])]
-    written = sum(len(escape(text).encode()) for text in texts)
-    scores = sum(len(score) + 3 for completion in example["completions"] for score in completion["scores"])
-    return written + scores + 220 * len(texts) + len(json.dumps(numbers))
-
-
-def _prompt_text(prompt: Any) -> str:
-    """A prompt as it is read; a conversation with who said what."""
-    return transcript(prompt)
-
-
-def _example_data(line: Row, names: Sequence[str], judges: Sequence[str], tokens: Mapping[str, Row]) -> Row:
-    """Scores by judge and candidate, preferences of judges that compare, and token details, as numbers."""
-    scores = [[_short(line.get("scores", {}).get(judge, {}).get(name)) for name in names] for judge in judges]
+    if going_on := [place for place, name in enumerate(names) if not stopped.get(name, True)]:
+        row["o"] = going_on
     preferences = [
-        [index, names.index(row["a"]), names.index(row["b"]), _short(row["preference"])]
+        [index, names.index(given["a"]), names.index(given["b"]), _short(given["preference"])]
         for index, judge in enumerate(judges)
-        for row in line.get("preferences", {}).get(judge, [])
+        for given in line.get("preferences", {}).get(judge, [])
     ]
-    row: Row = {"s": scores}
     if preferences:
-        row["p"] = preferences
+        row["f"] = preferences
     if tokens:
         kept = ("tokens", "kl", "value")
         row["t"] = {names.index(name): {key: detail[key] for key in kept if key in detail} for name, detail in tokens.items()}
     return row
+
+
+def _completions(row: Row) -> int:
+    return sum(text is not None for text in row["c"])
+
+
+def _shortened(row: Row, longest: int) -> tuple[Row, int]:
+    """A row whose texts have at most ``longest`` characters, and how many of them were cut; ``m`` counts the missing characters.
+
+    The token details of a text that was cut are left out: they would not fit it.
+    """
+    texts = dict(enumerate([row["p"], *row["c"]], start=-1))
+    cut = [place for place, text in texts.items() if text is not None and len(text) > longest]
+    if not cut:
+        return row, 0
+    missing = dict(row.get("m", {}))
+    for place in cut:
+        missing[str(place)] = missing.get(str(place), 0) + len(texts[place]) - longest
+        texts[place] = texts[place][:longest]
+    prompt, *completions = texts.values()
+    tokens = {place: detail for place, detail in row.get("t", {}).items() if int(place) not in cut}
+    return {**row, "p": prompt, "c": completions, "m": missing, **({"t": tokens} if "t" in row else {})}, len(cut)
 
 
 def _short(value: float | None) -> float | None:

@@ -58,7 +58,12 @@ class StepFolder:
     def evaluation(self) -> Row | None:
         """evaluation.json; None for a step that evaluated nothing."""
         path = self.folder / "evaluation.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path}: no evaluation ({error}); the file was changed or cut off. Run the step again") from error
 
     @cached_property
     def completions(self) -> list[Row]:
@@ -140,8 +145,8 @@ def read_lines(path: Path) -> list[Row]:
 
 def thinned(rows: Sequence[Any], number: int) -> list[Any]:
     """At most ``number`` of ``rows``, evenly spread, the first and the last among them."""
-    if len(rows) <= number:
-        return list(rows)
+    if number < 2 or len(rows) <= number:
+        return list(rows[:number])
     return [rows[round(place * (len(rows) - 1) / (number - 1))] for place in range(number)]
 
 

@@ -8,93 +8,157 @@
   });
 
   const PRINTED = 12;
+  const SHOWN = 24;  // prompts on the page at a time
+
+  // An element of a class, with children; strings become text, never markup.
+  function make(tag, name, ...children) {
+    const element = document.createElement(tag);
+    if (name) element.className = name;
+    element.append(...children);
+    return element;
+  }
 
   for (const reader of document.querySelectorAll(".reader")) {
     const part = role => reader.querySelector(`[data-role="${role}"]`);
-    const {names, judges, rows} = JSON.parse(part("data").textContent);
+    const {head: {names, judges, colors}, rows} = JSON.parse(part("data").textContent);
     const list = part("examples");
-    const items = [...list.children].map((element, place) => ({element, place, row: rows[place], text: element.textContent.toLowerCase(), sections: [...element.querySelectorAll("section")]}));
     const value = (role, otherwise) => part(role) ? part(role).value : otherwise;
+    const count = number => number.toLocaleString("en-US");
+    let fitting = [], start = 0;  // the rows that fit the filters, and the number of the first that is shown
+    const coloured = new Map();  // text element -> its nodes without colour
 
     // How far candidate a is ahead of b on a row: in the judge's scores, or from -1 to 1 where it compares; null where it said nothing.
     function ahead(row, judge, a, b) {
       if (a === b) return 0;
       const scores = row.s[judge];
       if (scores[a] !== null && scores[b] !== null) return scores[a] - scores[b];
-      for (const [by, first, second, preference] of row.p || []) {
-        if (by !== judge) continue;
+      for (const [by, first, second, preference] of row.f || []) {
+        if (by !== judge || preference === null) continue;
         if (first === a && second === b) return 2 * preference - 1;
         if (first === b && second === a) return 1 - 2 * preference;
       }
       return null;
     }
 
-    function show() {
-      const words = (value("search", "")).trim().toLowerCase().split(/\s+/).filter(Boolean);
-      const judge = Number(value("judge", 0)), a = Number(value("a", names.length - 1)), b = Number(value("b", 0));
-      const winner = value("winner", "any"), order = value("order", "given");
-      const margins = items.map(item => ahead(item.row, judge, a, b));
-      const largest = Math.max(1e-9, ...margins.map(margin => Math.abs(margin ?? 0)));
-      const least = Number(value("margin", 0)) / 100 * largest;
-      if (part("least")) part("least").textContent = Number(least.toPrecision(2));
-      let shown = 0;
-      const ordered = items.map((item, place) => ({item, margin: margins[place]}));
-      if (order !== "given") ordered.sort((x, y) => order === "down" ? (y.margin ?? -Infinity) - (x.margin ?? -Infinity) : (x.margin ?? Infinity) - (y.margin ?? Infinity));
-      for (const {item, margin} of ordered) {
-        const side = margin === null ? "none" : margin > 0 ? "a" : margin < 0 ? "b" : "tie";
-        const fits = words.every(word => item.text.includes(word)) && (winner === "any" || winner === side) && (least === 0 || (margin !== null && Math.abs(margin) >= least));
-        item.element.hidden = !fits;
-        if (fits) item.element.classList.toggle("extra", ++shown > PRINTED);
-        for (const section of item.sections) {
-          const place = Number(section.dataset.c);
-          section.classList.toggle("first", place === a);
-          section.classList.toggle("second", place === b);
-          section.classList.toggle("wins", (place === a && side === "a") || (place === b && side === "b"));
-          section.hidden = part("others") !== null && !part("others").checked && place !== a && place !== b;
-        }
-      }
-      list.replaceChildren(...ordered.map(({item}) => item.element));
-      part("count").textContent = `${shown} of ${items.length} ${items.length === 1 ? "prompt" : "prompts"}`;
-      part("empty").hidden = shown > 0;
+    function scoresOf(row, place) {
+      return judges.flatMap((judge, number) => row.s[number][place] === null ? [] : [`${judge} ${row.s[number][place].toFixed(3)}`]);
     }
 
-    // Tokens as spans with a background; texts stay text.
+    // What the search looks through; made once a row.
+    function words(row) {
+      row.words ??= [row.n, row.p, ...row.c, ...names.flatMap((_, place) => scoresOf(row, place))].join("\n").toLowerCase();
+      return row.words;
+    }
+
+    const compared = () => [Number(value("judge", 0)), Number(value("a", names.length - 1)), Number(value("b", 0))];
+
+    // Choose the rows that fit the filters, in order, and show the first of them.
+    function choose() {
+      const wanted = value("search", "").trim().toLowerCase().split(/\s+/).filter(Boolean);
+      const [judge, a, b] = compared(), winner = value("winner", "any"), order = value("order", "given");
+      const all = rows.map(row => ({row, margin: ahead(row, judge, a, b)}));
+      const largest = all.reduce((most, {margin}) => Math.max(most, Math.abs(margin ?? 0)), 1e-9);
+      const least = Number(value("margin", 0)) / 100 * largest;
+      if (part("least")) part("least").textContent = Number(least.toPrecision(2));
+      fitting = all.filter(({row, margin}) => {
+        const side = margin === null ? "none" : margin > 0 ? "a" : margin < 0 ? "b" : "tie";
+        return (winner === "any" || winner === side) && (least === 0 || (margin !== null && Math.abs(margin) >= least)) && wanted.every(word => words(row).includes(word));
+      });
+      if (order !== "given") fitting.sort((x, y) => order === "down" ? (y.margin ?? -Infinity) - (x.margin ?? -Infinity) : (x.margin ?? Infinity) - (y.margin ?? Infinity));
+      part("count").textContent = `${count(fitting.length)} of ${count(rows.length)} ${rows.length === 1 ? "prompt" : "prompts"}`;
+      part("empty").hidden = fitting.length > 0;
+      start = 0;
+      show();
+    }
+
+    function show() {
+      list.replaceChildren(...fitting.slice(start, start + SHOWN).map(({row, margin}, place) => article(row, margin, place >= PRINTED)));
+      part("pages").hidden = fitting.length <= SHOWN;
+      part("range").textContent = `${count(start + 1)} to ${count(Math.min(start + SHOWN, fitting.length))} of ${count(fitting.length)}`;
+      part("earlier").disabled = start === 0;
+      part("later").disabled = start + SHOWN >= fitting.length;
+      colour();
+    }
+
+    function article(row, margin, extra) {
+      const [, a, b] = compared(), onlyTwo = part("others") !== null && !part("others").checked;
+      const side = make("div", "side");
+      names.forEach((name, place) => {
+        const wins = margin !== null && ((place === a && margin > 0) || (place === b && margin < 0));
+        const section = make("section", [place === a ? "first" : "", place === b ? "second" : "", wins ? "wins" : ""].filter(Boolean).join(" "));
+        const dot = make("i", "dot");
+        dot.style.setProperty("--c", `var(--s${colors[place]})`);
+        section.dataset.c = place;
+        section.hidden = onlyTwo && place !== a && place !== b;
+        section.append(make("h4", "", dot, name), textOf(row, place), make("p", "scores", ...scoresOf(row, place).flatMap(score => [make("span", "", score), " "])));
+        side.append(section);
+      });
+      const found = make("article", extra ? "extra" : "", make("h3", "", make("span", "count", row.n), row.p, ...missing(row, -1)), side);
+      found.row = row;
+      return found;
+    }
+
+    function textOf(row, place) {
+      const text = row.c[place];
+      if (text === null) return make("p", "text none", "no completion");
+      const found = make("p", "text", text, ...(text ? [] : [make("span", "cut", "(empty)")]), ...missing(row, place));
+      if ((row.o || []).includes(place)) {
+        const going = make("span", "cut", " …");
+        going.title = "It was still going on";
+        found.append(going);
+      }
+      return found;
+    }
+
+    function missing(row, place) {
+      const number = (row.m || {})[place];
+      return number ? [make("span", "cut", ` … (${count(number)} more characters)`)] : [];
+    }
+
+    // Tokens as spans with a background.
     function colour() {
-      const by = value("colour", "");
-      const all = items.flatMap(item => Object.values(item.row.t || {}).flatMap(detail => detail[by] || []));
+      const by = value("colour", ""), key = part("key");
+      if (key) key.hidden = !by;
+      if (!by) { for (const [text, plain] of coloured) text.replaceChildren(...plain); coloured.clear(); return; }
+      const all = rows.flatMap(row => Object.values(row.t || {}).flatMap(detail => detail[by] || [])).filter(number => number !== null);
       const low = all.reduce((x, y) => Math.min(x, y), Infinity), high = all.reduce((x, y) => Math.max(x, y), -Infinity);
-      let coloured = 0;
-      for (const item of items) {
-        for (const section of item.sections) {
-          const text = section.querySelector(".text"), detail = (item.row.t || {})[section.dataset.c];
-          if (!text || !detail) continue;
-          if (text.plain === undefined) text.plain = [...text.childNodes];
-          if (!by || !detail[by]) { text.replaceChildren(...text.plain); continue; }
-          coloured += 1;
-          text.replaceChildren(...detail.tokens.map((token, place) => {
-            const span = document.createElement("span"), number = detail[by][place];
-            const share = by === "kl" ? Math.min(1, Math.abs(number) / 3) : (number - low) / Math.max(1e-9, high - low);
-            span.className = "token";
-            span.style.setProperty("--t", by === "kl" && number < 0 ? "55 103 181" : "194 81 47");
-            span.style.setProperty("--a", (0.75 * share).toFixed(3));
-            span.title = `${by === "kl" ? "log-probability against the reference" : "value"}: ${number}`;
-            span.textContent = place === 0 ? token.trimStart() : token;
-            return span;
-          }));
+      for (const [text, plain] of coloured) text.replaceChildren(...plain);
+      coloured.clear();
+      for (const element of list.children) {
+        for (const section of element.querySelectorAll("section")) {
+          const text = section.querySelector(".text"), detail = (element.row.t || {})[section.dataset.c];
+          if (!detail || !detail[by]) continue;
+          coloured.set(text, [...text.childNodes]);
+          text.replaceChildren(...detail.tokens.map((token, place) => tokenOf(token, detail[by][place], place, by, low, high)));
         }
       }
-      const key = part("key");
-      if (key) {
-        key.hidden = !by;
-        key.textContent = by === "kl"
-          ? `Red: likelier than under the reference; blue: less likely; full colour at 3 nats. Of ${coloured} completions the tokens were kept.`
-          : `The stronger, the higher the value before the token (${low.toPrecision(3)} to ${high.toPrecision(3)}). Of ${coloured} completions the tokens were kept.`;
-      }
+      const kept = rows.reduce((sum, row) => sum + Object.values(row.t || {}).filter(detail => detail[by]).length, 0);
+      key.textContent = by === "kl"
+        ? `Red: likelier than under the reference; blue: less likely; full colour at 3 nats. Of ${count(kept)} completions the tokens were kept.`
+        : `The stronger, the higher the value before the token (${low.toPrecision(3)} to ${high.toPrecision(3)}). Of ${count(kept)} completions the tokens were kept.`;
+    }
+    function tokenOf(token, number, place, by, low, high) {
+      const span = make("span", "token", place === 0 ? token.trimStart() : token);
+      const share = by === "kl" ? Math.min(1, Math.abs(number) / 3) : (number - low) / Math.max(1e-9, high - low);
+      span.style.setProperty("--t", by === "kl" && number < 0 ? "55 103 181" : "194 81 47");
+      span.style.setProperty("--a", (0.75 * share).toFixed(3));
+      span.title = `${by === "kl" ? "log-probability against the reference" : "value"}: ${number}`;
+      return span;
+    }
+
+    function turn(steps) {
+      start = Math.max(0, start + steps * SHOWN);
+      show();
+      reader.scrollIntoView();
     }
 
     reader.querySelector("form").addEventListener("submit", event => event.preventDefault());
-    for (const kind of ["input", "change"]) reader.querySelector("form").addEventListener(kind, event => event.target.dataset.role === "colour" ? colour() : show());
-    show();
+    // A list tells that it changed; everything else tells each keystroke.
+    const changed = ({type, target}) => (type === "change") === (target.tagName === "SELECT") && (target.dataset.role === "colour" ? colour() : choose());
+    for (const kind of ["input", "change"]) reader.querySelector("form").addEventListener(kind, changed);
+    part("earlier").addEventListener("click", () => turn(-1));
+    part("later").addEventListener("click", () => turn(1));
+    choose();
   }
 
   // "/" leads to the search, as in many readers; Escape leaves it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stages.report.figures import LINE, SERIES, Canvas, Figure, interval_points, number_text, short, smoothed
+from stages.report.figures import LINE, SERIES, Canvas, Figure, drawn, drawn_text, interval_points, log_scale, number_text, short, smoothed
 from stages.report.run_folder import RunFolder, StepFolder, thinned
 
 Row = dict[str, Any]
@@ -36,7 +36,7 @@ HELDOUT = {  # stage -> (key before, key after, title)
 
 def training(step: StepFolder) -> Figure | None:
     """The curves of one training step, small multiples."""
-    panels, rows = [], []
+    panels, rows, longest = [], [], 0
     wanted = list(STAGE_CURVES.get(step.stage, [("train/loss", "training loss")]))
     if step.stage == "ppo":
         wanted[1:1] = [(name, f"monitor: {name.removeprefix('monitors/')}") for name in monitors(step)]
@@ -45,17 +45,28 @@ def training(step: StepFolder) -> Figure | None:
         if len(values) < 2:
             continue
         canvas = Canvas(3.2, 2.1)
-        canvas.axes.plot(steps, values, color=SERIES[1], linewidth=0.7, alpha=0.45)
-        canvas.axes.plot(steps, smoothed(values), color=SERIES[1])
+        at, exact, smooth = drawn(steps, values, smoothed(values))
+        canvas.axes.plot(at, exact, color=SERIES[1], linewidth=0.7, alpha=0.45)
+        canvas.axes.plot(at, smooth, color=SERIES[1])
+        longest = max(longest, len(values))
         if metric.startswith("train/loss") and 0 < 50 * min(values) < max(values):
-            canvas.axes.set_yscale("log")
+            log_scale(canvas.axes, "y")
         canvas.axes.set_xlabel("iteration" if step.stage == "ppo" else "optimizer step")
         panels.append(canvas.panel(title))
-        rows += [[title, f"{at:.0f}", number_text(value)] for at, value in thinned(list(zip(steps, values, strict=True)), 6)]
+        rows += [
+            [title, f"{step_number:.0f}", number_text(value)] for step_number, value in thinned(list(zip(steps, values, strict=True)), 6)
+        ]
     if not panels:
         return None
     return Figure(
-        f"training-{step.name}", f"{step.name} ({step.stage})", heldout_text(step), panels, [], ["curve", "step", "value"], rows, small=True
+        f"training-{step.name}",
+        f"{step.name} ({step.stage})",
+        heldout_text(step) + drawn_text(longest),
+        panels,
+        [],
+        ["curve", "step", "value"],
+        rows,
+        small=True,
     )
 
 
@@ -171,7 +182,7 @@ def data_efficiency(runs: Sequence[RunFolder]) -> Figure | None:
             found = sorted(set(found))
             canvas.axes.plot(*zip(*found, strict=True), "-o", color=SERIES[color % len(SERIES)], markersize=4)
             rows += [[stage, name, f"{count:,.0f}", number_text(value)] for count, value in found]
-        canvas.axes.set_xscale("log")
+        log_scale(canvas.axes, "x")
         canvas.axes.set_xlabel(f"training {key}")
         canvas.axes.set_ylabel(title)
         panels.append(canvas.panel(f"{stage}: {title}"))
@@ -194,7 +205,8 @@ def overlay(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Figure]:
     """The PPO curves of all runs in common axes, by the name of the step."""
     figures = []
     for name in dict.fromkeys(step.name for run in runs for step in run.steps if step.stage == "ppo"):
-        panels, rows, drawn = [], [], set()
+        panels, rows, longest = [], [], 0
+        shown_runs = set()
         for metric, title in STAGE_CURVES["ppo"][:4]:
             canvas, lines = Canvas(3.2, 2.1), 0
             for number, (run, shown) in enumerate(zip(runs, names, strict=True)):
@@ -202,17 +214,18 @@ def overlay(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Figure]:
                 steps, values = step.series(metric) if step is not None else ([], [])
                 if len(values) < 2:
                     continue
-                canvas.axes.plot(steps, smoothed(values), color=SERIES[number % len(SERIES)], linewidth=1.4)
+                canvas.axes.plot(*drawn(steps, smoothed(values)), color=SERIES[number % len(SERIES)], linewidth=1.4)
+                longest = max(longest, len(values))
                 rows.append([title, shown, number_text(values[0]), number_text(values[-1])])
-                drawn.add(number)
+                shown_runs.add(number)
                 lines += 1
             canvas.axes.set_xlabel("iteration")
             panel = canvas.panel(title)
             if lines:
                 panels.append(panel)
         if panels:
-            legend = [(names[number], number % len(SERIES)) for number in sorted(drawn)]
+            legend = [(names[number], number % len(SERIES)) for number in sorted(shown_runs)]
             headings = ["curve", "run", "first", "last"]
-            caption = "Running means of each run."
+            caption = "Running means of each run." + drawn_text(longest)
             figures.append(Figure(f"overlay-{name}", f"{name} (ppo)", caption, panels, legend, headings, rows, small=True))
     return figures

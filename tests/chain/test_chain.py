@@ -18,7 +18,7 @@ from stages.errors import DataError, RegistryError
 from stages.process.runtime import Runtime
 from stages.recipe.schema import STAGES, load_recipe
 from stages.registry.ledger import Registry
-from stages.report.page import write_report
+from stages.report.page import Written, write_report
 
 RECIPE = """\
 name: quick
@@ -45,7 +45,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("b.txt").write_text("b")
     Path("quick.yaml").write_text(RECIPE)
     # Drawing takes a second a run; one test below has the page made.
-    monkeypatch.setattr("stages.report.page.write_report", lambda run: run.path / "report.html")
+    monkeypatch.setattr("stages.report.page.write_report", lambda run: Written(run.path / "report.html", 0, []))
 
 
 def run(*overrides: str, home: str = "home") -> dict[str, Any]:
@@ -127,7 +127,10 @@ def test_a_reused_step_brings_its_log_and_the_run_has_a_report(monkeypatch: pyte
     latest = Path("home/runs/quick/latest")
     assert actions(summary)["sft"] == "reuse" and (latest / "sft" / "metrics.jsonl").read_text() == log
     assert summary["steps"][1]["inputs"] == {"model": "quick/base@1"} and summary["steps"][1]["config"]["rate"] == 1.0
-    assert (latest / "report.html").exists()
+    # Time and memory of a reused step are those of the run that computed it.
+    made = summary["steps"][1]["circumstances"]
+    assert made["run"] == first.name and made["peak_memory_bytes"] > 1e6 and made["packages"]["torch"]
+    assert f'<td class="left">{first.name}</td>' in (latest / "report.html").read_text()
 
 
 def test_a_report_that_fails_does_not_fail_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

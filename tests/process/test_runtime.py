@@ -1,4 +1,4 @@
-"""Names of ``stages.process.runtime`` that scripts outside of this repository import."""
+"""What a process says of itself, and names of ``stages.process.runtime`` that scripts outside of this repository import."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 
 from stages import step
 from stages.process import runtime
+from stages.process.hardware import cpu_name
 from stages.registry import references
 
 
@@ -14,3 +15,13 @@ def test_names_that_moved_are_found_at_their_former_address() -> None:
     assert (runtime.StepContext, runtime.StepResult) == (step.StepContext, step.StepResult)
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         _ = runtime.Nothing
+
+
+def test_compute_is_described_once_a_step_has_asked_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    process = runtime.Runtime(quiet=True)
+    assert process.describe_compute("fp32") == {}
+    assert process.device.type == "cpu"
+    assert process.describe_compute("fp32") == {"device": cpu_name(), "processes": 1, "precision": "fp32"}
+    assert process.describe_compute("bf16")["precision"] == "bf16"
+    assert process.describe_compute("auto")["precision"] in ("fp32", "bf16") and cpu_name()

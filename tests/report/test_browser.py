@@ -46,7 +46,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def page(new_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(read_run(new_run(tmp_path_factory.mktemp("runs") / "toy" / "20261124T203818Z")))
+    return write_report(read_run(new_run(tmp_path_factory.mktemp("runs") / "toy" / "20261124T203818Z"))).path
 
 
 @pytest.fixture
@@ -104,6 +104,17 @@ def test_search(opened) -> None:
     part(opened, "search").clear()
     part(opened, "search").send_keys("<script>window")
     assert shown(opened) == ["1"]
+
+
+def test_many_prompts_are_paged(browser, new_run, tmp_path) -> None:
+    browser.get(write_report(read_run(new_run(tmp_path / "toy" / "one", number=60))).path.as_uri())
+    assert shown(browser) == [str(number) for number in range(1, 25)]
+    assert part(browser, "range").text == "1 to 24 of 60" and not part(browser, "earlier").is_enabled()
+    for _ in range(2):
+        part(browser, "later").click()
+    assert shown(browser) == [str(number) for number in range(49, 61)] and not part(browser, "later").is_enabled()
+    part(browser, "search").send_keys("zebra30")  # searched are all prompts, and not those of the page
+    assert shown(browser) == ["31"] and not part(browser, "pages").is_displayed()
 
 
 def test_filter_by_who_won_and_by_margin(opened) -> None:
@@ -226,7 +237,7 @@ def test_print_leaves_out_what_paper_cannot_do(opened) -> None:
 def test_several_runs(browser, new_run, tmp_path) -> None:
     runs = [read_run(new_run(tmp_path / "toy" / name, kl_coef=coef)) for name, coef in (("one", 0.05), ("two", 0.2))]
     browser.get_log("browser")
-    browser.get(write_comparison(runs, tmp_path / "comparison.html").as_uri())
+    browser.get(write_comparison(runs, tmp_path / "comparison.html").path.as_uri())
     assert browser.get_log("browser") == []
     assert browser.find_element("css selector", "h1").text == "2 runs of toy, side by side."
     assert "aligned.kl_coef" in browser.find_element("css selector", ".lede").text

@@ -23,10 +23,14 @@ def test_what_differs_between_runs(new_run, tmp_path) -> None:
     rows = differing_settings([first, second])
     assert ["aligned", "kl_coef", "0.05", "0.2"] in rows
     assert {row[1] for row in rows} == {"kl_coef", "seed of the run"}
-    words = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", render_comparison([first, second])))
+    words = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", render_comparison([first, second]).html))
     assert "2 runs of toy, side by side." in words and "kl_coef" in words
     assert "aligned, by gold 0.600 0.550 to 0.650 0.600 0.550 to 0.650" in words
     assert "aligned against sft 0.70 0.60 to 0.80 0.70 0.60 to 0.80" in words
+    # seed, time, processes, memory, precision and device of each run, and the versions that all runs had
+    for name, seed in (("one", 7), ("two", 8)):
+        assert f"{name} {seed} 3 min 20 s 1 1.00 GiB of the process bf16 2 CPU cores (Some CPU)" in words
+    assert "all runs torch 2.13" in words
 
 
 def test_runs_of_two_recipes_and_a_missing_step(new_run, tmp_path) -> None:
@@ -38,12 +42,12 @@ def test_runs_of_two_recipes_and_a_missing_step(new_run, tmp_path) -> None:
     runs = [read_run(first), read_run(second)]
     assert run_names(runs) == ["toy one", "other one"]
     assert ["aligned", "the whole step", "present", "absent"] in differing_settings(runs)
-    assert write_comparison(runs, tmp_path / "deep" / "page.html").read_text().count('class="plot"') == 4
+    assert write_comparison(runs, tmp_path / "page.html").path.read_text().count('class="plot"') == 4
 
 
 def test_equal_runs_say_so(new_run, tmp_path) -> None:
     runs = [read_run(new_run(tmp_path / "toy" / name)) for name in ("one", "two")]
-    assert "Their settings are equal" in render_comparison(runs)
+    assert "Their settings are equal" in render_comparison(runs).html
 
 
 def test_data_efficiency_needs_three_sizes(new_run, tmp_path) -> None:

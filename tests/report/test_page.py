@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from stages.errors import DataError
-from stages.report.chain import command
+from stages.cli import app
+from stages.errors import DataError, StorageError
+from stages.report import page
+from stages.report.circumstances import command
 from stages.report.page import render_run, write_report
 from stages.report.run_folder import find_run, read_lines, read_run, thinned
 
@@ -53,7 +56,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def html(new_run: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return render_run(read_run(new_run(tmp_path_factory.mktemp("runs") / "toy" / "20261124T203818Z")))
+    return render_run(read_run(new_run(tmp_path_factory.mktemp("runs") / "toy" / "20261124T203818Z"))).html
 
 
 def test_foreign_text_stays_text(html: str) -> None:
@@ -157,17 +160,142 @@ def test_the_command_and_the_recipe(html: str) -> None:
     read = YAML(typ="safe").load(recipe)
     assert read["seed"] == 7 and [step["name"] for step in read["steps"]] == ["base", "sft", "taste", "preference", "aligned", "verdict"]
     assert command({"recipe_file": "a b.yaml", "overrides": ["x.y=1 2"]}) == "./launch.sh 'a b.yaml' 'x.y=1 2'"
+    assert command({"command": "stages run toy --home elsewhere", "recipe_file": "toy"}) == "stages run toy --home elsewhere"
 
 
-def test_a_large_run_stays_below_three_megabytes(run_folder: Path) -> None:
-    path = run_folder / "verdict" / "completions.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    long = [{**rows[4], "completions": dict.fromkeys(rows[4]["completions"], "<&> long " * 300)} for _ in range(2000)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in long))
-    page = write_report(read_run(run_folder))
-    assert page == run_folder / "report.html" and page.stat().st_size < 3_000_000
-    words = Page(page.read_text()).words
-    assert re.search(r"The first [\d,]+ of 2,000; all are in verdict/completions.jsonl", words)
+def test_how_it_ran(html: str) -> None:
+    words = Page(html).words
+    for said in (
+        "seed 7 precision bf16 device 2 CPU cores (Some CPU) processes 1 peak memory 1.00 GiB of the process",
+        "system Python 3.11, Linux packages torch 2.13",
+        "base 7 bf16 1 min 15 s 900 MiB of the process 20261123T000000Z Some CPU",  # reused: the facts of the run that computed it
+        "sft 7 bf16 12.5 s 900 MiB of the process this run Some CPU",
+    ):
+        assert said in words, said
+
+
+# The size of a page
+
+
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes a second."""
+    monkeypatch.setattr(page, "_figure_groups", lambda run: [])
+
+
+def rewrite(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    (folder / "verdict" / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def first_row(folder: Path, number: int = 4) -> dict[str, Any]:
+    return dict(json.loads((folder / "verdict" / "completions.jsonl").read_text().splitlines()[number]))
+
+
+def data_of(html: str) -> dict[str, Any]:
+    """What the page's script reads."""
+    (found,) = re.findall(r'<script type="application/json" data-role="data">(.*?)</script>', html, re.DOTALL)
+    return dict(json.loads(found))
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_five_thousand_short_completions_are_all_there(run_folder: Path) -> None:
+    row = first_row(run_folder)
+    rows = [
+        {**row, "prompt": f"prompt {n}", "completions": {name: f"{name} {n} " * 12 for name in row["completions"]}} for n in range(1667)
+    ]
+    made = render_run(read_run(rewrite(run_folder, rows)))
+    assert made.notes == [] and len(made.html.encode()) <= 2_000_000
+    assert [row["p"] for row in data_of(made.html)["rows"]] == [f"prompt {n}" for n in range(1667)]
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_what_has_no_room_is_sampled_evenly_and_counted(run_folder: Path) -> None:
+    row = first_row(run_folder)
+    texts = {name: "<&> \u00fcber. " * 500 for name in row["completions"]}  # 5,000 characters
+    rows = [{**row, "prompt": f"prompt {n}", "completions": texts} for n in range(1667)]
+    made = write_report(read_run(rewrite(run_folder, rows)), run_folder / "page.html")
+    html = made.path.read_text()
+    assert 1_900_000 < made.size == made.path.stat().st_size <= 2_000_000
+    shown = data_of(html)["rows"]
+    numbers = [int(row["p"].split()[1]) for row in shown]
+    gaps = [after - before for before, after in zip(numbers, numbers[1:], strict=False)]
+    assert numbers[0] == 0 and numbers[-1] == 1666 and max(gaps) - min(gaps) <= 1
+    kept = [text for row in shown for text in row["c"] if text is not None]
+    assert len(kept) == 3 * len(shown) and set(kept) == {texts["sft"][:4000]}
+    assert shown[0]["m"] == {"0": 1000, "1": 1000, "3": 1000}
+    said = (
+        f"verdict: {len(shown)} of 1,667 prompts ({len(kept)} of 5,001 completions), evenly spread; {len(kept)} texts cut at 4,000 "
+        "characters; all of it is in verdict/completions.jsonl of the run folder."
+    )
+    assert made.notes == [said] and said in Page(html).words
+    assert "Scripts are off here: only the first 12 of" in html and "(4,000 more characters)" in Page(html).words
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_texts_of_any_kind_survive(run_folder: Path) -> None:
+    texts = ["\u0645\u0631\u062d\u0628\u0627", "a\x00b\u2028c\u202ed", "\U0001f600 </script><!--", "\ud800"]
+    row = first_row(run_folder)
+    rows = [{**row, "prompt": text, "completions": {"sft": text}, "scores": {"gold": {"sft": float("nan")}}} for text in texts]
+    made = write_report(read_run(rewrite(run_folder, rows)), run_folder / "page.html")
+    shown = data_of(made.path.read_text())["rows"]
+    assert [row["c"][1] for row in shown] == texts  # the half of a pair comes back from its escape
+    assert shown[0]["s"][0] == [None] * 4  # a number that is none is not judged
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_one_enormous_text_is_cut(run_folder: Path) -> None:
+    row = first_row(run_folder)
+    rows = [row, {**row, "prompt": "x" * 3_000_000}]
+    made = render_run(read_run(rewrite(run_folder, rows)))
+    assert len(data_of(made.html)["rows"]) == 2 and "verdict: 1 texts cut at 4,000 characters" in made.notes[0]
+
+
+def test_figures_make_room_for_completions(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "LIMIT", 160_000)
+    made = render_run(read_run(run_folder))
+    assert len(made.html.encode()) <= 160_000 and len(data_of(made.html)["rows"]) == 8
+    (note,) = made.notes
+    number = int(note.split()[0])
+    assert note == f"{number} of 10 figures, the last ones, have no room on a page of 0.16 MB and are left out."
+    assert note in Page(made.html).words and made.html.count("<figure") == 10 - number > 0
+
+
+# Where it is written
+
+
+def test_the_page_goes_where_it_is_told(run_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "notes.html"
+    other.write_text("mine")
+    for path, message in (
+        (tmp_path, "is a folder; expected a file for the page, for example"),
+        (tmp_path / "no" / "page.html", "no is not there; expected a folder"),
+        (other / "page.html", "notes.html is a file; expected a folder"),
+        (other, "notes.html exists and is no page that `stages report` wrote; name another file"),
+    ):
+        result = CliRunner().invoke(app, ["report", str(run_folder), "--out", str(path)])
+        assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.output
+    assert other.read_text() == "mine"
+    result = CliRunner().invoke(app, ["report", "nothing", "--out", str(tmp_path / "page.html"), "--home", str(tmp_path)])
+    assert result.exit_code == 2 and result.stderr.startswith("error: 'nothing' is no run: expected a run folder")
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_an_earlier_report_is_replaced_whole_or_not_at_all(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "page.html"
+    arguments = ["report", str(run_folder), "--out", str(path)]
+    assert CliRunner().invoke(app, arguments).stdout.startswith(f"The report: {path} (0.")
+    before = path.read_text()
+    assert CliRunner().invoke(app, arguments).exit_code == 0 and path.read_text() == before
+
+    def full(self: Path, content: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StorageError, match="page.html: No space left on device; make room"):
+        write_report(read_run(run_folder), path)
+    assert path.read_text() == before and [file.name for file in tmp_path.iterdir() if file.is_file()] == ["page.html"]
 
 
 def test_a_run_without_an_evaluation(run_folder: Path) -> None:
@@ -175,7 +303,7 @@ def test_a_run_without_an_evaluation(run_folder: Path) -> None:
     summary["steps"] = summary["steps"][:2]
     summary["finished"] = False
     (run_folder / "summary.json").write_text(json.dumps(summary))
-    words = Page(render_run(read_run(run_folder))).words
+    words = Page(render_run(read_run(run_folder)).html).words
     assert "toy: 2 steps, and no evaluation among them." in words
     assert "The run did not come to its end" in words
 
@@ -189,14 +317,15 @@ def test_judges_that_only_compare(run_folder: Path) -> None:
         row["scores"], row["score_intervals"] = {}, {}
     evaluation["best_of_n"], evaluation["agreement"] = {}, {}
     path.write_text(json.dumps(evaluation))
-    words = Page(render_run(read_run(run_folder))).words
+    words = Page(render_run(read_run(run_folder)).html).words
     assert "aligned loses: it wins 25 % of 8 prompts against sft, by llm" in words
     assert "By the same judge aligned also was not compared with base and best." in words
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_reused_steps_without_logs_are_said(run_folder: Path) -> None:
     (run_folder / "sft" / "metrics.jsonl").unlink()
-    words = Page(render_run(read_run(run_folder))).words
+    words = Page(render_run(read_run(run_folder)).html).words
     assert "No training log was kept of sft" in words
 
 
@@ -206,10 +335,10 @@ def test_old_summaries_are_read(run_folder: Path) -> None:
     for key in ("description", "environment"):
         del summary[key]
     for step in summary["steps"]:
-        for key in ("inputs", "data", "config", "peak_memory_bytes"):
+        for key in ("inputs", "data", "config", "peak_memory_bytes", "seed", "circumstances"):
             del step[key]
     (run_folder / "summary.json").write_text(json.dumps(summary))
-    assert "aligned wins 70 %" in Page(render_run(read_run(run_folder))).words
+    assert "aligned wins 70 %" in Page(render_run(read_run(run_folder)).html).words
 
 
 # Finding and reading
@@ -224,6 +353,9 @@ def test_finding_a_run(run_folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
         find_run("nothing", tmp_path)
     with pytest.raises(DataError, match="no run folder"):
         read_run(tmp_path)
+    (run_folder / "verdict" / "evaluation.json").write_text('{"candidates": ')
+    with pytest.raises(DataError, match="evaluation.json: no evaluation .* Run the step again"):
+        render_run(read_run(run_folder))
 
 
 def test_reading_lines(tmp_path: Path) -> None:
@@ -239,16 +371,19 @@ def test_reading_lines(tmp_path: Path) -> None:
 def test_thinned() -> None:
     assert thinned(range(10), 4) == [0, 3, 6, 9]
     assert thinned([1, 2], 4) == [1, 2]
+    assert thinned([1, 2], 1) == [1] and thinned([1, 2], 0) == []
 
 
+@pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize("gpu", [{"name": "NVIDIA H200", "memory_bytes": 2**37, "driver": "580.95"}, "NVIDIA H200"], ids=["now", "older"])
 def test_a_gpu_run_shows_its_gpu_and_the_memory_of_it(new_run: Any, tmp_path: Path, gpu: Any) -> None:
     folder = new_run(tmp_path / "runs" / "toy" / "20261124T203818Z")
     summary = json.loads((folder / "summary.json").read_text())
     summary["environment"]["gpus"] = [gpu]
     summary["peak_gpu_memory_bytes"] = 77 * 2**30
-    summary["steps"][0]["peak_gpu_memory_bytes"] = 33 * 2**30
+    summary["steps"][1]["circumstances"]["peak_gpu_memory_bytes"] = 33 * 2**30
     (folder / "summary.json").write_text(json.dumps(summary))
-    words = Page(render_run(read_run(folder))).words
+    words = Page(render_run(read_run(folder)).html).words
     assert "1 x NVIDIA H200" in words
-    assert "77.00 GiB at most" in words and "33.00 GiB" in words
+    assert "77.00 GiB at most" in words and "peak memory 77.00 GiB on the GPU, 1.00 GiB of the process" in words
+    assert "sft 7 bf16 12.5 s 33.00 GiB on the GPU, 900 MiB of the process" in words

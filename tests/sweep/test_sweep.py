@@ -17,6 +17,7 @@ from stages.cli import app
 from stages.errors import RecipeError
 from stages.recipe.schema import STAGES
 from stages.registry.ledger import Registry
+from stages.report.page import Written
 from stages.sweep.grid import read_grid
 from stages.sweep.metrics import chosen_numbers, default_patterns, numbers_of
 
@@ -38,7 +39,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("train", "judge"):
         monkeypatch.setitem(STAGES, name, STAGES["sft"])  # so that what install() puts there is taken out again
     importlib.import_module("fake_stages").install()
-    monkeypatch.setattr("stages.report.page.write_report", lambda run: run.path / "report.html")  # drawing takes a second a run
+    monkeypatch.setattr(
+        "stages.report.page.write_report", lambda run: Written(run.path / "report.html", 0, [])
+    )  # drawing takes a second a run
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("STAGES_HOME", raising=False)
     Path("a.txt").write_text("a")

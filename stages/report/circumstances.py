@@ -1,0 +1,113 @@
+"""How a run was computed, for its page: command, seeds, device, precision, memory and versions.
+
+A step that was reused was computed by an earlier run, perhaps on another machine. Its facts are those of that run.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stages.process.gpus import gpu_name
+from stages.report.run_folder import RunFolder, StepFolder
+
+Row = dict[str, Any]
+UNKNOWN = "not recorded"
+
+
+def command(summary: Mapping[str, Any]) -> str:
+    """What was typed to start the run. For a run that did not record it: a command that does the same."""
+    if summary.get("command"):
+        return str(summary["command"])
+    return shlex.join(["./launch.sh", str(summary.get("recipe_file", "RECIPE")), *summary.get("overrides", [])])
+
+
+def facts(run: RunFolder) -> dict[str, str]:
+    """Name and value of each fact about the whole run."""
+    summary, environment = run.summary, run.summary.get("environment", {})
+    return {
+        "seed": str(summary.get("seed", UNKNOWN)),
+        "precision": _precision(run.steps),
+        "device": device(summary),
+        "processes": _processes(environment),
+        "peak memory": memory(summary),
+        "started": f"{summary.get('started', '')[:16].replace('T', ' ')} UTC",
+        "system": f"Python {environment.get('python', '?')}, {environment.get('platform', UNKNOWN)}",
+        "packages": packages(environment),
+    }
+
+
+def step_facts(run: RunFolder) -> list[Row]:
+    """A row per step: its seed, and on what, in which precision, how long and with how much memory it was computed."""
+    rows = []
+    for step in run.steps:
+        made = _made(step)
+        rows.append(
+            {
+                "name": step.name,
+                "seed": step.entry.get("seed", step.config.get("seed") or run.summary.get("seed", UNKNOWN)),
+                "precision": made.get("precision") or str(step.config.get("precision", UNKNOWN)),
+                "seconds": made.get("wall_seconds"),
+                "memory": memory(made),
+                "run": (made.get("run") or "an earlier run") if step.entry.get("reused") else "this run",
+                "device": made.get("device", UNKNOWN),
+            }
+        )
+    return rows
+
+
+def device(summary: Mapping[str, Any]) -> str:
+    """The GPUs of a run with their driver, or its CPU."""
+    environment = summary.get("environment", {})
+    gpus = environment.get("gpus") or []
+    if not gpus:
+        name = environment.get("cpu")
+        return f"{environment.get('cpu_count', '?')} CPU cores{f' ({name})' if name else ''}"
+    driver = gpus[0].get("driver") if isinstance(gpus[0], dict) else None
+    return f"{len(gpus)} x {gpu_name(gpus[0])}{f', driver {driver}' if driver else ''}"
+
+
+def memory(entry: Mapping[str, Any]) -> str:
+    """Peak memory of a run or a step: of the tensors on its GPU where it had one, and of the process itself."""
+    shown = {"on the GPU": entry.get("peak_gpu_memory_bytes"), "of the process": entry.get("peak_memory_bytes")}
+    return ", ".join(f"{bytes_text(value)} {what}" for what, value in shown.items() if value) or UNKNOWN
+
+
+def packages(environment: Mapping[str, Any]) -> str:
+    """Names and versions of the packages that make the numbers."""
+    return ", ".join(f"{name} {version}" for name, version in environment.get("packages", {}).items()) or UNKNOWN
+
+
+def bytes_text(value: float | None) -> str:
+    """Bytes as MiB or GiB; empty where nothing is known."""
+    if not value:
+        return ""
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+
+
+def _made(step: StepFolder) -> Row:
+    """The circumstances of a step. A summary of before they were recorded has those of its own run."""
+    made = step.entry.get("circumstances")
+    if made is not None or step.entry.get("reused"):
+        return made or {}
+    return {key: step.entry.get(key) for key in ("wall_seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")}
+
+
+def _precision(steps: Sequence[StepFolder]) -> str:
+    """The compute dtype of the steps; where they differ, with the steps of each."""
+    names: dict[str, list[str]] = {}
+    for step in steps:
+        asked = str(step.config.get("precision", UNKNOWN))
+        found = _made(step).get("precision")
+        names.setdefault(found or f"{asked} (what it meant was {UNKNOWN})" if asked == "auto" else found or asked, []).append(step.name)
+    if len(names) == 1:
+        return next(iter(names))
+    return "; ".join(f"{precision}: {', '.join(steps)}" for precision, steps in names.items())
+
+
+def _processes(environment: Mapping[str, Any]) -> str:
+    number = environment.get("num_processes")
+    if number is None:
+        return UNKNOWN
+    return f"{number}{', weights sharded over them' if environment.get('sharded') else ''}"

@@ -1,0 +1,46 @@
+"""Where a page is written: checked before the work, and written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+from stages.errors import StorageError
+
+GENERATOR = "tristage"
+"""What a page names as its maker, so that a report is told from other files."""
+
+
+def check_output(path: Path) -> None:
+    """Raise StorageError unless a page may be written to ``path``: a new file in a folder that exists, or an earlier report."""
+    if path.is_dir():
+        raise StorageError(f"{path} is a folder; expected a file for the page, for example {path / 'page.html'}")
+    if not path.parent.is_dir():
+        what = "a file" if path.parent.exists() else "not there"
+        raise StorageError(f"{path} cannot be written: {path.parent} is {what}; expected a folder. Make it, or name another place")
+    if path.exists() and not _is_report(path):
+        raise StorageError(f"{path} exists and is no page that `stages report` wrote; name another file, or remove it first")
+    if not os.access(path.parent, os.W_OK):
+        raise StorageError(f"{path} cannot be written: the folder {path.parent} does not permit it; name another place")
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return f'<meta name="generator" content="{GENERATOR}">'.encode() in file.read(2000)
+    except OSError:
+        return False
+
+
+def write_page(html: str, path: Path) -> int:
+    """Write a page and return its bytes; a reader, or a crash, sees the old page or the new one. Raises StorageError."""
+    content = html.encode()
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StorageError(f"the page cannot be written to {path}: {error.strerror or error}; make room, or name another place") from error
+    return len(content)
