@@ -788,9 +788,11 @@ def report(
     if output is not None:
         check_output(output)
     found = [read_run(path) for path in dict.fromkeys(find_run(name, _home(home)) for name in runs)]
-    if len(found) > 1 and output is None:
-        check_output(output := Path("comparison.html"))
-    written = write_report(found[0], output) if len(found) == 1 else write_comparison(found, output)
+    if len(found) == 1:
+        written = write_report(found[0], output)
+    else:
+        check_output(output := output or Path("comparison.html"))
+        written = write_comparison(found, output)
     if as_json:
         runs_shown = [str(run.path) for run in found]
         _print_json({"path": str(written.path.absolute()), "bytes": written.size, "left_out": written.notes, "runs": runs_shown})
