@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.tree import Tree
 
-    from stages.planning.memory import Machine
+    from stages.memory.estimate import Machine
     from stages.process.runtime import Runtime
     from stages.registry.ledger import Registry
     from stages.registry.record import ModelRecord
@@ -269,7 +269,7 @@ def plan(
 
 def _machine(device_memory: float | None) -> Machine:
     """The machine that a plan is for: a GPU of the given size, this machine's GPU, or its memory."""
-    from stages.planning.memory import Machine
+    from stages.memory.estimate import Machine
     from stages.process.hardware import cpu_memory, gpu_memory, has_amx
 
     if device_memory is not None:

@@ -181,15 +181,15 @@ DETAILS = (
     _detail(
         "S5",
         "PPO's initial model: 2 epochs, 10 % pretraining rows (I)",
-        "sft.py:SFTPretrainingMix recipe/presets.py:PRESETS",
-        "test_sft.py::test_pretraining_texts_are_a_tenth_of_the_rows recipe/test_presets.py::test_instructgpt",
+        "sft/config.py:SFTPretrainingMix recipe/presets.py:PRESETS",
+        "sft/test_sft.py::test_pretraining_texts_are_a_tenth_of_the_rows recipe/test_presets.py::test_instructgpt",
     ),
     _detail("S6", "1 epoch, batch 128, cosine (S)", "recipe/presets.py:PRESETS", "recipe/test_presets.py::test_stiennon"),
     _detail(
         "S7",
         "The loss may count the prompt (H) or the completion alone",
-        "sft.py:EncodedRow",
-        "test_sft.py::test_prompt_tokens_are_not_learned recipe/test_presets.py::test_huang",
+        "sft/rows.py:EncodedRow",
+        "sft/test_sft.py::test_prompt_tokens_are_not_learned recipe/test_presets.py::test_huang",
     ),
     _detail(
         "S8",
@@ -208,7 +208,7 @@ DETAILS = (
     _detail(
         "R3",
         "No prompt is split across steps",
-        "reward_model/run.py:collate",
+        "reward_model/rows.py:collate",
         "conformance/test_details.py::test_a_prompt_is_one_element_of_a_batch "
         "reward_model/test_reward_model.py::test_a_prompt_is_never_split",
     ),
@@ -252,7 +252,7 @@ DETAILS = (
     _detail(
         "R12",
         "Mean 0 and variance 1 on the policy's samples, before and after (Z)",
-        "reward_model/run.py:Normalization models/heads.py:RewardModel",
+        "reward_model/config.py:Normalization models/heads.py:RewardModel",
         "reward_model/test_reward_model.py::test_standardizing_on_samples",
     ),
     _detail(
@@ -425,7 +425,7 @@ DETAILS = (
     _detail(
         "P26",
         "Only completions that pass the filter are shown to people (Z)",
-        "reward_model/collection.py:Collection",
+        "reward_model/collection_config.py:Collection",
         "reward_model/test_collection.py::test_only_what_ends_is_shown",
     ),
     _detail(

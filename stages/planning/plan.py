@@ -14,10 +14,11 @@ from rich.table import Table
 
 from stages.config import ModelInput
 from stages.errors import RecipeError
-from stages.planning.lengths import Lengths, lengths_of
-from stages.planning.memory import Machine, Memory
-from stages.planning.shapes import shape_of, shape_of_folder, shape_of_hub
-from stages.planning.steps import View, lora_rank, memory_of
+from stages.memory.estimate import Machine, Memory, lora_rank
+from stages.memory.lengths import Lengths
+from stages.memory.models import View
+from stages.memory.shapes import shape_of, shape_of_folder, shape_of_hub
+from stages.planning.steps import lengths_of, memory_of
 from stages.recipe.schema import Recipe, RecipeStep, Reference, model_inputs
 from stages.registry.ledger import Registry
 from stages.registry.references import ResolvedModel

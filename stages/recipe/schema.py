@@ -33,17 +33,24 @@ class Stage:
 
     config: str  # module:class of the step's config
     run: str  # module:function
+    memory: str | None = None  # module that plans its memory
     makes_model: bool = True
 
 
+def _stage(name: str, config: str, *, run: str = "run", makes_model: bool = True) -> Stage:
+    """The parts of a stage that lies in a folder of its own."""
+    folder = f"stages.{name}"
+    return Stage(f"{folder}.config:{config}", f"{folder}.{run}:run", f"{folder}.memory", makes_model)
+
+
 STAGES: dict[str, Stage] = {
-    "pretraining": Stage("stages.pretraining:PretrainingConfig", "stages.pretraining:run"),
-    "sft": Stage("stages.sft:SFTStepConfig", "stages.sft:run"),
-    "reward_model": Stage("stages.reward_model.run:RewardModelConfig", "stages.reward_model.run:run"),
-    "sentiment": Stage("stages.sentiment:SentimentConfig", "stages.sentiment:run"),
-    "dpo": Stage("stages.dpo:DPOStepConfig", "stages.dpo:run"),
-    "ppo": Stage("stages.ppo.config:PPOStepConfig", "stages.ppo.loop:run"),
-    "evaluation": Stage("stages.evaluation.config:EvaluationConfig", "stages.evaluation.run:run", makes_model=False),
+    "pretraining": _stage("pretraining", "PretrainingConfig"),
+    "sft": _stage("sft", "SFTStepConfig"),
+    "reward_model": _stage("reward_model", "RewardModelConfig"),
+    "sentiment": _stage("sentiment", "SentimentConfig"),
+    "dpo": _stage("dpo", "DPOStepConfig"),
+    "ppo": _stage("ppo", "PPOStepConfig", run="loop"),
+    "evaluation": _stage("evaluation", "EvaluationConfig", makes_model=False),
 }
 
 

@@ -12,132 +12,34 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+import torch
 
-from stages.config import DataField, DataSource, GenerationSettings, ModelField, ModelInput, Strict
-from stages.corpora.labels import MOST_COMPLETIONS, TASKS
+from stages.corpora.comparisons import Comparison
+from stages.corpora.files import fingerprint
+from stages.corpora.labels import TASKS, labelled_rows, read_tasks
+from stages.corpora.messages import Prompt
+from stages.corpora.prompts import load_prompt_rows
+from stages.corpora.templates import encode_prompt
 from stages.errors import DataError
-from stages.labelling.config import AskPeople, People
+from stages.labelling.config import People
+from stages.labelling.publishing import SCORES, publish_scores, publish_tasks, scored_by, step_folder, task_of
 from stages.labelling.simulated import ranked
-from stages.labelling.waiting import QUALITY
-from stages.rewards.config import RewardInput, check_rubrics, reward_model_inputs, rubric_inputs
-
-if TYPE_CHECKING:
-    from stages.corpora.comparisons import Comparison
-    from stages.corpora.messages import Prompt
-    from stages.rewards.details import Details
-    from stages.step import StepContext
-
-
-class CollectedPolicy(Strict):
-    """A policy whose completions are compared; a bare string is its reference."""
-
-    model: ModelField
-    weight: float = Field(1.0, gt=0, description="Its share of the completions, against the others' weights.")
-
-
-def _policies(value: Any) -> Any:
-    items = value if isinstance(value, list) else [value]
-    return [{"model": item} if isinstance(item, str) or (isinstance(item, dict) and "ref" in item) else item for item in items]
-
-
-def _judge_kind(value: Any) -> str:
-    return "people" if "people" in (value if isinstance(value, dict) else vars(value)) else "reward"
-
-
-JudgeOrPeople = Annotated[Annotated[RewardInput, Tag("reward")] | Annotated[AskPeople, Tag("people")], Discriminator(_judge_kind)]
-SHORT_NAMES = {"prompts": "data", "per_prompt": "completions_per_prompt"}
-
-
-class Collection(Strict):
-    """Comparisons made by this step. Each prompt's completions come from all policies, by their weights.
-
-    ``prompts`` and ``per_prompt`` are short for ``data`` and ``completions_per_prompt``.
-    """
-
-    policies: Annotated[list[CollectedPolicy], BeforeValidator(_policies)] = Field(
-        min_length=1, description="Whose completions; the paper's are mostly the SFT model's, some are PPO's."
-    )
-    data: DataField = Field(description="Prompts.")
-    num_prompts: int = Field(256, ge=1, description="Prompts to collect comparisons for, drawn by the seed.")
-    completions_per_prompt: int = Field(4, ge=2, description="K: different completions that are ranked together.")
-    judge: JudgeOrPeople = Field(
-        description="Who ranks: a function or a model that scores (prompt, completion), higher is better; or people: {people: {...}}."
-    )
-    tie_width: float = Field(0.0, ge=0, description="Neighbours whose scores differ by no more than this share a rank.")
-    only_ended: bool = Field(
-        False, description="Only completions that end by themselves are shown to the judge (Ziegler et al. 2019); others are drawn again."
-    )
-    attempts: int = Field(4, ge=1, description="Draws per completion until one ends, and differs from those there are.")
-    generation: GenerationSettings = GenerationSettings()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_names(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        for short, name in SHORT_NAMES.items():
-            if short in value and name in value:
-                raise ValueError(f"collect.{short} and collect.{name} are the same setting; leave one of them out")
-        return {SHORT_NAMES.get(name, name): item for name, item in value.items()}
-
-    @model_validator(mode="after")
-    def _scores_texts(self) -> Collection:
-        if isinstance(self.judge, AskPeople):
-            if self.completions_per_prompt > MOST_COMPLETIONS:
-                raise ValueError(f"completions_per_prompt={self.completions_per_prompt}: people rank at most {MOST_COMPLETIONS} at a time")
-            if self.tie_width:
-                raise ValueError("tie_width belongs to a judge that scores; people say themselves what ties")
-            target = self.judge.people.target
-            if target is not None and target > self.num_prompts:
-                raise ValueError(f"judge.people.target={target} is more than num_prompts={self.num_prompts}, a task each")
-        elif self.judge.ensemble is not None or self.judge.level == "token":
-            raise ValueError("collect.judge is one model or function that scores whole completions")
-        return self
-
-    @property
-    def people(self) -> People | None:
-        """The people who rank, where they do."""
-        return self.judge.people if isinstance(self.judge, AskPeople) else None
-
-    def model_inputs(self) -> dict[str, ModelInput]:
-        """The models of policies and judge, by field path within the step."""
-        inputs = {f"collect.policies[{index}].model": policy.model for index, policy in enumerate(self.policies)}
-        if isinstance(self.judge, AskPeople):
-            model = self.judge.people.reward_model
-            return inputs if model is None else {**inputs, "collect.judge.people.reward_model": model}
-        judge = reward_model_inputs([self.judge], "collect.judge")
-        return inputs | {place.replace("[0]", ""): model for place, model in judge.items()}
-
-    def data_inputs(self) -> dict[str, list[DataSource]]:
-        """Prompts, and what people are shown, by field path within the step."""
-        if isinstance(self.judge, AskPeople):
-            return {"collect.data": self.data, **self.judge.people.data_inputs("collect.judge.people")}
-        rubrics = rubric_inputs([self.judge], "collect.judge").items()
-        return {"collect.data": self.data, **{path.replace("[0]", "", 1): rubric for path, rubric in rubrics}}
-
-    def check_data(self) -> None:
-        """Raise DataError for files that this collection cannot use; no model is loaded."""
-        from stages.corpora.prompts import load_prompt_rows
-        from stages.rewards.signature import columns_asked_for
-
-        judges = [self.judge] if isinstance(self.judge, RewardInput) else []
-        check_rubrics(judges)
-        prompts = load_prompt_rows(self.data, columns=columns_asked_for(judges, run=False))
-        if self.people is None:
-            return
-        self.people.check()
-        number = min(len(prompts), self.num_prompts)
-        if self.people.target is not None and self.people.target > number:
-            raise DataError(f"collect.judge.people.target is {self.people.target}, and the data hold {number} prompts, a task each")
+from stages.labelling.waiting import QUALITY, ask_people, home_of, keep_quality
+from stages.models.loading import load_language_model, load_tokenizer
+from stages.reward_model.collection_config import Collection
+from stages.rewards.config import RewardInput
+from stages.rewards.details import Details, columns_of
+from stages.rewards.signature import columns_asked_for
+from stages.rewards.source import build_source, checked, judge
+from stages.sampling.generation import decode_completions, episode_seed
+from stages.sampling.sampler import LocalSampler
+from stages.step import StepContext
 
 
 def collect_comparisons(collection: Collection, context: StepContext, *, precision: str) -> list[Comparison]:
     """The collected comparisons; kept beside the checkpoints, so that a cut-off run does not sample again, and in the run folder."""
-    from stages.corpora.comparisons import Comparison
-
     path = context.checkpoint_folder / "collected.jsonl"
     if not context.runtime.decide(path.exists):
         if collection.people is not None:
@@ -162,9 +64,6 @@ def collect_comparisons(collection: Collection, context: StepContext, *, precisi
 
 def _ask_people(collection: Collection, people: People, context: StepContext, precision: str) -> list[dict[str, Any]]:
     """The rankings of people. Their tasks are published once; whatever of the step changes later, the same tasks are found again."""
-    from stages.corpora.labels import labelled_rows
-    from stages.labelling.waiting import ask_people, keep_quality
-
     folder = _labelling_folder(collection, context)
     context.runtime.decide(lambda: _publish(collection, people, context, precision, folder))
     ask_people(folder, people, context)
@@ -182,10 +81,6 @@ def _ask_people(collection: Collection, people: People, context: StepContext, pr
 
 
 def _labelling_folder(collection: Collection, context: StepContext) -> Path:
-    from stages.corpora.files import fingerprint
-    from stages.labelling.publishing import step_folder
-    from stages.labelling.waiting import home_of
-
     settings = collection.model_dump(mode="json", exclude={"judge", "data", "policies", "tie_width"})
     policies = [[context.models[f"collect.policies[{i}].model"].digest, policy.weight] for i, policy in enumerate(collection.policies)]
     key = {**settings, "policies": policies, "data": fingerprint(collection.data), "seed": context.seed}
@@ -194,10 +89,6 @@ def _labelling_folder(collection: Collection, context: StepContext) -> Path:
 
 def _publish(collection: Collection, people: People, context: StepContext, precision: str, folder: Path) -> None:
     """Sample and publish the tasks where they are not there yet; have the last round's reward model score them."""
-    from stages.corpora.labels import read_tasks
-    from stages.labelling.publishing import SCORES, publish_scores, publish_tasks, scored_by, task_of
-    from stages.rewards.source import build_source, checked
-
     if not (folder / TASKS).exists():
         digests = {policy.model.ref: context.models[f"collect.policies[{i}].model"].digest for i, policy in enumerate(collection.policies)}
         tasks = []
@@ -223,8 +114,6 @@ def _publish(collection: Collection, people: People, context: StepContext, preci
 
 
 def _collect(collection: Collection, context: StepContext, precision: str) -> list[dict[str, Any]]:
-    from stages.rewards.source import build_source, judge
-
     assert isinstance(collection.judge, RewardInput)
     runtime = context.runtime
     rows, details = _sampled(collection, context, precision, collection.judge)
@@ -252,10 +141,6 @@ def _sampled(
 
     Each row has ``prompt``, ``completions`` and ``policies``.
     """
-    from stages.corpora.prompts import load_prompt_rows
-    from stages.rewards.details import Details, columns_of
-    from stages.rewards.signature import columns_asked_for
-
     asked = load_prompt_rows(collection.data, columns=columns_asked_for([judge] if judge is not None else []))
     Random(f"collection {context.seed}").shuffle(asked)
     asked = asked[: collection.num_prompts]
@@ -295,13 +180,6 @@ def _sample(
     collection: Collection, context: StepContext, precision: str, index: int, prompts: Sequence[Prompt]
 ) -> list[dict[str, list[int]]]:
     """Different completions of every prompt by one policy with their token ids, as many as a comparison could take from it."""
-    import torch
-
-    from stages.corpora.templates import encode_prompt
-    from stages.models.loading import load_language_model, load_tokenizer
-    from stages.sampling.generation import decode_completions, episode_seed
-    from stages.sampling.sampler import LocalSampler
-
     source = context.models[f"collect.policies[{index}].model"]
     tokenizer = load_tokenizer(source)
     runtime = context.runtime

@@ -9,43 +9,24 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pydantic import Field, model_validator
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
 
-from stages.config import DataField, DataSource, GenerationSettings, ModelInput, Strict
+from stages.corpora.prompts import PromptRow
+from stages.corpora.templates import encode_prompt
 from stages.errors import RecipeError
+from stages.models.sharding import whole
 from stages.process.storage import sync, write_json
-from stages.rewards.config import RewardInput, check_names, reward_model_inputs, rubric_inputs
 from stages.rewards.details import Details, columns_of
-
-if TYPE_CHECKING:
-    from stages.corpora.prompts import PromptRow
-    from stages.step import StepContext
-
-
-class Selection(Strict):
-    """Try the model out along the run, and keep the best."""
-
-    reward: list[RewardInput] = Field(min_length=1, description="Whose mean score decides; usually a reward model made before.")
-    data: DataField | None = Field(None, description="Validation prompts; null: those of the held-out demonstrations.")
-    num_prompts: int = Field(64, ge=1, description="Use the first so many distinct prompts.")
-    every_epochs: float = Field(1.0, gt=0, description="Epochs between two tries; the end of the run is always tried.")
-    generation: GenerationSettings = GenerationSettings()
-
-    @model_validator(mode="after")
-    def _named(self) -> Selection:
-        check_names(self.reward, "selection.reward")
-        return self
-
-    def model_inputs(self) -> dict[str, ModelInput]:
-        """The models of the reward, by field path within the step."""
-        return reward_model_inputs(self.reward, "selection.reward")
-
-    def data_inputs(self) -> dict[str, list[DataSource]]:
-        """The validation prompts, where they are named, and the rubrics of the reward, by field path within the step."""
-        inputs = rubric_inputs(self.reward, "selection.reward")
-        return inputs if self.data is None else {"selection.data": self.data, **inputs}
+from stages.rewards.source import build_reward
+from stages.sampling.generation import decode_completions, episode_seed, require_room
+from stages.sampling.sampler import LocalSampler
+from stages.step import StepContext
+from stages.training.checkpoints import load_tensors, save_tensors, trainable
+from stages.training.config import Selection
 
 
 @dataclass(frozen=True)
@@ -79,10 +60,6 @@ class Selector:
         *,
         dtype: Any,
     ) -> None:
-        from stages.corpora.templates import encode_prompt
-        from stages.rewards.source import build_reward
-        from stages.sampling.generation import require_room
-
         self.selection, self.context, self.model, self.tokenizer = selection, context, model, tokenizer
         self.measure_loss, self.dtype = measure_loss, dtype
         rows = list(prompts)[: selection.num_prompts]
@@ -112,9 +89,6 @@ class Selector:
         """Sample, score, and keep the weights where they are the best so far. Call on every process."""
         if any(one.optimizer_step == optimizer_step for one in self.tried):
             return
-        from stages.models.sharding import whole
-        from stages.training.checkpoints import save_tensors, trainable
-
         with whole(self.model):  # the processes sample apart
             tried = Tried(optimizer_step, self._score(), self.measure_loss())
         self.tried.append(tried)
@@ -131,8 +105,6 @@ class Selector:
 
     def load_best(self) -> Tried:
         """Put the best weights into the model."""
-        from stages.training.checkpoints import load_tensors, trainable
-
         best = best_of(self.tried)
         self.context.runtime.wait_for_everyone()
         if best is not self.tried[-1]:
@@ -148,11 +120,6 @@ class Selector:
 
     def _score(self) -> float:
         """Mean score over the prompts; each process answers its share, with streams that depend on the prompt's place alone."""
-        import torch
-
-        from stages.sampling.generation import decode_completions, episode_seed
-        from stages.sampling.sampler import LocalSampler
-
         runtime = self.context.runtime
         own = list(range(runtime.process_index, len(self.prompts), runtime.num_processes))
         sampler = LocalSampler(self.model, self.tokenizer)
@@ -164,16 +131,12 @@ class Selector:
         texts = decode_completions(self.tokenizer, generated)
         scores = self.reward.score([self.prompts[row] for row in own], texts, details).total.tolist()
         if runtime.num_processes > 1:
-            from accelerate.utils import gather_object
-
             scores = gather_object(scores)
         return sum(scores) / len(scores)
 
 
 def selection_callback(selector: Selector, trainer: Any) -> Any:
     """A Trainer callback that tries the model out every so many epochs and at the end."""
-    from transformers import TrainerCallback
-
     if trainer.is_deepspeed_enabled:
         raise RecipeError("selection samples along the run, for which every process needs whole weights; leave it out with ZeRO")
 

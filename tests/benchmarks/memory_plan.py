@@ -20,7 +20,9 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VOCABULARY = 8192
-IMPORTS = "import torch, transformers, trl, datasets, peft, torch.utils.tensorboard, stages.ppo.loop, stages.sft, stages.reward_model.run"
+IMPORTS = (
+    "import torch, transformers, trl, datasets, peft, torch.utils.tensorboard, stages.ppo.loop, stages.sft.run, stages.reward_model.run"
+)
 
 PPO = {
     "stage": "ppo",

@@ -36,7 +36,8 @@ def base_model(folder: Path) -> None:
 
     from stages.config import DataInput
     from stages.corpora.text import load_text
-    from stages.pretraining import TokenizerSettings, train_tokenizer
+    from stages.pretraining.config import TokenizerSettings
+    from stages.pretraining.tokenizer import train_tokenizer
 
     corpus = load_text(DataInput.model_validate({"train": {"path": "world:raw", "limit": 2000}}))
     tokenizer = train_tokenizer(corpus.train, TokenizerSettings(vocab_size=1024))
@@ -124,7 +125,7 @@ def plain_reward_model(folder: Path, shared: dict[str, Any]) -> Any:
 
     from stages.config import DataInput
     from stages.corpora.comparisons import load_comparisons
-    from stages.reward_model.run import collate, encode
+    from stages.reward_model.rows import collate, encode
     from stages.rl.ranking import ranking_loss
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -146,7 +147,8 @@ def plain_classifier(folder: Path, shared: dict[str, Any]) -> Any:
 
     from stages.config import DataInput
     from stages.corpora.reviews import load_reviews
-    from stages.sentiment import WordPieceSettings, train_wordpiece
+    from stages.sentiment.config import WordPieceSettings
+    from stages.sentiment.tokenizer import train_wordpiece
 
     reviews = load_reviews(DataInput.model_validate(DATA["sentiment"]), ["negative", "positive"]).train
     tokenizer = train_wordpiece([review.text for review in reviews], WordPieceSettings(), 64)

@@ -350,7 +350,7 @@ def test_code_versions_follow_imports_within_the_package(tmp_path: Path, monkeyp
 
 def test_the_code_of_a_function_named_in_a_recipe_counts(tmp_path: Path) -> None:
     (tmp_path / "judges.py").write_text("def score(): ...")
-    before = code_version("stages.sft", ["judges"])
-    assert before != code_version("stages.sft")
+    before = code_version("stages.sft.run", ["judges"])
+    assert before != code_version("stages.sft.run")
     (tmp_path / "judges.py").write_text("def score(): return 1")
-    assert code_version("stages.sft", ["judges"]) != before
+    assert code_version("stages.sft.run", ["judges"]) != before

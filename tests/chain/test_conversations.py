@@ -99,10 +99,10 @@ def folder(tmp_path: Path, tokenizer_of: Any) -> Path:
 
 
 def test_every_stage_reads_what_the_template_writes(folder, monkeypatch) -> None:
-    import stages.reward_model.run as reward_model
+    import stages.reward_model.training as reward_model
     import stages.rewards.learned as learned
     import stages.sampling.sampler as sampler
-    from stages import sft
+    import stages.sft.run as sft
     from stages.models.loading import load_tokenizer
 
     seen: dict[str, list[Any]] = {"sft": [], "reward_model": [], "sampled": [], "scored": [], "stop": []}
@@ -120,8 +120,8 @@ def test_every_stage_reads_what_the_template_writes(folder, monkeypatch) -> None
         seen["sampled"] += prompts
         seen["stop"].append(named["stop_ids"])
 
-    spy(sft, "_trainer", lambda config, context, model, tokenizer, rows, max_length: seen["sft"].extend(rows))
-    spy(reward_model, "_trainer", lambda model, arguments, rows, *rest: seen["reward_model"].extend(rows))
+    spy(sft, "make_trainer", lambda config, context, model, tokenizer, rows, max_length: seen["sft"].extend(rows))
+    spy(reward_model, "make_trainer", lambda model, arguments, rows, *rest: seen["reward_model"].extend(rows))
     spy(sampler, "generate", note_sample)
     spy(learned, "score_rows", lambda rows, *rest, **named: seen["scored"].extend(rows))
     done = CliRunner().invoke(app, ["run", str(folder / "chain.yaml"), "--home", str(folder / "home")])

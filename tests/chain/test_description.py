@@ -14,7 +14,7 @@ from stages.registry.ledger import Registry
 
 
 def step(**fields: Any) -> dict[str, Any]:
-    from stages.sft import SFTStepConfig
+    from stages.sft.config import SFTStepConfig
 
     config = SFTStepConfig.model_validate({"name": "tuned", "model": "base", "data": {"train": "rows.jsonl"}, **fields})
     return config.model_dump(mode="json")

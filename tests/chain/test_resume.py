@@ -13,9 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages import dpo, pretraining, sentiment, sft
+from stages.dpo import run as dpo
 from stages.errors import Stopped
+from stages.pretraining import run as pretraining
 from stages.reward_model import run as reward_model
+from stages.sentiment import run as sentiment
+from stages.sft import run as sft
 from stages.training.checkpoints import Checkpoints
 
 TIMES = ("train_seconds", "steps_per_second", "tokens_per_second")

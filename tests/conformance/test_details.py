@@ -18,7 +18,9 @@ from stages.models.loading import load_language_model
 from stages.ppo.config import PPOOptimizer
 from stages.ppo.optimizers import make_optimizer
 from stages.recipe.presets import PRESETS
-from stages.reward_model.run import RewardModelConfig, collate, encode, run
+from stages.reward_model.config import RewardModelConfig
+from stages.reward_model.rows import collate, encode
+from stages.reward_model.run import run
 from stages.rewards.config import RewardInput
 from stages.rewards.source import build_source
 from stages.sampling.generation import episode_seed, generate, left_pad

@@ -142,7 +142,8 @@ def test_all_answer_the_same_prompts(prompts, step_context, models, tmp_path, co
 
 
 def test_another_vocabulary_has_no_kl(prompts, step_context, models, config) -> None:
-    from stages.pretraining import TokenizerSettings, train_tokenizer
+    from stages.pretraining.config import TokenizerSettings
+    from stages.pretraining.tokenizer import train_tokenizer
 
     train_tokenizer(["another text entirely, of other words"], TokenizerSettings(vocab_size=280)).save_pretrained(
         models["candidates.aligned"].path

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from stages.planning.shapes import KNOWN_MODELS
+from stages.memory.shapes import KNOWN_MODELS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,10 +56,10 @@ def random_model(tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_ppo_runs_and_needs_what_was_planned(random_model, step_context, resolve_folder, tmp_path, monkeypatch, capsys, size) -> None:
-    from stages.planning.lengths import lengths_of
-    from stages.planning.memory import Machine
-    from stages.planning.shapes import shape_of_folder
-    from stages.planning.steps import View, memory_of
+    from stages.memory.estimate import Machine
+    from stages.memory.models import View
+    from stages.memory.shapes import shape_of_folder
+    from stages.planning.steps import lengths_of, memory_of
     from stages.ppo.config import PPOStepConfig
     from stages.ppo.loop import run
 

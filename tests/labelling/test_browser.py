@@ -190,7 +190,8 @@ def _reward_model_ranks_heldout(folder: Path, step_context: Any, model: Any, tmp
     """The step reads the labelling folder as it is; of 16 unseen tasks (48 pairs) chance would get half right."""
     import json
 
-    from stages.reward_model.run import RewardModelConfig, run
+    from stages.reward_model.config import RewardModelConfig
+    from stages.reward_model.run import run
 
     heldout = [
         {"prompt": f"unseen {n}", "completions": [review(n + 5, quality) for quality in (0, 2, 1)], "ranks": [2, 0, 1]} for n in range(16)

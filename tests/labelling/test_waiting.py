@@ -21,7 +21,8 @@ from stages.errors import DataError, Waiting
 from stages.labelling.publishing import find_folder
 from stages.labelling.simulated import ranked
 from stages.labelling.store import Store, read_labels
-from stages.reward_model.collection import Collection, collect_comparisons
+from stages.reward_model.collection import collect_comparisons
+from stages.reward_model.collection_config import Collection
 
 
 @pytest.fixture

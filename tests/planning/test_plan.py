@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from stages.cli import app
-from stages.planning.memory import Machine
+from stages.memory.estimate import Machine
 from stages.planning.plan import PROCESS, StepMemory, advice_lines, plan_memory
 from stages.recipe.schema import load_recipe
 from stages.registry.ledger import Registry

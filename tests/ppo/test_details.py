@@ -397,7 +397,7 @@ def test_a_policy_s_samples_become_labels_of_the_next_reward_model(
     from dataclasses import replace
 
     from stages.registry.references import ResolvedModel
-    from stages.reward_model.run import RewardModelConfig
+    from stages.reward_model.config import RewardModelConfig
     from stages.reward_model.run import run as train_reward_model
 
     first = replace(resolve_folder(reward_folder), digest="sha256:reward-model-1", ref="reward-model-1")

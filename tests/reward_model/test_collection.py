@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from stages.reward_model.collection import Collection, collect_comparisons, ranked
-from stages.reward_model.run import RewardModelConfig, run
+from stages.reward_model.collection import collect_comparisons, ranked
+from stages.reward_model.collection_config import Collection
+from stages.reward_model.config import RewardModelConfig
+from stages.reward_model.run import run
 from stages.rewards.config import RewardInput
 
 

@@ -10,8 +10,10 @@ import torch
 
 from stages.corpora.comparisons import Comparison
 from stages.errors import DataError
+from stages.reward_model.config import RewardModelConfig
 from stages.reward_model.preferences import EncodedComparison, agreement
-from stages.reward_model.run import Lost, RewardModelConfig, _usable, encode, run
+from stages.reward_model.rows import Lost, encode, usable
+from stages.reward_model.run import run
 from stages.rl.ranking import ranking_losses, ranking_pairs
 
 
@@ -32,7 +34,7 @@ def test_what_is_lost_by_hand(tiny_tokenizer) -> None:
     assert cut.cut == 2 and cut.pairs == (0, 1) and cut.lengths == whole.lengths
     three = encode(Comparison("film", [*same_end, "joy"], [0, 1, 2]), tiny_tokenizer, 8)
     assert three.cut == 2 and three.pairs == (2, 1)
-    kept, lost = _usable([whole, cut, three])
+    kept, lost = usable([whole, cut, three])
     assert kept == [whole, three] and lost == Lost(rows=7, cut=4, pairs=5, equal=2)
     # the one text that counts twice is in no pair: two pairs, of which the scores have one right
     measured = agreement(torch.tensor([3.0, 3.0, 1.0]), [three])

@@ -14,8 +14,12 @@ from safetensors.torch import load_file
 from stages.corpora.comparisons import Comparison
 from stages.errors import DataError
 from stages.models.heads import RewardModel
+from stages.reward_model.config import RewardModelConfig
+from stages.reward_model.measuring import measure
 from stages.reward_model.preferences import EncodedComparison, agreement
-from stages.reward_model.run import RewardModelConfig, _trainer, collate, encode, measure, run
+from stages.reward_model.rows import collate, encode
+from stages.reward_model.run import run
+from stages.reward_model.training import make_trainer
 
 
 @pytest.fixture
@@ -163,7 +167,7 @@ def test_every_completion_is_scored_once(comparisons, step_context, sft, tiny_ll
     model = RewardModel.from_language_model(tiny_llama_folder, dtype=torch.float32)
     rows = [encode(Comparison("write:", [f"line {number}" for number in range(k)], list(range(k))), model.tokenizer, 64) for k in (4, 9)]
     settings = config(comparisons, training={"batch_size": 2, "microbatch_size": 2, "max_steps": 1, "learning_rate": 1e-3})
-    trainer = _trainer(model, training_arguments(settings.training, step_context(models=sft), precision="fp32"), rows, 1)
+    trainer = make_trainer(model, training_arguments(settings.training, step_context(models=sft), precision="fp32"), rows, 1)
     seen: list[int] = []
     model.backbone.register_forward_hook(lambda _module, _inputs, output: seen.append(output.last_hidden_state.shape[0]))
     trainer.train()
@@ -186,13 +190,14 @@ def test_standardizing_on_samples(comparisons, step_context, sft) -> None:
     result = run(config(comparisons, normalization=settings), context)
     model = RewardModel.from_pretrained(str(result.model.path), dtype=torch.float32)
     # the same samples as the step's, scored by what was saved: mean 0 and variance 1
-    from stages.reward_model.run import _inference, _load_comparisons, _texts_to_normalize_on
+    from stages.reward_model.measuring import inference
+    from stages.reward_model.run import _load_comparisons, _texts_to_normalize_on
 
     step = config(comparisons, normalization=settings)
     loaded, _ = _load_comparisons(step, context, model.tokenizer)
     pairs = _texts_to_normalize_on(step, context, loaded)
     rows = [encode(Comparison(prompt, [text], [0]), model.tokenizer, 128).rows[0] for prompt, text in pairs]
-    scores = score_rows(rows, _inference(model), 1, 64, device=torch.device("cpu"))
+    scores = score_rows(rows, inference(model), 1, 64, device=torch.device("cpu"))
     assert scores.mean().item() == pytest.approx(0, abs=1e-4) and scores.std(correction=0).item() == pytest.approx(1, abs=1e-4)
     assert result.metrics["reward_gain"] == pytest.approx(1 / result.metrics["demonstration_reward_std"])
     # another draw of samples has mean 0 and variance 1 within its error

@@ -171,7 +171,8 @@ def test_a_question_that_is_too_long_keeps_its_completion(tiny_llama_folder, res
 
 
 def test_accuracy_beside_the_scalar_head(tiny_llama_folder, resolve_folder, step_context, tmp_path, monkeypatch) -> None:
-    from stages.reward_model.run import RewardModelConfig, run
+    from stages.reward_model.config import RewardModelConfig
+    from stages.reward_model.run import run
 
     (tmp_path / "lengths_beside.py").write_text("def longer(p, c): return [len(text) for text in c]\n")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages.sft import SFTStepConfig, run
-from stages.training.selection import Selection, Selector, Tried, best_of
+from stages.sft.config import SFTStepConfig
+from stages.sft.run import run
+from stages.training.config import Selection
+from stages.training.selection import Selector, Tried, best_of
 
 REWARDS = """
 def fewest_e(prompts, completions):

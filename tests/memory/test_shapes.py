@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stages.planning.shapes import KNOWN_MODELS, Shape, shape_of, shape_of_folder, shape_of_hub
+from stages.memory.shapes import KNOWN_MODELS, Shape, shape_of, shape_of_folder, shape_of_hub
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False, "num_key_value_heads": 2, "intermediate_size": 88},

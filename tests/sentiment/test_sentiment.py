@@ -10,7 +10,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from stages.sentiment import SentimentConfig, WordPieceSettings, _Collator, measure, run, train_wordpiece
+from stages.sentiment.config import SentimentConfig, WordPieceSettings
+from stages.sentiment.measuring import measure
+from stages.sentiment.rows import Collator
+from stages.sentiment.run import run
+from stages.sentiment.tokenizer import train_wordpiece
 
 GOOD, BAD = ["a lovely film", "lovely acting", "what a lovely plot"], ["an awful film", "awful acting", "what an awful plot"]
 TINY = {"type": "distilbert", "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}
@@ -90,7 +94,7 @@ def test_measures_by_hand() -> None:
 
 
 def test_batches_are_padded_and_masked() -> None:
-    batch = _Collator(0)([{"input_ids": [5, 6], "labels": 1}, {"input_ids": [7], "labels": 0}])
+    batch = Collator(0)([{"input_ids": [5, 6], "labels": 1}, {"input_ids": [7], "labels": 0}])
     assert batch["input_ids"].tolist() == [[5, 6], [7, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]] and batch["labels"].tolist() == [1, 0]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.config import DataSource
 from stages.corpora.files import Row, read_rows
 from stages.corpora.messages import completion_text
 from stages.corpora.prompts import plain_text
@@ -48,46 +49,34 @@ class Counter:
         return max(len(encoding.ids) for encoding in self._tokenizer.encode_batch(chosen)) + 1
 
 
-def lengths_of(config: Any, folder: Path | None) -> Lengths:
-    """The lengths of a step's data. Lengths that its stage does not need keep their defaults. ``folder``: a model folder, if any."""
-    counter = Counter(folder)
-    if config.stage in ("ppo", "evaluation"):
-        return Lengths(prompt=counter.longest(_prompts(config)))
-    if config.stage == "sft":
-        return Lengths(demonstration=counter.longest(_demonstrations(config)))
-    if config.stage in ("reward_model", "dpo"):
-        texts, most = _comparisons(config)
-        return Lengths(comparison=counter.longest(texts), completions=most)
-    if config.stage == "sentiment":
-        return Lengths(text=counter.longest(str(row.get("text", "")) for row in _sample(config.data.train)))
-    return Lengths()
-
-
-def _sample(sources: Sequence[Any]) -> list[Row]:
+def sample(sources: Sequence[DataSource]) -> list[Row]:
+    """The first rows of the data that are here."""
     limited = [source if source.limit is not None else source.model_copy(update={"limit": SAMPLE}) for source in sources]
     return read_rows([source for source in limited if not source.on_hub])
 
 
-def _prompts(config: Any) -> list[str]:
+def prompt_texts(data: Sequence[DataSource], prompt_words: int | None, *, split: str) -> list[str]:
+    """Prompts of the data that are here, as one text each."""
     from stages.corpora.prompts import load_prompts
 
-    sources = [source for source in config.data if not source.on_hub]
+    sources = [source for source in data if not source.on_hub]
     if not sources:
         return []
-    split = "test" if config.stage == "evaluation" else "train"
-    return [plain_text(prompt) for prompt in load_prompts(sources, prompt_words=config.prompt_words, limit=SAMPLE, split=split)]
+    return [plain_text(prompt) for prompt in load_prompts(sources, prompt_words=prompt_words, limit=SAMPLE, split=split)]
 
 
-def _demonstrations(config: Any) -> list[str]:
+def demonstration_texts(data: Sequence[DataSource]) -> list[str]:
+    """Prompts with their completions."""
     from stages.corpora.demonstrations import demonstration
 
-    rows = [demonstration(row) for row in _sample(config.data.train)]
+    rows = [demonstration(row) for row in sample(data)]
     return [f"{plain_text(row['prompt'])} {completion_text(row['completion'])}" for row in rows]
 
 
-def _comparisons(config: Any) -> tuple[list[str], int]:
+def comparison_texts(data: Sequence[DataSource], preferred: str | None) -> tuple[list[str], int]:
+    """(prompts with each of their completions, the most completions of one prompt)."""
     from stages.corpora.comparisons import comparison
 
-    items = [comparison(row, preferred=config.preferred) for row in _sample(config.data.train)]
+    items = [comparison(row, preferred=preferred) for row in sample(data)]
     texts = [f"{plain_text(item.prompt)} {completion_text(answer)}" for item in items for answer in item.completions]
     return texts, max((len(item.completions) for item in items), default=2)

@@ -11,7 +11,11 @@ import pytest
 import torch
 
 from stages.corpora.comparisons import Comparison
-from stages.dpo import DPOStepConfig, Pair, _logprobs, _trainer, measure, pairs_of, run
+from stages.dpo.config import DPOStepConfig
+from stages.dpo.measuring import completion_logprobs, measure
+from stages.dpo.pairs import Pair, pairs_of
+from stages.dpo.run import run
+from stages.dpo.trainer import make_trainer
 from stages.errors import DataError
 from stages.models.loading import load_language_model, load_tokenizer
 
@@ -107,12 +111,14 @@ def test_the_loss_is_the_papers(step_context, resolve_folder, tiny_llama_folder,
 
     settings = config()
     context = step_context(models={"model": source})
-    trainer = _trainer(settings, context, model, reference, tokenizer, pairs)
+    trainer = make_trainer(settings, context, model, reference, tokenizer, pairs)
     batch = trainer.data_collator([{name: getattr(pair, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for pair in pairs])
     assert float(trainer.compute_loss(model, batch).detach()) == pytest.approx(expected, abs=1e-4)
     # and our own measure of the same pairs agrees
     found = measure(
-        _logprobs(settings, context, model, pairs, tokenizer), _logprobs(settings, context, reference, pairs, tokenizer), beta=0.5
+        completion_logprobs(settings, context, model, pairs, tokenizer),
+        completion_logprobs(settings, context, reference, pairs, tokenizer),
+        beta=0.5,
     )
     assert found["loss"] == pytest.approx(expected, abs=1e-4)
 
@@ -171,7 +177,7 @@ def test_the_reference_of_a_fresh_adapter_is_the_model_that_it_began_as(
     settings = config(lora={"r": 4}, model={"ref": "sft", "quantization": quantization})
     context = step_context(models={"model": source})
     model = load_language_model(source, dtype=torch.float32, lora=settings.lora, tokenizer=tokenizer)
-    trainer = _trainer(settings, context, model, None, tokenizer, [pair])
+    trainer = make_trainer(settings, context, model, None, tokenizer, [pair])
     assert "ref" not in model.peft_config  # TRL's copy of the fresh adapter, which is not the reference
     batch = trainer.data_collator([{name: getattr(pair, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}])
     for _ in range(2):

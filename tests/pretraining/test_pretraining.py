@@ -12,12 +12,9 @@ from pydantic import ValidationError
 from stages.config import ModelInput
 from stages.corpora.packing import encode_documents, overlapping_windows, pack_blocks
 from stages.errors import DataError, ModelError
-from stages.pretraining import (
-    PretrainingConfig,
-    TokenizerSettings,
-    run,
-    train_tokenizer,
-)
+from stages.pretraining.config import PretrainingConfig, TokenizerSettings
+from stages.pretraining.run import run
+from stages.pretraining.tokenizer import train_tokenizer
 from stages.registry.references import ResolvedModel
 
 TINY = {"type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}

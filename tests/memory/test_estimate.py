@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stages.planning.memory import (
+from stages.memory.estimate import (
     Machine,
     Memory,
     activations,
@@ -17,7 +17,7 @@ from stages.planning.memory import (
     trained,
     unchunked_logits,
 )
-from stages.planning.shapes import Shape, shape_of
+from stages.memory.shapes import Shape, shape_of
 
 CPU = Machine("cpu", 8 << 30, 4, "a CPU")
 

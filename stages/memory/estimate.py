@@ -6,10 +6,10 @@ stores per token. Lengths are upper bounds: the longest prompt plus the maximum 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from stages.planning.shapes import Shape
+from stages.memory.shapes import Shape
 
 FP32, HALF = 4, 2
 NF4_BYTES = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
@@ -122,3 +122,10 @@ def unchunked_logits(shape: Shape, positions: float) -> float:
 
 def lora_rank(config: Any) -> int:
     return config.lora.r if config.lora is not None else 0
+
+
+def with_heap(memory: Memory, machine: Machine, kind: str) -> Memory:
+    """The estimate with what the allocator keeps of freed blocks on a CPU. ``kind``: a key of HEAP."""
+    if machine.kind != "cpu":
+        return memory
+    return replace(memory, passing=memory.passing + (HEAP[kind] - 1) * memory.activations)

@@ -12,7 +12,11 @@ from pydantic import ValidationError
 
 from stages.errors import DataError
 from stages.models.loading import load_language_model
-from stages.sft import IGNORED, EncodedRow, PackedCollator, SFTStepConfig, _pretraining_blocks, _trainer, pack_rows, run
+from stages.sft.config import SFTStepConfig
+from stages.sft.packing import IGNORED, PackedCollator, pack_rows
+from stages.sft.rows import EncodedRow, pretraining_blocks
+from stages.sft.run import run
+from stages.sft.trainer import make_trainer
 
 ROWS = [EncodedRow([10, 11, 12, 13], 2), EncodedRow([20, 21], 1), EncodedRow([30, 31, 32, 33, 34], 3), EncodedRow([40, 41, 42], 1)]
 
@@ -64,7 +68,7 @@ def gradient(context: Any, folder: Path, tokenizer: Any, rows: list[EncodedRow],
     """The gradient of one optimizer step's loss over all ``rows``, as TRL's trainer computes it."""
     model = load_language_model(str(folder), dtype=torch.float32)
     settings = config(training={"batch_size": len(rows), "microbatch_size": len(rows)}, **fields)
-    trainer = _trainer(settings, context, model, tokenizer, rows, 16)
+    trainer = make_trainer(settings, context, model, tokenizer, rows, 16)
     batch = next(iter(trainer.get_train_dataloader()))
     count = batch["labels"][:, 1:].ne(IGNORED).sum()
     trainer.compute_loss(trainer.model.train(), batch, num_items_in_batch=count).backward()
@@ -161,14 +165,14 @@ def test_pretraining_texts_are_a_tenth_of_the_rows(
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("the acting was warm and the film was a joy\n" * 3000)
     mix = {"data": str(corpus), "block_size": 8}
-    drawn = _pretraining_blocks(config(demonstrations, pretraining_mix=mix), tiny_tokenizer, 9000, seed=1)
+    drawn = pretraining_blocks(config(demonstrations, pretraining_mix=mix), tiny_tokenizer, 9000, seed=1)
     assert len(drawn.train) / (len(drawn.train) + 9000) == pytest.approx(0.10, abs=0.01)
     assert all(len(row.ids) == 8 and row.counted(True) == [0] + [1] * 7 for row in drawn.train)  # every token counts but the first
     assert [row.ids for row in drawn.train] != [
-        row.ids for row in _pretraining_blocks(config(demonstrations, pretraining_mix=mix), tiny_tokenizer, 9000, seed=2).train
+        row.ids for row in pretraining_blocks(config(demonstrations, pretraining_mix=mix), tiny_tokenizer, 9000, seed=2).train
     ]
     with pytest.raises(DataError, match="a share of 0.9 beside 9000 demonstrations takes 81000 blocks of 8 tokens, and the texts make"):
-        _pretraining_blocks(config(demonstrations, pretraining_mix={**mix, "share": 0.9}), tiny_tokenizer, 9000, seed=1)
+        pretraining_blocks(config(demonstrations, pretraining_mix={**mix, "share": 0.9}), tiny_tokenizer, 9000, seed=1)
     for packing in (False, True):
         context = step_context(name=f"test/mixed{packing}", models={"model": resolve_folder(tiny_llama_folder)})
         result = run(config(demonstrations, pretraining_mix={**mix, "share": 0.2}, packing=packing), context)

@@ -1,0 +1,1 @@
+"""Direct preference optimisation, the baseline for PPO."""

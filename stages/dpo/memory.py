@@ -1,0 +1,24 @@
+"""The memory of a DPO step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from stages.dpo.config import DPOStepConfig
+from stages.memory.estimate import Machine, Memory, dtype_bytes, lora_rank
+from stages.memory.lengths import Counter, Lengths, comparison_texts
+from stages.memory.models import View, language_model, rows_per_pass
+
+
+def lengths_of(config: DPOStepConfig, counter: Counter) -> Lengths:
+    """The longest texts of the step's data, in tokens."""
+    texts, most = comparison_texts(config.data.train, config.preferred)
+    return Lengths(comparison=counter.longest(texts), completions=most)
+
+
+def estimate(config: DPOStepConfig, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
+    """Both completions of a pair in one pass; plus a frozen reference unless an adapter is trained."""
+    view, rows = models["model"], 2 * rows_per_pass(config, processes)
+    columns = min(config.max_length or view.shape.positions, lengths.comparison)
+    made = language_model(config, view, rows, columns, machine)
+    return made if lora_rank(config) else made + view.frozen(dtype_bytes(config.precision, machine))

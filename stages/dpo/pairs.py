@@ -1,0 +1,75 @@
+"""Pairs of comparisons as tokens."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from stages.corpora.comparisons import Comparison
+from stages.corpora.messages import Completion, errors_at
+from stages.corpora.templates import encode_pair
+from stages.dpo.config import DPOStepConfig
+from stages.errors import DataError
+from stages.step import StepContext
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Token ids of a prompt and of its better and worse completion, each as the chat template ends it."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer of the two sequences."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+# Pairs
+
+
+def pairs_of(comparison: Comparison, limit: int | None, seed: int) -> list[tuple[Completion, Completion]]:
+    """(better, worse) of every two completions of different rank; ``limit`` draws so many of them."""
+    ranked = list(zip(comparison.completions, comparison.ranks, strict=True))
+    pairs = [(better, worse) for better, rank in ranked for worse, other in ranked if rank < other]
+    if limit is None or len(pairs) <= limit:
+        return pairs
+    return random.Random(f"pairs {seed} {comparison.prompt!r}").sample(pairs, limit)
+
+
+def encode(config: DPOStepConfig, comparisons: Sequence[Comparison], tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Pair]:
+    """Pairs as tokens, by the template the model keeps: training, sampling and scoring see one and the same text.
+
+    All that follows the prompt counts; where a completion has several turns, the turns of others in it count, too, as in TRL. Raises
+    DataError, with the row's place, for a conversation that the chat template refuses.
+    """
+    rows = []
+    for comparison in comparisons:
+        with errors_at(comparison.location):
+            for better, worse in pairs_of(comparison, config.pairs_per_prompt, seed):
+                (chosen, length), (rejected, _) = (encode_pair(tokenizer, comparison.prompt, text) for text in (better, worse))
+                rows.append(Pair(chosen[:length], chosen[length:], rejected[length:]))
+    return rows
+
+
+def usable(rows: list[Pair], max_length: int, context: StepContext, which: str) -> tuple[list[Pair], dict[str, int]]:
+    """(the pairs of at most ``max_length`` tokens whose two texts differ, how many were left out by reason)."""
+    fitting = [row for row in rows if row.length <= max_length]
+    kept = [row for row in fitting if row.chosen_ids != row.rejected_ids]
+    if len(kept) < len(fitting):
+        equal = f"left out {len(fitting) - len(kept)} of {len(fitting)} {which} pairs, whose two texts are the same tokens"
+        context.runtime.console.print(f"{context.name}: {equal}")
+    if fitting and not kept:
+        raise DataError(f"no {which} pair is left: the completions of all {len(fitting)} are the same tokens")
+    if not kept:
+        shortest = min((row.length for row in rows), default=0)
+        raise DataError(f"no {which} pair fits max_length={max_length}: the shortest of {len(rows)} has {shortest} tokens")
+    if len(fitting) < len(rows):
+        left_out = len(rows) - len(fitting)
+        context.runtime.console.print(f"{context.name}: left out {left_out} of {len(rows)} {which} pairs longer than {max_length} tokens")
+    return kept, {"too_long_pairs": len(rows) - len(fitting), "equal_pairs": len(fitting) - len(kept)}

@@ -1,0 +1,72 @@
+"""Direct preference optimisation (Rafailov et al. 2023) on the reward model's own comparisons, through TRL's DPOTrainer.
+
+What most people would do instead of PPO, so the evaluation's baseline for it. A ranked list becomes its pairs; ties make none.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+from stages.corpora.comparisons import load_comparisons
+from stages.corpora.curation import Curator
+from stages.corpora.templates import count_tokens
+from stages.dpo.config import DPOStepConfig
+from stages.dpo.measuring import completion_logprobs, measure
+from stages.dpo.pairs import encode, usable
+from stages.dpo.trainer import load_reference, make_trainer
+from stages.models.adapters import as_it_starts, refuse_output_adapter
+from stages.models.loading import load_language_model, load_tokenizer, save_model
+from stages.step import StepContext, StepResult
+from stages.tokens.positions import row_length
+from stages.training.trainer import gathered_weights, publish_best, train, weights_dtype
+
+
+def run(config: DPOStepConfig, context: StepContext) -> StepResult:
+    """Train; publish the policy with its held-out accuracy as a reward model in disguise, and how far it went from the reference."""
+    source = context.models["model"]
+    tokenizer = load_tokenizer(source)
+    curator = Curator(config.curation, count_tokens(tokenizer))
+    comparisons = load_comparisons(config.data, preferred=config.preferred, curator=curator)
+    encoded, encoded_heldout = (encode(config, side, tokenizer, context.seed) for side in (comparisons.train, comparisons.validation))
+    model = load_language_model(source, dtype=weights_dtype(config, context), lora=config.lora, tokenizer=tokenizer)
+    refuse_output_adapter(model, config.lora)
+    max_length: int = row_length(config.max_length, model.config, tokenizer, unlimited=1024)
+    pairs, left_out = usable(encoded, max_length, context, "training")
+    heldout, heldout_left_out = usable(encoded_heldout, max_length, context, "held-out")
+    reference = load_reference(config, context, tokenizer)
+
+    with as_it_starts(model) if reference is None else nullcontext():
+        by_reference = completion_logprobs(config, context, reference if reference is not None else model, heldout, tokenizer)
+    trainer = make_trainer(config, context, model, reference, tokenizer, pairs)
+
+    def measured() -> dict[str, float]:
+        return measure(completion_logprobs(config, context, model, heldout, tokenizer), by_reference, beta=config.beta)
+
+    trained = train(trainer, context, f"{context.name}: dpo", rule=config, measure=lambda: measured()["loss"])
+    after = measured()
+    context.log(trainer.state.global_step, {"heldout/accuracy": after["accuracy"], "heldout/margin": after["margin"]})
+    context.runtime.console.print(
+        f"{context.name}: held-out accuracy {after['accuracy']:.3f} (95 % {after['ci_low']:.3f} to {after['ci_high']:.3f}, "
+        f"{len(heldout)} pairs), margin {after['margin']:.3f}"
+    )
+    metrics = {
+        **{f"heldout_{name}": value for name, value in after.items()},
+        **trained,
+        "comparisons": len(comparisons.train),
+        "pairs": len(pairs),
+        "heldout_pairs": len(heldout),
+        **left_out,
+        **{f"heldout_{reason}": number for reason, number in heldout_left_out.items()},
+        **{f"curation_{reason}": number for reason, number in sorted(curator.left_out.items())},
+    }
+    published: dict[str, Any] = {"role": "language_model", "base": source if config.lora is not None else None}
+    shown = [[*pair.prompt_ids, *pair.chosen_ids] for pair in heldout]  # what was saved is compared on the first of them
+    publish_best(
+        trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), **published
+    )
+    weights = gathered_weights(trainer)
+    record = context.publish(
+        lambda folder: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), metrics=metrics, **published
+    )
+    return StepResult(model=record, metrics=metrics)

@@ -1,0 +1,119 @@
+"""TRL's DPOTrainer for pairs that are tokens already, and its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import DPOConfig, DPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+
+from stages.dpo.config import DPOStepConfig
+from stages.dpo.pairs import Pair
+from stages.errors import ModelError
+from stages.models.adapters import as_it_starts, without_copies
+from stages.models.loading import load_language_model, load_tokenizer, quiet_transformers
+from stages.models.sharding import shard
+from stages.step import StepContext
+from stages.training.trainer import exact, training_arguments
+
+# Training
+
+
+def load_reference(config: DPOStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The frozen reference; None where it is the model without its fresh adapter. Raises ModelError for another vocabulary."""
+    if config.reference is None and config.lora is not None:
+        return None
+    source = context.models["reference" if config.reference is not None else "model"]
+    if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
+        own = context.models["model"].ref
+        raise ModelError(f"reference {source.ref!r} has another vocabulary than the model {own!r}; they must share one")
+    return load_language_model(source, dtype=context.runtime.dtype(config.precision), trainable=False, tokenizer=tokenizer)
+
+
+class TokenizedDPOTrainer(exact(DPOTrainer)):  # type: ignore[misc]
+    """A DPOTrainer whose rows are token ids already, and whose loss is a share of the mean over the whole step."""
+
+    loss_is_scaled_for_ga = True
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        own = pairs_in(inputs)
+        if self.precompute_ref_logps:
+            inputs = {**inputs, **self._reference_logprobs(inputs)}
+        with _gathering_unequal_shares(self.accelerator, counts=own > 0):
+            loss = super().compute_loss(model, inputs, return_outputs)
+        if num_items_in_batch is None:
+            return loss
+        return loss * own / num_items_in_batch * self.args.world_size  # DDP takes the mean over processes
+
+    def _reference_logprobs(self, inputs: Any) -> dict[str, torch.Tensor]:
+        """Log-probabilities [pairs] of the completions by the model as it started: the adapters below the fresh one act."""
+        masked = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        tensors = {name: value for name, value in inputs.items() if name != "completion_mask"}
+        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with torch.no_grad(), checkpointing, as_it_starts(self.model):
+            outputs = self.model(**tensors, use_cache=False, labels=masked, fused_lm_head=True)
+        chosen, rejected = outputs.log_probs.sum(dim=1).chunk(2)
+        return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: Any) -> Any:
+        """Pairs of the step, on all processes."""
+        number = sum(pairs_in(batch) for batch in batch_samples)
+        return self.accelerator.gather(torch.tensor([number], device=device)).sum()
+
+    def blank(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {**batch, "completion_mask": torch.zeros_like(batch["completion_mask"])}
+
+
+def pairs_in(batch: Any) -> int:
+    """Pairs that count: every completion has an end token at least."""
+    return int(batch["completion_mask"].any(dim=1).sum()) // 2
+
+
+def make_trainer(
+    config: DPOStepConfig, context: StepContext, model: Any, reference: Any, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]
+) -> Any:
+    """A trainer on ``pairs``; ``reference`` None: the model without its fresh adapter."""
+    options = {"beta": config.beta, "loss_type": [config.loss], "label_smoothing": config.label_smoothing, "max_length": None}
+    with quiet_transformers(), without_copies(model):
+        arguments = training_arguments(config.training, context, precision=config.precision, kind=DPOConfig, **options)
+        columns = {name: [getattr(pair, name) for pair in pairs] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+        trainer = TokenizedDPOTrainer(
+            model=model, ref_model=reference, args=arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer
+        )
+    # TRL's reference of an adapter is a copy of that adapter alone; ours is every adapter below it.
+    trainer.precompute_ref_logps = reference is None
+    if trainer.ref_model is not None and context.runtime.shards:
+        shard(trainer.ref_model, add_up=False)
+    for parameter in model.parameters():
+        # TRL makes a quantized model's adapter bf16, in which small updates are lost
+        if parameter.requires_grad and parameter.dtype.itemsize < 4:
+            parameter.data = parameter.data.float()
+    return trainer
+
+
+@contextmanager
+def _gathering_unequal_shares(accelerator: Any, *, counts: bool) -> Iterator[None]:
+    """TRL gathers its metrics pair by pair; here processes may have different numbers of pairs, or none that ``counts``."""
+    gather = accelerator.gather
+
+    def unequal(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() == 0:
+            return gather(tensor)
+        padded = accelerator.pad_across_processes(tensor if counts else torch.full_like(tensor, torch.nan), pad_index=torch.nan)
+        gathered = gather(padded)
+        return gathered[~gathered.isnan()]
+
+    if accelerator.num_processes > 1:
+        accelerator.gather = unequal
+    try:
+        yield
+    finally:
+        accelerator.gather = gather

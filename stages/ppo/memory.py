@@ -1,0 +1,115 @@
+"""The memory of a PPO step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from stages.kernels.passes import rows_of_a_pass
+from stages.memory.estimate import FP32, Machine, Memory, chunked_logits, dtype_bytes, inference, kv_cache, lora_rank, phases, trained
+from stages.memory.lengths import Counter, Lengths, prompt_texts
+from stages.memory.models import EVALUATION_ROWS, View, kept_activations, reading
+from stages.ppo.config import PPOStepConfig
+
+
+def lengths_of(config: PPOStepConfig, counter: Counter) -> Lengths:
+    """The longest texts of the step's data, in tokens."""
+    return Lengths(prompt=counter.longest(prompt_texts(config.data, config.prompt_words, split="train")))
+
+
+def estimate(config: PPOStepConfig, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
+    """The peak memory of the step, per process."""
+    policy, compute = models["policy"], dtype_bytes(config.precision, machine)
+    shape, new = policy.shape, config.generation.max_new_tokens
+    prompt = min(config.max_prompt_tokens or shape.positions - new, lengths.prompt)
+    value = _value_view(config, models)
+    held_by = _held_by_full_training if config.lora is None else _held_by_adapters
+    held = held_by(config, models, value, compute)
+
+    share = max(1, config.rollout_batch_size // processes)
+    decoding = min(config.generation.batch_size, share)
+    rows = rows_of_a_pass(min(config.microbatch_size, config.minibatch_size), prompt + new, device_type=machine.kind)
+    trains_output = config.lora is None
+    sampling = (
+        kv_cache(shape, decoding, prompt, new, compute),
+        reading(shape, decoding, prompt, compute, machine),
+        3 * FP32 * decoding * shape.vocabulary,
+    )
+    bigger = shape if value is None or value.shape.hidden * value.shape.layers <= shape.hidden * shape.layers else value.shape
+    updating = (
+        0.0,
+        kept_activations(config, bigger, rows * (prompt + new), compute, machine),
+        chunked_logits(shape, rows * new, machine, trains_output=trains_output),
+    )
+    judges = [view for field_path, view in models.items() if field_path.startswith(("reward", "monitors"))]
+    scored = min(EVALUATION_ROWS, share) * (prompt + new)
+    scoring = [(0.0, inference(view.shape, scored, compute), 0.0) for view in judges]
+    mixing = []
+    if config.pretraining_mix is not None:
+        block = config.pretraining_mix.block_size
+        tokens = block * rows_of_a_pass(config.microbatch_size, block, device_type=machine.kind)
+        kept = kept_activations(config, shape, tokens, compute, machine)
+        mixing.append((0.0, kept, chunked_logits(shape, tokens, machine, trains_output=trains_output)))
+    return held + phases(sampling, updating, *scoring, *mixing)
+
+
+def heap(config: PPOStepConfig) -> str:
+    """Which factor of HEAP its activations have on a CPU."""
+    return "ppo" if config.lora is None else "ppo with adapters"
+
+
+def _value_view(config: PPOStepConfig, models: Mapping[str, View]) -> View | None:
+    """The initial value network; None for a head on the policy's hidden states, and without a value network."""
+    if config.value == "shared" or not config.has_value:
+        return None
+    if "value" in models:
+        return models["value"]
+    if config.value is None:
+        for field_path, view in models.items():
+            if field_path.startswith("reward") and view.shape.vocabulary == models["policy"].shape.vocabulary and not view.shape.encoder:
+                return view
+    return models["policy"]
+
+
+def _held_by_full_training(config: PPOStepConfig, models: Mapping[str, View], value: View | None, compute: int) -> Memory:
+    """Full fine-tuning: every role has its own weights."""
+    policy, optimizer = models["policy"], config.training.optimizer
+    held = Memory(weights=FP32 * policy.shape.weights) + trained(policy.shape.weights, optimizer)
+    if value is not None:
+        weights = value.shape.linear_weights + value.shape.other_weights
+        held += Memory(weights=FP32 * weights) + trained(weights, optimizer)
+    if config.ema_decay is not None:
+        held += Memory(weights=FP32 * policy.shape.weights)
+    waiting = [models.get("reference", policy).frozen(compute), *_frozen_rewards(models, compute)]
+    return held if config.offload else _summed(held, waiting)
+
+
+def _held_by_adapters(config: PPOStepConfig, models: Mapping[str, View], value: View | None, compute: int) -> Memory:
+    """LoRA: roles on the same base share it, and each has its own adapters."""
+    policy, rank, optimizer = models["policy"], lora_rank(config), config.training.optimizer
+    adapter = policy.shape.lora_weights(rank)
+    held = policy.frozen(compute) + replace(trained(adapter, optimizer), adapters=FP32 * (adapter + policy.adapters))
+
+    def shares(view: View) -> bool:
+        return (view.base, view.quantization, view.double) == (policy.base, policy.quantization, policy.double)
+
+    if value is not None:
+        adapter = value.shape.lora_weights(rank)
+        held += replace(trained(adapter, optimizer), adapters=FP32 * adapter)
+        if not shares(value):
+            held += value.frozen(compute, output=False)
+    if config.ema_decay is not None:
+        held += Memory(adapters=FP32 * policy.shape.lora_weights(rank))
+    others = [view for field_path, view in models.items() if field_path == "reference" or field_path.startswith(("reward", "monitors"))]
+    waiting = [Memory(adapters=FP32 * view.adapters) if shares(view) else view.frozen(compute, output=False) for view in others]
+    return _summed(held, [part for part in waiting if not config.offload or part.weights == 0])
+
+
+def _frozen_rewards(models: Mapping[str, View], compute: int) -> list[Memory]:
+    return [view.frozen(compute, output=False) for field_path, view in models.items() if field_path.startswith(("reward", "monitors"))]
+
+
+def _summed(first: Memory, more: list[Memory]) -> Memory:
+    for part in more:
+        first += part
+    return first

@@ -1,0 +1,1 @@
+"""Pretraining: a language model from raw text."""

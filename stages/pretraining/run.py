@@ -1,0 +1,134 @@
+"""Self-supervised causal language modelling on a text corpus: from random weights with a tokenizer of its own, or continuing a model.
+
+Documents are joined by the end token and cut into blocks; every token of a block counts in the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
+
+from stages.config import ModelInput
+from stages.corpora.packing import encode_documents, overlapping_windows, pack_blocks
+from stages.corpora.text import load_text
+from stages.errors import ModelError
+from stages.models.architectures import random_model
+from stages.models.likelihood import Likelihood
+from stages.models.loading import load_language_model, load_tokenizer, save_model
+from stages.pretraining.config import PretrainingConfig, TokenizerSettings
+from stages.pretraining.tokenizer import train_tokenizer
+from stages.step import StepContext, StepResult
+from stages.tokens.positions import model_length
+from stages.training.trainer import exact, gathered_weights, heldout_likelihood, publish_best, train, training_arguments, weights_dtype
+
+
+def run(config: PretrainingConfig, context: StepContext) -> StepResult:
+    """Train on packed blocks; publish the language model with its held-out perplexity and bits per byte before and after."""
+    corpus = load_text(config.data)
+    tokenizer = _tokenizer(config, context, corpus.train)
+    model = _model(config, context, tokenizer)
+    train_tokens = encode_documents(tokenizer, corpus.train)
+    heldout_tokens = encode_documents(tokenizer, corpus.validation)
+    blocks = pack_blocks(train_tokens, config.block_size)
+    heldout_bytes = sum(len(text.encode()) for text in corpus.validation)
+
+    arguments = training_arguments(config.training, context, precision=config.precision, remove_unused_columns=False)
+    trainer = exact(Trainer)(model=model, args=arguments, train_dataset=_Blocks(blocks), data_collator=_collate)
+    before = _measure(trainer, config, context, tokenizer, heldout_tokens, heldout_bytes, "before")
+    trained = train(
+        trainer,
+        context,
+        f"{context.name}: pretraining",
+        rule=config,
+        measure=lambda: _likelihood(trainer, config, context, tokenizer, heldout_tokens).loss,
+    )
+    after = _measure(trainer, config, context, tokenizer, heldout_tokens, heldout_bytes, "after")
+
+    metrics = {
+        **before,
+        **after,
+        **trained,
+        "train_tokens": len(train_tokens),
+        "heldout_tokens": len(heldout_tokens),
+        "tokens_per_second": trained["steps_per_second"] * config.training.batch_size * config.block_size,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    kind: dict[str, Any] = {"role": "language_model", "base": context.models["model"] if config.lora is not None else None}
+    shown = [heldout_tokens[: config.block_size]]  # what was saved is compared with the model in memory on its beginning
+    publish_best(trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), **kind)
+    weights = gathered_weights(trainer)
+    record = context.publish(lambda folder: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), metrics=metrics, **kind)
+    return StepResult(model=record, metrics=metrics)
+
+
+def _tokenizer(config: PretrainingConfig, context: StepContext, texts: Sequence[str]) -> PreTrainedTokenizerBase:
+    if config.model is not None:
+        return load_tokenizer(context.models["model"])
+    if isinstance(config.tokenizer, ModelInput):
+        return load_tokenizer(context.models["tokenizer"])
+    return train_tokenizer(texts, config.tokenizer or TokenizerSettings())
+
+
+def _model(config: PretrainingConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase) -> Any:
+    context.runtime.seed_everything(context.seed)  # reading the data must not decide the weights
+    if config.architecture is not None:
+        model = random_model(AutoModelForCausalLM, config.architecture, tokenizer)
+    else:
+        model = load_language_model(
+            context.models["model"], dtype=weights_dtype(config, context), lora=config.lora, tokenizer=tokenizer, dropout=True
+        )
+    longest = model_length(model.config)  # blocks are cut from the stream of tokens, so the tokenizer's own limit says nothing here
+    if longest is not None and config.block_size > longest:
+        raise ModelError(f"block_size={config.block_size} is longer than the model's {longest} positions; lower it to {longest}")
+    return model
+
+
+# Data
+
+
+class _Blocks:
+    """A data set over the rows of a tensor."""
+
+    def __init__(self, blocks: Any) -> None:
+        self._blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self._blocks[index]}
+
+
+def _collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    input_ids = torch.stack([row["input_ids"] for row in rows])
+    return {"input_ids": input_ids, "labels": input_ids.clone()}
+
+
+# Measuring
+
+
+def _measure(
+    trainer: Any,
+    config: PretrainingConfig,
+    context: StepContext,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: list[int],
+    num_bytes: int,
+    when: str,
+) -> dict[str, float]:
+    """Held-out perplexity and bits per byte of the text; end tokens are predicted, too, and add to both."""
+    likelihood = _likelihood(trainer, config, context, tokenizer, tokens)
+    measured = {"heldout_perplexity": likelihood.perplexity, "heldout_bits_per_byte": likelihood.bits_per_byte(num_bytes)}
+    context.log(0 if when == "before" else trainer.state.global_step, {f"heldout/{name[8:]}": value for name, value in measured.items()})
+    shown = f"perplexity {likelihood.perplexity:.4g}, {measured['heldout_bits_per_byte']:.4g} bits per byte"
+    context.runtime.console.print(f"{context.name}: held-out {when}: {shown}")
+    return {f"{name}_{when}": value for name, value in measured.items()}
+
+
+def _likelihood(
+    trainer: Any, config: PretrainingConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, tokens: list[int]
+) -> Likelihood:
+    return heldout_likelihood(trainer, context, tokenizer, overlapping_windows(tokens, config.block_size), config.precision)

@@ -1,0 +1,118 @@
+"""Settings of new comparisons: whose completions, of which prompts, and who ranks them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from stages.config import DataField, DataSource, GenerationSettings, ModelField, ModelInput, Strict
+from stages.corpora.labels import MOST_COMPLETIONS
+from stages.errors import DataError
+from stages.labelling.config import AskPeople, People
+from stages.rewards.config import RewardInput, check_rubrics, reward_model_inputs, rubric_inputs
+
+
+class CollectedPolicy(Strict):
+    """A policy whose completions are compared; a bare string is its reference."""
+
+    model: ModelField
+    weight: float = Field(1.0, gt=0, description="Its share of the completions, against the others' weights.")
+
+
+def _policies(value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    return [{"model": item} if isinstance(item, str) or (isinstance(item, dict) and "ref" in item) else item for item in items]
+
+
+def _judge_kind(value: Any) -> str:
+    return "people" if "people" in (value if isinstance(value, dict) else vars(value)) else "reward"
+
+
+JudgeOrPeople = Annotated[Annotated[RewardInput, Tag("reward")] | Annotated[AskPeople, Tag("people")], Discriminator(_judge_kind)]
+
+
+SHORT_NAMES = {"prompts": "data", "per_prompt": "completions_per_prompt"}
+
+
+class Collection(Strict):
+    """Comparisons made by this step. Each prompt's completions come from all policies, by their weights.
+
+    ``prompts`` and ``per_prompt`` are short for ``data`` and ``completions_per_prompt``.
+    """
+
+    policies: Annotated[list[CollectedPolicy], BeforeValidator(_policies)] = Field(
+        min_length=1, description="Whose completions; the paper's are mostly the SFT model's, some are PPO's."
+    )
+    data: DataField = Field(description="Prompts.")
+    num_prompts: int = Field(256, ge=1, description="Prompts to collect comparisons for, drawn by the seed.")
+    completions_per_prompt: int = Field(4, ge=2, description="K: different completions that are ranked together.")
+    judge: JudgeOrPeople = Field(
+        description="Who ranks: a function or a model that scores (prompt, completion), higher is better; or people: {people: {...}}."
+    )
+    tie_width: float = Field(0.0, ge=0, description="Neighbours whose scores differ by no more than this share a rank.")
+    only_ended: bool = Field(
+        False, description="Only completions that end by themselves are shown to the judge (Ziegler et al. 2019); others are drawn again."
+    )
+    attempts: int = Field(4, ge=1, description="Draws per completion until one ends, and differs from those there are.")
+    generation: GenerationSettings = GenerationSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_names(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        for short, name in SHORT_NAMES.items():
+            if short in value and name in value:
+                raise ValueError(f"collect.{short} and collect.{name} are the same setting; leave one of them out")
+        return {SHORT_NAMES.get(name, name): item for name, item in value.items()}
+
+    @model_validator(mode="after")
+    def _scores_texts(self) -> Collection:
+        if isinstance(self.judge, AskPeople):
+            if self.completions_per_prompt > MOST_COMPLETIONS:
+                raise ValueError(f"completions_per_prompt={self.completions_per_prompt}: people rank at most {MOST_COMPLETIONS} at a time")
+            if self.tie_width:
+                raise ValueError("tie_width belongs to a judge that scores; people say themselves what ties")
+            target = self.judge.people.target
+            if target is not None and target > self.num_prompts:
+                raise ValueError(f"judge.people.target={target} is more than num_prompts={self.num_prompts}, a task each")
+        elif self.judge.ensemble is not None or self.judge.level == "token":
+            raise ValueError("collect.judge is one model or function that scores whole completions")
+        return self
+
+    @property
+    def people(self) -> People | None:
+        """The people who rank, where they do."""
+        return self.judge.people if isinstance(self.judge, AskPeople) else None
+
+    def model_inputs(self) -> dict[str, ModelInput]:
+        """The models of policies and judge, by field path within the step."""
+        inputs = {f"collect.policies[{index}].model": policy.model for index, policy in enumerate(self.policies)}
+        if isinstance(self.judge, AskPeople):
+            model = self.judge.people.reward_model
+            return inputs if model is None else {**inputs, "collect.judge.people.reward_model": model}
+        judge = reward_model_inputs([self.judge], "collect.judge")
+        return inputs | {place.replace("[0]", ""): model for place, model in judge.items()}
+
+    def data_inputs(self) -> dict[str, list[DataSource]]:
+        """Prompts, and what people are shown, by field path within the step."""
+        if isinstance(self.judge, AskPeople):
+            return {"collect.data": self.data, **self.judge.people.data_inputs("collect.judge.people")}
+        rubrics = rubric_inputs([self.judge], "collect.judge").items()
+        return {"collect.data": self.data, **{path.replace("[0]", "", 1): rubric for path, rubric in rubrics}}
+
+    def check_data(self) -> None:
+        """Raise DataError for files that this collection cannot use; no model is loaded."""
+        from stages.corpora.prompts import load_prompt_rows
+        from stages.rewards.signature import columns_asked_for
+
+        judges = [self.judge] if isinstance(self.judge, RewardInput) else []
+        check_rubrics(judges)
+        prompts = load_prompt_rows(self.data, columns=columns_asked_for(judges, run=False))
+        if self.people is None:
+            return
+        self.people.check()
+        number = min(len(prompts), self.num_prompts)
+        if self.people.target is not None and self.people.target > number:
+            raise DataError(f"collect.judge.people.target is {self.people.target}, and the data hold {number} prompts, a task each")

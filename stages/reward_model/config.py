@@ -1,0 +1,139 @@
+"""Settings of the reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from stages.config import (
+    DataField,
+    DataInput,
+    DataSource,
+    GenerationSettings,
+    ModelField,
+    ModelInput,
+    OptimizerSettings,
+    Strict,
+    TrainingStepConfig,
+)
+from stages.corpora.curation import Curation
+from stages.corpora.fitting import PromptFit
+from stages.reward_model.collection_config import Collection
+from stages.rewards.config import RewardInput, check_names, check_rubrics, reward_model_inputs, rubric_inputs
+
+
+class RewardModelOptimizer(OptimizerSettings):
+    """As ``OptimizerSettings``; batch sizes count prompts, each with all its completions."""
+
+    learning_rate: float = Field(9e-6, gt=0, description="Peak learning rate.")
+    final_learning_rate_fraction: float = Field(0.1, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
+    batch_size: int = Field(64, ge=1, description="Prompts per optimizer step, summed over processes.")
+    microbatch_size: int = Field(8, ge=1, description="Prompts per forward pass and process; the rest is gradient accumulation.")
+
+
+class Normalization(Strict):
+    """Where the zero of the scores lies, and their unit. A ranking loss leaves both open, and the KL penalty of PPO needs them."""
+
+    to: Literal["center", "standardize", "none"] = Field(
+        "center",
+        description="center: mean 0 (Stiennon et al. 2020, Ouyang et al. 2022); standardize: mean 0 and variance 1 (Ziegler et al. 2019).",
+    )
+    on: Literal["demonstrations", "samples"] = Field(
+        "demonstrations", description="Of which texts: demonstrations, or completions that a policy samples for the training prompts."
+    )
+    sampler: ModelField | None = Field(None, description="on: samples: the policy; null: the step's model.")
+    num_samples: int = Field(256, ge=2, description="on: samples: how many.")
+    before_training: bool = Field(False, description="on: samples: also before training, as Ziegler et al. 2019.")
+    generation: GenerationSettings = GenerationSettings()
+
+    @model_validator(mode="after")
+    def _samples(self) -> Normalization:
+        if self.on != "samples" and (self.sampler is not None or self.before_training):
+            raise ValueError("normalization.sampler and before_training go with on: samples")
+        return self
+
+
+class RewardModelConfig(TrainingStepConfig):
+    """Train a scalar head and its backbone on comparisons."""
+
+    stage: Literal["reward_model"] = "reward_model"
+    preset: str | None = Field(None, description="Published settings beneath the step's own, e.g. instructgpt2022 (recipe/presets.py).")
+    model: ModelField = Field(description="A language model, which gets a new head, or a reward model to go on with.")
+    data: DataInput = Field(description="Comparisons.")
+    preferred: str | None = Field(None, description="For responses given as an object: the key of the preferred one.")
+    demonstrations: DataField | None = Field(
+        None, description="Texts whose mean reward becomes 0 (prompt + completion). null: the best completion of each training comparison."
+    )
+    beside: list[RewardInput] = Field(
+        [], description="Other reward sources, measured on the same held-out comparisons: their accuracy stands beside this model's."
+    )
+    collect: Collection | None = Field(None, description="Also make comparisons of what policies say now; null: only those of data.")
+    loss: Literal["pairs", "best_of"] = Field(
+        "pairs", description="pairs: all C(K, 2) of a prompt (Ouyang et al. 2022); best_of: softmax over its K (Ziegler et al. 2019)."
+    )
+    normalization: Normalization = Normalization()
+    num_seeds: int = Field(
+        1,
+        ge=1,
+        description="Train so many times and keep the best (Stiennon et al. 2020). Half of the held-out comparisons decide, and "
+        "the other half measures the one that was kept.",
+    )
+    group_by: list[str] = Field([], description="Columns by whose values held-out accuracy is split, e.g. annotator, batch, confidence.")
+    prompt_fit: PromptFit | None = Field(None, description="Shorten prompts that are too long; null: let max_length cut their beginning.")
+    curation: Curation = Field(Curation(), description="Which rows are used.")
+    max_length: int | None = Field(None, ge=2, description="Longest prompt and completion, in tokens; longer ones lose their beginning.")
+    training: RewardModelOptimizer = RewardModelOptimizer()
+
+    @model_validator(mode="after")
+    def _trainable(self) -> RewardModelConfig:
+        if self.model.quantization != "none" and self.lora is None:
+            raise ValueError(f"model.quantization={self.model.quantization!r} needs lora: quantized weights cannot be trained themselves")
+        if self.num_seeds > 1 and self.keep_best:
+            raise ValueError(f"keep_best={self.keep_best} goes with num_seeds=1; of several seeds the best is chosen already")
+        check_names(self.beside, "beside")
+        return self
+
+    def model_inputs(self) -> dict[str, ModelInput]:
+        inputs = {"model": self.model}
+        if self.normalization.sampler is not None:
+            inputs["normalization.sampler"] = self.normalization.sampler
+        inputs |= reward_model_inputs(self.beside, "beside")
+        return {**inputs, **(self.collect.model_inputs() if self.collect is not None else {})}
+
+    def data_inputs(self) -> dict[str, list[DataSource]]:
+        inputs = {"data.train": self.data.train}
+        if self.data.validation is not None:
+            inputs["data.validation"] = self.data.validation
+        if self.collect is not None:
+            inputs |= self.collect.data_inputs()
+        inputs |= rubric_inputs(self.beside, "beside")
+        return inputs if self.demonstrations is None else {**inputs, "demonstrations": self.demonstrations}
+
+    def check_data(self) -> None:
+        """Raise DataError for data this stage cannot use; no model is loaded."""
+        from stages.corpora.comparisons import load_comparisons
+        from stages.corpora.curation import Curator
+
+        load_comparisons(self.data, preferred=self.preferred, curator=Curator(self.curation), group_by=self.group_by)
+        self.load_demonstrations()
+        check_rubrics(self.beside)
+        if self.collect is not None:
+            self.collect.check_data()
+
+    def conversations(self) -> list[tuple[Any, Sequence[Any], str]]:
+        """Rows of (prompt, its completions, the row's place) that the models of this step read; see ``chain/texts.py``."""
+        from stages.corpora.comparisons import load_comparisons
+
+        loaded = load_comparisons(self.data, preferred=self.preferred, group_by=self.group_by)
+        compared = [(item.prompt, item.completions, item.location) for side in (loaded.train, loaded.validation) for item in side]
+        return [*compared, *((prompt, [completion], "") for prompt, completion in self.load_demonstrations())]
+
+    def load_demonstrations(self) -> list[tuple[Any, Any]]:
+        """The named demonstrations as (prompt, completion); empty where none are named."""
+        from stages.corpora.demonstrations import demonstration
+        from stages.corpora.files import read_rows
+
+        rows = [demonstration(row) for row in read_rows(self.demonstrations)] if self.demonstrations is not None else []
+        return [(row["prompt"], row["completion"]) for row in rows]

@@ -1,0 +1,25 @@
+"""The memory of a reward model's training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from stages.memory.estimate import Machine, Memory, dtype_bytes, phases
+from stages.memory.lengths import Counter, Lengths, comparison_texts
+from stages.memory.models import View, kept_activations, rows_per_pass, trained_model
+from stages.reward_model.config import RewardModelConfig
+
+
+def lengths_of(config: RewardModelConfig, counter: Counter) -> Lengths:
+    """The longest texts of the step's data, in tokens."""
+    texts, most = comparison_texts(config.data.train, config.preferred)
+    return Lengths(comparison=counter.longest(texts), completions=most)
+
+
+def estimate(config: RewardModelConfig, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
+    """The peak memory of the step, per process."""
+    view, compute = models["model"], dtype_bytes(config.precision, machine)
+    columns = min(config.max_length or view.shape.positions, lengths.comparison)
+    tokens = rows_per_pass(config, processes) * lengths.completions * columns
+    kept = kept_activations(config, view.shape, tokens, compute, machine)
+    return trained_model(config, view, machine, output=False) + phases((0.0, kept, 0.0))

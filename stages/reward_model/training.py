@@ -1,0 +1,117 @@
+"""Training a reward model with one seed, or the best of several."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from stages.models.heads import RewardModel
+from stages.reward_model.config import RewardModelConfig
+from stages.reward_model.measuring import measure
+from stages.reward_model.preferences import EncodedComparison
+from stages.reward_model.rows import collate
+from stages.rl.ranking import best_of_ranked_losses, ranking_losses, ranking_pairs
+from stages.step import StepContext
+from stages.training.checkpoints import Checkpoints, load_tensors, save_tensors, trainable
+from stages.training.trainer import exact, train, training_arguments, weights_dtype
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A reward model trained with one seed: what training said, and how it did on the comparisons that decide between seeds."""
+
+    seed: int
+    trained: dict[str, float]
+    accuracy: float
+
+
+def new_model(config: RewardModelConfig, context: StepContext, seed: int) -> RewardModel:
+    source, dtype = context.models["model"], weights_dtype(config, context)
+    if source.record is not None and source.record.role == "reward_model":
+        return RewardModel.from_pretrained(source, dtype=dtype, lora=config.lora, trainable=True)
+    return RewardModel.from_language_model(source, dtype=dtype, lora=config.lora, seed=seed)
+
+
+def train_with_seed(
+    config: RewardModelConfig,
+    context: StepContext,
+    model: RewardModel,
+    rows: list[EncodedComparison],
+    deciding: list[EncodedComparison],
+    scoring: dict[str, int],
+    seed: int,
+) -> tuple[Attempt, Any]:
+    """(what came of one seed, the trainer); with several seeds each keeps its checkpoints, and its weights once it is done."""
+    several = config.num_seeds > 1
+    own = replace(context, seed=seed, checkpoint_folder=context.checkpoint_folder / f"seed-{seed}") if several else context
+    arguments = training_arguments(config.training, own, precision=config.precision, remove_unused_columns=False)
+    trainer = make_trainer(model, arguments, rows, scoring["pad_token_id"], config.loss)
+    done = finished(context, seed)
+    found = done.newest() if several else None
+    if found is not None:
+        load_tensors(trainable(model), found.path / "model.safetensors")
+        return Attempt(**json.loads((found.path / "attempt.json").read_text(encoding="utf-8"))), trainer
+    context.runtime.seed_everything(seed)
+    trained = train(
+        trainer,
+        own,
+        f"{context.name}: reward model",
+        room=f"train_seed_{seed}" if several else "train",
+        rule=config,
+        measure=lambda: measure(model, deciding, **scoring)["loss"],
+    )
+    accuracy = measure(model, deciding, **scoring)["accuracy"] if several else 0.0
+    attempt = Attempt(seed, trained, accuracy)
+    if several:
+        context.runtime.console.print(f"{context.name}: seed {seed}: accuracy {accuracy:.3f} on the comparisons that decide")
+
+        def fill(folder: Path) -> None:
+            save_tensors(trainable(model), folder / "model.safetensors", write=context.runtime.is_main)
+            if context.runtime.is_main:
+                (folder / "attempt.json").write_text(json.dumps(vars(attempt)), encoding="utf-8")
+
+        done.write(fill)
+    return attempt, trainer
+
+
+def finished(context: StepContext, seed: int) -> Checkpoints:
+    """Where what came of a seed is kept once it is done."""
+    return Checkpoints(context.checkpoint_folder / f"seed-{seed}-done", context.runtime, keep_last=1)
+
+
+class RankingTrainer(exact(Trainer)):  # type: ignore[misc]
+    """A Trainer whose examples are prompts with all their completions, so that no prompt is ever split across steps."""
+
+    losses_of = staticmethod(ranking_losses)
+    loss_is_scaled_for_ga = True  # the loss below is a share of the mean over the whole step
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None, **_: Any
+    ) -> Any:
+        scores = model(inputs["input_ids"], inputs["attention_mask"])
+        losses = self.losses_of(scores, inputs["ranks"], inputs["prompt_index"], inputs["text_index"])
+        loss = losses.sum() / num_items_in_batch * self.args.world_size  # DDP takes the mean over processes
+        return (loss, {"scores": scores}) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
+        """Prompts of the step, on all processes, that have a preference."""
+        number = 0
+        for batch in batch_samples:
+            better, _ = ranking_pairs(batch["ranks"], batch["prompt_index"], batch["text_index"])
+            number += len(torch.unique(batch["prompt_index"][better]))
+        return self.accelerator.gather(torch.tensor([number], device=device)).sum().clamp(min=1)
+
+    def blank(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {**batch, "ranks": torch.zeros_like(batch["ranks"])}  # all ties: no pairs
+
+
+def make_trainer(model: RewardModel, arguments: Any, rows: list[EncodedComparison], pad_token_id: int, loss: str = "pairs") -> Any:
+    """A trainer on prompts with all their completions. ``loss``: pairs | best_of."""
+    trainer = RankingTrainer(model=model, args=arguments, train_dataset=rows, data_collator=lambda items: collate(items, pad_token_id))
+    trainer.losses_of = ranking_losses if loss == "pairs" else best_of_ranked_losses
+    return trainer

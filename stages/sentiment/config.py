@@ -1,0 +1,96 @@
+"""Settings of the sentiment classifier."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from stages.config import (
+    DataField,
+    DataInput,
+    DataSource,
+    ModelField,
+    ModelInput,
+    OptimizerSettings,
+    Strict,
+    TrainingStepConfig,
+    check_architecture,
+)
+
+
+class WordPieceSettings(Strict):
+    """An uncased WordPiece tokenizer trained on the step's texts."""
+
+    vocab_size: int = Field(8192, ge=100, description="Number of tokens, the special ones among them.")
+    max_chars: int = Field(100, ge=1, description="Longer words become the unknown token.")
+
+
+class MaskedSettings(Strict):
+    """Masked-language modelling of the step's texts before the labels are learned (Devlin et al. 2018)."""
+
+    data: DataField | None = Field(None, description="More texts, without labels.")
+    mask_probability: float = Field(0.15, gt=0, lt=1, description="Share of tokens to be guessed.")
+    training: OptimizerSettings = OptimizerSettings(learning_rate=5e-4, warmup_fraction=0.05)
+
+
+class SentimentOptimizer(OptimizerSettings):
+    """As ``OptimizerSettings``, with the usual values for fine-tuning an encoder."""
+
+    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Shape after warmup.")
+    epochs: float = Field(2.0, gt=0, description="Passes over the training data.")
+    weight_decay: float = Field(0.01, ge=0)
+
+
+class SentimentConfig(TrainingStepConfig):
+    """Train a classifier, either from ``model`` or from an ``architecture`` of random weights."""
+
+    stage: Literal["sentiment"] = "sentiment"
+    model: ModelField | None = Field(None, description="Encoder or classifier to fine-tune, e.g. distilbert-base-uncased.")
+    architecture: dict[str, Any] | None = Field(
+        None, description="Random weights: {type: distilbert | bert | ..., and fields of that transformers config, e.g. dim: 128}."
+    )
+    tokenizer: WordPieceSettings | None = Field(None, description="With architecture: the tokenizer that is trained on the texts.")
+    labels: list[str] = Field(["negative", "positive"], min_length=2, description="Names of the classes, by label number.")
+    max_length: int = Field(512, ge=8, description="Tokens per text, or as many as the model reads; longer ones lose their end.")
+    data: DataInput = Field(description="Columns text and label (a number, or one of labels).")
+    masked: MaskedSettings | None = Field(None, description="Learn the texts themselves first; null: straight to the labels.")
+    num_examples: int = Field(10, ge=0, description="Held-out reviews to show with truth and prediction, before and after.")
+    training: SentimentOptimizer = SentimentOptimizer()
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SentimentConfig:
+        if (self.model is None) == (self.architecture is None):
+            raise ValueError("give either model (fine-tuning) or architecture (random weights), and not both")
+        if self.model is not None and self.tokenizer is not None:
+            raise ValueError("tokenizer goes with architecture; a model brings its own")
+        if self.architecture is not None:
+            check_architecture(self.architecture)
+            if self.lora is not None:
+                raise ValueError("lora needs a model to adapt; with architecture every weight is random and must be trained")
+        if self.model is not None and self.masked is not None:
+            raise ValueError("masked goes with architecture; a pretrained model knows its language")
+        if self.model is not None and self.model.quantization != "none" and self.lora is None:
+            raise ValueError(f"model.quantization={self.model.quantization!r} needs lora: quantized weights cannot be trained themselves")
+        return self
+
+    def model_inputs(self) -> dict[str, ModelInput]:
+        return {} if self.model is None else {"model": self.model}
+
+    def data_inputs(self) -> dict[str, list[DataSource]]:
+        inputs = {"data.train": self.data.train}
+        if self.data.validation is not None:
+            inputs["data.validation"] = self.data.validation
+        if self.masked is not None and self.masked.data is not None:
+            inputs["masked.data"] = self.masked.data
+        return inputs
+
+    def check_data(self) -> None:
+        """Raise DataError for data this stage cannot use; no model is loaded."""
+        from stages.corpora.reviews import load_reviews
+        from stages.corpora.text import check_texts
+
+        load_reviews(self.data, self.labels)
+        if self.masked is not None and self.masked.data is not None:
+            check_texts(self.masked.data)

@@ -1,0 +1,87 @@
+"""Accuracy, F1, confusion matrix and calibration of a classifier, and held-out reviews to show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from stages.corpora.reviews import Review
+from stages.models.sharding import whole
+from stages.sentiment.config import SentimentConfig
+from stages.sentiment.rows import Collator
+from stages.stats.classification import calibration_bins, confusion_matrix, expected_calibration_error, f1_scores
+from stages.stats.intervals import wilson_interval
+from stages.step import StepContext
+
+# Measuring
+
+
+def predict(model: Any, rows: Sequence[dict[str, Any]], pad_token_id: int, batch_size: int = 64) -> torch.Tensor:
+    """Class probabilities [N, C], on the CPU; the model's mode is left as it was."""
+    collate = Collator(pad_token_id)
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+    probabilities: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+    training = model.training
+    model.eval()
+    with whole(model), torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            batch = {name: value.to(model.device) for name, value in collate([rows[place] for place in places]).items() if name != "labels"}
+            for place, row in zip(places, model(**batch).logits.float().softmax(dim=-1).cpu(), strict=True):
+                probabilities[place] = row
+    model.train(training)
+    return torch.stack(probabilities)
+
+
+def measure(probabilities: torch.Tensor, truth: Sequence[int]) -> dict[str, Any]:
+    """Accuracy with its 95 % interval, F1 (of the last class; all classes averaged), confusion matrix (row: truth), calibration, loss."""
+    labels = torch.tensor(list(truth))
+    confidence, predicted = probabilities.max(dim=1)
+    correct = predicted == labels
+    confusion = confusion_matrix(labels, predicted, probabilities.shape[1])
+    f1 = f1_scores(confusion)
+    low, high = wilson_interval(int(correct.sum()), len(labels))
+    return {
+        "accuracy": float(correct.double().mean()),
+        "accuracy_ci_low": low,
+        "accuracy_ci_high": high,
+        "f1": f1[-1],
+        "f1_macro": sum(f1) / len(f1),
+        "confusion_matrix": confusion,
+        "calibration_error": expected_calibration_error(confidence, correct),
+        "calibration": calibration_bins(confidence, correct),
+        "loss": float(-probabilities[torch.arange(len(labels)), labels].clamp(min=1e-12).log().double().mean()),
+    }
+
+
+def examples_of(reviews: Sequence[Review], before: torch.Tensor, after: torch.Tensor, config: SentimentConfig) -> list[dict[str, Any]]:
+    """Evenly spread held-out reviews with truth and prediction."""
+    step = max(1, len(reviews) // max(1, config.num_examples))
+    shown = []
+    for index in range(0, len(reviews), step)[: config.num_examples]:
+        row = {"text": reviews[index].text[:200], "truth": config.labels[reviews[index].label]}
+        for when, probabilities in (("before", before[index]), ("after", after[index])):
+            row[when] = config.labels[int(probabilities.argmax())]
+            row[f"{when}_probability"] = f"{float(probabilities.max()):.3f}"
+        shown.append(row)
+    return shown
+
+
+def show(examples: list[dict[str, Any]], after: dict[str, Any], before: dict[str, Any], context: StepContext) -> None:
+    table = Table("review", "truth", "before", "after", title=f"{context.name}: held-out reviews", title_justify="left")
+    for row in examples:
+        right = "green" if row["after"] == row["truth"] else "red"
+        cells = [f"{row[when]} {float(row[f'{when}_probability']):.2f}" for when in ("before", "after")]
+        table.add_row(escape(row["text"][:80].replace("\n", " ")), row["truth"], cells[0], f"[{right}]{cells[1]}[/]")
+    console = context.runtime.console
+    if examples:
+        console.print(table)
+    console.print(
+        f"{context.name}: held-out accuracy {before['accuracy']:.3f} -> {after['accuracy']:.3f} "
+        f"(95 % {after['accuracy_ci_low']:.3f} to {after['accuracy_ci_high']:.3f}), F1 {after['f1']:.3f}, "
+        f"calibration error {after['calibration_error']:.3f}, confusion {after['confusion_matrix']}"
+    )

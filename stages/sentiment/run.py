@@ -1,0 +1,74 @@
+"""The sentiment classifier: a sequence classifier trained on labelled reviews, judged on held-out ones before and after training.
+
+Its classes' logits or probabilities are also reward sources of PPO and judges of an evaluation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer
+
+from stages.corpora.reviews import load_reviews
+from stages.models.loading import save_model
+from stages.sentiment.config import SentimentConfig
+from stages.sentiment.measuring import examples_of, measure, predict, show
+from stages.sentiment.model import tokenizer_and_model
+from stages.sentiment.rows import Collator, encode
+from stages.step import StepContext, StepResult
+from stages.training.trainer import counted_loss, exact, gathered_weights, publish_best, train, training_arguments
+
+
+def run(config: SentimentConfig, context: StepContext) -> StepResult:
+    """Train; publish the classifier with accuracy, F1, confusion matrix and calibration on held-out reviews, before and after."""
+    reviews = load_reviews(config.data, config.labels)
+    tokenizer, model = tokenizer_and_model(config, context, [review.text for review in reviews.train])
+    (rows, cut), (heldout, heldout_cut) = encode(reviews.train, tokenizer), encode(reviews.validation, tokenizer)
+    if cut or heldout_cut:
+        context.runtime.console.print(
+            f"{context.name}: {cut} of {len(rows)} reviews and {heldout_cut} of {len(heldout)} held-out ones lose their end: they are "
+            f"longer than the {tokenizer.model_max_length} tokens that max_length, the model and its tokenizer allow"
+        )
+
+    arguments = training_arguments(
+        config.training, context, precision=config.precision, remove_unused_columns=False, train_sampling_strategy="group_by_length"
+    )
+    trainer = exact(Trainer)(
+        model=model, args=arguments, train_dataset=rows, data_collator=Collator(tokenizer.pad_token_id), compute_loss_func=counted_loss
+    )
+    truth = [row["labels"] for row in heldout]
+    before = predict(model.to(context.runtime.device), heldout, tokenizer.pad_token_id)
+    trained = train(
+        trainer,
+        context,
+        f"{context.name}: sentiment",
+        rule=config,
+        measure=lambda: measure(predict(model, heldout, tokenizer.pad_token_id), truth)["loss"],
+    )
+    after = predict(model, heldout, tokenizer.pad_token_id)
+
+    measured, measured_before = measure(after, truth), measure(before, truth)
+    examples = examples_of(reviews.validation, before, after, config)
+    show(examples, measured, measured_before, context)
+    context.log(trainer.state.global_step, {"heldout/accuracy": measured["accuracy"], "heldout/loss": measured["loss"]})
+    metrics = {
+        **{f"heldout_{name}": value for name, value in measured.items()},
+        **{f"heldout_{name}_before": measured_before[name] for name in ("accuracy", "f1", "loss")},
+        **trained,
+        "reviews": len(rows),
+        "heldout_reviews": len(heldout),
+        "cut_share": cut / len(rows),
+        "heldout_cut_share": heldout_cut / len(heldout),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "examples": examples,
+    }
+    kind: dict[str, Any] = {
+        "role": "classifier",
+        "base": context.models["model"] if config.lora is not None else None,
+        "extra": {"labels": config.labels},
+    }
+    shown = [row["input_ids"] for row in heldout]  # what was saved is compared with the model in memory on the first of them
+    publish_best(trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), **kind)
+    weights = gathered_weights(trainer)
+    record = context.publish(lambda folder: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), metrics=metrics, **kind)
+    return StepResult(model=record, metrics=metrics)

@@ -1,0 +1,40 @@
+"""An uncased WordPiece tokenizer trained on texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from stages.sentiment.config import WordPieceSettings
+
+# Tokenizer and model
+
+
+def train_wordpiece(texts: Sequence[str], settings: WordPieceSettings, max_length: int) -> PreTrainedTokenizerBase:
+    """An uncased WordPiece tokenizer that reads past HTML tags; equal texts make equal tokenizers."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    # In the tokenizer and not in the stage: whoever loads the exported model gives it raw reviews.
+    tags = normalizers.Replace(Regex("<[^<>]{1,40}>"), " ")
+    normalizer = normalizers.Sequence([tags, normalizers.BertNormalizer(lowercase=True)])
+    # The trainer numbers word pieces in the order of a hash table, which differs from run to run and decides ties between merges. Given
+    # the whole alphabet as special tokens it has nothing left to order; the tokenizer itself is then built from the vocabulary.
+    letters = sorted(set("".join(normalizer.normalize_str(text) for text in texts)) - set(" \t\n\r"))
+    alphabet = [*letters, *(f"##{letter}" for letter in letters)]
+
+    def blank(vocabulary: dict[str, int] | None = None) -> Tokenizer:
+        made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=settings.max_chars))
+        made.normalizer, made.pre_tokenizer, made.decoder = normalizer, pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+        return made
+
+    trained = blank()
+    trainer = trainers.WordPieceTrainer(vocab_size=settings.vocab_size, special_tokens=[*special, *alphabet], show_progress=False)
+    trained.train_from_iterator(texts, trainer, length=len(texts))
+    tokenizer = blank(trained.get_vocab())
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **names)

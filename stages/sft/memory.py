@@ -1,0 +1,22 @@
+"""The memory of a fine-tuning step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from stages.memory.estimate import Machine, Memory
+from stages.memory.lengths import Counter, Lengths, demonstration_texts
+from stages.memory.models import View, language_model, rows_per_pass
+from stages.sft.config import SFTStepConfig
+
+
+def lengths_of(config: SFTStepConfig, counter: Counter) -> Lengths:
+    """The longest texts of the step's data, in tokens."""
+    return Lengths(demonstration=counter.longest(demonstration_texts(config.data.train)))
+
+
+def estimate(config: SFTStepConfig, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
+    """The peak memory of the step, per process."""
+    longest = config.max_length or models["model"].shape.positions
+    columns = longest if config.packing else min(longest, lengths.demonstration)
+    return language_model(config, models["model"], rows_per_pass(config, processes), columns, machine)

@@ -1,0 +1,99 @@
+"""Demonstrations and blocks of the pretraining mix as rows of tokens."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from stages.corpora.demonstrations import Demonstration, Demonstrations
+from stages.corpora.files import read_rows, text_of
+from stages.corpora.fitting import fit_prompt
+from stages.corpora.packing import encode_documents, pack_blocks
+from stages.corpora.training_rows import TrainOn, training_rows
+from stages.errors import DataError
+from stages.sft.config import SFTStepConfig
+from stages.step import StepContext
+
+HELDOUT_EVERY = 20  # of the pretraining mix's blocks
+
+
+MOST_HELDOUT_BLOCKS = 64
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """A demonstration as tokens; the first ``prompt_length`` of ``ids`` are the prompt.
+
+    ``trained``: 1 where a token belongs to a reply that trains; None: all after the prompt do.
+    """
+
+    ids: list[int]
+    prompt_length: int
+    trained: list[int] | None = None
+
+    def counted(self, completion_only: bool) -> list[int]:
+        """1 where a token counts in the loss, 0 elsewhere. The very first token is never predicted."""
+        start = max(self.prompt_length, 1) if completion_only else 1
+        if completion_only and self.trained is not None:
+            return [0] * start + self.trained[start:]
+        return [0] * start + [1] * (len(self.ids) - start)
+
+
+def encode(demonstrations: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, train_on: TrainOn) -> list[EncodedRow]:
+    """The demonstrations as tokens. Raises DataError, with the row's place, for one that the chat template refuses."""
+    rows = [row for demonstration in demonstrations for row in training_rows(tokenizer, demonstration, train_on=train_on)]
+    return [EncodedRow(row.ids, row.prompt_length, row.trained) for row in rows]
+
+
+def short_enough(rows: list[EncodedRow], max_length: int, context: StepContext, which: str) -> list[EncodedRow]:
+    """The rows without those that are longer than ``max_length`` tokens (cutting one would teach an ending that is none)."""
+    kept = [row for row in rows if len(row.ids) <= max_length]
+    if not kept:
+        longest = min((len(row.ids) for row in rows), default=0)
+        raise DataError(f"no {which} demonstration fits max_length={max_length}: the shortest of {len(rows)} has {longest} tokens")
+    if len(kept) < len(rows):
+        context.runtime.console.print(
+            f"{context.name}: left out {len(rows) - len(kept)} of {len(rows)} {which} demonstrations longer than {max_length} tokens"
+        )
+    return kept
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of the pretraining mix: to train on, and held out."""
+
+    train: list[EncodedRow]
+    heldout: list[EncodedRow]
+
+
+def pretraining_blocks(config: SFTStepConfig, tokenizer: PreTrainedTokenizerBase, num_demonstrations: int, seed: int) -> Blocks:
+    """So many blocks that they are ``share`` of all training rows, drawn once by the seed; fewer where the texts hold no more."""
+    mix = config.pretraining_mix
+    if mix is None:
+        return Blocks([], [])
+    tokens = encode_documents(tokenizer, [text_of(row, "text") for row in read_rows(mix.data)])
+    blocks = [EncodedRow(ids, 0) for ids in pack_blocks(tokens, mix.block_size).tolist()]
+    heldout = blocks[HELDOUT_EVERY - 1 :: HELDOUT_EVERY][:MOST_HELDOUT_BLOCKS] or blocks[-1:]
+    del blocks[HELDOUT_EVERY - 1 :: HELDOUT_EVERY]
+    wanted = round(num_demonstrations * mix.share / (1 - mix.share))
+    if wanted > len(blocks):
+        raise DataError(
+            f"pretraining_mix: a share of {mix.share:g} beside {num_demonstrations} demonstrations takes {wanted} blocks of "
+            f"{mix.block_size} tokens, and the texts make {len(blocks)}; add text, or lower share or block_size"
+        )
+    return Blocks(random.Random(f"pretraining mix {seed}").sample(blocks, wanted), heldout)
+
+
+def fitted(demonstrations: Demonstrations, config: SFTStepConfig, tokenizer: PreTrainedTokenizerBase) -> Demonstrations:
+    """The demonstrations with prompts that fit."""
+    fit = config.prompt_fit
+    if fit is None:
+        return demonstrations
+    sides = [
+        [row.with_prompt(fit_prompt(row["prompt"], fit, tokenizer, row.location)) for row in side]
+        for side in (demonstrations.train, demonstrations.validation)
+    ]
+    return Demonstrations(*sides)

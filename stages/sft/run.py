@@ -1,0 +1,163 @@
+"""Supervised fine-tuning on demonstrations: prompt-completion pairs and conversations, through TRL's SFTTrainer.
+
+The rows are tokenized here, by the template that the model keeps, so that training, sampling and scoring see one and the same text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from stages.corpora.curation import Curator
+from stages.corpora.demonstrations import Demonstrations, load_demonstrations
+from stages.corpora.files import Row
+from stages.corpora.fitting import fit_prompt
+from stages.corpora.prompts import PromptRow, load_prompt_rows
+from stages.corpora.templates import count_tokens, set_template
+from stages.models.adapters import refuse_output_adapter
+from stages.models.dropout import set_residual_dropout
+from stages.models.likelihood import Likelihood
+from stages.models.loading import load_language_model, load_tokenizer, save_model
+from stages.rewards.signature import columns_asked_for
+from stages.sft.config import SFTStepConfig
+from stages.sft.rows import EncodedRow, encode, fitted, pretraining_blocks, short_enough
+from stages.sft.trainer import make_trainer
+from stages.step import StepContext, StepResult
+from stages.tokens.positions import row_length
+from stages.tokens.turns import turn_form
+from stages.training.selection import Selector, selection_callback
+from stages.training.trainer import gathered_weights, heldout_likelihood, publish_best, train, weights_dtype
+
+
+def run(config: SFTStepConfig, context: StepContext) -> StepResult:
+    """Fine-tune; publish the language model with its held-out loss (nats per counted token) before and after."""
+    tokenizer = load_tokenizer(context.models["model"])
+    if config.template is not None:
+        set_template(tokenizer, config.template)
+    curator = Curator(config.curation, count_tokens(tokenizer))
+    demonstrations = fitted(load_demonstrations(config.data, curator), config, tokenizer)
+    encoded = encode(demonstrations.train, tokenizer, config.train_on)
+    encoded_heldout = encode(demonstrations.validation, tokenizer, config.train_on)
+    model = load_language_model(
+        context.models["model"], dtype=weights_dtype(config, context), lora=config.lora, tokenizer=tokenizer, dropout=True
+    )
+    refuse_output_adapter(model, config.lora)
+    if config.residual_dropout is not None:
+        set_residual_dropout(model, config.residual_dropout)
+    max_length: int = row_length(config.max_length, model.config, tokenizer, unlimited=1024)
+    _say_form(tokenizer, len(encoded) - len(demonstrations.train), context)
+    rows = short_enough(encoded, max_length, context, "training")
+    heldout = short_enough(encoded_heldout, max_length, context, "held-out")
+    mixed = pretraining_blocks(config, tokenizer, len(rows), context.seed)
+
+    trainer = make_trainer(config, context, model, tokenizer, rows + mixed.train, max_length)
+    before = _measure(trainer, config, context, tokenizer, heldout, "before")
+    forgotten = _measure_pretraining(trainer, config, context, tokenizer, mixed.heldout)
+    selector = _selector(config, context, trainer, tokenizer, demonstrations, heldout)
+    trained = train(
+        trainer,
+        context,
+        f"{context.name}: sft",
+        rule=config,
+        measure=lambda: _likelihood(trainer, config, context, tokenizer, heldout).loss,
+    )
+    selected = {}
+    if selector is not None:
+        best = selector.load_best()
+        selected = {"selected_optimizer_step": best.optimizer_step, "selection": [asdict(one) for one in selector.tried]}
+    after = _measure(trainer, config, context, tokenizer, heldout, "after")
+    remembered = _measure_pretraining(trainer, config, context, tokenizer, mixed.heldout)
+
+    num_tokens = sum(len(row.ids) for row in rows + mixed.train)
+    metrics = {
+        "heldout_loss_before": before,
+        "heldout_loss_after": after,
+        **trained,
+        "demonstrations": len(rows),
+        "heldout_demonstrations": len(heldout),
+        "dropped_too_long": len(encoded) + len(encoded_heldout) - len(rows) - len(heldout),
+        **{f"curation_{reason}": number for reason, number in sorted(curator.left_out.items())},
+        **selected,
+        "tokens_per_second": trained["steps_per_second"] * config.training.batch_size * num_tokens / len(trainer.train_dataset),
+    }
+    if forgotten is not None and remembered is not None:
+        metrics |= {"pretraining_rows": len(mixed.train), "pretraining_loss_before": forgotten, "pretraining_loss_after": remembered}
+    kind: dict[str, Any] = {
+        "role": "language_model",
+        "base": context.models["model"] if config.lora is not None else None,
+        "extra": {"template": config.template} if config.template is not None else None,
+    }
+    shown = [row.ids for row in heldout]  # what was saved is compared with the model in memory on the first of them
+    publish_best(trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), **kind)
+    weights = gathered_weights(trainer)
+    record = context.publish(lambda folder: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), metrics=metrics, **kind)
+    return StepResult(model=record, metrics=metrics)
+
+
+def _say_form(tokenizer: PreTrainedTokenizerBase, apart: int, context: StepContext) -> None:
+    """Say what the chat template does that a user would not expect: replies in rows of their own, and replies without an end."""
+    console = context.runtime.console
+    if apart:
+        console.print(
+            f"{context.name}: {apart} earlier replies train in rows of their own: the chat template writes them differently once another "
+            "turn follows"
+        )
+    if tokenizer.chat_template and not turn_form(tokenizer).writes_end:
+        console.print(
+            f"{context.name}: the chat template ends a reply with {turn_form(tokenizer).ending!r}, which holds no special token: the model "
+            "learns no token to stop at; add one to the template"
+        )
+
+
+def _selector(
+    config: SFTStepConfig,
+    context: StepContext,
+    trainer: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    demonstrations: Demonstrations,
+    heldout: list[EncodedRow],
+) -> Selector | None:
+    selection = config.selection
+    if selection is None:
+        return None
+    columns = columns_asked_for(selection.reward)
+    if selection.data is not None:
+        prompts = load_prompt_rows(selection.data, limit=selection.num_prompts, split="validation", columns=columns)
+    else:
+        rows = {repr(row["prompt"]): row for row in demonstrations.validation}.values()
+        prompts = [PromptRow(row["prompt"], columns(Row(row))) for row in rows]
+    if config.prompt_fit is not None:
+        prompts = [PromptRow(fit_prompt(row.prompt, config.prompt_fit, tokenizer), row.columns) for row in prompts]
+
+    def measure_loss() -> float:
+        return _likelihood(trainer, config, context, tokenizer, heldout).loss
+
+    dtype = context.runtime.dtype(config.precision)
+    selector = Selector(selection, context, trainer.model, tokenizer, prompts, measure_loss, dtype=dtype)
+    trainer.add_callback(selection_callback(selector, trainer))
+    return selector
+
+
+def _measure(
+    trainer: Any, config: SFTStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, heldout: list[EncodedRow], when: str
+) -> float:
+    likelihood = _likelihood(trainer, config, context, tokenizer, heldout)
+    context.log(0 if when == "before" else trainer.state.global_step, {"heldout/loss": likelihood.loss})
+    context.runtime.console.print(f"{context.name}: held-out {when}: loss {likelihood.loss:.4f} over {likelihood.tokens} tokens")
+    return likelihood.loss
+
+
+def _measure_pretraining(
+    trainer: Any, config: SFTStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, heldout: list[EncodedRow]
+) -> float | None:
+    """Loss on held-out blocks of the pretraining mix; None without one."""
+    return _likelihood(trainer, config, context, tokenizer, heldout).loss if heldout else None
+
+
+def _likelihood(
+    trainer: Any, config: SFTStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, heldout: list[EncodedRow]
+) -> Likelihood:
+    rows = [(row.ids, row.counted(config.completion_only_loss)) for row in heldout]
+    return heldout_likelihood(trainer, context, tokenizer, rows, config.precision)

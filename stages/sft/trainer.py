@@ -1,0 +1,79 @@
+"""TRL's SFTTrainer for rows that are tokens already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from stages.models.loading import quiet_transformers
+from stages.sft.config import SFTStepConfig
+from stages.sft.packing import IGNORED, PackedCollator, pack_rows
+from stages.sft.rows import EncodedRow
+from stages.step import StepContext
+from stages.training.trainer import exact, training_arguments
+
+
+class DemonstrationTrainer(exact(SFTTrainer)):  # type: ignore[misc]
+    """Its entropy and accuracy are means over tokens; TRL's are over forward passes, and so depend on how a step is cut into them."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
+        counted = self.accelerator.gather((inputs["labels"][..., 1:] != IGNORED).sum().reshape(1)).sum()
+        made = super().compute_loss(model, inputs, *arguments, **named)
+        self._metrics["train"]["counted"].append(float(counted))
+        return made
+
+    def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
+        kept = self._metrics["train"]
+        counts = kept.pop("counted", [])
+        for name in ("entropy", "mean_token_accuracy"):
+            if sum(counts) and len(kept[name]) == len(counts):
+                kept[name] = [sum(value * count for value, count in zip(kept[name], counts, strict=True)) / sum(counts)]
+        super().log(logs, *arguments, **named)
+
+
+def make_trainer(
+    config: SFTStepConfig,
+    context: StepContext,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[EncodedRow],
+    max_length: int,
+) -> Any:
+    """A trainer on ``rows``, packed or one by one."""
+    options: dict[str, Any] = {"max_length": None, "packing": False, "completion_only_loss": config.completion_only_loss}
+    collator = None
+    if config.packing:
+        columns = pack_rows(rows, max_length, config.completion_only_loss)
+        collator = PackedCollator(tokenizer.pad_token_id)
+        options |= {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    else:
+        columns = {"input_ids": [row.ids for row in rows]}
+        if config.completion_only_loss:
+            columns["completion_mask"] = [row.counted(True) for row in rows]
+    with quiet_transformers(), _quiet_datasets():
+        arguments = training_arguments(config.training, context, precision=config.precision, kind=SFTConfig, **options)
+        trainer = DemonstrationTrainer(
+            model=model, args=arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer, data_collator=collator
+        )
+    for parameter in model.parameters():
+        # TRL makes a quantized model's adapter bf16, in which small updates are lost
+        if parameter.requires_grad and parameter.dtype.itemsize < 4:
+            parameter.data = parameter.data.float()
+    return trainer
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
