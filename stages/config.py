@@ -220,6 +220,10 @@ class GenerationSettings(Strict):
     stop_after: int = Field(0, ge=0, description="A stop token ends a completion only at this response position (from 0) or later.")
     ignore_eos: bool = Field(False, description="Only stop tokens end a completion; the end token does so only if it is one of them.")
     batch_size: int = Field(64, ge=1, description="Sequences decoded together, per process.")
+    continuous_batching: Literal["auto"] | bool = Field(
+        "auto",
+        description="Give the place of a finished completion to a waiting prompt, instead of decoding batch by batch. auto: on a GPU.",
+    )
     cuda_graphs: bool = Field(
         True, description="On a GPU, record a decoding step as a CUDA graph and replay it. Models that cannot be recorded run normally."
     )

@@ -1,12 +1,13 @@
-"""Keys and values of the tokens read so far: written in place, rows that leave, and the attention of one new token over them.
+"""Keys and values of the tokens read so far: written in place, rows that leave or are replaced, and the attention of one new token.
 
-B sequences, H key-value heads, T tokens so far (padding among them), D the width of a head.
+B sequences, S slots (see ``SlotLayer``), H key-value heads, T tokens so far (padding among them), D the width of a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,7 +44,6 @@ class RoomyLayer(DynamicLayer):
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.room, self.length = room, 0
-        self._at: Tensor | None = None
 
     def put(self, keys: Tensor, values: Tensor, row: int, rows: int, length: int) -> None:
         """Take in what was read of prompts: [b, H, p, D] becomes the last of ``length`` tokens, from ``row`` on of ``rows``."""
@@ -57,11 +57,8 @@ class RoomyLayer(DynamicLayer):
             place[:, :, : length - states.shape[2]] = 0.0  # under padding: its weight is 0, and 0 times anything must be 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append [B, H, q, D]; returns all keys and values [B, H, T, D]. Once fixed: at the fixed place, and with all of the room."""
+        """Append [B, H, q, D]; returns all keys and values [B, H, T, D]."""
         assert self.keys is not None and self.values is not None
-        if self._at is not None:
-            places = (self._by_token(self.keys), self._by_token(self.values))
-            return places[0].index_copy_(2, self._at, key_states), places[1].index_copy_(2, self._at, value_states)
         start, end = self.length, self.length + key_states.shape[-2]
         self._make_room(end)
         keys, values = self._by_token(self.keys), self._by_token(self.values)
@@ -69,18 +66,6 @@ class RoomyLayer(DynamicLayer):
         values[:, :, start:end] = value_states
         self.length = end
         return keys[:, :, :end], values[:, :, :end]
-
-    def fix(self, at: Tensor) -> None:
-        """From now on write every token at the place that ``at`` [1] holds, so that a step touches the same memory each time."""
-        self._make_room(self.length + 1)
-        for storage in (self.keys, self.values):
-            assert storage is not None
-            self._by_token(storage)[:, :, self.length :] = 0.0  # read before it is written, with weight 0
-        self._at = at
-
-    def unfix(self, length: int) -> None:
-        """Append again, behind the first ``length`` tokens."""
-        self._at, self.length = None, length
 
     @property
     def room_in_all(self) -> int:
@@ -145,6 +130,95 @@ class ColumnLayer(RoomyLayer):
         return storage[..., first:]
 
 
+@dataclass
+class SlotWindow:
+    """What a decoding step uses of a cache with slots: its first ``rows`` slots and their first ``columns`` tokens.
+
+    ``at`` [rows]: the column that each row's new token is written to.
+    """
+
+    rows: int
+    columns: int
+    at: Tensor
+
+
+class SlotLayer(DynamicLayer):
+    """Keys and values of one layer in S slots [S, H, room, D]. A slot holds one sequence, whose token at position p is column p.
+
+    A slot is given to another sequence by overwriting it. All rows and all steps use one storage, of which ``window`` names the part, so
+    that CUDA graphs for several sizes can share it.
+    """
+
+    def __init__(self, window: SlotWindow, slots: int, *, by_columns: bool) -> None:
+        """``by_columns``: store [S, H, D, room], which a CPU reads faster (see ``ColumnLayer``)."""
+        super().__init__()
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.window, self.slots, self.by_columns = window, slots, by_columns
+
+    def put(self, keys: Tensor, values: Tensor, rows: Tensor, slots: Tensor, lengths: Tensor, room: int) -> None:
+        """Give ``slots`` [k] to the sequences ``rows`` [k] of what was read, keys and values [b, H, P, D], left padded.
+
+        ``lengths`` [k]: tokens without padding; ``room``: tokens that the storage has room for, at least.
+        """
+        self._make_room(keys, values, room)
+        width = keys.shape[2]
+        # Each row moves to the left, over its padding. Copies of its last token fill the end; nobody attends to them.
+        places = (torch.arange(width, device=keys.device) + (width - lengths)[:, None]).clamp(max=width - 1)[:, None, :, None]
+        for storage, states in ((self.keys, keys), (self.values, values)):
+            assert storage is not None
+            states = states.index_select(0, rows)
+            moved = states.gather(2, places.expand(-1, states.shape[1], -1, states.shape[3]))
+            self._by_token(storage)[:, :, :width].index_copy_(0, slots, moved)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write one token of each row [rows, H, 1, D]; returns the window of keys and values [rows, H, columns, D]."""
+        assert self.keys is not None and self.values is not None
+        return self._written(self.keys, key_states), self._written(self.values, value_states)
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy the sequences in the slots ``sources`` [k] to ``targets`` [k]."""
+        for storage in (self.keys, self.values):
+            if storage is not None:
+                storage.index_copy_(0, targets, storage.index_select(0, sources))
+
+    def get_seq_length(self) -> int:
+        """Tokens of the window before the new one."""
+        return self.window.columns - 1
+
+    def _written(self, storage: Tensor, states: Tensor) -> Tensor:
+        part = self._by_token(storage)[: self.window.rows, :, : self.window.columns]
+        return part.scatter_(2, self.window.at[:, None, None, None].expand_as(states), states)
+
+    def _make_room(self, keys: Tensor, values: Tensor, room: int) -> None:
+        if self.keys is None or self.values is None:
+            self.keys, self.values = self._storage(keys, room), self._storage(values, room)
+            self.device, self.dtype, self.is_initialized = keys.device, keys.dtype, True
+        self.widen(room)
+
+    def widen(self, room: int) -> None:
+        """Make room for ``room`` tokens in every slot, and for some more where the storage has to be copied for it."""
+        if self.keys is None or self.values is None or room <= self._by_token(self.keys).shape[2]:
+            return
+        more = room + max(COLUMN_ROOM, room // 8)
+        self.keys, self.values = (self._widened(storage, more) for storage in (self.keys, self.values))
+
+    def _widened(self, old: Tensor, room: int) -> Tensor:
+        tokens = self._by_token(old)
+        made = self._storage(tokens, room)
+        self._by_token(made)[:, :, : tokens.shape[2]] = tokens
+        return made
+
+    def _storage(self, states: Tensor, room: int) -> Tensor:
+        """Zeros, as a slot is read before all of it is written: with weight 0, which makes 0 of every finite number."""
+        heads, width = states.shape[1], states.shape[3]
+        return states.new_zeros((self.slots, heads, width, room) if self.by_columns else (self.slots, heads, room, width))
+
+    def _by_token(self, storage: Tensor) -> Tensor:
+        """The storage as [S, H, room, D]."""
+        return storage.transpose(-1, -2) if self.by_columns else storage
+
+
 def attend_by_columns(
     module: Any,
     query: Tensor,
@@ -186,6 +260,13 @@ def make_cache(model: Any, most: int) -> Any:
     return cache
 
 
+def make_slot_cache(model: Any, window: SlotWindow, slots: int) -> Any:
+    """An empty cache of ``model`` with ``slots``, in layers that look back without limit."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [SlotLayer(window, slots, by_columns=_reads_by_columns(model)) for _ in cache.layers]
+    return cache
+
+
 def _reads_by_columns(model: Any) -> bool:
     """Whether attention by columns is this model's fastest: in fp32 on a CPU, where the model uses sdpa."""
     weight = next(model.parameters())
@@ -210,7 +291,7 @@ def put_prompts(cache: Any, read: Any, row: int, rows: int, length: int) -> None
 def decoding_attention(model: Any, cache: Any) -> Iterator[None]:
     """Within it ``model`` attends by columns, if ``cache`` lies so."""
     usual = model.config._attn_implementation
-    if any(isinstance(layer, ColumnLayer) for layer in cache.layers):
+    if any(isinstance(layer, ColumnLayer) or getattr(layer, "by_columns", False) for layer in cache.layers):
         model.config._attn_implementation = BY_COLUMNS
     try:
         yield

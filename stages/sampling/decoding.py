@@ -127,7 +127,7 @@ def decode(
     A prompt is read once, however many rows share it. ``noise`` [B, max_new_tokens] is uniform in [0, 1). If ``support`` says that the
     model cannot hide padding, all prompts must have the same length. ``report`` gets every response once, soon after it has ended.
     """
-    reader = make_reader(model, support, settings.max_new_tokens, cuda_graphs=settings.cuda_graphs)
+    reader = make_reader(model, support, settings.max_new_tokens)
     logits = _read_prompts(reader, prompt_ids, prompt_mask, rows)
     endings = Endings.of(logits.shape[-1], stop_ids, late_stop_ids, settings.stop_after, logits.device)
     responses = Responses(noise, pad_token_id)
@@ -146,7 +146,7 @@ def decode(
                     reader.keep(kept, trim=True)
             if not num_left or not num_running:
                 break
-            logits = reader.step(tokens, num_left)
+            logits = reader.step(tokens)
     if (finished := responses.newly_finished(all_finished=True)) is not None:
         report(finished)
 

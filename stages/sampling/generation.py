@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,12 +19,18 @@ from torch import Tensor
 
 from stages.config import GenerationSettings
 from stages.errors import ModelError
+from stages.sampling.continuous import SlotDecoder
 from stages.sampling.decoding import Decoded, decode
+from stages.sampling.graphs import rounded_room
+from stages.sampling.padding import left_pad, right_pad
 from stages.sampling.probe import usable_support
-from stages.sampling.support import DecodingSupport
+from stages.sampling.support import DecodingSupport, plain_model
+from stages.sampling.workspace import workspace_for
 from stages.tokens.continuation import CONTEXT, continuation_text
 from stages.tokens.positions import model_length
 from stages.tokens.turns import turn_end_ids
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,24 +103,6 @@ def ending_tokens(model: Any, tokenizer: Any, settings: GenerationSettings) -> t
     return [], [token for token in named if token not in usual or token in own]
 
 
-def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Token rows as (ids, mask), both [B, P]. Left, because generation goes on from the last column."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for index, row in enumerate(rows):
-        ids[index, width - len(row) :] = torch.tensor(row, dtype=torch.long)
-        mask[index, width - len(row) :] = True
-    return ids.to(device), mask.to(device)
-
-
-def right_pad(rows: Sequence[Tensor], value: float, width: int | None = None) -> Tensor:
-    """Rows of any length as one tensor [B, width], filled up on the right with ``value``."""
-    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
-    missing = 0 if width is None else width - padded.shape[1]
-    return torch.nn.functional.pad(padded, (0, missing), value=value) if missing > 0 else padded
-
-
 def require_room(model: Any, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
     """Raise ModelError where a prompt (token ids) and ``settings.max_new_tokens`` are more than the positions of ``model``."""
     positions = model_length(model.config)
@@ -146,8 +135,9 @@ def generate(
     ``stop_ids`` end a completion anywhere, ``late_stop_ids`` from response position ``settings.stop_after`` on (the papers' truncate_token
     and truncate_after).
 
-    Batches of ``settings.batch_size`` are made of prompts of like length; of equal length where the model cannot hide padding. The model's
-    mode (training or not) is left as it was.
+    ``settings.batch_size`` prompts of like length are decoded together; of equal length where the model cannot hide padding. With
+    continuous batching a waiting prompt takes the place of a completion that has ended. The model's mode (training or not) is left as it
+    was.
 
     ``on_finished`` gets every completion once, soon after it has ended, while others are still sampled. It must return quickly and must not
     use ``model``. Its exceptions end the sampling.
@@ -166,9 +156,10 @@ def generate(
     model.eval()
     try:
         support = usable_support(model)
-        for rows in _batches(order, [len(prompt) for prompt in prompts], settings.batch_size, mixed=support.hides_padding):
-            chosen = [prompts[row] for row in rows]
-            _decode_rows(model, support, chosen, settings, noise[rows], partial(made.take, rows), stop_ids, late_stop_ids, pad_token_id)
+        if decodes_in_slots(model, support, settings, len(prompts)):
+            _decode_in_slots(model, support, prompts, order, settings, noise, made, pad_token_id)
+        else:
+            _decode_in_batches(model, support, prompts, order, settings, noise, made, pad_token_id)
     finally:
         model.train(training)
     return made.generated(prompts, pad_token_id)
@@ -180,19 +171,22 @@ class _Collected:
     def __init__(
         self, number: int, stop_ids: Sequence[int], late_stop_ids: Sequence[int], stop_after: int, on_finished: OnFinished | None
     ) -> None:
-        self._stop_ids, self._late_stop_ids, self._stop_after, self._on_finished = stop_ids, late_stop_ids, stop_after, on_finished
+        self.stop_ids, self.late_stop_ids, self._stop_after, self._on_finished = stop_ids, late_stop_ids, stop_after, on_finished
         self._responses: list[Tensor] = [torch.empty(0)] * number
         self._logprobs: list[Tensor] = [torch.empty(0)] * number
 
-    def take(self, rows: Sequence[int], made: Decoded) -> None:
-        """Take in finished responses; ``rows`` are the prompts' rows of the batch that they were decoded in."""
-        own = [rows[row] for row in made.rows]
-        for place, (row, length) in enumerate(zip(own, made.lengths, strict=True)):
+    def take(self, made: Decoded) -> None:
+        """Take in finished responses, named by the rows of their prompts."""
+        for place, (row, length) in enumerate(zip(made.rows, made.lengths, strict=True)):
             self._responses[row], self._logprobs[row] = made.ids[place, :length], made.logprobs[place, :length]
         if self._on_finished is not None:
             responses = [ids[:length] for ids, length in zip(made.ids.tolist(), made.lengths, strict=True)]
-            stopped = self._stopped([self._responses[row] for row in own]).tolist()
-            self._on_finished([Finished(*parts) for parts in zip(own, responses, stopped, strict=True)])
+            stopped = self._stopped([self._responses[row] for row in made.rows]).tolist()
+            self._on_finished([Finished(*parts) for parts in zip(made.rows, responses, stopped, strict=True)])
+
+    def take_batch(self, rows: Sequence[int], made: Decoded) -> None:
+        """Take in finished responses of a batch whose prompts are ``rows``."""
+        self.take(replace(made, rows=[rows[row] for row in made.rows]))
 
     def generated(self, prompts: Sequence[Sequence[int]], pad_token_id: int) -> Generated:
         """All completions, in the order of their prompts."""
@@ -211,7 +205,7 @@ class _Collected:
     def _stopped(self, responses: Sequence[Tensor]) -> Tensor:
         """Whether each response ends with a stop token [B]."""
         last = torch.stack([response[-1] for response in responses])
-        stops, late_stops = (torch.tensor(list(ids), dtype=torch.long, device=last.device) for ids in (self._stop_ids, self._late_stop_ids))
+        stops, late_stops = (torch.tensor(list(ids), dtype=torch.long, device=last.device) for ids in (self.stop_ids, self.late_stop_ids))
         return torch.isin(last, stops) | (torch.isin(last, late_stops) & (self._lengths(responses) > self._stop_after))
 
     @staticmethod
@@ -219,41 +213,89 @@ class _Collected:
         return torch.tensor([len(response) for response in responses], device=responses[0].device)
 
 
+def decodes_in_slots(model: Any, support: DecodingSupport, settings: GenerationSettings, number: int) -> bool:
+    """Whether ``number`` prompts are decoded in slots, which continuous batching and CUDA graphs need, and not batch by batch.
+
+    That is so on a GPU, and where continuous batching is asked for and prompts have to wait. A model whose cache cannot give a row to
+    another sequence is decoded batch by batch; the log says so once.
+    """
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    waits = number > settings.batch_size and settings.continuous_batching is not False
+    wanted = on_gpu or (waits and settings.continuous_batching is True)
+    if wanted and waits and not support.adds_mask:
+        _say_batch_by_batch(type(plain_model(model)).__name__)
+    return wanted and support.adds_mask
+
+
+@cache
+def _say_batch_by_batch(name: str) -> None:
+    logger.warning("%s is decoded batch by batch: its cache cannot give the place of a finished completion to another one", name)
+
+
+def _decode_in_slots(
+    model: Any,
+    support: DecodingSupport,
+    prompts: Sequence[Sequence[int]],
+    order: Sequence[int],
+    settings: GenerationSettings,
+    noise: Tensor,
+    made: _Collected,
+    pad_token_id: int,
+) -> None:
+    """Decode all prompts over one workspace."""
+    slots = min(settings.batch_size, len(prompts))
+    room = rounded_room(max(map(len, prompts)) + settings.max_new_tokens)
+    with workspace_for(model, slots, room, settings.max_new_tokens, cuda_graphs=settings.cuda_graphs) as workspace:
+        decoder = SlotDecoder(
+            model,
+            workspace,
+            prompts,
+            settings,
+            noise.to(next(model.parameters()).device),
+            support=support,
+            stop_ids=made.stop_ids,
+            late_stop_ids=made.late_stop_ids,
+            pad_token_id=pad_token_id,
+            refill=settings.continuous_batching is not False,
+        )
+        decoder.run(order, made.take)
+
+
+def _decode_in_batches(
+    model: Any,
+    support: DecodingSupport,
+    prompts: Sequence[Sequence[int]],
+    order: Sequence[int],
+    settings: GenerationSettings,
+    noise: Tensor,
+    made: _Collected,
+    pad_token_id: int,
+) -> None:
+    """Decode batch after batch: in each, different prompts are padded, and each row points to its own."""
+    device = next(model.parameters()).device
+    for rows in _batches(order, [len(prompt) for prompt in prompts], settings.batch_size, mixed=support.hides_padding):
+        places: dict[tuple[int, ...], int] = {}
+        own = [places.setdefault(tuple(prompts[row]), len(places)) for row in rows]
+        ids, mask = left_pad(list(places), pad_token_id, device)
+        decode(
+            model,
+            ids,
+            mask,
+            torch.tensor(own, device=device),
+            settings,
+            noise[rows].to(device),
+            partial(made.take_batch, rows),
+            support=support,
+            stop_ids=made.stop_ids,
+            late_stop_ids=made.late_stop_ids,
+            pad_token_id=pad_token_id,
+        )
+
+
 def _batches(order: Sequence[int], lengths: Sequence[int], batch_size: int, *, mixed: bool) -> list[list[int]]:
     """Rows in ``order`` of length, ``batch_size`` at a time; ``mixed``: whether rows of different length may share a batch."""
     alike = [list(order)] if mixed else [list(rows) for _, rows in itertools.groupby(order, key=lambda row: lengths[row])]
     return [rows[start : start + batch_size] for rows in alike for start in range(0, len(rows), batch_size)]
-
-
-def _decode_rows(
-    model: Any,
-    support: DecodingSupport,
-    prompts: list[Sequence[int]],
-    settings: GenerationSettings,
-    noise: Tensor,
-    report: Callable[[Decoded], None],
-    stop_ids: Sequence[int],
-    late_stop_ids: Sequence[int],
-    pad_token_id: int,
-) -> None:
-    """Decode one batch: pad its different prompts, and point each row to its own."""
-    device = next(model.parameters()).device
-    places: dict[tuple[int, ...], int] = {}
-    rows = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
-    ids, mask = left_pad(list(places), pad_token_id, device)
-    decode(
-        model,
-        ids,
-        mask,
-        torch.tensor(rows, device=device),
-        settings,
-        noise.to(device),
-        report,
-        support=support,
-        stop_ids=stop_ids,
-        late_stop_ids=late_stop_ids,
-        pad_token_id=pad_token_id,
-    )
 
 
 def episode_seed(seed: int, *place: int) -> int:

@@ -110,7 +110,7 @@ def _read(model: Any, support: DecodingSupport, rows: list[Tensor], lengths: tup
     width = max(lengths)
     ids = torch.stack([torch.nn.functional.pad(row[:length], (width - length, 0)) for row, length in zip(rows, lengths, strict=True)])
     mask = torch.stack([torch.arange(width, device=ids.device) >= width - length for length in lengths])
-    reader = make_reader(model, support, STEPS, cuda_graphs=False)
+    reader = make_reader(model, support, STEPS)
     logits, order = [reader.read(ids, mask)], torch.tensor([0, 1], device=ids.device)
     with reader.stepping():
         for step in range(STEPS):
@@ -118,5 +118,5 @@ def _read(model: Any, support: DecodingSupport, rows: list[Tensor], lengths: tup
             reader.keep(swap, trim=True)
             order = order[swap]
             tokens = torch.stack([row[length + step] for row, length in zip(rows, lengths, strict=True)])
-            logits.append(reader.step(tokens[order], STEPS - step)[order])
+            logits.append(reader.step(tokens[order])[order])
     return torch.stack(logits, dim=1).float()

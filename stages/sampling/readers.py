@@ -5,6 +5,7 @@ B rows, P prompt tokens (left padded), T tokens so far (padding among them), V v
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -14,7 +15,6 @@ from transformers import DynamicCache
 
 from stages.kernels.passes import passes
 from stages.sampling.cache import decoding_attention, forward_options, keep_rows, make_cache, prompt_cache, put_prompts
-from stages.sampling.graphs import StepRecorder
 from stages.sampling.support import DecodingSupport
 
 PROMPT_TOKENS = 16_384  # of one pass over prompts: fills a GPU, and bounds its activations
@@ -29,20 +29,17 @@ class Reader(Protocol):
     def stepping(self) -> AbstractContextManager[None]:
         """What the steps run in."""
 
-    def step(self, tokens: Tensor, remaining: int) -> Tensor:
-        """Read ``tokens`` [B], one for each row; returns the logits of the tokens after them [B, V].
-
-        ``remaining``: how many steps can follow at most, this one among them.
-        """
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read ``tokens`` [B], one for each row; returns the logits of the tokens after them [B, V]."""
 
     def keep(self, rows: Tensor, *, trim: bool) -> None:
         """Keep only ``rows`` (indices, which may repeat). ``trim``: drop the columns that are padding for all of them, where that pays."""
 
 
-def make_reader(model: Any, support: DecodingSupport, most: int, *, cuda_graphs: bool) -> Reader:
+def make_reader(model: Any, support: DecodingSupport, most: int) -> Reader:
     """The fastest reader that is right for ``model``; ``most`` tokens follow each prompt at most."""
     if support.adds_mask:
-        return InPlaceReader(model, support, most, cuda_graphs=cuda_graphs)
+        return InPlaceReader(model, support, most)
     if support.cache_name is not None:
         return CacheReader(model, support, most)
     return WholeReader(model, support)
@@ -53,54 +50,56 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
+def read_in_parts(model: Any, cache: Any, options: dict[str, Any], ids: Tensor, mask: Tensor) -> Iterator[tuple[int, Any, Tensor]]:
+    """Read prompts [prompts, P] in parts: (row of the first prompt of a part, a ``prompt_cache`` of the part, its last logits [part, V]).
+
+    Neighbours are read together as long as they fit into one pass, without the padding that all of them have: ``generate`` gives prompts
+    in order of length. ``options``: of a forward pass with ``cache``, which stays as it is.
+    """
+    positions, lengths, width = position_ids(mask), mask.sum(dim=1).tolist(), ids.shape[1]
+    most_rows = max(1, PROMPT_TOKENS // width)
+    for rows in passes(range(len(ids)), lengths, rows=most_rows, device_type=ids.device.type):
+        part = (slice(rows[0], rows[-1] + 1), slice(width - max(lengths[row] for row in rows), width))
+        read = prompt_cache(cache)
+        own = {**options, **{name: read for name, value in options.items() if value is cache}}
+        output = model(input_ids=ids[part], attention_mask=mask[part].long(), position_ids=positions[part], **own)
+        yield rows[0], read, output.logits[:, -1]
+
+
 class InPlaceReader:
     """For models that add a given mask to their attention scores: a cache that is written in place, and masks that are made once."""
 
-    def __init__(self, model: Any, support: DecodingSupport, most: int, *, cuda_graphs: bool) -> None:
+    def __init__(self, model: Any, support: DecodingSupport, most: int) -> None:
         self._model, self._most = model, most
         self._cache = make_cache(model, most)
         self._options = forward_options(support, self._cache)
-        self._recorder = StepRecorder(model, self._cache, self._options, enabled=cuda_graphs)
         self._positions = self._columns = torch.empty(0)
         self._bias: Tensor | None = None
         self._width = 0
 
     def read(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Neighbours are read together as long as they fit into one pass, without the padding that all of them have:
-        ``generate`` gives prompts in order of length.
-        """
         number, self._width = ids.shape
-        positions, lengths = position_ids(mask), mask.sum(dim=1).tolist()
-        most_rows = max(1, PROMPT_TOKENS // self._width)
         logits = []
-        for rows in passes(range(number), lengths, rows=most_rows, device_type=ids.device.type):
-            part = (slice(rows[0], rows[-1] + 1), slice(self._width - max(lengths[row] for row in rows), self._width))
-            read = prompt_cache(self._cache)
-            options = {**self._options, **{name: read for name, value in self._options.items() if value is self._cache}}
-            output = self._model(input_ids=ids[part], attention_mask=mask[part].long(), position_ids=positions[part], **options)
-            put_prompts(self._cache, read, rows[0], number, self._width)
-            logits.append(output.logits[:, -1])
-        made = torch.cat(logits)
+        for first, read, made in read_in_parts(self._model, self._cache, self._options, ids, mask):
+            put_prompts(self._cache, read, first, number, self._width)
+            logits.append(made)
         self._positions = mask.long().sum(dim=1, keepdim=True)
         self._columns = torch.nn.functional.pad(mask, (0, self._most), value=True)  # which columns of the cache count, at any step
-        self._bias = _attention_bias(self._columns, made.dtype)
-        return made
+        self._bias = _attention_bias(self._columns, logits[0].dtype)
+        return torch.cat(logits)
 
     def stepping(self) -> AbstractContextManager[None]:
         return decoding_attention(self._model, self._cache)
 
-    def step(self, tokens: Tensor, remaining: int) -> Tensor:
-        logits = self._recorder(tokens, self._positions, self._bias, remaining)
+    def step(self, tokens: Tensor) -> Tensor:
         self._width += 1
-        if logits is None:
-            bias = None if self._bias is None else self._bias[..., : self._width]
-            inputs = {"input_ids": tokens[:, None], "attention_mask": bias, "position_ids": self._positions}
-            logits = self._model(**inputs, **self._options).logits[:, -1]
+        bias = None if self._bias is None else self._bias[..., : self._width]
+        inputs = {"input_ids": tokens[:, None], "attention_mask": bias, "position_ids": self._positions}
+        logits = self._model(**inputs, **self._options).logits[:, -1]
         self._positions = self._positions + 1
         return logits
 
     def keep(self, rows: Tensor, *, trim: bool) -> None:
-        self._recorder.release()
         first = int(self._columns[rows].long().argmax(dim=1).min()) if trim else 0
         self._positions, self._columns = self._positions[rows], self._columns[rows][:, first:]
         self._width -= first
@@ -128,7 +127,7 @@ class CacheReader:
     def stepping(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def step(self, tokens: Tensor, remaining: int) -> Tensor:
+    def step(self, tokens: Tensor) -> Tensor:
         self._width += 1
         logits = self._forward(tokens[:, None], self._positions, masked=self._support.masks_steps)
         self._positions = self._positions + 1
@@ -162,7 +161,7 @@ class WholeReader:
     def stepping(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def step(self, tokens: Tensor, remaining: int) -> Tensor:
+    def step(self, tokens: Tensor) -> Tensor:
         self._ids = torch.cat([self._ids, tokens[:, None]], dim=1)
         return self._model(input_ids=self._ids, **self._options).logits[:, -1]
 

@@ -1,4 +1,4 @@
-"""Steps with fixed places for a CUDA graph, run here without recording them: what is decoded is the same. tests/gpu records them."""
+"""The pool of recorded steps, with a recorder that does on a CPU what a CUDA graph does (tape.py). tests/gpu records on a GPU."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from torch import nn
 
 from stages.config import GenerationSettings
 from stages.models.loading import load_language_model
-from stages.sampling import cache, decoding, graphs
+from stages.sampling import generation, graphs, workspace
 from stages.sampling.generation import Generated, generate
+from stages.sampling.graphs import GraphPool, Recording, Size
+from stages.sampling.slots import Slots
+from tests.sampling.tape import TapeRecorder
 
-PROMPTS = [[10, 11, 12, 13, 14], [20], [30, 31, 32], [40, 41]]
+PROMPTS = [[10, 11, 12, 13, 14], [20], [30, 31, 32], [40, 41], [50, 51], [60]]
 STOPS = tuple(range(100, 115))  # a twentieth of the tokens: rows last for different times
 
 
@@ -25,92 +28,277 @@ def model(tiny_llama_folder) -> Any:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Rows and room of every step that would have been recorded, as if there were a GPU."""
-    found: list[tuple[int, int]] = []
-
-    def record(step: graphs.StaticStep) -> None:
-        found.append((len(step._tokens), step._room))
-
-    monkeypatch.setattr(graphs, "can_record", lambda model: True)
-    monkeypatch.setattr(graphs, "record", record)
-    return found
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Decode as on a GPU: in slots, with recorded steps."""
+    made = TapeRecorder()
+    monkeypatch.setattr(workspace, "make_recorder", lambda model: made)
+    monkeypatch.setattr(generation, "decodes_in_slots", lambda model, support, settings, number: settings.cuda_graphs)
+    workspace.drop_kept_workspace()
+    yield made
+    workspace.drop_kept_workspace()
 
 
-def sample(model: Any, prompts: list[list[int]] = PROMPTS, stops: tuple[int, ...] = STOPS, **settings: Any) -> Generated:
-    chosen = GenerationSettings(**{"max_new_tokens": 60, **settings})
+def sample(model: Any, stops: tuple[int, ...] = STOPS, prompts: list[list[int]] = PROMPTS, **settings: Any) -> Generated:
+    """``cuda_graphs=False``: batch after batch, without slots."""
+    chosen = GenerationSettings(**{"max_new_tokens": 60, "batch_size": 3, **settings})
     return generate(model, prompts, chosen, seeds=range(len(prompts)), stop_ids=stops, pad_token_id=1)
 
 
-@pytest.mark.parametrize("by_columns", [True, False])
-@pytest.mark.parametrize("prompts", [PROMPTS, [[5, 6, 7], [8, 9, 10]], [[5, 6], [5, 6], [7, 8]]], ids=["ragged", "even", "equal"])
-def test_fixed_steps_decode_what_usual_ones_do(model, made, monkeypatch, by_columns, prompts) -> None:
-    monkeypatch.setattr(cache, "_reads_by_columns", lambda model: by_columns)
-    expected = sample(model, prompts, cuda_graphs=False)
-    assert made == []
-    found = sample(model, prompts)
-    assert made
+def assert_same(found: Generated, expected: Generated) -> None:
     assert torch.equal(found.response_ids, expected.response_ids)
     torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.stopped, expected.stopped)
 
 
-def test_a_step_is_made_anew_where_rows_leave_and_where_the_room_is_used_up(model, made, monkeypatch) -> None:
-    monkeypatch.setattr(cache, "_reads_by_columns", lambda model: False)
-    monkeypatch.setattr(cache, "FIRST_ROOM", 8)
-    monkeypatch.setattr(decoding, "COMPACT_BELOW", 0.0)
-    sample(model, PROMPTS[:1] * 2, stops=())
-    # 5 tokens and room for 8; then for one more and as many again as there are; for the last 10 of 60 it is not worth it
-    assert made == [(2, 13), (2, 27), (2, 55)]
-    made.clear()
-    monkeypatch.setattr(decoding, "COMPACT_BELOW", 1.0)
-    found = sample(model, PROMPTS)
-    assert len({rows for rows, _ in made}) > 1
-    assert torch.equal(found.response_ids, sample(model, PROMPTS, cuda_graphs=False).response_ids)
+def kept_pool() -> GraphPool:
+    assert workspace._kept is not None and workspace._kept.workspace.pool is not None
+    return workspace._kept.workspace.pool
 
 
-def test_few_steps_are_not_worth_a_recording(model, made) -> None:
-    sample(model, max_new_tokens=graphs.FEWEST_STEPS)
-    assert made == []
-    sample(model, max_new_tokens=graphs.FEWEST_STEPS + 1)
-    assert len(made) == 1
+def test_sizes_are_powers_of_two_and_for_columns_their_middles() -> None:
+    assert graphs.row_sizes(64) == [1, 2, 4, 8, 16, 32, 64]
+    assert graphs.row_sizes(24) == [1, 2, 4, 8, 16, 24] and graphs.row_sizes(1) == [1]
+    assert graphs.column_sizes(448) == [64, 96, 128, 192, 256, 384, 448]
+    assert graphs.column_sizes(64) == [64]
+    assert [graphs.rounded_room(tokens) for tokens in (1, 64, 65)] == [64, 64, 128]
+    assert [graphs.next_size([1, 2, 4, 6], rows) for rows in (1, 3, 4, 5)] == [1, 4, 4, 6]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.0}, {"top_k": 9, "batch_size": 6}, {"stops": ()}, {"continuous_batching": False}]
+)
+def test_recorded_steps_decode_what_computed_ones_do(model, recorder, settings: dict[str, Any]) -> None:
+    found = sample(model, **settings)
+    assert recorder.recorded and kept_pool().steps["replayed"]
+    assert_same(found, sample(model, **settings, cuda_graphs=False))
+
+
+def test_a_pool_serves_the_next_call_and_reads_the_weights_as_they_are_then(model, recorder) -> None:
+    sample(model)
+    recorded, computed = recorder.recorded, kept_pool().steps["computed"]
+    weight = next(layer.weight for layer in model.modules() if isinstance(layer, nn.Linear))
+    before = weight.detach().clone()
+    try:
+        for factor in (1.0, -0.5):  # as it was; and after an update in place
+            weight.data.mul_(factor)
+            assert_same(sample(model), sample(model, cuda_graphs=False))
+            assert recorder.recorded == recorded and kept_pool().steps["computed"] == computed
+        other = sample(model, temperature=0.5)  # a graph fixes the temperature
+        assert recorder.recorded > recorded
+        assert_same(other, sample(model, temperature=0.5, cuda_graphs=False))
+        recorded = recorder.recorded
+        weight.data = before.clone()  # at another address, as after a move to the CPU and back
+        assert_same(sample(model), sample(model, cuda_graphs=False))
+        assert recorder.recorded > recorded
+    finally:
+        weight.data = before
+
+
+def test_other_stop_tokens_seeds_and_fewer_tokens_need_no_new_recording(model, recorder) -> None:
+    sample(model)
+    recorded = recorder.recorded
+    for options in ({"stops": STOPS[:4]}, {"max_new_tokens": 50}, {"prompts": PROMPTS[::-1]}):
+        assert_same(sample(model, **options), sample(model, **options, cuda_graphs=False))
+    # rows that end later may want one size more, which no earlier call had
+    assert recorder.recorded <= recorded + 1
+
+
+def test_rows_that_pad_a_size_change_no_other_row(model, recorder) -> None:
+    """Three slots are a size of their own; of four, three running rows are padded by one that has ended."""
+    prompts = PROMPTS[:4]
+    stops = tuple(token for token in range(300) if token % 17 == 3)
+    found = sample(model, stops, prompts, batch_size=4, continuous_batching=False)
+    sizes = {size for size, _ in kept_pool()._recordings}
+    assert {rows for rows, _ in sizes} <= {1, 2, 4}
+    assert_same(found, sample(model, stops, prompts, batch_size=4, cuda_graphs=False))
+
+
+def test_a_row_that_has_ended_behind_the_columns_of_a_step_does_no_harm(model, recorder, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(graphs, "SMALLEST_COLUMNS", 8)
+    monkeypatch.setattr(graphs, "STEPS_ON_LARGER", 0)
+    prompts = [list(range(60, 80)), [20], [30], [40]]
+    first = int(sample(model, (), prompts[:1], max_new_tokens=1, cuda_graphs=False).response_ids[0, 0])
+    found = sample(model, (first,), prompts, batch_size=4)  # the row of 20 tokens ends at once, and pads the other three
+    assert found.lengths[0] == 1 and min(found.lengths[1:]) > 8
+    assert Size(4, 8) in {size for size, _ in kept_pool()._recordings} and not caplog.messages
+    assert_same(found, sample(model, (first,), prompts, batch_size=4, cuda_graphs=False))
+
+
+def test_a_pool_above_its_memory_is_dropped_and_the_log_says_so(model, recorder, caplog) -> None:
+    recorder.memory_limit = 1000
+    with caplog.at_level(logging.INFO):
+        found = sample(model)
+    assert workspace._kept is None and "recorded anew" in caplog.text
+    assert_same(found, sample(model, cuda_graphs=False))
+    recorded = recorder.recorded
+    sample(model)
+    assert recorder.recorded == 2 * recorded
+    recorder.memory_limit = 1 << 40
+    sample(model)
+    num_bytes = workspace._kept.workspace.num_bytes()
+    # two layers of keys and values [3 slots, 2 heads, 128 columns, 8 wide] fp32, 1,000 bytes each recording, and the slots
+    assert num_bytes == 2 * 2 * 3 * 2 * 128 * 8 * 4 + 1000 * recorded + workspace._kept.workspace.slots.num_bytes()
+
+
+def test_a_pool_does_not_keep_its_model_alive(model, recorder) -> None:
+    import gc
+    import weakref
+
+    from transformers import AutoModelForCausalLM
+
+    other = AutoModelForCausalLM.from_config(model.config)
+    sample(other)
+    recorder.recorded = 0
+    gone = weakref.ref(other)
+    workspace._kept.workspace.pool._recordings.clear()  # a tape holds the weights; a CUDA graph holds none
+    del other
+    gc.collect()
+    assert gone() is None
+    sample(model)
+    assert recorder.recorded
+
+
+def test_adapters_that_act_are_part_of_a_recording(model, recorder, tiny_llama_folder) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    plain = load_language_model(str(tiny_llama_folder), dtype=torch.float32, trainable=False)
+    adapted = get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    adapted.add_adapter("other", LoraConfig(r=2, lora_alpha=64, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    texts = []
+    for adapter in ("default", "other", "default"):
+        adapted.set_adapter(adapter)
+        before = recorder.recorded
+        texts.append(sample(adapted))
+        assert recorder.recorded > before
+        assert_same(texts[-1], sample(adapted, cuda_graphs=False))
+    assert not torch.equal(texts[0].logprobs[0, :1], texts[1].logprobs[0, :1])
+    before = recorder.recorded
+    assert_same(sample(adapted), texts[2])
+    assert recorder.recorded == before
+
+
+def test_under_autocast_a_kept_recording_reads_casts_of_the_new_weights(model, recorder) -> None:
+    weight = model.lm_head.weight
+    before = weight.detach().clone()
+    weight.requires_grad_(True)  # only casts of weights that train are cached by autocast
+    try:
+        for factor in (1.0, -0.5):
+            weight.data.mul_(factor)
+            with torch.autocast("cpu", torch.bfloat16):
+                found, expected = sample(model), sample(model, cuda_graphs=False)
+            first = slice(0, 4)  # bf16 falls to the other side sooner or later
+            assert torch.equal(found.response_ids[:, first], expected.response_ids[:, first])
+            torch.testing.assert_close(found.logprobs[:, first], expected.logprobs[:, first], rtol=0, atol=0.05)
+            recorded, recorder.recorded = recorder.recorded, 0
+            assert recorded if factor == 1.0 else recorded == 0
+    finally:
+        weight.data = before
+        weight.requires_grad_(False)
+
+
+class Steps:
+    """A pool whose steps are counted and not computed."""
+
+    def __init__(self, rows: int = 8, room: int = 128) -> None:
+        self.recorded: list[Size] = []
+        self.computed: list[Size] = []
+        self.replayed: list[Size] = []
+        self.memory_limit = 0
+        self.pool, self.slots = GraphPool(self, rows, room), Slots(rows, 1, torch.device("cpu"))
+        self._current = Size(0, 0)
+
+    def record(self, step: Any) -> Recording:
+        size = self._current
+        self.recorded.append(size)
+        return Recording(lambda: self.replayed.append(size), step(), 1)
+
+    def step(self, rows: int, columns: int, *, remaining: int = 100, kind: str = "usual") -> None:
+        self._current = self.pool.size(rows, columns)
+
+        def compute(size: Size) -> torch.Tensor:
+            self.computed.append(size)
+            return torch.zeros(size.rows, 3)
+
+        self.pool.step(self._current, kind, compute, self.slots, remaining)
+
+
+def test_a_size_without_a_recording_goes_on_with_a_larger_one_until_its_own_pays() -> None:
+    steps = Steps()
+    steps.step(8, 70)
+    assert steps.recorded == [Size(8, 96)]
+    steps.replayed.clear()
+    for _ in range(graphs.STEPS_ON_LARGER):
+        steps.step(3, 70)
+    assert steps.recorded == [Size(8, 96)] and set(steps.replayed) == {Size(8, 96)}
+    steps.replayed.clear()
+    steps.step(3, 70)
+    assert steps.recorded[1:] == [Size(4, 96)]
+    steps.step(2, 60)
+    assert steps.recorded[2:] == [] and steps.replayed[-1] == Size(4, 96)  # the smallest that is large enough
+    steps.step(2, 100)  # more columns than any recording has
+    steps.step(2, 100, kind="greedy")
+    assert steps.recorded[2:] == [Size(2, 128)] * 2
+    assert len(steps.pool) == 4 and steps.pool.num_bytes == 4
+
+
+def test_few_steps_are_not_worth_a_recording() -> None:
+    steps = Steps()
+    for number in range(graphs.FEWEST_STEPS):
+        assert not steps.recorded and len(steps.computed) == number
+        steps.step(8, 70, remaining=3)
+    assert steps.recorded == [Size(8, 96)]  # few at a time, but it is asked for again and again
 
 
 @pytest.mark.parametrize("fails", ["raises", "differs"])
-def test_a_model_that_cannot_be_recorded_decodes_all_the_same(model, made, monkeypatch, caplog, fails) -> None:
+def test_a_model_that_cannot_be_recorded_decodes_all_the_same(model, recorder, monkeypatch, caplog, fails: str) -> None:
     monkeypatch.setattr(graphs, "_refusals", Counter())
     attempts = []
+    own = recorder.record
 
-    def record(step: graphs.StaticStep) -> str:
-        attempts.append(step)
-        step.run()  # a run that wrote to the cache before it failed
+    def record(step: Any) -> Recording:
+        recording = own(step)
+        attempts.append(recording)
         if fails == "raises":
             raise RuntimeError("operation not permitted when stream is capturing\nlong story")
-        return "a replayed step says something else than a computed one"
+        recording.logits = recording.logits.clone()  # what a replay does not change
+        recording.logits.add_(torch.randn(recording.logits.shape))
+        return recording
 
-    monkeypatch.setattr(graphs, "record", record)
-    expected = sample(model, cuda_graphs=False)
+    monkeypatch.setattr(recorder, "record", record)
     with caplog.at_level(logging.WARNING):
         found = sample(model)
-        sample(model)
-    assert torch.equal(found.response_ids, expected.response_ids)
-    if fails == "raises":
-        assert len(attempts) == 2  # once a batch
-    else:
-        rows = [len(step._tokens) for step in attempts]
-        assert len(rows) > 2 and rows[0] == 4 and rows[: len(rows) // 2] == sorted(set(rows), reverse=True)  # anew when rows have left
+    assert_same(found, sample(model, cuda_graphs=False))
+    # One failure is enough for all sizes; a difference counts for its size alone.
+    assert len(attempts) == 1 if fails == "raises" else len(attempts) > 1
     assert graphs._refusals.total() == len(attempts)
     said = [message for message in caplog.messages if "CUDA graph" in message]
     assert len(said) == 1 and "long story" not in said[0] and "generation.cuda_graphs: false" in said[0]
 
 
-def test_a_refusal_is_said_again_when_there_are_ten_of_them(model, made, monkeypatch, caplog) -> None:
+def test_a_refusal_is_said_again_when_there_are_ten_of_them(monkeypatch, caplog) -> None:
     monkeypatch.setattr(graphs, "_refusals", Counter())
-    monkeypatch.setattr(graphs, "record", lambda step: "a replayed step says something else than a computed one")
     with caplog.at_level(logging.WARNING):
         for _ in range(12):
-            sample(model, PROMPTS[:1], stops=())
-    said = [message for message in caplog.messages if "CUDA graph" in message]
-    assert len(said) == 2 and "(10 of the recordings so far" in said[1]
+            graphs.refuse("a replayed step says something else than a computed one")
+    assert len(caplog.messages) == 2 and "(10 of the recordings so far" in caplog.messages[1]
+
+
+def test_a_model_that_asks_for_a_number_on_its_way_cannot_be_recorded(model, recorder, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(graphs, "_refusals", Counter())
+    forward = model.forward
+
+    def asking(*arguments: Any, **options: Any) -> Any:
+        assert float(options["position_ids"].max()) >= 0
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(model, "forward", asking)
+    with caplog.at_level(logging.WARNING):
+        found = sample(model)
+    assert "operation not permitted" in caplog.text and workspace._kept is None
+    assert_same(found, sample(model, cuda_graphs=False))
 
 
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 3.45e-4), (torch.float16, 0.03125), (torch.bfloat16, 0.0884)])

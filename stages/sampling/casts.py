@@ -1,0 +1,73 @@
+"""Weights in autocast's dtype at fixed addresses, for as long as many steps read them.
+
+Autocast casts a weight again in every pass, or keeps the cast until the outermost autocast ends. A CUDA graph that is replayed later needs
+casts that stay, and that can be made anew in the same place after the weights have changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+class AutocastCopies:
+    """Copies of the weights of linear layers, one for each parameter, however many layers share it."""
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[int, torch.Size, torch.dtype], nn.Parameter] = {}
+
+    @contextmanager
+    def in_use(self, model: nn.Module) -> Iterator[None]:
+        """Within it, linear layers with fp32 weights compute with copies in autocast's dtype, made anew now. No autocast: no copies.
+
+        The results are the same to the bit. Only for passes without gradient.
+        """
+        replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+        kind = next(model.parameters()).device.type
+        try:
+            if torch.is_autocast_enabled(kind):
+                dtype = torch.get_autocast_dtype(kind)
+                refreshed: set[Any] = set()
+                for module, name, parameter in _casted(model):
+                    replaced.append((module, name, parameter))
+                    module._parameters[name] = self._copy(parameter, dtype, refreshed)
+            yield
+        finally:
+            for module, name, parameter in replaced:
+                module._parameters[name] = parameter
+
+    def num_bytes(self) -> int:
+        """Memory of all copies."""
+        return sum(copy.nbytes for copy in self._copies.values())
+
+    def _copy(self, parameter: nn.Parameter, dtype: torch.dtype, refreshed: set[Any]) -> nn.Parameter:
+        key = (parameter.data_ptr(), parameter.shape, dtype)
+        if key not in self._copies:
+            self._copies[key] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+        elif key not in refreshed:
+            self._copies[key].data.copy_(parameter.detach())
+        refreshed.add(key)
+        return self._copies[key]
+
+
+def _casted(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """The fp32 parameters that autocast casts for a product: those of linear layers, unless a subclass of parameters holds them."""
+    return [
+        (module, name, parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        for name, parameter in module.named_parameters(recurse=False)
+        if type(parameter) is nn.Parameter and parameter.dtype == torch.float32
+    ]
+
+
+def uncached_casts(kind: str) -> AbstractContextManager[Any]:
+    """Autocast as it is on devices of ``kind``, but without a cache of casts, which would be freed while a recording still reads it."""
+    if not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)

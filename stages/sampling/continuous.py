@@ -1,0 +1,152 @@
+"""Continuous batching: a finished response is replaced by a waiting prompt, so that the batch stays full until no prompt waits.
+
+S slots, P prompt tokens (left padded), V vocabulary. Every response has random numbers of its own, so it does not matter which others it
+shares the batch with, nor when it begins.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.config import GenerationSettings
+from stages.sampling.cache import forward_options
+from stages.sampling.decoding import CUDA_CHECK_EVERY, Decoded, Endings
+from stages.sampling.padding import left_pad
+from stages.sampling.readers import read_in_parts
+from stages.sampling.slots import Choice
+from stages.sampling.support import DecodingSupport
+from stages.sampling.workspace import Workspace
+
+REFILL_SHARE = 1 / 8  # free slots are filled once they are this share of all, as prompts read together cost less
+
+
+@dataclass
+class Occupant:
+    """The response in a slot: the row of its prompt, the prompt's tokens, and how many tokens of the response are sampled at most."""
+
+    row: int
+    length: int
+    sampled: int = 1
+
+
+class SlotDecoder:
+    """Decodes prompts over the slots of a workspace."""
+
+    def __init__(
+        self,
+        model: Any,
+        workspace: Workspace,
+        prompts: Sequence[Sequence[int]],
+        settings: GenerationSettings,
+        noise: Tensor,
+        *,
+        support: DecodingSupport,
+        stop_ids: Sequence[int],
+        late_stop_ids: Sequence[int],
+        pad_token_id: int,
+        refill: bool,
+    ) -> None:
+        """``noise`` [prompts, max_new_tokens]; ``refill``: whether a finished response is replaced before all others have ended."""
+        self._model, self._workspace, self._slots = model, workspace, workspace.slots
+        self._prompts, self._noise, self._support, self._pad = prompts, noise, support, pad_token_id
+        self._stop_ids, self._late_stop_ids, self._settings, self._refill = stop_ids, late_stop_ids, settings, refill
+        self._choice = Choice(settings.temperature, settings.top_k, settings.top_p)
+        self._options = forward_options(support, workspace.cache)
+        self._device = noise.device
+        self._occupants: dict[int, Occupant] = {}  # by slot
+        self._num_slots = min(settings.batch_size, len(prompts))
+        self._has_endings = False
+        self._waiting: deque[int] = deque()  # rows of prompts
+
+    def run(self, order: Sequence[int], report: Callable[[Decoded], None]) -> None:
+        """Sample a response to each prompt in ``order`` (rows); ``report`` gets each soon after it has ended, by the row of its prompt."""
+        self._waiting.extend(order)
+        with self._workspace.in_use(self._model):
+            while self._waiting or self._occupants:
+                if rows := self._next_rows():
+                    self._admit(rows)
+                self._step_for_a_while()
+                if (finished := self._finished()) is not None:
+                    report(finished)
+                if not (self._waiting and self._refill):
+                    self._compact()
+
+    def _next_rows(self) -> list[int]:
+        """The waiting rows that are to begin now."""
+        free = self._num_slots - len(self._occupants)
+        enough = min(len(self._waiting), max(1, int(REFILL_SHARE * self._num_slots)))
+        if self._occupants and (not self._refill or free < enough):
+            return []
+        return [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+
+    def _admit(self, rows: list[int]) -> None:
+        """Read the prompts ``rows``, equal ones once, into free slots, and sample the first token after each."""
+        free = [slot for slot in range(self._num_slots) if slot not in self._occupants][: len(rows)]
+        places: dict[tuple[int, ...], int] = {}
+        wanted = [places.setdefault(tuple(self._prompts[row]), len(places)) for row in rows]
+        ids, mask = left_pad(list(places), self._pad, self._device)
+        for first, read, logits in read_in_parts(self._model, self._workspace.cache, self._options, ids, mask):
+            members = zip(free, rows, (place - first for place in wanted), strict=True)
+            self._put(read, logits, [member for member in members if 0 <= member[2] < len(logits)])
+        for slot, row in zip(free, rows, strict=True):
+            self._occupants[slot] = Occupant(row, len(self._prompts[row]))
+
+    def _put(self, read: Any, logits: Tensor, part: list[tuple[int, int, int]]) -> None:
+        """Begin responses to prompts that were ``read`` together, given as (slot, row of the prompt, place in what was read)."""
+        if not self._has_endings:
+            stop_after = self._settings.stop_after
+            self._slots.set_endings(Endings.of(logits.shape[-1], self._stop_ids, self._late_stop_ids, stop_after, self._device))
+            self._has_endings = True
+        rows = [row for _, row, _ in part]
+        slots, places = (torch.tensor(column, device=self._device) for column in ([p[0] for p in part], [p[2] for p in part]))
+        lengths = torch.tensor([len(self._prompts[row]) for row in rows], device=self._device)
+        for layer, states in zip(self._workspace.cache.layers, read.layers, strict=True):
+            if states.is_initialized:  # a layer that the model asks nothing of has nothing
+                layer.put(states.keys, states.values, places, slots, lengths, self._workspace.first_room(states.keys.shape[2]))
+        self._slots.admit(slots, lengths, self._noise[rows], logits[places], self._choice)
+
+    def _step_for_a_while(self) -> None:
+        """Make steps until it is time to look which responses have ended."""
+        most = self._settings.max_new_tokens
+        left = [most - occupant.sampled for occupant in self._occupants.values()]
+        may_end = bool(self._stop_ids or self._late_stop_ids)
+        check_every = CUDA_CHECK_EVERY if self._device.type == "cuda" else 1
+        number = min(check_every, max(left)) if may_end else min(left)
+        for _ in range(number):
+            occupied = self._occupants.values()
+            columns = max(occupant.length + occupant.sampled for occupant in occupied)
+            size = self._workspace.size(max(self._occupants) + 1, columns)
+            remaining = most if self._waiting else max(most - occupant.sampled for occupant in occupied)
+            self._workspace.step(self._model, self._support, size, self._choice, remaining)
+            for occupant in occupied:
+                occupant.sampled = min(occupant.sampled + 1, most)
+
+    def _finished(self) -> Decoded | None:
+        """Take the responses that have ended out of their slots."""
+        running = self._slots.running()
+        ended = [slot for slot in self._occupants if not running[slot]]
+        if not ended:
+            return None
+        return self._slots.decoded(ended, [self._occupants.pop(slot).row for slot in ended])
+
+    def _compact(self) -> None:
+        """Move responses to the first slots if fewer rows can be decoded then."""
+        if not self._occupants:
+            return
+        rows = self._workspace.size(len(self._occupants), 1).rows
+        sources = [slot for slot in sorted(self._occupants) if slot >= rows]
+        if not sources:
+            return
+        targets = [slot for slot in range(rows) if slot not in self._occupants][: len(sources)]
+        moved = torch.tensor(sources, device=self._device), torch.tensor(targets, device=self._device)
+        for layer in self._workspace.cache.layers:
+            layer.move(*moved)
+        self._slots.move(*moved)
+        for source, target in zip(sources, targets, strict=True):
+            self._occupants[target] = self._occupants.pop(source)

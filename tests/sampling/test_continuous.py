@@ -1,0 +1,129 @@
+"""Continuous batching: the same completions as of prompts alone, whatever ends them, and no more rows at a time than there are slots."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from stages.config import GenerationSettings
+from stages.models.loading import load_language_model
+from stages.sampling import cache, generation
+from stages.sampling.choosing import sample_tokens
+from stages.sampling.generation import Finished, Generated, generate
+from tests.sampling.test_families import HYBRID, make
+
+# Equal prompts, prompts of every length from 1 to 12: more of them than slots.
+PROMPTS = [[row + 5, *range(20, 20 + length)] for row, length in enumerate([2, 9, 3, 3, 0, 8, 11, 1, 5])] + [[40, 41]] * 3
+STOPS = tuple(range(100, 115))  # a twentieth of the tokens: completions have many lengths
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama_folder) -> Any:
+    return load_language_model(str(tiny_llama_folder), dtype=torch.float32, trainable=False)
+
+
+def sample(model: Any, *, stops: Any = STOPS, late: Any = (), prompts: Any = PROMPTS, seeds: Any = None, **settings: Any) -> Generated:
+    chosen = GenerationSettings(**{"max_new_tokens": 24, "batch_size": 4, "continuous_batching": True, **settings})
+    seeds = range(len(prompts)) if seeds is None else seeds
+    return generate(model, prompts, chosen, seeds=seeds, stop_ids=stops, late_stop_ids=late, pad_token_id=1)
+
+
+def rows(generated: Generated) -> list[list[int]]:
+    return [ids[mask].tolist() for ids, mask in zip(generated.response_ids, generated.response_mask, strict=True)]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "ended early": {},
+    "full length": {"stops": ()},
+    "minimum length": {"stops": (), "late": STOPS, "stop_after": 7},
+    "two kinds of ends": {"stops": STOPS[:4], "late": STOPS, "stop_after": 7, "temperature": 0.7, "top_k": 20, "top_p": 0.9},
+    "greedy": {"temperature": 0.0},
+    "one token": {"max_new_tokens": 1},
+    "one slot": {"batch_size": 1},
+}
+
+
+def check_by_plain_passes(model: Any, found: Generated, options: dict[str, Any]) -> None:
+    """Every token and its log-probability from a pass over the prompt's text alone, without cache or padding; ends by their definition."""
+    most, temperature = options.get("max_new_tokens", 24), options.get("temperature", 1.0)
+    chosen = {name: options[name] for name in ("temperature", "top_k", "top_p") if name in options}
+    stops, late, stop_after = options.get("stops", STOPS), options.get("late", ()), options.get("stop_after", 0)
+    for row, (prompt, text) in enumerate(zip(PROMPTS, rows(found), strict=True)):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + text]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        noise = torch.rand(most, generator=torch.Generator().manual_seed(row), dtype=torch.float64)[: len(text)]
+        assert sample_tokens(logits, noise, **chosen)[0].tolist() == text
+        expected = (logits / (temperature or 1.0)).log_softmax(-1)[range(len(text)), text]
+        torch.testing.assert_close(found.logprobs[row][found.response_mask[row]], expected, rtol=1e-4, atol=1e-5)
+        ends = [token in stops or (token in late and place >= stop_after) for place, token in enumerate(text)]
+        assert not any(ends[:-1]) and (ends[-1] or len(text) == most)
+        assert bool(found.stopped[row]) == ends[-1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_completions_are_those_of_plain_passes(model, case: str) -> None:
+    found = sample(model, **CASES[case])
+    check_by_plain_passes(model, found, CASES[case])
+    assert len(set(found.lengths.tolist())) > 1 or case in ("full length", "one token")
+    if case == "minimum length":
+        assert min(found.lengths.tolist()) > 7
+
+
+def test_completions_are_those_of_plain_passes_where_the_cache_lies_by_tokens(model, monkeypatch) -> None:
+    monkeypatch.setattr(cache, "_reads_by_columns", lambda model: False)
+    check_by_plain_passes(model, sample(model), {})
+
+
+def test_a_finished_completion_is_replaced_and_the_batch_stays_full(model, monkeypatch) -> None:
+    batches: list[tuple[int, int]] = []
+    forward = model.forward
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        batches.append(tuple(options["input_ids"].shape))
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(model, "forward", counted)
+    found = sample(model)
+    steps = [number for number, width in batches if width == 1]
+    assert max(number for number, _ in batches) == 4
+    assert sum(steps) == int(found.lengths.sum()) - len(PROMPTS)  # no row is computed in vain; the last token of none is read
+    batches.clear()
+    sample(model, continuous_batching=False)
+    assert len(steps) < 0.8 * len([number for number, width in batches if width == 1])
+
+
+def test_finished_completions_are_reported_as_they_end(model) -> None:
+    reported: list[Finished] = []
+    settings = GenerationSettings(max_new_tokens=24, batch_size=4, continuous_batching=True)
+    made = generate(
+        model, PROMPTS, settings, seeds=range(len(PROMPTS)), stop_ids=STOPS, pad_token_id=1, on_finished=lambda new: reported.extend(new)
+    )
+    assert sorted(finished.row for finished in reported) == list(range(len(PROMPTS)))
+    for finished in reported:
+        assert finished.response_ids == rows(made)[finished.row] and finished.stopped == bool(made.stopped[finished.row])
+
+
+def test_batch_after_batch_is_the_default_on_a_cpu_to_the_bit(model, monkeypatch) -> None:
+    expected = sample(model, continuous_batching=False)
+    monkeypatch.setattr(generation, "SlotDecoder", None)  # would fail if it was used
+    found = sample(model, continuous_batching="auto")
+    few = sample(model, batch_size=len(PROMPTS))  # nothing waits
+    assert torch.equal(found.logprobs, expected.logprobs) and torch.equal(found.response_ids, expected.response_ids)
+    assert rows(few) == rows(expected)
+
+
+@pytest.mark.parametrize(("kind", "fields"), [("mistral", {}), ("qwen3_next", HYBRID), ("bart", {})])
+def test_a_model_whose_rows_cannot_be_replaced_is_decoded_batch_by_batch_and_the_log_says_so_once(kind: str, fields: Any, caplog) -> None:
+    generation._say_batch_by_batch.cache_clear()
+    model = make(kind, **fields)
+    prompts = [[token % 60 + 2 for token in prompt] for prompt in PROMPTS[:6]]
+    options: dict[str, Any] = {"stops": (3, 9, 27), "prompts": prompts, "max_new_tokens": 12, "batch_size": 2}
+    with caplog.at_level(logging.WARNING):
+        found = [sample(model, **options) for _ in range(2)]
+    said = [message for message in caplog.messages if "batch by batch" in message]
+    assert len(said) == 1 and type(model).__name__ in said[0]
+    expected = sample(model, **options, continuous_batching=False)
+    assert all(torch.equal(made.response_ids, expected.response_ids) for made in found)
