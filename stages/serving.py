@@ -1,4 +1,4 @@
-"""A reward model or classifier behind HTTP, by the protocols that ``reward: [{endpoint: ...}]`` speaks. N texts of a request.
+"""A reward model or a classifier behind HTTP, by the protocols that ``reward: [{endpoint: ...}]`` speaks. N texts of a request.
 
     POST /get_reward    {query, prompts, completions, messages} -> {rewards, scores}    (OpenRLHF's remote reward model)
     POST /pooling       {input} -> {data: [{index, data}]}                              (vLLM)
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from stages.corpora.messages import Prompt
     from stages.registry.references import ResolvedModel
     from stages.rewards.classifier import ClassifierSource
+    from stages.rewards.generative import GenerativeSource
     from stages.rewards.learned import RewardModelSource
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -39,7 +40,7 @@ class BadRequest(Exception):
 class Scorer:
     """Answers requests with one source. A lock lets one request at a time compute: batches are made inside."""
 
-    def __init__(self, source: RewardModelSource | ClassifierSource, model: ResolvedModel) -> None:
+    def __init__(self, source: RewardModelSource | ClassifierSource | GenerativeSource, model: ResolvedModel) -> None:
         self.source = source
         self.signature = {"model": model.ref, "digest": model.digest}
         self._lock = threading.Lock()
@@ -82,6 +83,13 @@ class Scorer:
             return [float(score) for score in judge(self.source, prompts, completions).scores]
 
     def _score_texts(self, texts: Sequence[str]) -> list[float]:
+        from stages.rewards.generative import GenerativeSource
+
+        if isinstance(self.source, GenerativeSource):
+            raise BadRequest(
+                "this model is asked about a prompt and its completion, and these texts do not say where the completion begins; send "
+                "prompts and completions to /get_reward, or use /score"
+            )
         with self._lock:
             return [float(score) for score in self.source.score_texts(texts)]
 

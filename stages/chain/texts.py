@@ -40,13 +40,15 @@ def check_texts(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
 
 
 def _readers(recipe: Recipe, step: RecipeStep) -> dict[str, Reference]:
-    """The models that read a step's conversations as chats, by field path. Classifiers read plain text instead."""
-    stages = {other.name: other.stage for other in recipe.steps}
+    """The models that read a step's conversations as chats, by field path. Classifiers and generative reward models read plain text."""
+    if getattr(step.config, "generative", None) is not None:
+        return {}
+    scalar = {other.name for other in recipe.steps if other.stage == "reward_model" and other.config.generative is None}
     readers = {}
     for field_path, reference in step.models.items():
         name = field_path.removeprefix("candidates.")
         asked = field_path != name and name in step.config.candidates and step.config.candidates[name].few_shot is None
-        judges = reference.kind == "step" and stages[reference.target] == "reward_model"
+        judges = reference.kind == "step" and reference.target in scalar
         if field_path in ("model", "policy") or asked or judges:
             readers[field_path] = reference
     return readers

@@ -10,6 +10,7 @@ import torch
 from stages.config import ModelInput
 from stages.models import heads, loading
 from stages.models.adapters import HEAD_FILE
+from stages.models.reward_question import read_question
 from stages.models.stacks import read_adapter_config
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 
 def save_merged(adapter: ResolvedModel, folder: Path) -> None:
-    """Write an adapter merged into its base, in fp32, with its tokenizer; reward and value models keep their head and bias."""
+    """Write an adapter merged into its base, in fp32, with its tokenizer; reward and value models keep their head and bias, a
+    generative reward model its question."""
     tokenizer = loading.load_tokenizer(adapter)
     plain = adapter.with_quantization(ModelInput(ref=adapter.ref))
     role = adapter.record.role if adapter.record is not None else _guess_role(adapter)
@@ -30,6 +32,8 @@ def save_merged(adapter: ResolvedModel, folder: Path) -> None:
     load = loading.load_classifier if role == "classifier" else loading.load_language_model
     model = load(plain, dtype=torch.float32, trainable=False, dropout=True)
     loading.save_model(model, tokenizer, folder)
+    if (asked := read_question(adapter)) is not None:
+        asked.write(folder)
 
 
 def _guess_role(adapter: ResolvedModel) -> str:

@@ -20,6 +20,7 @@ from stages.models.heads import RewardModel, ValueModel
 from stages.models.loading import config_of, load_language_model, load_tokenizer, save_model
 from stages.models.parts import hidden_width, transformer_of
 from stages.models.responses import Policy, SequenceBatch, sequence_values
+from stages.models.reward_question import is_generative
 from stages.models.sharding import shard
 from stages.models.shared import RoleParameters, SharedBackbone
 from stages.ppo.config import PPOStepConfig
@@ -233,7 +234,9 @@ def _value_source(config: PPOStepConfig, context: StepContext, tokenizer: Any) -
         console = context.runtime.console
         for place, reward in leaves(config.reward, "reward").items():
             found = context.models.get(f"{place}.model")
-            if found is None or reward.label is not None or reward.answers is not None or load_tokenizer(found).get_vocab() != vocabulary:
+            if found is None or reward.label is not None or reward.answers is not None or is_generative(found):
+                continue
+            if load_tokenizer(found).get_vocab() != vocabulary:
                 continue
             short = _too_short(config, context, found, tokenizer)
             if not short:

@@ -13,10 +13,18 @@ if TYPE_CHECKING:
     from stages.registry.ledger import Registry
     from stages.registry.record import ModelRecord
 
-PIPELINES = {"language_model": "text-generation", "reward_model": "text-classification", "classifier": "text-classification"}
+PIPELINES = {
+    "language_model": "text-generation",
+    "reward_model": "text-classification",
+    "generative_reward_model": "text-generation",
+    "classifier": "text-classification",
+}
+REWARDS = ("reward_model", "generative_reward_model")
 WHAT = {
     "language_model": "A causal language model",
     "reward_model": "A reward model: a score for a prompt with its completion, higher if the annotators would prefer it",
+    "generative_reward_model": "A generative reward model: a language model that is asked about a completion; the score is the log-odds of "
+    "two answers",
     "classifier": "A text classifier",
     "value_model": "A value network: it predicts the return at every token of a completion; use it to continue PPO",
 }
@@ -25,6 +33,8 @@ INTENDED = {
     "beyond the evaluations below; test it yourself before you give it to users.",
     "reward_model": "Scoring completions of prompts like those it was trained on: as a reward for PPO, to pick the best of several, to "
     "compare models. Its scores are not meaningful for other texts, and a policy trained against it for too long will exploit its errors.",
+    "generative_reward_model": "Scoring completions of prompts: as a reward for PPO, to pick the best of several, to compare models. A "
+    "policy trained against it for too long will exploit its errors.",
     "classifier": "Labelling texts like those it was trained on.",
     "value_model": "Continuing a PPO run, or inspecting the values of tokens.",
 }
@@ -129,7 +139,7 @@ def model_card(record: ModelRecord, registry: Registry, *, merged: bool) -> str:
         license="unknown",
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=PIPELINES.get(record.role),
-        tags=["tristage", *([step["stage"]] if "stage" in step else []), *(["reward-model"] if record.role == "reward_model" else [])],
+        tags=["tristage", *([step["stage"]] if "stage" in step else []), *(["reward-model"] if record.role in REWARDS else [])],
         base_model=list(dict.fromkeys(bases)) or None,
         datasets=_hub_data(step) or None,
         eval_results=_results(record, evaluations) or None,
@@ -307,6 +317,14 @@ def _usage(record: ModelRecord, is_adapter: bool) -> list[tuple[str, str]]:
         load = 'model = AutoModelForSequenceClassification.from_pretrained("FOLDER")'
         load += "\nscore = model(**inputs).logits[:, 0] + model.config.reward_bias"
         return [(text, f"from transformers import AutoModelForSequenceClassification\n\n{load}")]
+    if record.role == "generative_reward_model":
+        return [
+            (
+                "`reward_question.json` has the question and the two answers. The score is the log-probability of the first answer minus "
+                "that of the second, after the question in the chat template.",
+                f"stages serve {record.ref}",
+            )
+        ]
     if record.role == "classifier":
         return [("", 'from transformers import pipeline\n\nclassify = pipeline("text-classification", "FOLDER")')]
     return []

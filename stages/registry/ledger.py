@@ -30,7 +30,7 @@ from stages.registry.record import ModelRecord
 from stages.registry.references import ResolvedModel
 
 MANIFEST_VERSION = 1
-ROLES = ("language_model", "reward_model", "classifier", "value_model")
+ROLES = ("language_model", "reward_model", "generative_reward_model", "classifier", "value_model")
 RECORDED_PACKAGES = (
     "tristage",
     "torch",

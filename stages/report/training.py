@@ -88,7 +88,16 @@ def heldout_text(step: StepFolder) -> str:
     if after not in step.metrics:
         return ""
     start = f"{number_text(float(step.metrics[before]))} to " if before in step.metrics else ""
-    return f"{title[0].upper()}{title[1:]} {start}{number_text(float(step.metrics[after]))}."
+    return f"{title[0].upper()}{title[1:]} {start}{number_text(float(step.metrics[after]))}.{_beside_text(step)}"
+
+
+def _beside_text(step: StepFolder) -> str:
+    """The accuracy of other rewards on the same held-out comparisons, in words; empty where none was measured."""
+    others = step.metrics.get("heldout_beside") or {}
+    if not others:
+        return ""
+    shown = [f"{name} {one['accuracy']:.3f} (95 %: {one['ci_low']:.3f} to {one['ci_high']:.3f})" for name, one in others.items()]
+    return f" On the same comparisons: {', '.join(shown)}."
 
 
 # Reward models and classifiers

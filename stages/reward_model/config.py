@@ -21,7 +21,7 @@ from stages.config import (
 from stages.corpora.curation import Curation
 from stages.corpora.fitting import PromptFit
 from stages.reward_model.collection_config import Collection
-from stages.rewards.config import RewardInput, check_names, check_rubrics, reward_model_inputs, rubric_inputs
+from stages.rewards.config import QUESTION, RewardInput, check_names, check_question, check_rubrics, reward_model_inputs, rubric_inputs
 
 
 class RewardModelOptimizer(OptimizerSettings):
@@ -55,12 +55,34 @@ class Normalization(Strict):
         return self
 
 
+class Generative(Strict):
+    """A language model as reward model: its log-odds of two answers to a question about the completion."""
+
+    answers: list[str] = Field(
+        min_length=2,
+        max_length=2,
+        description="The score is log P(first) - log P(second). Without a chat template a word usually begins with a space.",
+    )
+    question: str = Field(QUESTION, description="What the model is asked, with {prompt} and {completion}.")
+    train: bool = Field(False, description="Train on the comparisons by the ranking loss; false: publish the language model as it is.")
+
+    @model_validator(mode="after")
+    def _answerable(self) -> Generative:
+        check_question(self.question, self.answers)
+        return self
+
+
+SCALAR_FIELDS = ("demonstrations", "normalization", "num_seeds")
+TRAINING_FIELDS = ("collect", "keep_best", "lora", "loss", "training")
+
+
 class RewardModelConfig(TrainingStepConfig):
     """Train a scalar head and its backbone on comparisons."""
 
     stage: Literal["reward_model"] = "reward_model"
     preset: str | None = Field(None, description="Published settings beneath the step's own, e.g. instructgpt2022 (recipe/presets.py).")
     model: ModelField = Field(description="A language model, which gets a new head, or a reward model to go on with.")
+    generative: Generative | None = Field(None, description="Score by the log-odds of two answers instead of a scalar head.")
     data: DataInput = Field(description="Comparisons.")
     preferred: str | None = Field(None, description="For responses given as an object: the key of the preferred one.")
     demonstrations: DataField | None = Field(
@@ -93,7 +115,21 @@ class RewardModelConfig(TrainingStepConfig):
         if self.num_seeds > 1 and self.keep_best:
             raise ValueError(f"keep_best={self.keep_best} goes with num_seeds=1; of several seeds the best is chosen already")
         check_names(self.beside, "beside")
+        if self.generative is not None:
+            self._check_generative(self.generative)
         return self
+
+    def _check_generative(self, generative: Generative) -> None:
+        """Raise ValueError for fields that a generative reward model does not use."""
+        for names, why in (
+            (SCALAR_FIELDS, "belongs to a scalar head; leave it out beside generative"),
+            (() if generative.train else TRAINING_FIELDS, "is for training; set generative.train: true, or leave it out"),
+        ):
+            for name in names:
+                if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+                    raise ValueError(f"{name} {why}")
+        if not generative.train and self.model.quantization != "none":
+            raise ValueError("model.quantization: a generative reward model is saved as it is; quantize it where it is used")
 
     def model_inputs(self) -> dict[str, ModelInput]:
         inputs = {"model": self.model}

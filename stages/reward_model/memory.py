@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from stages.memory.estimate import Machine, Memory, dtype_bytes, phases
+from stages.memory.estimate import FP32, Machine, Memory, dtype_bytes, inference, phases
 from stages.memory.lengths import Counter, Lengths, comparison_texts
-from stages.memory.models import View, kept_activations, rows_per_pass, trained_model
+from stages.memory.models import View, kept_activations, language_model, rows_per_pass, trained_model
 from stages.reward_model.config import RewardModelConfig
 
 
@@ -20,6 +20,11 @@ def estimate(config: RewardModelConfig, models: Mapping[str, View], lengths: Len
     """The peak memory of the step, per process."""
     view, compute = models["model"], dtype_bytes(config.precision, machine)
     columns = min(config.max_length or view.shape.positions, lengths.comparison)
-    tokens = rows_per_pass(config, processes) * lengths.completions * columns
+    rows = rows_per_pass(config, processes) * lengths.completions
+    tokens = rows * columns
+    if config.generative is not None:
+        if config.generative.train:
+            return language_model(config, view, rows, columns, machine)
+        return view.frozen(compute) + phases((0.0, inference(view.shape, tokens, compute), FP32 * tokens * view.shape.vocabulary))
     kept = kept_activations(config, view.shape, tokens, compute, machine)
     return trained_model(config, view, machine, output=False) + phases((0.0, kept, 0.0))

@@ -20,6 +20,7 @@ from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.sharding import whole
 from stages.reward_model.collection import collect_comparisons
 from stages.reward_model.config import RewardModelConfig
+from stages.reward_model.generative import run_generative
 from stages.reward_model.measuring import inference, measure, measure_beside
 from stages.reward_model.rows import encode, encode_pairs, say_lost, usable
 from stages.reward_model.training import Attempt, finished, new_model, train_with_seed
@@ -34,6 +35,8 @@ from stages.training.trainer import gathered_weights, publish_best
 
 def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     """Train, normalise, publish; with held-out accuracy and calibration before and after."""
+    if config.generative is not None:
+        return run_generative(config, context, lambda tokenizer: _load_comparisons(config, context, tokenizer))
     _check_texts(config, context)
     if config.collect is not None and config.collect.people is not None:
         collect_comparisons(config.collect, context, precision=config.precision)  # before a model waits for people in memory

@@ -110,7 +110,7 @@ class RankingTrainer(exact(Trainer)):  # type: ignore[misc]
         return {**batch, "ranks": torch.zeros_like(batch["ranks"])}  # all ties: no pairs
 
 
-def make_trainer(model: RewardModel, arguments: Any, rows: list[EncodedComparison], pad_token_id: int, loss: str = "pairs") -> Any:
+def make_trainer(model: Any, arguments: Any, rows: list[EncodedComparison], pad_token_id: int, loss: str = "pairs") -> Any:
     """A trainer on prompts with all their completions. ``loss``: pairs | best_of."""
     trainer = RankingTrainer(model=model, args=arguments, train_dataset=rows, data_collator=lambda items: collate(items, pad_token_id))
     trainer.losses_of = ranking_losses if loss == "pairs" else best_of_ranked_losses

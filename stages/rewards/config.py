@@ -19,6 +19,14 @@ QUESTION = (
 )
 
 
+def check_question(question: str, answers: list[str]) -> None:
+    """Raise ValueError where a generative reward model cannot ask or answer this."""
+    if not all(answers) or answers[0] == answers[1]:
+        raise ValueError(f"answers is {list(answers)}; expected two texts that differ")
+    if "{completion}" not in question:
+        raise ValueError("question must hold {completion}, and usually {prompt}")
+
+
 class RubricJudge(Strict):
     """A language model behind an OpenAI-compatible endpoint that grades single completions by a rubric."""
 
@@ -163,10 +171,7 @@ class RewardInput(Strict):
             return
         if self.model is None or self.label is not None or self.level == "token":
             raise ValueError("answers belongs to model, a language model that scores whole completions, without label")
-        if not all(self.answers) or self.answers[0] == self.answers[1]:
-            raise ValueError(f"answers is {list(self.answers)}; expected two texts that differ")
-        if "{completion}" not in self.question:
-            raise ValueError("question must hold {completion}, and usually {prompt}")
+        check_question(self.question, self.answers)
 
     def _check_endpoint(self, address: str) -> None:
         """Raise ValueError where fields of an endpoint contradict each other."""

@@ -12,6 +12,7 @@ from stages.corpora.messages import Prompt
 from stages.corpora.templates import encode_pair, token_starts
 from stages.errors import ModelError
 from stages.models.heads import RewardModel
+from stages.models.reward_question import is_generative
 from stages.registry.references import ResolvedModel
 from stages.rewards.classifier import ClassifierSource
 from stages.rewards.config import RewardInput
@@ -26,21 +27,28 @@ RewardModelLoader = Callable[[ResolvedModel], RewardModel]
 def load_source(
     source: RewardInput, model: ResolvedModel, *, device: torch.device, dtype: torch.dtype, load: RewardModelLoader | None = None
 ) -> RewardSource:
-    """A reward model (from ``load``, where it is not to have weights of its own), or a classifier where ``label`` is set."""
-    role = model.record.role if model.record is not None else None
-    if source.answers is not None:
-        from stages.rewards.prompted import GenerativeSource
+    """The source that a recipe means by a model. Raises ModelError where the model cannot play the part.
 
-        if role not in (None, "language_model"):
+    It is a reward model (from ``load``, where it is not to have weights of its own), a generative one, or a classifier where ``label`` is
+    set.
+    """
+    role = model.record.role if model.record is not None else None
+    if source.answers is not None or is_generative(model):
+        from stages.rewards.generative import load_generative
+
+        if role not in (None, "language_model", "generative_reward_model"):
             raise ModelError(f"{model.ref!r} is a {role.replace('_', ' ')}; answers needs a language model")
-        return GenerativeSource(source, model, device=device, dtype=dtype)
+        if source.label is not None or source.level == "token":
+            given = "label" if source.label is not None else "level: token"
+            raise ModelError(f"{model.ref!r} is a generative reward model, which scores whole completions; leave out {given}")
+        return load_generative(source, model, device=device, dtype=dtype)
     if source.label is not None:
         return ClassifierSource(source, model, device=device, dtype=dtype)
     if role == "classifier":
         raise ModelError(f"{model.ref!r} is a classifier; set label to the class whose score is the reward")
     if role in ("language_model", "value_model"):
         raise ModelError(
-            f"{model.ref!r} is a {role.replace('_', ' ')}; a reward needs a reward_model, a classifier with a label, or a "
+            f"{model.ref!r} is a {role.replace('_', ' ')}; a reward needs a reward model, a classifier with a label, or a "
             "language model with answers"
         )
     kind = RewardModelSpans if source.level == "token" else RewardModelSource

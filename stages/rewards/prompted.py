@@ -1,4 +1,4 @@
-"""Language models as rewards: graded by a rubric over HTTP, or by the log-odds of two answers, computed here. N completions.
+"""A language model behind an endpoint as reward: it grades completions by a rubric. N completions.
 
 What the model is shown is data: it is told to follow no instruction that stands in it.
 """
@@ -17,14 +17,11 @@ import torch
 from torch import Tensor
 
 from stages.corpora.messages import Prompt, transcript
-from stages.errors import ModelError, TrainingError
-from stages.models.loading import load_language_model, load_tokenizer
+from stages.errors import TrainingError
 from stages.process.remote import AnswerCache, GaveUp, JsonClient, Refused
-from stages.registry.references import ResolvedModel
 from stages.rewards.background import RemoteSource
 from stages.rewards.config import RewardInput, read_rubric
 from stages.rewards.details import NOTHING, Details, Judgement
-from stages.tokens.positions import readable_length
 
 logger = logging.getLogger(__name__)
 GRADER = (
@@ -196,98 +193,3 @@ def _chat_reply(content: Any) -> tuple[str, int, int]:
     if not isinstance(text, str):
         raise GaveUp("the reply is no chat completion")
     return text, *tokens
-
-
-class GenerativeSource:
-    """The log-odds of two answers of a language model to a question about prompt and completion: log P(first) - log P(second).
-
-    The question goes through the model's chat template where it has one. A text that is too long loses the beginning of the prompt.
-    """
-
-    def __init__(self, source: RewardInput, model: ResolvedModel, *, device: torch.device, dtype: torch.dtype) -> None:
-        assert source.answers is not None
-        self.name, self.batch_size, self.question = source.shown_name, source.batch_size, source.question
-        self.tokenizer = load_tokenizer(model)
-        self.model = load_language_model(model, dtype=dtype, trainable=False, tokenizer=self.tokenizer).to(device).eval()
-        self.max_length = readable_length(self.model.config, self.tokenizer)
-        self.answers = source.answers
-        self.check_answers(model.ref)
-
-    def check_answers(self, ref: str) -> None:
-        """Raise ModelError where the tokenizer cannot tell the two answers apart, or has no token for one."""
-        first, second = (self._answer_ids(answer) for answer in self.answers)
-        if first == second or not first or not second:
-            raise ModelError(f"{ref!r} writes the answers {self.answers[0]!r} and {self.answers[1]!r} with the same tokens")
-
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Tensor:
-        """The scores [N] of ``judge``."""
-        return self.judge(prompts, completions, details).scores
-
-    @torch.inference_mode()
-    def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
-        """Log-odds, and which texts were cut."""
-        rows: list[tuple[list[int], int]] = []  # question and answer as tokens, how many of them are the answer
-        cut, completion_cut = [], []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            pairs, lost, lost_completion = self._encode(prompt, completion)
-            rows += pairs
-            cut.append(lost)
-            completion_cut.append(lost_completion)
-        logprobs = self._logprobs(rows).reshape(-1, 2)
-        return Judgement(logprobs[:, 0] - logprobs[:, 1], cut=torch.tensor(cut), completion_cut=torch.tensor(completion_cut))
-
-    def _encode(self, prompt: Prompt, completion: str) -> tuple[list[tuple[list[int], int]], bool, bool]:
-        """(both answers' rows, whether the prompt lost its beginning, whether the completion did).
-
-        Whole words of the prompt go, and then of the completion, until the longer row fits: the question stands behind them and stays.
-        """
-        before, text = transcript(prompt), completion
-        rows = self._rows(before, text)
-        cut = completion_cut = False
-        while self.max_length is not None and (excess := max(len(ids) for ids, _ in rows) - self.max_length) > 0:
-            if not before and not text:
-                raise TrainingError(f"reward {self.name!r}: its question alone is longer than the {self.max_length} tokens it can read")
-            cut, completion_cut = True, completion_cut or not before
-            if before:
-                before = self._shortened(before, excess)
-            else:
-                text = self._shortened(text, excess)
-            rows = self._rows(before, text)
-        return rows, cut, completion_cut
-
-    def _shortened(self, text: str, excess: int) -> str:
-        """``text`` without about ``excess`` tokens at its beginning, at least one character."""
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-        place = max(1, offsets[excess][0]) if excess < len(offsets) else len(text)
-        return text[place:]
-
-    def _rows(self, prompt: str, completion: str) -> list[tuple[list[int], int]]:
-        from stages.corpora.templates import encode_prompt
-
-        shown = encode_prompt(self.tokenizer, self.question.replace("{prompt}", prompt).replace("{completion}", completion))
-        answers = [self._answer_ids(answer) for answer in self.answers]
-        return [([*shown, *answer], len(answer)) for answer in answers]
-
-    def _answer_ids(self, answer: str) -> list[int]:
-        return list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
-
-    def _logprobs(self, rows: Sequence[tuple[list[int], int]]) -> Tensor:
-        """The log-probability of each row's answer [rows]."""
-        from stages.rewards.learned import like_length_batches
-
-        found = torch.empty(len(rows))
-        for places in like_length_batches([len(ids) for ids, _ in rows], self.batch_size):
-            width = max(len(rows[place][0]) for place in places)
-            ids = torch.full((len(places), width), self.tokenizer.pad_token_id)
-            mask = torch.zeros((len(places), width), dtype=torch.long)
-            for row, place in enumerate(places):
-                ids[row, : len(rows[place][0])] = torch.tensor(rows[place][0])
-                mask[row, : len(rows[place][0])] = 1
-            device = next(self.model.parameters()).device
-            logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-            for row, place in enumerate(places):
-                tokens, length = rows[place]
-                span = slice(len(tokens) - length - 1, len(tokens) - 1)
-                steps = logits[row, span].float().log_softmax(dim=-1).cpu()
-                found[place] = steps.gather(1, torch.tensor(tokens[-length:])[:, None]).sum()
-        return found

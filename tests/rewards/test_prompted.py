@@ -1,21 +1,19 @@
-"""Language models as rewards: grades by a rubric over HTTP, and the log-odds of two answers."""
+"""A language model behind an endpoint grades by a rubric."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from pydantic import ValidationError
 
-from stages.errors import ModelError, RecipeError, TrainingError
+from stages.errors import RecipeError, TrainingError
 from stages.judges.config import EndpointJudge
 from stages.process.remote import AnswerCache
 from stages.rewards.config import RewardInput, check_rubrics, rubric_inputs
-from stages.rewards.prompted import GenerativeSource, RubricSource, read_grade
+from stages.rewards.prompted import RubricSource, read_grade
 from stages.rewards.source import CombinedReward
 from tests.rewards.conftest import TURNS, Server
 
@@ -126,77 +124,3 @@ def test_a_judge_that_compares_is_told_from_one_that_scores() -> None:
     judges = [{"endpoint": "http://h/v1", "model": "m"}, {"endpoint": "http://h/r", "protocol": "openrlhf", "name": "far"}]
     made = EvaluationConfig.model_validate({"name": "e", "candidates": {"a": "a"}, "data": "d.jsonl", "judges": judges}).judges
     assert isinstance(made[0], EndpointJudge) and isinstance(made[1], RewardInput)
-
-
-QUESTION = "{prompt} | {completion} | good?"
-
-
-def generative(folder: Path, resolve: Any, **fields: Any) -> GenerativeSource:
-    given = {"model": str(folder), "answers": [" yes", " no"], "question": QUESTION, **fields}
-    return GenerativeSource(RewardInput.model_validate(given), resolve(folder), device=torch.device("cpu"), dtype=torch.float32)
-
-
-def test_log_odds_equal_those_of_a_plain_forward_pass(tiny_llama_folder, tiny_tokenizer, resolve_folder) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, attn_implementation="eager").eval()
-    prompts, completions = ["the film", TURNS, "p"], ["a joy", "dull and weak and dull", "x"]
-    shown = ["the film | a joy | good?", "system: be kind\n\nuser: hello | dull and weak and dull | good?", "p | x | good?"]
-
-    def logprob(text: str, answer: str) -> float:
-        ids = tiny_tokenizer(text)["input_ids"]
-        answer_ids = tiny_tokenizer(answer)["input_ids"]
-        with torch.no_grad():
-            steps = model(torch.tensor([ids + answer_ids])).logits[0].log_softmax(dim=-1)
-        return sum(float(steps[len(ids) - 1 + place, token]) for place, token in enumerate(answer_ids))
-
-    expected = [logprob(text, " yes") - logprob(text, " no") for text in shown]
-    judged = generative(tiny_llama_folder, resolve_folder).judge(prompts, completions)
-    torch.testing.assert_close(judged.scores, torch.tensor(expected), rtol=1e-4, atol=1e-4)
-    assert not judged.cut.any()
-    with pytest.raises(ModelError, match="writes the answers .* with the same tokens"):
-        source = generative(tiny_llama_folder, resolve_folder)
-        source._answer_ids = lambda answer: [1]  # type: ignore[method-assign]
-        source.check_answers("x")
-
-
-def test_a_question_that_is_too_long_keeps_its_completion(tiny_llama_folder, resolve_folder) -> None:
-    source = generative(tiny_llama_folder, resolve_folder)  # 128 positions
-    judged = source.judge(["the film " * 100, "the film " * 100, "p"], ["a joy", "dull", "weak " * 200])
-    assert judged.cut.tolist() == [True, True, True] and judged.completion_cut.tolist() == [False, False, True]
-    assert len(set(judged.scores.tolist())) == 3
-    rows, _, _ = source._encode("the film " * 100, "a joy")
-    assert all(120 < len(ids) <= 128 for ids, _ in rows)
-    assert source.tokenizer.decode(rows[0][0]).endswith("the film  | a joy | good? yes")
-
-
-def test_accuracy_beside_the_scalar_head(tiny_llama_folder, resolve_folder, step_context, tmp_path, monkeypatch) -> None:
-    from stages.reward_model.config import RewardModelConfig
-    from stages.reward_model.run import run
-
-    (tmp_path / "lengths_beside.py").write_text("def longer(p, c): return [len(text) for text in c]\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    rows = [{"prompt": f"film {n}", "chosen": "a joy to see", "rejected": "dull"} for n in range(6)]
-    rows += [{"prompt": "film", "chosen": "dull", "rejected": "a joy to see"}] * 2
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    folder = resolve_folder(tiny_llama_folder)
-    config = RewardModelConfig.model_validate(
-        {
-            "name": "rm",
-            "model": "sft",
-            "precision": "fp32",
-            "data": {"train": str(path), "validation": str(path)},
-            "training": {"batch_size": 4, "microbatch_size": 4, "max_steps": 1},
-            "beside": [
-                {"function": "lengths_beside:longer"},
-                {"model": "sft", "answers": [" yes", " no"], "question": QUESTION, "name": "asked"},
-            ],
-        }
-    )
-    assert list(config.model_inputs()) == ["model", "beside[1].model"]
-    metrics = run(config, step_context(models={"model": folder, "beside[1].model": folder})).metrics
-    assert metrics["heldout_beside"]["longer"]["accuracy"] == 0.75 and metrics["heldout_beside"]["longer"]["pairs"] == 8
-    source = generative(tiny_llama_folder, resolve_folder)
-    texts = [[source.score([row["prompt"]], [row[side]]).item() for side in ("chosen", "rejected")] for row in rows]
-    assert metrics["heldout_beside"]["asked"]["accuracy"] == sum(chosen > rejected for chosen, rejected in texts) / 8

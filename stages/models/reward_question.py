@@ -1,0 +1,64 @@
+"""What makes a language model a generative reward model: a question about prompt and completion, and two answers to it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.errors import ModelError
+
+if TYPE_CHECKING:
+    from stages.registry.references import ResolvedModel
+
+QUESTION_FILE = "reward_question.json"
+
+
+@dataclass(frozen=True)
+class RewardQuestion:
+    """The score of a completion is log P(first answer) - log P(second answer) after ``question``, with the model's chat template.
+
+    ``question`` holds {prompt} and {completion}.
+    """
+
+    question: str
+    answers: tuple[str, str]
+
+    def filled(self, prompt: str, completion: str) -> str:
+        """The question about one completion."""
+        before, _, after = self.question.partition("{completion}")
+        parts = [part.replace("{prompt}", prompt) for part in (before, *after.split("{completion}"))]
+        return completion.join(parts)
+
+    def write(self, folder: Path) -> None:
+        """Keep it beside the model's files."""
+        content = {"score": "log P(answers[0]) - log P(answers[1])", **asdict(self)}
+        (folder / QUESTION_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_question(model: ResolvedModel) -> RewardQuestion | None:
+    """The question of a generative reward model; None of any other model. Raises ModelError where the file cannot be understood."""
+    from transformers.utils import cached_file
+
+    options = {"revision": model.input.revision, "_raise_exceptions_for_missing_entries": False}
+    try:
+        path = cached_file(model.path, QUESTION_FILE, **options)
+    except (OSError, ValueError):  # loading the model says what is wrong
+        return None
+    if path is None:
+        return None
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        first, second = (str(answer) for answer in content["answers"])
+        return RewardQuestion(str(content["question"]), (first, second))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected = "expected an object with question (a text) and answers (two texts)"
+        raise ModelError(f"{model.ref!r}: {QUESTION_FILE} cannot be read ({type(error).__name__}: {error}); {expected}") from error
+
+
+def is_generative(model: ResolvedModel) -> bool:
+    """Whether a model is a generative reward model: of the registry by its role, of a folder or the Hub by the file with its question."""
+    if model.record is not None:
+        return model.record.role == "generative_reward_model"
+    return read_question(model) is not None

@@ -1,0 +1,168 @@
+"""A generative reward model: a language model with a question about a completion and two answers, trained on comparisons or as it is.
+
+The score of a completion is the log-odds of the two answers. B texts, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.corpora.comparisons import Comparison, Comparisons
+from stages.corpora.messages import completion_text
+from stages.errors import DataError, ModelError
+from stages.models.loading import load_language_model, load_tokenizer, save_model
+from stages.models.reward_question import RewardQuestion
+from stages.models.sharding import whole
+from stages.reward_model.config import RewardModelConfig
+from stages.reward_model.measuring import measure_beside
+from stages.reward_model.preferences import EncodedComparison, agreement
+from stages.reward_model.rows import say_lost, usable
+from stages.reward_model.training import make_trainer
+from stages.rewards.details import Judgement
+from stages.rewards.generative import GenerativeSource
+from stages.rewards.source import judge
+from stages.step import StepContext, StepResult
+from stages.tokens.positions import row_length
+from stages.training.trainer import gathered_weights, publish_best, train, training_arguments, weights_dtype
+
+ROLE = "generative_reward_model"
+
+
+class LogOdds(nn.Module):
+    """log P(first) - log P(second) of two one-token answers behind each text: the difference of two logits at its last token."""
+
+    def __init__(self, language_model: nn.Module, first: int, second: int) -> None:
+        super().__init__()
+        self.language_model, self.first, self.second = language_model, first, second
+        self.config = language_model.config
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores [B] fp32 of right-padded texts [B, T]."""
+        logits = self.language_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        last = logits[torch.arange(len(input_ids), device=logits.device), attention_mask.sum(dim=1) - 1].float()
+        return last[:, self.first] - last[:, self.second]
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any) -> None:
+        """The language model's own."""
+        self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+
+
+def run_generative(
+    config: RewardModelConfig, context: StepContext, load: Callable[[Any], tuple[Comparisons, dict[str, int]]]
+) -> StepResult:
+    """Measure on the held-out comparisons, train where the config says so, publish model, question and answers together.
+
+    ``load(tokenizer)`` gives the comparisons, and how many rows were left out by reason.
+    """
+    assert config.generative is not None
+    trains = config.generative.train
+    asked = RewardQuestion(config.generative.question, (config.generative.answers[0], config.generative.answers[1]))
+    source = context.models["model"]
+    if source.record is not None and source.record.role not in ("language_model", ROLE):
+        raise ModelError(f"model: {source.ref!r} is a {source.record.role.replace('_', ' ')}; generative needs a language model")
+    tokenizer = load_tokenizer(source)
+    dtype = weights_dtype(config, context) if trains else context.runtime.dtype(config.precision)
+    model = load_language_model(source, dtype=dtype, lora=config.lora, trainable=trains, tokenizer=tokenizer).to(context.runtime.device)
+    judging = GenerativeSource(
+        context.name,
+        model,
+        tokenizer,
+        asked,
+        batch_size=8 * config.training.microbatch_size,
+        max_length=row_length(config.max_length, model.config, tokenizer, unlimited=2048),
+        ref=source.ref,
+    )
+    comparisons, left_out = load(tokenizer)
+    heldout = [item for item in comparisons.validation if item.num_pairs]
+    encoded = [encode(item, judging) for item in heldout]
+    counted, lost = usable(encoded)
+    say_lost(context, "held-out ", lost, judging.max_length or 0)
+    texts = [item for item, rows in zip(heldout, encoded, strict=True) if rows.pairs[0]]
+    before = after = measure(judging, texts, counted)
+    trained: dict[str, Any] = {}
+    trainer: Any = None
+    if trains:
+        trainer, trained = _train(config, context, judging, comparisons, lambda: measure(judging, texts, counted))
+        after = measure(judging, texts, counted)
+    context.log(int(trained.get("optimizer_steps", 0)), {"heldout/accuracy": after["accuracy"], "heldout/loss": after["loss"]})
+    moved = f"{before['accuracy']:.3f} -> {after['accuracy']:.3f}" if trains else f"{after['accuracy']:.3f}"
+    context.runtime.console.print(
+        f"{context.name}: held-out accuracy {moved} (95 % {after['ci_low']:.3f} to {after['ci_high']:.3f}, {after['pairs']} pairs)"
+    )
+    beside = measure_beside(config, context, texts, counted)
+    metrics = {
+        **({"heldout_accuracy_before": before["accuracy"]} if trains else {}),
+        **({"heldout_beside": beside} if beside else {}),
+        **{f"heldout_{name}": value for name, value in after.items()},
+        **trained,
+        **{f"heldout_{name}": value for name, value in lost.as_metrics().items()},
+        **{f"curation_{reason}": number for reason, number in sorted(left_out.items())},
+    }
+    kind: dict[str, Any] = {"role": ROLE, "base": source if config.lora is not None else None}
+    rows = [item.rows[0] for item in counted]
+
+    def save(folder: Path, weights: dict[str, Tensor] | None) -> None:
+        own = None if weights is None else {name.removeprefix("language_model."): value for name, value in weights.items()}
+        save_model(model, tokenizer, folder, state_dict=own, rows=rows)
+        asked.write(folder)
+
+    if trains:
+        publish_best(trainer, context, save, **kind)
+    weights = gathered_weights(trainer) if trains else None
+    record = context.publish(lambda folder: save(folder, weights), metrics=metrics, **kind)
+    return StepResult(model=record, metrics=metrics)
+
+
+def encode(comparison: Comparison, judging: GenerativeSource) -> EncodedComparison:
+    """The question about each completion as one row of token ids."""
+    texts = [completion_text(completion) for completion in comparison.completions]
+    found = [judging.encode(comparison.prompt, text) for text in texts]
+    return EncodedComparison(
+        [ids for ids, _, _ in found],
+        comparison.ranks,
+        comparison.groups,
+        lengths=[len(judging.answer_ids(text)) for text in texts],
+        cut=sum(cut for _, cut, _ in found),
+    )
+
+
+def measure(judging: GenerativeSource, comparisons: Sequence[Comparison], encoded: Sequence[EncodedComparison]) -> dict[str, Any]:
+    """How well the log-odds agree with held-out comparisons."""
+    if not comparisons:
+        raise DataError("no held-out comparison has a preference; name a validation source with pairs that are no ties")
+    prompts = [item.prompt for item in comparisons for _ in item.completions]
+    completions = [completion_text(text) for item in comparisons for text in item.completions]
+    training = judging.model.training
+    judging.model.eval()
+    with whole(judging.model):
+        found: Judgement = judge(judging, prompts, completions)
+    judging.model.train(training)
+    return agreement(found.scores, encoded)
+
+
+def _train(
+    config: RewardModelConfig,
+    context: StepContext,
+    judging: GenerativeSource,
+    comparisons: Comparisons,
+    measured: Callable[[], dict[str, Any]],
+) -> tuple[Any, dict[str, Any]]:
+    """(the trainer, what it reports): the ranking loss on the log-odds, as of a scalar reward model."""
+    answers = [judging.answer_ids(answer) for answer in judging.asked.answers]
+    if any(len(ids) != 1 for ids in answers):
+        shown = ", ".join(f"{answer!r} ({len(ids)} tokens)" for answer, ids in zip(judging.asked.answers, answers, strict=True))
+        raise ModelError(f"generative.train needs answers of one token each, got {shown}; choose others, or leave train out")
+    rows, lost = usable([encode(item, judging) for item in comparisons.train if item.num_pairs])
+    say_lost(context, "", lost, judging.max_length or 0)
+    scorer = LogOdds(judging.model, answers[0][0], answers[1][0])
+    arguments = training_arguments(config.training, context, precision=config.precision, remove_unused_columns=False)
+    trainer = make_trainer(scorer, arguments, rows, judging.tokenizer.pad_token_id, config.loss)
+    context.runtime.seed_everything(context.seed)
+    trained = train(trainer, context, f"{context.name}: generative reward model", rule=config, measure=lambda: measured()["loss"])
+    counts = {"comparisons": len(rows), "pairs": sum(item.pairs[0] for item in rows), **lost.as_metrics()}
+    return trainer, {**trained, **counts}

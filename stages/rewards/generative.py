@@ -1,0 +1,130 @@
+"""Generative reward models: a language model is asked about a completion, and the score is the log-odds of two answers. N completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.corpora.messages import Prompt, transcript
+from stages.corpora.templates import encode_prompt
+from stages.errors import ModelError, TrainingError
+from stages.models.loading import load_language_model, load_tokenizer
+from stages.models.reward_question import RewardQuestion, read_question
+from stages.registry.references import ResolvedModel
+from stages.rewards.config import RewardInput
+from stages.rewards.details import NOTHING, Details, Judgement
+from stages.tokens.positions import readable_length
+
+
+def load_generative(source: RewardInput, model: ResolvedModel, *, device: torch.device, dtype: torch.dtype) -> GenerativeSource:
+    """A language model with the question and the answers of ``source``, or a generative reward model with those that it was saved with.
+
+    Raises ModelError where both have them, and they differ.
+    """
+    own = read_question(model)
+    asked = RewardQuestion(source.question, (source.answers[0], source.answers[1])) if source.answers is not None else own
+    assert asked is not None
+    if own is not None and asked != own:
+        raise ModelError(
+            f"{model.ref!r} is a generative reward model with a question of its own and the answers {own.answers[0]!r} and "
+            f"{own.answers[1]!r}; leave answers and question out, or name the language model that it was made from"
+        )
+    tokenizer = load_tokenizer(model)
+    made = load_language_model(model, dtype=dtype, trainable=False, tokenizer=tokenizer).to(device).eval()
+    longest = readable_length(made.config, tokenizer)
+    return GenerativeSource(source.shown_name, made, tokenizer, asked, batch_size=source.batch_size, max_length=longest, ref=model.ref)
+
+
+class GenerativeSource:
+    """The log-odds of two answers of a language model to a question about prompt and completion: log P(first) - log P(second).
+
+    The question goes through the model's chat template where it has one. A text that is too long loses the beginning of the prompt.
+    """
+
+    def __init__(
+        self, name: str, model: Any, tokenizer: Any, asked: RewardQuestion, *, batch_size: int, max_length: int | None, ref: str
+    ) -> None:
+        self.name, self.model, self.tokenizer, self.asked = name, model, tokenizer, asked
+        self.batch_size, self.max_length = batch_size, max_length
+        self.check_answers(ref)
+
+    def check_answers(self, ref: str) -> None:
+        """Raise ModelError where the tokenizer cannot tell the two answers apart, or has no token for one."""
+        first, second = (self.answer_ids(answer) for answer in self.asked.answers)
+        if first == second or not first or not second:
+            raise ModelError(f"{ref!r} writes the answers {self.asked.answers[0]!r} and {self.asked.answers[1]!r} with the same tokens")
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Tensor:
+        """The scores [N] of ``judge``."""
+        return self.judge(prompts, completions, details).scores
+
+    @torch.inference_mode()
+    def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
+        """Log-odds, and which texts were cut."""
+        answers = [self.answer_ids(answer) for answer in self.asked.answers]
+        rows: list[tuple[list[int], int]] = []  # question and answer as tokens, how many of them are the answer
+        cut, completion_cut = [], []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            ids, lost, lost_completion = self.encode(prompt, completion)
+            rows += [([*ids, *answer], len(answer)) for answer in answers]
+            cut.append(lost)
+            completion_cut.append(lost_completion)
+        logprobs = self._logprobs(rows).reshape(-1, 2)
+        return Judgement(logprobs[:, 0] - logprobs[:, 1], cut=torch.tensor(cut), completion_cut=torch.tensor(completion_cut))
+
+    def encode(self, prompt: Prompt, completion: str) -> tuple[list[int], bool, bool]:
+        """(token ids of the question, whether the prompt lost its beginning, whether the completion did).
+
+        Words of the prompt go, and then of the completion, until question and answer fit: the question stands behind them and stays.
+        """
+        before, text = transcript(prompt), completion
+        room = None if self.max_length is None else self.max_length - max(len(self.answer_ids(answer)) for answer in self.asked.answers)
+        ids = self._ids(before, text)
+        cut = completion_cut = False
+        while room is not None and (excess := len(ids) - room) > 0:
+            if not before and not text:
+                raise TrainingError(f"reward {self.name!r}: its question alone is longer than the {self.max_length} tokens it can read")
+            cut, completion_cut = True, completion_cut or not before
+            if before:
+                before = self._shortened(before, excess)
+            else:
+                text = self._shortened(text, excess)
+            ids = self._ids(before, text)
+        return ids, cut, completion_cut
+
+    def _shortened(self, text: str, excess: int) -> str:
+        """``text`` without about ``excess`` tokens at its beginning, at least one character."""
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        place = max(1, offsets[excess][0]) if excess < len(offsets) else len(text)
+        return text[place:]
+
+    def _ids(self, prompt: str, completion: str) -> list[int]:
+        return list(encode_prompt(self.tokenizer, self.asked.filled(prompt, completion)))
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """The token ids of an answer."""
+        return list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+    def _logprobs(self, rows: Sequence[tuple[list[int], int]]) -> Tensor:
+        """The log-probability of each row's answer [rows]."""
+        from stages.rewards.learned import like_length_batches
+
+        found = torch.empty(len(rows))
+        for places in like_length_batches([len(ids) for ids, _ in rows], self.batch_size):
+            width = max(len(rows[place][0]) for place in places)
+            ids = torch.full((len(places), width), self.tokenizer.pad_token_id)
+            mask = torch.zeros((len(places), width), dtype=torch.long)
+            for row, place in enumerate(places):
+                ids[row, : len(rows[place][0])] = torch.tensor(rows[place][0])
+                mask[row, : len(rows[place][0])] = 1
+            device = next(self.model.parameters()).device
+            logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+            for row, place in enumerate(places):
+                tokens, length = rows[place]
+                span = slice(len(tokens) - length - 1, len(tokens) - 1)
+                steps = logits[row, span].float().log_softmax(dim=-1).cpu()
+                found[place] = steps.gather(1, torch.tensor(tokens[-length:])[:, None]).sum()
+        return found
