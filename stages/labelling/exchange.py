@@ -7,7 +7,7 @@
     csv             a row per task, annotator and completion, with its rank
     comparisons     prompt + completions + ranks + annotator, JSON lines (out only): what training steps read
 
-A ranking that a format cannot hold (a tie in Label Studio, a reply to an unknown task) is counted and told, never guessed.
+What a format cannot hold, such as a tie in Label Studio, and what belongs to no task is counted and reported, never guessed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from stages.errors import DataError
 from stages.labelling.store import Labels, Store, read_labels
 
 RANKING = "ranking"
-TIED_ARGILLA = "rankings with ties, which Argilla's list of names cannot hold"
 TIED_LABEL_STUDIO = "rankings with ties, which Label Studio cannot hold"
 LABEL_STUDIO_CONFIG = {
     "ranker": '<View><Text name="prompt" value="$prompt"/><List name="completions" value="$items" title="Best first"/>'
@@ -116,13 +115,13 @@ def _without_ties(answers: Iterable[LabelAnswer], lost: dict[str, int], reason: 
 
 
 def _argilla_out(labels: Labels) -> tuple[Any, dict[str, int]]:
-    lost: dict[str, int] = {}
     records = []
     for task in labels.tasks.values():
         names = [f"completion_{index + 1}" for index in range(len(task.completions))]
-        responses = []
-        for answer, ranks in _without_ties(answers_of(labels, task), lost, TIED_ARGILLA):
-            responses.append({"value": [names[index] for index in _best_first(ranks)], "user_id": _user_id(answer.annotator)})
+        responses = [
+            {"value": _argilla_value(names, answer), "user_id": _user_id(answer.annotator), "status": "submitted"}
+            for answer in answers_of(labels, task)
+        ]
         records.append(
             {
                 "id": task.id,
@@ -133,7 +132,16 @@ def _argilla_out(labels: Labels) -> tuple[Any, dict[str, int]]:
                 "vectors": {},
             }
         )
-    return records, lost
+    return records, {}
+
+
+def _argilla_value(names: list[str], answer: LabelAnswer) -> list[Any]:
+    """A ranking as Argilla holds it: names, best first; where completions tie, {value, rank} with ranks from 1."""
+    assert answer.ranks is not None
+    order = _best_first(answer.ranks)
+    if len(set(answer.ranks)) == len(answer.ranks):
+        return [names[index] for index in order]
+    return [{"value": names[index], "rank": answer.ranks[index] + 1} for index in order]
 
 
 def _user_id(annotator: str) -> str:
@@ -148,9 +156,7 @@ def _argilla_in(content: Any, labels: Labels, found: Incoming) -> None:
         if task is None:
             found.skip("records of no task here")
             continue
-        responses = record.get("responses")
-        given = responses.get(RANKING, []) if isinstance(responses, dict) else record.get(RANKING, [])
-        for response in given:
+        for response in _argilla_responses(record):
             if isinstance(response, dict) and response.get("status") in ("draft", "discarded"):
                 found.skip(f"{response['status']} responses")
                 continue
@@ -163,6 +169,20 @@ def _argilla_in(content: Any, labels: Labels, found: Incoming) -> None:
                 )
             user = str(response.get("user_id") or "argilla")
             found.take(task.id, names.get(user, user), ranks)
+
+
+def _argilla_responses(record: dict[str, Any]) -> list[Any]:
+    """The responses to the ranking: nested (Record.to_dict), or flattened (to_list(flatten=True)) as three parallel lists."""
+    responses = record.get("responses")
+    if isinstance(responses, dict):
+        return list(responses.get(RANKING) or [])
+    values = record.get(f"{RANKING}.responses")
+    if values is None:
+        return list(record.get(RANKING) or [])
+    users, states = (record.get(f"{RANKING}.responses.{name}") or [None] * len(values) for name in ("users", "status"))
+    if not len(values) == len(users) == len(states):
+        raise DataError(f"record {record.get('id')}: {RANKING}.responses, its users and its status have different lengths")
+    return [{"value": value, "user_id": user, "status": state} for value, user, state in zip(values, users, states, strict=True)]
 
 
 def _argilla_ranks(value: Any, number: int) -> list[int] | None:
@@ -200,7 +220,8 @@ def _label_studio_out(labels: Labels) -> tuple[Any, dict[str, int]]:
         for answer, ranks in _without_ties(answers_of(labels, task), lost, TIED_LABEL_STUDIO):
             if is_pair:
                 side = "left" if ranks[0] < ranks[1] else "right"
-                result = {"from_name": RANKING, "to_name": "completion_1,completion_2", "type": "pairwise", "value": {"selected": side}}
+                # The editor writes the name of the Pairwise tag itself as to_name.
+                result = {"from_name": RANKING, "to_name": RANKING, "type": "pairwise", "value": {"selected": side}}
             else:
                 order = [f"completion_{index + 1}" for index in _best_first(ranks)]
                 result = {"from_name": RANKING, "to_name": "completions", "type": "ranker", "value": {"ranker": {RANKING: order}}}

@@ -1,7 +1,8 @@
 """Tasks and answers in the formats of other tools, out and in.
 
 The shapes are those of the tools' documentation: records of Argilla 2 (Record.to_dict), Label Studio's tasks with a Ranker or a Pairwise,
-AlpacaEval's annotations.json and PandaLM's testset-v1.json. The tools themselves are not installed.
+AlpacaEval's annotations.json and PandaLM's testset-v1.json. The tests at the end run where the packages of Argilla and Label Studio are
+installed (the extra ``exchange``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from uuid import NAMESPACE_URL, uuid5
 
 import pytest
 
@@ -16,9 +18,11 @@ from stages.config import DataSource
 from stages.corpora.comparisons import comparison
 from stages.corpora.files import read_rows
 from stages.errors import DataError
-from stages.labelling.exchange import export_labels, import_answers
+from stages.labelling.exchange import LABEL_STUDIO_CONFIG, export_labels, import_answers
 from stages.labelling.publishing import file_tasks
 from stages.labelling.store import Store, read_labels
+
+UUID_OF_BEN = uuid5(NAMESPACE_URL, "annotator:ben")
 
 
 @pytest.fixture
@@ -48,9 +52,11 @@ def test_argilla_records(answered) -> None:
     path, said = written(answered, "argilla")
     first, second = json.loads(path.read_text())
     assert first["fields"] == {"prompt": "instruction 0", "completion_1": "a", "completion_2": "b", "completion_3": "c"}
-    assert [item["value"] for item in first["responses"]["ranking"]] == [["completion_3", "completion_1", "completion_2"]]
+    assert first["responses"]["ranking"][0]["value"] == ["completion_3", "completion_1", "completion_2"]
+    tied = [{"value": "completion_1", "rank": 1}, {"value": "completion_2", "rank": 1}, {"value": "completion_3", "rank": 3}]
+    assert first["responses"]["ranking"][1] == {"value": tied, "user_id": str(UUID_OF_BEN), "status": "submitted"}
     assert second["responses"]["ranking"][0]["value"] == ["completion_2", "completion_1"]
-    assert "left out: 1 rankings with ties" in said
+    assert "left out" not in said
 
 
 def test_label_studio_tasks(answered) -> None:
@@ -101,7 +107,9 @@ def test_what_goes_out_comes_back(answered, make_folder, kind) -> None:
     before, after = rankings(answered), rankings(empty)
     if kind == "csv":
         assert after == before
-    elif kind in ("argilla", "label-studio"):  # ties do not go out
+    elif kind == "argilla":  # users are known by UUIDs there
+        assert sorted(after.values()) == sorted(before.values())
+    elif kind == "label-studio":  # ties do not go out
         assert list(after.values()) == [[1, 2, 0], [1, 0]]
     else:  # pairs of three completions do not make a ranking
         assert list(after.values()) == [[1, 0]] and "left out: " in said
@@ -186,3 +194,45 @@ def test_files_of_other_tools_become_tasks(tmp_path: Path) -> None:
     ranked.write_text(json.dumps({"prompt": "p", "completions": ["same", "same"]}) + "\n")
     with pytest.raises(DataError, match=r"ranked.jsonl:1: 1 different completion\(s\); people rank 2 to 9"):
         file_tasks(ranked)
+
+
+# With the packages of the tools
+
+MISSING = "the package is not installed; pip install 'tristage[exchange]' runs this test"
+
+
+def test_argilla_s_package_reads_our_records_and_we_read_what_it_writes(answered, make_folder) -> None:
+    argilla = pytest.importorskip("argilla", reason=MISSING)
+    path, _ = written(answered, "argilla")
+    records = [argilla.Record.from_dict(record) for record in json.loads(path.read_text())]
+    assert [dict(record.fields) for record in records][1] == {"prompt": "instruction 1", "completion_1": "x", "completion_2": "y"}
+    responses = list(records[0].responses)
+    assert [response.question_name for response in responses] == ["ranking", "ranking"]
+    assert {str(response.status.value) for response in responses} == {"submitted"}
+    flat = []
+    for record in records:  # what records.to_list(flatten=True) adds to a record
+        own = list(record.responses)
+        names = {"": [one.value for one in own], ".users": [str(one.user_id) for one in own], ".status": [one.status.value for one in own]}
+        flat.append({"id": record.id, **{f"ranking.responses{name}": values for name, values in names.items()}})
+    for number, content in enumerate(([record.to_dict() for record in records], flat)):
+        back = answered.parent / f"argilla-{number}.json"
+        back.write_text(json.dumps(content))
+        empty = make_folder(texts=[["a", "b", "c"], ["x", "y"]], overlap=1.0, name=f"empty-{number}")
+        assert "took in 3 rankings" in import_answers(empty, "argilla", back)
+        assert sorted(rankings(empty).values()) == [[0, 0, 2], [1, 0], [1, 2, 0]]
+
+
+def test_label_studio_s_package_accepts_our_results(answered) -> None:
+    interface = pytest.importorskip("label_studio_sdk.label_interface", reason=MISSING)
+    ranker, pairwise = (interface.LabelInterface(LABEL_STUDIO_CONFIG[name]) for name in ("ranker", "pairwise"))
+    first, second = json.loads(written(answered, "label-studio")[0].read_text())
+    for config, task in ((ranker, first), (pairwise, second)):
+        config.validate()
+        assert all(tag.value_name in task["data"] for tag in config.objects)
+    assert ranker.validate_annotation(first["annotations"][0])
+    # Its check of annotations knows no Pairwise: what it writes itself is the reference.
+    theirs = pairwise.get_control("ranking").label("right")._dict()
+    (ours,) = second["annotations"][0]["result"]
+    assert {name: ours[name] for name in ("from_name", "to_name", "type", "value")} == {
+        name: theirs[name] for name in ("from_name", "to_name", "type", "value")
+    }
