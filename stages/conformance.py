@@ -41,7 +41,7 @@ DETAILS = (
     _detail(
         "G2",
         "fp32 weights that train, half-precision forward passes",
-        "ppo/roles.py:load_roles training/trainer.py:weights_dtype",
+        "ppo/roles.py:load_roles training/arguments.py:weights_dtype",
         "ppo/test_details.py::test_weights_are_fp32_while_the_forward_pass_is_half",
     ),
     _detail("G3", "Adam betas 0.9 and 0.95 (I)", "recipe/presets.py:PRESETS", "conformance/test_details.py::test_adam_of_the_presets"),
@@ -105,7 +105,7 @@ DETAILS = (
     _detail(
         "G14",
         "Learning rates: cosine to a tenth (I), linear to 0 (Z, S, H), constant after a warmup from a tenth (I)",
-        "training/trainer.py:schedule_arguments ppo/optimizers.py:learning_rate_factor",
+        "training/arguments.py:schedule_arguments ppo/optimizers.py:learning_rate_factor",
         "conformance/test_details.py::test_sixteen_epochs_of_cosine_to_a_tenth "
         "training/test_training.py::test_cosine_ends_at_the_final_fraction ppo/test_optimizers.py::test_schedules",
     ),
@@ -159,7 +159,7 @@ DETAILS = (
     _detail(
         "S1",
         "16 epochs, cosine to a tenth, no warmup (I)",
-        "recipe/presets.py:PRESETS training/trainer.py:schedule_arguments",
+        "recipe/presets.py:PRESETS training/arguments.py:schedule_arguments",
         "conformance/test_details.py::test_sixteen_epochs_of_cosine_to_a_tenth recipe/test_presets.py::test_instructgpt",
     ),
     _detail(

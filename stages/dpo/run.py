@@ -19,7 +19,9 @@ from stages.models.adapters import as_it_starts, refuse_output_adapter
 from stages.models.loading import load_language_model, load_tokenizer, save_model
 from stages.step import StepContext, StepResult
 from stages.tokens.positions import row_length
-from stages.training.trainer import gathered_weights, publish_best, train, weights_dtype
+from stages.training.arguments import weights_dtype
+from stages.training.best import gathered_weights, publish_best
+from stages.training.running import train
 
 
 def run(config: DPOStepConfig, context: StepContext) -> StepResult:

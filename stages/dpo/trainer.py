@@ -19,7 +19,8 @@ from stages.models.adapters import as_it_starts, without_copies
 from stages.models.loading import load_language_model, load_tokenizer, quiet_transformers
 from stages.models.sharding import shard
 from stages.step import StepContext
-from stages.training.trainer import exact, training_arguments
+from stages.training.arguments import training_arguments
+from stages.training.reproducible import reproducible
 
 # Training
 
@@ -35,7 +36,7 @@ def load_reference(config: DPOStepConfig, context: StepContext, tokenizer: PreTr
     return load_language_model(source, dtype=context.runtime.dtype(config.precision), trainable=False, tokenizer=tokenizer)
 
 
-class TokenizedDPOTrainer(exact(DPOTrainer)):  # type: ignore[misc]
+class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
     """A DPOTrainer whose rows are token ids already, and whose loss is a share of the mean over the whole step."""
 
     loss_is_scaled_for_ga = True

@@ -22,7 +22,10 @@ from stages.pretraining.config import PretrainingConfig, TokenizerSettings
 from stages.pretraining.tokenizer import train_tokenizer
 from stages.step import StepContext, StepResult
 from stages.tokens.positions import model_length
-from stages.training.trainer import exact, gathered_weights, heldout_likelihood, publish_best, train, training_arguments, weights_dtype
+from stages.training.arguments import training_arguments, weights_dtype
+from stages.training.best import gathered_weights, heldout_likelihood, publish_best
+from stages.training.reproducible import reproducible
+from stages.training.running import train
 
 
 def run(config: PretrainingConfig, context: StepContext) -> StepResult:
@@ -36,7 +39,7 @@ def run(config: PretrainingConfig, context: StepContext) -> StepResult:
     heldout_bytes = sum(len(text.encode()) for text in corpus.validation)
 
     arguments = training_arguments(config.training, context, precision=config.precision, remove_unused_columns=False)
-    trainer = exact(Trainer)(model=model, args=arguments, train_dataset=_Blocks(blocks), data_collator=_collate)
+    trainer = reproducible(Trainer)(model=model, args=arguments, train_dataset=_Blocks(blocks), data_collator=_collate)
     before = _measure(trainer, config, context, tokenizer, heldout_tokens, heldout_bytes, "before")
     trained = train(
         trainer,

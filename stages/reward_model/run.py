@@ -29,8 +29,8 @@ from stages.sampling.generation import decode_completions, episode_seed
 from stages.sampling.sampler import LocalSampler
 from stages.step import StepContext, StepResult
 from stages.tokens.positions import row_length
+from stages.training.best import gathered_weights, publish_best
 from stages.training.checkpoints import load_tensors, trainable
-from stages.training.trainer import gathered_weights, publish_best
 
 
 def run(config: RewardModelConfig, context: StepContext) -> StepResult:

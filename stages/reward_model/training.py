@@ -17,8 +17,10 @@ from stages.reward_model.preferences import EncodedComparison
 from stages.reward_model.rows import collate
 from stages.rl.ranking import best_of_ranked_losses, ranking_losses, ranking_pairs
 from stages.step import StepContext
+from stages.training.arguments import training_arguments, weights_dtype
 from stages.training.checkpoints import Checkpoints, load_tensors, save_tensors, trainable
-from stages.training.trainer import exact, train, training_arguments, weights_dtype
+from stages.training.reproducible import reproducible
+from stages.training.running import train
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def finished(context: StepContext, seed: int) -> Checkpoints:
     return Checkpoints(context.checkpoint_folder / f"seed-{seed}-done", context.runtime, keep_last=1)
 
 
-class RankingTrainer(exact(Trainer)):  # type: ignore[misc]
+class RankingTrainer(reproducible(Trainer)):  # type: ignore[misc]
     """A Trainer whose examples are prompts with all their completions, so that no prompt is ever split across steps."""
 
     losses_of = staticmethod(ranking_losses)

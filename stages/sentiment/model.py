@@ -21,8 +21,11 @@ from stages.sentiment.config import SentimentConfig, WordPieceSettings
 from stages.sentiment.tokenizer import train_wordpiece
 from stages.step import StepContext
 from stages.tokens.positions import readable_length
+from stages.training.arguments import training_arguments, weights_dtype
+from stages.training.best import gathered_weights
 from stages.training.checkpoints import Checkpoints, save_tensors
-from stages.training.trainer import counted_loss, exact, gathered_weights, train, training_arguments, weights_dtype
+from stages.training.reproducible import counted_loss, reproducible
+from stages.training.running import train
 
 
 def tokenizer_and_model(config: SentimentConfig, context: StepContext, texts: list[str]) -> tuple[PreTrainedTokenizerBase, Any]:
@@ -86,7 +89,9 @@ def _masked_body(
             train_sampling_strategy="group_by_length",
         )
         collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=config.masked.mask_probability)
-        trainer = exact(Trainer)(model=model, args=arguments, train_dataset=rows, data_collator=collator, compute_loss_func=counted_loss)
+        trainer = reproducible(Trainer)(
+            model=model, args=arguments, train_dataset=rows, data_collator=collator, compute_loss_func=counted_loss
+        )
         rule = config.model_copy(update={"keep_best": 0})
         train(trainer, context, f"{context.name}: masked language modelling", room="masked", rule=rule)
         state = gathered_weights(trainer) or model.state_dict()

@@ -16,7 +16,10 @@ from stages.sentiment.measuring import examples_of, measure, predict, show
 from stages.sentiment.model import tokenizer_and_model
 from stages.sentiment.rows import Collator, encode
 from stages.step import StepContext, StepResult
-from stages.training.trainer import counted_loss, exact, gathered_weights, publish_best, train, training_arguments
+from stages.training.arguments import training_arguments
+from stages.training.best import gathered_weights, publish_best
+from stages.training.reproducible import counted_loss, reproducible
+from stages.training.running import train
 
 
 def run(config: SentimentConfig, context: StepContext) -> StepResult:
@@ -33,7 +36,7 @@ def run(config: SentimentConfig, context: StepContext) -> StepResult:
     arguments = training_arguments(
         config.training, context, precision=config.precision, remove_unused_columns=False, train_sampling_strategy="group_by_length"
     )
-    trainer = exact(Trainer)(
+    trainer = reproducible(Trainer)(
         model=model, args=arguments, train_dataset=rows, data_collator=Collator(tokenizer.pad_token_id), compute_loss_func=counted_loss
     )
     truth = [row["labels"] for row in heldout]

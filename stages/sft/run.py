@@ -27,8 +27,10 @@ from stages.sft.trainer import make_trainer
 from stages.step import StepContext, StepResult
 from stages.tokens.positions import row_length
 from stages.tokens.turns import turn_form
+from stages.training.arguments import weights_dtype
+from stages.training.best import gathered_weights, heldout_likelihood, publish_best
+from stages.training.running import train
 from stages.training.selection import Selector, selection_callback
-from stages.training.trainer import gathered_weights, heldout_likelihood, publish_best, train, weights_dtype
 
 
 def run(config: SFTStepConfig, context: StepContext) -> StepResult:

@@ -16,10 +16,11 @@ from stages.sft.config import SFTStepConfig
 from stages.sft.packing import IGNORED, PackedCollator, pack_rows
 from stages.sft.rows import EncodedRow
 from stages.step import StepContext
-from stages.training.trainer import exact, training_arguments
+from stages.training.arguments import training_arguments
+from stages.training.reproducible import reproducible
 
 
-class DemonstrationTrainer(exact(SFTTrainer)):  # type: ignore[misc]
+class DemonstrationTrainer(reproducible(SFTTrainer)):  # type: ignore[misc]
     """Its entropy and accuracy are means over tokens; TRL's are over forward passes, and so depend on how a step is cut into them."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:

@@ -25,7 +25,7 @@ from stages.rewards.config import RewardInput
 from stages.rewards.source import build_source
 from stages.sampling.generation import episode_seed, generate, left_pad
 from stages.sampling.readers import position_ids
-from stages.training.trainer import schedule_arguments
+from stages.training.arguments import schedule_arguments
 
 TEXT = [7, 42, 105, 9]
 PAD = 1

@@ -162,7 +162,7 @@ def test_real_ranked_lists(shared_data, step_context, sft) -> None:
 
 @pytest.mark.detail("R2")
 def test_every_completion_is_scored_once(comparisons, step_context, sft, tiny_llama_folder) -> None:
-    from stages.training.trainer import training_arguments
+    from stages.training.arguments import training_arguments
 
     model = RewardModel.from_language_model(tiny_llama_folder, dtype=torch.float32)
     rows = [encode(Comparison("write:", [f"line {number}" for number in range(k)], list(range(k))), model.tokenizer, 64) for k in (4, 9)]

@@ -11,7 +11,9 @@ import torch
 
 from stages.config import OptimizerSettings
 from stages.errors import RecipeError, TrainingError
-from stages.training.trainer import exact, schedule_arguments, split_batch, train, training_arguments
+from stages.training.arguments import schedule_arguments, split_batch, training_arguments
+from stages.training.reproducible import reproducible
+from stages.training.running import train
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def make_trainer(
     settings = OptimizerSettings(batch_size=4, microbatch_size=microbatch_size, learning_rate=learning_rate, adam_epsilon=1e-2)
     arguments = training_arguments(settings, context, precision="fp32", remove_unused_columns=False, **options)
     data = list(torch.randint(0, 300, (rows, 8), generator=torch.Generator().manual_seed(0)))
-    return exact(Trainer)(
+    return reproducible(Trainer)(
         model=load_language_model(str(folder), dtype=torch.float32), args=arguments, train_dataset=data, data_collator=collate
     )
 
@@ -118,7 +120,7 @@ def test_the_microbatch_changes_no_step(step_context: Any, tiny_llama_folder: Pa
 def test_trainers_that_depend_on_the_number_of_processes_are_not_taken(step_context: Any, tiny_llama_folder: Path) -> None:
     from transformers import Trainer
 
-    with pytest.raises(AssertionError, match="training.exact"):
+    with pytest.raises(AssertionError, match="training.reproducible"):
         train(object.__new__(Trainer), step_context(), "plain")
 
 

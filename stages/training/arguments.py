@@ -1,0 +1,114 @@
+"""Arguments of a transformers Trainer, made from the settings of a step."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stages.config import OptimizerSettings, TrainingStepConfig
+from stages.errors import LaunchError, RecipeError
+
+if TYPE_CHECKING:
+    from stages.step import StepContext
+
+TRAINER_OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+NUM_LOG_LINES = 100  # per training run
+
+
+def split_batch(settings: OptimizerSettings, num_processes: int) -> tuple[int, int]:
+    """Split ``batch_size`` into (sequences per forward pass and process, forward passes per optimizer step).
+
+    A forward pass holds at most ``microbatch_size`` sequences. The gradient is that of the complete batch. Raises RecipeError if a process
+    would have no sequence.
+    """
+    if settings.batch_size < num_processes:
+        raise RecipeError(f"training.batch_size={settings.batch_size} is less than one sequence for each of {num_processes} processes")
+    share = -(-settings.batch_size // num_processes)
+    num_microbatches = -(-share // settings.microbatch_size)
+    return -(-share // num_microbatches), num_microbatches
+
+
+def schedule_arguments(settings: OptimizerSettings) -> dict[str, Any]:
+    """The Trainer's arguments for a warmup, followed by a constant rate or a descent to ``final_learning_rate_fraction`` of the peak."""
+    warmup = {"warmup_steps": settings.warmup_fraction}
+    final = settings.final_learning_rate_fraction
+    if settings.schedule == "constant" or final == 1:
+        return {**warmup, "lr_scheduler_type": "constant_with_warmup"}
+    if settings.schedule == "cosine":
+        return {**warmup, "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": final}}
+    options = {"power": 1.0, "lr_end": settings.learning_rate * final}
+    return {**warmup, "lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": options}
+
+
+def weights_dtype(config: TrainingStepConfig, context: StepContext) -> torch.dtype:
+    """The dtype in which a step loads its weights.
+
+    Weights that are trained are fp32 (the Trainer computes in lower precision). Weights under an adapter have the compute dtype.
+    """
+    return torch.float32 if config.lora is None else context.runtime.dtype(config.precision)
+
+
+def training_arguments(settings: OptimizerSettings, context: StepContext, *, precision: str, kind: Any = None, **options: Any) -> Any:
+    """``TrainingArguments`` (or an instance of its subclass ``kind``) of a step. ``options`` replace or add arguments.
+
+    Checkpoints go to ``context.checkpoint_folder``. The Trainer itself evaluates nothing, saves nothing and prints nothing. Raises
+    RecipeError for fp16 on a CPU, LaunchError for an optimizer that FSDP cannot shard.
+    """
+    from transformers import TrainingArguments
+
+    device, dtype = context.runtime.device, context.runtime.dtype(precision)
+    if dtype == torch.float16 and device.type == "cpu":
+        raise RecipeError("precision: fp16 cannot be trained on a CPU; use auto, fp32 or bf16")
+    if context.runtime.shards and settings.optimizer != "adamw":
+        raise LaunchError(
+            f"training.optimizer: {settings.optimizer} does not work with FSDP, which shards the weights over the processes; use adamw, or "
+            "start without FSDP"
+        )
+    microbatch, accumulation = split_batch(settings, context.runtime.num_processes)
+    arguments = {
+        "output_dir": str(context.checkpoint_folder),
+        "per_device_train_batch_size": microbatch,
+        "per_device_eval_batch_size": microbatch,
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps or -1,
+        "learning_rate": settings.learning_rate,
+        **schedule_arguments(settings),
+        "optim": TRAINER_OPTIMIZERS[settings.optimizer],
+        "weight_decay": settings.weight_decay,
+        "adam_beta1": settings.adam_beta1,
+        "adam_beta2": settings.adam_beta2,
+        "adam_epsilon": settings.adam_epsilon,
+        "max_grad_norm": settings.max_grad_norm or 0.0,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if settings.gradient_checkpointing else None,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "seed": context.seed,
+        "data_seed": context.seed,
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": device.type == "cuda",
+        "logging_strategy": "steps",
+        "logging_steps": 1 / NUM_LOG_LINES,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "no",
+        "save_strategy": "no",  # a callback asks for a checkpoint when one is due (training/running.py)
+        "disable_tqdm": True,
+        "report_to": "none",
+        "push_to_hub": False,
+    }
+    with warnings.catch_warnings():
+        # transformers renames gradient_checkpointing; TRL's arguments still have the old name.
+        warnings.simplefilter("ignore", FutureWarning)
+        made = (kind or TrainingArguments)(**{**arguments, **options})
+    made.batch_size = settings.batch_size  # of all processes; the Trainer's own product of its arguments is rounded
+    if made.n_gpu > 1:
+        made._n_gpu = 1  # one process trains on one GPU (runtime.device); accelerate launch starts one process per GPU
+    return made
