@@ -28,7 +28,9 @@ from stages.rewards.generative import GenerativeSource
 from stages.rewards.source import judge
 from stages.step import StepContext, StepResult
 from stages.tokens.positions import row_length
-from stages.training.trainer import gathered_weights, publish_best, train, training_arguments, weights_dtype
+from stages.training.arguments import training_arguments, weights_dtype
+from stages.training.best import gathered_weights, publish_best
+from stages.training.running import train
 
 ROLE = "generative_reward_model"
 
