@@ -101,7 +101,11 @@ class DataSource(Strict):
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set (default: main).")
     limit: int | None = Field(None, ge=1, description="Use at most this many rows.")
     skip: int = Field(0, ge=0, description="Skip this many rows at the start.")
-    columns: dict[str, str] = Field({}, description="Rename columns: our name -> name in the data, e.g. {text: review, label: sentiment}.")
+    columns: dict[str, str] = Field(
+        {},
+        description="Rename columns: our name -> name in the data, e.g. {text: review, label: sentiment}. The name in the data may be a "
+        "path: answers[].text is the field text of every entry of the list answers.",
+    )
 
     @property
     def on_hub(self) -> bool:

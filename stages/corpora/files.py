@@ -15,8 +15,9 @@ import io
 import json
 import logging
 import lzma
+import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -405,13 +406,46 @@ def _read_arrow(path: Path, shown: str) -> Iterator[Row]:
 
 
 def _renamed(row: Row, source: DataSource) -> Row:
-    for column, theirs in source.columns.items():
-        if theirs not in row:
-            near = difflib.get_close_matches(theirs, row, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise DataError(f"{row.location}: columns names {theirs!r} for {column!r}, and the row has {', '.join(row)}{hint}")
-    values = {column: row[theirs] for column, theirs in source.columns.items()}
-    return row.with_values({**{name: value for name, value in row.items() if name not in source.columns.values()}, **values})
+    """The row with its columns renamed as the source says. A name of the source may be a path into a column (``_at_path``)."""
+    values = {column: _at_path(row, column, theirs) for column, theirs in source.columns.items()}
+    replaced = {column_of(theirs, row) for theirs in source.columns.values()}
+    return row.with_values({**{name: value for name, value in row.items() if name not in replaced}, **values})
+
+
+def column_of(name: str, columns: Container[str]) -> str:
+    """The column of a path: ``completions`` of ``completions[].response``. A column whose name equals ``name`` takes precedence."""
+    return name if name in columns else re.split(r"\[\]|\.", name, maxsplit=1)[0]
+
+
+def _at_path(row: Row, column: str, name: str) -> Any:
+    """The value at the path ``name``: a column, a field of an object (``turn.text``), or that field of every list entry (``turns[].text``).
+
+    ``column`` is our name for it. Raises DataError with the row's location if a part of the path does not exist.
+    """
+    first = column_of(name, row)
+    if first not in row:
+        near = difflib.get_close_matches(name, row, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise DataError(f"{row.location}: columns names {name!r} for {column!r}, and the row has {', '.join(row)}{hint}")
+    try:
+        return _inside(row[first], re.findall(r"\[\]|[^.\[\]]+", name[len(first) :]), first)
+    except DataError as error:
+        raise DataError(f"{row.location}: columns names {name!r} for {column!r}, and {error}") from error
+
+
+def _inside(value: Any, steps: Sequence[str], place: str) -> Any:
+    """Follow the parts of a path, ``steps``, into ``value``. ``place`` is the path so far, for the message."""
+    if not steps:
+        return value
+    step, *rest = steps
+    if step == "[]":
+        if not isinstance(value, list):
+            raise DataError(f"{place} is {type(value).__name__}; expected a list")
+        return [_inside(entry, rest, f"{place}, entry {number}") for number, entry in enumerate(value, 1)]
+    if not isinstance(value, dict) or step not in value:
+        held = f"an object of {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
+        raise DataError(f"{place} is {held}; expected an object with {step!r}")
+    return _inside(value[step], rest, f"{place}.{step}")
 
 
 def text_of(row: Row, column: str, *, empty: bool = False) -> str:

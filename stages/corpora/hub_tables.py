@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from stages.config import DataSource
-from stages.corpora.files import Row, _with_locations, logger, read_file, rows_of_parts
+from stages.corpora.files import Row, _with_locations, column_of, logger, read_file, rows_of_parts
 from stages.corpora.layout import Layout, Part, find_split, front_matter, layout_of, parts_of, suffix_of
 from stages.errors import DataError, HubUnreachable
 from stages.hub.repositories import COMMIT, Repository, fetch, look_up
@@ -70,7 +70,7 @@ def check_source(repository: Repository, source: DataSource, split: str) -> None
     chosen_files(repository, source, split)
     columns = _declared_columns(repository, source)
     for ours, theirs in source.columns.items():
-        if columns and theirs not in columns:
+        if columns and column_of(theirs, columns) not in columns:
             raise DataError(f"{repository.id}: columns names {theirs!r} for {ours!r}, and the data set has {', '.join(columns)}")
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from stages.config import DataInput
+from stages.config import DataInput, DataSource
 from stages.corpora.comparisons import comparison, load_comparisons
-from stages.corpora.files import Row
+from stages.corpora.files import Row, read_rows
 from stages.errors import DataError
 
 
@@ -78,3 +78,43 @@ def test_real_preference_pairs(shared_data: Path) -> None:
         files = sorted((shared_data / folder).glob("*.jsonl*"))
         made = load_comparisons(DataInput.model_validate({"train": [str(file) for file in files]}))
         assert len(made.train) > 100 and all(len(item.completions) == 2 for item in made.train)
+
+
+def test_a_list_of_objects_is_read_by_the_path_to_its_fields(tmp_path: Path) -> None:
+    """UltraFeedback's form: each completion is an object that holds its text and its grades."""
+    row = {
+        "instruction": "Name a colour.",
+        "completions": [
+            {"response": "Loud.", "fine-grained_score": 1.5, "annotations": {"honesty": {"Rating": "1"}}},
+            {"response": "Red.", "fine-grained_score": 4.75, "annotations": {"honesty": {"Rating": "5"}}},
+            {"response": "Blue.", "fine-grained_score": 4.75, "annotations": {"honesty": {"Rating": "5"}}},
+        ],
+    }
+    path = tmp_path / "rankings.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    columns = {"prompt": "instruction", "responses": "completions[].response", "scores": "completions[].fine-grained_score"}
+    source = DataSource(path=str(path), columns=columns)
+    (found,) = [comparison(one) for one in read_rows([source])]
+    assert (found.prompt, found.completions, found.ranks) == ("Name a colour.", ["Loud.", "Red.", "Blue."], [1, 0, 0])
+    graded = DataSource(path=str(path), columns={"grades": "completions[].annotations.honesty.Rating"})
+    assert read_rows([graded])[0]["grades"] == ["1", "5", "5"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "completions[].rank",
+            r"rankings.jsonl:1: columns names 'completions\[\].rank' for 'ranks', and completions, entry 2 is an object "
+            r"of text; expected an object with 'rank'",
+        ),
+        ("completions.rank", r"completions is list; expected an object with 'rank'"),
+        ("prompt[].rank", r"prompt is str; expected a list"),
+        ("answers[].rank", r"columns names 'answers\[\].rank' for 'ranks', and the row has prompt, completions"),
+    ],
+)
+def test_a_path_that_leads_nowhere_names_the_place(tmp_path: Path, name: str, message: str) -> None:
+    path = tmp_path / "rankings.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "completions": [{"text": "a", "rank": 1}, {"text": "b"}]}) + "\n")
+    with pytest.raises(DataError, match=message):
+        read_rows([DataSource(path=str(path), columns={"ranks": name})])
