@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import compress
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -36,6 +37,11 @@ class Curation(Strict):
     )
     tokens: dict[str, tuple[int, int]] = Field(
         {}, description="Minimum and maximum tokens of a column, e.g. {completion: [24, 48]}; in a list column, of each text."
+    )
+    of_lists: Literal["rows", "entries"] = Field(
+        "rows",
+        description="tokens, where a text of a list does not fit. rows: the row is left out; entries: that text, with its rank or score, "
+        "and the row where fewer than two texts are left.",
     )
     prefix_words: int | None = Field(
         None, ge=1, description="Keep only the first of all prompts that share this many first words (the paper gives no number)."
@@ -79,7 +85,7 @@ class Curator:
         return self._apply(rows)
 
     def _apply(self, rows: Iterable[Row]) -> list[Row]:
-        kept = [row for row in rows if self._fits(row)]
+        kept = [fitting for row in rows if (fitting := self._of_length(row)) is not None]
         return self._capped(self._distinct(kept))
 
     def _without_pii(self, rows: Iterable[Row]) -> list[Row]:
@@ -96,18 +102,28 @@ class Curator:
                 self.left_out["pii"] += 1
         return kept
 
-    def _fits(self, row: Row) -> bool:
+    def _of_length(self, row: Row) -> Row | None:
+        """The row without the list entries of the wrong length (``of_lists: entries``). None if the row itself is left out."""
         if self.count_tokens is None:
-            return True
-        for column, (least, most) in self.curation.tokens.items():
+            return row
+        for column in self.curation.tokens:
             if column not in row:
                 raise DataError(f"{row.location}: curation.tokens names the column {column!r}, and the row has {', '.join(row)}")
             value = row[column]
-            texts = value if isinstance(value, list) else [value]
-            if not all(least <= self.count_tokens(text) <= most for text in texts if isinstance(text, str)):
+            fits = [self._fits(column, text) for text in (value if isinstance(value, list) else [value])]
+            if all(fits):
+                continue
+            if not isinstance(value, list) or self.curation.of_lists == "rows" or sum(fits) < 2:
                 self.left_out["length"] += 1
-                return False
-        return True
+                return None
+            self.left_out["entries"] += fits.count(False)
+            row = _with_entries(row, column, fits)
+        return row
+
+    def _fits(self, column: str, text: Any) -> bool:
+        """Whether the number of tokens is within the limits of the column. Values that are not texts always fit."""
+        least, most = self.curation.tokens[column]
+        return not isinstance(text, str) or self.count_tokens is None or least <= self.count_tokens(text) <= most
 
     def _distinct(self, rows: list[Row]) -> list[Row]:
         words = self.curation.prefix_words
@@ -141,6 +157,12 @@ class Curator:
             else:
                 kept.append(row)
         return kept
+
+
+def _with_entries(row: Row, column: str, kept: Sequence[bool]) -> Row:
+    """A copy of ``row`` with only the ``kept`` entries of the list in ``column`` and of its ranks or scores."""
+    beside = [name for name in ("ranks", "scores") if isinstance(row.get(name), list) and len(row[name]) == len(kept)]
+    return row.with_values({**row, **{name: list(compress(row[name], kept)) for name in (column, *beside)}})
 
 
 def _prompt_text(row: Row) -> str:

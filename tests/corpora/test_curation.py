@@ -100,6 +100,19 @@ def test_lengths_are_counted_in_tokens() -> None:
         Curation(tokens={"completion": [48, 24]})
 
 
+def test_a_ranking_may_lose_the_texts_of_the_wrong_length_instead_of_the_row() -> None:
+    table = rows(
+        {"responses": ["one two three", "one", "one two", "one two"], "scores": [0.9, 0.5, 0.2, 0.2]},
+        {"responses": ["one two three", "one"], "ranks": [0, 1]},
+        {"responses": ["one", "two"], "ranks": [1, 0]},
+    )
+    curator = Curator(Curation(tokens={"responses": [1, 2]}, of_lists="entries"), count_words)
+    kept = curator.training(table)
+    assert kept == [{"responses": ["one", "one two", "one two"], "scores": [0.5, 0.2, 0.2]}, {"responses": ["one", "two"], "ranks": [1, 0]}]
+    assert curator.left_out == {"entries": 1, "length": 1}
+    assert table[0]["scores"] == [0.9, 0.5, 0.2, 0.2]  # the table itself is not changed
+
+
 def test_every_schema_is_curated(tmp_path: Path) -> None:
     pairs = [{"prompt": f"tell me {number}", "chosen": "yes", "rejected": "no", "completion": "yes", "user": "u"} for number in range(9)]
     pairs.append({**pairs[0], "prompt": "mail me at a@b.example"})
