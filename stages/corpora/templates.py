@@ -39,25 +39,48 @@ PLAIN_TEMPLATES = {
     "question": "Question: {prompt}\nAnswer:",
     "tldr": "{prompt}\n\nTL;DR:",
 }
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""The chat format of SmolLM and Qwen. It adds no system turn of its own."""
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    """Set the tokenizer's template: ``chat`` (keep its own), a name of PLAIN_TEMPLATES, or a text with ``{prompt}``.
+    """Set the tokenizer's template: ``chat`` (keep its own), ``chatml``, a name of PLAIN_TEMPLATES, or a text with ``{prompt}``.
 
     A plain template begins with the tokens that the tokenizer puts before every text. Raises ModelError for ``chat`` if the tokenizer has
-    no
-    template, and for a text without ``{prompt}``.
+    no template, for ``chatml`` if the tokenizer lacks its tokens, and for a text without ``{prompt}``.
     """
+    if template == "chatml":
+        _set_chatml(tokenizer)
+        return
     if template == "chat":
         if not tokenizer.chat_template:
             names = ", ".join(PLAIN_TEMPLATES)
-            raise ModelError(f"template: chat, but the tokenizer has no chat template; set one of {names}, or a text with {{prompt}}")
+            raise ModelError(
+                f"template: chat, but the tokenizer has no chat template; set chatml, one of {names}, or a text with {{prompt}}"
+            )
         return
     text = PLAIN_TEMPLATES.get(template, template)
     if text.count("{prompt}") != 1:
-        raise ModelError(f"template {template!r}: expected chat, one of {', '.join(PLAIN_TEMPLATES)}, or a text with {{prompt}} once")
+        raise ModelError(
+            f"template {template!r}: expected chat, chatml, one of {', '.join(PLAIN_TEMPLATES)}, or a text with {{prompt}} once"
+        )
     before, after = text.split("{prompt}")
     tokenizer.chat_template = plain_template(_beginning_text(tokenizer), before, after)
+
+
+def _set_chatml(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set ChatML. Both marks must be tokens of the vocabulary: generation stops at ``<|im_end|>``."""
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in CHATML_TOKENS if token not in vocabulary]
+    if missing:
+        raise ModelError(
+            f"template: chatml, and the tokenizer has no token {', '.join(missing)}; name a plain template ({', '.join(PLAIN_TEMPLATES)})"
+        )
+    tokenizer.chat_template = CHATML
 
 
 def _beginning_text(tokenizer: PreTrainedTokenizerBase) -> str:

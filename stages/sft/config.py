@@ -36,7 +36,9 @@ class SFTStepConfig(TrainingStepConfig):
     model: ModelField = Field(description="Language model to fine-tune.")
     data: DataInput
     template: str | None = Field(
-        None, description="chat: the tokenizer's own; a plain template's name; or a format string with {prompt}. null: keep what it has."
+        None,
+        description="chat: the tokenizer's own; chatml: the format of SmolLM and Qwen; a plain template's name; or a format string with "
+        "{prompt}. null: keep the tokenizer's template.",
     )
     completion_only_loss: bool = Field(True, description="Only the assistant's tokens count in the loss; false: the prompt's, too.")
     train_on: TrainOn = Field(

@@ -52,3 +52,20 @@ def test_conversations(tokenizer) -> None:
 def test_bad_templates(tokenizer, template, message) -> None:
     with pytest.raises(ModelError, match=message):
         set_template(tokenizer, template)
+
+
+def test_chatml_writes_turns_that_end_with_one_token(tokenizer) -> None:
+    from stages.tokens.turns import turn_form
+
+    with pytest.raises(
+        ModelError, match=r"chatml, and the tokenizer has no token <\|im_start\|>, <\|im_end\|>; name a plain template \(plain"
+    ):
+        set_template(tokenizer, "chatml")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    set_template(tokenizer, "chatml")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    opened = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    assert render_prompt(tokenizer, messages) == opened
+    ids, prompt_length = encode_pair(tokenizer, "why?", "because")
+    assert tokenizer.decode(ids[prompt_length:]) == "because<|im_end|>\n"
+    assert turn_form(tokenizer).writes_end
