@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -410,9 +410,17 @@ def _chosen_rows(record: ModelRecord) -> list[tuple[str, str]]:
         ("made (UTC)", manifest["created"][:19]),
         ("folder", f"{record.path} ({size:.1f} MiB)"),
         ("base", f"adapter on {manifest['base']['ref']}" if record.is_adapter else "none: whole weights"),
-        ("made from", "\n".join(parent["ref"] for parent in manifest["parents"]) or "nothing: random weights"),
+        ("made from", _origin(manifest)),
     ]
     return found + [(heading, "\n".join(lines) or "none") for heading, lines in describe(record).items()]
+
+
+def _origin(manifest: Mapping[str, Any]) -> str:
+    """What a model was made from: its parents, the library whose file was imported, or random weights."""
+    if manifest["parents"]:
+        return "\n".join(parent["ref"] for parent in manifest["parents"])
+    imported = manifest["extra"].get("imported")
+    return f"a model that {imported['library']} saved, imported" if imported else "nothing: random weights"
 
 
 def _all_rows(record: ModelRecord) -> list[tuple[str, str]]:

@@ -165,6 +165,14 @@ def test_import_openrlhf_critic_is_a_value_model(language_model: Any, folder: Pa
     torch.testing.assert_close(values_of(record.path), expected(language_model, weight))
 
 
+def test_an_imported_model_is_not_said_to_be_made_of_random_weights(language_model: Any, folder: Path, registry: Registry) -> None:
+    from stages.cli import _chosen_rows
+
+    language_model.save_pretrained(folder)
+    (record,) = import_model(folder, registry, "base").records
+    assert dict(_chosen_rows(record))["made from"] == "a model that transformers saved, imported"
+
+
 def test_import_deepspeed_chat_reward_model(folder: Path, registry: Registry) -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=24, n_embd=16, n_layer=1, n_head=2, n_positions=32)).eval()
