@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.kernels.casts import cast
 from stages.kernels.matmul import linear, product
 
 CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
@@ -30,9 +31,7 @@ def chosen_logprobs(
     hidden [N, d], weight [V, d], bias [V].
     """
     with torch.no_grad():
-        found = [
-            _of_chunk(logits, tokens[rows])[:2] for rows, logits in _chunks(hidden.detach(), weight.detach(), bias, temperature=temperature)
-        ]
+        found = [_of_chunk(logits, tokens[rows])[:2] for rows, logits in _chunks(hidden.detach(), weight, bias, temperature=temperature)]
     if not found:
         return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32)
     logprobs, entropies = zip(*found, strict=True)
@@ -53,12 +52,12 @@ def summed_loss(
 def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, temperature: float) -> Iterator[tuple[slice, Tensor]]:
     """(positions, their fp32 logits over the temperature [n, V]) chunk by chunk; matmuls run in the dtype that autocast asks for."""
     dtype = _compute_dtype(hidden, weight)
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    matrix, bias = cast(weight, dtype), None if bias is None else cast(bias, dtype)
     size = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (4 * weight.shape[0]))
     with _no_autocast(hidden):
         for start in range(0, len(hidden), size):
             rows = slice(start, min(start + size, len(hidden)))
-            logits = linear(hidden[rows].to(dtype), weight, bias).float()
+            logits = linear(hidden[rows].to(dtype), matrix, bias).float()
             yield rows, logits.div_(temperature) if temperature != 1.0 else logits
 
 
@@ -82,7 +81,7 @@ class _SummedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         dtype = _compute_dtype(hidden, weight)
-        matrix = weight.to(dtype)
+        matrix = cast(weight, dtype)
         hidden_gradient = torch.zeros_like(hidden) if wants_hidden else None
         weight_gradient = torch.zeros_like(weight) if wants_weight else None
         bias_gradient = torch.zeros_like(bias) if wants_bias and bias is not None else None

@@ -19,6 +19,7 @@ from stages.config import LoraSettings
 from stages.errors import ModelError
 from stages.models.adapters import FRESH, HEAD_FILE, is_part_of
 from stages.models.loading import as_resolved, load_backbone, load_tokenizer
+from stages.models.packing import Packing, packed_attention, whole_rows
 from stages.models.parts import hidden_width
 from stages.models.published import check_saved_adapter, check_saved_weights, rows_for
 from stages.models.stacks import is_adapter
@@ -82,24 +83,25 @@ class ScalarModel(nn.Module):
         """One number per position, from that token and those before it. Inputs [B, T]; returns [B, T] fp32."""
         return self.score_head(self._hidden(input_ids, attention_mask).float()).squeeze(-1)
 
-    def score_positions(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """The numbers [N] at the positions ``rows``, ``columns`` [N] of right-padded ids [B, T]."""
-        return self.score_head(self._hidden(input_ids, None)[rows, columns].float()).squeeze(-1)
+    def score_positions(self, input_ids: Tensor, rows: Tensor, columns: Tensor, packing: Packing | None = None) -> Tensor:
+        """The numbers [N] at the positions ``rows``, ``columns`` [N] of right-padded ids [B, T], or of packed ones [1, S]."""
+        self.activate()
+        return self.score_head(hidden_states(self.backbone, input_ids, packing)[rows, columns].float()).squeeze(-1)
 
-    def _hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Last hidden states [B, T, d]; None: padding is on the right.
+    def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Last hidden states [B, T, d].
 
-        There no mask is needed: a causal model never looks to the right. Rows that are padded on the left are moved to the left for the
-        pass, and their hidden states back. So every family reads a text from position 0, those without a mask (RWKV) among them, and the
-        fastest kernels can be used.
+        A causal model never looks to the right, so padding there needs no mask. Rows that are padded on the left are moved to the left for
+        the pass, and their hidden states back. So every family reads a text from position 0, those without a mask (RWKV) among them, and
+        the fastest kernels can be used.
         """
         self.activate()
-        if attention_mask is None or bool(attention_mask[:, 0].all()):
-            return self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        if bool(attention_mask[:, 0].all()):
+            return hidden_states(self.backbone, input_ids)
         starts = attention_mask.long().argmax(dim=1, keepdim=True)  # first real token of each row
         columns, width = torch.arange(input_ids.shape[1], device=input_ids.device), input_ids.shape[1]
         moved = input_ids.gather(1, (columns + starts) % width)
-        hidden = self.backbone(input_ids=moved, use_cache=False).last_hidden_state
+        hidden = hidden_states(self.backbone, moved)
         back = (columns - starts) % width
         return hidden.gather(1, back[..., None].expand_as(hidden))
 
@@ -204,6 +206,15 @@ class ScalarModel(nn.Module):
             found.append(self.score_tokens(ids, torch.ones_like(ids))[0].float().cpu())
         self.train(training)
         return found
+
+
+def hidden_states(backbone: Any, input_ids: Tensor, packing: Packing | None = None) -> Tensor:
+    """Last hidden states [B, T, d] of right-padded ids [B, T]; of packed ones [1, S] inside each of their sequences [1, S, d]."""
+    if packing is None:
+        with whole_rows():
+            return backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+    with packed_attention(packing, backbone):
+        return backbone(input_ids=input_ids, position_ids=packing.positions, use_cache=False).last_hidden_state
 
 
 def _nothing() -> None:

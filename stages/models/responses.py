@@ -1,7 +1,8 @@
 """What a language model says of given responses: their log-probabilities, entropies and values, at response tokens and nowhere else.
 
-B sequences, T = prompt and response, N response tokens of a batch, V vocabulary, d hidden size. Rows are right padded here: a forward
-pass over whole sequences needs no common end of the prompts, and rows of like length waste least.
+B sequences, T = prompt and response, S tokens of all sequences together, N response tokens of a batch, V vocabulary, d hidden size. Rows
+are right padded here: a forward pass over whole sequences needs no common end of the prompts, and rows of like length waste least. Packed,
+all sequences lie in one row without padding (models/packing.py).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from stages.kernels.matmul import Linear
 from stages.kernels.output_layer import Term, chosen_logprobs, summed_loss
-from stages.models.heads import ValueModel
+from stages.models.heads import ValueModel, hidden_states
 from stages.models.output_path import multiplies_directly
+from stages.models.packing import Packing, packed_attention, packing_indices, packing_kernel, whole_rows
 from stages.models.parts import transformer_of
 from stages.rl.logprobs import entropy, token_logprobs
 from stages.sampling.generation import right_pad
@@ -25,10 +27,12 @@ from stages.sampling.generation import right_pad
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """Sequences (prompt, then response) as right-padded ids [B, T], and how long each is [B].
+    """Sequences (prompt, then response) as right-padded ids [B, T], or packed into one row [1, S].
 
-    ``rows``, ``columns`` [N] name the positions that predict the response tokens, row by row; ``tokens`` [N] are those tokens. There is no
-    attention mask: a causal model never looks to the right, where the padding is, and without a mask the fastest kernels can be used.
+    ``rows``, ``columns`` [N] name the positions in ``input_ids`` that predict the response tokens, sequence by sequence; ``tokens`` [N] are
+    those tokens. Positions of the states after the responses, where they are asked for, come behind them, with tokens 0. ``lengths`` [B] of
+    the sequences. There is no attention mask: a causal model never looks to the right, where the padding is, and without a mask the
+    fastest kernels can be used.
     """
 
     input_ids: Tensor
@@ -36,32 +40,54 @@ class SequenceBatch:
     rows: Tensor
     columns: Tensor
     tokens: Tensor
+    packing: Packing | None = None
 
 
-def sequence_batch(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_token_id: int, device: Any) -> SequenceBatch:
-    """Join prompts and responses (token ids) row by row."""
-    ids = right_pad([torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses, strict=True)], pad_token_id)
-    starts = torch.tensor([len(prompt) - 1 for prompt in prompts])
+def sequence_batch(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    pad_token_id: int,
+    device: Any,
+    *,
+    closing: Sequence[int] = (),
+    kernel: str | None = None,
+) -> SequenceBatch:
+    """Join prompts and responses (token ids).
+
+    ``closing``: sequences whose last token is a position, too, behind all the others. It predicts nothing: a value there is that of the
+    state after the response, a log-probability means nothing. ``kernel``: pack the sequences, with this way to attend; None: pad them.
+    """
+    joined = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    lengths = [len(sequence) for sequence in joined]
+    ends = torch.tensor(lengths)
     counts = torch.tensor([len(response) for response in responses])
-    rows = torch.repeat_interleave(torch.arange(len(prompts)), counts)
-    first = torch.cat([counts.new_zeros(1), counts.cumsum(0)[:-1]])  # number of each row's first response token among all N
-    columns = starts[rows] + torch.arange(len(rows)) - first[rows]
-    tokens = torch.tensor([token for response in responses for token in response], dtype=torch.long)
-    moved = [tensor.to(device) for tensor in (ids, starts + 1 + counts, rows, columns, tokens)]
-    return SequenceBatch(*moved)
+    number = sum(len(response) for response in responses)
+    rows = torch.repeat_interleave(torch.arange(len(joined)), counts, output_size=number)
+    first = counts.cumsum(0) - counts  # number of each row's first response token among all N
+    columns = (ends - counts - 1)[rows] + torch.arange(number) - first[rows]
+    tokens = torch.tensor([token for response in responses for token in response] + [0] * len(closing), dtype=torch.long)
+    last = torch.tensor(list(closing), dtype=torch.long)
+    rows, columns = torch.cat([rows, last]), torch.cat([columns, ends[last] - 1])
+    if kernel is None:
+        ids = right_pad([torch.tensor(sequence) for sequence in joined], pad_token_id)
+        return SequenceBatch(*moved_together([ids, ends, rows, columns, tokens], device))
+    places = packing_indices(lengths)
+    ids = torch.tensor([token for sequence in joined for token in sequence])[None]
+    rows, columns = torch.zeros_like(rows), places[1][rows] + columns
+    ids, ends, rows, columns, tokens, positions, starts, padded, kept = moved_together([ids, ends, rows, columns, tokens, *places], device)
+    packing = Packing(positions, starts.to(torch.int32), padded, kept, tuple(lengths), kernel)
+    return SequenceBatch(ids, ends, rows, columns, tokens, packing)
 
 
-def with_closing(batch: SequenceBatch, closing: Tensor) -> SequenceBatch:
-    """``batch`` with one more position for each row of ``closing`` [B] bool, behind all the others: the row's last token, which predicts
-    nothing. A value there is that of the state after the response; a log-probability there means nothing."""
-    rows = torch.nonzero(closing).flatten().to(batch.rows.device)  # counted where it lies: on a GPU that would wait for it
-    return SequenceBatch(
-        batch.input_ids,
-        batch.lengths,
-        rows=torch.cat([batch.rows, rows]),
-        columns=torch.cat([batch.columns, batch.lengths[rows] - 1]),
-        tokens=torch.cat([batch.tokens, torch.zeros_like(rows)]),
-    )
+def moved_together(tensors: Sequence[Tensor], device: Any) -> list[Tensor]:
+    """Tensors of one dtype on ``device``, in one transfer; the CPU does not wait for a GPU to have it."""
+    if torch.device(device).type == "cpu":
+        return list(tensors)
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    if torch.device(device).type == "cuda":
+        flat = flat.pin_memory()
+    parts = flat.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -104,18 +130,23 @@ class Policy:
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast)
 
-    def hidden(self, input_ids: Tensor) -> Tensor:
-        """Hidden states of right-padded ids [B, T]; returns [B, T, d]."""
+    def kernel(self) -> str | None:
+        """With which kernel this model's passes can be packed; None where they are padded (the log says why, once)."""
+        self.activate()
+        return packing_kernel(self.decoder, self.precision)
+
+    def hidden(self, batch: SequenceBatch) -> Tensor:
+        """Hidden states [B, T, d], or [1, S, d] of a packed batch."""
         self.activate()
         with self.precision():
-            return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+            return hidden_states(self.decoder, batch.input_ids, batch.packing)
 
     def logprobs(self, batch: SequenceBatch) -> Tensor:
         """Log-probabilities of the response tokens [N] fp32, at the sampling temperature; without gradient."""
         with torch.no_grad():
             if not self.is_direct:
                 return token_logprobs(self._logits(batch), batch.tokens, temperature=self.temperature)
-            hidden = self.hidden(batch.input_ids)[batch.rows, batch.columns]
+            hidden = self.hidden(batch)[batch.rows, batch.columns]
             with self.precision():
                 return chosen_logprobs(hidden, self.output.weight, self.output.bias, batch.tokens, temperature=self.temperature)[0]
 
@@ -128,14 +159,14 @@ class Policy:
         temperature = self.temperature if temperature is None else temperature
         if not self.is_direct:
             return self._loss_of_logits(batch, term, tokens, temperature)
-        hidden = self.hidden(batch.input_ids)[batch.rows, batch.columns]
+        hidden = self.hidden(batch)[batch.rows, batch.columns]
         with self.precision():
             found = summed_loss(hidden[: len(tokens)], self.output.weight, self.output.bias, tokens, term, temperature=temperature)
         return PolicyLoss(*found, values=self._values(hidden))
 
     def values(self, batch: SequenceBatch) -> Tensor:
         """Values of the shared head [N]."""
-        values = self._values(self.hidden(batch.input_ids)[batch.rows, batch.columns])
+        values = self._values(self.hidden(batch)[batch.rows, batch.columns])
         assert values is not None
         return values
 
@@ -145,11 +176,13 @@ class Policy:
     def _logits(self, batch: SequenceBatch) -> Tensor:
         """Logits [N, V] of a model that has to make them itself."""
         self.activate()
-        with self.precision():
-            return self.model(input_ids=batch.input_ids, use_cache=False).logits[batch.rows, batch.columns]
+        positions = {} if batch.packing is None else {"position_ids": batch.packing.positions}
+        rows = whole_rows() if batch.packing is None else packed_attention(batch.packing, self.decoder)
+        with self.precision(), rows:
+            return self.model(input_ids=batch.input_ids, use_cache=False, **positions).logits[batch.rows, batch.columns]
 
     def _loss_of_logits(self, batch: SequenceBatch, term: Term, tokens: Tensor, temperature: float) -> PolicyLoss:
-        hidden = self.hidden(batch.input_ids)[batch.rows, batch.columns] if self.value_head is not None else None
+        hidden = self.hidden(batch)[batch.rows, batch.columns] if self.value_head is not None else None
         logits = self._logits(batch)[: len(tokens)]
         logprobs, entropies = token_logprobs(logits, tokens, temperature=temperature), entropy(logits, temperature=temperature)
         summed = term(logprobs, entropies, slice(0, len(tokens))).sum()
@@ -159,4 +192,4 @@ class Policy:
 def sequence_values(model: ValueModel, batch: SequenceBatch, precision: AbstractContextManager[Any]) -> Tensor:
     """Values before each response token [N] fp32: the value network read at the position that predicts the token."""
     with precision:
-        return model.score_positions(batch.input_ids, batch.rows, batch.columns)
+        return model.score_positions(batch.input_ids, batch.rows, batch.columns, batch.packing)

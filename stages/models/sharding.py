@@ -142,22 +142,43 @@ def grouped(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
     return [{"params": side} for side in sides if side]
 
 
-@torch.no_grad()
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float | None) -> float:
     """The norm of all gradients together, parts on other processes included; scaled down to ``limit`` where it is above it."""
+    norm = gradient_norm(parameters)
+    scale_gradients(parameters, norm, limit)
+    return float(norm)
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The norm of all gradients together, parts on other processes included: a scalar on their device, which nobody waits for."""
     gradients: list[Any] = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros((), device=parameters[0].device if parameters else None)
     if not any(map(is_cut, gradients)):
-        return float(nn.utils.clip_grad_norm_([parameter for parameter in parameters if parameter.grad is not None], limit or torch.inf))
-    squares = [gradient.to_local() if is_cut(gradient) else gradient for gradient in gradients]
-    own = sum(float(part.double().square().sum()) for part, gradient in zip(squares, gradients, strict=True) if not is_cut(gradient))
-    cut = sum(float(part.double().square().sum()) for part, gradient in zip(squares, gradients, strict=True) if is_cut(gradient))
-    summed = torch.tensor(cut, dtype=torch.float64, device=squares[0].device)
-    distributed.all_reduce(summed)
-    norm = (own + float(summed)) ** 0.5
-    if limit is not None and norm > limit:
-        for part in squares:
-            part.mul_(limit / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-    return norm
+        return nn.utils.get_total_norm(gradients)
+    squares = {cut: [_square(gradient) for gradient in gradients if is_cut(gradient) == cut] for cut in (False, True)}
+    of_parts = torch.stack(squares[True]).sum()
+    distributed.all_reduce(of_parts)
+    return (of_parts + torch.stack(squares[False]).sum() if squares[False] else of_parts).sqrt()
+
+
+def _square(gradient: Any) -> Tensor:
+    return (gradient.to_local() if is_cut(gradient) else gradient).double().square().sum()
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, limit: float | None) -> None:
+    """Scale gradients of this ``norm`` down to ``limit`` where it is above it, as torch.nn.utils.clip_grad_norm_ does."""
+    gradients: list[Any] = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if limit is None or not gradients:
+        return
+    if not any(map(is_cut, gradients)):
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        (gradient.to_local() if is_cut(gradient) else gradient).mul_(factor)
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor] | None:

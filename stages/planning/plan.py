@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 from rich.table import Table
 
-from stages.config import ModelInput
+from stages.config import AUTO_ROWS, ModelInput
 from stages.errors import RecipeError
 from stages.memory.estimate import Machine, Memory, lora_rank
 from stages.memory.lengths import Lengths
@@ -223,7 +223,8 @@ def _remedies(config: Any, views: Mapping[str, View]) -> list[tuple[str, Any]]:
     sizes = []
     setting = "microbatch_size" if config.stage == "ppo" else "training.microbatch_size"
     owner: Any = config if config.stage == "ppo" else config.training if hasattr(config, "training") else None
-    size: int = owner.microbatch_size if owner is not None else 1
+    chosen = owner.microbatch_size if owner is not None else 1
+    size: int = AUTO_ROWS[config.stage] if chosen == "auto" else chosen  # on a GPU auto fits what is there by itself
     while size > 1:
         size //= 2
         sizes.append((setting, size))

@@ -13,6 +13,7 @@ from stages.config import (
     DataSource,
     GenerationSettings,
     LoraSettings,
+    Microbatch,
     ModelField,
     ModelInput,
     Optimizer,
@@ -88,7 +89,11 @@ class PPOStepConfig(CheckpointedStepConfig):
     total_episodes: int = Field(8192, ge=1, description="Completions to sample in all.")
     rollout_batch_size: int = Field(64, ge=1, description="Episodes per iteration.")
     minibatch_size: int = Field(32, ge=1, description="Episodes per optimizer step.")
-    microbatch_size: int = Field(16, ge=1, description="Episodes per forward pass and process; no effect on the gradient.")
+    microbatch_size: Microbatch = Field(
+        "auto",
+        description="Most episodes per forward pass and process; no effect on the gradient. auto: 16 on a CPU; on a GPU as many tokens as "
+        "its free memory holds, by measured first passes.",
+    )
     ppo_epochs: int = Field(4, ge=1, description="Passes over each iteration's episodes.")
 
     kl_coef: float = Field(0.05, ge=0, description="Weight of the per-token KL penalty in the reward (adaptive: the initial one).")

@@ -15,6 +15,7 @@ from stages.ppo.config import PPOStepConfig
 from stages.ppo.data import EncodedPrompt, check_prompts, load_pretraining_rows, load_prompts
 from stages.ppo.health import Health, alarm_metrics
 from stages.ppo.logs import episodes_of, keep_episodes, log, samples_of
+from stages.ppo.measuring import measuring_budget
 from stages.ppo.metrics import iteration_metrics, run_line, run_metrics
 from stages.ppo.offload import Offload
 from stages.ppo.optimizers import WeightAverage, learning_rate_factor, make_optimizer
@@ -77,6 +78,7 @@ class PPORun:
             process_index=runtime.process_index,
             num_processes=runtime.num_processes,
         )
+        self.measuring = measuring_budget(config, runtime.device)
         self.controller = (
             FixedKLController(config.kl_coef)
             if config.kl_target is None
@@ -188,6 +190,7 @@ class PPORun:
                     columns=columns_of([one.columns for one in chosen]),
                     process_index=self.runtime.process_index,
                     num_processes=self.runtime.num_processes,
+                    budget=self.measuring,
                 )
         except ScoringError as error:
             kept = keep_episodes(self.context, [{"prompt": prompt, "completion": text} for prompt, text in error.episodes])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from stages.kernels.passes import rows_of_a_pass
+from stages.config import AUTO_ROWS
+from stages.kernels.passes import GPU_SHARE, GPU_TOKENS, rows_of_a_pass
 from stages.memory.estimate import FP32, Machine, Memory, chunked_logits, dtype_bytes, inference, kv_cache, lora_rank, phases, trained
 from stages.memory.lengths import Counter, Lengths, prompt_texts
 from stages.memory.models import EVALUATION_ROWS, View, kept_activations, reading
@@ -26,9 +27,7 @@ def estimate(config: PPOStepConfig, models: Mapping[str, View], lengths: Lengths
     held_by = _held_by_full_training if config.lora is None else _held_by_adapters
     held = held_by(config, models, value, compute)
 
-    share = max(1, config.rollout_batch_size // processes)
-    decoding = min(config.generation.batch_size, share)
-    rows = rows_of_a_pass(min(config.microbatch_size, config.minibatch_size), prompt + new, device_type=machine.kind)
+    decoding = min(config.generation.batch_size, max(1, config.rollout_batch_size // processes))
     trains_output = config.lora is None
     sampling = (
         kv_cache(shape, decoding, prompt, new, compute),
@@ -36,21 +35,41 @@ def estimate(config: PPOStepConfig, models: Mapping[str, View], lengths: Lengths
         3 * FP32 * decoding * shape.vocabulary,
     )
     bigger = shape if value is None or value.shape.hidden * value.shape.layers <= shape.hidden * shape.layers else value.shape
-    updating = (
-        0.0,
-        kept_activations(config, bigger, rows * (prompt + new), compute, machine),
-        chunked_logits(shape, rows * new, machine, trains_output=trains_output),
-    )
+
+    def update(rows: int) -> tuple[float, float, float]:
+        kept = kept_activations(config, bigger, rows * (prompt + new), compute, machine)
+        return 0.0, kept, chunked_logits(shape, rows * new, machine, trains_output=trains_output)
+
+    share = -(-config.minibatch_size // processes)
+    updating = update(_update_rows(config, prompt + new, machine, share, lambda rows: held.total + sum(update(rows))))
     judges = [view for field_path, view in models.items() if field_path.startswith(("reward", "monitors"))]
-    scored = min(EVALUATION_ROWS, share) * (prompt + new)
+    scored = min(EVALUATION_ROWS, max(1, config.rollout_batch_size // processes)) * (prompt + new)
     scoring = [(0.0, inference(view.shape, scored, compute), 0.0) for view in judges]
     mixing = []
     if config.pretraining_mix is not None:
         block = config.pretraining_mix.block_size
-        tokens = block * rows_of_a_pass(config.microbatch_size, block, device_type=machine.kind)
+        tokens = block * rows_of_a_pass(_rows(config), block, device_type=machine.kind)
         kept = kept_activations(config, shape, tokens, compute, machine)
         mixing.append((0.0, kept, chunked_logits(shape, tokens, machine, trains_output=trains_output)))
     return held + phases(sampling, updating, *scoring, *mixing)
+
+
+def _rows(config: PPOStepConfig) -> int:
+    """The most episodes of a pass on a CPU."""
+    return AUTO_ROWS["ppo"] if config.microbatch_size == "auto" else config.microbatch_size
+
+
+def _update_rows(config: PPOStepConfig, length: int, machine: Machine, share: int, needed: Callable[[int], float]) -> int:
+    """Episodes of ``length`` tokens in a pass of the update, of ``share`` in a process's minibatch.
+
+    ``auto`` on a GPU: as many as its memory holds, and one at least. ``needed``: the memory in bytes, by the episodes of a pass.
+    """
+    if config.microbatch_size != "auto" or machine.kind == "cpu":
+        return rows_of_a_pass(min(_rows(config), share), length, device_type=machine.kind)
+    rows = max(1, min(share, GPU_TOKENS // length))
+    while rows > 1 and needed(rows) > GPU_SHARE * machine.bytes:
+        rows -= 1
+    return rows
 
 
 def heap(config: PPOStepConfig) -> str:

@@ -6,7 +6,9 @@ is the policy less its fresh adapter, the value network the reward model (or the
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,15 @@ from torch import Tensor, nn
 
 from stages.config import ModelInput
 from stages.errors import LaunchError, ModelError
+from stages.kernels.casts import kept_casts
 from stages.models.adapters import FRESH
 from stages.models.heads import RewardModel, ValueModel
 from stages.models.loading import config_of, load_language_model, load_tokenizer, save_model
+from stages.models.packing import KERNELS, packing_kernel
 from stages.models.parts import hidden_width, transformer_of
 from stages.models.responses import Policy, SequenceBatch, sequence_values
 from stages.models.reward_question import is_generative
-from stages.models.sharding import shard
+from stages.models.sharding import shard, sharded_blocks
 from stages.models.shared import RoleParameters, SharedBackbone
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.data import longest_sequence, prompt_room
@@ -51,6 +55,7 @@ class Roles:
     backbone: SharedBackbone | None = None
     has_value: bool = True
     offload: Offload = field(default_factory=lambda: Offload([], torch.device("cpu"), enabled=False))
+    packs: bool | None = None  # whether passes are packed where the models can be; None: on a GPU
     sampler: Sampler = field(init=False)
 
     def __post_init__(self) -> None:
@@ -67,6 +72,42 @@ class Roles:
         if self.value is None:
             return self.policy.values(batch)
         return sequence_values(self.value, batch, self.policy.precision())
+
+    @cached_property
+    def are_cut(self) -> bool:
+        """Whether the weights are cut over processes, so that every pass needs all of them."""
+        return any(sharded_blocks(model) for model in self.models())
+
+    def decoders(self, *names: str) -> list[Any]:
+        """The transformers of the roles ``policy``, ``reference`` and ``value`` that are named and there, each once."""
+        found = {"policy": self.policy.decoder, "reference": self.reference.decoder}
+        if self.value is not None:
+            found["value"] = self.value.backbone
+        return list({id(found[name]): found[name] for name in names if name in found}.values())
+
+    def kernel(self, *names: str) -> str | None:
+        """The kernel for packed passes through the named roles; None where passes are padded, because one of them cannot be packed.
+
+        Weights that are cut over processes are not packed. The roles must be awake, and no ``casts_kept`` may be open: models that were not
+        asked before are tried out.
+        """
+        wanted = self.policy.device.type == "cuda" if self.packs is None else self.packs
+        if not wanted or self.are_cut:
+            return None
+        kernels = []
+        for name in names:
+            if name == "value" and self.value is not None:
+                self.value.activate()
+                kernels.append(packing_kernel(self.value.backbone, self.policy.precision))
+            elif name != "value":
+                kernels.append((self.policy if name == "policy" else self.reference).kernel())
+        known = [kernel for kernel in kernels if kernel is not None]
+        return max(known, key=KERNELS.index) if len(known) == len(kernels) else None
+
+    def casts_kept(self) -> AbstractContextManager[None]:
+        """Around passes between which no weight changes: each weight is cast to half precision once."""
+        # Cut weights come and go block by block; keeping their casts would put the whole model together.
+        return nullcontext() if self.policy.autocast is None or self.are_cut else kept_casts(self.policy.device.type)
 
     def networks(self) -> dict[str, nn.Module]:
         """The modules that train: policy, and value."""

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from stages.corpora.messages import Prompt
 from stages.errors import TrainingError
-from stages.kernels.passes import passes
-from stages.models.responses import sequence_batch, with_closing
+from stages.models.budget import PassBudget
 from stages.models.sharding import whole
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.credit import token_scores
 from stages.ppo.early_scoring import EarlyScoring
+from stages.ppo.measuring import measure, measuring_budget
 from stages.ppo.roles import Roles
 from stages.process.gpus import measured_gpu_memory
 from stages.rewards.details import Details
@@ -66,6 +66,7 @@ class Rollout:
     sampling_gap: float  # largest difference between sampled and recomputed log-probabilities; 0 where not recomputed
     hidden_seconds: float | None = None  # of remote scoring while the policy sampled and was measured; None without a remote source
     gpu_memory: dict[str, int] = field(default_factory=dict)  # peak bytes of the GPU by phase, the largest of all processes
+    retreats: int = 0  # how often memory ran out while it was measured, on all processes
 
     @property
     def kl(self) -> Tensor:
@@ -95,6 +96,7 @@ class Rollout:
             sampling_gap=self.sampling_gap,
             hidden_seconds=self.hidden_seconds,
             gpu_memory=self.gpu_memory,
+            retreats=self.retreats,
             **tensors,
         )
 
@@ -133,8 +135,11 @@ def collect(
     columns: Mapping[str, Sequence[Any]] | None = None,
     process_index: int = 0,
     num_processes: int = 1,
+    budget: PassBudget | None = None,
 ) -> Rollout:
     """Sample a completion for every prompt and measure it; each process takes every ``num_processes``-th episode.
+
+    ``budget``: of the measuring passes, from one rollout to the next (None: one as the config says).
 
     ``columns``: what the prompts' rows say beside them, for the reward functions that ask for it.
     Raises ScoringError where a reward source gives something that is no finite number.
@@ -151,6 +156,7 @@ def collect(
             [seeds[row] for row in own],
             config,
             details,
+            budget or measuring_budget(config, roles.policy.device),
         )
     if num_processes == 1:
         return share
@@ -168,6 +174,7 @@ def _collect_share(
     seeds: list[int],
     config: PPOStepConfig,
     details: Details,
+    budget: PassBudget,
 ) -> Rollout:
     policy = roles.policy
     seconds: dict[str, float] = {}
@@ -185,8 +192,11 @@ def _collect_share(
         began = time.perf_counter()
         recompute = config.rollout_logprobs == "recomputed" or (config.rollout_logprobs == "auto" and policy.autocast is not None)
         closing = (mask.sum(dim=1) < config.generation.max_new_tokens) & (config.score_placement == "after")
+        retreats = budget.retreats
         with measured_gpu_memory(gpu_memory, "measuring"):
-            tokens, closing_values = _measure(roles, prompt_ids, responses, mask, closing, config, recompute=recompute)
+            measured = measure(roles, prompt_ids, responses, closing, budget, recompute=recompute)
+        tokens = {name: unflatten(flat, mask) for name, flat in measured.items() if name != "closing"}
+        closing_values = torch.zeros(len(prompts)).masked_scatter(closing, measured["closing"])
         seconds["measuring"] = time.perf_counter() - began
 
         hidden = early.seconds() if early.sources else None
@@ -226,37 +236,8 @@ def _collect_share(
         sampling_gap=float((tokens["sampled"] - sampled).abs().max()) if recompute else 0.0,
         hidden_seconds=hidden,
         gpu_memory=gpu_memory,
+        retreats=budget.retreats - retreats,
     )
-
-
-def _measure(
-    roles: Roles,
-    prompt_ids: Sequence[list[int]],
-    responses: Sequence[list[int]],
-    mask: Tensor,
-    closing: Tensor,
-    config: PPOStepConfig,
-    *,
-    recompute: bool,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """(log-probabilities ``reference`` and, where they are recomputed, ``sampled``, and ``values``, each [B, R]; closing values [B])."""
-    policy, pad = roles.policy, roles.tokenizer.pad_token_id
-    tokens = {name: torch.zeros(mask.shape) for name in ("sampled", "reference", "values")}
-    closing_values = torch.zeros(len(responses))
-    lengths = [len(prompt) + len(response) for prompt, response in zip(prompt_ids, responses, strict=True)]
-    order = sorted(range(len(responses)), key=lengths.__getitem__)
-    with torch.inference_mode(), roles.offload.awake(*roles.waiting()):
-        # no gradients: twice the rows fit
-        for rows in passes(order, lengths, rows=2 * config.microbatch_size, device_type=policy.device.type):
-            batch = sequence_batch([prompt_ids[row] for row in rows], [responses[row] for row in rows], pad, policy.device)
-            values = roles.values(with_closing(batch, closing[rows]) if closing[rows].any() else batch)
-            closing_values[[row for row in rows if closing[row]]] = values[len(batch.tokens) :].float().cpu()
-            measured = {"reference": roles.reference_logprobs(batch), "values": values[: len(batch.tokens)]}
-            if recompute:
-                measured["sampled"] = policy.logprobs(batch)
-            for name, flat in measured.items():
-                tokens[name][rows] = unflatten(flat.float().cpu(), mask[rows])
-    return tokens, closing_values
 
 
 def unflatten(flat: Tensor, mask: Tensor) -> Tensor:
@@ -292,6 +273,7 @@ def _assemble(shares: list[Rollout], prompts: list[Prompt], prompt_ids: list[lis
         sampling_gap=max(share.sampling_gap for share in shares),
         hidden_seconds=max((share.hidden_seconds for share in shares if share.hidden_seconds is not None), default=None),
         gpu_memory={name: max(share.gpu_memory[name] for share in shares) for name in shares[0].gpu_memory},
+        retreats=sum(share.retreats for share in shares),
         **{name: joined(lambda share, name=name: getattr(share, name)) for name in TENSORS},
     )
 

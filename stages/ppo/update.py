@@ -14,53 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.config import AUTO_ROWS
 from stages.errors import TrainingError
-from stages.kernels.passes import passes, rows_of_a_pass
-from stages.models.responses import Policy, SequenceBatch, sequence_batch, sequence_values, with_closing
-from stages.models.sharding import clip_gradients, is_cut, reduce_gradients
+from stages.kernels.passes import tokens_of
+from stages.models.budget import PassBudget, is_out_of_memory
+from stages.models.packing import packed_attention
+from stages.models.responses import Policy, PolicyLoss, SequenceBatch, moved_together, sequence_values
+from stages.models.sharding import gradient_norm, reduce_gradients, scale_gradients
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.data import PretrainingRows
+from stages.ppo.minibatch import Minibatch, Pass
 from stages.ppo.optimizers import WeightAverage
 from stages.ppo.roles import Roles
 from stages.ppo.rollout import Rollout, Targets, targets, whole_targets
 from stages.ppo.speed import MatmulCounter
+from stages.ppo.totals import Totals, policy_metrics, value_metrics
 from stages.rl.losses import policy_clipped, policy_terms, value_terms
 from stages.training.checkpoints import trainable
-
-
-@dataclass
-class Totals:
-    """Sums over tokens of one minibatch, from which its metrics are made; summed over processes before they are read.
-
-    They are added up where the tensors lie, in double precision, and read in one go: a read makes the CPU wait for the GPU.
-    """
-
-    sums: dict[str, float] = field(default_factory=dict)
-    _waiting: dict[str, Tensor] = field(default_factory=dict)
-    _largest: Tensor | None = None
-
-    def add(self, **values: Tensor | float) -> None:
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                value = value.detach().double()
-                self._waiting[name] = self._waiting[name] + value if name in self._waiting else value
-            else:
-                self.sums[name] = self.sums.get(name, 0.0) + float(value)
-
-    def note(self, deviation: Tensor) -> None:
-        """Keep the largest of the scalars given; one that is no number counts for nothing."""
-        self._largest = deviation if self._largest is None else torch.fmax(self._largest, deviation)
-
-    def read(self) -> float:
-        """Bring the sums to the CPU; returns the largest scalar noted (0 where there is none)."""
-        names = list(self._waiting)
-        waiting = [*self._waiting.values(), *([] if self._largest is None else [self._largest.double()])]
-        numbers: list[float] = torch.stack(waiting).tolist() if waiting else []
-        largest = numbers.pop() if self._largest is not None else 0.0
-        for name, number in zip(names, numbers, strict=True):
-            self.sums[name] = self.sums.get(name, 0.0) + number
-        self._waiting, self._largest = {}, None
-        return max(0.0, largest)
 
 
 @dataclass
@@ -79,6 +49,8 @@ class UpdateResult:
     optimizer_steps: int
     tokens: int  # response tokens trained on, all passes and processes
     operations: float = 0.0  # of this process's matrix products
+    retreats: int = 0  # how often this process ran out of memory and went on with smaller passes
+    pass_tokens: int = 0  # of this process's largest pass
 
 
 class Updater:
@@ -100,6 +72,7 @@ class Updater:
         self.process_index, self.num_processes = process_index, num_processes
         self.optimizer_steps = 0  # since the beginning of the run
         self.matmuls = MatmulCounter()
+        self.budget = PassBudget("PPO update", roles.policy.device, config.microbatch_size, rows=AUTO_ROWS["ppo"], trains=True)
 
     def update(
         self,
@@ -141,7 +114,7 @@ class Updater:
                 part = rollout.rows(chosen)
                 goal = targets(part, config, kl_coef=kl_coef) if config.whitening_scope == "minibatch" else whole.rows(chosen)
                 collected.append(self.minibatch(part, goal, train_policy=train_policy))
-                progress.tokens += int(part.response_mask.sum())
+                progress.tokens += sum(part.lengths.tolist())
                 if after_minibatch is not None:
                     after_minibatch()
             if config.target_update_kl is not None and collected[position - 1]["policy/approx_kl"] > config.target_update_kl:
@@ -151,184 +124,197 @@ class Updater:
         metrics = {name: sum(item[name] for item in collected) / len(collected) for name in collected[0]}
         metrics["policy/ratio_first_deviation"] = collected[0]["policy/ratio_max_deviation"]
         metrics["policy/ratio_max_deviation"] = max(item["policy/ratio_max_deviation"] for item in collected)
-        return UpdateResult(metrics, len(collected), progress.tokens, self.matmuls.take())
+        retreats, self.budget.retreats = self.budget.retreats, 0
+        return UpdateResult(metrics, len(collected), progress.tokens, self.matmuls.take(), retreats, self.budget.largest)
 
     def minibatch(self, part: Rollout, goal: Targets, *, train_policy: bool = True) -> dict[str, float]:
-        """Gradients of one minibatch and one optimizer step; returns its metrics."""
-        totals, largest = self.accumulate(part, goal, train_policy=train_policy)
-        metrics = {**_policy_metrics(totals.sums, largest), **(_value_metrics(totals.sums) if self.roles.has_value else {})}
+        """Gradients of one minibatch and one optimizer step; returns its metrics. Numbers are read from the device once."""
+        totals = self.accumulate(part, goal, train_policy=train_policy)
+        norms = {name: gradient_norm(list(trainable(network).values())) for name, network in self.roles.networks().items()}
+        totals.add(**{f"{name}/grad_norm": norm for name, norm in norms.items()})
+        largest = totals.read()
+        sums = totals.sums
+        metrics = {**policy_metrics(sums, largest), **(value_metrics(sums) if self.roles.has_value else {})}
         if self.config.pretraining_mix is not None and train_policy:
-            metrics["policy/pretraining_loss"] = self._add_pretraining_gradient(len(part.prompts))
-        losses = {name: metrics[f"{name}/loss"] for name in ("policy", "value") if f"{name}/loss" in metrics}
-        if not math.isfinite(sum(losses.values())):
-            said = " and ".join(f"the {name} loss is {loss}" for name, loss in losses.items())
-            raise TrainingError(f"{said}; lower training.learning_rate, or use precision: fp32")
-        metrics |= self._step(train_policy)
+            metrics["policy/pretraining_loss"] = sums.get("pretraining_loss", 0.0)
+        metrics |= {f"{name}/grad_norm": sums[f"{name}/grad_norm"] for name in norms}
+        _check_finite(metrics)
+        self._step(norms, train_policy)
         return metrics
 
-    def accumulate(self, part: Rollout, goal: Targets, *, train_policy: bool = True) -> tuple[Totals, float]:
-        """Add the minibatch's gradients to the networks' buffers (summed over processes); returns its sums and largest |ratio - 1|."""
+    def accumulate(self, part: Rollout, goal: Targets, *, train_policy: bool = True) -> Totals:
+        """The minibatch's gradients, summed over processes, in the networks' buffers, which must be empty; returns its sums, unread.
+
+        Where memory runs out, everything is done again in smaller passes, from empty buffers: the gradient is that of smaller passes from
+        the beginning.
+        """
+        episodes = Minibatch(part, goal, pad_token_id=self.roles.tokenizer.pad_token_id, device=self.roles.policy.device)
+        texts = self._draw_pretraining_rows(len(episodes)) if train_policy else None
+        kernel = self.roles.kernel("policy", "value")
+        while True:
+            try:
+                totals = self._passes(episodes, texts, kernel, train_policy)
+                break
+            except RuntimeError as error:
+                self._retreat(error)
+            # Behind the except clause: the error held the tensors of the pass that failed.
+            for network in self.roles.networks().values():
+                network.zero_grad(set_to_none=True)
+            self.budget.release()
+        if self.num_processes > 1:
+            for network in self.roles.networks().values():
+                reduce_gradients(network)
+            totals.reduce(self.roles.policy.device)
+        if self.budget.measures:
+            self.budget.settle(self._pending_moments(), agree=_smallest_of_all if self.roles.are_cut else None)
+        return totals
+
+    def _retreat(self, error: RuntimeError) -> None:
+        """Smaller passes from now on; raises ``error`` where memory did not run out, or no pass can be smaller."""
+        if self.roles.are_cut and is_out_of_memory(error):
+            raise TrainingError(
+                "memory ran out, and with weights that are cut over the processes no process can do a pass again by itself; set "
+                "microbatch_size to fewer episodes and run the same command: it goes on after the last checkpoint"
+            ) from error
+        self.budget.retreat(error)
+
+    def _passes(self, episodes: Minibatch, texts: Tensor | None, kernel: str | None, train_policy: bool) -> Totals:
+        """All of this process's forward and backward passes of a minibatch; returns the sums over its tokens, unread."""
+        roles = self.roles
+        totals = Totals({"tokens": float(episodes.num_tokens)})
+        totals.add(states=float(episodes.num_states if roles.has_value else episodes.num_tokens))
+        with roles.casts_kept():
+            for rows, counts in self._microbatches(episodes, packed=kernel is not None):
+                with self.budget.one_pass(len(rows), tokens_of(rows, episodes.lengths, packed=kernel is not None)):
+                    self._pass(episodes.pick(rows, kernel=kernel), episodes, counts, train_policy, totals)
+            if texts is not None:
+                self._pretraining_passes(texts, totals)
+        return totals
+
+    def _pass(self, one: Pass, episodes: Minibatch, counts: bool, train_policy: bool, totals: Totals) -> None:
+        """Forward and backward of policy and values over some episodes; ``counts``: whether they add to gradients and sums."""
         config, roles = self.config, self.roles
-        count = float(part.response_mask.sum())
-        num_states = count + float(part.closing_mask.sum())
-        totals = Totals({"tokens": 0.0})
-        for rows, counts in self._microbatches(part):
-            mask, closing = part.response_mask[rows], part.closing_mask[rows]
-            device = roles.policy.device
-            flat = {
-                "rollout_logprobs": part.rollout_logprobs[rows][mask].to(device),
-                "rollout_values": torch.cat([part.values[rows][mask], part.closing_values[rows][closing]]).to(device),
-                "advantages": goal.advantages[rows][mask].to(device),
-                "returns": torch.cat([goal.returns[rows][mask], goal.closing_returns[rows][closing]]).to(device),
-            }
-            batch = sequence_batch(
-                [part.prompt_ids[row] for row in rows], [part.response(row) for row in rows], roles.tokenizer.pad_token_id, device
-            )
-            num_tokens = len(batch.tokens)
-            if closing.any():  # those positions come last, and count for the values alone
-                batch = with_closing(batch, closing)
-
-            def term(logprobs: Tensor, entropies: Tensor, rows: slice, flat: dict[str, Tensor] = flat) -> Tensor:
-                terms = policy_terms(
-                    logprobs,
-                    flat["rollout_logprobs"][rows],
-                    flat["advantages"][rows],
-                    clip_range=config.clip_range,
-                    dual_clip=config.dual_clip,
-                )
-                return terms - config.entropy_coef * entropies if config.entropy_coef else terms
-
+        with packed_attention(one.batch.packing, *roles.decoders("policy", "value")):
+            # The policy's loss is still needed where one backward pass goes through both.
             with torch.set_grad_enabled(train_policy or roles.value is None):
-                policy = roles.policy.loss(batch, term, num_tokens=num_tokens)
-            logprobs, values = policy.logprobs, policy.values
-            self.matmuls.add(roles.policy.decoder, batch, output=roles.policy.output, backward=train_policy)
-            policy_loss = policy.summed / count * counts
+                policy = roles.policy.loss(one.batch, self._policy_term(one), num_tokens=one.num_tokens)
+            self.matmuls.add(roles.policy.decoder, one.batch, output=roles.policy.output, backward=train_policy)
+            losses = [policy.summed / float(episodes.num_tokens) * counts]
+            values = policy.values
             if roles.value is not None:
                 if train_policy:
-                    policy_loss.backward()
-                values = sequence_values(roles.value, batch, roles.policy.precision())
-                self.matmuls.add(roles.value.backbone, batch)
-            if not roles.has_value:
-                policy_loss.backward()
-                values = errors = torch.zeros(num_tokens, device=device)
-            else:
+                    losses.pop().backward()
+                losses = []
+                values = sequence_values(roles.value, one.batch, roles.policy.precision())
+                self.matmuls.add(roles.value.backbone, one.batch)
+            errors = None
+            if roles.has_value:
                 assert values is not None
-                errors = value_terms(values, flat["rollout_values"], flat["returns"], clip_range=config.value_clip_range)
-                value_loss = config.value_coef * errors.sum() / num_states * counts
-                if roles.value is not None or not train_policy:
-                    value_loss.backward()
-                else:
-                    (policy_loss + value_loss).backward()
-            if not counts:
-                continue
-            with torch.no_grad():
-                log_ratio = logprobs - flat["rollout_logprobs"]
-                ratio = log_ratio.exp()
-                terms = policy_terms(
-                    logprobs, flat["rollout_logprobs"], flat["advantages"], clip_range=config.clip_range, dual_clip=config.dual_clip
-                )
-                clipped = policy_clipped(logprobs, flat["rollout_logprobs"], flat["advantages"], clip_range=config.clip_range)
-                value_clip = config.value_clip_range
-                moved = (values - flat["rollout_values"]).abs()
-                totals.add(
-                    tokens=len(terms),
-                    states=len(errors),
-                    policy_loss=terms.sum(),
-                    value_loss=errors.sum(),
-                    entropy=policy.entropies.sum(),
-                    approx_kl=0.5 * (log_ratio**2).sum(),
-                    clipped=clipped.sum(),
-                    value_clipped=0.0 if value_clip is None else (moved > value_clip).sum(),
-                    ratio=ratio.sum(),
-                    ratio_squared=(ratio**2).sum(),
-                    error=((values - flat["returns"]) ** 2).sum(),
-                    returns=flat["returns"].sum(),
-                    returns_squared=(flat["returns"] ** 2).sum(),
-                    values=values.sum(),
-                )
-                totals.note((ratio - 1).abs().max())
-        largest = totals.read()
-        if self.num_processes > 1:
-            largest = self._reduce(totals, largest)
-        return totals, largest
+                errors = value_terms(values, one.rollout_values, one.returns, clip_range=config.value_clip_range)
+                if not train_policy:
+                    losses = []
+                losses.append(config.value_coef * errors.sum() / float(episodes.num_states) * counts)
+            sum(losses[1:], losses[0]).backward()
+        if counts:
+            self._sum_up(one, policy, values, errors, totals)
 
-    def _microbatches(self, part: Rollout) -> Iterator[tuple[list[int], bool]]:
+    def _policy_term(self, one: Pass) -> Callable[[Tensor, Tensor, slice], Tensor]:
+        """The policy's loss per token of a pass, from its log-probabilities and entropies."""
+        config = self.config
+
+        def term(logprobs: Tensor, entropies: Tensor, rows: slice) -> Tensor:
+            clips: dict[str, Any] = {"clip_range": config.clip_range, "dual_clip": config.dual_clip}
+            terms = policy_terms(logprobs, one.rollout_logprobs[rows], one.advantages[rows], **clips)
+            return terms - config.entropy_coef * entropies if config.entropy_coef else terms
+
+        return term
+
+    @torch.no_grad()
+    def _sum_up(self, one: Pass, policy: PolicyLoss, values: Tensor | None, errors: Tensor | None, totals: Totals) -> None:
+        """Add the sums over a pass's tokens from which the metrics are made."""
+        config = self.config
+        log_ratio = policy.logprobs - one.rollout_logprobs
+        ratio = log_ratio.exp()
+        clips: dict[str, Any] = {"clip_range": config.clip_range, "dual_clip": config.dual_clip}
+        terms = policy_terms(policy.logprobs, one.rollout_logprobs, one.advantages, **clips)
+        clipped = policy_clipped(policy.logprobs, one.rollout_logprobs, one.advantages, clip_range=config.clip_range)
+        totals.add(
+            policy_loss=terms.sum(),
+            entropy=policy.entropies.sum(),
+            approx_kl=0.5 * (log_ratio**2).sum(),
+            clipped=clipped.sum(),
+            ratio=ratio.sum(),
+            ratio_squared=(ratio**2).sum(),
+        )
+        totals.note((ratio - 1).abs().max())
+        if values is None or errors is None:
+            return
+        if config.value_clip_range is not None:
+            totals.add(value_clipped=((values - one.rollout_values).abs() > config.value_clip_range).sum())
+        totals.add(
+            value_loss=errors.sum(),
+            error=((values - one.returns) ** 2).sum(),
+            returns=one.returns.sum(),
+            returns_squared=(one.returns**2).sum(),
+            values=values.sum(),
+        )
+
+    def _microbatches(self, episodes: Minibatch, *, packed: bool) -> Iterator[tuple[list[int], bool]]:
         """This process's episodes in groups of like length, the longest first: what does not fit into memory shows at once.
 
-        Every process gets as many groups, since a model that is cut over them needs all in every pass; the second says whether one counts.
+        A model that is cut over the processes needs all of them in every pass: then every process gets as many groups, and the second says
+        whether one counts.
         """
-        lengths = [len(ids) + int(length) for ids, length in zip(part.prompt_ids, part.lengths, strict=True)]
+        lengths = episodes.lengths
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-        limits: dict[str, Any] = {"rows": self.config.microbatch_size, "device_type": self.roles.policy.device.type}
-        shares = [passes(order[index :: self.num_processes], lengths, **limits) for index in range(self.num_processes)]
+        shares = [self.budget.groups(order[index :: self.num_processes], lengths, packed=packed) for index in range(self.num_processes)]
         own = shares[self.process_index]
-        for number in range(max(map(len, shares))):
+        for number in range(max(map(len, shares)) if self.roles.are_cut else len(own)):
             yield (own[number], True) if number < len(own) else (order[-1:], False)
 
-    def _reduce(self, totals: Totals, largest: float) -> float:
-        """Sum gradients and totals over processes (the losses were divided by global counts); returns the global maximum."""
-        import torch.distributed as distributed
-
-        for network in self.roles.networks().values():
-            reduce_gradients(network)
-        # A process without an episode in this minibatch has no sums yet.
-        names = sorted({*totals.sums, *SUMS})
-        device = self.roles.policy.device
-        sums = torch.tensor([totals.sums.get(name, 0.0) for name in names], dtype=torch.float64, device=device)
-        distributed.all_reduce(sums)
-        totals.sums = dict(zip(names, sums.tolist(), strict=True))
-        most = torch.tensor(largest, device=device)
-        distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
-        return float(most)
-
-    def _add_pretraining_gradient(self, num_episodes: int) -> float:
-        """PPO-ptx: add coef * gradient of the mean loss per pretraining token into the policy's buffers; returns that loss."""
+    def _draw_pretraining_rows(self, num_episodes: int) -> Tensor | None:
+        """The rows of PPO-ptx for a minibatch [rows, T]; None without such a mix."""
         mix = self.config.pretraining_mix
-        assert mix is not None and self.pretraining_rows is not None
-        rows = self.pretraining_rows.draw(num_episodes * mix.examples_per_episode)
+        if mix is None:
+            return None
+        assert self.pretraining_rows is not None
+        return self.pretraining_rows.draw(num_episodes * mix.examples_per_episode)
+
+    def _pretraining_passes(self, rows: Tensor, totals: Totals) -> None:
+        """PPO-ptx: add coef * gradient of the mean loss per pretraining token into the policy's buffers, and that loss to the sums."""
+        mix = self.config.pretraining_mix
+        assert mix is not None
         if mix.coef == 0:
-            return 0.0
-        before = _gradients(self.roles.networks()["policy"]) if self.num_processes > 1 else None
-        totals = Totals()
+            return
+        width = rows.shape[1]
         count = rows.numel() - len(rows) if mix.normalization == "token" else len(rows)
         own, largest_share = rows[self.process_index :: self.num_processes], -(-len(rows) // self.num_processes)
-        size = rows_of_a_pass(self.config.microbatch_size, rows.shape[1], device_type=self.roles.policy.device.type)
+        size = self.budget.rows_for(largest_share, width)
         for start in range(0, largest_share, size):  # as many passes on every process
             group = own[start : start + size]
             counts = len(group) > 0
-            batch = (group if counts else rows[:1]).to(self.roles.policy.device)
-            loss = pretraining_loss(self.roles.policy, batch, self.matmuls) / count * counts
-            (mix.coef * loss).backward()
-            totals.add(loss=loss)
-        totals.read()
-        total = totals.sums.get("loss", 0.0)
-        if before is not None:
-            total = self._reduce_pretraining(before, total)
-        return total
+            (batch,) = moved_together([group if counts else rows[:1]], self.roles.policy.device)
+            with self.budget.one_pass(len(batch), batch.numel()):
+                loss = pretraining_loss(self.roles.policy, batch, self.matmuls) / count * counts
+                (mix.coef * loss).backward()
+            totals.add(pretraining_loss=loss)
 
-    def _reduce_pretraining(self, before: dict[str, Tensor], total: float) -> float:
-        import torch.distributed as distributed
+    def _pending_moments(self) -> int:
+        """Bytes of the optimizers' moments that will be there after the first step, and are not yet."""
+        waiting = [
+            parameter
+            for optimizer in self.optimizers.values()
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if not optimizer.state.get(parameter)
+        ]
+        eight_bits = self.config.training.optimizer.endswith("8bit")
+        return sum((2 if eight_bits else 8) * parameter.numel() for parameter in waiting)
 
-        for name, parameter in trainable(self.roles.networks()["policy"]).items():
-            if is_cut(parameter):
-                continue  # FSDP has added up its gradients
-            own = parameter.grad - before[name] if parameter.grad is not None else torch.zeros_like(parameter)
-            distributed.all_reduce(own)
-            parameter.grad = before[name] + own
-        summed = torch.tensor(total, device=self.roles.policy.device)
-        distributed.all_reduce(summed)
-        return float(summed)
-
-    def _step(self, train_policy: bool) -> dict[str, float]:
-        """Clip, step and clear; returns the gradient norms before clipping. Raises TrainingError for a norm that is not finite."""
-        norms = {}
-        limit = self.config.training.max_grad_norm
+    def _step(self, norms: dict[str, Tensor], train_policy: bool) -> None:
+        """Clip gradients of these norms, step and clear."""
         for name, network in self.roles.networks().items():
-            parameters = [parameter for parameter in trainable(network).values() if parameter.grad is not None]
-            norm = clip_gradients(parameters, limit) if parameters else 0.0
-            if not math.isfinite(norm):
-                raise TrainingError(f"the gradient norm of the {name} is {norm}; lower training.learning_rate, or use precision: fp32")
-            norms[f"{name}/grad_norm"] = norm
+            scale_gradients(list(trainable(network).values()), norms[name], self.config.training.max_grad_norm)
         for name, optimizer in self.optimizers.items():
             if name == "value" or train_policy:
                 optimizer.step()
@@ -336,58 +322,33 @@ class Updater:
         self.optimizer_steps += 1
         if train_policy and self.config.ema_cadence == "optimizer_step":
             self._update_average()
-        return norms
 
     def _update_average(self) -> None:
         if self.average is not None:
             self.average.update(self.roles.networks()["policy"])
 
 
-SUMS = (
-    "tokens",
-    "states",
-    "policy_loss",
-    "value_loss",
-    "entropy",
-    "approx_kl",
-    "clipped",
-    "value_clipped",
-    "ratio",
-    "ratio_squared",
-    "error",
-    "returns",
-    "returns_squared",
-    "values",
-)
+def _check_finite(metrics: dict[str, float]) -> None:
+    """Raise TrainingError for losses and gradient norms of a minibatch that are not finite."""
+    losses = {name: metrics[f"{name}/loss"] for name in ("policy", "value") if f"{name}/loss" in metrics}
+    advice = "lower training.learning_rate, or use precision: fp32"
+    if not math.isfinite(sum(losses.values())):
+        said = " and ".join(f"the {name} loss is {loss}" for name, loss in losses.items())
+        raise TrainingError(f"{said}; {advice}")
+    for name in ("policy", "value"):
+        norm = metrics.get(f"{name}/grad_norm", 0.0)
+        if not math.isfinite(norm):
+            raise TrainingError(f"the gradient norm of the {name} is {norm}; {advice}")
 
 
-def _policy_metrics(sums: dict[str, float], largest: float) -> dict[str, float]:
-    """Means over the minibatch's tokens."""
-    mean = {name: value / max(sums["tokens"], 1.0) for name, value in sums.items()}
-    return {
-        "policy/loss": mean["policy_loss"],
-        "policy/entropy": mean["entropy"],
-        "policy/approx_kl": mean["approx_kl"],
-        "policy/clip_fraction": mean["clipped"],
-        "policy/ratio_mean": mean["ratio"],
-        "policy/ratio_variance": max(0.0, mean["ratio_squared"] - mean["ratio"] ** 2),
-        "policy/ratio_max_deviation": largest,
-    }
+def _smallest_of_all(number: int) -> int:
+    """The smallest of all processes' numbers."""
+    import torch.distributed as distributed
 
-
-def _value_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """Means over the minibatch's states."""
-    mean = {name: value / max(sums["states"], 1.0) for name, value in sums.items()}
-    variance = mean["returns_squared"] - mean["returns"] ** 2
-    return {
-        "value/loss": mean["value_loss"],
-        "value/clip_fraction": mean["value_clipped"],
-        "value/mean": mean["values"],
-        "value/returns_mean": mean["returns"],
-        "value/returns_variance": variance,
-        # 1 - error / variance: 1 is perfect, 0 no better than the mean, below 0 worse.
-        "value/explained_variance": 1 - mean["error"] / max(variance, 1e-8),
-    }
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = torch.tensor(number, device=device)
+    distributed.all_reduce(found, op=distributed.ReduceOp.MIN)
+    return int(found)
 
 
 def pretraining_loss(policy: Policy, rows: Tensor, matmuls: MatmulCounter | None = None) -> Tensor:
@@ -395,14 +356,7 @@ def pretraining_loss(policy: Policy, rows: Tensor, matmuls: MatmulCounter | None
     number, width = rows.shape
     places = torch.arange(width - 1, device=rows.device).repeat(number)
     owners = torch.arange(number, device=rows.device).repeat_interleave(width - 1)
-    batch = SequenceBatch(rows, torch.full((number,), width, device=rows.device), owners, places, rows[:, 1:].flatten())
+    batch = SequenceBatch(rows, torch.full((number,), width, device=rows.device), owners, places, rows[:, 1:].reshape(-1))
     if matmuls is not None:
         matmuls.add(policy.decoder, batch, output=policy.output)
     return policy.loss(batch, lambda logprobs, entropies, _: -logprobs, temperature=1.0).summed
-
-
-def _gradients(model: Any) -> dict[str, Tensor]:
-    made = {}
-    for name, parameter in trainable(model).items():
-        made[name] = parameter.grad.clone() if parameter.grad is not None else torch.zeros_like(parameter)
-    return made

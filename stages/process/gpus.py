@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 _largest = 0  # bytes; the peak of the phases so far, as each phase begins to count anew
+_open: list[Peak] = []  # the measurements that are going on
 
 
 def visible_gpus() -> list[dict[str, Any]]:
@@ -68,20 +70,65 @@ def describe_model(model: Any, dtype: Any) -> str:
     return ", ".join([f"weights {' and '.join(weights)}", f"computes in {computes}", f"attention {attention}", *quantized])
 
 
+@dataclass(eq=False)
+class Peak:
+    """A measurement of GPU memory in bytes: the most that tensors took at a time, and what they took when it began."""
+
+    total: int = 0
+    before: int = 0
+
+    @property
+    def added(self) -> int:
+        """The most that came on top of what was there when it began."""
+        return max(0, self.total - self.before)
+
+
+@contextmanager
+def own_peak() -> Iterator[Peak]:
+    """Measure the peak of GPU memory within it; such measurements may lie inside each other. Nothing is measured without a GPU."""
+    peak = Peak()
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        yield peak
+        return
+    _take_peak(torch)
+    peak.before = torch.cuda.memory_allocated()
+    _open.append(peak)
+    try:
+        yield peak
+    finally:
+        _take_peak(torch)
+        _open.remove(peak)
+
+
+def _take_peak(torch: Any) -> None:
+    """Note the peak so far in every measurement that is going on, and count anew."""
+    global _largest
+    found = torch.cuda.max_memory_allocated()
+    _largest = max(_largest, found)
+    for peak in _open:
+        peak.total = max(peak.total, found)
+    torch.cuda.reset_peak_memory_stats()
+
+
+def free_gpu_memory() -> int:
+    """Bytes that tensors can still take: what the GPU has free, and what PyTorch holds without using it."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info()
+    return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+
+
 @contextmanager
 def measured_gpu_memory(peaks: dict[str, int], phase: str) -> Iterator[None]:
     """Note the peak of GPU memory in bytes within it as ``peaks[phase]``, or the larger one that is there. Nothing without a GPU."""
-    global _largest
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        yield
-        return
-    _largest = max(_largest, torch.cuda.max_memory_allocated())
-    torch.cuda.reset_peak_memory_stats()
+    peak = Peak()
     try:
-        yield
+        with own_peak() as peak:
+            yield
     finally:
-        peaks[phase] = max(peaks.get(phase, 0), torch.cuda.max_memory_allocated())
+        if peak.total:
+            peaks[phase] = max(peaks.get(phase, 0), peak.total)
 
 
 def peak_gpu_memory() -> int | None:

@@ -147,9 +147,9 @@ def test_pretraining_gradient_is_added_with_its_coefficient(ppo_config, ppo_cont
         rollout = make_rollout(roles, config)
         updater = make_updater(roles, config, pretraining_rows=load_pretraining_rows(config, ppo_context, roles))
         goal = targets(rollout, config, kl_coef=0.1)
-        updater.accumulate(rollout, goal)
-        if config.pretraining_mix is not None:
-            loss = updater._add_pretraining_gradient(12)
+        totals = updater.accumulate(rollout, goal)
+        totals.read()
+        loss = totals.sums.get("pretraining_loss", 0.0)
         found[name] = gradients(roles)
     assert all(torch.equal(found["plain"][name], found["off"][name]) for name in found["plain"])  # gamma = 0: to the bit
     for name, gradient in found["mixed"].items():

@@ -1,0 +1,102 @@
+"""Sums over the tokens of one minibatch, and the metrics that they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+SUMS = (
+    "policy_loss",
+    "value_loss",
+    "entropy",
+    "approx_kl",
+    "clipped",
+    "value_clipped",
+    "ratio",
+    "ratio_squared",
+    "error",
+    "returns",
+    "returns_squared",
+    "values",
+    "pretraining_loss",
+)
+"""The sums that every process has, in the order in which they are added up over the processes."""
+
+
+@dataclass
+class Totals:
+    """Sums over tokens of one minibatch, from which its metrics are made.
+
+    They are added up where the tensors lie, in double precision, and read in one go: a read makes the CPU wait for the GPU.
+    """
+
+    sums: dict[str, float] = field(default_factory=dict)
+    _waiting: dict[str, Tensor] = field(default_factory=dict)
+    _largest: Tensor | None = None
+
+    def add(self, **values: Tensor | float) -> None:
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                value = value.detach().double()
+                self._waiting[name] = self._waiting[name] + value if name in self._waiting else value
+            else:
+                self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
+    def note(self, deviation: Tensor) -> None:
+        """Keep the largest of the scalars given; one that is no number counts for nothing."""
+        self._largest = deviation if self._largest is None else torch.fmax(self._largest, deviation)
+
+    def reduce(self, device: torch.device) -> None:
+        """Add up SUMS over all processes, and take the largest scalar of all; nothing is read. Call it on every process."""
+        import torch.distributed as distributed
+
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        # A process without an episode in this minibatch has no sums yet.
+        sums = torch.stack([self._waiting.get(name, zero) for name in SUMS])
+        distributed.all_reduce(sums)
+        self._waiting.update(zip(SUMS, sums.unbind(), strict=True))
+        largest = zero if self._largest is None else self._largest.double()
+        distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+        self._largest = largest
+
+    def read(self) -> float:
+        """Bring the sums to the CPU; returns the largest scalar noted (0 where there is none)."""
+        names = list(self._waiting)
+        waiting = [*self._waiting.values(), *([] if self._largest is None else [self._largest.double()])]
+        numbers: list[float] = torch.stack(waiting).tolist() if waiting else []
+        largest = numbers.pop() if self._largest is not None else 0.0
+        for name, number in zip(names, numbers, strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + number
+        self._waiting, self._largest = {}, None
+        return max(0.0, largest)
+
+
+def policy_metrics(sums: dict[str, float], largest: float) -> dict[str, float]:
+    """Means over the minibatch's tokens. ``largest``: the largest |ratio - 1|."""
+    mean = {name: value / max(sums["tokens"], 1.0) for name, value in sums.items()}
+    return {
+        "policy/loss": mean["policy_loss"],
+        "policy/entropy": mean["entropy"],
+        "policy/approx_kl": mean["approx_kl"],
+        "policy/clip_fraction": mean["clipped"],
+        "policy/ratio_mean": mean["ratio"],
+        "policy/ratio_variance": max(0.0, mean["ratio_squared"] - mean["ratio"] ** 2),
+        "policy/ratio_max_deviation": largest,
+    }
+
+
+def value_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """Means over the minibatch's states."""
+    mean = {name: value / max(sums["states"], 1.0) for name, value in sums.items()}
+    variance = mean["returns_squared"] - mean["returns"] ** 2
+    return {
+        "value/loss": mean["value_loss"],
+        "value/clip_fraction": mean.get("value_clipped", 0.0),
+        "value/mean": mean["values"],
+        "value/returns_mean": mean["returns"],
+        "value/returns_variance": variance,
+        # 1 - error / variance: 1 is perfect, 0 no better than the mean, below 0 worse.
+        "value/explained_variance": 1 - mean["error"] / max(variance, 1e-8),
+    }

@@ -1,0 +1,122 @@
+"""How large passes are: rows on a CPU, tokens on a GPU (played by numbers), and what happens when memory runs out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from stages.models import budget as module
+from stages.models.budget import PassBudget, is_out_of_memory
+from stages.process.gpus import Peak
+
+MIB = 2**20
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """A GPU on which a pass takes ``each`` bytes a token, and ``fixed`` more; the test sets ``tokens`` of the pass before it."""
+    state = {"each": MIB, "fixed": 0, "tokens": 0}
+
+    @contextmanager
+    def own_peak() -> Iterator[Peak]:
+        yield Peak(total=state["fixed"] + state["each"] * state["tokens"])
+
+    monkeypatch.setattr(module, "own_peak", own_peak)
+    return state
+
+
+def run(budget: PassBudget, gpu: dict[str, int], tokens: int, fixed: int = 0) -> None:
+    gpu["tokens"], gpu["fixed"] = tokens, fixed
+    with budget.one_pass(4, tokens):
+        pass
+
+
+def test_on_a_cpu_auto_is_a_number_of_rows() -> None:
+    auto, number = (PassBudget("update", "cpu", size, rows=3, trains=True) for size in ("auto", 5))
+    assert auto.groups(range(7), [10] * 7) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [len(group) for group in number.groups(range(7), [10] * 7)] == [4, 3]  # two passes of 5 at most, as even as can be
+    assert number.groups(range(2), [500, 500]) == [[0], [1]]  # 800 tokens
+    assert (auto.rows_for(7, 10), auto.rows_for(2, 10), number.rows_for(7, 300)) == (3, 3, 2)
+    auto.settle(0, free=lambda: 0)
+    assert auto.tokens == float("inf")
+
+
+def test_on_a_gpu_a_number_is_a_number_of_rows_of_any_length() -> None:
+    budget = PassBudget("update", "cuda", 2, rows=16, trains=True)
+    assert budget.groups(range(4), [9_000] * 4) == [[0, 1], [2, 3]] and not budget.measures
+
+
+def test_on_a_gpu_auto_begins_small_and_then_fills_the_free_memory(gpu, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    budget = PassBudget("update", "cuda", "auto", rows=16, trains=True)
+    assert [len(group) for group in budget.groups(range(20), [256] * 20)] == [7, 7, 6]  # at most 8 of 256 tokens: 2,048
+    assert [len(group) for group in budget.groups(range(20), [256] * 20, packed=True)] == [7, 7, 6]
+    run(budget, gpu, 2_000, fixed=9_000 * MIB)  # the gradients, which stay
+    run(budget, gpu, 1_500)
+    run(budget, gpu, 2_000)
+    budget.settle(3_000 * MIB, free=lambda: 13_000 * MIB)  # moments are still to come
+    assert budget.tokens == 8 * 1024  # 0.85 * 10,000 = 8,500 tokens of a MiB, in whole steps of 1,024
+    assert budget.rows is None and budget.largest == 2_000
+    assert "update: up to 8192 tokens in a pass (1024.0 KiB each, 9.8 GiB free)" in caplog.text
+    run(budget, gpu, 8_000)
+    budget.settle(0, free=lambda: 10**15)
+    assert budget.tokens == 8 * 1024  # once for the run
+
+
+@pytest.mark.parametrize(("free", "tokens"), [(10**15, 32_768), (0, 1_024)])
+def test_there_is_a_most_and_a_least(gpu, free: int, tokens: int) -> None:
+    budget = PassBudget("update", "cuda", "auto", rows=16, trains=True)
+    run(budget, gpu, 2_000)  # a single pass: its gradients count as if they were of its tokens
+    budget.settle(0, free=lambda: free)
+    assert budget.tokens == tokens
+
+
+def test_processes_agree_on_the_smallest(gpu) -> None:
+    budget = PassBudget("update", "cuda", "auto", rows=16, trains=True)
+    run(budget, gpu, 2_000)
+    budget.settle(0, free=lambda: 10**15, agree=lambda tokens: min(tokens, 5_000))
+    assert budget.tokens == 5_000
+
+
+def test_without_a_backward_pass_nothing_is_measured() -> None:
+    budget = PassBudget("scoring", "cuda", "auto", rows=16, trains=False)
+    assert budget.tokens == 32_768 and not budget.measures
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")])
+def test_each_row_is_done_once_however_often_memory_runs_out(error: RuntimeError, caplog) -> None:
+    done: list[int] = []
+    sizes: list[int] = []
+
+    def work(rows: list[int]) -> None:
+        sizes.append(len(rows))
+        if len(rows) > 3 or (7 in rows and len(rows) > 1):
+            raise error
+        done.extend(rows)
+
+    budget = PassBudget("scoring", "cpu", 8, rows=8, trains=False)
+    budget.each(range(12), [10] * 12, work)
+    assert done == list(range(12))
+    assert sizes == [6, 3, 3, 3, 1, 1, 1, 1, 1, 1] and budget.retreats == 2  # 60 tokens fail, then 30, then 10 fit
+    assert sum("memory ran out" in record.message for record in caplog.records) == 1
+
+
+def test_other_errors_and_a_single_row_are_no_retreat() -> None:
+    budget = PassBudget("scoring", "cpu", 8, rows=8, trains=False)
+
+    def wrong(rows: list[int]) -> None:
+        raise RuntimeError("shapes do not match")
+
+    def too_long(rows: list[int]) -> None:
+        raise torch.OutOfMemoryError("x")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        budget.each(range(2), [10] * 2, wrong)
+    assert budget.retreats == 0 and not is_out_of_memory(ValueError("out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        budget.each(range(2), [10] * 2, too_long)
+    assert budget.retreats == 1

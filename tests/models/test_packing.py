@@ -1,0 +1,199 @@
+"""Packed passes against plain transformers: eager attention, no cache, one sequence at a time. And which models are not packed."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from stages.models import packing
+from stages.models.heads import ValueModel
+from stages.models.packing import packing_kernel, usable_kernels, why_not
+from stages.models.responses import Policy, sequence_batch
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GPT2: dict[str, Any] = {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+FAMILIES = {
+    "llama, two heads share keys": lambda: transformers.LlamaConfig(**SIZES, num_key_value_heads=2),
+    "gpt2": lambda: transformers.GPT2Config(**GPT2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES),
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES, num_key_value_heads=4),
+    "gemma3, a sliding window of 4": lambda: transformers.Gemma3TextConfig(**SIZES, **SLIDING, num_key_value_heads=2, head_dim=8),
+    "mistral, a sliding window of 4": lambda: transformers.MistralConfig(**SIZES, sliding_window=4, num_key_value_heads=2),
+    "cohere, makes its logits itself": lambda: transformers.CohereConfig(**SIZES, num_key_value_heads=2),
+}
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14]]
+RESPONSES = [[20, 21, 22, 23], [24, 25, 26, 27, 28, 29, 30], [31]]
+CLOSING = [0, 2]
+
+
+def made(config: Any, attention: str) -> Any:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))  # so that attention matters
+    return model.train()
+
+
+def plain(model: Any, head: torch.nn.Linear) -> tuple[Tensor, Tensor]:
+    """(log-probabilities [N] of the responses, values [N and those of the closing states]), one sequence at a time."""
+    logprobs, values, closing = [], [], []
+    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        output = model(input_ids=torch.tensor([prompt + response]), use_cache=False, output_hidden_states=True)
+        at = torch.arange(len(prompt) - 1, len(prompt) + len(response) - 1)
+        logprobs.append(output.logits[0, at].log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0])
+        of_row = head(output.hidden_states[-1][0])[:, 0]
+        values.append(of_row[at])
+        closing += [of_row[-1:]] if row in CLOSING else []
+    return torch.cat(logprobs), torch.cat([*values, *closing])
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_passes_equal_plain_ones_and_so_do_their_gradients(family: str) -> None:
+    expected_model, model = made(FAMILIES[family](), "eager"), made(FAMILIES[family](), "sdpa")
+    head = torch.nn.Linear(32, 1)
+    weights = torch.linspace(-1, 1, sum(map(len, RESPONSES)))
+    logprobs, values = plain(expected_model, head)
+    ((weights * logprobs).sum() + values.square().sum()).backward()
+
+    policy = Policy(model, temperature=1.0, autocast=None, shared_value_head=head)
+    assert policy.kernel() == "padded"
+    batch = sequence_batch(PROMPTS, RESPONSES, 0, "cpu", closing=CLOSING, kernel="padded")
+    assert batch.input_ids.shape == (1, sum(map(len, PROMPTS + RESPONSES)))
+    found = policy.loss(batch, lambda chosen, _, rows: weights[rows] * chosen, num_tokens=len(logprobs))
+    assert found.values is not None
+    (found.summed + found.values.square().sum()).backward()
+
+    # fp32 sums in another order; the hidden states are a few units large
+    torch.testing.assert_close(found.logprobs, logprobs.detach(), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(found.values, values, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(policy.logprobs(batch)[: len(logprobs)], logprobs.detach(), rtol=1e-4, atol=2e-5)
+    wanted = gradients(expected_model)
+    assert gradients(model).keys() == wanted.keys()
+    largest = max(gradient.abs().max() for gradient in wanted.values())
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(
+            gradient, wanted[name], rtol=1e-3, atol=1e-5 * float(largest), msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert model.config._attn_implementation == "sdpa"  # as before
+
+
+def test_a_value_network_reads_packed_rows() -> None:
+    model = made(FAMILIES["gpt_neox"](), "sdpa")
+    value = ValueModel(model.gpt_neox)
+    torch.nn.init.normal_(value.score_head.weight)
+    _, expected = plain(model, value.score_head)
+    batch = sequence_batch(PROMPTS, RESPONSES, 0, "cpu", closing=CLOSING, kernel="padded")
+    torch.testing.assert_close(
+        value.score_positions(batch.input_ids, batch.rows, batch.columns, batch.packing), expected, rtol=1e-4, atol=2e-5
+    )
+
+
+# The kernels for sequences of any lengths, played by a loop
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, left: int) -> Tensor:
+    """Causal attention [S, H, D] sequence by sequence; ``left``: how many tokens before itself a token sees (-1: all)."""
+    k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
+    parts = []
+    for first, last in zip(starts.tolist(), starts.tolist()[1:], strict=False):
+        scores = torch.einsum("qhd,khd->hqk", q[first:last], k[first:last]) * scale
+        distance = torch.arange(last - first)[:, None] - torch.arange(last - first)
+        seen = (distance >= 0) & ((distance <= left) if left >= 0 else True)
+        parts.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v[first:last]))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("family", ["llama, two heads share keys", "gemma3, a sliding window of 4"])
+@pytest.mark.parametrize("kernel", ["torch", "flash_attn"])
+def test_kernels_get_the_sequences_the_scale_and_the_window(family: str, kernel: str, monkeypatch) -> None:
+    def of_torch(q, k, v, starts, starts_k, longest, longest_k, *, scale, window_size):
+        assert torch.equal(starts, starts_k) and starts.dtype == torch.int32 and longest == longest_k == 8
+        assert k.shape[1] == q.shape[1] and window_size[1] == 0  # it shares no keys in every version; 0: no look ahead
+        return naive(q, k, v, starts, scale, window_size[0])
+
+    def of_flash(q, k, v, starts, starts_k, longest, longest_k, *, dropout_p, softmax_scale, causal, window_size):
+        assert causal and dropout_p == 0.0
+        return naive(q, k, v, starts, softmax_scale, window_size[0])
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", of_torch)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=of_flash))
+    model = made(FAMILIES[family](), "sdpa")
+    logprobs, _ = plain(made(FAMILIES[family](), "eager"), torch.nn.Linear(32, 1))
+    batch = sequence_batch(PROMPTS, RESPONSES, 0, "cpu", kernel=kernel)
+    torch.testing.assert_close(Policy(model, temperature=1.0, autocast=None).logprobs(batch), logprobs.detach(), rtol=1e-4, atol=2e-5)
+
+
+def test_the_fastest_kernel_that_is_installed_comes_first(monkeypatch) -> None:
+    usable_kernels.cache_clear()
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert usable_kernels("cuda") == ("torch", "padded") and usable_kernels("cpu") == ("padded",)
+    usable_kernels.cache_clear()
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v, is_causal: q)  # an older one, without windows
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
+    assert usable_kernels("cuda") == ("flash_attn", "padded")
+    usable_kernels.cache_clear()
+
+
+# Models that are not packed
+
+REFUSED = {
+    "bloom: ALiBi": (lambda: transformers.BloomConfig(vocab_size=60, hidden_size=32, n_layer=1, n_head=4), "position ids"),
+    "falcon: an attention of its own": (
+        lambda: transformers.FalconConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4),
+        "an attention of its own",
+    ),
+    "gemma2: caps its scores": (
+        lambda: transformers.Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, attn_implementation="eager"),
+        "its attention is eager",
+    ),
+    "mamba: a state": (lambda: transformers.MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1), "position ids"),
+    "llama4: attends in chunks": (
+        lambda: transformers.Llama4TextConfig(**SIZES, head_dim=8, num_key_value_heads=2, intermediate_size_mlp=32, num_local_experts=2),
+        "chunked_attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_cannot_be_packed_is_padded(family: str) -> None:
+    config, reason = REFUSED[family]
+    decoder = transformers.AutoModel.from_config(config())
+    assert reason in why_not(decoder)
+    assert packing_kernel(decoder, nullcontext) is None
+
+
+def test_a_trial_finds_a_look_across_sequences_and_the_log_says_it_once(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(packing, "_said", set())
+    caplog.set_level(logging.WARNING)
+    for _ in range(2):
+        decoder = transformers.AutoModel.from_config(FAMILIES["llama, two heads share keys"]())
+        norm = decoder.norm.forward
+        decoder.norm.forward = lambda hidden, norm=norm: norm(hidden + hidden.roll(1, dims=1))  # each token sees the one before it
+        assert packing_kernel(decoder, nullcontext) is None
+    assert [record.message.partition(" would")[0] for record in caplog.records] == [
+        "LlamaModel: its passes are padded, not packed: padded: its hidden states"
+    ]

@@ -1,0 +1,243 @@
+"""Passes of the update: packed, with casts kept, retreating when memory runs out, and without waiting for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stages.errors import TrainingError
+from stages.ppo.data import load_pretraining_rows
+from stages.ppo.measuring import measure, measuring_budget
+from stages.ppo.optimizers import make_optimizer
+from stages.ppo.roles import load_roles
+from stages.ppo.rollout import targets
+from stages.ppo.update import Updater
+from stages.training.checkpoints import trainable
+
+KINDS: dict[str, dict[str, Any]] = {
+    "a value network": {},
+    "a shared head": {"value": "shared"},
+    "LoRA": {"lora": {"r": 4}},
+    "LoRA, a shared head": {"lora": {"r": 4}, "value": "shared"},
+}
+
+
+def make_updater(roles: Any, config: Any, **options: Any) -> Updater:
+    optimizers = {name: make_optimizer(list(trainable(network).values()), config.training) for name, network in roles.networks().items()}
+    return Updater(roles, optimizers, config, **options)
+
+
+def taken_gradients(roles: Any) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, network in roles.networks().items():
+        for key, parameter in trainable(network).items():
+            if parameter.grad is not None:
+                found[f"{name}.{key}"] = parameter.grad.clone()
+        network.zero_grad()
+    return found
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name; ``casts``: of ``weights`` to half precision."""
+
+    def __init__(self, weights: Any = ()) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+        self.casts, self.weights = 0, {weight.data_ptr() for weight in weights}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.counts[name] = self.counts.get(name, 0) + 1
+        if name == "_to_copy" and (kwargs or {}).get("dtype") == torch.bfloat16:
+            self.casts += args[0].data_ptr() in self.weights
+        return func(*args, **(kwargs or {}))
+
+
+# Packing
+
+
+@pytest.mark.parametrize("kind", ["a value network", "LoRA, a shared head"])
+def test_packed_updates_have_the_gradients_of_padded_ones(ppo_config, ppo_context, make_rollout, kind: str) -> None:
+    config = ppo_config(score_placement="after", training={"learning_rate": 1e-3, "gradient_checkpointing": True}, **KINDS[kind])
+    roles = load_roles(config, ppo_context)
+    rollout = make_rollout(roles, config)
+    assert rollout.closing_mask.any() and len(set(rollout.lengths.tolist())) > 1
+    goal = targets(rollout, config, kl_coef=0.1)
+    updater = make_updater(roles, config)
+    expected_totals = updater.accumulate(rollout, goal)
+    expected_totals.read()
+    expected = taken_gradients(roles)
+    roles.packs = True
+    assert roles.kernel("policy", "value", "reference") == "padded"
+    totals = updater.accumulate(rollout, goal)
+    totals.read()
+    assert totals.sums == pytest.approx(expected_totals.sums, rel=1e-4, abs=1e-5)
+    found = taken_gradients(roles)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_packed_measuring_equals_padded_measuring(ppo_config, ppo_context, make_rollout) -> None:
+    config = ppo_config(score_placement="after", value="shared")
+    roles = load_roles(config, ppo_context)
+    torch.nn.init.normal_(roles.policy.value_head.weight)
+    rollout = make_rollout(roles, config)
+    responses = [rollout.response(row) for row in range(12)]
+    found = []
+    for packs in (False, True):
+        roles.packs = packs
+        budget = measuring_budget(config, roles.policy.device)
+        found.append(measure(roles, rollout.prompt_ids, responses, rollout.closing_mask, budget, recompute=True))
+    assert found[0].keys() == found[1].keys() == {"reference", "values", "closing", "sampled"}
+    for name, numbers in found[0].items():
+        torch.testing.assert_close(found[1][name], numbers, rtol=1e-4, atol=1e-5)
+
+
+# Casts
+
+
+def test_each_weight_is_cast_once_in_an_optimizer_step_and_the_gradient_is_autocasts(ppo_config, ppo_context, make_rollout) -> None:
+    config = ppo_config(precision="bf16", microbatch_size=2)
+    roles = load_roles(config, ppo_context)
+    part = make_rollout(roles, config).rows(torch.arange(6))
+    goal, updater = targets(part, config, kl_coef=0.1), make_updater(roles, config)
+    weights = [*roles.policy.model.parameters(), *roles.value.parameters()]
+    with Operations(weights) as kept:
+        updater.accumulate(part, goal)
+    gradients = taken_gradients(roles)
+    roles.__dict__["are_cut"] = True  # as with weights that are cut over processes: nothing is kept
+    with Operations(weights) as anew:
+        updater.accumulate(part, goal)
+    # Two layers of seven products in each network, the policy's output layer, weight and bias of the value head.
+    assert kept.casts == 2 * 14 + 1 + 2
+    assert anew.casts >= 3 * kept.casts  # three passes
+    for name, gradient in taken_gradients(roles).items():
+        assert torch.equal(gradient, gradients[name]), name  # to the bit
+
+
+# Memory
+
+
+def run_out_above(model: Any, tokens: int, monkeypatch: pytest.MonkeyPatch, *, in_backward: bool = False) -> list[int]:
+    """Let passes of ``model`` run out of memory above so many tokens; returns the list of those that did."""
+    failed: list[int] = []
+    forward = model.forward
+
+    def limited(*inputs: Any, **named: Any) -> Any:
+        size = named["input_ids"].numel()
+        output = forward(*inputs, **named)
+        if size > tokens:
+            if in_backward:
+                output.last_hidden_state.register_hook(lambda _: raise_out_of_memory(failed, size))
+            else:
+                raise_out_of_memory(failed, size)
+        return output
+
+    monkeypatch.setattr(model, "forward", limited)
+    return failed
+
+
+def raise_out_of_memory(failed: list[int], size: int) -> None:
+    failed.append(size)
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(("place", "in_backward"), [("policy", False), ("value", True)])
+def test_a_minibatch_that_runs_out_of_memory_is_done_again_in_smaller_passes(
+    ppo_config, ppo_context, make_rollout, monkeypatch, caplog, tmp_path, place: str, in_backward: bool
+) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the acting was warm and the film was a joy\n" * 20)
+    mix = {"data": str(corpus), "coef": 2.0, "examples_per_episode": 1, "block_size": 8}
+    config = ppo_config(microbatch_size="auto", pretraining_mix=mix)
+    roles = load_roles(config, ppo_context)
+    rollout = make_rollout(roles, config)
+    goal = targets(rollout, config, kl_coef=0.1)
+
+    def updater() -> Updater:
+        return make_updater(roles, config, pretraining_rows=load_pretraining_rows(config, ppo_context, roles))
+
+    limited = updater()
+    with monkeypatch.context() as patch:
+        failed = run_out_above(roles.policy.decoder if place == "policy" else roles.value.backbone, 100, patch, in_backward=in_backward)
+        totals = limited.accumulate(rollout, goal)
+    totals.read()
+    found = taken_gradients(roles)
+    assert len(failed) == 2 and limited.budget.retreats == 2
+    assert sum("memory ran out in a pass" in record.message for record in caplog.records) == 1
+    small = updater()
+    small.budget.tokens = limited.budget.tokens
+    expected = small.accumulate(rollout, goal)
+    expected.read()
+    assert totals.sums == expected.sums  # no episode counts twice, and none is lost
+    for name, gradient in taken_gradients(roles).items():
+        assert torch.equal(found[name], gradient), name  # to the bit: the passes are the same
+    whole = updater()
+    whole.accumulate(rollout, goal)
+    for name, gradient in taken_gradients(roles).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=2e-6)  # fp32 sums in another order
+    result = limited.update(rollout, kl_coef=0.1, seed=0)
+    assert result.retreats == 2 and 0 < result.pass_tokens <= 100
+    assert limited.update(rollout, kl_coef=0.1, seed=1).retreats == 0  # passes stay small
+
+
+def test_measuring_retreats_and_loses_no_episode(ppo_config, ppo_context, make_rollout, monkeypatch) -> None:
+    config = ppo_config(microbatch_size=12)
+    roles = load_roles(config, ppo_context)
+    expected = make_rollout(roles, config)
+    failed = run_out_above(roles.value.backbone, 100, monkeypatch)
+    found = make_rollout(roles, config)
+    assert failed and found.retreats == len(failed) and expected.retreats == 0
+    torch.testing.assert_close(found.values, expected.values)
+    torch.testing.assert_close(found.reference_logprobs, expected.reference_logprobs)
+
+
+def test_one_episode_that_does_not_fit_ends_the_run(ppo_config, ppo_context, make_rollout, monkeypatch) -> None:
+    config = ppo_config()
+    roles = load_roles(config, ppo_context)
+    rollout = make_rollout(roles, config)
+    run_out_above(roles.policy.decoder, 0, monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError):
+        make_updater(roles, config).accumulate(rollout, targets(rollout, config, kl_coef=0.1))
+
+
+def test_cut_weights_do_not_retreat_since_the_other_processes_wait(ppo_config, ppo_context, make_rollout, monkeypatch) -> None:
+    config = ppo_config()
+    roles = load_roles(config, ppo_context)
+    rollout = make_rollout(roles, config)
+    run_out_above(roles.policy.decoder, 0, monkeypatch)
+    roles.__dict__["are_cut"] = True
+    with pytest.raises(TrainingError, match="set microbatch_size to fewer episodes"):
+        make_updater(roles, config).accumulate(rollout, targets(rollout, config, kl_coef=0.1))
+
+
+# Waiting
+
+WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero")  # what makes the CPU wait for a GPU
+
+
+@pytest.mark.parametrize(("kind", "packs"), [*((kind, False) for kind in KINDS), ("a value network", True), ("LoRA", True)])
+def test_an_optimizer_step_reads_numbers_once(ppo_config, ppo_context, make_rollout, monkeypatch, kind: str, packs: bool) -> None:
+    config = ppo_config(microbatch_size=2, score_placement="after", ema_decay=0.9, **KINDS[kind])
+    roles = load_roles(config, ppo_context)
+    roles.packs = packs
+    part = make_rollout(roles, config).rows(torch.arange(6))
+    goal, updater = targets(part, config, kl_coef=0.1), make_updater(roles, config)
+    updater.minibatch(part, goal)  # makes what stays: optimizer states, the answer whether rows can be packed
+    reads: list[str] = []
+    for name in ("tolist", "item", "__float__", "__bool__", "__int__", "cpu", "numpy"):
+        own = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor,
+            name,
+            lambda tensor, *rest, name=name, own=own: (tensor.requires_grad or reads.append(name), own(tensor, *rest))[1],
+        )
+    with Operations() as seen:
+        updater.minibatch(part, goal)
+    assert {name: seen.counts[name] for name in WAITS if name in seen.counts} == {}
+    # Three lists of the rollout, which lies on the CPU (lengths, token ids, which states count), and the sums of the minibatch.
+    assert reads.count("tolist") == 4 and set(reads) <= {"tolist"}
