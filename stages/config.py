@@ -156,7 +156,14 @@ Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 OPTIMIZER_HELP = "adamw_8bit: 8-bit moments (bitsandbytes), 2 bytes per weight instead of 8; paged: moments can be moved to CPU memory."
 
 
-Microbatch = Annotated[int, Field(ge=1)] | Literal["auto"]
+def _rows_or_auto(value: Any) -> Any:
+    """One message for all that is neither; pydantic would give one for each of the two."""
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"got {value!r}, expected a whole number of at least 1, or auto")
+
+
+Microbatch = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_rows_or_auto)]
 """How many sequences go through a model at once: a number, or auto, as many as pay on this machine and fit into its memory."""
 AUTO_ROWS = {"pretraining": 32, "sft": 32, "sentiment": 32, "reward_model": 8, "dpo": 8, "ppo": 16}
 """By stage: rows of a pass on a CPU with microbatch_size: auto. More make nothing faster there."""

@@ -28,10 +28,11 @@ class MatmulCounter:
             self._known[id(decoder)] = _sizes(decoder)
         trained, frozen, layers, width = self._known[id(decoder)]
         rows, columns = batch.input_ids.shape
+        lengths = batch.packing.lengths if batch.packing is not None else (columns,) * rows
         # A frozen weight has no gradient of its own; what lies below it still wants one.
         per_token = 2 * (trained * (3 if backward else 1) + frozen * (2 if backward else 1))
-        attention = 4 * width * (columns / 2) * layers * (3 if backward else 1)
-        self.operations += rows * columns * (per_token + attention)
+        attention = 4 * width * layers * (3 if backward else 1)  # for each token that a token looks back on, half of them at the mean
+        self.operations += sum(length * (per_token + attention * length / 2) for length in lengths)
         if output is not None:
             trained, frozen = _weights(output)
             self.operations += len(batch.tokens) * 2 * (trained * (3 if backward else 1) + frozen * (2 if backward else 1))

@@ -32,6 +32,13 @@ def test_operations_by_hand() -> None:
     assert counter.take() == 8 * (2 * 2 * LLAMA + 3 * attention) and counter.take() == 0
 
 
+def test_packed_sequences_have_no_padding_and_look_back_inside_themselves() -> None:
+    counter = MatmulCounter()
+    batch = sequence_batch([[1, 2], [3]], [[4, 5], [6]], 0, "cpu", kernel="padded")  # four tokens and two
+    counter.add(llama(), batch, backward=False)
+    assert counter.take() == (4 + 2) * 2 * LLAMA + 4 * 8 * (4 * 2 + 2 * 1)
+
+
 def test_gpt2_s_layers_count_and_its_embeddings_do_not() -> None:
     counter = MatmulCounter()
     counter.add(GPT2Model(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=16)), BATCH, backward=False)
