@@ -65,8 +65,8 @@ def iteration_metrics(
             peak=matmul_peak,
         ),
         **({"time/scoring_hidden_s": rollout.hidden_seconds} if rollout.hidden_seconds is not None else {}),
+        "time/update_pass_tokens": float(result.pass_tokens),
         "passes/retreats": float(rollout.retreats + result.retreats),
-        "passes/update_tokens": float(result.pass_tokens),
         **{f"memory/{phase}_gpu_gib": peak / 2**30 for phase, peak in rollout.gpu_memory.items()},
     }
 
