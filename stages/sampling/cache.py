@@ -159,9 +159,11 @@ class SlotLayer(DynamicLayer):
     def put(self, keys: Tensor, values: Tensor, rows: Tensor, slots: Tensor, lengths: Tensor, room: int) -> None:
         """Give ``slots`` [k] to the sequences ``rows`` [k] of what was read, keys and values [b, H, P, D], left padded.
 
-        ``lengths`` [k]: tokens without padding; ``room``: tokens that the storage has room for, at least.
+        ``lengths`` [k]: tokens without padding; ``room``: tokens that a new storage has room for.
         """
-        self._make_room(keys, values, room)
+        if self.keys is None or self.values is None:
+            self.keys, self.values = self._storage(keys, room), self._storage(values, room)
+            self.device, self.dtype, self.is_initialized = keys.device, keys.dtype, True
         width = keys.shape[2]
         # Each row moves to the left, over its padding. Copies of its last token fill the end; nobody attends to them.
         places = (torch.arange(width, device=keys.device) + (width - lengths)[:, None]).clamp(max=width - 1)[:, None, :, None]
@@ -190,18 +192,11 @@ class SlotLayer(DynamicLayer):
         part = self._by_token(storage)[: self.window.rows, :, : self.window.columns]
         return part.scatter_(2, self.window.at[:, None, None, None].expand_as(states), states)
 
-    def _make_room(self, keys: Tensor, values: Tensor, room: int) -> None:
-        if self.keys is None or self.values is None:
-            self.keys, self.values = self._storage(keys, room), self._storage(values, room)
-            self.device, self.dtype, self.is_initialized = keys.device, keys.dtype, True
-        self.widen(room)
-
     def widen(self, room: int) -> None:
-        """Make room for ``room`` tokens in every slot, and for some more where the storage has to be copied for it."""
-        if self.keys is None or self.values is None or room <= self._by_token(self.keys).shape[2]:
-            return
-        more = room + max(COLUMN_ROOM, room // 8)
-        self.keys, self.values = (self._widened(storage, more) for storage in (self.keys, self.values))
+        """Copy the storage to one with room for ``room`` tokens in every slot."""
+        if self.keys is not None and self.values is not None:
+            self.keys = self._widened(self.keys, room)
+            self.values = self._widened(self.values, room)
 
     def _widened(self, old: Tensor, room: int) -> Tensor:
         tokens = self._by_token(old)

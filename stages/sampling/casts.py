@@ -56,13 +56,13 @@ class AutocastCopies:
 
 
 def _casted(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """The fp32 parameters that autocast casts for a product: those of linear layers, unless a subclass of parameters holds them."""
+    """The fp32 parameters that autocast casts for a product: those of linear layers, unless they are quantized or sharded."""
     return [
         (module, name, parameter)
         for module in model.modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        if isinstance(module, nn.Linear | Conv1D) and type(module.weight) is nn.Parameter
         for name, parameter in module.named_parameters(recurse=False)
-        if type(parameter) is nn.Parameter and parameter.dtype == torch.float32
+        if parameter.dtype == torch.float32
     ]
 
 

@@ -60,7 +60,7 @@ class SlotDecoder:
         self._options = forward_options(support, workspace.cache)
         self._device = noise.device
         self._occupants: dict[int, Occupant] = {}  # by slot
-        self._num_slots = min(settings.batch_size, len(prompts))
+        self._num_slots, self._longest = min(settings.batch_size, len(prompts)), max(map(len, prompts))
         self._has_endings = False
         self._waiting: deque[int] = deque()  # rows of prompts
 
@@ -108,7 +108,7 @@ class SlotDecoder:
         lengths = torch.tensor([len(self._prompts[row]) for row in rows], device=self._device)
         for layer, states in zip(self._workspace.cache.layers, read.layers, strict=True):
             if states.is_initialized:  # a layer that the model asks nothing of has nothing
-                layer.put(states.keys, states.values, places, slots, lengths, self._workspace.first_room(states.keys.shape[2]))
+                layer.put(states.keys, states.values, places, slots, lengths, self._workspace.room)
         self._slots.admit(slots, lengths, self._noise[rows], logits[places], self._choice)
 
     def _step_for_a_while(self) -> None:
@@ -121,6 +121,7 @@ class SlotDecoder:
         for _ in range(number):
             occupied = self._occupants.values()
             columns = max(occupant.length + occupant.sampled for occupant in occupied)
+            self._workspace.make_room(columns, self._longest + most)
             size = self._workspace.size(max(self._occupants) + 1, columns)
             remaining = most if self._waiting else max(most - occupant.sampled for occupant in occupied)
             self._workspace.step(self._model, self._support, size, self._choice, remaining)

@@ -21,7 +21,6 @@ from stages.config import GenerationSettings
 from stages.errors import ModelError
 from stages.sampling.continuous import SlotDecoder
 from stages.sampling.decoding import Decoded, decode
-from stages.sampling.graphs import rounded_room
 from stages.sampling.padding import left_pad, right_pad
 from stages.sampling.probe import usable_support
 from stages.sampling.support import DecodingSupport, plain_model
@@ -244,8 +243,8 @@ def _decode_in_slots(
 ) -> None:
     """Decode all prompts over one workspace."""
     slots = min(settings.batch_size, len(prompts))
-    room = rounded_room(max(map(len, prompts)) + settings.max_new_tokens)
-    with workspace_for(model, slots, room, settings.max_new_tokens, cuda_graphs=settings.cuda_graphs) as workspace:
+    longest = max(map(len, prompts))
+    with workspace_for(model, slots, longest, settings.max_new_tokens, cuda_graphs=settings.cuda_graphs) as workspace:
         decoder = SlotDecoder(
             model,
             workspace,

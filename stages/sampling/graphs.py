@@ -96,6 +96,11 @@ class GraphPool:
     def __len__(self) -> int:
         return len(self._recordings)
 
+    @property
+    def is_useful(self) -> bool:
+        """Whether there are recordings, or may be."""
+        return self._recorder is not None or bool(self._recordings)
+
     def size(self, rows: int, columns: int) -> Size:
         """The size to decode at, which holds ``rows`` and ``columns``."""
         return Size(next_size(self._row_sizes, rows), next_size(self._column_sizes, columns))

@@ -19,27 +19,30 @@ from torch import Tensor
 
 from stages.sampling.cache import COLUMN_ROOM, SlotWindow, decoding_attention, forward_options, make_slot_cache
 from stages.sampling.casts import AutocastCopies, uncached_casts
-from stages.sampling.graphs import CudaRecorder, GraphPool, Recorder, Size, can_record
+from stages.sampling.graphs import CudaRecorder, GraphPool, Recorder, Size, can_record, rounded_room
 from stages.sampling.slots import Choice, Slots
 from stages.sampling.support import DecodingSupport
 
 logger = logging.getLogger(__name__)
 
 EVEN_COLUMNS = 16  # on a GPU, attention kernels want masks of a multiple of this many columns
+RESPONSE_ROOM = 512  # tokens of a response that a cache on a GPU has room for at first; its room is doubled when they are used up
 
 
 class Workspace:
     """Slots, cache and recordings. It holds nothing of the model, so that it does not keep it alive."""
 
-    def __init__(self, model: Any, slots: int, room: int, most: int, recorder: Recorder | None) -> None:
-        """``room``: columns of the cache; ``most``: tokens of a response; ``recorder`` None: every step is computed."""
+    def __init__(self, model: Any, slots: int, longest: int, most: int, recorder: Recorder | None) -> None:
+        """``longest``: tokens of the longest prompt; ``most``: of a response; ``recorder`` None: every step is computed."""
         self._device = next(model.parameters()).device
-        self.slots, self.room = Slots(slots, most, self._device), room
+        self._is_exact = recorder is None and self._device.type == "cpu"
+        self.room = longest + 1 if self._is_exact else first_room(longest, most)
+        self.slots = Slots(slots, most, self._device)
         self._window = SlotWindow(slots, 1, self.slots.positions)
         self.cache = make_slot_cache(model, self._window, slots)
-        self.pool = None if recorder is None else GraphPool(recorder, slots, room)
+        self._recorder = recorder
+        self.pool = None if recorder is None else GraphPool(recorder, slots, self.room)
         self._copies = AutocastCopies()
-        self._grows = self.pool is None and self._device.type == "cpu"
 
     @contextmanager
     def in_use(self, model: Any) -> Iterator[None]:
@@ -47,15 +50,22 @@ class Workspace:
         with self._copies.in_use(model), uncached_casts(self._device.type):
             yield
 
-    def first_room(self, width: int) -> int:
-        """Columns of the cache when the first prompts, of ``width`` tokens, are put into it: on a CPU it grows with the responses."""
-        return min(self.room, width + COLUMN_ROOM) if self._grows else self.room
+    def make_room(self, columns: int, limit: int) -> None:
+        """Let the cache have at least ``columns``; more than ``limit`` are never needed. It is copied then, and recordings are lost."""
+        if columns <= self.room:
+            return
+        more = columns + max(COLUMN_ROOM, columns // 8) if self._is_exact else rounded_room(2 * columns)
+        self.room = max(columns, min(more, limit)) if self._is_exact else min(more, rounded_room(limit))
+        for layer in self.cache.layers:
+            layer.widen(self.room)
+        if self._recorder is not None:
+            self.pool = GraphPool(self._recorder, self.slots.number, self.room)
 
     def size(self, rows: int, columns: int) -> Size:
         """The size to decode ``rows`` and ``columns`` at."""
-        if self.pool is not None:
+        if self.pool is not None and self.pool.is_useful:
             return self.pool.size(rows, columns)
-        return Size(rows, columns if self._grows else min(self.room, -(-columns // EVEN_COLUMNS) * EVEN_COLUMNS))
+        return Size(rows, columns if self._is_exact else min(self.room, -(-columns // EVEN_COLUMNS) * EVEN_COLUMNS))
 
     def step(self, model: Any, support: DecodingSupport, size: Size, choice: Choice, remaining: int) -> None:
         """Read the last token of the first rows and sample the next; ``remaining``: steps that may follow at most, with this one."""
@@ -75,8 +85,6 @@ class Workspace:
         # A response that has ended may stand behind the columns of this step; it writes to the last of them.
         at = self.slots.positions[:rows].clamp(max=columns - 1)
         self._window.rows, self._window.columns, self._window.at = rows, columns, at
-        for layer in self.cache.layers:
-            layer.widen(columns)
         hidden = torch.arange(columns, device=self._device) > at[:, None]
         bias = torch.zeros((rows, columns), dtype=self._dtype(), device=self._device).masked_fill_(hidden, -torch.inf)
         inputs = {"input_ids": self.slots.tokens[:rows, None], "attention_mask": bias[:, None, None], "position_ids": at[:, None]}
@@ -88,16 +96,21 @@ class Workspace:
         """That of keys, which an attention mask has to have as well."""
         return next(layer.dtype for layer in self.cache.layers if layer.is_initialized)
 
-    def serves(self, slots: int, room: int, most: int) -> bool:
-        """Whether a call may use it, and does not hold twice the memory that it needs."""
-        has_room = self.slots.number >= slots and self.room >= room and self.slots.most >= most
-        return has_room and self.slots.number * self.room <= 2 * slots * room
+    def serves(self, slots: int, longest: int, most: int) -> bool:
+        """Whether a call may use it, and does not hold more than twice the memory that the call may need."""
+        has_room = self.slots.number >= slots and self.room >= first_room(longest, most) and self.slots.most >= most
+        return has_room and self.slots.number * self.room <= 2 * slots * rounded_room(longest + most)
 
     def num_bytes(self) -> int:
         """Memory of all that is kept."""
         storages = [storage for layer in self.cache.layers if layer.is_initialized for storage in (layer.keys, layer.values)]
         recorded = 0 if self.pool is None else self.pool.num_bytes
         return sum(storage.nbytes for storage in storages) + self.slots.num_bytes() + self._copies.num_bytes() + recorded
+
+
+def first_room(longest: int, most: int) -> int:
+    """Columns of a new cache on a GPU for prompts of up to ``longest`` tokens and responses of up to ``most``."""
+    return rounded_room(longest + min(most, RESPONSE_ROOM))
 
 
 @dataclass(frozen=True)
@@ -111,17 +124,17 @@ _kept: _Kept | None = None
 
 
 @contextmanager
-def workspace_for(model: Any, slots: int, room: int, most: int, *, cuda_graphs: bool) -> Iterator[Workspace]:
-    """A workspace with ``slots``, ``room`` columns and ``most`` tokens for each response, at least.
+def workspace_for(model: Any, slots: int, longest: int, most: int, *, cuda_graphs: bool) -> Iterator[Workspace]:
+    """A workspace for ``slots``, prompts of up to ``longest`` tokens, and responses of up to ``most``.
 
     With recordings it is the kept one if that serves; afterwards it is kept if its memory allows.
     """
     recorder = make_recorder(model) if cuda_graphs else None
     if recorder is None:
-        yield Workspace(model, slots, room, most, None)
+        yield Workspace(model, slots, longest, most, None)
         return
     signature = weights_signature(model)
-    workspace = _taken(model, signature, slots, room, most) or Workspace(model, slots, room, most, recorder)
+    workspace = _taken(model, signature, slots, longest, most) or Workspace(model, slots, longest, most, recorder)
     yield workspace
     _keep(model, signature, workspace, recorder.memory_limit)
 
@@ -137,11 +150,11 @@ def drop_kept_workspace() -> None:
     _kept = None
 
 
-def _taken(model: Any, signature: Hashable, slots: int, room: int, most: int) -> Workspace | None:
+def _taken(model: Any, signature: Hashable, slots: int, longest: int, most: int) -> Workspace | None:
     """The kept workspace if it serves. It is no longer kept in any case: two at a time would take too much memory."""
     kept = _kept
     drop_kept_workspace()
-    if kept is None or kept.model() is not model or kept.signature != signature or not kept.workspace.serves(slots, room, most):
+    if kept is None or kept.model() is not model or kept.signature != signature or not kept.workspace.serves(slots, longest, most):
         return None
     return kept.workspace
 

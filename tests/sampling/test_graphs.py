@@ -40,7 +40,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def sample(model: Any, stops: tuple[int, ...] = STOPS, prompts: list[list[int]] = PROMPTS, **settings: Any) -> Generated:
     """``cuda_graphs=False``: batch after batch, without slots."""
-    chosen = GenerationSettings(**{"max_new_tokens": 60, "batch_size": 3, **settings})
+    chosen = GenerationSettings(**{"max_new_tokens": 40, "batch_size": 3, **settings})
     return generate(model, prompts, chosen, seeds=range(len(prompts)), stop_ids=stops, pad_token_id=1)
 
 
@@ -97,7 +97,7 @@ def test_a_pool_serves_the_next_call_and_reads_the_weights_as_they_are_then(mode
 def test_other_stop_tokens_seeds_and_fewer_tokens_need_no_new_recording(model, recorder) -> None:
     sample(model)
     recorded = recorder.recorded
-    for options in ({"stops": STOPS[:4]}, {"max_new_tokens": 50}, {"prompts": PROMPTS[::-1]}):
+    for options in ({"stops": STOPS[:4]}, {"max_new_tokens": 30}, {"prompts": PROMPTS[::-1]}):
         assert_same(sample(model, **options), sample(model, **options, cuda_graphs=False))
     # rows that end later may want one size more, which no earlier call had
     assert recorder.recorded <= recorded + 1
@@ -124,6 +124,19 @@ def test_a_row_that_has_ended_behind_the_columns_of_a_step_does_no_harm(model, r
     assert_same(found, sample(model, (first,), prompts, batch_size=4, cuda_graphs=False))
 
 
+def test_a_cache_that_is_used_up_grows_and_its_steps_are_recorded_anew(model, recorder, monkeypatch) -> None:
+    monkeypatch.setattr(workspace, "RESPONSE_ROOM", 16)
+    monkeypatch.setattr(graphs, "SMALLEST_COLUMNS", 8)
+    found = sample(model, ())
+    assert_same(found, sample(model, (), cuda_graphs=False))
+    kept = workspace._kept.workspace
+    assert kept.room == 48  # 5 + 16 tokens, then twice as many as needed, but no more than 5 + 40 (in steps of 8)
+    assert {size.columns for size, _ in kept.pool._recordings} <= {8, 12, 16, 24, 32, 48}
+    recorded = recorder.recorded
+    assert_same(sample(model, ()), found)
+    assert recorder.recorded <= recorded + 2  # sizes that the smaller cache had no longer recorded
+
+
 def test_a_pool_above_its_memory_is_dropped_and_the_log_says_so(model, recorder, caplog) -> None:
     recorder.memory_limit = 1000
     with caplog.at_level(logging.INFO):
@@ -136,8 +149,8 @@ def test_a_pool_above_its_memory_is_dropped_and_the_log_says_so(model, recorder,
     recorder.memory_limit = 1 << 40
     sample(model)
     num_bytes = workspace._kept.workspace.num_bytes()
-    # two layers of keys and values [3 slots, 2 heads, 128 columns, 8 wide] fp32, 1,000 bytes each recording, and the slots
-    assert num_bytes == 2 * 2 * 3 * 2 * 128 * 8 * 4 + 1000 * recorded + workspace._kept.workspace.slots.num_bytes()
+    # two layers of keys and values [3 slots, 2 heads, 64 columns, 8 wide] fp32, 1,000 bytes each recording, and the slots
+    assert num_bytes == 2 * 2 * 3 * 2 * 64 * 8 * 4 + 1000 * recorded + workspace._kept.workspace.slots.num_bytes()
 
 
 def test_a_pool_does_not_keep_its_model_alive(model, recorder) -> None:
