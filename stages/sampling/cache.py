@@ -230,7 +230,7 @@ def attend_by_columns(
     """
     batch, heads, length, width = query.shape
     is_added = attention_mask is None or (attention_mask.is_floating_point() and attention_mask.shape[1] == 1)
-    if length != 1 or dropout or not is_added or options.get("position_bias") is not None:
+    if length != 1 or dropout or not is_added or options.get("position_bias") is not None or options.get("softcap") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
     groups = key.shape[1]  # heads that share keys are the rows of one product
     query = query.reshape(batch, groups, heads // groups, width) * (width**-0.5 if scaling is None else scaling)

@@ -11,7 +11,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from stages.errors import ModelError
 from stages.sampling.continuous import SlotDecoder
 from stages.sampling.decoding import Decoded, decode
 from stages.sampling.padding import left_pad, right_pad
-from stages.sampling.probe import usable_support
+from stages.sampling.probe import fits_slots, usable_support
 from stages.sampling.support import DecodingSupport, plain_model
 from stages.sampling.workspace import workspace_for
 from stages.tokens.continuation import CONTEXT, continuation_text
@@ -30,6 +30,7 @@ from stages.tokens.positions import model_length
 from stages.tokens.turns import turn_end_ids
 
 logger = logging.getLogger(__name__)
+_said: set[str] = set()  # classes of models that are decoded batch by batch
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def generate(
     model.eval()
     try:
         support = usable_support(model)
-        if decodes_in_slots(model, support, settings, len(prompts)):
+        if decodes_in_slots(model, support, settings, prompts):
             _decode_in_slots(model, support, prompts, order, settings, noise, made, pad_token_id)
         else:
             _decode_in_batches(model, support, prompts, order, settings, noise, made, pad_token_id)
@@ -212,23 +213,32 @@ class _Collected:
         return torch.tensor([len(response) for response in responses], device=responses[0].device)
 
 
-def decodes_in_slots(model: Any, support: DecodingSupport, settings: GenerationSettings, number: int) -> bool:
-    """Whether ``number`` prompts are decoded in slots, which continuous batching and CUDA graphs need, and not batch by batch.
+def decodes_in_slots(model: Any, support: DecodingSupport, settings: GenerationSettings, prompts: Sequence[Sequence[int]]) -> bool:
+    """Whether ``prompts`` are decoded in slots, which continuous batching and CUDA graphs need, and not batch by batch.
 
     That is so on a GPU, and where continuous batching is asked for and prompts have to wait. A model whose cache cannot give a row to
     another sequence is decoded batch by batch; the log says so once.
     """
     on_gpu = next(model.parameters()).device.type == "cuda"
-    waits = number > settings.batch_size and settings.continuous_batching is not False
-    wanted = on_gpu or (waits and settings.continuous_batching is True)
-    if wanted and waits and not support.adds_mask:
-        _say_batch_by_batch(type(plain_model(model)).__name__)
-    return wanted and support.adds_mask
+    waits = len(prompts) > settings.batch_size and settings.continuous_batching is not False
+    if not (on_gpu or (waits and settings.continuous_batching is True)):
+        return False
+    tokens = max(map(len, prompts)) + settings.max_new_tokens
+    fits = fits_slots(model, support, tokens)
+    if waits and not fits:
+        _say_batch_by_batch(type(plain_model(model)).__name__, 0 if tokens <= support.slot_tokens else int(support.slot_tokens), tokens)
+    return fits
 
 
-@cache
-def _say_batch_by_batch(name: str) -> None:
-    logger.warning("%s is decoded batch by batch: its cache cannot give the place of a finished completion to another one", name)
+def _say_batch_by_batch(name: str, window: int, tokens: int) -> None:
+    if name not in _said:
+        _said.add(name)
+        reason = (
+            f"its attention looks back over {window} tokens, and a prompt and its completion have up to {tokens}"
+            if window
+            else "its cache cannot give the place of a finished completion to another one"
+        )
+        logger.warning("%s is decoded batch by batch: %s", name, reason)
 
 
 def _decode_in_slots(

@@ -20,6 +20,7 @@ from stages.sampling.support import DecodingSupport, decoding_support, family_of
 
 logger = logging.getLogger(__name__)
 _found: WeakKeyDictionary[Any, tuple[DecodingSupport, DecodingSupport]] = WeakKeyDictionary()  # what was asked for, what was right
+_fitting: WeakKeyDictionary[Any, tuple[DecodingSupport, bool]] = WeakKeyDictionary()  # whether a model with windows fits slots
 _said: set[str] = set()
 
 LENGTHS = (3, 7)  # tokens of the two prompts that are tried
@@ -46,6 +47,24 @@ def usable_support(model: Any) -> DecodingSupport:
     return found
 
 
+@torch.no_grad()
+def fits_slots(model: Any, support: DecodingSupport, tokens: int) -> bool:
+    """Whether sequences of up to ``tokens`` can be decoded in slots: with one additive mask for all layers and a cache without windows.
+
+    A model with sliding windows can as long as no sequence is longer than its window. That is tried out once.
+    """
+    if tokens > support.slot_tokens:
+        return False
+    if support.adds_mask:
+        return True
+    plain = plain_model(model)
+    asked, fits = _fitting.get(plain, (None, False))
+    if asked != support:
+        fits = _problem(model, replace(support, adds_mask=True)) is None
+        _fitting[plain] = (support, fits)
+    return fits
+
+
 def _tried_out(model: Any, support: DecodingSupport) -> DecodingSupport:
     name, reason = type(plain_model(model)).__name__, ""
     for way, what in _ways(support):
@@ -63,14 +82,14 @@ def _tried_out(model: Any, support: DecodingSupport) -> DecodingSupport:
 
 def _ways(support: DecodingSupport) -> list[tuple[DecodingSupport, str]]:
     """``support`` and all that is slower and asks less of the model, each with a word for the log."""
-    equal = replace(support, hides_padding=False, adds_mask=False)
+    equal = replace(support, hides_padding=False, adds_mask=False, slot_tokens=0)
     ways = {support: "as its class says", equal: "in batches of equal length", without_cache(support): "without a cache, which is slow"}
     return list(ways.items())
 
 
 def without_cache(support: DecodingSupport) -> DecodingSupport:
     """The way that reads the whole text at every step: right for every causal model."""
-    return replace(support, cache_name=None, hides_padding=False, adds_mask=False)
+    return replace(support, cache_name=None, hides_padding=False, adds_mask=False, slot_tokens=0)
 
 
 def _problem(model: Any, support: DecodingSupport) -> str | None:

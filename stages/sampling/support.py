@@ -6,12 +6,14 @@ The questions go to transformers (signatures, class attributes, layers of the ca
 from __future__ import annotations
 
 import inspect
+import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 ADDED_MASK = ("eager", "sdpa")  # attention implementations that add a given 4-D mask to the scores
 
@@ -29,6 +31,8 @@ class DecodingSupport:
     adds_mask: whether the model adds a given 4-D mask to its attention scores and looks back without limit. Then the cache may be
     written in place.
     limits_logits: whether the forward pass can give the logits of the last token alone.
+    slot_tokens: the most tokens of a sequence for which a row of the cache can be given to another sequence: 0 where it never can, the
+    sliding window where layers look back no further, else without limit.
     """
 
     cache_name: str | None
@@ -39,6 +43,7 @@ class DecodingSupport:
     masks_steps: bool
     adds_mask: bool
     limits_logits: bool
+    slot_tokens: float
 
 
 def decoding_support(model: Any) -> DecodingSupport:
@@ -59,6 +64,13 @@ def decoding_support(model: Any) -> DecodingSupport:
         and (has_states_alone or takes_positions or _attends_by_distance(plain))
         and all(_skips_padding(plain, layer) for layer in layers or ())
     )
+    in_place = (
+        hides_padding
+        and takes_positions
+        and bool(getattr(plain, "_supports_attention_backend", False))
+        and plain.config._attn_implementation in ADDED_MASK
+    )
+    slot_tokens = _looks_back(layers or ()) if in_place else 0
     return DecodingSupport(
         cache_name=name,
         hides_padding=hides_padding,
@@ -66,15 +78,9 @@ def decoding_support(model: Any) -> DecodingSupport:
         takes_positions=takes_positions,
         takes_use_cache="use_cache" in parameters or has_options,
         masks_steps=not has_states_alone,
-        adds_mask=(
-            hides_padding
-            and takes_positions
-            and bool(getattr(plain, "_supports_attention_backend", False))
-            and plain.config._attn_implementation in ADDED_MASK
-            and bool(layers)
-            and all(type(layer) is DynamicLayer for layer in layers or ())
-        ),
+        adds_mask=slot_tokens == math.inf,
         limits_logits="logits_to_keep" in parameters,
+        slot_tokens=slot_tokens,
     )
 
 
@@ -102,6 +108,13 @@ def _cache_layers(model: Any) -> list[Any] | None:
     if supports is not None and not supports():
         return None
     return list(DynamicCache(config=model.config).layers)
+
+
+def _looks_back(layers: Sequence[Any]) -> float:
+    """The tokens that every one of these layers of a cache looks back over; 0 where one is of another kind, or where there are none."""
+    if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return 0
+    return min((layer.sliding_window for layer in layers if type(layer) is DynamicSlidingWindowLayer), default=math.inf)
 
 
 def _skips_padding(model: Any, layer: Any) -> bool:

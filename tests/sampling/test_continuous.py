@@ -115,15 +115,50 @@ def test_batch_after_batch_is_the_default_on_a_cpu_to_the_bit(model, monkeypatch
     assert rows(few) == rows(expected)
 
 
-@pytest.mark.parametrize(("kind", "fields"), [("mistral", {}), ("qwen3_next", HYBRID), ("bart", {})])
-def test_a_model_whose_rows_cannot_be_replaced_is_decoded_batch_by_batch_and_the_log_says_so_once(kind: str, fields: Any, caplog) -> None:
-    generation._say_batch_by_batch.cache_clear()
-    model = make(kind, **fields)
+def on_small_tokens(options: dict[str, Any]) -> dict[str, Any]:
     prompts = [[token % 60 + 2 for token in prompt] for prompt in PROMPTS[:6]]
-    options: dict[str, Any] = {"stops": (3, 9, 27), "prompts": prompts, "max_new_tokens": 12, "batch_size": 2}
+    return {"stops": (3, 9, 27), "prompts": prompts, "max_new_tokens": 12, "batch_size": 2, **options}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "reason"),
+    [
+        ("mistral", {}, "looks back over 8 tokens, and a prompt and its completion have up to 22"),
+        ("qwen3_next", HYBRID, "its cache cannot give the place"),
+        ("bart", {}, "its cache cannot give the place"),
+    ],
+)
+def test_a_model_whose_rows_cannot_be_replaced_is_decoded_batch_by_batch_and_the_log_says_so_once(
+    kind: str, fields: dict[str, Any], reason: str, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr(generation, "_said", set())
+    model = make(kind, **fields)
     with caplog.at_level(logging.WARNING):
-        found = [sample(model, **options) for _ in range(2)]
+        found = [sample(model, **on_small_tokens({})) for _ in range(2)]
     said = [message for message in caplog.messages if "batch by batch" in message]
-    assert len(said) == 1 and type(model).__name__ in said[0]
-    expected = sample(model, **options, continuous_batching=False)
+    assert len(said) == 1 and type(model).__name__ in said[0] and reason in said[0]
+    expected = sample(model, **on_small_tokens({"continuous_batching": False}))
     assert all(torch.equal(made.response_ids, expected.response_ids) for made in found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("mistral", {}),
+        ("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}),
+        ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"]}),
+        ("gpt_oss", {}),
+        ("llama4_text", {"attention_chunk_size": 24}),
+    ],
+)
+def test_a_model_with_windows_is_decoded_in_slots_as_long_as_no_text_is_longer(kind: str, fields: dict[str, Any], caplog) -> None:
+    model = make(kind, **{"sliding_window": 24, **fields} if "attention_chunk_size" not in fields else fields)
+    expected = sample(model, **on_small_tokens({"continuous_batching": False}))
+    seen = []
+    decoder = generation.SlotDecoder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "SlotDecoder", lambda *given, **named: seen.append(kind) or decoder(*given, **named))
+        found = sample(model, **on_small_tokens({}))
+    assert seen == [kind]
+    assert torch.equal(found.response_ids, expected.response_ids)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-3, atol=1e-4)

@@ -32,7 +32,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Decode as on a GPU: in slots, with recorded steps."""
     made = TapeRecorder()
     monkeypatch.setattr(workspace, "make_recorder", lambda model: made)
-    monkeypatch.setattr(generation, "decodes_in_slots", lambda model, support, settings, number: settings.cuda_graphs)
+    monkeypatch.setattr(generation, "decodes_in_slots", lambda model, support, settings, prompts: settings.cuda_graphs)
     workspace.drop_kept_workspace()
     yield made
     workspace.drop_kept_workspace()
