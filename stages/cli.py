@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -576,6 +576,9 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens per completi
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Keep the likeliest tokens with this much probability; 1 keeps all.")]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same completions.")]
+SamplingEngine = Annotated[
+    str, typer.Option(metavar="ENGINE", help="What samples: local, vllm (a server is started), or the address of a vLLM server.")
+]
 AnyModel = Annotated[str, typer.Argument(metavar="REF", help="A model: registry reference, folder or hub id.")]
 
 
@@ -592,6 +595,7 @@ def generate(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     num_samples: Annotated[int, typer.Option(min=1, help="Completions per prompt.")] = 1,
+    engine: SamplingEngine = "local",
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -610,7 +614,10 @@ def generate(
     asked = [one for one in given for _ in range(num_samples)]
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p or 1e-6)
     seeds = [seed + index for index in range(len(asked))]
-    columns = [terminal.Speaker.load(name, registry, runtime).complete(asked, settings, seeds) for name in refs]
+    columns = []
+    for name in refs:
+        with terminal.Speaker.load(name, registry, runtime, engine) as speaker:
+            columns.append(speaker.complete(asked, settings, seeds))
     scores = terminal.score(score, registry, runtime, asked, columns) if score is not None else []
     if as_json:
         rows: list[dict[str, Any]] = []
@@ -660,6 +667,7 @@ def chat(
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    engine: SamplingEngine = "local",
     home: Home = None,
     debug: Debug = False,
 ) -> None:
@@ -671,26 +679,28 @@ def chat(
 
     runtime, registry = _runtime(), _registry(home)
     console = runtime.console
-    speakers = [terminal.Speaker.load(name, registry, runtime) for name in ([ref] if against is None else [ref, against])]
-    for speaker in speakers:
-        if not speaker.converses:
-            console.print(f"{speaker.name} has no chat template: it goes on with each line by itself.", style="yellow", markup=False)
-    console.print(terminal.HELP, style="dim", markup=False)
+    with ExitStack() as stack:
+        refs = [ref] if against is None else [ref, against]
+        speakers = [stack.enter_context(terminal.Speaker.load(name, registry, runtime, engine)) for name in refs]
+        for speaker in speakers:
+            if not speaker.converses:
+                console.print(f"{speaker.name} has no chat template: it goes on with each line by itself.", style="yellow", markup=False)
+        console.print(terminal.HELP, style="dim", markup=False)
 
-    def say(who: str, text: str) -> None:
-        console.print(Text.assemble((f"{who}  " if who else "", "bold"), text))
+        def say(who: str, text: str) -> None:
+            console.print(Text.assemble((f"{who}  " if who else "", "bold"), text))
 
-    settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p or 1e-6)
-    talk = terminal.Chat(speakers, settings, seed, say)
-    if system is not None:
-        talk.history.append({"role": "system", "content": system})
-    while True:
-        try:
-            if not talk.hear(input("> ")):
+        settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p or 1e-6)
+        talk = terminal.Chat(speakers, settings, seed, say)
+        if system is not None:
+            talk.history.append({"role": "system", "content": system})
+        while True:
+            try:
+                if not talk.hear(input("> ")):
+                    return
+            except (EOFError, KeyboardInterrupt):
+                typer.echo()
                 return
-        except (EOFError, KeyboardInterrupt):
-            typer.echo()
-            return
 
 
 # People who rank

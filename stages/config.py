@@ -29,6 +29,10 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
 
+    def without_effect(self) -> set[str]:
+        """Fields (dotted paths) that change nothing of a result as the others stand; the fingerprint of a step leaves them out."""
+        return set()
+
 
 class LoraSettings(Strict):
     """Low-rank adapters (peft), trained instead of all weights."""
@@ -226,9 +230,102 @@ class TrainingStepConfig(CheckpointedStepConfig):
     training: OptimizerSettings = OptimizerSettings()
 
 
+OWN_VLLM_ARGUMENTS = {
+    *("model", "served_model_name", "host", "port", "api_key", "dtype", "generation_config", "enable_lora", "max_lora_rank", "max_loras"),
+    *("logprobs_mode", "quantization", "revision", "trust_remote_code", "enable_sleep_mode", "gpu_memory_utilization", "max_model_len"),
+    *("tensor_parallel_size", "enforce_eager", "tokenizer"),
+}
+
+
+class VllmStart(Strict):
+    """A vLLM server that the run starts in an environment of its own, and ends."""
+
+    python: str | None = Field(
+        None,
+        description="Interpreter of an environment with vLLM; null: STAGES_VLLM_PYTHON, else what ./launch.sh --with-vllm made.",
+    )
+    gpus: list[int] | None = Field(
+        None,
+        min_length=1,
+        description="GPUs of its own, by number, the weights cut over them; null: it shares the run's first GPU, and sleeps while the run "
+        "trains.",
+    )
+    gpu_memory_utilization: float = Field(0.45, gt=0, le=1, description="Share of a GPU's memory that the server may take.")
+    max_model_len: int | None = Field(None, ge=2, description="Most tokens of prompt and completion; null: the model's positions.")
+    arguments: dict[str, str | int | float | bool] = Field(
+        {}, description="Further arguments of the server by name, e.g. {max_num_seqs: 512}; true is a flag without a value."
+    )
+    wait_seconds: float = Field(900.0, gt=0, description="How long the server may take to come up.")
+
+    @field_validator("arguments")
+    @classmethod
+    def _arguments_are_free(cls, value: dict[str, Any]) -> dict[str, Any]:
+        taken = sorted({name.replace("-", "_") for name in value} & OWN_VLLM_ARGUMENTS)
+        if taken:
+            raise ValueError(f"arguments names {', '.join(taken)}, which the run sets itself")
+        return value
+
+
+class Vllm(Strict):
+    """Sampling by vLLM over HTTP: servers that run elsewhere (``url``), or one that the run starts (``start``)."""
+
+    url: Annotated[list[str] | None, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
+        None, min_length=1, description="Address of a server, or several; prompts are dealt out among them in turn."
+    )
+    start: VllmStart | None = Field(None, description="Start a server on this machine, and end it with the run; {}: with the defaults.")
+    api_key_variable: str | None = Field(None, description="Environment variable that holds the key of the servers under url.")
+    adapter_folder: str | None = Field(
+        None,
+        description="Folder for adapters and weights that the servers read, by the same path there and here; null: this machine's shared "
+        "memory, or the home where a server is elsewhere.",
+    )
+    concurrency: int = Field(256, ge=1, description="Requests under way at once, per process, over all servers.")
+    timeout_seconds: float = Field(600.0, gt=0, description="Longest wait for one answer.")
+    retries: int = Field(3, ge=0, description="Further attempts after a request without a usable answer.")
+    backoff_seconds: float = Field(0.5, ge=0, description="Wait before the first further attempt; it doubles with each.")
+    probe_bound: float | None = Field(
+        None,
+        gt=0,
+        description="Largest mean difference, in nats per token, between the servers' log-probabilities of a probe and the trainer's after "
+        "every transfer of weights; null: 0.001 in fp32, 0.1 in half precision or on quantized weights.",
+    )
+
+    def without_effect(self) -> set[str]:
+        return set(type(self).model_fields)  # where a server stands changes no distribution; the probe sees to that
+
+    @field_validator("url")
+    @classmethod
+    def _addresses(cls, value: list[str] | None) -> list[str] | None:
+        for url in value or ():
+            if not re.fullmatch(r"https?://[^/\s]+(/[^\s]*)?", url):
+                raise ValueError(f"url: {url!r} is no address; expected http://HOST:PORT")
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("url names a server twice")
+        return value
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Vllm":
+        if (self.url is None) == (self.start is None):
+            raise ValueError("vllm needs either url (servers that run) or start (a server to start), e.g. vllm: {start: {}}")
+        if self.start is not None and self.api_key_variable is not None:
+            raise ValueError("api_key_variable goes with url; a server that the run starts gets a key of its own")
+        return self
+
+
+class Engine(Strict):
+    """Which engine samples, where it is not the local one."""
+
+    vllm: Vllm
+
+
 class GenerationSettings(Strict):
     """How to sample completions. The default is pure sampling at temperature 1, as in the papers' rollouts."""
 
+    engine: Literal["local"] | Engine = Field(
+        "local",
+        union_mode="left_to_right",
+        description="What samples: local (the model in this process), or vLLM: {vllm: {url: ...}} or {vllm: {start: {}}} (docs/vllm.md).",
+    )
     max_new_tokens: int = Field(48, ge=1, description="Maximum response tokens per completion.")
     temperature: float = Field(1.0, ge=0, description="Logits are divided by this; 0 is greedy.")
     top_k: int = Field(0, ge=0, description="Sample from the k most likely tokens; 0: all tokens.")
@@ -244,3 +341,18 @@ class GenerationSettings(Strict):
     cuda_graphs: bool = Field(
         True, description="On a GPU, record a decoding step as a CUDA graph and replay it. Models that cannot be recorded run normally."
     )
+
+    def without_effect(self) -> set[str]:
+        return {"engine"} if self.engine == "local" else set()
+
+    @property
+    def vllm(self) -> Vllm | None:
+        """The settings of vLLM where it samples; None where this process does."""
+        return self.engine.vllm if isinstance(self.engine, Engine) else None
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> "GenerationSettings":
+        vllm = self.vllm
+        if vllm is not None and vllm.url is not None and not self.cuda_graphs:
+            raise ValueError("cuda_graphs=false does nothing for vLLM servers under url; start them with --enforce-eager, and leave it out")
+        return self

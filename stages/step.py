@@ -42,6 +42,7 @@ class StepContext:
     data_fingerprints: dict[str, str] = field(default_factory=dict)
     run: str = ""  # name of the run folder: what trackers call the run
     trackers: Sequence[str] = ("tensorboard",)
+    sampling: list[dict[str, Any]] = field(default_factory=list)  # engines outside of this process that sampled, for the summary
     recorded: list[tuple[int, dict[str, float]]] | None = None  # where a training notes what it logs, for a run that goes on after a cut
     _trackers: StepTrackers | None = None
 

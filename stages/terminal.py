@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from stages.process.runtime import Runtime
     from stages.registry.ledger import Registry
     from stages.registry.references import ResolvedModel
+    from stages.sampling.sampler import Sampler
     from stages.serving import Scorer
 
 HELP = "/again: another reply   /forget: begin anew   /system TEXT: set the system message   /quit, or Ctrl-D"
@@ -39,16 +41,24 @@ class Speaker:
     name: str
     model: Any
     tokenizer: PreTrainedTokenizerBase
+    sampler: Sampler
 
     @classmethod
-    def load(cls, ref: str, registry: Registry, runtime: Runtime) -> Speaker:
-        """The model that ``ref`` names, ready to speak."""
+    @contextmanager
+    def load(cls, ref: str, registry: Registry, runtime: Runtime, engine: str = "local") -> Iterator[Speaker]:
+        """The model that ``ref`` names, ready to speak inside the block. ``engine``: what samples, as ``engine_of`` reads it."""
+        from stages.engines.opening import check_reachable, open_sampler
         from stages.models.loading import load_language_model, load_tokenizer
 
-        source = resolve_model(ref, registry)
+        settings = GenerationSettings(engine=engine_of(engine))
+        check_reachable(settings)
+        source, dtype = resolve_model(ref, registry), runtime.dtype("auto")
         tokenizer = load_tokenizer(source)
-        model = load_language_model(source, dtype=runtime.dtype("auto"), trainable=False, tokenizer=tokenizer)
-        return cls(ref, model.to(runtime.device), tokenizer)
+        model = load_language_model(source, dtype=dtype, trainable=False, tokenizer=tokenizer).to(runtime.device)
+        cache = registry.root.parent / "cache"
+        log, folder = cache / "vllm.log", cache / "served"
+        with open_sampler(settings, model, tokenizer, source, runtime=runtime, log=log, folder=folder, dtype=dtype) as sampler:
+            yield cls(ref, model, tokenizer, sampler)
 
     @property
     def converses(self) -> bool:
@@ -59,10 +69,8 @@ class Speaker:
         """One completion per prompt; equal seeds give equal completions."""
         from stages.corpora.templates import encode_prompt
         from stages.sampling.generation import decode_completions
-        from stages.sampling.sampler import LocalSampler
 
-        sampler = LocalSampler(self.model, self.tokenizer)
-        generated = sampler.sample([encode_prompt(self.tokenizer, prompt) for prompt in prompts], settings, seeds)
+        generated = self.sampler.sample([encode_prompt(self.tokenizer, prompt) for prompt in prompts], settings, seeds)
         return decode_completions(self.tokenizer, generated)
 
     def fits(self, prompt: Prompt, room: int) -> bool:
@@ -72,6 +80,21 @@ class Speaker:
 
         positions = readable_length(self.model.config, self.tokenizer)
         return positions is None or len(encode_prompt(self.tokenizer, prompt)) + room <= positions
+
+
+def engine_of(text: str) -> Any:
+    """``local``, ``vllm`` (a server is started) or the address of a vLLM server, as generation.engine. Raises RecipeError for others."""
+    from pydantic import ValidationError
+
+    from stages.config import Engine
+
+    if text == "local":
+        return text
+    try:
+        return Engine.model_validate({"vllm": {"start": {}} if text == "vllm" else {"url": text}})
+    except ValidationError as error:
+        expected = "expected local, vllm, or the address of a vLLM server (http://HOST:PORT)"
+        raise RecipeError(f"engine {text!r} is unknown; {expected}") from error
 
 
 def read_prompts(texts: Sequence[str], file: Path | None, piped: Callable[[], str] | None) -> list[Prompt]:

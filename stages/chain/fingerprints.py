@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stages.config import DataSource, ModelInput
+from stages.config import DataSource, ModelInput, Strict
 from stages.process.modules import source_of
 from stages.recipe.functions import addresses
 from stages.recipe.schema import STAGES, RecipeStep, data_inputs
@@ -47,12 +47,27 @@ def settings_of(config: BaseModel) -> dict[str, Any]:
 
     Models and data are covered by their digests, so local paths and branch names do not count.
     """
-    return {name: _setting(getattr(config, name)) for name in type(config).model_fields if name not in ("name", "seed", "stage")}
+    settings = {name: _setting(getattr(config, name)) for name in type(config).model_fields if name not in ("name", "seed", "stage")}
+    if isinstance(config, Strict):
+        _leave_out(settings, config.without_effect())
+    return settings
+
+
+def _leave_out(settings: dict[str, Any], paths: set[str]) -> None:
+    """Take the dotted ``paths`` out of nested settings."""
+    for path in paths:
+        *outer, last = path.split(".")
+        inner: Any = settings
+        for name in outer:
+            inner = inner[name]
+        del inner[last]
 
 
 def _setting(value: Any) -> Any:
     if isinstance(value, BaseModel):
         settings = {name: _setting(getattr(value, name)) for name in type(value).model_fields}
+        if isinstance(value, Strict):
+            _leave_out(settings, value.without_effect())
         if isinstance(value, ModelInput):
             del settings["ref"], settings["revision"]
         if isinstance(value, DataSource):

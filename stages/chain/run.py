@@ -35,6 +35,7 @@ from stages.chain.pins import Commits, apart_from_folders, hub_inputs, is_known,
 from stages.chain.results import last_result, load_result, restore_files, save_result
 from stages.chain.texts import check_texts
 from stages.config import ModelInput
+from stages.engines.checks import check_installed
 from stages.errors import RecipeError, RegistryError, doing
 from stages.labelling.waiting import WAITING
 from stages.models.stacks import check_folder, find_base, is_adapter
@@ -100,6 +101,7 @@ def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]
             made[step.name] = plans[-1].record
             if plans[-1].action != "reuse":
                 check_attention(step)
+                check_installed(step.config)
                 if is_known(step):
                     with doing(f"checking the models of step {step.name!r} ({step.stage})"):
                         check_models(recipe, step, registry)
@@ -384,6 +386,8 @@ class _Run:
         finally:
             context.close()
             _free_memory()
+        if context.sampling:
+            result.metrics["sampling"] = context.sampling
         assert (result.model is not None) == STAGES[step.stage].makes_model, f"stage {step.stage} must return the model it published"
         self.circumstances[step.name] = self._circumstances(step, time.monotonic() - began)
         return result

@@ -178,7 +178,7 @@ def _few_shot_tries(config: EvaluationConfig, context: StepContext, name: str, p
         seeds = [(-1, place) for place in fits]  # every try has the same streams, none of them the evaluation's
         made = []
         for rows in encoded:
-            samples = _sample(config, context, model, tokenizer, [rows[place] for place in fits], seeds)
+            samples = _sample(config, context, name, model, tokenizer, [rows[place] for place in fits], seeds)
             made.append([cut(sample, settings) for sample in samples])
     validation = [validation[place] for place in fits]
     flat = [sample for samples in made for sample in samples]
@@ -213,7 +213,7 @@ def answer(config: EvaluationConfig, context: StepContext, asked: Asked, name: s
         # The first draw has the stream of the plain answer, so that a best of one would be that answer.
         seeds = [(row,) if draw == 0 else (row, draw) for row in range(len(prompt_ids)) for draw in range(draws)]
         ids = [row for row in prompt_ids for _ in range(draws)]
-        made = [cut(sample, candidate.few_shot) for sample in _sample(config, context, model, tokenizer, ids, seeds)]
+        made = [cut(sample, candidate.few_shot) for sample in _sample(config, context, name, model, tokenizer, ids, seeds)]
         answers = Answers([made[start] for start in range(0, len(made), draws)])
         if draws > 1:
             answers.draws = [made[start : start + draws] for start in range(0, len(made), draws)]
@@ -268,16 +268,17 @@ def answered_by_someone(asked: Asked, answers: dict[str, Answers]) -> Asked:
 def _sample(
     config: EvaluationConfig,
     context: StepContext,
+    name: str,
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[list[int]],
     places: Sequence[tuple[int, ...]],
 ) -> list[Sample]:
-    """A completion of every prompt, by the random stream of its place; the prompts are shared out among the processes."""
+    """A completion of every prompt by the candidate ``name``, by the random stream of its place; the processes share the prompts out."""
+    from stages.engines.opening import step_sampler
     from stages.sampling.generation import decode_completions, episode_seed
-    from stages.sampling.sampler import LocalSampler
 
-    sampler = LocalSampler(model, tokenizer)
+    source, dtype = context.models[f"candidates.{name}"], context.runtime.dtype(config.precision)
 
     def work(own: list[int]) -> list[Sample]:
         seeds = [episode_seed(context.seed, *places[row]) for row in own]
@@ -296,7 +297,8 @@ def _sample(
             )
         ]
 
-    return shared_out(context.runtime, len(prompt_ids), work)
+    with step_sampler(config.generation, model, tokenizer, source, context, dtype=dtype) as sampler:
+        return shared_out(context.runtime, len(prompt_ids), work)
 
 
 def cut(sample: Sample, few_shot: FewShot | None) -> Sample:

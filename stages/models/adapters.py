@@ -88,7 +88,7 @@ def attach_lora(
             f"{type(plain).__name__}: {error} {_linear_modules(plain)}"
         ) from error
     model.peft_config[name].base_model_name_or_path = base
-    _prepare_wrappers(model, name)
+    _preparewrappers_of(model, name)
     model._stages_sources = {**getattr(model, "_stages_sources", {}), name: source}
     _start_from_what_acts(model, name)
     for parameter_name, parameter in model.named_parameters():
@@ -128,7 +128,7 @@ def add_adapter(model: Any, adapter: ResolvedModel | SavedAdapter, name: str, *,
                 model.add_adapter(name, saved.config)
             else:
                 model = get_peft_model(model, saved.config, adapter_name=name)
-            _prepare_wrappers(model, name)
+            _preparewrappers_of(model, name)
             report = set_peft_model_state_dict(model, saved.weights, adapter_name=name)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
         raise ModelError(f"the adapter {saved.ref!r} does not fit its base {type(plain).__name__}: {error}") from error
@@ -160,7 +160,7 @@ def _refuse_clash(plain: Any, who: str, config: Any) -> None:
 
     whole, rows = config.modules_to_save, config.trainable_token_indices
     for name, module in plain.named_modules():
-        updates = next(_adapter_layers_at(module), None) is not None
+        updates = next(adapter_layers_of(module), None) is not None
         holds_rows = isinstance(module, TrainableTokensWrapper)
         holds_copy = isinstance(module, AuxiliaryTrainingWrapper) and not holds_rows
         if (
@@ -230,7 +230,7 @@ def _check_names(lora: LoraSettings, plain: Any, task: str) -> None:
 def _linear_modules(plain: Any) -> str:
     from transformers.pytorch_utils import Conv1D
 
-    adapted = {name: module for name, module in plain.named_modules() if next(_adapter_layers_at(module), None) is not None}
+    adapted = {name: module for name, module in plain.named_modules() if next(adapter_layers_of(module), None) is not None}
     outside = {name: module for name, module in plain.named_modules() if not any(name.startswith(f"{layer}.") for layer in adapted)}
     linear = sorted({name.rpartition(".")[2] for name, module in outside.items() if isinstance(base_of(module), nn.Linear | Conv1D)})
     return f"Linear modules here: {', '.join(linear) or 'none'}; or use 'all-linear'"
@@ -291,14 +291,14 @@ def _has_adapter(plain: Any, module: Any, lora: LoraSettings) -> bool:
 
 def _start_from_what_acts(model: Any, name: str) -> None:
     """Let copies in the fresh adapter ``name`` begin as what acts below it; peft copies the base's own modules."""
-    for wrapper in _wrappers(model):
+    for wrapper in wrappers_of(model):
         modules = getattr(wrapper, "modules_to_save", None)
         active = [other for other in wrapper.active_adapters if other != name]
         if modules is not None and name in modules and active and active[-1] in modules:
             modules[name].load_state_dict(modules[active[-1]].state_dict())
 
 
-def _prepare_wrappers(model: Any, name: str) -> None:
+def _preparewrappers_of(model: Any, name: str) -> None:
     """Mend what peft's wrappers of whole modules and rows cannot do, after the adapter ``name`` was added.
 
     Whole modules of the adapter compute in the dtype of their own weights, and hand on the base's dtype: they are fp32 while they train,
@@ -306,7 +306,7 @@ def _prepare_wrappers(model: Any, name: str) -> None:
     """
     from peft.utils.other import TrainableTokensWrapper
 
-    for wrapper in _wrappers(model):
+    for wrapper in wrappers_of(model):
         if type(wrapper) is TrainableTokensWrapper:
             wrapper.__class__ = _rows_of_some()
         modules = getattr(wrapper, "modules_to_save", None)
@@ -364,7 +364,7 @@ def activate(model: Any, names: Sequence[str], *, trainable: Sequence[str] | Non
         layer.enable_adapters(bool(names))
         if names:
             layer.set_adapter(list(names))
-    for wrapper in _wrappers(model):
+    for wrapper in wrappers_of(model):
         _activate_copies(wrapper, names)
     model._stages_active = tuple(names)
     # peft trains what acts and nothing else; here several roles train, and only one of them acts at a time.
@@ -399,7 +399,7 @@ def _adapter_layers(model: Any) -> Iterator[Any]:
     return (module for module in model.modules() if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer))
 
 
-def _wrappers(model: Any) -> list[Any]:
+def wrappers_of(model: Any) -> list[Any]:
     """Modules that hold copies: whole modules or rows, by adapter."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -502,7 +502,7 @@ def _merge_some(model: Any, where: Callable[[Any], bool]) -> Any:
             continue
         if isinstance(module, AuxiliaryTrainingWrapper):
             chosen[name] = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
-        elif module in list(_adapter_layers_at(module)) and where(module.get_base_layer()):
+        elif module in list(adapter_layers_of(module)) and where(module.get_base_layer()):
             module.merge(safe_merge=True)
             chosen[name] = module.get_base_layer()
     for name, module in chosen.items():
@@ -515,7 +515,8 @@ def _merge_some(model: Any, where: Callable[[Any], bool]) -> Any:
     return plain
 
 
-def _adapter_layers_at(module: Any) -> Iterator[Any]:
+def adapter_layers_of(module: Any) -> Iterator[Any]:
+    """``module`` itself where it carries low-rank updates, else nothing."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -137,7 +137,14 @@ class PPOStepConfig(CheckpointedStepConfig):
     target_update_kl: float | None = Field(None, gt=0, description="End an iteration's updates once approx_kl is above; null: never.")
     value_warmup_iterations: int = Field(0, ge=0, description="First iterations train the value network alone.")
     rollout_logprobs: Literal["auto", "sampled", "recomputed"] = Field(
-        "auto", description="Log-probabilities from sampling, or from a forward pass like the update's. auto: sampled in fp32."
+        "auto",
+        description="Log-probabilities from sampling, or from a forward pass like the update's. auto: sampled in fp32 by the local engine.",
+    )
+    importance_cap: float = Field(
+        2.0,
+        ge=1,
+        description="generation.engine: vllm: the loss of a token is weighted by its probability by the policy over that by the sampler, "
+        "and by no more than this.",
     )
     pretraining_mix: PretrainingMix | None = Field(None, description="PPO-ptx; null: plain PPO.")
     ema_decay: float | None = Field(None, gt=0, lt=1, description="Publish an exponential moving average of the weights; null: the last.")
@@ -171,6 +178,22 @@ class PPOStepConfig(CheckpointedStepConfig):
             raise ValueError("training.weight_decay goes with adam_style: torch only")
         if self.publish_last and self.ema_decay is None:
             raise ValueError("publish_last goes with ema_decay: without an average the last weights are what is published")
+        if self.generation.vllm is None and self.importance_cap != type(self).model_fields["importance_cap"].default:
+            raise ValueError("importance_cap goes with generation.engine: vllm; the local sampler is the policy itself")
+        generation = self.generation
+        if generation.vllm is not None and generation.temperature != 1 and (generation.top_k or generation.top_p < 1):
+            raise ValueError(
+                f"generation.temperature={generation.temperature:g} with top_k or top_p is not offered with engine: vllm: its "
+                "log-probabilities would be those after the cut, and here they are those before it. Use temperature: 1, drop the cut, or "
+                "engine: local"
+            )
+        if self.generation.vllm is not None and self.rollout_logprobs == "sampled":
+            raise ValueError("rollout_logprobs=sampled goes with generation.engine: local; those of vLLM are recomputed by the trainer")
+        if self.generation.vllm is not None and self.lora is not None and self.lora.modules_to_save:
+            raise ValueError(
+                "lora.modules_to_save makes an adapter that vLLM cannot load (it takes low-rank updates alone); leave it out, train "
+                "without lora, or use generation.engine: local"
+            )
         if self.generation.ignore_eos and not self.generation.stop and self.missing_eos != "none":
             raise ValueError("generation.ignore_eos without generation.stop: no completion could end, and every one would miss its end")
         check_names([*self.reward, *self.monitors], "reward and monitors")
@@ -200,6 +223,9 @@ class PPOStepConfig(CheckpointedStepConfig):
         if self.whitening_scope != "rollout":
             raise ValueError(f"whitening_scope={self.whitening_scope} goes with advantages: gae; it would part a prompt's completions")
         return self
+
+    def without_effect(self) -> set[str]:
+        return {"importance_cap", "health.sampler_gap"} if self.generation.vllm is None else set()
 
     @property
     def has_value(self) -> bool:

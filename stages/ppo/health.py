@@ -20,6 +20,7 @@ AlarmName = Literal[
     "negative_kl",
     "exploding_kl",
     "policies_disagree",
+    "sampler_disagrees",
     "ratio_blow_up",
     "value_blow_up",
     "entropy_collapse",
@@ -39,6 +40,9 @@ class HealthSettings(Strict):
     kl_limit: float | None = Field(50.0, gt=0, description="exploding_kl: nats per completion.")
     disagreement: float | None = Field(
         0.1, gt=0, description="policies_disagree: |ratio - 1| in an iteration's first minibatch, before any step was made."
+    )
+    sampler_gap: float | None = Field(
+        0.1, gt=0, description="sampler_disagrees: nats per token between the log-probabilities of vLLM and the trainer's, in the mean."
     )
     ratio_limit: float | None = Field(30.0, gt=0, description="ratio_blow_up: largest |ratio - 1| of an iteration.")
     value_growth: float | None = Field(20.0, gt=1, description="value_blow_up: value loss, as a multiple of its recent median.")
@@ -207,6 +211,17 @@ def _policies_disagree(history: History, settings: HealthSettings) -> Iterator[A
         )
 
 
+def _sampler_disagrees(history: History, settings: HealthSettings) -> Iterator[Alarm]:
+    gap = history.now.get("policy/sampling_gap_mean")  # only where another engine samples
+    if settings.sampler_gap is not None and gap is not None and gap > settings.sampler_gap:
+        yield Alarm(
+            "sampler_disagrees",
+            f"the sampler's log-probabilities are {gap:.3g} nats per token away from the trainer's (limit {settings.sampler_gap:g}): it "
+            "computes another policy than the one that trains; let it compute in the trainer's dtype, check its logprobs mode, or use "
+            "generation.engine: local",
+        )
+
+
 def _ratio_blow_up(history: History, settings: HealthSettings) -> Iterator[Alarm]:
     deviation = history.now["policy/ratio_max_deviation"]
     if settings.ratio_limit is not None and deviation > settings.ratio_limit:
@@ -314,6 +329,7 @@ CHECKS: tuple[Callable[[History, HealthSettings], Iterator[Alarm]], ...] = (
     _negative_kl,
     _exploding_kl,
     _policies_disagree,
+    _sampler_disagrees,
     _ratio_blow_up,
     _value_blow_up,
     _entropy_collapse,

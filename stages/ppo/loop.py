@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from stages.engines.opening import check_reachable, step_sampler
 from stages.errors import Stopped, TrainingError
 from stages.models.sharding import grouped
 from stages.ppo.checkpoint import RunKeeper, RunState
@@ -28,6 +29,7 @@ from stages.process.gpus import measured_gpu_memory
 from stages.rewards.details import columns_of
 from stages.rl.kl import AdaptiveKLController, FixedKLController
 from stages.sampling.generation import episode_seed
+from stages.sampling.sampler import SamplerLost
 from stages.training.checkpoints import generator_states, set_generator_states, trainable
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
     """Align the policy; publish it, with how score, KL, entropy and length went."""
     ppo = PPORun(config, context)
     ppo.resume()
-    ppo.iterate()
+    with ppo.sampling():
+        ppo.iterate()
     return ppo.publish()
 
 
@@ -52,6 +55,7 @@ class PPORun:
         dtype = runtime.dtype(config.precision)
         self.config, self.context, self.runtime = config, context, runtime
         check_prompts(config, context)
+        check_reachable(config.generation)
         self.roles = roles = load_roles(config, context)
         runtime.say_model(f"{config.name}: policy", roles.policy.model, dtype)
         sources: dict[str, Any] = {
@@ -116,6 +120,24 @@ class PPORun:
         inside = f", minibatch {len(state.progress.collected)} of the next" if state.rollout is not None else ""
         self.runtime.console.print(f"{self.context.name}: resuming after iteration {state.iteration}{inside}")
 
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Inside, the engine that the recipe names samples."""
+        config, roles = self.config, self.roles
+        opened = step_sampler(
+            config.generation,
+            roles.policy.model,
+            roles.tokenizer,
+            self.context.models["policy"],
+            self.context,
+            dtype=self.runtime.dtype(config.precision),
+            trains="whole" if config.lora is None else "adapter",
+            policy=roles.policy,
+            merges_adapters=config.lora is None,
+        )
+        with opened as roles.sampler:
+            yield
+
     def iterate(self) -> None:
         """Collect a rollout, learn from it, take note of it; until the episodes are done, or the run is asked to stop."""
         from stages.corpora.prompts import shuffled_forever
@@ -154,6 +176,7 @@ class PPORun:
                 self.state.history, episodes_per_iteration=config.rollout_batch_size, optimizer_steps=self.updater.optimizer_steps
             ),
             "alarms": self.health.summary(),
+            **({"sampling": self.context.sampling} if self.context.sampling else {}),
         }
         self.runtime.console.print(f"{context.name}: {run_line(metrics)}")
         if config.publish_value and roles.value is not None:
@@ -192,9 +215,21 @@ class PPORun:
                     num_processes=self.runtime.num_processes,
                     budget=self.measuring,
                 )
+        except SamplerLost as error:
+            raise self._sampler_lost(error, chosen) from error
         except ScoringError as error:
             kept = keep_episodes(self.context, [{"prompt": prompt, "completion": text} for prompt, text in error.episodes])
             raise TrainingError(f"{self.context.name}: iteration {iteration}: {error}{kept}") from error
+
+    def _sampler_lost(self, error: SamplerLost, chosen: Sequence[EncodedPrompt]) -> TrainingError:
+        """Keep what was sampled by then, and the run as it was before this rollout; returns what to raise."""
+        texts = self.roles.tokenizer.batch_decode(list(error.completed.values()), skip_special_tokens=True)
+        own = range(self.runtime.process_index, len(chosen), self.runtime.num_processes)
+        rows = [chosen[own[place]] for place in error.completed]
+        kept = keep_episodes(self.context, [{"prompt": one.prompt, "completion": text} for one, text in zip(rows, texts, strict=True)])
+        if self.runtime.num_processes == 1:
+            self._save()
+        return TrainingError(f"{self.context.name}: iteration {self.state.iteration}: {error}{kept}. The same command goes on from there")
 
     def _update(self, rollout: Rollout) -> UpdateResult:
         iteration = self.state.iteration
@@ -219,7 +254,12 @@ class PPORun:
         """Log the iteration, raise alarms, move the KL coefficient; the iteration is done then."""
         state, iteration = self.state, self.state.iteration
         metrics = iteration_metrics(
-            rollout, result, kl_coef=self.controller.value, samples_per_prompt=self.config.samples_per_prompt, matmul_peak=self.matmul_peak
+            rollout,
+            result,
+            kl_coef=self.controller.value,
+            samples_per_prompt=self.config.samples_per_prompt,
+            importance_cap=self.config.importance_cap,
+            matmul_peak=self.matmul_peak,
         )
         metrics["policy/learning_rate"] = self.optimizers["policy"].param_groups[0]["lr"]
         self._say_cuts(metrics)

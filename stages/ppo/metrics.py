@@ -34,9 +34,18 @@ def group_metrics(scores: Tensor, samples_per_prompt: int) -> dict[str, float]:
 
 
 def iteration_metrics(
-    rollout: Rollout, result: UpdateResult, *, kl_coef: float, samples_per_prompt: int = 1, matmul_peak: float = math.inf
+    rollout: Rollout,
+    result: UpdateResult,
+    *,
+    kl_coef: float,
+    samples_per_prompt: int = 1,
+    importance_cap: float = math.inf,
+    matmul_peak: float = math.inf,
 ) -> dict[str, float]:
-    """Of one iteration. KL is summed over tokens and averaged over episodes, in nats; ``matmul_peak`` in operations/s."""
+    """Of one iteration. KL is summed over tokens and averaged over episodes, in nats; ``matmul_peak`` in operations/s.
+
+    ``importance_cap``: that of the weights of tokens that another engine sampled.
+    """
     sequence_kl = rollout.kl.sum(dim=1)
     lengths = rollout.lengths.float()
     return {
@@ -56,6 +65,7 @@ def iteration_metrics(
         "responses/repetition": repeated_ngrams([rollout.response(row) for row in range(len(rollout.prompts))], 4),
         "responses/distinct_share": len(set(rollout.completions)) / len(rollout.completions),
         "policy/sampling_gap": rollout.sampling_gap,
+        **_importance_metrics(rollout, importance_cap),
         **speed_metrics(
             rollout.seconds,
             episodes=len(rollout.prompts),
@@ -68,6 +78,20 @@ def iteration_metrics(
         "time/update_pass_tokens": float(result.pass_tokens),
         "passes/retreats": float(rollout.retreats + result.retreats),
         **{f"memory/{phase}_gpu_gib": peak / 2**30 for phase, peak in rollout.gpu_memory.items()},
+    }
+
+
+def _importance_metrics(rollout: Rollout, cap: float) -> dict[str, float]:
+    """How far another engine's log-probabilities are from the trainer's, and the weights that make up for it; none for the local one."""
+    weights = rollout.importance(cap)
+    if weights is None:
+        return {}
+    mask = rollout.response_mask
+    gaps, counted = (rollout.rollout_logprobs - rollout.sampler_logprobs).abs()[mask], weights[mask]
+    return {
+        "policy/sampling_gap_mean": float(gaps.mean()),
+        "policy/importance_mean": float(counted.mean()),
+        "policy/importance_capped_share": float((counted >= cap).float().mean()),
     }
 
 

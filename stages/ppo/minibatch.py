@@ -26,12 +26,16 @@ class Pass:
     advantages: Tensor  # [num_tokens]
     rollout_values: Tensor  # [N]
     returns: Tensor  # [N]
+    importance: Tensor | None = None  # [num_tokens] weights of the policy's loss, where another engine sampled
 
 
 class Minibatch:
-    """Episodes and their targets on ``device``: moved there once, and picked out there for each pass. Nothing is read back."""
+    """Episodes and their targets on ``device``: moved there once, and picked out there for each pass. Nothing is read back.
 
-    def __init__(self, part: Rollout, goal: Targets, *, pad_token_id: int, device: torch.device) -> None:
+    ``importance`` [B, R]: weights of the policy's loss of each token; None: they all count alike.
+    """
+
+    def __init__(self, part: Rollout, goal: Targets, *, pad_token_id: int, device: torch.device, importance: Tensor | None = None) -> None:
         self.device, self._pad_token_id = device, pad_token_id
         self._prompts = part.prompt_ids
         counts: list[int] = part.lengths.tolist()
@@ -40,13 +44,14 @@ class Minibatch:
         self.lengths = [len(prompt) + count for prompt, count in zip(self._prompts, counts, strict=True)]
         self.num_tokens = sum(counts)
         self.num_states = self.num_tokens + sum(self._closing)
-        # [4, B, R + 1]: the last column is for the state after the response, which has neither log-probability nor advantage.
+        # [4 or 5, B, R + 1]: the last column is for the state after the response, which has neither log-probability nor advantage.
         none = torch.zeros_like(part.closing_values)
         columns = [
             (part.rollout_logprobs, none),
             (goal.advantages, none),
             (part.values, part.closing_values),
             (goal.returns, goal.closing_returns),
+            *([] if importance is None else [(importance, none)]),
         ]
         (self._numbers,) = moved_together([torch.stack([torch.cat([tokens, end[:, None]], dim=1) for tokens, end in columns])], device)
         self._last_column = part.response_mask.shape[1]
@@ -67,5 +72,6 @@ class Minibatch:
         ends = torch.tensor([rows[place] for place in closing], dtype=torch.long)
         owners, places = torch.cat([owners, ends]), torch.cat([places, torch.full_like(ends, self._last_column)])
         owners, places = moved_together([owners, places], self.device)
-        logprobs, advantages, values, returns = self._numbers[:, owners, places].unbind()
-        return Pass(batch, number, logprobs[:number], advantages[:number], values, returns)
+        logprobs, advantages, values, returns, *weights = self._numbers[:, owners, places].unbind()
+        importance = weights[0][:number] if weights else None
+        return Pass(batch, number, logprobs[:number], advantages[:number], values, returns, importance)

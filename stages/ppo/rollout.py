@@ -29,6 +29,7 @@ from stages.rewards.source import CombinedReward, Scores
 from stages.rl.baselines import batch_baseline, group_relative, leave_one_out, spread
 from stages.rl.gae import gae
 from stages.rl.kl import estimate_kl
+from stages.rl.losses import importance_weights
 from stages.rl.masking import scale_to_unit_variance, whiten
 from stages.rl.shaping import penalize_missing_eos, shape_rewards
 from stages.sampling.generation import decode_completions, right_pad
@@ -53,6 +54,7 @@ class Rollout:
     response_mask: Tensor  # [B, R] bool, True through the stop token
     stopped: Tensor  # [B] bool: ended with a stop token
     rollout_logprobs: Tensor  # [B, R] by the policy that sampled, at the sampling temperature
+    sampler_logprobs: Tensor  # [B, R] as sampling gave them; those of another engine where that sampled
     reference_logprobs: Tensor  # [B, R]
     values: Tensor  # [B, R] value before each token, by the value network of the rollout
     closing_values: Tensor  # [B] value after the last token, where closing_mask is True
@@ -65,6 +67,7 @@ class Rollout:
     seconds: dict[str, float]  # by phase, of this process
     sampling_gap: float  # largest difference between sampled and recomputed log-probabilities; 0 where not recomputed
     hidden_seconds: float | None = None  # of remote scoring while the policy sampled and was measured; None without a remote source
+    sampled_elsewhere: bool = False  # by another engine, whose log-probabilities are not quite the policy's
     gpu_memory: dict[str, int] = field(default_factory=dict)  # peak bytes of the GPU by phase, the largest of all processes
     retreats: int = 0  # how often memory ran out while it was measured, on all processes
 
@@ -77,6 +80,12 @@ class Rollout:
     def lengths(self) -> Tensor:
         """Response tokens [B]."""
         return self.response_mask.sum(dim=1)
+
+    def importance(self, cap: float) -> Tensor | None:
+        """Weights of the tokens' losses [B, R], 1 outside the mask; None where the policy itself sampled."""
+        if not self.sampled_elsewhere:
+            return None
+        return importance_weights(self.rollout_logprobs, self.sampler_logprobs, cap=cap)
 
     def response(self, row: int) -> list[int]:
         """Token ids of one response."""
@@ -95,13 +104,14 @@ class Rollout:
             seconds=self.seconds,
             sampling_gap=self.sampling_gap,
             hidden_seconds=self.hidden_seconds,
+            sampled_elsewhere=self.sampled_elsewhere,
             gpu_memory=self.gpu_memory,
             retreats=self.retreats,
             **tensors,
         )
 
 
-TOKEN_TENSORS = ("response_ids", "response_mask", "rollout_logprobs", "reference_logprobs", "values", "token_scores")
+TOKEN_TENSORS = ("response_ids", "response_mask", "rollout_logprobs", "sampler_logprobs", "reference_logprobs", "values", "token_scores")
 TENSORS = (*TOKEN_TENSORS, "closing_values", "closing_mask", "stopped", "scores", "raw_scores")
 
 
@@ -142,7 +152,7 @@ def collect(
     ``budget``: of the measuring passes, from one rollout to the next (None: one as the config says).
 
     ``columns``: what the prompts' rows say beside them, for the reward functions that ask for it.
-    Raises ScoringError where a reward source gives something that is no finite number.
+    Raises ScoringError where a reward source gives something that is no finite number, SamplerLost where the sampler is gone.
     """
     own = list(range(process_index, len(prompts), num_processes))
     details = Details(columns or {}).rows(own)
@@ -176,21 +186,25 @@ def _collect_share(
     details: Details,
     budget: PassBudget,
 ) -> Rollout:
-    policy = roles.policy
+    policy, sampler = roles.policy, roles.sampler
     seconds: dict[str, float] = {}
     gpu_memory: dict[str, int] = {}
     policy.activate()
     with EarlyScoring((reward, monitors), roles.tokenizer, prompts, prompt_ids, details) as early:
-        began = time.perf_counter()
         with measured_gpu_memory(gpu_memory, "generation"), policy.precision():
-            generated = roles.sampler.sample(prompt_ids, config.generation, seeds, on_finished=early.on_finished)
+            began = time.perf_counter()
+            sampler.take_weights()
+            seconds |= {} if sampler.is_local else {"transfer": time.perf_counter() - began}
+            began = time.perf_counter()
+            generated = sampler.sample(prompt_ids, config.generation, seeds, on_finished=early.on_finished)
+        sampler.rest()
         completions = decode_completions(roles.tokenizer, generated)
         mask = generated.response_mask.cpu()
         responses = [ids[kept].tolist() for ids, kept in zip(generated.response_ids.cpu(), mask, strict=True)]
         seconds["generation"] = time.perf_counter() - began
 
         began = time.perf_counter()
-        recompute = config.rollout_logprobs == "recomputed" or (config.rollout_logprobs == "auto" and policy.autocast is not None)
+        recompute = recomputes_logprobs(roles, config)
         closing = (mask.sum(dim=1) < config.generation.max_new_tokens) & (config.score_placement == "after")
         retreats = budget.retreats
         with measured_gpu_memory(gpu_memory, "measuring"):
@@ -223,6 +237,7 @@ def _collect_share(
         response_mask=mask,
         stopped=stopped,
         rollout_logprobs=tokens["sampled"] if recompute else sampled,
+        sampler_logprobs=sampled,
         reference_logprobs=tokens["reference"],
         values=tokens["values"],
         closing_values=closing_values,
@@ -235,9 +250,17 @@ def _collect_share(
         seconds=seconds,
         sampling_gap=float((tokens["sampled"] - sampled).abs().max()) if recompute else 0.0,
         hidden_seconds=hidden,
+        sampled_elsewhere=not sampler.is_local,
         gpu_memory=gpu_memory,
         retreats=budget.retreats - retreats,
     )
+
+
+def recomputes_logprobs(roles: Roles, config: PPOStepConfig) -> bool:
+    """Whether the rollout's log-probabilities come from a pass like the update's, and not from sampling."""
+    if config.rollout_logprobs == "auto":
+        return roles.policy.autocast is not None or not roles.sampler.is_local
+    return config.rollout_logprobs == "recomputed"
 
 
 def unflatten(flat: Tensor, mask: Tensor) -> Tensor:
@@ -272,6 +295,7 @@ def _assemble(shares: list[Rollout], prompts: list[Prompt], prompt_ids: list[lis
         seconds={name: max(share.seconds[name] for share in shares) for name in shares[0].seconds},
         sampling_gap=max(share.sampling_gap for share in shares),
         hidden_seconds=max((share.hidden_seconds for share in shares if share.hidden_seconds is not None), default=None),
+        sampled_elsewhere=shares[0].sampled_elsewhere,
         gpu_memory={name: max(share.gpu_memory[name] for share in shares) for name in shares[0].gpu_memory},
         retreats=sum(share.retreats for share in shares),
         **{name: joined(lambda share, name=name: getattr(share, name)) for name in TENSORS},

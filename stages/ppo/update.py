@@ -148,7 +148,9 @@ class Updater:
         Where memory runs out, everything is done again in smaller passes, from empty buffers: the gradient is that of smaller passes from
         the beginning.
         """
-        episodes = Minibatch(part, goal, pad_token_id=self.roles.tokenizer.pad_token_id, device=self.roles.policy.device)
+        importance = part.importance(self.config.importance_cap)
+        pad, device = self.roles.tokenizer.pad_token_id, self.roles.policy.device
+        episodes = Minibatch(part, goal, pad_token_id=pad, device=device, importance=importance)
         texts = self._draw_pretraining_rows(len(episodes)) if train_policy else None
         kernel = self.roles.kernel("policy", "value")
         while True:
@@ -225,6 +227,8 @@ class Updater:
         def term(logprobs: Tensor, entropies: Tensor, rows: slice) -> Tensor:
             clips: dict[str, Any] = {"clip_range": config.clip_range, "dual_clip": config.dual_clip}
             terms = policy_terms(logprobs, one.rollout_logprobs[rows], one.advantages[rows], **clips)
+            if one.importance is not None:
+                terms = terms * one.importance[rows]
             return terms - config.entropy_coef * entropies if config.entropy_coef else terms
 
         return term
@@ -237,6 +241,8 @@ class Updater:
         ratio = log_ratio.exp()
         clips: dict[str, Any] = {"clip_range": config.clip_range, "dual_clip": config.dual_clip}
         terms = policy_terms(policy.logprobs, one.rollout_logprobs, one.advantages, **clips)
+        if one.importance is not None:
+            terms = terms * one.importance
         clipped = policy_clipped(policy.logprobs, one.rollout_logprobs, one.advantages, clip_range=config.clip_range)
         totals.add(
             policy_loss=terms.sum(),

@@ -77,7 +77,8 @@ class _CacheErrors:
 class JsonClient:
     """Posts JSON. Safe for threads. ``sleep`` is the pause between attempts; ``counted`` hears of requests and retries.
 
-    ``jitter``: up to this share of a wait is added to it at random, so that many clients do not come back at once.
+    ``jitter``: up to this share of a wait is added to it at random, so that many clients do not come back at once. ``connections``: how
+    many requests may be under way at once; further ones wait for a place.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class JsonClient:
         retries: int,
         backoff_seconds: float,
         jitter: float = 0.0,
+        connections: int = 100,
         sleep: Callable[[float], Any] | None = None,
         counted: Callable[..., None] = lambda **counts: None,
     ) -> None:
@@ -97,7 +99,8 @@ class JsonClient:
         self._sleep = sleep if sleep is not None else self._stopping.wait
         self._random = random.Random()  # not the process's stream, which a resumed run must find as it was
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._client = httpx2.Client(timeout=timeout, headers=headers)
+        limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
+        self._client = httpx2.Client(timeout=timeout, headers=headers, limits=limits)
 
     def close(self) -> None:
         """Close its connections."""
@@ -112,6 +115,13 @@ class JsonClient:
 
         Raises GaveUp where there is none after all attempts, Refused where asking again cannot help.
         """
+        return self._ask(lambda: self._client.post(url, json=body), read)
+
+    def get(self, url: str, read: Callable[[Any], T]) -> T:
+        """As ``post``, without a body."""
+        return self._ask(lambda: self._client.get(url), read)
+
+    def _ask(self, send: Callable[[], httpx2.Response], read: Callable[[Any], T]) -> T:
         reason, wait = "", 0.0
         for attempt in range(self.retries + 1):
             if attempt:
@@ -122,7 +132,7 @@ class JsonClient:
             self._counted(requests=1)
             wait = 0.0
             try:
-                response = self._client.post(url, json=body)
+                response = send()
             except httpx2.TimeoutException:
                 reason = f"no reply within {self.timeout:g} s"
                 continue

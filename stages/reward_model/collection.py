@@ -22,6 +22,7 @@ from stages.corpora.labels import TASKS, labelled_rows, read_tasks
 from stages.corpora.messages import Prompt
 from stages.corpora.prompts import load_prompt_rows
 from stages.corpora.templates import encode_prompt
+from stages.engines.opening import step_sampler
 from stages.errors import DataError
 from stages.labelling.config import People
 from stages.labelling.publishing import SCORES, publish_scores, publish_tasks, scored_by, step_folder, task_of
@@ -34,7 +35,6 @@ from stages.rewards.details import Details, columns_of
 from stages.rewards.signature import columns_asked_for
 from stages.rewards.source import build_source, checked, judge
 from stages.sampling.generation import decode_completions, episode_seed
-from stages.sampling.sampler import LocalSampler
 from stages.step import StepContext
 
 
@@ -182,22 +182,22 @@ def _sample(
     """Different completions of every prompt by one policy with their token ids, as many as a comparison could take from it."""
     source = context.models[f"collect.policies[{index}].model"]
     tokenizer = load_tokenizer(source)
-    runtime = context.runtime
-    model = load_language_model(source, dtype=runtime.dtype(precision), trainable=False, tokenizer=tokenizer).to(runtime.device)
+    runtime, dtype = context.runtime, context.runtime.dtype(precision)
+    model = load_language_model(source, dtype=dtype, trainable=False, tokenizer=tokenizer).to(runtime.device)
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    sampler = LocalSampler(model, tokenizer)
     found: list[dict[str, list[int]]] = [{} for _ in prompts]
-    for attempt in range(collection.completions_per_prompt * collection.attempts):
-        wanted = [place for place, texts in enumerate(found) if len(texts) < collection.completions_per_prompt]
-        if not wanted:
-            break
-        seeds = [episode_seed(context.seed, index, place, attempt) for place in wanted]
-        generated = sampler.sample([ids[place] for place in wanted], collection.generation, seeds)
-        texts = decode_completions(tokenizer, generated)
-        ids_made = [ids[mask].tolist() for ids, mask in zip(generated.response_ids.cpu(), generated.response_mask.cpu(), strict=True)]
-        for place, text, made, ended in zip(wanted, texts, ids_made, generated.stopped.tolist(), strict=True):
-            if text and (ended or not collection.only_ended):
-                found[place].setdefault(text, made)
+    with step_sampler(collection.generation, model, tokenizer, source, context, dtype=dtype) as sampler:
+        for attempt in range(collection.completions_per_prompt * collection.attempts):
+            wanted = [place for place, texts in enumerate(found) if len(texts) < collection.completions_per_prompt]
+            if not wanted:
+                break
+            seeds = [episode_seed(context.seed, index, place, attempt) for place in wanted]
+            generated = sampler.sample([ids[place] for place in wanted], collection.generation, seeds)
+            texts = decode_completions(tokenizer, generated)
+            ids_made = [ids[mask].tolist() for ids, mask in zip(generated.response_ids.cpu(), generated.response_mask.cpu(), strict=True)]
+            for place, text, made, ended in zip(wanted, texts, ids_made, generated.stopped.tolist(), strict=True):
+                if text and (ended or not collection.only_ended):
+                    found[place].setdefault(text, made)
     del model, sampler
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

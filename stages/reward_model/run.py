@@ -14,6 +14,7 @@ from stages.corpora.comparisons import Comparisons, load_comparisons
 from stages.corpora.curation import Curator
 from stages.corpora.fitting import fit_prompt
 from stages.corpora.templates import check_rendering, count_tokens, encode_prompt
+from stages.engines.opening import step_sampler
 from stages.errors import ModelError, TrainingError
 from stages.models.heads import RewardModel
 from stages.models.loading import load_language_model, load_tokenizer
@@ -26,7 +27,6 @@ from stages.reward_model.rows import encode, encode_pairs, say_lost, usable
 from stages.reward_model.training import Attempt, finished, new_model, train_with_seed
 from stages.rewards.learned import score_rows
 from stages.sampling.generation import decode_completions, episode_seed
-from stages.sampling.sampler import LocalSampler
 from stages.step import StepContext, StepResult
 from stages.tokens.positions import row_length
 from stages.training.best import gathered_weights, publish_best
@@ -173,9 +173,9 @@ def _texts_to_normalize_on(config: RewardModelConfig, context: StepContext, comp
     policy = load_language_model(source, dtype=runtime.dtype(config.precision), trainable=False, tokenizer=tokenizer).to(runtime.device)
     distinct = list({repr(item.prompt): item.prompt for item in comparisons.train}.values())
     prompts = [distinct[index % len(distinct)] for index in range(config.normalization.num_samples)]
-    sampler = LocalSampler(policy, tokenizer)
     seeds = [episode_seed(context.seed, -3, index) for index in range(len(prompts))]
-    generated = sampler.sample([encode_prompt(tokenizer, prompt) for prompt in prompts], generation, seeds)
+    with step_sampler(generation, policy, tokenizer, source, context, dtype=runtime.dtype(config.precision)) as sampler:
+        generated = sampler.sample([encode_prompt(tokenizer, prompt) for prompt in prompts], generation, seeds)
     texts = decode_completions(tokenizer, generated)
     del policy, sampler
     if torch.cuda.is_available():

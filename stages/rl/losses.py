@@ -29,6 +29,15 @@ def policy_clipped(logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tenso
     return -advantages * ratio.clamp(1 - clip_range, 1 + clip_range) > -advantages * ratio
 
 
+def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, *, cap: float) -> Tensor:
+    """min(p / q, ``cap``) for tokens that another engine sampled: p is their probability by the policy as it was then, q the engine's own.
+
+    The expectation of a loss over the engine's tokens, weighted by p / q, is that over the policy's; the cap bounds its variance at the
+    price of a small bias (truncated importance sampling). Inputs are log-probabilities; 1 where both agree.
+    """
+    return (logprobs - sampler_logprobs).exp().clamp(max=cap)
+
+
 def value_terms(values: Tensor, rollout_values: Tensor, returns: Tensor, *, clip_range: float | None) -> Tensor:
     """1/2 max((v - G)^2, (clip(v, v_old - c, v_old + c) - G)^2); without clip_range 1/2 (v - G)^2."""
     squared = (values - returns) ** 2

@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from stages.config import GenerationSettings
+from stages.errors import LaunchError
 from stages.sampling.generation import Generated, OnFinished, ending_tokens, generate
+
+
+class SamplerLost(LaunchError):
+    """What sampled is gone. ``completed``: the token ids of the completions that were done by then, by the place of their prompt."""
+
+    def __init__(self, message: str, completed: dict[int, list[int]] | None = None) -> None:
+        super().__init__(message)
+        self.completed = completed or {}
 
 
 class Sampler(Protocol):
@@ -38,7 +47,10 @@ class Sampler(Protocol):
         """
 
     def rest(self) -> None:
-        """Give back what sampling needs and training can use, until the next ``take_weights``."""
+        """Give back what sampling needs and training can use, until the next ``take_weights``. Call it on every process."""
+
+    def report(self) -> dict[str, Any]:
+        """What sampled, for the summary of a run."""
 
 
 class LocalSampler:
@@ -75,3 +87,7 @@ class LocalSampler:
 
     def rest(self) -> None:
         """Nothing: it holds nothing between two calls."""
+
+    def report(self) -> dict[str, Any]:
+        """That it was this one."""
+        return {"engine": "local"}

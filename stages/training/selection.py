@@ -17,13 +17,13 @@ from transformers import TrainerCallback
 
 from stages.corpora.prompts import PromptRow
 from stages.corpora.templates import encode_prompt
+from stages.engines.opening import step_sampler
 from stages.errors import RecipeError
 from stages.models.sharding import whole
 from stages.process.storage import sync, write_json
 from stages.rewards.details import Details, columns_of
 from stages.rewards.source import build_reward
 from stages.sampling.generation import decode_completions, episode_seed, require_room
-from stages.sampling.sampler import LocalSampler
 from stages.step import StepContext
 from stages.training.checkpoints import load_tensors, save_tensors, trainable
 from stages.training.config import Selection
@@ -122,9 +122,18 @@ class Selector:
         """Mean score over the prompts; each process answers its share, with streams that depend on the prompt's place alone."""
         runtime = self.context.runtime
         own = list(range(runtime.process_index, len(self.prompts), runtime.num_processes))
-        sampler = LocalSampler(self.model, self.tokenizer)
         seeds = [episode_seed(self.context.seed, row) for row in own]
-        with torch.autocast(runtime.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        opened = step_sampler(
+            self.selection.generation,
+            self.model,
+            self.tokenizer,
+            self.context.models["model"],
+            self.context,
+            dtype=self.dtype,
+            trains="adapter" if hasattr(self.model, "peft_config") else "whole",
+        )
+        with opened as sampler, torch.autocast(runtime.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            sampler.take_weights()
             generated = sampler.sample([self.prompt_ids[row] for row in own], self.selection.generation, seeds)
         ids = [ids[mask].tolist() for ids, mask in zip(generated.response_ids.cpu(), generated.response_mask.cpu(), strict=True)]
         details = Details(columns_of([self.columns[row] for row in own]), ids)

@@ -27,6 +27,7 @@ def hand_made() -> Rollout:
         "response_mask": mask,
         "stopped": torch.ones(2, dtype=torch.bool),
         "rollout_logprobs": torch.tensor([[-1.0, -2.0, 9.0], [-1.0, -1.0, -3.0]]),
+        "sampler_logprobs": torch.zeros(2, 3),
         "reference_logprobs": torch.tensor([[-1.5, -1.0, 0.0], [-1.0, -2.0, -2.0]]),
         "values": torch.zeros(2, 3),
         "closing_values": torch.zeros(2),

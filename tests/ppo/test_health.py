@@ -52,6 +52,7 @@ PLANTED: dict[str, Any] = {
     "negative_kl": lambda i: {"policy/kl": -1.5},
     "exploding_kl": lambda i: {"policy/kl": 60.0},
     "policies_disagree": lambda i: {"policy/ratio_first_deviation": 0.3},
+    "sampler_disagrees": lambda i: {"policy/sampling_gap_mean": 0.2},
     "ratio_blow_up": lambda i: {"policy/ratio_max_deviation": 1000.0},
     "value_blow_up": lambda i: {"value/loss": 40.0},
     "entropy_collapse": lambda i: {"policy/entropy": 0.01},

@@ -19,6 +19,7 @@ def hand_made(**fields: Any) -> Rollout:
         "response_mask": mask,
         "stopped": torch.tensor([True, False]),
         "rollout_logprobs": torch.tensor([[-1.0, -2.0, 0.0], [-1.0, -1.0, -3.0]]),
+        "sampler_logprobs": torch.zeros(2, 3),
         "reference_logprobs": torch.tensor([[-1.5, -1.0, 0.0], [-1.0, -2.0, -2.0]]),
         "values": torch.tensor([[0.5, 0.25, 0.0], [1.0, 0.0, -1.0]]),
         "closing_values": torch.zeros(2),

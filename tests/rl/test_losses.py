@@ -2,7 +2,7 @@
 
 import torch
 
-from stages.rl.losses import policy_clipped, policy_terms, value_terms
+from stages.rl.losses import importance_weights, policy_clipped, policy_terms, value_terms
 
 # ratios 1.5, 0.5, 1.1 under advantages of both signs; clip range 0.2
 RATIOS = torch.tensor([1.5, 0.5, 1.1, 1.5, 0.5, 1.1])
@@ -40,3 +40,10 @@ def test_value_terms_by_hand() -> None:
 def test_raising_the_probability_of_a_good_token_lowers_the_loss() -> None:
     low, high = (policy_terms(torch.tensor([x]), torch.zeros(1), torch.tensor([1.0]), clip_range=0.2) for x in (-0.05, 0.05))
     assert high < low
+
+
+def test_importance_weights_are_ratios_up_to_the_cap() -> None:
+    """p / q for p = 0.2, 0.5, 0.9 and q = 0.4, 0.5, 0.1: 0.5, 1 and 9, of which a cap of 2 leaves 2."""
+    p, q = torch.tensor([0.2, 0.5, 0.9]).log(), torch.tensor([0.4, 0.5, 0.1]).log()
+    torch.testing.assert_close(importance_weights(p, q, cap=2.0), torch.tensor([0.5, 1.0, 2.0]))
+    torch.testing.assert_close(importance_weights(p, q, cap=10.0), torch.tensor([0.5, 1.0, 9.0]))

@@ -1,0 +1,264 @@
+"""Opening the sampler that the settings ask for. The one place that knows which engines there are."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from stages.config import GenerationSettings, Vllm
+from stages.engines.vllm_client import Lost, VllmClient, logprobs_mode
+from stages.engines.vllm_start import Served, StartedServer, wants_gpu
+from stages.errors import LaunchError, ModelError
+from stages.process.environment import secret
+from stages.process.runtime import Runtime
+from stages.registry.references import ResolvedModel
+from stages.step import StepContext
+
+if TYPE_CHECKING:
+    import torch
+
+    from stages.engines.vllm_sampler import Weights
+    from stages.models.responses import Policy
+    from stages.sampling.sampler import Sampler
+
+SHARED_MEMORY = Path("/dev/shm")
+Trains = Literal["nothing", "adapter", "whole"]
+
+
+def check_reachable(settings: GenerationSettings) -> None:
+    """Raise LaunchError where no server under ``url`` answers, ModelError where one is of another version than those tested.
+
+    To be called before a model is loaded. A server that does not answer is tolerated where another one does.
+    """
+    vllm = settings.vllm
+    if vllm is None or vllm.url is None:
+        return
+    reasons = []
+    for url in vllm.url:
+        client = VllmClient(url, vllm, _key(vllm))
+        try:
+            client.version()
+        except Lost as error:
+            reasons.append(f"{url} ({error})")
+        finally:
+            client.close()
+    if len(reasons) == len(vllm.url):
+        raise LaunchError(
+            f"generation.engine.vllm.url: no server answers: {'; '.join(reasons)}. Start one (docs/vllm.md), or use start: {{}}"
+        )
+
+
+def _key(vllm: Vllm) -> str | None:
+    return secret(vllm.api_key_variable) if vllm.api_key_variable is not None else None
+
+
+@contextmanager
+def step_sampler(
+    settings: GenerationSettings,
+    model: Any,
+    tokenizer: Any,
+    source: ResolvedModel,
+    context: StepContext,
+    *,
+    dtype: torch.dtype,
+    trains: Trains = "nothing",
+    policy: Policy | None = None,
+    merges_adapters: bool = True,
+) -> Iterator[Sampler]:
+    """``open_sampler`` inside a step; what sampled is noted for the run's summary."""
+    opened = open_sampler(
+        settings,
+        model,
+        tokenizer,
+        source,
+        runtime=context.runtime,
+        log=context.folder / "vllm.log",
+        folder=context.cache_folder / "served",
+        dtype=dtype,
+        trains=trains,
+        policy=policy,
+        merges_adapters=merges_adapters,
+    )
+    with opened as sampler:
+        try:
+            yield sampler
+        finally:
+            if settings.vllm is not None:
+                context.sampling.append(sampler.report())
+
+
+@contextmanager
+def open_sampler(
+    settings: GenerationSettings,
+    model: Any,
+    tokenizer: Any,
+    source: ResolvedModel,
+    *,
+    runtime: Runtime,
+    log: Path,
+    folder: Path,
+    dtype: torch.dtype,
+    trains: Trains = "nothing",
+    policy: Policy | None = None,
+    merges_adapters: bool = True,
+) -> Iterator[Sampler]:
+    """The sampler that ``settings`` ask for, for ``model`` with its tokenizer; it is closed at the end of the block.
+
+    ``source``: what the model was loaded from, in ``dtype``. ``trains``: what of the model will change; where something does, the caller
+    calls ``take_weights`` before it samples. ``policy``: the model as a policy, where the caller has one. ``merges_adapters``: whether the
+    adapters that ``source`` consists of are merged into the weights of ``model`` (as loading does without quantization). A started server
+    writes to ``log``; adapters go to a place in ``folder`` where there is no better one.
+
+    Raises LaunchError where no server can be started or reached, ModelError where a server cannot serve the model.
+    """
+    from stages.sampling.sampler import LocalSampler
+
+    vllm = settings.vllm
+    if vllm is None:
+        yield LocalSampler(model, tokenizer)
+        return
+    from stages.engines.vllm_sampler import VllmSampler
+    from stages.engines.vllm_servers import Servers
+    from stages.models.responses import Policy
+
+    check_reachable(settings)
+    policy = policy or Policy(model, temperature=1.0, autocast=None)
+    policy.activate()
+    shared = _shared_folder(vllm, folder, model) / f"tristage-{runtime.decide(lambda: secrets.token_hex(6))}"
+    say = lambda line: runtime.console.print(line, style="yellow", markup=False)  # noqa: E731
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, shared, ignore_errors=True)
+        weights, served = _plan_weights(settings, model, tokenizer, source, dtype, trains, merges_adapters, shared, runtime)
+        served = replace(served, logprobs_mode=logprobs_mode(policy.temperature))
+        started, urls, key = None, vllm.url or [], _key(vllm)
+        if vllm.start is not None:
+            if runtime.is_main:
+                started = StartedServer(vllm.start, served, log)
+                stack.callback(started.end)
+                runtime.console.print(f"starting a vLLM server (its log: {log})", markup=False)
+            urls, key = runtime.decide(lambda: _started(started))
+        servers = Servers(urls, vllm, key, say=say, started=started)
+        sampler = VllmSampler(policy, tokenizer, vllm, servers, weights, runtime=runtime, dtype=dtype, folder=shared)
+        stack.callback(sampler.close)
+        if trains == "nothing":
+            sampler.take_weights()
+        yield sampler
+
+
+def _started(server: StartedServer | None) -> tuple[list[str], str]:
+    assert server is not None
+    server.start()
+    return [server.url], server.key
+
+
+def _plan_weights(
+    settings: GenerationSettings,
+    model: Any,
+    tokenizer: Any,
+    source: ResolvedModel,
+    dtype: torch.dtype,
+    trains: Trains,
+    merges_adapters: bool,
+    shared: Path,
+    runtime: Runtime,
+) -> tuple[Weights, Served]:
+    """How the weights reach the servers, and what a started server is to serve. May write the model's weights for it to start from."""
+    from stages.engines.vllm_sampler import Weights
+    from stages.models.served_adapter import total_rank, updates_of
+    from stages.models.stacks import stack_of
+
+    vllm = settings.vllm
+    assert vllm is not None
+    on_gpu = vllm.start is not None and wants_gpu(vllm.start, runtime.device.type)
+    base, quantization = stack_of(source).base, source.input.quantization
+    _refuse_quantization(quantization, vllm, on_gpu)
+    served = Served(
+        base.path,
+        dtype=str(dtype).removeprefix("torch."),
+        quantization=quantization,
+        revision=base.input.revision if base.kind == "hub" else None,
+        trust_remote_code=base.input.trust_remote_code,
+        cuda_graphs=settings.cuda_graphs,
+        on_gpu=on_gpu,
+    )
+    try:
+        if trains == "whole":
+            raise ModelError("whole weights train")
+        merged = _merged_adapters(source) if merges_adapters and quantization == "none" else ()
+        _same_rows(model, base)
+        rank = total_rank(updates_of(model, merged))
+    except ModelError as error:
+        if trains == "adapter" or quantization != "none" or (vllm.start is None and trains == "nothing"):
+            raise
+        if trains == "nothing":
+            runtime.console.print(f"vLLM serves {source.ref} with its adapters merged: {error}", markup=False)
+        if vllm.start is not None:
+            _write_to_start(model, tokenizer, shared / "start", dtype, runtime)
+        return Weights("whole" if trains == "whole" else "base"), replace(served, model=str(shared / "start"), revision=None)
+    return Weights("adapter" if rank else "base", merged, base.path), replace(served, lora_rank=rank)
+
+
+def _write_to_start(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, runtime: Runtime) -> None:
+    """Write the model as it is now, for a server to start from. Call on every process."""
+    from stages.engines.vllm_sampler import write_whole
+    from stages.models.sharding import whole_state_dict
+
+    state = whole_state_dict(model)
+    if runtime.is_main:
+        write_whole(model, folder, dtype, state)
+        tokenizer.save_pretrained(folder)
+
+
+def _merged_adapters(source: ResolvedModel) -> tuple[ResolvedModel, ...]:
+    """The adapters that loading has merged into the whole weights. Raises ModelError where no server has what they stand on."""
+    from stages.models.stacks import stack_of, trained_on
+
+    adapters = stack_of(source).adapters
+    if adapters and (trained := trained_on(source).quantization) != "none":
+        raise ModelError(
+            f"the adapter {source.ref!r} was trained on a base in {trained}, and no server has those weights in full precision. Export it "
+            "merged (stages models export) and name that folder"
+        )
+    return adapters
+
+
+def _same_rows(model: Any, base: ResolvedModel) -> None:
+    """Raise ModelError where the embedding has grown since its base was saved: a server that reads the base has no such rows."""
+    from stages.models.adapters import plain_model
+    from stages.models.loading import config_of
+
+    rows, saved = plain_model(model).get_input_embeddings().weight.shape[0], int(config_of(base).get_text_config().vocab_size)
+    if rows != saved:
+        raise ModelError(
+            f"the model has {rows} rows in its embedding, and its base {base.ref!r} {saved}: tokens were added, and a vLLM server that "
+            "loads the base has no rows for them. Export the model merged (stages models export) and name that folder"
+        )
+
+
+def _refuse_quantization(quantization: str, vllm: Vllm, on_gpu: bool) -> None:
+    """Raise ModelError where a started server cannot hold the base in the precision that the recipe asks for."""
+    if vllm.start is None or quantization == "none":
+        return
+    if quantization == "int8":
+        raise ModelError(
+            "vLLM cannot quantize weights to int8 as it loads them; use quantization: nf4 or none, or generation.engine: local"
+        )
+    if not on_gpu:
+        raise ModelError("vLLM's build for CPUs has no bitsandbytes: leave out quantization, or use generation.engine: local")
+
+
+def _shared_folder(vllm: Vllm, folder: Path, model: Any) -> Path:
+    """Where adapters and weights are put for the servers to read: named, else shared memory where they are here and it has room."""
+    if vllm.adapter_folder is not None:
+        return Path(vllm.adapter_folder).expanduser().absolute()
+    are_here = all(urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") for url in vllm.url or ())
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if are_here and SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 3 * size:
+        return SHARED_MEMORY
+    return folder.absolute()

@@ -1,0 +1,191 @@
+"""One vLLM server as seen over HTTP: completions by token ids, adapters and weights put in, sleep and health.
+
+The endpoints and the shapes of their answers are those of vLLM 0.32 (docs/vllm.md). A server that does not answer after all attempts
+counts as lost (``Lost``); what it refuses is a message for the user.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.config import GenerationSettings, Vllm
+from stages.errors import ModelError
+from stages.process.remote import GaveUp, JsonClient, Refused
+
+TESTED_VERSIONS = ("0.32",)
+"""Releases of vLLM that the tests ran against; another one may answer in another way, and is refused."""
+
+
+class Lost(Exception):
+    """A server that gave no answer after all attempts; the message says how the last one ended."""
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A completion as a server gives it: tokens, the log-probability of each, and whether a stop token ended it."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    stopped: bool
+
+
+class VllmClient:
+    """Speaks with one server. Safe for threads."""
+
+    def __init__(self, url: str, settings: Vllm, key: str | None) -> None:
+        self.url, self.settings = url.rstrip("/").removesuffix("/v1"), settings
+        self._client = JsonClient(
+            key=key,
+            timeout=settings.timeout_seconds,
+            retries=settings.retries,
+            backoff_seconds=settings.backoff_seconds,
+            jitter=0.2,
+            connections=settings.concurrency,
+        )
+
+    def close(self) -> None:
+        """Close its connections; threads that wait for a further attempt give up."""
+        self._client.stop()
+        self._client.close()
+
+    # What it is
+
+    def version(self) -> str:
+        """Its version. Raises ModelError for one that is not among those tested, Lost where it does not answer."""
+        found = str(self._get("/version", lambda answer: _field(answer, "version")))
+        if ".".join(found.split(".")[:2]) not in TESTED_VERSIONS:
+            raise ModelError(
+                f"the vLLM server {self.url} is of version {found}; this release is tested with {', '.join(TESTED_VERSIONS)}, and others "
+                f"may mean other things by the same request. Install vllm=={TESTED_VERSIONS[-1]}.*"
+            )
+        return found
+
+    def base_model(self) -> str:
+        """The name under which it serves its own weights, without an adapter."""
+        listed = self._get("/v1/models", lambda answer: _field(answer, "data"))
+        names = [str(one["id"]) for one in listed if not one.get("parent")]
+        if not names:
+            raise ModelError(f"the vLLM server {self.url} lists no model of its own under /v1/models")
+        return names[0]
+
+    # Sampling
+
+    def complete(
+        self, model: str, prompt: Sequence[int], settings: GenerationSettings, *, most: int, stop_ids: Sequence[int], seed: int
+    ) -> Completed:
+        """Up to ``most`` tokens after ``prompt`` (token ids), ended by one of ``stop_ids`` alone.
+
+        The log-probabilities are at temperature 1, or by the server's logprobs mode (see ``logprobs_mode``). Raises Lost, ModelError.
+        """
+        body = {
+            "model": model,
+            "prompt": list(prompt),
+            "max_tokens": most,
+            "temperature": settings.temperature,
+            "top_k": settings.top_k,
+            "top_p": settings.top_p,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "seed": seed,
+            "stop_token_ids": list(stop_ids),
+            "ignore_eos": True,  # the end token is among the stop tokens where it ends a completion
+            "skip_special_tokens": False,
+            "logprobs": 0,
+            "return_token_ids": True,
+        }
+        found = self._post("/v1/completions", body, lambda answer: _completed(answer, model))
+        if not found.stopped and len(found.tokens) < most:
+            raise ModelError(
+                f"the vLLM server {self.url} ended a completion after {len(found.tokens)} of {most} tokens without a stop token: it allows "
+                "fewer; start it with a larger --max-model-len and --generation-config vllm"
+            )
+        return found
+
+    # Weights
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load an adapter in peft's format from ``folder``, a path that the server must see, too."""
+        refusal = (
+            "start it with --enable-lora, --max-lora-rank of at least the adapter's rank and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and "
+            "let it see the folder under the same path (generation.engine.vllm.adapter_folder)"
+        )
+        self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, lambda _: None, refusal)
+
+    def unload_adapter(self, name: str) -> None:
+        """Take an adapter out; one that is not there is no error."""
+        try:
+            self._client.post(f"{self.url}/v1/unload_lora_adapter", {"lora_name": name}, lambda _: None)
+        except Refused:
+            pass
+        except GaveUp as error:
+            raise Lost(str(error)) from error
+
+    def reload_weights(self, folder: Path) -> None:
+        """Put the whole weights in ``folder`` in the place of its own, and forget what it computed with the old ones."""
+        refusal = "whole weights need a server with VLLM_SERVER_DEV_MODE=1 that sees the folder under the same path; or train with lora"
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        self._post("/collective_rpc", body, lambda _: None, refusal)
+        self._post("/reset_prefix_cache", {}, lambda _: None, refusal)
+
+    # A GPU shared with the run
+
+    def sleep(self) -> None:
+        """Move its weights out of the GPU's memory and drop its cache."""
+        self._post("/sleep?level=1", {}, lambda _: None, "start it with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1")
+
+    def wake_up(self) -> None:
+        """Take the weights back into the GPU's memory."""
+        self._post("/wake_up", {}, lambda _: None, "start it with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1")
+
+    # Requests
+
+    def _get(self, path: str, read: Any) -> Any:
+        return self._answered(lambda: self._client.get(self.url + path, read), path, "")
+
+    def _post(self, path: str, body: dict[str, Any], read: Any, advice: str = "") -> Any:
+        return self._answered(lambda: self._client.post(self.url + path, body, read), path, advice)
+
+    def _answered(self, ask: Any, path: str, advice: str) -> Any:
+        try:
+            return ask()
+        except Refused as error:
+            key = "; the key comes from generation.engine.vllm.api_key_variable" if str(error).startswith("status 401") else ""
+            further = f". Next: {advice}" if advice else ""
+            raise ModelError(f"the vLLM server {self.url} refused {path} ({error}){key}{further}") from error
+        except GaveUp as error:
+            raise Lost(str(error)) from error
+
+
+def logprobs_mode(temperature: float) -> str:
+    """The server's ``--logprobs-mode`` under which its log-probabilities are those at this temperature, where nothing is cut off."""
+    return "raw_logprobs" if temperature == 1 else "processed_logprobs"
+
+
+def _field(answer: Any, name: str) -> Any:
+    if not isinstance(answer, dict) or name not in answer:
+        raise GaveUp(f"an answer without {name!r}")
+    return answer[name]
+
+
+def _completed(answer: Any, model: str) -> Completed:
+    """The completion in an answer of /v1/completions. Raises GaveUp where there is none in it."""
+    try:
+        choice = answer["choices"][0]
+        tokens = [int(token) for token in choice["token_ids"]]
+        logprobs = [float(value) for value in choice["logprobs"]["token_logprobs"]]
+        reason, served = choice["finish_reason"], answer["model"]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise GaveUp(f"an answer that is no completion with token ids and log-probabilities ({type(error).__name__}: {error})") from error
+    if served != model:
+        raise GaveUp(f"an answer by the model {served!r} instead of {model!r}")
+    if reason not in ("stop", "length") or not tokens or len(tokens) != len(logprobs):
+        raise GaveUp(f"a completion of {len(tokens)} tokens with {len(logprobs)} log-probabilities that ended by {reason!r}")
+    if not all(map(math.isfinite, logprobs)):
+        raise GaveUp("a completion with a log-probability that is no finite number")
+    return Completed(tokens, logprobs, reason == "stop")

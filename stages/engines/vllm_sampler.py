@@ -1,0 +1,257 @@
+"""Sampling by vLLM servers that hold the model's weights: adapters go to them by name, whole weights by reloading.
+
+After each transfer a probe is compared: what the servers compute is what the model here computes.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages.config import GenerationSettings, Vllm
+from stages.engines.vllm_client import Completed, Lost, VllmClient, logprobs_mode
+from stages.engines.vllm_servers import Servers
+from stages.errors import ModelError, TrainingError
+from stages.models.adapters import plain_model
+from stages.models.responses import Policy, sequence_batch
+from stages.models.served_adapter import Update, updates_of, write_adapter
+from stages.models.sharding import whole_state_dict
+from stages.process.runtime import Runtime
+from stages.registry.references import ResolvedModel
+from stages.sampling.generation import Generated, OnFinished, ending_tokens, left_pad, require_room, right_pad
+
+PROBE_PROMPT, PROBE_TOKENS = 8, 16  # tokens of the probe's prompt, and of its completion
+FP32_BOUND, ROUNDED_BOUND = 1e-3, 0.1  # nats per token
+NOT_PROMISED = (
+    "Completions of vLLM depend on its version, on the hardware and on how requests were batched: the same seeds give the same completions "
+    "only as far as those agree, and not those of the local sampler. Seeds, prompts and settings are the same for every completion."
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How the model's weights reach the servers: ``adapter`` (by name), ``whole`` (reloaded), or ``base`` (they have them already).
+
+    ``merged``: adapters of the model that are in its own weights and not in the servers'.
+    """
+
+    kind: str
+    merged: tuple[ResolvedModel, ...] = ()
+    base: str = ""
+
+
+class VllmSampler:
+    """Completes prompts on servers. Every process of a run has one; the first process alone moves weights."""
+
+    is_local = False
+
+    def __init__(
+        self,
+        policy: Policy,
+        tokenizer: Any,
+        settings: Vllm,
+        servers: Servers,
+        weights: Weights,
+        *,
+        runtime: Runtime,
+        dtype: torch.dtype,
+        folder: Path,
+    ) -> None:
+        self.policy, self.tokenizer, self.servers, self.weights = policy, tokenizer, servers, weights
+        self._runtime, self._dtype, self._folder = runtime, dtype, folder
+        self._run = f"tristage-{secrets.token_hex(4)}"  # several runs may use one server
+        self._transfers = 0
+        self._model = ""  # the name that the servers know the weights by
+        self._current: Path | None = None
+        self._sleeps = False
+        self._version = ""
+        is_rounded = dtype != torch.float32 or any(not parameter.is_floating_point() for parameter in policy.model.parameters())
+        self._bound = settings.probe_bound or (ROUNDED_BOUND if is_rounded else FP32_BOUND)
+
+    # Weights
+
+    def take_weights(self) -> None:
+        """Send the weights as they are now, and compare a probe. Raises TrainingError where the servers then compute something else."""
+        self.policy.activate()
+        state = whole_state_dict(self.policy.model) if self.weights.kind == "whole" else None
+        updates = updates_of(self.policy.model, self.weights.merged) if self.weights.kind == "adapter" else {}
+        self._transfers += 1
+        told = self._runtime.decide(lambda: self._transfer(updates, state))
+        self._model, probes = told
+        self.servers.keep(list(probes))
+        for url, probe in probes.items():
+            self._check(url, probe)
+
+    def _transfer(self, updates: dict[str, list[Update]], state: dict[str, torch.Tensor] | None) -> tuple[str, dict[str, Completed]]:
+        """Write the weights and let every server take them; returns their name there and each server's probe. First process only."""
+        self._wake()
+        self._replace_dead()
+        before, old_folder = self._model, self._current
+        name = f"{self._run}-{self._transfers}"
+        if self.weights.kind == "adapter":
+            self._current = self._folder / name
+            write_adapter(updates, self._current, self.weights.base)
+        elif self.weights.kind == "whole":
+            self._current = self._folder / name
+            write_whole(self.policy.model, self._current, self._dtype, state)
+        probes = self.servers.on_each(lambda client: self._equip(client, name))
+        if self.weights.kind == "adapter" and before:
+            self.servers.on_each(lambda client: client.unload_adapter(before))
+        if old_folder is not None:
+            shutil.rmtree(old_folder, ignore_errors=True)
+        named = name if self.weights.kind == "adapter" else ""
+        return named, {client.url: probes[client.url] for client in self.servers.clients}
+
+    def _equip(self, client: VllmClient, name: str) -> Completed:
+        """Put the current weights into one server, and ask it for the probe."""
+        self._version = client.version()
+        if self.weights.kind == "adapter":
+            assert self._current is not None
+            client.load_adapter(name, self._current)
+        elif self.weights.kind == "whole":
+            assert self._current is not None
+            client.reload_weights(self._current)
+        served = name if self.weights.kind == "adapter" else client.base_model()
+        settings = GenerationSettings(temperature=self.policy.temperature)  # nothing cut off
+        return client.complete(served, self._probe_prompt(), settings, most=PROBE_TOKENS, stop_ids=[], seed=0)
+
+    def _probe_prompt(self) -> list[int]:
+        """Tokens spread over the vocabulary."""
+        size = min(len(self.tokenizer), plain_model(self.policy.model).get_input_embeddings().weight.shape[0])
+        return torch.linspace(1, size - 1, PROBE_PROMPT).long().tolist()
+
+    def _check(self, url: str, probe: Completed) -> None:
+        """Compare a server's log-probabilities of the probe with those of the model here."""
+        training = self.policy.model.training
+        self.policy.model.eval()
+        with torch.inference_mode():
+            batch = sequence_batch([self._probe_prompt()], [probe.tokens], self.tokenizer.pad_token_id, self.policy.device)
+            own = self.policy.logprobs(batch).cpu()
+        self.policy.model.train(training)
+        gap = float((own - torch.tensor(probe.logprobs)).abs().mean())
+        if not gap <= self._bound:
+            raise TrainingError(
+                f"the sampler does not have the policy's weights: on a probe of {len(probe.tokens)} tokens the log-probabilities of the "
+                f"vLLM server {url} differ from the trainer's by {gap:.3g} nats per token (bound {self._bound:g}). Does it serve the model "
+                f"that the policy stands on, in the same dtype, with --logprobs-mode {logprobs_mode(self.policy.temperature)}? A larger "
+                "bound goes into generation.engine.vllm.probe_bound"
+            )
+
+    # Sampling
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: GenerationSettings,
+        seeds: Sequence[int],
+        *,
+        on_finished: OnFinished | None = None,
+    ) -> Generated:
+        """One completion for each prompt; tensors are on the CPU. Raises SamplerLost where no server is left, ModelError for a refusal."""
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds")
+        require_room(self.policy.model, prompts, settings)
+        stop, late = ending_tokens(self.policy.model, self.tokenizer, settings)
+        made = self.servers.complete(
+            self._model or self.servers.clients[0].base_model(),
+            prompts,
+            settings,
+            seeds,
+            stop_ids=stop,
+            late_stop_ids=late,
+            revive=self._revive,
+            on_finished=on_finished,
+        )
+        pad = self.tokenizer.pad_token_id
+        ids, mask = left_pad(prompts, pad)
+        lengths = torch.tensor([len(one.tokens) for one in made])
+        response_ids = right_pad([torch.tensor(one.tokens) for one in made], pad)
+        return Generated(
+            prompt_ids=ids,
+            prompt_mask=mask,
+            response_ids=response_ids,
+            response_mask=torch.arange(response_ids.shape[1]) < lengths[:, None],
+            logprobs=right_pad([torch.tensor(one.logprobs) for one in made], 0.0),
+            stopped=torch.tensor([one.stopped for one in made]),
+        )
+
+    def _revive(self) -> bool:
+        """Start the run's own server again, with the weights that it had; whether there is a server again."""
+        if self._runtime.num_processes > 1 or not self.servers.restart():
+            return False
+        try:
+            probe = self._equip(self.servers.clients[0], self._model)
+        except Lost as error:
+            self.servers.leave_out(self.servers.clients[0], str(error))
+            return False
+        self._check(self.servers.clients[0].url, probe)
+        return True
+
+    # A GPU shared with the run
+
+    def rest(self) -> None:
+        """Let a started server that shares the run's GPU give its memory back."""
+        self._runtime.wait_for_everyone()  # another process may still be sampling
+        started = self.servers.started
+        if started is not None and started.shares_gpu and not self._sleeps:
+            self.servers.on_each(lambda client: client.sleep())
+            self._sleeps = True
+
+    def _wake(self) -> None:
+        started = self.servers.started
+        if self._sleeps and started is not None and started.is_running():
+            self.servers.on_each(lambda client: client.wake_up())
+        self._sleeps = False
+
+    def _replace_dead(self) -> None:
+        """Start the run's own server again where it died while the run trained."""
+        started = self.servers.started
+        if started is None or started.is_running():
+            return
+        for client in list(self.servers.clients):
+            self.servers.leave_out(client, "its process ended")
+        if self.servers.restart():
+            self._model = ""  # a new server has no adapter to take out
+
+    def close(self) -> None:
+        """Take this run's adapter out of servers that go on without it, and remove its files."""
+        if self._runtime.is_main and self._model and self.servers.started is None:
+            for client in self.servers.clients:
+                try:
+                    client.unload_adapter(self._model)
+                except Lost:
+                    continue
+        self.servers.close()
+        if self._runtime.is_main:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def report(self) -> dict[str, Any]:
+        """For the run's summary: what sampled, what was lost on the way, and what cannot be promised."""
+        return {
+            "engine": "vllm",
+            "version": self._version,
+            "servers": [client.url for client in self.servers.clients],
+            "left_out": self.servers.left_out,
+            "restarts": self.servers.restarts,
+            "weights": self.weights.kind,
+            "transfers": self._transfers,
+            "not_promised": NOT_PROMISED,
+        }
+
+
+def write_whole(model: Any, folder: Path, dtype: torch.dtype, state: dict[str, torch.Tensor] | None) -> None:
+    """Write whole weights in ``dtype`` as transformers does; ``state``: them where they are cut over processes."""
+    from stages.models.loading import quiet_transformers
+
+    if hasattr(model, "peft_config"):
+        raise ModelError("a model with adapters cannot be sent as whole weights; its adapter is sent by name")
+    state = model.state_dict() if state is None else state
+    cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    with quiet_transformers():
+        model.save_pretrained(folder, state_dict=cast)

