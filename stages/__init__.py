@@ -1,11 +1,11 @@
-"""Tristage: a language model from raw to aligned in three chained stages (SFT, reward model, PPO), on today's transformers.
+"""Tristage: a language model from raw to aligned in three chained stages (SFT, reward model, PPO), based on transformers.
 
     import stages
 
     results = stages.run("quickstart", {"aligned.kl_coef": 0.1})
     model = stages.PPO(policy=(model, tokenizer), reward=my_function, data=prompts, total_episodes=512).train()
 
-Importing this package loads nothing heavy: names are imported on first use.
+Importing this package is fast: names are imported on first use.
 """
 
 from __future__ import annotations

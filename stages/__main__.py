@@ -1,4 +1,4 @@
-"""``python -m stages``, and so ``accelerate launch -m stages run RECIPE``."""
+"""``python -m stages``, also for ``accelerate launch -m stages run RECIPE``."""
 
 from stages.cli import main
 

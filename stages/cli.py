@@ -1,4 +1,4 @@
-"""The commands. Importing this file is fast: what a command needs is imported when it runs.
+"""The commands. Importing this file is fast: each command imports what it needs when it runs.
 
 stages run RECIPE [step.field=value ...]      stages plan RECIPE
 stages sweep RECIPE step.field=[value,value] [seeds=3]
@@ -42,28 +42,28 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-models = typer.Typer(help="The registry: what steps have made.", no_args_is_help=True, rich_markup_mode=None)
+models = typer.Typer(help="The registry: models made by steps.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models, name="models")
 
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe file (YAML), or the name of one that ships, e.g. quickstart.")]
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file (YAML), or the name of a shipped recipe, e.g. quickstart.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[STEP.FIELD=VALUE]...", help="Overrides, e.g. sft.training.epochs=2 seed=8.")
 ]
-Home = Annotated[Path | None, typer.Option(help="Folder of everything made (default: STAGES_HOME, else outputs).")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
-All = Annotated[bool, typer.Option("--all", help="Show everything that is known, digests and defaults included.")]
+Home = Annotated[Path | None, typer.Option(help="Folder for all results (default: STAGES_HOME, else outputs).")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+All = Annotated[bool, typer.Option("--all", help="Show all details, including digests and defaults.")]
 Ref = Annotated[str, typer.Argument(metavar="REF", help="name (newest), name@3, or sha256:<first digits>.")]
 
 FORMATS = "argilla, label-studio, alpaca-eval, pandalm or csv"
-LABEL_EXPORTS = f"Write tasks and answers as {FORMATS}, or as comparisons; serve nothing."
-LABEL_IMPORTS = f"Take answers in from {FORMATS}; serve nothing."
+LABEL_EXPORTS = f"Write tasks and answers as {FORMATS}, or as comparisons; do not serve the page."
+LABEL_IMPORTS = f"Import answers from {FORMATS}; do not serve the page."
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def reports_errors(command: Command) -> Command:
-    """An error is one message on stderr: exit status 2 where the user can act on it, 1 where nobody expected it.
+    """Report an error as one message on stderr. Exit status: 2 if the user can fix it, 1 if it is unexpected.
 
     ``--debug`` shows the traceback instead. Ctrl-C ends a command with status 130.
     """
@@ -81,12 +81,12 @@ def reports_errors(command: Command) -> Command:
         except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
             raise
         except KeyboardInterrupt as error:
-            if not was_in_step(error):  # in a step Ctrl-C raises Stopped, so that a function of the recipe has raised this
+            if not was_in_step(error):  # in a step Ctrl-C raises Stopped, so a recipe function raised this
                 _end(130, error)
             _report(error, name, options)
         except (Exception, SystemExit) as error:
             if isinstance(error, Exception) and ending.lost_the_others(error):
-                explained = LaunchError("another process of this run ended, and this one cannot go on alone; what it said is above")
+                explained = LaunchError("another process of this run ended, and this one cannot continue alone; see its message above")
                 _say(f"error: {explained}", is_echo=True)
                 _end(explained.exit_status, error)
             _report(error, name, options)
@@ -95,14 +95,14 @@ def reports_errors(command: Command) -> Command:
 
 
 def _report(error: BaseException, command: str, options: dict[str, Any]) -> NoReturn:
-    """Say what went wrong and end the command; with --debug raise ``error`` instead."""
+    """Print the error and end the command. With --debug raise ``error`` instead."""
     from stages.process.unexpected import explain
 
     if isinstance(error, Waiting):
         _say(f"waiting: {error}", is_echo=False)
         _end(error.exit_status, error)
     if options.get("debug"):
-        if isinstance(error, SystemExit):  # it would end the program without a word
+        if isinstance(error, SystemExit):  # it would end the program without a message
             raise RuntimeError(f"the program was ended by {error!r}") from error
         raise error
     explained = explain(error, f"stages {command}", _home(options.get("home")))
@@ -119,11 +119,11 @@ def _end(status: int, cause: BaseException) -> NoReturn:
 
 
 def _say(message: str, *, is_echo: bool) -> None:
-    """Show a message; under several processes once where all have the same: the first shows it, and its end ends those who wait."""
+    """Show a message. Processes with the same error show it only once: rank zero prints first, and its exit ends the waiting others."""
     from stages.process import ending, environment
 
     rank = environment.launched_rank()
-    if is_echo or rank > 0:  # of another process's end, which has said why itself; or of the same error on rank zero
+    if is_echo or rank > 0:  # the other process prints its own message; rank zero may print the same error
         time.sleep(5 if is_echo else 2)
     ending.print_error(f"process {rank}: {message}" if rank > 0 else message)
 
@@ -164,8 +164,9 @@ def root(
     from stages.process.environment import protect_secrets
 
     protect_secrets()
-    # A recipe may name functions (package.module:function) beside it; the `stages` script, unlike `python -m`, does not look there. Last:
-    # a file that happens to lie here must not stand in for an installed package.
+    # A recipe may name functions (package.module:function) in the current folder. Unlike `python -m`, the `stages` script does not search
+    # it. It is added last, so that a local file cannot replace an installed package. a file that happens to lie here must not stand in for
+    # an installed package.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
 
@@ -175,7 +176,7 @@ def root(
 def run(
     recipe: Recipe,
     overrides: Overrides = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for people who rank, instead of ending with status 75.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for annotators instead of ending with status 75.")] = False,
     home: Home = None,
     debug: Debug = False,
 ) -> None:
@@ -199,7 +200,7 @@ def run(
 
 @contextmanager
 def _stoppable(runtime: Runtime) -> Iterator[None]:
-    """SIGTERM and Ctrl-C end the block in order; the command to go on is said, and the exit status is the signal's."""
+    """Context in which SIGTERM and Ctrl-C stop in an orderly way: print the command to continue, and exit with the signal's status."""
     from stages.process.ending import print_error
     from stages.process.environment import command_to_go_on
 
@@ -208,7 +209,7 @@ def _stoppable(runtime: Runtime) -> Iterator[None]:
             yield
     except Stopped as stop:
         if runtime.is_main:
-            print_error(f"stopped by {stop.name}; what is done is kept. To go on: {command_to_go_on()}")
+            print_error(f"stopped by {stop.name}; completed work is kept. To continue: {command_to_go_on()}")
         _end(stop.exit_status, stop)
 
 
@@ -217,14 +218,14 @@ def _stoppable(runtime: Runtime) -> Iterator[None]:
 def plan(
     recipe: Recipe,
     overrides: Overrides = None,
-    all_settings: Annotated[bool, typer.Option("--settings", help="Show every setting of every step, and where it comes from.")] = False,
-    device_memory: Annotated[float | None, typer.Option(min=0.1, help="Plan for a GPU of so many GiB instead of this machine.")] = None,
+    all_settings: Annotated[bool, typer.Option("--settings", help="Show every setting of every step and its origin.")] = False,
+    device_memory: Annotated[float | None, typer.Option(min=0.1, help="Plan for a GPU with this many GiB instead of this machine.")] = None,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a run would make, reuse or resume, and why, and how much memory it will need; of steps with a preset also each value and
-    its source. Loads no model."""
+    """Show what a run would make, reuse or resume, why, and how much memory it needs; for steps with a preset also the source of each
+    value. Loads no model."""
     from stages.chain import run as chain
     from stages.chain.pins import pinned, resolve_commits
     from stages.planning.plan import advice_lines, memory_table, plan_memory
@@ -240,7 +241,7 @@ def plan(
     memory = plan_memory(loaded, _registry(home), machine, reused=reused, processes=_processes())
     shown = {step.name: (settings_of_step if all_settings else preset_settings)(loaded, step) for step in loaded.steps}
     if as_json:
-        settings = {name: [setting.as_json() for setting in found] for name, found in shown.items() if found}
+        settings = {name: [setting.as_json() for setting in values] for name, values in shown.items() if values}
         content = json.loads(chain.plans_json(loaded, plans, settings))
         _print_json(
             {
@@ -257,7 +258,7 @@ def plan(
         console.print(f"Not checked: {message}", markup=False, soft_wrap=True)
     unseen = [step.name for step in loaded.steps if chain.on_hub(step)]
     if unseen:
-        console.print(f"Not read, as they are on the Hub: the rows of {', '.join(unseen)}.", markup=False)
+        console.print(f"Not checked, because the data is on the Hub: the rows of {', '.join(unseen)}.", markup=False)
     if memory:
         console.print(memory_table(memory, machine))
         for line in advice_lines(memory):
@@ -268,14 +269,14 @@ def plan(
 
 
 def _machine(device_memory: float | None) -> Machine:
-    """The machine that a plan is for: a GPU of the given size, this machine's GPU, or its memory."""
+    """The machine to plan for: a GPU of the given size, this machine's GPU, or its memory."""
     from stages.memory.estimate import Machine
     from stages.process.hardware import cpu_memory, gpu_memory, has_amx
 
     if device_memory is not None:
         return Machine("cuda", int(device_memory * 2**30), 2, f"a GPU of {device_memory:g} GiB")
-    if found := gpu_memory():
-        return Machine("cuda", found[1], 2, found[0])
+    if gpu := gpu_memory():
+        return Machine("cuda", gpu[1], 2, gpu[0])
     return Machine("cpu", cpu_memory(), 2 if has_amx() else 4, "this machine's memory")
 
 
@@ -288,7 +289,7 @@ def _processes() -> int:
 @app.command()
 @reports_errors
 def conformance(as_json: Json = False, debug: Debug = False) -> None:
-    """Every detail of the papers: where it is in the code, and the tests that prove it."""
+    """List every detail of the papers: where it is in the code, and the tests that prove it."""
     from dataclasses import asdict
 
     from stages.conformance import DETAILS, conformance_table
@@ -307,22 +308,22 @@ def sweep(
         list[str] | None,
         typer.Argument(
             metavar="[STEP.FIELD=[VALUE,...]]...",
-            help="What varies: aligned.kl_coef=[0.01,0.1], a.field+b.field=[1,2] together, seeds=3 or aligned.seeds=3; "
-            "a single value is an override of every run.",
+            help="Axes: aligned.kl_coef=[0.01,0.1], a.field+b.field=[1,2] together, seeds=3 or aligned.seeds=3; "
+            "a single value is an override for every run.",
         ),
     ] = None,
     metric: Annotated[
-        list[str] | None, typer.Option(help="Dotted path into summary.json, e.g. candidates.aligned.scores.gold; * is any part. Repeat.")
+        list[str] | None, typer.Option(help="Dotted path into summary.json, e.g. candidates.aligned.kl; * is any part. Repeatable.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the sweep (default: what varies).")] = None,
-    until: Annotated[str | None, typer.Option(metavar="STEP", help="Leave out the steps behind this one.")] = None,
-    x: Annotated[str | None, typer.Option("--x", help="Axis or metric along the x axis of the plot.")] = None,
-    only_plan: Annotated[bool, typer.Option("--plan", help="Say what each run would make, and make nothing.")] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the sweep (default: the varied fields).")] = None,
+    until: Annotated[str | None, typer.Option(metavar="STEP", help="Skip the steps after this one.")] = None,
+    x: Annotated[str | None, typer.Option("--x", help="Axis or metric for the x axis of the plot.")] = None,
+    only_plan: Annotated[bool, typer.Option("--plan", help="Show what each run would make, without running it.")] = False,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Run a recipe for every combination of values and seeds; equal steps are made once. The same command goes on where it was."""
+    """Run a recipe for every combination of values and seeds. Equal steps run once. The same command continues an interrupted sweep."""
     from stages.sweep.plot import write_plot
     from stages.sweep.run import load_sweep, plan_table, result_table, run_sweep
 
@@ -341,7 +342,7 @@ def sweep(
         _print_json(result.as_json())
     else:
         runtime.console.print(result_table(result))
-        runtime.console.print(f"Rows, means and picture: {result.folder}", soft_wrap=True)
+        runtime.console.print(f"Results and plot: {result.folder}", soft_wrap=True)
     if result.exit_status:
         raise typer.Exit(result.exit_status)
 
@@ -352,7 +353,7 @@ def sweep(
 @models.command("list")
 @reports_errors
 def list_models(home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
-    """Every version of every model."""
+    """List every version of every model."""
     from rich.table import Table
 
     records = _registry(home).records()
@@ -361,12 +362,12 @@ def list_models(home: Home = None, as_json: Json = False, debug: Debug = False) 
         return
     console = _runtime().console
     if not records:
-        console.print(f"No models in {_home(home) / 'registry'}; `stages run RECIPE` makes some.")
+        console.print(f"No models in {_home(home) / 'registry'}; run a recipe first: `stages run RECIPE`.")
         return
     table = Table("model", "role", "digest", "MiB", "made (UTC)", "kind")
     for record in records:
         size = sum(file["size"] for file in record.manifest["files"]) / 2**20
-        kind = f"adapter on {record.manifest['base']['ref']}" if record.is_adapter else "whole"
+        kind = f"adapter on {record.manifest['base']['ref']}" if record.is_adapter else "full weights"
         table.add_row(record.ref, record.role, record.digest[:19], f"{size:.1f}", record.manifest["created"][:19], kind)
     console.print(table)
 
@@ -380,7 +381,7 @@ def _row(record: ModelRecord) -> dict[str, Any]:
 @models.command()
 @reports_errors
 def show(ref: Ref, everything: All = False, home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
-    """What a version is, where it came from and how it did: data, the settings that differ from the defaults, metrics."""
+    """Show a version: its origin, data, non-default settings and metrics."""
     from rich.table import Table
 
     record = _registry(home).get(ref)
@@ -395,24 +396,24 @@ def show(ref: Ref, everything: All = False, home: Home = None, as_json: Json = F
     console = _runtime().console
     console.print(table, markup=False)
     if not everything:
-        console.print("Digests, all settings, files and packages: --all, or --json.", style="dim")
+        console.print("For digests, all settings, files and packages use --all or --json.", style="dim")
 
 
 def _chosen_rows(record: ModelRecord) -> list[tuple[str, str]]:
-    """What most people ask for."""
+    """The most important facts."""
     from stages.chain.description import describe
 
     manifest = record.manifest
     stage = manifest["recipe_step"].get("stage")
     size = sum(file["size"] for file in manifest["files"]) / 2**20
-    found = [
+    rows = [
         ("role", record.role + (f", made by a step of stage {stage}" if stage else "")),
         ("made (UTC)", manifest["created"][:19]),
         ("folder", f"{record.path} ({size:.1f} MiB)"),
-        ("base", f"adapter on {manifest['base']['ref']}" if record.is_adapter else "none: whole weights"),
+        ("base", f"adapter on {manifest['base']['ref']}" if record.is_adapter else "none: full weights"),
         ("made from", _origin(manifest)),
     ]
-    return found + [(heading, "\n".join(lines) or "none") for heading, lines in describe(record).items()]
+    return rows + [(heading, "\n".join(lines) or "none") for heading, lines in describe(record).items()]
 
 
 def _origin(manifest: Mapping[str, Any]) -> str:
@@ -420,20 +421,20 @@ def _origin(manifest: Mapping[str, Any]) -> str:
     if manifest["parents"]:
         return "\n".join(parent["ref"] for parent in manifest["parents"])
     imported = manifest["extra"].get("imported")
-    return f"a model that {imported['library']} saved, imported" if imported else "nothing: random weights"
+    return f"imported from {imported['library']}" if imported else "none: random weights"
 
 
 def _all_rows(record: ModelRecord) -> list[tuple[str, str]]:
-    """Everything that the manifest holds."""
+    """Everything in the manifest."""
     manifest = record.manifest
     return [
         ("role", record.role),
         ("digest", record.digest),
         ("made (UTC)", manifest["created"]),
         ("folder", str(record.path)),
-        ("base", manifest["base"]["ref"] if record.is_adapter else "none: whole weights"),
+        ("base", manifest["base"]["ref"] if record.is_adapter else "none: full weights"),
         ("parents", "\n".join(f"{parent['ref']}  {parent['digest']}" for parent in manifest["parents"]) or "none"),
-        ("data", "\n".join(f"{place}  {mark}" for place, mark in manifest["data"].items()) or "none"),
+        ("data", "\n".join(f"{field_path}  {mark}" for field_path, mark in manifest["data"].items()) or "none"),
         ("metrics", "\n".join(f"{name}  {value}" for name, value in manifest["metrics"].items()) or "none"),
         ("step", json.dumps(manifest["recipe_step"], ensure_ascii=False)),
         ("extra", json.dumps(manifest["extra"], ensure_ascii=False)),
@@ -445,7 +446,7 @@ def _all_rows(record: ModelRecord) -> list[tuple[str, str]]:
 @models.command()
 @reports_errors
 def lineage(ref: Ref, everything: All = False, home: Home = None, as_json: Json = False, debug: Debug = False) -> None:
-    """The tree of what a version was made from: models, and data by path and rows."""
+    """Show the ancestry of a version: models, and data by path and row count."""
     registry = _registry(home)
     tree = registry.lineage(ref)
     if as_json:
@@ -466,12 +467,12 @@ def _tree(node: dict[str, Any], registry: Registry, everything: bool, branch: Tr
     elif (base := node.get("base")) is not None:
         note += f", adapter on {base['ref']}"
     if node.get("trust_remote_code"):
-        note += ", with code of the hub's"
+        note += ", with code from the Hub"
     digest = f" {node['digest']}" if everything else ""
     label = f"[bold]{escape(node['ref'])}[/]{escape(digest)} ({escape(note)})"
     here = Tree(label) if branch is None else branch.add(label)
     if everything:
-        lines = [f"{place}: data {mark}" for place, mark in node.get("data", {}).items()]
+        lines = [f"{field_path}: data {mark}" for field_path, mark in node.get("data", {}).items()]
     else:
         lines = data_lines(registry.get(node["ref"]).manifest) if node.get("data") else []
     for line in lines:
@@ -484,21 +485,21 @@ def _tree(node: dict[str, Any], registry: Registry, everything: bool, branch: Tr
 @models.command()
 @reports_errors
 def verify(
-    ref: Annotated[str | None, typer.Argument(metavar="[REF]", help="A version; all of them when left out.")] = None,
+    ref: Annotated[str | None, typer.Argument(metavar="[REF]", help="A version (default: all).")] = None,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check every byte against the manifest; exit status 2 where something is wrong."""
+    """Check every byte against the manifest. Exit status 2 if there is a problem."""
     registry = _registry(home)
     refs = [registry.get(ref).ref] if ref is not None else [record.ref for record in registry.records()]
-    found = {name: registry.verify(name) for name in refs}
+    problems_by_ref = {name: registry.verify(name) for name in refs}
     if as_json:
-        _print_json(found)
-    for name, problems in found.items():
+        _print_json(problems_by_ref)
+    for name, problems in problems_by_ref.items():
         if not as_json:
-            typer.echo(f"{name}: {'; '.join(problems) or 'whole'}")
-    if any(found.values()):
+            typer.echo(f"{name}: {'; '.join(problems) or 'intact'}")
+    if any(problems_by_ref.values()):
         raise typer.Exit(2)
 
 
@@ -506,13 +507,13 @@ def verify(
 @reports_errors
 def export(
     ref: Ref,
-    destination: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that does not exist or is empty.")],
-    adapter: Annotated[bool, typer.Option("--adapter", help="Export an adapter as it is instead of merging it into its base.")] = False,
+    destination: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    adapter: Annotated[bool, typer.Option("--adapter", help="Export an adapter without merging it into its base.")] = False,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Copy a model out, whole, with a model card: for from_pretrained, lm-eval, vLLM, transformers serve, or the Hub."""
+    """Export a full model with a model card: for from_pretrained, lm-eval, vLLM, transformers serve, or the Hub."""
     from stages.models.exporting import export_merged
     from stages.registry.card import write_card
 
@@ -528,16 +529,16 @@ def export(
 @models.command("import")
 @reports_errors
 def import_command(
-    source: Annotated[str, typer.Argument(metavar="FOLDER|FILE.gguf", help="What another library saved.")],
+    source: Annotated[str, typer.Argument(metavar="FOLDER|FILE.gguf", help="A model saved by another library.")],
     name: Annotated[str, typer.Option("--as", metavar="NAME", help="Name in the registry, e.g. imported/reward.")],
-    role: Annotated[str | None, typer.Option(help="reward_model or value_model, where the files do not say which the head is.")] = None,
+    role: Annotated[str | None, typer.Option(help="reward_model or value_model, if the files do not say what the head is.")] = None,
     pickle: Annotated[bool, typer.Option("--pickle", help="Also read pickle files (pytorch_model.bin), with weights_only=True.")] = False,
-    base: Annotated[str | None, typer.Option(help="The model that an adapter stands on, if its config names another path.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model of an adapter, if its config names a different path.")] = None,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Bring in a model of TRL, OpenRLHF, DeepSpeed-Chat, trlX, LLaMA-Factory, ms-swift, transformers, or llama.cpp (GGUF)."""
+    """Import a model of TRL, OpenRLHF, DeepSpeed-Chat, trlX, LLaMA-Factory, ms-swift, transformers, or llama.cpp (GGUF)."""
     from stages.importing.run import import_model
 
     if role not in (None, "language_model", "reward_model", "value_model", "classifier"):
@@ -557,12 +558,12 @@ def import_command(
 @reports_errors
 def remove(
     ref: Ref,
-    force: Annotated[bool, typer.Option("--force", help="Also where adapters stand on it.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Remove it even if adapters depend on it.")] = False,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Take a version out of the registry."""
+    """Remove a version from the registry."""
     record = _registry(home).remove(ref, force=force)
     if as_json:
         _print_json({"removed": record.ref, "digest": record.digest})
@@ -570,25 +571,25 @@ def remove(
         typer.echo(f"removed {record.ref} {record.digest[:19]}")
 
 
-# Trying models out
+# Using models
 
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens per completion.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum tokens per completion.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Keep the likeliest tokens with this much probability; 1 keeps all.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the top tokens with this total probability; 1: all tokens.")]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same completions.")]
 SamplingEngine = Annotated[
     str, typer.Option(metavar="ENGINE", help="What samples: local, vllm (a server is started), or the address of a vLLM server.")
 ]
-AnyModel = Annotated[str, typer.Argument(metavar="REF", help="A model: registry reference, folder or hub id.")]
+AnyModel = Annotated[str, typer.Argument(metavar="REF", help="A model: registry reference, folder or Hub id.")]
 
 
 @app.command()
 @reports_errors
 def generate(
     ref: AnyModel,
-    prompt: Annotated[list[str] | None, typer.Option(help="The prompt; repeat for several. None: one per line of standard input.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable. Default: one per line of standard input.")] = None,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="A data file with prompts.")] = None,
-    against: Annotated[str | None, typer.Option(metavar="REF2", help="A second model, shown beside the first.")] = None,
+    against: Annotated[str | None, typer.Option(metavar="REF2", help="A second model, shown next to the first.")] = None,
     score: Annotated[str | None, typer.Option(metavar="REWARD", help="A reward model that scores the completions.")] = None,
     max_new_tokens: MaxNewTokens = 48,
     temperature: Temperature = 1.0,
@@ -600,7 +601,7 @@ def generate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Complete prompts in the terminal, by one model or by two side by side."""
+    """Complete prompts in the terminal, with one model or two side by side."""
     from rich.table import Table
     from rich.text import Text
 
@@ -621,16 +622,17 @@ def generate(
     scores = terminal.score(score, registry, runtime, asked, columns) if score is not None else []
     if as_json:
         rows: list[dict[str, Any]] = []
-        for place, one in enumerate(asked):
-            row: dict[str, Any] = {"prompt": one, **{name: column[place] for name, column in zip(refs, columns, strict=True)}}
+        for index, one in enumerate(asked):
+            row: dict[str, Any] = {"prompt": one, **{name: column[index] for name, column in zip(refs, columns, strict=True)}}
             if scores:
-                row["scores"] = {name: column[place] for name, column in zip(refs, scores, strict=True)}
+                row["scores"] = {name: column[index] for name, column in zip(refs, scores, strict=True)}
             rows.append(row)
         _print_json(rows)
         return
     table = Table("prompt", *refs, show_lines=True)
-    for place, one in enumerate(asked):
-        cells = [column[place] + (f"\n[{scores[number][place]:.3f}]" if scores else "") for number, column in enumerate(columns)]
+    for index, one in enumerate(asked):
+        marks = [f"\n[{column[index]:.3f}]" for column in scores] or [""] * len(columns)
+        cells = [column[index] + mark for column, mark in zip(columns, marks, strict=True)]
         table.add_row(Text(plain_text(one)), *(Text(cell) for cell in cells))  # Text: a model's brackets are not markup
     runtime.console.print(table)
 
@@ -639,15 +641,15 @@ def generate(
 @reports_errors
 def serve(
     ref: AnyModel,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
-    host: Annotated[str, typer.Option(help="Address to listen on; another than the loopback needs a key.")] = "127.0.0.1",
-    label: Annotated[str | None, typer.Option(help="Classifier: the class whose score counts, by name or number.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; an address other than loopback needs a key.")] = "127.0.0.1",
+    label: Annotated[str | None, typer.Option(help="Classifier: the class to score, by name or index.")] = None,
     output: Annotated[str, typer.Option(help="Classifier: logit, probability or logprob.")] = "logit",
-    api_key_variable: Annotated[str | None, typer.Option(metavar="NAME", help="Environment variable that holds the key.")] = None,
+    api_key_variable: Annotated[str | None, typer.Option(metavar="NAME", help="Environment variable with the API key.")] = None,
     home: Home = None,
     debug: Debug = False,
 ) -> None:
-    """Score texts for other programs: a reward model or classifier by the protocols of OpenRLHF and vLLM."""
+    """Score texts for other programs: serve a reward model or classifier with the protocols of OpenRLHF and vLLM."""
     from stages import serving, terminal
     from stages.process.environment import secret
 
@@ -661,7 +663,7 @@ def serve(
 @reports_errors
 def chat(
     ref: AnyModel,
-    against: Annotated[str | None, typer.Option(metavar="REF2", help="A second model that answers, too; the first's replies stay.")] = None,
+    against: Annotated[str | None, typer.Option(metavar="REF2", help="A second model that also answers; its replies are not kept.")] = None,
     system: Annotated[str | None, typer.Option(help="System message to begin with.")] = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 1.0,
@@ -671,7 +673,7 @@ def chat(
     home: Home = None,
     debug: Debug = False,
 ) -> None:
-    """Talk to a model, turn by turn. A model without a chat template goes on with each line by itself."""
+    """Chat with a model. A model without a chat template continues each line separately."""
     from rich.text import Text
 
     from stages import terminal
@@ -684,7 +686,7 @@ def chat(
         speakers = [stack.enter_context(terminal.Speaker.load(name, registry, runtime, engine)) for name in refs]
         for speaker in speakers:
             if not speaker.converses:
-                console.print(f"{speaker.name} has no chat template: it goes on with each line by itself.", style="yellow", markup=False)
+                console.print(f"{speaker.name} has no chat template: it continues each line separately.", style="yellow", markup=False)
         console.print(terminal.HELP, style="dim", markup=False)
 
         def say(who: str, text: str) -> None:
@@ -703,30 +705,30 @@ def chat(
                 return
 
 
-# People who rank
+# Annotation
 
 
 @app.command()
 @reports_errors
 def label(
-    what: Annotated[str, typer.Argument(metavar="STEP_OR_FILE", help="RECIPE/STEP that waits for people, or a file of completions.")],
-    annotator: Annotated[list[str] | None, typer.Option(help="Who gets a link; repeat for several (default: you).")] = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port (default: the first free one from 8770).")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on. Any but this machine's own needs a password.")] = "127.0.0.1",
-    show_report: Annotated[bool, typer.Option("--report", help="Print agreement, rate and bias of the answers; serve nothing.")] = False,
+    what: Annotated[str, typer.Argument(metavar="STEP_OR_FILE", help="RECIPE/STEP that waits for annotators, or a file of completions.")],
+    annotator: Annotated[list[str] | None, typer.Option(help="Name of an annotator who gets a link; repeatable (default: you).")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port (default: the first free port from 8770).")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on. An address other than loopback needs a password.")] = "127.0.0.1",
+    show_report: Annotated[bool, typer.Option("--report", help="Print agreement, rate and bias; do not serve the page.")] = False,
     export: Annotated[tuple[str, Path] | None, typer.Option(metavar="FORMAT FILE", help=LABEL_EXPORTS)] = None,
     import_from: Annotated[tuple[str, Path] | None, typer.Option("--import", metavar="FORMAT FILE", help=LABEL_IMPORTS)] = None,
-    questions: Annotated[Path | None, typer.Option(metavar="FILE", help="Of a file: YAML with the questions.")] = None,
-    instructions: Annotated[Path | None, typer.Option(metavar="FILE", help="Of a file: Markdown for the annotators.")] = None,
-    annotators: Annotated[int | None, typer.Option(min=1, help="Of a file: people who each see an overlap task (default 2).")] = None,
-    overlap: Annotated[float | None, typer.Option(min=0, max=1, help="Of a file: share of tasks for several people (default 0.2).")] = None,
-    target: Annotated[int | None, typer.Option(min=1, help="Of a file: how many tasks are wanted (default: all).")] = None,
-    gold: Annotated[Path | None, typer.Option(metavar="FILE", help="Of a file: screening tasks with known ranks.")] = None,
+    questions: Annotated[Path | None, typer.Option(metavar="FILE", help="For a file: YAML with the questions.")] = None,
+    instructions: Annotated[Path | None, typer.Option(metavar="FILE", help="For a file: Markdown for the annotators.")] = None,
+    annotators: Annotated[int | None, typer.Option(min=1, help="For a file: annotators per overlap task (default 2).")] = None,
+    overlap: Annotated[float | None, typer.Option(min=0, max=1, help="For a file: share of overlap tasks (default 0.2).")] = None,
+    target: Annotated[int | None, typer.Option(min=1, help="For a file: number of tasks to label (default: all).")] = None,
+    gold: Annotated[Path | None, typer.Option(metavar="FILE", help="For a file: screening tasks with known ranks.")] = None,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Serve the page on which people rank completions, or report on their answers. Loads no model."""
+    """Serve the page where annotators rank completions, or report on their answers. Loads no model."""
     from stages.labelling import command
 
     given = {
@@ -765,14 +767,14 @@ def label(
 
 
 def _console() -> Console:
-    """A console for commands that load no model, as wide as a table needs where the output is a file."""
+    """A console for commands that load no model. Wide enough for tables if the output is a file."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 
 def _password(variable: str) -> str | None:
-    """The password of a page that other machines can reach: from the environment, else asked for; None where nobody can be asked."""
+    """The password of a page that other machines can reach: from the environment, else prompted; None without a terminal."""
     from stages.process.environment import secret_if_set
 
     if given := secret_if_set(variable):
@@ -786,18 +788,18 @@ def _password(variable: str) -> str | None:
 @app.command()
 @reports_errors
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, recipe names (their newest run) or <recipe>/<time>.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, recipe names (newest run) or <recipe>/<time>.")],
     output: Annotated[
         Path | None,
         typer.Option(
-            "--out", "--output", metavar="FILE", help="Where to write it (default: report.html in the run; of several comparison.html)."
+            "--out", "--output", metavar="FILE", help="Output file (default: report.html in the run; for several runs comparison.html)."
         ),
     ] = None,
     home: Home = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Make the page of a run, or one that compares several: one file of at most 2 MB. Loads no model."""
+    """Write the report page of a run, or one that compares several runs: one file of at most 2 MB. Loads no model."""
     from stages.report.comparison import write_comparison
     from stages.report.output import check_output
     from stages.report.page import megabytes, write_report
@@ -805,14 +807,14 @@ def report(
 
     if output is not None:
         check_output(output)
-    found = [read_run(path) for path in dict.fromkeys(find_run(name, _home(home)) for name in runs)]
-    if len(found) == 1:
-        written = write_report(found[0], output)
+    folders = [read_run(path) for path in dict.fromkeys(find_run(name, _home(home)) for name in runs)]
+    if len(folders) == 1:
+        written = write_report(folders[0], output)
     else:
         check_output(output := output or Path("comparison.html"))
-        written = write_comparison(found, output)
+        written = write_comparison(folders, output)
     if as_json:
-        runs_shown = [str(run.path) for run in found]
+        runs_shown = [str(run.path) for run in folders]
         _print_json({"path": str(written.path.absolute()), "bytes": written.size, "left_out": written.notes, "runs": runs_shown})
     else:
         typer.echo("\n".join([f"The report: {written.path} ({megabytes(written.size)})", *written.notes]))

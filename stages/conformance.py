@@ -1,7 +1,7 @@
-"""Every detail of the papers: what it is, where it is in the code, and the tests that prove it. ``stages conformance`` prints the table.
+"""Every detail of the papers, with its code and the tests that verify it. ``stages conformance`` prints the table.
 
-A test of our own keeps it true: every detail has code and tests that exist, and every test that is marked for a detail
-(``@pytest.mark.detail("P6")``) stands here. Ids: G general, D data, S supervised fine-tuning, R reward model, P PPO.
+tests/conformance checks this table: all code and tests exist, and every test that is marked for a detail
+(``@pytest.mark.detail("P6")``) is listed here. Ids: G general, D data, S supervised fine-tuning, R reward model, P PPO.
 
 Papers: Z Ziegler et al. 2019, S Stiennon et al. 2020, I Ouyang et al. 2022, H Huang et al. 2024.
 """
@@ -16,7 +16,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Detail:
-    """One detail: ``code`` as ``file:name`` below stages/, ``tests`` as ``file::test`` below tests/."""
+    """One detail. ``code``: ``file:name`` relative to stages/; ``tests``: ``file::test`` relative to tests/."""
 
     id: str
     what: str
@@ -34,13 +34,13 @@ DETAILS = (
     # General
     _detail(
         "G1",
-        "A scalar head takes the place of the unembedding",
+        "A scalar head replaces the unembedding",
         "models/heads.py:ScalarModel",
         "conformance/test_details.py::test_a_scalar_head_takes_the_place_of_the_unembedding",
     ),
     _detail(
         "G2",
-        "fp32 weights that train, half-precision forward passes",
+        "Trained weights in fp32, forward passes in half precision",
         "ppo/roles.py:load_roles training/arguments.py:weights_dtype",
         "ppo/test_details.py::test_weights_are_fp32_while_the_forward_pass_is_half",
     ),
@@ -54,51 +54,51 @@ DETAILS = (
     ),
     _detail(
         "G6",
-        "Prompts that are too long are left out, not cut",
+        "Prompts that are too long are left out, not truncated",
         "ppo/data.py:load_prompts",
         "ppo/test_details.py::test_a_prompt_of_1001_tokens_is_left_out_and_not_cut",
     ),
     _detail(
         "G7",
-        "A long query loses its last lines, never its form (S, H)",
+        "A long query is shortened by its last lines; its format is kept (S, H)",
         "corpora/fitting.py:fit_prompt",
         "corpora/test_fitting.py::test_lines_are_cut_from_the_end_of_the_post "
         "corpora/test_fitting.py::test_a_single_line_is_cut_by_characters",
     ),
     _detail(
         "G8",
-        "The form of a query (H)",
+        "The format of a query (H)",
         "corpora/summaries.py:post_prompt",
         "corpora/test_fitting.py::test_the_form_of_a_post_is_the_papers",
     ),
     _detail(
         "G9",
-        "A completion is a space, the text and the end token",
+        "A completion consists of a space, the text and the end token",
         "corpora/templates.py:encode_pair",
         "conformance/test_details.py::test_a_completion_begins_with_a_space_and_ends_with_the_end_token",
     ),
     _detail(
         "G10",
-        "The pad token is not the end token; what pads moves no logit",
+        "The pad token differs from the end token; padding does not change logits",
         "models/loading.py:ensure_pad_token models/responses.py:sequence_batch",
         "conformance/test_details.py::test_no_logit_depends_on_what_pads "
         "conformance/test_details.py::test_the_pad_token_is_not_the_end_token",
     ),
     _detail(
         "G11",
-        "Positions follow the mask",
+        "Positions are counted along the attention mask",
         "sampling/readers.py:position_ids",
         "conformance/test_details.py::test_positions_follow_the_mask",
     ),
     _detail(
         "G12",
-        "Dropout is off in reward model and PPO",
+        "Dropout is disabled in reward model training and PPO",
         "models/loading.py:disable_dropout",
         "ppo/test_details.py::test_dropout_is_off_everywhere ppo/test_details.py::test_the_first_minibatch_has_ratio_one_and_no_kl",
     ),
     _detail(
         "G13",
-        "Every process samples from streams of its own",
+        "Every process has its own random streams for sampling",
         "sampling/generation.py:episode_seed",
         "conformance/test_details.py::test_processes_sample_differently_from_one_order_of_prompts",
     ),
@@ -112,20 +112,20 @@ DETAILS = (
     # Data
     _detail(
         "D1",
-        "Prompts with a long common beginning count once",
+        "Prompts with a long common prefix are deduplicated",
         "corpora/curation.py:Curator",
         "corpora/test_curation.py::test_prompts_with_the_same_beginning_count_once",
     ),
     _detail(
         "D2",
-        "At most 200 prompts of one user",
+        "At most 200 prompts per user",
         "corpora/curation.py:Curator",
         "corpora/test_curation.py::test_the_two_hundred_and_first_prompt_of_a_user_is_dropped",
     ),
     _detail("D3", "Splits by user", "corpora/splits.py:hold_out", "corpora/test_splits.py::test_no_user_is_on_both_sides"),
     _detail(
         "D4",
-        "Personal data is kept out of the training split",
+        "Prompts with personal data are removed from the training split",
         "corpora/curation.py:PII",
         "corpora/test_curation.py::test_personal_data_is_found",
     ),
@@ -143,12 +143,12 @@ DETAILS = (
     ),
     _detail(
         "D11",
-        "What selects a model does not measure it",
+        "A model is measured on other data than it is selected on",
         "reward_model/run.py:run",
         "reward_model/test_reward_model.py::test_the_best_of_several_seeds_is_kept_and_measured_on_other_comparisons",
     ),
     _detail("D13", "Length caps of the TL;DR data", "recipe/presets.py:PRESETS", "recipe/test_presets.py::test_huang"),
-    # People
+    # Annotators
     _detail(
         "E2",
         "A Likert rating from 1 to 7 and eleven check boxes (I, table 3)",
@@ -164,7 +164,7 @@ DETAILS = (
     ),
     _detail(
         "S2",
-        "Dropout 0.2 on residuals and nowhere else (I)",
+        "Dropout 0.2 on residual branches only (I)",
         "models/dropout.py:set_residual_dropout",
         "models/test_dropout.py::test_only_the_branches_are_dropped",
     ),
@@ -173,7 +173,7 @@ DETAILS = (
     ),
     _detail(
         "S4",
-        "The model along the run that the reward model likes best is kept (I)",
+        "The checkpoint with the highest reward model score is selected (I)",
         "training/selection.py:best_of training/selection.py:Selector",
         "training/test_selection.py::test_the_reward_decides_and_not_the_loss "
         "training/test_selection.py::test_the_model_along_the_run_is_published",
@@ -187,27 +187,27 @@ DETAILS = (
     _detail("S6", "1 epoch, batch 128, cosine (S)", "recipe/presets.py:PRESETS", "recipe/test_presets.py::test_stiennon"),
     _detail(
         "S7",
-        "The loss may count the prompt (H) or the completion alone",
+        "The loss counts prompt and completion (H), or only the completion",
         "sft/rows.py:EncodedRow",
         "sft/test_sft.py::test_prompt_tokens_are_not_learned recipe/test_presets.py::test_huang",
     ),
     _detail(
         "S8",
-        "Evaluation samples at temperature 0.01",
+        "Evaluation at temperature 0.01",
         "sampling/choosing.py:sample_tokens",
         "conformance/test_details.py::test_evaluation_at_a_hundredth_is_sampling_that_all_but_takes_the_likeliest",
     ),
     # Reward model
-    _detail("R1", "-log sigmoid of the margin", "rl/ranking.py:ranking_loss", NUMBERS),
+    _detail("R1", "-log sigmoid of the score difference", "rl/ranking.py:ranking_loss", NUMBERS),
     _detail(
         "R2",
-        "All C(K, 2) pairs of a prompt are one element; K rows are scored",
+        "All C(K, 2) pairs of a prompt are one batch element; K rows are scored",
         "rl/ranking.py:ranking_loss",
         f"{NUMBERS} reward_model/test_reward_model.py::test_every_completion_is_scored_once",
     ),
     _detail(
         "R3",
-        "No prompt is split across steps",
+        "A prompt is never split across steps",
         "reward_model/rows.py:collate",
         "conformance/test_details.py::test_a_prompt_is_one_element_of_a_batch "
         "reward_model/test_reward_model.py::test_a_prompt_is_never_split",
@@ -221,37 +221,37 @@ DETAILS = (
     ),
     _detail(
         "R5",
-        "Softmax over the best of K (Z)",
+        "Softmax loss on the best of K completions (Z)",
         "rl/ranking.py:best_of_ranked_loss",
         f"{NUMBERS} rl/test_ranking.py::test_best_of_ranked_completions_by_hand reward_model/test_reward_model.py::test_best_of_trains_too",
     ),
     _detail(
         "R7",
-        "One epoch; more is warned of",
+        "One epoch; a warning for more",
         "reward_model/run.py:run",
         "conformance/test_details.py::test_more_than_one_epoch_is_warned_of",
     ),
     _detail(
         "R8",
-        "Several seeds, the best on validation is kept (S)",
+        "Several seeds; the best on validation data is kept (S)",
         "reward_model/run.py:run",
         "reward_model/test_reward_model.py::test_the_best_of_several_seeds_is_kept_and_measured_on_other_comparisons",
     ),
     _detail(
         "R10",
-        "The head's weights are drawn with standard deviation 1 / sqrt(d + 1)",
+        "The head's weights are initialized with standard deviation 1 / sqrt(d + 1)",
         "models/heads.py:RewardModel",
         f"{NUMBERS} conformance/test_details.py::test_the_head_of_a_wide_model_is_drawn_within_five_percent",
     ),
     _detail(
         "R11",
-        "Demonstrations have a mean reward of 0; the bias is stored",
+        "The mean reward of demonstrations is 0; the bias is stored",
         "models/heads.py:RewardModel",
         "reward_model/test_reward_model.py::test_it_learns_and_centres models/test_heads.py::test_centring_subtracts_and_survives_reload",
     ),
     _detail(
         "R12",
-        "Mean 0 and variance 1 on the policy's samples, before and after (Z)",
+        "Rewards have mean 0 and variance 1 on the policy's samples (Z)",
         "reward_model/config.py:Normalization models/heads.py:RewardModel",
         "reward_model/test_reward_model.py::test_standardizing_on_samples",
     ),
@@ -263,19 +263,19 @@ DETAILS = (
     ),
     _detail(
         "R14",
-        "The reward model reads the prompt, too",
+        "The reward model reads prompt and completion",
         "rewards/learned.py:RewardModelSource",
         "conformance/test_details.py::test_the_reward_model_reads_the_prompt",
     ),
     _detail(
         "R15",
-        "Left and right padding hardly differ",
+        "Left and right padding give nearly equal scores",
         "models/heads.py:ScalarModel",
         "conformance/test_details.py::test_left_and_right_padding_hardly_differ",
     ),
     _detail(
         "R16",
-        "Accuracy by length, and how often the longer text wins",
+        "Accuracy by length difference, and the win rate of the longer text",
         "reward_model/preferences.py:agreement",
         "reward_model/test_reward_model.py::test_accuracy_by_length_and_by_group_by_hand",
     ),
@@ -302,7 +302,7 @@ DETAILS = (
     ),
     _detail(
         "R20",
-        "The reward model may be of another family and vocabulary than the policy",
+        "Reward model and policy may have different families and vocabularies",
         "rewards/learned.py:RewardModelSource",
         "conformance/test_details.py::test_a_reward_model_of_another_family_and_vocabulary_scores_texts "
         "ppo/test_details.py::test_the_value_network_falls_back_on_the_policy",
@@ -310,7 +310,7 @@ DETAILS = (
     # PPO
     _detail(
         "P3",
-        "KL penalty per token from the rollout's log-probabilities, the score at the end",
+        "Per-token KL penalty from the rollout's log-probabilities; the score is added at the last token",
         "rl/shaping.py:shape_rewards",
         f"{NUMBERS} ppo/test_details.py::test_rewards_add_up_to_the_score_and_their_kl_is_the_rollouts "
         "ppo/test_details.py::test_the_first_minibatch_has_ratio_one_and_no_kl",
@@ -334,7 +334,10 @@ DETAILS = (
         f"{NUMBERS} rl/test_gae.py::test_a_padded_batch_equals_its_rows_alone",
     ),
     _detail(
-        "P7", "Returns come before the whitening", "ppo/rollout.py:targets", "ppo/test_details.py::test_returns_come_before_the_whitening"
+        "P7",
+        "Returns are computed before whitening",
+        "ppo/rollout.py:targets",
+        "ppo/test_details.py::test_returns_come_before_the_whitening",
     ),
     _detail(
         "P8",
@@ -345,7 +348,7 @@ DETAILS = (
     _detail("P9", "Reward whitening keeps the mean", "rl/masking.py:scale_to_unit_variance", NUMBERS),
     _detail(
         "P10",
-        "Whitening and GAE inside the minibatch (Z), by process (H), or over the rollout",
+        "Whitening and GAE within the minibatch (Z), per process (H), or over the rollout",
         "ppo/rollout.py:whole_targets",
         "ppo/test_details.py::test_whitening_by_minibatch_needs_eight_episodes "
         "ppo/test_rollout.py::test_whitening_by_process_is_each_share_alone",
@@ -354,13 +357,13 @@ DETAILS = (
     _detail("P12", "Clipped value loss", "rl/losses.py:value_terms", NUMBERS),
     _detail(
         "P13",
-        "A value network of its own, which begins as the reward model",
+        "A separate value network, initialized from the reward model",
         "ppo/roles.py:load_roles",
         "ppo/test_details.py::test_the_value_network_is_its_own_and_begins_as_the_reward_model",
     ),
     _detail(
         "P14",
-        "Or a shared head that begins at 0 (Z)",
+        "Or a shared value head, initialized with 0 (Z)",
         "ppo/roles.py:load_roles",
         "ppo/test_details.py::test_a_shared_head_begins_with_values_of_zero",
     ),
@@ -378,7 +381,7 @@ DETAILS = (
     ),
     _detail(
         "P18",
-        "Average of weights in fp32, saved, resumed, published",
+        "Average of weights in fp32: saved, resumed and published",
         "ppo/optimizers.py:WeightAverage",
         f"{NUMBERS} ppo/test_optimizers.py::test_average_of_half_precision_weights_keeps_small_steps "
         "ppo/test_loop.py::test_the_average_is_what_is_published "
@@ -386,64 +389,69 @@ DETAILS = (
     ),
     _detail(
         "P19",
-        "PPO-ptx: pretraining gradients in the same buffers",
+        "PPO-ptx: pretraining gradients are added to the policy's gradients",
         "ppo/update.py:Updater",
         "ppo/test_update.py::test_pretraining_gradient_is_added_with_its_coefficient "
         "ppo/test_details.py::test_a_coefficient_of_zero_is_plain_ppo_to_the_bit",
     ),
     _detail(
         "P20",
-        "PPO-ptx keeps what would be forgotten",
+        "PPO-ptx reduces forgetting",
         "ppo/update.py:Updater",
         "ppo/test_details.py::test_pretraining_gradients_halve_what_is_forgotten",
     ),
     _detail(
         "P21",
-        "One temperature in sampler, policy and reference",
+        "Sampler, policy and reference use the same temperature",
         "models/responses.py:Policy",
         f"{NUMBERS} ppo/test_details.py::test_recomputed_logprobs_are_the_samplers",
     ),
-    _detail("P22", "Pure sampling", "config.py:GenerationSettings", "ppo/test_details.py::test_recomputed_logprobs_are_the_samplers"),
+    _detail(
+        "P22",
+        "Sampling without top-k or top-p",
+        "config.py:GenerationSettings",
+        "ppo/test_details.py::test_recomputed_logprobs_are_the_samplers",
+    ),
     _detail(
         "P23",
-        "What comes behind the end counts nowhere",
+        "Tokens after the end token are ignored everywhere",
         "sampling/generation.py:generate",
         f"{NUMBERS} ppo/test_details.py::test_what_comes_behind_the_end_counts_nowhere",
     ),
     _detail(
         "P24",
-        "Truncation at a token at or after a position; the reward reads what is left",
+        "Truncation at a token at or after a position; the reward model reads the truncated text",
         "sampling/generation.py:ending_tokens",
         "ppo/test_details.py::test_truncation_at_a_token_after_a_position",
     ),
     _detail(
         "P25",
-        "A completion without end: its score is replaced (Z, H) or lowered",
+        "The score of a completion without an end is replaced (Z, H) or reduced",
         "rl/shaping.py:penalize_missing_eos",
         f"{NUMBERS} rl/test_shaping.py::test_missing_eos ppo/test_details.py::test_truncation_at_a_token_after_a_position",
     ),
     _detail(
         "P26",
-        "Only completions that pass the filter are shown to people (Z)",
+        "Only completions that pass the filter are shown to annotators (Z)",
         "reward_model/collection_config.py:Collection",
         "reward_model/test_collection.py::test_only_what_ends_is_shown",
     ),
     _detail(
         "P27",
-        "The score one state behind the end, where there is room (H)",
+        "The score is added one state after the end if there is room (H)",
         "ppo/rollout.py:targets",
         "ppo/test_rollout.py::test_the_score_one_state_behind_where_there_is_room "
         "ppo/test_update.py::test_gradients_equal_the_slow_reference_for_any_microbatch",
     ),
     _detail(
         "P28",
-        "Values of a text that goes on are those of the truncated one",
+        "Values of a truncated response are computed on the truncated text",
         "ppo/rollout.py:collect",
         "ppo/test_details.py::test_what_comes_behind_the_end_counts_nowhere",
     ),
     _detail(
         "P29",
-        "No early stop by KL and no clipping of gradients in the presets",
+        "The presets use neither early stopping by KL nor gradient clipping",
         "recipe/presets.py:PRESETS",
         "ppo/test_details.py::test_early_stopping_and_clipping_of_gradients_are_off_in_the_presets",
     ),
@@ -452,26 +460,26 @@ DETAILS = (
     _detail("P33", "Settings of Ziegler et al.", "recipe/presets.py:PRESETS", "recipe/test_presets.py::test_ziegler"),
     _detail(
         "P34",
-        "Metrics, padding excluded",
+        "Metrics exclude padding",
         "ppo/metrics.py:iteration_metrics",
         f"{NUMBERS} ppo/test_details.py::test_the_metrics_of_the_papers_are_there_without_padding",
     ),
     _detail("P35", "The sign of the reward", "ppo/loop.py:run", "ppo/test_loop.py::test_the_sign_canary"),
     _detail(
         "P36",
-        "Reward model and policy share nothing that trains",
+        "Reward model and policy share no trained weights",
         "rewards/learned.py:RewardModelSource",
         "conformance/test_details.py::test_a_reward_model_of_another_family_and_vocabulary_scores_texts",
     ),
     _detail(
         "P37",
-        "Comparisons of what the last policy says, and their lineage",
+        "Comparisons of the last policy's samples, and their lineage",
         "reward_model/collection.py:collect_comparisons",
         "ppo/test_details.py::test_a_policy_s_samples_become_labels_of_the_next_reward_model",
     ),
     _detail(
         "P38",
-        "The reference may be another model",
+        "The reference may be a model other than the initial policy",
         "ppo/roles.py:load_roles",
         "ppo/test_details.py::test_the_reference_may_be_another_model",
     ),

@@ -1,4 +1,4 @@
-"""A step as its stage sees it: what the stage is handed beside its config, and what it gives back."""
+"""The interface between the chain and a stage: the context that a stage gets besides its config, and the result that it returns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stages.registry.references import ResolvedModel
 
 @dataclass
 class StepResult:
-    """What a stage gives back to the chain."""
+    """The result that a stage returns to the chain."""
 
     model: ModelRecord | None
     metrics: dict[str, Any]
@@ -27,27 +27,27 @@ class StepResult:
 
 @dataclass
 class StepContext:
-    """What a stage is handed beside its config: the inputs as resolved, the folders to write to, and the way to publish."""
+    """What a stage gets besides its config: resolved inputs, output folders, logging and publishing."""
 
-    name: str  # registry name of what the step makes, <recipe>/<step>
+    name: str  # registry name of the step's model, <recipe>/<step>
     seed: int
     runtime: Runtime
     registry: Registry
-    models: dict[str, ResolvedModel]  # by the field path of config.model_inputs()
+    models: dict[str, ResolvedModel]  # keyed by field path, as config.model_inputs()
     folder: Path  # run folder of this step: metrics.jsonl, samples.jsonl, tensorboard/
-    checkpoint_folder: Path  # survives a cut-off run; the chain removes it once the step is done
+    checkpoint_folder: Path  # survives an interruption; the chain removes it when the step is done
     fingerprint: str = ""
     fingerprint_parts: dict[str, Any] = field(default_factory=dict)
-    recipe_step: dict[str, Any] = field(default_factory=dict)  # the step as resolved
+    recipe_step: dict[str, Any] = field(default_factory=dict)  # the resolved step
     data_fingerprints: dict[str, str] = field(default_factory=dict)
-    run: str = ""  # name of the run folder: what trackers call the run
+    run: str = ""  # name of the run folder; trackers use it as the run's name
     trackers: Sequence[str] = ("tensorboard",)
     sampling: list[dict[str, Any]] = field(default_factory=list)  # engines outside of this process that sampled, for the summary
-    recorded: list[tuple[int, dict[str, float]]] | None = None  # where a training notes what it logs, for a run that goes on after a cut
+    recorded: list[tuple[int, dict[str, float]]] | None = None  # log entries to store in checkpoints, for a resumed run
     _trackers: StepTrackers | None = None
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append metrics (named ``room/name``) to metrics.jsonl and to the trackers; rank zero only."""
+        """Append metrics (named ``room/name``) to metrics.jsonl and the trackers. Only rank zero writes."""
         if self.recorded is not None:
             self.recorded.append((step, metrics))
         if not self.runtime.is_main:
@@ -58,7 +58,7 @@ class StepContext:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self._trackers is None:
-            _ = self.runtime.state  # accelerate's trackers ask it which process they are in
+            _ = self.runtime.state  # accelerate's trackers need its process index
             recipe, _, own = self.name.rpartition("/")
             names = {"recipe": recipe or own, "run": self.run, "step": own}
             self._trackers = StepTrackers(self.trackers, **names, folder=self.folder, settings=self.recipe_step)
@@ -66,7 +66,7 @@ class StepContext:
 
     @property
     def cache_folder(self) -> Path:
-        """For what may be lost but is dear to make again; it belongs to the home, not to the step."""
+        """A folder for data that may be lost but is expensive to compute. It belongs to the home, not to the step."""
         return self.registry.root.parent / "cache"
 
     def close(self) -> None:
@@ -84,10 +84,10 @@ class StepContext:
         extra: dict[str, Any] | None = None,
         name: str | None = None,
     ) -> ModelRecord:
-        """Publish what ``save(folder)`` writes; ``base`` is the model that an adapter stands on. Every process gets the record."""
+        """Publish the files that ``save(folder)`` writes. ``base`` is the base model of an adapter. Every process gets the record."""
         name = name or self.name
         fingerprint = self.fingerprint if name == self.name else f"{self.fingerprint}:{name}"
-        # A model beside the step's own is published before it: a run cut off in between must not publish it again.
+        # An additional model is published before the step's own one, so a resumed step must not publish it again.
         is_there = name != self.name and bool(self.fingerprint) and self.registry.find_fingerprint(fingerprint, name) is not None
         if self.runtime.is_main and not is_there:
             with doing(f"saving {name}"):

@@ -1,4 +1,4 @@
-"""Models in the terminal: completions of one or several side by side, scored where asked, and a small chat."""
+"""Models in the terminal: completions of one or several models side by side, optionally scored, and a small chat."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from stages.sampling.sampler import Sampler
     from stages.serving import Scorer
 
-HELP = "/again: another reply   /forget: begin anew   /system TEXT: set the system message   /quit, or Ctrl-D"
+HELP = "/again: another reply   /forget: start again   /system TEXT: set the system message   /quit, or Ctrl-D"
 
 
 def resolve_model(ref: str, registry: Registry) -> ResolvedModel:
-    """The model that a registry reference, a folder or a hub id names. Raises RecipeError with what was looked for."""
+    """The model that a registry reference, folder or Hub id names. Raises RecipeError that lists what was searched."""
     from stages.chain.pins import apart_from_folders, pinned_model
     from stages.chain.run import resolve
     from stages.recipe.schema import find_model
 
-    found = pinned_model(find_model(ModelInput(ref=ref), registry, [Path.cwd()]))
-    return apart_from_folders(resolve(found, registry))
+    reference = pinned_model(find_model(ModelInput(ref=ref), registry, [Path.cwd()]))
+    return apart_from_folders(resolve(reference, registry))
 
 
 @dataclass
 class Speaker:
-    """A language model that is asked in the terminal."""
+    """A language model that answers in the terminal."""
 
     name: str
     model: Any
@@ -46,7 +46,7 @@ class Speaker:
     @classmethod
     @contextmanager
     def load(cls, ref: str, registry: Registry, runtime: Runtime, engine: str = "local") -> Iterator[Speaker]:
-        """The model that ``ref`` names, ready to speak inside the block. ``engine``: what samples, as ``engine_of`` reads it."""
+        """Context manager that loads the model ``ref``. ``engine``: what samples, as read by ``engine_of``."""
         from stages.engines.opening import check_reachable, open_sampler
         from stages.models.loading import load_language_model, load_tokenizer
 
@@ -62,11 +62,11 @@ class Speaker:
 
     @property
     def converses(self) -> bool:
-        """Whether it has a chat template, without which it can only go on with a text."""
+        """Whether it has a chat template. Without one it can only continue a text."""
         return bool(self.tokenizer.chat_template)
 
     def complete(self, prompts: Sequence[Prompt], settings: GenerationSettings, seeds: Sequence[int]) -> list[str]:
-        """One completion per prompt; equal seeds give equal completions."""
+        """One completion per prompt. Equal seeds give equal completions."""
         from stages.corpora.templates import encode_prompt
         from stages.sampling.generation import decode_completions
 
@@ -74,7 +74,7 @@ class Speaker:
         return decode_completions(self.tokenizer, generated)
 
     def fits(self, prompt: Prompt, room: int) -> bool:
-        """Whether the prompt leaves ``room`` of the tokens that model and tokenizer can read."""
+        """Whether ``room`` tokens remain after the prompt, within the limits of model and tokenizer."""
         from stages.corpora.templates import encode_prompt
         from stages.tokens.positions import readable_length
 
@@ -98,7 +98,7 @@ def engine_of(text: str) -> Any:
 
 
 def read_prompts(texts: Sequence[str], file: Path | None, piped: Callable[[], str] | None) -> list[Prompt]:
-    """Prompts from the command line, from a data file, or (where there are neither) one per line of what is piped in."""
+    """Prompts from the command line, from a data file, or else one per line from standard input."""
     from stages.corpora.prompts import load_prompts
 
     prompts: list[Prompt] = list(texts)
@@ -107,12 +107,12 @@ def read_prompts(texts: Sequence[str], file: Path | None, piped: Callable[[], st
     if not prompts and piped is not None:
         prompts = [line for line in piped().split("\n") if line.strip()]
     if not prompts:
-        raise DataError("no prompt: give --prompt TEXT, --prompts FILE, or pipe in one per line")
+        raise DataError("no prompt: give --prompt TEXT or --prompts FILE, or pipe in one prompt per line")
     return prompts
 
 
 def score(ref: str, registry: Registry, runtime: Runtime, prompts: Sequence[Prompt], columns: Sequence[Sequence[str]]) -> list[list[float]]:
-    """A reward model's score of every completion, column by column."""
+    """A reward model's score of every completion, by column."""
     from stages.rewards.config import RewardInput
     from stages.rewards.source import build_source, checked
 
@@ -123,16 +123,16 @@ def score(ref: str, registry: Registry, runtime: Runtime, prompts: Sequence[Prom
 
 
 def scorer(ref: str, registry: Registry, runtime: Runtime, *, label: str | None, output: str) -> Scorer:
-    """What `stages serve` answers with. Raises RecipeError for options that make no sense, ModelError for a model that cannot score."""
+    """The scorer behind `stages serve`. Raises RecipeError for invalid options, and ModelError for a model that cannot score."""
     from pydantic import ValidationError
 
     from stages.rewards.config import RewardInput
     from stages.rewards.learned import load_source
     from stages.serving import Scorer
 
-    number = int(label) if label is not None and label.isdigit() else label
+    label_or_index = int(label) if label is not None and label.isdigit() else label
     try:
-        given = RewardInput.model_validate({"model": ref, "label": number, "output": output, "reads": "prompt_and_completion"})
+        given = RewardInput.model_validate({"model": ref, "label": label_or_index, "output": output, "reads": "prompt_and_completion"})
     except ValidationError as error:
         raise RecipeError(f"serve {ref}: {error.errors()[0]['msg']}") from error
     model = resolve_model(ref, registry)
@@ -140,9 +140,9 @@ def scorer(ref: str, registry: Registry, runtime: Runtime, *, label: str | None,
 
 
 class Chat:
-    """A conversation with one model, or with two of which the first one's replies are kept.
+    """A conversation with one model, or with two models of which only the first one's replies are kept.
 
-    ``say`` shows a line: who speaks, and the text.
+    ``say`` shows a line: the speaker's name and the text.
     """
 
     def __init__(self, speakers: Sequence[Speaker], settings: GenerationSettings, seed: int, say: Callable[[str, str], None]) -> None:
@@ -151,7 +151,7 @@ class Chat:
         self.history: list[Message] = []
 
     def hear(self, line: str) -> bool:
-        """Answer one line of the user's; False where it ends the conversation."""
+        """Process one line of user input. Returns False if it ends the conversation."""
         line = line.strip()
         command, _, rest = line.partition(" ")
         if command == "/quit":
@@ -178,16 +178,16 @@ class Chat:
         for speaker in self.speakers:
             prompt: Prompt = list(self.history) if speaker.converses else self.history[-1]["content"]
             while isinstance(prompt, list) and len(prompt) > 1 and not speaker.fits(prompt, self.settings.max_new_tokens):
-                dropped = next(place for place, message in enumerate(prompt) if message["role"] != "system")
+                dropped = next(index for index, message in enumerate(prompt) if message["role"] != "system")
                 prompt = prompt[:dropped] + prompt[dropped + 1 :]
                 while len(prompt) > dropped and prompt[dropped]["role"] == "assistant":
                     prompt = prompt[:dropped] + prompt[dropped + 1 :]
             if not prompt or not speaker.fits(prompt, self.settings.max_new_tokens):
-                self.say(speaker.name, "(what you wrote is longer than its context)")
+                self.say(speaker.name, "(your message is longer than its context)")
                 replies.append("")
                 continue
             if isinstance(prompt, list) and len(prompt) < len(self.history):
-                self.say(speaker.name, f"(has forgotten the first {len(self.history) - len(prompt)} messages: its context is full)")
+                self.say(speaker.name, f"(the first {len(self.history) - len(prompt)} messages were dropped: its context is full)")
             replies += speaker.complete([prompt], self.settings, [self.seed])
             self.say(speaker.name, replies[-1])
         self.history.append({"role": "assistant", "content": replies[0]})

@@ -235,7 +235,7 @@ RECIPES = {
         files={"broken_rewards.py": "1 / 0\ndef f(): ...\n"},
     ),
     "no candidates": Case("steps[0].candidates", EVALUATION, {"candidates": {}}),
-    "a reference that is no candidate": Case("kl_reference='sft' is no candidate", EVALUATION, {"kl_reference": "sft"}),
+    "a reference that is no candidate": Case("kl_reference='sft' is not a candidate", EVALUATION, {"kl_reference": "sft"}),
     "an override of no step": Case(
         "override 'stf.seed=1': the recipe has no step 'stf'; did you mean 'sft'?", SFT, overrides=("stf.seed=1",)
     ),
@@ -527,7 +527,7 @@ MODELS = {
     "a config of no type": Case("cannot load the", SFT, files={"model/config.json": "{}"}),
     "an architecture of the future": Case("cannot load the", SFT, prepare=configured(model_type="llama99")),
     "code of its own": Case(
-        "write {ref: ..., trust_remote_code: true} where you trust it",
+        "write {ref: ..., trust_remote_code: true} if you trust it",
         SFT,
         prepare=configured(model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}),
     ),
@@ -536,8 +536,8 @@ MODELS = {
     "a config with a list for a block": Case("cannot load the", SFT, prepare=configured(quantization_config=[1])),
     "a config of no dtype": Case("cannot load the", SFT, prepare=configured(dtype="float3")),
     "a tokenizer of another form": Case("cannot load the tokenizer", SFT, files={"model/tokenizer.json": "[]"}),
-    "weights that are not finite": Case("the weight model.norm.weight of './model' is NaN or infinite", PPO, prepare=not_a_number),
-    "no weights": Case("holds no *.safetensors", SFT, prepare=without("*.safetensors")),
+    "weights that are not finite": Case("the weight model.norm.weight of './model' contains NaN or infinity", PPO, prepare=not_a_number),
+    "no weights": Case("contains no *.safetensors", SFT, prepare=without("*.safetensors")),
     "pickled weights": Case("pickle files can run code when they are read", SFT, prepare=pickled),
     "truncated weights": Case("cannot load the model of './model'", SFT, prepare=weights(lambda data: data[: len(data) // 2])),
     "an empty file of weights": Case("cannot load the model of './model'", SFT, prepare=weights(lambda data: b"")),
@@ -674,4 +674,4 @@ def test_a_tokenizer_without_a_pad_token_is_mended_and_told_of(place: Path, capl
     (place / "good.yaml").write_text(f"name: good\nsteps:\n  - {json.dumps(SFT)}\n")
     result = CliRunner().invoke(app, ["run", "good.yaml"])
     assert result.exit_code == 0, (result.exception, result.output)
-    assert "the tokenizer of ./model has no pad token; '[PAD]' pads from here on" in caplog.text
+    assert "the tokenizer of ./model has no pad token; using '[PAD]' as its pad token" in caplog.text

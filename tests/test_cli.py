@@ -203,7 +203,7 @@ def test_models_are_listed_shown_and_traced(place: Path) -> None:
 
 def test_models_are_verified_exported_and_removed(place: Path) -> None:
     call("run", "quick.yaml")
-    assert call("models", "verify").stdout == "quick/base@1: whole\nquick/sft@1: whole\n"
+    assert call("models", "verify").stdout == "quick/base@1: intact\nquick/sft@1: intact\n"
     record = Registry("outputs/registry").get("quick/sft")
     assert calls_json("models", "export", "quick/sft", "out")["path"] == str(place / "out")
     (place / "out" / "README.md").unlink()  # the model card

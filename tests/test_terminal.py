@@ -68,10 +68,10 @@ def test_a_full_context_forgets_the_oldest_turns() -> None:
     for line in ("one", "two", "three"):
         chat.hear(line)
     assert [message["content"] for message in parrot.asked[-1]] == ["be brief", "three"]
-    assert ("polly", "(has forgotten the first 4 messages: its context is full)") in said
+    assert ("polly", "(the first 4 messages were dropped: its context is full)") in said
     parrot.room = 0
     chat.hear("four")
-    assert said[-1] == ("polly", "(what you wrote is longer than its context)")
+    assert said[-1] == ("polly", "(your message is longer than its context)")
 
 
 def test_prompts_from_the_line_a_file_or_a_pipe(tmp_path: Path) -> None:

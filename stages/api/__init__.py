@@ -1,1 +1,1 @@
-"""The Python interface: recipes and single steps on models, data and functions that are in memory."""
+"""The Python interface: run recipes and single steps on models, data and functions in memory."""

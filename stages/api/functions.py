@@ -1,8 +1,7 @@
-"""Python functions that a program passes to a step, under a name that a recipe can hold.
+"""Addresses of Python functions passed to a step, so that a recipe can name them.
 
-A function of an importable module keeps its own address (``package.module:function``). Any other callable (a lambda, a function of a
-notebook, an object) is kept here for the life of the process. Its name ends in a hash of its source, so that a changed function makes the
-step run again.
+A function of an importable module has its usual address (``package.module:function``). Any other callable (a lambda, a notebook function,
+an object) is stored in this module until the process ends. Its name ends in a hash of its source, so a changed function causes a re-run.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def __getattr__(name: str) -> Callable[..., Any]:
 
 
 def address_of(function: Callable[..., Any]) -> str:
-    """The address by which a recipe names ``function``."""
+    """The address that a recipe uses to name ``function``."""
     module, name = getattr(function, "__module__", None) or "", getattr(function, "__qualname__", "")
     if module not in ("", "__main__", "builtins") and name.isidentifier() and _is_importable(module, name, function):
         return f"{module}:{name}"
@@ -36,7 +35,7 @@ def address_of(function: Callable[..., Any]) -> str:
 
 
 def shown_name(function: Callable[..., Any]) -> str:
-    """The name in metrics and reports: the function's own."""
+    """The name in metrics and reports: the function's name."""
     return re.sub(r"\W+", "-", getattr(function, "__name__", type(function).__name__)).strip("-") or "function"
 
 
@@ -48,7 +47,7 @@ def _is_importable(module: str, name: str, function: Any) -> bool:
 
 
 def _source(function: Any) -> str:
-    """What a callable is made of: its source, or its bytecode where there is no source, and the values that it holds."""
+    """The source of a callable (its bytecode if there is no source), and its captured values."""
     held = repr([cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]) + repr(getattr(function, "__dict__", {}))
     try:
         return inspect.getsource(function if inspect.isroutine(function) else type(function)) + held

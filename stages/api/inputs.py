@@ -1,6 +1,6 @@
-"""Turns objects in memory into what a recipe can name: a model becomes a folder, a data set a file, a function an address.
+"""Convert objects in memory to recipe values: a model becomes a folder, a data set a file, a function an address.
 
-They are kept under ``<home>/inputs`` by a hash of their content, so that equal inputs make a step reusable.
+They are stored in ``<home>/inputs`` under a hash of their content, so that a step with equal inputs can be reused.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from stages.errors import DataError, ModelError
 from stages.registry.contents import digest_folder
 
 SOURCES = ("reward", "monitors", "judges", "ensemble")
-"""Fields whose entries are reward sources or judges: a function or a model stands for a whole entry there."""
+"""Fields whose entries are reward sources or judges. There, a function or a model can replace a complete entry."""
 
 
 def as_field(name: str, value: Any, folder: Path, tokenizer: Any = None) -> Any:
-    """``value`` of the field ``name`` as plain values of a recipe. ``folder`` keeps what is written; ``tokenizer`` belongs to bare models.
+    """Convert ``value`` of the field ``name`` to plain recipe values. ``folder`` stores files; ``tokenizer`` is used for models without
+    one.
 
-    Raises ModelError for a model that cannot be saved, DataError for data that is no table.
+    Raises ModelError for a model that cannot be saved, and DataError for data that is not a table.
     """
     if name in SOURCES:
         entries = value if isinstance(value, list | tuple) and not _is_pair(value) else [value]
@@ -51,7 +52,7 @@ def as_field(name: str, value: Any, folder: Path, tokenizer: Any = None) -> Any:
 
 
 def _as_source(entry: Any, folder: Path, tokenizer: Any) -> Any:
-    """One reward source or judge."""
+    """Convert one reward source or judge."""
     if isinstance(entry, Mapping):
         return {key: as_field(str(key), item, folder, tokenizer) for key, item in entry.items()}
     if isinstance(entry, str | Path | Model) or _is_pair(entry) or _is_model(entry):
@@ -66,7 +67,7 @@ def _is_model(value: Any) -> bool:
 
 
 def _is_pair(value: Any) -> bool:
-    """A model and its tokenizer."""
+    """Whether the value is a model with its tokenizer."""
     return isinstance(value, tuple) and len(value) == 2 and _is_model(value[0])
 
 
@@ -75,16 +76,16 @@ def _is_table(value: Any) -> bool:
 
 
 def _are_rows(value: Any) -> bool:
-    """Rows of data, and not sources of data (which have a path)."""
+    """Whether the value is a list of data rows, as opposed to data sources (which have a path)."""
     return isinstance(value, list) and bool(value) and all(isinstance(row, Mapping) and "path" not in row for row in value)
 
 
 def _save_model(model: Any, tokenizer: Any, folder: Path) -> str:
-    """Write model and tokenizer; returns the folder."""
+    """Save model and tokenizer. Returns the folder."""
     if tokenizer is None:
-        raise ModelError(f"a {type(model).__name__} in memory has no tokenizer with it; pass (model, tokenizer), or tokenizer=...")
+        raise ModelError(f"the {type(model).__name__} in memory has no tokenizer; pass (model, tokenizer), or tokenizer=...")
     if hasattr(model, "peft_config"):
-        raise ModelError("a PeftModel in memory does not name its base; pass its merge_and_unload(), or save it and name its folder")
+        raise ModelError("a PeftModel in memory does not name its base; pass its merge_and_unload(), or save it and pass its folder")
 
     def write(made: Path) -> None:
         model.save_pretrained(made)
@@ -94,13 +95,13 @@ def _save_model(model: Any, tokenizer: Any, folder: Path) -> str:
 
 
 def _save_rows(rows: Iterable[Any], folder: Path) -> str:
-    """Write rows as JSON lines; returns the file."""
+    """Write rows as JSON Lines. Returns the file."""
     lines = []
-    for number, row in enumerate(rows, 1):
+    for row_number, row in enumerate(rows, 1):
         try:
             lines.append(json.dumps(dict(row), ensure_ascii=False))
         except (TypeError, ValueError) as error:
-            reason = f"row {number} of the data in memory cannot be written as JSON ({error})"
+            reason = f"row {row_number} of the data in memory cannot be written as JSON ({error})"
             raise DataError(f"{reason}; expected texts, numbers, lists and mappings") from error
     if not lines:
         raise DataError("the data in memory has no rows")
@@ -115,7 +116,7 @@ def _save_rows(rows: Iterable[Any], folder: Path) -> str:
 
 
 def _keep(write: Callable[[Path], None], folder: Path, name: str) -> Path:
-    """Let ``write`` fill a folder, and keep it under the digest of its content."""
+    """Let ``write`` fill a folder, and store it under the digest of its content."""
     folder.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
     try:

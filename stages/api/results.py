@@ -1,4 +1,4 @@
-"""What a run gives back to a program: models, metrics, win rates, the report."""
+"""The results of a run for Python programs: models, metrics, win rates, the report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Model:
-    """A published model. It can be an input of further steps, and ``load`` gives the transformers model and its tokenizer."""
+    """A published model. It can be an input of further steps. ``load`` returns the transformers model and its tokenizer."""
 
     ref: str  # name@version
     role: str  # language_model, reward_model, value_model, classifier
@@ -18,9 +18,9 @@ class Model:
     metrics: dict[str, Any] = field(repr=False)
 
     def load(self, *, dtype: Any = None) -> tuple[Any, Any]:
-        """(model, tokenizer) in evaluation mode, adapters merged, fp32 unless ``dtype`` says otherwise.
+        """Return (model, tokenizer) in evaluation mode, with adapters merged; fp32 unless ``dtype`` is given.
 
-        A reward model or value network comes as ``stages.models.heads.RewardModel`` or ``ValueModel``.
+        A reward model or value network is returned as ``stages.models.heads.RewardModel`` or ``ValueModel``.
         """
         import torch
 
@@ -38,7 +38,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Results:
-    """The outcome of a run. ``models`` and ``metrics`` are by step; ``win_rates`` and ``candidates`` are those of the evaluation."""
+    """The results of a run. ``models`` and ``metrics`` are keyed by step; ``win_rates`` and ``candidates`` come from the evaluation."""
 
     name: str
     folder: Path
@@ -50,12 +50,12 @@ class Results:
 
     @property
     def report(self) -> Path | None:
-        """The page of the run; None where it has no evaluation."""
+        """The run's report page; None if it has no evaluation."""
         page = self.folder / "report.html"
         return page if page.is_file() else None
 
     def win_rate(self, a: str, b: str, judge: str | None = None) -> dict[str, Any]:
-        """How often ``a`` is preferred to ``b``, with its interval, by ``judge`` (default: the first).
+        """How often ``judge`` (default: the first one) prefers ``a`` to ``b``, with the confidence interval.
 
         Raises KeyError if no judge compared them.
         """
@@ -66,7 +66,7 @@ class Results:
         raise KeyError(f"no win rate of {a!r} against {b!r} by {judge or 'any judge'}; known: {known}")
 
     def show(self) -> Any:
-        """The report inside a notebook cell."""
+        """Show the report in a notebook cell."""
         from IPython.display import HTML
 
         if self.report is None:

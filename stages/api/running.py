@@ -1,4 +1,4 @@
-"""``run`` a recipe, or a list of steps, from a Python program."""
+"""``run`` a recipe or a list of steps from a Python program."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stages.api.results import Model, Results
 from stages.errors import Stopped
 
 Log = Callable[[str, int, dict[str, float]], None]
-"""Called with the model's name, the optimizer step or iteration, and the metrics that were logged there."""
+"""Called with the model's name, the optimizer step or iteration, and its logged metrics."""
 
 
 def run(
@@ -27,24 +27,24 @@ def run(
     quiet: bool = False,
     wait: bool = False,
 ) -> Results:
-    """Run a recipe and return its results. Steps that are there already are reused.
+    """Run a recipe and return its results. Completed steps are reused.
 
-    ``recipe`` is a file, the name of a recipe that ships, or a list of steps: mappings as in a recipe, whose values may be models, data
-    sets and functions in memory. ``name`` and ``seed`` are the recipe's in that case. ``overrides`` are by path:
-    ``{"aligned.kl_coef": 0.1}``. ``home`` is where everything is kept (default: STAGES_HOME, else ``outputs``).
+    ``recipe`` is a file, the name of a shipped recipe, or a list of steps: mappings as in a recipe, whose values may also be models, data
+    sets and functions in memory. ``name`` and ``seed`` are then the recipe's. ``overrides`` maps paths to values: ``{"aligned.kl_coef":
+    0.1}``. ``home`` is the folder for all results (default: STAGES_HOME, else ``outputs``).
 
-    With ``wait`` the call waits where people have to rank completions; without, it raises Waiting (stages.errors), which says what to do.
+    With ``wait`` the call waits for annotators to rank completions. Without it, it raises Waiting (stages.errors), which says what to do.
 
-    Raises StagesError for bad input, and KeyboardInterrupt if the run was stopped; the same call then continues it.
+    Raises StagesError for invalid input, and KeyboardInterrupt if the run was stopped; the same call then continues it.
     """
     from stages.chain import run as chain
     from stages.process.environment import default_home
     from stages.process.runtime import Runtime
     from stages.recipe.schema import load_recipe
 
-    place = Path(home or default_home()).absolute()
-    file = recipe if isinstance(recipe, str | Path) else write_recipe(recipe, name, seed, place / "inputs")
-    plain = {path: as_field(path.rpartition(".")[2], value, place / "inputs") for path, value in (overrides or {}).items()}
+    home_folder = Path(home or default_home()).absolute()
+    file = recipe if isinstance(recipe, str | Path) else write_recipe(recipe, name, seed, home_folder / "inputs")
+    plain = {path: as_field(path.rpartition(".")[2], value, home_folder / "inputs") for path, value in (overrides or {}).items()}
     changes = [f"{path}={json.dumps(value)}" for path, value in plain.items()]
     runtime = Runtime(quiet=quiet)
     runtime.waits_for_people = wait
@@ -52,14 +52,14 @@ def run(
         runtime.listeners.append(on_log)
     try:
         with runtime.stop.installed():
-            summary = chain.run(load_recipe(file, changes, chain.open_registry(place)), place, runtime)
+            summary = chain.run(load_recipe(file, changes, chain.open_registry(home_folder)), home_folder, runtime)
     except Stopped as stop:
-        raise KeyboardInterrupt(f"stopped by {stop.name}; what is done is kept, and the same call continues") from stop
-    return results_of(summary, place)
+        raise KeyboardInterrupt(f"stopped by {stop.name}; completed steps are kept, and the same call continues") from stop
+    return results_of(summary, home_folder)
 
 
 def write_recipe(steps: Sequence[Mapping[str, Any]], name: str, seed: int, folder: Path) -> Path:
-    """Write ``steps`` as a recipe file under the hash of its content; objects in memory are saved beside it."""
+    """Write ``steps`` as a recipe file named by a hash of its content. Objects in memory are saved next to it."""
     plain = [{key: as_field(key, value, folder) for key, value in step.items()} for step in steps]
     content = json.dumps({"name": name, "seed": seed, "steps": plain}, indent=2, ensure_ascii=False)
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def write_recipe(steps: Sequence[Mapping[str, Any]], name: str, seed: int, folde
 
 
 def results_of(summary: Mapping[str, Any], home: Path) -> Results:
-    """The results that a run's summary describes."""
+    """The results described by a run's summary."""
     from stages.chain.run import open_registry
 
     registry, models = open_registry(home), {}

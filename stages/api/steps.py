@@ -1,4 +1,4 @@
-"""One class per stage, for single steps from a Python program. Fields are those of the recipe (docs/recipes.md).
+"""One class per stage, to run single steps from a Python program. Fields are those of the recipe (docs/recipes.md).
 
 from stages import PPO
 
@@ -16,7 +16,7 @@ from stages.api.running import Log, run
 
 
 class Step:
-    """A step of one stage. Keyword arguments are the fields of the step; their values may be models, data sets and functions in memory."""
+    """A step of one stage. Keyword arguments are the step's fields; their values may be models, data sets and functions in memory."""
 
     stage: str
 
@@ -41,15 +41,15 @@ class TrainingStep(Step):
     def train(
         self, home: str | Path | None = None, *, recipe: str = "python", seed: int = 0, on_log: Log | None = None, quiet: bool = False
     ) -> Model:
-        """Train and publish as ``<recipe>/<name>``; returns the model. An equal step that was trained before is reused.
+        """Train, publish as ``<recipe>/<name>``, and return the model. An equal step that was completed before is reused.
 
-        ``on_log(model_name, step, metrics)`` is called for every line of metrics. Raises StagesError for bad input.
+        ``on_log(model_name, step, metrics)`` is called for every logged step. Raises StagesError for invalid input.
         """
         return self._run(home, recipe, seed, on_log, quiet).models[self.name]
 
 
 class Pretraining(TrainingStep):
-    """Language modelling on text: ``model`` or ``architecture`` and ``tokenizer``; ``data={"train": ...}`` with the column text."""
+    """Language modelling on text: ``model``, or ``architecture`` and ``tokenizer``; ``data={"train": ...}`` with the column text."""
 
     stage = "pretraining"
 
@@ -85,12 +85,12 @@ class PPO(TrainingStep):
 
 
 class Evaluation(Step):
-    """Candidates before judges: ``candidates={"sft": ..., "aligned": ...}``, ``data`` with prompts, ``judges``."""
+    """Compare candidates with judges: ``candidates={"sft": ..., "aligned": ...}``, ``data`` with prompts, ``judges``."""
 
     stage = "evaluation"
 
     def run(
         self, home: str | Path | None = None, *, recipe: str = "python", seed: int = 0, on_log: Log | None = None, quiet: bool = False
     ) -> Results:
-        """Sample, judge and compare; returns win rates and the report. Raises StagesError for bad input."""
+        """Sample, judge and compare. Returns win rates and the report. Raises StagesError for invalid input."""
         return self._run(home, recipe, seed, on_log, quiet)

@@ -40,9 +40,7 @@ class Demonstration(dict[str, Any]):
     """A dict with ``prompt`` and ``completion``.
 
     ``location``: where the row is in its file, such as ``file:line``. ``is_full_conversation``: the row is one conversation, so the earlier
-    replies inside the
-    prompt
-    are demonstrations, too.
+    replies inside the prompt are demonstrations, too.
     """
 
     location: str = ""

@@ -30,8 +30,7 @@ def fit_prompt(prompt: Prompt, fit: PromptFit, tokenizer: PreTrainedTokenizerBas
     """Return ``prompt``, shortened to at most ``fit.max_tokens`` tokens if needed.
 
     Raises DataError (with the row's ``location`` if it is known) if the part to cut is missing or too short, or if a conversation
-    is
-    too long.
+    is too long.
     """
     with errors_at(location or location_of(prompt)):
         return _fitted(prompt, fit, tokenizer)

@@ -31,8 +31,7 @@ class LabelTask:
 
     ``authors`` and ``digests`` list, per completion, the names and content digests of the models that wrote it (several if models wrote the
     same text). Annotators see neither. ``sample`` distinguishes the samples of one prompt. ``gold`` is the known answer of a screening
-    task:
-    ``ranks``, and ``checks`` by name.
+    task: ``ranks``, and ``checks`` by name.
     """
 
     id: str
@@ -73,8 +72,7 @@ class LabelAnswer:
 
     ``ranks``: number of better completions (0 is best, equal ranks tie); None if the task was skipped. ``order``: the indices of the
     completions in display order. ``ratings`` and ``checks``: one list per question. ``seconds``: how long the task was visible.
-    ``replaces``:
-    the id of the answer that this one corrects.
+    ``replaces``: the id of the answer that this one corrects.
     """
 
     id: str

@@ -62,8 +62,7 @@ def layout_of(
     """The layout of the files ``names``. ``read`` returns the text of a small file (README.md and similar).
 
     ``name`` selects a config of the README, ``data_dir`` a folder, ``data_files`` files by pattern. Raises DataError (without a location)
-    if a
-    selection matches nothing.
+    if a selection matches nothing.
     """
     names = sorted(names)
     if data_dir is not None:

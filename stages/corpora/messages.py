@@ -60,8 +60,7 @@ def messages_of(row: Row, column: str) -> Conversation:
     """The conversation in ``column``, with the row's tools. All fields of a message are kept.
 
     Messages are {role, content}, or {from, value} as in ShareGPT. With the latter, a column ``system`` becomes the first turn. Raises
-    DataError
-    that names the message.
+    DataError that names the message.
     """
     value = row.get(column)
     if not isinstance(value, list) or not value:
@@ -242,10 +241,8 @@ def split_answers(row: Row, answers: Mapping[str, Any]) -> tuple[Prompt, list[Co
     """Split a row into (prompt, completions). ``answers`` maps a name, used in messages, to each answer.
 
     An answer is a text, the turns after the prompt, or a full conversation that includes the prompt. The prompt is in the column ``prompt``
-    or
-    in an ``open_conversation``. The common prefix of several answers becomes part of the prompt, and every completion begins with an
-    assistant
-    turn. Raises DataError if an answer does not end with an assistant turn, or if there is no common turn for the prompt.
+    or in an ``open_conversation``. The common prefix of several answers becomes part of the prompt, and every completion begins with an
+    assistant turn. Raises DataError if an answer does not end with an assistant turn, or if there is no common turn for the prompt.
     """
     given = _any_prompt(row, "prompt") if "prompt" in row else open_conversation(row)
     sides = [_turns_in(row, name, answer) for name, answer in answers.items()]
@@ -328,8 +325,7 @@ def transcript(prompt: Prompt) -> str:
     """A prompt as one text with speaker names: ``user: ...``, ``assistant: ...``, separated by empty lines.
 
     A text prompt, or a conversation with one plain user turn, is returned as that text. Tools come first; reasoning and tool calls are part
-    of
-    their turn.
+    of their turn.
     """
     if isinstance(prompt, str):
         return prompt

@@ -31,8 +31,7 @@ def as_message(entry: dict[str, Any]) -> dict[str, Any]:
     """Convert an entry to a message with ``role`` and ``content``. Other fields are kept.
 
     The value of a ``function_call`` becomes ``tool_calls``. A ``weight`` equal to the default (replies are trained on, other turns are not)
-    is
-    dropped. Raises DataError for an unknown speaker and for a function call that is not JSON.
+    is dropped. Raises DataError for an unknown speaker and for a function call that is not JSON.
     """
     speaker = entry["from"]
     name = speaker.lower() if isinstance(speaker, str) else None

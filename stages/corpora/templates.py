@@ -146,8 +146,7 @@ def check_rendering(tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[Pro
     """Render every conversation and the first text of the rows (prompt, completions, location). Needs only the tokenizer.
 
     Raises DataError with the location of the first row that the chat template rejects, truncates, or does not write as a continuation of
-    its
-    prompt.
+    its prompt.
     """
     seen_text = False
     for prompt, completions, location in rows:
@@ -235,8 +234,7 @@ def in_its_form(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
     """Convert ``messages`` to the form that the template accepts.
 
     Content becomes a text, or a list with one text part; tool call arguments become objects, or JSON text. Raises DataError for arguments
-    that
-    are not a JSON object if the template needs one.
+    that are not a JSON object if the template needs one.
     """
     form = turn_form(tokenizer)
     if any(message.get("tool_calls") for message in messages):
@@ -269,8 +267,7 @@ def encode_pair(
     """Return (token ids of prompt and completion, number of prompt tokens).
 
     The text is what the template writes, up to its end, including the end-of-turn marker and a line end after it. The prompt's tokens are
-    the
-    same as those of the prompt alone. ``eos=False`` leaves out the end of the reply. ``sampled`` and errors: as in ``render_pair``.
+    the same as those of the prompt alone. ``eos=False`` leaves out the end of the reply. ``sampled`` and errors: as in ``render_pair``.
     """
     shown, written = render_pair(tokenizer, prompt, completion, sampled=sampled)
     if not eos and tokenizer.chat_template:

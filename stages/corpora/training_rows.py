@@ -38,8 +38,7 @@ def training_rows(tokenizer: PreTrainedTokenizerBase, demonstration: Demonstrati
     """The training rows of one demonstration: usually one row with all trained assistant turns.
 
     Some templates write a reply differently when other turns follow it (they drop earlier think blocks). Such a reply gets its own row,
-    which
-    ends with it, so the model learns it in the form that it must generate. Raises DataError with the row's location.
+    which ends with it, so the model learns it in the form that it must generate. Raises DataError with the row's location.
     """
     with errors_at(demonstration.location):
         messages, replies = _trained_turns(demonstration, train_on)

@@ -12,37 +12,37 @@ from stages.corpora.curation import Curation
 
 
 class DPOOptimizer(OptimizerSettings):
-    """As ``OptimizerSettings``; batch sizes count pairs."""
+    """Like ``OptimizerSettings``, but batch sizes count pairs."""
 
-    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate; TRL's default. Models of a few million parameters need more.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Shape after warmup.")
+    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate; TRL's default. Very small models need more.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Learning rate schedule after warmup.")
     warmup_fraction: float = Field(0.1, ge=0, lt=1, description="Share of the optimizer steps used for linear warmup.")
     batch_size: int = Field(32, ge=1, description="Pairs per optimizer step, summed over processes.")
-    microbatch_size: int = Field(8, ge=1, description="Pairs per forward pass and process; the rest is gradient accumulation.")
+    microbatch_size: int = Field(8, ge=1, description="Pairs per forward pass and process; larger batches use gradient accumulation.")
 
 
 class DPOStepConfig(TrainingStepConfig):
-    """Train ``model`` to prefer what was preferred, held near its reference."""
+    """Train ``model`` to prefer the preferred completions, close to its reference."""
 
     stage: Literal["dpo"] = "dpo"
     model: ModelField = Field(description="Language model to train, usually an sft step.")
-    reference: ModelField | None = Field(None, description="Frozen model that the loss holds it to; null: the model as it starts.")
+    reference: ModelField | None = Field(None, description="Frozen reference of the loss; null: the initial model.")
     data: DataInput = Field(description="Comparisons, as for the reward model.")
-    curation: Curation = Field(Curation(), description="Which rows are used; as the reward model's, to train on the same ones.")
-    preferred: str | None = Field(None, description="For responses given as an object: the key of the preferred one.")
-    pairs_per_prompt: int | None = Field(None, ge=1, description="Use so many pairs of a longer list, drawn by the seed; null: all.")
-    beta: float = Field(0.1, gt=0, description="Strength of the pull to the reference: the KL coefficient that PPO would have.")
+    curation: Curation = Field(Curation(), description="Row filters; set them as for the reward model to use the same rows.")
+    preferred: str | None = Field(None, description="If responses are an object: the key of the preferred one.")
+    pairs_per_prompt: int | None = Field(None, ge=1, description="Maximum pairs of a ranked list, drawn with the seed; null: all.")
+    beta: float = Field(0.1, gt=0, description="Strength of the pull to the reference, like PPO's KL coefficient.")
     loss: Literal["sigmoid", "ipo", "hinge", "robust"] = Field("sigmoid", description="sigmoid: the paper's; the others as in TRL.")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of comparisons that are the wrong way round.")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of wrong comparisons.")
     max_length: int | None = Field(
-        None, ge=2, description="Longest prompt and completion, in tokens; longer pairs are left out, and said. null: all positions."
+        None, ge=2, description="Maximum tokens of prompt and completion; longer pairs are dropped and counted. null: the model's limit."
     )
     training: DPOOptimizer = DPOOptimizer()
 
     @model_validator(mode="after")
     def _trainable(self) -> DPOStepConfig:
         if self.model.quantization != "none" and self.lora is None:
-            raise ValueError(f"model.quantization={self.model.quantization!r} needs lora: quantized weights cannot be trained themselves")
+            raise ValueError(f"model.quantization={self.model.quantization!r} needs lora, because quantized weights cannot be trained")
         return self
 
     def model_inputs(self) -> dict[str, ModelInput]:
@@ -53,14 +53,14 @@ class DPOStepConfig(TrainingStepConfig):
         return inputs if self.data.validation is None else {**inputs, "data.validation": self.data.validation}
 
     def check_data(self) -> None:
-        """Raise DataError for data this stage cannot use; no model is loaded."""
+        """Raise DataError for data that this stage cannot use. No model is loaded."""
         from stages.corpora.comparisons import load_comparisons
         from stages.corpora.curation import Curator
 
         load_comparisons(self.data, preferred=self.preferred, curator=Curator(self.curation))
 
     def conversations(self) -> list[tuple[Any, Sequence[Any], str]]:
-        """Rows of (prompt, its completions, the row's place) that the models of this step read; see ``chain/texts.py``."""
+        """Rows (prompt, completions, location) that the models of this step read; see ``chain/texts.py``."""
         from stages.corpora.comparisons import load_comparisons
 
         loaded = load_comparisons(self.data, preferred=self.preferred)

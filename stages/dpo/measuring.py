@@ -1,4 +1,4 @@
-"""How well the policy, as a reward model in disguise, ranks held-out pairs."""
+"""Measure how well the policy, read as an implicit reward model, ranks held-out pairs."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from transformers import PreTrainedTokenizerBase
 from stages.dpo.config import DPOStepConfig
 from stages.dpo.pairs import Pair
 from stages.models.responses import Policy, sequence_batch
-from stages.models.sharding import whole
+from stages.models.sharding import unsharded
 from stages.stats.intervals import wilson_interval
 from stages.step import StepContext
 
-# Measuring
+# Measurement
 
 
 def completion_logprobs(
     config: DPOStepConfig, context: StepContext, model: Any, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase
 ) -> torch.Tensor:
-    """Log-probabilities of whole completions [N, 2]: the chosen one's, the rejected one's."""
+    """Log-probabilities of complete responses [N, 2]: chosen, rejected."""
     model = model.to(context.runtime.device)
     training = model.training
     policy = Policy(model.eval(), temperature=1.0, autocast=None)
     rows = [(pair.prompt_ids, response) for pair in pairs for response in (pair.chosen_ids, pair.rejected_ids)]
     sums = torch.empty(len(rows), dtype=torch.float64)
-    order = sorted(range(len(rows)), key=lambda place: len(rows[place][0]) + len(rows[place][1]))
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]) + len(rows[index][1]))
     size = 4 * config.training.microbatch_size
-    with torch.inference_mode(), whole(model):
+    with torch.inference_mode(), unsharded(model):
         for start in range(0, len(order), size):
-            places = order[start : start + size]
-            prompts, responses = [rows[place][0] for place in places], [rows[place][1] for place in places]
+            indices = order[start : start + size]
+            prompts, responses = [rows[index][0] for index in indices], [rows[index][1] for index in indices]
             batch = sequence_batch(prompts, responses, int(tokenizer.pad_token_id), policy.device)
             parts = policy.logprobs(batch).double().cpu().split([len(response) for response in responses])
-            sums[places] = torch.stack([part.sum() for part in parts])
+            sums[indices] = torch.stack([part.sum() for part in parts])
     model.train(training)
     return sums.view(-1, 2)
 
@@ -43,7 +43,7 @@ def completion_logprobs(
 def measure(policy: torch.Tensor, reference: torch.Tensor, *, beta: float) -> dict[str, float]:
     """How well the implicit reward beta * log(policy / reference) ranks held-out pairs. Log-probabilities [N, 2], chosen first.
 
-    ``chosen_log_ratio``, ``rejected_log_ratio``: nats by which the policy moved; both fall where DPO forgets what it was shown.
+    ``chosen_log_ratio``, ``rejected_log_ratio``: change by training in nats. Both decrease if DPO makes all shown completions less likely.
     """
     ratios = policy - reference
     margins = beta * (ratios[:, 0] - ratios[:, 1])

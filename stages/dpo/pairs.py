@@ -1,4 +1,4 @@
-"""Pairs of comparisons as tokens."""
+"""Tokenize comparisons into pairs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stages.step import StepContext
 
 @dataclass(frozen=True)
 class Pair:
-    """Token ids of a prompt and of its better and worse completion, each as the chat template ends it."""
+    """Token ids of a prompt and of its better and worse completion, each with the chat template's ending."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -34,7 +34,7 @@ class Pair:
 
 
 def pairs_of(comparison: Comparison, limit: int | None, seed: int) -> list[tuple[Completion, Completion]]:
-    """(better, worse) of every two completions of different rank; ``limit`` draws so many of them."""
+    """(better, worse) for every two completions of different rank. ``limit``: draw at most this many."""
     ranked = list(zip(comparison.completions, comparison.ranks, strict=True))
     pairs = [(better, worse) for better, rank in ranked for worse, other in ranked if rank < other]
     if limit is None or len(pairs) <= limit:
@@ -43,10 +43,10 @@ def pairs_of(comparison: Comparison, limit: int | None, seed: int) -> list[tuple
 
 
 def encode(config: DPOStepConfig, comparisons: Sequence[Comparison], tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Pair]:
-    """Pairs as tokens, by the template the model keeps: training, sampling and scoring see one and the same text.
+    """Encode pairs with the template that is saved with the model, so that training, sampling and scoring use the same text.
 
-    All that follows the prompt counts; where a completion has several turns, the turns of others in it count, too, as in TRL. Raises
-    DataError, with the row's place, for a conversation that the chat template refuses.
+    All tokens after the prompt count. In a completion with several turns the turns of other roles also count, as in TRL. Raises DataError
+    with the row's location if the chat template rejects a conversation.
     """
     rows = []
     for comparison in comparisons:
@@ -58,14 +58,14 @@ def encode(config: DPOStepConfig, comparisons: Sequence[Comparison], tokenizer: 
 
 
 def usable(rows: list[Pair], max_length: int, context: StepContext, which: str) -> tuple[list[Pair], dict[str, int]]:
-    """(the pairs of at most ``max_length`` tokens whose two texts differ, how many were left out by reason)."""
+    """Return (pairs with at most ``max_length`` tokens and different texts, numbers of dropped pairs by reason)."""
     fitting = [row for row in rows if row.length <= max_length]
     kept = [row for row in fitting if row.chosen_ids != row.rejected_ids]
     if len(kept) < len(fitting):
-        equal = f"left out {len(fitting) - len(kept)} of {len(fitting)} {which} pairs, whose two texts are the same tokens"
+        equal = f"left out {len(fitting) - len(kept)} of {len(fitting)} {which} pairs, because their two texts have equal tokens"
         context.runtime.console.print(f"{context.name}: {equal}")
     if fitting and not kept:
-        raise DataError(f"no {which} pair is left: the completions of all {len(fitting)} are the same tokens")
+        raise DataError(f"no {which} pair is left: the completions of all {len(fitting)} have equal tokens")
     if not kept:
         shortest = min((row.length for row in rows), default=0)
         raise DataError(f"no {which} pair fits max_length={max_length}: the shortest of {len(rows)} has {shortest} tokens")

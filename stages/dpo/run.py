@@ -1,6 +1,6 @@
-"""Direct preference optimisation (Rafailov et al. 2023) on the reward model's own comparisons, through TRL's DPOTrainer.
+"""Direct preference optimisation (Rafailov et al. 2023) on the reward model's comparisons, with TRL's DPOTrainer.
 
-What most people would do instead of PPO, so the evaluation's baseline for it. A ranked list becomes its pairs; ties make none.
+It is the common alternative to PPO, and so the baseline in an evaluation. A ranked list gives one pair per two different ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stages.training.running import train
 
 
 def run(config: DPOStepConfig, context: StepContext) -> StepResult:
-    """Train; publish the policy with its held-out accuracy as a reward model in disguise, and how far it went from the reference."""
+    """Train and publish the policy, with its held-out accuracy as an implicit reward model and its distance to the reference."""
     source = context.models["model"]
     tokenizer = load_tokenizer(source)
     curator = Curator(config.curation, count_tokens(tokenizer))
@@ -59,11 +59,11 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
         "pairs": len(pairs),
         "heldout_pairs": len(heldout),
         **left_out,
-        **{f"heldout_{reason}": number for reason, number in heldout_left_out.items()},
-        **{f"curation_{reason}": number for reason, number in sorted(curator.left_out.items())},
+        **{f"heldout_{reason}": count for reason, count in heldout_left_out.items()},
+        **{f"curation_{reason}": count for reason, count in sorted(curator.left_out.items())},
     }
     published: dict[str, Any] = {"role": "language_model", "base": source if config.lora is not None else None}
-    shown = [[*pair.prompt_ids, *pair.chosen_ids] for pair in heldout]  # what was saved is compared on the first of them
+    shown = [[*pair.prompt_ids, *pair.chosen_ids] for pair in heldout]  # rows on which the saved model is checked
     publish_best(
         trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), **published
     )

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer for pairs that are tokens already, and its reference."""
+"""TRL's DPOTrainer for tokenized pairs, and its reference model."""
 
 from __future__ import annotations
 
@@ -22,22 +22,20 @@ from stages.step import StepContext
 from stages.training.arguments import training_arguments
 from stages.training.reproducible import reproducible
 
-# Training
-
 
 def load_reference(config: DPOStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The frozen reference; None where it is the model without its fresh adapter. Raises ModelError for another vocabulary."""
+    """The frozen reference; None if it is the model without its new adapter. Raises ModelError for a different vocabulary."""
     if config.reference is None and config.lora is not None:
         return None
     source = context.models["reference" if config.reference is not None else "model"]
     if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
         own = context.models["model"].ref
-        raise ModelError(f"reference {source.ref!r} has another vocabulary than the model {own!r}; they must share one")
+        raise ModelError(f"reference {source.ref!r} has a different vocabulary than the model {own!r}; use models with the same tokenizer")
     return load_language_model(source, dtype=context.runtime.dtype(config.precision), trainable=False, tokenizer=tokenizer)
 
 
 class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
-    """A DPOTrainer whose rows are token ids already, and whose loss is a share of the mean over the whole step."""
+    """A DPOTrainer for tokenized rows, whose loss is divided by the number of pairs in the full step."""
 
     loss_is_scaled_for_ga = True
 
@@ -55,7 +53,7 @@ class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
         return loss * own / num_items_in_batch * self.args.world_size  # DDP takes the mean over processes
 
     def _reference_logprobs(self, inputs: Any) -> dict[str, torch.Tensor]:
-        """Log-probabilities [pairs] of the completions by the model as it started: the adapters below the fresh one act."""
+        """Log-probabilities [pairs] of the completions under the initial model, computed with the adapters below the new one."""
         masked = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         tensors = {name: value for name, value in inputs.items() if name != "completion_mask"}
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
@@ -65,23 +63,23 @@ class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
         return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: Any) -> Any:
-        """Pairs of the step, on all processes."""
-        number = sum(pairs_in(batch) for batch in batch_samples)
-        return self.accelerator.gather(torch.tensor([number], device=device)).sum()
+        """Number of pairs in the step, over all processes."""
+        num_pairs = sum(pairs_in(batch) for batch in batch_samples)
+        return self.accelerator.gather(torch.tensor([num_pairs], device=device)).sum()
 
     def blank(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {**batch, "completion_mask": torch.zeros_like(batch["completion_mask"])}
 
 
 def pairs_in(batch: Any) -> int:
-    """Pairs that count: every completion has an end token at least."""
+    """Number of counted pairs. Every counted completion has at least an end token."""
     return int(batch["completion_mask"].any(dim=1).sum()) // 2
 
 
 def make_trainer(
     config: DPOStepConfig, context: StepContext, model: Any, reference: Any, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]
 ) -> Any:
-    """A trainer on ``pairs``; ``reference`` None: the model without its fresh adapter."""
+    """A trainer on ``pairs``; ``reference`` None: the model without its new adapter."""
     options = {"beta": config.beta, "loss_type": [config.loss], "label_smoothing": config.label_smoothing, "max_length": None}
     with quiet_transformers(), without_copies(model):
         arguments = training_arguments(config.training, context, precision=config.precision, kind=DPOConfig, **options)
@@ -89,12 +87,12 @@ def make_trainer(
         trainer = TokenizedDPOTrainer(
             model=model, ref_model=reference, args=arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer
         )
-    # TRL's reference of an adapter is a copy of that adapter alone; ours is every adapter below it.
+    # TRL's reference of an adapter is a copy of only that adapter; ours includes every adapter below it.
     trainer.precompute_ref_logps = reference is None
     if trainer.ref_model is not None and context.runtime.shards:
         shard(trainer.ref_model, add_up=False)
     for parameter in model.parameters():
-        # TRL makes a quantized model's adapter bf16, in which small updates are lost
+        # TRL converts a quantized model's adapter to bf16, which would lose small updates
         if parameter.requires_grad and parameter.dtype.itemsize < 4:
             parameter.data = parameter.data.float()
     return trainer
@@ -102,7 +100,7 @@ def make_trainer(
 
 @contextmanager
 def _gathering_unequal_shares(accelerator: Any, *, counts: bool) -> Iterator[None]:
-    """TRL gathers its metrics pair by pair; here processes may have different numbers of pairs, or none that ``counts``."""
+    """Let TRL gather its per-pair metrics although processes may have different numbers of pairs, or none that ``counts``."""
     gather = accelerator.gather
 
     def unequal(tensor: torch.Tensor) -> torch.Tensor:

@@ -207,9 +207,9 @@ def _plan_weights(
 def _write_to_start(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, runtime: Runtime) -> None:
     """Write the model as it is now, for a server to start from. Call on every process."""
     from stages.engines.vllm_sampler import write_whole
-    from stages.models.sharding import whole_state_dict
+    from stages.models.sharding import unsharded_state_dict
 
-    state = whole_state_dict(model)
+    state = unsharded_state_dict(model)
     if runtime.is_main:
         write_whole(model, folder, dtype, state)
         tokenizer.save_pretrained(folder)

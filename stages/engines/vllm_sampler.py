@@ -21,7 +21,7 @@ from stages.errors import ModelError, TrainingError
 from stages.models.adapters import plain_model
 from stages.models.responses import Policy, sequence_batch
 from stages.models.served_adapter import Update, updates_of, write_adapter
-from stages.models.sharding import whole_state_dict
+from stages.models.sharding import unsharded_state_dict
 from stages.process.runtime import Runtime
 from stages.registry.references import ResolvedModel
 from stages.sampling.generation import Generated, OnFinished, ending_tokens, left_pad, require_room, right_pad
@@ -79,7 +79,7 @@ class VllmSampler:
     def take_weights(self) -> None:
         """Send the weights as they are now, and compare a probe. Raises TrainingError where the servers then compute something else."""
         self.policy.activate()
-        state = whole_state_dict(self.policy.model) if self.weights.kind == "whole" else None
+        state = unsharded_state_dict(self.policy.model) if self.weights.kind == "whole" else None
         updates = updates_of(self.policy.model, self.weights.merged) if self.weights.kind == "adapter" else {}
         self._transfers += 1
         told = self._runtime.decide(lambda: self._transfer(updates, state))

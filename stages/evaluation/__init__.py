@@ -1,1 +1,1 @@
-"""The evaluation: candidates answer the same prompts, judges compare the answers; the outcome says who is better, and how surely."""
+"""Evaluation: candidates answer the same prompts, judges compare the answers; the outcome has win rates with intervals."""

@@ -1,4 +1,4 @@
-"""What candidates answer: sampled with the same random streams, best of several, or read from a file; and what their tokens say."""
+"""The candidates' answers: sampled with the same random streams, best of n, or read from a file."""
 
 from __future__ import annotations
 
@@ -35,36 +35,36 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Question:
-    """One row of the evaluation: a prompt, and which of its samples this is. ``prompt_number`` groups the samples of one prompt."""
+    """One row of the evaluation: a prompt and a sample index. ``prompt_number`` groups the samples of one prompt."""
 
     prompt: Prompt
     prompt_number: int
     sample: int
-    columns: dict[str, Any] = field(default_factory=dict)  # of its row of data, those that reward functions ask for
+    columns: dict[str, Any] = field(default_factory=dict)  # columns of its data row that reward functions request
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion; of one that was made elsewhere only the text is known."""
+    """One completion. For a completion from a file only the text is known."""
 
     text: str
     prompt_ids: list[int] = field(default_factory=list)
     response_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)  # of response_ids, by the candidate, at the sampling temperature
+    logprobs: list[float] = field(default_factory=list)  # of response_ids under the candidate, at the sampling temperature
     stopped: bool = True
 
 
 @dataclass
 class Answers:
-    """What one candidate made of the questions, in their order. None: it has no completion for that one."""
+    """One candidate's answers to the questions, in order. None: no completion for that question."""
 
     samples: list[Sample | None]
-    draws: list[list[Sample]] | None = None  # best of n: every sample of each question
-    draw_rewards: list[list[float]] | None = None  # of each draw, by the reward source that picks the best
-    draw_scores: dict[str, list[list[float]]] = field(default_factory=dict)  # of each draw, by judge
+    draws: list[list[Sample]] | None = None  # for best-of-n: all samples of each question
+    draw_rewards: list[list[float]] | None = None  # score of each draw by the selecting reward source
+    draw_scores: dict[str, list[list[float]]] = field(default_factory=dict)  # score of each draw, by judge
     token_kl: list[list[float]] | None = None  # nats per response token to the reference
     kl: list[float] | None = None  # nats per completion to the reference
-    expected_kl: float | None = None  # of a best-of-n, which has no log-probabilities of its own
+    expected_kl: float | None = None  # for best-of-n, which has no log-probabilities of its own
     perplexity: float | None = None
     bits_per_byte: float | None = None
     tasks: dict[str, dict[str, float | int]] = field(default_factory=dict)  # by name, as TaskResult
@@ -77,17 +77,17 @@ class Answers:
 
 @dataclass
 class Asked:
-    """What is asked of the candidates: the questions, each model candidate's token ids for them, and what was left out on the way."""
+    """The input of the candidates: the questions, each model's token ids for them, and what was excluded."""
 
     questions: list[Question]
     prompt_ids: dict[str, list[list[int]]]
     exclusions: list[Exclusion]
-    few_shot: dict[str, list[dict[str, Any]]]  # by candidate: the tries of a few-shot prompt with their scores, the chosen one first
+    few_shot: dict[str, list[dict[str, Any]]]  # by candidate: the tried few-shot prompts with their scores, the chosen one first
 
 
-def shared_out(runtime: Runtime, number: int, work: Callable[[list[int]], Sequence[T]]) -> list[T]:
-    """What ``work`` makes of places 0 to ``number`` - 1, each process doing its share; every process gets all of it, in order."""
-    own = list(range(runtime.process_index, number, runtime.num_processes))
+def distributed(runtime: Runtime, count: int, work: Callable[[list[int]], Sequence[T]]) -> list[T]:
+    """Apply ``work`` to the indices 0 to ``count`` - 1, distributed over the processes. Every process gets all results, in order."""
+    own = list(range(runtime.process_index, count, runtime.num_processes))
     made = list(zip(own, work(own), strict=True))
     if runtime.num_processes > 1:
         from accelerate.utils import gather_object
@@ -98,7 +98,7 @@ def shared_out(runtime: Runtime, number: int, work: Callable[[list[int]], Sequen
 
 @contextmanager
 def loaded(config: EvaluationConfig, context: StepContext, name: str) -> Iterator[tuple[Any, PreTrainedTokenizerBase]]:
-    """Model and tokenizer of a candidate; one at a time is in memory."""
+    """Model and tokenizer of a candidate. Only one candidate is in memory at a time."""
     from stages.models.loading import load_language_model, load_tokenizer
 
     source = context.models[f"candidates.{name}"]
@@ -113,13 +113,13 @@ def loaded(config: EvaluationConfig, context: StepContext, name: str) -> Iterato
         gc.collect()
 
 
-# What is asked
+# Questions
 
 
 def ask(config: EvaluationConfig, context: StepContext, prompts: list[Prompt], columns: Sequence[dict[str, Any]] | None = None) -> Asked:
-    """The questions that fit every model, and each model's token ids for them: all models answer the same prompts.
+    """The questions that fit every model, and each model's token ids for them. All models answer the same prompts.
 
-    ``columns``: of each prompt's row of data, those that reward functions ask for; None: none of them does.
+    ``columns``: the data columns that reward functions request, per prompt; None if there are none.
     """
     from stages.models.loading import load_tokenizer
 
@@ -140,22 +140,22 @@ def ask(config: EvaluationConfig, context: StepContext, prompts: list[Prompt], c
         longest = positions_of(model) - config.generation.max_new_tokens
         own = [0 < len(ids) <= longest for ids in encoded[name]]
         if own.count(False):
-            exclusions.append(Exclusion(f"prompts longer than the {longest} tokens {name} has room for", own.count(False), len(prompts)))
+            exclusions.append(Exclusion(f"prompts longer than the {longest} tokens that {name} can read", own.count(False), len(prompts)))
         fits = [fit and mine for fit, mine in zip(fits, own, strict=True)]
         if not any(fits):
-            raise DataError(f"candidate {name!r}: no prompt has at most {longest} tokens, what its positions leave beside the completion")
-    kept = [place for place, fit in enumerate(fits) if fit]
-    rows = [(place, sample) for place in kept for sample in range(config.samples_per_prompt)]
+            raise DataError(f"candidate {name!r}: no prompt has at most {longest} tokens, its context length minus the completion")
+    kept = [index for index, fit in enumerate(fits) if fit]
+    rows = [(index, sample) for index in kept for sample in range(config.samples_per_prompt)]
     return Asked(
-        [Question(prompts[place], place, sample, columns[place] if columns is not None else {}) for place, sample in rows],
-        {name: [ids[place] for place, _ in rows] for name, ids in encoded.items()},
+        [Question(prompts[index], index, sample, columns[index] if columns is not None else {}) for index, sample in rows],
+        {name: [ids[index] for index, _ in rows] for name, ids in encoded.items()},
         exclusions,
         few_shot,
     )
 
 
 def _few_shot_tries(config: EvaluationConfig, context: StepContext, name: str, prompts: list[Prompt]) -> list[dict[str, Any]]:
-    """The few-shot texts tried for a candidate, the best first; only one, unscored, where there is nothing to choose."""
+    """The few-shot texts tried for a candidate, best first; a single unscored one if there is no choice."""
     settings = config.candidates[name].few_shot
     assert settings is not None
     if settings.choose is None:
@@ -171,21 +171,21 @@ def _few_shot_tries(config: EvaluationConfig, context: StepContext, name: str, p
     asked = [row.prompt for row in validation]
     with loaded(config, context, name) as (model, tokenizer):
         encoded = [encode_prompts(tokenizer, few_shot_prompts(settings, text, asked)) for text in texts]
-        fits = [place for place in range(len(validation)) if all(len(rows[place]) <= longest for rows in encoded)]
+        fits = [index for index in range(len(validation)) if all(len(rows[index]) <= longest for rows in encoded)]
         if not fits:
             raise DataError(f"candidate {name!r}: no prompt of few_shot.choose.data fits {longest} tokens in every try; use fewer examples")
         context.runtime.console.print(f"{context.name}: {name} tries {len(texts)} few-shot prompts on {len(fits)} validation prompts")
-        seeds = [(-1, place) for place in fits]  # every try has the same streams, none of them the evaluation's
+        seeds = [(-1, index) for index in fits]  # all tries share random streams, which differ from those of the evaluation
         made = []
         for rows in encoded:
-            samples = _sample(config, context, name, model, tokenizer, [rows[place] for place in fits], seeds)
+            samples = _sample(config, context, name, model, tokenizer, [rows[index] for index in fits], seeds)
             made.append([cut(sample, settings) for sample in samples])
-    validation = [validation[place] for place in fits]
+    validation = [validation[index] for index in fits]
     flat = [sample for samples in made for sample in samples]
     prompts = [row.prompt for row in validation] * len(texts)
     details = Details(columns_of([row.columns for row in validation] * len(texts)), [sample.response_ids for sample in flat])
-    place = f"candidates.{name}.few_shot.choose.reward"
-    scores = every_score(config, context, settings.choose.reward, place, prompts, [sample.text for sample in flat], details)
+    field_path = f"candidates.{name}.few_shot.choose.reward"
+    scores = every_score(config, context, settings.choose.reward, field_path, prompts, [sample.text for sample in flat], details)
     width = len(validation)
     means = [sum(scores[start : start + width]) / width for start in range(0, len(scores), width)]
     tries = [{"text": text, "score": mean} for text, mean in zip(texts, means, strict=True)]
@@ -196,28 +196,28 @@ def _few_shot_tries(config: EvaluationConfig, context: StepContext, name: str, p
 
 
 def same_model(context: StepContext, one: str, other: str) -> bool:
-    """Whether two candidates are one model, asked in different ways."""
+    """Whether two candidates are the same model with different prompts."""
     models = [context.models.get(f"candidates.{name}") for name in (one, other)]
     settings = [model.input.model_dump(exclude={"ref"}) if model is not None else None for model in models]
     return None not in models and models[0].digest == models[1].digest and settings[0] == settings[1]  # type: ignore[union-attr]
 
 
 def answer(config: EvaluationConfig, context: StepContext, asked: Asked, name: str, twin: Answers | None = None) -> Answers:
-    """The answers of one model: sampled, and measured while it is in memory. ``twin``: answers of the same model, otherwise asked."""
+    """Sample and measure one model's answers while it is in memory. ``twin``: answers of the same model with different prompts."""
     candidate = config.candidates[name]
     prompt_ids = asked.prompt_ids[name]
     draws = candidate.best_of.n if candidate.best_of is not None else 1
     each = f", {draws} times each" if draws > 1 else ""
     context.runtime.console.print(f"{context.name}: {name} answers {len(prompt_ids)} prompts{each}")
     with loaded(config, context, name) as (model, tokenizer):
-        # The first draw has the stream of the plain answer, so that a best of one would be that answer.
+        # The first draw has the stream of the plain answer, so that best-of-1 equals that answer.
         seeds = [(row,) if draw == 0 else (row, draw) for row in range(len(prompt_ids)) for draw in range(draws)]
         ids = [row for row in prompt_ids for _ in range(draws)]
         made = [cut(sample, candidate.few_shot) for sample in _sample(config, context, name, model, tokenizer, ids, seeds)]
         answers = Answers([made[start] for start in range(0, len(made), draws)])
         if draws > 1:
             answers.draws = [made[start : start + draws] for start in range(0, len(made), draws)]
-        if twin is not None:  # what is measured on plain text does not depend on how the prompts are put
+        if twin is not None:  # metrics on plain text do not depend on the prompts
             answers.perplexity, answers.bits_per_byte, answers.tasks = twin.perplexity, twin.bits_per_byte, twin.tasks
         else:
             if config.perplexity is not None:
@@ -229,26 +229,26 @@ def answer(config: EvaluationConfig, context: StepContext, asked: Asked, name: s
 
 
 def read_answers(config: EvaluationConfig, asked: Asked, name: str) -> Answers:
-    """The answers of a candidate whose completions were made elsewhere; a prompt's first completion is its first sample, and so on.
+    """The answers of a candidate with existing completions. A prompt's first completion is its first sample, and so on.
 
-    Raises DataError where there is none for any prompt.
+    Raises DataError if no prompt has a completion.
     """
     from stages.corpora.completions import load_completions, prompt_key
 
     sources = config.candidates[name].completions
     assert sources is not None
-    found = load_completions(sources)
+    completions = load_completions(sources)
     samples = []
     for question in asked.questions:
-        text = found.get(prompt_key(question.prompt), {}).get(question.sample)
+        text = completions.get(prompt_key(question.prompt), {}).get(question.sample)
         samples.append(Sample(text) if text is not None else None)
     if samples.count(None) == len(samples):
-        raise DataError(f"candidate {name!r}: its completions answer none of the {len(samples)} prompts; a prompt must match whole")
+        raise DataError(f"candidate {name!r}: its completions answer none of the {len(samples)} prompts; prompts must be equal")
     return Answers(samples)
 
 
 def missing_answers(config: EvaluationConfig, answers: dict[str, Answers]) -> list[Exclusion]:
-    """What candidates have no completion for."""
+    """Exclusions for missing completions of candidates."""
     what = "prompts" if config.samples_per_prompt == 1 else "samples"
     return [
         Exclusion(f"{what} that {name} has no completion for (left out of its comparisons)", missing, len(answer.samples))
@@ -258,7 +258,7 @@ def missing_answers(config: EvaluationConfig, answers: dict[str, Answers]) -> li
 
 
 def answered_by_someone(asked: Asked, answers: dict[str, Answers]) -> Asked:
-    """The questions less those that no candidate has an answer to, as samples beyond the first may be; ``answers`` lose the same rows."""
+    """Drop questions that no candidate has answered (e.g. samples beyond the first), also from ``answers``."""
     kept = [row for row in range(len(asked.questions)) if any(answer.samples[row] is not None for answer in answers.values())]
     for answer in answers.values():
         answer.samples = [answer.samples[row] for row in kept]
@@ -272,16 +272,19 @@ def _sample(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[list[int]],
-    places: Sequence[tuple[int, ...]],
+    stream_keys: Sequence[tuple[int, ...]],
 ) -> list[Sample]:
-    """A completion of every prompt by the candidate ``name``, by the random stream of its place; the processes share the prompts out."""
+    """Sample a completion of every prompt by the candidate ``name``, with the random streams of ``stream_keys``.
+
+    Prompts are distributed over the processes.
+    """
     from stages.engines.opening import step_sampler
     from stages.sampling.generation import decode_completions, episode_seed
 
     source, dtype = context.models[f"candidates.{name}"], context.runtime.dtype(config.precision)
 
     def work(own: list[int]) -> list[Sample]:
-        seeds = [episode_seed(context.seed, *places[row]) for row in own]
+        seeds = [episode_seed(context.seed, *stream_keys[row]) for row in own]
         generated = sampler.sample([prompt_ids[row] for row in own], config.generation, seeds)
         mask = generated.response_mask
         return [
@@ -298,11 +301,11 @@ def _sample(
         ]
 
     with step_sampler(config.generation, model, tokenizer, source, context, dtype=dtype) as sampler:
-        return shared_out(context.runtime, len(prompt_ids), work)
+        return distributed(context.runtime, len(prompt_ids), work)
 
 
 def cut(sample: Sample, few_shot: FewShot | None) -> Sample:
-    """A few-shot candidate's completion up to where the model would go on with another example."""
+    """Cut a few-shot candidate's completion where the model would continue with another example."""
     if few_shot is None:
         return sample
     text, mark, _ = sample.text.partition(few_shot.stop)
@@ -316,11 +319,11 @@ def _pick_best(config: EvaluationConfig, context: StepContext, asked: Asked, nam
     prompts = [question.prompt for question in asked.questions for _ in range(best_of.n)]
     drawn = [sample for draws in answers.draws for sample in draws]
     details = details_of([question for question in asked.questions for _ in range(best_of.n)], drawn)
-    place = f"candidates.{name}.best_of.reward"
-    scores = every_score(config, context, best_of.reward, place, prompts, [sample.text for sample in drawn], details)
+    field_path = f"candidates.{name}.best_of.reward"
+    scores = every_score(config, context, best_of.reward, field_path, prompts, [sample.text for sample in drawn], details)
     answers.draw_rewards = [scores[start : start + best_of.n] for start in range(0, len(scores), best_of.n)]
-    best = [rewards.index(max(rewards)) for rewards in answers.draw_rewards]  # the first of equals
-    answers.samples = [draws[place] for draws, place in zip(answers.draws, best, strict=True)]
+    best = [rewards.index(max(rewards)) for rewards in answers.draw_rewards]  # the first of equal ones
+    answers.samples = [draws[index] for draws, index in zip(answers.draws, best, strict=True)]
     reference = config.kl_reference
     if reference is not None and config.candidates[name].few_shot is None:
         digests = [context.models[f"candidates.{candidate}"].digest for candidate in (name, reference)]
@@ -328,7 +331,7 @@ def _pick_best(config: EvaluationConfig, context: StepContext, asked: Asked, nam
 
 
 def details_of(questions: Sequence[Question], samples: Sequence[Sample]) -> Details:
-    """What reward sources may read of samples beside their texts; token ids where a model of this run wrote all of them."""
+    """What reward sources can read about samples besides their texts. Token ids are included if a model of this run wrote all of them."""
     sampled = all(sample.prompt_ids for sample in samples)
     return Details(columns_of([question.columns for question in questions]), [one.response_ids for one in samples] if sampled else None)
 
@@ -337,21 +340,21 @@ def score_texts(
     config: EvaluationConfig,
     context: StepContext,
     reward: RewardInput,
-    place: str,
+    field_path: str,
     prompts: Sequence[Prompt],
     completions: Sequence[str],
     details: Details,
 ) -> list[float | None]:
-    """A reward source's score of every completion, None where it does not apply; each process scores its share.
+    """A reward source's score of every completion, or None where it does not apply. Each process scores its share.
 
-    What the source could not read whole is said.
+    Logs how many texts were truncated.
     """
     from stages.rewards.source import build_source, judge
 
     runtime = context.runtime
     source = build_source(
         reward,
-        context.models.get(f"{place}.model"),
+        context.models.get(f"{field_path}.model"),
         device=runtime.device,
         dtype=runtime.dtype(config.precision),
         cache_folder=context.cache_folder,
@@ -360,13 +363,13 @@ def score_texts(
     def work(own: list[int]) -> list[tuple[float | None, bool]]:
         if not own:
             return []
-        found = judge(source, [prompts[row] for row in own], [completions[row] for row in own], details.rows(own))
-        cut = found.cut.tolist() if found.cut is not None else [False] * len(own)
-        return [(None if math.isnan(score) else score, lost) for score, lost in zip(found.scores.tolist(), cut, strict=True)]
+        judgement = judge(source, [prompts[row] for row in own], [completions[row] for row in own], details.rows(own))
+        cut = judgement.cut.tolist() if judgement.cut is not None else [False] * len(own)
+        return [(None if math.isnan(score) else score, lost) for score, lost in zip(judgement.scores.tolist(), cut, strict=True)]
 
-    made = shared_out(runtime, len(completions), work)
+    made = distributed(runtime, len(completions), work)
     if cut := sum(lost for _, lost in made):
-        said = f"{reward.shown_name} could not read {cut} of {len(made)} texts whole; they lost their beginning"
+        said = f"{reward.shown_name} truncated the beginning of {cut} of {len(made)} texts that were too long"
         runtime.console.print(f"{context.name}: {said}")
     return [score for score, _ in made]
 
@@ -375,18 +378,18 @@ def every_score(
     config: EvaluationConfig,
     context: StepContext,
     reward: RewardInput,
-    place: str,
+    field_path: str,
     prompts: Sequence[Prompt],
     completions: Sequence[str],
     details: Details,
 ) -> list[float]:
-    """``score_texts`` of a source that has to choose. Raises ModelError where it does not apply to a completion."""
-    scores = score_texts(config, context, reward, place, prompts, completions, details)
-    found = [score for score in scores if score is not None]
-    if len(found) < len(scores):
+    """``score_texts`` for a source that must choose. Raises ModelError if it does not apply to a completion."""
+    scores = score_texts(config, context, reward, field_path, prompts, completions, details)
+    known = [score for score in scores if score is not None]
+    if len(known) < len(scores):
         text = completions[scores.index(None)]
-        raise ModelError(f"{place}: {reward.shown_name} returned None for {text[:80]!r}; choosing among completions needs a score of each")
-    return found
+        raise ModelError(f"{field_path}: {reward.shown_name} returned None for {text[:80]!r}; selection needs a score for every completion")
+    return known
 
 
 def _tasks(config: EvaluationConfig, context: StepContext, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
@@ -398,7 +401,7 @@ def _tasks(config: EvaluationConfig, context: StepContext, model: Any, tokenizer
 
 
 def _perplexity(config: EvaluationConfig, context: StepContext, model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[float, float]:
-    """Perplexity per token, and bits per byte, which models with different tokenizers can be compared by."""
+    """Perplexity per token, and bits per byte, which is comparable across tokenizers."""
     from stages.corpora.packing import encode_documents, overlapping_windows
     from stages.models.likelihood import measure_likelihood
 

@@ -1,4 +1,4 @@
-"""Judges at work: what each says of every pair of candidates on every question, and how far judges (and annotators) agree."""
+"""Run the judges on every pair of candidates and question, and measure the agreement between judges and between annotators."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Pair = tuple[str, str]
 
 @dataclass
 class Judged:
-    """What one judge said. A preference is 1 where the pair's first candidate is better, 0 where the second is; None: nothing was said.
+    """One judge's results. A preference is 1 if the pair's first candidate is better, 0 if the second is; None without a verdict.
 
-    ``preferences`` has the pairs that were judged, in the order of the candidates, a value per question. ``scores``: of a judge that scores
-    single completions. ``annotators``: of each thing that several people judged, their preferences.
+    ``preferences``: one value per question for each judged pair, in the order of the candidates. ``scores``: only for judges that score
+    single completions. ``annotators``: the preferences of each item that several people judged.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Judged:
 
 
 def judge_all(config: EvaluationConfig, context: StepContext, questions: Sequence[Question], answers: dict[str, Answers]) -> list[Judged]:
-    """Every judge on every answer, one judge at a time; the scores are kept with the answers, too."""
+    """Run every judge on every answer, one judge at a time. Scores are also stored with the answers."""
     from stages.corpora.judgements import load_judgements
 
     made = []
@@ -66,7 +66,7 @@ def judge_all(config: EvaluationConfig, context: StepContext, questions: Sequenc
 
 def _score(
     judge: RewardInput,
-    place: str,
+    field_path: str,
     config: EvaluationConfig,
     context: StepContext,
     questions: Sequence[Question],
@@ -76,7 +76,7 @@ def _score(
     asked = [questions[row] for _, row, _ in rows]
     details = details_of(asked, [sample for _, _, sample in rows])
     texts = [sample.text for _, _, sample in rows]
-    given = score_texts(config, context, judge, place, [question.prompt for question in asked], texts, details)
+    given = score_texts(config, context, judge, field_path, [question.prompt for question in asked], texts, details)
     scores: dict[str, list[float | None]] = {name: [None] * len(questions) for name in answers}
     for (name, row, _), score in zip(rows, given, strict=True):
         scores[name][row] = score
@@ -87,7 +87,7 @@ def _score(
             repeated = [question for question in questions for _ in range(width)]
             samples = [sample for draws in answer.draws for sample in draws]
             prompts, texts = [question.prompt for question in repeated], [sample.text for sample in samples]
-            drawn = score_texts(config, context, judge, place, prompts, texts, details_of(repeated, samples))
+            drawn = score_texts(config, context, judge, field_path, prompts, texts, details_of(repeated, samples))
             known = [score for score in drawn if score is not None]
             if len(known) == len(drawn):
                 answer.draw_scores[judge.shown_name] = [known[start : start + width] for start in range(0, len(known), width)]
@@ -97,7 +97,7 @@ def _score(
 
 
 def _compared(scores: dict[str, list[float | None]]) -> dict[Pair, list[float | None]]:
-    """The preferences that scores express; a question counts for a pair where both have a score."""
+    """Preferences derived from scores. A question counts for a pair if both have a score."""
     return {
         (a, b): [None if x is None or y is None else (x > y) + 0.5 * (x == y) for x, y in zip(scores[a], scores[b], strict=True)]
         for a, b in combinations(scores, 2)
@@ -134,7 +134,7 @@ def _ask_endpoint(judge: EndpointJudge, context: StepContext, questions: Sequenc
         finally:
             cache.close()
 
-    verdicts, details = context.runtime.decide(make)  # rank zero asks, and tells the others
+    verdicts, details = context.runtime.decide(make)  # rank zero asks and broadcasts
     preferences: dict[Pair, list[float | None]] = {pair: [None] * len(questions) for pair in pairs}
     for (pair, row), verdict in zip(asked, verdicts, strict=True):
         preferences[pair][row] = verdict
@@ -148,7 +148,7 @@ def _ask_endpoint(judge: EndpointJudge, context: StepContext, questions: Sequenc
 def _ask_people(
     judge: PeopleJudge, config: EvaluationConfig, context: StepContext, questions: Sequence[Question], answers: dict[str, Answers]
 ) -> Judged:
-    """Publish the candidates' completions side by side, without names; read the rankings as votes once there are enough."""
+    """Publish the candidates' completions side by side without names. Once there are enough rankings, read them as votes."""
     from stages.config import DataSource
     from stages.corpora.judgements import load_judgements
     from stages.corpora.labels import TASKS, read_tasks
@@ -165,19 +165,19 @@ def _ask_people(
     shown = {(repr(task.asked), task.sample): set(task.texts) for task in published.values()}
     changed = sum(shown.get(key) != set(task.texts) for key, task in asked.items())
     if changed:
-        judged.exclusions.append(Exclusion(f"questions whose completions are no longer those that {judge.name} saw", changed, len(asked)))
+        judged.exclusions.append(Exclusion(f"questions whose completions changed after {judge.name} saw them", changed, len(asked)))
     chosen = _asked_prompts(judge, questions)
-    number = sum(question.prompt_number in chosen for question in questions)
-    if number > len(asked):
-        what = f"questions that {judge.name} were not asked, since the candidates gave fewer than two different answers"
-        judged.exclusions.append(Exclusion(what, number - len(asked), number))
+    num_questions = sum(question.prompt_number in chosen for question in questions)
+    if num_questions > len(asked):
+        what = f"questions that {judge.name} were not asked, because the candidates gave fewer than two different answers"
+        judged.exclusions.append(Exclusion(what, num_questions - len(asked), num_questions))
     context.runtime.decide(lambda: keep_quality(folder, context.folder / QUALITY))
     judged.details["labels"] = str(folder)
     return judged
 
 
 def _labelling_folder(judge: PeopleJudge, config: EvaluationConfig, context: StepContext) -> Path:
-    """Where the tasks lie: it follows from what is asked of which models, so that a later run finds the same people's work."""
+    """The folder of the tasks. It depends on the questions and the models, so that a later run finds the same annotations."""
     from stages.corpora.files import fingerprint
     from stages.labelling.publishing import step_folder
     from stages.labelling.waiting import home_of
@@ -202,14 +202,14 @@ def _labelling_folder(judge: PeopleJudge, config: EvaluationConfig, context: Ste
 
 
 def _asked_prompts(judge: PeopleJudge, questions: Sequence[Question]) -> set[int]:
-    """Numbers of the prompts that people are asked about."""
+    """Indices of the prompts that annotators judge."""
     return set(sorted({question.prompt_number for question in questions})[: judge.num_prompts])
 
 
 def _tasks_of(
     judge: PeopleJudge, context: StepContext, questions: Sequence[Question], answers: dict[str, Answers]
 ) -> dict[tuple[str, int], LabelTask]:
-    """A task per question that two candidates answered differently, by prompt and sample. Equal texts are shown once."""
+    """One task per question with at least two different answers, by prompt and sample. Equal texts are shown once."""
     from stages.labelling.publishing import task_of
 
     names = judge.candidates or list(answers)
@@ -233,21 +233,21 @@ def _tasks_of(
 
 
 def _judged_by_people(name: str, judgements: Judgements, questions: Sequence[Question], answers: dict[str, Answers]) -> Judged:
-    """What votes and ratings say of the answers; a mean over annotators where several judged the same."""
+    """Preferences from votes and ratings; averaged over annotators if several judged the same item."""
     from stages.corpora.completions import prompt_key
 
-    place = {(prompt_key(question.prompt), question.sample): row for row, question in enumerate(questions)}
+    row_of = {(prompt_key(question.prompt), question.sample): row for row, question in enumerate(questions)}
     order = {name: index for index, name in enumerate(answers)}
     used = 0
     given: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)  # (candidate, row) -> annotator -> score
     said: dict[tuple[Pair, int], dict[str, float]] = defaultdict(dict)  # (pair, row) -> annotator -> preference
     for rating in judgements.ratings:
-        row = place.get((rating.prompt, rating.sample))
+        row = row_of.get((rating.prompt, rating.sample))
         if row is not None and rating.candidate in order and answers[rating.candidate].samples[row] is not None:
             given[rating.candidate, row][rating.annotator] = rating.score
             used += 1
     for vote in judgements.votes:
-        row = place.get((vote.prompt, vote.sample))
+        row = row_of.get((vote.prompt, vote.sample))
         if row is None or vote.a not in order or vote.b not in order:
             continue
         straight = order[vote.a] < order[vote.b]
@@ -267,8 +267,8 @@ def _judged_by_people(name: str, judgements: Judgements, questions: Sequence[Que
     for (pair, row), votes in said.items():
         preferences.setdefault(pair, [None] * len(questions))[row] = _mean(votes)
     preferences = {pair: preferences[pair] for pair in combinations(answers, 2) if pair in preferences}
-    number = len(judgements.votes) + len(judgements.ratings)
-    left_out = Exclusion(f"judgements of {name} about other prompts or candidates", number - used, number)
+    total = len(judgements.votes) + len(judgements.ratings)
+    left_out = Exclusion(f"judgements of {name} about other prompts or candidates", total - used, total)
     return Judged(
         name,
         "people",
@@ -288,11 +288,11 @@ def _mean(values: dict[str, float]) -> float:
 
 
 def agreement(judges: Sequence[Judged], questions: Sequence[Question]) -> dict[str, Any]:
-    """How far judges agree with each other, and annotators within a judge.
+    """Agreement between judges, and between the annotators of a judge.
 
-    Each pair of candidates on each question is a unit, rated first, second or tie (a mean over annotators or orders: whichever side of one
-    half it is on). ``alpha``: Krippendorff's, nominal. For two judges Cohen's kappa, and the share of agreement where neither ties, with an
-    interval over prompts.
+    A unit is a pair of candidates on a question, rated first, second or tie (a mean over annotators or orders counts by its side of 1/2).
+    ``alpha``: Krippendorff's, nominal. For each two judges: Cohen's kappa, and the share of agreement where neither ties, with an interval
+    over prompts.
     """
     from stages.stats.agreement import cohens_kappa, fleiss_kappa, krippendorff_alpha, pair_agreement
     from stages.stats.comparing import prompt_means
@@ -323,9 +323,9 @@ def agreement(judges: Sequence[Judged], questions: Sequence[Question]) -> dict[s
                 "ci_high": high,
             }
         )
-    found: dict[str, Any] = {"pairs": pairs, "units": len(units)}
+    result: dict[str, Any] = {"pairs": pairs, "units": len(units)}
     if len(judges) > 1 and pairs:
-        found["alpha"] = krippendorff_alpha(list(zip(*columns.values(), strict=True)))
+        result["alpha"] = krippendorff_alpha(list(zip(*columns.values(), strict=True)))
     annotated = {}
     for judge in judges:
         if judge.annotators:
@@ -339,7 +339,7 @@ def agreement(judges: Sequence[Judged], questions: Sequence[Question]) -> dict[s
                 "fleiss_kappa": fleiss_kappa(rows) if complete else None,
                 "unanimous": sum(len(set(row)) == 1 for row in rows) / len(rows),
             }
-    return {**found, "annotators": annotated}
+    return {**result, "annotators": annotated}
 
 
 def _ratings(judge: Judged) -> dict[tuple[Pair, int], str]:

@@ -1,4 +1,4 @@
-"""From answers and judgements to an outcome: a row per candidate, a win rate per pair and judge, best-of-n curves, a verdict."""
+"""Compute the outcome of an evaluation: a row per candidate, a win rate per pair and judge, best-of-n curves, a verdict."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``candidates`` by name, in the recipe's order; ``win_rates`` of every judged pair, in both directions, by every judge."""
+    """``candidates`` by name, in recipe order; ``win_rates`` of every judged pair, in both directions, by every judge."""
 
     candidates: dict[str, dict[str, Any]]
     win_rates: list[dict[str, Any]]
@@ -29,14 +29,14 @@ class Outcome:
     best_of_n: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def rate(self, a: str, b: str, judge: str) -> dict[str, Any] | None:
-        """How ``a`` fares against ``b``; None where this judge did not compare them."""
+        """The win rate of ``a`` against ``b``; None if this judge did not compare them."""
         return next((row for row in self.win_rates if (row["a"], row["b"], row["judge"]) == (a, b, judge)), None)
 
 
 def compare(
     questions: Sequence[Question], answers: Mapping[str, Answers], judged: Sequence[Judged], models: Mapping[str, ResolvedModel | None]
 ) -> Outcome:
-    """Summaries of all candidates, and every pair in both directions. ``models``: None for completions made elsewhere."""
+    """Summarize all candidates, and compare every pair in both directions. ``models``: None for existing completions."""
     prompts = [question.prompt_number for question in questions]
     candidates = {name: _summary(answer, prompts, models[name]) for name, answer in answers.items()}
     rates = []
@@ -105,7 +105,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _rate(judge: Judged, a: str, b: str, prompts: Sequence[int], answers: Mapping[str, Answers]) -> dict[str, Any] | None:
-    """``a`` against ``b`` by a judge; None where it did not compare them."""
+    """``a`` against ``b`` by one judge; None if it did not compare them."""
     straight = (a, b) in judge.preferences
     given = judge.preferences.get((a, b)) or judge.preferences.get((b, a))
     if given is None or a == b:
@@ -117,11 +117,11 @@ def _rate(judge: Judged, a: str, b: str, prompts: Sequence[int], answers: Mappin
     row = {"a": a, "b": b, "judge": judge.name, **asdict(rate)}
     row["prompts_needed"] = None if math.isinf(rate.prompts_needed) else rate.prompts_needed
     texts = answers[a].texts, answers[b].texts
-    longer = [float(len(texts[0][place] or "") - len(texts[1][place] or "")) for place in rows]
+    longer = [float(len(texts[0][row_index] or "") - len(texts[1][row_index] or "")) for row_index in rows]
     row["length_controlled"] = asdict(length_controlled_win_rate(preferred, longer, groups))
     if judge.scores is not None:
-        scored = [(judge.scores[a][place], judge.scores[b][place], prompts[place]) for place in rows]
-        known = [(x - y, prompt) for x, y, prompt in scored if x is not None and y is not None]  # a vote needs no rating
+        scored = [(judge.scores[a][row_index], judge.scores[b][row_index], prompts[row_index]) for row_index in rows]
+        known = [(x - y, prompt) for x, y, prompt in scored if x is not None and y is not None]  # a vote may lack ratings
         if known:
             differences = prompt_means([difference for difference, _ in known], [prompt for _, prompt in known])
             low, high = bootstrap_interval(differences)
@@ -135,7 +135,7 @@ def _rate(judge: Judged, a: str, b: str, prompts: Sequence[int], answers: Mappin
 def _best_of_n_curve(answer: Answers, prompts: Sequence[int]) -> list[dict[str, Any]]:
     """Mean score of the best of 1, 2, 4, ... n by each judge that scored every draw, with the KL to the sampling policy.
 
-    ``reward``: the score by which the best is picked. An unbiased estimate for every n from the one set of samples.
+    ``reward``: the score that selects the best. All points are unbiased estimates from one set of samples.
     """
     assert answer.draws is not None and answer.draw_rewards is not None
     largest = len(answer.draws[0])
@@ -155,11 +155,11 @@ def _weighted(weights: Sequence[Sequence[float]], scores: Sequence[Sequence[floa
     return {"mean": _mean(means), "ci_low": low, "ci_high": high}
 
 
-# In words and tables
+# Verdict and tables
 
 
 def verdict(outcome: Outcome) -> str:
-    """The last candidate against each of the others by the first judge, in one sentence with its uncertainty."""
+    """One sentence that compares the last candidate with each of the others by the first judge, with uncertainty."""
     *others, last = outcome.candidates
     judge = outcome.judges[0]
     if not others:
@@ -177,7 +177,7 @@ def verdict(outcome: Outcome) -> str:
         elif rate["ci_high"] < 0.5:
             said.append(f"loses to {other}, winning {interval}")
         else:
-            said.append(f"cannot be told from {other}, winning {interval}")
+            said.append(f"cannot be distinguished from {other}, winning {interval}")
     return f"By {judge}, {last} {'; '.join(said)}."
 
 
@@ -193,7 +193,7 @@ COLUMNS = {  # key of a candidate's summary -> (heading, format)
 
 
 def candidate_table(candidates: Mapping[str, Mapping[str, Any]], judges: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """(headings, rows of text) of the candidates: name, mean score by each judge that scores, and the columns that some candidate has."""
+    """(headings, rows of text) for the candidates: name, mean score by each scoring judge, and the available columns."""
     scoring = [judge for judge in judges if any(judge in row["scores"] for row in candidates.values())]
     columns = {key: column for key, column in COLUMNS.items() if any(key in row for row in candidates.values())}
     rows = [
@@ -208,7 +208,7 @@ def candidate_table(candidates: Mapping[str, Mapping[str, Any]], judges: Sequenc
 
 
 def evaluation_tables(outcome: Outcome) -> list[Table]:
-    """The result for a terminal: candidates, then win rates (row against column) by each judge."""
+    """Terminal tables: candidates, then win rates (row against column) by each judge."""
     from rich.table import Table
 
     headings, rows = candidate_table(outcome.candidates, outcome.judges)
@@ -220,8 +220,8 @@ def evaluation_tables(outcome: Outcome) -> list[Table]:
         table = Table("", *outcome.candidates, title=f"Win rate of the row against the column, by {judge} (95 % interval)")
         table.title_justify = "left"
         for a in outcome.candidates:
-            found = [outcome.rate(a, b, judge) for b in outcome.candidates]
-            table.add_row(a, *(rate_text(rate) if rate is not None else "" for rate in found))
+            rates = [outcome.rate(a, b, judge) for b in outcome.candidates]
+            table.add_row(a, *(rate_text(rate) if rate is not None else "" for rate in rates))
         tables.append(table)
     return tables
 

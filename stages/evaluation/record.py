@@ -1,7 +1,7 @@
-"""What an evaluation leaves in its run folder, for the report and for other tools.
+"""Files that an evaluation writes to its run folder, for the report and other tools.
 
-evaluation.json             candidates, win rates, judges, agreement, curves, what was left out
-completions.jsonl           a line per question: the prompt, every completion, every score and preference
+evaluation.json             candidates, win rates, judges, agreement, curves, exclusions
+completions.jsonl           one line per question: the prompt, every completion, every score and preference
 tokens.jsonl                the tokens of the first prompts with their KL and value (token_details)
 alpaca_eval/<name>.json     a candidate's completions in AlpacaEval's format
 """
@@ -20,14 +20,14 @@ from stages.evaluation.judging import Judged
 
 
 def write_evaluation(folder: Path, content: Mapping[str, Any]) -> None:
-    """evaluation.json; what is no finite number becomes null, which every reader of JSON takes."""
+    """Write evaluation.json. Non-finite numbers become null, because JSON has no NaN."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
 
 
 def finite(value: Any) -> Any:
-    """``value`` with None for NaN and infinities."""
+    """Replace NaN and infinity by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -36,7 +36,7 @@ def finite(value: Any) -> Any:
 
 
 def write_completions(folder: Path, questions: Sequence[Question], answers: Mapping[str, Answers], judged: Sequence[Judged]) -> None:
-    """completions.jsonl. A candidate without a completion for a question is left out of its line."""
+    """Write completions.jsonl. A line omits candidates without a completion for its question."""
     lines = []
     for row, question in enumerate(questions):
         present = {name: answer for name, answer in answers.items() if answer.samples[row] is not None}
@@ -67,7 +67,7 @@ def write_completions(folder: Path, questions: Sequence[Question], answers: Mapp
 
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """JSON lines."""
+    """Write JSON Lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for line in lines:
@@ -75,7 +75,7 @@ def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_alpaca_eval(folder: Path, questions: Sequence[Question], answers: Mapping[str, Answers]) -> None:
-    """One file per candidate, as ``alpaca_eval --model_outputs`` reads it: instruction, output, generator. First samples only."""
+    """Write one file per candidate in the format of ``alpaca_eval --model_outputs``: instruction, output, generator. First samples only."""
     for name, answer in answers.items():
         rows = [
             {"dataset": "tristage", "instruction": plain_text(question.prompt), "output": text, "generator": name}

@@ -1,4 +1,4 @@
-"""The evaluation stage: ask, answer, measure, judge, compare, and leave what the report shows."""
+"""The evaluation stage: ask, answer, measure, judge, compare, and write the files for the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def run(config: EvaluationConfig, context: StepContext) -> StepResult:
-    """Evaluate the candidates; the files it leaves in the run folder are listed in ``record``."""
+    """Evaluate the candidates. Its output files are listed in ``record``."""
     from stages.corpora.prompts import check_readers
     from stages.evaluation.answers import answer, answered_by_someone, ask, missing_answers, read_answers, same_model
     from stages.evaluation.judging import agreement, judge_all

@@ -1,7 +1,7 @@
-"""Small tasks scored by likelihood: of the choices that may follow a context, which one does a language model find the most likely?
+"""Multiple-choice tasks scored by likelihood: which continuation of a context is the most likely under a language model?
 
-Contexts are shown as plain text, without the model's template: what is measured is what is left of the pretrained model (Ouyang et al.
-2022 call its loss the alignment tax). K choices per question, N tokens of a batch's choices.
+Contexts are plain text without the model's template. This measures the abilities retained from pretraining (their loss is the alignment tax
+of Ouyang et al. 2022). K choices per question, N tokens of a batch's choices.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 
 class TaskInput(Strict):
-    """One task of an evaluation; a bare string, a source or a list of sources is its data."""
+    """One task of an evaluation. A bare string, a source or a list of sources is its data."""
 
     data: DataField = Field(description="Rows with context, choices and answer.")
-    context: str | None = Field(None, description="Text to show, with {column} slots, for rows that have no context of their own.")
-    choices: list[str] | None = Field(None, min_length=2, description="The choices of every row, for rows that have none of their own.")
+    context: str | None = Field(None, description="Context template with {column} slots, for rows without a context column.")
+    choices: list[str] | None = Field(None, min_length=2, description="Choices of every row, for rows without a choices column.")
     normalize: Literal["none", "tokens", "bytes"] = Field(
-        "none", description="Divide a choice's log-likelihood by its tokens or bytes: for choices of unequal length."
+        "none", description="Divide a choice's log-likelihood by its number of tokens or bytes, for choices of unequal length."
     )
 
     def load(self) -> list[Question]:
-        """The questions. Raises DataError with the place of a row that is none."""
+        """Load the questions. Raises DataError with the location of a malformed row."""
         from stages.corpora.choices import load_questions
 
         return load_questions(self.data, self.context, self.choices)
@@ -48,9 +48,9 @@ TaskField = Annotated[TaskInput, BeforeValidator(_task)]
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Accuracy over ``n`` questions with its 95 % interval, what guessing would give, and the mean probability of the right choice.
+    """Accuracy over ``n`` questions with its 95 % interval, the chance level, and the mean probability of the right choice.
 
-    The probability is that among the choices (softmax of their scores): it moves before the accuracy does.
+    The probability is relative to the choices (softmax of their scores). It changes earlier than the accuracy.
     """
 
     accuracy: float
@@ -74,7 +74,7 @@ def measure_task(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> TaskResult:
-    """Score ``questions``, shared out among the processes; every process returns the same."""
+    """Score ``questions``, distributed over the processes. Every process returns the same result."""
     from accelerate.utils import gather_object
 
     own = list(range(process_index, len(questions), num_processes))
@@ -85,23 +85,23 @@ def measure_task(
 
 
 def task_result(scores: Sequence[Sequence[float]], answers: Sequence[int]) -> TaskResult:
-    """From scores (one per choice) and right choices of every question. Equal best scores share the point."""
+    """Compute the result from the scores (one per choice) and right choices of all questions. Tied best scores share the point."""
     import torch
 
     from stages.stats.intervals import wilson_interval
 
     points = [(row[answer] == max(row)) / row.count(max(row)) for row, answer in zip(map(list, scores), answers, strict=True)]
     right = [float(torch.tensor(row, dtype=torch.float64).softmax(0)[answer]) for row, answer in zip(scores, answers, strict=True)]
-    number = len(points)
-    low, high = wilson_interval(sum(points), number)
-    chance = sum(1 / len(row) for row in scores) / number
-    return TaskResult(sum(points) / number, low, high, number, chance, sum(right) / number)
+    num_questions = len(points)
+    low, high = wilson_interval(sum(points), num_questions)
+    chance = sum(1 / len(row) for row in scores) / num_questions
+    return TaskResult(sum(points) / num_questions, low, high, num_questions, chance, sum(right) / num_questions)
 
 
 def score_choices(
     model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], normalize: str, *, batch_size: int
 ) -> list[list[float]]:
-    """Log-likelihood of every choice of every question, given its context; batches hold sequences of like length."""
+    """Log-likelihood of every choice given its context. Batches contain sequences of similar length."""
     import torch
 
     from stages.models.responses import Policy, sequence_batch
@@ -109,8 +109,10 @@ def score_choices(
 
     policy = Policy(model, temperature=1.0, autocast=None)
     longest = readable_length(model.config, tokenizer)
-    rows = [(index, place) for index, question in enumerate(questions) for place in range(len(question.choices))]
-    encoded = [encode_choice(tokenizer, questions[index].context, questions[index].choices[place], longest) for index, place in rows]
+    rows = [(index, choice_index) for index, question in enumerate(questions) for choice_index in range(len(question.choices))]
+    encoded = [
+        encode_choice(tokenizer, questions[index].context, questions[index].choices[choice_index], longest) for index, choice_index in rows
+    ]
     scores = [[0.0] * len(question.choices) for question in questions]
     order = sorted(range(len(rows)), key=lambda row: len(encoded[row][0]) + len(encoded[row][1]))
     for start in range(0, len(order), batch_size):
@@ -119,18 +121,17 @@ def score_choices(
             batch = sequence_batch([encoded[row][0] for row in chosen], [encoded[row][1] for row in chosen], _pad(tokenizer), policy.device)
             flat = policy.logprobs(batch).double().cpu()
         for row, part in zip(chosen, flat.split([len(encoded[row][1]) for row in chosen]), strict=True):
-            index, place = rows[row]
-            choice = questions[index].choices[place]
+            index, choice_index = rows[row]
+            choice = questions[index].choices[choice_index]
             size = {"none": 1, "tokens": len(encoded[row][1]), "bytes": len(choice.encode())}[normalize]
-            scores[index][place] = float(part.sum()) / size
+            scores[index][choice_index] = float(part.sum()) / size
     return scores
 
 
 def encode_choice(tokenizer: PreTrainedTokenizerBase, context: str, choice: str, longest: int | None = None) -> tuple[list[int], list[int]]:
-    """(context ids, choice ids). White space between the two belongs to the choice, where a tokenizer joins it to the first word.
+    """Return (context ids, choice ids). White space between the two belongs to the choice, because tokenizers join it to the first word.
 
-    The two are encoded as the text that they make. A context too long for the model loses its beginning; an empty one is the token that
-    texts begin with.
+    The two are encoded as one text. A context that is too long loses its beginning; an empty one becomes the start token.
     """
     from stages.corpora.templates import encode_plain_pair
 
@@ -145,7 +146,7 @@ def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def task_table(candidates: Mapping[str, Mapping[str, Any]]) -> Table | None:
-    """The tasks for a terminal: accuracy with its interval, a row per candidate; None where there are none."""
+    """Terminal table of the tasks: accuracy with its interval, one row per candidate; None without tasks."""
     from rich.table import Table
 
     names = list(dict.fromkeys(name for row in candidates.values() for name in row.get("tasks", {})))
@@ -155,7 +156,7 @@ def task_table(candidates: Mapping[str, Mapping[str, Any]]) -> Table | None:
     headings = [f"{name} (chance {first[name]['chance']:.2f})" for name in names]
     table = Table("candidate", *headings, title="Tasks: accuracy (95 % interval)", title_justify="left")
     for candidate, row in candidates.items():
-        found = row.get("tasks", {})
-        cells = [f"{found[name]['accuracy']:.3f} ({found[name]['ci_low']:.3f}-{found[name]['ci_high']:.3f})" for name in found]
+        tasks = row.get("tasks", {})
+        cells = [f"{tasks[name]['accuracy']:.3f} ({tasks[name]['ci_low']:.3f}-{tasks[name]['ci_high']:.3f})" for name in tasks]
         table.add_row(candidate, *(cells or ["-"] * len(names)))
     return table

@@ -1,4 +1,4 @@
-"""What the tokens of answers say: their KL to the reference, and the value before each of them."""
+"""Per-token measurements of answers: KL to the reference, and value predictions."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def measure_kl(config: EvaluationConfig, context: StepContext, answers: dict[str, Answers]) -> list[Exclusion]:
-    """KL of every model to the reference, per token and per completion: log-probability by the candidate less that by the reference.
+    """KL of every model to the reference, per token and per completion: log-probability under the candidate minus under the reference.
 
-    Summed over the tokens that the candidate sampled. Both log-probabilities come from the same kind of pass over the same batches, so that
-    the KL of a model to itself is exactly 0 in any precision; those that sampling gave come from passes over one token. A model that was
-    asked something else (few-shot) or speaks other tokens has no KL.
+    Summed over the candidate's sampled tokens. Both log-probabilities come from equal passes over equal batches, so the KL of a model to
+    itself is exactly 0 in any precision; log-probabilities from sampling come from single-token passes. A model with different prompts
+    (few-shot) or a different vocabulary has no KL.
     """
     import torch
 
@@ -58,23 +58,23 @@ def measure_kl(config: EvaluationConfig, context: StepContext, answers: dict[str
 
 
 def _logprobs(config: EvaluationConfig, model: Any, pad_token_id: int, samples: Sequence[Sample]) -> list[Tensor]:
-    """Log-probabilities by ``model`` of the tokens of each sample, at the sampling temperature."""
+    """Log-probabilities of each sample's tokens under ``model``, at the sampling temperature."""
     import torch
 
     from stages.models.responses import Policy, sequence_batch
 
     policy = Policy(model, temperature=config.generation.temperature or 1.0, autocast=None)
-    found: list[Tensor] = []
+    logprobs: list[Tensor] = []
     for start in range(0, len(samples), config.generation.batch_size):
         rows = samples[start : start + config.generation.batch_size]
         with torch.inference_mode():
             batch = sequence_batch([row.prompt_ids for row in rows], [row.response_ids for row in rows], pad_token_id, policy.device)
-            found += policy.logprobs(batch).cpu().split([len(row.response_ids) for row in rows])
-    return found
+            logprobs += policy.logprobs(batch).cpu().split([len(row.response_ids) for row in rows])
+    return logprobs
 
 
 def token_details(config: EvaluationConfig, context: StepContext, asked: Asked, answers: dict[str, Answers]) -> list[dict[str, Any]]:
-    """Tokens of the first prompts with their KL and value, a row per question and candidate: what the report can colour them by."""
+    """Tokens of the first prompts with their KL and value, one row per question and candidate, for colouring in the report."""
     settings = config.token_details
     if settings is None:
         return []
@@ -101,7 +101,7 @@ def token_details(config: EvaluationConfig, context: StepContext, asked: Asked, 
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """The text that each token adds; special tokens add none."""
+    """The text that each token adds; empty for special tokens."""
     pieces, before = [], ""
     for length in range(1, len(ids) + 1):
         text = str(tokenizer.decode(ids[:length], skip_special_tokens=True))
@@ -111,9 +111,9 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
 
 
 def value_network(context: StepContext) -> ResolvedModel:
-    """The value network that token_details.value names: the model itself, or the one that a ppo step published beside its policy.
+    """The value network of token_details.value: the model itself, or the one that a ppo step published beside its policy.
 
-    Raises ModelError where the step published none.
+    Raises ModelError if the step published none.
     """
     from stages.config import ModelInput
     from stages.registry.references import ResolvedModel
@@ -133,7 +133,7 @@ def value_network(context: StepContext) -> ResolvedModel:
 def _values(
     config: EvaluationConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, samples: list[Sample | None]
 ) -> list[list[float]] | None:
-    """The value network's value before each response token; None where it reads other tokens than these."""
+    """The value network's prediction before each response token; None if its vocabulary differs."""
     import torch
 
     from stages.models.heads import ValueModel
@@ -144,14 +144,14 @@ def _values(
     if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
         return None
     model = ValueModel.from_pretrained(source, dtype=context.runtime.dtype(config.precision)).to(context.runtime.device)
-    found: list[list[float]] = []
+    values: list[list[float]] = []
     with torch.inference_mode():
         for sample in samples:
             if sample is None:
-                found.append([])
+                values.append([])
                 continue
             batch = sequence_batch([sample.prompt_ids], [sample.response_ids], tokenizer.pad_token_id, context.runtime.device)
-            found.append(sequence_values(model, batch, nullcontext()).float().cpu().tolist())
+            values.append(sequence_values(model, batch, nullcontext()).float().cpu().tolist())
     del model
     gc.collect()
-    return found
+    return values

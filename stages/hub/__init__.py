@@ -1,1 +1,1 @@
-"""The Hugging Face Hub: which commit a revision names, what a repository holds, and whether a model can be loaded. Never weights."""
+"""The Hugging Face Hub: resolve revisions to commits, list repository files, and check models without downloading weights."""

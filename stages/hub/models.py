@@ -1,4 +1,4 @@
-"""Whether a model of the Hub can be loaded here, told from the list of its files and its small files; weights are not downloaded."""
+"""Check whether a Hub model can be loaded, from its file list and small files. Weights are not downloaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OTHERS = (".gguf", ".h5", ".msgpack", ".onnx", ".tflite")
 
 
 def check_model(repository: Repository) -> None:
-    """Raise HubError where the repository holds no model that this project loads; its configuration is downloaded."""
+    """Raise HubError unless the repository contains a loadable model. Downloads its configuration."""
     names = [name for name in repository.files if "/" not in name]
     config = next((name for name in (ADAPTER_CONFIG, CONFIG) if name in names), None)
     if config is None:
@@ -39,18 +39,18 @@ def _check_weights(repository: Repository, names: list[str]) -> None:
     if pickled:
         raise HubError(
             f"the model {repository.id!r} has its weights only as {_some(pickled)}: pickle files can run code when they are read, so they "
-            f"are not loaded. Look for a pull request with safetensors at {repository.page}/discussions and name it "
-            "({ref: ..., revision: refs/pr/N}), or convert the weights where you trust them and name the folder"
+            f"are not loaded. Look for a pull request with safetensors at {repository.page}/discussions and use it "
+            "({ref: ..., revision: refs/pr/N}), or convert the weights if you trust them and use that folder"
         )
     if repository.is_cached:
-        fetch(repository, "model.safetensors")  # raises: offline, and only the small files are there
+        fetch(repository, "model.safetensors")  # raises: offline, and the cache has only the small files
     others = [name for name in names if name.endswith(OTHERS)]
-    found = f"only {_some(others)}" if others else "none"
-    raise HubError(f"the model {repository.id!r} has no *.safetensors (weights found: {found}); choose a repository that has them")
+    formats = f"only {_some(others)}" if others else "none"
+    raise HubError(f"the model {repository.id!r} has no *.safetensors (weights found: {formats}); choose a repository that has them")
 
 
 def download(repository: Repository) -> Path:
-    """The folder with the files of a model that from_pretrained reads; those that the cache does not have are downloaded."""
+    """The folder with a model's files for from_pretrained. Files missing in the cache are downloaded."""
     for name in repository.files:
         if name.endswith(READ) and ("/" not in name or name.startswith("additional_chat_templates/")):
             fetch(repository, name)
@@ -58,7 +58,7 @@ def download(repository: Repository) -> Path:
 
 
 def adapter_base(repository: Repository) -> tuple[str, str | None] | None:
-    """Name and revision of the model that an adapter stands on, as the adapter names them; None for a model that is no adapter."""
+    """Name and revision of an adapter's base model, as the adapter records them; None if the model is not an adapter."""
     if ADAPTER_CONFIG not in repository.files:
         return None
     config: dict[str, Any] = json.loads(fetch(repository, ADAPTER_CONFIG).read_text(encoding="utf-8"))

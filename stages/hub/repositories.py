@@ -1,7 +1,7 @@
-"""Repositories of the Hub: the commit that a revision names, the list of files, and single small files.
+"""Hub repositories: the commit of a revision, the file list, and single small files.
 
-All requests go through ``_asked``. It retries for a few seconds and turns the errors of the Hub's client into one message. With
-``HF_HUB_OFFLINE=1`` no request is made: the local cache answers, at the commit that it holds.
+All requests go through ``_asked``, which retries for a few seconds and converts client errors to one message. With ``HF_HUB_OFFLINE=1`` no
+request is made; the local cache is used, at its commit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NOUNS = {"model": "model", "dataset": "data set"}
 SMALL = ("config.json", ".index.json", ".md")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PAUSES = (1.0, 2.0)
-"""Seconds between the attempts to reach the Hub."""
+"""Seconds between attempts to reach the Hub."""
 TIMEOUT = 10.0
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 BUSY = (408, 429, 500, 502, 503, 504)
@@ -33,13 +33,13 @@ BUSY = (408, 429, 500, 502, 503, 504)
 
 @dataclass(frozen=True)
 class Repository:
-    """A model or a data set of the Hub at one commit."""
+    """A model or data set of the Hub at one commit."""
 
     kind: Kind
     id: str  # owner/name
     commit: str
     files: tuple[str, ...]  # paths with slashes, sorted
-    is_cached: bool = False  # known from the local cache alone: ``files`` are those that were downloaded
+    is_cached: bool = False  # from the local cache only: ``files`` are the downloaded ones
 
     @property
     def ref(self) -> str:
@@ -48,15 +48,15 @@ class Repository:
 
     @property
     def page(self) -> str:
-        """The address of its page."""
+        """The URL of its web page."""
         return _page(self.kind, self.id)
 
 
 def look_up(kind: Kind, identifier: str, revision: str | None = None) -> Repository:
-    """The repository at the commit that ``revision`` (branch, tag or commit; default: main) names now.
+    """The repository at the current commit of ``revision`` (branch, tag or commit; default: main).
 
-    Raises HubMissing where the Hub does not have it, HubUnreachable where it cannot be asked and the cache has no answer, and HubError
-    where it refuses access.
+    Raises HubMissing if the Hub does not have it, HubUnreachable if the Hub cannot be reached and the cache does not have it, and HubError
+    if access is denied.
     """
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, is_offline_mode
 
@@ -69,14 +69,14 @@ def look_up(kind: Kind, identifier: str, revision: str | None = None) -> Reposit
         _remember(kind, identifier, revision or "main", commit)
     files = tuple(sorted(sibling.rfilename for sibling in info.siblings or ()))
     if files and info.gated:
-        # What the Hub tells of a gated repository is public; its files tell who may read them.
+        # Metadata of a gated repository is public; only a file request shows whether access is allowed.
         url = hf_hub_url(identifier, files[0], repo_type=kind, revision=commit)
         _asked(kind, identifier, revision, lambda: get_hf_file_metadata(url, timeout=TIMEOUT))
     return Repository(kind, identifier, commit, files)
 
 
 def fetch(repository: Repository, name: str) -> Path:
-    """Where the file ``name`` lies on this machine; it is downloaded where the cache does not have it. Raises as ``look_up`` does."""
+    """The local path of the file ``name``, which is downloaded if necessary. Raises as ``look_up`` does."""
     from huggingface_hub import hf_hub_download
 
     kind, identifier, commit = repository.kind, repository.id, repository.commit
@@ -91,7 +91,7 @@ def fetch(repository: Repository, name: str) -> Path:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bar for a file of a few kilobytes."""
+    """Context without a progress bar, for small files."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled():
@@ -105,7 +105,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _asked(kind: Kind, identifier: str, revision: str | None, ask: Callable[[], T]) -> T:
-    """What ``ask`` returns. Raises HubError, or one of its kinds, that says what to do."""
+    """Return the result of ``ask``. Raises HubError, or a subclass, that says what to do."""
     from httpx2 import TransportError
     from huggingface_hub.errors import (
         DisabledRepoError,
@@ -128,7 +128,7 @@ def _asked(kind: Kind, identifier: str, revision: str | None, ask: Callable[[], 
             ) from error
         except RevisionNotFoundError as error:
             page = _page(kind, identifier)
-            raise HubMissing(f"{what} has no revision {revision!r}; name a branch, a tag or a commit of {page}") from error
+            raise HubMissing(f"{what} has no revision {revision!r}; use a branch, a tag or a commit of {page}") from error
         except DisabledRepoError as error:
             raise HubError(f"{what} was disabled by the Hub; choose another one") from error
         except RepositoryNotFoundError as error:
@@ -136,7 +136,7 @@ def _asked(kind: Kind, identifier: str, revision: str | None, ask: Callable[[], 
             missing = f"the Hub has no {NOUNS[kind]} {identifier!r} that this account can read"
             raise HubMissing(f"{missing}; check the spelling{login}") from error
         except HFValidationError as error:
-            raise HubMissing(f"{identifier!r} is no id of the Hub; expected owner/name") from error
+            raise HubMissing(f"{identifier!r} is not a Hub id; expected owner/name") from error
         except HfHubHTTPError as error:
             status = error.response.status_code
             if status in (401, 403):
@@ -146,13 +146,13 @@ def _asked(kind: Kind, identifier: str, revision: str | None, ask: Callable[[], 
             problem = f"HTTP {status}"
         except (TransportError, OSError) as error:
             if isinstance(error, OSError) and error.errno in OF_THE_DISK:
-                raise StorageError(f"{what} cannot be stored in the cache of the Hub ({error}); make room, or set HF_HOME") from error
+                raise StorageError(f"{what} cannot be stored in the Hub cache ({error}); free disk space, or set HF_HOME") from error
             problem = f"{type(error).__name__}: {_first_line(error)}"
         if pause is not None:
             time.sleep(pause)
     raise HubUnreachable(
         f"the Hub at {_endpoint()} did not answer for {what} ({problem}; {len(PAUSES) + 1} attempts). Check the connection and try again; "
-        "with HF_HUB_OFFLINE=1 what was downloaded before is used"
+        "with HF_HUB_OFFLINE=1 the local cache is used"
     )
 
 
@@ -176,7 +176,7 @@ def _has_token() -> bool:
     return get_token() is not None
 
 
-# The local cache, laid out as huggingface_hub documents it: refs/<revision> holds a commit, snapshots/<commit>/ the files
+# The local cache, in huggingface_hub's documented layout: refs/<revision> contains a commit, snapshots/<commit>/ the files
 
 
 def _folder(kind: Kind, identifier: str) -> Path:
@@ -186,7 +186,7 @@ def _folder(kind: Kind, identifier: str) -> Path:
 
 
 def _remember(kind: Kind, identifier: str, revision: str, commit: str) -> None:
-    """Note in the cache which commit ``revision`` names. A download by commit would leave no trace of it for later work offline."""
+    """Record in the cache which commit ``revision`` names. A download by commit does not record it, but offline use needs it."""
     path = _folder(kind, identifier) / "refs" / revision
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +194,7 @@ def _remember(kind: Kind, identifier: str, revision: str, commit: str) -> None:
         partial.write_text(commit, encoding="utf-8")
         os.replace(partial, path)
     except OSError:
-        pass  # a cache that may not be written to serves all the same
+        pass  # a read-only cache can still be used
 
 
 def _cached(kind: Kind, identifier: str, revision: str | None) -> Repository:
@@ -209,7 +209,7 @@ def _cached(kind: Kind, identifier: str, revision: str | None) -> Repository:
 
 
 def _cached_commit(folder: Path, revision: str | None) -> str | None:
-    """The commit that the cache holds for ``revision``; without a note of it, that of the only snapshot for the main branch."""
+    """The cached commit of ``revision``. Without a record: for the main branch the only snapshot, if there is exactly one."""
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     try:

@@ -1,1 +1,1 @@
-"""Models that other libraries saved, brought into the registry."""
+"""Import models saved by other libraries into the registry."""

@@ -1,4 +1,4 @@
-"""The forms in which other libraries save a transformer with a scalar head, recognised by the names of the tensors.
+"""Recognise how another library saved a transformer with a scalar head, by its tensor names.
 
 d is the hidden size. A head is weight [1, d] and a bias.
 """
@@ -18,7 +18,7 @@ Role = Literal["language_model", "reward_model", "value_model", "classifier"]
 
 @dataclass(frozen=True)
 class Head:
-    """A scalar head: weight [1, d] fp32, its bias, and the name it had in the file."""
+    """A scalar head: weight [1, d] fp32, its bias, and its name in the file."""
 
     weight: Tensor
     bias: float
@@ -27,11 +27,10 @@ class Head:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a folder holds.
+    """The content of a folder.
 
-    ``library`` wrote it; ``body`` are the transformer's tensors under the names that transformers uses; ``role`` is that of the head (None
-    without one); ``has_policy``: the language model is a result of its own beside the head; ``notes`` say what was assumed, changed or left
-    out.
+    ``library``: its author; ``body``: the transformer's tensors with transformers' names; ``role``: that of the head (None without one);
+    ``has_policy``: besides the head, the language model is also a result; ``notes``: what was assumed, changed or dropped.
     """
 
     library: str
@@ -43,7 +42,7 @@ class Layout:
 
 
 def recognise(weights: dict[str, Tensor], head_file: dict[str, Tensor], config: dict[str, Any], *, is_adapter: bool) -> Layout:
-    """The layout of a folder: ``weights`` of its model, ``head_file`` of a separate head, ``config`` its config.json.
+    """Recognise the layout of a folder from its model's ``weights``, a separate ``head_file``, and ``config`` (config.json).
 
     Raises ModelError for a head that is not linear from d to 1.
     """
@@ -95,11 +94,11 @@ def _trlx(weights: dict[str, Tensor]) -> Layout:
     notes = []
     if "v_head" in others:
         notes.append(
-            "left out: v_head, which has two layers (or a branch of the transformer) in trlX; the value network here has one linear layer. "
+            "dropped: v_head, which has two layers (or a branch of the transformer) in trlX; the value network here has one linear layer. "
             "Start PPO's value network from a reward model or from the policy"
         )
     if "frozen_head" in others:
-        notes.append("left out: frozen_head, a copy of the upper layers of the reference; name the SFT model as the policy's start instead")
+        notes.append("dropped: frozen_head, a copy of the reference's upper layers; start the policy from the SFT model instead")
     return Layout("trlX (AutoModelForCausalLMWithValueHead)", body, has_policy=True, role="language_model", notes=notes)
 
 
@@ -123,26 +122,26 @@ def _openrlhf(weights: dict[str, Tensor], config: dict[str, Any]) -> Layout:
     if config.get("normalize_reward") and "mean" in config:
         mean, deviation = float(config["mean"]), float(config["std"])
         head = Head(head.weight / deviation, (head.bias - mean) / deviation, head.name)
-        notes.append(f"scores are normalised as in OpenRLHF's evaluation mode: (score - {mean:g}) / {deviation:g}, put into the head")
+        notes.append(f"scores are normalised as in OpenRLHF's evaluation mode: (score - {mean:g}) / {deviation:g}, applied to the head")
     return Layout("OpenRLHF", body, head, "value_model" if is_critic else "reward_model", notes=notes)
 
 
 def linear_head(tensors: dict[str, Tensor], prefix: str) -> Head:
-    """The linear head under ``prefix``. Raises ModelError where it is missing or not linear from d to 1."""
-    found = {name: value for name, value in tensors.items() if name.startswith(f"{prefix.split('.')[0]}.")}
+    """The linear head under ``prefix``. Raises ModelError if it is missing or not linear from d to 1."""
+    tensors_of_head = {name: value for name, value in tensors.items() if name.startswith(f"{prefix.split('.')[0]}.")}
     weight, bias = tensors.get(f"{prefix}.weight"), tensors.get(f"{prefix}.bias")
-    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in sorted(found.items())) or "none"
-    if weight is None or set(found) - {f"{prefix}.weight", f"{prefix}.bias"} or weight.dim() != 2 or weight.shape[0] != 1:
-        raise ModelError(f"the head is not one linear layer to one number: expected {prefix}.weight [1, d]; the file has {shapes}")
+    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in sorted(tensors_of_head.items())) or "none"
+    if weight is None or set(tensors_of_head) - {f"{prefix}.weight", f"{prefix}.bias"} or weight.dim() != 2 or weight.shape[0] != 1:
+        raise ModelError(f"the head is not a linear layer with one output: expected {prefix}.weight [1, d]; the file has {shapes}")
     return Head(weight.float(), 0.0 if bias is None else float(torch.as_tensor(bias).reshape(-1)[0]), prefix)
 
 
 def _split(weights: dict[str, Tensor], prefix: str, head: Head) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors under ``prefix`` without it, and a note on those that are neither there nor in the head."""
+    """Return (the tensors under ``prefix`` without it, notes on tensors that belong neither there nor to the head)."""
     body = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     others = sorted(name for name in weights if not name.startswith((prefix, f"{head.name}.")))
-    return body, [f"left out: {', '.join(others)}"] if others else []
+    return body, [f"dropped: {', '.join(others)}"] if others else []
 
 
 def _assumed_reward(name: str) -> str:
-    return f"the file does not say whether {name} is a reward or a value; assumed: a reward model (else: --role value_model)"
+    return f"the file does not say whether {name} predicts rewards or values; assumed: a reward model (else use --role value_model)"

@@ -1,4 +1,4 @@
-"""Brings a model that another library saved into the registry: read, recognise, convert, publish."""
+"""Import a model saved by another library into the registry: read, recognise, convert, publish."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEADS: dict[str, type[ScalarModel]] = {"reward_model": RewardModel, "value_model
 
 @dataclass(frozen=True)
 class Imported:
-    """The versions that an import published, the library that wrote the source, and notes on what was assumed, changed or left out."""
+    """The published versions, the library that wrote the source, and notes on what was assumed, changed or dropped."""
 
     records: list[ModelRecord]
     library: str
@@ -39,10 +39,10 @@ class Imported:
 def import_model(
     source: str | Path, registry: Registry, name: str, *, role: Role | None = None, allow_pickle: bool = False, base: str | None = None
 ) -> Imported:
-    """Publish the model at ``source`` (a folder, or a .gguf file) as ``name``; a value head beside a policy as ``<name>-value``.
+    """Publish the model at ``source`` (a folder, or a .gguf file) as ``name``; a value head next to a policy as ``<name>-value``.
 
-    ``role`` overrides what the file says of its head. ``base`` is the model that an adapter stands on, where its own config names another
-    place. Adapters are merged: what is published has all weights. Raises ModelError for a source that cannot be read or converted.
+    ``role`` overrides the head's recognised role. ``base`` replaces the base path in an adapter's config. Adapters are merged, so the
+    published model has full weights. Raises ModelError for a source that cannot be read or converted.
     """
     path = Path(source)
     with tempfile.TemporaryDirectory(prefix="stages-import-") as scratch:
@@ -52,7 +52,7 @@ def import_model(
         elif path.is_dir():
             layout = _convert_folder(path, folder, allow_pickle, base)
         else:
-            raise ModelError(f"{source}: no such folder or .gguf file; download a Hub model first, and name its folder")
+            raise ModelError(f"{source}: no such folder or .gguf file; download a Hub model first, and use its folder")
         layout = _with_role(layout, role)
         records = _publish(layout, replace(as_resolved(folder), ref=str(source)), registry, name)
     return Imported(records, layout.library, layout.notes)
@@ -66,11 +66,11 @@ def _with_role(layout: Layout, role: Role | None) -> Layout:
     return replace(layout, role=role, notes=[note for note in layout.notes if "--role" not in note])
 
 
-# Conversion: afterwards ``folder`` is what from_pretrained reads
+# Conversion to a folder for from_pretrained
 
 
 def _convert_gguf(path: Path, folder: Path) -> Layout:
-    """Dequantize a GGUF file by transformers' own reader."""
+    """Dequantize a GGUF file with transformers' reader."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not path.is_file():
@@ -79,7 +79,7 @@ def _convert_gguf(path: Path, folder: Path) -> Layout:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
             model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32, **_unpacked())
-            if getattr(model, "hf_quantizer", None) is not None:  # the mark of a model that was quantized; its weights are plain now
+            if getattr(model, "hf_quantizer", None) is not None:  # the weights are dequantized, but still marked as quantized
                 model.hf_quantizer.remove_quantization_config(model)
     except ImportError as error:
         raise ModelError(f"{path}: reading GGUF needs the package gguf; install it with: pip install 'tristage[gguf]'") from error
@@ -91,7 +91,7 @@ def _convert_gguf(path: Path, folder: Path) -> Layout:
 
 
 def _unpacked() -> dict[str, Any]:
-    """The option by which newer releases of transformers unpack a GGUF file instead of keeping its blocks."""
+    """The option that makes newer transformers releases dequantize a GGUF file."""
     import transformers
 
     return {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
@@ -99,7 +99,7 @@ def _unpacked() -> dict[str, Any]:
 
 def _convert_folder(source: Path, folder: Path, allow_pickle: bool, base: str | None) -> Layout:
     folder.mkdir()
-    for file in sorted(source.iterdir()):  # config and tokenizer; weights are converted, and checkpoints in subfolders are not the model
+    for file in sorted(source.iterdir()):  # config and tokenizer; weights are converted separately, subfolders are skipped
         if file.is_file() and not file.name.endswith((*WEIGHT_SUFFIXES, ".index.json")):
             shutil.copyfile(file, folder / file.name)
     is_adapter = (source / "adapter_config.json").exists()
@@ -110,7 +110,7 @@ def _convert_folder(source: Path, folder: Path, allow_pickle: bool, base: str | 
     weights = read_weights(source, allow_pickle=allow_pickle)
     layout = recognise(weights, read_head_file(source, allow_pickle=allow_pickle), config, is_adapter=is_adapter)
     if not layout.body and not is_adapter:
-        raise ModelError(f"{source} holds no weights; expected model.safetensors or pytorch_model.bin, and config.json")
+        raise ModelError(f"{source} contains no weights; expected model.safetensors or pytorch_model.bin, and config.json")
     if layout.body and not is_adapter:
         body = {name: value.contiguous().clone() for name, value in layout.body.items()}
         save_file(body, folder / "model.safetensors", metadata={"format": "pt"})
@@ -123,10 +123,10 @@ def _convert_folder(source: Path, folder: Path, allow_pickle: bool, base: str | 
 
 
 def _copy_adapter(source: Path, folder: Path, allow_pickle: bool, base: str | None) -> None:
-    """The adapter's weights as safetensors, and the base that the user names in the place of a path of another machine."""
+    """Convert the adapter's weights to safetensors. ``base`` replaces the recorded base path."""
     file = next((source / name for name in ADAPTER_FILES if (source / name).exists()), None)
     if file is None:
-        raise ModelError(f"{source} has an adapter_config.json and no {ADAPTER_FILES[0]}; copy the adapter's weights there")
+        raise ModelError(f"{source} has an adapter_config.json but no {ADAPTER_FILES[0]}; copy the adapter's weights there")
     tensors = {name: value.contiguous().clone() for name, value in read_file(file, allow_pickle).items() if not name.startswith("v_head.")}
     save_file(tensors, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
     if base is not None:
@@ -158,11 +158,11 @@ def _publish(layout: Layout, model: ResolvedModel, registry: Registry, name: str
 
 
 def _scalar_model(layout: Layout, model: ResolvedModel, kind: type[ScalarModel]) -> ScalarModel:
-    if layout.head is None:  # transformers' own form, which holds score.weight
+    if layout.head is None:  # transformers' own form, which contains score.weight
         return kind.from_pretrained(model, dtype=torch.float32, dropout=True)
     made = ValueModel.from_policy(model, dtype=torch.float32, trainable=False, dropout=True)
     if layout.head.weight.shape != made.score_head.weight.shape:
-        expected, found = list(made.score_head.weight.shape), list(layout.head.weight.shape)
-        raise ModelError(f"the head {layout.head.name} has shape {found}; the transformer's hidden states need {expected}")
+        expected, actual = list(made.score_head.weight.shape), list(layout.head.weight.shape)
+        raise ModelError(f"the head {layout.head.name} has shape {actual}; the transformer's hidden states need {expected}")
     made.set_head(layout.head.weight, layout.head.bias)
     return made

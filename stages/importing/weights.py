@@ -1,4 +1,4 @@
-"""Reads the tensors of a folder that another library wrote: safetensors, or pickle files if the user allows them."""
+"""Read the tensors of a folder written by another library: safetensors, or pickle files if the user allows them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def read_weights(folder: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
-    """All tensors of the model in ``folder`` by name, without those of an adapter or of a separate head file.
+    """All tensors of the model in ``folder`` by name, without those of an adapter or a separate head file.
 
-    Empty if the folder holds none. Raises ModelError for pickle files without ``allow_pickle``, and for a file that cannot be read.
+    Empty if there are none. Raises ModelError for pickle files without ``allow_pickle``, and for unreadable files.
     """
     for name in SAFE if any((folder / name).exists() for name in SAFE) else PICKLED:
         if (folder / name).exists():
@@ -31,7 +31,7 @@ def read_weights(folder: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
 
 
 def read_head_file(folder: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
-    """Tensors of a value head that lies in a file beside the model (LLaMA-Factory, ms-swift); empty if there is none."""
+    """Tensors of a value head in a separate file (LLaMA-Factory, ms-swift); empty if there is none."""
     for name in HEAD_FILES:
         if (folder / name).exists():
             return read_file(folder / name, allow_pickle)
@@ -39,7 +39,7 @@ def read_head_file(folder: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
 
 
 def read_file(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    """The tensors of one file. A pickle file is read with ``weights_only=True``, which runs no code of the file."""
+    """The tensors of one file. A pickle file is read with ``weights_only=True``, which runs no code from the file."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -48,13 +48,13 @@ def read_file(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
                 f"{path.name} is a pickle file, which can run code when it is read; expected safetensors. If you trust its source, add "
                 "--pickle: the file is then read with weights_only=True and saved as safetensors"
             )
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise ModelError(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]})") from error
-    found = found.get("state_dict", found.get("module", found)) if isinstance(found, dict) else found
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} holds a {type(found).__name__}; expected a mapping of names to tensors")
-    return {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    content = content.get("state_dict", content.get("module", content)) if isinstance(content, dict) else content
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} contains a {type(content).__name__}; expected a mapping of names to tensors")
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
 def _read_sharded(index: Path, allow_pickle: bool) -> dict[str, Tensor]:

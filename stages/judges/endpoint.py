@@ -151,8 +151,7 @@ class EndpointClient:
         """Ask for a verdict: 1 if the model answers A, 0 for B, 1/2 for a tie.
 
         Only replies with a verdict are cached, so a later run asks again for the others. Raises Unreadable if the reply has no verdict, and
-        GaveUp
-        if there is no reply.
+        GaveUp if there is no reply.
         """
         body = {
             "model": self.judge.model,

@@ -1,1 +1,1 @@
-"""Fast and lean forms of what a model computes, and how many tokens a forward pass reads. Needs torch alone."""
+"""Faster and leaner implementations of model computations, and token budgets of forward passes. Depends only on torch."""

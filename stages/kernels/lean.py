@@ -1,7 +1,7 @@
-"""Layers of today's transformers that keep less for their backward pass and take fewer steps. fp32; d hidden, i intermediate.
+"""Layers of current transformers that store less for the backward pass and need fewer steps. fp32; d hidden, i intermediate.
 
-What autograd keeps of a layer written operation by operation is each operation's operands; here it is what the layer was given and what is
-dear to compute again. Gradients are the same but for rounding.
+Autograd stores the operands of every single operation of a layer. These layers store only their input and what is expensive to recompute.
+Gradients are equal up to rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from stages.kernels.matmul import linear, product
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension (Zhang and Sennrich 2019), differentiable; keeps x."""
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension (Zhang and Sennrich 2019), differentiable. Stores x."""
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -37,12 +37,12 @@ class _RMSNorm(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, of_weight, None
         of_x = gradient * weight
-        along = torch.linalg.vecdot(of_x, normed).div_(-x.shape[-1]).unsqueeze(-1)  # the part that the norm takes out
+        along = torch.linalg.vecdot(of_x, normed).div_(-x.shape[-1]).unsqueeze(-1)  # the component removed by the normalization
         return of_x.addcmul_(normed, along).mul_(scale), of_weight, None
 
 
 def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """(silu(x gate^T) * (x up^T)) down^T (Shazeer 2020, SwiGLU), differentiable; keeps x and the first two products.
+    """(silu(x gate^T) * (x up^T)) down^T (Shazeer 2020, SwiGLU), differentiable. Stores x and the first two products.
 
     x [..., d], gate and up [i, d], down [d, i].
     """
@@ -55,7 +55,7 @@ class _GatedMLP(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         gated, upped = linear(flat, gate), linear(flat, up)
         ctx.save_for_backward(flat, gated, upped, gate, up, down)
-        # Not a view for autograd: Llama 4 adds to the result in place.
+        # Not a view for autograd, because Llama 4 adds to the result in place.
         return torch.ops.aten._unsafe_view(linear(functional.silu(gated).mul_(upped), down), [*x.shape[:-1], len(down)])
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""Matrix products by the fastest library that the processor has. x [..., K], weight [N, K], bias [N].
+"""Matrix products with the fastest library for the processor. x [..., K], weight [N, K], bias [N].
 
-PyTorch gives fp32 products on a CPU to MKL, which uses only half of the vector width of AMD processors that have AVX-512; oneDNN, which
-PyTorch carries as well, uses all of it (2.1 to 2.4 times as fast on a Zen 5 core). Elsewhere, and for anything but fp32, everything here is
-PyTorch's own.
+On a CPU, PyTorch computes fp32 products with MKL, which uses only half of the vector width of AMD processors with AVX-512. oneDNN, which is
+part of PyTorch, uses all of it (2.1 to 2.4 times as fast on a Zen 5 core). On other processors and for other dtypes PyTorch's own functions
+are used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PLAIN = (Tensor, nn.Parameter)
 
 @cache
 def prefers_onednn() -> bool:
-    """Whether oneDNN's fp32 products are the faster ones here. Known by the kind of processor, so that equal runs make equal bits."""
+    """Whether oneDNN's fp32 products are faster here. Decided by the processor type, not by timing, so that equal runs give equal bits."""
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     try:
@@ -33,7 +33,7 @@ def prefers_onednn() -> bool:
 
 
 def _onednn_works() -> bool:
-    """Whether the operator is there and computes what it should: it is PyTorch's, but not part of its public interface."""
+    """Whether the operator exists and computes correctly. It is part of PyTorch, but not of its public interface."""
     x, weight, bias = torch.ones(2, 3), torch.arange(12.0).view(4, 3), torch.ones(4)
     try:
         return torch.equal(_onednn(x, weight, bias), functional.linear(x, weight, bias))
@@ -46,23 +46,23 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _takes(a: Tensor, b: Tensor) -> bool:
-    """Whether oneDNN is to have these tensors."""
+    """Whether to use oneDNN for these tensors."""
     return prefers_onednn() and are_plain(a, b)
 
 
 def are_plain(*tensors: Tensor) -> bool:
-    """Whether these are plain fp32 tensors on a CPU with numbers in them, outside of autocast, compilation and sharding."""
-    for tensor in tensors:  # no generator: every product asks
+    """Whether all are non-empty plain fp32 CPU tensors, outside autocast, compilation and sharding."""
+    for tensor in tensors:  # a plain loop, because every product calls this
         if type(tensor) not in PLAIN or tensor.dtype is not torch.float32 or not tensor.is_cpu or tensor.numel() == 0:
             return False
     return not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of matrices, without gradient."""
+    """a @ b for matrices, without gradient."""
     if not _takes(a, b):
         return a @ b
-    # The operator copies its first operand where that is transposed; of the product's two forms, take the one that copies less.
+    # The operator copies a transposed first operand. Of the two equivalent forms, use the one that copies less.
     turn = not a.is_contiguous() and b.shape[1] < a.shape[0]
     return _onednn(b.T, a).T if turn else _onednn(a, b.T)
 
@@ -96,17 +96,17 @@ class _Linear(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` that computes with ``linear``."""
+    """``nn.Linear`` computed with ``linear``."""
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
 
 
 def use_fast_matmuls(model: nn.Module, others: Mapping[type[nn.Module], type[nn.Module]] | None = None) -> Counter[str]:
-    """Let the linear layers of ``model`` compute with ``linear``; their parameters, names and saved form stay as they are.
+    """Make the linear layers of ``model`` compute with ``linear``. Parameters, names and the saved form do not change.
 
-    ``others``: further classes of layers, each with the subclass to replace it by. Nothing is done where PyTorch's own products are the
-    fastest. Returns how many layers of each class were switched.
+    ``others``: additional layer classes, each with its replacement subclass. Does nothing if PyTorch's own products are the fastest.
+    Returns the number of replaced layers per class.
     """
     switched: Counter[str] = Counter()
     if prefers_onednn():
@@ -119,7 +119,7 @@ def use_fast_matmuls(model: nn.Module, others: Mapping[type[nn.Module], type[nn.
 
 
 def measure_peak(dtype: torch.dtype, device: torch.device, *, size: int | None = None) -> float:
-    """Floating-point operations per second of a large square product, the best of a few: what no update can be faster than."""
+    """Peak flops per second of a large square matrix product, the best of several measurements."""
     import time
 
     size = size or (4096 if device.type == "cuda" else 1024)

@@ -1,7 +1,7 @@
-"""Losses on the log-probabilities of chosen tokens, straight from hidden states: logits exist for a few positions at a time.
+"""Losses on the log-probabilities of given tokens, computed from hidden states with the logits of only a few positions at a time.
 
-N positions, d hidden size, V vocabulary. Logits [N, V] are by far the largest tensor of an update (and in fp32, with their gradient and
-their softmax, three of them); here a chunk of them is made, used for the loss and for its gradient, and dropped.
+N positions, d hidden size, V vocabulary. The logits [N, V] are by far the largest tensor of an update (three such tensors in fp32, with
+gradient and softmax). Here a chunk of them is computed, used for the loss and its gradient, and freed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from stages.kernels.casts import cast
 from stages.kernels.matmul import linear, product
 
 CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
-"""Size of a chunk of fp32 logits by kind of device: what a core's cache holds, or what keeps a GPU busy."""
+"""Size of a chunk of fp32 logits by device type: what fits in a core's cache, or what keeps a GPU busy."""
 
 Term = Callable[[Tensor, Tensor, slice], Tensor]
-"""term(logprobs, entropies, rows) -> loss per position, all [n]; ``rows`` are the positions of the chunk among all N."""
+"""term(logprobs, entropies, rows) -> loss per position, all [n]. ``rows``: the chunk's positions among all N."""
 
 
 def chosen_logprobs(
@@ -31,26 +31,26 @@ def chosen_logprobs(
     hidden [N, d], weight [V, d], bias [V].
     """
     with torch.no_grad():
-        found = [_of_chunk(logits, tokens[rows])[:2] for rows, logits in _chunks(hidden.detach(), weight, bias, temperature=temperature)]
-    if not found:
+        chunks = [_of_chunk(logits, tokens[rows])[:2] for rows, logits in _chunks(hidden.detach(), weight, bias, temperature=temperature)]
+    if not chunks:
         return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32)
-    logprobs, entropies = zip(*found, strict=True)
+    logprobs, entropies = zip(*chunks, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
 
 
 def summed_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, term: Term, *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of ``term`` over all positions, with gradient; log-probabilities [N] and entropies [N], without), arguments as above.
+    """Return (sum of ``term`` over all positions, with gradient; log-probabilities [N] and entropies [N], without). Arguments as above.
 
-    The gradient of the log-probability of a token is known in closed form (one-hot minus softmax, over the temperature), so it is worked
-    out while a chunk of logits is at hand, by asking ``term`` for its derivative; backward only scales it.
+    The gradient of a token's log-probability has a closed form (one-hot minus softmax, divided by the temperature). So it is computed
+    together with each chunk of logits, from the derivative of ``term``; the backward pass only scales it.
     """
     return _SummedLoss.apply(hidden, weight, bias, tokens, term, temperature)
 
 
 def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, temperature: float) -> Iterator[tuple[slice, Tensor]]:
-    """(positions, their fp32 logits over the temperature [n, V]) chunk by chunk; matmuls run in the dtype that autocast asks for."""
+    """Yield (positions, their fp32 logits divided by the temperature [n, V]) per chunk. Matrix products use autocast's dtype."""
     dtype = _compute_dtype(hidden, weight)
     matrix, bias = cast(weight, dtype), None if bias is None else cast(bias, dtype)
     size = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (4 * weight.shape[0]))
@@ -62,14 +62,14 @@ def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, temperature:
 
 
 def _of_chunk(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities [n], entropies [n] and probabilities [n, V]; ``logits`` [n, V] are left less their greatest entry."""
+    """Log-probabilities [n], entropies [n] and probabilities [n, V]. Modifies ``logits`` [n, V] in place: subtracts each row's maximum."""
     logits -= logits.amax(dim=-1, keepdim=True)
     probabilities = logits.exp()
     total = probabilities.sum(dim=-1, keepdim=True)
     probabilities /= total
     shift = total.log().squeeze(-1)
     logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - shift
-    # -sum p log p with log p = logits - shift; a probability of 0 has logits of -inf only where they were so from the beginning
+    # -sum p log p with log p = logits - shift; a logit of -inf has probability 0, so clamping it does not change the sum
     entropies = shift - torch.linalg.vecdot(probabilities, logits.clamp_(min=torch.finfo(torch.float32).min))
     return logprobs, entropies, probabilities
 
@@ -115,13 +115,13 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: these buffers were made for this one backward pass.
+        # In place, because these buffers are used only in this backward pass.
         gradients = [None if gradient is None else gradient.mul_(upstream[0]) for gradient in ctx.saved_tensors]
         return (*gradients, None, None, None)
 
 
 def _derivatives(term: Term, logprobs: Tensor, entropies: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(summed term, its derivative by each log-probability [n], by each entropy [n] or None where it does not depend on them)."""
+    """Return (sum of the term, its derivative by each log-probability [n], by each entropy [n] or None if it does not depend on them)."""
     with torch.enable_grad():
         leaves = logprobs.detach().requires_grad_(), entropies.detach().requires_grad_()
         summed = term(*leaves, rows).sum()
@@ -140,16 +140,17 @@ def _logit_gradient(
     of_logprobs: Tensor,
     of_entropies: Tensor | None,
 ) -> Tensor:
-    """Gradient by the logits [n, V]. d logprob = onehot - p; d entropy = -p (log p + entropy). Overwrites ``probabilities``, ``logits``."""
-    places = tokens[:, None]
+    """Gradient with respect to the logits [n, V]. d logprob = onehot - p; d entropy = -p (log p + entropy). Modifies ``probabilities`` and
+    ``logits`` in place."""
+    token_column = tokens[:, None]
     scale = -of_logprobs[:, None]
     if of_entropies is not None:
-        shift = logits.gather(-1, places) - logprobs[:, None]  # log p = logits - shift
+        shift = logits.gather(-1, token_column) - logprobs[:, None]  # log p = logits - shift
         logits += entropies[:, None] - shift
         logits *= -of_entropies[:, None]
         scale = logits.add_(scale)
     probabilities *= scale
-    return probabilities.scatter_add_(-1, places, of_logprobs[:, None])
+    return probabilities.scatter_add_(-1, token_column, of_logprobs[:, None])
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

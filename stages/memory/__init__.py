@@ -1,1 +1,1 @@
-"""What the memory of a step is made of: sizes of models, lengths of texts, weights, gradients, activations. Imports no torch."""
+"""Parts of a step's memory: sizes of models, lengths of texts, weights, gradients, activations. Does not import torch."""

@@ -125,7 +125,7 @@ def lora_rank(config: Any) -> int:
 
 
 def with_heap(memory: Memory, machine: Machine, kind: str) -> Memory:
-    """The estimate with what the allocator keeps of freed blocks on a CPU. ``kind``: a key of HEAP."""
+    """Add the freed blocks that the allocator keeps on a CPU. ``kind``: a key of HEAP."""
     if machine.kind != "cpu":
         return memory
     return replace(memory, passing=memory.passing + (HEAP[kind] - 1) * memory.activations)

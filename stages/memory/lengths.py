@@ -50,13 +50,13 @@ class Counter:
 
 
 def sample(sources: Sequence[DataSource]) -> list[Row]:
-    """The first rows of the data that are here."""
+    """The first rows of the local data. Hub data sets are skipped."""
     limited = [source if source.limit is not None else source.model_copy(update={"limit": SAMPLE}) for source in sources]
     return read_rows([source for source in limited if not source.on_hub])
 
 
 def prompt_texts(data: Sequence[DataSource], prompt_words: int | None, *, split: str) -> list[str]:
-    """Prompts of the data that are here, as one text each."""
+    """Prompts of the local data, each as one text."""
     from stages.corpora.prompts import load_prompts
 
     sources = [source for source in data if not source.on_hub]

@@ -1,11 +1,11 @@
-"""The models that a step reads, and what a model that trains, or answers, keeps in memory."""
+"""The models that a step reads, and the memory of a model in training or inference."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stages.kernels.passes import rows_of_a_pass
+from stages.kernels.token_budget import rows_per_batch
 from stages.memory.estimate import (
     FP32,
     Machine,
@@ -74,4 +74,4 @@ def language_model(config: Any, view: View, rows: int, columns: int, machine: Ma
 
 def reading(shape: Shape, rows: int, prompt: int, compute: int, machine: Machine) -> float:
     """Activations of a prefill pass over as many of ``rows`` prompts as fit into one pass."""
-    return inference(shape, rows_of_a_pass(rows, prompt, device_type=machine.kind) * prompt, compute)
+    return inference(shape, rows_per_batch(rows, prompt, device_type=machine.kind) * prompt, compute)

@@ -1,1 +1,1 @@
-"""Models and what stands on them: loading and quantization, scalar heads, adapters, the likelihood of tokens."""
+"""Load, save and extend models: quantization, scalar heads, adapters, token likelihood, sharding."""

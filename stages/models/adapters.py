@@ -1,10 +1,10 @@
-"""Low-rank adapters: attach a fresh one, lay a saved one on a model, choose which act, merge.
+"""Low-rank adapters: attach a new one, load a saved one, choose the active ones, merge.
 
-Merging a stack (models/stacks.py) from the bottom up gives whole weights. On a quantized base the adapters stay apart: merging would round
-them away, and the next step would load another model than the last one trained.
+Merging a stack (models/stacks.py) from the bottom up gives full weights. On a quantized base the adapters stay unmerged: rounding would
+destroy their updates, so the next step would load a different model than the one that was trained.
 
-Beside its low-rank updates an adapter may hold whole modules (``modules_to_save``) and rows of the embedding (``new_rows``): copies that
-take the place of the base's own while the adapter acts.
+Besides low-rank updates, an adapter can contain full copies of modules (``modules_to_save``) and rows of the embedding (``new_rows``). They
+replace those of the base while the adapter is active.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from stages.registry.references import ResolvedModel
 
 FRESH = "default"
-"""Name of the adapter that a step trains, within its process."""
+"""Name of the adapter that the current step trains."""
 HEAD_FILE = "head.safetensors"
-"""The full-precision scalar head that lies beside a reward or value model's adapter."""
+"""File of a reward or value model's fp32 scalar head, next to its adapter."""
 
 
 # Adding adapters
@@ -48,19 +48,19 @@ def attach_lora(
     new_rows: Collection[int] = (),
     source: ResolvedModel | None = None,
 ) -> Any:
-    """``model`` inside a PeftModel (if it is not yet in one) with a fresh adapter, an identity at first, on top of those that act.
+    """Add a new adapter on top of the active ones. Wraps ``model`` in a PeftModel if necessary. The new adapter starts as the identity.
 
-    ``task`` is a peft task type such as ``CAUSAL_LM``, ``base`` the folder or hub id that the adapter will say it belongs to (the registry
-    writes its own reference instead), ``source`` the model that it begins as, for the check of what is published. ``new_rows`` are token
-    ids whose rows of the embedding and of the output layer train, too. Only the fresh adapter is trainable afterwards; its weights are
-    fp32. Raises ModelError where ``lora`` does not fit the model.
+    ``task`` is a peft task type such as ``CAUSAL_LM``. ``base`` is the folder or Hub id to record as the adapter's base (the registry
+    replaces it by its own reference). ``source`` is the initial model, for the check before publishing. ``new_rows`` are token ids whose
+    rows of embedding and output layer are also trained. Afterwards only the new adapter is trainable; its weights are fp32. Raises
+    ModelError if ``lora`` does not fit the model.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
     plain = plain_model(model)
     _check_names(lora, plain, task)
-    alpha: Any = lora.alpha  # peft says int and divides whatever it gets by r
-    # peft trains the whole head of a classifier: every module whose name ends in classifier or score. No adapter goes into it.
+    alpha: Any = lora.alpha  # peft's annotation is int, but it accepts floats
+    # peft trains the full head of a classifier: every module whose name ends in classifier or score. It gets no adapter.
     head = [r".*(classifier|score)(\..*)?"] if task == "SEQ_CLS" else []
     excluded = "|".join([*head, *map(re.escape, state_space_products(plain))]) if lora.target_modules == "all-linear" else None
     config = LoraConfig(
@@ -99,11 +99,11 @@ def attach_lora(
 
 
 def add_adapter(model: Any, adapter: ResolvedModel | SavedAdapter, name: str, *, is_shared: bool = False) -> Any:
-    """``model`` inside a PeftModel (if it is not yet in one) with the weights of ``adapter``, frozen, on top of those that act.
+    """Load ``adapter`` frozen on top of the active ones. Wraps ``model`` in a PeftModel if necessary.
 
-    The adapter may come from a model with another head than ``model`` has: what it adds to the transformer is the same. Of a head that
-    ``model`` lacks nothing is added. ``is_shared``: other roles compute with the same base, so an adapter that changes it (trained biases,
-    a whole embedding) is refused. Raises ModelError where the adapter does not fit.
+    The adapter may come from a model with a different head, because its effect on the transformer is the same. Weights for a head that
+    ``model`` lacks are ignored. ``is_shared``: other roles use the same base, so an adapter that changes base weights (trained biases, a
+    full embedding) is refused. Raises ModelError if the adapter does not fit.
     """
     from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 
@@ -111,12 +111,12 @@ def add_adapter(model: Any, adapter: ResolvedModel | SavedAdapter, name: str, *,
     saved = fitted(adapter if isinstance(adapter, SavedAdapter) else read_adapter(adapter), plain)
     if saved.config.use_dora and below:
         raise ModelError(
-            f"the adapter {saved.ref!r} is a DoRA adapter on another adapter that is not merged: its magnitudes belong to the merged "
+            f"the adapter {saved.ref!r} is a DoRA adapter on an unmerged adapter, but its magnitudes belong to the merged "
             "weights. Load the model without quantization, or export it merged and use that folder"
         )
     if is_shared and saved.changes_base:
         raise ModelError(
-            f"the adapter {saved.ref!r} changes weights of its base ({saved.changes_base[0]}), and other roles compute with that base; "
+            f"the adapter {saved.ref!r} changes weights of its base ({saved.changes_base[0]}), but other roles use that base; "
             "export the model merged and use that folder"
         )
     if not saved.weights:
@@ -132,7 +132,7 @@ def add_adapter(model: Any, adapter: ResolvedModel | SavedAdapter, name: str, *,
             report = set_peft_model_state_dict(model, saved.weights, adapter_name=name)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
         raise ModelError(f"the adapter {saved.ref!r} does not fit its base {type(plain).__name__}: {error}") from error
-    own = {key for key, _ in model.named_parameters()}  # tied rows have two names, of which this has the first
+    own = {key for key, _ in model.named_parameters()}  # tied rows have two names; named_parameters() yields the first
     missing = [key for key in report.missing_keys if is_part_of(key, name) and key in own]
     if missing or report.unexpected_keys:
         wrong = f"{len(missing)} weights missing, {len(report.unexpected_keys)} unexpected, e.g. {[*missing, *report.unexpected_keys][0]}"
@@ -142,14 +142,15 @@ def add_adapter(model: Any, adapter: ResolvedModel | SavedAdapter, name: str, *,
 
 
 def source_of(model: Any, name: str) -> ResolvedModel | None:
-    """The model that the adapter ``name`` of a PeftModel began as; None where ``attach_lora`` was not told."""
+    """The initial model of the PeftModel's adapter ``name``; None if ``attach_lora`` did not get it."""
     return getattr(model, "_stages_sources", {}).get(name)
 
 
 def _refuse_clash(plain: Any, who: str, config: Any) -> None:
-    """Raise ModelError where an adapter changes a module in another way (update, whole copy, rows) than another adapter does.
+    """Raise ModelError if two adapters change one module in different ways (update, full copy, rows).
 
-    peft cannot compute two of them in one module. A stack of its own has the lower ones merged; roles that share a backbone have not.
+    peft cannot compute this combination. In a model's own stack the lower adapters are merged; roles that share a backbone keep them
+    unmerged.
     """
     from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 
@@ -158,29 +159,29 @@ def _refuse_clash(plain: Any, who: str, config: Any) -> None:
             return names != "all-linear" and re.fullmatch(names, module) is not None
         return any(module == name or module.endswith(f".{name}") for name in names or ())
 
-    whole, rows = config.modules_to_save, config.trainable_token_indices
+    copies, rows = config.modules_to_save, config.trainable_token_indices
     for name, module in plain.named_modules():
         updates = next(adapter_layers_of(module), None) is not None
         holds_rows = isinstance(module, TrainableTokensWrapper)
         holds_copy = isinstance(module, AuxiliaryTrainingWrapper) and not holds_rows
         if (
             ((holds_rows or holds_copy) and is_named(name, config.target_modules))
-            or ((updates or holds_rows) and is_named(name, whole))
+            or ((updates or holds_rows) and is_named(name, copies))
             or ((updates or holds_copy) and is_named(name, rows))
         ):
             raise ModelError(
-                f"{who} and another adapter on the same weights both change {name}, in two ways (update, whole copy, rows) that cannot be "
-                "computed together. Export the model below merged (stages models export), and name that folder"
+                f"{who} and another adapter on the same weights change {name} in different ways (update, full copy, rows), which cannot be "
+                "combined. Export the lower model merged (stages models export), and use that folder"
             )
 
 
 def plain_model(model: Any) -> Any:
-    """The transformers model inside a PeftModel; a model without adapters as it is."""
+    """The transformers model inside a PeftModel; a model without adapters is returned unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_part_of(parameter: str, adapter: str) -> bool:
-    """Whether the parameter of this name belongs to the adapter."""
+    """Whether the parameter with this name belongs to the adapter."""
     return adapter in parameter.split(".")
 
 
@@ -192,27 +193,27 @@ def has_output_adapter(model: Any) -> bool:
 
 
 def refuse_output_adapter(model: Any, lora: LoraSettings | None) -> None:
-    """Raise ModelError for a low-rank adapter on the output layer, where the trainer reads that layer's own weight alone."""
+    """Raise ModelError for a low-rank adapter on the output layer if the trainer reads only that layer's own weight."""
     if lora is not None and has_output_adapter(model):
         name = module_name(plain_model(model), plain_model(model).get_output_embeddings()).rpartition(".")[2]
         raise ModelError(
-            f"lora.target_modules={lora.target_modules!r} names the output layer {name}, whose adapter this stage cannot train (TRL reads "
-            f"the layer's own weight). Leave it out, or train the layer whole: lora.modules_to_save: [{name}]"
+            f"lora.target_modules={lora.target_modules!r} names the output layer {name}, whose adapter cannot be trained here (TRL reads "
+            f"only the layer's own weight). Remove it, or train all its weights: lora.modules_to_save: [{name}]"
         )
 
 
 def _check_names(lora: LoraSettings, plain: Any, task: str) -> None:
-    """Raise ModelError for a name of ``lora`` that no module has: it would be passed over in silence.
+    """Raise ModelError for a module name in ``lora`` that does not exist; peft would ignore it silently.
 
-    A bare transformer has no output layer, so a name that only the language model has is allowed there.
+    A bare transformer has no output layer, so there a name that only the language model has is allowed.
     """
     names = [name for name, _ in plain.named_modules()]
     if not isinstance(lora.target_modules, str):
         ends = tuple(f".{own}" for own in lora.target_modules)
         if passed := [one for one in state_space_products(plain) if f".{one}".endswith(ends)]:
             raise ModelError(
-                f"lora.target_modules reaches {passed[0]} of {type(plain).__name__}: a state-space mixer reads that weight past its layer, "
-                "so an adapter on it does nothing. Use 'all-linear', which leaves it out, or name in_proj"
+                f"lora.target_modules reaches {passed[0]} of {type(plain).__name__}: a state-space mixer reads that weight directly, "
+                "so an adapter on it has no effect. Use 'all-linear', which excludes it, or in_proj"
             )
     is_bare = task == "FEATURE_EXTRACTION"
     for field, wanted in (("target_modules", lora.target_modules), ("modules_to_save", lora.modules_to_save)):
@@ -236,7 +237,7 @@ def _linear_modules(plain: Any) -> str:
     return f"Linear modules here: {', '.join(linear) or 'none'}; or use 'all-linear'"
 
 
-# Rows of new tokens, and whole modules
+# Rows of new tokens, and full copies of modules
 
 
 def module_name(model: Any, wanted: Any) -> str:
@@ -245,15 +246,15 @@ def module_name(model: Any, wanted: Any) -> str:
 
 
 def is_tied(model: Any) -> bool:
-    """Whether the output layer of a transformers model computes with the weights of its embedding."""
+    """Whether the output layer of a transformers model shares its weights with the embedding."""
     output = model.get_output_embeddings()
     return output is not None and base_of(output).weight is base_of(model.get_input_embeddings()).weight
 
 
 def _rows_to_train(plain: Any, lora: LoraSettings, new_rows: Collection[int]) -> dict[str, list[int]] | None:
-    """peft's ``trainable_token_indices``: the rows by the name of their module; None where no row is to train.
+    """peft's ``trainable_token_indices``: rows by module name; None if no rows are trained.
 
-    Tied weights need the embedding alone: peft lets the output layer follow it. Raises ModelError where the rows cannot be trained.
+    For tied weights the embedding is sufficient, because peft ties the output layer to it. Raises ModelError if the rows cannot be trained.
     """
     if not new_rows:
         return None
@@ -261,28 +262,28 @@ def _rows_to_train(plain: Any, lora: LoraSettings, new_rows: Collection[int]) ->
     matrices = [embedding] if output is None or is_tied(plain) else [embedding, output]
     names = [module_name(plain, matrix) for matrix in matrices]
     saved = [name for name in names if any(name == one or name.endswith(f".{one}") for one in lora.modules_to_save)]
-    advice = f"name both in lora.modules_to_save: [{', '.join(name.rpartition('.')[2] for name in names)}]"
+    advice = f"put both into lora.modules_to_save: [{', '.join(name.rpartition('.')[2] for name in names)}]"
     if saved == names and (len(names) > 1 or output is None):
-        return None  # they train whole
+        return None  # all their rows are trained
     if output is not None and is_tied(plain):
-        advice = f"leave {names[0].rpartition('.')[2]} out of lora.modules_to_save, or train without lora"
+        advice = f"remove {names[0].rpartition('.')[2]} from lora.modules_to_save, or train without lora"
     problem = ""
     if saved:
-        problem = f"{saved[0]} trains whole, and the output layer's rows would not follow it"
+        problem = f"{saved[0]} is trained as a full copy, which the tied output layer would not share"
     elif _has_adapter(plain, embedding, lora) or (output is not None and _has_adapter(plain, output, lora)):
-        problem, advice = "lora.target_modules puts an adapter on their matrix", "leave the embedding and the output layer out of it"
+        problem, advice = "lora.target_modules puts an adapter on their matrix", "remove the embedding and the output layer from it"
     elif output is not None and getattr(output, "bias", None) is not None:
         problem = "the output layer has a bias, which peft drops"
     if problem:
         raise ModelError(
-            f"the tokenizer has {len(new_rows)} tokens that the model has no rows for, and with lora they cannot train: {problem}. "
-            f"Next: {advice}"
+            f"the tokenizer has {len(new_rows)} tokens without embedding rows, which cannot be trained with lora: {problem}. "
+            f"To fix: {advice}"
         )
     return dict.fromkeys(names, sorted(new_rows))
 
 
 def _has_adapter(plain: Any, module: Any, lora: LoraSettings) -> bool:
-    """Whether ``lora.target_modules`` names this module."""
+    """Whether ``lora.target_modules`` includes this module."""
     name = module_name(plain, module)
     if isinstance(lora.target_modules, str):
         return lora.target_modules != "all-linear" and re.fullmatch(lora.target_modules, name) is not None
@@ -290,7 +291,7 @@ def _has_adapter(plain: Any, module: Any, lora: LoraSettings) -> bool:
 
 
 def _start_from_what_acts(model: Any, name: str) -> None:
-    """Let copies in the fresh adapter ``name`` begin as what acts below it; peft copies the base's own modules."""
+    """Initialize full copies in the new adapter ``name`` from the active adapter below it. peft copies the base's modules instead."""
     for wrapper in wrappers_of(model):
         modules = getattr(wrapper, "modules_to_save", None)
         active = [other for other in wrapper.active_adapters if other != name]
@@ -299,10 +300,10 @@ def _start_from_what_acts(model: Any, name: str) -> None:
 
 
 def _preparewrappers_of(model: Any, name: str) -> None:
-    """Mend what peft's wrappers of whole modules and rows cannot do, after the adapter ``name`` was added.
+    """Fix peft's wrappers of full module copies and rows after adding the adapter ``name``.
 
-    Whole modules of the adapter compute in the dtype of their own weights, and hand on the base's dtype: they are fp32 while they train,
-    and their base may be bf16. Under autocast nothing changes. Logits stay in fp32.
+    Full copies are fp32 while they are trained, but their base may be bf16. Let them compute in their own dtype and return the base's dtype
+    (logits stay fp32). Under autocast nothing changes.
     """
     from peft.utils.other import TrainableTokensWrapper
 
@@ -320,11 +321,11 @@ def _preparewrappers_of(model: Any, name: str) -> None:
 
 @cache
 def _rows_of_some() -> type[Any]:
-    """peft's wrapper of rows, for models in which some adapters have rows and others have none; peft saves and loads rows for all."""
+    """peft's row wrapper for models in which only some adapters have rows. peft itself saves and loads rows for all adapters."""
     from peft.utils.other import TrainableTokensWrapper
 
     class RowsOfSome(TrainableTokensWrapper):
-        bias = None  # peft hides the layer's own, and TRL's loss reads it; an output layer that has one is refused
+        bias = None  # peft hides the layer's bias, which TRL's loss reads; output layers with a bias are refused
 
         def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
             return super().adapter_state_dict_load_map(adapter_name) if adapter_name in self._get_available_adapters() else {}
@@ -346,18 +347,18 @@ def _cast_output(module: nn.Module, inputs: tuple[Any, ...], output: Any, *, dty
     return output.to(dtype) if isinstance(output, torch.Tensor) and output.is_floating_point() else output
 
 
-# Which adapters act
+# Active adapters
 
 
 def active_adapters(model: Any) -> tuple[str, ...]:
-    """The adapters that act now, the lowest first; none in a model without adapters."""
+    """The active adapters, lowest first; empty for a model without adapters."""
     return getattr(model, "_stages_active", ())
 
 
 def activate(model: Any, names: Sequence[str], *, trainable: Sequence[str] | None = None) -> None:
-    """Let exactly ``names`` (the lowest first) act from now on, none for the bare base.
+    """Make exactly ``names`` (lowest first) the active adapters; an empty list selects the bare base.
 
-    ``trainable`` (None: as before) says which of all may be trained. Where several hold a copy of one module, the highest one's acts.
+    ``trainable``: the adapters to train (None: unchanged). If several adapters contain a copy of one module, the highest one is used.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for layer in _adapter_layers(model):
@@ -367,27 +368,27 @@ def activate(model: Any, names: Sequence[str], *, trainable: Sequence[str] | Non
     for wrapper in wrappers_of(model):
         _activate_copies(wrapper, names)
     model._stages_active = tuple(names)
-    # peft trains what acts and nothing else; here several roles train, and only one of them acts at a time.
+    # peft makes exactly the active adapters trainable; here several roles train, but only one of them is active at a time.
     for name, parameter in model.named_parameters():
         of = next((adapter for adapter in model.peft_config if is_part_of(name, adapter)), None)
         parameter.requires_grad_(of in trainable if trainable is not None and of is not None else flags[name])
 
 
 def _activate_copies(wrapper: Any, names: Sequence[str]) -> None:
-    """Let a wrapper of whole modules or of rows use the copies of ``names``."""
+    """Select the copies of ``names`` in a wrapper of full modules or rows."""
     own = [name for name in names if name in wrapper._get_available_adapters()]
     if (tokens := getattr(wrapper, "token_adapter", None)) is not None:
-        own = [name for place, name in enumerate(own) if not _is_covered(tokens, name, own[place + 1 :])]
+        own = [name for index, name in enumerate(own) if not _is_covered(tokens, name, own[index + 1 :])]
     wrapper.set_adapter(own if tokens is not None else own[-1:])
     wrapper.enable_adapters(bool(own))
 
 
 def _is_covered(tokens: Any, name: str, above: Sequence[str]) -> bool:
-    """Whether higher adapters hold all rows that the adapter ``name`` does. Raises ModelError where they hold some of them."""
+    """Whether higher adapters contain all rows of the adapter ``name``. Raises ModelError if they contain only some of them."""
     rows = set(tokens.token_indices[name])
     others = {row for other in above for row in tokens.token_indices[other]}
     if rows & others and not rows <= others:
-        raise ModelError("two adapters of one stack train some of the same rows of the embedding, which peft cannot compute; merge one")
+        raise ModelError("two adapters of one stack train overlapping rows of the embedding, which peft cannot combine; merge one of them")
     return bool(rows & others)
 
 
@@ -400,7 +401,7 @@ def _adapter_layers(model: Any) -> Iterator[Any]:
 
 
 def wrappers_of(model: Any) -> list[Any]:
-    """Modules that hold copies: whole modules or rows, by adapter."""
+    """Modules that contain copies per adapter: full modules or rows."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     return [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
@@ -408,7 +409,7 @@ def wrappers_of(model: Any) -> list[Any]:
 
 @contextmanager
 def as_it_starts(model: Any) -> Iterator[None]:
-    """Inside, a model with a fresh adapter computes what it did before the adapter trained: the adapters below act, and it does not."""
+    """Context manager that deactivates the new adapter, so that the model computes what it did before training."""
     acting = active_adapters(model)
     activate(model, [name for name in acting if name != FRESH])
     try:
@@ -419,7 +420,7 @@ def as_it_starts(model: Any) -> Iterator[None]:
 
 @contextmanager
 def without_copies(model: Any) -> Iterator[None]:
-    """Takes out the adapters that a library adds to ``model`` inside, and lets those act that did before."""
+    """Context manager that removes adapters added by a library, and restores the active ones."""
     known, acting = set(getattr(model, "peft_config", {})), active_adapters(model)
     trainable = [name for name in acting if any(p.requires_grad for key, p in model.named_parameters() if is_part_of(key, name))]
     yield
@@ -431,19 +432,19 @@ def without_copies(model: Any) -> Iterator[None]:
 
 
 def remove_adapter(model: Any, name: str) -> None:
-    """Take an adapter out of a PeftModel that has others; one of them acts afterwards."""
-    activate(model, [other for other in model.peft_config if other != name][-1:])  # peft deletes beside one that acts, not beside several
+    """Remove an adapter from a PeftModel that has others. One of the others becomes active."""
+    activate(model, [other for other in model.peft_config if other != name][-1:])  # peft deletes an adapter only if at most one is active
     model.delete_adapter(name)
 
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """Silences by name what peft says that a user cannot act on."""
+    """Suppress peft warnings that a user cannot act on."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that transformers wants to retire
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated name of transformers
         for message in (
-            "fan_in_fan_out is set to",  # it sets what the layer needs
-            "The PEFT config's `base_model_name_or_path` was renamed",  # the registry names bases by their digest
+            "fan_in_fan_out is set to",  # peft then sets the right value itself
+            "The PEFT config's `base_model_name_or_path` was renamed",  # the registry names bases by digest
             "Model with `tie_word_embeddings=True` and",  # `merge` unties them
             "Model has `tie_word_embeddings=True` and",
             "Input and output embeddings are no longer tied",
@@ -456,10 +457,10 @@ def _quiet_peft() -> Iterator[None]:
 
 
 def merge(model: Any, *, where: Callable[[Any], bool] | None = None) -> Any:
-    """The plain model that computes what a PeftModel computes: the adapters that act are added into the weights.
+    """Merge the active adapters of a PeftModel into the weights and return the plain model.
 
-    An embedding that shares its weights with the output layer is untied where an adapter changes one of the two alone. ``where`` (of a base
-    layer) merges those layers alone, and the result stays a PeftModel while others have an adapter.
+    A tied embedding is untied if an adapter changes only one of embedding and output layer. ``where`` (a predicate of the base layer)
+    restricts merging to some layers; the result stays a PeftModel if other layers still have an adapter.
     """
     plain = plain_model(model)
     was_tied = _untie(plain)
@@ -471,7 +472,7 @@ def merge(model: Any, *, where: Callable[[Any], bool] | None = None) -> Any:
 
 
 def _untie(plain: Any) -> bool:
-    """Give the output layer a copy of the weights that it shares with an adapted embedding; returns whether that was done."""
+    """If an adapted embedding is tied, give the output layer its own copy of the weights. Returns whether it did."""
     output, embedding = plain.get_output_embeddings(), plain.get_input_embeddings()
     if output is None or not is_tied(plain) or (base_of(output) is output and base_of(embedding) is embedding):
         return False
@@ -480,19 +481,19 @@ def _untie(plain: Any) -> bool:
 
 
 def _tie_if_equal(plain: Any) -> None:
-    """Share the weights of embedding and output layer again where they are equal; else the config says that they are not tied."""
+    """Tie embedding and output layer again if they are equal; else record in the config that they are not tied."""
     output, embedding = plain.get_output_embeddings(), plain.get_input_embeddings()
     are_equal = output.weight.shape == embedding.weight.shape and torch.equal(output.weight, embedding.weight)
     for config in (plain.config, plain.config.get_text_config()):
-        config.tie_word_embeddings = are_equal  # peft has set it to False on its way
+        config.tie_word_embeddings = are_equal  # peft has set it to False
     if are_equal:
         output.weight = embedding.weight
     else:
-        plain.all_tied_weights_keys = {}  # what save_pretrained leaves out
+        plain.all_tied_weights_keys = {}  # keys that save_pretrained would omit
 
 
 def _merge_some(model: Any, where: Callable[[Any], bool]) -> Any:
-    """Merge the adapted layers whose base layer ``where`` accepts; whole modules and rows take the place of the base's."""
+    """Merge the adapted layers whose base layer satisfies ``where``. Full copies and rows replace those of the base."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     plain, acting = plain_model(model), active_adapters(model)
@@ -525,7 +526,7 @@ def adapter_layers_of(module: Any) -> Iterator[Any]:
 
 
 def quantization_config(model: ModelInput, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """bitsandbytes settings of a model input (None: not quantized); matmuls run in ``dtype``."""
+    """The bitsandbytes settings of a model input (None: not quantized). Matrix products use ``dtype``."""
     if model.quantization == "none":
         return None
     from transformers import BitsAndBytesConfig

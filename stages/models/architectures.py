@@ -1,4 +1,4 @@
-"""Models of random weights from a recipe's ``architecture`` block."""
+"""Randomly initialized models from a recipe's ``architecture`` block."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 
 
 def random_model(auto: Any, architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
-    """A model of ``{type: llama, hidden_size: 128, ...}`` in the class that ``auto`` picks, fp32, with one row per token.
+    """Create a model from ``{type: llama, hidden_size: 128, ...}`` in the class that ``auto`` selects, in fp32, with one row per token.
 
-    ``options`` are further fields of the config, such as its labels. Raises ModelError for a type or a field that transformers does not
-    know.
+    ``options`` are additional config fields, such as labels. Raises ModelError for a type or field that transformers does not know.
     """
     fields = dict(architecture)
     kind = fields.pop("type")
@@ -33,7 +32,7 @@ def random_model(auto: Any, architecture: dict[str, Any], tokenizer: PreTrainedT
     for name in fields:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1)
-            raise ModelError(f"architecture.{name} is no field of {kind}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise ModelError(f"architecture.{name} is not a field of {kind}" + (f"; did you mean {near[0]}?" if near else ""))
     special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     try:
         config = CONFIG_MAPPING[kind](**{**special, **fields, **options, "vocab_size": len(tokenizer)})
@@ -42,6 +41,6 @@ def random_model(auto: Any, architecture: dict[str, Any], tokenizer: PreTrainedT
     except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         what = auto.__name__.removeprefix("AutoModelFor")
-        raise ModelError(f"no {kind} model ({what}) can be made of architecture {architecture}: {reason}") from error
+        raise ModelError(f"cannot create a {kind} model ({what}) from architecture {architecture}: {reason}") from error
     use_own_layers(model)
     return model

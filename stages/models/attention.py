@@ -1,4 +1,4 @@
-"""Which attention a model computes with: the fastest that its class supports and that computes what its config says."""
+"""Select the attention implementation of a model: the fastest one that its class supports and that computes what its config says."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ EAGER_ADDS_ALIBI_TWICE = "the eager attention of Falcon in this version of trans
 
 
 def attention_of(auto: Any, config: Any, model: ModelInput, dtype: torch.dtype) -> str | None:
-    """The ``attn_implementation`` for the class that ``auto`` picks for ``config``; None lets transformers choose sdpa or else eager.
+    """The ``attn_implementation`` for the class that ``auto`` selects; None lets transformers choose sdpa, or eager if it is unsupported.
 
-    Raises ModelError where ``model.attention`` names one that the class does not support, or whose package or device is missing. A class
-    that comes with the model (``trust_remote_code``) is not known yet here; transformers then refuses what it does not support.
+    Raises ModelError if ``model.attention`` is not supported by the class, or if its package or device is missing. The class of a model
+    with remote code is not known here; transformers then checks the choice itself.
     """
-    found = class_of(auto, config)
+    model_class = class_of(auto, config)
     if model.attention == "auto":
-        return _fastest(found, config, dtype)
-    if reason := _refusal(model.attention, found, config):
+        return _fastest(model_class, config, dtype)
+    if reason := _refusal(model.attention, model_class, config):
         raise ModelError(f"attention: {model.attention} cannot be used for {model.ref!r}: {reason}. Write attention: auto")
     return model.attention
 
 
 def class_of(auto: Any, config: Any) -> Any:
-    """The class that ``auto`` makes of ``config``; None where transformers has none, or the code comes with the model."""
+    """The class that ``auto`` selects for ``config``; None if transformers has none, or for remote code."""
     try:
-        found = auto._model_mapping[type(config)]
+        model_class = auto._model_mapping[type(config)]
     except KeyError:
         return None
-    if not isinstance(found, tuple):
-        return found
+    if not isinstance(model_class, tuple):
+        return model_class
     named = set(getattr(config, "architectures", None) or ())
-    return next((one for one in found if one.__name__ in named), found[0])
+    return next((one for one in model_class if one.__name__ in named), model_class[0])
 
 
-def _fastest(found: Any, config: Any, dtype: torch.dtype) -> str | None:
-    if found is None or (found._supports_sdpa and not caps_scores(config)):
+def _fastest(model_class: Any, config: Any, dtype: torch.dtype) -> str | None:
+    if model_class is None or (model_class._supports_sdpa and not caps_scores(config)):
         return None
-    is_half = dtype in (torch.float16, torch.bfloat16)  # flash attention computes in no other precision
-    return "flash_attention_2" if is_half and not _refusal("flash_attention_2", found, config) else "eager"
+    is_half = dtype in (torch.float16, torch.bfloat16)  # flash attention supports only these dtypes
+    return "flash_attention_2" if is_half and not _refusal("flash_attention_2", model_class, config) else "eager"
 
 
 def caps_scores(config: Any) -> bool:
@@ -58,28 +58,28 @@ def caps_scores(config: Any) -> bool:
     return any(getattr(text, name, None) for name in SCORE_CAPS)
 
 
-def _refusal(attention: str, found: Any, config: Any) -> str:
-    """Why ``attention`` cannot be used, in a clause; empty where it can."""
-    name = found.__name__ if found is not None else "a class of the model's own"
+def _refusal(attention: str, model_class: Any, config: Any) -> str:
+    """The reason why ``attention`` cannot be used; empty if it can."""
+    name = model_class.__name__ if model_class is not None else "the model's own class"
     if attention == "eager":
         return EAGER_ADDS_ALIBI_TWICE if config.model_type == "falcon" and getattr(config, "alibi", False) else ""
     if attention == "sdpa":
-        if found is not None and not found._supports_sdpa:
+        if model_class is not None and not model_class._supports_sdpa:
             return f"{name} does not support sdpa"
-        return f"{name} caps its attention scores, which sdpa cannot" if caps_scores(config) else ""
+        return f"{name} caps its attention scores, which sdpa cannot do" if caps_scores(config) else ""
     if attention == "flex_attention":
-        return "" if found is None or found._supports_flex_attn else f"{name} does not support flex_attention"
-    if found is not None and not found._supports_flash_attn:
+        return "" if model_class is None or model_class._supports_flex_attn else f"{name} does not support flex_attention"
+    if model_class is not None and not model_class._supports_flash_attn:
         return f"{name} does not support flash attention"
-    return missing_attention_package(attention) or _unfit_device(attention, found)
+    return missing_attention_package(attention) or _unfit_device(attention, model_class)
 
 
-def _unfit_device(attention: str, found: Any) -> str:
+def _unfit_device(attention: str, model_class: Any) -> str:
     if "/" in attention:
-        return ""  # a kernel of the hub may be for any device
+        return ""  # a Hub kernel may support any device
     if not torch.cuda.is_available():
         return "it needs a GPU, and there is none"
-    fitting = getattr(found, "_compatible_flash_implementations", None)
+    fitting = getattr(model_class, "_compatible_flash_implementations", None)
     if fitting and attention not in fitting:
-        return f"{found.__name__} works with {' or '.join(fitting)} alone"
+        return f"{model_class.__name__} supports only {' or '.join(fitting)}"
     return ""

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 
 from stages.config import Microbatch
-from stages.kernels.passes import GPU_SHARE, GPU_TOKENS, passes, rows_of_a_pass, tokens_of
+from stages.kernels.token_budget import GPU_SHARE, GPU_TOKENS, rows_per_batch, token_budget_batches, tokens_of
 from stages.process.gpus import free_gpu_memory, own_peak
 
 logger = logging.getLogger(__name__)
@@ -45,12 +45,12 @@ class PassBudget:
 
     def groups(self, order: Sequence[int], lengths: Sequence[int], *, packed: bool = False) -> list[list[int]]:
         """The sequences of ``order`` pass by pass; ``lengths`` in tokens, of all sequences by their numbers."""
-        return passes(order, lengths, rows=self.rows, device_type=self.device.type, tokens=self.tokens, packed=packed)
+        return token_budget_batches(order, lengths, rows=self.rows, device_type=self.device.type, tokens=self.tokens, packed=packed)
 
     def rows_for(self, number: int, length: int) -> int:
         """Sequences of a pass over ``number`` of them that are all ``length`` tokens long."""
         rows = number if self.rows is None else self.rows
-        return rows_of_a_pass(max(1, rows), length, device_type=self.device.type, tokens=self.tokens)
+        return rows_per_batch(max(1, rows), length, device_type=self.device.type, tokens=self.tokens)
 
     @contextmanager
     def one_pass(self, sequences: int, tokens: int) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Whether a model writes from left to right: its prediction at a token must not depend on later tokens."""
+"""Check that a model is causal: its prediction at a token must not depend on later tokens."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 from stages.errors import ModelError
 from stages.sampling.support import says_causal
 
-LENGTH = 6  # tokens of the text that is tried
+LENGTH = 6  # tokens of the test text
 
 
 def require_causal(model: Any, name: str) -> None:
-    """Raise ModelError where ``model``, called ``name``, reads to the right of a token.
+    """Raise ModelError if ``model``, called ``name``, is not causal.
 
-    A class whose attention layers all say that they are causal is believed. Other classes read two texts that differ in the last token:
-    the logits before it must not.
+    A class whose attention layers all declare themselves causal is trusted. Other models read two texts that differ in the last token: the
+    logits before it must be equal.
     """
     if says_causal(model) or not _looks_ahead(model):
         return
-    hint = "set is_decoder: true in its config.json where it was trained to write" if hasattr(model.config, "is_decoder") else ""
+    hint = "set is_decoder: true in its config.json if it was trained as a decoder" if hasattr(model.config, "is_decoder") else ""
     raise ModelError(
-        f"{name!r} ({type(model).__name__}) is no causal language model: its prediction at a token depends on later tokens. "
-        f"Name a model that writes from left to right{f', or {hint}' if hint else ''}"
+        f"{name!r} ({type(model).__name__}) is not a causal language model: its prediction at a token depends on later tokens. "
+        f"Use a causal language model{f', or {hint}' if hint else ''}"
     )
 
 
@@ -40,5 +40,5 @@ def _looks_ahead(model: Any) -> bool:
     finally:
         model.train(training)
     spread = (logits[0] - logits[0].mean(dim=-1, keepdim=True)).norm()
-    # Both rows go through the same kernels, so that equal inputs differ by rounding at most.
+    # Both rows use the same kernels, so equal inputs differ at most by rounding.
     return float((logits[0] - logits[1]).norm()) > (1e-4 if model.dtype == torch.float32 else 0.05) * float(spread)

@@ -1,7 +1,7 @@
-"""Dropout on the residual branches alone (Ouyang et al. 2022, C.1: 0.2 in supervised fine-tuning), for any family of decoders.
+"""Dropout on residual branches only (Ouyang et al. 2022, C.1: 0.2 in supervised fine-tuning), for any decoder family.
 
-Many families have no dropout modules where GPT had them. Forward hooks therefore drop the outputs of the branches: no weight, module or
-name changes, and the saved model is as it was.
+Many families lack the dropout modules that GPT had. Forward hooks therefore apply dropout to the branch outputs. Weights, modules and
+names do not change, so the saved model is the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BRANCHES = ("self_attn", "self_attention", "attn", "attention", "mlp", "feed_for
 
 
 def set_residual_dropout(model: Any, probability: float) -> int:
-    """Drop what each attention and each MLP adds to the residual stream, in training mode; set every other dropout to 0.
+    """Apply dropout to the output of each attention and MLP in training mode, and set every other dropout to 0.
 
     Returns the number of branches. Raises ModelError for a model whose layers do not have exactly two.
     """
@@ -30,8 +30,8 @@ def set_residual_dropout(model: Any, probability: float) -> int:
         if len(branches) != 2:
             names = ", ".join(name for name, _ in layer.named_children())
             raise ModelError(
-                f"residual_dropout: a layer of {type(plain).__name__} has the parts {names}; an attention and an MLP were expected among "
-                "them. Leave residual_dropout out for this family"
+                f"residual_dropout: a layer of {type(plain).__name__} has the parts {names}; expected exactly one attention and one MLP "
+                "among them. Remove residual_dropout for this family"
             )
         for branch in branches:
             branch.residual_dropout = probability
@@ -41,7 +41,7 @@ def set_residual_dropout(model: Any, probability: float) -> int:
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Whether ``model`` drops anything in training mode: by modules, inside its attention, or on residual branches."""
+    """Whether ``model`` has any active dropout in training mode: in modules, in its attention, or on residual branches."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             return True
@@ -51,15 +51,15 @@ def has_dropout(model: nn.Module) -> bool:
 
 
 def _layers(model: Any) -> nn.ModuleList:
-    number = model.config.get_text_config().num_hidden_layers
+    num_layers = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == number:
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return module
-    raise ModelError(f"residual_dropout: {type(model).__name__} has no list of {number} layers; leave residual_dropout out for this family")
+    raise ModelError(f"residual_dropout: {type(model).__name__} has no list of {num_layers} layers; remove residual_dropout")
 
 
 def _drop(module: Any, inputs: Any, output: Tensor | tuple[Any, ...]) -> Any:
-    """The forward hook of a branch: drop its output, the first item where it gives several."""
+    """Forward hook of a branch: apply dropout to its output (the first item of a tuple)."""
     if not module.training:
         return output
     if isinstance(output, tuple):

@@ -1,4 +1,4 @@
-"""Adapters written as whole models that ``from_pretrained`` reads."""
+"""Export adapters as full models for ``from_pretrained``."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 
 def save_merged(adapter: ResolvedModel, folder: Path) -> None:
-    """Write an adapter merged into its base, in fp32, with its tokenizer; reward and value models keep their head and bias, a
-    generative reward model its question."""
+    """Merge an adapter into its base and save it in fp32 with its tokenizer.
+
+    Reward and value models keep their head and bias, generative reward models their question.
+    """
     tokenizer = loading.load_tokenizer(adapter)
     plain = adapter.with_quantization(ModelInput(ref=adapter.ref))
     role = adapter.record.role if adapter.record is not None else _guess_role(adapter)
@@ -43,7 +45,7 @@ def _guess_role(adapter: ResolvedModel) -> str:
 
 
 def export_merged(record: ModelRecord, registry: Registry, folder: Path) -> None:
-    """Write the registry's adapter version ``record`` as a whole model that ``from_pretrained`` reads."""
+    """Save the registry's adapter version ``record`` as a full model for ``from_pretrained``."""
     from stages.registry.references import ResolvedModel
 
     adapter = ResolvedModel(

@@ -1,4 +1,4 @@
-"""Errors of transformers, the hub and safetensors while a model is loaded, as one message that names the cause and the next move."""
+"""Convert errors of transformers, the Hub and safetensors during loading to one message with the cause and the next move."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stages.errors import ModelError, doing
 if TYPE_CHECKING:
     from stages.registry.references import ResolvedModel
 
-# transformers reads most fields of a config unchecked, so that a wrong one fails in whatever is computed from it.
+# transformers does not validate most config fields, so a wrong value can cause many kinds of errors.
 FAILURES = (
     ArithmeticError,
     AttributeError,
@@ -34,7 +34,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 @contextmanager
 def explained(model: ResolvedModel, what: str) -> Iterator[None]:
-    """Raise a ModelError for what goes wrong inside. ``what``: "model" or "tokenizer"."""
+    """Context manager that converts loading errors to ModelError. ``what``: "model" or "tokenizer"."""
     try:
         with doing(f"loading the {what} of {model.ref!r}"):
             yield
@@ -43,13 +43,13 @@ def explained(model: ResolvedModel, what: str) -> Iterator[None]:
     except FAILURES as error:
         move = _incomplete_folder(model, what) or _move(model, error)
         if model.input.quantization != "none" and what == "model":
-            move += f"; quantization: {model.input.quantization} needs bitsandbytes and a backend of it for this device"
-        reason = " ".join(str(error).split())[:300]  # a config's error names the field in its first line and the value in its second
+            move += f"; quantization: {model.input.quantization} needs bitsandbytes with a backend for this device"
+        reason = " ".join(str(error).split())[:300]  # a config error names the field in its first line and the value in its second
         raise ModelError(f"cannot load the {what} of {model.ref!r} ({type(error).__name__}: {reason}); {move}") from error
 
 
 def _incomplete_folder(model: ResolvedModel, what: str) -> str:
-    """What a folder lacks that ``save_pretrained`` would have written; empty for a complete folder and for the hub."""
+    """What a folder lacks compared with the output of ``save_pretrained``; empty for a complete folder and for the Hub."""
     folder = Path(model.path)
     if not folder.is_dir():
         return ""
@@ -61,33 +61,33 @@ def _incomplete_folder(model: ResolvedModel, what: str) -> str:
 
 
 def _move(model: ResolvedModel, error: BaseException) -> str:
-    """The next move, by the cause that the error names."""
+    """The next move for the cause named in the error."""
     text = str(error)
     if "trust_remote_code" in text:
-        return "its code comes with it and was not run; write {ref: ..., trust_remote_code: true} where you trust it"
+        return "it needs its own code, which was not run; write {ref: ..., trust_remote_code: true} if you trust it"
     if isinstance(error, ImportError):
-        return "install the package that it names"
+        return "install the named package"
     if isinstance(error, SafetensorError):
-        return "its weights are damaged or cut off; copy or download them again"
+        return "its weights are damaged or truncated; copy or download them again"
     if isinstance(error, json.JSONDecodeError) or "valid JSON" in text:
         return "one of its files is not valid JSON; copy or download it again"
     if "does not recognize this architecture" in text or "Should have a `model_type` key" in text:
-        return f"{_of_config(model)}this version of transformers has no class for it; upgrade transformers, or take another model"
+        return f"{_of_config(model)}this version of transformers has no class for it; upgrade transformers, or use another model"
     if "Unrecognized configuration class" in text:
-        return f"{_of_config(model)}transformers has no class of this kind for it; take a model of another family"
+        return f"{_of_config(model)}transformers has no class of this kind for it; use another model family"
     if isinstance(error, StrictDataclassError):
-        return "a field of its config.json has a value that its family does not allow; correct that field"
+        return "a field of its config.json has an invalid value; correct that field"
     if "attn_implementation" in text or "attention implementation" in text or "Flash Attention" in text or "FlashAttention" in text:
-        return f"its class refuses attention: {model.input.attention}; write attention: eager, which every class supports"
+        return f"its class does not support attention: {model.input.attention}; write attention: eager, which every class supports"
     if "out of memory" in text:
-        return "it does not fit into memory; quantize it (quantization: nf4), or take a smaller model"
+        return "it does not fit into memory; quantize it (quantization: nf4), or use a smaller model"
     if model.kind == "hub":
-        return "check the id (owner/name), the connection and the access rights, or download it and name its folder"
-    return "its files do not fit together; compare its config.json with its weights, or save it again"
+        return "check the id (owner/name), the connection and the access rights, or download it and use its folder"
+    return "its files are inconsistent; compare its config.json with its weights, or save it again"
 
 
 def _of_config(model: ResolvedModel) -> str:
-    """The model type that a folder's config names, as the beginning of a sentence."""
+    """The model type in a folder's config, as the beginning of a sentence."""
     try:
         kind = json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What families of models cannot do here, refused in one sentence before their weights are read. docs/families.md is the table of it."""
+"""Unsupported features of model families, refused with one message before weights are loaded. See the table in docs/families.md."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from stages.errors import ModelError
 
 
 def refuse_unfit(config: Any, name: str) -> None:
-    """Raise ModelError where a model of ``config`` is no causal language model, which policies, reward models and value networks are.
+    """Raise ModelError unless ``config`` belongs to a causal language model, as policies, reward models and value networks need.
 
-    ``name``: the model as the recipe writes it. A model whose code comes with it counts as what its ``auto_map`` says it is.
+    ``name``: the model as written in the recipe. A model with remote code is judged by its ``auto_map``.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
-            f"{name!r} is a {kind} model, an encoder with a decoder; this project trains decoders alone (llama, gpt2, qwen2, ...). "
-            "Name a causal language model"
+            f"{name!r} is a {kind} model, an encoder-decoder; this project trains only decoders (llama, gpt2, qwen2, ...). "
+            "Use a causal language model"
         )
     reads_backwards = not (getattr(config, "is_decoder", False) or getattr(config, "causal", False))
     is_encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and reads_backwards
@@ -30,18 +30,18 @@ def refuse_unfit(config: Any, name: str) -> None:
     if is_encoder or not is_causal:
         raise ModelError(
             f"{name!r} is a {kind} model; a policy or a scalar head needs a causal language model (llama, gpt2, gpt_neox, qwen2, ...). "
-            "An encoder can be trained as a classifier (stage: sentiment) and rewarded by its label"
+            "An encoder can be trained as a classifier (stage: sentiment), whose label can be a reward"
         )
 
 
 def refuse_quantization(config: Any, quantization: str, name: str) -> None:
-    """Raise ModelError for a family whose class cannot compute with weights of ``quantization``."""
+    """Raise ModelError for a family whose class does not support weights of ``quantization``."""
     if config.model_type == "rwkv" and quantization == "nf4":
         raise ModelError(f"{name!r} is an rwkv model, whose class cannot rescale nf4 weights; write quantization: int8 or none")
 
 
 def refuse_without_linear_layers(auto: Any, config: Any, quantization: str, name: str) -> None:
-    """Raise ModelError where bitsandbytes would take none of the layers of the class that ``auto`` picks; no weights are made."""
+    """Raise ModelError if bitsandbytes would quantize none of the layers of the class that ``auto`` selects. Allocates no weights."""
     with torch.device("meta"):
         made = auto.from_config(config)
     head = made.get_output_embeddings() if hasattr(made, "get_output_embeddings") else None
@@ -50,28 +50,28 @@ def refuse_without_linear_layers(auto: Any, config: Any, quantization: str, name
 
 
 def no_linear_layers(kind: str, quantization: str, name: str) -> str:
-    """What is said of a class ``kind`` without plain linear layers."""
+    """The message about a class ``kind`` without plain linear layers."""
     return (
-        f"quantization: {quantization} reaches no layer of {name!r}: bitsandbytes takes plain linear layers alone, and {kind} has none. "
+        f"quantization: {quantization} affects no layer of {name!r}: bitsandbytes quantizes only plain linear layers, and {kind} has none. "
         "Write quantization: none"
     )
 
 
 def state_space_products(model: nn.Module) -> list[str]:
-    """Names of the products inside state-space mixers (Mamba, Jamba, Bamba, Falcon-H1) that take neither an adapter nor quantized weights.
+    """Names of linear modules inside state-space mixers (Mamba, Jamba, Bamba, Falcon-H1) that support neither adapters nor quantization.
 
-    Their weights are read past the layer, by the fused kernels or by the family's own code, so what is wrapped around the layer would be
-    passed over in silence. ``in_proj`` is always computed as a layer.
+    Fused kernels or the family's code read their weights directly, so a wrapper around the module would be ignored silently. ``in_proj`` is
+    always called as a module, so it is not in this list.
     """
-    found = []
+    names = []
     for name, module in model.named_modules():
         if "A_log" in module._parameters:
-            found += [f"{name}.{own}" for own, child in module.named_children() if isinstance(child, nn.Linear) and own != "in_proj"]
-    return found
+            names += [f"{name}.{own}" for own, child in module.named_children() if isinstance(child, nn.Linear) and own != "in_proj"]
+    return names
 
 
 def unquantized_modules(auto: Any, config: Any) -> list[str] | None:
-    """Modules of the class that ``auto`` picks which stay as they are under quantization; None for transformers' own choice."""
+    """Modules of the class that ``auto`` selects which must not be quantized; None for transformers' default."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     text = config.get_text_config()

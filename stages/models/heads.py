@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class ScalarModel(nn.Module):
-    """A transformer and a linear head from its last hidden states to one number per token; the head is always fp32."""
+    """A transformer with a linear head that maps its last hidden states to one number per token. The head is always fp32."""
 
     def __init__(self, backbone: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__()
@@ -42,12 +42,12 @@ class ScalarModel(nn.Module):
         self.score_head = nn.Linear(hidden_width(backbone), 1, bias=True, dtype=torch.float32, device=device)
         nn.init.zeros_(self.score_head.weight)
         nn.init.zeros_(self.score_head.bias)
-        # Where the backbone is shared with other roles (models/shared.py): what lets this one's adapters act, and what saves them.
+        # For a backbone shared with other roles (models/shared.py): functions that activate and save this role's adapters.
         self.activate: Callable[[], None] = _nothing
         self.save_adapter: Callable[[Path], None] | None = None
         self.adapted: Any = None  # the PeftModel around the shared backbone
 
-    # Making one
+    # Creation
 
     @classmethod
     def from_pretrained(
@@ -59,7 +59,7 @@ class ScalarModel(nn.Module):
         trainable: bool = False,
         dropout: bool = False,
     ) -> Self:
-        """A saved scalar model with its head and bias. Raises ModelError where the checkpoint has no such head."""
+        """Load a saved scalar model with its head and bias. Raises ModelError if the checkpoint has no such head."""
         model = as_resolved(model)
         weight, bias = read_head(model)
         tokenizer = load_tokenizer(model)
@@ -73,27 +73,29 @@ class ScalarModel(nn.Module):
 
     @torch.no_grad()
     def set_head(self, weight: Tensor, bias: float) -> None:
-        """Put weight [1, d] and bias into the head."""
+        """Set the head's weight [1, d] and bias."""
         self.score_head.weight.copy_(weight)
         self.score_head.bias.fill_(bias)
 
-    # Computing
+    # Computation
 
     def score_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """One number per position, from that token and those before it. Inputs [B, T]; returns [B, T] fp32."""
+        """One number per position, computed from that token and those before it. Inputs [B, T]; returns [B, T] fp32."""
         return self.score_head(self._hidden(input_ids, attention_mask).float()).squeeze(-1)
 
     def score_positions(self, input_ids: Tensor, rows: Tensor, columns: Tensor, packing: Packing | None = None) -> Tensor:
-        """The numbers [N] at the positions ``rows``, ``columns`` [N] of right-padded ids [B, T], or of packed ones [1, S]."""
+        """The numbers [N] at positions (``rows``, ``columns``) [N] of right-padded ids [B, T], or of packed ids [1, S]."""
         self.activate()
         return self.score_head(hidden_states(self.backbone, input_ids, packing)[rows, columns].float()).squeeze(-1)
 
     def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Last hidden states [B, T, d].
 
-        A causal model never looks to the right, so padding there needs no mask. Rows that are padded on the left are moved to the left for
-        the pass, and their hidden states back. So every family reads a text from position 0, those without a mask (RWKV) among them, and
-        the fastest kernels can be used.
+        Right-padded rows need no mask, because a causal model does not attend to later tokens. Left-padded rows are rotated to right
+        padding for
+        the pass, and their hidden states are rotated back. So every family, including those without a mask (RWKV), reads a text from
+        position 0,
+        and the fastest kernels can be used.
         """
         self.activate()
         if bool(attention_mask[:, 0].all()):
@@ -105,19 +107,19 @@ class ScalarModel(nn.Module):
         back = (columns - starts) % width
         return hidden.gather(1, back[..., None].expand_as(hidden))
 
-    # The trainer's side
+    # Trainer interface
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any) -> None:
-        """Recompute the backbone's activations in the backward pass; ``options`` are those that transformers' trainer adds."""
+        """Recompute the backbone's activations in the backward pass. ``options`` are passed by transformers' trainer."""
         if hasattr(self.backbone, "activation_checkpointing_enable"):
             self.backbone.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
         else:  # transformers before 5.24
             self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
         if not any(parameter.requires_grad for parameter in self.backbone.get_input_embeddings().parameters()):
-            self.backbone.enable_input_require_grads()  # frozen under an adapter: nothing else carries the gradient into the first block
+            self.backbone.enable_input_require_grads()  # with a frozen embedding, the first block's input needs requires_grad
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any) -> None:
-        """The name by which transformers 5.24 and later ask for ``gradient_checkpointing_enable``."""
+        """Alias of ``gradient_checkpointing_enable`` that transformers 5.24 and later call."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
 
     # Saving
@@ -130,11 +132,11 @@ class ScalarModel(nn.Module):
         state_dict: dict[str, Tensor] | None = None,
         rows: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """Write backbone, head, bias and tokenizer.
+        """Save backbone, head, bias and tokenizer.
 
-        Whole weights make a Hugging Face checkpoint of ``<Arch>ForSequenceClassification`` with one label (``score.weight``) whose config
-        keeps the bias (``reward_bias``). An adapter is saved as peft does, with the head beside it in head.safetensors. ``state_dict`` and
-        ``rows`` as of ``loading.save_model``: what was written is read again and compared with this model.
+        Full weights are saved as a Hugging Face checkpoint of ``<Arch>ForSequenceClassification`` with one label (``score.weight``); the
+        config contains the bias (``reward_bias``). An adapter is saved as in peft, with the head in head.safetensors. For ``state_dict``
+        and ``rows`` see ``loading.save_model``: the saved files are read again and compared with this model.
         """
         from peft import PeftModel, get_peft_model_state_dict
         from safetensors.torch import save_file
@@ -164,8 +166,8 @@ class ScalarModel(nn.Module):
         else:
             config.architectures = [_classifier_class(config)]
             prefix = self.backbone.base_model_prefix
-            whole = {f"{prefix}.{name}": value.detach().cpu().contiguous() for name, value in body.items()}
-            save_file({**whole, **head}, folder / "model.safetensors", metadata={"format": "pt"})
+            weights = {f"{prefix}.{name}": value.detach().cpu().contiguous() for name, value in body.items()}
+            save_file({**weights, **head}, folder / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(folder)
         if tokenizer := tokenizer or self.tokenizer:
             tokenizer.save_pretrained(folder)
@@ -173,7 +175,7 @@ class ScalarModel(nn.Module):
             self._check_saved(folder, rows)
 
     def _check_saved(self, folder: Path, rows: Sequence[Sequence[int]] | None) -> None:
-        """Raise ModelError where the files in ``folder`` do not compute what this model does."""
+        """Raise ModelError if the files in ``folder`` do not compute the same outputs as this model."""
         from peft import PeftModel
 
         adapted = self.adapted or (self.backbone if isinstance(self.backbone, PeftModel) else None)
@@ -183,29 +185,29 @@ class ScalarModel(nn.Module):
 
         def reload(saved: ResolvedModel) -> list[Tensor]:
             dtype = torch.float32 if adapted is not None else next(self.backbone.parameters()).dtype
-            return type(self).from_pretrained(saved, dtype=dtype).to(device)._numbers(ids)
+            return type(self).from_pretrained(saved, dtype=dtype).to(device)._outputs(ids)
 
         if adapted is None:
-            check_saved_weights(self, folder, lambda: self._numbers(ids), reload, scale=scale)
+            check_saved_weights(self, folder, lambda: self._outputs(ids), reload, scale=scale)
             return
         self.activate()
-        activate, self.activate = self.activate, _nothing  # the check chooses the adapters that act
+        activate, self.activate = self.activate, _nothing  # the check selects the active adapters
         try:
-            check_saved_adapter(adapted, folder, lambda: self._numbers(ids), reload, scale=scale)
+            check_saved_adapter(adapted, folder, lambda: self._outputs(ids), reload, scale=scale)
         finally:
             self.activate = activate
 
     @torch.no_grad()
-    def _numbers(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-        """The numbers [T] of each row of token ids, alone."""
+    def _outputs(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The outputs [T] of each row of token ids, one row per pass."""
         training, device = self.training, self.score_head.weight.device
         self.eval()
-        found = []
+        outputs = []
         for row in rows:
             ids = torch.tensor([row], device=device)
-            found.append(self.score_tokens(ids, torch.ones_like(ids))[0].float().cpu())
+            outputs.append(self.score_tokens(ids, torch.ones_like(ids))[0].float().cpu())
         self.train(training)
-        return found
+        return outputs
 
 
 def hidden_states(backbone: Any, input_ids: Tensor, packing: Packing | None = None) -> Tensor:
@@ -218,11 +220,11 @@ def hidden_states(backbone: Any, input_ids: Tensor, packing: Packing | None = No
 
 
 def _nothing() -> None:
-    """A backbone of one's own needs no adapters chosen."""
+    """A separate backbone has no adapters to activate."""
 
 
 class RewardModel(ScalarModel):
-    """Says how good a whole text is: the number at its last token."""
+    """Scores a text: the head's output at its last token."""
 
     @classmethod
     def from_language_model(
@@ -235,9 +237,9 @@ class RewardModel(ScalarModel):
         dropout: bool = False,
         seed: int = 0,
     ) -> Self:
-        """A new reward model on a causal language model; weights of the head ~ N(0, 1 / (d + 1)), bias 0.
+        """Create a reward model from a causal language model. Head weights ~ N(0, 1 / (d + 1)), bias 0.
 
-        The initialisation is that of Stiennon et al. 2020 (https://arxiv.org/abs/2009.01325, appendix B.1); ``seed`` draws it. Raises
+        This is the initialization of Stiennon et al. 2020 (https://arxiv.org/abs/2009.01325, appendix B.1), drawn from ``seed``. Raises
         ModelError for an encoder, whose last token has no special meaning.
         """
         model = as_resolved(model)
@@ -249,34 +251,34 @@ class RewardModel(ScalarModel):
 
     @torch.no_grad()
     def draw_head(self, seed: int) -> None:
-        """New weights of the head ~ N(0, 1 / (d + 1)), bias 0."""
+        """Re-draw the head's weights ~ N(0, 1 / (d + 1)); bias 0."""
         width = self.score_head.in_features
         self.score_head.weight.copy_(torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / math.sqrt(width + 1))
         self.score_head.bias.zero_()
 
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The score of each text, read at its last token that is not padding. Inputs [B, T]; returns [B] fp32."""
+        """The score of each text, at its last non-padding token. Inputs [B, T]; returns [B] fp32."""
         last = last_positions(attention_mask)
         rows = torch.arange(len(last), device=last.device)
         return self.score_head(self._hidden(input_ids, attention_mask)[rows, last].float()).squeeze(-1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """``score``, by the name that wrappers (DDP, FSDP) call."""
+        """``score``; wrappers (DDP, FSDP) call this method."""
         return self.score(input_ids, attention_mask)
 
     @torch.no_grad()
     def center(self, mean: float) -> None:
-        """Subtract ``mean`` from every score from now on, through the bias."""
+        """Subtract ``mean`` from all future scores, by the bias."""
         self.score_head.bias.sub_(mean)
 
     @torch.no_grad()
     def standardize(self, mean: float, deviation: float) -> float:
-        """Make scores of this mean and standard deviation ones of 0 and 1, through weights and bias of the head; returns the gain.
+        """Rescale the head so that scores with this mean and standard deviation get mean 0 and standard deviation 1. Returns the gain.
 
-        Ziegler et al. 2019: gain 1 / sigma and bias -gain * mu. Raises ModelError where all scores were equal.
+        Ziegler et al. 2019: gain 1 / sigma and bias -gain * mu. Raises ModelError if all scores were equal.
         """
         if deviation <= 0:
-            raise ModelError("the reward model gives every text the same score, which cannot be brought to variance 1")
+            raise ModelError("the reward model gives every text the same score, which cannot be scaled to variance 1")
         self.score_head.bias.sub_(mean).div_(deviation)
         self.score_head.weight.div_(deviation)
         return 1 / deviation
@@ -291,9 +293,9 @@ class ValueModel(ScalarModel):
 
     @classmethod
     def from_reward_model(cls, reward_model: RewardModel) -> Self:
-        """A trainable copy of a reward model: its value at a text's last token is the text's score.
+        """A trainable copy of a reward model. Its value at a text's last token equals the text's score.
 
-        Of a reward model with an adapter the copy's adapter and head are trainable.
+        If the reward model has an adapter, the copy's adapter and head are trainable.
         """
         from peft import PeftModel
 
@@ -314,56 +316,56 @@ class ValueModel(ScalarModel):
         trainable: bool = True,
         dropout: bool = False,
     ) -> Self:
-        """The transformer of a policy with a head of zeros: the first values are 0 everywhere."""
+        """A policy's transformer with a zero-initialized head, so that the initial values are 0."""
         model = as_resolved(model)
         tokenizer = load_tokenizer(model)
         backbone = load_backbone(model, dtype=dtype, lora=lora, trainable=trainable, tokenizer=tokenizer, dropout=dropout)
         return cls(backbone, tokenizer).train(trainable)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Values of every position. Inputs [B, T]; returns [B, T] fp32."""
+        """Values at all positions. Inputs [B, T]; returns [B, T] fp32."""
         return self.score_tokens(input_ids, attention_mask)
 
 
 def last_positions(attention_mask: Tensor) -> Tensor:
-    """Column of each row's last real token, whichever side is padded. Mask [B, T]; returns [B]."""
+    """Index of each row's last non-padding token, for either padding side. Mask [B, T]; returns [B]."""
     columns = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
     return (attention_mask.long() * columns).argmax(dim=-1)
 
 
 def _classifier_class(config: Any) -> str:
-    """Name of transformers' sequence classifier of this architecture; the backbone's own where there is none."""
+    """Name of transformers' sequence classifier of this architecture; the backbone's class if there is none."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
     return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type, (config.architectures or ["AutoModel"])[0])
 
 
 def read_head(model: ResolvedModel) -> tuple[Tensor, float]:
-    """Weight [1, d] and bias of the scalar head in a checkpoint; the config's ``reward_bias`` comes before a stored bias."""
+    """Weight [1, d] and bias of a checkpoint's scalar head. ``reward_bias`` in the config takes precedence over a stored bias."""
     from safetensors import safe_open
     from transformers.utils import cached_file
 
     refused = ModelError(
-        f"{model.ref!r} has no reward head (score.weight); a random head is never used in silence. "
-        "Train one with a reward_model step, or name a model that has it"
+        f"{model.ref!r} has no reward head (score.weight), and a random head is never used silently. "
+        "Train one with a reward_model step, or use a model that has one"
     )
     names = [HEAD_FILE] if is_adapter(model) else ["model.safetensors.index.json", "model.safetensors"]
-    found = None
+    path = None
     for name in names:
         try:
-            found = cached_file(model.path, name, revision=model.input.revision, _raise_exceptions_for_missing_entries=False)
+            path = cached_file(model.path, name, revision=model.input.revision, _raise_exceptions_for_missing_entries=False)
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot read {model.ref!r}: {str(error).splitlines()[0]}") from error
-        if found is not None:
+        if path is not None:
             break
-    if found is None:
+    if path is None:
         raise refused
-    if found.endswith(".json"):
-        shards = json.loads(Path(found).read_text(encoding="utf-8"))["weight_map"]
+    if path.endswith(".json"):
+        shards = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
         if "score.weight" not in shards:
             raise refused
-        found = cached_file(model.path, shards["score.weight"], revision=model.input.revision)
-    with safe_open(str(found), framework="pt") as file:
+        path = cached_file(model.path, shards["score.weight"], revision=model.input.revision)
+    with safe_open(str(path), framework="pt") as file:
         stored = set(file.keys())
         if "score.weight" not in stored:
             raise refused

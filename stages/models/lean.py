@@ -1,8 +1,9 @@
-"""A loaded model's norms and feed-forward layers replaced by ones that keep less for their backward pass (``kernels/lean.py``).
+"""Replace a loaded model's norms and feed-forward layers by versions that store fewer activations (``kernels/lean.py``).
 
-transformers writes the same two layers anew in every family. Whether a layer is one of them is read first: its parts, its activation, the
-arguments of its ``forward``. Then both are computed with weights drawn for the purpose and with inputs of several sizes, in training and in
-evaluation mode. The weights of today decide nothing: near 0 a GELU looks like a SiLU. Parameters, names and saved form stay as they are.
+Each family in transformers has its own copy of the same two layers. A layer is replaced in two steps. First its structure is checked: its
+parts, its activation, the arguments of ``forward``. Then both versions are compared on random weights and inputs of several scales, in
+training and evaluation mode. The model's current weights are not used, because near 0 a GELU looks like a SiLU. Parameters, names and the
+saved form do not change.
 """
 
 from __future__ import annotations
@@ -24,41 +25,41 @@ PRODUCTS = ("gate_proj", "up_proj", "down_proj")
 EPSILONS = ("variance_epsilon", "eps")
 ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation", "hidden_act")
 PROBE_SIZES = (1e-3, 1.0, 30.0)
-"""Sizes of the inputs of a probe: a small one shows the epsilon of a norm, a large one the shape of an activation."""
+"""Scales of the probe inputs: a small one reveals a norm's epsilon, a large one the shape of an activation."""
 
 
 def use_lean_layers(model: nn.Module) -> Counter[str]:
-    """Let the RMS norms and SwiGLU layers of ``model`` compute leanly wherever they train in fp32 on a CPU.
+    """Replace the RMS norms and SwiGLU layers of ``model``. The new versions are used only when training in fp32 on a CPU.
 
-    Returns how many layers of each class were switched.
+    Returns the number of replaced layers per class.
     """
-    found: dict[Any, type[nn.Module] | None] = {}
+    lean_classes: dict[Any, type[nn.Module] | None] = {}
     switched: Counter[str] = Counter()
     for module in model.modules():
         key = _alike(module)
-        if key not in found:
+        if key not in lean_classes:
             kind: Any = type(module)
-            found[key] = next((lean for lean in _leaner(kind) if _is_equal(module, lean)), None)
-        if (lean := found[key]) is not None:
+            lean_classes[key] = next((lean for lean in _leaner(kind) if _is_equal(module, lean)), None)
+        if (lean := lean_classes[key]) is not None:
             switched[type(module).__name__] += 1
             module.__class__ = lean
     return switched
 
 
 class _LeanNorm(nn.Module):
-    """Mixed into a family's own RMS norm: weight * x / sqrt(mean(x^2) + eps)."""
+    """Mixin for a family's RMS norm: weight * x / sqrt(mean(x^2) + eps)."""
 
     weight: Tensor
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        """Whether the layer has a weight alone, an epsilon, and no part of its own."""
+        """Whether the layer has exactly one weight, an epsilon, and no submodules."""
         names = [name for name, _ in module.named_parameters()]
         return names == ["weight"] and module.weight.ndim == 1 and _epsilon(module) is not None and not list(module.children())
 
     def lean(self, x: Tensor) -> Tensor:
         epsilon = _epsilon(self)
-        assert epsilon is not None  # ``fits`` has asked
+        assert epsilon is not None  # checked by ``fits``
         return rms_norm(x, self.weight, epsilon)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
@@ -67,11 +68,11 @@ class _LeanNorm(nn.Module):
 
 
 class _LeanMLP(nn.Module):
-    """Mixed into a family's own feed-forward layer; with an adapter on one of its products the family's own forward runs."""
+    """Mixin for a family's feed-forward layer. If one of its linear modules has an adapter, the family's own forward runs."""
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        """Whether the layer has the three products, no other parameter, and a SiLU wherever it names its activation."""
+        """Whether the layer has the three linear modules, no other parameters, and only SiLU activations."""
         named = [getattr(module, name) for name in ACTIVATIONS if callable(getattr(module, name, None))]
         parameters = {name for name, _ in module.named_parameters()}
         return _has_plain_products(module) and parameters == {f"{name}.weight" for name in PRODUCTS} and all(map(_is_silu, named))
@@ -86,12 +87,12 @@ class _LeanMLP(nn.Module):
 
 
 def _epsilon(module: nn.Module) -> float | None:
-    found = [value for name in EPSILONS if isinstance(value := getattr(module, name, None), float)]
-    return found[0] if len(found) == 1 else None
+    epsilons = [value for name in EPSILONS if isinstance(value := getattr(module, name, None), float)]
+    return epsilons[0] if len(epsilons) == 1 else None
 
 
 def _is_silu(activation: Any) -> bool:
-    """Whether an activation is x * sigmoid(x), by what it is and not by what it computes of a few numbers."""
+    """Whether an activation is SiLU, x * sigmoid(x), by its identity or class, not by its values."""
     return activation is functional.silu or isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
 
 
@@ -101,7 +102,7 @@ def _has_plain_products(module: nn.Module) -> bool:
 
 
 def _alike(module: nn.Module) -> tuple[Any, ...]:
-    """What two layers must agree in to compute the same function of their weights: the class and the plain settings on it."""
+    """A key that is equal for layers which compute the same function of their weights: the class and its scalar settings."""
     settings = tuple(
         (name, value)
         for name, value in sorted(vars(module).items())
@@ -113,20 +114,20 @@ def _alike(module: nn.Module) -> tuple[Any, ...]:
 
 @cache
 def _leaner(kind: type[nn.Module]) -> tuple[type[nn.Module], ...]:
-    """Lean forms that layers of this class could have. Their class has the name of the one it replaces, as configs name classes."""
+    """Candidate lean classes for layers of this class. They keep the original class name, because configs refer to classes by name."""
     if issubclass(kind, (_LeanNorm, _LeanMLP)) or not _takes_one_tensor(kind):
         return ()
     return tuple(type(kind.__name__, (mixin, kind), {"__module__": kind.__module__}) for mixin in (_LeanNorm, _LeanMLP))
 
 
 def _takes_one_tensor(kind: type[nn.Module]) -> bool:
-    """Whether ``forward`` has one argument; a gate or a mask beside the input would change what it computes."""
+    """Whether ``forward`` has exactly one argument; a gate or mask argument would change the result."""
     return len(inspect.signature(kind.forward).parameters) == 2
 
 
 @torch.no_grad()
 def _is_equal(module: Any, lean: Any) -> bool:
-    """Whether ``lean`` computes what ``module`` computes, for weights and inputs that are drawn here."""
+    """Whether ``lean`` and ``module`` compute the same outputs for random weights and inputs."""
     if not lean.fits(module) or next(module.parameters()).dtype != torch.float32:
         return False
     probe = _with_drawn_weights(module)
@@ -140,9 +141,9 @@ def _is_equal(module: Any, lean: Any) -> bool:
 
 
 def _with_drawn_weights(module: nn.Module) -> Any:
-    """A copy of a layer whose weights are drawn from [-1.5, 1.5], on the CPU. A matrix gets one drawn row, repeated without memory.
+    """A copy of a layer on the CPU with weights drawn from [-1.5, 1.5]. All rows of a matrix are views of one drawn row, to save memory.
 
-    The rows of a matrix are scaled so that a product with inputs of size s has values of about size s.
+    Matrix rows are scaled so that outputs have about the same scale as inputs.
     """
     generator = torch.Generator().manual_seed(0)
     drawn: dict[int, Any] = {}

@@ -1,4 +1,4 @@
-"""How likely a causal language model finds given tokens: the measure behind held-out loss, perplexity and bits per byte.
+"""Likelihood of given tokens under a causal language model: the basis of held-out loss, perplexity and bits per byte.
 
 B sequences, T tokens, V vocabulary.
 """
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Summed negative log-likelihood (nats) of ``tokens`` predicted tokens."""
+    """Summed negative log-likelihood (in nats) of ``tokens`` predicted tokens."""
 
     nats: float
     tokens: int
@@ -32,7 +32,7 @@ class Likelihood:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     def bits_per_byte(self, num_bytes: int) -> float:
-        """Bits per UTF-8 byte of the text that the tokens spell: comparable across tokenizers."""
+        """Bits per UTF-8 byte of the tokens' text, which is comparable across tokenizers."""
         return self.nats / math.log(2) / num_bytes
 
 
@@ -46,21 +46,22 @@ def measure_likelihood(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Likelihood:
-    """Likelihood of ``rows`` of (token ids, mask); a token counts where its mask is 1 (the first never does: nothing predicts it).
+    """Measure the likelihood of ``rows`` of (token ids, mask). A token counts if its mask is 1, except the first, which nothing predicts.
 
-    The rows are shared out among the processes and the sums added up, so that every process returns the same. Compute runs in ``dtype``.
+    The rows are distributed over the processes and the sums are all-reduced, so every process returns the same value. Computes in
+    ``dtype``.
     """
     from accelerate import PartialState
     from accelerate.utils import reduce
 
     state = PartialState()
-    ordered = sorted(rows, key=lambda row: len(row[0]))  # equal lengths together: little padding
+    ordered = sorted(rows, key=lambda row: len(row[0]))  # batches of similar lengths need little padding
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
     nats, tokens = 0.0, 0
     training = model.training
     model.eval()
     try:
-        # Every process makes equally many forward passes, since a sharded model gathers its weights in each; surplus ones do not count.
+        # Every process runs equally many forward passes, because a sharded model gathers its weights in each. Surplus passes do not count.
         for turn in range(math.ceil(len(batches) / state.num_processes)):
             index = turn * state.num_processes + state.process_index
             input_ids, attention_mask, counted = _padded(batches[min(index, len(batches) - 1)], pad_token_id, device)
@@ -78,7 +79,7 @@ def measure_likelihood(
 
 
 def _padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Right-padded ids, attention mask and counting mask, each [B, T]."""
+    """Right-padded ids, attention mask and loss mask, each [B, T]."""
     width = max(len(ids) for ids, _ in rows)
     input_ids = torch.full((len(rows), width), pad_token_id)
     attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
@@ -91,7 +92,7 @@ def _padded(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_token_id: i
 
 
 def _summed_loss(logits: Tensor, input_ids: Tensor, counted: Tensor) -> float:
-    """Sum over counted tokens of -log p(token | those before). Logits [B, T, V]; one row at a time, as fp32 logits are large."""
+    """Sum of -log p(token | previous tokens) over counted tokens. Logits [B, T, V]; one row at a time to limit fp32 memory."""
     total = 0.0
     for row_logits, row_ids, row_counted in zip(logits, input_ids, counted, strict=True):
         chosen = row_counted[1:]

@@ -1,4 +1,4 @@
-"""Loading and saving of tokenizers and models: safetensors only, a pad token that is not the end token, no weights made up in silence."""
+"""Load and save tokenizers and models: safetensors only, a pad token that differs from the end token, no random weights without notice."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from stages.registry.references import ResolvedModel
 
 logger = logging.getLogger(__name__)
-_said: set[str] = set()
+_warned: set[str] = set()
 QUANTIZED_LAYERS = ("Linear4bit", "Linear8bitLt")
 
 
 def as_resolved(model: ResolvedModel | str | Path) -> ResolvedModel:
-    """A bare folder or hub id as a ``ResolvedModel``; what is resolved already stays as it is."""
+    """Convert a bare folder or Hub id to a ``ResolvedModel``. A resolved model is returned unchanged."""
     from stages.registry.references import ResolvedModel
 
     if isinstance(model, ResolvedModel):
@@ -49,9 +49,9 @@ def as_resolved(model: ResolvedModel | str | Path) -> ResolvedModel:
 
 
 def load_tokenizer(model: ResolvedModel | str | Path) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a pad token that differs from its end token. The padding side is left as it is.
+    """Load the model's tokenizer, with a pad token that differs from its end token. The padding side is not changed.
 
-    An adapter that comes without a tokenizer has that of the model below it. Raises ModelError where there is no tokenizer.
+    An adapter without a tokenizer uses the tokenizer of the model below it. Raises ModelError if there is no tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -65,9 +65,9 @@ def load_tokenizer(model: ResolvedModel | str | Path) -> PreTrainedTokenizerBase
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, name: str = "the tokenizer") -> None:
-    """Give ``tokenizer`` a pad token where it has none, or only its end token: the unknown token, else a new ``[PAD]``.
+    """If ``tokenizer`` has no pad token, or uses its end token, set it to the unknown token or to a new ``[PAD]``.
 
-    Padding with the end token hides real ends from the loss; a tokenizer that was saved so is mended, and a warning says it once.
+    If the end token were the pad token, the loss would ignore real ends of texts. Logs a warning once per tokenizer.
     """
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     if pad is not None and pad != eos:
@@ -77,16 +77,16 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, name: str = "the tokeni
         tokenizer.pad_token = tokenizer.unk_token
     else:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    if name not in _said:
-        _said.add(name)
-        logger.warning("the tokenizer of %s %s; %r pads from here on", name, reason, tokenizer.pad_token)
+    if name not in _warned:
+        _warned.add(name)
+        logger.warning("the tokenizer of %s %s; using %r as its pad token", name, reason, tokenizer.pad_token)
 
 
 # Models
 
 
 def config_of(model: ResolvedModel | str | Path) -> Any:
-    """The config of the whole weights below a model's adapters. Raises ModelError where it cannot be read."""
+    """The config of the base weights below a model's adapters. Raises ModelError if it cannot be read."""
     from transformers import AutoConfig
 
     base = stack_of(as_resolved(model)).base
@@ -103,12 +103,12 @@ def load_language_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dropout: bool = False,
 ) -> Any:
-    """A causal language model (``PreTrainedModel``, or ``PeftModel`` where ``lora`` is given) with weights of ``dtype``.
+    """Load a causal language model (``PreTrainedModel``, or ``PeftModel`` if ``lora`` is given) with weights of ``dtype``.
 
-    A model that is an adapter is merged into its base first (on a quantized base it stays apart); ``lora`` then adds a new adapter on top.
-    ``tokenizer``: the embedding grows where the tokenizer has more tokens than rows; with ``lora`` the new rows train, too.
-    ``trainable=False`` freezes everything and sets evaluation mode; ``dropout=False`` switches dropout off (PPO needs logprobs that do not
-    change from one forward pass to the next).
+    If the model is an adapter, it is first merged into its base, or stays unmerged on a quantized base. ``lora`` then adds a new adapter.
+    ``tokenizer``: grow the embedding if the tokenizer has more tokens than the embedding has rows; with ``lora`` the new rows are trained.
+    ``trainable=False`` freezes all weights and sets evaluation mode. ``dropout=False`` disables dropout, because PPO needs
+    log-probabilities that are equal in every forward pass.
     """
     from transformers import AutoModelForCausalLM
 
@@ -127,7 +127,7 @@ def load_backbone(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dropout: bool = False,
 ) -> Any:
-    """The transformer of a causal language model without its head (``AutoModel``); arguments as in ``load_language_model``."""
+    """Load the transformer of a causal language model without its head (``AutoModel``). Arguments as in ``load_language_model``."""
     from transformers import AutoModel
 
     model = as_resolved(model)
@@ -145,10 +145,10 @@ def load_classifier(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dropout: bool = False,
 ) -> Any:
-    """An ``AutoModelForSequenceClassification`` with weights of ``dtype``.
+    """Load an ``AutoModelForSequenceClassification`` with weights of ``dtype``.
 
-    ``labels`` names the classes (default: the checkpoint's own). ``require_head=True`` raises ModelError where the checkpoint lacks the
-    head's weights or has another number of classes; ``False`` makes a new head, for a model that is about to be trained.
+    ``labels`` names the classes (default: the checkpoint's). ``require_head=True`` raises ModelError if the checkpoint has no head weights
+    or a different number of classes. ``False`` creates a new head, for training.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -173,11 +173,11 @@ def _load(
     require_head: bool = True,
     options: dict[str, Any] | None = None,
 ) -> tuple[Any, Collection[int]]:
-    """(``model`` in the class that ``auto`` picks, adapters merged, quantized where asked; rows added for tokens that it had none for)."""
+    """Return (the model in the class that ``auto`` selects, adapters merged, quantized if requested; the embedding rows added to it)."""
     quantized = model.input.quantization != "none"
     if quantized and trainable and lora is None:
         raise ModelError(
-            f"{model.ref!r} is loaded in {model.input.quantization}, and quantized weights cannot be trained; "
+            f"{model.ref!r} is loaded in {model.input.quantization}, but quantized weights cannot be trained; "
             "add `lora: {}` to the step, or set quantization: none"
         )
     if is_adapter(model):
@@ -188,7 +188,7 @@ def _load(
 
 
 def _stack(auto: Any, model: ResolvedModel, dtype: torch.dtype, require_head: bool, options: dict[str, Any]) -> Any:
-    """An adapter and all below it, in the class that ``auto`` picks: merged in fp32, or apart from quantized weights."""
+    """Load an adapter and all models below it in the class that ``auto`` selects: merged in fp32, or unmerged on quantized weights."""
     stack = stack_of(model)
     saved = [read_adapter(adapter) for adapter in stack.adapters]
     sizes = [vocabulary_size(load_tokenizer(adapter)) for adapter in stack.adapters]
@@ -207,10 +207,10 @@ def _base(
     options: dict[str, Any],
     saved: Sequence[SavedAdapter],
 ) -> Any:
-    """The whole weights at the bottom of ``model``'s stack: quantized as ``model`` asks, or fp32 to merge into.
+    """Load the base weights of ``model``'s stack: quantized if ``model`` requests it, or in fp32 for merging.
 
-    What was trained on quantized weights is merged into those weights and not into the ones they were rounded from: nf4 weights come out
-    as they were computed with, int8 ones but for the rounding of activations, which whole weights do not have.
+    Adapters trained on quantized weights are merged into the dequantized weights, not into the original ones. For nf4 these equal the
+    weights used in training; for int8 they differ only by the rounding of activations, which full-precision weights do not have.
     """
     supplied = [name for adapter in saved for name in adapter.names()]
     if model.input.quantization != "none":
@@ -221,9 +221,9 @@ def _base(
 
 
 def load_base(model: ResolvedModel, *, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Collection[int]]:
-    """(the whole weights at the bottom of ``model``'s stack as a frozen causal language model; the rows that no adapter of it has trained).
+    """Return (the base weights of ``model``'s stack as a frozen causal language model, the embedding rows that no adapter has trained).
 
-    ``tokenizer`` is ``model``'s: the embedding grows until it fits. For roles that share one backbone.
+    ``tokenizer`` is ``model``'s tokenizer; the embedding grows to fit it. Used for roles that share one backbone.
     """
     from transformers import AutoModelForCausalLM
 
@@ -238,16 +238,16 @@ def load_base(model: ResolvedModel, *, dtype: torch.dtype, tokenizer: PreTrained
 
 
 def _class_names(auto: Any, stack: Stack, saved: Sequence[SavedAdapter]) -> dict[str, Any]:
-    """Options that make a classifier with the classes of the highest adapter that has a head; none for other kinds of model."""
+    """Options for a classifier with the classes of the highest adapter that has a head; empty for other models."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
     from transformers.utils import cached_file
 
     if auto is not AutoModelForSequenceClassification:
         return {}
     for adapter, content in reversed(list(zip(stack.adapters, saved, strict=True))):
-        place = {"revision": adapter.input.revision}
-        if cached_file(adapter.path, "config.json", **place, _raise_exceptions_for_missing_entries=False) is not None:
-            config = AutoConfig.from_pretrained(adapter.path, **place, trust_remote_code=adapter.input.trust_remote_code)
+        version = {"revision": adapter.input.revision}
+        if cached_file(adapter.path, "config.json", **version, _raise_exceptions_for_missing_entries=False) is not None:
+            config = AutoConfig.from_pretrained(adapter.path, **version, trust_remote_code=adapter.input.trust_remote_code)
             return {"num_labels": config.num_labels, "id2label": config.id2label, "label2id": config.label2id}
         if (size := head_size(content)) is not None:
             return {"num_labels": size}
@@ -257,7 +257,7 @@ def _class_names(auto: Any, stack: Stack, saved: Sequence[SavedAdapter]) -> dict
 def _from_pretrained(
     auto: Any, model: ResolvedModel, dtype: torch.dtype, require_head: bool, options: dict[str, Any], supplied: Collection[str] = ()
 ) -> Any:
-    """Whole weights from a folder or the hub; ``supplied`` names weights that an adapter will bring, such as a classifier's head."""
+    """Load full weights from a folder or the Hub. ``supplied``: names of weights that an adapter will provide, e.g. a classifier head."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     quantization = quantization_config(model.input, dtype)
@@ -280,7 +280,7 @@ def _from_pretrained(
             attn_implementation=attention_of(auto, config, model.input, dtype),
             **code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # what does not fit is raised by name below
+            ignore_mismatched_sizes=True,  # mismatches raise an error with their names below
             **options,
         )
     if quantization is not None:
@@ -291,9 +291,9 @@ def _from_pretrained(
 
 
 def _refuse_unquantized(loaded: nn.Module, model: ResolvedModel) -> None:
-    """Raise ModelError where bitsandbytes took none of the layers, and warn where it left most weights as they are.
+    """Raise ModelError if bitsandbytes quantized no layer. Warn if it left most weights unquantized.
 
-    It takes plain linear layers alone. Falcon's are of a class of its own, and experts are often one tensor for all of them.
+    It quantizes only plain linear layers. Falcon has its own layer class, and experts are often one tensor.
     """
     taken = sum(module.in_features * module.out_features for module in loaded.modules() if type(module).__name__ in QUANTIZED_LAYERS)
     if taken == 0:
@@ -301,7 +301,7 @@ def _refuse_unquantized(loaded: nn.Module, model: ResolvedModel) -> None:
     left = sum(parameter.numel() for parameter in loaded.parameters() if parameter.is_floating_point() and parameter.ndim > 2)
     if left > taken:
         logger.warning(
-            "quantization: %s reaches %.0f %% of the large weights of %s; its experts are no linear layers and stay whole",
+            "quantization: %s covers %.0f %% of the large weights of %s; its experts are not linear layers and stay unquantized",
             model.input.quantization,
             100 * taken / (taken + left),
             model.ref,
@@ -309,8 +309,10 @@ def _refuse_unquantized(loaded: nn.Module, model: ResolvedModel) -> None:
 
 
 def _keep_4bit_layout(model: nn.Module) -> None:
-    """On a CPU bitsandbytes repacks 4-bit weights at the first evaluation, which fails for widths that are no multiple of 32 and leaves
-    weights that training cannot read; keep the layout they were loaded in.
+    """Disable the repacking of 4-bit weights on a CPU.
+
+    bitsandbytes repacks them at the first evaluation. This fails for widths that are not a multiple of 32, and training cannot read the
+    result.
     """
     modules: list[Any] = list(model.modules())
     for module in modules:
@@ -319,7 +321,7 @@ def _keep_4bit_layout(model: nn.Module) -> None:
 
 
 def _own_device() -> Any:
-    """Where bitsandbytes puts this process's weights: its GPU, or the CPU."""
+    """The device for this process's quantized weights: its GPU, or the CPU."""
     from accelerate import PartialState
 
     return PartialState().device
@@ -329,7 +331,7 @@ def _finish(
     model: Any, new_rows: Collection[int], source: ResolvedModel, lora: LoraSettings | None, task: str, trainable: bool, dropout: bool
 ) -> Any:
     _check_finite(model, source)
-    model.requires_grad_(trainable and lora is None)  # a merged adapter leaves its base frozen
+    model.requires_grad_(trainable and lora is None)  # merging an adapter leaves the base frozen
     if lora is not None:
         model = attach_lora(model, lora, task=task, base=source.path, new_rows=new_rows, source=source)
     if not dropout:
@@ -340,50 +342,50 @@ def _finish(
 
 
 def leave_out_router_loss(model: Any) -> None:
-    """Let a mixture of experts return no router logits, and compute no load-balancing loss of them.
+    """Disable router logits, and the load-balancing loss computed from them, in a mixture-of-experts model.
 
-    A forward pass here needs neither, and that loss takes no attention mask of four dimensions. TRL's SFT and DPO switch it on for their
-    own training, with the coefficient of the config.
+    Forward passes here need neither, and that loss does not support 4-dimensional attention masks. TRL's SFT and DPO enable it for their
+    own training, with the config's coefficient.
     """
     text = plain_model(model).config.get_text_config()
     if not hasattr(text, "output_router_logits"):
         return
     text.output_router_logits = False
     if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
-        # TRL asks every config for num_experts; GraniteMoe's has the other name alone, and no alias as its siblings have.
+        # TRL reads num_experts from every config. GraniteMoe's config only has num_local_experts and no alias.
         type(text).attribute_map = {**type(text).attribute_map, "num_experts": "num_local_experts"}
 
 
 def _check_finite(model: nn.Module, source: ResolvedModel) -> None:
-    """Raise ModelError where a weight is NaN or infinite: every result would be NaN, and sampling would fail far from the cause."""
+    """Raise ModelError if a weight is NaN or infinite. Otherwise all results would be NaN, and sampling would fail far from the cause."""
     for name, parameter in model.named_parameters():
         if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16) and not bool(torch.isfinite(parameter).all()):
             raise ModelError(
-                f"the weight {name} of {source.ref!r} is NaN or infinite in places; take an earlier version of it, or train it again "
+                f"the weight {name} of {source.ref!r} contains NaN or infinity; use an earlier version of it, or train it again "
                 "with a lower learning rate"
             )
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability in ``model`` to 0. The config keeps its values, so what is saved is as it was."""
+    """Set every dropout probability in ``model`` to 0. The config is not changed, so the saved model is the same."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            # attention modules hand a bare float to scaled_dot_product_attention
+            # attention modules pass a float to scaled_dot_product_attention
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The number of rows that an embedding needs for ``tokenizer``: one more than its highest token id."""
+    """The number of embedding rows that ``tokenizer`` needs: its highest token id plus one."""
     return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
 
 def resize_embedding(model: Any, tokenizer: PreTrainedTokenizerBase) -> Collection[int]:
-    """Add rows to the embedding (and the output matrix) until ``tokenizer`` fits; returns the new rows that are to be trained.
+    """Grow the embedding (and the output matrix) to fit ``tokenizer``. Returns the new rows that need training.
 
-    The pad token of the config follows the tokenizer's. Its row is not to be trained: nothing ever reads or predicts it.
+    Also sets the config's pad token. Its row needs no training, because nothing reads or predicts it.
     """
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
@@ -392,9 +394,9 @@ def resize_embedding(model: Any, tokenizer: PreTrainedTokenizerBase) -> Collecti
 
 
 def grow_embedding(model: Any, size: int) -> range:
-    """Give the embedding (and the output matrix) at least ``size`` rows; returns the new ones, each the mean of the old ones.
+    """Grow the embedding (and the output matrix) to at least ``size`` rows. Returns the new rows; each one is the mean of the old rows.
 
-    The mean is deterministic, and no new token stands out among the logits.
+    The mean is deterministic and gives no new token an extreme logit.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     if size <= rows:
@@ -416,23 +418,22 @@ def save_model(
     state_dict: dict[str, torch.Tensor] | None = None,
     rows: Sequence[Sequence[int]] | None = None,
 ) -> None:
-    """Write ``model`` as safetensors (of a PeftModel the fresh adapter alone) and its tokenizer into ``folder``.
+    """Save ``model`` as safetensors (for a PeftModel: only the trained adapter) and its tokenizer in ``folder``.
 
-    ``state_dict`` stands in for the model's own weights where they are spread over processes. Without one, what was written is read again
-    and compared with the model in memory on ``rows`` of token ids (None: some of the vocabulary; models/published.py says what it covers).
-    Raises ModelError where they differ.
+    ``state_dict`` replaces the model's own weights if they are sharded. Without it, the saved files are read again and compared with the
+    model in memory on ``rows`` of token ids (None: ids from the vocabulary; see models/published.py). Raises ModelError if they differ.
     """
     from peft import PeftModel
 
     folder = Path(folder)
     is_adapter_alone = isinstance(model, PeftModel)
     if is_adapter_alone:
-        # "auto" would ask the hub about the base's vocabulary; loading resizes the base by the tokenizer instead
+        # "auto" would ask the Hub about the base's vocabulary; loading resizes the base to the tokenizer instead
         with quiet_transformers():
             model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict, selected_adapters=[FRESH])
         (folder / "README.md").unlink(missing_ok=True)
         if str(model.peft_config[FRESH].task_type) == "SEQ_CLS":
-            model.config.save_pretrained(folder)  # the class names; an adapter has no place for them
+            model.config.save_pretrained(folder)  # for the class names, which adapter_config.json cannot contain
     else:
         if tokenizer is not None:
             _stop_at_turn_ends(model, tokenizer)
@@ -454,7 +455,7 @@ def save_model(
 
 
 def _stop_at_turn_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Put the token that ends a turn of the chat template into the generation config, where other programs look for it."""
+    """Add the chat template's end-of-turn token to the generation config, where other programs look for it."""
     config = getattr(model, "generation_config", None)
     if config is None:
         return
@@ -465,14 +466,14 @@ def _stop_at_turn_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _loader_of(plain: Any) -> Any:
-    """What loads a model of this class; None for classes that no role has, such as one that guesses masked words."""
+    """The load function for this class; None for classes without a role, such as masked language models."""
     name = type(plain).__name__
     if name.endswith("ForSequenceClassification"):
         return load_classifier
     return load_language_model if name.endswith(("ForCausalLM", "LMHeadModel", "LMHead")) else None
 
 
-# What cannot be loaded
+# Refused models
 
 
 def _refuse_pickle(model: ResolvedModel, path: str) -> None:
@@ -486,28 +487,28 @@ def _refuse_pickle(model: ResolvedModel, path: str) -> None:
                 f"{model.ref!r} has its weights only as {', '.join(pickled)}: pickle files can run code when they are read. "
                 "Save the model again with save_pretrained, which writes safetensors"
             )
-        raise ModelError(f"{model.ref!r} ({path}) holds no *.safetensors; expected a folder written by save_pretrained")
+        raise ModelError(f"{model.ref!r} ({path}) contains no *.safetensors; expected a folder written by save_pretrained")
 
 
 def _refuse_missing(loaded: Any, report: dict[str, Any], model: ResolvedModel, require_head: bool, supplied: Collection[str] = ()) -> None:
-    """Raise ModelError where transformers filled weights with random numbers that the checkpoint does not have."""
+    """Raise ModelError if the checkpoint lacks weights that transformers then initialized randomly."""
     missing = sorted(set(report["missing_keys"]))
     wrong = sorted(str(item[0] if isinstance(item, tuple) else item) for item in report.get("mismatched_keys", ()))
     prefix = f"{loaded.base_model_prefix}."
     names = {name for name, _ in loaded.named_parameters()}
     has_prefix = any(name.startswith(prefix) for name in names)
-    # Buffers are computed, and a pooler that the architecture adds is part of no causal model.
+    # Buffers are computed, and causal models do not use a pooler that the architecture adds.
     missing = [name for name in missing if name in names]
     body = [name for name in [*missing, *wrong] if not has_prefix or name.startswith(prefix)]
     if body:
         raise ModelError(
-            f"{model.ref!r} lacks weights of {type(loaded).__name__} ({_some(body)} missing or of another shape); the folder is incomplete"
+            f"{model.ref!r} lacks weights of {type(loaded).__name__} ({_some(body)} missing or misshapen); the folder is incomplete"
         )
-    head = [name for name in [*missing, *wrong] if name not in supplied]  # the transformer is whole: only these are left
+    head = [name for name in [*missing, *wrong] if name not in supplied]  # the transformer is complete, so these belong to the head
     if head and require_head:
         raise ModelError(
-            f"{model.ref!r} has no trained head for {type(loaded).__name__} ({_some(head)} missing or of another shape); "
-            "a random head is never used in silence. Train one with a step of this recipe, or name a model that has it"
+            f"{model.ref!r} has no trained head for {type(loaded).__name__} ({_some(head)} missing or with a different shape); "
+            "a random head is never used silently. Train one with a step of this recipe, or use a model that has one"
         )
 
 
@@ -517,7 +518,7 @@ def _some(names: list[str]) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No bars for every file that is read or written, and no tables of unexpected keys: what is missing is raised instead."""
+    """Context manager without transformers' progress bars and tables of unexpected keys. Missing weights raise errors instead."""
     from transformers.utils import logging as hf_logging
 
     bar, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()

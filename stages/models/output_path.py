@@ -1,8 +1,8 @@
-"""Whether a language model's logits are its output matrix times its last hidden states, with nothing before, between or behind.
+"""Check whether a language model's logits equal its output matrix times its last hidden states, without further operations.
 
-Families cap their logits (Gemma 2), scale them (Cohere, Granite) or scale the hidden states that they multiply (MiniCPM). With the weights
-of today such an operation may not show: a cap of 30 is invisible while logits are near 0. The check therefore does not look at the weights.
-It replaces the hidden states and then the logits by large drawn numbers and compares what arrives at the next place.
+Some families cap their logits (Gemma 2), scale them (Cohere, Granite) or scale the hidden states before the output matrix (MiniCPM). With
+the current weights such an operation may be invisible: a cap of 30 has no effect on logits near 0. The check therefore does not depend on
+the weights. It replaces first the hidden states and then the logits by large random numbers, and compares what arrives at the next step.
 
 T tokens, d hidden size, V rows of the output matrix.
 """
@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-HIDDEN_SPREAD = 30.0  # standard deviation of the drawn hidden states
-LOGIT_SPREAD = 300.0  # the drawn logits lie evenly between minus this and this, beyond every cap in use
+HIDDEN_SPREAD = 30.0  # standard deviation of the random hidden states
+LOGIT_SPREAD = 300.0  # the test logits cover [-300, 300] evenly, beyond every cap in use
 
 
 @torch.no_grad()
 def multiplies_directly(model: Any, decoder: nn.Module, output: nn.Module, precision: Callable[[], AbstractContextManager[Any]]) -> bool:
-    """Whether ``model(ids).logits`` is ``output(decoder(ids).last_hidden_state)`` for all weights, in training and in evaluation mode.
+    """Whether ``model(ids).logits`` is ``output(decoder(ids).last_hidden_state)`` for any weights, in training and evaluation mode.
 
-    ``model``: a causal language model, perhaps inside a PeftModel; ``decoder`` and ``output`` are parts of it. ``precision()`` is the
-    autocast that the model will run under. The process's random streams and the model's mode stay as they are.
+    ``model``: a causal language model, possibly inside a PeftModel; ``decoder`` and ``output`` are parts of it. ``precision()`` is the
+    autocast context of later passes. Random number generators and the model's mode are restored.
     """
     device = next(model.parameters()).device
     ids = torch.arange(2, 6, device=device)[None] % model.config.get_text_config().vocab_size
@@ -46,24 +46,24 @@ def multiplies_directly(model: Any, decoder: nn.Module, output: nn.Module, preci
 
 
 class _Probe:
-    """What one forward pass with drawn numbers showed. ``own_hidden`` [1, T, d]: the hidden states that the model made itself."""
+    """Tensors recorded in one forward pass with replaced values. ``own_hidden`` [1, T, d]: the hidden states that the model computed."""
 
     def __init__(self) -> None:
         self.own_hidden: Tensor | None = None
         self.drawn_hidden: Tensor | None = None
         self.drawn_logits: Tensor | None = None
-        self.multiplied: Tensor | None = None  # what the output matrix was given
-        self.logits: Tensor | None = None  # what the model returned
+        self.multiplied: Tensor | None = None  # input of the output matrix
+        self.logits: Tensor | None = None  # output of the model
 
     @property
     def passed(self) -> bool:
-        """Whether the drawn hidden states reached the output matrix, and the drawn logits the caller, unchanged."""
+        """Whether the replaced hidden states reached the output matrix, and the replaced logits the caller, unchanged."""
         pairs = ((self.drawn_hidden, self.multiplied), (self.drawn_logits, self.logits))
         return all(_unchanged(sent, arrived) for sent, arrived in pairs)
 
 
 def _unchanged(sent: Tensor | None, arrived: Tensor | None) -> bool:
-    """Whether the same numbers arrived; a cast to another dtype is no change."""
+    """Whether the same values arrived, up to a cast to another dtype."""
     if sent is None or arrived is None or sent.shape != arrived.shape:
         return False
     return torch.equal(sent.to(arrived.dtype), arrived)
@@ -78,14 +78,14 @@ def _probe(model: Any, output: nn.Module, ids: Tensor) -> _Probe:
 
 @contextmanager
 def _replaced(model: Any, output: nn.Module, probe: _Probe) -> Iterator[None]:
-    """Replace the last hidden states of every transformer inside ``model``, and what ``output`` computes, by drawn numbers."""
+    """Replace the last hidden states of every transformer inside ``model``, and the output of ``output``, by random numbers."""
     generator = torch.Generator().manual_seed(0)
 
     def replace_hidden(module: nn.Module, inputs: Any, outputs: Any) -> Any:
         own = getattr(outputs, "last_hidden_state", None)
         if own is None:
             return None
-        if probe.drawn_hidden is None:  # the innermost transformer; one around it gets the same numbers
+        if probe.drawn_hidden is None:  # the innermost transformer; outer ones get the same values
             probe.drawn_hidden = (torch.randn(own.shape, generator=generator) * HIDDEN_SPREAD).to(own)
             probe.own_hidden = own
         outputs.last_hidden_state = probe.drawn_hidden

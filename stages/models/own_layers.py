@@ -1,7 +1,6 @@
-"""The one place where layers of a loaded model are switched to this project's: products by oneDNN, and lean norms and MLPs.
+"""The only place that replaces layers of a loaded model: oneDNN matrix products, and lean norms and MLPs.
 
-A switch changes a module's class to a subclass of the one it had. What the module computes stays the same but for rounding. Parameters,
-names and saved form stay exactly as they were.
+A module's class is changed to a subclass. Its outputs stay the same up to rounding. Parameters, names and the saved form do not change.
 """
 
 from __future__ import annotations
@@ -22,29 +21,29 @@ logger = logging.getLogger(__name__)
 
 
 def use_own_layers(model: nn.Module) -> Counter[str]:
-    """Switch the layers of ``model`` for which this project has a faster or leaner class.
+    """Replace the layers of ``model`` for which this project has a faster or leaner class.
 
-    Returns how many modules of each class were switched, and logs it (level info).
+    Returns the number of replaced modules per class, and logs it (level info).
     """
     switched = use_fast_matmuls(model, {Conv1D: FastConv1D}) + use_lean_layers(model) + _leave_autocast(model)
     if switched:
         named = ", ".join(f"{count} {name}" for name, count in sorted(switched.items()))
-        logger.info("%s: layers switched to this project's own: %s", type(model).__name__, named)
+        logger.info("%s: replaced layers: %s", type(model).__name__, named)
     return switched
 
 
 class FastConv1D(Conv1D):
-    """GPT-2's kind of linear layer (weight [K, N]), computed with ``linear``."""
+    """GPT-2's linear layer (weight [K, N]), computed with ``linear``."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight.T, self.bias)
 
 
 class PlainDebertaAttention(DisentangledSelfAttention):
-    """The attention of DeBERTa (v1), outside of autocast: inside, it fills bf16 scores with the smallest fp32 number, which fails."""
+    """DeBERTa v1's attention without autocast. Under autocast it fills bf16 scores with the smallest fp32 number, which fails."""
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        weight: Any = self.in_proj.weight  # of the base where an adapter is on it
+        weight: Any = self.in_proj.weight  # the base layer's weight if there is an adapter
 
         def cast(value: Any) -> Any:
             return value.to(weight.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
@@ -58,7 +57,7 @@ def _leave_autocast(model: nn.Module) -> Counter[str]:
     for module in model.modules():
         if type(module) is DisentangledSelfAttention:
             module.__class__ = PlainDebertaAttention
-            for bias in (module.q_bias, module.v_bias):  # transformers keeps them fp32 beside bf16 products
+            for bias in (module.q_bias, module.v_bias):  # transformers keeps them in fp32, but the products are bf16
                 bias.data = bias.data.to(module.in_proj.weight.dtype)
             switched["DisentangledSelfAttention"] += 1
     return switched

@@ -1,8 +1,8 @@
-"""What is about to be published computes what the model in memory does: checked on the saved files, before a version is made of them.
+"""Check saved files before publishing: the model that they contain must compute the same as the model in memory.
 
-An adapter's file is read again and laid on the base in memory, whatever the size of the base. Models of up to ``SMALL`` parameters are also
-loaded whole, as the next step would load them: an adapter merged, whole weights as they are. Of larger whole weights the number of values
-in the files is compared, and that shared weights are marked as shared. Weights that are cut over processes are not checked by computing.
+An adapter is always read again and put on the base in memory. Models with up to ``SMALL`` parameters are also loaded completely, as the
+next step would load them (adapters merged). For larger full weights only the number of values and the tying of weights are checked.
+Sharded models are not checked by computation.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     from stages.registry.references import ResolvedModel
 
 SMALL = 300_000_000
-"""Parameters of a base that is loaded a second time for the check."""
+"""Maximum parameters of a base that is loaded a second time for the check."""
 NUM_ROWS, NUM_TOKENS = 4, 64
-"""At most so many rows, each at most so long, are computed."""
+"""Maximum number and length of the rows used in the check."""
 SAME = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-"""Root mean square difference, as a share of the outputs' own, that reading the same weights again may make; by the dtype computed in."""
+"""Allowed root mean square difference, relative to the outputs', after reading the same weights again; by compute dtype."""
 ROUNDED = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
-"""The same between a model in memory and its merge in fp32."""
+"""The same between an unmerged model and its merge in fp32."""
 ROUNDED_INT8 = 0.25
-"""The same for int8 layers, which round activations too."""
+"""The same for int8 layers, which also round activations."""
 
 
 def rows_for(model: Any, rows: Sequence[Sequence[int]] | None) -> list[list[int]]:
-    """The token ids to compute with: the first of ``rows``; where there are none, ids spread over the vocabulary."""
+    """The token ids to compute with: the first of ``rows``, or ids spread over the vocabulary if there are none."""
     longest = min(NUM_TOKENS, readable_length(plain_model(model).config) or NUM_TOKENS)
     chosen = [list(row[:longest]) for row in rows or () if len(row) > 1][:NUM_ROWS]
     if chosen:
@@ -48,18 +48,18 @@ def rows_for(model: Any, rows: Sequence[Sequence[int]] | None) -> list[list[int]
 
 @torch.no_grad()
 def outputs_of(model: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """What a transformers model computes of each row, alone: log-probabilities of its tokens [T - 1], or a classifier's logits [labels]."""
+    """A transformers model's outputs for each row, one row per pass: token log-probabilities [T - 1], or classifier logits [labels]."""
     training, device = model.training, next(model.parameters()).device
     model.eval()
-    found = []
+    outputs = []
     for row in rows:
         ids = torch.tensor([row], device=device)
         logits = model(input_ids=ids).logits.float().cpu()
         if logits.dim() == 3 and logits.shape[1] == len(row):
             logits = logits[0, :-1].log_softmax(dim=-1).gather(1, ids[0, 1:, None].cpu())
-        found.append(logits.flatten())
+        outputs.append(logits.flatten())
     model.train(training)
-    return found
+    return outputs
 
 
 # Adapters
@@ -68,10 +68,10 @@ def outputs_of(model: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
 def check_saved_adapter(
     model: Any, folder: Path, compute: Callable[[], list[Tensor]], reload: Callable[[ResolvedModel], list[Tensor]], *, scale: float = 0.0
 ) -> None:
-    """Raise ModelError where the adapter in ``folder`` does not compute what the highest acting adapter of the PeftModel ``model`` does.
+    """Raise ModelError unless the adapter in ``folder`` computes the same as the highest active adapter of the PeftModel ``model``.
 
-    ``compute`` gives the outputs of the role in memory with the adapters that act, ``reload`` those of a model loaded anew, merged.
-    ``scale`` is the size of outputs below which differences do not shrink with them. The process's random numbers stay as they are.
+    ``compute`` returns the outputs of the model in memory, ``reload`` those of the saved model, loaded and merged. ``scale``: minimum
+    output scale for the relative comparison. Random number generators are restored.
     """
     with torch.random.fork_rng():
         _check_adapter(model, folder, compute, reload, scale)
@@ -89,14 +89,14 @@ def _check_adapter(
     activate(model, acting[:-1])
     try:
         add_adapter(model, saved, name)
-        found = compute()
+        outputs = compute()
     finally:
         if name in model.peft_config:
             remove_adapter(model, name)
         activate(model, acting)
         for parameter in model.parameters():
             parameter.requires_grad_(parameter in trainable)
-    _compare(found, expected, SAME[dtype], scale, "read again and laid on its base")
+    _compare(outputs, expected, SAME[dtype], scale, "read again and put on its base")
     if saved.base is None or _size_of(model) > SMALL:
         return
     is_int8 = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
@@ -109,11 +109,11 @@ def _check_adapter(
 def check_saved_weights(
     model: Any, folder: Path, compute: Callable[[], list[Tensor]], reload: Callable[[ResolvedModel], list[Tensor]], *, scale: float = 0.0
 ) -> None:
-    """Raise ModelError where the whole weights in ``folder`` are not those of ``model``; arguments as of ``check_saved_adapter``."""
+    """Raise ModelError unless the full weights in ``folder`` equal those of ``model``. Arguments as in ``check_saved_adapter``."""
     from stages.registry.references import ResolvedModel
 
     _check_sharing(model)
-    _check_number_of_values(model, folder)
+    _check_value_count(model, folder)
     if _size_of(model) > SMALL:
         return
     saved = ResolvedModel(folder.name, "folder", str(folder), "", _as_it_runs(model, folder))
@@ -123,12 +123,12 @@ def check_saved_weights(
 
 
 def _as_it_runs(model: Any, folder: Path) -> ModelInput:
-    """The saved model as an input. Code that came with the model runs in this process already, by the recipe's own word."""
+    """The saved model as an input. Remote code is allowed if this process already runs it, because the recipe then trusts it."""
     return ModelInput(ref=folder.name, trust_remote_code=type(plain_model(model)).__module__.startswith("transformers_modules"))
 
 
-def _check_number_of_values(model: nn.Module, folder: Path) -> None:
-    """Raise ModelError where the files in ``folder`` hold fewer values than ``model`` has weights, those that are shared counted once."""
+def _check_value_count(model: nn.Module, folder: Path) -> None:
+    """Raise ModelError if the files in ``folder`` contain fewer values than ``model`` has weights (tied weights count once)."""
     from safetensors import safe_open
 
     stored = 0
@@ -137,42 +137,42 @@ def _check_number_of_values(model: nn.Module, folder: Path) -> None:
             stored += sum(math.prod(content.get_slice(name).get_shape()) for name in content.keys())  # noqa: SIM118
     needed = _size_of(model)
     if stored < needed:
-        raise _refusal(f"its files hold {stored} values, and the model in memory has {needed} weights")
+        raise _refusal(f"its files contain {stored} values, but the model in memory has {needed} weights")
 
 
 def _check_sharing(model: Any) -> None:
-    """Raise ModelError where the config says that embedding and output layer share their weights, and they do not."""
+    """Raise ModelError if the config says that embedding and output layer are tied, but they differ."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is None or not getattr(model.config, "tie_word_embeddings", False):
         return
     embedding = model.get_input_embeddings()
     if output.weight.shape == embedding.weight.shape and not torch.equal(output.weight, embedding.weight):
-        raise _refusal("its config says that embedding and output layer share their weights (tie_word_embeddings), and they differ")
+        raise _refusal("its config says that embedding and output layer are tied (tie_word_embeddings), but they differ")
 
 
 def _size_of(model: nn.Module) -> int:
-    """Weights of ``model``; those that are shared count once."""
+    """Number of weights of ``model``; tied weights count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _dtype_of(model: Any) -> torch.dtype:
-    """The dtype that a model computes in: its embedding's."""
+    """The compute dtype of a model: that of its embedding."""
     dtype = base_of(plain_model(model).get_input_embeddings()).weight.dtype
     return dtype if dtype in SAME else torch.float32
 
 
-def _compare(found: list[Tensor], expected: list[Tensor], tolerance: float, scale: float, what: str) -> None:
-    mine, theirs = torch.cat(found).double(), torch.cat(expected).double()
+def _compare(outputs: list[Tensor], expected: list[Tensor], tolerance: float, scale: float, what: str) -> None:
+    mine, theirs = torch.cat(outputs).double(), torch.cat(expected).double()
     if mine.shape != theirs.shape:
-        raise _refusal(f"{what}, it gives {len(mine)} outputs, and the model in memory gives {len(theirs)}")
+        raise _refusal(f"{what}, it gives {len(mine)} outputs, but the model in memory gives {len(theirs)}")
     difference = float((mine - theirs).pow(2).mean().sqrt())
     size = max(float(theirs.pow(2).mean().sqrt()), scale, 1e-6)
     if not difference <= tolerance * size:
-        raise _refusal(f"{what}, its outputs differ by {difference:.3g} (root mean square; their size is {size:.3g})")
+        raise _refusal(f"{what}, its outputs differ by {difference:.3g} (root mean square; output scale {size:.3g})")
 
 
 def _refusal(problem: str) -> ModelError:
     return ModelError(
-        f"what was saved is not the model in memory: {problem}. Nothing was published, and the checkpoints are kept. Please report this "
+        f"the saved model is not the model in memory: {problem}. Nothing was published, and the checkpoints are kept. Please report this "
         "with the model's family, the step's lora settings and its quantization"
     )

@@ -1,7 +1,7 @@
-"""Adapters as peft saves them: read from a folder or the hub, and put into the names of the model that they are laid on.
+"""Adapters as saved by peft: read from a folder or the Hub, and converted to the names of the target model.
 
-An adapter may have been trained under another head, under a wrapper that prefixes names, or with its targets given as a pattern. Which
-modules it changes is therefore read from the names of its weights.
+An adapter may have been trained with a different head, inside a wrapper that prefixes names, or with a target pattern. The modules that it
+changes are therefore determined from the names of its weights.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from stages.registry.references import ResolvedModel
 
 BEFORE = "base_model.model."
-"""What peft puts before the name of every weight."""
+"""peft's prefix of every weight name."""
 TOKENS = ".token_adapter.trainable_tokens_delta"
 WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.", "module.")
-"""Prefixes that FSDP, torch.compile, checkpointing and DDP leave in the names of weights saved from inside them."""
+"""Prefixes that FSDP, torch.compile, checkpointing and DDP leave in the names of saved weights."""
 
 
 @dataclass(frozen=True)
 class SavedAdapter:
     """An adapter's config (peft's LoraConfig), and its weights by name: ``base_model.model.<module>...``.
 
-    ``changes_base`` names weights of the base that the adapter replaces, such as trained biases or an embedding saved whole.
+    ``changes_base``: names of base weights that the adapter replaces, e.g. trained biases or a fully saved embedding.
     """
 
     ref: str
@@ -41,11 +41,11 @@ class SavedAdapter:
     changes_base: tuple[str, ...] = ()
 
     def names(self) -> list[str]:
-        """The names of the weights, as the model that was trained calls them."""
+        """The weight names in the model that was trained."""
         return [name.removeprefix(BEFORE) for name in self.weights]
 
     def embedding_rows(self, embedding: str) -> int | None:
-        """How many rows the embedding of this dotted name has to have for the adapter to fit; None where any number will do."""
+        """The number of rows that the embedding with this dotted name must have; None if any number fits."""
         short = embedding.rpartition(".")[2]
         for name, value in self.weights.items():
             if module_of(name).rpartition(".")[2] != short or name.endswith(TOKENS):
@@ -58,20 +58,20 @@ class SavedAdapter:
 
 
 def read_adapter(adapter: ResolvedModel) -> SavedAdapter:
-    """The adapter's config and weights. Raises ModelError where they cannot be read, or lie in a pickle file alone."""
+    """Read the adapter's config and weights. Raises ModelError if they are unreadable, or exist only as a pickle file."""
     from peft import PeftConfig
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     from transformers.utils import cached_file
 
-    def found(name: str) -> str | None:
+    def cached(name: str) -> str | None:
         return cached_file(adapter.path, name, revision=adapter.input.revision, _raise_exceptions_for_missing_entries=False)
 
     try:
         config = PeftConfig.from_pretrained(adapter.path, revision=adapter.input.revision)
-        file = found("adapter_model.safetensors")
+        file = cached("adapter_model.safetensors")
         if file is None:
-            pickled = found("adapter_model.bin") is not None
+            pickled = cached("adapter_model.bin") is not None
             reason = "its weights are in adapter_model.bin, a pickle file that can run code" if pickled else "it has no weights"
             raise ModelError(f"cannot read the adapter {adapter.ref!r}: {reason}; save it again with peft, which writes safetensors")
         weights = load_file(file)
@@ -81,7 +81,7 @@ def read_adapter(adapter: ResolvedModel) -> SavedAdapter:
 
 
 def _plain_name(name: str) -> str:
-    """The name of a weight without what wrappers and adapter names add to it."""
+    """The weight's name without the parts added by wrappers and adapter names."""
     name = name.removeprefix(BEFORE)
     for wrapper in WRAPPERS:
         name = re.sub(rf"(^|\.){re.escape(wrapper)}", r"\1", name)
@@ -98,10 +98,9 @@ def module_of(name: str) -> str:
 
 
 def fitted(saved: SavedAdapter, plain: Any) -> SavedAdapter:
-    """``saved`` by the names of ``plain``, a transformers model, frozen and without dropout.
+    """``saved`` with the names of ``plain``, a transformers model; frozen and without dropout.
 
-    A model with a head has its transformer under a name of its own, a bare transformer has not. What belongs to a head that ``plain`` lacks
-    is left out.
+    A model with a head has a prefix for its transformer; a bare transformer has none. Weights of a head that ``plain`` lacks are dropped.
     """
     if (kind := str(getattr(saved.config.peft_type, "value", saved.config.peft_type))) != "LORA":
         raise ModelError(f"the adapter {saved.ref!r} is of peft type {kind}; only LORA can be stacked and merged here")
@@ -128,17 +127,17 @@ def fitted(saved: SavedAdapter, plain: Any) -> SavedAdapter:
 
 
 def modules_of(plain: Any) -> dict[str, Any]:
-    """The modules of a transformers model by the names that they had before peft wrapped some of them."""
-    found: dict[str, Any] = {}
+    """The modules of a transformers model by their names before peft wrapped them."""
+    modules: dict[str, Any] = {}
     for name, module in plain.named_modules():
-        found.setdefault(re.sub(r"\.(original_module|base_layer)(?=\.|$)", "", name), module)
-    return found
+        modules.setdefault(re.sub(r"\.(original_module|base_layer)(?=\.|$)", "", name), module)
+    return modules
 
 
 def _fitted_config(config: Any, weights: dict[str, Tensor], plain: Any, renamed: Any, modules: dict[str, Any]) -> Any:
     config = copy.deepcopy(config)
     config.inference_mode = True
-    config.lora_dropout = 0.0  # it trained with it; a frozen adapter computes without
+    config.lora_dropout = 0.0  # dropout is only for training
     config.task_type = config.task_type if plain.base_model_prefix and hasattr(plain, plain.base_model_prefix) else "FEATURE_EXTRACTION"
     targets = sorted({module_of(name) for name in weights if ".lora_" in name})
     if not config.target_parameters:
@@ -165,13 +164,13 @@ def _renamed_pattern(pattern: str, renamed: Any) -> str:
 
 
 def _with_changes(saved: SavedAdapter, plain: Any) -> SavedAdapter:
-    """``saved`` with what it replaces of its base noted, and without weights of the base that are the base's own."""
-    whole = saved.config.modules_to_save or []
+    """``saved`` with ``changes_base`` set, and without base weights that equal the base's own."""
+    copies = saved.config.modules_to_save or []
     parameters = dict(plain.named_parameters(remove_duplicate=False))
     kept, changes = {}, []
     for name, value in saved.weights.items():
         module = module_of(name)
-        is_copy = is_inside(module, whole)
+        is_copy = is_inside(module, copies)
         if ".lora_" not in name and not name.endswith(TOKENS) and not is_copy:
             own = parameters.get(f"{module}.{name.rpartition('.')[2]}", parameters.get(f"{module}.base_layer.{name.rpartition('.')[2]}"))
             if own is not None and own.shape == value.shape and torch.equal(own.detach().cpu(), value.to(own.dtype)):
@@ -182,13 +181,13 @@ def _with_changes(saved: SavedAdapter, plain: Any) -> SavedAdapter:
 
 
 def is_inside(module: str, names: Collection[str]) -> bool:
-    """Whether a module, or one that it is part of, is named by ``modules_to_save``: peft compares the ends of names, without dots."""
+    """Whether ``modules_to_save`` names a module or one of its parents. As in peft, names are compared by suffix, without dots."""
     parts = module.split(".")
     return any(".".join(parts[:end]).endswith(name) for end in range(1, len(parts) + 1) for name in names)
 
 
 def base_of(module: Any) -> Any:
-    """The module below all wrappers of peft."""
+    """The module below all peft wrappers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -202,7 +201,7 @@ def base_of(module: Any) -> Any:
 
 
 def head_size(saved: SavedAdapter) -> int | None:
-    """The number of outputs of a classification head that the adapter holds; None where it holds none."""
+    """The number of outputs of the adapter's classification head; None if it has none."""
     for suffix in ("score.weight", "classifier.weight", "classifier.out_proj.weight", "classification_head.out_proj.weight"):
         for name, value in saved.weights.items():
             if name.endswith(f".{suffix}") and value.dim() == 2:

@@ -1,9 +1,10 @@
-"""Weights cut over the processes by PyTorch's FSDP2: those of the transformer blocks, which are most of a model, with their gradients and
-optimizer states. The rest is whole on every process: embeddings and output matrix (whose loss is worked out from the weight itself), norms,
-heads, and adapters.
+"""Sharded training with PyTorch's FSDP2. The transformer blocks are sharded with their gradients and optimizer states.
 
-Every pass through a sharded model needs all processes, block by block. ``whole`` puts the weights together for a stretch in which each
-process goes its own way: sampling, where one is done before another, would otherwise wait for ever.
+The rest is replicated on every process: embeddings and output matrix (the loss is computed from the weight itself), norms, heads and
+adapters.
+
+A pass through a sharded model needs all processes, block by block. ``unsharded`` gathers the weights while each process works on its own,
+e.g. in sampling: otherwise a process that finishes early would leave the others waiting forever.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from torch import Tensor, nn
 
 from stages.errors import ModelError
 
-BUCKET_NUMBERS = 16 * 2**20  # gradients that are exchanged together: 64 MiB in fp32
+BUCKET_VALUES = 16 * 2**20  # gradient values per all-reduce: 64 MiB in fp32
 
 
 def shard(model: nn.Module, *, add_up: bool) -> None:
-    """Cut the blocks of ``model`` over all processes, in place. Call on every process, with equal weights.
+    """Shard the blocks of ``model`` over all processes, in place. Call on every process, with equal weights.
 
-    ``add_up``: gradients are summed over the processes; else averaged. Those of parameters that stay whole are left to the caller
+    ``add_up``: sum gradients over the processes instead of averaging them. The caller reduces the gradients of replicated parameters
     (``reduce_gradients``). Raises ModelError for quantized weights.
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -33,21 +34,21 @@ def shard(model: nn.Module, *, add_up: bool) -> None:
 
     blocks = list(blocks_of(model))
     if not blocks and sharded_blocks(model):
-        return  # the backbone of a model that was cut before
+        return  # the backbone was already sharded
     if any(not parameter.is_floating_point() for block in blocks for parameter in block.parameters()):
-        raise ModelError("quantized weights cannot be cut over processes; leave out quantization, or start without FSDP")
+        raise ModelError("quantized weights cannot be sharded; remove quantization, or start without FSDP")
     if not blocks:
-        raise ModelError(f"{type(model).__name__} has no blocks that could be cut over processes; start without FSDP")
+        raise ModelError(f"{type(model).__name__} has no blocks that can be sharded; start without FSDP")
     mesh = init_device_mesh(next(blocks[0].parameters()).device.type, (distributed.get_world_size(),))
     for block in blocks:
-        cut: Any = fully_shard(block, mesh=mesh, ignored_params=_kept_whole(block))
-        cut.set_force_sum_reduction_for_comms(True)  # gloo, on CPUs, knows no other
+        sharded: Any = fully_shard(block, mesh=mesh, ignored_params=_replicated_parameters(block))
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo (on CPUs) supports only sums
         if add_up:
-            cut.set_gradient_divide_factor(1.0)
+            sharded.set_gradient_divide_factor(1.0)
 
 
-def _kept_whole(block: nn.Module) -> set[nn.Parameter]:
-    """The adapters of a block: what trains where most of it is frozen, and what has another dtype than most of it."""
+def _replicated_parameters(block: nn.Module) -> set[nn.Parameter]:
+    """The adapters of a block: trainable parameters if the block is mostly frozen, and parameters of a minority dtype."""
     parameters = list(block.parameters())
     sizes: Counter[torch.dtype] = Counter()
     for parameter in parameters:
@@ -58,36 +59,39 @@ def _kept_whole(block: nn.Module) -> set[nn.Parameter]:
 
 
 def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
-    """The transformer blocks of a model, wherever they are inside it."""
+    """The transformer blocks of a model, at any depth."""
     names: set[str] = set()
     for module in model.modules():
         names.update(getattr(module, "_no_split_modules", None) or ())
-    found = [module for module in model.modules() if type(module).__name__ in names]
-    if found or sharded_blocks(model):
-        return iter(found)
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if blocks or sharded_blocks(model):
+        return iter(blocks)
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return iter(max(lists, key=lambda members: sum(parameter.numel() for parameter in members.parameters()), default=[]))
 
 
 def sharded_blocks(model: nn.Module) -> list[Any]:
-    """The blocks that ``shard`` has cut."""
+    """The blocks that ``shard`` has sharded."""
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 @contextmanager
-def whole(*models: nn.Module | None) -> Iterator[None]:
-    """Inside, every process has all weights of ``models``, and passes through them wait for nobody. Call on every process."""
+def unsharded(*models: nn.Module | None) -> Iterator[None]:
+    """Context manager that gathers all weights of ``models`` on every process, so that passes need no communication.
+
+    Call on every process.
+    """
     with ExitStack() as stack:
         for model in models:
             if model is not None and (blocks := sharded_blocks(model)):
-                stack.enter_context(_whole(blocks))
+                stack.enter_context(_unsharded_blocks(blocks))
         yield
 
 
 @contextmanager
-def _whole(blocks: list[Any]) -> Iterator[None]:
+def _unsharded_blocks(blocks: list[Any]) -> Iterator[None]:
     for block in blocks:
         block.set_reshard_after_forward(False)
         block.unshard()
@@ -101,15 +105,15 @@ def _whole(blocks: list[Any]) -> Iterator[None]:
 
 @torch.no_grad()
 def reduce_gradients(model: nn.Module, *, average: bool = False) -> None:
-    """Add up (or average) over all processes the gradients of trainable parameters that are whole; FSDP has done it for the others."""
+    """All-reduce (sum or mean) the gradients of replicated trainable parameters. FSDP reduces those of sharded parameters."""
     gradients = []
     for parameter in model.parameters():
-        if parameter.requires_grad and not is_cut(parameter):
+        if parameter.requires_grad and not is_sharded(parameter):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
     for bucket in _buckets(gradients):
-        # One exchange for many tensors: each costs a round trip, however small it is.
+        # One all-reduce for many tensors, because each one costs a round trip.
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
         distributed.all_reduce(flat)
         if average:
@@ -119,10 +123,10 @@ def reduce_gradients(model: nn.Module, *, average: bool = False) -> None:
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype, up to ``BUCKET_NUMBERS`` numbers together."""
+    """Group consecutive tensors of one dtype, up to ``BUCKET_VALUES`` values per group."""
     bucket: list[Tensor] = []
     for tensor in tensors:
-        if bucket and (tensor.dtype != bucket[0].dtype or sum(map(Tensor.numel, bucket)) + tensor.numel() > BUCKET_NUMBERS):
+        if bucket and (tensor.dtype != bucket[0].dtype or sum(map(Tensor.numel, bucket)) + tensor.numel() > BUCKET_VALUES):
             yield bucket
             bucket = []
         bucket.append(tensor)
@@ -130,20 +134,20 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def is_cut(tensor: Tensor) -> bool:
-    """Whether this process holds a part of the tensor only."""
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is sharded, so that this process has only a part of it."""
     return hasattr(tensor, "device_mesh")
 
 
 def grouped(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: those that are cut apart from those that are whole, since no fused kernel takes both at once."""
+    """Optimizer parameter groups: sharded and replicated parameters separately, because fused kernels cannot mix them."""
     members = list(parameters)
-    sides = [[parameter for parameter in members if is_cut(parameter) == cut] for cut in (False, True)]
+    sides = [[parameter for parameter in members if is_sharded(parameter) == sharded] for sharded in (False, True)]
     return [{"params": side} for side in sides if side]
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float | None) -> float:
-    """The norm of all gradients together, parts on other processes included; scaled down to ``limit`` where it is above it."""
+    """The global norm of all gradients, including shards on other processes. Scales the gradients down if the norm exceeds ``limit``."""
     norm = gradient_norm(parameters)
     scale_gradients(parameters, norm, limit)
     return float(norm)
@@ -155,16 +159,16 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     gradients: list[Any] = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros((), device=parameters[0].device if parameters else None)
-    if not any(map(is_cut, gradients)):
+    if not any(map(is_sharded, gradients)):
         return nn.utils.get_total_norm(gradients)
-    squares = {cut: [_square(gradient) for gradient in gradients if is_cut(gradient) == cut] for cut in (False, True)}
+    squares = {sharded: [_square(gradient) for gradient in gradients if is_sharded(gradient) == sharded] for sharded in (False, True)}
     of_parts = torch.stack(squares[True]).sum()
     distributed.all_reduce(of_parts)
     return (of_parts + torch.stack(squares[False]).sum() if squares[False] else of_parts).sqrt()
 
 
 def _square(gradient: Any) -> Tensor:
-    return (gradient.to_local() if is_cut(gradient) else gradient).double().square().sum()
+    return (gradient.to_local() if is_sharded(gradient) else gradient).double().square().sum()
 
 
 @torch.no_grad()
@@ -173,17 +177,17 @@ def scale_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, limit: flo
     gradients: list[Any] = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if limit is None or not gradients:
         return
-    if not any(map(is_cut, gradients)):
+    if not any(map(is_sharded, gradients)):
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
-        (gradient.to_local() if is_cut(gradient) else gradient).mul_(factor)
+        (gradient.to_local() if is_sharded(gradient) else gradient).mul_(factor)
 
 
-def whole_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
-    """The state dict with every tensor whole, on the CPU; None where nothing is cut. Call on every process."""
+def unsharded_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
+    """The unsharded state dict on the CPU; None if nothing is sharded. Call on every process."""
     if not sharded_blocks(model):
         return None
     state: dict[str, Any] = model.state_dict()
-    return {name: (value.full_tensor() if is_cut(value) else value).detach().cpu() for name, value in state.items()}
+    return {name: (value.full_tensor() if is_sharded(value) else value).detach().cpu() for name, value in state.items()}

@@ -1,7 +1,7 @@
 """Several roles on one frozen backbone: policy, reference, value network and reward model as adapters (and heads) on the same weights.
 
-A role is a selection of adapters. The roles' own objects (a language model, a scalar model) share the backbone's modules, and each lets its
-adapters act before it computes; between a forward pass and its backward pass no other role may compute.
+A role is a set of active adapters. The objects of the roles (a language model, a scalar model) share the backbone's modules, and each
+activates its adapters before it computes. Between a forward pass and its backward pass no other role may compute.
 """
 
 from __future__ import annotations
@@ -29,34 +29,36 @@ Scalar = TypeVar("Scalar", bound=ScalarModel)
 
 
 def backbone_key(model: ResolvedModel) -> tuple[str, str, bool, str]:
-    """What two models must agree in to share one backbone: the whole weights below their adapters, how those are quantized or were
-    quantized when the adapters trained, and the attention that the recipe asks for."""
+    """A key that is equal for models that can share a backbone.
+
+    It contains the base weights, their quantization (now, and when the adapters were trained), and the requested attention.
+    """
     loaded = model.input if model.input.quantization != "none" else trained_on(model)
     quantized = f"{model.input.quantization} {loaded.quantization}"
     return weights_of(stack_of(model).base), quantized, loaded.double_quantization, model.input.attention
 
 
 class SharedBackbone:
-    """The whole weights that ``model`` stands on, as a causal language model, and the adapters laid on them."""
+    """The base weights of ``model`` as a causal language model, and the adapters on them."""
 
     def __init__(self, model: ResolvedModel, *, dtype: torch.dtype, device: torch.device, lora: LoraSettings) -> None:
         self.tokenizer = load_tokenizer(model)
         self.key = backbone_key(model)
         self.lora, self._dtype = lora, dtype
         self._source, self._path = model, stack_of(model).base.path
-        found, self._new_rows = load_base(model, dtype=dtype, tokenizer=self.tokenizer)
-        self.model: Any = found.to(device)
+        backbone, self._new_rows = load_base(model, dtype=dtype, tokenizer=self.tokenizer)
+        self.model: Any = backbone.to(device)
         self._vocabulary = self.tokenizer.get_vocab()
         self._frozen: dict[str, str] = {}  # digest or path of an adapter -> its name here
 
     def holds(self, model: ResolvedModel) -> bool:
-        """Whether ``model`` stands on this backbone and reads the same tokens."""
+        """Whether ``model`` is based on this backbone and has the same tokens."""
         return backbone_key(model) == self.key and load_tokenizer(model).get_vocab() == self._vocabulary
 
     # Adapters
 
     def frozen(self, model: ResolvedModel) -> tuple[str, ...]:
-        """The names of the adapters that make ``model`` of the backbone; what two models have in common is laid on it once."""
+        """The names of ``model``'s adapters. Adapters that several models have in common are loaded once."""
         names: list[str] = []
         for adapter in stack_of(model).adapters:
             known = adapter.digest or adapter.path
@@ -69,7 +71,7 @@ class SharedBackbone:
         return tuple(names)
 
     def fresh(self, name: str, below: Sequence[str] = (), *, source: ResolvedModel | None = None) -> str:
-        """A new trainable adapter on those ``below``, an identity at first; ``source``: the model that they make (None: the policy)."""
+        """Create a trainable adapter on those ``below``; it starts as the identity. ``source``: the initial model (None: the policy)."""
         trainable = {parameter for parameter in self.model.parameters() if parameter.requires_grad}
         self._let_act(below)
         self.model = attach_lora(
@@ -79,7 +81,7 @@ class SharedBackbone:
             parameter.requires_grad_(True)
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
-                module.p = 0.0  # log-probabilities must not change from one forward pass to the next
+                module.p = 0.0  # log-probabilities must be equal in every forward pass
         return name
 
     def _let_act(self, names: Sequence[str]) -> None:
@@ -87,7 +89,7 @@ class SharedBackbone:
             activate(self.model, names)
 
     def activation(self, names: Iterable[str]) -> Callable[[], None]:
-        """A function that lets exactly ``names`` act from then on."""
+        """A function that makes exactly ``names`` active."""
         chosen = tuple(names)
 
         def activated() -> None:
@@ -103,14 +105,14 @@ class SharedBackbone:
     # Roles
 
     def reward_model(self, model: ResolvedModel) -> RewardModel:
-        """A reward model that stands on this backbone, frozen."""
+        """A frozen reward model on this backbone."""
         made = self._scalar(RewardModel, self.frozen(model))
         made.set_head(*read_head(model))
         made.score_head.requires_grad_(False)
         return made
 
     def value_model(self, model: ResolvedModel, *, with_head: bool) -> ValueModel:
-        """A trainable value network that starts as ``model`` is: a reward model's scores with its head, else zeros everywhere."""
+        """A trainable value network that starts from ``model``: with a reward model's head, or with a zero head."""
         below = self.frozen(model)
         names = [*below, self.fresh("value", below, source=model)]
         made = self._scalar(ValueModel, names)
@@ -125,7 +127,7 @@ class SharedBackbone:
         return made
 
     def _saver(self, name: str) -> Callable[[Path], None]:
-        """Writes the adapter ``name`` as one of a bare transformer, which a scalar model's backbone is."""
+        """A function that saves the adapter ``name`` as an adapter of a bare transformer, which is a scalar model's backbone."""
 
         def save(folder: Path) -> None:
             from peft import get_peft_model_state_dict
@@ -133,7 +135,7 @@ class SharedBackbone:
 
             body = f"{module_name(plain_model(self.model), transformer_of(self.model))}."
             weights = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
-            # Rows and copies of the output layer are no part of a value network.
+            # A value network has no rows or copies of the output layer.
             own = {key: value for key, value in weights.items() if key.startswith(BEFORE + body)}
             renamed = {key.replace(BEFORE + body, BEFORE, 1): value.detach().cpu().contiguous() for key, value in own.items()}
             save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -150,7 +152,7 @@ class SharedBackbone:
 
 
 class RoleParameters(nn.Module):
-    """The trainable weights of one role and nothing else: what its optimizer steps, its average follows and its checkpoint keeps."""
+    """The trainable weights of one role, for its optimizer, its moving average and its checkpoint."""
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
         super().__init__()

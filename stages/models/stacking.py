@@ -1,4 +1,4 @@
-"""A stack of adapters on its loaded base: merged into whole weights, or apart from quantized ones. Every merge is checked by computing."""
+"""Put a stack of adapters on its loaded base: merged into full weights, or unmerged on quantized ones. Every merge is verified."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 PROBE_TOKENS = 8
 MERGE_TOLERANCE = 1e-3
-"""Root mean square difference that merging may make, as a share of the outputs' own. fp32 rounding makes about 1e-6."""
+"""Allowed root mean square difference after a merge, relative to the outputs'. fp32 rounding causes about 1e-6."""
 
 
 def merged_stack(base: Any, adapters: Sequence[SavedAdapter], sizes: Sequence[int]) -> Any:
-    """``base`` (fp32, a transformers model) with the adapters merged into its weights, the lowest first.
+    """Merge the adapters into ``base`` (fp32, a transformers model), lowest first.
 
-    ``sizes`` are the numbers of tokens of the adapters' tokenizers: the embedding has so many rows when an adapter is added. Raises
-    ModelError where an adapter does not fit, or where the merged model computes something else than the adapter did.
+    ``sizes``: numbers of tokens of the adapters' tokenizers; the embedding gets at least as many rows before the adapter is added. Raises
+    ModelError if an adapter does not fit, or if the merged model computes different outputs.
     """
-    for number, (adapter, size) in enumerate(zip(adapters, sizes, strict=True)):
+    for index, (adapter, size) in enumerate(zip(adapters, sizes, strict=True)):
         fit_embedding(base, adapter, size)
-        model = add_adapter(base, adapter, f"below-{number}")
-        if model is base:  # nothing of the adapter belongs to this kind of model
+        model = add_adapter(base, adapter, f"below-{index}")
+        if model is base:  # no weight of the adapter applies to this kind of model
             continue
         before = _probe(model)
         base = merge(model)
@@ -38,14 +38,14 @@ def merged_stack(base: Any, adapters: Sequence[SavedAdapter], sizes: Sequence[in
 
 
 def stacked_apart(base: Any, adapters: Sequence[SavedAdapter], sizes: Sequence[int]) -> Any:
-    """``base`` (quantized) under the adapters, which stay apart from its quantized layers; arguments as of ``merged_stack``.
+    """Put the adapters on the quantized ``base`` without merging them into quantized layers. Arguments as in ``merged_stack``.
 
-    What an adapter changes of layers that are not quantized (embedding, output layer, heads) is merged into them.
+    Changes of unquantized layers (embedding, output layer, heads) are merged.
     """
     model = base
-    for number, (adapter, size) in enumerate(zip(adapters, sizes, strict=True)):
+    for index, (adapter, size) in enumerate(zip(adapters, sizes, strict=True)):
         fit_embedding(plain_model(model), adapter, size)
-        laid = add_adapter(model, adapter, f"below-{number}")
+        laid = add_adapter(model, adapter, f"below-{index}")
         if laid is model and not hasattr(model, "peft_config"):
             continue
         before = _probe(laid)
@@ -55,13 +55,13 @@ def stacked_apart(base: Any, adapters: Sequence[SavedAdapter], sizes: Sequence[i
 
 
 def is_unquantized(layer: Any) -> bool:
-    """Whether the weights of a layer are plain numbers."""
+    """Whether a layer's weights are unquantized."""
     weight = getattr(layer, "weight", None)
     return isinstance(weight, Tensor) and weight.is_floating_point() and not hasattr(weight, "quant_state")
 
 
 def fit_embedding(model: Any, adapter: SavedAdapter, size: int) -> None:
-    """Give the embedding the rows that it had when the adapter trained: those its weights tell, else at least ``size``."""
+    """Resize the embedding to its size when the adapter was trained: as its weights show, else at least ``size``."""
     from stages.models.loading import grow_embedding
 
     embedding = model.get_input_embeddings()
@@ -75,7 +75,7 @@ def fit_embedding(model: Any, adapter: SavedAdapter, size: int) -> None:
 
 
 def dequantized(model: Any) -> Any:
-    """A quantized model as whole fp32 weights: those it computed with. Layers that were Conv1D (GPT-2) are Conv1D again."""
+    """Convert a quantized model to fp32 weights with the values that it computed with. GPT-2's Conv1D layers are restored."""
     from stages.models.loading import quiet_transformers
 
     transposed = [name for name, module in model.named_modules() if getattr(module, "source_cls", None) is Conv1D]
@@ -93,15 +93,15 @@ def dequantized(model: Any) -> Any:
 
 @torch.no_grad()
 def _probe(model: Any) -> Tensor:
-    """What a model makes of a few tokens, spread over its vocabulary: logits, or hidden states without a head."""
+    """A model's outputs for a few tokens from its vocabulary: logits, or hidden states if it has no head."""
     plain = plain_model(model)
     training = plain.training
     weight = plain.get_input_embeddings().weight
     ids = torch.linspace(1, weight.shape[0] - 1, PROBE_TOKENS, device=weight.device).long()[None]
     outputs = plain.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
     plain.train(training)
-    found = getattr(outputs, "logits", None)
-    return (outputs.last_hidden_state if found is None else found).float()
+    logits = getattr(outputs, "logits", None)
+    return (outputs.last_hidden_state if logits is None else logits).float()
 
 
 def _check_merge(before: Tensor, after: Tensor, ref: str) -> None:
@@ -110,6 +110,6 @@ def _check_merge(before: Tensor, after: Tensor, ref: str) -> None:
     tolerance = MERGE_TOLERANCE if after.dtype == torch.float32 else 0.05
     if not difference <= tolerance * max(scale, 1e-6):
         raise ModelError(
-            f"merging the adapter {ref!r} changes what the model computes (outputs differ by {difference:.2g}, and are {scale:.2g} large); "
-            "use it with the quantization that it was trained on, and tell the project which model this is"
+            f"merging the adapter {ref!r} changes its outputs (difference {difference:.2g}, output scale {scale:.2g}); "
+            "use it with the quantization that it was trained on, and please report this model"
         )

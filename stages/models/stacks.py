@@ -1,7 +1,7 @@
-"""What a model consists of: whole weights, and the adapters on them, at any depth. Reads configs alone, and imports no torch.
+"""The structure of a model: base weights, and adapters on them at any depth. Reads only configs and does not import torch.
 
-A published adapter belongs to the model that its step started from, which may be an adapter itself. An adapter in a folder or on the hub
-names its base in its adapter_config.json.
+A published adapter belongs to the initial model of its step, which may itself be an adapter. An adapter in a folder or on the Hub names its
+base in its adapter_config.json.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ TOKENIZER_FILES = (
 
 
 def is_adapter(model: ResolvedModel) -> bool:
-    """Whether the model's folder (or hub repository) holds an adapter and not whole weights."""
+    """Whether the model's folder (or Hub repository) contains an adapter instead of full weights."""
     if model.record is not None:
         return model.record.is_adapter
     if model.kind == "hub":
         from transformers.utils import cached_file
 
-        found = cached_file(
+        path = cached_file(
             model.path,
             ADAPTER_CONFIG,
             revision=model.input.revision,
@@ -44,23 +44,23 @@ def is_adapter(model: ResolvedModel) -> bool:
             _raise_exceptions_for_connection_errors=False,
             _raise_exceptions_for_gated_repo=False,
         )
-        return found is not None
+        return path is not None
     return (Path(model.path) / ADAPTER_CONFIG).exists()
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Whole weights and the adapters on them, the lowest first. A model with whole weights has no adapters."""
+    """Base weights and the adapters on them, lowest first. A model with full weights has no adapters."""
 
     base: ResolvedModel
     adapters: tuple[ResolvedModel, ...]
 
 
 def stack_of(model: ResolvedModel) -> Stack:
-    """The whole weights and the adapters that ``model`` consists of, at any depth. Every part of the project asks this function.
+    """Determine the base weights and the adapters of ``model``. All code uses this function.
 
-    The base is to be loaded as ``model.input`` says, quantized or not. Raises ModelError for an adapter that this project cannot compute
-    (``check_adapter``), for one that does not name its base, and for bases that form a circle.
+    The base gets the loading options of ``model.input``. Raises ModelError for an unsupported adapter (``check_adapter``), for one that
+    does not name its base, and for circular bases.
     """
     adapters: list[ResolvedModel] = []
     below = model
@@ -75,7 +75,7 @@ def stack_of(model: ResolvedModel) -> Stack:
 
 
 def check_folder(model: ResolvedModel) -> None:
-    """Raise ModelError where a model in a folder is an adapter that cannot be loaded, as far as folders tell; asks no hub."""
+    """Raise ModelError if a model in a folder is an adapter that cannot be loaded. Checks only folders; makes no requests."""
     seen: set[str] = set()
     while model.kind == "folder" and is_adapter(model):
         if model.path in seen:
@@ -86,7 +86,7 @@ def check_folder(model: ResolvedModel) -> None:
 
 
 def tokenizer_source(model: ResolvedModel) -> ResolvedModel:
-    """The highest model of the stack that comes with a tokenizer; many adapters come without."""
+    """The highest model of the stack that has a tokenizer. Many adapters have none."""
     below = model
     while is_adapter(below) and not _has_tokenizer(below):
         below = find_base(below)
@@ -103,10 +103,10 @@ def _has_tokenizer(model: ResolvedModel) -> bool:
 
 
 def trained_on(model: ResolvedModel) -> ModelInput:
-    """How the whole weights below the adapter ``model`` are quantized in what it was trained on.
+    """The quantization of the base weights while the adapter ``model`` was trained.
 
-    An adapter on quantized weights keeps the adapters below it apart. One on whole weights has them merged, and then the next quantized
-    input further down decides.
+    An adapter on quantized weights keeps lower adapters unmerged. An adapter on full weights has them merged; then the next quantized input
+    further down counts.
     """
     below = model
     while is_adapter(below):
@@ -117,19 +117,19 @@ def trained_on(model: ResolvedModel) -> ModelInput:
 
 
 def check_adapter(adapter: ResolvedModel) -> None:
-    """Raise ModelError for an adapter from outside of the registry that is no LoRA; reads its adapter_config.json alone."""
+    """Raise ModelError for an external adapter that is not LoRA. Reads only its adapter_config.json."""
     kind = str(read_adapter_config(adapter).get("peft_type", "LORA")).upper()
     if kind != "LORA":
         raise ModelError(
             f"the adapter {adapter.ref!r} is of peft type {kind}; only LORA can be stacked and merged here. Merge it into its base with "
-            "peft, where peft can, and name that folder"
+            "peft if possible, and use that folder"
         )
 
 
 def find_base(adapter: ResolvedModel) -> ResolvedModel:
-    """The model right below an adapter, at the revision that the adapter names; it may be an adapter itself (``stack_of`` goes on).
+    """The model directly below an adapter, at the revision that the adapter names. It may itself be an adapter (see ``stack_of``).
 
-    Raises ModelError where the adapter names no base that can be found, RegistryError where the registry no longer has it.
+    Raises ModelError if the named base cannot be found, and RegistryError if the registry no longer has it.
     """
     from stages.registry.ledger import Registry
     from stages.registry.references import ResolvedModel
@@ -144,25 +144,25 @@ def find_base(adapter: ResolvedModel) -> ResolvedModel:
     source = ModelInput(ref=base["ref"], **fields)
     if base["kind"] != "registry":
         return ResolvedModel(ref=base["ref"], kind=base["kind"], path=str(base["path"]), digest=base["digest"], input=source)
-    # <root>/models/<name>/<version>, where the name may hold slashes
+    # <root>/models/<name>/<version>, where the name may contain slashes
     registry = Registry(record.folder.parents[record.name.count("/") + 2])
-    found = registry.get(base["digest"])
-    return ResolvedModel(ref=found.ref, kind="registry", path=str(found.path), digest=found.digest, input=source, record=found)
+    known = registry.get(base["digest"])
+    return ResolvedModel(ref=known.ref, kind="registry", path=str(known.path), digest=known.digest, input=source, record=known)
 
 
 def _named_base(adapter: ResolvedModel) -> ResolvedModel:
-    """The base that adapter_config.json names: a folder (also one beside the adapter's own), else a hub id at its revision."""
+    """The base in adapter_config.json: a folder (absolute, or relative to the adapter), else a Hub id at its revision."""
     from stages.registry.references import ResolvedModel
 
     config = read_adapter_config(adapter)
     named = config.get("base_model_name_or_path")
-    place = f"base_model_name_or_path in the {ADAPTER_CONFIG} of {adapter.ref!r}"
+    source_field = f"base_model_name_or_path in the {ADAPTER_CONFIG} of {adapter.ref!r}"
     if not named:
-        raise ModelError(f"{place} is empty; write the folder or the hub id of the model that it was trained on there")
+        raise ModelError(f"{source_field} is empty; set it to the folder or the Hub id of the model that the adapter was trained on")
     if str(named).startswith("sha256:"):
         raise ModelError(
-            f"{place} is a digest of a registry ({named[:19]}); export the model merged (without --adapter), or write the folder or the "
-            "hub id of its base there"
+            f"{source_field} is a registry digest ({named[:19]}); export the model merged (without --adapter), or set it to the folder or "
+            "Hub id of its base"
         )
     trusted = adapter.input.trust_remote_code
     for folder in (Path(named), Path(adapter.path) / named):
@@ -170,14 +170,14 @@ def _named_base(adapter: ResolvedModel) -> ResolvedModel:
             source = ModelInput(ref=named, trust_remote_code=trusted)
             return ResolvedModel(ref=named, kind="folder", path=str(folder), digest="", input=source)
     if named.startswith((".", "/", "~")):
-        raise ModelError(f"{place} is {named!r}, a folder that does not exist; write the folder or the hub id of its base there")
+        raise ModelError(f"{source_field} is {named!r}, a folder that does not exist; set it to the folder or the Hub id of its base")
     revision = config.get("revision")
     source = ModelInput(ref=named, revision=revision, trust_remote_code=trusted)
     return ResolvedModel(ref=named, kind="hub", path=named, digest=f"hub:{named}@{revision or 'main'}", input=source)
 
 
 def read_adapter_config(adapter: ResolvedModel) -> dict[str, Any]:
-    """The adapter_config.json of an adapter. Raises ModelError where it cannot be read."""
+    """Read the adapter_config.json of an adapter. Raises ModelError if it is unreadable."""
     try:
         if adapter.kind == "hub":
             from transformers.utils import cached_file
@@ -189,14 +189,14 @@ def read_adapter_config(adapter: ResolvedModel) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read the {ADAPTER_CONFIG} of {adapter.ref!r}: {str(error).splitlines()[0]}") from error
     if not isinstance(config, dict):
-        raise ModelError(f"the {ADAPTER_CONFIG} of {adapter.ref!r} holds no object; expected what peft's save_pretrained writes")
+        raise ModelError(f"the {ADAPTER_CONFIG} of {adapter.ref!r} is not a JSON object; expected peft's save_pretrained format")
     return config
 
 
 def weights_of(base: ResolvedModel) -> str:
-    """A name for the whole weights ``base``: equal for equal weights.
+    """An identifier of the base weights; equal identifiers mean equal weights.
 
-    Outside of the registry the place stands for the weights, because an adapter says no more of its base than that.
+    Outside the registry the path or Hub id identifies the weights, because an adapter records no more about its base.
     """
     if base.kind == "registry":
         return base.digest

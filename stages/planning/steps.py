@@ -1,4 +1,4 @@
-"""The planner of each stage: its module ``memory``, which estimates what a step of that stage holds in memory."""
+"""The planner of each stage: the module ``memory`` of its folder, which estimates the memory of a step of that stage."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from stages.recipe.schema import STAGES
 
 
 def lengths_of(config: Any, folder: Path | None) -> Lengths:
-    """The lengths of a step's data; those that its stage has no use for keep their defaults. ``folder``: of the model it reads, if any."""
+    """The lengths of a step's data.
+
+    Lengths that the stage does not need keep their defaults. ``folder``: that of the model it reads, if any.
+    """
     planner = _planner(config.stage)
     return Lengths() if planner is None else planner.lengths_of(config, Counter(folder))
 
 
 def memory_of(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory | None:
-    """The estimate of a step; None where its stage has no planner, or the size of a model it reads is unknown."""
+    """The estimate of a step; None if its stage has no planner, or if the size of a model is unknown."""
     planner = _planner(config.stage)
     if planner is None or any(view.shape.vocabulary == 0 for view in models.values()):
         return None

@@ -1,7 +1,7 @@
-"""What a PPO run needs to go on at the place it was cut off: between iterations, or inside one with its rollout in hand.
+"""Checkpoints of a PPO run, between iterations or inside one with its rollout.
 
-Episodes, minibatches and pretraining rows are drawn from the seed and their place in the run. The process-wide random streams are kept
-as well: a reward function may draw from them.
+Episodes, minibatches and pretraining rows are drawn from the seed and their index in the run. Global random generator states are also
+saved, because a reward function may use them.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from stages.training.checkpoints import (
 
 
 class RunHistory:
-    """The iterations done: the columns that a run is summed up by, since a long run has many, and whole those of no checkpoint yet.
+    """The completed iterations. It keeps the columns needed for run metrics, and complete entries only until the next checkpoint.
 
-    ``resumed``: whole entries of a run that was cut off, to be told of again.
+    ``resumed``: complete entries of an interrupted run, to be logged again.
     """
 
     def __init__(self, resumed: Sequence[dict[str, Any]] = ()) -> None:
@@ -49,24 +49,24 @@ class RunHistory:
         self._new: list[dict[str, Any]] = []
         self._length = 0
         for entry in self._resumed:
-            self._note(entry)
+            self._add_to_columns(entry)
 
     def __len__(self) -> int:
         return self._length
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add an iteration: ``metrics`` and ``samples``."""
-        self._note(entry)
+        self._add_to_columns(entry)
         self._new.append(entry)
 
-    def _note(self, entry: dict[str, Any]) -> None:
+    def _add_to_columns(self, entry: dict[str, Any]) -> None:
         for name, value in entry["metrics"].items():
             if name in SUMMED_UP or name.startswith("monitors/"):
                 self._columns.setdefault(name, array("d")).append(value)
         self._length += 1
 
     def take_resumed(self) -> list[dict[str, Any]]:
-        """The entries of a run that was cut off; at the second call none."""
+        """The entries of the interrupted run; empty on later calls."""
         resumed, self._resumed = self._resumed, []
         return resumed
 
@@ -80,25 +80,25 @@ class RunHistory:
         return [name for name, values in self._columns.items() if len(values) == self._length]
 
     def values(self, name: str) -> Sequence[float]:
-        """A column of every iteration."""
+        """One column over all iterations."""
         return self._columns[name]
 
 
 @dataclass
 class RunState:
-    """Where a run is. ``rollout`` is None between iterations and while one is collected."""
+    """The state of a run. ``rollout`` is None between iterations and during collection."""
 
-    iteration: int = 0  # iterations done
-    kl_coef: float = 0.0  # of the iteration under way
+    iteration: int = 0  # completed iterations
+    kl_coef: float = 0.0  # of the current iteration
     optimizer_steps: int = 0
     pretraining_draws: int = 0
-    history: RunHistory = field(default_factory=lambda: RunHistory())  # of the iterations done
+    history: RunHistory = field(default_factory=lambda: RunHistory())  # completed iterations
     rollout: Rollout | None = None
     progress: UpdateProgress = field(default_factory=UpdateProgress)
 
 
 class RunKeeper:
-    """Writes and reads the checkpoints of a run: networks, optimizers, the average of weights and its state."""
+    """Writes and reads the checkpoints of a run: networks, optimizers, the weight average, and the run's state."""
 
     def __init__(
         self,
@@ -141,33 +141,33 @@ class RunKeeper:
         self.checkpoints.write(fill, score=score)
 
     def load(self) -> RunState | None:
-        """Put the newest whole checkpoint into networks, optimizers and average; None where there is none."""
-        found = self.checkpoints.newest()
-        if found is None:
+        """Load the newest intact checkpoint into networks, optimizers and average. Returns None if there is none."""
+        checkpoint = self.checkpoints.newest()
+        if checkpoint is None:
             return None
-        content = json.loads((found.path / "state.json").read_text(encoding="utf-8"))
+        content = json.loads((checkpoint.path / "state.json").read_text(encoding="utf-8"))
         history = self.log.first(content["history"])
         if history is None:
-            self.runtime.console.print(f"{self.log.path.name} does not hold the iterations of {found.path.name}; beginning anew")
+            self.runtime.console.print(f"{self.log.path.name} does not contain the iterations of {checkpoint.path.name}; starting again")
             return None
-        self.load_weights(found)
+        self.load_weights(checkpoint)
         for name, optimizer in self.optimizers.items():
-            load_optimizer(optimizer, trainable(self.networks[name]), found.path / f"{name}-optimizer.safetensors")
-        load_generators(found.path, self.runtime)
-        rollout = load_rollout(found.path) if (found.path / "rollout.json").exists() else None
+            load_optimizer(optimizer, trainable(self.networks[name]), checkpoint.path / f"{name}-optimizer.safetensors")
+        load_generators(checkpoint.path, self.runtime)
+        rollout = load_rollout(checkpoint.path) if (checkpoint.path / "rollout.json").exists() else None
         content |= {"history": RunHistory(history), "rollout": rollout, "progress": UpdateProgress(**content["progress"])}
         return RunState(**content)
 
-    def load_weights(self, found: Checkpoint) -> None:
-        """Put a checkpoint's weights into the networks and the average."""
+    def load_weights(self, checkpoint: Checkpoint) -> None:
+        """Load a checkpoint's weights into the networks and the average."""
         for name, network in self.networks.items():
-            load_tensors(trainable(network), found.path / f"{name}.safetensors")
+            load_tensors(trainable(network), checkpoint.path / f"{name}.safetensors")
         if self.average is not None:
-            load_tensors(self.average.weights, found.path / "average.safetensors")
+            load_tensors(self.average.weights, checkpoint.path / "average.safetensors")
 
 
 class HistoryLog:
-    """Metrics and samples of all iterations, appended to as the run goes on; a checkpoint names how much of it is its own."""
+    """Append-only file with the metrics and samples of all iterations. A checkpoint records how many lines belong to it."""
 
     def __init__(self, path: Path, *, is_main: bool = True) -> None:
         self.path, self.is_main = path, is_main
@@ -175,7 +175,7 @@ class HistoryLog:
         self._hash = hashlib.sha256()
 
     def append(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
-        """Add iterations; returns what ``first`` needs to find all up to here again."""
+        """Append iterations. Returns the mark with which ``first`` finds all iterations up to here."""
         lines = [json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in entries]
         with self.path.open("ab" if self._written else "wb") as file:
             file.writelines(lines)
@@ -187,9 +187,9 @@ class HistoryLog:
         return {"iterations": self._written, "sha256": self._hash.hexdigest()}
 
     def first(self, mark: dict[str, Any]) -> list[dict[str, Any]] | None:
-        """The iterations that a checkpoint named; None where the file does not hold them as they were written.
+        """The iterations up to a checkpoint's mark; None if the file does not contain them unchanged.
 
-        What a cut-off run wrote behind them is taken off, so that appending goes on from there.
+        Later lines of an interrupted run are removed, so that appending continues from there.
         """
         self._hash = hashlib.sha256()
         try:
@@ -207,23 +207,23 @@ class HistoryLog:
         return [json.loads(line) for line in lines]
 
 
-# The rollout in hand
+# The current rollout
 
 
 def save_rollout(rollout: Rollout, folder: Path) -> None:
-    """Tensors as safetensors, texts and numbers as JSON."""
+    """Save tensors as safetensors, and texts and numbers as JSON."""
     tensors = {name: getattr(rollout, name) for name in TENSORS}
     tensors |= {f"parts.{name}": part for name, part in rollout.parts.items()}
     tensors |= {f"monitors.{name}": part for name, part in rollout.monitors.items()}
-    save_file({name: value.clone() for name, value in tensors.items()}, folder / "rollout.safetensors")  # some share their memory
+    save_file({name: value.clone() for name, value in tensors.items()}, folder / "rollout.safetensors")  # some tensors share memory
     plain = [item.name for item in fields(Rollout) if item.name not in (*TENSORS, "parts", "monitors")]
     content = {name: getattr(rollout, name) for name in plain}
-    content |= {"parts": list(rollout.parts), "monitors": list(rollout.monitors)}  # in their order, which metrics are written in
+    content |= {"parts": list(rollout.parts), "monitors": list(rollout.monitors)}  # in order, because metrics are written in this order
     (folder / "rollout.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def load_rollout(folder: Path) -> Rollout:
-    """What ``save_rollout`` kept."""
+    """Load what ``save_rollout`` saved."""
     tensors = load_file(folder / "rollout.safetensors")
     content = json.loads((folder / "rollout.json").read_text(encoding="utf-8"))
     for group in ("parts", "monitors"):

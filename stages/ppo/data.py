@@ -1,4 +1,4 @@
-"""What PPO reads: prompts with their tokens, and the pretraining rows that are mixed in."""
+"""PPO's data: prompts with token ids, and pretraining rows to mix in."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from stages.ppo.roles import Roles
     from stages.step import StepContext
 
-UNLIMITED = 1_000_000  # prompt tokens, where neither model nor tokenizer sets a limit
+UNLIMITED = 1_000_000  # prompt tokens if neither model nor tokenizer has a limit
 
 
 class EncodedPrompt(NamedTuple):
-    """A prompt, its token ids, and the columns of its row that reward functions ask for."""
+    """A prompt, its token ids, and the columns that reward functions request."""
 
     prompt: Prompt
     ids: list[int]
@@ -29,7 +29,7 @@ class EncodedPrompt(NamedTuple):
 
 
 def check_prompts(config: PPOStepConfig, context: StepContext) -> None:
-    """Raise DataError, with the row's place, for a conversation that a chat template refuses; before any weights are loaded."""
+    """Raise DataError with the row's location for a conversation that a chat template rejects, before weights are loaded."""
     from stages.corpora import prompts as corpus
     from stages.corpora.templates import check_rendering
     from stages.models.loading import load_tokenizer
@@ -40,7 +40,7 @@ def check_prompts(config: PPOStepConfig, context: StepContext) -> None:
 
 
 def load_prompts(config: PPOStepConfig, context: StepContext, roles: Roles) -> list[EncodedPrompt]:
-    """Prompts with their token ids, without those too long to be answered (cutting one would ask something else)."""
+    """Load prompts with token ids. Prompts that are too long are left out, because truncation would change the question."""
     from stages.corpora.curation import Curator
     from stages.corpora.templates import count_tokens
 
@@ -48,12 +48,12 @@ def load_prompts(config: PPOStepConfig, context: StepContext, roles: Roles) -> l
     curator = Curator(config.curation, count_tokens(roles.tokenizer))
     encoded = encoded_prompts(config, roles.tokenizer, curator)
     if curator.left_out:
-        reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(curator.left_out.items()))
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(curator.left_out.items()))
         context.runtime.console.print(f"{context.name}: curation left out {sum(curator.left_out.values())} prompts ({reasons})")
     kept = [one for one in encoded if 0 < len(one.ids) <= longest]
     if not kept:
         raise DataError(
-            f"none of {len(encoded)} prompts has at most {longest} tokens (max_prompt_tokens, or what policy and tokenizer can read less "
+            f"none of {len(encoded)} prompts has at most {longest} tokens (max_prompt_tokens, or the context length minus "
             f"generation.max_new_tokens={config.generation.max_new_tokens})"
         )
     if len(kept) < len(encoded):
@@ -63,7 +63,7 @@ def load_prompts(config: PPOStepConfig, context: StepContext, roles: Roles) -> l
 
 
 def encoded_prompts(config: PPOStepConfig, tokenizer: Any, curator: Curator | None = None) -> list[EncodedPrompt]:
-    """All prompts of the step, shortened where it says so, with their token ids and the columns that its rewards ask for."""
+    """All prompts of the step, shortened if requested, with token ids and the columns that its rewards request."""
     from stages.corpora import prompts as corpus
     from stages.corpora.fitting import fit_prompt
     from stages.corpora.templates import encode_prompt
@@ -77,35 +77,37 @@ def encoded_prompts(config: PPOStepConfig, tokenizer: Any, curator: Curator | No
 
 
 def prompt_room(config: PPOStepConfig, policy: Any, tokenizer: Any) -> int:
-    """The longest prompt, in tokens, that a policy of config ``policy`` can read and still answer with ``max_new_tokens``."""
+    """The maximum prompt length in tokens that leaves room for ``max_new_tokens``. ``policy`` is the policy's config."""
     readable = readable_length(policy, tokenizer)
     room = UNLIMITED if readable is None else readable - config.generation.max_new_tokens
     return room if config.max_prompt_tokens is None else min(room, config.max_prompt_tokens)
 
 
 def longest_sequence(config: PPOStepConfig, policy: Any, tokenizer: Any) -> int:
-    """The most tokens, prompt and completion, that the networks of this step will read."""
+    """The maximum number of tokens, prompt and completion, that the networks of this step read."""
     room = prompt_room(config, policy, tokenizer)
     lengths = [len(one.ids) for one in encoded_prompts(config, tokenizer) if len(one.ids) <= room]
     return max(lengths, default=0) + config.generation.max_new_tokens
 
 
 class PretrainingRows:
-    """Blocks of the pretraining mix (Ouyang et al. 2022, equation 2), drawn with replacement from the seed and ``draws`` alone."""
+    """Blocks of the pretraining mix (Ouyang et al. 2022, equation 2), drawn with replacement; each draw depends only on seed and
+    ``draws``.
+    """
 
     def __init__(self, blocks: torch.Tensor, seed: int) -> None:
         self.blocks, self.seed = blocks, seed  # (blocks, block_size)
-        self.draws = 0  # draws made; set it to go on
+        self.draws = 0  # number of draws; set it to resume
 
-    def draw(self, number: int) -> torch.Tensor:
-        """The next ``number`` blocks, (number, block_size)."""
+    def draw(self, count: int) -> torch.Tensor:
+        """The next ``count`` blocks [count, block_size]."""
         generator = torch.Generator().manual_seed(episode_seed(self.seed, -2, self.draws))
         self.draws += 1
-        return self.blocks[torch.randint(len(self.blocks), (number,), generator=generator)]
+        return self.blocks[torch.randint(len(self.blocks), (count,), generator=generator)]
 
 
 def load_pretraining_rows(config: PPOStepConfig, context: StepContext, roles: Roles) -> PretrainingRows | None:
-    """The texts of the pretraining mix, packed; None where the step has none."""
+    """The packed texts of the pretraining mix; None if the step has none."""
     mix = config.pretraining_mix
     if mix is None:
         return None

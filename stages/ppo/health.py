@@ -1,6 +1,6 @@
-"""Alarms of a PPO run: what usually goes wrong in silence, said in plain words when it begins, and kept as metrics.
+"""Alarms of a PPO run: detect silent failures early, explain them in plain words, and record them as metrics.
 
-Every alarm is a function of the metrics of the iterations so far, so a run that was resumed raises the same ones.
+Every alarm is a function of the metrics so far, so a resumed run raises the same alarms.
 """
 
 from __future__ import annotations
@@ -34,70 +34,70 @@ AlarmName = Literal[
 
 
 class HealthSettings(Strict):
-    """Limits beyond which an alarm is raised; null switches one off. "At first" is the mean of the first three iterations."""
+    """Thresholds of the alarms; null disables one. "At first" means the mean of the first three iterations."""
 
-    negative_kl_errors: float | None = Field(4.0, gt=0, description="negative_kl: standard errors by which the mean KL lies below 0.")
+    negative_kl_errors: float | None = Field(4.0, gt=0, description="negative_kl: number of standard errors that the mean KL is below 0.")
     kl_limit: float | None = Field(50.0, gt=0, description="exploding_kl: nats per completion.")
     disagreement: float | None = Field(
-        0.1, gt=0, description="policies_disagree: |ratio - 1| in an iteration's first minibatch, before any step was made."
+        0.1, gt=0, description="policies_disagree: |ratio - 1| in an iteration's first minibatch, before any optimizer step."
     )
     sampler_gap: float | None = Field(
         0.1, gt=0, description="sampler_disagrees: nats per token between the log-probabilities of vLLM and the trainer's, in the mean."
     )
-    ratio_limit: float | None = Field(30.0, gt=0, description="ratio_blow_up: largest |ratio - 1| of an iteration.")
+    ratio_limit: float | None = Field(30.0, gt=0, description="ratio_blow_up: maximum |ratio - 1| in an iteration.")
     value_growth: float | None = Field(20.0, gt=1, description="value_blow_up: value loss, as a multiple of its recent median.")
-    entropy_share: float | None = Field(0.1, gt=0, lt=1, description="entropy_collapse: entropy per token, as a share of that at first.")
-    length_factor: float | None = Field(2.5, gt=1, description="length_drift: times longer or shorter than at first.")
-    repetition_rise: float | None = Field(0.25, gt=0, description="repetition: rise of the share of 4-grams that a completion has twice.")
-    distinct_share: float | None = Field(0.5, gt=0, lt=1, description="sameness: share of different completions, against that at first.")
-    stopped_drop: float | None = Field(0.3, gt=0, description="missing_eos: fall of the share of completions that end by themselves.")
-    flat_iterations: int | None = Field(3, ge=1, description="flat_reward: iterations in a row in which every completion scored the same.")
+    entropy_share: float | None = Field(0.1, gt=0, lt=1, description="entropy_collapse: entropy per token relative to the value at first.")
+    length_factor: float | None = Field(2.5, gt=1, description="length_drift: factor by which the length changed since at first.")
+    repetition_rise: float | None = Field(0.25, gt=0, description="repetition: increase of the share of repeated 4-grams in a completion.")
+    distinct_share: float | None = Field(0.5, gt=0, lt=1, description="sameness: share of distinct completions relative to that at first.")
+    stopped_drop: float | None = Field(0.3, gt=0, description="missing_eos: decrease of the share of completions with an end token.")
+    flat_iterations: int | None = Field(3, ge=1, description="flat_reward: consecutive iterations in which all completions score the same.")
     hacking_errors: float | None = Field(
-        5.0, gt=0, description="reward_hacking: standard errors by which a monitor fell from its best while the score rose as clearly."
+        5.0, gt=0, description="reward_hacking: standard errors that a monitor fell below its best while the score rose by as many."
     )
-    window: int = Field(5, ge=3, description="Iterations that are averaged for value_blow_up and reward_hacking.")
-    stop_on: list[AlarmName] = Field([], description="Alarms that end the run; the others are said and counted.")
+    window: int = Field(5, ge=3, description="Number of iterations averaged for value_blow_up and reward_hacking.")
+    stop_on: list[AlarmName] = Field([], description="Alarms that end the run; others are only reported.")
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """Something that is wrong, in words for the one who watches the run."""
+    """A detected problem with a message for the user."""
 
     name: str
     message: str
 
 
 class History:
-    """What the checks look back at: the first iterations, the last ones, and how every monitor went. It does not grow with the run."""
+    """The data that the checks need: the first iterations, the last ones, and each monitor's trend. Its size does not grow with the run."""
 
     def __init__(self, settings: HealthSettings) -> None:
-        self.length = 0  # iterations so far
+        self.length = 0  # number of iterations
         self.first: list[Metrics] = []
-        self.recent: list[Metrics] = []  # the last entry is the iteration that is judged
+        self.recent: list[Metrics] = []  # the last entry is the current iteration
         self.trends: dict[str, Trend] = {}
         self._window, self._kept = settings.window, max(2 * settings.window, settings.flat_iterations or 0, EARLY) + 1
 
     def append(self, metrics: Metrics) -> None:
-        """The next iteration."""
+        """Add the next iteration."""
         self.length += 1
         if self.length <= EARLY:
             self.first.append(dict(metrics))
         self.recent = [*self.recent, dict(metrics)][-self._kept :]
         for name in metrics:
             if name.startswith("monitors/") and not name.endswith("_std"):
-                known = [entry for entry in self.recent if name in entry]  # a monitor may apply to no episode of an iteration
+                known = [entry for entry in self.recent if name in entry]  # a monitor may apply to none of an iteration's episodes
                 self.trends.setdefault(name, Trend(self._window)).add(
                     [entry[name] for entry in known], [entry["rewards/score_mean"] for entry in known]
                 )
 
     @property
     def now(self) -> Metrics:
-        """The iteration that is judged."""
+        """The current iteration."""
         return self.recent[-1]
 
 
 class Trend:
-    """A monitor against the score, in means over ``width`` iterations: at its best, before the last ``width``, and now."""
+    """A monitor and the score as means over ``width`` iterations: at the monitor's best (before the last ``width``), and now."""
 
     def __init__(self, width: int) -> None:
         self.width, self.pairs = width, 0
@@ -106,7 +106,7 @@ class Trend:
         self._squares = Point(0.0, 0.0)
 
     def add(self, monitor: Sequence[float], score: Sequence[float]) -> None:
-        """The next iteration; both hold the last ones up to it, at least twice ``width`` of a run that has as many."""
+        """Add an iteration. Both sequences contain the most recent values, at least 2 ``width`` of them in a long enough run."""
         width = self.width
         if len(monitor) > 1:
             self.pairs += 1
@@ -119,54 +119,57 @@ class Trend:
 
     @property
     def full(self) -> bool:
-        """Whether there were iterations enough for both means."""
+        """Whether there are enough iterations for both means."""
         return self.now.monitor > -math.inf
 
     @property
     def error(self) -> Point:
-        """Standard errors of the difference of two means. The noise is read off neighbours, whose differences a trend hardly moves."""
+        """Standard errors of the difference of two means.
+
+        The noise is estimated from successive differences, which a trend hardly affects.
+        """
         return Point(*(max(math.sqrt(squares / self.pairs / self.width), 1e-9) for squares in self._squares))
 
 
 class Point(NamedTuple):
-    """A number of the monitor and one of the score."""
+    """A monitor value and a score."""
 
     monitor: float
     score: float
 
 
-EARLY = 3  # iterations that make up "at first", and "lately"
+EARLY = 3  # number of iterations for "at first" and for recent means
 
 
 class Health:
-    """Looks at every iteration's metrics in turn."""
+    """Checks every iteration's metrics in turn."""
 
     def __init__(self, settings: HealthSettings) -> None:
         self.settings = settings
-        self.begun: list[Alarm] = []  # alarms of the last iteration that the one before it did not raise: what goes on is said once
+        self.begun: list[Alarm] = []  # new alarms of the last iteration; continuing ones are reported only once
         self._history = History(settings)
         self._raised: dict[str, dict[str, Any]] = {}
 
     def observe(self, metrics: Metrics) -> list[Alarm]:
-        """The alarms of the next iteration."""
-        place = self._history.length
+        """Check the next iteration and return its alarms."""
+        iteration = self._history.length
         self._history.append(metrics)
         alarms = [alarm for check in CHECKS for alarm in check(self._history, self.settings)]
         self.begun = []
         for alarm in alarms:
-            entry = self._raised.setdefault(alarm.name, {"first_iteration": place, "iterations": 0, "message": alarm.message})
-            if entry.get("last_iteration") != place - 1:
+            entry = self._raised.setdefault(alarm.name, {"first_iteration": iteration, "iterations": 0, "message": alarm.message})
+            if entry.get("last_iteration") != iteration - 1:
                 self.begun.append(alarm)
-            entry |= {"last_iteration": place, "iterations": entry["iterations"] + 1}
+            entry |= {"last_iteration": iteration, "iterations": entry["iterations"] + 1}
         return alarms
 
     def summary(self) -> list[dict[str, Any]]:
-        """Every alarm that was raised, as it began: name, first and last iteration, in how many it was raised, message."""
+        """All raised alarms in order of first occurrence: name, first and last iteration, number of iterations, message."""
         return sorted(({"name": name, **entry} for name, entry in self._raised.items()), key=lambda entry: entry["first_iteration"])
 
 
 def alarm_metrics(alarms: list[Alarm]) -> dict[str, float]:
-    """``health/alarms`` and a 1 for each alarm raised."""
+    """``health/alarms``, and a 1 for each raised alarm."""
     return {"health/alarms": float(len(alarms)), **{f"health/{alarm.name}": 1.0 for alarm in alarms}}
 
 
@@ -174,20 +177,20 @@ def alarm_metrics(alarms: list[Alarm]) -> dict[str, float]:
 
 
 def _at_first(history: History, name: str) -> float | None:
-    """The mean over the first iterations; None while they are not over."""
+    """The mean over the first iterations; None until they are complete."""
     values = [entry[name] for entry in history.first if name in entry]
     return sum(values) / EARLY if len(values) == EARLY and history.length > EARLY else None
 
 
 def _negative_kl(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    recent = history.recent[-EARLY:]  # a few small batches by chance lie far below 0; what samples from something else does so in all
+    recent = history.recent[-EARLY:]  # single small batches can be far below 0 by chance; a real mismatch shows in all
     kl = statistics.fmean(now["policy/kl"] for now in recent)
     error = math.hypot(*(now["policy/kl_standard_error"] for now in recent)) / len(recent)
     if settings.negative_kl_errors is not None and kl < -settings.negative_kl_errors * error - 1e-3:
         yield Alarm(
             "negative_kl",
-            f"the KL to the reference is {kl:.3f} nats, {-kl / max(error, 1e-9):.0f} standard errors below 0, which no KL can be: the "
-            "policy samples from something else than the log-probabilities say (top_k, top_p, padding or stop tokens?)",
+            f"the KL to the reference is {kl:.3f} nats, {-kl / max(error, 1e-9):.0f} standard errors below 0, which is impossible: the "
+            "samples do not follow the policy's log-probabilities (check top_k, top_p, padding and stop tokens)",
         )
 
 
@@ -196,8 +199,8 @@ def _exploding_kl(history: History, settings: HealthSettings) -> Iterator[Alarm]
     if settings.kl_limit is not None and kl > settings.kl_limit:
         yield Alarm(
             "exploding_kl",
-            f"the KL to the reference is {kl:.1f} nats per completion (limit {settings.kl_limit:g}): the policy has left what the reward "
-            "model knows; raise kl_coef, set kl_target, or lower training.learning_rate",
+            f"the KL to the reference is {kl:.1f} nats per completion (limit {settings.kl_limit:g}): the policy has left the "
+            "reward model's training distribution; raise kl_coef, set kl_target, or lower training.learning_rate",
         )
 
 
@@ -206,8 +209,8 @@ def _policies_disagree(history: History, settings: HealthSettings) -> Iterator[A
     if settings.disagreement is not None and deviation > settings.disagreement:
         yield Alarm(
             "policies_disagree",
-            f"before any step of the iteration a probability ratio is {deviation:.3g} away from 1: sampling and training disagree about "
-            "the same tokens; set rollout_logprobs: recomputed, or precision: fp32",
+            f"before the iteration's first optimizer step a probability ratio differs from 1 by {deviation:.3g}: sampling and training "
+            "compute different log-probabilities; set rollout_logprobs: recomputed, or precision: fp32",
         )
 
 
@@ -227,7 +230,7 @@ def _ratio_blow_up(history: History, settings: HealthSettings) -> Iterator[Alarm
     if settings.ratio_limit is not None and deviation > settings.ratio_limit:
         yield Alarm(
             "ratio_blow_up",
-            f"a probability ratio reached {1 + deviation:.3g} within one iteration (limit {1 + settings.ratio_limit:g}): the steps are too "
+            f"a probability ratio reached {1 + deviation:.3g} within one iteration (limit {1 + settings.ratio_limit:g}): steps are too "
             "large; lower training.learning_rate or ppo_epochs, or set dual_clip or target_update_kl",
         )
 
@@ -239,7 +242,7 @@ def _value_blow_up(history: History, settings: HealthSettings) -> Iterator[Alarm
     if settings.value_growth is None or len(before) < EARLY:
         return
     loss, usual = history.now["value/loss"], statistics.median(before)
-    # A value network may be wrong by the spread of the returns; below that no loss is a blow-up, however small the last ones were.
+    # The value loss may be as large as the variance of the returns. Below that it is no blow-up, however small recent losses were.
     if loss > settings.value_growth * usual and loss > history.now["value/returns_variance"]:
         yield Alarm(
             "value_blow_up",
@@ -253,7 +256,7 @@ def _entropy_collapse(history: History, settings: HealthSettings) -> Iterator[Al
     if settings.entropy_share is not None and first is not None and now < settings.entropy_share * first:
         yield Alarm(
             "entropy_collapse",
-            f"the entropy fell from {first:.3g} to {now:.3g} nats per token: the policy says one thing only; raise kl_coef, or lower "
+            f"the entropy fell from {first:.3g} to {now:.3g} nats per token: the policy is becoming deterministic; raise kl_coef, or lower "
             "training.learning_rate",
         )
 
@@ -265,7 +268,7 @@ def _length_drift(history: History, settings: HealthSettings) -> Iterator[Alarm]
     if now > settings.length_factor * first or now < first / settings.length_factor:
         yield Alarm(
             "length_drift",
-            f"completions went from {first:.1f} to {now:.1f} tokens: does the reward pay for length? Look at samples.jsonl, and at a "
+            f"completions went from {first:.1f} to {now:.1f} tokens: the reward may favour length. Check samples.jsonl, and a "
             "reward model's accuracy by length",
         )
 
@@ -275,7 +278,7 @@ def _repetition(history: History, settings: HealthSettings) -> Iterator[Alarm]:
     if settings.repetition_rise is not None and first is not None and now > first + settings.repetition_rise:
         yield Alarm(
             "repetition",
-            f"{now:.0%} of a completion's 4-grams occur in it twice ({first:.0%} at first): the policy repeats itself; raise kl_coef",
+            f"{now:.0%} of a completion's 4-grams are repeated ({first:.0%} at first): the policy repeats itself; raise kl_coef",
         )
 
 
@@ -284,7 +287,7 @@ def _sameness(history: History, settings: HealthSettings) -> Iterator[Alarm]:
     if settings.distinct_share is not None and first is not None and now < settings.distinct_share * first:
         yield Alarm(
             "sameness",
-            f"only {now:.0%} of an iteration's completions differ ({first:.0%} at first): one answer to every prompt; raise kl_coef",
+            f"only {now:.0%} of an iteration's completions are distinct ({first:.0%} at first); raise kl_coef",
         )
 
 
@@ -293,20 +296,20 @@ def _missing_eos(history: History, settings: HealthSettings) -> Iterator[Alarm]:
     if settings.stopped_drop is not None and first is not None and now < first - settings.stopped_drop:
         yield Alarm(
             "missing_eos",
-            f"{now:.0%} of the completions end by themselves ({first:.0%} at first): set missing_eos: replace, or raise "
+            f"{now:.0%} of the completions have an end token ({first:.0%} at first): set missing_eos: replace, or raise "
             "generation.max_new_tokens",
         )
 
 
 def _flat_reward(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    number = settings.flat_iterations
-    if number is None or history.length < number:
+    num_iterations = settings.flat_iterations
+    if num_iterations is None or history.length < num_iterations:
         return
-    if all(entry["rewards/score_std"] < 1e-6 for entry in history.recent[-number:]):
+    if all(entry["rewards/score_std"] < 1e-6 for entry in history.recent[-num_iterations:]):
         yield Alarm(
             "flat_reward",
-            f"every completion of {number} iterations scored {history.now['rewards/score_mean']:.3g}: there is nothing to learn from; is "
-            "the right reward named, and does it read the completion?",
+            f"all completions of {num_iterations} iterations score {history.now['rewards/score_mean']:.3g}: no learning signal; check "
+            "that the reward is the right one and reads the completion",
         )
 
 
@@ -320,7 +323,7 @@ def _reward_hacking(history: History, settings: HealthSettings) -> Iterator[Alar
             yield Alarm(
                 "reward_hacking",
                 f"{name} fell from {best.monitor:.3f} to {now.monitor:.3f} while the score rose from {best.score:.3f} to {now.score:.3f}: "
-                "the policy has found what the reward overrates; stop earlier, raise kl_coef, or use an ensemble of reward models",
+                "the policy exploits errors of the reward; stop earlier, raise kl_coef, or use an ensemble of reward models",
             )
             return
 

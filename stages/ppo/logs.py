@@ -1,4 +1,4 @@
-"""What a PPO run writes beside its models: metrics and samples as it goes, and the episodes that something went wrong with."""
+"""Files of a PPO run: metrics, samples, and the episodes of failed iterations."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def log(context: StepContext, iteration: int, entry: dict[str, Any]) -> None:
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
 
-def samples_of(rollout: Rollout, iteration: int, number: int) -> list[dict[str, Any]]:
-    """The first ``number`` episodes, to be read."""
+def samples_of(rollout: Rollout, iteration: int, count: int) -> list[dict[str, Any]]:
+    """The first ``count`` episodes for samples.jsonl."""
     return [
         {
             "iteration": iteration,
@@ -29,12 +29,12 @@ def samples_of(rollout: Rollout, iteration: int, number: int) -> list[dict[str, 
             "completion": rollout.completions[row],
             "score": float(rollout.scores[row]),
         }
-        for row in range(min(number, len(rollout.prompts)))
+        for row in range(min(count, len(rollout.prompts)))
     ]
 
 
 def episodes_of(rollout: Rollout) -> list[dict[str, Any]]:
-    """Every episode with all that is known of it."""
+    """All episodes with everything that is known about them."""
     return [
         {
             "prompt": rollout.prompts[row],
@@ -49,7 +49,7 @@ def episodes_of(rollout: Rollout) -> list[dict[str, Any]]:
 
 
 def keep_episodes(context: StepContext, episodes: list[dict[str, Any]]) -> str:
-    """Write the offending episodes beside the metrics; returns the end of the message. Each process writes what it met."""
+    """Write the failed iteration's episodes next to the metrics. Returns the end of the message. Each process writes its own episodes."""
     index = context.runtime.process_index
     path = context.folder / ("failed_rollout.jsonl" if index == 0 else f"failed_rollout-{index}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)

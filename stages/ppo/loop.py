@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def run(config: PPOStepConfig, context: StepContext) -> StepResult:
-    """Align the policy; publish it, with how score, KL, entropy and length went."""
+    """Align the policy and publish it with metrics of score, KL, entropy and length."""
     ppo = PPORun(config, context)
     ppo.resume()
     with ppo.sampling():
@@ -46,7 +46,7 @@ def run(config: PPOStepConfig, context: StepContext) -> StepResult:
 
 
 class PPORun:
-    """What a run consists of, and where it is (``state``)."""
+    """The parts of a run, and its ``state``."""
 
     def __init__(self, config: PPOStepConfig, context: StepContext) -> None:
         from stages.rewards.source import build_reward
@@ -104,8 +104,8 @@ class PPORun:
         self._said_cuts: set[str] = set()
 
     def resume(self) -> None:
-        """Take up a run that was cut off, where there is one; its logs are written again, so that they are whole."""
-        with self.roles.offload.awake(self.roles.value):  # an optimizer's moments go where its weights are
+        """Resume an interrupted run if there is one. Its logs are written again, so that they are complete."""
+        with self.roles.offload.awake(self.roles.value):  # optimizer moments are loaded to the device of the weights
             state = self.keeper.load()
         if state is None:
             return
@@ -139,7 +139,7 @@ class PPORun:
             yield
 
     def iterate(self) -> None:
-        """Collect a rollout, learn from it, take note of it; until the episodes are done, or the run is asked to stop."""
+        """Collect, update and log, until all episodes are done or a stop is requested."""
         from stages.corpora.prompts import shuffled_forever
 
         config, state = self.config, self.state
@@ -154,7 +154,7 @@ class PPORun:
                 if state.rollout is None:
                     state.rollout = self._collect(chosen)
                     self._safe_point()
-                metrics = self._note(state.rollout, self._update(state.rollout))
+                metrics = self._log_iteration(state.rollout, self._update(state.rollout))
                 bar.advance(
                     1, score=metrics["rewards/score_mean"], kl=metrics["policy/kl"], episodes_per_s=metrics["time/episodes_per_second"]
                 )
@@ -163,7 +163,7 @@ class PPORun:
                 self._safe_point()
 
     def publish(self) -> StepResult:
-        """Put what was made into the registry."""
+        """Publish the models in the registry."""
         from stages.step import StepResult
 
         config, context, roles = self.config, self.context, self.roles
@@ -183,10 +183,10 @@ class PPORun:
             publish_value(config, context, roles)
         if config.keep_best:
             publish_best(config, context, roles, self.keeper)
-        # Last: with this version published the step counts as done.
+        # Published last: this version marks the step as done.
         return StepResult(model=publish_policy(config, context, roles, metrics), metrics=metrics)
 
-    # The parts of an iteration
+    # Parts of an iteration
 
     def _set_learning_rates(self) -> None:
         training = self.config.training
@@ -198,7 +198,7 @@ class PPORun:
 
     def _collect(self, chosen: Sequence[EncodedPrompt]) -> Rollout:
         iteration = self.state.iteration
-        # Nothing that trains changes while a rollout is collected: alone, a process may end there at once.
+        # Weights do not change while a rollout is collected, so a single process may stop there at any time.
         may_end = self.runtime.stop.allowed() if self.runtime.num_processes == 1 else nullcontext()
         try:
             with may_end, self._saved_when_stopped():
@@ -250,8 +250,8 @@ class PPORun:
         rollout.seconds["update"] = time.perf_counter() - started
         return result
 
-    def _note(self, rollout: Rollout, result: UpdateResult) -> dict[str, float]:
-        """Log the iteration, raise alarms, move the KL coefficient; the iteration is done then."""
+    def _log_iteration(self, rollout: Rollout, result: UpdateResult) -> dict[str, float]:
+        """Log the iteration, raise alarms and update the KL coefficient. This completes the iteration."""
         state, iteration = self.state, self.state.iteration
         metrics = iteration_metrics(
             rollout,
@@ -280,12 +280,12 @@ class PPORun:
         return metrics
 
     def _say_cuts(self, metrics: dict[str, float]) -> None:
-        """Say once of each reward source that it cannot read whole texts."""
+        """Report once per reward source that it truncates texts."""
         for name, share in metrics.items():
             if name.endswith("_cut_share") and share and name not in self._said_cuts:
                 self._said_cuts.add(name)
-                what = "completions lost their beginning to" if name.endswith("_completion_cut_share") else "texts lost their beginning to"
-                said = f"iteration {self.state.iteration}: {share:.0%} of {what} the length that this reward can read ({name})"
+                what = "completions are truncated to" if name.endswith("_completion_cut_share") else "texts are truncated to"
+                said = f"iteration {self.state.iteration}: {share:.0%} of {what} this reward's maximum length ({name})"
                 self.runtime.console.print(f"{self.context.name}: {said}", style="yellow", markup=False)
 
     # Checkpoints
@@ -297,7 +297,7 @@ class PPORun:
         self.keeper.save(self.state, score=score)
 
     def _safe_point(self) -> None:
-        """A place where the run may be cut off and go on: write a checkpoint where it is time, and end where that was asked for."""
+        """A point where the run can be interrupted and resumed: write a checkpoint if it is due, and stop if requested."""
         checkpoints, asked = self.keeper.checkpoints, self.runtime.stop
         due, stop = self.runtime.largest(float(self.runtime.is_main and checkpoints.is_due()), asked.number or 0)
         if due or stop:
@@ -308,7 +308,7 @@ class PPORun:
 
     @contextmanager
     def _saved_when_stopped(self) -> Iterator[None]:
-        """Where an end is asked for inside: keep the run as it was before, random streams included."""
+        """If a stop is requested inside, save the run as it was before, including random generator states."""
         generators = generator_states(self.runtime)
         try:
             yield

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from stages.config import AUTO_ROWS
-from stages.kernels.passes import GPU_SHARE, GPU_TOKENS, rows_of_a_pass
+from stages.kernels.token_budget import GPU_SHARE, GPU_TOKENS, rows_per_batch
 from stages.memory.estimate import FP32, Machine, Memory, chunked_logits, dtype_bytes, inference, kv_cache, lora_rank, phases, trained
 from stages.memory.lengths import Counter, Lengths, prompt_texts
 from stages.memory.models import EVALUATION_ROWS, View, kept_activations, reading
@@ -48,7 +48,7 @@ def estimate(config: PPOStepConfig, models: Mapping[str, View], lengths: Lengths
     mixing = []
     if config.pretraining_mix is not None:
         block = config.pretraining_mix.block_size
-        tokens = block * rows_of_a_pass(_rows(config), block, device_type=machine.kind)
+        tokens = block * rows_per_batch(_rows(config), block, device_type=machine.kind)
         kept = kept_activations(config, shape, tokens, compute, machine)
         mixing.append((0.0, kept, chunked_logits(shape, tokens, machine, trains_output=trains_output)))
     return held + phases(sampling, updating, *scoring, *mixing)
@@ -65,7 +65,7 @@ def _update_rows(config: PPOStepConfig, length: int, machine: Machine, share: in
     ``auto`` on a GPU: as many as its memory holds, and one at least. ``needed``: the memory in bytes, by the episodes of a pass.
     """
     if config.microbatch_size != "auto" or machine.kind == "cpu":
-        return rows_of_a_pass(min(_rows(config), share), length, device_type=machine.kind)
+        return rows_per_batch(min(_rows(config), share), length, device_type=machine.kind)
     rows = max(1, min(share, GPU_TOKENS // length))
     while rows > 1 and needed(rows) > GPU_SHARE * machine.bytes:
         rows -= 1
@@ -73,7 +73,7 @@ def _update_rows(config: PPOStepConfig, length: int, machine: Machine, share: in
 
 
 def heap(config: PPOStepConfig) -> str:
-    """Which factor of HEAP its activations have on a CPU."""
+    """The key of HEAP for this step."""
     return "ppo" if config.lora is None else "ppo with adapters"
 
 

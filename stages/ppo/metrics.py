@@ -1,4 +1,4 @@
-"""What an iteration is known by, and what a whole run comes to."""
+"""Metrics of an iteration and of a run."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 FIRST_AND_LAST = ["rewards/score_mean", "policy/kl", "policy/entropy", "responses/length_mean", "responses/stopped_share"]
-SUMMED_UP = frozenset([*FIRST_AND_LAST, "value/explained_variance", "time/episodes_per_second"])  # and every monitor
+SUMMED_UP = frozenset([*FIRST_AND_LAST, "value/explained_variance", "time/episodes_per_second"])  # plus all monitors
 
 
 def group_metrics(scores: Tensor, samples_per_prompt: int) -> dict[str, float]:
-    """How far the scores [B] of one prompt's completions differ, and the share of prompts whose completions all score the same.
+    """Mean spread of the scores [B] among completions of one prompt, and the share of prompts whose completions all score the same.
 
-    rloo and grpo learn nothing from such a prompt but the KL. Nothing where each prompt has one completion.
+    For such prompts rloo and grpo learn only from the KL. Empty if each prompt has one completion.
     """
     if samples_per_prompt == 1:
         return {}
@@ -71,7 +71,7 @@ def iteration_metrics(
             episodes=len(rollout.prompts),
             response_tokens=int(lengths.sum()),
             trained_tokens=result.tokens,
-            operations=result.operations,
+            flops=result.flops,
             peak=matmul_peak,
         ),
         **({"time/scoring_hidden_s": rollout.hidden_seconds} if rollout.hidden_seconds is not None else {}),
@@ -96,22 +96,22 @@ def _importance_metrics(rollout: Rollout, cap: float) -> dict[str, float]:
 
 
 def _means(room: str, parts: Mapping[str, Tensor]) -> dict[str, float]:
-    """The mean of each part [B] over the episodes that it applies to, and how many it does not apply to where there are any.
+    """The mean of each part [B] over the episodes that it applies to, and the number of other episodes if there are any.
 
-    A part whose name has a room already (``scoring/...``) is no score of this room.
+    A part whose name already contains a room (``scoring/...``) keeps its name.
     """
-    found: dict[str, float] = {}
+    means: dict[str, float] = {}
     for name, part in parts.items():
         present = part[applies(part)]
         if len(present):
-            found[name if "/" in name else f"{room}/{name}"] = float(present.mean())
+            means[name if "/" in name else f"{room}/{name}"] = float(present.mean())
         if len(present) < len(part):
-            found[f"scoring/{name}_not_applied"] = float(len(part) - len(present))
-    return found
+            means[f"scoring/{name}_not_applied"] = float(len(part) - len(present))
+    return means
 
 
 def run_metrics(history: RunHistory, *, episodes_per_iteration: int, optimizer_steps: int) -> dict[str, Any]:
-    """Of a whole run: its first and last tenth, side by side."""
+    """Metrics of a run: means over its first and last tenth."""
     tenth = max(1, len(history) // 10)
     metrics: dict[str, Any] = {"iterations": len(history), "episodes": len(history) * episodes_per_iteration}
     metrics["optimizer_steps"] = optimizer_steps
@@ -126,7 +126,7 @@ def run_metrics(history: RunHistory, *, episodes_per_iteration: int, optimizer_s
 
 
 def run_line(metrics: dict[str, Any]) -> str:
-    """``run_metrics`` in a line for the terminal."""
+    """``run_metrics`` as one line for the terminal."""
     return (
         f"score {metrics['score_mean_first']:.3f} -> {metrics['score_mean_last']:.3f}, "
         f"KL {metrics['kl_last']:.2f} nats, entropy {metrics['entropy_first']:.2f} -> {metrics['entropy_last']:.2f}, "

@@ -1,4 +1,4 @@
-"""Keeping models that have nothing to do out of the way: in the CPU's memory, while others need the GPU's."""
+"""Keep idle models in CPU memory while others use the GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class Offload:
-    """Moves modules between the device that computes and the place where they wait; does nothing where ``enabled`` is False."""
+    """Moves modules between the compute device and CPU memory. Does nothing if ``enabled`` is False."""
 
     def __init__(self, modules: Iterable[nn.Module], device: torch.device, *, enabled: bool, waiting: str = "cpu") -> None:
         self.modules, self.device, self.waiting = list(modules), device, torch.device(waiting)
@@ -21,7 +21,7 @@ class Offload:
 
     @contextmanager
     def awake(self, *modules: nn.Module | None) -> Iterator[None]:
-        """``modules`` (those that this looks after) compute inside; gradients and parameters keep their identity throughout."""
+        """Context in which ``modules`` are on the compute device. Parameters and gradients stay the same objects."""
         moved = [module for module in modules if module is not None and any(module is own for own in self.modules)] if self.enabled else []
         for module in moved:
             module.to(self.device)

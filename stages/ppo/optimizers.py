@@ -1,4 +1,4 @@
-"""Stepping the networks: Adam as TensorFlow 1 had it, learning rates by iteration, and the moving average of weights."""
+"""Optimization: TensorFlow 1's Adam, learning rates by iteration, and the moving average of weights."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from stages.training.checkpoints import trainable
 
 
 class TensorFlowAdam(torch.optim.Optimizer):
-    """Adam with epsilon outside the bias correction, as in TensorFlow 1 and so in the first RLHF code.
+    """Adam with epsilon outside the bias correction, as in TensorFlow 1 and the first RLHF code.
 
-    p -= lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps). PyTorch's effective epsilon is eps * sqrt(1 - b2^t), tiny at first, so its
-    first steps are larger (https://huggingface.co/blog/the_n_implementation_details_of_rlhf_with_ppo).
+    p -= lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps). PyTorch's effective epsilon is eps * sqrt(1 - b2^t), which is tiny at
+    first, so its first steps are larger (https://huggingface.co/blog/the_n_implementation_details_of_rlhf_with_ppo).
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
@@ -25,7 +25,7 @@ class TensorFlowAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        assert closure is None, "no closure: gradients are there before a step"
+        assert closure is None, "closures are not supported: compute gradients before the step"
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for parameter in group["params"]:
@@ -45,7 +45,7 @@ class TensorFlowAdam(torch.optim.Optimizer):
 
 
 def make_optimizer(parameters: list[Tensor] | list[dict[str, Any]], settings: PPOOptimizer) -> torch.optim.Optimizer:
-    """Adam over ``parameters`` in the style of the settings; its learning rate is set before every iteration."""
+    """Adam over ``parameters`` with the given settings. Its learning rate is set before every iteration."""
     betas = (settings.adam_beta1, settings.adam_beta2)
     if settings.adam_style == "tensorflow":
         return TensorFlowAdam(parameters, lr=settings.learning_rate, betas=betas, eps=settings.adam_epsilon)
@@ -62,10 +62,10 @@ def make_optimizer(parameters: list[Tensor] | list[dict[str, Any]], settings: PP
 
 
 def learning_rate_factor(settings: PPOOptimizer, iteration: int, num_iterations: int) -> float:
-    """Share of the peak learning rate in ``iteration`` (from 0): warmup, then constant, or linear or cosine to the final share.
+    """Learning rate in ``iteration`` (from 0) relative to the peak: warmup, then a constant, linear or cosine schedule.
 
-    With 10 warmup iterations from 0.1 the first has 0.1 and the eleventh the peak (Ouyang et al. 2022, C.4). Linear without warmup has
-    1 - iteration / num_iterations (openai/lm-human-preferences).
+    With 10 warmup iterations from 0.1, the first iteration has 0.1 and the eleventh the peak (Ouyang et al. 2022, C.4). Linear without
+    warmup is 1 - iteration / num_iterations (openai/lm-human-preferences).
     """
     warmup = settings.warmup_iterations
     if iteration < warmup:
@@ -80,7 +80,7 @@ def learning_rate_factor(settings: PPOOptimizer, iteration: int, num_iterations:
 
 
 class WeightAverage:
-    """Exponential moving average of trainable weights, kept in fp32: in half precision small differences would round to nothing."""
+    """Exponential moving average of trainable weights in fp32, because half precision would round small differences to nothing."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -94,6 +94,6 @@ class WeightAverage:
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Put the averages into the model."""
+        """Copy the averages into the model."""
         for name, parameter in trainable(model).items():
             parameter.copy_(self.weights[name])

@@ -1,4 +1,4 @@
-"""The models that a PPO run leaves in the registry: the policy, and on request its best iteration and the value network."""
+"""Publish the models of a PPO run: the policy, and optionally its best iteration and the value network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.models.sharding import whole_state_dict
+from stages.models.sharding import unsharded_state_dict
 from stages.rewards.config import reward_model_inputs
 from stages.training.checkpoints import trainable
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def publish_policy(
     config: PPOStepConfig, context: StepContext, roles: Roles, metrics: dict[str, Any], name: str | None = None
 ) -> ModelRecord:
-    """The policy as it is, under the step's name or ``name``."""
-    weights = whole_state_dict(roles.policy.model)
+    """Publish the current policy under the step's name or ``name``."""
+    weights = unsharded_state_dict(roles.policy.model)
     return context.publish(
         lambda folder: roles.save_policy(folder, weights),
         role="language_model",
@@ -34,10 +34,12 @@ def publish_policy(
 
 
 def publish_best(config: PPOStepConfig, context: StepContext, roles: Roles, keeper: RunKeeper) -> None:
-    """The policy of the iteration with the highest mean reward (score less KL penalty), as ``<name>-best``; the last one stays in place."""
+    """Publish the policy of the iteration with the highest mean reward (score minus KL penalty) as ``<name>-best``; then restore the
+    last.
+    """
     best = keeper.checkpoints.best()
     if best is None:
-        context.runtime.console.print(f"{context.name}: no whole checkpoint of a best iteration is left; none is published")
+        context.runtime.console.print(f"{context.name}: there is no intact checkpoint of the best iteration, so it is not published")
         return
     last = {name: parameter.detach().clone() for name, parameter in trainable(roles.networks()["policy"]).items()}
     keeper.load_weights(best)
@@ -51,12 +53,12 @@ def publish_best(config: PPOStepConfig, context: StepContext, roles: Roles, keep
 
 
 def publish_value(config: PPOStepConfig, context: StepContext, roles: Roles) -> None:
-    """The value network, as ``<name>-value``."""
+    """Publish the value network as ``<name>-value``."""
     value = roles.value
     assert value is not None
-    places = [place for place in ("value", *reward_model_inputs(config.reward, "reward")) if place in context.models]
-    base = context.models[places[0]] if places else context.models["policy"]
-    weights = whole_state_dict(value)
+    fields = [field_path for field_path in ("value", *reward_model_inputs(config.reward, "reward")) if field_path in context.models]
+    base = context.models[fields[0]] if fields else context.models["policy"]
+    weights = unsharded_state_dict(value)
     context.publish(
         lambda folder: value.save(folder, roles.tokenizer, state_dict=weights),
         role="value_model",

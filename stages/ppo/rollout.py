@@ -17,7 +17,7 @@ from torch import Tensor
 from stages.corpora.messages import Prompt
 from stages.errors import TrainingError
 from stages.models.budget import PassBudget
-from stages.models.sharding import whole
+from stages.models.sharding import unsharded
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.credit import token_scores
 from stages.ppo.early_scoring import EarlyScoring
@@ -156,7 +156,7 @@ def collect(
     """
     own = list(range(process_index, len(prompts), num_processes))
     details = Details(columns or {}).rows(own)
-    with whole(*roles.models()):  # the processes sample and measure apart
+    with unsharded(*roles.models()):  # the processes sample and measure apart
         share = _collect_share(
             roles,
             reward,

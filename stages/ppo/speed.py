@@ -1,4 +1,4 @@
-"""How fast an iteration was: tokens per second by phase, and the share of the machine's peak that the update's matrix products reached."""
+"""Speed of an iteration: tokens per second by phase, and the utilization of peak flops by the update's matrix products."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from stages.models.responses import SequenceBatch
 
 
 class MatmulCounter:
-    """Floating-point operations of the matrix products of forward and backward passes; what is elementwise does not count.
+    """Flops of the matrix products in forward and backward passes. Elementwise operations are not counted.
 
-    A product with a weight of K x N costs 2 K N operations a token, its two gradients as much again each; attention costs 4 d for each
-    token that a token looks back on.
+    A product with a K x N weight costs 2 K N flops per token, and each of its two gradients as much. Attention costs 4 d per pair of a
+    token and an earlier token.
     """
 
     def __init__(self) -> None:
-        self.operations = 0.0
+        self.flops = 0.0
         self._known: dict[int, tuple[float, float, int, int]] = {}
 
     def add(self, decoder: nn.Module, batch: SequenceBatch, *, output: nn.Module | None = None, backward: bool = True) -> None:
-        """Count a pass of ``decoder`` over a batch (``backward``: both ways), and of the output layer over its positions."""
+        """Count a pass of ``decoder`` over a batch (``backward``: forward and backward), and of the output layer over its positions."""
         if id(decoder) not in self._known:
             self._known[id(decoder)] = _sizes(decoder)
         trained, frozen, layers, width = self._known[id(decoder)]
         rows, columns = batch.input_ids.shape
         lengths = batch.packing.lengths if batch.packing is not None else (columns,) * rows
-        # A frozen weight has no gradient of its own; what lies below it still wants one.
+        # A frozen weight has no weight gradient, but its input gradient is still computed.
         per_token = 2 * (trained * (3 if backward else 1) + frozen * (2 if backward else 1))
         attention = 4 * width * layers * (3 if backward else 1)  # for each token that a token looks back on, half of them at the mean
-        self.operations += sum(length * (per_token + attention * length / 2) for length in lengths)
+        self.flops += sum(length * (per_token + attention * length / 2) for length in lengths)
         if output is not None:
             trained, frozen = _weights(output)
-            self.operations += len(batch.tokens) * 2 * (trained * (3 if backward else 1) + frozen * (2 if backward else 1))
+            self.flops += len(batch.tokens) * 2 * (trained * (3 if backward else 1) + frozen * (2 if backward else 1))
 
     def take(self) -> float:
-        """The operations counted since the last call."""
-        taken, self.operations = self.operations, 0.0
+        """The flops counted since the last call."""
+        taken, self.flops = self.flops, 0.0
         return taken
 
 
 def _sizes(decoder: nn.Module) -> tuple[float, float, int, int]:
-    """(weights of matrix products that train, that do not, layers, width) of a transformer."""
+    """(trained weights of linear layers, frozen weights of linear layers, layers, width) of a transformer."""
     config: Any = decoder.config
     config = config.get_text_config()
     trained = frozen = 0.0
@@ -56,7 +56,7 @@ def _sizes(decoder: nn.Module) -> tuple[float, float, int, int]:
 
 
 def _weights(module: nn.Module) -> tuple[float, float]:
-    """(trained, frozen) entries of a layer's matrix; a quantized one is stored as something else than it stands for."""
+    """(trained, frozen) size of a layer's matrix. The stored shape of a quantized weight differs from its logical shape."""
     weight = getattr(module, "weight", None)
     if weight is None:
         return 0.0, 0.0
@@ -68,19 +68,19 @@ def _weights(module: nn.Module) -> tuple[float, float]:
 
 
 def speed_metrics(
-    seconds: dict[str, float], *, episodes: int, response_tokens: int, trained_tokens: int, operations: float, peak: float
+    seconds: dict[str, float], *, episodes: int, response_tokens: int, trained_tokens: int, flops: float, peak: float
 ) -> dict[str, float]:
-    """Metrics ``time/...`` of an iteration. Tokens per second of generation, scoring and measuring are those of its responses; of the
-    update all that it trained on, every pass. ``peak``: operations per second of a large product on this machine."""
-    found = {f"time/{name}_s": value for name, value in seconds.items()}
-    found["time/episodes_per_second"] = episodes / max(sum(seconds.values()), 1e-9)
+    """Metrics ``time/...`` of an iteration. Generation, scoring and measuring count response tokens per second; the update counts all
+    trained tokens of all passes. ``peak``: flops per second of a large matrix product on this machine."""
+    metrics = {f"time/{name}_s": value for name, value in seconds.items()}
+    metrics["time/episodes_per_second"] = episodes / max(sum(seconds.values()), 1e-9)
     for name, value in seconds.items():
         tokens = trained_tokens if name == "update" else response_tokens
-        found[f"time/{name}_tokens_per_second"] = tokens / max(value, 1e-9)
-    found["time/update_matmul_share"] = operations / max(seconds.get("update", 0.0), 1e-9) / peak
-    return found
+        metrics[f"time/{name}_tokens_per_second"] = tokens / max(value, 1e-9)
+    metrics["time/update_matmul_share"] = flops / max(seconds.get("update", 0.0), 1e-9) / peak
+    return metrics
 
 
 def peak_of(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second that this machine's matrix products reach in ``dtype``; measured once, in a moment."""
+    """Peak flops per second of this machine's matrix products in ``dtype``; measured once, quickly."""
     return measure_peak(dtype, device)

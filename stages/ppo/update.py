@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stages.config import AUTO_ROWS
 from stages.errors import TrainingError
-from stages.kernels.passes import tokens_of
+from stages.kernels.token_budget import tokens_of
 from stages.models.budget import PassBudget, is_out_of_memory
 from stages.models.packing import packed_attention
 from stages.models.responses import Policy, PolicyLoss, SequenceBatch, moved_together, sequence_values
@@ -48,7 +48,7 @@ class UpdateResult:
     metrics: dict[str, float]
     optimizer_steps: int
     tokens: int  # response tokens trained on, all passes and processes
-    operations: float = 0.0  # of this process's matrix products
+    flops: float = 0.0  # of this process's matrix products
     retreats: int = 0  # how often this process ran out of memory and went on with smaller passes
     pass_tokens: int = 0  # of this process's largest pass
 

@@ -22,15 +22,15 @@ from stages.config import (
 class TokenizerSettings(Strict):
     """A byte-level BPE tokenizer trained on the step's training corpus, with an end and a pad token."""
 
-    vocab_size: int = Field(1024, ge=258, description="Number of tokens: 256 bytes, the special tokens, and merges.")
-    special_tokens: list[str] = Field([], description="Tokens to keep whole besides the end and pad tokens, e.g. role marks of a template.")
+    vocab_size: int = Field(1024, ge=258, description="Number of tokens: 256 bytes, special tokens, and merges.")
+    special_tokens: list[str] = Field([], description="Special tokens besides the end and pad tokens, e.g. role markers of a template.")
 
 
 class PretrainingOptimizer(OptimizerSettings):
-    """As ``OptimizerSettings``, with the customary decay of a pretraining run."""
+    """Like ``OptimizerSettings``, with the usual schedule and weight decay of pretraining."""
 
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
-    final_learning_rate_fraction: float = Field(0.1, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
+    final_learning_rate_fraction: float = Field(0.1, ge=0, le=1, description="Final learning rate as a share of the peak.")
     warmup_fraction: float = Field(0.02, ge=0, lt=1, description="Share of the optimizer steps used for linear warmup.")
     weight_decay: float = Field(0.1, ge=0)
     adam_beta2: float = Field(0.95, ge=0, lt=1)
@@ -40,12 +40,12 @@ class PretrainingConfig(TrainingStepConfig):
     """Either ``model`` (continued pretraining) or ``architecture`` (random weights)."""
 
     stage: Literal["pretraining"] = "pretraining"
-    model: ModelField | None = Field(None, description="Model to continue; it brings its own tokenizer.")
+    model: ModelField | None = Field(None, description="Model to train further, with its own tokenizer.")
     architecture: dict[str, Any] | None = Field(
         None, description="Random weights: {type: llama | gpt2 | ..., and fields of that transformers config, e.g. hidden_size: 128}."
     )
     tokenizer: Annotated[TokenizerSettings | ModelInput | None, BeforeValidator(ref_shorthand)] = Field(
-        None, description="With architecture: {vocab_size: 1024} trains one on the corpus (default); a reference takes a model's."
+        None, description="With architecture: {vocab_size: 1024} trains one on the corpus (default); a model reference uses that model's."
     )
     block_size: int = Field(256, ge=2, description="Tokens per training sequence.")
     data: DataInput
@@ -54,15 +54,15 @@ class PretrainingConfig(TrainingStepConfig):
     @model_validator(mode="after")
     def _one_origin(self) -> PretrainingConfig:
         if (self.model is None) == (self.architecture is None):
-            raise ValueError("give either model (continued pretraining) or architecture (random weights), and not both")
+            raise ValueError("give either model (continued pretraining) or architecture (random weights), not both")
         if self.model is not None and self.tokenizer is not None:
-            raise ValueError("tokenizer goes with architecture; a model brings its own")
+            raise ValueError("tokenizer needs architecture; a model has its own")
         if self.architecture is not None:
             check_architecture(self.architecture)
             if self.lora is not None:
-                raise ValueError("lora needs a model to adapt; with architecture every weight is random and must be trained")
+                raise ValueError("lora needs model; with architecture all weights are random and must be trained")
         if self.model is not None and self.model.quantization != "none" and self.lora is None:
-            raise ValueError(f"model.quantization={self.model.quantization!r} needs lora: quantized weights cannot be trained themselves")
+            raise ValueError(f"model.quantization={self.model.quantization!r} needs lora, because quantized weights cannot be trained")
         return self
 
     def model_inputs(self) -> dict[str, ModelInput]:
@@ -75,7 +75,7 @@ class PretrainingConfig(TrainingStepConfig):
         return inputs if self.data.validation is None else {**inputs, "data.validation": self.data.validation}
 
     def check_data(self) -> None:
-        """Raise DataError for data this stage cannot use; no model is loaded."""
+        """Raise DataError for data that this stage cannot use. No model is loaded."""
         from stages.corpora.text import load_text
 
         load_text(self.data)

@@ -1,6 +1,6 @@
-"""Self-supervised causal language modelling on a text corpus: from random weights with a tokenizer of its own, or continuing a model.
+"""Causal language modelling on a text corpus: from random weights with a new tokenizer, or continued from a model.
 
-Documents are joined by the end token and cut into blocks; every token of a block counts in the loss.
+Documents are joined by the end token and cut into blocks. Every token of a block counts in the loss.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def run(config: PretrainingConfig, context: StepContext) -> StepResult:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     kind: dict[str, Any] = {"role": "language_model", "base": context.models["model"] if config.lora is not None else None}
-    shown = [heldout_tokens[: config.block_size]]  # what was saved is compared with the model in memory on its beginning
+    shown = [heldout_tokens[: config.block_size]]  # tokens on which the saved model is compared with the model in memory
     publish_best(trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), **kind)
     weights = gathered_weights(trainer)
     record = context.publish(lambda folder: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), metrics=metrics, **kind)
@@ -76,14 +76,14 @@ def _tokenizer(config: PretrainingConfig, context: StepContext, texts: Sequence[
 
 
 def _model(config: PretrainingConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase) -> Any:
-    context.runtime.seed_everything(context.seed)  # reading the data must not decide the weights
+    context.runtime.seed_everything(context.seed)  # so that data loading does not affect the initial weights
     if config.architecture is not None:
         model = random_model(AutoModelForCausalLM, config.architecture, tokenizer)
     else:
         model = load_language_model(
             context.models["model"], dtype=weights_dtype(config, context), lora=config.lora, tokenizer=tokenizer, dropout=True
         )
-    longest = model_length(model.config)  # blocks are cut from the stream of tokens, so the tokenizer's own limit says nothing here
+    longest = model_length(model.config)  # blocks are cut from a token stream, so the tokenizer's limit does not apply
     if longest is not None and config.block_size > longest:
         raise ModelError(f"block_size={config.block_size} is longer than the model's {longest} positions; lower it to {longest}")
     return model
@@ -110,7 +110,7 @@ def _collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"input_ids": input_ids, "labels": input_ids.clone()}
 
 
-# Measuring
+# Measurement
 
 
 def _measure(
@@ -122,7 +122,7 @@ def _measure(
     num_bytes: int,
     when: str,
 ) -> dict[str, float]:
-    """Held-out perplexity and bits per byte of the text; end tokens are predicted, too, and add to both."""
+    """Held-out perplexity and bits per byte. End tokens are predicted as well and count in both."""
     likelihood = _likelihood(trainer, config, context, tokenizer, tokens)
     measured = {"heldout_perplexity": likelihood.perplexity, "heldout_bits_per_byte": likelihood.bits_per_byte(num_bytes)}
     context.log(0 if when == "before" else trainer.state.global_step, {f"heldout/{name[8:]}": value for name, value in measured.items()})

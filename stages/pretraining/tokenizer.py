@@ -16,7 +16,7 @@ END, PAD = "<|endoftext|>", "<|pad|>"
 
 
 def train_tokenizer(texts: Sequence[str], settings: TokenizerSettings) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer of ``settings.vocab_size`` tokens; equal texts make equal tokenizers."""
+    """A byte-level BPE tokenizer with ``settings.vocab_size`` tokens. Equal texts give equal tokenizers."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

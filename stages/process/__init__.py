@@ -1,1 +1,1 @@
-"""What a process is: its devices and seeds, how several are started, how one is asked to end, what it may print."""
+"""The process: devices and seeds, launching several processes, stopping, and filtered output."""

@@ -1,4 +1,4 @@
-"""How a process ends: its last message, and what several processes must heed. Imports no torch."""
+"""How a process ends: its last message, and rules for several processes. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from stages.process.environment import launched_processes
 
 
 def print_error(text: str) -> None:
-    """One message on stderr, whole even where several processes write at once."""
+    """Write one message to stderr in a single call, so that messages of several processes do not mix."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 
 
 def leave_at_once(status: int) -> None:
-    """End a process among several that met an error: the exchange with the others is broken off, and may not be taken down in order."""
+    """End one of several processes after an error, without an orderly shutdown of the communication, which could hang."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 def lost_the_others(error: BaseException) -> bool:
-    """Whether ``error`` says that another process of this run is gone (gloo and NCCL notice it at their next exchange)."""
+    """Whether ``error`` means that another process of this run is gone. gloo and NCCL notice it at their next communication."""
     if launched_processes() == 1:
         return False
     if type(error).__name__ in ("DistBackendError", "DistNetworkError"):

@@ -1,4 +1,4 @@
-"""What the environment says: the home folder, secrets, and what a launcher told this process. Imports no torch."""
+"""Settings from environment variables: the home folder, secrets, and what a launcher passed to this process. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from stages.process import redaction
 
 
 def default_home() -> Path:
-    """The folder under which everything made is kept: ``STAGES_HOME``, else ``outputs``."""
+    """The folder for all results: ``STAGES_HOME``, else ``outputs``."""
     return Path(os.environ.get("STAGES_HOME") or "outputs")
 
 
 def secret(variable: str) -> str:
-    """The secret in an environment variable; it must never reach a log, a manifest or a report. Raises RecipeError where it is not set."""
+    """Read a secret from an environment variable. It must never reach a log, manifest or report. Raises RecipeError if it is not set."""
     value = os.environ.get(variable, "")
     if not value:
-        raise RecipeError(f"the environment variable {variable} is not set; export it, or remove api_key_variable where no key is needed")
+        raise RecipeError(f"the environment variable {variable} is not set; export it, or remove api_key_variable if no key is needed")
     return value
 
 
@@ -30,25 +30,25 @@ def secret_if_set(variable: str) -> str | None:
 
 
 def protect_secrets() -> None:
-    """Blot the environment's secrets out of what this process prints from now on."""
+    """Redact the environment's secrets in all further output of this process."""
     redaction.protect(os.environ)
     sys.stdout, sys.stderr = redaction.Blotted(sys.stdout), redaction.Blotted(sys.stderr)
 
 
 def command_to_go_on() -> str:
-    """What the user typed, to be typed again: as launch.sh tells (STAGES_COMMAND), else this process's own arguments."""
+    """The user's command, to repeat it: from launch.sh (STAGES_COMMAND), else this process's arguments."""
     given = os.environ.get("STAGES_COMMAND")
     program = Path(sys.argv[0]).name
     return given or shlex.join(["stages" if program in ("stages", "__main__.py") else program, *sys.argv[1:]])
 
 
 def launched_processes() -> int:
-    """How many processes the launcher started (1 without a launcher); known without importing torch."""
+    """Number of processes that the launcher started (1 without a launcher). Does not import torch."""
     return _first_number("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", default=1)
 
 
 def launched_rank() -> int:
-    """This process's number among those the launcher started; known without importing torch."""
+    """This process's rank among the launched processes. Does not import torch."""
     return _first_number("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", default=0)
 
 
@@ -62,49 +62,49 @@ def has_launcher() -> bool:
 
 
 def is_short_of_processes() -> bool:
-    """Whether ``accelerate launch`` was asked for several processes and started this one alone: it then sets MASTER_ADDR and no size."""
+    """Whether ``accelerate launch`` should have started several processes but started only this one: it sets MASTER_ADDR but no size."""
     by_accelerate = "ACCELERATE_DYNAMO_MODE" in os.environ and "MASTER_ADDR" in os.environ
     return by_accelerate and launched_processes() == 1 and not any(name in os.environ for name in ("WORLD_SIZE", "PMI_SIZE"))
 
 
 def environment_without_launcher() -> dict[str, str]:
-    """The environment less what a launcher set, for another launcher to begin from."""
+    """The environment without a launcher's variables, for another launcher."""
     return {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "MASTER_", "KMP_"))}
 
 
 def takes_sharding_over() -> bool:
-    """Whether an accelerate config asked for FSDP2. It is then our own affair (models/sharding.py), on CPUs as well as on GPUs.
+    """Whether an accelerate config requested FSDP2. This project then shards by itself (models/sharding.py), on CPUs and GPUs.
 
-    Raises LaunchError for what is not offered.
+    Raises LaunchError for unsupported options.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
         return False
     if os.environ.get("FSDP_VERSION") != "2":
-        raise LaunchError("FSDP of version 1 was asked for; write fsdp_version: 2 into the accelerate config")
+        raise LaunchError("FSDP version 1 is not supported; set fsdp_version: 2 in the accelerate config")
     for option, advice in (
-        ("FSDP_OFFLOAD_PARAMS", "leave it out"),
-        ("FSDP_ACTIVATION_CHECKPOINTING", "write training: {gradient_checkpointing: true} into the step instead"),
+        ("FSDP_OFFLOAD_PARAMS", "remove it"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "set training: {gradient_checkpointing: true} in the step instead"),
     ):
         if os.environ.get(option, "").lower() == "true":
-            raise LaunchError(f"{option.lower()} in the accelerate config is not offered here; {advice}")
+            raise LaunchError(f"{option.lower()} in the accelerate config is not supported; {advice}")
     del os.environ["ACCELERATE_USE_FSDP"]
     return launched_processes() > 1
 
 
 def uses_deepspeed() -> bool:
-    """Whether an accelerate config asked for DeepSpeed."""
+    """Whether an accelerate config requested DeepSpeed."""
     return _is_set("ACCELERATE_USE_DEEPSPEED")
 
 
 def wants_cpu() -> bool:
-    """Whether an accelerate config asked for the CPU."""
+    """Whether an accelerate config requested the CPU."""
     return _is_set("ACCELERATE_USE_CPU")
 
 
 def limit_onednn_caches() -> None:
-    """Keep oneDNN's compiled code for 32 shapes, not for 1024 in oneDNN and again 1024 in PyTorch (for each thread).
+    """Limit oneDNN's code cache to 32 shapes, instead of 1024 in oneDNN and 1024 in PyTorch (per thread).
 
-    Ragged batches hardly ever repeat a shape: a long run would fill hundreds of MiB for nothing.
+    Batches of varying lengths rarely repeat a shape, so a long run would fill hundreds of MiB for nothing.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "32")

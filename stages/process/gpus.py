@@ -1,4 +1,4 @@
-"""The GPUs of this machine: which they are, the settings of the process for them, and how much of their memory each phase takes."""
+"""The GPUs of this machine: their properties, process settings for them, and peak memory by phase."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-_largest = 0  # bytes; the peak of the phases so far, as each phase begins to count anew
+_largest = 0  # bytes; maximum over all phases, because each phase resets the counter
 _open: list[Peak] = []  # the measurements that are going on
 
 
 def visible_gpus() -> list[dict[str, Any]]:
-    """Name, bytes of memory and driver version of every GPU that this process may use; empty where there is none.
+    """Name, memory in bytes and driver version of every GPU that this process may use; empty if there is none.
 
-    nvidia-smi is asked, so that torch need not be loaded yet; torch is asked where nvidia-smi is missing and torch is loaded.
+    Uses nvidia-smi, so that torch is not imported. If nvidia-smi is missing and torch is already imported, uses torch.
     """
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None and chosen.strip() in ("", "-1"):
@@ -37,20 +37,20 @@ def _gpus_of_torch() -> list[dict[str, Any]]:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return []
-    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return [{"name": gpu.name, "memory_bytes": gpu.total_memory, "driver": None} for gpu in found]
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [{"name": gpu.name, "memory_bytes": gpu.total_memory, "driver": None} for gpu in properties]
 
 
 def gpu_name(gpu: Any) -> str:
-    """The name of an entry of ``environment.gpus``; summaries of older runs hold names alone."""
+    """The name of an entry of ``environment.gpus``. Summaries of older runs contain only names."""
     return str(gpu["name"]) if isinstance(gpu, dict) else str(gpu)
 
 
 def set_up_gpu() -> str:
-    """Settings of the process for training and decoding on its GPU; returns them as words for the log.
+    """Configure this process for training and decoding on its GPU. Returns a description for the log.
 
-    cuDNN's attention is off: it makes a plan for every new shape, and rollouts have new shapes all the time. On an H200 PPO took up to
-    three times as long with it, and replays of CUDA graphs differed from computed steps.
+    Disables cuDNN's attention, which plans for every new shape, while rollouts always have new shapes. On an H200 it made PPO up to three
+    times slower, and replays of CUDA graphs differed from normal execution.
     """
     import torch
 
@@ -61,7 +61,7 @@ def set_up_gpu() -> str:
 
 
 def describe_model(model: Any, dtype: Any) -> str:
-    """What a GPU run says of a model: its weights, the dtype that it computes in, its attention and its special layers."""
+    """Description of a model for the log of a GPU run: weight dtypes, compute dtype, attention and quantized layers."""
     weights = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None) or "its own"
     kinds = [type(module).__name__ for module in model.modules()]
@@ -121,7 +121,7 @@ def free_gpu_memory() -> int:
 
 @contextmanager
 def measured_gpu_memory(peaks: dict[str, int], phase: str) -> Iterator[None]:
-    """Note the peak of GPU memory in bytes within it as ``peaks[phase]``, or the larger one that is there. Nothing without a GPU."""
+    """Context that records its peak GPU memory in bytes in ``peaks[phase]`` (maximum over uses). Does nothing without a GPU."""
     peak = Peak()
     try:
         with own_peak() as peak:
@@ -132,7 +132,7 @@ def measured_gpu_memory(peaks: dict[str, int], phase: str) -> Iterator[None]:
 
 
 def peak_gpu_memory() -> int | None:
-    """The most GPU memory in bytes that this process's tensors have taken so far; None without a GPU."""
+    """Peak GPU memory in bytes of this process's tensors until now; None without a GPU."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return None

@@ -1,4 +1,4 @@
-"""What this machine has: memory, the first GPU, the CPU and its matrix tiles. Imports no torch."""
+"""The hardware of this machine: memory, the first GPU, the CPU and its matrix tiles. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 
 def cpu_memory() -> int:
-    """Bytes of memory of this machine."""
+    """This machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def gpu_memory() -> tuple[str, int] | None:
-    """Name and bytes of the first GPU, asked of nvidia-smi and so without torch; None where there is none."""
+    """Name and memory in bytes of the first GPU, from nvidia-smi; None if there is none."""
     try:
         asked = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
         first = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()[0]
@@ -25,7 +25,7 @@ def gpu_memory() -> tuple[str, int] | None:
 
 
 def cpu_name() -> str:
-    """The model of the CPU as the system names it; its architecture where the system has no name for it."""
+    """The CPU's model name from the system; its architecture if there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -35,7 +35,7 @@ def cpu_name() -> str:
 
 
 def has_amx() -> bool:
-    """Whether the CPU has matrix tiles for bf16; known without torch."""
+    """Whether the CPU has matrix tiles (AMX) for bf16."""
     try:
         return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

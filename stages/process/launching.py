@@ -1,9 +1,10 @@
-"""``accelerate launch`` with three repairs: as many processes as were asked for, their exit status, and signals that reach them.
+"""``accelerate launch`` with three fixes: the requested number of processes, their exit status, and forwarded signals.
 
     python -m stages.process.launching [options of accelerate launch] -m stages run RECIPE [step.field=value ...]
 
-Accelerate alone starts one process on a CPU whatever the number (it would need MPI), ends with status 1 whatever happened, and dies of a
-signal without its children. ``stages run`` under a plain ``accelerate launch`` sees that processes are missing and starts this instead.
+On a CPU, accelerate alone starts one process whatever the number (it would need MPI), always exits with status 1 on failure, and on a
+signal ends without its children. ``stages run`` under a plain ``accelerate launch`` detects missing processes and starts this launcher
+instead.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ def main() -> None:
 
 
 def start_missing_processes() -> None:
-    """Replace this process by a launcher where ``accelerate launch`` was asked for several processes and started this one alone.
+    """If ``accelerate launch`` should have started several processes but started only this one, replace this process by a launcher.
 
-    Raises LaunchError where it cannot be found out how many.
+    Raises LaunchError if the number of processes cannot be determined.
     """
     if not environment.is_short_of_processes():
         return
     arguments = _arguments_of_launcher()
     if arguments is None:
         raise LaunchError(
-            "more than one process was asked for, and accelerate started this one alone; start them with "
+            "more than one process was requested, but accelerate started only this one; start them with "
             "`./launch.sh RECIPE --num_processes N` or `torchrun --nproc_per_node N -m stages run RECIPE`"
         )
     sys.stdout.flush()
@@ -48,14 +49,14 @@ def start_missing_processes() -> None:
 
 
 def launch(arguments: Sequence[str]) -> int:
-    """Run what ``accelerate launch ARGUMENTS`` describes; returns the exit status: that of the process that failed first, or 128 + signal.
+    """Run what ``accelerate launch ARGUMENTS`` describes. Returns the exit status of the first failed process, or 128 + signal.
 
-    Raises LaunchError where this machine cannot run so many processes.
+    Raises LaunchError if this machine cannot run the requested processes.
     """
     from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser, multi_gpu_launcher
 
     parsed = launch_command_parser().parse_args(list(arguments))
-    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # it lists the defaults it takes
+    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # it would list all defaults
     try:
         parsed, _, _ = _validate_launch_command(parsed)
     except (ValueError, OSError, KeyError, TypeError) as error:
@@ -65,10 +66,10 @@ def launch(arguments: Sequence[str]) -> int:
     on_cpu = bool(parsed.cpu or parsed.use_cpu or devices == 0)
     per_machine = max(1, parsed.num_processes // (parsed.num_machines or 1))
     if on_cpu and parsed.use_deepspeed:
-        raise LaunchError("DeepSpeed was asked for, and this machine has no GPU; use recipes/accelerate/fsdp2.yaml, which runs on CPUs too")
+        raise LaunchError("DeepSpeed was requested, but this machine has no GPU; use recipes/accelerate/fsdp2.yaml (runs on CPUs)")
     if not on_cpu and per_machine > devices:
         raise LaunchError(
-            f"{per_machine} processes were asked for and this machine has {devices} GPU(s), one for each; ask for fewer, or add --cpu"
+            f"{per_machine} processes were requested, but this machine has {devices} GPU(s), one per process; use fewer, or add --cpu"
         )
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -79,8 +80,8 @@ def launch(arguments: Sequence[str]) -> int:
     if parsed.num_processes == 1 and (parsed.num_machines or 1) == 1 and not parsed.use_fsdp:
         return _run_alone(parsed)
     if parsed.main_process_port is None and (parsed.num_machines or 1) == 1:
-        parsed.main_process_port = 0  # any free port: two runs on one machine must not meet
-    # Nothing of it is about GPUs: it sets the environment and runs torch's elastic launcher, which serves CPUs (gloo) as well.
+        parsed.main_process_port = 0  # any free port, so that two runs on one machine do not collide
+    # Despite its name it also works on CPUs (gloo): it sets the environment and runs torch's elastic launcher.
     return _status_of(multi_gpu_launcher, parsed)
 
 
@@ -91,7 +92,7 @@ def _num_devices() -> int:
 
 
 def _run_alone(parsed: Any) -> int:
-    """One child (or mpirun's); SIGTERM and SIGHUP are passed on, and Ctrl-C reaches it through the terminal."""
+    """Run a single child (or mpirun). SIGTERM and SIGHUP are forwarded; Ctrl-C reaches the child through the terminal."""
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
     command, environment = prepare_simple_launcher_cmd_env(parsed)
@@ -104,7 +105,7 @@ def _run_alone(parsed: Any) -> int:
 
 
 def _status_of(launcher: Any, parsed: Any) -> int:
-    """Run an elastic launcher of accelerate's. Its own log of a failure is left out: the process that failed has said why."""
+    """Run one of accelerate's elastic launchers. Its log of a failure is suppressed, because the failed process printed its reason."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -126,7 +127,7 @@ def _status_of(launcher: Any, parsed: Any) -> int:
 
 
 def _arguments_of_launcher() -> list[str] | None:
-    """What followed ``accelerate launch`` on the command line that started this process."""
+    """The arguments after ``accelerate launch`` on the command line that started this process."""
     import psutil
 
     for parent in psutil.Process().parents():
@@ -134,12 +135,12 @@ def _arguments_of_launcher() -> list[str] | None:
             words = parent.cmdline()
         except psutil.Error:
             continue
-        for place, word in enumerate(words[:4]):
+        for index, word in enumerate(words[:4]):
             name = os.path.basename(word)
-            if name == "accelerate" and words[place + 1 : place + 2] == ["launch"]:
-                return words[place + 2 :]
+            if name == "accelerate" and words[index + 1 : index + 2] == ["launch"]:
+                return words[index + 2 :]
             if name == "accelerate-launch" or word in ("accelerate.commands.launch", "accelerate/commands/launch.py"):
-                return words[place + 1 :]
+                return words[index + 1 :]
     return None
 
 

@@ -1,4 +1,4 @@
-"""The source files of Python modules, found without running them."""
+"""Find the source files of Python modules without executing them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def source_of(module: str) -> Path | None:
-    """The file of a module, where it has one."""
+    """The source file of a module; None if it has none."""
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):

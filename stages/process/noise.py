@@ -1,6 +1,6 @@
-"""What libraries say that a user cannot act on, silenced by name and in this one place.
+"""The only place that silences library messages which a user cannot act on, each one by name.
 
-Everything else that they say is shown. A message is listed only where its cause cannot be removed here; the reason stands beside it.
+All other messages are shown. A message is listed only if its cause cannot be removed here; a comment gives the reason.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ import logging
 import warnings
 
 WARNINGS: tuple[tuple[type[Warning], str], ...] = (
-    # transformers renamed the three names in 5.24; TRL and peft still use the old ones, and so do we for older versions.
+    # transformers renamed these three names in 5.24; TRL and peft still use the old ones, as does this project for older versions.
     (FutureWarning, r"`(is_gradient_checkpointing|gradient_checkpointing_(enable|disable))` is deprecated"),
     (FutureWarning, r"`\w+` only defines `gradient_checkpointing_enable`"),
 )
 LOG_MESSAGES: tuple[tuple[str, str], ...] = (
-    # Rows are padded on the right and read causally, so that padding changes nothing; without a mask attention takes its fast path.
+    # Rows are right-padded and causal, so padding has no effect; without a mask attention uses its fast path.
     ("transformers.modeling_utils", "We strongly recommend passing in an `attention_mask`"),
 )
 LOGGERS: tuple[tuple[str, int], ...] = (
-    # On import it warns that an optional speed-up for 4-bit models on CPUs is missing; later it reports every cast. What fails raises.
+    # On import it warns that an optional speed-up for 4-bit models on CPUs is missing; later it reports every cast. Failures raise errors.
     ("bitsandbytes", logging.ERROR),
 )
 
@@ -35,7 +35,7 @@ class _Without(logging.Filter):
 
 
 def silence() -> None:
-    """Silence what is listed above, in this process; a second call changes nothing."""
+    """Silence the messages listed above in this process. Repeated calls have no further effect."""
     for category, message in WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
     for name, beginning in LOG_MESSAGES:

@@ -1,17 +1,17 @@
-"""Which optional packages are installed; asked without importing them, so that a plan can be checked before any step runs."""
+"""Check which optional packages are installed, without importing them, so that a plan can be checked before any step runs."""
 
 from __future__ import annotations
 
 import importlib.util
 
 FLASH_ATTENTION = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flash_attention_4": "flash_attn.cute"}
-"""The package of each flash attention; transformers takes the hub's kernels (package ``kernels``) where it is absent."""
+"""The package of each flash attention. If it is missing, transformers uses the Hub's kernels (package ``kernels``)."""
 
 
 def missing_attention_package(attention: str) -> str:
-    """What a model input's ``attention`` needs and this environment lacks, in a clause; empty where nothing is missing."""
+    """The reason why a model input's ``attention`` cannot be used in this environment; empty if nothing is missing."""
     if "/" in attention:
-        return "" if is_installed("kernels") else "kernels of the hub need the package kernels, which is not installed"
+        return "" if is_installed("kernels") else "Hub kernels need the package kernels, which is not installed"
     module = FLASH_ATTENTION.get(attention)
     if module is None or is_installed(module) or is_installed("kernels"):
         return ""
@@ -19,7 +19,7 @@ def missing_attention_package(attention: str) -> str:
 
 
 def is_installed(module: str) -> bool:
-    """Whether ``import module`` would find something."""
+    """Whether the module can be imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:

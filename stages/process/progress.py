@@ -12,7 +12,7 @@ from stages.errors import doing
 
 
 class ProgressBar:
-    """A rank-zero progress bar; extra fields (reward, KL, speed) are shown behind it."""
+    """A rank-zero progress bar. Extra fields (reward, KL, speed) are shown after it."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
@@ -24,7 +24,7 @@ class ProgressBar:
 
 @contextmanager
 def progress_bar(console: Console, description: str, total: float) -> Iterator[ProgressBar]:
-    """A progress bar over ``total`` units. Shown only in a terminal: a log file gets no bar."""
+    """A progress bar over ``total`` units. Shown only in a terminal, not in a log file."""
     description_and_bar = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     columns = [*description_and_bar, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[fields]}")]
     disable = console.quiet or not console.is_terminal

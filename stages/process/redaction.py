@@ -1,8 +1,8 @@
-"""Secrets stay in the environment: a recipe that holds one is refused, since recipes are kept in manifests, summaries and trackers; and
-what the commands print, errors and tracebacks included, has them blotted out.
+"""Keep secrets out of files and output. A recipe with a secret is refused, because recipes are stored in manifests, summaries and trackers.
+Secrets in printed text, including errors and tracebacks, are redacted.
 
-A secret is the value of a variable whose name ends in key, token, secret, password or credentials, and, wherever it stands, a text in the
-form of a well-known kind of token or a URL with a password.
+A secret is the value of an environment variable whose name ends in key, token, secret, password or credentials; and any text in the form of
+a well-known token, or a URL with a password.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ KINDS = {
     "a password in a URL": r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)",
 }
 LOOKS = re.compile("|".join(f"(?:{pattern})" for pattern in KINDS.values()))
-SHORTEST = 8  # a shorter value would be found in innocent texts
+SHORTEST = 8  # shorter values would match ordinary texts
 BLOT = "[secret]"
 
 _values: set[str] = set()
 
 
 def protect(environment: Mapping[str, str]) -> None:
-    """Blot the values of secret variables out of whatever is written from now on."""
+    """Redact the values of secret variables in all further output."""
     _values.update(value.strip() for name, value in environment.items() if SECRET_NAME.search(name) and len(value.strip()) >= SHORTEST)
 
 
 def without_secrets(text: str) -> str:
-    """``text`` with every secret blotted out."""
-    for value in sorted(_values, key=len, reverse=True):  # a secret may begin with another one
+    """``text`` with every secret redacted."""
+    for value in sorted(_values, key=len, reverse=True):  # a secret may be a prefix of another
         text = text.replace(value, BLOT)
     return LOOKS.sub(BLOT, text)
 
 
 def find_secret(texts: Iterable[str]) -> str | None:
-    """What kind of secret the first of ``texts`` that looks like one is; None where none does. The secret itself is not told."""
+    """The kind of secret in the first of ``texts`` that contains one; None if there is none. Does not return the secret itself."""
     for text in texts:
         for kind, pattern in KINDS.items():
             if re.search(pattern, text):
@@ -54,7 +54,7 @@ def find_secret(texts: Iterable[str]) -> str | None:
 
 
 class Blotted:
-    """A text stream that blots secrets out of what is written to it."""
+    """A text stream that redacts secrets in what is written to it."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

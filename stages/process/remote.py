@@ -1,6 +1,6 @@
-"""Requests to servers that answer in JSON: retries with a growing wait and jitter, a time-out, and answers kept on disk by content.
+"""Requests to JSON servers: retries with exponential backoff and jitter, timeouts, and an on-disk cache of answers.
 
-A key goes into a request's header, and nowhere else.
+An API key is sent only in the request header.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from stages.errors import ModelError
 
 T = TypeVar("T")
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-LONGEST_WAIT = 120.0  # seconds; a server that asks for more is asked again after this
+LONGEST_WAIT = 120.0  # seconds; the maximum wait, even if a server requests more
 
 
 class GaveUp(Exception):
-    """A request that got no usable answer after all attempts; the message says why."""
+    """A request that got no usable answer in any attempt. The message gives the reason."""
 
 
 class Final(GaveUp):
-    """An answer that cannot be used, of a kind that does not change when one asks again."""
+    """An unusable answer that would not change with another attempt."""
 
 
 class Refused(Exception):
-    """A status after which asking again cannot help; the message has the status and what the server said."""
+    """A status for which a retry cannot help. The message has the status and the server's text."""
 
 
 class AnswerCache:
-    """Answers on disk, by what was asked of whom. Safe for threads and processes. Raises ModelError where the file cannot be used."""
+    """On-disk cache of answers by request. Safe for threads and processes. Raises ModelError if the file cannot be used."""
 
     def __init__(self, path: Path, what: str = "the cache of judgements") -> None:
         self.path, self.what = path, what
@@ -75,10 +75,10 @@ class _CacheErrors:
 
 
 class JsonClient:
-    """Posts JSON. Safe for threads. ``sleep`` is the pause between attempts; ``counted`` hears of requests and retries.
+    """Posts JSON. Thread-safe. ``sleep`` waits between attempts; ``counted`` is called with counts of requests and retries.
 
-    ``jitter``: up to this share of a wait is added to it at random, so that many clients do not come back at once. ``connections``: how
-    many requests may be under way at once; further ones wait for a place.
+    ``jitter``: up to this share of each wait is added at random, so that many clients do not retry at the same time. ``connections``:
+    maximum number of concurrent requests; further requests wait.
     """
 
     def __init__(
@@ -97,23 +97,23 @@ class JsonClient:
         self._key, self._counted = key, counted
         self._stopping = threading.Event()
         self._sleep = sleep if sleep is not None else self._stopping.wait
-        self._random = random.Random()  # not the process's stream, which a resumed run must find as it was
+        self._random = random.Random()  # separate generator: the global one must be reproducible after a resume
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
         self._client = httpx2.Client(timeout=timeout, headers=headers, limits=limits)
 
     def close(self) -> None:
-        """Close its connections."""
+        """Close the connections."""
         self._client.close()
 
     def stop(self) -> None:
-        """Have the threads that wait for a further attempt give up."""
+        """Make threads that wait for a retry give up."""
         self._stopping.set()
 
     def post(self, url: str, body: Any, read: Callable[[Any], T]) -> T:
-        """What ``read`` makes of the answer's JSON; where it raises GaveUp, the answer is as none, and the server is asked again.
+        """Post ``body`` and return ``read`` of the answer's JSON. If ``read`` raises GaveUp, the request is retried.
 
-        Raises GaveUp where there is none after all attempts, Refused where asking again cannot help.
+        Raises GaveUp if all attempts fail, and Refused if a retry cannot help.
         """
         return self._ask(lambda: self._client.post(url, json=body), read)
 
@@ -158,12 +158,12 @@ class JsonClient:
         return base * (1 + self._random.uniform(0, self.jitter)) if self.jitter else base
 
     def without_key(self, text: str) -> str:
-        """``text`` with the key blotted out."""
+        """``text`` with the API key redacted."""
         return text.replace(self._key, "...") if self._key else text
 
 
 def _json_of(response: httpx2.Response) -> Any:
-    """The JSON of an answer; None where it holds none."""
+    """The JSON of a response; None if it is not JSON."""
     try:
         return response.json()
     except ValueError:
@@ -171,7 +171,7 @@ def _json_of(response: httpx2.Response) -> Any:
 
 
 def asked_wait(header: str | None) -> float:
-    """Seconds that a server asks to wait (Retry-After); 0 where it does not, or names a date."""
+    """The wait in seconds that a server requests (Retry-After); 0 without the header, or if it is a date."""
     try:
         return min(LONGEST_WAIT, max(0.0, float(header or 0)))
     except ValueError:

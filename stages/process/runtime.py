@@ -1,6 +1,6 @@
-"""The process a step runs in: device, precision, seeds, console, and agreement between processes.
+"""The process that a step runs in: device, precision, seeds, console, and communication between processes.
 
-torch, accelerate and transformers are imported when first needed, so that planning a recipe stays fast.
+torch, accelerate and transformers are imported when first needed, so that planning stays fast.
 """
 
 from __future__ import annotations
@@ -46,27 +46,28 @@ class Runtime:
         self.is_main = launched_rank() == 0
         noise.silence()
         limit_onednn_caches()
-        # Wide enough for tables when the output is a file: rich would otherwise fold at 80 columns.
+        # Wide enough for tables if the output is a file; rich would otherwise wrap at 80 columns.
         width = None if sys.stdout.isatty() else 140
         self.shards = takes_sharding_over()
         self.uses_deepspeed = uses_deepspeed()
         self.console = Console(quiet=quiet or not self.is_main, width=width, highlight=False)
         self.stop = StopRequest()
-        self.listeners: list[Callable[[str, int, dict[str, float]], None]] = []  # called with every line of metrics; rank zero only
-        self.waits_for_people = False  # wait until people have answered, instead of ending with status 75
+        self.listeners: list[Callable[[str, int, dict[str, float]], None]] = []  # called with all logged metrics; only on rank zero
+        self.waits_for_people = False  # wait for annotators instead of ending with status 75
 
     @cached_property
     def state(self) -> PartialState:
-        """Device and process group; joined on first use. Raises LaunchError where fewer processes joined than the launcher started."""
+        """Device and process group, joined on first use. Raises LaunchError if fewer processes joined than the launcher started."""
         import torch
         from accelerate import PartialState
 
-        # Without cpu=True accelerate joins no process group on a CPU: each of the launched processes would train alone. The time limit is
-        # for a process that is at work and not for one that is gone, which the launcher notices: rank zero may write for long.
+        # Without cpu=True accelerate joins no process group on a CPU, and each launched process would train alone. The timeout is long
+        # because rank zero may write for a long time; the launcher detects processes that are gone. for a process that is at work and not
+        # for one that is gone, which the launcher notices: rank zero may write for long.
         state = PartialState(cpu=wants_cpu() or not torch.accelerator.is_available(), timeout=timedelta(hours=3))
         if state.num_processes != launched_processes():
             raise LaunchError(
-                f"the launcher started {launched_processes()} processes, and {state.num_processes} joined; start them with ./launch.sh "
+                f"the launcher started {launched_processes()} processes, but {state.num_processes} joined; start them with ./launch.sh "
                 "RECIPE --num_processes N, torchrun or accelerate launch"
             )
         if state.device.type == "cuda":
@@ -76,7 +77,7 @@ class Runtime:
 
     @property
     def accelerator(self) -> Accelerator:
-        """The accelerator of the step that is running (made on first use; ``begin_step`` forgets the last step's)."""
+        """The accelerator of the current step. Created on first use and reset by ``begin_step``."""
         if self._accelerator is None:
             from accelerate import Accelerator
 
@@ -86,10 +87,10 @@ class Runtime:
     _accelerator: Accelerator | None = None
 
     def begin_step(self, seed: int) -> None:
-        """Give a step a process that looks fresh: its seeds, and no precision left over from the step before."""
+        """Reset process-wide state for a new step: seeds, and the previous step's precision."""
         from accelerate.state import AcceleratorState, GradientState
 
-        # AcceleratorState is a process-wide singleton that pins the first precision it sees; PartialState (the process group) stays.
+        # AcceleratorState is a process-wide singleton that keeps the first precision; PartialState (the process group) stays.
         AcceleratorState._reset_state()
         GradientState._reset_state()
         self._accelerator = None
@@ -110,8 +111,8 @@ class Runtime:
     def dtype(self, precision: str) -> torch.dtype:
         """The compute dtype of a precision setting.
 
-        ``auto`` is bf16 where the hardware is known to be faster at it (CUDA capability 8 and up, CPUs with AMX tiles), else fp32. It goes
-        by what the hardware is and not by a timing, so that two runs on one machine make the same bits.
+        ``auto`` is bf16 on hardware known to be faster with it (CUDA capability 8 and higher, CPUs with AMX tiles), else fp32. It depends
+        on the hardware and not on a timing, so that two runs on one machine give the same bits.
         """
         import torch
 
@@ -124,7 +125,7 @@ class Runtime:
         return torch.bfloat16 if has_amx else torch.float32
 
     def describe_compute(self, precision: str) -> dict[str, Any]:
-        """``device``, ``processes`` and the dtype that ``precision`` means there; empty where no step has asked for a device yet."""
+        """``device``, ``processes`` and the dtype of ``precision``; empty if no step has used a device yet."""
         if "state" not in self.__dict__:
             return {}
         gpus = visible_gpus() if self.device.type == "cuda" else []
@@ -134,7 +135,7 @@ class Runtime:
         return {"device": device, "processes": self.num_processes, "precision": named.get(dtype, dtype)}
 
     def seed_everything(self, seed: int) -> None:
-        """Seed Python, numpy and torch alike on every process."""
+        """Seed Python, numpy and torch equally on every process."""
         import numpy
         import torch
 
@@ -144,17 +145,17 @@ class Runtime:
 
     @contextmanager
     def progress(self, description: str, total: float) -> Iterator[ProgressBar]:
-        """A progress bar over ``total`` units, shown on rank zero and only in a terminal (a log file gets no bar)."""
+        """A progress bar over ``total`` units, shown on rank zero and only in a terminal."""
         with progress_bar(self.console, description, total) as bar:
             yield bar
 
     def say_model(self, name: str, model: Any, dtype: torch.dtype) -> None:
-        """On a GPU, one line about a model that a step begins to compute with: dtype, attention and kernels."""
+        """On a GPU, log one line about a model that a step uses: dtype, attention and kernels."""
         if self.device.type == "cuda":
             self.console.print(f"{name}: {describe_model(model, dtype)}", markup=False)
 
     def measure_peak_memory(self) -> int:
-        """Peak resident memory of this process in bytes; ``peak_gpu_memory`` is that of its GPU."""
+        """Peak resident memory of this process in bytes. ``peak_gpu_memory`` gives that of its GPU."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def wait_for_everyone(self) -> None:
@@ -162,7 +163,7 @@ class Runtime:
             self.state.wait_for_everyone()
 
     def decide(self, make: Callable[[], T]) -> T:
-        """What rank zero makes of it, on every process; an error of rank zero's is raised on all, so that none waits for ever."""
+        """Run ``make`` on rank zero and return its result on every process. An error is raised on all, so that no process waits forever."""
         if launched_processes() == 1:
             return make()
         outcome: list[Any] = [None, None]
@@ -180,7 +181,7 @@ class Runtime:
         return outcome[0]
 
     def leave(self) -> None:
-        """Take the exchange between the processes down in order; its threads outlive the interpreter otherwise, and abort it."""
+        """Shut down the communication between processes in order; otherwise its threads outlive the interpreter and abort it."""
         if launched_processes() > 1 and "state" in vars(self):
             import torch.distributed as distributed
 
@@ -188,7 +189,7 @@ class Runtime:
             distributed.destroy_process_group()
 
     def largest(self, *values: float) -> list[float]:
-        """The largest of each value over all processes, on every process."""
+        """The maximum of each value over all processes, on every process."""
         if launched_processes() == 1:
             return list(values)
         import torch
@@ -199,7 +200,7 @@ class Runtime:
         return gathered.tolist()
 
     def stop_asked(self) -> bool:
-        """Whether any process was asked to end; all processes call this at the same places and get the same answer."""
+        """Whether any process was asked to stop. All processes must call this at the same points; all get the same answer."""
         number = int(self.largest(self.stop.number or 0)[0])
         if number:
             self.stop.ask(number)
@@ -207,7 +208,7 @@ class Runtime:
 
 
 FORMER_ADDRESSES = {"ResolvedModel": "stages.registry.references", "StepContext": "stages.step", "StepResult": "stages.step"}
-"""Names that this module had, for scripts outside of this repository."""
+"""Former names of this module, for scripts outside this repository."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as an orderly end: at once where nothing is lost by it, at the next safe point where a checkpoint comes first."""
+"""Orderly stop on SIGTERM and Ctrl-C: immediately if nothing is lost, else at the next safe point after a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from typing import Any
 from stages.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-PATIENCE_SECONDS = 3.0  # a second signal after this ends the process where it stands; earlier it is the same wish, sent twice
+PATIENCE_SECONDS = 3.0  # a second signal after this time ends the process at once; before, it is a repeat of the first
 REMINDER_SECONDS = 2.0
 
 
 class StopRequest:
-    """Whether an end was asked for. Outside of ``deferred`` the wish raises Stopped wherever the program is."""
+    """Whether a stop was requested. Outside ``deferred`` a request raises Stopped immediately."""
 
     def __init__(self) -> None:
-        self.number: int | None = None  # of the signal
+        self.number: int | None = None  # signal number
         self._since = 0.0
         self._deferred = 0
         self._is_installed = self._is_reminder = False
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Receive the signals (in the main thread; elsewhere Python allows no handlers)."""
+        """Receive the signals. Works only in the main thread, because Python allows handlers only there."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -54,25 +54,25 @@ class StopRequest:
         if self._deferred:
             return
         threading.Thread(target=self._remind, args=(number,), name="stop reminder", daemon=True).start()
-        # Python prints an exception that leaves a finalizer, and goes on; the reminder comes when the finalizer is over.
+        # Python prints an exception that leaves a finalizer and continues; the reminder raises it again after the finalizer.
         if not _in_finalizer(frame):
             raise Stopped(number)
 
     def _remind(self, number: int) -> None:
-        """Raise once more where something on the way took the exception and went on."""
+        """Raise again, in case some code caught the exception and continued."""
         time.sleep(REMINDER_SECONDS)
         if self._is_installed and not self._deferred:
             self._is_reminder = True
             os.kill(os.getpid(), number)
 
     def ask(self, number: int) -> None:
-        """Note the wish; another process may have received it."""
+        """Record the request. Another process may have received the signal."""
         if self.number is None:
             self.number = number
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, an end waits until the end of the block or the next ``check``."""
+        """Context in which a stop waits until the end of the block or the next ``check``."""
         self._deferred += 1
         try:
             yield
@@ -83,7 +83,7 @@ class StopRequest:
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
-        """Inside a ``deferred`` block: a stretch that may be broken off anywhere."""
+        """Context inside a ``deferred`` block that may be interrupted at any point."""
         deferred, self._deferred = self._deferred, 0
         try:
             self.check()
@@ -92,13 +92,13 @@ class StopRequest:
             self._deferred = deferred
 
     def check(self) -> None:
-        """Raise Stopped where an end was asked for."""
+        """Raise Stopped if a stop was requested."""
         if self.number is not None:
             raise Stopped(self.number)
 
 
 def _in_finalizer(frame: Any) -> bool:
-    """Whether ``frame`` runs inside a ``__del__`` or a callback of a weak reference."""
+    """Whether ``frame`` runs inside a ``__del__`` or a weak reference callback."""
     while frame is not None:
         if frame.f_code.co_name == "__del__" or frame.f_code.co_filename == weakref.__file__:
             return True
@@ -107,7 +107,7 @@ def _in_finalizer(frame: Any) -> bool:
 
 
 def end_with_launcher() -> None:
-    """Ask for an end once the launcher that started this process is gone: killed launchers leave their processes behind."""
+    """Request a stop when the launcher of this process is gone, because killed launchers leave their processes behind."""
     launcher = os.getppid()
 
     def watch() -> None:

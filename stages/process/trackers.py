@@ -1,4 +1,4 @@
-"""Where metrics go beside metrics.jsonl: TensorBoard, Weights & Biases or trackio, by one setting, through accelerate's trackers."""
+"""Metric trackers besides metrics.jsonl: TensorBoard, Weights & Biases or trackio, through accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -17,25 +17,28 @@ def check_trackers(names: Sequence[str]) -> None:
     """Raise RecipeError for a tracker whose package is not installed, before anything runs."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise RecipeError(f"trackers: {name} is not installed; `pip install {name}`, or leave it out")
+            raise RecipeError(f"trackers: {name} is not installed; `pip install {name}`, or remove it")
 
 
 class StepTrackers:
-    """The trackers of one step, opened when the first metrics come. In W&B and trackio the recipe is the project, a step of a run a run."""
+    """The trackers of one step, opened with the first metrics.
+
+    In W&B and trackio, the recipe is a project, and each step of a run is a run.
+    """
 
     def __init__(self, names: Sequence[str], *, recipe: str, run: str, step: str, folder: Path, settings: Mapping[str, Any]) -> None:
         self.names, self.recipe, self.run, self.step, self.folder, self.settings = names, recipe, run, step, folder, settings
         self._open: list[Any] | None = None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hand metrics to every tracker."""
+        """Send metrics to every tracker."""
         if self._open is None:
             self._open = [self._start(name) for name in self.names]
         for tracker in self._open:
             tracker.log(dict(metrics), step=step)
 
     def close(self) -> None:
-        """Write out what is buffered; may be opened again."""
+        """Flush buffers. The trackers can be opened again."""
         for tracker in self._open or []:
             tracker.finish()
         self._open = None
@@ -52,6 +55,6 @@ class StepTrackers:
         else:
             tracker = TrackioTracker(self.recipe, name=run)
         tracker.start()
-        if name != "tensorboard":  # TensorBoard's view of settings takes flat numbers only, and writes files of its own
+        if name != "tensorboard":  # TensorBoard supports only flat numeric settings, and writes extra files
             tracker.store_init_configuration(dict(self.settings))
         return tracker

@@ -1,6 +1,6 @@
-"""An exception that nobody expected becomes one message; its traceback goes to a file.
+"""Convert an unexpected exception to one message, and write its traceback to a file.
 
-The notes of ``stages.errors.doing`` say what was being done, and which folder the file belongs to.
+The notes of ``stages.errors.doing`` give the activity and the folder for the file.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ OUT_OF_MEMORY = (
 
 
 def was_in_step(error: BaseException) -> bool:
-    """Whether ``error`` left a step of a recipe."""
+    """Whether ``error`` was raised inside a recipe step."""
     return any(folder is not None for _, folder in vars(error).get("stages_notes", []))
 
 
 def explain(error: BaseException, doing: str, home: Path) -> StagesError:
-    """What to tell a user of ``error``: its own message, what the disk refused, or that it was not expected (see ``unexpected``)."""
+    """The message for ``error``: its own message, a disk error, or an unexpected error (see ``unexpected``)."""
     if isinstance(error, StagesError):
         return error
     return storage_error(error) or unexpected(error, doing, home)
 
 
 def unexpected(error: BaseException, doing: str, home: Path) -> UnexpectedError:
-    """The message for ``error``; writes its traceback into the folder that the notes name, else into ``<home>/errors``.
+    """The message for ``error``. Writes its traceback to the folder in its notes, else to ``<home>/errors``.
 
-    ``doing`` is said where the error has no notes.
+    ``doing`` is the activity if the error has no notes.
     """
     notes = vars(error).get("stages_notes", [])
     folder = next((folder for _, folder in notes if folder is not None), home / "errors")
@@ -63,7 +63,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _location(error: BaseException) -> str:
-    """`` (stages/models/heads.py:12)``: the innermost line of this package; nothing where none took part."""
+    """`` (stages/models/heads.py:12)``: the innermost line of this package; empty if there is none."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
         if path.is_relative_to(PACKAGE):
@@ -72,7 +72,7 @@ def _location(error: BaseException) -> str:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on the CPU or on a GPU: torch says so by a class of its own, or in words."""
+    """Whether memory ran out, on the CPU or a GPU: torch has its own exception class, or says so in the message."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error).lower() if isinstance(error, RuntimeError) else ""
@@ -80,7 +80,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _write(lines: list[str], folder: Path) -> Path | None:
-    """Write the traceback; into the folder for temporary files where ``folder`` cannot be written, None where that fails, too."""
+    """Write the traceback to ``folder``, else to the folder for temporary files. Returns None if both fail."""
     rank = launched_rank()
     name = "traceback.txt" if rank == 0 else f"traceback-{rank}.txt"
     text = without_secrets("".join(lines)).encode("utf-8", "backslashreplace")

@@ -77,8 +77,7 @@ class Reference:
     """A resolved model reference: ``kind`` step | folder | registry | hub, and ``target``, the step name, path, reference or Hub id.
 
     ``advice``: similar local names, for the message if the Hub does not have the id. ``base``: for an adapter, its base model on the Hub at
-    a
-    commit; known after the recipe is pinned (chain/pins.py).
+    a commit; known after the recipe is pinned (chain/pins.py).
     """
 
     kind: str
@@ -321,8 +320,7 @@ def find_model(
     """Resolve a reference that is not a step: an existing model folder, a registry reference, or a Hub id.
 
     Only exact names count. An id that is merely similar to a step or version is a Hub id; ``Reference.advice`` keeps the similar name for
-    the
-    message if the Hub does not have the id. ``steps`` are the step names to suggest. Raises RecipeError or RegistryError.
+    the message if the Hub does not have the id. ``steps`` are the step names to suggest. Raises RecipeError or RegistryError.
     """
     ref = model.ref
     if ref.startswith(HUB):

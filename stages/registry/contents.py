@@ -33,8 +33,7 @@ class Memo:
     """Cache of the hashes of large files and of passed checks, so that planning need not read the files again.
 
     Only plans use it; a step that runs reads every byte of its inputs. A file counts as unchanged if its size, times and inode are
-    unchanged.
-    A file changed a moment ago is not cached, because it could change again within the resolution of its timestamp.
+    unchanged. A file changed a moment ago is not cached, because it could change again within the resolution of its timestamp.
     """
 
     def __init__(self, path: Path) -> None:

@@ -85,8 +85,7 @@ class Registry:
         """Add a version of ``name`` with the files that ``fill(folder)`` writes. A crash leaves either nothing or a complete version.
 
         ``base`` is the base model of adapter weights: required if ``fill`` writes an adapter, else ignored. Raises RegistryError for an
-        invalid
-        name, for weights that are not safetensors, and for an empty folder; the registry is then unchanged.
+        invalid name, for weights that are not safetensors, and for an empty folder; the registry is then unchanged.
         """
         check_name(name)
         if role not in ROLES:

@@ -61,7 +61,7 @@ def _headline(last: str, other: str | None, judge: str, rate: Row | None, evalua
 
 def _others(last: str, others: Sequence[str], judge: str, rates: Mapping[tuple[str, str, str], Row]) -> str:
     """The remaining comparisons by the first judge, in one sentence."""
-    groups: dict[str, list[str]] = {"beats": [], "loses to": [], "cannot be told from": [], "was not compared with": []}
+    groups: dict[str, list[str]] = {"beats": [], "loses to": [], "cannot be distinguished from": [], "was not compared with": []}
     for other in others:
         rate = rates.get((last, other, judge))
         if rate is None or not rate["n"]:
@@ -69,7 +69,7 @@ def _others(last: str, others: Sequence[str], judge: str, rates: Mapping[tuple[s
         elif rate["ci_low"] > 0.5:
             groups["beats"].append(other)
         else:
-            groups["loses to" if rate["ci_high"] < 0.5 else "cannot be told from"].append(other)
+            groups["loses to" if rate["ci_high"] < 0.5 else "cannot be distinguished from"].append(other)
     said = [f"{verb} {listed(names)}" for verb, names in groups.items() if names]
     return f"By the same judge {last} also {', '.join(said[:-1]) + ' and ' + said[-1] if len(said) > 1 else said[0]}." if said else ""
 

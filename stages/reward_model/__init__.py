@@ -1,1 +1,1 @@
-"""The reward model: from ranked completions to a scalar, how well it knows preferences, and new comparisons for the next one."""
+"""The reward model stage: train a scalar model on ranked completions, measure its accuracy, and collect new comparisons."""

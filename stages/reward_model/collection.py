@@ -1,8 +1,8 @@
-"""New comparisons of what policies say now: several completions of each prompt, ranked by a judge, are added to the training data.
+"""Collect new comparisons: several completions of each prompt from policies, ranked by a judge, are added to the training data.
 
-Steps 2 and 3 of Ouyang et al. 2022, figure 2, can be repeated: a reward model is trained on what the last policy says, and that policy
-was trained by the reward model before. The policies are inputs of the step, so the lineage tells the whole story. The judge is a model, a
-function, or people: their tasks are published, and the step goes on once they have ranked enough of them (stages/labelling).
+Steps 2 and 3 of Ouyang et al. 2022, figure 2, can be repeated: a new reward model is trained on completions of the last policy, which was
+trained with the previous reward model. The policies are inputs of the step, so the lineage is complete. The judge is a model, a function,
+or people. For people the tasks are published, and the step continues when enough of them are ranked (stages/labelling).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from stages.step import StepContext
 
 
 def collect_comparisons(collection: Collection, context: StepContext, *, precision: str) -> list[Comparison]:
-    """The collected comparisons; kept beside the checkpoints, so that a cut-off run does not sample again, and in the run folder."""
+    """The collected comparisons. They are stored next to the checkpoints, so a resumed run does not sample again, and in the run folder."""
     path = context.checkpoint_folder / "collected.jsonl"
     if not context.runtime.decide(path.exists):
         if collection.people is not None:
@@ -63,19 +63,19 @@ def collect_comparisons(collection: Collection, context: StepContext, *, precisi
 
 
 def _ask_people(collection: Collection, people: People, context: StepContext, precision: str) -> list[dict[str, Any]]:
-    """The rankings of people. Their tasks are published once; whatever of the step changes later, the same tasks are found again."""
+    """The annotators' rankings. Tasks are published once; later changes of unrelated settings find the same tasks."""
     folder = _labelling_folder(collection, context)
     context.runtime.decide(lambda: _publish(collection, people, context, precision, folder))
     ask_people(folder, people, context)
     rows = context.runtime.decide(lambda: [row for _, row in labelled_rows(folder)])
     if not rows:
-        raise DataError(f"{context.name}: people ranked no task that counts")
-    found = context.runtime.decide(lambda: keep_quality(folder, context.checkpoint_folder / QUALITY))
+        raise DataError(f"{context.name}: there is no usable ranking")
+    quality = context.runtime.decide(lambda: keep_quality(folder, context.checkpoint_folder / QUALITY))
     annotators = {row["annotator"] for row in rows}
-    share = found["agreement"]["pairwise"]["share"]
-    agreement = "" if share is None else f", who agree on {100 * share:.1f} % of the pairs they share"
+    share = quality["agreement"]["pairwise"]["share"]
+    agreement = "" if share is None else f", who agree on {100 * share:.1f} % of their common pairs"
     context.runtime.console.print(
-        f"{context.name}: {len(rows)} rankings of {found['ranked_tasks']} tasks by {len(annotators)} people{agreement}"
+        f"{context.name}: {len(rows)} rankings of {quality['ranked_tasks']} tasks by {len(annotators)} people{agreement}"
     )
     return rows
 
@@ -88,7 +88,7 @@ def _labelling_folder(collection: Collection, context: StepContext) -> Path:
 
 
 def _publish(collection: Collection, people: People, context: StepContext, precision: str, folder: Path) -> None:
-    """Sample and publish the tasks where they are not there yet; have the last round's reward model score them."""
+    """Sample and publish the tasks unless they exist. Score them with the previous round's reward model."""
     if not (folder / TASKS).exists():
         digests = {policy.model.ref: context.models[f"collect.policies[{i}].model"].digest for i, policy in enumerate(collection.policies)}
         tasks = []
@@ -109,8 +109,8 @@ def _publish(collection: Collection, people: People, context: StepContext, preci
     pairs = [(task.asked, text) for task in published.values() for text in task.texts]
     texts = [text for _, text in pairs]
     scores = iter(checked(judge.score([prompt for prompt, _ in pairs], texts), judge.name, texts).tolist())
-    found = {name: [next(scores) for _ in task.completions] for name, task in published.items()}
-    publish_scores(folder, people.reward_model.ref, source.digest, found)
+    scores_by_task = {name: [next(scores) for _ in task.completions] for name, task in published.items()}
+    publish_scores(folder, people.reward_model.ref, source.digest, scores_by_task)
 
 
 def _collect(collection: Collection, context: StepContext, precision: str) -> list[dict[str, Any]]:
@@ -121,23 +121,23 @@ def _collect(collection: Collection, context: StepContext, precision: str) -> li
     model = context.models.get("collect.judge.model")
     source = build_source(collection.judge, model, device=device, dtype=dtype, cache_folder=context.cache_folder)
     pairs = [(row["prompt"], text) for row in rows for text in row["completions"]]
-    found = judge(source, [prompt for prompt, _ in pairs], [text for _, text in pairs], details)
-    scores = iter(found.scores.tolist())
+    judgement = judge(source, [prompt for prompt, _ in pairs], [text for _, text in pairs], details)
+    scores = iter(judgement.scores.tolist())
     rows, left_out = _ranked_rows(rows, [[next(scores) for _ in row["completions"]] for row in rows], collection.tie_width)
     if left_out:
-        runtime.console.print(f"{context.name}: {source.name} does not apply to {left_out} of {len(pairs)} completions; they are left out")
-    if found.cut is not None and found.cut.any():
-        cut = f"{source.name} could not read {int(found.cut.sum())} of {len(pairs)} texts whole; they lost their beginning"
+        runtime.console.print(f"{context.name}: {source.name} does not apply to {left_out} of {len(pairs)} completions, which are left out")
+    if judgement.cut is not None and judgement.cut.any():
+        cut = f"{source.name} truncated the beginning of {int(judgement.cut.sum())} of {len(pairs)} texts that were too long"
         runtime.console.print(f"{context.name}: {cut}")
-    number = sum(len(row["completions"]) for row in rows)
-    runtime.console.print(f"{context.name}: collected {len(rows)} comparisons of {number} completions")
+    num_completions = sum(len(row["completions"]) for row in rows)
+    runtime.console.print(f"{context.name}: collected {len(rows)} comparisons of {num_completions} completions")
     return rows
 
 
 def _sampled(
     collection: Collection, context: StepContext, precision: str, judge: RewardInput | None = None
 ) -> tuple[list[dict[str, Any]], Details]:
-    """(prompts with different completions of the policies, drawn by their weights; what ``judge`` asks for beside the texts).
+    """Return (prompts with distinct completions, sampled from the policies by weight; the details that ``judge`` requests).
 
     Each row has ``prompt``, ``completions`` and ``policies``.
     """
@@ -148,10 +148,10 @@ def _sampled(
     rows: list[dict[str, Any]] = []
     columns: list[dict[str, Any]] = []
     completion_ids: list[list[int]] = []
-    for place, row in enumerate(asked):
-        offered = [(text, index) for index, texts in enumerate(drawn) for text in texts[place]]
+    for row_index, row in enumerate(asked):
+        offered = [(text, index) for index, texts in enumerate(drawn) for text in texts[row_index]]
         taken: dict[str, int] = {}
-        random = Random(f"collection {context.seed} {place}")
+        random = Random(f"collection {context.seed} {row_index}")
         while offered and len(taken) < collection.completions_per_prompt:
             weights = [collection.policies[index].weight for _, index in offered]
             text, index = offered.pop(random.choices(range(len(offered)), weights)[0])
@@ -160,45 +160,48 @@ def _sampled(
             policies = [collection.policies[index].model.ref for index in taken.values()]
             rows.append({"prompt": row.prompt, "completions": list(taken), "policies": policies})
             columns += [row.columns for _ in taken]
-            completion_ids += [drawn[index][place][text] for text, index in taken.items()]
+            completion_ids += [drawn[index][row_index][text] for text, index in taken.items()]
     return rows, Details(columns_of(columns), completion_ids)
 
 
 def _ranked_rows(rows: list[dict[str, Any]], scores: list[list[float]], tie_width: float) -> tuple[list[dict[str, Any]], int]:
-    """(rows with ranks, how many completions were left out). A completion without a score (NaN) is, and a row with fewer than two."""
+    """Return (rows with ranks, number of dropped completions).
+
+    Completions without a score (NaN) and rows with fewer than two are dropped.
+    """
     made, left_out = [], 0
     for row, values in zip(rows, scores, strict=True):
-        kept = [place for place, score in enumerate(values) if not math.isnan(score)]
+        kept = [index for index, score in enumerate(values) if not math.isnan(score)]
         left_out += len(values) - len(kept)
         if len(kept) >= 2:
-            lists = {name: [row[name][place] for place in kept] for name in ("completions", "policies")}
-            made.append({**row, **lists, "ranks": ranked([values[place] for place in kept], tie_width)})
+            lists = {name: [row[name][index] for index in kept] for name in ("completions", "policies")}
+            made.append({**row, **lists, "ranks": ranked([values[index] for index in kept], tie_width)})
     return made, left_out
 
 
 def _sample(
     collection: Collection, context: StepContext, precision: str, index: int, prompts: Sequence[Prompt]
 ) -> list[dict[str, list[int]]]:
-    """Different completions of every prompt by one policy with their token ids, as many as a comparison could take from it."""
+    """Distinct completions of every prompt by one policy with their token ids, as many as a comparison could use."""
     source = context.models[f"collect.policies[{index}].model"]
     tokenizer = load_tokenizer(source)
     runtime, dtype = context.runtime, context.runtime.dtype(precision)
     model = load_language_model(source, dtype=dtype, trainable=False, tokenizer=tokenizer).to(runtime.device)
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    found: list[dict[str, list[int]]] = [{} for _ in prompts]
+    completions: list[dict[str, list[int]]] = [{} for _ in prompts]
     with step_sampler(collection.generation, model, tokenizer, source, context, dtype=dtype) as sampler:
         for attempt in range(collection.completions_per_prompt * collection.attempts):
-            wanted = [place for place, texts in enumerate(found) if len(texts) < collection.completions_per_prompt]
+            wanted = [prompt_index for prompt_index, texts in enumerate(completions) if len(texts) < collection.completions_per_prompt]
             if not wanted:
                 break
-            seeds = [episode_seed(context.seed, index, place, attempt) for place in wanted]
-            generated = sampler.sample([ids[place] for place in wanted], collection.generation, seeds)
+            seeds = [episode_seed(context.seed, index, prompt_index, attempt) for prompt_index in wanted]
+            generated = sampler.sample([ids[prompt_index] for prompt_index in wanted], collection.generation, seeds)
             texts = decode_completions(tokenizer, generated)
             ids_made = [ids[mask].tolist() for ids, mask in zip(generated.response_ids.cpu(), generated.response_mask.cpu(), strict=True)]
-            for place, text, made, ended in zip(wanted, texts, ids_made, generated.stopped.tolist(), strict=True):
+            for prompt_index, text, made, ended in zip(wanted, texts, ids_made, generated.stopped.tolist(), strict=True):
                 if text and (ended or not collection.only_ended):
-                    found[place].setdefault(text, made)
+                    completions[prompt_index].setdefault(text, made)
     del model, sampler
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return found
+    return completions

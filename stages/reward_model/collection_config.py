@@ -1,4 +1,4 @@
-"""Settings of new comparisons: whose completions, of which prompts, and who ranks them."""
+"""Settings for collecting new comparisons: whose completions, of which prompts, and who ranks them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from stages.rewards.config import RewardInput, check_rubrics, reward_model_input
 
 
 class CollectedPolicy(Strict):
-    """A policy whose completions are compared; a bare string is its reference."""
+    """A policy whose completions are compared. A bare string is its reference."""
 
     model: ModelField
-    weight: float = Field(1.0, gt=0, description="Its share of the completions, against the others' weights.")
+    weight: float = Field(1.0, gt=0, description="Its share of the completions, relative to the other weights.")
 
 
 def _policies(value: Any) -> Any:
@@ -36,25 +36,25 @@ SHORT_NAMES = {"prompts": "data", "per_prompt": "completions_per_prompt"}
 
 
 class Collection(Strict):
-    """Comparisons made by this step. Each prompt's completions come from all policies, by their weights.
+    """Comparisons made by this step. Each prompt's completions come from all policies, in proportion to their weights.
 
     ``prompts`` and ``per_prompt`` are short for ``data`` and ``completions_per_prompt``.
     """
 
     policies: Annotated[list[CollectedPolicy], BeforeValidator(_policies)] = Field(
-        min_length=1, description="Whose completions; the paper's are mostly the SFT model's, some are PPO's."
+        min_length=1, description="Policies to sample from; in the paper mostly the SFT model, partly PPO policies."
     )
     data: DataField = Field(description="Prompts.")
-    num_prompts: int = Field(256, ge=1, description="Prompts to collect comparisons for, drawn by the seed.")
-    completions_per_prompt: int = Field(4, ge=2, description="K: different completions that are ranked together.")
+    num_prompts: int = Field(256, ge=1, description="Number of prompts, drawn with the seed.")
+    completions_per_prompt: int = Field(4, ge=2, description="K: distinct completions per comparison.")
     judge: JudgeOrPeople = Field(
-        description="Who ranks: a function or a model that scores (prompt, completion), higher is better; or people: {people: {...}}."
+        description="A function or model that scores (prompt, completion), higher is better; or people: {people: {...}}."
     )
-    tie_width: float = Field(0.0, ge=0, description="Neighbours whose scores differ by no more than this share a rank.")
+    tie_width: float = Field(0.0, ge=0, description="Neighbours whose scores differ by at most this share a rank.")
     only_ended: bool = Field(
-        False, description="Only completions that end by themselves are shown to the judge (Ziegler et al. 2019); others are drawn again."
+        False, description="Show only completions with an end token to the judge (Ziegler et al. 2019); sample the others again."
     )
-    attempts: int = Field(4, ge=1, description="Draws per completion until one ends, and differs from those there are.")
+    attempts: int = Field(4, ge=1, description="Maximum draws per completion until it ends and is distinct.")
     generation: GenerationSettings = GenerationSettings()
 
     @model_validator(mode="before")
@@ -64,7 +64,7 @@ class Collection(Strict):
             return value
         for short, name in SHORT_NAMES.items():
             if short in value and name in value:
-                raise ValueError(f"collect.{short} and collect.{name} are the same setting; leave one of them out")
+                raise ValueError(f"collect.{short} and collect.{name} are the same setting; remove one of them")
         return {SHORT_NAMES.get(name, name): item for name, item in value.items()}
 
     @model_validator(mode="after")
@@ -73,17 +73,17 @@ class Collection(Strict):
             if self.completions_per_prompt > MOST_COMPLETIONS:
                 raise ValueError(f"completions_per_prompt={self.completions_per_prompt}: people rank at most {MOST_COMPLETIONS} at a time")
             if self.tie_width:
-                raise ValueError("tie_width belongs to a judge that scores; people say themselves what ties")
+                raise ValueError("tie_width needs a judge that scores; people set ties themselves")
             target = self.judge.people.target
             if target is not None and target > self.num_prompts:
-                raise ValueError(f"judge.people.target={target} is more than num_prompts={self.num_prompts}, a task each")
+                raise ValueError(f"judge.people.target={target} is more than num_prompts={self.num_prompts}, with one task per prompt")
         elif self.judge.ensemble is not None or self.judge.level == "token":
-            raise ValueError("collect.judge is one model or function that scores whole completions")
+            raise ValueError("collect.judge must be a single model or function with one score per completion")
         return self
 
     @property
     def people(self) -> People | None:
-        """The people who rank, where they do."""
+        """The settings of the annotators, if people rank."""
         return self.judge.people if isinstance(self.judge, AskPeople) else None
 
     def model_inputs(self) -> dict[str, ModelInput]:
@@ -93,17 +93,17 @@ class Collection(Strict):
             model = self.judge.people.reward_model
             return inputs if model is None else {**inputs, "collect.judge.people.reward_model": model}
         judge = reward_model_inputs([self.judge], "collect.judge")
-        return inputs | {place.replace("[0]", ""): model for place, model in judge.items()}
+        return inputs | {field_path.replace("[0]", ""): model for field_path, model in judge.items()}
 
     def data_inputs(self) -> dict[str, list[DataSource]]:
-        """Prompts, and what people are shown, by field path within the step."""
+        """Prompts and the annotators' material, by field path within the step."""
         if isinstance(self.judge, AskPeople):
             return {"collect.data": self.data, **self.judge.people.data_inputs("collect.judge.people")}
         rubrics = rubric_inputs([self.judge], "collect.judge").items()
         return {"collect.data": self.data, **{path.replace("[0]", "", 1): rubric for path, rubric in rubrics}}
 
     def check_data(self) -> None:
-        """Raise DataError for files that this collection cannot use; no model is loaded."""
+        """Raise DataError for files that this collection cannot use. No model is loaded."""
         from stages.corpora.prompts import load_prompt_rows
         from stages.rewards.signature import columns_asked_for
 
@@ -113,6 +113,6 @@ class Collection(Strict):
         if self.people is None:
             return
         self.people.check()
-        number = min(len(prompts), self.num_prompts)
-        if self.people.target is not None and self.people.target > number:
-            raise DataError(f"collect.judge.people.target is {self.people.target}, and the data hold {number} prompts, a task each")
+        num_prompts = min(len(prompts), self.num_prompts)
+        if self.people.target is not None and self.people.target > num_prompts:
+            raise DataError(f"collect.judge.people.target is {self.people.target}, but the data has {num_prompts} prompts (one task each)")

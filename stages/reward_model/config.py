@@ -25,33 +25,33 @@ from stages.rewards.config import QUESTION, RewardInput, check_names, check_ques
 
 
 class RewardModelOptimizer(OptimizerSettings):
-    """As ``OptimizerSettings``; batch sizes count prompts, each with all its completions."""
+    """Like ``OptimizerSettings``, but batch sizes count prompts, each with all its completions."""
 
     learning_rate: float = Field(9e-6, gt=0, description="Peak learning rate.")
-    final_learning_rate_fraction: float = Field(0.1, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
+    final_learning_rate_fraction: float = Field(0.1, ge=0, le=1, description="Final learning rate as a share of the peak.")
     batch_size: int = Field(64, ge=1, description="Prompts per optimizer step, summed over processes.")
-    microbatch_size: int = Field(8, ge=1, description="Prompts per forward pass and process; the rest is gradient accumulation.")
+    microbatch_size: int = Field(8, ge=1, description="Prompts per forward pass and process; larger batches use gradient accumulation.")
 
 
 class Normalization(Strict):
-    """Where the zero of the scores lies, and their unit. A ranking loss leaves both open, and the KL penalty of PPO needs them."""
+    """Offset and scale of the scores. A ranking loss determines neither, but PPO's KL penalty depends on both."""
 
     to: Literal["center", "standardize", "none"] = Field(
         "center",
         description="center: mean 0 (Stiennon et al. 2020, Ouyang et al. 2022); standardize: mean 0 and variance 1 (Ziegler et al. 2019).",
     )
     on: Literal["demonstrations", "samples"] = Field(
-        "demonstrations", description="Of which texts: demonstrations, or completions that a policy samples for the training prompts."
+        "demonstrations", description="Texts to normalize on: demonstrations, or a policy's samples for the training prompts."
     )
-    sampler: ModelField | None = Field(None, description="on: samples: the policy; null: the step's model.")
-    num_samples: int = Field(256, ge=2, description="on: samples: how many.")
-    before_training: bool = Field(False, description="on: samples: also before training, as Ziegler et al. 2019.")
+    sampler: ModelField | None = Field(None, description="For on: samples: the policy; null: the step's model.")
+    num_samples: int = Field(256, ge=2, description="For on: samples: number of samples.")
+    before_training: bool = Field(False, description="For on: samples: also normalize before training, as Ziegler et al. 2019.")
     generation: GenerationSettings = GenerationSettings()
 
     @model_validator(mode="after")
     def _samples(self) -> Normalization:
         if self.on != "samples" and (self.sampler is not None or self.before_training):
-            raise ValueError("normalization.sampler and before_training go with on: samples")
+            raise ValueError("normalization.sampler and before_training need on: samples")
         return self
 
 
@@ -80,18 +80,16 @@ class RewardModelConfig(TrainingStepConfig):
     """Train a scalar head and its backbone on comparisons."""
 
     stage: Literal["reward_model"] = "reward_model"
-    preset: str | None = Field(None, description="Published settings beneath the step's own, e.g. instructgpt2022 (recipe/presets.py).")
-    model: ModelField = Field(description="A language model, which gets a new head, or a reward model to go on with.")
+    preset: str | None = Field(None, description="Published settings as defaults, e.g. instructgpt2022 (recipe/presets.py).")
+    model: ModelField = Field(description="A language model, which gets a new head, or a reward model to train further.")
     generative: Generative | None = Field(None, description="Score by the log-odds of two answers instead of a scalar head.")
     data: DataInput = Field(description="Comparisons.")
-    preferred: str | None = Field(None, description="For responses given as an object: the key of the preferred one.")
+    preferred: str | None = Field(None, description="If responses are an object: the key of the preferred one.")
     demonstrations: DataField | None = Field(
-        None, description="Texts whose mean reward becomes 0 (prompt + completion). null: the best completion of each training comparison."
+        None, description="Texts whose mean reward becomes 0 (prompt + completion); null: the best completion of each training comparison."
     )
-    beside: list[RewardInput] = Field(
-        [], description="Other reward sources, measured on the same held-out comparisons: their accuracy stands beside this model's."
-    )
-    collect: Collection | None = Field(None, description="Also make comparisons of what policies say now; null: only those of data.")
+    beside: list[RewardInput] = Field([], description="Other reward sources to measure on the same held-out comparisons.")
+    collect: Collection | None = Field(None, description="Also collect comparisons from policies; null: use only data.")
     loss: Literal["pairs", "best_of"] = Field(
         "pairs", description="pairs: all C(K, 2) of a prompt (Ouyang et al. 2022); best_of: softmax over its K (Ziegler et al. 2019)."
     )
@@ -99,21 +97,21 @@ class RewardModelConfig(TrainingStepConfig):
     num_seeds: int = Field(
         1,
         ge=1,
-        description="Train so many times and keep the best (Stiennon et al. 2020). Half of the held-out comparisons decide, and "
-        "the other half measures the one that was kept.",
+        description="Train with this many seeds and keep the best model (Stiennon et al. 2020). Half of the held-out comparisons select "
+        "it; the other half measures it.",
     )
-    group_by: list[str] = Field([], description="Columns by whose values held-out accuracy is split, e.g. annotator, batch, confidence.")
-    prompt_fit: PromptFit | None = Field(None, description="Shorten prompts that are too long; null: let max_length cut their beginning.")
-    curation: Curation = Field(Curation(), description="Which rows are used.")
-    max_length: int | None = Field(None, ge=2, description="Longest prompt and completion, in tokens; longer ones lose their beginning.")
+    group_by: list[str] = Field([], description="Columns to split held-out accuracy by, e.g. annotator, batch, confidence.")
+    prompt_fit: PromptFit | None = Field(None, description="Shorten prompts that are too long; null: max_length truncates their beginning.")
+    curation: Curation = Field(Curation(), description="Row filters.")
+    max_length: int | None = Field(None, ge=2, description="Maximum tokens of prompt and completion; longer ones lose their beginning.")
     training: RewardModelOptimizer = RewardModelOptimizer()
 
     @model_validator(mode="after")
     def _trainable(self) -> RewardModelConfig:
         if self.model.quantization != "none" and self.lora is None:
-            raise ValueError(f"model.quantization={self.model.quantization!r} needs lora: quantized weights cannot be trained themselves")
+            raise ValueError(f"model.quantization={self.model.quantization!r} needs lora, because quantized weights cannot be trained")
         if self.num_seeds > 1 and self.keep_best:
-            raise ValueError(f"keep_best={self.keep_best} goes with num_seeds=1; of several seeds the best is chosen already")
+            raise ValueError(f"keep_best={self.keep_best} needs num_seeds=1; with several seeds the best seed is already selected")
         check_names(self.beside, "beside")
         if self.generative is not None:
             self._check_generative(self.generative)
@@ -148,7 +146,7 @@ class RewardModelConfig(TrainingStepConfig):
         return inputs if self.demonstrations is None else {**inputs, "demonstrations": self.demonstrations}
 
     def check_data(self) -> None:
-        """Raise DataError for data this stage cannot use; no model is loaded."""
+        """Raise DataError for data that this stage cannot use. No model is loaded."""
         from stages.corpora.comparisons import load_comparisons
         from stages.corpora.curation import Curator
 
@@ -159,7 +157,7 @@ class RewardModelConfig(TrainingStepConfig):
             self.collect.check_data()
 
     def conversations(self) -> list[tuple[Any, Sequence[Any], str]]:
-        """Rows of (prompt, its completions, the row's place) that the models of this step read; see ``chain/texts.py``."""
+        """Rows (prompt, completions, location) that the models of this step read; see ``chain/texts.py``."""
         from stages.corpora.comparisons import load_comparisons
 
         loaded = load_comparisons(self.data, preferred=self.preferred, group_by=self.group_by)
@@ -167,7 +165,7 @@ class RewardModelConfig(TrainingStepConfig):
         return [*compared, *((prompt, [completion], "") for prompt, completion in self.load_demonstrations())]
 
     def load_demonstrations(self) -> list[tuple[Any, Any]]:
-        """The named demonstrations as (prompt, completion); empty where none are named."""
+        """The named demonstrations as (prompt, completion); empty if there are none."""
         from stages.corpora.demonstrations import demonstration
         from stages.corpora.files import read_rows
 

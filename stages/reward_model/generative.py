@@ -17,7 +17,7 @@ from stages.corpora.messages import completion_text
 from stages.errors import DataError, ModelError
 from stages.models.loading import load_language_model, load_tokenizer, save_model
 from stages.models.reward_question import RewardQuestion
-from stages.models.sharding import whole
+from stages.models.sharding import unsharded
 from stages.reward_model.config import RewardModelConfig
 from stages.reward_model.measuring import measure_beside
 from stages.reward_model.preferences import EncodedComparison, agreement
@@ -141,7 +141,7 @@ def measure(judging: GenerativeSource, comparisons: Sequence[Comparison], encode
     completions = [completion_text(text) for item in comparisons for text in item.completions]
     training = judging.model.training
     judging.model.eval()
-    with whole(judging.model):
+    with unsharded(judging.model):
         found: Judgement = judge(judging, prompts, completions)
     judging.model.train(training)
     return agreement(found.scores, encoded)

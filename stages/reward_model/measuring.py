@@ -1,4 +1,4 @@
-"""How well the model, and sources beside it, agree with held-out comparisons."""
+"""Measure how well the model, and other reward sources, agree with held-out comparisons."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stages.corpora.comparisons import Comparison
 from stages.corpora.messages import completion_text
 from stages.errors import DataError
 from stages.models.heads import RewardModel
-from stages.models.sharding import whole
+from stages.models.sharding import unsharded
 from stages.reward_model.config import RewardModelConfig
 from stages.reward_model.preferences import EncodedComparison, agreement
 from stages.rewards.learned import score_rows
@@ -23,25 +23,27 @@ from stages.step import StepContext
 def measure_beside(
     config: RewardModelConfig, context: StepContext, comparisons: Sequence[Comparison], encoded: Sequence[EncodedComparison]
 ) -> dict[str, dict[str, Any]]:
-    """How often each source of ``beside`` agrees with the held-out comparisons, by name; one source at a time is in memory."""
+    """Agreement of each source of ``beside`` with the held-out comparisons, by name. One source at a time is in memory."""
     runtime = context.runtime
     prompts = [item.prompt for item in comparisons for _ in item.completions]
     completions = [completion_text(text) for item in comparisons for text in item.completions]
-    found = {}
+    agreements = {}
     for index, source in enumerate(config.beside):
         own = f"beside[{index}]"
-        models = {f"beside[0]{place.removeprefix(own)}": model for place, model in context.models.items() if place.startswith(own)}
+        models = {
+            f"beside[0]{field_path.removeprefix(own)}": model for field_path, model in context.models.items() if field_path.startswith(own)
+        }
         reward = build_reward(
             [source], models, "beside", device=runtime.device, dtype=runtime.dtype(config.precision), cache_folder=context.cache_folder
         )
         measured = agreement(runtime.decide(partial(reward.score, prompts, completions)).total, encoded)
         name = source.shown_name
-        found[name] = {key: measured[key] for key in ("accuracy", "ci_low", "ci_high", "pairs")}
+        agreements[name] = {key: measured[key] for key in ("accuracy", "ci_low", "ci_high", "pairs")}
         runtime.console.print(
-            f"{context.name}: beside it {name}: held-out accuracy {measured['accuracy']:.3f} (95 % {measured['ci_low']:.3f} to "
+            f"{context.name}: for comparison, {name}: held-out accuracy {measured['accuracy']:.3f} (95 % {measured['ci_low']:.3f} to "
             f"{measured['ci_high']:.3f})"
         )
-    return found
+    return agreements
 
 
 def inference(model: RewardModel) -> Any:
@@ -55,13 +57,13 @@ def inference(model: RewardModel) -> Any:
 def measure(
     model: RewardModel, comparisons: Sequence[EncodedComparison], *, pad_token_id: int, batch_size: int, gain: float = 1.0
 ) -> dict[str, Any]:
-    """How well the model's scores agree with held-out comparisons (stages.reward_model.preferences)."""
+    """Agreement of the model's scores with held-out comparisons (stages.reward_model.preferences)."""
     if not comparisons:
-        raise DataError("no held-out comparison has a preference; name a validation source with pairs that are no ties")
+        raise DataError("no held-out comparison has a preference; use validation data with pairs that are not ties")
     training = model.training
     model.eval()
     rows = [row for item in comparisons for row in item.rows]
-    with whole(model):
+    with unsharded(model):
         scores = score_rows(rows, inference(model), pad_token_id, batch_size, device=next(model.parameters()).device)
     model.train(training)
     return agreement(scores, comparisons, gain=gain)

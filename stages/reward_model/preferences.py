@@ -1,6 +1,6 @@
-"""How well scores agree with preferences: accuracy with intervals, calibration, and accuracy by margin, by group and by length.
+"""Agreement between scores and preferences: accuracy with intervals, calibration, and accuracy by margin, group and length.
 
-A length bias is the fault that reward models are known for (Stiennon et al. 2020, section 4.3): what is longer must not be better for that.
+Reward models often have a length bias (Stiennon et al. 2020, section 4.3), so accuracy is also reported by length.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from stages.rl.ranking import ranking_loss, ranking_pairs
 from stages.stats.classification import calibration_bins, expected_calibration_error
 from stages.stats.intervals import wilson_interval
 
-MARGINS = (0.25, 0.5, 1.0, 2.0)  # edges of the score margins by which accuracy is split
-EQUAL_LENGTH = 0.1  # completions whose lengths differ by less than this share count as equally long
+MARGINS = (0.25, 0.5, 1.0, 2.0)  # edges of the margin bins
+EQUAL_LENGTH = 0.1  # relative difference below which lengths count as equal
 
 
 @dataclass(frozen=True)
 class EncodedComparison:
-    """The completions of one prompt as token rows (prompt included), their ranks, and the groups the comparison belongs to.
+    """The completions of one prompt as token rows (prompt included), their ranks, and the groups of the comparison.
 
-    ``lengths``: tokens of each completion before anything was cut; empty: what the rows have beyond ``prompt_length``. ``cut``: rows that
-    lost their beginning.
+    ``lengths``: tokens of each completion before truncation; if empty, the row length minus ``prompt_length``. ``cut``: number of rows that
+    were truncated at the beginning.
     """
 
     rows: list[list[int]]
@@ -38,12 +38,12 @@ class EncodedComparison:
 
     @property
     def texts(self) -> list[int]:
-        """A number for each row; equal rows have the same."""
+        """An index for each row; equal rows have the same index."""
         return [self.rows.index(row) for row in self.rows]
 
     @property
     def pairs(self) -> tuple[int, int]:
-        """(pairs of other ranks whose rows differ, pairs of other ranks whose rows are equal)."""
+        """(number of ranked pairs with different rows, number of ranked pairs with equal rows)."""
         texts = self.texts
         ranked = [(a, b) for b in range(len(self.ranks)) for a in range(b) if self.ranks[a] != self.ranks[b]]
         equal = sum(texts[a] == texts[b] for a, b in ranked)
@@ -51,23 +51,23 @@ class EncodedComparison:
 
 
 def agreement(scores: Tensor, comparisons: Sequence[EncodedComparison], *, gain: float = 1.0) -> dict[str, Any]:
-    """What scores [N] of all completions (in the order of the comparisons) say of the preferences.
+    """Compare the scores [N] of all completions (in the order of the comparisons) with the preferences.
 
-    The probability that a model gives its own preference is sigmoid(margin); calibration compares it with how often it is right. ``gain``
-    is the factor by which the scores were stretched since they were trained, which is taken out of the margins.
+    The model's probability of its preferred completion is sigmoid(margin); calibration compares it with the actual accuracy. ``gain``:
+    factor by which scores were rescaled after training; margins are divided by it.
     """
     ranks = torch.tensor([rank for item in comparisons for rank in item.ranks])
     prompt_index = torch.tensor([index for index, item in enumerate(comparisons) for _ in item.ranks])
-    text_index = torch.tensor([number for item in comparisons for number in item.texts])
+    text_index = torch.tensor([text_index for item in comparisons for text_index in item.texts])
     better, worse = ranking_pairs(ranks, prompt_index, text_index)
     if len(better) == 0:
-        raise DataError("no held-out comparison has a preference; name a validation source with pairs that are no ties")
+        raise DataError("no held-out comparison has a preference; use validation data with pairs that are not ties")
     margins = (scores[better] - scores[worse]) / gain
     correct = margins > 0
     confidence = margins.abs().sigmoid()
     low, high = wilson_interval(int(correct.sum()), len(correct))
-    places = prompt_index[better]
-    by_prompt = [float(correct[places == index].double().mean()) for index in places.unique()]
+    prompts_of_pairs = prompt_index[better]
+    by_prompt = [float(correct[prompts_of_pairs == index].double().mean()) for index in prompts_of_pairs.unique()]
     clustered_low, clustered_high = _clustered_interval(by_prompt)
     return {
         "accuracy": float(correct.double().mean()),
@@ -84,12 +84,12 @@ def agreement(scores: Tensor, comparisons: Sequence[EncodedComparison], *, gain:
         "score_mean": float(scores.double().mean()),
         "score_std": float(scores.double().std(correction=0)),
         **_by_length(comparisons, scores, better, worse, correct),
-        **_by_group(comparisons, places, correct),
+        **_by_group(comparisons, prompts_of_pairs, correct),
     }
 
 
 def _clustered_interval(shares: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean over prompts by the bootstrap; pairs of one prompt are not independent, prompts are."""
+    """95 % bootstrap interval of the mean over prompts. Prompts are resampled, because pairs of one prompt are not independent."""
     values = torch.tensor(shares, dtype=torch.float64)
     draws = torch.randint(len(values), (2000, len(values)), generator=torch.Generator().manual_seed(0))
     means = values[draws].mean(dim=1)
@@ -108,9 +108,9 @@ def _by_margin(margins: Tensor, correct: Tensor) -> list[dict[str, float | None]
 
 
 def _by_length(comparisons: Sequence[EncodedComparison], scores: Tensor, better: Tensor, worse: Tensor, correct: Tensor) -> dict[str, Any]:
-    """Accuracy where the better completion is longer, shorter, about as long; and how often the longer one scores higher.
+    """Accuracy where the better completion is longer, shorter or about as long, and how often the longer one scores higher.
 
-    Without a bias ``prefers_longer`` is near ``longer_is_better``, the share of pairs in which people liked the longer one.
+    Without a bias, ``prefers_longer`` is near ``longer_is_better``, the share of pairs in which annotators preferred the longer one.
     """
     known = [item.lengths or [len(row) - item.prompt_length for row in item.rows] for item in comparisons]
     lengths = torch.tensor([float(length) for row in known for length in row])
@@ -121,22 +121,22 @@ def _by_length(comparisons: Sequence[EncodedComparison], scores: Tensor, better:
         for name, chosen in (("longer", ~alike & (difference > 0)), ("shorter", ~alike & (difference < 0)), ("as long", alike))
         if chosen.any()
     ]
-    found: dict[str, Any] = {"accuracy_by_length": rows}
+    result: dict[str, Any] = {"accuracy_by_length": rows}
     unequal = ~alike
     if unequal.any():
         longer_scores_higher = (difference > 0) == correct
-        found["prefers_longer"] = float(longer_scores_higher[unequal].double().mean())
-        found["longer_is_better"] = float((difference > 0)[unequal].double().mean())
-    return found
+        result["prefers_longer"] = float(longer_scores_higher[unequal].double().mean())
+        result["longer_is_better"] = float((difference > 0)[unequal].double().mean())
+    return result
 
 
-def _by_group(comparisons: Sequence[EncodedComparison], places: Tensor, correct: Tensor) -> dict[str, Any]:
-    """Accuracy for each value of each column of ``groups``, with its interval."""
+def _by_group(comparisons: Sequence[EncodedComparison], prompts_of_pairs: Tensor, correct: Tensor) -> dict[str, Any]:
+    """Accuracy for each value of each column in ``groups``, with its interval."""
     tables: dict[str, Any] = {}
     for column in comparisons[0].groups:
         rows = []
         for value in sorted({item.groups[column] for item in comparisons}):
-            inside = torch.tensor([comparisons[place].groups[column] == value for place in places.tolist()])
+            inside = torch.tensor([comparisons[row].groups[column] == value for row in prompts_of_pairs.tolist()])
             if inside.any():
                 hits, pairs = int(correct[inside].sum()), int(inside.sum())
                 low, high = wilson_interval(hits, pairs)

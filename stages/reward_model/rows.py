@@ -1,4 +1,4 @@
-"""Comparisons as rows of tokens, what the length limit took from them, and batches."""
+"""Tokenize comparisons, report what the length limit removed, and make batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stages.step import StepContext
 
 
 def encode(comparison: Comparison, tokenizer: Any, max_length: int) -> EncodedComparison:
-    """Prompt and completion as one row per completion, as the chat template ends it; what is too long loses its beginning."""
+    """Encode prompt and completion as one row per completion, including the chat template's ending. Rows are truncated at the beginning."""
     with errors_at(comparison.location):
         pairs = [encode_pair(tokenizer, comparison.prompt, completion) for completion in comparison.completions]
     return EncodedComparison(
@@ -33,7 +33,7 @@ def encode(comparison: Comparison, tokenizer: Any, max_length: int) -> EncodedCo
 
 @dataclass(frozen=True)
 class Lost:
-    """What the length limit took from a list of comparisons: ``cut`` of ``rows``, and ``equal`` of ``pairs`` that are one text then."""
+    """Effects of the length limit on comparisons: ``cut`` of ``rows`` were truncated, ``equal`` of ``pairs`` became equal texts."""
 
     rows: int
     cut: int
@@ -41,12 +41,12 @@ class Lost:
     equal: int
 
     def as_metrics(self) -> dict[str, float]:
-        """For the step's metrics."""
+        """The effects as step metrics."""
         return {"cut_share": self.cut / max(1, self.rows), "equal_pairs": self.equal}
 
 
 def usable(comparisons: list[EncodedComparison]) -> tuple[list[EncodedComparison], Lost]:
-    """(comparisons with at least one pair of different rows, what was lost of all of them)."""
+    """Return (comparisons with at least one pair of different rows, the effects of the length limit)."""
     pairs = [item.pairs for item in comparisons]
     lost = Lost(
         rows=sum(len(item.rows) for item in comparisons),
@@ -60,22 +60,20 @@ def usable(comparisons: list[EncodedComparison]) -> tuple[list[EncodedComparison
 def say_lost(context: StepContext, which: str, lost: Lost, max_length: int) -> None:
     console = context.runtime.console
     if lost.cut:
-        console.print(f"{context.name}: {lost.cut} of {lost.rows} {which}texts lost their beginning to the limit of {max_length} tokens")
+        console.print(f"{context.name}: truncated the beginning of {lost.cut} of {lost.rows} {which}texts to {max_length} tokens")
     if lost.equal:
-        console.print(f"{context.name}: left out {lost.equal} of {lost.pairs} {which}pairs, whose two texts are the same tokens")
+        console.print(f"{context.name}: left out {lost.equal} of {lost.pairs} {which}pairs, because their two texts have equal tokens")
     if lost.equal == lost.pairs:
-        raise DataError(
-            f"no {which}comparison is left: the completions of each are the same tokens after the limit of {max_length}; raise max_length"
-        )
+        raise DataError(f"no {which}comparison is left: truncated to {max_length} tokens, the completions are equal; raise max_length")
 
 
 def encode_pairs(pairs: Sequence[tuple[Any, Any]], tokenizer: Any, max_length: int) -> list[list[int]]:
-    # Collected and sampled completions may be cut; what the data holds was checked before.
+    # Collected and sampled completions may be truncated; completions from data were checked before.
     return [encode_pair(tokenizer, prompt, completion, sampled=True)[0][-max_length:] for prompt, completion in pairs]
 
 
 def collate(comparisons: Sequence[EncodedComparison], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """All completions of a few prompts as one batch: input_ids and attention_mask [N, T]; ranks, prompt_index, text_index [N]."""
+    """Batch all completions of a few prompts: input_ids and attention_mask [N, T]; ranks, prompt_index, text_index [N]."""
     rows = [torch.tensor(row) for item in comparisons for row in item.rows]
     lengths = torch.tensor([len(row) for row in rows])
     ids = right_pad(rows, pad_token_id)
@@ -84,5 +82,5 @@ def collate(comparisons: Sequence[EncodedComparison], pad_token_id: int) -> dict
         "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
         "ranks": torch.tensor([rank for item in comparisons for rank in item.ranks]),
         "prompt_index": torch.tensor([index for index, item in enumerate(comparisons) for _ in item.ranks]),
-        "text_index": torch.tensor([number for item in comparisons for number in item.texts]),
+        "text_index": torch.tensor([text_index for item in comparisons for text_index in item.texts]),
     }

@@ -1,6 +1,6 @@
-"""The reward model: ranked completions in, one scalar per text out, with InstructGPT's loss (Ouyang et al. 2022, section 3.5).
+"""The reward model stage: ranked completions in, one scalar per text out, with InstructGPT's loss (Ouyang et al. 2022, section 3.5).
 
-All pairs of a prompt are one batch element: its K completions are scored once each, and the element weighs the same whatever K is.
+All pairs of a prompt are one batch element: each of its K completions is scored once, and the element's weight does not depend on K.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stages.engines.opening import step_sampler
 from stages.errors import ModelError, TrainingError
 from stages.models.heads import RewardModel
 from stages.models.loading import load_language_model, load_tokenizer
-from stages.models.sharding import whole
+from stages.models.sharding import unsharded
 from stages.reward_model.collection import collect_comparisons
 from stages.reward_model.config import RewardModelConfig
 from stages.reward_model.generative import run_generative
@@ -34,12 +34,12 @@ from stages.training.checkpoints import load_tensors, trainable
 
 
 def run(config: RewardModelConfig, context: StepContext) -> StepResult:
-    """Train, normalise, publish; with held-out accuracy and calibration before and after."""
+    """Train, normalise and publish; measure held-out accuracy and calibration before and after."""
     if config.generative is not None:
         return run_generative(config, context, lambda tokenizer: _load_comparisons(config, context, tokenizer))
     _check_texts(config, context)
     if config.collect is not None and config.collect.people is not None:
-        collect_comparisons(config.collect, context, precision=config.precision)  # before a model waits for people in memory
+        collect_comparisons(config.collect, context, precision=config.precision)  # may wait for annotators, so do it before loading
     model = new_model(config, context, context.seed)
     tokenizer = model.tokenizer
     assert tokenizer is not None
@@ -56,16 +56,16 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     texts_of_measuring = texts_of_heldout if config.num_seeds == 1 else texts_of_heldout[1::2]
     if config.training.epochs > 1:
         context.runtime.console.print(
-            f"{context.name}: {config.training.epochs:g} epochs; reward models overfit soon (Ouyang et al. 2022, C.2: one epoch)"
+            f"{context.name}: {config.training.epochs:g} epochs; reward models overfit quickly (Ouyang et al. 2022, C.2: one epoch)"
         )
     texts = _texts_to_normalize_on(config, context, comparisons)
     scoring = {"pad_token_id": tokenizer.pad_token_id, "batch_size": 8 * config.training.microbatch_size}
     before = measure(model.to(context.runtime.device), measuring, **scoring)
 
     def normalise(model: RewardModel) -> tuple[float, float]:
-        """(gain, standard deviation of the scores before it)."""
+        """Normalise the scores. Returns (gain, previous standard deviation of the scores)."""
         rows = encode_pairs(texts, tokenizer, max_length)
-        with whole(model):
+        with unsharded(model):
             scores = score_rows(rows, inference(model.eval()), **scoring, device=context.runtime.device).double()
         mean, deviation = float(scores.mean()), float(scores.std(correction=0))
         if config.normalization.to == "standardize":
@@ -76,23 +76,23 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
 
     attempts: list[Attempt] = []
     trainer: Any = None
-    for number in range(config.num_seeds):
-        seed = context.seed + number
-        if number:
-            context.runtime.seed_everything(seed)  # an adapter is drawn from the process's stream
+    for offset in range(config.num_seeds):
+        seed = context.seed + offset
+        if offset:
+            context.runtime.seed_everything(seed)  # adapter weights are drawn from the process's generator
             model = new_model(config, context, seed).to(context.runtime.device)
         if config.normalization.before_training:
             normalise(model)
         attempt, trainer = train_with_seed(config, context, model, train_rows, deciding, scoring, seed)
         attempts.append(attempt)
-    best = max(attempts, key=lambda attempt: attempt.accuracy)  # of equals the first
+    best = max(attempts, key=lambda attempt: attempt.accuracy)  # the first of equal ones
     if best is not attempts[-1]:
         kept = finished(context, best.seed).newest()
         if kept is None:
-            raise TrainingError(f"{context.name}: the weights of seed {best.seed} were damaged on the disk; start the command again")
+            raise TrainingError(f"{context.name}: the saved weights of seed {best.seed} are damaged; run the command again")
         load_tensors(trainable(model), kept.path / "model.safetensors")
     kind: dict[str, Any] = {"role": "reward_model", "base": context.models["model"] if config.lora is not None else None}
-    shown = [item.rows[0] for item in heldout]  # what was saved is compared with the model in memory on the first of them
+    shown = [item.rows[0] for item in heldout]  # rows on which the saved model is compared with the model in memory
     publish_best(
         trainer,
         context,
@@ -123,7 +123,7 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
         "reward_gain": gain,
         "demonstrations": len(texts),
         "demonstration_reward_std": deviation,
-        **{f"curation_{reason}": number for reason, number in sorted(left_out.items())},
+        **{f"curation_{reason}": count for reason, count in sorted(left_out.items())},
     }
     if config.collect is not None:
         metrics["collected"] = comparisons.collected
@@ -134,16 +134,16 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     return StepResult(model=record, metrics=metrics)
 
 
-COLLECTED = "collected by the step"  # stands for the annotator of comparisons that the step has made itself
+COLLECTED = "collected by the step"  # annotator name of comparisons made by the step
 
 
 def _check_texts(config: RewardModelConfig, context: StepContext) -> None:
-    """Raise DataError, with the row's place, for a conversation that the chat template refuses; before any weights are loaded."""
+    """Raise DataError with the row's location for a conversation that the chat template rejects, before weights are loaded."""
     check_rendering(load_tokenizer(context.models["model"]), config.conversations())
 
 
 def _load_comparisons(config: RewardModelConfig, context: StepContext, tokenizer: Any) -> tuple[Comparisons, dict[str, int]]:
-    """(the comparisons, collected ones among those to train on, their prompts made to fit; how many rows curation left out)."""
+    """Return (the comparisons, including collected ones, with fitted prompts; the numbers of filtered rows by reason)."""
     curator = Curator(config.curation, count_tokens(tokenizer))
     loaded = load_comparisons(config.data, preferred=config.preferred, curator=curator, group_by=config.group_by)
     train, validation = loaded.train, loaded.validation
@@ -159,14 +159,14 @@ def _load_comparisons(config: RewardModelConfig, context: StepContext, tokenizer
 
 
 def _texts_to_normalize_on(config: RewardModelConfig, context: StepContext, comparisons: Comparisons) -> list[tuple[Any, Any]]:
-    """(prompt, completion) pairs whose scores become those of mean 0."""
+    """(prompt, completion) pairs whose mean score becomes 0."""
     if config.normalization.on == "demonstrations":
         return config.load_demonstrations() or [(item.prompt, item.best) for item in comparisons.train]
     source = context.models["normalization.sampler" if config.normalization.sampler is not None else "model"]
     if source.record is not None and source.record.role != "language_model":
         raise ModelError(
-            f"normalization.on: samples needs a policy to sample from, and {source.ref!r} is a {source.record.role}; "
-            "name one in normalization.sampler"
+            f"normalization.on: samples needs a policy to sample from, but {source.ref!r} is a {source.record.role}; "
+            "set normalization.sampler"
         )
     runtime, generation = context.runtime, config.normalization.generation
     tokenizer = load_tokenizer(source)

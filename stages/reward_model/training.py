@@ -25,7 +25,7 @@ from stages.training.running import train
 
 @dataclass(frozen=True)
 class Attempt:
-    """A reward model trained with one seed: what training said, and how it did on the comparisons that decide between seeds."""
+    """A reward model trained with one seed: training metrics, and its accuracy on the comparisons that select the seed."""
 
     seed: int
     trained: dict[str, float]
@@ -48,16 +48,16 @@ def train_with_seed(
     scoring: dict[str, int],
     seed: int,
 ) -> tuple[Attempt, Any]:
-    """(what came of one seed, the trainer); with several seeds each keeps its checkpoints, and its weights once it is done."""
+    """Train with one seed. Returns (the attempt, the trainer). With several seeds, each one has its own checkpoints and final weights."""
     several = config.num_seeds > 1
     own = replace(context, seed=seed, checkpoint_folder=context.checkpoint_folder / f"seed-{seed}") if several else context
     arguments = training_arguments(config.training, own, precision=config.precision, remove_unused_columns=False)
     trainer = make_trainer(model, arguments, rows, scoring["pad_token_id"], config.loss)
     done = finished(context, seed)
-    found = done.newest() if several else None
-    if found is not None:
-        load_tensors(trainable(model), found.path / "model.safetensors")
-        return Attempt(**json.loads((found.path / "attempt.json").read_text(encoding="utf-8"))), trainer
+    checkpoint = done.newest() if several else None
+    if checkpoint is not None:
+        load_tensors(trainable(model), checkpoint.path / "model.safetensors")
+        return Attempt(**json.loads((checkpoint.path / "attempt.json").read_text(encoding="utf-8"))), trainer
     context.runtime.seed_everything(seed)
     trained = train(
         trainer,
@@ -70,7 +70,7 @@ def train_with_seed(
     accuracy = measure(model, deciding, **scoring)["accuracy"] if several else 0.0
     attempt = Attempt(seed, trained, accuracy)
     if several:
-        context.runtime.console.print(f"{context.name}: seed {seed}: accuracy {accuracy:.3f} on the comparisons that decide")
+        context.runtime.console.print(f"{context.name}: seed {seed}: accuracy {accuracy:.3f} on the selection half")
 
         def fill(folder: Path) -> None:
             save_tensors(trainable(model), folder / "model.safetensors", write=context.runtime.is_main)
@@ -82,15 +82,15 @@ def train_with_seed(
 
 
 def finished(context: StepContext, seed: int) -> Checkpoints:
-    """Where what came of a seed is kept once it is done."""
+    """The folder for the final weights of a seed."""
     return Checkpoints(context.checkpoint_folder / f"seed-{seed}-done", context.runtime, keep_last=1)
 
 
 class RankingTrainer(reproducible(Trainer)):  # type: ignore[misc]
-    """A Trainer whose examples are prompts with all their completions, so that no prompt is ever split across steps."""
+    """A Trainer whose examples are prompts with all their completions, so a prompt is never split across steps."""
 
     losses_of = staticmethod(ranking_losses)
-    loss_is_scaled_for_ga = True  # the loss below is a share of the mean over the whole step
+    loss_is_scaled_for_ga = True  # the loss below is already divided by the number of items in the step
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None, **_: Any
@@ -101,12 +101,12 @@ class RankingTrainer(reproducible(Trainer)):  # type: ignore[misc]
         return (loss, {"scores": scores}) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-        """Prompts of the step, on all processes, that have a preference."""
-        number = 0
+        """Number of prompts in the step with a preference, over all processes."""
+        count = 0
         for batch in batch_samples:
             better, _ = ranking_pairs(batch["ranks"], batch["prompt_index"], batch["text_index"])
-            number += len(torch.unique(batch["prompt_index"][better]))
-        return self.accelerator.gather(torch.tensor([number], device=device)).sum().clamp(min=1)
+            count += len(torch.unique(batch["prompt_index"][better]))
+        return self.accelerator.gather(torch.tensor([count], device=device)).sum().clamp(min=1)
 
     def blank(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {**batch, "ranks": torch.zeros_like(batch["ranks"])}  # all ties: no pairs

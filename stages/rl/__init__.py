@@ -1,1 +1,1 @@
-"""The mathematics of RLHF on tensors; needs torch alone. B sequences, R response tokens; a mask is True where a token counts."""
+"""Mathematics of RLHF on tensors. Depends only on torch. B sequences, R response tokens; a mask is True where a token counts."""

@@ -1,6 +1,6 @@
-"""Advantages without a value network: the return of a whole completion against other completions. B completions, K of each prompt.
+"""Advantages without a value network, computed from the returns of full completions. B completions, K per prompt.
 
-Completions of one prompt stand in a row: rows 0 to K - 1 belong to the first prompt. A return is the sum of a completion's rewards.
+Completions of one prompt are adjacent: rows 0 to K - 1 belong to the first prompt. A return is the sum of a completion's rewards.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-EPSILON = 1e-6  # keeps the division finite; a group of equal returns has advantages of 0, because its numerators are 0
+EPSILON = 1e-6  # avoids division by zero; in a group of equal returns the numerators, and so the advantages, are 0
 
 
 def leave_one_out(returns: Tensor, samples_per_prompt: int) -> Tensor:
-    """RLOO: each return less the mean of the prompt's other returns. Inputs and result [B]; K >= 2.
+    """RLOO: each return minus the mean of the prompt's other returns. Inputs and result [B]; K >= 2.
 
     A_i = R_i - 1/(K-1) sum_{j != i} R_j     Kool et al. 2019; Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740, section 3
     """
@@ -22,7 +22,7 @@ def leave_one_out(returns: Tensor, samples_per_prompt: int) -> Tensor:
 
 
 def group_relative(returns: Tensor, samples_per_prompt: int, *, divide_by_deviation: bool) -> Tensor:
-    """GRPO: each return less the mean of the prompt's returns, divided by their standard deviation. Inputs and result [B]; K >= 2.
+    """GRPO: each return minus the mean of the prompt's returns, divided by their standard deviation. Inputs and result [B]; K >= 2.
 
     A_i = (R_i - mean(R)) / std(R)     Shao et al. 2024, https://arxiv.org/abs/2402.03300, section 4.1.2; std is the unbiased one
     A_i = R_i - mean(R)                ``divide_by_deviation=False``: Liu et al. 2025 ("Dr. GRPO"), https://arxiv.org/abs/2503.20783
@@ -35,13 +35,13 @@ def group_relative(returns: Tensor, samples_per_prompt: int, *, divide_by_deviat
 
 
 def batch_baseline(returns: Tensor) -> Tensor:
-    """REINFORCE with the mean of the batch as its baseline. Inputs and result [B].
+    """REINFORCE with the mean of the batch as baseline. Inputs and result [B].
 
-    A_i = R_i - mean(R)     Williams 1992, https://doi.org/10.1007/BF00992696, section 4, with the batch's mean as reinforcement baseline
+    A_i = R_i - mean(R)     Williams 1992, https://doi.org/10.1007/BF00992696, section 4, with the batch mean as reinforcement baseline
     """
     return returns - returns.mean()
 
 
 def spread(advantages: Tensor, response_mask: Tensor) -> Tensor:
-    """The advantage [B] of each completion at all its tokens, [B, R]; 0 outside the mask."""
+    """Copy the advantage [B] of each completion to all its tokens, [B, R]; 0 outside the mask."""
     return torch.where(response_mask, advantages[:, None], torch.zeros_like(advantages)[:, None])

@@ -1,4 +1,4 @@
-"""Making one score of several: ensembles of judges. K judges, N texts."""
+"""Combine the scores of several judges (an ensemble). K judges, N texts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Combine = Literal["mean", "min", "uncertainty"]
 
 
 def combine_scores(scores: Tensor, *, how: Combine, uncertainty_coef: float = 1.0) -> Tensor:
-    """Scores [K, N] as one [N]: their mean, their minimum, or mean - uncertainty_coef * biased variance over the K judges.
+    """Combine scores [K, N] to [N]: their mean, their minimum, or mean - uncertainty_coef * biased variance over the K judges.
 
-    Minimum and variance are the worst-case and the uncertainty-weighted optimisation of Coste et al. 2024 (arXiv 2310.02743).
+    Minimum and variance: the worst-case and uncertainty-weighted optimization of Coste et al. 2024 (arXiv 2310.02743).
     """
     if how == "min":
         return scores.min(dim=0).values

@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, both [B, R], 0 outside the mask; the mask is one run of True from the first column.
+    """Advantages and returns, both [B, R], 0 outside the mask. The counted tokens of a row must be contiguous from the first column.
 
-    delta_t = r_t + gamma * V_{t+1} - V_t with V = 0 behind the last counted token; A_t = delta_t + gamma * lambda * A_{t+1};
+    delta_t = r_t + gamma * V_{t+1} - V_t with V = 0 after the last counted token; A_t = delta_t + gamma * lambda * A_{t+1};
     returns = A + V with the values of the rollout, before any whitening.
     """
     zeros = torch.zeros_like(values)

@@ -10,9 +10,9 @@ KLEstimator = Literal["k1", "k2", "k3"]
 
 
 def estimate_kl(logprobs: Tensor, reference_logprobs: Tensor, *, estimator: KLEstimator = "k1") -> Tensor:
-    """Per-token KL estimate: k1 = d (unbiased, the papers'), k2 = d^2 / 2, k3 = exp(-d) - 1 + d, with d = logprobs - reference_logprobs.
+    """Per-token KL estimate: k1 = d (unbiased, used in the papers), k2 = d^2 / 2, k3 = exp(-d) - 1 + d; d = logprobs - reference_logprobs.
 
-    http://joschu.net/blog/kl-approx.html. As a reward, only k1 has an unbiased gradient.
+    http://joschu.net/blog/kl-approx.html. Only k1 has an unbiased gradient when used as a reward.
     """
     difference = logprobs - reference_logprobs
     if estimator == "k1":
@@ -23,13 +23,13 @@ def estimate_kl(logprobs: Tensor, reference_logprobs: Tensor, *, estimator: KLEs
 
 
 class FixedKLController:
-    """The same coefficient throughout."""
+    """A constant coefficient."""
 
     def __init__(self, kl_coef: float) -> None:
         self.value = kl_coef
 
     def update(self, sequence_kl: float, num_episodes: int) -> None:
-        """Nothing to adapt."""
+        """Does nothing."""
 
 
 class AdaptiveKLController:
@@ -39,6 +39,6 @@ class AdaptiveKLController:
         self.value, self.target, self.horizon = kl_coef, target, horizon
 
     def update(self, sequence_kl: float, num_episodes: int) -> None:
-        """``sequence_kl``: mean over sequences (all processes) of the KL summed over tokens, in nats; ``num_episodes``: how many."""
+        """``sequence_kl``: KL in nats, summed over tokens, averaged over the sequences of all processes. ``num_episodes``: their number."""
         error = min(max(sequence_kl / self.target - 1, -0.2), 0.2)
         self.value *= 1 + error * num_episodes / self.horizon

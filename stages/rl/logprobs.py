@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens. N positions, V vocabulary."""
+"""Log-probabilities of given tokens. N positions, V vocabulary."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) at ``tokens``. logits [..., V], tokens [...]; returns [...] fp32.
 
-    Never holds a second tensor of the size of the logits where they are fp32 and the temperature is 1.
+    With fp32 logits and temperature 1, no second tensor of the size of the logits is allocated.
     """
     logits = logits.float()
     if temperature != 1.0:

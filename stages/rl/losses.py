@@ -1,6 +1,6 @@
-"""The terms of PPO's loss, per token. Inputs and results are [B, R]; what to sum and what to divide by is the update's business.
+"""Terms of PPO's loss, per token. Inputs and results are [B, R]; the caller sums and normalizes them.
 
-Per-token terms and not means: a minibatch that is cut into microbatches of unequal length must still give the gradient of the whole.
+The terms are not averaged here, so that microbatches of unequal length add up to the gradient of the full minibatch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def policy_terms(
 
 
 def policy_clipped(logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, *, clip_range: float) -> Tensor:
-    """True where the clip is active, that is where the token gives no gradient."""
+    """True where the clip is active, that is, where the token has no gradient."""
     ratio = (logprobs - rollout_logprobs).exp()
     return -advantages * ratio.clamp(1 - clip_range, 1 + clip_range) > -advantages * ratio
 

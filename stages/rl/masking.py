@@ -1,6 +1,6 @@
-"""Reductions over the tokens that count. x and mask have one shape, usually [B, R]; the mask is never optional.
+"""Reductions over counted tokens. x and mask have the same shape, usually [B, R]; the mask is required.
 
-What lies under a False of the mask has no effect, not even where it is infinite or not a number.
+Masked-out values have no effect, even if they are infinite or NaN.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean over counted entries, 0 where none counts: a scalar, or along ``dim``."""
+    """Mean over counted entries, 0 if there are none: a scalar, or along ``dim``."""
     count = mask.sum() if dim is None else mask.sum(dim=dim)
     return masked_sum(x, mask, dim) / count.clamp(min=1)
 
 
 def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
     """Biased variance over counted entries; a scalar."""
-    x = torch.where(mask, x, torch.zeros_like(x))  # first: infinity - mean would poison the gradient
+    x = torch.where(mask, x, torch.zeros_like(x))  # before the subtraction: infinity - mean would make the gradient NaN
     return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
 
@@ -39,5 +39,5 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def scale_to_unit_variance(x: Tensor, mask: Tensor) -> Tensor:
-    """Unit variance over counted entries with the mean as it was (the papers' whitening of rewards); 0 elsewhere."""
+    """Scale counted entries to unit variance and keep their mean (the papers' whitening of rewards); 0 elsewhere."""
     return torch.where(mask, whiten(x, mask) + masked_mean(x, mask), torch.zeros_like(x))

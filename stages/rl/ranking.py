@@ -1,4 +1,4 @@
-"""The ranking loss of a reward model (Ouyang et al. 2022, equation 1). N completions of several prompts, flattened."""
+"""Ranking losses of a reward model (Ouyang et al. 2022, equation 1). N completions of several prompts, flattened."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch.nn import functional
 
 
 def ranking_pairs(ranks: Tensor, prompt_index: Tensor, text_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Indices (better, worse) of all pairs of completions of one prompt that are no tie. ranks [N] (0 best), prompt_index [N].
+    """Indices (better, worse) of all pairs of completions of the same prompt, without ties. ranks [N] (0 best), prompt_index [N].
 
-    ``text_index`` [N]: equal numbers are equal texts, of which none can be the better one; None: all texts differ.
+    ``text_index`` [N]: pairs with equal indices are equal texts and are left out. None: all texts differ.
     """
     same = prompt_index[:, None] == prompt_index[None, :]
     if text_index is not None:
@@ -22,19 +22,19 @@ def ranking_pairs(ranks: Tensor, prompt_index: Tensor, text_index: Tensor | None
 def ranking_losses(scores: Tensor, ranks: Tensor, prompt_index: Tensor, text_index: Tensor | None = None) -> Tensor:
     """-1 / C(K, 2) * sum over a prompt's pairs of log sigmoid(r_better - r_worse), for each prompt [P]. scores, ranks, prompt_index [N].
 
-    Every prompt weighs the same whatever its K; ties and pairs of equal texts (``ranking_pairs``) are dropped, and the pairs left of a
-    prompt share its weight. Prompts without a pair are left out of P; where there is no other, the result is empty, with a gradient of 0.
+    Every prompt has the same weight, independent of K: the mean is over its pairs without ties and equal texts (``ranking_pairs``). Prompts
+    without a pair are left out of P. If no prompt has a pair, the result is empty, with a gradient of 0.
     """
     better, worse = ranking_pairs(ranks, prompt_index, text_index)
     if len(better) == 0:
         return scores[:0] + 0.0 * scores.sum()
     losses = -functional.logsigmoid(scores[better] - scores[worse])
-    prompts, places, counts = torch.unique(prompt_index[better], return_inverse=True, return_counts=True)
-    return torch.zeros_like(losses[: len(prompts)]).index_add(0, places, losses) / counts.to(losses.dtype)
+    prompts, row_of_pair, counts = torch.unique(prompt_index[better], return_inverse=True, return_counts=True)
+    return torch.zeros_like(losses[: len(prompts)]).index_add(0, row_of_pair, losses) / counts.to(losses.dtype)
 
 
 def ranking_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor, text_index: Tensor | None = None) -> Tensor:
-    """The mean of ``ranking_losses`` over prompts, a scalar; 0 where every prompt is all ties."""
+    """The mean of ``ranking_losses`` over prompts, a scalar; 0 if no prompt has a pair."""
     losses = ranking_losses(scores, ranks, prompt_index, text_index)
     return losses.sum() / max(1, len(losses))
 
@@ -45,10 +45,10 @@ def best_of_loss(scores: Tensor, best: Tensor) -> Tensor:
 
 
 def best_of_ranked_losses(scores: Tensor, ranks: Tensor, prompt_index: Tensor, text_index: Tensor | None = None) -> Tensor:
-    """``best_of_loss`` of ranked completions [N]: each prompt's best against all its completions [P].
+    """``best_of_loss`` of ranked completions [N]: each prompt's best completion against all its completions [P].
 
-    Of several that share the best rank the mean counts. Prompts that are all ties are left out of P; where there is no other, the result
-    is empty, with a gradient of 0. ``text_index`` [N] has no say: an equal text is a competitor as any other.
+    If several completions share the best rank, their losses are averaged. Prompts with only ties are left out of P; if there are no others,
+    the result is empty, with a gradient of 0. ``text_index`` [N] is ignored: equal texts compete like others.
     """
     losses = []
     for prompt in prompt_index.unique():
@@ -60,12 +60,12 @@ def best_of_ranked_losses(scores: Tensor, ranks: Tensor, prompt_index: Tensor, t
 
 
 def best_of_ranked_loss(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> Tensor:
-    """The mean of ``best_of_ranked_losses`` over prompts, a scalar; 0 where every prompt is all ties."""
+    """The mean of ``best_of_ranked_losses`` over prompts, a scalar; 0 if every prompt has only ties."""
     losses = best_of_ranked_losses(scores, ranks, prompt_index)
     return losses.sum() / max(1, len(losses))
 
 
 def pairwise_correct(scores: Tensor, ranks: Tensor, prompt_index: Tensor) -> Tensor:
-    """For each pair that is no tie, whether the better completion scores higher; equal scores are wrong. Returns [pairs] bool."""
+    """For each pair without ties, whether the better completion has the higher score; equal scores count as wrong. Returns [pairs] bool."""
     better, worse = ranking_pairs(ranks, prompt_index)
     return scores[better] > scores[worse]

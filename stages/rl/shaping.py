@@ -1,4 +1,4 @@
-"""From scores to per-token rewards. B sequences, R response tokens; response_mask is True through the stop token."""
+"""Compute per-token rewards from scores. B sequences, R response tokens; response_mask is True up to and including the stop token."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ MissingEOS = Literal["none", "replace", "subtract"]
 
 
 def last_token_index(response_mask: Tensor) -> Tensor:
-    """Column of each row's last counted token. Mask [B, R]; returns [B]. A row must have at least one token."""
+    """Column of each row's last counted token. Mask [B, R]; returns [B]. Every row must have a counted token."""
     columns = torch.arange(response_mask.shape[1], device=response_mask.device)
     return (response_mask * columns).argmax(dim=1)
 
 
 def penalize_missing_eos(scores: Tensor, stopped: Tensor, *, how: MissingEOS, penalty: float) -> Tensor:
-    """Scores [B] of completions that never stopped: replaced by ``-penalty`` (Ziegler; Huang's EOS trick), or lowered by it (TRL)."""
+    """Penalize scores [B] of completions without a stop: replace by ``-penalty`` (Ziegler; Huang's EOS trick), or subtract it (TRL)."""
     if how == "none":
         return scores
     penalized = torch.full_like(scores, -penalty) if how == "replace" else scores - penalty
@@ -25,7 +25,7 @@ def penalize_missing_eos(scores: Tensor, stopped: Tensor, *, how: MissingEOS, pe
 
 
 def shape_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, *, kl_coef: float, token_scores: Tensor | None = None) -> Tensor:
-    """Per-token rewards [B, R]: -kl_coef * kl (+ token_scores), with each row's score [B] added at its last counted token.
+    """Per-token rewards [B, R]: -kl_coef * kl (+ token_scores), plus each row's score [B] at its last counted token.
 
     Ouyang et al. 2022, equation 2, and openai/lm-human-preferences ``compute_rewards``; 0 outside the mask.
     """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from stages.kernels.passes import passes
+from stages.kernels.token_budget import token_budget_batches
 from stages.sampling.cache import decoding_attention, forward_options, keep_rows, make_cache, prompt_cache, put_prompts
 from stages.sampling.support import DecodingSupport
 
@@ -58,7 +58,7 @@ def read_in_parts(model: Any, cache: Any, options: dict[str, Any], ids: Tensor, 
     """
     positions, lengths, width = position_ids(mask), mask.sum(dim=1).tolist(), ids.shape[1]
     most_rows = max(1, PROMPT_TOKENS // width)
-    for rows in passes(range(len(ids)), lengths, rows=most_rows, device_type=ids.device.type):
+    for rows in token_budget_batches(range(len(ids)), lengths, rows=most_rows, device_type=ids.device.type):
         part = (slice(rows[0], rows[-1] + 1), slice(width - max(lengths[row] for row in rows), width))
         read = prompt_cache(cache)
         own = {**options, **{name: read for name, value in options.items() if value is cache}}

@@ -22,57 +22,57 @@ from stages.config import (
 class WordPieceSettings(Strict):
     """An uncased WordPiece tokenizer trained on the step's texts."""
 
-    vocab_size: int = Field(8192, ge=100, description="Number of tokens, the special ones among them.")
+    vocab_size: int = Field(8192, ge=100, description="Number of tokens, including special ones.")
     max_chars: int = Field(100, ge=1, description="Longer words become the unknown token.")
 
 
 class MaskedSettings(Strict):
     """Masked-language modelling of the step's texts before the labels are learned (Devlin et al. 2018)."""
 
-    data: DataField | None = Field(None, description="More texts, without labels.")
-    mask_probability: float = Field(0.15, gt=0, lt=1, description="Share of tokens to be guessed.")
+    data: DataField | None = Field(None, description="Additional texts without labels.")
+    mask_probability: float = Field(0.15, gt=0, lt=1, description="Share of masked tokens.")
     training: OptimizerSettings = OptimizerSettings(learning_rate=5e-4, warmup_fraction=0.05)
 
 
 class SentimentOptimizer(OptimizerSettings):
-    """As ``OptimizerSettings``, with the usual values for fine-tuning an encoder."""
+    """Like ``OptimizerSettings``, with the usual values for fine-tuning an encoder."""
 
     learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Shape after warmup.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Learning rate schedule after warmup.")
     epochs: float = Field(2.0, gt=0, description="Passes over the training data.")
     weight_decay: float = Field(0.01, ge=0)
 
 
 class SentimentConfig(TrainingStepConfig):
-    """Train a classifier, either from ``model`` or from an ``architecture`` of random weights."""
+    """Train a classifier, either from ``model`` or from an ``architecture`` with random weights."""
 
     stage: Literal["sentiment"] = "sentiment"
     model: ModelField | None = Field(None, description="Encoder or classifier to fine-tune, e.g. distilbert-base-uncased.")
     architecture: dict[str, Any] | None = Field(
         None, description="Random weights: {type: distilbert | bert | ..., and fields of that transformers config, e.g. dim: 128}."
     )
-    tokenizer: WordPieceSettings | None = Field(None, description="With architecture: the tokenizer that is trained on the texts.")
-    labels: list[str] = Field(["negative", "positive"], min_length=2, description="Names of the classes, by label number.")
-    max_length: int = Field(512, ge=8, description="Tokens per text, or as many as the model reads; longer ones lose their end.")
-    data: DataInput = Field(description="Columns text and label (a number, or one of labels).")
-    masked: MaskedSettings | None = Field(None, description="Learn the texts themselves first; null: straight to the labels.")
-    num_examples: int = Field(10, ge=0, description="Held-out reviews to show with truth and prediction, before and after.")
+    tokenizer: WordPieceSettings | None = Field(None, description="With architecture: the tokenizer to train on the texts.")
+    labels: list[str] = Field(["negative", "positive"], min_length=2, description="Names of the classes, by label index.")
+    max_length: int = Field(512, ge=8, description="Maximum tokens per text, within the model's limit; longer ones lose their end.")
+    data: DataInput = Field(description="Columns text and label (an index, or one of labels).")
+    masked: MaskedSettings | None = Field(None, description="First train by masked-language modelling; null: train on the labels directly.")
+    num_examples: int = Field(10, ge=0, description="Number of held-out reviews to show with label and prediction, before and after.")
     training: SentimentOptimizer = SentimentOptimizer()
 
     @model_validator(mode="after")
     def _one_origin(self) -> SentimentConfig:
         if (self.model is None) == (self.architecture is None):
-            raise ValueError("give either model (fine-tuning) or architecture (random weights), and not both")
+            raise ValueError("give either model (fine-tuning) or architecture (random weights), not both")
         if self.model is not None and self.tokenizer is not None:
-            raise ValueError("tokenizer goes with architecture; a model brings its own")
+            raise ValueError("tokenizer needs architecture; a model has its own")
         if self.architecture is not None:
             check_architecture(self.architecture)
             if self.lora is not None:
-                raise ValueError("lora needs a model to adapt; with architecture every weight is random and must be trained")
+                raise ValueError("lora needs model; with architecture all weights are random and must be trained")
         if self.model is not None and self.masked is not None:
-            raise ValueError("masked goes with architecture; a pretrained model knows its language")
+            raise ValueError("masked needs architecture; a pretrained model does not need it")
         if self.model is not None and self.model.quantization != "none" and self.lora is None:
-            raise ValueError(f"model.quantization={self.model.quantization!r} needs lora: quantized weights cannot be trained themselves")
+            raise ValueError(f"model.quantization={self.model.quantization!r} needs lora, because quantized weights cannot be trained")
         return self
 
     def model_inputs(self) -> dict[str, ModelInput]:
@@ -87,7 +87,7 @@ class SentimentConfig(TrainingStepConfig):
         return inputs
 
     def check_data(self) -> None:
-        """Raise DataError for data this stage cannot use; no model is loaded."""
+        """Raise DataError for data that this stage cannot use. No model is loaded."""
         from stages.corpora.reviews import load_reviews
         from stages.corpora.text import check_texts
 

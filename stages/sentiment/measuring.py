@@ -1,4 +1,4 @@
-"""Accuracy, F1, confusion matrix and calibration of a classifier, and held-out reviews to show."""
+"""Accuracy, F1, confusion matrix and calibration of a classifier, and examples of held-out reviews."""
 
 from __future__ import annotations
 
@@ -10,35 +10,37 @@ from rich.markup import escape
 from rich.table import Table
 
 from stages.corpora.reviews import Review
-from stages.models.sharding import whole
+from stages.models.sharding import unsharded
 from stages.sentiment.config import SentimentConfig
 from stages.sentiment.rows import Collator
 from stages.stats.classification import calibration_bins, confusion_matrix, expected_calibration_error, f1_scores
 from stages.stats.intervals import wilson_interval
 from stages.step import StepContext
 
-# Measuring
+# Measurement
 
 
 def predict(model: Any, rows: Sequence[dict[str, Any]], pad_token_id: int, batch_size: int = 64) -> torch.Tensor:
-    """Class probabilities [N, C], on the CPU; the model's mode is left as it was."""
+    """Class probabilities [N, C] on the CPU. The model's mode is restored."""
     collate = Collator(pad_token_id)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
     probabilities: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     training = model.training
     model.eval()
-    with whole(model), torch.inference_mode():
+    with unsharded(model), torch.inference_mode():
         for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            batch = {name: value.to(model.device) for name, value in collate([rows[place] for place in places]).items() if name != "labels"}
-            for place, row in zip(places, model(**batch).logits.float().softmax(dim=-1).cpu(), strict=True):
-                probabilities[place] = row
+            indices = order[start : start + batch_size]
+            batch = {
+                name: value.to(model.device) for name, value in collate([rows[index] for index in indices]).items() if name != "labels"
+            }
+            for index, row in zip(indices, model(**batch).logits.float().softmax(dim=-1).cpu(), strict=True):
+                probabilities[index] = row
     model.train(training)
     return torch.stack(probabilities)
 
 
 def measure(probabilities: torch.Tensor, truth: Sequence[int]) -> dict[str, Any]:
-    """Accuracy with its 95 % interval, F1 (of the last class; all classes averaged), confusion matrix (row: truth), calibration, loss."""
+    """Accuracy with its 95 % interval, F1 (of the last class; mean over classes), confusion matrix (rows: truth), calibration, loss."""
     labels = torch.tensor(list(truth))
     confidence, predicted = probabilities.max(dim=1)
     correct = predicted == labels
@@ -59,7 +61,7 @@ def measure(probabilities: torch.Tensor, truth: Sequence[int]) -> dict[str, Any]
 
 
 def examples_of(reviews: Sequence[Review], before: torch.Tensor, after: torch.Tensor, config: SentimentConfig) -> list[dict[str, Any]]:
-    """Evenly spread held-out reviews with truth and prediction."""
+    """Evenly spaced held-out reviews with label and prediction."""
     step = max(1, len(reviews) // max(1, config.num_examples))
     shown = []
     for index in range(0, len(reviews), step)[: config.num_examples]:

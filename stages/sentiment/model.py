@@ -1,4 +1,4 @@
-"""The classifier to train: a pretrained model, or random weights that learn the texts themselves first."""
+"""The classifier to train: a pretrained model, or random weights that are first trained as a masked language model on the texts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tokenizer_and_model(config: SentimentConfig, context: StepContext, texts: li
     if config.model is not None:
         tokenizer = load_tokenizer(context.models["model"])
         tokenizer.model_max_length = min(config.max_length, tokenizer.model_max_length)
-        context.runtime.seed_everything(context.seed)  # a new head is drawn
+        context.runtime.seed_everything(context.seed)  # for the new head
         model = load_classifier(
             context.models["model"],
             dtype=weights_dtype(config, context),
@@ -43,7 +43,7 @@ def tokenizer_and_model(config: SentimentConfig, context: StepContext, texts: li
             dropout=True,
         )
         _limit_length(tokenizer, model)
-        # The labels exclude each other here; a checkpoint that was trained otherwise must not say so to whoever loads what is published.
+        # Labels are mutually exclusive here, so the published config must say so even if the checkpoint was trained differently.
         model.config.problem_type = "single_label_classification"
         return tokenizer, model
     assert config.architecture is not None
@@ -63,7 +63,7 @@ def tokenizer_and_model(config: SentimentConfig, context: StepContext, texts: li
 
 
 def _limit_length(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
-    """Have the tokenizer cut texts where the model's positions end, if that comes before the tokenizer's own limit."""
+    """Make the tokenizer truncate texts at the model's maximum length if it is below the tokenizer's own limit."""
     if (length := readable_length(model.config, tokenizer)) is not None:
         tokenizer.model_max_length = length
 
@@ -71,7 +71,7 @@ def _limit_length(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
 def _masked_body(
     config: SentimentConfig, context: StepContext, architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase, texts: list[str]
 ) -> dict[str, torch.Tensor]:
-    """The encoder's weights after masked-language modelling; kept in the checkpoint folder for a run that is cut off later."""
+    """The encoder's weights after masked-language modelling. Stored in the checkpoint folder for resumed runs."""
     assert config.masked is not None
     runtime = context.runtime
     finished = Checkpoints(context.checkpoint_folder / "encoder", runtime, keep_last=1)
@@ -98,6 +98,6 @@ def _masked_body(
         prefix = f"{model.base_model_prefix}."
         body = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         finished.write(lambda folder: save_tensors(body, folder / "encoder.safetensors", write=runtime.is_main))
-    whole = finished.newest()
-    assert whole is not None
-    return load_file(whole.path / "encoder.safetensors")
+    encoder = finished.newest()
+    assert encoder is not None
+    return load_file(encoder.path / "encoder.safetensors")

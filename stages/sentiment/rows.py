@@ -1,4 +1,4 @@
-"""Reviews as rows of tokens, and rows as batches."""
+"""Tokenize reviews, and make batches."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from stages.corpora.reviews import Review
 
 
 def encode(reviews: Sequence[Review], tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, Any]], int]:
-    """(rows of input_ids and label, how many of them lost their end)."""
+    """Return (rows of input_ids and labels, number of truncated rows)."""
     texts = [review.text for review in reviews]
-    whole = tokenizer(texts, verbose=False)["input_ids"]
+    untruncated = tokenizer(texts, verbose=False)["input_ids"]
     encoded = tokenizer(texts, truncation=True)["input_ids"]
     rows = [{"input_ids": ids, "labels": review.label} for ids, review in zip(encoded, reviews, strict=True)]
-    return rows, sum(len(ids) > len(kept) for ids, kept in zip(whole, encoded, strict=True))
+    return rows, sum(len(ids) > len(kept) for ids, kept in zip(untruncated, encoded, strict=True))
 
 
 class Collator:
-    """Rows as input_ids and attention_mask [B, T], padded on the right, and labels [B]."""
+    """Batches rows as input_ids and attention_mask [B, T], padded on the right, and labels [B]."""
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id

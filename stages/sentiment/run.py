@@ -1,6 +1,6 @@
-"""The sentiment classifier: a sequence classifier trained on labelled reviews, judged on held-out ones before and after training.
+"""The sentiment classifier: a sequence classifier trained on labelled reviews, measured on held-out ones before and after.
 
-Its classes' logits or probabilities are also reward sources of PPO and judges of an evaluation.
+The logits or probabilities of its classes can also be reward sources for PPO and judges in an evaluation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def run(config: SentimentConfig, context: StepContext) -> StepResult:
     (rows, cut), (heldout, heldout_cut) = encode(reviews.train, tokenizer), encode(reviews.validation, tokenizer)
     if cut or heldout_cut:
         context.runtime.console.print(
-            f"{context.name}: {cut} of {len(rows)} reviews and {heldout_cut} of {len(heldout)} held-out ones lose their end: they are "
+            f"{context.name}: {cut} of {len(rows)} reviews and {heldout_cut} of {len(heldout)} held-out ones are truncated: they are "
             f"longer than the {tokenizer.model_max_length} tokens that max_length, the model and its tokenizer allow"
         )
 
@@ -70,7 +70,7 @@ def run(config: SentimentConfig, context: StepContext) -> StepResult:
         "base": context.models["model"] if config.lora is not None else None,
         "extra": {"labels": config.labels},
     }
-    shown = [row["input_ids"] for row in heldout]  # what was saved is compared with the model in memory on the first of them
+    shown = [row["input_ids"] for row in heldout]  # rows on which the saved model is compared with the model in memory
     publish_best(trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), **kind)
     weights = gathered_weights(trainer)
     record = context.publish(lambda folder: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), metrics=metrics, **kind)

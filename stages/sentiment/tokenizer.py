@@ -13,13 +13,14 @@ from stages.sentiment.config import WordPieceSettings
 
 
 def train_wordpiece(texts: Sequence[str], settings: WordPieceSettings, max_length: int) -> PreTrainedTokenizerBase:
-    """An uncased WordPiece tokenizer that reads past HTML tags; equal texts make equal tokenizers."""
+    """An uncased WordPiece tokenizer that removes HTML tags. Equal texts give equal tokenizers."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    # In the tokenizer and not in the stage: whoever loads the exported model gives it raw reviews.
+    # Part of the tokenizer instead of the stage, because users of the exported model pass raw reviews.
     tags = normalizers.Replace(Regex("<[^<>]{1,40}>"), " ")
     normalizer = normalizers.Sequence([tags, normalizers.BertNormalizer(lowercase=True)])
-    # The trainer numbers word pieces in the order of a hash table, which differs from run to run and decides ties between merges. Given
-    # the whole alphabet as special tokens it has nothing left to order; the tokenizer itself is then built from the vocabulary.
+    # The trainer numbers word pieces in hash table order, which differs between runs and breaks ties between merges. With the complete
+    # alphabet as special tokens nothing is left to order; the tokenizer is then built from the vocabulary. the whole alphabet as special
+    # tokens it has nothing left to order; the tokenizer itself is then built from the vocabulary.
     letters = sorted(set("".join(normalizer.normalize_str(text) for text in texts)) - set(" \t\n\r"))
     alphabet = [*letters, *(f"##{letter}" for letter in letters)]
 

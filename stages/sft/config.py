@@ -14,17 +14,17 @@ from stages.training.config import Selection
 
 
 class SFTOptimizer(OptimizerSettings):
-    """As ``OptimizerSettings``, with a short warmup."""
+    """Like ``OptimizerSettings``, with a short warmup."""
 
     learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate.")
     warmup_fraction: float = Field(0.03, ge=0, lt=1, description="Share of the optimizer steps used for linear warmup.")
 
 
 class SFTPretrainingMix(Strict):
-    """Pretraining texts among the demonstrations: the model that PPO starts from should not forget (Ouyang et al. 2022, C.3)."""
+    """Mix pretraining texts into the demonstrations, so that the initial model for PPO forgets less (Ouyang et al. 2022, C.3)."""
 
-    data: DataField = Field(description="Texts of the pretraining distribution; every twentieth block of them is held out.")
-    share: float = Field(0.1, gt=0, lt=1, description="Share of the training rows that are blocks of these texts; the paper's is 0.1.")
+    data: DataField = Field(description="Texts of the pretraining distribution; every 20th block is held out.")
+    share: float = Field(0.1, gt=0, lt=1, description="Share of training rows that are blocks of these texts; 0.1 in the paper.")
     block_size: int = Field(128, ge=2, description="Tokens per block; all of them count in the loss.")
 
 
@@ -32,7 +32,7 @@ class SFTStepConfig(TrainingStepConfig):
     """Fine-tune ``model`` on the demonstrations in ``data``."""
 
     stage: Literal["sft"] = "sft"
-    preset: str | None = Field(None, description="Published settings beneath the step's own, e.g. instructgpt2022 (recipe/presets.py).")
+    preset: str | None = Field(None, description="Published settings as defaults, e.g. instructgpt2022 (recipe/presets.py).")
     model: ModelField = Field(description="Language model to fine-tune.")
     data: DataInput
     template: str | None = Field(
@@ -40,28 +40,28 @@ class SFTStepConfig(TrainingStepConfig):
         description="chat: the tokenizer's own; chatml: the format of SmolLM and Qwen; a plain template's name; or a format string with "
         "{prompt}. null: keep the tokenizer's template.",
     )
-    completion_only_loss: bool = Field(True, description="Only the assistant's tokens count in the loss; false: the prompt's, too.")
+    completion_only_loss: bool = Field(True, description="Compute the loss only on the assistant's tokens; false: also on the prompt.")
     train_on: TrainOn = Field(
         "all_assistant_turns",
-        description="Which replies train: all of a conversation (of a row with a prompt column, those of its completion), or the last one.",
+        description="Train on all replies of a conversation (in a row with a prompt column: of its completion), or on the last one.",
     )
-    pretraining_mix: SFTPretrainingMix | None = Field(None, description="Mix pretraining texts in; null: demonstrations alone.")
+    pretraining_mix: SFTPretrainingMix | None = Field(None, description="Mix in pretraining texts; null: only demonstrations.")
     residual_dropout: float | None = Field(
-        None, ge=0, lt=1, description="Dropout on what attention and MLP add, and nowhere else; null: as the model's config has it."
+        None, ge=0, lt=1, description="Dropout only on the outputs of attention and MLP; null: the model config's dropout."
     )
-    selection: Selection | None = Field(None, description="Publish the model along the run that a reward likes best; null: the last.")
-    prompt_fit: PromptFit | None = Field(None, description="Shorten prompts that are too long; null: leave long demonstrations out.")
-    curation: Curation = Field(Curation(), description="Which rows are used.")
-    packing: bool = Field(False, description="Several demonstrations in one row (they do not see each other); batch_size counts rows.")
+    selection: Selection | None = Field(None, description="Publish the model with the best reward during the run; null: the last.")
+    prompt_fit: PromptFit | None = Field(None, description="Shorten prompts that are too long; null: drop long demonstrations.")
+    curation: Curation = Field(Curation(), description="Row filters.")
+    packing: bool = Field(False, description="Pack demonstrations into rows (no attention across); batch_size counts rows.")
     max_length: int | None = Field(
-        None, ge=2, description="Longest demonstration and row, in tokens; longer ones are left out, and said. null: the model's positions."
+        None, ge=2, description="Maximum tokens of a demonstration and of a row; longer ones are dropped (counted). null: the model's."
     )
     training: SFTOptimizer = SFTOptimizer()
 
     @model_validator(mode="after")
     def _trainable(self) -> SFTStepConfig:
         if self.model.quantization != "none" and self.lora is None:
-            raise ValueError(f"model.quantization={self.model.quantization!r} needs lora: quantized weights cannot be trained themselves")
+            raise ValueError(f"model.quantization={self.model.quantization!r} needs lora, because quantized weights cannot be trained")
         return self
 
     def model_inputs(self) -> dict[str, ModelInput]:
@@ -76,7 +76,7 @@ class SFTStepConfig(TrainingStepConfig):
         return inputs if self.selection is None else {**inputs, **self.selection.data_inputs()}
 
     def check_data(self) -> None:
-        """Raise DataError for data this stage cannot use; no model is loaded."""
+        """Raise DataError for data that this stage cannot use. No model is loaded."""
         from stages.corpora.curation import Curator
         from stages.corpora.demonstrations import load_demonstrations
         from stages.corpora.files import read_rows, text_of
@@ -92,7 +92,7 @@ class SFTStepConfig(TrainingStepConfig):
             load_prompt_rows(self.selection.data, split="validation", columns=columns)
 
     def conversations(self) -> list[tuple[Any, list[Any], str]]:
-        """Rows of (prompt, its completions, the row's place) that the models of this step read; see ``chain/texts.py``."""
+        """Rows (prompt, completions, location) that the models of this step read; see ``chain/texts.py``."""
         from stages.corpora.demonstrations import load_demonstrations
 
         loaded = load_demonstrations(self.data)

@@ -1,6 +1,6 @@
 """Packing: several demonstrations in one row.
 
-TRL's own packing makes one row of a whole batch, whose attention mask grows with the square of it where there is no flash attention.
+TRL's own packing makes a single row of the full batch. Without flash attention, its attention mask grows with the square of the row.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ import torch
 
 from stages.sft.rows import EncodedRow
 
-IGNORED = -100  # label of a token that does not count in the loss
+IGNORED = -100  # label of a token that is ignored in the loss
 
 
-# Packing. TRL's own makes one row of a whole batch, whose attention mask grows with the square of it where there is no flash attention.
+# Packing. TRL packs a full batch into one row; without flash attention its attention mask grows quadratically.
 
 
 def pack_rows(rows: Sequence[EncodedRow], max_length: int, completion_only: bool) -> dict[str, list[list[int]]]:
-    """Rows joined into few rows of at most ``max_length`` tokens (best fit, longest first).
+    """Pack rows into few rows of at most ``max_length`` tokens (best fit, longest first).
 
-    Columns input_ids, labels, and position_ids, which begin at 0 with each demonstration: by that attention tells them apart.
+    Returns the columns input_ids, labels and position_ids. Positions start at 0 for each demonstration, so attention does not cross them.
     """
     room: list[tuple[int, int]] = []  # (free tokens, row), sorted
     packed: list[list[EncodedRow]] = []
     for row in sorted(rows, key=lambda row: -len(row.ids)):
-        found = bisect.bisect_left(room, (len(row.ids), -1))
-        if found == len(room):
+        slot = bisect.bisect_left(room, (len(row.ids), -1))
+        if slot == len(room):
             packed.append([row])
             free, index = max_length, len(packed) - 1
         else:
-            free, index = room.pop(found)
+            free, index = room.pop(slot)
             packed[index].append(row)
         bisect.insort(room, (free - len(row.ids), index))
     return {
@@ -47,7 +47,7 @@ def _labels(row: EncodedRow, completion_only: bool) -> list[int]:
 
 
 class PackedCollator:
-    """Pads packed rows on the right; the padding is one more demonstration (its positions begin at 0) that no label counts."""
+    """Pads packed rows on the right. The padding acts as another demonstration (positions start at 0) without counted labels."""
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id

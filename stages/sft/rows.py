@@ -1,4 +1,4 @@
-"""Demonstrations and blocks of the pretraining mix as rows of tokens."""
+"""Tokenize demonstrations and blocks of the pretraining mix."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stages.errors import DataError
 from stages.sft.config import SFTStepConfig
 from stages.step import StepContext
 
-HELDOUT_EVERY = 20  # of the pretraining mix's blocks
+HELDOUT_EVERY = 20  # every n-th block of the pretraining mix is held out
 
 
 MOST_HELDOUT_BLOCKS = 64
@@ -25,9 +25,9 @@ MOST_HELDOUT_BLOCKS = 64
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """A demonstration as tokens; the first ``prompt_length`` of ``ids`` are the prompt.
+    """A demonstration as tokens. The first ``prompt_length`` of ``ids`` are the prompt.
 
-    ``trained``: 1 where a token belongs to a reply that trains; None: all after the prompt do.
+    ``trained``: 1 for tokens of trained replies; None: all tokens after the prompt are trained.
     """
 
     ids: list[int]
@@ -35,7 +35,7 @@ class EncodedRow:
     trained: list[int] | None = None
 
     def counted(self, completion_only: bool) -> list[int]:
-        """1 where a token counts in the loss, 0 elsewhere. The very first token is never predicted."""
+        """Loss mask: 1 for counted tokens, 0 for others. The very first token is never predicted."""
         start = max(self.prompt_length, 1) if completion_only else 1
         if completion_only and self.trained is not None:
             return [0] * start + self.trained[start:]
@@ -43,13 +43,13 @@ class EncodedRow:
 
 
 def encode(demonstrations: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, train_on: TrainOn) -> list[EncodedRow]:
-    """The demonstrations as tokens. Raises DataError, with the row's place, for one that the chat template refuses."""
+    """Encode the demonstrations. Raises DataError with the row's location if the chat template rejects one."""
     rows = [row for demonstration in demonstrations for row in training_rows(tokenizer, demonstration, train_on=train_on)]
     return [EncodedRow(row.ids, row.prompt_length, row.trained) for row in rows]
 
 
 def short_enough(rows: list[EncodedRow], max_length: int, context: StepContext, which: str) -> list[EncodedRow]:
-    """The rows without those that are longer than ``max_length`` tokens (cutting one would teach an ending that is none)."""
+    """The rows with at most ``max_length`` tokens. Longer ones are not truncated, because that would teach a false ending."""
     kept = [row for row in rows if len(row.ids) <= max_length]
     if not kept:
         longest = min((len(row.ids) for row in rows), default=0)
@@ -63,14 +63,14 @@ def short_enough(rows: list[EncodedRow], max_length: int, context: StepContext, 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of the pretraining mix: to train on, and held out."""
+    """Training blocks and held-out blocks of the pretraining mix."""
 
     train: list[EncodedRow]
     heldout: list[EncodedRow]
 
 
 def pretraining_blocks(config: SFTStepConfig, tokenizer: PreTrainedTokenizerBase, num_demonstrations: int, seed: int) -> Blocks:
-    """So many blocks that they are ``share`` of all training rows, drawn once by the seed; fewer where the texts hold no more."""
+    """Blocks for ``share`` of all training rows, drawn once with the seed. Raises DataError if there are too few."""
     mix = config.pretraining_mix
     if mix is None:
         return Blocks([], [])
@@ -81,14 +81,14 @@ def pretraining_blocks(config: SFTStepConfig, tokenizer: PreTrainedTokenizerBase
     wanted = round(num_demonstrations * mix.share / (1 - mix.share))
     if wanted > len(blocks):
         raise DataError(
-            f"pretraining_mix: a share of {mix.share:g} beside {num_demonstrations} demonstrations takes {wanted} blocks of "
-            f"{mix.block_size} tokens, and the texts make {len(blocks)}; add text, or lower share or block_size"
+            f"pretraining_mix: a share of {mix.share:g} with {num_demonstrations} demonstrations needs {wanted} blocks of "
+            f"{mix.block_size} tokens, but the texts give only {len(blocks)}; add text, or lower share or block_size"
         )
     return Blocks(random.Random(f"pretraining mix {seed}").sample(blocks, wanted), heldout)
 
 
 def fitted(demonstrations: Demonstrations, config: SFTStepConfig, tokenizer: PreTrainedTokenizerBase) -> Demonstrations:
-    """The demonstrations with prompts that fit."""
+    """The demonstrations with shortened prompts."""
     fit = config.prompt_fit
     if fit is None:
         return demonstrations

@@ -1,6 +1,6 @@
-"""Supervised fine-tuning on demonstrations: prompt-completion pairs and conversations, through TRL's SFTTrainer.
+"""Supervised fine-tuning on demonstrations (prompt-completion pairs and conversations) with TRL's SFTTrainer.
 
-The rows are tokenized here, by the template that the model keeps, so that training, sampling and scoring see one and the same text.
+Rows are tokenized here with the template that is saved with the model, so that training, sampling and scoring use the same text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from stages.training.selection import Selector, selection_callback
 
 
 def run(config: SFTStepConfig, context: StepContext) -> StepResult:
-    """Fine-tune; publish the language model with its held-out loss (nats per counted token) before and after."""
+    """Fine-tune and publish the language model with its held-out loss (nats per counted token) before and after."""
     tokenizer = load_tokenizer(context.models["model"])
     if config.template is not None:
         set_template(tokenizer, config.template)
@@ -80,7 +80,7 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
         "demonstrations": len(rows),
         "heldout_demonstrations": len(heldout),
         "dropped_too_long": len(encoded) + len(encoded_heldout) - len(rows) - len(heldout),
-        **{f"curation_{reason}": number for reason, number in sorted(curator.left_out.items())},
+        **{f"curation_{reason}": count for reason, count in sorted(curator.left_out.items())},
         **selected,
         "tokens_per_second": trained["steps_per_second"] * config.training.batch_size * num_tokens / len(trainer.train_dataset),
     }
@@ -91,7 +91,7 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
         "base": context.models["model"] if config.lora is not None else None,
         "extra": {"template": config.template} if config.template is not None else None,
     }
-    shown = [row.ids for row in heldout]  # what was saved is compared with the model in memory on the first of them
+    shown = [row.ids for row in heldout]  # rows on which the saved model is compared with the model in memory
     publish_best(trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), **kind)
     weights = gathered_weights(trainer)
     record = context.publish(lambda folder: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), metrics=metrics, **kind)
@@ -99,17 +99,17 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
 
 
 def _say_form(tokenizer: PreTrainedTokenizerBase, apart: int, context: StepContext) -> None:
-    """Say what the chat template does that a user would not expect: replies in rows of their own, and replies without an end."""
+    """Report unexpected behaviour of the chat template: replies in separate rows, and replies without an end token."""
     console = context.runtime.console
     if apart:
         console.print(
-            f"{context.name}: {apart} earlier replies train in rows of their own: the chat template writes them differently once another "
+            f"{context.name}: {apart} earlier replies are trained in separate rows: the chat template writes them differently when another "
             "turn follows"
         )
     if tokenizer.chat_template and not turn_form(tokenizer).writes_end:
         console.print(
-            f"{context.name}: the chat template ends a reply with {turn_form(tokenizer).ending!r}, which holds no special token: the model "
-            "learns no token to stop at; add one to the template"
+            f"{context.name}: the chat template ends a reply with {turn_form(tokenizer).ending!r}, without a special token: the model "
+            "does not learn to stop; add one to the template"
         )
 
 
@@ -154,7 +154,7 @@ def _measure(
 def _measure_pretraining(
     trainer: Any, config: SFTStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, heldout: list[EncodedRow]
 ) -> float | None:
-    """Loss on held-out blocks of the pretraining mix; None without one."""
+    """Loss on held-out blocks of the pretraining mix; None without a mix."""
     return _likelihood(trainer, config, context, tokenizer, heldout).loss if heldout else None
 
 

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer for rows that are tokens already."""
+"""TRL's SFTTrainer for tokenized rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stages.training.reproducible import reproducible
 
 
 class DemonstrationTrainer(reproducible(SFTTrainer)):  # type: ignore[misc]
-    """Its entropy and accuracy are means over tokens; TRL's are over forward passes, and so depend on how a step is cut into them."""
+    """Averages entropy and accuracy over tokens. TRL averages over forward passes, which depends on how a step is split."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
         counted = self.accelerator.gather((inputs["labels"][..., 1:] != IGNORED).sum().reshape(1)).sum()
@@ -46,7 +46,7 @@ def make_trainer(
     rows: list[EncodedRow],
     max_length: int,
 ) -> Any:
-    """A trainer on ``rows``, packed or one by one."""
+    """A trainer on ``rows``, packed or unpacked."""
     options: dict[str, Any] = {"max_length": None, "packing": False, "completion_only_loss": config.completion_only_loss}
     collator = None
     if config.packing:
@@ -63,7 +63,7 @@ def make_trainer(
             model=model, args=arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer, data_collator=collator
         )
     for parameter in model.parameters():
-        # TRL makes a quantized model's adapter bf16, in which small updates are lost
+        # TRL converts a quantized model's adapter to bf16, which would lose small updates
         if parameter.requires_grad and parameter.dtype.itemsize < 4:
             parameter.data = parameter.data.float()
     return trainer

@@ -1,1 +1,1 @@
-"""Statistics of an evaluation: intervals, win rates, agreement, calibration. Needs torch alone."""
+"""Statistics of an evaluation: intervals, win rates, agreement, calibration. Depends only on torch."""

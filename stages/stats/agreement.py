@@ -1,6 +1,7 @@
-"""Do judges agree? Chance-corrected agreement of raters over units. None is a missing rating; plain floats come back.
+"""Chance-corrected agreement of raters over units. None is a missing rating. Results are floats.
 
-Kappa is 1 for perfect agreement and 0 for what chance would give; so is alpha, which takes missing ratings and any number of raters.
+Kappa and alpha are 1 for perfect agreement and 0 for the agreement expected by chance. Alpha supports missing ratings and any number of
+raters.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ Rating = float | int | str | None
 
 
 def pair_agreement(units: Sequence[Sequence[Rating]]) -> float:
-    """Share of agreeing pairs of raters, over all pairs of ratings of one unit; NaN where no unit has two ratings."""
+    """Share of agreeing pairs of raters, over all pairs of ratings of the same unit; NaN if no unit has two ratings."""
     agreeing = pairs = 0
     for unit in units:
         rated = [rating for rating in unit if rating is not None]
@@ -25,7 +26,7 @@ def pair_agreement(units: Sequence[Sequence[Rating]]) -> float:
 
 
 def cohens_kappa(first: Sequence[Rating], second: Sequence[Rating]) -> float:
-    """Cohen's kappa (1960) of two raters over the units that both rated; 1 where both give one and the same rating throughout."""
+    """Cohen's kappa (1960) of two raters, over units rated by both; 1 if both always give the same single rating."""
     rated = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
     if not rated:
         return math.nan
@@ -36,15 +37,15 @@ def cohens_kappa(first: Sequence[Rating], second: Sequence[Rating]) -> float:
 
 
 def fleiss_kappa(units: Sequence[Sequence[Rating]]) -> float:
-    """Fleiss' kappa (1971): each unit has equally many ratings, of raters that need not be the same ones."""
-    numbers = {len(unit) for unit in units}
-    if len(numbers) != 1 or min(numbers) < 2 or any(rating is None for unit in units for rating in unit):
+    """Fleiss' kappa (1971). Every unit must have the same number of ratings; the raters may differ."""
+    sizes = {len(unit) for unit in units}
+    if len(sizes) != 1 or min(sizes) < 2 or any(rating is None for unit in units for rating in unit):
         raise ValueError("Fleiss' kappa needs the same number of ratings, at least two, for every unit; use krippendorff_alpha")
-    (number,) = numbers
+    (ratings,) = sizes
     counts = [Counter(unit) for unit in units]
-    observed = sum((sum(count * count for count in unit.values()) - number) / (number * (number - 1)) for unit in counts) / len(units)
+    observed = sum((sum(count * count for count in unit.values()) - ratings) / (ratings * (ratings - 1)) for unit in counts) / len(units)
     total = sum(counts, Counter())
-    expected = sum((count / (number * len(units))) ** 2 for count in total.values())
+    expected = sum((count / (ratings * len(units))) ** 2 for count in total.values())
     return 1.0 if expected == 1 else (observed - expected) / (1 - expected)
 
 
@@ -52,25 +53,25 @@ Level = Literal["nominal", "ordinal", "interval"]
 
 
 def krippendorff_alpha(units: Sequence[Sequence[Rating]], level: Level = "nominal") -> float:
-    """Krippendorff's alpha (2011, "Computing Krippendorff's alpha-reliability"); units with one rating do not count.
+    """Krippendorff's alpha (2011, "Computing Krippendorff's alpha-reliability"). Units with one rating do not count.
 
-    ``level`` says how far apart two ratings are: nominal, 1 where they differ; interval, their squared difference; ordinal, the squared
-    number of ratings between them, each end counted half. Ordinal and interval ratings are numbers.
+    ``level`` defines the distance of two ratings: nominal, 1 if they differ; interval, their squared difference; ordinal, the squared
+    number of ratings between them, with each end counted half. Ordinal and interval ratings must be numbers.
     """
     paired = [[rating for rating in unit if rating is not None] for unit in units]
     paired = [unit for unit in paired if len(unit) > 1]
     total: Counter[Rating] = Counter(rating for unit in paired for rating in unit)
-    number = sum(total.values())
-    if not number:
+    num_ratings = sum(total.values())
+    if not num_ratings:
         return math.nan
     distance = _distances(total, level)
     disagreeing = sum(_disagreement(Counter(unit), distance) / (len(unit) - 1) for unit in paired)
-    expected = _disagreement(total, distance) / (number - 1)
+    expected = _disagreement(total, distance) / (num_ratings - 1)
     return 1.0 if expected == 0 else 1 - disagreeing / expected
 
 
 def _disagreement(counts: Counter[Rating], distance: Callable[[Rating, Rating], float]) -> float:
-    """Sum of the distances over all ordered pairs of ratings."""
+    """Sum of distances over all ordered pairs of ratings."""
     return sum(counts[a] * counts[b] * distance(a, b) for a, b in permutations(counts, 2))
 
 

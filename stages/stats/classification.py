@@ -1,4 +1,4 @@
-"""Counting right and wrong: calibration, F1, confusion. N examples, C classes; plain floats come back."""
+"""Classification statistics: calibration, F1, confusion matrix. N examples, C classes. Results are floats."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def calibration_bins(confidence: Tensor, correct: Tensor, num_bins: int = 10) -> list[dict[str, float]]:
-    """Mean confidence, accuracy and count of equally wide bins of confidence in [0, 1]; empty bins are left out. Inputs [N]."""
+    """Mean confidence, accuracy and count in bins of equal width over confidence in [0, 1]. Empty bins are left out. Inputs [N]."""
     bins = []
-    places = (confidence * num_bins).long().clamp(max=num_bins - 1)
-    for place in range(num_bins):
-        inside = places == place
+    bin_index = (confidence * num_bins).long().clamp(max=num_bins - 1)
+    for index in range(num_bins):
+        inside = bin_index == index
         if inside.any():
             bins.append(
                 {
@@ -24,13 +24,13 @@ def calibration_bins(confidence: Tensor, correct: Tensor, num_bins: int = 10) ->
 
 
 def expected_calibration_error(confidence: Tensor, correct: Tensor, num_bins: int = 10) -> float:
-    """Mean distance of confidence from accuracy over the bins, weighted by count (Guo et al. 2017). Inputs [N]."""
+    """Mean absolute difference of confidence and accuracy over the bins, weighted by count (Guo et al. 2017). Inputs [N]."""
     bins = calibration_bins(confidence, correct, num_bins)
     return sum(item["count"] * abs(item["confidence"] - item["accuracy"]) for item in bins) / max(1, len(confidence))
 
 
 def confusion_matrix(truth: Tensor, predicted: Tensor, num_classes: int) -> list[list[int]]:
-    """Counts [C][C]: row the true class, column the predicted one. Inputs [N] int."""
+    """Counts [C][C]: row = true class, column = predicted class. Inputs [N] int."""
     flat = torch.bincount(truth * num_classes + predicted, minlength=num_classes**2)
     return [[int(count) for count in row] for row in flat.reshape(num_classes, num_classes)]
 

@@ -1,4 +1,4 @@
-"""Means over a few repeated measurements. N numbers; plain floats come back."""
+"""Means over few repeated measurements. N numbers. Results are floats."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high): Student's 95 % interval of the mean of N independent runs; one run gives (value, nan, nan)."""
-    number = len(values)
-    mean = math.fsum(values) / number
-    if number < 2:
+    """(mean, low, high): Student's 95 % interval of the mean of N independent runs; (value, nan, nan) for one run."""
+    num_runs = len(values)
+    mean = math.fsum(values) / num_runs
+    if num_runs < 2:
         return mean, math.nan, math.nan
-    variance = math.fsum((value - mean) ** 2 for value in values) / (number - 1)
-    half = student_quantile(0.975, number - 1) * math.sqrt(variance / number)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (num_runs - 1)
+    half = student_quantile(0.975, num_runs - 1) * math.sqrt(variance / num_runs)
     return mean, mean - half, mean + half
 
 
 def student_quantile(probability: float, freedom: int) -> float:
-    """The point below which Student's t with ``freedom`` degrees lies with ``probability`` in (0.5, 1), to about 1e-9."""
+    """Quantile of Student's t distribution with ``freedom`` degrees of freedom, for ``probability`` in (0.5, 1); error about 1e-9."""
     if not 0.5 < probability < 1 or freedom < 1:
         raise ValueError(f"expected 0.5 < probability < 1 and freedom >= 1, got {probability} and {freedom}")
     low, high = 0.0, 1.0
@@ -31,10 +31,10 @@ def student_quantile(probability: float, freedom: int) -> float:
 
 
 def student_probability(point: float, freedom: int) -> float:
-    """P(t <= point) for Student's t with a whole number of degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    """P(t <= point) for Student's t with an integer number of degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
     angle = math.atan(point / math.sqrt(freedom))
     cosine_squared = math.cos(angle) ** 2
-    # The two-sided probability is a finite sum: of even powers of the cosine where freedom is even, of odd ones where it is odd.
+    # The two-sided probability is a finite sum: of even powers of the cosine if ``freedom`` is even, of odd powers if it is odd.
     term = math.sin(angle) if freedom % 2 == 0 else math.sin(angle) * math.cos(angle)
     total = 0.0
     for power in range(freedom % 2, freedom - 1 + freedom % 2, 2):

@@ -1,1 +1,1 @@
-"""A recipe run for every combination of chosen settings and seeds; what the runs have in common is made once."""
+"""Run a recipe for every combination of chosen settings and seeds; steps that are equal in several runs are made once."""

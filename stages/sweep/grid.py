@@ -1,10 +1,10 @@
-"""What a sweep varies, read from the command line: axes of values, seeds, and overrides that hold for every run.
+"""The grid of a sweep, read from the command line: axes of values, seeds, and overrides for every run.
 
-aligned.kl_coef=[0.01,0.1]              an axis of two values
-small.kl_coef+large.kl_coef=[0.01,0.1]  one axis, both fields get the same value
-sft.data=[[a.jsonl],[a.jsonl,b.jsonl]]  values that are lists themselves
+aligned.kl_coef=[0.01,0.1]              an axis with two values
+small.kl_coef+large.kl_coef=[0.01,0.1]  one axis; both fields get the same value
+sft.data=[[a.jsonl],[a.jsonl,b.jsonl]]  values that are lists
 aligned.rollout_batch_size=32           the same in every run
-seeds=3   seeds=[7,11]   aligned.seeds=3   so many seeds from the recipe's (or the step's) on, or these; of all steps, or of one
+seeds=3   seeds=[7,11]   aligned.seeds=3   a number of seeds, starting at the recipe's (or step's), or a list; for all steps, or one step
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from stages.recipe.source import parse_value
 from stages.registry.ledger import Registry
 
 SEEDS = "seeds"
-LONGEST_NAME = 80  # letters of a folder's name
+LONGEST_NAME = 80  # characters in a folder name
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Fields that take each of ``values`` together; ``label`` is how the axis was written."""
+    """Fields that take each of ``values`` together. ``label`` is the axis as written."""
 
     label: str
     fields: tuple[str, ...]
@@ -36,7 +36,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep: a value per axis, a seed per replicated field, and the overrides that make them."""
+    """One run of a sweep: a value per axis, a seed per replicated field, and the resulting overrides."""
 
     values: dict[str, Any]
     seeds: dict[str, int]
@@ -44,15 +44,15 @@ class Point:
 
     def __str__(self) -> str:
         shown = {**self.values, **self.seeds}
-        return "  ".join(f"{label}={shown_value(value)}" for label, value in shown.items()) or "the recipe as it is"
+        return "  ".join(f"{label}={shown_value(value)}" for label, value in shown.items()) or "the recipe unchanged"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Everything a sweep runs."""
+    """All runs of a sweep."""
 
     axes: list[Axis]
-    seeds: dict[str, list[int]]  # override target (seed, STEP.seed) -> seeds, equally many each
+    seeds: dict[str, list[int]]  # override target (seed, STEP.seed) -> seeds, all of equal length
     fixed: list[str] = field(default_factory=list)
 
     @property
@@ -61,7 +61,7 @@ class Grid:
 
     @property
     def name(self) -> str:
-        """A folder's name for it: what varies, and where overrides hold for every run a number for them, as that is another sweep."""
+        """A folder name: the varied fields. Fixed overrides add a hash, because they define a different sweep."""
         labels = "-".join(axis.label for axis in self.axes) or SEEDS
         safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in labels)
         told_apart = [safe] if len(safe) > LONGEST_NAME else []
@@ -70,7 +70,7 @@ class Grid:
         return f"{safe[:LONGEST_NAME]}-{hashlib.sha256(repr([*told_apart, *sorted(self.fixed)]).encode()).hexdigest()[:8]}"
 
     def points(self) -> Iterator[Point]:
-        """Every run; the seeds vary slowest, so that a first picture of the whole grid is there early."""
+        """All runs. Seeds vary slowest, so that results for the full grid are available early."""
         for replicate in range(self.num_replicates):
             seeds = {target: values[replicate] for target, values in self.seeds.items()}
             for chosen in itertools.product(*(axis.values for axis in self.axes)):
@@ -85,7 +85,7 @@ class Grid:
 
 
 def read_grid(path: str, arguments: Sequence[str], registry: Registry | None = None) -> Grid:
-    """The grid that ``arguments`` ask for. Raises RecipeError that names the argument."""
+    """The grid that ``arguments`` define. Raises RecipeError that names the argument."""
     axes: list[Axis] = []
     counts: dict[str, Any] = {}
     fixed: list[str] = []
@@ -105,12 +105,12 @@ def read_grid(path: str, arguments: Sequence[str], registry: Registry | None = N
             fixed += [f"{part.strip()}={written}" for part in target.split("+")]
     varied = [part for axis in axes for part in axis.fields]
     _check_once([*varied, *(text.partition("=")[0] for text in fixed)])
-    _check_once([*varied, *counts])  # seed=5 seeds=3 is no contradiction: three seeds from 5 on
+    _check_once([*varied, *counts])  # seed=5 seeds=3 is allowed: three seeds starting at 5
     base = load_recipe(path, fixed, registry)
     seeds = {target: _seeds(target, count, base) for target, count in counts.items()}
     if len({len(values) for values in seeds.values()}) > 1:
         said = ", ".join(f"{target}: {len(values)}" for target, values in seeds.items())
-        raise RecipeError(f"seeds of several steps vary together, so there must be equally many ({said})")
+        raise RecipeError(f"seeds of several steps vary together, so their counts must be equal ({said})")
     return Grid(axes, seeds, fixed)
 
 
@@ -118,7 +118,7 @@ def _checked_seeds(value: Any, argument: str) -> int | list[int]:
     is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     is_list = isinstance(value, list) and value and all(isinstance(item, int) and item >= 0 for item in value)
     if not (is_count or is_list):
-        raise RecipeError(f"{argument!r}: expected how many seeds (seeds=3) or a list of them (seeds=[7, 11])")
+        raise RecipeError(f"{argument!r}: expected a number of seeds (seeds=3) or a list (seeds=[7, 11])")
     return value
 
 
@@ -136,11 +136,11 @@ def _seeds(target: str, count: int | list[int], recipe: Recipe) -> list[int]:
 def _check_once(targets: list[str]) -> None:
     for target in targets:
         if targets.count(target) > 1:
-            raise RecipeError(f"{target} is given more than once; an axis lists all its values: {target}=[1, 2]")
+            raise RecipeError(f"{target} is given more than once; list all values in one axis: {target}=[1, 2]")
 
 
 def shown_value(value: Any) -> str:
-    """A value as a table shows it."""
+    """A value as shown in a table."""
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

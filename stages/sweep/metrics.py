@@ -1,4 +1,4 @@
-"""Numbers out of a run's summary by dotted path, and their means over seeds.
+"""Select values from a run's summary by dotted path, and average them over seeds.
 
 candidates.aligned.scores.gold            steps.preference.metrics.heldout_accuracy
 win_rates.aligned.sft.gold.win_rate       candidates.*.perplexity
@@ -19,7 +19,7 @@ from stages.stats.replicates import mean_interval
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric over the seeds of one combination; ``low``, ``high`` are Student's 95 % interval, NaN for a single run."""
+    """A metric's mean over the seeds of one combination. ``low``, ``high``: Student's 95 % interval; NaN for a single run."""
 
     mean: float
     low: float
@@ -35,7 +35,7 @@ class Estimate:
 
 
 def numbers_of(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Every number of a summary by its dotted path; steps and win rates are addressed by name instead of by place."""
+    """Every number of a summary by dotted path. Steps and win rates are addressed by name instead of index."""
     rates: dict[str, Any] = {}
     for row in summary.get("win_rates", []):
         rates.setdefault(row["a"], {}).setdefault(row["b"], {})[row["judge"]] = row
@@ -52,22 +52,22 @@ def _flat(value: Any, prefix: str) -> list[tuple[str, float]]:
 
 
 def chosen_numbers(summary: Mapping[str, Any], patterns: Sequence[str]) -> dict[str, float]:
-    """The numbers that ``patterns`` ask for (``*`` stands for any part), in their order. Raises RecipeError where one matches nothing."""
+    """The values that match ``patterns`` (``*`` matches any part), in order. Raises RecipeError if a pattern matches nothing."""
     known = numbers_of(summary)
     chosen: dict[str, float] = {}
     for pattern in patterns:
         expression = re.compile(".+".join(re.escape(part) for part in pattern.split("*")))
-        found = {path: number for path, number in known.items() if expression.fullmatch(path)}
-        if not found:
+        matches = {path: number for path, number in known.items() if expression.fullmatch(path)}
+        if not matches:
             near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(known)[:20])} and so on"
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(known)[:20])}, ..."
             raise RecipeError(f"the summary has no number at {pattern!r}; {hint}")
-        chosen |= found
+        chosen |= matches
     return chosen
 
 
 def default_patterns(summary: Mapping[str, Any]) -> list[str]:
-    """Each candidate's mean score by the first judge; where nothing was evaluated, what the steps measured on held-out data."""
+    """Each candidate's mean score by the first judge; without an evaluation, the steps' held-out metrics."""
     scored = {name: row["scores"] for name, row in summary["candidates"].items() if row.get("scores")}
     patterns = [f"candidates.{name}.scores.{next(iter(scores))}" for name, scores in scored.items()]
     return patterns or [path for path in numbers_of(summary) if path.startswith("steps.") and ".metrics.heldout" in path]

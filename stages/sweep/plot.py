@@ -1,4 +1,4 @@
-"""A sweep as a picture: every metric against what varies, one line per combination of the rest, bars for the interval over seeds."""
+"""Plot a sweep: each metric against a varied field, one line per combination of the others, error bars for the interval over seeds."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from stages.sweep.grid import shown_value
 from stages.sweep.metrics import Estimate
 from stages.sweep.run import SweepResult, shortened
 
-MOST_TICKS = 6  # places along the x axis that are named one by one
-WIDE = 10  # an axis whose largest value is this many times its smallest is drawn with a logarithmic scale
+MOST_TICKS = 6  # maximum number of x values with their own ticks
+WIDE = 10  # ratio of largest to smallest value above which the x axis is logarithmic
 
 
 def write_plot(result: SweepResult, path: Path, x: str | None = None) -> None:
-    """Draw ``result`` to ``path``. ``x`` is an axis or a metric; default: the first axis whose values are numbers, else the first."""
+    """Draw ``result`` to ``path``. ``x`` is an axis or a metric; default: the first axis with numeric values, else the first axis."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -49,7 +49,7 @@ def write_plot(result: SweepResult, path: Path, x: str | None = None) -> None:
 
 
 def sweep_lines(result: SweepResult, x: str | None) -> dict[str, list[tuple[Any, dict[str, Estimate]]]]:
-    """Label of a line -> its points (place on the x axis, estimates). Raises RecipeError where ``x`` is neither axis nor metric."""
+    """Points (x value, estimates) by line label. Raises RecipeError if ``x`` is neither an axis nor a metric."""
     labels = [axis.label for axis in result.grid.axes]
     x = x or _default_axis(result)
     if x not in [*labels, *result.metrics, ""]:
@@ -71,32 +71,32 @@ def _default_axis(result: SweepResult) -> str:
 
 
 def _draw(panel: Any, points: list[tuple[Any, Estimate]], label: str) -> None:
-    where = [place for place, _ in points]
+    xs = [x for x, _ in points]
     means = [item.mean for _, item in points]
-    # Without a second run there is no interval: a bar of length zero is not drawn.
+    # A single run has no interval, so its error bar has length zero.
     below = [0.0 if math.isnan(item.low) else item.mean - item.low for _, item in points]
     above = [0.0 if math.isnan(item.high) else item.high - item.mean for _, item in points]
-    is_line = all(isinstance(place, int | float) for place in where)  # between two names there is nothing
-    panel.errorbar(where, means, yerr=[below, above], marker="o", linestyle="-" if is_line else "", capsize=3, label=label)
+    is_line = all(isinstance(x, int | float) for x in xs)  # no line between categories
+    panel.errorbar(xs, means, yerr=[below, above], marker="o", linestyle="-" if is_line else "", capsize=3, label=label)
     panel.grid(alpha=0.3)
 
 
-def _scale(panel: Any, places: list[Any]) -> None:
-    """A logarithmic scale for places far apart, and ticks at the places themselves where they are few."""
+def _scale(panel: Any, xs: list[Any]) -> None:
+    """Use a logarithmic scale for widely spread values, and put ticks at the values themselves if there are few."""
     from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-    if not places or not all(isinstance(place, int | float) for place in places):
+    if not xs or not all(isinstance(x, int | float) for x in xs):
         return
-    positive = [place for place in places if place > 0]
-    is_wide = bool(positive) and min(places) >= 0 and max(positive) >= WIDE * min(positive)
-    if is_wide and len(positive) == len(places):
+    positive = [x for x in xs if x > 0]
+    is_wide = bool(positive) and min(xs) >= 0 and max(positive) >= WIDE * min(positive)
+    if is_wide and len(positive) == len(xs):
         panel.set_xscale("log")
     elif is_wide:
         panel.set_xscale("symlog", linthresh=min(positive))
-    distinct = sorted(set(places))
+    distinct = sorted(set(xs))
     if len(distinct) <= MOST_TICKS:
         panel.xaxis.set_major_locator(FixedLocator(distinct))
         panel.xaxis.set_minor_locator(NullLocator())
-        panel.set_xticklabels([shown_value(place) for place in distinct])
+        panel.set_xticklabels([shown_value(x) for x in distinct])
     elif not is_wide:
         panel.xaxis.set_major_locator(MaxNLocator(5))

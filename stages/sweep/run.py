@@ -1,10 +1,10 @@
-"""Running a sweep: each combination is a run of the chain under one home, so that equal steps are made once and a cut-off sweep goes on.
+"""Run a sweep. All runs share one home, so equal steps are made once and an interrupted sweep continues.
 
-    <home>/sweeps/<recipe>/<name>/results.jsonl    a row per run: what varied, the chosen metrics, the models by pinned reference
-    <home>/sweeps/<recipe>/<name>/results.csv      a row per combination: mean and interval over seeds of each metric
+    <home>/sweeps/<recipe>/<name>/results.jsonl    one row per run: varied values, chosen metrics, models by pinned reference
+    <home>/sweeps/<recipe>/<name>/results.csv      one row per combination: mean and interval over seeds of each metric
     <home>/sweeps/<recipe>/<name>/plot.png
 
-What a sweep makes is published as <recipe>.<name>/<step>: the newest version of <recipe>/<step> stays the recipe's own.
+Models are published as <recipe>.<name>/<step>, so that the newest version of <recipe>/<step> stays the recipe's own.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from stages.sweep.metrics import Estimate, chosen_numbers, default_patterns, est
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run and what came of it; ``error`` is None where it finished."""
+    """One run and its outcome. ``error`` is None if it finished."""
 
     point: Point
     metrics: dict[str, float]
     error: str | None
     details: dict[str, Any]  # run folder, models, seconds, fingerprints
-    exit_status: int = 0  # of the error: 2 where the user can act on it, 1 where nobody expected it
+    exit_status: int = 0  # of the error: 2 if the user can fix it, 1 if it is unexpected
 
     def as_json(self) -> dict[str, Any]:
         point = {"values": self.point.values, "seeds": self.point.seeds, "overrides": list(self.point.overrides)}
@@ -57,16 +57,16 @@ class SweepResult:
 
     @property
     def exit_status(self) -> int:
-        """0 where every run finished; 1 where an error was not expected, else 2."""
+        """0 if every run finished; 1 if there was an unexpected error, else 2."""
         return min((run.exit_status for run in self.runs if run.error is not None), default=0)
 
     @property
     def metrics(self) -> list[str]:
-        """Paths of all metrics, in the order they were asked for."""
+        """Paths of all metrics in the requested order."""
         return list(dict.fromkeys(name for run in self.runs for name in run.metrics))
 
     def combinations(self) -> list[tuple[dict[str, Any], dict[str, Estimate], int]]:
-        """(values, estimate by metric, failed runs) of each combination, in the grid's order."""
+        """(values, estimate by metric, number of failed runs) of each combination, in grid order."""
         groups: dict[str, list[SweepRun]] = {}
         for run in self.runs:
             groups.setdefault(json.dumps(run.point.values, sort_keys=True), []).append(run)
@@ -90,7 +90,7 @@ class SweepResult:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep that is valid as a whole: the recipe of each of its runs."""
+    """A validated sweep: the recipe of each of its runs."""
 
     name: str
     grid: Grid
@@ -99,7 +99,7 @@ class Sweep:
 
 
 def load_sweep(path: str, arguments: Sequence[str], home: Path, name: str | None = None, until: str | None = None) -> Sweep:
-    """Check every combination before anything runs; steps behind ``until`` are left out. Raises RecipeError for the first that is wrong."""
+    """Validate every combination before anything runs. Steps after ``until`` are removed. Raises RecipeError for the first invalid one."""
     registry = chain.open_registry(home)
     grid = read_grid(path, arguments, registry)
     name = name or grid.name
@@ -120,7 +120,7 @@ def _steps(recipe: Recipe, until: str | None) -> list[RecipeStep]:
 
 
 def plan_table(sweep: Sweep, home: Path) -> Table:
-    """What each run would make, beside what is there already (a step that several runs share is made by the first of them)."""
+    """What each run would make and reuse. A step shared by several runs is made by the first of them."""
     table = Table("run", "makes", "reuses", title=f"{sweep.name}: {len(sweep.recipes)} runs", title_justify="left")
     commits = Commits()
     for point, recipe in sweep.recipes:
@@ -131,10 +131,10 @@ def plan_table(sweep: Sweep, home: Path) -> Table:
 
 
 def run_sweep(sweep: Sweep, home: Path, runtime: Runtime, metrics: Sequence[str] = ()) -> SweepResult:
-    """Run what is not there yet; a run that fails is recorded, and the others go on."""
+    """Run everything that is not complete. A failed run is recorded, and the others continue."""
     result = SweepResult(sweep.grid, sweep.folder)
     earlier = runtime.decide(lambda: _earlier_rows(sweep.folder))
-    commits = Commits()  # the same for all runs, though the Hub may change meanwhile
+    commits = Commits()  # the same commits for all runs, even if the Hub changes meanwhile
     for number, (point, recipe) in enumerate(sweep.recipes, 1):
         runtime.console.rule(f"[bold]run {number} of {len(sweep.recipes)}[/]: {point}", align="left", characters="=")
         result.runs.append(_run_point(point, recipe, home, runtime, metrics, earlier, commits))
@@ -159,10 +159,10 @@ def _run_point(
     except StagesError as error:
         runtime.console.print(f"failed: {error}", style="red", markup=False)
         return SweepRun(point, {}, str(error), {}, error.exit_status)
-    found = runtime.decide(lambda: _finished(recipe, home, earlier))
-    if found is not None:
-        summary, folder = found
-        runtime.console.print(f"done before: {folder}")
+    finished = runtime.decide(lambda: _finished(recipe, home, earlier))
+    if finished is not None:
+        summary, folder = finished
+        runtime.console.print(f"already done: {folder}")
     else:
         try:
             summary, folder = chain.run(recipe, home, runtime), runtime.decide(lambda: _newest_run(recipe, home))
@@ -179,7 +179,7 @@ def _run_point(
 
 
 def _finished(recipe: Recipe, home: Path, earlier: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], str] | None:
-    """(summary, run folder) of a run that this sweep made before and that would come out the same; None where there is none."""
+    """(summary, run folder) of an earlier run of this sweep with the same result; None if there is none."""
     plans = chain.plan(recipe, home)
     if any(plan.action != "reuse" for plan in plans):
         return None
@@ -209,7 +209,7 @@ def _earlier_rows(folder: Path) -> dict[str, dict[str, Any]]:
     return {_key(row["fingerprints"]): row for row in rows if row.get("status") == "done"}
 
 
-# What it leaves
+# Output
 
 
 def _write_rows(result: SweepResult) -> None:
@@ -233,7 +233,7 @@ def _write_table(result: SweepResult) -> None:
 
 
 def result_table(result: SweepResult) -> Table:
-    """The sweep for a terminal: a row per combination. What all paths have in common stands in the title."""
+    """The sweep as a terminal table with one row per combination. The common prefix of the metric paths is in the title."""
     metrics = result.metrics
     common, short = shortened(metrics)
     labels = [axis.label for axis in result.grid.axes]
@@ -248,9 +248,9 @@ def result_table(result: SweepResult) -> Table:
 
 
 def shortened(paths: Sequence[str]) -> tuple[str, list[str]]:
-    """(the parts that all paths begin with, the paths without them)."""
+    """Return (the common prefix of all paths, the paths without it)."""
     parts = [path.split(".") for path in paths]
-    number = 0
-    while len(parts) > 1 and all(len(path) > number + 1 and path[number] == parts[0][number] for path in parts):
-        number += 1
-    return ".".join(parts[0][:number]) if number else "", [".".join(path[number:]) for path in parts]
+    num_common = 0
+    while len(parts) > 1 and all(len(path) > num_common + 1 and path[num_common] == parts[0][num_common] for path in parts):
+        num_common += 1
+    return ".".join(parts[0][:num_common]) if num_common else "", [".".join(path[num_common:]) for path in parts]

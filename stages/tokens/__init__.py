@@ -1,1 +1,1 @@
-"""Tokenizers: texts that continue others, and what a chat template does with every turn."""
+"""Tokenizers: encode continuations of a text, and analyse chat templates."""

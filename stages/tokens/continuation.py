@@ -1,7 +1,7 @@
-"""Tokens of a text that continues another: the tokens that come first stay as they are, and no space is made up between the two.
+"""Encode a text that continues another one: the first tokens do not change, and no space is inserted between the two.
 
-At sampling time the tokens of the prompt are there before those of the completion. So both are encoded as the one text that they make,
-and cut at the end of the prompt. Encoding the completion by itself is not the same: SentencePiece puts a space before every text.
+During sampling the prompt's tokens come first. So prompt and completion are encoded as one text and split at the end of the prompt.
+Encoding the completion alone would give different tokens, e.g. SentencePiece puts a space before every text.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 ANCHORS = ("\n", "a", "0", ".", ":")
-"""Characters after which a text is encoded where its own beginning would be merged with the end of the prompt."""
-CONTEXT = 8  # tokens of the prompt before which a completion is decoded
+"""Characters to put before a text if its beginning would be merged with the end of the prompt."""
+CONTEXT = 8  # prompt tokens used as context to decode a completion
 
 _beginnings: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of ``text`` alone: nothing that the tokenizer puts before or after every text."""
+    """Token ids of ``text`` without the tokens that the tokenizer adds before or after every text."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def beginning_ids(tokenizer: Any) -> list[int]:
-    """The tokens that the tokenizer puts before every text, such as ``<s>`` or ``<bos>``; often none."""
+    """The tokens that the tokenizer adds before every text, such as ``<s>`` or ``<bos>``; often none."""
     if tokenizer not in _beginnings:
-        alone, whole = plain_ids(tokenizer, "a"), list(tokenizer("a")["input_ids"])
-        places = [place for place in range(len(whole) - len(alone) + 1) if whole[place : place + len(alone)] == alone]
-        _beginnings[tokenizer] = whole[: places[0]] if places else []
+        alone, full_ids = plain_ids(tokenizer, "a"), list(tokenizer("a")["input_ids"])
+        starts = [start for start in range(len(full_ids) - len(alone) + 1) if full_ids[start : start + len(alone)] == alone]
+        _beginnings[tokenizer] = full_ids[: starts[0]] if starts else []
     return _beginnings[tokenizer]
 
 
 def segment_ids(tokenizer: Any, segments: Sequence[str]) -> list[list[int]]:
-    """Token ids of every segment of one text, each encoded as the continuation of those before it."""
+    """Token ids of consecutive segments of a text, each encoded as a continuation of the previous ones."""
     text = ""
     ids: list[int] = []
     parts: list[list[int]] = []
@@ -43,24 +43,24 @@ def segment_ids(tokenizer: Any, segments: Sequence[str]) -> list[list[int]]:
 
 
 def continued(tokenizer: Any, text: str, ids: list[int], addition: str) -> list[int]:
-    """Token ids of ``addition`` where it follows ``text``, whose tokens are ``ids`` and stay so.
+    """Token ids of ``addition`` after ``text``, whose tokens ``ids`` do not change.
 
-    Where the tokenizer merges the end of ``text`` with the beginning of ``addition``, the addition is encoded after another character, so
-    that it is still no beginning of a text. The candidate that decodes as the whole text does is taken.
+    If the tokenizer merges the end of ``text`` with the beginning of ``addition``, the addition is encoded after a different character, so
+    that it still is not encoded as the start of a text. The first candidate that decodes to the full text is used.
     """
     if not addition:
         return []
-    whole = plain_ids(tokenizer, text + addition)
-    if whole[: len(ids)] == ids:
-        return whole[len(ids) :]
-    candidates = [found for anchor in (text[-1:], *ANCHORS) if (found := _after(tokenizer, anchor, addition)) is not None]
+    full_ids = plain_ids(tokenizer, text + addition)
+    if full_ids[: len(ids)] == ids:
+        return full_ids[len(ids) :]
+    candidates = [ids_after for anchor in (text[-1:], *ANCHORS) if (ids_after := _after(tokenizer, anchor, addition)) is not None]
     candidates.append(plain_ids(tokenizer, addition))
-    expected = _text(tokenizer, whole)
-    return next((found for found in candidates if _text(tokenizer, ids + found) == expected), candidates[0])
+    expected = _text(tokenizer, full_ids)
+    return next((ids_after for ids_after in candidates if _text(tokenizer, ids + ids_after) == expected), candidates[0])
 
 
 def _after(tokenizer: Any, anchor: str, addition: str) -> list[int] | None:
-    """Token ids of ``addition`` behind ``anchor``; None where the two are merged."""
+    """Token ids of ``addition`` after ``anchor``; None if the two are merged."""
     head, both = plain_ids(tokenizer, anchor), plain_ids(tokenizer, anchor + addition)
     return both[len(head) :] if head and both[: len(head)] == head else None
 
@@ -70,7 +70,7 @@ def _text(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def continuation_text(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of ``ids`` where they follow the tokens ``before``, without special tokens: the inverse of ``continued``."""
+    """The text of ``ids`` after the tokens ``before``, without special tokens: the inverse of ``continued``."""
     context = list(before)[-CONTEXT:]
     head = tokenizer.decode(context, skip_special_tokens=True)
     both = tokenizer.decode([*context, *ids], skip_special_tokens=True)

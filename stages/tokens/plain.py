@@ -1,6 +1,6 @@
-"""Plain templates as chat templates: a form with the prompt in it, such as ``Question: {prompt}`` and ``Answer:`` on the next line.
+"""Plain templates, such as ``Question: {prompt}`` and ``Answer:`` on the next line, stored as chat templates.
 
-They are kept as the tokenizer's ``chat_template``, so that they travel with the model. Their text is encoded as a plain text.
+They are the tokenizer's ``chat_template``, so they are saved with the model. Their text is encoded as plain text.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import re
 from typing import Any
 
 MARK = "{#- plain template -#}"
-"""Begins a chat template that is a plain one."""
+"""Marks a chat template as a plain template."""
 
 _FIRST_FORM = re.compile(
     r"\{%- for message in messages -%\}\{%- if message\['role'\] == 'assistant' -%\}\{\{ message\['content'\] \}\}\{\{ eos_token \}\}"
     r"\{%- else -%\}\{\{ (\".*?\") \}\}\{\{ message\['content'\] \}\}\{\{ (\".*\") \}\}\{%- endif -%\}\{%- endfor -%\}",
     re.DOTALL,
 )
-"""Plain templates as models of earlier versions keep them: they do not write the space before a completion."""
+"""Plain templates of models from earlier versions. They do not write the space before a completion."""
 
 
 def plain_template(beginning: str, before: str, after: str) -> str:
-    """A chat template that writes ``beginning`` once and wraps every turn but the assistant's in ``before`` and ``after``.
+    """A chat template that writes ``beginning`` once, and wraps every non-assistant turn in ``before`` and ``after``.
 
-    An assistant's turn gets a space before it where neither side has one, and the end token after it.
+    It inserts a space before an assistant turn if neither side has one, and appends the end token.
     """
     return (
         f"{MARK}{{{{- {_quoted(beginning)} -}}}}{{%- set ns = namespace(gap=false) -%}}"
@@ -37,23 +37,23 @@ def plain_template(beginning: str, before: str, after: str) -> str:
 
 
 def is_plain(tokenizer: Any) -> bool:
-    """Whether the tokenizer's texts are plain ones: by a plain template, or because it has no template."""
+    """Whether the tokenizer uses plain texts: it has a plain template or no template."""
     template = tokenizer.chat_template
     return not template or (isinstance(template, str) and (template.startswith(MARK) or bool(_FIRST_FORM.fullmatch(template))))
 
 
 def is_begun(tokenizer: Any) -> bool:
-    """Whether the tokenizer's plain template writes the tokens that begin a text; those of earlier versions do not."""
+    """Whether the plain template writes the tokenizer's prefix tokens; templates of earlier versions do not."""
     return isinstance(tokenizer.chat_template, str) and tokenizer.chat_template.startswith(MARK)
 
 
 def template_to_apply(tokenizer: Any) -> str | None:
-    """The template to render with where it is not the tokenizer's own: a plain template of an earlier version in its present form."""
+    """The template to render with if it is not the tokenizer's own: the current form of an earlier version's plain template."""
     own = tokenizer.chat_template
-    found = _FIRST_FORM.fullmatch(own) if isinstance(own, str) else None
-    return plain_template("", json.loads(found[1]), json.loads(found[2])) if found else None
+    match = _FIRST_FORM.fullmatch(own) if isinstance(own, str) else None
+    return plain_template("", json.loads(match[1]), json.loads(match[2])) if match else None
 
 
 def _quoted(text: str) -> str:
-    """A jinja string literal."""
+    """A Jinja string literal."""
     return json.dumps(text, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""How many tokens a model can read: the smaller limit of its position embeddings and of its tokenizer."""
+"""The maximum input length of a model: the smaller limit of its position embeddings and its tokenizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = (
     "context_length",
     "model_max_length",
 )
-"""What families call their number of positions. The first that a config has counts."""
+"""Config fields for the number of positions. The first one present is used."""
 
 SKIP_TO_PAD = frozenset(
     {
@@ -42,57 +42,56 @@ SKIP_TO_PAD = frozenset(
         "xmod",
     }
 )
-"""Model types that number their tokens from ``pad_token_id + 1``: the rows before that one hold no token."""
+"""Model types with positions that start at ``pad_token_id + 1``; earlier rows are unused."""
 
 SKIP_TWO = frozenset({"mpnet"})
-"""Model types that number their tokens from 2, whatever the pad token is."""
+"""Model types with positions that start at 2, independent of the pad token."""
 
 WITHOUT_LIMIT = frozenset({"bloom", "falcon_mamba", "funnel", "mamba", "mamba2", "mt5", "recurrent_gemma", "t5", "umt5", "xlnet", "xlstm"})
-"""Model types that read texts of any length: ALiBi, relative distances alone, or a state."""
+"""Model types without a length limit: ALiBi, relative positions, or a recurrent state."""
 
 TOKENIZER_SENTINEL = 10**9
-"""A tokenizer that was given no ``model_max_length`` says 1e30; nothing above this number is a limit."""
+"""A tokenizer without ``model_max_length`` reports 1e30. Values above this number are not limits."""
 
 
 def readable_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:
-    """The longest sequence, in tokens with the special ones, that a model of ``config`` and ``tokenizer`` can both read.
+    """The maximum sequence length, in tokens including special ones, that the model and its tokenizer both support.
 
-    None where neither of them sets a limit, for instance a Mamba or an ALiBi model whose tokenizer does not say. For rotary embeddings the
-    limit is the length that the config names, although such a model would compute beyond it. For learned embeddings it is the number of
-    rows that a token can have, which is less than the number of rows in the RoBERTa family.
+    None if neither has a limit, e.g. a Mamba or ALiBi model whose tokenizer has none. For rotary embeddings it is the length in the config,
+    although such a model could compute beyond it. For learned embeddings it is the number of usable rows, which in the RoBERTa family is
+    less than the total.
     """
     limits = [limit for limit in (model_length(config), tokenizer_length(tokenizer)) if limit is not None]
     return min(limits, default=None)
 
 
 def row_length(asked: int | None, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None, *, unlimited: int) -> int:
-    """The longest row that a step reads: ``asked`` by its recipe (max_length), but never more than model and tokenizer can read.
+    """The maximum row length of a step: ``asked`` (max_length of its recipe), but at most what model and tokenizer support.
 
-    Where the recipe asks for nothing it is what they can read, or ``unlimited`` where they set no limit. Logs a warning where ``asked`` is
-    lowered.
+    Without ``asked`` it is the supported length, or ``unlimited`` if there is no limit. Logs a warning if ``asked`` is lowered.
     """
     readable = readable_length(config, tokenizer)
     if asked is None or readable is None:
         return asked or readable or unlimited
     if asked > readable:
-        logger.warning("max_length=%d: model and tokenizer read at most %d tokens, so rows are held to that", asked, readable)
+        logger.warning("max_length=%d: lowered to %d, the limit of model and tokenizer", asked, readable)
     return min(asked, readable)
 
 
 def model_length(config: PretrainedConfig | SimpleNamespace) -> int | None:
-    """The longest sequence that the model's positions allow; None for no limit. A config of several modalities is read for its text."""
+    """The maximum length that the model's positions allow; None if unlimited. A multimodal config is reduced to its text config."""
     text = _text_config(config)
     kind = getattr(text, "model_type", "")
     if kind in WITHOUT_LIMIT or (kind == "falcon" and getattr(text, "alibi", False)):
         return None
-    named = next((value for value in (_number(text, name) for name in NAMES) if value is not None), None)
+    named = next((value for value in (_positive(text, name) for name in NAMES) if value is not None), None)
     if named is None:
         return None
     return max(1, _extended(text, named) - _skipped_rows(text, kind))
 
 
 def tokenizer_length(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
-    """The tokenizer's ``model_max_length``; None where it was given none."""
+    """The tokenizer's ``model_max_length``; None if it is not set."""
     limit = getattr(tokenizer, "model_max_length", None)
     return int(limit) if limit is not None and 0 < limit < TOKENIZER_SENTINEL else None
 
@@ -101,14 +100,14 @@ def _text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _number(config: Any, name: str) -> int | None:
-    """A positive number of the config; XLNet's -1 and a missing field are None."""
+def _positive(config: Any, name: str) -> int | None:
+    """A positive integer field of the config. XLNet's -1 and a missing field give None."""
     value = getattr(config, name, None)
     return value if isinstance(value, int) and value > 0 else None
 
 
 def _extended(config: Any, positions: int) -> int:
-    """Positions with YaRN: configs of Qwen2.5 keep ``max_position_embeddings`` and add a factor on the original length."""
+    """Positions with YaRN: Qwen2.5 configs keep ``max_position_embeddings`` and add a factor on the original length."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if not isinstance(rope, dict):
         return positions
@@ -119,7 +118,7 @@ def _extended(config: Any, positions: int) -> int:
 
 
 def _skipped_rows(config: Any, kind: str) -> int:
-    """Rows of the position embedding that no token can have."""
+    """Rows of the position embedding that no token uses."""
     if kind in SKIP_TO_PAD:
         pad = getattr(config, "pad_token_id", None)
         return 1 + (1 if pad is None else int(pad))

@@ -1,6 +1,6 @@
-"""What a chat template does with every turn, read from conversations that it renders.
+"""Analyse a chat template by rendering test conversations.
 
-That is where a reply ends, and which forms of contents and of tool calls it takes.
+This gives the end of a reply, and the forms of content and tool calls that the template accepts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _KEY, _VALUE, _CALLED = "tristagekey", "tristagevalue", "tristagecalls"
 
 
 def apply_template(tokenizer: Any, messages: Messages, *, generation_prompt: bool, tools: Sequence[Any] = (), location: str = "") -> str:
-    """``messages`` as the tokenizer's chat template writes them. Raises DataError with ``location`` where the template refuses them."""
+    """Apply the tokenizer's chat template to ``messages``. Raises DataError with ``location`` if the template rejects them."""
     try:
         text = tokenizer.apply_chat_template(
             list(messages),
@@ -30,10 +30,10 @@ def apply_template(tokenizer: Any, messages: Messages, *, generation_prompt: boo
             tokenize=False,
             add_generation_prompt=generation_prompt,
         )
-    except Exception as error:  # a template is a program of its own, and anything may go wrong in it
+    except Exception as error:  # a template is a program and can raise any exception
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(
-            f"{location}{': ' if location else ''}the model's chat template refuses the conversation ({roles}): {error}; "
+            f"{location}{': ' if location else ''}the model's chat template rejects the conversation ({roles}): {error}; "
             "change the rows, or use another template"
         ) from error
     return str(text)
@@ -43,10 +43,10 @@ def apply_template(tokenizer: Any, messages: Messages, *, generation_prompt: boo
 class TurnForm:
     """How a chat template frames a reply.
 
-    ``opening``: what the generation prompt writes and a reply does not repeat, such as ``<think>`` and a line end; ``closing``: the mark
-    that ends that block. ``ending``: the text after the last reply. ``turn_end``: the ending up to its first special token and the white
-    space after it, without what only closes the conversation. ``end_ids``: the first special token after a reply, at which generation
-    stops; empty where there is none. ``writes_end``: it stands in the ending, and not only at the beginning of the next turn. ``parts``,
+    ``opening``: text that the generation prompt writes and a reply does not repeat, e.g. ``<think>`` and a line end. ``closing``: the tag
+    that closes this block. ``ending``: the text after the last reply. ``turn_end``: the ending up to its first special token and following
+    white space, without text that only closes the conversation. ``end_ids``: the first special token after a reply, where generation stops;
+    empty if there is none. ``writes_end``: whether that token is part of the ending, not only of the next turn's beginning. ``parts``,
     ``texts``: whether a message's content may be a list of text parts, or a text.
     """
 
@@ -62,9 +62,9 @@ class TurnForm:
 
 @dataclass(frozen=True)
 class ArgumentForm:
-    """Which forms of a tool call's arguments a chat template writes as what they mean: an object, and a text that holds it as JSON.
+    """The forms of tool call arguments that a chat template renders correctly: an object, or a text with JSON.
 
-    Neither where the template writes no tool calls.
+    Both are False if the template renders no tool calls.
     """
 
     objects: bool
@@ -83,29 +83,29 @@ def turn_form(tokenizer: Any) -> TurnForm:
 
 
 def argument_form(tokenizer: Any) -> ArgumentForm:
-    """The forms of tool calls' arguments that the tokenizer's chat template takes."""
+    """The forms of tool call arguments that the tokenizer's chat template accepts."""
     form: ArgumentForm = _read_once(_argument_forms, tokenizer, _read_argument_form)
     return form
 
 
 def _read_once(known: _Known, tokenizer: Any, read: Callable[[Any], Any]) -> Any:
-    """What ``read`` finds in the tokenizer's template; read again once the template is another."""
-    found = known.get(tokenizer)
-    if found is None or found[0] != tokenizer.chat_template:
-        found = known[tokenizer] = (tokenizer.chat_template, read(tokenizer))
-    return found[1]
+    """The cached result of ``read`` for the tokenizer; recomputed if its template changed."""
+    entry = known.get(tokenizer)
+    if entry is None or entry[0] != tokenizer.chat_template:
+        entry = known[tokenizer] = (tokenizer.chat_template, read(tokenizer))
+    return entry[1]
 
 
 def turn_end_ids(tokenizer: Any) -> list[int]:
-    """The token that ends an assistant's turn as the chat template writes it: the first special token after a reply.
+    """The token that ends an assistant turn in the chat template: the first special token after a reply.
 
-    A template may write none at the end of a conversation; then the one that begins the next turn is it. Empty without a template.
+    If the template writes none at the end of a conversation, the first token of the next turn is used. Empty without a template.
     """
     return list(turn_form(tokenizer).end_ids) if tokenizer.chat_template else []
 
 
 def first_difference(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """The first location at which two texts (or lists) differ, the length of the shorter one where it begins the other."""
+    """The first index where two texts (or lists) differ; the shorter length if one is a prefix of the other."""
     shorter = min(len(one), len(other))
     return next((index for index in range(shorter) if one[index] != other[index]), shorter)
 
@@ -113,13 +113,13 @@ def first_difference(one: Sequence[Any], other: Sequence[Any]) -> int:
 def _read_form(tokenizer: Any) -> TurnForm:
     texts, parts = _probe(tokenizer, _as_text), _probe(tokenizer, _as_parts)
     chosen = texts or parts
-    if chosen is None:  # a template for conversations of another kind: its own messages will say what it takes
+    if chosen is None:  # the template expects different conversations; it will raise its own errors
         return TurnForm("", "", "", "", (), writes_end=False, parts=False, texts=True)
-    shown, whole = chosen
-    opened = re.search(r"<(\w+)>\s*$", shown) if not whole.startswith(shown) else None
-    opening = opened[0] if opened else shown[first_difference(shown, whole) :]
-    ending = whole.rpartition(_ANSWERED)[2]
-    first = _first_special(tokenizer, whole)
+    shown, full_text = chosen
+    opened = re.search(r"<(\w+)>\s*$", shown) if not full_text.startswith(shown) else None
+    opening = opened[0] if opened else shown[first_difference(shown, full_text) :]
+    ending = full_text.rpartition(_ANSWERED)[2]
+    first = _first_special(tokenizer, full_text)
     following = _first_special(tokenizer, _followed(tokenizer, _as_text if texts else _as_parts)) if first is None else first
     return TurnForm(
         opening=opening,
@@ -140,14 +140,14 @@ def _through(ending: str, token: str) -> str:
 
 
 def _first_special(tokenizer: Any, text: str) -> int | None:
-    """The first special token behind the reply of a probe; None where there is none."""
+    """The first special token after the reply of a test conversation; None if there is none."""
     head, answered, after = text.rpartition(_ANSWERED)
     special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
     return next((token for token in segment_ids(tokenizer, [head + answered, after])[1] if token in special), None)
 
 
 def _followed(tokenizer: Any, content: Any) -> str:
-    """The probe's conversation with one more question behind the reply; the empty text where the template refuses it."""
+    """The test conversation with another question after the reply; empty if the template rejects it."""
     said = [("user", _ASKED), ("assistant", _ANSWERED), ("user", _ASKED)]
     try:
         return apply_template(tokenizer, [{"role": role, "content": content(text)} for role, text in said], generation_prompt=False)
@@ -156,15 +156,15 @@ def _followed(tokenizer: Any, content: Any) -> str:
 
 
 def _probe(tokenizer: Any, content: Any) -> tuple[str, str] | None:
-    """(prompt, whole) of a conversation with this form of content; None where the template does not write it."""
+    """Render a test conversation as (prompt, full text); None if the template does not support this form of content."""
     messages = [{"role": "user", "content": content(_ASKED)}, {"role": "assistant", "content": content(_ANSWERED)}]
     try:
         shown = apply_template(tokenizer, messages[:1], generation_prompt=True)
-        whole = apply_template(tokenizer, messages, generation_prompt=False)
+        full_text = apply_template(tokenizer, messages, generation_prompt=False)
     except DataError:
         return None
-    written = _ASKED in shown and _ANSWERED in whole and "'type'" not in whole  # a list printed as Python prints it is not taken
-    return (shown, whole) if written else None
+    written = _ASKED in shown and _ANSWERED in full_text and "'type'" not in full_text  # reject a Python-formatted list
+    return (shown, full_text) if written else None
 
 
 def _read_argument_form(tokenizer: Any) -> ArgumentForm:
@@ -175,9 +175,9 @@ def _read_argument_form(tokenizer: Any) -> ArgumentForm:
 
 
 def _writes_arguments(tokenizer: Any, arguments: dict[str, str] | str) -> bool:
-    """Whether the template writes a call with these arguments: neither escaped in a string of JSON, nor as Python prints a dictionary."""
+    """Whether the template writes a call with these arguments correctly: not escaped inside a JSON string, not as a Python dict."""
     content = _as_text if turn_form(tokenizer).texts else _as_parts
-    call = {"id": "tristage1", "type": "function", "function": {"name": _CALLED, "arguments": arguments}}  # Mistral's ids have nine signs
+    call = {"id": "tristage1", "type": "function", "function": {"name": _CALLED, "arguments": arguments}}  # Mistral's ids: 9 characters
     parameters: dict[str, Any] = {"type": "object", "properties": {}}
     tool = {"type": "function", "function": {"name": _CALLED, "description": _CALLED, "parameters": parameters}}
     for said in (content(""), None):

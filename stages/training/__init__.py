@@ -1,1 +1,1 @@
-"""What all stages that train have in common: one Trainer, the rows of each step, checkpoints, which model is kept."""
+"""Shared code of the training stages: one Trainer, batching, checkpoints, model selection."""

@@ -19,7 +19,7 @@ TRAINER_OPTIMIZERS = {
     "paged_adamw": "paged_adamw_32bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
-NUM_LOG_LINES = 100  # per training run
+NUM_LOG_LINES = 100  # log lines per training run
 
 
 def split_batch(settings: OptimizerSettings, num_processes: int) -> tuple[int, int]:

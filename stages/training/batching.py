@@ -1,8 +1,8 @@
-"""Which rows a process trains on, in which forward pass: the same optimizer steps whatever the number of processes and the microbatch.
+"""Assign rows to processes and forward passes so that optimizer steps do not depend on the number of processes or the microbatch size.
 
-An optimizer step takes ``batch_size`` rows in the order of a shuffle that the seed and the epoch decide; the last step of an epoch takes
-what is left. Each process gets every n-th row of a step, and all have the same number of forward passes: a sharded model needs all
-processes for each of them. A pass may so be without a row; it is then given one that does not count.
+An optimizer step takes ``batch_size`` rows in an order shuffled by seed and epoch; the last step of an epoch takes the remaining rows. Each
+process gets every n-th row of a step. All processes run the same number of forward passes, because a sharded model needs all processes for
+each pass. A pass without a row gets a blank row with no effect on the loss.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
     from torch.utils.data import DataLoader
 
-SORTED_STEPS = 50  # rows of so many steps are sorted by length together
+SORTED_STEPS = 50  # number of steps whose rows are sorted by length together
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How rows become steps and forward passes."""
+    """How rows are divided into steps and forward passes."""
 
     num_rows: int
     batch_size: int  # rows per optimizer step, summed over processes
-    microbatch_size: int  # most rows per forward pass and process
+    microbatch_size: int  # maximum rows per forward pass and process
     seed: int = 0
     process_index: int = 0
     num_processes: int = 1
-    lengths: Sequence[int] | None = None  # given: rows of like length share a step
+    lengths: Sequence[int] | None = None  # if given, rows of similar length share a step
 
     def steps(self, epoch: int) -> list[list[int]]:
-        """The rows of every optimizer step of an epoch, on all processes together."""
+        """The rows of each optimizer step of an epoch, over all processes."""
         order = list(range(self.num_rows))
         Random(f"epoch {self.seed} {epoch}").shuffle(order)
         if self.lengths is not None:
@@ -42,29 +42,29 @@ class BatchPlan:
             order = [row for piece in pieces for row in piece]
         return [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
 
-    def passes(self, rows: Sequence[int]) -> list[list[int]]:
-        """This process's rows of one step, forward pass by forward pass; of like size, and as many on every process."""
+    def microbatches(self, rows: Sequence[int]) -> list[list[int]]:
+        """This process's rows of one step, split into forward passes of similar size. Every process has the same number of passes."""
         own = list(rows[self.process_index :: self.num_processes])
-        number = self.num_passes(len(rows))
-        edges = [len(own) * place // number for place in range(number + 1)]
+        num_microbatches = self.num_microbatches(len(rows))
+        edges = [len(own) * index // num_microbatches for index in range(num_microbatches + 1)]
         return [own[start:end] for start, end in zip(edges, edges[1:], strict=False)]
 
-    def num_passes(self, num_rows: int) -> int:
-        """Forward passes of a step of so many rows."""
+    def num_microbatches(self, num_rows: int) -> int:
+        """Number of forward passes of a step with ``num_rows`` rows."""
         share = -(-num_rows // self.num_processes)
         return -(-share // self.microbatch_size)
 
     def __len__(self) -> int:
-        """Forward passes of this process in an epoch."""
-        whole, rest = divmod(self.num_rows, self.batch_size)
-        return whole * self.num_passes(self.batch_size) + (self.num_passes(rest) if rest else 0)
+        """Number of this process's forward passes in an epoch."""
+        full_steps, rest = divmod(self.num_rows, self.batch_size)
+        return full_steps * self.num_microbatches(self.batch_size) + (self.num_microbatches(rest) if rest else 0)
 
 
 def make_loader(dataset: Any, collate: Callable[[list[Any]], Any], blank: Callable[[Any], Any], plan: BatchPlan) -> DataLoader[Any]:
-    """A loader of this process's forward passes. ``blank`` makes a batch one that does not count (for a pass without a row)."""
+    """A loader of this process's forward passes. ``blank`` makes a batch have no effect on the loss, for passes without a row."""
     from torch.utils.data import DataLoader
 
-    sampler = _Passes(plan)
+    sampler = _Microbatches(plan)
 
     def batch(rows: list[Any]) -> Any:
         return collate(rows) if rows else blank(collate([dataset[0]]))
@@ -76,7 +76,7 @@ def make_loader(dataset: Any, collate: Callable[[list[Any]], Any], blank: Callab
     return Loader(dataset, batch_sampler=sampler, collate_fn=batch)
 
 
-class _Passes:
+class _Microbatches:
     """Batch sampler over the forward passes of an epoch."""
 
     def __init__(self, plan: BatchPlan) -> None:
@@ -90,4 +90,4 @@ class _Passes:
 
     def __iter__(self) -> Iterator[list[int]]:
         for rows in self.plan.steps(self.epoch):
-            yield from self.plan.passes(rows)
+            yield from self.plan.microbatches(rows)

@@ -12,7 +12,7 @@ import torch
 
 from stages.config import Precision
 from stages.models.likelihood import Likelihood, measure_likelihood
-from stages.models.sharding import whole, whole_state_dict
+from stages.models.sharding import unsharded, unsharded_state_dict
 from stages.training.state import load_weights, trained_parameters
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def heldout_likelihood(
     precision: Precision,
 ) -> Likelihood:
     """Likelihood of held-out rows of (token ids, mask) under the model in training. Call on every process."""
-    with whole(trainer.model):
+    with unsharded(trainer.model):
         return measure_likelihood(
             trainer.model.to(context.runtime.device),
             rows,
@@ -88,4 +88,4 @@ def gathered_weights(trainer: Any) -> dict[str, torch.Tensor] | None:
     """All weights, if they are sharded over processes (FSDP, ZeRO); None if the model holds them. Call on every process."""
     if trainer.is_deepspeed_enabled:
         return trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    return whole_state_dict(trainer.model)
+    return unsharded_state_dict(trainer.model)

@@ -1,9 +1,9 @@
-"""Checkpoints of a step under way: written aside and renamed whole, with the SHA-256 of every file, kept by a rule, checked when read.
+"""Checkpoints of a running step: written atomically with the SHA-256 of every file, pruned by a rule, verified when read.
 
     <folder>/checkpoint-000012/...                  tensors (safetensors) and JSON; no pickle
-    <folder>/checkpoint-000012/checkpoint.json      what it is, and size and SHA-256 of the files; written last
+    <folder>/checkpoint-000012/checkpoint.json      the manifest with sizes and SHA-256 of the files; written last
 
-Checkpoints do not depend on the number of processes, but for the random streams, which every process keeps for itself.
+Checkpoints do not depend on the number of processes, except for the random generator states, which each process saves separately.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from stages.registry.contents import file_sha256, files_of
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
-COST_SHARE = 20  # at most about this part of the time goes into writing: the pause after a slow checkpoint grows
+COST_SHARE = 20  # minimum pause as a multiple of the write time, so that writing takes at most 5 % of the time
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that was written to its end."""
+    """A complete checkpoint."""
 
     path: Path
     number: int
-    score: float | None  # the higher the better; None where it is not to be compared
+    score: float | None  # higher is better; None if it is not scored
 
 
 class Checkpoints:
-    """The checkpoints in ``folder``: the newest ``keep_last`` and the ``keep_best`` of the highest score are kept."""
+    """The checkpoints in ``folder``. The newest ``keep_last`` and the ``keep_best`` with the highest scores are kept."""
 
     def __init__(self, folder: Path, runtime: Runtime, *, keep_last: int = 2, keep_best: int = 0, seconds: float = 0.0) -> None:
         self.folder, self.runtime = folder, runtime
@@ -53,20 +53,22 @@ class Checkpoints:
     # Writing
 
     def is_due(self) -> bool:
-        """Whether it is time for another one, by the clock of this process."""
+        """Whether the next checkpoint is due, by this process's clock."""
         return time.monotonic() - self._saved_at >= self._pause
 
     def wants(self, score: float) -> bool:
-        """Whether a checkpoint of this score would be among the best that are kept. Call on every process."""
+        """Whether a checkpoint with this score would be among the best. Call on every process."""
         if self.keep_best == 0:
             return False
-        scores = self.runtime.decide(lambda: sorted((found.score for found in self._all() if found.score is not None), reverse=True))
+        scores = self.runtime.decide(
+            lambda: sorted((checkpoint.score for checkpoint in self._all() if checkpoint.score is not None), reverse=True)
+        )
         return len(scores) < self.keep_best or score > scores[self.keep_best - 1]
 
     def write(self, fill: Callable[[Path], None], *, score: float | None = None) -> None:
-        """Add a checkpoint of what ``fill(folder)`` writes. Call on every process; each may write files of its own into the folder."""
+        """Add a checkpoint with the files that ``fill(folder)`` writes. Call on every process; each one may write its own files."""
         began = time.monotonic()
-        number = self.runtime.decide(lambda: max((found.number for found in self._all()), default=0) + 1)
+        number = self.runtime.decide(lambda: max((checkpoint.number for checkpoint in self._all()), default=0) + 1)
         staging = self.folder / f".partial-{number}"
         if self.runtime.is_main:
             self._clear_leftovers()
@@ -78,7 +80,7 @@ class Checkpoints:
             if self.runtime.is_main:
                 self._finish(staging, number, score)
         except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)  # a full disk is not left fuller
+            shutil.rmtree(staging, ignore_errors=True)  # free the space, in case the disk is full
             raise
         self.runtime.wait_for_everyone()
         self._saved_at = time.monotonic()
@@ -93,13 +95,16 @@ class Checkpoints:
         os.rename(staging, self.folder / f"checkpoint-{number:06d}")
         sync(self.folder)
         kept = self._all()
-        best = sorted((found for found in kept if found.score is not None), key=lambda found: (-(found.score or 0.0), found.number))
-        wanted = {found.number for found in [*kept[: self.keep_last], *best[: self.keep_best]]}
-        for found in kept:
-            if found.number not in wanted:
-                # Renamed first: a checkpoint that is half removed must not look like one that is half written.
-                removed = self.folder / f".removed-{found.number}"
-                os.rename(found.path, removed)
+        best = sorted(
+            (checkpoint for checkpoint in kept if checkpoint.score is not None),
+            key=lambda checkpoint: (-(checkpoint.score or 0.0), checkpoint.number),
+        )
+        wanted = {checkpoint.number for checkpoint in [*kept[: self.keep_last], *best[: self.keep_best]]}
+        for checkpoint in kept:
+            if checkpoint.number not in wanted:
+                # Rename it first, so that a partly removed checkpoint does not look like a partly written one.
+                removed = self.folder / f".removed-{checkpoint.number}"
+                os.rename(checkpoint.path, removed)
                 shutil.rmtree(removed, ignore_errors=True)
 
     def _clear_leftovers(self) -> None:
@@ -110,38 +115,38 @@ class Checkpoints:
     # Reading
 
     def newest(self) -> Checkpoint | None:
-        """The newest one whose every byte is as written; damaged ones are told of and passed over. Call on every process."""
-        return self.runtime.decide(lambda: self._first_whole(self._all()))
+        """The newest intact checkpoint. Damaged ones are skipped with a message. Call on every process."""
+        return self.runtime.decide(lambda: self._first_intact(self._all()))
 
     def best(self) -> Checkpoint | None:
-        """The whole one of the highest score; the earlier where two are equal."""
-        scored = [found for found in self._all() if found.score is not None]
-        ordered = sorted(scored, key=lambda found: (-(found.score or 0.0), found.number))
-        return self.runtime.decide(lambda: self._first_whole(ordered))
+        """The intact checkpoint with the highest score; the earliest of equal ones."""
+        scored = [checkpoint for checkpoint in self._all() if checkpoint.score is not None]
+        ordered = sorted(scored, key=lambda checkpoint: (-(checkpoint.score or 0.0), checkpoint.number))
+        return self.runtime.decide(lambda: self._first_intact(ordered))
 
-    def _first_whole(self, found: Iterable[Checkpoint]) -> Checkpoint | None:
-        for checkpoint in found:
+    def _first_intact(self, checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
+        for checkpoint in checkpoints:
             problem = problem_of(checkpoint.path)
             if problem is None:
                 return checkpoint
-            self.runtime.console.print(f"{checkpoint.path.name} is passed over: {problem}", markup=False)
+            self.runtime.console.print(f"{checkpoint.path.name} is skipped: {problem}", markup=False)
         return None
 
     def _all(self) -> list[Checkpoint]:
-        """Every one that has a manifest, the newest first."""
-        found = []
+        """All checkpoints with a manifest, newest first."""
+        checkpoints = []
         for path in self.folder.glob("checkpoint-*"):
             try:
                 manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
                 score = manifest["score"]
-                found.append(Checkpoint(path, int(manifest["number"]), None if score is None else float(score)))
+                checkpoints.append(Checkpoint(path, int(manifest["number"]), None if score is None else float(score)))
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # without its manifest it was never finished
-        return sorted(found, key=lambda checkpoint: -checkpoint.number)
+                continue  # without a manifest it is incomplete
+        return sorted(checkpoints, key=lambda entry: -entry.number)
 
 
 def problem_of(path: Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None where all are as written."""
+    """What is wrong with a checkpoint's files; None if they are intact."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] > FORMAT:
@@ -153,38 +158,41 @@ def problem_of(path: Path) -> str | None:
             if content.stat().st_size != file["size"]:
                 return f"{file['path']} has {content.stat().st_size} bytes instead of {file['size']}"
             if file_sha256(content) != file["sha256"]:
-                return f"{file['path']} was changed: its SHA-256 is not the one it was written with"
+                return f"{file['path']} was changed: its SHA-256 differs from the manifest"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
     return None
 
 
-# What goes into one
+# Contents
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, write: bool = True) -> None:
-    """Named tensors as safetensors. Sharded ones are put together first, which every process has to take part in; ``write``: the main."""
-    whole = {name: _whole(value) for name, value in tensors.items()}
+    """Save named tensors as safetensors.
+
+    Sharded ones are gathered first, so call it on every process; only the main process has ``write``.
+    """
+    gathered = {name: _unsharded(value) for name, value in tensors.items()}
     if write:
-        save_file({name: value.detach().cpu().contiguous() for name, value in whole.items()}, path)
+        save_file({name: value.detach().cpu().contiguous() for name, value in gathered.items()}, path)
 
 
-def _whole(value: Tensor) -> Tensor:
+def _unsharded(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The named parameters that train: all that a checkpoint needs of a model whose other weights are in the registry."""
+    """The named trainable parameters. A checkpoint needs no others, because frozen weights are in the registry."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @torch.no_grad()
 def load_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Put what ``save_tensors`` kept into ``tensors``. Raises ModelError where names or shapes are not those saved."""
+    """Load tensors saved by ``save_tensors`` into ``tensors``. Raises ModelError if names or shapes differ."""
     saved = load_file(path)
     if saved.keys() != tensors.keys():
         differ = sorted(saved.keys() ^ tensors.keys())
-        raise ModelError(f"{path} holds the weights of another model ({', '.join(differ[:3])}); remove its folder to begin anew")
+        raise ModelError(f"{path} contains the weights of a different model ({', '.join(differ[:3])}); remove its folder to start again")
     for name, tensor in tensors.items():
         if saved[name].shape != tensor.shape:
             raise ModelError(f"{path}: {name} has shape {tuple(saved[name].shape)}, expected {tuple(tensor.shape)}")
@@ -192,7 +200,7 @@ def load_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _like(value: Tensor, old: Tensor) -> Tensor:
-    """``value`` on the device of ``old``, and cut as it is where ``old`` is sharded."""
+    """``value`` on the device of ``old``, sharded in the same way."""
     if hasattr(old, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
@@ -201,13 +209,13 @@ def _like(value: Tensor, old: Tensor) -> Tensor:
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], path: Path, *, write: bool = True) -> None:
-    """Moments and step counts by parameter as ``path`` (safetensors), the settings of the groups beside it as JSON.
+    """Save moments and step counts by parameter as ``path`` (safetensors), and the group settings next to it as JSON.
 
-    ``parameters`` are those of the optimizer, by name: their order, and how they are grouped, may be another when they are read.
+    ``parameters`` are the optimizer's parameters by name. Their order and grouping may differ when they are loaded.
     """
     names = {parameter: name for name, parameter in parameters.items()}
     slots = {(names[parameter], slot): value for parameter, state in optimizer.state.items() for slot, value in state.items()}
-    # All parameters of bitsandbytes' optimizers share one map of 8-bit codes; a file of tensors wants each by itself.
+    # The parameters of bitsandbytes' optimizers share one map of 8-bit codes; safetensors needs a separate tensor for each.
     tensors = {
         f"{name}/{slot}": value.clone() if slot.startswith("qmap") else value
         for (name, slot), value in slots.items()
@@ -228,18 +236,18 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], path: Path) -> None:
-    """Put back what ``save_optimizer`` kept. Raises ModelError where it was of other parameters."""
+    """Load what ``save_optimizer`` saved. Raises ModelError if the parameters differ."""
     kept = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     settings = {name: group["settings"] for group in kept["groups"] for name in group["parameters"]}
     if settings.keys() != parameters.keys():
-        raise ModelError(f"{path} is of an optimizer of other parameters; remove its folder to begin anew")
+        raise ModelError(f"{path} belongs to an optimizer of different parameters; remove its folder to start again")
     names = {parameter: name for name, parameter in parameters.items()}
     for group in optimizer.param_groups:
         if not group["params"]:
             continue
         for key, value in settings[names[group["params"][0]]].items():
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
-    # Fused kernels want the step counts beside the weights, others want them on the CPU.
+    # Fused kernels need step counts on the weights' device, others need them on the CPU.
     kinds = [(group.get("fused") or group.get("capturable"), group["params"]) for group in optimizer.param_groups]
     fused = {parameter for is_fused, members in kinds if is_fused for parameter in members}
     state: dict[Tensor, dict[str, Any]] = {}
@@ -250,7 +258,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Te
             value = _like(value, parameter)
         elif isinstance(value, Tensor) and (slot != "step" or parameter in fused):
             value = value.to(parameter.device)
-        if slot in ("state1", "state2") and hasattr(optimizer, "get_state_buffer"):  # bitsandbytes: its pages, where it has such
+        if slot in ("state1", "state2") and hasattr(optimizer, "get_state_buffer"):  # bitsandbytes may use paged memory
             value = optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(parameter, {})[slot] = value
     optimizer.state.clear()
@@ -258,7 +266,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Te
 
 
 def generator_states(runtime: Runtime) -> dict[str, Any]:
-    """The random streams of this process (Python, numpy, torch, its GPU), as JSON takes them."""
+    """The random generator states of this process (Python, numpy, torch, its GPU), in JSON types."""
     version, words, gauss = random.getstate()
     name, keys, *rest = numpy.random.get_state()
     state: dict[str, Any] = {
@@ -272,7 +280,7 @@ def generator_states(runtime: Runtime) -> dict[str, Any]:
 
 
 def set_generator_states(state: Mapping[str, Any], runtime: Runtime) -> None:
-    """Put the random streams of this process back."""
+    """Restore this process's random generator states."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]
@@ -283,12 +291,12 @@ def set_generator_states(state: Mapping[str, Any], runtime: Runtime) -> None:
 
 
 def save_generators(folder: Path, runtime: Runtime) -> None:
-    """Keep the random streams of this process in a file of its own."""
+    """Save this process's random generator states in its own file."""
     (folder / _generators(runtime)).write_text(json.dumps(generator_states(runtime)), encoding="utf-8")
 
 
 def load_generators(folder: Path, runtime: Runtime) -> bool:
-    """Put back what ``save_generators`` kept; False where another number of processes wrote the checkpoint."""
+    """Restore what ``save_generators`` saved. Returns False if a different number of processes wrote the checkpoint."""
     path = folder / _generators(runtime)
     if path.exists():
         set_generator_states(json.loads(path.read_text(encoding="utf-8")), runtime)

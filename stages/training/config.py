@@ -1,4 +1,4 @@
-"""Settings of the selection of a model along a fine-tuning run."""
+"""Settings for selecting a model during a fine-tuning run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from stages.rewards.config import RewardInput, check_names, reward_model_inputs,
 
 
 class Selection(Strict):
-    """Try the model out along the run, and keep the best."""
+    """Evaluate the model during training, and keep the best one."""
 
-    reward: list[RewardInput] = Field(min_length=1, description="Whose mean score decides; usually a reward model made before.")
-    data: DataField | None = Field(None, description="Validation prompts; null: those of the held-out demonstrations.")
-    num_prompts: int = Field(64, ge=1, description="Use the first so many distinct prompts.")
-    every_epochs: float = Field(1.0, gt=0, description="Epochs between two tries; the end of the run is always tried.")
+    reward: list[RewardInput] = Field(min_length=1, description="Reward sources whose mean score decides; usually an earlier reward model.")
+    data: DataField | None = Field(None, description="Validation prompts; null: prompts of the held-out demonstrations.")
+    num_prompts: int = Field(64, ge=1, description="Use this many distinct prompts.")
+    every_epochs: float = Field(1.0, gt=0, description="Epochs between evaluations; the end of the run is always evaluated.")
     generation: GenerationSettings = GenerationSettings()
 
     @model_validator(mode="after")
@@ -23,10 +23,10 @@ class Selection(Strict):
         return self
 
     def model_inputs(self) -> dict[str, ModelInput]:
-        """The models of the reward, by field path within the step."""
+        """The reward's models, by field path within the step."""
         return reward_model_inputs(self.reward, "selection.reward")
 
     def data_inputs(self) -> dict[str, list[DataSource]]:
-        """The validation prompts, where they are named, and the rubrics of the reward, by field path within the step."""
+        """The validation prompts, if given, and the reward's rubrics, by field path within the step."""
         inputs = rubric_inputs(self.reward, "selection.reward")
         return inputs if self.data is None else {"selection.data": self.data, **inputs}

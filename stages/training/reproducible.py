@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 else:
     Trainer = object
 
-IGNORED = -100  # label of a token that does not count in the loss
+IGNORED = -100  # label of a token that is ignored in the loss
 
 
 @cache

@@ -14,7 +14,7 @@ from stages.config import CheckpointedStepConfig
 from stages.errors import RecipeError
 from stages.models.dropout import has_dropout
 from stages.models.loading import quiet_transformers
-from stages.models.sharding import shard, whole
+from stages.models.sharding import shard, unsharded
 from stages.training.checkpoints import Checkpoints
 from stages.training.reproducible import LosslessCheckpoints
 from stages.training.state import restore_state
@@ -51,7 +51,7 @@ def train(
         Path(trainer.args.output_dir), runtime, keep_last=rule.keep_last, keep_best=rule.keep_best, seconds=rule.checkpoint_seconds
     )
     if trainer.checkpoints.keep_best and measure is None:
-        raise RecipeError(f"{context.name}: keep_best is not for this stage; leave it at 0")
+        raise RecipeError(f"{context.name}: keep_best is not supported in this stage; set it to 0")
     newest = trainer.checkpoints.newest()
     checkpoint = newest.path if newest is not None else None
     trainer.context, context.recorded = context, []
@@ -86,8 +86,8 @@ def _announce(trainer: Any, context: StepContext, description: str) -> None:
     runtime.say_model(f"{context.name}: {description}", trainer.model, dtypes[bool(trainer.args.bf16)])
     if runtime.num_processes > 1 and has_dropout(trainer.model):
         runtime.console.print(
-            f"{context.name}: dropout is on, and each process draws its own masks: with another number of processes the weights differ by "
-            "chance. Set dropout to 0 for results that do not depend on it."
+            f"{context.name}: dropout is on, and each process draws its own masks. With a different number of processes the weights differ "
+            "randomly. Set dropout to 0 for results that do not depend on it."
         )
 
 
@@ -141,7 +141,7 @@ class StepCallback(TrainerCallback):
             runtime.stop.ask(int(stop))
             control.should_training_stop = True
         if checkpoints.keep_best and self.measure is not None and self._is_measured(state):
-            with whole(self.trainer.model):
+            with unsharded(self.trainer.model):
                 score = -self.measure()
             if checkpoints.wants(score):
                 self.trainer.score, control.should_save = score, True

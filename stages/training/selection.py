@@ -1,6 +1,6 @@
-"""Which of the models along a fine-tuning run is kept: the one whose completions a reward likes best (Ouyang et al. 2022, section 3.5).
+"""Select the best model of a fine-tuning run by the reward of its completions (Ouyang et al. 2022, section 3.5).
 
-The held-out loss of supervised fine-tuning rises after the first epoch while the completions still get better, so it is the wrong judge.
+In supervised fine-tuning the held-out loss rises after the first epoch while completions still improve, so it is not a good criterion.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stages.corpora.prompts import PromptRow
 from stages.corpora.templates import encode_prompt
 from stages.engines.opening import step_sampler
 from stages.errors import RecipeError
-from stages.models.sharding import whole
+from stages.models.sharding import unsharded
 from stages.process.storage import sync, write_json
 from stages.rewards.details import Details, columns_of
 from stages.rewards.source import build_reward
@@ -31,7 +31,7 @@ from stages.training.config import Selection
 
 @dataclass(frozen=True)
 class Tried:
-    """A model along the run and how it did."""
+    """An evaluated model of the run."""
 
     optimizer_step: int
     score: float
@@ -39,14 +39,14 @@ class Tried:
 
 
 def best_of(tried: Sequence[Tried]) -> Tried:
-    """The one with the highest score; of equal ones the earliest. The held-out loss has no say."""
+    """The one with the highest score; the earliest of equal ones. The held-out loss is ignored."""
     return max(tried, key=lambda one: (one.score, -one.optimizer_step))
 
 
 class Selector:
-    """Tries the model at given optimizer steps, and keeps the weights of every new best beside the checkpoints.
+    """Evaluates the model at given optimizer steps, and saves the weights of each new best model next to the checkpoints.
 
-    After a cut the tries behind the checkpoint that the run goes on from are made again; they come out as before.
+    After an interruption, evaluations later than the resumed checkpoint are repeated with equal results.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Selector:
         rows = list(prompts)[: selection.num_prompts]
         self.prompts, self.columns = [row.prompt for row in rows], [row.columns for row in rows]
         self.prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in self.prompts]
-        require_room(model, self.prompt_ids, selection.generation)  # now, and not after the first epoch
+        require_room(model, self.prompt_ids, selection.generation)  # fail now instead of after the first epoch
         self.reward = build_reward(
             selection.reward,
             context.models,
@@ -78,7 +78,7 @@ class Selector:
         self.tried: list[Tried] = []
 
     def resume(self, optimizer_step: int) -> None:
-        """Take up what was tried up to ``optimizer_step``."""
+        """Restore the evaluations up to ``optimizer_step``."""
         try:
             rows = json.loads((self.folder / "tried.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -86,10 +86,10 @@ class Selector:
         self.tried = [Tried(**row) for row in rows if row["optimizer_step"] <= optimizer_step]
 
     def try_out(self, optimizer_step: int) -> None:
-        """Sample, score, and keep the weights where they are the best so far. Call on every process."""
+        """Sample and score; save the weights if they are the best so far. Call on every process."""
         if any(one.optimizer_step == optimizer_step for one in self.tried):
             return
-        with whole(self.model):  # the processes sample apart
+        with unsharded(self.model):  # the processes sample independently
             tried = Tried(optimizer_step, self._score(), self.measure_loss())
         self.tried.append(tried)
         self.context.log(optimizer_step, {"selection/score": tried.score, "selection/heldout_loss": tried.heldout_loss})
@@ -100,17 +100,17 @@ class Selector:
             save_tensors(trainable(self.model), path := self._file(optimizer_step), write=is_main)
             if is_main:
                 sync(path)
-        if is_main:  # last: what is listed there is whole
+        if is_main:  # written last, so that listed files are complete
             write_json(self.folder / "tried.json", [asdict(one) for one in self.tried])
 
     def load_best(self) -> Tried:
-        """Put the best weights into the model."""
+        """Load the best weights into the model."""
         best = best_of(self.tried)
         self.context.runtime.wait_for_everyone()
         if best is not self.tried[-1]:
             load_tensors(trainable(self.model), self._file(best.optimizer_step))
         self.context.runtime.console.print(
-            f"{self.context.name}: of {len(self.tried)} models along the run the one after {best.optimizer_step} optimizer steps scores "
+            f"{self.context.name}: of {len(self.tried)} evaluated models, the one after {best.optimizer_step} optimizer steps scores "
             f"best ({best.score:.3f}; the last {self.tried[-1].score:.3f})"
         )
         return best
@@ -119,7 +119,7 @@ class Selector:
         return self.folder / f"weights-{optimizer_step}.safetensors"
 
     def _score(self) -> float:
-        """Mean score over the prompts; each process answers its share, with streams that depend on the prompt's place alone."""
+        """Mean score over the prompts. Each process samples its share with random streams that depend only on the prompt's index."""
         runtime = self.context.runtime
         own = list(range(runtime.process_index, len(self.prompts), runtime.num_processes))
         seeds = [episode_seed(self.context.seed, row) for row in own]
@@ -145,9 +145,9 @@ class Selector:
 
 
 def selection_callback(selector: Selector, trainer: Any) -> Any:
-    """A Trainer callback that tries the model out every so many epochs and at the end."""
+    """A Trainer callback that evaluates the model at regular intervals and at the end."""
     if trainer.is_deepspeed_enabled:
-        raise RecipeError("selection samples along the run, for which every process needs whole weights; leave it out with ZeRO")
+        raise RecipeError("selection samples during training and needs unsharded weights; remove it, or train without ZeRO")
 
     class SelectionCallback(TrainerCallback):
         every = 0

@@ -107,7 +107,7 @@ def test_run_takes_a_recipe_file_with_overrides(tmp_path: Path, home: Path, tiny
 def test_bad_input_raises_an_error_with_the_place(pair: tuple[Any, Any], home: Path, tmp_path: Path) -> None:
     with pytest.raises(stages.StagesError, match="kl_coeff"):
         ppo(pair, shortness, kl_coeff=0.1).train(home, quiet=True)
-    with pytest.raises(stages.StagesError, match="has no tokenizer with it"):
+    with pytest.raises(stages.StagesError, match="has no tokenizer"):
         ppo(pair[0], shortness).train(home, quiet=True)
     with pytest.raises(stages.StagesError, match="row 1 of the data in memory cannot be written as JSON"):
         as_field("data", [{"prompt": object()}], tmp_path)

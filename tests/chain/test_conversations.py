@@ -173,7 +173,7 @@ def test_a_role_that_the_template_refuses_is_one_message_before_a_model_is_loade
         done = CliRunner().invoke(app, ["run", str(folder / "one.yaml"), "--home", str(folder / "home")])
         assert done.exit_code == 2 and not loaded, (step["stage"], done.output)
         message = " ".join(done.stderr.split())
-        assert "jsonl:1: the model's chat template refuses the conversation (system, user" in message and "no system turns" in message
+        assert "jsonl:1: the model's chat template rejects the conversation (system, user" in message and "no system turns" in message
 
 
 def test_the_plan_says_it_of_a_later_step(folder) -> None:

@@ -56,8 +56,8 @@ def planned(tmp_path: Path, llama: Path, last: str) -> Any:
     [
         ("stage: ppo, policy: MODELS/bert, reward: [{function: 'os:getcwd'}], data: ROWS", "is a bert model; a policy or"),
         ("stage: ppo, policy: sft, reward: [{model: MODELS/bert}], data: ROWS", r"reward\[0\].model: .* is a bert model"),
-        ("stage: reward_model, model: MODELS/t5, data: {train: ROWS}", "is a t5 model, an encoder with a decoder"),
-        ("stage: dpo, model: {ref: MODELS/falcon, quantization: nf4}, lora: {}, data: {train: ROWS}", "nf4 reaches no layer of"),
+        ("stage: reward_model, model: MODELS/t5, data: {train: ROWS}", "is a t5 model, an encoder-decoder"),
+        ("stage: dpo, model: {ref: MODELS/falcon, quantization: nf4}, lora: {}, data: {train: ROWS}", "nf4 affects no layer of"),
         ("stage: sft, model: {ref: MODELS/gemma2, attention: sdpa}, data: {train: ROWS}", "does not support sdpa"),
         ("stage: evaluation, candidates: {a: sft, b: MODELS/bert}, data: ROWS, judges: [{function: 'os:getcwd'}]", "is a bert model"),
     ],

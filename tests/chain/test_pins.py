@@ -94,7 +94,7 @@ MODELS = {
     "org/pickled": "'org/pickled' has its weights only as pytorch_model.bin: pickle files can run code .* revision: refs/pr/N",
     "org/gguf": r"'org/gguf' has no \*.safetensors \(weights found: only model.gguf\)",
     "org/empty": "'org/empty' has neither config.json nor adapter_config.json",
-    "{ref: org/model, revision: v9}": "the model 'org/model' has no revision 'v9'; name a branch, a tag or a commit",
+    "{ref: org/model, revision: v9}": "the model 'org/model' has no revision 'v9'; use a branch, a tag or a commit",
 }
 
 
@@ -259,7 +259,7 @@ def test_a_hub_that_does_not_answer_is_left_after_a_few_seconds(fresh: Hub, plac
         answer = asked(client, "run", place)
         assert answer.status == 2
         (line,) = answer.output.splitlines()
-        assert "did not answer for the model 'org/model'" in line and "with HF_HUB_OFFLINE=1 what was downloaded before is used" in line
+        assert "did not answer for the model 'org/model'" in line and "with HF_HUB_OFFLINE=1 the local cache is used" in line
         answer = asked(client, "plan", place)  # the plan of memory and steps is shown all the same
         assert answer.status == 0 and "Not checked: small.yaml:6: steps[0].model: got 'org/model': the Hub at" in answer.output
         client.close()

@@ -219,7 +219,7 @@ def test_more_than_one_epoch_is_warned_of(tmp_path: Path, step_context: Any, res
             ),
             context,
         )
-        assert sum("reward models overfit soon" in text for text in said) == warned
+        assert sum("reward models overfit quickly" in text for text in said) == warned
 
 
 @pytest.mark.detail("R13")

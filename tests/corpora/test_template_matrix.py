@@ -174,7 +174,7 @@ def test_a_system_turn_is_written_or_refused(tokenizer, name) -> None:
     messages = [{"role": SYSTEM, "content": "be kind"}, *turns(name, SINGLE)]
     read = demonstration(row(messages=messages))
     if name == "gemma":
-        with pytest.raises(DataError, match=r"chats.jsonl:7: the model's chat template refuses .*no system turns here"):
+        with pytest.raises(DataError, match=r"chats.jsonl:7: the model's chat template rejects .*no system turns here"):
             training_rows(tokenizer, read, train_on="all_assistant_turns")
         return
     (made,) = training_rows(tokenizer, read, train_on="all_assistant_turns")

@@ -158,11 +158,11 @@ def test_another_vocabulary_has_no_kl(prompts, step_context, models, config) -> 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kl_reference": "sft"}, "kl_reference='sft' is no candidate; expected one of base, aligned"),
+        ({"kl_reference": "sft"}, "kl_reference='sft' is not a candidate; expected one of base, aligned"),
         ({"candidates": {}}, "at least 1"),
         ({"judges": []}, "at least 1"),
         ({"judges": [{"function": LENGTHS}, {"function": LENGTHS}]}, "two have the name 'lengths'"),
-        ({"candidates": {"b": {"model": "x", "few_shot": {"data": "d", "template": "{completion}"}}}}, "template must hold"),
+        ({"candidates": {"b": {"model": "x", "few_shot": {"data": "d", "template": "{completion}"}}}}, "template must contain"),
     ],
 )
 def test_contradictions(fields, message, config) -> None:

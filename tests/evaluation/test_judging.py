@@ -84,7 +84,7 @@ def test_ratings_of_people(prompts, step_context, models, config, write_rows, re
         ([{"prompt": "the film", "candidate": "base"}], "are not a judgement; expected prompt . a . b . vote"),
         ([vote("the film", "a"), vote("the film", "b")], "ann already judged this in .*jsonl:1"),
         ([vote("the film", "a"), vote("the film", "b", a="aligned", b="base")], "ann already judged this"),
-        ([vote("the film", "a", a="x", b="y")], "its judgements are about no candidate; it judges x, y; candidates are base, aligned"),
+        ([vote("the film", "a", a="x", b="y")], "its judgements contain no candidate; it judges x, y; candidates are base, aligned"),
         ([{**vote("the film", "a"), "sample": -1}], "sample is -1; expected an integer >= 0"),
     ],
 )

@@ -53,7 +53,7 @@ MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 8}
 EVEN = {"num_key_value_heads": 4}
 WINDOW = {"sliding_window": 6}
-FALCON = {"LoRA on nf4": "bitsandbytes takes plain linear layers alone"}
+FALCON = {"LoRA on nf4": "bitsandbytes quantizes only plain linear layers"}
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
 
 DECODERS: dict[str, Family] = {

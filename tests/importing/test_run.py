@@ -170,7 +170,7 @@ def test_an_imported_model_is_not_said_to_be_made_of_random_weights(language_mod
 
     language_model.save_pretrained(folder)
     (record,) = import_model(folder, registry, "base").records
-    assert dict(_chosen_rows(record))["made from"] == "a model that transformers saved, imported"
+    assert dict(_chosen_rows(record))["made from"] == "imported from transformers"
 
 
 def test_import_deepspeed_chat_reward_model(folder: Path, registry: Registry) -> None:
@@ -201,7 +201,7 @@ def test_import_trlx_policy_says_that_its_value_head_is_left_out(language_model:
     imported = import_model(folder, registry, "old/policy", allow_pickle=True)
 
     assert [record.role for record in imported.records] == ["language_model"]
-    assert any(note.startswith("left out: v_head") for note in imported.notes)
+    assert any(note.startswith("dropped: v_head") for note in imported.notes)
     loaded = load_language_model(imported.records[0].path, dtype=torch.float32, trainable=False)
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=IDS).logits, language_model(input_ids=IDS).logits)
@@ -210,7 +210,7 @@ def test_import_trlx_policy_says_that_its_value_head_is_left_out(language_model:
 def test_import_refuses_a_head_of_two_layers(language_model: Any, folder: Path, registry: Registry) -> None:
     language_model.save_pretrained(folder)
     save_file({"v_head.0.weight": torch.randn(32, 16), "v_head.2.weight": torch.randn(1, 32)}, folder / "value_head.safetensors")
-    with pytest.raises(ModelError, match="not one linear layer"):
+    with pytest.raises(ModelError, match="not a linear layer"):
         import_model(folder, registry, "old/reward")
     assert registry.records() == []
 
@@ -237,7 +237,7 @@ def test_import_classifier_with_one_label_is_a_reward_model(language_model: Any,
 
 
 def test_import_says_what_a_folder_lacks(folder: Path, registry: Registry, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="holds no weights"):
+    with pytest.raises(ModelError, match="contains no weights"):
         import_model(folder, registry, "old/model")
     with pytest.raises(ModelError, match="no such folder"):
         import_model(tmp_path / "nowhere", registry, "old/model")

@@ -143,7 +143,7 @@ def test_ranks_of_simulated_scores_by_hand() -> None:
     [
         ({"target": 7}, {}, "target=7 is more than num_prompts=6"),
         ({}, {"per_prompt": 10}, "people rank at most 9 at a time"),
-        ({}, {"tie_width": 0.1}, "tie_width belongs to a judge that scores"),
+        ({}, {"tie_width": 0.1}, "tie_width needs a judge that scores"),
         ({}, {"data": "x"}, r"collect.prompts and collect.data are the same setting"),
         ({"overlap": 2.0}, {}, "less than or equal to 1"),
         ({"questions": 3}, {}, "expected the path of a file"),
@@ -158,7 +158,7 @@ def test_missing_question_file_is_told_before_a_model_is_loaded(prompts, tmp_pat
     asked = collection(prompts, {"questions": str(tmp_path / "none.yaml")})
     with pytest.raises(DataError, match=r"none.yaml: there is no such file; questions names a local file"):
         asked.check_data()
-    with pytest.raises(DataError, match="target is 30, and the data hold 20 prompts"):
+    with pytest.raises(DataError, match="target is 30, but the data has 20 prompts"):
         collection(prompts, {"target": 30}, num_prompts=40).check_data()
 
 

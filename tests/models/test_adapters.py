@@ -192,8 +192,8 @@ def test_the_pad_token_s_row_does_not_train(bases: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("base", "settings", "message"),
     [
-        ("untied", {"modules_to_save": ["embed_tokens"]}, "name both in lora.modules_to_save: .embed_tokens, lm_head."),
-        ("tied", {"modules_to_save": ["embed_tokens"]}, "leave embed_tokens out of lora.modules_to_save"),
+        ("untied", {"modules_to_save": ["embed_tokens"]}, "put both into lora.modules_to_save: .embed_tokens, lm_head."),
+        ("tied", {"modules_to_save": ["embed_tokens"]}, "remove embed_tokens from lora.modules_to_save"),
         ("tied", {"target_modules": ["embed_tokens"]}, "lora.target_modules puts an adapter on their matrix"),
         ("untied", {"target_modules": ".*lm_head"}, "lora.target_modules puts an adapter on their matrix"),
     ],

@@ -40,7 +40,7 @@ def test_weights_that_were_cut_off_are_called_damaged(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     found = message(folder)
-    assert "damaged or cut off" in found and ADVICE not in found
+    assert "damaged or truncated" in found and ADVICE not in found
 
 
 def test_a_config_that_is_no_json_is_called_that(folder: Path) -> None:

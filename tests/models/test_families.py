@@ -36,8 +36,8 @@ def test_causal_language_models_are_taken(config: Any) -> None:
         (transformers.RobertaConfig(), "'some/model' is a roberta model"),
         (transformers.XLMConfig(), "'some/model' is a xlm model"),
         (transformers.ViTConfig(), "'some/model' is a vit model"),
-        (transformers.T5Config(), "'some/model' is a t5 model, an encoder with a decoder"),
-        (transformers.BartConfig(), "'some/model' is a bart model, an encoder with a decoder"),
+        (transformers.T5Config(), "'some/model' is a t5 model, an encoder-decoder"),
+        (transformers.BartConfig(), "'some/model' is a bart model, an encoder-decoder"),
     ],
 )
 def test_other_models_are_refused(config: Any, reason: str) -> None:

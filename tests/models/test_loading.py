@@ -40,7 +40,7 @@ def test_padding_with_the_end_token_is_mended_and_said_once(
     tokenizer = load_tokenizer(str(tiny_llama_folder))
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path)
-    loading._said.clear()
+    loading._warned.clear()
     with caplog.at_level(logging.WARNING):
         first, _ = load_tokenizer(str(tmp_path)), load_tokenizer(str(tmp_path))
     assert first.pad_token == "[PAD]"

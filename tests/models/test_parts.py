@@ -35,6 +35,6 @@ def test_a_model_that_hides_its_transformer_is_refused() -> None:
             super().__init__(config)
             self.layer = nn.Linear(2, 2)
 
-    with pytest.raises(ModelError, match="Bare keeps its transformer under no name"):
+    with pytest.raises(ModelError, match="Bare stores its transformer under an unknown attribute"):
         transformer_of(Bare(transformers.LlamaConfig(**SIZES)))
     assert torch.is_grad_enabled()

@@ -94,7 +94,7 @@ def test_an_adapter_saved_with_a_fault_is_not_published(
     model = disturb(load_language_model(base, dtype=torch.float32, lora=LoraSettings(r=2)))
     context = step_context(models={"model": base})
     spoil(monkeypatch, FAULTS[fault])
-    with pytest.raises(ModelError, match="what was saved is not the model in memory|does not fit its base"):
+    with pytest.raises(ModelError, match="the saved model is not the model in memory|does not fit its base"):
         context.publish(lambda folder: save_model(model, tiny_tokenizer, folder, rows=ROWS), role="language_model", metrics={}, base=base)
     with pytest.raises(RegistryError):
         context.registry.get("test/step")
@@ -108,7 +108,7 @@ def test_a_merge_that_changes_a_tied_output_layer_is_not_published(
     model = disturb(load_language_model(resolve_folder(tied_folder), dtype=torch.float32, lora=lora))
     save_model(model, tiny_tokenizer, tmp_path / "whole", rows=ROWS)
     monkeypatch.setattr(adapters, "_untie", lambda plain: False)
-    with pytest.raises(ModelError, match="merging the adapter 'one' changes what the model computes"):
+    with pytest.raises(ModelError, match="merging the adapter 'one' changes its outputs"):
         save_model(model, tiny_tokenizer, tmp_path / "one", rows=ROWS)
     monkeypatch.setattr(stacking, "_check_merge", lambda *found: None)
     with pytest.raises(ModelError, match="not the model in memory: merged into its base, its outputs differ by"):
@@ -121,7 +121,7 @@ def test_whole_weights_saved_with_a_fault_are_refused(
     model = load_language_model(str(tiny_llama_folder), dtype=torch.float32)
     with monkeypatch.context() as patch:
         spoil(patch, change_weights("model.safetensors", lambda weights: weights.pop("lm_head.weight")))
-        with pytest.raises(ModelError, match="its files hold .* values, and the model in memory has"):
+        with pytest.raises(ModelError, match="its files contain .* values, but the model in memory has"):
             save_model(model, tiny_tokenizer, tmp_path / "one")
     with monkeypatch.context() as patch:
         spoil(patch, change_config("config.json", rms_norm_eps=0.5))
@@ -129,7 +129,7 @@ def test_whole_weights_saved_with_a_fault_are_refused(
             save_model(model, tiny_tokenizer, tmp_path / "two")
     tied = load_language_model(str(tied_folder), dtype=torch.float32)
     tied.lm_head.weight = torch.nn.Parameter(2 * tied.lm_head.weight.detach())
-    with pytest.raises(ModelError, match="share their weights .tie_word_embeddings., and they differ"):
+    with pytest.raises(ModelError, match="are tied .tie_word_embeddings., but they differ"):
         save_model(tied, tiny_tokenizer, tmp_path / "three")
 
 

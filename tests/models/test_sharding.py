@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from stages.errors import LaunchError, ModelError
-from stages.models.sharding import blocks_of, clip_gradients, grouped, shard, whole, whole_state_dict
+from stages.models.sharding import blocks_of, clip_gradients, grouped, shard, unsharded, unsharded_state_dict
 from stages.process.runtime import Runtime
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -25,7 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stages.training.checkpoints import load_optimizer, load_tensors, save_optimizer, save_tensors, trainable
 from stages.config import LoraSettings
 from stages.models.adapters import attach_lora
-from stages.models.sharding import clip_gradients, grouped, is_cut, reduce_gradients, shard, sharded_blocks, whole, whole_state_dict
+from stages.models.sharding import clip_gradients, grouped, is_sharded, reduce_gradients, shard, sharded_blocks
+from stages.models.sharding import unsharded, unsharded_state_dict
 from stages.ppo.optimizers import WeightAverage
 from stages.process.runtime import Runtime
 
@@ -56,9 +57,9 @@ for lora in (None, LoraSettings(r=2)):
     shard(cut, add_up=True)
     shard(cut, add_up=True)  # once more changes nothing
     assert len(sharded_blocks(cut)) == 2
-    assert any(is_cut(parameter) for parameter in cut.parameters())
+    assert any(is_sharded(parameter) for parameter in cut.parameters())
     if lora is not None:
-        assert not any(is_cut(parameter) for parameter in cut.parameters() if parameter.requires_grad)
+        assert not any(is_sharded(parameter) for parameter in cut.parameters() if parameter.requires_grad)
 
     optimizers = [torch.optim.AdamW(grouped([p for p in model.parameters() if p.requires_grad]), lr=1e-2, eps=1e-3, fused=True)
                   for model in pair]
@@ -73,11 +74,11 @@ for lora in (None, LoraSettings(r=2)):
             optimizer.step()
             optimizer.zero_grad()
         average.update(cut)
-    state = whole_state_dict(cut)
+    state = unsharded_state_dict(cut)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
-    with whole(cut), torch.inference_mode():
+    with unsharded(cut), torch.inference_mode():
         for length in range(3, 6 + 4 * runtime.process_index):  # another number of passes on each process
             torch.testing.assert_close(cut(input_ids=ids[:, :length]).logits, plain(input_ids=ids[:, :length]).logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss_of(cut, ids), loss_of(plain, ids), rtol=1e-4, atol=1e-5)
@@ -94,7 +95,7 @@ for lora in (None, LoraSettings(r=2)):
     sum(loss_of(plain, row[None]) for row in ids).backward()
     for optimizer in optimizers:
         optimizer.step()
-    state = whole_state_dict(cut)
+    state = unsharded_state_dict(cut)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=name)
     average.copy_to(cut)
@@ -135,16 +136,16 @@ def test_what_cannot_be_cut_is_refused() -> None:
             self.layers = nn.ModuleList([nn.Linear(2, 2)])
             self.layers[0].weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
 
-    with pytest.raises(ModelError, match="quantized weights cannot be cut over processes"):
+    with pytest.raises(ModelError, match="quantized weights cannot be sharded"):
         shard(Quantized(), add_up=True)
-    with pytest.raises(ModelError, match="Linear has no blocks that could be cut"):
+    with pytest.raises(ModelError, match="Linear has no blocks that can be sharded"):
         shard(nn.Linear(2, 2), add_up=True)
 
 
 def test_without_sharding_everything_is_plain() -> None:
     model = nn.Linear(2, 2)
-    assert whole_state_dict(model) is None and len(grouped(model.parameters())) == 1
-    with whole(model, None):
+    assert unsharded_state_dict(model) is None and len(grouped(model.parameters())) == 1
+    with unsharded(model, None):
         model(torch.ones(2)).sum().backward()
     # gradients: weight all 1 (four of them), bias 1 (two): norm sqrt(6)
     assert clip_gradients(list(model.parameters()), 1.0) == pytest.approx(6**0.5)
@@ -154,8 +155,8 @@ def test_without_sharding_everything_is_plain() -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"FSDP_VERSION": "1"}, "write fsdp_version: 2"),
-        ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params in the accelerate config is not offered here"),
+        ({"FSDP_VERSION": "1"}, "set fsdp_version: 2"),
+        ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params in the accelerate config is not supported"),
         ({"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "gradient_checkpointing: true"),
     ],
 )

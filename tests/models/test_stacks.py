@@ -47,8 +47,8 @@ def test_a_base_on_the_hub_is_read_at_the_revision_that_the_adapter_names(tmp_pa
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"base_model_name_or_path": None}, "is empty; write the folder or the hub id"),
-        ({"base_model_name_or_path": "sha256:0123456789ab"}, "is a digest of a registry .sha256:0123456789ab.; export the model merged"),
+        ({"base_model_name_or_path": None}, "is empty; set it to the folder or the Hub id"),
+        ({"base_model_name_or_path": "sha256:0123456789ab"}, "is a registry digest .sha256:0123456789ab.; export the model merged"),
         ({"base_model_name_or_path": "./gone"}, "'./gone', a folder that does not exist"),
         ({"base_model_name_or_path": "org/base", "peft_type": "IA3"}, "is of peft type IA3; only LORA"),
         ({"base_model_name_or_path": "org/base", "peft_type": "PROMPT_TUNING"}, "is of peft type PROMPT_TUNING; only LORA"),

@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(ppo_config, ppo_conte
     ppo_context.runtime.console.quiet = False
     assert_equal(finished, outcome(run(config, ppo_context), ppo_context))
     said = capsys.readouterr().out
-    assert f"{newest.name} is passed over: policy.safetensors was changed" in said and "resuming after iteration" in said
+    assert f"{newest.name} is skipped: policy.safetensors was changed" in said and "resuming after iteration" in said
 
 
 def test_the_best_iteration_is_published_beside_the_last(ppo_config, ppo_context, prompts) -> None:

@@ -177,7 +177,7 @@ def test_alarms_reach_metrics_summary_and_terminal(ppo_config, ppo_context, tmp_
     assert [alarm["name"] for alarm in metrics["alarms"]] == ["flat_reward"] and metrics["alarms"][0]["iterations"] == 2
     lines = [json.loads(line) for line in (ppo_context.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["health/alarms"] for line in lines] == [0.0, 0.0, 1.0, 1.0] and lines[3]["health/flat_reward"] == 1.0
-    assert sum("flat_reward: every completion of 3 iterations scored 1" in text for text in said) == 1
+    assert sum("flat_reward: all completions of 3 iterations score 1" in text for text in said) == 1
     assert "alarms: flat_reward" in said[-1]
 
 

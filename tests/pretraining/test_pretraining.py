@@ -114,9 +114,9 @@ def test_continuing_a_model_begins_where_it_was(corpus: Path, step_context: Any,
         ({"model": "gpt2"}, "either model .* or architecture"),
         ({"architecture": {"hidden_size": 8}}, "architecture needs a type"),
         ({"architecture": {**TINY, "vocab_size": 9}}, "set by the tokenizer"),
-        ({"lora": {}}, "lora needs a model"),
+        ({"lora": {}}, "lora needs model"),
         ({"architecture": None, "tokenizer": None, "model": {"ref": "x", "quantization": "nf4"}}, "needs lora"),
-        ({"architecture": None, "model": "x"}, "tokenizer goes with architecture"),
+        ({"architecture": None, "model": "x"}, "tokenizer needs architecture"),
         ({"tokenizer": {"vocab_sise": 300}}, "vocab_sise"),
     ],
 )
@@ -133,7 +133,7 @@ def test_defaults_of_the_stage_survive_a_partial_block(corpus: Path) -> None:
     ("fields", "message"),
     [
         ({"architecture": {"type": "lama"}}, "architecture.type='lama' is unknown; did you mean .*llama"),
-        ({"architecture": {**TINY, "num_hiden_layers": 1}}, "num_hiden_layers is no field of llama; did you mean num_hidden_layers"),
+        ({"architecture": {**TINY, "num_hiden_layers": 1}}, "num_hiden_layers is not a field of llama; did you mean num_hidden_layers"),
         ({"architecture": {**TINY, "max_position_embeddings": 8}}, "block_size=16 is longer than the model's 8 positions"),
     ],
 )

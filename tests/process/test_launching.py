@@ -91,10 +91,10 @@ def test_a_signal_gets_through_to_the_process(tmp_path: Path, environment: dict[
 def test_what_cannot_be_started_is_said(tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "zero.yaml").write_text(CONFIG.format(kind="DEEPSPEED", processes=2, cpu="false") + "deepspeed_config: {zero_stage: 3}\n")
     monkeypatch.setattr(launching, "_num_devices", lambda: 0)
-    with pytest.raises(LaunchError, match="DeepSpeed was asked for, and this machine has no GPU; use recipes/accelerate/fsdp2.yaml"):
+    with pytest.raises(LaunchError, match="DeepSpeed was requested, but this machine has no GPU; use recipes/accelerate/fsdp2.yaml"):
         launching.launch(["--config_file", str(tmp_path / "zero.yaml"), "script.py"])
     monkeypatch.setattr(launching, "_num_devices", lambda: 1)
-    with pytest.raises(LaunchError, match=r"4 processes were asked for and this machine has 1 GPU\(s\), one for each"):
+    with pytest.raises(LaunchError, match=r"4 processes were requested, but this machine has 1 GPU\(s\), one per process"):
         launching.launch(["--num_processes", "4", "script.py"])
     with pytest.raises(LaunchError, match="accelerate does not accept its options: You can only use one of"):
         launching.launch(["--cpu", "--multi_gpu", "script.py"])
@@ -107,7 +107,7 @@ def test_missing_processes_are_noticed(environment: dict[str, str], monkeypatch:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert process_environment.is_short_of_processes()
     monkeypatch.setattr(launching, "_arguments_of_launcher", lambda: None)
-    with pytest.raises(LaunchError, match="more than one process was asked for, and accelerate started this one alone"):
+    with pytest.raises(LaunchError, match="more than one process was requested, but accelerate started only this one"):
         launching.start_missing_processes()
     started: list[list[str]] = []
     monkeypatch.setattr(launching, "_arguments_of_launcher", lambda: ["--num_processes", "2", "-m", "stages", "run", "x.yaml"])

@@ -277,7 +277,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_alone(place: Pa
     stopped = start(place, "cut", *TWO, AT_CALL="2", IN_PROCESS="0", WHAT="stops")
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
     assert "resuming after iteration 2" in stopped.stdout
-    assert "stopped by SIGTERM; what is done is kept. To go on: stages run pair.yaml --home cut" in stopped.stderr
+    assert "stopped by SIGTERM; completed work is kept. To continue: stages run pair.yaml --home cut" in stopped.stderr
 
     resumed = start(place, "cut", *ONE)  # with another number of processes
     assert resumed.returncode == 0, resumed.stderr

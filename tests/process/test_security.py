@@ -113,7 +113,7 @@ def test_code_that_comes_with_a_model_runs_only_by_the_recipes_own_word_and_is_r
 
     recipe({**step, "model": "./model"})
     result = run()
-    assert result.exit_code == 2 and "write {ref: ..., trust_remote_code: true} where you trust it" in result.stderr
+    assert result.exit_code == 2 and "write {ref: ..., trust_remote_code: true} if you trust it" in result.stderr
     assert not Path("owned").exists()
 
     recipe({**step, "model": {"ref": "./model", "trust_remote_code": True}})
@@ -123,7 +123,7 @@ def test_code_that_comes_with_a_model_runs_only_by_the_recipes_own_word_and_is_r
     (parent,) = Registry("outputs/registry").lineage("safe/sft")["parents"]
     assert parent["trust_remote_code"] is True
     shown = CliRunner().invoke(app, ["models", "lineage", "safe/sft"]).stdout
-    assert "with code of the hub's" in shown
+    assert "with code from the Hub" in shown
 
 
 def test_functions_are_imported_only_from_the_modules_that_the_recipe_names() -> None:

@@ -93,7 +93,7 @@ def test_the_policy_allows_this_script_and_no_other(html: str) -> None:
 def test_the_headline_and_its_uncertainty(html: str) -> None:
     words = Page(html).words
     assert "aligned wins 70 % of 8 prompts against sft, by gold (95 % interval 60 % to 80 %)." in words
-    assert "By the same judge aligned also beats base and cannot be told from best." in words
+    assert "By the same judge aligned also beats base and cannot be distinguished from best." in words
 
 
 def test_what_to_keep_in_mind(html: str) -> None:

@@ -102,7 +102,7 @@ def test_a_reward_model_of_what_its_policy_says(prompts, step_context, models, t
 
 
 def test_refused(prompts) -> None:
-    with pytest.raises(ValidationError, match="one model or function that scores whole completions"):
+    with pytest.raises(ValidationError, match="a single model or function with one score per completion"):
         collection(prompts, judge=RewardInput.model_validate({"function": "a:b", "level": "token"}).model_dump(exclude_unset=True))
 
 

@@ -63,5 +63,5 @@ def test_a_step_says_what_it_lost(tmp_path, step_context, resolve_folder, tiny_l
     assert metrics["cut_share"] == pytest.approx(2 / 18) and metrics["heldout_cut_share"] == pytest.approx(2 / 6)
     assert metrics["heldout_pairs"] == 2
     path.write_text(json.dumps(same) + "\n")
-    with pytest.raises(DataError, match="no comparison is left: the completions of each are the same tokens after the limit of 16"):
+    with pytest.raises(DataError, match="no comparison is left: truncated to 16 tokens, the completions are equal"):
         run(RewardModelConfig.model_validate(settings), step_context("test/none", models=models))

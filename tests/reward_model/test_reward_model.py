@@ -202,7 +202,7 @@ def test_standardizing_on_samples(comparisons, step_context, sft) -> None:
     assert result.metrics["reward_gain"] == pytest.approx(1 / result.metrics["demonstration_reward_std"])
     # another draw of samples has mean 0 and variance 1 within its error
     assert len(pairs) == 256 and result.metrics["heldout_accuracy"] > 0.8
-    with pytest.raises(ValidationError, match="go with on: samples"):
+    with pytest.raises(ValidationError, match="need on: samples"):
         config(comparisons, normalization={"before_training": True})
 
 

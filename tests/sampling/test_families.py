@@ -290,7 +290,7 @@ def test_right_padded_sequences_without_a_mask_have_the_log_probabilities_of_the
 @pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "xlnet"])
 def test_a_model_that_looks_ahead_is_refused_when_it_is_loaded(kind: str) -> None:
     model = make(kind, **({} if kind == "xlnet" else {"is_decoder": False}))
-    with pytest.raises(ModelError, match=r"'mine' \(\w+\) is no causal language model"):
+    with pytest.raises(ModelError, match=r"'mine' \(\w+\) is not a causal language model"):
         require_causal(model, "mine")
     with pytest.raises(ModelError, match="cannot write a text token by token"):
         sample(model)

@@ -9,7 +9,7 @@ import torch
 
 from stages.config import GenerationSettings
 from stages.errors import ModelError
-from stages.kernels import passes as token_budget
+from stages.kernels import token_budget as token_budget
 from stages.models.loading import load_language_model
 from stages.sampling import cache, decoding
 from stages.sampling.generation import (

@@ -105,7 +105,7 @@ def test_batches_are_padded_and_masked() -> None:
         ({"model": "m"}, "either model"),
         ({"architecture": {"dim": 8}}, "architecture needs a type"),
         ({"architecture": None, "tokenizer": None}, "either model"),
-        ({"lora": {"r": 2}}, "lora needs a model"),
+        ({"lora": {"r": 2}}, "lora needs model"),
         ({"labels": ["one"]}, "at least 2"),
     ],
 )

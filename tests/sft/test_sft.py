@@ -171,7 +171,7 @@ def test_pretraining_texts_are_a_tenth_of_the_rows(
     assert [row.ids for row in drawn.train] != [
         row.ids for row in pretraining_blocks(config(demonstrations, pretraining_mix=mix), tiny_tokenizer, 9000, seed=2).train
     ]
-    with pytest.raises(DataError, match="a share of 0.9 beside 9000 demonstrations takes 81000 blocks of 8 tokens, and the texts make"):
+    with pytest.raises(DataError, match="a share of 0.9 with 9000 demonstrations needs 81000 blocks of 8 tokens, but the texts give only"):
         pretraining_blocks(config(demonstrations, pretraining_mix={**mix, "share": 0.9}), tiny_tokenizer, 9000, seed=1)
     for packing in (False, True):
         context = step_context(name=f"test/mixed{packing}", models={"model": resolve_folder(tiny_llama_folder)})

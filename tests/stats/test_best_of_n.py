@@ -47,5 +47,5 @@ def test_kl() -> None:
 
 
 def test_too_many_are_refused() -> None:
-    with pytest.raises(ValueError, match="n=3 needs 1 <= n <= the 2 samples"):
+    with pytest.raises(ValueError, match="n=3 needs 1 <= n <= 2, the number of samples"):
         best_of_n_weights([1.0, 2.0], 3)

@@ -106,10 +106,10 @@ def test_a_sweep_is_called_by_what_varies() -> None:
         (["sft.rate"], r"'sft.rate': expected field=\[value, value\]"),
         (["sft.rate=[]"], "an axis needs at least one value"),
         (["sft.rate=[1.0]", "sft.rate=2.0"], "sft.rate is given more than once"),
-        (["seeds=0"], r"'seeds=0': expected how many seeds \(seeds=3\) or a list of them"),
-        (["seeds=[a]"], "expected how many seeds"),
+        (["seeds=0"], r"'seeds=0': expected a number of seeds \(seeds=3\) or a list"),
+        (["seeds=[a]"], "expected a number of seeds"),
         (["nothing.seeds=2"], "nothing.seeds: the recipe has no such step; expected seeds or one of base.seeds, sft.seeds, side.seeds"),
-        (["sft.seeds=2", "base.seeds=3"], "there must be equally many"),
+        (["sft.seeds=2", "base.seeds=3"], "so their counts must be equal"),
         (["sft.rate=[1.0, fast]"], """override 'sft.rate="fast"': steps"""),
         (["sft.rate=[1.0", "a]"], "not readable as YAML"),
     ],
@@ -222,7 +222,7 @@ def test_the_same_command_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) 
     assert len(started) == 4  # one finished, one cut off, then the two that were missing
     first = rows("sft.rate")
     result = sweep(*arguments)
-    assert len(started) == 4 and result.stdout.count("done before") == 3
+    assert len(started) == 4 and result.stdout.count("already done") == 3
     assert rows("sft.rate") == first
     # other numbers of the same runs need no run
     sweep("sft.rate=[1.0,2.0,3.0]", "--metric", "steps.sft.metrics.loss")

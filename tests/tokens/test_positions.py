@@ -114,4 +114,4 @@ def test_row_length_never_exceeds_what_can_be_read(
     config = transformers.BloomConfig() if limit is None else transformers.LlamaConfig(max_position_embeddings=limit)
     with caplog.at_level("WARNING"):
         assert row_length(asked, config, None, unlimited=1024) == expected
-    assert ("max_length=500: model and tokenizer read at most 64 tokens" in caplog.text) == (asked == 500 and limit == 64)
+    assert ("max_length=500: lowered to 64, the limit of model and tokenizer" in caplog.text) == (asked == 500 and limit == 64)

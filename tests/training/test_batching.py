@@ -12,14 +12,14 @@ from stages.training.batching import BatchPlan, make_loader
 def test_one_step_by_hand() -> None:
     plan = BatchPlan(num_rows=10, batch_size=10, microbatch_size=2, process_index=1, num_processes=3)
     # rows 1, 4, 7 of the step are this process's; process 0 has four, in two passes of two, so all make two passes
-    assert plan.passes([10, 11, 12, 13, 14, 15, 16, 17, 18, 19]) == [[11], [14, 17]]
-    assert BatchPlan(10, 10, 2, process_index=0, num_processes=3).passes(range(10)) == [[0, 3], [6, 9]]
+    assert plan.microbatches([10, 11, 12, 13, 14, 15, 16, 17, 18, 19]) == [[11], [14, 17]]
+    assert BatchPlan(10, 10, 2, process_index=0, num_processes=3).microbatches(range(10)) == [[0, 3], [6, 9]]
 
 
 def test_a_process_without_a_row_still_makes_its_pass() -> None:
     plans = [BatchPlan(num_rows=5, batch_size=4, microbatch_size=2, process_index=index, num_processes=2) for index in range(2)]
     last = plans[0].steps(0)[-1]
-    assert [plan.passes(last) for plan in plans] == [[last], [[]]]
+    assert [plan.microbatches(last) for plan in plans] == [[last], [[]]]
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -38,11 +38,11 @@ def test_processes_share_the_rows_of_every_step(rows: int, batch: int, micro: in
     assert sorted(row for step in steps for row in step) == list(range(rows))
     assert all(plan.steps(epoch) == steps for plan in plans)
     for step in steps:
-        passes = [plan.passes(step) for plan in plans]
-        assert len({len(own) for own in passes}) == 1
-        assert sorted(row for own in passes for chunk in own for row in chunk) == sorted(step)
-        assert max(len(chunk) for own in passes for chunk in own) <= micro
-    assert len(plans[0]) == sum(len(plans[0].passes(step)) for step in steps)
+        microbatches = [plan.microbatches(step) for plan in plans]
+        assert len({len(own) for own in microbatches}) == 1
+        assert sorted(row for own in microbatches for chunk in own for row in chunk) == sorted(step)
+        assert max(len(chunk) for own in microbatches for chunk in own) <= micro
+    assert len(plans[0]) == sum(len(plans[0].microbatches(step)) for step in steps)
 
 
 def test_epochs_and_seeds_shuffle_anew() -> None:
@@ -62,6 +62,6 @@ def test_the_loader_gives_what_the_plan_says_and_a_pass_that_does_not_count(proc
     plan = BatchPlan(num_rows=5, batch_size=4, microbatch_size=1, process_index=process, num_processes=2)
     loader = make_loader([f"row {index}" for index in range(5)], lambda rows: rows, lambda rows: ["nothing"], plan)
     loader.set_epoch(2)
-    expected = [[f"row {row}" for row in chunk] or ["nothing"] for step in plan.steps(2) for chunk in plan.passes(step)]
+    expected = [[f"row {row}" for row in chunk] or ["nothing"] for step in plan.steps(2) for chunk in plan.microbatches(step)]
     assert list(loader) == expected and len(loader) == 3
     assert (expected[-1] == ["nothing"]) == (process == 1)

@@ -89,7 +89,7 @@ def test_a_damaged_one_is_told_of_and_passed_over(tmp_path: Path, damage, proble
     assert problem in str(problem_of(tmp_path / "checkpoint-000002"))
     found = kept.newest()
     assert found is not None and found.number == 1
-    assert "checkpoint-000002 is passed over" in capsys.readouterr().out
+    assert "checkpoint-000002 is skipped" in capsys.readouterr().out
 
 
 def test_without_its_manifest_it_was_never_finished(tmp_path: Path, runtime: Runtime) -> None:
@@ -134,7 +134,7 @@ def test_tensors_round_trip_and_another_models_are_refused(tmp_path: Path) -> No
     target = {name: torch.zeros_like(value) for name, value in source.items()}
     load_tensors(target, tmp_path / "x.safetensors")
     assert all(torch.equal(target[name], source[name]) for name in source)
-    with pytest.raises(ModelError, match="holds the weights of another model"):
+    with pytest.raises(ModelError, match="contains the weights of a different model"):
         load_tensors({"c": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ModelError, match=r"a has shape \(3, 4\), expected \(4, 3\)"):
         load_tensors({"a": torch.zeros(4, 3), "b": torch.zeros(())}, tmp_path / "x.safetensors")
@@ -152,7 +152,7 @@ def test_optimizers_round_trip_with_their_settings(tmp_path: Path) -> None:
     save_optimizer(optimizer, {"w": weight}, tmp_path / "o.safetensors")
     other_weight, other = made()
     load_optimizer(other, {"w": other_weight}, tmp_path / "o.safetensors")
-    with pytest.raises(ModelError, match="of other parameters"):
+    with pytest.raises(ModelError, match="of different parameters"):
         load_optimizer(other, {"v": other_weight}, tmp_path / "o.safetensors")
     assert other.param_groups[0]["lr"] == 0.25 and other.param_groups[0]["betas"] == (0.8, 0.9)
     other_weight.data.copy_(weight.data)
