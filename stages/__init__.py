@@ -2,7 +2,7 @@
 
     import stages
 
-    results = stages.run("quickstart", {"aligned.kl_coef": 0.1})
+    results = stages.run("quickstart", {"aligned.kl.coef": 0.1})
     model = stages.PPO(policy=(model, tokenizer), reward=my_function, data=prompts, total_episodes=512).train()
 
 Importing this package is fast: names are imported on first use.

@@ -194,6 +194,8 @@ def run(
     runtime.waits_for_people = wait
     with _stoppable(runtime):
         loaded = load_recipe(recipe, overrides or [], _registry(home))
+        for notice in loaded.notices():
+            runtime.console.print(notice, markup=False, soft_wrap=True)
         chain.run(loaded, _home(home), runtime, command=command_to_go_on())
     runtime.leave()
 
@@ -254,6 +256,8 @@ def plan(
         return
     console = _runtime().console
     console.print(chain.plan_table(plans, f"{loaded.name}: {len(plans)} steps"))
+    for notice in loaded.notices():
+        console.print(notice, markup=False, soft_wrap=True)
     for message in commits.unreached:
         console.print(f"Not checked: {message}", markup=False, soft_wrap=True)
     unseen = [step.name for step in loaded.steps if chain.on_hub(step)]
@@ -308,7 +312,7 @@ def sweep(
         list[str] | None,
         typer.Argument(
             metavar="[STEP.FIELD=[VALUE,...]]...",
-            help="Axes: aligned.kl_coef=[0.01,0.1], a.field+b.field=[1,2] together, seeds=3 or aligned.seeds=3; "
+            help="Axes: aligned.kl.coef=[0.01,0.1], a.field+b.field=[1,2] together, seeds=3 or aligned.seeds=3; "
             "a single value is an override for every run.",
         ),
     ] = None,

@@ -6,7 +6,7 @@ Each stage has its own step config in its own module, which extends ``StepConfig
 import re
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -28,6 +28,10 @@ class Strict(BaseModel):
     """A recipe block: unknown fields are errors, types are not converted, instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+
+    def former_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """``settings``, the values of this block, in the form of the first version. Fingerprints use it, so that they outlive renamings."""
+        return settings
 
     def without_effect(self) -> set[str]:
         """Fields (dotted paths) that change nothing of a result as the others stand; the fingerprint of a step leaves them out."""
@@ -207,11 +211,49 @@ class StepConfig(Strict):
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="Random seed of this step (default: the recipe's).")
     precision: Precision = Field("auto", description="auto: bf16 if a measurement shows that it is faster on this hardware, else fp32.")
 
+    former_names: ClassVar[dict[str, str]] = {}
+    """Flat field names of earlier versions, and their path today: {"kl_coef": "kl.coef"}. Both are accepted, and have one fingerprint."""
 
-class CheckpointedStepConfig(StepConfig):
-    """A long step that resumes from its newest checkpoint after an interruption."""
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_former_names(cls, value: Any) -> Any:
+        return with_current_names(value, cls.former_names) if isinstance(value, dict) else value
 
-    checkpoint_seconds: float = Field(
+    def former_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """``settings`` with the flat names of earlier versions."""
+        flat = {name: dict(item) if isinstance(item, dict) else item for name, item in settings.items()}
+        for former, path in self.former_names.items():
+            group, _, name = path.partition(".")
+            flat[former] = flat[group].pop(name)
+        groups = {path.partition(".")[0] for path in self.former_names.values()}
+        return {name: item for name, item in flat.items() if name not in groups or item}
+
+
+def with_current_names(content: dict[str, Any], former_names: dict[str, str]) -> dict[str, Any]:
+    """``content`` of a step with the fields of earlier versions moved to their path today. Raises ValueError if both are set."""
+    renamed = {name: value for name, value in content.items() if name not in former_names}
+    for former in (name for name in content if name in former_names):
+        group, _, name = former_names[former].partition(".")
+        block = renamed.get(group, {})
+        block = block.model_dump(exclude_unset=True) if isinstance(block, BaseModel) else block
+        if not isinstance(block, dict) or name in block:
+            raise ValueError(f"{former} is the former name of {group}.{name}, and {group} is set, too; remove {former}")
+        renamed[group] = {**block, name: content[former]}
+    return renamed
+
+
+def is_changed(block: BaseModel, path: str) -> bool:
+    """Whether the field at a dotted path below ``block`` differs from its default."""
+    *groups, name = path.split(".")
+    for group in groups:
+        block = getattr(block, group)
+    return bool(getattr(block, name) != type(block).model_fields[name].get_default(call_default_factory=True))
+
+
+class CheckpointSettings(Strict):
+    """When a step writes checkpoints, and which of them it keeps."""
+
+    seconds: float = Field(
         10.0, ge=0, description="Minimum time between checkpoints; 0: at every safe point. It grows if writing takes over 5 % of the time."
     )
     keep_last: int = Field(2, ge=1, description="Number of newest checkpoints to keep while the step runs; a damaged one is skipped.")
@@ -221,6 +263,18 @@ class CheckpointedStepConfig(StepConfig):
         description="Also keep this many of the best checkpoints, and publish the best one as <name>-best. ppo: by mean reward minus KL "
         "penalty; other stages: by their held-out metric, which is measured ten times per run.",
     )
+
+
+class CheckpointedStepConfig(StepConfig):
+    """A long step that resumes from its newest checkpoint after an interruption."""
+
+    checkpoints: CheckpointSettings = Field(CheckpointSettings(), description="When to write checkpoints, and which to keep.")
+
+    former_names: ClassVar[dict[str, str]] = {
+        "checkpoint_seconds": "checkpoints.seconds",
+        "keep_last": "checkpoints.keep_last",
+        "keep_best": "checkpoints.keep_best",
+    }
 
 
 class TrainingStepConfig(CheckpointedStepConfig):

@@ -30,7 +30,7 @@ def run(
     """Run a recipe and return its results. Completed steps are reused.
 
     ``recipe`` is a file, the name of a shipped recipe, or a list of steps: mappings as in a recipe, whose values may also be models, data
-    sets and functions in memory. ``name`` and ``seed`` are then the recipe's. ``overrides`` maps paths to values: ``{"aligned.kl_coef":
+    sets and functions in memory. ``name`` and ``seed`` are then the recipe's. ``overrides`` maps paths to values: ``{"aligned.kl.coef":
     0.1}``. ``home`` is the folder for all results (default: STAGES_HOME, else ``outputs``).
 
     With ``wait`` the call waits for annotators to rank completions. Without it, it raises Waiting (stages.errors), which says what to do.

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from stages.config import DataSource, ModelInput, Strict
 from stages.process.modules import source_of
 from stages.recipe.functions import addresses
-from stages.recipe.schema import STAGES, RecipeStep, data_inputs
+from stages.recipe.schema import STAGES, RecipeStep, data_inputs, former_names
 from stages.registry.contents import file_sha256
 
 PACKAGE = Path(__file__).parents[1]
@@ -50,6 +50,7 @@ def settings_of(config: BaseModel) -> dict[str, Any]:
     settings = {name: _setting(getattr(config, name)) for name in type(config).model_fields if name not in ("name", "seed", "stage")}
     if isinstance(config, Strict):
         _leave_out(settings, config.without_effect())
+        settings = config.former_settings(settings)
     return settings
 
 
@@ -68,6 +69,7 @@ def _setting(value: Any) -> Any:
         settings = {name: _setting(getattr(value, name)) for name in type(value).model_fields}
         if isinstance(value, Strict):
             _leave_out(settings, value.without_effect())
+            settings = value.former_settings(settings)
         if isinstance(value, ModelInput):
             del settings["ref"], settings["revision"]
         if isinstance(value, DataSource):
@@ -153,7 +155,8 @@ def why(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         changes.append(f"stage changed ({old.get('stage')} -> {new['stage']})")
     before, after = _flat(old.get("settings", {})), _flat(new["settings"])
     settings = [key for key in sorted({*before, *after}) if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
-    shown = [f"{key} ({_word(before, key)} -> {_word(after, key)})" for key in settings[:3]]
+    names = former_names(new["stage"])
+    shown = [f"{names.get(key, key)} ({_word(before, key)} -> {_word(after, key)})" for key in settings[:3]]
     if settings:
         more = f" and {len(settings) - 3} more" if len(settings) > 3 else ""
         changes.append(f"setting changed: {', '.join(shown)}{more}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from operator import attrgetter
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,6 +19,7 @@ from stages.config import (
     ModelInput,
     Optimizer,
     Strict,
+    is_changed,
 )
 from stages.corpora.curation import Curation
 from stages.corpora.fitting import PromptFit
@@ -60,6 +62,54 @@ class PretrainingMix(Strict):
     )
 
 
+class KLSettings(Strict):
+    """The penalty on the KL divergence between policy and reference, and a limit for one iteration's updates."""
+
+    coef: float = Field(0.05, ge=0, description="Weight of the per-token KL penalty in the reward (adaptive: the initial one).")
+    target: float | None = Field(None, gt=0, description="Adapt coef towards this KL per sequence, in nats; null: coef is fixed.")
+    horizon: int = Field(10_000, ge=1, description="Episodes over which an adaptive coef moves by the clipped error.")
+    estimator: Literal["k1", "k2", "k3"] = Field("k1", description="Per-token estimate of the KL in the reward; the papers' is k1.")
+    update_limit: float | None = Field(None, gt=0, description="End an iteration's updates once approx_kl is above; null: never.")
+
+
+class GAESettings(Strict):
+    """Generalized advantage estimation (Schulman et al. 2016)."""
+
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount per token.")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="Lambda: 0 trusts the value network, 1 the rewards of the whole completion.")
+    value_gae_lambda: float | None = Field(None, ge=0, le=1, description="Lambda of the value network's returns; null: gae_lambda.")
+
+
+class ClipSettings(Strict):
+    """Clips of the PPO objective."""
+
+    ratio: float = Field(0.2, gt=0, description="Clip of the probability ratio.")
+    dual: float | None = Field(None, gt=1, description="Bound on the ratio where the advantage is negative; null: none.")
+    value: float | None = Field(0.2, gt=0, description="Clip of values around the rollout's; null: none.")
+
+
+class WhiteningSettings(Strict):
+    """Whitening of advantages and rewards."""
+
+    advantages: bool | None = Field(None, description="Zero mean and unit variance over the tokens that count; null: with advantages: gae.")
+    rewards: bool = Field(False, description="Unit variance of the per-token rewards over the tokens that count; the mean is kept.")
+    scope: Literal["rollout", "process", "minibatch"] = Field(
+        "rollout",
+        description="Over what to whiten: all episodes of an iteration; each process's own (Huang et al. 2024); or each minibatch, whose "
+        "advantages are then computed anew (Ziegler et al. 2019).",
+    )
+
+
+class EMASettings(Strict):
+    """An exponential moving average of the policy's weights."""
+
+    decay: float | None = Field(None, gt=0, lt=1, description="Publish an exponential moving average of the weights; null: the last.")
+    cadence: Literal["optimizer_step", "iteration"] = Field(
+        "optimizer_step", description="When the average takes in the weights; the paper does not say. Rollouts are the policy's own."
+    )
+    publish_last: bool = Field(False, description="With decay: also publish the last weights, as <name>-last.")
+
+
 class PPOStepConfig(CheckpointedStepConfig):
     """Align ``policy`` to the weighted ``reward`` sources, held near its reference by a KL penalty."""
 
@@ -96,10 +146,11 @@ class PPOStepConfig(CheckpointedStepConfig):
     )
     ppo_epochs: int = Field(4, ge=1, description="Passes over each iteration's episodes.")
 
-    kl_coef: float = Field(0.05, ge=0, description="Weight of the per-token KL penalty in the reward (adaptive: the initial one).")
-    kl_target: float | None = Field(None, gt=0, description="Adapt kl_coef towards this KL per sequence, in nats; null: kl_coef is fixed.")
-    kl_horizon: int = Field(10_000, ge=1, description="Episodes over which an adaptive kl_coef moves by the clipped error.")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="Per-token estimate of the KL in the reward; the papers' is k1.")
+    kl: KLSettings = Field(KLSettings(), description="The KL penalty.")
+    gae: GAESettings = Field(GAESettings(), description="Generalized advantage estimation.")
+    clip: ClipSettings = Field(ClipSettings(), description="Clips of the objective.")
+    whiten: WhiteningSettings = Field(WhiteningSettings(), description="Whitening of advantages and rewards.")
+    ema: EMASettings = Field(EMASettings(), description="A moving average of the weights.")
     advantages: Literal["gae", "rloo", "grpo", "reinforce"] = Field(
         "gae",
         description="gae: by a value network. The others have none; all tokens of a completion share one advantage, from its return (score "
@@ -108,23 +159,8 @@ class PPOStepConfig(CheckpointedStepConfig):
     )
     samples_per_prompt: int = Field(1, ge=1, description="Completions of each prompt in an iteration; rollout_batch_size counts them all.")
     divide_by_deviation: bool = Field(True, description="grpo: false leaves the division out (Dr. GRPO, Liu et al. 2025).")
-    gamma: float = Field(1.0, gt=0, le=1, description="Discount per token.")
-    gae_lambda: float = Field(0.95, ge=0, le=1)
-    value_gae_lambda: float | None = Field(None, ge=0, le=1, description="Lambda of the value network's returns; null: gae_lambda.")
-    clip_range: float = Field(0.2, gt=0, description="Clip of the probability ratio.")
-    dual_clip: float | None = Field(None, gt=1, description="Bound on the ratio where the advantage is negative; null: none.")
-    value_clip_range: float | None = Field(0.2, gt=0, description="Clip of values around the rollout's; null: none.")
     value_coef: float = Field(0.1, gt=0, description="Weight of the value loss.")
     entropy_coef: float = Field(0.0, ge=0, description="Weight of an entropy bonus.")
-    whiten_advantages: bool | None = Field(
-        None, description="Zero mean and unit variance over the tokens that count; null: with advantages: gae."
-    )
-    whiten_rewards: bool = Field(False, description="Unit variance of the per-token rewards over the tokens that count; the mean is kept.")
-    whitening_scope: Literal["rollout", "process", "minibatch"] = Field(
-        "rollout",
-        description="Over what to whiten: all episodes of an iteration; each process's own (Huang et al. 2024); or each minibatch, whose "
-        "advantages are then computed anew (Ziegler et al. 2019).",
-    )
     missing_eos: Literal["none", "replace", "subtract"] = Field(
         "none", description="Completion without stop token: replace its score by -penalty (Ziegler, Huang) or lower it (TRL)."
     )
@@ -134,7 +170,6 @@ class PPOStepConfig(CheckpointedStepConfig):
         description="Where the score is paid: at the last token, or one state behind it with a value of its own, where the response leaves "
         "room (Huang et al. 2024).",
     )
-    target_update_kl: float | None = Field(None, gt=0, description="End an iteration's updates once approx_kl is above; null: never.")
     value_warmup_iterations: int = Field(0, ge=0, description="First iterations train the value network alone.")
     rollout_logprobs: Literal["auto", "sampled", "recomputed"] = Field(
         "auto",
@@ -147,11 +182,6 @@ class PPOStepConfig(CheckpointedStepConfig):
         "and by no more than this.",
     )
     pretraining_mix: PretrainingMix | None = Field(None, description="PPO-ptx; null: plain PPO.")
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="Publish an exponential moving average of the weights; null: the last.")
-    ema_cadence: Literal["optimizer_step", "iteration"] = Field(
-        "optimizer_step", description="When the average takes in the weights; the paper does not say. Rollouts are the policy's own."
-    )
-    publish_last: bool = Field(False, description="With ema_decay: also publish the last weights, as <name>-last.")
     num_samples: int = Field(2, ge=0, description="Sample completions to keep per iteration (samples.jsonl).")
     health: HealthSettings = Field(HealthSettings(), description="When to raise an alarm about the run, and which alarms end it.")
     offload: bool = Field(
@@ -160,14 +190,35 @@ class PPOStepConfig(CheckpointedStepConfig):
     )
     publish_value: bool = Field(False, description="Also publish the value network, as <name>-value.")
 
+    former_names: ClassVar[dict[str, str]] = {
+        **CheckpointedStepConfig.former_names,
+        "kl_coef": "kl.coef",
+        "kl_target": "kl.target",
+        "kl_horizon": "kl.horizon",
+        "kl_estimator": "kl.estimator",
+        "target_update_kl": "kl.update_limit",
+        "gamma": "gae.gamma",
+        "gae_lambda": "gae.gae_lambda",
+        "value_gae_lambda": "gae.value_gae_lambda",
+        "clip_range": "clip.ratio",
+        "dual_clip": "clip.dual",
+        "value_clip_range": "clip.value",
+        "whiten_advantages": "whiten.advantages",
+        "whiten_rewards": "whiten.rewards",
+        "whitening_scope": "whiten.scope",
+        "ema_decay": "ema.decay",
+        "ema_cadence": "ema.cadence",
+        "publish_last": "ema.publish_last",
+    }
+
     @model_validator(mode="after")
     def _consistent(self) -> PPOStepConfig:
         if self.rollout_batch_size % self.minibatch_size:
             raise ValueError(f"rollout_batch_size={self.rollout_batch_size} must be a multiple of minibatch_size={self.minibatch_size}")
         if self.total_episodes < self.rollout_batch_size:
             raise ValueError(f"total_episodes={self.total_episodes} is less than one rollout_batch_size={self.rollout_batch_size}")
-        if self.whitening_scope == "minibatch" and self.minibatch_size < 8:
-            raise ValueError(f"whitening_scope=minibatch needs minibatch_size >= 8 for a usable variance, got {self.minibatch_size}")
+        if self.whiten.scope == "minibatch" and self.minibatch_size < 8:
+            raise ValueError(f"whiten.scope=minibatch needs minibatch_size >= 8 for a usable variance, got {self.minibatch_size}")
         if self.policy.quantization != "none" and self.lora is None:
             raise ValueError(f"policy.quantization={self.policy.quantization!r} needs lora: quantized weights cannot be trained themselves")
         if self.generation.temperature == 0:
@@ -176,8 +227,8 @@ class PPOStepConfig(CheckpointedStepConfig):
             raise ValueError(f"training.adam_style=tensorflow goes with optimizer: adamw, got {self.training.optimizer!r}")
         if self.training.adam_style == "tensorflow" and self.training.weight_decay:
             raise ValueError("training.weight_decay goes with adam_style: torch only")
-        if self.publish_last and self.ema_decay is None:
-            raise ValueError("publish_last goes with ema_decay: without an average the last weights are what is published")
+        if self.ema.publish_last and self.ema.decay is None:
+            raise ValueError("ema.publish_last goes with ema.decay: without an average the last weights are what is published")
         if self.generation.vllm is None and self.importance_cap != type(self).model_fields["importance_cap"].default:
             raise ValueError("importance_cap goes with generation.engine: vllm; the local sampler is the policy itself")
         generation = self.generation
@@ -212,16 +263,17 @@ class PPOStepConfig(CheckpointedStepConfig):
             raise ValueError(f"divide_by_deviation=false goes with advantages: grpo, got {self.advantages!r}")
         if self.has_value:
             return self
-        ours = type(self).model_fields
-        for name in ("value", "publish_value", "value_warmup_iterations", "value_gae_lambda", "score_placement", "whiten_rewards"):
-            if getattr(self, name) != ours[name].default:
-                raise ValueError(f"{name}={_shown(getattr(self, name))} goes with advantages: gae; {self.advantages} has no value network")
+        for path in ("value", "publish_value", "value_warmup_iterations", "gae.value_gae_lambda", "score_placement", "whiten.rewards"):
+            if is_changed(self, path):
+                raise ValueError(
+                    f"{path}={_shown(attrgetter(path)(self))} goes with advantages: gae; {self.advantages} has no value network"
+                )
         if self.training.value_learning_rate is not None:
             raise ValueError(f"training.value_learning_rate goes with advantages: gae; {self.advantages} has no value network")
-        if self.gamma != 1:
-            raise ValueError(f"gamma={self.gamma} goes with advantages: gae; {self.advantages} weighs whole completions")
-        if self.whitening_scope != "rollout":
-            raise ValueError(f"whitening_scope={self.whitening_scope} goes with advantages: gae; it would part a prompt's completions")
+        if self.gae.gamma != 1:
+            raise ValueError(f"gae.gamma={self.gae.gamma} goes with advantages: gae; {self.advantages} weighs whole completions")
+        if self.whiten.scope != "rollout":
+            raise ValueError(f"whiten.scope={self.whiten.scope} goes with advantages: gae; it would part a prompt's completions")
         return self
 
     def without_effect(self) -> set[str]:
@@ -234,8 +286,8 @@ class PPOStepConfig(CheckpointedStepConfig):
 
     @property
     def whitens_advantages(self) -> bool:
-        """``whiten_advantages``, by default on with a value network and off without."""
-        return self.has_value if self.whiten_advantages is None else self.whiten_advantages
+        """``whiten.advantages``, by default on with a value network and off without."""
+        return self.has_value if self.whiten.advantages is None else self.whiten.advantages
 
     @property
     def prompts_per_iteration(self) -> int:

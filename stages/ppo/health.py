@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.config import Strict
 
@@ -33,30 +33,92 @@ AlarmName = Literal[
 ]
 
 
-class HealthSettings(Strict):
-    """Thresholds of the alarms; null disables one. "At first" means the mean of the first three iterations."""
+NEGATIVE_KL_ERRORS = 4.0
+"""negative_kl: standard errors by which the mean KL lies below 0. A normal variable falls so low once in 30,000 draws."""
+DISAGREEMENT = 0.1
+"""policies_disagree: |ratio - 1| in an iteration's first minibatch. The two passes compute the same function, so only rounding may
+move the ratio."""
+VALUE_GROWTH = 20.0
+"""value_blow_up: value loss as a multiple of its recent median. The loss is a mean over few episodes, so a small factor is noise."""
+ENTROPY_SHARE = 0.1
+"""entropy_collapse: entropy per token as a share of that at first. A policy that learns a task becomes more certain; a tenth of the
+entropy is almost one answer."""
+LENGTH_FACTOR = 2.5
+"""length_drift: times longer or shorter than at first. A learned style may change the length; more suggests that the reward pays
+for length."""
+REPETITION_RISE = 0.25
+"""repetition: rise of the share of 4-grams that a completion has twice. Sampled text has some repetition from the start, so the
+rise counts."""
+DISTINCT_SHARE = 0.5
+"""sameness: share of different completions, against that at first. Short answers may agree by chance; half of them may not."""
+STOPPED_DROP = 0.3
+"""missing_eos: fall of the share of completions that end by themselves. The share of a batch of 64 varies by about 0.06 (one
+standard error)."""
 
-    negative_kl_errors: float | None = Field(4.0, gt=0, description="negative_kl: number of standard errors that the mean KL is below 0.")
-    kl_limit: float | None = Field(50.0, gt=0, description="exploding_kl: nats per completion.")
-    disagreement: float | None = Field(
-        0.1, gt=0, description="policies_disagree: |ratio - 1| in an iteration's first minibatch, before any optimizer step."
-    )
+LIMITS: dict[AlarmName, tuple[str, float | None]] = {
+    "negative_kl": ("negative_kl_errors", NEGATIVE_KL_ERRORS),
+    "exploding_kl": ("kl_limit", None),
+    "policies_disagree": ("disagreement", DISAGREEMENT),
+    "sampler_disagrees": ("sampler_gap", None),
+    "ratio_blow_up": ("ratio_limit", None),
+    "value_blow_up": ("value_growth", VALUE_GROWTH),
+    "entropy_collapse": ("entropy_share", ENTROPY_SHARE),
+    "length_drift": ("length_factor", LENGTH_FACTOR),
+    "repetition": ("repetition_rise", REPETITION_RISE),
+    "sameness": ("distinct_share", DISTINCT_SHARE),
+    "missing_eos": ("stopped_drop", STOPPED_DROP),
+    "flat_reward": ("flat_iterations", None),
+    "reward_hacking": ("hacking_errors", None),
+}
+"""Alarm -> (the name of its limit, its value if that is a constant; None: a setting). Earlier versions had a setting for each limit."""
+
+
+class HealthSettings(Strict):
+    """Which alarms are raised, and which end the run. "At first" is the mean of the first three iterations."""
+
+    kl_limit: float | None = Field(50.0, gt=0, description="exploding_kl: nats per completion; null: off.")
     sampler_gap: float | None = Field(
-        0.1, gt=0, description="sampler_disagrees: nats per token between the log-probabilities of vLLM and the trainer's, in the mean."
+        0.1,
+        gt=0,
+        description="sampler_disagrees: nats per token between the log-probabilities of vLLM and the trainer's, in the mean; null: off.",
     )
-    ratio_limit: float | None = Field(30.0, gt=0, description="ratio_blow_up: maximum |ratio - 1| in an iteration.")
-    value_growth: float | None = Field(20.0, gt=1, description="value_blow_up: value loss, as a multiple of its recent median.")
-    entropy_share: float | None = Field(0.1, gt=0, lt=1, description="entropy_collapse: entropy per token relative to the value at first.")
-    length_factor: float | None = Field(2.5, gt=1, description="length_drift: factor by which the length changed since at first.")
-    repetition_rise: float | None = Field(0.25, gt=0, description="repetition: increase of the share of repeated 4-grams in a completion.")
-    distinct_share: float | None = Field(0.5, gt=0, lt=1, description="sameness: share of distinct completions relative to that at first.")
-    stopped_drop: float | None = Field(0.3, gt=0, description="missing_eos: decrease of the share of completions with an end token.")
-    flat_iterations: int | None = Field(3, ge=1, description="flat_reward: consecutive iterations in which all completions score the same.")
+    ratio_limit: float | None = Field(30.0, gt=0, description="ratio_blow_up: largest |ratio - 1| of an iteration; null: off.")
+    flat_iterations: int | None = Field(
+        3, ge=1, description="flat_reward: iterations in a row in which every completion scored the same; null: off."
+    )
     hacking_errors: float | None = Field(
-        5.0, gt=0, description="reward_hacking: standard errors that a monitor fell below its best while the score rose by as many."
+        5.0,
+        gt=0,
+        description="reward_hacking: standard errors by which a monitor fell from its best while the score rose as clearly; null: off.",
     )
-    window: int = Field(5, ge=3, description="Number of iterations averaged for value_blow_up and reward_hacking.")
-    stop_on: list[AlarmName] = Field([], description="Alarms that end the run; others are only reported.")
+    window: int = Field(5, ge=3, description="Iterations that are averaged for value_blow_up and reward_hacking.")
+    off: list[AlarmName] = Field([], description="Alarms that are not raised.")
+    stop_on: list[AlarmName] = Field([], description="Alarms that end the run; the others are said and counted.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_former_limits(cls, value: Any) -> Any:
+        """Accept a limit that is a constant today if it has the constant's value, or null: then its alarm is off."""
+        if not isinstance(value, dict):
+            return value
+        limits = {name: (alarm, constant) for alarm, (name, constant) in LIMITS.items() if constant is not None}
+        kept = {name: item for name, item in value.items() if name not in limits}
+        off = []
+        for name in (name for name in value if name in limits):
+            alarm, constant = limits[name]
+            if value[name] is None:
+                off.append(alarm)
+            elif value[name] != constant:
+                raise ValueError(
+                    f"{name} is a constant ({constant:g}) and no setting; remove it, or switch its alarm off with health.off: [{alarm}]"
+                )
+        return {**kept, "off": [*kept.get("off", []), *off]} if off else kept
+
+    def former_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """``settings`` with a limit for each alarm, null if it is off, as earlier versions had them."""
+        constants = {name: constant for name, constant in LIMITS.values() if constant is not None}
+        switched_off = {LIMITS[alarm][0]: None for alarm in self.off}
+        return {**{name: item for name, item in settings.items() if name != "off"}, **constants, **switched_off}
 
 
 @dataclass(frozen=True)
@@ -154,7 +216,7 @@ class Health:
         """Check the next iteration and return its alarms."""
         iteration = self._history.length
         self._history.append(metrics)
-        alarms = [alarm for check in CHECKS for alarm in check(self._history, self.settings)]
+        alarms = [alarm for check in CHECKS for alarm in check(self._history, self.settings) if alarm.name not in self.settings.off]
         self.begun = []
         for alarm in alarms:
             entry = self._raised.setdefault(alarm.name, {"first_iteration": iteration, "iterations": 0, "message": alarm.message})
@@ -186,7 +248,7 @@ def _negative_kl(history: History, settings: HealthSettings) -> Iterator[Alarm]:
     recent = history.recent[-EARLY:]  # single small batches can be far below 0 by chance; a real mismatch shows in all
     kl = statistics.fmean(now["policy/kl"] for now in recent)
     error = math.hypot(*(now["policy/kl_standard_error"] for now in recent)) / len(recent)
-    if settings.negative_kl_errors is not None and kl < -settings.negative_kl_errors * error - 1e-3:
+    if kl < -NEGATIVE_KL_ERRORS * error - 1e-3:
         yield Alarm(
             "negative_kl",
             f"the KL to the reference is {kl:.3f} nats, {-kl / max(error, 1e-9):.0f} standard errors below 0, which is impossible: the "
@@ -199,14 +261,14 @@ def _exploding_kl(history: History, settings: HealthSettings) -> Iterator[Alarm]
     if settings.kl_limit is not None and kl > settings.kl_limit:
         yield Alarm(
             "exploding_kl",
-            f"the KL to the reference is {kl:.1f} nats per completion (limit {settings.kl_limit:g}): the policy has left the "
-            "reward model's training distribution; raise kl_coef, set kl_target, or lower training.learning_rate",
+            f"the KL to the reference is {kl:.1f} nats per completion (limit {settings.kl_limit:g}): the policy has left what the reward "
+            "model knows; raise kl.coef, set kl.target, or lower training.learning_rate",
         )
 
 
 def _policies_disagree(history: History, settings: HealthSettings) -> Iterator[Alarm]:
     deviation = history.now["policy/ratio_first_deviation"]
-    if settings.disagreement is not None and deviation > settings.disagreement:
+    if deviation > DISAGREEMENT:
         yield Alarm(
             "policies_disagree",
             f"before the iteration's first optimizer step a probability ratio differs from 1 by {deviation:.3g}: sampling and training "
@@ -230,8 +292,8 @@ def _ratio_blow_up(history: History, settings: HealthSettings) -> Iterator[Alarm
     if settings.ratio_limit is not None and deviation > settings.ratio_limit:
         yield Alarm(
             "ratio_blow_up",
-            f"a probability ratio reached {1 + deviation:.3g} within one iteration (limit {1 + settings.ratio_limit:g}): steps are too "
-            "large; lower training.learning_rate or ppo_epochs, or set dual_clip or target_update_kl",
+            f"a probability ratio reached {1 + deviation:.3g} within one iteration (limit {1 + settings.ratio_limit:g}): the steps are too "
+            "large; lower training.learning_rate or ppo_epochs, or set clip.dual or kl.update_limit",
         )
 
 
@@ -239,11 +301,11 @@ def _value_blow_up(history: History, settings: HealthSettings) -> Iterator[Alarm
     if "value/loss" not in history.now:  # no value network
         return
     before = [entry["value/loss"] for entry in history.recent[-1 - settings.window : -1]]
-    if settings.value_growth is None or len(before) < EARLY:
+    if len(before) < EARLY:
         return
     loss, usual = history.now["value/loss"], statistics.median(before)
-    # The value loss may be as large as the variance of the returns. Below that it is no blow-up, however small recent losses were.
-    if loss > settings.value_growth * usual and loss > history.now["value/returns_variance"]:
+    # A value network may be wrong by the spread of the returns; below that no loss is a blow-up, however small the last ones were.
+    if loss > VALUE_GROWTH * usual and loss > history.now["value/returns_variance"]:
         yield Alarm(
             "value_blow_up",
             f"the value loss is {loss:.3g}, {loss / max(usual, 1e-9):.0f} times its recent median: lower training.value_learning_rate, or "
@@ -253,19 +315,19 @@ def _value_blow_up(history: History, settings: HealthSettings) -> Iterator[Alarm
 
 def _entropy_collapse(history: History, settings: HealthSettings) -> Iterator[Alarm]:
     first, now = _at_first(history, "policy/entropy"), history.now["policy/entropy"]
-    if settings.entropy_share is not None and first is not None and now < settings.entropy_share * first:
+    if first is not None and now < ENTROPY_SHARE * first:
         yield Alarm(
             "entropy_collapse",
-            f"the entropy fell from {first:.3g} to {now:.3g} nats per token: the policy is becoming deterministic; raise kl_coef, or lower "
+            f"the entropy fell from {first:.3g} to {now:.3g} nats per token: the policy says one thing only; raise kl.coef, or lower "
             "training.learning_rate",
         )
 
 
 def _length_drift(history: History, settings: HealthSettings) -> Iterator[Alarm]:
     first, now = _at_first(history, "responses/length_mean"), history.now["responses/length_mean"]
-    if settings.length_factor is None or first is None:
+    if first is None:
         return
-    if now > settings.length_factor * first or now < first / settings.length_factor:
+    if now > LENGTH_FACTOR * first or now < first / LENGTH_FACTOR:
         yield Alarm(
             "length_drift",
             f"completions went from {first:.1f} to {now:.1f} tokens: the reward may favour length. Check samples.jsonl, and a "
@@ -275,25 +337,25 @@ def _length_drift(history: History, settings: HealthSettings) -> Iterator[Alarm]
 
 def _repetition(history: History, settings: HealthSettings) -> Iterator[Alarm]:
     first, now = _at_first(history, "responses/repetition"), history.now["responses/repetition"]
-    if settings.repetition_rise is not None and first is not None and now > first + settings.repetition_rise:
+    if first is not None and now > first + REPETITION_RISE:
         yield Alarm(
             "repetition",
-            f"{now:.0%} of a completion's 4-grams are repeated ({first:.0%} at first): the policy repeats itself; raise kl_coef",
+            f"{now:.0%} of a completion's 4-grams occur in it twice ({first:.0%} at first): the policy repeats itself; raise kl.coef",
         )
 
 
 def _sameness(history: History, settings: HealthSettings) -> Iterator[Alarm]:
     first, now = _at_first(history, "responses/distinct_share"), history.now["responses/distinct_share"]
-    if settings.distinct_share is not None and first is not None and now < settings.distinct_share * first:
+    if first is not None and now < DISTINCT_SHARE * first:
         yield Alarm(
             "sameness",
-            f"only {now:.0%} of an iteration's completions are distinct ({first:.0%} at first); raise kl_coef",
+            f"only {now:.0%} of an iteration's completions differ ({first:.0%} at first): one answer to every prompt; raise kl.coef",
         )
 
 
 def _missing_eos(history: History, settings: HealthSettings) -> Iterator[Alarm]:
     first, now = _at_first(history, "responses/stopped_share"), history.now["responses/stopped_share"]
-    if settings.stopped_drop is not None and first is not None and now < first - settings.stopped_drop:
+    if first is not None and now < first - STOPPED_DROP:
         yield Alarm(
             "missing_eos",
             f"{now:.0%} of the completions have an end token ({first:.0%} at first): set missing_eos: replace, or raise "
@@ -323,7 +385,7 @@ def _reward_hacking(history: History, settings: HealthSettings) -> Iterator[Alar
             yield Alarm(
                 "reward_hacking",
                 f"{name} fell from {best.monitor:.3f} to {now.monitor:.3f} while the score rose from {best.score:.3f} to {now.score:.3f}: "
-                "the policy exploits errors of the reward; stop earlier, raise kl_coef, or use an ensemble of reward models",
+                "the policy has found what the reward overrates; stop earlier, raise kl.coef, or use an ensemble of reward models",
             )
             return
 

@@ -72,7 +72,7 @@ class PPORun:
         self.pretraining_rows = load_pretraining_rows(config, context, roles)
         parameters = {name: list(trainable(network).values()) for name, network in roles.networks().items()}
         self.optimizers = {name: make_optimizer(grouped(group), config.training) for name, group in parameters.items()}
-        self.average = WeightAverage(roles.networks()["policy"], config.ema_decay) if config.ema_decay is not None else None
+        self.average = WeightAverage(roles.networks()["policy"], config.ema.decay) if config.ema.decay is not None else None
         self.updater = Updater(
             roles,
             self.optimizers,
@@ -84,9 +84,9 @@ class PPORun:
         )
         self.measuring = measuring_budget(config, runtime.device)
         self.controller = (
-            FixedKLController(config.kl_coef)
-            if config.kl_target is None
-            else AdaptiveKLController(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
+            FixedKLController(config.kl.coef)
+            if config.kl.target is None
+            else AdaptiveKLController(config.kl.coef, target=config.kl.target, horizon=config.kl.horizon)
         )
         self.keeper = RunKeeper(
             context.checkpoint_folder / "ppo",
@@ -94,13 +94,13 @@ class PPORun:
             roles.networks(),
             self.optimizers,
             self.average,
-            keep_last=config.keep_last,
-            keep_best=config.keep_best,
-            seconds=config.checkpoint_seconds,
+            keep_last=config.checkpoints.keep_last,
+            keep_best=config.checkpoints.keep_best,
+            seconds=config.checkpoints.seconds,
         )
         self.health = Health(config.health)
         self.matmul_peak = peak_of(runtime.device, dtype)
-        self.state = RunState(kl_coef=config.kl_coef)
+        self.state = RunState(kl_coef=config.kl.coef)
         self._said_cuts: set[str] = set()
 
     def resume(self) -> None:
@@ -168,7 +168,7 @@ class PPORun:
 
         config, context, roles = self.config, self.context, self.roles
         if self.average is not None:
-            if config.publish_last:
+            if config.ema.publish_last:
                 publish_policy(config, context, roles, {}, f"{context.name}-last")
             self.average.copy_to(roles.networks()["policy"])
         metrics = {
@@ -181,7 +181,7 @@ class PPORun:
         self.runtime.console.print(f"{context.name}: {run_line(metrics)}")
         if config.publish_value and roles.value is not None:
             publish_value(config, context, roles)
-        if config.keep_best:
+        if config.checkpoints.keep_best:
             publish_best(config, context, roles, self.keeper)
         # Published last: this version marks the step as done.
         return StepResult(model=publish_policy(config, context, roles, metrics), metrics=metrics)

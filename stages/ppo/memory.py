@@ -97,7 +97,7 @@ def _held_by_full_training(config: PPOStepConfig, models: Mapping[str, View], va
     if value is not None:
         weights = value.shape.linear_weights + value.shape.other_weights
         held += Memory(weights=FP32 * weights) + trained(weights, optimizer)
-    if config.ema_decay is not None:
+    if config.ema.decay is not None:
         held += Memory(weights=FP32 * policy.shape.weights)
     waiting = [models.get("reference", policy).frozen(compute), *_frozen_rewards(models, compute)]
     return held if config.offload else _summed(held, waiting)
@@ -117,7 +117,7 @@ def _held_by_adapters(config: PPOStepConfig, models: Mapping[str, View], value: 
         held += replace(trained(adapter, optimizer), adapters=FP32 * adapter)
         if not shares(value):
             held += value.frozen(compute, output=False)
-    if config.ema_decay is not None:
+    if config.ema.decay is not None:
         held += Memory(adapters=FP32 * policy.shape.lora_weights(rank))
     others = [view for field_path, view in models.items() if field_path == "reference" or field_path.startswith(("reward", "monitors"))]
     waiting = [Memory(adapters=FP32 * view.adapters) if shares(view) else view.frozen(compute, output=False) for view in others]

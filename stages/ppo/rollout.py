@@ -309,7 +309,7 @@ def targets(rollout: Rollout, config: PPOStepConfig, *, kl_coef: float) -> Targe
     before the advantages are whitened (openai/lm-human-preferences).
     """
     mask = rollout.response_mask
-    kl = estimate_kl(rollout.rollout_logprobs, rollout.reference_logprobs, estimator=config.kl_estimator)
+    kl = estimate_kl(rollout.rollout_logprobs, rollout.reference_logprobs, estimator=config.kl.estimator)
     paid = rollout.token_scores
     states, values = mask, rollout.values  # every state whose value is learned: those before the tokens, ...
     if rollout.closing_mask.any():  # ... and with score_placement: after those behind the last ones
@@ -319,13 +319,13 @@ def targets(rollout: Rollout, config: PPOStepConfig, *, kl_coef: float) -> Targe
         kl[rows, ends] = 0.0
     at_end = rollout.scores - rollout.token_scores.sum(dim=1)
     rewards = shape_rewards(at_end, kl, states, kl_coef=kl_coef, token_scores=paid)
-    if config.whiten_rewards:
+    if config.whiten.rewards:
         rewards = scale_to_unit_variance(rewards, states)
     if not config.has_value:
         return _targets_without_values(rewards, mask, config)
-    advantages, returns = gae(rewards, values, states, gamma=config.gamma, gae_lambda=config.gae_lambda)
-    if config.value_gae_lambda is not None:
-        _, returns = gae(rewards, values, states, gamma=config.gamma, gae_lambda=config.value_gae_lambda)
+    advantages, returns = gae(rewards, values, states, gamma=config.gae.gamma, gae_lambda=config.gae.gae_lambda)
+    if config.gae.value_gae_lambda is not None:
+        _, returns = gae(rewards, values, states, gamma=config.gae.gamma, gae_lambda=config.gae.value_gae_lambda)
     closing_returns = torch.zeros(len(mask))
     if rollout.closing_mask.any():
         closing_returns[rows] = returns[rows, ends]
@@ -356,8 +356,8 @@ def _targets_without_values(rewards: Tensor, mask: Tensor, config: PPOStepConfig
 
 
 def whole_targets(rollout: Rollout, config: PPOStepConfig, *, kl_coef: float, num_processes: int) -> Targets:
-    """``targets`` of a whole rollout; with ``whitening_scope: process`` each process's share of it is whitened by itself."""
-    if config.whitening_scope != "process" or num_processes == 1:
+    """``targets`` of a whole rollout; with ``whiten.scope: process`` each process's share of it is whitened by itself."""
+    if config.whiten.scope != "process" or num_processes == 1:
         return targets(rollout, config, kl_coef=kl_coef)
     places = [torch.arange(index, len(rollout.prompts), num_processes) for index in range(num_processes)]
     parts = [targets(rollout.rows(place), config, kl_coef=kl_coef) for place in places]

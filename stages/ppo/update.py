@@ -112,14 +112,14 @@ class Updater:
                 if position <= len(collected):
                     continue
                 part = rollout.rows(chosen)
-                goal = targets(part, config, kl_coef=kl_coef) if config.whitening_scope == "minibatch" else whole.rows(chosen)
+                goal = targets(part, config, kl_coef=kl_coef) if config.whiten.scope == "minibatch" else whole.rows(chosen)
                 collected.append(self.minibatch(part, goal, train_policy=train_policy))
                 progress.tokens += sum(part.lengths.tolist())
                 if after_minibatch is not None:
                     after_minibatch()
-            if config.target_update_kl is not None and collected[position - 1]["policy/approx_kl"] > config.target_update_kl:
+            if config.kl.update_limit is not None and collected[position - 1]["policy/approx_kl"] > config.kl.update_limit:
                 break
-        if train_policy and config.ema_cadence == "iteration":
+        if train_policy and config.ema.cadence == "iteration":
             self._update_average()
         metrics = {name: sum(item[name] for item in collected) / len(collected) for name in collected[0]}
         metrics["policy/ratio_first_deviation"] = collected[0]["policy/ratio_max_deviation"]
@@ -212,7 +212,7 @@ class Updater:
             errors = None
             if roles.has_value:
                 assert values is not None
-                errors = value_terms(values, one.rollout_values, one.returns, clip_range=config.value_clip_range)
+                errors = value_terms(values, one.rollout_values, one.returns, clip_range=config.clip.value)
                 if not train_policy:
                     losses = []
                 losses.append(config.value_coef * errors.sum() / float(episodes.num_states) * counts)
@@ -225,7 +225,7 @@ class Updater:
         config = self.config
 
         def term(logprobs: Tensor, entropies: Tensor, rows: slice) -> Tensor:
-            clips: dict[str, Any] = {"clip_range": config.clip_range, "dual_clip": config.dual_clip}
+            clips: dict[str, Any] = {"clip_range": config.clip.ratio, "dual_clip": config.clip.dual}
             terms = policy_terms(logprobs, one.rollout_logprobs[rows], one.advantages[rows], **clips)
             if one.importance is not None:
                 terms = terms * one.importance[rows]
@@ -239,11 +239,11 @@ class Updater:
         config = self.config
         log_ratio = policy.logprobs - one.rollout_logprobs
         ratio = log_ratio.exp()
-        clips: dict[str, Any] = {"clip_range": config.clip_range, "dual_clip": config.dual_clip}
+        clips: dict[str, Any] = {"clip_range": config.clip.ratio, "dual_clip": config.clip.dual}
         terms = policy_terms(policy.logprobs, one.rollout_logprobs, one.advantages, **clips)
         if one.importance is not None:
             terms = terms * one.importance
-        clipped = policy_clipped(policy.logprobs, one.rollout_logprobs, one.advantages, clip_range=config.clip_range)
+        clipped = policy_clipped(policy.logprobs, one.rollout_logprobs, one.advantages, clip_range=config.clip.ratio)
         totals.add(
             policy_loss=terms.sum(),
             entropy=policy.entropies.sum(),
@@ -255,8 +255,8 @@ class Updater:
         totals.note((ratio - 1).abs().max())
         if values is None or errors is None:
             return
-        if config.value_clip_range is not None:
-            totals.add(value_clipped=((values - one.rollout_values).abs() > config.value_clip_range).sum())
+        if config.clip.value is not None:
+            totals.add(value_clipped=((values - one.rollout_values).abs() > config.clip.value).sum())
         totals.add(
             value_loss=errors.sum(),
             error=((values - one.returns) ** 2).sum(),
@@ -326,7 +326,7 @@ class Updater:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.optimizer_steps += 1
-        if train_policy and self.config.ema_cadence == "optimizer_step":
+        if train_policy and self.config.ema.cadence == "optimizer_step":
             self._update_average()
 
     def _update_average(self) -> None:

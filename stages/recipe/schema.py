@@ -7,6 +7,7 @@ import importlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -122,6 +123,14 @@ class Recipe:
         """The registry name of the step's model."""
         return f"{self.name}/{step.name}"
 
+    def notices(self) -> list[str]:
+        """One line for each field that is written with the name of an earlier version: its location, and its name today."""
+        notices = []
+        for path, former in self.source.former.items():
+            location = self.source.location(path).removesuffix(f" (written as {former})")
+            notices.append(f"{location} is the name of {former} today; the former name still works")
+        return notices
+
     def check_data(self, step: RecipeStep) -> None:
         """Check the functions that a step names, and its data (columns, empty splits). No model is loaded.
 
@@ -177,8 +186,9 @@ def _guilty_overrides(message: str, path: Path | str, overrides: Sequence[str], 
 def _load(path: Path | str, overrides: Sequence[str], registry: Registry | None) -> Recipe:
     source = read(path)
     _refuse_secrets(source, overrides)
+    _rename_fields(source)
     for text in overrides:
-        source.override(text)
+        source.override(text, rename=partial(_current_path, source))
     header = validate(RecipeHeader, source.content, (), source)
     read_steps = [_step_config(content, index, source) for index, content in enumerate(header.steps)]
     configs = [config for config, _ in read_steps]
@@ -207,6 +217,29 @@ def _load(path: Path | str, overrides: Sequence[str], registry: Registry | None)
         steps.append(RecipeStep(index, config, models, seed, read_steps[index][1]))
     check_trackers(header.trackers)
     return Recipe(header.name, header.seed, header.description, steps, source, list(header.trackers))
+
+
+def former_names(stage: Any) -> dict[str, str]:
+    """The flat field names of earlier versions, and their path today; empty for an unknown stage."""
+    if not isinstance(stage, str) or stage not in STAGES:
+        return {}
+    names: dict[str, str] = getattr(load_object(STAGES[stage].config), "former_names", {})
+    return names
+
+
+def _rename_fields(source: RecipeSource) -> None:
+    """Move fields with names of earlier versions to their path today. Raises RecipeError if a field is set under both names."""
+    for index, step in enumerate(source.content["steps"]):
+        for former, path in former_names(step.get("stage")).items() if isinstance(step, dict) else ():
+            if former in step:
+                source.move(("steps", index, former), ("steps", index, *parse_path(path)))
+
+
+def _current_path(source: RecipeSource, path: Steps) -> Steps:
+    """The path today of a step's field that is written with the name of an earlier version; other paths are unchanged."""
+    step = source.content["steps"][path[1]] if len(path) > 2 and isinstance(path[1], int) and path[1] < len(source.content["steps"]) else {}
+    names = former_names(step.get("stage")) if isinstance(step, dict) else {}
+    return (*path[:2], *parse_path(names[str(path[2])]), *path[3:]) if names and path[2] in names else path
 
 
 def _refuse_secrets(source: RecipeSource, overrides: Sequence[str]) -> None:

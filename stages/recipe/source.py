@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from io import StringIO
@@ -77,6 +77,7 @@ class RecipeSource:
     content: dict[str, Any]
     lines: dict[Steps, int] = field(default_factory=dict)  # counted from 1
     overrides: dict[Steps, str] = field(default_factory=dict)
+    former: dict[Steps, str] = field(default_factory=dict)  # the name of an earlier version that a field is written with
 
     def location(self, path: Steps) -> str:
         """``recipes/x.yaml:12: steps[1].field`` or ``override 'sft.field=1': steps[1].field``."""
@@ -84,7 +85,8 @@ class RecipeSource:
             if path[:length] in self.overrides:
                 return f"override {self.overrides[path[:length]]!r}: {show(path)}"
             if path[:length] in self.lines:
-                return f"{self.file}:{self.lines[path[:length]]}: {show(path)}".rstrip(": ")
+                written = f" (written as {self.former[path]})" if path in self.former else ""
+                return f"{self.file}:{self.lines[path[:length]]}: {show(path)}{written}".rstrip(": ")
         return f"{self.file}: {show(path)}"
 
     def overrides_of(self, path: Steps, fields: Iterable[str]) -> list[str]:
@@ -100,13 +102,30 @@ class RecipeSource:
     def error(self, path: Steps, message: str) -> RecipeError:
         return RecipeError(f"{self.location(path)}: {message}")
 
-    def override(self, text: str) -> None:
-        """Apply ``step.field=value`` (or ``seed=8``). Raises RecipeError that names the override."""
+    def move(self, old: Steps, new: Steps) -> None:
+        """Move the value at ``old`` into the block of ``new``. Raises RecipeError if the block already has it, or is no block."""
+        *above, group, name = new
+        step: Any = self.content
+        for key in above:
+            step = step[key]
+        block = step.get(group, {})
+        if not isinstance(block, dict) or name in block:
+            today = show(new[len(above) :])
+            raise self.error(old, f"{old[-1]} is the former name of {today}, and {group} is set, too; remove {old[-1]}")
+        step[group] = {**block, name: step.pop(old[-1])}
+        self.lines.setdefault((*above, group), self.lines.get(old, 1))
+        for line in [key for key in self.lines if key[: len(old)] == old]:
+            self.lines[(*new, *line[len(old) :])] = self.lines.pop(line)
+        self.former[new] = str(old[-1])
+
+    def override(self, text: str, rename: Callable[[Steps], Steps] = lambda path: path) -> None:
+        """Apply ``step.field=value`` (or ``seed=8``). ``rename``: the path today of a path. Raises RecipeError that names the override."""
         target, separator, written = text.partition("=")
         if not separator:
             raise RecipeError(f"override {text!r}: expected step.field=value, e.g. sft.training.epochs=2 or seed=8")
         try:
-            path = self._locate(parse_path(target.strip()), target.strip())
+            written_path = self._locate(parse_path(target.strip()), target.strip())
+            path = rename(written_path)
             value, _ = _parse(written, "value")
         except (ValueError, RecipeError) as error:
             raise RecipeError(f"override {text!r}: {error}") from error
@@ -118,6 +137,9 @@ class RecipeSource:
             for below in [key for key in known if key[: len(path)] == path]:
                 del known[below]
         self.overrides[path] = text
+        self.former.pop(path, None)
+        if path != written_path:
+            self.former[path] = str(written_path[2])
 
     def _locate(self, parts: Steps, target: str) -> Steps:
         """The full path of an override target, which begins with a step name or a recipe field."""

@@ -17,6 +17,7 @@ from stages.config import (
     OptimizerSettings,
     Strict,
     TrainingStepConfig,
+    is_changed,
 )
 from stages.corpora.curation import Curation
 from stages.corpora.fitting import PromptFit
@@ -73,7 +74,7 @@ class Generative(Strict):
 
 
 SCALAR_FIELDS = ("demonstrations", "normalization", "num_seeds")
-TRAINING_FIELDS = ("collect", "keep_best", "lora", "loss", "training")
+TRAINING_FIELDS = ("checkpoints.keep_best", "collect", "lora", "loss", "training")
 
 
 class RewardModelConfig(TrainingStepConfig):
@@ -110,8 +111,10 @@ class RewardModelConfig(TrainingStepConfig):
     def _trainable(self) -> RewardModelConfig:
         if self.model.quantization != "none" and self.lora is None:
             raise ValueError(f"model.quantization={self.model.quantization!r} needs lora, because quantized weights cannot be trained")
-        if self.num_seeds > 1 and self.keep_best:
-            raise ValueError(f"keep_best={self.keep_best} needs num_seeds=1; with several seeds the best seed is already selected")
+        if self.num_seeds > 1 and self.checkpoints.keep_best:
+            raise ValueError(
+                f"checkpoints.keep_best={self.checkpoints.keep_best} needs num_seeds=1; with several seeds the best seed is already selected"
+            )
         check_names(self.beside, "beside")
         if self.generative is not None:
             self._check_generative(self.generative)
@@ -124,7 +127,7 @@ class RewardModelConfig(TrainingStepConfig):
             (() if generative.train else TRAINING_FIELDS, "is for training; set generative.train: true, or leave it out"),
         ):
             for name in names:
-                if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+                if is_changed(self, name):
                     raise ValueError(f"{name} {why}")
         if not generative.train and self.model.quantization != "none":
             raise ValueError("model.quantization: a generative reward model is saved as it is; quantize it where it is used")

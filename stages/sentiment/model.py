@@ -92,7 +92,7 @@ def _masked_body(
         trainer = reproducible(Trainer)(
             model=model, args=arguments, train_dataset=rows, data_collator=collator, compute_loss_func=counted_loss
         )
-        rule = config.model_copy(update={"keep_best": 0})
+        rule = config.model_copy(update={"checkpoints": config.checkpoints.model_copy(update={"keep_best": 0})})
         train(trainer, context, f"{context.name}: masked language modelling", room="masked", rule=rule)
         state = gathered_weights(trainer) or model.state_dict()
         prefix = f"{model.base_model_prefix}."

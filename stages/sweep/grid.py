@@ -1,7 +1,7 @@
 """The grid of a sweep, read from the command line: axes of values, seeds, and overrides for every run.
 
-aligned.kl_coef=[0.01,0.1]              an axis with two values
-small.kl_coef+large.kl_coef=[0.01,0.1]  one axis; both fields get the same value
+aligned.kl.coef=[0.01,0.1]              an axis with two values
+small.kl.coef+large.kl.coef=[0.01,0.1]  one axis; both fields get the same value
 sft.data=[[a.jsonl],[a.jsonl,b.jsonl]]  values that are lists
 aligned.rollout_batch_size=32           the same in every run
 seeds=3   seeds=[7,11]   aligned.seeds=3   a number of seeds, starting at the recipe's (or step's), or a list; for all steps, or one step

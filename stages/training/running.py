@@ -47,11 +47,9 @@ def train(
     assert isinstance(trainer, LosslessCheckpoints), "make the trainer from training.reproducible(Trainer)"
     runtime = trainer.runtime = context.runtime
     rule = rule or CheckpointedStepConfig(name="step", stage="")
-    trainer.checkpoints = Checkpoints(
-        Path(trainer.args.output_dir), runtime, keep_last=rule.keep_last, keep_best=rule.keep_best, seconds=rule.checkpoint_seconds
-    )
+    trainer.checkpoints = Checkpoints(Path(trainer.args.output_dir), runtime, **rule.checkpoints.model_dump())
     if trainer.checkpoints.keep_best and measure is None:
-        raise RecipeError(f"{context.name}: keep_best is not supported in this stage; set it to 0")
+        raise RecipeError(f"{context.name}: checkpoints.keep_best is not supported in this stage; set it to 0")
     newest = trainer.checkpoints.newest()
     checkpoint = newest.path if newest is not None else None
     trainer.context, context.recorded = context, []

@@ -110,7 +110,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def config_of(stage: str, data: str) -> Any:
+def config_of(stage: str, data: str, **more: Any) -> Any:
     _, kind, fields = STAGES[stage]
     columns = {"reward_model": RANKED, "dpo": RANKED, "sentiment": ("text", "label"), "pretraining": ("text",)}
     wanted = columns.get(stage, ("prompt", "completion"))
@@ -118,7 +118,7 @@ def config_of(stage: str, data: str) -> Any:
     own = Path(data).with_name(f"{stage}.jsonl")
     own.write_text("".join(json.dumps({name: row[name] for name in wanted}) + "\n" for row in rows))
     source = {"train": str(own), "validation_fraction": 0.2}
-    return kind.model_validate({"name": "step", "precision": "fp32", "data": source, "checkpoint_seconds": 1e9, **fields})
+    return kind.model_validate({"name": "step", "precision": "fp32", "data": source, "checkpoint_seconds": 1e9, **fields, **more})
 
 
 def run(stage: str, data: str, context: Any) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def test_checkpoints_of_an_adapter_hold_the_adapter(data, step_context, resolve_
 def test_the_best_is_published_beside_the_last(data, step_context, resolve_folder, tiny_llama_folder) -> None:
     context = step_context("test/step", 5, {"model": resolve_folder(tiny_llama_folder)})
     settings = {"learning_rate": 3e-2, "schedule": "constant", "epochs": 10.0, "batch_size": 6}  # far too fast: it gets worse again
-    config = config_of("reward_model", data).model_copy(update={"keep_best": 1})
+    config = config_of("reward_model", data, keep_best=1)
     config = config.model_copy(update={"training": config.training.model_copy(update=settings)})
     result = reward_model.run(config, context)
     best = context.registry.get("test/step-best")

@@ -147,7 +147,7 @@ def test_a_changed_setting_redoes_what_depends_on_it(undisturbed, recipe) -> Non
         "dpo": True,
         "verdict": False,
     }
-    assert "kl_coef (0.05 -> 0.2)" in changed["steps"][4]["reason"]
+    assert "kl.coef (0.05 -> 0.2)" in changed["steps"][4]["reason"]
 
 
 def test_killed_again_and_again_it_makes_the_same_models(undisturbed, recipe, tmp_path) -> None:

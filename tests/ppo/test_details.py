@@ -351,8 +351,8 @@ def test_early_stopping_and_clipping_of_gradients_are_off_in_the_presets() -> No
     for name, preset in PRESETS.items():
         if "ppo" in preset.stages:
             settings = preset.stages["ppo"]
-            assert settings["target_update_kl"].value is None and settings["training.max_grad_norm"].value is None, name
-            for path, off in (("dual_clip", None), ("value_warmup_iterations", 0), ("value_gae_lambda", None)):
+            assert settings["kl.update_limit"].value is None and settings["training.max_grad_norm"].value is None, name
+            for path, off in (("clip.dual", None), ("value_warmup_iterations", 0), ("gae.value_gae_lambda", None)):
                 assert path not in settings or settings[path].value == off, f"{name}: {path}"
 
 

@@ -186,3 +186,9 @@ def test_an_alarm_may_end_the_run(ppo_config, ppo_context, tmp_path) -> None:
     with pytest.raises(TrainingError, match=r"iteration 1: stopped on exploding_kl .health.stop_on.: the KL .* checkpoint is kept in"):
         run(config, ppo_context)
     assert list((ppo_context.checkpoint_folder / "ppo").glob("checkpoint-*/checkpoint.json"))
+
+
+def test_an_alarm_that_is_off_is_not_raised() -> None:
+    history = [healthy(iteration, **{"responses/length_mean": 3.0 if iteration > 40 else 25.0}) for iteration in range(50)]
+    assert [entry["name"] for entry in observed(history).summary()] == ["length_drift"]
+    assert observed(history, off=["length_drift"]).summary() == []

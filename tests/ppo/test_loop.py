@@ -155,7 +155,7 @@ def test_prompts_that_leave_no_room_are_left_out(ppo_config, ppo_context, tmp_pa
         ({"reward": [{"function": "a:b"}, {"function": "c:b"}]}, "two sources are called 'b'"),
         ({"training": {"adam_style": "tensorflow", "weight_decay": 0.1}}, "weight_decay goes with adam_style: torch"),
         ({"whitening_scope": "minibatch"}, "minibatch_size >= 8"),
-        ({"publish_last": True}, "publish_last goes with ema_decay"),
+        ({"publish_last": True}, "ema.publish_last goes with ema.decay"),
         ({"generation": {"ignore_eos": True}, "missing_eos": "replace"}, "no completion could end"),
         ({"reward": [{"ensemble": [{"function": "a:b"}, {"function": "c:d"}]}]}, "an ensemble needs a name"),
         ({"reward": [{"function": "a:b", "combine": "min"}]}, "combine: min belongs to an ensemble"),

@@ -44,7 +44,7 @@ def slow_loss(roles: Any, rollout: Any, goal: Any, config: Any) -> torch.Tensor:
     policy_loss, value_loss, count, num_states = 0.0, 0.0, 0, 0
 
     def value_term(value: torch.Tensor, old: torch.Tensor, aim: torch.Tensor) -> torch.Tensor:
-        near = old + (value - old).clamp(-config.value_clip_range, config.value_clip_range)
+        near = old + (value - old).clamp(-config.clip.value, config.clip.value)
         return 0.5 * torch.max((value - aim) ** 2, (near - aim) ** 2)
 
     for row in range(len(rollout.prompts)):
@@ -57,7 +57,7 @@ def slow_loss(roles: Any, rollout: Any, goal: Any, config: Any) -> torch.Tensor:
             logprob = logits[place].log_softmax(-1)[token]
             ratio = torch.exp(logprob - rollout.rollout_logprobs[row, step])
             advantage = goal.advantages[row, step]
-            unclipped, clipped = ratio * advantage, ratio.clamp(1 - config.clip_range, 1 + config.clip_range) * advantage
+            unclipped, clipped = ratio * advantage, ratio.clamp(1 - config.clip.ratio, 1 + config.clip.ratio) * advantage
             policy_loss = policy_loss - torch.min(unclipped, clipped)
             value_loss = value_loss + value_term(values[place], rollout.values[row, step], goal.returns[row, step])
             count += 1

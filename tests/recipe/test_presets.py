@@ -48,10 +48,10 @@ def test_instructgpt(tmp_path: Path) -> None:
     ppo = configured(tmp_path, "ppo", "instructgpt2022", **MIX)
     assert (ppo.rollout_batch_size, ppo.minibatch_size, ppo.ppo_epochs, ppo.total_episodes) == (512, 64, 1, 256_000)
     assert ppo.num_iterations == 500 and ppo.num_iterations * ppo.ppo_epochs * 8 == 4000  # optimizer steps
-    assert (ppo.kl_coef, ppo.clip_range, ppo.gamma, ppo.ema_decay, ppo.generation.temperature) == (0.02, 0.2, 1.0, 0.992, 1.0)
+    assert (ppo.kl.coef, ppo.clip.ratio, ppo.gae.gamma, ppo.ema.decay, ppo.generation.temperature) == (0.02, 0.2, 1.0, 0.992, 1.0)
     assert (ppo.pretraining_mix.coef, ppo.pretraining_mix.examples_per_episode) == (27.8, 8)
     assert (ppo.training.adam_beta1, ppo.training.adam_beta2, ppo.training.value_learning_rate) == (0.9, 0.95, 9e-6)
-    assert ppo.training.max_grad_norm is None and ppo.target_update_kl is None and ppo.dual_clip is None
+    assert ppo.training.max_grad_norm is None and ppo.kl.update_limit is None and ppo.clip.dual is None
     trace = [learning_rate_factor(ppo.training, iteration, ppo.num_iterations) for iteration in range(500)]
     assert trace[0] == pytest.approx(0.1) and trace[10:] == [1.0] * 490 and trace[:11] == sorted(trace[:11])
     sft = configured(tmp_path, "sft", "instructgpt2022/175b")
@@ -69,7 +69,7 @@ def test_stiennon(tmp_path: Path) -> None:
     small, large = (configured(tmp_path, "ppo", f"stiennon2020/{size}") for size in ("1.3b", "6.7b"))
     assert (small.training.learning_rate, large.training.learning_rate) == (1.5e-5, 7e-6)
     assert (small.rollout_batch_size, large.rollout_batch_size) == (512, 256) and small.total_episodes == 1_000_000
-    assert (small.ppo_epochs, small.kl_coef, small.gae_lambda, small.training.schedule) == (4, 0.05, 0.95, "linear")
+    assert (small.ppo_epochs, small.kl.coef, small.gae.gae_lambda, small.training.schedule) == (4, 0.05, 0.95, "linear")
     reward = configured(tmp_path, "reward_model", "stiennon2020/6.7b")
     assert (reward.training.learning_rate, reward.training.batch_size) == (5e-6, 64) and 3 <= reward.num_seeds <= 10
     sft = configured(tmp_path, "sft", "stiennon2020")
@@ -79,14 +79,14 @@ def test_stiennon(tmp_path: Path) -> None:
 @pytest.mark.detail("P4", "P33")
 def test_ziegler(tmp_path: Path) -> None:
     style, tldr, cnndm = (configured(tmp_path, "ppo", f"ziegler2019/{task}") for task in ("style", "tldr", "cnndm"))
-    assert (style.kl_coef, style.kl_target, style.kl_horizon) == (0.15, 6.0, 10_000)
-    assert [(one.kl_coef, one.kl_target) for one in (tldr, cnndm)] == [(0.03, None), (0.01, None)]
+    assert (style.kl.coef, style.kl.target, style.kl.horizon) == (0.15, 6.0, 10_000)
+    assert [(one.kl.coef, one.kl.target) for one in (tldr, cnndm)] == [(0.03, None), (0.01, None)]
     assert [one.generation.temperature for one in (style, tldr, cnndm)] == [0.7, 0.7, 0.5]
     assert [(one.generation.max_new_tokens, one.generation.stop, one.generation.stop_after) for one in (style, tldr)] == [
         (24, ["."], 16),
         (75, ["\n"], 55),
     ]
-    assert (style.whiten_rewards, tldr.whiten_rewards, style.whitening_scope) == (True, False, "minibatch")
+    assert (style.whiten.rewards, tldr.whiten.rewards, style.whiten.scope) == (True, False, "minibatch")
     assert (style.missing_eos, style.missing_eos_penalty, style.value) == ("replace", 1.0, "shared")
     assert (style.training.adam_style, style.training.adam_epsilon, style.training.learning_rate) == ("tensorflow", 1e-5, 1e-5)
     assert (style.ppo_epochs, style.minibatch_size, style.rollout_batch_size, style.training.max_grad_norm) == (4, 512, 512, None)
@@ -101,8 +101,8 @@ def test_ziegler(tmp_path: Path) -> None:
 def test_huang(tmp_path: Path) -> None:
     ppo = configured(tmp_path, "ppo", "huang2024")
     assert (ppo.rollout_batch_size, ppo.minibatch_size, ppo.ppo_epochs, ppo.training.learning_rate) == (512, 512, 4, 3e-6)
-    assert (ppo.kl_coef, ppo.generation.temperature, ppo.clip_range, ppo.value_clip_range, ppo.value_coef) == (0.05, 0.7, 0.2, 0.2, 0.1)
-    assert (ppo.score_placement, ppo.missing_eos, ppo.whitening_scope, ppo.whiten_rewards) == ("after", "replace", "process", False)
+    assert (ppo.kl.coef, ppo.generation.temperature, ppo.clip.ratio, ppo.clip.value, ppo.value_coef) == (0.05, 0.7, 0.2, 0.2, 0.1)
+    assert (ppo.score_placement, ppo.missing_eos, ppo.whiten.scope, ppo.whiten.rewards) == ("after", "replace", "process", False)
     sft, reward = configured(tmp_path, "sft", "huang2024"), configured(tmp_path, "reward_model", "huang2024")
     assert (sft.completion_only_loss, sft.training.batch_size, sft.max_length, sft.residual_dropout) == (False, 128, 562, 0.0)
     assert (reward.training.learning_rate, reward.training.adam_epsilon, reward.max_length) == (3e-6, 1e-5, 638)
@@ -128,9 +128,9 @@ def test_every_value_is_a_field_with_a_source() -> None:
 
 def test_a_preset_lies_beneath_recipe_and_command_line(tmp_path: Path) -> None:
     config = configured(
-        tmp_path, "ppo", "huang2024", "ppo.kl_coef=0.5", "ppo.training.learning_rate=1e-4", ppo_epochs=2, training={"adam_beta2": 0.9}
+        tmp_path, "ppo", "huang2024", "ppo.kl.coef=0.5", "ppo.training.learning_rate=1e-4", ppo_epochs=2, training={"adam_beta2": 0.9}
     )
-    assert (config.kl_coef, config.training.learning_rate, config.ppo_epochs, config.training.adam_beta2) == (0.5, 1e-4, 2, 0.9)
+    assert (config.kl.coef, config.training.learning_rate, config.ppo_epochs, config.training.adam_beta2) == (0.5, 1e-4, 2, 0.9)
     assert (config.training.adam_epsilon, config.rollout_batch_size) == (1e-5, 512)  # the rest stays
     assert configured(tmp_path, "ppo", "huang2024", "ppo.preset=null").rollout_batch_size == 64  # our default
     assert configured(tmp_path, "ppo", "stiennon2020", "ppo.prompt_fit=null").prompt_fit is None  # a block set to null is an answer
@@ -149,7 +149,7 @@ def test_a_preset_lies_beneath_recipe_and_command_line(tmp_path: Path) -> None:
 def test_batch_sizes_scale(tmp_path: Path, given: dict[str, int], expected: tuple[int, int]) -> None:
     config = configured(tmp_path, "ppo", "instructgpt2022", **MIX, **given)
     assert (config.rollout_batch_size, config.minibatch_size) == expected
-    assert config.kl_coef == 0.02 and config.total_episodes == 256_000
+    assert config.kl.coef == 0.02 and config.total_episodes == 256_000
 
 
 def test_microbatches_divide_a_batch_that_is_overridden(tmp_path: Path) -> None:
@@ -171,18 +171,18 @@ def test_what_a_preset_cannot_know_is_asked_for(tmp_path: Path) -> None:
 def test_where_every_value_comes_from(tmp_path: Path) -> None:
     loaded = recipe(tmp_path, step("ppo", "instructgpt2022", **MIX, kl_coef=0.1), overrides=("ppo.ppo_epochs=2",))
     found = {setting.path: setting for setting in settings_of_step(loaded, loaded.steps[0])}
-    assert (found["kl_coef"].kind, found["ppo_epochs"].kind, found["clip_range"].kind) == ("recipe", "override", "preset")
+    assert (found["kl.coef"].kind, found["ppo_epochs"].kind, found["clip.ratio"].kind) == ("recipe", "override", "preset")
     line = 1 + next(number for number, text in enumerate((tmp_path / "recipe.yaml").read_text().splitlines()) if "kl_coef" in text)
-    assert found["kl_coef"].origin == f"{tmp_path / 'recipe.yaml'}:{line}"
+    assert found["kl.coef"].origin == f"{tmp_path / 'recipe.yaml'}:{line}"
     assert found["ppo_epochs"].origin == "override 'ppo.ppo_epochs=2'"
-    assert found["clip_range"].origin == "instructgpt2022: I C.4"
-    assert found["gae_lambda"].origin.startswith("instructgpt2022: not published; ours: as Ziegler")
+    assert found["clip.ratio"].origin == "instructgpt2022: I C.4"
+    assert found["gae.gae_lambda"].origin.startswith("instructgpt2022: not published; ours: as Ziegler")
     assert (found["entropy_coef"].kind, found["health.kl_limit"].kind) == ("default", "default")
     assert (found["policy.ref"].kind, found["reward[0].function"].kind, found["data[0].path"].kind) == ("recipe", "recipe", "recipe")
     assert (found["policy.quantization"].kind, found["data[0].skip"].kind) == ("default", "default")
     assert (found["reward[0].weight"].kind, found["pretraining_mix.data[0].path"].kind) == ("default", "recipe")
     shown = {setting.path for setting in preset_settings(loaded, loaded.steps[0])}
-    assert {"kl_coef", "ppo_epochs", "clip_range", "pretraining_mix.coef"} <= shown and "entropy_coef" not in shown
+    assert {"kl.coef", "ppo_epochs", "clip.ratio", "pretraining_mix.coef"} <= shown and "entropy_coef" not in shown
 
 
 def test_the_plan_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_the_plan_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "sft (sft): preset huang2024" in shown.output and "N+ Args.eps" in shown.output
     assert "override 'sft.training.epochs=3'" in shown.output and "plain (sft)" not in shown.output
     every = CliRunner().invoke(app, [*command, "--settings"])
-    assert "plain (sft)" in every.output and "checkpoint_seconds" in every.output
+    assert "plain (sft)" in every.output and "checkpoints.seconds" in every.output
     as_json = json.loads(CliRunner().invoke(app, [*command, "--json"]).output)
     steps = {step["name"]: step for step in as_json["steps"]}
     rows = {row["setting"]: row for row in steps["sft"]["settings"]}

@@ -68,7 +68,7 @@ def _check_instructgpt(summary: dict[str, Any]) -> None:
     """The settings of Huang et al. 2024 where no override shortens them; and every number of the alignment tax is there."""
     configs = {step["name"]: step["config"] for step in summary["steps"]}
     assert configs["sft"]["training"]["learning_rate"] == 3e-6
-    assert (configs["aligned"]["kl_coef"], configs["aligned"]["ppo_epochs"]) == (0.05, 4)
+    assert (configs["aligned"]["kl"]["coef"], configs["aligned"]["ppo_epochs"]) == (0.05, 4)
     for candidate in summary["candidates"].values():
         assert set(candidate["scores"]) == {"held-out", "preference"}
         assert {name: task["n"] for name, task in candidate["tasks"].items()} == {"hellaswag": 8, "sst": 10, "rte": 10}
