@@ -113,7 +113,7 @@ class RewardModelConfig(TrainingStepConfig):
             raise ValueError(f"model.quantization={self.model.quantization!r} needs lora, because quantized weights cannot be trained")
         if self.num_seeds > 1 and self.checkpoints.keep_best:
             raise ValueError(
-                f"checkpoints.keep_best={self.checkpoints.keep_best} needs num_seeds=1; with several seeds the best seed is already selected"
+                f"checkpoints.keep_best={self.checkpoints.keep_best} needs num_seeds=1; with several seeds the best is already selected"
             )
         check_names(self.beside, "beside")
         if self.generative is not None:
