@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def serve(folder: Path, annotators: Sequence[str], *, host: str, port: int | Non
         console.print(
             "Whoever has a link can answer under its name. Ctrl-C stops the server; every answer is on the disk already.", soft_wrap=True
         )
-        make_server(LabelServer(store, access, base)).run(sockets=[bound])
+        say = partial(console.print, soft_wrap=True, markup=False)
+        make_server(LabelServer(store, access, base, say=say)).run(sockets=[bound])
     finally:
         store.close()

@@ -14,12 +14,15 @@ Tokens come in the header ``Authorization: Bearer``, never from a cookie: anothe
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,7 @@ from stages.labelling.questions import AnswerError
 from stages.labelling.report import quality
 from stages.labelling.store import Store
 
+logger = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
 FILES = {"label.html", "progress.html", "label.js", "answers.js", "board.js", "server.js", "progress.js", "style.css"}
 LONGEST_BODY = 256 * 1024
@@ -65,9 +69,10 @@ class Refused(Exception):
 class LabelServer:
     """The pages and the interface over one store."""
 
-    def __init__(self, store: Store, access: Access, base: str = "") -> None:
-        self.store, self.access, self.base = store, access, base
-        self._instructions = render(store.settings.instructions)
+    def __init__(self, store: Store, access: Access, base: str = "", *, say: Callable[[str], None] = logger.info) -> None:
+        self.store, self.access, self.base, self._say = store, access, base, say
+        self._read_settings()
+        self._notice = ""
         self._quality: tuple[float, dict[str, Any]] = (float("-inf"), {})
         self._counting = threading.Lock()
 
@@ -99,16 +104,41 @@ class LabelServer:
             return JSONResponse({"error": "no such file"}, 404, headers=HEADERS)
         return FileResponse(PAGE / name, headers=HEADERS)
 
+    # Settings
+
+    def _read_settings(self) -> None:
+        """Take what the page is told from the settings; ``_version`` tells it whether the questions that it shows are still asked."""
+        settings = self.store.settings
+        self._instructions = render(settings.instructions)
+        asked = json.dumps([settings.questions.model_dump(mode="json"), settings.instructions], sort_keys=True)
+        self._version = hashlib.sha256(asked.encode()).hexdigest()[:16]
+
+    def _refresh(self) -> None:
+        """Follow settings that `stages run` or `stages label` changed meanwhile, and tell the console and the leader's page."""
+        try:
+            changed = self.store.refresh()
+        except DataError as error:
+            if str(error) != self._notice:
+                self._notice = str(error)
+                self._say(self._notice)
+            return
+        if changed:
+            self._read_settings()
+            self._quality = (float("-inf"), {})
+            self._notice = f"{datetime.now().astimezone():%H:%M}: changed settings are in force: {', '.join(changed)}"
+            self._say(self._notice)
+
     # Who asks
 
     def _guarded(self, answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def guarded(request: Request) -> Response:
+            self._refresh()
             try:
                 response = await answer(request)
             except Refused as refused:
                 response = JSONResponse(refused.content, refused.status)
             except (AnswerError, DataError) as error:
-                response = JSONResponse({"error": str(error)}, 400)
+                response = JSONResponse({"error": str(error), "version": self._version}, 400)
             except StorageError as error:
                 response = JSONResponse({"error": str(error)}, 503)
             response.headers.update(HEADERS)
@@ -153,6 +183,7 @@ class LabelServer:
                 "name": settings.name,
                 "questions": settings.questions.model_dump(mode="json"),
                 "instructions": self._instructions,
+                "version": self._version,
                 "counts": self.store.counts(annotator),
             }
         )
@@ -166,7 +197,7 @@ class LabelServer:
                 raise Refused(404, "there is no such answer of yours")
             return JSONResponse({"task": self._shown(task, annotator), "answer": asdict(answer) | {"digests": None}})
         found = self.store.next_task(annotator, request.query_params.get("wish"))
-        content: dict[str, Any] = {"counts": self.store.counts(annotator), "task": None}
+        content: dict[str, Any] = {"counts": self.store.counts(annotator), "task": None, "version": self._version}
         if self.store.gold:
             screening = self.store.screening(annotator)
             content["screening"] = {"answered": screening.answered, "of": screening.of, "passed": screening.passed}
@@ -195,7 +226,7 @@ class LabelServer:
 
     async def _progress(self, request: Request) -> Response:
         self._check_lead(request)
-        return JSONResponse(await run_sync(self._numbers))
+        return JSONResponse({**await run_sync(self._numbers), "notice": self._notice})
 
     def _numbers(self) -> dict[str, Any]:
         with self._counting:

@@ -18,7 +18,7 @@ from typing import Any
 from stages.corpora.labels import ANSWERS, GOLD, TASKS, LabelAnswer, LabelTask, latest, read_answers, read_tasks
 from stages.errors import DataError, StorageError
 from stages.labelling.assignment import Assignment, overlap_tasks, shown_order
-from stages.labelling.publishing import SCORES, LabelSettings, read_settings
+from stages.labelling.publishing import SCORES, SETTINGS, LabelSettings, read_settings
 from stages.labelling.questions import AnswerError, checked_answer
 from stages.process.storage import STORAGE, sync
 
@@ -128,22 +128,19 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._files = _state_of(folder)
         self.settings: LabelSettings = read_settings(folder)
         self._lock = threading.Lock()
         self._writers: dict[str, threading.Lock] = {}  # by annotator: the same answer sent twice at once is kept once
         self._hold = self._take_hold()
         self.tasks: dict[str, LabelTask] = read_tasks(folder / TASKS)
-        self.gold: dict[str, LabelTask] = read_tasks(folder / GOLD) if (folder / GOLD).exists() else {}
-        overlap = overlap_tasks(list(self.tasks), self.settings.overlap, self.settings.seed)
-        wanted = {name: self.settings.annotators if name in overlap else 1 for name in self.tasks}
-        self._assignment = Assignment(list(self.tasks), wanted)
+        self.gold = _read_gold(folder)
+        self._assignment = self._new_assignment()
         self.answers: dict[str, dict[str, LabelAnswer]] = {}  # annotator -> task -> the answer that counts, in the order of the file
         self._ids: dict[str, LabelAnswer] = {}
         for _, answer in read_answers(folder / ANSWERS):
             self._take(answer)
-        for annotator, task in _read_open(folder / OPEN).items():
-            if task not in self.answers.get(annotator, {}):
-                self._assignment.hold(annotator, task)
+        self._hold_open(_read_open(folder / OPEN))
         self._log = Log(folder / ANSWERS)
         self.cut_off = self._log.open()
 
@@ -157,6 +154,44 @@ class Store:
                 f"{self.folder}: another `stages label` serves these tasks. Open its address (one server takes many annotators), or stop it"
             ) from error
         return lock
+
+    def refresh(self) -> list[str]:
+        """Read settings and gold tasks again if their files changed; returns the names of the settings that differ now.
+
+        The tasks of a folder never change. Answers stay; who gets which task next follows the new settings. Raises DataError for files
+        that cannot be read; the old settings stay in force then.
+        """
+        with self._lock:
+            files = _state_of(self.folder)
+            if files == self._files:
+                return []
+            try:
+                settings, gold = read_settings(self.folder), _read_gold(self.folder)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{self.folder}: the changed settings cannot be read ({type(error).__name__}: {error})") from error
+            names = [name for name in LabelSettings.__dataclass_fields__ if getattr(settings, name) != getattr(self.settings, name)]
+            changed = [*names, *(["gold"] if gold != self.gold else [])]
+            self._files, self.settings, self.gold = files, settings, gold
+            if {"overlap", "annotators", "seed"} & set(changed):
+                held = self._assignment.held
+                self._assignment = self._new_assignment()
+                for annotator, own in self.answers.items():
+                    for task, answer in own.items():
+                        if task in self.tasks:
+                            self._assignment.answered(task, annotator, is_ranked=answer.is_used)
+                self._hold_open(held)
+            return changed
+
+    def _new_assignment(self) -> Assignment:
+        """Nobody has answered yet."""
+        overlap = overlap_tasks(list(self.tasks), self.settings.overlap, self.settings.seed)
+        return Assignment(list(self.tasks), {name: self.settings.annotators if name in overlap else 1 for name in self.tasks})
+
+    def _hold_open(self, held: dict[str, str]) -> None:
+        """Reserve for each annotator the task that they have open."""
+        for annotator, task in held.items():
+            if task not in self.answers.get(annotator, {}):
+                self._assignment.hold(annotator, task)
 
     def close(self) -> None:
         """Let another server have the folder."""
@@ -305,6 +340,22 @@ class Store:
             ranked = self._assignment.num_ranked
             mine = sum(name in self.tasks for name in own)
         return {"mine": mine, "ranked": ranked, "target": self.settings.target, "tasks": len(self.tasks)}
+
+
+def _read_gold(folder: Path) -> dict[str, LabelTask]:
+    return read_tasks(folder / GOLD) if (folder / GOLD).exists() else {}
+
+
+def _state_of(folder: Path) -> list[tuple[int, int, int] | None]:
+    """What changes with the files of settings and gold tasks: time, size and place on the disk; None for a file that is not there."""
+    found: list[tuple[int, int, int] | None] = []
+    for name in (SETTINGS, GOLD):
+        try:
+            state = (folder / name).stat()
+            found.append((state.st_mtime_ns, state.st_size, state.st_ino))
+        except FileNotFoundError:
+            found.append(None)
+    return found
 
 
 def _read_open(path: Path) -> dict[str, str]:

@@ -20,7 +20,9 @@ from stages.corpora.labels import read_answers
 from stages.errors import DataError, LaunchError
 from stages.labelling.access import Access
 from stages.labelling.command import open_folder, serve
+from stages.labelling.config import People
 from stages.labelling.markdown import render
+from stages.labelling.publishing import publish_settings
 from stages.labelling.server import LabelServer, listen
 from stages.labelling.store import Store
 
@@ -60,6 +62,33 @@ def test_task_is_blind_and_in_the_recorded_order(page, answer) -> None:
     (line,) = page.ask("/api/answers").json()["answers"]
     assert line["task"] == task.id and line["state"] == "ranked"
     assert page.ask("/api/task", annotator="ben", id=task.id).status_code == 404  # it is anna's
+
+
+def test_changed_settings_are_in_force_without_a_restart(page, answer) -> None:
+    said: list[str] = []
+    page.client = TestClient(LabelServer(page.store, page.access, say=said.append).app(), base_url="http://127.0.0.1")
+    before = page.ask("/api/session").json()
+    held = page.ask("/api/task").json()["task"]["id"]
+    sent = answer(page.store, "anna", held, [0, 1, 2])
+    assert page.ask("/api/progress", annotator=None).json()["notice"] == ""
+    questions = page.store.folder.parent / "rated.yaml"
+    questions.write_text("ratings: [{name: quality, text: Quality, lowest: 1, highest: 7}]")
+    people = People.model_validate({"questions": str(questions), "target": 2, "overlap": 1.0, "annotators": 3})
+    publish_settings(page.store.folder, "recipe/step", 0, people)  # as `stages run` does while the server runs
+    refused = page.ask("/api/answer", body=sent)
+    assert refused.status_code == 400 and "Quality" in refused.json()["error"] and refused.json()["version"] != before["version"]
+    assert len(said) == 1 and "changed settings are in force: questions, instructions, annotators, target" in said[0]
+    assert page.ask("/api/progress", annotator=None).json()["notice"] == said[0]
+    after = page.ask("/api/session").json()
+    assert after["version"] == refused.json()["version"] and after["questions"]["ratings"][0]["name"] == "quality"
+    assert after["counts"]["target"] == 2 and page.ask("/api/task").json()["task"]["id"] == held  # still reserved for anna
+    assert page.ask("/api/answer", body={**sent, "ratings": {"quality": [7, 1, 2]}}).status_code == 200
+    assert page.store.num_begun() == 1  # two more people rank this task
+    publish_settings(page.store.folder, "recipe/step", 0, people)  # written again, and nothing differs
+    page.ask("/api/session")
+    (page.store.folder / "labelling.json").write_text("{")
+    assert page.ask("/api/session").json()["counts"]["mine"] == 1  # the old settings stay
+    assert len(said) == 2 and "the changed settings cannot be read" in said[1]
 
 
 def test_links_are_personal(page) -> None:

@@ -125,10 +125,17 @@ function showMessage(title, text) {
 
 // Going from task to task
 
+/** Load the page again where the server asks other questions now; drafts are kept in the browser, and what still fits is shown again. */
+function reloaded({ version }) {
+  if (!version || version === session.version) return false;
+  location.reload();
+  return true;
+}
+
 async function next() {
   correcting = false;
   const content = await askPatiently("/api/task", { params: { wish: recall("current") ?? "" } }, waiting).catch(fatal);
-  if (!content) return;
+  if (!content || reloaded(content)) return;
   showCounts(content.counts);
   const { screening } = content;
   if (!content.task) {
@@ -215,7 +222,7 @@ async function submit(skipped = null) {
     task = null;
     await next();
   } catch (error) {
-    banner(error.message);
+    if (!reloaded(error.content ?? {})) banner(error.message);
   } finally {
     sending = false;
     byId("submit").disabled = false;

@@ -34,7 +34,7 @@ function show(content) {
   const { agreement, rate, paper_agreement: paper, position, reward_model: model } = content;
   byId("name").textContent = content.name;
   byId("headline").textContent = `${content.ranked_tasks} of ${content.target} tasks are ranked.`;
-  byId("updated").textContent = `as of ${new Date().toLocaleTimeString()}`;
+  byId("updated").textContent = [`as of ${new Date().toLocaleTimeString()}`, content.notice].filter(Boolean).join("; ");
   const meter = byId("meter");
   meter.style.setProperty("--share", Math.min(1, content.ranked_tasks / content.target));
   meter.setAttribute("aria-valuemax", content.target);

@@ -8,6 +8,7 @@ export class Refused extends Error {
   constructor(status, content) {
     super(content.error ?? `status ${status}`);
     this.status = status;
+    this.content = content;
   }
 }
 
