@@ -46,8 +46,16 @@ class Scorer:
         self._lock = threading.Lock()
 
     def get_reward(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Scores of prompts and completions; of ``query`` alone where there are no completions."""
+        """Scores of prompts and completions; of ``query`` alone where there are no completions.
+
+        OpenRLHF sends no completions, and its prompts and queries were written by a chat template already. So a reward model with a
+        template reads such a query as it is, and does not put it into its template once more.
+        """
+        from stages.rewards.learned import RewardModelSource
+
         prompts, completions = _pairs(body)
+        if "completions" not in body and isinstance(self.source, RewardModelSource) and self.source.tokenizer.chat_template:
+            prompts, completions = None, _texts(body, "query")
         scores = self._score(prompts, completions) if prompts is not None else self._score_texts(completions)
         return {"rewards": scores, "scores": scores, "extra_logs": {}}
 

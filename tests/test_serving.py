@@ -110,6 +110,14 @@ def test_openrlhfs_own_requests(served) -> None:
     assert (answer["model"], answer["digest"]) == (made.signature["model"], made.signature["digest"])
     answer = httpx2.post(f"{address}/get_reward", json={"query": query}).json()  # nothing says where the prompts end
     assert answer["rewards"] == pytest.approx(made.source.score_texts(query).tolist(), abs=1e-5)
+    address, made = served["rm"]  # with a chat template, which has written these texts already
+    prompts = ["user: a film\nassistant: ", "user: p\nassistant: "]
+    query = [prompt + text for prompt, text in zip(prompts, TEXTS, strict=True)]
+    body, key = {"query": query, "prompts": prompts, "labels": [None, None]}, {"authorization": "Bearer k-secret-9"}
+    answer = httpx2.post(f"{address}/get_reward", json=body, headers=key).json()
+    plain = [made.source.tokenizer(text)["input_ids"] + [made.source.tokenizer.eos_token_id] for text in query]
+    expected = [made.source.model.score(torch.tensor([ids]), torch.ones(1, len(ids))).item() for ids in plain]
+    assert answer["rewards"] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from stages.corpora.comparisons import comparison
 from stages.corpora.files import read_rows
 from stages.corpora.labels import read_answers, read_tasks
 from stages.labelling.access import link
+from stages.labelling.config import People
+from stages.labelling.publishing import publish_settings
 from stages.labelling.server import Served
 
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
@@ -238,6 +240,26 @@ def test_half_done_answer_is_there_when_the_browser_comes_back(served) -> None:
     assert texts(browser) == shown
     assert one(browser, "#card-1 input[type=radio][value='1']").is_selected() and one(browser, "#check-untrue-2").is_selected()
     assert one(browser, "#notes").get_attribute("value") == "half a thought"
+
+
+def test_page_reloads_with_its_draft_when_the_questions_change(served) -> None:
+    from selenium.webdriver import Keys
+
+    browser = served(texts=[["a", "b"], ["c", "d"]])
+    press(browser, "a", "2", "b", "1")
+    folder = browser.served.store.folder
+    questions = folder.parent / "rated.yaml"
+    questions.write_text("ratings: [{name: quality, text: Quality, lowest: 1, highest: 7}]")
+    publish_settings(folder, "recipe/step", 0, People.model_validate({"questions": str(questions)}))
+    press(browser, Keys.ENTER)
+    wait(lambda: one(browser, '[name="rating-quality-0"]'))
+    assert [browser.execute_script(f"return document.querySelector('[name=rank-{place}]:checked').value") for place in (0, 1)] == ["2", "1"]
+    for place, rating in ((0, 3), (1, 5)):
+        browser.execute_script(f"document.querySelectorAll('[name=rating-quality-{place}]')[{rating - 1}].click()")
+    one(browser, "#submit").click()
+    wait(lambda: browser.served.store.num_ranked() == 1)
+    (kept,) = browser.served.store.answers["anna"].values()
+    assert sorted(kept.ratings["quality"]) == [3, 5]
 
 
 def test_keys_rank_tie_rate_skip_flag_and_correct(served) -> None:
