@@ -17,6 +17,7 @@ import torch
 from stages.config import Microbatch
 from stages.kernels.token_budget import GPU_SHARE, GPU_TOKENS, rows_per_batch, token_budget_batches, tokens_of
 from stages.process.gpus import free_gpu_memory, own_peak
+from stages.sampling.workspace import drop_kept_workspace
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,8 @@ class PassBudget:
         self.tokens = min(self.tokens, tokens) // 2
 
     def release(self) -> None:
-        """Give the memory of a failed pass back."""
+        """Give the memory of a failed pass back, and what decoding keeps for its next call."""
+        drop_kept_workspace()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

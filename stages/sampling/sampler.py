@@ -86,7 +86,7 @@ class LocalSampler:
         )
 
     def rest(self) -> None:
-        """Nothing: it holds nothing between two calls."""
+        """Nothing: what it keeps for the next call (see ``workspace``) is a small share of a GPU's memory."""
 
     def report(self) -> dict[str, Any]:
         """That it was this one."""

@@ -12,6 +12,7 @@ import torch
 from stages.models import budget as module
 from stages.models.budget import PassBudget, is_out_of_memory
 from stages.process.gpus import Peak
+from stages.sampling import workspace
 
 MIB = 2**20
 
@@ -120,3 +121,9 @@ def test_other_errors_and_a_single_row_are_no_retreat() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         budget.each(range(2), [10] * 2, too_long)
     assert budget.retreats == 1
+
+
+def test_what_decoding_keeps_is_freed_before_work_is_done_again(monkeypatch) -> None:
+    monkeypatch.setattr(workspace, "_kept", object())
+    PassBudget("update", "cpu", "auto", rows=1, trains=True).release()
+    assert workspace._kept is None
