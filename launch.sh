@@ -49,7 +49,7 @@ install_with_uv() {
     local backend=cpu
     if has_gpu; then backend=auto; fi
     uv pip install --quiet --python "$venv/bin/python" --torch-backend "$backend" "torch==$torch_version" >>"$log" 2>&1 &&
-        uv pip install --quiet --python "$venv/bin/python" -e "$repository[test]" >>"$log" 2>&1
+        uv pip install --quiet --python "$venv/bin/python" -e "$repository[quantize,test]" >>"$log" 2>&1
 }
 
 install_with_pip() {
@@ -59,7 +59,7 @@ install_with_pip() {
     else
         "${pip[@]}" "torch==$torch_version+cpu" >>"$log" 2>&1 || "${pip[@]}" "torch==$torch_version" >>"$log" 2>&1 || return 1
     fi
-    "${pip[@]}" -e "$repository[test]" >>"$log" 2>&1
+    "${pip[@]}" -e "$repository[quantize,test]" >>"$log" 2>&1
 }
 
 install() {

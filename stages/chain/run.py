@@ -42,7 +42,7 @@ from stages.models.stacks import check_folder, find_base, is_adapter
 from stages.process.environment import launched_processes
 from stages.process.gpus import peak_gpu_memory, visible_gpus
 from stages.process.hardware import cpu_name
-from stages.process.packages import missing_attention_package
+from stages.process.packages import missing_attention_package, missing_quantization_package
 from stages.process.runtime import Runtime
 from stages.process.storage import write_json
 from stages.recipe.schema import STAGES, Recipe, RecipeStep, Reference, data_inputs, load_object, model_inputs
@@ -101,6 +101,7 @@ def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]
             made[step.name] = plans[-1].record
             if plans[-1].action != "reuse":
                 check_attention(step)
+                check_quantization(step)
                 check_installed(step.config)
                 if is_known(step):
                     with doing(f"checking the models of step {step.name!r} ({step.stage})"):
@@ -131,6 +132,15 @@ def check_attention(step: RecipeStep) -> None:
             raise RecipeError(
                 f"step {step.name}: {field_path}.attention={model.attention} cannot be used: {missing}. Write attention: auto"
             )
+
+
+def check_quantization(step: RecipeStep) -> None:
+    """Raise RecipeError if the step quantizes a model, or has an optimizer, whose package is not installed."""
+    optimizer = getattr(getattr(step.config, "training", None), "optimizer", "adamw")
+    needed = {"training": ("none", optimizer)} | {name: (model.quantization, "adamw") for name, model in model_inputs(step.config).items()}
+    for field_path, (quantization, own) in needed.items():
+        if missing := missing_quantization_package(quantization, own):
+            raise RecipeError(f"step {step.name}: {field_path}: {missing}")
 
 
 def on_hub(step: RecipeStep) -> bool:

@@ -18,6 +18,14 @@ def missing_attention_package(attention: str) -> str:
     return f"neither {module.partition('.')[0]} nor kernels is installed"
 
 
+def missing_quantization_package(quantization: str, optimizer: str) -> str:
+    """The reason why a step with this quantization and optimizer cannot run in this environment; empty if nothing is missing."""
+    needed_by = f"quantization: {quantization}" if quantization != "none" else f"optimizer: {optimizer}"
+    if (quantization == "none" and optimizer == "adamw") or is_installed("bitsandbytes"):
+        return ""
+    return f"{needed_by} needs the package bitsandbytes, which is not installed; pip install 'tristage[quantize]'"
+
+
 def is_installed(module: str) -> bool:
     """Whether the module can be imported."""
     try:
