@@ -2,7 +2,7 @@
 
 stages run RECIPE [step.field=value ...]      stages plan RECIPE
 stages sweep RECIPE step.field=[value,value] [seeds=3]
-stages models list | show | lineage | verify | export | import | remove
+stages models list | show | lineage | verify | export | import | push | pull | remove
 stages generate REF --prompt TEXT [--against REF2]      stages chat REF
 stages label STEP_OR_FILE [--annotator NAME] [--report]
 stages report RUN [RUN2 ...]
@@ -414,6 +414,7 @@ def _chosen_rows(record: ModelRecord) -> list[tuple[str, str]]:
         ("role", record.role + (f", made by a step of stage {stage}" if stage else "")),
         ("made (UTC)", manifest["created"][:19]),
         ("folder", f"{record.path} ({size:.1f} MiB)"),
+        *([("pulled from", manifest["pulled"]["from"])] if "pulled" in manifest else []),
         ("base", f"adapter on {manifest['base']['ref']}" if record.is_adapter else "none: full weights"),
         ("made from", _origin(manifest)),
     ]
@@ -472,10 +473,12 @@ def _tree(node: dict[str, Any], registry: Registry, everything: bool, branch: Tr
         note += f", adapter on {base['ref']}"
     if node.get("trust_remote_code"):
         note += ", with code from the Hub"
+    if node.get("recorded"):
+        note += f", as {node['recorded']} tells"
     digest = f" {node['digest']}" if everything else ""
     label = f"[bold]{escape(node['ref'])}[/]{escape(digest)} ({escape(note)})"
     here = Tree(label) if branch is None else branch.add(label)
-    if everything:
+    if everything or (node.get("role") and not _is_here(node, registry)):
         lines = [f"{field_path}: data {mark}" for field_path, mark in node.get("data", {}).items()]
     else:
         lines = data_lines(registry.get(node["ref"]).manifest) if node.get("data") else []
@@ -484,6 +487,16 @@ def _tree(node: dict[str, Any], registry: Registry, everything: bool, branch: Tr
     for parent in node["parents"]:
         _tree(parent, registry, everything, here)
     return here
+
+
+def _is_here(node: dict[str, Any], registry: Registry) -> bool:
+    """Whether a version of a lineage is in the registry; those above a pulled one may not be."""
+    from stages.errors import RegistryError
+
+    try:
+        return registry.get(node["ref"]).digest == node["digest"]
+    except RegistryError:
+        return False
 
 
 @models.command()
@@ -556,6 +569,55 @@ def import_command(
         typer.echo(f"published {record.ref} ({record.role})")
     for note in imported.notes:
         typer.echo(f"note: {note}")
+
+
+Repository = Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A model repository of the Hugging Face Hub.")]
+
+
+@models.command()
+@reports_errors
+def push(
+    ref: Ref,
+    repository: Repository,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Commit message (default: the version).")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Create a public repository (default: private).")] = False,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Push a version to the Hub: its files, what an adapter stands on, a model card, lineage and evaluation results."""
+    from stages.sharing.push import push as push_model
+
+    pushed = push_model(ref, repository, _registry(home), message=message, private=not public, say=_progress(as_json))
+    if as_json:
+        _print_json({"repository": pushed.repository, "commit": pushed.commit, "created": pushed.is_new})
+
+
+@models.command()
+@reports_errors
+def pull(
+    repository: Repository,
+    name: Annotated[str | None, typer.Option("--as", metavar="NAME", help="Name in this registry (default: the name it had).")] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch, a tag or a commit (default: main).")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Allow a base that runs its own code.")] = False,
+    home: Home = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Take a pushed version into the registry as it was: files, settings, metrics and lineage. Every file is verified."""
+    from stages.sharing.pull import pull as pull_model
+
+    pulled = pull_model(repository, _registry(home), revision=revision, name=name, trust_remote_code=trust_remote_code, say=_progress(as_json))
+    record = pulled.record
+    if as_json:
+        _print_json({"model": _row(record), "bases": [_row(base) for base in pulled.bases], "was_here": pulled.was_here})
+    else:
+        typer.echo(f"{'was here already' if pulled.was_here else 'pulled'}: {record.ref} ({record.role}, {record.digest[:19]})")
+
+
+def _progress(as_json: bool) -> Callable[[str], None]:
+    """Where a command tells what it does: on stdout, and on stderr where stdout is for a program."""
+    return lambda line: typer.echo(line, err=as_json)
 
 
 @models.command()

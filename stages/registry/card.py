@@ -125,13 +125,13 @@ def write_card(record: ModelRecord, registry: Registry, folder: Path, *, merged:
     return path
 
 
-def model_card(record: ModelRecord, registry: Registry, *, merged: bool) -> str:
+def model_card(record: ModelRecord, registry: Registry, *, merged: bool, repository: str | None = None) -> str:
     """The card as text: the Hub's metadata, then Markdown."""
     from huggingface_hub import ModelCard, ModelCardData
 
     manifest = record.manifest
     step = manifest["recipe_step"]
-    evaluations = list(_evaluations(record, registry))
+    evaluations = evaluations_of(record, registry)
     is_adapter = record.is_adapter and not merged
     bases = [parent["ref"] for parent in _foreign(registry.lineage(record.ref)) if parent["kind"] == "hub"]
     data = ModelCardData(
@@ -160,7 +160,7 @@ def model_card(record: ModelRecord, registry: Registry, *, merged: bool) -> str:
             created=manifest["created"],
             weights=f"{weights}; {size:.1f} MiB in the registry",
             intended=INTENDED[record.role],
-            usage=_usage(record, is_adapter),
+            usage=_usage(record, is_adapter) if repository is None else _usage_on_hub(record, registry, repository),
             lineage="\n".join(_tree(registry.lineage(record.ref))),
             data=_data_lines(manifest),
             metrics=[(name, _number(value)) for name, value in manifest["metrics"].items() if isinstance(value, int | float)],
@@ -235,6 +235,11 @@ def _data_lines(manifest: dict[str, Any]) -> list[str]:
 # How it did
 
 
+def evaluations_of(record: ModelRecord, registry: Registry) -> list[dict[str, Any]]:
+    """The stored evaluations of this very model, newest first: title, verdict and win rates of each."""
+    return list(_evaluations(record, registry))
+
+
 def _evaluations(record: ModelRecord, registry: Registry) -> Iterator[dict[str, Any]]:
     """Stored evaluations with exactly this model as a candidate, newest first, with their win rates."""
     matches = []
@@ -284,6 +289,23 @@ def _results(record: ModelRecord, evaluations: list[dict[str, Any]]) -> list[Any
 
 
 # How to load it
+
+
+def _usage_on_hub(record: ModelRecord, registry: Registry, repository: str) -> list[tuple[str, str]]:
+    """How to load a pushed version. An adapter has what it stands on in ``bases/``, unless that is on the Hub."""
+    pull = ("Into a registry, with its lineage, under the name that a recipe uses:", f"stages models pull {repository}")
+    base = record.manifest["base"]
+    if base is None:
+        return [*((title, code.replace("FOLDER", repository)) for title, code in _usage(record, is_adapter=False)), pull]
+    is_stack = base["kind"] == "registry" and registry.get(base["digest"]).is_adapter
+    if record.role != "language_model" or is_stack:
+        return [pull]
+    where = f'"{repository}", subfolder="bases/1"' if base["kind"] == "registry" else f'"{base["path"]}"'
+    code = (
+        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({where}), "{repository}")'
+    )
+    return [(f"The adapter belongs to `{base['ref']}`.", code), pull]
 
 
 def _usage(record: ModelRecord, is_adapter: bool) -> list[tuple[str, str]]:

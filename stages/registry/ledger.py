@@ -94,7 +94,9 @@ class Registry:
             model = staging / "model"
             model.mkdir()
             fill(model)
-            self._check_files(model, name, base)
+            _check_allowed(model, name)
+            if base is None and (model / "adapter_config.json").exists():
+                raise RegistryError(f"{name!r} contains an adapter, but its base model is unknown; pass base= to publish")
             is_adapter = (model / "adapter_config.json").exists()
             if is_adapter:
                 (model / "README.md").unlink(missing_ok=True)  # peft's model card, which contains only the local path of the base
@@ -106,7 +108,7 @@ class Registry:
                 "version": 0,
                 "role": role,
                 "digest": digest_of({str(file["path"]): str(file["sha256"]) for file in files}),
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "created": _now(),
                 "base": _describe(base) if base is not None and is_adapter else None,
                 "parents": _distinct([_describe(parent) for parent in parents]),
                 "recipe_step": recipe_step or {},
@@ -118,21 +120,52 @@ class Registry:
                 "packages": installed_packages(),
                 "files": files,
             }
-            for _, file in files_of(model):
-                sync(file)
-            with self._lock():
-                if is_adapter and base is not None and base.kind == "registry":
-                    self._get_digest(base.digest, base.digest.removeprefix("sha256:"))  # raises if the base was removed meanwhile
-                folder = self._models / name
-                folder.mkdir(parents=True, exist_ok=True)
-                self._check_inside(folder)
-                manifest["version"] = self._claim_version(folder)
-                write_json(staging / "manifest.json", manifest)
-                sync(staging)
-                os.rename(staging, folder / str(manifest["version"]))
-                sync(folder)
+            return self._commit(staging, manifest)
+
+    def restore(
+        self, name: str, fill: Callable[[Path], None], manifest: dict[str, Any], *, origin: str, lineage: dict[str, Any]
+    ) -> ModelRecord:
+        """Add a version that another registry made: ``fill(folder)`` writes its files, ``manifest`` is the one it has there.
+
+        ``origin`` is where it comes from, ``lineage`` its lineage there; both are kept under ``pulled``. The fingerprint is kept there too,
+        so that no recipe of this registry takes the version for its own result. Raises RegistryError unless every file is as the manifest
+        says, and the base of an adapter is here.
+        """
+        check_name(name)
+        with self._staging_folder() as staging:
+            model = staging / "model"
+            model.mkdir()
+            fill(model)
+            is_adapter = manifest["base"] is not None
+            _check_allowed(model, name)
+            if ("adapter_config.json" in dict(files_of(model))) != is_adapter:
+                raise RegistryError(f"{name!r} from {origin}: the files and the manifest disagree on whether it is an adapter; refused")
+            found = {path: file_sha256(file) for path, file in files_of(model)}
+            expected = {file["path"]: file["sha256"] for file in manifest["files"]}
+            if differing := sorted(path for path in found.keys() | expected.keys() if found.get(path) != expected.get(path)):
+                raise RegistryError(f"{name!r} from {origin}: {', '.join(differing[:3])} differs from the manifest; nothing was added")
+            pulled = {"from": origin, "at": _now(), "fingerprint": manifest["fingerprint"], "lineage": lineage}
+            return self._commit(staging, {**manifest, "name": name, "fingerprint": "", "pulled": pulled})
+
+    def _commit(self, staging: Path, manifest: dict[str, Any]) -> ModelRecord:
+        """Make ``staging``, whose model/ is complete, the next version of the manifest's name."""
+        name, base = manifest["name"], manifest["base"]
+        for _, file in files_of(staging / "model"):
+            sync(file)
+        with self._lock():
+            if base is not None and base["kind"] == "registry":
+                self._get_digest(base["digest"], base["digest"].removeprefix("sha256:"))  # raises if the base was removed meanwhile
+            folder = self._models / name
+            folder.mkdir(parents=True, exist_ok=True)
+            self._check_inside(folder)
+            manifest["version"] = self._claim_version(folder)
+            write_json(staging / "manifest.json", manifest)
+            sync(staging)
+            os.rename(staging, folder / str(manifest["version"]))
+            sync(folder)
         # Do not read it again: another process may already have removed it, but publishing succeeded.
-        return ModelRecord(name, manifest["version"], manifest["digest"], role, folder / str(manifest["version"]) / "model", manifest)
+        path = folder / str(manifest["version"]) / "model"
+        return ModelRecord(name, manifest["version"], manifest["digest"], manifest["role"], path, manifest)
 
     def adopt(self, record: ModelRecord, name: str) -> ModelRecord:
         """Add a version made by another recipe under ``name``, with the models published beside it (``<name>-value``).
@@ -158,29 +191,13 @@ class Registry:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._check_inside(folder)
                 version = self._claim_version(folder)
-                now = datetime.now(UTC).isoformat(timespec="seconds")
+                now = _now()
                 adopted = {"name": name, "version": version, "created": now, "adopted_from": record.ref}
                 write_json(staging / "manifest.json", {**record.manifest, **adopted})
                 sync(staging)
                 os.rename(staging, folder / str(version))
                 sync(folder)
         return self._read(folder / str(version))
-
-    def _check_files(self, model: Path, name: str, base: ResolvedModel | None) -> None:
-        paths = dict(files_of(model))
-        if not paths:
-            raise RegistryError(f"nothing was saved for {name!r}; a model needs at least its config.json and *.safetensors")
-        unsafe = [path for path in paths if path.endswith(UNSAFE_SUFFIXES)]
-        if unsafe:
-            raise RegistryError(
-                f"{name!r} holds {', '.join(unsafe)}: pickle-based weights are refused because reading them can run code. "
-                "Save as safetensors (save_pretrained does) and leave trainer state in the checkpoint folder"
-            )
-        links = [path for path, file in paths.items() if file.is_symlink()]
-        if links:
-            raise RegistryError(f"{name!r} holds symbolic links ({', '.join(links)}); a version must contain its files")
-        if "adapter_config.json" in paths and base is None:
-            raise RegistryError(f"{name!r} contains an adapter, but its base model is unknown; pass base= to publish")
 
     def _claim_version(self, folder: Path) -> int:
         """The next version number. Call it under the lock. Numbers of removed versions are not reused, so old references stay valid."""
@@ -323,7 +340,10 @@ class Registry:
     # Looking after versions
 
     def lineage(self, ref: str) -> dict[str, Any]:
-        """The ancestry tree of a version: ref, digest, role, base, parents (recursive). Models from outside the registry are leaves."""
+        """The ancestry tree of a version: ref, digest, role, base, parents (recursive). Models from outside the registry are leaves.
+
+        Parents of a pulled version that are not here are as the repository described them; ``recorded`` names it.
+        """
         record = self.get(ref)
         parents = []
         for parent in record.manifest["parents"]:
@@ -334,7 +354,7 @@ class Registry:
             if known:
                 parents.append(self.lineage(parent["ref"]))
             else:
-                parents.append({**parent, "removed": parent["kind"] == "registry", "parents": []})
+                parents.append(_recorded(record, parent) or {**parent, "removed": parent["kind"] == "registry", "parents": []})
         return {
             "kind": "registry",
             "ref": record.ref,
@@ -438,6 +458,35 @@ def installed_packages() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def _check_allowed(model: Path, name: str) -> None:
+    """Raise RegistryError if ``model`` holds nothing, pickle files or symbolic links."""
+    paths = dict(files_of(model))
+    if not paths:
+        raise RegistryError(f"nothing was saved for {name!r}; a model needs at least its config.json and *.safetensors")
+    unsafe = [path for path in paths if path.endswith(UNSAFE_SUFFIXES)]
+    if unsafe:
+        raise RegistryError(
+            f"{name!r} holds {', '.join(unsafe)}: pickle-based weights are refused because reading them can run code. "
+            "Save as safetensors (save_pretrained does) and leave trainer state in the checkpoint folder"
+        )
+    links = [path for path, file in paths.items() if file.is_symlink()]
+    if links:
+        raise RegistryError(f"{name!r} holds symbolic links ({', '.join(links)}); a version must contain its files")
+
+
+def _recorded(record: ModelRecord, parent: dict[str, Any]) -> dict[str, Any] | None:
+    """The ancestry of a parent as a pulled version brought it along; None for a version that was made here."""
+    pulled = record.manifest.get("pulled")
+    if pulled is None:
+        return None
+    same = [node for node in pulled["lineage"]["parents"] if (node["ref"], node["digest"]) == (parent["ref"], parent["digest"])]
+    return {**same[0], "recorded": pulled["from"]} if same else None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _versions(folder: Path) -> list[int]:

@@ -2,15 +2,19 @@
 
     hub = Hub(folder); hub.start()
     commit = hub.publish("model", "org/name", files)      # {path: bytes}, or a folder; ``revision`` is a branch or a tag
-    environment = hub.environment(cache)                  # for the process of a client
+    hub.tokens["secret"] = {"org"}                        # a token, and the owners in whose name it may write
+    environment = hub.environment(cache, token="secret")  # for the process of a client
     hub.stop()
 
+Uploads go as huggingface_hub sends them without Xet: the repository is created, the files that are large are sent by LFS, and one request
+commits all. Weights are large here whatever their size.
 A commit stays readable by its hash when its branch has moved, as on the real Hub. Faults are switched on by attributes: ``gated``,
 ``slow_seconds``, ``cut_after``, ``failures``, ``is_down``. ``requests`` lists what was asked.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -25,6 +29,10 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 API = re.compile(r"/api/(models|datasets)/([^/]+(?:/[^/]+)?)(?:/(revision|tree|paths-info|refs)(?:/([^/]+)(?:/(.*))?)?)?")
 FILE = re.compile(r"/(datasets/)?([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)")
+UPLOAD = re.compile(
+    r"/lfs/[0-9a-f]{64}|/api/validate-yaml|/api/repos/create|/api/models/([^/]+/[^/]+)/(preupload|commit)/[^/]+"
+    r"|/([^/]+/[^/]+)\.git/info/lfs/objects/batch"
+)
 WHAT = ("revision", "tree", "paths-info", "refs")
 
 
@@ -48,6 +56,11 @@ class Hub:
     cuts: int = 0  # so many times
     failures: int = 0  # so many requests are answered with status 503
     is_down: bool = False  # connections are closed without an answer
+    tokens: dict[str, set[str]] = field(default_factory=dict)
+    private: set[str] = field(default_factory=set)  # ids that are seen by tokens of their owner alone
+    objects: dict[str, bytes] = field(default_factory=dict)  # of LFS, by SHA-256
+    messages: list[str] = field(default_factory=list)  # of the commits
+    moves_on: bool = False  # each commit comes too late: another one was made meanwhile
     requests: list[str] = field(default_factory=list)  # "GET /path"
     _server: ThreadingHTTPServer | None = None
 
@@ -86,11 +99,12 @@ class Hub:
         assert self._server is not None
         return f"http://127.0.0.1:{self._server.server_port}"
 
-    def environment(self, cache: Path, *, offline: bool = False, endpoint: str | None = None) -> dict[str, str]:
+    def environment(self, cache: Path, *, offline: bool = False, endpoint: str | None = None, token: str | None = None) -> dict[str, str]:
         """Environment of a client process that asks this hub and keeps what it downloads in ``cache``."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
         own = {"HF_ENDPOINT": endpoint or self.endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
-        return {**kept, **own, **({"HF_HUB_OFFLINE": "1"} if offline else {})}
+        chosen = {"HF_HUB_OFFLINE": "1" if offline else None, "HF_TOKEN": token}
+        return {**kept, **own, "HF_HUB_DISABLE_XET": "1", **{key: value for key, value in chosen.items() if value}}
 
     def downloads(self) -> list[str]:
         """The names of the files that were downloaded whole or in part."""
@@ -108,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub = self.state
         url = urlsplit(self.path)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self._body()
         hub.requests.append(f"{self.command} {url.path}")
         if hub.is_down:
             self.close_connection = True
@@ -117,6 +131,8 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.failures > 0:
             hub.failures -= 1
             self._error(503, "", "Service Unavailable")
+        elif self.command in ("POST", "PUT") and UPLOAD.fullmatch(url.path):
+            self._upload(url.path, body)
         elif match := API.fullmatch(url.path):
             self._api(match, body, url.query)
         elif match := FILE.fullmatch(url.path):
@@ -124,7 +140,107 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._error(404, "", "Not found")
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    # Uploads
+
+    def _owners(self) -> set[str] | None:
+        """The owners in whose name the request's token may write; None without a token that is known."""
+        return self.state.tokens.get((self.headers.get("Authorization") or "").removeprefix("Bearer "))
+
+    def _upload(self, path: str, body: bytes) -> None:
+        hub = self.state
+        if path.startswith("/lfs/"):
+            oid = path.rpartition("/")[2]
+            if _sha(body) != oid:
+                self._error(400, "", "The content is not that of its oid")
+                return
+            hub.objects[oid] = body
+            self._send(200, b"")
+            return
+        if path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+            return
+        content = [json.loads(line) for line in body.splitlines()] if "/commit/" in path else json.loads(body)
+        if path == "/api/repos/create":
+            self._create(f"{content['organization']}/{content['name']}", private=content.get("visibility") == "private")
+            return
+        match = UPLOAD.fullmatch(path)
+        assert match is not None
+        identifier = match[1] or match[3]
+        repository = hub.repositories.get(("model", identifier))
+        if repository is None:
+            self._error(404, "RepoNotFound", "Repository not found")
+        elif not self._may_write(identifier):
+            return
+        elif match[3]:
+            self._json({"objects": [self._batch(item) for item in content["objects"]]})
+        elif match[2] == "preupload":
+            files = repository.commits[repository.refs["main"]]
+            modes = [
+                {
+                    "path": item["path"],
+                    "uploadMode": "lfs" if item["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                    "oid": _git_oid(files[item["path"]]) if item["path"] in files else None,
+                }
+                for item in content["files"]
+            ]
+            self._json({"files": modes})
+        else:
+            self._commit_files(identifier, repository, content)
+
+    def _may_write(self, identifier: str) -> bool:
+        owners = self._owners()
+        if owners is None:
+            self._error(401, "", "Invalid username or password.")
+        elif identifier.partition("/")[0] not in owners:
+            self._error(403, "", "Forbidden: you must use a write token to upload to this repository.")
+        else:
+            return True
+        return False
+
+    def _create(self, identifier: str, *, private: bool) -> None:
+        hub = self.state
+        if ("model", identifier) in hub.repositories:
+            self._error(409, "", "You already created this model repo")
+        elif self._may_write(identifier):
+            hub.publish("model", identifier, {".gitattributes": b"*.safetensors filter=lfs\n"})
+            if private:
+                hub.private.add(identifier)
+            self._json({"url": f"{hub.endpoint}/{identifier}", "name": identifier, "id": "0" * 24})
+
+    def _batch(self, item: dict[str, Any]) -> dict[str, Any]:
+        if item["oid"] in self.state.objects:
+            return dict(item)
+        return {**item, "actions": {"upload": {"href": f"{self.state.endpoint}/lfs/{item['oid']}", "header": {}}}}
+
+    def _commit_files(self, identifier: str, repository: Repository, lines: list[dict[str, Any]]) -> None:
+        hub = self.state
+        files, (header, *operations) = dict(repository.commits[repository.refs["main"]]), lines
+        parent = header["value"].get("parentCommit")
+        if hub.moves_on or (parent is not None and parent != repository.refs["main"]):
+            self._error(412, "", "A commit has happened since. Please refresh and try again.")
+            return
+        for operation in operations:
+            value = operation["value"]
+            if operation["key"] == "deletedFile":
+                del files[value["path"]]
+            else:
+                files[value["path"]] = base64.b64decode(value["content"]) if operation["key"] == "file" else hub.objects[value["oid"]]
+        hub.messages.append(header["value"]["summary"])
+        commit = hub.publish("model", identifier, files)
+        self._json({"success": True, "commitOid": commit, "commitUrl": f"{hub.endpoint}/{identifier}/commit/{commit}"})
 
     def _api(self, match: re.Match[str], body: bytes, query: str) -> None:
         kinds, identifier, what, revision, path = match.groups()
@@ -166,7 +282,7 @@ class _Handler(BaseHTTPRequestHandler):
                     "id": identifier,
                     "modelId": identifier,
                     "sha": commit,
-                    "private": False,
+                    "private": identifier in self.state.private,
                     "gated": gated,
                     "disabled": False,
                     "downloads": 0,
@@ -207,7 +323,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _commit(self, kind: str, identifier: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
         """Hash and files of a commit; where there is none the error is sent."""
         repository = self.state.repositories.get((kind, identifier))
-        if repository is None:
+        if repository is None or (identifier in self.state.private and identifier.partition("/")[0] not in (self._owners() or ())):
             # The real Hub hides what does not exist from those who have not logged in.
             self._error(401, "RepoNotFound", "Repository not found")
             return None
@@ -242,3 +358,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _git_oid(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

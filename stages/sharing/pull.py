@@ -1,0 +1,83 @@
+"""``stages models pull``: a pushed version into this registry, as it was: files, digest, role, settings, metrics and lineage."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.errors import HubError
+from stages.hub.repositories import Repository, fetch, look_up
+from stages.hub.uploads import check_identifier
+from stages.registry.ledger import Registry, check_name
+from stages.registry.record import ModelRecord
+from stages.sharing.shared import DESCRIPTION, SharedVersion, read_description
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """A version in this registry, the versions below it that came along, and whether it was here before."""
+
+    record: ModelRecord
+    bases: list[ModelRecord]
+    was_here: bool
+
+
+def pull(
+    identifier: str,
+    registry: Registry,
+    *,
+    revision: str | None = None,
+    name: str | None = None,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None],
+) -> Pulled:
+    """Take the model of a pushed repository into the registry, as ``name`` or as it was called there.
+
+    What an adapter stands on comes first, unless the registry has it. Every file is compared with the manifest before the registry commits.
+    A base on the Hub that runs code of its own needs ``trust_remote_code``. Raises HubError for a repository that was not pushed from a
+    registry or is not whole, RegistryError for files that differ from the manifest.
+    """
+    check_identifier(identifier)
+    repository = look_up("model", identifier, revision)
+    if DESCRIPTION not in repository.files:
+        raise HubError(
+            f"{repository.ref} was not pushed by `stages models push`: it has no {DESCRIPTION}. A recipe uses any model of the Hub by its "
+            f"name, {{ref: {identifier}}}"
+        )
+    versions = read_description(fetch(repository, DESCRIPTION).read_text(encoding="utf-8"), repository.ref)
+    model, *bases = versions
+    coded = [version.manifest["base"]["ref"] for version in versions if (version.manifest["base"] or {}).get("trust_remote_code")]
+    if coded and not trust_remote_code:
+        raise HubError(
+            f"{repository.ref} stands on {coded[0]}, whose own code runs when it is loaded; if you trust it, add --trust-remote-code"
+        )
+    check_name(name or model.name)
+    here = {record.digest for record in registry.records()}
+    found = [record for record in registry.versions(name or model.name) if record.digest == model.digest]
+    needed = [version for version in reversed(bases) if version.digest not in here]
+    if not found:
+        needed.append(model)
+    missing = sorted({path for version in needed for path in version.paths} - set(repository.files))
+    if missing:
+        raise HubError(f"{repository.ref} is not whole: {missing[0]} is missing ({len(missing)} files); push the model again")
+    taken = []
+    for version in needed:
+        chosen = name or version.name if version is model else version.name
+        size = f"{len(version.manifest['files'])} files, {version.size / 2**20:.1f} MiB"
+        say(f"{version.ref} ({version.manifest['role']}, {version.digest[:19]}) from {repository.ref}: {size}")
+        taken.append(_take(repository, version, registry, chosen))
+    if found:
+        return Pulled(found[-1], taken, was_here=True)
+    return Pulled(taken[-1], taken[:-1], was_here=False)
+
+
+def _take(repository: Repository, version: SharedVersion, registry: Registry, name: str) -> ModelRecord:
+    def fill(folder: Path) -> None:
+        for file in version.manifest["files"]:
+            target = folder / file["path"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(fetch(repository, version.path_of(file["path"])), target)
+
+    return registry.restore(name, fill, version.manifest, origin=repository.ref, lineage=version.lineage)

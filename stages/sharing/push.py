@@ -1,0 +1,120 @@
+"""``stages models push``: a version of the registry to a repository of the Hub, with card, lineage and evaluation results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.errors import HubError, RegistryError
+from stages.hub.repositories import Repository, fetch
+from stages.hub.uploads import check_identifier, check_may_upload, commit_files, create_repository, look_up_own
+from stages.registry.card import evaluations_of, model_card
+from stages.registry.ledger import Registry
+from stages.registry.record import ModelRecord
+from stages.sharing.shared import CARD, DESCRIPTION, SharedVersion, describe, local_paths, read_description, versions_to_share
+
+ALWAYS_THERE = (".gitattributes", CARD)
+"""Files that a repository may hold and be taken for empty: the Hub and its page make them."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where a version lies now."""
+
+    repository: str
+    commit: str
+    is_new: bool
+
+
+def push(
+    ref: str, identifier: str, registry: Registry, *, message: str | None = None, private: bool = True, say: Callable[[str], None]
+) -> Pushed:
+    """Push the version ``ref`` to the repository ``identifier``, which is created, ``private`` or public, where it is missing.
+
+    ``say`` is told what is uploaded, and how much, before it is. Raises RegistryError for a version that is damaged or that cannot be
+    shared, and HubError where the repository holds something else, or where the Hub refuses.
+    """
+    check_identifier(identifier)
+    check_may_upload()
+    record = registry.get(ref)
+    versions = versions_to_share(record, registry)
+    for version, _ in versions:
+        if problems := registry.verify(version.ref):
+            raise RegistryError(f"{version.ref} is damaged and was not pushed: {'; '.join(problems)}")
+    repository = look_up_own(identifier)
+    before = _version_there(repository, record, registry) if repository is not None else None
+    shared = [version for _, version in versions]
+    evaluations = evaluations_of(record, registry)
+    visibility = "exists; it stays as visible as it is" if repository is not None else f"new, {'private' if private else 'public'}"
+    for line in [*_contents(shared, f"{identifier} ({visibility})", len(evaluations)), *_changes(record, before), *_cut_paths(versions)]:
+        say(line)
+    files: dict[str, Path | bytes] = {
+        CARD: model_card(record, registry, merged=False, repository=identifier).encode(),
+        DESCRIPTION: describe(shared, evaluations),
+    }
+    for source, version in versions:
+        files |= {version.path_of(file["path"]): source.path / file["path"] for file in source.manifest["files"]}
+    stale = {path for version in before or [] for path in version.paths} - set(files)
+    delete = sorted(stale & set(repository.files)) if repository is not None else []
+    if repository is None:
+        create_repository(identifier, private=private)
+    commit = commit_files(
+        identifier,
+        files,
+        delete,
+        message=message or f"{record.ref} ({record.digest[:19]})",
+        parent=repository.commit if repository is not None else None,
+        say=say,
+    )
+    return Pushed(identifier, commit, repository is None)
+
+
+def _version_there(repository: Repository, record: ModelRecord, registry: Registry) -> list[SharedVersion] | None:
+    """What the repository holds: None for an empty one. Raises HubError unless it is a version of the same name in this registry."""
+    others = [name for name in repository.files if name not in ALWAYS_THERE]
+    if not others:
+        return None
+    if DESCRIPTION not in others:
+        raise HubError(
+            f"{repository.id!r} holds something that `stages models push` did not put there ({', '.join(others[:3])}); push to another name"
+        )
+    before = read_description(fetch(repository, DESCRIPTION).read_text(encoding="utf-8"), repository.ref)
+    if before[0].digest not in {version.digest for version in registry.versions(record.name)}:
+        raise HubError(
+            f"{repository.id!r} holds {before[0].ref} ({before[0].digest[:19]}), which is no version of {record.name!r} in this registry. "
+            f"Push to another name, or take that version in first: `stages models pull {repository.id} --as {record.name}`"
+        )
+    return before
+
+
+def _contents(shared: list[SharedVersion], target: str, evaluations: int) -> list[str]:
+    """What is about to be uploaded, a line each."""
+    model, *bases = shared
+    lines = [
+        f"{model.ref} ({model.manifest['role']}, {model.digest[:19]}) to {target}: {_amount(model)}",
+        *(f"with {base.ref} below it, in {base.folder}: {_amount(base)}" for base in bases),
+        f"with its card, its lineage and the results of {evaluations} evaluations",
+    ]
+    if base := shared[-1].manifest["base"]:
+        lines.append(f"without {base['ref']}, which is on the Hub")
+    return lines
+
+
+def _changes(record: ModelRecord, before: list[SharedVersion] | None) -> list[str]:
+    """What the upload takes the place of."""
+    if before is None:
+        return []
+    if before[0].digest == record.digest:
+        return ["the files of this version are there already"]
+    return [f"in place of {before[0].ref} ({before[0].digest[:19]})"]
+
+
+def _cut_paths(versions: list[tuple[ModelRecord, SharedVersion]]) -> list[str]:
+    """How many paths of this machine are shared without their folders."""
+    paths = sorted({path for record, _ in versions for path in local_paths(record.manifest)})
+    return [f"{len(paths)} paths of this machine, such as {paths[0]}, are shared without their folders"] if paths else []
+
+
+def _amount(version: SharedVersion) -> str:
+    return f"{len(version.manifest['files'])} files, {version.size / 2**20:.1f} MiB"

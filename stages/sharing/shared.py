@@ -1,0 +1,174 @@
+"""What a pushed repository holds: the files of a version, those of the adapters and the base below it, and ``tristage.json``.
+
+README.md                 the model card
+config.json, ...          the version's own files, where from_pretrained looks for them
+bases/1/..., bases/2/...  of an adapter: the versions that it stands on, the nearest first, as far as they are in the registry
+tristage.json             manifests and lineage of all of them; a repository without it was not pushed from here
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from stages.errors import HubError, RegistryError
+from stages.registry.contents import UNSAFE_SUFFIXES, digest_of
+from stages.registry.ledger import ROLES, Registry
+from stages.registry.record import ModelRecord
+
+FORMAT = 1
+DESCRIPTION = "tristage.json"
+CARD = "README.md"
+BASES = "bases"
+LOCAL_PATH = re.compile(r"/[^/\n]+(/[^/\n]+)+/?")
+"""A path of a machine, of at least two parts; a card and a manifest for others have its last part alone."""
+HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?")
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class SharedVersion:
+    """One version in a repository: ``folder`` is "" for the model itself and ``bases/N`` for what it stands on."""
+
+    folder: str
+    manifest: dict[str, Any]
+    lineage: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest["name"])
+
+    @property
+    def ref(self) -> str:
+        """The version's reference in the registry that it was pushed from."""
+        return f"{self.name}@{self.manifest['version']}"
+
+    @property
+    def digest(self) -> str:
+        return str(self.manifest["digest"])
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(int(file["size"]) for file in self.manifest["files"])
+
+    def path_of(self, name: str) -> str:
+        """Where its file ``name`` lies in the repository."""
+        return f"{self.folder}/{name}" if self.folder else name
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of its files in the repository."""
+        return [self.path_of(file["path"]) for file in self.manifest["files"]]
+
+
+def versions_to_share(record: ModelRecord, registry: Registry) -> list[tuple[ModelRecord, SharedVersion]]:
+    """The version and, of an adapter, the versions of the registry below it, nearest first.
+
+    Raises RegistryError where an adapter stands on a folder of this machine, or where a file has a name that the repository needs.
+    """
+    found = [record]
+    while (base := found[-1].manifest["base"]) is not None and base["kind"] != "hub":
+        if base["kind"] != "registry":
+            raise RegistryError(
+                f"{found[-1].ref} is an adapter on the folder {base['ref']}, which nobody else has. Train on a model of the registry or of "
+                f"the Hub, or share the merge: `stages models export {record.ref} DIR`"
+            )
+        found.append(registry.get(base["digest"]))
+    shared = []
+    for number, version in enumerate(found):
+        manifest, lineage = without_local_paths(version.manifest), without_local_paths(registry.lineage(version.ref))
+        # What was pulled is pushed as what it was; that it was pulled is of this registry alone.
+        pulled = manifest.pop("pulled", {})
+        manifest["fingerprint"] = manifest["fingerprint"] or pulled.get("fingerprint", "")
+        shared.append((version, SharedVersion(f"{BASES}/{number}" if number else "", manifest, _without_origin(lineage))))
+    taken = [path for path in shared[0][1].paths if path in (DESCRIPTION, CARD) or path.startswith(f"{BASES}/")]
+    if taken:
+        raise RegistryError(f"{record.ref} holds {taken[0]}, a name that a pushed repository needs for itself; it cannot be pushed")
+    return shared
+
+
+def describe(versions: list[SharedVersion], evaluations: list[dict[str, Any]]) -> bytes:
+    """The content of ``tristage.json``."""
+    model, *bases = [{"folder": version.folder, "manifest": version.manifest, "lineage": version.lineage} for version in versions]
+    content = {"format": FORMAT, "model": model, "bases": bases, "evaluations": evaluations}
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def read_description(text: str, where: str) -> list[SharedVersion]:
+    """The versions that a ``tristage.json`` describes, the model first. It comes from elsewhere: raises HubError unless it is sound."""
+    try:
+        content = json.loads(text)
+        if int(content["format"]) > FORMAT:
+            raise HubError(f"{where} was pushed by a newer tristage (format {content['format']}; this one reads {FORMAT}); upgrade it")
+        entries = [content["model"], *content["bases"]]
+        folders = ["", *(f"{BASES}/{number}" for number in range(1, len(entries)))]
+        versions = [SharedVersion(folder, entry["manifest"], entry["lineage"]) for folder, entry in zip(folders, entries, strict=True)]
+        for version in versions:
+            _check(version, where)
+        for version, below in zip(versions, versions[1:], strict=False):
+            if version.manifest["base"]["digest"] != below.digest:
+                raise HubError(f"{where}: {version.ref} stands on another model than the one in {below.folder}; push it again")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HubError(f"{DESCRIPTION} of {where} is not readable ({type(error).__name__}: {error}); push the model again") from error
+    return versions
+
+
+def _check(version: SharedVersion, where: str) -> None:
+    """Raise HubError for a manifest with a role, a digest or file names that no version of a registry has."""
+    manifest = version.manifest
+    files = {str(file["path"]): str(file["sha256"]) for file in manifest["files"]}
+    strange = [path for path in files if not _is_plain(path)]
+    if strange or not files:
+        raise HubError(f"{where}: {version.ref} lists {strange[0] if strange else 'no file'!r}; refused")
+    unsafe = [path for path in files if path.endswith(UNSAFE_SUFFIXES)]
+    if unsafe:
+        raise HubError(f"{where}: {version.ref} has {unsafe[0]}, a pickle file, which can run code when it is read; refused")
+    if manifest["role"] not in ROLES or DIGEST.fullmatch(version.digest) is None or digest_of(files) != version.digest:
+        raise HubError(f"{where}: the digest of {version.ref} is not that of its files; {DESCRIPTION} was changed. Push the model again")
+    for key, kind in (("parents", list), ("metrics", dict), ("recipe_step", dict), ("data", dict), ("packages", dict), ("extra", dict)):
+        if not isinstance(manifest[key], kind):
+            raise TypeError(f"{key} is a {type(manifest[key]).__name__}")
+    base = manifest["base"]
+    if base is not None and not (base["kind"] == "registry" or (base["kind"] == "hub" and HUB_NAME.fullmatch(base["path"]))):
+        raise HubError(f"{where}: {version.ref} stands on {base['ref']!r}, which is neither on the Hub nor in the repository; refused")
+    if not isinstance(version.lineage["parents"], list):
+        raise TypeError("the lineage has no list of parents")
+
+
+def _is_plain(path: str) -> bool:
+    """Whether a path stays inside its folder and names no hidden file."""
+    parts = PurePosixPath(path).parts
+    return bool(parts) and "\\" not in path and PurePosixPath(path).as_posix() == path and not any(part[0] in "./" for part in parts)
+
+
+def without_local_paths(value: Any) -> Any:
+    """``value`` with paths of this machine reduced to their last part: what is shared is for others."""
+    if isinstance(value, dict):
+        return {key: without_local_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_local_paths(item) for item in value]
+    if isinstance(value, str) and LOCAL_PATH.fullmatch(value):
+        return PurePosixPath(value).name
+    return value
+
+
+def local_paths(value: Any) -> Iterator[str]:
+    """Every path of this machine in ``value``."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from local_paths(item)
+    elif isinstance(value, str) and LOCAL_PATH.fullmatch(value):
+        yield value
+
+
+def _without_origin(node: dict[str, Any]) -> dict[str, Any]:
+    """A lineage without the notes on which parts this registry knows from a pulled model alone."""
+    kept = {key: value for key, value in node.items() if key != "recorded"}
+    return {**kept, "parents": [_without_origin(parent) for parent in node["parents"]]}
