@@ -607,7 +607,14 @@ def pull(
     """Take a pushed version into the registry as it was: files, settings, metrics and lineage. Every file is verified."""
     from stages.sharing.pull import pull as pull_model
 
-    pulled = pull_model(repository, _registry(home), revision=revision, name=name, trust_remote_code=trust_remote_code, say=_progress(as_json))
+    pulled = pull_model(
+        repository,
+        _registry(home),
+        revision=revision,
+        name=name,
+        trust_remote_code=trust_remote_code,
+        say=_progress(as_json),
+    )
     record = pulled.record
     if as_json:
         _print_json({"model": _row(record), "bases": [_row(base) for base in pulled.bases], "was_here": pulled.was_here})

@@ -39,9 +39,9 @@ def push(
     check_may_upload()
     record = registry.get(ref)
     versions = versions_to_share(record, registry)
-    for version, _ in versions:
-        if problems := registry.verify(version.ref):
-            raise RegistryError(f"{version.ref} is damaged and was not pushed: {'; '.join(problems)}")
+    for source, _ in versions:
+        if problems := registry.verify(source.ref):
+            raise RegistryError(f"{source.ref} is damaged and was not pushed: {'; '.join(problems)}")
     repository = look_up_own(identifier)
     before = _version_there(repository, record, registry) if repository is not None else None
     shared = [version for _, version in versions]
