@@ -182,7 +182,7 @@ def test_ids_that_resemble_something_here_are_the_hubs(fresh: Hub, hub_client: C
     assert "data" not in planned(hub_client, place, "verdict.data=org/held")["verdict"]["hub"]  # a folder of that very name
     assert planned(hub_client, place, "verdict.data=hub:org/held")["verdict"]["hub"]["data"].startswith("org/held@")
     missing = asked(hub_client, "plan", place, "verdict.data=org/lines")
-    assert missing.status == 2 and f"The folder {place / 'org'} holds no 'lines' either" in missing.output
+    assert missing.status == 2 and f"The folder {place / 'org'} has no 'lines' either" in missing.output
 
 
 def test_the_recipes_of_the_embedded_world_make_no_request(fresh: Hub, hub_client: Client, place: Path) -> None:
