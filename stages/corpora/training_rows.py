@@ -94,7 +94,7 @@ def _by_prefixes(tokenizer: PreTrainedTokenizerBase, messages: Conversation, rep
 
 
 def _has_markers(tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]]) -> bool:
-    template = tokenizer.get_chat_template(None, tools or None)
+    template = tokenizer.get_chat_template(None, list(tools) or None)
     return bool(tokenizer.is_fast and _MARKER.search(template))
 
 
@@ -102,9 +102,8 @@ def _by_markers(tokenizer: PreTrainedTokenizerBase, messages: Conversation, repl
     """Build a row whose trained tokens are enclosed by the template's generation markers, from the first trained reply on."""
     rendered(tokenizer, messages, messages, generation_prompt=False)  # raises if the template rejects or drops something
     contents: list[Message] = in_its_form(tokenizer, messages)
-    encoded: Any = tokenizer.apply_chat_template(
-        contents, tools=messages.tools or None, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    tools: Any = messages.tools or None
+    encoded: Any = tokenizer.apply_chat_template(contents, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     ids, marked = list(encoded["input_ids"]), list(encoded["assistant_masks"])
     before = rendered(tokenizer, messages[: replies[0]], messages, generation_prompt=False)
     length = first_difference(plain_ids(tokenizer, before), ids)

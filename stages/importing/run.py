@@ -78,7 +78,7 @@ def _convert_gguf(path: Path, folder: Path) -> Layout:
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-            model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32, **_unpacked())
+            model: Any = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32, **_unpacked())
             if getattr(model, "hf_quantizer", None) is not None:  # the weights are dequantized, but still marked as quantized
                 model.hf_quantizer.remove_quantization_config(model)
     except ImportError as error:

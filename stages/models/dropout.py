@@ -26,7 +26,7 @@ def set_residual_dropout(model: Any, probability: float) -> int:
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     count = 0
     for layer in _layers(plain):
-        branches = [child for name, child in layer.named_children() if name in BRANCHES]
+        branches: list[Any] = [child for name, child in layer.named_children() if name in BRANCHES]
         if len(branches) != 2:
             names = ", ".join(name for name, _ in layer.named_children())
             raise ModelError(

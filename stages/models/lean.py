@@ -55,7 +55,7 @@ class _LeanNorm(nn.Module):
     def fits(cls, module: nn.Module) -> bool:
         """Whether the layer has exactly one weight, an epsilon, and no submodules."""
         names = [name for name, _ in module.named_parameters()]
-        return names == ["weight"] and module.weight.ndim == 1 and _epsilon(module) is not None and not list(module.children())
+        return names == ["weight"] and next(module.parameters()).ndim == 1 and _epsilon(module) is not None and not list(module.children())
 
     def lean(self, x: Tensor) -> Tensor:
         epsilon = _epsilon(self)

@@ -295,7 +295,8 @@ def _refuse_unquantized(loaded: nn.Module, model: ResolvedModel) -> None:
 
     It quantizes only plain linear layers. Falcon has its own layer class, and experts are often one tensor.
     """
-    taken = sum(module.in_features * module.out_features for module in loaded.modules() if type(module).__name__ in QUANTIZED_LAYERS)
+    layers: list[Any] = [module for module in loaded.modules() if type(module).__name__ in QUANTIZED_LAYERS]
+    taken = sum(layer.in_features * layer.out_features for layer in layers)
     if taken == 0:
         raise ModelError(no_linear_layers(type(loaded).__name__, model.input.quantization, model.ref))
     left = sum(parameter.numel() for parameter in loaded.parameters() if parameter.is_floating_point() and parameter.ndim > 2)

@@ -158,7 +158,9 @@ def _by_torch(packing: Packing, q: Tensor, k: Tensor, v: Tensor, dropout: float,
         k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
     window_size = (-1, 0) if window is None or window >= packing.longest else (window - 1, 0)
     bounds = (packing.starts, packing.starts, packing.longest, packing.longest)
-    return varlen_attn(q, k, v, *bounds, scale=scaling, window_size=window_size)
+    attended = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=window_size)
+    assert isinstance(attended, Tensor)  # a pair only where the log-sum-exp is asked for
+    return attended
 
 
 def _by_padding(packing: Packing, q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float | None, window: int | None) -> Tensor:

@@ -70,7 +70,8 @@ def sequence_batch(
     rows, columns = torch.cat([rows, last]), torch.cat([columns, ends[last] - 1])
     if kernel is None:
         ids = right_pad([torch.tensor(sequence) for sequence in joined], pad_token_id)
-        return SequenceBatch(*moved_together([ids, ends, rows, columns, tokens], device))
+        ids, ends, rows, columns, tokens = moved_together([ids, ends, rows, columns, tokens], device)
+        return SequenceBatch(ids, ends, rows, columns, tokens)
     places = packing_indices(lengths)
     ids = torch.tensor([token for sequence in joined for token in sequence])[None]
     rows, columns = torch.zeros_like(rows), places[1][rows] + columns

@@ -228,4 +228,5 @@ def load_rollout(folder: Path) -> Rollout:
     content = json.loads((folder / "rollout.json").read_text(encoding="utf-8"))
     for group in ("parts", "monitors"):
         content[group] = {name: tensors[f"{group}.{name}"] for name in content[group]}
-    return Rollout(**content, **{name: tensors[name] for name in TENSORS})
+    kept: dict[str, Any] = {**content, **{name: tensors[name] for name in TENSORS}}
+    return Rollout(**kept)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,11 +20,17 @@ class TensorFlowAdam(torch.optim.Optimizer):
     first, so its first steps are larger (https://huggingface.co/blog/the_n_implementation_details_of_rlhf_with_ppo).
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # PyTorch returns the loss of a closure; there is none here
         assert closure is None, "closures are not supported: compute gradients before the step"
         for group in self.param_groups:
             beta1, beta2 = group["betas"]

@@ -173,7 +173,7 @@ def _whole_roles(config: PPOStepConfig, context: StepContext) -> Roles:
         chosen, with_head = _value_source(config, context, tokenizer)
         load = ValueModel.from_pretrained if with_head else ValueModel.from_policy
         value = load(chosen, dtype=torch.float32, trainable=True).to(device)
-    networks = {"policy": model}
+    networks: dict[str, nn.Module] = {"policy": model}
     if config.has_value:
         networks["value"] = _first(value, head)
     return Roles(tokenizer, policy, _reference(config, context, tokenizer), value, networks, has_value=config.has_value)
@@ -200,7 +200,7 @@ def _adapted_roles(config: PPOStepConfig, context: StepContext) -> Roles:
         reference = Policy(model, temperature=temperature, autocast=_autocast(dtype), activate=backbone.activation(names))
     else:
         reference = _reference(config, context, backbone.tokenizer)
-    networks = {"policy": RoleParameters(backbone.named_parameters(FRESH))}
+    networks: dict[str, nn.Module] = {"policy": RoleParameters(backbone.named_parameters(FRESH))}
     if value is not None:
         head_weights = [(f"score_head.{name}", parameter) for name, parameter in value.score_head.named_parameters()]
         networks["value"] = RoleParameters([*extra, *head_weights]) if extra else value

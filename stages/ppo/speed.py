@@ -55,7 +55,7 @@ def _sizes(decoder: nn.Module) -> tuple[float, float, int, int]:
     return trained, frozen, int(config.num_hidden_layers), int(config.hidden_size)
 
 
-def _weights(module: nn.Module) -> tuple[float, float]:
+def _weights(module: Any) -> tuple[float, float]:
     """(trained, frozen) size of a layer's matrix. The stored shape of a quantized weight differs from its logical shape."""
     weight = getattr(module, "weight", None)
     if weight is None:

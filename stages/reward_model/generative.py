@@ -40,8 +40,9 @@ class LogOdds(nn.Module):
 
     def __init__(self, language_model: nn.Module, first: int, second: int) -> None:
         super().__init__()
-        self.language_model, self.first, self.second = language_model, first, second
-        self.config = language_model.config
+        self.language_model: Any = language_model
+        self.first, self.second = first, second
+        self.config = self.language_model.config
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores [B] fp32 of right-padded texts [B, T]."""

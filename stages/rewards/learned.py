@@ -92,7 +92,7 @@ class RewardModelSource:
     def _kept(self, ids: list[int]) -> list[int]:
         return ids if self.max_length is None else ids[-self.max_length :]
 
-    def _cuts(self, pairs: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
+    def _cuts(self, pairs: Sequence[tuple[list[int], int]]) -> dict[str, Any]:
         """Which rows [N] lost a part, and which of them even a part of the completion."""
         most = self.max_length if self.max_length is not None else float("inf")
         return {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -135,7 +135,7 @@ class CacheReader:
 
     def keep(self, rows: Tensor, *, trim: bool) -> None:
         self._positions, self._columns = self._positions[rows], self._columns[rows]
-        self._cache.reorder_cache(rows)
+        self._cache.reorder_cache(cast(torch.LongTensor, rows))
 
     def _forward(self, ids: Tensor, positions: Tensor, *, masked: bool) -> Tensor:
         """Logits after the last column [B, V]. Without padding the model makes mask and positions itself, as it is used to."""

@@ -107,7 +107,7 @@ def training_arguments(settings: OptimizerSettings, context: StepContext, *, pre
     with warnings.catch_warnings():
         # transformers renames gradient_checkpointing; TRL's arguments still have the old name.
         warnings.simplefilter("ignore", FutureWarning)
-        made = (kind or TrainingArguments)(**{**arguments, **options})
+        made: Any = (kind or TrainingArguments)(**{**arguments, **options})
     made.batch_size = settings.batch_size  # of all processes; the Trainer's own product of its arguments is rounded
     if made.n_gpu > 1:
         made._n_gpu = 1  # one process trains on one GPU (runtime.device); accelerate launch starts one process per GPU

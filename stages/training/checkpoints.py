@@ -202,8 +202,9 @@ def load_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 def _like(value: Tensor, old: Tensor) -> Tensor:
     """``value`` on the device of ``old``, sharded in the same way."""
     if hasattr(old, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
+        assert isinstance(old, DTensor)
         return distribute_tensor(value.to(old.device, old.dtype), old.device_mesh, old.placements)
     return value.to(old.device)
 

@@ -21,7 +21,7 @@ from stages.training.checkpoints import Checkpoints, load_generators
 from stages.training.state import save_state
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    Trainer = Any
 
     from stages.process.runtime import Runtime
     from stages.step import StepContext

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from stages.config import CheckpointedStepConfig
@@ -16,7 +17,6 @@ from stages.models.dropout import has_dropout
 from stages.models.loading import quiet_transformers
 from stages.models.sharding import shard, unsharded
 from stages.training.checkpoints import Checkpoints
-from stages.training.reproducible import LosslessCheckpoints
 from stages.training.state import restore_state
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def train(
     written and which are kept. ``measure`` is the held-out loss by which the best ones are chosen. Logs go to ``context.log`` as
     ``<room>/...`` and to a progress bar. Raises TrainingError if the loss is not finite.
     """
-    assert isinstance(trainer, LosslessCheckpoints), "make the trainer from training.reproducible(Trainer)"
+    assert hasattr(trainer, "restore_generators"), "make the trainer from training.reproducible(Trainer)"
     runtime = trainer.runtime = context.runtime
     rule = rule or CheckpointedStepConfig(name="step", stage="")
     trainer.checkpoints = Checkpoints(Path(trainer.args.output_dir), runtime, **rule.checkpoints.model_dump())
@@ -80,8 +80,8 @@ def train(
 def _announce(trainer: Any, context: StepContext, description: str) -> None:
     """Say which model is trained, in which precision, and whether the result depends on the number of processes."""
     runtime = context.runtime
-    dtypes = {True: "bfloat16", False: "float16" if trainer.args.fp16 else "float32"}
-    runtime.say_model(f"{context.name}: {description}", trainer.model, dtypes[bool(trainer.args.bf16)])
+    dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else torch.float32
+    runtime.say_model(f"{context.name}: {description}", trainer.model, dtype)
     if runtime.num_processes > 1 and has_dropout(trainer.model):
         runtime.console.print(
             f"{context.name}: dropout is on, and each process draws its own masks. With a different number of processes the weights differ "
