@@ -573,11 +573,11 @@ MODELS = {
     ),
     "a language model as classifier": Case("has no trained head", PPO, {"reward": [{"model": "./model", "label": 0}]}),
     "a value model of another vocabulary": Case(
-        "has another vocabulary than the policy", PPO, {"value": "./other"}, prepare=other_vocabulary
+        "has a different vocabulary than the policy", PPO, {"value": "./other"}, prepare=other_vocabulary
     ),
     "a value model without a head": Case("has no reward head", PPO, {"value": "./model"}),
     "a reference of another vocabulary": Case(
-        "has another vocabulary than the policy", PPO, {"reference": "./other"}, prepare=other_vocabulary
+        "has a different vocabulary than the policy", PPO, {"reference": "./other"}, prepare=other_vocabulary
     ),
     "modules to adapt that there are not": Case(
         "lora.target_modules names nothing, which LlamaForCausalLM does not have", SFT, {"lora": {"target_modules": ["nothing"]}}

@@ -1,7 +1,7 @@
-"""Weights that are cast to half precision once for many passes, not once in every pass.
+"""Cast weights to half precision once for several passes instead of once per pass.
 
-Autocast keeps the casts of trainable weights as long as one of its contexts is open, and computes the gradient through them. So a context
-that is open around several passes keeps the casts for all of them. It need not switch autocast on.
+Autocast keeps the casts of trainable weights until its outermost context ends, and computes gradients through them. So a context around
+several passes keeps the casts for all of them, even if it does not enable autocast.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _kept: dict[int, tuple[Tensor, Tensor]] | None = None  # id of a parameter -> it
 
 @contextmanager
 def kept_casts(device_type: str) -> Iterator[None]:
-    """Within it, autocast and ``cast`` make one half-precision copy of each weight and use it again.
+    """Context manager in which autocast and ``cast`` create one half-precision copy of each weight and reuse it.
 
-    No weight may change within it: put it around the passes of one optimizer step. Autocast itself stays off, so every pass still says
-    what it computes in. The copies take memory between the passes; within a pass they are there in any case.
+    Weights must not change within the context: use it for the passes of one optimizer step. Autocast itself stays disabled, so every pass
+    must still set its precision. The copies use memory between passes; within a pass they exist in any case.
     """
     global _kept
     outer, _kept = _kept, {}
@@ -32,7 +32,7 @@ def kept_casts(device_type: str) -> Iterator[None]:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` in ``dtype``, without gradient. Within ``kept_casts`` a parameter is cast once."""
+    """``tensor`` in ``dtype``, without gradient. Within ``kept_casts``, a parameter is cast only once."""
     if tensor.dtype == dtype:
         return tensor.detach()
     if _kept is None or not isinstance(tensor, nn.Parameter):
@@ -40,5 +40,5 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     _, made = _kept.get(id(tensor), (None, None))
     if made is None or made.dtype != dtype:
         made = tensor.detach().to(dtype)
-        _kept[id(tensor)] = (tensor, made)  # the parameter is kept, too, so that no other gets its id
+        _kept[id(tensor)] = (tensor, made)  # the parameter is kept as well, so that its id is not reused
     return made

@@ -1,8 +1,8 @@
-"""What a language model says of given responses: their log-probabilities, entropies and values, at response tokens and nowhere else.
+"""What a language model computes for given responses: log-probabilities, entropies and values at the response tokens only.
 
-B sequences, T = prompt and response, S tokens of all sequences together, N response tokens of a batch, V vocabulary, d hidden size. Rows
-are right padded here: a forward pass over whole sequences needs no common end of the prompts, and rows of like length waste least. Packed,
-all sequences lie in one row without padding (models/packing.py).
+B sequences, T = prompt and response, S tokens of all sequences, N response tokens of a batch, V vocabulary, d hidden size. Rows are right
+padded: a forward pass over full sequences does not need prompts that end at the same column, and grouping rows of similar length minimizes
+padding. Packed sequences are one row without padding (models/packing.py).
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ from stages.sampling.generation import right_pad
 class SequenceBatch:
     """Sequences (prompt, then response) as right-padded ids [B, T], or packed into one row [1, S].
 
-    ``rows``, ``columns`` [N] name the positions in ``input_ids`` that predict the response tokens, sequence by sequence; ``tokens`` [N] are
-    those tokens. Positions of the states after the responses, where they are asked for, come behind them, with tokens 0. ``lengths`` [B] of
-    the sequences. There is no attention mask: a causal model never looks to the right, where the padding is, and without a mask the
-    fastest kernels can be used.
+    ``rows``, ``columns`` [N]: the positions in ``input_ids`` that predict the response tokens, sequence by sequence; ``tokens`` [N]: those
+    tokens. If requested, the positions of the states after the responses follow, with token 0. ``lengths`` [B]: of the sequences. There is
+    no attention mask: a causal model does not attend to the padding on the right, and without a mask the fastest kernels can be used.
     """
 
     input_ids: Tensor
@@ -49,13 +48,14 @@ def sequence_batch(
     pad_token_id: int,
     device: Any,
     *,
-    closing: Sequence[int] = (),
+    bootstrap: Sequence[int] = (),
     kernel: str | None = None,
 ) -> SequenceBatch:
     """Join prompts and responses (token ids).
 
-    ``closing``: sequences whose last token is a position, too, behind all the others. It predicts nothing: a value there is that of the
-    state after the response, a log-probability means nothing. ``kernel``: pack the sequences, with this way to attend; None: pad them.
+    ``bootstrap``: sequences whose last token is an additional position, after all others. It predicts no token: a value there is that of
+    the state after the response, a log-probability is meaningless. ``kernel``: pack the sequences, with this attention kernel; None: pad
+    them.
     """
     joined = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
     lengths = [len(sequence) for sequence in joined]
@@ -63,25 +63,25 @@ def sequence_batch(
     counts = torch.tensor([len(response) for response in responses])
     number = sum(len(response) for response in responses)
     rows = torch.repeat_interleave(torch.arange(len(joined)), counts, output_size=number)
-    first = counts.cumsum(0) - counts  # number of each row's first response token among all N
+    first = counts.cumsum(0) - counts  # index of each row's first response token among all N
     columns = (ends - counts - 1)[rows] + torch.arange(number) - first[rows]
-    tokens = torch.tensor([token for response in responses for token in response] + [0] * len(closing), dtype=torch.long)
-    last = torch.tensor(list(closing), dtype=torch.long)
+    tokens = torch.tensor([token for response in responses for token in response] + [0] * len(bootstrap), dtype=torch.long)
+    last = torch.tensor(list(bootstrap), dtype=torch.long)
     rows, columns = torch.cat([rows, last]), torch.cat([columns, ends[last] - 1])
     if kernel is None:
         ids = right_pad([torch.tensor(sequence) for sequence in joined], pad_token_id)
         ids, ends, rows, columns, tokens = moved_together([ids, ends, rows, columns, tokens], device)
         return SequenceBatch(ids, ends, rows, columns, tokens)
-    places = packing_indices(lengths)
+    indices = packing_indices(lengths)
     ids = torch.tensor([token for sequence in joined for token in sequence])[None]
-    rows, columns = torch.zeros_like(rows), places[1][rows] + columns
-    ids, ends, rows, columns, tokens, positions, starts, padded, kept = moved_together([ids, ends, rows, columns, tokens, *places], device)
+    rows, columns = torch.zeros_like(rows), indices[1][rows] + columns
+    ids, ends, rows, columns, tokens, positions, starts, padded, kept = moved_together([ids, ends, rows, columns, tokens, *indices], device)
     packing = Packing(positions, starts.to(torch.int32), padded, kept, tuple(lengths), kernel)
     return SequenceBatch(ids, ends, rows, columns, tokens, packing)
 
 
 def moved_together(tensors: Sequence[Tensor], device: Any) -> list[Tensor]:
-    """Tensors of one dtype on ``device``, in one transfer; the CPU does not wait for a GPU to have it."""
+    """Move tensors of the same dtype to ``device`` in one transfer, without making the CPU wait for a GPU."""
     if torch.device(device).type == "cpu":
         return list(tensors)
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -93,7 +93,9 @@ def moved_together(tensors: Sequence[Tensor], device: Any) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """A loss summed over response tokens, with gradient; log-probabilities and entropies [N] without; values [N] with a shared head."""
+    """A loss summed over response tokens, with gradient; log-probabilities and entropies [N] without gradient; values [N] with a shared
+    head.
+    """
 
     summed: Tensor
     logprobs: Tensor
@@ -102,7 +104,7 @@ class PolicyLoss:
 
 
 class Policy:
-    """A causal language model, its temperature, and the way from its hidden states to the log-probabilities of chosen tokens."""
+    """A causal language model with a temperature, and the computation of token log-probabilities from its hidden states."""
 
     def __init__(
         self,
@@ -113,7 +115,7 @@ class Policy:
         shared_value_head: nn.Linear | None = None,
         activate: Callable[[], None] | None = None,
     ) -> None:
-        """``activate``: what lets this role's adapters act, where its backbone carries those of others, too."""
+        """``activate``: activates this role's adapters, if its backbone also has those of other roles."""
         self.model, self.temperature, self.autocast = model, temperature, autocast
         self.value_head = shared_value_head
         self.activate = activate or (lambda: None)
@@ -122,28 +124,28 @@ class Policy:
         self.decoder = transformer_of(model)
         self.output = plain.get_output_embeddings()
         self.activate()
-        # Some families rescale or cap their logits behind the output matrix; then the model has to make them itself.
+        # Some families rescale or cap the logits after the output matrix; then the model itself must compute them.
         self.is_direct = type(self.output) in (nn.Linear, Linear) and multiplies_directly(model, self.decoder, self.output, self.precision)
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Mixed precision of forward passes where the weights are wider than what the hardware computes in."""
+        """Mixed precision of forward passes, if the weights have a higher precision than the computation."""
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast)
 
     def kernel(self) -> str | None:
-        """With which kernel this model's passes can be packed; None where they are padded (the log says why, once)."""
+        """The kernel for packed passes of this model; None if they are padded (the reason is logged once)."""
         self.activate()
         return packing_kernel(self.decoder, self.precision)
 
     def hidden(self, batch: SequenceBatch) -> Tensor:
-        """Hidden states [B, T, d], or [1, S, d] of a packed batch."""
+        """Hidden states [B, T, d], or [1, S, d] for a packed batch."""
         self.activate()
         with self.precision():
             return hidden_states(self.decoder, batch.input_ids, batch.packing)
 
     def logprobs(self, batch: SequenceBatch) -> Tensor:
-        """Log-probabilities of the response tokens [N] fp32, at the sampling temperature; without gradient."""
+        """Log-probabilities of the response tokens [N] in fp32, at the sampling temperature, without gradient."""
         with torch.no_grad():
             if not self.is_direct:
                 return token_logprobs(self._logits(batch), batch.tokens, temperature=self.temperature)
@@ -152,9 +154,9 @@ class Policy:
                 return chosen_logprobs(hidden, self.output.weight, self.output.bias, batch.tokens, temperature=self.temperature)[0]
 
     def loss(self, batch: SequenceBatch, term: Term, *, num_tokens: int | None = None, temperature: float | None = None) -> PolicyLoss:
-        """The sum of ``term`` over the first ``num_tokens`` positions of the batch (None: all); values are those of all positions.
+        """The sum of ``term`` over the first ``num_tokens`` positions of the batch (None: all), and values at all positions.
 
-        ``temperature``: of the log-probabilities, where it is not the sampling temperature.
+        ``temperature``: of the log-probabilities, if it differs from the sampling temperature.
         """
         tokens = batch.tokens[:num_tokens]
         temperature = self.temperature if temperature is None else temperature
@@ -162,8 +164,8 @@ class Policy:
             return self._loss_of_logits(batch, term, tokens, temperature)
         hidden = self.hidden(batch)[batch.rows, batch.columns]
         with self.precision():
-            found = summed_loss(hidden[: len(tokens)], self.output.weight, self.output.bias, tokens, term, temperature=temperature)
-        return PolicyLoss(*found, values=self._values(hidden))
+            sums = summed_loss(hidden[: len(tokens)], self.output.weight, self.output.bias, tokens, term, temperature=temperature)
+        return PolicyLoss(*sums, values=self._values(hidden))
 
     def values(self, batch: SequenceBatch) -> Tensor:
         """Values of the shared head [N]."""
@@ -175,7 +177,7 @@ class Policy:
         return None if self.value_head is None else self.value_head(hidden.float()).squeeze(-1)
 
     def _logits(self, batch: SequenceBatch) -> Tensor:
-        """Logits [N, V] of a model that has to make them itself."""
+        """Logits [N, V] computed by the model itself."""
         self.activate()
         positions = {} if batch.packing is None else {"position_ids": batch.packing.positions}
         rows = whole_rows() if batch.packing is None else packed_attention(batch.packing, self.decoder)
@@ -191,6 +193,6 @@ class Policy:
 
 
 def sequence_values(model: ValueModel, batch: SequenceBatch, precision: AbstractContextManager[Any]) -> Tensor:
-    """Values before each response token [N] fp32: the value network read at the position that predicts the token."""
+    """Values before each response token [N] in fp32: the value network's output at the position that predicts the token."""
     with precision:
         return model.score_positions(batch.input_ids, batch.rows, batch.columns, batch.packing)

@@ -1,4 +1,4 @@
-"""What makes a language model a generative reward model: a question about prompt and completion, and two answers to it."""
+"""The question of a generative reward model: a prompt text about a completion, and its two possible answers."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ class RewardQuestion:
     answers: tuple[str, str]
 
     def filled(self, prompt: str, completion: str) -> str:
-        """The question about one completion."""
+        """The question for one completion."""
         before, _, after = self.question.partition("{completion}")
         parts = [part.replace("{prompt}", prompt) for part in (before, *after.split("{completion}"))]
         return completion.join(parts)
 
     def write(self, folder: Path) -> None:
-        """Keep it beside the model's files."""
+        """Save it in the model's folder."""
         content = {"score": "log P(answers[0]) - log P(answers[1])", **asdict(self)}
         (folder / QUESTION_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_question(model: ResolvedModel) -> RewardQuestion | None:
-    """The question of a generative reward model; None of any other model. Raises ModelError where the file cannot be understood."""
+    """The question of a generative reward model; None for any other model. Raises ModelError if the file is invalid."""
     from transformers.utils import cached_file
 
     options = {"revision": model.input.revision, "_raise_exceptions_for_missing_entries": False}
     try:
         path = cached_file(model.path, QUESTION_FILE, **options)
-    except (OSError, ValueError):  # loading the model says what is wrong
+    except (OSError, ValueError):  # loading the model reports the error
         return None
     if path is None:
         return None
@@ -58,7 +58,7 @@ def read_question(model: ResolvedModel) -> RewardQuestion | None:
 
 
 def is_generative(model: ResolvedModel) -> bool:
-    """Whether a model is a generative reward model: of the registry by its role, of a folder or the Hub by the file with its question."""
+    """Whether a model is a generative reward model: by its role in the registry, or by the question file in a folder or Hub repository."""
     if model.record is not None:
         return model.record.role == "generative_reward_model"
     return read_question(model) is not None

@@ -1,7 +1,7 @@
-"""The adapters of a model as one plain low-rank adapter, for a server that computes one adapter at a time.
+"""Combine the adapters of a model into one plain low-rank adapter, for a server that applies one adapter at a time.
 
-The update of a module by several adapters is the sum of scaling * B A over them, which is one product of their matrices side by side:
-[s1 B1, s2 B2] [A1; A2]. The sum of the ranks is its rank, so nothing is lost.
+The update of a module by several adapters is the sum of scaling * B A, which equals a single product of concatenated matrices:
+[s1 B1, s2 B2] [A1; A2]. Its rank is the sum of the ranks, so it is lossless.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Update:
-    """What one adapter adds to the weight of a module: ``b`` [outputs, r] times ``a`` [r, inputs], the scaling in ``b``; fp32."""
+    """The update of a module's weight by one adapter: ``b`` [outputs, r] times ``a`` [r, inputs], with the scaling in ``b``; fp32."""
 
     a: Tensor
     b: Tensor
@@ -35,29 +35,29 @@ class Update:
 def updates_of(model: Any, merged: Sequence[ResolvedModel] = ()) -> dict[str, list[Update]]:
     """The low-rank updates of every adapted module of ``model``, by the module's dotted name in the plain transformers model.
 
-    They are those of the adapters that act in ``model`` (a PeftModel, or one without adapters), on top of those in ``merged``: adapters
-    whose updates are in the weights of ``model`` already and are read from their files, the lowest first. Raises ModelError where an
-    adapter changes more than low-rank updates can say.
+    They come from the active adapters of ``model`` (a PeftModel, or a model without adapters) and from ``merged``: adapters, the lowest
+    first, that are already merged into the weights of ``model`` and are read from their files. Raises ModelError if an adapter has parts
+    other than low-rank updates.
     """
-    found: dict[str, list[Update]] = {}
+    updates: dict[str, list[Update]] = {}
     plain = plain_model(model)
     for adapter in merged:
         for name, update in _saved_updates(fitted(read_adapter(adapter), plain)):
-            found.setdefault(name, []).append(update)
+            updates.setdefault(name, []).append(update)
     for name, update in _acting_updates(model):
-        found.setdefault(name, []).append(update)
-    return found
+        updates.setdefault(name, []).append(update)
+    return updates
 
 
 def total_rank(updates: dict[str, list[Update]]) -> int:
-    """The rank of the one adapter that holds ``updates``; 0 where there are none."""
+    """The rank of the combined adapter; 0 if there are no updates."""
     return max((sum(len(update.a) for update in parts) for parts in updates.values()), default=0)
 
 
 def write_adapter(updates: dict[str, list[Update]], folder: Path, base: str) -> None:
-    """Write ``updates`` as one adapter in peft's format. ``base``: what the adapter says that it belongs to.
+    """Write ``updates`` as one adapter in peft's format. ``base``: the base model in its config.
 
-    Modules of a smaller rank get rows and columns of zeros: some servers read one rank for all.
+    Modules with a smaller rank are padded with zeros, because some servers expect the same rank everywhere.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -78,44 +78,44 @@ def write_adapter(updates: dict[str, list[Update]], folder: Path, base: str) -> 
 
 
 def _acting_updates(model: Any) -> Iterator[tuple[str, Update]]:
-    """Updates of the adapters that act in ``model``, the lowest first for each module."""
+    """Updates of the active adapters of ``model``, the lowest first for each module."""
     acting = active_adapters(model)
     if not acting:
         return
     for wrapper in wrappers_of(model):
         for name in acting:
             if name in wrapper._get_available_adapters():
-                kind = "rows of the embedding" if getattr(wrapper, "token_adapter", None) is not None else "whole modules"
-                raise ModelError(_refusal(f"the adapter {name!r} holds {kind} beside its low-rank updates"))
-    for place, module in plain_model(model).named_modules():
+                kind = "rows of the embedding" if getattr(wrapper, "token_adapter", None) is not None else "full modules"
+                raise ModelError(_refusal(f"the adapter {name!r} has {kind} besides its low-rank updates"))
+    for module_name, module in plain_model(model).named_modules():
         for layer in adapter_layers_of(module):
             for name in acting:
                 if name in layer.lora_A and name in layer.lora_B:
                     if getattr(layer, "use_dora", {}).get(name) or getattr(layer, "lora_bias", {}).get(name):
-                        raise ModelError(_refusal(f"the adapter {name!r} on {place} has DoRA magnitudes or a bias"))
+                        raise ModelError(_refusal(f"the adapter {name!r} on {module_name} has DoRA magnitudes or a bias"))
                     if getattr(layer, "parameter_name", None):
-                        raise ModelError(_refusal(f"the adapter {name!r} on {place} changes a parameter, not a linear layer"))
+                        raise ModelError(_refusal(f"the adapter {name!r} on {module_name} changes a parameter, not a linear layer"))
                     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-                    yield place, _update(a, b, float(layer.scaling[name]))
+                    yield module_name, _update(a, b, float(layer.scaling[name]))
                 elif name in getattr(layer, "lora_embedding_A", {}):
-                    raise ModelError(_refusal(f"the adapter {name!r} changes the embedding {place}"))
+                    raise ModelError(_refusal(f"the adapter {name!r} changes the embedding {module_name}"))
 
 
 def _saved_updates(saved: SavedAdapter) -> Iterator[tuple[str, Update]]:
-    """Updates of an adapter as it was saved, in the names of the model that it was fitted to."""
+    """Updates of a saved adapter, with the module names of the model that it was fitted to."""
     config = saved.config
     if saved.changes_base or config.modules_to_save or any(name.endswith(TOKENS) or "lora_embedding" in name for name in saved.weights):
-        raise ModelError(_refusal(f"the adapter {saved.ref!r} holds whole modules, rows of the embedding or biases"))
+        raise ModelError(_refusal(f"the adapter {saved.ref!r} has full modules, rows of the embedding or biases"))
     if config.use_dora or config.target_parameters:
-        raise ModelError(_refusal(f"the adapter {saved.ref!r} is a DoRA adapter, or changes parameters that are no linear layers"))
+        raise ModelError(_refusal(f"the adapter {saved.ref!r} is a DoRA adapter, or changes parameters other than linear layers"))
     for name, a in saved.weights.items():
         if not name.endswith(".lora_A.weight"):
             continue
-        place = module_of(name)
-        key = next((key for key in config.alpha_pattern if re.match(rf"(.*\.)?({key})$", place)), None)
+        module_name = module_of(name)
+        key = next((key for key in config.alpha_pattern if re.match(rf"(.*\.)?({key})$", module_name)), None)
         alpha, rank = config.alpha_pattern[key] if key is not None else config.lora_alpha, len(a)
         scaling = alpha / rank**0.5 if config.use_rslora else alpha / rank
-        yield place, _update(a, saved.weights[name.replace(".lora_A.", ".lora_B.")], scaling)
+        yield module_name, _update(a, saved.weights[name.replace(".lora_A.", ".lora_B.")], scaling)
 
 
 def _update(a: Tensor, b: Tensor, scaling: float) -> Update:
@@ -124,6 +124,6 @@ def _update(a: Tensor, b: Tensor, scaling: float) -> Update:
 
 def _refusal(problem: str) -> str:
     return (
-        f"{problem}, and a vLLM server can load low-rank updates alone. Export the model merged (stages models export) and name that "
+        f"{problem}, but a vLLM server can load only low-rank updates. Export the merged model (stages models export) and use that "
         "folder, train without such parts, or use generation.engine: local"
     )

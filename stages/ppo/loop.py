@@ -225,7 +225,7 @@ class PPORun:
         """Keep what was sampled by then, and the run as it was before this rollout; returns what to raise."""
         texts = self.roles.tokenizer.batch_decode(list(error.completed.values()), skip_special_tokens=True)
         own = range(self.runtime.process_index, len(chosen), self.runtime.num_processes)
-        rows = [chosen[own[place]] for place in error.completed]
+        rows = [chosen[own[index]] for index in error.completed]
         kept = keep_episodes(self.context, [{"prompt": one.prompt, "completion": text} for one, text in zip(rows, texts, strict=True)])
         if self.runtime.num_processes == 1:
             self._save()

@@ -1,7 +1,7 @@
-"""The networks of PPO and what is asked of them: log-probabilities of responses, and values before each response token.
+"""The networks of PPO: policy, reference and value network, and what they compute for a batch of responses.
 
-Full fine-tuning keeps four models. With LoRA the roles whose adapters stand on one base share its weights (models/shared.py): the reference
-is the policy less its fresh adapter, the value network the reward model (or the policy) with a fresh adapter of its own.
+Full fine-tuning keeps four models. With LoRA, roles whose adapters have the same base share its weights (models/shared.py): the reference
+is the policy without its new adapter, the value network is the reward model (or the policy) with its own new adapter.
 """
 
 from __future__ import annotations
@@ -39,12 +39,10 @@ from stages.tokens.positions import model_length
 
 @dataclass
 class Roles:
-    """Everything a PPO step asks. ``value`` is None with a head on the policy's own hidden states, and without a value network.
+    """The networks of a PPO step. ``value`` is None with a value head on the policy's hidden states, and without a value network.
 
-    ``has_value``: whether there are values at all (``advantages: gae``).
-
-    ``trained`` are the modules that train, by name: whole models, or the weights of a role alone where a backbone is shared.
-    ``sampler`` completes prompts by the policy; the local one where no other is put in its place.
+    ``has_value``: whether values are computed at all (``advantages: gae``). ``trained``: the trained modules by name: full models, or only
+    the weights of a role on a shared backbone. ``sampler``: samples completions of the policy; the local sampler unless it is replaced.
     """
 
     tokenizer: Any
@@ -55,7 +53,7 @@ class Roles:
     backbone: SharedBackbone | None = None
     has_value: bool = True
     offload: Offload = field(default_factory=lambda: Offload([], torch.device("cpu"), enabled=False))
-    packs: bool | None = None  # whether passes are packed where the models can be; None: on a GPU
+    packs: bool | None = None  # whether passes are packed if the models support it; None: only on a GPU
     sampler: Sampler = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,25 +72,25 @@ class Roles:
         return sequence_values(self.value, batch, self.policy.precision())
 
     @cached_property
-    def are_cut(self) -> bool:
-        """Whether the weights are cut over processes, so that every pass needs all of them."""
+    def are_sharded(self) -> bool:
+        """Whether the weights are sharded, so that every process must take part in every forward pass."""
         return any(sharded_blocks(model) for model in self.models())
 
     def decoders(self, *names: str) -> list[Any]:
-        """The transformers of the roles ``policy``, ``reference`` and ``value`` that are named and there, each once."""
-        found = {"policy": self.policy.decoder, "reference": self.reference.decoder}
+        """The transformers of the named roles (``policy``, ``reference``, ``value``), without repetition. Missing roles are skipped."""
+        decoders = {"policy": self.policy.decoder, "reference": self.reference.decoder}
         if self.value is not None:
-            found["value"] = self.value.backbone
-        return list({id(found[name]): found[name] for name in names if name in found}.values())
+            decoders["value"] = self.value.backbone
+        return list({id(decoders[name]): decoders[name] for name in names if name in decoders}.values())
 
     def kernel(self, *names: str) -> str | None:
-        """The kernel for packed passes through the named roles; None where passes are padded, because one of them cannot be packed.
+        """The kernel for packed passes through the named roles; None if one of them cannot be packed, so that passes are padded.
 
-        Weights that are cut over processes are not packed. The roles must be awake, and no ``casts_kept`` may be open: models that were not
-        asked before are tried out.
+        Sharded weights are not packed. The roles must be on the device, and ``casts_kept`` must not be active, because models are tested on
+        their first use.
         """
         wanted = self.policy.device.type == "cuda" if self.packs is None else self.packs
-        if not wanted or self.are_cut:
+        if not wanted or self.are_sharded:
             return None
         kernels = []
         for name in names:
@@ -105,48 +103,48 @@ class Roles:
         return max(known, key=KERNELS.index) if len(known) == len(kernels) else None
 
     def casts_kept(self) -> AbstractContextManager[None]:
-        """Around passes between which no weight changes: each weight is cast to half precision once."""
-        # Cut weights come and go block by block; keeping their casts would put the whole model together.
-        return nullcontext() if self.policy.autocast is None or self.are_cut else kept_casts(self.policy.device.type)
+        """Context manager for passes between which no weight changes: each weight is cast to half precision only once."""
+        # Sharded weights are gathered block by block; keeping their casts would keep the full model in memory.
+        return nullcontext() if self.policy.autocast is None or self.are_sharded else kept_casts(self.policy.device.type)
 
     def networks(self) -> dict[str, nn.Module]:
-        """The modules that train: policy, and value."""
+        """The trained modules: policy, and value network or head."""
         return self.trained
 
     def shares(self, module: nn.Module) -> bool:
-        """Whether a scalar model stands on the policy's backbone."""
+        """Whether a scalar model uses the policy's backbone."""
         return getattr(module, "backbone", None) is self.policy.decoder
 
     def waiting(self) -> list[nn.Module]:
-        """Whole models of their own that compute only now and then."""
-        found = [] if self.reference.model is self.policy.model else [self.reference.model]
+        """Models with their own weights that are idle most of the time, so that they can be offloaded."""
+        models = [] if self.reference.model is self.policy.model else [self.reference.model]
         if self.value is not None and not self.shares(self.value):
-            found.append(self.value)
-        return found
+            models.append(self.value)
+        return models
 
     def load_reward_model(self, model: ResolvedModel, *, dtype: torch.dtype) -> RewardModel:
-        """A reward model, on the shared backbone where it stands on it."""
+        """Load a reward model, on the shared backbone if it belongs to it."""
         if self.backbone is not None and self.backbone.holds(model):
             return self.backbone.reward_model(model)
         return RewardModel.from_pretrained(model, dtype=dtype).to(self.policy.device).requires_grad_(False)
 
     def save_policy(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the policy: whole weights, or its adapter. ``state_dict``: its weights where they are cut over processes."""
+        """Save the policy: full weights, or its adapter. ``state_dict``: its weights if they are sharded."""
         self.policy.activate()
         save_model(self.policy.model, self.tokenizer, folder, state_dict=state_dict)
 
     def models(self) -> list[nn.Module]:
-        """Every model that the roles stand on."""
+        """All models of the roles."""
         return [model for model in (self.policy.model, self.reference.model, self.value) if model is not None]
 
 
 def load_roles(config: PPOStepConfig, context: StepContext) -> Roles:
-    """Policy, reference and value network as the config names them. Raises ModelError where one cannot play its part."""
+    """Load policy, reference and value network of the config. Raises ModelError if a model does not fit its role."""
     if context.runtime.uses_deepspeed:
-        raise LaunchError("ppo does not run under DeepSpeed; cut its models over the processes with recipes/accelerate/fsdp2.yaml")
+        raise LaunchError("ppo does not support DeepSpeed; shard its models with recipes/accelerate/fsdp2.yaml")
     if context.runtime.shards and (config.offload or config.training.optimizer != "adamw"):
         named = "offload" if config.offload else f"training.optimizer: {config.training.optimizer}"
-        raise LaunchError(f"{named} needs whole models, and FSDP cuts them over the processes; leave one of the two")
+        raise LaunchError(f"{named} does not support FSDP's sharded weights; remove it, or start without FSDP")
     roles = _adapted_roles(config, context) if config.lora is not None else _whole_roles(config, context)
     if config.training.gradient_checkpointing:
         roles.policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -161,7 +159,7 @@ def load_roles(config: PPOStepConfig, context: StepContext) -> Roles:
 
 
 def _whole_roles(config: PPOStepConfig, context: StepContext) -> Roles:
-    """Full fine-tuning: a model for each role. Trained weights are fp32 (1e-8 steps survive), frozen ones of the compute dtype."""
+    """Full fine-tuning: each role has its own model. Trained weights are fp32 (to keep small updates), frozen ones the compute dtype."""
     device, dtype = context.runtime.device, context.runtime.dtype(config.precision)
     source = context.models["policy"]
     tokenizer = load_tokenizer(source)
@@ -180,7 +178,7 @@ def _whole_roles(config: PPOStepConfig, context: StepContext) -> Roles:
 
 
 def _adapted_roles(config: PPOStepConfig, context: StepContext) -> Roles:
-    """LoRA: one backbone for all roles that stand on it, adapters for each."""
+    """LoRA: one backbone for all roles with the same base, and adapters for each role."""
     assert config.lora is not None
     device, dtype = context.runtime.device, context.runtime.dtype(config.precision)
     source = context.models["policy"]
@@ -188,7 +186,7 @@ def _adapted_roles(config: PPOStepConfig, context: StepContext) -> Roles:
     backbone = SharedBackbone(source, dtype=dtype, device=device, lora=config.lora)
     below = backbone.frozen(source)
     acting = [*below, backbone.fresh(FRESH, below)]
-    # The value network's adapter comes before the objects below are made: adding one may wrap the model once more.
+    # The value network's adapter is added before the objects below are created, because adding an adapter can wrap the model again.
     value, extra = _adapted_value(config, context, backbone)
     model = backbone.model
     head = _shared_value_head(config, model)
@@ -212,7 +210,7 @@ def _adapted_roles(config: PPOStepConfig, context: StepContext) -> Roles:
 def _adapted_value(
     config: PPOStepConfig, context: StepContext, backbone: SharedBackbone
 ) -> tuple[ValueModel | None, list[tuple[str, nn.Parameter]]]:
-    """(value network, its weights on the shared backbone; none of those where it has a backbone of its own)."""
+    """(value network, its weights on the shared backbone; an empty list if it has its own backbone)."""
     if config.value == "shared" or not config.has_value:
         return None, []
     chosen, with_head = _value_source(config, context, backbone.tokenizer)
@@ -242,30 +240,30 @@ def _shared_value_head(config: PPOStepConfig, model: Any) -> nn.Linear | None:
 
 
 def _reference(config: PPOStepConfig, context: StepContext, tokenizer: Any) -> Policy:
-    """A frozen model of its own: the one that the recipe names, or the policy as it starts."""
+    """A separate frozen model: the reference of the recipe, or the initial policy."""
     source = context.models["policy"]
     chosen = context.models["reference"] if config.reference is not None else source
     if config.reference is not None and len(load_tokenizer(chosen)) != len(tokenizer):
-        raise ModelError(f"reference {chosen.ref!r} has another vocabulary than the policy {source.ref!r}; they must share one")
+        raise ModelError(f"reference {chosen.ref!r} has a different vocabulary than the policy {source.ref!r}; they must have the same")
     if config.reference is not None and (short := _too_short(config, context, chosen, tokenizer)):
-        raise ModelError(f"reference {chosen.ref!r} {short}. Name the model that the policy started from, or lower max_prompt_tokens")
+        raise ModelError(f"reference {chosen.ref!r} {short}. Use the initial policy as reference, or lower max_prompt_tokens")
     dtype = context.runtime.dtype(config.precision)
     frozen = load_language_model(chosen, dtype=dtype, trainable=False, tokenizer=tokenizer).to(context.runtime.device)
     return Policy(frozen, temperature=config.generation.temperature, autocast=None)
 
 
 def _value_source(config: PPOStepConfig, context: StepContext, tokenizer: Any) -> tuple[ResolvedModel, bool]:
-    """The model that the value network starts as, and whether with its head: InstructGPT's is the reward model (section 3.5).
+    """The initial model of the value network, and whether it has a head. InstructGPT uses the reward model (section 3.5).
 
-    A reward model with another vocabulary, or one that cannot read prompt and completion, is passed over and named. Raises ModelError where
-    the recipe itself names such a model as ``value``.
+    A reward model is skipped with a note if it has a different vocabulary, or cannot read prompt and completion. Raises ModelError if the
+    recipe names such a model as ``value``.
     """
     vocabulary = tokenizer.get_vocab()
     if isinstance(config.value, ModelInput):
         source = context.models["value"]
         if load_tokenizer(source).get_vocab() != vocabulary:
             raise ModelError(
-                f"value {source.ref!r} has another vocabulary than the policy; it reads the policy's tokens. Use value: policy, or a "
+                f"value {source.ref!r} has a different vocabulary than the policy, whose tokens it must read. Use value: policy, or a "
                 "reward model trained from the policy's family"
             )
         if short := _too_short(config, context, source, tokenizer):
@@ -273,27 +271,27 @@ def _value_source(config: PPOStepConfig, context: StepContext, tokenizer: Any) -
         return source, True
     if config.value is None:
         console = context.runtime.console
-        for place, reward in leaves(config.reward, "reward").items():
-            found = context.models.get(f"{place}.model")
-            if found is None or reward.label is not None or reward.answers is not None or is_generative(found):
+        for field_path, reward in leaves(config.reward, "reward").items():
+            model = context.models.get(f"{field_path}.model")
+            if model is None or reward.label is not None or reward.answers is not None or is_generative(model):
                 continue
-            if load_tokenizer(found).get_vocab() != vocabulary:
+            if load_tokenizer(model).get_vocab() != vocabulary:
                 continue
-            short = _too_short(config, context, found, tokenizer)
+            short = _too_short(config, context, model, tokenizer)
             if not short:
-                return found, True
-            console.print(f"{context.name}: the reward model {found.ref} {short}; the value network is not started from it")
-        console.print(f"{context.name}: no reward model reads what the policy reads; a copy of the policy is the value network")
+                return model, True
+            console.print(f"{context.name}: the reward model {model.ref} {short}; it is not used as initial value network")
+        console.print(f"{context.name}: no reward model can read the policy's texts; the value network is initialized from the policy")
     return context.models["policy"], False
 
 
 def _too_short(config: PPOStepConfig, context: StepContext, model: ResolvedModel, tokenizer: Any) -> str:
-    """In a clause: that ``model`` cannot read the longest prompt with its completion; empty where it can.
+    """A clause that says why ``model`` cannot read the longest prompt with its completion; empty if it can.
 
-    The prompts are read only where the policy's own limit does not settle it.
+    The prompts are read only if the policy's own length limit does not decide.
     """
     reads, policy = model_length(config_of(model)), config_of(context.models["policy"])
     if reads is None or reads >= prompt_room(config, policy, tokenizer) + config.generation.max_new_tokens:
         return ""
     needed = longest_sequence(config, policy, tokenizer)
-    return "" if reads >= needed else f"reads {reads} tokens, and a prompt with its completion has up to {needed}"
+    return "" if reads >= needed else f"reads at most {reads} tokens, but a prompt with its completion has up to {needed}"

@@ -1,7 +1,7 @@
-"""One iteration's data: sample completions, score them, and keep everything the update needs.
+"""One iteration's data: sample completions, score them, and keep everything that the update needs.
 
-B episodes, R response tokens (right padded). Tensors are on the CPU and whole on every process: they are small beside the models, and so
-whitening, the KL controller, minibatches and metrics are global without further ado.
+B episodes, R response tokens (right padded). Tensors are on the CPU, and every process has those of all episodes: they are small compared
+with the models, and whitening, the KL controller, minibatches and metrics are then global.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from stages.sampling.generation import decode_completions, right_pad
 
 
 class ScoringError(TrainingError):
-    """A reward source failed, or gave something that is no finite number; ``episodes`` are the prompts and completions it was shown."""
+    """A reward source failed or returned a non-finite score. ``episodes``: the prompts and completions that it received."""
 
     def __init__(self, message: str, episodes: list[tuple[Prompt, str]]) -> None:
         super().__init__(message)
@@ -51,25 +51,25 @@ class Rollout:
     prompt_ids: list[list[int]]
     completions: list[str]
     response_ids: Tensor  # [B, R]
-    response_mask: Tensor  # [B, R] bool, True through the stop token
+    response_mask: Tensor  # [B, R] bool, True up to and including the stop token
     stopped: Tensor  # [B] bool: ended with a stop token
     rollout_logprobs: Tensor  # [B, R] by the policy that sampled, at the sampling temperature
-    sampler_logprobs: Tensor  # [B, R] as sampling gave them; those of another engine where that sampled
+    sampler_logprobs: Tensor  # [B, R] as returned by the sampler, which may be another engine
     reference_logprobs: Tensor  # [B, R]
     values: Tensor  # [B, R] value before each token, by the value network of the rollout
-    closing_values: Tensor  # [B] value after the last token, where closing_mask is True
-    closing_mask: Tensor  # [B] bool: the score is paid one state behind the last token (score_placement: after, and room left)
+    bootstrap_values: Tensor  # [B] value after the last token, where bootstrap_mask is True
+    bootstrap_mask: Tensor  # [B] bool: the score is added one state after the last token (score_placement: after, if there is room)
     scores: Tensor  # [B] weighted sum of the reward sources, after the penalty for a missing stop token
-    raw_scores: Tensor  # [B] before it
-    token_scores: Tensor  # [B, R] the share of the scores that has a place in the text; what is left of a score is paid at the end
-    parts: dict[str, Tensor]  # [B] by source, NaN where it does not apply; and what was measured beside (stages.rewards.source.Scores)
-    monitors: dict[str, Tensor]  # [B] by judge, likewise
-    seconds: dict[str, float]  # by phase, of this process
-    sampling_gap: float  # largest difference between sampled and recomputed log-probabilities; 0 where not recomputed
-    hidden_seconds: float | None = None  # of remote scoring while the policy sampled and was measured; None without a remote source
-    sampled_elsewhere: bool = False  # by another engine, whose log-probabilities are not quite the policy's
-    gpu_memory: dict[str, int] = field(default_factory=dict)  # peak bytes of the GPU by phase, the largest of all processes
-    retreats: int = 0  # how often memory ran out while it was measured, on all processes
+    raw_scores: Tensor  # [B] before this penalty
+    token_scores: Tensor  # [B, R] the parts of scores with a position in the text; the rest of a score is added at the end
+    parts: dict[str, Tensor]  # [B] by source, NaN if it does not apply; and additional measurements (stages.rewards.source.Scores)
+    monitors: dict[str, Tensor]  # [B] by judge, in the same way
+    seconds: dict[str, float]  # by phase, on this process
+    sampling_gap: float  # largest difference between sampled and recomputed log-probabilities; 0 if they are not recomputed
+    hidden_seconds: float | None = None  # remote scoring in parallel with sampling and measuring; None without a remote source
+    sampled_elsewhere: bool = False  # by another engine, whose log-probabilities differ slightly from the policy's
+    gpu_memory: dict[str, int] = field(default_factory=dict)  # peak bytes of GPU memory by phase, maximum over processes
+    retreats: int = 0  # number of times that memory ran out while measuring, on all processes
 
     @property
     def kl(self) -> Tensor:
@@ -78,27 +78,27 @@ class Rollout:
 
     @property
     def lengths(self) -> Tensor:
-        """Response tokens [B]."""
+        """Number of response tokens [B]."""
         return self.response_mask.sum(dim=1)
 
     def importance(self, cap: float) -> Tensor | None:
-        """Weights of the tokens' losses [B, R], 1 outside the mask; None where the policy itself sampled."""
+        """Weights of the tokens' losses [B, R], 1 outside the mask; None if the local engine sampled."""
         if not self.sampled_elsewhere:
             return None
         return importance_weights(self.rollout_logprobs, self.sampler_logprobs, cap=cap)
 
     def response(self, row: int) -> list[int]:
-        """Token ids of one response."""
+        """Token ids of response ``row``."""
         return self.response_ids[row][self.response_mask[row]].tolist()
 
     def rows(self, chosen: Tensor) -> Rollout:
         """The episodes ``chosen`` [M]."""
-        places = chosen.tolist()
+        chosen_rows = chosen.tolist()
         tensors = {name: getattr(self, name)[chosen] for name in TENSORS}
         return Rollout(
-            prompts=[self.prompts[row] for row in places],
-            prompt_ids=[self.prompt_ids[row] for row in places],
-            completions=[self.completions[row] for row in places],
+            prompts=[self.prompts[row] for row in chosen_rows],
+            prompt_ids=[self.prompt_ids[row] for row in chosen_rows],
+            completions=[self.completions[row] for row in chosen_rows],
             parts={name: part[chosen] for name, part in self.parts.items()},
             monitors={name: part[chosen] for name, part in self.monitors.items()},
             seconds=self.seconds,
@@ -112,25 +112,25 @@ class Rollout:
 
 
 TOKEN_TENSORS = ("response_ids", "response_mask", "rollout_logprobs", "sampler_logprobs", "reference_logprobs", "values", "token_scores")
-TENSORS = (*TOKEN_TENSORS, "closing_values", "closing_mask", "stopped", "scores", "raw_scores")
+TENSORS = (*TOKEN_TENSORS, "bootstrap_values", "bootstrap_mask", "stopped", "scores", "raw_scores")
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the update trains towards, [B, R] and 0 outside the mask.
+    """Training targets of the update, [B, R], 0 outside the mask.
 
-    ``closing_returns`` [B] are the returns of the states after the last tokens, 0 where those do not count; a score that is paid there is
-    in no column of ``rewards``.
+    ``bootstrap_returns`` [B]: returns of the states after the last tokens, 0 where those do not count. A score that is added there is not
+    in ``rewards``.
     """
 
     rewards: Tensor
     advantages: Tensor
     returns: Tensor
-    closing_returns: Tensor
+    bootstrap_returns: Tensor
 
     def rows(self, chosen: Tensor) -> Targets:
-        """Those of the episodes ``chosen`` [M]."""
-        return Targets(self.rewards[chosen], self.advantages[chosen], self.returns[chosen], self.closing_returns[chosen])
+        """The targets of the episodes ``chosen`` [M]."""
+        return Targets(self.rewards[chosen], self.advantages[chosen], self.returns[chosen], self.bootstrap_returns[chosen])
 
 
 def collect(
@@ -147,16 +147,15 @@ def collect(
     num_processes: int = 1,
     budget: PassBudget | None = None,
 ) -> Rollout:
-    """Sample a completion for every prompt and measure it; each process takes every ``num_processes``-th episode.
+    """Sample a completion for every prompt and measure it. Each process takes every ``num_processes``-th episode.
 
-    ``budget``: of the measuring passes, from one rollout to the next (None: one as the config says).
-
-    ``columns``: what the prompts' rows say beside them, for the reward functions that ask for it.
-    Raises ScoringError where a reward source gives something that is no finite number, SamplerLost where the sampler is gone.
+    ``budget``: token budget of the measuring passes, kept from one rollout to the next (None: a new one from the config). ``columns``:
+    further columns of the prompts' rows, for reward functions that request them. Raises ScoringError if a reward source returns a
+    non-finite score, SamplerLost if the sampler is no longer available.
     """
     own = list(range(process_index, len(prompts), num_processes))
     details = Details(columns or {}).rows(own)
-    with unsharded(*roles.models()):  # the processes sample and measure apart
+    with unsharded(*roles.models()):  # the processes sample and measure independently
         share = _collect_share(
             roles,
             reward,
@@ -205,12 +204,12 @@ def _collect_share(
 
         began = time.perf_counter()
         recompute = recomputes_logprobs(roles, config)
-        closing = (mask.sum(dim=1) < config.generation.max_new_tokens) & (config.score_placement == "after")
+        bootstrap = (mask.sum(dim=1) < config.generation.max_new_tokens) & (config.score_placement == "after")
         retreats = budget.retreats
         with measured_gpu_memory(gpu_memory, "measuring"):
-            measured = measure(roles, prompt_ids, responses, closing, budget, recompute=recompute)
-        tokens = {name: unflatten(flat, mask) for name, flat in measured.items() if name != "closing"}
-        closing_values = torch.zeros(len(prompts)).masked_scatter(closing, measured["closing"])
+            measured = measure(roles, prompt_ids, responses, bootstrap, budget, recompute=recompute)
+        tokens = {name: unflatten(flat, mask) for name, flat in measured.items() if name != "bootstrap"}
+        bootstrap_values = torch.zeros(len(prompts)).masked_scatter(bootstrap, measured["bootstrap"])
         seconds["measuring"] = time.perf_counter() - began
 
         hidden = early.seconds() if early.sources else None
@@ -227,7 +226,7 @@ def _collect_share(
     sampled = torch.where(mask, generated.logprobs.cpu(), 0.0)
     stopped = generated.stopped.cpu()
     paid = torch.zeros(mask.shape) if scored.spans is None else token_scores(roles.tokenizer, responses, scored.spans, mask.shape[1])
-    if config.missing_eos == "replace":  # the penalty stands in for all of a score
+    if config.missing_eos == "replace":  # the penalty replaces the complete score
         paid[~stopped] = 0.0
     return Rollout(
         prompts=prompts,
@@ -240,8 +239,8 @@ def _collect_share(
         sampler_logprobs=sampled,
         reference_logprobs=tokens["reference"],
         values=tokens["values"],
-        closing_values=closing_values,
-        closing_mask=closing,
+        bootstrap_values=bootstrap_values,
+        bootstrap_mask=bootstrap,
         scores=penalize_missing_eos(scored.total, stopped, how=config.missing_eos, penalty=config.missing_eos_penalty),
         raw_scores=scored.total,
         token_scores=paid,
@@ -257,34 +256,34 @@ def _collect_share(
 
 
 def recomputes_logprobs(roles: Roles, config: PPOStepConfig) -> bool:
-    """Whether the rollout's log-probabilities come from a pass like the update's, and not from sampling."""
+    """Whether the rollout's log-probabilities come from a forward pass like the update's instead of from sampling."""
     if config.rollout_logprobs == "auto":
         return roles.policy.autocast is not None or not roles.sampler.is_local
     return config.rollout_logprobs == "recomputed"
 
 
 def unflatten(flat: Tensor, mask: Tensor) -> Tensor:
-    """Values of counted tokens [N], row by row, at their places in [B, R]; 0 elsewhere."""
+    """Write values of counted tokens [N], in row order, to their positions in [B, R]; 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=flat.dtype).masked_scatter(mask, flat)
 
 
 def _assemble(shares: list[Rollout], prompts: list[Prompt], prompt_ids: list[list[int]]) -> Rollout:
-    """The whole rollout from the shares of all processes, in the order of the episodes."""
-    number, width = len(prompts), max(share.response_ids.shape[1] for share in shares)
-    places = [list(range(index, number, len(shares))) for index in range(len(shares))]
+    """Join the shares of all processes to the complete rollout, in the order of the episodes."""
+    num_episodes, width = len(prompts), max(share.response_ids.shape[1] for share in shares)
+    rows_of = [list(range(index, num_episodes, len(shares))) for index in range(len(shares))]
 
     def joined(pick: Any) -> Tensor:
         parts = [pick(share) for share in shares]
         if parts[0].dim() == 2:
             parts = [right_pad(list(part), 0, width) for part in parts]
-        whole = torch.empty((number, *parts[0].shape[1:]), dtype=parts[0].dtype)
-        for place, part in zip(places, parts, strict=True):
-            whole[place] = part
-        return whole
+        full = torch.empty((num_episodes, *parts[0].shape[1:]), dtype=parts[0].dtype)
+        for own_rows, part in zip(rows_of, parts, strict=True):
+            full[own_rows] = part
+        return full
 
-    completions = [""] * number
-    for place, share in zip(places, shares, strict=True):
-        for row, text in zip(place, share.completions, strict=True):
+    completions = [""] * num_episodes
+    for own_rows, share in zip(rows_of, shares, strict=True):
+        for row, text in zip(own_rows, share.completions, strict=True):
             completions[row] = text
     return Rollout(
         prompts=prompts,
@@ -305,17 +304,17 @@ def _assemble(shares: list[Rollout], prompts: list[Prompt], prompt_ids: list[lis
 def targets(rollout: Rollout, config: PPOStepConfig, *, kl_coef: float) -> Targets:
     """Rewards (score at the last token, minus the KL penalty), advantages and returns of ``rollout``.
 
-    The KL is that of the rollout's log-probabilities and stays fixed during the update (Ouyang et al. 2022, section 3.5). Returns come
-    before the advantages are whitened (openai/lm-human-preferences).
+    The KL is that of the rollout's log-probabilities and stays fixed during the update (Ouyang et al. 2022, section 3.5). Returns are
+    computed before the advantages are whitened (openai/lm-human-preferences).
     """
     mask = rollout.response_mask
     kl = estimate_kl(rollout.rollout_logprobs, rollout.reference_logprobs, estimator=config.kl.estimator)
     paid = rollout.token_scores
-    states, values = mask, rollout.values  # every state whose value is learned: those before the tokens, ...
-    if rollout.closing_mask.any():  # ... and with score_placement: after those behind the last ones
-        rows, ends = torch.nonzero(rollout.closing_mask).flatten(), rollout.lengths[rollout.closing_mask]
+    states, values = mask, rollout.values  # all states with a value: the states before the tokens, ...
+    if rollout.bootstrap_mask.any():  # ... and with score_placement: after also the states after the last tokens
+        rows, ends = torch.nonzero(rollout.bootstrap_mask).flatten(), rollout.lengths[rollout.bootstrap_mask]
         kl, states, values, paid = (torch.nn.functional.pad(tensor, (0, 1)) for tensor in (kl, mask, values, paid))
-        states[rows, ends], values[rows, ends] = True, rollout.closing_values[rows]
+        states[rows, ends], values[rows, ends] = True, rollout.bootstrap_values[rows]
         kl[rows, ends] = 0.0
     at_end = rollout.scores - rollout.token_scores.sum(dim=1)
     rewards = shape_rewards(at_end, kl, states, kl_coef=kl_coef, token_scores=paid)
@@ -326,20 +325,20 @@ def targets(rollout: Rollout, config: PPOStepConfig, *, kl_coef: float) -> Targe
     advantages, returns = gae(rewards, values, states, gamma=config.gae.gamma, gae_lambda=config.gae.gae_lambda)
     if config.gae.value_gae_lambda is not None:
         _, returns = gae(rewards, values, states, gamma=config.gae.gamma, gae_lambda=config.gae.value_gae_lambda)
-    closing_returns = torch.zeros(len(mask))
-    if rollout.closing_mask.any():
-        closing_returns[rows] = returns[rows, ends]
+    bootstrap_returns = torch.zeros(len(mask))
+    if rollout.bootstrap_mask.any():
+        bootstrap_returns[rows] = returns[rows, ends]
         rewards, advantages, returns = rewards[:, :-1], torch.where(mask, advantages[:, :-1], 0.0), returns[:, :-1]
         rewards = torch.where(mask, rewards, 0.0)
     if config.whitens_advantages:
         advantages = whiten(advantages, mask)
     if not bool(torch.isfinite(advantages).all() and torch.isfinite(returns).all()):
-        raise TrainingError("an advantage or return is not a finite number; look at the scores and values of this rollout")
-    return Targets(rewards, advantages, torch.where(mask, returns, 0.0), closing_returns)
+        raise TrainingError("an advantage or return is not finite; check the scores and values of this rollout")
+    return Targets(rewards, advantages, torch.where(mask, returns, 0.0), bootstrap_returns)
 
 
 def _targets_without_values(rewards: Tensor, mask: Tensor, config: PPOStepConfig) -> Targets:
-    """Targets by ``config.advantages`` from the return of each completion; the rollout's rows are whole groups of a prompt."""
+    """Targets from the return of each completion, by ``config.advantages``. Completions of one prompt must be adjacent and complete."""
     returns = torch.where(mask, rewards, 0.0).sum(dim=1)
     if config.advantages == "rloo":
         each = leave_one_out(returns, config.samples_per_prompt)
@@ -351,7 +350,7 @@ def _targets_without_values(rewards: Tensor, mask: Tensor, config: PPOStepConfig
     if config.whitens_advantages:
         advantages = whiten(advantages, mask)
     if not bool(torch.isfinite(advantages).all()):
-        raise TrainingError("an advantage is not a finite number; look at the scores of this rollout")
+        raise TrainingError("an advantage is not finite; check the scores of this rollout")
     return Targets(rewards, advantages, torch.zeros_like(advantages), torch.zeros(len(mask)))
 
 
@@ -359,7 +358,7 @@ def whole_targets(rollout: Rollout, config: PPOStepConfig, *, kl_coef: float, nu
     """``targets`` of a whole rollout; with ``whiten.scope: process`` each process's share of it is whitened by itself."""
     if config.whiten.scope != "process" or num_processes == 1:
         return targets(rollout, config, kl_coef=kl_coef)
-    places = [torch.arange(index, len(rollout.prompts), num_processes) for index in range(num_processes)]
-    parts = [targets(rollout.rows(place), config, kl_coef=kl_coef) for place in places]
-    order = torch.cat(places).argsort()
+    rows_of = [torch.arange(index, len(rollout.prompts), num_processes) for index in range(num_processes)]
+    parts = [targets(rollout.rows(own_rows), config, kl_coef=kl_coef) for own_rows in rows_of]
+    order = torch.cat(rows_of).argsort()
     return Targets(*(torch.cat([getattr(part, name) for part in parts])[order] for name in Targets.__dataclass_fields__))

@@ -1,4 +1,4 @@
-"""Sums over the tokens of one minibatch, and the metrics that they make."""
+"""Sums over the tokens of one minibatch, and the metrics computed from them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SUMS = (
     "values",
     "pretraining_loss",
 )
-"""The sums that every process has, in the order in which they are added up over the processes."""
+"""The sums of every process, in the order in which they are reduced."""
 
 
 @dataclass
 class Totals:
-    """Sums over tokens of one minibatch, from which its metrics are made.
+    """Sums over the tokens of one minibatch.
 
-    They are added up where the tensors lie, in double precision, and read in one go: a read makes the CPU wait for the GPU.
+    They are accumulated on the tensors' device, in double precision, and read together, because each read makes the CPU wait for the GPU.
     """
 
     sums: dict[str, float] = field(default_factory=dict)
@@ -45,11 +45,11 @@ class Totals:
                 self.sums[name] = self.sums.get(name, 0.0) + float(value)
 
     def note(self, deviation: Tensor) -> None:
-        """Keep the largest of the scalars given; one that is no number counts for nothing."""
+        """Keep the maximum of the given scalars; NaN is ignored."""
         self._largest = deviation if self._largest is None else torch.fmax(self._largest, deviation)
 
     def reduce(self, device: torch.device) -> None:
-        """Add up SUMS over all processes, and take the largest scalar of all; nothing is read. Call it on every process."""
+        """Reduce SUMS and the maximum over all processes, without reading them. Call it on every process."""
         import torch.distributed as distributed
 
         zero = torch.zeros((), dtype=torch.float64, device=device)
@@ -62,7 +62,7 @@ class Totals:
         self._largest = largest
 
     def read(self) -> float:
-        """Bring the sums to the CPU; returns the largest scalar noted (0 where there is none)."""
+        """Copy the sums to the CPU; returns the maximum of the noted scalars (0 if there are none)."""
         names = list(self._waiting)
         waiting = [*self._waiting.values(), *([] if self._largest is None else [self._largest.double()])]
         numbers: list[float] = torch.stack(waiting).tolist() if waiting else []
@@ -74,7 +74,7 @@ class Totals:
 
 
 def policy_metrics(sums: dict[str, float], largest: float) -> dict[str, float]:
-    """Means over the minibatch's tokens. ``largest``: the largest |ratio - 1|."""
+    """Means over the minibatch's tokens. ``largest``: the maximum of |ratio - 1|."""
     mean = {name: value / max(sums["tokens"], 1.0) for name, value in sums.items()}
     return {
         "policy/loss": mean["policy_loss"],

@@ -1,7 +1,7 @@
-"""The update: several passes over a rollout in minibatches, each one optimizer step of policy and value network.
+"""The update: several epochs over a rollout in minibatches, each with one optimizer step of policy and value network.
 
-A minibatch's loss is a mean over all its response tokens, on all processes and however it is cut into microbatches: every microbatch
-adds its sum divided by the tokens of the whole minibatch. Losses per token, N counted tokens of a microbatch.
+A minibatch's loss is the mean over all its response tokens, on all processes, independent of the microbatches: every microbatch adds its
+sum divided by the number of tokens of the full minibatch. Losses are per token; N counted tokens of a microbatch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from stages.training.checkpoints import trainable
 
 @dataclass
 class UpdateProgress:
-    """How far the update of a rollout is: the metrics of the minibatches done, and the response tokens they had."""
+    """Progress of a rollout's update: metrics of the finished minibatches, and their number of response tokens."""
 
     collected: list[dict[str, float]] = field(default_factory=list)
     tokens: int = 0
@@ -43,18 +43,18 @@ class UpdateProgress:
 
 @dataclass
 class UpdateResult:
-    """Metrics of an iteration's updates (means over minibatches), and how many optimizer steps there were."""
+    """Metrics of an iteration's updates (means over minibatches), and the number of optimizer steps."""
 
     metrics: dict[str, float]
     optimizer_steps: int
-    tokens: int  # response tokens trained on, all passes and processes
-    flops: float = 0.0  # of this process's matrix products
-    retreats: int = 0  # how often this process ran out of memory and went on with smaller passes
-    pass_tokens: int = 0  # of this process's largest pass
+    tokens: int  # response tokens trained on, over all epochs and processes
+    flops: float = 0.0  # flops of this process's matrix products
+    retreats: int = 0  # number of times that this process ran out of memory and continued with smaller passes
+    pass_tokens: int = 0  # tokens of this process's largest pass
 
 
 class Updater:
-    """Holds what stays from one iteration to the next: networks, optimizers, the moving average, pretraining rows."""
+    """The state kept between iterations: networks, optimizers, the moving average, pretraining rows."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Updater:
         self.roles, self.optimizers, self.config = roles, optimizers, config
         self.average, self.pretraining_rows = average, pretraining_rows
         self.process_index, self.num_processes = process_index, num_processes
-        self.optimizer_steps = 0  # since the beginning of the run
+        self.optimizer_steps = 0  # since the start of the run
         self.matmuls = MatmulCounter()
         self.budget = PassBudget("PPO update", roles.policy.device, config.microbatch_size, rows=AUTO_ROWS["ppo"], trains=True)
 
@@ -84,9 +84,9 @@ class Updater:
         progress: UpdateProgress | None = None,
         after_minibatch: Callable[[], None] | None = None,
     ) -> UpdateResult:
-        """All passes over ``rollout``. Raises TrainingError where a loss or gradient is not finite; the weights are then as before it.
+        """Run all epochs over ``rollout``. Raises TrainingError for a non-finite loss or gradient, before it can change the weights.
 
-        ``progress`` is kept up to date, and where it says that minibatches were done (by a run that was cut off) those are passed over.
+        ``progress`` is updated after each minibatch; minibatches that it already contains (after a resumption) are skipped.
         ``after_minibatch`` is called after each optimizer step.
         """
         with self.roles.offload.awake(self.roles.value):
@@ -128,7 +128,7 @@ class Updater:
         return UpdateResult(metrics, len(collected), progress.tokens, self.matmuls.take(), retreats, self.budget.largest)
 
     def minibatch(self, part: Rollout, goal: Targets, *, train_policy: bool = True) -> dict[str, float]:
-        """Gradients of one minibatch and one optimizer step; returns its metrics. Numbers are read from the device once."""
+        """Compute the gradients of one minibatch and make one optimizer step; returns its metrics. The device is read once."""
         totals = self.accumulate(part, goal, train_policy=train_policy)
         norms = {name: gradient_norm(list(trainable(network).values())) for name, network in self.roles.networks().items()}
         totals.add(**{f"{name}/grad_norm": norm for name, norm in norms.items()})
@@ -143,10 +143,9 @@ class Updater:
         return metrics
 
     def accumulate(self, part: Rollout, goal: Targets, *, train_policy: bool = True) -> Totals:
-        """The minibatch's gradients, summed over processes, in the networks' buffers, which must be empty; returns its sums, unread.
+        """Add the minibatch's gradients, summed over processes, to the networks' (empty) gradient buffers; returns its sums, not yet read.
 
-        Where memory runs out, everything is done again in smaller passes, from empty buffers: the gradient is that of smaller passes from
-        the beginning.
+        If memory runs out, all passes are repeated with a smaller token budget and empty buffers.
         """
         importance = part.importance(self.config.importance_cap)
         pad, device = self.roles.tokenizer.pad_token_id, self.roles.policy.device
@@ -159,7 +158,7 @@ class Updater:
                 break
             except RuntimeError as error:
                 self._retreat(error)
-            # Behind the except clause: the error held the tensors of the pass that failed.
+            # After the except clause, because the error kept the tensors of the failed pass alive.
             for network in self.roles.networks().values():
                 network.zero_grad(set_to_none=True)
             self.budget.release()
@@ -168,20 +167,20 @@ class Updater:
                 reduce_gradients(network)
             totals.reduce(self.roles.policy.device)
         if self.budget.measures:
-            self.budget.settle(self._pending_moments(), agree=_smallest_of_all if self.roles.are_cut else None)
+            self.budget.settle(self._pending_moments(), agree=_smallest_of_all if self.roles.are_sharded else None)
         return totals
 
     def _retreat(self, error: RuntimeError) -> None:
-        """Smaller passes from now on; raises ``error`` where memory did not run out, or no pass can be smaller."""
-        if self.roles.are_cut and is_out_of_memory(error):
+        """Reduce the token budget. Raises ``error`` if memory did not run out, or if a pass cannot be smaller."""
+        if self.roles.are_sharded and is_out_of_memory(error):
             raise TrainingError(
-                "memory ran out, and with weights that are cut over the processes no process can do a pass again by itself; set "
-                "microbatch_size to fewer episodes and run the same command: it goes on after the last checkpoint"
+                "memory ran out, and with sharded weights a process cannot repeat a pass alone; set "
+                "microbatch_size to fewer episodes and run the same command again: it resumes from the last checkpoint"
             ) from error
         self.budget.retreat(error)
 
     def _passes(self, episodes: Minibatch, texts: Tensor | None, kernel: str | None, train_policy: bool) -> Totals:
-        """All of this process's forward and backward passes of a minibatch; returns the sums over its tokens, unread."""
+        """Run this process's forward and backward passes of a minibatch; returns the sums over its tokens, not yet read."""
         roles = self.roles
         totals = Totals({"tokens": float(episodes.num_tokens)})
         totals.add(states=float(episodes.num_states if roles.has_value else episodes.num_tokens))
@@ -194,10 +193,10 @@ class Updater:
         return totals
 
     def _pass(self, one: Pass, episodes: Minibatch, counts: bool, train_policy: bool, totals: Totals) -> None:
-        """Forward and backward of policy and values over some episodes; ``counts``: whether they add to gradients and sums."""
+        """Forward and backward pass of policy and values over some episodes. ``counts``: whether they add to gradients and sums."""
         config, roles = self.config, self.roles
         with packed_attention(one.batch.packing, *roles.decoders("policy", "value")):
-            # The policy's loss is still needed where one backward pass goes through both.
+            # With a shared value head, one backward pass goes through both, so the policy's loss is always needed.
             with torch.set_grad_enabled(train_policy or roles.value is None):
                 policy = roles.policy.loss(one.batch, self._policy_term(one), num_tokens=one.num_tokens)
             self.matmuls.add(roles.policy.decoder, one.batch, output=roles.policy.output, backward=train_policy)
@@ -221,7 +220,7 @@ class Updater:
             self._sum_up(one, policy, values, errors, totals)
 
     def _policy_term(self, one: Pass) -> Callable[[Tensor, Tensor, slice], Tensor]:
-        """The policy's loss per token of a pass, from its log-probabilities and entropies."""
+        """The policy's loss per token of a pass, as a function of its log-probabilities and entropies."""
         config = self.config
 
         def term(logprobs: Tensor, entropies: Tensor, rows: slice) -> Tensor:
@@ -235,7 +234,7 @@ class Updater:
 
     @torch.no_grad()
     def _sum_up(self, one: Pass, policy: PolicyLoss, values: Tensor | None, errors: Tensor | None, totals: Totals) -> None:
-        """Add the sums over a pass's tokens from which the metrics are made."""
+        """Add a pass's sums over tokens, from which the metrics are computed."""
         config = self.config
         log_ratio = policy.logprobs - one.rollout_logprobs
         ratio = log_ratio.exp()
@@ -266,20 +265,20 @@ class Updater:
         )
 
     def _microbatches(self, episodes: Minibatch, *, packed: bool) -> Iterator[tuple[list[int], bool]]:
-        """This process's episodes in groups of like length, the longest first: what does not fit into memory shows at once.
+        """This process's episodes in microbatches of similar length, the longest first, so that missing memory shows up immediately.
 
-        A model that is cut over the processes needs all of them in every pass: then every process gets as many groups, and the second says
-        whether one counts.
+        With sharded weights, all processes must take part in every pass. Then every process gets the same number of microbatches, and the
+        second value says whether a microbatch counts.
         """
         lengths = episodes.lengths
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
         shares = [self.budget.groups(order[index :: self.num_processes], lengths, packed=packed) for index in range(self.num_processes)]
         own = shares[self.process_index]
-        for number in range(max(map(len, shares)) if self.roles.are_cut else len(own)):
+        for number in range(max(map(len, shares)) if self.roles.are_sharded else len(own)):
             yield (own[number], True) if number < len(own) else (order[-1:], False)
 
     def _draw_pretraining_rows(self, num_episodes: int) -> Tensor | None:
-        """The rows of PPO-ptx for a minibatch [rows, T]; None without such a mix."""
+        """The pretraining rows of PPO-ptx for a minibatch [rows, T]; None without a pretraining mix."""
         mix = self.config.pretraining_mix
         if mix is None:
             return None
@@ -287,7 +286,7 @@ class Updater:
         return self.pretraining_rows.draw(num_episodes * mix.examples_per_episode)
 
     def _pretraining_passes(self, rows: Tensor, totals: Totals) -> None:
-        """PPO-ptx: add coef * gradient of the mean loss per pretraining token into the policy's buffers, and that loss to the sums."""
+        """PPO-ptx: add coef * gradient of the mean loss per pretraining token to the policy's gradients, and that loss to the sums."""
         mix = self.config.pretraining_mix
         assert mix is not None
         if mix.coef == 0:
@@ -296,7 +295,7 @@ class Updater:
         count = rows.numel() - len(rows) if mix.normalization == "token" else len(rows)
         own, largest_share = rows[self.process_index :: self.num_processes], -(-len(rows) // self.num_processes)
         size = self.budget.rows_for(largest_share, width)
-        for start in range(0, largest_share, size):  # as many passes on every process
+        for start in range(0, largest_share, size):  # the same number of passes on every process
             group = own[start : start + size]
             counts = len(group) > 0
             (batch,) = moved_together([group if counts else rows[:1]], self.roles.policy.device)
@@ -306,7 +305,7 @@ class Updater:
             totals.add(pretraining_loss=loss)
 
     def _pending_moments(self) -> int:
-        """Bytes of the optimizers' moments that will be there after the first step, and are not yet."""
+        """Bytes of the optimizer moments that do not exist before the first optimizer step."""
         waiting = [
             parameter
             for optimizer in self.optimizers.values()
@@ -318,7 +317,7 @@ class Updater:
         return sum((2 if eight_bits else 8) * parameter.numel() for parameter in waiting)
 
     def _step(self, norms: dict[str, Tensor], train_policy: bool) -> None:
-        """Clip gradients of these norms, step and clear."""
+        """Clip the gradients with these norms, make an optimizer step, and clear the gradients."""
         for name, network in self.roles.networks().items():
             scale_gradients(list(trainable(network).values()), norms[name], self.config.training.max_grad_norm)
         for name, optimizer in self.optimizers.items():
@@ -335,7 +334,7 @@ class Updater:
 
 
 def _check_finite(metrics: dict[str, float]) -> None:
-    """Raise TrainingError for losses and gradient norms of a minibatch that are not finite."""
+    """Raise TrainingError if a loss or gradient norm of a minibatch is not finite."""
     losses = {name: metrics[f"{name}/loss"] for name in ("policy", "value") if f"{name}/loss" in metrics}
     advice = "lower training.learning_rate, or use precision: fp32"
     if not math.isfinite(sum(losses.values())):
@@ -348,21 +347,21 @@ def _check_finite(metrics: dict[str, float]) -> None:
 
 
 def _smallest_of_all(number: int) -> int:
-    """The smallest of all processes' numbers."""
+    """The minimum over all processes."""
     import torch.distributed as distributed
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = torch.tensor(number, device=device)
-    distributed.all_reduce(found, op=distributed.ReduceOp.MIN)
-    return int(found)
+    value = torch.tensor(number, device=device)
+    distributed.all_reduce(value, op=distributed.ReduceOp.MIN)
+    return int(value)
 
 
 def pretraining_loss(policy: Policy, rows: Tensor, matmuls: MatmulCounter | None = None) -> Tensor:
-    """Summed negative log-likelihood of the tokens of ``rows`` [B, T], at temperature 1; the first token of a row is given."""
-    number, width = rows.shape
-    places = torch.arange(width - 1, device=rows.device).repeat(number)
-    owners = torch.arange(number, device=rows.device).repeat_interleave(width - 1)
-    batch = SequenceBatch(rows, torch.full((number,), width, device=rows.device), owners, places, rows[:, 1:].reshape(-1))
+    """Summed negative log-likelihood of the tokens of ``rows`` [B, T] at temperature 1. The first token of a row is not predicted."""
+    num_rows, width = rows.shape
+    columns = torch.arange(width - 1, device=rows.device).repeat(num_rows)
+    owners = torch.arange(num_rows, device=rows.device).repeat_interleave(width - 1)
+    batch = SequenceBatch(rows, torch.full((num_rows,), width, device=rows.device), owners, columns, rows[:, 1:].reshape(-1))
     if matmuls is not None:
         matmuls.add(policy.decoder, batch, output=policy.output)
     return policy.loss(batch, lambda logprobs, entropies, _: -logprobs, temperature=1.0).summed

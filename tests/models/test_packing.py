@@ -42,7 +42,7 @@ FAMILIES = {
 }
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14]]
 RESPONSES = [[20, 21, 22, 23], [24, 25, 26, 27, 28, 29, 30], [31]]
-CLOSING = [0, 2]
+BOOTSTRAP = [0, 2]
 
 
 def made(config: Any, attention: str) -> Any:
@@ -55,16 +55,16 @@ def made(config: Any, attention: str) -> Any:
 
 
 def plain(model: Any, head: torch.nn.Linear) -> tuple[Tensor, Tensor]:
-    """(log-probabilities [N] of the responses, values [N and those of the closing states]), one sequence at a time."""
-    logprobs, values, closing = [], [], []
+    """(log-probabilities [N] of the responses, values [N and those of the states after the responses]), one sequence at a time."""
+    logprobs, values, bootstrap = [], [], []
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         output = model(input_ids=torch.tensor([prompt + response]), use_cache=False, output_hidden_states=True)
         at = torch.arange(len(prompt) - 1, len(prompt) + len(response) - 1)
         logprobs.append(output.logits[0, at].log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0])
         of_row = head(output.hidden_states[-1][0])[:, 0]
         values.append(of_row[at])
-        closing += [of_row[-1:]] if row in CLOSING else []
-    return torch.cat(logprobs), torch.cat([*values, *closing])
+        bootstrap += [of_row[-1:]] if row in BOOTSTRAP else []
+    return torch.cat(logprobs), torch.cat([*values, *bootstrap])
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
@@ -81,7 +81,7 @@ def test_packed_passes_equal_plain_ones_and_so_do_their_gradients(family: str) -
 
     policy = Policy(model, temperature=1.0, autocast=None, shared_value_head=head)
     assert policy.kernel() == "padded"
-    batch = sequence_batch(PROMPTS, RESPONSES, 0, "cpu", closing=CLOSING, kernel="padded")
+    batch = sequence_batch(PROMPTS, RESPONSES, 0, "cpu", bootstrap=BOOTSTRAP, kernel="padded")
     assert batch.input_ids.shape == (1, sum(map(len, PROMPTS + RESPONSES)))
     found = policy.loss(batch, lambda chosen, _, rows: weights[rows] * chosen, num_tokens=len(logprobs))
     assert found.values is not None
@@ -106,7 +106,7 @@ def test_a_value_network_reads_packed_rows() -> None:
     value = ValueModel(model.gpt_neox)
     torch.nn.init.normal_(value.score_head.weight)
     _, expected = plain(model, value.score_head)
-    batch = sequence_batch(PROMPTS, RESPONSES, 0, "cpu", closing=CLOSING, kernel="padded")
+    batch = sequence_batch(PROMPTS, RESPONSES, 0, "cpu", bootstrap=BOOTSTRAP, kernel="padded")
     torch.testing.assert_close(
         value.score_positions(batch.input_ids, batch.rows, batch.columns, batch.packing), expected, rtol=1e-4, atol=2e-5
     )
@@ -162,9 +162,9 @@ def test_the_fastest_kernel_that_is_installed_comes_first(monkeypatch) -> None:
 
 REFUSED = {
     "bloom: ALiBi": (lambda: transformers.BloomConfig(vocab_size=60, hidden_size=32, n_layer=1, n_head=4), "position ids"),
-    "falcon: an attention of its own": (
+    "falcon: attention outside of transformers' interface": (
         lambda: transformers.FalconConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4),
-        "an attention of its own",
+        "does not use transformers' attention interface",
     ),
     "gemma2: caps its scores": (
         lambda: transformers.Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, attn_implementation="eager"),
@@ -187,7 +187,7 @@ def test_what_cannot_be_packed_is_padded(family: str) -> None:
 
 
 def test_a_trial_finds_a_look_across_sequences_and_the_log_says_it_once(monkeypatch, caplog) -> None:
-    monkeypatch.setattr(packing, "_said", set())
+    monkeypatch.setattr(packing, "_logged", set())
     caplog.set_level(logging.WARNING)
     for _ in range(2):
         decoder = transformers.AutoModel.from_config(FAMILIES["llama, two heads share keys"]())

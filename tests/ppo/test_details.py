@@ -187,7 +187,7 @@ def test_the_value_network_is_its_own_and_begins_as_the_reward_model(
     # the value loss gives the policy no gradient, and the policy's loss none to the value network
     updater = make_updater(roles, config)
     goal = targets(rollout, config, kl_coef=0.1)
-    zero = type(goal)(goal.rewards, torch.zeros_like(goal.advantages), goal.returns + 1, goal.closing_returns)
+    zero = type(goal)(goal.rewards, torch.zeros_like(goal.advantages), goal.returns + 1, goal.bootstrap_returns)
     updater.accumulate(rollout, zero)
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in roles.policy.model.parameters())
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in roles.value.parameters())

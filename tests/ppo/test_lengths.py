@@ -71,7 +71,7 @@ def test_a_value_network_is_not_started_from_a_model_that_reads_less_and_it_is_s
     roles = load_roles(config, context)
     assert roles.value is not None and roles.value.config.model_type == "llama"
     assert float(roles.value.score_head.weight.detach().abs().max()) == 0  # a copy of the policy with a head of zeros
-    assert any("reads 16 tokens" in line and "the value network is not started from it" in line for line in lines)
+    assert any("reads at most 16 tokens" in line and "it is not used as initial value network" in line for line in lines)
 
 
 def test_a_value_that_the_recipe_names_and_that_reads_less_is_refused(step: Any) -> None:

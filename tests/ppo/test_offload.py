@@ -116,7 +116,7 @@ def test_bitsandbytes_optimizers_follow_adamw(optimizer: str, tolerance: float) 
 )
 def test_what_needs_whole_models_does_not_go_with_fsdp(ppo_config, ppo_context, monkeypatch, options, named) -> None:
     monkeypatch.setattr(ppo_context.runtime, "shards", True)
-    with pytest.raises(LaunchError, match=f"{named} needs whole models, and FSDP cuts them over the processes"):
+    with pytest.raises(LaunchError, match=f"{named} does not support FSDP's sharded weights"):
         load_roles(ppo_config(**options), ppo_context)
 
 

@@ -64,7 +64,7 @@ def test_packed_updates_have_the_gradients_of_padded_ones(ppo_config, ppo_contex
     config = ppo_config(score_placement="after", training={"learning_rate": 1e-3, "gradient_checkpointing": True}, **KINDS[kind])
     roles = load_roles(config, ppo_context)
     rollout = make_rollout(roles, config)
-    assert rollout.closing_mask.any() and len(set(rollout.lengths.tolist())) > 1
+    assert rollout.bootstrap_mask.any() and len(set(rollout.lengths.tolist())) > 1
     goal = targets(rollout, config, kl_coef=0.1)
     updater = make_updater(roles, config)
     expected_totals = updater.accumulate(rollout, goal)
@@ -91,8 +91,8 @@ def test_packed_measuring_equals_padded_measuring(ppo_config, ppo_context, make_
     for packs in (False, True):
         roles.packs = packs
         budget = measuring_budget(config, roles.policy.device)
-        found.append(measure(roles, rollout.prompt_ids, responses, rollout.closing_mask, budget, recompute=True))
-    assert found[0].keys() == found[1].keys() == {"reference", "values", "closing", "sampled"}
+        found.append(measure(roles, rollout.prompt_ids, responses, rollout.bootstrap_mask, budget, recompute=True))
+    assert found[0].keys() == found[1].keys() == {"reference", "values", "bootstrap", "sampled"}
     for name, numbers in found[0].items():
         torch.testing.assert_close(found[1][name], numbers, rtol=1e-4, atol=1e-5)
 
@@ -109,7 +109,7 @@ def test_each_weight_is_cast_once_in_an_optimizer_step_and_the_gradient_is_autoc
     with Operations(weights) as kept:
         updater.accumulate(part, goal)
     gradients = taken_gradients(roles)
-    roles.__dict__["are_cut"] = True  # as with weights that are cut over processes: nothing is kept
+    roles.__dict__["are_sharded"] = True  # as with weights that are cut over processes: nothing is kept
     with Operations(weights) as anew:
         updater.accumulate(part, goal)
     # Two layers of seven products in each network, the policy's output layer, weight and bias of the value head.
@@ -210,7 +210,7 @@ def test_cut_weights_do_not_retreat_since_the_other_processes_wait(ppo_config, p
     roles = load_roles(config, ppo_context)
     rollout = make_rollout(roles, config)
     run_out_above(roles.policy.decoder, 0, monkeypatch)
-    roles.__dict__["are_cut"] = True
+    roles.__dict__["are_sharded"] = True
     with pytest.raises(TrainingError, match="set microbatch_size to fewer episodes"):
         make_updater(roles, config).accumulate(rollout, targets(rollout, config, kl_coef=0.1))
 

@@ -22,8 +22,8 @@ def hand_made(**fields: Any) -> Rollout:
         "sampler_logprobs": torch.zeros(2, 3),
         "reference_logprobs": torch.tensor([[-1.5, -1.0, 0.0], [-1.0, -2.0, -2.0]]),
         "values": torch.tensor([[0.5, 0.25, 0.0], [1.0, 0.0, -1.0]]),
-        "closing_values": torch.zeros(2),
-        "closing_mask": torch.zeros(2, dtype=torch.bool),
+        "bootstrap_values": torch.zeros(2),
+        "bootstrap_mask": torch.zeros(2, dtype=torch.bool),
         "scores": torch.tensor([10.0, -4.0]),
         "raw_scores": torch.tensor([10.0, -4.0]),
         "token_scores": torch.zeros(2, 3),
@@ -41,20 +41,20 @@ def test_the_score_is_paid_at_the_last_token(ppo_config) -> None:
     # row 1: deltas 0 - 1 = -1, -0.1 - 1 = -1.1, -3.9 + 1 = -2.9; A2 = -2.9, A1 = -1.1 - 1.45, A0 = -1 - 1.275
     torch.testing.assert_close(goal.advantages, torch.tensor([[4.625, 9.85, 0.0], [-2.275, -2.55, -2.9]]))
     torch.testing.assert_close(goal.returns, torch.tensor([[5.125, 10.1, 0.0], [-1.275, -2.55, -3.9]]))
-    assert goal.closing_returns.tolist() == [0.0, 0.0]
+    assert goal.bootstrap_returns.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.detail("P27")
 def test_the_score_one_state_behind_where_there_is_room(ppo_config) -> None:
     config = ppo_config(whiten_advantages=False, gae_lambda=0.5, score_placement="after")
-    rollout = hand_made(closing_mask=torch.tensor([True, False]), closing_values=torch.tensor([8.0, 0.0]))
+    rollout = hand_made(bootstrap_mask=torch.tensor([True, False]), bootstrap_values=torch.tensor([8.0, 0.0]))
     goal = targets(rollout, config, kl_coef=0.1)
     # row 0: the last token keeps its KL alone; the score is paid in the state after it, whose value is 8
     torch.testing.assert_close(goal.rewards, torch.tensor([[-0.05, 0.1, 0.0], [0.0, -0.1, -3.9]]))
     # deltas -0.3, 0.1 + 8 - 0.25 = 7.85, 10 - 8 = 2; A2 = 2, A1 = 7.85 + 1, A0 = -0.3 + 4.425
     torch.testing.assert_close(goal.advantages, torch.tensor([[4.125, 8.85, 0.0], [-2.275, -2.55, -2.9]]))
     torch.testing.assert_close(goal.returns, torch.tensor([[4.625, 9.1, 0.0], [-1.275, -2.55, -3.9]]))
-    assert goal.closing_returns.tolist() == [10.0, 0.0]
+    assert goal.bootstrap_returns.tolist() == [10.0, 0.0]
     # whitening is over the policy's tokens alone, of which the state behind is none
     whitened = targets(rollout, ppo_config(gae_lambda=0.5, score_placement="after"), kl_coef=0.1)
     counted = goal.advantages[rollout.response_mask]
@@ -94,7 +94,7 @@ def test_whitening_by_process_is_each_share_alone(ppo_config) -> None:
 def test_a_value_that_is_no_number_is_refused(ppo_config) -> None:
     values = hand_made().values.clone()
     values[0, 1] = float("nan")
-    with pytest.raises(TrainingError, match="not a finite number"):
+    with pytest.raises(TrainingError, match="is not finite"):
         targets(hand_made(values=values), ppo_config(), kl_coef=0.1)
 
 
@@ -107,7 +107,7 @@ def test_the_value_behind_the_end_is_read_at_the_last_token(ppo_config, ppo_cont
     head = roles.value.score_head if roles.value is not None else roles.policy.value_head
     torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
     rollout = make_rollout(roles, config)
-    assert rollout.closing_mask.any() and not rollout.closing_mask.all()
+    assert rollout.bootstrap_mask.any() and not rollout.bootstrap_mask.all()
     backbone = roles.value.backbone if roles.value is not None else roles.policy.model.model
     for row in range(len(rollout.prompts)):
         ids = torch.tensor([rollout.prompt_ids[row] + rollout.response(row)])
@@ -116,8 +116,8 @@ def test_the_value_behind_the_end_is_read_at_the_last_token(ppo_config, ppo_cont
         length = int(rollout.lengths[row])
         # before each token, and for a response with room after the last one
         torch.testing.assert_close(rollout.values[row, :length], values[-length - 1 : -1], rtol=1e-4, atol=1e-5)
-        if rollout.closing_mask[row]:
-            torch.testing.assert_close(rollout.closing_values[row], values[-1], rtol=1e-4, atol=1e-5)
+        if rollout.bootstrap_mask[row]:
+            torch.testing.assert_close(rollout.bootstrap_values[row], values[-1], rtol=1e-4, atol=1e-5)
 
 
 def test_each_phase_of_an_iteration_has_its_peak_of_gpu_memory(ppo_config, ppo_context, make_rollout, monkeypatch) -> None:

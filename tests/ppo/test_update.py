@@ -62,8 +62,8 @@ def slow_loss(roles: Any, rollout: Any, goal: Any, config: Any) -> torch.Tensor:
             value_loss = value_loss + value_term(values[place], rollout.values[row, step], goal.returns[row, step])
             count += 1
         num_states += len(response)
-        if rollout.closing_mask[row]:  # the state after the last token
-            value_loss = value_loss + value_term(values[-1], rollout.closing_values[row], goal.closing_returns[row])
+        if rollout.bootstrap_mask[row]:  # the state after the last token
+            value_loss = value_loss + value_term(values[-1], rollout.bootstrap_values[row], goal.bootstrap_returns[row])
             num_states += 1
     return policy_loss / count + config.value_coef * value_loss / num_states
 
@@ -76,7 +76,7 @@ def test_gradients_equal_the_slow_reference_for_any_microbatch(ppo_config, ppo_c
     roles = load_roles(config, ppo_context)
     rollout = make_rollout(roles, config)
     assert len(set(rollout.lengths.tolist())) > 1, "the test wants ragged responses"
-    assert rollout.closing_mask.tolist() == [placement == "after" and length < 10 for length in rollout.lengths.tolist()]
+    assert rollout.bootstrap_mask.tolist() == [placement == "after" and length < 10 for length in rollout.lengths.tolist()]
     goal = targets(rollout, config, kl_coef=0.1)
     move_policy(roles)
     slow_loss(roles, rollout, goal, config).backward()
