@@ -349,7 +349,7 @@ DETAILS = (
     _detail(
         "P10",
         "Whitening and GAE within the minibatch (Z), per process (H), or over the rollout",
-        "ppo/rollout.py:whole_targets",
+        "ppo/rollout.py:all_targets",
         "ppo/test_details.py::test_whitening_by_minibatch_needs_eight_episodes "
         "ppo/test_rollout.py::test_whitening_by_process_is_each_share_alone",
     ),

@@ -28,17 +28,17 @@ from stages.rewards.config import RewardInput, check_names, check_rubrics, rewar
 
 
 class PPOOptimizer(Strict):
-    """How policy and value network are stepped. Warmup and schedule go by iteration."""
+    """Optimizer settings of policy and value network. Warmup and schedule count iterations."""
 
     learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of the policy.")
     value_learning_rate: float | None = Field(None, gt=0, description="Peak learning rate of the value network; null: the policy's.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Shape after warmup, over the iterations.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Learning rate schedule after warmup, over iterations.")
     final_learning_rate_fraction: float = Field(0.0, ge=0, le=1, description="Learning rate after the last iteration / the peak.")
     warmup_iterations: int = Field(0, ge=0, description="Iterations of linear warmup.")
     warmup_start_fraction: float = Field(0.1, ge=0, le=1, description="Learning rate of the first warmup iteration / the peak.")
     optimizer: Optimizer = Field("adamw", description=OPTIMIZER_HELP)
     adam_style: Literal["torch", "tensorflow"] = Field(
-        "torch", description="tensorflow: epsilon outside the bias correction, as the papers' first code (gentler first steps)."
+        "torch", description="tensorflow: epsilon outside the bias correction, as in the papers' original code (smaller first steps)."
     )
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -49,16 +49,16 @@ class PPOOptimizer(Strict):
 
 
 class PretrainingMix(Strict):
-    """PPO-ptx (Ouyang et al. 2022, C.4): pretraining gradients are added to every minibatch's."""
+    """PPO-ptx (Ouyang et al. 2022, C.4): pretraining gradients are added to those of every minibatch."""
 
     data: DataField = Field(description="Texts of the pretraining distribution.")
-    coef: float = Field(27.8, ge=0, description="Weight of the mean negative log-likelihood per token against PPO's mean loss per token.")
+    coef: float = Field(27.8, ge=0, description="Weight of the pretraining loss relative to PPO's mean loss per token.")
     examples_per_episode: int = Field(8, ge=1, description="Pretraining rows per episode of a minibatch.")
     block_size: int = Field(128, ge=2, description="Tokens per pretraining row.")
     normalization: Literal["token", "row"] = Field(
         "token",
-        description="What coef weighs: the mean loss per token, or per row (the sum over its tokens, equation 2 of the paper taken by its "
-        "word). The paper does not say which.",
+        description="Average the pretraining loss over tokens, or over rows (summed over a row's tokens, the literal equation 2 of the "
+        "paper). The paper does not say which.",
     )
 
 
@@ -67,16 +67,16 @@ class KLSettings(Strict):
 
     coef: float = Field(0.05, ge=0, description="Weight of the per-token KL penalty in the reward (adaptive: the initial one).")
     target: float | None = Field(None, gt=0, description="Adapt coef towards this KL per sequence, in nats; null: coef is fixed.")
-    horizon: int = Field(10_000, ge=1, description="Episodes over which an adaptive coef moves by the clipped error.")
-    estimator: Literal["k1", "k2", "k3"] = Field("k1", description="Per-token estimate of the KL in the reward; the papers' is k1.")
-    update_limit: float | None = Field(None, gt=0, description="End an iteration's updates once approx_kl is above; null: never.")
+    horizon: int = Field(10_000, ge=1, description="Episodes over which an adaptive coef changes by the clipped relative error.")
+    estimator: Literal["k1", "k2", "k3"] = Field("k1", description="Per-token estimator of the KL in the reward; the papers use k1.")
+    update_limit: float | None = Field(None, gt=0, description="End an iteration's updates if approx_kl exceeds this; null: never.")
 
 
 class GAESettings(Strict):
     """Generalized advantage estimation (Schulman et al. 2016)."""
 
     gamma: float = Field(1.0, gt=0, le=1, description="Discount per token.")
-    gae_lambda: float = Field(0.95, ge=0, le=1, description="Lambda: 0 trusts the value network, 1 the rewards of the whole completion.")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="0: rely on the value network; 1: rely on the rewards of the full completion.")
     value_gae_lambda: float | None = Field(None, ge=0, le=1, description="Lambda of the value network's returns; null: gae_lambda.")
 
 
@@ -84,19 +84,19 @@ class ClipSettings(Strict):
     """Clips of the PPO objective."""
 
     ratio: float = Field(0.2, gt=0, description="Clip of the probability ratio.")
-    dual: float | None = Field(None, gt=1, description="Bound on the ratio where the advantage is negative; null: none.")
-    value: float | None = Field(0.2, gt=0, description="Clip of values around the rollout's; null: none.")
+    dual: float | None = Field(None, gt=1, description="Maximum ratio for negative advantages; null: none.")
+    value: float | None = Field(0.2, gt=0, description="Clip of the change of values since the rollout; null: none.")
 
 
 class WhiteningSettings(Strict):
     """Whitening of advantages and rewards."""
 
-    advantages: bool | None = Field(None, description="Zero mean and unit variance over the tokens that count; null: with advantages: gae.")
-    rewards: bool = Field(False, description="Unit variance of the per-token rewards over the tokens that count; the mean is kept.")
+    advantages: bool | None = Field(None, description="Zero mean and unit variance over counted tokens; null: only with advantages: gae.")
+    rewards: bool = Field(False, description="Unit variance of per-token rewards over counted tokens; keeps the mean.")
     scope: Literal["rollout", "process", "minibatch"] = Field(
         "rollout",
-        description="Over what to whiten: all episodes of an iteration; each process's own (Huang et al. 2024); or each minibatch, whose "
-        "advantages are then computed anew (Ziegler et al. 2019).",
+        description="Whiten over all episodes of an iteration; over each process's episodes (Huang et al. 2024); or over each minibatch, "
+        "which then computes its own advantages (Ziegler et al. 2019).",
     )
 
 
@@ -105,60 +105,60 @@ class EMASettings(Strict):
 
     decay: float | None = Field(None, gt=0, lt=1, description="Publish an exponential moving average of the weights; null: the last.")
     cadence: Literal["optimizer_step", "iteration"] = Field(
-        "optimizer_step", description="When the average takes in the weights; the paper does not say. Rollouts are the policy's own."
+        "optimizer_step", description="When the average is updated; the paper does not say. Rollouts use the policy's current weights."
     )
     publish_last: bool = Field(False, description="With decay: also publish the last weights, as <name>-last.")
 
 
 class PPOStepConfig(CheckpointedStepConfig):
-    """Align ``policy`` to the weighted ``reward`` sources, held near its reference by a KL penalty."""
+    """Train ``policy`` on the weighted ``reward`` sources, with a KL penalty to its reference."""
 
     stage: Literal["ppo"] = "ppo"
-    preset: str | None = Field(None, description="Published settings beneath the step's own, e.g. instructgpt2022 (recipe/presets.py).")
+    preset: str | None = Field(None, description="Published settings as defaults of this step, e.g. instructgpt2022 (recipe/presets.py).")
     policy: ModelField = Field(description="Language model to train, usually an sft step.")
-    reference: ModelField | None = Field(None, description="Frozen model of the KL penalty; null: the policy as it starts.")
+    reference: ModelField | None = Field(None, description="Frozen model of the KL penalty; null: the initial policy.")
     value: Literal["policy", "shared"] | ModelField | None = Field(
         None,
         union_mode="left_to_right",
         description="Initial value network: a reward model; policy: a copy of the policy with a zero head; shared: a zero head on the "
-        "policy's own hidden states. null: the first reward model with the policy's vocabulary, else policy.",
+        "policy's hidden states. null: the first reward model with the policy's vocabulary, else policy.",
     )
     reward: list[RewardInput] = Field(min_length=1, description="Weighted reward sources; their sum is the score of a completion.")
-    monitors: list[RewardInput] = Field([], description="Judges whose scores are logged and never trained on.")
+    monitors: list[RewardInput] = Field([], description="Reward sources that are only logged, not trained on.")
     data: DataField = Field(description="Prompts.")
-    prompt_words: int | None = Field(None, ge=1, description="Make prompts of the first so many words of each text.")
+    prompt_words: int | None = Field(None, ge=1, description="Use only this many words of each text as the prompt.")
     max_prompt_tokens: int | None = Field(
-        None, ge=1, description="Longer prompts are left out, and said. null: what the model's positions leave beside the completion."
+        None, ge=1, description="Drop longer prompts (counted). null: the model's positions minus the completion."
     )
-    prompt_fit: PromptFit | None = Field(None, description="Shorten prompts that are too long; null: leave them out.")
-    curation: Curation = Field(Curation(), description="Which prompts are used.")
+    prompt_fit: PromptFit | None = Field(None, description="Shorten prompts that are too long; null: drop them.")
+    curation: Curation = Field(Curation(), description="Prompt filters.")
     generation: GenerationSettings = GenerationSettings()
-    lora: LoraSettings | None = Field(None, description="Train low-rank adapters of policy and value network instead of whole models.")
+    lora: LoraSettings | None = Field(None, description="Train low-rank adapters of policy and value network instead of full weights.")
     training: PPOOptimizer = PPOOptimizer()
 
-    total_episodes: int = Field(8192, ge=1, description="Completions to sample in all.")
+    total_episodes: int = Field(8192, ge=1, description="Total number of sampled completions.")
     rollout_batch_size: int = Field(64, ge=1, description="Episodes per iteration.")
     minibatch_size: int = Field(32, ge=1, description="Episodes per optimizer step.")
     microbatch_size: Microbatch = Field(
         "auto",
-        description="Most episodes per forward pass and process; no effect on the gradient. auto: 16 on a CPU; on a GPU as many tokens as "
-        "its free memory holds, by measured first passes.",
+        description="Maximum episodes per forward pass and process; does not change the gradient. auto: 16 on a CPU; on a GPU as many "
+        "tokens as fit into its free memory, measured in the first passes.",
     )
-    ppo_epochs: int = Field(4, ge=1, description="Passes over each iteration's episodes.")
+    ppo_epochs: int = Field(4, ge=1, description="Epochs over each iteration's episodes.")
 
     kl: KLSettings = Field(KLSettings(), description="The KL penalty.")
     gae: GAESettings = Field(GAESettings(), description="Generalized advantage estimation.")
     clip: ClipSettings = Field(ClipSettings(), description="Clips of the objective.")
     whiten: WhiteningSettings = Field(WhiteningSettings(), description="Whitening of advantages and rewards.")
-    ema: EMASettings = Field(EMASettings(), description="A moving average of the weights.")
+    ema: EMASettings = Field(EMASettings(), description="Moving average of the weights.")
     advantages: Literal["gae", "rloo", "grpo", "reinforce"] = Field(
         "gae",
-        description="gae: by a value network. The others have none; all tokens of a completion share one advantage, from its return (score "
-        "less KL penalties): rloo, less the mean of the prompt's other completions; grpo, less the mean of all the prompt's completions "
-        "and divided by their deviation; reinforce, less the mean of the iteration.",
+        description="gae: with a value network. The others have none: all tokens of a completion have the same advantage, its return "
+        "(score minus KL penalties) minus a baseline. rloo: the mean of the prompt's other completions; grpo: the mean of all the prompt's "
+        "completions, then divided by their standard deviation; reinforce: the mean of the iteration.",
     )
-    samples_per_prompt: int = Field(1, ge=1, description="Completions of each prompt in an iteration; rollout_batch_size counts them all.")
-    divide_by_deviation: bool = Field(True, description="grpo: false leaves the division out (Dr. GRPO, Liu et al. 2025).")
+    samples_per_prompt: int = Field(1, ge=1, description="Completions per prompt in an iteration; rollout_batch_size counts completions.")
+    divide_by_deviation: bool = Field(True, description="grpo: false omits the division (Dr. GRPO, Liu et al. 2025).")
     value_coef: float = Field(0.1, gt=0, description="Weight of the value loss.")
     entropy_coef: float = Field(0.0, ge=0, description="Weight of an entropy bonus.")
     missing_eos: Literal["none", "replace", "subtract"] = Field(
@@ -167,10 +167,10 @@ class PPOStepConfig(CheckpointedStepConfig):
     missing_eos_penalty: float = Field(1.0, ge=0)
     score_placement: Literal["last_token", "after"] = Field(
         "last_token",
-        description="Where the score is paid: at the last token, or one state behind it with a value of its own, where the response leaves "
-        "room (Huang et al. 2024).",
+        description="Add the score at the last token, or one state after it, which has its own value, if the response leaves room "
+        "(Huang et al. 2024).",
     )
-    value_warmup_iterations: int = Field(0, ge=0, description="First iterations train the value network alone.")
+    value_warmup_iterations: int = Field(0, ge=0, description="Number of first iterations that train only the value network.")
     rollout_logprobs: Literal["auto", "sampled", "recomputed"] = Field(
         "auto",
         description="Log-probabilities from sampling, or from a forward pass like the update's. auto: sampled in fp32 by the local engine.",
@@ -178,15 +178,15 @@ class PPOStepConfig(CheckpointedStepConfig):
     importance_cap: float = Field(
         2.0,
         ge=1,
-        description="generation.engine: vllm: the loss of a token is weighted by its probability by the policy over that by the sampler, "
-        "and by no more than this.",
+        description="With generation.engine: vllm, a token's loss is weighted by its probability under the policy divided by that under "
+        "the sampler. This is the maximum weight.",
     )
     pretraining_mix: PretrainingMix | None = Field(None, description="PPO-ptx; null: plain PPO.")
     num_samples: int = Field(2, ge=0, description="Sample completions to keep per iteration (samples.jsonl).")
-    health: HealthSettings = Field(HealthSettings(), description="When to raise an alarm about the run, and which alarms end it.")
+    health: HealthSettings = Field(HealthSettings(), description="When to raise alarms, and which alarms end the run.")
     offload: bool = Field(
         False,
-        description="While they have nothing to do, keep whole models (reference, reward models, value network) in the CPU's memory.",
+        description="Keep idle models (reference, reward models, value network) in CPU memory.",
     )
     publish_value: bool = Field(False, description="Also publish the value network, as <name>-value.")
 
@@ -220,33 +220,33 @@ class PPOStepConfig(CheckpointedStepConfig):
         if self.whiten.scope == "minibatch" and self.minibatch_size < 8:
             raise ValueError(f"whiten.scope=minibatch needs minibatch_size >= 8 for a usable variance, got {self.minibatch_size}")
         if self.policy.quantization != "none" and self.lora is None:
-            raise ValueError(f"policy.quantization={self.policy.quantization!r} needs lora: quantized weights cannot be trained themselves")
+            raise ValueError(f"policy.quantization={self.policy.quantization!r} needs lora: quantized weights cannot be trained")
         if self.generation.temperature == 0:
-            raise ValueError("generation.temperature=0 is greedy: every sample of a prompt would be the same, and nothing could be learned")
+            raise ValueError("generation.temperature=0 is greedy: all samples of a prompt would be equal, so PPO could not learn")
         if self.training.adam_style == "tensorflow" and self.training.optimizer != "adamw":
-            raise ValueError(f"training.adam_style=tensorflow goes with optimizer: adamw, got {self.training.optimizer!r}")
+            raise ValueError(f"training.adam_style=tensorflow requires optimizer: adamw, got {self.training.optimizer!r}")
         if self.training.adam_style == "tensorflow" and self.training.weight_decay:
-            raise ValueError("training.weight_decay goes with adam_style: torch only")
+            raise ValueError("training.weight_decay requires adam_style: torch")
         if self.ema.publish_last and self.ema.decay is None:
-            raise ValueError("ema.publish_last goes with ema.decay: without an average the last weights are what is published")
+            raise ValueError("ema.publish_last requires ema.decay: without an average the last weights are published anyway")
         if self.generation.vllm is None and self.importance_cap != type(self).model_fields["importance_cap"].default:
-            raise ValueError("importance_cap goes with generation.engine: vllm; the local sampler is the policy itself")
+            raise ValueError("importance_cap requires generation.engine: vllm; the local sampler is the policy itself")
         generation = self.generation
         if generation.vllm is not None and generation.temperature != 1 and (generation.top_k or generation.top_p < 1):
             raise ValueError(
-                f"generation.temperature={generation.temperature:g} with top_k or top_p is not offered with engine: vllm: its "
-                "log-probabilities would be those after the cut, and here they are those before it. Use temperature: 1, drop the cut, or "
-                "engine: local"
+                f"generation.temperature={generation.temperature:g} with top_k or top_p is not supported with engine: vllm, whose "
+                "log-probabilities are those after top_k and top_p, but PPO needs those before. Use temperature: 1, remove top_k and "
+                "top_p, or use engine: local"
             )
         if self.generation.vllm is not None and self.rollout_logprobs == "sampled":
-            raise ValueError("rollout_logprobs=sampled goes with generation.engine: local; those of vLLM are recomputed by the trainer")
+            raise ValueError("rollout_logprobs=sampled requires generation.engine: local; the log-probabilities of vLLM are recomputed")
         if self.generation.vllm is not None and self.lora is not None and self.lora.modules_to_save:
             raise ValueError(
-                "lora.modules_to_save makes an adapter that vLLM cannot load (it takes low-rank updates alone); leave it out, train "
+                "lora.modules_to_save makes an adapter that vLLM cannot load (it accepts only low-rank updates); remove it, train "
                 "without lora, or use generation.engine: local"
             )
         if self.generation.ignore_eos and not self.generation.stop and self.missing_eos != "none":
-            raise ValueError("generation.ignore_eos without generation.stop: no completion could end, and every one would miss its end")
+            raise ValueError("generation.ignore_eos without generation.stop: no completion ends, so each gets the missing_eos penalty")
         check_names([*self.reward, *self.monitors], "reward and monitors")
         return self
 
@@ -260,20 +260,20 @@ class PPOStepConfig(CheckpointedStepConfig):
         if self.advantages in ("rloo", "grpo") and self.samples_per_prompt == 1:
             raise ValueError(f"advantages={self.advantages} compares completions of one prompt; set samples_per_prompt, e.g. to 4")
         if not self.divide_by_deviation and self.advantages != "grpo":
-            raise ValueError(f"divide_by_deviation=false goes with advantages: grpo, got {self.advantages!r}")
+            raise ValueError(f"divide_by_deviation=false requires advantages: grpo, got {self.advantages!r}")
         if self.has_value:
             return self
         for path in ("value", "publish_value", "value_warmup_iterations", "gae.value_gae_lambda", "score_placement", "whiten.rewards"):
             if is_changed(self, path):
                 raise ValueError(
-                    f"{path}={_shown(attrgetter(path)(self))} goes with advantages: gae; {self.advantages} has no value network"
+                    f"{path}={_shown(attrgetter(path)(self))} requires advantages: gae; {self.advantages} has no value network"
                 )
         if self.training.value_learning_rate is not None:
-            raise ValueError(f"training.value_learning_rate goes with advantages: gae; {self.advantages} has no value network")
+            raise ValueError(f"training.value_learning_rate requires advantages: gae; {self.advantages} has no value network")
         if self.gae.gamma != 1:
-            raise ValueError(f"gae.gamma={self.gae.gamma} goes with advantages: gae; {self.advantages} weighs whole completions")
+            raise ValueError(f"gae.gamma={self.gae.gamma} requires advantages: gae; {self.advantages} has one advantage per completion")
         if self.whiten.scope != "rollout":
-            raise ValueError(f"whiten.scope={self.whiten.scope} goes with advantages: gae; it would part a prompt's completions")
+            raise ValueError(f"whiten.scope={self.whiten.scope} requires advantages: gae; it would separate the completions of a prompt")
         return self
 
     def without_effect(self) -> set[str]:
@@ -281,22 +281,22 @@ class PPOStepConfig(CheckpointedStepConfig):
 
     @property
     def has_value(self) -> bool:
-        """Whether there is a value network, or a value head on the policy."""
+        """Whether there is a value network or a value head on the policy."""
         return self.advantages == "gae"
 
     @property
     def whitens_advantages(self) -> bool:
-        """``whiten.advantages``, by default on with a value network and off without."""
+        """``whiten.advantages``; the default is true with a value network and false without."""
         return self.has_value if self.whiten.advantages is None else self.whiten.advantages
 
     @property
     def prompts_per_iteration(self) -> int:
-        """Different prompts of an iteration; each has ``samples_per_prompt`` completions."""
+        """Number of prompts in an iteration; each has ``samples_per_prompt`` completions."""
         return self.rollout_batch_size // self.samples_per_prompt
 
     @property
     def num_iterations(self) -> int:
-        """Whole iterations in ``total_episodes``."""
+        """Number of full iterations in ``total_episodes``."""
         return self.total_episodes // self.rollout_batch_size
 
     def model_inputs(self) -> dict[str, ModelInput]:
@@ -313,14 +313,14 @@ class PPOStepConfig(CheckpointedStepConfig):
         return inputs if self.pretraining_mix is None else {**inputs, "pretraining_mix.data": self.pretraining_mix.data}
 
     def conversations(self) -> list[tuple[Any, list[Any], str]]:
-        """Rows of (prompt, its completions, the row's place) that the models of this step read; see ``chain/texts.py``."""
+        """Rows of (prompt, its completions, the row's location) that the models of this step read; see ``chain/texts.py``."""
         from stages.corpora.messages import location_of
         from stages.corpora.prompts import load_prompts
 
         return [(prompt, [], location_of(prompt)) for prompt in load_prompts(self.data, prompt_words=self.prompt_words)]
 
     def check_data(self) -> None:
-        """Raise DataError for prompts this stage cannot use; no model is loaded."""
+        """Raise DataError for prompts that this stage cannot use. Loads no model."""
         from stages.corpora.curation import Curator
         from stages.corpora.prompts import load_prompt_rows
         from stages.corpora.text import check_texts
@@ -334,5 +334,5 @@ class PPOStepConfig(CheckpointedStepConfig):
 
 
 def _shown(value: object) -> str:
-    """A field's value as a recipe writes it."""
+    """A field's value as written in a recipe."""
     return value.ref if isinstance(value, ModelInput) else str(value).lower() if isinstance(value, bool) else str(value)

@@ -35,7 +35,9 @@ class Minibatch:
     ``importance`` [B, R]: weights of each token in the policy's loss; None: equal weights.
     """
 
-    def __init__(self, part: Rollout, goal: Targets, *, pad_token_id: int, device: torch.device, importance: Tensor | None = None) -> None:
+    def __init__(
+        self, part: Rollout, targets: Targets, *, pad_token_id: int, device: torch.device, importance: Tensor | None = None
+    ) -> None:
         self.device, self._pad_token_id = device, pad_token_id
         self._prompts = part.prompt_ids
         counts: list[int] = part.lengths.tolist()
@@ -48,9 +50,9 @@ class Minibatch:
         none = torch.zeros_like(part.bootstrap_values)
         columns = [
             (part.rollout_logprobs, none),
-            (goal.advantages, none),
+            (targets.advantages, none),
             (part.values, part.bootstrap_values),
-            (goal.returns, goal.bootstrap_returns),
+            (targets.returns, targets.bootstrap_returns),
             *([] if importance is None else [(importance, none)]),
         ]
         (self._numbers,) = moved_together([torch.stack([torch.cat([tokens, end[:, None]], dim=1) for tokens, end in columns])], device)

@@ -145,7 +145,7 @@ def load_roles(config: PPOStepConfig, context: StepContext) -> Roles:
     if context.runtime.shards and (config.offload or config.training.optimizer != "adamw"):
         named = "offload" if config.offload else f"training.optimizer: {config.training.optimizer}"
         raise LaunchError(f"{named} does not support FSDP's sharded weights; remove it, or start without FSDP")
-    roles = _adapted_roles(config, context) if config.lora is not None else _whole_roles(config, context)
+    roles = _adapted_roles(config, context) if config.lora is not None else _full_roles(config, context)
     if config.training.gradient_checkpointing:
         roles.policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora is not None:
@@ -158,7 +158,7 @@ def load_roles(config: PPOStepConfig, context: StepContext) -> Roles:
     return roles
 
 
-def _whole_roles(config: PPOStepConfig, context: StepContext) -> Roles:
+def _full_roles(config: PPOStepConfig, context: StepContext) -> Roles:
     """Full fine-tuning: each role has its own model. Trained weights are fp32 (to keep small updates), frozen ones the compute dtype."""
     device, dtype = context.runtime.device, context.runtime.dtype(config.precision)
     source = context.models["policy"]

@@ -354,8 +354,8 @@ def _targets_without_values(rewards: Tensor, mask: Tensor, config: PPOStepConfig
     return Targets(rewards, advantages, torch.zeros_like(advantages), torch.zeros(len(mask)))
 
 
-def whole_targets(rollout: Rollout, config: PPOStepConfig, *, kl_coef: float, num_processes: int) -> Targets:
-    """``targets`` of a whole rollout; with ``whiten.scope: process`` each process's share of it is whitened by itself."""
+def all_targets(rollout: Rollout, config: PPOStepConfig, *, kl_coef: float, num_processes: int) -> Targets:
+    """``targets`` of a complete rollout. With ``whiten.scope: process``, each process's share is whitened separately."""
     if config.whiten.scope != "process" or num_processes == 1:
         return targets(rollout, config, kl_coef=kl_coef)
     rows_of = [torch.arange(index, len(rollout.prompts), num_processes) for index in range(num_processes)]

@@ -26,7 +26,7 @@ from stages.ppo.data import PretrainingRows
 from stages.ppo.minibatch import Minibatch, Pass
 from stages.ppo.optimizers import WeightAverage
 from stages.ppo.roles import Roles
-from stages.ppo.rollout import Rollout, Targets, targets, whole_targets
+from stages.ppo.rollout import Rollout, Targets, all_targets, targets
 from stages.ppo.speed import MatmulCounter
 from stages.ppo.totals import Totals, policy_metrics, value_metrics
 from stages.rl.losses import policy_clipped, policy_terms, value_terms
@@ -102,7 +102,7 @@ class Updater:
         after_minibatch: Callable[[], None] | None,
     ) -> UpdateResult:
         config = self.config
-        whole = whole_targets(rollout, config, kl_coef=kl_coef, num_processes=self.num_processes)
+        full_targets = all_targets(rollout, config, kl_coef=kl_coef, num_processes=self.num_processes)
         collected, position = progress.collected, 0
         generator = torch.Generator().manual_seed(seed)
         for _ in range(config.ppo_epochs):
@@ -112,8 +112,8 @@ class Updater:
                 if position <= len(collected):
                     continue
                 part = rollout.rows(chosen)
-                goal = targets(part, config, kl_coef=kl_coef) if config.whiten.scope == "minibatch" else whole.rows(chosen)
-                collected.append(self.minibatch(part, goal, train_policy=train_policy))
+                part_targets = targets(part, config, kl_coef=kl_coef) if config.whiten.scope == "minibatch" else full_targets.rows(chosen)
+                collected.append(self.minibatch(part, part_targets, train_policy=train_policy))
                 progress.tokens += sum(part.lengths.tolist())
                 if after_minibatch is not None:
                     after_minibatch()
@@ -127,9 +127,9 @@ class Updater:
         retreats, self.budget.retreats = self.budget.retreats, 0
         return UpdateResult(metrics, len(collected), progress.tokens, self.matmuls.take(), retreats, self.budget.largest)
 
-    def minibatch(self, part: Rollout, goal: Targets, *, train_policy: bool = True) -> dict[str, float]:
+    def minibatch(self, part: Rollout, part_targets: Targets, *, train_policy: bool = True) -> dict[str, float]:
         """Compute the gradients of one minibatch and make one optimizer step; returns its metrics. The device is read once."""
-        totals = self.accumulate(part, goal, train_policy=train_policy)
+        totals = self.accumulate(part, part_targets, train_policy=train_policy)
         norms = {name: gradient_norm(list(trainable(network).values())) for name, network in self.roles.networks().items()}
         totals.add(**{f"{name}/grad_norm": norm for name, norm in norms.items()})
         largest = totals.read()
@@ -142,14 +142,14 @@ class Updater:
         self._step(norms, train_policy)
         return metrics
 
-    def accumulate(self, part: Rollout, goal: Targets, *, train_policy: bool = True) -> Totals:
+    def accumulate(self, part: Rollout, part_targets: Targets, *, train_policy: bool = True) -> Totals:
         """Add the minibatch's gradients, summed over processes, to the networks' (empty) gradient buffers; returns its sums, not yet read.
 
         If memory runs out, all passes are repeated with a smaller token budget and empty buffers.
         """
         importance = part.importance(self.config.importance_cap)
         pad, device = self.roles.tokenizer.pad_token_id, self.roles.policy.device
-        episodes = Minibatch(part, goal, pad_token_id=pad, device=device, importance=importance)
+        episodes = Minibatch(part, part_targets, pad_token_id=pad, device=device, importance=importance)
         texts = self._draw_pretraining_rows(len(episodes)) if train_policy else None
         kernel = self.roles.kernel("policy", "value")
         while True:

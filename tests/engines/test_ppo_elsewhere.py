@@ -149,13 +149,13 @@ def test_weights_of_tokens_that_another_policy_sampled(config, ppo_context) -> N
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rollout_logprobs": "sampled"}, "rollout_logprobs=sampled goes with generation.engine: local"),
+        ({"rollout_logprobs": "sampled"}, "rollout_logprobs=sampled requires generation.engine: local"),
         ({"lora": {"modules_to_save": ["lm_head"]}}, "makes an adapter that vLLM cannot load"),
-        ({"generation": {"temperature": 0.7, "top_p": 0.9}}, "temperature=0.7 with top_k or top_p is not offered with engine: vllm"),
+        ({"generation": {"temperature": 0.7, "top_p": 0.9}}, "temperature=0.7 with top_k or top_p is not supported with engine: vllm"),
         ({"generation": {"cuda_graphs": False}}, "cuda_graphs=false does nothing for vLLM servers under url"),
         ({"generation": {"engine": {"vllm": {}}}}, "needs either url"),
         ({"generation": {"engine": {"vllm": {"url": "localhost"}}}}, "no address; expected http://HOST:PORT"),
-        ({"generation": {"engine": "local"}, "importance_cap": 3.0}, "importance_cap goes with generation.engine: vllm"),
+        ({"generation": {"engine": "local"}, "importance_cap": 3.0}, "importance_cap requires generation.engine: vllm"),
     ],
 )
 def test_what_is_refused_at_the_plan(ppo_config, fields, message) -> None:

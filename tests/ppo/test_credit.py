@@ -38,13 +38,13 @@ def test_a_function_of_tokens_in_a_whole_rollout(ppo_config, ppo_context) -> Non
     prompts = ["the film", "joy"] * 6
     ids = [encode_prompt(roles.tokenizer, prompt) for prompt in prompts]
     rollout = collect(roles, reward, build_reward([], {}, "monitors", **CPU), prompts, ids, list(range(12)), config)
-    goal = targets(rollout, config, kl_coef=0.0)
+    target = targets(rollout, config, kl_coef=0.0)
     paid = 0
     for row, text in enumerate(rollout.completions):
         assert rollout.scores[row] == 2.0 * text.count("e") == rollout.token_scores[row].sum()
         for step, token in enumerate(rollout.response(row)):
-            assert goal.rewards[row, step] == 2.0 * roles.tokenizer.decode([token], skip_special_tokens=True).count("e")
-            paid += int(goal.rewards[row, step] > 0)
+            assert target.rewards[row, step] == 2.0 * roles.tokenizer.decode([token], skip_special_tokens=True).count("e")
+            paid += int(target.rewards[row, step] > 0)
     assert paid > 3
 
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from stages.models.heads import ValueModel
 from stages.ppo.loop import run
 from stages.ppo.roles import load_roles
-from stages.ppo.rollout import Rollout, targets, whole_targets
+from stages.ppo.rollout import Rollout, all_targets, targets
 
 ROOT = math.sqrt(0.5)
 
@@ -56,18 +56,18 @@ def two(**fields: Any) -> dict[str, Any]:
     ],
 )
 def test_targets_by_hand(ppo_config, fields, first) -> None:
-    goal = targets(hand_made(), ppo_config(**two(**fields)), kl_coef=0.1)
+    target = targets(hand_made(), ppo_config(**two(**fields)), kl_coef=0.1)
     expected = torch.tensor([[first, first, 0.0], [-first, -first, -first]])
-    torch.testing.assert_close(goal.advantages, expected)
-    torch.testing.assert_close(goal.rewards, torch.tensor([[-0.05, 10.1, 0.0], [0.0, -0.1, -3.9]]))
-    assert not goal.returns.any()
-    shared = whole_targets(hand_made(), ppo_config(**two(**fields)), kl_coef=0.1, num_processes=2)
+    torch.testing.assert_close(target.advantages, expected)
+    torch.testing.assert_close(target.rewards, torch.tensor([[-0.05, 10.1, 0.0], [0.0, -0.1, -3.9]]))
+    assert not target.returns.any()
+    shared = all_targets(hand_made(), ppo_config(**two(**fields)), kl_coef=0.1, num_processes=2)
     torch.testing.assert_close(shared.advantages, expected)  # a prompt's completions are compared over all processes
 
 
 def test_whitening_is_off_unless_asked_for(ppo_config) -> None:
-    goal = targets(hand_made(), ppo_config(**two(advantages="rloo", whiten_advantages=True)), kl_coef=0.1)
-    counted = goal.advantages[hand_made().response_mask]
+    target = targets(hand_made(), ppo_config(**two(advantages="rloo", whiten_advantages=True)), kl_coef=0.1)
+    counted = target.advantages[hand_made().response_mask]
     assert counted.mean().abs() < 1e-6 and counted.var(correction=0) == pytest.approx(1.0, abs=1e-5)
     assert ppo_config().whitens_advantages and not ppo_config(**two(advantages="rloo")).whitens_advantages
 
@@ -77,16 +77,16 @@ def test_whitening_is_off_unless_asked_for(ppo_config) -> None:
     [
         (two(advantages="rloo", samples_per_prompt=1), "advantages=rloo compares completions of one prompt"),
         (two(advantages="grpo", samples_per_prompt=1), "advantages=grpo compares completions of one prompt"),
-        (two(advantages="rloo", value="policy"), "value=policy goes with advantages: gae"),
-        (two(advantages="grpo", value="shared"), "value=shared goes with advantages: gae"),
-        (two(advantages="reinforce", value={"ref": "some/model"}), "value=some/model goes with advantages: gae"),
-        (two(advantages="rloo", publish_value=True), "publish_value=true goes with advantages: gae"),
-        (two(advantages="rloo", value_warmup_iterations=1), "value_warmup_iterations=1 goes with advantages: gae"),
-        (two(advantages="rloo", score_placement="after"), "score_placement=after goes with advantages: gae"),
-        (two(advantages="rloo", gamma=0.9), "gae.gamma=0.9 goes with advantages: gae"),
-        (two(advantages="rloo", whitening_scope="process"), "whiten.scope=process goes with advantages: gae"),
-        (two(advantages="rloo", training={"value_learning_rate": 1e-3}), "value_learning_rate goes with advantages: gae"),
-        (two(advantages="rloo", divide_by_deviation=False), "divide_by_deviation=false goes with advantages: grpo"),
+        (two(advantages="rloo", value="policy"), "value=policy requires advantages: gae"),
+        (two(advantages="grpo", value="shared"), "value=shared requires advantages: gae"),
+        (two(advantages="reinforce", value={"ref": "some/model"}), "value=some/model requires advantages: gae"),
+        (two(advantages="rloo", publish_value=True), "publish_value=true requires advantages: gae"),
+        (two(advantages="rloo", value_warmup_iterations=1), "value_warmup_iterations=1 requires advantages: gae"),
+        (two(advantages="rloo", score_placement="after"), "score_placement=after requires advantages: gae"),
+        (two(advantages="rloo", gamma=0.9), "gae.gamma=0.9 requires advantages: gae"),
+        (two(advantages="rloo", whitening_scope="process"), "whiten.scope=process requires advantages: gae"),
+        (two(advantages="rloo", training={"value_learning_rate": 1e-3}), "value_learning_rate requires advantages: gae"),
+        (two(advantages="rloo", divide_by_deviation=False), "divide_by_deviation=false requires advantages: grpo"),
         ({"samples_per_prompt": 5}, "rollout_batch_size=12 must be a multiple of samples_per_prompt=5"),
         ({"advantages": "ppo"}, "'gae', 'rloo', 'grpo' or 'reinforce'"),
     ],

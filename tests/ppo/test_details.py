@@ -133,12 +133,12 @@ def test_rewards_add_up_to_the_score_and_their_kl_is_the_rollouts(ppo_config, pp
         )
     rollout = make_rollout(roles, config)
     assert rollout.kl.abs().max() > 0.1
-    goal = targets(rollout, config, kl_coef=0.3)
-    torch.testing.assert_close(goal.rewards.sum(dim=1) + 0.3 * rollout.kl.sum(dim=1), rollout.scores, rtol=1e-5, atol=1e-5)
+    target = targets(rollout, config, kl_coef=0.3)
+    torch.testing.assert_close(target.rewards.sum(dim=1) + 0.3 * rollout.kl.sum(dim=1), rollout.scores, rtol=1e-5, atol=1e-5)
     # four epochs move the policy; the penalty stays that of the rollout, for the targets are made of the rollout alone
     make_updater(roles, config).update(rollout, kl_coef=0.3, seed=0)
     again = targets(rollout, config, kl_coef=0.3)
-    assert torch.equal(again.rewards, goal.rewards) and torch.equal(again.returns, goal.returns)
+    assert torch.equal(again.rewards, target.rewards) and torch.equal(again.returns, target.returns)
 
 
 @pytest.mark.detail("P7", "P8")
@@ -164,10 +164,10 @@ def test_whitening_by_minibatch_needs_eight_episodes(ppo_config, ppo_context, ma
     seen: list[Any] = []
     updater = make_updater(roles, config)
     original = updater.minibatch
-    updater.minibatch = lambda part, goal, **options: (seen.append((part, goal)), original(part, goal, **options))[1]  # type: ignore[method-assign]
+    updater.minibatch = lambda part, target, **options: (seen.append((part, target)), original(part, target, **options))[1]  # type: ignore[method-assign]
     updater.update(rollout, kl_coef=0.1, seed=0)
-    part, goal = seen[0]
-    assert abs(float(goal.advantages[part.response_mask].mean())) < 1e-5
+    part, target = seen[0]
+    assert abs(float(target.advantages[part.response_mask].mean())) < 1e-5
 
 
 @pytest.mark.detail("P13")
@@ -186,8 +186,8 @@ def test_the_value_network_is_its_own_and_begins_as_the_reward_model(
         torch.testing.assert_close(value, reward.score(ids, torch.ones_like(ids)).detach()[0])
     # the value loss gives the policy no gradient, and the policy's loss none to the value network
     updater = make_updater(roles, config)
-    goal = targets(rollout, config, kl_coef=0.1)
-    zero = type(goal)(goal.rewards, torch.zeros_like(goal.advantages), goal.returns + 1, goal.bootstrap_returns)
+    target = targets(rollout, config, kl_coef=0.1)
+    zero = type(target)(target.rewards, torch.zeros_like(target.advantages), target.returns + 1, target.bootstrap_returns)
     updater.accumulate(rollout, zero)
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in roles.policy.model.parameters())
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in roles.value.parameters())
@@ -361,7 +361,7 @@ def test_the_metrics_of_the_papers_are_there_without_padding(ppo_config, ppo_con
     config = ppo_config(ppo_epochs=1, minibatch_size=12, microbatch_size=5)
     roles = load_roles(config, ppo_context)
     rollout = make_rollout(roles, config)
-    goal = targets(rollout, config, kl_coef=0.1)
+    target = targets(rollout, config, kl_coef=0.1)
     rollout.seconds["update"] = 1.0
     metrics = iteration_metrics(rollout, make_updater(roles, config).update(rollout, kl_coef=0.1, seed=0), kl_coef=0.1)
     mask = rollout.response_mask
@@ -370,7 +370,7 @@ def test_the_metrics_of_the_papers_are_there_without_padding(ppo_config, ppo_con
         rows = [(len(rollout.prompt_ids[row]), torch.tensor([rollout.prompt_ids[row] + rollout.response(row)])) for row in range(12)]
         logits = torch.cat([model(input_ids=ids).logits[0, length - 1 : -1] for length, ids in rows])
     entropy = torch.distributions.Categorical(logits=logits).entropy()
-    returns, values = goal.returns[mask], rollout.values[mask]
+    returns, values = target.returns[mask], rollout.values[mask]
     expected = {
         "policy/kl": float(rollout.kl.sum(dim=1).mean()),
         "policy/entropy": float(entropy.mean()),

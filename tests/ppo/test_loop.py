@@ -98,13 +98,13 @@ def test_returns_by_hand_in_a_whole_rollout(ppo_config, ppo_context, make_rollou
     rollout = make_rollout(load_roles(config, ppo_context), config)
     assert set(rollout.stopped.tolist()) == {True, False}
     torch.testing.assert_close(rollout.raw_scores - rollout.scores, torch.where(rollout.stopped, 0.0, 3.0))
-    goal = targets(rollout, config, kl_coef=0.2)
+    target = targets(rollout, config, kl_coef=0.2)
     for row in range(len(rollout.prompts)):
         length = int(rollout.lengths[row])
         # at gamma = lambda = 1 the return of the first token is everything that follows
         expected = float(rollout.scores[row]) - 0.2 * float(rollout.kl[row].sum())
-        assert float(goal.returns[row, 0]) == pytest.approx(expected, abs=1e-4)
-        assert float(goal.rewards[row, length - 1]) == pytest.approx(
+        assert float(target.returns[row, 0]) == pytest.approx(expected, abs=1e-4)
+        assert float(target.rewards[row, length - 1]) == pytest.approx(
             float(rollout.scores[row] - 0.2 * rollout.kl[row, length - 1]), abs=1e-5
         )
 
@@ -153,9 +153,9 @@ def test_prompts_that_leave_no_room_are_left_out(ppo_config, ppo_context, tmp_pa
         ({"generation": {"temperature": 0.0}}, "temperature=0 is greedy"),
         ({"policy": {"ref": "p", "quantization": "nf4"}}, "needs lora"),
         ({"reward": [{"function": "a:b"}, {"function": "c:b"}]}, "two sources are called 'b'"),
-        ({"training": {"adam_style": "tensorflow", "weight_decay": 0.1}}, "weight_decay goes with adam_style: torch"),
+        ({"training": {"adam_style": "tensorflow", "weight_decay": 0.1}}, "weight_decay requires adam_style: torch"),
         ({"whitening_scope": "minibatch"}, "minibatch_size >= 8"),
-        ({"publish_last": True}, "ema.publish_last goes with ema.decay"),
+        ({"publish_last": True}, "ema.publish_last requires ema.decay"),
         ({"generation": {"ignore_eos": True}, "missing_eos": "replace"}, "no completion could end"),
         ({"reward": [{"ensemble": [{"function": "a:b"}, {"function": "c:d"}]}]}, "an ensemble needs a name"),
         ({"reward": [{"function": "a:b", "combine": "min"}]}, "combine: min belongs to an ensemble"),

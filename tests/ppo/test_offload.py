@@ -121,5 +121,5 @@ def test_what_needs_whole_models_does_not_go_with_fsdp(ppo_config, ppo_context, 
 
 
 def test_contradictions(ppo_config) -> None:
-    with pytest.raises(ValidationError, match="adam_style=tensorflow goes with optimizer: adamw"):
+    with pytest.raises(ValidationError, match="adam_style=tensorflow requires optimizer: adamw"):
         ppo_config(training={"adam_style": "tensorflow", "optimizer": "adamw_8bit"})

@@ -65,14 +65,14 @@ def test_packed_updates_have_the_gradients_of_padded_ones(ppo_config, ppo_contex
     roles = load_roles(config, ppo_context)
     rollout = make_rollout(roles, config)
     assert rollout.bootstrap_mask.any() and len(set(rollout.lengths.tolist())) > 1
-    goal = targets(rollout, config, kl_coef=0.1)
+    target = targets(rollout, config, kl_coef=0.1)
     updater = make_updater(roles, config)
-    expected_totals = updater.accumulate(rollout, goal)
+    expected_totals = updater.accumulate(rollout, target)
     expected_totals.read()
     expected = taken_gradients(roles)
     roles.packs = True
     assert roles.kernel("policy", "value", "reference") == "padded"
-    totals = updater.accumulate(rollout, goal)
+    totals = updater.accumulate(rollout, target)
     totals.read()
     assert totals.sums == pytest.approx(expected_totals.sums, rel=1e-4, abs=1e-5)
     found = taken_gradients(roles)
@@ -104,14 +104,14 @@ def test_each_weight_is_cast_once_in_an_optimizer_step_and_the_gradient_is_autoc
     config = ppo_config(precision="bf16", microbatch_size=2)
     roles = load_roles(config, ppo_context)
     part = make_rollout(roles, config).rows(torch.arange(6))
-    goal, updater = targets(part, config, kl_coef=0.1), make_updater(roles, config)
+    target, updater = targets(part, config, kl_coef=0.1), make_updater(roles, config)
     weights = [*roles.policy.model.parameters(), *roles.value.parameters()]
     with Operations(weights) as kept:
-        updater.accumulate(part, goal)
+        updater.accumulate(part, target)
     gradients = taken_gradients(roles)
     roles.__dict__["are_sharded"] = True  # as with weights that are cut over processes: nothing is kept
     with Operations(weights) as anew:
-        updater.accumulate(part, goal)
+        updater.accumulate(part, target)
     # Two layers of seven products in each network, the policy's output layer, weight and bias of the value head.
     assert kept.casts == 2 * 14 + 1 + 2
     assert anew.casts >= 3 * kept.casts  # three passes
@@ -156,7 +156,7 @@ def test_a_minibatch_that_runs_out_of_memory_is_done_again_in_smaller_passes(
     config = ppo_config(microbatch_size="auto", pretraining_mix=mix)
     roles = load_roles(config, ppo_context)
     rollout = make_rollout(roles, config)
-    goal = targets(rollout, config, kl_coef=0.1)
+    target = targets(rollout, config, kl_coef=0.1)
 
     def updater() -> Updater:
         return make_updater(roles, config, pretraining_rows=load_pretraining_rows(config, ppo_context, roles))
@@ -164,20 +164,20 @@ def test_a_minibatch_that_runs_out_of_memory_is_done_again_in_smaller_passes(
     limited = updater()
     with monkeypatch.context() as patch:
         failed = run_out_above(roles.policy.decoder if place == "policy" else roles.value.backbone, 100, patch, in_backward=in_backward)
-        totals = limited.accumulate(rollout, goal)
+        totals = limited.accumulate(rollout, target)
     totals.read()
     found = taken_gradients(roles)
     assert len(failed) == 2 and limited.budget.retreats == 2
     assert sum("memory ran out in a pass" in record.message for record in caplog.records) == 1
     small = updater()
     small.budget.tokens = limited.budget.tokens
-    expected = small.accumulate(rollout, goal)
+    expected = small.accumulate(rollout, target)
     expected.read()
     assert totals.sums == expected.sums  # no episode counts twice, and none is lost
     for name, gradient in taken_gradients(roles).items():
         assert torch.equal(found[name], gradient), name  # to the bit: the passes are the same
     whole = updater()
-    whole.accumulate(rollout, goal)
+    whole.accumulate(rollout, target)
     for name, gradient in taken_gradients(roles).items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=2e-6)  # fp32 sums in another order
     result = limited.update(rollout, kl_coef=0.1, seed=0)
@@ -226,8 +226,8 @@ def test_an_optimizer_step_reads_numbers_once(ppo_config, ppo_context, make_roll
     roles = load_roles(config, ppo_context)
     roles.packs = packs
     part = make_rollout(roles, config).rows(torch.arange(6))
-    goal, updater = targets(part, config, kl_coef=0.1), make_updater(roles, config)
-    updater.minibatch(part, goal)  # makes what stays: optimizer states, the answer whether rows can be packed
+    target, updater = targets(part, config, kl_coef=0.1), make_updater(roles, config)
+    updater.minibatch(part, target)  # makes what stays: optimizer states, the answer whether rows can be packed
     reads: list[str] = []
     for name in ("tolist", "item", "__float__", "__bool__", "__int__", "cpu", "numpy"):
         own = getattr(torch.Tensor, name)
@@ -237,7 +237,7 @@ def test_an_optimizer_step_reads_numbers_once(ppo_config, ppo_context, make_roll
             lambda tensor, *rest, name=name, own=own: (tensor.requires_grad or reads.append(name), own(tensor, *rest))[1],
         )
     with Operations() as seen:
-        updater.minibatch(part, goal)
+        updater.minibatch(part, target)
     assert {name: seen.counts[name] for name in WAITS if name in seen.counts} == {}
     # Three lists of the rollout, which lies on the CPU (lengths, token ids, which states count), and the sums of the minibatch.
     assert reads.count("tolist") == 4 and set(reads) <= {"tolist"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stages.errors import TrainingError
-from stages.ppo.rollout import Rollout, targets, whole_targets
+from stages.ppo.rollout import Rollout, all_targets, targets
 
 
 def hand_made(**fields: Any) -> Rollout:
@@ -34,39 +34,39 @@ def hand_made(**fields: Any) -> Rollout:
 
 def test_the_score_is_paid_at_the_last_token(ppo_config) -> None:
     config = ppo_config(whiten_advantages=False, gae_lambda=0.5)
-    goal = targets(hand_made(), config, kl_coef=0.1)
+    target = targets(hand_made(), config, kl_coef=0.1)
     # kl: 0.5, -1 | 0, 1, -1
-    torch.testing.assert_close(goal.rewards, torch.tensor([[-0.05, 10.1, 0.0], [0.0, -0.1, -3.9]]))
+    torch.testing.assert_close(target.rewards, torch.tensor([[-0.05, 10.1, 0.0], [0.0, -0.1, -3.9]]))
     # row 0: deltas -0.05 + 0.25 - 0.5 = -0.3 and 10.1 - 0.25 = 9.85; A = -0.3 + 4.925, 9.85
     # row 1: deltas 0 - 1 = -1, -0.1 - 1 = -1.1, -3.9 + 1 = -2.9; A2 = -2.9, A1 = -1.1 - 1.45, A0 = -1 - 1.275
-    torch.testing.assert_close(goal.advantages, torch.tensor([[4.625, 9.85, 0.0], [-2.275, -2.55, -2.9]]))
-    torch.testing.assert_close(goal.returns, torch.tensor([[5.125, 10.1, 0.0], [-1.275, -2.55, -3.9]]))
-    assert goal.bootstrap_returns.tolist() == [0.0, 0.0]
+    torch.testing.assert_close(target.advantages, torch.tensor([[4.625, 9.85, 0.0], [-2.275, -2.55, -2.9]]))
+    torch.testing.assert_close(target.returns, torch.tensor([[5.125, 10.1, 0.0], [-1.275, -2.55, -3.9]]))
+    assert target.bootstrap_returns.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.detail("P27")
 def test_the_score_one_state_behind_where_there_is_room(ppo_config) -> None:
     config = ppo_config(whiten_advantages=False, gae_lambda=0.5, score_placement="after")
     rollout = hand_made(bootstrap_mask=torch.tensor([True, False]), bootstrap_values=torch.tensor([8.0, 0.0]))
-    goal = targets(rollout, config, kl_coef=0.1)
+    target = targets(rollout, config, kl_coef=0.1)
     # row 0: the last token keeps its KL alone; the score is paid in the state after it, whose value is 8
-    torch.testing.assert_close(goal.rewards, torch.tensor([[-0.05, 0.1, 0.0], [0.0, -0.1, -3.9]]))
+    torch.testing.assert_close(target.rewards, torch.tensor([[-0.05, 0.1, 0.0], [0.0, -0.1, -3.9]]))
     # deltas -0.3, 0.1 + 8 - 0.25 = 7.85, 10 - 8 = 2; A2 = 2, A1 = 7.85 + 1, A0 = -0.3 + 4.425
-    torch.testing.assert_close(goal.advantages, torch.tensor([[4.125, 8.85, 0.0], [-2.275, -2.55, -2.9]]))
-    torch.testing.assert_close(goal.returns, torch.tensor([[4.625, 9.1, 0.0], [-1.275, -2.55, -3.9]]))
-    assert goal.bootstrap_returns.tolist() == [10.0, 0.0]
+    torch.testing.assert_close(target.advantages, torch.tensor([[4.125, 8.85, 0.0], [-2.275, -2.55, -2.9]]))
+    torch.testing.assert_close(target.returns, torch.tensor([[4.625, 9.1, 0.0], [-1.275, -2.55, -3.9]]))
+    assert target.bootstrap_returns.tolist() == [10.0, 0.0]
     # whitening is over the policy's tokens alone, of which the state behind is none
     whitened = targets(rollout, ppo_config(gae_lambda=0.5, score_placement="after"), kl_coef=0.1)
-    counted = goal.advantages[rollout.response_mask]
+    counted = target.advantages[rollout.response_mask]
     expected = (counted - counted.mean()) / (counted.var(correction=0) + 1e-8).sqrt()
     torch.testing.assert_close(whitened.advantages[rollout.response_mask], expected)
-    torch.testing.assert_close(whitened.returns, goal.returns)
+    torch.testing.assert_close(whitened.returns, target.returns)
 
 
 def test_scores_of_tokens_are_paid_where_they_arise(ppo_config) -> None:
     config = ppo_config(whiten_advantages=False)
-    goal = targets(hand_made(token_scores=torch.tensor([[4.0, 3.0, 0.0], [0.0, 0.0, 0.0]])), config, kl_coef=0.0)
-    assert goal.rewards.tolist() == [[4.0, 6.0, 0.0], [0.0, 0.0, -4.0]]  # of 10, 3 have no place but the end
+    target = targets(hand_made(token_scores=torch.tensor([[4.0, 3.0, 0.0], [0.0, 0.0, 0.0]])), config, kl_coef=0.0)
+    assert target.rewards.tolist() == [[4.0, 6.0, 0.0], [0.0, 0.0, -4.0]]  # of 10, 3 have no place but the end
 
 
 def test_a_separate_lambda_for_the_value(ppo_config) -> None:
@@ -81,13 +81,13 @@ def test_a_separate_lambda_for_the_value(ppo_config) -> None:
 @pytest.mark.detail("P10")
 def test_whitening_by_process_is_each_share_alone(ppo_config) -> None:
     config = ppo_config(whitening_scope="process")
-    whole = whole_targets(hand_made(), config, kl_coef=0.1, num_processes=2)
+    whole = all_targets(hand_made(), config, kl_coef=0.1, num_processes=2)
     for row in range(2):
         alone = targets(hand_made().rows(torch.tensor([row])), config, kl_coef=0.1)
         torch.testing.assert_close(whole.advantages[row], alone.advantages[0])
         counted = whole.advantages[row][hand_made().response_mask[row]]
         assert abs(float(counted.mean())) < 1e-5
-    together = whole_targets(hand_made(), config, kl_coef=0.1, num_processes=1)
+    together = all_targets(hand_made(), config, kl_coef=0.1, num_processes=1)
     torch.testing.assert_close(together.advantages, targets(hand_made(), ppo_config(), kl_coef=0.1).advantages)
 
 

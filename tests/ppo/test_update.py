@@ -39,7 +39,7 @@ def move_policy(roles: Any) -> None:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
-def slow_loss(roles: Any, rollout: Any, goal: Any, config: Any) -> torch.Tensor:
+def slow_loss(roles: Any, rollout: Any, target: Any, config: Any) -> torch.Tensor:
     """PPO's loss, episode by episode and token by token, in plain Python on whole sequences: slow, and easy to see through."""
     policy_loss, value_loss, count, num_states = 0.0, 0.0, 0, 0
 
@@ -56,14 +56,14 @@ def slow_loss(roles: Any, rollout: Any, goal: Any, config: Any) -> torch.Tensor:
             place = len(prompt) - 1 + step
             logprob = logits[place].log_softmax(-1)[token]
             ratio = torch.exp(logprob - rollout.rollout_logprobs[row, step])
-            advantage = goal.advantages[row, step]
+            advantage = target.advantages[row, step]
             unclipped, clipped = ratio * advantage, ratio.clamp(1 - config.clip.ratio, 1 + config.clip.ratio) * advantage
             policy_loss = policy_loss - torch.min(unclipped, clipped)
-            value_loss = value_loss + value_term(values[place], rollout.values[row, step], goal.returns[row, step])
+            value_loss = value_loss + value_term(values[place], rollout.values[row, step], target.returns[row, step])
             count += 1
         num_states += len(response)
         if rollout.bootstrap_mask[row]:  # the state after the last token
-            value_loss = value_loss + value_term(values[-1], rollout.bootstrap_values[row], goal.bootstrap_returns[row])
+            value_loss = value_loss + value_term(values[-1], rollout.bootstrap_values[row], target.bootstrap_returns[row])
             num_states += 1
     return policy_loss / count + config.value_coef * value_loss / num_states
 
@@ -77,15 +77,15 @@ def test_gradients_equal_the_slow_reference_for_any_microbatch(ppo_config, ppo_c
     rollout = make_rollout(roles, config)
     assert len(set(rollout.lengths.tolist())) > 1, "the test wants ragged responses"
     assert rollout.bootstrap_mask.tolist() == [placement == "after" and length < 10 for length in rollout.lengths.tolist()]
-    goal = targets(rollout, config, kl_coef=0.1)
+    target = targets(rollout, config, kl_coef=0.1)
     move_policy(roles)
-    slow_loss(roles, rollout, goal, config).backward()
+    slow_loss(roles, rollout, target, config).backward()
     expected = gradients(roles)
     for microbatch in (1, 5, 12):
         for network in roles.networks().values():
             network.zero_grad()
         updater = make_updater(roles, config.model_copy(update={"microbatch_size": microbatch}))
-        updater.accumulate(rollout, goal)
+        updater.accumulate(rollout, target)
         found = gradients(roles)
         assert found.keys() == expected.keys()
         for name, gradient in found.items():
@@ -146,8 +146,8 @@ def test_pretraining_gradient_is_added_with_its_coefficient(ppo_config, ppo_cont
         roles = load_roles(config, ppo_context)
         rollout = make_rollout(roles, config)
         updater = make_updater(roles, config, pretraining_rows=load_pretraining_rows(config, ppo_context, roles))
-        goal = targets(rollout, config, kl_coef=0.1)
-        totals = updater.accumulate(rollout, goal)
+        target = targets(rollout, config, kl_coef=0.1)
+        totals = updater.accumulate(rollout, target)
         totals.read()
         loss = totals.sums.get("pretraining_loss", 0.0)
         found[name] = gradients(roles)
@@ -170,11 +170,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(ppo_config, p
     config = ppo_config()
     roles = load_roles(config, ppo_context)
     rollout = make_rollout(roles, config)
-    goal = targets(rollout, config, kl_coef=0.1)
-    goal.advantages[0, 0] = float("nan")
+    target = targets(rollout, config, kl_coef=0.1)
+    target.advantages[0, 0] = float("nan")
     before = {name: parameter.clone() for name, parameter in roles.policy.model.named_parameters()}
     with pytest.raises(TrainingError, match="policy loss is nan.*lower training.learning_rate"):
-        make_updater(roles, config).minibatch(rollout, goal)
+        make_updater(roles, config).minibatch(rollout, target)
     assert all(torch.equal(parameter, before[name]) for name, parameter in roles.policy.model.named_parameters())
 
 
@@ -193,12 +193,12 @@ def test_the_sums_of_a_minibatch_are_read_once_however_many_microbatches_it_has(
     config = ppo_config(minibatch_size=6, microbatch_size=size)
     roles = load_roles(config, ppo_context)
     part = make_rollout(roles, config).rows(torch.arange(6))
-    goal, updater = targets(part, config, kl_coef=0.1), make_updater(roles, config)
+    target, updater = targets(part, config, kl_coef=0.1), make_updater(roles, config)
     reads: list[str] = []
     for name in ("__float__", "item"):
         plain = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda tensor, name=name, plain=plain: reads.append(name) or plain(tensor))
-    updater.accumulate(part, goal)
+    updater.accumulate(part, target)
     assert len(reads) <= 2  # the counts of tokens and of states, which lie on the CPU
 
 
