@@ -41,7 +41,8 @@ def _key_result(step: StepFolder) -> str:
         ("heldout_loss_after", "loss {:.3f}"),
     ):
         if isinstance(metrics.get(key), int | float):
-            return form.format(metrics[key])
+            others = [f"{name} {other['accuracy']:.3f}" for name, other in (metrics.get("heldout_beside") or {}).items()]
+            return "; ".join([form.format(metrics[key]), *others])
     return ""
 
 
