@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, field_validator, model_validator
 
 HUB = "hub:"
 """Prefix that makes an id a Hub id, even if a step, a registry version or a folder has the same name."""
@@ -372,12 +372,20 @@ class Engine(Strict):
     vllm: Vllm
 
 
+def _engine(value: Any) -> Any:
+    """``local`` as the absence of an engine; other words are unknown."""
+    if value == "local":
+        return None
+    if isinstance(value, str):
+        raise ValueError(f"engine={value!r} is unknown; expected local, {{vllm: {{start: {{}}}}}} or {{vllm: {{url: http://HOST:PORT}}}}")
+    return value
+
+
 class GenerationSettings(Strict):
     """How to sample completions. The default is pure sampling at temperature 1, as in the papers' rollouts."""
 
-    engine: Literal["local"] | Engine = Field(
-        "local",
-        union_mode="left_to_right",
+    engine: Annotated[Engine | None, BeforeValidator(_engine)] = Field(
+        None,
         description="What samples: local (the model in this process), or vLLM: {vllm: {url: ...}} or {vllm: {start: {}}} (docs/vllm.md).",
     )
     max_new_tokens: int = Field(48, ge=1, description="Maximum response tokens per completion.")
@@ -397,12 +405,16 @@ class GenerationSettings(Strict):
     )
 
     def without_effect(self) -> set[str]:
-        return {"engine"} if self.engine == "local" else set()
+        return {"engine"} if self.engine is None else set()
+
+    @field_serializer("engine")
+    def _written_engine(self, value: Engine | None) -> Any:
+        return "local" if value is None else value
 
     @property
     def vllm(self) -> Vllm | None:
         """The settings of vLLM where it samples; None where this process does."""
-        return self.engine.vllm if isinstance(self.engine, Engine) else None
+        return self.engine.vllm if self.engine is not None else None
 
     @model_validator(mode="after")
     def _engine_can(self) -> "GenerationSettings":

@@ -218,3 +218,37 @@ def test_a_server_that_allows_fewer_tokens_is_named(stub, settings, opened, monk
         monkeypatch.setattr(server, "_sample", lambda model, body: ([3], [-1.0], "length"))
         with pytest.raises(ModelError, match="ended a completion after 1 of 8 tokens without a stop token"):
             sampler.sample(PROMPTS, settings(server), SEEDS)
+
+
+def test_a_started_server_that_dies_is_started_again(stub, settings, opened, stack, monkeypatch) -> None:
+    """In mid-rollout, and between two rollouts: it gets the weights again, is probed again, and the completions are those of the seeds."""
+    first = stub()
+    chosen = settings(first, temperature=0)
+    opening, local = opened(chosen, stack)
+    expected = local.sample(PROMPTS, chosen, SEEDS)
+
+    class Started:
+        """Stands in for a StartedServer."""
+
+        shares_gpu = False
+        url = first.url
+        running = True
+
+        def start(self) -> None:
+            self.url, self.running = stub().url, True
+
+        def end(self) -> None:
+            self.running = False
+
+        def is_running(self) -> bool:
+            return self.running
+
+    with opening as sampler:
+        sampler.servers.started = started = Started()
+        first.before = lambda path, body: (threading.Thread(target=first.die).start(), time.sleep(0.3)) if body["seed"] == 3 else None
+        same(sampler.sample(PROMPTS, chosen, SEEDS), expected)
+        assert sampler.report()["restarts"] == 1
+        started.running = False
+        sampler.take_weights()
+        same(sampler.sample(PROMPTS, chosen, SEEDS), expected)
+        assert sampler.report()["restarts"] == 2
