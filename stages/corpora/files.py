@@ -433,19 +433,19 @@ def _at_path(row: Row, column: str, name: str) -> Any:
         raise DataError(f"{row.location}: columns names {name!r} for {column!r}, and {error}") from error
 
 
-def _inside(value: Any, steps: Sequence[str], place: str) -> Any:
-    """Follow the parts of a path, ``steps``, into ``value``. ``place`` is the path so far, for the message."""
+def _inside(value: Any, steps: Sequence[str], location: str) -> Any:
+    """Follow the parts of a path, ``steps``, into ``value``. ``location`` is the path so far, for the message."""
     if not steps:
         return value
     step, *rest = steps
     if step == "[]":
         if not isinstance(value, list):
-            raise DataError(f"{place} is {type(value).__name__}; expected a list")
-        return [_inside(entry, rest, f"{place}, entry {number}") for number, entry in enumerate(value, 1)]
+            raise DataError(f"{location} is {type(value).__name__}; expected a list")
+        return [_inside(entry, rest, f"{location}, entry {number}") for number, entry in enumerate(value, 1)]
     if not isinstance(value, dict) or step not in value:
         held = f"an object of {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
-        raise DataError(f"{place} is {held}; expected an object with {step!r}")
-    return _inside(value[step], rest, f"{place}.{step}")
+        raise DataError(f"{location} is {held}; expected an object with {step!r}")
+    return _inside(value[step], rest, f"{location}.{step}")
 
 
 def text_of(row: Row, column: str, *, empty: bool = False) -> str:

@@ -333,7 +333,7 @@ def transcript(prompt: Prompt) -> str:
     if len(prompt) == 1 and not tools and prompt[0]["role"] == "user" and "name" not in prompt[0]:
         return content_text(prompt[0])
     listed = [f"tools: {json.dumps(tools, ensure_ascii=False)}"] if tools else []
-    return "\n\n".join([*listed, *(f"{_speaker(message)}: {_said(message)}" for message in prompt)])
+    return "\n\n".join([*listed, *(f"{_speaker(message)}: {_text_of(message)}" for message in prompt)])
 
 
 def completion_text(completion: Completion) -> str:
@@ -341,14 +341,14 @@ def completion_text(completion: Completion) -> str:
     if isinstance(completion, str):
         return completion
     first, *others = completion
-    return "\n\n".join([_said(first), *(f"{_speaker(message)}: {_said(message)}" for message in others)])
+    return "\n\n".join([_text_of(first), *(f"{_speaker(message)}: {_text_of(message)}" for message in others)])
 
 
 def _speaker(message: Message) -> str:
     return f"{message['role']} ({message['name']})" if message.get("name") else str(message["role"])
 
 
-def _said(message: Message) -> str:
+def _text_of(message: Message) -> str:
     """The content of a turn: reasoning in think tags, the text, tool calls as JSON."""
     reasoning = next((message[name] for name in REASONING if message.get(name)), None)
     parts = [f"<think>\n{reasoning}\n</think>"] if reasoning else []

@@ -104,10 +104,10 @@ def own_peak() -> Iterator[Peak]:
 def _take_peak(torch: Any) -> None:
     """Note the peak so far in every measurement that is going on, and count anew."""
     global _largest
-    found = torch.cuda.max_memory_allocated()
-    _largest = max(_largest, found)
+    allocated = torch.cuda.max_memory_allocated()
+    _largest = max(_largest, allocated)
     for peak in _open:
-        peak.total = max(peak.total, found)
+        peak.total = max(peak.total, allocated)
     torch.cuda.reset_peak_memory_stats()
 
 

@@ -140,9 +140,9 @@ class Registry:
             _check_allowed(model, name)
             if ("adapter_config.json" in dict(files_of(model))) != is_adapter:
                 raise RegistryError(f"{name!r} from {origin}: the files and the manifest disagree on whether it is an adapter; refused")
-            found = {path: file_sha256(file) for path, file in files_of(model)}
+            actual = {path: file_sha256(file) for path, file in files_of(model)}
             expected = {file["path"]: file["sha256"] for file in manifest["files"]}
-            if differing := sorted(path for path in found.keys() | expected.keys() if found.get(path) != expected.get(path)):
+            if differing := sorted(path for path in actual.keys() | expected.keys() if actual.get(path) != expected.get(path)):
                 raise RegistryError(f"{name!r} from {origin}: {', '.join(differing[:3])} differs from the manifest; nothing was added")
             pulled = {"from": origin, "at": _now(), "fingerprint": manifest["fingerprint"], "lineage": lineage}
             return self._commit(staging, {**manifest, "name": name, "fingerprint": "", "pulled": pulled})

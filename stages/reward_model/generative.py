@@ -124,13 +124,13 @@ def run_generative(
 def encode(comparison: Comparison, judging: GenerativeSource) -> EncodedComparison:
     """The question about each completion as one row of token ids."""
     texts = [completion_text(completion) for completion in comparison.completions]
-    found = [judging.encode(comparison.prompt, text) for text in texts]
+    rows = [judging.encode(comparison.prompt, text) for text in texts]
     return EncodedComparison(
-        [ids for ids, _, _ in found],
+        [ids for ids, _, _ in rows],
         comparison.ranks,
         comparison.groups,
         lengths=[len(judging.answer_ids(text)) for text in texts],
-        cut=sum(cut for _, cut, _ in found),
+        cut=sum(cut for _, cut, _ in rows),
     )
 
 
@@ -143,9 +143,9 @@ def measure(judging: GenerativeSource, comparisons: Sequence[Comparison], encode
     training = judging.model.training
     judging.model.eval()
     with unsharded(judging.model):
-        found: Judgement = judge(judging, prompts, completions)
+        judgement: Judgement = judge(judging, prompts, completions)
     judging.model.train(training)
-    return agreement(found.scores, encoded)
+    return agreement(judgement.scores, encoded)
 
 
 def _train(
