@@ -400,7 +400,7 @@ def show(ref: Ref, everything: All = False, home: Home = None, as_json: Json = F
     console = _runtime().console
     console.print(table, markup=False)
     if not everything:
-        console.print("For digests, all settings, files and packages use --all or --json.", style="dim")
+        console.print("Use --all or --json for hashes, all settings, files and packages.", style="dim")
 
 
 def _chosen_rows(record: ModelRecord) -> list[tuple[str, str]]:

@@ -550,7 +550,7 @@ MODELS = {
     "no tokenizer": Case("cannot load the tokenizer of './model'", SFT, prepare=without("tokenizer*", "special_tokens_map.json")),
     "a tokenizer that is no JSON": Case("cannot load the tokenizer of './model'", SFT, files={"model/tokenizer.json": "{"}),
     "no chat template": Case("template: chat, but the tokenizer has no chat template", SFT, {"template": "chat"}),
-    "a template without a prompt": Case("template 'Answer:': expected chat, one of", SFT, {"template": "Answer:"}),
+    "a template without a prompt": Case("template 'Answer:': expected chat, chatml, one of", SFT, {"template": "Answer:"}),
     "an encoder to fine-tune": Case("./encoder", SFT, {"model": "./encoder"}, prepare=encoder),
     "an encoder as reward model": Case(
         "is a distilbert model; a policy or a scalar head needs", REWARD, {"model": "./encoder"}, prepare=encoder
