@@ -27,7 +27,7 @@ HELP = "/again: another reply   /forget: start again   /system TEXT: set the sys
 def resolve_model(ref: str, registry: Registry) -> ResolvedModel:
     """The model that a registry reference, folder or Hub id names. Raises RecipeError that lists what was searched."""
     from stages.chain.pins import apart_from_folders, pinned_model
-    from stages.chain.run import resolve
+    from stages.chain.resolving import resolve
     from stages.recipe.schema import find_model
 
     reference = pinned_model(find_model(ModelInput(ref=ref), registry, [Path.cwd()]))
@@ -113,8 +113,9 @@ def read_prompts(texts: Sequence[str], file: Path | None, piped: Callable[[], st
 
 def score(ref: str, registry: Registry, runtime: Runtime, prompts: Sequence[Prompt], columns: Sequence[Sequence[str]]) -> list[list[float]]:
     """A reward model's score of every completion, by column."""
+    from stages.rewards.building import build_source
+    from stages.rewards.checking import checked
     from stages.rewards.config import RewardInput
-    from stages.rewards.source import build_source, checked
 
     source = build_source(
         RewardInput(model=ModelInput(ref=ref)), resolve_model(ref, registry), device=runtime.device, dtype=runtime.dtype("auto")

@@ -62,7 +62,7 @@ def _is_classifier(step: RecipeStep, field_path: str) -> bool:
 
 def _base(reference: Reference, registry: Registry) -> ResolvedModel | None:
     """The base model with full weights below any adapters; None if it cannot be determined now."""
-    from stages.chain.run import resolve
+    from stages.chain.resolving import resolve
     from stages.errors import StagesError
     from stages.models.stacks import stack_of
 

@@ -32,21 +32,21 @@ from rich.table import Table
 from stages.chain.fingerprints import fingerprint_of, parts_of, settings_of, why
 from stages.chain.fitness import check_models
 from stages.chain.pins import Commits, apart_from_folders, hub_inputs, is_known, pinned, resolve_commits
+from stages.chain.resolving import resolve
 from stages.chain.results import last_result, load_result, restore_files, save_result
 from stages.chain.texts import check_texts
-from stages.config import ModelInput
 from stages.engines.checks import check_installed
-from stages.errors import RecipeError, RegistryError, doing
+from stages.errors import RecipeError, doing
 from stages.labelling.waiting import WAITING
-from stages.models.stacks import check_folder, find_base, is_adapter
+from stages.models.stacks import check_folder
 from stages.process.environment import launched_processes
 from stages.process.gpus import peak_gpu_memory, visible_gpus
 from stages.process.hardware import cpu_name
 from stages.process.packages import missing_attention_package, missing_quantization_package
 from stages.process.runtime import Runtime
 from stages.process.storage import write_json
-from stages.recipe.schema import STAGES, Recipe, RecipeStep, Reference, data_inputs, load_object, model_inputs
-from stages.registry.contents import digest_folder, digest_of, remembering
+from stages.recipe.schema import STAGES, Recipe, RecipeStep, data_inputs, load_object, model_inputs
+from stages.registry.contents import remembering
 from stages.registry.ledger import Registry, installed_packages
 from stages.registry.record import ModelRecord
 from stages.registry.references import ResolvedModel
@@ -189,44 +189,6 @@ def plan_step(recipe: Recipe, step: RecipeStep, home: Path, registry: Registry, 
     if work.is_dir() and any(work.iterdir()):
         return planned("resume", f"an earlier run was interrupted; {reason}")
     return planned("run", reason)
-
-
-def resolve(model: Reference, registry: Registry, made: Mapping[str, ModelRecord | None] | None = None) -> ResolvedModel:
-    """Determine the path and the content digest of a model.
-
-    Raises RegistryError for a version with damaged files, and HubError for a Hub model that cannot be loaded.
-    """
-    if model.kind == "step":
-        record = (made or {})[model.target]
-        assert record is not None, f"step {model.target} must run before its model is read"
-        return _resolved(model.input, record)
-    if model.kind == "registry":
-        record = registry.get(model.target)
-        if problems := registry.verify(record.ref):
-            raise RegistryError(f"{record.ref} is damaged: {'; '.join(problems)}. Remove it and run its recipe again")
-        return _resolved(model.input, record)
-    base = resolve(model.base, registry) if model.base is not None else None
-    below = f" on {base.digest}" if base is not None else ""
-    if model.kind == "folder":
-        digest = digest_folder(Path(model.target)) + below if base is not None else _folder_digest(Path(model.target), model.input)
-        return ResolvedModel(model.input.ref, "folder", model.target, digest, model.input, base=base)
-    digest = f"hub:{model.target}@{model.input.revision or 'main'}{below}"
-    return ResolvedModel(model.input.ref, "hub", model.target, digest, model.input, base=base)
-
-
-def _folder_digest(folder: Path, model: ModelInput) -> str:
-    """The digest of a model folder. For an adapter it covers its own files and its base, because both affect the output."""
-    own = digest_folder(folder)
-    adapter = ResolvedModel(model.ref, "folder", str(folder), "", model)
-    if not is_adapter(adapter):
-        return own
-    base = find_base(adapter)
-    below = _folder_digest(Path(base.path), base.input) if base.kind == "folder" else base.digest
-    return digest_of({"adapter": own, "base": below})
-
-
-def _resolved(model: ModelInput, record: ModelRecord) -> ResolvedModel:
-    return ResolvedModel(model.ref, "registry", str(record.path), record.digest, model, record)
 
 
 def plan_table(plans: list[StepPlan], title: str) -> Table:

@@ -56,7 +56,7 @@ def _readers(recipe: Recipe, step: RecipeStep) -> dict[str, Reference]:
 
 def _tokenizer(recipe: Recipe, reference: Reference, registry: Registry, template: str | None) -> Any:
     """The tokenizer that a model of the recipe will have, with ``template``; None if it is not known yet."""
-    from stages.chain.run import resolve
+    from stages.chain.resolving import resolve
     from stages.corpora.templates import set_template
     from stages.models.loading import load_tokenizer
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stages.config import DataSource
-from stages.corpora.files import Row, read_rows, text_of
+from stages.corpora.files import read_rows
+from stages.corpora.rows import Row, text_of
 from stages.errors import DataError
 
 

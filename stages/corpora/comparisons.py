@@ -16,13 +16,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from stages.config import DataInput
-from stages.corpora.files import Row, read_splits, text_of
+from stages.corpora.files import read_splits
 from stages.corpora.messages import Completion, Prompt, holds_turns, open_conversation, prompt_of, split_answers, split_dialogue
+from stages.corpora.rows import Row, text_of
 from stages.corpora.summaries import compared_prompt, compared_summaries, is_comparison
 from stages.errors import DataError
 
 if TYPE_CHECKING:
-    from stages.corpora.curation import Curator
+    from stages.corpora.rows import RowFilter
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Comparisons:
 
 
 def load_comparisons(
-    data: DataInput, *, preferred: str | None = None, curator: Curator | None = None, group_by: Sequence[str] = ()
+    data: DataInput, *, preferred: str | None = None, curator: RowFilter | None = None, group_by: Sequence[str] = ()
 ) -> Comparisons:
     """Load both splits. Raises DataError for a malformed row, and for a split in which every comparison is a tie."""
     splits = []

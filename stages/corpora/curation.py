@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from stages.config import Strict
-from stages.corpora.files import Row
+from stages.corpora.rows import Row
 from stages.errors import DataError
 
 CountTokens = Callable[[str], int]

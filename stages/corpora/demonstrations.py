@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stages.config import DataInput
-from stages.corpora.files import Row, read_splits, text_of
+from stages.corpora.files import read_splits
 from stages.corpora.messages import (
     Completion,
     Prompt,
@@ -29,11 +29,12 @@ from stages.corpora.messages import (
     split_dialogue,
     split_messages,
 )
+from stages.corpora.rows import Row, text_of
 from stages.corpora.summaries import is_post, post_prompt
 from stages.errors import DataError
 
 if TYPE_CHECKING:
-    from stages.corpora.curation import Curator
+    from stages.corpora.rows import RowFilter
 
 
 class Demonstration(dict[str, Any]):
@@ -61,7 +62,7 @@ class Demonstrations:
     validation: list[Demonstration]
 
 
-def load_demonstrations(data: DataInput, curator: Curator | None = None) -> Demonstrations:
+def load_demonstrations(data: DataInput, curator: RowFilter | None = None) -> Demonstrations:
     """Load both splits. Raises DataError with the row's location, its columns and the expected columns."""
     train, validation = read_splits(data, curator)
     return Demonstrations([demonstration(row) for row in train], [demonstration(row) for row in validation])

@@ -5,15 +5,19 @@ Only the files of the requested split are downloaded, into the Hub's own cache. 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 from stages.config import DataSource
-from stages.corpora.files import Row, _with_locations, column_of, logger, read_file, rows_of_parts
+from stages.corpora.formats import read_file, rows_of_parts, with_locations
 from stages.corpora.layout import Layout, Part, find_split, front_matter, layout_of, parts_of, suffix_of
+from stages.corpora.rows import Row, column_of
 from stages.errors import DataError, HubUnreachable
 from stages.hub.repositories import COMMIT, Repository, fetch, look_up
+
+logger = logging.getLogger(__name__)
 
 TYPED = {".csv": "csv", ".tsv": "csv", ".txt": "text"}
 """Formats that the ``datasets`` library parses into values. In a text file each line is a row."""
@@ -154,4 +158,4 @@ def _read_one(repository: Repository, name: str) -> Iterator[Row]:
     except Exception as error:  # datasets raises many exception types
         reason = str(error.__cause__ or error).strip().split("\n")[0][:300]
         raise DataError(f"{shown}: cannot be read as {module} ({type(error).__name__}: {reason})") from error
-    yield from _with_locations(table, shown)
+    yield from with_locations(table, shown)

@@ -18,8 +18,9 @@ from itertools import combinations
 
 from stages.config import DataSource
 from stages.corpora.completions import prompt_key, sample_index
-from stages.corpora.files import Row, read_rows, text_of
+from stages.corpora.files import read_rows
 from stages.corpora.prompts import prompt_in
+from stages.corpora.rows import Row, text_of
 from stages.errors import DataError
 
 VOTES = {"a": 1.0, "b": 0.0, "tie": 0.5}

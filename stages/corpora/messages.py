@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from stages.corpora.columnar import without_missing
-from stages.corpora.files import Row, text_of
+from stages.corpora.rows import Row, text_of
 from stages.corpora.sharegpt import as_message, is_sharegpt
 from stages.corpora.tool_calls import with_objects
 from stages.errors import DataError

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
     """Encode all texts as one token sequence. Each text ends with the end token, and begins with the tokenizer's usual prefix tokens."""
-    from stages.models.loading import quiet_transformers
+    from stages.models.quiet import quiet_transformers
 
     eos = tokenizer.eos_token_id
     if eos is None:

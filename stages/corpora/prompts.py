@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stages.config import DataSource
-from stages.corpora.files import Row, read_rows, text_of
+from stages.corpora.files import read_rows
 from stages.corpora.messages import (
     Prompt,
     conversation_column,
@@ -20,11 +20,12 @@ from stages.corpora.messages import (
     split_messages,
     transcript,
 )
+from stages.corpora.rows import Row, text_of
 from stages.corpora.summaries import compared_prompt, is_comparison, is_post, post_prompt
 from stages.errors import DataError
 
 if TYPE_CHECKING:
-    from stages.corpora.curation import Curator
+    from stages.corpora.rows import RowFilter
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def load_prompts(
     prompt_words: int | None = None,
     limit: int | None = None,
     split: str = "train",
-    curator: Curator | None = None,
+    curator: RowFilter | None = None,
 ) -> list[Prompt]:
     """Load distinct prompts in data order. ``prompt_words``: use only this many first words of each text. Raises DataError on bad rows."""
     rows = load_prompt_rows(sources, prompt_words=prompt_words, limit=limit, split=split, curator=curator)
@@ -54,7 +55,7 @@ def load_prompt_rows(
     prompt_words: int | None = None,
     limit: int | None = None,
     split: str = "train",
-    curator: Curator | None = None,
+    curator: RowFilter | None = None,
     columns: Callable[[Row], dict[str, Any]] = lambda row: {},
 ) -> list[PromptRow]:
     """Like ``load_prompts``, with the values that ``columns`` selects from each row. Equal prompts with different values are kept."""

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Sequence
 
 from stages.config import DataInput
-from stages.corpora.files import Row
+from stages.corpora.rows import Row
 from stages.errors import DataError
 
 

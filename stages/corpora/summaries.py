@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from stages.corpora.files import Row, text_of
+from stages.corpora.rows import Row, text_of
 from stages.errors import DataError
 
 POST = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"

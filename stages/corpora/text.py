@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stages.config import DataInput, DataSource
-from stages.corpora.files import Row, read_rows, read_splits, text_of
+from stages.corpora.files import read_rows, read_splits
+from stages.corpora.rows import Row, text_of
 from stages.errors import DataError
 
 

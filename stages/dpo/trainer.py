@@ -16,7 +16,8 @@ from stages.dpo.config import DPOStepConfig
 from stages.dpo.pairs import Pair
 from stages.errors import ModelError
 from stages.models.adapters import as_it_starts, without_copies
-from stages.models.loading import load_language_model, load_tokenizer, quiet_transformers
+from stages.models.loading import load_language_model, load_tokenizer
+from stages.models.quiet import quiet_transformers
 from stages.models.sharding import shard
 from stages.step import StepContext
 from stages.training.arguments import training_arguments

@@ -247,7 +247,7 @@ class VllmSampler:
 
 def write_whole(model: Any, folder: Path, dtype: torch.dtype, state: dict[str, torch.Tensor] | None) -> None:
     """Write whole weights in ``dtype`` as transformers does; ``state``: them where they are cut over processes."""
-    from stages.models.loading import quiet_transformers
+    from stages.models.quiet import quiet_transformers
 
     if hasattr(model, "peft_config"):
         raise ModelError("a model with adapters cannot be sent as whole weights; its adapter is sent by name")

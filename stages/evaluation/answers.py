@@ -349,7 +349,8 @@ def score_texts(
 
     Logs how many texts were truncated.
     """
-    from stages.rewards.source import build_source, judge
+    from stages.rewards.building import build_source
+    from stages.rewards.source import judge
 
     runtime = context.runtime
     source = build_source(

@@ -84,7 +84,8 @@ def load_heldout(config: EvaluationConfig, *, run: bool = True) -> tuple[list[Pr
 
 def heldout_texts(config: EvaluationConfig) -> list[str]:
     """The texts for the perplexity; empty if there are none."""
-    from stages.corpora.files import read_rows, text_of
+    from stages.corpora.files import read_rows
+    from stages.corpora.rows import text_of
 
     return [text_of(row, "text") for row in read_rows(config.perplexity, split="test")] if config.perplexity is not None else []
 

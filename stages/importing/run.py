@@ -16,7 +16,8 @@ from stages.errors import ModelError
 from stages.importing.layouts import Layout, Role, recognise
 from stages.importing.weights import ADAPTER_FILES, read_file, read_head_file, read_weights
 from stages.models.heads import RewardModel, ScalarModel, ValueModel
-from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer, quiet_transformers, save_model
+from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer, save_model
+from stages.models.quiet import quiet_transformers
 from stages.registry.references import ResolvedModel
 
 if TYPE_CHECKING:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from stages.config import DataSource
-from stages.corpora.files import Row, read_rows
+from stages.corpora.files import read_rows
 from stages.corpora.messages import completion_text
 from stages.corpora.prompts import plain_text
+from stages.corpora.rows import Row
 
 CHARACTERS_PER_TOKEN = 3.0
 """Used without a tokenizer. Low enough for the small vocabularies of models trained from scratch."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,12 @@ from stages.errors import ModelError
 from stages.models.adapters import FRESH, attach_lora, plain_model, quantization_config
 from stages.models.attention import attention_of
 from stages.models.causality import require_causal
+from stages.models.embeddings import grow_embedding
 from stages.models.failures import explained
 from stages.models.families import no_linear_layers, refuse_quantization, refuse_unfit, unquantized_modules
 from stages.models.own_layers import use_own_layers
 from stages.models.published import check_saved_adapter, check_saved_weights, outputs_of, rows_for
+from stages.models.quiet import quiet_transformers
 from stages.models.saved_adapters import SavedAdapter, head_size, read_adapter
 from stages.models.stacking import dequantized, merged_stack, stacked_apart
 from stages.models.stacks import Stack, is_adapter, stack_of, tokenizer_source, trained_on
@@ -394,23 +395,6 @@ def resize_embedding(model: Any, tokenizer: PreTrainedTokenizerBase) -> Collecti
     return [row for row in grow_embedding(model, vocabulary_size(tokenizer)) if row != tokenizer.pad_token_id]
 
 
-def grow_embedding(model: Any, size: int) -> range:
-    """Grow the embedding (and the output matrix) to at least ``size`` rows. Returns the new rows; each one is the mean of the old rows.
-
-    The mean is deterministic and gives no new token an extreme logit.
-    """
-    rows = model.get_input_embeddings().weight.shape[0]
-    if size <= rows:
-        return range(0)
-    model.resize_token_embeddings(size, mean_resizing=False)
-    matrices = [model.get_input_embeddings(), model.get_output_embeddings()]
-    with torch.no_grad():
-        for matrix in matrices:
-            if matrix is not None and matrix.weight.shape[0] == size:
-                matrix.weight[rows:] = matrix.weight[:rows].mean(dim=0)
-    return range(rows, size)
-
-
 def save_model(
     model: Any,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -515,19 +499,3 @@ def _refuse_missing(loaded: Any, report: dict[str, Any], model: ResolvedModel, r
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Context manager without transformers' progress bars and tables of unexpected keys. Missing weights raise errors instead."""
-    from transformers.utils import logging as hf_logging
-
-    bar, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bar:
-            hf_logging.enable_progress_bar()

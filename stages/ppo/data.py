@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from stages.errors import DataError
+from stages.ppo.encoding import EncodedPrompt, encoded_prompts, prompt_room
 from stages.sampling.generation import episode_seed
-from stages.tokens.positions import readable_length
 
 if TYPE_CHECKING:
-    from stages.corpora.curation import Curator
-    from stages.corpora.messages import Prompt
     from stages.ppo.config import PPOStepConfig
     from stages.ppo.roles import Roles
     from stages.step import StepContext
-
-UNLIMITED = 1_000_000  # prompt tokens if neither model nor tokenizer has a limit
-
-
-class EncodedPrompt(NamedTuple):
-    """A prompt, its token ids, and the columns that reward functions request."""
-
-    prompt: Prompt
-    ids: list[int]
-    columns: dict[str, Any]
 
 
 def check_prompts(config: PPOStepConfig, context: StepContext) -> None:
@@ -62,34 +50,6 @@ def load_prompts(config: PPOStepConfig, context: StepContext, roles: Roles) -> l
     return kept
 
 
-def encoded_prompts(config: PPOStepConfig, tokenizer: Any, curator: Curator | None = None) -> list[EncodedPrompt]:
-    """All prompts of the step, shortened if requested, with token ids and the columns that its rewards request."""
-    from stages.corpora import prompts as corpus
-    from stages.corpora.fitting import fit_prompt
-    from stages.corpora.templates import encode_prompt
-    from stages.rewards.signature import columns_asked_for
-
-    columns = columns_asked_for([*config.reward, *config.monitors])
-    rows = corpus.load_prompt_rows(config.data, prompt_words=config.prompt_words, curator=curator, columns=columns)
-    if config.prompt_fit is not None:
-        rows = [corpus.PromptRow(fit_prompt(row.prompt, config.prompt_fit, tokenizer), row.columns) for row in rows]
-    return [EncodedPrompt(row.prompt, encode_prompt(tokenizer, row.prompt), row.columns) for row in rows]
-
-
-def prompt_room(config: PPOStepConfig, policy: Any, tokenizer: Any) -> int:
-    """The maximum prompt length in tokens that leaves room for ``max_new_tokens``. ``policy`` is the policy's config."""
-    readable = readable_length(policy, tokenizer)
-    room = UNLIMITED if readable is None else readable - config.generation.max_new_tokens
-    return room if config.max_prompt_tokens is None else min(room, config.max_prompt_tokens)
-
-
-def longest_sequence(config: PPOStepConfig, policy: Any, tokenizer: Any) -> int:
-    """The maximum number of tokens, prompt and completion, that the networks of this step read."""
-    room = prompt_room(config, policy, tokenizer)
-    lengths = [len(one.ids) for one in encoded_prompts(config, tokenizer) if len(one.ids) <= room]
-    return max(lengths, default=0) + config.generation.max_new_tokens
-
-
 class PretrainingRows:
     """Blocks of the pretraining mix (Ouyang et al. 2022, equation 2), drawn with replacement; each draw depends only on seed and
     ``draws``.
@@ -111,8 +71,9 @@ def load_pretraining_rows(config: PPOStepConfig, context: StepContext, roles: Ro
     mix = config.pretraining_mix
     if mix is None:
         return None
-    from stages.corpora.files import read_rows, text_of
+    from stages.corpora.files import read_rows
     from stages.corpora.packing import encode_documents, pack_blocks
+    from stages.corpora.rows import text_of
 
     tokens = encode_documents(roles.tokenizer, [text_of(row, "text") for row in read_rows(mix.data)])
     return PretrainingRows(pack_blocks(tokens, mix.block_size), context.seed)

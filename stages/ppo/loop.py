@@ -13,7 +13,8 @@ from stages.errors import Stopped, TrainingError
 from stages.models.sharding import grouped
 from stages.ppo.checkpoint import RunKeeper, RunState
 from stages.ppo.config import PPOStepConfig
-from stages.ppo.data import EncodedPrompt, check_prompts, load_pretraining_rows, load_prompts
+from stages.ppo.data import check_prompts, load_pretraining_rows, load_prompts
+from stages.ppo.encoding import EncodedPrompt
 from stages.ppo.health import Health, alarm_metrics
 from stages.ppo.logs import episodes_of, keep_episodes, log, samples_of
 from stages.ppo.measuring import measuring_budget
@@ -49,7 +50,7 @@ class PPORun:
     """The parts of a run, and its ``state``."""
 
     def __init__(self, config: PPOStepConfig, context: StepContext) -> None:
-        from stages.rewards.source import build_reward
+        from stages.rewards.building import build_reward
 
         runtime = context.runtime
         dtype = runtime.dtype(config.precision)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from stages.ppo.metric_names import FIRST_AND_LAST
 from stages.ppo.speed import speed_metrics
 from stages.rewards.details import applies
 from stages.stats.comparing import repeated_ngrams
@@ -13,13 +14,9 @@ from stages.stats.comparing import repeated_ngrams
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.ppo.checkpoint import RunHistory
+    from stages.ppo.history import RunHistory
     from stages.ppo.rollout import Rollout
     from stages.ppo.update import UpdateResult
-
-
-FIRST_AND_LAST = ["rewards/score_mean", "policy/kl", "policy/entropy", "responses/length_mean", "responses/stopped_share"]
-SUMMED_UP = frozenset([*FIRST_AND_LAST, "value/explained_variance", "time/episodes_per_second"])  # plus all monitors
 
 
 def group_metrics(scores: Tensor, samples_per_prompt: int) -> dict[str, float]:

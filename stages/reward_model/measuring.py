@@ -15,8 +15,8 @@ from stages.models.heads import RewardModel
 from stages.models.sharding import unsharded
 from stages.reward_model.config import RewardModelConfig
 from stages.reward_model.preferences import EncodedComparison, agreement
+from stages.rewards.building import build_reward
 from stages.rewards.learned import score_rows
-from stages.rewards.source import build_reward
 from stages.step import StepContext
 
 

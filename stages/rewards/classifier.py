@@ -108,7 +108,7 @@ class ClassifierSource:
         return row if row["input_ids"] else {name: [self.tokenizer.pad_token_id if name == "input_ids" else 0] for name in row}
 
     def _score_rows(self, rows: Sequence[Row]) -> Tensor:
-        from stages.rewards.learned import like_length_batches
+        from stages.rewards.batching import like_length_batches
 
         scores = torch.empty(len(rows))
         for places in like_length_batches([len(row["input_ids"]) for row in rows], self.batch_size):

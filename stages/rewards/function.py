@@ -100,7 +100,7 @@ class FunctionSource:
         return Judgement(scores)
 
     def _numbers(self, found: Any, completions: Sequence[str]) -> Tensor:
-        from stages.rewards.source import checked
+        from stages.rewards.checking import checked
 
         try:
             scores = torch.as_tensor(found, dtype=torch.float32)

@@ -110,7 +110,7 @@ class GenerativeSource:
 
     def _logprobs(self, rows: Sequence[tuple[list[int], int]]) -> Tensor:
         """The log-probability of each row's answer [rows]."""
-        from stages.rewards.learned import like_length_batches
+        from stages.rewards.batching import like_length_batches
 
         found = torch.empty(len(rows))
         for places in like_length_batches([len(ids) for ids, _ in rows], self.batch_size):

@@ -14,6 +14,7 @@ from stages.errors import ModelError
 from stages.models.heads import RewardModel
 from stages.models.reward_question import is_generative
 from stages.registry.references import ResolvedModel
+from stages.rewards.batching import like_length_batches
 from stages.rewards.classifier import ClassifierSource
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement, Spans
@@ -162,15 +163,3 @@ def _padded(rows: Sequence[list[int]], pad_token_id: int, device: torch.device) 
     ids = right_pad([torch.tensor(row) for row in rows], pad_token_id)
     lengths = torch.tensor([len(row) for row in rows])
     return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)
-
-
-def like_length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """The rows in batches of at most ``batch_size``, from short to long; one of a quarter of that ends where rows get a fifth longer."""
-    batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        last = batches[-1] if batches else []
-        longer = last and len(last) >= batch_size / 4 and lengths[row] > 1.2 * lengths[last[0]]
-        if not last or len(last) == batch_size or longer:
-            batches.append([])
-        batches[-1].append(row)
-    return batches

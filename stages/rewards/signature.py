@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from inspect import Parameter
 from typing import Any
 
-from stages.corpora.files import Row
+from stages.corpora.rows import Row
 from stages.errors import DataError, RecipeError
 from stages.process.modules import source_of
 from stages.rewards.config import RewardInput, leaves

@@ -9,23 +9,21 @@ an infinity, or a NaN that a source computed, is never a score: it raises Traini
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from stages.corpora.messages import Prompt
-from stages.errors import ModelError, TrainingError
-from stages.registry.references import ResolvedModel
-from stages.rewards.config import RewardInput
+from stages.errors import TrainingError
+from stages.rewards.checking import checked
 from stages.rewards.details import NOTHING, Details, Judgement, Spans, applies
 from stages.rl.combining import Combine, combine_scores
 
 if TYPE_CHECKING:
-    from stages.rewards.learned import RewardModelLoader
+    pass
 
 
 class RewardSource(Protocol):
@@ -165,86 +163,3 @@ class CombinedReward:
                 "add a reward that scores every completion, or return a number"
             )
         return Scores(total, parts, spans)
-
-
-def checked(scores: Tensor, name: str, completions: Sequence[str]) -> Tensor:
-    """``scores`` as [N] fp32, or TrainingError naming the source and the first completion it failed on."""
-    scores = torch.as_tensor(scores, dtype=torch.float32).cpu()
-    if scores.shape != (len(completions),):
-        expected = f"expected one number per completion ({len(completions)})"
-        raise TrainingError(f"reward {name!r} returned scores of shape {tuple(scores.shape)}; {expected}")
-    bad = torch.nonzero(~torch.isfinite(scores)).flatten()
-    if len(bad):
-        place = int(bad[0])
-        value, text = float(scores[place]), completions[place][:80]
-        raise TrainingError(f"reward {name!r} returned {value} for the completion {text!r}; expected a finite number")
-    return scores
-
-
-def build_source(
-    source: RewardInput,
-    model: ResolvedModel | None,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    load: RewardModelLoader | None = None,
-    cache_folder: Path | None = None,
-) -> RewardSource:
-    """The source that a recipe names; ``load``: where reward models come from (None: each is loaded with weights of its own).
-
-    ``cache_folder``: where answers of servers are kept; None: nowhere.
-
-    Raises ModelError where the model cannot play the part.
-    """
-    if source.ensemble is not None:
-        raise ModelError(f"{source.shown_name!r} is an ensemble, which is a reward of PPO; as judges, name its members")
-    if source.function is not None:
-        from stages.rewards.function import FunctionSource, SpanFunctionSource
-
-        kind = SpanFunctionSource if source.level == "token" else FunctionSource
-        return kind(
-            source.shown_name,
-            source.function,
-            timeout=source.timeout_seconds,
-            retries=source.retries or 0,
-            backoff_seconds=source.backoff_seconds,
-        )
-    if source.endpoint is not None:
-        from stages.process.environment import secret
-        from stages.rewards.endpoint import EndpointSource, open_cache
-
-        key = secret(source.api_key_variable) if source.api_key_variable is not None else None
-        return EndpointSource(source, key=key, cache=open_cache(cache_folder, source))
-    if source.judge is not None:
-        from stages.process.environment import secret
-        from stages.rewards.endpoint import open_cache
-        from stages.rewards.prompted import RubricSource
-
-        variable = source.judge.api_key_variable
-        return RubricSource(source, key=secret(variable) if variable is not None else None, cache=open_cache(cache_folder, source))
-    from stages.rewards.learned import load_source
-
-    assert model is not None
-    return load_source(source, model, device=device, dtype=dtype, load=load)
-
-
-def build_reward(
-    sources: Sequence[RewardInput],
-    models: Mapping[str, ResolvedModel],
-    place: str,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    load: RewardModelLoader | None = None,
-    cache_folder: Path | None = None,
-) -> CombinedReward:
-    """All sources of a recipe's list; ``models`` by field path (``<place>[0].model``, ``<place>[1].ensemble[0].model``)."""
-
-    def build(source: RewardInput, here: str) -> RewardSource:
-        if source.ensemble is None:
-            model = models.get(f"{here}.model")
-            return build_source(source, model, device=device, dtype=dtype, load=load, cache_folder=cache_folder)
-        members = [(build(member, f"{here}.ensemble[{index}]"), member.weight) for index, member in enumerate(source.ensemble)]
-        return Ensemble(source.shown_name, members, combine=source.combine, uncertainty_coef=source.uncertainty_coef)
-
-    return CombinedReward([(build(source, f"{place}[{index}]"), source.weight) for index, source in enumerate(sources)])

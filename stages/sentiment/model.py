@@ -14,7 +14,8 @@ from transformers import (
     Trainer,
 )
 
-from stages.corpora.files import read_rows, text_of
+from stages.corpora.files import read_rows
+from stages.corpora.rows import text_of
 from stages.models.architectures import random_model
 from stages.models.loading import load_classifier, load_tokenizer
 from stages.sentiment.config import SentimentConfig, WordPieceSettings

@@ -79,8 +79,9 @@ class SFTStepConfig(TrainingStepConfig):
         """Raise DataError for data that this stage cannot use. No model is loaded."""
         from stages.corpora.curation import Curator
         from stages.corpora.demonstrations import load_demonstrations
-        from stages.corpora.files import read_rows, text_of
+        from stages.corpora.files import read_rows
         from stages.corpora.prompts import load_prompt_rows
+        from stages.corpora.rows import text_of
 
         load_demonstrations(self.data, Curator(self.curation))
         for row in read_rows(self.pretraining_mix.data) if self.pretraining_mix is not None else ():

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from stages.corpora.demonstrations import Demonstration, Demonstrations
-from stages.corpora.files import read_rows, text_of
+from stages.corpora.files import read_rows
 from stages.corpora.fitting import fit_prompt
 from stages.corpora.packing import encode_documents, pack_blocks
+from stages.corpora.rows import text_of
 from stages.corpora.training_rows import TrainOn, training_rows
 from stages.errors import DataError
 from stages.sft.config import SFTStepConfig

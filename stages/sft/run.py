@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.corpora.curation import Curator
 from stages.corpora.demonstrations import Demonstrations, load_demonstrations
-from stages.corpora.files import Row
 from stages.corpora.fitting import fit_prompt
 from stages.corpora.prompts import PromptRow, load_prompt_rows
+from stages.corpora.rows import Row
 from stages.corpora.templates import count_tokens, set_template
 from stages.models.adapters import refuse_output_adapter
 from stages.models.dropout import set_residual_dropout

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from stages.models.loading import quiet_transformers
+from stages.models.quiet import quiet_transformers
 from stages.sft.config import SFTStepConfig
 from stages.sft.packing import IGNORED, PackedCollator, pack_rows
 from stages.sft.rows import EncodedRow

@@ -14,7 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from stages.config import CheckpointedStepConfig
 from stages.errors import RecipeError
 from stages.models.dropout import has_dropout
-from stages.models.loading import quiet_transformers
+from stages.models.quiet import quiet_transformers
 from stages.models.sharding import shard, unsharded
 from stages.training.checkpoints import Checkpoints
 from stages.training.state import restore_state

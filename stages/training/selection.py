@@ -21,8 +21,8 @@ from stages.engines.opening import step_sampler
 from stages.errors import RecipeError
 from stages.models.sharding import unsharded
 from stages.process.storage import sync, write_json
+from stages.rewards.building import build_reward
 from stages.rewards.details import Details, columns_of
-from stages.rewards.source import build_reward
 from stages.sampling.generation import decode_completions, episode_seed, require_room
 from stages.step import StepContext
 from stages.training.checkpoints import load_tensors, save_tensors, trainable

@@ -21,8 +21,8 @@ from stages.recipe.presets import PRESETS
 from stages.reward_model.config import RewardModelConfig
 from stages.reward_model.rows import collate, encode
 from stages.reward_model.run import run
+from stages.rewards.building import build_source
 from stages.rewards.config import RewardInput
-from stages.rewards.source import build_source
 from stages.sampling.generation import episode_seed, generate, left_pad
 from stages.sampling.readers import position_ids
 from stages.training.arguments import schedule_arguments

@@ -10,7 +10,8 @@ import pytest
 
 from stages.config import DataInput, DataSource
 from stages.corpora.comparisons import comparison, load_comparisons
-from stages.corpora.files import Row, read_rows
+from stages.corpora.files import read_rows
+from stages.corpora.rows import Row
 from stages.errors import DataError
 
 

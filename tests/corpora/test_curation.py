@@ -13,8 +13,9 @@ from stages.config import DataInput
 from stages.corpora.comparisons import load_comparisons
 from stages.corpora.curation import Curation, Curator, mask_pii
 from stages.corpora.demonstrations import load_demonstrations
-from stages.corpora.files import Row, read_splits
+from stages.corpora.files import read_splits
 from stages.corpora.prompts import load_prompts
+from stages.corpora.rows import Row
 from stages.errors import DataError
 
 

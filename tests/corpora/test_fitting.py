@@ -52,7 +52,7 @@ def test_what_cannot_be_cut_is_said(tiny_tokenizer) -> None:
 
 @pytest.mark.detail("G8")
 def test_the_form_of_a_post_is_the_papers() -> None:
-    from stages.corpora.files import Row
+    from stages.corpora.rows import Row
     from stages.corpora.summaries import post_prompt
 
     row = Row({"subreddit": "tifu", "title": "by asking", "post": "Line one.\nLine two.", "summary": "x"})

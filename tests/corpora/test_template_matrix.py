@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from stages.corpora.demonstrations import demonstration
-from stages.corpora.files import Row
 from stages.corpora.messages import Conversation
+from stages.corpora.rows import Row
 from stages.corpora.templates import encode_pair, encode_prompt, render_pair
 from stages.corpora.training_rows import training_rows
 from stages.errors import DataError

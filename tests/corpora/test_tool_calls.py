@@ -10,8 +10,9 @@ import pytest
 
 from stages.config import DataSource
 from stages.corpora.demonstrations import demonstration
-from stages.corpora.files import Row, read_rows
+from stages.corpora.files import read_rows
 from stages.corpora.messages import messages_of, tools_of, transcript
+from stages.corpora.rows import Row
 from stages.corpora.templates import render_pair
 from stages.errors import DataError
 from stages.tokens.turns import ArgumentForm, argument_form

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from stages.errors import Stopped
 from stages.ppo import loop
-from stages.ppo.checkpoint import HistoryLog, RunHistory
+from stages.ppo.checkpoint import HistoryLog
+from stages.ppo.history import RunHistory
 from stages.ppo.loop import run
 from stages.ppo.update import Updater
 from stages.rewards.source import CombinedReward

@@ -8,9 +8,9 @@ import torch
 from stages.errors import TrainingError
 from stages.ppo.credit import token_scores
 from stages.ppo.roles import load_roles
+from stages.rewards.building import build_reward, build_source
 from stages.rewards.config import RewardInput
 from stages.rewards.function import SpanFunctionSource
-from stages.rewards.source import build_reward, build_source
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 

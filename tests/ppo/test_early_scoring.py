@@ -42,7 +42,7 @@ def collected(config: Any, context: Any, *, overlap: bool, monkeypatch: pytest.M
     from stages.ppo.early_scoring import EarlyScoring
     from stages.ppo.roles import load_roles
     from stages.ppo.rollout import collect
-    from stages.rewards.source import build_reward
+    from stages.rewards.building import build_reward
 
     if not overlap:
         monkeypatch.setattr(EarlyScoring, "on_finished", None)

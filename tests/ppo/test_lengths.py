@@ -12,7 +12,8 @@ import transformers
 
 from stages.errors import ModelError
 from stages.models.heads import RewardModel
-from stages.ppo.data import load_prompts, longest_sequence
+from stages.ppo.data import load_prompts
+from stages.ppo.encoding import longest_sequence
 from stages.ppo.roles import load_roles
 
 WORDS = "joy and warm and bright and honest and fine"

@@ -20,7 +20,8 @@ from stages.ppo.roles import load_roles
 from stages.ppo.rollout import collect, targets
 from stages.ppo.update import Updater
 from stages.registry.references import ResolvedModel
-from stages.rewards.source import CombinedReward, build_reward
+from stages.rewards.building import build_reward
+from stages.rewards.source import CombinedReward
 from tests.ppo.conftest import PROMPTS
 
 QUANTIZATIONS = ["none", "nf4", "int8"]

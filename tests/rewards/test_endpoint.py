@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from stages.corpora.files import Row
+from stages.corpora.rows import Row
 from stages.errors import DataError, TrainingError
 from stages.process.remote import AnswerCache
 from stages.rewards.config import RewardInput

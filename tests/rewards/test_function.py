@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from stages.config import DataSource
-from stages.corpora.files import Row
 from stages.corpora.prompts import load_prompt_rows
+from stages.corpora.rows import Row
 from stages.errors import DataError, RecipeError, TrainingError
+from stages.rewards.building import build_reward
 from stages.rewards.config import RewardInput
 from stages.rewards.details import Details
 from stages.rewards.function import FunctionSource, SpanFunctionSource
 from stages.rewards.signature import columns_asked_for, signature_in_source, signature_of
-from stages.rewards.source import CombinedReward, build_reward
+from stages.rewards.source import CombinedReward
 
 CODE = """
 import functools, time

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from stages.models.heads import RewardModel
-from stages.rewards.learned import like_length_batches, score_rows
+from stages.rewards.batching import like_length_batches
+from stages.rewards.learned import score_rows
 
 
 def test_rows_of_like_length_share_a_batch() -> None:

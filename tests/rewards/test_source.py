@@ -11,9 +11,11 @@ import torch
 from pydantic import ValidationError
 
 from stages.errors import ModelError, RecipeError, TrainingError
+from stages.rewards.building import build_reward, build_source
+from stages.rewards.checking import checked
 from stages.rewards.config import RewardInput, reward_model_inputs
 from stages.rewards.function import FunctionSource, load_function
-from stages.rewards.source import CombinedReward, build_reward, build_source, checked
+from stages.rewards.source import CombinedReward
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 

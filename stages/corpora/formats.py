@@ -1,0 +1,214 @@
+"""The file formats that rows are read from: JSON, JSON Lines, CSV, text, Parquet, Arrow, also packed."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.corpora.columnar import plain_rows
+from stages.corpora.layout import PACKED, SUFFIXES, Layout, Part, suffix_of
+from stages.corpora.rows import Row
+from stages.errors import DataError
+
+EXPECTED = f"{', '.join(SUFFIXES)} (packed: {', '.join(PACKED)})"
+
+
+ROWS_AT_ONCE = 1024
+
+
+def rows_of_parts(layout: Layout, parts: Sequence[Part], read: Callable[[str], Iterator[Row]]) -> Iterator[Row]:
+    """The rows of ``parts`` in order. ``read`` returns the rows of one file."""
+    for part in parts:
+        rows = (row for name in layout.splits[part.split] for row in read(name))
+        if part.written_slice:
+            kept = list(rows)
+            yield from (kept[index] for index in part.rows(len(kept)))
+        else:
+            yield from rows
+
+
+def read_file(path: Path, shown: str) -> Iterator[Row]:
+    """The rows of one file. ``shown`` is its name in messages. Raises DataError for an unreadable file."""
+    readers: dict[str, Callable[[Path, str], Iterator[Row]]] = {
+        ".jsonl": _read_jsonl,
+        ".ndjson": _read_jsonl,
+        ".json": _read_json,
+        ".txt": _read_txt,
+        ".csv": _read_csv,
+        ".tsv": _read_csv,
+        ".parquet": _read_parquet,
+        ".arrow": _read_arrow,
+    }
+    suffix = suffix_of(shown)
+    if suffix not in readers:
+        raise DataError(f"{shown}: cannot read {suffix or 'a file without a suffix'}; expected {EXPECTED}")
+    return readers[suffix](path, shown)
+
+
+def _bytes(path: Path, shown: str) -> bytes:
+    """The content of a file, decompressed according to its suffix."""
+    packing = Path(shown).suffix.lower()
+    try:
+        data = path.read_bytes()
+        if packing == ".zst":
+            import pyarrow
+
+            return pyarrow.input_stream(pyarrow.py_buffer(data), compression="zstd").read()
+        unpack = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}.get(packing, bytes)
+        return unpack(data)
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+        raise DataError(f"{shown}: cannot be read ({error})") from error
+
+
+def file_text(path: Path, shown: str) -> str:
+    data = _bytes(path, shown)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(f"{shown}:{line}: not valid UTF-8 (byte 0x{data[error.start]:02x}); convert the file to UTF-8") from error
+    if "\0" in text:
+        raise DataError(f"{shown}:{text[: text.index(chr(0))].count(chr(10)) + 1}: holds a NUL byte; expected text")
+    return text
+
+
+def _read_jsonl(path: Path, shown: str) -> Iterator[Row]:
+    yield from _json_lines(file_text(path, shown), shown)
+
+
+def _json_lines(text: str, shown: str) -> Iterator[Row]:
+    # Not splitlines(): JSON strings may contain U+2028 and similar characters, which do not end a line in JSON Lines.
+    for line_number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        location = f"{shown}:{line_number}"
+        try:
+            value = json.loads(line, parse_constant=_refused)
+        except json.JSONDecodeError as error:
+            hint = "; a list of objects is .json" if line_number == 1 and line.lstrip().startswith("[") else ""
+            raise DataError(f"{location}: bad JSON at column {error.colno} ({error.msg}); expected an object per line{hint}") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{location}: bad JSON ({error}); expected an object per line") from error
+        yield row_at(value, location, has_escapes="\\u" in line)
+
+
+def _read_json(path: Path, shown: str) -> Iterator[Row]:
+    """A list of objects, or one object per line (JSON Lines are also published with this suffix)."""
+    text = file_text(path, shown)
+    if _holds_lines(text):
+        yield from _json_lines(text, shown)
+        return
+    try:
+        value = json.loads(text, parse_constant=_refused)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{shown}:{error.lineno}: bad JSON at column {error.colno} ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{shown}: bad JSON ({error})") from error
+    if not isinstance(value, list):
+        raise DataError(f"{shown}: expected a list of objects, got {type(value).__name__}; JSON Lines are also accepted")
+    for index, item in enumerate(value, 1):
+        yield row_at(item, f"{shown}, row {index}", has_escapes=True)
+
+
+def _holds_lines(text: str) -> bool:
+    """Whether the text has several lines and the first one is a JSON object, as in JSON Lines."""
+    first, _, rest = text.strip().partition("\n")
+    try:
+        return bool(rest) and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _refused(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def row_at(value: Any, location: str, *, has_escapes: bool = False) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f"{location}: expected an object, got {type(value).__name__}")
+    if has_escapes:
+        _check_characters(value, location)
+    row = Row(value)
+    row.location = location
+    return row
+
+
+def _check_characters(value: Any, location: str) -> None:
+    """Raise DataError for characters that JSON escapes can express but text cannot: NUL, and half of a surrogate pair."""
+    if isinstance(value, dict | list):
+        for item in value.items() if isinstance(value, dict) else value:
+            _check_characters(list(item) if isinstance(item, tuple) else item, location)
+    elif isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{location}: holds \\u{ord(value[error.start]):04x}, half of a surrogate pair; expected valid Unicode"
+            ) from error
+    if isinstance(value, str) and "\0" in value:
+        raise DataError(f"{location}: holds a NUL character (\\u0000); expected text")
+
+
+def with_locations(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Row]:
+    return (row_at(row, f"{name}, row {index}") for index, row in enumerate(rows, 1))
+
+
+def _columnar(rows: Iterator[Row]) -> Iterator[Row]:
+    for row in rows:
+        row.columnar = True
+        yield row
+
+
+def _read_txt(path: Path, shown: str) -> Iterator[Row]:
+    """A text file is a single document."""
+    yield row_at({"text": file_text(path, shown)}, shown)
+
+
+def _read_csv(path: Path, shown: str) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # a field may be a document
+    delimiter = "\t" if suffix_of(shown) == ".tsv" else ","
+    reader = csv.DictReader(io.StringIO(file_text(path, shown), newline=""), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise DataError(f"{shown}:{reader.line_num}: the row's columns do not match the header {reader.fieldnames}")
+            yield row_at(row, f"{shown}:{reader.line_num}")
+    except csv.Error as error:
+        raise DataError(f"{shown}:{reader.line_num}: not readable as CSV ({error}); is a quotation mark not closed?") from error
+
+
+def _read_parquet(path: Path, shown: str) -> Iterator[Row]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            batches = (row for batch in file.iter_batches(ROWS_AT_ONCE) for row in plain_rows(batch))
+            yield from _columnar(with_locations(batches, shown))
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{shown}: not a parquet file ({error})") from error
+
+
+def _read_arrow(path: Path, shown: str) -> Iterator[Row]:
+    """The rows of an Arrow file in stream format (as save_to_disk writes) or file format."""
+    from pyarrow import ArrowException, ipc, memory_map
+
+    try:
+        with memory_map(str(path)) as source:
+            try:
+                reader = ipc.open_stream(source)
+                batches: Iterator[Any] = iter(reader)
+            except ArrowException:
+                source.seek(0)
+                file = ipc.open_file(source)
+                batches = (file.get_batch(index) for index in range(file.num_record_batches))
+            yield from _columnar(with_locations((row for batch in batches for row in plain_rows(batch)), shown))
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{shown}: not an Arrow file ({error})") from error

@@ -1,0 +1,24 @@
+"""More rows for the embedding of a model whose tokenizer has more tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def grow_embedding(model: Any, size: int) -> range:
+    """Grow the embedding (and the output matrix) to at least ``size`` rows. Returns the new rows; each one is the mean of the old rows.
+
+    The mean is deterministic and gives no new token an extreme logit.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if size <= rows:
+        return range(0)
+    model.resize_token_embeddings(size, mean_resizing=False)
+    matrices = [model.get_input_embeddings(), model.get_output_embeddings()]
+    with torch.no_grad():
+        for matrix in matrices:
+            if matrix is not None and matrix.weight.shape[0] == size:
+                matrix.weight[rows:] = matrix.weight[:rows].mean(dim=0)
+    return range(rows, size)

@@ -1,0 +1,76 @@
+"""The reward sources that a recipe names, ready to score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from stages.errors import ModelError
+from stages.process.environment import secret
+from stages.registry.references import ResolvedModel
+from stages.rewards.config import RewardInput
+from stages.rewards.endpoint import EndpointSource, open_cache
+from stages.rewards.function import FunctionSource, SpanFunctionSource
+from stages.rewards.learned import RewardModelLoader, load_source
+from stages.rewards.prompted import RubricSource
+from stages.rewards.source import CombinedReward, Ensemble, RewardSource
+
+
+def build_source(
+    source: RewardInput,
+    model: ResolvedModel | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    load: RewardModelLoader | None = None,
+    cache_folder: Path | None = None,
+) -> RewardSource:
+    """The source that a recipe names; ``load``: where reward models come from (None: each is loaded with weights of its own).
+
+    ``cache_folder``: where answers of servers are kept; None: nowhere.
+
+    Raises ModelError where the model cannot play the part.
+    """
+    if source.ensemble is not None:
+        raise ModelError(f"{source.shown_name!r} is an ensemble, which is a reward of PPO; as judges, name its members")
+    if source.function is not None:
+        kind = SpanFunctionSource if source.level == "token" else FunctionSource
+        return kind(
+            source.shown_name,
+            source.function,
+            timeout=source.timeout_seconds,
+            retries=source.retries or 0,
+            backoff_seconds=source.backoff_seconds,
+        )
+    if source.endpoint is not None:
+        key = secret(source.api_key_variable) if source.api_key_variable is not None else None
+        return EndpointSource(source, key=key, cache=open_cache(cache_folder, source))
+    if source.judge is not None:
+        variable = source.judge.api_key_variable
+        return RubricSource(source, key=secret(variable) if variable is not None else None, cache=open_cache(cache_folder, source))
+    assert model is not None
+    return load_source(source, model, device=device, dtype=dtype, load=load)
+
+
+def build_reward(
+    sources: Sequence[RewardInput],
+    models: Mapping[str, ResolvedModel],
+    place: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    load: RewardModelLoader | None = None,
+    cache_folder: Path | None = None,
+) -> CombinedReward:
+    """All sources of a recipe's list; ``models`` by field path (``<place>[0].model``, ``<place>[1].ensemble[0].model``)."""
+
+    def build(source: RewardInput, here: str) -> RewardSource:
+        if source.ensemble is None:
+            model = models.get(f"{here}.model")
+            return build_source(source, model, device=device, dtype=dtype, load=load, cache_folder=cache_folder)
+        members = [(build(member, f"{here}.ensemble[{index}]"), member.weight) for index, member in enumerate(source.ensemble)]
+        return Ensemble(source.shown_name, members, combine=source.combine, uncertainty_coef=source.uncertainty_coef)
+
+    return CombinedReward([(build(source, f"{place}[{index}]"), source.weight) for index, source in enumerate(sources)])

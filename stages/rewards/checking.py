@@ -1,0 +1,24 @@
+"""Scores are finite, and one for each completion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stages.errors import TrainingError
+
+
+def checked(scores: Tensor, name: str, completions: Sequence[str]) -> Tensor:
+    """``scores`` as [N] fp32, or TrainingError naming the source and the first completion it failed on."""
+    scores = torch.as_tensor(scores, dtype=torch.float32).cpu()
+    if scores.shape != (len(completions),):
+        expected = f"expected one number per completion ({len(completions)})"
+        raise TrainingError(f"reward {name!r} returned scores of shape {tuple(scores.shape)}; {expected}")
+    bad = torch.nonzero(~torch.isfinite(scores)).flatten()
+    if len(bad):
+        place = int(bad[0])
+        value, text = float(scores[place]), completions[place][:80]
+        raise TrainingError(f"reward {name!r} returned {value} for the completion {text!r}; expected a finite number")
+    return scores
