@@ -180,6 +180,8 @@ AUTO_ROWS = {"pretraining": 32, "sft": 32, "sentiment": 32, "reward_model": 8, "
 class OptimizerSettings(Strict):
     """Training settings of a step. Batch sizes count sequences (reward_model: prompts), summed over all processes."""
 
+    auto_rows: ClassVar[int] = AUTO_ROWS["sft"]
+
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Learning rate schedule after warmup.")
     final_learning_rate_fraction: float = Field(0.0, ge=0, le=1, description="Final learning rate as a share of the peak.")
@@ -187,7 +189,11 @@ class OptimizerSettings(Strict):
     epochs: float = Field(1.0, gt=0, description="Passes over the training data.")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps (overrides epochs).")
     batch_size: int = Field(32, ge=1, description="Sequences per optimizer step, summed over processes.")
-    microbatch_size: int = Field(32, ge=1, description="Sequences per forward pass and process; larger batches use gradient accumulation.")
+    microbatch_size: Microbatch = Field(
+        "auto",
+        description="Most sequences per forward pass and process; larger batches use gradient accumulation. auto: 32 on a CPU and with "
+        "several processes; on one GPU as many tokens as its free memory holds.",
+    )
     optimizer: Optimizer = Field("adamw", description=OPTIMIZER_HELP)
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -198,9 +204,14 @@ class OptimizerSettings(Strict):
 
     @model_validator(mode="after")
     def _microbatches_fit(self) -> "OptimizerSettings":
-        if self.batch_size % min(self.microbatch_size, self.batch_size):
+        if self.microbatch_size != "auto" and self.batch_size % min(self.microbatch_size, self.batch_size):
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of microbatch_size={self.microbatch_size}")
         return self
+
+    @property
+    def rows_per_pass(self) -> int:
+        """The most sequences of a pass, where passes are not filled by tokens."""
+        return self.auto_rows if self.microbatch_size == "auto" else self.microbatch_size
 
 
 class StepConfig(Strict):

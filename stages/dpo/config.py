@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from stages.config import DataInput, DataSource, ModelField, ModelInput, OptimizerSettings, TrainingStepConfig
+from stages.config import AUTO_ROWS, DataInput, DataSource, Microbatch, ModelField, ModelInput, OptimizerSettings, TrainingStepConfig
 from stages.corpora.curation import Curation
 
 
 class DPOOptimizer(OptimizerSettings):
     """Like ``OptimizerSettings``, but batch sizes count pairs."""
 
+    auto_rows: ClassVar[int] = AUTO_ROWS["dpo"]
+
     learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate; TRL's default. Very small models need more.")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Learning rate schedule after warmup.")
     warmup_fraction: float = Field(0.1, ge=0, lt=1, description="Share of the optimizer steps used for linear warmup.")
     batch_size: int = Field(32, ge=1, description="Pairs per optimizer step, summed over processes.")
-    microbatch_size: int = Field(8, ge=1, description="Pairs per forward pass and process; larger batches use gradient accumulation.")
+    microbatch_size: Microbatch = Field(
+        "auto",
+        description="Most pairs per forward pass and process; larger batches use gradient accumulation. auto: 8 on a CPU and with "
+        "several processes; on one GPU as many tokens as its free memory holds.",
+    )
 
 
 class DPOStepConfig(TrainingStepConfig):

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.dpo.config import DPOStepConfig
 from stages.dpo.pairs import Pair
+from stages.models.budget import each_group
 from stages.models.responses import Policy, sequence_batch
 from stages.models.sharding import unsharded
 from stages.stats.intervals import wilson_interval
@@ -28,14 +29,16 @@ def completion_logprobs(
     rows = [(pair.prompt_ids, response) for pair in pairs for response in (pair.chosen_ids, pair.rejected_ids)]
     sums = torch.empty(len(rows), dtype=torch.float64)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]) + len(rows[index][1]))
-    size = 4 * config.training.microbatch_size
+    size = 4 * config.training.rows_per_pass
+
+    def measure_rows(indices: Sequence[int]) -> None:
+        prompts, responses = [rows[index][0] for index in indices], [rows[index][1] for index in indices]
+        batch = sequence_batch(prompts, responses, int(tokenizer.pad_token_id), policy.device)
+        parts = policy.logprobs(batch).double().cpu().split([len(response) for response in responses])
+        sums[list(indices)] = torch.stack([part.sum() for part in parts])
+
     with torch.inference_mode(), unsharded(model):
-        for start in range(0, len(order), size):
-            indices = order[start : start + size]
-            prompts, responses = [rows[index][0] for index in indices], [rows[index][1] for index in indices]
-            batch = sequence_batch(prompts, responses, int(tokenizer.pad_token_id), policy.device)
-            parts = policy.logprobs(batch).double().cpu().split([len(response) for response in responses])
-            sums[indices] = torch.stack([part.sum() for part in parts])
+        each_group(f"{context.name}: measuring", [order[start : start + size] for start in range(0, len(order), size)], measure_rows)
     model.train(training)
     return sums.view(-1, 2)
 

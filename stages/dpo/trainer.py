@@ -21,6 +21,7 @@ from stages.models.quiet import quiet_transformers
 from stages.models.sharding import shard
 from stages.step import StepContext
 from stages.training.arguments import training_arguments
+from stages.training.passes import chosen_rows, row_lengths
 from stages.training.reproducible import reproducible
 
 
@@ -67,6 +68,17 @@ class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
         """Number of pairs in the step, over all processes."""
         num_pairs = sum(pairs_in(batch) for batch in batch_samples)
         return self.accelerator.gather(torch.tensor([num_pairs], device=device)).sum()
+
+    def sizes_of(self, batch: dict[str, Any]) -> list[int]:
+        """Of each pair: twice its longer text."""
+        lengths = row_lengths(batch)
+        pairs = len(lengths) // 2
+        return [2 * max(lengths[row], lengths[row + pairs]) for row in range(pairs)]
+
+    def part_of(self, batch: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+        """The chosen texts of the pairs, then the rejected ones."""
+        pairs = len(batch["input_ids"]) // 2
+        return chosen_rows(batch, [*rows, *(row + pairs for row in rows)])
 
     def blank(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {**batch, "completion_mask": torch.zeros_like(batch["completion_mask"])}

@@ -104,6 +104,7 @@ def score_choices(
     """Log-likelihood of every choice given its context. Batches contain sequences of similar length."""
     import torch
 
+    from stages.models.budget import each_group
     from stages.models.responses import Policy, sequence_batch
     from stages.tokens.positions import readable_length
 
@@ -115,16 +116,18 @@ def score_choices(
     ]
     scores = [[0.0] * len(question.choices) for question in questions]
     order = sorted(range(len(rows)), key=lambda row: len(encoded[row][0]) + len(encoded[row][1]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        with torch.inference_mode():
-            batch = sequence_batch([encoded[row][0] for row in chosen], [encoded[row][1] for row in chosen], _pad(tokenizer), policy.device)
-            flat = policy.logprobs(batch).double().cpu()
+
+    def score(chosen: Sequence[int]) -> None:
+        batch = sequence_batch([encoded[row][0] for row in chosen], [encoded[row][1] for row in chosen], _pad(tokenizer), policy.device)
+        flat = policy.logprobs(batch).double().cpu()
         for row, part in zip(chosen, flat.split([len(encoded[row][1]) for row in chosen]), strict=True):
             index, choice_index = rows[row]
             choice = questions[index].choices[choice_index]
             size = {"none": 1, "tokens": len(encoded[row][1]), "bytes": len(choice.encode())}[normalize]
             scores[index][choice_index] = float(part.sum()) / size
+
+    with torch.inference_mode():
+        each_group("evaluation", [order[start : start + batch_size] for start in range(0, len(order), batch_size)], score)
     return scores
 
 

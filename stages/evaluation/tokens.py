@@ -61,16 +61,21 @@ def _logprobs(config: EvaluationConfig, model: Any, pad_token_id: int, samples: 
     """Log-probabilities of each sample's tokens under ``model``, at the sampling temperature."""
     import torch
 
+    from stages.models.budget import each_group
     from stages.models.responses import Policy, sequence_batch
 
     policy = Policy(model, temperature=config.generation.temperature or 1.0, autocast=None)
-    logprobs: list[Tensor] = []
-    for start in range(0, len(samples), config.generation.batch_size):
-        rows = samples[start : start + config.generation.batch_size]
-        with torch.inference_mode():
-            batch = sequence_batch([row.prompt_ids for row in rows], [row.response_ids for row in rows], pad_token_id, policy.device)
-            logprobs += policy.logprobs(batch).cpu().split([len(row.response_ids) for row in rows])
-    return logprobs
+    found: list[Tensor] = []
+
+    def measure(places: Sequence[int]) -> None:
+        rows = [samples[place] for place in places]
+        batch = sequence_batch([row.prompt_ids for row in rows], [row.response_ids for row in rows], pad_token_id, policy.device)
+        found.extend(policy.logprobs(batch).cpu().split([len(row.response_ids) for row in rows]))
+
+    size, order = config.generation.batch_size, range(len(samples))
+    with torch.inference_mode():
+        each_group("evaluation", [order[start : start + size] for start in range(0, len(samples), size)], measure)
+    return found
 
 
 def token_details(config: EvaluationConfig, context: StepContext, asked: Asked, answers: dict[str, Answers]) -> list[dict[str, Any]]:

@@ -62,7 +62,7 @@ def kept_activations(config: Any, shape: Shape, tokens: float, compute: int, mac
 
 def rows_per_pass(config: Any, processes: int) -> int:
     share = max(1, config.training.batch_size // processes)
-    return max(size for size in range(1, min(config.training.microbatch_size, share) + 1) if share % size == 0)
+    return max(size for size in range(1, min(config.training.rows_per_pass, share) + 1) if share % size == 0)
 
 
 def language_model(config: Any, view: View, rows: int, columns: int, machine: Machine) -> Memory:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -116,10 +116,7 @@ class PassBudget:
 
     def release(self) -> None:
         """Free the memory of a failed pass, and the workspace that decoding keeps for its next call."""
-        drop_kept_workspace()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory()
 
     def each(self, order: Sequence[int], lengths: Sequence[int], work: Callable[[list[int]], None], *, packed: bool = False) -> None:
         """Call ``work(rows)`` for every pass over ``order``. If memory runs out, the rows of the failed pass and of later ones are divided
@@ -137,6 +134,37 @@ class PassBudget:
                 continue
             self.release()
             waiting = self.groups([row for group in waiting for row in group], lengths, packed=packed)
+
+
+def each_group(what: str, groups: Iterable[Sequence[int]], work: Callable[[Sequence[int]], None]) -> None:
+    """``work(rows)`` for every group of rows, in order. A group that runs out of memory is done again in halves, and later groups are cut
+    to that size; the log says so once, naming ``what``. ``work`` must leave nothing behind where it fails."""
+    waiting, most = [list(group) for group in groups], 0  # 0: no limit yet
+    while waiting:
+        rows = waiting.pop(0)
+        if most and len(rows) > most:
+            waiting.insert(0, rows[most:])
+            rows = rows[:most]
+        try:
+            work(rows)
+            continue
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or len(rows) <= 1:
+                raise
+        if not most:
+            said = "%s: memory ran out in a pass of %d sequences; it goes on with half as many. The result is the same"
+            logger.warning(said, what, len(rows))
+        most = -(-len(rows) // 2)
+        waiting.insert(0, rows)
+        release_memory()
+
+
+def release_memory() -> None:
+    """Give the memory of a pass that failed back to its device, and what decoding keeps for its next call."""
+    drop_kept_workspace()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -481,7 +481,7 @@ def apply_preset(content: Mapping[str, Any], path: Steps, source: RecipeSource) 
 
 
 def _scaled(settings: Settings, content: dict[str, Any]) -> Settings:
-    """Fit the settings to the recipe's batch sizes: keep the number of minibatches, and let the microbatch size divide the batch size."""
+    """Fit the settings to the recipe's batch sizes: keep the number of minibatches."""
     scaled = dict(settings)
     if "rollout_batch_size" in settings:
         num_minibatches = settings["rollout_batch_size"].value // settings["minibatch_size"].value
@@ -493,13 +493,6 @@ def _scaled(settings: Settings, content: dict[str, Any]) -> Settings:
             scaled["rollout_batch_size"] = _because(
                 settings["rollout_batch_size"], small * num_minibatches, f"{num_minibatches} minibatches"
             )
-    training = content.get("training")
-    own = training if isinstance(training, dict) else {}
-    batch = own.get("batch_size", settings["training.batch_size"].value if "training.batch_size" in settings else None)
-    if isinstance(batch, int) and batch > 0 and "microbatch_size" not in own:
-        most = 8 if content.get("stage") == "reward_model" else 32
-        size = max(count for count in range(1, min(most, batch) + 1) if batch % count == 0)
-        scaled["training.microbatch_size"] = ours(size, f"the largest divisor of batch_size={batch} up to {most}; same gradient")
     return scaled
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from stages.config import (
+    AUTO_ROWS,
     DataField,
     DataInput,
     DataSource,
     GenerationSettings,
+    Microbatch,
     ModelField,
     ModelInput,
     OptimizerSettings,
@@ -28,10 +30,16 @@ from stages.rewards.config import QUESTION, RewardInput, check_names, check_ques
 class RewardModelOptimizer(OptimizerSettings):
     """Like ``OptimizerSettings``, but batch sizes count prompts, each with all its completions."""
 
+    auto_rows: ClassVar[int] = AUTO_ROWS["reward_model"]
+
     learning_rate: float = Field(9e-6, gt=0, description="Peak learning rate.")
     final_learning_rate_fraction: float = Field(0.1, ge=0, le=1, description="Final learning rate as a share of the peak.")
     batch_size: int = Field(64, ge=1, description="Prompts per optimizer step, summed over processes.")
-    microbatch_size: int = Field(8, ge=1, description="Prompts per forward pass and process; larger batches use gradient accumulation.")
+    microbatch_size: Microbatch = Field(
+        "auto",
+        description="Most prompts per forward pass and process; larger batches use gradient accumulation. auto: 8 on a CPU and with "
+        "several processes; on one GPU as many tokens as its free memory holds.",
+    )
 
 
 class Normalization(Strict):

@@ -76,7 +76,7 @@ def run_generative(
         model,
         tokenizer,
         asked,
-        batch_size=8 * config.training.microbatch_size,
+        batch_size=8 * config.training.rows_per_pass,
         max_length=row_length(config.max_length, model.config, tokenizer, unlimited=2048),
         ref=source.ref,
     )

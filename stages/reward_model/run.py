@@ -59,7 +59,7 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
             f"{context.name}: {config.training.epochs:g} epochs; reward models overfit quickly (Ouyang et al. 2022, C.2: one epoch)"
         )
     texts = _texts_to_normalize_on(config, context, comparisons)
-    scoring = {"pad_token_id": tokenizer.pad_token_id, "batch_size": 8 * config.training.microbatch_size}
+    scoring = {"pad_token_id": tokenizer.pad_token_id, "batch_size": 8 * config.training.rows_per_pass}
     before = measure(model.to(context.runtime.device), measuring, **scoring)
 
     def normalise(model: RewardModel) -> tuple[float, float]:

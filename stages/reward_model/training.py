@@ -19,6 +19,7 @@ from stages.rl.ranking import best_of_ranked_losses, ranking_losses, ranking_pai
 from stages.step import StepContext
 from stages.training.arguments import training_arguments, weights_dtype
 from stages.training.checkpoints import Checkpoints, load_tensors, save_tensors, trainable
+from stages.training.passes import chosen_rows, row_lengths
 from stages.training.reproducible import reproducible
 from stages.training.running import train
 
@@ -107,6 +108,20 @@ class RankingTrainer(reproducible(Trainer)):  # type: ignore[misc]
             better, _ = ranking_pairs(batch["ranks"], batch["prompt_index"], batch["text_index"])
             count += len(torch.unique(batch["prompt_index"][better]))
         return self.accelerator.gather(torch.tensor([count], device=device)).sum().clamp(min=1)
+
+    def sizes_of(self, batch: dict[str, Any]) -> list[int]:
+        """Of each prompt: its number of completions, times the longest text."""
+        lengths, owners = row_lengths(batch), batch["prompt_index"].tolist()
+        texts = [[length for length, owner in zip(lengths, owners, strict=True) if owner == prompt] for prompt in range(max(owners) + 1)]
+        return [len(own) * max(own) for own in texts]
+
+    def part_of(self, batch: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+        """All completions of the prompts ``rows``, which are numbered anew."""
+        owners: list[int] = batch["prompt_index"].tolist()
+        numbers = {prompt: number for number, prompt in enumerate(rows)}
+        part = chosen_rows(batch, [text for text, owner in enumerate(owners) if owner in numbers])
+        renumbered = [numbers[owner] for owner in part["prompt_index"].tolist()]
+        return {**part, "prompt_index": torch.tensor(renumbered, device=part["prompt_index"].device)}
 
     def blank(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {**batch, "ranks": torch.zeros_like(batch["ranks"])}  # all ties: no pairs

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from stages.corpora.messages import Prompt
 from stages.errors import ModelError
+from stages.models.budget import each_group
 from stages.models.loading import load_classifier, load_tokenizer
 from stages.registry.references import ResolvedModel
 from stages.rewards.config import RewardInput
@@ -111,9 +112,12 @@ class ClassifierSource:
         from stages.rewards.batching import like_length_batches
 
         scores = torch.empty(len(rows))
-        for places in like_length_batches([len(row["input_ids"]) for row in rows], self.batch_size):
+
+        def score(places: Sequence[int]) -> None:
             logits = self._logits([rows[place] for place in places])
-            scores[places] = label_output(logits, self.label, self.kind, self.output).cpu()
+            scores[list(places)] = label_output(logits, self.label, self.kind, self.output).cpu()
+
+        each_group(f"scoring by {self.name}", like_length_batches([len(row["input_ids"]) for row in rows], self.batch_size), score)
         return scores
 
     def _logits(self, rows: Sequence[Row]) -> Tensor:

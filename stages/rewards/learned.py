@@ -11,6 +11,7 @@ from torch import Tensor
 from stages.corpora.messages import Prompt
 from stages.corpora.templates import encode_pair, token_starts
 from stages.errors import ModelError
+from stages.models.budget import each_group
 from stages.models.heads import RewardModel
 from stages.models.reward_question import is_generative
 from stages.registry.references import ResolvedModel
@@ -153,8 +154,11 @@ def score_rows(
         assert isinstance(scorer, torch.nn.Module)
         device = next(scorer.parameters()).device
     scores = torch.empty(len(rows))
-    for places in like_length_batches([len(row) for row in rows], batch_size):
-        scores[places] = scorer(*_padded([rows[place] for place in places], pad_token_id, device)).float().cpu()
+
+    def score(places: Sequence[int]) -> None:
+        scores[list(places)] = scorer(*_padded([rows[place] for place in places], pad_token_id, device)).float().cpu()
+
+    each_group("scoring", like_length_batches([len(row) for row in rows], batch_size), score)
     return scores
 
 

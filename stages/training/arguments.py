@@ -25,14 +25,23 @@ NUM_LOG_LINES = 100  # log lines per training run
 def split_batch(settings: OptimizerSettings, num_processes: int) -> tuple[int, int]:
     """Split ``batch_size`` into (sequences per forward pass and process, forward passes per optimizer step).
 
-    A forward pass holds at most ``microbatch_size`` sequences. The gradient is that of the complete batch. Raises RecipeError if a process
+    A forward pass holds at most ``rows_per_pass`` sequences. The gradient is that of the complete batch. Raises RecipeError if a process
     would have no sequence.
     """
     if settings.batch_size < num_processes:
         raise RecipeError(f"training.batch_size={settings.batch_size} is less than one sequence for each of {num_processes} processes")
     share = -(-settings.batch_size // num_processes)
-    num_microbatches = -(-share // settings.microbatch_size)
+    num_microbatches = -(-share // settings.rows_per_pass)
     return -(-share // num_microbatches), num_microbatches
+
+
+def fills_memory(settings: OptimizerSettings, context: StepContext) -> bool:
+    """Whether the passes of a training fill a GPU's memory by tokens: with ``microbatch_size: auto`` and one process.
+
+    Several processes exchange metrics in every pass, so that all must have as many.
+    """
+    runtime = context.runtime
+    return settings.microbatch_size == "auto" and runtime.device.type != "cpu" and runtime.num_processes == 1
 
 
 def schedule_arguments(settings: OptimizerSettings) -> dict[str, Any]:
@@ -72,11 +81,12 @@ def training_arguments(settings: OptimizerSettings, context: StepContext, *, pre
             "start without FSDP"
         )
     microbatch, accumulation = split_batch(settings, context.runtime.num_processes)
+    by_tokens = fills_memory(settings, context)
     arguments = {
         "output_dir": str(context.checkpoint_folder),
-        "per_device_train_batch_size": microbatch,
+        "per_device_train_batch_size": settings.batch_size if by_tokens else microbatch,
         "per_device_eval_batch_size": microbatch,
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": 1 if by_tokens else accumulation,
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps or -1,
         "learning_rate": settings.learning_rate,
@@ -109,6 +119,7 @@ def training_arguments(settings: OptimizerSettings, context: StepContext, *, pre
         warnings.simplefilter("ignore", FutureWarning)
         made: Any = (kind or TrainingArguments)(**{**arguments, **options})
     made.batch_size = settings.batch_size  # of all processes; the Trainer's own product of its arguments is rounded
+    made.by_tokens = by_tokens  # training/passes.py cuts each step into passes
     if made.n_gpu > 1:
         made._n_gpu = 1  # one process trains on one GPU (runtime.device); accelerate launch starts one process per GPU
     return made

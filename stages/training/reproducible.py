@@ -18,6 +18,7 @@ from stages.errors import TrainingError
 from stages.models.sharding import clip_gradients, grouped, reduce_gradients
 from stages.training.batching import BatchPlan, make_loader
 from stages.training.checkpoints import Checkpoints, load_generators
+from stages.training.passes import PassesByTokens
 from stages.training.state import save_state
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def reproducible(kind: type[Any]) -> type[Any]:
     The loss of the Trainer must be divided by the number of items of the complete step on all processes (``num_items_in_batch``), as
     transformers does for language models; ``counted_loss`` does so for classifiers.
     """
-    return type(f"Reproducible{kind.__name__}", (BatchesByRow, ShardedGradients, LosslessCheckpoints, kind), {})
+    return type(f"Reproducible{kind.__name__}", (BatchesByRow, PassesByTokens, ShardedGradients, LosslessCheckpoints, kind), {})
 
 
 def counted_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stages.models import budget as module
-from stages.models.budget import PassBudget, is_out_of_memory
+from stages.models.budget import PassBudget, each_group, is_out_of_memory
 from stages.process.gpus import Peak
 from stages.sampling import workspace
 
@@ -127,3 +127,20 @@ def test_what_decoding_keeps_is_freed_before_work_is_done_again(monkeypatch) -> 
     monkeypatch.setattr(workspace, "_kept", object())
     PassBudget("update", "cpu", "auto", rows=1, trains=True).release()
     assert workspace._kept is None
+
+
+def test_groups_are_halved_and_every_row_is_done_once(caplog) -> None:
+    done: list[int] = []
+    sizes: list[int] = []
+
+    def work(rows) -> None:
+        sizes.append(len(rows))
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("x")
+        done.extend(rows)
+
+    each_group("scoring", [range(5), [5, 6, 7]], work)
+    assert done == list(range(8)) and sizes == [5, 3, 2, 1, 2, 2, 1]
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["scoring"]
+    with pytest.raises(torch.OutOfMemoryError):
+        each_group("scoring", [[0]], lambda rows: (_ for _ in ()).throw(torch.OutOfMemoryError("x")))

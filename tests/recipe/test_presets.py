@@ -152,11 +152,11 @@ def test_batch_sizes_scale(tmp_path: Path, given: dict[str, int], expected: tupl
     assert config.kl.coef == 0.02 and config.total_episodes == 256_000
 
 
-def test_microbatches_divide_a_batch_that_is_overridden(tmp_path: Path) -> None:
+def test_a_batch_that_is_overridden_need_not_be_a_multiple_of_a_microbatch(tmp_path: Path) -> None:
     sft = configured(tmp_path, "sft", "stiennon2020", "sft.training.batch_size=100")
-    assert (sft.training.batch_size, sft.training.microbatch_size) == (100, 25)
+    assert (sft.training.batch_size, sft.training.microbatch_size, sft.training.rows_per_pass) == (100, "auto", 32)
     reward = configured(tmp_path, "reward_model", "instructgpt2022", training={"batch_size": 12})
-    assert (reward.training.batch_size, reward.training.microbatch_size) == (12, 6)
+    assert (reward.training.batch_size, reward.training.rows_per_pass) == (12, 8)
 
 
 def test_what_a_preset_cannot_know_is_asked_for(tmp_path: Path) -> None:

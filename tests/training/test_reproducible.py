@@ -10,12 +10,13 @@ import pytest
 from transformers import Trainer
 from trl import DPOTrainer, SFTTrainer
 
+from stages.training.passes import PassesByTokens
 from stages.training.reproducible import BatchesByRow, LosslessCheckpoints, ShardedGradients, reproducible
 
-ADDED = {"blank", "restore_generators", "_sharded_grad_norm"}  # new methods
+ADDED = {"blank", "restore_generators", "_sharded_grad_norm", "_all_passes", "sizes_of", "part_of", "_pending_moments"}  # new methods
 OVERRIDDEN = [
     (mixin, name)
-    for mixin in (BatchesByRow, ShardedGradients, LosslessCheckpoints)
+    for mixin in (BatchesByRow, PassesByTokens, ShardedGradients, LosslessCheckpoints)
     for name, value in vars(mixin).items()
     if inspect.isfunction(value) and name not in ADDED
 ]

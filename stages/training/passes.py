@@ -1,0 +1,111 @@
+"""The passes of a Trainer's step, cut by tokens so that they fill a GPU's memory; smaller ones follow if memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stages.kernels.passes import tokens_of
+from stages.models.budget import PassBudget
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object
+
+
+class PassesByTokens(Trainer):
+    """With ``args.by_tokens`` the loader gives a complete step as one batch, and ``training_step`` cuts it into passes.
+
+    The loss of a pass must be a share of that of the step, so that the shares add up. ``sizes_of`` and ``part_of`` say how a batch is cut;
+    a trainer whose batches are not rows of tokens overrides both.
+    """
+
+    budget: PassBudget | None = None
+
+    # The Trainer's own accumulation has a fixed number of passes per step, each of as many rows; tokens need another number for each step.
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward passes over the step; returns the summed loss. Gradients must be empty before it."""
+        if not getattr(self.args, "by_tokens", False):
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self.budget is None:
+            self.budget = PassBudget("training", self.args.device, "auto", rows=self.args.per_device_eval_batch_size, trains=True)
+        metrics = _MetricCounts(self)
+        while True:
+            try:
+                loss = self._all_passes(model, inputs, num_items_in_batch)
+                break
+            except RuntimeError as error:
+                self.budget.retreat(error)
+            # Behind the except clause: the error held the tensors of the pass that failed.
+            model.zero_grad(set_to_none=True)
+            metrics.restore()
+            self.budget.release()
+        if self.budget.measures:
+            self.budget.settle(self._pending_moments(model))
+        return loss
+
+    def _all_passes(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
+        assert self.budget is not None
+        sizes = self.sizes_of(inputs)
+        order = sorted(range(len(sizes)), key=lambda row: -sizes[row])  # the largest first: what does not fit shows at once
+        losses = []
+        for rows in self.budget.groups(order, sizes):
+            with self.budget.one_pass(len(rows), tokens_of(rows, sizes)):
+                losses.append(super().training_step(model, self.part_of(inputs, sorted(rows)), num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def sizes_of(self, batch: dict[str, Any]) -> list[int]:
+        """Tokens of each example of a collated batch."""
+        return row_lengths(batch)
+
+    def part_of(self, batch: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+        """The examples ``rows`` of a collated batch."""
+        return chosen_rows(batch, rows)
+
+    def _pending_moments(self, model: Any) -> int:
+        """Bytes of the optimizer's moments, which are there after the first step."""
+        if self.optimizer.state:
+            return 0
+        each = 2 if "8bit" in self.args.optim else 8
+        return sum(each * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+class _MetricCounts:
+    """What TRL's trainers have counted so far, so that passes that are done again count once."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._lists: Any = getattr(trainer, "_metrics", {}).get("train", {})
+        self._lengths = {name: len(values) for name, values in self._lists.items()}
+        self._tokens = getattr(trainer, "_total_train_tokens", None)
+
+    def restore(self) -> None:
+        for name, values in self._lists.items():
+            del values[self._lengths.get(name, 0) :]
+        if self._tokens is not None:
+            self._trainer._total_train_tokens = self._tokens
+
+
+def row_lengths(batch: dict[str, Any]) -> list[int]:
+    """Tokens of each row of a batch with ``input_ids`` [B, T]: those that its mask counts, or T without a mask."""
+    rows, width = batch["input_ids"].shape
+    mask = batch.get("attention_mask")
+    return [width] * rows if mask is None else mask.sum(dim=1).tolist()
+
+
+def chosen_rows(batch: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """The rows of every tensor [B, ...] of a batch, without the columns that are padding for all of them (padding is on the right)."""
+    number, width = batch["input_ids"].shape
+    lengths = row_lengths(batch)
+    longest = max(lengths[row] for row in rows)
+    index = torch.tensor(list(rows), device=batch["input_ids"].device)
+    made = {}
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == number:
+            value = value.index_select(0, index)
+            value = value[:, :longest] if value.dim() > 1 and value.shape[1] == width else value
+        made[name] = value
+    return made
