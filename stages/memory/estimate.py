@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from stages.kernels.passes import GPU_SHARE
 from stages.memory.shapes import Shape
 
 FP32, HALF = 4, 2
@@ -66,6 +67,11 @@ class Machine:
     bytes: int
     compute: int
     name: str
+
+
+def fillable(machine: Machine) -> float:
+    """Bytes of a GPU up to which passes grow with ``microbatch_size: auto``."""
+    return GPU_SHARE * machine.bytes
 
 
 def dtype_bytes(precision: str, machine: Machine) -> int:

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.kernels.passes import GPU_SHARE
-from stages.memory.estimate import Machine, Memory, with_heap
+from stages.memory.estimate import Machine, Memory, fillable, with_heap
 from stages.memory.lengths import Counter, Lengths
 from stages.memory.models import View
 from stages.recipe.schema import STAGES
@@ -33,7 +32,7 @@ def memory_of(config: Any, models: Mapping[str, View], lengths: Lengths, machine
     def needed(settings: Any) -> Memory:
         return with_heap(planner.estimate(settings, models, lengths, machine, processes), machine, heap)
 
-    training = getattr(config, "training", None)
+    training: Any = getattr(config, "training", None)
     if machine.kind == "cpu" or processes > 1 or getattr(training, "microbatch_size", None) != "auto":
         return needed(config)
     # On one GPU the passes of a Trainer fill what is there (training/passes.py): the largest of these sizes that fits.
@@ -41,7 +40,7 @@ def memory_of(config: Any, models: Mapping[str, View], lengths: Lengths, machine
     while True:
         sized = config.model_copy(update={"training": training.model_copy(update={"microbatch_size": rows})})
         memory = needed(sized)
-        if rows == 1 or memory.total <= GPU_SHARE * machine.bytes:
+        if rows == 1 or memory.total <= fillable(machine):
             return memory
         rows //= 2
 

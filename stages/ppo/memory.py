@@ -6,8 +6,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from stages.config import AUTO_ROWS
-from stages.kernels.token_budget import GPU_SHARE, GPU_TOKENS, rows_per_batch
-from stages.memory.estimate import FP32, Machine, Memory, chunked_logits, dtype_bytes, inference, kv_cache, lora_rank, phases, trained
+from stages.kernels.token_budget import GPU_TOKENS, rows_per_batch
+from stages.memory.estimate import (
+    FP32,
+    Machine,
+    Memory,
+    chunked_logits,
+    dtype_bytes,
+    fillable,
+    inference,
+    kv_cache,
+    lora_rank,
+    phases,
+    trained,
+)
 from stages.memory.lengths import Counter, Lengths, prompt_texts
 from stages.memory.models import EVALUATION_ROWS, View, kept_activations, reading
 from stages.ppo.config import PPOStepConfig
@@ -67,7 +79,7 @@ def _update_rows(config: PPOStepConfig, length: int, machine: Machine, share: in
     if config.microbatch_size != "auto" or machine.kind == "cpu":
         return rows_per_batch(min(_rows(config), share), length, device_type=machine.kind)
     rows = max(1, min(share, GPU_TOKENS // length))
-    while rows > 1 and needed(rows) > GPU_SHARE * machine.bytes:
+    while rows > 1 and needed(rows) > fillable(machine):
         rows -= 1
     return rows
 

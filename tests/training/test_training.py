@@ -11,6 +11,7 @@ import torch
 
 from stages.config import OptimizerSettings
 from stages.errors import RecipeError, TrainingError
+from stages.models.budget import PassBudget
 from stages.training.arguments import schedule_arguments, split_batch, training_arguments
 from stages.training.reproducible import reproducible
 from stages.training.running import train
@@ -108,13 +109,17 @@ def test_the_log_has_a_line_per_hundredth_and_the_metrics_are_of_the_whole_run(s
 
 def test_the_microbatch_changes_no_step(step_context: Any, tiny_llama_folder: Path) -> None:
     weights = []
-    for microbatch in (4, 1):
-        context = step_context(name=f"test/micro{microbatch}")
+    for microbatch, by_tokens in ((4, False), (1, False), (4, True)):
+        context = step_context(name=f"test/micro{microbatch}{by_tokens}")
         trainer = make_trainer(context, tiny_llama_folder, microbatch_size=microbatch, rows=38)  # the last step has two rows
+        if by_tokens:  # as on one GPU with microbatch_size: auto
+            trainer.args.by_tokens = True
+            trainer.budget = PassBudget("training", "cpu", 3, rows=3, trains=True)
         train(trainer, context, "micro")
         weights.append(trainer.model.state_dict())
-    for name, expected in weights[0].items():
-        torch.testing.assert_close(weights[1][name], expected, rtol=1e-4, atol=1e-5, msg=name)
+    for others in weights[1:]:
+        for name, expected in weights[0].items():
+            torch.testing.assert_close(others[name], expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_trainers_that_depend_on_the_number_of_processes_are_not_taken(step_context: Any, tiny_llama_folder: Path) -> None:
