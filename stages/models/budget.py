@@ -19,6 +19,8 @@ from stages.kernels.token_budget import GPU_SHARE, GPU_TOKENS, rows_per_batch, t
 from stages.process.gpus import free_gpu_memory, own_peak
 from stages.sampling.workspace import drop_kept_workspace
 
+__all__ = ["PassBudget", "each_group", "is_out_of_memory", "release_memory", "tokens_of"]
+
 logger = logging.getLogger(__name__)
 
 FIRST_TOKENS = 2_048  # budget of a training pass on a GPU before memory is measured

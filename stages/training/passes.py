@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.kernels.passes import tokens_of
-from stages.models.budget import PassBudget
+from stages.models.budget import PassBudget, tokens_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
