@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from stages.kernels.passes import GPU_SHARE
+from stages.kernels.token_budget import GPU_SHARE
 from stages.memory.shapes import Shape
 
 FP32, HALF = 4, 2

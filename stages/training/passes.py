@@ -66,7 +66,7 @@ class PassesByTokens(Trainer):
 
     def _pending_moments(self, model: Any) -> int:
         """Bytes of the optimizer's moments, which are there after the first step."""
-        if self.optimizer.state:
+        if self.optimizer is None or self.optimizer.state:
             return 0
         each = 2 if "8bit" in self.args.optim else 8
         return sum(each * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
