@@ -21,7 +21,7 @@ from stages.models.quiet import quiet_transformers
 from stages.models.sharding import shard
 from stages.step import StepContext
 from stages.training.arguments import training_arguments
-from stages.training.passes import chosen_rows, row_lengths
+from stages.training.microbatches import chosen_rows, row_lengths
 from stages.training.reproducible import reproducible
 
 

@@ -65,17 +65,17 @@ def _logprobs(config: EvaluationConfig, model: Any, pad_token_id: int, samples: 
     from stages.models.responses import Policy, sequence_batch
 
     policy = Policy(model, temperature=config.generation.temperature or 1.0, autocast=None)
-    found: list[Tensor] = []
+    logprobs: list[Tensor] = []
 
-    def measure(places: Sequence[int]) -> None:
-        rows = [samples[place] for place in places]
+    def measure(indices: Sequence[int]) -> None:
+        rows = [samples[index] for index in indices]
         batch = sequence_batch([row.prompt_ids for row in rows], [row.response_ids for row in rows], pad_token_id, policy.device)
-        found.extend(policy.logprobs(batch).cpu().split([len(row.response_ids) for row in rows]))
+        logprobs.extend(policy.logprobs(batch).cpu().split([len(row.response_ids) for row in rows]))
 
     size, order = config.generation.batch_size, range(len(samples))
     with torch.inference_mode():
         each_group("evaluation", [order[start : start + size] for start in range(0, len(samples), size)], measure)
-    return found
+    return logprobs
 
 
 def token_details(config: EvaluationConfig, context: StepContext, asked: Asked, answers: dict[str, Answers]) -> list[dict[str, Any]]:

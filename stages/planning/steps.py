@@ -35,7 +35,7 @@ def memory_of(config: Any, models: Mapping[str, View], lengths: Lengths, machine
     training: Any = getattr(config, "training", None)
     if machine.kind == "cpu" or processes > 1 or getattr(training, "microbatch_size", None) != "auto":
         return needed(config)
-    # On one GPU the passes of a Trainer fill what is there (training/passes.py): the largest of these sizes that fits.
+    # On one GPU the passes of a Trainer fill what is there (training/microbatches.py): the largest of these sizes that fits.
     rows = training.batch_size
     while True:
         sized = config.model_copy(update={"training": training.model_copy(update={"microbatch_size": rows})})

@@ -19,7 +19,7 @@ from stages.rl.ranking import best_of_ranked_losses, ranking_losses, ranking_pai
 from stages.step import StepContext
 from stages.training.arguments import training_arguments, weights_dtype
 from stages.training.checkpoints import Checkpoints, load_tensors, save_tensors, trainable
-from stages.training.passes import chosen_rows, row_lengths
+from stages.training.microbatches import chosen_rows, row_lengths
 from stages.training.reproducible import reproducible
 from stages.training.running import train
 

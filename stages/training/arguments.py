@@ -119,7 +119,7 @@ def training_arguments(settings: OptimizerSettings, context: StepContext, *, pre
         warnings.simplefilter("ignore", FutureWarning)
         made: Any = (kind or TrainingArguments)(**{**arguments, **options})
     made.batch_size = settings.batch_size  # of all processes; the Trainer's own product of its arguments is rounded
-    made.by_tokens = by_tokens  # training/passes.py cuts each step into passes
+    made.by_tokens = by_tokens  # training/microbatches.py cuts each step into passes
     if made.n_gpu > 1:
         made._n_gpu = 1  # one process trains on one GPU (runtime.device); accelerate launch starts one process per GPU
     return made

@@ -18,7 +18,7 @@ from stages.errors import TrainingError
 from stages.models.sharding import clip_gradients, grouped, reduce_gradients
 from stages.training.batching import BatchPlan, make_loader
 from stages.training.checkpoints import Checkpoints, load_generators
-from stages.training.passes import PassesByTokens
+from stages.training.microbatches import PassesByTokens
 from stages.training.state import save_state
 
 if TYPE_CHECKING:

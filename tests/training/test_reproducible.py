@@ -10,7 +10,7 @@ import pytest
 from transformers import Trainer
 from trl import DPOTrainer, SFTTrainer
 
-from stages.training.passes import PassesByTokens
+from stages.training.microbatches import PassesByTokens
 from stages.training.reproducible import BatchesByRow, LosslessCheckpoints, ShardedGradients, reproducible
 
 ADDED = {"blank", "restore_generators", "_sharded_grad_norm", "_all_passes", "sizes_of", "part_of", "_pending_moments"}  # new methods

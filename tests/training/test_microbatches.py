@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from stages.training.passes import PassesByTokens, chosen_rows
+from stages.training.microbatches import PassesByTokens, chosen_rows
 
 
 class Plain:
