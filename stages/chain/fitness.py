@@ -52,12 +52,10 @@ def _is_classifier(step: RecipeStep, field_path: str) -> bool:
     """Whether the model in field ``field_path`` is a sequence classifier: in the sentiment stage, or a reward source with a label."""
     if step.stage == "sentiment":
         return True
-    from stages.recipe.source import parse_path
+    from stages.recipe.source import value_at
 
-    value: Any = step.config
-    for key in parse_path(field_path)[:-1]:
-        value = value[key] if isinstance(key, int) or isinstance(value, dict) else getattr(value, key)
-    return getattr(value, "label", None) is not None
+    source = field_path.rpartition(".")[0]
+    return bool(source) and getattr(value_at(step.config, source), "label", None) is not None
 
 
 def _base(reference: Reference, registry: Registry) -> ResolvedModel | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from io import StringIO
@@ -55,6 +55,29 @@ def parse_path(text: str) -> Steps:
     if not parts or text.startswith((".", "[")) or text.endswith(".") or ".." in text:
         raise ValueError(f"{text!r} is not a field path")
     return tuple(parts)
+
+
+def value_at(value: Any, path: str) -> Any:
+    """The value at a field path inside objects, mappings and lists; None if it does not exist.
+
+    A key of a mapping may contain dots, for example the name of a candidate (``pythia-2.8b``). The longest key that fits is taken.
+    """
+    return _follow(value, parse_path(path))
+
+
+def _follow(value: Any, keys: Steps) -> Any:
+    if not keys or value is None:
+        return value
+    if isinstance(value, Mapping):
+        for length in range(len(keys), 0, -1):
+            name = ".".join(map(str, keys[:length]))
+            if name in value:
+                return _follow(value[name], keys[length:])
+        return None
+    key, rest = keys[0], keys[1:]
+    if isinstance(key, int):
+        return _follow(value[key], rest) if isinstance(value, list) and key < len(value) else None
+    return _follow(getattr(value, key, None), rest)
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:

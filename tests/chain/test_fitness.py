@@ -75,3 +75,12 @@ def test_an_unfit_model_of_the_last_step_is_refused_at_the_plan(
 def test_a_classifier_with_a_label_is_a_fit_reward(models: Path, tmp_path: Path, tiny_llama_folder: Path) -> None:
     last = f"stage: ppo, policy: sft, reward: [{{model: {models}/bert, label: 0}}], data: rows.jsonl"
     assert [step.action for step in planned(tmp_path, tiny_llama_folder, last)] == ["run", "run"]
+
+
+def test_a_candidate_whose_name_has_a_dot_is_planned(models: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    best_of = f"{{n: 2, reward: {{model: {models}/bert, label: LABEL_1}}}}"
+    last = (
+        f"stage: evaluation, candidates: {{llama-2.8b: {{model: sft, best_of: {best_of}}}, llama-2.8b-bare: sft}}, data: rows.jsonl, "
+        f"judges: [{{model: {models}/bert, label: LABEL_1}}]"
+    )
+    assert [step.action for step in planned(tmp_path, tiny_llama_folder, last)] == ["run", "run"]

@@ -348,3 +348,13 @@ def test_reading_recipes_does_not_import_torch() -> None:
     code = "import sys, stages.chain.run, stages.cli; print([name for name in ('torch', 'trl', 'datasets') if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert run.stdout == "[]\n"
+
+
+def test_a_field_path_reaches_into_a_key_with_dots() -> None:
+    from stages.recipe.source import value_at
+
+    value = {"candidates": {"a-2.8b": {"model": "m"}, "a-2": {"8b": "other"}}, "judges": [{"label": 1}]}
+    assert value_at(value, "candidates.a-2.8b.model") == "m"
+    assert value_at(value, "candidates.a-2") == {"8b": "other"}
+    assert value_at(value, "judges[0].label") == 1
+    assert [value_at(value, path) for path in ("judges[1].label", "candidates.b.model", "data.train")] == [None, None, None]
