@@ -54,6 +54,8 @@ def models(texts: Sequence[str], folder: Path) -> dict[str, Path]:
         GPT2LMHeadModel,
         GPTNeoXConfig,
         GPTNeoXForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
         Qwen2Config,
         Qwen2ForCausalLM,
     )
@@ -63,6 +65,7 @@ def models(texts: Sequence[str], folder: Path) -> dict[str, Path]:
     gpt2 = byte_tokenizer(texts, ["<|endoftext|>"], bos_token="<|endoftext|>", unk_token="<|endoftext|>", model_max_length=1024)
     qwen = byte_tokenizer(texts, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pad_token="<|endoftext|>", model_max_length=32768)
     qwen.chat_template = CHATML
+    smol = byte_tokenizer(texts, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], bos_token="<|endoftext|>", unk_token="<|endoftext|>")
     words = word_tokenizer(texts)
     qwen_config = Qwen2Config(
         vocab_size=640,
@@ -75,15 +78,26 @@ def models(texts: Sequence[str], folder: Path) -> dict[str, Path]:
         eos_token_id=0,
         **size,
     )
+    smol_config = LlamaConfig(
+        vocab_size=640,
+        hidden_size=32,
+        intermediate_size=64,
+        num_key_value_heads=1,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        **size,
+    )
     neox_config = GPTNeoXConfig(vocab_size=640, hidden_size=32, intermediate_size=64, max_position_embeddings=2048, **size)
     gpt2_config = GPT2Config(vocab_size=len(gpt2), n_embd=32, n_layer=1, n_head=2, n_positions=1024, bos_token_id=0, eos_token_id=0)
     bert: dict[str, Any] = {"vocab_size": len(words), "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 2}
     labels = {"id2label": {0: "NEGATIVE", 1: "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}}
     classifier = DistilBertConfig(**bert, **labels, initializer_range=0.3)  # so that its scores differ
     made = {
-        "EleutherAI/pythia-1b-deduped": (GPTNeoXForCausalLM, neox_config, neox),
-        "Qwen/Qwen2.5-0.5B": (Qwen2ForCausalLM, qwen_config, qwen),
-        "Qwen/Qwen2.5-7B": (Qwen2ForCausalLM, qwen_config, qwen),
+        **{f"EleutherAI/pythia-{billions}b-deduped": (GPTNeoXForCausalLM, neox_config, neox) for billions in ("1", "2.8", "6.9", "12")},
+        **{f"Qwen/Qwen2.5-{billions}B": (Qwen2ForCausalLM, qwen_config, qwen) for billions in ("0.5", "1.5", "3", "7", "14")},
+        "HuggingFaceTB/SmolLM2-135M": (LlamaForCausalLM, smol_config, smol),
         "openai-community/gpt2": (GPT2LMHeadModel, gpt2_config, gpt2),
         "distilbert/distilbert-base-uncased": (DistilBertForMaskedLM, DistilBertConfig(**bert), words),
         "lvwerra/distilbert-imdb": (DistilBertForSequenceClassification, classifier, words),
@@ -166,6 +180,20 @@ def data_sets(texts: Sequence[str]) -> dict[str, dict[str, bytes]]:
             **shards("data", {"train": hellaswag(texts[:8]), "validation": hellaswag(texts[8:16]), "test": hellaswag(texts[16:24], "")}),
             "README.md": b"---\nlanguage:\n- en\n---\n",
         },
+        "tatsu-lab/alpaca": {
+            "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet": parquet(alpaca(texts[:100])),
+            "README.md": b"---\ndataset_info:\n  features:\n"
+            + b"".join(f"  - name: {name}\n    dtype: string\n".encode() for name in ("instruction", "input", "output", "text"))
+            + b"---\n",
+        },
+        "openbmb/UltraFeedback": {
+            **{f"{name}.jsonl": json_lines(graded(texts[:60], name)) for name in ("evol_instruct", "flan", "sharegpt", "ultrachat")},
+            "README.md": b"---\nlicense: mit\nlanguage:\n- en\n---\n",
+        },
+        "cornell-movie-review-data/rotten_tomatoes": {
+            **{f"{split}.parquet": parquet(reviews[:20]) for split in SPLITS},
+            "README.md": readme({"default": {split: f"{split}.parquet" for split in SPLITS}}),
+        },
         "stanfordnlp/sst2": {
             **shards("data", {split: sentences(texts[:10], hidden=split == "test") for split in ("train", "validation", "test")}),
             "README.md": b"---\nlanguage:\n- en\n---\n",
@@ -221,6 +249,47 @@ def pairs(texts: Sequence[str]) -> Rows:
         return " " + " ".join(words)
 
     return [{"prompt": post(text), "chosen": summary(text.split()[:6]), "rejected": summary(text.split()[-5:])} for text in texts]
+
+
+def alpaca(texts: Sequence[str]) -> Rows:
+    """Every third row has an input."""
+    rows = []
+    for place, text in enumerate(texts):
+        words = text.split()
+        row = {"instruction": " ".join(words[:5]), "input": " ".join(words[5:8]) if place % 3 == 0 else "", "output": " ".join(words[8:14])}
+        rows.append({**row, "text": f"### Instruction:\n{row['instruction']}\n\n### Response:\n{row['output']}"})
+    return rows
+
+
+def graded(texts: Sequence[str], source: str) -> Rows:
+    """Four completions of each instruction, each an object with its text and its grades."""
+
+    def completion(text: str, place: int) -> dict[str, Any]:
+        rating = {"Rating": str(place + 1), "Rationale": "because"}
+        annotations = {aspect: rating for aspect in ("instruction_following", "honesty", "truthfulness", "helpfulness")}
+        words = text.split()
+        return {
+            "annotations": annotations,
+            "custom_system_prompt": "Be helpful.",
+            "model": f"model-{place}",
+            "principle": "helpfulness",
+            "response": " ".join(words[place : place + 6]),
+            "critique": "Good.",
+            "fine-grained_score": 1.25 * place,
+            "overall_score": 2.0 * place,
+        }
+
+    return [
+        {
+            "source": source,
+            "instruction": text[:60],
+            "models": [f"model-{place}" for place in range(4)],
+            "completions": [completion(text, place) for place in range(4)],
+            "correct_answers": ["None"],
+            "incorrect_answers": ["None"],
+        }
+        for text in texts
+    ]
 
 
 def hh(texts: Sequence[str]) -> dict[str, bytes]:

@@ -28,7 +28,32 @@ def summaries(steps: str) -> list[str]:
     return [*trained, *limits, *policies, "verdict.num_prompts=3", "verdict.generation.max_new_tokens=4"]
 
 
+def assistant(best_of: str) -> list[str]:
+    """Fields of the recipes that make an assistant. Demonstrations: rows 0 to 59 train and prompt, those behind are held out."""
+    return [
+        *each("sft preference judge dpo", *TRAINING),
+        *each("sft", "data.train.limit=30", "data.validation.skip=60", "data.validation.limit=6"),
+        *each("preference dpo judge", "data.train.limit=20", "data.validation.skip=40", "data.validation.limit=6"),
+        "judge.data.train.skip=20",
+        *each("preference judge", "demonstrations.limit=6"),
+        *each("aligned aligned-ptx", *PPO, "data.skip=30", "data.limit=30", "generation.max_new_tokens=4", "generation.batch_size=4"),
+        "aligned-ptx.pretraining_mix.data.limit=20",
+        "aligned-ptx.pretraining_mix.block_size=32",
+        "verdict.data.skip=70",
+        "verdict.num_prompts=4",
+        "verdict.generation.max_new_tokens=4",
+        f"verdict.candidates.{best_of}.best_of.n=2",
+        "verdict.perplexity.skip=112",
+        "verdict.perplexity.limit=4",
+        "verdict.perplexity_block_size=128",
+    ]
+
+
 SHRUNK: dict[str, list[str]] = {
+    "assistant": assistant("best-of-8"),
+    "assistant-cpu": assistant("best-of-4"),
+    # Reads what assistant has published.
+    "small-against-large": ["verdict.data.skip=70", "verdict.num_prompts=4", "verdict.generation.max_new_tokens=4"],
     "imdb-sentiment": ["sentiment.max_length=64", *each("sentiment", *TRAINING)],
     "steer-sentiment": [
         *each("steered", *PPO, "data[0].limit=16", "generation.max_new_tokens=6"),
