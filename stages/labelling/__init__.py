@@ -1,1 +1,1 @@
-"""People who rank: tasks are published, a page asks, every answer is kept, and reports say how far people agree."""
+"""Human rankings: publish ranking tasks, show them on a web page, store every answer, and measure the agreement of annotators."""

@@ -1,6 +1,6 @@
-"""Who may open the page: a token per person in the URL, and a password where other machines can reach the server.
+"""Access control of the labelling pages: a token per person in the URL, and a password if other machines can reach the server.
 
-Tokens follow from a secret in the folder (access.json, readable by its owner alone), so that a link stays good when the server restarts.
+The tokens are derived from a secret in the folder (access.json, readable only by its owner). So links stay valid after a server restart.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LEAD = "lead"
 
 
 def check_annotator(name: str) -> str:
-    """``name``, where it can name an annotator. Raises DataError."""
+    """Return ``name`` if it is a valid annotator name. Raises DataError otherwise."""
     if not NAME.fullmatch(name):
         raise DataError(f"annotator {name!r}: expected 1 to 64 letters, digits or any of . _ @ + -")
     return name
@@ -33,7 +33,7 @@ def check_annotator(name: str) -> str:
 
 @dataclass
 class Access:
-    """Tokens, and the password where there is one."""
+    """The tokens of the pages, and the password if there is one."""
 
     secret: bytes
     password: str | None = None
@@ -42,7 +42,7 @@ class Access:
 
     @classmethod
     def of(cls, folder: Path, password: str | None = None) -> Access:
-        """The access of a folder; its secret is made on first use. Raises DataError for a password that is too short."""
+        """The access rules of a folder. Creates the secret on first use. Raises DataError if the password is too short."""
         if password is not None and len(password) < SHORTEST_PASSWORD:
             raise DataError(f"the password has {len(password)} characters; expected at least {SHORTEST_PASSWORD}")
         path = folder / ACCESS
@@ -57,35 +57,35 @@ class Access:
         return hmac.new(self.secret, text.encode(), hashlib.sha256).hexdigest()[:32]
 
     def token(self, annotator: str) -> str:
-        """The token of an annotator's link."""
+        """The token in an annotator's link."""
         return self._mac(f"annotator {annotator}")
 
     @property
     def lead_token(self) -> str:
-        """The token of the page for the one who leads."""
+        """The token in the link of the leader's progress page."""
         return self._mac(LEAD)
 
     def is_annotator(self, annotator: str, token: str) -> bool:
-        """Whether the token belongs to the annotator."""
+        """Whether ``token`` is the token of ``annotator``."""
         return NAME.fullmatch(annotator) is not None and hmac.compare_digest(self.token(annotator).encode(), token.encode())
 
     def is_lead(self, token: str) -> bool:
-        """Whether the token is that of the one who leads."""
+        """Whether ``token`` is the leader's token."""
         return hmac.compare_digest(self.lead_token.encode(), token.encode())
 
     # The password
 
     @property
     def session(self) -> str:
-        """The cookie of somebody who gave the password; another password makes it void."""
+        """The cookie of a user who gave the password. A new password makes old cookies invalid."""
         return self._mac(f"session {self.password}")
 
     def has_session(self, cookie: str) -> bool:
-        """Whether the password was given, or none is needed."""
+        """Whether the user with this cookie gave the password. Always true if no password is set."""
         return self.password is None or hmac.compare_digest(self.session.encode(), cookie.encode())
 
     def gives_password(self, text: str) -> bool | None:
-        """Whether ``text`` is the password; None where too many wrong ones came in the last minute."""
+        """Whether ``text`` is the password. None after ten wrong passwords within one minute."""
         with self._lock:
             now = time.monotonic()
             self._failures = [moment for moment in self._failures if now - moment < 60]
@@ -98,12 +98,12 @@ class Access:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``."""
+    """Whether only this machine can reach the address ``host``."""
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def link(base: str, access: Access, annotator: str | None) -> str:
-    """The address of an annotator's page, or of the leader's where no annotator is named."""
+    """The URL of an annotator's page, or of the leader's progress page if ``annotator`` is None."""
     if annotator is None:
         return f"{base}/progress?token={access.lead_token}"
     from urllib.parse import quote

@@ -1,7 +1,7 @@
-"""Who gets which task next. A task that somebody has open is not given to another until the lease runs out.
+"""Choose each annotator's next task. Leases limit how many annotators work on a task at the same time.
 
-Screening tasks come first. Then the tasks in their published order: an overlap task until as many people have ranked it as the settings
-say, any other until one person has. Which tasks overlap follows from the seed.
+Screening tasks come first. The other tasks follow in their published order. An overlap task is open until it has as many rankings as the
+settings ask for. Any other task is open until it has one ranking. The seed decides which tasks overlap.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ LEASE_SECONDS = 3600.0
 
 
 def overlap_tasks(ids: Sequence[str], share: float, seed: int) -> set[str]:
-    """The tasks that go to several people: ``share`` of all, rounded, chosen by the seed."""
+    """Ids of the tasks that go to several annotators. The seed chooses a ``share`` of all tasks (rounded)."""
     ordered = sorted(ids, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     return set(ordered[: round(share * len(ordered))])
 
 
 def shown_order(task: str, annotator: str, number: int, seed: int) -> list[int]:
-    """The completions' indices in the order in which this annotator sees them; the same every time."""
+    """Indices of ``number`` completions in the order in which this annotator sees them. Equal arguments always give the same order."""
     order = list(range(number))
     Random(f"{seed} {task} {annotator}").shuffle(order)
     return order
 
 
 class Assignment:
-    """Open tasks, and who holds a lease on which. Not thread-safe: the store calls it under its lock."""
+    """The open tasks and their leases. Not thread-safe: the store calls it while it holds its lock."""
 
     def __init__(
         self,
@@ -39,15 +39,15 @@ class Assignment:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.ids, self.wanted = list(ids), wanted
-        self.ranked: dict[str, set[str]] = {name: set() for name in ids}  # task -> who has ranked it
-        self.num_ranked = 0  # tasks that somebody has ranked
+        self.ranked: dict[str, set[str]] = {name: set() for name in ids}  # task -> annotators who ranked it
+        self.num_ranked = 0  # tasks with at least one ranking
         self._leases: dict[str, dict[str, float]] = {}
         self._held: dict[str, str] = {}  # annotator -> task
-        self._start = 0  # every task before this one has all the rankings it wants
+        self._start = 0  # index; all tasks before it have all the rankings that they need
         self._lease_seconds, self._clock = lease_seconds, clock
 
     def next(self, annotator: str, answered: Collection[str], wish: str | None = None) -> str | None:
-        """The annotator's next task: the one they hold, the one they wish for where it is open, else the first open one."""
+        """The task that the annotator holds, else the task ``wish`` if it is open, else the first open task. None if no task is open."""
         for name in (self._held.get(annotator), wish):
             if name in self.ranked and name not in answered and self._is_open(name, annotator):
                 return self._lease(name, annotator)
@@ -61,16 +61,16 @@ class Assignment:
 
     @property
     def held(self) -> dict[str, str]:
-        """The task that each annotator has open."""
+        """Annotator -> the task that they have open."""
         return dict(self._held)
 
     def hold(self, annotator: str, task: str) -> None:
-        """Give a lease again that was given before the server ended."""
+        """Restore a lease from before a server restart, if the task is still open."""
         if task in self.ranked and self._is_open(task, annotator):
             self._lease(task, annotator)
 
     def answered(self, task: str, annotator: str, *, is_ranked: bool) -> None:
-        """Note an answer; a task that was skipped or flagged stays open for others."""
+        """Record an answer. A skipped or flagged task stays open for other annotators."""
         people = self.ranked[task]
         before = bool(people)
         if is_ranked:
@@ -84,7 +84,7 @@ class Assignment:
             del self._held[annotator]
 
     def num_begun(self) -> int:
-        """How many tasks somebody has ranked, and others have still to rank."""
+        """Number of tasks that have at least one ranking and need more."""
         return sum(0 < len(people) < self.wanted[task] for task, people in self.ranked.items())
 
     def _is_open(self, task: str, annotator: str) -> bool:

@@ -1,4 +1,4 @@
-"""What ``stages label`` does: find the tasks, say who may open which address, and serve until it is stopped."""
+"""The ``stages label`` command: find the tasks, print the links, and serve the pages until the user stops the server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ PASSWORD_VARIABLE = "STAGES_LABEL_PASSWORD"
 
 
 def open_folder(what: str, home: Path, settings: dict[str, Any]) -> Path:
-    """The labelling folder of a step or a file. ``settings``: what options say of a file. Raises DataError with what is known."""
+    """The labelling folder of a step or a file. ``settings`` are the command-line options for a file.
+
+    Raises DataError if nothing matches ``what`` (the message lists the known steps), or if options are given for the tasks of a step.
+    """
     folder = find_folder(what, home)
     if folder is not None:
         if settings:
@@ -37,7 +40,7 @@ def open_folder(what: str, home: Path, settings: dict[str, Any]) -> Path:
 
 
 def annotator_names(given: Sequence[str]) -> list[str]:
-    """The annotators that get a link: those named, else the user of this machine."""
+    """Names of the annotators that get a link: the given names, or the user of this machine if none are given."""
     if given:
         return [check_annotator(name) for name in dict.fromkeys(given)]
     try:
@@ -47,7 +50,11 @@ def annotator_names(given: Sequence[str]) -> list[str]:
 
 
 def serve(folder: Path, annotators: Sequence[str], *, host: str, port: int | None, password: str | None, console: Console) -> None:
-    """Serve a folder until SIGTERM or Ctrl-C. Raises LaunchError where no address can be had, DataError where it is served already."""
+    """Serve a folder until SIGTERM or Ctrl-C.
+
+    Raises LaunchError if the address is not available, or if other machines can reach it and no password is set. Raises DataError if
+    another server holds the folder.
+    """
     from stages.labelling.server import LabelServer, base_url, listen, make_server
 
     if not is_loopback(host) and password is None:

@@ -1,4 +1,4 @@
-"""How a recipe asks people to rank, and the questions that the page asks (a YAML file beside the recipe)."""
+"""Recipe settings for human rankings, and the questions that the page asks (a YAML file next to the recipe)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stages.errors import DataError
 
 
 class Rating(Strict):
-    """A Likert scale that every completion is rated on."""
+    """A Likert scale. Annotators rate every completion on it."""
 
     name: str = Field(pattern=r"^[\w-]+$", description="Name in the answers.")
     text: str = Field(min_length=1, description="What is asked.")
@@ -30,14 +30,14 @@ class Rating(Strict):
 
 
 class Check(Strict):
-    """A check box of every completion."""
+    """A check box that is shown for every completion."""
 
     name: str = Field(pattern=r"^[\w-]+$", description="Name in the answers.")
     text: str = Field(min_length=1, description="What is ticked.")
 
 
 class Questions(Strict):
-    """What is asked about the completions of a prompt, beside their ranking."""
+    """The questions about the completions of a prompt: the ranking, and optional ratings, check boxes and notes."""
 
     title: str = Field("Rank the answers", min_length=1, description="Heading of the page.")
     ranking: str = Field("Rank the answers from best to worst.", min_length=1, description="What is asked of the ranking.")
@@ -66,7 +66,7 @@ FileField = Annotated[DataSource, BeforeValidator(lambda value: value if isinsta
 
 
 class SimulatedPeople(Strict):
-    """Functions in the place of people: they answer over the same HTTP interface as the page, so that a chain runs without anybody."""
+    """A function that replaces the annotators. It answers over the same HTTP interface as the page, so a recipe can run without people."""
 
     function: str = Field(
         pattern=r"^[\w.]+:\w+$", description="package.module:function, called with annotator, prompt and completions; returns scores."
@@ -75,7 +75,7 @@ class SimulatedPeople(Strict):
 
 
 class People(Strict):
-    """People who rank completions on the page of ``stages label``."""
+    """Settings for people who rank completions on the page of ``stages label``."""
 
     questions: FileField | None = Field(None, description="YAML file with the questions; null: the ranking alone.")
     instructions: FileField | None = Field(None, description="Markdown file that annotators are shown.")
@@ -93,13 +93,13 @@ class People(Strict):
     simulate: SimulatedPeople | None = Field(None, description="Functions in the place of people; null: people.")
 
     def data_inputs(self, place: str) -> dict[str, list[DataSource]]:
-        """The files by field path."""
+        """The input files by field path. ``place`` is the field path of this object."""
         files = {"questions": self.questions, "instructions": self.instructions}
         found = {f"{place}.{name}": [source] for name, source in files.items() if source is not None}
         return found | ({f"{place}.gold": self.gold} if self.gold is not None else {})
 
     def check(self) -> None:
-        """Raise DataError where a file cannot be used."""
+        """Raise DataError if a file cannot be used."""
         from stages.labelling.publishing import read_gold
 
         questions = load_questions(self.questions)
@@ -109,13 +109,13 @@ class People(Strict):
 
 
 class AskPeople(Strict):
-    """A judge that is people: ``judge: {people: {...}}``."""
+    """A judge that asks people: ``judge: {people: {...}}``."""
 
     people: People = Field(description="Who is asked, and what.")
 
 
 class PeopleJudge(AskPeople):
-    """People as a judge of an evaluation: they see the candidates' completions side by side, without names."""
+    """People as a judge of an evaluation. They see the completions of the candidates side by side, without the candidates' names."""
 
     name: str = Field("people", pattern=r"^[\w.-]+$", description="Name in reports.")
     candidates: list[str] | None = Field(None, min_length=2, description="Candidates that are shown; null: all.")
@@ -133,12 +133,15 @@ class PeopleJudge(AskPeople):
         return self.name
 
     def data_input(self) -> list[DataSource] | None:
-        """A file of judgements: none here."""
+        """Always None: this judge reads no file of judgements."""
         return None
 
 
 def load_questions(source: DataSource | None) -> Questions:
-    """The questions of a YAML file; the ranking alone without one. Raises DataError that names the file, the field and what is wrong."""
+    """Read the questions from a YAML file. Without a file, the page asks only for the ranking.
+
+    Raises DataError with the file, the field and the problem.
+    """
     if source is None:
         return Questions()
     from pydantic import ValidationError
@@ -161,7 +164,7 @@ def load_questions(source: DataSource | None) -> Questions:
 
 
 def load_instructions(source: DataSource | None) -> str:
-    """The Markdown text for annotators; empty without a file."""
+    """The Markdown text for annotators. Empty without a file."""
     return "" if source is None else _read(Path(source.path), "instructions")
 
 

@@ -1,13 +1,14 @@
-"""Tasks and answers in the formats of other tools.
+"""Export and import tasks and answers in the formats of other tools.
 
-    argilla         records of Argilla 2 (fields prompt, completion_1 ...; one RankingQuestion), a JSON list
-    label-studio    tasks of Label Studio: K completions in a List with a Ranker, two in a Pairwise; a JSON list
-    alpaca-eval     annotations of AlpacaEval: a row per pair, preference 1, 2 or 1.5 for a tie; a JSON list
-    pandalm         the test set of PandaLM: a row per pair with response1, response2, annotator1 ... (1, 2, 0 for a tie); a JSON list
-    csv             a row per task, annotator and completion, with its rank
-    comparisons     prompt + completions + ranks + annotator, JSON lines (out only): what training steps read
+    argilla         records of Argilla 2 (fields prompt, completion_1, ...; one RankingQuestion); a JSON list
+    label-studio    tasks of Label Studio: two completions in a Pairwise tag, more in a List with a Ranker; a JSON list
+    alpaca-eval     annotations of AlpacaEval: one row per pair, preference 1, 2, or 1.5 for a tie; a JSON list
+    pandalm         test set of PandaLM: one row per pair with response1, response2, annotator1, ... (1, 2, 0 for a tie); a JSON list
+    csv             one row per task, annotator and completion, with its rank
+    comparisons     prompt + completions + ranks + annotator, JSON lines (export only): the format that training steps read
 
-What a format cannot hold, such as a tie in Label Studio, and what belongs to no task is counted and reported, never guessed.
+Some formats cannot represent everything: Label Studio, for example, has no ties. Such answers, and rows that match no task, are counted and
+reported.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ LABEL_STUDIO_CONFIG = {
 
 @dataclass
 class Taken:
-    """One ranking that came in: the task it is about, who gave it, ranks in the order of the task's completions."""
+    """One imported ranking: its task, its annotator, and the ranks in the order of the task's completions."""
 
     task: str
     annotator: str
@@ -50,24 +51,24 @@ class Taken:
 
 @dataclass
 class Incoming:
-    """What a file holds for a folder, and what of it was left out and why."""
+    """The rankings in an imported file, and the number of skipped rows by reason."""
 
     labels: Labels
     rankings: list[Taken] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
 
     def skip(self, reason: str) -> None:
-        """Count a row that is left out."""
+        """Count one skipped row under ``reason``."""
         self.left_out[reason] = self.left_out.get(reason, 0) + 1
 
     @cached_property
     def pairs(self) -> dict[tuple[str, frozenset[str]], LabelTask]:
-        """The tasks with two completions, by prompt and texts."""
+        """Tasks with two completions, by (prompt, set of the two texts)."""
         tasks = (task for task in self.labels.tasks.values() if len(task.completions) == 2)
         return {(plain_text(task.asked), frozenset(task.texts)): task for task in tasks}
 
     def take(self, task: str, annotator: Any, ranks: list[int]) -> None:
-        """Note a ranking; smaller numbers are better."""
+        """Add a ranking. The lowest rank is the best."""
         self.rankings.append(Taken(task, str(annotator), ranks))
 
 
@@ -78,7 +79,7 @@ def _objects(content: Any) -> list[dict[str, Any]]:
 
 
 def given_answers(labels: Labels) -> Iterator[tuple[LabelTask, LabelAnswer]]:
-    """Rankings that count, task by task."""
+    """All rankings that count, with their tasks, in the order of the tasks."""
     for name, task in labels.tasks.items():
         for annotator in sorted(labels.answers):
             answer = labels.answers[annotator].get(name)
@@ -87,7 +88,7 @@ def given_answers(labels: Labels) -> Iterator[tuple[LabelTask, LabelAnswer]]:
 
 
 def answers_of(labels: Labels, task: LabelTask) -> list[LabelAnswer]:
-    """The rankings of one task that count."""
+    """The rankings of one task that count, sorted by annotator."""
     return [
         answer for annotator in sorted(labels.answers) if (answer := labels.answers[annotator].get(task.id)) is not None and answer.is_used
     ]
@@ -102,7 +103,7 @@ def _from_order(order: list[int]) -> list[int]:
 
 
 def _without_ties(answers: Iterable[LabelAnswer], lost: dict[str, int], reason: str) -> Iterator[tuple[LabelAnswer, list[int]]]:
-    """The answers whose ranks are all different, with their ranks; the others are counted in ``lost`` under ``reason``."""
+    """The answers without ties, with their ranks. The answers with ties are counted in ``lost`` under ``reason``."""
     for answer in answers:
         assert answer.ranks is not None
         if len(set(answer.ranks)) < len(answer.ranks):
@@ -136,7 +137,7 @@ def _argilla_out(labels: Labels) -> tuple[Any, dict[str, int]]:
 
 
 def _argilla_value(names: list[str], answer: LabelAnswer) -> list[Any]:
-    """A ranking as Argilla holds it: names, best first; where completions tie, {value, rank} with ranks from 1."""
+    """A ranking in Argilla's format: the names, best first. With ties, a list of {value, rank} whose ranks start at 1."""
     assert answer.ranks is not None
     order = _best_first(answer.ranks)
     if len(set(answer.ranks)) == len(answer.ranks):
@@ -145,7 +146,7 @@ def _argilla_value(names: list[str], answer: LabelAnswer) -> list[Any]:
 
 
 def _user_id(annotator: str) -> str:
-    """Argilla knows people by UUIDs; this one follows from the name."""
+    """A UUID derived from the annotator's name, because Argilla identifies users by UUID."""
     return str(uuid5(NAMESPACE_URL, f"annotator:{annotator}"))
 
 
@@ -172,7 +173,11 @@ def _argilla_in(content: Any, labels: Labels, found: Incoming) -> None:
 
 
 def _argilla_responses(record: dict[str, Any]) -> list[Any]:
-    """The responses to the ranking: nested (Record.to_dict), or flattened (to_list(flatten=True)) as three parallel lists."""
+    """The responses to the ranking question.
+
+    They are nested (Record.to_dict), or flattened into three parallel lists (to_list(flatten=True)). Raises DataError if the lists differ
+    in length.
+    """
     responses = record.get("responses")
     if isinstance(responses, dict):
         return list(responses.get(RANKING) or [])
@@ -186,7 +191,10 @@ def _argilla_responses(record: dict[str, Any]) -> list[Any]:
 
 
 def _argilla_ranks(value: Any, number: int) -> list[int] | None:
-    """Ranks of Argilla's three forms: names best first; a list of {value, rank}; {value: [names], rank: [numbers]}."""
+    """Ranks from Argilla's three formats. None if the value is not a complete ranking.
+
+    The formats are: names, best first; a list of {value, rank}; {value: [names], rank: [numbers]}.
+    """
     if isinstance(value, dict) and isinstance(value.get("value"), list) and isinstance(value.get("rank"), list):
         if len(value["value"]) != len(value["rank"]):
             return None
@@ -220,7 +228,7 @@ def _label_studio_out(labels: Labels) -> tuple[Any, dict[str, int]]:
         for answer, ranks in _without_ties(answers_of(labels, task), lost, TIED_LABEL_STUDIO):
             if is_pair:
                 side = "left" if ranks[0] < ranks[1] else "right"
-                # The editor writes the name of the Pairwise tag itself as to_name.
+                # Label Studio's editor writes the name of the Pairwise tag as to_name.
                 result = {"from_name": RANKING, "to_name": RANKING, "type": "pairwise", "value": {"selected": side}}
             else:
                 order = [f"completion_{index + 1}" for index in _best_first(ranks)]
@@ -275,7 +283,7 @@ def _label_studio_ranks(result: dict[str, Any], number: int) -> list[int] | None
 
 
 def _author(task: LabelTask, index: int) -> str:
-    """Who wrote a completion, by name; its number where nobody is known."""
+    """Names of the models that wrote a completion, or ``completion_N`` if none is known."""
     return "+".join(task.authors[index]) or f"completion_{index + 1}"
 
 
@@ -349,7 +357,10 @@ def _pandalm_in(content: Any, labels: Labels, found: Incoming) -> None:
 
 
 def _take_pair(found: Incoming, prompt: Any, first: Any, second: Any, side: int, annotator: Any) -> None:
-    """Note a vote on two completions, where a task shows just these two. ``side``: 1 the first is better, -1 the second, 0 a tie."""
+    """Add a vote if a task has exactly these two completions.
+
+    ``side``: 1 if the first is better, -1 if the second is better, 0 for a tie.
+    """
     task = found.pairs.get((str(prompt), frozenset((str(first), str(second)))))
     if task is None:
         found.skip("pairs of no task here with these two completions")
@@ -410,7 +421,7 @@ def _csv_in(text: str, labels: Labels, found: Incoming) -> None:
             found.take(name, annotator, [ranks[index] for index in range(len(task.completions))])
 
 
-# The two directions
+# Export and import
 
 WRITERS: dict[str, Callable[[Labels], tuple[Any, dict[str, int]]]] = {
     "argilla": _argilla_out,
@@ -427,7 +438,7 @@ READERS: dict[str, Callable[[Any, Labels, Incoming], None]] = {
 
 
 def export_labels(folder: Path, kind: str, path: Path) -> str:
-    """Write tasks and answers in another tool's format; returns what to tell. Raises DataError for an unknown format."""
+    """Write tasks and answers in another tool's format. Returns a message for the user. Raises DataError for an unknown format."""
     labels = read_labels(folder)
     lost: dict[str, int] = {}
     if kind == "csv":
@@ -449,9 +460,9 @@ def export_labels(folder: Path, kind: str, path: Path) -> str:
 
 
 def import_answers(folder: Path, kind: str, path: Path) -> str:
-    """Take rankings in from another tool's file; returns what to tell. Answers that are there already are not repeated.
+    """Import rankings from another tool's file. Returns a message for the user. Skips answers that are already in the folder.
 
-    Raises DataError for an unknown format, or a row that is broken; nothing is taken in then.
+    Raises DataError for an unknown format or an invalid row. In that case nothing is imported.
     """
     if kind not in READERS and kind != "csv":
         raise DataError(f"{kind!r} is no format; expected one of {', '.join([*READERS, 'csv'])}")
@@ -475,7 +486,10 @@ def import_answers(folder: Path, kind: str, path: Path) -> str:
 
 
 def _keep(folder: Path, kind: str, found: Incoming) -> tuple[int, int]:
-    """(rankings kept, rankings that were there already). An imported answer's id follows from its content."""
+    """Store the rankings.
+
+    Returns (number of new rankings, number of rankings already stored). The id of an answer is a hash of its content.
+    """
     store = Store(folder)
     taken = known = 0
     try:
@@ -494,5 +508,5 @@ def _keep(folder: Path, kind: str, found: Incoming) -> tuple[int, int]:
 
 
 def _annotator_name(name: str) -> str:
-    """A name as annotators may have it: other characters become hyphens."""
+    """``name`` as a valid annotator name: at most 64 characters, with hyphens instead of characters that are not allowed."""
     return "".join(char if char.isalnum() or char in "._@+-" else "-" for char in name)[:64] or "imported"

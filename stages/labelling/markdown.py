@@ -1,4 +1,4 @@
-"""Instructions for annotators: Markdown as HTML that holds no markup of the file's own, no images and no address but the web's."""
+"""Instructions for annotators: render Markdown as HTML without raw HTML, without images, and only with web, mail and in-page links."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def render(text: str) -> str:
-    """HTML of a Markdown text. Raw HTML is shown as text; links open beside the page; images become their description."""
+    """Convert Markdown to HTML. Raw HTML is shown as text, links open in a new tab, and images are replaced by their description."""
     if not text.strip():
         return ""
     from markdown_it import MarkdownIt
@@ -34,6 +34,6 @@ def _image(self: Any, tokens: Sequence[Any], place: int, options: Any, env: Any)
 
 
 def _lower_heading(self: Any, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
-    """The page has its own h1 and h2."""
+    """Lower a heading by two levels, because the page has its own h1 and h2."""
     tokens[place].tag = f"h{min(6, int(tokens[place].tag[1]) + 2)}"
     return str(self.renderToken(tokens, place, options, env))

@@ -1,6 +1,6 @@
-"""Publishing tasks: a labelling folder is made once, its settings may change, and its answers are never touched.
+"""Create labelling folders. Tasks are written once, settings can change later, and this module never changes answers.
 
-<home>/labelling/<recipe>/<step>/<key>/    tasks of a step; ``latest`` beside it names the newest
+<home>/labelling/<recipe>/<step>/<key>/    tasks of a step; the link ``latest`` next to it points to the newest folder
 <home>/labelling/files/<name>-<digest>/    tasks of a file
 """
 
@@ -22,12 +22,12 @@ from stages.errors import DataError
 from stages.labelling.config import People, Questions, load_instructions, load_questions
 from stages.process.storage import sync, write_json
 
-SCORES = "scores.json"  # of a reward model: {"model": ref, "digest": ..., "scores": {task: [...]}}
+SCORES = "scores.json"  # scores of a reward model: {"model": ref, "digest": ..., "scores": {task: [...]}}
 
 
 @dataclass(frozen=True)
 class LabelSettings:
-    """labelling.json, read. ``target`` is a number of tasks; ``seed`` decides orders and which tasks overlap."""
+    """The content of labelling.json. ``target`` is a number of tasks. ``seed`` decides which tasks overlap, and all display orders."""
 
     name: str
     seed: int
@@ -40,13 +40,16 @@ class LabelSettings:
 
 
 def step_folder(home: Path, name: str, key: dict[str, Any]) -> Path:
-    """Where the tasks of a step lie. ``key`` holds all that decides the tasks: people's work is found again whatever else changes."""
+    """The folder for the tasks of a step. ``key`` contains everything that decides the tasks.
+
+    A later run with the same key finds the existing answers, even if other settings changed.
+    """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
     return home / "labelling" / name / digest
 
 
 def publish_tasks(folder: Path, tasks: Sequence[LabelTask]) -> None:
-    """Write the tasks of a new folder, whole or not at all. Raises DataError where there are none."""
+    """Write the tasks of a new folder atomically. Raises DataError if there are none."""
     if not tasks:
         raise DataError(f"{folder}: there is nothing to rank: no prompt has two different completions")
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,9 +57,9 @@ def publish_tasks(folder: Path, tasks: Sequence[LabelTask]) -> None:
 
 
 def publish_settings(folder: Path, name: str, seed: int, people: People, only: Collection[str] | None = None) -> LabelSettings:
-    """Write (or bring up to date) what a folder of tasks is asked with; ``only`` names the fields of ``people`` that change, None: all.
+    """Write or update the settings of a folder of tasks. ``only`` names the fields of ``people`` to change; None changes all.
 
-    Raises DataError for files or a target that cannot be.
+    Raises DataError if a file cannot be used, or if the target is larger than the number of tasks.
     """
     before = json.loads((folder / SETTINGS).read_text(encoding="utf-8")) if (folder / SETTINGS).exists() else None
     number = len(read_tasks(folder / TASKS))
@@ -89,25 +92,25 @@ def publish_settings(folder: Path, name: str, seed: int, people: People, only: C
 
 
 def read_settings(folder: Path) -> LabelSettings:
-    """The settings of a labelling folder."""
+    """Read the settings of a labelling folder."""
     content = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     fields = {name: content[name] for name in LabelSettings.__dataclass_fields__}
     return LabelSettings(**{**fields, "questions": Questions.model_validate(content["questions"])})
 
 
 def scored_by(folder: Path) -> str | None:
-    """Digest of the reward model whose scores are kept beside the tasks."""
+    """Digest of the reward model whose scores are stored with the tasks. None if there are no scores."""
     path = folder / SCORES
     return json.loads(path.read_text(encoding="utf-8"))["digest"] if path.exists() else None
 
 
 def publish_scores(folder: Path, ref: str, digest: str, scores: dict[str, list[float]]) -> None:
-    """Keep what the last round's reward model says of every task's completions; annotators never see it."""
+    """Store the last round's reward model scores of the completions of every task. Annotators never see them."""
     write_json(folder / SCORES, {"model": ref, "digest": digest, "scores": scores})
 
 
 def point_latest(folder: Path) -> None:
-    """Make ``latest`` beside a step's folder name it."""
+    """Make the link ``latest`` next to a step's folder point to this folder."""
     partial = folder.parent / f".latest.{uuid.uuid4().hex}"
     partial.symlink_to(folder.name)
     os.replace(partial, folder.parent / "latest")
@@ -124,7 +127,7 @@ def _write(path: Path, tasks: Sequence[LabelTask]) -> None:
 def task_of(
     prompt: Any, completions: Sequence[Completion], authors: Sequence[Sequence[str]], digests: Sequence[Sequence[str]], sample: int = 0
 ) -> LabelTask:
-    """A task with an id that follows from its content."""
+    """Create a task. Its id is a hash of its content."""
     from stages.corpora.messages import tools_of
 
     tools = tools_of(prompt)
@@ -134,11 +137,11 @@ def task_of(
     return LabelTask(number, asked, list(completions), [list(one) for one in authors], [list(one) for one in digests], sample, None, tools)
 
 
-# Tasks of files
+# Tasks from files
 
 
 def read_gold(sources: Sequence[DataSource], questions: Questions) -> list[LabelTask]:
-    """Screening tasks with their known answers. Raises DataError with the place of a row that is none."""
+    """Read screening tasks with their known answers. Raises DataError with the location of an invalid row."""
     from stages.corpora.comparisons import comparison
     from stages.corpora.files import read_rows
 
@@ -168,10 +171,10 @@ def read_gold(sources: Sequence[DataSource], questions: Questions) -> list[Label
 
 
 def file_tasks(path: Path) -> list[LabelTask]:
-    """Tasks of a file of completions: prompt + completions (or responses, or chosen + rejected), with ``models`` or ``authors`` if known.
+    """Read tasks from a file: prompt + completions (or responses, or chosen + rejected), and ``models`` or ``authors`` if known.
 
-    Several rows ``prompt + completion`` of one prompt make one task; ``model`` or ``generator`` tells who wrote each. Ranks in the file are
-    not shown. Raises DataError with the place of a row that holds nothing to rank.
+    Rows of ``prompt + completion`` with the same prompt form one task; ``model`` or ``generator`` names the author of each completion.
+    Annotators do not see ranks from the file. Raises DataError with the location of a row that gives no valid task.
     """
     from stages.corpora.comparisons import comparison
     from stages.corpora.completions import completion_in
@@ -201,7 +204,10 @@ def file_tasks(path: Path) -> list[LabelTask]:
 
 
 def _distinct_task(place: str, prompt: Any, completions: Sequence[Completion], names: Any) -> LabelTask:
-    """A task of the different completions; who wrote the same text shares it. ``names``: per completion a name, or a list of names."""
+    """A task that contains each different completion once. Authors of the same text share it.
+
+    ``names``: for each completion a name or a list of names.
+    """
     if names is not None and (not isinstance(names, list) or len(names) != len(completions)):
         raise DataError(f"{place}: expected {len(completions)} names of models, got {names!r:.60}")
     found: dict[str, tuple[Completion, list[str]]] = {}
@@ -220,7 +226,7 @@ def _check_number(place: str, number: int) -> None:
 
 
 def publish_file(path: Path, home: Path, people: People, given: Collection[str]) -> Path:
-    """The labelling folder of a file of completions, made where it is not there yet. ``given``: the fields of ``people`` to change."""
+    """The labelling folder of a file of completions. Created if it does not exist. ``given``: the fields of ``people`` to change."""
     content = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     folder = home / "labelling" / "files" / f"{path.name.split('.')[0]}-{content}"
     if not (folder / TASKS).exists():
@@ -231,7 +237,10 @@ def publish_file(path: Path, home: Path, people: People, given: Collection[str])
 
 
 def find_folder(what: str, home: Path) -> Path | None:
-    """The labelling folder that a user names by its path, as RECIPE/STEP, or by the step alone where only one recipe has it."""
+    """Find a labelling folder by its path, by RECIPE/STEP, or by STEP alone. Returns None if nothing matches.
+
+    Raises DataError if several recipes have the step.
+    """
     root = home / "labelling"
     for path in (Path(what), Path(what).parent if what.endswith(".jsonl") else Path(what)):
         if is_labelling_folder(path):
@@ -245,6 +254,6 @@ def find_folder(what: str, home: Path) -> Path | None:
 
 
 def known_steps(home: Path) -> list[str]:
-    """The steps that have published tasks."""
+    """The steps with published tasks, as RECIPE/STEP."""
     root = home / "labelling"
     return sorted(path.parent.relative_to(root).as_posix() for path in root.glob("*/*/latest"))

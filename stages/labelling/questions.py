@@ -1,4 +1,4 @@
-"""What an answer must hold: checked on the server, whatever the page did."""
+"""Validation of answers. The server checks every answer, even if the page already did."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ LONGEST_TEXT = 4000
 
 
 class AnswerError(ValueError):
-    """An answer that cannot be kept; the message is shown on the page."""
+    """An invalid answer. The page shows the message."""
 
 
 def checked_answer(content: dict[str, Any], task: LabelTask, questions: Questions) -> dict[str, Any]:
-    """The fields of an answer that come from the page, checked. Lists follow the task's completions. Raises AnswerError."""
+    """Validate the fields of an answer that the page sent. Lists are in the order of the task's completions. Raises AnswerError."""
     number = len(task.completions)
     skipped, flagged = _reason(content, "skipped"), _reason(content, "flagged")
     checked: dict[str, Any] = {
@@ -75,7 +75,7 @@ def _order(value: Any, number: int) -> list[int]:
 
 
 def _ranks(value: Any, number: int, ties: bool) -> list[int]:
-    """Any whole numbers, the smallest best, as the count of better completions."""
+    """Convert ranks (any integers, lowest is best) to the number of better completions. Raises AnswerError."""
     if not isinstance(value, list) or len(value) != number or any(type(item) is not int for item in value):
         raise AnswerError(f"expected {number} ranks, got {value!r:.60}; every answer needs one")
     if not ties and len(set(value)) < number:

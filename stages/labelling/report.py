@@ -1,7 +1,7 @@
-"""The quality of labels: rate, time per task, agreement of annotators, position bias, and the reward model of the last round against them.
+"""Label quality: rate, time per task, agreement between annotators, position bias, and agreement with the last round's reward model.
 
-A pair is two completions of one task. A pair is decided by an annotator who does not tie it. Screening tasks count for the screening alone;
-skipped and flagged tasks are counted, and nothing else is measured on them.
+A pair is two completions of one task. An annotator decides a pair if they do not tie it. Screening tasks are used only for the screening.
+Skipped and flagged tasks are used only for the counts and the rate.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from stages.labelling.store import Labels, screen
 from stages.stats.agreement import cohens_kappa, krippendorff_alpha
 from stages.stats.intervals import share_interval
 
-# Ouyang et al. 2022, section 3.4: how often two of their training labellers, and two held-out ones, agreed on a pair.
+# Ouyang et al. 2022, section 3.4: share of pairs on which two labellers agreed, for training labellers and for held-out labellers.
 PAPER_AGREEMENT = {"training": 0.726, "held-out": 0.773}
 
 
 def quality(labels: Labels, now: datetime | None = None) -> dict[str, Any]:
-    """All numbers of the report, JSON-ready: a share that nothing was measured on is None."""
+    """All values of the report, as JSON types. A share without data is None."""
     given = [answer for own in labels.answers.values() for name, answer in own.items() if name in labels.tasks]
     used = [answer for answer in given if answer.is_used]
     ranked = {answer.task for answer in used}
@@ -63,7 +63,7 @@ def _reasons(given: Iterable[str | None]) -> dict[str, Any]:
 
 
 def _rate(given: Sequence[LabelAnswer], now: datetime) -> dict[str, Any]:
-    """Answers in the last hour, and per hour of work (the time tasks were in view)."""
+    """Number of answers in the last hour, and answers per hour of work (the time during which tasks were visible)."""
     times = [datetime.fromisoformat(answer.time) for answer in given]
     hours = sum(answer.seconds for answer in given) / 3600
     recent = sum((now - moment).total_seconds() < 3600 for moment in times)
@@ -71,7 +71,7 @@ def _rate(given: Sequence[LabelAnswer], now: datetime) -> dict[str, Any]:
 
 
 def _times(used: Sequence[LabelAnswer]) -> dict[str, float]:
-    seconds = sorted(answer.seconds for answer in used if answer.seconds > 0)  # an imported answer has no time
+    seconds = sorted(answer.seconds for answer in used if answer.seconds > 0)  # imported answers have no time
     if not seconds:
         return {"median": math.nan, "p90": math.nan, "mean": math.nan}
     return {"median": median(seconds), "p90": seconds[min(len(seconds) - 1, int(0.9 * len(seconds)))], "mean": sum(seconds) / len(seconds)}
@@ -81,7 +81,7 @@ def _times(used: Sequence[LabelAnswer]) -> dict[str, float]:
 
 
 def _by_task(used: Iterable[LabelAnswer]) -> dict[str, list[LabelAnswer]]:
-    """The tasks that several annotators ranked."""
+    """The answers by task, only for tasks that several annotators ranked."""
     tasks: dict[str, list[LabelAnswer]] = defaultdict(list)
     for answer in used:
         tasks[answer.task].append(answer)
@@ -89,18 +89,21 @@ def _by_task(used: Iterable[LabelAnswer]) -> dict[str, list[LabelAnswer]]:
 
 
 def _side(ranks: Sequence[int], first: int, second: int) -> int:
-    """1 where ``first`` is better, -1 where ``second`` is, 0 for a tie."""
+    """1 if ``first`` is better, -1 if ``second`` is better, 0 for a tie."""
     return (ranks[first] < ranks[second]) - (ranks[first] > ranks[second])
 
 
 def _agreeing(one: Sequence[int], other: Sequence[int]) -> list[float]:
-    """Per pair that both decide, whether they agree."""
+    """For each pair that both annotators decide: 1.0 if they agree, 0.0 if not."""
     sides = [(_side(one, i, j), _side(other, i, j)) for i, j in combinations(range(len(one)), 2)]
     return [float(a == b) for a, b in sides if a and b]
 
 
 def _share(groups: Iterable[Sequence[float]]) -> dict[str, Any]:
-    """Share over all values, with a 95 % interval over the groups (tasks), whose values are not independent."""
+    """Share over all values, with a 95 % interval.
+
+    The interval is computed over groups (tasks), because the values within a group are not independent.
+    """
     kept = [group for group in groups if group]
     number = sum(len(group) for group in kept)
     if not number:
@@ -113,8 +116,8 @@ def _share(groups: Iterable[Sequence[float]]) -> dict[str, Any]:
 def agreement(used: Sequence[LabelAnswer]) -> dict[str, Any]:
     """Agreement on the tasks that several annotators ranked.
 
-    ``pairwise``: of the pairs that two annotators both decide, the share they agree on. ``with_ties``: the same over all pairs, where a tie
-    agrees with a tie alone. ``alpha``: Krippendorff's, ordinal, over the mid-ranks of single completions.
+    ``pairwise``: share of agreement over the pairs that both annotators decide. ``with_ties``: the same over all pairs; a tie agrees only
+    with a tie. ``alpha``: Krippendorff's ordinal alpha over the mid-ranks of the completions.
     """
     tasks = _by_task(used)
     decided, everything = [], []
@@ -136,7 +139,7 @@ def agreement(used: Sequence[LabelAnswer]) -> dict[str, Any]:
 
 
 def _mid_ranks(ranks: Sequence[int]) -> list[float]:
-    """Ranks in which those that tie share the mean of their places."""
+    """Mid-ranks: tied completions share the mean of the ranks that they occupy. Ranks start at 0."""
     return [sum(other < own for other in ranks) + (ranks.count(own) - 1) / 2 for own in ranks]
 
 
@@ -153,7 +156,10 @@ def _rating(used: Sequence[LabelAnswer], name: str, text: str) -> dict[str, Any]
 
 
 def _check(used: Sequence[LabelAnswer], name: str, text: str) -> dict[str, Any]:
-    """How often a box is ticked, and Cohen's kappa: of more than two annotators the mean over pairs, weighted by what both answered."""
+    """Share of ticked boxes, and Cohen's kappa.
+
+    With more than two annotators, kappa is the mean over pairs of annotators, weighted by the number of boxes that both answered.
+    """
     ticked = [value for answer in used for value in answer.checks.get(name, [])]
     columns: dict[tuple[str, str], tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
     for answers in _by_task(used).values():
@@ -179,9 +185,10 @@ def _check(used: Sequence[LabelAnswer], name: str, text: str) -> dict[str, Any]:
 
 
 def position_bias(used: Sequence[LabelAnswer]) -> dict[str, Any]:
-    """Whether where a completion was shown decides its rank. Orders are shuffled, so without a bias ``earlier_wins`` is near one half.
+    """Whether the position of a completion on the page influences its rank.
 
-    ``best``: per position, how often the completion there was best (ties share), and how often chance would have it so.
+    Orders are shuffled, so ``earlier_wins`` is near 0.5 if there is no bias. ``best``: for each position, how often the completion there
+    was best (tied completions share the win), and how often that happens by chance.
     """
     earlier = []
     best: dict[int, list[float]] = defaultdict(list)
@@ -200,11 +207,11 @@ def position_bias(used: Sequence[LabelAnswer]) -> dict[str, Any]:
     return {"earlier_wins": _share(earlier), "best": places}
 
 
-# Against others
+# Single annotators and the reward model
 
 
 def _annotator(labels: Labels, name: str, used: Sequence[LabelAnswer]) -> dict[str, Any]:
-    """One annotator: how much they did, and how far they agree with the rest and with the last reward model."""
+    """Results of one annotator: the amount of work, and the agreement with other annotators and with the last reward model."""
     own = labels.answers[name]
     mine = [answer for answer in used if answer.annotator == name]
     others: dict[str, list[LabelAnswer]] = defaultdict(list)
@@ -242,7 +249,7 @@ def _annotator(labels: Labels, name: str, used: Sequence[LabelAnswer]) -> dict[s
 
 
 def _ties(mine: Sequence[LabelAnswer]) -> float:
-    """Share of pairs that the annotator ties."""
+    """Share of pairs that the annotator tied."""
     sides = [_side(answer.ranks, i, j) for answer in mine if answer.ranks for i, j in combinations(range(len(answer.ranks)), 2)]
     return sides.count(0) / len(sides) if sides else math.nan
 
@@ -259,6 +266,6 @@ def _against_scores(labels: Labels, answers: Sequence[LabelAnswer]) -> dict[str,
 
 
 def _reward_model(labels: Labels, used: Sequence[LabelAnswer]) -> dict[str, Any] | None:
-    """How often the last round's reward model has the order that people gave to a pair."""
+    """How often the last round's reward model orders a pair as people do."""
     found = _against_scores(labels, used)
     return None if found is None or labels.scores is None else {"model": labels.scores["model"], **found}

@@ -1,15 +1,15 @@
-"""The HTTP server of ``stages label``: one page for annotators, one for whoever leads, and the JSON interface behind both.
+"""The HTTP server of ``stages label``: a page for annotators, a page for the leader, and the JSON interface of both.
 
-    GET  /  /progress  /static/...     the pages; they hold no data
+    GET  /  /progress  /static/...     the pages; they contain no data
     GET  /api/session                  the annotator, the questions, the instructions
-    GET  /api/task[?id=|?wish=]        the next task, or a given one with the annotator's answer
-    GET  /api/answers                  the annotator's last answers
-    POST /api/answer                   keep an answer; status 200 means that it is on the device
-    GET  /api/progress                 the numbers of the report (leader)
-    POST /api/invite                   a link for one more annotator (leader)
-    POST /api/login                    the password, where one is needed
+    GET  /api/task[?id=|?wish=]        the next task, or the task ``id`` with the annotator's answer
+    GET  /api/answers                  the annotator's most recent answers
+    POST /api/answer                   store an answer; status 200 means that it is flushed to disk
+    GET  /api/progress                 the values of the report (leader)
+    POST /api/invite                   a link for another annotator (leader)
+    POST /api/login                    send the password, if one is set
 
-Tokens come in the header ``Authorization: Bearer``, never from a cookie: another site's page cannot use them.
+The server reads tokens from the header ``Authorization: Bearer``, never from a cookie. So a page of another site cannot use them.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 COOKIE = "stages_label"
-PROGRESS_SECONDS = 3.0  # the numbers of the report are computed no more often
+PROGRESS_SECONDS = 3.0  # minimum time between two computations of the report
 
 
 class Refused(Exception):
-    """A request that is answered with an error."""
+    """A request that gets an error response."""
 
     def __init__(self, status: int, message: str, **fields: Any) -> None:
         super().__init__(message)
@@ -67,7 +67,7 @@ class Refused(Exception):
 
 
 class LabelServer:
-    """The pages and the interface over one store."""
+    """The pages and the JSON interface of one store."""
 
     def __init__(self, store: Store, access: Access, base: str = "", *, say: Callable[[str], None] = logger.info) -> None:
         self.store, self.access, self.base, self._say = store, access, base, say
@@ -107,14 +107,14 @@ class LabelServer:
     # Settings
 
     def _read_settings(self) -> None:
-        """Take what the page is told from the settings; ``_version`` tells it whether the questions that it shows are still asked."""
+        """Prepare what the page shows from the settings. ``_version`` lets the page detect that the questions changed."""
         settings = self.store.settings
         self._instructions = render(settings.instructions)
         asked = json.dumps([settings.questions.model_dump(mode="json"), settings.instructions], sort_keys=True)
         self._version = hashlib.sha256(asked.encode()).hexdigest()[:16]
 
     def _refresh(self) -> None:
-        """Follow settings that `stages run` or `stages label` changed meanwhile, and tell the console and the leader's page."""
+        """Load settings that `stages run` or `stages label` changed, and report the change on the console and the leader's page."""
         try:
             changed = self.store.refresh()
         except DataError as error:
@@ -128,7 +128,7 @@ class LabelServer:
             self._notice = f"{datetime.now().astimezone():%H:%M}: changed settings are in force: {', '.join(changed)}"
             self._say(self._notice)
 
-    # Who asks
+    # Authentication
 
     def _guarded(self, answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def guarded(request: Request) -> Response:
@@ -172,7 +172,7 @@ class LabelServer:
         except (ValueError, RecursionError) as error:
             raise Refused(400, "the request is no JSON") from error
 
-    # The annotator's side
+    # Requests of the annotator's page
 
     async def _session(self, request: Request) -> Response:
         annotator = self._annotator(request)
@@ -206,7 +206,7 @@ class LabelServer:
         return JSONResponse(content)
 
     def _shown(self, task: LabelTask, annotator: str) -> dict[str, Any]:
-        """What an annotator may know of a task: no authors, no digests, no gold answer."""
+        """The parts of a task that an annotator may see: no authors, no digests, no gold answer."""
         order = self.store.order(task, annotator)
         texts = task.texts
         return {"id": task.id, "prompt": _turns(task), "order": order, "completions": [texts[index] for index in order]}
@@ -222,7 +222,7 @@ class LabelServer:
         answer = await run_sync(self.store.record, annotator, content)
         return JSONResponse({"id": answer.id, "counts": self.store.counts(annotator)})
 
-    # The leader's side
+    # Requests of the leader's page
 
     async def _progress(self, request: Request) -> Response:
         self._check_lead(request)
@@ -256,7 +256,7 @@ class LabelServer:
 
 
 def _turns(task: LabelTask) -> str | list[dict[str, str]]:
-    """The prompt as a text, or as turns with a role and a text each."""
+    """The prompt as a string, or as a list of turns, each with a role and a text."""
     if isinstance(task.prompt, str):
         return task.prompt
     tools = [{"role": "tools", "content": json.dumps(task.tools, ensure_ascii=False)}] if task.tools else []
@@ -277,10 +277,10 @@ def _line(answer: LabelAnswer, task: LabelTask) -> dict[str, Any]:
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """A socket on ``port``; without one the first free port from 8770. Raises LaunchError where none can be had."""
+    """A listening socket on ``port``, or on the first free port from 8770 if it is None. Raises LaunchError if no port is available."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for number in [port] if port is not None else range(8770, 8790):
-        found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio leaves out TCP_NODELAY
+        found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY only if it is given
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             found.bind((host, number))
@@ -294,13 +294,13 @@ def listen(host: str, port: int | None) -> socket.socket:
 
 
 def base_url(bound: socket.socket, host: str) -> str:
-    """The address of the server's pages, as far as it is known: a wildcard address is shown as this machine's name."""
+    """The base URL of the server's pages. A wildcard address is replaced by this machine's name."""
     shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     return f"http://{shown}:{bound.getsockname()[1]}"
 
 
 def make_server(server: LabelServer) -> uvicorn.Server:
-    """uvicorn over the application. It logs no addresses, since they hold tokens."""
+    """A uvicorn server for the application. It does not log URLs, because they contain tokens."""
     config = uvicorn.Config(
         server.app(),
         loop="asyncio",
@@ -316,7 +316,10 @@ def make_server(server: LabelServer) -> uvicorn.Server:
 
 
 class Served:
-    """A store served on the loopback address by a thread, for a block: ``with Served(folder) as served: ... served.base``."""
+    """Context manager that serves a store on the loopback address in a thread.
+
+    Use it as ``with Served(folder) as served: ... served.base``.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -1,4 +1,4 @@
-"""Simulated people: they ask for tasks and answer over the same HTTP interface as the page, each as a client of their own."""
+"""Simulated annotators: each one is a client that requests tasks and sends answers over the same HTTP interface as the page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Opinion = Callable[[str, Any, Sequence[str]], Sequence[float]]
 
 
 class SimulatedAnnotator:
-    """One client: what the page does, without a browser."""
+    """A client that does what the page does, without a browser."""
 
     def __init__(self, base: str, name: str, token: str, opinion: Opinion, tie_width: float = 0.0) -> None:
         import httpx2
@@ -35,7 +35,7 @@ class SimulatedAnnotator:
         return response.json()
 
     def answer_next(self) -> dict[str, Any] | None:
-        """Answer the next task; the server's counts, or None where there is no task."""
+        """Answer the next task. Returns the server's counts, or None if there is no task. Raises TrainingError."""
         task = self._ask("GET", "/api/task")["task"]
         if task is None:
             return None
@@ -63,7 +63,7 @@ class SimulatedAnnotator:
 
 
 def ranked(scores: Sequence[float], tie_width: float) -> list[int]:
-    """Ranks of scores, 0 best; neighbours in the order that differ by no more than ``tie_width`` share one."""
+    """Ranks of scores, 0 is best. Neighbours in sorted order share a rank if their scores differ by at most ``tie_width``."""
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
     ranks, rank = [0] * len(scores), 0
     for place, index in enumerate(order):
@@ -74,23 +74,23 @@ def ranked(scores: Sequence[float], tie_width: float) -> list[int]:
 
 
 def _ratings(scores: Sequence[float], lowest: int, highest: int) -> list[int]:
-    """A rating per score: the worst of the task gets the lowest number, the best the highest."""
+    """A rating per score: the lowest score of the task gets ``lowest``, the highest score gets ``highest``."""
     low, high = min(scores), max(scores)
     width = (high - low) or 1.0
     return [lowest + round((highest - lowest) * (score - low) / width) for score in scores]
 
 
 def opinion_of(simulate: SimulatedPeople) -> Opinion:
-    """The function that a recipe names."""
+    """Import the function that the recipe names."""
     module, _, name = simulate.function.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def simulate(folder: Path, people: People) -> int:
-    """Serve ``folder`` and have simulated annotators answer until the target is reached; returns how many answers they gave.
+    """Serve ``folder`` and let simulated annotators answer until the target is reached. Returns the number of answers.
 
-    As many annotators as an overlap task wants take turns, so that two runs give the same rankings. Raises TrainingError where one fails,
-    or where they stop short of the target.
+    ``people.annotators`` clients take turns, so two runs give the same rankings. Raises TrainingError if a client fails, or if no task is
+    left before the target is reached.
     """
     from stages.labelling.server import Served
 
@@ -102,7 +102,7 @@ def simulate(folder: Path, people: People) -> int:
         names = [f"annotator-{index:02d}" for index in range(people.annotators)]
         at_work = [SimulatedAnnotator(served.base, name, served.access.token(name), opinion, people.simulate.tie_width) for name in names]
         try:
-            # Beyond the target until every overlap task that was begun has all its rankings: agreement is measured on those.
+            # Continue after the target until every overlap task with a ranking has all of them: agreement is measured on these tasks.
             while at_work and (served.store.num_ranked() < target or served.store.num_begun()):
                 annotator = at_work.pop(0)
                 if annotator.answer_next() is not None:

@@ -1,7 +1,7 @@
-"""The answers of a labelling folder: read once, appended to, and on the device before they are acknowledged.
+"""The answers of a labelling folder: an append-only file. Each answer is flushed to disk before it is acknowledged.
 
-One server at a time holds a folder. An answer has an id of its own, made by the page: sent twice, it is kept once, so a page that got no
-acknowledgement may send again.
+Only one server at a time can hold a folder. The page gives each answer an id. The store keeps an answer once, even if the page sends it
+twice, so the page can send it again if it gets no acknowledgement.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ OPEN = "open.json"  # annotator -> the task that they have open
 
 @dataclass(frozen=True)
 class Screening:
-    """How an annotator did on the gold tasks. Shares are None where no gold task asks for it."""
+    """An annotator's results on the gold tasks. A share is None if no gold task measures it."""
 
     answered: int
     of: int
     ranking_agreement: float | None
     check_agreement: float | None
-    passed: bool | None  # None while tasks are left
+    passed: bool | None  # None until all gold tasks are answered
 
 
 @dataclass(frozen=True)
 class Labels:
-    """A labelling folder, read: what reports are made of. ``answers``: annotator -> task -> the answer that counts.
+    """The content of a labelling folder, as reports read it. ``answers``: annotator -> task -> the answer that counts.
 
-    ``scores``: of the last round's reward model, with ``model`` (its reference) and ``scores`` (per task a list); None without one.
+    ``scores``: scores of the last round's reward model, with ``model`` (its reference) and ``scores`` (task -> list of scores). None if
+    there are no scores.
     """
 
     settings: LabelSettings
@@ -51,7 +52,7 @@ class Labels:
 
 
 def read_labels(folder: Path) -> Labels:
-    """A folder as it is on the disk now, whether or not a server holds it."""
+    """Read a folder from disk. A server may hold it at the same time."""
     answers: dict[str, dict[str, LabelAnswer]] = {}
     for _, answer in latest(read_answers(folder / ANSWERS)):
         answers.setdefault(answer.annotator, {})[answer.task] = answer
@@ -60,16 +61,16 @@ def read_labels(folder: Path) -> Labels:
 
 
 def read_scores(folder: Path) -> dict[str, Any] | None:
-    """What the last round's reward model says of the completions; None where there is none."""
+    """The last round's reward model scores of the completions. None if there are none."""
     path = folder / SCORES
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 @dataclass
 class Log:
-    """A file that lines are appended to; ``append`` returns once the line is on the device.
+    """An append-only file of lines. ``append`` returns after the line is flushed to disk.
 
-    Lines that are written while another is being flushed share the next flush, so that many writers wait for two flushes at most.
+    Lines written during a flush share the next flush, so a writer waits for at most two flushes.
     """
 
     path: Path
@@ -81,7 +82,7 @@ class Log:
     _flushing: threading.Lock = field(default_factory=threading.Lock)
 
     def open(self) -> int:
-        """Open the file; returns how many bytes of a line without an end were cut off (a crash while it was written)."""
+        """Open the file. Removes an incomplete last line, which a crash may leave. Returns the number of removed bytes."""
         is_new = not self.path.exists()
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         if is_new:
@@ -93,7 +94,7 @@ class Log:
         return len(content) - self._size
 
     def append(self, line: str) -> None:
-        """Write one line and flush it to the device. Raises StorageError where the disk refuses; the file then ends as before."""
+        """Write one line and flush it to disk. Raises StorageError if that fails. A line that is only partly written is removed."""
         data = line.encode() + b"\n"
         try:
             with self._writing:
@@ -124,19 +125,22 @@ class Log:
 
 
 class Store:
-    """Tasks and answers of a folder, and who is to answer what next. Thread-safe."""
+    """Tasks and answers of a folder, and the assignment of tasks to annotators.
+
+    Thread-safe. Raises DataError if another server holds it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = _state_of(folder)
         self.settings: LabelSettings = read_settings(folder)
         self._lock = threading.Lock()
-        self._writers: dict[str, threading.Lock] = {}  # by annotator: the same answer sent twice at once is kept once
+        self._writers: dict[str, threading.Lock] = {}  # by annotator: two simultaneous copies of an answer are stored once
         self._hold = self._take_hold()
         self.tasks: dict[str, LabelTask] = read_tasks(folder / TASKS)
         self.gold = _read_gold(folder)
         self._assignment = self._new_assignment()
-        self.answers: dict[str, dict[str, LabelAnswer]] = {}  # annotator -> task -> the answer that counts, in the order of the file
+        self.answers: dict[str, dict[str, LabelAnswer]] = {}  # annotator -> task -> the answer that counts, in file order
         self._ids: dict[str, LabelAnswer] = {}
         for _, answer in read_answers(folder / ANSWERS):
             self._take(answer)
@@ -156,10 +160,10 @@ class Store:
         return lock
 
     def refresh(self) -> list[str]:
-        """Read settings and gold tasks again if their files changed; returns the names of the settings that differ now.
+        """Load settings and gold tasks again if their files changed. Returns the names of the changed settings.
 
-        The tasks of a folder never change. Answers stay; who gets which task next follows the new settings. Raises DataError for files
-        that cannot be read; the old settings stay in force then.
+        The tasks of a folder never change. All answers are kept. The assignment of tasks follows the new settings. Raises DataError if the
+        files cannot be read; in that case the old settings stay in use.
         """
         with self._lock:
             files = _state_of(self.folder)
@@ -183,18 +187,18 @@ class Store:
             return changed
 
     def _new_assignment(self) -> Assignment:
-        """Nobody has answered yet."""
+        """An assignment without any answers."""
         overlap = overlap_tasks(list(self.tasks), self.settings.overlap, self.settings.seed)
         return Assignment(list(self.tasks), {name: self.settings.annotators if name in overlap else 1 for name in self.tasks})
 
     def _hold_open(self, held: dict[str, str]) -> None:
-        """Reserve for each annotator the task that they have open."""
+        """Lease to each annotator the task that they have open."""
         for annotator, task in held.items():
             if task not in self.answers.get(annotator, {}):
                 self._assignment.hold(annotator, task)
 
     def close(self) -> None:
-        """Let another server have the folder."""
+        """Release the folder, so that another server can use it."""
         self._log.close()
         os.close(self._hold)
 
@@ -206,10 +210,10 @@ class Store:
         if answer.task in self.tasks:
             self._assignment.answered(answer.task, answer.annotator, is_ranked=answer.is_used)
 
-    # What the page asks for
+    # Requests of the pages
 
     def next_task(self, annotator: str, wish: str | None = None) -> LabelTask | None:
-        """The annotator's next task; None where there is none left, or where the screening does not let them in."""
+        """The annotator's next task. None if no task is left, or if the annotator did not pass the screening."""
         with self._lock:
             answered = self.answers.get(annotator, {})
             for name in shown_gold(list(self.gold), annotator, self.settings.seed):
@@ -224,34 +228,37 @@ class Store:
             return None if found is None else self.tasks[found]
 
     def _note_open(self) -> None:
-        """Keep who has which task open, for the next server. It is a note and no answer: nothing is lost with it, so nothing is flushed."""
+        """Save which task each annotator has open, for the next server. The file holds no answers, so it is not flushed to disk."""
         partial = self.folder / f".{OPEN}"
         try:
             partial.write_text(json.dumps(self._assignment.held), encoding="utf-8")
             os.replace(partial, self.folder / OPEN)
         except OSError:
-            partial.unlink(missing_ok=True)  # a full disk: answers say so themselves
+            partial.unlink(missing_ok=True)  # if the disk is full, the next answer raises StorageError
 
     def task(self, name: str) -> LabelTask | None:
         """A task by its id."""
         return self.tasks.get(name) or self.gold.get(name)
 
     def order(self, task: LabelTask, annotator: str) -> list[int]:
-        """The order in which this annotator sees the completions."""
+        """Indices of the completions in the order in which this annotator sees them."""
         return shown_order(task.id, annotator, len(task.completions), self.settings.seed)
 
     def answer_of(self, annotator: str, task: str) -> LabelAnswer | None:
-        """The annotator's answer that counts."""
+        """The annotator's answer to ``task`` that counts, or None."""
         with self._lock:
             return self.answers.get(annotator, {}).get(task)
 
     def history(self, annotator: str, limit: int = 50) -> list[LabelAnswer]:
-        """The annotator's last answers, the newest first; screening tasks are left out."""
+        """The annotator's most recent answers, newest first, without screening tasks."""
         with self._lock:
             return [answer for name, answer in reversed(self.answers.get(annotator, {}).items()) if name in self.tasks][:limit]
 
     def record(self, annotator: str, content: Any) -> LabelAnswer:
-        """Keep an answer; it is on the device when this returns. Raises AnswerError for one that is wrong, StorageError for a full disk."""
+        """Store an answer. It is flushed to disk when this returns.
+
+        Raises AnswerError for an invalid answer, StorageError if the disk is full.
+        """
         if not isinstance(content, dict):
             raise AnswerError(f"expected an object, got {type(content).__name__}")
         task = self.task(str(content.get("task")))
@@ -285,11 +292,11 @@ class Store:
         return answer
 
     def knows(self, number: str) -> bool:
-        """Whether an answer with this id is kept."""
+        """Whether an answer with the id ``number`` is stored."""
         return number in self._ids
 
     def take_in(self, number: str, annotator: str, task: str, ranks: list[int], note: str) -> None:
-        """Keep a ranking that was made elsewhere: nobody knows its ratings, its time, or the order shown."""
+        """Store an imported ranking. It has no ratings and no time, and its display order is not known."""
         before = self.answers.get(annotator, {}).get(task)
         answer = LabelAnswer(
             id=number,
@@ -306,10 +313,10 @@ class Store:
         self._log.append(answer.as_line())
         self._take(answer)
 
-    # Where things stand
+    # Progress
 
     def screening(self, annotator: str) -> Screening:
-        """How the annotator did on the gold tasks."""
+        """The annotator's results on the gold tasks."""
         with self._lock:
             return self._screening(annotator)
 
@@ -318,23 +325,23 @@ class Store:
         return screen([(task, own[name]) for name, task in self.gold.items() if name in own], len(self.gold), self.settings.pass_mark)
 
     def labels(self) -> Labels:
-        """A copy of all that reports are made of."""
+        """A copy of all data that reports need."""
         with self._lock:
             answers = {annotator: dict(answers) for annotator, answers in self.answers.items()}
         return Labels(self.settings, self.tasks, self.gold, answers, read_scores(self.folder))
 
     def num_ranked(self) -> int:
-        """How many tasks somebody has ranked."""
+        """Number of tasks with at least one ranking."""
         with self._lock:
             return self._assignment.num_ranked
 
     def num_begun(self) -> int:
-        """How many overlap tasks have some of their rankings and not all."""
+        """Number of overlap tasks that have at least one ranking and need more."""
         with self._lock:
             return self._assignment.num_begun()
 
     def counts(self, annotator: str) -> dict[str, int]:
-        """What the page shows of an annotator's progress."""
+        """The counts that the page shows to an annotator."""
         with self._lock:
             own = self.answers.get(annotator, {})
             ranked = self._assignment.num_ranked
@@ -347,7 +354,7 @@ def _read_gold(folder: Path) -> dict[str, LabelTask]:
 
 
 def _state_of(folder: Path) -> list[tuple[int, int, int] | None]:
-    """What changes with the files of settings and gold tasks: time, size and place on the disk; None for a file that is not there."""
+    """Modification time, size and inode of the settings file and the gold file, to detect changes. None for a missing file."""
     found: list[tuple[int, int, int] | None] = []
     for name in (SETTINGS, GOLD):
         try:
@@ -367,15 +374,15 @@ def _read_open(path: Path) -> dict[str, str]:
 
 
 def shown_gold(names: list[str], annotator: str, seed: int) -> list[str]:
-    """The screening tasks in this annotator's order."""
+    """The screening tasks in the order of this annotator."""
     order = shown_order("gold", annotator, len(names), seed)
     return [names[place] for place in order]
 
 
 def screen(answers: list[tuple[LabelTask, LabelAnswer]], of: int, pass_mark: float) -> Screening:
-    """Agreement with the gold answers: of pairs of completions that the gold answer does not tie, and of check boxes.
+    """Agreement with the gold answers, over the pairs of completions that the gold answer does not tie, and over check boxes.
 
-    A skipped task and a tie agree with nothing. Both shares must reach the pass mark (Ouyang et al. 2022, B.1: 75 %).
+    A skipped task or a tie counts as disagreement. Both shares must reach the pass mark (Ouyang et al. 2022, B.1: 75 %).
     """
     pairs = right_pairs = boxes = right_boxes = 0
     for task, answer in answers:

@@ -1,4 +1,4 @@
-"""The report of labels for a terminal."""
+"""The label quality report as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.text import Text
 
 
 def report_tables(content: dict[str, Any]) -> RenderableType:
-    """Tables of ``report.quality``."""
+    """Tables for the result of ``report.quality``."""
     parts: list[RenderableType] = [_summary(content), _annotators(content)]
     if content["checks"] or content["ratings"]:
         parts.append(_questions(content))
@@ -18,7 +18,7 @@ def report_tables(content: dict[str, Any]) -> RenderableType:
 
 
 def percent(value: float | None) -> str:
-    """A share as a percentage; a dash where nothing was measured."""
+    """A share as a percentage, or a dash if there is no data."""
     return "-" if value is None else f"{100 * value:.1f} %"
 
 

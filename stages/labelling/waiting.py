@@ -1,4 +1,4 @@
-"""The chain and its people: publish the tasks, let people (or what stands in for them) answer, go on once the target is reached."""
+"""Wait for annotators: publish the tasks, let people or simulated annotators answer, continue after the target is reached."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ if TYPE_CHECKING:
     from stages.step import StepContext
 
 POLL_SECONDS = 2.0
-QUALITY = "labels.json"  # in the run folder of a step: the report of the labels it used
-WAITING = "waiting.txt"  # in the step's checkpoint folder: why it has not run to its end, for `stages plan`
+QUALITY = "labels.json"  # in the step's run folder: the report of the labels that it used
+WAITING = "waiting.txt"  # in the step's checkpoint folder: why the step is not finished; for `stages plan`
 
 
 def home_of(context: StepContext) -> Path:
-    """The folder of everything made."""
+    """The folder that contains the registry and all other outputs."""
     return context.registry.root.parent
 
 
 def ask_people(folder: Path, people: People, context: StepContext) -> None:
-    """Have the tasks of ``folder`` ranked until the target is reached. Raises Waiting where people have to answer first.
+    """Publish the tasks of ``folder`` and wait until the target is reached. Raises Waiting if people have to answer first.
 
-    Every process calls this; rank zero looks. With ``--wait`` it returns once the target is reached, however long that takes.
+    Call this on every process; rank zero reads and writes the files. With ``--wait``, it does not raise Waiting, and blocks until the
+    target is reached.
     """
     runtime = context.runtime
 
@@ -63,7 +64,7 @@ def ask_people(folder: Path, people: People, context: StepContext) -> None:
 
 
 def keep_quality(folder: Path, path: Path) -> dict[str, Any]:
-    """Write the report of a folder's labels, as JSON, and return it."""
+    """Compute the report of a folder's labels, write it to ``path`` as JSON, and return it."""
     from stages.labelling.report import quality
     from stages.labelling.store import read_labels
     from stages.process.storage import write_json
@@ -75,7 +76,7 @@ def keep_quality(folder: Path, path: Path) -> dict[str, Any]:
 
 
 def num_ranked(folder: Path) -> int:
-    """How many tasks of a folder somebody has ranked."""
+    """Number of tasks in a folder with at least one ranking. Screening tasks do not count."""
     from stages.corpora.labels import GOLD, latest, read_tasks
 
     gold = set(read_tasks(folder / GOLD)) if (folder / GOLD).exists() else set()
@@ -83,7 +84,7 @@ def num_ranked(folder: Path) -> int:
 
 
 def command(context: StepContext) -> str:
-    """What people type to rank the tasks of a step."""
+    """The shell command that people type to rank the tasks of a step."""
     import shlex
 
     from stages.process.environment import default_home
