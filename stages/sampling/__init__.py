@@ -1,1 +1,1 @@
-"""Completions from a language model, each from a random stream of its own, with the log-probability of every token."""
+"""Sampling completions from a language model. Each completion has its own random stream and the log-probability of every token."""

@@ -1,6 +1,6 @@
-"""Keys and values of the tokens read so far: written in place, rows that leave or are replaced, and the attention of one new token.
+"""KV caches that are written in place, whose rows can be removed or replaced, and the attention of one new token over them.
 
-B sequences, S slots (see ``SlotLayer``), H key-value heads, T tokens so far (padding among them), D the width of a head.
+B sequences, S slots (see ``SlotLayer``), H key-value heads, T tokens so far (including padding), D head dimension.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from transformers.masking_utils import sdpa_mask
 
 from stages.sampling.support import DecodingSupport
 
-FIRST_ROOM = 64  # response tokens that a cache by tokens has room for at first; doubled when they are used up
-COLUMN_ROOM = 24  # new tokens that a cache by columns has room for, and by which it grows at least (see ColumnLayer)
-BY_COLUMNS = "stages_by_columns"  # the name of ``attend_by_columns`` in transformers' table of attention functions
+FIRST_ROOM = 64  # initial capacity of a RoomyLayer, in response tokens; the capacity doubles when it is full
+COLUMN_ROOM = 24  # initial capacity of a ColumnLayer, in new tokens; also the least by which it grows
+BY_COLUMNS = "stages_by_columns"  # the name of ``attend_by_columns`` in transformers' registry of attention functions
 
 
 class PromptLayer(DynamicLayer):
-    """Keys and values of prompts that are read in one pass: what the model made, without a copy."""
+    """Keys and values of prompts that are read in one forward pass. It keeps the model's tensors without copying them."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.keys, self.values = key_states, value_states
@@ -34,9 +34,9 @@ class PromptLayer(DynamicLayer):
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer in storage [B, H, room, D], of which the first ``length`` tokens are in use.
+    """Keys and values of one layer in storage [B, H, room, D]. The first ``length`` tokens are in use.
 
-    transformers' own layer copies everything at every step to append one token; this one writes the token in place.
+    transformers' own layer copies all keys and values at every step to append one token. This layer writes the token in place.
     """
 
     def __init__(self, room: int) -> None:
@@ -46,7 +46,10 @@ class RoomyLayer(DynamicLayer):
         self.room, self.length = room, 0
 
     def put(self, keys: Tensor, values: Tensor, row: int, rows: int, length: int) -> None:
-        """Take in what was read of prompts: [b, H, p, D] becomes the last of ``length`` tokens, from ``row`` on of ``rows``."""
+        """Store keys and values of prompts [b, H, p, D] in the rows from ``row`` on, of ``rows`` rows in total.
+
+        They become the last p of ``length`` tokens; the tokens before them are padding.
+        """
         if self.keys is None:
             self.keys, self.values = (self._storage(states, rows, length + self.room) for states in (keys, values))
             self.length, self.device, self.is_initialized = length, keys.device, True
@@ -54,7 +57,7 @@ class RoomyLayer(DynamicLayer):
             assert storage is not None
             place = self._by_token(storage)[row : row + len(states), :, :length]
             place[:, :, length - states.shape[2] :] = states
-            place[:, :, : length - states.shape[2]] = 0.0  # under padding: its weight is 0, and 0 times anything must be 0
+            place[:, :, : length - states.shape[2]] = 0.0  # padding has attention weight 0, and 0 times a finite value is 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append [B, H, q, D]; returns all keys and values [B, H, T, D]."""
@@ -69,12 +72,12 @@ class RoomyLayer(DynamicLayer):
 
     @property
     def room_in_all(self) -> int:
-        """The tokens that there is room for."""
+        """The capacity of the storage, in tokens."""
         assert self.keys is not None
         return self._by_token(self.keys).shape[2]
 
     def keep(self, rows: Tensor, first: int) -> None:
-        """Keep only ``rows`` (which may repeat), without the tokens before ``first``."""
+        """Keep only ``rows`` (indices, which may repeat), and drop the tokens before column ``first``."""
         assert self.keys is not None and self.values is not None
         self.keys, self.values = (self._from_token(storage, first).index_select(0, rows) for storage in (self.keys, self.values))
         self.length -= first
@@ -88,7 +91,7 @@ class RoomyLayer(DynamicLayer):
             self.keys, self.values = (self._widened(old, tokens + self._growth()) for old in (self.keys, self.values))
 
     def _widened(self, old: Tensor, width: int) -> Tensor:
-        """Storage for ``width`` tokens, of which the first are those of ``old``."""
+        """A new storage for ``width`` tokens that begins with the tokens of ``old``."""
         states = self._by_token(old)[:, :, : self.length]
         made = self._storage(states, len(states), width)
         self._by_token(made)[:, :, : self.length] = states
@@ -98,11 +101,11 @@ class RoomyLayer(DynamicLayer):
         return max(self.room, self.length)
 
     def _storage(self, states: Tensor, rows: int, width: int) -> Tensor:
-        """Room for ``width`` tokens of ``rows`` sequences, of heads like those of ``states`` [b, H, q, D]."""
+        """An empty storage for ``rows`` sequences of ``width`` tokens, with the heads and the dtype of ``states`` [b, H, q, D]."""
         return states.new_empty((rows, states.shape[1], width, states.shape[3]))
 
     def _by_token(self, storage: Tensor) -> Tensor:
-        """The storage as [B, H, room, D]."""
+        """A view of the storage as [B, H, room, D]."""
         return storage
 
     def _from_token(self, storage: Tensor, first: int) -> Tensor:
@@ -110,15 +113,15 @@ class RoomyLayer(DynamicLayer):
 
 
 class ColumnLayer(RoomyLayer):
-    """The same in storage [B, H, D, room]: a token is a column.
+    """A ``RoomyLayer`` with storage [B, H, D, room]: each token is a column.
 
-    A CPU reads a cache faster than it computes with it as long as its prefetcher sees one stream. By tokens, the unused room is a gap of
-    kilobytes behind every head, and attention over 29 MiB takes twice the time of the same without gaps (measured on a Zen 5). By columns
-    a gap is two cache lines, which the prefetcher jumps over, or an eighth of what is read.
+    A CPU's prefetcher works best on one contiguous stream. With storage [B, H, room, D], the unused capacity leaves a gap of kilobytes
+    after every head: attention over 29 MiB then takes twice as long as without gaps (measured on a Zen 5). With columns a gap is two cache
+    lines, which the prefetcher skips, or at most an eighth of the data that is read.
     """
 
     def _growth(self) -> int:
-        return max(self.room, self.length // 8)  # an eighth of what is read anyway, where much is
+        return max(self.room, self.length // 8)  # a long cache grows by an eighth
 
     def _storage(self, states: Tensor, rows: int, width: int) -> Tensor:
         return states.new_empty((rows, states.shape[1], states.shape[3], width))
@@ -132,9 +135,9 @@ class ColumnLayer(RoomyLayer):
 
 @dataclass
 class SlotWindow:
-    """What a decoding step uses of a cache with slots: its first ``rows`` slots and their first ``columns`` tokens.
+    """The part of a cache with slots that a decoding step uses: the first ``rows`` slots and their first ``columns`` tokens.
 
-    ``at`` [rows]: the column that each row's new token is written to.
+    ``at`` [rows]: the column to which each row's new token is written.
     """
 
     rows: int
@@ -143,29 +146,29 @@ class SlotWindow:
 
 
 class SlotLayer(DynamicLayer):
-    """Keys and values of one layer in S slots [S, H, room, D]. A slot holds one sequence, whose token at position p is column p.
+    """Keys and values of one layer in S slots [S, H, room, D]. A slot holds one sequence; its token at position p is in column p.
 
-    A slot is given to another sequence by overwriting it. All rows and all steps use one storage, of which ``window`` names the part, so
-    that CUDA graphs for several sizes can share it.
+    To give a slot to another sequence, the cache overwrites it. All rows and all steps use the same storage, and ``window`` selects a part
+    of it. So CUDA graphs of several sizes can share the storage.
     """
 
     def __init__(self, window: SlotWindow, slots: int, *, by_columns: bool) -> None:
-        """``by_columns``: store [S, H, D, room], which a CPU reads faster (see ``ColumnLayer``)."""
+        """``by_columns``: use storage [S, H, D, room], which a CPU reads faster (see ``ColumnLayer``)."""
         super().__init__()
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.window, self.slots, self.by_columns = window, slots, by_columns
 
     def put(self, keys: Tensor, values: Tensor, rows: Tensor, slots: Tensor, lengths: Tensor, room: int) -> None:
-        """Give ``slots`` [k] to the sequences ``rows`` [k] of what was read, keys and values [b, H, P, D], left padded.
+        """Copy the rows ``rows`` [k] of keys and values [b, H, P, D] (left padded) into ``slots`` [k].
 
-        ``lengths`` [k]: tokens without padding; ``room``: tokens that a new storage has room for.
+        ``lengths`` [k]: tokens of each row without padding. ``room``: capacity in tokens, if the storage must be created.
         """
         if self.keys is None or self.values is None:
             self.keys, self.values = self._storage(keys, room), self._storage(values, room)
             self.device, self.dtype, self.is_initialized = keys.device, keys.dtype, True
         width = keys.shape[2]
-        # Each row moves to the left, over its padding. Copies of its last token fill the end; nobody attends to them.
+        # Shift each row to the left, over its padding. Copies of its last token fill the end; the attention mask hides them.
         places = (torch.arange(width, device=keys.device) + (width - lengths)[:, None]).clamp(max=width - 1)[:, None, :, None]
         for storage, states in ((self.keys, keys), (self.values, values)):
             assert storage is not None
@@ -174,7 +177,7 @@ class SlotLayer(DynamicLayer):
             self._by_token(storage)[:, :, :width].index_copy_(0, slots, moved)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write one token of each row [rows, H, 1, D]; returns the window of keys and values [rows, H, columns, D]."""
+        """Write one token per row [rows, H, 1, D]; returns the keys and values of the window [rows, H, columns, D]."""
         assert self.keys is not None and self.values is not None
         return self._written(self.keys, key_states), self._written(self.values, value_states)
 
@@ -185,7 +188,7 @@ class SlotLayer(DynamicLayer):
                 storage.index_copy_(0, targets, storage.index_select(0, sources))
 
     def get_seq_length(self) -> int:
-        """Tokens of the window before the new one."""
+        """Tokens in the window before the new token."""
         return self.window.columns - 1
 
     def _written(self, storage: Tensor, states: Tensor) -> Tensor:
@@ -193,7 +196,7 @@ class SlotLayer(DynamicLayer):
         return part.scatter_(2, self.window.at[:, None, None, None].expand_as(states), states)
 
     def widen(self, room: int) -> None:
-        """Copy the storage to one with room for ``room`` tokens in every slot."""
+        """Copy the storage into a larger one with a capacity of ``room`` tokens per slot."""
         if self.keys is not None and self.values is not None:
             self.keys = self._widened(self.keys, room)
             self.values = self._widened(self.values, room)
@@ -205,12 +208,12 @@ class SlotLayer(DynamicLayer):
         return made
 
     def _storage(self, states: Tensor, room: int) -> Tensor:
-        """Zeros, as a slot is read before all of it is written: with weight 0, which makes 0 of every finite number."""
+        """A storage of zeros. Attention reads unwritten columns with weight 0, so they must hold finite values."""
         heads, width = states.shape[1], states.shape[3]
         return states.new_zeros((self.slots, heads, width, room) if self.by_columns else (self.slots, heads, room, width))
 
     def _by_token(self, storage: Tensor) -> Tensor:
-        """The storage as [S, H, room, D]."""
+        """A view of the storage as [S, H, room, D]."""
         return storage.transpose(-1, -2) if self.by_columns else storage
 
 
@@ -224,15 +227,17 @@ def attend_by_columns(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one new token as two plain products, which take keys and values in any layout; everything else is sdpa's.
+    """Attention of one new token as two matrix products, which accept keys and values in any memory layout.
 
-    query [B, heads, 1, D], key and value [B, H, T, D], attention_mask added to the scores [B, 1, 1, T]; returns [B, 1, heads, D].
+    Calls with other inputs (several new tokens, dropout, a mask per head, softcap) go to transformers' sdpa function.
+
+    query [B, heads, 1, D], key and value [B, H, T, D], additive attention_mask [B, 1, 1, T]; returns ([B, 1, heads, D], None).
     """
     batch, heads, length, width = query.shape
     is_added = attention_mask is None or (attention_mask.is_floating_point() and attention_mask.shape[1] == 1)
     if length != 1 or dropout or not is_added or options.get("position_bias") is not None or options.get("softcap") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
-    groups = key.shape[1]  # heads that share keys are the rows of one product
+    groups = key.shape[1]  # query heads that share a key-value head are the rows of one matrix product
     query = query.reshape(batch, groups, heads // groups, width) * (width**-0.5 if scaling is None else scaling)
     scores = query @ key.transpose(-1, -2)
     if attention_mask is not None:
@@ -245,9 +250,9 @@ AttentionMaskInterface.register(BY_COLUMNS, sdpa_mask)
 
 
 def make_cache(model: Any, most: int) -> Any:
-    """An empty cache of ``model`` with room for ``most`` new tokens, in layers that look back without limit.
+    """An empty cache for up to ``most`` new tokens of ``model``, whose attention layers must have no sliding window.
 
-    Prompts are put into it in parts (``prompt_cache``, ``put_prompts``).
+    Prompts are added in parts (``prompt_cache``, ``put_prompts``).
     """
     cache = DynamicCache(config=model.config)
     made, room = (ColumnLayer, COLUMN_ROOM) if _reads_by_columns(model) else (RoomyLayer, FIRST_ROOM)
@@ -256,35 +261,38 @@ def make_cache(model: Any, most: int) -> Any:
 
 
 def make_slot_cache(model: Any, window: SlotWindow, slots: int) -> Any:
-    """An empty cache of ``model`` with ``slots``, in layers that look back without limit."""
+    """An empty cache for ``model`` with ``slots`` slots. Its layers apply no sliding window."""
     cache = DynamicCache(config=model.config)
     cache.layers = [SlotLayer(window, slots, by_columns=_reads_by_columns(model)) for _ in cache.layers]
     return cache
 
 
 def _reads_by_columns(model: Any) -> bool:
-    """Whether attention by columns is this model's fastest: in fp32 on a CPU, where the model uses sdpa."""
+    """Whether ``attend_by_columns`` is the fastest attention for this model: in fp32 on a CPU, if the model uses sdpa."""
     weight = next(model.parameters())
     return weight.device.type == "cpu" and model.dtype == torch.float32 and model.config._attn_implementation == "sdpa"
 
 
 def prompt_cache(cache: Any) -> Any:
-    """What a model reads some of the prompts with, whose keys and values ``put_prompts`` takes over into ``cache``."""
+    """An empty cache for one forward pass over some prompts. ``put_prompts`` then copies its keys and values into ``cache``."""
     made = DynamicCache()
     made.layers = [PromptLayer() for _ in cache.layers]
     return made
 
 
 def put_prompts(cache: Any, read: Any, row: int, rows: int, length: int) -> None:
-    """Keys and values of prompts, ``read`` with a ``prompt_cache``, as the rows from ``row`` on of ``rows`` with ``length`` tokens."""
+    """Copy keys and values of prompts from ``read`` (a filled ``prompt_cache``) into ``cache``.
+
+    They go to the rows from ``row`` on, of ``rows`` rows in total, as the last of ``length`` tokens.
+    """
     for layer, part in zip(cache.layers, read.layers, strict=True):
-        if part.is_initialized:  # a layer that the model asks nothing of has nothing
+        if part.is_initialized:  # a layer that the model does not use is empty
             layer.put(part.keys, part.values, row, rows, length)
 
 
 @contextmanager
 def decoding_attention(model: Any, cache: Any) -> Iterator[None]:
-    """Within it ``model`` attends by columns, if ``cache`` lies so."""
+    """Inside this context ``model`` uses ``attend_by_columns``, if ``cache`` stores tokens as columns."""
     usual = model.config._attn_implementation
     if any(isinstance(layer, ColumnLayer) or getattr(layer, "by_columns", False) for layer in cache.layers):
         model.config._attn_implementation = BY_COLUMNS
@@ -295,7 +303,7 @@ def decoding_attention(model: Any, cache: Any) -> Iterator[None]:
 
 
 def forward_options(support: DecodingSupport, cache: Any) -> dict[str, Any]:
-    """What a forward pass needs besides its input to use ``cache`` (None: no cache) and to give the last token's logits only."""
+    """Keyword arguments of a forward pass: to use ``cache`` (None: no cache), and to compute only the last token's logits."""
     options: dict[str, Any] = {"use_cache": cache is not None} if support.takes_use_cache else {}
     if cache is not None and support.cache_name is not None:
         options[support.cache_name] = cache
@@ -303,7 +311,7 @@ def forward_options(support: DecodingSupport, cache: Any) -> dict[str, Any]:
 
 
 def keep_rows(cache: Any, rows: Tensor, first: int) -> None:
-    """Keep only ``rows`` (which may repeat) of every layer of ``make_cache``'s, without the tokens before ``first``."""
+    """Keep only ``rows`` (indices, which may repeat) in every layer of a cache from ``make_cache``; drop the tokens before ``first``."""
     for layer in cache.layers:
         if layer.is_initialized:
             layer.keep(rows, first)

@@ -1,7 +1,7 @@
-"""Weights in autocast's dtype at fixed addresses, for as long as many steps read them.
+"""Copies of weights in autocast's dtype that keep their addresses over many decoding steps.
 
-Autocast casts a weight again in every pass, or keeps the cast until the outermost autocast ends. A CUDA graph that is replayed later needs
-casts that stay, and that can be made anew in the same place after the weights have changed.
+Autocast casts a weight again in every forward pass, or keeps the cast until the outermost autocast context ends. A CUDA graph that is
+replayed later needs copies that stay in memory. After the weights change, the copies must be updated at the same addresses.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from transformers.pytorch_utils import Conv1D
 
 
 class AutocastCopies:
-    """Copies of the weights of linear layers, one for each parameter, however many layers share it."""
+    """Copies of the weights of linear layers. A parameter that several layers share has one copy."""
 
     def __init__(self) -> None:
         self._copies: dict[tuple[int, torch.Size, torch.dtype], nn.Parameter] = {}
 
     @contextmanager
     def in_use(self, model: nn.Module) -> Iterator[None]:
-        """Within it, linear layers with fp32 weights compute with copies in autocast's dtype, made anew now. No autocast: no copies.
+        """Inside this context, linear layers with fp32 weights compute with copies in autocast's dtype.
 
-        The results are the same to the bit. Only for passes without gradient.
+        The copies are updated on entry. Without autocast there are no copies. The results are bitwise equal to those of plain autocast. Use
+        it only for forward passes without gradients.
         """
         replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
         kind = next(model.parameters()).device.type
@@ -42,7 +43,7 @@ class AutocastCopies:
                 module._parameters[name] = parameter
 
     def num_bytes(self) -> int:
-        """Memory of all copies."""
+        """Memory of all copies, in bytes."""
         return sum(copy.nbytes for copy in self._copies.values())
 
     def _copy(self, parameter: nn.Parameter, dtype: torch.dtype, refreshed: set[Any]) -> nn.Parameter:
@@ -56,7 +57,7 @@ class AutocastCopies:
 
 
 def _casted(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """The fp32 parameters that autocast casts for a product: those of linear layers, unless they are quantized or sharded."""
+    """The fp32 parameters that autocast casts for matrix products: those of linear layers that are neither quantized nor sharded."""
     return [
         (module, name, parameter)
         for module in model.modules()
@@ -67,7 +68,10 @@ def _casted(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
 
 
 def uncached_casts(kind: str) -> AbstractContextManager[Any]:
-    """Autocast as it is on devices of ``kind``, but without a cache of casts, which would be freed while a recording still reads it."""
+    """Autocast with its current settings for devices of type ``kind``, but without its cache of casts.
+
+    Autocast would free that cache while a recorded CUDA graph still reads it.
+    """
     if not torch.is_autocast_enabled(kind):
         return nullcontext()
     return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)

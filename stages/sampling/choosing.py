@@ -1,4 +1,7 @@
-"""Choosing next tokens. B sequences, V vocabulary. One uniform number decides each token, so a random stream is one number per token."""
+"""Choosing next tokens. B sequences, V vocabulary.
+
+One uniform random number decides each token. So the random stream of a response has one number per token.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,16 @@ BLOCK = 64  # tokens per block of the two-level search
 
 
 def sample_tokens(logits: Tensor, noise: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Next tokens [B] for logits [B, V] and noise [B] in [0, 1), and their log-probabilities [B] fp32.
+    """Sample next tokens from logits [B, V] and noise [B] in [0, 1); returns (tokens [B], their log-probabilities [B] fp32).
 
-    The token is where the cumulative distribution passes ``noise``; the likeliest at temperature 0. The log-probability is that of
-    softmax(logits / temperature) (temperature 1 for the likeliest), before top-k and top-p.
+    The chosen token is the one where the cumulative distribution exceeds ``noise``. At temperature 0 it is the most likely token. The
+    log-probabilities are those of softmax(logits / temperature), before top-k and top-p. For temperature 0 they are computed at
+    temperature 1.
     """
     logits = logits.float()
     if temperature not in (0.0, 1.0):
         logits = logits / temperature
-    weights = logits.softmax(dim=-1)  # their sum is 1 but for rounding, which ``total`` takes out again
+    weights = logits.softmax(dim=-1)  # the sum is 1 up to rounding; dividing by ``total`` removes the rounding error
     if temperature == 0:
         tokens = logits.argmax(dim=-1)
         total = weights.sum(dim=-1, dtype=torch.float64)
@@ -31,10 +35,11 @@ def sample_tokens(logits: Tensor, noise: Tensor, *, temperature: float = 1.0, to
 
 
 def invert_cumulative(weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """(index [B] where the running sum of ``weights`` [B, V] passes ``noise`` [B] of the whole, that whole [B] fp64).
+    """Invert the cumulative sum of ``weights`` [B, V] at ``noise`` [B]; returns (index [B], total weight [B] fp64).
 
-    Sums are double precision, as a chosen token may be one in a million, but kept in two levels: over blocks, then inside one block. An
-    index of weight 0 is never chosen.
+    The index is the first one where the cumulative sum exceeds ``noise`` times the total weight. An index with weight 0 is never chosen.
+    Sums are in double precision because a chosen token may have a probability of one in a million. The search has two levels: over blocks
+    of tokens, then inside one block.
     """
     number, width = weights.shape
     if width % BLOCK:
@@ -44,12 +49,12 @@ def invert_cumulative(weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     cumulative = sums.cumsum(dim=-1)
     total = cumulative[:, -1]
     target = torch.minimum(noise.double() * total, torch.nextafter(total, torch.zeros_like(total)))
-    # right=True passes over blocks without weight
+    # right=True skips blocks with weight 0
     block = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1)
     rows = torch.arange(number, device=weights.device)
     inside = blocks[rows, block].double()
     running = inside.cumsum(dim=-1)
-    # What is left of the target, as a share of the block: its sum was rounded in another order than this running one.
+    # The rest of the target, rescaled to the cumulative sum inside the block: the block's sum and this cumulative sum round differently.
     left = (target - (cumulative[rows, block] - sums[rows, block])) / sums[rows, block] * running[:, -1]
     left = torch.minimum(left.clamp(min=0), torch.nextafter(running[:, -1], torch.zeros_like(left)))
     place = torch.searchsorted(running, left[:, None], right=True).squeeze(-1)
@@ -57,14 +62,17 @@ def invert_cumulative(weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _truncated(weights: Tensor, *, top_k: int, top_p: float) -> Tensor:
-    """Unnormalised probabilities [B, V] with all but the ``top_k`` largest (0: all) and the smallest set of mass ``top_p`` set to 0."""
+    """Set the probabilities that top-k and top-p exclude to 0; the result [B, V] is not normalised.
+
+    Top-k keeps the ``top_k`` largest (0: all). Top-p keeps the smallest set of tokens whose probabilities sum to at least ``top_p``.
+    """
     if top_k:
         threshold = weights.topk(min(top_k, weights.shape[-1]), dim=-1).values[:, -1:]
         weights = weights.masked_fill(weights < threshold, 0.0)
     if top_p < 1:
         ordered, places = weights.sort(dim=-1, descending=True)
         mass = ordered.double() / ordered.sum(dim=-1, keepdim=True, dtype=torch.float64)
-        # A token goes when those before it already hold top_p; the likeliest always stays.
+        # Drop a token if the more likely tokens already reach top_p. The most likely token always stays.
         drop = mass.cumsum(dim=-1) - mass >= top_p
         weights = weights.masked_fill(drop.scatter(-1, places, drop), 0.0)
     return weights

@@ -1,7 +1,7 @@
-"""Continuous batching: a finished response is replaced by a waiting prompt, so that the batch stays full until no prompt waits.
+"""Continuous batching: a waiting prompt replaces a finished response, so the batch stays full until no prompt waits.
 
-S slots, P prompt tokens (left padded), V vocabulary. Every response has random numbers of its own, so it does not matter which others it
-shares the batch with, nor when it begins.
+S slots, P prompt tokens (left padded), V vocabulary. Every response has its own random numbers. So it depends neither on the other
+responses in the batch nor on the step at which it begins.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from stages.sampling.slots import Choice
 from stages.sampling.support import DecodingSupport
 from stages.sampling.workspace import Workspace
 
-REFILL_SHARE = 1 / 8  # free slots are filled once they are this share of all, as prompts read together cost less
+REFILL_SHARE = 1 / 8  # free slots are filled when they reach this share of all slots, because reading several prompts together is cheaper
 
 
 @dataclass
 class Occupant:
-    """The response in a slot: the row of its prompt, the prompt's tokens, and how many tokens of the response are sampled at most."""
+    """The response in a slot.
+
+    ``row``: row of its prompt. ``length``: prompt tokens. ``sampled``: an upper bound on the response tokens sampled so far.
+    """
 
     row: int
     length: int
@@ -36,7 +39,7 @@ class Occupant:
 
 
 class SlotDecoder:
-    """Decodes prompts over the slots of a workspace."""
+    """Samples responses to prompts in the slots of a workspace."""
 
     def __init__(
         self,
@@ -52,7 +55,7 @@ class SlotDecoder:
         pad_token_id: int,
         refill: bool,
     ) -> None:
-        """``noise`` [prompts, max_new_tokens]; ``refill``: whether a finished response is replaced before all others have ended."""
+        """``noise`` [prompts, max_new_tokens]: uniform numbers. ``refill``: replace a finished response while others still run."""
         self._model, self._workspace, self._slots = model, workspace, workspace.slots
         self._prompts, self._noise, self._support, self._pad = prompts, noise, support, pad_token_id
         self._stop_ids, self._late_stop_ids, self._settings, self._refill = stop_ids, late_stop_ids, settings, refill
@@ -65,7 +68,10 @@ class SlotDecoder:
         self._waiting: deque[int] = deque()  # rows of prompts
 
     def run(self, order: Sequence[int], report: Callable[[Decoded], None]) -> None:
-        """Sample a response to each prompt in ``order`` (rows); ``report`` gets each soon after it has ended, by the row of its prompt."""
+        """Sample a response to each prompt in ``order`` (row indices).
+
+        ``report`` gets each response soon after it has ended, with the row index of its prompt.
+        """
         self._waiting.extend(order)
         with self._workspace.in_use(self._model):
             while self._waiting or self._occupants:
@@ -78,7 +84,7 @@ class SlotDecoder:
                     self._compact()
 
     def _next_rows(self) -> list[int]:
-        """The waiting rows that are to begin now."""
+        """Take the rows that begin now out of the queue; returns none while too few slots are free."""
         free = self._num_slots - len(self._occupants)
         enough = min(len(self._waiting), max(1, int(REFILL_SHARE * self._num_slots)))
         if self._occupants and (not self._refill or free < enough):
@@ -86,7 +92,7 @@ class SlotDecoder:
         return [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
 
     def _admit(self, rows: list[int]) -> None:
-        """Read the prompts ``rows``, equal ones once, into free slots, and sample the first token after each."""
+        """Read the prompts ``rows`` into free slots and sample the first token of each response. Equal prompts are read once."""
         free = [slot for slot in range(self._num_slots) if slot not in self._occupants][: len(rows)]
         places: dict[tuple[int, ...], int] = {}
         wanted = [places.setdefault(tuple(self._prompts[row]), len(places)) for row in rows]
@@ -98,7 +104,10 @@ class SlotDecoder:
             self._occupants[slot] = Occupant(row, len(self._prompts[row]))
 
     def _put(self, read: Any, logits: Tensor, part: list[tuple[int, int, int]]) -> None:
-        """Begin responses to prompts that were ``read`` together, given as (slot, row of the prompt, place in what was read)."""
+        """Begin responses to prompts that were read in one forward pass; ``read`` is the cache of that pass.
+
+        ``part``: (slot, row of the prompt, row in ``read`` and ``logits``) of each response.
+        """
         if not self._has_endings:
             stop_after = self._settings.stop_after
             self._slots.set_endings(Endings.of(logits.shape[-1], self._stop_ids, self._late_stop_ids, stop_after, self._device))
@@ -107,12 +116,12 @@ class SlotDecoder:
         slots, places = (torch.tensor(column, device=self._device) for column in ([p[0] for p in part], [p[2] for p in part]))
         lengths = torch.tensor([len(self._prompts[row]) for row in rows], device=self._device)
         for layer, states in zip(self._workspace.cache.layers, read.layers, strict=True):
-            if states.is_initialized:  # a layer that the model asks nothing of has nothing
+            if states.is_initialized:  # a layer that the model does not use is empty
                 layer.put(states.keys, states.values, places, slots, lengths, self._workspace.room)
         self._slots.admit(slots, lengths, self._noise[rows], logits[places], self._choice)
 
     def _step_for_a_while(self) -> None:
-        """Make steps until it is time to look which responses have ended."""
+        """Run decoding steps until the next check for finished responses."""
         most = self._settings.max_new_tokens
         left = [most - occupant.sampled for occupant in self._occupants.values()]
         may_end = bool(self._stop_ids or self._late_stop_ids)
@@ -129,7 +138,7 @@ class SlotDecoder:
                 occupant.sampled = min(occupant.sampled + 1, most)
 
     def _finished(self) -> Decoded | None:
-        """Take the responses that have ended out of their slots."""
+        """Remove the finished responses from their slots and return them; None if there are none."""
         running = self._slots.running()
         ended = [slot for slot in self._occupants if not running[slot]]
         if not ended:
@@ -137,7 +146,7 @@ class SlotDecoder:
         return self._slots.decoded(ended, [self._occupants.pop(slot).row for slot in ended])
 
     def _compact(self) -> None:
-        """Move responses to the first slots if fewer rows can be decoded then."""
+        """Move responses to the first slots if that reduces the number of rows per step."""
         if not self._occupants:
             return
         rows = self._workspace.size(len(self._occupants), 1).rows

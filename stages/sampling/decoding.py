@@ -1,7 +1,7 @@
-"""Decoding one batch token by token: finished rows leave the batch, and a repeated prompt is read once.
+"""Decoding one batch token by token. Finished rows leave the batch, and a repeated prompt is read once.
 
 B sequences, P prompt tokens (left padded), R response tokens (right padded), V vocabulary. A step costs one forward pass of the model and
-a handful of operations on [B] tensors. Nothing is copied that does not change.
+a few operations on [B] tensors.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from stages.sampling.choosing import sample_tokens
 from stages.sampling.readers import Reader, make_reader
 from stages.sampling.support import DecodingSupport
 
-COMPACT_BELOW = 0.75  # finished rows leave the cache once a smaller share of its rows than this is still running
-CUDA_CHECK_EVERY = 8  # steps between two looks at which rows are running; each look makes the CPU wait for the GPU
+COMPACT_BELOW = 0.75  # finished rows leave the cache when the share of running rows falls below this
+CUDA_CHECK_EVERY = 8  # steps between two checks for finished rows; each check makes the CPU wait for the GPU
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Finished responses: the row of each in the batch, ids and log-probabilities [k, R] (right padded), and lengths."""
+    """k finished responses: their rows in the batch, token ids and log-probabilities [k, R] (right padded), and lengths in tokens."""
 
     rows: list[int]
     ids: Tensor
@@ -34,7 +34,7 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Endings:
-    """Which tokens end a response: ``anywhere`` [V] at every position, ``late`` [V] from response position ``stop_after`` on."""
+    """Boolean tables of the stop tokens: ``anywhere`` [V] for every position, ``late`` [V] from response position ``stop_after`` on."""
 
     anywhere: Tensor
     late: Tensor
@@ -42,7 +42,7 @@ class Endings:
 
     @classmethod
     def of(cls, size: int, stop_ids: Sequence[int], late_stop_ids: Sequence[int], stop_after: int, device: torch.device) -> Endings:
-        """For ``size`` logits. A tokenizer may have more tokens than the model has logits; those cannot be sampled."""
+        """Make the tables for ``size`` logits. Ids of ``size`` or more are ignored: the model cannot sample them."""
         anywhere = torch.zeros(size, dtype=torch.bool)
         anywhere[[token for token in stop_ids if token < size]] = True
         late = anywhere.clone()
@@ -50,12 +50,12 @@ class Endings:
         return cls(anywhere.to(device), late.to(device), stop_after)
 
     def at(self, position: int) -> Tensor:
-        """Whether each token [V] ends a response at ``position`` (from 0)."""
+        """Whether each token [V] ends a response at ``position`` (counted from 0)."""
         return self.late if position >= self.stop_after else self.anywhere
 
 
 class Responses:
-    """The responses of a batch while they are sampled. A row of the batch may leave it; its response stays here."""
+    """The responses of a batch during sampling. When a row leaves the batch, its response stays here."""
 
     def __init__(self, noise: Tensor, pad_token_id: int) -> None:
         """``noise`` [B, max_new_tokens]: one uniform number for each token that may be sampled."""
@@ -69,7 +69,7 @@ class Responses:
         self._unreported = set(range(number))
 
     def extend(self, logits: Tensor, step: int, settings: GenerationSettings, endings: Endings) -> Tensor:
-        """Sample the token after each row of the batch from ``logits`` [rows, V] and append it; returns the tokens [rows]."""
+        """Sample the next token of each row from ``logits`` [rows, V] and append it; returns the tokens [rows]."""
         tokens, chosen = sample_tokens(
             logits,
             self._noise[self._members, step],
@@ -84,11 +84,11 @@ class Responses:
         return tokens
 
     def num_running(self) -> int:
-        """How many responses go on. On a GPU the CPU waits for it here."""
+        """The count of unfinished responses. On a GPU this call makes the CPU wait."""
         return int(self._running.sum())
 
     def compacted(self, num_running: int) -> Tensor | None:
-        """Let the finished rows leave if that pays; returns the rows of the batch that stay, or None if all do."""
+        """Drop the finished rows if enough rows have finished; returns the row indices that stay, or None if nothing changes."""
         if num_running >= COMPACT_BELOW * len(self._members):
             return None
         kept = torch.nonzero(self._running).squeeze(1)
@@ -97,7 +97,7 @@ class Responses:
         return kept
 
     def newly_finished(self, *, all_finished: bool = False) -> Decoded | None:
-        """Responses that have ended since the last call, or all that are left; None if there are none."""
+        """Responses that have ended since the last call; with ``all_finished`` all unreported ones. None if there are none."""
         running = set() if all_finished else set(self._members[self._running].tolist())
         rows = sorted(self._unreported - running)
         if not rows:
@@ -122,10 +122,11 @@ def decode(
     late_stop_ids: Sequence[int],
     pad_token_id: int,
 ) -> None:
-    """Sample one response for each entry of ``rows`` [B], which is the index of its prompt in ``prompt_ids``, ``prompt_mask`` [prompts, P].
+    """Sample one response for each entry of ``rows`` [B].
 
-    A prompt is read once, however many rows share it. ``noise`` [B, max_new_tokens] is uniform in [0, 1). If ``support`` says that the
-    model cannot hide padding, all prompts must have the same length. ``report`` gets every response once, soon after it has ended.
+    An entry is the index of its prompt in ``prompt_ids`` and ``prompt_mask``, both [prompts, P]. A prompt that several rows share is read
+    once. ``noise`` [B, max_new_tokens] is uniform in [0, 1). If ``support.hides_padding`` is False, all prompts must have the same length.
+    ``report`` gets every response once, soon after it has ended.
     """
     reader = make_reader(model, support, settings.max_new_tokens)
     logits = _read_prompts(reader, prompt_ids, prompt_mask, rows)
@@ -152,7 +153,7 @@ def decode(
 
 
 def _read_prompts(reader: Reader, prompt_ids: Tensor, prompt_mask: Tensor, rows: Tensor) -> Tensor:
-    """Read every prompt once and give each row a copy of its own; returns the logits after each row's prompt [B, V]."""
+    """Read every prompt once and give each row its own copy of the cache; returns the logits after each row's prompt [B, V]."""
     logits = reader.read(prompt_ids, prompt_mask)
     if torch.equal(rows, torch.arange(len(prompt_ids), device=rows.device)):
         return logits

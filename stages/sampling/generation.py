@@ -1,7 +1,7 @@
 """Sampling completions: left padding, a KV cache, stop tokens, the response mask, and the log-probability of every sampled token.
 
-B sequences, P prompt tokens (left padded), R response tokens (right padded), V vocabulary. Every sequence draws from a random stream of its
-own, so a completion depends on its seed and its prompt and not on which others share its batch.
+B sequences, P prompt tokens (left padded), R response tokens (right padded), V vocabulary. Every sequence has its own random stream. So a
+completion depends on its seed and its prompt, and not on the other sequences in its batch.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from stages.tokens.positions import model_length
 from stages.tokens.turns import turn_end_ids
 
 logger = logging.getLogger(__name__)
-_said: set[str] = set()  # classes of models that are decoded batch by batch
+_said: set[str] = set()  # model classes for which the log already says that they are decoded batch by batch
 
 
 @dataclass(frozen=True)
 class Generated:
     """Prompts and their completions.
 
-    prompt_ids, prompt_mask [B, P] left padded; response_ids, response_mask, logprobs [B, R] right padded. The mask is True through the stop
-    token. ``logprobs`` are those of the sampled tokens at the sampling temperature (at 1 for greedy), before top-k and top-p.
-    ``stopped`` [B]: whether the completion ended with a stop token.
+    prompt_ids, prompt_mask [B, P] are left padded; response_ids, response_mask, logprobs [B, R] are right padded. ``response_mask`` is True
+    up to and including the stop token. ``logprobs``: log-probabilities of the sampled tokens at the sampling temperature (at temperature 1
+    for greedy decoding), before top-k and top-p. ``stopped`` [B]: whether the completion ended with a stop token.
     """
 
     prompt_ids: Tensor
@@ -51,15 +51,16 @@ class Generated:
 
     @property
     def lengths(self) -> Tensor:
-        """Response tokens of each row [B], the stop token among them."""
+        """Response tokens of each row [B], including the stop token."""
         return self.response_mask.sum(dim=1)
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A completion that has ended, maybe while others are still sampled: the ``row`` of its prompt, its tokens, and how it ended.
+    """A finished completion. Other completions of the same call may still be running.
 
-    ``response_ids`` holds the stop token, if there is one; ``stopped`` says whether there is one.
+    ``row``: row index of its prompt. ``response_ids``: its tokens, including the stop token if there is one. ``stopped``: whether it ended
+    with a stop token.
     """
 
     row: int
@@ -71,10 +72,10 @@ OnFinished = Callable[[list[Finished]], None]
 
 
 def stop_token_ids(model: Any, tokenizer: Any, stop: Iterable[str] = ()) -> list[int]:
-    """Tokens that end a completion.
+    """The ids of the tokens that end a completion, sorted.
 
-    They are the tokenizer's eos, the model's own (generation config), the token with which the chat template ends an assistant's turn, and
-    ``stop`` (each must be one token).
+    They are the tokenizer's eos token, the eos tokens of the model's generation config, the token that ends an assistant turn in the chat
+    template, and the texts ``stop``. Raises ModelError if a text of ``stop`` is not exactly one token.
     """
     ids: set[int] = set(turn_end_ids(tokenizer))
     if tokenizer.eos_token_id is not None:
@@ -94,7 +95,11 @@ def stop_token_ids(model: Any, tokenizer: Any, stop: Iterable[str] = ()) -> list
 
 
 def ending_tokens(model: Any, tokenizer: Any, settings: GenerationSettings) -> tuple[list[int], list[int]]:
-    """(tokens that end a completion anywhere, tokens that end it from position ``stop_after`` on), as ``generate`` wants them."""
+    """The arguments ``stop_ids`` and ``late_stop_ids`` of ``generate``.
+
+    The first list ends a completion at every position, the second from position ``settings.stop_after`` on. Raises ModelError like
+    ``stop_token_ids``.
+    """
     usual = stop_token_ids(model, tokenizer)
     named = stop_token_ids(model, tokenizer, settings.stop)
     if not settings.ignore_eos:
@@ -104,7 +109,7 @@ def ending_tokens(model: Any, tokenizer: Any, settings: GenerationSettings) -> t
 
 
 def require_room(model: Any, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
-    """Raise ModelError where a prompt (token ids) and ``settings.max_new_tokens`` are more than the positions of ``model``."""
+    """Raise ModelError if a prompt (token ids) plus ``settings.max_new_tokens`` needs more positions than ``model`` has."""
     positions = model_length(model.config)
     if positions is None:
         return
@@ -130,27 +135,27 @@ def generate(
     late_stop_ids: Sequence[int] = (),
     on_finished: OnFinished | None = None,
 ) -> Generated:
-    """Sample one completion for each prompt (token ids); ``seeds`` has one number per prompt.
+    """Sample one completion for each prompt (token ids). ``seeds`` has one random seed per prompt.
 
-    ``stop_ids`` end a completion anywhere, ``late_stop_ids`` from response position ``settings.stop_after`` on (the papers' truncate_token
-    and truncate_after).
+    ``stop_ids`` end a completion at every position; ``late_stop_ids`` end it from response position ``settings.stop_after`` on (the papers'
+    truncate_token and truncate_after).
 
-    ``settings.batch_size`` prompts of like length are decoded together; of equal length where the model cannot hide padding. With
-    continuous batching a waiting prompt takes the place of a completion that has ended. The model's mode (training or not) is left as it
-    was.
+    ``settings.batch_size`` prompts of similar length are decoded together. If the model cannot hide padding, their lengths must be equal.
+    With continuous batching a waiting prompt replaces a completion that has ended. The function restores the model's training mode.
 
-    ``on_finished`` gets every completion once, soon after it has ended, while others are still sampled. It must return quickly and must not
-    use ``model``. Its exceptions end the sampling.
+    ``on_finished`` gets every completion once, soon after it has ended, while others are still running. It must return quickly and must not
+    use ``model``. An exception in it ends the sampling.
 
-    Raises ModelError where a prompt leaves too few of the model's positions, and where the model cannot write token by token.
+    Raises ValueError if the counts of prompts and seeds differ. Raises ModelError if a prompt leaves too few positions for
+    ``settings.max_new_tokens``, or if the model is not causal.
     """
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds")
     require_room(model, prompts, settings)
-    # The noise of each row is drawn whole and up front: one generator per row, no work per token.
+    # All random numbers of a row are drawn in advance, with one generator per row.
     noise = torch.stack([_uniform(seed, settings.max_new_tokens) for seed in seeds])
     made = _Collected(len(prompts), stop_ids, late_stop_ids, settings.stop_after, on_finished)
-    # Equal prompts come to lie in one batch, which reads them once.
+    # Sorting puts equal prompts next to each other, so a batch reads them once.
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), prompts[index]))
     training = model.training
     model.eval()
@@ -166,7 +171,7 @@ def generate(
 
 
 class _Collected:
-    """Completions as they come in, by the row of their prompt."""
+    """Collects finished completions by the row index of their prompt."""
 
     def __init__(
         self, number: int, stop_ids: Sequence[int], late_stop_ids: Sequence[int], stop_after: int, on_finished: OnFinished | None
@@ -176,7 +181,7 @@ class _Collected:
         self._logprobs: list[Tensor] = [torch.empty(0)] * number
 
     def take(self, made: Decoded) -> None:
-        """Take in finished responses, named by the rows of their prompts."""
+        """Store finished responses; ``made.rows`` are the row indices of their prompts. Calls ``on_finished``."""
         for place, (row, length) in enumerate(zip(made.rows, made.lengths, strict=True)):
             self._responses[row], self._logprobs[row] = made.ids[place, :length], made.logprobs[place, :length]
         if self._on_finished is not None:
@@ -185,7 +190,7 @@ class _Collected:
             self._on_finished([Finished(*parts) for parts in zip(made.rows, responses, stopped, strict=True)])
 
     def take_batch(self, rows: Sequence[int], made: Decoded) -> None:
-        """Take in finished responses of a batch whose prompts are ``rows``."""
+        """Store finished responses of a batch. ``rows``: the row index of the prompt of each row of the batch."""
         self.take(replace(made, rows=[rows[row] for row in made.rows]))
 
     def generated(self, prompts: Sequence[Sequence[int]], pad_token_id: int) -> Generated:
@@ -214,10 +219,10 @@ class _Collected:
 
 
 def decodes_in_slots(model: Any, support: DecodingSupport, settings: GenerationSettings, prompts: Sequence[Sequence[int]]) -> bool:
-    """Whether ``prompts`` are decoded in slots, which continuous batching and CUDA graphs need, and not batch by batch.
+    """Whether ``prompts`` are decoded in slots instead of batch by batch. Continuous batching and CUDA graphs need slots.
 
-    That is so on a GPU, and where continuous batching is asked for and prompts have to wait. A model whose cache cannot give a row to
-    another sequence is decoded batch by batch; the log says so once.
+    Slots are used on a GPU. On a CPU they are used only if the settings ask for continuous batching and there are more prompts than
+    ``batch_size``. If the model's cache cannot give a row to another sequence, decoding is batch by batch; the log says so once.
     """
     on_gpu = next(model.parameters()).device.type == "cuda"
     waits = len(prompts) > settings.batch_size and settings.continuous_batching is not False
@@ -251,7 +256,7 @@ def _decode_in_slots(
     made: _Collected,
     pad_token_id: int,
 ) -> None:
-    """Decode all prompts over one workspace."""
+    """Decode all prompts in the slots of one workspace."""
     slots = min(settings.batch_size, len(prompts))
     longest = max(map(len, prompts))
     with workspace_for(model, slots, longest, settings.max_new_tokens, cuda_graphs=settings.cuda_graphs) as workspace:
@@ -280,7 +285,7 @@ def _decode_in_batches(
     made: _Collected,
     pad_token_id: int,
 ) -> None:
-    """Decode batch after batch: in each, different prompts are padded, and each row points to its own."""
+    """Decode one batch after another. Each batch pads its distinct prompts, and each row holds the index of its prompt."""
     device = next(model.parameters()).device
     for rows in _batches(order, [len(prompt) for prompt in prompts], settings.batch_size, mixed=support.hides_padding):
         places: dict[tuple[int, ...], int] = {}
@@ -302,18 +307,21 @@ def _decode_in_batches(
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], batch_size: int, *, mixed: bool) -> list[list[int]]:
-    """Rows in ``order`` of length, ``batch_size`` at a time; ``mixed``: whether rows of different length may share a batch."""
+    """Split the row indices ``order`` (sorted by length) into batches of ``batch_size``.
+
+    ``mixed``: whether rows of different lengths may share a batch.
+    """
     alike = [list(order)] if mixed else [list(rows) for _, rows in itertools.groupby(order, key=lambda row: lengths[row])]
     return [rows[start : start + batch_size] for rows in alike for start in range(0, len(rows), batch_size)]
 
 
 def episode_seed(seed: int, *place: int) -> int:
-    """A number for one episode's random stream that depends on nothing else: not on the process, not on the batch."""
+    """A random seed for one episode, derived from ``seed`` and ``place`` only. It does not depend on the process or the batch."""
     return int.from_bytes(hashlib.blake2b(repr((seed, *place)).encode(), digest_size=7).digest(), "big")
 
 
 def _uniform(seed: int, number: int) -> Tensor:
-    """Uniform draws in (0, 1), double precision: a sampled token may be one in a million."""
+    """``number`` uniform random numbers in [0, 1). Double precision, because a sampled token may have a probability of one in a million."""
     return torch.rand(number, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -328,12 +336,12 @@ def decode_completions(tokenizer: Any, generated: Generated) -> list[str]:
 
 
 def completion_text(tokenizer: Any, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
-    """A completion as text, without the turn end and other special tokens, and without white space at the ends.
+    """A completion as text, without the end-of-turn token, other special tokens, and white space at both ends.
 
-    It is decoded as the continuation of its prompt: some tokenizers write a word differently at the beginning of a text.
+    It is decoded as the continuation of its prompt, because some tokenizers decode a word differently at the beginning of a text.
     """
     ids = list(response_ids)
-    # A template may end turns with a token that the tokenizer does not call special.
+    # A chat template may end turns with a token that the tokenizer does not mark as special.
     if ids and ids[-1] in turn_end_ids(tokenizer):
         ids = ids[:-1]
     return continuation_text(tokenizer, list(prompt_ids[-CONTEXT:]), ids).strip()

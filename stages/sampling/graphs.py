@@ -1,9 +1,9 @@
-"""CUDA graphs of decoding steps: recorded once for a size, replayed for every token, kept from one call of ``generate`` to the next.
+"""CUDA graphs of decoding steps: recorded once per size, replayed for every token, and kept between calls of ``generate``.
 
-A graph runs the same kernels on the same memory again, without the CPU's overhead. So a step may change nothing but tensors that keep
-their address (``slots``), and its size is fixed: rows, and columns of the cache. The pool has graphs for a few sizes. A batch that has
-shrunk goes on with the graph of the next smaller size, or of a larger one if there is no better. The additional rows compute what nobody
-reads.
+A graph runs the same kernels on the same memory again, without the CPU's launch overhead. So a step may change only tensors that keep
+their addresses (``slots``). The size of a step is fixed: rows, and columns of the cache. The pool has graphs for a few sizes. When a batch
+shrinks, it continues with a graph of a smaller size that still fits, or with a larger graph if there is none. The results of surplus rows
+are ignored.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import Tensor
 from stages.sampling.slots import Slots
 
 logger = logging.getLogger(__name__)
-_refusals: Counter[str] = Counter()  # recordings that were not used, by the reason that is logged
+_refusals: Counter[str] = Counter()  # counts of rejected recordings by the logged reason
 
-SAID_AT = (1, 10, 100, 1000)  # refused recordings of one reason after which the log says so
-FEWEST_STEPS = 16  # a recording costs about as much as a few steps, so it is not made for less
-STEPS_ON_LARGER = 64  # steps on the graph of a larger size after which a graph of the right size is recorded
+SAID_AT = (1, 10, 100, 1000)  # the log reports a reason at these counts of rejected recordings
+FEWEST_STEPS = 16  # a recording costs about as much as a few steps, so fewer steps than this do not justify one
+STEPS_ON_LARGER = 64  # steps on the graph of a larger size before a graph of the right size is recorded
 SMALLEST_COLUMNS = 64
-KEPT_SHARE = 0.05  # of the device's memory: what may stay allocated while no tokens are decoded
+KEPT_SHARE = 0.05  # share of the device's memory that may stay allocated between two calls
 
 
 class Size(NamedTuple):
@@ -38,13 +38,13 @@ class Size(NamedTuple):
 
 
 def row_sizes(most: int) -> list[int]:
-    """The rows that graphs are recorded for: powers of two, and ``most``."""
+    """The row counts for which graphs are recorded: powers of two below ``most``, and ``most``."""
     powers = [1 << power for power in range(most.bit_length())]
     return [rows for rows in powers if rows < most] + [most]
 
 
 def column_sizes(room: int) -> list[int]:
-    """The columns that graphs are recorded for: powers of two and the middles between them, from 64 on, and ``room``."""
+    """The column counts for which graphs are recorded: powers of two from 64 on, 1.5 times each of them, and ``room``."""
     made, size = [], SMALLEST_COLUMNS
     while size < room:
         made += [size, size + size // 2]
@@ -53,18 +53,22 @@ def column_sizes(room: int) -> list[int]:
 
 
 def rounded_room(tokens: int) -> int:
-    """Columns of a cache for ``tokens``: a multiple of 64, so that the next batch with a slightly longer prompt fits as well."""
+    """``tokens`` rounded up to a multiple of 64 columns, so that a later batch with a slightly longer prompt fits as well."""
     return -(-tokens // SMALLEST_COLUMNS) * SMALLEST_COLUMNS
 
 
 def next_size(sizes: list[int], wanted: int) -> int:
-    """The smallest of ``sizes`` (ascending) that is not below ``wanted``."""
+    """The smallest of ``sizes`` (ascending) that is at least ``wanted``."""
     return sizes[bisect_left(sizes, wanted)]
 
 
 @dataclass
 class Recording:
-    """A recorded step. ``logits`` [rows, V] is where a replay leaves its logits; None once that memory may be used for others."""
+    """A recorded step.
+
+    ``replay`` runs the step. ``logits`` [rows, V]: the tensor to which a replay writes its logits; None after the memory was released for
+    other recordings. ``num_bytes``: memory of the recording.
+    """
 
     replay: Callable[[], object]
     logits: Tensor | None
@@ -72,25 +76,25 @@ class Recording:
 
 
 class Recorder(Protocol):
-    """Records steps of a device. ``memory_limit``: bytes of recordings and their cache that may be kept between two calls."""
+    """Records steps on a device. ``memory_limit``: the most bytes of recordings and their cache to keep between two calls."""
 
     memory_limit: int
 
     def record(self, step: Callable[[], Tensor]) -> Recording:
-        """Run ``step`` a few times and record it. Raises RuntimeError where that cannot be done."""
+        """Run ``step`` a few times and record it. Raises RuntimeError if the step cannot be recorded."""
 
 
 class GraphPool:
-    """Recorded steps over one set of slots and one cache."""
+    """Recorded steps for one set of slots and one cache."""
 
     def __init__(self, recorder: Recorder, slots: int, room: int) -> None:
         self.memory_limit = recorder.memory_limit
-        self._recorder: Recorder | None = recorder  # None: the model cannot be recorded
+        self._recorder: Recorder | None = recorder  # None: the model's steps cannot be recorded
         self._row_sizes, self._column_sizes = row_sizes(slots), column_sizes(room)
         self._recordings: dict[tuple[Size, Hashable], Recording] = {}
         self._refused: set[tuple[Size, Hashable]] = set()
-        self._wanted: Counter[tuple[Size, Hashable]] = Counter()  # steps that had no graph of their size
-        self.steps: Counter[str] = Counter()  # replayed, computed
+        self._wanted: Counter[tuple[Size, Hashable]] = Counter()  # steps so far without a graph of their size
+        self.steps: Counter[str] = Counter()  # counts of "replayed" and "computed" steps
         self.num_bytes = 0
 
     def __len__(self) -> int:
@@ -98,17 +102,18 @@ class GraphPool:
 
     @property
     def is_useful(self) -> bool:
-        """Whether there are recordings, or may be."""
+        """Whether there are recordings, or recording is still possible."""
         return self._recorder is not None or bool(self._recordings)
 
     def size(self, rows: int, columns: int) -> Size:
-        """The size to decode at, which holds ``rows`` and ``columns``."""
+        """The smallest size of the pool with at least ``rows`` rows and ``columns`` columns."""
         return Size(next_size(self._row_sizes, rows), next_size(self._column_sizes, columns))
 
     def step(self, size: Size, kind: Hashable, compute: Callable[[Size], Tensor], slots: Slots, remaining: int) -> None:
-        """Make one step of ``size``: replay it or compute it.
+        """Run one step of ``size``, by replaying a recording or by calling ``compute``.
 
-        ``kind``: all else that a graph fixes, such as the temperature. ``remaining``: how many steps may follow at most, with this one.
+        ``kind``: everything else that a graph fixes, such as the temperature. ``remaining``: the most steps that are left, including this
+        one.
         """
         recording = self._recordings.get((size, kind)) or self._recorded(size, kind, compute, slots, remaining) or self._larger(size, kind)
         if recording is None:
@@ -118,7 +123,7 @@ class GraphPool:
         self.steps["computed" if recording is None else "replayed"] += 1
 
     def _recorded(self, size: Size, kind: Hashable, compute: Callable[[Size], Tensor], slots: Slots, remaining: int) -> Recording | None:
-        """A new recording, if one can be made and pays."""
+        """A new recording for ``size``; None if recording is impossible or not worth its cost."""
         key = (size, kind)
         if self._recorder is None or key in self._refused:
             return None
@@ -144,7 +149,7 @@ class GraphPool:
         return recording
 
     def _larger(self, size: Size, kind: Hashable) -> Recording | None:
-        """The smallest recording that holds ``size``."""
+        """The smallest recording with at least the rows and columns of ``size``; None if there is none."""
         fitting = [
             (found.rows * found.columns, found)
             for found, of_kind in self._recordings
@@ -154,7 +159,7 @@ class GraphPool:
 
 
 def refuse(reason: str) -> None:
-    """Count a recording that is not used, and say so now and then."""
+    """Count a rejected recording, and log it at the counts in ``SAID_AT``."""
     _refusals[reason] += 1
     if _refusals[reason] in SAID_AT:
         logger.warning(
@@ -165,7 +170,10 @@ def refuse(reason: str) -> None:
 
 
 def checked_recording(recorder: Recorder, step: Callable[[], Tensor], slots: Slots) -> Recording | None:
-    """Record ``step``, which ``slots`` is the state of, and leave the state as it was. None where a replay differs from a computed step."""
+    """Record ``step`` and compare a replay with a computed step; returns None if they differ.
+
+    ``slots`` holds the state that ``step`` changes. The state is restored at the end.
+    """
     before = slots.snapshot()
     try:
         recording = recorder.record(step)
@@ -182,7 +190,7 @@ def checked_recording(recorder: Recorder, step: Callable[[], Tensor], slots: Slo
 
 
 class CudaRecorder:
-    """Records on the current GPU. All recordings share one pool of memory, as nothing in it has to outlive a step."""
+    """Records on the current GPU. All recordings share one memory pool, because nothing in it must outlive a step."""
 
     def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -191,40 +199,41 @@ class CudaRecorder:
     def record(self, step: Callable[[], Tensor]) -> Recording:
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
-        with torch.cuda.stream(side):  # libraries get ready at a first run, which must not be recorded
+        with torch.cuda.stream(side):  # libraries initialise on the first run, which must not be recorded
             step()
             step()
         current.wait_stream(side)
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # as the recording does at its beginning; the memory that it adds is counted from here
+        torch.cuda.empty_cache()  # the recording also does this at its start; done here, it does not distort the memory difference
         reserved = torch.cuda.memory_reserved()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 logits = step()
         finally:
-            torch.cuda.set_stream(current)  # which a recording that failed would leave for its own
+            torch.cuda.set_stream(current)  # a failed recording would leave its own stream as the current one
         return Recording(graph.replay, logits, max(0, torch.cuda.memory_reserved() - reserved))
 
 
 def can_record(model: Any) -> bool:
-    """Whether there is a GPU to record for, and nothing known that speaks against it."""
-    # LLM.int8 looks for outliers on the GPU and waits for the answer.
+    """Whether the steps of ``model`` may be recordable: it is on a GPU and has no layer that is known to prevent recording."""
+    # LLM.int8 searches for outliers on the GPU and makes the CPU wait for the result.
     waits = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
     return next(model.parameters()).device.type == "cuda" and not waits
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
-    """The least precise dtype that took part in ``logits``: their own, or that of autocast."""
+    """The less precise of two dtypes: that of ``logits``, and that of autocast if it is enabled."""
     kind = logits.device.type
     dtypes = [logits.dtype, *([torch.get_autocast_dtype(kind)] if torch.is_autocast_enabled(kind) else [])]
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def agree(replayed: Tensor, computed: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two results [B, V] of one step differ by no more than ``dtype`` may make two orders of summing differ.
+    """Whether two logits tensors [B, V] of the same step are equal up to the rounding of ``dtype``.
 
-    That is the square root of its precision (0.09 in bf16, 0.03 in fp16, 0.0003 in fp32), as a share of what tells the tokens apart.
+    The bound on the norm of the difference is the square root of the machine epsilon (0.09 in bf16, 0.03 in fp16, 0.0003 in fp32) times
+    the norm of the logits around their mean over the vocabulary.
     """
     if torch.equal(replayed, computed):
         return True

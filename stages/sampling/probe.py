@@ -1,7 +1,8 @@
-"""Whether a model decodes right the way its class suggests: a few tokens, read that way and in one plain pass per row.
+"""Tests whether a decoding method gives correct logits for a model, by comparison with plain forward passes.
 
-A class that is not clear-cut (a state, a cache of several kinds, no position ids, code that came with the model) is tried out once before
-its first batch. What fails is replaced by a slower way that is right, and the log says so.
+The test decodes a few tokens and compares their logits with those of one plain forward pass per row. Some model classes do not show which
+method is correct: recurrent states, caches with several kinds of layers, no position ids, code that comes with the model. Such a model is
+tested once before its first batch. If the test fails, a slower correct method is used, and the log says so.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from stages.sampling.readers import make_reader
 from stages.sampling.support import DecodingSupport, decoding_support, family_of, plain_model, says_causal
 
 logger = logging.getLogger(__name__)
-_found: WeakKeyDictionary[Any, tuple[DecodingSupport, DecodingSupport]] = WeakKeyDictionary()  # what was asked for, what was right
-_fitting: WeakKeyDictionary[Any, tuple[DecodingSupport, bool]] = WeakKeyDictionary()  # whether a model with windows fits slots
+_found: WeakKeyDictionary[Any, tuple[DecodingSupport, DecodingSupport]] = WeakKeyDictionary()  # (requested support, correct support)
+_fitting: WeakKeyDictionary[Any, tuple[DecodingSupport, bool]] = WeakKeyDictionary()  # (requested support, whether slots work)
 _said: set[str] = set()
 
-LENGTHS = (3, 7)  # tokens of the two prompts that are tried
-STEPS = 2  # tokens that follow each
-TOLERANCE = 1e-2  # of the logits' spread: far above fp32's rounding, far below what a wrong position does
-LOW_PRECISION_TOLERANCE = 0.3  # the same in half precision and for quantized weights, whose rounding is large
+LENGTHS = (3, 7)  # tokens of the two test prompts
+STEPS = 2  # tokens after each prompt
+TOLERANCE = 1e-2  # share of the logits' spread: far above fp32 rounding, far below the effect of a wrong position
+LOW_PRECISION_TOLERANCE = 0.3  # the same for half precision and quantized weights, whose rounding errors are large
 FAILURES = (RuntimeError, IndexError, ValueError, TypeError, AttributeError, AssertionError, KeyError, NotImplementedError)
 
 
 @torch.no_grad()
 def usable_support(model: Any) -> DecodingSupport:
-    """The fastest way of decoding ``model`` that is right, tried out where its class is not clear-cut.
+    """The fastest correct decoding method for ``model``. It is tested if the model's class does not show that it is correct.
 
-    Raises ModelError where no way is right: the model reads to the right of a token, so that it cannot write one after another.
+    Raises ModelError if no method is correct: the model is not causal, so it cannot generate token by token.
     """
     support, plain = decoding_support(model), plain_model(model)
     is_clear = support.adds_mask and family_of(plain).__module__.startswith("transformers.") and says_causal(plain)
@@ -49,9 +50,10 @@ def usable_support(model: Any) -> DecodingSupport:
 
 @torch.no_grad()
 def fits_slots(model: Any, support: DecodingSupport, tokens: int) -> bool:
-    """Whether sequences of up to ``tokens`` can be decoded in slots: with one additive mask for all layers and a cache without windows.
+    """Whether sequences of up to ``tokens`` tokens can be decoded in slots.
 
-    A model with sliding windows can as long as no sequence is longer than its window. That is tried out once.
+    Slots use one additive attention mask for all layers and a cache without sliding windows. A model with sliding windows fits if no
+    sequence is longer than its window. That is tested once.
     """
     if tokens > support.slot_tokens:
         return False
@@ -81,19 +83,19 @@ def _tried_out(model: Any, support: DecodingSupport) -> DecodingSupport:
 
 
 def _ways(support: DecodingSupport) -> list[tuple[DecodingSupport, str]]:
-    """``support`` and all that is slower and asks less of the model, each with a word for the log."""
+    """``support`` and the slower methods that require less of the model, from fast to slow, each with a phrase for the log."""
     equal = replace(support, hides_padding=False, adds_mask=False, slot_tokens=0)
     ways = {support: "as its class says", equal: "in batches of equal length", without_cache(support): "without a cache, which is slow"}
     return list(ways.items())
 
 
 def without_cache(support: DecodingSupport) -> DecodingSupport:
-    """The way that reads the whole text at every step: right for every causal model."""
+    """The method that reads the full text at every step. It is correct for every causal model."""
     return replace(support, cache_name=None, hides_padding=False, adds_mask=False, slot_tokens=0)
 
 
 def _problem(model: Any, support: DecodingSupport) -> str | None:
-    """What is wrong with this way of decoding; None where its logits are those of plain passes."""
+    """What is wrong with this decoding method; None if its logits agree with those of plain forward passes."""
     lengths = LENGTHS if support.hides_padding else (LENGTHS[1],) * 2
     rows = _texts(model, [length + STEPS for length in lengths])
     try:
@@ -115,7 +117,7 @@ def _problem(model: Any, support: DecodingSupport) -> str | None:
 
 
 def _texts(model: Any, lengths: list[int]) -> list[Tensor]:
-    """Texts of ``lengths`` tokens, spread over the vocabulary, without the pad token."""
+    """Test texts of ``lengths`` tokens. The tokens are spread over the vocabulary; the pad token is left out."""
     embedding = model.get_input_embeddings().weight
     size, pad = embedding.shape[0], getattr(model.config, "pad_token_id", None)
     tokens = [token for token in range(size) if token != pad]
@@ -125,7 +127,7 @@ def _texts(model: Any, lengths: list[int]) -> list[Tensor]:
 
 
 def _read(model: Any, support: DecodingSupport, rows: list[Tensor], lengths: tuple[int, ...]) -> Tensor:
-    """Logits after the prompt and after each further token [2, 1 + STEPS, V] fp32; the rows change places on the way."""
+    """Logits after the prompt and after each further token [2, 1 + STEPS, V] fp32. The two rows are swapped before every step."""
     width = max(lengths)
     ids = torch.stack([torch.nn.functional.pad(row[:length], (width - length, 0)) for row, length in zip(rows, lengths, strict=True)])
     mask = torch.stack([torch.arange(width, device=ids.device) >= width - length for length in lengths])

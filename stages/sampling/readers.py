@@ -1,6 +1,7 @@
-"""How a model reads prompts and then one more token of every row: three ways, of which each model gets the fastest that is right for it.
+"""Three readers, which feed prompts and then one token per row to a model. Each model gets the fastest correct one.
 
-B rows, P prompt tokens (left padded), T tokens so far (padding among them), V vocabulary. A reader keeps what it needs of the text so far.
+B rows, P prompt tokens (left padded), T tokens so far (including padding), V vocabulary. A reader keeps the state of the text so far, such
+as the KV cache.
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ from stages.kernels.token_budget import token_budget_batches
 from stages.sampling.cache import decoding_attention, forward_options, keep_rows, make_cache, prompt_cache, put_prompts
 from stages.sampling.support import DecodingSupport
 
-PROMPT_TOKENS = 16_384  # of one pass over prompts: fills a GPU, and bounds its activations
+PROMPT_TOKENS = 16_384  # tokens of one forward pass over prompts: enough to fill a GPU; it limits the memory for activations
 
 
 class Reader(Protocol):
-    """Reads prompts once, then one token of every row at a time."""
+    """Reads all prompts once, and then one token per row at each step."""
 
     def read(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Read the prompts [prompts, P]; returns the logits of the token after each [prompts, V]."""
+        """Read the prompts, ids and mask both [prompts, P]; returns the logits after each prompt [prompts, V]."""
 
     def stepping(self) -> AbstractContextManager[None]:
-        """What the steps run in."""
+        """The context in which ``step`` must be called."""
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Read ``tokens`` [B], one for each row; returns the logits of the tokens after them [B, V]."""
+        """Read ``tokens`` [B], one per row; returns the logits after them [B, V]."""
 
     def keep(self, rows: Tensor, *, trim: bool) -> None:
-        """Keep only ``rows`` (indices, which may repeat). ``trim``: drop the columns that are padding for all of them, where that pays."""
+        """Keep only ``rows`` (indices, which may repeat). ``trim``: a reader may drop columns that are padding in all of them."""
 
 
 def make_reader(model: Any, support: DecodingSupport, most: int) -> Reader:
-    """The fastest reader that is right for ``model``; ``most`` tokens follow each prompt at most."""
+    """The fastest correct reader for ``model``. ``most``: the most tokens after each prompt."""
     if support.adds_mask:
         return InPlaceReader(model, support, most)
     if support.cache_name is not None:
@@ -46,15 +47,15 @@ def make_reader(model: Any, support: DecodingSupport, most: int) -> Reader:
 
 
 def position_ids(mask: Tensor) -> Tensor:
-    """Positions that count real tokens only: what makes left padding invisible to the model. Mask [B, T]; returns [B, T]."""
+    """Position ids [B, T] for a mask [B, T]. They count real tokens only, so left padding does not shift the positions."""
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
 def read_in_parts(model: Any, cache: Any, options: dict[str, Any], ids: Tensor, mask: Tensor) -> Iterator[tuple[int, Any, Tensor]]:
-    """Read prompts [prompts, P] in parts: (row of the first prompt of a part, a ``prompt_cache`` of the part, its last logits [part, V]).
+    """Read prompts [prompts, P] in parts; yields (row of the part's first prompt, ``prompt_cache`` of the part, last logits [part, V]).
 
-    Neighbours are read together as long as they fit into one pass, without the padding that all of them have: ``generate`` gives prompts
-    in order of length. ``options``: of a forward pass with ``cache``, which stays as it is.
+    Neighbouring prompts are read together if they fit into one forward pass. Padding columns that all of them share are left out;
+    ``generate`` sorts prompts by length. ``options``: keyword arguments of a forward pass with ``cache``. ``cache`` itself is not changed.
     """
     positions, lengths, width = position_ids(mask), mask.sum(dim=1).tolist(), ids.shape[1]
     most_rows = max(1, PROMPT_TOKENS // width)
@@ -67,7 +68,7 @@ def read_in_parts(model: Any, cache: Any, options: dict[str, Any], ids: Tensor, 
 
 
 class InPlaceReader:
-    """For models that add a given mask to their attention scores: a cache that is written in place, and masks that are made once."""
+    """A reader for models that accept an additive attention mask. It writes the cache in place and does not rebuild the mask per step."""
 
     def __init__(self, model: Any, support: DecodingSupport, most: int) -> None:
         self._model, self._most = model, most
@@ -84,7 +85,7 @@ class InPlaceReader:
             put_prompts(self._cache, read, first, number, self._width)
             logits.append(made)
         self._positions = mask.long().sum(dim=1, keepdim=True)
-        self._columns = torch.nn.functional.pad(mask, (0, self._most), value=True)  # which columns of the cache count, at any step
+        self._columns = torch.nn.functional.pad(mask, (0, self._most), value=True)  # cache columns that are not padding, for all steps
         self._bias = _attention_bias(self._columns, logits[0].dtype)
         return torch.cat(logits)
 
@@ -109,7 +110,10 @@ class InPlaceReader:
 
 
 class CacheReader:
-    """For all other models with a cache: transformers' own, with a 2-D mask, or without one where every row of a batch has one length."""
+    """A reader for all other models with a cache. It uses transformers' cache.
+
+    The model gets a 2-D mask if it can hide padding. Otherwise it gets none, and all rows of a batch must have the same length.
+    """
 
     def __init__(self, model: Any, support: DecodingSupport, most: int) -> None:
         self._model, self._support, self._most = model, support, most
@@ -138,7 +142,7 @@ class CacheReader:
         self._cache.reorder_cache(cast(torch.LongTensor, rows))
 
     def _forward(self, ids: Tensor, positions: Tensor, *, masked: bool) -> Tensor:
-        """Logits after the last column [B, V]. Without padding the model makes mask and positions itself, as it is used to."""
+        """Logits after the last column [B, V]. If the model cannot hide padding, it makes its own mask and positions."""
         inputs = {"input_ids": ids}
         if self._support.hides_padding and masked:
             inputs["attention_mask"] = self._columns[:, : self._width]
@@ -148,7 +152,7 @@ class CacheReader:
 
 
 class WholeReader:
-    """For models without a cache: every step reads the whole text again. All rows of a batch have one length."""
+    """A reader for models without a cache. Every step reads the full text again. All rows of a batch must have the same length."""
 
     def __init__(self, model: Any, support: DecodingSupport) -> None:
         self._model, self._options = model, forward_options(support, None)
@@ -170,9 +174,9 @@ class WholeReader:
 
 
 def _attention_bias(columns: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What is added to a new token's attention scores [B, 1, 1, columns]; None where no column is padding.
+    """The additive attention mask of a new token [B, 1, 1, columns]; None if no column is padding.
 
-    Numbers, since every layer would otherwise make numbers of truth values again.
+    It is not boolean, because every layer would then convert it again.
     """
     if bool(columns.all()):
         return None

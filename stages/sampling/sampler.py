@@ -1,6 +1,6 @@
-"""The seam between those who want completions and what makes them: a ``Sampler`` completes prompts with the weights of one model.
+"""The interface ``Sampler``, which completes prompts with the weights of one model, and its local implementation.
 
-Who samples (rollouts, evaluation, collecting, the terminal) knows this interface alone.
+Rollouts, evaluation, data collection and the terminal use this interface only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from stages.sampling.generation import Generated, OnFinished, ending_tokens, gen
 
 
 class SamplerLost(LaunchError):
-    """What sampled is gone. ``completed``: the token ids of the completions that were done by then, by the place of their prompt."""
+    """The sampling engine was lost. ``completed``: token ids of the completions that were finished, by the index of their prompt."""
 
     def __init__(self, message: str, completed: dict[int, list[int]] | None = None) -> None:
         super().__init__(message)
@@ -22,15 +22,15 @@ class SamplerLost(LaunchError):
 
 
 class Sampler(Protocol):
-    """Completes prompts by one model.
+    """Completes prompts with one model.
 
-    ``is_local``: whether the completions and their log-probabilities come from the model object of this process.
+    ``is_local``: whether the completions and their log-probabilities come from the model object in this process.
     """
 
     is_local: bool
 
     def take_weights(self) -> None:
-        """Make sure that it samples with the model's weights as they are now. Call it after the weights changed, on every process."""
+        """Make the sampler use the model's current weights. Call it on every process after the weights have changed."""
 
     def sample(
         self,
@@ -40,17 +40,17 @@ class Sampler(Protocol):
         *,
         on_finished: OnFinished | None = None,
     ) -> Generated:
-        """One completion for each prompt (token ids); ``seeds`` has one number for each. A row's stream depends on its seed alone.
+        """Sample one completion for each prompt (token ids).
 
-        ``on_finished`` gets every completion once, soon after it has ended, while others are still sampled. It must return quickly and
-        must not use the model.
+        ``seeds`` has one random seed per prompt. The random stream of a completion depends on its seed only. ``on_finished`` gets every
+        completion once, soon after it has ended, while others are still running. It must return quickly and must not use the model.
         """
 
     def rest(self) -> None:
-        """Give back what sampling needs and training can use, until the next ``take_weights``. Call it on every process."""
+        """Release the memory that training can use, until the next ``take_weights``. Call it on every process."""
 
     def report(self) -> dict[str, Any]:
-        """What sampled, for the summary of a run."""
+        """A description of the sampling engine for the summary of a run."""
 
 
 class LocalSampler:
@@ -62,7 +62,7 @@ class LocalSampler:
         self.model, self.tokenizer = model, tokenizer
 
     def take_weights(self) -> None:
-        """Nothing: it reads the model itself."""
+        """Do nothing: this sampler uses the model object directly."""
 
     def sample(
         self,
@@ -72,7 +72,7 @@ class LocalSampler:
         *,
         on_finished: OnFinished | None = None,
     ) -> Generated:
-        """See ``generate``, whose errors it raises."""
+        """Call ``generate`` with the model's stop tokens; raises the same errors."""
         stop, late = ending_tokens(self.model, self.tokenizer, settings)
         return generate(
             self.model,
@@ -86,8 +86,8 @@ class LocalSampler:
         )
 
     def rest(self) -> None:
-        """Nothing: what it keeps for the next call (see ``workspace``) is a small share of a GPU's memory."""
+        """Do nothing: the workspace that is kept for the next call (see ``workspace``) is a small share of a GPU's memory."""
 
     def report(self) -> dict[str, Any]:
-        """That it was this one."""
+        """The engine name ``local``."""
         return {"engine": "local"}

@@ -1,7 +1,7 @@
-"""The responses in the slots of a decoding batch: what a decoding step reads and writes, in tensors that stay where they are.
+"""The responses in the slots of a decoding batch, stored in tensors that keep their addresses.
 
-S slots, V vocabulary. A slot holds one response at a time; when it has ended, another takes the slot. No step asks the device for a
-number, and every tensor keeps its address, so that a step can be recorded as a CUDA graph.
+S slots, V vocabulary. A slot holds one response at a time. When the response has ended, another one takes the slot. No step copies a value
+from the device to the CPU, and every tensor keeps its address. So a step can be recorded as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from stages.sampling.decoding import Decoded, Endings
 
 
 class Choice(NamedTuple):
-    """How tokens are chosen; see ``GenerationSettings``."""
+    """The settings for choosing tokens; see ``GenerationSettings``."""
 
     temperature: float
     top_k: int
     top_p: float
 
     def sample(self, logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B] and their log-probabilities [B] for logits [B, V] and noise [B]."""
+        """Sample tokens [B] and their log-probabilities [B] from logits [B, V] and noise [B] (see ``sample_tokens``)."""
         return sample_tokens(logits, noise, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 
 class Slots:
-    """State of S responses. ``most``: the tokens that a response has room for."""
+    """The state of S responses. ``most``: the most tokens of a response."""
 
     def __init__(self, number: int, most: int, device: torch.device) -> None:
         self.number, self.most = number, most
@@ -37,18 +37,21 @@ class Slots:
             return torch.zeros(number, dtype=torch.long, device=device)
 
         self.tokens, self.positions = counters(), counters()  # the token that the model reads next, and its position
-        self._counts, self._limits = counters(), counters()  # tokens of the response so far, and at most
+        self._counts, self._limits = counters(), counters()  # response tokens so far, and their maximum
         self._running = torch.zeros(number, dtype=torch.bool, device=device)
-        # One column more than any response needs: what is written of a response that has ended goes behind it.
+        # One spare column: a step also writes a token for a finished response, and that token goes after its last one.
         self._noise = torch.zeros((number, most + 1), dtype=torch.float64, device=device)
         self._ids = torch.zeros((number, most + 1), dtype=torch.long, device=device)
         self._logprobs = torch.zeros((number, most + 1), device=device)
         self._anywhere = self._late = torch.zeros(0, dtype=torch.bool, device=device)
         self._stop_after = torch.zeros((), dtype=torch.long, device=device)
-        self._stops_at_once = False  # whether late stop tokens count from the first position on
+        self._stops_at_once = False  # whether late stop tokens already count at the first position
 
     def set_endings(self, endings: Endings) -> None:
-        """Use these tables from now on. Raises ValueError for another number of tokens than before, as addresses would change."""
+        """Use these stop token tables from now on.
+
+        Raises ValueError if their length differs from that of the first tables, because the tensors would need new addresses.
+        """
         if not len(self._anywhere):
             self._anywhere, self._late = endings.anywhere.clone(), endings.late.clone()
         if len(self._anywhere) != len(endings.anywhere):
@@ -61,7 +64,8 @@ class Slots:
     def admit(self, slots: Tensor, lengths: Tensor, noise: Tensor, logits: Tensor, choice: Choice) -> None:
         """Begin responses in ``slots`` [k] and sample their first tokens.
 
-        lengths [k]: tokens of each prompt; noise [k, tokens at most]: uniform numbers, one per token; logits [k, V]: after each prompt.
+        ``lengths`` [k]: prompt tokens. ``noise`` [k, maximum response length]: one uniform number per token. ``logits`` [k, V]: the logits
+        after each prompt.
         """
         limit = noise.shape[1]
         tokens, chosen = choice.sample(logits, noise[:, 0])
@@ -73,7 +77,7 @@ class Slots:
         self._running[slots] = ~ends & (limit > 1)
 
     def append(self, logits: Tensor, choice: Choice) -> None:
-        """Sample the next token of the first slots from ``logits`` [rows, V]. A response that has ended stays as it is."""
+        """Sample the next token of the first slots from ``logits`` [rows, V]. A finished response does not change."""
         rows = slice(0, len(logits))
         counts, running = self._counts[rows], self._running[rows]
         column = counts[:, None]
@@ -87,11 +91,11 @@ class Slots:
         running &= ~ends & (counts < self._limits[rows])
 
     def running(self) -> list[bool]:
-        """Whether the response of each slot goes on. On a GPU the CPU waits here."""
+        """Whether the response in each slot is unfinished. On a GPU this call makes the CPU wait."""
         return self._running.tolist()
 
     def decoded(self, slots: list[int], rows: list[int]) -> Decoded:
-        """The responses in ``slots``, which have ended, under the names ``rows``."""
+        """The finished responses in ``slots``. ``rows``: the row that each of them gets in the result."""
         lengths = self._counts[slots].tolist()
         width = max(lengths)
         return Decoded(rows, self._ids[slots, :width], self._logprobs[slots, :width], lengths)
@@ -103,16 +107,16 @@ class Slots:
         self._running[sources] = False
 
     def snapshot(self) -> list[Tensor]:
-        """A copy of all that ``append`` changes, but for the token that it writes, which a second ``append`` writes again."""
+        """A copy of the state that ``append`` changes, without ids and log-probabilities: after ``restore``, ``append`` overwrites them."""
         return [tensor.clone() for tensor in self._volatile()]
 
     def restore(self, snapshot: list[Tensor]) -> None:
-        """Make everything as it was at the ``snapshot``."""
+        """Restore the state of ``snapshot``."""
         for tensor, saved in zip(self._volatile(), snapshot, strict=True):
             tensor.copy_(saved)
 
     def num_bytes(self) -> int:
-        """Memory of all tensors."""
+        """Memory of all tensors, in bytes."""
         tensors = (*self._volatile(), self._limits, self._noise, self._ids, self._logprobs, self._anywhere, self._late)
         return sum(tensor.nbytes for tensor in tensors)
 

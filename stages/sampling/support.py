@@ -1,6 +1,6 @@
-"""What a model's class says about decoding: whether it has a cache, and whether its rows may be padded on the left.
+"""Detects how a model can be decoded: for example, whether it has a cache, and whether left padding is allowed.
 
-The questions go to transformers (signatures, class attributes, layers of the cache), so that a family needs no entry in a list.
+The answers come from transformers: signatures, class attributes and cache layers. So there is no list of model families.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ ADDED_MASK = ("eager", "sdpa")  # attention implementations that add a given 4-D
 class DecodingSupport:
     """How a model can be decoded.
 
-    cache_name: the argument of the forward pass that takes the cache; None where the model has no cache of transformers' kind, so that
-    every step reads the whole text again.
-    hides_padding: whether a 2-D attention mask (with position ids, where the model has positions) makes left padding invisible. Where it
-    does not, a batch holds prompts of one length only.
+    cache_name: the argument of the forward pass that takes the cache. None if the model does not support transformers' cache; then every
+    step reads the full text again.
+    hides_padding: whether a 2-D attention mask (with position ids, if the model has positions) makes left padding invisible. If not, all
+    prompts of a batch must have the same length.
     takes_mask, takes_positions, takes_use_cache: whether the forward pass has ``attention_mask``, ``position_ids``, ``use_cache``.
-    masks_steps: whether a pass over one new token wants the mask. A model with states alone has nothing to mask in it.
-    adds_mask: whether the model adds a given 4-D mask to its attention scores and looks back without limit. Then the cache may be
-    written in place.
-    limits_logits: whether the forward pass can give the logits of the last token alone.
-    slot_tokens: the most tokens of a sequence for which a row of the cache can be given to another sequence: 0 where it never can, the
-    sliding window where layers look back no further, else without limit.
+    masks_steps: whether a forward pass over one new token needs the mask. A purely recurrent model does not.
+    adds_mask: whether the model accepts an additive 4-D attention mask and has no sliding window. Then the cache may be written in place.
+    limits_logits: whether the forward pass can compute only the last token's logits.
+    slot_tokens: the longest sequence, in tokens, for which a cache row can be given to another sequence. 0: never; the sliding window for
+    a model with one; infinity otherwise.
     """
 
     cache_name: str | None
@@ -47,7 +46,7 @@ class DecodingSupport:
 
 
 def decoding_support(model: Any) -> DecodingSupport:
-    """Ask the class and the config of ``model``, a causal language model with or without an adapter of peft."""
+    """Detect the decoding support of ``model``, a causal language model with or without a peft adapter, from its class and config."""
     plain = plain_model(model)
     parameters = inspect.signature(family_of(plain).forward).parameters
     # transformers is renaming past_key_values to cache
@@ -85,25 +84,25 @@ def decoding_support(model: Any) -> DecodingSupport:
 
 
 def family_of(model: Any) -> Any:
-    """The class of ``model``, or the one that it is derived from, whose forward pass names its inputs."""
+    """The class in the inheritance chain of ``model`` whose ``forward`` names ``input_ids``; the model's own class if there is none."""
     classes: list[Any] = [kind for kind in type(model).__mro__ if "forward" in vars(kind)]
     return next((kind for kind in classes if "input_ids" in inspect.signature(kind.forward).parameters), type(model))
 
 
 def plain_model(model: Any) -> Any:
-    """``model`` without peft's wrapper."""
+    """``model`` without the peft wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def says_causal(model: Any) -> bool:
-    """Whether every attention layer of ``model`` says that it is causal; False where none says anything."""
+    """Whether every attention layer of ``model`` is marked as causal; False if no layer has such a mark."""
     said = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
     decodes = [module.is_decoder for module in model.modules() if hasattr(module, "is_decoder")]
     return bool(said) and all(said) and all(decodes)
 
 
 def _cache_layers(model: Any) -> list[Any] | None:
-    """The layers of an empty cache for ``model``; None where the model does not work with transformers' cache."""
+    """The layers of an empty cache for ``model``; None if the model does not support transformers' cache."""
     supports = getattr(type(model), "_supports_default_dynamic_cache", None)
     if supports is not None and not supports():
         return None
@@ -111,17 +110,20 @@ def _cache_layers(model: Any) -> list[Any] | None:
 
 
 def _looks_back(layers: Sequence[Any]) -> float:
-    """The tokens that every one of these layers of a cache looks back over; 0 where one is of another kind, or where there are none."""
+    """The smallest attention window of the cache layers, in tokens (infinity without sliding windows).
+
+    0 if a layer is neither a full nor a sliding-window attention layer, or if there are no layers.
+    """
     if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         return 0
     return min((layer.sliding_window for layer in layers if type(layer) is DynamicSlidingWindowLayer), default=math.inf)
 
 
 def _skips_padding(model: Any, layer: Any) -> bool:
-    """Whether left padding leaves no trace in a layer of the cache.
+    """Whether left padding has no effect on a cache layer.
 
-    The state of a recurrent layer stays clean only where the family zeroes the inputs of padding. A cache layer of the family's own may
-    sum over places, padding among them.
+    The state of a recurrent layer is correct only if the model family zeroes the inputs at padding. A cache layer that the family defines
+    itself may sum over positions, including padding; it counts as affected.
     """
     if hasattr(layer, "recurrent_states"):
         code = sys.modules[family_of(model).__module__]
@@ -130,13 +132,13 @@ def _skips_padding(model: Any, layer: Any) -> bool:
 
 
 def _attends_by_distance(model: Any) -> bool:
-    """Whether ``model`` has ALiBi instead of positions: its bias depends on the distance of two tokens, which padding does not change."""
+    """Whether ``model`` uses ALiBi instead of position ids. Its bias depends on the distance of two tokens; padding does not change it."""
     return any("alibi" in name for module in model.modules() for name in vars(type(module)))
 
 
 def _numbers_tokens_itself(model: Any) -> bool:
-    """Whether ``model`` computes positions from the tokens, as RoBERTa does: from ``pad_token_id + 1`` on, and none for a pad token.
+    """Whether ``model`` computes position ids from the tokens, as RoBERTa does: they start at ``pad_token_id + 1`` and skip pad tokens.
 
-    A pass over one new token cannot know how many of those before it were pad tokens, so that such a model reads the whole text.
+    A forward pass over one new token cannot know how many pad tokens came before it. So such a model must read the full text at every step.
     """
     return any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())

@@ -1,7 +1,7 @@
-"""What decoding in slots works with: the slots, their cache, and the recorded steps over both; kept between two calls where that pays.
+"""The workspace for decoding in slots: the slots, their KV cache, and the recorded CUDA graphs. It can be kept between two calls.
 
-A kept workspace serves the next call if its recordings still say the truth: the same model with its weights at the same addresses (their
-values may have changed), the same adapters, the same precision. One workspace is kept at a time.
+A kept workspace is reused if its recordings are still valid: the same model with its weights at the same addresses (their values may have
+changed), the same adapters, the same precision. At most one workspace is kept.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from stages.sampling.support import DecodingSupport
 
 logger = logging.getLogger(__name__)
 
-EVEN_COLUMNS = 16  # on a GPU, attention kernels want masks of a multiple of this many columns
-RESPONSE_ROOM = 512  # tokens of a response that a cache on a GPU has room for at first; its room is doubled when they are used up
+EVEN_COLUMNS = 16  # on a GPU, attention kernels need a mask width that is a multiple of this
+RESPONSE_ROOM = 512  # initial capacity of a cache on a GPU, in response tokens; the capacity doubles when it is full
 
 
 class Workspace:
-    """Slots, cache and recordings. It holds nothing of the model, so that it does not keep it alive."""
+    """Slots, cache and recordings. It has no reference to the model, so it does not keep the model in memory."""
 
     def __init__(self, model: Any, slots: int, longest: int, most: int, recorder: Recorder | None) -> None:
-        """``longest``: tokens of the longest prompt; ``most``: of a response; ``recorder`` None: every step is computed."""
+        """``longest``: tokens of the longest prompt; ``most``: most tokens of a response; ``recorder`` None: no CUDA graphs."""
         self._device = next(model.parameters()).device
         self._is_exact = recorder is None and self._device.type == "cpu"
         self.room = longest + 1 if self._is_exact else first_room(longest, most)
@@ -46,12 +46,15 @@ class Workspace:
 
     @contextmanager
     def in_use(self, model: Any) -> Iterator[None]:
-        """What prompts are read and steps are made in."""
+        """The context in which prompts must be read and steps must run."""
         with self._copies.in_use(model), uncached_casts(self._device.type):
             yield
 
     def make_room(self, columns: int, limit: int) -> None:
-        """Let the cache have at least ``columns``; more than ``limit`` are never needed. It is copied then, and recordings are lost."""
+        """Grow the cache to at least ``columns`` columns; ``limit`` is the most that will ever be needed.
+
+        Growing copies the cache and discards all recordings.
+        """
         if columns <= self.room:
             return
         more = columns + max(COLUMN_ROOM, columns // 8) if self._is_exact else rounded_room(2 * columns)
@@ -62,13 +65,16 @@ class Workspace:
             self.pool = GraphPool(self._recorder, self.slots.number, self.room)
 
     def size(self, rows: int, columns: int) -> Size:
-        """The size to decode ``rows`` and ``columns`` at."""
+        """The size of a step that decodes ``rows`` rows over ``columns`` columns, rounded up where that helps."""
         if self.pool is not None and self.pool.is_useful:
             return self.pool.size(rows, columns)
         return Size(rows, columns if self._is_exact else min(self.room, -(-columns // EVEN_COLUMNS) * EVEN_COLUMNS))
 
     def step(self, model: Any, support: DecodingSupport, size: Size, choice: Choice, remaining: int) -> None:
-        """Read the last token of the first rows and sample the next; ``remaining``: steps that may follow at most, with this one."""
+        """Read the last token of the first rows and sample the next one.
+
+        ``remaining``: the most steps that are left, including this one.
+        """
         options = forward_options(support, self.cache)
 
         def compute(size: Size) -> Tensor:
@@ -82,7 +88,7 @@ class Workspace:
 
     def _compute(self, model: Any, options: dict[str, Any], size: Size, choice: Choice) -> Tensor:
         rows, columns = size
-        # A response that has ended may stand behind the columns of this step; it writes to the last of them.
+        # The position of a finished response may be beyond the columns of this step; then it writes to the last column.
         at = self.slots.positions[:rows].clamp(max=columns - 1)
         self._window.rows, self._window.columns, self._window.at = rows, columns, at
         hidden = torch.arange(columns, device=self._device) > at[:, None]
@@ -93,23 +99,23 @@ class Workspace:
         return logits
 
     def _dtype(self) -> torch.dtype:
-        """That of keys, which an attention mask has to have as well."""
+        """The dtype of the cached keys. The attention mask must have the same dtype."""
         return next(layer.dtype for layer in self.cache.layers if layer.is_initialized)
 
     def serves(self, slots: int, longest: int, most: int) -> bool:
-        """Whether a call may use it, and does not hold more than twice the memory that the call may need."""
+        """Whether a call can use this workspace: it is large enough, and not more than twice as large as the call needs."""
         has_room = self.slots.number >= slots and self.room >= first_room(longest, most) and self.slots.most >= most
         return has_room and self.slots.number * self.room <= 2 * slots * rounded_room(longest + most)
 
     def num_bytes(self) -> int:
-        """Memory of all that is kept."""
+        """Memory of the cache, the slots, the weight copies and the recordings, in bytes."""
         storages = [storage for layer in self.cache.layers if layer.is_initialized for storage in (layer.keys, layer.values)]
         recorded = 0 if self.pool is None else self.pool.num_bytes
         return sum(storage.nbytes for storage in storages) + self.slots.num_bytes() + self._copies.num_bytes() + recorded
 
 
 def first_room(longest: int, most: int) -> int:
-    """Columns of a new cache on a GPU for prompts of up to ``longest`` tokens and responses of up to ``most``."""
+    """Columns of a new cache on a GPU for prompts of up to ``longest`` tokens and responses of up to ``most`` tokens."""
     return rounded_room(longest + min(most, RESPONSE_ROOM))
 
 
@@ -125,9 +131,9 @@ _kept: _Kept | None = None
 
 @contextmanager
 def workspace_for(model: Any, slots: int, longest: int, most: int, *, cuda_graphs: bool) -> Iterator[Workspace]:
-    """A workspace for ``slots``, prompts of up to ``longest`` tokens, and responses of up to ``most``.
+    """A workspace for ``slots`` slots, prompts of up to ``longest`` tokens, and responses of up to ``most`` tokens.
 
-    With recordings it is the kept one if that serves; afterwards it is kept if its memory allows.
+    With CUDA graphs, the kept workspace is reused if it is suitable. At the end the workspace is kept if it is within the memory limit.
     """
     recorder = make_recorder(model) if cuda_graphs else None
     if recorder is None:
@@ -140,18 +146,18 @@ def workspace_for(model: Any, slots: int, longest: int, most: int, *, cuda_graph
 
 
 def make_recorder(model: Any) -> Recorder | None:
-    """What records the steps of ``model``; None where nothing can."""
+    """A recorder for the steps of ``model``; None if they cannot be recorded."""
     return CudaRecorder(next(model.parameters()).device) if can_record(model) else None
 
 
 def drop_kept_workspace() -> None:
-    """Free the memory of the kept workspace; the next call records anew."""
+    """Free the memory of the kept workspace. The next call records its steps again."""
     global _kept
     _kept = None
 
 
 def _taken(model: Any, signature: Hashable, slots: int, longest: int, most: int) -> Workspace | None:
-    """The kept workspace if it serves. It is no longer kept in any case: two at a time would take too much memory."""
+    """The kept workspace if it is suitable, else None. In both cases it is no longer kept, because two would need too much memory."""
     kept = _kept
     drop_kept_workspace()
     if kept is None or kept.model() is not model or kept.signature != signature or not kept.workspace.serves(slots, longest, most):
@@ -176,7 +182,7 @@ def _keep(model: Any, signature: Hashable, workspace: Workspace, memory_limit: i
 
 
 def weights_signature(model: Any) -> Hashable:
-    """What a recorded step takes for granted of ``model``: where its weights are, which adapters act and how, and the precision."""
+    """The properties of ``model`` that a recording depends on: addresses of weights, state of adapters, precision, attention function."""
     weights = tuple((tensor.data_ptr(), tensor.dtype) for tensor in chain(model.parameters(), model.buffers()))
     adapters = tuple(_adapter_state(module) for module in model.modules() if hasattr(module, "_active_adapter"))
     kind = next(model.parameters()).device.type
@@ -185,7 +191,7 @@ def weights_signature(model: Any) -> Hashable:
 
 
 def _adapter_state(module: Any) -> Hashable:
-    """Of a layer of peft: its adapters that act, in order, the scale of each, and those that are merged into the weights."""
+    """State of a peft layer: active adapters in order, whether adapters are disabled, merged adapters, and the scale of each."""
     active = module._active_adapter
     scaling = getattr(module, "scaling", {})
     return (
