@@ -41,7 +41,8 @@ def shard(model: nn.Module, *, add_up: bool) -> None:
         raise ModelError(f"{type(model).__name__} has no blocks that can be sharded; start without FSDP")
     mesh = init_device_mesh(next(blocks[0].parameters()).device.type, (distributed.get_world_size(),))
     for block in blocks:
-        sharded: Any = fully_shard(block, mesh=mesh, ignored_params=_replicated_parameters(block))
+        # Each block is a root for FSDP, which would keep a root gathered after its forward pass.
+        sharded: Any = fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=_replicated_parameters(block))
         sharded.set_force_sum_reduction_for_comms(True)  # gloo (on CPUs) supports only sums
         if add_up:
             sharded.set_gradient_divide_factor(1.0)

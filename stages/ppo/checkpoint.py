@@ -61,7 +61,9 @@ class RunKeeper:
         **rule: Any,
     ) -> None:
         self.checkpoints = Checkpoints(folder, runtime, **rule)
-        self.runtime, self.networks, self.optimizers, self.average = runtime, networks, optimizers, average
+        self.runtime, self.optimizers, self.average = runtime, optimizers, average
+        # Listed once: a stop signal can interrupt a change of adapters, and then not all of them require a gradient.
+        self.parameters = {name: trainable(network) for name, network in networks.items()}
         self.log = HistoryLog(folder / "history.jsonl", is_main=runtime.is_main)
 
     def save(self, state: RunState, *, score: float | None = None) -> None:
@@ -69,10 +71,10 @@ class RunKeeper:
         is_main = self.runtime.is_main
 
         def fill(folder: Path) -> None:
-            for name, network in self.networks.items():
-                save_tensors(trainable(network), folder / f"{name}.safetensors", write=is_main)
+            for name, parameters in self.parameters.items():
+                save_tensors(parameters, folder / f"{name}.safetensors", write=is_main)
             for name, optimizer in self.optimizers.items():
-                save_optimizer(optimizer, trainable(self.networks[name]), folder / f"{name}-optimizer.safetensors", write=is_main)
+                save_optimizer(optimizer, self.parameters[name], folder / f"{name}-optimizer.safetensors", write=is_main)
             if self.average is not None:
                 save_tensors(self.average.weights, folder / "average.safetensors", write=is_main)
             save_generators(folder, self.runtime)
@@ -103,7 +105,7 @@ class RunKeeper:
             return None
         self.load_weights(checkpoint)
         for name, optimizer in self.optimizers.items():
-            load_optimizer(optimizer, trainable(self.networks[name]), checkpoint.path / f"{name}-optimizer.safetensors")
+            load_optimizer(optimizer, self.parameters[name], checkpoint.path / f"{name}-optimizer.safetensors")
         load_generators(checkpoint.path, self.runtime)
         rollout = load_rollout(checkpoint.path) if (checkpoint.path / "rollout.json").exists() else None
         content |= {"history": RunHistory(history), "rollout": rollout, "progress": UpdateProgress(**content["progress"])}
@@ -111,8 +113,8 @@ class RunKeeper:
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint's weights into the networks and the average."""
-        for name, network in self.networks.items():
-            load_tensors(trainable(network), checkpoint.path / f"{name}.safetensors")
+        for name, parameters in self.parameters.items():
+            load_tensors(parameters, checkpoint.path / f"{name}.safetensors")
         if self.average is not None:
             load_tensors(self.average.weights, checkpoint.path / "average.safetensors")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as distributed
 from torch import Tensor
 
 from stages.config import AUTO_ROWS
@@ -57,9 +58,25 @@ def measure(
             by_row = flat.float().split([int(closes[row]) for row in rows] if name == "bootstrap" else sizes)
             pieces.setdefault(name, {}).update(zip(rows, by_row, strict=True))
 
+    # FSDP keeps the buffers of a forward pass for training, where tensors of the inference mode are not allowed.
+    without_gradient = torch.no_grad() if roles.are_sharded else torch.inference_mode()
     # Offloaded networks are moved to the device before they are tested for packing.
-    with torch.inference_mode(), roles.offload.awake(*roles.waiting()):
+    with without_gradient, roles.offload.awake(*roles.waiting()):
         kernel = roles.kernel("policy", "reference", "value")
-        with roles.casts_kept():
-            budget.each(order, lengths, one_pass, packed=kernel is not None)
+        if roles.are_sharded:
+            for rows in in_lockstep(budget.groups(order, lengths), roles.policy.device):
+                one_pass(rows)
+        else:
+            with roles.casts_kept():
+                budget.each(order, lengths, one_pass, packed=kernel is not None)
     return {name: torch.cat([by_row[row] for row in range(len(lengths))]).cpu() for name, by_row in pieces.items()}
+
+
+def in_lockstep(groups: list[list[int]], device: torch.device) -> list[list[int]]:
+    """``groups`` with the last one repeated until every process has the same number of passes. Call on every process.
+
+    All processes take part in each pass through a sharded model. A repeated pass computes the same values again.
+    """
+    count = torch.tensor(len(groups), device=device)
+    distributed.all_reduce(count, op=distributed.ReduceOp.MAX)
+    return groups + [groups[-1]] * (int(count) - len(groups))

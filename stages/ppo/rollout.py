@@ -155,18 +155,17 @@ def collect(
     """
     own = list(range(process_index, len(prompts), num_processes))
     details = Details(columns or {}).rows(own)
-    with unsharded(*roles.models()):  # the processes sample and measure independently
-        share = _collect_share(
-            roles,
-            reward,
-            monitors,
-            [prompts[row] for row in own],
-            [prompt_ids[row] for row in own],
-            [seeds[row] for row in own],
-            config,
-            details,
-            budget or measuring_budget(config, roles.policy.device),
-        )
+    share = _collect_share(
+        roles,
+        reward,
+        monitors,
+        [prompts[row] for row in own],
+        [prompt_ids[row] for row in own],
+        [seeds[row] for row in own],
+        config,
+        details,
+        budget or measuring_budget(config, roles.policy.device),
+    )
     if num_processes == 1:
         return share
     from accelerate.utils import gather_object
@@ -195,7 +194,9 @@ def _collect_share(
             sampler.take_weights()
             seconds |= {} if sampler.is_local else {"transfer": time.perf_counter() - began}
             began = time.perf_counter()
-            generated = sampler.sample(prompt_ids, config.generation, seeds, on_finished=early.on_finished)
+            # The processes sample at their own pace, so each needs the complete policy. No other model is gathered.
+            with unsharded(policy.model if sampler.is_local else None):
+                generated = sampler.sample(prompt_ids, config.generation, seeds, on_finished=early.on_finished)
         sampler.rest()
         completions = decode_completions(roles.tokenizer, generated)
         mask = generated.response_mask.cpu()
@@ -215,7 +216,9 @@ def _collect_share(
         hidden = early.seconds() if early.sources else None
         began = time.perf_counter()
         try:
-            with measured_gpu_memory(gpu_memory, "scoring"), roles.offload.awake(*reward.modules(), *monitors.modules()):
+            judges = [*reward.modules(), *monitors.modules()]
+            # A reward model on the policy's backbone is sharded with it, and each process scores at its own pace.
+            with measured_gpu_memory(gpu_memory, "scoring"), roles.offload.awake(*judges), unsharded(*judges):
                 known = Details(details.columns, responses)
                 scored = reward.score(prompts, completions, known)
                 judged = monitors.score(prompts, completions, known, may_abstain=True) if monitors.sources else Scores(torch.zeros(0), {})

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from stages.errors import Stopped
 from stages.ppo import loop
-from stages.ppo.checkpoint import HistoryLog
+from stages.ppo.checkpoint import HistoryLog, RunKeeper, RunState
 from stages.ppo.history import RunHistory
 from stages.ppo.loop import run
 from stages.ppo.update import Updater
@@ -260,3 +260,18 @@ def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_checkpoints(
     kept = load_file(newest / "policy.safetensors")
     assert all(torch.isfinite(value).all() for value in kept.values())
     assert all(torch.equal(kept[name], before[name]) for name in kept)
+
+
+def test_a_stop_while_adapters_are_switched_still_saves_every_trained_weight(step_context: Any, tmp_path: Path) -> None:
+    """Switching adapters clears ``requires_grad`` for a moment. A stop signal can arrive at that moment."""
+    network = torch.nn.Linear(2, 2, bias=False)
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    keeper = RunKeeper(tmp_path / "ppo", step_context().runtime, {"policy": network}, {"policy": optimizer}, None)
+    network.requires_grad_(False)
+    keeper.save(RunState(iteration=1))
+    saved = load_file(next((tmp_path / "ppo").rglob("policy.safetensors")))
+    assert torch.equal(saved["weight"], network.weight)
+    moments = load_file(next((tmp_path / "ppo").rglob("policy-optimizer.safetensors")))
+    assert "weight/exp_avg" in moments
