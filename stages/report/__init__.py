@@ -1,1 +1,1 @@
-"""What an evaluation found, for people: win rates, tables, a page."""
+"""Reports of runs as HTML pages: verdicts, tables, figures and completions."""

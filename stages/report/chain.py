@@ -1,4 +1,4 @@
-"""The chain of a run for its page: the drawing, a row per step with its lineage, data, time and memory, and the recipe."""
+"""The steps of a run for its page: the diagram, a row per step with its lineage, data, time and memory, and the recipe."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def diagram(run: RunFolder) -> Diagram:
 
 
 def _inputs(run: RunFolder, step: StepFolder) -> list[str]:
-    """The models a step reads, by the name of the step that made them, or as the recipe writes them."""
+    """The models that a step reads: the name of the step that made each of them, or else the reference."""
     own = {str(entry.entry["model"]["ref"]) + f"@{entry.entry['version']}": entry.name for entry in run.steps if entry.entry.get("model")}
     found = []
     for ref in (step.entry.get("inputs") or {}).values():
@@ -47,7 +47,7 @@ def _key_result(step: StepFolder) -> str:
 
 
 def step_row(step: StepFolder) -> Row:
-    """A row of the chain's table."""
+    """A row in the table of steps."""
     model = step.entry.get("model")
     numbers = {name: value for name, value in step.metrics.items() if isinstance(value, int | float) and not isinstance(value, bool)}
     return {
@@ -67,7 +67,7 @@ def step_row(step: StepFolder) -> Row:
 
 
 def _data(step: StepFolder) -> list[str]:
-    """The sources of a step's data, by field, with the beginning of their fingerprint."""
+    """The data sources of a step by config field, with the first characters of their fingerprint."""
     marks = step.entry.get("data") or {}
     found = []
     for place, mark in marks.items():
@@ -81,12 +81,12 @@ def _data(step: StepFolder) -> list[str]:
 
 
 def made_by(run: RunFolder) -> dict[str, StepFolder]:
-    """The step that made each model of this run, by pinned reference."""
+    """Pinned model reference -> the step of this run that made the model."""
     return {f"{step.entry['model']['ref']}@{step.entry['version']}": step for step in run.steps if step.entry.get("model")}
 
 
 def ancestors(run: RunFolder, evaluation: Row) -> set[str]:
-    """References of the models that the evaluation's KL reference was made from, as far as this run made them."""
+    """References of the models that the evaluation's KL reference was made from, directly or indirectly, by steps of this run."""
     reference = evaluation.get("kl_reference")
     own = made_by(run)
     waiting = [evaluation["candidates"][reference].get("model")] if reference is not None else []
@@ -101,7 +101,7 @@ def ancestors(run: RunFolder, evaluation: Row) -> set[str]:
 
 
 def recipe_text(run: RunFolder) -> str:
-    """The recipe as resolved, defaults and overrides included, as YAML that `stages run` takes."""
+    """The resolved recipe, with defaults and overrides, as YAML that `stages run` accepts."""
     from ruamel.yaml import YAML
     from ruamel.yaml.compat import StringIO
 

@@ -1,6 +1,6 @@
 """How a run was computed, for its page: command, seeds, device, precision, memory and versions.
 
-A step that was reused was computed by an earlier run, perhaps on another machine. Its facts are those of that run.
+A reused step was computed by an earlier run, perhaps on another machine. Its facts are those of the earlier run.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ UNKNOWN = "not recorded"
 
 
 def command(summary: Mapping[str, Any]) -> str:
-    """What was typed to start the run. For a run that did not record it: a command that does the same."""
+    """The command that started the run. If it was not recorded, a command that does the same."""
     if summary.get("command"):
         return str(summary["command"])
     return shlex.join(["./launch.sh", str(summary.get("recipe_file", "RECIPE")), *summary.get("overrides", [])])
 
 
 def facts(run: RunFolder) -> dict[str, str]:
-    """Name and value of each fact about the whole run."""
+    """Facts about the entire run, by name."""
     summary, environment = run.summary, run.summary.get("environment", {})
     return {
         "seed": str(summary.get("seed", UNKNOWN)),
@@ -39,7 +39,7 @@ def facts(run: RunFolder) -> dict[str, str]:
 
 
 def step_facts(run: RunFolder) -> list[Row]:
-    """A row per step: its seed, and on what, in which precision, how long and with how much memory it was computed."""
+    """A row per step: its seed, precision, duration, memory and device, and the run that computed it."""
     rows = []
     for step in run.steps:
         made = _made(step)
@@ -58,7 +58,7 @@ def step_facts(run: RunFolder) -> list[Row]:
 
 
 def device(summary: Mapping[str, Any]) -> str:
-    """The GPUs of a run with their driver, or its CPU."""
+    """The GPUs of a run with their driver version, or its CPU."""
     environment = summary.get("environment", {})
     gpus = environment.get("gpus") or []
     if not gpus:
@@ -69,25 +69,28 @@ def device(summary: Mapping[str, Any]) -> str:
 
 
 def memory(entry: Mapping[str, Any]) -> str:
-    """Peak memory of a run or a step: of the tensors on its GPU where it had one, and of the process itself."""
+    """Peak memory of a run or a step: of the tensors on the GPU if there is one, and of the process."""
     shown = {"on the GPU": entry.get("peak_gpu_memory_bytes"), "of the process": entry.get("peak_memory_bytes")}
     return ", ".join(f"{bytes_text(value)} {what}" for what, value in shown.items() if value) or UNKNOWN
 
 
 def packages(environment: Mapping[str, Any]) -> str:
-    """Names and versions of the packages that make the numbers."""
+    """Names and versions of the packages that affect the results."""
     return ", ".join(f"{name} {version}" for name, version in environment.get("packages", {}).items()) or UNKNOWN
 
 
 def bytes_text(value: float | None) -> str:
-    """Bytes as MiB or GiB; empty where nothing is known."""
+    """A number of bytes as MiB or GiB. Empty if it is unknown."""
     if not value:
         return ""
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
 def _made(step: StepFolder) -> Row:
-    """The circumstances of a step. A summary of before they were recorded has those of its own run."""
+    """How a step was computed.
+
+    Old summaries have no such record. For them, the values come from the step's own entry if it was not reused.
+    """
     made = step.entry.get("circumstances")
     if made is not None or step.entry.get("reused"):
         return made or {}
@@ -95,7 +98,7 @@ def _made(step: StepFolder) -> Row:
 
 
 def _precision(steps: Sequence[StepFolder]) -> str:
-    """The compute dtype of the steps; where they differ, with the steps of each."""
+    """The compute dtype of the steps. If it differs between steps, each dtype with its steps."""
     names: dict[str, list[str]] = {}
     for step in steps:
         asked = str(step.config.get("precision", UNKNOWN))

@@ -1,4 +1,4 @@
-"""Several runs on one page: what each found, in which settings they differ, their scores side by side, their curves in common axes."""
+"""Several runs on one page: their results, the settings that differ, their scores side by side, and their curves in shared axes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from stages.report.run_folder import RunFolder
 
 Row = dict[str, Any]
 LONGEST_CELL = 200
-"""Characters of a setting in the table of differences."""
+"""Maximum number of characters of a setting in the table of differences."""
 
 
 def write_comparison(runs: Sequence[RunFolder], path: Path) -> Written:
-    """Write the page that compares runs to ``path``. Raises StorageError where it cannot be written."""
+    """Write the page that compares runs to ``path``. Raises StorageError if it cannot be written."""
     return write(render_comparison(runs), path)
 
 
 def render_comparison(runs: Sequence[RunFolder]) -> Page:
-    """The page; completions are on the page of each run."""
+    """The page that compares runs. It has no completions: they are on the page of each run."""
     names = run_names(runs)
     recipes = list(dict.fromkeys(run.summary["recipe"] for run in runs))
     figures: list[Figure | None] = [*training.overlay(runs, names), training.data_efficiency(runs)]
@@ -50,7 +50,7 @@ def render_comparison(runs: Sequence[RunFolder]) -> Page:
 
 
 def run_names(runs: Sequence[RunFolder]) -> list[str]:
-    """A name for each run: its time, with the recipe where there are several recipes, and the parent folder where that is not enough."""
+    """A name for each run: its time, and its recipe if there are several recipes. If two names are equal, all names are full paths."""
     several = len({run.summary["recipe"] for run in runs}) > 1
     names = [f"{run.summary['recipe']} {run.path.name}" if several else run.path.name for run in runs]
     if len(set(names)) < len(names):
@@ -81,7 +81,7 @@ def _run(run: RunFolder, name: str, number: int) -> Row:
 
 
 def _versions(runs: Sequence[RunFolder], names: Sequence[str]) -> list[tuple[str, str]]:
-    """Each set of package versions, with the names of the runs that had it."""
+    """Each set of package versions, with the names of the runs that used it."""
     found: dict[str, list[str]] = {}
     for run, name in zip(runs, names, strict=True):
         found.setdefault(packages(run.summary.get("environment", {})), []).append(name)
@@ -93,7 +93,7 @@ def _brief(text: str) -> str:
 
 
 def differing_settings(runs: Sequence[RunFolder]) -> list[list[str]]:
-    """Rows (step, setting, value in each run) of what is not equal in all runs; the seed counts as a setting of its step."""
+    """Rows (step, setting, value in each run) of the settings that differ. The seed of the run counts as a setting of each step."""
     rows = []
     for name in dict.fromkeys(step.name for run in runs for step in run.steps):
         found = [run.step(name) for run in runs]
@@ -111,7 +111,7 @@ def differing_settings(runs: Sequence[RunFolder]) -> list[list[str]]:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level: field path -> value."""
+    """Nested settings as a flat dict: field path -> value."""
     if isinstance(value, dict) and value:
         return {path: leaf for key, item in value.items() for path, leaf in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()}
     if isinstance(value, list) and value:
@@ -124,7 +124,7 @@ def _word(settings: dict[str, Any], key: str) -> str:
 
 
 def _scores(runs: Sequence[RunFolder], names: Sequence[str]) -> Row | None:
-    """Mean score of each candidate by each judge, a column per run."""
+    """Mean score of each candidate by each judge. One column per run."""
     rows = []
     candidates = dict.fromkeys(name for run in runs for name in run.summary.get("candidates", {}))
     judges = dict.fromkeys(judge for run in runs for row in run.summary.get("candidates", {}).values() for judge in row.get("scores", {}))
@@ -145,7 +145,7 @@ def _score_cell(candidate: Row, judge: str) -> Row | None:
 
 
 def _win_rates(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Row]:
-    """Win rates of the last candidate against each other one, a column per run, a block per judge."""
+    """Win rates of the last candidate against each other candidate. One column per run, one block per judge."""
     blocks = []
     for judge in dict.fromkeys(row["judge"] for run in runs for row in run.summary.get("win_rates", [])):
         rows = []

@@ -1,4 +1,4 @@
-"""The figures of an outcome: how rewards pay for KL, over-optimisation, how scores spread, what alignment costs elsewhere."""
+"""Figures about the results: reward against KL, over-optimisation, score distributions, and alignment tax."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from stages.report.run_folder import StepFolder, thinned
 from stages.report.training import monitors
 
 Row = dict[str, Any]
-TABLE_ROWS = 12  # rows of the table beside a curve
+TABLE_ROWS = 12  # rows of the table next to a curve
 
 
 def series_of(candidates: Sequence[str]) -> dict[str, int]:
-    """The colour number of each candidate: grey for the first, the accent for the last, others in between."""
+    """The colour index of each candidate: grey for the first, the accent colour for the last, other colours for the rest."""
     if not candidates:
         return {}
     middle = list(candidates[1:-1])
@@ -42,10 +42,13 @@ def series_of(candidates: Sequence[str]) -> dict[str, int]:
 def frontier(
     evaluation: Row, colors: Mapping[str, int], ancestors: Collection[str] = (), trained: Mapping[str, StepFolder] | None = None
 ) -> Figure | None:
-    """Mean score against KL to the reference, by each judge that scores: candidates with intervals, and best-of-n as a curve.
+    """Mean score against KL to the reference, one panel per judge that gives scores: candidates with intervals, best-of-n as a curve.
 
-    ``ancestors``: models that the reference was made from. They did not spend KL to get where they are, and are left out.
-    ``trained``: the PPO steps of this run that made candidates, by candidate; the way there is a thin line where the judge watched it.
+    ``ancestors``: the models that the reference was made from. They are left out, because no training moved them away from the reference.
+
+    ``trained``: candidate -> the PPO step of this run that made it. A thin line shows the iterations of this step if the judge scored them.
+
+    Returns None if there is no reference, or if fewer than two candidates have a KL.
     """
     reference = evaluation.get("kl_reference")
     points = {
@@ -114,16 +117,16 @@ def _mean_text(point: Mapping[str, Any]) -> str:
 
 
 def _number(axes: Any, points: Sequence[tuple[int, float, float]]) -> None:
-    """Write n beside the points (n, KL, score) of best-of-n, as far as the numbers do not lie on each other."""
+    """Write n next to the best-of-n points (n, KL, score). Numbers that would overlap are left out."""
     room, before = 0.045 * math.sqrt(axes.get_xlim()[1]), math.inf
-    for number, kl, score in reversed(points):  # the largest n always has its number
+    for number, kl, score in reversed(points):  # the largest n is always written
         if before - math.sqrt(kl) >= room:
             axes.annotate(f"{number}", (kl, score), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8, color=SOFT)
             before = math.sqrt(kl)
 
 
 def _way(step: StepFolder, judge: str) -> tuple[list[float], list[float]] | None:
-    """KL and a judge's mean score over a PPO step's iterations, as running means; None where the judge saw none of them."""
+    """KL and a judge's mean score over the iterations of a PPO step, as running means. None if the judge did not score every iteration."""
     steps, kls = step.series("policy/kl")
     for metric in (f"monitors/{judge}", f"rewards/{judge}"):
         scored, values = step.series(metric)
@@ -133,7 +136,10 @@ def _way(step: StepFolder, judge: str) -> tuple[list[float], list[float]] | None
 
 
 def over_optimisation(step: StepFolder, evaluation: Row | None = None) -> Figure | None:
-    """The trained reward and every monitor of a PPO step against the square root of KL (Gao et al. 2023), with best-of-n where it is."""
+    """The trained reward and every monitor of a PPO step against the square root of KL (Gao et al. 2023).
+
+    With best-of-n if the evaluation has it. Returns None if the step has fewer than five iterations or no monitor.
+    """
     kl_steps, kls = step.series("policy/kl")
     if len(kls) < 5:
         return None
@@ -178,7 +184,7 @@ def over_optimisation(step: StepFolder, evaluation: Row | None = None) -> Figure
 
 
 def _rewards(step: StepFolder) -> list[str]:
-    """Names of the reward sources that were trained on."""
+    """Names of the reward sources that the policy was trained on."""
     own = ("score_mean", "score_std", "total_mean")
     return sorted({name.removeprefix("rewards/") for row in step.log[:1] for name in row if name.startswith("rewards/")} - set(own))
 
@@ -187,7 +193,7 @@ def _rewards(step: StepFolder) -> list[str]:
 
 
 def distributions(step: StepFolder, colors: Mapping[str, int]) -> Figure | None:
-    """How the scores of each candidate spread, by each judge that scores: the share of completions at or above a score."""
+    """Score distribution of each candidate, one panel per judge that gives scores: the share of completions at or above a score."""
     evaluation = step.evaluation or {}
     panels, rows = [], []
     for judge in [entry["name"] for entry in evaluation.get("judges", [])]:
@@ -221,7 +227,7 @@ def distributions(step: StepFolder, colors: Mapping[str, int]) -> Figure | None:
 
 
 def alignment_tax(evaluation: Row, colors: Mapping[str, int]) -> Figure | None:
-    """What alignment costs elsewhere: held-out perplexity and the tasks of the recipe, candidate by candidate."""
+    """The price of alignment: held-out bits per byte and the recipe's tasks, for each candidate."""
     candidates = evaluation["candidates"]
     panels, rows = [], []
     measures: list[tuple[str, dict[str, tuple[float, Any, Any]], str]] = []
@@ -261,7 +267,7 @@ def alignment_tax(evaluation: Row, colors: Mapping[str, int]) -> Figure | None:
 
 
 def _task_value(task: Any) -> tuple[float, Any, Any] | None:
-    """(value, low, high) of a task's result, a number or a block with one."""
+    """(value, low, high) of a task's result, which is a number or a dict with a number. None if it has no number."""
     if isinstance(task, int | float):
         return float(task), None, None
     if not isinstance(task, dict):

@@ -1,16 +1,16 @@
-"""The chain as a drawing: a box per step, an arrow for every model that a step reads."""
+"""A diagram of the steps: a box per step, and an arrow for each model that a step reads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT, GAP_X, GAP_Y, PAD = 148, 52, 58, 22, 6  # of a box and between boxes, in units of the drawing
+WIDTH, HEIGHT, GAP_X, GAP_Y, PAD = 148, 52, 58, 22, 6  # of a box, between boxes, and around the drawing; in its units
 
 
 @dataclass(frozen=True)
 class Box:
-    """A step at its place; ``lines``: what is written in it. ``is_foreign``: a model from outside the chain."""
+    """A step with its position (top left corner) and the lines of text in its box. ``is_foreign``: a model from outside the chain."""
 
     name: str
     x: float
@@ -21,7 +21,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Diagram:
-    """Boxes and arrows (paths), in a drawing of ``width`` by ``height``."""
+    """Boxes and arrows (SVG paths) in a drawing of ``width`` by ``height``."""
 
     boxes: list[Box]
     arrows: list[str]
@@ -30,10 +30,10 @@ class Diagram:
 
 
 def draw_chain(lines: Mapping[str, Sequence[str]], reads: Mapping[str, Sequence[str]]) -> Diagram:
-    """Steps from left to right by how many steps lie before them. ``reads``: the models each step reads, by name.
+    """Draw steps from left to right by the number of steps before them. ``reads``: the names of the models that each step reads.
 
-    A name that is no step is a model from outside, drawn in front of its first reader. A step that only evaluates reads nearly everything;
-    arrows that follow from others (its input's input) are left out of the drawing, and the table beside it has them all.
+    A name that is not a step is a model from outside; it is drawn in the first column. An evaluation reads nearly all models. So arrows
+    that follow from other arrows (an input of an input) are left out; the table next to the drawing lists all inputs.
     """
     steps = list(lines)
     foreign = [name for name in dict.fromkeys(name for names in reads.values() for name in names) if name not in lines]
@@ -64,7 +64,7 @@ def draw_chain(lines: Mapping[str, Sequence[str]], reads: Mapping[str, Sequence[
 
 
 def _direct(step: str, reads: Mapping[str, Sequence[str]]) -> list[str]:
-    """What a step reads, less what it also reaches through another of its inputs."""
+    """The inputs of a step, without those that it also reaches through another input."""
     own = list(dict.fromkeys(reads.get(step, ())))
     return [name for name in own if not any(name in _ancestors(other, reads) for other in own if other != name)]
 

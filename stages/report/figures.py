@@ -1,6 +1,6 @@
-"""Figures as SVG that takes its colours and its font from the page, so that one drawing serves light, dark and print.
+"""Figures as SVG that takes its colours and its font from the page, so that one drawing works in light mode, dark mode and print.
 
-matplotlib draws with marker colours; in the SVG they become CSS variables (``--ink``, ``--s0``, ...), and text stays text.
+matplotlib draws with marker colours. In the SVG, CSS variables (``--ink``, ``--s0``, ...) replace them. Text stays text.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 DRAWN_POINTS = 250
-"""Points of a curve that are drawn; a page shows no more, and they would take room from completions."""
-# Colours that mark a role while matplotlib draws; no two differ by less than one step of a channel.
+"""Maximum number of drawn points of a curve. More points would not be visible, and would take space from completions."""
+# Marker colours: matplotlib draws each role in a colour of its own, which ``VARIABLES`` maps to a CSS variable.
 INK, SOFT, LINE, PAPER = "#010101", "#020202", "#030303", "#040404"
 SERIES = tuple(f"#0a0a{number:02x}" for number in range(1, 13))
 VARIABLES = {INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)", PAPER: "var(--card)"} | {
@@ -70,7 +70,10 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels under one heading. ``legend``: (name, number of the series). ``table``: the numbers, for those who cannot see the drawing."""
+    """Panels under one heading. ``legend``: (name, index of the series).
+
+    ``headings`` and ``rows`` are a table of the numbers, for readers who cannot see the drawing.
+    """
 
     key: str
     title: str
@@ -87,7 +90,7 @@ class Figure:
 
 
 class Canvas:
-    """A drawing under way: ``axes`` to draw on, then ``panel`` to have it as SVG."""
+    """A drawing in progress: draw on ``axes``, then call ``panel`` to get it as SVG."""
 
     def __init__(self, width: float = 4.9, height: float = 3.1, *, rows: int = 1) -> None:
         from matplotlib import rc_context
@@ -103,7 +106,7 @@ class Canvas:
         return self.all_axes[0]
 
     def panel(self, title: str) -> Panel:
-        """The drawing, finished."""
+        """Finish the drawing and return it as SVG."""
         try:
             return Panel(title, as_svg(self.drawing, title))
         finally:
@@ -111,13 +114,13 @@ class Canvas:
 
 
 def as_svg(drawing: Drawing, label: str) -> str:
-    """The drawing as an inline SVG whose colours are the page's."""
+    """The drawing as an inline SVG that uses the page's colours."""
     buffer = io.StringIO()
     drawing.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)  # its selector is *, which would reach the whole page
+    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)  # its selector is *, which would match the entire page
     opening = f'<svg class="plot" viewBox="{{}}" role="img" aria-label="{_attribute(label)}">'
     text = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', lambda found: opening.replace("{}", found[1]), text)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
@@ -130,7 +133,7 @@ def as_svg(drawing: Drawing, label: str) -> str:
 
 
 def _compact(tag: str) -> str:
-    """A tag without what the page does not need: hundredths of a point are enough for a path, and the font is the page's."""
+    """Shorten a tag: cut numbers after two decimals, and remove the font (the page sets it) and rotations by zero."""
     tag = re.sub(r"(\d+\.\d{2})\d+", r"\1", tag)
     tag = re.sub(r'font-family: [^;"]*(; )?', "", tag)
     tag = re.sub(r' transform="rotate\(-?0 [^"]*\)"', "", tag)
@@ -138,7 +141,10 @@ def _compact(tag: str) -> str:
 
 
 def own_ids(text: str, prefix: str) -> str:
-    """The drawing with ids that no other one of the page has: clip paths and markers are looked up in the whole document."""
+    """Add a prefix to all ids of a drawing, so that they are unique on the page.
+
+    Browsers look up clip paths and markers in the entire document.
+    """
     text = re.sub(r'\bid="([^"]+)"', lambda found: f'id="{prefix}{found[1]}"', text)
     text = re.sub(r'(xlink:href|href)="#([^"]+)"', lambda found: f'href="#{prefix}{found[2]}"', text)
     return re.sub(r"url\(#([^)]+)\)", lambda found: f"url(#{prefix}{found[1]})", text)
@@ -151,13 +157,13 @@ def _attribute(text: str) -> str:
 def interval_points(
     axes: Axes, x: Sequence[float], y: Sequence[float], low: Sequence[float], high: Sequence[float], color: str, *, size: float = 5
 ) -> None:
-    """Points with vertical intervals."""
+    """Draw points with vertical intervals."""
     axes.vlines(x, low, high, color=color, linewidth=1.4)
     axes.plot(x, y, "o", color=color, markersize=size, markeredgecolor=PAPER, markeredgewidth=0.8)
 
 
 def root_scale(axes: Axes) -> None:
-    """Let the horizontal axis go with the square root of its numbers, whose marks stay readable; call when all is drawn."""
+    """Scale the horizontal axis by the square root, with plain numbers at its ticks. Call this after everything is drawn."""
     import numpy as np
 
     low, high = axes.get_xlim()
@@ -171,7 +177,7 @@ def root_scale(axes: Axes) -> None:
 
 
 def log_scale(axes: Axes, axis: str) -> None:
-    """Make the ``axis`` ("x" or "y") logarithmic, with plain numbers at its marks: the page has no mathematical notation."""
+    """Make the ``axis`` ("x" or "y") logarithmic, with plain numbers at its ticks, because the page has no mathematical notation."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     getattr(axes, f"set_{axis}scale")("log")
@@ -181,7 +187,7 @@ def log_scale(axes: Axes, axis: str) -> None:
 
 
 def smoothed(values: Sequence[float], share: float = 0.05) -> list[float]:
-    """Running mean over a centred window of ``share`` of the values, narrower at the ends."""
+    """Running mean over a centred window with a ``share`` of the values. The window is narrower at the ends."""
     half = max(0, round(len(values) * share / 2))
     found = []
     for place in range(len(values)):
@@ -192,22 +198,22 @@ def smoothed(values: Sequence[float], share: float = 0.05) -> list[float]:
 
 
 def drawn(*series: Sequence[float]) -> list[list[float]]:
-    """Series of one length as a drawing needs them: at most ``DRAWN_POINTS`` points of each, evenly spread, the first and the last too."""
+    """At most ``DRAWN_POINTS`` points of each series, evenly spaced, including the first and the last. All series have the same length."""
     return [thinned(values, DRAWN_POINTS) for values in series]
 
 
 def drawn_text(number: int) -> str:
-    """A sentence for the caption where a curve has more points than are drawn."""
+    """A sentence for the caption if a curve has more points than are drawn. Otherwise empty."""
     return f" Of {number:,} points {DRAWN_POINTS:,} are drawn, evenly spread." if number > DRAWN_POINTS else ""
 
 
 def short(name: str, length: int = 16) -> str:
-    """A name that fits beside an axis."""
+    """A name, cut to ``length`` characters so that it fits next to an axis."""
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def number_text(value: Any) -> str:
-    """A number as a reader wants it."""
+    """A number as text: with thousands separators, or with four significant digits. A dash for None."""
     if isinstance(value, bool) or value is None:
         return "-" if value is None else str(value)
     if isinstance(value, int):

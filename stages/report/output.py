@@ -1,4 +1,4 @@
-"""Where a page is written: checked before the work, and written whole or not at all."""
+"""Write a page: check the output path before the work starts, and write the file atomically."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from stages.errors import StorageError
 
 GENERATOR = "tristage"
-"""What a page names as its maker, so that a report is told from other files."""
+"""The generator that a page names. It distinguishes a report from other files."""
 
 
 def check_output(path: Path) -> None:
-    """Raise StorageError unless a page may be written to ``path``: a new file in a folder that exists, or an earlier report."""
+    """Raise StorageError unless ``path`` is a new file in an existing, writable folder, or an earlier report."""
     if path.is_dir():
         raise StorageError(f"{path} is a folder; expected a file for the page, for example {path / 'page.html'}")
     if not path.parent.is_dir():
@@ -34,7 +34,7 @@ def _is_report(path: Path) -> bool:
 
 
 def write_page(html: str, path: Path) -> int:
-    """Write a page and return its bytes; a reader, or a crash, sees the old page or the new one. Raises StorageError."""
+    """Write a page atomically and return its size in bytes. Raises StorageError."""
     content = html.encode()
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:

@@ -1,8 +1,8 @@
-"""One self-contained HTML file per run: the verdict, the chain, the curves, every completion side by side, and how it ran.
+"""One self-contained HTML file per run: the verdict, the steps, the curves, every completion side by side, and how the run was computed.
 
-Nothing is fetched, and the only script is the page's own: the policy in the page (CSP) names its hash. Whatever a model or a data set wrote
-goes through Jinja's escaping, or to the script as JSON, which makes text of it. A page takes less than ``LIMIT`` bytes; what that leaves
-out is counted and said.
+The page loads nothing, and its only script is its own: the content security policy (CSP) allows only the hash of this script. Text from a
+model or a data set is always shown as text, because Jinja escapes it or the script reads it as JSON. Figures and completions that do not
+fit into ``LIMIT`` bytes are left out, and the page says how many.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from stages.report.verdicts import verdict
 Row = dict[str, Any]
 HERE = Path(__file__).parent
 LIMIT = 2_000_000
-"""Bytes of a page."""
+"""Maximum size of a page in bytes."""
 LEAST_FOR_COMPLETIONS = 500_000
-"""Bytes that completions get at least, where there are so many: figures are left out for them."""
+"""Bytes that are reserved for completions, if they need so many. Figures are left out to keep this space."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """The HTML of a page, and sentences on what it leaves out."""
+    """The HTML of a page, and sentences about what it leaves out."""
 
     html: str
     notes: list[str] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Written:
-    """A page on disk: its path, its bytes, and sentences on what it leaves out."""
+    """A page on disk: its path, its size in bytes, and sentences about what it leaves out."""
 
     path: Path
     size: int
@@ -51,12 +51,12 @@ class Written:
 
 
 def write_report(run: RunFolder, path: Path | None = None) -> Written:
-    """Write the report of a run, by default beside its summary. Raises StorageError where it cannot be written."""
+    """Write the report of a run, by default next to its summary. Raises StorageError if it cannot be written."""
     return write(render_run(run), path or run.path / "report.html")
 
 
 def write(page: Page, path: Path) -> Written:
-    """Write a page, whole or not at all. Raises StorageError where it cannot be written."""
+    """Write a page atomically. Raises StorageError if it cannot be written."""
     return Written(path, write_page(page.html, path), page.notes)
 
 
@@ -92,9 +92,9 @@ def render_run(run: RunFolder) -> Page:
 
 
 def fit_figures(groups: list[Row], draw: Callable[[list[Row], str], str], limit: int = LIMIT) -> tuple[str, str]:
-    """The page of at most ``limit`` bytes that ``draw(groups, note)`` makes with as many figures as have room, and the note.
+    """Make a page of at most ``limit`` bytes with as many figures as fit. Returns (HTML, note).
 
-    The note says how many figures are missing, and is empty where none is.
+    ``draw(groups, note)`` makes the HTML. The last figures are left out first. The note says how many are missing; it is empty if none is.
     """
     total, note = _number_of_figures(groups), ""
     while byte_count(html := draw(groups, note)) > limit and _number_of_figures(groups):
@@ -110,7 +110,7 @@ def _number_of_figures(groups: list[Row]) -> int:
 
 
 def _fit_completions(values: Row, readers: list[Reader], room: int) -> tuple[str, list[Reader]]:
-    """The page with as many completions as have room, and the readers that it shows."""
+    """The page with as many completions as fit, and the readers with these completions. ``room``: bytes for the completions."""
     room = max(0, room)
     while True:
         shown = fitted(readers, room)
@@ -122,17 +122,17 @@ def _fit_completions(values: Row, readers: list[Reader], room: int) -> tuple[str
 
 
 def byte_count(html: str) -> int:
-    """Bytes of a page on disk."""
+    """Size of a page on disk in bytes."""
     return len(html.encode())
 
 
 def megabytes(size: int) -> str:
-    """Bytes in MB (10^6)."""
+    """A size in bytes as MB (10^6 bytes)."""
     return f"{size / 1e6:.2f} MB"
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of this room with its style and script, and the policy that allows these and nothing else."""
+    """Render a template of this package with its style, its script, and a policy that allows only these."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -150,7 +150,7 @@ def render(template: str, **values: Any) -> str:
         "base-uri 'none'; form-action 'none'"
     )
     values |= {"style": Markup(style), "script": Markup(script), "policy": policy, "generator": GENERATOR}
-    # UTF-8 cannot hold one half of a surrogate pair.
+    # UTF-8 cannot encode an unpaired surrogate.
     return re.sub("[\ud800-\udfff]", "\ufffd", environment.get_template(template).render(**values))
 
 
@@ -158,7 +158,7 @@ def _hash(text: str) -> str:
     return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
 
 
-# What the parts are given
+# Values for the templates
 
 
 def _head(run: RunFolder) -> Row:
@@ -177,7 +177,7 @@ def _head(run: RunFolder) -> Row:
 
 
 def _figure_groups(run: RunFolder) -> list[Row]:
-    """Figures under their headings; a heading without figures is left out."""
+    """Figures by heading. Headings without figures are left out."""
     outcome: list[Figure | None] = []
     trust: list[Figure | None] = []
     makers_of_models = made_by(run)
@@ -217,5 +217,5 @@ def _seconds(value: float | None) -> str:
 
 
 def _shortened(text: str) -> str:
-    """The beginning of a long text, and how much is missing."""
+    """The beginning of a long text, and the number of missing characters."""
     return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} … ({len(text) - LONGEST_TEXT:,} more characters)"

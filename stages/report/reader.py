@@ -1,7 +1,8 @@
-"""The completions of an evaluation for its page, and the numbers by which they are searched and filtered.
+"""The completions of an evaluation for its page, and the numbers for searching and filtering them.
 
-The page's script reads them as JSON and shows a few at a time, so that a page with thousands opens at once. Where not all of them have
-room, long texts are cut and then prompts are left out, evenly; what is cut and left out is counted.
+The page's script reads them as JSON and shows a few at a time, so that a page with thousands of completions opens quickly. If not all of
+them fit, long texts are cut first; then prompts are left out, evenly spread. The page says how many texts are cut and how many prompts are
+left out.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from stages.report.run_folder import StepFolder, thinned
 
 Row = dict[str, Any]
 LONGEST_TEXT = 4000
-"""Characters of a text that are kept where not everything has room."""
+"""Maximum number of characters of a text if not everything fits."""
 WITHOUT_SCRIPT, LONGEST_WITHOUT_SCRIPT = 12, 1000
-"""Prompts that the page shows where scripts are off, and the characters of each of their texts."""
+"""Number of prompts that the page shows if scripts are off, and the maximum number of characters of their texts."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """The completions of one evaluation: ``rows`` is a JSON object for each prompt that the page holds."""
+    """The completions of one evaluation. ``rows`` has a JSON object for each prompt on the page."""
 
     step: str
     names: list[str]
@@ -35,10 +36,10 @@ class Reader:
     colors: list[int]
     coloured: list[str]
     rows: list[str]
-    total: int  # prompts of the evaluation
+    total: int  # number of prompts in the evaluation
     completions: int
     total_completions: int
-    cut: int = 0  # texts of ``rows`` that were cut
+    cut: int = 0  # number of texts in ``rows`` that were cut
 
     @cached_property
     def size(self) -> int:
@@ -47,18 +48,18 @@ class Reader:
 
     @property
     def first(self) -> list[Row]:
-        """What is shown where scripts are off."""
+        """The rows that the page shows if scripts are off."""
         return [_shortened(json.loads(row), LONGEST_WITHOUT_SCRIPT)[0] for row in self.rows[:WITHOUT_SCRIPT]]
 
     @property
     def json(self) -> str:
-        """What the page's script reads."""
+        """The JSON that the page's script reads."""
         head = {"names": self.names, "judges": self.judges, "colors": self.colors, "coloured": self.coloured}
         return f'{{"head":{as_json(head)},"rows":[{",".join(self.rows)}]}}'
 
     @property
     def note(self) -> str:
-        """What is missing, in words; empty where everything is there."""
+        """A sentence about what is missing. Empty if nothing is missing."""
         said = []
         if len(self.rows) < self.total:
             completions = f"{self.completions:,} of {self.total_completions:,} completions"
@@ -69,7 +70,7 @@ class Reader:
 
 
 def read_completions(step: StepFolder) -> Reader:
-    """Every completion of an evaluation."""
+    """Read every completion of an evaluation."""
     evaluation = step.evaluation
     assert evaluation is not None
     names = list(evaluation["candidates"])
@@ -94,7 +95,10 @@ def read_completions(step: StepFolder) -> Reader:
 
 
 def fitted(readers: Sequence[Reader], room: int) -> list[Reader]:
-    """The readers of a page, made to take ``room`` bytes together. Small ones stay whole, and leave what they do not need to the others."""
+    """Reduce the readers of a page so that they take at most ``room`` bytes together.
+
+    Small readers stay complete. The bytes that they do not need go to the others.
+    """
     found: dict[int, Reader] = {}
     for left, (place, reader) in enumerate(sorted(enumerate(readers), key=lambda item: item[1].size)):
         found[place] = _fitted(reader, room // (len(readers) - left))
@@ -103,7 +107,7 @@ def fitted(readers: Sequence[Reader], room: int) -> list[Reader]:
 
 
 def _fitted(reader: Reader, room: int) -> Reader:
-    """At most ``room`` bytes of a reader: with long texts cut, and with fewer prompts if that is not enough."""
+    """Reduce a reader to at most ``room`` bytes: cut long texts, and leave out prompts if that is not enough."""
     if reader.size <= room:
         return reader
     shortened = [_shortened(json.loads(row), LONGEST_TEXT) for row in reader.rows]
@@ -118,16 +122,16 @@ def _fitted(reader: Reader, room: int) -> Reader:
 
 
 def as_json(value: Any) -> str:
-    """JSON for a script element: without a ``<``, so that no text can end the element. Numbers that are not finite are null.
+    """JSON for a script element: without ``<``, so that no text can end the element. Numbers that are not finite become null.
 
-    Halves of surrogate pairs, which UTF-8 cannot hold, are escaped.
+    Unpaired surrogates, which UTF-8 cannot encode, are escaped.
     """
     text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _size(row: str) -> int:
-    """Bytes of a row and of the comma behind it."""
+    """Bytes of a row and of the comma after it."""
     return len(row.encode()) + 1
 
 
@@ -141,8 +145,9 @@ def _finite(value: Any) -> Any:
     return value
 
 
-# One prompt: n number, p prompt, c completions by candidate, o those that were still going on, s scores by judge and candidate,
-# f preferences [judge, candidate, candidate, share], t token details by candidate, m missing characters by candidate (-1: of the prompt)
+# Keys of a row: n number of the prompt, p prompt, c completions by candidate, o candidates whose completion did not end by itself,
+# s scores by judge and candidate, f preferences [judge, candidate, candidate, share], t token details by candidate,
+# m missing characters by candidate (-1: of the prompt)
 
 
 def _row(number: int, line: Row, names: Sequence[str], judges: Sequence[str], tokens: Mapping[str, Row]) -> Row:
@@ -174,9 +179,9 @@ def _completions(row: Row) -> int:
 
 
 def _shortened(row: Row, longest: int) -> tuple[Row, int]:
-    """A row whose texts have at most ``longest`` characters, and how many of them were cut; ``m`` counts the missing characters.
+    """Cut the texts of a row to ``longest`` characters. Returns the row and the number of cut texts.
 
-    The token details of a text that was cut are left out: they would not fit it.
+    ``m`` counts the missing characters. The token details of a cut text are removed, because they would not match it.
     """
     texts = dict(enumerate([row["p"], *row["c"]], start=-1))
     cut = [place for place, text in texts.items() if text is not None and len(text) > longest]

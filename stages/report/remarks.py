@@ -1,4 +1,4 @@
-"""What a careful reader of a run should keep in mind: alarms, exclusions, what the prompts can tell apart, judges that disagree."""
+"""Remarks on a run for its page: alarms, exclusions, candidates that the prompts cannot distinguish, and judges that disagree."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from stages.report.run_folder import RunFolder, StepFolder
 from stages.report.verdicts import listed, percent
 
 Row = dict[str, Any]
-NOISE = 0.6  # agreement of two judges below this is worth a remark
+NOISE = 0.6  # two judges whose agreement is lower get a remark
 
 
 def remarks(run: RunFolder) -> list[Row]:
-    """Remarks a careful reader would make: alarms, exclusions, what the prompts can tell apart, judges that disagree, what is missing."""
+    """All remarks on a run, as rows with ``kind`` (alarm, good or note) and ``text``."""
     notes = []
     for step in run.steps:
         for alarm in step.metrics.get("alarms") or []:
@@ -34,7 +34,7 @@ def remarks(run: RunFolder) -> list[Row]:
 
 
 def _evaluation_notes(step: StepFolder, about: str) -> list[Row]:
-    """``about``: the beginning of each note where there are several evaluations."""
+    """Remarks on one evaluation. ``about``: the beginning of each remark. It names the step if there are several evaluations."""
     evaluation = step.evaluation
     assert evaluation is not None
     notes = []

@@ -1,4 +1,4 @@
-"""A run folder, read: its summary, and of every step the metrics, samples, evaluation and completions. No model is loaded."""
+"""Read a run folder: its summary, and the metrics, samples, evaluation and completions of each step. No model is loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class StepFolder:
-    """What one step left. A step that was reused has its files from the run that made it; what that run did not keep is missing."""
+    """The files of one step. A reused step has the files of the run that made it. Files that this run did not keep are missing."""
 
     entry: Row  # the step's entry in summary.json
     folder: Path
@@ -31,17 +31,17 @@ class StepFolder:
 
     @property
     def metrics(self) -> Row:
-        """The numbers at the end."""
+        """The metrics at the end of the step."""
         return self.entry.get("metrics") or {}
 
     @property
     def config(self) -> Row:
-        """The step as resolved; of a run that did not record it, its settings."""
+        """The resolved config of the step. If the run did not record it, the step's settings."""
         return self.entry.get("config") or {**self.entry.get("settings", {}), "name": self.name, "stage": self.stage}
 
     @cached_property
     def log(self) -> list[Row]:
-        """Metrics over time (metrics.jsonl); a step cut off in mid-line loses that line."""
+        """Metrics over time (metrics.jsonl). An incomplete last line is ignored."""
         return read_lines(self.folder / "metrics.jsonl")
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
@@ -51,12 +51,12 @@ class StepFolder:
 
     @cached_property
     def samples(self) -> list[Row]:
-        """Completions kept during training."""
+        """Completions that were saved during training."""
         return read_lines(self.folder / "samples.jsonl")
 
     @cached_property
     def evaluation(self) -> Row | None:
-        """evaluation.json; None for a step that evaluated nothing."""
+        """The content of evaluation.json. None for a step without an evaluation. Raises DataError if the file is damaged."""
         path = self.folder / "evaluation.json"
         if not path.is_file():
             return None
@@ -67,12 +67,12 @@ class StepFolder:
 
     @cached_property
     def completions(self) -> list[Row]:
-        """The questions of an evaluation with all answers and scores."""
+        """The prompts of an evaluation with all completions and scores."""
         return read_lines(self.folder / "completions.jsonl")
 
     @cached_property
     def tokens(self) -> list[Row]:
-        """Token details of an evaluation's first questions."""
+        """Token details for the first prompts of an evaluation."""
         return read_lines(self.folder / "tokens.jsonl")
 
 
@@ -86,11 +86,11 @@ class RunFolder:
 
     @property
     def title(self) -> str:
-        """The recipe and when it ran."""
+        """The recipe and the time of the run."""
         return f"{self.summary['recipe']} {self.path.name}"
 
     def step(self, name: str) -> StepFolder | None:
-        """The step of that name; None where there is none."""
+        """The step with this name, or None."""
         return next((step for step in self.steps if step.name == name), None)
 
     @property
@@ -100,7 +100,7 @@ class RunFolder:
 
 
 def read_run(path: Path) -> RunFolder:
-    """The run at ``path``. Raises DataError where it is no run folder."""
+    """Read the run at ``path``. Raises DataError if it is not a run folder."""
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         steps = [StepFolder(entry, path / entry["name"]) for entry in summary["steps"]]
@@ -111,7 +111,10 @@ def read_run(path: Path) -> RunFolder:
 
 
 def find_run(name: str, home: Path) -> Path:
-    """The folder of a run: a path, ``<recipe>`` (its newest run) or ``<recipe>/<time>``. Raises DataError that lists what there is."""
+    """The folder of a run, given as a path, as ``<recipe>`` (its newest run) or as ``<recipe>/<time>``.
+
+    Raises DataError with a list of known runs.
+    """
     written = Path(name).expanduser()
     for path in (written, home / "runs" / name, home / "runs" / name / "latest"):
         if (path / "summary.json").is_file():
@@ -123,7 +126,10 @@ def find_run(name: str, home: Path) -> Path:
 
 
 def read_lines(path: Path) -> list[Row]:
-    """Objects of a JSON-lines file; an absent file has none, and a last line that was cut off does not count."""
+    """Objects of a JSON-lines file. A missing file has none. An incomplete last line is ignored.
+
+    Raises DataError for any other invalid line.
+    """
     if not path.is_file():
         return []
     rows = []
@@ -144,12 +150,12 @@ def read_lines(path: Path) -> list[Row]:
 
 
 def thinned(rows: Sequence[Any], number: int) -> list[Any]:
-    """At most ``number`` of ``rows``, evenly spread, the first and the last among them."""
+    """At most ``number`` of ``rows``, evenly spaced, including the first and the last."""
     if number < 2 or len(rows) <= number:
         return list(rows[:number])
     return [rows[round(place * (len(rows) - 1) / (number - 1))] for place in range(number)]
 
 
 def shown_memory(entry: dict[str, Any]) -> int | None:
-    """Peak memory in bytes of a run or a step: that of its GPU where it had one, else that of the process."""
+    """Peak memory of a run or a step in bytes: of its GPU if it had one, else of the process."""
     return entry.get("peak_gpu_memory_bytes") or entry.get("peak_memory_bytes")

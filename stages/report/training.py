@@ -1,4 +1,4 @@
-"""The figures of training: curves of every stage, how far a reward model can be trusted, how many examples it took, several runs."""
+"""Figures about training: the curves of each stage, the calibration of reward models, data efficiency, and several runs together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stages.report.run_folder import RunFolder, StepFolder, thinned
 
 Row = dict[str, Any]
 
-STAGE_CURVES = {  # stage -> metric, title
+STAGE_CURVES = {  # stage -> [(metric, title)]
     "pretraining": [("train/loss", "training loss (nats per token)")],
     "sft": [("train/loss", "training loss (nats per token)")],
     "reward_model": [("train/loss", "ranking loss (nats)")],
@@ -25,7 +25,7 @@ STAGE_CURVES = {  # stage -> metric, title
         ("policy/clip_fraction", "clipped share of ratios"),
     ],
 }
-HELDOUT = {  # stage -> (key before, key after, title)
+HELDOUT = {  # stage -> (metric before, metric after, title)
     "pretraining": ("heldout_perplexity_before", "heldout_perplexity_after", "held-out perplexity"),
     "sft": ("heldout_loss_before", "heldout_loss_after", "held-out loss"),
     "reward_model": ("heldout_accuracy_before", "heldout_accuracy", "held-out accuracy"),
@@ -35,7 +35,7 @@ HELDOUT = {  # stage -> (key before, key after, title)
 
 
 def training(step: StepFolder) -> Figure | None:
-    """The curves of one training step, small multiples."""
+    """The curves of one training step as small multiples. None if it has no curves."""
     panels, rows, longest = [], [], 0
     wanted = list(STAGE_CURVES.get(step.stage, [("train/loss", "training loss")]))
     if step.stage == "ppo":
@@ -75,7 +75,7 @@ def monitors(step: StepFolder) -> list[str]:
 
 
 def heldout_text(step: StepFolder) -> str:
-    """The step's held-out number before and after, in words."""
+    """A sentence with the step's held-out metric before and after training. For PPO: scores, KL and episodes."""
     if step.stage not in HELDOUT:
         if step.stage == "ppo" and "score_mean_first" in step.metrics:
             metrics = step.metrics
@@ -92,7 +92,7 @@ def heldout_text(step: StepFolder) -> str:
 
 
 def _beside_text(step: StepFolder) -> str:
-    """The accuracy of other rewards on the same held-out comparisons, in words; empty where none was measured."""
+    """A sentence with the accuracy of other rewards on the same held-out comparisons. Empty if none was measured."""
     others = step.metrics.get("heldout_beside") or {}
     if not others:
         return ""
@@ -104,7 +104,10 @@ def _beside_text(step: StepFolder) -> str:
 
 
 def calibration(step: StepFolder) -> Figure | None:
-    """Is a reward model (or classifier) as sure as it is right? Reliability, and accuracy by margin."""
+    """Calibration of a reward model or classifier: reliability, and accuracy by margin, length and group.
+
+    Returns None if the step did not measure calibration.
+    """
     bins = step.metrics.get("heldout_calibration") or step.metrics.get("calibration")
     if not bins:
         return None
@@ -127,7 +130,7 @@ def calibration(step: StepFolder) -> Figure | None:
     error = step.metrics.get("heldout_calibration_error")
     panels.append(canvas.panel("reliability" + (f" (calibration error {error:.3f})" if error is not None else "")))
     rows += [["sure", f"{item['confidence']:.2f}", f"{item['accuracy']:.3f}", f"{item['count']:,}"] for item in bins]
-    splits = []  # title, x axis, [(name, accuracy and pairs)]
+    splits = []  # (title, x axis label, [(name, accuracy and pairs)])
     margins = step.metrics.get("heldout_accuracy_by_margin") or []
     edges = [f"{item['from']:g} to {item['to']:g}" if item["to"] is not None else f"above {item['from']:g}" for item in margins]
     splits.append(("accuracy by margin", "difference of the two scores", list(zip(edges, margins, strict=True))))
@@ -173,7 +176,10 @@ EXAMPLES = {"sft": "demonstrations", "reward_model": "comparisons", "sentiment":
 
 
 def data_efficiency(runs: Sequence[RunFolder]) -> Figure | None:
-    """Held-out results against the number of training examples, a line per starting model, where steps differ in both or either."""
+    """Held-out results against the number of training examples, one line per starting model.
+
+    A stage needs at least three different numbers of examples. Returns None if no stage has them.
+    """
     panels, rows = [], []
     legend: dict[str, int] = {}
     for stage, key in EXAMPLES.items():
@@ -211,7 +217,7 @@ def _start_of(step: StepFolder) -> str:
 
 
 def overlay(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Figure]:
-    """The PPO curves of all runs in common axes, by the name of the step."""
+    """The PPO curves of all runs in shared axes. One figure per step name."""
     figures = []
     for name in dict.fromkeys(step.name for run in runs for step in run.steps if step.stage == "ppo"):
         panels, rows, longest = [], [], 0

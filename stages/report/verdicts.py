@@ -1,4 +1,4 @@
-"""The verdict of an evaluation for its page: a headline with its uncertainty, intervals against every candidate, tables by every judge."""
+"""The verdict of an evaluation for its page: a headline with its interval, win rates against every candidate, tables for every judge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 def verdict(step: StepFolder) -> Row:
-    """The headline, the other comparisons of the last candidate, and the tables of every judge."""
+    """The headline, the other comparisons of the last candidate, and the tables for every judge."""
     evaluation = step.evaluation
     assert evaluation is not None
     names = list(evaluation["candidates"])
@@ -60,7 +60,7 @@ def _headline(last: str, other: str | None, judge: str, rate: Row | None, evalua
 
 
 def _others(last: str, others: Sequence[str], judge: str, rates: Mapping[tuple[str, str, str], Row]) -> str:
-    """The remaining comparisons by the first judge, in one sentence."""
+    """One sentence about the remaining comparisons by the first judge. Empty if there are none."""
     groups: dict[str, list[str]] = {"beats": [], "loses to": [], "cannot be distinguished from": [], "was not compared with": []}
     for other in others:
         rate = rates.get((last, other, judge))
@@ -119,7 +119,7 @@ def _columns(evaluation: Row, judges: Sequence[str]) -> Row:
 
 
 def _score_cell(row: Row, judge: str) -> Row:
-    """A candidate's mean score by a judge, with its interval where there is one."""
+    """A candidate's mean score by a judge, with its interval if there is one."""
     if row["scores"].get(judge) is None:
         return {"text": "", "interval": ""}
     low, high = row.get("score_intervals", {}).get(judge) or (None, None)
@@ -128,7 +128,7 @@ def _score_cell(row: Row, judge: str) -> Row:
 
 
 def _matrix(judge: str, names: Sequence[str], rates: Mapping[tuple[str, str, str], Row]) -> Row:
-    """Win rates of row against column; ``strength`` in [-1, 1] colours the cell."""
+    """Win rates of the row against the column. ``strength`` in [-1, 1] sets the colour of the cell."""
     rows = []
     for a in names:
         cells: list[Row | None] = []
