@@ -1,4 +1,4 @@
-"""A reward model or a classifier behind HTTP, by the protocols that ``reward: [{endpoint: ...}]`` speaks. N texts of a request.
+"""Serve a reward model or a classifier over HTTP, with the protocols that ``reward: [{endpoint: ...}]`` uses.
 
     POST /get_reward    {query, prompts, completions, messages} -> {rewards, scores}    (OpenRLHF's remote reward model)
     POST /pooling       {input} -> {data: [{index, data}]}                              (vLLM)
@@ -6,7 +6,7 @@
     POST /score         {text_1, text_2} -> {data: [{index, score}]}                    (vLLM)
     GET  /health, /v1/models
 
-Every answer has ``model`` and ``digest``, the model's content, so that a score can be traced to the weights that gave it.
+Every response has ``model`` and ``digest`` (of the model's content), so that each score can be traced to the weights that gave it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ LONGEST_REQUEST = 64 * 2**20  # bytes
 
 
 class BadRequest(Exception):
-    """A request that cannot be answered; the message says what is wrong with it. Status 400."""
+    """An invalid request. The message says what is wrong. HTTP status 400."""
 
 
 class Scorer:
-    """Answers requests with one source. A lock lets one request at a time compute: batches are made inside."""
+    """Answers requests with one reward source. A lock lets one request at a time compute, because the source makes its own batches."""
 
     def __init__(self, source: RewardModelSource | ClassifierSource | GenerativeSource, model: ResolvedModel) -> None:
         self.source = source
@@ -46,10 +46,10 @@ class Scorer:
         self._lock = threading.Lock()
 
     def get_reward(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Scores of prompts and completions; of ``query`` alone where there are no completions.
+        """Scores of prompts and completions. Without ``completions``, the texts to score are in ``query``.
 
-        OpenRLHF sends no completions, and its prompts and queries were written by a chat template already. So a reward model with a
-        template reads such a query as it is, and does not put it into its template once more.
+        OpenRLHF sends no completions, and it has already applied a chat template to its prompts and queries. So a reward model with a chat
+        template reads such a query unchanged and does not apply its template again.
         """
         from stages.rewards.learned import RewardModelSource
 
@@ -60,11 +60,11 @@ class Scorer:
         return {"rewards": scores, "scores": scores, "extra_logs": {}}
 
     def pooling(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The score of each whole text."""
+        """The score of each complete text."""
         return _listed({"data": [score], "object": "pooling"} for score in self._score_texts(_texts(body, "input")))
 
     def score(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The score of each pair of prompt and completion; one text_1 goes with every text_2."""
+        """The score of each pair of prompt and completion. A single text_1 is used with every text_2."""
         first, second = _texts(body, "text_1"), _texts(body, "text_2")
         if len(first) == 1:
             first = first * len(second)
@@ -73,7 +73,7 @@ class Scorer:
         return _listed({"score": score, "object": "score"} for score in self._score(first, second))
 
     def classify(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The probabilities of all labels for each whole text."""
+        """The probabilities of all labels for each complete text."""
         from stages.rewards.classifier import ClassifierSource
 
         if not isinstance(self.source, ClassifierSource):
@@ -103,7 +103,7 @@ class Scorer:
 
 
 def _pairs(body: dict[str, Any]) -> tuple[list[Prompt] | None, list[str]]:
-    """(prompts, completions) of a request; (None, whole texts) where it does not tell them apart."""
+    """(prompts, completions) of a request, or (None, complete texts) if the request does not separate them. Raises BadRequest."""
     if "completions" not in body:
         queries = _texts(body, "query")
         prompts = _texts(body, "prompts") if body.get("prompts") else None
@@ -128,7 +128,7 @@ def _pairs(body: dict[str, Any]) -> tuple[list[Prompt] | None, list[str]]:
 
 
 def _texts(body: dict[str, Any], name: str) -> list[str]:
-    """The texts of a field: a list of texts, or one. Raises BadRequest."""
+    """The texts of a field: a list of strings, or one string. Raises BadRequest."""
     value = body.get(name)
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -141,7 +141,7 @@ def _listed(rows: Any) -> dict[str, Any]:
 
 
 def make_app(scorer: Scorer, *, key: str | None = None) -> Starlette:
-    """The server; with a ``key`` every request but /health must bring it as a bearer token."""
+    """The ASGI application. With a ``key``, every request except /health must send it as a bearer token."""
     import json
 
     from starlette.applications import Starlette
@@ -187,7 +187,10 @@ def make_app(scorer: Scorer, *, key: str | None = None) -> Starlette:
 
 
 def serve(scorer: Scorer, *, host: str, port: int, key: str | None, say: Callable[[str], None]) -> None:
-    """Answer until the process is stopped. Raises LaunchError for an open address without a key, and for a port that is taken."""
+    """Answer requests until the process is stopped.
+
+    Raises LaunchError if other machines can reach the address and there is no key, or if the port is not available.
+    """
     import socket
 
     import uvicorn

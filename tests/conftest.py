@@ -1,10 +1,10 @@
-"""Fixtures that the whole suite shares: a tiny tokenizer and tiny models made on the spot, and a step context without a chain."""
+"""Fixtures for all tests: a tiny tokenizer and tiny models that are made on the fly, and a step context without a chain."""
 
 from __future__ import annotations
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test of this process asks the real Hub
+os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported; no test of this process contacts the real Hub
 
 import copy
 import sys
@@ -20,7 +20,7 @@ from stages.config import ModelInput
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
-# The stand-in of the Hub and the overrides that make recipes small: modules of fixtures and tests.
+# Modules for fixtures and tests: the local replacement of the Hub, and the overrides that make recipes small.
 sys.path += [str(REPOSITORY / "tests" / "hub"), str(REPOSITORY / "tests" / "recipes")]
 
 SENTENCES = [
@@ -33,7 +33,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real data beside the project; a test that needs it skips where it is not."""
+    """The folder of real data next to the project. Tests that need it are skipped if it does not exist."""
     if not SHARED_DATA.is_dir():
         pytest.skip("needs ../shared/data (real data sets that are not part of the project)")
     return SHARED_DATA
@@ -41,7 +41,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
-    """Byte-level BPE of 300 pieces with eos <|endoftext|> and pad <|pad|>."""
+    """Byte-level BPE tokenizer with 300 tokens, eos <|endoftext|> and pad <|pad|>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -58,7 +58,7 @@ def tiny_tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
-    """A random two-layer Llama (32 wide, 300 tokens) saved with its tokenizer, as from_pretrained reads it."""
+    """A random two-layer Llama (hidden size 32) saved with its tokenizer, for from_pretrained."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -119,7 +119,7 @@ def step_context(tmp_path: Path) -> Any:
     return make
 
 
-# Tokenizers of the kinds that models have; they share their special tokens
+# One tokenizer per kind that real models use; all have the same special tokens
 
 TURN_TOKENS = [
     "<unk>",
@@ -144,7 +144,7 @@ TURN_TOKENS = [
     "<|end|>",
     "<|tool|>",
 ]
-THINKING = ["<think>", "</think>", "<tool_call>", "</tool_call>"]  # tokens of their own that are text, as in Qwen3
+THINKING = ["<think>", "</think>", "<tool_call>", "</tool_call>"]  # added tokens that are not special tokens, as in Qwen3
 KIND_SENTENCES = [
     "hello there, how are you? i am fine and the sun is warm today.",
     "what is the weather in paris? the weather is 22 degrees, says the tool.",
@@ -156,8 +156,14 @@ TOKENIZER_KINDS = ("byte_bpe", "sentencepiece", "metaspace", "unigram", "wordpie
 
 @cache
 def _tokenizer_of(kind: str) -> Any:
-    """byte_bpe: GPT-2's; sentencepiece: Llama-2's (a space before every text, bytes for what is unknown); metaspace: BPE with a space
-    before the first text only; unigram: T5's pieces; wordpiece: BERT's."""
+    """A tokenizer of one of TOKENIZER_KINDS.
+
+    byte_bpe         as GPT-2
+    sentencepiece    as Llama-2: a space before every text, bytes for unknown characters
+    metaspace        BPE with a space before the first text only
+    unigram          as T5
+    wordpiece        as BERT
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -202,13 +208,13 @@ def _tokenizer_of(kind: str) -> Any:
 
 @pytest.fixture(scope="session")
 def tokenizer_of() -> Any:
-    """tokenizer_of(kind) -> a copy of a tokenizer of that kind, one of TOKENIZER_KINDS."""
+    """tokenizer_of(kind) -> a copy of a tokenizer of this kind, one of TOKENIZER_KINDS."""
     return lambda kind: copy.deepcopy(_tokenizer_of(kind))
 
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The stand-in of the Hub (tests/hub/stand_in.py) with what the recipes that ship read there."""
+    """A local server that replaces the Hub (tests/hub/stand_in.py). It has everything that the shipped recipes read from the Hub."""
     from published import publish_all
     from stand_in import Hub
 
@@ -221,7 +227,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where ``hub_client`` keeps what it downloads."""
+    """The folder where ``hub_client`` stores its downloads."""
     return tmp_path_factory.mktemp("hub-cache")
 
 

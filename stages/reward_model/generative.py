@@ -1,6 +1,7 @@
-"""A generative reward model: a language model with a question about a completion and two answers, trained on comparisons or as it is.
+"""A generative reward model: a language model that answers a question about a completion with one of two answers.
 
-The score of a completion is the log-odds of the two answers. B texts, T tokens, V vocabulary.
+It is trained on comparisons or used without training. The score of a completion is the log-odds of the two answers. B texts, T tokens, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ ROLE = "generative_reward_model"
 
 
 class LogOdds(nn.Module):
-    """log P(first) - log P(second) of two one-token answers behind each text: the difference of two logits at its last token."""
+    """log P(first) - log P(second) of two one-token answers after each text: the difference of two logits at its last token."""
 
     def __init__(self, language_model: nn.Module, first: int, second: int) -> None:
         super().__init__()
@@ -45,22 +46,23 @@ class LogOdds(nn.Module):
         self.config = self.language_model.config
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Scores [B] fp32 of right-padded texts [B, T]."""
+        """Scores [B] (fp32) of right-padded texts [B, T]."""
         logits = self.language_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         last = logits[torch.arange(len(input_ids), device=logits.device), attention_mask.sum(dim=1) - 1].float()
         return last[:, self.first] - last[:, self.second]
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any) -> None:
-        """The language model's own."""
+        """Enable gradient checkpointing in the language model."""
         self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
 
 
 def run_generative(
     config: RewardModelConfig, context: StepContext, load: Callable[[Any], tuple[Comparisons, dict[str, int]]]
 ) -> StepResult:
-    """Measure on the held-out comparisons, train where the config says so, publish model, question and answers together.
+    """Measure on held-out comparisons, train if the config asks for it, and publish the model with its question and answers.
 
-    ``load(tokenizer)`` gives the comparisons, and how many rows were left out by reason.
+    ``load(tokenizer)`` returns the comparisons, and the number of rows that were left out, by reason. Raises ModelError if ``model`` is not
+    a language model, DataError if no held-out comparison has a preference.
     """
     assert config.generative is not None
     trains = config.generative.train
@@ -135,7 +137,7 @@ def encode(comparison: Comparison, judging: GenerativeSource) -> EncodedComparis
 
 
 def measure(judging: GenerativeSource, comparisons: Sequence[Comparison], encoded: Sequence[EncodedComparison]) -> dict[str, Any]:
-    """How well the log-odds agree with held-out comparisons."""
+    """Agreement of the log-odds with held-out comparisons. Raises DataError if there are none."""
     if not comparisons:
         raise DataError("no held-out comparison has a preference; name a validation source with pairs that are no ties")
     prompts = [item.prompt for item in comparisons for _ in item.completions]
@@ -155,7 +157,10 @@ def _train(
     comparisons: Comparisons,
     measured: Callable[[], dict[str, Any]],
 ) -> tuple[Any, dict[str, Any]]:
-    """(the trainer, what it reports): the ranking loss on the log-odds, as of a scalar reward model."""
+    """Train with the ranking loss on the log-odds, as for a scalar reward model. Returns (trainer, training metrics).
+
+    Raises ModelError unless both answers are one token each.
+    """
     answers = [judging.answer_ids(answer) for answer in judging.asked.answers]
     if any(len(ids) != 1 for ids in answers):
         shown = ", ".join(f"{answer!r} ({len(ids)} tokens)" for answer, ids in zip(judging.asked.answers, answers, strict=True))

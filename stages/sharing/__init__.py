@@ -1,1 +1,1 @@
-"""Models of the registry on the Hub: pushed with their card and lineage, and pulled into another registry as they were."""
+"""Share registry models on the Hub: push a version with its card and lineage, and pull it unchanged into another registry."""

@@ -1,4 +1,4 @@
-"""``stages models pull``: a pushed version into this registry, as it was: files, digest, role, settings, metrics and lineage."""
+"""``stages models pull``: copy a pushed version into this registry, with the same files, digest, role, settings, metrics and lineage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from stages.sharing.shared import DESCRIPTION, SharedVersion, read_description
 
 @dataclass(frozen=True)
 class Pulled:
-    """A version in this registry, the versions below it that came along, and whether it was here before."""
+    """A version in this registry, and the base versions that were pulled with it.
+
+    ``was_here``: whether the registry had the version before.
+    """
 
     record: ModelRecord
     bases: list[ModelRecord]
@@ -33,11 +36,13 @@ def pull(
     trust_remote_code: bool = False,
     say: Callable[[str], None],
 ) -> Pulled:
-    """Take the model of a pushed repository into the registry, as ``name`` or as it was called there.
+    """Add the model of a pushed repository to the registry, as ``name`` or with the name that it has in the repository.
 
-    What an adapter stands on comes first, unless the registry has it. Every file is compared with the manifest before the registry commits.
-    A base on the Hub that runs code of its own needs ``trust_remote_code``. Raises HubError for a repository that was not pushed from a
-    registry or is not whole, RegistryError for files that differ from the manifest.
+    The bases of an adapter are added first, unless the registry has them. Every file is compared with the manifest before the registry
+    commits. A base on the Hub that runs its own code needs ``trust_remote_code``.
+
+    Raises HubError for a repository that was not pushed from a registry or is incomplete, RegistryError for files that differ from the
+    manifest.
     """
     check_identifier(identifier)
     repository = look_up("model", identifier, revision)

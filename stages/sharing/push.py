@@ -1,4 +1,4 @@
-"""``stages models push``: a version of the registry to a repository of the Hub, with card, lineage and evaluation results."""
+"""``stages models push``: upload a version of the registry to a Hub repository, with its card, lineage and evaluation results."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from stages.registry.record import ModelRecord
 from stages.sharing.shared import CARD, DESCRIPTION, SharedVersion, describe, local_paths, read_description, versions_to_share
 
 ALWAYS_THERE = (".gitattributes", CARD)
-"""Files that a repository may hold and be taken for empty: the Hub and its page make them."""
+"""Files that a repository may contain and still count as empty, because the Hub creates them."""
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where a version lies now."""
+    """Where a version was pushed to. ``is_new``: whether the push created the repository."""
 
     repository: str
     commit: str
@@ -30,10 +30,10 @@ class Pushed:
 def push(
     ref: str, identifier: str, registry: Registry, *, message: str | None = None, private: bool = True, say: Callable[[str], None]
 ) -> Pushed:
-    """Push the version ``ref`` to the repository ``identifier``, which is created, ``private`` or public, where it is missing.
+    """Push the version ``ref`` to the repository ``identifier``. Creates the repository if it does not exist, ``private`` or public.
 
-    ``say`` is told what is uploaded, and how much, before it is. Raises RegistryError for a version that is damaged or that cannot be
-    shared, and HubError where the repository holds something else, or where the Hub refuses.
+    ``say`` gets a description of the upload and its size before the upload starts. Raises RegistryError for a version that is damaged or
+    cannot be shared. Raises HubError if the repository contains something else, or if the Hub refuses.
     """
     check_identifier(identifier)
     check_may_upload()
@@ -71,7 +71,10 @@ def push(
 
 
 def _version_there(repository: Repository, record: ModelRecord, registry: Registry) -> list[SharedVersion] | None:
-    """What the repository holds: None for an empty one. Raises HubError unless it is a version of the same name in this registry."""
+    """The versions that the repository contains. None for an empty repository.
+
+    Raises HubError unless they are a version with the same name in this registry.
+    """
     others = [name for name in repository.files if name not in ALWAYS_THERE]
     if not others:
         return None
@@ -89,7 +92,7 @@ def _version_there(repository: Repository, record: ModelRecord, registry: Regist
 
 
 def _contents(shared: list[SharedVersion], target: str, evaluations: int) -> list[str]:
-    """What is about to be uploaded, a line each."""
+    """A description of the upload, one line per part."""
     model, *bases = shared
     lines = [
         f"{model.ref} ({model.manifest['role']}, {model.digest[:19]}) to {target}: {_amount(model)}",
@@ -102,7 +105,7 @@ def _contents(shared: list[SharedVersion], target: str, evaluations: int) -> lis
 
 
 def _changes(record: ModelRecord, before: list[SharedVersion] | None) -> list[str]:
-    """What the upload takes the place of."""
+    """A line about the version that the repository contains. Empty if it contains none."""
     if before is None:
         return []
     if before[0].digest == record.digest:
@@ -111,7 +114,7 @@ def _changes(record: ModelRecord, before: list[SharedVersion] | None) -> list[st
 
 
 def _cut_paths(versions: list[tuple[ModelRecord, SharedVersion]]) -> list[str]:
-    """How many paths of this machine are shared without their folders."""
+    """A line with the number of local paths that are shared without their folders."""
     paths = sorted({path for record, _ in versions for path in local_paths(record.manifest)})
     return [f"{len(paths)} paths of this machine, such as {paths[0]}, are shared without their folders"] if paths else []
 

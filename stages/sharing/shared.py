@@ -1,9 +1,9 @@
-"""What a pushed repository holds: the files of a version, those of the adapters and the base below it, and ``tristage.json``.
+"""The content of a pushed repository: the files of a version, of the adapters and the base below it, and ``tristage.json``.
 
 README.md                 the model card
 config.json, ...          the version's own files, where from_pretrained looks for them
-bases/1/..., bases/2/...  of an adapter: the versions that it stands on, the nearest first, as far as they are in the registry
-tristage.json             manifests and lineage of all of them; a repository without it was not pushed from here
+bases/1/..., bases/2/...  for an adapter: the registry versions that it was trained on, nearest first
+tristage.json             manifests and lineage of all versions; a repository without it was not pushed by `stages models push`
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ DESCRIPTION = "tristage.json"
 CARD = "README.md"
 BASES = "bases"
 LOCAL_PATH = re.compile(r"/[^/\n]+(/[^/\n]+)+/?")
-"""A path of a machine, of at least two parts; a card and a manifest for others have its last part alone."""
+"""An absolute local path with at least two parts. A shared card or manifest contains only its last part."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class SharedVersion:
-    """One version in a repository: ``folder`` is "" for the model itself and ``bases/N`` for what it stands on."""
+    """One version in a repository. ``folder`` is "" for the model itself and ``bases/N`` for its bases."""
 
     folder: str
     manifest: dict[str, Any]
@@ -44,7 +44,7 @@ class SharedVersion:
 
     @property
     def ref(self) -> str:
-        """The version's reference in the registry that it was pushed from."""
+        """The reference of the version in the registry that it was pushed from."""
         return f"{self.name}@{self.manifest['version']}"
 
     @property
@@ -53,23 +53,23 @@ class SharedVersion:
 
     @property
     def size(self) -> int:
-        """Bytes of its files."""
+        """Total size of its files in bytes."""
         return sum(int(file["size"]) for file in self.manifest["files"])
 
     def path_of(self, name: str) -> str:
-        """Where its file ``name`` lies in the repository."""
+        """The path of its file ``name`` in the repository."""
         return f"{self.folder}/{name}" if self.folder else name
 
     @property
     def paths(self) -> list[str]:
-        """Paths of its files in the repository."""
+        """The paths of its files in the repository."""
         return [self.path_of(file["path"]) for file in self.manifest["files"]]
 
 
 def versions_to_share(record: ModelRecord, registry: Registry) -> list[tuple[ModelRecord, SharedVersion]]:
-    """The version and, of an adapter, the versions of the registry below it, nearest first.
+    """The version and, for an adapter, the registry versions below it, nearest first.
 
-    Raises RegistryError where an adapter stands on a folder of this machine, or where a file has a name that the repository needs.
+    Raises RegistryError if an adapter was trained on a local folder, or if a file has a name that the repository needs for itself.
     """
     found = [record]
     while (base := found[-1].manifest["base"]) is not None and base["kind"] != "hub":
@@ -82,7 +82,7 @@ def versions_to_share(record: ModelRecord, registry: Registry) -> list[tuple[Mod
     shared = []
     for number, version in enumerate(found):
         manifest, lineage = without_local_paths(version.manifest), without_local_paths(registry.lineage(version.ref))
-        # What was pulled is pushed as what it was; that it was pulled is of this registry alone.
+        # A pulled version is pushed as it was. The note that it was pulled belongs only to this registry.
         pulled = manifest.pop("pulled", {})
         manifest["fingerprint"] = manifest["fingerprint"] or pulled.get("fingerprint", "")
         shared.append((version, SharedVersion(f"{BASES}/{number}" if number else "", manifest, _without_origin(lineage))))
@@ -100,7 +100,10 @@ def describe(versions: list[SharedVersion], evaluations: list[dict[str, Any]]) -
 
 
 def read_description(text: str, where: str) -> list[SharedVersion]:
-    """The versions that a ``tristage.json`` describes, the model first. It comes from elsewhere: raises HubError unless it is sound."""
+    """The versions that a ``tristage.json`` describes, the model first.
+
+    Raises HubError if the content is not valid. The file comes from another person, so everything in it is checked.
+    """
     try:
         content = json.loads(text)
         if int(content["format"]) > FORMAT:
@@ -119,7 +122,10 @@ def read_description(text: str, where: str) -> list[SharedVersion]:
 
 
 def _check(version: SharedVersion, where: str) -> None:
-    """Raise HubError for a manifest with a role, a digest or file names that no version of a registry has."""
+    """Raise HubError if a manifest has a role, a digest or file names that no registry version can have.
+
+    Raises TypeError for wrong types.
+    """
     manifest = version.manifest
     files = {str(file["path"]): str(file["sha256"]) for file in manifest["files"]}
     strange = [path for path in files if not _is_plain(path)]
@@ -147,7 +153,7 @@ def _is_plain(path: str) -> bool:
 
 
 def without_local_paths(value: Any) -> Any:
-    """``value`` with paths of this machine reduced to their last part: what is shared is for others."""
+    """``value`` with each local path cut to its last part, because the folders mean nothing on another machine."""
     if isinstance(value, dict):
         return {key: without_local_paths(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -158,7 +164,7 @@ def without_local_paths(value: Any) -> Any:
 
 
 def local_paths(value: Any) -> Iterator[str]:
-    """Every path of this machine in ``value``."""
+    """Every local path in ``value``."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
@@ -169,6 +175,6 @@ def local_paths(value: Any) -> Iterator[str]:
 
 
 def _without_origin(node: dict[str, Any]) -> dict[str, Any]:
-    """A lineage without the notes on which parts this registry knows from a pulled model alone."""
+    """A lineage without the marks on entries that this registry knows only from a pulled model."""
     kept = {key: value for key, value in node.items() if key != "recorded"}
     return {**kept, "parents": [_without_origin(parent) for parent in node["parents"]]}

@@ -1,9 +1,9 @@
-"""Checkpoints of a running step: written atomically with the SHA-256 of every file, pruned by a rule, verified when read.
+"""Checkpoints of a running step: written atomically with the SHA-256 of every file, pruned by a rule, verified when they are read.
 
     <folder>/checkpoint-000012/...                  tensors (safetensors) and JSON; no pickle
-    <folder>/checkpoint-000012/checkpoint.json      the manifest with sizes and SHA-256 of the files; written last
+    <folder>/checkpoint-000012/checkpoint.json      the manifest with the sizes and SHA-256 of the files; written last
 
-Checkpoints do not depend on the number of processes, except for the random generator states, which each process saves separately.
+Checkpoints do not depend on the number of processes. Only the random generator states do: each process saves its own.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Checkpoints:
         return self.runtime.decide(lambda: self._first_intact(self._all()))
 
     def best(self) -> Checkpoint | None:
-        """The intact checkpoint with the highest score; the earliest of equal ones."""
+        """The intact checkpoint with the highest score. If scores are equal, the earliest. Call on every process."""
         scored = [checkpoint for checkpoint in self._all() if checkpoint.score is not None]
         ordered = sorted(scored, key=lambda checkpoint: (-(checkpoint.score or 0.0), checkpoint.number))
         return self.runtime.decide(lambda: self._first_intact(ordered))
@@ -170,7 +170,7 @@ def problem_of(path: Path) -> str | None:
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, write: bool = True) -> None:
     """Save named tensors as safetensors.
 
-    Sharded ones are gathered first, so call it on every process; only the main process has ``write``.
+    Sharded tensors are gathered first, so call this on every process. ``write`` is True only on the main process.
     """
     gathered = {name: _unsharded(value) for name, value in tensors.items()}
     if write:

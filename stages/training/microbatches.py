@@ -1,4 +1,4 @@
-"""The passes of a Trainer's step, cut by tokens so that they fill a GPU's memory; smaller ones follow if memory runs out."""
+"""Split a Trainer's step into passes by token budget, so that they fill the GPU's memory. Passes get smaller if memory runs out."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ else:
 
 
 class PassesByTokens(Trainer):
-    """With ``args.by_tokens`` the loader gives a complete step as one batch, and ``training_step`` cuts it into passes.
+    """With ``args.by_tokens`` the loader gives a complete step as one batch, and ``training_step`` splits it into passes.
 
-    The loss of a pass must be a share of that of the step, so that the shares add up. ``sizes_of`` and ``part_of`` say how a batch is cut;
-    a trainer whose batches are not rows of tokens overrides both.
+    The loss of a pass must be its share of the step's loss, so that the sum over passes is the step's loss. ``sizes_of`` and ``part_of``
+    define how a batch is split. A trainer whose batches are not rows of tokens overrides both.
     """
 
     budget: PassBudget | None = None
 
-    # The Trainer's own accumulation has a fixed number of passes per step, each of as many rows; tokens need another number for each step.
+    # The Trainer's gradient accumulation uses the same number of passes in each step. With a token budget this number differs per step.
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward passes over the step; returns the summed loss. Gradients must be empty before it."""
+        """Forward and backward passes over the step. Returns the summed loss. Gradients must be empty before the call."""
         if not getattr(self.args, "by_tokens", False):
             return super().training_step(model, inputs, num_items_in_batch)
         if self.budget is None:
@@ -38,7 +38,7 @@ class PassesByTokens(Trainer):
                 break
             except RuntimeError as error:
                 self.budget.retreat(error)
-            # Behind the except clause: the error held the tensors of the pass that failed.
+            # This is after the except clause, because the error keeps the tensors of the failed pass in memory.
             model.zero_grad(set_to_none=True)
             metrics.restore()
             self.budget.release()
@@ -49,7 +49,7 @@ class PassesByTokens(Trainer):
     def _all_passes(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         assert self.budget is not None
         sizes = self.sizes_of(inputs)
-        order = sorted(range(len(sizes)), key=lambda row: -sizes[row])  # the largest first: what does not fit shows at once
+        order = sorted(range(len(sizes)), key=lambda row: -sizes[row])  # largest first, so that a pass that does not fit fails at once
         losses = []
         for rows in self.budget.groups(order, sizes):
             with self.budget.one_pass(len(rows), tokens_of(rows, sizes)):
@@ -57,7 +57,7 @@ class PassesByTokens(Trainer):
         return torch.stack(losses).sum()
 
     def sizes_of(self, batch: dict[str, Any]) -> list[int]:
-        """Tokens of each example of a collated batch."""
+        """Number of tokens of each example of a collated batch."""
         return row_lengths(batch)
 
     def part_of(self, batch: dict[str, Any], rows: list[int]) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class PassesByTokens(Trainer):
         return chosen_rows(batch, rows)
 
     def _pending_moments(self, model: Any) -> int:
-        """Bytes of the optimizer's moments, which are there after the first step."""
+        """Bytes of the optimizer's moments, which are allocated at the first step. 0 if they are already allocated."""
         if self.optimizer is None or self.optimizer.state:
             return 0
         each = 2 if "8bit" in self.args.optim else 8
@@ -73,7 +73,7 @@ class PassesByTokens(Trainer):
 
 
 class _MetricCounts:
-    """What TRL's trainers have counted so far, so that passes that are done again count once."""
+    """The metrics that TRL's trainers have collected so far. ``restore`` removes those of failed passes, so repeated passes count once."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -89,14 +89,14 @@ class _MetricCounts:
 
 
 def row_lengths(batch: dict[str, Any]) -> list[int]:
-    """Tokens of each row of a batch with ``input_ids`` [B, T]: those that its mask counts, or T without a mask."""
+    """Number of tokens of each row of a batch with ``input_ids`` [B, T]: those that its mask counts, or T without a mask."""
     rows, width = batch["input_ids"].shape
     mask = batch.get("attention_mask")
     return [width] * rows if mask is None else mask.sum(dim=1).tolist()
 
 
 def chosen_rows(batch: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-    """The rows of every tensor [B, ...] of a batch, without the columns that are padding for all of them (padding is on the right)."""
+    """The rows of every tensor [B, ...] of a batch, without columns that are padding in all of these rows (padding is on the right)."""
     number, width = batch["input_ids"].shape
     lengths = row_lengths(batch)
     longest = max(lengths[row] for row in rows)
