@@ -1,1 +1,1 @@
-"""Reward sources: texts in, scores out. Token ids never cross, so a source may have any tokenizer, or none."""
+"""Reward sources: they take texts and return scores. They exchange no token ids, so a source may have any tokenizer, or none."""

@@ -1,4 +1,4 @@
-"""Requests of remote rewards in background threads: a policy samples on while a server scores what is finished."""
+"""Background requests to remote reward servers: the policy keeps sampling while a server scores finished completions."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Answer = TypeVar("Answer")
 
 
 class Requests(Generic[Question, Answer]):
-    """Questions, each under a key, that threads put to a server in batches. A question is asked once, however often it is added.
+    """Sends questions to a server in batches from several threads. Each question has a key; a key is asked only once.
 
-    A thread that becomes free takes up to ``batch_size`` questions that wait. After the first failure nothing further is asked: the
-    questions that wait, or are added later, fail with the same error. The threads are daemons, so that a request that hangs does not keep
-    a process from ending.
+    A free thread takes up to ``batch_size`` waiting questions. After the first failure no more requests are sent: waiting questions and
+    questions that are added later fail with the same error. The threads are daemon threads, so a hanging request does not keep the process
+    from ending.
     """
 
     def __init__(self, ask: Callable[[list[tuple[str, Question]]], Sequence[Answer]], *, batch_size: int, concurrency: int) -> None:
@@ -39,13 +39,13 @@ class Requests(Generic[Question, Answer]):
         return key in self._futures
 
     def know(self, key: str, answer: Answer) -> None:
-        """Note an answer that is known without asking."""
+        """Store an answer that is already known, so that it is not asked."""
         future: Future[Answer] = Future()
         future.set_result(answer)
         self._futures[key] = future
 
     def add(self, questions: Mapping[str, Question]) -> None:
-        """Ask those of ``questions`` whose key is new."""
+        """Queue the questions whose keys are new, and start threads for them."""
         with self._lock:
             new = {key: question for key, question in questions.items() if key not in self._futures}
             self._futures |= {key: Future() for key in new}
@@ -59,32 +59,32 @@ class Requests(Generic[Question, Answer]):
             threading.Thread(target=self._work, name="reward request", daemon=True).start()
 
     def answer(self, key: str) -> Answer:
-        """The answer to the question ``key``; waits for it. Raises what asking raised."""
+        """Wait for the answer to the question ``key`` and return it. Raises the exception of its request."""
         return self._futures[key].result()
 
     def stop(self) -> None:
-        """Ask nothing further."""
+        """Send no more requests. Waiting questions fail with CancelledError."""
         with self._lock:
             self._fail(CancelledError())
 
     def seconds_under_way(self) -> float:
-        """Seconds so far with at least one request under way."""
+        """Seconds so far during which at least one request was in progress."""
         with self._lock:
             return self._seconds + (time.perf_counter() - self._since if self._asking else 0.0)
 
     def _fail(self, error: BaseException) -> None:
-        """Have every question that waits fail with ``error``, and those that come later."""
+        """Make all waiting questions fail with ``error``. Questions that are added later fail with the first error."""
         self._failure = self._failure or error
         for key, _ in self._waiting:
             self._futures[key].set_exception(error)
         self._waiting.clear()
 
     def _work(self) -> None:
-        """Ask batch after batch, until no question waits."""
+        """Send one batch after another until no question waits."""
         while batch := self._take():
             try:
                 answers = dict(zip((key for key, _ in batch), self._ask(batch), strict=True))
-            except BaseException as error:  # whoever waits for these answers meets it
+            except BaseException as error:  # the callers that wait for these answers get it
                 with self._lock:
                     self._fail(error)
                 for key, _ in batch:
@@ -95,7 +95,7 @@ class Requests(Generic[Question, Answer]):
             self._count(-1)
 
     def _take(self) -> list[tuple[str, Question]]:
-        """The questions of the next request; none where the thread is to end."""
+        """The questions of the next request; an empty list if the thread must end."""
         with self._lock:
             batch = [self._waiting.popleft() for _ in range(min(self._batch_size, len(self._waiting)))]
             if not batch:
@@ -105,7 +105,7 @@ class Requests(Generic[Question, Answer]):
         return batch
 
     def _count(self, change: int) -> None:
-        """Count the requests under way, and the seconds with at least one."""
+        """Change the count of requests in progress, and add up the seconds with at least one."""
         with self._lock:
             now = time.perf_counter()
             if self._asking:
@@ -114,7 +114,7 @@ class Requests(Generic[Question, Answer]):
 
 
 class RemoteSource(Generic[Question, Answer]):
-    """What reward sources behind a server share: ``begin`` asks in the background, and ``judge`` takes the answers."""
+    """Base class of reward sources behind a server: ``begin`` sends requests in the background, and ``judge`` collects the answers."""
 
     name: str
 
@@ -123,19 +123,19 @@ class RemoteSource(Generic[Question, Answer]):
         self._requests: Requests[Question, Answer] | None = None
 
     def begin(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> None:
-        """Ask for the scores of these completions and return at once. A later ``judge`` takes the answers, and meets the errors."""
+        """Request the scores of these completions and return immediately. A later ``judge`` collects the answers and raises the errors."""
         raise NotImplementedError
 
     def ask(self, batch: list[tuple[str, Question]]) -> Sequence[Answer]:
-        """Put a batch of (key, question) to the server; called in a thread of its own. Raises GaveUp or Refused."""
+        """Send a batch of (key, question) to the server and return the answers. Runs in a background thread. Raises GaveUp or Refused."""
         raise NotImplementedError
 
     def seconds_under_way(self) -> float:
-        """Seconds with at least one request under way, of those begun for the next ``judge``."""
+        """Seconds during which at least one request for the next ``judge`` was in progress."""
         return self._requests.seconds_under_way() if self._requests is not None else 0.0
 
     def forget(self) -> None:
-        """Drop what was begun: nobody will ask for it. Requests that wait for a retry give up."""
+        """Discard the requests that were begun. Requests that wait for a retry give up."""
         if self._requests is not None:
             self._requests.stop()
             self._requests = None
@@ -149,7 +149,10 @@ class RemoteSource(Generic[Question, Answer]):
 
     @contextmanager
     def taken(self) -> Iterator[Requests[Question, Answer]]:
-        """The same, to take the answers inside; behind it a new round begins. An exception, such as a request to stop, drops them."""
+        """A context for collecting the answers of ``begun``. A new round of requests begins after it.
+
+        If an exception leaves the context, such as a request to stop, the requests are discarded.
+        """
         try:
             yield self.begun()
         except BaseException:

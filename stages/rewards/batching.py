@@ -1,4 +1,4 @@
-"""Batches of rows of similar length."""
+"""Batching rows of similar length."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 
 def like_length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """The rows in batches of at most ``batch_size``, from short to long; one of a quarter of that ends where rows get a fifth longer."""
+    """Row indices in batches of at most ``batch_size``, sorted from short to long.
+
+    A batch with at least a quarter of ``batch_size`` rows ends before a row that is over 20 % longer than the batch's first row.
+    """
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
         last = batches[-1] if batches else []

@@ -1,4 +1,4 @@
-"""The reward sources that a recipe names, ready to score."""
+"""Builds the reward sources that a recipe names."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ def build_source(
     load: RewardModelLoader | None = None,
     cache_folder: Path | None = None,
 ) -> RewardSource:
-    """The source that a recipe names; ``load``: where reward models come from (None: each is loaded with weights of its own).
+    """Build the reward source that a recipe names.
 
-    ``cache_folder``: where answers of servers are kept; None: nowhere.
+    ``load``: a function that loads reward models, for example to share weights. None: each reward model is loaded with its own weights.
+    ``cache_folder``: the folder that stores answers of servers; None: answers are not stored.
 
-    Raises ModelError where the model cannot play the part.
+    Raises ModelError if the model cannot be used as this kind of reward source.
     """
     if source.ensemble is not None:
         raise ModelError(f"{source.shown_name!r} is an ensemble, which is a reward of PPO; as judges, name its members")
@@ -64,7 +65,11 @@ def build_reward(
     load: RewardModelLoader | None = None,
     cache_folder: Path | None = None,
 ) -> CombinedReward:
-    """All sources of a recipe's list; ``models`` by field path (``<place>[0].model``, ``<place>[1].ensemble[0].model``)."""
+    """Build all reward sources of a recipe's list.
+
+    ``models``: the resolved models by field path (``<place>[0].model``, ``<place>[1].ensemble[0].model``). Raises ModelError like
+    ``build_source``.
+    """
 
     def build(source: RewardInput, here: str) -> RewardSource:
         if source.ensemble is None:

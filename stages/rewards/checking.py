@@ -1,4 +1,4 @@
-"""Scores are finite, and one for each completion."""
+"""Checks that scores are finite, and that there is one per completion."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from stages.errors import TrainingError
 
 
 def checked(scores: Tensor, name: str, completions: Sequence[str]) -> Tensor:
-    """``scores`` as [N] fp32, or TrainingError naming the source and the first completion it failed on."""
+    """Return ``scores`` as [N] fp32 on the CPU.
+
+    Raises TrainingError if the shape is not [N] or a score is not finite; it names the source and the first bad completion.
+    """
     scores = torch.as_tensor(scores, dtype=torch.float32).cpu()
     if scores.shape != (len(completions),):
         expected = f"expected one number per completion ({len(completions)})"

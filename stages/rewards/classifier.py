@@ -1,7 +1,7 @@
-"""What a sequence classifier gives one of its labels. N texts, B of them in a batch, T tokens, C labels.
+"""A sequence classifier as a reward source: the score is the output for one of its labels. N texts, batches of B, T tokens, C labels.
 
-The probability is that of transformers' text-classification pipeline: a softmax over labels that exclude each other, a sigmoid for each
-label of several that may hold together, or for a single one. A regression has no probability.
+Probabilities are computed as in transformers' text-classification pipeline: a softmax if the labels exclude each other, a sigmoid per label
+if several labels may hold at once or if there is only one label. A regression has no probability.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from stages.tokens.positions import readable_length
 
 Kind = Literal["softmax", "sigmoid", "regression"]
 Row = dict[str, list[int]]
-"""What the model reads of one text: input_ids, and token_type_ids where the tokenizer makes them."""
+"""The model inputs of one text: input_ids, and token_type_ids if the tokenizer makes them."""
 
 
 def probability_kind(config: Any) -> Kind:
-    """How logits become probabilities, by the rule of transformers' pipeline."""
+    """The function that turns logits into probabilities, by the rule of transformers' pipeline."""
     if config.problem_type == "regression":
         return "regression"
     if config.problem_type == "multi_label_classification" or config.num_labels == 1:
@@ -39,7 +39,7 @@ def probability_kind(config: Any) -> Kind:
 
 
 def label_output(logits: Tensor, label: int, kind: Kind, output: Literal["logit", "probability", "logprob"]) -> Tensor:
-    """The score [B] of ``label`` from logits [B, C]."""
+    """The scores [B] of the class ``label``, computed from logits [B, C]."""
     if output == "logit":
         return logits[:, label]
     logprobs = functional.logsigmoid(logits) if kind == "sigmoid" else logits.log_softmax(dim=-1)
@@ -47,7 +47,10 @@ def label_output(logits: Tensor, label: int, kind: Kind, output: Literal["logit"
 
 
 class ClassifierSource:
-    """The score of one label. A text that the classifier cannot read whole loses its beginning: the prompt's, as long as there is one."""
+    """Scores texts by the output for one label.
+
+    If a text is too long for the classifier, its beginning is cut: first the prompt, and then the completion.
+    """
 
     def __init__(self, source: RewardInput, model: ResolvedModel, *, device: torch.device, dtype: torch.dtype) -> None:
         self.name, self.batch_size, self.output, self.reads = source.shown_name, source.batch_size, source.output, source.reads
@@ -70,19 +73,19 @@ class ClassifierSource:
 
     @torch.inference_mode()
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
-        """Scores, and which texts were cut."""
+        """Scores [N], and which texts were cut."""
         pairs = list(zip(prompts, completions, strict=True))
         texts = [completion if self.reads == "completion" else whole_text(prompt, completion) for prompt, completion in pairs]
         rows, cut, completion_cut = self._encode(texts, completions)
         return Judgement(self._score_rows(rows), cut=cut, completion_cut=completion_cut)
 
     def score_texts(self, texts: Sequence[str]) -> Tensor:
-        """Scores [N] of whole texts, without a prompt apart."""
+        """Scores [N] of full texts that are not split into prompt and completion."""
         with torch.inference_mode():
             return self._score_rows(self._encode(texts, texts)[0])
 
     def probabilities(self, texts: Sequence[str]) -> list[list[float]]:
-        """The probabilities of all labels for each whole text; a regression's are its values, as the pipeline has them."""
+        """The probabilities of all labels for each full text. For a regression they are its raw values, as in transformers' pipeline."""
         found = []
         with torch.inference_mode():
             for row in self._encode(texts, texts)[0]:
@@ -91,7 +94,7 @@ class ClassifierSource:
         return found
 
     def _encode(self, texts: Sequence[str], completions: Sequence[str]) -> tuple[list[Row], Tensor, Tensor]:
-        """(rows, which texts [N] were cut, which completions [N] were). Special tokens stay where they are when a text is cut."""
+        """Tokenize texts; returns (rows, which texts [N] were cut, which completions [N] were cut). Special tokens are never cut."""
         rows = [self._tokenize(text) for text in texts]
         cut, completion_cut = torch.zeros(len(rows), dtype=torch.bool), torch.zeros(len(rows), dtype=torch.bool)
         for place, row in enumerate(rows):
@@ -104,7 +107,7 @@ class ClassifierSource:
         return rows, cut, completion_cut
 
     def _tokenize(self, text: str, **options: Any) -> Row:
-        encoded = self.tokenizer(text, verbose=False, **options)  # verbose: a warning about the length, which is dealt with here
+        encoded = self.tokenizer(text, verbose=False, **options)  # verbose=False: no warning about long texts, which this class cuts itself
         row = {name: list(values) for name, values in encoded.items() if name != "attention_mask" and name in self._accepted}
         return row if row["input_ids"] else {name: [self.tokenizer.pad_token_id if name == "input_ids" else 0] for name in row}
 
@@ -123,8 +126,8 @@ class ClassifierSource:
     def _logits(self, rows: Sequence[Row]) -> Tensor:
         """Logits [B, C] fp32 of rows, padded on the right.
 
-        A decoder finds the end of a text as the last token that is not the config's pad token; where a text ends with that token, a token
-        that is in none of the rows pads instead.
+        A decoder model takes the last token that is not the config's pad token as the end of a text. If a text ends with the pad token,
+        this method pads with a token that occurs in none of the rows.
         """
         pad = own = self.model.config.pad_token_id
         if any(row["input_ids"][-1] == own for row in rows):
@@ -146,7 +149,7 @@ class ClassifierSource:
 
 
 def _label_number(label: str | int | None, names: dict[int, str], ref: str) -> int:
-    """The class that ``label`` names; names are compared without regard to case."""
+    """The index of the class ``label``. Names are compared without regard to case. Raises ModelError if the model has no such class."""
     known = {int(number): str(name) for number, name in names.items()}
     if isinstance(label, int) and label in known:
         return label

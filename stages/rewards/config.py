@@ -1,4 +1,4 @@
-"""How a recipe names a reward source, or a judge: a model of the registry, the hub or a folder, or a Python function."""
+"""The settings of a reward source or a judge in a recipe: a model, a Python function, an endpoint, a rubric, or an ensemble."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUESTION = (
 
 
 def check_question(question: str, answers: list[str]) -> None:
-    """Raise ValueError where a generative reward model cannot ask or answer this."""
+    """Raise ValueError if the question or the two answers of a generative reward model are not usable."""
     if not all(answers) or answers[0] == answers[1]:
         raise ValueError(f"answers is {list(answers)}; expected two texts that differ")
     if "{completion}" not in question:
@@ -28,7 +28,7 @@ def check_question(question: str, answers: list[str]) -> None:
 
 
 class RubricJudge(Strict):
-    """A language model behind an OpenAI-compatible endpoint that grades single completions by a rubric."""
+    """A language model behind an OpenAI-compatible endpoint that grades each completion by a rubric."""
 
     endpoint: str = Field(pattern=r"^https?://\S+$", description="Address up to /v1, e.g. http://localhost:8000/v1.")
     model: str = Field(min_length=1, description="The model's name at the endpoint.")
@@ -59,12 +59,12 @@ class RubricJudge(Strict):
 
 
 def has_password(address: str) -> bool:
-    """Whether a URL has user and password in front of its host."""
+    """Whether a URL has a user name or a password before its host."""
     return "@" in address.partition("://")[2].partition("/")[0]
 
 
 class RewardInput(Strict):
-    """One source of scores. Exactly one of ``model``, ``function``, ``endpoint``, ``judge`` and ``ensemble``."""
+    """One reward source. Exactly one of ``model``, ``function``, ``endpoint``, ``judge`` and ``ensemble`` must be set."""
 
     model: ModelField | None = Field(None, description="A reward model, or a classifier (then set label).")
     function: str | None = Field(
@@ -160,11 +160,11 @@ class RewardInput(Strict):
         return self
 
     def _is_changed(self, name: str) -> bool:
-        """Whether a field has another value than its default: settings that were written out whole name every field."""
+        """Whether a field differs from its default. Saved settings list every field, so the presence of a field says nothing."""
         return bool(getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True))
 
     def _check_answers(self) -> None:
-        """Raise ValueError where fields of a language model as a reward contradict each other."""
+        """Raise ValueError if the fields of a generative reward model contradict each other."""
         if self.answers is None:
             if self._is_changed("question"):
                 raise ValueError("question belongs to answers")
@@ -174,7 +174,7 @@ class RewardInput(Strict):
         check_question(self.question, self.answers)
 
     def _check_endpoint(self, address: str) -> None:
-        """Raise ValueError where fields of an endpoint contradict each other."""
+        """Raise ValueError if the fields of an endpoint contradict each other."""
         if has_password(address):
             raise ValueError("endpoint holds a password, which would be written to logs and reports; name a variable by api_key_variable")
         if self.protocol == "classify":
@@ -201,7 +201,7 @@ class RewardInput(Strict):
 
 
 def leaves(sources: list[RewardInput], place: str) -> dict[str, RewardInput]:
-    """The sources that are no ensembles, by field path: ``reward[0]``, ``reward[1].ensemble[0]``."""
+    """All sources except ensembles, by field path, e.g. ``reward[0]``. Members of an ensemble are included: ``reward[1].ensemble[0]``."""
     found: dict[str, RewardInput] = {}
     for index, source in enumerate(sources):
         here = f"{place}[{index}]"
@@ -210,18 +210,18 @@ def leaves(sources: list[RewardInput], place: str) -> dict[str, RewardInput]:
 
 
 def reward_model_inputs(sources: list[RewardInput], place: str) -> dict[str, ModelInput]:
-    """Model inputs of a list of sources by field path, e.g. ``reward[0].model``."""
+    """The model inputs of a list of sources, by field path, e.g. ``reward[0].model``."""
     return {f"{path}.model": source.model for path, source in leaves(sources, place).items() if source.model is not None}
 
 
 def rubric_inputs(sources: list[RewardInput], place: str) -> dict[str, list[DataSource]]:
-    """The files of rubrics by field path, e.g. ``reward[0].judge.rubric``."""
+    """The rubric files of a list of sources, by field path, e.g. ``reward[0].judge.rubric``."""
     found = leaves(sources, place).items()
     return {f"{path}.judge.rubric": source.judge.rubric for path, source in found if source.judge is not None}
 
 
 def read_rubric(path: str) -> str:
-    """The text of a rubric. Raises RecipeError where the file cannot be read, or is empty."""
+    """Read the text of a rubric. Raises RecipeError if the file cannot be read or is empty."""
     try:
         text = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -232,13 +232,13 @@ def read_rubric(path: str) -> str:
 
 
 def check_rubrics(sources: list[RewardInput]) -> None:
-    """Raise RecipeError where a rubric cannot be read."""
+    """Raise RecipeError if a rubric file cannot be read or is empty."""
     for rubric in rubric_inputs(sources, "reward").values():
         read_rubric(rubric[0].path)
 
 
 def check_names(sources: list[RewardInput], place: str) -> None:
-    """Raise ValueError where two sources would share a name in metrics."""
+    """Raise ValueError if two sources have the same name in metrics."""
     names = [source.shown_name for source in sources]
     for name in names:
         if names.count(name) > 1:

@@ -1,4 +1,4 @@
-"""What a reward source may read beside prompts and completions, and what it gives back. N completions."""
+"""The additional inputs of a reward source (``Details``) and its result (``Judgement``). N completions."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 Spans = list[list[tuple[int, float]]]
-"""Per completion a list of (character position, score)."""
+"""For each completion a list of (character position, score)."""
 
 
 @dataclass(frozen=True)
 class Details:
-    """What is known of N completions beside their texts. Every list has N entries.
+    """Information about N completions beyond their texts. Every list has N entries.
 
-    ``columns``: the data set's other columns by name. ``completion_ids``: the completions' token ids by the model that wrote them; None
-    where no model of this run wrote them.
+    ``columns``: the other columns of the data set, by name. ``completion_ids``: the token ids of the completions, by the tokenizer of the
+    model that wrote them; None if no model of this run wrote them.
     """
 
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     completion_ids: Sequence[list[int]] | None = None
 
     def rows(self, places: Sequence[int]) -> Details:
-        """The details of the completions at ``places``."""
+        """The details of the completions with the indices ``places``."""
         ids = self.completion_ids
         columns = {name: [values[place] for place in places] for name, values in self.columns.items()}
         return Details(columns, None if ids is None else [ids[place] for place in places])
@@ -35,19 +35,19 @@ NOTHING = Details()
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Rows of named values as named lists; a row that lacks a name has None there."""
+    """Convert rows (name -> value) to columns (name -> list). A row without a name gets None in that column."""
     names: Iterator[str] = (name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(names)}
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a source says of N completions.
+    """The result of a source for N completions.
 
-    ``scores`` [N] fp32: NaN where the source does not apply. ``spans``: where in the texts the scores arise; None for a source that does
-    not say. ``cut`` [N] bool: the source could not read the whole text. ``completion_cut`` [N] bool: even a part of the completion was
-    lost. Both are None for a source that reads texts of any length. ``measured`` [N] by
-    name: what else is known of each completion, such as tokens and cost.
+    ``scores`` [N] fp32: NaN where the source does not apply. ``spans``: the positions in the texts that the scores belong to; None if the
+    source has only one score per text. ``cut`` [N] bool: the text was too long and was cut. ``completion_cut`` [N] bool: a part of the
+    completion was cut, too. Both are None for a source that reads texts of any length. ``measured``: further measurements [N] by name,
+    such as tokens and cost.
     """
 
     scores: Tensor
@@ -57,12 +57,12 @@ class Judgement:
     measured: dict[str, Tensor] = field(default_factory=dict)
 
     def notes(self, name: str) -> dict[str, Tensor]:
-        """What is measured beside the scores, [N] each, by the name of its metric in the room ``scoring``."""
+        """The measurements other than the scores, [N] each, by metric name (``scoring/<name>_...``)."""
         found = {"cut_share": self.cut, "completion_cut_share": self.completion_cut}
         cuts = {key: value.float() for key, value in found.items() if value is not None}
         return {f"scoring/{name}_{key}": value for key, value in {**cuts, **self.measured}.items()}
 
 
 def applies(scores: Tensor) -> Tensor:
-    """Where a source has a score [N] bool: a score of None is kept as NaN."""
+    """Whether a source applies to each completion [N] bool, that is, whether its score is not NaN."""
     return ~torch.isnan(scores)

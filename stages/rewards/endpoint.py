@@ -1,11 +1,12 @@
-"""A reward behind an HTTP endpoint: prompts, completions and columns go out in batches as JSON, scores come back. N completions.
+"""A reward source behind an HTTP endpoint: it sends prompts, completions and columns in JSON batches and receives scores. N completions.
 
     openrlhf    {query, prompts, labels, ...}  -> {rewards} (or {scores})     OpenRLHF's remote reward model, and `stages serve`
     classify    {model, input}                 -> {data: [{probs}]}           vLLM, SGLang: one class of a classifier
     pooling     {model, input}                 -> {data: [{data}]}            vLLM: the last number that a reward model gives
     score       {model, text_1, text_2}        -> {data: [{score}]}           vLLM: a cross-encoder of prompt and completion
 
-An error, a time-out, and a score that is missing or not finite is never a number: after the retries it ends the run, or is waited for.
+An error, a time-out, and a missing or non-finite score are never replaced by a number. After all retries the run ends, or it waits for the
+server (on_failure).
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from stages.rewards.details import NOTHING, Details, Judgement
 from stages.rewards.texts import conversation, whole_text
 
 logger = logging.getLogger(__name__)
-BETWEEN_ROUNDS = 30.0  # seconds between two rounds of attempts with on_failure: wait
+BETWEEN_ROUNDS = 30.0  # seconds between two rounds of attempts, for on_failure: wait
 Item = dict[str, Any]
-"""One completion as it goes out: prompt, messages, completion, query (the whole text), and its columns."""
+"""The request data of one completion: prompt, messages, completion, query (the full text to score), and columns."""
 Question = tuple[str, Item]
-"""An item under its key."""
+"""(key, item)."""
 
 
 class EndpointSource(RemoteSource[Item, float]):
-    """Scores by a server. Answers are kept on disk by content, so that a run that goes on asks nothing twice."""
+    """Scores from a server. Answers are stored on disk by request content, so a resumed run does not repeat a request."""
 
     def __init__(
         self, source: RewardInput, *, key: str | None, cache: AnswerCache | None = None, sleep: Callable[[float], None] | None = None
@@ -62,7 +63,10 @@ class EndpointSource(RemoteSource[Item, float]):
         return self.judge(prompts, completions, details).scores
 
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
-        """One score per completion. Raises TrainingError where the server gives none after all retries, or refuses the request."""
+        """One score per completion [N].
+
+        Raises TrainingError if the server refuses the request, or, with ``on_failure: stop``, if it gives no score after all retries.
+        """
         items = self._items(prompts, completions, details)
         keys = [self._key_of(item) for item in items]
         scores: dict[str, float] = {}
@@ -77,11 +81,11 @@ class EndpointSource(RemoteSource[Item, float]):
         return Judgement(torch.tensor([scores[key] for key in keys], dtype=torch.float32))
 
     def begin(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> None:
-        """Ask for the scores of these completions and return at once; ``judge`` takes the answers and meets the errors."""
+        """Request the scores of these completions and return immediately. ``judge`` collects the answers and raises the errors."""
         self._add({self._key_of(item): item for item in self._items(prompts, completions, details)})
 
     def ask(self, batch: list[Question]) -> list[float]:
-        """The scores of a batch. They are kept on disk as soon as they are there."""
+        """Request the scores of a batch and store them on disk. Raises GaveUp or Refused."""
         items = [item for _, item in batch]
         found = self._client.post(str(self.source.endpoint), self._body(items), lambda answer: self._scores_in(answer, len(items)))
         if self.cache is not None:
@@ -89,7 +93,7 @@ class EndpointSource(RemoteSource[Item, float]):
                 self.cache.put(key, json.dumps(score))
         return found
 
-    # What goes out
+    # Requests
 
     def _columns(self, details: Details, number: int) -> list[dict[str, Any]]:
         named = [*self.source.columns, *([self.source.label_column] if self.source.label_column is not None else [])]
@@ -131,10 +135,10 @@ class EndpointSource(RemoteSource[Item, float]):
         asked = [source.endpoint, source.protocol, source.served_model, source.label, source.output, item]
         return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
 
-    # What comes back
+    # Answers
 
     def _add(self, items: dict[str, Item]) -> None:
-        """Ask for the items whose score is neither on disk nor asked for already."""
+        """Request the scores of the items that are neither on disk nor already requested."""
         requests = self.begun()
         for key in items:
             if key not in requests and (kept := self._kept(key)) is not None:
@@ -142,7 +146,10 @@ class EndpointSource(RemoteSource[Item, float]):
         requests.add(items)
 
     def _collect(self, items: dict[str, Item], scores: dict[str, float]) -> GaveUp | Refused | None:
-        """Fill in ``scores``, by key, with what was begun, is on disk, or comes when asked now. Returns the first failure."""
+        """Add the scores of ``items`` to ``scores``, by key; returns the first failure, or None.
+
+        A score comes from disk, from a request that was begun earlier, or from a new request.
+        """
         failure: GaveUp | Refused | None = None
         with self.taken() as requests:
             missing = {key: item for key, item in items.items() if key not in scores}
@@ -155,7 +162,7 @@ class EndpointSource(RemoteSource[Item, float]):
         return failure
 
     def _scores_in(self, answer: Any, number: int) -> list[float]:
-        """The scores in an answer. Raises GaveUp where one is missing or no finite number."""
+        """The scores in an answer. Raises GaveUp if a score is missing or is not a finite number."""
         found = self._numbers(answer, number)
         if len(found) != number:
             raise GaveUp(f"the answer has {len(found)} scores for {number} completions")
@@ -165,7 +172,7 @@ class EndpointSource(RemoteSource[Item, float]):
         return [float(score) for score in found]
 
     def _numbers(self, answer: Any, number: int) -> list[Any]:
-        """The scores in an answer, whatever they are. Raises GaveUp where it has another form than the protocol's."""
+        """The scores in an answer, without a check of their values. Raises GaveUp if the answer does not follow the protocol."""
         source = self.source
         try:
             if source.protocol == "openrlhf":
@@ -184,7 +191,7 @@ class EndpointSource(RemoteSource[Item, float]):
             kind = f"{type(error).__name__}: {error}"
             raise GaveUp(f"the answer is none of protocol: {source.protocol} ({kind})") from error
 
-    # What is known already
+    # Cache
 
     def _kept(self, key: str) -> float | None:
         kept = self.cache.get(key) if self.cache is not None else None
@@ -192,12 +199,12 @@ class EndpointSource(RemoteSource[Item, float]):
 
 
 def _last_number(data: Any) -> Any:
-    """The score in a pooling answer: a number, a list with one number per token, or rows of one number; the last one counts."""
+    """The score in a pooling answer: the last number of a number, a list with one number per token, or rows of one number."""
     while isinstance(data, list):
         data = data[-1]
     return data
 
 
 def open_cache(folder: Path | None, source: RewardInput) -> AnswerCache | None:
-    """Where the source keeps its answers; None where it keeps none."""
+    """The cache for the answers of a source in ``folder``; None if the source must not store answers or ``folder`` is None."""
     return AnswerCache(folder / "rewards.sqlite3", "the cache of rewards") if folder is not None and source.cache else None

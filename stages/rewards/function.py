@@ -1,7 +1,7 @@
-"""A Python function as a reward source: only the one that the recipe names is imported. N completions.
+"""A Python function as a reward source. N completions.
 
-Which arguments a function gets follows from its signature (stages/rewards/signature.py). A score of None means that the function does not
-apply to that completion.
+Only the function that the recipe names is imported. Its signature determines its arguments (stages/rewards/signature.py). A score of None
+means that the function does not apply to that completion.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ LONGEST_WAIT = 60.0  # seconds between two attempts
 
 
 class Hung(Exception):
-    """A call that did not come back in time."""
+    """A function call did not return in time."""
 
 
 class _Worker:
-    """A thread that calls a function. It is a daemon: nothing can end a thread from outside, so one that hangs is left behind."""
+    """A thread that calls a function. It is a daemon thread: Python cannot end a hanging thread, so the process must not wait for it."""
 
     def __init__(self, function: Callable[..., Any], name: str) -> None:
         self._function = function
@@ -46,11 +46,11 @@ class _Worker:
             arguments, named = self._calls.get()
             try:
                 self._outcomes.put((self._function(*arguments, **named), None))
-            except BaseException as error:  # also what is meant to end a program: this one says why it ends
+            except BaseException as error:  # also SystemExit and the like: the caller reports them
                 self._outcomes.put((None, error))
 
     def call(self, arguments: list[Any], named: dict[str, Any], timeout: float | None) -> tuple[Any, BaseException | None]:
-        """(what the function returns, what it raises). Raises Hung after ``timeout`` seconds."""
+        """Call the function; returns (its result, the exception that it raised or None). Raises Hung after ``timeout`` seconds."""
         self._calls.put((arguments, named))
         try:
             return self._outcomes.get(timeout=timeout)
@@ -59,10 +59,10 @@ class _Worker:
 
 
 class FunctionSource:
-    """Calls a function with what its signature asks for.
+    """Calls a function with the arguments that its signature names.
 
-    ``retries``: further attempts after an exception or a time-out, with a growing wait between them; a return value that is no list of
-    scores is a fault of the function, and is not asked for again.
+    ``timeout``: in seconds; None: no limit. ``retries``: further attempts after an exception or a time-out, with a growing wait between
+    them. An invalid return value is an error of the function and causes no retry.
     """
 
     may_abstain = True
@@ -88,9 +88,9 @@ class FunctionSource:
         return self.judge(prompts, completions, details).scores
 
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
-        """One score per completion; NaN where the function returned None.
+        """One score per completion [N]; NaN where the function returned None.
 
-        Raises TrainingError where the function raises, hangs, or returns something that is no list of finite numbers.
+        Raises TrainingError if the function raises, hangs, or returns anything other than N finite numbers or None values.
         """
         found = self._call(prompts, completions, details)
         if not isinstance(found, list | tuple):
@@ -116,7 +116,7 @@ class FunctionSource:
             if self._worker is None:
                 self._worker = _Worker(self.function, f"reward {self.address}")
             try:
-                # Only what the function raised is its failure: a request to stop arrives here, too, and must pass.
+                # ``call`` returns the function's exception. An exception raised here, such as a request to stop, must propagate.
                 value, cause = self._worker.call(arguments, named, self.timeout)
             except Hung:
                 self._worker, cause = None, None
@@ -152,17 +152,20 @@ class SpanFunctionSource(FunctionSource):
     """Calls a function that returns, per completion, a list of (character position, score)."""
 
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
-        """The sums of the spans, and the spans; a completion of which the function returned None has NaN, and no span."""
+        """The sum of the spans of each completion, and the spans. Where the function returned None: the score NaN and no spans."""
         found = self._spans(prompts, completions, details)
         scores = torch.tensor([math.nan if row is None else float(sum(score for _, score in row)) for row in found])
         return Judgement(scores, spans=[row or [] for row in found])
 
     def score_spans(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Spans:
-        """The spans of every completion."""
+        """The spans of every completion; an empty list where the function returned None."""
         return [row or [] for row in self._spans(prompts, completions, NOTHING)]
 
     def _spans(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details) -> list[list[tuple[int, float]] | None]:
-        """Raises TrainingError where the function returns something else, or a place outside its text."""
+        """The spans of every completion, or None.
+
+        Raises TrainingError if the result has another form, a position is outside its text, or a score is not finite.
+        """
         found = self._call(prompts, completions, details)
         try:
             spans = [None if row is None else [(operator.index(place), float(score)) for place, score in row] for row in found]

@@ -1,4 +1,7 @@
-"""Generative reward models: a language model is asked about a completion, and the score is the log-odds of two answers. N completions."""
+"""Generative reward models: a language model answers a question about a completion. N completions.
+
+The score is the log-odds of two possible answers.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,10 @@ from stages.tokens.positions import readable_length
 
 
 def load_generative(source: RewardInput, model: ResolvedModel, *, device: torch.device, dtype: torch.dtype) -> GenerativeSource:
-    """A language model with the question and the answers of ``source``, or a generative reward model with those that it was saved with.
+    """Load a generative reward source.
 
-    Raises ModelError where both have them, and they differ.
+    The question and the answers come from ``source``, or from the files of a saved generative reward model. Raises ModelError if both
+    define them and they differ, or if the tokenizer cannot distinguish the two answers.
     """
     own = read_question(model)
     asked = RewardQuestion(source.question, (source.answers[0], source.answers[1])) if source.answers is not None else own
@@ -39,9 +43,10 @@ def load_generative(source: RewardInput, model: ResolvedModel, *, device: torch.
 
 
 class GenerativeSource:
-    """The log-odds of two answers of a language model to a question about prompt and completion: log P(first) - log P(second).
+    """Scores completions by the log-odds of two answers to a question about prompt and completion: log P(first) - log P(second).
 
-    The question goes through the model's chat template where it has one. A text that is too long loses the beginning of the prompt.
+    The question is formatted by the model's chat template if there is one. If the text is too long, the beginning of the prompt is cut
+    first, and then the beginning of the completion.
     """
 
     def __init__(
@@ -52,7 +57,7 @@ class GenerativeSource:
         self.check_answers(ref)
 
     def check_answers(self, ref: str) -> None:
-        """Raise ModelError where the tokenizer cannot tell the two answers apart, or has no token for one."""
+        """Raise ModelError if the two answers have the same tokens, or one of them has none."""
         first, second = (self.answer_ids(answer) for answer in self.asked.answers)
         if first == second or not first or not second:
             raise ModelError(f"{ref!r} writes the answers {self.asked.answers[0]!r} and {self.asked.answers[1]!r} with the same tokens")
@@ -63,9 +68,9 @@ class GenerativeSource:
 
     @torch.inference_mode()
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
-        """Log-odds, and which texts were cut."""
+        """Log-odds [N], and which texts were cut. Raises TrainingError if the question alone is too long for the model."""
         answers = [self.answer_ids(answer) for answer in self.asked.answers]
-        rows: list[tuple[list[int], int]] = []  # question and answer as tokens, how many of them are the answer
+        rows: list[tuple[list[int], int]] = []  # (tokens of question and answer, count of answer tokens)
         cut, completion_cut = [], []
         for prompt, completion in zip(prompts, completions, strict=True):
             ids, lost, lost_completion = self.encode(prompt, completion)
@@ -76,9 +81,10 @@ class GenerativeSource:
         return Judgement(logprobs[:, 0] - logprobs[:, 1], cut=torch.tensor(cut), completion_cut=torch.tensor(completion_cut))
 
     def encode(self, prompt: Prompt, completion: str) -> tuple[list[int], bool, bool]:
-        """(token ids of the question, whether the prompt lost its beginning, whether the completion did).
+        """Encode the question; returns (token ids, whether the text was cut, whether the completion was cut).
 
-        Words of the prompt go, and then of the completion, until question and answer fit: the question stands behind them and stays.
+        The beginning of the prompt is cut, and then that of the completion, until question and answer fit. The question itself is never
+        cut. Raises TrainingError if the question alone is too long.
         """
         before, text = transcript(prompt), completion
         room = None if self.max_length is None else self.max_length - max(len(self.answer_ids(answer)) for answer in self.asked.answers)
@@ -96,7 +102,7 @@ class GenerativeSource:
         return ids, cut, completion_cut
 
     def _shortened(self, text: str, excess: int) -> str:
-        """``text`` without about ``excess`` tokens at its beginning, at least one character."""
+        """``text`` without its first ``excess`` tokens (approximately), and without at least one character."""
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
         place = max(1, offsets[excess][0]) if excess < len(offsets) else len(text)
         return text[place:]
@@ -109,7 +115,7 @@ class GenerativeSource:
         return list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
 
     def _logprobs(self, rows: Sequence[tuple[list[int], int]]) -> Tensor:
-        """The log-probability of each row's answer [rows]."""
+        """The log-probability of the answer in each row [rows]."""
         from stages.rewards.batching import like_length_batches
 
         found = torch.empty(len(rows))

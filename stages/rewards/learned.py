@@ -1,4 +1,7 @@
-"""Reward models as reward sources, and which learned source a recipe means. Each has its own tokenizer; text crosses, not token ids."""
+"""Reward models as reward sources, and the choice of the learned source that a recipe names.
+
+Each source has its own tokenizer. Sources receive texts, not token ids. N completions, T tokens.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +32,11 @@ RewardModelLoader = Callable[[ResolvedModel], RewardModel]
 def load_source(
     source: RewardInput, model: ResolvedModel, *, device: torch.device, dtype: torch.dtype, load: RewardModelLoader | None = None
 ) -> RewardSource:
-    """The source that a recipe means by a model. Raises ModelError where the model cannot play the part.
+    """Load the reward source for a recipe's ``model``: a reward model, a generative reward model, or a classifier (if ``label`` is set).
 
-    It is a reward model (from ``load``, where it is not to have weights of its own), a generative one, or a classifier where ``label`` is
-    set.
+    ``load``: a function that loads reward models, for example to share weights; None: the reward model is loaded with its own weights.
+
+    Raises ModelError if the model cannot be used as a reward source with these settings.
     """
     role = model.record.role if model.record is not None else None
     if source.answers is not None or is_generative(model):
@@ -60,7 +64,7 @@ def load_source(
 
 
 class RewardModelSource:
-    """The scalar of a reward model at the end of prompt and completion, closed by the end token, its bias included."""
+    """The scalar that a reward model predicts at the end token after prompt and completion, including its bias."""
 
     def __init__(self, source: RewardInput, model: RewardModel) -> None:
         self.name, self.batch_size, self.model = source.shown_name, source.batch_size, model
@@ -74,28 +78,28 @@ class RewardModelSource:
 
     @torch.inference_mode()
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
-        """Scores, and which rows were cut: what the model cannot read whole loses its beginning, since the end was written last."""
+        """Scores [N], and which rows were cut. If a row is too long for the model, its beginning is cut."""
         pairs = self._encode(prompts, completions)
         rows = [self._kept(ids) for ids, _ in pairs]
         return Judgement(score_rows(rows, self.model, self.tokenizer.pad_token_id, self.batch_size), **self._cuts(pairs))
 
     @torch.inference_mode()
     def score_texts(self, texts: Sequence[str]) -> Tensor:
-        """Scores [N] of whole texts as they are: a template was written by whoever sends them. The end token closes each."""
+        """Scores [N] of full texts. No chat template is applied. The end token is added to a text that does not end with it."""
         end = self.tokenizer.eos_token_id
         rows = [list(self.tokenizer(text, verbose=False)["input_ids"]) for text in texts]
         rows = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in rows]
         return score_rows([self._kept(ids) for ids in rows], self.model, self.tokenizer.pad_token_id, self.batch_size)
 
     def _encode(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[tuple[list[int], int]]:
-        """(whole row, length of the prompt in it) of every pair."""
+        """(token ids of prompt and completion, prompt length in tokens) of every pair, not yet cut."""
         return [encode_pair(self.tokenizer, *pair, sampled=True) for pair in zip(prompts, completions, strict=True)]
 
     def _kept(self, ids: list[int]) -> list[int]:
         return ids if self.max_length is None else ids[-self.max_length :]
 
     def _cuts(self, pairs: Sequence[tuple[list[int], int]]) -> dict[str, Any]:
-        """Which rows [N] lost a part, and which of them even a part of the completion."""
+        """Which rows [N] are cut, and in which of them a part of the completion is cut."""
         most = self.max_length if self.max_length is not None else float("inf")
         return {
             "cut": torch.tensor([len(ids) > most for ids, _ in pairs], dtype=torch.bool),
@@ -104,20 +108,24 @@ class RewardModelSource:
 
 
 class RewardModelSpans(RewardModelSource):
-    """What each token of a completion adds to the reward model's score: the scores of all its beginnings, one after another.
+    """Scores each token of a completion by its change of the reward model's score: score up to this token - score up to the one before.
 
-    The sum is the score of the whole text, so that (without discount) the best policy stays the same; only the credit is spread (potential-
-    based shaping, Ng et al. 1999). A reward model was trained on whole texts, and what it thinks of a beginning is a guess.
+    The token scores sum to the score of the full text. So, without discounting, the optimal policy stays the same; only the credit is
+    distributed over the tokens (potential-based shaping, Ng et al. 1999). A reward model is trained on full texts, so its scores of
+    prefixes are less reliable.
     """
 
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
-        """The sums of the spans, the spans, and which rows were cut."""
+        """The sum of the spans of each completion, the spans, and which rows were cut."""
         pairs = self._encode(prompts, completions)
         spans = self._spans(prompts, completions, pairs)
         return Judgement(torch.tensor([sum(score for _, score in row) for row in spans]), spans, **self._cuts(pairs))
 
     def score_spans(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Spans:
-        """(character position, what the token that begins there adds) of each completion; the first token has the prompt's share."""
+        """For each completion a list of (character position of a token's first character, score of the token).
+
+        The score of the first token includes the score of the prompt.
+        """
         return self._spans(prompts, completions, self._encode(prompts, completions))
 
     @torch.inference_mode()
@@ -130,7 +138,7 @@ class RewardModelSpans(RewardModelSource):
             scores = self.model.score_tokens(*_padded(rows, self.tokenizer.pad_token_id, device)).cpu()
             for row, (whole, prompt_length) in enumerate(pairs):
                 text, length = completions[start + row], len(rows[row])
-                kept = min(len(whole) - prompt_length, length)  # tokens of the completion that the model's context holds
+                kept = min(len(whole) - prompt_length, length)  # completion tokens that fit into the model's context
                 own = scores[row, length - kept : length]
                 added = torch.cat([own[:1], own.diff()]).tolist()
                 places = self._places(prompts[start + row], text)[-kept:]
@@ -138,7 +146,7 @@ class RewardModelSpans(RewardModelSource):
         return spans
 
     def _places(self, prompt: Prompt, completion: str) -> list[int]:
-        """Where each token of the completion begins in it; the end token stands at its end."""
+        """The character position of each completion token in the completion. The end token is at the end of the text."""
         return token_starts(self.tokenizer, prompt, completion)
 
 
@@ -149,7 +157,7 @@ def score_rows(
     batch_size: int,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Apply ``scorer(input_ids, attention_mask) -> [B]`` to token rows in batches of like length; returns [N] on the CPU."""
+    """Apply ``scorer(input_ids, attention_mask) -> [B]`` to N token rows in batches of similar length; returns [N] fp32 on the CPU."""
     if device is None:
         assert isinstance(scorer, torch.nn.Module)
         device = next(scorer.parameters()).device

@@ -1,6 +1,6 @@
-"""A language model behind an endpoint as reward: it grades completions by a rubric. N completions.
+"""A language model behind an endpoint as a reward source: it grades completions by a rubric. N completions.
 
-What the model is shown is data: it is told to follow no instruction that stands in it.
+The system message tells the model that prompt and completion are data, and that it must not follow instructions in them.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)?")
 
 
 def read_grade(reply: str, scale: Sequence[float]) -> float | None:
-    """The grade in a reply: JSON with one number, a number alone, ``7/10``, or the last line with one number; None for anything else.
+    """Read the grade in a reply: JSON with one number, a single number, ``7/10``, or one number in the last line.
 
-    A number outside ``scale`` is no grade.
+    Returns None for any other reply, and for a number outside ``scale`` (lowest grade, highest grade).
     """
     text = re.sub(r"<think>.*?</think>", "", reply, flags=re.DOTALL).strip().strip("`").removeprefix("json").strip()
     try:
@@ -52,7 +52,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _number_in(line: str, highest: float) -> float | None:
-    """The one number of a line; ``7/10`` and ``7 out of 10`` are 7 where 10 is the highest grade."""
+    """The number in a line; None if the line does not have exactly one.
+
+    ``7/10`` and ``7 out of 10`` are read as 7 if 10 is the highest grade.
+    """
     found = [float(number.replace(",", ".")) for number in NUMBER.findall(line)]
     if len(found) == 2 and found[1] == highest and re.search(r"\d\s*(?:/|out of|of|von)\s*\d", line):
         found = found[:1]
@@ -60,20 +63,21 @@ def _number_in(line: str, highest: float) -> float | None:
 
 
 def shown(prompt: Prompt, completion: str) -> str:
-    """What a grader reads."""
+    """The text that the grader reads: prompt and completion."""
     return f"<prompt>\n{transcript(prompt)}\n</prompt>\n\n<response>\n{completion}\n</response>"
 
 
 Question = tuple[str, dict[str, Any]]
-"""The body of a request for a grade, under its key."""
+"""(key, body of the request for a grade)."""
 Grade = tuple[float | None, int, int]
-"""(grade, tokens sent, tokens received); no tokens where the grade was known before."""
+"""(grade, tokens sent, tokens received); 0 tokens if the grade was already known."""
 
 
 class RubricSource(RemoteSource[dict[str, Any], Grade]):
-    """A language model behind an OpenAI-compatible endpoint grades each completion by a rubric.
+    """A language model behind an OpenAI-compatible endpoint that grades each completion by a rubric.
 
-    A reply without a grade is asked for again, is never kept on disk, and at last means that the source does not apply there.
+    After a reply without a grade, the request is repeated. Such a reply is never stored on disk. If no attempt gives a grade, the source
+    does not apply to that completion.
     """
 
     may_abstain = True
@@ -99,9 +103,10 @@ class RubricSource(RemoteSource[dict[str, Any], Grade]):
         return self.judge(prompts, completions, details).scores
 
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
-        """Grades; NaN where no reply had one. Raises TrainingError where a request fails, or too many replies have no grade.
+        """Grades [N]; NaN where no reply had a grade.
 
-        Of equal completions of a prompt one is asked for, and only that one has tokens.
+        Equal pairs of prompt and completion are graded once; only the first has token counts above 0. Raises TrainingError if a request
+        fails, or if too many completions have no grade.
         """
         found = self._grades(self._questions(prompts, completions))
         grades = [grade for grade, _, _ in found]
@@ -126,15 +131,15 @@ class RubricSource(RemoteSource[dict[str, Any], Grade]):
         return {"cost": (tokens * torch.tensor(prices, dtype=torch.float32)).sum(dim=1) / 1e6}
 
     def begin(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> None:
-        """Ask for the grades of these completions and return at once; ``judge`` takes the answers and meets the errors."""
+        """Request the grades of these completions and return immediately. ``judge`` collects the answers and raises the errors."""
         self.begun().add(dict(self._questions(prompts, completions)))
 
     def ask(self, batch: list[Question]) -> list[Grade]:
-        """The grades that the replies to a batch of requests hold."""
+        """Send a batch of requests and return the grades in the replies. Raises GaveUp or Refused."""
         return [self._grade(*question) for question in batch]
 
     def _grades(self, questions: Sequence[Question]) -> list[Grade]:
-        """The grade of each question; asks for those that were not begun. Raises TrainingError where a request fails."""
+        """The grade of each question. Questions that were not begun are sent now. Raises TrainingError if a request fails."""
         grades: list[Grade] = []
         seen: set[str] = set()
         try:
@@ -167,7 +172,7 @@ class RubricSource(RemoteSource[dict[str, Any], Grade]):
         }
 
     def _grade(self, asked: str, body: dict[str, Any]) -> Grade:
-        """The grade that the answer to ``body`` holds, from disk where it is known."""
+        """The grade for the request ``body``: from disk if it is known, else from up to ``attempts`` requests."""
         kept = self.cache.get(asked) if self.cache is not None else None
         if kept is not None and (grade := read_grade(kept, self.judge_input.scale)) is not None:
             return grade, 0, 0
@@ -183,7 +188,7 @@ class RubricSource(RemoteSource[dict[str, Any], Grade]):
 
 
 def _chat_reply(content: Any) -> tuple[str, int, int]:
-    """(text, prompt tokens, reply tokens) of a chat completion. Raises GaveUp where it is none."""
+    """(text, prompt tokens, reply tokens) of a chat completion. Raises GaveUp if ``content`` is not a chat completion."""
     try:
         text = content["choices"][0]["message"]["content"] or ""
         usage = content.get("usage") or {}

@@ -1,8 +1,8 @@
-"""What a reward function asks for: read from its signature, or, without running its module, from its source.
+"""The arguments of a reward function, from its signature, or from its source code without running the module.
 
-score(prompts, completions)                       two lists of texts, whatever the parameters are called
+score(prompts, completions)                       two lists of texts; their parameters may have any names
 score(prompts, completions, answer)               ``answer`` is a column of the data set
-score(completions, **columns)                     the named ones of the texts, and every column
+score(completions, **columns)                     the texts that it names, and every column
 score(prompts, completions, messages, completion_ids)
 """
 
@@ -23,12 +23,15 @@ from stages.process.modules import source_of
 from stages.rewards.config import RewardInput, leaves
 
 GIVEN = ("prompts", "completions", "messages", "completion_ids")
-"""Arguments that are no columns of the data set."""
+"""Arguments that are not columns of the data set."""
 
 
 @dataclass(frozen=True)
 class Signature:
-    """The arguments of one reward function. ``by_position``: its first two parameters are the prompts and the completions."""
+    """The parameters of one reward function.
+
+    ``by_position``: prompts and completions are passed as the first two positional arguments.
+    """
 
     address: str
     parameters: tuple[Parameter, ...]
@@ -36,26 +39,26 @@ class Signature:
 
     @property
     def _named(self) -> list[Parameter]:
-        """The parameters that are filled by their names."""
+        """The parameters whose values are selected by their names."""
         plain = [one for one in self.parameters if one.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)]
         taken = [one for one in plain if one.kind is not Parameter.KEYWORD_ONLY][:2] if self.by_position else []
         return [one for one in plain if one not in taken]
 
     @property
     def takes_everything(self) -> bool:
-        """Whether it has a ``**parameter``."""
+        """Whether the function has a ``**parameter``."""
         return any(one.kind is Parameter.VAR_KEYWORD for one in self.parameters)
 
     @property
     def takes_texts(self) -> bool:
-        """Whether it can be given the completions: by their name, or as the second of two lists."""
+        """Whether the function can receive the completions, by name or as its second positional argument."""
         if not self.by_position or not self.parameters:
             return True
         places = [one for one in self.parameters if one.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
         return len(places) > 1 or any(one.kind is Parameter.VAR_POSITIONAL for one in self.parameters)
 
     def columns(self, row: Row) -> dict[str, Any]:
-        """The columns of ``row`` that the function is given. Raises DataError where it must have one that is not there."""
+        """The columns of ``row`` that the function receives. Raises DataError if a required column is missing."""
         found = {}
         for one in self._named:
             if one.name in GIVEN:
@@ -69,9 +72,9 @@ class Signature:
         return found
 
     def arguments(self, given: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]) -> tuple[list[Any], dict[str, Any]]:
-        """(arguments by position, arguments by name) of a call. ``given``: what stands for the names of GIVEN.
+        """(positional arguments, keyword arguments) of a call. ``given``: the values of the names in GIVEN; None: not available.
 
-        Raises LookupError with the name that the function must have and that is not there.
+        Raises LookupError with the name of a required parameter that has no value.
         """
         values = {**columns, **{name: value for name, value in given.items() if value is not None}}
         ordered = [given["prompts"], given["completions"]] if self.by_position else []
@@ -103,7 +106,7 @@ class NamedColumns:
     names: tuple[str, ...]
 
     def columns(self, row: Row) -> dict[str, Any]:
-        """Those columns of ``row``. Raises DataError where one is not there."""
+        """The named columns of ``row``. Raises DataError if one is missing."""
         for name in self.names:
             if name not in row:
                 raise _missing(self.who, name, row)
@@ -120,13 +123,16 @@ def _missing(who: str, name: str, row: Row) -> DataError:
 
 
 def load_function(address: str) -> Callable[..., Any]:
-    """The function at ``package.module:name``. Raises RecipeError where there is none."""
+    """Import the function ``package.module:name``.
+
+    Raises RecipeError if the module cannot be imported, or the name is missing, not callable, or takes fewer than two lists.
+    """
     module, _, name = address.partition(":")
     try:
         found: Any = importlib.import_module(module)
     except ImportError as error:
         raise RecipeError(f"function {address!r}: cannot import {module} ({error}); is it installed, or on PYTHONPATH?") from error
-    except Exception as error:  # of the module's own
+    except Exception as error:  # raised by the module's own code
         raise RecipeError(f"function {address!r}: cannot import {module} ({type(error).__name__}: {error})") from error
     if not hasattr(found, name):
         raise RecipeError(f"function {address!r}: {module} has no {name!r}")
@@ -143,7 +149,7 @@ def _shown(function: Callable[..., Any]) -> str:
 
 
 def signature_of(function: Callable[..., Any], address: str) -> Signature:
-    """The signature of a function that was imported; one without (some of C) is called with the two lists."""
+    """The signature of an imported function. A function without one (some C functions) is called with prompts and completions."""
     try:
         return _signature(address, inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
@@ -151,9 +157,9 @@ def signature_of(function: Callable[..., Any], address: str) -> Signature:
 
 
 def signature_in_source(address: str) -> Signature | None:
-    """The signature of ``package.module:name`` as its source has it, without running it.
+    """The signature of ``package.module:name`` from its source code, without running the module.
 
-    None where the name is no plain function there: imported, decorated, or made at run time.
+    Returns None if there is no readable source, or if the name is not a plain function there (imported, decorated, or made at run time).
     """
     module, _, name = address.partition(":")
     source = source_of(module)
@@ -170,7 +176,7 @@ def signature_in_source(address: str) -> Signature | None:
 
 
 def _parameters(arguments: ast.arguments) -> list[Parameter]:
-    """The parameters of a function's definition; a default is there or not, its value is not known."""
+    """The parameters of a function definition. A parameter with a default gets the default None, because the value is not evaluated."""
     ordered: list[tuple[ast.arg, Any]] = [(one, Parameter.POSITIONAL_ONLY) for one in arguments.posonlyargs]
     ordered += [(one, Parameter.POSITIONAL_OR_KEYWORD) for one in arguments.args]
     without = len(ordered) - len(arguments.defaults)
@@ -187,7 +193,11 @@ def _parameters(arguments: ast.arguments) -> list[Parameter]:
 
 
 def _signature(address: str, parameters: Iterable[Parameter]) -> Signature:
-    """Texts go by position, unless ``completions`` is a parameter; as the second one, after a name of its own, it is a position, too."""
+    """The signature for ``parameters``.
+
+    Prompts and completions are passed by position if no parameter is named ``completions``. They are also passed by position if
+    ``completions`` is the second parameter and the name of the first is not in GIVEN.
+    """
     found = tuple(parameters)
     names = [one.name for one in found]
     second = len(found) > 1 and names[1] == "completions" and names[0] not in GIVEN
@@ -195,10 +205,10 @@ def _signature(address: str, parameters: Iterable[Parameter]) -> Signature:
 
 
 def columns_asked_for(sources: Sequence[RewardInput], *, run: bool = True) -> Callable[[Row], dict[str, Any]]:
-    """What picks, of a row of data, the columns that the functions among ``sources`` ask for.
+    """A function that selects the columns of a data row that the functions and endpoints among ``sources`` need.
 
-    It raises DataError for a row without one that must be there. ``run=False``: no module is imported, and a function whose source does
-    not show its signature asks for nothing yet. Raises RecipeError for a function that cannot be imported, or takes fewer than two lists.
+    The returned function raises DataError if a required column is missing. ``run=False``: no module is imported; a function whose source
+    does not show its signature then adds no columns. Raises RecipeError if a function cannot be imported or takes fewer than two lists.
     """
     signatures: list[Signature | NamedColumns] = []
     for source in leaves(list(sources), "reward").values():

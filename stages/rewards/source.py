@@ -1,10 +1,10 @@
-"""What a reward source is, and a weighted list of them. N completions.
+"""The interface of reward sources, ensembles of them, and their weighted sum. N completions.
 
-A source gives one score per completion. One with ``level: token`` also says where in the text its score arises: spans, per completion a
-list of (character position, score) whose sum is the score. Positions and not tokens: a source has a tokenizer of its own, or none.
+A source gives one score per completion. With ``level: token`` it also gives spans: for each completion a list of (character position,
+score) whose scores sum to the completion's score. Spans use character positions, because a source has its own tokenizer, or none.
 
-A source may not apply to a completion (a function that returned None): its score there is NaN, and it has no part in the sum. An error,
-an infinity, or a NaN that a source computed, is never a score: it raises TrainingError.
+A source may not apply to a completion, for example if a function returned None. Then its score is NaN, and the sum leaves it out. An error,
+an infinite score, or a NaN that a source computed raises TrainingError.
 """
 
 from __future__ import annotations
@@ -38,17 +38,21 @@ class RewardSource(Protocol):
 
 @runtime_checkable
 class JudgingSource(Protocol):
-    """A source that reads more than the texts, or says more than a score."""
+    """A source that reads more than the texts, or returns more than scores."""
 
     name: str
 
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
-        """Scores [N], where they arise, and what could not be read."""
+        """Scores [N], their spans, and which texts were cut (see ``Judgement``)."""
         ...
 
 
 def judge(source: RewardSource, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
-    """What ``source`` says, checked: NaN stands only where a source that may abstain did. Raises TrainingError for anything else."""
+    """Score completions [N] with ``source`` and check the result.
+
+    NaN is allowed only for a source with ``may_abstain``. Raises TrainingError for any other score that is not finite, and for another
+    number of scores than completions.
+    """
     if isinstance(source, JudgingSource):
         found = source.judge(prompts, completions, details)
     else:
@@ -61,11 +65,12 @@ def judge(source: RewardSource, prompts: Sequence[Prompt], completions: Sequence
 
 @dataclass(frozen=True)
 class Scores:
-    """The weighted sum [N] over the sources that apply, and what was measured [N] by name.
+    """The scores of N completions.
 
-    ``parts``: each source's own, unweighted scores, NaN where it does not apply; of an ensemble the members' and their variance, too.
-    Beside them what is no score: ``scoring/<source>_cut_share`` is 1 where a source could not read a text whole. ``spans``: share of the
-    sum that has a place in the text, weighted; None without a source of tokens' scores.
+    ``total`` [N]: the weighted sum over the sources that apply. ``parts``: tensors [N] by name. They hold the unweighted scores of each
+    source, NaN where it does not apply; for an ensemble also the scores of its members and their variance. They also hold measurements that
+    are not scores: ``scoring/<source>_cut_share`` is 1 where a text was too long for a source and was cut. ``spans``: the weighted spans of
+    the sources with spans; None if there are no such sources.
     """
 
     total: Tensor
@@ -74,7 +79,7 @@ class Scores:
 
 
 class Ensemble:
-    """Sources that judge the same thing, made one score: what they disagree about is where a policy finds their faults."""
+    """Combines sources that judge the same thing into one score. A policy tends to exploit texts on which the members disagree."""
 
     may_abstain = True
 
@@ -83,16 +88,16 @@ class Ensemble:
         self.combine, self.uncertainty_coef = combine, uncertainty_coef
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
-        """The members' scores as one [N]."""
+        """The combined score of the members [N]."""
         return self.score_members(prompts, completions)[0]
 
     def score_members(
         self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One score [N]; and each member's own [N], their variance [N] and their notes, by name. A member's weight is a factor of its
-        scores.
+        """(combined score [N], tensors [N] by name: the scores of each member, their variance, and their measurements).
 
-        Members that do not apply to a completion are left out there; where none applies, the ensemble does not either.
+        A member's scores are multiplied by its weight. A member that does not apply to a completion is left out there. Where no member
+        applies, the combined score is NaN.
         """
         members: dict[str, Tensor] = {}
         notes: dict[str, Tensor] = {}
@@ -112,30 +117,30 @@ class Ensemble:
 
 
 class CombinedReward:
-    """Sources with weights: the sum trains, the parts are logged apart."""
+    """Weighted reward sources. Training uses the weighted sum; the scores of each source are logged separately."""
 
     def __init__(self, sources: Sequence[tuple[RewardSource, float]]) -> None:
         self.sources = list(sources)
 
     def leaves(self) -> list[RewardSource]:
-        """The sources, of an ensemble its members."""
+        """All sources. An ensemble is replaced by its members."""
         found: list[RewardSource] = []
         for source, _ in self.sources:
             found += [member for member, _ in source.members] if isinstance(source, Ensemble) else [source]
         return found
 
     def modules(self) -> list[torch.nn.Module]:
-        """The models behind the sources, each once."""
+        """The models of the sources, without duplicates."""
         found = [model for leaf in self.leaves() if isinstance(model := getattr(leaf, "model", None), torch.nn.Module)]
         return [model for index, model in enumerate(found) if all(model is not other for other in found[:index])]
 
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING, *, may_abstain: bool = False
     ) -> Scores:
-        """Score every completion by every source.
+        """Score every completion with every source.
 
-        Raises TrainingError where a source returns another number of scores, or none that is finite; and, unless all together
-        ``may_abstain``, where no source applies to a completion.
+        Raises TrainingError if a source returns another number of scores than completions, or a score that is not finite. Unless
+        ``may_abstain`` is set, it also raises TrainingError if no source applies to a completion.
         """
         parts: dict[str, Tensor] = {}
         total = torch.zeros(len(completions))

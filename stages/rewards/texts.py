@@ -1,4 +1,4 @@
-"""What reward sources are shown of a prompt: messages with roles, or one text that says who said what."""
+"""The forms in which reward sources see a prompt: messages with roles, or one text in which every turn names its speaker."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from stages.corpora.messages import Message, Prompt, as_question, content_text, 
 
 
 def conversation(prompt: Prompt) -> list[Message]:
-    """The prompt as messages, without a reply; a text is one turn of the user."""
+    """The prompt as messages, without a reply. A text prompt becomes one user message."""
     return as_question(prompt) if isinstance(prompt, str) else [dict(message) for message in prompt]
 
 
 def whole_text(prompt: Prompt, completion: str) -> str:
-    """Prompt and completion as one text, which ends with the completion. In a conversation every turn names its speaker."""
+    """Prompt and completion as one text that ends with the completion. In a conversation every turn names its speaker."""
     before = transcript(prompt)
     if not isinstance(prompt, str) and before != content_text(prompt[0]):
         return f"{before}\n\nassistant: {completion}"
