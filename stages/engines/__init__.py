@@ -1,1 +1,1 @@
-"""Engines that sample outside of this process, behind the interface of sampling/sampler.py."""
+"""Engines that sample outside this process. They implement the interface of sampling/sampler.py."""

@@ -1,4 +1,4 @@
-"""What can be said of a recipe's engines before anything is loaded or asked; imports no torch."""
+"""Checks of a recipe's engines before a model is loaded or a server is asked. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stages.process.environment import secret
 
 
 def generation_settings(config: BaseModel) -> list[GenerationSettings]:
-    """Every block of generation settings in a step's config, at any depth."""
+    """All generation settings in a step's config, at any depth."""
     found: list[GenerationSettings] = []
     for name in type(config).model_fields:
         values = getattr(config, name)
@@ -22,9 +22,10 @@ def generation_settings(config: BaseModel) -> list[GenerationSettings]:
 
 
 def check_installed(config: BaseModel) -> None:
-    """Raise LaunchError or RecipeError where a step's config asks for a vLLM that this machine cannot start, or a key that is not set.
+    """Check the vLLM settings of a step's config without a request to a server.
 
-    Asks no server.
+    Raises LaunchError if this machine cannot start the vLLM that the config asks for. Raises RecipeError if the environment variable of an
+    API key is not set.
     """
     from stages.engines.vllm_start import find_installed
 

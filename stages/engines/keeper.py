@@ -1,9 +1,10 @@
-"""Keeps a server process for as long as the run that asked for it lives, and ends it with all its children however the run ends.
+"""Runs a server process while a run is alive, and ends the server and all its children when the run ends.
 
     python keeper.py PID_OF_THE_RUN COMMAND...
 
-A program of its own on the standard library alone: a run that is killed (SIGKILL) cannot clean up after itself. It ends the server when the
-run is gone, when it is asked to (SIGTERM), and with the server's own end. Should the keeper itself be killed, Linux ends the server.
+This is a separate program that uses only the standard library, because a killed run (SIGKILL) cannot clean up after itself. The keeper ends
+the server when the run has ended, or when the keeper gets SIGTERM, SIGINT or SIGHUP. When the server ends by itself, the keeper ends its
+remaining children. If the keeper itself is killed, Linux ends the server.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import sys
 import time
 
 POLL_SECONDS = 0.25
-PATIENCE_SECONDS = 10.0  # between the request to end and the order
+PATIENCE_SECONDS = 10.0  # seconds between SIGTERM and SIGKILL
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 def keep(run: int, command: list[str]) -> int:
-    """Start ``command`` and wait; returns its exit status, or 0 where it was ended here."""
+    """Start ``command`` and wait for its end; returns its exit status, or 0 if the keeper ended it. ``run``: process id of the run."""
     asked = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, _: asked.append(received))
@@ -36,7 +37,7 @@ def keep(run: int, command: list[str]) -> int:
                 return 0
         finally:
             if server.returncode is not None:
-                _signal(server.pid, signal.SIGKILL)  # children that outlived it
+                _signal(server.pid, signal.SIGKILL)  # end the children that are still running
 
 
 def _die_with_keeper() -> None:
@@ -54,7 +55,7 @@ def _end(server: subprocess.Popen[bytes]) -> None:
 
 
 def _signal(group: int, number: int) -> None:
-    """Send a signal to the server and the children in its process group."""
+    """Send a signal to the server's process group, which includes its children."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, number)
 

@@ -1,4 +1,4 @@
-"""Opening the sampler that the settings ask for. The one place that knows which engines there are."""
+"""Opens the sampler that the settings ask for. Only this module knows all engines."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ Trains = Literal["nothing", "adapter", "whole"]
 
 
 def check_reachable(settings: GenerationSettings) -> None:
-    """Raise LaunchError where no server under ``url`` answers, ModelError where one is of another version than those tested.
+    """Check that at least one of the servers in ``url`` answers, and that the versions of those that answer are supported.
 
-    To be called before a model is loaded. A server that does not answer is tolerated where another one does.
+    Call it before a model is loaded. Raises LaunchError if no server answers, ModelError if a server has a version that is not tested.
     """
     vllm = settings.vllm
     if vllm is None or vllm.url is None:
@@ -71,7 +71,7 @@ def step_sampler(
     policy: Policy | None = None,
     merges_adapters: bool = True,
 ) -> Iterator[Sampler]:
-    """``open_sampler`` inside a step; what sampled is noted for the run's summary."""
+    """Call ``open_sampler`` with the settings of a step, and add the sampler's report to the run's summary."""
     opened = open_sampler(
         settings,
         model,
@@ -108,14 +108,15 @@ def open_sampler(
     policy: Policy | None = None,
     merges_adapters: bool = True,
 ) -> Iterator[Sampler]:
-    """The sampler that ``settings`` ask for, for ``model`` with its tokenizer; it is closed at the end of the block.
+    """Open the sampler that ``settings`` ask for, and close it at the end of the context.
 
-    ``source``: what the model was loaded from, in ``dtype``. ``trains``: what of the model will change; where something does, the caller
-    calls ``take_weights`` before it samples. ``policy``: the model as a policy, where the caller has one. ``merges_adapters``: whether the
-    adapters that ``source`` consists of are merged into the weights of ``model`` (as loading does without quantization). A started server
-    writes to ``log``; adapters go to a place in ``folder`` where there is no better one.
+    ``source``: the resolved model from which ``model`` was loaded, in ``dtype``. ``trains``: the part of the model that will be trained. If
+    it is not "nothing", the caller must call ``take_weights`` before it samples. ``policy``: the model as a policy, if the caller has one.
+    ``merges_adapters``: whether loading merged the adapters of ``source`` into the weights of ``model``, as it does without quantization.
+    ``log``: the log file of a started server. ``folder``: the folder for adapters and weights if no better one exists (see
+    ``_shared_folder``).
 
-    Raises LaunchError where no server can be started or reached, ModelError where a server cannot serve the model.
+    Raises LaunchError if no server can be started or reached, ModelError if a server cannot serve the model.
     """
     from stages.sampling.sampler import LocalSampler
 
@@ -168,7 +169,11 @@ def _plan_weights(
     shared: Path,
     runtime: Runtime,
 ) -> tuple[Weights, Served]:
-    """How the weights reach the servers, and what a started server is to serve. May write the model's weights for it to start from."""
+    """Decide how the weights reach the servers, and what a started server must serve.
+
+    If a started server cannot begin with the saved base model, this writes the current weights for it. Raises ModelError if a server
+    cannot serve the model.
+    """
     from stages.engines.vllm_sampler import Weights
     from stages.models.served_adapter import total_rank, updates_of
     from stages.models.stacks import stack_of
@@ -205,7 +210,7 @@ def _plan_weights(
 
 
 def _write_to_start(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, runtime: Runtime) -> None:
-    """Write the model as it is now, for a server to start from. Call on every process."""
+    """Write the current model and its tokenizer for a server to start from. Call it on every process."""
     from stages.engines.vllm_sampler import write_whole
     from stages.models.sharding import unsharded_state_dict
 
@@ -216,7 +221,10 @@ def _write_to_start(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype
 
 
 def _merged_adapters(source: ResolvedModel) -> tuple[ResolvedModel, ...]:
-    """The adapters that loading has merged into the whole weights. Raises ModelError where no server has what they stand on."""
+    """The adapters that loading merged into the weights.
+
+    Raises ModelError if ``source`` was trained on quantized base weights: no server has those weights in full precision.
+    """
     from stages.models.stacks import stack_of, trained_on
 
     adapters = stack_of(source).adapters
@@ -229,7 +237,7 @@ def _merged_adapters(source: ResolvedModel) -> tuple[ResolvedModel, ...]:
 
 
 def _same_rows(model: Any, base: ResolvedModel) -> None:
-    """Raise ModelError where the embedding has grown since its base was saved: a server that reads the base has no such rows."""
+    """Raise ModelError if the embedding and the saved base have different numbers of rows: a server that loads the base lacks the rows."""
     from stages.models.adapters import plain_model
     from stages.models.loading import config_of
 
@@ -242,7 +250,7 @@ def _same_rows(model: Any, base: ResolvedModel) -> None:
 
 
 def _refuse_quantization(quantization: str, vllm: Vllm, on_gpu: bool) -> None:
-    """Raise ModelError where a started server cannot hold the base in the precision that the recipe asks for."""
+    """Raise ModelError if a started server cannot load the base in the quantization that the recipe asks for."""
     if vllm.start is None or quantization == "none":
         return
     if quantization == "int8":
@@ -254,7 +262,11 @@ def _refuse_quantization(quantization: str, vllm: Vllm, on_gpu: bool) -> None:
 
 
 def _shared_folder(vllm: Vllm, folder: Path, model: Any) -> Path:
-    """Where adapters and weights are put for the servers to read: named, else shared memory where they are here and it has room."""
+    """The folder in which servers read adapters and weights.
+
+    It is ``adapter_folder`` of the settings if set. Otherwise it is shared memory, if all servers are on this machine and there is enough
+    space. Otherwise it is ``folder``.
+    """
     if vllm.adapter_folder is not None:
         return Path(vllm.adapter_folder).expanduser().absolute()
     are_here = all(urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") for url in vllm.url or ())

@@ -1,7 +1,7 @@
-"""One vLLM server as seen over HTTP: completions by token ids, adapters and weights put in, sleep and health.
+"""The HTTP client of one vLLM server: completions from token ids, loading of adapters and weights, sleep and wake-up.
 
-The endpoints and the shapes of their answers are those of vLLM 0.32 (docs/vllm.md). A server that does not answer after all attempts
-counts as lost (``Lost``); what it refuses is a message for the user.
+The endpoints and their answers are those of vLLM 0.32 (docs/vllm.md). A server that does not answer after all attempts counts as lost
+(``Lost``). A refused request raises ModelError.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from stages.errors import ModelError
 from stages.process.remote import GaveUp, JsonClient, Refused
 
 TESTED_VERSIONS = ("0.32",)
-"""Releases of vLLM that the tests ran against; another one may answer in another way, and is refused."""
+"""vLLM releases that are tested. Other releases are refused, because their answers may differ."""
 
 
 class Lost(Exception):
-    """A server that gave no answer after all attempts; the message says how the last one ended."""
+    """A server gave no answer after all attempts. The message gives the error of the last attempt."""
 
 
 @dataclass(frozen=True)
 class Completed:
-    """A completion as a server gives it: tokens, the log-probability of each, and whether a stop token ended it."""
+    """A completion from a server: token ids, the log-probability of each token, and whether a stop token ended it."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -34,7 +34,7 @@ class Completed:
 
 
 class VllmClient:
-    """Speaks with one server. Safe for threads."""
+    """The client of one server. It is thread-safe."""
 
     def __init__(self, url: str, settings: Vllm, key: str | None) -> None:
         self.url, self.settings = url.rstrip("/").removesuffix("/v1"), settings
@@ -48,14 +48,14 @@ class VllmClient:
         )
 
     def close(self) -> None:
-        """Close its connections; threads that wait for a further attempt give up."""
+        """Close the connections. Threads that wait for another attempt give up."""
         self._client.stop()
         self._client.close()
 
-    # What it is
+    # Version and model
 
     def version(self) -> str:
-        """Its version. Raises ModelError for one that is not among those tested, Lost where it does not answer."""
+        """The server's version. Raises ModelError if that version is not tested, Lost if the server does not answer."""
         found = str(self._get("/version", lambda answer: _field(answer, "version")))
         if ".".join(found.split(".")[:2]) not in TESTED_VERSIONS:
             raise ModelError(
@@ -65,7 +65,7 @@ class VllmClient:
         return found
 
     def base_model(self) -> str:
-        """The name under which it serves its own weights, without an adapter."""
+        """The name of the server's base model, without an adapter. Raises ModelError if there is none, Lost without an answer."""
         listed = self._get("/v1/models", lambda answer: _field(answer, "data"))
         names = [str(one["id"]) for one in listed if not one.get("parent")]
         if not names:
@@ -77,9 +77,10 @@ class VllmClient:
     def complete(
         self, model: str, prompt: Sequence[int], settings: GenerationSettings, *, most: int, stop_ids: Sequence[int], seed: int
     ) -> Completed:
-        """Up to ``most`` tokens after ``prompt`` (token ids), ended by one of ``stop_ids`` alone.
+        """Sample up to ``most`` tokens after ``prompt`` (token ids). Only ``stop_ids`` end the completion earlier.
 
-        The log-probabilities are at temperature 1, or by the server's logprobs mode (see ``logprobs_mode``). Raises Lost, ModelError.
+        The server's logprobs mode decides the temperature of the log-probabilities (see ``logprobs_mode``). Raises Lost if the server does
+        not answer. Raises ModelError if it refuses the request or allows fewer tokens.
         """
         body = {
             "model": model,
@@ -94,7 +95,7 @@ class VllmClient:
             "frequency_penalty": 0.0,
             "seed": seed,
             "stop_token_ids": list(stop_ids),
-            "ignore_eos": True,  # the end token is among the stop tokens where it ends a completion
+            "ignore_eos": True,  # if the eos token ends completions, it is in stop_token_ids
             "skip_special_tokens": False,
             "logprobs": 0,
             "return_token_ids": True,
@@ -110,7 +111,7 @@ class VllmClient:
     # Weights
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Load an adapter in peft's format from ``folder``, a path that the server must see, too."""
+        """Load an adapter in peft format from ``folder``. The server must be able to read this path. Raises Lost, ModelError."""
         refusal = (
             "start it with --enable-lora, --max-lora-rank of at least the adapter's rank and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and "
             "let it see the folder under the same path (generation.engine.vllm.adapter_folder)"
@@ -118,7 +119,7 @@ class VllmClient:
         self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, lambda _: None, refusal)
 
     def unload_adapter(self, name: str) -> None:
-        """Take an adapter out; one that is not there is no error."""
+        """Unload an adapter. A missing adapter causes no error. Raises Lost if the server does not answer."""
         try:
             self._client.post(f"{self.url}/v1/unload_lora_adapter", {"lora_name": name}, lambda _: None)
         except Refused:
@@ -127,7 +128,7 @@ class VllmClient:
             raise Lost(str(error)) from error
 
     def reload_weights(self, folder: Path) -> None:
-        """Put the whole weights in ``folder`` in the place of its own, and forget what it computed with the old ones."""
+        """Replace the server's weights by the full weights in ``folder``, and clear its prefix cache. Raises Lost, ModelError."""
         refusal = "whole weights need a server with VLLM_SERVER_DEV_MODE=1 that sees the folder under the same path; or train with lora"
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         self._post("/collective_rpc", body, lambda _: None, refusal)
@@ -136,11 +137,11 @@ class VllmClient:
     # A GPU shared with the run
 
     def sleep(self) -> None:
-        """Move its weights out of the GPU's memory and drop its cache."""
+        """Move the server's weights out of GPU memory and discard its KV cache."""
         self._post("/sleep?level=1", {}, lambda _: None, "start it with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1")
 
     def wake_up(self) -> None:
-        """Take the weights back into the GPU's memory."""
+        """Move the weights back into GPU memory."""
         self._post("/wake_up", {}, lambda _: None, "start it with --enable-sleep-mode and VLLM_SERVER_DEV_MODE=1")
 
     # Requests
@@ -163,7 +164,7 @@ class VllmClient:
 
 
 def logprobs_mode(temperature: float) -> str:
-    """The server's ``--logprobs-mode`` under which its log-probabilities are those at this temperature, where nothing is cut off."""
+    """The server's ``--logprobs-mode`` with which its log-probabilities are those at ``temperature``, without top-k and top-p."""
     return "raw_logprobs" if temperature == 1 else "processed_logprobs"
 
 
@@ -174,7 +175,7 @@ def _field(answer: Any, name: str) -> Any:
 
 
 def _completed(answer: Any, model: str) -> Completed:
-    """The completion in an answer of /v1/completions. Raises GaveUp where there is none in it."""
+    """The completion in an answer of /v1/completions. Raises GaveUp if the answer has no valid completion of ``model``."""
     try:
         choice = answer["choices"][0]
         tokens = [int(token) for token in choice["token_ids"]]

@@ -1,6 +1,6 @@
-"""Sampling by vLLM servers that hold the model's weights: adapters go to them by name, whole weights by reloading.
+"""Sampling from vLLM servers that hold the model's weights. Adapters are loaded by name; full weights are reloaded.
 
-After each transfer a probe is compared: what the servers compute is what the model here computes.
+After each transfer, a probe checks that the servers and the local model compute the same log-probabilities.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from stages.process.runtime import Runtime
 from stages.registry.references import ResolvedModel
 from stages.sampling.generation import Generated, OnFinished, ending_tokens, left_pad, require_room, right_pad
 
-PROBE_PROMPT, PROBE_TOKENS = 8, 16  # tokens of the probe's prompt, and of its completion
-FP32_BOUND, ROUNDED_BOUND = 1e-3, 0.1  # nats per token
+PROBE_PROMPT, PROBE_TOKENS = 8, 16  # tokens of the probe's prompt and of its completion
+FP32_BOUND, ROUNDED_BOUND = 1e-3, 0.1  # bounds on the mean difference in fp32 and in lower precision, in nats per token
 NOT_PROMISED = (
     "Completions of vLLM depend on its version, on the hardware and on how requests were batched: the same seeds give the same completions "
     "only as far as those agree, and not those of the local sampler. Seeds, prompts and settings are the same for every completion."
@@ -36,9 +36,10 @@ NOT_PROMISED = (
 
 @dataclass(frozen=True)
 class Weights:
-    """How the model's weights reach the servers: ``adapter`` (by name), ``whole`` (reloaded), or ``base`` (they have them already).
+    """How the model's weights reach the servers.
 
-    ``merged``: adapters of the model that are in its own weights and not in the servers'.
+    ``kind``: ``adapter`` (loaded by name), ``whole`` (full weights, reloaded), or ``base`` (the servers already have them). ``merged``:
+    adapters that are merged into the local weights, but not into the weights of the servers. ``base``: path of the base model.
     """
 
     kind: str
@@ -47,7 +48,7 @@ class Weights:
 
 
 class VllmSampler:
-    """Completes prompts on servers. Every process of a run has one; the first process alone moves weights."""
+    """Completes prompts on vLLM servers. Every process of a run has one sampler; only the first process transfers weights."""
 
     is_local = False
 
@@ -65,9 +66,9 @@ class VllmSampler:
     ) -> None:
         self.policy, self.tokenizer, self.servers, self.weights = policy, tokenizer, servers, weights
         self._runtime, self._dtype, self._folder = runtime, dtype, folder
-        self._run = f"tristage-{secrets.token_hex(4)}"  # several runs may use one server
+        self._run = f"tristage-{secrets.token_hex(4)}"  # a unique name, because several runs may use one server
         self._transfers = 0
-        self._model = ""  # the name that the servers know the weights by
+        self._model = ""  # the adapter's name on the servers; empty: the servers' base model
         self._current: Path | None = None
         self._sleeps = False
         self._version = ""
@@ -77,7 +78,10 @@ class VllmSampler:
     # Weights
 
     def take_weights(self) -> None:
-        """Send the weights as they are now, and compare a probe. Raises TrainingError where the servers then compute something else."""
+        """Send the current weights to the servers and check them with a probe.
+
+        Raises TrainingError if a server's log-probabilities of the probe differ from those of the local model.
+        """
         self.policy.activate()
         state = unsharded_state_dict(self.policy.model) if self.weights.kind == "whole" else None
         updates = updates_of(self.policy.model, self.weights.merged) if self.weights.kind == "adapter" else {}
@@ -89,7 +93,10 @@ class VllmSampler:
             self._check(url, probe)
 
     def _transfer(self, updates: dict[str, list[Update]], state: dict[str, torch.Tensor] | None) -> tuple[str, dict[str, Completed]]:
-        """Write the weights and let every server take them; returns their name there and each server's probe. First process only."""
+        """Write the weights and load them on every server. Call it on the first process only.
+
+        Returns (adapter name on the servers, empty for the base model; the probe's completion by server URL).
+        """
         self._wake()
         self._replace_dead()
         before, old_folder = self._model, self._current
@@ -109,7 +116,7 @@ class VllmSampler:
         return named, {client.url: probes[client.url] for client in self.servers.clients}
 
     def _equip(self, client: VllmClient, name: str) -> Completed:
-        """Put the current weights into one server, and ask it for the probe."""
+        """Load the current weights on one server, and sample the probe from it."""
         self._version = client.version()
         if self.weights.kind == "adapter":
             assert self._current is not None
@@ -118,16 +125,16 @@ class VllmSampler:
             assert self._current is not None
             client.reload_weights(self._current)
         served = name if self.weights.kind == "adapter" else client.base_model()
-        settings = GenerationSettings(temperature=self.policy.temperature)  # nothing cut off
+        settings = GenerationSettings(temperature=self.policy.temperature)  # without top-k and top-p
         return client.complete(served, self._probe_prompt(), settings, most=PROBE_TOKENS, stop_ids=[], seed=0)
 
     def _probe_prompt(self) -> list[int]:
-        """Tokens spread over the vocabulary."""
+        """The token ids of the probe's prompt, spread over the vocabulary."""
         size = min(len(self.tokenizer), plain_model(self.policy.model).get_input_embeddings().weight.shape[0])
         return torch.linspace(1, size - 1, PROBE_PROMPT).long().tolist()
 
     def _check(self, url: str, probe: Completed) -> None:
-        """Compare a server's log-probabilities of the probe with those of the model here."""
+        """Compare a server's log-probabilities of the probe with those of the local model. Raises TrainingError if they differ too much."""
         training = self.policy.model.training
         self.policy.model.eval()
         with torch.inference_mode():
@@ -153,7 +160,10 @@ class VllmSampler:
         *,
         on_finished: OnFinished | None = None,
     ) -> Generated:
-        """One completion for each prompt; tensors are on the CPU. Raises SamplerLost where no server is left, ModelError for a refusal."""
+        """Sample one completion for each prompt (token ids), with one seed per prompt. The tensors of the result are on the CPU.
+
+        Raises SamplerLost if no server is left, ModelError if a prompt is too long or a server refuses a request.
+        """
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds")
         require_room(self.policy.model, prompts, settings)
@@ -182,7 +192,7 @@ class VllmSampler:
         )
 
     def _revive(self) -> bool:
-        """Start the run's own server again, with the weights that it had; whether there is a server again."""
+        """Restart the server that this run started and load its last weights; returns whether it is available again."""
         if self._runtime.num_processes > 1 or not self.servers.restart():
             return False
         try:
@@ -196,7 +206,7 @@ class VllmSampler:
     # A GPU shared with the run
 
     def rest(self) -> None:
-        """Let a started server that shares the run's GPU give its memory back."""
+        """Let a started server on the run's GPU release its GPU memory."""
         self._runtime.wait_for_everyone()  # another process may still be sampling
         started = self.servers.started
         if started is not None and started.shares_gpu and not self._sleeps:
@@ -210,17 +220,17 @@ class VllmSampler:
         self._sleeps = False
 
     def _replace_dead(self) -> None:
-        """Start the run's own server again where it died while the run trained."""
+        """Restart the server that this run started, if it died during training."""
         started = self.servers.started
         if started is None or started.is_running():
             return
         for client in list(self.servers.clients):
             self.servers.leave_out(client, "its process ended")
         if self.servers.restart():
-            self._model = ""  # a new server has no adapter to take out
+            self._model = ""  # a new server has no old adapter to unload
 
     def close(self) -> None:
-        """Take this run's adapter out of servers that go on without it, and remove its files."""
+        """Unload this run's adapter from servers that the run did not start, and remove the adapter's files."""
         if self._runtime.is_main and self._model and self.servers.started is None:
             for client in self.servers.clients:
                 try:
@@ -232,7 +242,7 @@ class VllmSampler:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def report(self) -> dict[str, Any]:
-        """For the run's summary: what sampled, what was lost on the way, and what cannot be promised."""
+        """For the run's summary: the engine, the servers, lost servers, restarts, transfers, and the limits of reproducibility."""
         return {
             "engine": "vllm",
             "version": self._version,
@@ -246,7 +256,11 @@ class VllmSampler:
 
 
 def write_whole(model: Any, folder: Path, dtype: torch.dtype, state: dict[str, torch.Tensor] | None) -> None:
-    """Write whole weights in ``dtype`` as transformers does; ``state``: them where they are cut over processes."""
+    """Write the full weights in ``dtype`` in transformers' format.
+
+    ``state``: the unsharded state dict, if the model is sharded over processes; None: take it from ``model``. Raises ModelError if the
+    model has peft adapters.
+    """
     from stages.models.quiet import quiet_transformers
 
     if hasattr(model, "peft_config"):

