@@ -74,8 +74,8 @@ OnFinished = Callable[[list[Finished]], None]
 def stop_token_ids(model: Any, tokenizer: Any, stop: Iterable[str] = ()) -> list[int]:
     """The ids of the tokens that end a completion, sorted.
 
-    They are the tokenizer's eos token, the eos tokens of the model's generation config, the token that ends an assistant turn in the chat
-    template, and the texts ``stop``. Raises ModelError if a text of ``stop`` is not exactly one token.
+    They are the tokenizer's eos token, the eos tokens of the model's generation config, and the token that ends an assistant turn in the
+    chat template. The tokens of the texts ``stop`` are added. Raises ModelError if a text of ``stop`` is not exactly one token.
     """
     ids: set[int] = set(turn_end_ids(tokenizer))
     if tokenizer.eos_token_id is not None:

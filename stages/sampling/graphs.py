@@ -232,8 +232,8 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
 def agree(replayed: Tensor, computed: Tensor, dtype: torch.dtype) -> bool:
     """Whether two logits tensors [B, V] of the same step are equal up to the rounding of ``dtype``.
 
-    The bound on the norm of the difference is the square root of the machine epsilon (0.09 in bf16, 0.03 in fp16, 0.0003 in fp32) times
-    the norm of the logits around their mean over the vocabulary.
+    The norm of the difference may be at most a share of the logits' spread. The spread is the norm of the logits minus their mean over the
+    vocabulary. The share is the square root of the machine epsilon: 0.09 in bf16, 0.03 in fp16, 0.0003 in fp32.
     """
     if torch.equal(replayed, computed):
         return True
