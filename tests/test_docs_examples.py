@@ -89,7 +89,9 @@ def test_command_is_accepted(line: str) -> None:
 
 def _launch(words: list[str]) -> None:
     """``launch.sh`` takes a recipe, ``test`` with pytest's options, or a command of ``stages``."""
-    if words[0] == "test":
+    if words == ["--with-vllm"]:  # only makes the environments
+        assert f"./launch.sh {words[0]} " in (REPOSITORY / "launch.sh").read_text()
+    elif words[0] == "test":
         assert all((REPOSITORY / word).exists() for word in words[1:] if word.startswith("tests/"))
     elif words[0].endswith(".yaml") or words[0] == "RECIPE":
         _parse(["run", *(word for word in words if not word.startswith("--") and not word.isdigit() and "/accelerate/" not in word)])
@@ -126,6 +128,8 @@ def test_yaml_example_is_accepted(block: str, tmp_path: Path) -> None:
         recipe = content
     elif "validation" in content.get("data", {}):  # the data of a sentiment classifier
         recipe["steps"] = [{"stage": "sentiment", "name": "sentiment", "model": "distilbert-base-uncased", **content}]
+    elif "train" in content.get("data", {}):  # the data of a reward model
+        recipe["steps"] = [{"stage": "reward_model", "name": "preference", "model": "sft", **content}]
     else:  # fields of PPO
         recipe["steps"][0] |= content
     file = tmp_path / "page.yaml"

@@ -76,7 +76,7 @@ def test_a_value_network_is_not_started_from_a_model_that_reads_less_and_it_is_s
 
 
 def test_a_value_that_the_recipe_names_and_that_reads_less_is_refused(step: Any) -> None:
-    with pytest.raises(ModelError, match="reads 16 tokens, and a prompt with its completion has up to"):
+    with pytest.raises(ModelError, match="reads at most 16 tokens, but a prompt with its completion has up to"):
         load_roles(*step(WORDS, value="short"))
 
 

@@ -156,7 +156,7 @@ def test_prompts_that_leave_no_room_are_left_out(ppo_config, ppo_context, tmp_pa
         ({"training": {"adam_style": "tensorflow", "weight_decay": 0.1}}, "weight_decay requires adam_style: torch"),
         ({"whitening_scope": "minibatch"}, "minibatch_size >= 8"),
         ({"publish_last": True}, "ema.publish_last requires ema.decay"),
-        ({"generation": {"ignore_eos": True}, "missing_eos": "replace"}, "no completion could end"),
+        ({"generation": {"ignore_eos": True}, "missing_eos": "replace"}, "no completion ends"),
         ({"reward": [{"ensemble": [{"function": "a:b"}, {"function": "c:d"}]}]}, "an ensemble needs a name"),
         ({"reward": [{"function": "a:b", "combine": "min"}]}, "combine: min belongs to an ensemble"),
     ],
