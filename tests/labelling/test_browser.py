@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,37 +18,16 @@ from stages.labelling.access import link
 from stages.labelling.config import People
 from stages.labelling.publishing import publish_settings
 from stages.labelling.server import Served
+from tests.browser import chromium, needs_browser
 
-BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-REASON = "needs Chromium and chromedriver (Debian: apt install chromium chromium-driver)"
-pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason=REASON)
+pytestmark = needs_browser
 NUM_TASKS = int(os.environ.get("LABEL_BROWSER_TASKS", "12"))  # 40 in the long version: LABEL_BROWSER_TASKS=40 pytest ...
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(BROWSER)
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--disable-dev-shm-usage",
-        "--window-size=1400,900",
-        f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=str(DRIVER)))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("browser"), window="1400,900") as driver:
+        yield driver
 
 
 def wait(check: Callable[[], Any], seconds: float = 30.0) -> Any:
