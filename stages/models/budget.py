@@ -15,11 +15,12 @@ from contextlib import contextmanager
 import torch
 
 from stages.config import Microbatch
+from stages.errors import TrainingError
 from stages.kernels.token_budget import GPU_SHARE, GPU_TOKENS, rows_per_batch, token_budget_batches, tokens_of
 from stages.process.gpus import free_gpu_memory, own_peak
 from stages.sampling.workspace import drop_kept_workspace
 
-__all__ = ["PassBudget", "each_group", "is_out_of_memory", "release_memory", "tokens_of"]
+__all__ = ["PassBudget", "each_group", "is_out_of_memory", "refuse_alone", "release_memory", "tokens_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +168,15 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def refuse_alone(error: BaseException) -> None:
+    """Raise TrainingError if ``error`` means that memory ran out in a pass through sharded weights, which takes all processes."""
+    if is_out_of_memory(error):
+        raise TrainingError(
+            "memory ran out, and with sharded weights a process cannot repeat a pass alone; set "
+            "microbatch_size to fewer episodes and run the same command again: it resumes from the last checkpoint"
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

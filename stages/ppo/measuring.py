@@ -12,7 +12,7 @@ import torch.distributed as distributed
 from torch import Tensor
 
 from stages.config import AUTO_ROWS
-from stages.models.budget import PassBudget
+from stages.models.budget import PassBudget, refuse_alone
 from stages.models.packing import packed_attention
 from stages.models.responses import sequence_batch
 from stages.ppo.config import PPOStepConfig
@@ -64,8 +64,12 @@ def measure(
     with without_gradient, roles.offload.awake(*roles.waiting()):
         kernel = roles.kernel("policy", "reference", "value")
         if roles.are_sharded:
-            for rows in in_lockstep(budget.groups(order, lengths), roles.policy.device):
-                one_pass(rows)
+            try:
+                for rows in in_lockstep(budget.groups(order, lengths), roles.policy.device):
+                    one_pass(rows)
+            except RuntimeError as error:
+                refuse_alone(error)
+                raise
         else:
             with roles.casts_kept():
                 budget.each(order, lengths, one_pass, packed=kernel is not None)

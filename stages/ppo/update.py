@@ -17,7 +17,7 @@ from torch import Tensor
 from stages.config import AUTO_ROWS
 from stages.errors import TrainingError
 from stages.kernels.token_budget import tokens_of
-from stages.models.budget import PassBudget, is_out_of_memory
+from stages.models.budget import PassBudget, refuse_alone
 from stages.models.packing import packed_attention
 from stages.models.responses import Policy, PolicyLoss, SequenceBatch, moved_together, sequence_values
 from stages.models.sharding import gradient_norm, reduce_gradients, scale_gradients
@@ -172,11 +172,8 @@ class Updater:
 
     def _retreat(self, error: RuntimeError) -> None:
         """Reduce the token budget. Raises ``error`` if memory did not run out, or if a pass cannot be smaller."""
-        if self.roles.are_sharded and is_out_of_memory(error):
-            raise TrainingError(
-                "memory ran out, and with sharded weights a process cannot repeat a pass alone; set "
-                "microbatch_size to fewer episodes and run the same command again: it resumes from the last checkpoint"
-            ) from error
+        if self.roles.are_sharded:
+            refuse_alone(error)
         self.budget.retreat(error)
 
     def _passes(self, episodes: Minibatch, texts: Tensor | None, kernel: str | None, train_policy: bool) -> Totals:

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from stages.errors import TrainingError
 from stages.models import budget as module
-from stages.models.budget import PassBudget, each_group, is_out_of_memory
+from stages.models.budget import PassBudget, each_group, is_out_of_memory, refuse_alone
 from stages.process.gpus import Peak
 from stages.sampling import workspace
 
@@ -144,3 +145,9 @@ def test_groups_are_halved_and_every_row_is_done_once(caplog) -> None:
     assert [record.message.partition(":")[0] for record in caplog.records] == ["scoring"]
     with pytest.raises(torch.OutOfMemoryError):
         each_group("scoring", [[0]], lambda rows: (_ for _ in ()).throw(torch.OutOfMemoryError("x")))
+
+
+def test_with_sharded_weights_memory_that_runs_out_is_a_message_and_other_errors_are_left_alone() -> None:
+    with pytest.raises(TrainingError, match="microbatch_size to fewer episodes"):
+        refuse_alone(torch.OutOfMemoryError("CUDA out of memory"))
+    refuse_alone(RuntimeError("shapes differ"))
