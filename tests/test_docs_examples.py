@@ -8,7 +8,6 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import typer
 from ruamel.yaml import YAML
@@ -36,23 +35,32 @@ def _blocks(language: str) -> list[Any]:
 
 
 def _commands() -> list[str]:
-    """Lines of the blocks of bash, and commands between backticks in a sentence."""
-    lines = [line for block in _blocks("bash") for line in str(block.values[0]).splitlines()]
-    for page in PAGES:
-        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-        lines += re.findall(r"`((?:stages|\./launch\.sh|accelerate launch|python) [^`]+)`", text)
-    return sorted(set(lines))
+    """The lines of the blocks of bash."""
+    return sorted({line for block in _blocks("bash") for line in str(block.values[0]).splitlines()})
+
+
+def _mentions() -> list[str]:
+    """Commands between backticks in a sentence. They may leave out what they work on: `stages models show`."""
+    texts = [re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL) for page in PAGES]
+    return sorted({line for text in texts for line in re.findall(r"`((?:stages|\./launch\.sh|accelerate launch|python) [^`]+)`", text)})
 
 
 def _parse(arguments: list[str]) -> None:
-    """Give ``arguments`` to the parser of ``stages``. Nothing runs. A wrong command or option raises click.UsageError."""
-    command: click.Command = typer.main.get_command(app)
-    context = command.make_context("stages", list(arguments[:1]), resilient_parsing=False)
-    while isinstance(command, click.Group):
-        name, command, arguments = command.resolve_command(context, arguments)  # type: ignore[assignment]
-        if isinstance(command, click.Group):
-            continue
-        command.make_context(str(name), list(arguments), parent=context)
+    """Give ``arguments`` to the parser of ``stages``. Nothing runs. A wrong command or option raises a usage error.
+
+    Typer has its own copy of click, so a group is known by its method and not by its class.
+    """
+    command: Any = typer.main.get_command(app)
+    context = command.make_context("stages", list(arguments[:1]))
+    while hasattr(command, "resolve_command"):
+        name, command, arguments = command.resolve_command(context, arguments)
+    command.make_context(name, list(arguments), parent=context)
+
+
+@pytest.mark.parametrize("arguments", [["runn", "RECIPE"], ["run", "RECIPE", "--hom", "x"], ["models", "shows", "REF"]])
+def test_the_parser_refuses_a_wrong_command(arguments: list[str]) -> None:
+    with pytest.raises(Exception, match="No such (command|option)"):
+        _parse(arguments)
 
 
 def _recipe_words(words: list[str]) -> None:
@@ -64,9 +72,21 @@ def _recipe_words(words: list[str]) -> None:
 
 @pytest.mark.parametrize("line", _commands())
 def test_command_is_accepted(line: str) -> None:
-    words = shlex.split(line, comments=True)
-    if "..." in words:  # stands for more words
-        words = words[: words.index("...")]
+    _check(line)
+
+
+@pytest.mark.parametrize("line", _mentions())
+def test_mentioned_command_is_accepted(line: str) -> None:
+    try:
+        _check(line)
+    except Exception as error:
+        if type(error).__name__ != "MissingParameter":
+            raise
+
+
+def _check(line: str) -> None:
+    """Give a command to the parser of the program that it starts."""
+    words = shlex.split(re.split(r"\s\.\.\.(?:\s|$)", line)[0], comments=True)  # an unquoted ... stands for more words
     if not words or words[:1] == ["git"] or "pip" in words[0] or "pre-commit" in words[0]:
         return
     if words[0] == "stages":
@@ -74,7 +94,6 @@ def test_command_is_accepted(line: str) -> None:
     elif words[0] == "accelerate":
         from accelerate.commands.launch import launch_command_parser
 
-        # A placeholder in capitals stands for a value; the parser wants a number for these two.
         parsed = launch_command_parser().parse_args(words[2:] or ["-m", "stages"])
         assert parsed.training_script == "stages" and parsed.module
         _parse(parsed.training_script_args or ["run", "RECIPE"])
