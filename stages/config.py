@@ -83,7 +83,30 @@ ModelField = Annotated[ModelInput, BeforeValidator(ref_shorthand)]
 """A ``ModelInput`` that a recipe may write as a bare string."""
 
 
-def check_architecture(architecture: dict[str, Any]) -> None:
+def check_trainable(model: ModelInput | None, lora: LoraSettings | None, field: str = "model") -> None:
+    """Raise ValueError if ``model``, the input ``field`` of a step that trains it, is quantized and gets no adapter."""
+    if model is not None and model.quantization != "none" and lora is None:
+        raise ValueError(f"{field}.quantization={model.quantization!r} needs lora, because quantized weights cannot be trained")
+
+
+def check_origin(
+    model: ModelInput | None, architecture: dict[str, Any] | None, tokenizer: Any, lora: LoraSettings | None, *, further: str
+) -> None:
+    """Raise ValueError unless a step starts either from ``model``, with its tokenizer, or from random weights of an ``architecture``.
+
+    ``further``: what the stage calls further training of a model.
+    """
+    if (model is None) == (architecture is None):
+        raise ValueError(f"give either model ({further}) or architecture (random weights), not both")
+    if model is not None and tokenizer is not None:
+        raise ValueError("tokenizer needs architecture; a model has its own")
+    if architecture is not None:
+        _check_architecture(architecture)
+        if lora is not None:
+            raise ValueError("lora needs model; with architecture all weights are random and must be trained")
+
+
+def _check_architecture(architecture: dict[str, Any]) -> None:
     """Check a block ``{type: ..., field: ...}`` for random weights. Raises ValueError if it lacks the type or sets the vocabulary size."""
     if not isinstance(architecture.get("type"), str):
         raise ValueError("architecture needs a type, e.g. {type: llama, hidden_size: 128, num_hidden_layers: 4}")
@@ -158,6 +181,11 @@ class DataInput(Strict):
         if self.fold and (self.folds is None or self.fold >= self.folds):
             raise ValueError(f"fold={self.fold} must be below folds={self.folds}")
         return self
+
+    def data_inputs(self) -> dict[str, list[DataSource]]:
+        """The training data, and the held-out data if it is given, by field path within the step."""
+        inputs = {"data.train": self.train}
+        return inputs if self.validation is None else {**inputs, "data.validation": self.validation}
 
 
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]

@@ -7,7 +7,17 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from stages.config import AUTO_ROWS, DataInput, DataSource, Microbatch, ModelField, ModelInput, OptimizerSettings, TrainingStepConfig
+from stages.config import (
+    AUTO_ROWS,
+    DataInput,
+    DataSource,
+    Microbatch,
+    ModelField,
+    ModelInput,
+    OptimizerSettings,
+    TrainingStepConfig,
+    check_trainable,
+)
 from stages.corpora.curation import Curation
 
 
@@ -47,16 +57,14 @@ class DPOStepConfig(TrainingStepConfig):
 
     @model_validator(mode="after")
     def _trainable(self) -> DPOStepConfig:
-        if self.model.quantization != "none" and self.lora is None:
-            raise ValueError(f"model.quantization={self.model.quantization!r} needs lora, because quantized weights cannot be trained")
+        check_trainable(self.model, self.lora)
         return self
 
     def model_inputs(self) -> dict[str, ModelInput]:
         return {"model": self.model} if self.reference is None else {"model": self.model, "reference": self.reference}
 
     def data_inputs(self) -> dict[str, list[DataSource]]:
-        inputs = {"data.train": self.data.train}
-        return inputs if self.data.validation is None else {**inputs, "data.validation": self.data.validation}
+        return self.data.data_inputs()
 
     def check_data(self) -> None:
         """Raise DataError for data that this stage cannot use. No model is loaded."""

@@ -19,6 +19,7 @@ from stages.config import (
     ModelInput,
     Optimizer,
     Strict,
+    check_trainable,
     is_changed,
 )
 from stages.corpora.curation import Curation
@@ -219,8 +220,7 @@ class PPOStepConfig(CheckpointedStepConfig):
             raise ValueError(f"total_episodes={self.total_episodes} is less than one rollout_batch_size={self.rollout_batch_size}")
         if self.whiten.scope == "minibatch" and self.minibatch_size < 8:
             raise ValueError(f"whiten.scope=minibatch needs minibatch_size >= 8 for a usable variance, got {self.minibatch_size}")
-        if self.policy.quantization != "none" and self.lora is None:
-            raise ValueError(f"policy.quantization={self.policy.quantization!r} needs lora: quantized weights cannot be trained")
+        check_trainable(self.policy, self.lora, "policy")
         if self.generation.temperature == 0:
             raise ValueError("generation.temperature=0 is greedy: all samples of a prompt would be equal, so PPO could not learn")
         if self.training.adam_style == "tensorflow" and self.training.optimizer != "adamw":

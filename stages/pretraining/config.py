@@ -14,7 +14,8 @@ from stages.config import (
     OptimizerSettings,
     Strict,
     TrainingStepConfig,
-    check_architecture,
+    check_origin,
+    check_trainable,
     ref_shorthand,
 )
 
@@ -53,16 +54,8 @@ class PretrainingConfig(TrainingStepConfig):
 
     @model_validator(mode="after")
     def _one_origin(self) -> PretrainingConfig:
-        if (self.model is None) == (self.architecture is None):
-            raise ValueError("give either model (continued pretraining) or architecture (random weights), not both")
-        if self.model is not None and self.tokenizer is not None:
-            raise ValueError("tokenizer needs architecture; a model has its own")
-        if self.architecture is not None:
-            check_architecture(self.architecture)
-            if self.lora is not None:
-                raise ValueError("lora needs model; with architecture all weights are random and must be trained")
-        if self.model is not None and self.model.quantization != "none" and self.lora is None:
-            raise ValueError(f"model.quantization={self.model.quantization!r} needs lora, because quantized weights cannot be trained")
+        check_origin(self.model, self.architecture, self.tokenizer, self.lora, further="continued pretraining")
+        check_trainable(self.model, self.lora)
         return self
 
     def model_inputs(self) -> dict[str, ModelInput]:
@@ -71,8 +64,7 @@ class PretrainingConfig(TrainingStepConfig):
         return {"tokenizer": self.tokenizer} if isinstance(self.tokenizer, ModelInput) else {}
 
     def data_inputs(self) -> dict[str, list[DataSource]]:
-        inputs = {"data.train": self.data.train}
-        return inputs if self.data.validation is None else {**inputs, "data.validation": self.data.validation}
+        return self.data.data_inputs()
 
     def check_data(self) -> None:
         """Raise DataError for data that this stage cannot use. No model is loaded."""

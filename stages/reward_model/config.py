@@ -19,6 +19,7 @@ from stages.config import (
     OptimizerSettings,
     Strict,
     TrainingStepConfig,
+    check_trainable,
     is_changed,
 )
 from stages.corpora.curation import Curation
@@ -117,8 +118,7 @@ class RewardModelConfig(TrainingStepConfig):
 
     @model_validator(mode="after")
     def _trainable(self) -> RewardModelConfig:
-        if self.model.quantization != "none" and self.lora is None:
-            raise ValueError(f"model.quantization={self.model.quantization!r} needs lora, because quantized weights cannot be trained")
+        check_trainable(self.model, self.lora)
         if self.num_seeds > 1 and self.checkpoints.keep_best:
             raise ValueError(
                 f"checkpoints.keep_best={self.checkpoints.keep_best} needs num_seeds=1; with several seeds the best is already selected"
@@ -148,9 +148,7 @@ class RewardModelConfig(TrainingStepConfig):
         return {**inputs, **(self.collect.model_inputs() if self.collect is not None else {})}
 
     def data_inputs(self) -> dict[str, list[DataSource]]:
-        inputs = {"data.train": self.data.train}
-        if self.data.validation is not None:
-            inputs["data.validation"] = self.data.validation
+        inputs = self.data.data_inputs()
         if self.collect is not None:
             inputs |= self.collect.data_inputs()
         inputs |= rubric_inputs(self.beside, "beside")

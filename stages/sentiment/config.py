@@ -15,7 +15,8 @@ from stages.config import (
     OptimizerSettings,
     Strict,
     TrainingStepConfig,
-    check_architecture,
+    check_origin,
+    check_trainable,
 )
 
 
@@ -61,27 +62,17 @@ class SentimentConfig(TrainingStepConfig):
 
     @model_validator(mode="after")
     def _one_origin(self) -> SentimentConfig:
-        if (self.model is None) == (self.architecture is None):
-            raise ValueError("give either model (fine-tuning) or architecture (random weights), not both")
-        if self.model is not None and self.tokenizer is not None:
-            raise ValueError("tokenizer needs architecture; a model has its own")
-        if self.architecture is not None:
-            check_architecture(self.architecture)
-            if self.lora is not None:
-                raise ValueError("lora needs model; with architecture all weights are random and must be trained")
+        check_origin(self.model, self.architecture, self.tokenizer, self.lora, further="fine-tuning")
         if self.model is not None and self.masked is not None:
             raise ValueError("masked needs architecture; a pretrained model does not need it")
-        if self.model is not None and self.model.quantization != "none" and self.lora is None:
-            raise ValueError(f"model.quantization={self.model.quantization!r} needs lora, because quantized weights cannot be trained")
+        check_trainable(self.model, self.lora)
         return self
 
     def model_inputs(self) -> dict[str, ModelInput]:
         return {} if self.model is None else {"model": self.model}
 
     def data_inputs(self) -> dict[str, list[DataSource]]:
-        inputs = {"data.train": self.data.train}
-        if self.data.validation is not None:
-            inputs["data.validation"] = self.data.validation
+        inputs = self.data.data_inputs()
         if self.masked is not None and self.masked.data is not None:
             inputs["masked.data"] = self.masked.data
         return inputs

@@ -6,7 +6,17 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from stages.config import DataField, DataInput, DataSource, ModelField, ModelInput, OptimizerSettings, Strict, TrainingStepConfig
+from stages.config import (
+    DataField,
+    DataInput,
+    DataSource,
+    ModelField,
+    ModelInput,
+    OptimizerSettings,
+    Strict,
+    TrainingStepConfig,
+    check_trainable,
+)
 from stages.corpora.curation import Curation
 from stages.corpora.fitting import PromptFit
 from stages.corpora.training_rows import TrainOn
@@ -60,17 +70,14 @@ class SFTStepConfig(TrainingStepConfig):
 
     @model_validator(mode="after")
     def _trainable(self) -> SFTStepConfig:
-        if self.model.quantization != "none" and self.lora is None:
-            raise ValueError(f"model.quantization={self.model.quantization!r} needs lora, because quantized weights cannot be trained")
+        check_trainable(self.model, self.lora)
         return self
 
     def model_inputs(self) -> dict[str, ModelInput]:
         return {"model": self.model, **(self.selection.model_inputs() if self.selection is not None else {})}
 
     def data_inputs(self) -> dict[str, list[DataSource]]:
-        inputs = {"data.train": self.data.train}
-        if self.data.validation is not None:
-            inputs["data.validation"] = self.data.validation
+        inputs = self.data.data_inputs()
         if self.pretraining_mix is not None:
             inputs["pretraining_mix.data"] = self.pretraining_mix.data
         return inputs if self.selection is None else {**inputs, **self.selection.data_inputs()}
