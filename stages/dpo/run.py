@@ -16,11 +16,11 @@ from stages.dpo.measuring import completion_logprobs, measure
 from stages.dpo.pairs import encode, usable
 from stages.dpo.trainer import load_reference, make_trainer
 from stages.models.adapters import as_it_starts, refuse_output_adapter
-from stages.models.loading import load_language_model, load_tokenizer, save_model
+from stages.models.loading import load_language_model, load_tokenizer
 from stages.step import StepContext, StepResult
 from stages.tokens.positions import row_length
 from stages.training.arguments import weights_dtype
-from stages.training.best import gathered_weights, publish_best
+from stages.training.best import publish_trained
 from stages.training.running import train
 
 
@@ -64,11 +64,5 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
     }
     published: dict[str, Any] = {"role": "language_model", "base": source if config.lora is not None else None}
     shown = [[*pair.prompt_ids, *pair.chosen_ids] for pair in heldout]  # rows on which the saved model is checked
-    publish_best(
-        trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), **published
-    )
-    weights = gathered_weights(trainer)
-    record = context.publish(
-        lambda folder: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), metrics=metrics, **published
-    )
+    record = publish_trained(trainer, context, model, tokenizer, rows=shown, metrics=metrics, **published)
     return StepResult(model=record, metrics=metrics)

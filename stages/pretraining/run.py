@@ -17,13 +17,13 @@ from stages.corpora.text import load_text
 from stages.errors import ModelError
 from stages.models.architectures import random_model
 from stages.models.likelihood import Likelihood
-from stages.models.loading import load_language_model, load_tokenizer, save_model
+from stages.models.loading import load_language_model, load_tokenizer
 from stages.pretraining.config import PretrainingConfig, TokenizerSettings
 from stages.pretraining.tokenizer import train_tokenizer
 from stages.step import StepContext, StepResult
 from stages.tokens.positions import model_length
 from stages.training.arguments import training_arguments, weights_dtype
-from stages.training.best import gathered_weights, heldout_likelihood, publish_best
+from stages.training.best import heldout_likelihood, publish_trained
 from stages.training.reproducible import reproducible
 from stages.training.running import train
 
@@ -61,9 +61,7 @@ def run(config: PretrainingConfig, context: StepContext) -> StepResult:
     }
     kind: dict[str, Any] = {"role": "language_model", "base": context.models["model"] if config.lora is not None else None}
     shown = [heldout_tokens[: config.block_size]]  # tokens on which the saved model is compared with the model in memory
-    publish_best(trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), **kind)
-    weights = gathered_weights(trainer)
-    record = context.publish(lambda folder: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), metrics=metrics, **kind)
+    record = publish_trained(trainer, context, model, tokenizer, rows=shown, metrics=metrics, **kind)
     return StepResult(model=record, metrics=metrics)
 
 

@@ -10,14 +10,13 @@ from typing import Any
 from transformers import Trainer
 
 from stages.corpora.reviews import load_reviews
-from stages.models.loading import save_model
 from stages.sentiment.config import SentimentConfig
 from stages.sentiment.measuring import examples_of, measure, predict, show
 from stages.sentiment.model import tokenizer_and_model
 from stages.sentiment.rows import Collator, encode
 from stages.step import StepContext, StepResult
 from stages.training.arguments import training_arguments
-from stages.training.best import gathered_weights, publish_best
+from stages.training.best import publish_trained
 from stages.training.reproducible import counted_loss, reproducible
 from stages.training.running import train
 
@@ -71,7 +70,5 @@ def run(config: SentimentConfig, context: StepContext) -> StepResult:
         "extra": {"labels": config.labels},
     }
     shown = [row["input_ids"] for row in heldout]  # rows on which the saved model is compared with the model in memory
-    publish_best(trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), **kind)
-    weights = gathered_weights(trainer)
-    record = context.publish(lambda folder: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), metrics=metrics, **kind)
+    record = publish_trained(trainer, context, model, tokenizer, rows=shown, metrics=metrics, **kind)
     return StepResult(model=record, metrics=metrics)

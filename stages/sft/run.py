@@ -19,7 +19,7 @@ from stages.corpora.templates import count_tokens, set_template
 from stages.models.adapters import refuse_output_adapter
 from stages.models.dropout import set_residual_dropout
 from stages.models.likelihood import Likelihood
-from stages.models.loading import load_language_model, load_tokenizer, save_model
+from stages.models.loading import load_language_model, load_tokenizer
 from stages.rewards.signature import columns_asked_for
 from stages.sft.config import SFTStepConfig
 from stages.sft.rows import EncodedRow, encode, fitted, pretraining_blocks, short_enough
@@ -28,7 +28,7 @@ from stages.step import StepContext, StepResult
 from stages.tokens.positions import row_length
 from stages.tokens.turns import turn_form
 from stages.training.arguments import weights_dtype
-from stages.training.best import gathered_weights, heldout_likelihood, publish_best
+from stages.training.best import heldout_likelihood, publish_trained
 from stages.training.running import train
 from stages.training.selection import Selector, selection_callback
 
@@ -92,9 +92,7 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
         "extra": {"template": config.template} if config.template is not None else None,
     }
     shown = [row.ids for row in heldout]  # rows on which the saved model is compared with the model in memory
-    publish_best(trainer, context, lambda folder, weights: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), **kind)
-    weights = gathered_weights(trainer)
-    record = context.publish(lambda folder: save_model(model, tokenizer, folder, state_dict=weights, rows=shown), metrics=metrics, **kind)
+    record = publish_trained(trainer, context, model, tokenizer, rows=shown, metrics=metrics, **kind)
     return StepResult(model=record, metrics=metrics)
 
 

@@ -12,12 +12,14 @@ import torch
 
 from stages.config import Precision
 from stages.models.likelihood import Likelihood, measure_likelihood
+from stages.models.loading import save_model
 from stages.models.sharding import unsharded, unsharded_state_dict
 from stages.training.state import load_weights, trained_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from stages.registry.record import ModelRecord
     from stages.step import StepContext
 
 
@@ -82,6 +84,29 @@ def publish_best(
             prepare()
         weights = gathered_weights(trainer)
         context.publish(lambda folder: save(folder, weights), metrics=metrics, name=f"{context.name}-best", **options)
+
+
+def publish_trained(
+    trainer: Any,
+    context: StepContext,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rows: Sequence[Sequence[int]],
+    metrics: dict[str, Any],
+    **options: Any,
+) -> ModelRecord:
+    """Publish a trained transformers model and its tokenizer, and before it the best checkpoint as in ``publish_best``.
+
+    The saved model is compared with the model in memory on ``rows`` of token ids. ``options`` are those of ``context.publish``.
+    """
+
+    def save(folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+        save_model(model, tokenizer, folder, state_dict=weights, rows=rows)
+
+    publish_best(trainer, context, save, **options)
+    weights = gathered_weights(trainer)
+    return context.publish(lambda folder: save(folder, weights), metrics=metrics, **options)
 
 
 def gathered_weights(trainer: Any) -> dict[str, torch.Tensor] | None:
