@@ -15,7 +15,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from stages.dpo.config import DPOStepConfig
 from stages.dpo.pairs import Pair
 from stages.errors import ModelError
-from stages.models.adapters import as_it_starts, without_copies
+from stages.models.adapters import as_it_starts, train_in_fp32, without_copies
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.quiet import quiet_transformers
 from stages.models.sharding import shard
@@ -104,10 +104,7 @@ def make_trainer(
     trainer.precompute_ref_logps = reference is None
     if trainer.ref_model is not None and context.runtime.shards:
         shard(trainer.ref_model, add_up=False)
-    for parameter in model.parameters():
-        # TRL converts a quantized model's adapter to bf16, which would lose small updates
-        if parameter.requires_grad and parameter.dtype.itemsize < 4:
-            parameter.data = parameter.data.float()
+    train_in_fp32(model)
     return trainer
 
 

@@ -431,6 +431,13 @@ def without_copies(model: Any) -> Iterator[None]:
         activate(model, acting, trainable=trainable)
 
 
+def train_in_fp32(model: Any) -> None:
+    """Convert the trained weights back to fp32. TRL converts a quantized model's adapter to bf16, which would lose small updates."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype.itemsize < 4:
+            parameter.data = parameter.data.float()
+
+
 def remove_adapter(model: Any, name: str) -> None:
     """Remove an adapter from a PeftModel that has others. One of the others becomes active."""
     activate(model, [other for other in model.peft_config if other != name][-1:])  # peft deletes an adapter only if at most one is active

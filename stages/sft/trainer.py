@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from stages.models.adapters import train_in_fp32
 from stages.models.quiet import quiet_transformers
 from stages.sft.config import SFTStepConfig
 from stages.sft.packing import IGNORED, PackedCollator, pack_rows
@@ -62,10 +63,7 @@ def make_trainer(
         trainer = DemonstrationTrainer(
             model=model, args=arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer, data_collator=collator
         )
-    for parameter in model.parameters():
-        # TRL converts a quantized model's adapter to bf16, which would lose small updates
-        if parameter.requires_grad and parameter.dtype.itemsize < 4:
-            parameter.data = parameter.data.float()
+    train_in_fp32(model)
     return trainer
 
 
