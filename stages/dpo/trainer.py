@@ -22,7 +22,7 @@ from stages.models.sharding import shard
 from stages.step import StepContext
 from stages.training.arguments import training_arguments
 from stages.training.microbatches import chosen_rows, row_lengths
-from stages.training.reproducible import reproducible
+from stages.training.reproducible import IGNORED, reproducible
 
 
 def load_reference(config: DPOStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -56,7 +56,7 @@ class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
 
     def _reference_logprobs(self, inputs: Any) -> dict[str, torch.Tensor]:
         """Log-probabilities [pairs] of the completions under the initial model, computed with the adapters below the new one."""
-        masked = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        masked = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
         tensors = {name: value for name, value in inputs.items() if name != "completion_mask"}
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         with torch.no_grad(), checkpointing, as_it_starts(self.model):

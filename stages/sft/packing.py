@@ -12,11 +12,7 @@ from typing import Any
 import torch
 
 from stages.sft.rows import EncodedRow
-
-IGNORED = -100  # label of a token that is ignored in the loss
-
-
-# Packing. TRL packs a full batch into one row; without flash attention its attention mask grows quadratically.
+from stages.training.reproducible import IGNORED
 
 
 def pack_rows(rows: Sequence[EncodedRow], max_length: int, completion_only: bool) -> dict[str, list[list[int]]]:

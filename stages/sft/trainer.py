@@ -14,11 +14,11 @@ from trl import SFTConfig, SFTTrainer
 from stages.models.adapters import train_in_fp32
 from stages.models.quiet import quiet_transformers
 from stages.sft.config import SFTStepConfig
-from stages.sft.packing import IGNORED, PackedCollator, pack_rows
+from stages.sft.packing import PackedCollator, pack_rows
 from stages.sft.rows import EncodedRow
 from stages.step import StepContext
 from stages.training.arguments import training_arguments
-from stages.training.reproducible import reproducible
+from stages.training.reproducible import IGNORED, reproducible
 
 
 class DemonstrationTrainer(reproducible(SFTTrainer)):  # type: ignore[misc]

@@ -13,10 +13,11 @@ from pydantic import ValidationError
 from stages.errors import DataError
 from stages.models.loading import load_language_model
 from stages.sft.config import SFTStepConfig
-from stages.sft.packing import IGNORED, PackedCollator, pack_rows
+from stages.sft.packing import PackedCollator, pack_rows
 from stages.sft.rows import EncodedRow, pretraining_blocks
 from stages.sft.run import run
 from stages.sft.trainer import make_trainer
+from stages.training.reproducible import IGNORED
 
 ROWS = [EncodedRow([10, 11, 12, 13], 2), EncodedRow([20, 21], 1), EncodedRow([30, 31, 32, 33, 34], 3), EncodedRow([40, 41, 42], 1)]
 
