@@ -86,13 +86,12 @@ class SFTStepConfig(TrainingStepConfig):
         """Raise DataError for data that this stage cannot use. No model is loaded."""
         from stages.corpora.curation import Curator
         from stages.corpora.demonstrations import load_demonstrations
-        from stages.corpora.files import read_rows
         from stages.corpora.prompts import load_prompt_rows
-        from stages.corpora.rows import text_of
+        from stages.corpora.text import check_texts
 
         load_demonstrations(self.data, Curator(self.curation))
-        for row in read_rows(self.pretraining_mix.data) if self.pretraining_mix is not None else ():
-            text_of(row, "text")
+        if self.pretraining_mix is not None:
+            check_texts(self.pretraining_mix.data)
         if self.selection is not None and self.selection.data is not None:
             from stages.rewards.signature import columns_asked_for
 
