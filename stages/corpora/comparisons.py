@@ -143,12 +143,3 @@ def _common(first: str, second: str) -> str:
     length = next((index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
     head, mark, _ = first[:length].rpartition("\n\nAssistant:")
     return head + mark
-
-
-def group_by_annotator(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
-    """Group comparisons by annotator. Rows without an annotator are left out."""
-    groups: dict[str, list[Comparison]] = {}
-    for item in comparisons:
-        if item.annotator is not None:
-            groups.setdefault(item.annotator, []).append(item)
-    return dict(sorted(groups.items()))

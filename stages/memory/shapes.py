@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,9 +82,6 @@ class Shape:
         kind = "other" if not self.gated else "lean" if lean and not self.family.startswith("gemma") else "gated"
         of_hidden, of_intermediate = SAVED.get(self.family, SAVED[kind])
         return of_hidden * self.hidden + 3 * self.query_width + 2 * self.kv_width + of_intermediate * self.intermediate
-
-    def with_vocabulary(self, vocabulary: int) -> Shape:
-        return replace(self, vocabulary=vocabulary)
 
 
 # Values that a layer stores besides attention: (multiple of hidden, multiple of intermediate).

@@ -199,13 +199,6 @@ class Runtime:
         distributed.all_reduce(gathered, op=distributed.ReduceOp.MAX)
         return gathered.tolist()
 
-    def stop_asked(self) -> bool:
-        """Whether any process was asked to stop. All processes must call this at the same points; all get the same answer."""
-        number = int(self.largest(self.stop.number or 0)[0])
-        if number:
-            self.stop.ask(number)
-        return number > 0
-
 
 FORMER_ADDRESSES = {"ResolvedModel": "stages.registry.references", "StepContext": "stages.step", "StepResult": "stages.step"}
 """Former names of this module, for scripts outside this repository."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from stages.errors import RecipeError
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
-TRACKERS: tuple[Tracker, ...] = get_args(Tracker)
 
 
 def check_trackers(names: Sequence[str]) -> None:
