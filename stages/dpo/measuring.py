@@ -16,8 +16,6 @@ from stages.models.sharding import unsharded
 from stages.stats.intervals import wilson_interval
 from stages.step import StepContext
 
-# Measurement
-
 
 def completion_logprobs(
     config: DPOStepConfig, context: StepContext, model: Any, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase

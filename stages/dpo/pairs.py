@@ -30,9 +30,6 @@ class Pair:
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
 
-# Pairs
-
-
 def pairs_of(comparison: Comparison, limit: int | None, seed: int) -> list[tuple[Completion, Completion]]:
     """(better, worse) for every two completions of different rank. ``limit``: draw at most this many."""
     ranked = list(zip(comparison.completions, comparison.ranks, strict=True))

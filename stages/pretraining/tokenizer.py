@@ -12,9 +12,6 @@ from stages.pretraining.config import TokenizerSettings
 END, PAD = "<|endoftext|>", "<|pad|>"
 
 
-# Tokenizer and model
-
-
 def train_tokenizer(texts: Sequence[str], settings: TokenizerSettings) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer with ``settings.vocab_size`` tokens. Equal texts give equal tokenizers."""
     tokenizer = Tokenizer(models.BPE())

@@ -17,8 +17,6 @@ from stages.stats.classification import calibration_bins, confusion_matrix, expe
 from stages.stats.intervals import wilson_interval
 from stages.step import StepContext
 
-# Measurement
-
 
 def predict(model: Any, rows: Sequence[dict[str, Any]], pad_token_id: int, batch_size: int = 64) -> torch.Tensor:
     """Class probabilities [N, C] on the CPU. The model's mode is restored."""

@@ -10,8 +10,6 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.corpora.reviews import Review
 
-# Data
-
 
 def encode(reviews: Sequence[Review], tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, Any]], int]:
     """Return (rows of input_ids and labels, number of truncated rows)."""

@@ -9,8 +9,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from stages.sentiment.config import WordPieceSettings
 
-# Tokenizer and model
-
 
 def train_wordpiece(texts: Sequence[str], settings: WordPieceSettings, max_length: int) -> PreTrainedTokenizerBase:
     """An uncased WordPiece tokenizer that removes HTML tags. Equal texts give equal tokenizers."""
@@ -18,9 +16,8 @@ def train_wordpiece(texts: Sequence[str], settings: WordPieceSettings, max_lengt
     # Part of the tokenizer instead of the stage, because users of the exported model pass raw reviews.
     tags = normalizers.Replace(Regex("<[^<>]{1,40}>"), " ")
     normalizer = normalizers.Sequence([tags, normalizers.BertNormalizer(lowercase=True)])
-    # The trainer numbers word pieces in hash table order, which differs between runs and breaks ties between merges. With the complete
-    # alphabet as special tokens nothing is left to order; the tokenizer is then built from the vocabulary. the whole alphabet as special
-    # tokens it has nothing left to order; the tokenizer itself is then built from the vocabulary.
+    # The trainer numbers word pieces in the order of a hash table. This order differs between runs, and decides between equally frequent
+    # merges. With all characters as special tokens, the trainer has nothing left to order. The tokenizer is then built from the vocabulary.
     letters = sorted(set("".join(normalizer.normalize_str(text) for text in texts)) - set(" \t\n\r"))
     alphabet = [*letters, *(f"##{letter}" for letter in letters)]
 

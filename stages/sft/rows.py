@@ -19,8 +19,6 @@ from stages.sft.config import SFTStepConfig
 from stages.step import StepContext
 
 HELDOUT_EVERY = 20  # every n-th block of the pretraining mix is held out
-
-
 MOST_HELDOUT_BLOCKS = 64
 
 
@@ -53,8 +51,8 @@ def short_enough(rows: list[EncodedRow], max_length: int, context: StepContext, 
     """The rows with at most ``max_length`` tokens. Longer ones are not truncated, because that would teach a false ending."""
     kept = [row for row in rows if len(row.ids) <= max_length]
     if not kept:
-        longest = min((len(row.ids) for row in rows), default=0)
-        raise DataError(f"no {which} demonstration fits max_length={max_length}: the shortest of {len(rows)} has {longest} tokens")
+        shortest = min((len(row.ids) for row in rows), default=0)
+        raise DataError(f"no {which} demonstration fits max_length={max_length}: the shortest of {len(rows)} has {shortest} tokens")
     if len(kept) < len(rows):
         context.runtime.console.print(
             f"{context.name}: left out {len(rows) - len(kept)} of {len(rows)} {which} demonstrations longer than {max_length} tokens"
