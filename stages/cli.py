@@ -165,8 +165,7 @@ def root(
 
     protect_secrets()
     # A recipe may name functions (package.module:function) in the current folder. Unlike `python -m`, the `stages` script does not search
-    # it. It is added last, so that a local file cannot replace an installed package. a file that happens to lie here must not stand in for
-    # an installed package.
+    # it. It is added last, so that a local file cannot replace an installed package.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
 

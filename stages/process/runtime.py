@@ -62,8 +62,7 @@ class Runtime:
         from accelerate import PartialState
 
         # Without cpu=True accelerate joins no process group on a CPU, and each launched process would train alone. The timeout is long
-        # because rank zero may write for a long time; the launcher detects processes that are gone. for a process that is at work and not
-        # for one that is gone, which the launcher notices: rank zero may write for long.
+        # because rank zero may write for a long time; the launcher detects processes that are gone.
         state = PartialState(cpu=wants_cpu() or not torch.accelerator.is_available(), timeout=timedelta(hours=3))
         if state.num_processes != launched_processes():
             raise LaunchError(
