@@ -22,7 +22,7 @@ from stages.models.output_path import multiplies_directly
 from stages.models.packing import Packing, packed_attention, packing_indices, packing_kernel, whole_rows
 from stages.models.parts import transformer_of
 from stages.rl.logprobs import entropy, token_logprobs
-from stages.sampling.generation import right_pad
+from stages.sampling.padding import right_pad
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ from stages.rl.kl import estimate_kl
 from stages.rl.losses import importance_weights
 from stages.rl.masking import scale_to_unit_variance, whiten
 from stages.rl.shaping import penalize_missing_eos, shape_rewards
-from stages.sampling.generation import decode_completions, right_pad
+from stages.sampling.generation import decode_completions
+from stages.sampling.padding import right_pad
 
 
 class ScoringError(TrainingError):

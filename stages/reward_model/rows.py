@@ -13,7 +13,7 @@ from stages.corpora.messages import errors_at
 from stages.corpora.templates import encode_pair
 from stages.errors import DataError
 from stages.reward_model.preferences import EncodedComparison
-from stages.sampling.generation import right_pad
+from stages.sampling.padding import right_pad
 from stages.step import StepContext
 
 

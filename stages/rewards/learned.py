@@ -23,7 +23,7 @@ from stages.rewards.classifier import ClassifierSource
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement, Spans
 from stages.rewards.source import RewardSource
-from stages.sampling.generation import right_pad
+from stages.sampling.padding import right_pad
 from stages.tokens.positions import readable_length
 
 RewardModelLoader = Callable[[ResolvedModel], RewardModel]
