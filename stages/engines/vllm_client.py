@@ -38,6 +38,7 @@ class VllmClient:
 
     def __init__(self, url: str, settings: Vllm, key: str | None) -> None:
         self.url, self.settings = url.rstrip("/").removesuffix("/v1"), settings
+        self._base_model = ""  # empty: not asked yet
         self._client = JsonClient(
             key=key,
             timeout=settings.timeout_seconds,
@@ -65,12 +66,18 @@ class VllmClient:
         return found
 
     def base_model(self) -> str:
-        """The name of the server's base model, without an adapter. Raises ModelError if there is none, Lost without an answer."""
+        """The name of the server's base model, without an adapter. Only the first call asks the server.
+
+        Raises ModelError if there is none, Lost without an answer.
+        """
+        if self._base_model:
+            return self._base_model
         listed = self._get("/v1/models", lambda answer: _field(answer, "data"))
         names = [str(one["id"]) for one in listed if not one.get("parent")]
         if not names:
             raise ModelError(f"the vLLM server {self.url} lists no model of its own under /v1/models")
-        return names[0]
+        self._base_model = names[0]
+        return self._base_model
 
     # Sampling
 

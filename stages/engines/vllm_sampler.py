@@ -24,7 +24,8 @@ from stages.models.served_adapter import Update, updates_of, write_adapter
 from stages.models.sharding import unsharded_state_dict
 from stages.process.runtime import Runtime
 from stages.registry.references import ResolvedModel
-from stages.sampling.generation import Generated, OnFinished, ending_tokens, left_pad, require_room, right_pad
+from stages.sampling.generation import Generated, OnFinished, ending_tokens, require_room
+from stages.sampling.padding import left_pad, right_pad
 
 PROBE_PROMPT, PROBE_TOKENS = 8, 16  # tokens of the probe's prompt and of its completion
 FP32_BOUND, ROUNDED_BOUND = 1e-3, 0.1  # bounds on the mean difference in fp32 and in lower precision, in nats per token
@@ -169,7 +170,7 @@ class VllmSampler:
         require_room(self.policy.model, prompts, settings)
         stop, late = ending_tokens(self.policy.model, self.tokenizer, settings)
         made = self.servers.complete(
-            self._model or self.servers.clients[0].base_model(),
+            self._model,
             prompts,
             settings,
             seeds,

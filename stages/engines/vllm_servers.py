@@ -99,13 +99,14 @@ class Servers:
     ) -> list[Completed]:
         """Sample a completion for each prompt (token ids). If a server dies, the others get its prompts, with the same seeds.
 
+        ``model``: the adapter's name on the servers; empty: the base model of each server, whose names may differ.
         ``revive``: called if no server is left; it returns whether a server with the model is available again. ``on_finished`` gets every
         completion when it arrives. Raises SamplerLost if no server is left, ModelError if a server refuses a request.
         """
         done: dict[int, Completed] = {}
 
         def ask(row: int, client: VllmClient) -> Completed:
-            return _complete(client, model, prompts[row], settings, seeds[row], stop_ids, late_stop_ids)
+            return _complete(client, model or client.base_model(), prompts[row], settings, seeds[row], stop_ids, late_stop_ids)
 
         def arrived(row: int, one: Completed) -> None:
             done[row] = one

@@ -172,6 +172,30 @@ def test_a_server_that_dies_is_left_out(stub, settings, opened) -> None:
         assert set(lost.value.completed) <= {0}
 
 
+def test_base_models_of_different_names_and_a_server_that_dies_between_two_samplings(stub, settings, opened, monkeypatch) -> None:
+    first, second = stub(), stub()
+    answer = second.answer
+
+    def renamed(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "other"}]}
+        if path != "/v1/completions":
+            return answer(path, body)
+        assert body["model"] == "other"
+        status, content = answer(path, {**body, "model": "base"})
+        return status, {**content, "model": "other"}
+
+    monkeypatch.setattr(second, "answer", renamed)
+    chosen = settings(first, second, temperature=0)
+    opening, local = opened(chosen)
+    expected = local.sample(PROMPTS, chosen, SEEDS)
+    with opening as sampler:
+        same(sampler.sample(PROMPTS, chosen, SEEDS), expected)
+        first.die()
+        same(sampler.sample(PROMPTS, chosen, SEEDS), expected)
+        assert [one["server"] for one in sampler.report()["left_out"]] == [first.url]
+
+
 def test_one_that_never_answered_is_left_out_where_another_does(stub, settings, opened) -> None:
     living, dead = stub(), stub()
     dead.die()
