@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -218,16 +217,18 @@ class Updater:
 
     def _policy_term(self, one: Pass) -> Callable[[Tensor, Tensor, slice], Tensor]:
         """The policy's loss per token of a pass, as a function of its log-probabilities and entropies."""
-        config = self.config
 
         def term(logprobs: Tensor, entropies: Tensor, rows: slice) -> Tensor:
-            clips: dict[str, Any] = {"clip_range": config.clip.ratio, "dual_clip": config.clip.dual}
-            terms = policy_terms(logprobs, one.rollout_logprobs[rows], one.advantages[rows], **clips)
-            if one.importance is not None:
-                terms = terms * one.importance[rows]
-            return terms - config.entropy_coef * entropies if config.entropy_coef else terms
+            terms = self._weighted_terms(one, logprobs, rows)
+            return terms - self.config.entropy_coef * entropies if self.config.entropy_coef else terms
 
         return term
+
+    def _weighted_terms(self, one: Pass, logprobs: Tensor, rows: slice) -> Tensor:
+        """PPO's clipped terms of the tokens ``rows`` of a pass, times their importance weights. ``logprobs``: those of ``rows``."""
+        clip = self.config.clip
+        terms = policy_terms(logprobs, one.rollout_logprobs[rows], one.advantages[rows], clip_range=clip.ratio, dual_clip=clip.dual)
+        return terms if one.importance is None else terms * one.importance[rows]
 
     @torch.no_grad()
     def _sum_up(self, one: Pass, policy: PolicyLoss, values: Tensor | None, errors: Tensor | None, totals: Totals) -> None:
@@ -235,10 +236,7 @@ class Updater:
         config = self.config
         log_ratio = policy.logprobs - one.rollout_logprobs
         ratio = log_ratio.exp()
-        clips: dict[str, Any] = {"clip_range": config.clip.ratio, "dual_clip": config.clip.dual}
-        terms = policy_terms(policy.logprobs, one.rollout_logprobs, one.advantages, **clips)
-        if one.importance is not None:
-            terms = terms * one.importance
+        terms = self._weighted_terms(one, policy.logprobs, slice(None))
         clipped = policy_clipped(policy.logprobs, one.rollout_logprobs, one.advantages, clip_range=config.clip.ratio)
         totals.add(
             policy_loss=terms.sum(),
