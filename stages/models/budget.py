@@ -140,8 +140,11 @@ class PassBudget:
 
 
 def each_group(what: str, groups: Iterable[Sequence[int]], work: Callable[[Sequence[int]], None]) -> None:
-    """``work(rows)`` for every group of rows, in order. A group that runs out of memory is done again in halves, and later groups are cut
-    to that size; the log says so once, naming ``what``. ``work`` must leave nothing behind where it fails."""
+    """Call ``work(rows)`` for every group of rows, in order.
+
+    If memory runs out, the group is repeated in halves, and later groups are split to that size. The log says so once and names ``what``.
+    ``work`` must have no side effects if it fails.
+    """
     waiting, most = [list(group) for group in groups], 0  # 0: no limit yet
     while waiting:
         rows = waiting.pop(0)
@@ -163,7 +166,7 @@ def each_group(what: str, groups: Iterable[Sequence[int]], work: Callable[[Seque
 
 
 def release_memory() -> None:
-    """Give the memory of a pass that failed back to its device, and what decoding keeps for its next call."""
+    """Free the memory of a failed pass, and the workspace that decoding keeps for its next call."""
     drop_kept_workspace()
     gc.collect()
     if torch.cuda.is_available():

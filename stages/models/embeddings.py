@@ -1,4 +1,4 @@
-"""More rows for the embedding of a model whose tokenizer has more tokens."""
+"""Adds rows to the embedding of a model whose tokenizer has more tokens than the embedding has rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewards behind a server score what the policy has finished, while it samples on and its completions are measured."""
+"""Scoring by remote rewards in parallel: they score finished completions while the policy still samples or is measured."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from stages.sampling.generation import Finished, OnFinished, completion_text
 
 
 class EarlyScoring:
-    """A context: inside, completions that are finished go to the remote ones among some reward sources.
+    """A context manager. Inside it, finished completions are sent to the remote reward sources.
 
-    The sources give their scores, and meet their errors, when they are asked for the scores of all completions. An exception inside, such
-    as a request to stop, drops what was begun.
+    A source returns its scores, and raises its errors, when it is asked for the scores of all completions. An exception inside the context,
+    such as a request to stop, discards the scores that were requested early.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class EarlyScoring:
 
     @property
     def on_finished(self) -> OnFinished | None:
-        """What hears of finished completions; None where no source is remote, so that sampling does not wait for a GPU's tokens."""
+        """The callback for finished completions. None if no source is remote: then sampling need not copy tokens from the GPU early."""
         return self._begin if self.sources else None
 
     def _begin(self, finished: list[Finished]) -> None:
@@ -51,5 +51,5 @@ class EarlyScoring:
             source.begin([self._prompts[row] for row in rows], completions, details)
 
     def seconds(self) -> float:
-        """Seconds of remote scoring so far, summed over the sources: so long the run did not wait for them."""
+        """Seconds of remote scoring so far, summed over the sources. The run did not wait during this time."""
         return sum(source.seconds_under_way() for source in self.sources)

@@ -1,4 +1,4 @@
-"""Prompts as tokens, and how many tokens they and sequences may have."""
+"""Prompts as token ids, and the maximum lengths of prompts and sequences."""
 
 from __future__ import annotations
 

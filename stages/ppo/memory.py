@@ -1,4 +1,4 @@
-"""The memory of a PPO step."""
+"""Estimate of the peak memory of a PPO step."""
 
 from __future__ import annotations
 
@@ -72,9 +72,10 @@ def _rows(config: PPOStepConfig) -> int:
 
 
 def _update_rows(config: PPOStepConfig, length: int, machine: Machine, share: int, needed: Callable[[int], float]) -> int:
-    """Episodes of ``length`` tokens in a pass of the update, of ``share`` in a process's minibatch.
+    """The number of episodes of ``length`` tokens in one pass of the update.
 
-    ``auto`` on a GPU: as many as its memory holds, and one at least. ``needed``: the memory in bytes, by the episodes of a pass.
+    ``share``: episodes of a minibatch on one process. ``needed(rows)``: memory in bytes with ``rows`` episodes per pass. With ``auto`` on a
+    GPU, the number is as large as the memory allows, and at least one.
     """
     if config.microbatch_size != "auto" or machine.kind == "cpu":
         return rows_per_batch(min(_rows(config), share), length, device_type=machine.kind)
