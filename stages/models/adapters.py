@@ -88,7 +88,7 @@ def attach_lora(
             f"{type(plain).__name__}: {error} {_linear_modules(plain)}"
         ) from error
     model.peft_config[name].base_model_name_or_path = base
-    _preparewrappers_of(model, name)
+    _prepare_wrappers(model, name)
     model._stages_sources = {**getattr(model, "_stages_sources", {}), name: source}
     _start_from_what_acts(model, name)
     for parameter_name, parameter in model.named_parameters():
@@ -128,7 +128,7 @@ def add_adapter(model: Any, adapter: ResolvedModel | SavedAdapter, name: str, *,
                 model.add_adapter(name, saved.config)
             else:
                 model = get_peft_model(model, saved.config, adapter_name=name)
-            _preparewrappers_of(model, name)
+            _prepare_wrappers(model, name)
             report = set_peft_model_state_dict(model, saved.weights, adapter_name=name)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
         raise ModelError(f"the adapter {saved.ref!r} does not fit its base {type(plain).__name__}: {error}") from error
@@ -299,7 +299,7 @@ def _start_from_what_acts(model: Any, name: str) -> None:
             modules[name].load_state_dict(modules[active[-1]].state_dict())
 
 
-def _preparewrappers_of(model: Any, name: str) -> None:
+def _prepare_wrappers(model: Any, name: str) -> None:
     """Fix peft's wrappers of full module copies and rows after adding the adapter ``name``.
 
     Full copies are fp32 while they are trained, but their base may be bf16. Let them compute in their own dtype and return the base's dtype
