@@ -92,10 +92,8 @@ class ScalarModel(nn.Module):
         """Last hidden states [B, T, d].
 
         Right-padded rows need no mask, because a causal model does not attend to later tokens. Left-padded rows are rotated to right
-        padding for
-        the pass, and their hidden states are rotated back. So every family, including those without a mask (RWKV), reads a text from
-        position 0,
-        and the fastest kernels can be used.
+        padding for the pass, and their hidden states are rotated back. So every family, including those without a mask (RWKV), reads a
+        text from position 0, and the fastest kernels can be used.
         """
         self.activate()
         if bool(attention_mask[:, 0].all()):

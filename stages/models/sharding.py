@@ -156,7 +156,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float | None) -> f
 
 @torch.no_grad()
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """The norm of all gradients together, parts on other processes included: a scalar on their device, which nobody waits for."""
+    """The norm of all gradients, including parts on other processes. It is a scalar on their device, so the CPU does not wait for it."""
     gradients: list[Any] = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros((), device=parameters[0].device if parameters else None)
@@ -174,7 +174,7 @@ def _square(gradient: Any) -> Tensor:
 
 @torch.no_grad()
 def scale_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, limit: float | None) -> None:
-    """Scale gradients of this ``norm`` down to ``limit`` where it is above it, as torch.nn.utils.clip_grad_norm_ does."""
+    """Scale the gradients down if their ``norm`` exceeds ``limit``, as torch.nn.utils.clip_grad_norm_ does."""
     gradients: list[Any] = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if limit is None or not gradients:
         return

@@ -79,7 +79,7 @@ def iteration_metrics(
 
 
 def _importance_metrics(rollout: Rollout, cap: float) -> dict[str, float]:
-    """How far another engine's log-probabilities are from the trainer's, and the weights that make up for it; none for the local one."""
+    """The gap between another engine's log-probabilities and the trainer's, and the importance weights. Empty for the local engine."""
     weights = rollout.importance(cap)
     if weights is None:
         return {}

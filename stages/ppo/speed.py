@@ -31,7 +31,7 @@ class MatmulCounter:
         lengths = batch.packing.lengths if batch.packing is not None else (columns,) * rows
         # A frozen weight has no weight gradient, but its input gradient is still computed.
         per_token = 2 * (trained * (3 if backward else 1) + frozen * (2 if backward else 1))
-        attention = 4 * width * layers * (3 if backward else 1)  # for each token that a token looks back on, half of them at the mean
+        attention = 4 * width * layers * (3 if backward else 1)  # per earlier token; a token has length / 2 of them on average
         self.flops += sum(length * (per_token + attention * length / 2) for length in lengths)
         if output is not None:
             trained, frozen = _weights(output)
