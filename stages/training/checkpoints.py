@@ -95,11 +95,7 @@ class Checkpoints:
         os.rename(staging, self.folder / f"checkpoint-{number:06d}")
         sync(self.folder)
         kept = self._all()
-        best = sorted(
-            (checkpoint for checkpoint in kept if checkpoint.score is not None),
-            key=lambda checkpoint: (-(checkpoint.score or 0.0), checkpoint.number),
-        )
-        wanted = {checkpoint.number for checkpoint in [*kept[: self.keep_last], *best[: self.keep_best]]}
+        wanted = {checkpoint.number for checkpoint in [*kept[: self.keep_last], *_best_first(kept)[: self.keep_best]]}
         for checkpoint in kept:
             if checkpoint.number not in wanted:
                 # Rename it first, so that a partly removed checkpoint does not look like a partly written one.
@@ -120,9 +116,7 @@ class Checkpoints:
 
     def best(self) -> Checkpoint | None:
         """The intact checkpoint with the highest score. If scores are equal, the earliest. Call on every process."""
-        scored = [checkpoint for checkpoint in self._all() if checkpoint.score is not None]
-        ordered = sorted(scored, key=lambda checkpoint: (-(checkpoint.score or 0.0), checkpoint.number))
-        return self.runtime.decide(lambda: self._first_intact(ordered))
+        return self.runtime.decide(lambda: self._first_intact(_best_first(self._all())))
 
     def _first_intact(self, checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
         for checkpoint in checkpoints:
@@ -143,6 +137,12 @@ class Checkpoints:
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # without a manifest it is incomplete
         return sorted(checkpoints, key=lambda entry: -entry.number)
+
+
+def _best_first(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
+    """The checkpoints that have a score, from the highest score to the lowest. Of equal scores the earlier checkpoint comes first."""
+    scored = (checkpoint for checkpoint in checkpoints if checkpoint.score is not None)
+    return sorted(scored, key=lambda checkpoint: (-(checkpoint.score or 0.0), checkpoint.number))
 
 
 def problem_of(path: Path) -> str | None:
