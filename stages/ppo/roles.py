@@ -275,12 +275,11 @@ def _value_source(config: PPOStepConfig, context: StepContext, tokenizer: Any) -
             model = context.models.get(f"{field_path}.model")
             if model is None or reward.label is not None or reward.answers is not None or is_generative(model):
                 continue
-            if load_tokenizer(model).get_vocab() != vocabulary:
-                continue
-            short = _too_short(config, context, model, tokenizer)
-            if not short:
+            is_other = load_tokenizer(model).get_vocab() != vocabulary
+            unfit = "has a different vocabulary than the policy" if is_other else _too_short(config, context, model, tokenizer)
+            if not unfit:
                 return model, True
-            console.print(f"{context.name}: the reward model {model.ref} {short}; it is not used as initial value network")
+            console.print(f"{context.name}: the reward model {model.ref} {unfit}; it is not used as initial value network")
         console.print(f"{context.name}: no reward model can read the policy's texts; the value network is initialized from the policy")
     return context.models["policy"], False
 

@@ -75,6 +75,19 @@ def test_a_value_network_is_not_started_from_a_model_that_reads_less_and_it_is_s
     assert any("reads at most 16 tokens" in line and "it is not used as initial value network" in line for line in lines)
 
 
+def test_a_reward_model_of_another_vocabulary_does_not_start_the_value_network_and_it_is_said(
+    step: Any, short_reward: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = transformers.AutoTokenizer.from_pretrained(short_reward)
+    other.add_tokens(["another"])
+    other.save_pretrained(short_reward)
+    config, context = step("joy")
+    lines = said(context, monkeypatch)
+    roles = load_roles(config, context)
+    assert roles.value is not None and roles.value.config.model_type == "llama"
+    assert any("has a different vocabulary than the policy; it is not used as initial value network" in line for line in lines)
+
+
 def test_a_value_that_the_recipe_names_and_that_reads_less_is_refused(step: Any) -> None:
     with pytest.raises(ModelError, match="reads at most 16 tokens, but a prompt with its completion has up to"):
         load_roles(*step(WORDS, value="short"))
