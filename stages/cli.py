@@ -473,7 +473,7 @@ def _tree(node: dict[str, Any], registry: Registry, everything: bool, branch: Tr
     if node.get("trust_remote_code"):
         note += ", with code from the Hub"
     if node.get("recorded"):
-        note += f", as {node['recorded']} tells"
+        note += f", as described by {node['recorded']}"
     digest = f" {node['digest']}" if everything else ""
     label = f"[bold]{escape(node['ref'])}[/]{escape(digest)} ({escape(note)})"
     here = Tree(label) if branch is None else branch.add(label)
@@ -584,7 +584,7 @@ def push(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Push a version to the Hub: its files, what an adapter stands on, a model card, lineage and evaluation results."""
+    """Push a version to the Hub: its files, the base of an adapter, a model card, lineage and evaluation results."""
     from stages.sharing.push import push as push_model
 
     pushed = push_model(ref, repository, _registry(home), message=message, private=not public, say=_progress(as_json))

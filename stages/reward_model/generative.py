@@ -139,7 +139,7 @@ def encode(comparison: Comparison, judging: GenerativeSource) -> EncodedComparis
 def measure(judging: GenerativeSource, comparisons: Sequence[Comparison], encoded: Sequence[EncodedComparison]) -> dict[str, Any]:
     """Agreement of the log-odds with held-out comparisons. Raises DataError if there are none."""
     if not comparisons:
-        raise DataError("no held-out comparison has a preference; name a validation source with pairs that are no ties")
+        raise DataError("no held-out comparison has a preference; use validation data with pairs that are not ties")
     prompts = [item.prompt for item in comparisons for _ in item.completions]
     completions = [completion_text(text) for item in comparisons for text in item.completions]
     training = judging.model.training

@@ -116,7 +116,7 @@ class RankingTrainer(reproducible(Trainer)):  # type: ignore[misc]
         return [len(own) * max(own) for own in texts]
 
     def part_of(self, batch: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-        """All completions of the prompts ``rows``, which are numbered anew."""
+        """All completions of the prompts ``rows``. These prompts get the new numbers 0, 1, ..."""
         owners: list[int] = batch["prompt_index"].tolist()
         numbers = {prompt: number for number, prompt in enumerate(rows)}
         part = chosen_rows(batch, [text for text, owner in enumerate(owners) if owner in numbers])

@@ -13,7 +13,6 @@ from stages.errors import RecipeError
 
 ENDPOINT_FIELDS = ("protocol", "served_model", "columns", "label_column", "api_key_variable", "concurrency", "on_failure", "cache")
 
-
 QUESTION = (
     "<prompt>\n{prompt}\n</prompt>\n\n<response>\n{completion}\n</response>\n\nIs this a good response to the prompt? Answer Yes or No."
 )
@@ -38,7 +37,7 @@ class RubricJudge(Strict):
         None, pattern=r"^[A-Za-z_]\w*$", description="Environment variable that holds the key; it is read there and written nowhere."
     )
     max_tokens: int = Field(16, ge=1, description="Most tokens of a reply.")
-    attempts: int = Field(2, ge=1, description="Times that a completion is graded anew where the reply has no grade.")
+    attempts: int = Field(2, ge=1, description="Maximum requests per completion until a reply has a grade.")
     max_refused_share: float = Field(0.1, ge=0, le=1, description="Share of a call's completions without a grade above which the run ends.")
     concurrency: int = Field(8, ge=1, description="Requests under way at once.")
     timeout_seconds: float = Field(60.0, gt=0, description="Longest wait for one reply.")
@@ -111,7 +110,7 @@ class RewardInput(Strict):
     )
     batch_size: int = Field(64, ge=1, description="Texts scored together, per process.")
     timeout_seconds: float | None = Field(
-        600.0, gt=0, description="function: the longest it may take for the completions of one call, before the run ends; null: for ever."
+        600.0, gt=0, description="function: maximum time for the completions of one call; after it the run ends. null: no limit."
     )
     retries: int | None = Field(
         None, ge=0, description="function, endpoint: further attempts after a failure or time-out. null: 0 for a function, else 4."

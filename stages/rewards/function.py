@@ -121,7 +121,7 @@ class FunctionSource:
             except Hung:
                 self._worker, cause = None, None
                 reason = f"did not return within {self.timeout:g} s for {len(completions)} completions"
-                advice = "; mend it, or raise timeout_seconds of this reward"
+                advice = "; make it faster, or raise timeout_seconds of this reward"
             else:
                 if cause is None:
                     return value

@@ -118,7 +118,7 @@ def good(p, c): return (len(text) for text in c)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("hangs", "nonsense:hangs did not return within 0.2 s for 2 completions; mend it, or raise timeout_seconds"),
+        ("hangs", "nonsense:hangs did not return within 0.2 s for 2 completions; make it faster, or raise timeout_seconds"),
         ("raises", "nonsense:raises raised ZeroDivisionError: no"),
         ("leaves", "nonsense:leaves raised SystemExit: 3"),
         ("text", "nonsense:text returned 'high'; expected one number per completion"),

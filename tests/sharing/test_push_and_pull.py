@@ -148,7 +148,7 @@ def test_a_version_comes_back_as_it_was(server, client, home, tmp_path, name) ->
     assert tree.status == 0 and client.run("models", "show", "mine/copy", "--all", "--home", str(tmp_path)).status == 0
     if name == "value":
         commit = server.commit("model", "org/value")
-        assert f"recipe/reward@1 (reward_model, adapter on recipe/base@1, as org/value@{commit[:8]}" in tree.output
+        assert f"recipe/reward@1 (reward_model, adapter on recipe/base@1, as described by org/value@{commit[:8]}" in tree.output
 
 
 def test_what_is_pushed_is_said_and_is_private(server, client, home) -> None:
