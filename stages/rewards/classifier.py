@@ -19,6 +19,7 @@ from stages.errors import ModelError
 from stages.models.budget import each_group
 from stages.models.loading import load_classifier, load_tokenizer
 from stages.registry.references import ResolvedModel
+from stages.rewards.batching import like_length_batches
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement
 from stages.rewards.texts import whole_text
@@ -112,8 +113,6 @@ class ClassifierSource:
         return row if row["input_ids"] else {name: [self.tokenizer.pad_token_id if name == "input_ids" else 0] for name in row}
 
     def _score_rows(self, rows: Sequence[Row]) -> Tensor:
-        from stages.rewards.batching import like_length_batches
-
         scores = torch.empty(len(rows))
 
         def score(places: Sequence[int]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from stages.corpora.messages import Prompt, transcript
 from stages.errors import TrainingError
+from stages.rewards.checking import checked
 from stages.rewards.details import NOTHING, Details, Judgement, Spans
 from stages.rewards.signature import GIVEN, Signature, load_function, signature_of
 from stages.rewards.texts import conversation
@@ -100,8 +101,6 @@ class FunctionSource:
         return Judgement(scores)
 
     def _numbers(self, found: Any, completions: Sequence[str]) -> Tensor:
-        from stages.rewards.checking import checked
-
         try:
             scores = torch.as_tensor(found, dtype=torch.float32)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:

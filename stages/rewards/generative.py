@@ -17,6 +17,7 @@ from stages.errors import ModelError, TrainingError
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.reward_question import RewardQuestion, read_question
 from stages.registry.references import ResolvedModel
+from stages.rewards.batching import like_length_batches
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement
 from stages.tokens.positions import readable_length
@@ -116,8 +117,6 @@ class GenerativeSource:
 
     def _logprobs(self, rows: Sequence[tuple[list[int], int]]) -> Tensor:
         """The log-probability of the answer in each row [rows]."""
-        from stages.rewards.batching import like_length_batches
-
         found = torch.empty(len(rows))
         for places in like_length_batches([len(ids) for ids, _ in rows], self.batch_size):
             width = max(len(rows[place][0]) for place in places)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from stages.errors import TrainingError
 from stages.rewards.checking import checked
 from stages.rewards.details import NOTHING, Details, Judgement, Spans, applies
 from stages.rl.combining import Combine, combine_scores
-
-if TYPE_CHECKING:
-    pass
 
 
 class RewardSource(Protocol):
