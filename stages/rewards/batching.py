@@ -1,8 +1,13 @@
-"""Batching rows of similar length."""
+"""Batch rows of similar length, and pad token rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stages.sampling.padding import right_pad
 
 
 def like_length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -18,3 +23,10 @@ def like_length_batches(lengths: Sequence[int], batch_size: int) -> list[list[in
             batches.append([])
         batches[-1].append(row)
     return batches
+
+
+def padded(rows: Sequence[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token rows as right-padded ids and attention mask, both [B, T]."""
+    ids = right_pad([torch.tensor(row) for row in rows], pad_token_id)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)

@@ -17,7 +17,7 @@ from stages.errors import ModelError, TrainingError
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.reward_question import RewardQuestion, read_question
 from stages.registry.references import ResolvedModel
-from stages.rewards.batching import like_length_batches
+from stages.rewards.batching import like_length_batches, padded
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement
 from stages.tokens.positions import readable_length
@@ -117,16 +117,10 @@ class GenerativeSource:
 
     def _logprobs(self, rows: Sequence[tuple[list[int], int]]) -> Tensor:
         """The log-probability of the answer in each row [rows]."""
-        found = torch.empty(len(rows))
+        found, device = torch.empty(len(rows)), next(self.model.parameters()).device
         for places in like_length_batches([len(ids) for ids, _ in rows], self.batch_size):
-            width = max(len(rows[place][0]) for place in places)
-            ids = torch.full((len(places), width), self.tokenizer.pad_token_id)
-            mask = torch.zeros((len(places), width), dtype=torch.long)
-            for row, place in enumerate(places):
-                ids[row, : len(rows[place][0])] = torch.tensor(rows[place][0])
-                mask[row, : len(rows[place][0])] = 1
-            device = next(self.model.parameters()).device
-            logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+            ids, mask = padded([rows[place][0] for place in places], self.tokenizer.pad_token_id, device)
+            logits = self.model(input_ids=ids, attention_mask=mask).logits
             for row, place in enumerate(places):
                 tokens, length = rows[place]
                 span = slice(len(tokens) - length - 1, len(tokens) - 1)

@@ -18,12 +18,11 @@ from stages.models.budget import each_group
 from stages.models.heads import RewardModel
 from stages.models.reward_question import is_generative
 from stages.registry.references import ResolvedModel
-from stages.rewards.batching import like_length_batches
+from stages.rewards.batching import like_length_batches, padded
 from stages.rewards.classifier import ClassifierSource
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement, Spans
 from stages.rewards.source import RewardSource
-from stages.sampling.padding import right_pad
 from stages.tokens.positions import readable_length
 
 RewardModelLoader = Callable[[ResolvedModel], RewardModel]
@@ -135,7 +134,7 @@ class RewardModelSpans(RewardModelSource):
         for start in range(0, len(completions), self.batch_size):
             pairs = encoded[start : start + self.batch_size]
             rows = [self._kept(ids) for ids, _ in pairs]
-            scores = self.model.score_tokens(*_padded(rows, self.tokenizer.pad_token_id, device)).cpu()
+            scores = self.model.score_tokens(*padded(rows, self.tokenizer.pad_token_id, device)).cpu()
             for row, (whole, prompt_length) in enumerate(pairs):
                 text, length = completions[start + row], len(rows[row])
                 kept = min(len(whole) - prompt_length, length)  # completion tokens that fit into the model's context
@@ -164,14 +163,7 @@ def score_rows(
     scores = torch.empty(len(rows))
 
     def score(places: Sequence[int]) -> None:
-        scores[list(places)] = scorer(*_padded([rows[place] for place in places], pad_token_id, device)).float().cpu()
+        scores[list(places)] = scorer(*padded([rows[place] for place in places], pad_token_id, device)).float().cpu()
 
     each_group("scoring", like_length_batches([len(row) for row in rows], batch_size), score)
     return scores
-
-
-def _padded(rows: Sequence[list[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token rows as right-padded ids and attention mask, both [B, T]."""
-    ids = right_pad([torch.tensor(row) for row in rows], pad_token_id)
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)
