@@ -112,19 +112,20 @@ def _ask_endpoint(judge: EndpointJudge, context: StepContext, questions: Sequenc
     if judge.against == "last":
         last = list(answers)[-1]
         pairs = [pair for pair in pairs if last in pair]
-    prompts = sorted({question.prompt_number for question in questions})[: judge.num_prompts]
-    rows = [row for row, question in enumerate(questions) if question.prompt_number in set(prompts)]
+    prompts = set(sorted({question.prompt_number for question in questions})[: judge.num_prompts])
+    rows = [row for row, question in enumerate(questions) if question.prompt_number in prompts]
     texts = {name: answer.texts for name, answer in answers.items()}
     asked = [(pair, row) for pair in pairs for row in rows if texts[pair[0]][row] is not None and texts[pair[1]][row] is not None]
     context.runtime.console.print(f"{context.name}: {judge.name} compares {len(asked)} pairs of completions, in both orders")
 
     def make() -> tuple[list[float | None], dict[str, Any]]:
-        from stages.judges.endpoint import Comparison, EndpointClient, ReplyCache
+        from stages.judges.endpoint import Comparison, EndpointClient
         from stages.process.environment import secret
+        from stages.process.remote import AnswerCache
 
         key = secret(judge.api_key_variable) if judge.api_key_variable is not None else None
         comparisons = [Comparison(questions[row].prompt, texts[a][row] or "", texts[b][row] or "") for (a, b), row in asked]
-        cache = ReplyCache(context.cache_folder / "judgements.sqlite3")
+        cache = AnswerCache(context.cache_folder / "judgements.sqlite3")
         try:
             with (
                 EndpointClient(judge, key=key, cache=cache) as client,

@@ -176,3 +176,16 @@ def asked_wait(header: str | None) -> float:
         return min(LONGEST_WAIT, max(0.0, float(header or 0)))
     except ValueError:
         return 0.0
+
+
+def chat_reply(content: Any) -> tuple[str, int, int]:
+    """(text, prompt tokens, reply tokens) of a chat completion. Raises GaveUp if ``content`` is not a chat completion."""
+    try:
+        text = content["choices"][0]["message"]["content"] or ""
+        usage = content.get("usage") or {}
+        tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise GaveUp("the reply is not a chat completion") from error
+    if not isinstance(text, str):
+        raise GaveUp("the reply is not a chat completion")
+    return text, *tokens

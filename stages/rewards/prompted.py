@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stages.corpora.messages import Prompt, transcript
 from stages.errors import TrainingError
-from stages.process.remote import AnswerCache, GaveUp, JsonClient, Refused
+from stages.process.remote import AnswerCache, GaveUp, JsonClient, Refused, chat_reply
 from stages.rewards.background import RemoteSource
 from stages.rewards.config import RewardInput, read_rubric
 from stages.rewards.details import NOTHING, Details, Judgement
@@ -178,23 +178,10 @@ class RubricSource(RemoteSource[dict[str, Any], Grade]):
             return grade, 0, 0
         sent = received = 0
         for _ in range(self.judge_input.attempts):
-            reply, *tokens = self._client.post(f"{self.judge_input.endpoint.rstrip('/')}/chat/completions", body, _chat_reply)
+            reply, *tokens = self._client.post(f"{self.judge_input.endpoint.rstrip('/')}/chat/completions", body, chat_reply)
             sent, received = sent + tokens[0], received + tokens[1]
             if (grade := read_grade(reply, self.judge_input.scale)) is not None:
                 if self.cache is not None:
                     self.cache.put(asked, reply)
                 return grade, sent, received
         return None, sent, received
-
-
-def _chat_reply(content: Any) -> tuple[str, int, int]:
-    """(text, prompt tokens, reply tokens) of a chat completion. Raises GaveUp if ``content`` is not a chat completion."""
-    try:
-        text = content["choices"][0]["message"]["content"] or ""
-        usage = content.get("usage") or {}
-        tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise GaveUp("the reply is no chat completion") from error
-    if not isinstance(text, str):
-        raise GaveUp("the reply is no chat completion")
-    return text, *tokens

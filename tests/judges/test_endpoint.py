@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from stages.errors import ModelError, RecipeError
 from stages.judges.config import EndpointJudge
-from stages.judges.endpoint import Comparison, EndpointClient, ReplyCache, shown
+from stages.judges.endpoint import AnswerCache, Comparison, EndpointClient, shown
 
 Reply = tuple[int, Any, dict[str, str]]
 
@@ -80,7 +80,7 @@ def judge(server: Server, **fields: Any) -> EndpointJudge:
 
 
 def client(
-    server: Server, *, key: str | None = None, cache: ReplyCache | None = None, pauses: list[float] | None = None, **fields: Any
+    server: Server, *, key: str | None = None, cache: AnswerCache | None = None, pauses: list[float] | None = None, **fields: Any
 ) -> Any:
     return EndpointClient(judge(server, **fields), key=key, cache=cache, sleep=(pauses if pauses is not None else []).append)
 
@@ -189,12 +189,12 @@ def test_a_reply_that_is_no_chat_completion(server: Server, content: Any) -> Non
 
 def test_nothing_is_asked_twice(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "cache" / "judgements.sqlite3"
-    with client(server, key="k-123", cache=ReplyCache(path)) as asked:
+    with client(server, key="k-123", cache=AnswerCache(path)) as asked:
         first = asked.compare(PAIRS)
-    with client(server, key="k-123", cache=ReplyCache(path)) as again:
+    with client(server, key="k-123", cache=AnswerCache(path)) as again:
         assert again.compare(PAIRS) == first
     assert again.tally.requests == 0 and again.tally.from_cache == 6 and again.tally.input_tokens == 0
-    with client(server, cache=ReplyCache(path), criteria="Which is shorter?") as other:
+    with client(server, cache=AnswerCache(path), criteria="Which is shorter?") as other:
         other.compare(PAIRS[:1])
     assert other.tally.requests == 2  # another question
     assert b"k-123" not in path.read_bytes()
@@ -204,22 +204,22 @@ def test_nothing_is_asked_twice(server: Server, tmp_path: Path) -> None:
 def test_a_reply_without_a_verdict_is_asked_for_again(server: Server, tmp_path: Path, unreadable: str, reason: str) -> None:
     path = tmp_path / "judgements.sqlite3"
     server.reply = lambda body, number: (200, said(unreadable), {})
-    with client(server, cache=ReplyCache(path), max_failed_share=1.0) as asked:
+    with client(server, cache=AnswerCache(path), max_failed_share=1.0) as asked:
         assert asked.compare(PAIRS[:1]) == [None]
     assert asked.tally.refused == 1 and asked.tally.reasons == {reason: 1}
     server.reply = lambda body, number: (200, said(longer(body)), {})
-    with client(server, cache=ReplyCache(path)) as again:
+    with client(server, cache=AnswerCache(path)) as again:
         assert again.compare(PAIRS[:1]) == [1.0]
     assert (again.tally.requests, again.tally.from_cache) == (2, 0)
 
 
 def test_an_unreadable_reply_of_an_older_cache_is_asked_for_again(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "judgements.sqlite3"
-    with client(server, cache=ReplyCache(path)) as asked:
+    with client(server, cache=AnswerCache(path)) as asked:
         asked.compare(PAIRS[:1])
     with sqlite3.connect(path) as connection:
         connection.execute("UPDATE replies SET reply = ''")
-    with client(server, cache=ReplyCache(path)) as again:
+    with client(server, cache=AnswerCache(path)) as again:
         assert again.compare(PAIRS[:1]) == [1.0]
     assert (again.tally.requests, again.tally.from_cache) == (2, 0)
 
@@ -228,7 +228,7 @@ def test_a_broken_cache_is_said(tmp_path: Path) -> None:
     path = tmp_path / "judgements.sqlite3"
     path.write_text("not a data base, but long enough to be taken for one " * 4)
     with pytest.raises(ModelError, match="the cache of judgements .* cannot be used"):
-        ReplyCache(path)
+        AnswerCache(path)
 
 
 def test_cost(server: Server) -> None:
