@@ -149,23 +149,30 @@ class Registry:
 
     def _commit(self, staging: Path, manifest: dict[str, Any]) -> ModelRecord:
         """Make ``staging``, whose model/ is complete, the next version of the manifest's name."""
-        name, base = manifest["name"], manifest["base"]
+        base = manifest["base"]
         for _, file in files_of(staging / "model"):
             sync(file)
         with self._lock():
             if base is not None and base["kind"] == "registry":
                 self._get_digest(base["digest"], base["digest"].removeprefix("sha256:"))  # raises if the base was removed meanwhile
-            folder = self._models / name
-            folder.mkdir(parents=True, exist_ok=True)
-            self._check_inside(folder)
-            manifest["version"] = self._claim_version(folder)
-            write_json(staging / "manifest.json", manifest)
-            sync(staging)
-            os.rename(staging, folder / str(manifest["version"]))
-            sync(folder)
+            folder = self._place(staging, manifest)
         # Do not read it again: another process may already have removed it, but publishing succeeded.
-        path = folder / str(manifest["version"]) / "model"
-        return ModelRecord(name, manifest["version"], manifest["digest"], manifest["role"], path, manifest)
+        return ModelRecord(manifest["name"], manifest["version"], manifest["digest"], manifest["role"], folder / "model", manifest)
+
+    def _place(self, staging: Path, manifest: dict[str, Any]) -> Path:
+        """Write the manifest with the next version number, and move ``staging`` to its place. Returns the version's folder.
+
+        Call it under the lock. A crash leaves either nothing or a complete version.
+        """
+        folder = self._models / manifest["name"]
+        folder.mkdir(parents=True, exist_ok=True)
+        self._check_inside(folder)
+        manifest["version"] = self._claim_version(folder)
+        write_json(staging / "manifest.json", manifest)
+        sync(staging)
+        os.rename(staging, folder / str(manifest["version"]))
+        sync(folder)
+        return folder / str(manifest["version"])
 
     def adopt(self, record: ModelRecord, name: str) -> ModelRecord:
         """Add a version made by another recipe under ``name``, with the models published beside it (``<name>-value``).
@@ -187,17 +194,8 @@ class Registry:
         with self._staging_folder() as staging:
             shutil.copytree(record.path, staging / "model", copy_function=_link)
             with self._lock():
-                folder = self._models / name
-                folder.mkdir(parents=True, exist_ok=True)
-                self._check_inside(folder)
-                version = self._claim_version(folder)
-                now = _now()
-                adopted = {"name": name, "version": version, "created": now, "adopted_from": record.ref}
-                write_json(staging / "manifest.json", {**record.manifest, **adopted})
-                sync(staging)
-                os.rename(staging, folder / str(version))
-                sync(folder)
-        return self._read(folder / str(version))
+                folder = self._place(staging, {**record.manifest, "name": name, "created": _now(), "adopted_from": record.ref})
+        return self._read(folder)
 
     def _claim_version(self, folder: Path) -> int:
         """The next version number. Call it under the lock. Numbers of removed versions are not reused, so old references stay valid."""
@@ -434,8 +432,9 @@ class Registry:
         if ref == record.name and len(others) > 1:
             refs = ", ".join(other.ref for other in others)
             raise RegistryError(f"{ref!r} has several versions ({refs}); name the one to remove")
-        twins = [other for other in self.records() if other.digest == record.digest and other.ref != record.ref]
-        adapters = [other.ref for other in self.records() if other.is_adapter and other.manifest["base"]["digest"] == record.digest]
+        records = self.records()
+        twins = [other for other in records if other.digest == record.digest and other.ref != record.ref]
+        adapters = [other.ref for other in records if other.is_adapter and other.manifest["base"]["digest"] == record.digest]
         if adapters and not twins and not force:
             raise RegistryError(f"{record.ref} is the base of {', '.join(adapters)}; remove them first, or use --force and lose them")
         return record
