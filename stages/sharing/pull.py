@@ -70,8 +70,7 @@ def pull(
     taken = []
     for version in needed:
         chosen = name or version.name if version is model else version.name
-        size = f"{len(version.manifest['files'])} files, {version.size / 2**20:.1f} MiB"
-        say(f"{version.ref} ({version.manifest['role']}, {version.digest[:19]}) from {repository.ref}: {size}")
+        say(f"{version.ref} ({version.manifest['role']}, {version.digest[:19]}) from {repository.ref}: {version.amount}")
         taken.append(_take(repository, version, registry, chosen))
     if found:
         return Pulled(found[-1], taken, was_here=True)

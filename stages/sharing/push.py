@@ -95,8 +95,8 @@ def _contents(shared: list[SharedVersion], target: str, evaluations: int) -> lis
     """A description of the upload, one line per part."""
     model, *bases = shared
     lines = [
-        f"{model.ref} ({model.manifest['role']}, {model.digest[:19]}) to {target}: {_amount(model)}",
-        *(f"with {base.ref} below it, in {base.folder}: {_amount(base)}" for base in bases),
+        f"{model.ref} ({model.manifest['role']}, {model.digest[:19]}) to {target}: {model.amount}",
+        *(f"with {base.ref} below it, in {base.folder}: {base.amount}" for base in bases),
         f"with its card, its lineage and the results of {evaluations} evaluations",
     ]
     if base := shared[-1].manifest["base"]:
@@ -117,7 +117,3 @@ def _cut_paths(versions: list[tuple[ModelRecord, SharedVersion]]) -> list[str]:
     """A line with the number of local paths that are shared without their folders."""
     paths = sorted({path for record, _ in versions for path in local_paths(record.manifest)})
     return [f"{len(paths)} paths of this machine, such as {paths[0]}, are shared without their folders"] if paths else []
-
-
-def _amount(version: SharedVersion) -> str:
-    return f"{len(version.manifest['files'])} files, {version.size / 2**20:.1f} MiB"

@@ -52,9 +52,10 @@ class SharedVersion:
         return str(self.manifest["digest"])
 
     @property
-    def size(self) -> int:
-        """Total size of its files in bytes."""
-        return sum(int(file["size"]) for file in self.manifest["files"])
+    def amount(self) -> str:
+        """The number of its files and their total size, as text."""
+        size = sum(int(file["size"]) for file in self.manifest["files"])
+        return f"{len(self.manifest['files'])} files, {size / 2**20:.1f} MiB"
 
     def path_of(self, name: str) -> str:
         """The path of its file ``name`` in the repository."""
