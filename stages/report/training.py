@@ -32,6 +32,8 @@ HELDOUT = {  # stage -> (metric before, metric after, title)
     "sentiment": ("heldout_accuracy_before", "heldout_accuracy", "held-out accuracy"),
     "dpo": ("", "heldout_accuracy", "held-out accuracy"),
 }
+MOST_GROUPS = 12
+"""Maximum number of values of a column in the figure that splits accuracy by it."""
 
 
 def training(step: StepFolder) -> Figure | None:
@@ -137,7 +139,8 @@ def calibration(step: StepFolder) -> Figure | None:
     lengths = step.metrics.get("heldout_accuracy_by_length") or []
     splits.append(("accuracy by length", "the better completion is", [(item["better_is"], item) for item in lengths]))
     for column, items in (step.metrics.get("heldout_accuracy_by_group") or {}).items():
-        splits.append((f"accuracy by {column}", column, [(str(item["value"]), item) for item in items[:12]]))
+        shown = f" (the first {MOST_GROUPS} of {len(items):,} values)" if len(items) > MOST_GROUPS else ""
+        splits.append((f"accuracy by {column}{shown}", column, [(str(item["value"]), item) for item in items[:MOST_GROUPS]]))
     for split, label, named in splits:
         if not named:
             continue
