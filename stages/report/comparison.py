@@ -9,7 +9,7 @@ from typing import Any
 from stages.report import training
 from stages.report.circumstances import command, facts, packages
 from stages.report.figures import SERIES, Figure
-from stages.report.page import Page, Written, fit_figures, render, write
+from stages.report.page import Page, Written, fit_figures, render, shortened, write
 from stages.report.run_folder import RunFolder
 
 Row = dict[str, Any]
@@ -36,7 +36,10 @@ def render_comparison(runs: Sequence[RunFolder]) -> Page:
         "lede": _lede(differing),
         "runs": [_run(run, name, number) for number, (run, name) in enumerate(zip(runs, names, strict=True))],
         "versions": _versions(runs, names),
-        "settings": {"headings": ["step", "setting", *names], "rows": [[_brief(cell) for cell in row] for row in differing]},
+        "settings": {
+            "headings": ["step", "setting", *names],
+            "rows": [[shortened(cell, LONGEST_CELL) for cell in row] for row in differing],
+        },
         "scores": blocks,
     }
 
@@ -86,10 +89,6 @@ def _versions(runs: Sequence[RunFolder], names: Sequence[str]) -> list[tuple[str
     for run, name in zip(runs, names, strict=True):
         found.setdefault(packages(run.summary.get("environment", {})), []).append(name)
     return [("all runs" if len(found) == 1 else ", ".join(those), versions) for versions, those in found.items()]
-
-
-def _brief(text: str) -> str:
-    return text if len(text) <= LONGEST_CELL else f"{text[:LONGEST_CELL]} … ({len(text) - LONGEST_CELL:,} more characters)"
 
 
 def differing_settings(runs: Sequence[RunFolder]) -> list[list[str]]:

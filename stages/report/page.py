@@ -143,7 +143,7 @@ def render(template: str, **values: Any) -> str:
     environment.filters["percent"] = lambda value: f"{100 * value:.0f} %"
     environment.filters["seconds"] = _seconds
     environment.filters["bytes"] = bytes_text
-    environment.filters["shortened"] = _shortened
+    environment.filters["shortened"] = shortened
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
     policy = (
         f"default-src 'none'; style-src-elem {_hash(style)}; style-src-attr 'unsafe-inline'; script-src {_hash(script)}; img-src data:; "
@@ -216,6 +216,6 @@ def _seconds(value: float | None) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds:02d} s"
 
 
-def _shortened(text: str) -> str:
-    """The beginning of a long text, and the number of missing characters."""
-    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} … ({len(text) - LONGEST_TEXT:,} more characters)"
+def shortened(text: str, longest: int = LONGEST_TEXT) -> str:
+    """The first ``longest`` characters of a text, and the number of missing characters."""
+    return text if len(text) <= longest else f"{text[:longest]} … ({len(text) - longest:,} more characters)"
