@@ -59,14 +59,14 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
             f"{context.name}: {config.training.epochs:g} epochs; reward models overfit quickly (Ouyang et al. 2022, C.2: one epoch)"
         )
     texts = _texts_to_normalize_on(config, context, comparisons)
+    rows_of_texts = encode_pairs(texts, tokenizer, max_length)
     scoring = {"pad_token_id": tokenizer.pad_token_id, "batch_size": 8 * config.training.rows_per_pass}
     before = measure(model.to(context.runtime.device), measuring, **scoring)
 
     def normalise(model: RewardModel) -> tuple[float, float]:
         """Normalise the scores. Returns (gain, previous standard deviation of the scores)."""
-        rows = encode_pairs(texts, tokenizer, max_length)
         with unsharded(model):
-            scores = score_rows(rows, inference(model.eval()), **scoring, device=context.runtime.device).double()
+            scores = score_rows(rows_of_texts, inference(model.eval()), **scoring, device=context.runtime.device).double()
         mean, deviation = float(scores.mean()), float(scores.std(correction=0))
         if config.normalization.to == "standardize":
             return model.standardize(mean, deviation), deviation
