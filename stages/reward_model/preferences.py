@@ -83,7 +83,7 @@ def agreement(scores: Tensor, comparisons: Sequence[EncodedComparison], *, gain:
         "accuracy_by_margin": _by_margin(margins.abs(), correct),
         "score_mean": float(scores.double().mean()),
         "score_std": float(scores.double().std(correction=0)),
-        **_by_length(comparisons, scores, better, worse, correct),
+        **_by_length(comparisons, better, worse, correct),
         **_by_group(comparisons, prompts_of_pairs, correct),
     }
 
@@ -107,7 +107,7 @@ def _by_margin(margins: Tensor, correct: Tensor) -> list[dict[str, float | None]
     return rows
 
 
-def _by_length(comparisons: Sequence[EncodedComparison], scores: Tensor, better: Tensor, worse: Tensor, correct: Tensor) -> dict[str, Any]:
+def _by_length(comparisons: Sequence[EncodedComparison], better: Tensor, worse: Tensor, correct: Tensor) -> dict[str, Any]:
     """Accuracy where the better completion is longer, shorter or about as long, and how often the longer one scores higher.
 
     Without a bias, ``prefers_longer`` is near ``longer_is_better``, the share of pairs in which annotators preferred the longer one.
@@ -134,12 +134,13 @@ def _by_group(comparisons: Sequence[EncodedComparison], prompts_of_pairs: Tensor
     """Accuracy for each value of each column in ``groups``, with its interval."""
     tables: dict[str, Any] = {}
     for column in comparisons[0].groups:
+        by_value: dict[str, list[bool]] = {}
+        for row, is_correct in zip(prompts_of_pairs.tolist(), correct.tolist(), strict=True):
+            by_value.setdefault(comparisons[row].groups[column], []).append(is_correct)
         rows = []
-        for value in sorted({item.groups[column] for item in comparisons}):
-            inside = torch.tensor([comparisons[row].groups[column] == value for row in prompts_of_pairs.tolist()])
-            if inside.any():
-                hits, pairs = int(correct[inside].sum()), int(inside.sum())
-                low, high = wilson_interval(hits, pairs)
-                rows.append({"value": value, "accuracy": hits / pairs, "ci_low": low, "ci_high": high, "pairs": pairs})
+        for value, own in sorted(by_value.items()):
+            hits, pairs = sum(own), len(own)
+            low, high = wilson_interval(hits, pairs)
+            rows.append({"value": value, "accuracy": hits / pairs, "ci_low": low, "ci_high": high, "pairs": pairs})
         tables[column] = rows
     return {"accuracy_by_group": tables} if tables else {}
