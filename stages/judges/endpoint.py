@@ -100,10 +100,14 @@ class EndpointClient:
         with ThreadPoolExecutor(self.judge.concurrency) as pool:
             futures = [pool.submit(self._compare_both_ways, item) for item in comparisons]
             preferences: list[float | None] = []
+            reasons: Counter[str] = Counter()  # of these preferences; the tally also counts comparisons that end later
             try:
                 for future in futures:
-                    preferences.append(future.result())
-                    self._check(preferences, len(comparisons))
+                    preference, reason = future.result()
+                    preferences.append(preference)
+                    if preference is None:
+                        reasons[reason] += 1
+                    self._check(preferences, reasons, len(comparisons))
                     advance()
             except BaseException:
                 for future in futures:
@@ -111,31 +115,32 @@ class EndpointClient:
                 raise
         return preferences
 
-    def _check(self, preferences: list[float | None], total: int) -> None:
+    def _check(self, preferences: list[float | None], reasons: Counter[str], total: int) -> None:
         """Raise ModelError early: once too many comparisons have no verdict, or if none of the first ones has one."""
         missing, first = preferences.count(None), max(8, 2 * self.judge.concurrency)
         if missing > self.judge.max_failed_share * total or (missing == len(preferences) == first and self.judge.max_failed_share < 1):
-            reasons = "; ".join(f"{reason} ({count})" for reason, count in self.tally.reasons.most_common(3))
+            shown = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
             raise ModelError(
                 f"judge {self.judge.name!r} gave no verdict on {missing} of the first {len(preferences)} of {total} comparisons "
-                f"(max_failed_share={self.judge.max_failed_share}): {reasons}. Verdicts are cached: the next run asks only for the rest"
+                f"(max_failed_share={self.judge.max_failed_share}): {shown}. Verdicts are cached: the next run asks only for the rest"
             )
 
-    def _compare_both_ways(self, item: Comparison) -> float | None:
+    def _compare_both_ways(self, item: Comparison) -> tuple[float | None, str]:
+        """The preference of ``compare``, and the reason if there is none."""
         self._count(comparisons=1)
         if item.first == item.second:
             self._count(identical=1)
-            return 0.5
+            return 0.5, ""
         try:
             straight, crossed = self._ask(item.prompt, item.first, item.second), self._ask(item.prompt, item.second, item.first)
         except GaveUp as error:
             self._count(failed=1, reason=str(error))
-            return None
+            return None, str(error)
         except Unreadable as error:
             self._count(refused=1, reason=str(error))
-            return None
+            return None, str(error)
         self._count(consistent=int(straight == 1 - crossed))
-        return (straight + 1 - crossed) / 2
+        return (straight + 1 - crossed) / 2, ""
 
     def _count(self, reason: str = "", **counts: int) -> None:
         with self._lock:
