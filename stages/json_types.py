@@ -1,0 +1,18 @@
+"""Types of JSON content. Content with known keys has a ``TypedDict`` or a dataclass of its own instead."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+JsonObject: TypeAlias = dict[str, object]
+"""A JSON object whose keys are not known in advance. A reader narrows a value with ``isinstance`` before it uses the value."""
+
+
+def json_object(value: object, subject: str) -> JsonObject:
+    """``value`` unchanged, if it is a JSON object. ``subject`` names it in the message.
+
+    Raises TypeError for any other value: callers pass content that this program wrote itself.
+    """
+    if not isinstance(value, dict):
+        raise TypeError(f"{subject} is {type(value).__name__}, expected a JSON object")
+    return value
