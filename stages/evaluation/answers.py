@@ -10,16 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stages.errors import DataError, ModelError
-from stages.evaluation.config import BestOfN, EvaluationConfig, FewShot
-from stages.evaluation.prompts import (
-    Exclusion,
-    encode_prompts,
-    few_shot_prompts,
-    few_shot_text,
-    heldout_texts,
-    positions_of,
-    validation_prompts,
-)
+from stages.evaluation.config import BestOfN, EvaluationConfig
+from stages.evaluation.few_shot import FewShot, few_shot_prompts, few_shot_text, validation_prompts
+from stages.evaluation.prompts import Exclusion
 from stages.rewards.details import Details, columns_of
 
 if TYPE_CHECKING:
@@ -27,6 +20,7 @@ if TYPE_CHECKING:
 
     from stages.corpora.messages import Prompt
     from stages.process.runtime import Runtime
+    from stages.registry.references import ResolvedModel
     from stages.rewards.config import RewardInput
     from stages.step import StepContext
 
@@ -136,8 +130,8 @@ def ask(config: EvaluationConfig, context: StepContext, prompts: list[Prompt], c
             tries = _few_shot_tries(config, context, name, prompts)
             few_shot[name] = tries
             asked = few_shot_prompts(candidate.few_shot, tries[0]["text"], prompts)
-        encoded[name] = encode_prompts(load_tokenizer(model), asked)
-        longest = positions_of(model) - config.generation.max_new_tokens
+        encoded[name] = _encode_prompts(load_tokenizer(model), asked)
+        longest = _positions_of(model) - config.generation.max_new_tokens
         own = [0 < len(ids) <= longest for ids in encoded[name]]
         if own.count(False):
             exclusions.append(Exclusion(f"prompts longer than the {longest} tokens that {name} can read", own.count(False), len(prompts)))
@@ -167,10 +161,10 @@ def _few_shot_tries(config: EvaluationConfig, context: StepContext, name: str, p
         for instruction in range(instructions)
         for draw in range(settings.choose.tries)
     ]
-    longest = positions_of(context.models[f"candidates.{name}"]) - config.generation.max_new_tokens
+    longest = _positions_of(context.models[f"candidates.{name}"]) - config.generation.max_new_tokens
     asked = [row.prompt for row in validation]
     with loaded(config, context, name) as (model, tokenizer):
-        encoded = [encode_prompts(tokenizer, few_shot_prompts(settings, text, asked)) for text in texts]
+        encoded = [_encode_prompts(tokenizer, few_shot_prompts(settings, text, asked)) for text in texts]
         fits = [index for index in range(len(validation)) if all(len(rows[index]) <= longest for rows in encoded)]
         if not fits:
             raise DataError(f"candidate {name!r}: no prompt of few_shot.choose.data fits {longest} tokens in every try; use fewer examples")
@@ -190,6 +184,21 @@ def _few_shot_tries(config: EvaluationConfig, context: StepContext, name: str, p
     means = [sum(scores[start : start + width]) / width for start in range(0, len(scores), width)]
     tries = [{"text": text, "score": mean} for text, mean in zip(texts, means, strict=True)]
     return sorted(tries, key=lambda row: -row["score"])
+
+
+def _encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[list[int]]:
+    """Token ids of each prompt, template included."""
+    from stages.corpora.templates import encode_prompt
+
+    return [encode_prompt(tokenizer, prompt) for prompt in prompts]
+
+
+def _positions_of(model: ResolvedModel) -> int:
+    """The maximum sequence length of a model and its tokenizer, in tokens. Uses the config of the base weights."""
+    from stages.models.loading import config_of, load_tokenizer
+    from stages.tokens.positions import readable_length
+
+    return readable_length(config_of(model), load_tokenizer(model)) or 1_000_000
 
 
 # Answers
@@ -406,7 +415,7 @@ def _perplexity(config: EvaluationConfig, context: StepContext, model: Any, toke
     from stages.corpora.packing import encode_documents, overlapping_windows
     from stages.models.likelihood import measure_likelihood
 
-    texts = heldout_texts(config)
+    texts = config.load_texts()
     likelihood = measure_likelihood(
         model,
         overlapping_windows(encode_documents(tokenizer, texts), config.perplexity_block_size),

@@ -7,39 +7,20 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from stages.config import DataField, DataSource, GenerationSettings, ModelField, ModelInput, StepConfig, Strict
+from stages.corpora.completions import load_completions, prompt_key
+from stages.corpora.files import read_rows
+from stages.corpora.judgements import load_judgements
 from stages.corpora.labels import MOST_COMPLETIONS
+from stages.corpora.messages import Prompt, location_of
+from stages.corpora.prompts import PromptRow
+from stages.corpora.rows import text_of
+from stages.errors import DataError
+from stages.evaluation.few_shot import FewShot, few_shot_text, validation_prompts
+from stages.evaluation.prompts import Exclusion, load_heldout
 from stages.evaluation.tasks import TaskField
-from stages.judges.config import JudgeInput, check_judges
+from stages.judges.config import JudgeInput, JudgementsFile, check_judges
 from stages.labelling.config import PeopleJudge
 from stages.rewards.config import RewardInput, check_rubrics, rubric_inputs
-
-
-class FewShotChoice(Strict):
-    """Prompt engineering with a reward model (Ouyang et al. 2022, section 3.5): use the prompt whose answers score best."""
-
-    reward: RewardInput = Field(description="Reward source that scores the answers to the validation prompts.")
-    data: DataField = Field(description="Validation prompts; prompts of the evaluation are excluded.")
-    num_prompts: int = Field(32, ge=1, description="Validation prompts answered in each try.")
-    tries: int = Field(4, ge=2, description="Sets of examples to try (for each instruction).")
-
-
-class FewShot(Strict):
-    """Few-shot prompting: examples are put before every prompt."""
-
-    data: DataField = Field(description="Demonstrations from which the examples are drawn.")
-    num_examples: int = Field(3, ge=1, description="Examples before each prompt, drawn once with the step's seed.")
-    instruction: str | list[str] = Field("", description="Text before the first example; from a list, choose selects one.")
-    template: str = Field("{prompt}\n{completion}\n\n", description="One example; the prompt to answer uses the part before {completion}.")
-    stop: str = Field("\n", min_length=1, description="Cut the completion where this text begins (the start of another example).")
-    choose: FewShotChoice | None = Field(None, description="Choose examples and instruction with a reward model; null: the first draw.")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> FewShot:
-        if self.template.find("{prompt}") < 0 or self.template.find("{completion}") < self.template.find("{prompt}"):
-            raise ValueError(f"template must contain {{prompt}} and then {{completion}}, got {self.template!r}")
-        if isinstance(self.instruction, list) and (self.choose is None or not self.instruction):
-            raise ValueError("instruction is a list: set choose, which picks one of at least one instruction")
-        return self
 
 
 class BestOfN(Strict):
@@ -66,6 +47,15 @@ class CandidateInput(Strict):
         if self.completions is not None and (self.few_shot or self.best_of):
             raise ValueError("few_shot and best_of need a model, but this candidate has completions")
         return self
+
+    def check_data(self, name: str, prompts: list[Prompt]) -> None:
+        """Raise DataError if the completions or the examples of candidate ``name`` cannot be used with ``prompts``."""
+        if self.completions is not None and not {prompt_key(prompt) for prompt in prompts} & set(load_completions(self.completions)):
+            raise DataError(f"candidate {name!r}: its completions answer none of the {len(prompts)} prompts; prompts must be equal")
+        if self.few_shot is not None:
+            few_shot_text(self.few_shot, 0)
+            if self.few_shot.choose is not None:
+                validation_prompts(self.few_shot, prompts, run=False)
 
 
 def _candidate(value: Any) -> Any:
@@ -183,21 +173,45 @@ class EvaluationConfig(StepConfig):
             inputs["perplexity"] = self.perplexity
         return {**inputs, **{f"tasks.{name}.data": task.data for name, task in self.tasks.items()}}
 
+    def load_heldout(self, *, run: bool = True) -> tuple[list[PromptRow], list[Exclusion]]:
+        """The held-out prompts and the exclusions; see ``evaluation/prompts.py``. ``run=False``: do not import function modules."""
+        return load_heldout(
+            self.data,
+            exclude=self.exclude,
+            prompt_words=self.prompt_words,
+            num_prompts=self.num_prompts,
+            scorers=self.scorers(),
+            run=run,
+        )
+
+    def load_texts(self) -> list[str]:
+        """The texts for the perplexity; empty if there are none."""
+        return [text_of(row, "text") for row in read_rows(self.perplexity, split="test")] if self.perplexity is not None else []
+
     def conversations(self) -> list[tuple[Any, list[Any], str]]:
         """Rows (prompt, completions, location) that the models of this step read; see ``chain/texts.py``."""
-        from stages.corpora.messages import location_of
-        from stages.evaluation.prompts import load_heldout
-
-        return [(row.prompt, [], location_of(row.prompt)) for row in load_heldout(self, run=False)[0]]
+        return [(row.prompt, [], location_of(row.prompt)) for row in self.load_heldout(run=False)[0]]
 
     def check_data(self) -> None:
         """Raise DataError for data that this stage cannot use. No model is loaded."""
-        from stages.evaluation.prompts import check_data
-
-        check_data(self)
+        self.check_rewards()
+        prompts = [row.prompt for row in self.load_heldout(run=False)[0]]
+        for name, candidate in self.candidates.items():
+            candidate.check_data(name, prompts)
         for judge in self.judges:
             if isinstance(judge, PeopleJudge):
                 judge.people.check()
+            elif isinstance(judge, JudgementsFile):
+                self._check_judgements(judge)
+        self.load_texts()
+        for task in self.tasks.values():
+            task.load()
+
+    def _check_judgements(self, judge: JudgementsFile) -> None:
+        judgements = load_judgements(judge.judgements)
+        if not judgements.candidates & set(self.candidates):
+            known = f"it judges {', '.join(sorted(judgements.candidates)[:10])}; candidates are {', '.join(self.candidates)}"
+            raise DataError(f"judge {judge.shown_name!r}: its judgements contain no candidate; {known}")
 
 
 def _reward_input(reward: RewardInput, field_path: str) -> dict[str, ModelInput]:

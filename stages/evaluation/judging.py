@@ -211,7 +211,7 @@ def _tasks_of(
     judge: PeopleJudge, context: StepContext, questions: Sequence[Question], answers: dict[str, Answers]
 ) -> dict[tuple[str, int], LabelTask]:
     """One task per question with at least two different answers, by prompt and sample. Equal texts are shown once."""
-    from stages.labelling.publishing import task_of
+    from stages.labelling.tasks import task_of
 
     names = judge.candidates or list(answers)
     kept = _asked_prompts(judge, questions)

@@ -17,13 +17,12 @@ def run(config: EvaluationConfig, context: StepContext) -> StepResult:
     from stages.evaluation.answers import answer, answered_by_someone, ask, missing_answers, read_answers, same_model
     from stages.evaluation.judging import agreement, judge_all
     from stages.evaluation.outcome import compare, evaluation_tables, verdict
-    from stages.evaluation.prompts import load_heldout
     from stages.evaluation.record import finite, write_alpaca_eval, write_completions, write_evaluation, write_lines
     from stages.evaluation.tasks import task_table
     from stages.evaluation.tokens import measure_kl, token_details
     from stages.step import StepResult
 
-    heldout, exclusions = load_heldout(config)
+    heldout, exclusions = config.load_heldout()
     prompts = [row.prompt for row in heldout]
     check_readers([model for name, model in context.models.items() if not name.startswith("candidates.")], prompts)
     asked = ask(config, context, prompts, [row.columns for row in heldout])

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from stages.config import DataField, DataSource, ModelField, Strict
 from stages.errors import DataError
+from stages.labelling.tasks import read_gold
 
 
 class Rating(Strict):
@@ -53,6 +54,11 @@ class Questions(Strict):
             if names.count(name) > 1:
                 raise ValueError(f"two questions are called {name!r}; give each a name of its own")
         return self
+
+    @property
+    def check_names(self) -> list[str]:
+        """The names of the check boxes."""
+        return [check.name for check in self.checks]
 
 
 def _file(value: Any) -> Any:
@@ -100,12 +106,10 @@ class People(Strict):
 
     def check(self) -> None:
         """Raise DataError if a file cannot be used."""
-        from stages.labelling.publishing import read_gold
-
         questions = load_questions(self.questions)
         load_instructions(self.instructions)
         if self.gold is not None:
-            read_gold(self.gold, questions)
+            read_gold(self.gold, questions.check_names)
 
 
 class AskPeople(Strict):

@@ -11,15 +11,15 @@ import json
 import os
 import uuid
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from stages.config import DataSource
-from stages.corpora.labels import GOLD, MOST_COMPLETIONS, SETTINGS, TASKS, Completion, LabelTask, is_labelling_folder, read_tasks
+from stages.corpora.labels import GOLD, SETTINGS, TASKS, LabelTask, is_labelling_folder, read_tasks
 from stages.errors import DataError
 from stages.labelling.config import People, Questions, load_instructions, load_questions
+from stages.labelling.tasks import file_tasks, read_gold
 from stages.process.storage import sync, write_json
 
 SCORES = "scores.json"  # scores of a reward model: {"model": ref, "digest": ..., "scores": {task: [...]}}
@@ -82,7 +82,7 @@ def publish_settings(folder: Path, name: str, seed: int, people: People, only: C
     changed = set(content) if only is None or before is None else set(only)
     content = {field: value if before is None or field in changed else before[field] for field, value in content.items()}
     if only is None or before is None or "gold" in changed:
-        gold = [] if people.gold is None else read_gold(people.gold, Questions.model_validate(content["questions"]))
+        gold = [] if people.gold is None else read_gold(people.gold, Questions.model_validate(content["questions"]).check_names)
         if gold:
             _write(folder / GOLD, gold)
         else:
@@ -122,107 +122,6 @@ def _write(path: Path, tasks: Sequence[LabelTask]) -> None:
     sync(partial)
     os.replace(partial, path)
     sync(path.parent)
-
-
-def task_of(
-    prompt: Any, completions: Sequence[Completion], authors: Sequence[Sequence[str]], digests: Sequence[Sequence[str]], sample: int = 0
-) -> LabelTask:
-    """Create a task. Its id is a hash of its content."""
-    from stages.corpora.messages import tools_of
-
-    tools = tools_of(prompt)
-    content = json.dumps([prompt, list(completions), sample, *([tools] if tools else [])], ensure_ascii=False)
-    number = hashlib.sha256(content.encode()).hexdigest()[:16]
-    asked = prompt if isinstance(prompt, str) else list(prompt)
-    return LabelTask(number, asked, list(completions), [list(one) for one in authors], [list(one) for one in digests], sample, None, tools)
-
-
-# Tasks from files
-
-
-def read_gold(sources: Sequence[DataSource], questions: Questions) -> list[LabelTask]:
-    """Read screening tasks with their known answers. Raises DataError with the location of an invalid row."""
-    from stages.corpora.comparisons import comparison
-    from stages.corpora.files import read_rows
-
-    tasks = {}
-    for row in read_rows(sources, split="test"):
-        known = comparison(row)
-        _check_number(row.location, len(known.completions))
-        if not known.num_pairs:
-            raise DataError(f"{row.location}: all completions of this gold task tie; a screening task needs a preference")
-        checks = row.get("checks") or {}
-        names = [check.name for check in questions.checks]
-        if not isinstance(checks, dict):
-            raise DataError(f"{row.location}: checks is {type(checks).__name__}; expected {{name: [true or false per completion]}}")
-        for name, values in checks.items():
-            if name not in names:
-                raise DataError(
-                    f"{row.location}: checks names {name!r}, which the questions do not have; they have {', '.join(names) or 'none'}"
-                )
-            good = isinstance(values, list) and len(values) == len(known.completions) and all(isinstance(value, bool) for value in values)
-            if not good:
-                raise DataError(f"{row.location}: checks.{name} is {values!r:.60}; expected {len(known.completions)} times true or false")
-        nobody: list[list[str]] = [[] for _ in known.completions]
-        task = task_of(known.prompt, known.completions, nobody, nobody)
-        gold = {"ranks": known.ranks, "checks": checks}
-        tasks[f"gold-{task.id}"] = replace(task, id=f"gold-{task.id}", gold=gold)
-    return list(tasks.values())
-
-
-def file_tasks(path: Path) -> list[LabelTask]:
-    """Read tasks from a file: prompt + completions (or responses, or chosen + rejected), and ``models`` or ``authors`` if known.
-
-    Rows of ``prompt + completion`` with the same prompt form one task; ``model`` or ``generator`` names the author of each completion.
-    Annotators do not see ranks from the file. Raises DataError with the location of a row that gives no valid task.
-    """
-    from stages.corpora.comparisons import comparison
-    from stages.corpora.completions import completion_in
-    from stages.corpora.files import read_rows
-
-    tasks: dict[str, LabelTask] = {}
-    single: dict[str, tuple[Any, list[str], list[list[str]], str]] = {}
-    for row in read_rows([DataSource(path=str(path))], split="test"):
-        if {"completion", "output"} & set(row):
-            prompt, text = completion_in(row)
-            author = row.get("model") or row.get("generator")
-            _, texts, names, _ = single.setdefault(repr(prompt), (prompt, [], [], row.location))
-            texts.append(text)
-            names.append([author] if isinstance(author, str) else [])
-            continue
-        column = next((name for name in ("completions", "responses") if name in row), None)
-        given = row.get("authors") or row.get("models") or (list(row[column]) if column and isinstance(row[column], dict) else None)
-        if column is not None and isinstance(row[column], list):
-            row.setdefault("ranks", [0] * len(row[column]))
-        known = comparison(row, preferred=next(iter(row[column]), None) if column and isinstance(row[column], dict) else None)
-        task = _distinct_task(row.location, known.prompt, known.completions, given)
-        tasks[task.id] = task
-    for prompt, texts, names, place in single.values():
-        task = _distinct_task(place, prompt, texts, names)
-        tasks[task.id] = task
-    return list(tasks.values())
-
-
-def _distinct_task(place: str, prompt: Any, completions: Sequence[Completion], names: Any) -> LabelTask:
-    """A task that contains each different completion once. Authors of the same text share it.
-
-    ``names``: for each completion a name or a list of names.
-    """
-    if names is not None and (not isinstance(names, list) or len(names) != len(completions)):
-        raise DataError(f"{place}: expected {len(completions)} names of models, got {names!r:.60}")
-    found: dict[str, tuple[Completion, list[str]]] = {}
-    for index, completion in enumerate(completions):
-        name = names[index] if names is not None else []
-        found.setdefault(repr(completion), (completion, []))[1].extend(
-            [str(one) for one in name] if isinstance(name, list) else [str(name)]
-        )
-    _check_number(place, len(found))
-    return task_of(prompt, [one for one, _ in found.values()], [who for _, who in found.values()], [[] for _ in found])
-
-
-def _check_number(place: str, number: int) -> None:
-    if not 2 <= number <= MOST_COMPLETIONS:
-        raise DataError(f"{place}: {number} different completion(s); people rank 2 to {MOST_COMPLETIONS} at a time")
 
 
 def publish_file(path: Path, home: Path, people: People, given: Collection[str]) -> Path:

@@ -25,8 +25,9 @@ from stages.corpora.templates import encode_prompt
 from stages.engines.opening import step_sampler
 from stages.errors import DataError
 from stages.labelling.config import People
-from stages.labelling.publishing import SCORES, publish_scores, publish_tasks, scored_by, step_folder, task_of
+from stages.labelling.publishing import SCORES, publish_scores, publish_tasks, scored_by, step_folder
 from stages.labelling.simulated import ranked
+from stages.labelling.tasks import task_of
 from stages.labelling.waiting import QUALITY, ask_people, home_of, keep_quality
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.reward_model.collection_config import Collection

@@ -9,8 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from stages.errors import DataError
-from stages.evaluation.config import FewShot
-from stages.evaluation.prompts import few_shot_text
+from stages.evaluation.few_shot import FewShot, few_shot_text
 from stages.evaluation.run import run
 
 PROMPTS = ["the film", "write a happy line about the music", "a fine film", "the plot was"]

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from stages.labelling.config import People
-from stages.labelling.publishing import publish_settings, publish_tasks, task_of
+from stages.labelling.publishing import publish_settings, publish_tasks
 from stages.labelling.store import Store
+from stages.labelling.tasks import task_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

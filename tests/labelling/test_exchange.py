@@ -19,8 +19,8 @@ from stages.corpora.comparisons import comparison
 from stages.corpora.files import read_rows
 from stages.errors import DataError
 from stages.labelling.exchange import LABEL_STUDIO_CONFIG, export_labels, import_answers
-from stages.labelling.publishing import file_tasks
 from stages.labelling.store import Store, read_labels
+from stages.labelling.tasks import file_tasks
 
 UUID_OF_BEN = uuid5(NAMESPACE_URL, "annotator:ben")
 
