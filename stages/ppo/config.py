@@ -166,6 +166,12 @@ class PPOStepConfig(CheckpointedStepConfig):
         "none", description="Completion without stop token: replace its score by -penalty (Ziegler, Huang) or lower it (TRL)."
     )
     missing_eos_penalty: float = Field(1.0, ge=0)
+    length_penalty: float = Field(
+        0.0,
+        ge=0,
+        description="Subtracted from the score for each token of the completion, for a reward model that prefers long answers "
+        "(Singhal et al. 2024).",
+    )
     score_placement: Literal["last_token", "after"] = Field(
         "last_token",
         description="Add the score at the last token, or one state after it, which has its own value, if the response leaves room "
@@ -277,7 +283,8 @@ class PPOStepConfig(CheckpointedStepConfig):
         return self
 
     def without_effect(self) -> set[str]:
-        return {"importance_cap", "health.sampler_gap"} if self.generation.vllm is None else set()
+        unused = {"importance_cap", "health.sampler_gap"} if self.generation.vllm is None else set()
+        return unused if self.length_penalty else {*unused, "length_penalty"}
 
     @property
     def has_value(self) -> bool:

@@ -28,6 +28,7 @@ AlarmName = Literal[
     "repetition",
     "sameness",
     "missing_eos",
+    "weak_eos_penalty",
     "flat_reward",
     "reward_hacking",
 ]
@@ -54,6 +55,8 @@ DISTINCT_SHARE = 0.5
 STOPPED_DROP = 0.3
 """missing_eos: fall of the share of completions that end by themselves. The share of a batch of 64 varies by about 0.06 (one
 standard error)."""
+UNSTOPPED_SHARE = 0.05
+"""weak_eos_penalty: share of completions without an end token from which their mean score counts."""
 
 LIMITS: dict[AlarmName, tuple[str, float | None]] = {
     "negative_kl": ("negative_kl_errors", NEGATIVE_KL_ERRORS),
@@ -70,7 +73,9 @@ LIMITS: dict[AlarmName, tuple[str, float | None]] = {
     "flat_reward": ("flat_iterations", None),
     "reward_hacking": ("hacking_errors", None),
 }
-"""Alarm -> (the name of its limit, its value if that is a constant; None: a setting). Earlier versions had a setting for each limit."""
+"""Alarm -> (the name of its limit, its value if that is a constant; None: a setting). Earlier versions had a setting for each limit.
+
+Alarms that are not listed are newer."""
 
 
 class HealthSettings(Strict):
@@ -117,8 +122,10 @@ class HealthSettings(Strict):
     def former_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         """``settings`` with a limit for each alarm, null if it is off, as earlier versions had them."""
         constants = {name: constant for name, constant in LIMITS.values() if constant is not None}
-        switched_off = {LIMITS[alarm][0]: None for alarm in self.off}
-        return {**{name: item for name, item in settings.items() if name != "off"}, **constants, **switched_off}
+        switched_off = {LIMITS[alarm][0]: None for alarm in self.off if alarm in LIMITS}
+        newer = [alarm for alarm in self.off if alarm not in LIMITS]
+        kept = {name: item for name, item in settings.items() if name != "off"}
+        return {**kept, **constants, **switched_off, **({"off": newer} if newer else {})}
 
 
 @dataclass(frozen=True)
@@ -363,6 +370,19 @@ def _missing_eos(history: History, settings: HealthSettings) -> Iterator[Alarm]:
         )
 
 
+def _weak_eos_penalty(history: History, settings: HealthSettings) -> Iterator[Alarm]:
+    recent = [entry for entry in history.recent[-EARLY:] if "responses/unstopped_score" in entry]
+    if len(recent) < EARLY or history.now["responses/stopped_share"] > 1 - UNSTOPPED_SHARE:
+        return
+    stopped, unstopped = (statistics.fmean(entry[f"responses/{group}_score"] for entry in recent) for group in ("stopped", "unstopped"))
+    if unstopped >= stopped:
+        yield Alarm(
+            "weak_eos_penalty",
+            f"completions without an end token score {unstopped:.3g} after the missing_eos penalty, those with one {stopped:.3g}: the "
+            "policy gains nothing by ending its completions; raise missing_eos_penalty",
+        )
+
+
 def _flat_reward(history: History, settings: HealthSettings) -> Iterator[Alarm]:
     num_iterations = settings.flat_iterations
     if num_iterations is None or history.length < num_iterations:
@@ -402,6 +422,7 @@ CHECKS: tuple[Callable[[History, HealthSettings], Iterator[Alarm]], ...] = (
     _repetition,
     _sameness,
     _missing_eos,
+    _weak_eos_penalty,
     _flat_reward,
     _reward_hacking,
 )

@@ -261,6 +261,7 @@ class PPORun:
             samples_per_prompt=self.config.samples_per_prompt,
             importance_cap=self.config.importance_cap,
             matmul_peak=self.matmul_peak,
+            penalizes_missing_eos=self.config.missing_eos != "none",
         )
         metrics["policy/learning_rate"] = self.optimizers["policy"].param_groups[0]["lr"]
         self._say_cuts(metrics)

@@ -38,6 +38,7 @@ def iteration_metrics(
     samples_per_prompt: int = 1,
     importance_cap: float = math.inf,
     matmul_peak: float = math.inf,
+    penalizes_missing_eos: bool = False,
 ) -> dict[str, float]:
     """Of one iteration. KL is summed over tokens and averaged over episodes, in nats; ``matmul_peak`` in operations/s.
 
@@ -59,6 +60,7 @@ def iteration_metrics(
         "responses/length_mean": float(lengths.mean()),
         "responses/length_max": float(lengths.max()),
         "responses/stopped_share": float(rollout.stopped.float().mean()),
+        **(_scores_by_ending(rollout) if penalizes_missing_eos else {}),
         "responses/repetition": repeated_ngrams([rollout.response(row) for row in range(len(rollout.prompts))], 4),
         "responses/distinct_share": len(set(rollout.completions)) / len(rollout.completions),
         "policy/sampling_gap": rollout.sampling_gap,
@@ -75,6 +77,17 @@ def iteration_metrics(
         "time/update_pass_tokens": float(result.pass_tokens),
         "passes/retreats": float(rollout.retreats + result.retreats),
         **{f"memory/{phase}_gpu_gib": peak / 2**30 for phase, peak in rollout.gpu_memory.items()},
+    }
+
+
+def _scores_by_ending(rollout: Rollout) -> dict[str, float]:
+    """Mean score, after all penalties, of the completions with a stop token and of those without. Empty if one of the groups is empty."""
+    stopped = rollout.stopped
+    if stopped.all() or not stopped.any():
+        return {}
+    return {
+        "responses/stopped_score": float(rollout.scores[stopped].mean()),
+        "responses/unstopped_score": float(rollout.scores[~stopped].mean()),
     }
 
 

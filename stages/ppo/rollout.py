@@ -31,7 +31,7 @@ from stages.rl.gae import gae
 from stages.rl.kl import estimate_kl
 from stages.rl.losses import importance_weights
 from stages.rl.masking import scale_to_unit_variance, whiten
-from stages.rl.shaping import penalize_missing_eos, shape_rewards
+from stages.rl.shaping import penalize_length, penalize_missing_eos, shape_rewards
 from stages.sampling.generation import decode_completions
 from stages.sampling.padding import right_pad
 
@@ -60,8 +60,8 @@ class Rollout:
     values: Tensor  # [B, R] value before each token, by the value network of the rollout
     bootstrap_values: Tensor  # [B] value after the last token, where bootstrap_mask is True
     bootstrap_mask: Tensor  # [B] bool: the score is added one state after the last token (score_placement: after, if there is room)
-    scores: Tensor  # [B] weighted sum of the reward sources, after the penalty for a missing stop token
-    raw_scores: Tensor  # [B] before this penalty
+    scores: Tensor  # [B] weighted sum of the reward sources, after the penalties for the length and for a missing stop token
+    raw_scores: Tensor  # [B] before these penalties
     token_scores: Tensor  # [B, R] the parts of scores with a position in the text; the rest of a score is added at the end
     parts: dict[str, Tensor]  # [B] by source, NaN if it does not apply; and additional measurements (stages.rewards.source.Scores)
     monitors: dict[str, Tensor]  # [B] by judge, in the same way
@@ -230,6 +230,7 @@ def _collect_share(
     sampled = torch.where(mask, generated.logprobs.cpu(), 0.0)
     stopped = generated.stopped.cpu()
     paid = torch.zeros(mask.shape) if scored.spans is None else token_scores(roles.tokenizer, responses, scored.spans, mask.shape[1])
+    shorter = penalize_length(scored.total, mask.sum(dim=1), penalty=config.length_penalty)
     if config.missing_eos == "replace":  # the penalty replaces the complete score
         paid[~stopped] = 0.0
     return Rollout(
@@ -245,7 +246,7 @@ def _collect_share(
         values=tokens["values"],
         bootstrap_values=bootstrap_values,
         bootstrap_mask=bootstrap,
-        scores=penalize_missing_eos(scored.total, stopped, how=config.missing_eos, penalty=config.missing_eos_penalty),
+        scores=penalize_missing_eos(shorter, stopped, how=config.missing_eos, penalty=config.missing_eos_penalty),
         raw_scores=scored.total,
         token_scores=paid,
         parts=scored.parts,

@@ -24,6 +24,14 @@ def penalize_missing_eos(scores: Tensor, stopped: Tensor, *, how: MissingEOS, pe
     return torch.where(stopped, scores, penalized)
 
 
+def penalize_length(scores: Tensor, lengths: Tensor, *, penalty: float) -> Tensor:
+    """Scores [B] minus ``penalty`` for each of the ``lengths`` [B] tokens.
+
+    Singhal et al. 2024 (arXiv 2310.03716, section 4) shape the reward by a linear function of the length, too.
+    """
+    return scores - penalty * lengths
+
+
 def shape_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, *, kl_coef: float, token_scores: Tensor | None = None) -> Tensor:
     """Per-token rewards [B, R]: -kl_coef * kl (+ token_scores), plus each row's score [B] at its last counted token.
 

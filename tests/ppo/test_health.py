@@ -60,6 +60,7 @@ PLANTED: dict[str, Any] = {
     "repetition": lambda i: {"responses/repetition": 0.6},
     "sameness": lambda i: {"responses/distinct_share": 0.1},
     "missing_eos": lambda i: {"responses/stopped_share": 0.2},
+    "weak_eos_penalty": lambda i: {"responses/stopped_share": 0.9, "responses/stopped_score": -1.0, "responses/unstopped_score": -1.0},
     "flat_reward": lambda i: {"rewards/score_std": 0.0},
     "reward_hacking": lambda i: {
         "rewards/score_mean": 2 + 0.1 * (i - 40),

@@ -94,10 +94,10 @@ def test_the_average_by_iteration_and_the_last_weights_beside_it(
 def test_returns_by_hand_in_a_whole_rollout(ppo_config, ppo_context, make_rollout) -> None:
     from stages.ppo.roles import load_roles
 
-    config = ppo_config(whiten_advantages=False, gae_lambda=1.0, missing_eos="subtract", missing_eos_penalty=3.0)
+    config = ppo_config(whiten_advantages=False, gae_lambda=1.0, missing_eos="subtract", missing_eos_penalty=3.0, length_penalty=0.5)
     rollout = make_rollout(load_roles(config, ppo_context), config)
     assert set(rollout.stopped.tolist()) == {True, False}
-    torch.testing.assert_close(rollout.raw_scores - rollout.scores, torch.where(rollout.stopped, 0.0, 3.0))
+    torch.testing.assert_close(rollout.raw_scores - rollout.scores, 0.5 * rollout.lengths + torch.where(rollout.stopped, 0.0, 3.0))
     target = targets(rollout, config, kl_coef=0.2)
     for row in range(len(rollout.prompts)):
         length = int(rollout.lengths[row])

@@ -136,3 +136,19 @@ def test_each_phase_of_an_iteration_has_its_peak_of_gpu_memory(ppo_config, ppo_c
     metrics = iteration_metrics(rollout, UpdateResult({}, 1, 1), kl_coef=0.1)
     found = {name: value for name, value in metrics.items() if name.startswith("memory/")}
     assert found == {"memory/generation_gpu_gib": 5.0, "memory/scoring_gpu_gib": 1.0, "memory/measuring_gpu_gib": 3.0}
+
+
+def test_scores_by_ending_are_means_after_the_penalties(ppo_config, ppo_context, make_rollout) -> None:
+    from stages.ppo.metrics import iteration_metrics
+    from stages.ppo.roles import load_roles
+    from stages.ppo.update import UpdateResult
+
+    rollout = make_rollout(load_roles(ppo_config(), ppo_context), ppo_config())
+    rollout.seconds["update"] = 1.0
+    rollout.stopped[:] = torch.arange(len(rollout.stopped)) < 2
+    rollout.scores[:] = torch.where(rollout.stopped, torch.tensor(3.0), torch.tensor(-4.0))
+    rollout.scores[0] = 5.0
+    expected = {"responses/stopped_score": 4.0, "responses/unstopped_score": -4.0}
+    metrics = iteration_metrics(rollout, UpdateResult({}, 1, 1), kl_coef=0.1, penalizes_missing_eos=True)
+    assert {name: value for name, value in metrics.items() if name.endswith("stopped_score")} == expected
+    assert expected.keys().isdisjoint(iteration_metrics(rollout, UpdateResult({}, 1, 1), kl_coef=0.1))
