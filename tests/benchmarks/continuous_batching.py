@@ -52,10 +52,14 @@ def model_on(width: int, layers: int, vocabulary: int, device: str, dtype: torch
     return model
 
 
-def sample(model: Any, prompts: list[list[int]], way: str, seed: int, batch_size: int) -> Generated:
+def sample(model: Any, prompts: list[list[int]], way: str, seed: int, batch_size: int, new_tokens: int = 512) -> Generated:
     stops = random.Random(0).sample(range(1, model.config.vocab_size), model.config.vocab_size // 256)
     settings = GenerationSettings(
-        max_new_tokens=512, stop_after=16, batch_size=batch_size, continuous_batching=way == "continuous", cuda_graphs=way != "full batches"
+        max_new_tokens=new_tokens,
+        stop_after=min(16, new_tokens),
+        batch_size=batch_size,
+        continuous_batching=way == "continuous",
+        cuda_graphs=way != "full batches",
     )
     usual = decoding.COMPACT_BELOW
     decoding.COMPACT_BELOW = 0.0 if way == "full batches" else usual

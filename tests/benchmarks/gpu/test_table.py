@@ -1,0 +1,126 @@
+"""The GPU table at toy size on a CPU: its rows, its reasons, and its output."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import measures  # noqa: E402
+import table  # noqa: E402
+from workloads import FULL, TINY  # noqa: E402
+
+
+def options(**fields: Any) -> Namespace:
+    return Namespace(**{"tiny": True, "trl": None, "only": [], **fields})
+
+
+def found(row: Any) -> tuple[str, float | None, str]:
+    return row.case, row.value, row.note
+
+
+def test_a_table_has_every_row_of_the_issue_and_each_measurement_runs_once(tmp_path: Path) -> None:
+    asked: list[dict[str, Any]] = []
+    results = {
+        "step": {"planned_bytes": 2**31, "peak_bytes": None, "idle_share": None, "episodes_per_second": 3.0},
+        "decoding": {"ratio": 4.5},
+        "continuous": {"skipped": "does not fit: CUDA out of memory"},
+        "self_kl": {"kl": 0.0},
+    }
+
+    def run(task: dict[str, Any]) -> dict[str, Any]:
+        asked.append(task)
+        return results[task["measure"]]
+
+    made = table.Table(options(), tmp_path, run)
+    made.fill()
+    by_measure: dict[str, list[Any]] = {}
+    for row in made.rows:
+        by_measure.setdefault(row.measure, []).append(row)
+    assert [len(rows) for rows in by_measure.values()] == [3, 3, 2, 2, 1, len(table.SETUPS), 2]
+    assert len(table.SETUPS) >= 8 and len([task for task in asked if task["measure"] == "step"]) == len(table.SETUPS)
+    assert {found(row) for row in by_measure["idle share of the GPU in the update"]} == {(name, None, "no GPU") for name in table.IDLE}
+    assert {row.note for row in by_measure["PPO speed"]} == {"--trl does not name an environment with TRL 1.12"}
+    assert by_measure["decoding"][0].value == 4.5
+    assert by_measure["continuous batching"][0].note == "does not fit: CUDA out of memory"
+    assert {row.details["planned_gib"] for row in by_measure["planned / measured memory"]} == {2.0}
+    assert made.crashed == []
+
+
+def test_the_ratio_is_to_the_best_microbatch_of_trl(tmp_path: Path) -> None:
+    """8 episodes in 2 iterations after the first: 4 per second where they take 2 s, and the other microbatch does not fit."""
+    script = tmp_path / "bin" / "python"
+    script.parent.mkdir()
+    script.write_text(
+        f"#!{sys.executable}\nimport json, sys\ntask = json.loads(sys.argv[2])\nassert task['packages'] is None\n"
+        "if task['microbatch'] == 4: sys.exit('torch.OutOfMemoryError: CUDA out of memory')\n"
+        "print('a line of a library')\nprint(json.dumps({'seconds': [9.0, 1.0, 1.0], 'peak_bytes': 2**30}))\n"
+    )
+    script.chmod(0o755)
+    results = {"trl": {"place": str(tmp_path)}, "step": {"episodes_per_second": 24.0, "peak_bytes": None}}
+    made = table.Table(options(trl=tmp_path, only=["shared", "times"]), tmp_path, lambda task: results[task["measure"]])
+    made.fill()
+    (row,) = made.rows
+    assert row.value == 6.0  # 24 / 4
+    best = row.details["trl"]
+    assert (best["microbatch"], best["peak_gib"], best["tried"]) == (2, 1.0, {2: 4.0})
+    assert best["failed"] == {4: "does not fit: the process ran out of memory"}
+
+
+def test_a_crash_is_a_row_and_an_exit_status(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(table, "in_this_process", lambda task: {"crashed": "RuntimeError: shapes | differ"})
+    assert table.main(["--tiny", "--only", "decoding", "ragged", "--out", str(tmp_path)]) == 1
+    assert "error: these measurements crashed: decoding 1B Llama, ragged" in capsys.readouterr().err
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert content["rows"][0]["note"] == "crashed: RuntimeError: shapes | differ"
+    assert content["machine"]["commit"] and content["machine"]["versions"]["torch"]
+    assert "crashed: RuntimeError: shapes / differ |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_processes_report_results_and_reasons(capsys) -> None:
+    def code(text: str) -> dict[str, Any]:
+        return table.in_process([sys.executable, "-c", text], {"a": 1})
+
+    assert code("import sys; print('noise'); print(sys.argv[1])") == {"a": 1}
+    assert code("import sys; sys.exit('CUDA out of memory')") == {"skipped": "does not fit: the process ran out of memory"}
+    assert code("raise LookupError('no such row')") == {"crashed": "LookupError: no such row"}
+
+
+@pytest.mark.parametrize(
+    ("intervals", "length"), [([], 0), ([(0, 2), (1, 3), (5, 6)], 4), ([(5, 6), (0, 10)], 10), ([(0, 1), (1, 2), (0, 1)], 2)]
+)
+def test_time_is_covered_once(intervals, length) -> None:
+    assert measures.covered(intervals) == length
+
+
+def test_what_does_not_fit_or_lacks_a_package_is_a_reason(monkeypatch) -> None:
+    def raises(error: BaseException) -> Any:
+        def measure(_: dict[str, Any]) -> dict[str, Any]:
+            raise error
+
+        monkeypatch.setitem(measures.MEASURES, "step", measure)
+        return measures.measured({"measure": "step", "device": "cpu"})
+
+    outer = ValueError("cannot load")
+    outer.__cause__ = MemoryError()
+    assert raises(outer) == {"skipped": "does not fit: cannot load"}
+    assert raises(ImportError("No module named 'x'")) == {"skipped": "a package is missing: No module named 'x'"}
+    with pytest.raises(ValueError, match="shapes"):
+        raises(ValueError("shapes"))
+
+
+def test_a_step_and_decoding_run_at_toy_size(tmp_path: Path) -> None:
+    made = table.Table(options(), tmp_path, table.in_this_process)
+    step, decoded = (
+        made._setup("410M, PPO, shared value head"),
+        made._task("d", {"measure": "decoding", "shape": "1B Llama", "ragged": True}),
+    )
+    assert table.reason(step) == table.reason(decoded) == ""
+    assert step["planned_bytes"] > 0 and step["peak_bytes"] is None and step["episodes_per_second"] > 0
+    assert len(step["seconds"]) == TINY.iterations and decoded["ratio"] == decoded["here"] / decoded["generate"]
+    assert FULL.shapes.keys() == TINY.shapes.keys()

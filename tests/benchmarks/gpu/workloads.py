@@ -1,0 +1,219 @@
+"""Models of random weights, texts, and PPO settings for the GPU table: the shapes of known models, or toy shapes of the same families.
+
+Tokens are words and no token ends a response, so that text and tokens are the same thing and every response has its full length.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The amount of work of one table. Lengths are in tokens. ``microbatches``: those that TRL is tried with."""
+
+    shapes: dict[str, dict[str, Any]]  # name -> fields of a transformers config
+    words: int  # size of the vocabulary that texts are made of
+    batch: int  # prompts per iteration
+    iterations: int
+    epochs: int
+    shortest_prompt: int
+    longest_prompt: int
+    new_tokens: int
+    microbatches: tuple[int, ...]
+    decoded_tokens: int  # most tokens of a completion when only decoding is measured
+    waiting_prompts: int  # prompts for continuous batching
+    decoding_slots: int
+    longest_completion: int  # of continuous batching
+    rounds: int
+
+
+def _pythia(hidden: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "gpt_neox",
+        "vocab_size": 50304,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 2048,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "135M": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
+    "410M": _pythia(1024, 24, 16),
+    "1B": _pythia(2048, 16, 8),
+    "1B Llama": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    },
+    "7B": {
+        "model_type": "qwen2",
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+    },
+}
+HALF_ON_DISK = ("7B",)  # saved in bf16, as large models are
+TINY_FIELDS = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def _tiny(fields: dict[str, Any]) -> dict[str, Any]:
+    """A toy model of the same family."""
+    grouped = {"num_key_value_heads": 1} if "num_key_value_heads" in fields else {}
+    kept = {name: value for name, value in fields.items() if name != "head_dim"}
+    return {**kept, **TINY_FIELDS, **grouped, "max_position_embeddings": 256}
+
+
+FULL = Scale(
+    shapes=SHAPES,
+    words=48_000,
+    batch=64,
+    iterations=5,
+    epochs=4,
+    shortest_prompt=64,
+    longest_prompt=256,
+    new_tokens=53,
+    microbatches=(8, 16, 32, 64),
+    decoded_tokens=128,
+    waiting_prompts=256,
+    decoding_slots=64,
+    longest_completion=512,
+    rounds=2,
+)
+TINY = Scale(
+    shapes={name: _tiny(fields) for name, fields in SHAPES.items()},
+    words=320,
+    batch=4,
+    iterations=3,
+    epochs=1,
+    shortest_prompt=4,
+    longest_prompt=8,
+    new_tokens=4,
+    microbatches=(2, 4),
+    decoded_tokens=6,
+    waiting_prompts=6,
+    decoding_slots=2,
+    longest_completion=8,
+    rounds=1,
+)
+
+
+def model_config(fields: dict[str, Any]) -> Any:
+    """The transformers config of a shape, without special tokens except padding."""
+    from transformers import CONFIG_MAPPING
+
+    named = dict(fields)
+    return CONFIG_MAPPING[named.pop("model_type")](**named, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+
+
+def random_model(fields: dict[str, Any], device: str, dtype: Any) -> Any:
+    """A causal language model of random weights in evaluation mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(model_config(fields), dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def random_prompts(scale: Scale, number: int, vocabulary: int) -> list[list[int]]:
+    """Prompts of random tokens, of random lengths."""
+    draw = random.Random(0)
+    lengths = [draw.randint(scale.shortest_prompt, scale.longest_prompt) for _ in range(number)]
+    return [[draw.randrange(1, vocabulary) for _ in range(length)] for length in lengths]
+
+
+def prepare(scale: Scale, shape: str, folder: Path, device: str) -> Path:
+    """The folder of a shape's files, which are made once.
+
+    ``policy`` and ``reward_model`` are models. ``trl_tokenizer`` has an end token, which TRL needs; no logit belongs to it. The texts are
+    ``prompts.jsonl``, ``pairs.jsonl`` (prompt, chosen, rejected), and ``prompt_ids.json`` (token ids, for TRL).
+    """
+    place = folder / shape.replace(" ", "-")
+    if (place / "ready").exists():
+        return place
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from stages.models.heads import RewardModel
+
+    place.mkdir(parents=True, exist_ok=True)
+    words = Tokenizer(models.WordLevel({"[PAD]": 0, **{f"w{index}": index for index in range(1, scale.words)}}, unk_token="w1"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
+    half = shape in HALF_ON_DISK
+    random_model(scale.shapes[shape], device, torch.bfloat16 if half else torch.float32).save_pretrained(place / "policy")
+    tokenizer.save_pretrained(place / "policy")
+    if not half:
+        RewardModel.from_language_model(str(place / "policy"), dtype=torch.float32).save(place / "reward_model", tokenizer)
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", eos_token="[END]").save_pretrained(place / "trl_tokenizer")
+    rows = random_prompts(scale, scale.batch * scale.iterations, scale.words)
+    texts = [" ".join(f"w{token}" for token in row) for row in rows]
+    (place / "prompt_ids.json").write_text(json.dumps(rows))
+    (place / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    pairs = [{"prompt": text, "chosen": text, "rejected": text[::-1]} for text in texts]
+    (place / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (place / "counting_reward.py").write_text("def words(prompts, completions):\n    return [float(len(text)) for text in completions]\n")
+    (place / "ready").touch()
+    return place
+
+
+def settings_of(
+    scale: Scale, place: Path, *, stage: str, quantization: str, learned_reward: bool, fields: dict[str, Any]
+) -> dict[str, Any]:
+    """The recipe step of one set-up. Microbatches are left to the program unless ``fields`` names them."""
+    policy = {"ref": str(place / "policy"), "quantization": quantization}
+    common = {"stage": stage, "name": "step", "precision": "bf16"}
+    if stage != "ppo":
+        data = {"train": str(place / "pairs.jsonl"), "validation": {"path": str(place / "pairs.jsonl"), "limit": scale.batch // 4}}
+        training = {"max_steps": 2, "batch_size": scale.batch, **fields.get("training", {})}
+        return {**common, "model": policy, "data": data, **fields, "training": training}
+    reward: dict[str, Any] = {"function": "counting_reward:words"}
+    if learned_reward:
+        reward = {"model": str(place / "reward_model"), "name": "preference"}
+    return {
+        **common,
+        "policy": policy,
+        "reward": [reward],
+        "data": str(place / "prompts.jsonl"),
+        "generation": {"max_new_tokens": scale.new_tokens},
+        "kl_coef": 0.05,
+        "total_episodes": scale.batch * scale.iterations,
+        "rollout_batch_size": scale.batch,
+        "minibatch_size": scale.batch,
+        "ppo_epochs": scale.epochs,
+        "checkpoint_seconds": 1e9,
+        **({} if learned_reward or "value" in fields else {"value": "policy"}),
+        **fields,
+        "training": {"learning_rate": 1e-6, "max_grad_norm": None, **fields.get("training", {})},
+    }
