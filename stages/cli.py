@@ -272,14 +272,17 @@ def plan(
 
 
 def _machine(device_memory: float | None) -> Machine:
-    """The machine to plan for: a GPU of the given size, this machine's GPU, or its memory."""
+    """The machine to plan for: a GPU of the given size, the smallest of the GPUs that the processes use, or this machine's memory."""
     from stages.memory.estimate import Machine
-    from stages.process.hardware import cpu_memory, gpu_memory, has_amx
+    from stages.process.environment import wants_cpu
+    from stages.process.gpus import visible_gpus
+    from stages.process.hardware import cpu_memory, has_amx
 
     if device_memory is not None:
         return Machine("cuda", int(device_memory * 2**30), 2, f"a GPU of {device_memory:g} GiB")
-    if gpu := gpu_memory():
-        return Machine("cuda", gpu[1], 2, gpu[0])
+    if not wants_cpu() and (gpus := visible_gpus()[: _processes()]):
+        smallest = min(gpus, key=lambda gpu: gpu["memory_bytes"])  # each process uses one of them
+        return Machine("cuda", smallest["memory_bytes"], 2, smallest["name"])
     return Machine("cpu", cpu_memory(), 2 if has_amx() else 4, "this machine's memory")
 
 

@@ -25,7 +25,8 @@ from stages.engines import keeper
 from stages.engines.vllm_client import TESTED_VERSIONS
 from stages.errors import LaunchError
 from stages.process.environment import environment_without_launcher, secret_if_set
-from stages.process.hardware import cpu_memory, gpu_memory
+from stages.process.gpus import gpus_of_machine
+from stages.process.hardware import cpu_memory
 
 INTERPRETER = "STAGES_VLLM_PYTHON"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -220,7 +221,7 @@ class StartedServer:
 
 def wants_gpu(settings: VllmStart, device: str) -> bool:
     """Whether the server uses GPUs. Raises LaunchError if the settings name GPUs and this machine has none."""
-    if settings.gpus is not None and gpu_memory() is None:
+    if settings.gpus is not None and not gpus_of_machine():
         raise LaunchError(f"generation.engine.vllm.start.gpus={settings.gpus}: nvidia-smi finds no GPU on this machine; leave gpus out")
     return device == "cuda" or settings.gpus is not None
 

@@ -18,15 +18,16 @@ from stages.config import Microbatch
 from stages.errors import TrainingError
 from stages.kernels.token_budget import GPU_SHARE, GPU_TOKENS, rows_per_batch, token_budget_batches, tokens_of
 from stages.process.gpus import free_gpu_memory, own_peak
+from stages.process.unexpected import is_out_of_memory
 from stages.sampling.workspace import drop_kept_workspace
 
-__all__ = ["PassBudget", "each_group", "is_out_of_memory", "refuse_alone", "release_memory", "tokens_of"]
+__all__ = ["PassBudget", "each_group", "refuse_alone", "release_memory", "tokens_of"]
 
 logger = logging.getLogger(__name__)
 
 FIRST_TOKENS = 2_048  # budget of a training pass on a GPU before memory is measured
 STEP_TOKENS = 1_024  # budgets are multiples of this, so that equal machines get equal budgets
-ALLOCATION_FAILURES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # in the messages of errors without a specific class
+MEMORY_ERRORS = (RuntimeError, MemoryError)  # the classes of errors by which memory can run out; see ``is_out_of_memory``
 
 
 class PassBudget:
@@ -130,7 +131,7 @@ class PassBudget:
             try:
                 with self.one_pass(len(rows), tokens_of(rows, lengths, packed=packed)):
                     work(rows)
-            except RuntimeError as error:
+            except MEMORY_ERRORS as error:
                 self.retreat(error)
             else:
                 del waiting[0]
@@ -154,7 +155,7 @@ def each_group(what: str, groups: Iterable[Sequence[int]], work: Callable[[Seque
         try:
             work(rows)
             continue
-        except RuntimeError as error:
+        except MEMORY_ERRORS as error:
             if not is_out_of_memory(error) or len(rows) <= 1:
                 raise
         if not most:
@@ -173,17 +174,13 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def refuse_alone(error: BaseException) -> None:
-    """Raise TrainingError if ``error`` means that memory ran out in a pass through sharded weights, which takes all processes."""
+def refuse_alone(error: BaseException, advice: str = "microbatch_size to fewer episodes") -> None:
+    """Raise TrainingError if ``error`` means that memory ran out in a pass through sharded weights, which takes all processes.
+
+    ``advice``: the setting to change, and its new value.
+    """
     if is_out_of_memory(error):
         raise TrainingError(
-            "memory ran out, and with sharded weights a process cannot repeat a pass alone; set "
-            "microbatch_size to fewer episodes and run the same command again: it resumes from the last checkpoint"
+            f"memory ran out, and with sharded weights a process cannot repeat a pass alone; set {advice} "
+            "and run the same command again: it resumes from the last checkpoint"
         ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` means that a device ran out of memory."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATION_FAILURES)

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stages.models.budget import MEMORY_ERRORS, each_group, refuse_alone
+from stages.models.sharding import gathers_in_passes
+
 
 @dataclass(frozen=True)
 class Likelihood:
@@ -49,32 +52,48 @@ def measure_likelihood(
     """Measure the likelihood of ``rows`` of (token ids, mask). A token counts if its mask is 1, except the first, which nothing predicts.
 
     The rows are distributed over the processes and the sums are all-reduced, so every process returns the same value. Computes in
-    ``dtype``.
+    ``dtype``. If memory runs out, a pass is repeated in halves; with sharded weights this is a TrainingError.
     """
     from accelerate import PartialState
     from accelerate.utils import reduce
 
     state = PartialState()
-    ordered = sorted(rows, key=lambda row: len(row[0]))  # batches of similar lengths need little padding
-    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))  # batches of similar lengths need little padding
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     nats, tokens = 0.0, 0
+
+    def one_pass(indices: Sequence[int]) -> tuple[float, int]:
+        """(nats, counted tokens) of some rows."""
+        input_ids, attention_mask, counted = _padded([rows[index] for index in indices], pad_token_id, device)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return _summed_loss(logits, input_ids, counted), int(counted[:, 1:].sum())
+
+    def add(sums: tuple[float, int]) -> None:
+        nonlocal nats, tokens
+        nats, tokens = nats + sums[0], tokens + sums[1]
+
     training = model.training
     model.eval()
     try:
-        # Every process runs equally many forward passes, because a sharded model gathers its weights in each. Surplus passes do not count.
-        for turn in range(math.ceil(len(batches) / state.num_processes)):
-            index = turn * state.num_processes + state.process_index
-            input_ids, attention_mask, counted = _padded(batches[min(index, len(batches) - 1)], pad_token_id, device)
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-            if index < len(batches):
-                nats += _summed_loss(logits, input_ids, counted)
-                tokens += int(counted[:, 1:].sum())
+        if gathers_in_passes(model):
+            # Every process runs equally many forward passes, because all take part in each of them. Surplus passes do not count.
+            for turn in range(math.ceil(len(batches) / state.num_processes)):
+                index = turn * state.num_processes + state.process_index
+                try:
+                    sums = one_pass(batches[min(index, len(batches) - 1)])
+                except MEMORY_ERRORS as error:
+                    refuse_alone(error, "training.microbatch_size to fewer rows")
+                    raise
+                if index < len(batches):
+                    add(sums)
+        else:
+            each_group("held-out likelihood", batches[state.process_index :: state.num_processes], lambda indices: add(one_pass(indices)))
     finally:
         model.train(training)
     if state.num_processes > 1:
-        sums = reduce(torch.tensor([nats, float(tokens)], dtype=torch.float64, device=device), "sum")
-        nats, tokens = float(sums[0]), int(sums[1])
+        reduced = reduce(torch.tensor([nats, float(tokens)], dtype=torch.float64, device=device), "sum")
+        nats, tokens = float(reduced[0]), int(reduced[1])
     return Likelihood(nats, tokens)
 
 

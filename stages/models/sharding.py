@@ -78,6 +78,11 @@ def sharded_blocks(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def gathers_in_passes(model: nn.Module) -> bool:
+    """Whether a forward pass may need all processes, because it gathers weights that FSDP or DeepSpeed's ZeRO-3 has sharded."""
+    return bool(sharded_blocks(model)) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 @contextmanager
 def unsharded(*models: nn.Module | None) -> Iterator[None]:
     """Context manager that gathers all weights of ``models`` on every process, so that passes need no communication.

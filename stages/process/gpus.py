@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,26 +16,58 @@ _open: list[Peak] = []  # the measurements that are going on
 
 
 def visible_gpus() -> list[dict[str, Any]]:
-    """Name, memory in bytes and driver version of every GPU that this process may use; empty if there is none.
+    """Name, memory in bytes and driver version of every GPU that this process may use, in the order of their indices in torch.
 
-    Uses nvidia-smi, so that torch is not imported. If nvidia-smi is missing and torch is already imported, uses torch.
+    They are the GPUs of this machine that CUDA_VISIBLE_DEVICES selects; empty if there is none. Uses nvidia-smi, so that torch is not
+    imported. Uses torch for a part of a GPU (MIG), and, if it is already imported, where nvidia-smi is missing.
     """
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None and chosen.strip() in ("", "-1"):
-        return []
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
-    if chosen:
-        command.append(f"--id={chosen.replace(' ', '')}")
+    if chosen is not None and "MIG-" in chosen:
+        return _gpus_of_torch(importlib.import_module("torch"))
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
-        fields = [[field.strip() for field in line.rsplit(",", 2)] for line in lines if line.strip()]
-        return [{"name": name, "memory_bytes": int(size) << 20, "driver": driver} for name, size, driver in fields]
+        found = _gpus_of_machine()
     except (OSError, subprocess.SubprocessError, ValueError):
-        return _gpus_of_torch()
+        return _gpus_of_torch(sys.modules.get("torch"))
+    shown = found if chosen is None else [found[index] for index in _selected(chosen, [gpu["uuid"] for gpu in found])]
+    return [{name: gpu[name] for name in ("name", "memory_bytes", "driver")} for gpu in shown]
 
 
-def _gpus_of_torch() -> list[dict[str, Any]]:
-    torch = sys.modules.get("torch")
+def gpus_of_machine() -> list[dict[str, Any]]:
+    """All GPUs of this machine, also those that CUDA_VISIBLE_DEVICES hides from this process; empty without nvidia-smi."""
+    try:
+        return _gpus_of_machine()
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return []
+
+
+def _gpus_of_machine() -> list[dict[str, Any]]:
+    """The answer of nvidia-smi, in the order of its indices. Raises OSError, SubprocessError or ValueError if there is none."""
+    command = ["nvidia-smi", "--query-gpu=uuid,name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
+    gpus = []
+    for line in filter(str.strip, lines):
+        uuid, rest = line.split(",", 1)
+        name, size, driver = rest.rsplit(",", 2)
+        gpus.append({"uuid": uuid.strip(), "name": name.strip(), "memory_bytes": int(size) << 20, "driver": driver.strip()})
+    return gpus
+
+
+def _selected(chosen: str, uuids: Sequence[str]) -> list[int]:
+    """The indices that CUDA_VISIBLE_DEVICES selects: indices, or beginnings of UUIDs. As in CUDA, an invalid entry ends the list."""
+    selected: list[int] = []
+    for entry in chosen.split(","):
+        entry = entry.strip()
+        if entry.isdigit():
+            matching = [int(entry)] if int(entry) < len(uuids) else []
+        else:
+            matching = [index for index, uuid in enumerate(uuids) if entry and uuid.startswith(entry)]
+        if len(matching) != 1 or matching[0] in selected:
+            break
+        selected += matching
+    return selected
+
+
+def _gpus_of_torch(torch: Any) -> list[dict[str, Any]]:
     if torch is None or not torch.cuda.is_available():
         return []
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]

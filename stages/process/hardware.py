@@ -1,27 +1,15 @@
-"""The hardware of this machine: memory, the first GPU, the CPU and its matrix tiles. Does not import torch."""
+"""The hardware of this machine besides its GPUs: memory, the CPU and its matrix tiles. Does not import torch."""
 
 from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from pathlib import Path
 
 
 def cpu_memory() -> int:
     """This machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def gpu_memory() -> tuple[str, int] | None:
-    """Name and memory in bytes of the first GPU, from nvidia-smi; None if there is none."""
-    try:
-        asked = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-        first = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()[0]
-        name, size = first.rsplit(",", 1)
-        return name.strip(), int(size) << 20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
 
 
 def cpu_name() -> str:

@@ -17,6 +17,8 @@ from stages.process.storage import storage_error
 
 LONGEST_REASON = 300  # characters of the exception's first line
 PACKAGE = Path(__file__).resolve().parents[1]
+ALLOCATION_FAILURES = ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed")
+"""In the messages of errors without a class of their own: CUDA, torch's CPU allocator, and cuBLAS, cuDNN and similar libraries."""
 OUT_OF_MEMORY = (
     "Memory ran out: lower microbatch_size or the lengths in tokens, or set training.gradient_checkpointing; `stages plan` estimates what "
     "a step needs"
@@ -44,7 +46,7 @@ def unexpected(error: BaseException, doing: str, home: Path) -> UnexpectedError:
     folder = next((folder for _, folder in notes if folder is not None), home / "errors")
     did = ", ".join(what for what, _ in reversed(notes)) or doing
     parts = [f"{did}: unexpected {_reason(error)}{_location(error)}"]
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         parts.append(OUT_OF_MEMORY)
     file = _write(traceback.format_exception(error), folder)
     parts.append(f"The traceback is in {file}; --debug shows it" if file is not None else "--debug shows the traceback")
@@ -71,12 +73,13 @@ def _location(error: BaseException) -> str:
     return ""
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on the CPU or a GPU: torch has its own exception class, or says so in the message."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the CPU or a GPU. It is a MemoryError, or a RuntimeError that torch or a library of CUDA raised."""
+    if isinstance(error, MemoryError):
         return True
-    text = str(error).lower() if isinstance(error, RuntimeError) else ""
-    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+    if not isinstance(error, RuntimeError):
+        return False
+    return type(error).__name__ == "OutOfMemoryError" or any(words in str(error).lower() for words in ALLOCATION_FAILURES)
 
 
 def _write(lines: list[str], folder: Path) -> Path | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from stages.corpora.messages import Prompt, transcript
 from stages.corpora.templates import encode_prompt
 from stages.errors import ModelError, TrainingError
+from stages.models.budget import each_group
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.reward_question import RewardQuestion, read_question
 from stages.registry.references import ResolvedModel
@@ -118,7 +119,8 @@ class GenerativeSource:
     def _logprobs(self, rows: Sequence[tuple[list[int], int]]) -> Tensor:
         """The log-probability of the answer in each row [rows]."""
         found, device = torch.empty(len(rows)), next(self.model.parameters()).device
-        for places in like_length_batches([len(ids) for ids, _ in rows], self.batch_size):
+
+        def score(places: Sequence[int]) -> None:
             ids, mask = padded([rows[place][0] for place in places], self.tokenizer.pad_token_id, device)
             logits = self.model(input_ids=ids, attention_mask=mask).logits
             for row, place in enumerate(places):
@@ -126,4 +128,6 @@ class GenerativeSource:
                 span = slice(len(tokens) - length - 1, len(tokens) - 1)
                 steps = logits[row, span].float().log_softmax(dim=-1).cpu()
                 found[place] = steps.gather(1, torch.tensor(tokens[-length:])[:, None]).sum()
+
+        each_group(f"scoring by {self.name}", like_length_batches([len(ids) for ids, _ in rows], self.batch_size), score)
         return found

@@ -129,19 +129,22 @@ class RewardModelSpans(RewardModelSource):
 
     @torch.inference_mode()
     def _spans(self, prompts: Sequence[Prompt], completions: Sequence[str], encoded: Sequence[tuple[list[int], int]]) -> Spans:
-        spans: Spans = []
+        spans: Spans = [[] for _ in completions]
         device = next(self.model.parameters()).device
-        for start in range(0, len(completions), self.batch_size):
-            pairs = encoded[start : start + self.batch_size]
-            rows = [self._kept(ids) for ids, _ in pairs]
-            scores = self.model.score_tokens(*padded(rows, self.tokenizer.pad_token_id, device)).cpu()
-            for row, (whole, prompt_length) in enumerate(pairs):
-                text, length = completions[start + row], len(rows[row])
+        rows = [self._kept(ids) for ids, _ in encoded]
+
+        def score(indices: Sequence[int]) -> None:
+            scores = self.model.score_tokens(*padded([rows[index] for index in indices], self.tokenizer.pad_token_id, device)).cpu()
+            for row, index in enumerate(indices):
+                (whole, prompt_length), length = encoded[index], len(rows[index])
                 kept = min(len(whole) - prompt_length, length)  # completion tokens that fit into the model's context
                 own = scores[row, length - kept : length]
                 added = torch.cat([own[:1], own.diff()]).tolist()
-                places = self._places(prompts[start + row], text)[-kept:]
-                spans.append([(place, float(value)) for place, value in zip(places, added, strict=True)])
+                places = self._places(prompts[index], completions[index])[-kept:]
+                spans[index] = [(place, float(value)) for place, value in zip(places, added, strict=True)]
+
+        order = range(len(completions))
+        each_group(f"scoring by {self.name}", [order[start : start + self.batch_size] for start in order[:: self.batch_size]], score)
         return spans
 
     def _places(self, prompt: Prompt, completion: str) -> list[int]:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from stages.corpora.reviews import Review
+from stages.models.budget import each_group
 from stages.models.sharding import unsharded
 from stages.sentiment.config import SentimentConfig
 from stages.sentiment.rows import Collator
@@ -25,14 +26,16 @@ def predict(model: Any, rows: Sequence[dict[str, Any]], pad_token_id: int, batch
     probabilities: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     training = model.training
     model.eval()
+
+    def measure_rows(indices: Sequence[int]) -> None:
+        batch = {name: value.to(model.device) for name, value in collate([rows[index] for index in indices]).items() if name != "labels"}
+        for index, row in zip(indices, model(**batch).logits.float().softmax(dim=-1).cpu(), strict=True):
+            probabilities[index] = row
+
     with unsharded(model), torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            batch = {
-                name: value.to(model.device) for name, value in collate([rows[index] for index in indices]).items() if name != "labels"
-            }
-            for index, row in zip(indices, model(**batch).logits.float().softmax(dim=-1).cpu(), strict=True):
-                probabilities[index] = row
+        each_group(
+            "measuring the classifier", [order[start : start + batch_size] for start in range(0, len(order), batch_size)], measure_rows
+        )
     model.train(training)
     return torch.stack(probabilities)
 

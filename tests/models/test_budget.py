@@ -11,7 +11,7 @@ import torch
 
 from stages.errors import TrainingError
 from stages.models import budget as module
-from stages.models.budget import PassBudget, each_group, is_out_of_memory, refuse_alone
+from stages.models.budget import PassBudget, each_group, refuse_alone
 from stages.process.gpus import Peak
 from stages.sampling import workspace
 
@@ -89,8 +89,8 @@ def test_without_a_backward_pass_nothing_is_measured() -> None:
     assert budget.tokens == 32_768 and not budget.measures
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")])
-def test_each_row_is_done_once_however_often_memory_runs_out(error: RuntimeError, caplog) -> None:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), MemoryError()])
+def test_each_row_is_done_once_however_often_memory_runs_out(error: Exception, caplog) -> None:
     done: list[int] = []
     sizes: list[int] = []
 
@@ -118,7 +118,7 @@ def test_other_errors_and_a_single_row_are_no_retreat() -> None:
 
     with pytest.raises(RuntimeError, match="shapes"):
         budget.each(range(2), [10] * 2, wrong)
-    assert budget.retreats == 0 and not is_out_of_memory(ValueError("out of memory"))
+    assert budget.retreats == 0
     with pytest.raises(torch.OutOfMemoryError):
         budget.each(range(2), [10] * 2, too_long)
     assert budget.retreats == 1

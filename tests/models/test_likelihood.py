@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from stages.errors import TrainingError
 from stages.models.likelihood import Likelihood, measure_likelihood
 from stages.models.loading import load_language_model
 
@@ -43,3 +44,37 @@ def test_only_counted_tokens_count_and_batches_do_not_matter(tiny_llama_folder: 
 
 def test_nothing_counted_has_no_loss() -> None:
     assert math.isnan(Likelihood(0.0, 0).loss)
+
+
+def run_out_above(model: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let passes over more than ``rows`` rows run out of memory; returns the rows of each pass."""
+    sizes: list[int] = []
+    forward = model.forward
+
+    def limited(*inputs: Any, **named: Any) -> Any:
+        sizes.append(len(named["input_ids"]))
+        if sizes[-1] > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*inputs, **named)
+
+    monkeypatch.setattr(model, "forward", limited)
+    return sizes
+
+
+def test_a_pass_that_runs_out_of_memory_is_repeated_in_halves(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_language_model(str(tiny_llama_folder), dtype=torch.float32)
+    rows = [([5, 6, 7, 8], [1, 1, 1, 1]), ([9, 10], [1, 1]), ([4, 2, 8], [0, 1, 1])]
+    expected = measure_likelihood(model, rows, batch_size=1, **CPU)
+    sizes = run_out_above(model, 1, monkeypatch)
+    found = measure_likelihood(model, rows, batch_size=3, **CPU)
+    assert sizes == [3, 2, 1, 1, 1]
+    assert found.tokens == expected.tokens == 6 and found.nats == pytest.approx(expected.nats, rel=1e-6)
+
+
+def test_processes_that_share_weights_do_not_retreat_alone(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_language_model(str(tiny_llama_folder), dtype=torch.float32)
+    next(model.parameters()).ds_id = 0  # as DeepSpeed's ZeRO-3 marks a parameter
+    sizes = run_out_above(model, 1, monkeypatch)
+    with pytest.raises(TrainingError, match="set training.microbatch_size to fewer rows"):
+        measure_likelihood(model, [([5, 6], [1, 1])] * 2, batch_size=2, **CPU)
+    assert sizes == [2]

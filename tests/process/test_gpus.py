@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stages.chain.run import environment
+from stages.cli import _machine
 from stages.process import gpus
 from stages.process.runtime import Runtime
 
@@ -19,10 +20,11 @@ GIB = 2**30
 
 @pytest.fixture
 def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An nvidia-smi that lists two GPUs and notes its arguments."""
+    """An nvidia-smi that lists three GPUs and notes its arguments."""
     program = tmp_path / "nvidia-smi"
     program.write_text(
-        f"#!/bin/sh\necho \"$@\" >> {tmp_path}/asked\necho 'NVIDIA H200, 143771, 580.95.05'\necho 'NVIDIA L4, 23034, 580.95.05'\n"
+        f"#!/bin/sh\necho \"$@\" >> {tmp_path}/asked\necho 'GPU-8932f937-a1, NVIDIA H200, 143771, 580.95.05'\n"
+        "echo 'GPU-77, NVIDIA L4, 23034, 580.95.05'\necho 'GPU-8932aaaa-a2, NVIDIA A10, 23028, 580.95.05'\n"
     )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -46,20 +48,53 @@ def test_the_environment_of_a_run_names_its_gpus_before_torch_is_loaded(smi: Pat
     assert environment()["gpus"] == [
         {"name": "NVIDIA H200", "memory_bytes": 143771 * 2**20, "driver": "580.95.05"},
         {"name": "NVIDIA L4", "memory_bytes": 23034 * 2**20, "driver": "580.95.05"},
+        {"name": "NVIDIA A10", "memory_bytes": 23028 * 2**20, "driver": "580.95.05"},
     ]
     assert gpus.gpu_name(environment()["gpus"][0]) == gpus.gpu_name("NVIDIA H200") == "NVIDIA H200"
 
 
-@pytest.mark.parametrize("chosen", ["", "-1"])
-def test_hidden_gpus_are_not_named(smi: Path, monkeypatch, chosen: str) -> None:
+@pytest.mark.parametrize(
+    ("chosen", "names"),
+    [
+        ("", []),
+        ("-1", []),
+        ("1, 0", ["NVIDIA L4", "NVIDIA H200"]),
+        ("2", ["NVIDIA A10"]),
+        ("0,-1,1", ["NVIDIA H200"]),  # CUDA ignores everything from an invalid entry on
+        ("0,7,1", ["NVIDIA H200"]),
+        ("GPU-77,GPU-8932f", ["NVIDIA L4", "NVIDIA H200"]),
+        ("GPU-8932", []),  # two GPUs begin so
+    ],
+)
+def test_visible_gpus_are_those_of_cuda_visible_devices(smi: Path, monkeypatch, chosen: str, names: list[str]) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-    assert gpus.visible_gpus() == [] and not smi.exists()
+    assert [gpu["name"] for gpu in gpus.visible_gpus()] == names
+    assert len(gpus.gpus_of_machine()) == 3
 
 
-def test_only_the_gpus_of_the_process_are_asked_for(smi: Path, monkeypatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1, 0")
-    gpus.visible_gpus()
-    assert "--id=1,0" in smi.read_text()
+def test_a_part_of_a_gpu_is_described_by_torch(smi: Path, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-0f")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="H200 MIG 1g.18gb", total_memory=18 * GIB))
+    assert gpus.visible_gpus() == [{"name": "H200 MIG 1g.18gb", "memory_bytes": 18 * GIB, "driver": None}]
+
+
+@pytest.mark.parametrize(
+    ("variables", "planned"),
+    [
+        ({}, ("cuda", "NVIDIA H200")),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, ("cuda", "NVIDIA L4")),
+        ({"WORLD_SIZE": "2"}, ("cuda", "NVIDIA L4")),  # the smallest GPU of two processes
+        ({"CUDA_VISIBLE_DEVICES": ""}, ("cpu", "this machine's memory")),
+        ({"ACCELERATE_USE_CPU": "true"}, ("cpu", "this machine's memory")),
+    ],
+)
+def test_a_plan_is_for_the_gpus_that_the_processes_use(smi: Path, monkeypatch, variables, planned) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    machine = _machine(None)
+    assert (machine.kind, machine.name) == planned
 
 
 def test_torch_is_asked_where_nvidia_smi_is_missing(monkeypatch, tmp_path: Path) -> None:
@@ -86,7 +121,7 @@ def test_a_gpu_run_turns_cudnn_attention_off_and_says_what_it_computes_with(smi:
     runtime.say_model("ppo: policy", model, torch.bfloat16)
     said = capsys.readouterr().out
     assert turned == [False]  # once
-    assert "GPU: NVIDIA H200, NVIDIA L4; torch " in said and "cuDNN's attention off" in said
+    assert "GPU: NVIDIA H200, NVIDIA L4, NVIDIA A10; torch " in said and "cuDNN's attention off" in said
     assert "ppo: policy: weights bfloat16, computes in bfloat16, attention sdpa" in said
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stages.errors import DataError, UnexpectedError, doing
-from stages.process.unexpected import explain, was_in_step
+from stages.process.unexpected import explain, is_out_of_memory, was_in_step
 
 
 class Unprintable(Exception):
@@ -92,3 +92,22 @@ def test_secrets_do_not_reach_the_file(tmp_path: Path) -> None:
 def test_only_an_exception_that_left_a_step_was_in_a_step(tmp_path: Path) -> None:
     assert was_in_step(raised(KeyboardInterrupt(), tmp_path))
     assert not was_in_step(raised(KeyboardInterrupt()))  # Ctrl-C while `stages generate` loads a model
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory"), True),
+        (RuntimeError("shapes differ"), False),
+        (ValueError("out of memory"), False),
+    ],
+    ids=str,
+)
+def test_memory_that_ran_out_is_recognised_on_every_device(error: BaseException, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected

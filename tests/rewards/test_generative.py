@@ -27,12 +27,17 @@ def generative(folder: Path, resolve: Any, **fields: Any) -> GenerativeSource:
 class Fixed(torch.nn.Module):
     """A model that gives each token of the vocabulary the same probability everywhere: those of ``probabilities``, and the rest evenly."""
 
-    def __init__(self, size: int, probabilities: dict[int, float]) -> None:
+    def __init__(self, size: int, probabilities: dict[int, float], *, most_rows: int = 1000) -> None:
+        """A pass over more than ``most_rows`` rows runs out of memory."""
         super().__init__()
+        self.most_rows, self.sizes = most_rows, list[int]()
         rest = (1 - sum(probabilities.values())) / (size - len(probabilities))
         self.logits = torch.nn.Parameter(torch.tensor([math.log(probabilities.get(token, rest)) + 3.0 for token in range(size)]))
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        self.sizes.append(len(input_ids))
+        if len(input_ids) > self.most_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1))
 
 
@@ -45,6 +50,16 @@ def test_log_odds_by_hand(tiny_tokenizer) -> None:
     assert one.score(["p", "q", "r"], ["a", "the film", "b"]).tolist() == pytest.approx([math.log(4)] * 3)  # 0.6 / 0.15
     two = GenerativeSource("g", model, tiny_tokenizer, RewardQuestion("{completion}?", ("y", "qn")), **named)
     assert two.score(["p"], ["a"]).tolist() == pytest.approx([math.log(40)])  # 0.6 / (0.1 * 0.15)
+
+
+def test_a_pass_that_runs_out_of_memory_is_repeated_in_halves(tiny_tokenizer, caplog) -> None:
+    yes, no = (tiny_tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in ("y", "n"))
+    model = Fixed(len(tiny_tokenizer), {yes: 0.6, no: 0.15}, most_rows=2)
+    source = GenerativeSource(
+        "g", model, tiny_tokenizer, RewardQuestion("{completion}?", ("y", "n")), batch_size=4, max_length=None, ref="x"
+    )
+    assert source.score(["p", "q"], ["a", "b"]).tolist() == pytest.approx([math.log(4)] * 2)
+    assert model.sizes == [4, 2, 2] and "scoring by g: memory ran out in a pass of 4 sequences" in caplog.text
 
 
 def test_marks_inside_a_text_are_no_marks() -> None:

@@ -6,7 +6,8 @@ import torch
 
 from stages.models.heads import RewardModel
 from stages.rewards.batching import like_length_batches
-from stages.rewards.learned import score_rows
+from stages.rewards.config import RewardInput
+from stages.rewards.learned import RewardModelSpans, score_rows
 
 
 def test_rows_of_like_length_share_a_batch() -> None:
@@ -25,3 +26,25 @@ def test_scores_are_those_of_every_text_alone(tiny_llama_folder) -> None:
         alone = [float(model.score(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long))) for row in rows]
         together = score_rows(rows, model, 0, 4)
     torch.testing.assert_close(together, torch.tensor(alone))
+
+
+def test_token_scores_are_the_same_after_memory_ran_out(tiny_llama_folder, tiny_tokenizer, monkeypatch) -> None:
+    model = RewardModel.from_language_model(str(tiny_llama_folder), dtype=torch.float32, trainable=False)
+    model.tokenizer = tiny_tokenizer
+    source = RewardModelSpans(RewardInput.model_validate({"model": "preference", "level": "token", "batch_size": 3}), model)
+    prompts, completions = ["say", "the film", "go"], ["a joy", "was dull and weak", "x"]
+    expected = source.score_spans(prompts, completions)
+    sizes, score_tokens = [], model.score_tokens
+
+    def limited(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return score_tokens(input_ids, attention_mask)
+
+    monkeypatch.setattr(model, "score_tokens", limited)
+    found = source.score_spans(prompts, completions)
+    assert sizes == [3, 2, 1]
+    assert [[place for place, _ in row] for row in found] == [[place for place, _ in row] for row in expected]
+    scores = [torch.tensor([score for row in rows for _, score in row]) for rows in (found, expected)]
+    torch.testing.assert_close(scores[0], scores[1])

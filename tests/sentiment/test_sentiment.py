@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from stages.sentiment.config import SentimentConfig, WordPieceSettings
-from stages.sentiment.measuring import measure
+from stages.sentiment.measuring import measure, predict
 from stages.sentiment.rows import Collator
 from stages.sentiment.run import run
 from stages.sentiment.tokenizer import train_wordpiece
@@ -91,6 +92,23 @@ def test_measures_by_hand() -> None:
     # positive: 2 hits, 1 missed, 0 false: 4 / 5
     assert found["f1"] == pytest.approx(0.8)
     assert found["loss"] == pytest.approx(-(torch.tensor([0.9, 0.6, 0.3, 0.8]).log().mean().item()))
+
+
+def test_predictions_are_those_of_smaller_passes_when_memory_runs_out() -> None:
+    sizes: list[int] = []
+
+    class Classifier(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+            sizes.append(len(input_ids))
+            if len(input_ids) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return SimpleNamespace(logits=torch.stack([torch.zeros(1), input_ids[:, :1].float().log()[0]], dim=1))
+
+    rows = [{"input_ids": [3, 1], "labels": 0}, {"input_ids": [1], "labels": 1}]
+    assert predict(Classifier(), rows, 0).tolist() == [pytest.approx([0.25, 0.75]), pytest.approx([0.5, 0.5])]  # odds 3 and 1
+    assert sizes == [2, 1, 1]
 
 
 def test_batches_are_padded_and_masked() -> None:
