@@ -25,10 +25,10 @@ def visible_gpus() -> list[dict[str, Any]]:
     if chosen is not None and "MIG-" in chosen:
         return _gpus_of_torch(importlib.import_module("torch"))
     try:
-        found = _gpus_of_machine()
+        gpus = _gpus_of_machine()
     except (OSError, subprocess.SubprocessError, ValueError):
         return _gpus_of_torch(sys.modules.get("torch"))
-    shown = found if chosen is None else [found[index] for index in _selected(chosen, [gpu["uuid"] for gpu in found])]
+    shown = gpus if chosen is None else [gpus[index] for index in _selected(chosen, [gpu["uuid"] for gpu in gpus])]
     return [{name: gpu[name] for name in ("name", "memory_bytes", "driver")} for gpu in shown]
 
 
