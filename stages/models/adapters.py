@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from stages.models.families import state_space_products
 from stages.models.saved_adapters import SavedAdapter, base_of, fitted, read_adapter
 
 if TYPE_CHECKING:
+    from torch.nn.modules.module import _IncompatibleKeys
     from transformers import BitsAndBytesConfig
 
     from stages.registry.references import ResolvedModel
@@ -129,7 +130,8 @@ def add_adapter(model: Any, adapter: ResolvedModel | SavedAdapter, name: str, *,
             else:
                 model = get_peft_model(model, saved.config, adapter_name=name)
             _prepare_wrappers(model, name)
-            report = set_peft_model_state_dict(model, saved.weights, adapter_name=name)
+            # peft's own annotation is the function namedtuple, which is no type.
+            report = cast("_IncompatibleKeys", set_peft_model_state_dict(model, saved.weights, adapter_name=name))
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
         raise ModelError(f"the adapter {saved.ref!r} does not fit its base {type(plain).__name__}: {error}") from error
     own = {key for key, _ in model.named_parameters()}  # tied rows have two names; named_parameters() yields the first
@@ -330,7 +332,8 @@ def _rows_of_some() -> type[Any]:
         def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
             return super().adapter_state_dict_load_map(adapter_name) if adapter_name in self._get_available_adapters() else {}
 
-        def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # peft's base class of wrappers has the method without ``state_dict``
+        def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # type: ignore[override]
             return super().adapter_state_dict(adapter_name, state_dict) if adapter_name in self._get_available_adapters() else {}
 
     return RowsOfSome

@@ -7,22 +7,25 @@ Encoding the completion alone would give different tokens, e.g. SentencePiece pu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ANCHORS = ("\n", "a", "0", ".", ":")
 """Characters to put before a text if its beginning would be merged with the end of the prompt."""
 CONTEXT = 8  # prompt tokens used as context to decode a completion
 
-_beginnings: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
+_beginnings: WeakKeyDictionary[PreTrainedTokenizerBase, list[int]] = WeakKeyDictionary()
 
 
-def plain_ids(tokenizer: Any, text: str) -> list[int]:
+def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of ``text`` without the tokens that the tokenizer adds before or after every text."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def beginning_ids(tokenizer: Any) -> list[int]:
+def beginning_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that the tokenizer adds before every text, such as ``<s>`` or ``<bos>``; often none."""
     if tokenizer not in _beginnings:
         alone, full_ids = plain_ids(tokenizer, "a"), list(tokenizer("a")["input_ids"])
@@ -31,7 +34,7 @@ def beginning_ids(tokenizer: Any) -> list[int]:
     return _beginnings[tokenizer]
 
 
-def segment_ids(tokenizer: Any, segments: Sequence[str]) -> list[list[int]]:
+def segment_ids(tokenizer: PreTrainedTokenizerBase, segments: Sequence[str]) -> list[list[int]]:
     """Token ids of consecutive segments of a text, each encoded as a continuation of the previous ones."""
     text = ""
     ids: list[int] = []
@@ -42,7 +45,7 @@ def segment_ids(tokenizer: Any, segments: Sequence[str]) -> list[list[int]]:
     return parts
 
 
-def continued(tokenizer: Any, text: str, ids: list[int], addition: str) -> list[int]:
+def continued(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], addition: str) -> list[int]:
     """Token ids of ``addition`` after ``text``, whose tokens ``ids`` do not change.
 
     If the tokenizer merges the end of ``text`` with the beginning of ``addition``, the addition is encoded after a different character, so
@@ -59,19 +62,19 @@ def continued(tokenizer: Any, text: str, ids: list[int], addition: str) -> list[
     return next((ids_after for ids_after in candidates if _text(tokenizer, ids + ids_after) == expected), candidates[0])
 
 
-def _after(tokenizer: Any, anchor: str, addition: str) -> list[int] | None:
+def _after(tokenizer: PreTrainedTokenizerBase, anchor: str, addition: str) -> list[int] | None:
     """Token ids of ``addition`` after ``anchor``; None if the two are merged."""
     head, both = plain_ids(tokenizer, anchor), plain_ids(tokenizer, anchor + addition)
     return both[len(head) :] if head and both[: len(head)] == head else None
 
 
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def continuation_text(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
+def continuation_text(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
     """The text of ``ids`` after the tokens ``before``, without special tokens: the inverse of ``continued``."""
     context = list(before)[-CONTEXT:]
-    head = tokenizer.decode(context, skip_special_tokens=True)
-    both = tokenizer.decode([*context, *ids], skip_special_tokens=True)
-    return str(both[len(head) :] if both.startswith(head) else tokenizer.decode(list(ids), skip_special_tokens=True))
+    head = str(tokenizer.decode(context, skip_special_tokens=True))
+    both = str(tokenizer.decode([*context, *ids], skip_special_tokens=True))
+    return both[len(head) :] if both.startswith(head) else str(tokenizer.decode(list(ids), skip_special_tokens=True))

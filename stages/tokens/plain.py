@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MARK = "{#- plain template -#}"
 """Marks a chat template as a plain template."""
@@ -36,18 +39,18 @@ def plain_template(beginning: str, before: str, after: str) -> str:
     )
 
 
-def is_plain(tokenizer: Any) -> bool:
+def is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer uses plain texts: it has a plain template or no template."""
     template = tokenizer.chat_template
     return not template or (isinstance(template, str) and (template.startswith(MARK) or bool(_FIRST_FORM.fullmatch(template))))
 
 
-def is_begun(tokenizer: Any) -> bool:
+def is_begun(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the plain template writes the tokenizer's prefix tokens; templates of earlier versions do not."""
     return isinstance(tokenizer.chat_template, str) and tokenizer.chat_template.startswith(MARK)
 
 
-def template_to_apply(tokenizer: Any) -> str | None:
+def template_to_apply(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The template to render with if it is not the tokenizer's own: the current form of an earlier version's plain template."""
     own = tokenizer.chat_template
     match = _FIRST_FORM.fullmatch(own) if isinstance(own, str) else None

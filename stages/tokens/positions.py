@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -96,17 +96,17 @@ def tokenizer_length(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
     return int(limit) if limit is not None and 0 < limit < TOKENIZER_SENTINEL else None
 
 
-def _text_config(config: Any) -> Any:
+def _text_config(config: object) -> object:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _positive(config: Any, name: str) -> int | None:
+def _positive(config: object, name: str) -> int | None:
     """A positive integer field of the config. XLNet's -1 and a missing field give None."""
     value = getattr(config, name, None)
     return value if isinstance(value, int) and value > 0 else None
 
 
-def _extended(config: Any, positions: int) -> int:
+def _extended(config: object, positions: int) -> int:
     """Positions with YaRN: Qwen2.5 configs keep ``max_position_embeddings`` and add a factor on the original length."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if not isinstance(rope, dict):
@@ -117,7 +117,7 @@ def _extended(config: Any, positions: int) -> int:
     return max(positions, int(factor * original))
 
 
-def _skipped_rows(config: Any, kind: str) -> int:
+def _skipped_rows(config: object, kind: str) -> int:
     """Rows of the position embedding that no token uses."""
     if kind in SKIP_TO_PAD:
         pad = getattr(config, "pad_token_id", None)

@@ -6,26 +6,38 @@ This gives the end of a reply, and the forms of content and tool calls that the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from stages.errors import DataError
 from stages.tokens.continuation import segment_ids
 from stages.tokens.plain import template_to_apply
 
-Messages = Sequence[dict[str, Any]]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = Sequence[Mapping[str, object]]
+"""Messages of a conversation, each with at least ``role`` and ``content``."""
+Read = TypeVar("Read")
 _ASKED, _ANSWERED = "tristageasks", "tristageanswers"
 _KEY, _VALUE, _CALLED = "tristagekey", "tristagevalue", "tristagecalls"
 
 
-def apply_template(tokenizer: Any, messages: Messages, *, generation_prompt: bool, tools: Sequence[Any] = (), location: str = "") -> str:
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    *,
+    generation_prompt: bool,
+    tools: Sequence[Mapping[str, object]] = (),
+    location: str = "",
+) -> str:
     """Apply the tokenizer's chat template to ``messages``. Raises DataError with ``location`` if the template rejects them."""
     try:
         text = tokenizer.apply_chat_template(
-            list(messages),
-            tools=list(tools) or None,
+            cast("list[dict[str, str]]", list(messages)),  # the annotation of transformers omits parts and tool calls
+            tools=[dict(tool) for tool in tools] or None,
             chat_template=template_to_apply(tokenizer),
             tokenize=False,
             add_generation_prompt=generation_prompt,
@@ -71,24 +83,25 @@ class ArgumentForm:
     texts: bool
 
 
-_Known = WeakKeyDictionary[Any, tuple[Any, Any]]
-_turn_forms: _Known = WeakKeyDictionary()
-_argument_forms: _Known = WeakKeyDictionary()
+_turn_forms: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, TurnForm]] = WeakKeyDictionary()
+_argument_forms: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, ArgumentForm]] = WeakKeyDictionary()
 
 
-def turn_form(tokenizer: Any) -> TurnForm:
+def turn_form(tokenizer: PreTrainedTokenizerBase) -> TurnForm:
     """The form of the tokenizer's chat template."""
-    form: TurnForm = _read_once(_turn_forms, tokenizer, _read_form)
-    return form
+    return _read_once(_turn_forms, tokenizer, _read_form)
 
 
-def argument_form(tokenizer: Any) -> ArgumentForm:
+def argument_form(tokenizer: PreTrainedTokenizerBase) -> ArgumentForm:
     """The forms of tool call arguments that the tokenizer's chat template accepts."""
-    form: ArgumentForm = _read_once(_argument_forms, tokenizer, _read_argument_form)
-    return form
+    return _read_once(_argument_forms, tokenizer, _read_argument_form)
 
 
-def _read_once(known: _Known, tokenizer: Any, read: Callable[[Any], Any]) -> Any:
+def _read_once(
+    known: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, Read]],
+    tokenizer: PreTrainedTokenizerBase,
+    read: Callable[[PreTrainedTokenizerBase], Read],
+) -> Read:
     """The cached result of ``read`` for the tokenizer; recomputed if its template changed."""
     entry = known.get(tokenizer)
     if entry is None or entry[0] != tokenizer.chat_template:
@@ -96,7 +109,7 @@ def _read_once(known: _Known, tokenizer: Any, read: Callable[[Any], Any]) -> Any
     return entry[1]
 
 
-def turn_end_ids(tokenizer: Any) -> list[int]:
+def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token that ends an assistant turn in the chat template: the first special token after a reply.
 
     If the template writes none at the end of a conversation, the first token of the next turn is used. Empty without a template.
@@ -104,13 +117,13 @@ def turn_end_ids(tokenizer: Any) -> list[int]:
     return list(turn_form(tokenizer).end_ids) if tokenizer.chat_template else []
 
 
-def first_difference(one: Sequence[Any], other: Sequence[Any]) -> int:
+def first_difference(one: Sequence[object], other: Sequence[object]) -> int:
     """The first index where two texts (or lists) differ; the shorter length if one is a prefix of the other."""
     shorter = min(len(one), len(other))
     return next((index for index in range(shorter) if one[index] != other[index]), shorter)
 
 
-def _read_form(tokenizer: Any) -> TurnForm:
+def _read_form(tokenizer: PreTrainedTokenizerBase) -> TurnForm:
     texts, parts = _probe(tokenizer, _as_text), _probe(tokenizer, _as_parts)
     chosen = texts or parts
     if chosen is None:  # the template expects different conversations; it will raise its own errors
@@ -125,7 +138,7 @@ def _read_form(tokenizer: Any) -> TurnForm:
         opening=opening,
         closing=f"</{opened[1]}>" if opened else "",
         ending=ending,
-        turn_end=ending if first is None else _through(ending, tokenizer.convert_ids_to_tokens(first)),
+        turn_end=ending if first is None else _through(ending, str(tokenizer.convert_ids_to_tokens(first))),
         end_ids=() if following is None else (following,),
         writes_end=first is not None,
         parts=parts is not None and parts == chosen,
@@ -139,14 +152,14 @@ def _through(ending: str, token: str) -> str:
     return before + mark + after[: len(after) - len(after.lstrip())]
 
 
-def _first_special(tokenizer: Any, text: str) -> int | None:
+def _first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
     """The first special token after the reply of a test conversation; None if there is none."""
     head, answered, after = text.rpartition(_ANSWERED)
     special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
     return next((token for token in segment_ids(tokenizer, [head + answered, after])[1] if token in special), None)
 
 
-def _followed(tokenizer: Any, content: Any) -> str:
+def _followed(tokenizer: PreTrainedTokenizerBase, content: Callable[[str], object]) -> str:
     """The test conversation with another question after the reply; empty if the template rejects it."""
     said = [("user", _ASKED), ("assistant", _ANSWERED), ("user", _ASKED)]
     try:
@@ -155,7 +168,7 @@ def _followed(tokenizer: Any, content: Any) -> str:
         return ""
 
 
-def _probe(tokenizer: Any, content: Any) -> tuple[str, str] | None:
+def _probe(tokenizer: PreTrainedTokenizerBase, content: Callable[[str], object]) -> tuple[str, str] | None:
     """Render a test conversation as (prompt, full text); None if the template does not support this form of content."""
     messages = [{"role": "user", "content": content(_ASKED)}, {"role": "assistant", "content": content(_ANSWERED)}]
     try:
@@ -167,23 +180,22 @@ def _probe(tokenizer: Any, content: Any) -> tuple[str, str] | None:
     return (shown, full_text) if written else None
 
 
-def _read_argument_form(tokenizer: Any) -> ArgumentForm:
+def _read_argument_form(tokenizer: PreTrainedTokenizerBase) -> ArgumentForm:
     return ArgumentForm(
         objects=_writes_arguments(tokenizer, {_KEY: _VALUE}),
         texts=_writes_arguments(tokenizer, f'{{"{_KEY}": "{_VALUE}"}}'),
     )
 
 
-def _writes_arguments(tokenizer: Any, arguments: dict[str, str] | str) -> bool:
+def _writes_arguments(tokenizer: PreTrainedTokenizerBase, arguments: dict[str, str] | str) -> bool:
     """Whether the template writes a call with these arguments correctly: not escaped inside a JSON string, not as a Python dict."""
     content = _as_text if turn_form(tokenizer).texts else _as_parts
     call = {"id": "tristage1", "type": "function", "function": {"name": _CALLED, "arguments": arguments}}  # Mistral's ids: 9 characters
-    parameters: dict[str, Any] = {"type": "object", "properties": {}}
+    parameters: dict[str, object] = {"type": "object", "properties": {}}
     tool = {"type": "function", "function": {"name": _CALLED, "description": _CALLED, "parameters": parameters}}
     for said in (content(""), None):
         for tools in ([], [tool]):
-            asked = {"role": "user", "content": content(_ASKED)}
-            turns: Messages = [asked, {"role": "assistant", "content": said, "tool_calls": [call]}]
+            turns: Messages = [{"role": "user", "content": content(_ASKED)}, {"role": "assistant", "content": said, "tool_calls": [call]}]
             try:
                 text = apply_template(tokenizer, turns, generation_prompt=False, tools=tools)
             except DataError:
