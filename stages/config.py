@@ -437,7 +437,8 @@ class GenerationSettings(Strict):
     batch_size: int = Field(64, ge=1, description="Sequences decoded together, per process.")
     continuous_batching: Literal["auto"] | bool = Field(
         "auto",
-        description="Give the place of a finished completion to a waiting prompt, instead of decoding batch by batch. auto: on a GPU.",
+        description="Continuous batching: give the slot of a finished completion to a waiting prompt, instead of decoding batch by batch. "
+        "auto: on a GPU.",
     )
     cuda_graphs: bool = Field(
         True, description="On a GPU, record a decoding step as a CUDA graph and replay it. Models that cannot be recorded run normally."

@@ -77,7 +77,7 @@ class Scorer:
         from stages.rewards.classifier import ClassifierSource
 
         if not isinstance(self.source, ClassifierSource):
-            raise BadRequest("this is a reward model, which has no classes; use /pooling, /score or /get_reward")
+            raise BadRequest("a reward model has no classes; use /pooling, /score or /get_reward")
         texts = _texts(body, "input")
         with self._lock:
             rows = self.source.probabilities(texts)
@@ -95,7 +95,7 @@ class Scorer:
 
         if isinstance(self.source, GenerativeSource):
             raise BadRequest(
-                "this model is asked about a prompt and its completion, and these texts do not say where the completion begins; send "
+                "this model reads a prompt and its completion separately, but these texts do not show where the completion begins. Send "
                 "prompts and completions to /get_reward, or use /score"
             )
         with self._lock:
@@ -153,7 +153,7 @@ def make_app(scorer: Scorer, *, key: str | None = None) -> Starlette:
         sent = request.headers.get("authorization", "")
         if key is None or hmac.compare_digest(sent.encode(), f"Bearer {key}".encode()):
             return None
-        return JSONResponse({"error": "this server needs its key as a bearer token", **scorer.signature}, status_code=401)
+        return JSONResponse({"error": "this server requires its key as a bearer token", **scorer.signature}, status_code=401)
 
     def answering(work: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Request], Any]:
         async def answer(request: Request) -> Response:
@@ -167,7 +167,7 @@ def make_app(scorer: Scorer, *, key: str | None = None) -> Starlette:
                     raise BadRequest("expected a JSON object")
                 return JSONResponse({**await run_in_threadpool(work, body), **scorer.signature})
             except ValueError as error:
-                return JSONResponse({"error": f"the request is no JSON ({error})", **scorer.signature}, status_code=400)
+                return JSONResponse({"error": f"the request is not valid JSON ({error})", **scorer.signature}, status_code=400)
             except (BadRequest, StagesError) as error:
                 status = 400 if isinstance(error, BadRequest) else 500
                 return JSONResponse({"error": str(error), **scorer.signature}, status_code=status)
@@ -196,14 +196,14 @@ def serve(scorer: Scorer, *, host: str, port: int, key: str | None, say: Callabl
     import uvicorn
 
     if host not in LOOPBACK and key is None:
-        raise LaunchError(f"--host {host} lets other machines ask; name the variable that holds a key with --api-key-variable")
+        raise LaunchError(f"--host {host} lets other machines send requests. Name the variable that holds a key with --api-key-variable")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
     except OSError as error:
-        raise LaunchError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port, or 0 for any that is free") from error
+        raise LaunchError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port, or 0 for any free port") from error
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     say(f"{scorer.signature['model']} ({scorer.signature['digest']}) answers at {address}/get_reward, /pooling, /classify and /score")
     uvicorn.Server(uvicorn.Config(make_app(scorer, key=key), log_level="warning")).run(sockets=[listener])

@@ -221,7 +221,7 @@ RECIPES = {
     "greedy rollouts": Case("generation.temperature=0 is greedy", PPO, {"generation": {"temperature": 0.0}}),
     "no reward": Case("steps[0].reward: got [], expected at least 1 items", PPO, {"reward": []}),
     "a reward of two kinds": Case("give exactly one of model", PPO, {"reward": [{"function": "a:b", "model": "./model"}]}),
-    "rewards of one name": Case("two sources are called 'b'", PPO, {"reward": [{"function": "a:b"}, {"function": "c:b"}]}),
+    "rewards of one name": Case("two sources have the name 'b'", PPO, {"reward": [{"function": "a:b"}, {"function": "c:b"}]}),
     "a function's address": Case("steps[0].reward[0].function: got 'os.system'", PPO, {"reward": [{"function": "os.system"}]}),
     "a function's module there is not": Case(
         "function 'no_such_module:f': cannot import no_such_module", PPO, {"reward": [{"function": "no_such_module:f"}]}

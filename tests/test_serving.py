@@ -146,12 +146,12 @@ def test_the_key_and_the_health(served) -> None:
     assert httpx2.get(f"{address}/v1/models", headers={"Authorization": "Bearer wrong"}).status_code == 401
     assert httpx2.get(f"{address}/health").json() == {"status": "ok", **made.signature}
     response = httpx2.post(f"{address}/classify", json={"input": ["a"]}, headers={"Authorization": "Bearer k-secret-9"})
-    assert response.status_code == 400 and "a reward model, which has no classes" in response.json()["error"]
+    assert response.status_code == 400 and "a reward model has no classes" in response.json()["error"]
 
 
 def test_what_cannot_be_served(served, tiny_llama_folder, tmp_path) -> None:
     _, made = served["rm"]
-    with pytest.raises(LaunchError, match="--host 0.0.0.0 lets other machines ask; .* --api-key-variable"):
+    with pytest.raises(LaunchError, match="--host 0.0.0.0 lets other machines send requests. .* --api-key-variable"):
         serve(made, host="0.0.0.0", port=0, key=None, say=print)
     port = int(served["rm"][0].rpartition(":")[2])
     with pytest.raises(LaunchError, match="cannot listen on 127.0.0.1:.*choose another --port"):

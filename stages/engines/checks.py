@@ -10,15 +10,15 @@ from stages.process.environment import secret
 
 def generation_settings(config: BaseModel) -> list[GenerationSettings]:
     """All generation settings in a step's config, at any depth."""
-    found: list[GenerationSettings] = []
+    settings: list[GenerationSettings] = []
     for name in type(config).model_fields:
         values = getattr(config, name)
         for value in values if isinstance(values, list | tuple) else values.values() if isinstance(values, dict) else [values]:
             if isinstance(value, GenerationSettings):
-                found.append(value)
+                settings.append(value)
             elif isinstance(value, BaseModel):
-                found += generation_settings(value)
-    return found
+                settings += generation_settings(value)
+    return settings
 
 
 def check_installed(config: BaseModel) -> None:

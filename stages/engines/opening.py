@@ -230,8 +230,8 @@ def _merged_adapters(source: ResolvedModel) -> tuple[ResolvedModel, ...]:
     adapters = stack_of(source).adapters
     if adapters and (trained := trained_on(source).quantization) != "none":
         raise ModelError(
-            f"the adapter {source.ref!r} was trained on a base in {trained}, and no server has those weights in full precision. Export it "
-            "merged (stages models export) and name that folder"
+            f"the adapter {source.ref!r} was trained on a base in {trained}, and no server has those weights in full precision. Export the "
+            "merged model (stages models export) and name its folder"
         )
     return adapters
 
@@ -244,8 +244,8 @@ def _same_rows(model: Any, base: ResolvedModel) -> None:
     rows, saved = plain_model(model).get_input_embeddings().weight.shape[0], int(config_of(base).get_text_config().vocab_size)
     if rows != saved:
         raise ModelError(
-            f"the model has {rows} rows in its embedding, and its base {base.ref!r} {saved}: tokens were added, and a vLLM server that "
-            "loads the base has no rows for them. Export the model merged (stages models export) and name that folder"
+            f"the model has {rows} rows in its embedding, but its base {base.ref!r} has {saved}: tokens were added, and a vLLM server that "
+            "loads the base has no rows for them. Export the merged model (stages models export) and name its folder"
         )
 
 
@@ -255,10 +255,10 @@ def _refuse_quantization(quantization: str, vllm: Vllm, on_gpu: bool) -> None:
         return
     if quantization == "int8":
         raise ModelError(
-            "vLLM cannot quantize weights to int8 as it loads them; use quantization: nf4 or none, or generation.engine: local"
+            "vLLM cannot quantize weights to int8 while it loads them; use quantization: nf4 or none, or generation.engine: local"
         )
     if not on_gpu:
-        raise ModelError("vLLM's build for CPUs has no bitsandbytes: leave out quantization, or use generation.engine: local")
+        raise ModelError("vLLM's build for CPUs has no bitsandbytes: remove quantization, or use generation.engine: local")
 
 
 def _shared_folder(vllm: Vllm, folder: Path, model: Any) -> Path:

@@ -57,13 +57,13 @@ class VllmClient:
 
     def version(self) -> str:
         """The server's version. Raises ModelError if that version is not tested, Lost if the server does not answer."""
-        found = str(self._get("/version", lambda answer: _field(answer, "version")))
-        if ".".join(found.split(".")[:2]) not in TESTED_VERSIONS:
+        version = str(self._get("/version", lambda answer: _field(answer, "version")))
+        if ".".join(version.split(".")[:2]) not in TESTED_VERSIONS:
             raise ModelError(
-                f"the vLLM server {self.url} is of version {found}; this release is tested with {', '.join(TESTED_VERSIONS)}, and others "
-                f"may mean other things by the same request. Install vllm=={TESTED_VERSIONS[-1]}.*"
+                f"the vLLM server {self.url} has version {version}; this release is tested with {', '.join(TESTED_VERSIONS)}. Other "
+                f"versions may answer the same request differently. Install vllm=={TESTED_VERSIONS[-1]}.*"
             )
-        return found
+        return version
 
     def base_model(self) -> str:
         """The name of the server's base model, without an adapter. Only the first call asks the server.
@@ -75,7 +75,7 @@ class VllmClient:
         listed = self._get("/v1/models", lambda answer: _field(answer, "data"))
         names = [str(one["id"]) for one in listed if not one.get("parent")]
         if not names:
-            raise ModelError(f"the vLLM server {self.url} lists no model of its own under /v1/models")
+            raise ModelError(f"the vLLM server {self.url} lists no base model under /v1/models")
         self._base_model = names[0]
         return self._base_model
 
@@ -107,13 +107,13 @@ class VllmClient:
             "logprobs": 0,
             "return_token_ids": True,
         }
-        found = self._post("/v1/completions", body, lambda answer: _completed(answer, model))
-        if not found.stopped and len(found.tokens) < most:
+        completed = self._post("/v1/completions", body, lambda answer: _completed(answer, model))
+        if not completed.stopped and len(completed.tokens) < most:
             raise ModelError(
-                f"the vLLM server {self.url} ended a completion after {len(found.tokens)} of {most} tokens without a stop token: it allows "
-                "fewer; start it with a larger --max-model-len and --generation-config vllm"
+                f"the vLLM server {self.url} ended a completion after {len(completed.tokens)} of {most} tokens without a stop token: it "
+                "allows fewer; start it with a larger --max-model-len and --generation-config vllm"
             )
-        return found
+        return completed
 
     # Weights
 
@@ -121,7 +121,7 @@ class VllmClient:
         """Load an adapter in peft format from ``folder``. The server must be able to read this path. Raises Lost, ModelError."""
         refusal = (
             "start it with --enable-lora, --max-lora-rank of at least the adapter's rank and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and "
-            "let it see the folder under the same path (generation.engine.vllm.adapter_folder)"
+            "let it read the folder under the same path (generation.engine.vllm.adapter_folder)"
         )
         self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, lambda _: None, refusal)
 
@@ -136,7 +136,7 @@ class VllmClient:
 
     def reload_weights(self, folder: Path) -> None:
         """Replace the server's weights by the full weights in ``folder``, and clear its prefix cache. Raises Lost, ModelError."""
-        refusal = "whole weights need a server with VLLM_SERVER_DEV_MODE=1 that sees the folder under the same path; or train with lora"
+        refusal = "full weights need a server with VLLM_SERVER_DEV_MODE=1 that can read this folder under the same path; or train with lora"
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         self._post("/collective_rpc", body, lambda _: None, refusal)
         self._post("/reset_prefix_cache", {}, lambda _: None, refusal)
@@ -189,11 +189,11 @@ def _completed(answer: Any, model: str) -> Completed:
         logprobs = [float(value) for value in choice["logprobs"]["token_logprobs"]]
         reason, served = choice["finish_reason"], answer["model"]
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise GaveUp(f"an answer that is no completion with token ids and log-probabilities ({type(error).__name__}: {error})") from error
+        raise GaveUp(f"an answer without a valid completion: token ids and log-probabilities ({type(error).__name__}: {error})") from error
     if served != model:
-        raise GaveUp(f"an answer by the model {served!r} instead of {model!r}")
+        raise GaveUp(f"an answer from the model {served!r} instead of {model!r}")
     if reason not in ("stop", "length") or not tokens or len(tokens) != len(logprobs):
         raise GaveUp(f"a completion of {len(tokens)} tokens with {len(logprobs)} log-probabilities that ended by {reason!r}")
     if not all(map(math.isfinite, logprobs)):
-        raise GaveUp("a completion with a log-probability that is no finite number")
+        raise GaveUp("a completion with a log-probability that is not a finite number")
     return Completed(tokens, logprobs, reason == "stop")

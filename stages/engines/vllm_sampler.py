@@ -30,8 +30,8 @@ from stages.sampling.padding import left_pad, right_pad
 PROBE_PROMPT, PROBE_TOKENS = 8, 16  # tokens of the probe's prompt and of its completion
 FP32_BOUND, ROUNDED_BOUND = 1e-3, 0.1  # bounds on the mean difference in fp32 and in lower precision, in nats per token
 NOT_PROMISED = (
-    "Completions of vLLM depend on its version, on the hardware and on how requests were batched: the same seeds give the same completions "
-    "only as far as those agree, and not those of the local sampler. Seeds, prompts and settings are the same for every completion."
+    "vLLM's completions depend on its version, on the hardware and on the batching of requests. So the same seeds may give other "
+    "completions on another system, and they differ from those of the local sampler. Seeds, prompts and settings do not change."
 )
 
 
@@ -146,9 +146,9 @@ class VllmSampler:
         if not gap <= self._bound:
             raise TrainingError(
                 f"the sampler does not have the policy's weights: on a probe of {len(probe.tokens)} tokens the log-probabilities of the "
-                f"vLLM server {url} differ from the trainer's by {gap:.3g} nats per token (bound {self._bound:g}). Does it serve the model "
-                f"that the policy stands on, in the same dtype, with --logprobs-mode {logprobs_mode(self.policy.temperature)}? A larger "
-                "bound goes into generation.engine.vllm.probe_bound"
+                f"vLLM server {url} differ from the trainer's by {gap:.3g} nats per token (bound {self._bound:g}). Does it serve the "
+                f"policy's base model, in the same dtype, with --logprobs-mode {logprobs_mode(self.policy.temperature)}? To "
+                "allow a larger difference, set generation.engine.vllm.probe_bound"
             )
 
     # Sampling
@@ -265,7 +265,7 @@ def write_whole(model: Any, folder: Path, dtype: torch.dtype, state: dict[str, t
     from stages.models.quiet import quiet_transformers
 
     if hasattr(model, "peft_config"):
-        raise ModelError("a model with adapters cannot be sent as whole weights; its adapter is sent by name")
+        raise ModelError("a model with adapters cannot be sent as full weights; its adapter is loaded by name")
     state = model.state_dict() if state is None else state
     cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     with quiet_transformers():

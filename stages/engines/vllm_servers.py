@@ -48,27 +48,27 @@ class Servers:
         self.left_out.append({"server": client.url, "reason": why})
         if self.clients or self.started is None:
             total = len(self.clients) + len(self.left_out)
-            self._say(f"the vLLM server {client.url} is lost ({why}); {len(self.clients)} of {total} are left")
+            self._say(f"the vLLM server {client.url} is lost ({why}). {len(self.clients)} of {total} servers are left")
 
     def on_each(self, action: Callable[[VllmClient], Any]) -> dict[str, Any]:
         """Run ``action`` on every server; returns its results by server URL.
 
         A server that gets lost during the action is left out. Raises SamplerLost if no server is left.
         """
-        found = {}
+        results = {}
         for client in list(self.clients):
             try:
-                found[client.url] = action(client)
+                results[client.url] = action(client)
             except Lost as error:
                 self.leave_out(client, str(error))
         self.require_one({})
-        return found
+        return results
 
     def require_one(self, completed: dict[int, list[int]]) -> None:
         """Raise SamplerLost if no server is left. ``completed``: token ids of the finished completions by prompt index, for the error."""
         if not self.clients:
             last = self.left_out[-1]
-            raise SamplerLost(f"no vLLM server is left; the last one, {last['server']}, ended with: {last['reason']}", completed)
+            raise SamplerLost(f"no vLLM server is left. The last one, {last['server']}, was lost because: {last['reason']}", completed)
 
     def restart(self) -> bool:
         """Restart the server that this run started after it died; returns whether it runs again."""

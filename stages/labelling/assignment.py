@@ -53,8 +53,8 @@ class Assignment:
                 return self._lease(name, annotator)
         while self._start < len(self.ids) and len(self.ranked[self.ids[self._start]]) >= self.wanted[self.ids[self._start]]:
             self._start += 1
-        for place in range(self._start, len(self.ids)):
-            name = self.ids[place]
+        for index in range(self._start, len(self.ids)):
+            name = self.ids[index]
             if name not in answered and self._is_open(name, annotator):
                 return self._lease(name, annotator)
         return None

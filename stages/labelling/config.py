@@ -98,11 +98,11 @@ class People(Strict):
     )
     simulate: SimulatedPeople | None = Field(None, description="Functions in the place of people; null: people.")
 
-    def data_inputs(self, place: str) -> dict[str, list[DataSource]]:
+    def data_inputs(self, field_path: str) -> dict[str, list[DataSource]]:
         """The input files by field path. ``place`` is the field path of this object."""
         files = {"questions": self.questions, "instructions": self.instructions}
-        found = {f"{place}.{name}": [source] for name, source in files.items() if source is not None}
-        return found | ({f"{place}.gold": self.gold} if self.gold is not None else {})
+        inputs = {f"{field_path}.{name}": [source] for name, source in files.items() if source is not None}
+        return inputs | ({f"{field_path}.gold": self.gold} if self.gold is not None else {})
 
     def check(self) -> None:
         """Raise DataError if a file cannot be used."""
@@ -163,8 +163,8 @@ def load_questions(source: DataSource | None) -> Questions:
         return Questions.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "questions"
-        raise DataError(f"{source.path}: {place}: {first['msg']} (got {first['input']!r:.80})") from error
+        field = ".".join(str(part) for part in first["loc"]) or "questions"
+        raise DataError(f"{source.path}: {field}: {first['msg']} (got {first['input']!r:.80})") from error
 
 
 def load_instructions(source: DataSource | None) -> str:

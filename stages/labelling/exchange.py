@@ -150,16 +150,16 @@ def _user_id(annotator: str) -> str:
     return str(uuid5(NAMESPACE_URL, f"annotator:{annotator}"))
 
 
-def _argilla_in(content: Any, labels: Labels, found: Incoming) -> None:
+def _argilla_in(content: Any, labels: Labels, incoming: Incoming) -> None:
     names = {_user_id(annotator): annotator for annotator in labels.answers}
     for number, record in enumerate(_objects(content), 1):
         task = labels.tasks.get(str(record.get("id") or record.get("external_id")))
         if task is None:
-            found.skip("records of no task here")
+            incoming.skip("records of no task here")
             continue
         for response in _argilla_responses(record):
             if isinstance(response, dict) and response.get("status") in ("draft", "discarded"):
-                found.skip(f"{response['status']} responses")
+                incoming.skip(f"{response['status']} responses")
                 continue
             value = response.get("value") if isinstance(response, dict) else None
             ranks = _argilla_ranks(value, len(task.completions))
@@ -169,7 +169,7 @@ def _argilla_in(content: Any, labels: Labels, found: Incoming) -> None:
                     "or {value, rank} for each"
                 )
             user = str(response.get("user_id") or "argilla")
-            found.take(task.id, names.get(user, user), ranks)
+            incoming.take(task.id, names.get(user, user), ranks)
 
 
 def _argilla_responses(record: dict[str, Any]) -> list[Any]:
@@ -202,8 +202,8 @@ def _argilla_ranks(value: Any, number: int) -> list[int] | None:
     if not isinstance(value, list):
         return None
     ranks = {}
-    for place, item in enumerate(value):
-        name, rank = (item.get("value"), item.get("rank", place)) if isinstance(item, dict) else (item, place)
+    for position, item in enumerate(value):
+        name, rank = (item.get("value"), item.get("rank", position)) if isinstance(item, dict) else (item, position)
         if not isinstance(name, str) or type(rank) is not int:
             return None
         ranks[name] = rank
@@ -240,21 +240,21 @@ def _label_studio_out(labels: Labels) -> tuple[Any, dict[str, int]]:
     return tasks, lost
 
 
-def _label_studio_in(content: Any, labels: Labels, found: Incoming) -> None:
+def _label_studio_in(content: Any, labels: Labels, incoming: Incoming) -> None:
     for number, item in enumerate(_objects(content), 1):
         data = item.get("data") if isinstance(item.get("data"), dict) else item
         assert isinstance(data, dict)
         task = labels.tasks.get(str(data.get("task_id")))
         if task is None:
-            found.skip("tasks that are none here")
+            incoming.skip("tasks that are none here")
             continue
         for annotation in item.get("annotations") or []:
             if not isinstance(annotation, dict) or annotation.get("was_cancelled"):
-                found.skip("cancelled annotations")
+                incoming.skip("cancelled annotations")
                 continue
             result = next((one for one in annotation.get("result", []) if one.get("type") in ("ranker", "pairwise")), None)
             if result is None:
-                found.skip("annotations without a ranking")
+                incoming.skip("annotations without a ranking")
                 continue
             ranks = _label_studio_ranks(result, len(task.completions))
             if ranks is None:
@@ -262,7 +262,7 @@ def _label_studio_in(content: Any, labels: Labels, found: Incoming) -> None:
                     f"task {number}: the result {json.dumps(result.get('value'))[:80]} does not rank {len(task.completions)} completions"
                 )
             by = annotation.get("completed_by")
-            found.take(task.id, (by.get("email") or by.get("id")) if isinstance(by, dict) else by or "label-studio", ranks)
+            incoming.take(task.id, (by.get("email") or by.get("id")) if isinstance(by, dict) else by or "label-studio", ranks)
 
 
 def _label_studio_ranks(result: dict[str, Any], number: int) -> list[int] | None:
@@ -306,16 +306,16 @@ def _alpaca_eval_out(labels: Labels) -> tuple[Any, dict[str, int]]:
     return rows, {}
 
 
-def _alpaca_eval_in(content: Any, labels: Labels, found: Incoming) -> None:
+def _alpaca_eval_in(content: Any, labels: Labels, incoming: Incoming) -> None:
     for number, row in enumerate(_objects(content), 1):
         preference = row.get("preference")
         if preference is None:
-            found.skip("rows without a preference")
+            incoming.skip("rows without a preference")
             continue
         if isinstance(preference, bool) or not isinstance(preference, int | float) or not (1 <= preference <= 2 or preference == 0):
             raise DataError(f"row {number}: preference is {preference!r:.40}; expected 1, 2, 1.5 (a tie) or a number between")
         side = 0 if preference in (0, 1.5) else 1 if preference < 1.5 else -1
-        _take_pair(found, row.get("instruction"), row.get("output_1"), row.get("output_2"), side, row.get("annotator") or "alpaca-eval")
+        _take_pair(incoming, row.get("instruction"), row.get("output_1"), row.get("output_2"), side, row.get("annotator") or "alpaca-eval")
 
 
 def _pandalm_out(labels: Labels) -> tuple[Any, dict[str, int]]:
@@ -324,7 +324,7 @@ def _pandalm_out(labels: Labels) -> tuple[Any, dict[str, int]]:
         answers = answers_of(labels, task)
         for i, j in combinations(range(len(task.completions)), 2):
             if answers:
-                votes = {f"annotator{place}": _pandalm_vote(answer, i, j) for place, answer in enumerate(answers, 1)}
+                votes = {f"annotator{number}": _pandalm_vote(answer, i, j) for number, answer in enumerate(answers, 1)}
                 rows.append(
                     {
                         "idx": len(rows),
@@ -344,28 +344,28 @@ def _pandalm_vote(answer: LabelAnswer, i: int, j: int) -> int:
     return 0 if answer.ranks[i] == answer.ranks[j] else 1 if answer.ranks[i] < answer.ranks[j] else 2
 
 
-def _pandalm_in(content: Any, labels: Labels, found: Incoming) -> None:
+def _pandalm_in(content: Any, labels: Labels, incoming: Incoming) -> None:
     for number, row in enumerate(_objects(content), 1):
         prompt = "\n".join(part for part in (row.get("instruction"), row.get("input")) if part)
-        texts = [row.get(f"response{place}", row.get(f"response_{place}")) for place in (1, 2)]
+        texts = [row.get(f"response{side_number}", row.get(f"response_{side_number}")) for side_number in (1, 2)]
         votes = {name: vote for name, vote in row.items() if name.startswith("annotator") and name != "annotators"}
-        votes |= {f"annotator{place}": vote for place, vote in enumerate(row.get("annotators") or [], 1)}
+        votes |= {f"annotator{side_number}": vote for side_number, vote in enumerate(row.get("annotators") or [], 1)}
         for name, vote in votes.items():
             if vote not in (0, 1, 2) or isinstance(vote, bool):
                 raise DataError(f"row {number}: {name} is {vote!r:.40}; expected 1, 2, or 0 for a tie")
-            _take_pair(found, prompt, texts[0], texts[1], {0: 0, 1: 1, 2: -1}[vote], name)
+            _take_pair(incoming, prompt, texts[0], texts[1], {0: 0, 1: 1, 2: -1}[vote], name)
 
 
-def _take_pair(found: Incoming, prompt: Any, first: Any, second: Any, side: int, annotator: Any) -> None:
+def _take_pair(incoming: Incoming, prompt: Any, first: Any, second: Any, side: int, annotator: Any) -> None:
     """Add a vote if a task has exactly these two completions.
 
     ``side``: 1 if the first is better, -1 if the second is better, 0 for a tie.
     """
-    task = found.pairs.get((str(prompt), frozenset((str(first), str(second)))))
+    task = incoming.pairs.get((str(prompt), frozenset((str(first), str(second)))))
     if task is None:
-        found.skip("pairs of no task here with these two completions")
+        incoming.skip("pairs of no task here with these two completions")
         return
-    found.take(task.id, annotator, [0, 0] if side == 0 else [0, 1] if (side == 1) == (task.texts[0] == first) else [1, 0])
+    incoming.take(task.id, annotator, [0, 0] if side == 0 else [0, 1] if (side == 1) == (task.texts[0] == first) else [1, 0])
 
 
 # CSV
@@ -397,7 +397,7 @@ def _csv_out(labels: Labels) -> str:
     return made.getvalue()
 
 
-def _csv_in(text: str, labels: Labels, found: Incoming) -> None:
+def _csv_in(text: str, labels: Labels, incoming: Incoming) -> None:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     if reader.fieldnames is None or not {"task", "annotator", "completion", "rank"} <= set(reader.fieldnames):
         raise DataError(f"the CSV has the columns {reader.fieldnames}; expected task, annotator, completion and rank")
@@ -414,11 +414,11 @@ def _csv_in(text: str, labels: Labels, found: Incoming) -> None:
     for (name, annotator), ranks in given.items():
         task = labels.tasks.get(name)
         if task is None:
-            found.skip("rankings of no task here")
+            incoming.skip("rankings of no task here")
         elif set(ranks) != set(range(len(task.completions))):
-            found.skip("rankings that leave out a completion")
+            incoming.skip("rankings that leave out a completion")
         else:
-            found.take(name, annotator, [ranks[index] for index in range(len(task.completions))])
+            incoming.take(name, annotator, [ranks[index] for index in range(len(task.completions))])
 
 
 # Export and import
@@ -467,25 +467,25 @@ def import_answers(folder: Path, kind: str, path: Path) -> str:
     if kind not in READERS and kind != "csv":
         raise DataError(f"{kind!r} is no format; expected one of {', '.join([*READERS, 'csv'])}")
     labels = read_labels(folder)
-    found = Incoming(labels)
+    incoming = Incoming(labels)
     try:
         text = path.read_text(encoding="utf-8-sig")
         if kind == "csv":
-            _csv_in(text, labels, found)
+            _csv_in(text, labels, incoming)
         else:
-            READERS[kind](json.loads(text), labels, found)
+            READERS[kind](json.loads(text), labels, incoming)
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file") from error
     except (ValueError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as {kind} ({error})") from error
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    taken, known = _keep(folder, kind, found)
+    taken, known = _keep(folder, kind, incoming)
     said = f"took in {taken} rankings from {path}" + (f"; {known} were there already" if known else "")
-    return said + "".join(f"\nleft out: {number} {reason}" for reason, number in found.left_out.items())
+    return said + "".join(f"\nleft out: {number} {reason}" for reason, number in incoming.left_out.items())
 
 
-def _keep(folder: Path, kind: str, found: Incoming) -> tuple[int, int]:
+def _keep(folder: Path, kind: str, incoming: Incoming) -> tuple[int, int]:
     """Store the rankings.
 
     Returns (number of new rankings, number of rankings already stored). The id of an answer is a hash of its content.
@@ -493,7 +493,7 @@ def _keep(folder: Path, kind: str, found: Incoming) -> tuple[int, int]:
     store = Store(folder)
     taken = known = 0
     try:
-        for item in found.rankings:
+        for item in incoming.rankings:
             annotator = _annotator_name(item.annotator)
             content = json.dumps([item.task, annotator, item.ranks])
             number = hashlib.sha256(content.encode()).hexdigest()[:32]

@@ -21,19 +21,19 @@ def render(text: str) -> str:
     return str(parser.render(text))
 
 
-def _link_open(self: Any, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
-    tokens[place].attrSet("target", "_blank")
-    tokens[place].attrSet("rel", "noopener noreferrer")
-    return str(self.renderToken(tokens, place, options, env))
+def _link_open(self: Any, tokens: Sequence[Any], index: int, options: Any, env: Any) -> str:
+    tokens[index].attrSet("target", "_blank")
+    tokens[index].attrSet("rel", "noopener noreferrer")
+    return str(self.renderToken(tokens, index, options, env))
 
 
-def _image(self: Any, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+def _image(self: Any, tokens: Sequence[Any], index: int, options: Any, env: Any) -> str:
     from markdown_it.common.utils import escapeHtml
 
-    return escapeHtml(f"[picture: {tokens[place].content}]")
+    return escapeHtml(f"[picture: {tokens[index].content}]")
 
 
-def _lower_heading(self: Any, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+def _lower_heading(self: Any, tokens: Sequence[Any], index: int, options: Any, env: Any) -> str:
     """Lower a heading by two levels, because the page has its own h1 and h2."""
-    tokens[place].tag = f"h{min(6, int(tokens[place].tag[1]) + 2)}"
-    return str(self.renderToken(tokens, place, options, env))
+    tokens[index].tag = f"h{min(6, int(tokens[index].tag[1]) + 2)}"
+    return str(self.renderToken(tokens, index, options, env))

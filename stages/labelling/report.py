@@ -197,14 +197,14 @@ def position_bias(used: Sequence[LabelAnswer]) -> dict[str, Any]:
         shown = [answer.ranks[index] for index in answer.order] if answer.ranks is not None else []
         earlier.append([float(side > 0) for i, j in combinations(range(len(shown)), 2) if (side := _side(shown, i, j))])
         winners = shown.count(0)
-        for place, rank in enumerate(shown):
-            best[place].append((rank == 0) / winners)
-            chance[place].append(1 / len(shown))
-    places = []
-    for place, wins in sorted(best.items()):
+        for position, rank in enumerate(shown):
+            best[position].append((rank == 0) / winners)
+            chance[position].append(1 / len(shown))
+    by_position = []
+    for position, wins in sorted(best.items()):
         number = len(wins)
-        places.append({"position": place + 1, "best": sum(wins) / number, "chance": sum(chance[place]) / number, "n": number})
-    return {"earlier_wins": _share(earlier), "best": places}
+        by_position.append({"position": position + 1, "best": sum(wins) / number, "chance": sum(chance[position]) / number, "n": number})
+    return {"earlier_wins": _share(earlier), "best": by_position}
 
 
 # Single annotators and the reward model
@@ -267,5 +267,5 @@ def _against_scores(labels: Labels, answers: Sequence[LabelAnswer]) -> dict[str,
 
 def _reward_model(labels: Labels, used: Sequence[LabelAnswer]) -> dict[str, Any] | None:
     """How often the last round's reward model orders a pair as people do."""
-    found = _against_scores(labels, used)
-    return None if found is None or labels.scores is None else {"model": labels.scores["model"], **found}
+    agreement = _against_scores(labels, used)
+    return None if agreement is None or labels.scores is None else {"model": labels.scores["model"], **agreement}

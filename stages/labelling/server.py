@@ -196,13 +196,13 @@ class LabelServer:
             if task is None or answer is None or task.gold is not None:
                 raise Refused(404, "there is no such answer of yours")
             return JSONResponse({"task": self._shown(task, annotator), "answer": asdict(answer) | {"digests": None}})
-        found = self.store.next_task(annotator, request.query_params.get("wish"))
+        next_task = self.store.next_task(annotator, request.query_params.get("wish"))
         content: dict[str, Any] = {"counts": self.store.counts(annotator), "task": None, "version": self._version}
         if self.store.gold:
             screening = self.store.screening(annotator)
             content["screening"] = {"answered": screening.answered, "of": screening.of, "passed": screening.passed}
-        if found is not None:
-            content["task"] = self._shown(found, annotator)
+        if next_task is not None:
+            content["task"] = self._shown(next_task, annotator)
         return JSONResponse(content)
 
     def _shown(self, task: LabelTask, annotator: str) -> dict[str, Any]:
@@ -280,14 +280,14 @@ def listen(host: str, port: int | None) -> socket.socket:
     """A listening socket on ``port``, or on the first free port from 8770 if it is None. Raises LaunchError if no port is available."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for number in [port] if port is not None else range(8770, 8790):
-        found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY only if it is given
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY only if it is given
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            found.bind((host, number))
-            found.listen(128)
-            return found
+            listening.bind((host, number))
+            listening.listen(128)
+            return listening
         except (OSError, OverflowError) as error:
-            found.close()
+            listening.close()
             reason: Exception = error
     where = f"port {port}" if port is not None else "a port from 8770 to 8789"
     raise LaunchError(f"cannot listen on {host}, {where} ({reason}); name another with --port or --host")

@@ -43,8 +43,8 @@ class SimulatedAnnotator:
         if len(shown) != len(task["completions"]):
             raise TrainingError(f"people.simulate: {len(shown)} scores for {len(task['completions'])} completions")
         scores = [0.0] * len(shown)
-        for place, index in enumerate(task["order"]):
-            scores[index] = float(shown[place])
+        for position, index in enumerate(task["order"]):
+            scores[index] = float(shown[position])
         content = {
             "id": uuid.uuid4().hex,
             "task": task["id"],
@@ -66,9 +66,9 @@ def ranked(scores: Sequence[float], tie_width: float) -> list[int]:
     """Ranks of scores, 0 is best. Neighbours in sorted order share a rank if their scores differ by at most ``tie_width``."""
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
     ranks, rank = [0] * len(scores), 0
-    for place, index in enumerate(order):
-        if place and scores[order[place - 1]] - scores[index] > tie_width:
-            rank = place
+    for position, index in enumerate(order):
+        if position and scores[order[position - 1]] - scores[index] > tie_width:
+            rank = position
         ranks[index] = rank
     return ranks
 

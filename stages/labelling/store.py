@@ -222,10 +222,10 @@ class Store:
             if self.gold and not self._screening(annotator).passed:
                 return None
             before = self._assignment.held.get(annotator)
-            found = self._assignment.next(annotator, answered, wish)
-            if found != before:
+            task_id = self._assignment.next(annotator, answered, wish)
+            if task_id != before:
                 self._note_open()
-            return None if found is None else self.tasks[found]
+            return None if task_id is None else self.tasks[task_id]
 
     def _note_open(self) -> None:
         """Save which task each annotator has open, for the next server. The file holds no answers, so it is not flushed to disk."""
@@ -355,14 +355,14 @@ def _read_gold(folder: Path) -> dict[str, LabelTask]:
 
 def _state_of(folder: Path) -> list[tuple[int, int, int] | None]:
     """Modification time, size and inode of the settings file and the gold file, to detect changes. None for a missing file."""
-    found: list[tuple[int, int, int] | None] = []
+    states: list[tuple[int, int, int] | None] = []
     for name in (SETTINGS, GOLD):
         try:
             state = (folder / name).stat()
-            found.append((state.st_mtime_ns, state.st_size, state.st_ino))
+            states.append((state.st_mtime_ns, state.st_size, state.st_ino))
         except FileNotFoundError:
-            found.append(None)
-    return found
+            states.append(None)
+    return states
 
 
 def _read_open(path: Path) -> dict[str, str]:
@@ -376,7 +376,7 @@ def _read_open(path: Path) -> dict[str, str]:
 def shown_gold(names: list[str], annotator: str, seed: int) -> list[str]:
     """The screening tasks in the order of this annotator."""
     order = shown_order("gold", annotator, len(names), seed)
-    return [names[place] for place in order]
+    return [names[index] for index in order]
 
 
 def screen(answers: list[tuple[LabelTask, LabelAnswer]], of: int, pass_mark: float) -> Screening:

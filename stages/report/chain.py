@@ -22,11 +22,11 @@ def diagram(run: RunFolder) -> Diagram:
 def _inputs(run: RunFolder, step: StepFolder) -> list[str]:
     """The models that a step reads: the name of the step that made each of them, or else the reference."""
     own = {str(entry.entry["model"]["ref"]) + f"@{entry.entry['version']}": entry.name for entry in run.steps if entry.entry.get("model")}
-    found = []
+    inputs = []
     for ref in (step.entry.get("inputs") or {}).values():
         short = ref.rpartition("/")[2] if ref.startswith(("/", ".")) else ref
-        found.append(own.get(ref, short))
-    return list(dict.fromkeys(found))
+        inputs.append(own.get(ref, short))
+    return list(dict.fromkeys(inputs))
 
 
 def _key_result(step: StepFolder) -> str:
@@ -55,7 +55,7 @@ def step_row(step: StepFolder) -> Row:
         "stage": step.stage,
         "ref": f"{model['ref']}@{step.entry['version']}" if model else None,
         "digest": model["digest"][:19] if model else "",
-        "inputs": [f"{place}: {ref}" for place, ref in (step.entry.get("inputs") or {}).items()],
+        "inputs": [f"{field_path}: {ref}" for field_path, ref in (step.entry.get("inputs") or {}).items()],
         "data": _data(step),
         "seconds": step.entry.get("wall_seconds"),
         "memory": None if step.entry.get("reused") else shown_memory(step.entry),
@@ -69,15 +69,15 @@ def step_row(step: StepFolder) -> Row:
 def _data(step: StepFolder) -> list[str]:
     """The data sources of a step by config field, with the first characters of their fingerprint."""
     marks = step.entry.get("data") or {}
-    found = []
-    for place, mark in marks.items():
+    shown_data = []
+    for field_path, mark in marks.items():
         value: Any = step.config
-        for key in place.split("."):
+        for key in field_path.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         paths = [str(source.get("path")) for source in value if isinstance(source, dict)] if isinstance(value, list) else []
-        shown = ", ".join(path.rpartition("/")[2] if path.startswith("/") else path for path in paths) or place
-        found.append(f"{place}: {shown} ({mark[:8]})")
-    return found
+        shown = ", ".join(path.rpartition("/")[2] if path.startswith("/") else path for path in paths) or field_path
+        shown_data.append(f"{field_path}: {shown} ({mark[:8]})")
+    return shown_data
 
 
 def made_by(run: RunFolder) -> dict[str, StepFolder]:
@@ -90,14 +90,14 @@ def ancestors(run: RunFolder, evaluation: Row) -> set[str]:
     reference = evaluation.get("kl_reference")
     own = made_by(run)
     waiting = [evaluation["candidates"][reference].get("model")] if reference is not None else []
-    found: set[str] = set()
+    refs: set[str] = set()
     while waiting:
         step = own.get(waiting.pop())
         for ref in (step.entry.get("inputs") or {}).values() if step is not None else ():
-            if ref not in found:
-                found.add(ref)
+            if ref not in refs:
+                refs.add(ref)
                 waiting.append(ref)
-    return found
+    return refs
 
 
 def recipe_text(run: RunFolder) -> str:

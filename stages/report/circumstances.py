@@ -102,8 +102,8 @@ def _precision(steps: Sequence[StepFolder]) -> str:
     names: dict[str, list[str]] = {}
     for step in steps:
         asked = str(step.config.get("precision", UNKNOWN))
-        found = _made(step).get("precision")
-        names.setdefault(found or f"{asked} (what it meant was {UNKNOWN})" if asked == "auto" else found or asked, []).append(step.name)
+        used = _made(step).get("precision")
+        names.setdefault(used or f"{asked} (what it meant was {UNKNOWN})" if asked == "auto" else used or asked, []).append(step.name)
     if len(names) == 1:
         return next(iter(names))
     return "; ".join(f"{precision}: {', '.join(steps)}" for precision, steps in names.items())

@@ -85,22 +85,22 @@ def _run(run: RunFolder, name: str, number: int) -> Row:
 
 def _versions(runs: Sequence[RunFolder], names: Sequence[str]) -> list[tuple[str, str]]:
     """Each set of package versions, with the names of the runs that used it."""
-    found: dict[str, list[str]] = {}
+    runs_by_versions: dict[str, list[str]] = {}
     for run, name in zip(runs, names, strict=True):
-        found.setdefault(packages(run.summary.get("environment", {})), []).append(name)
-    return [("all runs" if len(found) == 1 else ", ".join(those), versions) for versions, those in found.items()]
+        runs_by_versions.setdefault(packages(run.summary.get("environment", {})), []).append(name)
+    return [("all runs" if len(runs_by_versions) == 1 else ", ".join(those), versions) for versions, those in runs_by_versions.items()]
 
 
 def differing_settings(runs: Sequence[RunFolder]) -> list[list[str]]:
     """Rows (step, setting, value in each run) of the settings that differ. The seed of the run counts as a setting of each step."""
     rows = []
     for name in dict.fromkeys(step.name for run in runs for step in run.steps):
-        found = [run.step(name) for run in runs]
-        if None in found:
-            rows.append([name, "the whole step", *("absent" if step is None else "present" for step in found)])
+        steps = [run.step(name) for run in runs]
+        if None in steps:
+            rows.append([name, "the whole step", *("absent" if step is None else "present" for step in steps)])
             continue
         flat = []
-        for run, step in zip(runs, found, strict=True):
+        for run, step in zip(runs, steps, strict=True):
             flat.append({**_flat(step.config), "seed of the run": run.summary.get("seed")} if step is not None else {})
         for key in dict.fromkeys(key for settings in flat for key in settings):
             values = [_word(settings, key) for settings in flat]

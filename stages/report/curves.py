@@ -33,7 +33,7 @@ def series_of(candidates: Sequence[str]) -> dict[str, int]:
     if not candidates:
         return {}
     middle = list(candidates[1:-1])
-    return {candidates[0]: 0, **{name: 2 + place % (len(SERIES) - 2) for place, name in enumerate(middle)}, candidates[-1]: 1}
+    return {candidates[0]: 0, **{name: 2 + index % (len(SERIES) - 2) for index, name in enumerate(middle)}, candidates[-1]: 1}
 
 
 # Reward against KL
@@ -162,16 +162,16 @@ def over_optimisation(step: StepFolder, evaluation: Row | None = None) -> Figure
             if points:
                 has_best_of_n = True
                 canvas.axes.plot(*zip(*points, strict=True), "--o", color=SERIES[0], markersize=3, linewidth=1.2)
-        at, exact, line = drawn(roots, values, smooth)
-        canvas.axes.plot(at, exact, ".", color=SERIES[1], markersize=2.5, alpha=0.5)
+        at, rewards, line = drawn(roots, values, smooth)
+        canvas.axes.plot(at, rewards, ".", color=SERIES[1], markersize=2.5, alpha=0.5)
         canvas.axes.plot(at, line, color=SERIES[1])
-        best = max(range(len(smooth)), key=lambda place, smooth=smooth: smooth[place])  # type: ignore[misc]
+        best = max(range(len(smooth)), key=lambda index, smooth=smooth: smooth[index])  # type: ignore[misc]
         canvas.axes.plot([roots[best]], [smooth[best]], "o", color=SERIES[1], markersize=6, markeredgecolor=PAPER)
         canvas.axes.set_xlabel("square root of the KL to the reference (nats)")
         canvas.axes.set_ylabel("mean score")
         panels.append(canvas.panel(f"{name}, {'trained on' if metric.startswith('rewards/') else 'only watched'}"))
-        for place in thinned(range(len(roots)), TABLE_ROWS):
-            rows.append([name, f"{steps[place]:.0f}", f"{roots[place]:.2f}", f"{smooth[place]:.3f}"])
+        for index in thinned(range(len(roots)), TABLE_ROWS):
+            rows.append([name, f"{steps[index]:.0f}", f"{roots[index]:.2f}", f"{smooth[index]:.3f}"])
     caption = (
         "PPO's iterations on training prompts: dots are iterations, lines running means, the ring is their best. Where the trained reward "
         f"still rises and a judge that was only watched has turned down, the policy exploits its reward model.{drawn_text(len(kls))}"
@@ -197,16 +197,16 @@ def distributions(step: StepFolder, colors: Mapping[str, int]) -> Figure | None:
     evaluation = step.evaluation or {}
     panels, rows = [], []
     for judge in [entry["name"] for entry in evaluation.get("judges", [])]:
-        found = {
+        scores = {
             name: sorted(line["scores"][judge][name] for line in step.completions if name in line["scores"].get(judge, {}))
             for name in evaluation["candidates"]
         }
-        found = {name: values for name, values in found.items() if len(values) > 1}
-        if not found:
+        scores = {name: values for name, values in scores.items() if len(values) > 1}
+        if not scores:
             continue
         canvas = Canvas()
-        for name, values in found.items():
-            shares = [1 - place / len(values) for place in range(len(values))]
+        for name, values in scores.items():
+            shares = [1 - index / len(values) for index in range(len(values))]
             canvas.axes.step(*drawn(values, shares), where="pre", color=SERIES[colors[name]], linewidth=2 if colors[name] == 1 else 1.4)
             quartiles = [values[round(share * (len(values) - 1))] for share in (0, 0.25, 0.5, 0.75, 1)]
             rows.append([judge, name, *(f"{value:.3f}" for value in quartiles)])
@@ -235,8 +235,8 @@ def alignment_tax(evaluation: Row, colors: Mapping[str, int]) -> Figure | None:
     if len(set(candidates[name]["digest"] for name in bits)) > 1:
         measures.append(("held-out text", bits, "bits per byte (less is better)"))
     for task in dict.fromkeys(task for row in candidates.values() for task in row.get("tasks", {})):
-        found = {name: _task_value(row["tasks"][task]) for name, row in candidates.items() if task in row.get("tasks", {})}
-        measures.append((task, {name: value for name, value in found.items() if value is not None}, "accuracy (more is better)"))
+        task_values = {name: _task_value(row["tasks"][task]) for name, row in candidates.items() if task in row.get("tasks", {})}
+        measures.append((task, {name: value for name, value in task_values.items() if value is not None}, "accuracy (more is better)"))
     for title, values, unit in measures:
         if not values:
             continue
@@ -245,12 +245,12 @@ def alignment_tax(evaluation: Row, colors: Mapping[str, int]) -> Figure | None:
         for chance in chances - {None}:
             canvas.axes.axvline(chance, color=LINE, linewidth=1.6, linestyle=":")
         names = list(values)[::-1]
-        for place, name in enumerate(names):
+        for height, name in enumerate(names):
             value, low, high = values[name]
             color = SERIES[colors[name]]
             if low is not None and high is not None:
-                canvas.axes.hlines([place], [low], [high], color=color, linewidth=1.4)
-            canvas.axes.plot([value], [place], "o", color=color, markersize=7, markeredgecolor=PAPER)
+                canvas.axes.hlines([height], [low], [high], color=color, linewidth=1.4)
+            canvas.axes.plot([value], [height], "o", color=color, markersize=7, markeredgecolor=PAPER)
             rows.append([title, name, number_text(value), f"{low:.3f} to {high:.3f}" if low is not None and high is not None else ""])
         canvas.axes.set_yticks(range(len(names)), [short(name) for name in names])
         canvas.axes.set_ylim(-0.6, len(names) - 0.4)

@@ -44,21 +44,21 @@ def draw_chain(lines: Mapping[str, Sequence[str]], reads: Mapping[str, Sequence[
     for name in [*foreign, *steps]:
         columns.setdefault(depth[name], []).append(name)
     tallest = max(map(len, columns.values()), default=1)
-    place = {}
+    corners = {}
     for column, names in columns.items():
         top = (tallest - len(names)) * (HEIGHT + GAP_Y) / 2
         for row, name in enumerate(names):
-            place[name] = (PAD + column * (WIDTH + GAP_X), PAD + top + row * (HEIGHT + GAP_Y))
+            corners[name] = (PAD + column * (WIDTH + GAP_X), PAD + top + row * (HEIGHT + GAP_Y))
     arrows = []
     for step in steps:
         for name in _direct(step, reads):
-            (x, y), (to_x, to_y) = place[name], place[step]
+            (x, y), (to_x, to_y) = corners[name], corners[step]
             start, end = (x + WIDTH, y + HEIGHT / 2), (to_x, to_y + HEIGHT / 2)
             bend = max(24, (end[0] - start[0]) / 2)
             points = (start, (start[0] + bend, start[1]), (end[0] - bend, end[1]), end)
             first, *rest = (f"{x:.0f} {y:.0f}" for x, y in points)
             arrows.append(f"M{first} C{' '.join(rest)}")
-    boxes = [Box(name, *place[name], tuple(lines.get(name, ("from outside",))), name in foreign) for name in [*foreign, *steps]]
+    boxes = [Box(name, *corners[name], tuple(lines.get(name, ("from outside",))), name in foreign) for name in [*foreign, *steps]]
     width = 2 * PAD + max(columns, default=0) * (WIDTH + GAP_X) + WIDTH
     return Diagram(boxes, arrows, width, 2 * PAD + tallest * (HEIGHT + GAP_Y) - GAP_Y)
 
@@ -70,11 +70,11 @@ def _direct(step: str, reads: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _ancestors(name: str, reads: Mapping[str, Sequence[str]]) -> set[str]:
-    found: set[str] = set()
+    ancestors: set[str] = set()
     waiting = list(reads.get(name, ()))
     while waiting:
         other = waiting.pop()
-        if other not in found:
-            found.add(other)
+        if other not in ancestors:
+            ancestors.add(other)
             waiting += reads.get(other, ())
-    return found
+    return ancestors

@@ -85,7 +85,7 @@ class Figure:
     small: bool = False  # panels are small multiples
 
     def __post_init__(self) -> None:
-        own = [Panel(panel.title, own_ids(panel.svg, f"{self.key}-{place}-")) for place, panel in enumerate(self.panels)]
+        own = [Panel(panel.title, own_ids(panel.svg, f"{self.key}-{index}-")) for index, panel in enumerate(self.panels)]
         object.__setattr__(self, "panels", own)
 
 
@@ -122,13 +122,13 @@ def as_svg(drawing: Drawing, label: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)  # its selector is *, which would match the entire page
     opening = f'<svg class="plot" viewBox="{{}}" role="img" aria-label="{_attribute(label)}">'
-    text = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', lambda found: opening.replace("{}", found[1]), text)
+    text = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', lambda match: opening.replace("{}", match[1]), text)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
-    text = re.sub(r"#0[0-9a]0[0-9a][0-9a-f]{2}", lambda found: VARIABLES.get(found[0], found[0]), text)
+    text = re.sub(r"#0[0-9a]0[0-9a][0-9a-f]{2}", lambda match: VARIABLES.get(match[0], match[0]), text)
     text = re.sub(r"<[^>]*>", lambda tag: _compact(tag[0]), text)
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
-    text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", text)
+    text = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", text)
     return re.sub(r">\s+<", "><", text).strip()
 
 
@@ -145,9 +145,9 @@ def own_ids(text: str, prefix: str) -> str:
 
     Browsers look up clip paths and markers in the entire document.
     """
-    text = re.sub(r'\bid="([^"]+)"', lambda found: f'id="{prefix}{found[1]}"', text)
-    text = re.sub(r'(xlink:href|href)="#([^"]+)"', lambda found: f'href="#{prefix}{found[2]}"', text)
-    return re.sub(r"url\(#([^)]+)\)", lambda found: f"url(#{prefix}{found[1]})", text)
+    text = re.sub(r'\bid="([^"]+)"', lambda match: f'id="{prefix}{match[1]}"', text)
+    text = re.sub(r'(xlink:href|href)="#([^"]+)"', lambda match: f'href="#{prefix}{match[2]}"', text)
+    return re.sub(r"url\(#([^)]+)\)", lambda match: f"url(#{prefix}{match[1]})", text)
 
 
 def _attribute(text: str) -> str:
@@ -189,12 +189,12 @@ def log_scale(axes: Axes, axis: str) -> None:
 def smoothed(values: Sequence[float], share: float = 0.05) -> list[float]:
     """Running mean over a centred window with a ``share`` of the values. The window is narrower at the ends."""
     half = max(0, round(len(values) * share / 2))
-    found = []
-    for place in range(len(values)):
-        reach = min(half, place, len(values) - 1 - place)
-        window = values[place - reach : place + reach + 1]
-        found.append(sum(window) / len(window))
-    return found
+    means = []
+    for index in range(len(values)):
+        reach = min(half, index, len(values) - 1 - index)
+        window = values[index - reach : index + reach + 1]
+        means.append(sum(window) / len(window))
+    return means
 
 
 def drawn(*series: Sequence[float]) -> list[list[float]]:

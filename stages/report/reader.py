@@ -99,11 +99,11 @@ def fitted(readers: Sequence[Reader], room: int) -> list[Reader]:
 
     Small readers stay complete. The bytes that they do not need go to the others.
     """
-    found: dict[int, Reader] = {}
-    for left, (place, reader) in enumerate(sorted(enumerate(readers), key=lambda item: item[1].size)):
-        found[place] = _fitted(reader, room // (len(readers) - left))
-        room -= found[place].size
-    return [found[place] for place in range(len(readers))]
+    by_index: dict[int, Reader] = {}
+    for left, (index, reader) in enumerate(sorted(enumerate(readers), key=lambda item: item[1].size)):
+        by_index[index] = _fitted(reader, room // (len(readers) - left))
+        room -= by_index[index].size
+    return [by_index[index] for index in range(len(readers))]
 
 
 def _fitted(reader: Reader, room: int) -> Reader:
@@ -127,7 +127,7 @@ def as_json(value: Any) -> str:
     Unpaired surrogates, which UTF-8 cannot encode, are escaped.
     """
     text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _size(row: str) -> int:
@@ -159,7 +159,7 @@ def _row(number: int, line: Row, names: Sequence[str], judges: Sequence[str], to
         "c": [line["completions"].get(name) for name in names],
         "s": [[_short(scores.get(judge, {}).get(name)) for name in names] for judge in judges],
     }
-    if going_on := [place for place, name in enumerate(names) if not stopped.get(name, True)]:
+    if going_on := [column for column, name in enumerate(names) if not stopped.get(name, True)]:
         row["o"] = going_on
     preferences = [
         [index, names.index(given["a"]), names.index(given["b"]), _short(given["preference"])]
@@ -184,15 +184,15 @@ def _shortened(row: Row, longest: int) -> tuple[Row, int]:
     ``m`` counts the missing characters. The token details of a cut text are removed, because they would not match it.
     """
     texts = dict(enumerate([row["p"], *row["c"]], start=-1))
-    cut = [place for place, text in texts.items() if text is not None and len(text) > longest]
+    cut = [index for index, text in texts.items() if text is not None and len(text) > longest]
     if not cut:
         return row, 0
     missing = dict(row.get("m", {}))
-    for place in cut:
-        missing[str(place)] = missing.get(str(place), 0) + len(texts[place]) - longest
-        texts[place] = texts[place][:longest]
+    for index in cut:
+        missing[str(index)] = missing.get(str(index), 0) + len(texts[index]) - longest
+        texts[index] = texts[index][:longest]
     prompt, *completions = texts.values()
-    tokens = {place: detail for place, detail in row.get("t", {}).items() if int(place) not in cut}
+    tokens = {index: detail for index, detail in row.get("t", {}).items() if int(index) not in cut}
     return {**row, "p": prompt, "c": completions, "m": missing, **({"t": tokens} if "t" in row else {})}, len(cut)
 
 

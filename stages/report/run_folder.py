@@ -153,7 +153,7 @@ def thinned(rows: Sequence[Any], number: int) -> list[Any]:
     """At most ``number`` of ``rows``, evenly spaced, including the first and the last."""
     if number < 2 or len(rows) <= number:
         return list(rows[:number])
-    return [rows[round(place * (len(rows) - 1) / (number - 1))] for place in range(number)]
+    return [rows[round(index * (len(rows) - 1) / (number - 1))] for index in range(number)]
 
 
 def shown_memory(entry: dict[str, Any]) -> int | None:

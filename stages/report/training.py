@@ -47,8 +47,8 @@ def training(step: StepFolder) -> Figure | None:
         if len(values) < 2:
             continue
         canvas = Canvas(3.2, 2.1)
-        at, exact, smooth = drawn(steps, values, smoothed(values))
-        canvas.axes.plot(at, exact, color=SERIES[1], linewidth=0.7, alpha=0.45)
+        at, points, smooth = drawn(steps, values, smoothed(values))
+        canvas.axes.plot(at, points, color=SERIES[1], linewidth=0.7, alpha=0.45)
         canvas.axes.plot(at, smooth, color=SERIES[1])
         longest = max(longest, len(values))
         if metric.startswith("train/loss") and 0 < 50 * min(values) < max(values):
@@ -192,14 +192,14 @@ def data_efficiency(runs: Sequence[RunFolder]) -> Figure | None:
             for step in run.steps:
                 if step.stage == stage and isinstance(step.metrics.get(key), int | float) and after in step.metrics:
                     points.setdefault(_start_of(step), []).append((float(step.metrics[key]), float(step.metrics[after])))
-        if len({count for found in points.values() for count, _ in found}) < 3:
+        if len({count for measured in points.values() for count, _ in measured}) < 3:
             continue
         canvas = Canvas()
-        for name, found in points.items():
+        for name, measured in points.items():
             color = legend.setdefault(name, 1 + len(legend))
-            found = sorted(set(found))
-            canvas.axes.plot(*zip(*found, strict=True), "-o", color=SERIES[color % len(SERIES)], markersize=4)
-            rows += [[stage, name, f"{count:,.0f}", number_text(value)] for count, value in found]
+            measured = sorted(set(measured))
+            canvas.axes.plot(*zip(*measured, strict=True), "-o", color=SERIES[color % len(SERIES)], markersize=4)
+            rows += [[stage, name, f"{count:,.0f}", number_text(value)] for count, value in measured]
         log_scale(canvas.axes, "x")
         canvas.axes.set_xlabel(f"training {key}")
         canvas.axes.set_ylabel(title)

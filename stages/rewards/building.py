@@ -35,7 +35,7 @@ def build_source(
     Raises ModelError if the model cannot be used as this kind of reward source.
     """
     if source.ensemble is not None:
-        raise ModelError(f"{source.shown_name!r} is an ensemble, which is a reward of PPO; as judges, name its members")
+        raise ModelError(f"{source.shown_name!r} is an ensemble; only PPO can use one. Name its members as separate judges")
     if source.function is not None:
         kind = SpanFunctionSource if source.level == "token" else FunctionSource
         return kind(
@@ -58,7 +58,7 @@ def build_source(
 def build_reward(
     sources: Sequence[RewardInput],
     models: Mapping[str, ResolvedModel],
-    place: str,
+    field_path: str,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -67,7 +67,7 @@ def build_reward(
 ) -> CombinedReward:
     """Build all reward sources of a recipe's list.
 
-    ``models``: the resolved models by field path (``<place>[0].model``, ``<place>[1].ensemble[0].model``). Raises ModelError like
+    ``models``: the resolved models by field path (``<field_path>[0].model``, ``<field_path>[1].ensemble[0].model``). Raises ModelError like
     ``build_source``.
     """
 
@@ -78,4 +78,4 @@ def build_reward(
         members = [(build(member, f"{here}.ensemble[{index}]"), member.weight) for index, member in enumerate(source.ensemble)]
         return Ensemble(source.shown_name, members, combine=source.combine, uncertainty_coef=source.uncertainty_coef)
 
-    return CombinedReward([(build(source, f"{place}[{index}]"), source.weight) for index, source in enumerate(sources)])
+    return CombinedReward([(build(source, f"{field_path}[{index}]"), source.weight) for index, source in enumerate(sources)])

@@ -21,7 +21,7 @@ def checked(scores: Tensor, name: str, completions: Sequence[str]) -> Tensor:
         raise TrainingError(f"reward {name!r} returned scores of shape {tuple(scores.shape)}; {expected}")
     bad = torch.nonzero(~torch.isfinite(scores)).flatten()
     if len(bad):
-        place = int(bad[0])
-        value, text = float(scores[place]), completions[place][:80]
+        row = int(bad[0])
+        value, text = float(scores[row]), completions[row][:80]
         raise TrainingError(f"reward {name!r} returned {value} for the completion {text!r}; expected a finite number")
     return scores

@@ -62,8 +62,8 @@ class ClassifierSource:
         self.kind = probability_kind(self.model.config)
         if self.kind == "regression" and self.output != "logit":
             raise ModelError(
-                f"{model.ref!r} is a regression (problem_type in its config), which has no {self.output}; set output: logit to use its "
-                "value as it is"
+                f"{model.ref!r} is a regression (problem_type in its config) and has no {self.output}. Set output: logit to use its raw "
+                "value"
             )
         self.max_length = readable_length(self.model.config, self.tokenizer)
         self._accepted = set(inspect.signature(self.model.forward).parameters)
@@ -87,24 +87,26 @@ class ClassifierSource:
 
     def probabilities(self, texts: Sequence[str]) -> list[list[float]]:
         """The probabilities of all labels for each full text. For a regression they are its raw values, as in transformers' pipeline."""
-        found = []
+        probabilities = []
         with torch.inference_mode():
             for row in self._encode(texts, texts)[0]:
                 logits = self._logits([row])[0]
-                found.append({"softmax": logits.softmax(dim=-1), "sigmoid": logits.sigmoid(), "regression": logits}[self.kind].tolist())
-        return found
+                probabilities.append(
+                    {"softmax": logits.softmax(dim=-1), "sigmoid": logits.sigmoid(), "regression": logits}[self.kind].tolist()
+                )
+        return probabilities
 
     def _encode(self, texts: Sequence[str], completions: Sequence[str]) -> tuple[list[Row], Tensor, Tensor]:
         """Tokenize texts; returns (rows, which texts [N] were cut, which completions [N] were cut). Special tokens are never cut."""
         rows = [self._tokenize(text) for text in texts]
         cut, completion_cut = torch.zeros(len(rows), dtype=torch.bool), torch.zeros(len(rows), dtype=torch.bool)
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             if self.max_length is None or len(row["input_ids"]) <= self.max_length:
                 continue
-            rows[place] = self._tokenize(texts[place], truncation=True, max_length=self.max_length)
-            cut[place] = True
+            rows[index] = self._tokenize(texts[index], truncation=True, max_length=self.max_length)
+            cut[index] = True
             room = self.max_length - self.tokenizer.num_special_tokens_to_add()
-            completion_cut[place] = len(self._tokenize(completions[place], add_special_tokens=False)["input_ids"]) > room
+            completion_cut[index] = len(self._tokenize(completions[index], add_special_tokens=False)["input_ids"]) > room
         return rows, cut, completion_cut
 
     def _tokenize(self, text: str, **options: Any) -> Row:
@@ -115,9 +117,9 @@ class ClassifierSource:
     def _score_rows(self, rows: Sequence[Row]) -> Tensor:
         scores = torch.empty(len(rows))
 
-        def score(places: Sequence[int]) -> None:
-            logits = self._logits([rows[place] for place in places])
-            scores[list(places)] = label_output(logits, self.label, self.kind, self.output).cpu()
+        def score(indices: Sequence[int]) -> None:
+            logits = self._logits([rows[index] for index in indices])
+            scores[list(indices)] = label_output(logits, self.label, self.kind, self.output).cpu()
 
         each_group(f"scoring by {self.name}", like_length_batches([len(row["input_ids"]) for row in rows], self.batch_size), score)
         return scores

@@ -30,26 +30,28 @@ class RubricJudge(Strict):
     """A language model behind an OpenAI-compatible endpoint that grades each completion by a rubric."""
 
     endpoint: str = Field(pattern=r"^https?://\S+$", description="Address up to /v1, e.g. http://localhost:8000/v1.")
-    model: str = Field(min_length=1, description="The model's name at the endpoint.")
-    rubric: DataField = Field(description="A text file: what makes a completion good, in words.")
+    model: str = Field(min_length=1, description="Name of the model at the endpoint.")
+    rubric: DataField = Field(description="A text file that describes good completions.")
     scale: list[float] = Field([1.0, 10.0], min_length=2, max_length=2, description="Lowest and highest grade.")
     api_key_variable: str | None = Field(
-        None, pattern=r"^[A-Za-z_]\w*$", description="Environment variable that holds the key; it is read there and written nowhere."
+        None, pattern=r"^[A-Za-z_]\w*$", description="Environment variable that holds the key. The key is never written to a file."
     )
-    max_tokens: int = Field(16, ge=1, description="Most tokens of a reply.")
+    max_tokens: int = Field(16, ge=1, description="Maximum number of tokens of a reply.")
     attempts: int = Field(2, ge=1, description="Maximum requests per completion until a reply has a grade.")
     max_refused_share: float = Field(0.1, ge=0, le=1, description="Share of a call's completions without a grade above which the run ends.")
-    concurrency: int = Field(8, ge=1, description="Requests under way at once.")
-    timeout_seconds: float = Field(60.0, gt=0, description="Longest wait for one reply.")
+    concurrency: int = Field(8, ge=1, description="Maximum number of simultaneous requests.")
+    timeout_seconds: float = Field(60.0, gt=0, description="Maximum time for one reply, in seconds.")
     retries: int = Field(4, ge=0, description="Further attempts after a time-out, a dropped connection, or status 408, 429 or 5xx.")
-    backoff_seconds: float = Field(1.0, ge=0, description="Wait before the first retry, doubled for each; a server may ask for more.")
-    price_per_million_input: float | None = Field(None, ge=0, description="Price of a million prompt tokens, to count the cost.")
+    backoff_seconds: float = Field(
+        1.0, ge=0, description="Seconds before the first retry, doubled for each one. A server may ask for more."
+    )
+    price_per_million_input: float | None = Field(None, ge=0, description="Price of a million prompt tokens, to compute the cost.")
     price_per_million_output: float | None = Field(None, ge=0, description="Price of a million reply tokens.")
 
     @model_validator(mode="after")
     def _consistent(self) -> RubricJudge:
         if has_password(self.endpoint):
-            raise ValueError("endpoint holds a password, which would be written to logs and reports; name a variable by api_key_variable")
+            raise ValueError("endpoint contains a password, which would appear in logs and reports. Name a variable with api_key_variable")
         if self.scale[0] >= self.scale[1]:
             raise ValueError(f"scale is [{self.scale[0]:g}, {self.scale[1]:g}]; expected the lowest and then the highest grade")
         if len(self.rubric) != 1:
@@ -69,93 +71,100 @@ class RewardInput(Strict):
     function: str | None = Field(
         None,
         pattern=r"^[\w.]+:\w+$",
-        description="package.module:function. It is called with lists of prompts and completions, and with what else its parameters name: "
+        description="package.module:function. It gets lists of prompts and completions, and whatever its other parameters name: "
         "columns of the data, messages, completion_ids. It returns one score per completion, or None where it does not apply.",
     )
     endpoint: str | None = Field(
-        None, pattern=r"^https?://\S+$", description="A server that scores, by the address of the call: http://localhost:5000/get_reward."
+        None, pattern=r"^https?://\S+$", description="The URL of a server's scoring call, e.g. http://localhost:5000/get_reward."
     )
-    judge: RubricJudge | None = Field(None, description="A language model behind an endpoint, which grades by a rubric.")
+    judge: RubricJudge | None = Field(None, description="A language model behind an endpoint that grades by a rubric.")
     answers: list[str] | None = Field(
         None,
         min_length=2,
         max_length=2,
-        description="Makes a language model a reward: the score is log P(first) - log P(second), its log-odds of two answers to question.",
+        description="Two answers to question. They make a language model a reward: the score is log P(first) - log P(second).",
     )
-    question: str = Field(QUESTION, description="answers: what the model is asked, with {prompt} and {completion}.")
+    question: str = Field(QUESTION, description="With answers: the question to the model, with {prompt} and {completion}.")
     ensemble: list[RewardInput] | None = Field(
-        None, min_length=2, description="Several sources that judge the same thing, e.g. reward models of different seeds, made one score."
+        None,
+        min_length=2,
+        description="Several sources that judge the same thing, e.g. reward models of different seeds, combined into one score.",
     )
     combine: Literal["mean", "min", "uncertainty"] = Field(
-        "mean", description="Ensemble: mean; min (the worst case); uncertainty: mean less uncertainty_coef times the variance."
+        "mean", description="Ensemble: mean; min (the worst case); or uncertainty: the mean minus uncertainty_coef times the variance."
     )
-    uncertainty_coef: float = Field(1.0, ge=0, description="combine: uncertainty alone (Coste et al. 2024, arXiv 2310.02743).")
+    uncertainty_coef: float = Field(1.0, ge=0, description="Only for combine: uncertainty (Coste et al. 2024, arXiv 2310.02743).")
     name: str | None = Field(None, pattern=r"^[\w.-]+$", description="Name in metrics and reports (default: the model's or function's).")
     weight: float = Field(1.0, description="Factor in the sum of all sources.")
-    label: str | int | None = Field(None, description="Classifier: the class whose score counts, by name or number.")
+    label: str | int | None = Field(None, description="Classifier: the class whose output is the score, by name or index.")
     output: Literal["logit", "probability", "logprob"] = Field(
         "logit",
-        description="Classifier: what of the label counts as its score. The probability is a softmax, or a sigmoid for a model of several "
-        "labels at once (problem_type in its config) or of one label; a regression has a logit alone, which is its value.",
+        description="Classifier: the output of the label that is the score. The probability is a softmax, or a sigmoid if several labels "
+        "may hold at once (problem_type in the model's config) or there is only one label. A regression has only a logit: its value.",
     )
     reads: Literal["completion", "prompt_and_completion"] = Field(
         "prompt_and_completion",
-        description="Classifier: the text it is shown; where that is too long, its beginning is cut. A reward model always sees prompt and "
-        "completion.",
+        description="Classifier: the text that it reads. The beginning of a text that is too long is cut. A reward model always reads "
+        "prompt and completion.",
     )
     level: Literal["completion", "token"] = Field(
         "completion",
-        description="token: scores are paid where they arise instead of at the end. A reward model's: what each token adds to its score. A "
-        "function's: it returns, per completion, a list of (character position, score).",
+        description="token: rewards are credited to single tokens instead of the last one. For a reward model: the change of its score by "
+        "each token. For a function: it returns, per completion, a list of (character position, score).",
     )
-    batch_size: int = Field(64, ge=1, description="Texts scored together, per process.")
+    batch_size: int = Field(64, ge=1, description="Texts per forward pass and process.")
     timeout_seconds: float | None = Field(
-        600.0, gt=0, description="function: maximum time for the completions of one call; after it the run ends. null: no limit."
+        600.0, gt=0, description="function: maximum seconds of one call. A longer call ends the run. null: no limit."
     )
     retries: int | None = Field(
-        None, ge=0, description="function, endpoint: further attempts after a failure or time-out. null: 0 for a function, else 4."
+        None,
+        ge=0,
+        description="function, endpoint: further attempts after a failure or time-out. null: 0 for a function, 4 for an endpoint.",
     )
-    backoff_seconds: float = Field(1.0, ge=0, description="function, endpoint: wait before the first retry, doubled for each.")
+    backoff_seconds: float = Field(1.0, ge=0, description="function, endpoint: seconds before the first retry, doubled for each one.")
     protocol: Literal["openrlhf", "classify", "pooling", "score"] = Field(
         "openrlhf",
-        description="endpoint: what it speaks. openrlhf: OpenRLHF's remote reward model and `stages serve`; classify, pooling and score: "
-        "vLLM's addresses of those names.",
+        description="endpoint: the server's protocol. openrlhf: OpenRLHF's remote reward model and `stages serve`. classify, pooling, "
+        "score: vLLM's endpoints with these names.",
     )
-    served_model: str | None = Field(None, min_length=1, description="endpoint: the model's name there, where it has several.")
-    columns: list[str] = Field([], description="endpoint, openrlhf: columns of the data that are sent along.")
-    label_column: str | None = Field(None, description="endpoint, openrlhf: the column that is sent as labels.")
+    served_model: str | None = Field(None, min_length=1, description="endpoint: the model's name on the server, if it serves several.")
+    columns: list[str] = Field([], description="endpoint, openrlhf: columns of the data that each request includes.")
+    label_column: str | None = Field(None, description="endpoint, openrlhf: the column that each request includes as labels.")
     api_key_variable: str | None = Field(
-        None, pattern=r"^[A-Za-z_]\w*$", description="endpoint: environment variable with the key; it is read there and written nowhere."
+        None,
+        pattern=r"^[A-Za-z_]\w*$",
+        description="endpoint: environment variable that holds the key. The key is never written to a file.",
     )
-    concurrency: int = Field(8, ge=1, description="endpoint: requests under way at once.")
+    concurrency: int = Field(8, ge=1, description="endpoint: maximum number of simultaneous requests.")
     on_failure: Literal["stop", "wait"] = Field(
-        "stop", description="endpoint: after all retries, end the run with its episodes kept, or say so and ask again until it answers."
+        "stop",
+        description="endpoint: after all retries, stop the run and keep its episodes, or log it and ask again until the server answers.",
     )
-    cache: bool = Field(True, description="endpoint: keep scores on disk by what was asked; false for a server whose scores change.")
+    cache: bool = Field(True, description="endpoint: store scores on disk by request. false: for a server whose scores change.")
 
     @model_validator(mode="after")
     def _one_kind(self) -> RewardInput:
         if [self.model, self.function, self.endpoint, self.judge, self.ensemble].count(None) != 4:
-            raise ValueError("give exactly one of model, function, endpoint, judge and ensemble")
+            raise ValueError("set exactly one of model, function, endpoint, judge and ensemble")
         self._check_answers()
         if self.endpoint is not None:
             self._check_endpoint(self.endpoint)
         elif given := [name for name in ENDPOINT_FIELDS if self._is_changed(name)]:
-            raise ValueError(f"{', '.join(given)} belongs to an endpoint")
+            raise ValueError(f"{', '.join(given)} needs an endpoint")
         elif self.model is None and self.label is not None:
-            raise ValueError("label belongs to a classifier, and no model was given")
+            raise ValueError("label needs a classifier, but model is not set")
         if self.retries and self.function is None and self.endpoint is None:
-            raise ValueError("retries belongs to a function or an endpoint; a model gives the same score every time")
+            raise ValueError("retries needs a function or an endpoint; a model gives the same score every time")
         if self.level == "token" and (self.label is not None or self.ensemble is not None or self.endpoint is not None):
-            raise ValueError("level: token goes with a reward model or a function, not with a classifier, an endpoint or an ensemble")
+            raise ValueError("level: token needs a reward model or a function, not a classifier, an endpoint or an ensemble")
         if self.ensemble is not None:
             if self.name is None:
                 raise ValueError("an ensemble needs a name")
             if any(member.ensemble is not None or member.level == "token" for member in self.ensemble):
-                raise ValueError("a member of an ensemble is a model or a function that scores whole completions")
+                raise ValueError("a member of an ensemble must be a model or a function with level: completion")
             check_names(self.ensemble, "ensemble")
         elif self.combine != "mean":
-            raise ValueError(f"combine: {self.combine} belongs to an ensemble")
+            raise ValueError(f"combine: {self.combine} needs an ensemble")
         return self
 
     def _is_changed(self, name: str) -> bool:
@@ -166,23 +175,23 @@ class RewardInput(Strict):
         """Raise ValueError if the fields of a generative reward model contradict each other."""
         if self.answers is None:
             if self._is_changed("question"):
-                raise ValueError("question belongs to answers")
+                raise ValueError("question needs answers")
             return
         if self.model is None or self.label is not None or self.level == "token":
-            raise ValueError("answers belongs to model, a language model that scores whole completions, without label")
+            raise ValueError("answers needs model: a language model, with level: completion and without label")
         check_question(self.question, self.answers)
 
     def _check_endpoint(self, address: str) -> None:
         """Raise ValueError if the fields of an endpoint contradict each other."""
         if has_password(address):
-            raise ValueError("endpoint holds a password, which would be written to logs and reports; name a variable by api_key_variable")
+            raise ValueError("endpoint contains a password, which would appear in logs and reports. Name a variable with api_key_variable")
         if self.protocol == "classify":
             if not isinstance(self.label, int) or self.output == "logit":
                 raise ValueError("protocol: classify needs label, the number of the class, and output: probability or logprob")
         elif self.label is not None:
-            raise ValueError(f"label belongs to protocol: classify, got {self.protocol}")
+            raise ValueError(f"label needs protocol: classify, got {self.protocol}")
         if self.protocol != "openrlhf" and (self.columns or self.label_column):
-            raise ValueError(f"columns and label_column belong to protocol: openrlhf, got {self.protocol}")
+            raise ValueError(f"columns and label_column need protocol: openrlhf, got {self.protocol}")
 
     @property
     def shown_name(self) -> str:
@@ -199,24 +208,24 @@ class RewardInput(Strict):
         return self.model.ref.rstrip("/").rpartition("/")[2]
 
 
-def leaves(sources: list[RewardInput], place: str) -> dict[str, RewardInput]:
+def leaves(sources: list[RewardInput], field_path: str) -> dict[str, RewardInput]:
     """All sources except ensembles, by field path, e.g. ``reward[0]``. Members of an ensemble are included: ``reward[1].ensemble[0]``."""
-    found: dict[str, RewardInput] = {}
+    by_path: dict[str, RewardInput] = {}
     for index, source in enumerate(sources):
-        here = f"{place}[{index}]"
-        found |= {here: source} if source.ensemble is None else leaves(source.ensemble, f"{here}.ensemble")
-    return found
+        here = f"{field_path}[{index}]"
+        by_path |= {here: source} if source.ensemble is None else leaves(source.ensemble, f"{here}.ensemble")
+    return by_path
 
 
-def reward_model_inputs(sources: list[RewardInput], place: str) -> dict[str, ModelInput]:
+def reward_model_inputs(sources: list[RewardInput], field_path: str) -> dict[str, ModelInput]:
     """The model inputs of a list of sources, by field path, e.g. ``reward[0].model``."""
-    return {f"{path}.model": source.model for path, source in leaves(sources, place).items() if source.model is not None}
+    return {f"{path}.model": source.model for path, source in leaves(sources, field_path).items() if source.model is not None}
 
 
-def rubric_inputs(sources: list[RewardInput], place: str) -> dict[str, list[DataSource]]:
+def rubric_inputs(sources: list[RewardInput], field_path: str) -> dict[str, list[DataSource]]:
     """The rubric files of a list of sources, by field path, e.g. ``reward[0].judge.rubric``."""
-    found = leaves(sources, place).items()
-    return {f"{path}.judge.rubric": source.judge.rubric for path, source in found if source.judge is not None}
+    by_path = leaves(sources, field_path).items()
+    return {f"{path}.judge.rubric": source.judge.rubric for path, source in by_path if source.judge is not None}
 
 
 def read_rubric(path: str) -> str:
@@ -226,7 +235,7 @@ def read_rubric(path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"rubric {path}: cannot be read ({error}); expected a Markdown or text file in UTF-8") from error
     if not text:
-        raise RecipeError(f"rubric {path}: the file is empty; expected what makes a response good, in words")
+        raise RecipeError(f"rubric {path}: the file is empty; expected a description of a good response")
     return text
 
 
@@ -236,9 +245,9 @@ def check_rubrics(sources: list[RewardInput]) -> None:
         read_rubric(rubric[0].path)
 
 
-def check_names(sources: list[RewardInput], place: str) -> None:
+def check_names(sources: list[RewardInput], field_path: str) -> None:
     """Raise ValueError if two sources have the same name in metrics."""
     names = [source.shown_name for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{place}: two sources are called {name!r}; give each a name of its own")
+            raise ValueError(f"{field_path}: two sources have the name {name!r}; give each one a different name")

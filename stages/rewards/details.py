@@ -24,11 +24,11 @@ class Details:
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     completion_ids: Sequence[list[int]] | None = None
 
-    def rows(self, places: Sequence[int]) -> Details:
-        """The details of the completions with the indices ``places``."""
+    def rows(self, indices: Sequence[int]) -> Details:
+        """The details of the completions with these indices."""
         ids = self.completion_ids
-        columns = {name: [values[place] for place in places] for name, values in self.columns.items()}
-        return Details(columns, None if ids is None else [ids[place] for place in places])
+        columns = {name: [values[index] for index in indices] for name, values in self.columns.items()}
+        return Details(columns, None if ids is None else [ids[index] for index in indices])
 
 
 NOTHING = Details()
@@ -58,8 +58,8 @@ class Judgement:
 
     def notes(self, name: str) -> dict[str, Tensor]:
         """The measurements other than the scores, [N] each, by metric name (``scoring/<name>_...``)."""
-        found = {"cut_share": self.cut, "completion_cut_share": self.completion_cut}
-        cuts = {key: value.float() for key, value in found.items() if value is not None}
+        flags = {"cut_share": self.cut, "completion_cut_share": self.completion_cut}
+        cuts = {key: value.float() for key, value in flags.items() if value is not None}
         return {f"scoring/{name}_{key}": value for key, value in {**cuts, **self.measured}.items()}
 
 

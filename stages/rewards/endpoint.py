@@ -75,7 +75,9 @@ class EndpointSource(RemoteSource[Item, float]):
             what = f"{self.source.endpoint} gave no score for {missing} of {len(keys)} completions: {failure}"
             message = f"reward {self.name!r}: {what}"
             if isinstance(failure, Refused) or self.source.on_failure == "stop":
-                raise TrainingError(f"{message}. Scores that came are kept; check the server, endpoint, protocol and api_key_variable")
+                raise TrainingError(
+                    f"{message}. The scores received so far are stored. Check the server, endpoint, protocol and api_key_variable"
+                )
             logger.warning("%s; asking again in %g s (on_failure: wait)", message, BETWEEN_ROUNDS)
             self._sleep(BETWEEN_ROUNDS)
         return Judgement(torch.tensor([scores[key] for key in keys], dtype=torch.float32))
@@ -87,11 +89,11 @@ class EndpointSource(RemoteSource[Item, float]):
     def ask(self, batch: list[Question]) -> list[float]:
         """Request the scores of a batch and store them on disk. Raises GaveUp or Refused."""
         items = [item for _, item in batch]
-        found = self._client.post(str(self.source.endpoint), self._body(items), lambda answer: self._scores_in(answer, len(items)))
+        scores = self._client.post(str(self.source.endpoint), self._body(items), lambda answer: self._scores_in(answer, len(items)))
         if self.cache is not None:
-            for (key, _), score in zip(batch, found, strict=True):
+            for (key, _), score in zip(batch, scores, strict=True):
                 self.cache.put(key, json.dumps(score))
-        return found
+        return scores
 
     # Requests
 
@@ -163,21 +165,21 @@ class EndpointSource(RemoteSource[Item, float]):
 
     def _scores_in(self, answer: Any, number: int) -> list[float]:
         """The scores in an answer. Raises GaveUp if a score is missing or is not a finite number."""
-        found = self._numbers(answer, number)
-        if len(found) != number:
-            raise GaveUp(f"the answer has {len(found)} scores for {number} completions")
-        for score in found:
+        scores = self._numbers(answer, number)
+        if len(scores) != number:
+            raise GaveUp(f"the answer has {len(scores)} scores for {number} completions")
+        for score in scores:
             if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-                raise GaveUp(f"the answer holds {score!r:.40} for a score")
-        return [float(score) for score in found]
+                raise GaveUp(f"the answer contains {score!r:.40} as a score")
+        return [float(score) for score in scores]
 
     def _numbers(self, answer: Any, number: int) -> list[Any]:
         """The scores in an answer, without a check of their values. Raises GaveUp if the answer does not follow the protocol."""
         source = self.source
         try:
             if source.protocol == "openrlhf":
-                found = answer["rewards"] if "rewards" in answer else answer["scores"]
-                return [one[0] if isinstance(one, list) and len(one) == 1 else one for one in found]
+                scores = answer["rewards"] if "rewards" in answer else answer["scores"]
+                return [score[0] if isinstance(score, list) and len(score) == 1 else score for score in scores]
             rows = sorted(answer["data"], key=lambda row: row["index"])
             if [row["index"] for row in rows] != list(range(number)):
                 raise GaveUp(f"the answer has the indices {[row['index'] for row in rows]!r:.60}; expected 0 to {number - 1}")
@@ -186,10 +188,10 @@ class EndpointSource(RemoteSource[Item, float]):
             if source.protocol == "pooling":
                 return [_last_number(row["data"]) for row in rows]
             probabilities = [row["probs"][source.label] for row in rows]
-            return [math.log(one) for one in probabilities] if source.output == "logprob" else probabilities
+            return [math.log(score) for score in probabilities] if source.output == "logprob" else probabilities
         except (KeyError, IndexError, TypeError, ValueError) as error:
             kind = f"{type(error).__name__}: {error}"
-            raise GaveUp(f"the answer is none of protocol: {source.protocol} ({kind})") from error
+            raise GaveUp(f"the answer does not follow protocol: {source.protocol} ({kind})") from error
 
     # Cache
 

@@ -93,18 +93,18 @@ class FunctionSource:
 
         Raises TrainingError if the function raises, hangs, or returns anything other than N finite numbers or None values.
         """
-        found = self._call(prompts, completions, details)
-        if not isinstance(found, list | tuple):
-            return Judgement(self._numbers(found, completions))
-        scores = self._numbers([0.0 if score is None else score for score in found], completions)
-        scores[[place for place, score in enumerate(found) if score is None]] = math.nan
+        returned = self._call(prompts, completions, details)
+        if not isinstance(returned, list | tuple):
+            return Judgement(self._numbers(returned, completions))
+        scores = self._numbers([0.0 if score is None else score for score in returned], completions)
+        scores[[row for row, score in enumerate(returned) if score is None]] = math.nan
         return Judgement(scores)
 
-    def _numbers(self, found: Any, completions: Sequence[str]) -> Tensor:
+    def _numbers(self, returned: Any, completions: Sequence[str]) -> Tensor:
         try:
-            scores = torch.as_tensor(found, dtype=torch.float32)
+            scores = torch.as_tensor(returned, dtype=torch.float32)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise TrainingError(f"reward function {self.address} returned {found!r:.80}; expected one number per completion") from error
+            raise TrainingError(f"reward function {self.address} returned {returned!r:.80}; expected one number per completion") from error
         return checked(scores, self.name, completions)
 
     def _call(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details) -> Any:
@@ -143,8 +143,12 @@ class FunctionSource:
             return self.signature.arguments(given, {name: list(values) for name, values in details.columns.items()})
         except LookupError as error:
             name = error.args[0]
-            why = "these completions have no token ids of this run" if name in GIVEN else "the data here has no such column"
-            raise TrainingError(f"reward function {self.address} asks for {name!r}, and {why}") from None
+            why = (
+                "no model of this run wrote these completions, so they have no token ids"
+                if name in GIVEN
+                else "this data has no such column"
+            )
+            raise TrainingError(f"reward function {self.address} needs {name!r}, but {why}") from None
 
 
 class SpanFunctionSource(FunctionSource):
@@ -152,9 +156,9 @@ class SpanFunctionSource(FunctionSource):
 
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
         """The sum of the spans of each completion, and the spans. Where the function returned None: the score NaN and no spans."""
-        found = self._spans(prompts, completions, details)
-        scores = torch.tensor([math.nan if row is None else float(sum(score for _, score in row)) for row in found])
-        return Judgement(scores, spans=[row or [] for row in found])
+        spans = self._spans(prompts, completions, details)
+        scores = torch.tensor([math.nan if row is None else float(sum(score for _, score in row)) for row in spans])
+        return Judgement(scores, spans=[row or [] for row in spans])
 
     def score_spans(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Spans:
         """The spans of every completion; an empty list where the function returned None."""
@@ -165,20 +169,20 @@ class SpanFunctionSource(FunctionSource):
 
         Raises TrainingError if the result has another form, a position is outside its text, or a score is not finite.
         """
-        found = self._call(prompts, completions, details)
+        returned = self._call(prompts, completions, details)
         try:
-            spans = [None if row is None else [(operator.index(place), float(score)) for place, score in row] for row in found]
+            spans = [None if row is None else [(operator.index(position), float(score)) for position, score in row] for row in returned]
         except (TypeError, ValueError) as error:
             expected = "expected one list of (character position, score) per completion"
-            raise TrainingError(f"reward function {self.address} returned {found!r:.80}; {expected}") from error
+            raise TrainingError(f"reward function {self.address} returned {returned!r:.80}; {expected}") from error
         if len(spans) != len(completions):
             expected = f"expected one per completion ({len(completions)})"
             raise TrainingError(f"reward function {self.address} returned {len(spans)} lists; {expected}")
         for row, text in zip(spans, completions, strict=True):
-            for place, score in row or []:
-                if not 0 <= place <= len(text):
+            for position, score in row or []:
+                if not 0 <= position <= len(text):
                     has = f"{text[:80]!r} has {len(text)} characters"
-                    raise TrainingError(f"reward function {self.address} scored position {place}, and {has}")
+                    raise TrainingError(f"reward function {self.address} scored position {position}, and {has}")
                 if not math.isfinite(score):
                     raise TrainingError(f"reward function {self.address} returned {score} for the completion {text[:80]!r}")
         return spans

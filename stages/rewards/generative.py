@@ -35,8 +35,8 @@ def load_generative(source: RewardInput, model: ResolvedModel, *, device: torch.
     assert asked is not None
     if own is not None and asked != own:
         raise ModelError(
-            f"{model.ref!r} is a generative reward model with a question of its own and the answers {own.answers[0]!r} and "
-            f"{own.answers[1]!r}; leave answers and question out, or name the language model that it was made from"
+            f"{model.ref!r} is a generative reward model, which already has a question and the answers {own.answers[0]!r} and "
+            f"{own.answers[1]!r}. Remove answers and question, or name the language model that it was made from"
         )
     tokenizer = load_tokenizer(model)
     made = load_language_model(model, dtype=dtype, trainable=False, tokenizer=tokenizer).to(device).eval()
@@ -62,7 +62,9 @@ class GenerativeSource:
         """Raise ModelError if the two answers have the same tokens, or one of them has none."""
         first, second = (self.answer_ids(answer) for answer in self.asked.answers)
         if first == second or not first or not second:
-            raise ModelError(f"{ref!r} writes the answers {self.asked.answers[0]!r} and {self.asked.answers[1]!r} with the same tokens")
+            raise ModelError(
+                f"{ref!r} cannot distinguish the answers {self.asked.answers[0]!r} and {self.asked.answers[1]!r}: their tokens are equal"
+            )
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Tensor:
         """The scores [N] of ``judge``."""
@@ -94,7 +96,9 @@ class GenerativeSource:
         cut = completion_cut = False
         while room is not None and (excess := len(ids) - room) > 0:
             if not before and not text:
-                raise TrainingError(f"reward {self.name!r}: its question alone is longer than the {self.max_length} tokens it can read")
+                raise TrainingError(
+                    f"reward {self.name!r}: its question without the texts is longer than the model's limit of {self.max_length} tokens"
+                )
             cut, completion_cut = True, completion_cut or not before
             if before:
                 before = self._shortened(before, excess)
@@ -106,8 +110,8 @@ class GenerativeSource:
     def _shortened(self, text: str, excess: int) -> str:
         """``text`` without its first ``excess`` tokens (approximately), and without at least one character."""
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-        place = max(1, offsets[excess][0]) if excess < len(offsets) else len(text)
-        return text[place:]
+        start = max(1, offsets[excess][0]) if excess < len(offsets) else len(text)
+        return text[start:]
 
     def _ids(self, prompt: str, completion: str) -> list[int]:
         return list(encode_prompt(self.tokenizer, self.asked.filled(prompt, completion)))
@@ -123,8 +127,8 @@ class GenerativeSource:
         def score(places: Sequence[int]) -> None:
             ids, mask = padded([rows[place][0] for place in places], self.tokenizer.pad_token_id, device)
             logits = self.model(input_ids=ids, attention_mask=mask).logits
-            for row, place in enumerate(places):
-                tokens, length = rows[place]
+            for row, index in enumerate(indices):
+                tokens, length = rows[index]
                 span = slice(len(tokens) - length - 1, len(tokens) - 1)
                 steps = logits[row, span].float().log_softmax(dim=-1).cpu()
                 found[place] = steps.gather(1, torch.tensor(tokens[-length:])[:, None]).sum()

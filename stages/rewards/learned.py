@@ -45,7 +45,7 @@ def load_source(
             raise ModelError(f"{model.ref!r} is a {role.replace('_', ' ')}; answers needs a language model")
         if source.label is not None or source.level == "token":
             given = "label" if source.label is not None else "level: token"
-            raise ModelError(f"{model.ref!r} is a generative reward model, which scores whole completions; leave out {given}")
+            raise ModelError(f"{model.ref!r} is a generative reward model, which only scores complete completions. Remove {given}")
         return load_generative(source, model, device=device, dtype=dtype)
     if source.label is not None:
         return ClassifierSource(source, model, device=device, dtype=dtype)
@@ -136,18 +136,18 @@ class RewardModelSpans(RewardModelSource):
         def score(indices: Sequence[int]) -> None:
             scores = self.model.score_tokens(*padded([rows[index] for index in indices], self.tokenizer.pad_token_id, device)).cpu()
             for row, index in enumerate(indices):
-                (whole, prompt_length), length = encoded[index], len(rows[index])
-                kept = min(len(whole) - prompt_length, length)  # completion tokens that fit into the model's context
+                (tokens, prompt_length), length = encoded[index], len(rows[index])
+                kept = min(len(tokens) - prompt_length, length)  # completion tokens that fit into the model's context
                 own = scores[row, length - kept : length]
                 added = torch.cat([own[:1], own.diff()]).tolist()
-                places = self._places(prompts[index], completions[index])[-kept:]
-                spans[index] = [(place, float(value)) for place, value in zip(places, added, strict=True)]
+                positions = self._token_positions(prompts[index], completions[index])[-kept:]
+                spans[index] = [(position, float(value)) for position, value in zip(positions, added, strict=True)]
 
         order = range(len(completions))
         each_group(f"scoring by {self.name}", [order[start : start + self.batch_size] for start in order[:: self.batch_size]], score)
         return spans
 
-    def _places(self, prompt: Prompt, completion: str) -> list[int]:
+    def _token_positions(self, prompt: Prompt, completion: str) -> list[int]:
         """The character position of each completion token in the completion. The end token is at the end of the text."""
         return token_starts(self.tokenizer, prompt, completion)
 
@@ -165,8 +165,8 @@ def score_rows(
         device = next(scorer.parameters()).device
     scores = torch.empty(len(rows))
 
-    def score(places: Sequence[int]) -> None:
-        scores[list(places)] = scorer(*padded([rows[place] for place in places], pad_token_id, device)).float().cpu()
+    def score(indices: Sequence[int]) -> None:
+        scores[list(indices)] = scorer(*padded([rows[index] for index in indices], pad_token_id, device)).float().cpu()
 
     each_group("scoring", like_length_batches([len(row) for row in rows], batch_size), score)
     return scores

@@ -40,11 +40,11 @@ def read_grade(reply: str, scale: Sequence[float]) -> float | None:
     try:
         value = json.loads(text)
         numbers = [value] if not isinstance(value, dict) else [item for item in value.values() if _is_number(item)]
-        found = float(numbers[0]) if len(numbers) == 1 and _is_number(numbers[0]) else None
+        grade = float(numbers[0]) if len(numbers) == 1 and _is_number(numbers[0]) else None
     except ValueError:
         lines = [line for line in text.splitlines() if line.strip()]
-        found = _number_in(lines[-1], scale[1]) if lines else None
-    return found if found is not None and scale[0] <= found <= scale[1] else None
+        grade = _number_in(lines[-1], scale[1]) if lines else None
+    return grade if grade is not None and scale[0] <= grade <= scale[1] else None
 
 
 def _is_number(value: Any) -> bool:
@@ -56,10 +56,10 @@ def _number_in(line: str, highest: float) -> float | None:
 
     ``7/10`` and ``7 out of 10`` are read as 7 if 10 is the highest grade.
     """
-    found = [float(number.replace(",", ".")) for number in NUMBER.findall(line)]
-    if len(found) == 2 and found[1] == highest and re.search(r"\d\s*(?:/|out of|of|von)\s*\d", line):
-        found = found[:1]
-    return found[0] if len(found) == 1 else None
+    numbers = [float(number.replace(",", ".")) for number in NUMBER.findall(line)]
+    if len(numbers) == 2 and numbers[1] == highest and re.search(r"\d\s*(?:/|out of|of|von)\s*\d", line):
+        numbers = numbers[:1]
+    return numbers[0] if len(numbers) == 1 else None
 
 
 def shown(prompt: Prompt, completion: str) -> str:
@@ -108,8 +108,8 @@ class RubricSource(RemoteSource[dict[str, Any], Grade]):
         Equal pairs of prompt and completion are graded once; only the first has token counts above 0. Raises TrainingError if a request
         fails, or if too many completions have no grade.
         """
-        found = self._grades(self._questions(prompts, completions))
-        grades = [grade for grade, _, _ in found]
+        answers = self._grades(self._questions(prompts, completions))
+        grades = [grade for grade, _, _ in answers]
         refused = grades.count(None)
         if refused > self.judge_input.max_refused_share * len(grades):
             text = completions[grades.index(None)]
@@ -118,7 +118,7 @@ class RubricSource(RemoteSource[dict[str, Any], Grade]):
                 f"(max_refused_share={self.judge_input.max_refused_share:g}), the first {text[:80]!r}; expected a number from "
                 f"{self.judge_input.scale[0]:g} to {self.judge_input.scale[1]:g}: say so in the rubric, or raise max_tokens"
             )
-        tokens = torch.tensor([[sent, received] for _, sent, received in found], dtype=torch.float32).reshape(-1, 2)
+        tokens = torch.tensor([[sent, received] for _, sent, received in answers], dtype=torch.float32).reshape(-1, 2)
         return Judgement(
             torch.tensor([math.nan if grade is None else grade for grade in grades], dtype=torch.float32),
             measured={"input_tokens": tokens[:, 0], "output_tokens": tokens[:, 1], **self._cost(tokens)},
@@ -146,14 +146,14 @@ class RubricSource(RemoteSource[dict[str, Any], Grade]):
             with self.taken() as requests:
                 requests.add(dict(questions))
                 for key, _ in questions:
-                    found = requests.answer(key)
-                    grades.append((found[0], 0, 0) if key in seen else found)
+                    answer = requests.answer(key)
+                    grades.append((answer[0], 0, 0) if key in seen else answer)
                     seen.add(key)
         except (GaveUp, Refused) as error:
             address, model = self.judge_input.endpoint, self.judge_input.model
             raise TrainingError(
-                f"reward {self.name!r}: {address} gave no grade: {error}. Grades that came are kept; check endpoint, model={model!r} and "
-                "api_key_variable"
+                f"reward {self.name!r}: {address} gave no grade: {error}. The grades received so far are stored. Check endpoint, "
+                f"model={model!r} and api_key_variable"
             ) from error
         return grades
 

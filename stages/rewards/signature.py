@@ -54,22 +54,22 @@ class Signature:
         """Whether the function can receive the completions, by name or as its second positional argument."""
         if not self.by_position or not self.parameters:
             return True
-        places = [one for one in self.parameters if one.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
-        return len(places) > 1 or any(one.kind is Parameter.VAR_POSITIONAL for one in self.parameters)
+        positional = [one for one in self.parameters if one.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
+        return len(positional) > 1 or any(one.kind is Parameter.VAR_POSITIONAL for one in self.parameters)
 
     def columns(self, row: Row) -> dict[str, Any]:
         """The columns of ``row`` that the function receives. Raises DataError if a required column is missing."""
-        found = {}
+        columns = {}
         for one in self._named:
             if one.name in GIVEN:
                 continue
             if one.name in row:
-                found[one.name] = row[one.name]
+                columns[one.name] = row[one.name]
             elif one.default is Parameter.empty:
                 raise _missing(f"the reward function {self.address}", one.name, row)
         if self.takes_everything:
-            found |= {name: value for name, value in row.items() if name not in GIVEN and name.isidentifier()}
-        return found
+            columns |= {name: value for name, value in row.items() if name not in GIVEN and name.isidentifier()}
+        return columns
 
     def arguments(self, given: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]) -> tuple[list[Any], dict[str, Any]]:
         """(positional arguments, keyword arguments) of a call. ``given``: the values of the names in GIVEN; None: not available.
@@ -117,7 +117,7 @@ def _missing(who: str, name: str, row: Row) -> DataError:
     near = difflib.get_close_matches(name, row, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return DataError(
-        f"{row.location}: {who} asks for the column {name!r}, and the row has {', '.join(row)}{hint} (rename it there, or with "
+        f"{row.location}: {who} needs the column {name!r}, but the row has {', '.join(row)}{hint} (rename it in the file, or with "
         f"columns: {{{name}: THEIRS}} in the data)"
     )
 
@@ -129,19 +129,19 @@ def load_function(address: str) -> Callable[..., Any]:
     """
     module, _, name = address.partition(":")
     try:
-        found: Any = importlib.import_module(module)
+        function: Any = importlib.import_module(module)
     except ImportError as error:
         raise RecipeError(f"function {address!r}: cannot import {module} ({error}); is it installed, or on PYTHONPATH?") from error
     except Exception as error:  # raised by the module's own code
         raise RecipeError(f"function {address!r}: cannot import {module} ({type(error).__name__}: {error})") from error
-    if not hasattr(found, name):
+    if not hasattr(function, name):
         raise RecipeError(f"function {address!r}: {module} has no {name!r}")
-    found = getattr(found, name)
-    if not callable(found):
-        raise RecipeError(f"function {address!r} is {type(found).__name__}; expected a function of (prompts, completions)")
-    if not signature_of(found, address).takes_texts:
-        raise RecipeError(f"function {address!r} takes {_shown(found)}; expected a function of (prompts, completions)")
-    return found
+    function = getattr(function, name)
+    if not callable(function):
+        raise RecipeError(f"function {address!r} is {type(function).__name__}; expected a function of (prompts, completions)")
+    if not signature_of(function, address).takes_texts:
+        raise RecipeError(f"function {address!r} takes {_shown(function)}; expected a function of (prompts, completions)")
+    return function
 
 
 def _shown(function: Callable[..., Any]) -> str:
@@ -177,19 +177,22 @@ def signature_in_source(address: str) -> Signature | None:
 
 def _parameters(arguments: ast.arguments) -> list[Parameter]:
     """The parameters of a function definition. A parameter with a default gets the default None, because the value is not evaluated."""
-    ordered: list[tuple[ast.arg, Any]] = [(one, Parameter.POSITIONAL_ONLY) for one in arguments.posonlyargs]
-    ordered += [(one, Parameter.POSITIONAL_OR_KEYWORD) for one in arguments.args]
+    ordered: list[tuple[ast.arg, Any]] = [(argument, Parameter.POSITIONAL_ONLY) for argument in arguments.posonlyargs]
+    ordered += [(argument, Parameter.POSITIONAL_OR_KEYWORD) for argument in arguments.args]
     without = len(ordered) - len(arguments.defaults)
-    found = [Parameter(one.arg, kind, default=Parameter.empty if place < without else None) for place, (one, kind) in enumerate(ordered)]
+    parameters = [
+        Parameter(argument.arg, kind, default=Parameter.empty if index < without else None)
+        for index, (argument, kind) in enumerate(ordered)
+    ]
     if arguments.vararg is not None:
-        found.append(Parameter(arguments.vararg.arg, Parameter.VAR_POSITIONAL))
-    found += [
-        Parameter(one.arg, Parameter.KEYWORD_ONLY, default=Parameter.empty if default is None else None)
-        for one, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+        parameters.append(Parameter(arguments.vararg.arg, Parameter.VAR_POSITIONAL))
+    parameters += [
+        Parameter(argument.arg, Parameter.KEYWORD_ONLY, default=Parameter.empty if default is None else None)
+        for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
     ]
     if arguments.kwarg is not None:
-        found.append(Parameter(arguments.kwarg.arg, Parameter.VAR_KEYWORD))
-    return found
+        parameters.append(Parameter(arguments.kwarg.arg, Parameter.VAR_KEYWORD))
+    return parameters
 
 
 def _signature(address: str, parameters: Iterable[Parameter]) -> Signature:
@@ -198,10 +201,10 @@ def _signature(address: str, parameters: Iterable[Parameter]) -> Signature:
     Prompts and completions are passed by position if no parameter is named ``completions``. They are also passed by position if
     ``completions`` is the second parameter and the name of the first is not in GIVEN.
     """
-    found = tuple(parameters)
-    names = [one.name for one in found]
-    second = len(found) > 1 and names[1] == "completions" and names[0] not in GIVEN
-    return Signature(address, found, by_position=second or "completions" not in names)
+    ordered = tuple(parameters)
+    names = [one.name for one in ordered]
+    second = len(ordered) > 1 and names[1] == "completions" and names[0] not in GIVEN
+    return Signature(address, ordered, by_position=second or "completions" not in names)
 
 
 def columns_asked_for(sources: Sequence[RewardInput], *, run: bool = True) -> Callable[[Row], dict[str, Any]]:
@@ -216,13 +219,13 @@ def columns_asked_for(sources: Sequence[RewardInput], *, run: bool = True) -> Ca
             names = (*source.columns, *([source.label_column] if source.label_column is not None else []))
             signatures.append(NamedColumns(f"the reward {source.shown_name}", names))
         if source.function is not None:
-            found = signature_of(load_function(source.function), source.function) if run else signature_in_source(source.function)
-            signatures += [found] if found is not None else []
+            signature = signature_of(load_function(source.function), source.function) if run else signature_in_source(source.function)
+            signatures += [signature] if signature is not None else []
 
     def columns(row: Row) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for signature in signatures:
-            found |= signature.columns(row)
-        return found
+        selected: dict[str, Any] = {}
+        for one in signatures:
+            selected |= one.columns(row)
+        return selected
 
     return columns

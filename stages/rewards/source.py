@@ -47,17 +47,17 @@ class JudgingSource(Protocol):
 def judge(source: RewardSource, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
     """Score completions [N] with ``source`` and check the result.
 
-    NaN is allowed only for a source with ``may_abstain``. Raises TrainingError for any other score that is not finite, and for another
-    number of scores than completions.
+    NaN is allowed only for a source with ``may_abstain``. Raises TrainingError for any other score that is not finite, and if the number
+    of scores differs from the number of completions.
     """
     if isinstance(source, JudgingSource):
-        found = source.judge(prompts, completions, details)
+        judgement = source.judge(prompts, completions, details)
     else:
-        found = Judgement(source.score(prompts, completions))
-    scores = torch.as_tensor(found.scores, dtype=torch.float32).cpu()
+        judgement = Judgement(source.score(prompts, completions))
+    scores = torch.as_tensor(judgement.scores, dtype=torch.float32).cpu()
     present = applies(scores) if getattr(source, "may_abstain", False) else torch.ones_like(scores, dtype=torch.bool)
     checked(torch.where(present, scores, 0.0), source.name, completions)
-    return Judgement(scores, found.spans, found.cut, found.completion_cut, found.measured)
+    return Judgement(scores, judgement.spans, judgement.cut, judgement.completion_cut, judgement.measured)
 
 
 @dataclass(frozen=True)
@@ -99,17 +99,17 @@ class Ensemble:
         members: dict[str, Tensor] = {}
         notes: dict[str, Tensor] = {}
         for member, weight in self.members:
-            found = judge(member, prompts, completions, details)
-            members[f"{self.name}.{member.name}"] = weight * found.scores
-            notes |= found.notes(f"{self.name}.{member.name}")
+            judgement = judge(member, prompts, completions, details)
+            members[f"{self.name}.{member.name}"] = weight * judgement.scores
+            notes |= judgement.notes(f"{self.name}.{member.name}")
         table = torch.stack(list(members.values()))
         scores = combine_scores(table, how=self.combine, uncertainty_coef=self.uncertainty_coef)
         variance = table.var(dim=0, correction=0)
-        for place in torch.nonzero(~applies(table).all(dim=0)).flatten().tolist():
-            present = table[applies(table[:, place]), place][:, None]
+        for column in torch.nonzero(~applies(table).all(dim=0)).flatten().tolist():
+            present = table[applies(table[:, column]), column][:, None]
             if len(present):
-                scores[place] = combine_scores(present, how=self.combine, uncertainty_coef=self.uncertainty_coef)[0]
-                variance[place] = present.var(correction=0)
+                scores[column] = combine_scores(present, how=self.combine, uncertainty_coef=self.uncertainty_coef)[0]
+                variance[column] = present.var(correction=0)
         return scores, {**members, f"{self.name}.variance": variance, **notes}
 
 
@@ -121,22 +121,22 @@ class CombinedReward:
 
     def leaves(self) -> list[RewardSource]:
         """All sources. An ensemble is replaced by its members."""
-        found: list[RewardSource] = []
+        leaves: list[RewardSource] = []
         for source, _ in self.sources:
-            found += [member for member, _ in source.members] if isinstance(source, Ensemble) else [source]
-        return found
+            leaves += [member for member, _ in source.members] if isinstance(source, Ensemble) else [source]
+        return leaves
 
     def modules(self) -> list[torch.nn.Module]:
         """The models of the sources, without duplicates."""
-        found = [model for leaf in self.leaves() if isinstance(model := getattr(leaf, "model", None), torch.nn.Module)]
-        return [model for index, model in enumerate(found) if all(model is not other for other in found[:index])]
+        models = [model for leaf in self.leaves() if isinstance(model := getattr(leaf, "model", None), torch.nn.Module)]
+        return [model for index, model in enumerate(models) if all(model is not other for other in models[:index])]
 
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING, *, may_abstain: bool = False
     ) -> Scores:
         """Score every completion with every source.
 
-        Raises TrainingError if a source returns another number of scores than completions, or a score that is not finite. Unless
+        Raises TrainingError if the number of scores differs from the number of completions, or if a score is not finite. Unless
         ``may_abstain`` is set, it also raises TrainingError if no source applies to a completion.
         """
         parts: dict[str, Tensor] = {}
@@ -148,12 +148,12 @@ class CombinedReward:
             if isinstance(source, Ensemble):
                 scores, notes = source.score_members(prompts, completions, details)
             else:
-                found = judge(source, prompts, completions, details)
-                scores, notes = found.scores, found.notes(source.name)
-                if found.spans is not None:
+                judgement = judge(source, prompts, completions, details)
+                scores, notes = judgement.scores, judgement.notes(source.name)
+                if judgement.spans is not None:
                     spans = spans or [[] for _ in completions]
-                    for row, new in zip(spans, found.spans, strict=True):
-                        row += [(place, weight * score) for place, score in new]
+                    for row, new in zip(spans, judgement.spans, strict=True):
+                        row += [(position, weight * score) for position, score in new]
             parts[source.name] = scores
             parts |= notes
             total += weight * torch.where(applies(scores), scores, 0.0)

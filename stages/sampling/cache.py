@@ -55,9 +55,9 @@ class RoomyLayer(DynamicLayer):
             self.length, self.device, self.is_initialized = length, keys.device, True
         for storage, states in ((self.keys, keys), (self.values, values)):
             assert storage is not None
-            place = self._by_token(storage)[row : row + len(states), :, :length]
-            place[:, :, length - states.shape[2] :] = states
-            place[:, :, : length - states.shape[2]] = 0.0  # padding has attention weight 0, and 0 times a finite value is 0
+            target = self._by_token(storage)[row : row + len(states), :, :length]
+            target[:, :, length - states.shape[2] :] = states
+            target[:, :, : length - states.shape[2]] = 0.0  # padding has attention weight 0, and 0 times a finite value is 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append [B, H, q, D]; returns all keys and values [B, H, T, D]."""
@@ -169,11 +169,11 @@ class SlotLayer(DynamicLayer):
             self.device, self.dtype, self.is_initialized = keys.device, keys.dtype, True
         width = keys.shape[2]
         # Shift each row to the left, over its padding. Copies of its last token fill the end; the attention mask hides them.
-        places = (torch.arange(width, device=keys.device) + (width - lengths)[:, None]).clamp(max=width - 1)[:, None, :, None]
+        source_columns = (torch.arange(width, device=keys.device) + (width - lengths)[:, None]).clamp(max=width - 1)[:, None, :, None]
         for storage, states in ((self.keys, keys), (self.values, values)):
             assert storage is not None
             states = states.index_select(0, rows)
-            moved = states.gather(2, places.expand(-1, states.shape[1], -1, states.shape[3]))
+            moved = states.gather(2, source_columns.expand(-1, states.shape[1], -1, states.shape[3]))
             self._by_token(storage)[:, :, :width].index_copy_(0, slots, moved)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

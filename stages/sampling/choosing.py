@@ -57,8 +57,8 @@ def invert_cumulative(weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     # The rest of the target, rescaled to the cumulative sum inside the block: the block's sum and this cumulative sum round differently.
     left = (target - (cumulative[rows, block] - sums[rows, block])) / sums[rows, block] * running[:, -1]
     left = torch.minimum(left.clamp(min=0), torch.nextafter(running[:, -1], torch.zeros_like(left)))
-    place = torch.searchsorted(running, left[:, None], right=True).squeeze(-1)
-    return block * BLOCK + place, total
+    offset = torch.searchsorted(running, left[:, None], right=True).squeeze(-1)
+    return block * BLOCK + offset, total
 
 
 def _truncated(weights: Tensor, *, top_k: int, top_p: float) -> Tensor:
@@ -70,9 +70,9 @@ def _truncated(weights: Tensor, *, top_k: int, top_p: float) -> Tensor:
         threshold = weights.topk(min(top_k, weights.shape[-1]), dim=-1).values[:, -1:]
         weights = weights.masked_fill(weights < threshold, 0.0)
     if top_p < 1:
-        ordered, places = weights.sort(dim=-1, descending=True)
+        ordered, order = weights.sort(dim=-1, descending=True)
         mass = ordered.double() / ordered.sum(dim=-1, keepdim=True, dtype=torch.float64)
         # Drop a token if the more likely tokens already reach top_p. The most likely token always stays.
         drop = mass.cumsum(dim=-1) - mass >= top_p
-        weights = weights.masked_fill(drop.scatter(-1, places, drop), 0.0)
+        weights = weights.masked_fill(drop.scatter(-1, order, drop), 0.0)
     return weights

@@ -94,11 +94,11 @@ class SlotDecoder:
     def _admit(self, rows: list[int]) -> None:
         """Read the prompts ``rows`` into free slots and sample the first token of each response. Equal prompts are read once."""
         free = [slot for slot in range(self._num_slots) if slot not in self._occupants][: len(rows)]
-        places: dict[tuple[int, ...], int] = {}
-        wanted = [places.setdefault(tuple(self._prompts[row]), len(places)) for row in rows]
-        ids, mask = left_pad(list(places), self._pad, self._device)
+        distinct: dict[tuple[int, ...], int] = {}
+        prompt_rows = [distinct.setdefault(tuple(self._prompts[row]), len(distinct)) for row in rows]
+        ids, mask = left_pad(list(distinct), self._pad, self._device)
         for first, read, logits in read_in_parts(self._model, self._workspace.cache, self._options, ids, mask):
-            members = zip(free, rows, (place - first for place in wanted), strict=True)
+            members = zip(free, rows, (prompt_row - first for prompt_row in prompt_rows), strict=True)
             self._put(read, logits, [member for member in members if 0 <= member[2] < len(logits)])
         for slot, row in zip(free, rows, strict=True):
             self._occupants[slot] = Occupant(row, len(self._prompts[row]))
@@ -113,12 +113,12 @@ class SlotDecoder:
             self._slots.set_endings(Endings.of(logits.shape[-1], self._stop_ids, self._late_stop_ids, stop_after, self._device))
             self._has_endings = True
         rows = [row for _, row, _ in part]
-        slots, places = (torch.tensor(column, device=self._device) for column in ([p[0] for p in part], [p[2] for p in part]))
+        slots, sources = (torch.tensor(column, device=self._device) for column in ([p[0] for p in part], [p[2] for p in part]))
         lengths = torch.tensor([len(self._prompts[row]) for row in rows], device=self._device)
         for layer, states in zip(self._workspace.cache.layers, read.layers, strict=True):
             if states.is_initialized:  # a layer that the model does not use is empty
-                layer.put(states.keys, states.values, places, slots, lengths, self._workspace.room)
-        self._slots.admit(slots, lengths, self._noise[rows], logits[places], self._choice)
+                layer.put(states.keys, states.values, sources, slots, lengths, self._workspace.room)
+        self._slots.admit(slots, lengths, self._noise[rows], logits[sources], self._choice)
 
     def _step_for_a_while(self) -> None:
         """Run decoding steps until the next check for finished responses."""

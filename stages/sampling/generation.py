@@ -86,10 +86,10 @@ def stop_token_ids(model: Any, tokenizer: Any, stop: Iterable[str] = ()) -> list
     for text in stop:
         token = tokenizer.convert_tokens_to_ids(text)
         if token is None or token == tokenizer.unk_token_id and text != tokenizer.unk_token:
-            found = tokenizer(text, add_special_tokens=False)["input_ids"]
-            if len(found) != 1:
-                raise ModelError(f"generation.stop: {text!r} is {len(found)} tokens of this tokenizer; a stop token must be exactly one")
-            token = found[0]
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(tokens) != 1:
+                raise ModelError(f"generation.stop: {text!r} is {len(tokens)} tokens of this tokenizer; a stop token must be exactly one")
+            token = tokens[0]
         ids.add(token)
     return sorted(ids)
 
@@ -117,7 +117,7 @@ def require_room(model: Any, prompts: Sequence[Sequence[int]], settings: Generat
     too_long = [len(prompt) for prompt in prompts if len(prompt) > room]
     if too_long:
         raise ModelError(
-            f"{len(too_long)} of {len(prompts)} prompts are too long to be answered: the longest has {max(too_long)} tokens, and the model "
+            f"{len(too_long)} of {len(prompts)} prompts are too long: the longest has {max(too_long)} tokens, and the model "
             f"has {positions} positions, of which generation.max_new_tokens={settings.max_new_tokens} leaves {max(room, 0)}. "
             "Leave out or shorten long prompts, or lower max_new_tokens"
         )
@@ -182,8 +182,8 @@ class _Collected:
 
     def take(self, made: Decoded) -> None:
         """Store finished responses; ``made.rows`` are the row indices of their prompts. Calls ``on_finished``."""
-        for place, (row, length) in enumerate(zip(made.rows, made.lengths, strict=True)):
-            self._responses[row], self._logprobs[row] = made.ids[place, :length], made.logprobs[place, :length]
+        for index, (row, length) in enumerate(zip(made.rows, made.lengths, strict=True)):
+            self._responses[row], self._logprobs[row] = made.ids[index, :length], made.logprobs[index, :length]
         if self._on_finished is not None:
             responses = [ids[:length] for ids, length in zip(made.ids.tolist(), made.lengths, strict=True)]
             stopped = self._stopped([self._responses[row] for row in made.rows]).tolist()
@@ -241,7 +241,7 @@ def _say_batch_by_batch(name: str, window: int, tokens: int) -> None:
         reason = (
             f"its attention looks back over {window} tokens, and a prompt and its completion have up to {tokens}"
             if window
-            else "its cache cannot give the place of a finished completion to another one"
+            else "its cache cannot give the slot of a finished completion to another one"
         )
         logger.warning("%s is decoded batch by batch: %s", name, reason)
 
@@ -288,14 +288,14 @@ def _decode_in_batches(
     """Decode one batch after another. Each batch pads its distinct prompts, and each row holds the index of its prompt."""
     device = next(model.parameters()).device
     for rows in _batches(order, [len(prompt) for prompt in prompts], settings.batch_size, mixed=support.hides_padding):
-        places: dict[tuple[int, ...], int] = {}
-        own = [places.setdefault(tuple(prompts[row]), len(places)) for row in rows]
-        ids, mask = left_pad(list(places), pad_token_id, device)
+        distinct: dict[tuple[int, ...], int] = {}
+        prompt_rows = [distinct.setdefault(tuple(prompts[row]), len(distinct)) for row in rows]
+        ids, mask = left_pad(list(distinct), pad_token_id, device)
         decode(
             model,
             ids,
             mask,
-            torch.tensor(own, device=device),
+            torch.tensor(prompt_rows, device=device),
             settings,
             noise[rows].to(device),
             partial(made.take_batch, rows),
@@ -315,9 +315,9 @@ def _batches(order: Sequence[int], lengths: Sequence[int], batch_size: int, *, m
     return [rows[start : start + batch_size] for rows in alike for start in range(0, len(rows), batch_size)]
 
 
-def episode_seed(seed: int, *place: int) -> int:
-    """A random seed for one episode, derived from ``seed`` and ``place`` only. It does not depend on the process or the batch."""
-    return int.from_bytes(hashlib.blake2b(repr((seed, *place)).encode(), digest_size=7).digest(), "big")
+def episode_seed(seed: int, *numbers: int) -> int:
+    """A random seed for one episode, derived from ``seed`` and ``numbers`` only. It does not depend on the process or the batch."""
+    return int.from_bytes(hashlib.blake2b(repr((seed, *numbers)).encode(), digest_size=7).digest(), "big")
 
 
 def _uniform(seed: int, number: int) -> Tensor:

@@ -142,7 +142,7 @@ class GraphPool:
             return None
         if recording is None:
             self._refused.add(key)
-            refuse("a replayed step says something else than a computed one")
+            refuse("the logits of a replayed step differ from those of a computed one")
             return None
         self.num_bytes += recording.num_bytes
         self._recordings[key] = recording
@@ -151,9 +151,9 @@ class GraphPool:
     def _larger(self, size: Size, kind: Hashable) -> Recording | None:
         """The smallest recording with at least the rows and columns of ``size``; None if there is none."""
         fitting = [
-            (found.rows * found.columns, found)
-            for found, of_kind in self._recordings
-            if of_kind == kind and found.rows >= size.rows and found.columns >= size.columns
+            (recording.rows * recording.columns, recording)
+            for recording, of_kind in self._recordings
+            if of_kind == kind and recording.rows >= size.rows and recording.columns >= size.columns
         ]
         return self._recordings[min(fitting)[1], kind] if fitting else None
 
@@ -163,7 +163,7 @@ def refuse(reason: str) -> None:
     _refusals[reason] += 1
     if _refusals[reason] in SAID_AT:
         logger.warning(
-            "decoding without a CUDA graph: %s (%d of the recordings so far; generation.cuda_graphs: false leaves out the attempt)",
+            "decoding without a CUDA graph: %s (%d of the recordings so far; generation.cuda_graphs: false skips the attempt)",
             reason,
             _refusals[reason],
         )

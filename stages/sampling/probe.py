@@ -41,11 +41,11 @@ def usable_support(model: Any) -> DecodingSupport:
     is_clear = support.adds_mask and family_of(plain).__module__.startswith("transformers.") and says_causal(plain)
     if is_clear:
         return support
-    asked, found = _found.get(plain, (None, support))
+    asked, usable = _found.get(plain, (None, support))
     if asked != support:
-        found = _tried_out(model, support)
-        _found[plain] = (support, found)
-    return found
+        usable = _tried_out(model, support)
+        _found[plain] = (support, usable)
+    return usable
 
 
 @torch.no_grad()
@@ -78,14 +78,18 @@ def _tried_out(model: Any, support: DecodingSupport) -> DecodingSupport:
             return way
         reason = reason or problem
     raise ModelError(
-        f"{name} cannot write a text token by token: {reason}. Expected a causal language model, whose logits depend on earlier tokens only"
+        f"{name} cannot generate token by token: {reason}. Expected a causal language model: its logits depend on earlier tokens only"
     )
 
 
 def _ways(support: DecodingSupport) -> list[tuple[DecodingSupport, str]]:
     """``support`` and the slower methods that require less of the model, from fast to slow, each with a phrase for the log."""
     equal = replace(support, hides_padding=False, adds_mask=False, slot_tokens=0)
-    ways = {support: "as its class says", equal: "in batches of equal length", without_cache(support): "without a cache, which is slow"}
+    ways = {
+        support: "with the method of its model class",
+        equal: "in batches of equal length",
+        without_cache(support): "without a cache, which is slow",
+    }
     return list(ways.items())
 
 
@@ -99,7 +103,7 @@ def _problem(model: Any, support: DecodingSupport) -> str | None:
     lengths = LENGTHS if support.hides_padding else (LENGTHS[1],) * 2
     rows = _texts(model, [length + STEPS for length in lengths])
     try:
-        found = _read(model, support, rows, lengths)
+        actual = _read(model, support, rows, lengths)
     except torch.cuda.OutOfMemoryError:
         raise
     except FAILURES as error:
@@ -108,12 +112,12 @@ def _problem(model: Any, support: DecodingSupport) -> str | None:
         [model(input_ids=row[None]).logits[0, length - 1 :].float() for row, length in zip(rows, lengths, strict=True)]
     )  # [2, 1 + STEPS, V]
     spread = (expected - expected.mean(dim=-1, keepdim=True)).norm()
-    difference = float((found - expected).norm() / spread.clamp(min=torch.finfo(torch.float32).tiny))
+    difference = float((actual - expected).norm() / spread.clamp(min=torch.finfo(torch.float32).tiny))
     device = rows[0].device.type
-    exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(device)
-    if difference <= (TOLERANCE if exact else LOW_PRECISION_TOLERANCE):
+    fp32 = model.dtype == torch.float32 and not torch.is_autocast_enabled(device)
+    if difference <= (TOLERANCE if fp32 else LOW_PRECISION_TOLERANCE):
         return None
-    return f"its logits would differ by {difference:.0%} of their spread from those of a plain pass"
+    return f"its logits would differ by {difference:.0%} of their spread from those of a plain forward pass"
 
 
 def _texts(model: Any, lengths: list[int]) -> list[Tensor]:

@@ -174,7 +174,8 @@ def _keep(model: Any, signature: Hashable, workspace: Workspace, memory_limit: i
         _kept = _Kept(weakref.ref(model), signature, workspace)
     else:
         logger.info(
-            "%d recorded decoding steps and their cache take %d MiB, more than the %d MiB that may stay allocated; they are recorded anew",
+            "%d recorded decoding steps and their cache take %d MiB, more than the %d MiB that may stay allocated; they are recorded "
+            "again for every call",
             len(workspace.pool),
             num_bytes >> 20,
             memory_limit >> 20,

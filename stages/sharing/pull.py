@@ -48,32 +48,32 @@ def pull(
     repository = look_up("model", identifier, revision)
     if DESCRIPTION not in repository.files:
         raise HubError(
-            f"{repository.ref} was not pushed by `stages models push`: it has no {DESCRIPTION}. A recipe uses any model of the Hub by its "
-            f"name, {{ref: {identifier}}}"
+            f"{repository.ref} was not pushed by `stages models push`: it has no {DESCRIPTION}. A recipe can use any model of the Hub by "
+            f"its name, {{ref: {identifier}}}"
         )
     versions = read_description(fetch(repository, DESCRIPTION).read_text(encoding="utf-8"), repository.ref)
     model, *bases = versions
     coded = [version.manifest["base"]["ref"] for version in versions if (version.manifest["base"] or {}).get("trust_remote_code")]
     if coded and not trust_remote_code:
         raise HubError(
-            f"{repository.ref} stands on {coded[0]}, whose own code runs when it is loaded; if you trust it, add --trust-remote-code"
+            f"{repository.ref} is based on {coded[0]}, which runs its own code when it is loaded. If you trust it, add --trust-remote-code"
         )
     check_name(name or model.name)
     here = {record.digest for record in registry.records()}
-    found = [record for record in registry.versions(name or model.name) if record.digest == model.digest]
+    known = [record for record in registry.versions(name or model.name) if record.digest == model.digest]
     needed = [version for version in reversed(bases) if version.digest not in here]
-    if not found:
+    if not known:
         needed.append(model)
     missing = sorted({path for version in needed for path in version.paths} - set(repository.files))
     if missing:
-        raise HubError(f"{repository.ref} is not whole: {missing[0]} is missing ({len(missing)} files); push the model again")
+        raise HubError(f"{repository.ref} is incomplete: {missing[0]} is missing ({len(missing)} missing files). Push the model again")
     taken = []
     for version in needed:
         chosen = name or version.name if version is model else version.name
         say(f"{version.ref} ({version.manifest['role']}, {version.digest[:19]}) from {repository.ref}: {version.amount}")
         taken.append(_take(repository, version, registry, chosen))
-    if found:
-        return Pulled(found[-1], taken, was_here=True)
+    if known:
+        return Pulled(known[-1], taken, was_here=True)
     return Pulled(taken[-1], taken[:-1], was_here=False)
 
 

@@ -46,7 +46,7 @@ def push(
     before = _version_there(repository, record, registry) if repository is not None else None
     shared = [version for _, version in versions]
     evaluations = evaluations_of(record, registry)
-    visibility = "exists; it stays as visible as it is" if repository is not None else f"new, {'private' if private else 'public'}"
+    visibility = "exists; its visibility does not change" if repository is not None else f"new, {'private' if private else 'public'}"
     for line in [*_contents(shared, f"{identifier} ({visibility})", len(evaluations)), *_changes(record, before), *_cut_paths(versions)]:
         say(line)
     files: dict[str, Path | bytes] = {
@@ -80,13 +80,13 @@ def _version_there(repository: Repository, record: ModelRecord, registry: Regist
         return None
     if DESCRIPTION not in others:
         raise HubError(
-            f"{repository.id!r} holds something that `stages models push` did not put there ({', '.join(others[:3])}); push to another name"
+            f"{repository.id!r} contains files that `stages models push` did not write ({', '.join(others[:3])}). Push to another name"
         )
     before = read_description(fetch(repository, DESCRIPTION).read_text(encoding="utf-8"), repository.ref)
     if before[0].digest not in {version.digest for version in registry.versions(record.name)}:
         raise HubError(
-            f"{repository.id!r} holds {before[0].ref} ({before[0].digest[:19]}), which is no version of {record.name!r} in this registry. "
-            f"Push to another name, or take that version in first: `stages models pull {repository.id} --as {record.name}`"
+            f"{repository.id!r} contains {before[0].ref} ({before[0].digest[:19]}), which is not a version of {record.name!r} in this "
+            f"registry. Push to another name, or pull that version first: `stages models pull {repository.id} --as {record.name}`"
         )
     return before
 
@@ -96,7 +96,7 @@ def _contents(shared: list[SharedVersion], target: str, evaluations: int) -> lis
     model, *bases = shared
     lines = [
         f"{model.ref} ({model.manifest['role']}, {model.digest[:19]}) to {target}: {model.amount}",
-        *(f"with {base.ref} below it, in {base.folder}: {base.amount}" for base in bases),
+        *(f"with its base {base.ref}, in {base.folder}: {base.amount}" for base in bases),
         f"with its card, its lineage and the results of {evaluations} evaluations",
     ]
     if base := shared[-1].manifest["base"]:
@@ -109,11 +109,11 @@ def _changes(record: ModelRecord, before: list[SharedVersion] | None) -> list[st
     if before is None:
         return []
     if before[0].digest == record.digest:
-        return ["the files of this version are there already"]
-    return [f"in place of {before[0].ref} ({before[0].digest[:19]})"]
+        return ["the repository already has the files of this version"]
+    return [f"replaces {before[0].ref} ({before[0].digest[:19]})"]
 
 
 def _cut_paths(versions: list[tuple[ModelRecord, SharedVersion]]) -> list[str]:
     """A line with the number of local paths that are shared without their folders."""
     paths = sorted({path for record, _ in versions for path in local_paths(record.manifest)})
-    return [f"{len(paths)} paths of this machine, such as {paths[0]}, are shared without their folders"] if paths else []
+    return [f"{len(paths)} local paths, such as {paths[0]}, are shared without their folders"] if paths else []

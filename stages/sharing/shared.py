@@ -70,18 +70,18 @@ class SharedVersion:
 def versions_to_share(record: ModelRecord, registry: Registry) -> list[tuple[ModelRecord, SharedVersion]]:
     """The version and, for an adapter, the registry versions below it, nearest first.
 
-    Raises RegistryError if an adapter was trained on a local folder, or if a file has a name that the repository needs for itself.
+    Raises RegistryError if an adapter was trained on a local folder, or if a file has a reserved name.
     """
-    found = [record]
-    while (base := found[-1].manifest["base"]) is not None and base["kind"] != "hub":
+    versions = [record]
+    while (base := versions[-1].manifest["base"]) is not None and base["kind"] != "hub":
         if base["kind"] != "registry":
             raise RegistryError(
-                f"{found[-1].ref} is an adapter on the folder {base['ref']}, which nobody else has. Train on a model of the registry or of "
-                f"the Hub, or share the merge: `stages models export {record.ref} DIR`"
+                f"{versions[-1].ref} is an adapter on the folder {base['ref']}, which other users do not have. Train on a model of the "
+                f"registry or of the Hub, or share the merge: `stages models export {record.ref} DIR`"
             )
-        found.append(registry.get(base["digest"]))
+        versions.append(registry.get(base["digest"]))
     shared = []
-    for number, version in enumerate(found):
+    for number, version in enumerate(versions):
         manifest, lineage = without_local_paths(version.manifest), without_local_paths(registry.lineage(version.ref))
         # A pulled version is pushed as it was. The note that it was pulled belongs only to this registry.
         pulled = manifest.pop("pulled", {})
@@ -89,7 +89,7 @@ def versions_to_share(record: ModelRecord, registry: Registry) -> list[tuple[Mod
         shared.append((version, SharedVersion(f"{BASES}/{number}" if number else "", manifest, _without_origin(lineage))))
     taken = [path for path in shared[0][1].paths if path in (DESCRIPTION, CARD) or path.startswith(f"{BASES}/")]
     if taken:
-        raise RegistryError(f"{record.ref} holds {taken[0]}, a name that a pushed repository needs for itself; it cannot be pushed")
+        raise RegistryError(f"{record.ref} contains {taken[0]}, a name that is reserved in a pushed repository. It cannot be pushed")
     return shared
 
 
@@ -116,9 +116,9 @@ def read_description(text: str, where: str) -> list[SharedVersion]:
             _check(version, where)
         for version, below in zip(versions, versions[1:], strict=False):
             if version.manifest["base"]["digest"] != below.digest:
-                raise HubError(f"{where}: {version.ref} stands on another model than the one in {below.folder}; push it again")
+                raise HubError(f"{where}: {version.ref} is based on another model than the one in {below.folder}. Push it again")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HubError(f"{DESCRIPTION} of {where} is not readable ({type(error).__name__}: {error}); push the model again") from error
+        raise HubError(f"{DESCRIPTION} of {where} cannot be read ({type(error).__name__}: {error}). Push the model again") from error
     return versions
 
 
@@ -136,13 +136,13 @@ def _check(version: SharedVersion, where: str) -> None:
     if unsafe:
         raise HubError(f"{where}: {version.ref} has {unsafe[0]}, a pickle file, which can run code when it is read; refused")
     if manifest["role"] not in ROLES or DIGEST.fullmatch(version.digest) is None or digest_of(files) != version.digest:
-        raise HubError(f"{where}: the digest of {version.ref} is not that of its files; {DESCRIPTION} was changed. Push the model again")
+        raise HubError(f"{where}: the digest of {version.ref} does not match its files: {DESCRIPTION} was changed. Push the model again")
     for key, kind in (("parents", list), ("metrics", dict), ("recipe_step", dict), ("data", dict), ("packages", dict), ("extra", dict)):
         if not isinstance(manifest[key], kind):
             raise TypeError(f"{key} is a {type(manifest[key]).__name__}")
     base = manifest["base"]
     if base is not None and not (base["kind"] == "registry" or (base["kind"] == "hub" and HUB_NAME.fullmatch(base["path"]))):
-        raise HubError(f"{where}: {version.ref} stands on {base['ref']!r}, which is neither on the Hub nor in the repository; refused")
+        raise HubError(f"{where}: {version.ref} is based on {base['ref']!r}, which is neither on the Hub nor in the repository; refused")
     if not isinstance(version.lineage["parents"], list):
         raise TypeError("the lineage has no list of parents")
 

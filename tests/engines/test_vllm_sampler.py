@@ -224,8 +224,12 @@ def test_the_key_goes_into_the_header_alone(stub, over, settings, opened, monkey
     ("path", "content", "message"),
     [
         ("/version", {"version": "0.19.1"}, "version 0.19.1; this release is tested with 0.32"),
-        ("/v1/completions", {"choices": [{"token_ids": [1], "finish_reason": "abort"}], "model": "base"}, "no completion with token ids"),
-        ("/v1/models", {"data": []}, "lists no model"),
+        (
+            "/v1/completions",
+            {"choices": [{"token_ids": [1], "finish_reason": "abort"}], "model": "base"},
+            "without a valid completion: token ids",
+        ),
+        ("/v1/models", {"data": []}, "lists no base model"),
     ],
 )
 def test_answers_that_cannot_be_used(stub, settings, opened, monkeypatch, path, content, message) -> None:

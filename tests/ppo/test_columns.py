@@ -87,7 +87,7 @@ def test_a_run_that_was_cut_off_gives_the_same_rows(
 @pytest.mark.parametrize("by", ["check_data", "run"])
 def test_a_misspelt_column_is_one_message_before_training(grading, rows, ppo_config, ppo_context, by) -> None:
     config = ppo_config(data=rows, reward=[{"function": "grading:misspelt"}])
-    message = "grading:misspelt asks for the column 'anwser', and the row has prompt, answer, level; did you mean 'answer'"
+    message = "grading:misspelt needs the column 'anwser', but the row has prompt, answer, level; did you mean 'answer'"
     with pytest.raises(DataError, match=message):
         config.check_data() if by == "check_data" else run(config, ppo_context)
 

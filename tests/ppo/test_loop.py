@@ -152,13 +152,13 @@ def test_prompts_that_leave_no_room_are_left_out(ppo_config, ppo_context, tmp_pa
         ({"total_episodes": 6}, "total_episodes=6 is less than one rollout_batch_size=12"),
         ({"generation": {"temperature": 0.0}}, "temperature=0 is greedy"),
         ({"policy": {"ref": "p", "quantization": "nf4"}}, "needs lora"),
-        ({"reward": [{"function": "a:b"}, {"function": "c:b"}]}, "two sources are called 'b'"),
+        ({"reward": [{"function": "a:b"}, {"function": "c:b"}]}, "two sources have the name 'b'"),
         ({"training": {"adam_style": "tensorflow", "weight_decay": 0.1}}, "weight_decay requires adam_style: torch"),
         ({"whitening_scope": "minibatch"}, "minibatch_size >= 8"),
         ({"publish_last": True}, "ema.publish_last requires ema.decay"),
         ({"generation": {"ignore_eos": True}, "missing_eos": "replace"}, "no completion ends"),
         ({"reward": [{"ensemble": [{"function": "a:b"}, {"function": "c:d"}]}]}, "an ensemble needs a name"),
-        ({"reward": [{"function": "a:b", "combine": "min"}]}, "combine: min belongs to an ensemble"),
+        ({"reward": [{"function": "a:b", "combine": "min"}]}, "combine: min needs an ensemble"),
     ],
 )
 def test_contradictions_are_refused(ppo_config, fields, message) -> None:

@@ -75,7 +75,7 @@ def test_a_language_model_as_it_is(pairs, tiny_llama_folder, resolve_folder, ste
     for fields, message in (
         ({"label": 1}, "leave out label"),
         ({"level": "token"}, "leave out level: token"),
-        ({"answers": ["a", "b"]}, "a question of its own and the answers 'y' and 'n'; leave answers and question out"),
+        ({"answers": ["a", "b"]}, "already has a question and the answers 'y' and 'n'. Remove answers and question"),
     ):
         with pytest.raises(ModelError, match=message):
             source_of(of_record(made.model), **fields)
@@ -93,7 +93,7 @@ def test_the_server_answers_with_its_digest(pairs, tiny_llama_folder, resolve_fo
     assert answer["rewards"] == pytest.approx(source.score(PROMPTS, COMPLETIONS).tolist()) and answer["digest"] == record.digest
     assert client.post("/score", json={"text_1": PROMPTS, "text_2": COMPLETIONS}).json()["data"][1]["score"] == answer["rewards"][1]
     refused = client.post("/pooling", json={"input": ["a text"]})
-    assert refused.status_code == 400 and "do not say where the completion begins" in refused.json()["error"]
+    assert refused.status_code == 400 and "do not show where the completion begins" in refused.json()["error"]
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}])

@@ -115,7 +115,7 @@ def test_a_regression_is_used_as_it_is(make_classifier, resolve_folder) -> None:
     found = source(folder, resolve_folder).score(["p"] * 3, TEXTS)
     torch.testing.assert_close(found, by_pipeline(folder, "LABEL_0"), rtol=1e-4, atol=1e-5)
     for output in ("probability", "logprob"):
-        with pytest.raises(ModelError, match=f"is a regression .* which has no {output}; set output: logit"):
+        with pytest.raises(ModelError, match=rf"is a regression .* and has no {output}. Set output: logit"):
             source(folder, resolve_folder, output=output)
 
 

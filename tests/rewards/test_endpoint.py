@@ -77,14 +77,14 @@ def test_protocols(server, fields, answer, expected, sent) -> None:
     ("answer", "message"),
     [
         ({"rewards": [1.0]}, "the answer has 1 scores for 2 completions"),
-        ({"rewards": [1.0, None]}, "the answer holds None for a score"),
-        ({"rewards": [1.0, "high"]}, "the answer holds 'high' for a score"),
-        ({"rewards": [1.0, True]}, "the answer holds True for a score"),
-        (b'{"rewards": [1.0, NaN]}', "the answer holds nan for a score"),
-        (b'{"rewards": [1.0, Infinity]}', "the answer holds inf for a score"),
-        ({"reward": [1.0, 2.0]}, "the answer is none of protocol: openrlhf"),
-        (b"<html>", "the answer is none of protocol: openrlhf"),
-        ([1.0, 2.0], "the answer is none of protocol: openrlhf"),
+        ({"rewards": [1.0, None]}, "the answer contains None as a score"),
+        ({"rewards": [1.0, "high"]}, "the answer contains 'high' as a score"),
+        ({"rewards": [1.0, True]}, "the answer contains True as a score"),
+        (b'{"rewards": [1.0, NaN]}', "the answer contains nan as a score"),
+        (b'{"rewards": [1.0, Infinity]}', "the answer contains inf as a score"),
+        ({"reward": [1.0, 2.0]}, "the answer does not follow protocol: openrlhf"),
+        (b"<html>", "the answer does not follow protocol: openrlhf"),
+        ([1.0, 2.0], "the answer does not follow protocol: openrlhf"),
     ],
 )
 def test_what_is_no_score_is_asked_for_again_and_then_ends_the_run(server, answer, message) -> None:
@@ -102,7 +102,7 @@ def test_errors_of_the_server(server) -> None:
     assert source(server, sleep=waits.append, backoff_seconds=1.0).score(["p"], ["abc"]).tolist() == [3.0]
     assert 1.0 <= waits[0] <= 1.5 and 2.0 <= waits[1] <= 3.0 and waits[1] != 2 * waits[0]  # with jitter
     server.reply = lambda body, number: (401, {"error": "the key k-secret-9 is wrong"})
-    with pytest.raises(TrainingError, match="status 401.*check the server, endpoint, protocol and api_key_variable") as caught:
+    with pytest.raises(TrainingError, match="status 401.*Check the server, endpoint, protocol and api_key_variable") as caught:
         source(server, key="k-secret-9", on_failure="wait").score(["p"], ["abc"])  # waiting cannot help
     assert "k-secret-9" not in str(caught.value) and len(server.bodies) == 4
     server.server.server_close()
@@ -134,7 +134,7 @@ def test_columns_that_are_not_there() -> None:
     row = Row({"prompt": "p", "answers": "x"})
     row.location = "data.jsonl:1"
     columns = columns_asked_for([RewardInput(endpoint="http://h/r", label_column="answer")])
-    with pytest.raises(DataError, match="data.jsonl:1: the reward h-r asks for the column 'answer', and the row has prompt, answers; did"):
+    with pytest.raises(DataError, match="data.jsonl:1: the reward h-r needs the column 'answer', but the row has prompt, answers; did"):
         columns(row)
 
 
@@ -147,13 +147,13 @@ def test_settings_that_are_written_out_are_read_again(fields) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"endpoint": "http://user:secret@host/"}, "holds a password"),
+        ({"endpoint": "http://user:secret@host/"}, "contains a password"),
         ({"endpoint": "http://h", "function": "a:b"}, "exactly one of"),
         ({"endpoint": "http://h", "protocol": "classify"}, "needs label, the number of the class, and output: probability or logprob"),
-        ({"endpoint": "http://h", "label": 1}, "label belongs to protocol: classify"),
-        ({"endpoint": "http://h", "protocol": "pooling", "columns": ["a"]}, "belong to protocol: openrlhf"),
-        ({"function": "a:b", "on_failure": "wait"}, "on_failure belongs to an endpoint"),
-        ({"endpoint": "http://h", "level": "token"}, "not with a classifier, an endpoint"),
+        ({"endpoint": "http://h", "label": 1}, "label needs protocol: classify"),
+        ({"endpoint": "http://h", "protocol": "pooling", "columns": ["a"]}, "need protocol: openrlhf"),
+        ({"function": "a:b", "on_failure": "wait"}, "on_failure needs an endpoint"),
+        ({"endpoint": "http://h", "level": "token"}, "not a classifier, an endpoint"),
     ],
 )
 def test_contradictions_are_refused(fields, message) -> None:

@@ -103,9 +103,9 @@ def test_a_conversation_has_its_roles(module) -> None:
 def test_a_function_that_cannot_be_given_what_it_asks_for(module) -> None:
     with pytest.raises(RecipeError, match=r"takes \(texts\); expected a function of \(prompts, completions\)"):
         FunctionSource("f", "asking:one")
-    with pytest.raises(TrainingError, match="asks for 'answer', and the data here has no such column"):
+    with pytest.raises(TrainingError, match="needs 'answer', but this data has no such column"):
         FunctionSource("f", "asking:named").score(["p"], ["a"])
-    with pytest.raises(TrainingError, match="asks for 'completion_ids', and these completions have no token ids"):
+    with pytest.raises(TrainingError, match="needs 'completion_ids', but no model of this run wrote these completions"):
         FunctionSource("f", "asking:tokens").score(["p"], ["a"])
 
 
@@ -140,7 +140,7 @@ def test_a_column_that_is_not_there_is_one_message(module, run) -> None:
     row = Row({"prompt": "p", "answers": "a"})
     row.location = "data.jsonl:3"
     columns = columns_asked_for([RewardInput(function="asking:named")], run=run)
-    with pytest.raises(DataError, match=r"data.jsonl:3: .*:named asks for the column 'answer', and the row has prompt, answers; did you"):
+    with pytest.raises(DataError, match=r"data.jsonl:3: .*:named needs the column 'answer', but the row has prompt, answers; did you"):
         columns(row)
 
 
@@ -195,5 +195,5 @@ def test_retries_with_a_growing_wait(module) -> None:
     source = FunctionSource("f", "asking:slow_once", retries=1, timeout=0.2, sleep=waits.append)
     assert source.score(["p"], ["a"]).tolist() == [2.0]  # the call that hangs is left behind
     assert source.score(["p", "q"], ["a", "b"]).tolist() == [2.0, 2.0]
-    with pytest.raises(ValueError, match="retries belongs to a function or an endpoint"):
+    with pytest.raises(ValueError, match="retries needs a function or an endpoint"):
         RewardInput.model_validate({"model": "m", "label": 1, "retries": 2})

@@ -85,7 +85,7 @@ def test_log_odds_equal_those_of_a_plain_forward_pass(tiny_llama_folder, tiny_to
     judged = generative(tiny_llama_folder, resolve_folder).judge(prompts, completions)
     torch.testing.assert_close(judged.scores, torch.tensor(expected), rtol=1e-4, atol=1e-4)
     assert not judged.cut.any()
-    with pytest.raises(ModelError, match="writes the answers .* with the same tokens"):
+    with pytest.raises(ModelError, match="cannot distinguish the answers .*: their tokens are equal"):
         source = generative(tiny_llama_folder, resolve_folder)
         source.answer_ids = lambda answer: [1]  # type: ignore[method-assign]
         source.check_answers("x")

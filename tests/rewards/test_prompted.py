@@ -83,10 +83,10 @@ def test_replies_without_a_grade(server, tmp_path) -> None:
     assert found.tolist()[::2] == [5.0, 5.0] and math.isnan(found[1])
     assert len(server.bodies) == 6  # grades are kept, and a reply without one is not
     server.reply = lambda body, number: (500, {})
-    with pytest.raises(TrainingError, match="gave no grade: status 500. Grades that came are kept"):
+    with pytest.raises(TrainingError, match="gave no grade: status 500. The grades received so far are stored"):
         grader(server, tmp_path, retries=1).score(["p"], ["new"])
     server.reply = lambda body, number: (404, {"error": "k-secret-9"})
-    with pytest.raises(TrainingError, match="status 404.*check endpoint, model='judge-1'") as caught:
+    with pytest.raises(TrainingError, match="status 404.*Check endpoint, model='judge-1'") as caught:
         grader(server, tmp_path).score(["p"], ["new"])
     assert "k-secret-9" not in str(caught.value)
 
@@ -106,11 +106,11 @@ def test_a_rubric_is_an_input_of_the_step(tmp_path) -> None:
     ("fields", "message"),
     [
         ({"judge": {"endpoint": "http://h", "model": "m", "rubric": "r.md", "scale": [5, 5]}}, r"scale is \[5, 5\]"),
-        ({"judge": {"endpoint": "http://u:p@h", "model": "m", "rubric": "r.md"}}, "holds a password"),
+        ({"judge": {"endpoint": "http://u:p@h", "model": "m", "rubric": "r.md"}}, "contains a password"),
         ({"model": "m", "answers": ["Yes", "Yes"]}, "expected two texts that differ"),
         ({"model": "m", "answers": ["Yes", "No"], "question": "Good?"}, "question must hold {completion}"),
-        ({"model": "m", "answers": ["Yes", "No"], "label": 1}, "answers belongs to model"),
-        ({"model": "m", "question": "{completion}"}, "question belongs to answers"),
+        ({"model": "m", "answers": ["Yes", "No"], "label": 1}, "answers needs model"),
+        ({"model": "m", "question": "{completion}"}, "question needs answers"),
     ],
 )
 def test_contradictions_are_refused(fields, message) -> None:

@@ -169,7 +169,7 @@ def test_a_list_finds_its_models(classifier_folder, resolve_folder) -> None:
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({}, "exactly one"), ({"model": "m", "function": "a:b"}, "exactly one"), ({"function": "a:b", "label": 1}, "label belongs")],
+    [({}, "exactly one"), ({"model": "m", "function": "a:b"}, "exactly one"), ({"function": "a:b", "label": 1}, "label needs")],
 )
 def test_inputs_that_make_no_sense(fields, message) -> None:
     with pytest.raises(ValidationError, match=message):
@@ -191,7 +191,7 @@ def test_an_ensemble_is_one_source(tmp_path, monkeypatch, classifier_folder, res
         assert scores.total.tolist() == expected and scores.spans is None
         assert scores.parts["both.lengths"].tolist() == [1.0, 5.0] and scores.parts["both.ones"].tolist() == [3.0, 3.0]
         assert scores.parts["both.variance"].tolist() == [1.0, 1.0] and set(scores.parts) >= {"both"}
-    with pytest.raises(ModelError, match="is an ensemble, which is a reward of PPO"):
+    with pytest.raises(ModelError, match="is an ensemble; only PPO can use one"):
         build_source(inputs["mean"], None, **CPU)
     two = [{"model": "x", "label": 1, "name": "one"}, {"model": "y", "label": 0, "name": "two"}]
     learned = [RewardInput.model_validate({"name": "both", "ensemble": two})]

@@ -124,8 +124,8 @@ def on_small_tokens(options: dict[str, Any]) -> dict[str, Any]:
     ("kind", "fields", "reason"),
     [
         ("mistral", {}, "looks back over 8 tokens, and a prompt and its completion have up to 22"),
-        ("qwen3_next", HYBRID, "its cache cannot give the place"),
-        ("bart", {}, "its cache cannot give the place"),
+        ("qwen3_next", HYBRID, "its cache cannot give the slot"),
+        ("bart", {}, "its cache cannot give the slot"),
     ],
 )
 def test_a_model_whose_rows_cannot_be_replaced_is_decoded_batch_by_batch_and_the_log_says_so_once(

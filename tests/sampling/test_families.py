@@ -292,7 +292,7 @@ def test_a_model_that_looks_ahead_is_refused_when_it_is_loaded(kind: str) -> Non
     model = make(kind, **({} if kind == "xlnet" else {"is_decoder": False}))
     with pytest.raises(ModelError, match=r"'mine' \(\w+\) is not a causal language model"):
         require_causal(model, "mine")
-    with pytest.raises(ModelError, match="cannot write a text token by token"):
+    with pytest.raises(ModelError, match="cannot generate token by token"):
         sample(model)
 
 

@@ -141,7 +141,7 @@ def test_a_pool_above_its_memory_is_dropped_and_the_log_says_so(model, recorder,
     recorder.memory_limit = 1000
     with caplog.at_level(logging.INFO):
         found = sample(model)
-    assert workspace._kept is None and "recorded anew" in caplog.text
+    assert workspace._kept is None and "recorded again" in caplog.text
     assert_same(found, sample(model, cuda_graphs=False))
     recorded = recorder.recorded
     sample(model)
@@ -295,7 +295,7 @@ def test_a_refusal_is_said_again_when_there_are_ten_of_them(monkeypatch, caplog)
     monkeypatch.setattr(graphs, "_refusals", Counter())
     with caplog.at_level(logging.WARNING):
         for _ in range(12):
-            graphs.refuse("a replayed step says something else than a computed one")
+            graphs.refuse("the logits of a replayed step differ from those of a computed one")
     assert len(caplog.messages) == 2 and "(10 of the recordings so far" in caplog.messages[1]
 
 

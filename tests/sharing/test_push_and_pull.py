@@ -161,7 +161,7 @@ def test_what_is_pushed_is_said_and_is_private(server, client, home) -> None:
         in done.output
     )
     assert "the results of 1 evaluations" in done.output
-    assert "1 paths of this machine, such as /home/me/secret place/rows.jsonl, are shared without their folders" in done.output
+    assert "1 local paths, such as /home/me/secret place/rows.jsonl, are shared without their folders" in done.output
     assert "org/said" in server.private and server.messages[-1] == "first model"
     files = server.repositories["model", "org/said"].commits[server.commit("model", "org/said")]
     assert set(files) == {".gitattributes", "README.md", "tristage.json", *(file["path"] for file in record.manifest["files"])}
@@ -174,7 +174,7 @@ def test_what_is_pushed_is_said_and_is_private(server, client, home) -> None:
 
 def test_an_adapter_names_its_base_in_the_repository(server, client, home) -> None:
     done = client.run("models", "push", "recipe/adapter", "org/adapter", "--home", str(home))
-    assert "with recipe/base@1 below it, in bases/1:" in done.output
+    assert "with its base recipe/base@1, in bases/1:" in done.output
     card = server.repositories["model", "org/adapter"].commits[server.commit("model", "org/adapter")]["README.md"].decode()
     assert 'AutoModelForCausalLM.from_pretrained("org/adapter", subfolder="bases/1"), "org/adapter")' in card
 
@@ -183,10 +183,10 @@ def test_another_lineage_is_not_overwritten(server, client, home, tmp_path) -> N
     assert client.run("models", "push", "recipe/base", "org/line", "--home", str(home)).status == 0
     before = server.commit("model", "org/line")
     other = client.run("models", "push", "recipe/reward", "org/line", "--home", str(home))
-    assert other.status == 2 and "'org/line' holds recipe/base@1 (sha256:" in other.output and other.output.count("\n") == 1
+    assert other.status == 2 and "'org/line' contains recipe/base@1 (sha256:" in other.output and other.output.count("\n") == 1
     server.publish("model", "org/foreign", {"config.json": b"{}", "model.safetensors": b"x"})
     foreign = client.run("models", "push", "recipe/base", "org/foreign", "--home", str(home))
-    assert foreign.status == 2 and "holds something that `stages models push` did not put there (config.json" in foreign.output
+    assert foreign.status == 2 and "contains files that `stages models push` did not write (config.json" in foreign.output
     assert server.commit("model", "org/line") == before
     # A new version of the same name takes the place of the old one, whose files leave.
     copied = tmp_path / "home"
@@ -199,10 +199,10 @@ def test_another_lineage_is_not_overwritten(server, client, home, tmp_path) -> N
 
     registry.publish("recipe/base", fill, role="language_model")
     newer = client.run("models", "push", "recipe/base", "org/line", "--home", str(copied))
-    assert newer.status == 0 and "in place of recipe/base@1 (sha256:" in newer.output and "stays as visible as it is" in newer.output
+    assert newer.status == 0 and "replaces recipe/base@1 (sha256:" in newer.output and "its visibility does not change" in newer.output
     assert "generation_config.json" not in server.repositories["model", "org/line"].commits[server.commit("model", "org/line")]
     old = client.run("models", "push", "recipe/base@1", "org/line", "--home", str(home))  # a registry that does not know the new one
-    assert old.status == 2 and "take that version in first: `stages models pull org/line --as recipe/base`" in old.output
+    assert old.status == 2 and "pull that version first: `stages models pull org/line --as recipe/base`" in old.output
     server.moves_on = True
     late = client.run("models", "push", "recipe/base@1", "org/line", "--home", str(copied))
     assert late.status == 2 and "was changed by somebody else meanwhile; push again" in late.output
@@ -241,7 +241,7 @@ def test_what_is_not_whole_is_not_pulled(server, client, home, tmp_path) -> None
     changed = {**whole, "model.safetensors": whole["model.safetensors"][:-1] + b"!"}
     assert "model.safetensors differs from the manifest; nothing was added" in pull("org/changed", changed)
     lacking = {name: content for name, content in whole.items() if name != "config.json"}
-    assert "is not whole: config.json is missing (1 files)" in pull("org/lacking", lacking)
+    assert "is incomplete: config.json is missing (1 missing files)" in pull("org/lacking", lacking)
     assert "was not pushed by `stages models push`" in pull("org/other", {"config.json": b"{}"})
     assert "tristage.json of org/odd@" in pull("org/odd", {**whole, "tristage.json": b"{}"})
     assert "error: the Hub has no model 'org/nothing' that this account can read" in pull("org/nothing")
@@ -264,8 +264,8 @@ def described(home: Path, name: str, **changes: Any) -> str:
         ({"files": [{"path": "../../x", "size": 1, "sha256": "0" * 64}]}, "lists '../../x'; refused"),
         ({"files": [{"path": "weights.pt", "size": 1, "sha256": "0" * 64}]}, "has weights.pt, a pickle file"),
         ({"files": []}, "lists 'no file'; refused"),
-        ({"digest": "sha256:" + "0" * 64}, "is not that of its files"),
-        ({"role": "oracle"}, "is not that of its files"),
+        ({"digest": "sha256:" + "0" * 64}, "does not match its files"),
+        ({"role": "oracle"}, "does not match its files"),
         ({"base": {"kind": "folder", "ref": "/etc", "path": "/etc", "digest": "x"}}, "neither on the Hub nor in the repository"),
         ({"base": {"kind": "hub", "ref": "x", "path": "../x", "digest": "x"}}, "neither on the Hub nor in the repository"),
         ({"metrics": []}, "metrics is a list"),
@@ -286,7 +286,7 @@ def test_an_adapter_on_a_folder_cannot_be_shared(home: Path, tmp_path: Path, tin
     source = Registry(home / "registry").get("recipe/adapter").path
     base = ResolvedModel(str(tiny_llama_folder), "folder", str(tiny_llama_folder), "sha256:x", ModelInput(ref=str(tiny_llama_folder)))
     record = registry.publish("a/b", lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True), role="language_model", base=base)
-    with pytest.raises(RegistryError, match=r"a/b@1 is an adapter on the folder .* which nobody else has"):
+    with pytest.raises(RegistryError, match=r"a/b@1 is an adapter on the folder .* which other users do not have"):
         versions_to_share(record, registry)
 
 
