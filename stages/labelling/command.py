@@ -27,15 +27,15 @@ def open_folder(what: str, home: Path, settings: dict[str, Any]) -> Path:
     folder = find_folder(what, home)
     if folder is not None:
         if settings:
-            raise DataError(f"{what}: the recipe says what these tasks ask; change it there, or name a file of completions")
+            raise DataError(f"{what}: the recipe defines the questions of these tasks. Change it, or name a file of completions")
         return folder
     path = Path(what)
     if path.is_file():
         return publish_file(path, home, People.model_validate(settings), settings)
     steps = ", ".join(known_steps(home)) or "none"
     raise DataError(
-        f"{what!r} is no step that waits for people, no labelling folder and no file; steps with tasks under {home}: {steps}. Run the "
-        "recipe first, or name a file with prompt + completions"
+        f"{what!r} is neither a step that waits for people, nor a labelling folder, nor a file. Steps with tasks under {home}: {steps}. "
+        "Run the recipe first, or name a file with prompt + completions"
     )
 
 
@@ -58,7 +58,7 @@ def serve(folder: Path, annotators: Sequence[str], *, host: str, port: int | Non
     from stages.labelling.server import LabelServer, base_url, listen, make_server
 
     if not is_loopback(host) and password is None:
-        raise LaunchError(f"--host {host} lets other machines in, and no password is set; export {PASSWORD_VARIABLE}")
+        raise LaunchError(f"--host {host} lets other machines connect, but no password is set. Export {PASSWORD_VARIABLE}")
     store = Store(folder)
     try:
         access = Access.of(folder, password)
@@ -71,19 +71,19 @@ def serve(folder: Path, annotators: Sequence[str], *, host: str, port: int | Non
         )
         if store.cut_off:
             console.print(
-                f"The last line of the answers was cut off by a crash and was never acknowledged; {store.cut_off} bytes are removed."
+                f"A crash cut off the last line of the answers, which was never acknowledged. {store.cut_off} bytes were removed."
             )
         if not is_loopback(host):
             console.print(
-                "Other machines can reach this server, and what is sent is not encrypted. Use it in a network that you trust, or behind a "
-                "proxy with TLS.",
+                "Other machines can reach this server, and the connection is not encrypted. Use it in a network that you trust, or behind "
+                "a proxy with TLS.",
                 style="yellow",
             )
         for name in annotators:
             console.print(f"  {name}: {link(base, access, name)}", soft_wrap=True, markup=False)
         console.print(f"  progress: {link(base, access, None)}", soft_wrap=True, markup=False)
         console.print(
-            "Whoever has a link can answer under its name. Ctrl-C stops the server; every answer is on the disk already.", soft_wrap=True
+            "Anyone who has a link can answer under its name. Ctrl-C stops the server; all answers are already on disk.", soft_wrap=True
         )
         say = partial(console.print, soft_wrap=True, markup=False)
         make_server(LabelServer(store, access, base, say=say)).run(sockets=[bound])

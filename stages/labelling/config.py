@@ -26,7 +26,7 @@ class Rating(Strict):
     @model_validator(mode="after")
     def _scale(self) -> Rating:
         if not 1 <= self.highest - self.lowest <= 10:
-            raise ValueError(f"rating {self.name}: the scale {self.lowest} to {self.highest} has no 2 to 11 numbers")
+            raise ValueError(f"rating {self.name}: the scale {self.lowest} to {self.highest} is invalid; expected 2 to 11 numbers")
         return self
 
 
@@ -34,14 +34,14 @@ class Check(Strict):
     """A check box that is shown for every completion."""
 
     name: str = Field(pattern=r"^[\w-]+$", description="Name in the answers.")
-    text: str = Field(min_length=1, description="What is ticked.")
+    text: str = Field(min_length=1, description="Text next to the box.")
 
 
 class Questions(Strict):
     """The questions about the completions of a prompt: the ranking, and optional ratings, check boxes and notes."""
 
     title: str = Field("Rank the answers", min_length=1, description="Heading of the page.")
-    ranking: str = Field("Rank the answers from best to worst.", min_length=1, description="What is asked of the ranking.")
+    ranking: str = Field("Rank the answers from best to worst.", min_length=1, description="The question that the ranking answers.")
     ties: bool = Field(True, description="Whether answers may share a rank.")
     ratings: list[Rating] = Field([], description="Likert scales.")
     checks: list[Check] = Field([], description="Check boxes.")
@@ -52,7 +52,7 @@ class Questions(Strict):
         names = [rating.name for rating in self.ratings] + [check.name for check in self.checks]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"two questions are called {name!r}; give each a name of its own")
+                raise ValueError(f"two questions have the name {name!r}; give each one a different name")
         return self
 
     @property
@@ -77,29 +77,29 @@ class SimulatedPeople(Strict):
     function: str = Field(
         pattern=r"^[\w.]+:\w+$", description="package.module:function, called with annotator, prompt and completions; returns scores."
     )
-    tie_width: float = Field(0.0, ge=0, description="Neighbours whose scores differ by no more than this share a rank.")
+    tie_width: float = Field(0.0, ge=0, description="Neighbours in sorted order share a rank if their scores differ by at most this.")
 
 
 class People(Strict):
     """Settings for people who rank completions on the page of ``stages label``."""
 
-    questions: FileField | None = Field(None, description="YAML file with the questions; null: the ranking alone.")
-    instructions: FileField | None = Field(None, description="Markdown file that annotators are shown.")
-    annotators: int = Field(2, ge=1, description="How many people each overlap task goes to.")
-    overlap: float = Field(0.2, ge=0, le=1, description="Share of the tasks that go to several people, which measures their agreement.")
-    target: int | None = Field(None, ge=1, description="Tasks that must be ranked before the chain goes on; null: all.")
+    questions: FileField | None = Field(None, description="YAML file with the questions. null: only the ranking.")
+    instructions: FileField | None = Field(None, description="Markdown file with the instructions for annotators.")
+    annotators: int = Field(2, ge=1, description="Number of people who rank each overlap task.")
+    overlap: float = Field(0.2, ge=0, le=1, description="Share of the tasks that several people rank, to measure their agreement.")
+    target: int | None = Field(None, ge=1, description="Number of tasks that must be ranked before the recipe continues. null: all.")
     gold: DataField | None = Field(
         None,
-        description="Screening tasks: prompt + completions + ranks (+ checks). Annotators answer them first. null: everyone is let in.",
+        description="Screening tasks: prompt + completions + ranks (+ checks). Annotators answer them first. null: no screening.",
     )
-    pass_mark: float = Field(0.75, ge=0, le=1, description="Share of agreement with the gold answers that lets an annotator in.")
+    pass_mark: float = Field(0.75, ge=0, le=1, description="Minimum share of agreement with the gold answers to pass the screening.")
     reward_model: ModelField | None = Field(
-        None, description="The reward model of the last round; reports say how far it agrees with the people. They never see its scores."
+        None, description="The reward model of the last round. Reports show its agreement with people, who never see its scores."
     )
-    simulate: SimulatedPeople | None = Field(None, description="Functions in the place of people; null: people.")
+    simulate: SimulatedPeople | None = Field(None, description="A function that replaces the people. null: people answer.")
 
     def data_inputs(self, field_path: str) -> dict[str, list[DataSource]]:
-        """The input files by field path. ``place`` is the field path of this object."""
+        """The input files by field path. ``field_path``: the path of this object."""
         files = {"questions": self.questions, "instructions": self.instructions}
         inputs = {f"{field_path}.{name}": [source] for name, source in files.items() if source is not None}
         return inputs | ({f"{field_path}.gold": self.gold} if self.gold is not None else {})
@@ -115,7 +115,7 @@ class People(Strict):
 class AskPeople(Strict):
     """A judge that asks people: ``judge: {people: {...}}``."""
 
-    people: People = Field(description="Who is asked, and what.")
+    people: People = Field(description="The people, and the questions to them.")
 
 
 class PeopleJudge(AskPeople):
@@ -123,12 +123,12 @@ class PeopleJudge(AskPeople):
 
     name: str = Field("people", pattern=r"^[\w.-]+$", description="Name in reports.")
     candidates: list[str] | None = Field(None, min_length=2, description="Candidates that are shown; null: all.")
-    num_prompts: int | None = Field(None, ge=1, description="Ask about the first so many prompts; null: all.")
+    num_prompts: int | None = Field(None, ge=1, description="Number of prompts to ask about, from the first. null: all.")
 
     @model_validator(mode="after")
     def _no_scores(self) -> PeopleJudge:
         if self.people.reward_model is not None:
-            raise ValueError("people.reward_model belongs to collect; an evaluation names its reward models as judges of their own")
+            raise ValueError("people.reward_model is only for collect; in an evaluation, add the reward model as a separate judge")
         return self
 
     @property
@@ -156,9 +156,9 @@ def load_questions(source: DataSource | None) -> Questions:
     try:
         content = YAML(typ="safe").load(text)
     except YAMLError as error:
-        raise DataError(f"{source.path}: is no YAML ({' '.join(str(error).split())[:200]})") from error
+        raise DataError(f"{source.path}: not valid YAML ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(content, dict):
-        raise DataError(f"{source.path}: holds {type(content).__name__}; expected the fields {', '.join(Questions.model_fields)}")
+        raise DataError(f"{source.path}: contains {type(content).__name__}; expected the fields {', '.join(Questions.model_fields)}")
     try:
         return Questions.model_validate(content)
     except ValidationError as error:
@@ -174,7 +174,7 @@ def load_instructions(source: DataSource | None) -> str:
 
 def _read(path: Path, what: str) -> str:
     if not path.is_file():
-        raise DataError(f"{path}: there is no such file; {what} names a local file")
+        raise DataError(f"{path}: no such file; {what} must name a local file")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

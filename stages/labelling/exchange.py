@@ -31,7 +31,7 @@ from stages.errors import DataError
 from stages.labelling.store import Labels, Store, read_labels
 
 RANKING = "ranking"
-TIED_LABEL_STUDIO = "rankings with ties, which Label Studio cannot hold"
+TIED_LABEL_STUDIO = "rankings with ties, which Label Studio cannot represent"
 LABEL_STUDIO_CONFIG = {
     "ranker": '<View><Text name="prompt" value="$prompt"/><List name="completions" value="$items" title="Best first"/>'
     '<Ranker name="ranking" toName="completions"/></View>',
@@ -155,7 +155,7 @@ def _argilla_in(content: Any, labels: Labels, incoming: Incoming) -> None:
     for number, record in enumerate(_objects(content), 1):
         task = labels.tasks.get(str(record.get("id") or record.get("external_id")))
         if task is None:
-            incoming.skip("records of no task here")
+            incoming.skip("records that match no task")
             continue
         for response in _argilla_responses(record):
             if isinstance(response, dict) and response.get("status") in ("draft", "discarded"):
@@ -246,7 +246,7 @@ def _label_studio_in(content: Any, labels: Labels, incoming: Incoming) -> None:
         assert isinstance(data, dict)
         task = labels.tasks.get(str(data.get("task_id")))
         if task is None:
-            incoming.skip("tasks that are none here")
+            incoming.skip("tasks that match no task")
             continue
         for annotation in item.get("annotations") or []:
             if not isinstance(annotation, dict) or annotation.get("was_cancelled"):
@@ -363,7 +363,7 @@ def _take_pair(incoming: Incoming, prompt: Any, first: Any, second: Any, side: i
     """
     task = incoming.pairs.get((str(prompt), frozenset((str(first), str(second)))))
     if task is None:
-        incoming.skip("pairs of no task here with these two completions")
+        incoming.skip("pairs that match no task with these two completions")
         return
     incoming.take(task.id, annotator, [0, 0] if side == 0 else [0, 1] if (side == 1) == (task.texts[0] == first) else [1, 0])
 
@@ -414,9 +414,9 @@ def _csv_in(text: str, labels: Labels, incoming: Incoming) -> None:
     for (name, annotator), ranks in given.items():
         task = labels.tasks.get(name)
         if task is None:
-            incoming.skip("rankings of no task here")
+            incoming.skip("rankings that match no task")
         elif set(ranks) != set(range(len(task.completions))):
-            incoming.skip("rankings that leave out a completion")
+            incoming.skip("rankings without one of the completions")
         else:
             incoming.take(name, annotator, [ranks[index] for index in range(len(task.completions))])
 
@@ -449,7 +449,7 @@ def export_labels(folder: Path, kind: str, path: Path) -> str:
         content, lost = WRITERS[kind](labels)
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     else:
-        raise DataError(f"{kind!r} is no format; expected one of {', '.join([*WRITERS, 'csv', 'comparisons'])}")
+        raise DataError(f"{kind!r} is not a known format; expected one of {', '.join([*WRITERS, 'csv', 'comparisons'])}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8", newline="")
     said = f"wrote {len(labels.tasks)} tasks with {sum(1 for _ in given_answers(labels))} rankings to {path}"
@@ -465,7 +465,7 @@ def import_answers(folder: Path, kind: str, path: Path) -> str:
     Raises DataError for an unknown format or an invalid row. In that case nothing is imported.
     """
     if kind not in READERS and kind != "csv":
-        raise DataError(f"{kind!r} is no format; expected one of {', '.join([*READERS, 'csv'])}")
+        raise DataError(f"{kind!r} is not a known format; expected one of {', '.join([*READERS, 'csv'])}")
     labels = read_labels(folder)
     incoming = Incoming(labels)
     try:
@@ -475,13 +475,13 @@ def import_answers(folder: Path, kind: str, path: Path) -> str:
         else:
             READERS[kind](json.loads(text), labels, incoming)
     except FileNotFoundError as error:
-        raise DataError(f"{path}: there is no such file") from error
+        raise DataError(f"{path}: no such file") from error
     except (ValueError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as {kind} ({error})") from error
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     taken, known = _keep(folder, kind, incoming)
-    said = f"took in {taken} rankings from {path}" + (f"; {known} were there already" if known else "")
+    said = f"imported {taken} rankings from {path}" + (f"; {known} already existed" if known else "")
     return said + "".join(f"\nleft out: {number} {reason}" for reason, number in incoming.left_out.items())
 
 

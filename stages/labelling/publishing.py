@@ -51,7 +51,7 @@ def step_folder(home: Path, name: str, key: dict[str, Any]) -> Path:
 def publish_tasks(folder: Path, tasks: Sequence[LabelTask]) -> None:
     """Write the tasks of a new folder atomically. Raises DataError if there are none."""
     if not tasks:
-        raise DataError(f"{folder}: there is nothing to rank: no prompt has two different completions")
+        raise DataError(f"{folder}: nothing to rank: no prompt has two different completions")
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / TASKS, tasks)
 
@@ -65,7 +65,7 @@ def publish_settings(folder: Path, name: str, seed: int, people: People, only: C
     number = len(read_tasks(folder / TASKS))
     target = number if people.target is None else people.target
     if target > number:
-        raise DataError(f"{name}: target is {target}, and there are only {number} tasks; lower the target, or collect for more prompts")
+        raise DataError(f"{name}: target is {target}, but there are only {number} tasks. Lower the target, or collect for more prompts")
     questions = load_questions(people.questions)
     content = {
         "version": 1,

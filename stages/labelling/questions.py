@@ -64,13 +64,13 @@ def _id(value: Any) -> str:
 
 def _seconds(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e7:
-        raise AnswerError(f"seconds is {value!r:.40}; expected the time the task was in view")
+        raise AnswerError(f"seconds is {value!r:.40}; expected the time during which the task was visible")
     return round(float(value), 2)
 
 
 def _order(value: Any, number: int) -> list[int]:
     if not isinstance(value, list) or any(type(item) is not int for item in value) or sorted(value) != list(range(number)):
-        raise AnswerError(f"order is {value!r:.60}; expected the numbers 0 to {number - 1} as they were shown")
+        raise AnswerError(f"order is {value!r:.60}; expected the numbers 0 to {number - 1} in display order")
     return value
 
 
@@ -79,7 +79,7 @@ def _ranks(value: Any, number: int, ties: bool) -> list[int]:
     if not isinstance(value, list) or len(value) != number or any(type(item) is not int for item in value):
         raise AnswerError(f"expected {number} ranks, got {value!r:.60}; every answer needs one")
     if not ties and len(set(value)) < number:
-        raise AnswerError("two answers share a rank; give each a rank of its own")
+        raise AnswerError("two answers share a rank; give each one a different rank")
     return [sum(other < own for other in value) for own in value]
 
 
@@ -99,5 +99,5 @@ def _text(value: Any, name: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise AnswerError(f"{name}: holds half a surrogate pair, which is no text") from error
+        raise AnswerError(f"{name}: contains half a surrogate pair, which is not valid text") from error
     return value.replace("\0", "")

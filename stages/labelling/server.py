@@ -125,7 +125,7 @@ class LabelServer:
         if changed:
             self._read_settings()
             self._quality = (float("-inf"), {})
-            self._notice = f"{datetime.now().astimezone():%H:%M}: changed settings are in force: {', '.join(changed)}"
+            self._notice = f"{datetime.now().astimezone():%H:%M}: these settings changed and now apply: {', '.join(changed)}"
             self._say(self._notice)
 
     # Authentication
@@ -148,13 +148,13 @@ class LabelServer:
 
     def _token(self, request: Request) -> str:
         if not self.access.has_session(request.cookies.get(COOKIE, "")):
-            raise Refused(401, "the password is needed", needs="password")
+            raise Refused(401, "the password is required", needs="password")
         return request.headers.get("authorization", "").removeprefix("Bearer ")
 
     def _annotator(self, request: Request) -> str:
         token, name = self._token(request), request.query_params.get("annotator", "")
         if not self.access.is_annotator(name, token):
-            raise Refused(403, "this link is not valid; ask whoever sent it for a new one")
+            raise Refused(403, "this link is not valid; ask the person who sent it for a new one")
         return name
 
     def _check_lead(self, request: Request) -> None:
@@ -170,7 +170,7 @@ class LabelServer:
         try:
             return json.loads(body, parse_constant=_refused_constant)
         except (ValueError, RecursionError) as error:
-            raise Refused(400, "the request is no JSON") from error
+            raise Refused(400, "the request is not valid JSON") from error
 
     # Requests of the annotator's page
 
@@ -194,7 +194,7 @@ class LabelServer:
         if given is not None:
             task, answer = self.store.task(given), self.store.answer_of(annotator, given)
             if task is None or answer is None or task.gold is not None:
-                raise Refused(404, "there is no such answer of yours")
+                raise Refused(404, "you have no such answer")
             return JSONResponse({"task": self._shown(task, annotator), "answer": asdict(answer) | {"digests": None}})
         next_task = self.store.next_task(annotator, request.query_params.get("wish"))
         content: dict[str, Any] = {"counts": self.store.counts(annotator), "task": None, "version": self._version}
@@ -249,7 +249,7 @@ class LabelServer:
         if is_right is None:
             raise Refused(429, "too many wrong passwords; wait a minute", needs="password")
         if not is_right:
-            raise Refused(401, "this is not the password", needs="password")
+            raise Refused(401, "wrong password", needs="password")
         response = JSONResponse({})
         response.set_cookie(COOKIE, self.access.session, httponly=True, samesite="strict")
         return response
@@ -264,7 +264,7 @@ def _turns(task: LabelTask) -> str | list[dict[str, str]]:
 
 
 def _refused_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a valid JSON number")
 
 
 def _line(answer: LabelAnswer, task: LabelTask) -> dict[str, Any]:

@@ -115,5 +115,5 @@ def simulate(folder: Path, people: People) -> int:
                 annotator.close()
         reached = served.store.num_ranked()
     if reached < target:
-        raise TrainingError(f"simulated people ranked {reached} of {target} tasks; no task is left for them, or the screening let none in")
+        raise TrainingError(f"simulated people ranked {reached} of {target} tasks. No task is left for them, or none passed the screening")
     return given

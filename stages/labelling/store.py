@@ -115,7 +115,9 @@ class Log:
                     self._flushed = upto
         except OSError as error:
             reason = STORAGE.get(error.errno or 0, str(error))
-            raise StorageError(f"{self.path}: the answer could not be kept ({reason}). Free some space; the page sends it again") from error
+            raise StorageError(
+                f"{self.path}: the answer could not be stored ({reason}). Free some space; the page sends it again"
+            ) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -155,7 +157,8 @@ class Store:
         except BlockingIOError as error:
             os.close(lock)
             raise DataError(
-                f"{self.folder}: another `stages label` serves these tasks. Open its address (one server takes many annotators), or stop it"
+                f"{self.folder}: another `stages label` serves these tasks. Open its address (one server handles many annotators), or stop "
+                "it"
             ) from error
         return lock
 
@@ -277,7 +280,7 @@ class Store:
                 return known
             before = self.answers.get(annotator, {}).get(task.id)
         if before is not None and task.id in self.gold:
-            raise AnswerError("a screening task is answered once")
+            raise AnswerError("a screening task can be answered only once")
         answer = LabelAnswer(
             annotator=annotator,
             task=task.id,

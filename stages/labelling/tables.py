@@ -58,7 +58,7 @@ def _summary(content: dict[str, Any]) -> Table:
 
 
 def _annotators(content: dict[str, Any]) -> Table:
-    table = Table("annotator", "answers", "skipped", "flagged", "corrected", "median s", "ties", "agrees with the rest", "screening")
+    table = Table("annotator", "answers", "skipped", "flagged", "corrected", "median s", "ties", "agrees with the others", "screening")
     for row in content["annotators"]:
         screening = row["screening"]
         state = "-"

@@ -39,7 +39,7 @@ def read_gold(sources: Sequence[DataSource], checks: Sequence[str]) -> list[Labe
         known = comparison(row)
         _check_number(row.location, len(known.completions))
         if not known.num_pairs:
-            raise DataError(f"{row.location}: all completions of this gold task tie; a screening task needs a preference")
+            raise DataError(f"{row.location}: all completions of this gold task tie; a screening task needs at least two different ranks")
         ticked = row.get("checks") or {}
         if not isinstance(ticked, dict):
             raise DataError(f"{row.location}: checks is {type(ticked).__name__}; expected {{name: [true or false per completion]}}")
@@ -81,29 +81,29 @@ def file_tasks(path: Path) -> list[LabelTask]:
         known = comparison(row, preferred=next(iter(row[column]), None) if column and isinstance(row[column], dict) else None)
         task = _distinct_task(row.location, known.prompt, known.completions, given)
         tasks[task.id] = task
-    for prompt, texts, names, place in single.values():
-        task = _distinct_task(place, prompt, texts, names)
+    for prompt, texts, names, location in single.values():
+        task = _distinct_task(location, prompt, texts, names)
         tasks[task.id] = task
     return list(tasks.values())
 
 
-def _distinct_task(place: str, prompt: Any, completions: Sequence[Completion], names: Any) -> LabelTask:
+def _distinct_task(location: str, prompt: Any, completions: Sequence[Completion], names: Any) -> LabelTask:
     """A task that contains each different completion once. Authors of the same text share it.
 
     ``names``: for each completion a name or a list of names.
     """
     if names is not None and (not isinstance(names, list) or len(names) != len(completions)):
-        raise DataError(f"{place}: expected {len(completions)} names of models, got {names!r:.60}")
-    found: dict[str, tuple[Completion, list[str]]] = {}
+        raise DataError(f"{location}: expected {len(completions)} names of models, got {names!r:.60}")
+    distinct: dict[str, tuple[Completion, list[str]]] = {}
     for index, completion in enumerate(completions):
         name = names[index] if names is not None else []
-        found.setdefault(repr(completion), (completion, []))[1].extend(
+        distinct.setdefault(repr(completion), (completion, []))[1].extend(
             [str(one) for one in name] if isinstance(name, list) else [str(name)]
         )
-    _check_number(place, len(found))
-    return task_of(prompt, [one for one, _ in found.values()], [who for _, who in found.values()], [[] for _ in found])
+    _check_number(location, len(distinct))
+    return task_of(prompt, [one for one, _ in distinct.values()], [who for _, who in distinct.values()], [[] for _ in distinct])
 
 
-def _check_number(place: str, number: int) -> None:
+def _check_number(location: str, number: int) -> None:
     if not 2 <= number <= MOST_COMPLETIONS:
-        raise DataError(f"{place}: {number} different completion(s); people rank 2 to {MOST_COMPLETIONS} at a time")
+        raise DataError(f"{location}: {number} different completion(s); a task must have 2 to {MOST_COMPLETIONS}")

@@ -56,7 +56,7 @@ def ask_people(folder: Path, people: People, context: StepContext) -> None:
                 (context.checkpoint_folder / WAITING).write_text(f"{ranked} of {target} tasks are ranked", encoding="utf-8")
             from stages.process.environment import command_to_go_on
 
-            raise Waiting(f"{text}\nThen go on with: {command_to_go_on()}   (or wait here with --wait)")
+            raise Waiting(f"{text}\nThen continue with: {command_to_go_on()}   (or wait here with --wait)")
         if not is_told:
             runtime.console.print(f"{text} (waiting)", soft_wrap=True, markup=False)
             is_told = True

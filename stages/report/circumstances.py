@@ -103,7 +103,7 @@ def _precision(steps: Sequence[StepFolder]) -> str:
     for step in steps:
         asked = str(step.config.get("precision", UNKNOWN))
         used = _made(step).get("precision")
-        names.setdefault(used or f"{asked} (what it meant was {UNKNOWN})" if asked == "auto" else used or asked, []).append(step.name)
+        names.setdefault(used or f"{asked} (the actual dtype was {UNKNOWN})" if asked == "auto" else used or asked, []).append(step.name)
     if len(names) == 1:
         return next(iter(names))
     return "; ".join(f"{precision}: {', '.join(steps)}" for precision, steps in names.items())

@@ -63,7 +63,7 @@ def run_names(runs: Sequence[RunFolder]) -> list[str]:
 
 def _lede(differing: Sequence[Sequence[str]]) -> str:
     if not differing:
-        return "Their settings are equal: what differs is the seed of the machine, the data or the code."
+        return "Their settings are equal. Only hardware, data, code or the run's seed may differ."
     shown = [f"{row[0]}.{row[1]}" for row in differing[:4]]
     more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
     return f"They differ in {', '.join(shown)}{more}."
@@ -97,7 +97,7 @@ def differing_settings(runs: Sequence[RunFolder]) -> list[list[str]]:
     for name in dict.fromkeys(step.name for run in runs for step in run.steps):
         steps = [run.step(name) for run in runs]
         if None in steps:
-            rows.append([name, "the whole step", *("absent" if step is None else "present" for step in steps)])
+            rows.append([name, "the step itself", *("absent" if step is None else "present" for step in steps)])
             continue
         flat = []
         for run, step in zip(runs, steps, strict=True):

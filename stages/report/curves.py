@@ -100,11 +100,11 @@ def frontier(
         root_scale(axes)
         _number(axes, [(point["n"], point["kl"], point["scores"][judge]["mean"]) for point in numbered])
         panels.append(canvas.panel(f"by {judge}"))
-    best = " The line is best-of-n, with its n, from one set of samples (unbiased; KL log n - (n - 1)/n)." if curves else ""
-    way = " Thin lines are the iterations of PPO on its own prompts, as running means." if has_way else ""
+    best = " The line is best-of-n for several n, computed from one set of samples (unbiased; KL = log n - (n - 1)/n)." if curves else ""
+    way = " Thin lines are PPO iterations on the training prompts, as running means." if has_way else ""
     caption = (
-        f"What each way of spending KL buys on held-out prompts: up is better, left is nearer to {reference}. Bars are 95 % intervals over "
-        f"prompts; the axis goes with the square root (Gao et al. 2023).{best}{way}"
+        f"Score against KL on held-out prompts: higher is better, left is closer to {reference}. Bars are 95 % intervals over "
+        f"prompts. The axis shows the square root (Gao et al. 2023).{best}{way}"
     )
     legend = [(name, colors[name]) for name in points]
     return Figure("frontier", "Reward for KL", caption, panels, legend, ["judge", "candidate", "KL", "mean score"], rows)
@@ -169,14 +169,14 @@ def over_optimisation(step: StepFolder, evaluation: Row | None = None) -> Figure
         canvas.axes.plot([roots[best]], [smooth[best]], "o", color=SERIES[1], markersize=6, markeredgecolor=PAPER)
         canvas.axes.set_xlabel("square root of the KL to the reference (nats)")
         canvas.axes.set_ylabel("mean score")
-        panels.append(canvas.panel(f"{name}, {'trained on' if metric.startswith('rewards/') else 'only watched'}"))
+        panels.append(canvas.panel(f"{name}, {'trained on' if metric.startswith('rewards/') else 'monitor'}"))
         for index in thinned(range(len(roots)), TABLE_ROWS):
             rows.append([name, f"{steps[index]:.0f}", f"{roots[index]:.2f}", f"{smooth[index]:.3f}"])
     caption = (
-        "PPO's iterations on training prompts: dots are iterations, lines running means, the ring is their best. Where the trained reward "
-        f"still rises and a judge that was only watched has turned down, the policy exploits its reward model.{drawn_text(len(kls))}"
+        "PPO on training prompts: dots are iterations, lines are running means, the ring is their maximum. Where the trained reward "
+        f"still rises while a monitor falls, the policy exploits its reward model.{drawn_text(len(kls))}"
     )
-    legend = [(f"{step.name}, iteration by iteration", 1)]
+    legend = [(f"{step.name}, by iteration", 1)]
     if has_best_of_n:
         legend.append(("best-of-n on held-out prompts", 0))
     headings = ["score", "iteration", "root of KL", "mean"]
@@ -212,15 +212,15 @@ def distributions(step: StepFolder, colors: Mapping[str, int]) -> Figure | None:
             rows.append([judge, name, *(f"{value:.3f}" for value in quartiles)])
         canvas.axes.set_ylim(0, 1.02)
         canvas.axes.set_xlabel(f"score by {judge}")
-        canvas.axes.set_ylabel("share at or above")
+        canvas.axes.set_ylabel("share at or above the score")
         panels.append(canvas.panel(f"by {judge}"))
     if not panels:
         return None
-    caption = "The share of a candidate's completions that score at least so much: a line further right is better, a steep one less varied."
+    caption = "The share of a candidate's completions with at least this score. A line further right is better; a steeper line varies less."
     caption += drawn_text(len(step.completions))
     legend = [(name, colors[name]) for name in evaluation["candidates"]]
     headings = ["judge", "candidate", "lowest", "lower quartile", "median", "upper quartile", "highest"]
-    return Figure("distributions", "Scores of every completion", caption, panels, legend, headings, rows)
+    return Figure("distributions", "Scores of all completions", caption, panels, legend, headings, rows)
 
 
 # Alignment tax
@@ -260,8 +260,8 @@ def alignment_tax(evaluation: Row, colors: Mapping[str, int]) -> Figure | None:
     if not panels:
         return None
     caption = (
-        "What candidates still can do beside what they were aligned to. The first is the measure: fine-tuning has its price, too. "
-        "Dotted: what guessing would give."
+        "Abilities that alignment may cost. Compare with the first candidate, because fine-tuning has a cost, too. "
+        "Dotted: the result of guessing."
     )
     return Figure("tax", "Alignment tax", caption, panels, [], ["measure", "candidate", "value", "interval"], rows, small=True)
 

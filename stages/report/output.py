@@ -18,11 +18,11 @@ def check_output(path: Path) -> None:
         raise StorageError(f"{path} is a folder; expected a file for the page, for example {path / 'page.html'}")
     if not path.parent.is_dir():
         what = "a file" if path.parent.exists() else "not there"
-        raise StorageError(f"{path} cannot be written: {path.parent} is {what}; expected a folder. Make it, or name another place")
+        raise StorageError(f"{path} cannot be written: {path.parent} is {what}; expected a folder. Make it, or choose another path")
     if path.exists() and not _is_report(path):
-        raise StorageError(f"{path} exists and is no page that `stages report` wrote; name another file, or remove it first")
+        raise StorageError(f"{path} exists, but `stages report` did not write it. Choose another path, or remove the file first")
     if not os.access(path.parent, os.W_OK):
-        raise StorageError(f"{path} cannot be written: the folder {path.parent} does not permit it; name another place")
+        raise StorageError(f"{path} cannot be written: no permission to write in the folder {path.parent}. Choose another path")
 
 
 def _is_report(path: Path) -> bool:
@@ -42,5 +42,7 @@ def write_page(html: str, path: Path) -> int:
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise StorageError(f"the page cannot be written to {path}: {error.strerror or error}; make room, or name another place") from error
+        raise StorageError(
+            f"the page cannot be written to {path}: {error.strerror or error}; free some space, or choose another path"
+        ) from error
     return len(content)

@@ -101,7 +101,7 @@ def fit_figures(groups: list[Row], draw: Callable[[list[Row], str], str], limit:
         *others, last = groups
         groups = [*others, {**last, "figures": last["figures"][:-1]}] if len(last["figures"]) > 1 else others
         number = total - _number_of_figures(groups)
-        note = f"{number:,} of {total:,} figures, the last ones, have no room on a page of {megabytes(LIMIT)} and are left out."
+        note = f"{number:,} of {total:,} figures (the last ones) are left out: they do not fit on a page of {megabytes(LIMIT)}."
     return html, note
 
 

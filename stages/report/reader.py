@@ -66,7 +66,7 @@ class Reader:
             said.append(f"{len(self.rows):,} of {self.total:,} prompts ({completions}), evenly spread")
         if self.cut:
             said.append(f"{self.cut:,} texts cut at {LONGEST_TEXT:,} characters")
-        return f"{self.step}: {'; '.join(said)}; all of it is in {self.step}/completions.jsonl of the run folder." if said else ""
+        return f"{self.step}: {'; '.join(said)}. Everything is in {self.step}/completions.jsonl of the run folder." if said else ""
 
 
 def read_completions(step: StepFolder) -> Reader:

@@ -27,9 +27,14 @@ def remarks(run: RunFolder) -> list[Row]:
         notes += _evaluation_notes(step, f"{step.name}: " if len(run.evaluations) > 1 else "")
     missing = [step.name for step in run.steps if step.stage in training.STAGE_CURVES and not step.log]
     if missing:
-        notes.append({"kind": "note", "text": f"No training log was kept of {listed(missing)}: reused from a run whose files are gone."})
+        notes.append(
+            {
+                "kind": "note",
+                "text": f"There is no training log of {listed(missing)}: these steps are reused from a run whose files no longer exist.",
+            }
+        )
     if not run.summary.get("finished", False):
-        notes.insert(0, {"kind": "alarm", "text": "The run did not come to its end; what is here is what was done."})
+        notes.insert(0, {"kind": "alarm", "text": "The run did not finish. This page shows the steps that did."})
     return notes
 
 
@@ -50,11 +55,15 @@ def _evaluation_notes(step: StepFolder, about: str) -> list[Row]:
         if row is None or not row["n"] or row["ci_low"] > 0.5 or row["ci_high"] < 0.5:
             continue
         needed = row.get("prompts_needed")
-        more = f"about {needed:,.0f} prompts would be needed" if needed is not None else "no number of prompts would, at this win rate"
+        more = (
+            f"about {needed:,.0f} prompts would be needed"
+            if needed is not None
+            else "no number of prompts would be enough at this win rate"
+        )
         unsure.append(f"{b} from {a} ({percent(row['win_rate'])}; {more})")
     if unsure:
-        told = f"{evaluation['prompts']} prompts do not tell {'; '.join(unsure)}"
-        notes.append({"kind": "note", "text": f"{about}{told}. Numbers are for a power of 80 % at the 5 % level, by {judge}."})
+        told = f"{evaluation['prompts']} prompts do not distinguish {'; '.join(unsure)}"
+        notes.append({"kind": "note", "text": f"{about}{told}. The numbers assume a power of 80 % at the 5 % level, by {judge}."})
     for pair in evaluation.get("agreement", {}).get("pairs", []):
         share = pair.get("agreement_decided")
         if share is not None and pair["decided"] >= 20 and share < NOISE:
@@ -64,7 +73,7 @@ def _evaluation_notes(step: StepFolder, about: str) -> list[Row]:
         if entry["kind"] == "llm":
             cost = f", for {entry['cost']:.2f}" if entry.get("cost") is not None else ""
             consistent = entry.get("order_consistency")
-            same = f"; in both orders it said the same of {percent(consistent)}" if consistent is not None else ""
+            same = f"; for {percent(consistent)} its verdict was the same in both orders" if consistent is not None else ""
             text = (
                 f"{about}{entry['name']} was asked {entry['requests']:,} times ({entry['from_cache']:,} replies from the cache, "
                 f"{entry['retries']:,} retries, {entry['refused']:,} refusals, {entry['failed']:,} failures){cost}{same}."
@@ -72,6 +81,7 @@ def _evaluation_notes(step: StepFolder, about: str) -> list[Row]:
             notes.append({"kind": "note", "text": text})
     compared = sum(row["a"] < row["b"] for row in evaluation["win_rates"])
     if compared > 5:
-        text = f"{about}each interval holds for its own comparison. {compared} were made, so one in twenty may miss by chance alone."
+        text = f"{about}each interval covers one comparison. There are {compared} comparisons, and about one interval in twenty misses its "
+        "true value by chance."
         notes.append({"kind": "note", "text": text})
     return notes

@@ -63,7 +63,7 @@ class StepFolder:
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise DataError(f"{path}: no evaluation ({error}); the file was changed or cut off. Run the step again") from error
+            raise DataError(f"{path}: not a valid evaluation ({error}); the file was changed or cut off. Run the step again") from error
 
     @cached_property
     def completions(self) -> list[Row]:
@@ -106,7 +106,7 @@ def read_run(path: Path) -> RunFolder:
         steps = [StepFolder(entry, path / entry["name"]) for entry in summary["steps"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise DataError(f"{path}: no run folder ({reason}); expected one with the summary.json that `stages run` writes") from error
+        raise DataError(f"{path}: not a run folder ({reason}); expected a folder with the summary.json that `stages run` writes") from error
     return RunFolder(path.resolve(), summary, steps)
 
 
@@ -122,7 +122,7 @@ def find_run(name: str, home: Path) -> Path:
     folders = [path.parent for path in (home / "runs").glob("*/*/summary.json")]
     known = sorted(f"{folder.parent.name}/{folder.name}" for folder in folders if not folder.is_symlink())
     shown = ", ".join(known[-10:]) or "none"
-    raise DataError(f"{name!r} is no run: expected a run folder, a recipe's name, or <recipe>/<time>; runs in {home / 'runs'}: {shown}")
+    raise DataError(f"{name!r} is not a run: expected a run folder, a recipe's name, or <recipe>/<time>; runs in {home / 'runs'}: {shown}")
 
 
 def read_lines(path: Path) -> list[Row]:

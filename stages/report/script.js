@@ -8,9 +8,9 @@
   });
 
   const PRINTED = 12;
-  const SHOWN = 24;  // prompts on the page at a time
+  const SHOWN = 24;  // prompts shown at a time
 
-  // An element of a class, with children; strings become text, never markup.
+  // Make an element with a class and children; strings become text, never markup.
   function make(tag, name, ...children) {
     const element = document.createElement(tag);
     if (name) element.className = name;
@@ -24,10 +24,10 @@
     const list = part("examples");
     const value = (role, otherwise) => part(role) ? part(role).value : otherwise;
     const count = number => number.toLocaleString("en-US");
-    let fitting = [], start = 0;  // the rows that fit the filters, and the number of the first that is shown
-    const coloured = new Map();  // text element -> its nodes without colour
+    let fitting = [], start = 0;  // the rows that match the filters, and the index of the first row shown
+    const coloured = new Map();  // text element -> its nodes without colours
 
-    // How far candidate a is ahead of b on a row: in the judge's scores, or from -1 to 1 where it compares; null where it said nothing.
+    // By how much candidate a beats b on a row: a difference of scores, or -1 to 1 if the judge compares; null without a verdict.
     function ahead(row, judge, a, b) {
       if (a === b) return 0;
       const scores = row.s[judge];
@@ -44,7 +44,7 @@
       return judges.flatMap((judge, number) => row.s[number][place] === null ? [] : [`${judge} ${row.s[number][place].toFixed(3)}`]);
     }
 
-    // What the search looks through; made once a row.
+    // The text that the search reads; computed once per row.
     function words(row) {
       row.words ??= [row.n, row.p, ...row.c, ...names.flatMap((_, place) => scoresOf(row, place))].join("\n").toLowerCase();
       return row.words;
@@ -52,7 +52,7 @@
 
     const compared = () => [Number(value("judge", 0)), Number(value("a", names.length - 1)), Number(value("b", 0))];
 
-    // Choose the rows that fit the filters, in order, and show the first of them.
+    // Select the rows that match the filters, sort them, and show the first ones.
     function choose() {
       const wanted = value("search", "").trim().toLowerCase().split(/\s+/).filter(Boolean);
       const [judge, a, b] = compared(), winner = value("winner", "any"), order = value("order", "given");
@@ -104,7 +104,7 @@
       const found = make("p", "text", text, ...(text ? [] : [make("span", "cut", "(empty)")]), ...missing(row, place));
       if ((row.o || []).includes(place)) {
         const going = make("span", "cut", " …");
-        going.title = "It was still going on";
+        going.title = "Cut off at max_new_tokens";
         found.append(going);
       }
       return found;
@@ -134,15 +134,15 @@
       }
       const kept = rows.reduce((sum, row) => sum + Object.values(row.t || {}).filter(detail => detail[by]).length, 0);
       key.textContent = by === "kl"
-        ? `Red: likelier than under the reference; blue: less likely; full colour at 3 nats. Of ${count(kept)} completions the tokens were kept.`
-        : `The stronger, the higher the value before the token (${low.toPrecision(3)} to ${high.toPrecision(3)}). Of ${count(kept)} completions the tokens were kept.`;
+        ? `Red: more likely than under the reference; blue: less likely; full colour at 3 nats. Token details exist for ${count(kept)} completions.`
+        : `A stronger colour is a higher value before the token (${low.toPrecision(3)} to ${high.toPrecision(3)}). Token details exist for ${count(kept)} completions.`;
     }
     function tokenOf(token, number, place, by, low, high) {
       const span = make("span", "token", place === 0 ? token.trimStart() : token);
       const share = by === "kl" ? Math.min(1, Math.abs(number) / 3) : (number - low) / Math.max(1e-9, high - low);
       span.style.setProperty("--t", by === "kl" && number < 0 ? "55 103 181" : "194 81 47");
       span.style.setProperty("--a", (0.75 * share).toFixed(3));
-      span.title = `${by === "kl" ? "log-probability against the reference" : "value"}: ${number}`;
+      span.title = `${by === "kl" ? "log-probability minus that of the reference" : "value"}: ${number}`;
       return span;
     }
 
@@ -153,7 +153,7 @@
     }
 
     reader.querySelector("form").addEventListener("submit", event => event.preventDefault());
-    // A list tells that it changed; everything else tells each keystroke.
+    // A select element sends "change"; every other control sends "input".
     const changed = ({type, target}) => (type === "change") === (target.tagName === "SELECT") && (target.dataset.role === "colour" ? colour() : choose());
     for (const kind of ["input", "change"]) reader.querySelector("form").addEventListener(kind, changed);
     part("earlier").addEventListener("click", () => turn(-1));
@@ -161,7 +161,7 @@
     choose();
   }
 
-  // "/" leads to the search, as in many readers; Escape leaves it.
+  // "/" focuses the search; Escape leaves it.
   document.addEventListener("keydown", event => {
     const search = document.querySelector('[data-role="search"]');
     const typing = /^(input|select|textarea)$/i.test(event.target.tagName);

@@ -127,8 +127,8 @@ def calibration(step: StepFolder) -> Figure | None:
         [end[1] for end in intervals],
         SERIES[1],
     )
-    axes.set_xlabel("how sure it is")
-    axes.set_ylabel("how often it is right")
+    axes.set_xlabel("predicted probability")
+    axes.set_ylabel("accuracy")
     error = step.metrics.get("heldout_calibration_error")
     panels.append(canvas.panel("reliability" + (f" (calibration error {error:.3f})" if error is not None else "")))
     rows += [["sure", f"{item['confidence']:.2f}", f"{item['accuracy']:.3f}", f"{item['count']:,}"] for item in bins]
@@ -160,11 +160,12 @@ def calibration(step: StepFolder) -> Figure | None:
         canvas.axes.set_ylabel("accuracy")
         panels.append(canvas.panel(split))
         rows += [[split, name, f"{item['accuracy']:.3f}", f"{item['pairs']:,}"] for name, item in named]
-    pairs = ", which take pairs of one prompt as independent" if step.stage == "reward_model" else ""
+    pairs = ", which treat pairs of one prompt as independent" if step.stage == "reward_model" else ""
     caption = (
-        f"Held-out data. On the diagonal it is as sure as it is right; below, it is too sure. Bars are Wilson's 95 % intervals{pairs}."
+        "Held-out data. On the diagonal, confidence equals accuracy; below it, the model is overconfident. Bars are Wilson's 95 % "
+        f"intervals{pairs}."
     )
-    return Figure(f"calibration-{step.name}", f"Can {step.name} be trusted?", caption, panels, [], ["", "value", "accuracy", "count"], rows)
+    return Figure(f"calibration-{step.name}", f"Calibration of {step.name}", caption, panels, [], ["", "value", "accuracy", "count"], rows)
 
 
 def _wilson(share: float, number: int) -> tuple[float, float]:
@@ -206,7 +207,7 @@ def data_efficiency(runs: Sequence[RunFolder]) -> Figure | None:
         panels.append(canvas.panel(f"{stage}: {title}"))
     if not panels:
         return None
-    caption = "How many examples it takes, by the model that training started from."
+    caption = "Result against the number of training examples, by starting model."
     return Figure("efficiency", "Data efficiency", caption, panels, list(legend.items()), ["stage", "start", "examples", "held-out"], rows)
 
 

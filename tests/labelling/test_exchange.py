@@ -113,7 +113,7 @@ def test_what_goes_out_comes_back(answered, make_folder, kind) -> None:
         assert list(after.values()) == [[1, 2, 0], [1, 0]]
     else:  # pairs of three completions do not make a ranking
         assert list(after.values()) == [[1, 0]] and "left out: " in said
-    assert "were there already" in import_answers(empty, kind, path)
+    assert "already existed" in import_answers(empty, kind, path)
     assert rankings(empty) == after
 
 
@@ -135,7 +135,7 @@ def test_argilla_forms_of_a_ranking(make_folder) -> None:
         ("instruction 0", "two"): [0, 0, 2],
         ("instruction 0", "three"): [2, 1, 0],
     }
-    assert "1 discarded responses" in said and "1 records of no task here" in said
+    assert "1 discarded responses" in said and "1 records that match no task" in said
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_argilla_forms_of_a_ranking(make_folder) -> None:
         ("csv", "task,annotator,completion,rank\nx,y,one,2\n", "expected whole numbers"),
         ("argilla", "{", "cannot be read as argilla"),
         ("argilla", "{}", "expected a JSON list"),
-        ("word", "", "'word' is no format; expected one of argilla, label-studio"),
+        ("word", "", "'word' is not a known format; expected one of argilla, label-studio"),
     ],
 )
 def test_broken_file_is_named_and_nothing_is_taken(make_folder, kind, content, message) -> None:
@@ -192,7 +192,7 @@ def test_files_of_other_tools_become_tasks(tmp_path: Path) -> None:
     assert task.texts == ['[tool call] {"name": "clock", "arguments": {}}', "noon"] and task.tools == [tool]
     assert json.loads(task.as_line())["completions"] == [[call], "noon"]
     ranked.write_text(json.dumps({"prompt": "p", "completions": ["same", "same"]}) + "\n")
-    with pytest.raises(DataError, match=r"ranked.jsonl:1: 1 different completion\(s\); people rank 2 to 9"):
+    with pytest.raises(DataError, match=r"ranked.jsonl:1: 1 different completion\(s\); a task must have 2 to 9"):
         file_tasks(ranked)
 
 

@@ -77,7 +77,7 @@ def test_changed_settings_are_in_force_without_a_restart(page, answer) -> None:
     publish_settings(page.store.folder, "recipe/step", 0, people)  # as `stages run` does while the server runs
     refused = page.ask("/api/answer", body=sent)
     assert refused.status_code == 400 and "Quality" in refused.json()["error"] and refused.json()["version"] != before["version"]
-    assert len(said) == 1 and "changed settings are in force: questions, instructions, annotators, target" in said[0]
+    assert len(said) == 1 and "these settings changed and now apply: questions, instructions, annotators, target" in said[0]
     assert page.ask("/api/progress", annotator=None).json()["notice"] == said[0]
     after = page.ask("/api/session").json()
     assert after["version"] == refused.json()["version"] and after["questions"]["ratings"][0]["name"] == "quality"
@@ -163,7 +163,9 @@ def test_password_is_needed_and_a_wrong_one_is_slowed_down(make_folder) -> None:
 def test_other_machines_need_a_password(make_folder) -> None:
     from rich.console import Console
 
-    with pytest.raises(LaunchError, match="--host 0.0.0.0 lets other machines in, and no password is set; export STAGES_LABEL_PASSWORD"):
+    with pytest.raises(
+        LaunchError, match="--host 0.0.0.0 lets other machines connect, but no password is set. Export STAGES_LABEL_PASSWORD"
+    ):
         serve(make_folder(), ["anna"], host="0.0.0.0", port=0, password=None, console=Console(quiet=True))
 
 
@@ -254,9 +256,9 @@ def test_options_of_a_file_change_only_what_they_name(tmp_path, answer) -> None:
 
 
 def test_command_says_what_it_knows_where_it_finds_nothing(make_folder, tmp_path) -> None:
-    with pytest.raises(DataError, match="'recipe/none' is no step that waits for people, no labelling folder and no file"):
+    with pytest.raises(DataError, match="'recipe/none' is neither a step that waits for people, nor a labelling folder, nor a file"):
         open_folder("recipe/none", tmp_path, {})
-    with pytest.raises(DataError, match="the recipe says what these tasks ask"):
+    with pytest.raises(DataError, match="the recipe defines the questions of these tasks"):
         open_folder(str(make_folder()), tmp_path, {"target": 1})
 
 

@@ -304,7 +304,7 @@ def test_check_boxes_of_gold_tasks_count_by_themselves(make_folder, answer) -> N
     [
         ({"prompt": "p", "completions": ["a", "b"], "ranks": [0, 0]}, "all completions of this gold task tie"),
         ({"prompt": "p", "completions": ["a", "b"], "ranks": [0, 1], "checks": {"no": [True, True]}}, "which the questions do not have"),
-        ({"prompt": "p", "completions": ["a"] * 10, "ranks": list(range(10))}, "people rank 2 to 9"),
+        ({"prompt": "p", "completions": ["a"] * 10, "ranks": list(range(10))}, "a task must have 2 to 9"),
     ],
 )
 def test_wrong_gold_row_is_named(make_folder, row, message) -> None:
@@ -316,7 +316,7 @@ def test_wrong_gold_row_is_named(make_folder, row, message) -> None:
 def test_bad_questions_name_file_and_field(make_folder, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"questions.yaml: ratings.0.highest: .*got 'many'"):
         make_folder(questions="ratings: [{name: q, text: Q, highest: many}]\n")
-    with pytest.raises(DataError, match="two questions are called 'q'"):
+    with pytest.raises(DataError, match="two questions have the name 'q'"):
         make_folder(name="other", questions="ratings: [{name: q, text: Q}]\nchecks: [{name: q, text: Q}]\n")
     with pytest.raises(DataError, match="target is 9, and there are only 4 tasks"):
         make_folder(name="third", target=9)

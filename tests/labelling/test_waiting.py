@@ -156,7 +156,7 @@ def test_wrong_settings_are_refused(prompts, people, fields, message) -> None:
 
 def test_missing_question_file_is_told_before_a_model_is_loaded(prompts, tmp_path) -> None:
     asked = collection(prompts, {"questions": str(tmp_path / "none.yaml")})
-    with pytest.raises(DataError, match=r"none.yaml: there is no such file; questions names a local file"):
+    with pytest.raises(DataError, match=r"none.yaml: no such file; questions must name a local file"):
         asked.check_data()
     with pytest.raises(DataError, match="target is 30, but the data has 20 prompts"):
         collection(prompts, {"target": 30}, num_prompts=40).check_data()

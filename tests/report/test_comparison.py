@@ -41,7 +41,7 @@ def test_runs_of_two_recipes_and_a_missing_step(new_run, tmp_path) -> None:
     (second / "summary.json").write_text(json.dumps(summary))
     runs = [read_run(first), read_run(second)]
     assert run_names(runs) == ["toy one", "other one"]
-    assert ["aligned", "the whole step", "present", "absent"] in differing_settings(runs)
+    assert ["aligned", "the step itself", "present", "absent"] in differing_settings(runs)
     assert write_comparison(runs, tmp_path / "page.html").path.read_text().count('class="plot"') == 4
 
 
@@ -72,7 +72,7 @@ def test_over_optimisation_has_best_of_n_beside_ppo(run_folder: Path) -> None:
     figure = over_optimisation(step, run.evaluations[0].evaluation)
     assert figure is not None
     assert [panel.title for panel in figure.panels] == ["preference, trained on", "gold, only watched"]
-    assert [name for name, _ in figure.legend] == ["aligned, iteration by iteration", "best-of-n on held-out prompts"]
+    assert [name for name, _ in figure.legend] == ["aligned, by iteration", "best-of-n on held-out prompts"]
     assert over_optimisation(run.steps[0]) is None
 
 

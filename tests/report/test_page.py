@@ -100,10 +100,10 @@ def test_what_to_keep_in_mind(html: str) -> None:
     words = Page(html).words
     assert "aligned: reward_hacking from iteration 9 on, in 3 iterations: the monitor fell" in words
     assert "1 of 8 prompts that base has no completion for." in words
-    assert "8 prompts do not tell aligned from best (52 %; about 90 prompts would be needed)" in words
+    assert "8 prompts do not distinguish aligned from best (52 %; about 90 prompts would be needed)" in words
     assert "gold and llm agree on 52 % of the 25 comparisons that neither ties: they judge different things." in words
     assert "llm was asked 12 times (3 replies from the cache, 1 retries, 1 refusals, 0 failures), for 0.02" in words
-    assert "in both orders it said the same of 80 %" in words
+    assert "for 80 % its verdict was the same in both orders" in words
 
 
 def test_the_chain(html: str) -> None:
@@ -257,7 +257,7 @@ def test_figures_make_room_for_completions(run_folder: Path, monkeypatch: pytest
     assert len(made.html.encode()) <= 160_000 and len(data_of(made.html)["rows"]) == 8
     (note,) = made.notes
     number = int(note.split()[0])
-    assert note == f"{number} of 10 figures, the last ones, have no room on a page of 0.16 MB and are left out."
+    assert note == f"{number} of 10 figures (the last ones) are left out: they do not fit on a page of 0.16 MB."
     assert note in Page(made.html).words and made.html.count("<figure") == 10 - number > 0
 
 
@@ -271,13 +271,13 @@ def test_the_page_goes_where_it_is_told(run_folder: Path, tmp_path: Path) -> Non
         (tmp_path, "is a folder; expected a file for the page, for example"),
         (tmp_path / "no" / "page.html", "no is not there; expected a folder"),
         (other / "page.html", "notes.html is a file; expected a folder"),
-        (other, "notes.html exists and is no page that `stages report` wrote; name another file"),
+        (other, "notes.html exists, but `stages report` did not write it. Choose another path"),
     ):
         result = CliRunner().invoke(app, ["report", str(run_folder), "--out", str(path)])
         assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.output
     assert other.read_text() == "mine"
     result = CliRunner().invoke(app, ["report", "nothing", "--out", str(tmp_path / "page.html"), "--home", str(tmp_path)])
-    assert result.exit_code == 2 and result.stderr.startswith("error: 'nothing' is no run: expected a run folder")
+    assert result.exit_code == 2 and result.stderr.startswith("error: 'nothing' is not a run: expected a run folder")
     assert not (tmp_path / "page.html").exists()
 
 
@@ -304,8 +304,8 @@ def test_a_run_without_an_evaluation(run_folder: Path) -> None:
     summary["finished"] = False
     (run_folder / "summary.json").write_text(json.dumps(summary))
     words = Page(render_run(read_run(run_folder)).html).words
-    assert "toy: 2 steps, and no evaluation among them." in words
-    assert "The run did not come to its end" in words
+    assert "toy: 2 steps, without an evaluation." in words
+    assert "The run did not finish" in words
 
 
 def test_judges_that_only_compare(run_folder: Path) -> None:
@@ -326,7 +326,7 @@ def test_judges_that_only_compare(run_folder: Path) -> None:
 def test_reused_steps_without_logs_are_said(run_folder: Path) -> None:
     (run_folder / "sft" / "metrics.jsonl").unlink()
     words = Page(render_run(read_run(run_folder)).html).words
-    assert "No training log was kept of sft" in words
+    assert "There is no training log of sft" in words
 
 
 def test_old_summaries_are_read(run_folder: Path) -> None:
@@ -349,9 +349,9 @@ def test_finding_a_run(run_folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
     (run_folder.parent / "latest").symlink_to(run_folder.name)
     for name in (str(run_folder), "toy", f"toy/{run_folder.name}", "runs/toy/latest"):
         assert find_run(name, tmp_path) == run_folder.resolve()
-    with pytest.raises(DataError, match="'nothing' is no run: .* runs in .*: toy/20261124T203818Z$"):
+    with pytest.raises(DataError, match="'nothing' is not a run: .* runs in .*: toy/20261124T203818Z$"):
         find_run("nothing", tmp_path)
-    with pytest.raises(DataError, match="no run folder"):
+    with pytest.raises(DataError, match="not a run folder"):
         read_run(tmp_path)
     (run_folder / "verdict" / "evaluation.json").write_text('{"candidates": ')
     with pytest.raises(DataError, match="evaluation.json: no evaluation .* Run the step again"):

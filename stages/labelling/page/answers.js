@@ -1,4 +1,4 @@
-// The completions as cards: text, rank, ratings, check boxes. Everything is a native control with a name of its own.
+// The completions as cards: text, rank, ratings, check boxes. Every control is native and has an accessible name.
 
 import { make } from "./server.js";
 
@@ -15,7 +15,7 @@ export function showPrompt(element, prompt) {
   );
 }
 
-/** Cards for the completions. `changed(place, what, name, value)` is called with what was chosen. */
+/** Cards for the completions. Each choice calls `changed(place, what, name, value)`. */
 export function makeCards(task, questions, state, changed) {
   return task.completions.map((text, place) => {
     const name = letter(place);
@@ -57,7 +57,7 @@ function radios(name, legend, shown, values, chosen, choose) {
         make("input", { type: "radio", name, value, checked: value === chosen, onchange: () => choose(value) }), make("span", {}, `${value}`)))));
 }
 
-/** Bring the rank buttons of the cards to what the state says. */
+/** Set the rank buttons of the cards to the given ranks. */
 export function showRanks(ranks, selected) {
   ranks.forEach((rank, place) => {
     for (const input of document.getElementsByName(`rank-${place}`)) input.checked = Number(input.value) === rank;

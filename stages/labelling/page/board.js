@@ -3,7 +3,7 @@
 import { letter } from "./answers.js";
 import { make } from "./server.js";
 
-/** Draw the board. `place(chip, rank)` is called with the rank that a chip was moved to; null takes its rank away. */
+/** Draw the board. A moved chip calls `place(chip, rank)` with its new rank; null removes the rank. */
 export function drawBoard(board, texts, ranks, { place, key }) {
   const focused = document.activeElement?.dataset?.chip;
   board.classList.toggle("many", texts.length > 5);

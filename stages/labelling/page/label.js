@@ -31,7 +31,7 @@ function keepDraft() {
 }
 
 function changed(place, what, name, value) {
-  state.id = null; // another answer than the one that may have been sent already
+  state.id = null; // not the answer that may already have been sent
   if (what === "ranks") setRank(place, value);
   else state[what][name][place] = value;
   banner(null);
@@ -67,7 +67,7 @@ function banner(text, kind = "warn") {
 }
 
 function waiting(problem) {
-  banner(problem && `${problem} Your answer is kept in this browser, and is sent as soon as the server is back.`);
+  banner(problem && `${problem} This browser keeps your answer and sends it as soon as the server is back.`);
 }
 
 function showCounts(counts) {
@@ -125,7 +125,7 @@ function showMessage(title, text) {
 
 // Going from task to task
 
-/** Load the page again where the server asks other questions now; drafts are kept in the browser, and what still fits is shown again. */
+/** Reload the page if the server's questions changed. The browser keeps drafts, and shows the parts that still fit. */
 function reloaded({ version }) {
   if (!version || version === session.version) return false;
   location.reload();
@@ -140,8 +140,8 @@ async function next() {
   const { screening } = content;
   if (!content.task) {
     if (screening && screening.passed === false) showMessage("Thank you.", "The trial tasks are done. Whoever sent you the link will tell you how it goes on.");
-    else if (content.counts.mine === 0) showMessage("No task is open.", "Others have them all. Some may come back; look again in a while.");
-    else showMessage("All done. Thank you!", "There is no further task for you. Every answer you gave is kept.");
+    else if (content.counts.mine === 0) showMessage("No task is open.", "Other annotators have all tasks. Some may become free; try again later.");
+    else showMessage("All done. Thank you!", "There is no further task for you. All your answers are stored.");
     return;
   }
   begin(content.task, draftOrFresh);
@@ -180,7 +180,7 @@ function asShown(answer) {
   };
 }
 
-/** What was chosen, in the order of the task: the server knows the completions by their index, whatever was shown. */
+/** The answer in the order of the task's completions: the server identifies completions by their index, not by their position. */
 function asSent(skipped) {
   const back = (values) => task.order.map((_, index) => values[task.order.indexOf(index)]);
   const each = (kind) => Object.fromEntries(Object.entries(kind).map(([name, values]) => [name, back(values)]));
@@ -250,7 +250,7 @@ function shift(place, step) {
   else if (rank + step >= 1 && rank + step <= number) setRank(place, rank + step);
 }
 
-/** Keys that act on one answer; whether the key was one. */
+/** Handle keys that act on one answer. Returns whether the key was one of them. */
 function answerKey(event, place) {
   const digit = /^(Digit|Numpad)([1-9])$/.exec(event.code)?.[2];
   if (event.key === "ArrowUp") shift(place, -1);
@@ -301,7 +301,7 @@ function pageKey(event) {
     say(`Answer ${letter(place)}.`);
     return;
   }
-  // Arrow keys belong to the radio button that has the focus, and scroll the page where no card has it.
+  // Arrow keys move a focused radio button. They scroll the page if no card has the focus.
   const isArrow = event.key.startsWith("Arrow");
   if (selected !== null && (!isArrow || target.matches(".card")) && answerKey(event, selected)) return;
   const action = { s: () => skip(), x: () => flag(), u: () => openHistory(), "?": () => openHelp() }[event.key.toLowerCase()];
@@ -357,7 +357,7 @@ async function flag() {
   state.id = null;
   keepDraft();
   showFlag();
-  say(reason === null ? "The flag is removed." : "The task is flagged. Rank it or skip it to go on.");
+  say(reason === null ? "The flag is removed." : "The task is flagged. Rank it or skip it to continue.");
 }
 
 async function openHistory() {
@@ -366,7 +366,7 @@ async function openHistory() {
   const list = content.answers.map((answer) =>
     make("li", {}, make("button", { type: "button", onclick: () => { byId("history").close(); correct(answer.task); } },
       make("span", { class: "history-prompt" }, answer.prompt), make("small", {}, `${new Date(answer.time).toLocaleString()} · ${answer.state}`))));
-  byId("history-list").replaceChildren(...(list.length ? list : [make("li", { class: "hint" }, "There is none yet.")]));
+  byId("history-list").replaceChildren(...(list.length ? list : [make("li", { class: "hint" }, "There are none yet.")]));
   byId("history").showModal();
 }
 
@@ -374,7 +374,7 @@ function openHelp() {
   byId("help").showModal();
 }
 
-// The clock of a task: seconds in view, with somebody at the keys
+// The clock of a task: seconds during which the task is visible and the annotator is active
 
 let counted = performance.now();
 
@@ -397,7 +397,7 @@ async function start() {
   byId("annotator").textContent = annotator;
   byId("rating-keys").hidden = session.questions.ratings.length === 0;
   if (session.questions.ratings.length) byId("last-rating").textContent = Math.min(9, session.questions.ratings[0].highest);
-  byId("instructions").innerHTML = session.instructions; // the server's own HTML, made of the leader's file; no text of a model
+  byId("instructions").innerHTML = session.instructions; // HTML that the server rendered from the leader's file; it contains no model text
   byId("shortcuts").checked = recall("shortcuts") ?? true;
   byId("shortcuts").addEventListener("change", (event) => remember("shortcuts", event.target.checked));
   byId("form").addEventListener("submit", (event) => { event.preventDefault(); submit(); });

@@ -27,7 +27,7 @@ function timeLeft(content) {
 function screening(row) {
   if (!row.screening) return "–";
   const { passed, answered, of, ranking_agreement: agreement } = row.screening;
-  return [passed === null ? `${answered} of ${of}` : passed ? "let in" : "not let in", agreement === null ? "" : `agrees ${percent(agreement)}`];
+  return [passed === null ? `${answered} of ${of}` : passed ? "passed" : "not passed", agreement === null ? "" : `agrees ${percent(agreement)}`];
 }
 
 function show(content) {
@@ -48,7 +48,7 @@ function show(content) {
     ...(model ? [tile("Last reward model agrees", percent(model.share), interval(model), model.model)] : []),
   );
   byId("annotators").replaceChildren(table(
-    ["annotator", "answers", "skipped", "flagged", "corrected", "median", "ties", "with the rest", ...(model ? ["with the reward model"] : []), "screening"],
+    ["annotator", "answers", "skipped", "flagged", "corrected", "median", "ties", "with the others", ...(model ? ["with the reward model"] : []), "screening"],
     content.annotators.map((row) => [row.name, `${row.answers}`, `${row.skipped}`, `${row.flagged}`, `${row.corrected}`, seconds(row.median_seconds), percent(row.ties),
       [percent(row.against_the_rest.share), interval(row.against_the_rest)], ...(model ? [[percent(row.against_reward_model.share), interval(row.against_reward_model)]] : []), screening(row)])));
   const questions = [
@@ -57,7 +57,7 @@ function show(content) {
   ];
   byId("questions-section").hidden = questions.length === 0;
   byId("questions").replaceChildren(table(["question", "answer", "completions", "agreement (compared)"], questions));
-  byId("position-hint").textContent = "How often the answer shown at a place was the best one; the line is chance.";
+  byId("position-hint").textContent = "How often the answer at each position was the best one. The line shows chance.";
   byId("position").replaceChildren(...position.best.map((row) => {
     const fill = make("div", { class: "fill" }), line = make("div", { class: "chance" });
     fill.style.setProperty("--share", row.best);
@@ -75,7 +75,7 @@ async function refresh() {
     byId("banner").hidden = true;
   } catch (error) {
     byId("banner").hidden = false;
-    byId("banner").textContent = error instanceof TypeError ? "The server cannot be reached; these numbers are old." : error.message;
+    byId("banner").textContent = error instanceof TypeError ? "The server cannot be reached; these numbers are out of date." : error.message;
   }
 }
 

@@ -1,4 +1,4 @@
-// Talking to the server, and drafts in this browser. An answer is sent until the server says that it is kept.
+// Talking to the server, and drafts in this browser. An answer is sent again until the server acknowledges it.
 
 const address = new URLSearchParams(location.search);
 export const annotator = address.get("annotator") ?? "";
@@ -12,7 +12,7 @@ export class Refused extends Error {
   }
 }
 
-/** Ask the server once. Throws Refused for an error it names, TypeError where it cannot be reached. */
+/** Send one request. Throws Refused for an error response, TypeError if the server cannot be reached. */
 export async function ask(path, { body, params = {} } = {}) {
   const query = new URLSearchParams({ ...(annotator ? { annotator } : {}), ...params });
   const response = await fetch(`${path}?${query}`, {
@@ -29,7 +29,7 @@ export async function ask(path, { body, params = {} } = {}) {
   return content;
 }
 
-/** Ask until the server answers; `waiting(message)` is called before each wait, and with null at the end. */
+/** Repeat a request until the server answers. Calls `waiting(message)` before each wait, and `waiting(null)` at the end. */
 export async function askPatiently(path, options, waiting) {
   for (let pause = 500; ; pause = Math.min(2 * pause, 5000)) {
     try {
@@ -67,7 +67,7 @@ export function newId() {
   return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-// Drafts: what was chosen for a task and is not sent yet. Storage may be switched off; the page then forgets when it is closed.
+// Drafts: answers that are not sent yet. If the browser's storage is disabled, they are lost when the page is closed.
 
 const place = (name) => `stages-label:${annotator}:${name}`;
 
@@ -86,7 +86,7 @@ export function recall(name) {
   }
 }
 
-/** The theme button: as the system has it, or the other one. */
+/** The theme button switches between the system's theme and the other one. */
 export function themeButton(button) {
   const root = document.documentElement;
   const stored = recall("theme");
