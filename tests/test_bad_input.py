@@ -220,7 +220,7 @@ RECIPES = {
     "too few episodes": Case("total_episodes=4 is less than one rollout_batch_size=8", PPO, {"total_episodes": 4}),
     "greedy rollouts": Case("generation.temperature=0 is greedy", PPO, {"generation": {"temperature": 0.0}}),
     "no reward": Case("steps[0].reward: got [], expected at least 1 items", PPO, {"reward": []}),
-    "a reward of two kinds": Case("give exactly one of model", PPO, {"reward": [{"function": "a:b", "model": "./model"}]}),
+    "a reward of two kinds": Case("set exactly one of model", PPO, {"reward": [{"function": "a:b", "model": "./model"}]}),
     "rewards of one name": Case("two sources have the name 'b'", PPO, {"reward": [{"function": "a:b"}, {"function": "c:b"}]}),
     "a function's address": Case("steps[0].reward[0].function: got 'os.system'", PPO, {"reward": [{"function": "os.system"}]}),
     "a function's module there is not": Case(

@@ -285,7 +285,7 @@ def test_gold_tasks_come_first_and_decide_who_is_let_in(make_folder, answer, ran
     assert screening.ranking_agreement == pytest.approx(agreement) and screening.passed is passed
     assert (store.next_task("anna") is not None) is passed
     assert store.num_ranked() == 0 and store.history("anna") == []
-    with pytest.raises(AnswerError, match="answered once"):
+    with pytest.raises(AnswerError, match="answered only once"):
         store.record("anna", answer(store, "anna", task.id, [0, 1, 2][: len(task.completions)]))
     store.close()
 
@@ -318,7 +318,7 @@ def test_bad_questions_name_file_and_field(make_folder, tmp_path: Path) -> None:
         make_folder(questions="ratings: [{name: q, text: Q, highest: many}]\n")
     with pytest.raises(DataError, match="two questions have the name 'q'"):
         make_folder(name="other", questions="ratings: [{name: q, text: Q}]\nchecks: [{name: q, text: Q}]\n")
-    with pytest.raises(DataError, match="target is 9, and there are only 4 tasks"):
+    with pytest.raises(DataError, match="target is 9, but there are only 4 tasks"):
         make_folder(name="third", target=9)
 
 

@@ -71,7 +71,7 @@ def test_over_optimisation_has_best_of_n_beside_ppo(run_folder: Path) -> None:
     assert step is not None
     figure = over_optimisation(step, run.evaluations[0].evaluation)
     assert figure is not None
-    assert [panel.title for panel in figure.panels] == ["preference, trained on", "gold, only watched"]
+    assert [panel.title for panel in figure.panels] == ["preference, trained on", "gold, monitor"]
     assert [name for name, _ in figure.legend] == ["aligned, by iteration", "best-of-n on held-out prompts"]
     assert over_optimisation(run.steps[0]) is None
 

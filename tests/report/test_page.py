@@ -226,7 +226,7 @@ def test_what_has_no_room_is_sampled_evenly_and_counted(run_folder: Path) -> Non
     assert shown[0]["m"] == {"0": 1000, "1": 1000, "3": 1000}
     said = (
         f"verdict: {len(shown)} of 1,667 prompts ({len(kept)} of 5,001 completions), evenly spread; {len(kept)} texts cut at 4,000 "
-        "characters; all of it is in verdict/completions.jsonl of the run folder."
+        "characters. Everything is in verdict/completions.jsonl of the run folder."
     )
     assert made.notes == [said] and said in Page(html).words
     assert "Scripts are off here: only the first 12 of" in html and "(4,000 more characters)" in Page(html).words
@@ -354,7 +354,7 @@ def test_finding_a_run(run_folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(DataError, match="not a run folder"):
         read_run(tmp_path)
     (run_folder / "verdict" / "evaluation.json").write_text('{"candidates": ')
-    with pytest.raises(DataError, match="evaluation.json: no evaluation .* Run the step again"):
+    with pytest.raises(DataError, match="evaluation.json: not a valid evaluation .* Run the step again"):
         render_run(read_run(run_folder))
 
 
