@@ -293,7 +293,7 @@ def test_an_earlier_report_is_replaced_whole_or_not_at_all(run_folder: Path, tmp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(StorageError, match="page.html: No space left on device; make room"):
+    with pytest.raises(StorageError, match="page.html: No space left on device; free some space"):
         write_report(read_run(run_folder), path)
     assert path.read_text() == before and [file.name for file in tmp_path.iterdir() if file.is_file()] == ["page.html"]
 
