@@ -122,16 +122,16 @@ class GenerativeSource:
 
     def _logprobs(self, rows: Sequence[tuple[list[int], int]]) -> Tensor:
         """The log-probability of the answer in each row [rows]."""
-        found, device = torch.empty(len(rows)), next(self.model.parameters()).device
+        logprobs, device = torch.empty(len(rows)), next(self.model.parameters()).device
 
-        def score(places: Sequence[int]) -> None:
-            ids, mask = padded([rows[place][0] for place in places], self.tokenizer.pad_token_id, device)
+        def score(indices: Sequence[int]) -> None:
+            ids, mask = padded([rows[index][0] for index in indices], self.tokenizer.pad_token_id, device)
             logits = self.model(input_ids=ids, attention_mask=mask).logits
             for row, index in enumerate(indices):
                 tokens, length = rows[index]
                 span = slice(len(tokens) - length - 1, len(tokens) - 1)
                 steps = logits[row, span].float().log_softmax(dim=-1).cpu()
-                found[place] = steps.gather(1, torch.tensor(tokens[-length:])[:, None]).sum()
+                logprobs[index] = steps.gather(1, torch.tensor(tokens[-length:])[:, None]).sum()
 
         each_group(f"scoring by {self.name}", like_length_batches([len(ids) for ids, _ in rows], self.batch_size), score)
-        return found
+        return logprobs
