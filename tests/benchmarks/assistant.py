@@ -93,6 +93,7 @@ def results(run: Path) -> dict[str, Any]:
         completions = [json.loads(line) for line in file][:SHOWN]
     steps = [{key: step[key] for key in ("name", "stage", "wall_seconds", "metrics")} for step in summary["steps"]]
     return {
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip(),
         "started": summary["started"],
         "peak_memory_bytes": summary["peak_memory_bytes"],
         "environment": summary["environment"],

@@ -28,7 +28,7 @@ def summaries(steps: str) -> list[str]:
     return [*trained, *limits, *policies, "verdict.num_prompts=3", "verdict.generation.max_new_tokens=4"]
 
 
-def assistant(best_of: str) -> list[str]:
+def assistant(best_of: str, policies: str) -> list[str]:
     """Fields of the recipes that make an assistant. Demonstrations: rows 0 to 59 train and prompt, those behind are held out."""
     return [
         *each("sft preference judge dpo", *TRAINING),
@@ -36,7 +36,7 @@ def assistant(best_of: str) -> list[str]:
         *each("preference dpo judge", "data.train.limit=20", "data.validation.skip=40", "data.validation.limit=6"),
         "judge.data.train.skip=20",
         *each("preference judge", "demonstrations.limit=6"),
-        *each("aligned aligned-ptx", *PPO, "data.skip=30", "data.limit=30", "generation.max_new_tokens=4", "generation.batch_size=4"),
+        *each(policies, *PPO, "data.skip=30", "data.limit=30", "generation.max_new_tokens=4", "generation.batch_size=4"),
         "aligned-ptx.pretraining_mix.data.limit=20",
         "aligned-ptx.pretraining_mix.block_size=32",
         "verdict.data.skip=70",
@@ -50,8 +50,8 @@ def assistant(best_of: str) -> list[str]:
 
 
 SHRUNK: dict[str, list[str]] = {
-    "assistant": assistant("best-of-8"),
-    "assistant-cpu": assistant("best-of-4"),
+    "assistant": assistant("best-of-8", "aligned aligned-rloo aligned-ptx"),
+    "assistant-cpu": assistant("best-of-4", "aligned aligned-ptx"),
     # Reads what assistant has published.
     "small-against-large": ["verdict.data.skip=70", "verdict.num_prompts=4", "verdict.generation.max_new_tokens=4"],
     "imdb-sentiment": ["sentiment.max_length=64", *each("sentiment", *TRAINING)],
