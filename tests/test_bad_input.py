@@ -106,10 +106,10 @@ class Case:
     prepare: Callable[[Path], None] | None = None  # called with the folder of the case
 
 
-def bad_row(name: str, place: int, row: Any) -> dict[str, str | bytes]:
+def bad_row(name: str, line: int, row: Any) -> dict[str, str | bytes]:
     """The good table ``name`` with row number ``place`` (from 1) in the place of another."""
     rows: list[Any] = list(ROWS[name])
-    rows[place - 1] = row
+    rows[line - 1] = row
     return {f"{name}.jsonl": lines(rows)}
 
 
@@ -593,7 +593,7 @@ CASES = {f"{kind}: {name}": case for kind, cases in TABLES.items() for name, cas
 
 
 @pytest.fixture
-def place(tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workdir(tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model, a good table for every stage, and a registry that holds one model."""
     from stages.registry.ledger import Registry
 
@@ -617,33 +617,33 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
 
 
-def write(place: Path, case: Case) -> None:
+def write(workdir: Path, case: Case) -> None:
     for name, content in case.files.items():
-        path = place / name
+        path = workdir / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     if case.prepare is not None:
-        case.prepare(place)
+        case.prepare(workdir)
     recipe = case.recipe
     if recipe is None:
         assert case.step is not None
         step = json.dumps({**case.step, **case.fields})
         recipe = f"name: bad\nseed: 1\nsteps:\n  - {step}\n"
-    (place / "bad.yaml").write_bytes(recipe if isinstance(recipe, bytes) else recipe.encode())
+    (workdir / "bad.yaml").write_bytes(recipe if isinstance(recipe, bytes) else recipe.encode())
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_said_in_one_message_and_nothing_is_changed(place: Path, name: str) -> None:
+def test_it_is_said_in_one_message_and_nothing_is_changed(workdir: Path, name: str) -> None:
     case = CASES[name]
-    write(place, case)
-    before = contents(place / "outputs" / "registry")
+    write(workdir, case)
+    before = contents(workdir / "outputs" / "registry")
     result = CliRunner().invoke(app, ["run", "bad.yaml", *case.overrides])
     assert result.exit_code == 2, (result.exception, result.output)
     (said,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert case.message in said, said
     assert len(said) < 700, f"{len(said)} characters"
     assert "Traceback" not in result.output
-    assert contents(place / "outputs" / "registry") == before
+    assert contents(workdir / "outputs" / "registry") == before
 
 
 def test_there_are_enough_cases() -> None:
@@ -651,27 +651,27 @@ def test_there_are_enough_cases() -> None:
 
 
 @pytest.mark.parametrize("name", ["recipe: unknown field", "data: half a line", "model: truncated weights"])
-def test_debug_shows_where_it_was_raised(place: Path, name: str) -> None:
-    write(place, CASES[name])
+def test_debug_shows_where_it_was_raised(workdir: Path, name: str) -> None:
+    write(workdir, CASES[name])
     result = CliRunner().invoke(app, ["run", "bad.yaml", "--debug"])
     assert result.exit_code == 1 and type(result.exception).__name__ in ("RecipeError", "DataError", "ModelError")
 
 
 @pytest.mark.parametrize("step", [PRETRAINING, SFT, REWARD, SENTIMENT, PPO, EVALUATION], ids=lambda step: step["stage"])
-def test_the_good_recipe_is_good(place: Path, step: dict[str, Any]) -> None:
+def test_the_good_recipe_is_good(workdir: Path, step: dict[str, Any]) -> None:
     """Else a case could be refused for another reason than its own."""
-    (place / "good_rewards.py").write_text("def ones(p, c):\n    return [1.0] * len(c)\n")
+    (workdir / "good_rewards.py").write_text("def ones(p, c):\n    return [1.0] * len(c)\n")
     text = json.dumps(step).replace("stages.corpora.world.gold:score_batch", "good_rewards:ones")
-    (place / "good.yaml").write_text(f"name: good\nsteps:\n  - {text}\n")
+    (workdir / "good.yaml").write_text(f"name: good\nsteps:\n  - {text}\n")
     result = CliRunner().invoke(app, ["run", "good.yaml"])
     assert result.exit_code == 0, (result.exception, result.output)
 
 
-def test_a_tokenizer_without_a_pad_token_is_mended_and_told_of(place: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = place / "model" / "tokenizer_config.json"
+def test_a_tokenizer_without_a_pad_token_is_mended_and_told_of(workdir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = workdir / "model" / "tokenizer_config.json"
     path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "pad_token"}))
-    (place / "model" / "special_tokens_map.json").unlink(missing_ok=True)
-    (place / "good.yaml").write_text(f"name: good\nsteps:\n  - {json.dumps(SFT)}\n")
+    (workdir / "model" / "special_tokens_map.json").unlink(missing_ok=True)
+    (workdir / "good.yaml").write_text(f"name: good\nsteps:\n  - {json.dumps(SFT)}\n")
     result = CliRunner().invoke(app, ["run", "good.yaml"])
     assert result.exit_code == 0, (result.exception, result.output)
     assert "the tokenizer of ./model has no pad token; using '[PAD]' as its pad token" in caplog.text

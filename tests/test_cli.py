@@ -33,7 +33,7 @@ steps:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(Path(__file__).with_name("fake_stages.py"), tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "fake_stages", raising=False)
@@ -73,7 +73,7 @@ def test_version() -> None:
     assert call("--version").stdout == f"tristage {__version__}\n"
 
 
-def test_run_and_run_again(place: Path) -> None:
+def test_run_and_run_again(workdir: Path) -> None:
     result = call("run", "quick.yaml", "base.rate=2.0", "--home", "made")
     assert result.exit_code == 0, result.output
     assert "quick finished" in result.stdout
@@ -84,15 +84,15 @@ def test_run_and_run_again(place: Path) -> None:
     assert again.stdout.count("reused:") == 3
 
 
-def test_the_home_folder_is_an_option_or_the_environment_or_outputs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_home_folder_is_an_option_or_the_environment_or_outputs(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     call("run", "quick.yaml")
     assert Path("outputs/registry").is_dir()
-    monkeypatch.setenv("STAGES_HOME", str(place / "elsewhere"))
+    monkeypatch.setenv("STAGES_HOME", str(workdir / "elsewhere"))
     call("run", "quick.yaml")
     assert Path("elsewhere/registry").is_dir()
 
 
-def test_plan_runs_nothing(place: Path) -> None:
+def test_plan_runs_nothing(workdir: Path) -> None:
     steps = calls_json("plan", "quick.yaml")["steps"]
     assert [(step["name"], step["action"]) for step in steps] == [("base", "run"), ("sft", "run"), ("verdict", "run")]
     assert not Path("outputs").exists()
@@ -115,7 +115,7 @@ def test_plan_runs_nothing(place: Path) -> None:
         (["generate", "nowhere", "--prompt", "a"], "error: got 'nowhere', which is no"),
     ],
 )
-def test_a_users_error_is_one_message_and_status_two(place: Path, arguments: list[str], message: str) -> None:
+def test_a_users_error_is_one_message_and_status_two(workdir: Path, arguments: list[str], message: str) -> None:
     result = call(*arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -123,7 +123,7 @@ def test_a_users_error_is_one_message_and_status_two(place: Path, arguments: lis
     assert result.stderr.count("\n") == 1
 
 
-def test_debug_keeps_the_traceback(place: Path) -> None:
+def test_debug_keeps_the_traceback(workdir: Path) -> None:
     result = call("run", "missing.yaml", "--debug")
     assert type(result.exception).__name__ == "RecipeError"
 
@@ -144,7 +144,7 @@ def test_debug_keeps_the_traceback(place: Path) -> None:
 )
 @pytest.mark.parametrize("error", [ZeroDivisionError("odd"), SystemExit("odd")], ids=["exception", "exit"])
 def test_an_unexpected_error_is_one_message_and_status_one(
-    place: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], broken: str, begin: str, error: BaseException
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], broken: str, begin: str, error: BaseException
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise error.__class__(*error.args)
@@ -159,15 +159,15 @@ def test_an_unexpected_error_is_one_message_and_status_one(
     assert debugged.exit_code == 1 and type(debugged.exception) in (ZeroDivisionError, RuntimeError)
 
 
-def test_a_sweep_goes_on_after_an_unexpected_error(place: Path) -> None:
+def test_a_sweep_goes_on_after_an_unexpected_error(workdir: Path) -> None:
     result = call("sweep", "quick.yaml", "base.stop_after=[0,null]", "--metric", "steps.base.metrics.loss")
     assert result.exit_code == 1, result.output
-    rows = [json.loads(line) for line in next(place.rglob("results.jsonl")).read_text().splitlines()]
+    rows = [json.loads(line) for line in next(workdir.rglob("results.jsonl")).read_text().splitlines()]
     assert [row["status"] for row in rows] == ["failed", "done"]
     assert rows[0]["error"].startswith("step 'base' (train): unexpected RuntimeError: the machine failed")
 
 
-def test_ctrl_c_ends_a_command_with_status_130(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_a_command_with_status_130(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
@@ -176,7 +176,7 @@ def test_ctrl_c_ends_a_command_with_status_130(place: Path, monkeypatch: pytest.
     assert (result.exit_code, result.stderr) == (130, "")
 
 
-def test_models_are_listed_shown_and_traced(place: Path) -> None:
+def test_models_are_listed_shown_and_traced(workdir: Path) -> None:
     assert "No models in" in call("models", "list").stdout
     call("run", "quick.yaml")
     rows = calls_json("models", "list")
@@ -201,13 +201,13 @@ def test_models_are_listed_shown_and_traced(place: Path) -> None:
     assert call("models", "lineage", "quick/sft", "--all").stdout.count("sha256:") >= 2
 
 
-def test_models_are_verified_exported_and_removed(place: Path) -> None:
+def test_models_are_verified_exported_and_removed(workdir: Path) -> None:
     call("run", "quick.yaml")
     assert call("models", "verify").stdout == "quick/base@1: intact\nquick/sft@1: intact\n"
     record = Registry("outputs/registry").get("quick/sft")
-    assert calls_json("models", "export", "quick/sft", "out")["path"] == str(place / "out")
-    (place / "out" / "README.md").unlink()  # the model card
-    assert digest_folder(place / "out") == record.digest
+    assert calls_json("models", "export", "quick/sft", "out")["path"] == str(workdir / "out")
+    (workdir / "out" / "README.md").unlink()  # the model card
+    assert digest_folder(workdir / "out") == record.digest
     (record.path / "config.json").write_text("{ }")
     result = call("models", "verify", "quick/sft")
     assert result.exit_code == 2
@@ -216,7 +216,7 @@ def test_models_are_verified_exported_and_removed(place: Path) -> None:
     assert [row["ref"] for row in calls_json("models", "list")] == ["quick/base@1"]
 
 
-def test_generate_shows_two_models_side_by_side(place: Path, tiny_llama_folder: Path) -> None:
+def test_generate_shows_two_models_side_by_side(workdir: Path, tiny_llama_folder: Path) -> None:
     arguments = ["generate", str(tiny_llama_folder), "--prompt", "the film", "--against", str(tiny_llama_folder)]
     options = ["--max-new-tokens", "5", "--num-samples", "2", "--seed", "3"]
     rows = calls_json(*arguments, *options)

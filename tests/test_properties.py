@@ -54,7 +54,7 @@ KEYS = st.sampled_from(
 def places(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
     """Every place in a recipe."""
     below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(found for key, item in below for found in places(item, (*path, key)))]
+    return [path, *(path_found for key, item in below for path_found in places(item, (*path, key)))]
 
 
 def put(recipe: dict[str, Any], path: tuple[str | int, ...], value: Any) -> Any:
@@ -71,9 +71,9 @@ def put(recipe: dict[str, Any], path: tuple[str | int, ...], value: Any) -> Any:
 @QUICK
 @given(path=st.sampled_from(places(BASE)), key=st.none() | KEYS, value=VALUES)
 def test_a_recipe_with_anything_anywhere_is_read_or_refused_in_one_line(tmp_path: Path, path: Any, key: str | None, value: Any) -> None:
-    place = path if key is None else (*path, key)
+    changed_path = path if key is None else (*path, key)
     try:
-        changed = put(BASE, place, value)
+        changed = put(BASE, changed_path, value)
     except (TypeError, KeyError, IndexError):
         return  # no such place
     file = tmp_path / "some.yaml"
@@ -218,7 +218,7 @@ class Histories(RuleBasedStateMachine):
                 self.registry.remove(ref, force=force)
             return
         digest = self.ledger[ref][0]
-        twins = [other for other, (found, _) in self.ledger.items() if found == digest and other != ref]
+        twins = [other for other, (known, _) in self.ledger.items() if known == digest and other != ref]
         standing = [other for other, base in self.bases.items() if base == digest and other in self.ledger]
         if standing and not twins and not force:
             with pytest.raises(RegistryError, match="is the base of"):
@@ -265,8 +265,8 @@ class Histories(RuleBasedStateMachine):
             if numbers:
                 newest = self.registry.get(name)
                 assert newest.version == numbers[-1] <= last
-                found = self.registry.find_fingerprint(f"fingerprint of {name}", name)
-                assert found is not None and found.version in numbers
+                registered = self.registry.find_fingerprint(f"fingerprint of {name}", name)
+                assert registered is not None and registered.version in numbers
             else:
                 with pytest.raises(RegistryError):
                     self.registry.get(name)

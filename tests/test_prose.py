@@ -1,13 +1,11 @@
-"""Words that are not used: identifiers without a meaning of their own (docs/terms.md has the words to use), and obscure phrases."""
+"""Checks of names and prose: identifiers without a clear meaning (docs/terms.md has the terms to use), and obscure phrases."""
 
 from __future__ import annotations
 
-import io
+import ast
 import re
-import tokenize
+from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -32,27 +30,48 @@ BANNED_NAMES = {
 """Identifier -> what to write instead."""
 
 BANNED_PHRASES = ("made anew", "the user's to mend", "not looked at", "of one's own")
+"""Phrases in lower case. They may be split over two lines."""
+
+PROSE = ("stages/**/*.py", "tests/**/*.py", "docs/*.py", "docs/*.md", "*.md", "recipes/*.yaml", "data/**/*.md", "launch.sh")
 
 
-def sources() -> list[Path]:
-    return sorted((REPOSITORY / "stages").rglob("*.py"))
+def files(*patterns: str) -> list[Path]:
+    """The files of the repository that match, without this one, which contains the banned words."""
+    return sorted({file for pattern in patterns for file in REPOSITORY.glob(pattern)} - {Path(__file__)})
+
+
+def identifiers(text: str) -> Iterator[tuple[int, str]]:
+    """(line, name) of every name in Python source: variables, parameters, keywords, attributes, functions and classes."""
+    for node in ast.walk(ast.parse(text)):
+        for field in ("id", "arg", "attr", "name"):
+            if isinstance(name := getattr(node, field, None), str):
+                yield getattr(node, "lineno", 0), name
+
+
+def test_identifiers_include_those_in_f_strings() -> None:
+    assert {name for _, name in identifiers("def f(a, *, b): g(c=f'{d:.{e}}').h")} == set("abcdefgh")
 
 
 def test_banned_identifiers_are_not_used() -> None:
+    sources = files("stages/**/*.py", "tests/**/*.py", "docs/*.py")
+    assert len(sources) > 300
     pattern = re.compile(rf"\b({'|'.join(BANNED_NAMES)})\b")
-    used = []
-    for file in sources():
-        text = file.read_text(encoding="utf-8")
-        if not pattern.search(text):
-            continue
-        for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.type == tokenize.NAME and token.string in BANNED_NAMES:
-                used.append(f"{file.relative_to(REPOSITORY)}:{token.start[0]}: {token.string} -> {BANNED_NAMES[token.string]}")
+    used = [
+        f"{file.relative_to(REPOSITORY)}:{line}: {name} -> {BANNED_NAMES[name]}"
+        for file in sources
+        if pattern.search(text := file.read_text(encoding="utf-8"))
+        for line, name in identifiers(text)
+        if name in BANNED_NAMES
+    ]
     assert not used, "\n".join(used)
 
 
-@pytest.mark.parametrize("phrase", BANNED_PHRASES)
-def test_banned_phrases_are_not_used(phrase: str) -> None:
-    files = [*sources(), *sorted((REPOSITORY / "docs").glob("*.md"))]
-    used = [str(file.relative_to(REPOSITORY)) for file in files if phrase in file.read_text(encoding="utf-8").lower()]
-    assert not used, used
+def test_banned_phrases_are_not_used() -> None:
+    phrases = re.compile("|".join(rf"\b{re.escape(phrase)}\b".replace(r"\ ", r"[\s#]+") for phrase in BANNED_PHRASES))
+    used = [
+        f"{file.relative_to(REPOSITORY)}:{text.count(chr(10), 0, match.start()) + 1}: {match[0]!r}"
+        for file in files(*PROSE)
+        for text in [file.read_text(encoding="utf-8").lower()]
+        for match in phrases.finditer(text)
+    ]
+    assert not used, "\n".join(used)

@@ -56,7 +56,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, ti
     DistilBertForSequenceClassification(config).save_pretrained(folder / "classifier")
     tiny_tokenizer.save_pretrained(folder / "classifier")
     runtime, registry = Runtime(quiet=True), Registry(folder / "registry")
-    found = {}
+    servers = {}
     for name, label in (("rm", None), ("classifier", "good")):
         made = scorer(str(folder / name), registry, runtime, label=label, output="logit")
         said: list[str] = []
@@ -69,8 +69,8 @@ def served(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, ti
         options = {"host": "127.0.0.1", "port": 0, "key": "k-secret-9" if name == "rm" else None, "say": say}
         threading.Thread(target=serve, args=(made,), kwargs=options, daemon=True).start()
         assert ready.wait(30) and made.signature["digest"] in said[0]
-        found[name] = (said[0].partition(" answers at ")[2].partition("/get_reward")[0], made)
-    yield found
+        servers[name] = (said[0].partition(" answers at ")[2].partition("/get_reward")[0], made)
+    yield servers
 
 
 def far(address: str, key: str | None = None, **fields: Any) -> EndpointSource:
@@ -91,14 +91,16 @@ def test_whole_texts_by_vllms_protocols(served) -> None:
     tokenizer, model = made.source.tokenizer, made.source.model
     rows = [torch.tensor([[*tokenizer(f"p {text}")["input_ids"], tokenizer.eos_token_id]]) for text in TEXTS]
     alone = [model.score(row, torch.ones_like(row)) for row in rows]
-    found = far(f"{address}/pooling", "k-secret-9", protocol="pooling").score(["p", "p"], TEXTS)
-    torch.testing.assert_close(found, torch.cat(alone).detach())
+    served_scores = far(f"{address}/pooling", "k-secret-9", protocol="pooling").score(["p", "p"], TEXTS)
+    torch.testing.assert_close(served_scores, torch.cat(alone).detach())
     scores = far(f"{address}/score", "k-secret-9", protocol="score").score(["p", "q"], TEXTS)
     torch.testing.assert_close(scores, made.source.score(["p", "q"], TEXTS))
     classifier, made = served["classifier"]
-    found = far(f"{classifier}/classify", protocol="classify", label=1, output="probability", reads="completion").score(["p", "p"], TEXTS)
+    served_scores = far(f"{classifier}/classify", protocol="classify", label=1, output="probability", reads="completion").score(
+        ["p", "p"], TEXTS
+    )
     logits = torch.cat([made.source.model(torch.tensor([made.source.tokenizer(text)["input_ids"]])).logits for text in TEXTS]).detach()
-    torch.testing.assert_close(found, logits.softmax(dim=-1)[:, 1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(served_scores, logits.softmax(dim=-1)[:, 1], rtol=1e-4, atol=1e-5)
 
 
 def test_openrlhfs_own_requests(served) -> None:

@@ -133,15 +133,15 @@ def imports_of(text: str, known: set[str]) -> set[str]:
 
     ``known``: all modules. ``from package import name`` imports the module ``package.name`` if there is one, else ``package``.
     """
-    found: set[str] = set()
+    modules: set[str] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: relative import; the arrows are read from full names"
             full = [f"{node.module}.{alias.name}" for alias in node.names]
-            found |= {name if name in known else str(node.module) for name in full}
+            modules |= {name if name in known else str(node.module) for name in full}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return {name for name in found if name.split(".")[0] == "stages"}
+            modules |= {alias.name for alias in node.names}
+    return {name for name in modules if name.split(".")[0] == "stages"}
 
 
 def graph() -> dict[str, set[str]]:

@@ -34,10 +34,10 @@ def agreement(part: str, haste: float) -> tuple[list[float], list[float], float]
             truth = (scores[a] < scores[b]) - (scores[a] > scores[b])
             ties += views.count(0)
             total += len(views)
-            for place, view in enumerate(views):
+            for index, view in enumerate(views):
                 if view and truth:
-                    with_judge[place][0] += view == truth
-                    with_judge[place][1] += 1
+                    with_judge[index][0] += view == truth
+                    with_judge[index][1] += 1
             for (one, other), counts in same.items():
                 if views[one] and views[other]:
                     counts[0] += views[one] == views[other]

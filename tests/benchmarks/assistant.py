@@ -35,10 +35,10 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def short_ranking(row: dict[str, Any], count: Any) -> dict[str, Any] | None:
     """The ranking of the row's short answers; None where fewer than two are short, or the prompt is long."""
-    kept = [place for place, text in enumerate(row["responses"]) if 1 <= count(text) <= LONGEST_ANSWER]
+    kept = [index for index, text in enumerate(row["responses"]) if 1 <= count(text) <= LONGEST_ANSWER]
     if len(kept) < 2 or count(row["prompt"]) > LONGEST_PROMPT:
         return None
-    return {"prompt": row["prompt"], **{column: [row[column][place] for place in kept] for column in ("responses", "scores")}}
+    return {"prompt": row["prompt"], **{column: [row[column][index] for index in kept] for column in ("responses", "scores")}}
 
 
 def write_rankings(shared: Path, folder: Path, tokenizer: Any) -> dict[str, int]:

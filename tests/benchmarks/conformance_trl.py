@@ -137,7 +137,7 @@ def trl_implementation(cases: Any) -> Any:
         )["scores"]
 
     def ranking_loss(prompts: Any) -> float:
-        pairs = [(better, worse) for prompt in prompts for place, better in enumerate(prompt) for worse in prompt[place + 1 :]]
+        pairs = [(better, worse) for prompt in prompts for rank, better in enumerate(prompt) for worse in prompt[rank + 1 :]]
         scope = {
             **vars(reward_trainer),
             "rewards_chosen": torch.tensor([pair[0] for pair in pairs]),
@@ -200,13 +200,13 @@ def behaviours(implementation: Any) -> list[dict[str, Any]]:
 
     ratio, advantages = torch.ones(2, 3), torch.tensor([[-1.0, 0.0, 0.0], [-4.0, -4.0, -4.0]])
     mask = torch.tensor([[True, False, False], [True, True, True]])
-    whole = float(implementation.policy_loss(ratio, advantages, mask))
+    full_batch = float(implementation.policy_loss(ratio, advantages, mask))
     halves = [float(implementation.policy_loss(ratio[[row]], advantages[[row]], mask[[row]])) for row in range(2)]
     rows = [
         {
             "detail": "P11",
             "what": "a minibatch's loss does not depend on its split into microbatches",
-            "expected": whole,
+            "expected": full_batch,
             "found": sum(halves) / 2,
             "key": "split",
         },
@@ -246,8 +246,10 @@ def answer() -> list[dict[str, Any]]:
         if function is None:
             rows.append({**row, "verdict": "not there", "found": None})
             continue
-        found = case.run(function)
-        rows.append({**row, "found": found, "verdict": "meets" if cases.difference(found, case.expected) <= case.tolerance else "deviates"})
+        actual = case.run(function)
+        rows.append(
+            {**row, "found": actual, "verdict": "meets" if cases.difference(actual, case.expected) <= case.tolerance else "deviates"}
+        )
     for row in behaviours(implementation):
         rows.append({**row, "verdict": "meets" if abs(row["found"] - row["expected"]) < 1e-4 else "deviates"})
     return rows

@@ -97,24 +97,24 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="Write the result to this file as well.")
     options = parser.parse_args()
     clock = time.process_time if options.cpu_time else time.perf_counter
-    found = {}
+    results = {}
     for name, shape in (GPU_SIZES if options.device == "cuda" else SIZES).items():
         model = model_on(*shape, options.device, getattr(torch, options.dtype))
         draw = random.Random(0)
         prompts = [[draw.randrange(1, shape[2]) for _ in range(draw.randint(8, 32))] for _ in range(options.prompts)]
         speeds = measured(model, prompts, options.rounds, options.batch_size, clock)
         base = speeds[WAYS[1]]
-        found[name] = {
+        results[name] = {
             way: {
                 "tokens_per_second": round(statistics.median(of_way)),
                 "times_batch_after_batch": round(statistics.median(a / b for a, b in zip(of_way, base, strict=True)), 2),
             }
             for way, of_way in speeds.items()
         }
-        print(name, json.dumps(found[name], indent=1), flush=True)
+        print(name, json.dumps(results[name], indent=1), flush=True)
     if options.json is not None:
         device = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
-        options.json.write_text(json.dumps({"device": device, "threads": torch.get_num_threads(), "ways": found}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"device": device, "threads": torch.get_num_threads(), "ways": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -78,8 +78,8 @@ def main() -> None:
     names = ("win_rate", "gold", "reward", "kl", "seconds")
     print("| advantages | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))  # noqa: T201
     for method in chosen.methods:
-        found = [[row[name] for row in rows if row["method"] == method and row[name] is not None] for name in names]
-        print(f"| {method} | " + " | ".join(f"{fmean(values):.3g}" if values else "-" for values in found) + " |")  # noqa: T201
+        columns = [[row[name] for row in rows if row["method"] == method and row[name] is not None] for name in names]
+        print(f"| {method} | " + " | ".join(f"{fmean(values):.3g}" if values else "-" for values in columns) + " |")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def main() -> None:
     chosen = parser.parse_args()
     python = environment(chosen.environment)
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryDirectory() as place:
-        model = Path(place) / "model"
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(scratch) / "model"
         subprocess.run([sys.executable, "-m", "stages", "models", "export", chosen.ref, str(model), "--home", chosen.home], check=True)
         port = free_port()
         start = "import sys; sys.argv[0] = 'transformers'; from transformers.cli.transformers import main; main()"
@@ -90,15 +90,15 @@ def main() -> None:
         finally:
             server.terminate()
             server.wait()
-        task, data = Path(place) / "tasks", Path(place) / "rows.jsonl"
+        task, data = Path(scratch) / "tasks", Path(scratch) / "rows.jsonl"
         task.mkdir()
         data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         (task / "local.yaml").write_text(TASK.replace("DATA", str(data)))
         command = [str(python), "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32", "--device", "cpu"]
         command += ["--tasks", "tristage_local", "--include_path", str(task), "--batch_size", "2"]
         done = subprocess.run(command, env=offline, capture_output=True, text=True, check=False)
-        found = re.search(r"^\|tristage_local.*$", done.stdout, re.MULTILINE)
-        print("lm-eval:", found[0] if found else f"no result\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
+        match = re.search(r"^\|tristage_local.*$", done.stdout, re.MULTILINE)
+        print("lm-eval:", match[0] if match else f"no result\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
 
 
 def wait_for(address: str, server: subprocess.Popen[bytes]) -> None:

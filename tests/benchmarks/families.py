@@ -36,8 +36,8 @@ def checked(family: Family, folder: Path, checks: dict[str, Any]) -> dict[str, s
     for name, check in checks.items():
         with tempfile.TemporaryDirectory() as scratch:
             try:
-                found = check(family, folder, Path(scratch))
-                cells[name] = f"{found:.0e}" if found < TOLERANCE.get(name, EXACT) else f"FAILS: differs by {found:.1e}"
+                largest = check(family, folder, Path(scratch))
+                cells[name] = f"{largest:.0e}" if largest < TOLERANCE.get(name, EXACT) else f"FAILS: differs by {largest:.1e}"
             except StagesError as error:
                 expected = family.without.get(name)
                 cells[name] = f"refused: {expected}" if expected is not None and expected in str(error) else f"FAILS: {error}"

@@ -36,8 +36,8 @@ def non_embedding_parameters(registry: Path, ref: str) -> int:
 
 def rates(summary: dict[str, Any], judge: str) -> dict[str, dict[str, float]]:
     """Win rate and interval of each candidate against the baseline; the baseline's own is one half by definition."""
-    found = {row["a"]: row for row in summary["win_rates"] if row["b"] == BASELINE and row["judge"] == judge}
-    return {**found, BASELINE: {"win_rate": 0.5, "ci_low": 0.5, "ci_high": 0.5}}
+    by_policy = {row["a"]: row for row in summary["win_rates"] if row["b"] == BASELINE and row["judge"] == judge}
+    return {**by_policy, BASELINE: {"win_rate": 0.5, "ci_low": 0.5, "ci_high": 0.5}}
 
 
 def shown(rate: dict[str, float]) -> str:

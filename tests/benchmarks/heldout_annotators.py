@@ -36,7 +36,7 @@ def main() -> None:
     folds = {row["values"]["preference.data.fold"]: row["models"]["preference"] for row in results}
     registry = Registry(chosen.results.resolve().parents[3] / "registry")
     groups = shuffled_groups({row["annotator"] for row in world_rows("world:rankings")})  # as a step with split_by deals them out
-    fold_of = {name: place % len(folds) for place, name in enumerate(groups)}
+    fold_of = {name: index % len(folds) for index, name in enumerate(groups)}
     rows = [row for split in ("validation", "heldout") for row in world_rows(f"world:rankings/{split}")]
 
     hits: dict[tuple[int, int], list[bool]] = defaultdict(list)  # (model's fold, annotator's fold)
@@ -50,13 +50,13 @@ def main() -> None:
         start = 0
         for row in rows:
             end = start + len(row["completions"])
-            found = pairwise_correct(scores[start:end], torch.tensor(row["ranks"]), torch.zeros(end - start, dtype=torch.long))
-            hits[fold, fold_of[row["annotator"]]] += found.tolist()
+            right = pairwise_correct(scores[start:end], torch.tensor(row["ranks"]), torch.zeros(end - start, dtype=torch.long))
+            hits[fold, fold_of[row["annotator"]]] += right.tolist()
             start = end
 
     def accuracy(*cells: tuple[int, int]) -> float:
-        found = [hit for cell in cells for hit in hits[cell]]
-        return sum(found) / len(found)
+        right = [hit for cell in cells for hit in hits[cell]]
+        return sum(right) / len(right)
 
     numbers = sorted(folds)
     unknown = [accuracy((fold, fold)) for fold in numbers]

@@ -162,10 +162,10 @@ def main() -> None:
             storms += 1
             home = Path(folder, f"storm-{storms}")
             while True:
-                done, place = finished(recipe, home, given.processes, draw.uniform(1.0, 0.6 * calm_seconds))
+                done, step_name = finished(recipe, home, given.processes, draw.uniform(1.0, 0.6 * calm_seconds))
                 if not done:
                     kills += 1
-                    places[place] += 1
+                    places[step_name] += 1
                 registry = Registry(home / "registry")
                 wrong = {record.ref: problems for record in registry.records() if (problems := registry.verify(record.ref))}
                 if wrong:

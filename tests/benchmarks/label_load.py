@@ -113,12 +113,12 @@ def measure(links: dict[str, str], names: list[str], answers: int, think: float)
         thread.join()
     seconds = time.perf_counter() - began
     times = {"answer": acknowledged, "task": shown}
-    found = {
+    counts = {
         f"{name}_{what}_ms": round(1000 * value(list(values)), 1)
         for name, values in times.items()
         for what, value in (("median", median), ("p99", lambda values: percentile(values, 0.99)), ("worst", max))
     }
-    return {**found, "answers": len(acknowledged), "answers_per_second": round(len(acknowledged) / seconds, 1)}
+    return {**counts, "answers": len(acknowledged), "answers_per_second": round(len(acknowledged) / seconds, 1)}
 
 
 def main() -> None:

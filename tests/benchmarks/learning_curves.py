@@ -63,10 +63,10 @@ def run_steps(recipe: str, steps: Mapping[str, Mapping[str, Any]], home: Path) -
 
 def metrics_of(runs: Path, step: str) -> list[dict[str, float]]:
     """The metrics of the newest run of ``runs`` that made the step."""
-    found = sorted(runs.glob(f"*/{step}/metrics.jsonl"))
-    if not found:
+    files = sorted(runs.glob(f"*/{step}/metrics.jsonl"))
+    if not files:
         raise SystemExit(f"no run under {runs} holds the metrics of {step}; remove its model (stages models remove) and run again")
-    return [json.loads(line) for line in found[-1].read_text().splitlines()]
+    return [json.loads(line) for line in files[-1].read_text().splitlines()]
 
 
 def averaged(runs: Sequence[Sequence[Mapping[str, float]]], name: str) -> tuple[list[float], list[float]]:

@@ -129,8 +129,8 @@ def main() -> None:
     idle_code = f"{IMPORTS}\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     idle = int(run([sys.executable, "-W", "ignore", "-c", idle_code]).split()[-1])
     print(f"an idle process: {idle / 2**20:.0f} MiB")
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         names = prepare(folder)
         for name, step in SETUPS.items():
             if options.only not in (None, name):
@@ -143,8 +143,8 @@ def main() -> None:
             run([*command, "run", str(recipe), "--home", str(home)])
             summary = json.loads((home / "runs" / "memory" / "latest" / "summary.json").read_text())
             needed = summary["peak_memory_bytes"] - idle
-            found = f"planned {planned / 2**20:6.0f} MiB   needed {needed / 2**20:6.0f} MiB   planned / needed {planned / needed:.2f}"
-            print(f"{name:36s} {found}", flush=True)
+            comparison = f"planned {planned / 2**20:6.0f} MiB   needed {needed / 2**20:6.0f} MiB   planned / needed {planned / needed:.2f}"
+            print(f"{name:36s} {comparison}", flush=True)
 
 
 if __name__ == "__main__":

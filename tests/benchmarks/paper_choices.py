@@ -51,16 +51,16 @@ def last_quarter(metrics: list[dict[str, float]], name: str) -> float:
     return statistics.fmean(line[name] for line in metrics[-max(1, len(metrics) // 4) :])
 
 
-def table(chosen: dict[str, tuple[str, dict[str, Any]]], found: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
+def table(chosen: dict[str, tuple[str, dict[str, Any]]], results: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
     """One row per variant: its means, and the differences to the default with half their 95 % intervals."""
     rows = []
     for name, (what, _) in chosen.items():
-        row: dict[str, Any] = {"variant": name, "what": what, "seeds": len(found[name])}
+        row: dict[str, Any] = {"variant": name, "what": what, "seeds": len(results[name])}
         for measure in MEASURES:
-            differences = [run[measure] - base[measure] for run, base in zip(found[name], found["default"], strict=True)]
+            differences = [run[measure] - base[measure] for run, base in zip(results[name], results["default"], strict=True)]
             error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
             row[measure] = {
-                "mean": round(statistics.fmean(run[measure] for run in found[name]), 4),
+                "mean": round(statistics.fmean(run[measure] for run in results[name]), 4),
                 "difference": round(statistics.fmean(differences), 4),
                 "half": round(T975.get(len(differences) - 1, 1.96) * error, 4),
             }
@@ -89,13 +89,13 @@ def main() -> None:
     options = parser.parse_args()
     chosen = {name: kind for name, kind in variants().items() if not options.only or name in (*options.only, "default")}
     extra = {"total_episodes": options.episodes} if options.episodes else {}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     for seed in range(1, options.seeds + 1):
         for name, (_, fields) in chosen.items():
             step = f"{name}-{seed}"
             metrics = run_steps("paper-choices", {step: {**fields, **extra, "seed": seed}}, options.home.absolute())[step]
-            found[name].append({measure: last_quarter(metrics, measure) for measure in MEASURES})
-        rows = table(chosen, found)
+            results[name].append({measure: last_quarter(metrics, measure) for measure in MEASURES})
+        rows = table(chosen, results)
         show(rows)
         if not options.only:
             RESULTS.mkdir(exist_ok=True)

@@ -147,17 +147,17 @@ def ours(workload: dict[str, Any], seed: int, value: str) -> dict[str, Any]:
         return ResolvedModel(ref=path, kind="folder", path=path, digest=path, input=ModelInput(ref=path))
 
     times, lines = [time.perf_counter()], []
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as scratch:
         runtime = Runtime(quiet=True)
         runtime.begin_step(seed)
         context = StepContext(
             name="benchmark/aligned",
             seed=seed,
             runtime=runtime,
-            registry=Registry(Path(place) / "registry"),
+            registry=Registry(Path(scratch) / "registry"),
             models={"policy": folder_model(workload["policy"]), "reward[0].model": folder_model(workload["reward_model"])},
-            folder=Path(place) / "run",
-            checkpoint_folder=Path(place) / "work",
+            folder=Path(scratch) / "run",
+            checkpoint_folder=Path(scratch) / "work",
         )
         context.folder.mkdir()
         log = context.log
@@ -263,12 +263,12 @@ def main() -> None:
         print(json.dumps(ours(json.loads(Path(workload).read_text()), int(seed), value)))
         return
     python = None if options.skip_trl else trl_python(options.trl_env.absolute())
-    found = {}
-    with tempfile.TemporaryDirectory() as place:
+    results = {}
+    with tempfile.TemporaryDirectory() as scratch:
         for name in ("natural", "no-early-end"):
             if options.only not in (None, name):
                 continue
-            folder = Path(place) / name
+            folder = Path(scratch) / name
             folder.mkdir()
             number = SETTINGS["batch"] * options.iterations
             workload = natural(folder, options.home, number) if name == "natural" else no_early_end(folder, number)
@@ -283,9 +283,9 @@ def main() -> None:
                     runs["trl"].append(started([str(python), str(script), str(path), str(seed)], options.threads))
                 else:
                     runs["trl"].append(runs["separate"][-1])
-            found[name] = show(name, runs, SETTINGS["batch"])
+            results[name] = show(name, runs, SETTINGS["batch"])
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

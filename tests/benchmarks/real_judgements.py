@@ -144,10 +144,10 @@ def show(run: Path) -> None:
         evaluation = json.loads((run / step / "evaluation.json").read_text())
         judge = evaluation["judges"][0]["name"]
         print(f"\n{step}: {evaluation['prompts']} prompts")
-        for name, found in evaluation["agreement"]["annotators"].items():
+        for name, agreement in evaluation["agreement"]["annotators"].items():
             print(
-                f"  {name}: {found['units']} comparisons, {found['votes']} votes, "
-                + ", ".join(f"{key} {found[key]:.3f}" for key in ("agreement", "unanimous", "alpha", "fleiss_kappa"))
+                f"  {name}: {agreement['units']} comparisons, {agreement['votes']} votes, "
+                + ", ".join(f"{key} {agreement[key]:.3f}" for key in ("agreement", "unanimous", "alpha", "fleiss_kappa"))
             )
         for pair in evaluation["agreement"]["pairs"]:
             print(

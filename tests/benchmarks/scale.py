@@ -59,13 +59,13 @@ def make_model(folder: Path, *, width: int, layers: int) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def measure(place: Path, given: dict[str, int], iterations: int) -> dict[str, Any]:
+def measure(workdir: Path, given: dict[str, int], iterations: int) -> dict[str, Any]:
     """One run; seconds by phase and peak memory."""
     name = "-".join(map(str, given.values()))
-    model = place / f"model-{given['width']}-{given['layers']}"
+    model = workdir / f"model-{given['width']}-{given['layers']}"
     parameters = make_model(model, width=given["width"], layers=given["layers"])
     rows = [{"prompt": f"{number:03d} " + "a" * (given["prompt"] - 4)} for number in range(128)]
-    (place / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (workdir / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     step = {
         "stage": "ppo",
         "name": "aligned",
@@ -82,14 +82,14 @@ def measure(place: Path, given: dict[str, int], iterations: int) -> dict[str, An
         "ppo_epochs": 1,
         "checkpoint_seconds": 1e9,
     }
-    (place / "scale.yaml").write_text(f"name: scale\nsteps:\n  - {json.dumps(step)}\n")
+    (workdir / "scale.yaml").write_text(f"name: scale\nsteps:\n  - {json.dumps(step)}\n")
     launcher = [] if given["processes"] == 1 else ["-m", "stages.process.launching", "--cpu", "--num_processes", str(given["processes"])]
     command = [sys.executable, *launcher, "-m", "stages", "run", "scale.yaml", "--home", name]
-    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{place}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{workdir}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=workdir, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(done.stdout[-1000:] + done.stderr[-3000:])
-    run = place / name / "runs" / "scale" / "latest"
+    run = workdir / name / "runs" / "scale" / "latest"
     lines = [json.loads(line) for line in (run / "aligned" / "metrics.jsonl").read_text().splitlines()][1:]
     seconds = {phase: statistics.median(line[f"time/{phase}_s"] for line in lines) for phase in ("generation", "measuring", "update")}
     peak = json.loads((run / "summary.json").read_text())["peak_memory_bytes"]
@@ -110,20 +110,20 @@ def main() -> None:
     print("| varied | value | parameters | generation s | measuring s | update s | iteration s | relative | memory MiB |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:
-        place = Path(folder)
-        (place / "scale_reward.py").write_text("def score(p, c):\n    return [text.count('e') / (len(text) + 1) for text in c]\n")
+        workdir = Path(folder)
+        (workdir / "scale_reward.py").write_text("def score(p, c):\n    return [text.count('e') / (len(text) + 1) for text in c]\n")
         measured: dict[str, dict[str, Any]] = {}  # several blocks hold the same row
         for block, variants in BLOCKS.items():
             first = None
             for variant in variants:
                 settings = {**BASE, **variant}
                 name = "-".join(map(str, settings.values()))
-                found = measured[name] = measured.get(name) or measure(place, settings, given.iterations)
-                first = first or found["total"]
-                phases = " | ".join(f"{value:.2f}" for value in found["seconds"].values())
+                result = measured[name] = measured.get(name) or measure(workdir, settings, given.iterations)
+                first = first or result["total"]
+                phases = " | ".join(f"{value:.2f}" for value in result["seconds"].values())
                 print(
-                    f"| {block} | {next(iter(variant.values()))} | {found['parameters'] / 1e6:.2f} M | {phases} | {found['total']:.2f} | "
-                    f"{found['total'] / first:.2f} | {(found['peak'] - idle) / 2**20:.0f} |",
+                    f"| {block} | {next(iter(variant.values()))} | {result['parameters'] / 1e6:.2f} M | {phases} | {result['total']:.2f} | "
+                    f"{result['total'] / first:.2f} | {(result['peak'] - idle) / 2**20:.0f} |",
                     flush=True,
                 )
 

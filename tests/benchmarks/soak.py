@@ -37,10 +37,10 @@ def main() -> None:
     options.add_argument("--minutes", type=float, default=31.0)
     given = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        place = Path(folder)
-        make_model(place / "model", width=64, layers=2)
-        (place / "soak_reward.py").write_text("def score(p, c):\n    return [text.count('e') / (len(text) + 1) for text in c]\n")
-        (place / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{n:03d} a film"}) + "\n" for n in range(500)))
+        workdir = Path(folder)
+        make_model(workdir / "model", width=64, layers=2)
+        (workdir / "soak_reward.py").write_text("def score(p, c):\n    return [text.count('e') / (len(text) + 1) for text in c]\n")
+        (workdir / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{n:03d} a film"}) + "\n" for n in range(500)))
         step = {
             "stage": "ppo",
             "name": "aligned",
@@ -58,22 +58,22 @@ def main() -> None:
             "ema_decay": 0.99,
             "training": {"schedule": "constant"},
         }
-        (place / "soak.yaml").write_text(f"name: soak\nsteps:\n  - {json.dumps(step)}\n")
-        environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{place}", "OMP_NUM_THREADS": "1"}
+        (workdir / "soak.yaml").write_text(f"name: soak\nsteps:\n  - {json.dumps(step)}\n")
+        environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{workdir}", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "stages", "run", "soak.yaml", "--home", "home"]
-        with (place / "log").open("w") as log:
-            process = subprocess.Popen(command, cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        with (workdir / "log").open("w") as log:
+            process = subprocess.Popen(command, cwd=workdir, env=environment, stdout=log, stderr=subprocess.STDOUT)
             watched, began, read = psutil.Process(process.pid), time.monotonic(), []
             while time.monotonic() - began < 60 * given.minutes:
                 time.sleep(PAUSE_SECONDS)
                 if process.poll() is not None:
-                    raise SystemExit((place / "log").read_text()[-3000:])
+                    raise SystemExit((workdir / "log").read_text()[-3000:])
                 read.append((time.monotonic() - began, watched.memory_info().rss / 2**20))
             asked = time.monotonic()
             process.send_signal(signal.SIGTERM)
             status = process.wait(60)
             ending = time.monotonic() - asked
-        metrics = place / "home" / "runs" / "soak" / "latest" / "aligned" / "metrics.jsonl"
+        metrics = workdir / "home" / "runs" / "soak" / "latest" / "aligned" / "metrics.jsonl"
         iterations = len(metrics.read_text().splitlines())
         late = read[len(read) // 5 :]
         growth = 3600 * slope(late)

@@ -71,8 +71,8 @@ def step(kind: str) -> dict[str, Any]:
 
 def ours(kind: str, folder: Path) -> float:
     """Optimizer steps per second of the stage."""
-    with tempfile.TemporaryDirectory() as place:
-        recipe, home = Path(place) / "recipe.yaml", Path(place) / "home"
+    with tempfile.TemporaryDirectory() as scratch:
+        recipe, home = Path(scratch) / "recipe.yaml", Path(scratch) / "home"
         recipe.write_text(json.dumps({"name": "speed", "steps": [step(kind)]}).replace("MODEL", str(folder)))
         from stages.chain import run as chain
         from stages.process.runtime import Runtime
@@ -88,9 +88,9 @@ def theirs(kind: str, folder: Path) -> float:
     import transformers
 
     transformers.set_seed(0)
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as scratch:
         shared = {
-            "output_dir": place,
+            "output_dir": scratch,
             "per_device_train_batch_size": 8,
             "max_steps": STEPS[kind],
             "learning_rate": 1e-3,
@@ -178,28 +178,28 @@ def main() -> None:
     parser.add_argument("--worker", nargs=3, metavar=("SIDE", "KIND", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        side, kind, place = options.worker
+        side, kind, scratch = options.worker
         if not options.fast_matmuls:
             from stages.kernels import matmul
 
             matmul.prefers_onednn = lambda: False  # type: ignore[assignment]
-        print({"ours": ours, "theirs": theirs}[side](kind, Path(place)))
+        print({"ours": ours, "theirs": theirs}[side](kind, Path(scratch)))
         return
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TOKENIZERS_PARALLELISM": "false"}
-    with tempfile.TemporaryDirectory() as place:
-        base_model(Path(place))
+    with tempfile.TemporaryDirectory() as scratch:
+        base_model(Path(scratch))
         for kind in STEPS:
             speeds: dict[str, list[float]] = {"ours": [], "theirs": []}
             for _ in range(options.rounds):
-                for side, found in speeds.items():
-                    command = [sys.executable, "-W", "ignore", __file__, "--worker", side, kind, place]
+                for side, side_speeds in speeds.items():
+                    command = [sys.executable, "-W", "ignore", __file__, "--worker", side, kind, scratch]
                     command += ["--fast-matmuls"] if options.fast_matmuls else []
                     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
                     if done.returncode:
                         sys.exit(done.stderr[-3000:])
-                    found.append(float(done.stdout.split()[-1]))
+                    side_speeds.append(float(done.stdout.split()[-1]))
             ratios = [one / other for one, other in zip(speeds["ours"], speeds["theirs"], strict=True)]
-            ours_median, theirs_median = (statistics.median(found) for found in speeds.values())
+            ours_median, theirs_median = (statistics.median(side_speeds) for side_speeds in speeds.values())
             told = f"{ours_median:6.1f} steps/s here, {theirs_median:6.1f} by the Trainer alone"
             print(f"{kind:12s} {told}: {statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
 

@@ -73,9 +73,9 @@ def processor_time(server: StartedServer) -> float:
     """Seconds of processor time of this process and of all of the server's."""
     import psutil
 
-    found = [psutil.Process(), psutil.Process(server._process.pid)]  # type: ignore[union-attr]
-    found += found[1].children(recursive=True)
-    return sum(one.cpu_times().user + one.cpu_times().system for one in found)
+    processes = [psutil.Process(), psutil.Process(server._process.pid)]  # type: ignore[union-attr]
+    processes += processes[1].children(recursive=True)
+    return sum(one.cpu_times().user + one.cpu_times().system for one in processes)
 
 
 def speed(options: argparse.Namespace, folder: Path) -> None:

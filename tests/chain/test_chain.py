@@ -32,7 +32,7 @@ steps:
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(Path(__file__).parents[1] / "fake_stages.py", tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "fake_stages", raising=False)
@@ -232,8 +232,8 @@ def test_what_planning_remembers_does_not_let_a_damaged_input_in(monkeypatch: py
     weights = Registry("home/registry").get("quick/sft").path / "model.safetensors"
     weights.write_text(weights.read_text().replace("rate", "ratf"))
     memory = json.loads(Path("home/cache/plan.json").read_text())
-    found = weights.stat()  # as if the disk had changed a bit behind the system's back
-    memory["hashes"][str(weights.absolute())][:4] = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+    status = weights.stat()  # as if the disk had changed a bit behind the system's back
+    memory["hashes"][str(weights.absolute())][:4] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
     Path("home/cache/plan.json").write_text(json.dumps(memory))
     assert plan()["a"][0] == "run"  # a plan believes its memory
     with pytest.raises(RegistryError, match="quick/sft@1 is damaged: model.safetensors was changed"):

@@ -86,7 +86,7 @@ STEPS: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-def place(tmp_path: Path, tiny_tokenizer: Any) -> Path:
+def workdir(tmp_path: Path, tiny_tokenizer: Any) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     ids = {"vocab_size": len(tiny_tokenizer), "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 1}
@@ -106,10 +106,10 @@ def place(tmp_path: Path, tiny_tokenizer: Any) -> Path:
     return tmp_path
 
 
-def test_a_clean_run_of_several_families_says_nothing_on_stderr(place: Path) -> None:
+def test_a_clean_run_of_several_families_says_nothing_on_stderr(workdir: Path) -> None:
     command = [sys.executable, "-m", "stages", "run", "quiet.yaml"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, cwd=workdir, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     for word in ("warn", "deprecat", "Traceback"):

@@ -72,17 +72,17 @@ def without(files: dict[str, bytes], suffix: str) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def workdir(tmp_path: Path) -> Path:
     (tmp_path / "small.yaml").write_text(RECIPE)
     return tmp_path
 
 
-def asked(client: Client, command: str, place: Path, *overrides: str, home: str = "home") -> Answer:
-    return client.run(command, "small.yaml", *overrides, "--home", home, folder=place)
+def asked(client: Client, command: str, workdir: Path, *overrides: str, home: str = "home") -> Answer:
+    return client.run(command, "small.yaml", *overrides, "--home", home, folder=workdir)
 
 
-def planned(client: Client, place: Path, *overrides: str, home: str = "home") -> dict[str, dict[str, Any]]:
-    answer = asked(client, "plan", place, *overrides, "--json", home=home)
+def planned(client: Client, workdir: Path, *overrides: str, home: str = "home") -> dict[str, dict[str, Any]]:
+    answer = asked(client, "plan", workdir, *overrides, "--json", home=home)
     assert answer.status == 0, answer.output
     return {step["name"]: step for step in json.loads(answer.output[answer.output.index("{") :])["steps"]}
 
@@ -100,11 +100,11 @@ MODELS = {
 
 @pytest.mark.parametrize(("model", "message"), MODELS.items(), ids=MODELS)
 def test_a_model_that_cannot_be_loaded_is_one_message_before_anything_is_trained(
-    model: str, message: str, fresh: Hub, hub_client: Client, place: Path
+    model: str, message: str, fresh: Hub, hub_client: Client, workdir: Path
 ) -> None:
     override = f"verdict.judges=[{{model: {model}, label: POSITIVE}}]"
     for command in ("plan", "run"):
-        answer = asked(hub_client, command, place, override)
+        answer = asked(hub_client, command, workdir, override)
         assert answer.status == 2, answer.output
         (line,) = answer.output.splitlines()
         assert line.startswith("error: override 'verdict.judges=[{model: ")
@@ -112,7 +112,7 @@ def test_a_model_that_cannot_be_loaded_is_one_message_before_anything_is_trained
         assert re.search(message, line), line
         assert "pytorch_model.bin," not in line  # the advice must not ask for what is refused
     assert not any(name.endswith((".safetensors", ".bin", ".parquet")) for name in fresh.downloads())
-    assert not (place / "home" / "work").exists()
+    assert not (workdir / "home" / "work").exists()
 
 
 SOURCES = {
@@ -132,9 +132,9 @@ SOURCES = {
 
 @pytest.mark.parametrize(("source", "message"), SOURCES.items(), ids=SOURCES)
 def test_a_data_set_that_lacks_something_is_one_message_at_the_plan(
-    source: str, message: str, fresh: Hub, hub_client: Client, place: Path
+    source: str, message: str, fresh: Hub, hub_client: Client, workdir: Path
 ) -> None:
-    answer = asked(hub_client, "plan", place, f"verdict.data={{{source}}}")
+    answer = asked(hub_client, "plan", workdir, f"verdict.data={{{source}}}")
     assert answer.status == 2, answer.output
     (line,) = answer.output.splitlines()
     assert "steps[1].data: " in line
@@ -143,7 +143,7 @@ def test_a_data_set_that_lacks_something_is_one_message_at_the_plan(
 
 
 @pytest.mark.parametrize(
-    ("stage", "place", "split"),
+    ("stage", "field_path", "split"),
     [
         ("sft", "data.train", "train"),
         ("sft", "data.validation", "validation"),
@@ -161,124 +161,124 @@ def test_a_data_set_that_lacks_something_is_one_message_at_the_plan(
         ("evaluation", "candidates.a.few_shot.choose.data", "validation"),
     ],
 )
-def test_the_plan_checks_the_split_that_the_reader_of_a_field_asks_for(stage: str, place: str, split: str) -> None:
-    assert default_split(stage, place) == split
+def test_the_plan_checks_the_split_that_the_reader_of_a_field_asks_for(stage: str, field_path: str, split: str) -> None:
+    assert default_split(stage, field_path) == split
 
 
-def test_ids_that_resemble_something_here_are_the_hubs(fresh: Hub, hub_client: Client, place: Path) -> None:
+def test_ids_that_resemble_something_here_are_the_hubs(fresh: Hub, hub_client: Client, workdir: Path) -> None:
     """A step, a recipe or a folder of a similar name does not matter; the very name does, and hub: overrules it."""
     files = fresh.repositories["model", "org/model"].commits[fresh.commit("model", "org/model")]
     fresh.publish("model", "small/sft-2", files)  # near small/sft, and of an owner that is called as the recipe
     fresh.publish("model", "small/sft", files)  # the very name of a step
-    (place / "org").mkdir()
-    (place / "lvwerra").mkdir()
-    steps = planned(hub_client, place, "verdict.candidates={a: small/sft-2, b: small/sft, c: 'hub:small/sft'}")
+    (workdir / "org").mkdir()
+    (workdir / "lvwerra").mkdir()
+    steps = planned(hub_client, workdir, "verdict.candidates={a: small/sft-2, b: small/sft, c: 'hub:small/sft'}")
     assert steps["verdict"]["hub"]["candidates.a"] == f"small/sft-2@{fresh.commit('model', 'small/sft-2')}"
     assert steps["verdict"]["inputs"]["candidates.b"] == "sft" and "candidates.b" not in steps["verdict"]["hub"]
     assert steps["verdict"]["hub"]["candidates.c"] == f"small/sft@{fresh.commit('model', 'small/sft')}"
     fresh.publish("dataset", "org/held", rows_of(ROWS[:8]))
-    (place / "org" / "held").mkdir()
-    (place / "org" / "held" / "test.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
-    assert "data" not in planned(hub_client, place, "verdict.data=org/held")["verdict"]["hub"]  # a folder of that very name
-    assert planned(hub_client, place, "verdict.data=hub:org/held")["verdict"]["hub"]["data"].startswith("org/held@")
-    missing = asked(hub_client, "plan", place, "verdict.data=org/lines")
-    assert missing.status == 2 and f"The folder {place / 'org'} has no 'lines' either" in missing.output
+    (workdir / "org" / "held").mkdir()
+    (workdir / "org" / "held" / "test.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    assert "data" not in planned(hub_client, workdir, "verdict.data=org/held")["verdict"]["hub"]  # a folder of that very name
+    assert planned(hub_client, workdir, "verdict.data=hub:org/held")["verdict"]["hub"]["data"].startswith("org/held@")
+    missing = asked(hub_client, "plan", workdir, "verdict.data=org/lines")
+    assert missing.status == 2 and f"The folder {workdir / 'org'} has no 'lines' either" in missing.output
 
 
-def test_the_recipes_of_the_embedded_world_make_no_request(fresh: Hub, hub_client: Client, place: Path) -> None:
+def test_the_recipes_of_the_embedded_world_make_no_request(fresh: Hub, hub_client: Client, workdir: Path) -> None:
     recipe = Path(__file__).resolve().parents[2] / "recipes" / "two-rounds.yaml"
-    assert hub_client.run("plan", str(recipe), "--home", "home", folder=place).status == 0
+    assert hub_client.run("plan", str(recipe), "--home", "home", folder=workdir).status == 0
     assert fresh.requests == []
 
 
 def test_commits_stand_in_plan_manifest_and_summary_and_changes_are_noticed(
-    fresh: Hub, hub_client: Client, place: Path, tmp_path: Path
+    fresh: Hub, hub_client: Client, workdir: Path, tmp_path: Path
 ) -> None:
     model, rows = fresh.commit("model", "org/model"), fresh.commit("dataset", "org/rows")
-    answer = asked(hub_client, "run", place)
+    answer = asked(hub_client, "run", workdir)
     assert answer.status == 0, answer.output
-    summary = json.loads((place / "home/runs/small/latest/summary.json").read_text())
+    summary = json.loads((workdir / "home/runs/small/latest/summary.json").read_text())
     assert summary["steps"][0]["hub"] == {
         "model": f"org/model@{model}",
         "data.train": f"org/rows@{rows}",
         "data.validation": f"org/rows@{rows}",
     }
-    manifest = json.loads((place / "home/registry/models/small/sft/1/manifest.json").read_text())
+    manifest = json.loads((workdir / "home/registry/models/small/sft/1/manifest.json").read_text())
     assert manifest["parents"][0]["digest"] == f"hub:org/model@{model}"
     assert manifest["recipe_step"]["data"]["train"][0]["revision"] == rows
 
     fresh.requests.clear()
-    steps = planned(hub_client, place)
+    steps = planned(hub_client, workdir)
     assert {step["action"] for step in steps.values()} == {"reuse"}
     assert fresh.downloads() == []
     fresh.publish("dataset", "org/rows", rows_of(ROWS[:4] + ROWS[12:16]))
-    steps = planned(hub_client, place)
+    steps = planned(hub_client, workdir)
     assert (steps["sft"]["action"], steps["sft"]["reason"]) == ("run", "data changed: data.train, data.validation")
     fresh.publish("model", "org/model", {**fresh.repositories["model", "org/model"].commits[model], "NOTES": b"retrained"})
-    assert planned(hub_client, place)["sft"]["reason"] == "input changed: model; data changed: data.train, data.validation"
+    assert planned(hub_client, workdir)["sft"]["reason"] == "input changed: model; data changed: data.train, data.validation"
     # Pinned to the commits of the first run, all of it is reused: which branch led there does not matter.
     pinned = [
         f"sft.model={{ref: org/model, revision: {model}}}",
         f"verdict.candidates.base={{ref: org/model, revision: {model}}}",
         *(f"{field}.revision={rows}" for field in ("sft.data.train", "sft.data.validation", "verdict.data")),
     ]
-    assert {step["action"] for step in planned(hub_client, place, *pinned).values()} == {"reuse"}
+    assert {step["action"] for step in planned(hub_client, workdir, *pinned).values()} == {"reuse"}
 
 
 def test_offline_the_cached_commits_are_used_and_what_is_missing_is_said(
-    fresh: Hub, hub_client: Client, hub_cache: Path, place: Path
+    fresh: Hub, hub_client: Client, hub_cache: Path, workdir: Path
 ) -> None:
-    assert asked(hub_client, "run", place, home="first").status == 0
-    before = planned(hub_client, place, home="first")
+    assert asked(hub_client, "run", workdir, home="first").status == 0
+    before = planned(hub_client, workdir, home="first")
     fresh.publish("dataset", "org/rows", rows_of(ROWS[12:]))  # the cache does not know of it
     fresh.requests.clear()
     offline = Client(fresh.environment(hub_cache, offline=True))
-    after = planned(offline, place, home="first")
+    after = planned(offline, workdir, home="first")
     assert {name: (step["action"], step["hub"]) for name, step in after.items()} == {
         name: ("reuse", step["hub"]) for name, step in before.items()
     }
-    answer = asked(offline, "run", place, "seed=2", home="second")
+    answer = asked(offline, "run", workdir, "seed=2", home="second")
     assert answer.status == 0, answer.output
     for override, message in (
         ("verdict.candidates.base=org/never", "the model 'org/never' is not in the local cache, and HF_HUB_OFFLINE is set"),
         ("verdict.data={path: org/gated-rows}", "the data set 'org/gated-rows' is not in the local cache, and HF_HUB_OFFLINE is set"),
         ("verdict.data={path: org/rows, split: validation}", "the data set 'org/rows' is in the local cache in part"),
     ):
-        answer = asked(offline, "run", place, override)
+        answer = asked(offline, "run", workdir, override)
         assert answer.status == 2 and message in answer.output and len(answer.output.splitlines()) == 1, answer.output
-        answer = asked(offline, "plan", place, override)
+        answer = asked(offline, "plan", workdir, override)
         assert answer.status == 0 and f"Not checked: override '{override}'" in answer.output and message in answer.output
     offline.close()
     assert fresh.requests == []
 
 
-def test_a_hub_that_does_not_answer_is_left_after_a_few_seconds(fresh: Hub, place: Path, tmp_path: Path) -> None:
+def test_a_hub_that_does_not_answer_is_left_after_a_few_seconds(fresh: Hub, workdir: Path, tmp_path: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         client = Client(fresh.environment(tmp_path / "cache", endpoint=f"http://127.0.0.1:{unused.getsockname()[1]}"))
-        answer = asked(client, "run", place)
+        answer = asked(client, "run", workdir)
         assert answer.status == 2
         (line,) = answer.output.splitlines()
         assert "did not answer for the model 'org/model'" in line and "with HF_HUB_OFFLINE=1 the local cache is used" in line
-        answer = asked(client, "plan", place)  # the plan of memory and steps is shown all the same
+        answer = asked(client, "plan", workdir)  # the plan of memory and steps is shown all the same
         assert answer.status == 0 and "Not checked: small.yaml:6: steps[0].model: got 'org/model': the Hub at" in answer.output
         client.close()
 
 
-def test_faults_that_pass_are_waited_out(fresh: Hub, hub_client: Client, place: Path) -> None:
+def test_faults_that_pass_are_waited_out(fresh: Hub, hub_client: Client, workdir: Path) -> None:
     """Busy answers, slow answers, and downloads that break off twice: rows and weights arrive whole."""
     long = [{"prompt": f"Question {number}:", "completion": " word", "note": "x" * 1000} for number in range(2000)]
     fresh.publish("dataset", "org/long", {"train.jsonl.gz": gzip.compress(json_lines(long), 0), "test.jsonl": json_lines(ROWS[:4])})
     fresh.failures, fresh.slow_seconds = 2, 0.05
-    assert planned(hub_client, place, "sft.data.train.path=org/long")["sft"]["hub"]["data.train"].startswith("org/long@")
+    assert planned(hub_client, workdir, "sft.data.train.path=org/long")["sft"]["hub"]["data.train"].startswith("org/long@")
     fresh.slow_seconds, fresh.cut_after, fresh.cuts = 0.0, 30_000, 2
-    answer = asked(hub_client, "run", place, "sft.data.train={path: org/long, skip: 1990}", home="cut")
+    answer = asked(hub_client, "run", workdir, "sft.data.train={path: org/long, skip: 1990}", home="cut")
     assert answer.status == 0, answer.output
     assert fresh.cuts == 0
 
 
 def test_the_base_of_an_adapter_is_pinned_at_the_revision_that_the_adapter_names(
-    fresh: Hub, hub_client: Client, place: Path, tmp_path: Path
+    fresh: Hub, hub_client: Client, workdir: Path, tmp_path: Path
 ) -> None:
     files = fresh.repositories["model", "org/model"].commits[fresh.commit("model", "org/model")]
     first = fresh.publish("model", "org/base", files, "v1")
@@ -290,13 +290,13 @@ def test_the_base_of_an_adapter_is_pinned_at_the_revision_that_the_adapter_names
         config |= {"base_model_name_or_path": "org/base", "revision": revision}
         (adapter / "adapter_config.json").write_text(json.dumps(config))
         fresh.publish("model", "org/adapter", adapter)
-        step = planned(hub_client, place, "verdict.candidates.base=org/adapter")["verdict"]
+        step = planned(hub_client, workdir, "verdict.candidates.base=org/adapter")["verdict"]
         assert step["hub"]["candidates.base.base"] == f"org/base@{commit}"
-        local = planned(hub_client, place, f"verdict.candidates.base={adapter}")["verdict"]
+        local = planned(hub_client, workdir, f"verdict.candidates.base={adapter}")["verdict"]
         assert local["hub"]["candidates.base.base"] == f"org/base@{commit}"
     fresh.gated.add("org/base")
     fresh.publish("model", "org/base", {**files, "NOTES": b"again"})
-    answer = asked(hub_client, "plan", place, "verdict.candidates.base=org/adapter")
+    answer = asked(hub_client, "plan", workdir, "verdict.candidates.base=org/adapter")
     assert answer.status == 2
     assert "the base of the adapter org/adapter@" in answer.output and "'org/base' is gated" in answer.output
 
@@ -315,29 +315,29 @@ def _write_adapter(folder: Path, base: Path, files: dict[str, bytes]) -> None:
             (folder / name).write_bytes(files[name])
 
 
-def test_the_hub_is_read_though_a_folder_has_the_very_name(fresh: Hub, hub_client: Client, place: Path) -> None:
+def test_the_hub_is_read_though_a_folder_has_the_very_name(fresh: Hub, hub_client: Client, workdir: Path) -> None:
     """transformers reads a folder of the working directory before it asks the Hub; hub: must not end there."""
-    said = _generated(hub_client, "org/model", place)
+    said = _generated(hub_client, "org/model", workdir)
     assert said.status == 0, said.output
-    (place / "org" / "model").mkdir(parents=True)
-    (place / "org" / "model" / "config.json").write_text("{}")
-    local = _generated(hub_client, "org/model", place)
+    (workdir / "org" / "model").mkdir(parents=True)
+    (workdir / "org" / "model" / "config.json").write_text("{}")
+    local = _generated(hub_client, "org/model", workdir)
     assert local.status == 2  # the folder is meant, and it holds no model
-    forced = _generated(hub_client, "hub:org/model", place)
+    forced = _generated(hub_client, "hub:org/model", workdir)
     assert forced.output.splitlines()[-1].replace("hub:org/model", "org/model") == said.output.splitlines()[-1]
 
 
-def _generated(client: Client, ref: str, place: Path) -> Answer:
-    return client.run("generate", ref, "--prompt", "The film", "--max-new-tokens", "6", "--home", "home", "--json", folder=place)
+def _generated(client: Client, ref: str, workdir: Path) -> Answer:
+    return client.run("generate", ref, "--prompt", "The film", "--max-new-tokens", "6", "--home", "home", "--json", folder=workdir)
 
 
-def test_a_renamed_repository_is_followed(fresh: Hub, hub_client: Client, place: Path) -> None:
+def test_a_renamed_repository_is_followed(fresh: Hub, hub_client: Client, workdir: Path) -> None:
     fresh.redirects["gpt2"] = "openai-community/gpt2"
-    step = planned(hub_client, place, "verdict.candidates.base=gpt2")["verdict"]
+    step = planned(hub_client, workdir, "verdict.candidates.base=gpt2")["verdict"]
     assert step["hub"]["candidates.base"] == f"gpt2@{fresh.commit('model', 'openai-community/gpt2')}"
 
 
-def test_published_layouts_are_read_as_datasets_reads_them(fresh: Hub, hub_client: Client, place: Path, tmp_path: Path) -> None:
+def test_published_layouts_are_read_as_datasets_reads_them(fresh: Hub, hub_client: Client, workdir: Path, tmp_path: Path) -> None:
     """The rows that reach a stage equal those of load_dataset: configs, folders, shards, csv with types, text files by lines."""
     fresh.publish("dataset", "org/csv", {"train.csv": b"prompt,completion\na,1\nb,2\n", "test.csv": b"prompt,completion\nc,3\n"})
     fresh.publish("dataset", "org/lines", {"train.txt": b"one\ntwo\n", "test.txt": b"three\n"})

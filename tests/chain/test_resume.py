@@ -172,13 +172,13 @@ def test_a_run_cut_off_ends_as_if_it_had_not_been(
     again = step_context("test/again", 5, models)  # the chain gives every attempt a run folder of its own
     again.checkpoint_folder = context.checkpoint_folder
     torch.manual_seed(999)  # whatever the process did in between
-    resumed, whole = run(stage, data, again), undisturbed(stage)
-    assert resumed["weights"].keys() == whole["weights"].keys()
-    for name, expected in whole["weights"].items():
+    resumed, uninterrupted = run(stage, data, again), undisturbed(stage)
+    assert resumed["weights"].keys() == uninterrupted["weights"].keys()
+    for name, expected in uninterrupted["weights"].items():
         assert torch.equal(resumed["weights"][name], expected), name
-    assert resumed["metrics"] == whole["metrics"]
+    assert resumed["metrics"] == uninterrupted["metrics"]
     if stage != "sentiment":  # its masked phase is done, and not told of again
-        assert resumed["logs"] == whole["logs"]
+        assert resumed["logs"] == uninterrupted["logs"]
 
 
 def test_checkpoints_of_an_adapter_hold_the_adapter(data, step_context, resolve_folder, tiny_llama_folder, monkeypatch) -> None:

@@ -92,7 +92,7 @@ CASES = [
         "P9",
         "whitening with the mean kept, first and last of the blog's table",
         "scale",
-        lambda f: [f(_ramp(), _ramp() > 0)[place].item() for place in ((0, 0), (2, 2))],
+        lambda f: [f(_ramp(), _ramp() > 0)[index].item() for index in ((0, 0), (2, 2))],
         [0.0508067, 3.1491933],
         1e-4,
     ),
@@ -197,10 +197,10 @@ CASES = [
 ]
 
 
-def difference(found: Any, expected: Any) -> float:
+def difference(actual: Any, expected: Any) -> float:
     """The largest distance between two numbers, or lists of them; infinite where their shapes differ."""
     if isinstance(expected, list):
-        if not isinstance(found, list) or len(found) != len(expected):
+        if not isinstance(actual, list) or len(actual) != len(expected):
             return math.inf
-        return max((difference(one, two) for one, two in zip(found, expected, strict=True)), default=0.0)
-    return abs(float(found) - float(expected))
+        return max((difference(one, two) for one, two in zip(actual, expected, strict=True)), default=0.0)
+    return abs(float(actual) - float(expected))

@@ -95,9 +95,9 @@ def test_no_logit_depends_on_what_pads(tiny_llama_folder: Path, pad: int) -> Non
     policy = Policy(load_language_model(str(tiny_llama_folder), dtype=torch.float32), temperature=1.0, autocast=None)
     prompts, responses = [[20, 21], [22, 23, 24, 25]], [[30, 31, 32], [33]]
     with torch.no_grad():
-        found = policy.logprobs(sequence_batch(prompts, responses, pad, policy.device))
+        padded = policy.logprobs(sequence_batch(prompts, responses, pad, policy.device))
         alone = torch.cat([policy.logprobs(sequence_batch([p], [r], 5, policy.device)) for p, r in zip(prompts, responses, strict=True)])
-    torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(padded, alone, rtol=0, atol=1e-5)
 
 
 @pytest.mark.detail("G10")

@@ -44,7 +44,7 @@ def _adaptive(kl_coef: float, kl: float, episodes: int) -> float:
 def _ranking(prompts: Any) -> float:
     scores = torch.tensor([score for prompt in prompts for score in prompt])
     ranks = torch.tensor([rank for prompt in prompts for rank in range(len(prompt))])
-    index = torch.tensor([place for place, prompt in enumerate(prompts) for _ in prompt])
+    index = torch.tensor([row for row, prompt in enumerate(prompts) for _ in prompt])
     return ranking_loss(scores, ranks, index).item()
 
 
@@ -126,8 +126,8 @@ OURS = cases.Implementation(
 @pytest.mark.detail("G5", "P3", "P5", "P6", "P8", "P9", "P11", "P12", "P18", "P21", "P23", "P25", "P34", "R1", "R2", "R5", "R10")
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: f"{case.detail}-{case.needs}")
 def test_a_number_of_the_papers(case: Any) -> None:
-    found = case.run(getattr(OURS, case.needs))
-    assert cases.difference(found, case.expected) <= case.tolerance, f"{case.what}: {found}, expected {case.expected}"
+    actual = case.run(getattr(OURS, case.needs))
+    assert cases.difference(actual, case.expected) <= case.tolerance, f"{case.what}: {actual}, expected {case.expected}"
 
 
 def test_torchs_adam_is_the_other_one() -> None:

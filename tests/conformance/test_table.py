@@ -18,20 +18,20 @@ CHECKLIST = REPOSITORY.parent / "shared" / "design" / "instructgpt.md"
 
 def definitions(path: Path) -> set[str]:
     """Functions, classes and constants at the top of a file."""
-    found = set()
+    names = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found.add(node.name)
+            names.add(node.name)
         elif isinstance(node, ast.Assign):
-            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            found.add(node.target.id)
-    return found
+            names.add(node.target.id)
+    return names
 
 
 def marked() -> dict[str, set[str]]:
     """Test (file::name, below tests/) -> the ids it is marked for."""
-    found: dict[str, set[str]] = {}
+    ids_by_test: dict[str, set[str]] = {}
     for path in sorted((REPOSITORY / "tests").rglob("test_*.py")):
         for node in ast.parse(path.read_text()).body:
             if not isinstance(node, ast.FunctionDef) or not node.name.startswith("test"):
@@ -43,8 +43,8 @@ def marked() -> dict[str, set[str]]:
                 for argument in decorator.args
                 if isinstance(argument, ast.Constant)
             }
-            found[f"{path.relative_to(REPOSITORY / 'tests').as_posix()}::{node.name}"] = ids
-    return found
+            ids_by_test[f"{path.relative_to(REPOSITORY / 'tests').as_posix()}::{node.name}"] = ids
+    return ids_by_test
 
 
 def test_every_detail_has_code_and_tests_that_exist() -> None:
@@ -52,10 +52,10 @@ def test_every_detail_has_code_and_tests_that_exist() -> None:
     assert len({detail.id for detail in DETAILS}) == len(DETAILS)
     for detail in DETAILS:
         assert detail.code and detail.tests, detail.id
-        for place in detail.code:
-            file, _, name = place.partition(":")
+        for reference in detail.code:
+            file, _, name = reference.partition(":")
             path = REPOSITORY / "stages" / file
-            assert path.is_file() and name in definitions(path), f"{detail.id}: no {place}"
+            assert path.is_file() and name in definitions(path), f"{detail.id}: no {reference}"
         for test in detail.tests:
             assert test in tests, f"{detail.id}: no test {test}"
             assert detail.id in tests[test], f"{test} is not marked for {detail.id}"

@@ -34,8 +34,8 @@ def test_labelled_texts_become_a_task(tmp_path: Path) -> None:
     path = tmp_path / "reviews.jsonl"
     path.write_text(json.dumps({"sentence": "a {fine} film", "label": "1", "context": "not this"}) + "\n")
     source = DataSource(path=str(path), columns={"answer": "label"})
-    (found,) = load_questions([source], "Review: {sentence}\nSentiment:", ["negative", "positive"])
-    assert found == Question("Review: a {fine} film\nSentiment:", ["negative", "positive"], 1)
+    (question,) = load_questions([source], "Review: {sentence}\nSentiment:", ["negative", "positive"])
+    assert question == Question("Review: a {fine} film\nSentiment:", ["negative", "positive"], 1)
     with pytest.raises(DataError, match="no column 'text'"):
         load_questions([source], "{text}", ["no", "yes"])
 

@@ -95,8 +95,8 @@ def test_a_list_of_objects_is_read_by_the_path_to_its_fields(tmp_path: Path) -> 
     path.write_text(json.dumps(row) + "\n")
     columns = {"prompt": "instruction", "responses": "completions[].response", "scores": "completions[].fine-grained_score"}
     source = DataSource(path=str(path), columns=columns)
-    (found,) = [comparison(one) for one in read_rows([source])]
-    assert (found.prompt, found.completions, found.ranks) == ("Name a colour.", ["Loud.", "Red.", "Blue."], [1, 0, 0])
+    (read,) = [comparison(one) for one in read_rows([source])]
+    assert (read.prompt, read.completions, read.ranks) == ("Name a colour.", ["Loud.", "Red.", "Blue."], [1, 0, 0])
     graded = DataSource(path=str(path), columns={"grades": "completions[].annotations.honesty.Rating"})
     assert read_rows([graded])[0]["grades"] == ["1", "5", "5"]
 

@@ -174,10 +174,11 @@ def test_folders_of_save_to_disk() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "found"), [("test", "test"), ("eval", "test"), ("valid", "dev"), ("validation", "dev"), ("dev", "dev"), ("train", "train")]
+    ("wanted", "expected"),
+    [("test", "test"), ("eval", "test"), ("valid", "dev"), ("validation", "dev"), ("dev", "dev"), ("train", "train")],
 )
-def test_a_split_is_found_by_what_its_name_means(wanted: str, found: str) -> None:
-    assert find_split(Layout({"train": ["a"], "dev": ["b"], "test": ["c"]}, True), wanted) == found
+def test_a_split_is_found_by_what_its_name_means(wanted: str, expected: str) -> None:
+    assert find_split(Layout({"train": ["a"], "dev": ["b"], "test": ["c"]}, True), wanted) == expected
 
 
 def test_a_split_expression_chooses_rows() -> None:
@@ -208,5 +209,5 @@ def test_where_nothing_names_splits_all_rows_are_read_and_no_part_is_made_up() -
 def test_a_file_that_a_series_lacks_is_named(folder: str) -> None:
     incomplete = layout(f"{folder}train-00000-of-00003.parquet", f"{folder}train-00002-of-00003.parquet")
     assert incomplete.lost == f"1 of 3 files are missing, e.g. {folder}train-00001-of-00003.parquet"
-    whole = layout(*(f"{folder}train-0000{number}-of-00003-{number}f.parquet" for number in range(3)))  # each with a hash of its own
-    assert whole.lost == ""
+    complete = layout(*(f"{folder}train-0000{number}-of-00003-{number}f.parquet" for number in range(3)))  # each with a hash of its own
+    assert complete.lost == ""

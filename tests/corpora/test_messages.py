@@ -138,8 +138,8 @@ def test_demonstrations_keep_every_turn() -> None:
     made = demonstration(row(prompt=[user("hi")], completion=[bot("hello"), user("and?"), bot("a")]))
     assert made == {"prompt": [user("hi")], "completion": [bot("hello"), user("and?"), bot("a")]}
     assert made.location == "chats.jsonl:7" and not made.is_full_conversation
-    whole = demonstration(row(messages=[*HISTORY, user("so?"), CALL]))
-    assert whole == {"prompt": [*HISTORY, user("so?")], "completion": [CALL]} and whole.is_full_conversation
+    conversation = demonstration(row(messages=[*HISTORY, user("so?"), CALL]))
+    assert conversation == {"prompt": [*HISTORY, user("so?")], "completion": [CALL]} and conversation.is_full_conversation
     chosen = demonstration(row(chosen=[*HISTORY, user("so?"), bot("a")], rejected="-"))
     assert chosen == {"prompt": [*HISTORY, user("so?")], "completion": "a"} and chosen.is_full_conversation
     beside = demonstration(row(prompt="hi", completion=[user("hi"), bot("a")]))

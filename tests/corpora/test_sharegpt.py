@@ -56,10 +56,10 @@ def test_every_speaker_has_a_role(speaker, role) -> None:
 
 
 def test_conversations_are_read_wherever_messages_are() -> None:
-    whole = row(conversations=[*ASKED, said("gpt", "a")])
-    made = demonstration(whole)
+    conversation = row(conversations=[*ASKED, said("gpt", "a")])
+    made = demonstration(conversation)
     assert made == {"prompt": READ, "completion": "a"} and made.is_full_conversation
-    assert prompt_in(whole) == READ and completion_in(whole) == (READ, "a")
+    assert prompt_in(conversation) == READ and completion_in(conversation) == (READ, "a")
     assert prompt_in(row(conversations=ASKED)) == READ
     with_roles = row(conversations=[*READ, turn("assistant", "a")])
     assert demonstration(with_roles) == made and completion_in(with_roles) == (READ, "a")

@@ -224,9 +224,9 @@ def test_tokens_are_those_of_the_whole_rendering(tokenizer_of, name, kind) -> No
     messages = turns(name, MULTI[:4])
     ids, length = encode_pair(tokenizer, Conversation(messages[:3]), messages[3]["content"])
     assert ids[:length] == encode_prompt(tokenizer, messages[:3])
-    whole = prompt_text(tokenizer, messages[:3]) + last(name, "the sun is warm")
-    assert ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
-    assert ids.count(tokenizer.bos_token_id) == whole.count("<s>")
+    rendered = prompt_text(tokenizer, messages[:3]) + last(name, "the sun is warm")
+    assert ids == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    assert ids.count(tokenizer.bos_token_id) == rendered.count("<s>")
     assert re.sub(r"\s", "", tokenizer.decode(ids[length:])) == re.sub(r"\s", "", last(name, "the sun is warm"))
 
 

@@ -153,8 +153,8 @@ def test_fields_that_the_table_added_are_left_out(tmp_path: Path, kind: str) -> 
 
         Dataset.from_list(table()).save_to_disk(path)
     rows = read_rows([DataSource(path=str(path), columns={"messages": "messages"})])
-    for found, given in zip(rows, table(), strict=True):
-        read = messages_of(found, "messages")
+    for row_read, given in zip(rows, table(), strict=True):
+        read = messages_of(row_read, "messages")
         assert list(read) == given["messages"] and tools_of(read) == given["tools"]
 
 
@@ -170,8 +170,8 @@ def test_json_columns_are_parsed_and_keep_their_nulls(tmp_path: Path, saved: boo
     path = tmp_path / ("table" if saved else "table.parquet")
     made = Dataset.from_list(rows, on_mixed_types="use_json")
     _ = made.save_to_disk(path) if saved else made.to_parquet(path)
-    for found, given in zip(read_rows([DataSource(path=str(path))]), rows, strict=True):
-        read = messages_of(found, "messages")
+    for row_read, given in zip(read_rows([DataSource(path=str(path))]), rows, strict=True):
+        read = messages_of(row_read, "messages")
         assert list(read) == given["messages"] and tools_of(read) == given["tools"]
 
 

@@ -62,9 +62,14 @@ def test_a_ranked_list_becomes_its_pairs() -> None:
 
 def test_measure_by_hand() -> None:
     # log ratios: chosen -1 and -3, rejected -2 and -2; margins with beta 1/2: 1/2 and -1/2
-    found = measure(torch.tensor([[-11.0, -12.0], [-13.0, -12.0]]), torch.full((2, 2), -10.0), beta=0.5)
-    assert (found["accuracy"], found["margin"], found["chosen_log_ratio"], found["rejected_log_ratio"]) == (0.5, 0.0, -2.0, -2.0)
-    assert found["loss"] == pytest.approx((math.log(1 + math.exp(-0.5)) + math.log(1 + math.exp(0.5))) / 2)
+    measured = measure(torch.tensor([[-11.0, -12.0], [-13.0, -12.0]]), torch.full((2, 2), -10.0), beta=0.5)
+    assert (measured["accuracy"], measured["margin"], measured["chosen_log_ratio"], measured["rejected_log_ratio"]) == (
+        0.5,
+        0.0,
+        -2.0,
+        -2.0,
+    )
+    assert measured["loss"] == pytest.approx((math.log(1 + math.exp(-0.5)) + math.log(1 + math.exp(0.5))) / 2)
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}])
@@ -115,12 +120,12 @@ def test_the_loss_is_the_papers(step_context, resolve_folder, tiny_llama_folder,
     batch = trainer.data_collator([{name: getattr(pair, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for pair in pairs])
     assert float(trainer.compute_loss(model, batch).detach()) == pytest.approx(expected, abs=1e-4)
     # and our own measure of the same pairs agrees
-    found = measure(
+    measured = measure(
         completion_logprobs(settings, context, model, pairs, tokenizer),
         completion_logprobs(settings, context, reference, pairs, tokenizer),
         beta=0.5,
     )
-    assert found["loss"] == pytest.approx(expected, abs=1e-4)
+    assert measured["loss"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_pairs_that_do_not_fit(comparisons, step_context, resolve_folder, tiny_llama_folder) -> None:
@@ -182,8 +187,8 @@ def test_the_reference_of_a_fresh_adapter_is_the_model_that_it_began_as(
     batch = trainer.data_collator([{name: getattr(pair, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}])
     for _ in range(2):
         loss = trainer.compute_loss(model, batch)
-        found = trainer._reference_logprobs(batch)
-        assert [float(found[f"ref_{kind}_logps"]) for kind in ("chosen", "rejected")] == pytest.approx(expected, abs=1e-3)
+        logprobs = trainer._reference_logprobs(batch)
+        assert [float(logprobs[f"ref_{kind}_logps"]) for kind in ("chosen", "rejected")] == pytest.approx(expected, abs=1e-3)
         loss.backward()
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert trained and all(".default." in name and parameter.grad is not None for name, parameter in trained.items())

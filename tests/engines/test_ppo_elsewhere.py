@@ -80,7 +80,7 @@ def test_a_run_whose_server_dies_goes_on_where_it_was(stub, config, ppo_context)
         (ppo_context.folder / "metrics.jsonl").unlink(missing_ok=True)
         return run(config(server, **LORA), ppo_context).metrics
 
-    whole = metrics_of_a_run(stub())
+    uninterrupted = metrics_of_a_run(stub())
     shutil.rmtree(ppo_context.checkpoint_folder)  # as the chain does with that of a step that is done
     dying = stub()
     seen: list[str] = []
@@ -98,7 +98,7 @@ def test_a_run_whose_server_dies_goes_on_where_it_was(stub, config, ppo_context)
     assert len(kept) <= 2 and all(set(one) == {"prompt", "completion"} for one in kept)
     again = metrics_of_a_run(stub())
     for name in ("score_mean_last", "kl_last", "entropy_last"):
-        assert again[name] == whole[name], name
+        assert again[name] == uninterrupted[name], name
 
 
 def test_weights_of_tokens_that_another_policy_sampled(config, ppo_context) -> None:

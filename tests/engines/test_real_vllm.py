@@ -130,7 +130,7 @@ def test_answers_have_the_recorded_shapes(served) -> None:
     client, key = sampler.servers.clients[0], sampler.servers.started.key
     with httpx2.Client(base_url=client.url, headers={"Authorization": f"Bearer {key}"}, timeout=600) as http:
         body = {"model": "base", "prompt": [5, 9], "max_tokens": 2, "logprobs": 0, "return_token_ids": True, "ignore_eos": True}
-        found = {
+        responses = {
             "version": http.get("/version"),
             "models": http.get("/v1/models"),
             "completion": http.post("/v1/completions", json=body),
@@ -142,7 +142,7 @@ def test_answers_have_the_recorded_shapes(served) -> None:
             "wake_up": http.post("/wake_up"),
         }
     assert httpx2.post(f"{client.url}/v1/completions", json=body).status_code == 401
-    for name, response in found.items():
+    for name, response in responses.items():
         assert shape(response.json()) == shape(RECORDED[name]), name
 
 
@@ -184,13 +184,13 @@ def test_whole_weights_are_reloaded(served, wide_llama, tmp_path) -> None:
     model = load_language_model(str(wide_llama), dtype=torch.float32, tokenizer=tokenizer)
     policy = Policy(model, temperature=1.0, autocast=None)
     options = {"runtime": Runtime(quiet=True), "dtype": torch.float32, "folder": tmp_path / "whole"}
-    whole = VllmSampler(policy, tokenizer, SETTINGS.vllm, sampler.servers, Weights("whole"), **options)  # type: ignore[arg-type]
+    full = VllmSampler(policy, tokenizer, SETTINGS.vllm, sampler.servers, Weights("whole"), **options)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    whole.take_weights()
-    same(whole.sample(PROMPTS, SETTINGS, SEEDS), LocalSampler(model, tokenizer).sample(PROMPTS, SETTINGS, SEEDS))
+    full.take_weights()
+    same(full.sample(PROMPTS, SETTINGS, SEEDS), LocalSampler(model, tokenizer).sample(PROMPTS, SETTINGS, SEEDS))
 
 
 def test_the_server_ends_with_its_run(served) -> None:

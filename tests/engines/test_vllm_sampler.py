@@ -39,10 +39,10 @@ def opened(tiny_llama_folder: Path, resolve_folder: Any, tmp_path: Path) -> Any:
     return make
 
 
-def same(found: Any, expected: Any) -> None:
+def same(actual: Any, expected: Any) -> None:
     for name in ("prompt_ids", "prompt_mask", "response_ids", "response_mask", "stopped"):
-        assert torch.equal(getattr(found, name), getattr(expected, name)), name
-    torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-4, rtol=0)
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+    torch.testing.assert_close(actual.logprobs, expected.logprobs, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -64,12 +64,12 @@ def test_greedy_completions_are_the_local_samplers(stub, settings, opened, field
     chosen = settings(server, temperature=0, **{**fields, **({"stop": [third]} if fields else {})})
     heard: list[Any] = []
     with opening as sampler:
-        found = sampler.sample(PROMPTS, chosen, SEEDS, on_finished=heard.extend)
+        sampled = sampler.sample(PROMPTS, chosen, SEEDS, on_finished=heard.extend)
     expected = local.sample(PROMPTS, chosen, SEEDS)
-    same(found, expected)
+    same(sampled, expected)
     assert bool(expected.stopped[0]) == (bool(fields) and fields.get("stop_after", 0) <= 2)
     assert {one.row: one.response_ids for one in heard} == {
-        row: found.response_ids[row][found.response_mask[row]].tolist() for row in range(len(PROMPTS))
+        row: sampled.response_ids[row][sampled.response_mask[row]].tolist() for row in range(len(PROMPTS))
     }
 
 
@@ -162,8 +162,8 @@ def test_a_server_that_dies_is_left_out(stub, settings, opened) -> None:
         expected = {tuple(row): seed for row, seed in zip(PROMPTS, SEEDS, strict=True)}
         first.requests.clear()
         second.before = lambda path, body: (threading.Thread(target=second.die).start(), time.sleep(0.3))
-        found = sampler.sample(PROMPTS, chosen, SEEDS)
-        assert found.lengths.min() > 0
+        sampled = sampler.sample(PROMPTS, chosen, SEEDS)
+        assert sampled.lengths.min() > 0
         assert {tuple(body["prompt"]) for path, body in first.requests if path == "/v1/completions"} == set(expected)
         assert [one["server"] for one in sampler.report()["left_out"]] == [second.url]
         first.before = lambda path, body: (threading.Thread(target=first.die).start(), time.sleep(0.3)) if body.get("seed") == 5 else None

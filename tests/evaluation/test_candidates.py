@@ -23,10 +23,10 @@ def test_completions_made_elsewhere(prompts, step_context, models, config, write
     elsewhere = write_rows("elsewhere", rows)
     context = step_context(models=models)
     result = run(config(prompts, candidates={"base": "b", "elsewhere": {"completions": elsewhere}}), context)
-    found, lines = read_run(context)
+    evaluation, lines = read_run(context)
     assert [line["completions"].get("elsewhere") for line in lines] == ["a long enough answer", None, "", None]
     # two of four prompts are left out of its comparisons, and that is said
-    assert found["exclusions"] == [
+    assert evaluation["exclusions"] == [
         {"what": "prompts that elsewhere has no completion for (left out of its comparisons)", "count": 2, "of": 4, "expected": False}
     ]
     (rate,) = [row for row in result.evaluation["win_rates"] if row["a"] == "elsewhere"]
@@ -54,10 +54,10 @@ def test_several_samples_made_elsewhere(prompts, step_context, models, config, w
     settings = config(prompts, candidates={"base": "b", "elsewhere": {"completions": write_rows("e", rows)}}, samples_per_prompt=2)
     context = step_context(models=models)
     run(settings, context)
-    found, lines = read_run(context)
+    evaluation, lines = read_run(context)
     assert [line["completions"].get("elsewhere") for line in lines] == [row["completion"] for row in rows] + [None]
-    assert found["exclusions"][0]["count"] == 1
-    (rate,) = [row for row in found["win_rates"] if row["a"] == "elsewhere"]
+    assert evaluation["exclusions"][0]["count"] == 1
+    (rate,) = [row for row in evaluation["win_rates"] if row["a"] == "elsewhere"]
     assert (rate["n"], rate["samples"]) == (4, 7)
 
 
@@ -76,9 +76,9 @@ def test_duplicates_are_counted(prompts, step_context, models, config, write_row
     again = write_rows("again", [{"prompt": prompt} for prompt in [*PROMPTS, PROMPTS[0], PROMPTS[0]]])
     context = step_context(models=models)
     run(config(again), context)
-    found, lines = read_run(context)
+    evaluation, lines = read_run(context)
     assert len(lines) == 4
-    assert found["exclusions"] == [{"what": "prompts that occur more than once, counted once", "count": 2, "of": 6, "expected": True}]
+    assert evaluation["exclusions"] == [{"what": "prompts that occur more than once, counted once", "count": 2, "of": 6, "expected": True}]
     with pytest.raises(DataError, match="prompt is empty"):
         config(write_rows("empty", [{"prompt": "  "}])).check_data()
 
@@ -123,18 +123,18 @@ def test_best_of_n_is_the_best_of_its_own_samples(prompts, step_context, models,
     given = {**models, "candidates.best": models["candidates.base"]}
     context = step_context(models=given)
     result = run(settings, context)
-    found, lines = read_run(context)
+    evaluation, lines = read_run(context)
     # its first draw is the plain answer, so the best can never be shorter
     assert all(len(line["completions"]["best"]) >= len(line["completions"]["base"]) for line in lines)
-    (rate,) = [row for row in found["win_rates"] if (row["a"], row["b"]) == ("best", "base")]
+    (rate,) = [row for row in evaluation["win_rates"] if (row["a"], row["b"]) == ("best", "base")]
     assert rate["win_rate"] > 0.5
-    curve = found["best_of_n"]["best"]
+    curve = evaluation["best_of_n"]["best"]
     assert [point["n"] for point in curve] == [1, 2, 4, 5]
     assert [point["kl"] for point in curve] == pytest.approx([best_of_n_kl(n) for n in (1, 2, 4, 5)])
     means = [point["reward"]["mean"] for point in curve]
     assert means == sorted(means) and means == pytest.approx([point["scores"]["lengths"]["mean"] for point in curve])
     # the best of all five is what was answered; its mean is that of the candidate
-    assert means[-1] == pytest.approx(found["candidates"]["best"]["scores"]["lengths"])
+    assert means[-1] == pytest.approx(evaluation["candidates"]["best"]["scores"]["lengths"])
     assert result.evaluation["candidates"]["best"]["kl"] == pytest.approx(best_of_n_kl(5))
     assert result.evaluation["candidates"]["best"]["best_of"] == 5
 

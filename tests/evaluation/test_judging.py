@@ -33,20 +33,20 @@ def test_votes_of_people(prompts, step_context, models, config, write_rows, read
     judges = [{"judgements": write_rows("votes", rows)}, {"function": "judges_for_tests:lengths"}]
     context = step_context(models=models)
     run(config(prompts, judges=judges), context)
-    found, lines = read_run(context)
-    (rate,) = [row for row in found["win_rates"] if (row["a"], row["b"], row["judge"]) == ("aligned", "base", "people")]
+    evaluation, lines = read_run(context)
+    (rate,) = [row for row in evaluation["win_rates"] if (row["a"], row["b"], row["judge"]) == ("aligned", "base", "people")]
     # by prompt: 1/3; (1/2 + 1 + 1) / 3; 1
     assert rate["win_rate"] == pytest.approx((1 / 3 + 5 / 6 + 1) / 3) and rate["n"] == 3
-    (left_out,) = found["exclusions"]
+    (left_out,) = evaluation["exclusions"]
     assert (left_out["what"], left_out["count"], left_out["of"]) == ("judgements of people about other prompts or candidates", 1, 8)
-    annotators = found["agreement"]["annotators"]["people"]
+    annotators = evaluation["agreement"]["annotators"]["people"]
     # two prompts with three votes each: base base aligned | tie aligned aligned; 2 of 6 pairs agree
     assert (annotators["units"], annotators["votes"]) == (2, 6)
     assert annotators["agreement"] == pytest.approx(2 / 6)
-    assert [judge["kind"] for judge in found["judges"]] == ["people", "reward"]
+    assert [judge["kind"] for judge in evaluation["judges"]] == ["people", "reward"]
     assert lines[3]["preferences"]["people"] == [] and lines[2]["preferences"]["people"][0]["preference"] == 0.0
-    assert found["verdict"].startswith("By people, aligned")
-    assert "people" not in found["candidates"]["base"]["scores"]
+    assert evaluation["verdict"].startswith("By people, aligned")
+    assert "people" not in evaluation["candidates"]["base"]["scores"]
 
 
 def test_ratings_of_people(prompts, step_context, models, config, write_rows, read_run) -> None:
@@ -65,14 +65,14 @@ def test_ratings_of_people(prompts, step_context, models, config, write_rows, re
     rows.append(vote(PROMPTS[3], "a", "cid"))  # a vote beside the ratings
     context = step_context(models=models)
     run(config(prompts, judges=[{"judgements": write_rows("ratings", rows), "name": "stars"}]), context)
-    found, _ = read_run(context)
-    (rate,) = [row for row in found["win_rates"] if (row["a"], row["b"]) == ("aligned", "base")]
+    evaluation, _ = read_run(context)
+    (rate,) = [row for row in evaluation["win_rates"] if (row["a"], row["b"]) == ("aligned", "base")]
     # prompt 0: ann prefers aligned, bob ties; prompt 1: base; prompt 2 has no rating of aligned; prompt 3: a vote for base
     assert rate["n"] == 3 and rate["win_rate"] == pytest.approx((0.75 + 0 + 0) / 3)
     # scores differ by 2.5 - 1.5 and 1 - 5 where both were rated
     assert rate["score_difference"]["mean"] == pytest.approx((1 - 4) / 2)
-    assert found["candidates"]["aligned"]["scores"]["stars"] == pytest.approx((2.5 + 1) / 2)
-    assert found["agreement"]["annotators"]["stars"]["agreement"] == 0
+    assert evaluation["candidates"]["aligned"]["scores"]["stars"] == pytest.approx((2.5 + 1) / 2)
+    assert evaluation["agreement"]["annotators"]["stars"]["agreement"] == 0
 
 
 @pytest.mark.parametrize(
@@ -141,13 +141,13 @@ def test_an_endpoint_judges_pairs(prompts, step_context, models, config, read_ru
     settings = config(prompts, candidates=candidates, judges=[{"function": "judges_for_tests:lengths"}, endpoint])
     context = step_context(models=given)
     run(settings, context)
-    found, _ = read_run(context)
+    evaluation, _ = read_run(context)
     assert len(Endpoint.asked) == 6  # three prompts, the last candidate against each of the others
-    assert {(row["a"], row["b"]) for row in found["win_rates"] if row["judge"] == "llm"} == set(
+    assert {(row["a"], row["b"]) for row in evaluation["win_rates"] if row["judge"] == "llm"} == set(
         itertools.permutations(("third", "aligned"), 2)
     ) | set(itertools.permutations(("base", "aligned"), 2))
-    assert found["exclusions"] == [{"what": "comparisons that llm gave no verdict on", "count": 2, "of": 6, "expected": False}]
-    (pair,) = found["agreement"]["pairs"]
+    assert evaluation["exclusions"] == [{"what": "comparisons that llm gave no verdict on", "count": 2, "of": 6, "expected": False}]
+    (pair,) = evaluation["agreement"]["pairs"]
     assert (pair["a"], pair["b"], pair["n"], pair["agreement"]) == ("lengths", "llm", 4, 1.0)
     everything = config(prompts, candidates=candidates, judges=[{**endpoint, "against": "all", "num_prompts": None}])
     run(everything, step_context(name="test/all", models=given))
@@ -162,13 +162,13 @@ def test_agreement_by_hand() -> None:
     pair = ("a", "b")
     gold = Judged("gold", "reward", {pair: [1.0, 1.0, 0.0, 0.5, 1.0]})
     other = Judged("other", "llm", {pair: [1.0, 0.25, 0.0, 1.0, None]})
-    found = agreement([gold, other], questions)
-    (row,) = found["pairs"]
+    evaluation = agreement([gold, other], questions)
+    (row,) = evaluation["pairs"]
     # first, first, second, tie against first, second, second, first: 2 of 4 agree; neither ties in three, of which 2 agree
     assert (row["n"], row["agreement"], row["decided"]) == (4, 0.5, 3)
     assert row["agreement_decided"] == pytest.approx(2 / 3)
     # chance: gold has 2/4 first, 1/4 second, 1/4 tie; other 2/4 first, 2/4 second: 1/4 + 1/8 = 3/8; (1/2 - 3/8) / (5/8)
     assert row["kappa"] == pytest.approx(0.2)
     # alpha: 8 ratings, 4 first, 3 second, 1 tie; observed disagreement 4 ordered pairs, expected (64 - 26) / 7
-    assert found["alpha"] == pytest.approx(1 - 4 / (38 / 7))
+    assert evaluation["alpha"] == pytest.approx(1 - 4 / (38 / 7))
     assert agreement([gold], questions)["pairs"] == []

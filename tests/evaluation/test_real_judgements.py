@@ -51,7 +51,7 @@ def evaluate(folder: Path, prefix: str, names: list[str], context: Any, **fields
 
 def test_people_on_five_models(shared_data, writer, step_context, tmp_path) -> None:
     names = writer.write_pandalm(tmp_path)
-    found = evaluate(
+    evaluation = evaluate(
         tmp_path,
         "pandalm",
         names,
@@ -66,7 +66,7 @@ def test_people_on_five_models(shared_data, writer, step_context, tmp_path) -> N
     counts = np.stack([(votes == vote).sum(axis=1) for vote in (0, 1, 2)], axis=1)
     observed = ((counts**2).sum(axis=1) - 3) / 6
     expected = ((counts.sum(axis=0) / votes.size) ** 2).sum()
-    people = found["agreement"]["annotators"]["people"]
+    people = evaluation["agreement"]["annotators"]["people"]
     assert (people["units"], people["votes"]) == (len(rows), 3 * len(rows)) == (702, 2106)
     assert people["agreement"] == pytest.approx(observed.mean())
     assert people["fleiss_kappa"] == pytest.approx((observed.mean() - expected) / (1 - expected))
@@ -82,7 +82,7 @@ def test_people_on_five_models(shared_data, writer, step_context, tmp_path) -> N
         prompt = row["instruction"] + "|" + row["input"]
         by_prompt[row["model_1"], row["model_2"]][prompt].append(share)
         by_prompt[row["model_2"], row["model_1"]][prompt].append(1 - share)
-    rates = {(row["a"], row["b"]): row for row in found["win_rates"]}
+    rates = {(row["a"], row["b"]): row for row in evaluation["win_rates"]}
     assert set(rates) == set(by_prompt) and len(rates) == 20
     for pair, prompts in by_prompt.items():
         means = np.array([np.mean(shares) for shares in prompts.values()])
@@ -103,15 +103,15 @@ def test_people_on_five_models(shared_data, writer, step_context, tmp_path) -> N
 
 def test_gpt4_on_eight_models(shared_data, writer, step_context, tmp_path) -> None:
     names = writer.write_alpaca(tmp_path)
-    found = evaluate(
+    evaluation = evaluate(
         tmp_path, "alpaca", names, step_context(), judges=[{"judgements": str(tmp_path / "alpaca-scores.jsonl"), "name": "gpt4"}]
     )
     rows = raw(shared_data / "alpaca_eval_ranking" / "validation.jsonl.gz")
     table = {name: {row["prompt"]: row["scores"][row["models"].index(name)] for row in rows if name in row["models"]} for name in names}
     for name in names:
-        assert found["candidates"][name]["scores"]["gpt4"] == pytest.approx(np.mean(list(table[name].values())))
+        assert evaluation["candidates"][name]["scores"]["gpt4"] == pytest.approx(np.mean(list(table[name].values())))
     assert names[-1] == "gpt-3.5-turbo-1106"  # the strongest, as the card of the data says
-    rates = {(row["a"], row["b"]): row for row in found["win_rates"]}
+    rates = {(row["a"], row["b"]): row for row in evaluation["win_rates"]}
     for a, b in combinations(names, 2):
         both = sorted(table[a].keys() & table[b].keys())
         x, y = np.array([table[a][prompt] for prompt in both]), np.array([table[b][prompt] for prompt in both])
@@ -120,5 +120,5 @@ def test_gpt4_on_eight_models(shared_data, writer, step_context, tmp_path) -> No
         assert row["win_rate"] == pytest.approx(((x > y) + 0.5 * (x == y)).mean())
         assert row["score_difference"]["mean"] == pytest.approx((x - y).mean())
     missing = Counter(name for row in rows for name in names if name not in row["models"])
-    excluded = {item["what"].split()[2]: item["count"] for item in found["exclusions"]}
+    excluded = {item["what"].split()[2]: item["count"] for item in evaluation["exclusions"]}
     assert excluded == dict(missing)

@@ -36,7 +36,7 @@ def test_scores_are_sums_of_log_probabilities(model, tiny_tokenizer) -> None:
             ids = context + tiny_tokenizer((" " if question.context else "") + choice)["input_ids"]
             with torch.no_grad():
                 logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-            expected = sum(float(logprobs[place - 1, ids[place]]) for place in range(len(context), len(ids)))
+            expected = sum(float(logprobs[position - 1, ids[position]]) for position in range(len(context), len(ids)))
             assert score == pytest.approx(expected, abs=1e-4)
 
 
@@ -49,8 +49,8 @@ def test_normalized_scores(model, tiny_tokenizer) -> None:
 
 
 def test_batches_do_not_matter(model, tiny_tokenizer) -> None:
-    whole, alone = (score_choices(model, tiny_tokenizer, QUESTIONS, "none", batch_size=size) for size in (64, 1))
-    for one, other in zip(whole, alone, strict=True):
+    together, alone = (score_choices(model, tiny_tokenizer, QUESTIONS, "none", batch_size=size) for size in (64, 1))
+    for one, other in zip(together, alone, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
 
 

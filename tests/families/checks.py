@@ -37,7 +37,7 @@ class Rows:
         self.pad = tokenizer.pad_token_id
 
     @property
-    def whole(self) -> list[list[int]]:
+    def sequences(self) -> list[list[int]]:
         return [prompt + response for prompt, response in zip(self.prompts, self.responses, strict=True)]
 
     def batch(self) -> SequenceBatch:
@@ -45,19 +45,19 @@ class Rows:
 
     def padded(self, side: str) -> tuple[Tensor, Tensor]:
         """(ids, mask) [B, T]; what is under the mask is a token that could be real."""
-        width = max(map(len, self.whole))
-        ids, mask = torch.full((len(self.whole), width), 7), torch.zeros((len(self.whole), width), dtype=torch.long)
-        for index, row in enumerate(self.whole):
-            place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-            ids[index, place], mask[index, place] = torch.tensor(row), 1
+        width = max(map(len, self.sequences))
+        ids, mask = torch.full((len(self.sequences), width), 7), torch.zeros((len(self.sequences), width), dtype=torch.long)
+        for index, row in enumerate(self.sequences):
+            columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+            ids[index, columns], mask[index, columns] = torch.tensor(row), 1
         return ids, mask
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
+def difference(actual: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest expected number (at least 1)."""
-    assert found.shape == expected.shape, f"{tuple(found.shape)} for {tuple(expected.shape)}"
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} for {tuple(expected.shape)}"
     assert bool(expected.isfinite().all()), "the reference is not finite"
-    return float((found.detach().double() - expected.detach().double()).abs().max() / max(1.0, float(expected.detach().abs().max())))
+    return float((actual.detach().double() - expected.detach().double()).abs().max() / max(1.0, float(expected.detach().abs().max())))
 
 
 # The reference
@@ -72,18 +72,18 @@ def plain(folder: Path, auto: Any = AutoModelForCausalLM, **options: Any) -> Any
 
 def plain_logprobs(model: Any, rows: Rows) -> Tensor:
     """Log-probabilities of all response tokens [N], one row at a time, with gradient."""
-    found = []
+    logprobs = []
     for prompt, response in zip(rows.prompts, rows.responses, strict=True):
         logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0].float()
         places = torch.arange(len(prompt) - 1, len(prompt) + len(response) - 1)
-        found.append(logits[places].log_softmax(-1)[torch.arange(len(response)), torch.tensor(response)])
-    return torch.cat(found)
+        logprobs.append(logits[places].log_softmax(-1)[torch.arange(len(response)), torch.tensor(response)])
+    return torch.cat(logprobs)
 
 
 def plain_hidden(backbone: Any, rows: Rows) -> list[Tensor]:
     """Last hidden states of each row [T, d]."""
     with torch.no_grad():
-        return [backbone(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0] for row in rows.whole]
+        return [backbone(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0] for row in rows.sequences]
 
 
 def with_adapter(folder: Path, adapter: Path, **options: Any) -> Any:
@@ -110,9 +110,9 @@ def check_gradient(family: Family, folder: Path, scratch: Path) -> float:
     reference = plain(folder)
     (-plain_logprobs(reference, rows).sum()).backward()
     expected = {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None}
-    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert found.keys() == expected.keys(), f"gradients for {sorted(found.keys() ^ expected.keys())[:3]} on one side alone"
-    return max(difference(found[name], expected[name]) for name in expected)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert gradients.keys() == expected.keys(), f"gradients for {sorted(gradients.keys() ^ expected.keys())[:3]} on one side alone"
+    return max(difference(gradients[name], expected[name]) for name in expected)
 
 
 def check_rewards(family: Family, folder: Path, scratch: Path) -> float:
@@ -123,21 +123,21 @@ def check_rewards(family: Family, folder: Path, scratch: Path) -> float:
     hidden = plain_hidden(plain(folder, AutoModel), rows)
     weight, bias = reward.score_head.weight[0].detach(), -0.5
     expected = torch.stack([states[-1] @ weight + bias for states in hidden])
-    found = [difference(reward.score(*rows.padded("right")), expected)]
-    found.append(difference(reward.score(*rows.padded("left")), expected))
+    differences = [difference(reward.score(*rows.padded("right")), expected)]
+    differences.append(difference(reward.score(*rows.padded("left")), expected))
     value = ValueModel.from_reward_model(reward)
     batch = rows.batch()
     of_values = torch.stack([hidden[row][column] @ weight + bias for row, column in zip(batch.rows, batch.columns, strict=True)])
     with torch.no_grad():
-        found.append(difference(sequence_values(value, batch, policy_precision()), of_values))
+        differences.append(difference(sequence_values(value, batch, policy_precision()), of_values))
     reward.save(saved)
-    found.append(difference(RewardModel.from_pretrained(str(saved), dtype=torch.float32).score(*rows.padded("right")), expected))
+    differences.append(difference(RewardModel.from_pretrained(str(saved), dtype=torch.float32).score(*rows.padded("right")), expected))
     if type(reward.config) in AutoModelForSequenceClassification._model_mapping:
         foreign = plain(saved, AutoModelForSequenceClassification)
         with torch.no_grad():
-            scores = torch.cat([foreign(input_ids=torch.tensor([row])).logits[0] for row in rows.whole])
-        found.append(difference(scores + bias, expected))
-    return max(found)
+            scores = torch.cat([foreign(input_ids=torch.tensor([row])).logits[0] for row in rows.sequences])
+        differences.append(difference(scores + bias, expected))
+    return max(differences)
 
 
 def policy_precision() -> Any:
@@ -166,10 +166,10 @@ def check_lora(family: Family, folder: Path, scratch: Path) -> float:
         if "lora_" in name and expected[name] is not None
     ]
     assert gradients, "no adapter weight has a gradient"
-    found = [difference(policy.logprobs(rows.batch()), logprobs), *gradients]
+    differences = [difference(policy.logprobs(rows.batch()), logprobs), *gradients]
     save_merged(as_resolved(str(adapter)), merged)
-    found.append(difference(plain_logprobs(plain(merged), rows), logprobs))
-    return max(found)
+    differences.append(difference(plain_logprobs(plain(merged), rows), logprobs))
+    return max(differences)
 
 
 def grow(model: Any) -> None:
@@ -216,12 +216,12 @@ def check_decoding(family: Family, folder: Path, scratch: Path) -> float:
     reference, largest = plain(folder), 0.0
     for index, prompt in enumerate(rows.prompts):
         ids = list(prompt)
-        for place, token in enumerate(made.response_ids[index].tolist()):
+        for position, token in enumerate(made.response_ids[index].tolist()):
             with torch.no_grad():
                 logprobs = reference(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
             gap = float(logprobs.max() - logprobs[token])
-            assert gap < 1e-3, f"token {place} of row {index} is not the most likely one: {gap:.3f} nats behind it"
-            largest = max(largest, abs(float(made.logprobs[index, place] - logprobs[token])))
+            assert gap < 1e-3, f"token {position} of row {index} is not the most likely one: {gap:.3f} nats behind it"
+            largest = max(largest, abs(float(made.logprobs[index, position] - logprobs[token])))
             ids.append(token)
     return largest
 

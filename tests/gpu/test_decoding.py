@@ -61,14 +61,18 @@ def test_recorded_steps_decode_what_computed_ones_do(recorded, stops: tuple[int,
 
     expected = sample(cuda_graphs=False)
     assert recorded == []
-    found = sample()
+    recorded_sample = sample()
     assert recorded and all(recorded)
-    same = (found.response_ids == expected.response_ids) if found.response_ids.shape == expected.response_ids.shape else torch.zeros(1)
+    same = (
+        (recorded_sample.response_ids == expected.response_ids)
+        if recorded_sample.response_ids.shape == expected.response_ids.shape
+        else torch.zeros(1)
+    )
     # With a mask there is another kernel than without, so a token in thousands may fall to the other side.
     assert same.float().mean() > (0.97 if dtype == torch.float32 else 0.3)
-    first = found.response_mask[:, :8] & expected.response_mask[:, :8] & same[:, :8].bool()
+    first = recorded_sample.response_mask[:, :8] & expected.response_mask[:, :8] & same[:, :8].bool()
     torch.testing.assert_close(
-        found.logprobs[:, :8][first], expected.logprobs[:, :8][first], rtol=0, atol=1e-3 if dtype == torch.float32 else 0.1
+        recorded_sample.logprobs[:, :8][first], expected.logprobs[:, :8][first], rtol=0, atol=1e-3 if dtype == torch.float32 else 0.1
     )
     number = len(recorded)
-    assert torch.equal(sample().response_ids, found.response_ids) and len(recorded) == number  # kept from call to call
+    assert torch.equal(sample().response_ids, recorded_sample.response_ids) and len(recorded) == number  # kept from call to call

@@ -150,7 +150,7 @@ def word_tokenizer(texts: Sequence[str]) -> Any:
 
 def data_sets(texts: Sequence[str]) -> dict[str, dict[str, bytes]]:
     """Files of each data set."""
-    reviews = [{"text": text, "label": place % 2} for place, text in enumerate(texts)]
+    reviews = [{"text": text, "label": index % 2} for index, text in enumerate(texts)]
     return {
         "trl-lib/tldr": {
             **shards("data", {"train": tldr(texts[:60]), "validation": tldr(texts[60:80]), "test": tldr(texts[80:100])}),
@@ -254,9 +254,9 @@ def pairs(texts: Sequence[str]) -> Rows:
 def alpaca(texts: Sequence[str]) -> Rows:
     """Every third row has an input."""
     rows = []
-    for place, text in enumerate(texts):
+    for index, text in enumerate(texts):
         words = text.split()
-        row = {"instruction": " ".join(words[:5]), "input": " ".join(words[5:8]) if place % 3 == 0 else "", "output": " ".join(words[8:14])}
+        row = {"instruction": " ".join(words[:5]), "input": " ".join(words[5:8]) if index % 3 == 0 else "", "output": " ".join(words[8:14])}
         rows.append({**row, "text": f"### Instruction:\n{row['instruction']}\n\n### Response:\n{row['output']}"})
     return rows
 
@@ -264,27 +264,27 @@ def alpaca(texts: Sequence[str]) -> Rows:
 def graded(texts: Sequence[str], source: str) -> Rows:
     """Four completions of each instruction, each an object with its text and its grades."""
 
-    def completion(text: str, place: int) -> dict[str, Any]:
-        rating = {"Rating": str(place + 1), "Rationale": "because"}
+    def completion(text: str, index: int) -> dict[str, Any]:
+        rating = {"Rating": str(index + 1), "Rationale": "because"}
         annotations = {aspect: rating for aspect in ("instruction_following", "honesty", "truthfulness", "helpfulness")}
         words = text.split()
         return {
             "annotations": annotations,
             "custom_system_prompt": "Be helpful.",
-            "model": f"model-{place}",
+            "model": f"model-{index}",
             "principle": "helpfulness",
-            "response": " ".join(words[place : place + 6]),
+            "response": " ".join(words[index : index + 6]),
             "critique": "Good.",
-            "fine-grained_score": 1.25 * place,
-            "overall_score": 2.0 * place,
+            "fine-grained_score": 1.25 * index,
+            "overall_score": 2.0 * index,
         }
 
     return [
         {
             "source": source,
             "instruction": text[:60],
-            "models": [f"model-{place}" for place in range(4)],
-            "completions": [completion(text, place) for place in range(4)],
+            "models": [f"model-{index}" for index in range(4)],
+            "completions": [completion(text, index) for index in range(4)],
             "correct_answers": ["None"],
             "incorrect_answers": ["None"],
         }
@@ -316,7 +316,7 @@ def unlabelled(rows: Rows) -> Rows:
 def hellaswag(texts: Sequence[str], label: str | None = None) -> Rows:
     return [
         {
-            "ind": place,
+            "ind": index,
             "activity_label": "Film",
             "ctx_a": text[:40],
             "ctx_b": "it",
@@ -325,15 +325,15 @@ def hellaswag(texts: Sequence[str], label: str | None = None) -> Rows:
             "source_id": "a~v",
             "split": "val",
             "split_type": "indomain",
-            "label": str(place % 4) if label is None else label,
+            "label": str(index % 4) if label is None else label,
         }
-        for place, text in enumerate(texts)
+        for index, text in enumerate(texts)
     ]
 
 
 def sentences(texts: Sequence[str], *, hidden: bool) -> Rows:
-    return [{"idx": place, "sentence": text[:60] + " ", "label": -1 if hidden else place % 2} for place, text in enumerate(texts)]
+    return [{"idx": index, "sentence": text[:60] + " ", "label": -1 if hidden else index % 2} for index, text in enumerate(texts)]
 
 
 def entailments(texts: Sequence[str]) -> Rows:
-    return [{"sentence1": text[:60], "sentence2": text[:30], "label": place % 2, "idx": place} for place, text in enumerate(texts)]
+    return [{"sentence1": text[:60], "sentence2": text[:30], "label": index % 2, "idx": index} for index, text in enumerate(texts)]

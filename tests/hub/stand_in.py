@@ -251,10 +251,10 @@ class _Handler(BaseHTTPRequestHandler):
             target = self.path.replace(identifier, self.state.redirects[identifier], 1)
             self._send(307, b"", {"Location": target})
             return
-        found = self._commit(kinds[:-1], identifier, unquote(revision or "main"))
-        if found is None:
+        commit_files = self._commit(kinds[:-1], identifier, unquote(revision or "main"))
+        if commit_files is None:
             return
-        commit, files = found
+        commit, files = commit_files
         folders = sorted({str(folder) for name in files for folder in PurePosixPath(name).parents} - {"."})
         entries = [{"type": "directory", "path": folder, "size": 0, "oid": "0" * 40} for folder in folders]
         entries += [{"type": "file", "path": name, "size": len(data), "oid": _sha(data)[:40]} for name, data in sorted(files.items())]
@@ -303,10 +303,10 @@ class _Handler(BaseHTTPRequestHandler):
         if identifier in hub.gated:
             self._error(403, "GatedRepo", f"Access to {kind} {identifier} is restricted. Please log in.")
             return
-        found = self._commit(kind, identifier, revision)
-        if found is None:
+        commit_files = self._commit(kind, identifier, revision)
+        if commit_files is None:
             return
-        commit, files = found
+        commit, files = commit_files
         if name not in files:
             self._error(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
             return

@@ -14,7 +14,7 @@ def test_a_parameter_is_cast_once_inside_and_anew_behind() -> None:
         assert cast(weight, torch.bfloat16) is first and not first.requires_grad
         assert cast(weight, torch.float16).dtype == torch.float16
         assert cast(weight, torch.float32).data_ptr() == weight.data_ptr()
-        made = weight * 2  # no parameter: it is made anew in every pass
+        made = weight * 2  # no parameter: it is made again in every pass
         assert cast(made, torch.bfloat16) is not cast(made, torch.bfloat16)
     with torch.no_grad():
         weight += 1
@@ -26,7 +26,7 @@ def test_a_parameter_is_cast_once_inside_and_anew_behind() -> None:
 def test_gradients_of_several_passes_go_through_one_cast() -> None:
     layer = torch.nn.Linear(4, 3, bias=False)
     inputs = [torch.randn(2, 4) for _ in range(3)]
-    found = []
+    gradients = []
     for keeps in (False, True):
         layer.zero_grad()
         with kept_casts("cpu") if keeps else torch.autocast("cpu", enabled=False):
@@ -36,5 +36,5 @@ def test_gradients_of_several_passes_go_through_one_cast() -> None:
                 loss.backward()
                 assert not torch.is_autocast_enabled("cpu")  # only the passes themselves compute in bf16
         assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
-        found.append(layer.weight.grad.clone())
-    assert torch.equal(*found)
+        gradients.append(layer.weight.grad.clone())
+    assert torch.equal(*gradients)

@@ -26,14 +26,14 @@ def plain_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def same_with_gradients(lean: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor], trained: list[bool]) -> None:
-    exact = [value.clone().requires_grad_(wanted) for value, wanted in zip(inputs, trained, strict=True)]
+    double = [value.clone().requires_grad_(wanted) for value, wanted in zip(inputs, trained, strict=True)]
     single = [value.float().requires_grad_(wanted) for value, wanted in zip(inputs, trained, strict=True)]
-    expected, found = plain(*exact), lean(*single)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    expected, actual = plain(*double), lean(*single)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected.backward(upstream)
-    found.backward(upstream.float())
-    for ours, theirs, wanted in zip(single, exact, trained, strict=True):
+    actual.backward(upstream.float())
+    for ours, theirs, wanted in zip(single, double, trained, strict=True):
         assert (ours.grad is not None) == wanted
         if wanted:
             torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-5)

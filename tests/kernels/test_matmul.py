@@ -29,13 +29,13 @@ def test_linear_and_its_gradients(onednn, shape, with_bias) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(size, generator=generator) for size in (shape, (6, 8), (6,)))
     upstream = torch.randn(*shape[:-1], 6, generator=generator)
-    found, expected = [], []
-    for function, out in ((linear, found), (functional.linear, expected)):
+    actual, expected = [], []
+    for function, out in ((linear, actual), (functional.linear, expected)):
         leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
         made = function(leaves[0], leaves[1], leaves[2] if with_bias else None)
         made.backward(upstream)
         out += [made, *(leaf.grad for leaf in leaves[: 3 if with_bias else 2])]
-    for one, two in zip(found, expected, strict=True):
+    for one, two in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, two)
     with torch.no_grad():
         torch.testing.assert_close(linear(x, weight, bias), functional.linear(x, weight, bias))

@@ -47,8 +47,8 @@ def test_loss_and_gradients_equal_autograd_over_whole_logits(inputs, monkeypatch
 
     leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
     logits = (leaves[0] @ leaves[1].T + (leaves[2] if with_bias else 0.0)) / temperature
-    whole = logits.log_softmax(-1)
-    logprobs, entropies = whole[torch.arange(N), tokens], -(whole.exp() * whole).sum(-1)
+    log_softmax = logits.log_softmax(-1)
+    logprobs, entropies = log_softmax[torch.arange(N), tokens], -(log_softmax.exp() * log_softmax).sum(-1)
     expected = term(logprobs, entropies, slice(0, N)).sum()
     expected.backward()
     ours = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
@@ -83,8 +83,8 @@ def test_impossible_tokens_do_not_make_nan(inputs) -> None:
     loss, logprobs, entropies = summed_loss(hidden, weight, bias, tokens, lambda logprobs, entropies, rows: logprobs + entropies)
     loss.backward()
     assert torch.isfinite(logprobs).all() and torch.isfinite(entropies).all() and torch.isfinite(weight.grad).all()
-    whole = (hidden @ weight.detach().T)[:, 1:].log_softmax(-1)
-    torch.testing.assert_close(entropies, -(whole.exp() * whole).sum(-1))
+    log_softmax = (hidden @ weight.detach().T)[:, 1:].log_softmax(-1)
+    torch.testing.assert_close(entropies, -(log_softmax.exp() * log_softmax).sum(-1))
 
 
 def test_no_positions(inputs) -> None:
@@ -98,12 +98,12 @@ def test_no_positions(inputs) -> None:
 
 def test_autocast_computes_in_its_own_dtype(inputs) -> None:
     hidden, weight, bias, tokens = inputs
-    exact, _ = chosen_logprobs(hidden, weight, bias, tokens)
+    fp32, _ = chosen_logprobs(hidden, weight, bias, tokens)
     with torch.autocast("cpu", torch.bfloat16):
         rounded, _ = chosen_logprobs(hidden, weight, bias, tokens)
         trained = weight.clone().requires_grad_()
         loss, _, _ = summed_loss(hidden, trained, bias, tokens, lambda logprobs, entropies, rows: logprobs)
         loss.backward()
     assert rounded.dtype == torch.float32 and trained.grad.dtype == torch.float32
-    assert not torch.equal(rounded, exact)
-    torch.testing.assert_close(rounded, exact, rtol=0, atol=0.1)  # logits of about 10 with 8 bits: steps of 1/16
+    assert not torch.equal(rounded, fp32)
+    torch.testing.assert_close(rounded, fp32, rtol=0, atol=0.1)  # logits of about 10 with 8 bits: steps of 1/16

@@ -116,9 +116,9 @@ def answer() -> Callable[..., dict[str, Any]]:
     """answer(store, annotator, task, ranks, **fields) -> what the page sends; ranks follow the task's completions."""
 
     def make(store: Store, annotator: str, task: str, ranks: Sequence[int] | None, **fields: Any) -> dict[str, Any]:
-        found = store.task(task)
-        assert found is not None
-        order = store.order(found, annotator)
+        published = store.task(task)
+        assert published is not None
+        order = store.order(published, annotator)
         return {"id": uuid.uuid4().hex, "task": task, "order": order, "seconds": 2.0, "notes": "", "ranks": ranks and list(ranks), **fields}
 
     return make

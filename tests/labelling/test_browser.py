@@ -34,8 +34,8 @@ def wait(check: Callable[[], Any], seconds: float = 30.0) -> Any:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         try:
-            if found := check():
-                return found
+            if result := check():
+                return result
         except Exception:  # the page is between two states
             pass
         time.sleep(0.02)
@@ -111,14 +111,14 @@ def wanted_ranks(shown: list[str]) -> list[int]:
 def rank_by_keys(browser: Any) -> None:
     from selenium.webdriver import Keys
 
-    for place, rank in enumerate(wanted_ranks(texts(browser))):
-        press(browser, "abc"[place], str(rank))
+    for position, rank in enumerate(wanted_ranks(texts(browser))):
+        press(browser, "abc"[position], str(rank))
     press(browser, Keys.ENTER)
 
 
 def rank_by_drag(browser: Any) -> None:
-    for place, rank in enumerate(wanted_ranks(texts(browser))):
-        drag(browser, place, rank)
+    for position, rank in enumerate(wanted_ranks(texts(browser))):
+        drag(browser, position, rank)
     one(browser, "#submit").click()
 
 
@@ -231,9 +231,12 @@ def test_page_reloads_with_its_draft_when_the_questions_change(served) -> None:
     publish_settings(folder, "recipe/step", 0, People.model_validate({"questions": str(questions)}))
     press(browser, Keys.ENTER)
     wait(lambda: one(browser, '[name="rating-quality-0"]'))
-    assert [browser.execute_script(f"return document.querySelector('[name=rank-{place}]:checked').value") for place in (0, 1)] == ["2", "1"]
-    for place, rating in ((0, 3), (1, 5)):
-        browser.execute_script(f"document.querySelectorAll('[name=rating-quality-{place}]')[{rating - 1}].click()")
+    assert [browser.execute_script(f"return document.querySelector('[name=rank-{position}]:checked').value") for position in (0, 1)] == [
+        "2",
+        "1",
+    ]
+    for position, rating in ((0, 3), (1, 5)):
+        browser.execute_script(f"document.querySelectorAll('[name=rating-quality-{position}]')[{rating - 1}].click()")
     one(browser, "#submit").click()
     wait(lambda: browser.served.store.num_ranked() == 1)
     (kept,) = browser.served.store.answers["anna"].values()
@@ -255,11 +258,11 @@ def test_keys_rank_tie_rate_skip_flag_and_correct(served) -> None:
     assert status() == "Answer C has no rank."
     press(browser, "1", Keys.ENTER)
     assert "has no rating yet" in one(browser, "#banner").text
-    for place, letter in enumerate("abc"):
+    for position, letter in enumerate("abc"):
         press(browser, letter)
         from selenium.webdriver import ActionChains
 
-        ActionChains(browser).key_down(Keys.SHIFT).send_keys(str(place + 3)).key_up(Keys.SHIFT).perform()
+        ActionChains(browser).key_down(Keys.SHIFT).send_keys(str(position + 3)).key_up(Keys.SHIFT).perform()
     first = texts(browser)
     press(browser, Keys.ENTER)
     wait(lambda: texts(browser) != first)
@@ -295,8 +298,8 @@ def test_screening_that_is_not_passed_ends_the_tasks(served) -> None:
 
     browser = served(gold=[{"prompt": "g", "completions": ["good", "bad"], "ranks": [0, 1]}])
     assert "Trial task 1 of 1" in one(browser, "#counts").text
-    for place, text in enumerate(texts(browser)):
-        press(browser, "ab"[place], "1" if text == "bad" else "2")
+    for position, text in enumerate(texts(browser)):
+        press(browser, "ab"[position], "1" if text == "bad" else "2")
     press(browser, Keys.ENTER)
     wait(lambda: "trial tasks are done" in one(browser, "#message").text)
 

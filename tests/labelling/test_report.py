@@ -22,11 +22,11 @@ def test_pairwise_agreement_by_hand() -> None:
     # one: pairs 01 02 12; anna says first, first, first; ben second, first, first: two of three
     # two: anna 0 < 1; ben ties: not decided, and with ties they disagree
     answers = [given("one", "anna", [0, 1, 2]), given("one", "ben", [1, 0, 2]), given("two", "anna", [0, 1]), given("two", "ben", [0, 0])]
-    found = agreement([*answers, given("three", "anna", [0, 1])])
-    assert found["overlap_tasks"] == 2
-    assert found["pairwise"]["share"] == pytest.approx(2 / 3) and found["pairwise"]["pairs"] == 3
-    assert found["with_ties"]["share"] == pytest.approx(2 / 4)
-    assert found["pairwise"]["ci_low"] < 2 / 3 < found["pairwise"]["ci_high"]
+    report = agreement([*answers, given("three", "anna", [0, 1])])
+    assert report["overlap_tasks"] == 2
+    assert report["pairwise"]["share"] == pytest.approx(2 / 3) and report["pairwise"]["pairs"] == 3
+    assert report["with_ties"]["share"] == pytest.approx(2 / 4)
+    assert report["pairwise"]["ci_low"] < 2 / 3 < report["pairwise"]["ci_high"]
 
 
 def test_alpha_on_ranks_by_hand() -> None:
@@ -46,11 +46,11 @@ def test_alpha_on_ranks_by_hand() -> None:
 def test_position_bias_by_hand() -> None:
     # anna saw 2, 0, 1 and ranked 2 best: the first shown wins its two pairs; of the other two the earlier (0) loses
     # ben saw 0, 1 and ties them: no decided pair, and both places share the win
-    found = position_bias([given("one", "anna", [2, 1, 0], [2, 0, 1]), given("two", "ben", [0, 0])])
-    assert found["earlier_wins"]["share"] == pytest.approx(2 / 3) and found["earlier_wins"]["pairs"] == 3
-    first = found["best"][0]
+    report = position_bias([given("one", "anna", [2, 1, 0], [2, 0, 1]), given("two", "ben", [0, 0])])
+    assert report["earlier_wins"]["share"] == pytest.approx(2 / 3) and report["earlier_wins"]["pairs"] == 3
+    first = report["best"][0]
     assert first["best"] == pytest.approx((1 + 0.5) / 2) and first["chance"] == pytest.approx((1 / 3 + 1 / 2) / 2)
-    assert found["best"][2] == {"position": 3, "best": 0.0, "chance": pytest.approx(1 / 3), "n": 1}
+    assert report["best"][2] == {"position": 3, "best": 0.0, "chance": pytest.approx(1 / 3), "n": 1}
 
 
 QUESTIONS = "ratings: [{name: quality, text: Quality}]\nchecks: [{name: untrue, text: Untrue}]\n"
@@ -67,11 +67,11 @@ def test_kappa_per_check_box_by_hand(make_folder, answer) -> None:
             checks = {"untrue": [bool(value) for value in row]}
             store.record(name, answer(store, name, task, [0, 1, 2, 3], checks=checks, ratings={"quality": [7, 5, 3, 1]}))
     store.close()
-    found = quality(read_labels(folder))
-    assert found["checks"]["untrue"]["kappa"] == pytest.approx(14 / 30)
-    assert found["checks"]["untrue"]["share"] == pytest.approx(6 / 16) and found["checks"]["untrue"]["compared"] == 8
-    assert found["checks"]["untrue"]["agreement"] == pytest.approx(6 / 8)
-    assert found["ratings"]["quality"]["mean"] == 4 and found["ratings"]["quality"]["alpha"] == 1
+    report = quality(read_labels(folder))
+    assert report["checks"]["untrue"]["kappa"] == pytest.approx(14 / 30)
+    assert report["checks"]["untrue"]["share"] == pytest.approx(6 / 16) and report["checks"]["untrue"]["compared"] == 8
+    assert report["checks"]["untrue"]["agreement"] == pytest.approx(6 / 8)
+    assert report["ratings"]["quality"]["mean"] == 4 and report["ratings"]["quality"]["alpha"] == 1
 
 
 def test_report_of_a_folder(make_folder, answer) -> None:
@@ -85,28 +85,28 @@ def test_report_of_a_folder(make_folder, answer) -> None:
     store.record("anna", answer(store, "anna", three, [0, 0, 1], seconds=40.0))
     store.close()
     publish_scores(folder, "preference-1", "sha256:x", {one: [3.0, 2.0, 1.0], three: [0.0, 1.0, 0.5]})
-    found = quality(read_labels(folder), now=datetime.now(UTC))
-    assert (found["answers"], found["ranked_tasks"], found["target"]) == (6, 2, 2)
-    assert found["skipped"] == {"count": 1, "reasons": {"too hard": 1}} and found["flagged"]["reasons"] == {"an address": 1}
-    assert found["rate"]["last_hour"] == 6
+    report = quality(read_labels(folder), now=datetime.now(UTC))
+    assert (report["answers"], report["ranked_tasks"], report["target"]) == (6, 2, 2)
+    assert report["skipped"] == {"count": 1, "reasons": {"too hard": 1}} and report["flagged"]["reasons"] == {"an address": 1}
+    assert report["rate"]["last_hour"] == 6
     # 10 + 20 + 20 + 2 (skipped) + 2 (flagged) + 40 seconds of work
-    assert found["rate"]["per_hour_of_work"] == pytest.approx(6 / (94 / 3600))
-    assert found["seconds"]["median"] == 20
-    assert found["agreement"]["pairwise"]["share"] == pytest.approx(3 / 9)  # anna with ben 3 of 3, each with carol 0 of 3
-    rows = {row["name"]: row for row in found["annotators"]}
+    assert report["rate"]["per_hour_of_work"] == pytest.approx(6 / (94 / 3600))
+    assert report["seconds"]["median"] == 20
+    assert report["agreement"]["pairwise"]["share"] == pytest.approx(3 / 9)  # anna with ben 3 of 3, each with carol 0 of 3
+    rows = {row["name"]: row for row in report["annotators"]}
     assert rows["carol"]["against_the_rest"]["share"] == 0 and rows["anna"]["against_the_rest"]["share"] == pytest.approx(3 / 6)
     assert rows["anna"]["ties"] == pytest.approx(1 / 6)
     # task one: anna 3 of 3, ben 3 of 3, carol 0 of 3; task three: anna decides 02 and 12, the model says 2 over 0 (wrong), 1 over 2 (right)
-    assert found["reward_model"]["share"] == pytest.approx((3 + 3 + 0 + 1) / 11)
-    json.dumps(found, allow_nan=False)
+    assert report["reward_model"]["share"] == pytest.approx((3 + 3 + 0 + 1) / 11)
+    json.dumps(report, allow_nan=False)
 
 
 def test_empty_report_has_no_nan(make_folder) -> None:
-    found = quality(read_labels(make_folder(questions=QUESTIONS)))
-    assert found["agreement"]["pairwise"]["share"] is None and found["seconds"]["median"] is None
-    json.dumps(found, allow_nan=False)
+    report = quality(read_labels(make_folder(questions=QUESTIONS)))
+    assert report["agreement"]["pairwise"]["share"] is None and report["seconds"]["median"] is None
+    json.dumps(report, allow_nan=False)
     from rich.console import Console
 
     from stages.labelling.tables import report_tables
 
-    Console(quiet=True).print(report_tables(found))
+    Console(quiet=True).print(report_tables(report))

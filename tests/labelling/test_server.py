@@ -108,8 +108,8 @@ def test_links_are_personal(page) -> None:
 
 def test_bad_requests_get_a_message(page, answer) -> None:
     for body, status in ((b"{", 400), (b"[]", 400), (b'{"id": NaN}', 400), (b"[" * 100_000, 400), (b" " * 300_000, 413)):
-        found = page.ask("/api/answer", body=body)
-        assert found.status_code == status and found.json()["error"], body[:10]
+        response = page.ask("/api/answer", body=body)
+        assert response.status_code == status and response.json()["error"], body[:10]
     sent = answer(page.store, "anna", next(iter(page.store.tasks)), [0, 1])
     assert "expected 3 ranks" in page.ask("/api/answer", body=sent).json()["error"]
     assert page.client.get("/static/../store.py").status_code == 404 and page.client.get("/static/%2e%2e%2fstore.py").status_code == 404
@@ -122,9 +122,9 @@ def test_full_disk_is_told_and_the_answer_may_come_again(page, answer, monkeypat
         raise OSError(28, "no space left on device")
 
     monkeypatch.setattr(os, "write", full)
-    found = page.ask("/api/answer", body=sent)
+    response = page.ask("/api/answer", body=sent)
     monkeypatch.undo()
-    assert found.status_code == 503 and "no space is left" in found.json()["error"]
+    assert response.status_code == 503 and "no space is left" in response.json()["error"]
     assert page.ask("/api/answer", body=sent).status_code == 200
 
 
@@ -202,9 +202,9 @@ def test_kill_storm_loses_no_acknowledged_answer(make_folder, start_server) -> N
         def ask(method: str, path: str, **content: Any) -> Any:
             while True:
                 try:
-                    found = client.request(method, path, **content)
-                    assert found.status_code == 200, found.text
-                    return found.json()
+                    response = client.request(method, path, **content)
+                    assert response.status_code == 200, response.text
+                    return response.json()
                 except httpx2.TransportError:
                     time.sleep(0.02)
 

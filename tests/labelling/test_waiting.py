@@ -49,7 +49,10 @@ def collection(prompts: str, people: dict[str, Any], **fields: Any) -> Collectio
 @pytest.fixture
 def models(resolve_folder: Any, tiny_llama_folder: Path) -> dict[str, Any]:
     folder = resolve_folder(tiny_llama_folder)
-    return {place: replace(folder, digest=f"sha256:{place}") for place in ("collect.policies[0].model", "collect.policies[1].model")}
+    return {
+        field_path: replace(folder, digest=f"sha256:{field_path}")
+        for field_path in ("collect.policies[0].model", "collect.policies[1].model")
+    }
 
 
 def rank_all(folder: Path, answer: Any, name: str = "anna", number: int = 100) -> None:

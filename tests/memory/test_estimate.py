@@ -24,9 +24,9 @@ CPU = Machine("cpu", 8 << 30, 4, "a CPU")
 
 def llama(**fields: int) -> Shape:
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 160}
-    found = shape_of({"model_type": "llama", "vocab_size": 100, "tie_word_embeddings": False, **sizes, **fields})
-    assert found is not None
-    return found
+    shape = shape_of({"model_type": "llama", "vocab_size": 100, "tie_word_embeddings": False, **sizes, **fields})
+    assert shape is not None
+    return shape
 
 
 def test_weights_by_hand() -> None:

@@ -115,9 +115,9 @@ def test_what_a_layer_keeps_for_its_backward_pass(family: str, lean: bool) -> No
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = model(input_ids=torch.ones(rows, columns, dtype=torch.long), use_cache=False).logits
         assert output.requires_grad
-        found = shape_of(config.to_dict())
-        assert found is not None
-        return sum(storages.values()), found
+        shape = shape_of(config.to_dict())
+        assert shape is not None
+        return sum(storages.values()), shape
 
     (one, _), (two, of_two) = kept(1), kept(2)
     assert (two - one) / 4 / (rows * columns) == pytest.approx(of_two.saved_per_token(lean=lean), rel=0.15)
@@ -125,6 +125,6 @@ def test_what_a_layer_keeps_for_its_backward_pass(family: str, lean: bool) -> No
 
 def test_a_folder_without_a_config_has_no_shape(tmp_path: Any, tiny_llama_folder: Any) -> None:
     assert shape_of_folder(tmp_path) is None
-    found = shape_of_folder(tiny_llama_folder)
-    assert found is not None
-    assert (found.hidden, found.layers, found.kv_width, found.query_width) == (32, 2, 16, 32)
+    shape = shape_of_folder(tiny_llama_folder)
+    assert shape is not None
+    assert (shape.hidden, shape.layers, shape.kv_width, shape.query_width) == (32, 2, 16, 32)

@@ -87,12 +87,12 @@ def by_peft(adapter: Path, base: Path, quantization: str, rows: int = VOCABULARY
     return PeftModel.from_pretrained(loaded, adapter)
 
 
-def assert_same(found: torch.Tensor, expected: torch.Tensor, quantization: str = "none") -> None:
+def assert_same(actual: torch.Tensor, expected: torch.Tensor, quantization: str = "none") -> None:
     """int8 layers round activations too, which whole weights do not: there the difference may be 8 percent of the logits' size."""
     if quantization == "int8":
-        assert (found - expected).pow(2).mean() < 0.08**2 * expected.pow(2).mean()
+        assert (actual - expected).pow(2).mean() < 0.08**2 * expected.pow(2).mean()
     else:
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 CASES = [
@@ -173,8 +173,8 @@ def test_rows_of_new_tokens_train_and_are_kept(
     adapter = resolved(tmp_path / "adapter", source, quantization=quantization)
     assert_same(logits_of(load_language_model(adapter, dtype=torch.float32, trainable=False), NEW_IDS), expected)
     hidden = load_backbone(adapter, dtype=torch.float32, trainable=False)(input_ids=NEW_IDS).last_hidden_state
-    whole = load_language_model(adapter, dtype=torch.float32, trainable=False)
-    assert_same(hidden, whole(input_ids=NEW_IDS, output_hidden_states=True).hidden_states[-1])
+    reloaded = load_language_model(adapter, dtype=torch.float32, trainable=False)
+    assert_same(hidden, reloaded(input_ids=NEW_IDS, output_hidden_states=True).hidden_states[-1])
     save_merged(adapter, tmp_path / "whole")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     assert exported.config.tie_word_embeddings == (base != "untied")

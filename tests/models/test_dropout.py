@@ -67,9 +67,9 @@ def test_only_the_branches_are_dropped(family: str) -> None:
     torch.manual_seed(3)
     first = outputs(model, branches[0])
     model.eval()
-    whole = outputs(model, branches[0])
+    undropped = outputs(model, branches[0])
     kept = first != 0
-    torch.testing.assert_close(first[kept], whole[kept] / 0.8, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(first[kept], undropped[kept] / 0.8, rtol=1e-4, atol=1e-6)
 
 
 def test_a_family_with_other_parts_is_refused() -> None:

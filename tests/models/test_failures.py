@@ -39,21 +39,21 @@ def test_a_folder_without_a_config_names_what_is_absent(folder: Path) -> None:
 def test_weights_that_were_cut_off_are_called_damaged(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    found = message(folder)
-    assert "damaged or truncated" in found and ADVICE not in found
+    said = message(folder)
+    assert "damaged or truncated" in said and ADVICE not in said
 
 
 def test_a_config_that_is_no_json_is_called_that(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "llama",')
-    found = message(folder)
-    assert "not valid JSON" in found and ADVICE not in found
+    said = message(folder)
+    assert "not valid JSON" in said and ADVICE not in said
 
 
 @pytest.mark.parametrize("kind", ["llama17", None])
 def test_an_unknown_model_type_is_named(folder: Path, kind: str | None) -> None:
     change(folder, model_type=kind)
-    found = message(folder)
-    assert (f"names model_type {kind!r}" if kind else "names no model_type") in found and ADVICE not in found
+    said = message(folder)
+    assert (f"names model_type {kind!r}" if kind else "names no model_type") in said and ADVICE not in said
 
 
 def test_a_model_without_a_class_of_the_kind_names_its_type(folder: Path) -> None:
@@ -65,8 +65,8 @@ def test_a_model_without_a_class_of_the_kind_names_its_type(folder: Path) -> Non
 
 def test_a_field_with_a_wrong_value_is_named(folder: Path) -> None:
     change(folder, hidden_size="wide")
-    found = message(folder)
-    assert "hidden_size" in found and "correct that field" in found and ADVICE not in found
+    said = message(folder)
+    assert "hidden_size" in said and "correct that field" in said and ADVICE not in said
 
 
 def test_a_folder_without_a_tokenizer_says_so(folder: Path) -> None:

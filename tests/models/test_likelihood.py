@@ -66,9 +66,9 @@ def test_a_pass_that_runs_out_of_memory_is_repeated_in_halves(tiny_llama_folder:
     rows = [([5, 6, 7, 8], [1, 1, 1, 1]), ([9, 10], [1, 1]), ([4, 2, 8], [0, 1, 1])]
     expected = measure_likelihood(model, rows, batch_size=1, **CPU)
     sizes = run_out_above(model, 1, monkeypatch)
-    found = measure_likelihood(model, rows, batch_size=3, **CPU)
+    measured = measure_likelihood(model, rows, batch_size=3, **CPU)
     assert sizes == [3, 2, 1, 1, 1]
-    assert found.tokens == expected.tokens == 6 and found.nats == pytest.approx(expected.nats, rel=1e-6)
+    assert measured.tokens == expected.tokens == 6 and measured.nats == pytest.approx(expected.nats, rel=1e-6)
 
 
 def test_processes_that_share_weights_do_not_retreat_alone(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

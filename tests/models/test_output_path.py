@@ -107,8 +107,8 @@ def test_log_probabilities_stay_right_when_the_weights_grow_after_the_check(kind
     for prompt, response in zip(prompts, responses, strict=True):
         with torch.no_grad():
             logits = model.eval()(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0] / 0.7
-        for place, token in enumerate(response):
-            expected.append(logits[len(prompt) + place - 1].log_softmax(-1)[token])
+        for step, token in enumerate(response):
+            expected.append(logits[len(prompt) + step - 1].log_softmax(-1)[token])
     batch = sequence_batch(prompts, responses, 1, "cpu")
     torch.testing.assert_close(policy.logprobs(batch), torch.stack(expected))
     summed = policy.loss(batch, lambda logprobs, entropies, places: logprobs).summed

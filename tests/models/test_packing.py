@@ -83,13 +83,13 @@ def test_packed_passes_equal_plain_ones_and_so_do_their_gradients(family: str) -
     assert policy.kernel() == "padded"
     batch = sequence_batch(PROMPTS, RESPONSES, 0, "cpu", bootstrap=BOOTSTRAP, kernel="padded")
     assert batch.input_ids.shape == (1, sum(map(len, PROMPTS + RESPONSES)))
-    found = policy.loss(batch, lambda chosen, _, rows: weights[rows] * chosen, num_tokens=len(logprobs))
-    assert found.values is not None
-    (found.summed + found.values.square().sum()).backward()
+    packed = policy.loss(batch, lambda chosen, _, rows: weights[rows] * chosen, num_tokens=len(logprobs))
+    assert packed.values is not None
+    (packed.summed + packed.values.square().sum()).backward()
 
     # fp32 sums in another order; the hidden states are a few units large
-    torch.testing.assert_close(found.logprobs, logprobs.detach(), rtol=1e-4, atol=2e-5)
-    torch.testing.assert_close(found.values, values, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(packed.logprobs, logprobs.detach(), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(packed.values, values, rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(policy.logprobs(batch)[: len(logprobs)], logprobs.detach(), rtol=1e-4, atol=2e-5)
     wanted = gradients(expected_model)
     assert gradients(model).keys() == wanted.keys()

@@ -110,7 +110,7 @@ def test_a_merge_that_changes_a_tied_output_layer_is_not_published(
     monkeypatch.setattr(adapters, "_untie", lambda plain: False)
     with pytest.raises(ModelError, match="merging the adapter 'one' changes its outputs"):
         save_model(model, tiny_tokenizer, tmp_path / "one", rows=ROWS)
-    monkeypatch.setattr(stacking, "_check_merge", lambda *found: None)
+    monkeypatch.setattr(stacking, "_check_merge", lambda *arguments: None)
     with pytest.raises(ModelError, match="not the model in memory: merged into its base, its outputs differ by"):
         save_model(model, tiny_tokenizer, tmp_path / "two", rows=ROWS)
 

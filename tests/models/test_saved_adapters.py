@@ -111,10 +111,10 @@ def test_a_dora_adapter_above_another_is_merged_or_refused(tiny_llama_folder: Pa
 def test_adapters_of_language_models_serve_a_reward_model(tiny_llama_folder: Path, tmp_path: Path) -> None:
     """What belongs to the output layer alone is no part of a reward model; what belongs to the transformer is."""
     foreign(tiny_llama_folder, tmp_path / "adapter", **KINDS["rows"])
-    whole = load_language_model(str(tmp_path / "adapter"), dtype=torch.float32, trainable=False)
+    language_model = load_language_model(str(tmp_path / "adapter"), dtype=torch.float32, trainable=False)
     reward_model = RewardModel.from_language_model(str(tmp_path / "adapter"), dtype=torch.float32)
     with torch.no_grad():
-        hidden = whole(input_ids=IDS, output_hidden_states=True).hidden_states[-1]
+        hidden = language_model(input_ids=IDS, output_hidden_states=True).hidden_states[-1]
         torch.testing.assert_close(reward_model.eval().backbone(input_ids=IDS).last_hidden_state, hidden)
 
 
@@ -126,8 +126,8 @@ def test_a_classifier_s_adapter_brings_its_head(labels: int, tiny_llama_folder: 
     torch.manual_seed(labels)
     plain = AutoModelForSequenceClassification.from_pretrained(tiny_llama_folder, num_labels=labels)
     expected = foreign(tiny_llama_folder, tmp_path, loaded=plain, task_type="SEQ_CLS")
-    found = load_classifier(str(tmp_path), dtype=torch.float32, trainable=False)
-    torch.testing.assert_close(logits_of(found), expected, rtol=1e-4, atol=1e-5)
+    loaded = load_classifier(str(tmp_path), dtype=torch.float32, trainable=False)
+    torch.testing.assert_close(logits_of(loaded), expected, rtol=1e-4, atol=1e-5)
     foreign(tiny_llama_folder, tmp_path / "headless", task_type="CAUSAL_LM")
     with pytest.raises(ModelError, match="no trained head"):
         load_classifier(str(tmp_path / "headless"), dtype=torch.float32, trainable=False)
@@ -196,14 +196,14 @@ def test_an_update_and_rows_of_one_embedding_are_refused_on_a_shared_backbone(
     backbone = backbone_of(as_resolved(tmp_path / "update"))
     with pytest.raises(ModelError, match="change model.embed_tokens in different ways .update, full copy, rows., which"):
         backbone.frozen(as_resolved(tmp_path / "update"))
-    whole = SharedBackbone(
+    shared = SharedBackbone(
         as_resolved(tmp_path / "rows"),
         dtype=torch.float32,
         device=torch.device("cpu"),
         lora=LoraSettings(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
     )
     with pytest.raises(ModelError, match="a fresh adapter and another adapter on the same weights change lm_head"):
-        whole.fresh("default", whole.frozen(as_resolved(tmp_path / "rows")))
+        shared.fresh("default", shared.frozen(as_resolved(tmp_path / "rows")))
 
 
 def test_a_policy_with_new_tokens_trains_their_rows_apart_from_its_value_network(tiny_llama_folder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ def vowels(prompts: list[str], completions: list[str]) -> list[float]:
 
 def each_e(prompts: list[str], completions: list[str]) -> list[list[tuple[int, float]]]:
     """One for every e, where it stands."""
-    return [[(place, 1.0) for place, letter in enumerate(text) if letter == "e"] for text in completions]
+    return [[(position, 1.0) for position, letter in enumerate(text) if letter == "e"] for text in completions]
 
 
 def noisy(prompts: list[str], completions: list[str]) -> list[float]:

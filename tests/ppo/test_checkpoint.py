@@ -141,13 +141,13 @@ CASES = [(cut, settings) for cut in CUTS for settings in SETTINGS if ONCE.get(cu
 def test_a_run_cut_off_anywhere_ends_as_if_it_had_not_been(
     six_iterations, undisturbed, every, step_context, resolve_folder, tiny_llama_folder, monkeypatch, cut, settings
 ) -> None:
-    place, number, then = CUTS[cut]
+    method, number, then = CUTS[cut]
     models = {"policy": resolve_folder(tiny_llama_folder)}
     context = step_context("test/cut", 5, models)
     with monkeypatch.context() as patch:
         every(3)  # the newest checkpoint is now inside an iteration, now between two, and rarely at the cut
-        target: Any = {"collect": loop, "minibatch": Updater, "score": CombinedReward}[place]
-        patch.setattr(target, place, at_call(number, then, getattr(target, place)))
+        target: Any = {"collect": loop, "minibatch": Updater, "score": CombinedReward}[method]
+        patch.setattr(target, method, at_call(number, then, getattr(target, method)))
         with pytest.raises(Killed if then is kill else Stopped), context.runtime.stop.installed():
             run(six_iterations(settings), context)
     context.close()

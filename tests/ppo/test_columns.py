@@ -71,7 +71,7 @@ def test_a_run_that_was_cut_off_gives_the_same_rows(
     models = {"policy": resolve_folder(tiny_llama_folder)}
     config = ppo_config(data=rows, reward=[{"function": "grading:graded"}], total_episodes=24, ppo_epochs=1, checkpoint_seconds=1e9)
     run(config, step_context("test/whole", 1, models))
-    whole = list(grading.seen)
+    uninterrupted = list(grading.seen)
     grading.seen.clear()
     grading.calls.clear()
     monkeypatch.setenv("CUT_OFF", "2")  # while the second of two rollouts is scored
@@ -79,9 +79,9 @@ def test_a_run_that_was_cut_off_gives_the_same_rows(
     with pytest.raises(Stopped), context.runtime.stop.installed():
         run(config, context)
     monkeypatch.delenv("CUT_OFF")
-    assert grading.seen == whole[:12]
+    assert grading.seen == uninterrupted[:12]
     run(config, step_context("test/cut", 1, models))
-    assert grading.seen == whole
+    assert grading.seen == uninterrupted
 
 
 @pytest.mark.parametrize("by", ["check_data", "run"])

@@ -74,14 +74,14 @@ def test_a_reward_model_s_parts_add_up_to_its_score(tiny_llama_folder, resolve_f
     }
     prompts, texts = ["write a line", "the film ", "x"], ["the film was a joy", "caf\u00e9", ""]
     spans = source["token"].score_spans(prompts, texts)
-    whole = source["completion"].score(prompts, texts)
-    torch.testing.assert_close(torch.tensor([sum(score for _, score in row) for row in spans]), whole)
+    scores = source["completion"].score(prompts, texts)
+    torch.testing.assert_close(torch.tensor([sum(score for _, score in row) for row in spans]), scores)
     # each part is the difference of the scores of two beginnings
     tokenizer = model.tokenizer
     ids = tokenizer("write a line")["input_ids"] + tokenizer(" the film was a joy")["input_ids"]
     assert spans[0][-2][1] == pytest.approx(_last_difference(model, ids), abs=1e-5)
-    assert [place for place, _ in spans[0]][0] == 0 and spans[0][-1][0] == len(texts[0])
-    assert spans[2] == [(0, pytest.approx(float(whole[2]), abs=1e-6))]
+    assert [position for position, _ in spans[0]][0] == 0 and spans[0][-1][0] == len(texts[0])
+    assert spans[2] == [(0, pytest.approx(float(scores[2]), abs=1e-6))]
 
 
 def _last_difference(model, ids: list[int]) -> float:

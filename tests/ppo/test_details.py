@@ -240,9 +240,9 @@ def test_pretraining_gradients_halve_what_is_forgotten(ppo_config, step_context,
     save_model(model, tokenizer, tmp_path / "base")
 
     def loss(folder: Path) -> float:
-        found = load_language_model(str(folder), dtype=torch.float32, trainable=False)
+        trained = load_language_model(str(folder), dtype=torch.float32, trainable=False)
         rows = [(ids, [1] * len(ids))]
-        return measure_likelihood(found, rows, pad_token_id=1, batch_size=1, device=torch.device("cpu"), dtype=torch.float32).loss
+        return measure_likelihood(trained, rows, pad_token_id=1, batch_size=1, device=torch.device("cpu"), dtype=torch.float32).loss
 
     before = loss(tmp_path / "base")
     models, data = {"policy": resolve_folder(tmp_path / "base")}, prompts_file(tmp_path)
@@ -331,14 +331,14 @@ def test_truncation_at_a_token_after_a_position(ppo_config, ppo_context, make_ro
     for rollout in rollouts:
         for row in range(len(rollout.prompts)):
             response = rollout.response(row)
-            places = [place for place, token in enumerate(response) if token in stops and place >= 4]
+            positions = [position for position, token in enumerate(response) if token in stops and position >= 4]
             early += any(token in (*stops, ids[3]) for token in response[:4])
             if rollout.stopped[row]:
-                assert places == [len(response) - 1] and rollout.completions[row][-1] in letters
+                assert positions == [len(response) - 1] and rollout.completions[row][-1] in letters
                 assert float(rollout.scores[row]) == float(rollout.raw_scores[row])
                 short += 1
             else:
-                assert places == [] and len(response) == 12 and float(rollout.scores[row]) == -1.0
+                assert positions == [] and len(response) == 12 and float(rollout.scores[row]) == -1.0
             text = roles.tokenizer.decode(response, skip_special_tokens=True).strip()
             assert rollout.completions[row] == text  # what the reward read is the truncated text
     assert early and short

@@ -85,9 +85,9 @@ def test_a_long_run_is_remembered_in_a_constant_size() -> None:
 def test_reward_hacking_is_what_all_windows_of_the_whole_run_say() -> None:
     draw, width = random.Random(3), 4
     score, taste = [0.0], [0.0]
-    for place in range(300):  # the monitor turns down, up and down again while the score goes on up
+    for iteration in range(300):  # the monitor turns down, up and down again while the score goes on up
         score.append(score[-1] + 0.05 + draw.gauss(0, 0.1))
-        taste.append(taste[-1] + (0.06 if place % 120 < 60 else -0.08) + draw.gauss(0, 0.1))
+        taste.append(taste[-1] + (0.06 if iteration % 120 < 60 else -0.08) + draw.gauss(0, 0.1))
     health, raised, expected = Health(HealthSettings(window=width)), [], []
     for end in range(1, len(score) + 1):
         alarms = health.observe(healthy(end, **{"rewards/score_mean": score[end - 1], "monitors/taste": taste[end - 1]}))
@@ -125,10 +125,10 @@ def test_a_healthy_run_is_quiet() -> None:
 def test_an_alarm_fires_on_its_planted_case_and_no_other_does(name: str) -> None:
     history = [healthy(iteration, **(PLANTED[name](iteration) if iteration >= 40 else {})) for iteration in range(60)]
     health = observed(history)
-    found = health.summary()
-    assert [entry["name"] for entry in found] == [name]
-    assert 40 <= found[0]["first_iteration"] <= 58 and found[0]["last_iteration"] <= 59 and found[0]["iterations"] >= 1
-    assert len(found[0]["message"]) > 60 and not found[0]["message"].endswith(".")
+    alarms = health.summary()
+    assert [entry["name"] for entry in alarms] == [name]
+    assert 40 <= alarms[0]["first_iteration"] <= 58 and alarms[0]["last_iteration"] <= 59 and alarms[0]["iterations"] >= 1
+    assert len(alarms[0]["message"]) > 60 and not alarms[0]["message"].endswith(".")
 
 
 def test_what_goes_on_is_said_once_and_what_comes_back_again() -> None:

@@ -26,8 +26,8 @@ class Traveller(torch.nn.Module):
         super().__init__()
         self.seen: list[str] = []
 
-    def to(self, place: Any) -> Traveller:  # type: ignore[override]
-        self.seen.append(str(place))
+    def to(self, device: Any) -> Traveller:  # type: ignore[override]
+        self.seen.append(str(device))
         return self
 
 
@@ -66,11 +66,11 @@ def test_offloading_changes_nothing_but_the_place(
         return original(self, *modules)
 
     monkeypatch.setattr(Offload, "awake", counted)
-    found = [
+    results = [
         weights(run(ppo_config(data=prompts(tmp_path), offload=offload), step_context(f"test/{offload}", 3, models)))
         for offload in (False, True)
     ]
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
     assert max(awake) == 2  # reference and value network while the rollout is measured
 
 
@@ -79,17 +79,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(ppo_config, ppo_context
     from stages.ppo.rollout import targets
     from stages.ppo.update import Updater
 
-    found = []
+    gradients = []
     for on in (False, checkpointing):
         config = ppo_config(training={"learning_rate": 1e-3, "gradient_checkpointing": on})
         roles = load_roles(config, ppo_context)
         rollout = make_rollout(roles, config)
         Updater(roles, {}, config).accumulate(rollout, targets(rollout, config, kl_coef=0.1))
-        found.append({f"{name}.{key}": p.grad for name, network in roles.networks().items() for key, p in network.named_parameters()})
+        gradients.append({f"{name}.{key}": p.grad for name, network in roles.networks().items() for key, p in network.named_parameters()})
         if on:
             assert roles.policy.decoder.is_gradient_checkpointing
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(gradient, found[1][name])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])
 
 
 @pytest.mark.parametrize(("optimizer", "tolerance"), [("paged_adamw", 1e-6), ("adamw_8bit", 0.05), ("paged_adamw_8bit", 0.05)])

@@ -101,14 +101,14 @@ def test_ppo_ends_at_the_best_policy(ppo_config, step_context, resolve_folder, b
     reward = payoffs(reference)
     best = reference * (reward / KL_COEF).exp()
     best /= best.sum()
-    found = probabilities(ResolvedModel(made.ref, "registry", str(made.path), made.digest, context.models["policy"].input, made))
+    trained = probabilities(ResolvedModel(made.ref, "registry", str(made.path), made.digest, context.models["policy"].input, made))
     objective = {
         name: expected_reward(policy, reward) - KL_COEF * kl(policy, reference)
-        for name, policy in (("start", reference), ("best", best), ("found", found))
+        for name, policy in (("start", reference), ("best", best), ("found", trained))
     }
     # the optimum's value is kl_coef * log E_reference[exp(reward / kl_coef)]
     assert objective["best"] == pytest.approx(KL_COEF * math.log(float((reference * (reward / KL_COEF).exp()).sum())))
     # The objective is flat at its best: a policy a few percent off in KL has all but all of it.
     assert objective["found"] == pytest.approx(objective["best"], abs=0.02 * (objective["best"] - objective["start"]))
-    assert expected_reward(found, reward) == pytest.approx(expected_reward(best, reward), rel=0.02)
-    assert kl(found, reference) == pytest.approx(kl(best, reference), rel=0.08)
+    assert expected_reward(trained, reward) == pytest.approx(expected_reward(best, reward), rel=0.02)
+    assert kl(trained, reference) == pytest.approx(kl(best, reference), rel=0.08)

@@ -31,13 +31,13 @@ def make_updater(roles: Any, config: Any, **options: Any) -> Updater:
 
 
 def taken_gradients(roles: Any) -> dict[str, torch.Tensor]:
-    found = {}
+    gradients = {}
     for name, network in roles.networks().items():
         for key, parameter in trainable(network).items():
             if parameter.grad is not None:
-                found[f"{name}.{key}"] = parameter.grad.clone()
+                gradients[f"{name}.{key}"] = parameter.grad.clone()
         network.zero_grad()
-    return found
+    return gradients
 
 
 class Operations(TorchDispatchMode):
@@ -75,9 +75,9 @@ def test_packed_updates_have_the_gradients_of_padded_ones(ppo_config, ppo_contex
     totals = updater.accumulate(rollout, target)
     totals.read()
     assert totals.sums == pytest.approx(expected_totals.sums, rel=1e-4, abs=1e-5)
-    found = taken_gradients(roles)
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
+    packed = taken_gradients(roles)
+    assert packed.keys() == expected.keys()
+    for name, gradient in packed.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -87,14 +87,14 @@ def test_packed_measuring_equals_padded_measuring(ppo_config, ppo_context, make_
     torch.nn.init.normal_(roles.policy.value_head.weight)
     rollout = make_rollout(roles, config)
     responses = [rollout.response(row) for row in range(12)]
-    found = []
+    measured = []
     for packs in (False, True):
         roles.packs = packs
         budget = measuring_budget(config, roles.policy.device)
-        found.append(measure(roles, rollout.prompt_ids, responses, rollout.bootstrap_mask, budget, recompute=True))
-    assert found[0].keys() == found[1].keys() == {"reference", "values", "bootstrap", "sampled"}
-    for name, numbers in found[0].items():
-        torch.testing.assert_close(found[1][name], numbers, rtol=1e-4, atol=1e-5)
+        measured.append(measure(roles, rollout.prompt_ids, responses, rollout.bootstrap_mask, budget, recompute=True))
+    assert measured[0].keys() == measured[1].keys() == {"reference", "values", "bootstrap", "sampled"}
+    for name, numbers in measured[0].items():
+        torch.testing.assert_close(measured[1][name], numbers, rtol=1e-4, atol=1e-5)
 
 
 # Casts
@@ -146,9 +146,9 @@ def raise_out_of_memory(failed: list[int], size: int) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-@pytest.mark.parametrize(("place", "in_backward"), [("policy", False), ("value", True)])
+@pytest.mark.parametrize(("network", "in_backward"), [("policy", False), ("value", True)])
 def test_a_minibatch_that_runs_out_of_memory_is_done_again_in_smaller_passes(
-    ppo_config, ppo_context, make_rollout, monkeypatch, caplog, tmp_path, place: str, in_backward: bool
+    ppo_config, ppo_context, make_rollout, monkeypatch, caplog, tmp_path, network: str, in_backward: bool
 ) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("the acting was warm and the film was a joy\n" * 20)
@@ -163,10 +163,10 @@ def test_a_minibatch_that_runs_out_of_memory_is_done_again_in_smaller_passes(
 
     limited = updater()
     with monkeypatch.context() as patch:
-        failed = run_out_above(roles.policy.decoder if place == "policy" else roles.value.backbone, 100, patch, in_backward=in_backward)
+        failed = run_out_above(roles.policy.decoder if network == "policy" else roles.value.backbone, 100, patch, in_backward=in_backward)
         totals = limited.accumulate(rollout, target)
     totals.read()
-    found = taken_gradients(roles)
+    gradients = taken_gradients(roles)
     assert len(failed) == 2 and limited.budget.retreats == 2
     assert sum("memory ran out in a pass" in record.message for record in caplog.records) == 1
     small = updater()
@@ -175,11 +175,11 @@ def test_a_minibatch_that_runs_out_of_memory_is_done_again_in_smaller_passes(
     expected.read()
     assert totals.sums == expected.sums  # no episode counts twice, and none is lost
     for name, gradient in taken_gradients(roles).items():
-        assert torch.equal(found[name], gradient), name  # to the bit: the passes are the same
-    whole = updater()
-    whole.accumulate(rollout, target)
+        assert torch.equal(gradients[name], gradient), name  # to the bit: the passes are the same
+    one_pass = updater()
+    one_pass.accumulate(rollout, target)
     for name, gradient in taken_gradients(roles).items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=2e-6)  # fp32 sums in another order
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=2e-6)  # fp32 sums in another order
     result = limited.update(rollout, kl_coef=0.1, seed=0)
     assert result.retreats == 2 and 0 < result.pass_tokens <= 100
     assert limited.update(rollout, kl_coef=0.1, seed=1).retreats == 0  # passes stay small
@@ -190,10 +190,10 @@ def test_measuring_retreats_and_loses_no_episode(ppo_config, ppo_context, make_r
     roles = load_roles(config, ppo_context)
     expected = make_rollout(roles, config)
     failed = run_out_above(roles.value.backbone, 100, monkeypatch)
-    found = make_rollout(roles, config)
-    assert failed and found.retreats == len(failed) and expected.retreats == 0
-    torch.testing.assert_close(found.values, expected.values)
-    torch.testing.assert_close(found.reference_logprobs, expected.reference_logprobs)
+    rollout = make_rollout(roles, config)
+    assert failed and rollout.retreats == len(failed) and expected.retreats == 0
+    torch.testing.assert_close(rollout.values, expected.values)
+    torch.testing.assert_close(rollout.reference_logprobs, expected.reference_logprobs)
 
 
 def test_one_episode_that_does_not_fit_ends_the_run(ppo_config, ppo_context, make_rollout, monkeypatch) -> None:

@@ -81,11 +81,11 @@ def test_a_separate_lambda_for_the_value(ppo_config) -> None:
 @pytest.mark.detail("P10")
 def test_whitening_by_process_is_each_share_alone(ppo_config) -> None:
     config = ppo_config(whitening_scope="process")
-    whole = all_targets(hand_made(), config, kl_coef=0.1, num_processes=2)
+    two_processes = all_targets(hand_made(), config, kl_coef=0.1, num_processes=2)
     for row in range(2):
         alone = targets(hand_made().rows(torch.tensor([row])), config, kl_coef=0.1)
-        torch.testing.assert_close(whole.advantages[row], alone.advantages[0])
-        counted = whole.advantages[row][hand_made().response_mask[row]]
+        torch.testing.assert_close(two_processes.advantages[row], alone.advantages[0])
+        counted = two_processes.advantages[row][hand_made().response_mask[row]]
         assert abs(float(counted.mean())) < 1e-5
     together = all_targets(hand_made(), config, kl_coef=0.1, num_processes=1)
     torch.testing.assert_close(together.advantages, targets(hand_made(), ppo_config(), kl_coef=0.1).advantages)
@@ -134,8 +134,8 @@ def test_each_phase_of_an_iteration_has_its_peak_of_gpu_memory(ppo_config, ppo_c
     rollout = make_rollout(roles, config)
     rollout.seconds["update"] = 1.0
     metrics = iteration_metrics(rollout, UpdateResult({}, 1, 1), kl_coef=0.1)
-    found = {name: value for name, value in metrics.items() if name.startswith("memory/")}
-    assert found == {"memory/generation_gpu_gib": 5.0, "memory/scoring_gpu_gib": 1.0, "memory/measuring_gpu_gib": 3.0}
+    memory = {name: value for name, value in metrics.items() if name.startswith("memory/")}
+    assert memory == {"memory/generation_gpu_gib": 5.0, "memory/scoring_gpu_gib": 1.0, "memory/measuring_gpu_gib": 3.0}
 
 
 def test_scores_by_ending_are_means_after_the_penalties(ppo_config, ppo_context, make_rollout) -> None:

@@ -136,18 +136,18 @@ def test_the_update_equals_that_of_separate_models(family, lora_config, monkeypa
             assert (roles.value.backbone is roles.policy.decoder) == shared
             updater = Updater(roles, {}, config)
             updater.accumulate(rollout, targets(rollout, config, kl_coef=0.1))
-            found = {}
+            gradients = {}
             for name, network in roles.networks().items():
                 for key, parameter in network.named_parameters():
                     if parameter.requires_grad:
-                        place = (
+                        parameter_name = (
                             key.replace("/", ".")
                             .replace("value", "default")
                             .replace("base_model.model.model.", "")
                             .replace("backbone.", "")
                         )
-                        found[name, place.replace("base_model.model.", "")] = parameter.grad
-            updated.append((rollout, found))
+                        gradients[name, parameter_name.replace("base_model.model.", "")] = parameter.grad
+            updated.append((rollout, gradients))
     (one, first), (two, second) = updated
     assert one.completions == two.completions
     assert first.keys() == second.keys() and len(first) > 50

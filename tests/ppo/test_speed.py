@@ -47,7 +47,7 @@ def test_gpt2_s_layers_count_and_its_embeddings_do_not() -> None:
 
 def test_phases() -> None:
     seconds = {"generation": 2.0, "scoring": 1.0, "measuring": 1.0, "update": 4.0}
-    found = speed_metrics(seconds, episodes=16, response_tokens=100, trained_tokens=400, flops=6e9, peak=3e9)
-    assert found["time/episodes_per_second"] == 2.0 and found["time/generation_s"] == 2.0
-    assert found["time/generation_tokens_per_second"] == 50.0 and found["time/scoring_tokens_per_second"] == 100.0
-    assert found["time/update_tokens_per_second"] == 100.0 and found["time/update_matmul_share"] == 0.5
+    metrics = speed_metrics(seconds, episodes=16, response_tokens=100, trained_tokens=400, flops=6e9, peak=3e9)
+    assert metrics["time/episodes_per_second"] == 2.0 and metrics["time/generation_s"] == 2.0
+    assert metrics["time/generation_tokens_per_second"] == 50.0 and metrics["time/scoring_tokens_per_second"] == 100.0
+    assert metrics["time/update_tokens_per_second"] == 100.0 and metrics["time/update_matmul_share"] == 0.5

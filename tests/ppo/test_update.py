@@ -53,13 +53,13 @@ def slow_loss(roles: Any, rollout: Any, target: Any, config: Any) -> torch.Tenso
         logits = roles.policy.model(input_ids=ids).logits[0] / config.generation.temperature
         values = roles.value.score_tokens(ids, torch.ones_like(ids))[0]
         for step, token in enumerate(response):
-            place = len(prompt) - 1 + step
-            logprob = logits[place].log_softmax(-1)[token]
+            position = len(prompt) - 1 + step
+            logprob = logits[position].log_softmax(-1)[token]
             ratio = torch.exp(logprob - rollout.rollout_logprobs[row, step])
             advantage = target.advantages[row, step]
             unclipped, clipped = ratio * advantage, ratio.clamp(1 - config.clip.ratio, 1 + config.clip.ratio) * advantage
             policy_loss = policy_loss - torch.min(unclipped, clipped)
-            value_loss = value_loss + value_term(values[place], rollout.values[row, step], target.returns[row, step])
+            value_loss = value_loss + value_term(values[position], rollout.values[row, step], target.returns[row, step])
             count += 1
         num_states += len(response)
         if rollout.bootstrap_mask[row]:  # the state after the last token
@@ -86,9 +86,9 @@ def test_gradients_equal_the_slow_reference_for_any_microbatch(ppo_config, ppo_c
             network.zero_grad()
         updater = make_updater(roles, config.model_copy(update={"microbatch_size": microbatch}))
         updater.accumulate(rollout, target)
-        found = gradients(roles)
-        assert found.keys() == expected.keys()
-        for name, gradient in found.items():
+        actual = gradients(roles)
+        assert actual.keys() == expected.keys()
+        for name, gradient in actual.items():
             # fp32 sums in another order
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -112,16 +112,16 @@ def test_first_minibatch_has_ratio_one_and_no_kl(ppo_config, ppo_context, make_r
 
 def test_padding_with_the_end_token_changes_nothing(ppo_config, ppo_context, make_rollout) -> None:
     config = ppo_config()
-    found = []
+    results = []
     for pad in ("<|pad|>", "<|endoftext|>"):
         roles = load_roles(config, ppo_context)
         roles.tokenizer.pad_token = pad
         rollout = make_rollout(roles, config)
         make_updater(roles, config).accumulate(rollout, targets(rollout, config, kl_coef=0.1))
-        found.append((rollout.completions, rollout.lengths.tolist(), gradients(roles)))
-    assert found[0][:2] == found[1][:2]
-    for name, gradient in found[0][2].items():
-        torch.testing.assert_close(gradient, found[1][2][name])
+        results.append((rollout.completions, rollout.lengths.tolist(), gradients(roles)))
+    assert results[0][:2] == results[1][:2]
+    for name, gradient in results[0][2].items():
+        torch.testing.assert_close(gradient, results[1][2][name])
 
 
 def test_value_warmup_leaves_the_policy_alone(ppo_config, ppo_context, make_rollout) -> None:
@@ -141,7 +141,7 @@ def test_pretraining_gradient_is_added_with_its_coefficient(ppo_config, ppo_cont
     mix = {"data": str(corpus), "coef": 2.0, "examples_per_episode": 1, "block_size": 8}
     plain, mixed, off = ppo_config(), ppo_config(pretraining_mix=mix), ppo_config(pretraining_mix={**mix, "coef": 0.0})
     by_row = ppo_config(pretraining_mix={**mix, "coef": 2.0 / 7, "normalization": "row"})  # a row of 8 predicts 7 tokens
-    found = {}
+    by_case = {}
     for name, config in {"plain": plain, "mixed": mixed, "by_row": by_row, "off": off}.items():
         roles = load_roles(config, ppo_context)
         rollout = make_rollout(roles, config)
@@ -150,10 +150,10 @@ def test_pretraining_gradient_is_added_with_its_coefficient(ppo_config, ppo_cont
         totals = updater.accumulate(rollout, target)
         totals.read()
         loss = totals.sums.get("pretraining_loss", 0.0)
-        found[name] = gradients(roles)
-    assert all(torch.equal(found["plain"][name], found["off"][name]) for name in found["plain"])  # gamma = 0: to the bit
-    for name, gradient in found["mixed"].items():
-        torch.testing.assert_close(found["by_row"][name], gradient, rtol=1e-4, atol=1e-6)
+        by_case[name] = gradients(roles)
+    assert all(torch.equal(by_case["plain"][name], by_case["off"][name]) for name in by_case["plain"])  # gamma = 0: to the bit
+    for name, gradient in by_case["mixed"].items():
+        torch.testing.assert_close(by_case["by_row"][name], gradient, rtol=1e-4, atol=1e-6)
     drawn = load_pretraining_rows(mixed, ppo_context, roles)
     assert drawn is not None
     rows = drawn.draw(12)
@@ -162,7 +162,7 @@ def test_pretraining_gradient_is_added_with_its_coefficient(ppo_config, ppo_cont
     assert loss == 0.0 and float(expected) > 0
     expected.backward()
     for name, parameter in trainable(model).items():
-        added = found["mixed"][f"policy.{name}"] - found["plain"][f"policy.{name}"]
+        added = by_case["mixed"][f"policy.{name}"] - by_case["plain"][f"policy.{name}"]
         torch.testing.assert_close(added, 2.0 * parameter.grad, rtol=1e-3, atol=1e-5)  # a difference of two fp32 sums
 
 

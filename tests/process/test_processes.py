@@ -125,7 +125,7 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, server: Server) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, server: Server) -> Path:
     folder = tmp_path_factory.mktemp("pair")
     things = ("film", "plot", "music")
     rows = [
@@ -152,13 +152,13 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, ser
     return folder
 
 
-def start(place: Path, home: str, *launcher: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def start(workdir: Path, home: str, *launcher: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """``stages run pair.yaml`` behind ``launcher``, in ``place``."""
-    given = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{place}", "OMP_NUM_THREADS": "1", **environment}
+    given = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{workdir}", "OMP_NUM_THREADS": "1", **environment}
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         given.pop(name, None)
     command = [*launcher, "-m", "stages", "run", "pair.yaml", "--home", home]
-    return subprocess.run(command, cwd=place, env=given, capture_output=True, text=True, check=False, timeout=600)
+    return subprocess.run(command, cwd=workdir, env=given, capture_output=True, text=True, check=False, timeout=600)
 
 
 ONE = (sys.executable,)
@@ -170,18 +170,18 @@ SHARDED = (sys.executable, "-m", "stages.process.launching", "--config_file", st
 
 
 @pytest.fixture(scope="module")
-def alone(place: Path) -> Path:
-    done = start(place, "alone", *ONE)
+def alone(workdir: Path) -> Path:
+    done = start(workdir, "alone", *ONE)
     assert done.returncode == 0, done.stderr
-    return place / "alone"
+    return workdir / "alone"
 
 
 @pytest.fixture(scope="module")
-def pair(place: Path) -> Path:
+def pair(workdir: Path) -> Path:
     """Started by plain ``accelerate launch``, which alone would start one process and say nothing."""
-    done = start(place, "pair", *TWO_BY_ACCELERATE)
+    done = start(workdir, "pair", *TWO_BY_ACCELERATE)
     assert done.returncode == 0, done.stderr
-    return place / "pair"
+    return workdir / "pair"
 
 
 def logs(home: Path, step: str) -> list[dict[str, float]]:
@@ -198,18 +198,18 @@ def weights(home: Path, step: str) -> dict[str, torch.Tensor]:
 def assert_same_updates(one: Path, two: Path, step: str, *, tolerance: float) -> None:
     first, second = logs(one, step), logs(two, step)
     assert len(first) == len(second) > 0
-    for number, (expected, found) in enumerate(zip(first, second, strict=True)):
-        assert found == pytest.approx(expected, rel=1e-3, abs=tolerance), f"{step}, line {number}"
+    for number, (expected, actual) in enumerate(zip(first, second, strict=True)):
+        assert actual == pytest.approx(expected, rel=1e-3, abs=tolerance), f"{step}, line {number}"
     for name, value in weights(one, step).items():
         torch.testing.assert_close(weights(two, step)[name], value, rtol=0, atol=tolerance, msg=f"{step}: {name}")
 
 
 def assert_same_scores(one: Path, two: Path) -> None:
     """The evaluation's, candidate by candidate: its prompts are shared out, and put together again in their order."""
-    found = [json.loads((home / "runs" / "pair" / "latest" / "summary.json").read_text()) for home in (one, two)]
-    for name, candidate in found[0]["candidates"].items():
+    summaries = [json.loads((home / "runs" / "pair" / "latest" / "summary.json").read_text()) for home in (one, two)]
+    for name, candidate in summaries[0]["candidates"].items():
         for key in ("scores", "kl"):
-            assert found[1]["candidates"][name].get(key) == pytest.approx(candidate.get(key), rel=1e-3, abs=1e-3), (name, key)
+            assert summaries[1]["candidates"][name].get(key) == pytest.approx(candidate.get(key), rel=1e-3, abs=1e-3), (name, key)
 
 
 def test_two_processes_make_the_updates_of_one(alone: Path, pair: Path) -> None:
@@ -229,11 +229,11 @@ def test_each_process_has_its_own_rows_scored(pair: Path, server: Server) -> Non
     assert 7 in {len(body["prompts"]) for body in server.bodies}  # half of the 14 episodes
 
 
-def test_sharded_over_two_processes_the_updates_are_the_same(place: Path, alone: Path) -> None:
+def test_sharded_over_two_processes_the_updates_are_the_same(workdir: Path, alone: Path) -> None:
     """FSDP2 over gloo, by the accelerate config that ships; sampling does not wait for the other process, so it cannot hang."""
-    done = start(place, "sharded", *SHARDED)
+    done = start(workdir, "sharded", *SHARDED)
     assert done.returncode == 0, done.stderr
-    home = place / "sharded"
+    home = workdir / "sharded"
     summary = json.loads((home / "runs" / "pair" / "latest" / "summary.json").read_text())
     assert summary["environment"]["sharded"] and summary["environment"]["num_processes"] == 2
     assert_same_updates(alone, home, "sft", tolerance=2e-5)
@@ -264,31 +264,31 @@ def test_processes_sample_apart_and_as_one_would(alone: Path, pair: Path) -> Non
     assert texts[1][0:14:2] != texts[1][1:14:2]
 
 
-def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_alone(place: Path, alone: Path, pair: Path) -> None:
-    shutil.copytree(pair / "registry", place / "cut" / "registry")
-    Registry(place / "cut" / "registry").remove("pair/aligned")
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_alone(workdir: Path, alone: Path, pair: Path) -> None:
+    shutil.copytree(pair / "registry", workdir / "cut" / "registry")
+    Registry(workdir / "cut" / "registry").remove("pair/aligned")
     began = time.monotonic()
-    done = start(place, "cut", *TWO, AT_CALL="3", IN_PROCESS="1", WHAT="dies")
+    done = start(workdir, "cut", *TWO, AT_CALL="3", IN_PROCESS="1", WHAT="dies")
     assert time.monotonic() - began < 100  # the start included; the end itself takes a moment
     assert done.returncode == 128 + signal.SIGKILL
     assert "process 1 of 2 was ended by SIGKILL; the others were ended with it" in done.stderr
     assert "Traceback" not in done.stderr
 
-    stopped = start(place, "cut", *TWO, AT_CALL="2", IN_PROCESS="0", WHAT="stops")
+    stopped = start(workdir, "cut", *TWO, AT_CALL="2", IN_PROCESS="0", WHAT="stops")
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
     assert "resuming after iteration 2" in stopped.stdout
     assert "stopped by SIGTERM; completed work is kept. To continue: stages run pair.yaml --home cut" in stopped.stderr
 
-    resumed = start(place, "cut", *ONE)  # with another number of processes
+    resumed = start(workdir, "cut", *ONE)  # with another number of processes
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming after iteration 3" in resumed.stdout
-    assert_same_updates(alone, place / "cut", "aligned", tolerance=5e-4)
+    assert_same_updates(alone, workdir / "cut", "aligned", tolerance=5e-4)
 
 
-def test_an_error_of_one_process_is_told(place: Path, pair: Path) -> None:
-    shutil.copytree(pair / "registry", place / "raising" / "registry")
-    Registry(place / "raising" / "registry").remove("pair/aligned")
-    done = start(place, "raising", *TWO, AT_CALL="1", IN_PROCESS="1", WHAT="raises")
+def test_an_error_of_one_process_is_told(workdir: Path, pair: Path) -> None:
+    shutil.copytree(pair / "registry", workdir / "raising" / "registry")
+    Registry(workdir / "raising" / "registry").remove("pair/aligned")
+    done = start(workdir, "raising", *TWO, AT_CALL="1", IN_PROCESS="1", WHAT="raises")
     assert done.returncode == 2
     said = "reward function pair_reward:vowels raised ValueError: no reward today"
     assert f"process 1: error: pair/aligned: iteration 0: {said}" in done.stderr

@@ -27,7 +27,7 @@ PASSWORD = "correct horse battery"
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("STAGES_HOME", raising=False)
     monkeypatch.setattr(redaction, "_values", set())
@@ -257,8 +257,8 @@ def test_an_adapter_is_sought_in_its_own_registry_alone() -> None:
         (folder / "adapter_model.safetensors").write_bytes(b"adapter")
 
     record = registry.publish("safe/adapter", adapter, role="language_model", base=resolved)
-    found = find_base(ResolvedModel(record.ref, "registry", str(record.path), record.digest, ModelInput(ref=record.ref), record))
-    assert found.record == base
+    base_found = find_base(ResolvedModel(record.ref, "registry", str(record.path), record.digest, ModelInput(ref=record.ref), record))
+    assert base_found.record == base
 
 
 # Secrets

@@ -170,17 +170,21 @@ def test_what_a_preset_cannot_know_is_asked_for(tmp_path: Path) -> None:
 
 def test_where_every_value_comes_from(tmp_path: Path) -> None:
     loaded = recipe(tmp_path, step("ppo", "instructgpt2022", **MIX, kl_coef=0.1), overrides=("ppo.ppo_epochs=2",))
-    found = {setting.path: setting for setting in settings_of_step(loaded, loaded.steps[0])}
-    assert (found["kl.coef"].kind, found["ppo_epochs"].kind, found["clip.ratio"].kind) == ("recipe", "override", "preset")
+    settings = {setting.path: setting for setting in settings_of_step(loaded, loaded.steps[0])}
+    assert (settings["kl.coef"].kind, settings["ppo_epochs"].kind, settings["clip.ratio"].kind) == ("recipe", "override", "preset")
     line = 1 + next(number for number, text in enumerate((tmp_path / "recipe.yaml").read_text().splitlines()) if "kl_coef" in text)
-    assert found["kl.coef"].origin == f"{tmp_path / 'recipe.yaml'}:{line}"
-    assert found["ppo_epochs"].origin == "override 'ppo.ppo_epochs=2'"
-    assert found["clip.ratio"].origin == "instructgpt2022: I C.4"
-    assert found["gae.gae_lambda"].origin.startswith("instructgpt2022: not published; ours: as Ziegler")
-    assert (found["entropy_coef"].kind, found["health.kl_limit"].kind) == ("default", "default")
-    assert (found["policy.ref"].kind, found["reward[0].function"].kind, found["data[0].path"].kind) == ("recipe", "recipe", "recipe")
-    assert (found["policy.quantization"].kind, found["data[0].skip"].kind) == ("default", "default")
-    assert (found["reward[0].weight"].kind, found["pretraining_mix.data[0].path"].kind) == ("default", "recipe")
+    assert settings["kl.coef"].origin == f"{tmp_path / 'recipe.yaml'}:{line}"
+    assert settings["ppo_epochs"].origin == "override 'ppo.ppo_epochs=2'"
+    assert settings["clip.ratio"].origin == "instructgpt2022: I C.4"
+    assert settings["gae.gae_lambda"].origin.startswith("instructgpt2022: not published; ours: as Ziegler")
+    assert (settings["entropy_coef"].kind, settings["health.kl_limit"].kind) == ("default", "default")
+    assert (settings["policy.ref"].kind, settings["reward[0].function"].kind, settings["data[0].path"].kind) == (
+        "recipe",
+        "recipe",
+        "recipe",
+    )
+    assert (settings["policy.quantization"].kind, settings["data[0].skip"].kind) == ("default", "default")
+    assert (settings["reward[0].weight"].kind, settings["pretraining_mix.data[0].path"].kind) == ("default", "recipe")
     shown = {setting.path for setting in preset_settings(loaded, loaded.steps[0])}
     assert {"kl.coef", "ppo_epochs", "clip.ratio", "pretraining_mix.coef"} <= shown and "entropy_coef" not in shown
 

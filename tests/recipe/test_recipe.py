@@ -127,7 +127,7 @@ def test_a_good_recipe_is_read_whole(tmp_path: Path) -> None:
     assert sft.seed == 7
     assert sft.config.data.train[0].path == str(tmp_path / "recipes" / "texts.txt")
     assert recipe.steps[0].config.data.train[0].path == "world:raw"
-    kinds = {place: (model.kind, model.target) for place, model in aligned.models.items()}
+    kinds = {field_path: (model.kind, model.target) for field_path, model in aligned.models.items()}
     assert kinds == {"policy": ("step", "sft"), "reward[0].model": ("step", "base"), "reward[1].model": ("step", "sft")}
     assert recipe.model_name(sft) == "quick/sft"
 

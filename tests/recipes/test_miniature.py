@@ -58,7 +58,7 @@ def test_the_parameters_are_counted_as_they_are(figure1: Any, tmp_path: Path) ->
 
 
 def test_figure_1_says_which_claims_hold(figure1: Any) -> None:
-    strength = {f"{kind}-{size}": place + 0.1 * step for step, size in enumerate("sml") for place, kind in enumerate(KINDS)}
+    strength = {f"{kind}-{size}": index + 0.1 * step for step, size in enumerate("sml") for index, kind in enumerate(KINDS)}
     strength["ppo-m"] = strength["sft-m"]  # one claim that does not hold
 
     def rate(a: str, b: str) -> dict[str, Any]:

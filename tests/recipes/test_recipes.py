@@ -27,11 +27,11 @@ def test_every_recipe_that_ships_can_be_made_small() -> None:
     recipes = {path.stem: path for path in shrunk.RECIPES.glob("*.yaml")}
     assert set(shrunk.SHRUNK) == set(recipes)
     for name, path in recipes.items():
-        small, whole = load_recipe(path, shrunk.SHRUNK[name]), load_recipe(path)
-        assert [step.name for step in small.steps] == [step.name for step in whole.steps]
-        for before, after in zip(whole.steps, small.steps, strict=True):
-            assert {place: model.target for place, model in after.models.items()} == {
-                place: model.target for place, model in before.models.items()
+        small, full = load_recipe(path, shrunk.SHRUNK[name]), load_recipe(path)
+        assert [step.name for step in small.steps] == [step.name for step in full.steps]
+        for before, after in zip(full.steps, small.steps, strict=True):
+            assert {field_path: model.target for field_path, model in after.models.items()} == {
+                field_path: model.target for field_path, model in before.models.items()
             }
             assert _sources(after) == _sources(before)
 
@@ -40,8 +40,8 @@ def _sources(step: Any) -> list[tuple[str, Any, ...]]:
     """What is read of the Hub's data sets, but for which rows."""
     from stages.recipe.schema import data_inputs
 
-    sources = [(place, source) for place, found in data_inputs(step.config).items() for source in found if source.on_hub]
-    return [(place, source.path, source.name, source.split, source.data_dir, source.columns) for place, source in sources]
+    sources = [(field_path, source) for field_path, inputs in data_inputs(step.config).items() for source in inputs if source.on_hub]
+    return [(field_path, source.path, source.name, source.split, source.data_dir, source.columns) for field_path, source in sources]
 
 
 @pytest.mark.timeout(600)
@@ -61,7 +61,7 @@ def test_a_recipe_runs_to_its_report(name: str, hub: Hub, hub_client: Client, tm
 
 
 def _commits(hub: Hub, identifier: str) -> set[str]:
-    return {commit for (_, known), found in hub.repositories.items() if known == identifier for commit in found.commits}
+    return {commit for (_, known), repository in hub.repositories.items() if known == identifier for commit in repository.commits}
 
 
 def _check_instructgpt(summary: dict[str, Any]) -> None:

@@ -103,10 +103,10 @@ def used(folder: Path) -> int:
 def test_a_disk_that_is_full_at_any_write_costs_no_model(disk: Any, recipe: Path, tmp_path: Path) -> None:
     calm = run(tmp_path / "calm")
     assert calm.exit_code == 0, calm.output
-    whole = used(tmp_path / "calm")
+    total = used(tmp_path / "calm")
     stopped = 0  # checkpoints take more room than what is left in the end
     for share in (0.02, 0.2, 0.5, 0.8, 1.1, 1.4, 1.7, 2.0, 3.0):
-        home = disk(max(8, int(whole * share))) / f"home-{share}"
+        home = disk(max(8, int(total * share))) / f"home-{share}"
         result = run(home)
         registry = Registry(home / "registry")
         if result.exit_code == 0:
@@ -119,7 +119,7 @@ def test_a_disk_that_is_full_at_any_write_costs_no_model(disk: Any, recipe: Path
         assert "no space is left on the device" in said and "run the same command again" in said, said
         for record in registry.records():
             assert registry.verify(record.ref) == []
-        disk(30 * whole)
+        disk(30 * total)
         again = run(home)
         assert again.exit_code == 0, (share, again.exception, again.output[-2000:])
         assert digests(home) == digests(tmp_path / "calm")
@@ -187,14 +187,14 @@ def test_one_flipped_bit_in_any_file_is_found_before_it_is_used(recipe: Path, tm
     for file in sorted(record.path.iterdir()):
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 0x10
-        whole = file.read_bytes()
+        original = file.read_bytes()
         file.write_bytes(content)
         assert Registry(home / "registry").verify(record.ref) == [f"{file.name} was changed: its SHA-256 differs from the published one"]
         verified = CliRunner().invoke(app, ["models", "verify", "fault/sft", "--home", str(home)])
         assert verified.exit_code == 2 and f"{file.name} was changed" in verified.stdout
         exported = CliRunner().invoke(app, ["models", "export", "fault/sft", str(tmp_path / "out"), "--home", str(home)])
         assert exported.exit_code == 2 and not (tmp_path / "out").exists()
-        file.write_bytes(whole)
+        file.write_bytes(original)
     weights = record.path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
     result = run(home)  # makes it anew

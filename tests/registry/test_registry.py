@@ -21,17 +21,17 @@ from stages.registry.record import ModelRecord
 from stages.registry.references import ResolvedModel
 
 
-def model_files(folder: Path, weights: bytes = b"weights", place: str = "/home/a/base") -> None:
+def model_files(folder: Path, weights: bytes = b"weights", path_in_config: str = "/home/a/base") -> None:
     (folder / "model.safetensors").write_bytes(weights)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "_name_or_path": place}))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"name_or_path": place, "eos_token": "</s>"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "_name_or_path": path_in_config}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"name_or_path": path_in_config, "eos_token": "</s>"}))
 
 
-def adapter_files(folder: Path, place: str = "/home/a/base", modules: list[str] | None = None) -> None:
+def adapter_files(folder: Path, path_in_config: str = "/home/a/base", modules: list[str] | None = None) -> None:
     (folder / "adapter_model.safetensors").write_bytes(b"adapter")
-    config = {"base_model_name_or_path": place, "r": 8, "target_modules": modules or ["q_proj", "v_proj"]}
+    config = {"base_model_name_or_path": path_in_config, "r": 8, "target_modules": modules or ["q_proj", "v_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    (folder / "README.md").write_text(f"base_model: {place}")
+    (folder / "README.md").write_text(f"base_model: {path_in_config}")
 
 
 def publish(registry: Registry, name: str = "quickstart/sft", fill: Any = model_files, **fields: Any) -> ModelRecord:
@@ -58,14 +58,14 @@ def test_a_version_can_be_had_by_name_number_and_digest(tmp_path: Path) -> None:
 def test_the_digest_depends_on_the_files_alone(tmp_path: Path) -> None:
     here = publish(Registry(tmp_path / "here"))
     there = publish(
-        Registry(tmp_path / "there"), "other/name", lambda folder: model_files(folder, place="D:/elsewhere"), metrics={"loss": 1.0}
+        Registry(tmp_path / "there"), "other/name", lambda folder: model_files(folder, path_in_config="D:/elsewhere"), metrics={"loss": 1.0}
     )
     changed = publish(Registry(tmp_path / "here"), fill=lambda folder: model_files(folder, b"weightz"))
     assert here.digest == there.digest != changed.digest
     assert json.loads((here.path / "config.json").read_text()) == {"model_type": "llama"}
     plain = tmp_path / "plain"
     plain.mkdir()
-    model_files(plain, place="/third")
+    model_files(plain, path_in_config="/third")
     assert digest_folder(plain) == here.digest
 
 
@@ -315,12 +315,12 @@ def test_a_real_model_saved_twice_from_different_places_has_one_digest(tmp_path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     digests = set()
-    for place in ("here", "there/deeper"):
-        shutil.copytree(tiny_llama_folder, tmp_path / place)
+    for path_in_config in ("here", "there/deeper"):
+        shutil.copytree(tiny_llama_folder, tmp_path / path_in_config)
 
-        def fill(folder: Path, source: Path = tmp_path / place) -> None:
+        def fill(folder: Path, source: Path = tmp_path / path_in_config) -> None:
             AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder)
             AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
-        digests.add(publish(Registry(tmp_path / place / "registry"), fill=fill).digest)
+        digests.add(publish(Registry(tmp_path / path_in_config / "registry"), fill=fill).digest)
     assert len(digests) == 1

@@ -68,17 +68,17 @@ def make_run(folder: Path, *, number: int = 8, seed: int = 7, kl_coef: float = 0
         name: {
             "model": f"toy/{name}@1",
             "digest": f"sha256:{name}",
-            "scores": {"gold": 0.2 + 0.2 * place},
+            "scores": {"gold": 0.2 + 0.2 * index},
             "length_words": 5.0,
-            "score_intervals": {"gold": [0.15 + 0.2 * place, 0.25 + 0.2 * place]},
+            "score_intervals": {"gold": [0.15 + 0.2 * index, 0.25 + 0.2 * index]},
             "distinct_2": 0.5,
             "stopped_share": 0.9,
-            "perplexity": 3.0 + place,
-            "bits_per_byte": 0.4 + place / 10,
-            "kl": 0.7 * place,
-            "kl_interval": [0.6 * place, 0.8 * place],
+            "perplexity": 3.0 + index,
+            "bits_per_byte": 0.4 + index / 10,
+            "kl": 0.7 * index,
+            "kl_interval": [0.6 * index, 0.8 * index],
         }
-        for place, name in enumerate(NAMES)
+        for index, name in enumerate(NAMES)
     }
     candidates["base"]["kl"] = 3.0
     candidates["sft"] |= {"kl": 0.0, "tasks": {"facts": {"accuracy": 0.7, "ci_low": 0.6, "ci_high": 0.8}}}

@@ -125,8 +125,8 @@ def test_the_chain(html: str) -> None:
 
 def test_figures(html: str) -> None:
     page = Page(html)
-    found = [attributes.get("id") for tag, attributes in page.tags if tag == "figure"]
-    assert found == [
+    figure_ids = [attributes.get("id") for tag, attributes in page.tags if tag == "figure"]
+    assert figure_ids == [
         "frontier",
         "distributions",
         "tax",
@@ -194,8 +194,8 @@ def first_row(folder: Path, number: int = 4) -> dict[str, Any]:
 
 def data_of(html: str) -> dict[str, Any]:
     """What the page's script reads."""
-    (found,) = re.findall(r'<script type="application/json" data-role="data">(.*?)</script>', html, re.DOTALL)
-    return dict(json.loads(found))
+    (content,) = re.findall(r'<script type="application/json" data-role="data">(.*?)</script>', html, re.DOTALL)
+    return dict(json.loads(content))
 
 
 @pytest.mark.usefixtures("without_figures")

@@ -41,8 +41,8 @@ def collection(prompts: str, **fields: Any) -> Collection:
 @pytest.fixture
 def models(resolve_folder: Any, tiny_llama_folder: Path) -> dict[str, Any]:
     folder = resolve_folder(tiny_llama_folder)
-    places = ("model", "collect.policies[0].model", "collect.policies[1].model")
-    return {place: replace(folder, digest=f"sha256:{place}") for place in places}
+    field_paths = ("model", "collect.policies[0].model", "collect.policies[1].model")
+    return {field_path: replace(folder, digest=f"sha256:{field_path}") for field_path in field_paths}
 
 
 def test_ranks_by_hand() -> None:

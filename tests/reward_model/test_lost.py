@@ -28,14 +28,14 @@ def test_pairs_of_equal_texts_are_no_pairs() -> None:
 
 def test_what_is_lost_by_hand(tiny_tokenizer) -> None:
     same_end = [f"{letter}{'z' * 30}" for letter in "ab"]  # a token per letter z, or nearly
-    whole = encode(Comparison("film", same_end, [0, 1]), tiny_tokenizer, 1000)
-    assert whole.cut == 0 and whole.pairs == (1, 0)
+    uncut = encode(Comparison("film", same_end, [0, 1]), tiny_tokenizer, 1000)
+    assert uncut.cut == 0 and uncut.pairs == (1, 0)
     cut = encode(Comparison("film", same_end, [0, 1]), tiny_tokenizer, 8)
-    assert cut.cut == 2 and cut.pairs == (0, 1) and cut.lengths == whole.lengths
+    assert cut.cut == 2 and cut.pairs == (0, 1) and cut.lengths == uncut.lengths
     three = encode(Comparison("film", [*same_end, "joy"], [0, 1, 2]), tiny_tokenizer, 8)
     assert three.cut == 2 and three.pairs == (2, 1)
-    kept, lost = usable([whole, cut, three])
-    assert kept == [whole, three] and lost == Lost(rows=7, cut=4, pairs=5, equal=2)
+    kept, lost = usable([uncut, cut, three])
+    assert kept == [uncut, three] and lost == Lost(rows=7, cut=4, pairs=5, equal=2)
     # the one text that counts twice is in no pair: two pairs, of which the scores have one right
     measured = agreement(torch.tensor([3.0, 3.0, 1.0]), [three])
     assert measured["pairs"] == 2 and measured["accuracy"] == 1.0

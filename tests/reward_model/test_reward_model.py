@@ -121,10 +121,10 @@ class Fixed(torch.nn.Module):
 def test_measures_by_hand() -> None:
     # scores 2.0, 1.0 (right, margin 1.0); 1.0, 1.5, 0.5 with ranks 0, 1, 2: wrong by 0.5, right by 0.5, right by 1.0
     items = [EncodedComparison([[4], [2]], [0, 1]), EncodedComparison([[2], [3], [1]], [0, 1, 2])]
-    found = measure(Fixed(), items, pad_token_id=0, batch_size=2)
-    assert (found["accuracy"], found["pairs"]) == (0.75, 4)
-    assert found["accuracy_by_prompt"] == pytest.approx((1 + 2 / 3) / 2)
-    assert [(row["from"], row["to"], row["accuracy"], row["pairs"]) for row in found["accuracy_by_margin"]] == [
+    measured = measure(Fixed(), items, pad_token_id=0, batch_size=2)
+    assert (measured["accuracy"], measured["pairs"]) == (0.75, 4)
+    assert measured["accuracy_by_prompt"] == pytest.approx((1 + 2 / 3) / 2)
+    assert [(row["from"], row["to"], row["accuracy"], row["pairs"]) for row in measured["accuracy_by_margin"]] == [
         (0.5, 1.0, 0.5, 2),
         (1.0, 2.0, 1.0, 2),
     ]
@@ -133,9 +133,9 @@ def test_measures_by_hand() -> None:
 
 
 def test_long_texts_lose_their_beginning(tiny_tokenizer) -> None:
-    whole = encode(Comparison("write a happy line:", ["the film"], [0]), tiny_tokenizer, 100).rows[0]
-    assert whole[-1] == tiny_tokenizer.eos_token_id
-    assert encode(Comparison("write a happy line:", ["the film"], [0]), tiny_tokenizer, 4).rows[0] == whole[-4:]
+    uncut = encode(Comparison("write a happy line:", ["the film"], [0]), tiny_tokenizer, 100).rows[0]
+    assert uncut[-1] == tiny_tokenizer.eos_token_id
+    assert encode(Comparison("write a happy line:", ["the film"], [0]), tiny_tokenizer, 4).rows[0] == uncut[-4:]
 
 
 def test_lora_keeps_head_and_bias(comparisons, step_context, sft) -> None:
@@ -245,14 +245,14 @@ def test_accuracy_by_length_and_by_group_by_hand() -> None:
         return EncodedComparison([[7] * (2 + better), [7, 7] + [8] * worse], [0, 1], {"batch": group}, 2)
 
     items = [item(8, 2, "a"), item(2, 8, "a"), item(4, 4, "b")]
-    found = agreement(torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0]), items)
-    assert found["accuracy_by_length"] == [
+    measured = agreement(torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0]), items)
+    assert measured["accuracy_by_length"] == [
         {"better_is": "longer", "accuracy": 1.0, "pairs": 1},
         {"better_is": "shorter", "accuracy": 0.0, "pairs": 1},
         {"better_is": "as long", "accuracy": 1.0, "pairs": 1},
     ]
-    assert (found["prefers_longer"], found["longer_is_better"]) == (1.0, 0.5)
-    table = found["accuracy_by_group"]["batch"]
+    assert (measured["prefers_longer"], measured["longer_is_better"]) == (1.0, 0.5)
+    table = measured["accuracy_by_group"]["batch"]
     assert [(row["value"], row["accuracy"], row["pairs"]) for row in table] == [("a", 0.5, 2), ("b", 1.0, 1)]
     assert table[0]["ci_low"] < 0.5 < table[0]["ci_high"]
 

@@ -35,7 +35,7 @@ def word_tokenizer(*, special: bool, pad: bool = True) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     names = ["[CLS]", "[PAD]", "[SEP]", "[UNK]"]  # 1 pads, as in RoBERTa
-    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate([*names, *WORDS])}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate([*names, *WORDS])}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if special:
         tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 2)])
@@ -101,9 +101,9 @@ MULTI = {"problem_type": "multi_label_classification"}
 def test_probabilities_are_the_pipelines(make_classifier, resolve_folder, kind, special, fields, label) -> None:
     folder = make_classifier(kind, word_tokenizer(special=special), **fields)
     expected = by_pipeline(folder, label)
-    found = source(folder, resolve_folder, label=label, output="probability").score(["p"] * 3, TEXTS)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert len(set(found.tolist())) == 3  # no constant
+    scores = source(folder, resolve_folder, label=label, output="probability").score(["p"] * 3, TEXTS)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+    assert len(set(scores.tolist())) == 3  # no constant
     logprob = source(folder, resolve_folder, label=label, output="logprob").score(["p"] * 3, TEXTS)
     torch.testing.assert_close(logprob, expected.log(), rtol=1e-3, atol=1e-4)
     logit = source(folder, resolve_folder, label=label, output="logit").score(["p"] * 3, TEXTS)
@@ -112,8 +112,8 @@ def test_probabilities_are_the_pipelines(make_classifier, resolve_folder, kind, 
 
 def test_a_regression_is_used_as_it_is(make_classifier, resolve_folder) -> None:
     folder = make_classifier("bert", word_tokenizer(special=True), num_labels=1, problem_type="regression")
-    found = source(folder, resolve_folder).score(["p"] * 3, TEXTS)
-    torch.testing.assert_close(found, by_pipeline(folder, "LABEL_0"), rtol=1e-4, atol=1e-5)
+    scores = source(folder, resolve_folder).score(["p"] * 3, TEXTS)
+    torch.testing.assert_close(scores, by_pipeline(folder, "LABEL_0"), rtol=1e-4, atol=1e-5)
     for output in ("probability", "logprob"):
         with pytest.raises(ModelError, match=rf"is a regression .* and has no {output}. Set output: logit"):
             source(folder, resolve_folder, output=output)
@@ -138,11 +138,11 @@ def test_a_long_text_loses_the_beginning_of_its_prompt(make_classifier, resolve_
     room = 12 - 2 * special
     kept = [" ".join(f"{prompt} {text}".split()[-room:]) for prompt, text in zip(prompts, completions, strict=True)]
     assert kept[0].endswith("plot a happy line") and kept[2].endswith("dull and weak")
-    whole = source(folder, resolve_folder, reads="completion")
-    torch.testing.assert_close(judged.scores, whole.score(["p"] * 3, kept))
-    assert not whole.judge(["p"] * 3, kept).cut.any()
+    completion_only = source(folder, resolve_folder, reads="completion")
+    torch.testing.assert_close(judged.scores, completion_only.score(["p"] * 3, kept))
+    assert not completion_only.judge(["p"] * 3, kept).cut.any()
     assert len(set(judged.scores.tolist())) == 3
-    alone = whole.judge(["p"], [completions[2]])  # reads: completion is cut in the same way
+    alone = completion_only.judge(["p"], [completions[2]])  # reads: completion is cut in the same way
     torch.testing.assert_close(alone.scores, judged.scores[2:])
     assert alone.cut.item() and alone.completion_cut.item()
 
@@ -158,8 +158,8 @@ def test_padding_changes_nothing(make_classifier, resolve_folder) -> None:
 
 def test_a_decoder_without_a_pad_token(make_classifier, resolve_folder) -> None:
     folder = make_classifier("gpt2", word_tokenizer(special=False, pad=False), num_labels=2, pad_token_id=None)
-    found = source(folder, resolve_folder, output="probability", label=1).score(["p"] * 3, TEXTS)
-    torch.testing.assert_close(found, by_pipeline(folder, "LABEL_1"), rtol=1e-4, atol=1e-5)
+    scores = source(folder, resolve_folder, output="probability", label=1).score(["p"] * 3, TEXTS)
+    torch.testing.assert_close(scores, by_pipeline(folder, "LABEL_1"), rtol=1e-4, atol=1e-5)
 
 
 def test_a_conversation_keeps_its_roles(make_classifier, resolve_folder) -> None:

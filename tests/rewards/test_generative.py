@@ -79,7 +79,7 @@ def test_log_odds_equal_those_of_a_plain_forward_pass(tiny_llama_folder, tiny_to
         answer_ids = tiny_tokenizer(answer)["input_ids"]
         with torch.no_grad():
             steps = model(torch.tensor([ids + answer_ids])).logits[0].log_softmax(dim=-1)
-        return sum(float(steps[len(ids) - 1 + place, token]) for place, token in enumerate(answer_ids))
+        return sum(float(steps[len(ids) - 1 + step, token]) for step, token in enumerate(answer_ids))
 
     expected = [logprob(text, " yes") - logprob(text, " no") for text in shown]
     judged = generative(tiny_llama_folder, resolve_folder).judge(prompts, completions)

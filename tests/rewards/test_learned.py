@@ -43,8 +43,8 @@ def test_token_scores_are_the_same_after_memory_ran_out(tiny_llama_folder, tiny_
         return score_tokens(input_ids, attention_mask)
 
     monkeypatch.setattr(model, "score_tokens", limited)
-    found = source.score_spans(prompts, completions)
+    spans = source.score_spans(prompts, completions)
     assert sizes == [3, 2, 1]
-    assert [[place for place, _ in row] for row in found] == [[place for place, _ in row] for row in expected]
-    scores = [torch.tensor([score for row in rows for _, score in row]) for rows in (found, expected)]
+    assert [[position for position, _ in row] for row in spans] == [[position for position, _ in row] for row in expected]
+    scores = [torch.tensor([score for row in rows for _, score in row]) for rows in (spans, expected)]
     torch.testing.assert_close(scores[0], scores[1])

@@ -79,8 +79,8 @@ def test_replies_without_a_grade(server, tmp_path) -> None:
     with pytest.raises(TrainingError, match=r"gave no grade for 1 of 3 completions \(max_refused_share=0.1\), the first 'bad'"):
         grader(server, tmp_path, cache=cache).score(["p"] * 3, ["a", "bad", "c"])
     assert len(server.bodies) == 4  # the one without a grade twice
-    found = grader(server, tmp_path, cache=cache, max_refused_share=0.5).score(["p"] * 3, ["a", "bad", "c"])
-    assert found.tolist()[::2] == [5.0, 5.0] and math.isnan(found[1])
+    grades = grader(server, tmp_path, cache=cache, max_refused_share=0.5).score(["p"] * 3, ["a", "bad", "c"])
+    assert grades.tolist()[::2] == [5.0, 5.0] and math.isnan(grades[1])
     assert len(server.bodies) == 6  # grades are kept, and a reply without one is not
     server.reply = lambda body, number: (500, {})
     with pytest.raises(TrainingError, match="gave no grade: status 500. The grades received so far are stored"):

@@ -58,8 +58,8 @@ def test_outputs_of_a_classifier(classifier_folder, resolve_folder, tiny_tokeniz
     prompts = ["about it"] * 3
     for output, expected in (("logit", logits[:, 1]), ("probability", logits.softmax(-1)[:, 1]), ("logprob", logits.log_softmax(-1)[:, 1])):
         for label in ("positive", "POSITIVE", 1):
-            found = classifier(classifier_folder, resolve_folder, label=label, output=output).score(prompts, texts)
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            scores = classifier(classifier_folder, resolve_folder, label=label, output=output).score(prompts, texts)
+            torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
     alone = classifier(classifier_folder, resolve_folder, label=1, reads="completion").score(prompts, texts)
     assert not torch.allclose(alone, logits[:, 1], atol=1e-3)
     assert torch.isfinite(classifier(classifier_folder, resolve_folder, label=1, reads="completion").score(["p"], [""])).all()
@@ -197,5 +197,5 @@ def test_an_ensemble_is_one_source(tmp_path, monkeypatch, classifier_folder, res
     learned = [RewardInput.model_validate({"name": "both", "ensemble": two})]
     assert list(reward_model_inputs(learned, "reward")) == ["reward[0].ensemble[0].model", "reward[0].ensemble[1].model"]
     models = dict.fromkeys(reward_model_inputs(learned, "reward"), resolve_folder(classifier_folder))
-    found = build_reward(learned, models, "reward", **CPU).score(["p"], ["the film"])
-    assert found.total.item() == pytest.approx((found.parts["both.one"].item() + found.parts["both.two"].item()) / 2)
+    combined = build_reward(learned, models, "reward", **CPU).score(["p"], ["the film"])
+    assert combined.total.item() == pytest.approx((combined.parts["both.one"].item() + combined.parts["both.two"].item()) / 2)

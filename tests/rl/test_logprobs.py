@@ -11,14 +11,14 @@ LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])) + 7.0  # 
 
 
 def test_logprobs_by_hand() -> None:
-    found = token_logprobs(LOGITS, torch.tensor([1, 2]))
-    torch.testing.assert_close(found, torch.tensor([math.log(0.25), math.log(0.8)]))
+    logprobs = token_logprobs(LOGITS, torch.tensor([1, 2]))
+    torch.testing.assert_close(logprobs, torch.tensor([math.log(0.25), math.log(0.8)]))
 
 
 def test_temperature_divides_the_logits() -> None:
     # at temperature 1/2 the probabilities are squared and renormalised: 0.25 / (0.25 + 0.0625 * 2) = 2/3
-    found = token_logprobs(LOGITS[:1], torch.tensor([0]), temperature=0.5)
-    assert found.item() == pytest.approx(math.log(2 / 3))
+    logprobs = token_logprobs(LOGITS[:1], torch.tensor([0]), temperature=0.5)
+    assert logprobs.item() == pytest.approx(math.log(2 / 3))
 
 
 def test_entropy_by_hand() -> None:

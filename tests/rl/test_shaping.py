@@ -23,11 +23,11 @@ def test_token_scores_add_up() -> None:
     assert rewards.tolist() == [[1, 2, 3], [4, 0, 0]]
 
 
-@pytest.mark.detail("P25")
 def test_length_penalty_is_subtracted_for_each_token() -> None:
     assert penalize_length(torch.tensor([1.0, 1.0]), torch.tensor([2, 4]), penalty=0.125).tolist() == [0.75, 0.5]
 
 
+@pytest.mark.detail("P25")
 def test_missing_eos() -> None:
     scores, stopped = torch.tensor([0.5, 0.5]), torch.tensor([True, False])
     assert penalize_missing_eos(scores, stopped, how="none", penalty=1.0).tolist() == [0.5, 0.5]

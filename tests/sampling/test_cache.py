@@ -31,8 +31,8 @@ def test_a_layer_holds_what_transformers_own_holds(made: type[RoomyLayer]) -> No
             ours.keep(rows, 1)
             theirs.keys, theirs.values = theirs.keys[rows][:, :, 1:], theirs.values[rows][:, :, 1:]
         new = states(3, 1, draw)
-        for found, expected in zip(ours.update(*new), theirs.update(*new), strict=True):
-            assert torch.equal(found, expected)
+        for actual, expected in zip(ours.update(*new), theirs.update(*new), strict=True):
+            assert torch.equal(actual, expected)
         assert ours.get_seq_length() == theirs.get_seq_length()
 
 
@@ -42,7 +42,7 @@ def test_padding_of_a_new_cache_is_zero_whatever_lay_in_memory(monkeypatch) -> N
     layer = ColumnLayer(2)
     layer.put(*states(1, 1, torch.Generator().manual_seed(0)), row=0, rows=1, length=4)
     new = states(1, 1, torch.Generator().manual_seed(1))
-    assert all(torch.isfinite(found).all() and not found[:, :, :3].any() for found in layer.update(*new))
+    assert all(torch.isfinite(stored).all() and not stored[:, :, :3].any() for stored in layer.update(*new))
 
 
 @pytest.mark.parametrize(("heads", "masked", "scaling"), [(2, False, None), (2, True, None), (6, True, 0.3)])
@@ -60,9 +60,9 @@ def test_one_token_attends_as_by_sdpa(heads: int, masked: bool, scaling: float |
     mask = torch.nn.functional.pad(mask, (0, 1)) if masked else None
     key, value = torch.cat([key, new[0]], dim=2), torch.cat([value, new[1]], dim=2)
     expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
-    found, weights = attend_by_columns(module, query, *by_columns, mask, scaling=scaling)
-    assert weights is None and found.shape == (3, 1, heads, 3)
-    torch.testing.assert_close(found, expected)
+    attended, weights = attend_by_columns(module, query, *by_columns, mask, scaling=scaling)
+    assert weights is None and attended.shape == (3, 1, heads, 3)
+    torch.testing.assert_close(attended, expected)
 
 
 def test_what_is_not_one_token_is_left_to_sdpa() -> None:

@@ -37,10 +37,10 @@ def test_two_levels_find_what_a_plain_search_finds(width: int) -> None:
     weights[:, ::3] = 0.0
     weights[:, width // 2] += 0.1
     noise = torch.rand(500, generator=generator, dtype=torch.float64)
-    found, total = invert_cumulative(weights, noise)
+    actual, total = invert_cumulative(weights, noise)
     cumulative = weights.double().cumsum(-1)
     expected = (cumulative <= noise[:, None] * cumulative[:, -1:]).sum(-1)
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
     torch.testing.assert_close(total, weights.double().sum(-1), rtol=1e-6, atol=0)  # blocks of 64 are summed in fp32
 
 

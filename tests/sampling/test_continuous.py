@@ -46,30 +46,30 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def check_by_plain_passes(model: Any, found: Generated, options: dict[str, Any]) -> None:
+def check_by_plain_passes(model: Any, generated: Generated, options: dict[str, Any]) -> None:
     """Every token and its log-probability from a pass over the prompt's text alone, without cache or padding; ends by their definition."""
     most, temperature = options.get("max_new_tokens", 24), options.get("temperature", 1.0)
     chosen = {name: options[name] for name in ("temperature", "top_k", "top_p") if name in options}
     stops, late, stop_after = options.get("stops", STOPS), options.get("late", ()), options.get("stop_after", 0)
-    for row, (prompt, text) in enumerate(zip(PROMPTS, rows(found), strict=True)):
+    for row, (prompt, text) in enumerate(zip(PROMPTS, rows(generated), strict=True)):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + text]), use_cache=False).logits[0, len(prompt) - 1 : -1]
         noise = torch.rand(most, generator=torch.Generator().manual_seed(row), dtype=torch.float64)[: len(text)]
         assert sample_tokens(logits, noise, **chosen)[0].tolist() == text
         expected = (logits / (temperature or 1.0)).log_softmax(-1)[range(len(text)), text]
-        torch.testing.assert_close(found.logprobs[row][found.response_mask[row]], expected, rtol=1e-4, atol=1e-5)
-        ends = [token in stops or (token in late and place >= stop_after) for place, token in enumerate(text)]
+        torch.testing.assert_close(generated.logprobs[row][generated.response_mask[row]], expected, rtol=1e-4, atol=1e-5)
+        ends = [token in stops or (token in late and position >= stop_after) for position, token in enumerate(text)]
         assert not any(ends[:-1]) and (ends[-1] or len(text) == most)
-        assert bool(found.stopped[row]) == ends[-1]
+        assert bool(generated.stopped[row]) == ends[-1]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_completions_are_those_of_plain_passes(model, case: str) -> None:
-    found = sample(model, **CASES[case])
-    check_by_plain_passes(model, found, CASES[case])
-    assert len(set(found.lengths.tolist())) > 1 or case in ("full length", "one token")
+    generated = sample(model, **CASES[case])
+    check_by_plain_passes(model, generated, CASES[case])
+    assert len(set(generated.lengths.tolist())) > 1 or case in ("full length", "one token")
     if case == "minimum length":
-        assert min(found.lengths.tolist()) > 7
+        assert min(generated.lengths.tolist()) > 7
 
 
 def test_completions_are_those_of_plain_passes_where_the_cache_lies_by_tokens(model, monkeypatch) -> None:
@@ -86,10 +86,10 @@ def test_a_finished_completion_is_replaced_and_the_batch_stays_full(model, monke
         return forward(*arguments, **options)
 
     monkeypatch.setattr(model, "forward", counted)
-    found = sample(model)
+    generated = sample(model)
     steps = [number for number, width in batches if width == 1]
     assert max(number for number, _ in batches) == 4
-    assert sum(steps) == int(found.lengths.sum()) - len(PROMPTS)  # no row is computed in vain; the last token of none is read
+    assert sum(steps) == int(generated.lengths.sum()) - len(PROMPTS)  # no row is computed in vain; the last token of none is read
     batches.clear()
     sample(model, continuous_batching=False)
     assert len(steps) < 0.8 * len([number for number, width in batches if width == 1])
@@ -109,9 +109,9 @@ def test_finished_completions_are_reported_as_they_end(model) -> None:
 def test_batch_after_batch_is_the_default_on_a_cpu_to_the_bit(model, monkeypatch) -> None:
     expected = sample(model, continuous_batching=False)
     monkeypatch.setattr(generation, "SlotDecoder", None)  # would fail if it was used
-    found = sample(model, continuous_batching="auto")
+    generated = sample(model, continuous_batching="auto")
     few = sample(model, batch_size=len(PROMPTS))  # nothing waits
-    assert torch.equal(found.logprobs, expected.logprobs) and torch.equal(found.response_ids, expected.response_ids)
+    assert torch.equal(generated.logprobs, expected.logprobs) and torch.equal(generated.response_ids, expected.response_ids)
     assert rows(few) == rows(expected)
 
 
@@ -134,11 +134,11 @@ def test_a_model_whose_rows_cannot_be_replaced_is_decoded_batch_by_batch_and_the
     monkeypatch.setattr(generation, "_said", set())
     model = make(kind, **fields)
     with caplog.at_level(logging.WARNING):
-        found = [sample(model, **on_small_tokens({})) for _ in range(2)]
+        generated = [sample(model, **on_small_tokens({})) for _ in range(2)]
     said = [message for message in caplog.messages if "batch by batch" in message]
     assert len(said) == 1 and type(model).__name__ in said[0] and reason in said[0]
     expected = sample(model, **on_small_tokens({"continuous_batching": False}))
-    assert all(torch.equal(made.response_ids, expected.response_ids) for made in found)
+    assert all(torch.equal(made.response_ids, expected.response_ids) for made in generated)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_a_model_with_windows_is_decoded_in_slots_as_long_as_no_text_is_longer(k
     decoder = generation.SlotDecoder
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generation, "SlotDecoder", lambda *given, **named: seen.append(kind) or decoder(*given, **named))
-        found = sample(model, **on_small_tokens({}))
+        generated = sample(model, **on_small_tokens({}))
     assert seen == [kind]
-    assert torch.equal(found.response_ids, expected.response_ids)
-    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-3, atol=1e-4)
+    assert torch.equal(generated.response_ids, expected.response_ids)
+    torch.testing.assert_close(generated.logprobs, expected.logprobs, rtol=1e-3, atol=1e-4)

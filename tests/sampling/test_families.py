@@ -199,12 +199,12 @@ def test_a_family_decodes_what_plain_transformers_computes(name: str) -> None:
         reference = model
     expected = {tuple(prompt): plain(reference, prompt) for prompt in PROMPTS}
     use_own_layers(model)
-    found = sample(model)
+    generated = sample(model)
     for row, prompt in enumerate(PROMPTS):
         ids, logprobs = expected[tuple(prompt)]
-        mask = found.response_mask[row]
-        assert found.response_ids[row][mask].tolist() == ids
-        torch.testing.assert_close(found.logprobs[row][mask], torch.tensor(logprobs), rtol=1e-3, atol=1e-4)
+        mask = generated.response_mask[row]
+        assert generated.response_ids[row][mask].tolist() == ids
+        torch.testing.assert_close(generated.logprobs[row][mask], torch.tensor(logprobs), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -242,8 +242,8 @@ def test_a_class_that_promises_too_much_is_decoded_another_way_and_the_log_says_
     wrong = decoding_support(model).__class__(**{**vars(decoding_support(model)), "hides_padding": True})
     monkeypatch.setattr(probe, "decoding_support", lambda model: wrong)
     with caplog.at_level(logging.WARNING):
-        found = sample(model)
-    assert [ids[mask].tolist() for ids, mask in zip(found.response_ids, found.response_mask, strict=True)] == expected
+        generated = sample(model)
+    assert [ids[mask].tolist() for ids, mask in zip(generated.response_ids, generated.response_mask, strict=True)] == expected
     assert len(caplog.messages) == 1 and "BartForCausalLM is decoded in batches of equal length" in caplog.messages[0]
 
 
@@ -259,10 +259,10 @@ def test_a_probe_is_made_once_for_a_model(monkeypatch) -> None:
 def test_rows_of_a_state_leave_the_batch_and_come_twice(monkeypatch) -> None:
     model = make("qwen3_next", **HYBRID)
     monkeypatch.setattr(decoding, "COMPACT_BELOW", 1.0)  # with every row that ends
-    found = sample(model, PROMPTS * 2, batch_size=10)
-    assert torch.equal(found.response_ids[:5], found.response_ids[5:])
+    generated = sample(model, PROMPTS * 2, batch_size=10)
+    assert torch.equal(generated.response_ids[:5], generated.response_ids[5:])
     for row, prompt in enumerate(PROMPTS):
-        assert found.response_ids[row][found.response_mask[row]].tolist() == plain(model, prompt)[0]
+        assert generated.response_ids[row][generated.response_mask[row]].tolist() == plain(model, prompt)[0]
 
 
 @pytest.mark.parametrize(

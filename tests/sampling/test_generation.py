@@ -67,8 +67,8 @@ def test_logprobs_equal_a_plain_forward_pass(model, settings) -> None:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         expected = (logits / (settings.get("temperature", 1.0) or 1.0)).log_softmax(-1)[range(len(response)), response]
-        found = generated.logprobs[row][generated.response_mask[row]]
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        actual = generated.logprobs[row][generated.response_mask[row]]
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_greedy_equals_transformers(model) -> None:
@@ -174,7 +174,7 @@ def test_the_cache_grows_and_loses_rows_without_changing_a_text(model, monkeypat
 def test_prompts_are_read_in_parts_of_like_length_without_their_padding(model, monkeypatch) -> None:
     prompts = [[row + 5, *range(20, 20 + length)] for row, length in enumerate([2, 9, 3, 3, 8, 1])]
     seeds = list(range(6))
-    whole = sample(model, prompts, seeds)
+    together = sample(model, prompts, seeds)
     shapes = []
     forward = model.forward
 
@@ -187,8 +187,8 @@ def test_prompts_are_read_in_parts_of_like_length_without_their_padding(model, m
     parts = sample(model, prompts, seeds)
     # lengths in order: 2, 3 | 4, 4 | 9 | 10, as 12 tokens with their padding are the most
     assert shapes[:4] == [(2, 3), (2, 4), (1, 9), (1, 10)] and shapes[4] == (6, 1)
-    assert rows(parts) == rows(whole)
-    torch.testing.assert_close(parts.logprobs, whole.logprobs, rtol=1e-4, atol=1e-5)
+    assert rows(parts) == rows(together)
+    torch.testing.assert_close(parts.logprobs, together.logprobs, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_with_a_sliding_window_samples_like_transformers(tiny_tokenizer) -> None:

@@ -44,10 +44,10 @@ def sample(model: Any, stops: tuple[int, ...] = STOPS, prompts: list[list[int]] 
     return generate(model, prompts, chosen, seeds=range(len(prompts)), stop_ids=stops, pad_token_id=1)
 
 
-def assert_same(found: Generated, expected: Generated) -> None:
-    assert torch.equal(found.response_ids, expected.response_ids)
-    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-4, atol=1e-5)
-    assert torch.equal(found.stopped, expected.stopped)
+def assert_same(generated: Generated, expected: Generated) -> None:
+    assert torch.equal(generated.response_ids, expected.response_ids)
+    torch.testing.assert_close(generated.logprobs, expected.logprobs, rtol=1e-4, atol=1e-5)
+    assert torch.equal(generated.stopped, expected.stopped)
 
 
 def kept_pool() -> GraphPool:
@@ -68,9 +68,9 @@ def test_sizes_are_powers_of_two_and_for_columns_their_middles() -> None:
     "settings", [{}, {"temperature": 0.0}, {"top_k": 9, "batch_size": 6}, {"stops": ()}, {"continuous_batching": False}]
 )
 def test_recorded_steps_decode_what_computed_ones_do(model, recorder, settings: dict[str, Any]) -> None:
-    found = sample(model, **settings)
+    generated = sample(model, **settings)
     assert recorder.recorded and kept_pool().steps["replayed"]
-    assert_same(found, sample(model, **settings, cuda_graphs=False))
+    assert_same(generated, sample(model, **settings, cuda_graphs=False))
 
 
 def test_a_pool_serves_the_next_call_and_reads_the_weights_as_they_are_then(model, recorder) -> None:
@@ -107,10 +107,10 @@ def test_rows_that_pad_a_size_change_no_other_row(model, recorder) -> None:
     """Three slots are a size of their own; of four, three running rows are padded by one that has ended."""
     prompts = PROMPTS[:4]
     stops = tuple(token for token in range(300) if token % 17 == 3)
-    found = sample(model, stops, prompts, batch_size=4, continuous_batching=False)
+    generated = sample(model, stops, prompts, batch_size=4, continuous_batching=False)
     sizes = {size for size, _ in kept_pool()._recordings}
     assert {rows for rows, _ in sizes} <= {1, 2, 4}
-    assert_same(found, sample(model, stops, prompts, batch_size=4, cuda_graphs=False))
+    assert_same(generated, sample(model, stops, prompts, batch_size=4, cuda_graphs=False))
 
 
 def test_a_row_that_has_ended_behind_the_columns_of_a_step_does_no_harm(model, recorder, monkeypatch, caplog) -> None:
@@ -118,31 +118,31 @@ def test_a_row_that_has_ended_behind_the_columns_of_a_step_does_no_harm(model, r
     monkeypatch.setattr(graphs, "STEPS_ON_LARGER", 0)
     prompts = [list(range(60, 80)), [20], [30], [40]]
     first = int(sample(model, (), prompts[:1], max_new_tokens=1, cuda_graphs=False).response_ids[0, 0])
-    found = sample(model, (first,), prompts, batch_size=4)  # the row of 20 tokens ends at once, and pads the other three
-    assert found.lengths[0] == 1 and min(found.lengths[1:]) > 8
+    generated = sample(model, (first,), prompts, batch_size=4)  # the row of 20 tokens ends at once, and pads the other three
+    assert generated.lengths[0] == 1 and min(generated.lengths[1:]) > 8
     assert Size(4, 8) in {size for size, _ in kept_pool()._recordings} and not caplog.messages
-    assert_same(found, sample(model, (first,), prompts, batch_size=4, cuda_graphs=False))
+    assert_same(generated, sample(model, (first,), prompts, batch_size=4, cuda_graphs=False))
 
 
 def test_a_cache_that_is_used_up_grows_and_its_steps_are_recorded_anew(model, recorder, monkeypatch) -> None:
     monkeypatch.setattr(workspace, "RESPONSE_ROOM", 16)
     monkeypatch.setattr(graphs, "SMALLEST_COLUMNS", 8)
-    found = sample(model, ())
-    assert_same(found, sample(model, (), cuda_graphs=False))
+    generated = sample(model, ())
+    assert_same(generated, sample(model, (), cuda_graphs=False))
     kept = workspace._kept.workspace
     assert kept.room == 48  # 5 + 16 tokens, then twice as many as needed, but no more than 5 + 40 (in steps of 8)
     assert {size.columns for size, _ in kept.pool._recordings} <= {8, 12, 16, 24, 32, 48}
     recorded = recorder.recorded
-    assert_same(sample(model, ()), found)
+    assert_same(sample(model, ()), generated)
     assert recorder.recorded <= recorded + 2  # sizes that the smaller cache had no longer recorded
 
 
 def test_a_pool_above_its_memory_is_dropped_and_the_log_says_so(model, recorder, caplog) -> None:
     recorder.memory_limit = 1000
     with caplog.at_level(logging.INFO):
-        found = sample(model)
+        generated = sample(model)
     assert workspace._kept is None and "recorded again" in caplog.text
-    assert_same(found, sample(model, cuda_graphs=False))
+    assert_same(generated, sample(model, cuda_graphs=False))
     recorded = recorder.recorded
     sample(model)
     assert recorder.recorded == 2 * recorded
@@ -201,10 +201,10 @@ def test_under_autocast_a_kept_recording_reads_casts_of_the_new_weights(model, r
         for factor in (1.0, -0.5):
             weight.data.mul_(factor)
             with torch.autocast("cpu", torch.bfloat16):
-                found, expected = sample(model), sample(model, cuda_graphs=False)
+                generated, expected = sample(model), sample(model, cuda_graphs=False)
             first = slice(0, 4)  # bf16 falls to the other side sooner or later
-            assert torch.equal(found.response_ids[:, first], expected.response_ids[:, first])
-            torch.testing.assert_close(found.logprobs[:, first], expected.logprobs[:, first], rtol=0, atol=0.05)
+            assert torch.equal(generated.response_ids[:, first], expected.response_ids[:, first])
+            torch.testing.assert_close(generated.logprobs[:, first], expected.logprobs[:, first], rtol=0, atol=0.05)
             recorded, recorder.recorded = recorder.recorded, 0
             assert recorded if factor == 1.0 else recorded == 0
     finally:
@@ -282,8 +282,8 @@ def test_a_model_that_cannot_be_recorded_decodes_all_the_same(model, recorder, m
 
     monkeypatch.setattr(recorder, "record", record)
     with caplog.at_level(logging.WARNING):
-        found = sample(model)
-    assert_same(found, sample(model, cuda_graphs=False))
+        generated = sample(model)
+    assert_same(generated, sample(model, cuda_graphs=False))
     # One failure is enough for all sizes; a difference counts for its size alone.
     assert len(attempts) == 1 if fails == "raises" else len(attempts) > 1
     assert graphs._refusals.total() == len(attempts)
@@ -309,9 +309,9 @@ def test_a_model_that_asks_for_a_number_on_its_way_cannot_be_recorded(model, rec
 
     monkeypatch.setattr(model, "forward", asking)
     with caplog.at_level(logging.WARNING):
-        found = sample(model)
+        generated = sample(model)
     assert "operation not permitted" in caplog.text and workspace._kept is None
-    assert_same(found, sample(model, cuda_graphs=False))
+    assert_same(generated, sample(model, cuda_graphs=False))
 
 
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 3.45e-4), (torch.float16, 0.03125), (torch.bfloat16, 0.0884)])

@@ -23,6 +23,6 @@ def test_the_local_sampler_is_generate(tiny_llama_folder: Path, resolve_folder: 
     stop, late = ending_tokens(model, tokenizer, settings)
     pad = tokenizer.pad_token_id
     expected = generate(model, prompts, settings, seeds=seeds, stop_ids=stop, late_stop_ids=late, pad_token_id=pad)
-    found = LocalSampler(model, tokenizer).sample(prompts, settings, seeds)
+    sampled = LocalSampler(model, tokenizer).sample(prompts, settings, seeds)
     for name, value in vars(expected).items():
-        assert torch.equal(getattr(found, name), value), name
+        assert torch.equal(getattr(sampled, name), value), name

@@ -87,11 +87,11 @@ def test_tokenizer_is_equal_for_equal_texts_and_drops_tags() -> None:
 
 def test_measures_by_hand() -> None:
     probabilities = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3], [0.2, 0.8]])
-    found = measure(probabilities, [0, 1, 1, 1])
-    assert found["accuracy"] == 0.75 and found["confusion_matrix"] == [[1, 0], [1, 2]]
+    measured = measure(probabilities, [0, 1, 1, 1])
+    assert measured["accuracy"] == 0.75 and measured["confusion_matrix"] == [[1, 0], [1, 2]]
     # positive: 2 hits, 1 missed, 0 false: 4 / 5
-    assert found["f1"] == pytest.approx(0.8)
-    assert found["loss"] == pytest.approx(-(torch.tensor([0.9, 0.6, 0.3, 0.8]).log().mean().item()))
+    assert measured["f1"] == pytest.approx(0.8)
+    assert measured["loss"] == pytest.approx(-(torch.tensor([0.9, 0.6, 0.3, 0.8]).log().mean().item()))
 
 
 def test_predictions_are_those_of_smaller_passes_when_memory_runs_out() -> None:

@@ -87,8 +87,8 @@ def test_packed_demonstrations_have_the_gradient_of_separate_ones(step_context: 
 def test_prompt_tokens_are_not_learned(step_context: Any, tiny_llama_folder: Path, tiny_tokenizer: Any) -> None:
     def head_rows(completion_only: bool, name: str) -> torch.Tensor:
         context = step_context(name=name)
-        found = gradient(context, tiny_llama_folder, tiny_tokenizer, [ROWS[0]], completion_only_loss=completion_only)
-        return found["lm_head.weight"]
+        gradients = gradient(context, tiny_llama_folder, tiny_tokenizer, [ROWS[0]], completion_only_loss=completion_only)
+        return gradients["lm_head.weight"]
 
     model = load_language_model(str(tiny_llama_folder), dtype=torch.float32)
     # By hand: cross-entropy of tokens 12 and 13 alone (positions 1 and 2 predict them), or of 11, 12 and 13.

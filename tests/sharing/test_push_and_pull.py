@@ -228,7 +228,7 @@ def test_the_hub_refuses(server, client, home) -> None:
 
 def test_what_is_not_whole_is_not_pulled(server, client, home, tmp_path) -> None:
     assert client.run("models", "push", "recipe/base", "org/whole", "--public", "--home", str(home)).status == 0
-    whole = server.repositories["model", "org/whole"].commits[server.commit("model", "org/whole")]
+    complete = server.repositories["model", "org/whole"].commits[server.commit("model", "org/whole")]
 
     def pull(identifier: str, files: dict[str, bytes] | None = None) -> str:
         if files is not None:
@@ -238,12 +238,12 @@ def test_what_is_not_whole_is_not_pulled(server, client, home, tmp_path) -> None
         assert not list((tmp_path / "registry" / "models").rglob("manifest.json"))
         return str(done.output).splitlines()[-1]
 
-    changed = {**whole, "model.safetensors": whole["model.safetensors"][:-1] + b"!"}
+    changed = {**complete, "model.safetensors": complete["model.safetensors"][:-1] + b"!"}
     assert "model.safetensors differs from the manifest; nothing was added" in pull("org/changed", changed)
-    lacking = {name: content for name, content in whole.items() if name != "config.json"}
+    lacking = {name: content for name, content in complete.items() if name != "config.json"}
     assert "is incomplete: config.json is missing (1 missing files)" in pull("org/lacking", lacking)
     assert "was not pushed by `stages models push`" in pull("org/other", {"config.json": b"{}"})
-    assert "tristage.json of org/odd@" in pull("org/odd", {**whole, "tristage.json": b"{}"})
+    assert "tristage.json of org/odd@" in pull("org/odd", {**complete, "tristage.json": b"{}"})
     assert "error: the Hub has no model 'org/nothing' that this account can read" in pull("org/nothing")
     assert "error: 'nothing' is no repository of the Hub; expected owner/name" in pull("nothing")
 

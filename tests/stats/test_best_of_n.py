@@ -16,16 +16,16 @@ def test_weights_are_the_share_of_subsets(scores: list[float], n: int) -> None:
     expected = [0.0] * 5
     subsets = list(combinations(range(5), n))
     for subset in subsets:
-        best = [place for place in subset if scores[place] == max(scores[other] for other in subset)]
-        for place in best:
-            expected[place] += 1 / len(best) / len(subsets)
+        best = [index for index in subset if scores[index] == max(scores[other] for other in subset)]
+        for index in best:
+            expected[index] += 1 / len(best) / len(subsets)
     weights = best_of_n_weights(scores, n)
     assert sum(weights) == pytest.approx(1)
     if len(set(scores)) == 5:
         assert weights == pytest.approx(expected)
     for value in set(scores):  # among equal scores the split is by symmetry; their sum is exact
-        places = [place for place, score in enumerate(scores) if score == value]
-        assert sum(weights[place] for place in places) == pytest.approx(sum(expected[place] for place in places))
+        indices = [index for index, score in enumerate(scores) if score == value]
+        assert sum(weights[index] for index in indices) == pytest.approx(sum(expected[index] for index in indices))
 
 
 def test_the_estimate_is_unbiased() -> None:
@@ -41,9 +41,9 @@ def test_kl() -> None:
     # 2000 equally likely, distinct outcomes: the best of 4 is outcome k with probability (k/m)^4 - ((k-1)/m)^4
     m = 2000
     chances = [(k / m) ** 4 - ((k - 1) / m) ** 4 for k in range(1, m + 1)]
-    exact = sum(p * math.log(p * m) for p in chances)
-    assert best_of_n_kl(4) == pytest.approx(exact, abs=2e-3)
-    assert exact < best_of_n_kl(4)  # the formula is what many outcomes come to
+    expected = sum(p * math.log(p * m) for p in chances)
+    assert best_of_n_kl(4) == pytest.approx(expected, abs=2e-3)
+    assert expected < best_of_n_kl(4)  # the formula is what many outcomes come to
 
 
 def test_too_many_are_refused() -> None:

@@ -28,7 +28,7 @@ def test_the_interval_is_wilsons_without_ties() -> None:
 
 def test_a_prompt_counts_once() -> None:
     # ten prompts with four samples, two won and two lost each: the prompts agree, so the interval is narrower than ten coins'
-    rate = win_rate([1.0, 1.0, 0.0, 0.0] * 10, [place // 4 for place in range(40)])
+    rate = win_rate([1.0, 1.0, 0.0, 0.0] * 10, [index // 4 for index in range(40)])
     assert (rate.n, rate.samples, rate.wins, rate.win_rate) == (10, 40, 20, 0.5)
     assert 0.2366 < rate.ci_low < 0.5  # Wilson at 5 of 10: 0.2366
     # one prompt with three samples does not outvote one with a single sample
@@ -76,14 +76,14 @@ def test_length_controlled_interval_covers(skill: float, prompts: int) -> None:
     random, covered = Random(f"{skill} {prompts}"), 0
     for _ in range(600):
         won, longer = draw(random, prompts, skill=skill, effect=1.0, bias=20.0)
-        found = length_controlled_win_rate(won, longer)
-        covered += found.ci_low <= logistic(skill) <= found.ci_high
+        rate = length_controlled_win_rate(won, longer)
+        covered += rate.ci_low <= logistic(skill) <= rate.ci_high
     assert 0.93 <= covered / 600 <= 0.97
 
 
 def test_length_controlled_is_finite_where_one_side_always_wins() -> None:
-    found = length_controlled_win_rate([1.0] * 50, [float(place) for place in range(50)])
-    assert 0.95 < found.win_rate < 1 and 0.9 < found.ci_low < found.ci_high <= 1
+    rate = length_controlled_win_rate([1.0] * 50, [float(index) for index in range(50)])
+    assert 0.95 < rate.win_rate < 1 and 0.9 < rate.ci_low < rate.ci_high <= 1
 
 
 def test_distinct_ngrams() -> None:

@@ -32,7 +32,7 @@ steps:
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(Path(__file__).parents[1] / "fake_stages.py", tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "fake_stages", raising=False)
@@ -60,10 +60,10 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 def counts() -> dict[str, int]:
     """Versions by name."""
-    found: dict[str, int] = {}
+    versions: dict[str, int] = {}
     for record in Registry("outputs/registry").records():
-        found[record.name] = found.get(record.name, 0) + 1
-    return found
+        versions[record.name] = versions.get(record.name, 0) + 1
+    return versions
 
 
 # The grid

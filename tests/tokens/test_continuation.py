@@ -48,9 +48,9 @@ def test_the_parts_make_the_whole_text(tokenizer_of, kind, text, addition) -> No
 )
 def test_no_space_is_made_up_before_a_completion(tokenizer_of, kind, text, addition, expected) -> None:
     tokenizer = tokenizer_of(kind)
-    found = continued(tokenizer, text, plain_ids(tokenizer, text), addition)
-    assert "".join(tokenizer.convert_ids_to_tokens(found)) == "".join(expected)
-    assert tokenizer.convert_ids_to_tokens(found)[0] == expected[0]
+    ids = continued(tokenizer, text, plain_ids(tokenizer, text), addition)
+    assert "".join(tokenizer.convert_ids_to_tokens(ids)) == "".join(expected)
+    assert tokenizer.convert_ids_to_tokens(ids)[0] == expected[0]
 
 
 def test_real_stories_are_encoded_as_one_text(shared_data) -> None:

@@ -87,8 +87,8 @@ def test_a_damaged_one_is_told_of_and_passed_over(tmp_path: Path, damage, proble
     write(kept)
     damage(tmp_path / "checkpoint-000002")
     assert problem in str(problem_of(tmp_path / "checkpoint-000002"))
-    found = kept.newest()
-    assert found is not None and found.number == 1
+    newest = kept.newest()
+    assert newest is not None and newest.number == 1
     assert "checkpoint-000002 is skipped" in capsys.readouterr().out
 
 

@@ -59,13 +59,13 @@ def step(trainer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_a_step_that_runs_out_of_memory_has_the_gradient_of_one_pass() -> None:
-    whole, cut = Plain(1000), Cut(20)
-    loss, gradient = step(whole)
-    found_loss, found = step(cut)
-    torch.testing.assert_close(found_loss, loss)
-    torch.testing.assert_close(found, gradient)
+    one_pass, cut = Plain(1000), Cut(20)
+    loss, gradient = step(one_pass)
+    cut_loss, cut_gradient = step(cut)
+    torch.testing.assert_close(cut_loss, loss)
+    torch.testing.assert_close(cut_gradient, gradient)
     # 54 tokens fail. Passes of at most 27 are two rows of 9 and four of 6, which fails. Then at most 12: rows of 9, 9, 6, and three of 3.
-    assert whole.sizes == [54] and cut.sizes == [54, 18, 24, 9, 9, 6, 9]
+    assert one_pass.sizes == [54] and cut.sizes == [54, 18, 24, 9, 9, 6, 9]
     assert cut.budget is not None and cut.budget.retreats == 2
     assert cut._total_train_tokens == 7 + 30  # counted once
     assert cut._metrics["train"]["entropy"] == [0.5] + [0.25] * 4
@@ -78,9 +78,9 @@ def test_without_it_a_batch_is_one_pass() -> None:
 
 
 def test_rows_lose_the_columns_that_are_padding() -> None:
-    found = chosen_rows({**batch(), "labels": torch.tensor([0, 1, 2, 3, 4, 5]), "name": "kept"}, [0, 2])
-    assert found["input_ids"].tolist() == [[0, 1, 2], [18, 0, 0]] and found["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert found["labels"].tolist() == [0, 2] and found["name"] == "kept"
+    chosen = chosen_rows({**batch(), "labels": torch.tensor([0, 1, 2, 3, 4, 5]), "name": "kept"}, [0, 2])
+    assert chosen["input_ids"].tolist() == [[0, 1, 2], [18, 0, 0]] and chosen["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert chosen["labels"].tolist() == [0, 2] and chosen["name"] == "kept"
 
 
 def test_pairs_stay_together() -> None:
@@ -98,19 +98,19 @@ def test_rankings_are_cut_between_prompts(loss: str) -> None:
     from stages.rl.ranking import best_of_ranked_losses, ranking_losses
 
     losses_of = ranking_losses if loss == "pairs" else best_of_ranked_losses
-    whole = {
+    full_batch = {
         **batch(),
         "ranks": torch.tensor([1, 2, 1, 2, 3, 1]),
         "prompt_index": torch.tensor([0, 0, 1, 1, 1, 2]),
         "text_index": torch.tensor([0, 1, 0, 1, 2, 0]),
     }
     trainer: Any = object.__new__(RankingTrainer)
-    assert trainer.sizes_of(whole) == [2 * 9, 3 * 9, 1 * 2]
+    assert trainer.sizes_of(full_batch) == [2 * 9, 3 * 9, 1 * 2]
 
     def summed(part: dict[str, Any]) -> float:
         scores = part["input_ids"].sum(dim=1) / 100.0
         return float(losses_of(scores, part["ranks"], part["prompt_index"], part["text_index"]).sum())
 
-    parts = [trainer.part_of(whole, rows) for rows in ([0, 2], [1])]
+    parts = [trainer.part_of(full_batch, rows) for rows in ([0, 2], [1])]
     assert [part["prompt_index"].tolist() for part in parts] == [[0, 0, 1], [0, 0, 0]]
-    assert sum(map(summed, parts)) == pytest.approx(summed(whole))
+    assert sum(map(summed, parts)) == pytest.approx(summed(full_batch))

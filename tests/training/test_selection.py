@@ -88,7 +88,7 @@ def test_the_model_along_the_run_is_published(demonstrations, step_context, reso
 def test_a_cut_off_run_keeps_its_tries(demonstrations, step_context, resolve_folder, tiny_llama_folder) -> None:
     models = {"model": resolve_folder(tiny_llama_folder)}
     settings = config(demonstrations, "fewest_e")
-    whole = run(settings, step_context("test/whole", 3, models))
+    uninterrupted = run(settings, step_context("test/whole", 3, models))
     calls = 0
     original = Selector.try_out
 
@@ -107,8 +107,8 @@ def test_a_cut_off_run_keeps_its_tries(demonstrations, step_context, resolve_fol
         patch.setattr(Selector, "try_out", cut_in_the_third)
         run(settings, context)
     again = run(settings, context)
-    assert again.metrics["selection"] == whole.metrics["selection"]
-    one, two = weights(whole), weights(again)
+    assert again.metrics["selection"] == uninterrupted.metrics["selection"]
+    one, two = weights(uninterrupted), weights(again)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 

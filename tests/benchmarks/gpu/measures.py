@@ -40,12 +40,12 @@ def step(task: dict[str, Any]) -> dict[str, Any]:
     fields = task["fields"]
     if missing := missing_quantization_package(task["quantization"], fields.get("training", {}).get("optimizer", "adamw")):
         return {"skipped": missing}
-    place = prepare(scale, task["shape"], Path(task["work"]), task["device"])
-    sys.path.insert(0, str(place))  # counting_reward
+    workdir = prepare(scale, task["shape"], Path(task["work"]), task["device"])
+    sys.path.insert(0, str(workdir))  # counting_reward
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         settings = settings_of(
-            scale, place, stage=task["stage"], quantization=task["quantization"], learned_reward=task["learned_reward"], fields=fields
+            scale, workdir, stage=task["stage"], quantization=task["quantization"], learned_reward=task["learned_reward"], fields=fields
         )
         (home / "recipe.yaml").write_text(json.dumps({"name": "table", "steps": [settings]}))  # JSON is YAML
         registry = Registry(home / "registry")
@@ -55,12 +55,12 @@ def step(task: dict[str, Any]) -> dict[str, Any]:
         context, clock = _context(recipe.steps[0], home, registry)
         with _profiled(clock, scale.iterations - 1, on_gpu) if task["profile"] else _plain() as idle:
             load_object(STAGES[task["stage"]].run)(recipe.steps[0].config, context)
-    found = {
+    measured = {
         "planned_bytes": None if memory is None else round(memory.total),
         "peak_bytes": peak_gpu_memory(),
         "idle_share": idle.get("share"),
     }
-    return {**found, **(_speed(clock, scale) if task["stage"] == "ppo" else {})}
+    return {**measured, **(_speed(clock, scale) if task["stage"] == "ppo" else {})}
 
 
 class Clock:
@@ -137,7 +137,7 @@ def _profiled(clock: Clock, iteration: int, on_gpu: bool) -> Iterator[dict[str, 
 
     from stages.ppo.update import Updater
 
-    usual, found = Updater.update, dict[str, Any]()
+    usual, idle = Updater.update, dict[str, Any]()
 
     def update(self: Any, *arguments: Any, **named: Any) -> Any:
         if len(clock.lines) != iteration:
@@ -151,12 +151,12 @@ def _profiled(clock: Clock, iteration: int, on_gpu: bool) -> Iterator[dict[str, 
         on_device = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
         events = [event.time_range for event in profiler.events() if event.device_type == on_device]
         busy = covered((event.start, event.end) for event in events)
-        found.update(events=len(events), share=max(0.0, 1 - busy / microseconds) if on_gpu else None)
+        idle.update(events=len(events), share=max(0.0, 1 - busy / microseconds) if on_gpu else None)
         return result
 
     Updater.update = update  # type: ignore[method-assign]
     try:
-        yield found
+        yield idle
     finally:
         Updater.update = usual  # type: ignore[method-assign]
 
@@ -176,9 +176,9 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
 def trl(task: dict[str, Any]) -> dict[str, Any]:
     """The files that TRL's own process reads: their folder, and the settings of the workload. ``task``: shape."""
     scale = scale_of(task)
-    place = prepare(scale, task["shape"], Path(task["work"]), task["device"])
+    workdir = prepare(scale, task["shape"], Path(task["work"]), task["device"])
     workload = {"batch": scale.batch, "epochs": scale.epochs, "iterations": scale.iterations, "new_tokens": scale.new_tokens}
-    return {"place": str(place), **workload}
+    return {"workdir": str(workdir), **workload}
 
 
 # Decoding
@@ -243,7 +243,7 @@ def in_turn(ways: dict[str, Callable[[int], int]], rounds: int) -> dict[str, flo
             synchronize()
             if turn:
                 speeds[name].append(tokens / (time.perf_counter() - began))
-    return {name: statistics.median(found) for name, found in speeds.items()}
+    return {name: statistics.median(measured) for name, measured in speeds.items()}
 
 
 # KL of a model to itself
@@ -255,16 +255,16 @@ def self_kl(task: dict[str, Any]) -> dict[str, Any]:
     from stages.registry.ledger import Registry
 
     scale = scale_of(task)
-    place = prepare(scale, task["shape"], Path(task["work"]), task["device"])
-    sys.path.insert(0, str(place))
-    model = str(place / "policy")
+    workdir = prepare(scale, task["shape"], Path(task["work"]), task["device"])
+    sys.path.insert(0, str(workdir))
+    model = str(workdir / "policy")
     settings = {
         "stage": "evaluation",
         "name": "step",
         "precision": task["precision"],
         "candidates": {"before": model, "after": model},
         "kl_reference": "before",
-        "data": str(place / "prompts.jsonl"),
+        "data": str(workdir / "prompts.jsonl"),
         "num_prompts": scale.batch,
         "generation": {"max_new_tokens": scale.new_tokens},
         "judges": [{"function": "counting_reward:words"}],

@@ -34,13 +34,13 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
     on_gpu = task["device"] == "cuda"
     if on_gpu:
         torch.backends.cuda.enable_cudnn_sdp(False)  # as this project does; with it TRL is slower
-    place, batch, microbatch = Path(task["place"]), task["batch"], task["microbatch"]
-    tokenizer = AutoTokenizer.from_pretrained(place / "trl_tokenizer", padding_side="left")
-    policy, reference = (AutoModelForCausalLM.from_pretrained(place / "policy", dtype=torch.float32) for _ in range(2))
+    workdir, batch, microbatch = Path(task["workdir"]), task["batch"], task["microbatch"]
+    tokenizer = AutoTokenizer.from_pretrained(workdir / "trl_tokenizer", padding_side="left")
+    policy, reference = (AutoModelForCausalLM.from_pretrained(workdir / "policy", dtype=torch.float32) for _ in range(2))
     reward, value = (
-        AutoModelForSequenceClassification.from_pretrained(place / "reward_model", num_labels=1, dtype=torch.float32) for _ in range(2)
+        AutoModelForSequenceClassification.from_pretrained(workdir / "reward_model", num_labels=1, dtype=torch.float32) for _ in range(2)
     )
-    rows = json.loads((place / "prompt_ids.json").read_text())
+    rows = json.loads((workdir / "prompt_ids.json").read_text())
     times: list[float] = []
 
     class Clock(TrainerCallback):

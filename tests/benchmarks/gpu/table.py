@@ -103,7 +103,7 @@ class Table:
     @property
     def crashed(self) -> list[str]:
         """The names of the measurements that crashed."""
-        return [name for name, found in self._done.items() if "crashed" in found]
+        return [name for name, result in self._done.items() if "crashed" in result]
 
     def fill(self) -> None:
         """Make every row that the option ``only`` chooses."""
@@ -116,11 +116,11 @@ class Table:
         for name, (must, aim) in AGAINST_TRL.items():
             if not self._chosen(case := f"{name}, times TRL 1.12"):
                 continue
-            found, best = self._setup(name), self._best_of_trl()
-            speed = {"episodes_per_second": found.get("episodes_per_second"), "peak_gib": gib(found.get("peak_bytes")), "trl": best}
+            result, best = self._setup(name), self._best_of_trl()
+            speed = {"episodes_per_second": result.get("episodes_per_second"), "peak_gib": gib(result.get("peak_bytes")), "trl": best}
             other = best.get("episodes_per_second")
-            value = found["episodes_per_second"] / other if other and "episodes_per_second" in found else None
-            why = reason(found) or reason(best) or (NO_GPU if self.options.tiny else "")
+            value = result["episodes_per_second"] / other if other and "episodes_per_second" in result else None
+            why = reason(result) or reason(best) or (NO_GPU if self.options.tiny else "")
             self._add("PPO speed", case, value, f">= {must}", f">= {aim}", why, speed)
 
     def _share_rows(self) -> None:
@@ -131,32 +131,32 @@ class Table:
             for name, (must, aim) in cases.items():
                 if not self._chosen(f"{title}, {name}"):
                     continue
-                found = self._setup(name)
-                value = found.get(key) if self.device == "cuda" else None
-                note = reason(found) or ("" if value is not None else NO_GPU)
-                self._add(title, name, value, f"{sign} {must}", f"{sign} {aim}", note, speeds(found))
+                result = self._setup(name)
+                value = result.get(key) if self.device == "cuda" else None
+                note = reason(result) or ("" if value is not None else NO_GPU)
+                self._add(title, name, value, f"{sign} {must}", f"{sign} {aim}", note, speeds(result))
 
     def _decoding_rows(self) -> None:
         for case, ragged in (("full", False), ("ragged", True)):
             name = f"decoding {DECODED}, {case}, times model.generate"
             if self._chosen(name):
-                found = self._task(name, {"measure": "decoding", "shape": DECODED, "ragged": ragged})
-                self._add("decoding", name, found.get("ratio"), ">= 4", ">= 6", reason(found) or self._toy(), found)
+                result = self._task(name, {"measure": "decoding", "shape": DECODED, "ragged": ragged})
+                self._add("decoding", name, result.get("ratio"), ">= 4", ">= 6", reason(result) or self._toy(), result)
 
     def _continuous_row(self) -> None:
         name = f"continuous batching {DECODED}, times batch after batch"
         if self._chosen(name):
-            found = self._task(name, {"measure": "continuous", "shape": DECODED})
-            self._add("continuous batching", name, found.get("ratio"), ">= 1.8", ">= 2.5", reason(found) or self._toy(), found)
+            result = self._task(name, {"measure": "continuous", "shape": DECODED})
+            self._add("continuous batching", name, result.get("ratio"), ">= 1.8", ">= 2.5", reason(result) or self._toy(), result)
 
     def _memory_rows(self) -> None:
         for name in SETUPS:
             if not self._chosen(f"planned / measured memory, {name}"):
                 continue
-            found = self._setup(name)
-            planned, peak = found.get("planned_bytes"), found.get("peak_bytes")
+            result = self._setup(name)
+            planned, peak = result.get("planned_bytes"), result.get("peak_bytes")
             value = planned / peak if planned and peak else None
-            note = reason(found) or ("" if peak else NO_GPU)
+            note = reason(result) or ("" if peak else NO_GPU)
             details = {"planned_gib": gib(planned), "measured_gib": gib(peak)}
             self._add("planned / measured memory", name, value, "0.87 to 1.15", "0.92 to 1.08", note, details)
 
@@ -164,8 +164,8 @@ class Table:
         for precision in ("fp32", "bf16"):
             name = f"KL of a model to itself, {precision}"
             if self._chosen(name):
-                found = self._task(name, {"measure": "self_kl", "shape": "410M", "precision": precision})
-                self._add("KL of a model to itself", precision, found.get("kl"), "0", "0", reason(found))
+                result = self._task(name, {"measure": "self_kl", "shape": "410M", "precision": precision})
+                self._add("KL of a model to itself", precision, result.get("kl"), "0", "0", reason(result))
 
     # Measurements
 
@@ -184,13 +184,13 @@ class Table:
         for size in self.scale.microbatches:
             settings = {**files, "device": self.device, "microbatch": size, "packages": packages}
             tried[size] = self._once(f"TRL, microbatch {size}", lambda s=settings: in_process([str(python), str(HERE / "ppo_trl.py")], s))
-        done = {size: found for size, found in tried.items() if not reason(found)}
+        done = {size: result for size, result in tried.items() if not reason(result)}
         if not done:
             return {"skipped": f"no microbatch of TRL ran: {reason(tried[self.scale.microbatches[0]])}"}
-        speed = {size: self.scale.batch * (len(found["seconds"]) - 1) / sum(found["seconds"][1:]) for size, found in done.items()}
+        speed = {size: self.scale.batch * (len(result["seconds"]) - 1) / sum(result["seconds"][1:]) for size, result in done.items()}
         best = max(speed, key=speed.__getitem__)
         peak = gib(done[best]["peak_bytes"])
-        failed = {size: reason(found) for size, found in tried.items() if reason(found)}
+        failed = {size: reason(result) for size, result in tried.items() if reason(result)}
         return {"microbatch": best, "episodes_per_second": speed[best], "peak_gib": peak, "tried": speed, "failed": failed}
 
     def _task(self, name: str, task: dict[str, Any]) -> dict[str, Any]:
@@ -216,14 +216,14 @@ class Table:
         self.rows.append(Row(measure, case, value, must, aim, note, shown))
 
 
-def reason(found: dict[str, Any]) -> str:
+def reason(result: dict[str, Any]) -> str:
     """Why a measurement has no result; empty if it has one."""
-    return f"crashed: {found['crashed']}" if "crashed" in found else str(found.get("skipped", ""))
+    return f"crashed: {result['crashed']}" if "crashed" in result else str(result.get("skipped", ""))
 
 
-def speeds(found: dict[str, Any]) -> dict[str, Any]:
+def speeds(result: dict[str, Any]) -> dict[str, Any]:
     kept = ("generation_tokens_per_second", "update_tokens_per_second", "episodes_per_second", "pass_tokens", "retreats")
-    return {name: found[name] for name in kept if name in found}
+    return {name: result[name] for name in kept if name in result}
 
 
 def gib(size: float | None) -> float | None:
@@ -233,10 +233,10 @@ def gib(size: float | None) -> float | None:
 # Processes
 
 
-def interpreter(place: Path) -> tuple[Path, str | None]:
+def interpreter(path: Path) -> tuple[Path, str | None]:
     """(the Python that imports TRL, a folder of packages to import first or None). ``place``: an environment, or a folder of packages."""
-    own = place / "bin" / "python"
-    return (own, None) if own.exists() else (Path(sys.executable), str(place.absolute()))
+    own = path / "bin" / "python"
+    return (own, None) if own.exists() else (Path(sys.executable), str(path.absolute()))
 
 
 def in_process(command: list[str], task: dict[str, Any]) -> dict[str, Any]:

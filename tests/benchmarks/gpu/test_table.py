@@ -20,7 +20,7 @@ def options(**fields: Any) -> Namespace:
     return Namespace(**{"tiny": True, "trl": None, "only": [], **fields})
 
 
-def found(row: Any) -> tuple[str, float | None, str]:
+def shown(row: Any) -> tuple[str, float | None, str]:
     return row.case, row.value, row.note
 
 
@@ -44,7 +44,7 @@ def test_a_table_has_every_row_of_the_issue_and_each_measurement_runs_once(tmp_p
         by_measure.setdefault(row.measure, []).append(row)
     assert [len(rows) for rows in by_measure.values()] == [3, 3, 2, 2, 1, len(table.SETUPS), 2]
     assert len(table.SETUPS) >= 8 and len([task for task in asked if task["measure"] == "step"]) == len(table.SETUPS)
-    assert {found(row) for row in by_measure["idle share of the GPU in the update"]} == {(name, None, "no GPU") for name in table.IDLE}
+    assert {shown(row) for row in by_measure["idle share of the GPU in the update"]} == {(name, None, "no GPU") for name in table.IDLE}
     assert {row.note for row in by_measure["PPO speed"]} == {"--trl does not name an environment with TRL 1.12"}
     assert by_measure["decoding"][0].value == 4.5
     assert by_measure["continuous batching"][0].note == "does not fit: CUDA out of memory"
@@ -62,7 +62,7 @@ def test_the_ratio_is_to_the_best_microbatch_of_trl(tmp_path: Path) -> None:
         "print('a line of a library')\nprint(json.dumps({'seconds': [9.0, 1.0, 1.0], 'peak_bytes': 2**30}))\n"
     )
     script.chmod(0o755)
-    results = {"trl": {"place": str(tmp_path)}, "step": {"episodes_per_second": 24.0, "peak_bytes": None}}
+    results = {"trl": {"workdir": str(tmp_path)}, "step": {"episodes_per_second": 24.0, "peak_bytes": None}}
     made = table.Table(options(trl=tmp_path, only=["shared", "times"]), tmp_path, lambda task: results[task["measure"]])
     made.fill()
     (row,) = made.rows

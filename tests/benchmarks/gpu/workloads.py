@@ -158,54 +158,54 @@ def prepare(scale: Scale, shape: str, folder: Path, device: str) -> Path:
     ``policy`` and ``reward_model`` are models. ``trl_tokenizer`` has an end token, which TRL needs; no logit belongs to it. The texts are
     ``prompts.jsonl``, ``pairs.jsonl`` (prompt, chosen, rejected), and ``prompt_ids.json`` (token ids, for TRL).
     """
-    place = folder / shape.replace(" ", "-")
-    if (place / "ready").exists():
-        return place
+    workdir = folder / shape.replace(" ", "-")
+    if (workdir / "ready").exists():
+        return workdir
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     from stages.models.heads import RewardModel
 
-    place.mkdir(parents=True, exist_ok=True)
+    workdir.mkdir(parents=True, exist_ok=True)
     words = Tokenizer(models.WordLevel({"[PAD]": 0, **{f"w{index}": index for index in range(1, scale.words)}}, unk_token="w1"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
     half = shape in HALF_ON_DISK
-    random_model(scale.shapes[shape], device, torch.bfloat16 if half else torch.float32).save_pretrained(place / "policy")
-    tokenizer.save_pretrained(place / "policy")
+    random_model(scale.shapes[shape], device, torch.bfloat16 if half else torch.float32).save_pretrained(workdir / "policy")
+    tokenizer.save_pretrained(workdir / "policy")
     if not half:
-        RewardModel.from_language_model(str(place / "policy"), dtype=torch.float32).save(place / "reward_model", tokenizer)
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", eos_token="[END]").save_pretrained(place / "trl_tokenizer")
+        RewardModel.from_language_model(str(workdir / "policy"), dtype=torch.float32).save(workdir / "reward_model", tokenizer)
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", eos_token="[END]").save_pretrained(workdir / "trl_tokenizer")
     rows = random_prompts(scale, scale.batch * scale.iterations, scale.words)
     texts = [" ".join(f"w{token}" for token in row) for row in rows]
-    (place / "prompt_ids.json").write_text(json.dumps(rows))
-    (place / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    (workdir / "prompt_ids.json").write_text(json.dumps(rows))
+    (workdir / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     pairs = [{"prompt": text, "chosen": text, "rejected": text[::-1]} for text in texts]
-    (place / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    (place / "counting_reward.py").write_text("def words(prompts, completions):\n    return [float(len(text)) for text in completions]\n")
-    (place / "ready").touch()
-    return place
+    (workdir / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (workdir / "counting_reward.py").write_text("def words(prompts, completions):\n    return [float(len(text)) for text in completions]\n")
+    (workdir / "ready").touch()
+    return workdir
 
 
 def settings_of(
-    scale: Scale, place: Path, *, stage: str, quantization: str, learned_reward: bool, fields: dict[str, Any]
+    scale: Scale, workdir: Path, *, stage: str, quantization: str, learned_reward: bool, fields: dict[str, Any]
 ) -> dict[str, Any]:
     """The recipe step of one set-up. Microbatches are left to the program unless ``fields`` names them."""
-    policy = {"ref": str(place / "policy"), "quantization": quantization}
+    policy = {"ref": str(workdir / "policy"), "quantization": quantization}
     common = {"stage": stage, "name": "step", "precision": "bf16"}
     if stage != "ppo":
-        data = {"train": str(place / "pairs.jsonl"), "validation": {"path": str(place / "pairs.jsonl"), "limit": scale.batch // 4}}
+        data = {"train": str(workdir / "pairs.jsonl"), "validation": {"path": str(workdir / "pairs.jsonl"), "limit": scale.batch // 4}}
         training = {"max_steps": 2, "batch_size": scale.batch, **fields.get("training", {})}
         return {**common, "model": policy, "data": data, **fields, "training": training}
     reward: dict[str, Any] = {"function": "counting_reward:words"}
     if learned_reward:
-        reward = {"model": str(place / "reward_model"), "name": "preference"}
+        reward = {"model": str(workdir / "reward_model"), "name": "preference"}
     return {
         **common,
         "policy": policy,
         "reward": [reward],
-        "data": str(place / "prompts.jsonl"),
+        "data": str(workdir / "prompts.jsonl"),
         "generation": {"max_new_tokens": scale.new_tokens},
         "kl_coef": 0.05,
         "total_episodes": scale.batch * scale.iterations,

@@ -49,8 +49,8 @@ def test_every_request_and_sentence_reads_back() -> None:
     random = Random(1)
     for _ in range(300):
         request = draw_request(random, "train")
-        found = read_request(request.text)
-        assert (found.film, found.sentiment, found.aspects, found.sentences) == (
+        parsed = read_request(request.text)
+        assert (parsed.film, parsed.sentiment, parsed.aspects, parsed.sentences) == (
             request.film,
             request.sentiment,
             request.aspects,
