@@ -4,7 +4,8 @@
     messages                             a conversation; its last assistant turn is the completion, the turns before it are the prompt
     conversations                        the same in ShareGPT's form, {from, value}; a column ``system`` holds the first turn
     conversations + chosen               a conversation that ends with a user turn, and the preferred answer to it
-    instruction + input + output         Alpaca's columns; the input follows the instruction after an empty line
+    instruction + input + output         Alpaca's columns; the input follows the instruction after an empty line. ``system`` is the first
+                                         turn, ``history`` holds earlier [question, reply] pairs, as in LLaMA-Factory's form
     subreddit + title + post + summary   Reddit's TL;DR as published
     prompt + chosen                      the preferred side of a comparison (also hh-rlhf's dialogues without a prompt column)
 
@@ -28,6 +29,7 @@ from stages.corpora.messages import (
     split_answers,
     split_dialogue,
     split_messages,
+    text_prompt,
 )
 from stages.corpora.rows import Row, text_of
 from stages.corpora.summaries import is_post, post_prompt
@@ -94,7 +96,7 @@ def _prompt_and_completion(row: Row) -> tuple[Prompt, Completion]:
     if "instruction" in row:
         extra = text_of(row, "input", empty=True) if "input" in row else ""
         instruction = text_of(row, "instruction")
-        return (f"{instruction}\n\n{extra}" if extra.strip() else instruction), text_of(row, "output")
+        return text_prompt(row, f"{instruction}\n\n{extra}" if extra.strip() else instruction), text_of(row, "output")
     if is_post(row):
         return post_prompt(row), text_of(row, "summary")
     if "chosen" in row:

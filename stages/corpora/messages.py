@@ -59,8 +59,8 @@ LAST_REPLY = "\n\nAssistant:"  # the assistant marker in Anthropic's dialogues
 def messages_of(row: Row, column: str) -> Conversation:
     """The conversation in ``column``, with the row's tools. All fields of a message are kept.
 
-    Messages are {role, content}, or {from, value} as in ShareGPT. With the latter, a column ``system`` becomes the first turn. Raises
-    DataError that names the message.
+    Messages are {role, content}, or {from, value} as in ShareGPT. A column ``system`` becomes the first turn. Raises DataError that names
+    the message.
     """
     value = row.get(column)
     if not isinstance(value, list) or not value:
@@ -70,8 +70,7 @@ def messages_of(row: Row, column: str) -> Conversation:
     for index, entry in enumerate(value, 1):
         with errors_at(f"{row.location}: {column}, message {index}"):
             messages.append(_message(entry, columnar=row.columnar))
-    if column == "conversations" or is_sharegpt(value[0]):
-        messages = _after_system(row, column, messages)
+    messages = _after_system(row, column, messages)
     return Conversation(messages, tools=_tools(row), location=row.location)
 
 
@@ -84,6 +83,8 @@ def _message(entry: Any, *, columnar: bool) -> Message:
     if problem:
         raise DataError(f"{entry!r:.80}; {problem}")
     fields = {name: item for name, item in message.items() if item is not None or name == "content"}
+    if fields.get("weight") == int(fields["role"] == "assistant"):  # the default: replies train, other turns do not
+        del fields["weight"]
     if not fields.get("tool_calls", True):
         del fields["tool_calls"]
     return {name: without_missing(item) for name, item in fields.items()} if columnar else fields
@@ -99,20 +100,18 @@ def _read_json(text: str) -> Any:
 
 def _after_system(row: Row, column: str, messages: list[Message]) -> list[Message]:
     """Put the turn from the column ``system``, if any, before ``messages``. Replies that follow a separate prompt get none."""
-    system = row.get("system")
-    if system is None or system == "":
+    turn = _system_turn(row)
+    if not turn:
         return messages
-    if not isinstance(system, str):
-        raise DataError(f"{row.location}: system is {type(system).__name__}; expected a text")
     first = messages[0]
     if first["role"] in ("system", "developer"):
-        if content_text(first).strip() != system.strip():
+        if content_text(first).strip() != content_text(turn[0]).strip():
             raise DataError(
                 f"{row.location}: the column system and the first turn of {column} are different system turns; keep one of them"
             )
         return messages
     follows = first["role"] == "assistant" and column not in (*COLUMNS, "prompt")
-    return messages if follows else [{"role": "system", "content": system}, *messages]
+    return messages if follows else [*turn, *messages]
 
 
 def conversation_column(row: Row) -> str | None:
@@ -137,6 +136,10 @@ def _problem(message: Any) -> str:
     """What is wrong with a message; empty if nothing is."""
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         return f"expected a role ({', '.join(ROLES)}) and content"
+    if (weight := message.get("weight")) is not None and weight not in (0, 1):
+        return f"weight is {weight!r:.40}; expected 0 (do not train on this reply) or 1"
+    if weight == 1 and message["role"] != "assistant":
+        return f"weight is 1, but only the assistant's turns are trained on, and this is a {message['role']} turn"
     calls = message.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         return "expected tool_calls, a list of objects {type: function, function: {name, arguments}}"
@@ -174,13 +177,40 @@ def prompt_of(row: Row, column: str = "prompt") -> Prompt:
 
 
 def _any_prompt(row: Row, column: str) -> Prompt:
-    """The prompt in ``column``, which may end with any role. A text with tools becomes a conversation with one user turn."""
-    if isinstance(row.get(column), list):
-        return messages_of(row, column)
-    text, tools = text_of(row, column), row.get("tools")
-    if isinstance(tools, list) and tools:
-        return Conversation([{"role": "user", "content": text}], tools=_tools(row), location=row.location)
-    return text
+    """The prompt in ``column``, which may end with any role."""
+    return messages_of(row, column) if isinstance(row.get(column), list) else text_prompt(row, text_of(row, column))
+
+
+def text_prompt(row: Row, text: str) -> Prompt:
+    """The prompt with ``text`` as its last turn.
+
+    It is a conversation if the row has tools, a text in ``system`` (the first turn) or pairs of texts in ``history`` (earlier questions and
+    replies, as in LLaMA-Factory's data); else it is the text. Raises DataError for other values of these columns.
+    """
+    tools = row.get("tools") if isinstance(row.get("tools"), list) else None
+    before = [*_system_turn(row), *_history(row)]
+    if not tools and not before:
+        return text
+    return Conversation([*before, *as_question(text)], tools=_tools(row), location=row.location)
+
+
+def _system_turn(row: Row) -> list[Message]:
+    """The column ``system`` as a turn; none if it is missing or blank."""
+    system = row.get("system")
+    if system is not None and not isinstance(system, str):
+        raise DataError(f"{row.location}: system is {type(system).__name__}; expected a text")
+    return [{"role": "system", "content": system}] if system and system.strip() else []
+
+
+def _history(row: Row) -> list[Message]:
+    """The column ``history`` as turns; none if it is missing or empty."""
+    history = row.get("history")
+    if not history:
+        return []
+    pairs = isinstance(history, list) and all(isinstance(pair, list) and [type(text) for text in pair] == [str, str] for pair in history)
+    if not pairs:
+        raise DataError(f"{row.location}: history is {history!r:.60}; expected pairs [question, reply], or rename the column")
+    return [turn for question, reply in history for turn in (*as_question(question), *as_turns(reply))]
 
 
 def simplified(messages: Sequence[Message]) -> Completion:
@@ -285,13 +315,12 @@ def _opened(row: Row, given: Prompt | None, sides: list[list[Message]], name: st
     opening = as_question(given) if isinstance(given, str) else list(given)
     if all(side[: len(opening)] == opening for side in sides):
         return opening, sides
-    if isinstance(given, str) and all(side[0]["role"] in ("system", "developer", "user") for side in sides):
+    text = row.get("prompt")
+    if isinstance(text, str) and all(side[0]["role"] in ("system", "developer", "user") for side in sides):
         users = [turn for turn, message in enumerate(sides[0]) if message["role"] == "user"]
-        asked = next((turn for turn in users if content_text(sides[0][turn]).strip() == given.strip()), None)
+        asked = next((turn for turn in users if content_text(sides[0][turn]).strip() == text.strip()), None)
         if asked is None:
-            raise DataError(
-                f"{row.location}: {name} begins with a {sides[0][0]['role']} turn and does not contain the prompt {given!r:.60}"
-            )
+            raise DataError(f"{row.location}: {name} begins with a {sides[0][0]['role']} turn and does not contain the prompt {text!r:.60}")
         return sides[0][: asked + 1], sides
     return opening, [[*opening, *side] for side in sides]
 

@@ -30,8 +30,9 @@ def is_sharegpt(entry: Any) -> bool:
 def as_message(entry: dict[str, Any]) -> dict[str, Any]:
     """Convert an entry to a message with ``role`` and ``content``. Other fields are kept.
 
-    The value of a ``function_call`` becomes ``tool_calls``. A ``weight`` equal to the default (replies are trained on, other turns are not)
-    is dropped. Raises DataError for an unknown speaker and for a function call that is not JSON.
+    The value of a ``function_call`` becomes ``tool_calls``.
+
+    Raises DataError for an unknown speaker and for a function call that is not JSON.
     """
     speaker = entry["from"]
     name = speaker.lower() if isinstance(speaker, str) else None
@@ -39,8 +40,6 @@ def as_message(entry: dict[str, Any]) -> dict[str, Any]:
         raise DataError(f"the speaker is {speaker!r:.60}; expected one of {', '.join(SPEAKERS)}")
     role = SPEAKERS[name]
     rest = {field: item for field, item in entry.items() if field not in ("from", "value", "role", "content") and item is not None}
-    if rest.get("weight") == int(role == "assistant"):
-        del rest["weight"]
     content = entry.get("value") if entry.get("content") is None else entry["content"]
     if name == "function_call":
         return {"role": role, "content": None, **rest, "tool_calls": _calls(content)}

@@ -38,10 +38,13 @@ def training_rows(tokenizer: PreTrainedTokenizerBase, demonstration: Demonstrati
     """The training rows of one demonstration: usually one row with all trained assistant turns.
 
     Some templates write a reply differently when other turns follow it (they drop earlier think blocks). Such a reply gets its own row,
-    which ends with it, so the model learns it in the form that it must generate. Raises DataError with the row's location.
+    which ends with it, so the model learns it in the form that it must generate. A reply with ``weight: 0`` is context only; the list is
+    empty if that holds for all replies. Raises DataError with the row's location.
     """
     with errors_at(demonstration.location):
         messages, replies = _trained_turns(demonstration, train_on)
+        if not replies:
+            return []
         if not tokenizer.chat_template:
             ids, length = encode_pair(tokenizer, demonstration["prompt"], demonstration["completion"])
             return [_completion_row(ids, length)]
@@ -55,11 +58,16 @@ def _trained_turns(demonstration: Demonstration, train_on: TrainOn) -> tuple[Con
     prompt = demonstration["prompt"]
     opening = as_question(prompt) if isinstance(prompt, str) else list(prompt)
     messages = Conversation([*opening, *as_turns(demonstration["completion"])], tools=tools_of(prompt), location=demonstration.location)
-    if train_on == "last_reply":
-        return messages, [len(messages) - 1]
-    first = 0 if demonstration.is_full_conversation else len(opening)
-    # An assistant turn at index 0 answers nothing, so it is not trained on.
-    return messages, [turn for turn in range(max(first, 1), len(messages)) if messages[turn]["role"] == "assistant"]
+    first = len(messages) - 1 if train_on == "last_reply" else 0 if demonstration.is_full_conversation else len(opening)
+    first = max(first, 1)  # an assistant turn at index 0 answers nothing, so it is not trained on
+    replies = [turn for turn in range(first, len(messages)) if messages[turn]["role"] == "assistant"]
+    return messages, [turn for turn in replies if messages[turn].get("weight") != 0]
+
+
+def has_untrained_reply(demonstration: Demonstration) -> bool:
+    """Whether a reply has ``weight: 0``."""
+    turns = [*(demonstration["prompt"] if isinstance(demonstration["prompt"], list) else []), *as_turns(demonstration["completion"])]
+    return any(turn["role"] == "assistant" and turn.get("weight") == 0 for turn in turns)
 
 
 def _before(messages: Conversation, turn: int) -> Conversation:
@@ -108,6 +116,13 @@ def _by_markers(tokenizer: PreTrainedTokenizerBase, messages: Conversation, repl
     before = rendered(tokenizer, messages[: replies[0]], messages, generation_prompt=False)
     length = first_difference(plain_ids(tokenizer, before), ids)
     trained = [0] * length + marked[length:]
+    for turn in range(replies[0] + 1, len(messages)):
+        if messages[turn]["role"] == "assistant" and turn not in replies:  # a reply with weight 0
+            start, end = (
+                first_difference(plain_ids(tokenizer, rendered(tokenizer, messages[:cut], messages, generation_prompt=False)), ids)
+                for cut in (turn, turn + 1)
+            )
+            trained[start:end] = [0] * (end - start)
     if not any(trained):
         raise DataError("the generation markers of the model's chat template enclose none of the trained replies")
     return TrainingRow(ids, length, trained)

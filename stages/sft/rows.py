@@ -13,7 +13,7 @@ from stages.corpora.files import read_rows
 from stages.corpora.fitting import fit_prompt
 from stages.corpora.packing import encode_documents, pack_blocks
 from stages.corpora.rows import text_of
-from stages.corpora.training_rows import TrainOn, training_rows
+from stages.corpora.training_rows import TrainOn, has_untrained_reply, training_rows
 from stages.errors import DataError
 from stages.sft.config import SFTStepConfig
 from stages.step import StepContext
@@ -41,10 +41,32 @@ class EncodedRow:
         return [0] * start + [1] * (len(self.ids) - start)
 
 
-def encode(demonstrations: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, train_on: TrainOn) -> list[EncodedRow]:
-    """Encode the demonstrations. Raises DataError with the row's location if the chat template rejects one."""
-    rows = [row for demonstration in demonstrations for row in training_rows(tokenizer, demonstration, train_on=train_on)]
-    return [EncodedRow(row.ids, row.prompt_length, row.trained) for row in rows]
+@dataclass(frozen=True)
+class Encoded:
+    """Encoded demonstrations. ``separate``: rows of earlier replies; ``untrained``: demonstrations whose replies all have ``weight: 0``."""
+
+    rows: list[EncodedRow]
+    separate: int
+    untrained: int
+
+
+def encode(
+    demonstrations: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, train_on: TrainOn, *, completion_only: bool = True
+) -> Encoded:
+    """Encode the demonstrations.
+
+    Raises DataError with the row's location if the chat template rejects one, and for a ``weight: 0`` without ``completion_only``.
+    """
+    rows: list[EncodedRow] = []
+    separate = untrained = 0
+    for demonstration in demonstrations:
+        if not completion_only and has_untrained_reply(demonstration):
+            raise DataError(f"{demonstration.location}: a reply has weight 0, but completion_only_loss: false trains on every token")
+        made = training_rows(tokenizer, demonstration, train_on=train_on)
+        separate += max(len(made) - 1, 0)
+        untrained += not made
+        rows += [EncodedRow(row.ids, row.prompt_length, row.trained) for row in made]
+    return Encoded(rows, separate, untrained)
 
 
 def short_enough(rows: list[EncodedRow], max_length: int, context: StepContext, which: str) -> list[EncodedRow]:

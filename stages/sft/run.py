@@ -22,7 +22,7 @@ from stages.models.likelihood import Likelihood
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.rewards.signature import columns_asked_for
 from stages.sft.config import SFTStepConfig
-from stages.sft.rows import EncodedRow, encode, fitted, pretraining_blocks, short_enough
+from stages.sft.rows import Encoded, EncodedRow, encode, fitted, pretraining_blocks, short_enough
 from stages.sft.trainer import make_trainer
 from stages.step import StepContext, StepResult
 from stages.tokens.positions import row_length
@@ -40,8 +40,10 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
         set_template(tokenizer, config.template)
     curator = Curator(config.curation, count_tokens(tokenizer))
     demonstrations = fitted(load_demonstrations(config.data, curator), config, tokenizer)
-    encoded = encode(demonstrations.train, tokenizer, config.train_on)
-    encoded_heldout = encode(demonstrations.validation, tokenizer, config.train_on)
+    encoded, encoded_heldout = (
+        encode(side, tokenizer, config.train_on, completion_only=config.completion_only_loss)
+        for side in (demonstrations.train, demonstrations.validation)
+    )
     model = load_language_model(
         context.models["model"], dtype=weights_dtype(config, context), lora=config.lora, tokenizer=tokenizer, dropout=True
     )
@@ -49,9 +51,9 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     if config.residual_dropout is not None:
         set_residual_dropout(model, config.residual_dropout)
     max_length: int = row_length(config.max_length, model.config, tokenizer, unlimited=1024)
-    _say_form(tokenizer, len(encoded) - len(demonstrations.train), context)
-    rows = short_enough(encoded, max_length, context, "training")
-    heldout = short_enough(encoded_heldout, max_length, context, "held-out")
+    _say_form(tokenizer, encoded, context)
+    rows = short_enough(encoded.rows, max_length, context, "training")
+    heldout = short_enough(encoded_heldout.rows, max_length, context, "held-out")
     mixed = pretraining_blocks(config, tokenizer, len(rows), context.seed)
 
     trainer = make_trainer(config, context, model, tokenizer, rows + mixed.train, max_length)
@@ -79,7 +81,7 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
         **trained,
         "demonstrations": len(rows),
         "heldout_demonstrations": len(heldout),
-        "dropped_too_long": len(encoded) + len(encoded_heldout) - len(rows) - len(heldout),
+        "dropped_too_long": len(encoded.rows) + len(encoded_heldout.rows) - len(rows) - len(heldout),
         **{f"curation_{reason}": count for reason, count in sorted(curator.left_out.items())},
         **selected,
         "tokens_per_second": trained["steps_per_second"] * config.training.batch_size * num_tokens / len(trainer.train_dataset),
@@ -96,13 +98,15 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     return StepResult(model=record, metrics=metrics)
 
 
-def _say_form(tokenizer: PreTrainedTokenizerBase, apart: int, context: StepContext) -> None:
-    """Report unexpected behaviour of the chat template: replies in separate rows, and replies without an end token."""
+def _say_form(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, context: StepContext) -> None:
+    """Report demonstrations without a trained reply, replies in separate rows, and a chat template without an end token."""
     console = context.runtime.console
-    if apart:
+    if encoded.untrained:
+        console.print(f"{context.name}: left out {encoded.untrained} training demonstrations, because all their replies have weight 0")
+    if encoded.separate:
         console.print(
-            f"{context.name}: {apart} earlier replies are trained in separate rows: the chat template writes them differently when another "
-            "turn follows"
+            f"{context.name}: {encoded.separate} earlier replies are trained in separate rows: the chat template writes them differently "
+            "when another turn follows"
         )
     if tokenizer.chat_template and not turn_form(tokenizer).writes_end:
         console.print(

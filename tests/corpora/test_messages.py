@@ -53,6 +53,49 @@ def test_tools_make_another_prompt_and_travel_between_processes() -> None:
     assert demonstration(row(prompt="hi", completion="a", tools=TOOLS))["prompt"] == with_tools
 
 
+SYSTEM = {"role": "system", "content": "be kind"}
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"prompt": "hi", "completion": "a"},
+        {"prompt": "hi", "chosen": "a", "rejected": "b"},
+        {"prompt": [user("hi")], "completion": "a"},
+        {"prompt": "hi ", "chosen": [user("hi"), bot("a")], "rejected": [user("hi"), bot("b")]},
+        {"prompt": "hi", "chosen": [SYSTEM, user("hi"), bot("a")], "rejected": [SYSTEM, user("hi"), bot("b")]},
+        {"instruction": "hi", "output": "a"},
+        {"messages": [user("hi"), bot("a")]},
+        {"messages": [SYSTEM, user("hi"), bot("a")]},
+    ],
+    ids=lambda columns: "+".join(columns),
+)
+def test_the_column_system_is_the_first_turn_of_every_format(columns) -> None:
+    with_system = row(**columns, system="be kind")
+    assert demonstration(with_system)["prompt"] == [SYSTEM, user("hi")]
+    assert prompt_in(with_system) == [SYSTEM, user("hi")]
+    assert demonstration(row(**columns, system=" "))["completion"] == "a"
+    with pytest.raises(DataError, match="chats.jsonl:7: system is int; expected a text"):
+        demonstration(row(**columns, system=3))
+
+
+def test_the_column_history_holds_earlier_turns() -> None:
+    read = demonstration(row(instruction="more", input="please", output="c", system="be kind", history=[["hi", "a"], ["and", "b"]]))
+    assert read == {"prompt": [SYSTEM, user("hi"), bot("a"), user("and"), bot("b"), user("more\n\nplease")], "completion": "c"}
+    assert demonstration(row(instruction="more", output="c", history=[])) == {"prompt": "more", "completion": "c"}
+    with pytest.raises(DataError, match=r"chats.jsonl:7: history is \['hi'\]; expected pairs"):
+        demonstration(row(instruction="more", output="c", history=["hi"]))
+
+
+def test_a_weight_is_0_or_1_and_only_replies_train() -> None:
+    assert messages_of(row(messages=[{**user("hi"), "weight": 0}, {**bot("a"), "weight": 1}]), "messages") == [user("hi"), bot("a")]
+    assert messages_of(row(messages=[user("hi"), {**bot("a"), "weight": 0}]), "messages")[1]["weight"] == 0
+    with pytest.raises(DataError, match=r"message 2: .*weight is 0.5; expected 0 \(do not train on this reply\) or 1"):
+        messages_of(row(messages=[user("hi"), {**bot("a"), "weight": 0.5}]), "messages")
+    with pytest.raises(DataError, match="message 1: .*only the assistant's turns are trained on, and this is a user turn"):
+        messages_of(row(messages=[{**user("hi"), "weight": 1}, bot("a")]), "messages")
+
+
 @pytest.mark.parametrize(
     ("message", "problem"),
     [

@@ -147,6 +147,21 @@ def test_the_last_reply_trains_as_the_template_writes_it(tokenizer, name, spoken
         assert tokenizer.decode(made.ids) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
+def test_a_reply_with_weight_0_is_context_only(tokenizer, name) -> None:
+    messages = turns(name, MULTI)
+    replies = [index for index, message in enumerate(messages) if message["role"] == ASSISTANT]
+    for skipped in replies:
+        weighted = [{**message, "weight": int(index != skipped)} if index in replies else message for index, message in enumerate(messages)]
+        made = training_rows(tokenizer, demonstration(row(messages=weighted)), train_on="all_assistant_turns")
+        trained = "".join(text for one in made for text in trained_runs(tokenizer, one))
+        assert [messages[index]["content"].split("</think>")[-1].strip() in trained for index in replies] == [
+            index != skipped for index in replies
+        ]
+    nothing = [{**message, "weight": 0} for message in messages]
+    assert training_rows(tokenizer, demonstration(row(messages=nothing)), train_on="all_assistant_turns") == []
+    assert training_rows(tokenizer, demonstration(row(messages=nothing)), train_on="last_reply") == []
+
+
 def test_every_reply_of_a_conversation_trains(tokenizer, name) -> None:
     messages = turns(name, MULTI)
     made = training_rows(tokenizer, demonstration(row(messages=messages)), train_on="all_assistant_turns")

@@ -10,11 +10,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from stages.corpora.demonstrations import demonstration
+from stages.corpora.rows import Row
 from stages.errors import DataError
 from stages.models.loading import load_language_model
 from stages.sft.config import SFTStepConfig
 from stages.sft.packing import PackedCollator, pack_rows
-from stages.sft.rows import EncodedRow, pretraining_blocks
+from stages.sft.rows import EncodedRow, encode, pretraining_blocks
 from stages.sft.run import run
 from stages.sft.trainer import make_trainer
 from stages.training.reproducible import IGNORED
@@ -50,6 +52,18 @@ def test_what_counts_in_the_loss() -> None:
     assert EncodedRow([1, 2, 3, 4], 2).counted(True) == [0, 0, 1, 1]
     assert EncodedRow([1, 2, 3, 4], 2).counted(False) == [0, 1, 1, 1]
     assert EncodedRow([1, 2, 3], 0).counted(True) == [0, 1, 1]  # nothing predicts the first token
+
+
+def test_demonstrations_without_a_trained_reply_are_counted(tiny_tokenizer) -> None:
+    def said(weight: int) -> Row:
+        return Row({"messages": [{"role": "user", "content": "a film"}, {"role": "assistant", "content": "a plot", "weight": weight}]})
+
+    tiny_tokenizer.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    read = [demonstration(said(weight)) for weight in (1, 0, 1)]
+    encoded = encode(read, tiny_tokenizer, "all_assistant_turns")
+    assert (len(encoded.rows), encoded.separate, encoded.untrained) == (2, 0, 1)
+    with pytest.raises(DataError, match="a reply has weight 0, but completion_only_loss: false trains on every token"):
+        encode(read, tiny_tokenizer, "all_assistant_turns", completion_only=False)
 
 
 def test_packing_by_hand() -> None:
