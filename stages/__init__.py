@@ -10,7 +10,7 @@ Importing this package is fast: names are imported on first use.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stages.api.results import Model, Results
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'stages' has no attribute {name!r}; it has {', '.join(__all__)}")
     from importlib import import_module

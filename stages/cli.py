@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec, TypeVar
 
 import typer
 
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.tree import Tree
 
+    from stages.json_types import JsonObject
     from stages.memory.estimate import Machine
     from stages.process.runtime import Runtime
     from stages.registry.ledger import Registry
-    from stages.registry.record import ModelRecord
+    from stages.registry.record import Lineage, Manifest, ModelRecord
 
 app = typer.Typer(
     name="stages",
@@ -59,10 +60,11 @@ FORMATS = "argilla, label-studio, alpaca-eval, pandalm or csv"
 LABEL_EXPORTS = f"Write tasks and answers as {FORMATS}, or as comparisons; do not serve the page."
 LABEL_IMPORTS = f"Import answers from {FORMATS}; do not serve the page."
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
-def reports_errors(command: Command) -> Command:
+def reports_errors(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Report an error as one message on stderr. Exit status: 2 if the user can fix it, 1 if it is unexpected.
 
     ``--debug`` shows the traceback instead. Ctrl-C ends a command with status 130.
@@ -71,7 +73,7 @@ def reports_errors(command: Command) -> Command:
     name = command.__name__.removesuffix("_models")
 
     @wraps(command)
-    def wrapped(*arguments: Any, **options: Any) -> Any:
+    def wrapped(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
         from stages.process import ending, noise
         from stages.process.unexpected import was_in_step
 
@@ -91,10 +93,10 @@ def reports_errors(command: Command) -> Command:
                 _end(explained.exit_status, error)
             _report(error, name, options)
 
-    return wrapped  # type: ignore[return-value]
+    return wrapped
 
 
-def _report(error: BaseException, command: str, options: dict[str, Any]) -> NoReturn:
+def _report(error: BaseException, command: str, options: Mapping[str, object]) -> NoReturn:
     """Print the error and end the command. With --debug raise ``error`` instead."""
     from stages.process.unexpected import explain
 
@@ -105,7 +107,8 @@ def _report(error: BaseException, command: str, options: dict[str, Any]) -> NoRe
         if isinstance(error, SystemExit):  # it would end the program without a message
             raise RuntimeError(f"the program was ended by {error!r}") from error
         raise error
-    explained = explain(error, f"stages {command}", _home(options.get("home")))
+    home = options.get("home")
+    explained = explain(error, f"stages {command}", _home(home if isinstance(home, Path) else None))
     _say(f"error: {explained}", is_echo=False)
     _end(explained.exit_status, error)
 
@@ -146,7 +149,7 @@ def _runtime() -> Runtime:
     return Runtime()
 
 
-def _print_json(content: Any) -> None:
+def _print_json(content: object) -> None:
     typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
 
 
@@ -373,15 +376,15 @@ def list_models(home: Home = None, as_json: Json = False, debug: Debug = False) 
     table = Table("model", "role", "digest", "MiB", "made (UTC)", "kind")
     for record in records:
         size = sum(file["size"] for file in record.manifest["files"]) / 2**20
-        kind = f"adapter on {record.manifest['base']['ref']}" if record.is_adapter else "full weights"
+        kind = f"adapter on {record.base['ref']}" if record.base is not None else "full weights"
         table.add_row(record.ref, record.role, record.digest[:19], f"{size:.1f}", record.manifest["created"][:19], kind)
     console.print(table)
 
 
-def _row(record: ModelRecord) -> dict[str, Any]:
-    kept = ("created", "base", "metrics")
+def _row(record: ModelRecord) -> JsonObject:
+    manifest = record.manifest
     identity = {"ref": record.ref, "name": record.name, "version": record.version, "role": record.role, "digest": record.digest}
-    return {**identity, "path": str(record.path), **{key: record.manifest[key] for key in kept}}
+    return {**identity, "path": str(record.path), "created": manifest["created"], "base": manifest["base"], "metrics": manifest["metrics"]}
 
 
 @models.command()
@@ -417,18 +420,18 @@ def _chosen_rows(record: ModelRecord) -> list[tuple[str, str]]:
         ("made (UTC)", manifest["created"][:19]),
         ("folder", f"{record.path} ({size:.1f} MiB)"),
         *([("pulled from", manifest["pulled"]["from"])] if "pulled" in manifest else []),
-        ("base", f"adapter on {manifest['base']['ref']}" if record.is_adapter else "none: full weights"),
+        ("base", f"adapter on {record.base['ref']}" if record.base is not None else "none: full weights"),
         ("made from", _origin(manifest)),
     ]
     return rows + [(heading, "\n".join(lines) or "none") for heading, lines in describe(record).items()]
 
 
-def _origin(manifest: Mapping[str, Any]) -> str:
+def _origin(manifest: Manifest) -> str:
     """What a model was made from: its parents, the library whose file was imported, or random weights."""
     if manifest["parents"]:
         return "\n".join(parent["ref"] for parent in manifest["parents"])
     imported = manifest["extra"].get("imported")
-    return f"imported from {imported['library']}" if imported else "none: random weights"
+    return f"imported from {imported['library']}" if isinstance(imported, dict) else "none: random weights"
 
 
 def _all_rows(record: ModelRecord) -> list[tuple[str, str]]:
@@ -439,7 +442,7 @@ def _all_rows(record: ModelRecord) -> list[tuple[str, str]]:
         ("digest", record.digest),
         ("made (UTC)", manifest["created"]),
         ("folder", str(record.path)),
-        ("base", manifest["base"]["ref"] if record.is_adapter else "none: full weights"),
+        ("base", record.base["ref"] if record.base is not None else "none: full weights"),
         ("parents", "\n".join(f"{parent['ref']}  {parent['digest']}" for parent in manifest["parents"]) or "none"),
         ("data", "\n".join(f"{field_path}  {mark}" for field_path, mark in manifest["data"].items()) or "none"),
         ("metrics", "\n".join(f"{name}  {value}" for name, value in manifest["metrics"].items()) or "none"),
@@ -462,7 +465,7 @@ def lineage(ref: Ref, everything: All = False, home: Home = None, as_json: Json 
         _runtime().console.print(_tree(tree, registry, everything))
 
 
-def _tree(node: dict[str, Any], registry: Registry, everything: bool, branch: Tree | None = None) -> Tree:
+def _tree(node: Lineage, registry: Registry, everything: bool, branch: Tree | None = None) -> Tree:
     from rich.markup import escape
     from rich.tree import Tree
 
@@ -491,7 +494,7 @@ def _tree(node: dict[str, Any], registry: Registry, everything: bool, branch: Tr
     return here
 
 
-def _is_here(node: dict[str, Any], registry: Registry) -> bool:
+def _is_here(node: Lineage, registry: Registry) -> bool:
     """Whether a version of a lineage is in the registry; those above a pulled one may not be."""
     from stages.errors import RegistryError
 
@@ -696,9 +699,9 @@ def generate(
             columns.append(speaker.complete(asked, settings, seeds))
     scores = terminal.score(score, registry, runtime, asked, columns) if score is not None else []
     if as_json:
-        rows: list[dict[str, Any]] = []
+        rows: list[JsonObject] = []
         for index, one in enumerate(asked):
-            row: dict[str, Any] = {"prompt": one, **{name: column[index] for name, column in zip(refs, columns, strict=True)}}
+            row: JsonObject = {"prompt": one, **{name: column[index] for name, column in zip(refs, columns, strict=True)}}
             if scores:
                 row["scores"] = {name: column[index] for name, column in zip(refs, scores, strict=True)}
             rows.append(row)

@@ -4,11 +4,14 @@ Each stage has its own step config in its own module, which extends ``StepConfig
 """
 
 import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, field_validator, model_validator
+
+from stages.json_types import JsonObject
 
 HUB = "hub:"
 """Prefix that makes an id a Hub id, even if a step, a registry version or a folder has the same name."""
@@ -29,7 +32,7 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
 
-    def former_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def former_settings(self, settings: JsonObject) -> JsonObject:
         """``settings``, the values of this block, in the form of the first version. Fingerprints use it, so that they outlive renamings."""
         return settings
 
@@ -74,7 +77,7 @@ class ModelInput(Strict):
         raise ValueError(f"attention={value!r} is unknown. {ATTENTION_HELP}{f' Did you mean {near[0]}?' if near else ''}")
 
 
-def ref_shorthand(value: Any) -> Any:
+def ref_shorthand(value: object) -> object:
     """Convert a bare string to a model input."""
     return {"ref": value} if isinstance(value, str) else value
 
@@ -90,7 +93,7 @@ def check_trainable(model: ModelInput | None, lora: LoraSettings | None, field: 
 
 
 def check_origin(
-    model: ModelInput | None, architecture: dict[str, Any] | None, tokenizer: Any, lora: LoraSettings | None, *, further: str
+    model: ModelInput | None, architecture: Mapping[str, object] | None, tokenizer: object, lora: LoraSettings | None, *, further: str
 ) -> None:
     """Raise ValueError unless a step starts either from ``model``, with its tokenizer, or from random weights of an ``architecture``.
 
@@ -106,7 +109,7 @@ def check_origin(
             raise ValueError("lora needs model; with architecture all weights are random and must be trained")
 
 
-def _check_architecture(architecture: dict[str, Any]) -> None:
+def _check_architecture(architecture: Mapping[str, object]) -> None:
     """Check a block ``{type: ..., field: ...}`` for random weights. Raises ValueError if it lacks the type or sets the vocabulary size."""
     if not isinstance(architecture.get("type"), str):
         raise ValueError("architecture needs a type, e.g. {type: llama, hidden_size: 128, num_hidden_layers: 4}")
@@ -151,7 +154,7 @@ class DataSource(Strict):
         return self.path.removeprefix(HUB)
 
 
-def _sources(value: Any) -> Any:
+def _sources(value: object) -> object:
     items = value if isinstance(value, list) else [value]
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
@@ -192,7 +195,7 @@ Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 OPTIMIZER_HELP = "adamw_8bit: 8-bit moments (bitsandbytes), 2 bytes per weight instead of 8; paged: moments can be moved to CPU memory."
 
 
-def _rows_or_auto(value: Any) -> Any:
+def _rows_or_auto(value: object) -> object:
     """One message for all that is neither; pydantic would give one for each of the two."""
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
@@ -255,20 +258,22 @@ class StepConfig(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _accept_former_names(cls, value: Any) -> Any:
+    def _accept_former_names(cls, value: object) -> object:
         return with_current_names(value, cls.former_names) if isinstance(value, dict) else value
 
-    def former_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def former_settings(self, settings: JsonObject) -> JsonObject:
         """``settings`` with the flat names of earlier versions."""
         flat = {name: dict(item) if isinstance(item, dict) else item for name, item in settings.items()}
         for former, path in self.former_names.items():
             group, _, name = path.partition(".")
-            flat[former] = flat[group].pop(name)
+            block = flat[group]
+            assert isinstance(block, dict)  # a group of settings
+            flat[former] = block.pop(name)
         groups = {path.partition(".")[0] for path in self.former_names.values()}
         return {name: item for name, item in flat.items() if name not in groups or item}
 
 
-def with_current_names(content: dict[str, Any], former_names: dict[str, str]) -> dict[str, Any]:
+def with_current_names(content: Mapping[str, object], former_names: dict[str, str]) -> JsonObject:
     """``content`` of a step with the fields of earlier versions moved to their path today. Raises ValueError if both are set."""
     renamed = {name: value for name, value in content.items() if name not in former_names}
     for former in (name for name in content if name in former_names):
@@ -352,7 +357,7 @@ class VllmStart(Strict):
 
     @field_validator("arguments")
     @classmethod
-    def _arguments_are_free(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _arguments_are_free(cls, value: dict[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
         taken = sorted({name.replace("-", "_") for name in value} & OWN_VLLM_ARGUMENTS)
         if taken:
             raise ValueError(f"arguments names {', '.join(taken)}, which the run sets itself")
@@ -411,7 +416,7 @@ class Engine(Strict):
     vllm: Vllm
 
 
-def _engine(value: Any) -> Any:
+def _engine(value: object) -> object:
     """``local`` as the absence of an engine; other words are unknown."""
     if value == "local":
         return None
@@ -448,7 +453,7 @@ class GenerationSettings(Strict):
         return {"engine"} if self.engine is None else set()
 
     @field_serializer("engine")
-    def _written_engine(self, value: Engine | None) -> Any:
+    def _written_engine(self, value: Engine | None) -> object:
         return "local" if value is None else value
 
     @property

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from stages.errors import doing
+from stages.json_types import JsonObject
 from stages.process.runtime import Runtime
 from stages.process.trackers import StepTrackers
 from stages.registry.ledger import Registry
-from stages.registry.record import ModelRecord
+from stages.registry.record import FingerprintParts, ModelRecord
 from stages.registry.references import ResolvedModel
+from stages.run_summary import EvaluationResult
+
+
+class Publication(TypedDict):
+    """How a step publishes a model: arguments of ``StepContext.publish``."""
+
+    role: str
+    base: ResolvedModel | None
+    extra: NotRequired[Mapping[str, object] | None]
 
 
 @dataclass
@@ -21,8 +31,8 @@ class StepResult:
     """The result that a stage returns to the chain."""
 
     model: ModelRecord | None
-    metrics: dict[str, Any]
-    evaluation: dict[str, Any] | None = None  # evaluation stage only: candidates, win_rates, judges
+    metrics: JsonObject
+    evaluation: EvaluationResult | None = None  # evaluation stage only
 
 
 @dataclass
@@ -37,12 +47,12 @@ class StepContext:
     folder: Path  # run folder of this step: metrics.jsonl, samples.jsonl, tensorboard/
     checkpoint_folder: Path  # survives an interruption; the chain removes it when the step is done
     fingerprint: str = ""
-    fingerprint_parts: dict[str, Any] = field(default_factory=dict)
-    recipe_step: dict[str, Any] = field(default_factory=dict)  # the resolved step
+    fingerprint_parts: FingerprintParts = field(default_factory=lambda: FingerprintParts())
+    recipe_step: JsonObject = field(default_factory=dict)  # the resolved step
     data_fingerprints: dict[str, str] = field(default_factory=dict)
     run: str = ""  # name of the run folder; trackers use it as the run's name
     trackers: Sequence[str] = ("tensorboard",)
-    sampling: list[dict[str, Any]] = field(default_factory=list)  # engines outside of this process that sampled, for the summary
+    sampling: list[JsonObject] = field(default_factory=list)  # engines outside of this process that sampled, for the summary
     recorded: list[tuple[int, dict[str, float]]] | None = None  # log entries to store in checkpoints, for a resumed run
     _trackers: StepTrackers | None = None
 
@@ -79,9 +89,9 @@ class StepContext:
         save: Callable[[Path], None],
         *,
         role: str,
-        metrics: dict[str, Any],
+        metrics: Mapping[str, object],
         base: ResolvedModel | None = None,
-        extra: dict[str, Any] | None = None,
+        extra: Mapping[str, object] | None = None,
         name: str | None = None,
     ) -> ModelRecord:
         """Publish the files that ``save(folder)`` writes. ``base`` is the base model of an adapter. Every process gets the record."""

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from stages.config import DataSource, GenerationSettings, ModelInput
+from stages.config import DataSource, Engine, GenerationSettings, ModelInput
 from stages.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.corpora.messages import Message, Prompt
+    from stages.model_types import TransformersModel
     from stages.process.runtime import Runtime
     from stages.registry.ledger import Registry
     from stages.registry.references import ResolvedModel
@@ -39,7 +40,7 @@ class Speaker:
     """A language model that answers in the terminal."""
 
     name: str
-    model: Any
+    model: TransformersModel
     tokenizer: PreTrainedTokenizerBase
     sampler: Sampler
 
@@ -82,14 +83,12 @@ class Speaker:
         return positions is None or len(encode_prompt(self.tokenizer, prompt)) + room <= positions
 
 
-def engine_of(text: str) -> Any:
-    """``local``, ``vllm`` (a server is started) or the address of a vLLM server, as generation.engine. Raises RecipeError for others."""
+def engine_of(text: str) -> Engine | None:
+    """The engine for ``vllm`` (a server is started) or the address of a vLLM server; None for ``local``. Raises RecipeError for others."""
     from pydantic import ValidationError
 
-    from stages.config import Engine
-
     if text == "local":
-        return text
+        return None
     try:
         return Engine.model_validate({"vllm": {"start": {}} if text == "vllm" else {"url": text}})
     except ValidationError as error:

@@ -12,18 +12,17 @@ import inspect
 import re
 from collections.abc import Callable
 from types import CodeType
-from typing import Any
 
-_kept: dict[str, Callable[..., Any]] = {}
+_kept: dict[str, Callable[..., object]] = {}
 
 
-def __getattr__(name: str) -> Callable[..., Any]:
+def __getattr__(name: str) -> Callable[..., object]:
     if name in _kept:
         return _kept[name]
     raise AttributeError(f"no function {name!r} was passed to a step in this process; run the program that made this step")
 
 
-def address_of(function: Callable[..., Any]) -> str:
+def address_of(function: Callable[..., object]) -> str:
     """The address that a recipe uses to name ``function``."""
     module, name = getattr(function, "__module__", None) or "", getattr(function, "__qualname__", "")
     if module not in ("", "__main__", "builtins") and name.isidentifier() and _is_importable(module, name, function):
@@ -34,19 +33,19 @@ def address_of(function: Callable[..., Any]) -> str:
     return f"{__name__}:{kept}"
 
 
-def shown_name(function: Callable[..., Any]) -> str:
+def shown_name(function: Callable[..., object]) -> str:
     """The name in metrics and reports: the function's name."""
     return re.sub(r"\W+", "-", getattr(function, "__name__", type(function).__name__)).strip("-") or "function"
 
 
-def _is_importable(module: str, name: str, function: Any) -> bool:
+def _is_importable(module: str, name: str, function: object) -> bool:
     try:
         return getattr(importlib.import_module(module), name, None) is function
     except ImportError:
         return False
 
 
-def _source(function: Any) -> str:
+def _source(function: object) -> str:
     """The source of a callable (its bytecode if there is no source), and its captured values."""
     held = repr([cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]) + repr(getattr(function, "__dict__", {}))
     try:

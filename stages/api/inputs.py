@@ -12,18 +12,21 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 from stages.api.functions import address_of, shown_name
 from stages.api.results import Model
 from stages.errors import DataError, ModelError
 from stages.registry.contents import digest_folder
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 SOURCES = ("reward", "monitors", "judges", "ensemble")
 """Fields whose entries are reward sources or judges. There, a function or a model can replace a complete entry."""
 
 
-def as_field(name: str, value: Any, folder: Path, tokenizer: Any = None) -> Any:
+def as_field(name: str, value: object, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> object:
     """Convert ``value`` of the field ``name`` to plain recipe values. ``folder`` stores files; ``tokenizer`` is used for models without
     one.
 
@@ -51,7 +54,7 @@ def as_field(name: str, value: Any, folder: Path, tokenizer: Any = None) -> Any:
     return value
 
 
-def _as_source(entry: Any, folder: Path, tokenizer: Any) -> Any:
+def _as_source(entry: object, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> object:
     """Convert one reward source or judge."""
     if isinstance(entry, Mapping):
         return {key: as_field(str(key), item, folder, tokenizer) for key, item in entry.items()}
@@ -62,25 +65,25 @@ def _as_source(entry: Any, folder: Path, tokenizer: Any) -> Any:
     return entry
 
 
-def _is_model(value: Any) -> bool:
+def _is_model(value: object) -> TypeGuard[PreTrainedModel]:
     return hasattr(value, "save_pretrained") and hasattr(value, "parameters")
 
 
-def _is_pair(value: Any) -> bool:
+def _is_pair(value: object) -> TypeGuard[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
     """Whether the value is a model with its tokenizer."""
     return isinstance(value, tuple) and len(value) == 2 and _is_model(value[0])
 
 
-def _is_table(value: Any) -> bool:
+def _is_table(value: object) -> TypeGuard[Iterable[Mapping[str, object]]]:
     return hasattr(value, "column_names") and hasattr(value, "__iter__") and hasattr(value, "features")
 
 
-def _are_rows(value: Any) -> bool:
+def _are_rows(value: object) -> TypeGuard[Iterable[Mapping[str, object]]]:
     """Whether the value is a list of data rows, as opposed to data sources (which have a path)."""
     return isinstance(value, list) and bool(value) and all(isinstance(row, Mapping) and "path" not in row for row in value)
 
 
-def _save_model(model: Any, tokenizer: Any, folder: Path) -> str:
+def _save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> str:
     """Save model and tokenizer. Returns the folder."""
     if tokenizer is None:
         raise ModelError(f"the {type(model).__name__} in memory has no tokenizer; pass (model, tokenizer), or tokenizer=...")
@@ -94,7 +97,7 @@ def _save_model(model: Any, tokenizer: Any, folder: Path) -> str:
     return str(_keep(write, folder, f"model-{getattr(model.config, 'model_type', 'model')}"))
 
 
-def _save_rows(rows: Iterable[Any], folder: Path) -> str:
+def _save_rows(rows: Iterable[Mapping[str, object]], folder: Path) -> str:
     """Write rows as JSON Lines. Returns the file."""
     lines = []
     for row_number, row in enumerate(rows, 1):

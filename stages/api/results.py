@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from stages.json_types import JsonObject
+from stages.run_summary import Candidate, RunSummary, WinRate
+
+if TYPE_CHECKING:
+    import torch
+    from IPython.display import HTML
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.model_types import TransformersModel
+    from stages.models.heads import ScalarModel
 
 
 @dataclass(frozen=True)
@@ -15,9 +26,9 @@ class Model:
     ref: str  # name@version
     role: str  # language_model, reward_model, value_model, classifier
     path: Path
-    metrics: dict[str, Any] = field(repr=False)
+    metrics: JsonObject = field(repr=False)
 
-    def load(self, *, dtype: Any = None) -> tuple[Any, Any]:
+    def load(self, *, dtype: torch.dtype | None = None) -> tuple[TransformersModel | ScalarModel, PreTrainedTokenizerBase]:
         """Return (model, tokenizer) in evaluation mode, with adapters merged; fp32 unless ``dtype`` is given.
 
         A reward model or value network is returned as ``stages.models.heads.RewardModel`` or ``ValueModel``.
@@ -43,10 +54,10 @@ class Results:
     name: str
     folder: Path
     models: dict[str, Model]
-    metrics: dict[str, dict[str, Any]]
-    win_rates: list[dict[str, Any]]
-    candidates: dict[str, Any]
-    summary: dict[str, Any] = field(repr=False)
+    metrics: dict[str, JsonObject]
+    win_rates: list[WinRate]
+    candidates: dict[str, Candidate]
+    summary: RunSummary = field(repr=False)
 
     @property
     def report(self) -> Path | None:
@@ -54,7 +65,7 @@ class Results:
         page = self.folder / "report.html"
         return page if page.is_file() else None
 
-    def win_rate(self, a: str, b: str, judge: str | None = None) -> dict[str, Any]:
+    def win_rate(self, a: str, b: str, judge: str | None = None) -> WinRate:
         """How often ``judge`` (default: the first one) prefers ``a`` to ``b``, with the confidence interval.
 
         Raises KeyError if no judge compared them.
@@ -65,7 +76,7 @@ class Results:
         known = ", ".join(sorted({f"{row['a']} / {row['b']} by {row['judge']}" for row in self.win_rates})) or "none"
         raise KeyError(f"no win rate of {a!r} against {b!r} by {judge or 'any judge'}; known: {known}")
 
-    def show(self) -> Any:
+    def show(self) -> HTML:
         """Show the report in a notebook cell."""
         from IPython.display import HTML
 

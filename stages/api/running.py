@@ -6,19 +6,19 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from stages.api.inputs import as_field
 from stages.api.results import Model, Results
 from stages.errors import Stopped
+from stages.run_summary import RunSummary
 
 Log = Callable[[str, int, dict[str, float]], None]
 """Called with the model's name, the optimizer step or iteration, and its logged metrics."""
 
 
 def run(
-    recipe: str | Path | Sequence[Mapping[str, Any]],
-    overrides: Mapping[str, Any] | None = None,
+    recipe: str | Path | Sequence[Mapping[str, object]],
+    overrides: Mapping[str, object] | None = None,
     home: str | Path | None = None,
     *,
     name: str = "python",
@@ -58,7 +58,7 @@ def run(
     return results_of(summary, home_folder)
 
 
-def write_recipe(steps: Sequence[Mapping[str, Any]], name: str, seed: int, folder: Path) -> Path:
+def write_recipe(steps: Sequence[Mapping[str, object]], name: str, seed: int, folder: Path) -> Path:
     """Write ``steps`` as a recipe file named by a hash of its content. Objects in memory are saved next to it."""
     plain = [{key: as_field(key, value, folder) for key, value in step.items()} for step in steps]
     content = json.dumps({"name": name, "seed": seed, "steps": plain}, indent=2, ensure_ascii=False)
@@ -68,7 +68,7 @@ def write_recipe(steps: Sequence[Mapping[str, Any]], name: str, seed: int, folde
     return path
 
 
-def results_of(summary: Mapping[str, Any], home: Path) -> Results:
+def results_of(summary: RunSummary, home: Path) -> Results:
     """The results described by a run's summary."""
     from stages.chain.run import open_registry
 
@@ -76,7 +76,7 @@ def results_of(summary: Mapping[str, Any], home: Path) -> Results:
     for step in summary["steps"]:
         if step["model"] is not None:
             record = registry.get(f"{step['model']['ref']}@{step['version']}")
-            models[step["name"]] = Model(record.ref, record.role, record.path, record.manifest["metrics"])
+            models[step["name"]] = Model(record.ref, record.role, record.path, dict(record.manifest["metrics"]))
     return Results(
         name=summary["recipe"],
         folder=(home / "runs" / summary["recipe"] / "latest").resolve(),
@@ -84,5 +84,5 @@ def results_of(summary: Mapping[str, Any], home: Path) -> Results:
         metrics={step["name"]: step["metrics"] for step in summary["steps"]},
         win_rates=list(summary["win_rates"]),
         candidates=dict(summary["candidates"]),
-        summary=dict(summary),
+        summary=summary,
     )

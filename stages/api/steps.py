@@ -9,10 +9,10 @@ aligned, tokenizer = result.load()
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from stages.api.results import Model, Results
 from stages.api.running import Log, run
+from stages.json_types import JsonObject
 
 
 class Step:
@@ -20,11 +20,11 @@ class Step:
 
     stage: str
 
-    def __init__(self, *, name: str | None = None, **fields: Any) -> None:
+    def __init__(self, *, name: str | None = None, **fields: object) -> None:
         self.name = name or self.stage
         self.fields = fields
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """The step as an entry of ``stages.run([...])``."""
         return {"stage": self.stage, "name": self.name, **self.fields}
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ValidationError
 
-from stages.config import DataSource, ModelInput
+from stages.config import DataSource, ModelInput, StepConfig
 from stages.corpora.files import fingerprint, read_rows
 from stages.errors import StagesError
-from stages.recipe.schema import STAGES, data_inputs, load_object, model_inputs
+from stages.recipe.schema import STAGES, config_class, data_inputs, model_inputs
 
 if TYPE_CHECKING:
-    from stages.registry.record import ModelRecord
+    from stages.registry.record import Manifest, ModelRecord
 
 LARGEST_COUNTED = 64 * 2**20  # bytes; the rows of larger files are not counted
 IDENTITY = ("name", "stage")
@@ -30,14 +30,14 @@ def describe(record: ModelRecord) -> dict[str, list[str]]:
     }
 
 
-def three_digits(value: Any) -> str:
+def three_digits(value: object) -> str:
     """Format a float with three significant digits. Integers and texts are unchanged."""
     if isinstance(value, bool) or not isinstance(value, float):
         return str(value)
     return str(int(value)) if value.is_integer() and abs(value) < 1e15 else f"{value:.3g}"
 
 
-def _scalars(metrics: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def _scalars(metrics: Mapping[str, object], before: str = "") -> Iterator[tuple[str, object]]:
     """The scalars of nested metrics, by dotted name. Lists (histograms, alarms) are shown only with --all."""
     for name, value in metrics.items():
         if isinstance(value, Mapping):
@@ -49,7 +49,7 @@ def _scalars(metrics: Mapping[str, Any], before: str = "") -> Iterator[tuple[str
 # Data
 
 
-def data_lines(manifest: Mapping[str, Any]) -> list[str]:
+def data_lines(manifest: Manifest) -> list[str]:
     """One line per data input: field, path or Hub id, row count. Says which files were changed or removed since."""
     config = _config(manifest["recipe_step"])
     if config is None:  # made by an import, or by a Tristage version with different fields
@@ -104,7 +104,7 @@ def _path(written: str) -> str:
 # Settings
 
 
-def changed_settings(step: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def changed_settings(step: Mapping[str, object]) -> list[tuple[str, object]]:
     """(dotted path, value) of each setting that differs from its default. Models and data are listed separately."""
     config = _config(step)
     if config is None:
@@ -113,7 +113,7 @@ def changed_settings(step: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(path, value) for path, value in _changes(config, "") if path not in shown_elsewhere and path not in IDENTITY]
 
 
-def _changes(block: BaseModel, before: str) -> Iterator[tuple[str, Any]]:
+def _changes(block: BaseModel, before: str) -> Iterator[tuple[str, object]]:
     for name, field in type(block).model_fields.items():
         value, path = getattr(block, name), f"{before}{name}"
         default = field.get_default(call_default_factory=True, validated_data={})
@@ -125,7 +125,7 @@ def _changes(block: BaseModel, before: str) -> Iterator[tuple[str, Any]]:
             yield path, value.model_dump(mode="json", exclude_defaults=True) if isinstance(value, BaseModel) else _plain(value)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Convert blocks inside lists and dicts to their recipe form."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
@@ -134,7 +134,7 @@ def _plain(value: Any) -> Any:
     return value.model_dump(mode="json", exclude_defaults=True) if isinstance(value, BaseModel) else value
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """Format a value as in a recipe."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
@@ -145,11 +145,12 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else repr(value) if isinstance(value, str) and "\n" in value else str(value)
 
 
-def _config(step: Mapping[str, Any]) -> Any:
+def _config(step: Mapping[str, object]) -> StepConfig | None:
     """The step's config; None if this version does not know the stage or its fields."""
-    if step.get("stage") not in STAGES:
+    stage = step.get("stage")
+    if not isinstance(stage, str) or stage not in STAGES:
         return None
     try:
-        return load_object(STAGES[step["stage"]].config).model_validate(dict(step))
+        return config_class(stage).model_validate(dict(step))
     except (ValidationError, StagesError):
         return None

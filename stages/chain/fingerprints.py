@@ -8,23 +8,27 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel
 
 from stages.config import DataSource, ModelInput, Strict
+from stages.json_types import JsonObject, json_object
 from stages.process.modules import source_of
 from stages.recipe.functions import addresses
 from stages.recipe.schema import STAGES, RecipeStep, data_inputs, former_names
 from stages.registry.contents import file_sha256
+from stages.registry.record import FingerprintParts
 
 PACKAGE = Path(__file__).parents[1]
 # Infrastructure that does not influence results: an edit of it must not cause a re-run of all steps.
-PLUMBING = {"chain", "cli", "config", "errors", "hub", "labelling", "process", "recipe", "registry", "step", "training.checkpoints"}
+PLUMBING = {
+    *("chain", "cli", "config", "errors", "hub", "json_types", "labelling", "process", "recipe", "registry", "run_summary", "step"),
+    "training.checkpoints",
+}
 TEXT_SUFFIXES = (".html", ".jinja", ".css", ".js", ".yaml", ".txt")
 
 
-def parts_of(step: RecipeStep, inputs: Mapping[str, str]) -> dict[str, Any]:
+def parts_of(step: RecipeStep, inputs: Mapping[str, str]) -> FingerprintParts:
     """The parts of a step's fingerprint. ``inputs``: content digest of each model input, by field path."""
     settings = settings_of(step.config)
     return {
@@ -37,12 +41,12 @@ def parts_of(step: RecipeStep, inputs: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def fingerprint_of(parts: Mapping[str, Any]) -> str:
+def fingerprint_of(parts: Mapping[str, object]) -> str:
     """Hex SHA-256 of the parts in canonical JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def settings_of(config: BaseModel) -> dict[str, Any]:
+def settings_of(config: BaseModel) -> JsonObject:
     """A step's settings without its name and seed.
 
     Models and data are covered by their digests, so local paths and branch names do not count.
@@ -54,17 +58,17 @@ def settings_of(config: BaseModel) -> dict[str, Any]:
     return settings
 
 
-def _leave_out(settings: dict[str, Any], paths: set[str]) -> None:
+def _leave_out(settings: JsonObject, paths: set[str]) -> None:
     """Take the dotted ``paths`` out of nested settings."""
     for path in paths:
         *outer, last = path.split(".")
-        inner: Any = settings
+        inner = settings
         for name in outer:
-            inner = inner[name]
+            inner = json_object(inner[name], path)
         del inner[last]
 
 
-def _setting(value: Any) -> Any:
+def _setting(value: object) -> object:
     if isinstance(value, BaseModel):
         settings = {name: _setting(getattr(value, name)) for name in type(value).model_fields}
         if isinstance(value, Strict):
@@ -148,7 +152,7 @@ def _walk_imports(text: str, package: str) -> Iterator[str]:
                 yield from (f"{source}.{alias.name}" for alias in node.names)
 
 
-def why(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def why(old: FingerprintParts, new: FingerprintParts) -> str:
     """Text that names the parts of the fingerprint that changed between two versions of a step."""
     changes = []
     if old.get("stage") != new["stage"]:
@@ -162,8 +166,7 @@ def why(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         changes.append(f"setting changed: {', '.join(shown)}{more}")
     if old.get("seed") != new["seed"]:
         changes.append(f"seed changed ({old.get('seed')} -> {new['seed']})")
-    for part, noun in (("inputs", "input"), ("data", "data")):
-        then, now = old.get(part, {}), new[part]
+    for noun, then, now in (("input", old.get("inputs", {}), new["inputs"]), ("data", old.get("data", {}), new["data"])):
         changed_fields = [field_path for field_path in sorted({*then, *now}) if then.get(field_path) != now.get(field_path)]
         if changed_fields:
             changes.append(f"{noun} changed: {', '.join(changed_fields)}")
@@ -175,7 +178,7 @@ def why(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 _ABSENT = object()
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(value: object, prefix: str = "") -> JsonObject:
     """Flatten nested settings: field path -> value."""
     if isinstance(value, dict) and value:
         return {path: leaf for key, item in value.items() for path, leaf in _flat(item, f"{prefix}.{key}" if prefix else key).items()}
@@ -184,5 +187,5 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: value}
 
 
-def _word(settings: dict[str, Any], key: str) -> str:
+def _word(settings: Mapping[str, object], key: str) -> str:
     return repr(settings[key]) if key in settings else "absent"

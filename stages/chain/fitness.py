@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from stages.recipe.schema import Recipe, RecipeStep, Reference
     from stages.registry.ledger import Registry
     from stages.registry.references import ResolvedModel
@@ -70,7 +72,7 @@ def _base(reference: Reference, registry: Registry) -> ResolvedModel | None:
         return None
 
 
-def _config(model: ResolvedModel) -> Any:
+def _config(model: ResolvedModel) -> PreTrainedConfig | None:
     """The model's config; None if it cannot be read or needs remote code."""
     from transformers import AutoConfig
 

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from stages.config import DataSource, ModelInput
 from stages.errors import DataError, HubError, HubMissing, HubUnreachable
@@ -162,7 +161,7 @@ def _base_of_folder(folder: Path) -> tuple[str, str | None] | None:
     import json
 
     try:
-        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config: dict[str, str | None] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     base = config.get("base_model_name_or_path")

@@ -11,13 +11,29 @@ import os
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
+from stages.json_types import JsonObject
 from stages.process.storage import write_json
 from stages.registry.contents import file_sha256, files_of
+from stages.registry.record import FingerprintParts
+from stages.run_summary import EvaluationResult
 
 
-def save_result(home: Path, fingerprint: str, result: dict[str, Any], folder: Path) -> None:
+class StoredResult(TypedDict):
+    """The content of result.json. ``save_result`` adds ``fingerprint`` and ``files``."""
+
+    name: str  # <recipe>/<step>
+    created: str  # ISO 8601, UTC
+    fingerprint_parts: FingerprintParts
+    metrics: JsonObject
+    evaluation: EvaluationResult | None
+    circumstances: JsonObject
+    fingerprint: NotRequired[str]
+    files: NotRequired[list[dict[str, str]]]  # path and sha256 of each file
+
+
+def save_result(home: Path, fingerprint: str, result: StoredResult, folder: Path) -> None:
     """Store ``result`` and the files of the step's run ``folder`` atomically."""
     target = home / "results" / fingerprint
     staging = home / "results" / f".{uuid.uuid4().hex}"
@@ -34,11 +50,11 @@ def save_result(home: Path, fingerprint: str, result: dict[str, Any], folder: Pa
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def load_result(home: Path, fingerprint: str) -> dict[str, Any] | None:
+def load_result(home: Path, fingerprint: str) -> StoredResult | None:
     """The result of a fingerprint; None if it does not exist, or if one of its files is missing or changed."""
     folder = home / "results" / fingerprint
     try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        result: StoredResult = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     for file in result["files"]:
@@ -55,9 +71,9 @@ def restore_files(home: Path, fingerprint: str, folder: Path) -> None:
         _copy(path, folder / name)
 
 
-def last_result(home: Path, name: str) -> dict[str, Any] | None:
+def last_result(home: Path, name: str) -> StoredResult | None:
     """The newest stored result of the step ``<recipe>/<step>``."""
-    results = []
+    results: list[StoredResult] = []
     for path in (home / "results").glob("*/result.json"):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import importlib
 import json
 import os
 import platform
@@ -19,13 +20,13 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.table import Table
 
@@ -33,10 +34,12 @@ from stages.chain.fingerprints import fingerprint_of, parts_of, settings_of, why
 from stages.chain.fitness import check_models
 from stages.chain.pins import Commits, apart_from_folders, hub_inputs, is_known, pinned, resolve_commits
 from stages.chain.resolving import resolve
-from stages.chain.results import last_result, load_result, restore_files, save_result
+from stages.chain.results import StoredResult, last_result, load_result, restore_files, save_result
 from stages.chain.texts import check_texts
+from stages.config import StepConfig
 from stages.engines.checks import check_installed
 from stages.errors import RecipeError, doing
+from stages.json_types import JsonObject
 from stages.labelling.waiting import WAITING
 from stages.models.stacks import check_folder
 from stages.process.environment import launched_processes
@@ -45,11 +48,12 @@ from stages.process.hardware import cpu_name
 from stages.process.packages import missing_attention_package, missing_quantization_package
 from stages.process.runtime import Runtime
 from stages.process.storage import write_json
-from stages.recipe.schema import STAGES, Recipe, RecipeStep, data_inputs, load_object, model_inputs
+from stages.recipe.schema import STAGES, Recipe, RecipeStep, data_inputs, model_inputs
 from stages.registry.contents import remembering
 from stages.registry.ledger import Registry, installed_packages
-from stages.registry.record import ModelRecord
+from stages.registry.record import FingerprintParts, ModelRecord
 from stages.registry.references import ResolvedModel
+from stages.run_summary import RunSummary
 from stages.step import StepContext, StepResult
 
 T = TypeVar("T")
@@ -67,11 +71,11 @@ class StepPlan:
     fingerprint: str | None  # None until all inputs exist
     inputs: dict[str, str]  # field path -> model reference, if known
     hub: dict[str, str] = field(default_factory=dict)  # field path -> owner/name@commit of Hub inputs
-    parts: dict[str, Any] = field(default_factory=dict)
+    parts: FingerprintParts = field(default_factory=lambda: FingerprintParts())
     models: dict[str, ResolvedModel] = field(default_factory=dict)
     record: ModelRecord | None = None  # the reused version
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return {key: getattr(self, key) for key in ("name", "stage", "action", "reason", "fingerprint", "inputs", "hub")}
 
 
@@ -173,16 +177,16 @@ def plan_step(recipe: Recipe, step: RecipeStep, home: Path, registry: Registry, 
         damage = "; ".join(registry.verify(record.ref)) if record is not None else ""
         if record is not None and not damage:
             return planned("reuse", f"{record.ref} was made with the same settings, inputs, data and code", record)
-        versions = [version.manifest for version in registry.versions(name) if version.manifest["fingerprint"]]
+        versions = [version.manifest["fingerprint_parts"] for version in registry.versions(name) if version.manifest["fingerprint"]]
         last = versions[-1] if versions else None
     else:
         if load_result(home, fingerprint) is not None:
             return planned("reuse", "its result exists with the same settings, inputs, data and code")
-        last = last_result(home, name)
+        stored = last_result(home, name)
+        last = stored["fingerprint_parts"] if stored is not None else None
+    reason = why(last, parts) if last is not None else "never completed before"
     if damage:
         reason = f"{name} is damaged: {damage}"
-    else:
-        reason = why(last["fingerprint_parts"], parts) if last is not None else "never completed before"
     work = _work_folder(home, fingerprint)
     if (note := work / WAITING).is_file():
         return planned("resume", f"it waits for annotators: {note.read_text(encoding='utf-8')}")
@@ -202,7 +206,7 @@ def plan_table(plans: list[StepPlan], title: str) -> Table:
 # Running
 
 
-def run(recipe: Recipe, home: Path, runtime: Runtime, *, command: str | None = None) -> dict[str, Any]:
+def run(recipe: Recipe, home: Path, runtime: Runtime, *, command: str | None = None) -> RunSummary:
     """Run or reuse the recipe's steps in order. Returns the summary, which is also written to <run folder>/summary.json.
 
     ``command`` is what the user typed to start the run; the summary and the report show it.
@@ -223,13 +227,13 @@ class _Run:
         self.registry = open_registry(home)
         self.began = time.monotonic()
         self.made: dict[str, ModelRecord | None] = {}
-        self.circumstances: dict[str, dict[str, Any]] = {}  # by step; those of a reused step are of the run that made it
+        self.circumstances: dict[str, JsonObject] = {}  # by step; those of a reused step are of the run that made it
         if not recipe.is_pinned:
             commits: Commits = self.runtime.decide(lambda: resolve_commits(recipe))
             self.recipe = recipe = pinned(recipe, commits)
         self.plans: list[StepPlan] = self.runtime.decide(lambda: plan(recipe, home))
         self.folder: Path = self.runtime.decide(self._new_run_folder)
-        self.summary: dict[str, Any] = {
+        self.summary: RunSummary = {
             "recipe": recipe.name,
             "recipe_file": recipe.source.file,
             "description": recipe.description,
@@ -271,7 +275,7 @@ class _Run:
             self.runtime.console.print(f"[bold]{step.name}[/] {outcome} after {time.monotonic() - began:.1f} s")
         self._record(step, planned, result, time.monotonic() - began)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> RunSummary:
         self.summary["finished"] = True
         self._write_summary()
         console = self.runtime.console
@@ -303,13 +307,14 @@ class _Run:
             self._clear(_work_folder(self.home, planned.fingerprint))
         if self.runtime.is_main:
             restore_files(self.home, planned.fingerprint, self.folder / step.name)
-        kept = self.runtime.decide(lambda: load_result(self.home, str(planned.fingerprint))) or {}
-        self.circumstances[step.name] = kept.get("circumstances") or {}
+        kept = self.runtime.decide(lambda: load_result(self.home, str(planned.fingerprint)))
+        self.circumstances[step.name] = kept.get("circumstances") or {} if kept is not None else {}
         if planned.record is not None:
             record, name = planned.record, self.recipe.model_name(step)
             if record.name != name:
                 record = self.runtime.decide(lambda: self.registry.adopt(record, name))
-            return StepResult(record, record.manifest["metrics"])
+            return StepResult(record, dict(record.manifest["metrics"]))
+        assert kept is not None, "the plan reuses only a step whose result exists"
         return StepResult(None, kept["metrics"], kept["evaluation"])
 
     def _run_alone(self, step: RecipeStep, planned: StepPlan) -> tuple[StepPlan, StepResult]:
@@ -354,7 +359,7 @@ class _Run:
         )
         try:
             with doing(f"step {step.name!r} ({step.stage})", folder):
-                result = load_object(STAGES[step.stage].run)(step.config, context)
+                result = _run_function(step.stage)(step.config, context)
         finally:
             context.close()
             _free_memory()
@@ -364,7 +369,7 @@ class _Run:
         self.circumstances[step.name] = self._circumstances(step, time.monotonic() - began)
         return result
 
-    def _circumstances(self, step: RecipeStep, seconds: float) -> dict[str, Any]:
+    def _circumstances(self, step: RecipeStep, seconds: float) -> JsonObject:
         """How this process computed a step: facts about the machine, which are no part of the step's fingerprint."""
         return {
             "run": self.folder.name,
@@ -381,7 +386,7 @@ class _Run:
         work.with_suffix(".lock").unlink(missing_ok=True)
 
     def _keep(self, step: RecipeStep, planned: StepPlan, result: StepResult) -> None:
-        kept = {
+        kept: StoredResult = {
             "name": self.recipe.model_name(step),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "fingerprint_parts": planned.parts,
@@ -461,7 +466,14 @@ class _Run:
                 suffix += 1
 
 
-def environment() -> dict[str, Any]:
+def _run_function(stage: str) -> Callable[[StepConfig, StepContext], StepResult]:
+    """The function that runs a step of a stage. Imports its module."""
+    module, _, name = STAGES[stage].run.partition(":")
+    function: Callable[[StepConfig, StepContext], StepResult] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def environment() -> JsonObject:
     """Facts besides the recipe that can influence a run's numbers."""
     return {
         "python": platform.python_version(),
@@ -497,7 +509,7 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def plans_json(recipe: Recipe, plans: list[StepPlan], settings: dict[str, Any] | None = None) -> str:
+def plans_json(recipe: Recipe, plans: list[StepPlan], settings: Mapping[str, object] | None = None) -> str:
     """The plan as JSON. ``settings`` are added per step."""
     steps = [{**step.as_json(), **({"settings": settings[step.name]} if settings and step.name in settings else {})} for step in plans]
     return json.dumps({"recipe": recipe.name, "seed": recipe.seed, "steps": steps}, indent=2)

@@ -5,11 +5,13 @@ A step's tokenizer is that of the first model in its chain, with the template th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.errors import DataError, ModelError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from stages.recipe.schema import Recipe, RecipeStep, Reference
     from stages.registry.ledger import Registry
 
@@ -30,7 +32,7 @@ def check_texts(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
     from stages.corpora.templates import check_rendering
 
     for field_path, reference in _readers(recipe, step).items():
-        tokenizer = _tokenizer(recipe, reference, registry, step.config.template if step.stage == "sft" else None)
+        tokenizer = _tokenizer(recipe, reference, registry, getattr(step.config, "template", None) if step.stage == "sft" else None)
         if tokenizer is None:
             continue
         try:
@@ -43,18 +45,19 @@ def _readers(recipe: Recipe, step: RecipeStep) -> dict[str, Reference]:
     """The models that read a step's conversations as chats, by field path. Classifiers and generative reward models read plain text."""
     if getattr(step.config, "generative", None) is not None:
         return {}
-    scalar = {other.name for other in recipe.steps if other.stage == "reward_model" and other.config.generative is None}
+    scalar = {other.name for other in recipe.steps if other.stage == "reward_model" and getattr(other.config, "generative", None) is None}
+    candidates = getattr(step.config, "candidates", {})
     readers = {}
     for field_path, reference in step.models.items():
         name = field_path.removeprefix("candidates.")
-        asked = field_path != name and name in step.config.candidates and step.config.candidates[name].few_shot is None
+        asked = field_path != name and name in candidates and candidates[name].few_shot is None
         judges = reference.kind == "step" and reference.target in scalar
         if field_path in ("model", "policy") or asked or judges:
             readers[field_path] = reference
     return readers
 
 
-def _tokenizer(recipe: Recipe, reference: Reference, registry: Registry, template: str | None) -> Any:
+def _tokenizer(recipe: Recipe, reference: Reference, registry: Registry, template: str | None) -> PreTrainedTokenizerBase | None:
     """The tokenizer that a model of the recipe will have, with ``template``; None if it is not known yet."""
     from stages.chain.resolving import resolve
     from stages.corpora.templates import set_template

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,6 +19,9 @@ from stages.config import (
     check_trainable,
 )
 from stages.corpora.curation import Curation
+
+if TYPE_CHECKING:
+    from stages.corpora.messages import Completion, Prompt
 
 
 class DPOOptimizer(OptimizerSettings):
@@ -73,7 +76,7 @@ class DPOStepConfig(TrainingStepConfig):
 
         load_comparisons(self.data, preferred=self.preferred, curator=Curator(self.curation))
 
-    def conversations(self) -> list[tuple[Any, Sequence[Any], str]]:
+    def conversations(self) -> list[tuple[Prompt, Sequence[Completion], str]]:
         """Rows (prompt, completions, location) that the models of this step read; see ``chain/texts.py``."""
         from stages.corpora.comparisons import load_comparisons
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,12 +16,15 @@ from stages.models.sharding import unsharded
 from stages.stats.intervals import wilson_interval
 from stages.step import StepContext
 
+if TYPE_CHECKING:
+    from stages.model_types import TransformersModel
+
 
 def completion_logprobs(
-    config: DPOStepConfig, context: StepContext, model: Any, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase
+    config: DPOStepConfig, context: StepContext, model: TransformersModel, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase
 ) -> torch.Tensor:
     """Log-probabilities of complete responses [N, 2]: chosen, rejected."""
-    model = model.to(context.runtime.device)
+    model = model.to(context.runtime.device)  # type: ignore[arg-type]  # transformers wraps `to` without its self
     training = model.training
     policy = Policy(model.eval(), temperature=1.0, autocast=None)
     rows = [(pair.prompt_ids, response) for pair in pairs for response in (pair.chosen_ids, pair.rejected_ids)]

@@ -6,7 +6,6 @@ It is the common alternative to PPO, and so the baseline in an evaluation. A ran
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
 
 from stages.corpora.comparisons import load_comparisons
 from stages.corpora.curation import Curator
@@ -15,9 +14,10 @@ from stages.dpo.config import DPOStepConfig
 from stages.dpo.measuring import completion_logprobs, measure
 from stages.dpo.pairs import encode, usable
 from stages.dpo.trainer import load_reference, make_trainer
+from stages.json_types import JsonObject
 from stages.models.adapters import as_it_starts, refuse_output_adapter
 from stages.models.loading import load_language_model, load_tokenizer
-from stages.step import StepContext, StepResult
+from stages.step import Publication, StepContext, StepResult
 from stages.tokens.positions import row_length
 from stages.training.arguments import weights_dtype
 from stages.training.best import publish_trained
@@ -52,7 +52,7 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
         f"{context.name}: held-out accuracy {after['accuracy']:.3f} (95 % {after['ci_low']:.3f} to {after['ci_high']:.3f}, "
         f"{len(heldout)} pairs), margin {after['margin']:.3f}"
     )
-    metrics = {
+    metrics: JsonObject = {
         **{f"heldout_{name}": value for name, value in after.items()},
         **trained,
         "comparisons": len(comparisons.train),
@@ -62,7 +62,7 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
         **{f"heldout_{reason}": count for reason, count in heldout_left_out.items()},
         **{f"curation_{reason}": count for reason, count in sorted(curator.left_out.items())},
     }
-    published: dict[str, Any] = {"role": "language_model", "base": source if config.lora is not None else None}
+    published: Publication = {"role": "language_model", "base": source if config.lora is not None else None}
     shown = [[*pair.prompt_ids, *pair.chosen_ids] for pair in heldout]  # rows on which the saved model is checked
     record = publish_trained(trainer, context, model, tokenizer, rows=shown, metrics=metrics, **published)
     return StepResult(model=record, metrics=metrics)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -24,8 +26,13 @@ from stages.training.arguments import training_arguments
 from stages.training.microbatches import chosen_rows, row_lengths
 from stages.training.reproducible import IGNORED, reproducible
 
+if TYPE_CHECKING:
+    from stages.model_types import TransformersModel
 
-def load_reference(config: DPOStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase) -> Any:
+Batch: TypeAlias = dict[str, torch.Tensor]
+
+
+def load_reference(config: DPOStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase) -> TransformersModel | None:
     """The frozen reference; None if it is the model without its new adapter. Raises ModelError for a different vocabulary."""
     if config.reference is None and config.lora is not None:
         return None
@@ -41,20 +48,26 @@ class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
 
     loss_is_scaled_for_ga = True
 
-    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+    def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:
         return dataset
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
         own = pairs_in(inputs)
         if self.precompute_ref_logps:
             inputs = {**inputs, **self._reference_logprobs(inputs)}
         with _gathering_unequal_shares(self.accelerator, counts=own > 0):
-            loss = super().compute_loss(model, inputs, return_outputs)
+            loss: torch.Tensor = super().compute_loss(model, inputs, return_outputs)
         if num_items_in_batch is None:
             return loss
         return loss * own / num_items_in_batch * self.args.world_size  # DDP takes the mean over processes
 
-    def _reference_logprobs(self, inputs: Any) -> dict[str, torch.Tensor]:
+    def _reference_logprobs(self, inputs: Batch) -> dict[str, torch.Tensor]:
         """Log-probabilities [pairs] of the completions under the initial model, computed with the adapters below the new one."""
         masked = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
         tensors = {name: value for name, value in inputs.items() if name != "completion_mask"}
@@ -64,34 +77,40 @@ class TokenizedDPOTrainer(reproducible(DPOTrainer)):  # type: ignore[misc]
         chosen, rejected = outputs.log_probs.sum(dim=1).chunk(2)
         return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: Any) -> Any:
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor:
         """Number of pairs in the step, over all processes."""
         num_pairs = sum(pairs_in(batch) for batch in batch_samples)
-        return self.accelerator.gather(torch.tensor([num_pairs], device=device)).sum()
+        total: torch.Tensor = self.accelerator.gather(torch.tensor([num_pairs], device=device)).sum()
+        return total
 
-    def sizes_of(self, batch: dict[str, Any]) -> list[int]:
+    def sizes_of(self, batch: Batch) -> list[int]:
         """Of each pair: twice its longer text."""
         lengths = row_lengths(batch)
         pairs = len(lengths) // 2
         return [2 * max(lengths[row], lengths[row + pairs]) for row in range(pairs)]
 
-    def part_of(self, batch: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    def part_of(self, batch: Batch, rows: list[int]) -> Batch:
         """The chosen texts of the pairs, then the rejected ones."""
         pairs = len(batch["input_ids"]) // 2
         return chosen_rows(batch, [*rows, *(row + pairs for row in rows)])
 
-    def blank(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def blank(self, batch: Batch) -> Batch:
         return {**batch, "completion_mask": torch.zeros_like(batch["completion_mask"])}
 
 
-def pairs_in(batch: Any) -> int:
+def pairs_in(batch: Batch) -> int:
     """Number of counted pairs. Every counted completion has at least an end token."""
     return int(batch["completion_mask"].any(dim=1).sum()) // 2
 
 
 def make_trainer(
-    config: DPOStepConfig, context: StepContext, model: Any, reference: Any, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]
-) -> Any:
+    config: DPOStepConfig,
+    context: StepContext,
+    model: TransformersModel,
+    reference: TransformersModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[Pair],
+) -> TokenizedDPOTrainer:
     """A trainer on ``pairs``; ``reference`` None: the model without its new adapter."""
     options = {"beta": config.beta, "loss_type": [config.loss], "label_smoothing": config.label_smoothing, "max_length": None}
     with quiet_transformers(), without_copies(model):
@@ -109,7 +128,7 @@ def make_trainer(
 
 
 @contextmanager
-def _gathering_unequal_shares(accelerator: Any, *, counts: bool) -> Iterator[None]:
+def _gathering_unequal_shares(accelerator: Accelerator, *, counts: bool) -> Iterator[None]:
     """Let TRL gather its per-pair metrics although processes may have different numbers of pairs, or none that ``counts``."""
     gather = accelerator.gather
 

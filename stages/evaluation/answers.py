@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 from stages.errors import DataError, ModelError
 from stages.evaluation.config import BestOfN, EvaluationConfig
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stages.corpora.messages import Prompt
+    from stages.model_types import TransformersModel
     from stages.process.runtime import Runtime
     from stages.registry.references import ResolvedModel
     from stages.rewards.config import RewardInput
@@ -34,7 +35,14 @@ class Question:
     prompt: Prompt
     prompt_number: int
     sample: int
-    columns: dict[str, Any] = field(default_factory=dict)  # columns of its data row that reward functions request
+    columns: Mapping[str, object] = field(default_factory=dict)  # columns of its data row that reward functions request
+
+
+class FewShotTry(TypedDict):
+    """A few-shot text, and the mean score of the completions that it leads to; None if only one text was tried."""
+
+    text: str
+    score: float | None
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class Answers:
     expected_kl: float | None = None  # for best-of-n, which has no log-probabilities of its own
     perplexity: float | None = None
     bits_per_byte: float | None = None
-    tasks: dict[str, dict[str, float | int]] = field(default_factory=dict)  # by name, as TaskResult
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)  # by name, as TaskResult
     scores: dict[str, list[float | None]] = field(default_factory=dict)  # by judge
 
     @property
@@ -76,7 +84,7 @@ class Asked:
     questions: list[Question]
     prompt_ids: dict[str, list[list[int]]]
     exclusions: list[Exclusion]
-    few_shot: dict[str, list[dict[str, Any]]]  # by candidate: the tried few-shot prompts with their scores, the chosen one first
+    few_shot: dict[str, list[FewShotTry]]  # by candidate: the tried few-shot prompts with their scores, the chosen one first
 
 
 def distributed(runtime: Runtime, count: int, work: Callable[[list[int]], Sequence[T]]) -> list[T]:
@@ -91,7 +99,7 @@ def distributed(runtime: Runtime, count: int, work: Callable[[list[int]], Sequen
 
 
 @contextmanager
-def loaded(config: EvaluationConfig, context: StepContext, name: str) -> Iterator[tuple[Any, PreTrainedTokenizerBase]]:
+def loaded(config: EvaluationConfig, context: StepContext, name: str) -> Iterator[tuple[TransformersModel, PreTrainedTokenizerBase]]:
     """Model and tokenizer of a candidate. Only one candidate is in memory at a time."""
     from stages.models.loading import load_language_model, load_tokenizer
 
@@ -110,7 +118,9 @@ def loaded(config: EvaluationConfig, context: StepContext, name: str) -> Iterato
 # Questions
 
 
-def ask(config: EvaluationConfig, context: StepContext, prompts: list[Prompt], columns: Sequence[dict[str, Any]] | None = None) -> Asked:
+def ask(
+    config: EvaluationConfig, context: StepContext, prompts: list[Prompt], columns: Sequence[Mapping[str, object]] | None = None
+) -> Asked:
     """The questions that fit every model, and each model's token ids for them. All models answer the same prompts.
 
     ``columns``: the data columns that reward functions request, per prompt; None if there are none.
@@ -118,7 +128,7 @@ def ask(config: EvaluationConfig, context: StepContext, prompts: list[Prompt], c
     from stages.models.loading import load_tokenizer
 
     encoded: dict[str, list[list[int]]] = {}
-    few_shot: dict[str, list[dict[str, Any]]] = {}
+    few_shot: dict[str, list[FewShotTry]] = {}
     exclusions = []
     fits = [True] * len(prompts)
     for name, candidate in config.candidates.items():
@@ -148,7 +158,7 @@ def ask(config: EvaluationConfig, context: StepContext, prompts: list[Prompt], c
     )
 
 
-def _few_shot_tries(config: EvaluationConfig, context: StepContext, name: str, prompts: list[Prompt]) -> list[dict[str, Any]]:
+def _few_shot_tries(config: EvaluationConfig, context: StepContext, name: str, prompts: list[Prompt]) -> list[FewShotTry]:
     """The few-shot texts tried for a candidate, best first; a single unscored one if there is no choice."""
     settings = config.candidates[name].few_shot
     assert settings is not None
@@ -182,8 +192,8 @@ def _few_shot_tries(config: EvaluationConfig, context: StepContext, name: str, p
     scores = every_score(config, context, settings.choose.reward, field_path, prompts, [sample.text for sample in flat], details)
     width = len(validation)
     means = [sum(scores[start : start + width]) / width for start in range(0, len(scores), width)]
-    tries = [{"text": text, "score": mean} for text, mean in zip(texts, means, strict=True)]
-    return sorted(tries, key=lambda row: -row["score"])
+    best_first = sorted(zip(means, texts, strict=True), key=lambda pair: -pair[0])
+    return [{"text": text, "score": mean} for mean, text in best_first]
 
 
 def _encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[list[int]]:
@@ -278,7 +288,7 @@ def _sample(
     config: EvaluationConfig,
     context: StepContext,
     name: str,
-    model: Any,
+    model: TransformersModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[list[int]],
     stream_keys: Sequence[tuple[int, ...]],
@@ -402,7 +412,9 @@ def every_score(
     return known
 
 
-def _tasks(config: EvaluationConfig, context: StepContext, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
+def _tasks(
+    config: EvaluationConfig, context: StepContext, model: TransformersModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, dict[str, float]]:
     from stages.evaluation.tasks import measure_task
 
     runtime = context.runtime
@@ -410,7 +422,9 @@ def _tasks(config: EvaluationConfig, context: StepContext, model: Any, tokenizer
     return {name: measure_task(model, tokenizer, task.load(), task, **shares).as_json() for name, task in config.tasks.items()}
 
 
-def _perplexity(config: EvaluationConfig, context: StepContext, model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[float, float]:
+def _perplexity(
+    config: EvaluationConfig, context: StepContext, model: TransformersModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[float, float]:
     """Perplexity per token, and bits per byte, which is comparable across tokenizers."""
     from stages.corpora.packing import encode_documents, overlapping_windows
     from stages.models.likelihood import measure_likelihood

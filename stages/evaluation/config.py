@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -21,6 +21,11 @@ from stages.evaluation.tasks import TaskField
 from stages.judges.config import JudgeInput, JudgementsFile, check_judges
 from stages.labelling.config import PeopleJudge
 from stages.rewards.config import RewardInput, check_rubrics, rubric_inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from stages.corpora.messages import Completion
 
 
 class BestOfN(Strict):
@@ -58,7 +63,7 @@ class CandidateInput(Strict):
                 validation_prompts(self.few_shot, prompts, run=False)
 
 
-def _candidate(value: Any) -> Any:
+def _candidate(value: object) -> object:
     return {"model": value} if isinstance(value, str) or (isinstance(value, dict) and "ref" in value) else value
 
 
@@ -188,7 +193,7 @@ class EvaluationConfig(StepConfig):
         """The texts for the perplexity; empty if there are none."""
         return [text_of(row, "text") for row in read_rows(self.perplexity, split="test")] if self.perplexity is not None else []
 
-    def conversations(self) -> list[tuple[Any, list[Any], str]]:
+    def conversations(self) -> list[tuple[Prompt, Sequence[Completion], str]]:
         """Rows (prompt, completions, location) that the models of this step read; see ``chain/texts.py``."""
         return [(row.prompt, [], location_of(row.prompt)) for row in self.load_heldout(run=False)[0]]
 

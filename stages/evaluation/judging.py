@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.evaluation.answers import Answers, Question, details_of, score_texts
 from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.prompts import Exclusion
+from stages.json_types import JsonObject
 from stages.judges.config import EndpointJudge, JudgementsFile
 from stages.labelling.config import PeopleJudge
 
@@ -37,7 +38,7 @@ class Judged:
     preferences: dict[Pair, list[float | None]]
     scores: dict[str, list[float | None]] | None = None
     annotators: list[list[float]] = field(default_factory=list)
-    details: dict[str, Any] = field(default_factory=dict)
+    details: JsonObject = field(default_factory=dict)
     exclusions: list[Exclusion] = field(default_factory=list)
 
 
@@ -118,7 +119,7 @@ def _ask_endpoint(judge: EndpointJudge, context: StepContext, questions: Sequenc
     asked = [(pair, row) for pair in pairs for row in rows if texts[pair[0]][row] is not None and texts[pair[1]][row] is not None]
     context.runtime.console.print(f"{context.name}: {judge.name} compares {len(asked)} pairs of completions, in both orders")
 
-    def make() -> tuple[list[float | None], dict[str, Any]]:
+    def make() -> tuple[list[float | None], JsonObject]:
         from stages.judges.endpoint import Comparison, EndpointClient
         from stages.process.environment import secret
         from stages.process.remote import AnswerCache
@@ -288,7 +289,7 @@ def _mean(values: dict[str, float]) -> float:
 # Agreement
 
 
-def agreement(judges: Sequence[Judged], questions: Sequence[Question]) -> dict[str, Any]:
+def agreement(judges: Sequence[Judged], questions: Sequence[Question]) -> JsonObject:
     """Agreement between judges, and between the annotators of a judge.
 
     A unit is a pair of candidates on a question, rated first, second or tie (a mean over annotators or orders counts by its side of 1/2).
@@ -324,7 +325,7 @@ def agreement(judges: Sequence[Judged], questions: Sequence[Question]) -> dict[s
                 "ci_high": high,
             }
         )
-    result: dict[str, Any] = {"pairs": pairs, "units": len(units)}
+    result: JsonObject = {"pairs": pairs, "units": len(units)}
     if len(judges) > 1 and pairs:
         result["alpha"] = krippendorff_alpha(list(zip(*columns.values(), strict=True)))
     annotated = {}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from stages.evaluation.answers import Answers, Question
 from stages.evaluation.judging import Judged
+from stages.json_types import JsonObject
+from stages.run_summary import Candidate, Interval, WinRate
 from stages.stats.best_of_n import best_of_n_kl, best_of_n_weights
 from stages.stats.comparing import distinct_ngrams, length_controlled_win_rate, prompt_means, win_rate
 from stages.stats.intervals import bootstrap_interval
@@ -23,12 +25,12 @@ if TYPE_CHECKING:
 class Outcome:
     """``candidates`` by name, in recipe order; ``win_rates`` of every judged pair, in both directions, by every judge."""
 
-    candidates: dict[str, dict[str, Any]]
-    win_rates: list[dict[str, Any]]
+    candidates: dict[str, Candidate]
+    win_rates: list[WinRate]
     judges: list[str]
-    best_of_n: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    best_of_n: dict[str, list[JsonObject]] = field(default_factory=dict)
 
-    def rate(self, a: str, b: str, judge: str) -> dict[str, Any] | None:
+    def rate(self, a: str, b: str, judge: str) -> WinRate | None:
         """The win rate of ``a`` against ``b``; None if this judge did not compare them."""
         return next((row for row in self.win_rates if (row["a"], row["b"], row["judge"]) == (a, b, judge)), None)
 
@@ -52,7 +54,7 @@ def compare(
 # Candidates
 
 
-def _summary(answer: Answers, prompts: Sequence[int], model: ResolvedModel | None) -> dict[str, Any]:
+def _summary(answer: Answers, prompts: Sequence[int], model: ResolvedModel | None) -> Candidate:
     texts = [text for text in answer.texts if text is not None]
     words = [text.split() for text in texts]
     samples = [sample for sample in answer.samples if sample is not None]
@@ -64,7 +66,7 @@ def _summary(answer: Answers, prompts: Sequence[int], model: ResolvedModel | Non
             means = prompt_means([value for value, _ in known], [prompt for _, prompt in known])
             scores[judge] = _mean(means)
             intervals[judge] = bootstrap_interval(means)
-    summary: dict[str, Any] = {
+    summary: Candidate = {
         "model": (model.record.ref if model.record is not None else model.ref) if model is not None else None,
         "digest": model.digest if model is not None else None,
         "scores": scores,
@@ -104,7 +106,7 @@ def _mean(values: Sequence[float]) -> float:
 # Pairs
 
 
-def _rate(judge: Judged, a: str, b: str, prompts: Sequence[int], answers: Mapping[str, Answers]) -> dict[str, Any] | None:
+def _rate(judge: Judged, a: str, b: str, prompts: Sequence[int], answers: Mapping[str, Answers]) -> WinRate | None:
     """``a`` against ``b`` by one judge; None if it did not compare them."""
     straight = (a, b) in judge.preferences
     given = judge.preferences.get((a, b)) or judge.preferences.get((b, a))
@@ -114,11 +116,31 @@ def _rate(judge: Judged, a: str, b: str, prompts: Sequence[int], answers: Mappin
     preferred = [value if straight else 1 - value for value in given if value is not None]
     groups = [prompts[row] for row in rows]
     rate = win_rate(preferred, groups)
-    row = {"a": a, "b": b, "judge": judge.name, **asdict(rate)}
-    row["prompts_needed"] = None if math.isinf(rate.prompts_needed) else rate.prompts_needed
     texts = answers[a].texts, answers[b].texts
     longer = [float(len(texts[0][row_index] or "") - len(texts[1][row_index] or "")) for row_index in rows]
-    row["length_controlled"] = asdict(length_controlled_win_rate(preferred, longer, groups))
+    controlled = length_controlled_win_rate(preferred, longer, groups)
+    row: WinRate = {
+        "a": a,
+        "b": b,
+        "judge": judge.name,
+        "win_rate": rate.win_rate,
+        "ci_low": rate.ci_low,
+        "ci_high": rate.ci_high,
+        "wins": rate.wins,
+        "ties": rate.ties,
+        "n": rate.n,
+        "samples": rate.samples,
+        "bootstrap_low": rate.bootstrap_low,
+        "bootstrap_high": rate.bootstrap_high,
+        "variance": rate.variance,
+        "prompts_needed": None if math.isinf(rate.prompts_needed) else rate.prompts_needed,
+        "length_controlled": {
+            "win_rate": controlled.win_rate,
+            "ci_low": controlled.ci_low,
+            "ci_high": controlled.ci_high,
+            "length_effect": controlled.length_effect,
+        },
+    }
     if judge.scores is not None:
         scored = [(judge.scores[a][row_index], judge.scores[b][row_index], prompts[row_index]) for row_index in rows]
         known = [(x - y, prompt) for x, y, prompt in scored if x is not None and y is not None]  # a vote may lack ratings
@@ -132,7 +154,7 @@ def _rate(judge: Judged, a: str, b: str, prompts: Sequence[int], answers: Mappin
 # Best-of-n
 
 
-def _best_of_n_curve(answer: Answers, prompts: Sequence[int]) -> list[dict[str, Any]]:
+def _best_of_n_curve(answer: Answers, prompts: Sequence[int]) -> list[JsonObject]:
     """Mean score of the best of 1, 2, 4, ... n by each judge that scored every draw, with the KL to the sampling policy.
 
     ``reward``: the score that selects the best. All points are unbiased estimates from one set of samples.
@@ -148,7 +170,7 @@ def _best_of_n_curve(answer: Answers, prompts: Sequence[int]) -> list[dict[str, 
     return curve
 
 
-def _weighted(weights: Sequence[Sequence[float]], scores: Sequence[Sequence[float]], prompts: Sequence[int]) -> dict[str, float]:
+def _weighted(weights: Sequence[Sequence[float]], scores: Sequence[Sequence[float]], prompts: Sequence[int]) -> Interval:
     """Mean over prompts of the weighted scores, with its bootstrap interval."""
     means = prompt_means([sum(w * x for w, x in zip(*pair, strict=True)) for pair in zip(weights, scores, strict=True)], prompts)
     low, high = bootstrap_interval(means)
@@ -192,7 +214,7 @@ COLUMNS = {  # key of a candidate's summary -> (heading, format)
 }
 
 
-def candidate_table(candidates: Mapping[str, Mapping[str, Any]], judges: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+def candidate_table(candidates: Mapping[str, Candidate], judges: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """(headings, rows of text) for the candidates: name, mean score by each scoring judge, and the available columns."""
     scoring = [judge for judge in judges if any(judge in row["scores"] for row in candidates.values())]
     columns = {key: column for key, column in COLUMNS.items() if any(key in row for row in candidates.values())}
@@ -200,11 +222,15 @@ def candidate_table(candidates: Mapping[str, Mapping[str, Any]], judges: Sequenc
         [
             name,
             *(f"{row['scores'][judge]:.3f}" if judge in row["scores"] else "-" for judge in scoring),
-            *(form.format(row[key]) if key in row else "-" for key, (_, form) in columns.items()),
+            *(_cell(row, key, form) for key, (_, form) in columns.items()),
         ]
         for name, row in candidates.items()
     ]
     return ["candidate", *scoring, *(heading for heading, _ in columns.values())], rows
+
+
+def _cell(row: Mapping[str, object], key: str, form: str) -> str:
+    return form.format(row[key]) if key in row else "-"
 
 
 def evaluation_tables(outcome: Outcome) -> list[Table]:
@@ -226,6 +252,6 @@ def evaluation_tables(outcome: Outcome) -> list[Table]:
     return tables
 
 
-def rate_text(rate: Mapping[str, Any]) -> str:
+def rate_text(rate: WinRate) -> str:
     """A win rate with its interval."""
     return f"{rate['win_rate']:.2f} ({rate['ci_low']:.2f}-{rate['ci_high']:.2f})"

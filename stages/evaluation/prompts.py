@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from stages.config import DataSource
 from stages.corpora.files import read_rows
 from stages.corpora.prompts import PromptRow, load_prompts, prompt_in
 from stages.errors import DataError
+from stages.json_types import JsonObject
 from stages.rewards.config import RewardInput
 from stages.rewards.signature import columns_asked_for
 
@@ -23,7 +23,7 @@ class Exclusion:
     of: int
     expected: bool = False  # intended by the recipe (duplicates, training prompts), not a data problem
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return asdict(self)
 
 

@@ -12,27 +12,34 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, cast
 
 from stages.corpora.prompts import plain_text
 from stages.evaluation.answers import Answers, Question
 from stages.evaluation.judging import Judged
+from stages.json_types import JsonObject
+
+Content = TypeVar("Content")
 
 
-def write_evaluation(folder: Path, content: Mapping[str, Any]) -> None:
+def write_evaluation(folder: Path, content: Mapping[str, object]) -> None:
     """Write evaluation.json. Non-finite numbers become null, because JSON has no NaN."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
 
 
-def finite(value: Any) -> Any:
-    """Replace NaN and infinity by None."""
+def finite(content: Content) -> Content:
+    """``content`` with None in place of NaN and infinity."""
+    return cast(Content, _finite(content))  # the structure stays
+
+
+def _finite(value: object) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def write_completions(folder: Path, questions: Sequence[Question], answers: Mapping[str, Answers], judged: Sequence[Judged]) -> None:
@@ -40,7 +47,7 @@ def write_completions(folder: Path, questions: Sequence[Question], answers: Mapp
     lines = []
     for row, question in enumerate(questions):
         present = {name: answer for name, answer in answers.items() if answer.samples[row] is not None}
-        line: dict[str, Any] = {
+        line: JsonObject = {
             "prompt": question.prompt,
             "prompt_number": question.prompt_number,
             "sample": question.sample,
@@ -66,7 +73,7 @@ def write_completions(folder: Path, questions: Sequence[Question], answers: Mapp
     write_lines(folder / "completions.jsonl", lines)
 
 
-def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+def write_lines(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
     """Write JSON Lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stages.evaluation.config import EvaluationConfig
+from stages.run_summary import EvaluationResult
 
 if TYPE_CHECKING:
     from stages.evaluation.answers import Answers
@@ -79,5 +80,5 @@ def run(config: EvaluationConfig, context: StepContext) -> StepResult:
         "left_out": sum(item.count for item in exclusions),
         "verdict": verdict(outcome),
     }
-    evaluation = finite({"candidates": outcome.candidates, "win_rates": outcome.win_rates, "judges": outcome.judges})
-    return StepResult(None, metrics, evaluation=evaluation)
+    result: EvaluationResult = {"candidates": outcome.candidates, "win_rates": outcome.win_rates, "judges": outcome.judges}
+    return StepResult(None, metrics, evaluation=finite(result))

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
 from stages.config import DataField, Strict
+from stages.run_summary import Candidate
 
 if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedTokenizerBase
 
     from stages.corpora.choices import Question
+    from stages.model_types import TransformersModel
 
 
 class TaskInput(Strict):
@@ -38,7 +40,7 @@ class TaskInput(Strict):
         return load_questions(self.data, self.context, self.choices)
 
 
-def _task(value: Any) -> Any:
+def _task(value: object) -> object:
     is_block = isinstance(value, dict) and ("data" in value or not value)
     return value if is_block or isinstance(value, TaskInput) else {"data": value}
 
@@ -60,12 +62,12 @@ class TaskResult:
     chance: float
     probability: float
 
-    def as_json(self) -> dict[str, float | int]:
+    def as_json(self) -> dict[str, float]:
         return asdict(self)
 
 
 def measure_task(
-    model: Any,
+    model: TransformersModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     task: TaskInput,
@@ -99,7 +101,7 @@ def task_result(scores: Sequence[Sequence[float]], answers: Sequence[int]) -> Ta
 
 
 def score_choices(
-    model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], normalize: str, *, batch_size: int
+    model: TransformersModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], normalize: str, *, batch_size: int
 ) -> list[list[float]]:
     """Log-likelihood of every choice given its context. Batches contain sequences of similar length."""
     import torch
@@ -148,7 +150,7 @@ def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
 
 
-def task_table(candidates: Mapping[str, Mapping[str, Any]]) -> Table | None:
+def task_table(candidates: Mapping[str, Candidate]) -> Table | None:
     """Terminal table of the tasks: accuracy with its interval, one row per candidate; None without tasks."""
     from rich.table import Table
 

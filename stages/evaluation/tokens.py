@@ -5,17 +5,19 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.errors import ModelError
 from stages.evaluation.answers import Answers, Asked, Sample, loaded
 from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.prompts import Exclusion
+from stages.json_types import JsonObject
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from stages.model_types import TransformersModel
     from stages.registry.references import ResolvedModel
     from stages.step import StepContext
 
@@ -57,7 +59,7 @@ def measure_kl(config: EvaluationConfig, context: StepContext, answers: dict[str
     return left_out
 
 
-def _logprobs(config: EvaluationConfig, model: Any, pad_token_id: int, samples: Sequence[Sample]) -> list[Tensor]:
+def _logprobs(config: EvaluationConfig, model: TransformersModel, pad_token_id: int, samples: Sequence[Sample]) -> list[Tensor]:
     """Log-probabilities of each sample's tokens under ``model``, at the sampling temperature."""
     import torch
 
@@ -78,7 +80,7 @@ def _logprobs(config: EvaluationConfig, model: Any, pad_token_id: int, samples: 
     return logprobs
 
 
-def token_details(config: EvaluationConfig, context: StepContext, asked: Asked, answers: dict[str, Answers]) -> list[dict[str, Any]]:
+def token_details(config: EvaluationConfig, context: StepContext, asked: Asked, answers: dict[str, Answers]) -> list[JsonObject]:
     """Tokens of the first prompts with their KL and value, one row per question and candidate, for colouring in the report."""
     settings = config.token_details
     if settings is None:
@@ -96,7 +98,7 @@ def token_details(config: EvaluationConfig, context: StepContext, asked: Asked, 
             sample = answer.samples[row]
             if sample is None or (answer.token_kl is None and values is None):
                 continue
-            detail: dict[str, Any] = {"row": row, "candidate": name, "tokens": _pieces(tokenizer, sample.response_ids)}
+            detail: JsonObject = {"row": row, "candidate": name, "tokens": _pieces(tokenizer, sample.response_ids)}
             if answer.token_kl is not None:
                 detail["kl"] = [round(value, 4) for value in answer.token_kl[row]]
             if values is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from stages.errors import HubError
 from stages.hub.repositories import Repository, fetch
@@ -61,7 +60,7 @@ def adapter_base(repository: Repository) -> tuple[str, str | None] | None:
     """Name and revision of an adapter's base model, as the adapter records them; None if the model is not an adapter."""
     if ADAPTER_CONFIG not in repository.files:
         return None
-    config: dict[str, Any] = json.loads(fetch(repository, ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config: dict[str, str | None] = json.loads(fetch(repository, ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     return (str(base), config.get("revision")) if base else None
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from stages.errors import HubError, HubMissing, HubUnreachable, StorageError
 
@@ -58,15 +58,16 @@ def look_up(kind: Kind, identifier: str, revision: str | None = None) -> Reposit
     Raises HubMissing if the Hub does not have it, HubUnreachable if the Hub cannot be reached and the cache does not have it, and HubError
     if access is denied.
     """
-    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, is_offline_mode
+    from huggingface_hub import DatasetInfo, HfApi, ModelInfo, get_hf_file_metadata, hf_hub_url, is_offline_mode
 
     if is_offline_mode():
         return _cached(kind, identifier, revision)
     api = HfApi()
-    info: Any = _asked(kind, identifier, revision, lambda: api.repo_info(identifier, repo_type=kind, revision=revision, timeout=TIMEOUT))
+    info = _asked(kind, identifier, revision, lambda: api.repo_info(identifier, repo_type=kind, revision=revision, timeout=TIMEOUT))
     commit = str(info.sha)
     if revision != commit:
         _remember(kind, identifier, revision or "main", commit)
+    assert isinstance(info, ModelInfo | DatasetInfo), f"{kind} {identifier}: {type(info).__name__}"
     files = tuple(sorted(sibling.rfilename for sibling in info.siblings or ()))
     if files and info.gated:
         # Metadata of a gated repository is public; only a file request shows whether access is allowed.

@@ -6,7 +6,7 @@ d is the hidden size. A head is weight [1, d] and a bias.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,6 +14,18 @@ from torch import Tensor
 from stages.errors import ModelError
 
 Role = Literal["language_model", "reward_model", "value_model", "classifier"]
+
+
+class HeadConfig(TypedDict, total=False):
+    """The entries of config.json that tell how a head was saved."""
+
+    architectures: list[str] | None
+    num_labels: int
+    id2label: dict[str, str] | None
+    value_head_prefix: str
+    normalize_reward: bool
+    mean: float
+    std: float
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ class Layout:
     notes: list[str] = field(default_factory=list)
 
 
-def recognise(weights: dict[str, Tensor], head_file: dict[str, Tensor], config: dict[str, Any], *, is_adapter: bool) -> Layout:
+def recognise(weights: dict[str, Tensor], head_file: dict[str, Tensor], config: HeadConfig, *, is_adapter: bool) -> Layout:
     """Recognise the layout of a folder from its model's ``weights``, a separate ``head_file``, and ``config`` (config.json).
 
     Raises ModelError for a head that is not linear from d to 1.
@@ -62,7 +74,7 @@ def recognise(weights: dict[str, Tensor], head_file: dict[str, Tensor], config: 
     return Layout("transformers", weights, role=_role_of(config, names, is_adapter))
 
 
-def _role_of(config: dict[str, Any], names: set[str], is_adapter: bool) -> Role | None:
+def _role_of(config: HeadConfig, names: set[str], is_adapter: bool) -> Role | None:
     """The role of a model in transformers' own form."""
     heads = [name for name in names if name.split(".")[0] in ("score", "classifier")]
     if not heads:
@@ -108,12 +120,12 @@ def _trlx_reward_model(weights: dict[str, Tensor]) -> Layout:
     return Layout("trlX (reward model of its examples)", body, head, "reward_model", notes=[_assumed_reward("v_head")])
 
 
-def _is_openrlhf(config: dict[str, Any], names: set[str]) -> bool:
+def _is_openrlhf(config: HeadConfig, names: set[str]) -> bool:
     made = (config.get("architectures") or [""])[0]
     return made in ("RewardModel", "CriticModel") and any(name.endswith(".weight") and "." in name for name in names)
 
 
-def _openrlhf(weights: dict[str, Tensor], config: dict[str, Any]) -> Layout:
+def _openrlhf(weights: dict[str, Tensor], config: HeadConfig) -> Layout:
     prefix = next((name for name in ("value_head", "score") if f"{name}.weight" in weights), config.get("value_head_prefix", "score"))
     head = linear_head(weights, prefix)
     body = {name: value for name, value in weights.items() if not name.startswith(f"{prefix}.")}

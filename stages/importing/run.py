@@ -7,20 +7,23 @@ import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 
 from stages.errors import ModelError
-from stages.importing.layouts import Layout, Role, recognise
+from stages.importing.layouts import HeadConfig, Layout, Role, recognise
 from stages.importing.weights import ADAPTER_FILES, read_file, read_head_file, read_weights
+from stages.json_types import JsonObject
 from stages.models.heads import RewardModel, ScalarModel, ValueModel
 from stages.models.loading import as_resolved, load_classifier, load_language_model, load_tokenizer, save_model
 from stages.models.quiet import quiet_transformers
 from stages.registry.references import ResolvedModel
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from stages.registry.ledger import Registry
     from stages.registry.record import ModelRecord
 
@@ -79,9 +82,12 @@ def _convert_gguf(path: Path, folder: Path) -> Layout:
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-            model: Any = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32, **_unpacked())
-            if getattr(model, "hf_quantizer", None) is not None:  # the weights are dequantized, but still marked as quantized
-                model.hf_quantizer.remove_quantization_config(model)
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                str(path.parent), gguf_file=path.name, dtype=torch.float32, **_unpacked()
+            )
+            # The weights are dequantized, but still marked as quantized.
+            if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+                quantizer.remove_quantization_config(model)
     except ImportError as error:
         raise ModelError(f"{path}: reading GGUF needs the package gguf; install it with: pip install 'tristage[gguf]'") from error
     except (OSError, ValueError, KeyError, NotImplementedError, RuntimeError) as error:
@@ -91,7 +97,7 @@ def _convert_gguf(path: Path, folder: Path) -> Layout:
     return Layout("GGUF (llama.cpp)", {}, role="language_model", has_policy=True, notes=notes)
 
 
-def _unpacked() -> dict[str, Any]:
+def _unpacked() -> JsonObject:
     """The option that makes newer transformers releases dequantize a GGUF file."""
     import transformers
 
@@ -107,7 +113,7 @@ def _convert_folder(source: Path, folder: Path, allow_pickle: bool, base: str | 
     if is_adapter:
         _copy_adapter(source, folder, allow_pickle, base)
     config_file = folder / "config.json"
-    config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
+    config: HeadConfig = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
     weights = read_weights(source, allow_pickle=allow_pickle)
     layout = recognise(weights, read_head_file(source, allow_pickle=allow_pickle), config, is_adapter=is_adapter)
     if not layout.body and not is_adapter:
@@ -143,7 +149,7 @@ def _copy_adapter(source: Path, folder: Path, allow_pickle: bool, base: str | No
 
 def _publish(layout: Layout, model: ResolvedModel, registry: Registry, name: str) -> list[ModelRecord]:
     tokenizer = load_tokenizer(model)
-    extra = {"imported": {"library": layout.library, "head": layout.head.name if layout.head else None, "notes": layout.notes}}
+    extra: JsonObject = {"imported": {"library": layout.library, "head": layout.head.name if layout.head else None, "notes": layout.notes}}
     records = []
     if layout.has_policy or layout.role in ("language_model", None):
         policy = load_language_model(model, dtype=torch.float32, trainable=False, dropout=True, tokenizer=tokenizer)

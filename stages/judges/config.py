@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -72,7 +72,7 @@ class JudgementsFile(Strict):
         return self.judgements
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     """The kind of a judge. An endpoint that scores is distinguished from one that compares by its additional fields."""
     if not isinstance(value, dict):
         kinds = {EndpointJudge: "endpoint", JudgementsFile: "judgements", PeopleJudge: "people"}

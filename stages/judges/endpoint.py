@@ -10,13 +10,13 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 from stages.corpora.messages import Prompt, transcript
 from stages.errors import ModelError
+from stages.json_types import JsonObject
 from stages.judges.config import EndpointJudge
 from stages.judges.verdicts import read_verdict
 from stages.process.remote import AnswerCache, Final, GaveUp, JsonClient, Refused, chat_reply
@@ -52,7 +52,7 @@ class Tally:
     output_tokens: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
-    def as_json(self, judge: EndpointJudge) -> dict[str, Any]:
+    def as_json(self, judge: EndpointJudge) -> JsonObject:
         """The counters for the report. The cost covers this run's tokens; it is None if a price is unknown."""
         prices = (judge.price_per_million_input, judge.price_per_million_output)
         tokens = (self.input_tokens, self.output_tokens)
@@ -89,7 +89,7 @@ class EndpointClient:
     def __enter__(self) -> EndpointClient:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self._client.close()
 
     def compare(self, comparisons: Sequence[Comparison], advance: Callable[[], None] = lambda: None) -> list[float | None]:
@@ -177,7 +177,7 @@ class EndpointClient:
             self.cache.put(asked, reply)
         return verdict
 
-    def _request(self, body: dict[str, Any]) -> str:
+    def _request(self, body: Mapping[str, object]) -> str:
         """The reply text. Raises GaveUp if all attempts fail, and ModelError if a retry cannot help."""
         try:
             address = f"{self.judge.endpoint.rstrip('/')}/chat/completions"
@@ -191,7 +191,7 @@ class EndpointClient:
         return text
 
 
-def _final_reply(content: Any) -> tuple[str, int, int]:
+def _final_reply(content: object) -> tuple[str, int, int]:
     """Like ``chat_reply``, but a malformed reply raises Final, so the request is not repeated."""
     try:
         return chat_reply(content)

@@ -11,7 +11,6 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
-from typing import Any
 
 A, B, TIE = 1.0, 0.0, 0.5
 LABELS = "answer|verdict|winner|preference|choice|decision|judge?ment|result|conclusion"
@@ -109,7 +108,7 @@ def _of_json(text: str) -> Iterator[float]:
         yield from _of_content(content)
 
 
-def _json_values(text: str) -> Iterator[Any]:
+def _json_values(text: str) -> Iterator[object]:
     decoder, start = json.JSONDecoder(), 0
     while (bracket := re.compile(r"[{\[]").search(text, start)) is not None:
         try:
@@ -119,7 +118,7 @@ def _json_values(text: str) -> Iterator[Any]:
             start = bracket.end()
 
 
-def _of_content(content: Any) -> Iterator[float]:
+def _of_content(content: object) -> Iterator[float]:
     if isinstance(content, list) and len(content) == 1 and isinstance(content[0], str):
         yield from _of_entire_reply(content[0])
     if isinstance(content, dict):

@@ -7,8 +7,9 @@ stores per token. Lengths are upper bounds: the longest prompt plus the maximum 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Protocol
 
+from stages.config import LoraSettings
 from stages.kernels.token_budget import GPU_SHARE
 from stages.memory.shapes import Shape
 
@@ -126,7 +127,15 @@ def unchunked_logits(shape: Shape, positions: float) -> float:
     return 5 * positions * shape.vocabulary * FP32
 
 
-def lora_rank(config: Any) -> int:
+class MayHaveLora(Protocol):
+    """A step config with the field ``lora``."""
+
+    @property
+    def lora(self) -> LoraSettings | None: ...
+
+
+def lora_rank(config: MayHaveLora) -> int:
+    """The rank of the adapter that a step trains; 0 if it trains all weights."""
     return config.lora.r if config.lora is not None else 0
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from stages.config import DataSource
 from stages.corpora.files import read_rows
 from stages.corpora.messages import completion_text
 from stages.corpora.prompts import plain_text
 from stages.corpora.rows import Row
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 CHARACTERS_PER_TOKEN = 3.0
 """Used without a tokenizer. Low enough for the small vocabularies of models trained from scratch."""
@@ -34,7 +37,7 @@ class Counter:
     """Counts tokens with the tokenizer of a model folder, if there is one."""
 
     def __init__(self, folder: Path | None) -> None:
-        self._tokenizer: Any = None
+        self._tokenizer: Tokenizer | None = None
         if folder is not None and (folder / "tokenizer.json").exists():
             from tokenizers import Tokenizer
 

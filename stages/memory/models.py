@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Protocol
 
+from stages.config import LoraSettings, TrainingStepConfig
 from stages.kernels.token_budget import rows_per_batch
 from stages.memory.estimate import (
     FP32,
@@ -20,6 +21,23 @@ from stages.memory.estimate import (
     unchunked_logits,
 )
 from stages.memory.shapes import Shape
+
+
+class TrainingMemory(Protocol):
+    """The settings of an optimizer that decide how much memory training takes."""
+
+    @property
+    def gradient_checkpointing(self) -> bool: ...
+
+
+class TrainedStep(Protocol):
+    """The fields of a step config that decide how much memory the activations take."""
+
+    @property
+    def lora(self) -> LoraSettings | None: ...
+    @property
+    def training(self) -> TrainingMemory: ...
+
 
 EVALUATION_ROWS = 64  # sequences per scoring batch if the recipe does not set it
 
@@ -43,7 +61,7 @@ class View:
         )
 
 
-def trained_model(config: Any, view: View, machine: Machine, *, output: bool = True) -> Memory:
+def trained_model(config: TrainingStepConfig, view: View, machine: Machine, *, output: bool = True) -> Memory:
     """A model trained by a Trainer: full weights in fp32, or an adapter on frozen weights."""
     shape, rank = view.shape, lora_rank(config)
     if rank:
@@ -54,18 +72,18 @@ def trained_model(config: Any, view: View, machine: Machine, *, output: bool = T
     return Memory(weights=FP32 * weights) + trained(weights, config.training.optimizer)
 
 
-def kept_activations(config: Any, shape: Shape, tokens: float, compute: int, machine: Machine) -> float:
+def kept_activations(config: TrainedStep, shape: Shape, tokens: float, compute: int, machine: Machine) -> float:
     lora = bool(lora_rank(config))
     lean = machine.kind == "cpu" and compute == FP32 and not lora
     return activations(shape, tokens, compute, checkpointing=config.training.gradient_checkpointing, lora=lora, lean=lean)
 
 
-def rows_per_pass(config: Any, processes: int) -> int:
+def rows_per_pass(config: TrainingStepConfig, processes: int) -> int:
     share = max(1, config.training.batch_size // processes)
     return max(size for size in range(1, min(config.training.rows_per_pass, share) + 1) if share % size == 0)
 
 
-def language_model(config: Any, view: View, rows: int, columns: int, machine: Machine) -> Memory:
+def language_model(config: TrainingStepConfig, view: View, rows: int, columns: int, machine: Machine) -> Memory:
     """Next-token training with logits at every position."""
     compute = dtype_bytes(config.precision, machine)
     kept = kept_activations(config, view.shape, rows * columns, compute, machine)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
+from stages.json_types import JsonObject
 from stages.tokens.positions import model_length
 
 KNOWN_MODELS = Path(__file__).parent / "known_models.yaml"
@@ -97,12 +97,12 @@ UNGATED = ("gpt2", "gpt_neox", "gpt_neo", "opt", "bloom", "phi", "distilbert", "
 ENCODERS = ("distilbert", "bert", "roberta")
 
 
-def shape_of(config: Mapping[str, Any]) -> Shape | None:
-    """The sizes in a transformers config (config.json, or a recipe's architecture block); None if they are missing."""
+def shape_of(config: Mapping[str, object]) -> Shape | None:
+    """The sizes in a transformers config (config.json, or a recipe's architecture block); None if one is missing or not a number."""
     sizes: dict[str, int] = {}
     for field, names in NAMES.items():
         value = next((config[name] for name in names if config.get(name) is not None), None)
-        if value is not None:
+        if isinstance(value, int | float):
             sizes[field] = int(value)
     if not {"hidden", "layers", "heads"} <= sizes.keys():
         return None
@@ -114,9 +114,9 @@ def shape_of(config: Mapping[str, Any]) -> Shape | None:
         intermediate=sizes.get("intermediate", 4 * hidden),
         layers=sizes["layers"],
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_width=int(config.get("head_dim") or hidden // heads),
-        vocabulary=int(config.get("vocab_size") or 0),
+        kv_heads=_number(config.get("num_key_value_heads")) or heads,
+        head_width=_number(config.get("head_dim")) or hidden // heads,
+        vocabulary=_number(config.get("vocab_size")),
         positions=model_length(SimpleNamespace(**{**config, "model_type": family})) or 2048,
         tied=bool(config.get("tie_word_embeddings", family in ("gpt2", "distilbert", "bert", "roberta", "opt", "bloom"))),
         gated=family not in UNGATED,
@@ -124,6 +124,11 @@ def shape_of(config: Mapping[str, Any]) -> Shape | None:
         biases="all" if family in UNGATED else "qkv" if family.startswith("qwen2") else "none",
         encoder=family in ENCODERS,
     )
+
+
+def _number(value: object) -> int:
+    """The number in a config; 0 if there is none."""
+    return int(value) if isinstance(value, int | float) else 0
 
 
 def shape_of_folder(folder: Path) -> Shape | None:
@@ -146,7 +151,7 @@ def shape_of_hub(identifier: str, revision: str | None = None) -> Shape | None:
 
 
 @cache
-def _known_models() -> dict[str, dict[str, Any]]:
+def _known_models() -> dict[str, JsonObject]:
     from ruamel.yaml import YAML
 
     content = YAML(typ="safe").load(KNOWN_MODELS)

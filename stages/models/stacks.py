@@ -139,9 +139,10 @@ def find_base(adapter: ResolvedModel) -> ResolvedModel:
     record = adapter.record
     if record is None:
         return _named_base(adapter)
-    base = record.manifest["base"]
+    base = record.base
+    assert base is not None, "only adapters have a base"
     fields = {key: base[key] for key in ("revision", "trust_remote_code", "quantization", "double_quantization") if key in base}
-    source = ModelInput(ref=base["ref"], **fields)
+    source = ModelInput.model_validate({"ref": base["ref"], **fields})
     if base["kind"] != "registry":
         return ResolvedModel(ref=base["ref"], kind=base["kind"], path=str(base["path"]), digest=base["digest"], input=source)
     # <root>/models/<name>/<version>, where the name may contain slashes

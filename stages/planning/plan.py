@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 from rich.table import Table
 
-from stages.config import AUTO_ROWS, ModelInput
+from stages.config import AUTO_ROWS, LoraSettings, ModelInput, StepConfig
 from stages.errors import RecipeError
-from stages.memory.estimate import Machine, Memory, lora_rank
+from stages.json_types import JsonObject
+from stages.memory.estimate import Machine, Memory
 from stages.memory.lengths import Lengths
 from stages.memory.models import View
 from stages.memory.shapes import shape_of, shape_of_folder, shape_of_hub
@@ -38,7 +38,7 @@ class StepMemory:
     note: str = ""
     advice: list[str] = field(default_factory=list)  # overrides that make it fit
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return {
             "name": self.name,
             "bytes": self.memory.as_json() if self.memory is not None else None,
@@ -132,11 +132,12 @@ def _made_by(step: RecipeStep, views: Mapping[str, View]) -> View | None:
     start = views.get("model", views.get("policy"))
     if start is None or step.stage == "evaluation":
         return None
-    rank = lora_rank(config)
+    lora = getattr(config, "lora", None)
+    rank = lora.r if isinstance(lora, LoraSettings) else 0
     return replace(start, adapters=start.adapters + start.shape.lora_weights(rank)) if rank else View(start.shape, step.name)
 
 
-def _loaded(views: Mapping[str, View], config: Any) -> dict[str, View]:
+def _loaded(views: Mapping[str, View], config: StepConfig) -> dict[str, View]:
     """The models with the step's loading options. A model that the step creates from random weights is included."""
     inputs: dict[str, ModelInput] = model_inputs(config)
     loaded = {
@@ -148,14 +149,16 @@ def _loaded(views: Mapping[str, View], config: Any) -> dict[str, View]:
     return loaded
 
 
-def _random_weights(config: Any, views: Mapping[str, View], base: str) -> View | None:
+def _random_weights(config: StepConfig, views: Mapping[str, View], base: str) -> View | None:
     """The initial model of a step with an ``architecture``; None without one, or if its size cannot be determined."""
     architecture = getattr(config, "architecture", None)
     shape = shape_of(architecture) if architecture is not None else None
     if shape is None:
         return None
     tokenizer = views.get("tokenizer")
-    vocabulary = tokenizer.shape.vocabulary if tokenizer is not None else getattr(config.tokenizer, "vocab_size", 0) or 1024
+    vocabulary = (
+        tokenizer.shape.vocabulary if tokenizer is not None else getattr(getattr(config, "tokenizer", None), "vocab_size", 0) or 1024
+    )
     return View(replace(shape, vocabulary=vocabulary), base)
 
 
@@ -186,7 +189,7 @@ def _advised(
     if memory.total <= room:
         return StepMemory(step.name, step.stage, memory)
 
-    def total(config: Any) -> float:
+    def total(config: StepConfig) -> float:
         estimate = memory_of(config, _loaded(views, config), lengths, machine, processes)
         return float("inf") if estimate is None else estimate.total
 
@@ -212,23 +215,23 @@ def _advised(
     return StepMemory(step.name, step.stage, memory, f"with these settings {_gib(_total_of(step.config, chosen, total))}", advice)
 
 
-def _total_of(config: Any, chosen: Sequence[tuple[str, Any]], total: Any) -> float:
+def _total_of(config: StepConfig, chosen: Sequence[tuple[str, object]], total: Callable[[StepConfig], float]) -> float:
     for path, value in chosen:
         config = _with(config, path, value) or config
     return float(total(config))
 
 
-def _remedies(config: Any, views: Mapping[str, View]) -> list[tuple[str, Any]]:
+def _remedies(config: StepConfig, views: Mapping[str, View]) -> list[tuple[str, object]]:
     """Changes that save memory, cheapest first. The first three do not change the training result."""
     sizes = []
     setting = "microbatch_size" if config.stage == "ppo" else "training.microbatch_size"
-    owner: Any = config if config.stage == "ppo" else config.training if hasattr(config, "training") else None
-    chosen = owner.microbatch_size if owner is not None else 1
+    owner = config if config.stage == "ppo" else getattr(config, "training", None)
+    chosen = getattr(owner, "microbatch_size", 1)
     size: int = AUTO_ROWS[config.stage] if chosen == "auto" else chosen  # on a GPU auto fits what is there by itself
     while size > 1:
         size //= 2
         sizes.append((setting, size))
-    remedies: list[tuple[str, Any]] = [*sizes[:2]]
+    remedies: list[tuple[str, object]] = [*sizes[:2]]
     if getattr(config, "training", None) is not None:
         remedies += [("training.gradient_checkpointing", True), *sizes[2:]]
     if hasattr(config, "generation"):
@@ -243,21 +246,21 @@ def _remedies(config: Any, views: Mapping[str, View]) -> list[tuple[str, Any]]:
     return remedies
 
 
-def _with(config: Any, path: str, value: Any) -> Any | None:
+def _with(config: StepConfig, path: str, value: object) -> StepConfig | None:
     """``config`` with one setting changed; None if the result is invalid."""
     content = config.model_dump()
-    node: Any = content
-    keys = re.findall(r"[^.\[\]]+", path)
-    for key in keys[:-1]:
+    *outer, last = re.findall(r"[^.\[\]]+", path)
+    node = content
+    for key in outer:
         node = node[int(key)] if isinstance(node, list) else node[key]
-    node[keys[-1]] = value
+    node[last] = value
     try:
         return type(config).model_validate(content)
     except (ValidationError, RecipeError):
         return None
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else json.dumps(value).strip('"')
 
 

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from stages.config import OptimizerSettings, StepConfig
 from stages.memory.estimate import Machine, Memory, fillable, with_heap
 from stages.memory.lengths import Counter, Lengths
 from stages.memory.models import View
 from stages.recipe.schema import STAGES
 
 
-def lengths_of(config: Any, folder: Path | None) -> Lengths:
+@dataclass(frozen=True)
+class Planner:
+    """The functions of a stage's ``memory`` module. Each gets a config of that stage."""
+
+    lengths_of: Callable[[StepConfig, Counter], Lengths]
+    estimate: Callable[[StepConfig, Mapping[str, View], Lengths, Machine, int], Memory]
+    heap: Callable[[StepConfig], str]  # a key of stages.memory.estimate.HEAP
+
+
+def lengths_of(config: StepConfig, folder: Path | None) -> Lengths:
     """The lengths of a step's data.
 
     Lengths that the stage does not need keep their defaults. ``folder``: that of the model it reads, if any.
@@ -22,18 +32,18 @@ def lengths_of(config: Any, folder: Path | None) -> Lengths:
     return Lengths() if planner is None else planner.lengths_of(config, Counter(folder))
 
 
-def memory_of(config: Any, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory | None:
+def memory_of(config: StepConfig, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory | None:
     """The estimate of a step; None if its stage has no planner, or if the size of a model is unknown."""
     planner = _planner(config.stage)
     if planner is None or any(view.shape.vocabulary == 0 for view in models.values()):
         return None
-    heap = planner.heap(config) if hasattr(planner, "heap") else "trainer"
+    heap = planner.heap(config)
 
-    def needed(settings: Any) -> Memory:
+    def needed(settings: StepConfig) -> Memory:
         return with_heap(planner.estimate(settings, models, lengths, machine, processes), machine, heap)
 
-    training: Any = getattr(config, "training", None)
-    if machine.kind == "cpu" or processes > 1 or getattr(training, "microbatch_size", None) != "auto":
+    training = getattr(config, "training", None)
+    if machine.kind == "cpu" or processes > 1 or not isinstance(training, OptimizerSettings) or training.microbatch_size != "auto":
         return needed(config)
     # On one GPU the passes of a Trainer fill what is there (training/microbatches.py): the largest of these sizes that fits.
     rows = training.batch_size
@@ -45,6 +55,9 @@ def memory_of(config: Any, models: Mapping[str, View], lengths: Lengths, machine
         rows //= 2
 
 
-def _planner(stage: str) -> Any:
+def _planner(stage: str) -> Planner | None:
     address = STAGES[stage].memory
-    return None if address is None else importlib.import_module(address)
+    if address is None:
+        return None
+    module = importlib.import_module(address)
+    return Planner(module.lengths_of, module.estimate, getattr(module, "heap", lambda config: "trainer"))

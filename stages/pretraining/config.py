@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -18,6 +18,7 @@ from stages.config import (
     check_trainable,
     ref_shorthand,
 )
+from stages.json_types import JsonObject
 
 
 class TokenizerSettings(Strict):
@@ -42,7 +43,7 @@ class PretrainingConfig(TrainingStepConfig):
 
     stage: Literal["pretraining"] = "pretraining"
     model: ModelField | None = Field(None, description="Model to train further, with its own tokenizer.")
-    architecture: dict[str, Any] | None = Field(
+    architecture: JsonObject | None = Field(
         None, description="Random weights: {type: llama | gpt2 | ..., and fields of that transformers config, e.g. hidden_size: 128}."
     )
     tokenizer: Annotated[TokenizerSettings | ModelInput | None, BeforeValidator(ref_shorthand)] = Field(

@@ -6,7 +6,7 @@ Documents are joined by the end token and cut into blocks. Every token of a bloc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
@@ -15,17 +15,21 @@ from stages.config import ModelInput
 from stages.corpora.packing import encode_documents, overlapping_windows, pack_blocks
 from stages.corpora.text import load_text
 from stages.errors import ModelError
+from stages.json_types import JsonObject
 from stages.models.architectures import random_model
 from stages.models.likelihood import Likelihood
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.pretraining.config import PretrainingConfig, TokenizerSettings
 from stages.pretraining.tokenizer import train_tokenizer
-from stages.step import StepContext, StepResult
+from stages.step import Publication, StepContext, StepResult
 from stages.tokens.positions import model_length
 from stages.training.arguments import training_arguments, weights_dtype
 from stages.training.best import heldout_likelihood, publish_trained
 from stages.training.reproducible import reproducible
 from stages.training.running import train
+
+if TYPE_CHECKING:
+    from stages.model_types import TransformersModel
 
 
 def run(config: PretrainingConfig, context: StepContext) -> StepResult:
@@ -50,7 +54,7 @@ def run(config: PretrainingConfig, context: StepContext) -> StepResult:
     )
     after = _measure(trainer, config, context, tokenizer, heldout_tokens, heldout_bytes, "after")
 
-    metrics = {
+    metrics: JsonObject = {
         **before,
         **after,
         **trained,
@@ -59,7 +63,7 @@ def run(config: PretrainingConfig, context: StepContext) -> StepResult:
         "tokens_per_second": trained["steps_per_second"] * config.training.batch_size * config.block_size,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    kind: dict[str, Any] = {"role": "language_model", "base": context.models["model"] if config.lora is not None else None}
+    kind: Publication = {"role": "language_model", "base": context.models["model"] if config.lora is not None else None}
     shown = [heldout_tokens[: config.block_size]]  # tokens on which the saved model is compared with the model in memory
     record = publish_trained(trainer, context, model, tokenizer, rows=shown, metrics=metrics, **kind)
     return StepResult(model=record, metrics=metrics)
@@ -73,7 +77,7 @@ def _tokenizer(config: PretrainingConfig, context: StepContext, texts: Sequence[
     return train_tokenizer(texts, config.tokenizer or TokenizerSettings())
 
 
-def _model(config: PretrainingConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _model(config: PretrainingConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase) -> TransformersModel:
     context.runtime.seed_everything(context.seed)  # so that data loading does not affect the initial weights
     if config.architecture is not None:
         model = random_model(AutoModelForCausalLM, config.architecture, tokenizer)
@@ -93,17 +97,17 @@ def _model(config: PretrainingConfig, context: StepContext, tokenizer: PreTraine
 class _Blocks:
     """A data set over the rows of a tensor."""
 
-    def __init__(self, blocks: Any) -> None:
+    def __init__(self, blocks: torch.Tensor) -> None:
         self._blocks = blocks
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"input_ids": self._blocks[index]}
 
 
-def _collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     input_ids = torch.stack([row["input_ids"] for row in rows])
     return {"input_ids": input_ids, "labels": input_ids.clone()}
 
@@ -112,7 +116,7 @@ def _collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _measure(
-    trainer: Any,
+    trainer: Trainer,
     config: PretrainingConfig,
     context: StepContext,
     tokenizer: PreTrainedTokenizerBase,
@@ -130,6 +134,6 @@ def _measure(
 
 
 def _likelihood(
-    trainer: Any, config: PretrainingConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, tokens: list[int]
+    trainer: Trainer, config: PretrainingConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, tokens: list[int]
 ) -> Likelihood:
     return heldout_likelihood(trainer, context, tokenizer, overlapping_windows(tokens, config.block_size), config.precision)

@@ -9,13 +9,32 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 _largest = 0  # bytes; maximum over all phases, because each phase resets the counter
 _open: list[Peak] = []  # the measurements that are going on
 
 
-def visible_gpus() -> list[dict[str, Any]]:
+class Gpu(TypedDict):
+    """One GPU, as summaries record it."""
+
+    name: str
+    memory_bytes: int
+    driver: str | None  # None if nvidia-smi is missing
+
+
+class MachineGpu(Gpu):
+    """A GPU of this machine, with its UUID."""
+
+    uuid: str
+
+
+def visible_gpus() -> list[Gpu]:
     """Name, memory in bytes and driver version of every GPU that this process may use, in the order of their indices in torch.
 
     They are the GPUs of this machine that CUDA_VISIBLE_DEVICES selects; empty if there is none. Uses nvidia-smi, so that torch is not
@@ -29,10 +48,10 @@ def visible_gpus() -> list[dict[str, Any]]:
     except (OSError, subprocess.SubprocessError, ValueError):
         return _gpus_of_torch(sys.modules.get("torch"))
     shown = gpus if chosen is None else [gpus[index] for index in _selected(chosen, [gpu["uuid"] for gpu in gpus])]
-    return [{name: gpu[name] for name in ("name", "memory_bytes", "driver")} for gpu in shown]
+    return [{"name": gpu["name"], "memory_bytes": gpu["memory_bytes"], "driver": gpu["driver"]} for gpu in shown]
 
 
-def gpus_of_machine() -> list[dict[str, Any]]:
+def gpus_of_machine() -> list[MachineGpu]:
     """All GPUs of this machine, also those that CUDA_VISIBLE_DEVICES hides from this process; empty without nvidia-smi."""
     try:
         return _gpus_of_machine()
@@ -40,11 +59,11 @@ def gpus_of_machine() -> list[dict[str, Any]]:
         return []
 
 
-def _gpus_of_machine() -> list[dict[str, Any]]:
+def _gpus_of_machine() -> list[MachineGpu]:
     """The answer of nvidia-smi, in the order of its indices. Raises OSError, SubprocessError or ValueError if there is none."""
     command = ["nvidia-smi", "--query-gpu=uuid,name,memory.total,driver_version", "--format=csv,noheader,nounits"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
-    gpus = []
+    gpus: list[MachineGpu] = []
     for line in filter(str.strip, lines):
         uuid, rest = line.split(",", 1)
         name, size, driver = rest.rsplit(",", 2)
@@ -67,14 +86,14 @@ def _selected(chosen: str, uuids: Sequence[str]) -> list[int]:
     return selected
 
 
-def _gpus_of_torch(torch: Any) -> list[dict[str, Any]]:
+def _gpus_of_torch(torch: ModuleType | None) -> list[Gpu]:
     if torch is None or not torch.cuda.is_available():
         return []
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return [{"name": gpu.name, "memory_bytes": gpu.total_memory, "driver": None} for gpu in properties]
 
 
-def gpu_name(gpu: Any) -> str:
+def gpu_name(gpu: Gpu | str) -> str:
     """The name of an entry of ``environment.gpus``. Summaries of older runs contain only names."""
     return str(gpu["name"]) if isinstance(gpu, dict) else str(gpu)
 
@@ -93,7 +112,7 @@ def set_up_gpu() -> str:
     return f"torch {torch.__version__}, CUDA {torch.version.cuda}; sdpa kernels {on}, cuDNN's attention off"
 
 
-def describe_model(model: Any, dtype: Any) -> str:
+def describe_model(model: nn.Module, dtype: torch.dtype) -> str:
     """Description of a model for the log of a GPU run: weight dtypes, compute dtype, attention and quantized layers."""
     weights = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None) or "its own"
@@ -134,7 +153,7 @@ def own_peak() -> Iterator[Peak]:
         _open.remove(peak)
 
 
-def _take_peak(torch: Any) -> None:
+def _take_peak(torch: ModuleType) -> None:
     """Note the peak so far in every measurement that is going on, and count anew."""
     global _largest
     allocated = torch.cuda.max_memory_allocated()

@@ -14,8 +14,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from typing import Any
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 
 from stages.errors import LaunchError
 from stages.process import ending, environment
@@ -91,7 +91,7 @@ def _num_devices() -> int:
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
 
-def _run_alone(parsed: Any) -> int:
+def _run_alone(parsed: Namespace) -> int:
     """Run a single child (or mpirun). SIGTERM and SIGHUP are forwarded; Ctrl-C reaches the child through the terminal."""
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
@@ -104,7 +104,7 @@ def _run_alone(parsed: Any) -> int:
     return 128 - status if status < 0 else status
 
 
-def _status_of(launcher: Any, parsed: Any) -> int:
+def _status_of(launcher: Callable[[Namespace], object], parsed: Namespace) -> int:
     """Run one of accelerate's elastic launchers. Its log of a failure is suppressed, because the failed process printed its reason."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TextIO
 
 SECRET_NAME = re.compile(r"(?i)(^|[_-])(api_?key|access_?key|private_?key|secret_?key|key|token|secret|passw(or)?d|credentials?)$")
 KINDS = {
@@ -56,11 +56,11 @@ def find_secret(texts: Iterable[str]) -> str | None:
 class Blotted:
     """A text stream that redacts secrets in what is written to it."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
         return int(self._stream.write(without_secrets(text)))
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)

@@ -10,7 +10,8 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import TypeVar
 
 import httpx2
 
@@ -58,7 +59,7 @@ class AnswerCache:
     def close(self) -> None:
         self._connection.close()
 
-    def _explained(self) -> Any:
+    def _explained(self) -> _CacheErrors:
         return _CacheErrors(self)
 
 
@@ -69,7 +70,7 @@ class _CacheErrors:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, sqlite3.Error | OSError):
             raise ModelError(f"{self.cache.what} {self.cache.path} cannot be used ({error}); remove it, or free the disk") from error
 
@@ -90,7 +91,7 @@ class JsonClient:
         backoff_seconds: float,
         jitter: float = 0.0,
         connections: int = 100,
-        sleep: Callable[[float], Any] | None = None,
+        sleep: Callable[[float], object] | None = None,
         counted: Callable[..., None] = lambda **counts: None,
     ) -> None:
         self.retries, self.timeout, self.backoff_seconds, self.jitter = retries, timeout, backoff_seconds, jitter
@@ -110,18 +111,18 @@ class JsonClient:
         """Make threads that wait for a retry give up."""
         self._stopping.set()
 
-    def post(self, url: str, body: Any, read: Callable[[Any], T]) -> T:
+    def post(self, url: str, body: object, read: Callable[[object], T]) -> T:
         """Post ``body`` and return ``read`` of the answer's JSON. If ``read`` raises GaveUp, the request is retried.
 
         Raises GaveUp if all attempts fail, and Refused if a retry cannot help.
         """
         return self._ask(lambda: self._client.post(url, json=body), read)
 
-    def get(self, url: str, read: Callable[[Any], T]) -> T:
+    def get(self, url: str, read: Callable[[object], T]) -> T:
         """As ``post``, without a body."""
         return self._ask(lambda: self._client.get(url), read)
 
-    def _ask(self, send: Callable[[], httpx2.Response], read: Callable[[Any], T]) -> T:
+    def _ask(self, send: Callable[[], httpx2.Response], read: Callable[[object], T]) -> T:
         reason, wait = "", 0.0
         for attempt in range(self.retries + 1):
             if attempt:
@@ -162,7 +163,7 @@ class JsonClient:
         return text.replace(self._key, "...") if self._key else text
 
 
-def _json_of(response: httpx2.Response) -> Any:
+def _json_of(response: httpx2.Response) -> object:
     """The JSON of a response; None if it is not JSON."""
     try:
         return response.json()
@@ -178,8 +179,10 @@ def asked_wait(header: str | None) -> float:
         return 0.0
 
 
-def chat_reply(content: Any) -> tuple[str, int, int]:
+def chat_reply(content: object) -> tuple[str, int, int]:
     """(text, prompt tokens, reply tokens) of a chat completion. Raises GaveUp if ``content`` is not a chat completion."""
+    if not isinstance(content, dict):
+        raise GaveUp("the reply is not a chat completion")
     try:
         text = content["choices"][0]["message"]["content"] or ""
         usage = content.get("usage") or {}

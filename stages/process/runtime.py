@@ -11,9 +11,10 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Generic, TypedDict, TypeVar
 
 from rich.console import Console
 
@@ -35,8 +36,25 @@ from stages.process.stopping import StopRequest
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator, PartialState
+    from torch import nn
 
 T = TypeVar("T")
+
+
+class Compute(TypedDict, total=False):
+    """What a step computed on, as summaries record it; empty if no step used a device."""
+
+    device: str
+    processes: int
+    precision: str
+
+
+@dataclass
+class _Outcome(Generic[T]):
+    """What rank zero tells the other processes: one result, or an error."""
+
+    results: list[T] = field(default_factory=list)
+    error: StagesError | None = None
 
 
 class Runtime:
@@ -123,7 +141,7 @@ class Runtime:
         has_amx = self.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if has_amx else torch.float32
 
-    def describe_compute(self, precision: str) -> dict[str, Any]:
+    def describe_compute(self, precision: str) -> Compute:
         """``device``, ``processes`` and the dtype of ``precision``; empty if no step has used a device yet."""
         if "state" not in self.__dict__:
             return {}
@@ -148,7 +166,7 @@ class Runtime:
         with progress_bar(self.console, description, total) as bar:
             yield bar
 
-    def say_model(self, name: str, model: Any, dtype: torch.dtype) -> None:
+    def say_model(self, name: str, model: nn.Module, dtype: torch.dtype) -> None:
         """On a GPU, log one line about a model that a step uses: dtype, attention and kernels."""
         if self.device.type == "cuda":
             self.console.print(f"{name}: {describe_model(model, dtype)}", markup=False)
@@ -165,19 +183,19 @@ class Runtime:
         """Run ``make`` on rank zero and return its result on every process. An error is raised on all, so that no process waits forever."""
         if launched_processes() == 1:
             return make()
-        outcome: list[Any] = [None, None]
+        outcome: list[_Outcome[T]] = [_Outcome()]
         if self.is_main:
             try:
-                outcome[0] = make()
+                outcome[0].results.append(make())
             except StagesError as error:
-                outcome[1] = error
+                outcome[0].error = error
         from accelerate.utils import broadcast_object_list
 
         _ = self.state  # joins the process group
         broadcast_object_list(outcome, from_process=0)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+        if outcome[0].error is not None:
+            raise outcome[0].error
+        return outcome[0].results[0]
 
     def leave(self) -> None:
         """Shut down the communication between processes in order; otherwise its threads outlive the interpreter and abort it."""
@@ -203,7 +221,7 @@ FORMER_ADDRESSES = {"ResolvedModel": "stages.registry.references", "StepContext"
 """Former names of this module, for scripts outside this repository."""
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in FORMER_ADDRESSES:
         return getattr(importlib.import_module(FORMER_ADDRESSES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
 
 from stages.errors import Stopped
 
@@ -42,7 +42,7 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _receive(self, number: int, frame: Any) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         now, is_reminder, self._is_reminder = time.monotonic(), self._is_reminder, False
         if self.number is not None and not is_reminder:
             if now - self._since > PATIENCE_SECONDS:
@@ -97,7 +97,7 @@ class StopRequest:
             raise Stopped(self.number)
 
 
-def _in_finalizer(frame: Any) -> bool:
+def _in_finalizer(frame: FrameType | None) -> bool:
     """Whether ``frame`` runs inside a ``__del__`` or a weak reference callback."""
     while frame is not None:
         if frame.f_code.co_name == "__del__" or frame.f_code.co_filename == weakref.__file__:

@@ -7,7 +7,6 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any
 
 from stages.errors import StorageError
 
@@ -24,7 +23,7 @@ STORAGE = {
 }
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write JSON atomically: a reader, or a crash, sees either the old or the new file."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:

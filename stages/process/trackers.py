@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from stages.errors import RecipeError
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
@@ -25,9 +28,9 @@ class StepTrackers:
     In W&B and trackio, the recipe is a project, and each step of a run is a run.
     """
 
-    def __init__(self, names: Sequence[str], *, recipe: str, run: str, step: str, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, names: Sequence[str], *, recipe: str, run: str, step: str, folder: Path, settings: Mapping[str, object]) -> None:
         self.names, self.recipe, self.run, self.step, self.folder, self.settings = names, recipe, run, step, folder, settings
-        self._open: list[Any] | None = None
+        self._open: list[GeneralTracker] | None = None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send metrics to every tracker."""
@@ -42,11 +45,11 @@ class StepTrackers:
             tracker.finish()
         self._open = None
 
-    def _start(self, name: str) -> Any:
+    def _start(self, name: str) -> GeneralTracker:
         from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 
         run = f"{self.run} {self.step}".strip()
-        tracker: Any
+        tracker: GeneralTracker
         if name == "tensorboard":
             tracker = TensorBoardTracker("tensorboard", logging_dir=self.folder)
         elif name == "wandb":

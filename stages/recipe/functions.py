@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from pydantic import BaseModel
 
@@ -13,7 +12,7 @@ from stages.errors import RecipeError
 from stages.process.modules import source_of
 
 
-def addresses(value: Any) -> Iterator[str]:
+def addresses(value: object) -> Iterator[str]:
     """Yield every ``function`` in a recipe block, at any depth."""
     if isinstance(value, BaseModel):
         value = {name: getattr(value, name) for name in type(value).model_fields}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from stages.errors import RecipeError, StagesError
 from stages.recipe.source import RecipeSource, Steps, nearest
@@ -30,10 +31,11 @@ EXPECTED = {
     "too_short": "at least {min_length} items",
 }
 
+Block = TypeVar("Block", bound=BaseModel)
 SECRET_FIELD = re.compile(r"(?i)api_?key|secret|passw|credential")  # the value may be the secret itself instead of its name
 
 
-def validate(model: type[Any], content: Any, path: Steps, source: RecipeSource) -> Any:
+def validate(model: type[Block], content: object, path: Steps, source: RecipeSource) -> Block:
     """Parse ``content`` (at ``path`` in the recipe) as a ``model``. Raises RecipeError for the first problem."""
     try:
         return model.model_validate(content)
@@ -45,7 +47,7 @@ def validate(model: type[Any], content: Any, path: Steps, source: RecipeSource) 
         raise source.error(path, str(error)) from error
 
 
-def _explained(problem: Any, model: type[Any], content: Any, path: Steps, source: RecipeSource, more: str) -> RecipeError:
+def _explained(problem: ErrorDetails, model: type[BaseModel], content: object, path: Steps, source: RecipeSource, more: str) -> RecipeError:
     """Convert a pydantic error to one clear message: location, value, expectation."""
     kind, location = problem["type"], problem["loc"]
     where = (*path, *_written(location, content, keep_last=kind in ("missing", "extra_forbidden")))
@@ -70,12 +72,12 @@ def _explained(problem: Any, model: type[Any], content: Any, path: Steps, source
     return source.error(where, f"got {got}, expected {expected}.{about}{more}")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _written(location: Sequence[str | int], content: Any, *, keep_last: bool) -> Iterator[str | int]:
+def _written(location: Sequence[str | int], content: object, *, keep_last: bool) -> Iterator[str | int]:
     """The part of a pydantic location that occurs in the recipe, without union members and expanded shorthands."""
     for depth, key in enumerate(location):
         if isinstance(content, dict) and key in content:
@@ -88,11 +90,11 @@ def _written(location: Sequence[str | int], content: Any, *, keep_last: bool) ->
             yield key
 
 
-def _blocks_at(model: Any, location: Sequence[str | int]) -> list[type[BaseModel]]:
+def _blocks_at(model: type[BaseModel], location: Sequence[str | int]) -> list[type[BaseModel]]:
     """The blocks (pydantic models) that the schema allows at a location."""
-    here = [model]
+    here: list[object] = [model]
     for key in location:
-        below = []
+        below: list[object] = []
         for kind in _flattened(here):
             if isinstance(kind, type) and issubclass(kind, BaseModel) and key in kind.model_fields:
                 below.append(kind.model_fields[str(key)].annotation)
@@ -102,7 +104,7 @@ def _blocks_at(model: Any, location: Sequence[str | int]) -> list[type[BaseModel
     return [kind for kind in _flattened(here) if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
-def _flattened(kinds: list[Any]) -> Iterator[Any]:
+def _flattened(kinds: Sequence[object]) -> Iterator[object]:
     for kind in kinds:
         if get_origin(kind) in (Union, types.UnionType):
             yield from _flattened(list(get_args(kind)))

@@ -11,8 +11,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
+from stages.json_types import JsonObject
 from stages.recipe.source import RecipeSource, Steps, nearest, parse_path
 
 STAGES = ("sft", "reward_model", "ppo")
@@ -22,7 +23,7 @@ STAGES = ("sft", "reward_model", "ppo")
 class Value:
     """One setting of a preset: its value and its published source, or the reason for our choice."""
 
-    value: Any
+    value: object
     source: str
     published: bool = True
 
@@ -32,7 +33,7 @@ class Value:
         return self.source if self.published else f"not published; ours: {self.source}"
 
 
-def ours(value: Any, reason: str) -> Value:
+def ours(value: object, reason: str) -> Value:
     return Value(value, reason, published=False)
 
 
@@ -110,6 +111,20 @@ _Z_NOTES = {
 _Z_MISSING = {"sft": "Ziegler et al. start from a pretrained model without fine-tuning on demonstrations"}
 
 
+class _ZieglerTask(TypedDict):
+    """What the summarisation tasks of Ziegler et al. share."""
+
+    length: int
+    stop: str
+    after: int
+    adaptive: bool
+    whiten: bool
+    batch: int
+    rate: float
+    reward_rate: float
+    reward_batch: int
+
+
 def _ziegler(
     *,
     length: int,
@@ -159,7 +174,7 @@ _STYLE = _ziegler(
     reward_rate=5e-5,
     reward_batch=32,
 )
-_SUMMARIES: dict[str, Any] = {
+_SUMMARIES: _ZieglerTask = {
     "length": 75,
     "stop": "\n",
     "after": 55,
@@ -346,7 +361,16 @@ def _instructgpt(*, sft_rate: float, init_rate: float, sft_batch: int, value_rat
     )
 
 
-_I_SIZES: dict[str, dict[str, Any]] = {
+class _Size(TypedDict):
+    """What InstructGPT sets per model size."""
+
+    sft_rate: float
+    init_rate: float
+    sft_batch: int
+    value_rate: float
+
+
+_I_SIZES: dict[str, _Size] = {
     "1.3b": {"sft_rate": 9.65e-6, "init_rate": 5e-6, "sft_batch": 32, "value_rate": 9e-6},
     "6b": {"sft_rate": 9.65e-6, "init_rate": 1.04e-5, "sft_batch": 32, "value_rate": 9e-6},
     "175b": {"sft_rate": 5.03e-6, "init_rate": 2.45e-6, "sft_batch": 8, "value_rate": 5e-6},
@@ -455,7 +479,7 @@ class Applied:
     note: str | None
 
 
-def apply_preset(content: Mapping[str, Any], path: Steps, source: RecipeSource) -> tuple[dict[str, Any], Applied | None]:
+def apply_preset(content: Mapping[str, object], path: Steps, source: RecipeSource) -> tuple[JsonObject, Applied | None]:
     """Return (the step's content with preset values added, the applied preset).
 
     Raises RecipeError for an unknown preset or missing field.
@@ -466,7 +490,7 @@ def apply_preset(content: Mapping[str, Any], path: Steps, source: RecipeSource) 
     if not isinstance(name, str) or name not in PRESETS:
         raise source.error((*path, "preset"), f"got {name!r}, which is not a preset; {nearest(name, PRESETS)}")
     preset = PRESETS[name]
-    if stage not in preset.stages:
+    if not isinstance(stage, str) or stage not in preset.stages:
         reason = preset.missing.get(str(stage), f"only for {', '.join(preset.stages)}")
         raise source.error((*path, "preset"), f"{name!r} has nothing for the stage {stage}: {reason}")
     merged = copy.deepcopy(dict(content))
@@ -480,11 +504,13 @@ def apply_preset(content: Mapping[str, Any], path: Steps, source: RecipeSource) 
     return merged, Applied(name, filled, preset.notes.get(stage))
 
 
-def _scaled(settings: Settings, content: dict[str, Any]) -> Settings:
+def _scaled(settings: Settings, content: Mapping[str, object]) -> Settings:
     """Fit the settings to the recipe's batch sizes: keep the number of minibatches."""
     scaled = dict(settings)
     if "rollout_batch_size" in settings:
-        num_minibatches = settings["rollout_batch_size"].value // settings["minibatch_size"].value
+        rollout, minibatch = settings["rollout_batch_size"].value, settings["minibatch_size"].value
+        assert isinstance(rollout, int) and isinstance(minibatch, int)
+        num_minibatches = rollout // minibatch
         given, small = content.get("rollout_batch_size"), content.get("minibatch_size")
         if isinstance(given, int) and small is None:
             parts = max(count for count in range(1, num_minibatches + 1) if given % count == 0) if given > 0 else 1
@@ -500,22 +526,24 @@ def _because(value: Value, scaled: int, reason: str) -> Value:
     return Value(scaled, f"{value.source}, scaled to the recipe's batch: {reason}", value.published)
 
 
-def _fill(content: dict[str, Any], path: Steps, value: Any) -> bool:
+def _fill(content: JsonObject, path: Steps, value: object) -> bool:
     """Set ``value`` at ``path`` unless the recipe sets it. A block set to null counts as set."""
-    node: Any = content
-    for key in path[:-1]:
-        if key in node and not isinstance(node[key], dict):
+    node = content
+    for key in map(str, path[:-1]):
+        below = node.setdefault(key, {})
+        if not isinstance(below, dict):
             return False
-        node = node.setdefault(key, {})
-    if path[-1] in node:
+        node = below
+    last = str(path[-1])
+    if last in node:
         return False
-    node[path[-1]] = copy.deepcopy(value)
+    node[last] = copy.deepcopy(value)
     return True
 
 
-def _lacks(content: dict[str, Any], path: Steps) -> bool:
+def _lacks(content: Mapping[str, object], path: Steps) -> bool:
     """Whether the recipe does not set ``path``. A block set to null counts as set."""
-    node: Any = content
+    node: object = content
     for key in path:
         if not isinstance(node, dict):
             return False

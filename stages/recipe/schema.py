@@ -5,20 +5,21 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, Field
 
 from stages.config import HUB, LARGEST_SEED, DataSource, ModelInput, StepConfig, Strict
 from stages.errors import DataError, RecipeError, RegistryError, StagesError
+from stages.json_types import JsonObject
 from stages.process.redaction import find_secret
 from stages.process.trackers import Tracker, check_trackers
 from stages.recipe.functions import addresses, check_function
-from stages.recipe.messages import validate
+from stages.recipe.messages import Block, validate
 from stages.recipe.presets import Applied, apply_preset
 from stages.recipe.source import RecipeSource, Steps, find_recipe, named, nearest, parse_path, read, show
 from stages.registry.ledger import DIGEST, REFERENCE, Registry, check_name
@@ -55,10 +56,11 @@ STAGES: dict[str, Stage] = {
 }
 
 
-def load_object(address: str) -> Any:
-    """Import the object at ``module:name``."""
-    module, _, name = address.partition(":")
-    return getattr(importlib.import_module(module), name)
+def config_class(stage: str) -> type[StepConfig]:
+    """The class of the step configs of a stage. Imports the stage's ``config`` module."""
+    module, _, name = STAGES[stage].config.partition(":")
+    config: type[StepConfig] = getattr(importlib.import_module(module), name)
+    return config
 
 
 class RecipeHeader(Strict):
@@ -70,7 +72,7 @@ class RecipeHeader(Strict):
     trackers: Annotated[list[Tracker], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
         ["tensorboard"], description="Metric trackers besides metrics.jsonl: tensorboard, wandb, trackio, or several of them; []: none."
     )
-    steps: list[dict[str, Any]] = Field(description="The steps in the order of execution.")
+    steps: list[JsonObject] = Field(description="The steps in the order of execution.")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class RecipeStep:
     """One validated step: its config (with absolute data paths) and its model inputs by field path."""
 
     index: int
-    config: Any  # a StepConfig; Any because each stage adds its own fields
+    config: StepConfig  # of the subclass of its stage
     models: dict[str, Reference]
     seed: int
     preset: Applied | None = None  # the applied preset
@@ -219,25 +221,26 @@ def _load(path: Path | str, overrides: Sequence[str], registry: Registry | None)
     return Recipe(header.name, header.seed, header.description, steps, source, list(header.trackers))
 
 
-def former_names(stage: Any) -> dict[str, str]:
+def former_names(stage: object) -> dict[str, str]:
     """The flat field names of earlier versions, and their path today; empty for an unknown stage."""
     if not isinstance(stage, str) or stage not in STAGES:
         return {}
-    names: dict[str, str] = getattr(load_object(STAGES[stage].config), "former_names", {})
-    return names
+    return config_class(stage).former_names
 
 
 def _rename_fields(source: RecipeSource) -> None:
     """Move fields with names of earlier versions to their path today. Raises RecipeError if a field is set under both names."""
-    for index, step in enumerate(source.content["steps"]):
-        for former, path in former_names(step.get("stage")).items() if isinstance(step, dict) else ():
+    for index, step in enumerate(source.steps):
+        if not isinstance(step, dict):
+            continue
+        for former, path in former_names(step.get("stage")).items():
             if former in step:
                 source.move(("steps", index, former), ("steps", index, *parse_path(path)))
 
 
 def _current_path(source: RecipeSource, path: Steps) -> Steps:
     """The path today of a step's field that is written with the name of an earlier version; other paths are unchanged."""
-    step = source.content["steps"][path[1]] if len(path) > 2 and isinstance(path[1], int) and path[1] < len(source.content["steps"]) else {}
+    step = source.steps[path[1]] if len(path) > 2 and isinstance(path[1], int) and path[1] < len(source.steps) else {}
     names = former_names(step.get("stage")) if isinstance(step, dict) else {}
     return (*path[:2], *parse_path(names[str(path[2])]), *path[3:]) if names and path[2] in names else path
 
@@ -253,7 +256,7 @@ def _refuse_secrets(source: RecipeSource, overrides: Sequence[str]) -> None:
             raise RecipeError(f"override {text.partition('=')[0]!r}: holds {kind}; {advice}")
 
 
-def _texts(value: Any, path: Steps) -> Iterator[tuple[Steps, str]]:
+def _texts(value: object, path: Steps) -> Iterator[tuple[Steps, str]]:
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, dict):
@@ -265,24 +268,24 @@ def _texts(value: Any, path: Steps) -> Iterator[tuple[Steps, str]]:
             yield from _texts(item, (*path, index))
 
 
-def model_inputs(config: Any) -> dict[str, ModelInput]:
+def model_inputs(config: BaseModel) -> dict[str, ModelInput]:
     """The models that a step reads, by field path."""
     return config.model_inputs() if hasattr(config, "model_inputs") else {}
 
 
-def data_inputs(config: Any) -> dict[str, list[DataSource]]:
+def data_inputs(config: BaseModel) -> dict[str, list[DataSource]]:
     """The data that a step reads, by field path."""
     return config.data_inputs() if hasattr(config, "data_inputs") else {}
 
 
-def _step_config(content: dict[str, Any], index: int, source: RecipeSource) -> tuple[StepConfig, Applied | None]:
+def _step_config(content: Mapping[str, object], index: int, source: RecipeSource) -> tuple[StepConfig, Applied | None]:
     """Return (the step's config with preset values, the applied preset)."""
     path: Steps = ("steps", index)
     if "stage" not in content:
         raise source.error(path, f"the field stage is missing; expected one of {', '.join(STAGES)}")
     if not isinstance(content["stage"], str) or content["stage"] not in STAGES:
         raise source.error((*path, "stage"), f"got {content['stage']!r}, which is not a stage; {nearest(content['stage'], STAGES)}")
-    schema = load_object(STAGES[content["stage"]].config)
+    schema = config_class(content["stage"])
     filled, preset = apply_preset(content, path, source) if "preset" in schema.model_fields else (content, None)
     return validate(schema, filled, path, source), preset
 
@@ -407,19 +410,23 @@ def _local(folder: Path, written: str) -> Path | None:
 # Data paths
 
 
-def with_sources(value: Any, path: Steps, change: Callable[[DataSource, Steps], DataSource]) -> Any:
-    """``value`` (the recipe block at ``path``) with every data source replaced by ``change(source, path)``."""
+def with_sources(block: Block, path: Steps, change: Callable[[DataSource, Steps], DataSource]) -> Block:
+    """``block`` (at ``path`` in the recipe) with every data source below it replaced by ``change(source, path)``."""
+    fields = {name: getattr(block, name) for name in type(block).model_fields}
+    changed = {name: _with_sources(item, (*path, name), change) for name, item in fields.items()}
+    return block.model_copy(update={name: item for name, item in changed.items() if item is not fields[name]})
+
+
+def _with_sources(value: object, path: Steps, change: Callable[[DataSource, Steps], DataSource]) -> object:
     if isinstance(value, DataSource):
         return change(value, path)
     if isinstance(value, BaseModel):
-        fields = {name: getattr(value, name) for name in type(value).model_fields}
-        changed = {name: with_sources(item, (*path, name), change) for name, item in fields.items()}
-        return value.model_copy(update={name: item for name, item in changed.items() if item is not fields[name]})
+        return with_sources(value, path, change)
     if isinstance(value, list):
-        items = [with_sources(item, (*path, index), change) for index, item in enumerate(value)]
+        items = [_with_sources(item, (*path, index), change) for index, item in enumerate(value)]
         return items if any(new is not old for new, old in zip(items, value, strict=True)) else value
     if isinstance(value, dict):
-        entries = {key: with_sources(item, (*path, key), change) for key, item in value.items()}
+        entries = {key: _with_sources(item, (*path, key), change) for key, item in value.items()}
         return entries if any(entries[key] is not value[key] for key in value) else value
     return value
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import BaseModel
 from rich.table import Table
 from rich.text import Text
 
+from stages.json_types import JsonObject
 from stages.recipe.schema import Recipe, RecipeStep
-from stages.recipe.source import Steps, show
+from stages.recipe.source import Steps, entry, show
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class Setting:
     """One value. ``kind`` is override, recipe, preset or default; ``origin`` gives the exact location."""
 
     path: str
-    value: Any
+    value: object
     kind: str
     origin: str
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         return {"setting": self.path, "value": self.value, "from": self.kind, "origin": self.origin}
 
 
@@ -42,7 +42,7 @@ def preset_settings(recipe: Recipe, step: RecipeStep) -> list[Setting]:
     return [setting for setting in settings_of_step(recipe, step) if setting.path in known]
 
 
-def _setting(recipe: Recipe, step: RecipeStep, path: Steps, value: Any) -> Setting:
+def _setting(recipe: Recipe, step: RecipeStep, path: Steps, value: object) -> Setting:
     where = _where(recipe, step.index, path)
     name = show(path)
     if where is not None:
@@ -56,11 +56,11 @@ def _setting(recipe: Recipe, step: RecipeStep, path: Steps, value: Any) -> Setti
 
 def _where(recipe: Recipe, index: int, path: Steps) -> str | None:
     """The location in the recipe, or the override, that sets ``path``; None if neither does."""
-    node: Any = recipe.source.content["steps"][index]
+    node = recipe.source.steps[index]
     reached: Steps = ("steps", index)
     for depth, key in enumerate(path):
         if isinstance(node, dict) and key in node or isinstance(node, list) and isinstance(key, int) and key < len(node):
-            node = node[key]  # type: ignore[index]
+            node = entry(node, key)
             reached = (*reached, key)
         elif isinstance(node, dict | list):
             # A block without this key leaves it unset. A list with one data source may be written as that source.
@@ -75,7 +75,7 @@ def _where(recipe: Recipe, index: int, path: Steps) -> str | None:
     return recipe.source.location(reached).rpartition(": ")[0]
 
 
-def _leaves(value: Any, path: Steps) -> Iterator[tuple[Steps, Any]]:
+def _leaves(value: object, path: Steps) -> Iterator[tuple[Steps, object]]:
     if isinstance(value, BaseModel):
         for name in type(value).model_fields:
             yield from _leaves(getattr(value, name), (*path, name))
@@ -102,7 +102,7 @@ def settings_table(recipe: Recipe, step: RecipeStep, settings: list[Setting]) ->
     return table
 
 
-def _word(value: Any) -> str:
+def _word(value: object) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):

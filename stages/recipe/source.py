@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from datetime import date
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
@@ -21,6 +20,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from stages.config import DataSource, ModelInput
 from stages.errors import RecipeError
+from stages.json_types import JsonObject
 from stages.shipped import shipped_recipes
 
 Steps = tuple[str | int, ...]
@@ -57,7 +57,7 @@ def parse_path(text: str) -> Steps:
     return tuple(parts)
 
 
-def value_at(value: Any, path: str) -> Any:
+def value_at(value: object, path: str) -> object:
     """The value at a field path inside objects, mappings and lists; None if it does not exist.
 
     A key of a mapping may contain dots, for example the name of a candidate (``pythia-2.8b``). The longest key that fits is taken.
@@ -65,7 +65,7 @@ def value_at(value: Any, path: str) -> Any:
     return _follow(value, parse_path(path))
 
 
-def _follow(value: Any, keys: Steps) -> Any:
+def _follow(value: object, keys: Steps) -> object:
     if not keys or value is None:
         return value
     if isinstance(value, Mapping):
@@ -80,7 +80,16 @@ def _follow(value: Any, keys: Steps) -> Any:
     return _follow(getattr(value, key, None), rest)
 
 
-def nearest(name: Any, known: Iterable[str]) -> str:
+def entry(node: object, key: str | int) -> object:
+    """The entry ``key`` of a block or a list. Raises KeyError or IndexError if it does not exist, TypeError if ``node`` is neither."""
+    if isinstance(node, dict):
+        return node[key]
+    if isinstance(node, list) and isinstance(key, int):
+        return node[key]
+    raise TypeError(f"{node!r} has no entry {key!r}")
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
     """``did you mean 'x'?``, or the list of known names."""
     choices = sorted(known)
     near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.6)
@@ -97,10 +106,17 @@ class RecipeSource:
     """The plain values of a recipe, and the line of each one."""
 
     file: str
-    content: dict[str, Any]
+    content: JsonObject
     lines: dict[Steps, int] = field(default_factory=dict)  # counted from 1
     overrides: dict[Steps, str] = field(default_factory=dict)
     former: dict[Steps, str] = field(default_factory=dict)  # the name of an earlier version that a field is written with
+
+    @property
+    def steps(self) -> list[object]:
+        """The entries of ``steps``, which need not be valid."""
+        steps = self.content["steps"]
+        assert isinstance(steps, list)  # checked by read
+        return steps
 
     def location(self, path: Steps) -> str:
         """``recipes/x.yaml:12: steps[1].field`` or ``override 'sft.field=1': steps[1].field``."""
@@ -128,9 +144,10 @@ class RecipeSource:
     def move(self, old: Steps, new: Steps) -> None:
         """Move the value at ``old`` into the block of ``new``. Raises RecipeError if the block already has it, or is no block."""
         *above, group, name = new
-        step: Any = self.content
+        step: object = self.content
         for key in above:
-            step = step[key]
+            step = entry(step, key)
+        assert isinstance(step, dict)
         block = step.get(group, {})
         if not isinstance(block, dict) or name in block:
             today = show(new[len(above) :])
@@ -166,8 +183,7 @@ class RecipeSource:
 
     def _locate(self, parts: Steps, target: str) -> Steps:
         """The full path of an override target, which begins with a step name or a recipe field."""
-        steps = self.content["steps"]
-        names = [step.get("name") if isinstance(step, dict) else None for step in steps]
+        names = [step.get("name") if isinstance(step, dict) else None for step in self.steps]
         if parts[0] == "steps" and len(parts) > 2 and isinstance(parts[1], int):
             return parts
         # Longest first, because a step name may contain dots.
@@ -181,28 +197,45 @@ class RecipeSource:
         known = [name for name in names if name] + list(HEADER)
         raise ValueError(f"the recipe has no step {parts[0]!r}; {nearest(parts[0], known)}")
 
-    def _assign(self, path: Steps, value: Any) -> None:
-        node: Any = self.content
+    def _assign(self, path: Steps, value: object) -> None:
+        node: object = self.content
         for depth, key in enumerate(path):
-            is_last = depth == len(path) - 1
-            here = show(path[:depth])
-            if isinstance(key, int):
-                if not isinstance(node, list):
-                    raise TypeError(f"{here} is not a list, so it has no item [{key}]")
-                if key >= len(node):
-                    raise IndexError(f"{here} has {len(node)} items; there is no item [{key}]")
-            elif not isinstance(node, dict):
-                raise TypeError(f"{here} is {node!r}, not a block of fields, so it has no field {key!r}")
-            if is_last:
-                node[key] = value
+            child = _child(node, key, show(path[:depth]))
+            if depth == len(path) - 1:
+                _put(node, key, value)
                 return
-            child = node[key] if isinstance(key, int) else node.get(key)
             field = next((part for part in reversed(path[: depth + 1]) if isinstance(part, str)), "")
-            node[key] = _opened(child, path[depth + 1], field)
-            node = node[key]
+            opened = _opened(child, path[depth + 1], field)
+            _put(node, key, opened)
+            node = opened
 
 
-def _opened(child: Any, key: str | int, field: str) -> Any:
+def _child(node: object, key: str | int, here: str) -> object:
+    """The value of ``key`` in ``node``; None for a field that a block does not have. ``here``: the path of ``node``, for messages.
+
+    Raises TypeError or IndexError if ``node`` cannot hold ``key``.
+    """
+    if isinstance(key, int):
+        if not isinstance(node, list):
+            raise TypeError(f"{here} is not a list, so it has no item [{key}]")
+        if key >= len(node):
+            raise IndexError(f"{here} has {len(node)} items; there is no item [{key}]")
+        return node[key]
+    if not isinstance(node, dict):
+        raise TypeError(f"{here} is {node!r}, not a block of fields, so it has no field {key!r}")
+    return node.get(key)
+
+
+def _put(node: object, key: str | int, value: object) -> None:
+    """Set ``key`` of a block or a list."""
+    if isinstance(key, int):
+        if isinstance(node, list):
+            node[key] = value
+    elif isinstance(node, dict):
+        node[key] = value
+
+
+def _opened(child: object, key: str | int, field: str) -> object:
     """Convert ``child`` so that it can hold ``key``: create a missing block, or expand a model or data source written as a bare string.
 
     ``field`` is the name of the field that holds ``child``. It distinguishes models from data sources if both have the key.
@@ -237,9 +270,9 @@ def read(path: Path | str) -> RecipeSource:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file}: cannot be read as a recipe ({error})") from error
     content, lines = _parse(text, file)
-    source = RecipeSource(file, content, lines)
     if not isinstance(content, dict):
         raise RecipeError(f"{file}: expected a block with the fields name and steps, got {type(content).__name__}")
+    source = RecipeSource(file, content, lines)
     if "steps" not in content:
         raise RecipeError(f"{file}:1: the field steps is missing; expected a list of steps, each with a name and a stage")
     if not isinstance(content["steps"], list) or not content["steps"]:
@@ -247,12 +280,12 @@ def read(path: Path | str) -> RecipeSource:
     return source
 
 
-def parse_value(text: str, location: str) -> Any:
+def parse_value(text: str, location: str) -> object:
     """Parse the value of a piece of YAML. Raises RecipeError that begins with ``location``."""
     return _parse(text, location)[0]
 
 
-def _parse(text: str, file: str) -> tuple[Any, dict[Steps, int]]:
+def _parse(text: str, file: str) -> tuple[object, dict[Steps, int]]:
     """Parse a YAML document to plain values and their lines. Tags are refused, so that a recipe cannot create Python objects."""
     reader = YAML(typ="rt")
     try:
@@ -270,7 +303,7 @@ def _parse(text: str, file: str) -> tuple[Any, dict[Steps, int]]:
     return _plain(document, (), lines, file), lines
 
 
-def _plain(node: Any, path: Steps, lines: dict[Steps, int], file: str) -> Any:
+def _plain(node: object, path: Steps, lines: dict[Steps, int], file: str) -> object:
     if len(lines) > MOST_VALUES:
         raise RecipeError(f"{file}: more than {MOST_VALUES} values; nested aliases are not supported in recipes")
     line = lines.get(path, 1)
@@ -284,7 +317,7 @@ def _plain(node: Any, path: Steps, lines: dict[Steps, int], file: str) -> Any:
             lines[(*path, key)] = node.lc.data[key][0] + 1 if key in (node.lc.data or {}) else line
         return {str(key): _plain(value, (*path, key), lines, file) for key, value in node.items()}
     if isinstance(node, CommentedSeq):
-        items: list[Any] = []
+        items: list[object] = []
         for index, value in enumerate(node):
             lines[(*path, index)] = node.lc.item(index)[0] + 1
             items.append(_plain(value, (*path, index), lines, file))

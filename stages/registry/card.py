@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from stages.config import HUB
+from stages.json_types import JsonObject
 
 if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
     from stages.registry.ledger import Registry
-    from stages.registry.record import ModelRecord
+    from stages.registry.record import Lineage, Manifest, ModelRecord
 
 PIPELINES = {
     "language_model": "text-generation",
@@ -139,13 +142,13 @@ def model_card(record: ModelRecord, registry: Registry, *, merged: bool, reposit
         license="unknown",
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=PIPELINES.get(record.role),
-        tags=["tristage", *([step["stage"]] if "stage" in step else []), *(["reward-model"] if record.role in REWARDS else [])],
+        tags=["tristage", *([str(step["stage"])] if "stage" in step else []), *(["reward-model"] if record.role in REWARDS else [])],
         base_model=list(dict.fromkeys(bases)) or None,
         datasets=_hub_data(step) or None,
         eval_results=_results(record, evaluations) or None,
     )
     size = sum(file["size"] for file in manifest["files"]) / 2**20
-    weights = f"adapter on `{manifest['base']['ref']}`" if is_adapter else "full weights, safetensors"
+    weights = f"adapter on `{record.base['ref']}`" if record.base is not None and not merged else "full weights, safetensors"
     return str(
         ModelCard.from_template(
             data,
@@ -178,14 +181,14 @@ def _number(value: float) -> str:
 # Where it came from
 
 
-def _tree(node: dict[str, Any], depth: int = 0) -> Iterator[str]:
+def _tree(node: Lineage, depth: int = 0) -> Iterator[str]:
     note = node.get("role") or node["kind"]
     yield f"{'  ' * depth}{node['ref']}  {node['digest'][:19]}  ({note}{', removed' if node.get('removed') else ''})"
     for parent in node["parents"]:
         yield from _tree(parent, depth + 1)
 
 
-def _foreign(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _foreign(node: Lineage) -> Iterator[Lineage]:
     """The leaves of a lineage that come from outside the registry."""
     if node["kind"] != "registry":
         yield node
@@ -193,7 +196,7 @@ def _foreign(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from _foreign(parent)
 
 
-def _sources(value: Any) -> Iterator[dict[str, Any]]:
+def _sources(value: object) -> Iterator[JsonObject]:
     """Every data source in a step's settings."""
     if isinstance(value, dict):
         if "path" in value and "columns" in value:
@@ -206,7 +209,7 @@ def _sources(value: Any) -> Iterator[dict[str, Any]]:
             yield from _sources(item)
 
 
-def _without_folders(value: Any) -> Any:
+def _without_folders(value: object) -> object:
     """Settings without local folders, which mean nothing to other users."""
     if isinstance(value, dict):
         return {key: _without_folders(item) for key, item in value.items()}
@@ -215,19 +218,19 @@ def _without_folders(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
-def _hub_data(step: dict[str, Any]) -> list[str]:
+def _hub_data(step: Mapping[str, object]) -> list[str]:
     """Hub ids among the data of a step."""
     paths = [str(source["path"]).removeprefix(HUB) for source in _sources(step)]
     return list(dict.fromkeys(path for path in paths if not path.startswith(("world:", "/", ".")) and not Path(path).suffix))
 
 
-def _data_lines(manifest: dict[str, Any]) -> list[str]:
+def _data_lines(manifest: Manifest) -> list[str]:
     lines = []
     for field_path, mark in manifest["data"].items():
-        value: Any = manifest["recipe_step"]
+        value: object = manifest["recipe_step"]
         for key in field_path.split("."):
             value = value.get(key) if isinstance(value, dict) else None
-        paths = [str(source["path"]).rpartition("/")[2] or source["path"] for source in _sources(value)] if value is not None else []
+        paths = [str(source["path"]).rpartition("/")[2] or str(source["path"]) for source in _sources(value)] if value is not None else []
         lines.append(f"`{field_path}`: {', '.join(paths) or 'not recorded'} (`{mark[:12]}`)")
     return lines
 
@@ -235,12 +238,31 @@ def _data_lines(manifest: dict[str, Any]) -> list[str]:
 # How it did
 
 
-def evaluations_of(record: ModelRecord, registry: Registry) -> list[dict[str, Any]]:
+class CardRow(TypedDict):
+    """One win rate of a model, as its card prints it."""
+
+    other: str
+    judge: str
+    rate: str
+    interval: str
+    n: int
+
+
+class StoredEvaluation(TypedDict):
+    """A stored evaluation of a model."""
+
+    title: str
+    verdict: str
+    rows: list[CardRow]
+    name: str  # of the evaluation step
+
+
+def evaluations_of(record: ModelRecord, registry: Registry) -> list[StoredEvaluation]:
     """The stored evaluations of this very model, newest first: title, verdict and win rates of each."""
     return list(_evaluations(record, registry))
 
 
-def _evaluations(record: ModelRecord, registry: Registry) -> Iterator[dict[str, Any]]:
+def _evaluations(record: ModelRecord, registry: Registry) -> Iterator[StoredEvaluation]:
     """Stored evaluations with exactly this model as a candidate, newest first, with their win rates."""
     matches = []
     for path in (registry.root.parent / "results").glob("*/result.json"):
@@ -253,7 +275,7 @@ def _evaluations(record: ModelRecord, registry: Registry) -> Iterator[dict[str, 
         if names:
             matches.append((result["created"], result["name"], names[-1], evaluation))
     for created, name, candidate, evaluation in sorted(matches, key=lambda item: item[:3], reverse=True):
-        rows = [
+        rows: list[CardRow] = [
             {
                 "other": row["b"],
                 "judge": row["judge"],
@@ -267,7 +289,7 @@ def _evaluations(record: ModelRecord, registry: Registry) -> Iterator[dict[str, 
         yield {"title": f"{name}, {created[:10]}, as `{candidate}`", "verdict": evaluation["verdict"], "rows": rows, "name": name}
 
 
-def _results(record: ModelRecord, evaluations: list[dict[str, Any]]) -> list[Any]:
+def _results(record: ModelRecord, evaluations: list[StoredEvaluation]) -> list[EvalResult]:
     """The win rates of the newest evaluation by its first judge, as Hub metadata."""
     from huggingface_hub import EvalResult
 
@@ -294,7 +316,7 @@ def _results(record: ModelRecord, evaluations: list[dict[str, Any]]) -> list[Any
 def _usage_on_hub(record: ModelRecord, registry: Registry, repository: str) -> list[tuple[str, str]]:
     """How to load a pushed version. An adapter has what it stands on in ``bases/``, unless that is on the Hub."""
     pull = ("Into a registry, with its lineage, under the name that a recipe uses:", f"stages models pull {repository}")
-    base = record.manifest["base"]
+    base = record.base
     if base is None:
         return [*((title, code.replace("FOLDER", repository)) for title, code in _usage(record, is_adapter=False)), pull]
     is_stack = base["kind"] == "registry" and registry.get(base["digest"]).is_adapter
@@ -309,8 +331,8 @@ def _usage_on_hub(record: ModelRecord, registry: Registry, repository: str) -> l
 
 
 def _usage(record: ModelRecord, is_adapter: bool) -> list[tuple[str, str]]:
-    base = record.manifest["base"] if is_adapter else {}
-    if record.role == "language_model" and is_adapter:
+    base = record.base if is_adapter else None
+    if record.role == "language_model" and base is not None:
         where = f"`stages models export {base['ref']} BASE` exports it" if base["kind"] == "registry" else "replace BASE by its path"
         return [
             (

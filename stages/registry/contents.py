@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
 
 from stages.errors import ModelError
+from stages.json_types import JsonObject
 from stages.process.storage import write_json
 
 LARGE_BYTES = 2**20  # smaller files are hashed as fast as they are looked up
@@ -38,7 +38,7 @@ class Memo:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.hashes: dict[str, list[Any]] = {}
+        self.hashes: dict[str, list[int | str]] = {}
         self.passed: list[str] = []  # keys of passed checks
         self._is_new = False
         try:
@@ -118,7 +118,7 @@ def files_of(folder: Path) -> Iterator[tuple[str, Path]]:
     yield from sorted((path.relative_to(folder).as_posix(), path) for path in paths)
 
 
-def without_local_paths(name: str, content: dict[str, Any], base: str | None) -> dict[str, Any]:
+def without_local_paths(name: str, content: JsonObject, base: str | None) -> JsonObject:
     """``content`` of the JSON file ``name`` without the paths of the machine that wrote it.
 
     ``base`` (a digest or Hub id) replaces an adapter's base path; None removes it.

@@ -15,18 +15,17 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from glob import iglob
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from stages.errors import RegistryError
 from stages.process.storage import sync, write_json
 from stages.registry.contents import UNSAFE_SUFFIXES, digest_of, file_sha256, files_of, normalise_folder
-from stages.registry.record import ModelRecord
+from stages.registry.record import FileEntry, FingerprintParts, Lineage, Manifest, ModelDescription, ModelRecord, Pulled
 from stages.registry.references import ResolvedModel
 
 MANIFEST_VERSION = 1
@@ -74,13 +73,13 @@ class Registry:
         *,
         role: str,
         parents: Sequence[ResolvedModel] = (),
-        recipe_step: dict[str, Any] | None = None,
+        recipe_step: Mapping[str, object] | None = None,
         data: dict[str, str] | None = None,
-        metrics: dict[str, Any] | None = None,
+        metrics: Mapping[str, object] | None = None,
         fingerprint: str = "",
-        fingerprint_parts: dict[str, Any] | None = None,
+        fingerprint_parts: FingerprintParts | None = None,
         base: ResolvedModel | None = None,
-        extra: dict[str, Any] | None = None,
+        extra: Mapping[str, object] | None = None,
     ) -> ModelRecord:
         """Add a version of ``name`` with the files that ``fill(folder)`` writes. A crash leaves either nothing or a complete version.
 
@@ -101,13 +100,15 @@ class Registry:
             if is_adapter:
                 (model / "README.md").unlink(missing_ok=True)  # peft's model card, which contains only the local path of the base
             normalise_folder(model, _portable_base(base))
-            files = [{"path": path, "size": file.stat().st_size, "sha256": file_sha256(file)} for path, file in files_of(model)]
-            manifest: dict[str, Any] = {
+            files: list[FileEntry] = [
+                {"path": path, "size": file.stat().st_size, "sha256": file_sha256(file)} for path, file in files_of(model)
+            ]
+            manifest: Manifest = {
                 "manifest_version": MANIFEST_VERSION,
                 "name": name,
                 "version": 0,
                 "role": role,
-                "digest": digest_of({str(file["path"]): str(file["sha256"]) for file in files}),
+                "digest": digest_of({file["path"]: file["sha256"] for file in files}),
                 "created": _now(),
                 "base": _describe(base) if base is not None and is_adapter else None,
                 "parents": _distinct([_describe(parent) for parent in parents]),
@@ -122,9 +123,7 @@ class Registry:
             }
             return self._commit(staging, manifest)
 
-    def restore(
-        self, name: str, fill: Callable[[Path], None], manifest: dict[str, Any], *, origin: str, lineage: dict[str, Any]
-    ) -> ModelRecord:
+    def restore(self, name: str, fill: Callable[[Path], None], manifest: Manifest, *, origin: str, lineage: Lineage) -> ModelRecord:
         """Add a version that another registry made: ``fill(folder)`` writes its files, ``manifest`` is the one it has there.
 
         ``origin`` is where it comes from, ``lineage`` its lineage there; both are kept under ``pulled``. The fingerprint is kept there too,
@@ -144,10 +143,10 @@ class Registry:
             expected = {file["path"]: file["sha256"] for file in manifest["files"]}
             if differing := sorted(path for path in actual.keys() | expected.keys() if actual.get(path) != expected.get(path)):
                 raise RegistryError(f"{name!r} from {origin}: {', '.join(differing[:3])} differs from the manifest; nothing was added")
-            pulled = {"from": origin, "at": _now(), "fingerprint": manifest["fingerprint"], "lineage": lineage}
+            pulled: Pulled = {"from": origin, "at": _now(), "fingerprint": manifest["fingerprint"], "lineage": lineage}
             return self._commit(staging, {**manifest, "name": name, "fingerprint": "", "pulled": pulled})
 
-    def _commit(self, staging: Path, manifest: dict[str, Any]) -> ModelRecord:
+    def _commit(self, staging: Path, manifest: Manifest) -> ModelRecord:
         """Make ``staging``, whose model/ is complete, the next version of the manifest's name."""
         base = manifest["base"]
         for _, file in files_of(staging / "model"):
@@ -159,7 +158,7 @@ class Registry:
         # Do not read it again: another process may already have removed it, but publishing succeeded.
         return ModelRecord(manifest["name"], manifest["version"], manifest["digest"], manifest["role"], folder / "model", manifest)
 
-    def _place(self, staging: Path, manifest: dict[str, Any]) -> Path:
+    def _place(self, staging: Path, manifest: Manifest) -> Path:
         """Write the manifest with the next version number, and move ``staging`` to its place. Returns the version's folder.
 
         Call it under the lock. A crash leaves either nothing or a complete version.
@@ -337,13 +336,13 @@ class Registry:
 
     # Looking after versions
 
-    def lineage(self, ref: str) -> dict[str, Any]:
+    def lineage(self, ref: str) -> Lineage:
         """The ancestry tree of a version: ref, digest, role, base, parents (recursive). Models from outside the registry are leaves.
 
         Parents of a pulled version that are not here are as the repository described them; ``recorded`` names it.
         """
         record = self.get(ref)
-        parents = []
+        parents: list[Lineage] = []
         for parent in record.manifest["parents"]:
             try:
                 known = parent["kind"] == "registry" and self.get(parent["ref"]).digest == parent["digest"]
@@ -434,7 +433,7 @@ class Registry:
             raise RegistryError(f"{ref!r} has several versions ({refs}); name the one to remove")
         records = self.records()
         twins = [other for other in records if other.digest == record.digest and other.ref != record.ref]
-        adapters = [other.ref for other in records if other.is_adapter and other.manifest["base"]["digest"] == record.digest]
+        adapters = [other.ref for other in records if other.base is not None and other.base["digest"] == record.digest]
         if adapters and not twins and not force:
             raise RegistryError(f"{record.ref} is the base of {', '.join(adapters)}; remove them first, or use --force and lose them")
         return record
@@ -475,7 +474,7 @@ def _check_allowed(model: Path, name: str) -> None:
         raise RegistryError(f"{name!r} holds symbolic links ({', '.join(links)}); a version must contain its files")
 
 
-def _recorded(record: ModelRecord, parent: dict[str, Any]) -> dict[str, Any] | None:
+def _recorded(record: ModelRecord, parent: ModelDescription) -> Lineage | None:
     """The ancestry of a parent as a pulled version brought it along; None for a version that was made here."""
     pulled = record.manifest.get("pulled")
     if pulled is None:
@@ -494,18 +493,21 @@ def _versions(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and (path / "manifest.json").exists())
 
 
-def _describe(model: ResolvedModel) -> dict[str, Any]:
+def _describe(model: ResolvedModel) -> ModelDescription:
     """A parent or base as recorded in a manifest: kind, reference (with version), digest, and the path of an external model."""
     ref = model.record.ref if model.record is not None else model.ref
-    described: dict[str, Any] = {"kind": model.kind, "ref": ref, "digest": model.digest}
+    options = model.input
+    described: ModelDescription = {"kind": model.kind, "ref": ref, "digest": model.digest}
     if model.record is None:
         described["path"] = model.path
-    for option in ("revision", "quantization", "trust_remote_code"):
-        value = getattr(model.input, option)
-        if value and value != "none":
-            described[option] = value
-    if model.input.quantization == "nf4":
-        described["double_quantization"] = model.input.double_quantization
+    if options.revision:
+        described["revision"] = options.revision
+    if options.quantization != "none":
+        described["quantization"] = options.quantization
+    if options.trust_remote_code:
+        described["trust_remote_code"] = options.trust_remote_code
+    if options.quantization == "nf4":
+        described["double_quantization"] = options.double_quantization
     return described
 
 
@@ -516,7 +518,7 @@ def _portable_base(base: ResolvedModel | None) -> str | None:
     return base.path if base.kind == "hub" else base.digest
 
 
-def _distinct(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _distinct(items: list[ModelDescription]) -> list[ModelDescription]:
     return [item for index, item in enumerate(items) if item not in items[:index]]
 
 

@@ -2,9 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
+
+from stages.json_types import JsonObject
+
+
+class ModelDescription(TypedDict):
+    """A parent or base model as a manifest records it."""
+
+    kind: str  # "registry" | "folder" | "hub"
+    ref: str  # with the version, for a model of the registry
+    digest: str
+    path: NotRequired[str]  # folder or Hub id; only for a model from outside of the registry
+    revision: NotRequired[str]
+    quantization: NotRequired[str]
+    double_quantization: NotRequired[bool]
+    trust_remote_code: NotRequired[bool]
+
+
+class Lineage(TypedDict):
+    """A model with its ancestors. Only a version of the registry has ``role``, ``created``, ``data`` and ``base``."""
+
+    kind: str  # "registry" | "folder" | "hub"
+    ref: str
+    digest: str
+    parents: list[Lineage]
+    role: NotRequired[str]
+    created: NotRequired[str]
+    data: NotRequired[dict[str, str]]
+    base: NotRequired[ModelDescription | None]
+    path: NotRequired[str]
+    revision: NotRequired[str]
+    quantization: NotRequired[str]
+    double_quantization: NotRequired[bool]
+    trust_remote_code: NotRequired[bool]
+    removed: NotRequired[bool]  # a version of the registry that is gone
+    recorded: NotRequired[str]  # the repository that described this ancestor of a pulled version
+
+
+class FileEntry(TypedDict):
+    """A file of a version: its path relative to model/, its size in bytes and the SHA-256 of its content."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+Pulled = TypedDict("Pulled", {"from": str, "at": str, "fingerprint": str, "lineage": Lineage})
+"""Where a pulled version comes from, when it was pulled, and its fingerprint and lineage there."""
+
+
+class FingerprintParts(TypedDict, total=False):
+    """Everything that the result of a step depends on. A key can be missing in a version of an earlier Tristage."""
+
+    stage: str
+    settings: JsonObject
+    seed: int
+    inputs: dict[str, str]  # content digest of each model input, by field path
+    data: dict[str, str]  # fingerprint of each data input, by field path
+    code: str
+
+
+class Manifest(TypedDict):
+    """The content of manifest.json."""
+
+    manifest_version: int
+    name: str
+    version: int
+    role: str
+    digest: str
+    created: str  # ISO 8601, UTC
+    base: ModelDescription | None  # None for full weights
+    parents: list[ModelDescription]
+    recipe_step: Mapping[str, object]
+    data: dict[str, str]  # fingerprints by field path
+    metrics: Mapping[str, object]
+    fingerprint: str
+    fingerprint_parts: FingerprintParts
+    extra: Mapping[str, object]
+    packages: dict[str, str]
+    files: list[FileEntry]
+    pulled: NotRequired[Pulled]
+    adopted_from: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -16,7 +98,7 @@ class ModelRecord:
     digest: str  # sha256:... of the files of model/, independent of time and path
     role: str
     path: Path  # the model/ folder, for from_pretrained
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     @property
     def ref(self) -> str:
@@ -26,6 +108,11 @@ class ModelRecord:
     def folder(self) -> Path:
         """The version's folder: model/ and manifest.json."""
         return self.path.parent
+
+    @property
+    def base(self) -> ModelDescription | None:
+        """The model below an adapter; None for full weights."""
+        return self.manifest["base"]
 
     @property
     def is_adapter(self) -> bool:

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
 
 from stages.corpora.comparisons import Comparison
 from stages.corpora.files import fingerprint
 from stages.corpora.labels import TASKS, labelled_rows, read_tasks
-from stages.corpora.messages import Prompt
+from stages.corpora.messages import Completion, Prompt
 from stages.corpora.prompts import load_prompt_rows
 from stages.corpora.templates import encode_prompt
 from stages.engines.opening import step_sampler
 from stages.errors import DataError
+from stages.json_types import JsonObject
 from stages.labelling.config import People
 from stages.labelling.publishing import SCORES, publish_scores, publish_tasks, scored_by, step_folder
 from stages.labelling.simulated import ranked
@@ -41,10 +42,29 @@ from stages.sampling.generation import decode_completions, episode_seed
 from stages.step import StepContext
 
 
+class SampledRow(TypedDict):
+    """Distinct completions of one prompt, and the policy that sampled each."""
+
+    prompt: Prompt
+    completions: list[str]
+    policies: list[str]
+
+
+class CollectedRow(TypedDict):
+    """A collected comparison. Only rankings by people name an ``annotator``."""
+
+    prompt: Prompt
+    completions: Sequence[Completion]
+    ranks: list[int]
+    policies: NotRequired[list[str]]
+    annotator: NotRequired[str | None]
+
+
 def collect_comparisons(collection: Collection, context: StepContext, *, precision: str) -> list[Comparison]:
     """The collected comparisons. They are stored next to the checkpoints, so a resumed run does not sample again, and in the run folder."""
     path = context.checkpoint_folder / "collected.jsonl"
     if not context.runtime.decide(path.exists):
+        rows: Sequence[Mapping[str, object]]
         if collection.people is not None:
             rows = _ask_people(collection, collection.people, context, precision)
         else:
@@ -61,11 +81,11 @@ def collect_comparisons(collection: Collection, context: StepContext, *, precisi
         (context.folder / "collected.jsonl").write_text(text, encoding="utf-8")
         if (quality := context.checkpoint_folder / QUALITY).exists():
             (context.folder / QUALITY).write_text(quality.read_text(encoding="utf-8"), encoding="utf-8")
-    rows = [json.loads(line) for line in text.split("\n") if line]
-    return [Comparison(row["prompt"], row["completions"], row["ranks"], row.get("annotator")) for row in rows]
+    collected: list[CollectedRow] = [json.loads(line) for line in text.split("\n") if line]
+    return [Comparison(row["prompt"], row["completions"], row["ranks"], row.get("annotator")) for row in collected]
 
 
-def _ask_people(collection: Collection, people: People, context: StepContext, precision: str) -> list[dict[str, Any]]:
+def _ask_people(collection: Collection, people: People, context: StepContext, precision: str) -> Sequence[Mapping[str, object]]:
     """The annotators' rankings. Tasks are published once; later changes of unrelated settings find the same tasks."""
     folder = _labelling_folder(collection, context)
     context.runtime.decide(lambda: _publish(collection, people, context, precision, folder))
@@ -116,17 +136,17 @@ def _publish(collection: Collection, people: People, context: StepContext, preci
     publish_scores(folder, people.reward_model.ref, source.digest, scores_by_task)
 
 
-def _collect(collection: Collection, context: StepContext, precision: str) -> list[dict[str, Any]]:
+def _collect(collection: Collection, context: StepContext, precision: str) -> list[CollectedRow]:
     assert isinstance(collection.judge, RewardInput)
     runtime = context.runtime
-    rows, details = _sampled(collection, context, precision, collection.judge)
+    sampled, details = _sampled(collection, context, precision, collection.judge)
     device, dtype = runtime.device, runtime.dtype(precision)
     model = context.models.get("collect.judge.model")
     source = build_source(collection.judge, model, device=device, dtype=dtype, cache_folder=context.cache_folder)
-    pairs = [(row["prompt"], text) for row in rows for text in row["completions"]]
+    pairs = [(row["prompt"], text) for row in sampled for text in row["completions"]]
     judgement = judge(source, [prompt for prompt, _ in pairs], [text for _, text in pairs], details)
     scores = iter(judgement.scores.tolist())
-    rows, left_out = _ranked_rows(rows, [[next(scores) for _ in row["completions"]] for row in rows], collection.tie_width)
+    rows, left_out = _ranked_rows(sampled, [[next(scores) for _ in row["completions"]] for row in sampled], collection.tie_width)
     if left_out:
         runtime.console.print(f"{context.name}: {source.name} does not apply to {left_out} of {len(pairs)} completions, which are left out")
     if judgement.cut is not None and judgement.cut.any():
@@ -139,17 +159,14 @@ def _collect(collection: Collection, context: StepContext, precision: str) -> li
 
 def _sampled(
     collection: Collection, context: StepContext, precision: str, judge: RewardInput | None = None
-) -> tuple[list[dict[str, Any]], Details]:
-    """Return (prompts with distinct completions, sampled from the policies by weight; the details that ``judge`` requests).
-
-    Each row has ``prompt``, ``completions`` and ``policies``.
-    """
+) -> tuple[list[SampledRow], Details]:
+    """Return (prompts with distinct completions, sampled from the policies by weight; the details that ``judge`` requests)."""
     asked = load_prompt_rows(collection.data, columns=columns_asked_for([judge] if judge is not None else []))
     Random(f"collection {context.seed}").shuffle(asked)
     asked = asked[: collection.num_prompts]
     drawn = [_sample(collection, context, precision, index, [row.prompt for row in asked]) for index in range(len(collection.policies))]
-    rows: list[dict[str, Any]] = []
-    columns: list[dict[str, Any]] = []
+    rows: list[SampledRow] = []
+    columns: list[JsonObject] = []
     completion_ids: list[list[int]] = []
     for row_index, row in enumerate(asked):
         offered = [(text, index) for index, texts in enumerate(drawn) for text in texts[row_index]]
@@ -167,18 +184,25 @@ def _sampled(
     return rows, Details(columns_of(columns), completion_ids)
 
 
-def _ranked_rows(rows: list[dict[str, Any]], scores: list[list[float]], tie_width: float) -> tuple[list[dict[str, Any]], int]:
+def _ranked_rows(rows: list[SampledRow], scores: list[list[float]], tie_width: float) -> tuple[list[CollectedRow], int]:
     """Return (rows with ranks, number of dropped completions).
 
     Completions without a score (NaN) and rows with fewer than two are dropped.
     """
-    made, left_out = [], 0
+    made: list[CollectedRow] = []
+    left_out = 0
     for row, values in zip(rows, scores, strict=True):
         kept = [index for index, score in enumerate(values) if not math.isnan(score)]
         left_out += len(values) - len(kept)
         if len(kept) >= 2:
-            lists = {name: [row[name][index] for index in kept] for name in ("completions", "policies")}
-            made.append({**row, **lists, "ranks": ranked([values[index] for index in kept], tie_width)})
+            made.append(
+                {
+                    "prompt": row["prompt"],
+                    "completions": [row["completions"][index] for index in kept],
+                    "policies": [row["policies"][index] for index in kept],
+                    "ranks": ranked([values[index] for index in kept], tie_width),
+                }
+            )
     return made, left_out
 
 

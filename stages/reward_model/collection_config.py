@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
@@ -20,12 +20,12 @@ class CollectedPolicy(Strict):
     weight: float = Field(1.0, gt=0, description="Its share of the completions, relative to the other weights.")
 
 
-def _policies(value: Any) -> Any:
+def _policies(value: object) -> object:
     items = value if isinstance(value, list) else [value]
     return [{"model": item} if isinstance(item, str) or (isinstance(item, dict) and "ref" in item) else item for item in items]
 
 
-def _judge_kind(value: Any) -> str:
+def _judge_kind(value: object) -> str:
     return "people" if "people" in (value if isinstance(value, dict) else vars(value)) else "reward"
 
 
@@ -59,7 +59,7 @@ class Collection(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _short_names(cls, value: Any) -> Any:
+    def _short_names(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
         for short, name in SHORT_NAMES.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,9 @@ from stages.corpora.curation import Curation
 from stages.corpora.fitting import PromptFit
 from stages.reward_model.collection_config import Collection
 from stages.rewards.config import QUESTION, RewardInput, check_names, check_question, check_rubrics, reward_model_inputs, rubric_inputs
+
+if TYPE_CHECKING:
+    from stages.corpora.messages import Completion, Prompt
 
 
 class RewardModelOptimizer(OptimizerSettings):
@@ -165,7 +168,7 @@ class RewardModelConfig(TrainingStepConfig):
         if self.collect is not None:
             self.collect.check_data()
 
-    def conversations(self) -> list[tuple[Any, Sequence[Any], str]]:
+    def conversations(self) -> list[tuple[Prompt, Sequence[Completion], str]]:
         """Rows (prompt, completions, location) that the models of this step read; see ``chain/texts.py``."""
         from stages.corpora.comparisons import load_comparisons
 
@@ -173,7 +176,7 @@ class RewardModelConfig(TrainingStepConfig):
         compared = [(item.prompt, item.completions, item.location) for side in (loaded.train, loaded.validation) for item in side]
         return [*compared, *((prompt, [completion], "") for prompt, completion in self.load_demonstrations())]
 
-    def load_demonstrations(self) -> list[tuple[Any, Any]]:
+    def load_demonstrations(self) -> list[tuple[Prompt, Completion]]:
         """The named demonstrations as (prompt, completion); empty if there are none."""
         from stages.corpora.demonstrations import demonstration
         from stages.corpora.files import read_rows

@@ -8,30 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from stages.corpora.comparisons import Comparison, Comparisons
 from stages.corpora.messages import completion_text
 from stages.errors import DataError, ModelError
+from stages.json_types import JsonObject
 from stages.models.loading import load_language_model, load_tokenizer, save_model
 from stages.models.reward_question import RewardQuestion
 from stages.models.sharding import unsharded
 from stages.reward_model.config import RewardModelConfig
 from stages.reward_model.measuring import measure_beside
-from stages.reward_model.preferences import EncodedComparison, agreement
+from stages.reward_model.preferences import Agreement, EncodedComparison, agreement
 from stages.reward_model.rows import say_lost, usable
-from stages.reward_model.training import make_trainer
+from stages.reward_model.training import RankingTrainer, make_trainer
 from stages.rewards.details import Judgement
 from stages.rewards.generative import GenerativeSource
 from stages.rewards.source import judge
-from stages.step import StepContext, StepResult
+from stages.step import Publication, StepContext, StepResult
 from stages.tokens.positions import row_length
 from stages.training.arguments import training_arguments, weights_dtype
 from stages.training.best import gathered_weights, publish_best
 from stages.training.running import train
+
+if TYPE_CHECKING:
+    from stages.model_types import TransformersModel
 
 ROLE = "generative_reward_model"
 
@@ -39,9 +44,9 @@ ROLE = "generative_reward_model"
 class LogOdds(nn.Module):
     """log P(first) - log P(second) of two one-token answers after each text: the difference of two logits at its last token."""
 
-    def __init__(self, language_model: nn.Module, first: int, second: int) -> None:
+    def __init__(self, language_model: TransformersModel, first: int, second: int) -> None:
         super().__init__()
-        self.language_model: Any = language_model
+        self.language_model = language_model
         self.first, self.second = first, second
         self.config = self.language_model.config
 
@@ -51,13 +56,13 @@ class LogOdds(nn.Module):
         last = logits[torch.arange(len(input_ids), device=logits.device), attention_mask.sum(dim=1) - 1].float()
         return last[:, self.first] - last[:, self.second]
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: JsonObject | None = None, **options: object) -> None:
         """Enable gradient checkpointing in the language model."""
         self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
 
 
 def run_generative(
-    config: RewardModelConfig, context: StepContext, load: Callable[[Any], tuple[Comparisons, dict[str, int]]]
+    config: RewardModelConfig, context: StepContext, load: Callable[[PreTrainedTokenizerBase], tuple[Comparisons, dict[str, int]]]
 ) -> StepResult:
     """Measure on held-out comparisons, train if the config asks for it, and publish the model with its question and answers.
 
@@ -89,8 +94,8 @@ def run_generative(
     say_lost(context, "held-out ", lost, judging.max_length or 0)
     texts = [item for item, rows in zip(heldout, encoded, strict=True) if rows.pairs[0]]
     before = after = measure(judging, texts, counted)
-    trained: dict[str, Any] = {}
-    trainer: Any = None
+    trained: dict[str, float] = {}
+    trainer: RankingTrainer | None = None
     if trains:
         trainer, trained = _train(config, context, judging, comparisons, lambda: measure(judging, texts, counted))
         after = measure(judging, texts, counted)
@@ -108,7 +113,7 @@ def run_generative(
         **{f"heldout_{name}": value for name, value in lost.as_metrics().items()},
         **{f"curation_{reason}": number for reason, number in sorted(left_out.items())},
     }
-    kind: dict[str, Any] = {"role": ROLE, "base": source if config.lora is not None else None}
+    kind: Publication = {"role": ROLE, "base": source if config.lora is not None else None}
     rows = [item.rows[0] for item in counted]
 
     def save(folder: Path, weights: dict[str, Tensor] | None) -> None:
@@ -116,9 +121,9 @@ def run_generative(
         save_model(model, tokenizer, folder, state_dict=own, rows=rows)
         asked.write(folder)
 
-    if trains:
+    if trainer is not None:
         publish_best(trainer, context, save, **kind)
-    weights = gathered_weights(trainer) if trains else None
+    weights = gathered_weights(trainer) if trainer is not None else None
     record = context.publish(lambda folder: save(folder, weights), metrics=metrics, **kind)
     return StepResult(model=record, metrics=metrics)
 
@@ -136,7 +141,7 @@ def encode(comparison: Comparison, judging: GenerativeSource) -> EncodedComparis
     )
 
 
-def measure(judging: GenerativeSource, comparisons: Sequence[Comparison], encoded: Sequence[EncodedComparison]) -> dict[str, Any]:
+def measure(judging: GenerativeSource, comparisons: Sequence[Comparison], encoded: Sequence[EncodedComparison]) -> Agreement:
     """Agreement of the log-odds with held-out comparisons. Raises DataError if there are none."""
     if not comparisons:
         raise DataError("no held-out comparison has a preference; use validation data with pairs that are not ties")
@@ -155,8 +160,8 @@ def _train(
     context: StepContext,
     judging: GenerativeSource,
     comparisons: Comparisons,
-    measured: Callable[[], dict[str, Any]],
-) -> tuple[Any, dict[str, Any]]:
+    measured: Callable[[], Agreement],
+) -> tuple[RankingTrainer, dict[str, float]]:
     """Train with the ranking loss on the log-odds, as for a scalar reward model. Returns (trainer, training metrics).
 
     Raises ModelError unless both answers are one token each.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from stages.errors import DataError
 from stages.models.heads import RewardModel
 from stages.models.sharding import unsharded
 from stages.reward_model.config import RewardModelConfig
-from stages.reward_model.preferences import EncodedComparison, agreement
+from stages.reward_model.preferences import Agreement, EncodedComparison, agreement
 from stages.rewards.building import build_reward
 from stages.rewards.learned import score_rows
 from stages.step import StepContext
@@ -22,7 +21,7 @@ from stages.step import StepContext
 
 def measure_beside(
     config: RewardModelConfig, context: StepContext, comparisons: Sequence[Comparison], encoded: Sequence[EncodedComparison]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, float]]:
     """Agreement of each source of ``beside`` with the held-out comparisons, by name. One source at a time is in memory."""
     runtime = context.runtime
     prompts = [item.prompt for item in comparisons for _ in item.completions]
@@ -38,7 +37,12 @@ def measure_beside(
         )
         measured = agreement(runtime.decide(partial(reward.score, prompts, completions)).total, encoded)
         name = source.shown_name
-        agreements[name] = {key: measured[key] for key in ("accuracy", "ci_low", "ci_high", "pairs")}
+        agreements[name] = {
+            "accuracy": measured["accuracy"],
+            "ci_low": measured["ci_low"],
+            "ci_high": measured["ci_high"],
+            "pairs": measured["pairs"],
+        }
         runtime.console.print(
             f"{context.name}: for comparison, {name}: held-out accuracy {measured['accuracy']:.3f} (95 % {measured['ci_low']:.3f} to "
             f"{measured['ci_high']:.3f})"
@@ -46,7 +50,9 @@ def measure_beside(
     return agreements
 
 
-def inference(model: RewardModel) -> Any:
+def inference(model: RewardModel) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A function of input_ids and attention_mask [B, T] that returns the scores [B], without gradients."""
+
     def score(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             return model.score(input_ids, attention_mask)
@@ -56,7 +62,7 @@ def inference(model: RewardModel) -> Any:
 
 def measure(
     model: RewardModel, comparisons: Sequence[EncodedComparison], *, pad_token_id: int, batch_size: int, gain: float = 1.0
-) -> dict[str, Any]:
+) -> Agreement:
     """Agreement of the model's scores with held-out comparisons (stages.reward_model.preferences)."""
     if not comparisons:
         raise DataError("no held-out comparison has a preference; use validation data with pairs that are not ties")

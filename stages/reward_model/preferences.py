@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -50,7 +50,57 @@ class EncodedComparison:
         return len(ranked) - equal, equal
 
 
-def agreement(scores: Tensor, comparisons: Sequence[EncodedComparison], *, gain: float = 1.0) -> dict[str, Any]:
+class AccuracyByLength(TypedDict):
+    """Accuracy of the pairs whose better completion is longer, shorter or about as long."""
+
+    better_is: str
+    accuracy: float
+    pairs: int
+
+
+class AccuracyOfGroup(TypedDict):
+    """Accuracy of the pairs with one value in a column, with its 95 % interval."""
+
+    value: str
+    accuracy: float
+    ci_low: float
+    ci_high: float
+    pairs: int
+
+
+class LengthAgreement(TypedDict):
+    """Accuracy by length, and how often the longer completion scores higher, and is the better one."""
+
+    accuracy_by_length: list[AccuracyByLength]
+    prefers_longer: NotRequired[float]  # missing if all lengths are equal
+    longer_is_better: NotRequired[float]
+
+
+class GroupAgreement(TypedDict, total=False):
+    """Accuracy by group; missing without groups."""
+
+    accuracy_by_group: dict[str, list[AccuracyOfGroup]]  # by column
+
+
+class Agreement(LengthAgreement, GroupAgreement):
+    """How well scores agree with preferences. Intervals are at 95 %; ``pairs`` counts ranked pairs."""
+
+    accuracy: float
+    ci_low: float
+    ci_high: float
+    accuracy_by_prompt: float
+    accuracy_by_prompt_ci_low: float
+    accuracy_by_prompt_ci_high: float
+    pairs: int
+    loss: float
+    calibration_error: float
+    calibration: list[dict[str, float]]
+    accuracy_by_margin: list[dict[str, float | None]]
+    score_mean: float
+    score_std: float
+
+
+def agreement(scores: Tensor, comparisons: Sequence[EncodedComparison], *, gain: float = 1.0) -> Agreement:
     """Compare the scores [N] of all completions (in the order of the comparisons) with the preferences.
 
     The model's probability of its preferred completion is sigmoid(margin); calibration compares it with the actual accuracy. ``gain``:
@@ -107,7 +157,7 @@ def _by_margin(margins: Tensor, correct: Tensor) -> list[dict[str, float | None]
     return rows
 
 
-def _by_length(comparisons: Sequence[EncodedComparison], better: Tensor, worse: Tensor, correct: Tensor) -> dict[str, Any]:
+def _by_length(comparisons: Sequence[EncodedComparison], better: Tensor, worse: Tensor, correct: Tensor) -> LengthAgreement:
     """Accuracy where the better completion is longer, shorter or about as long, and how often the longer one scores higher.
 
     Without a bias, ``prefers_longer`` is near ``longer_is_better``, the share of pairs in which annotators preferred the longer one.
@@ -116,12 +166,12 @@ def _by_length(comparisons: Sequence[EncodedComparison], better: Tensor, worse: 
     lengths = torch.tensor([float(length) for row in known for length in row])
     difference = lengths[better] - lengths[worse]
     alike = difference.abs() < EQUAL_LENGTH * torch.maximum(lengths[better], lengths[worse])
-    rows = [
+    rows: list[AccuracyByLength] = [
         {"better_is": name, "accuracy": float(correct[chosen].double().mean()), "pairs": int(chosen.sum())}
         for name, chosen in (("longer", ~alike & (difference > 0)), ("shorter", ~alike & (difference < 0)), ("as long", alike))
         if chosen.any()
     ]
-    result: dict[str, Any] = {"accuracy_by_length": rows}
+    result: LengthAgreement = {"accuracy_by_length": rows}
     unequal = ~alike
     if unequal.any():
         longer_scores_higher = (difference > 0) == correct
@@ -130,14 +180,14 @@ def _by_length(comparisons: Sequence[EncodedComparison], better: Tensor, worse: 
     return result
 
 
-def _by_group(comparisons: Sequence[EncodedComparison], prompts_of_pairs: Tensor, correct: Tensor) -> dict[str, Any]:
+def _by_group(comparisons: Sequence[EncodedComparison], prompts_of_pairs: Tensor, correct: Tensor) -> GroupAgreement:
     """Accuracy for each value of each column in ``groups``, with its interval."""
-    tables: dict[str, Any] = {}
+    tables: dict[str, list[AccuracyOfGroup]] = {}
     for column in comparisons[0].groups:
         by_value: dict[str, list[bool]] = {}
         for row, is_correct in zip(prompts_of_pairs.tolist(), correct.tolist(), strict=True):
             by_value.setdefault(comparisons[row].groups[column], []).append(is_correct)
-        rows = []
+        rows: list[AccuracyOfGroup] = []
         for value, own in sorted(by_value.items()):
             hits, pairs = sum(own), len(own)
             low, high = wilson_interval(hits, pairs)

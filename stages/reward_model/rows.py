@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from stages.corpora.comparisons import Comparison
-from stages.corpora.messages import errors_at
+from stages.corpora.messages import Completion, Prompt, errors_at
 from stages.corpora.templates import encode_pair
 from stages.errors import DataError
 from stages.reward_model.preferences import EncodedComparison
@@ -17,7 +17,7 @@ from stages.sampling.padding import right_pad
 from stages.step import StepContext
 
 
-def encode(comparison: Comparison, tokenizer: Any, max_length: int) -> EncodedComparison:
+def encode(comparison: Comparison, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedComparison:
     """Encode prompt and completion as one row per completion, including the chat template's ending. Rows are truncated at the beginning."""
     with errors_at(comparison.location):
         pairs = [encode_pair(tokenizer, comparison.prompt, completion) for completion in comparison.completions]
@@ -67,7 +67,7 @@ def say_lost(context: StepContext, which: str, lost: Lost, max_length: int) -> N
         raise DataError(f"no {which}comparison is left: truncated to {max_length} tokens, the completions are equal; raise max_length")
 
 
-def encode_pairs(pairs: Sequence[tuple[Any, Any]], tokenizer: Any, max_length: int) -> list[list[int]]:
+def encode_pairs(pairs: Sequence[tuple[Prompt, Completion]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
     # Collected and sampled completions may be truncated; completions from data were checked before.
     return [encode_pair(tokenizer, prompt, completion, sampled=True)[0][-max_length:] for prompt, completion in pairs]
 

@@ -6,16 +6,18 @@ All pairs of a prompt are one batch element: each of its K completions is scored
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from stages.corpora.comparisons import Comparisons, load_comparisons
 from stages.corpora.curation import Curator
 from stages.corpora.fitting import fit_prompt
+from stages.corpora.messages import Completion, Prompt
 from stages.corpora.templates import check_rendering, count_tokens, encode_prompt
 from stages.engines.opening import step_sampler
 from stages.errors import ModelError, TrainingError
+from stages.json_types import JsonObject
 from stages.models.heads import RewardModel
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.sharding import unsharded
@@ -27,7 +29,7 @@ from stages.reward_model.rows import encode, encode_pairs, say_lost, usable
 from stages.reward_model.training import Attempt, finished, new_model, train_with_seed
 from stages.rewards.learned import score_rows
 from stages.sampling.generation import decode_completions, episode_seed
-from stages.step import StepContext, StepResult
+from stages.step import Publication, StepContext, StepResult
 from stages.tokens.positions import row_length
 from stages.training.best import gathered_weights, publish_best
 from stages.training.checkpoints import load_tensors, trainable
@@ -75,7 +77,6 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
         return 1.0, deviation
 
     attempts: list[Attempt] = []
-    trainer: Any = None
     for offset in range(config.num_seeds):
         seed = context.seed + offset
         if offset:
@@ -91,7 +92,7 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
         if kept is None:
             raise TrainingError(f"{context.name}: the saved weights of seed {best.seed} are damaged; run the command again")
         load_tensors(trainable(model), kept.path / "model.safetensors")
-    kind: dict[str, Any] = {"role": "reward_model", "base": context.models["model"] if config.lora is not None else None}
+    kind: Publication = {"role": "reward_model", "base": context.models["model"] if config.lora is not None else None}
     shown = [item.rows[0] for item in heldout]  # rows on which the saved model is compared with the model in memory
     publish_best(
         trainer,
@@ -109,7 +110,7 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
         f"(95 % {after['ci_low']:.3f} to {after['ci_high']:.3f}, {after['pairs']} pairs)"
     )
     beside = measure_beside(config, context, texts_of_measuring, measuring)
-    metrics = {
+    metrics: JsonObject = {
         "heldout_accuracy_before": before["accuracy"],
         **({"heldout_beside": beside} if beside else {}),
         **{f"heldout_{name}": value for name, value in after.items()},
@@ -142,7 +143,9 @@ def _check_texts(config: RewardModelConfig, context: StepContext) -> None:
     check_rendering(load_tokenizer(context.models["model"]), config.conversations())
 
 
-def _load_comparisons(config: RewardModelConfig, context: StepContext, tokenizer: Any) -> tuple[Comparisons, dict[str, int]]:
+def _load_comparisons(
+    config: RewardModelConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Comparisons, dict[str, int]]:
     """Return (the comparisons, including collected ones, with fitted prompts; the numbers of filtered rows by reason)."""
     curator = Curator(config.curation, count_tokens(tokenizer))
     loaded = load_comparisons(config.data, preferred=config.preferred, curator=curator, group_by=config.group_by)
@@ -158,7 +161,7 @@ def _load_comparisons(config: RewardModelConfig, context: StepContext, tokenizer
     return Comparisons(train, validation, len(train) - len(loaded.train)), dict(curator.left_out)
 
 
-def _texts_to_normalize_on(config: RewardModelConfig, context: StepContext, comparisons: Comparisons) -> list[tuple[Any, Any]]:
+def _texts_to_normalize_on(config: RewardModelConfig, context: StepContext, comparisons: Comparisons) -> list[tuple[Prompt, Completion]]:
     """(prompt, completion) pairs whose mean score becomes 0."""
     if config.normalization.on == "demonstrations":
         return config.load_demonstrations() or [(item.prompt, item.best) for item in comparisons.train]

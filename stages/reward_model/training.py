@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch
-from transformers import Trainer
+from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from stages.models.heads import RewardModel
 from stages.reward_model.config import RewardModelConfig
@@ -22,6 +23,8 @@ from stages.training.checkpoints import Checkpoints, load_tensors, save_tensors,
 from stages.training.microbatches import chosen_rows, row_lengths
 from stages.training.reproducible import reproducible
 from stages.training.running import train
+
+Batch: TypeAlias = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def train_with_seed(
     deciding: list[EncodedComparison],
     scoring: dict[str, int],
     seed: int,
-) -> tuple[Attempt, Any]:
+) -> tuple[Attempt, RankingTrainer]:
     """Train with one seed. Returns (the attempt, the trainer). With several seeds, each one has its own checkpoints and final weights."""
     several = config.num_seeds > 1
     own = replace(context, seed=seed, checkpoint_folder=context.checkpoint_folder / f"seed-{seed}") if several else context
@@ -94,14 +97,21 @@ class RankingTrainer(reproducible(Trainer)):  # type: ignore[misc]
     loss_is_scaled_for_ga = True  # the loss below is already divided by the number of items in the step
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None, **_: Any
-    ) -> Any:
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **_: object,
+    ) -> torch.Tensor | tuple[torch.Tensor, Batch]:
+        """The mean loss over the prompts of the step, or (the loss, the scores [N])."""
         scores = model(inputs["input_ids"], inputs["attention_mask"])
         losses = self.losses_of(scores, inputs["ranks"], inputs["prompt_index"], inputs["text_index"])
+        assert num_items_in_batch is not None  # only training calls this method
         loss = losses.sum() / num_items_in_batch * self.args.world_size  # DDP takes the mean over processes
         return (loss, {"scores": scores}) if return_outputs else loss
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor:
         """Number of prompts in the step with a preference, over all processes."""
         count = 0
         for batch in batch_samples:
@@ -109,13 +119,13 @@ class RankingTrainer(reproducible(Trainer)):  # type: ignore[misc]
             count += len(torch.unique(batch["prompt_index"][better]))
         return self.accelerator.gather(torch.tensor([count], device=device)).sum().clamp(min=1)
 
-    def sizes_of(self, batch: dict[str, Any]) -> list[int]:
+    def sizes_of(self, batch: Batch) -> list[int]:
         """Of each prompt: its number of completions, times the longest text."""
         lengths, owners = row_lengths(batch), batch["prompt_index"].tolist()
         texts = [[length for length, owner in zip(lengths, owners, strict=True) if owner == prompt] for prompt in range(max(owners) + 1)]
         return [len(own) * max(own) for own in texts]
 
-    def part_of(self, batch: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    def part_of(self, batch: Batch, rows: list[int]) -> Batch:
         """All completions of the prompts ``rows``. These prompts get the new numbers 0, 1, ..."""
         owners: list[int] = batch["prompt_index"].tolist()
         numbers = {prompt: number for number, prompt in enumerate(rows)}
@@ -123,11 +133,13 @@ class RankingTrainer(reproducible(Trainer)):  # type: ignore[misc]
         renumbered = [numbers[owner] for owner in part["prompt_index"].tolist()]
         return {**part, "prompt_index": torch.tensor(renumbered, device=part["prompt_index"].device)}
 
-    def blank(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def blank(self, batch: Batch) -> Batch:
         return {**batch, "ranks": torch.zeros_like(batch["ranks"])}  # all ties: no pairs
 
 
-def make_trainer(model: Any, arguments: Any, rows: list[EncodedComparison], pad_token_id: int, loss: str = "pairs") -> Any:
+def make_trainer(
+    model: nn.Module, arguments: TrainingArguments, rows: list[EncodedComparison], pad_token_id: int, loss: str = "pairs"
+) -> RankingTrainer:
     """A trainer on prompts with all their completions. ``loss``: pairs | best_of."""
     trainer = RankingTrainer(model=model, args=arguments, train_dataset=rows, data_collator=lambda items: collate(items, pad_token_id))
     trainer.losses_of = ranking_losses if loss == "pairs" else best_of_ranked_losses

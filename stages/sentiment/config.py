@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,7 @@ from stages.config import (
     check_origin,
     check_trainable,
 )
+from stages.json_types import JsonObject
 
 
 class WordPieceSettings(Strict):
@@ -49,7 +50,7 @@ class SentimentConfig(TrainingStepConfig):
 
     stage: Literal["sentiment"] = "sentiment"
     model: ModelField | None = Field(None, description="Encoder or classifier to fine-tune, e.g. distilbert-base-uncased.")
-    architecture: dict[str, Any] | None = Field(
+    architecture: JsonObject | None = Field(
         None, description="Random weights: {type: distilbert | bert | ..., and fields of that transformers config, e.g. dim: 128}."
     )
     tokenizer: WordPieceSettings | None = Field(None, description="With architecture: the tokenizer to train on the texts.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from rich.markup import escape
@@ -13,13 +13,30 @@ from stages.corpora.reviews import Review
 from stages.models.budget import each_group
 from stages.models.sharding import unsharded
 from stages.sentiment.config import SentimentConfig
-from stages.sentiment.rows import Collator
+from stages.sentiment.rows import Collator, EncodedReview
 from stages.stats.classification import calibration_bins, confusion_matrix, expected_calibration_error, f1_scores
 from stages.stats.intervals import wilson_interval
 from stages.step import StepContext
 
+if TYPE_CHECKING:
+    from stages.model_types import TransformersModel
 
-def predict(model: Any, rows: Sequence[dict[str, Any]], pad_token_id: int, batch_size: int = 64) -> torch.Tensor:
+
+class Measured(TypedDict):
+    """Measurements of a classifier on held-out reviews. ``confusion_matrix``: rows are the true classes."""
+
+    accuracy: float
+    accuracy_ci_low: float
+    accuracy_ci_high: float
+    f1: float
+    f1_macro: float
+    confusion_matrix: list[list[int]]
+    calibration_error: float
+    calibration: list[dict[str, float]]
+    loss: float
+
+
+def predict(model: TransformersModel, rows: Sequence[EncodedReview], pad_token_id: int, batch_size: int = 64) -> torch.Tensor:
     """Class probabilities [N, C] on the CPU. The model's mode is restored."""
     collate = Collator(pad_token_id)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
@@ -40,7 +57,7 @@ def predict(model: Any, rows: Sequence[dict[str, Any]], pad_token_id: int, batch
     return torch.stack(probabilities)
 
 
-def measure(probabilities: torch.Tensor, truth: Sequence[int]) -> dict[str, Any]:
+def measure(probabilities: torch.Tensor, truth: Sequence[int]) -> Measured:
     """Accuracy with its 95 % interval, F1 (of the last class; mean over classes), confusion matrix (rows: truth), calibration, loss."""
     labels = torch.tensor(list(truth))
     confidence, predicted = probabilities.max(dim=1)
@@ -61,7 +78,7 @@ def measure(probabilities: torch.Tensor, truth: Sequence[int]) -> dict[str, Any]
     }
 
 
-def examples_of(reviews: Sequence[Review], before: torch.Tensor, after: torch.Tensor, config: SentimentConfig) -> list[dict[str, Any]]:
+def examples_of(reviews: Sequence[Review], before: torch.Tensor, after: torch.Tensor, config: SentimentConfig) -> list[dict[str, str]]:
     """Evenly spaced held-out reviews with label and prediction."""
     step = max(1, len(reviews) // max(1, config.num_examples))
     shown = []
@@ -74,7 +91,7 @@ def examples_of(reviews: Sequence[Review], before: torch.Tensor, after: torch.Te
     return shown
 
 
-def show(examples: list[dict[str, Any]], after: dict[str, Any], before: dict[str, Any], context: StepContext) -> None:
+def show(examples: list[dict[str, str]], after: Measured, before: Measured, context: StepContext) -> None:
     table = Table("review", "truth", "before", "after", title=f"{context.name}: held-out reviews", title_justify="left")
     for row in examples:
         right = "green" if row["after"] == row["truth"] else "red"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -16,6 +16,7 @@ from transformers import (
 
 from stages.corpora.files import read_rows
 from stages.corpora.rows import text_of
+from stages.json_types import JsonObject
 from stages.models.architectures import random_model
 from stages.models.loading import load_classifier, load_tokenizer
 from stages.sentiment.config import SentimentConfig, WordPieceSettings
@@ -28,8 +29,13 @@ from stages.training.checkpoints import Checkpoints, save_tensors
 from stages.training.reproducible import counted_loss, reproducible
 from stages.training.running import train
 
+if TYPE_CHECKING:
+    from stages.model_types import TransformersModel
 
-def tokenizer_and_model(config: SentimentConfig, context: StepContext, texts: list[str]) -> tuple[PreTrainedTokenizerBase, Any]:
+
+def tokenizer_and_model(
+    config: SentimentConfig, context: StepContext, texts: list[str]
+) -> tuple[PreTrainedTokenizerBase, TransformersModel]:
     if config.model is not None:
         tokenizer = load_tokenizer(context.models["model"])
         tokenizer.model_max_length = min(config.max_length, tokenizer.model_max_length)
@@ -63,14 +69,14 @@ def tokenizer_and_model(config: SentimentConfig, context: StepContext, texts: li
     return tokenizer, model
 
 
-def _limit_length(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+def _limit_length(tokenizer: PreTrainedTokenizerBase, model: TransformersModel) -> None:
     """Make the tokenizer truncate texts at the model's maximum length if it is below the tokenizer's own limit."""
     if (length := readable_length(model.config, tokenizer)) is not None:
         tokenizer.model_max_length = length
 
 
 def _masked_body(
-    config: SentimentConfig, context: StepContext, architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase, texts: list[str]
+    config: SentimentConfig, context: StepContext, architecture: JsonObject, tokenizer: PreTrainedTokenizerBase, texts: list[str]
 ) -> dict[str, torch.Tensor]:
     """The encoder's weights after masked-language modelling. Stored in the checkpoint folder for resumed runs."""
     assert config.masked is not None

@@ -5,16 +5,15 @@ The logits or probabilities of its classes can also be reward sources for PPO an
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import Trainer
 
 from stages.corpora.reviews import load_reviews
+from stages.json_types import JsonObject
 from stages.sentiment.config import SentimentConfig
 from stages.sentiment.measuring import examples_of, measure, predict, show
 from stages.sentiment.model import tokenizer_and_model
 from stages.sentiment.rows import Collator, encode
-from stages.step import StepContext, StepResult
+from stages.step import Publication, StepContext, StepResult
 from stages.training.arguments import training_arguments
 from stages.training.best import publish_trained
 from stages.training.reproducible import counted_loss, reproducible
@@ -39,7 +38,8 @@ def run(config: SentimentConfig, context: StepContext) -> StepResult:
         model=model, args=arguments, train_dataset=rows, data_collator=Collator(tokenizer.pad_token_id), compute_loss_func=counted_loss
     )
     truth = [row["labels"] for row in heldout]
-    before = predict(model.to(context.runtime.device), heldout, tokenizer.pad_token_id)
+    model = model.to(context.runtime.device)  # type: ignore[arg-type]  # transformers wraps `to` without its self
+    before = predict(model, heldout, tokenizer.pad_token_id)
     trained = train(
         trainer,
         context,
@@ -53,9 +53,11 @@ def run(config: SentimentConfig, context: StepContext) -> StepResult:
     examples = examples_of(reviews.validation, before, after, config)
     show(examples, measured, measured_before, context)
     context.log(trainer.state.global_step, {"heldout/accuracy": measured["accuracy"], "heldout/loss": measured["loss"]})
-    metrics = {
+    metrics: JsonObject = {
         **{f"heldout_{name}": value for name, value in measured.items()},
-        **{f"heldout_{name}_before": measured_before[name] for name in ("accuracy", "f1", "loss")},
+        "heldout_accuracy_before": measured_before["accuracy"],
+        "heldout_f1_before": measured_before["f1"],
+        "heldout_loss_before": measured_before["loss"],
         **trained,
         "reviews": len(rows),
         "heldout_reviews": len(heldout),
@@ -64,7 +66,7 @@ def run(config: SentimentConfig, context: StepContext) -> StepResult:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "examples": examples,
     }
-    kind: dict[str, Any] = {
+    kind: Publication = {
         "role": "classifier",
         "base": context.models["model"] if config.lora is not None else None,
         "extra": {"labels": config.labels},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,6 +21,11 @@ from stages.corpora.curation import Curation
 from stages.corpora.fitting import PromptFit
 from stages.corpora.training_rows import TrainOn
 from stages.training.config import Selection
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from stages.corpora.messages import Completion, Prompt
 
 
 class SFTOptimizer(OptimizerSettings):
@@ -98,7 +103,7 @@ class SFTStepConfig(TrainingStepConfig):
             columns = columns_asked_for(self.selection.reward, run=False)
             load_prompt_rows(self.selection.data, split="validation", columns=columns)
 
-    def conversations(self) -> list[tuple[Any, list[Any], str]]:
+    def conversations(self) -> list[tuple[Prompt, Sequence[Completion], str]]:
         """Rows (prompt, completions, location) that the models of this step read; see ``chain/texts.py``."""
         from stages.corpora.demonstrations import load_demonstrations
 

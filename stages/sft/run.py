@@ -6,7 +6,6 @@ Rows are tokenized here with the template that is saved with the model, so that 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +15,7 @@ from stages.corpora.fitting import fit_prompt
 from stages.corpora.prompts import PromptRow, load_prompt_rows
 from stages.corpora.rows import Row
 from stages.corpora.templates import count_tokens, set_template
+from stages.json_types import JsonObject
 from stages.models.adapters import refuse_output_adapter
 from stages.models.dropout import set_residual_dropout
 from stages.models.likelihood import Likelihood
@@ -23,8 +23,8 @@ from stages.models.loading import load_language_model, load_tokenizer
 from stages.rewards.signature import columns_asked_for
 from stages.sft.config import SFTStepConfig
 from stages.sft.rows import Encoded, EncodedRow, encode, fitted, pretraining_blocks, short_enough
-from stages.sft.trainer import make_trainer
-from stages.step import StepContext, StepResult
+from stages.sft.trainer import DemonstrationTrainer, make_trainer
+from stages.step import Publication, StepContext, StepResult
 from stages.tokens.positions import row_length
 from stages.tokens.turns import turn_form
 from stages.training.arguments import weights_dtype
@@ -75,7 +75,7 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     remembered = _measure_pretraining(trainer, config, context, tokenizer, mixed.heldout)
 
     num_tokens = sum(len(row.ids) for row in rows + mixed.train)
-    metrics = {
+    metrics: JsonObject = {
         "heldout_loss_before": before,
         "heldout_loss_after": after,
         **trained,
@@ -88,7 +88,7 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     }
     if forgotten is not None and remembered is not None:
         metrics |= {"pretraining_rows": len(mixed.train), "pretraining_loss_before": forgotten, "pretraining_loss_after": remembered}
-    kind: dict[str, Any] = {
+    kind: Publication = {
         "role": "language_model",
         "base": context.models["model"] if config.lora is not None else None,
         "extra": {"template": config.template} if config.template is not None else None,
@@ -118,7 +118,7 @@ def _say_form(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, context: Ste
 def _selector(
     config: SFTStepConfig,
     context: StepContext,
-    trainer: Any,
+    trainer: DemonstrationTrainer,
     tokenizer: PreTrainedTokenizerBase,
     demonstrations: Demonstrations,
     heldout: list[EncodedRow],
@@ -145,7 +145,12 @@ def _selector(
 
 
 def _measure(
-    trainer: Any, config: SFTStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, heldout: list[EncodedRow], when: str
+    trainer: DemonstrationTrainer,
+    config: SFTStepConfig,
+    context: StepContext,
+    tokenizer: PreTrainedTokenizerBase,
+    heldout: list[EncodedRow],
+    when: str,
 ) -> float:
     likelihood = _likelihood(trainer, config, context, tokenizer, heldout)
     context.log(0 if when == "before" else trainer.state.global_step, {"heldout/loss": likelihood.loss})
@@ -154,14 +159,22 @@ def _measure(
 
 
 def _measure_pretraining(
-    trainer: Any, config: SFTStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, heldout: list[EncodedRow]
+    trainer: DemonstrationTrainer,
+    config: SFTStepConfig,
+    context: StepContext,
+    tokenizer: PreTrainedTokenizerBase,
+    heldout: list[EncodedRow],
 ) -> float | None:
     """Loss on held-out blocks of the pretraining mix; None without a mix."""
     return _likelihood(trainer, config, context, tokenizer, heldout).loss if heldout else None
 
 
 def _likelihood(
-    trainer: Any, config: SFTStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, heldout: list[EncodedRow]
+    trainer: DemonstrationTrainer,
+    config: SFTStepConfig,
+    context: StepContext,
+    tokenizer: PreTrainedTokenizerBase,
+    heldout: list[EncodedRow],
 ) -> Likelihood:
     rows = [(row.ids, row.counted(config.completion_only_loss)) for row in heldout]
     return heldout_likelihood(trainer, context, tokenizer, rows, config.precision)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import datasets
+import torch
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from stages.json_types import JsonObject
 from stages.models.adapters import train_in_fp32
 from stages.models.quiet import quiet_transformers
 from stages.sft.config import SFTStepConfig
@@ -20,17 +23,22 @@ from stages.step import StepContext
 from stages.training.arguments import training_arguments
 from stages.training.reproducible import IGNORED, reproducible
 
+if TYPE_CHECKING:
+    from stages.model_types import TransformersModel
+
 
 class DemonstrationTrainer(reproducible(SFTTrainer)):  # type: ignore[misc]
     """Averages entropy and accuracy over tokens. TRL averages over forward passes, which depends on how a step is split."""
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], *arguments: object, **named: object
+    ) -> torch.Tensor | tuple[torch.Tensor, object]:
         counted = self.accelerator.gather((inputs["labels"][..., 1:] != IGNORED).sum().reshape(1)).sum()
-        made = super().compute_loss(model, inputs, *arguments, **named)
+        made: torch.Tensor | tuple[torch.Tensor, object] = super().compute_loss(model, inputs, *arguments, **named)
         self._metrics["train"]["counted"].append(float(counted))
         return made
 
-    def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
+    def log(self, logs: dict[str, float], *arguments: object, **named: object) -> None:
         kept = self._metrics["train"]
         counts = kept.pop("counted", [])
         for name in ("entropy", "mean_token_accuracy"):
@@ -42,13 +50,13 @@ class DemonstrationTrainer(reproducible(SFTTrainer)):  # type: ignore[misc]
 def make_trainer(
     config: SFTStepConfig,
     context: StepContext,
-    model: Any,
+    model: TransformersModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[EncodedRow],
     max_length: int,
-) -> Any:
+) -> DemonstrationTrainer:
     """A trainer on ``rows``, packed or unpacked."""
-    options: dict[str, Any] = {"max_length": None, "packing": False, "completion_only_loss": config.completion_only_loss}
+    options: JsonObject = {"max_length": None, "packing": False, "completion_only_loss": config.completion_only_loss}
     collator = None
     if config.packing:
         columns = pack_rows(rows, max_length, config.completion_only_loss)

@@ -53,7 +53,7 @@ def pull(
         )
     versions = read_description(fetch(repository, DESCRIPTION).read_text(encoding="utf-8"), repository.ref)
     model, *bases = versions
-    coded = [version.manifest["base"]["ref"] for version in versions if (version.manifest["base"] or {}).get("trust_remote_code")]
+    coded = [base["ref"] for version in versions if (base := version.manifest["base"]) is not None and base.get("trust_remote_code")]
     if coded and not trust_remote_code:
         raise HubError(
             f"{repository.ref} is based on {coded[0]}, which runs its own code when it is loaded. If you trust it, add --trust-remote-code"

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TypeVar, cast
 
 from stages.errors import HubError, RegistryError
+from stages.registry.card import StoredEvaluation
 from stages.registry.contents import UNSAFE_SUFFIXES, digest_of
 from stages.registry.ledger import ROLES, Registry
-from stages.registry.record import ModelRecord
+from stages.registry.record import Lineage, Manifest, ModelRecord
 
+Content = TypeVar("Content")
 FORMAT = 1
 DESCRIPTION = "tristage.json"
 CARD = "README.md"
@@ -35,8 +37,8 @@ class SharedVersion:
     """One version in a repository. ``folder`` is "" for the model itself and ``bases/N`` for its bases."""
 
     folder: str
-    manifest: dict[str, Any]
-    lineage: dict[str, Any]
+    manifest: Manifest
+    lineage: Lineage
 
     @property
     def name(self) -> str:
@@ -84,8 +86,9 @@ def versions_to_share(record: ModelRecord, registry: Registry) -> list[tuple[Mod
     for number, version in enumerate(versions):
         manifest, lineage = without_local_paths(version.manifest), without_local_paths(registry.lineage(version.ref))
         # A pulled version is pushed as it was. The note that it was pulled belongs only to this registry.
-        pulled = manifest.pop("pulled", {})
-        manifest["fingerprint"] = manifest["fingerprint"] or pulled.get("fingerprint", "")
+        if "pulled" in manifest:
+            pulled = manifest.pop("pulled")
+            manifest["fingerprint"] = manifest["fingerprint"] or pulled["fingerprint"]
         shared.append((version, SharedVersion(f"{BASES}/{number}" if number else "", manifest, _without_origin(lineage))))
     taken = [path for path in shared[0][1].paths if path in (DESCRIPTION, CARD) or path.startswith(f"{BASES}/")]
     if taken:
@@ -93,7 +96,7 @@ def versions_to_share(record: ModelRecord, registry: Registry) -> list[tuple[Mod
     return shared
 
 
-def describe(versions: list[SharedVersion], evaluations: list[dict[str, Any]]) -> bytes:
+def describe(versions: list[SharedVersion], evaluations: Sequence[StoredEvaluation]) -> bytes:
     """The content of ``tristage.json``."""
     model, *bases = [{"folder": version.folder, "manifest": version.manifest, "lineage": version.lineage} for version in versions]
     content = {"format": FORMAT, "model": model, "bases": bases, "evaluations": evaluations}
@@ -115,7 +118,8 @@ def read_description(text: str, where: str) -> list[SharedVersion]:
         for version in versions:
             _check(version, where)
         for version, below in zip(versions, versions[1:], strict=False):
-            if version.manifest["base"]["digest"] != below.digest:
+            base = version.manifest["base"]
+            if base is None or base["digest"] != below.digest:
                 raise HubError(f"{where}: {version.ref} is based on another model than the one in {below.folder}. Push it again")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HubError(f"{DESCRIPTION} of {where} cannot be read ({type(error).__name__}: {error}). Push the model again") from error
@@ -137,9 +141,10 @@ def _check(version: SharedVersion, where: str) -> None:
         raise HubError(f"{where}: {version.ref} has {unsafe[0]}, a pickle file, which can run code when it is read; refused")
     if manifest["role"] not in ROLES or DIGEST.fullmatch(version.digest) is None or digest_of(files) != version.digest:
         raise HubError(f"{where}: the digest of {version.ref} does not match its files: {DESCRIPTION} was changed. Push the model again")
+    values: Mapping[str, object] = manifest
     for key, kind in (("parents", list), ("metrics", dict), ("recipe_step", dict), ("data", dict), ("packages", dict), ("extra", dict)):
-        if not isinstance(manifest[key], kind):
-            raise TypeError(f"{key} is a {type(manifest[key]).__name__}")
+        if not isinstance(values[key], kind):
+            raise TypeError(f"{key} is a {type(values[key]).__name__}")
     base = manifest["base"]
     if base is not None and not (base["kind"] == "registry" or (base["kind"] == "hub" and HUB_NAME.fullmatch(base["path"]))):
         raise HubError(f"{where}: {version.ref} is based on {base['ref']!r}, which is neither on the Hub nor in the repository; refused")
@@ -153,18 +158,22 @@ def _is_plain(path: str) -> bool:
     return bool(parts) and "\\" not in path and PurePosixPath(path).as_posix() == path and not any(part[0] in "./" for part in parts)
 
 
-def without_local_paths(value: Any) -> Any:
-    """``value`` with each local path cut to its last part, because the folders mean nothing on another machine."""
+def without_local_paths(content: Content) -> Content:
+    """``content`` with each local path cut to its last part, because the folders mean nothing on another machine."""
+    return cast(Content, _without_local_paths(content))  # it keeps the structure
+
+
+def _without_local_paths(value: object) -> object:
     if isinstance(value, dict):
-        return {key: without_local_paths(item) for key, item in value.items()}
+        return {key: _without_local_paths(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [without_local_paths(item) for item in value]
+        return [_without_local_paths(item) for item in value]
     if isinstance(value, str) and LOCAL_PATH.fullmatch(value):
         return PurePosixPath(value).name
     return value
 
 
-def local_paths(value: Any) -> Iterator[str]:
+def local_paths(value: object) -> Iterator[str]:
     """Every local path in ``value``."""
     if isinstance(value, dict):
         value = list(value.values())
@@ -175,7 +184,8 @@ def local_paths(value: Any) -> Iterator[str]:
         yield value
 
 
-def _without_origin(node: dict[str, Any]) -> dict[str, Any]:
+def _without_origin(node: Lineage) -> Lineage:
     """A lineage without the marks on entries that this registry knows only from a pulled model."""
-    kept = {key: value for key, value in node.items() if key != "recorded"}
-    return {**kept, "parents": [_without_origin(parent) for parent in node["parents"]]}
+    kept: Lineage = {**node, "parents": [_without_origin(parent) for parent in node["parents"]]}
+    kept.pop("recorded", None)
+    return kept

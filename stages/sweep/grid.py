@@ -14,9 +14,9 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from stages.errors import RecipeError
+from stages.json_types import JsonObject
 from stages.recipe.schema import Recipe, load_recipe
 from stages.recipe.source import parse_value
 from stages.registry.ledger import Registry
@@ -31,14 +31,14 @@ class Axis:
 
     label: str
     fields: tuple[str, ...]
-    values: list[Any]
+    values: list[object]
 
 
 @dataclass(frozen=True)
 class Point:
     """One run of a sweep: a value per axis, a seed per replicated field, and the resulting overrides."""
 
-    values: dict[str, Any]
+    values: JsonObject
     seeds: dict[str, int]
     overrides: tuple[str, ...]
 
@@ -87,7 +87,7 @@ class Grid:
 def read_grid(path: str, arguments: Sequence[str], registry: Registry | None = None) -> Grid:
     """The grid that ``arguments`` define. Raises RecipeError that names the argument."""
     axes: list[Axis] = []
-    counts: dict[str, Any] = {}
+    counts: dict[str, int | list[int]] = {}
     fixed: list[str] = []
     for argument in arguments:
         target, separator, written = argument.partition("=")
@@ -114,12 +114,12 @@ def read_grid(path: str, arguments: Sequence[str], registry: Registry | None = N
     return Grid(axes, seeds, fixed)
 
 
-def _checked_seeds(value: Any, argument: str) -> int | list[int]:
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    is_list = isinstance(value, list) and value and all(isinstance(item, int) and item >= 0 for item in value)
-    if not (is_count or is_list):
-        raise RecipeError(f"{argument!r}: expected a number of seeds (seeds=3) or a list (seeds=[7, 11])")
-    return value
+def _checked_seeds(value: object, argument: str) -> int | list[int]:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    if isinstance(value, list) and value and all(isinstance(item, int) and item >= 0 for item in value):
+        return value
+    raise RecipeError(f"{argument!r}: expected a number of seeds (seeds=3) or a list (seeds=[7, 11])")
 
 
 def _seeds(target: str, count: int | list[int], recipe: Recipe) -> list[int]:
@@ -139,7 +139,7 @@ def _check_once(targets: list[str]) -> None:
             raise RecipeError(f"{target} is given more than once; list all values in one axis: {target}=[1, 2]")
 
 
-def shown_value(value: Any) -> str:
+def shown_value(value: object) -> str:
     """A value as shown in a table."""
     if isinstance(value, float):
         return f"{value:g}"

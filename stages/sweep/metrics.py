@@ -11,9 +11,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from stages.errors import RecipeError
+from stages.run_summary import RunSummary, WinRate
 from stages.stats.replicates import mean_interval
 
 
@@ -34,16 +34,16 @@ class Estimate:
         return {"mean": self.mean, "low": low, "high": high, "n": self.n}
 
 
-def numbers_of(summary: Mapping[str, Any]) -> dict[str, float]:
+def numbers_of(summary: RunSummary) -> dict[str, float]:
     """Every number of a summary by dotted path. Steps and win rates are addressed by name instead of index."""
-    rates: dict[str, Any] = {}
+    rates: dict[str, dict[str, dict[str, WinRate]]] = {}
     for row in summary.get("win_rates", []):
         rates.setdefault(row["a"], {}).setdefault(row["b"], {})[row["judge"]] = row
     steps = {step["name"]: step for step in summary.get("steps", [])}
     return dict(_flat({**summary, "win_rates": rates, "steps": steps}, ""))
 
 
-def _flat(value: Any, prefix: str) -> list[tuple[str, float]]:
+def _flat(value: object, prefix: str) -> list[tuple[str, float]]:
     if isinstance(value, Mapping):
         return [item for key, below in value.items() for item in _flat(below, f"{prefix}.{key}" if prefix else str(key))]
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -51,7 +51,7 @@ def _flat(value: Any, prefix: str) -> list[tuple[str, float]]:
     return []
 
 
-def chosen_numbers(summary: Mapping[str, Any], patterns: Sequence[str]) -> dict[str, float]:
+def chosen_numbers(summary: RunSummary, patterns: Sequence[str]) -> dict[str, float]:
     """The values that match ``patterns`` (``*`` matches any part), in order. Raises RecipeError if a pattern matches nothing."""
     known = numbers_of(summary)
     chosen: dict[str, float] = {}
@@ -66,7 +66,7 @@ def chosen_numbers(summary: Mapping[str, Any], patterns: Sequence[str]) -> dict[
     return chosen
 
 
-def default_patterns(summary: Mapping[str, Any]) -> list[str]:
+def default_patterns(summary: RunSummary) -> list[str]:
     """Each candidate's mean score by the first judge; without an evaluation, the steps' held-out metrics."""
     scored = {name: row["scores"] for name, row in summary["candidates"].items() if row.get("scores")}
     patterns = [f"candidates.{name}.scores.{next(iter(scores))}" for name, scores in scored.items()]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from stages.errors import RecipeError
 from stages.sweep.grid import shown_value
 from stages.sweep.metrics import Estimate
 from stages.sweep.run import SweepResult, shortened
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MOST_TICKS = 6  # maximum number of x values with their own ticks
 WIDE = 10  # ratio of largest to smallest value above which the x axis is logarithmic
@@ -48,19 +52,19 @@ def write_plot(result: SweepResult, path: Path, x: str | None = None) -> None:
     pyplot.close(figure)
 
 
-def sweep_lines(result: SweepResult, x: str | None) -> dict[str, list[tuple[Any, dict[str, Estimate]]]]:
+def sweep_lines(result: SweepResult, x: str | None) -> dict[str, list[tuple[float | str, dict[str, Estimate]]]]:
     """Points (x value, estimates) by line label. Raises RecipeError if ``x`` is neither an axis nor a metric."""
     labels = [axis.label for axis in result.grid.axes]
     x = x or _default_axis(result)
     if x not in [*labels, *result.metrics, ""]:
         raise RecipeError(f"--x {x!r}: expected an axis or a metric of the sweep: {', '.join([*labels, *result.metrics])}")
     along = x if x in labels else _default_axis(result)
-    lines: dict[str, list[tuple[Any, dict[str, Estimate]]]] = {}
+    lines: dict[str, list[tuple[float | str, dict[str, Estimate]]]] = {}
     for values, estimates, _ in result.combinations():
         rest = "  ".join(f"{label}={shown_value(value)}" for label, value in values.items() if label != along)
-        where: Any = values[x] if x in labels else estimates[x].mean if x in estimates else ""
-        numeric = isinstance(where, int | float) and not isinstance(where, bool)
-        lines.setdefault(rest, []).append((where if numeric else shown_value(where), estimates))
+        where = values[x] if x in labels else estimates[x].mean if x in estimates else ""
+        x_value = where if isinstance(where, int | float) and not isinstance(where, bool) else shown_value(where)
+        lines.setdefault(rest, []).append((x_value, estimates))
     return lines
 
 
@@ -70,7 +74,7 @@ def _default_axis(result: SweepResult) -> str:
     return (numeric or axes)[0].label if axes else ""
 
 
-def _draw(panel: Any, points: list[tuple[Any, Estimate]], label: str) -> None:
+def _draw(panel: Axes, points: list[tuple[float | str, Estimate]], label: str) -> None:
     xs = [x for x, _ in points]
     means = [item.mean for _, item in points]
     # A single run has no interval, so its error bar has length zero.
@@ -81,11 +85,12 @@ def _draw(panel: Any, points: list[tuple[Any, Estimate]], label: str) -> None:
     panel.grid(alpha=0.3)
 
 
-def _scale(panel: Any, xs: list[Any]) -> None:
+def _scale(panel: Axes, values: Sequence[float | str]) -> None:
     """Use a logarithmic scale for widely spread values, and put ticks at the values themselves if there are few."""
     from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-    if not xs or not all(isinstance(x, int | float) for x in xs):
+    xs = [x for x in values if isinstance(x, int | float)]
+    if not xs or len(xs) < len(values):
         return
     positive = [x for x in xs if x > 0]
     is_wide = bool(positive) and min(xs) >= 0 and max(positive) >= WIDE * min(positive)

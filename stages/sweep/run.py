@@ -13,21 +13,22 @@ import csv
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from stages.chain import run as chain
 from stages.chain.pins import Commits, pinned, resolve_commits
 from stages.errors import RecipeError, StagesError
+from stages.json_types import JsonObject
 from stages.process.ending import lost_the_others
 from stages.process.runtime import Runtime
 from stages.process.unexpected import explain
 from stages.recipe.schema import Recipe, RecipeStep, load_recipe
 from stages.recipe.source import nearest
+from stages.run_summary import RunSummary
 from stages.sweep.grid import Grid, Point, read_grid, shown_value
 from stages.sweep.metrics import Estimate, chosen_numbers, default_patterns, estimate
 
@@ -39,10 +40,10 @@ class SweepRun:
     point: Point
     metrics: dict[str, float]
     error: str | None
-    details: dict[str, Any]  # run folder, models, seconds, fingerprints
+    details: JsonObject  # run folder, models, seconds, fingerprints
     exit_status: int = 0  # of the error: 2 if the user can fix it, 1 if it is unexpected
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         point = {"values": self.point.values, "seeds": self.point.seeds, "overrides": list(self.point.overrides)}
         return {**point, "status": "failed" if self.error else "done", "error": self.error, "metrics": self.metrics, **self.details}
 
@@ -65,7 +66,7 @@ class SweepResult:
         """Paths of all metrics in the requested order."""
         return list(dict.fromkeys(name for run in self.runs for name in run.metrics))
 
-    def combinations(self) -> list[tuple[dict[str, Any], dict[str, Estimate], int]]:
+    def combinations(self) -> list[tuple[JsonObject, dict[str, Estimate], int]]:
         """(values, estimate by metric, number of failed runs) of each combination, in grid order."""
         groups: dict[str, list[SweepRun]] = {}
         for run in self.runs:
@@ -80,7 +81,7 @@ class SweepResult:
             rows.append((group[0].point.values, estimates, sum(run.error is not None for run in group)))
         return rows
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         rows = [
             {"values": values, "metrics": {name: item.as_json() for name, item in estimates.items()}, "failed": failed}
             for values, estimates, failed in self.combinations()
@@ -133,7 +134,7 @@ def plan_table(sweep: Sweep, home: Path) -> Table:
 def run_sweep(sweep: Sweep, home: Path, runtime: Runtime, metrics: Sequence[str] = ()) -> SweepResult:
     """Run everything that is not complete. A failed run is recorded, and the others continue."""
     result = SweepResult(sweep.grid, sweep.folder)
-    earlier = runtime.decide(lambda: _earlier_rows(sweep.folder))
+    earlier = runtime.decide(lambda: _earlier_runs(sweep.folder))
     commits = Commits()  # the same commits for all runs, even if the Hub changes meanwhile
     for number, (point, recipe) in enumerate(sweep.recipes, 1):
         runtime.console.rule(f"[bold]run {number} of {len(sweep.recipes)}[/]: {point}", align="left", characters="=")
@@ -151,7 +152,7 @@ def _run_point(
     home: Path,
     runtime: Runtime,
     metrics: Sequence[str],
-    earlier: dict[str, dict[str, Any]],
+    earlier: Mapping[str, str],
     commits: Commits,
 ) -> SweepRun:
     try:
@@ -178,35 +179,37 @@ def _run_point(
     return SweepRun(point, chosen_numbers(summary, metrics or default_patterns(summary)), None, details)
 
 
-def _finished(recipe: Recipe, home: Path, earlier: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], str] | None:
+def _finished(recipe: Recipe, home: Path, earlier: Mapping[str, str]) -> tuple[RunSummary, str] | None:
     """(summary, run folder) of an earlier run of this sweep with the same result; None if there is none."""
     plans = chain.plan(recipe, home)
     if any(plan.action != "reuse" for plan in plans):
         return None
-    row = earlier.get(_key({plan.name: plan.fingerprint for plan in plans}))
+    folder = earlier.get(_key({plan.name: plan.fingerprint for plan in plans}))
+    if folder is None:
+        return None
     try:
-        summary = json.loads((home / row["run"] / "summary.json").read_text(encoding="utf-8")) if row is not None else None
+        summary: RunSummary = json.loads((home / folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return (summary, row["run"]) if row is not None and summary is not None and summary["finished"] else None
+    return (summary, folder) if summary["finished"] else None
 
 
 def _newest_run(recipe: Recipe, home: Path) -> str:
     return str((home / "runs" / recipe.name / "latest").resolve().relative_to(home.resolve()))
 
 
-def _key(fingerprints: dict[str, Any]) -> str:
+def _key(fingerprints: Mapping[str, object]) -> str:
     return json.dumps(fingerprints, sort_keys=True)
 
 
-def _earlier_rows(folder: Path) -> dict[str, dict[str, Any]]:
-    """Rows of an earlier start of this sweep, by the fingerprints of their steps."""
+def _earlier_runs(folder: Path) -> dict[str, str]:
+    """Run folders of an earlier start of this sweep, by the fingerprints of their steps."""
     try:
         lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
     except (OSError, ValueError):
         return {}
-    return {_key(row["fingerprints"]): row for row in rows if row.get("status") == "done"}
+    return {_key(row["fingerprints"]): row["run"] for row in rows if row.get("status") == "done"}
 
 
 # Output
@@ -226,7 +229,7 @@ def _write_table(result: SweepResult) -> None:
         writer = csv.writer(file)
         writer.writerow([*labels, *(f"{name}.{part}" for name in metrics for part in ("mean", "low", "high", "n")), "failed"])
         for values, estimates, failed in result.combinations():
-            cells: list[Any] = [shown_value(values[label]) for label in labels]
+            cells: list[str | float | None] = [shown_value(values[label]) for label in labels]
             for name in metrics:
                 cells += list(estimates[name].as_json().values()) if name in estimates else [None] * 4
             writer.writerow([*cells, failed])

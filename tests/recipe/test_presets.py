@@ -13,8 +13,7 @@ from stages.cli import app
 from stages.errors import RecipeError
 from stages.ppo.optimizers import learning_rate_factor
 from stages.recipe.presets import PRESETS, STAGES
-from stages.recipe.schema import STAGES as ALL_STAGES
-from stages.recipe.schema import load_object, load_recipe
+from stages.recipe.schema import config_class, load_recipe
 from stages.recipe.settings import preset_settings, settings_of_step
 from stages.recipe.source import parse_path
 
@@ -113,7 +112,7 @@ def test_every_value_is_a_field_with_a_source() -> None:
     for name, preset in PRESETS.items():
         assert set(preset.stages) <= set(STAGES) and set(preset.stages) | set(preset.missing) == set(STAGES), name
         for stage, settings in preset.stages.items():
-            schema = load_object(ALL_STAGES[stage].config)
+            schema = config_class(stage)
             for path, value in settings.items():
                 assert len(value.source) >= 3 and value.origin
                 block = schema

@@ -1,0 +1,128 @@
+"""The content of a run's ``summary.json``, and of the evaluation results in it."""
+
+from __future__ import annotations
+
+from typing import NotRequired, TypedDict
+
+from stages.json_types import JsonObject
+
+
+class Interval(TypedDict):
+    """A mean with its 95 % interval."""
+
+    mean: float
+    ci_low: float
+    ci_high: float
+
+
+class Candidate(TypedDict):
+    """The measurements of one candidate of an evaluation. Keys that were not measured are missing."""
+
+    model: str | None  # None for existing completions
+    digest: str | None
+    scores: dict[str, float]  # mean score by judge
+    score_intervals: dict[str, tuple[float, float]]  # 95 % interval by judge
+    completions: int
+    length_words: float
+    empty_share: float
+    distinct_1: float
+    distinct_2: float
+    distinct_completions: float
+    length_tokens: NotRequired[float]
+    stopped_share: NotRequired[float]
+    distinct_2_tokens: NotRequired[float]
+    perplexity: NotRequired[float]
+    bits_per_byte: NotRequired[float | None]
+    tasks: NotRequired[dict[str, dict[str, float]]]
+    kl: NotRequired[float]  # nats per completion
+    kl_interval: NotRequired[tuple[float, float]]
+    best_of: NotRequired[int]
+
+
+class LengthControlledRate(TypedDict):
+    """The expected win rate at equal lengths."""
+
+    win_rate: float
+    ci_low: float
+    ci_high: float
+    length_effect: float
+
+
+class WinRate(TypedDict):
+    """How often a judge prefers candidate ``a`` to candidate ``b``. The numbers are those of ``stages.stats.comparing.WinRate``."""
+
+    a: str
+    b: str
+    judge: str
+    win_rate: float
+    ci_low: float
+    ci_high: float
+    wins: int
+    ties: int
+    n: int
+    samples: int
+    bootstrap_low: float
+    bootstrap_high: float
+    variance: float
+    prompts_needed: float | None  # None if no number of prompts is enough
+    length_controlled: LengthControlledRate
+    score_difference: NotRequired[Interval]
+
+
+class EvaluationResult(TypedDict):
+    """What an evaluation step returns to the run."""
+
+    candidates: dict[str, Candidate]
+    win_rates: list[WinRate]
+    judges: list[str]
+
+
+class SummaryModel(TypedDict):
+    """The model that a step published: its name without the version, and its digest."""
+
+    ref: str
+    digest: str
+
+
+class StepSummary(TypedDict):
+    """One step of a run."""
+
+    name: str
+    stage: str
+    model: SummaryModel | None  # None for an evaluation
+    version: int | None
+    wall_seconds: float
+    reused: bool
+    action: str  # reuse | run | resume
+    reason: str
+    inputs: dict[str, str]  # model reference by field path
+    hub: dict[str, str]  # owner/name@commit by field path
+    data: dict[str, str]  # fingerprint by field path
+    peak_memory_bytes: int
+    peak_gpu_memory_bytes: int | None
+    seed: int
+    circumstances: JsonObject
+    fingerprint: str | None
+    settings: JsonObject
+    config: JsonObject
+    metrics: JsonObject
+
+
+class RunSummary(TypedDict):
+    """The summary of a run, rewritten after every step."""
+
+    recipe: str
+    recipe_file: str
+    description: str | None
+    seed: int
+    overrides: list[str]
+    command: str | None  # what the user typed
+    started: str  # ISO 8601, UTC
+    finished: bool
+    wall_seconds: float
+    peak_memory_bytes: int
+    peak_gpu_memory_bytes: int | None
+    environment: JsonObject
+    steps: list[StepSummary]
+    candidates: dict[str, Candidate]
+    win_rates: list[WinRate]
