@@ -28,7 +28,7 @@ def _detail(id: str, what: str, code: str, tests: str) -> Detail:
     return Detail(id, what, tuple(code.split()), tuple(tests.split()))
 
 
-NUMBERS = "conformance/test_numbers.py::test_a_number_of_the_papers"
+NUMBERS = "conformance/test_numbers.py::test_function_returns_the_published_number"
 
 DETAILS = (
     # General
@@ -36,7 +36,7 @@ DETAILS = (
         "G1",
         "A scalar head replaces the unembedding",
         "models/heads.py:ScalarModel",
-        "conformance/test_details.py::test_a_scalar_head_takes_the_place_of_the_unembedding",
+        "conformance/test_details.py::test_scalar_head_replaces_the_unembedding",
     ),
     _detail(
         "G2",
@@ -81,7 +81,7 @@ DETAILS = (
         "G10",
         "The pad token differs from the end token; padding does not change logits",
         "models/loading.py:ensure_pad_token models/responses.py:sequence_batch",
-        "conformance/test_details.py::test_no_logit_depends_on_what_pads "
+        "conformance/test_details.py::test_logits_do_not_depend_on_padding "
         "conformance/test_details.py::test_the_pad_token_is_not_the_end_token",
     ),
     _detail(
@@ -114,7 +114,7 @@ DETAILS = (
         "D1",
         "Prompts with a long common prefix are deduplicated",
         "corpora/curation.py:Curator",
-        "corpora/test_curation.py::test_prompts_with_the_same_beginning_count_once",
+        "corpora/test_curation.py::test_prompts_with_the_same_prefix_are_deduplicated",
     ),
     _detail(
         "D2",
@@ -133,7 +133,7 @@ DETAILS = (
         "D9",
         "K from 4 to 9 per prompt, ragged, with ties",
         "corpora/comparisons.py:comparison",
-        "reward_model/test_reward_model.py::test_it_learns_and_centres",
+        "reward_model/test_reward_model.py::test_training_learns_preferences_and_centres_scores",
     ),
     _detail(
         "D10",
@@ -166,7 +166,7 @@ DETAILS = (
         "S2",
         "Dropout 0.2 on residual branches only (I)",
         "models/dropout.py:set_residual_dropout",
-        "models/test_dropout.py::test_only_the_branches_are_dropped",
+        "models/test_dropout.py::test_dropout_applies_only_to_residual_branches",
     ),
     _detail(
         "S3", "Learning rates and batch sizes by model size (I)", "recipe/presets.py:PRESETS", "recipe/test_presets.py::test_instructgpt"
@@ -175,8 +175,8 @@ DETAILS = (
         "S4",
         "The checkpoint with the highest reward model score is selected (I)",
         "training/selection.py:best_of training/selection.py:Selector",
-        "training/test_selection.py::test_the_reward_decides_and_not_the_loss "
-        "training/test_selection.py::test_the_model_along_the_run_is_published",
+        "training/test_selection.py::test_selection_uses_the_reward_instead_of_the_loss "
+        "training/test_selection.py::test_best_model_of_the_run_is_published",
     ),
     _detail(
         "S5",
@@ -195,7 +195,7 @@ DETAILS = (
         "S8",
         "Evaluation at temperature 0.01",
         "sampling/choosing.py:sample_tokens",
-        "conformance/test_details.py::test_evaluation_at_a_hundredth_is_sampling_that_all_but_takes_the_likeliest",
+        "conformance/test_details.py::test_evaluation_at_temperature_0_01_samples_almost_greedily",
     ),
     # Reward model
     _detail("R1", "-log sigmoid of the score difference", "rl/ranking.py:ranking_loss", NUMBERS),
@@ -210,7 +210,7 @@ DETAILS = (
         "A prompt is never split across steps",
         "reward_model/rows.py:collate",
         "conformance/test_details.py::test_a_prompt_is_one_element_of_a_batch "
-        "reward_model/test_reward_model.py::test_a_prompt_is_never_split",
+        "reward_model/test_reward_model.py::test_collated_batch_keeps_all_completions_of_a_prompt",
     ),
     _detail(
         "R4",
@@ -223,7 +223,8 @@ DETAILS = (
         "R5",
         "Softmax loss on the best of K completions (Z)",
         "rl/ranking.py:best_of_ranked_loss",
-        f"{NUMBERS} rl/test_ranking.py::test_best_of_ranked_completions_by_hand reward_model/test_reward_model.py::test_best_of_trains_too",
+        f"{NUMBERS} rl/test_ranking.py::test_best_of_ranked_completions_by_hand "
+        "reward_model/test_reward_model.py::test_best_of_data_trains",
     ),
     _detail(
         "R7",
@@ -247,7 +248,8 @@ DETAILS = (
         "R11",
         "The mean reward of demonstrations is 0; the bias is stored",
         "models/heads.py:RewardModel",
-        "reward_model/test_reward_model.py::test_it_learns_and_centres models/test_heads.py::test_centring_subtracts_and_survives_reload",
+        "reward_model/test_reward_model.py::test_training_learns_preferences_and_centres_scores "
+        "models/test_heads.py::test_centring_subtracts_and_survives_reload",
     ),
     _detail(
         "R12",
@@ -259,7 +261,7 @@ DETAILS = (
         "R13",
         "The score is read at the last token",
         "models/heads.py:last_positions",
-        "conformance/test_details.py::test_nothing_behind_the_end_moves_the_score",
+        "conformance/test_details.py::test_tokens_after_the_end_do_not_change_the_score",
     ),
     _detail(
         "R14",
@@ -271,7 +273,7 @@ DETAILS = (
         "R15",
         "Left and right padding give nearly equal scores",
         "models/heads.py:ScalarModel",
-        "conformance/test_details.py::test_left_and_right_padding_hardly_differ",
+        "conformance/test_details.py::test_left_and_right_padding_agree_up_to_rounding",
     ),
     _detail(
         "R16",
@@ -351,7 +353,7 @@ DETAILS = (
         "Whitening and GAE within the minibatch (Z), per process (H), or over the rollout",
         "ppo/rollout.py:all_targets",
         "ppo/test_details.py::test_whitening_by_minibatch_needs_eight_episodes "
-        "ppo/test_rollout.py::test_whitening_by_process_is_each_share_alone",
+        "ppo/test_rollout.py::test_whitening_by_process_whitens_each_share_separately",
     ),
     _detail("P11", "Clipped objective", "rl/losses.py:policy_terms", NUMBERS),
     _detail("P12", "Clipped value loss", "rl/losses.py:value_terms", NUMBERS),
@@ -359,7 +361,7 @@ DETAILS = (
         "P13",
         "A separate value network, initialized from the reward model",
         "ppo/roles.py:load_roles",
-        "ppo/test_details.py::test_the_value_network_is_its_own_and_begins_as_the_reward_model",
+        "ppo/test_details.py::test_value_network_is_separate_and_starts_from_the_reward_model",
     ),
     _detail(
         "P14",
@@ -384,8 +386,8 @@ DETAILS = (
         "Average of weights in fp32: saved, resumed and published",
         "ppo/optimizers.py:WeightAverage",
         f"{NUMBERS} ppo/test_optimizers.py::test_average_of_half_precision_weights_keeps_small_steps "
-        "ppo/test_loop.py::test_the_average_is_what_is_published "
-        "ppo/test_checkpoint.py::test_a_run_cut_off_anywhere_ends_as_if_it_had_not_been",
+        "ppo/test_loop.py::test_weight_average_is_published "
+        "ppo/test_checkpoint.py::test_run_interrupted_anywhere_ends_like_an_uninterrupted_one",
     ),
     _detail(
         "P19",
@@ -398,7 +400,7 @@ DETAILS = (
         "P20",
         "PPO-ptx reduces forgetting",
         "ppo/update.py:Updater",
-        "ppo/test_details.py::test_pretraining_gradients_halve_what_is_forgotten",
+        "ppo/test_details.py::test_pretraining_mix_halves_the_loss_increase",
     ),
     _detail(
         "P21",
@@ -416,7 +418,7 @@ DETAILS = (
         "P23",
         "Tokens after the end token are ignored everywhere",
         "sampling/generation.py:generate",
-        f"{NUMBERS} ppo/test_details.py::test_what_comes_behind_the_end_counts_nowhere",
+        f"{NUMBERS} ppo/test_details.py::test_tokens_after_the_end_are_not_counted",
     ),
     _detail(
         "P24",
@@ -428,26 +430,27 @@ DETAILS = (
         "P25",
         "The score of a completion without an end is replaced (Z, H) or reduced",
         "rl/shaping.py:penalize_missing_eos",
-        f"{NUMBERS} rl/test_shaping.py::test_missing_eos ppo/test_details.py::test_truncation_at_a_token_after_a_position",
+        f"{NUMBERS} rl/test_shaping.py::test_missing_eos_replaces_or_reduces_the_score "
+        "ppo/test_details.py::test_truncation_at_a_token_after_a_position",
     ),
     _detail(
         "P26",
         "Only completions that pass the filter are shown to annotators (Z)",
         "reward_model/collection_config.py:Collection",
-        "reward_model/test_collection.py::test_only_what_ends_is_shown",
+        "reward_model/test_collection.py::test_only_finished_completions_are_ranked",
     ),
     _detail(
         "P27",
         "The score is added one state after the end if there is room (H)",
         "ppo/rollout.py:targets",
-        "ppo/test_rollout.py::test_the_score_one_state_behind_where_there_is_room "
+        "ppo/test_rollout.py::test_score_is_credited_to_an_extra_state_after_the_last_token "
         "ppo/test_update.py::test_gradients_equal_the_slow_reference_for_any_microbatch",
     ),
     _detail(
         "P28",
         "Values of a truncated response are computed on the truncated text",
         "ppo/rollout.py:collect",
-        "ppo/test_details.py::test_what_comes_behind_the_end_counts_nowhere",
+        "ppo/test_details.py::test_tokens_after_the_end_are_not_counted",
     ),
     _detail(
         "P29",
@@ -464,7 +467,7 @@ DETAILS = (
         "ppo/metrics.py:iteration_metrics",
         f"{NUMBERS} ppo/test_details.py::test_the_metrics_of_the_papers_are_there_without_padding",
     ),
-    _detail("P35", "The sign of the reward", "ppo/loop.py:run", "ppo/test_loop.py::test_the_sign_canary"),
+    _detail("P35", "The sign of the reward", "ppo/loop.py:run", "ppo/test_loop.py::test_reward_for_and_against_a_token_moves_its_share"),
     _detail(
         "P36",
         "Reward model and policy share no trained weights",

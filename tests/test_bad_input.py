@@ -633,7 +633,7 @@ def write(workdir: Path, case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_said_in_one_message_and_nothing_is_changed(workdir: Path, name: str) -> None:
+def test_bad_input_prints_one_message_and_changes_nothing(workdir: Path, name: str) -> None:
     case = CASES[name]
     write(workdir, case)
     before = contents(workdir / "outputs" / "registry")
@@ -651,14 +651,14 @@ def test_there_are_enough_cases() -> None:
 
 
 @pytest.mark.parametrize("name", ["recipe: unknown field", "data: half a line", "model: truncated weights"])
-def test_debug_shows_where_it_was_raised(workdir: Path, name: str) -> None:
+def test_debug_prints_the_traceback(workdir: Path, name: str) -> None:
     write(workdir, CASES[name])
     result = CliRunner().invoke(app, ["run", "bad.yaml", "--debug"])
     assert result.exit_code == 1 and type(result.exception).__name__ in ("RecipeError", "DataError", "ModelError")
 
 
 @pytest.mark.parametrize("step", [PRETRAINING, SFT, REWARD, SENTIMENT, PPO, EVALUATION], ids=lambda step: step["stage"])
-def test_the_good_recipe_is_good(workdir: Path, step: dict[str, Any]) -> None:
+def test_good_recipe_runs(workdir: Path, step: dict[str, Any]) -> None:
     """Else a case could be refused for another reason than its own."""
     (workdir / "good_rewards.py").write_text("def ones(p, c):\n    return [1.0] * len(c)\n")
     text = json.dumps(step).replace("stages.corpora.world.gold:score_batch", "good_rewards:ones")
@@ -667,7 +667,7 @@ def test_the_good_recipe_is_good(workdir: Path, step: dict[str, Any]) -> None:
     assert result.exit_code == 0, (result.exception, result.output)
 
 
-def test_a_tokenizer_without_a_pad_token_is_mended_and_told_of(workdir: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tokenizer_without_a_pad_token_gets_one_and_it_is_logged(workdir: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = workdir / "model" / "tokenizer_config.json"
     path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "pad_token"}))
     (workdir / "model" / "special_tokens_map.json").unlink(missing_ok=True)

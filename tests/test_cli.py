@@ -73,7 +73,7 @@ def test_version() -> None:
     assert call("--version").stdout == f"tristage {__version__}\n"
 
 
-def test_run_and_run_again(workdir: Path) -> None:
+def test_second_run_reuses_every_step(workdir: Path) -> None:
     result = call("run", "quick.yaml", "base.rate=2.0", "--home", "made")
     assert result.exit_code == 0, result.output
     assert "quick finished" in result.stdout
@@ -84,7 +84,7 @@ def test_run_and_run_again(workdir: Path) -> None:
     assert again.stdout.count("reused:") == 3
 
 
-def test_the_home_folder_is_an_option_or_the_environment_or_outputs(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_is_the_option_then_the_variable_then_outputs(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     call("run", "quick.yaml")
     assert Path("outputs/registry").is_dir()
     monkeypatch.setenv("STAGES_HOME", str(workdir / "elsewhere"))
@@ -115,7 +115,7 @@ def test_plan_runs_nothing(workdir: Path) -> None:
         (["generate", "nowhere", "--prompt", "a"], "error: got 'nowhere', which is no"),
     ],
 )
-def test_a_users_error_is_one_message_and_status_two(workdir: Path, arguments: list[str], message: str) -> None:
+def test_user_error_prints_one_message_and_exits_with_2(workdir: Path, arguments: list[str], message: str) -> None:
     result = call(*arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -143,7 +143,7 @@ def test_debug_keeps_the_traceback(workdir: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("error", [ZeroDivisionError("odd"), SystemExit("odd")], ids=["exception", "exit"])
-def test_an_unexpected_error_is_one_message_and_status_one(
+def test_unexpected_error_prints_one_message_and_exits_with_1(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], broken: str, begin: str, error: BaseException
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:
@@ -159,7 +159,7 @@ def test_an_unexpected_error_is_one_message_and_status_one(
     assert debugged.exit_code == 1 and type(debugged.exception) in (ZeroDivisionError, RuntimeError)
 
 
-def test_a_sweep_goes_on_after_an_unexpected_error(workdir: Path) -> None:
+def test_sweep_continues_after_an_unexpected_error(workdir: Path) -> None:
     result = call("sweep", "quick.yaml", "base.stop_after=[0,null]", "--metric", "steps.base.metrics.loss")
     assert result.exit_code == 1, result.output
     rows = [json.loads(line) for line in next(workdir.rglob("results.jsonl")).read_text().splitlines()]
@@ -167,7 +167,7 @@ def test_a_sweep_goes_on_after_an_unexpected_error(workdir: Path) -> None:
     assert rows[0]["error"].startswith("step 'base' (train): unexpected RuntimeError: the machine failed")
 
 
-def test_ctrl_c_ends_a_command_with_status_130(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_exits_with_status_130(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
@@ -227,7 +227,7 @@ def test_generate_shows_two_models_side_by_side(workdir: Path, tiny_llama_folder
     assert "the film" in table.stdout
 
 
-def test_import_says_what_it_read_and_published(tmp_path: Path) -> None:
+def test_import_prints_what_it_read_and_published(tmp_path: Path) -> None:
     """The command prints the library, the models and the notes; bad input is one message and status 2."""
     done = subprocess.run(
         [sys.executable, "-m", "stages", "models", "import", str(tmp_path / "nowhere"), "--as", "old/model", "--home", str(tmp_path)],

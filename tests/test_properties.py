@@ -70,7 +70,7 @@ def put(recipe: dict[str, Any], path: tuple[str | int, ...], value: Any) -> Any:
 
 @QUICK
 @given(path=st.sampled_from(places(BASE)), key=st.none() | KEYS, value=VALUES)
-def test_a_recipe_with_anything_anywhere_is_read_or_refused_in_one_line(tmp_path: Path, path: Any, key: str | None, value: Any) -> None:
+def test_recipe_with_any_value_at_any_path_is_read_or_refused_in_one_line(tmp_path: Path, path: Any, key: str | None, value: Any) -> None:
     changed_path = path if key is None else (*path, key)
     try:
         changed = put(BASE, changed_path, value)
@@ -103,7 +103,7 @@ def test_any_text_is_a_recipe_or_is_refused(tmp_path: Path, text: str) -> None:
     | st.builds("{}={}".format, st.text(max_size=20), st.text(max_size=20))
     | st.builds("{}.{}={}".format, st.sampled_from(["sft", "aligned", "seed", "steps[0]"]), KEYS, st.text(max_size=12))
 )
-def test_any_override_is_laid_over_or_refused(tmp_path: Path, text: str) -> None:
+def test_any_override_is_applied_or_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "some.yaml"
     file.write_text(json.dumps(BASE))
     try:
@@ -116,7 +116,7 @@ NAMES = st.text(string.ascii_letters + "_", min_size=1, max_size=6)
 
 
 @given(st.lists(NAMES | st.integers(0, 999), min_size=1, max_size=6))
-def test_paths_are_shown_and_read_alike(parts: list[str | int]) -> None:
+def test_field_paths_are_printed_and_parsed_in_the_same_form(parts: list[str | int]) -> None:
     path = ("a", *parts)
     assert parse_path(show(path)) == path
 
@@ -137,7 +137,7 @@ def test_any_reference_resolves_or_is_refused(tmp_path: Path, ref: str) -> None:
 
 @QUICK
 @given(name=st.text(max_size=30) | st.from_regex(NAME, fullmatch=True))
-def test_what_is_a_name_stays_inside_the_registry(tmp_path: Path, name: str) -> None:
+def test_valid_names_stay_inside_the_registry(tmp_path: Path, name: str) -> None:
     root = tmp_path / "models"
     try:
         check_name(name)

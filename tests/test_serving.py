@@ -77,7 +77,7 @@ def far(address: str, key: str | None = None, **fields: Any) -> EndpointSource:
     return EndpointSource(RewardInput.model_validate({"endpoint": address, "retries": 3, **fields}), key=key)
 
 
-def test_scores_are_the_models_own(served) -> None:
+def test_served_scores_equal_the_models(served) -> None:
     for name, key in (("rm", "k-secret-9"), ("classifier", None)):
         address, made = served[name]
         prompts = ["about it", TURNS]
@@ -86,7 +86,7 @@ def test_scores_are_the_models_own(served) -> None:
         torch.testing.assert_close(far(f"{address}/get_reward", key).score(prompts, TEXTS), expected)
 
 
-def test_whole_texts_by_vllms_protocols(served) -> None:
+def test_complete_texts_by_vllms_protocols(served) -> None:
     address, made = served["rm"]
     tokenizer, model = made.source.tokenizer, made.source.model
     rows = [torch.tensor([[*tokenizer(f"p {text}")["input_ids"], tokenizer.eos_token_id]]) for text in TEXTS]
@@ -141,7 +141,7 @@ def test_bad_requests(served, path, body, message) -> None:
     assert httpx2.post(f"{address}/{path}", content=b"{").status_code == 400
 
 
-def test_the_key_and_the_health(served) -> None:
+def test_key_is_required_except_for_health(served) -> None:
     address, made = served["rm"]
     body = {"query": ["a"]}
     assert httpx2.post(f"{address}/get_reward", json=body).status_code == 401
@@ -151,7 +151,7 @@ def test_the_key_and_the_health(served) -> None:
     assert response.status_code == 400 and "a reward model has no classes" in response.json()["error"]
 
 
-def test_what_cannot_be_served(served, tiny_llama_folder, tmp_path) -> None:
+def test_models_that_cannot_be_served_are_refused(served, tiny_llama_folder, tmp_path) -> None:
     _, made = served["rm"]
     with pytest.raises(LaunchError, match="--host 0.0.0.0 lets other machines send requests. .* --api-key-variable"):
         serve(made, host="0.0.0.0", port=0, key=None, say=print)

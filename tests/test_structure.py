@@ -173,7 +173,7 @@ def modules() -> list[Path]:
     return sorted((REPOSITORY / "stages").rglob("*.py"))
 
 
-def test_arrows() -> None:
+def test_imports_follow_the_arrows() -> None:
     used: dict[str, set[str]] = {name: set() for name in ARROWS}
     for module, imported in graph().items():
         here = room(module)
@@ -205,7 +205,7 @@ def test_no_stage_imports_another() -> None:
 
 
 @pytest.mark.parametrize("folder", MATHEMATICS)
-def test_mathematics_needs_torch_alone(folder) -> None:
+def test_mathematics_imports_only_torch(folder) -> None:
     for path in (REPOSITORY / "stages" / folder).glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = (
@@ -223,7 +223,7 @@ def test_no_code_among_data_and_recipes() -> None:
     assert not list((REPOSITORY / "data").rglob("*.py")) and not list((REPOSITORY / "recipes").rglob("*.py"))
 
 
-def test_top_level_is_the_card() -> None:
+def test_top_level_has_only_the_listed_files() -> None:
     files = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout.split()
     if not files:
         pytest.skip("not a git checkout")

@@ -20,7 +20,7 @@ def test_ruff(command: list[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_no_line_is_kept_from_the_formatter() -> None:
+def test_no_line_disables_the_formatter() -> None:
     marks = ("fmt: " + word for word in ("skip", "off", "on"))
     kept = [mark for mark in marks for path in REPOSITORY.glob("[st]*/**/*.py") if mark in path.read_text()]
     assert not kept

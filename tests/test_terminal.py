@@ -52,7 +52,7 @@ def test_a_conversation_is_remembered() -> None:
     assert chat.hear("   ") and not chat.hear("/quit")
 
 
-def test_two_speakers_and_one_without_a_template() -> None:
+def test_models_with_and_without_a_template_chat() -> None:
     polly, base = Parrot("polly"), Parrot("base", converses=False)
     chat, said = talk(polly, base)
     chat.hear("one")
@@ -61,7 +61,7 @@ def test_two_speakers_and_one_without_a_template() -> None:
     assert base.asked == ["one", "two"] and chat.history[-1]["content"] == "polly 2 7"
 
 
-def test_a_full_context_forgets_the_oldest_turns() -> None:
+def test_full_context_drops_the_oldest_turns() -> None:
     parrot = Parrot("polly", room=3)
     chat, said = talk(parrot)
     chat.hear("/system be brief")

@@ -65,7 +65,7 @@ def test_wheel_plans_a_shipped_recipe_and_trains_on_the_world_from_any_folder(in
     assert (tmp_path / "home" / "registry" / "models" / "tiny" / "base" / "1" / "model" / "model.safetensors").is_file()
 
 
-def test_unknown_recipe_lists_those_that_ship(installed: Path, tmp_path: Path) -> None:
+def test_unknown_recipe_lists_the_shipped_recipes(installed: Path, tmp_path: Path) -> None:
     done = stages(installed, tmp_path, "plan", "quickstrat")
     assert done.returncode == 2
     assert "did you mean 'quickstart'" in done.stderr and "Traceback" not in done.stderr

@@ -113,6 +113,6 @@ def test_bad_input_raises_an_error_with_the_place(pair: tuple[Any, Any], home: P
         as_field("data", [{"prompt": object()}], tmp_path)
 
 
-def test_addresses_name_importable_functions_by_their_module() -> None:
+def test_function_address_is_its_importable_module() -> None:
     assert address_of(shortness).endswith(":shortness") and "stages.api" not in address_of(shortness)
     assert address_of(lambda prompts, completions: [0.0]).startswith("stages.api.functions:lambda_")

@@ -64,7 +64,7 @@ def actions(summary: dict[str, Any]) -> dict[str, str]:
     return {step["name"]: step["action"] for step in summary["steps"]}
 
 
-def test_a_first_run_makes_everything_and_a_second_reuses_it(tmp_path: Path) -> None:
+def test_second_run_reuses_all_steps_of_the_first(tmp_path: Path) -> None:
     planned = plan()
     assert {name: action for name, (action, _) in planned.items()} == dict.fromkeys(("base", "sft", "side", "verdict"), "run")
     assert planned["base"][1] == "never completed before"
@@ -81,7 +81,7 @@ def test_a_first_run_makes_everything_and_a_second_reuses_it(tmp_path: Path) -> 
     assert len(Registry("home/registry").records()) == 3
 
 
-def test_the_summary_says_what_the_issue_asks(tmp_path: Path) -> None:
+def test_summary_records_steps_models_and_results(tmp_path: Path) -> None:
     run()
     latest = Path("home/runs/quick/latest")
     summary = json.loads((latest / "summary.json").read_text())
@@ -99,7 +99,7 @@ def test_the_summary_says_what_the_issue_asks(tmp_path: Path) -> None:
     assert list(Path("home/work").iterdir()) == []
 
 
-def test_a_reused_evaluation_brings_its_files_and_figures() -> None:
+def test_reused_evaluation_copies_its_files_and_figures() -> None:
     run()
     shutil.rmtree(next(path for path in Path("home/runs/quick").iterdir() if not path.is_symlink()))  # run folders are the user's to delete
     summary = run()
@@ -115,7 +115,7 @@ def test_a_reused_evaluation_brings_its_files_and_figures() -> None:
     assert actions(run())["verdict"] == "reuse"
 
 
-def test_a_reused_step_brings_its_log_and_the_run_has_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reused_step_copies_its_log_and_the_run_has_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.report.page.write_report", write_report)
     run()
     first = Path("home/runs/quick/latest").resolve()
@@ -162,14 +162,14 @@ def test_models_of_two_homes_agree(tmp_path: Path) -> None:
         (["verdict.candidates={base: base}"], "verdict", "input changed: candidates.sft"),
     ],
 )
-def test_a_step_that_runs_again_says_why(overrides: list[str], step: str, reason: str) -> None:
+def test_rerun_step_states_the_reason(overrides: list[str], step: str, reason: str) -> None:
     run()
     action, said = plan(*overrides)[step]
     assert action == "run"
     assert reason in said
 
 
-def test_changed_data_redoes_the_step_and_what_depends_on_it() -> None:
+def test_changed_data_reruns_the_step_and_its_dependents() -> None:
     run()
     Path("a.txt").write_text("another a")
     planned = plan()
@@ -179,26 +179,26 @@ def test_changed_data_redoes_the_step_and_what_depends_on_it() -> None:
     assert actions(run()) == {"base": "run", "sft": "run", "side": "reuse", "verdict": "run"}
 
 
-def test_a_step_made_anew_with_the_same_content_spares_what_depends_on_it() -> None:
+def test_rerun_with_equal_content_does_not_rerun_dependents() -> None:
     run()
     summary = run("base.rate=1.5")  # another setting, the same weights
     assert actions(summary) == {"base": "run", "sft": "reuse", "side": "reuse", "verdict": "reuse"}
 
 
-def test_changed_code_redoes_the_step(tmp_path: Path) -> None:
+def test_changed_code_reruns_the_step(tmp_path: Path) -> None:
     run()
     (tmp_path / "fake_stages.py").write_text((tmp_path / "fake_stages.py").read_text() + "\n# changed\n")
     assert plan()["base"] == ("run", "code of the stage changed")
 
 
-def test_names_and_places_are_not_part_of_the_fingerprint(tmp_path: Path) -> None:
+def test_names_and_paths_are_not_part_of_the_fingerprint(tmp_path: Path) -> None:
     run()
     Path("moved").mkdir()
     Path("a.txt").rename("moved/a.txt")
     assert plan("base.data=moved/a.txt")["base"][0] == "reuse"
 
 
-def test_a_damaged_version_is_made_again() -> None:
+def test_damaged_version_is_rebuilt() -> None:
     run()
     record = Registry("home/registry").get("quick/sft")
     (record.path / "model.safetensors").write_text("{}")
@@ -221,7 +221,7 @@ def test_a_damaged_foreign_model_is_refused() -> None:
         plan()
 
 
-def test_what_planning_remembers_does_not_let_a_damaged_input_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_hashes_do_not_hide_a_damaged_input(monkeypatch: pytest.MonkeyPatch) -> None:
     from stages.registry import contents
 
     monkeypatch.setattr(contents, "LARGE_BYTES", 0)
@@ -280,7 +280,7 @@ def test_wrong_data_is_found_before_anything_runs() -> None:
     assert not Path("home/runs").exists()
 
 
-def test_the_reused_chain_imports_no_torch(tmp_path: Path) -> None:
+def test_fully_reused_run_imports_no_torch(tmp_path: Path) -> None:
     run()
     script = (
         "import sys, fake_stages; fake_stages.install(); sys.argv = ['stages', 'run', 'quick.yaml', '--home', 'home']\n"
@@ -295,7 +295,7 @@ def test_the_reused_chain_imports_no_torch(tmp_path: Path) -> None:
     assert done.stdout.count("reused:") == 4
 
 
-def test_two_runs_at_once_do_a_step_once(tmp_path: Path) -> None:
+def test_simultaneous_runs_execute_a_step_once(tmp_path: Path) -> None:
     script = (
         "import sys, time, fake_stages; fake_stages.install()\n"
         "from stages.cli import app\n"

@@ -176,7 +176,7 @@ def test_a_role_that_the_template_refuses_is_one_message_before_a_model_is_loade
         assert "jsonl:1: the model's chat template rejects the conversation (system, user" in message and "no system turns" in message
 
 
-def test_the_plan_says_it_of_a_later_step(folder) -> None:
+def test_plan_refuses_such_a_role_in_a_later_step(folder) -> None:
     """The prompts of the last step are refused before the first one trains."""
     from stages.chain.run import plan
     from stages.errors import DataError

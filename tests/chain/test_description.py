@@ -27,19 +27,19 @@ def test_numbers_have_three_digits(value: Any, shown: str) -> None:
     assert three_digits(value) == shown
 
 
-def test_only_settings_that_are_no_defaults_are_shown() -> None:
+def test_only_settings_that_differ_from_defaults_are_shown() -> None:
     assert changed_settings(step()) == []
     changed = changed_settings(step(training={"epochs": 3.0, "batch_size": 64}, lora={"r": 4}, seed=5, preset="instructgpt2022"))
     assert dict(changed) == {"training.epochs": 3.0, "training.batch_size": 64, "lora": {"r": 4}, "seed": 5, "preset": "instructgpt2022"}
 
 
-def test_a_step_of_another_version_is_shown_as_it_is_written() -> None:
+def test_unknown_step_or_setting_is_shown_as_written() -> None:
     assert changed_settings({"stage": "alchemy", "name": "x", "gold": 1}) == [("gold", 1)]
     assert changed_settings({**step(), "gone": 1})[-1] == ("gone", 1)
     assert data_lines({"recipe_step": {"stage": "alchemy"}, "data": {"data": "0" * 64}}) == ["data: content " + "0" * 19]
 
 
-def test_data_is_told_by_path_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_is_shown_by_path_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n' * 1200)

@@ -63,7 +63,7 @@ def planned(tmp_path: Path, llama: Path, last: str) -> Any:
     ],
     ids=["encoder policy", "encoder reward model", "encoder-decoder", "falcon nf4", "attention", "candidate"],
 )
-def test_an_unfit_model_of_the_last_step_is_refused_at_the_plan(
+def test_unusable_model_of_the_last_step_is_refused_at_the_plan(
     models: Path, tmp_path: Path, tiny_llama_folder: Path, last: str, message: str
 ) -> None:
     last = last.replace("MODELS", str(models)).replace("ROWS", "rows.jsonl")
@@ -72,7 +72,7 @@ def test_an_unfit_model_of_the_last_step_is_refused_at_the_plan(
     assert not (tmp_path / "home" / "registry" / "models").exists()
 
 
-def test_a_classifier_with_a_label_is_a_fit_reward(models: Path, tmp_path: Path, tiny_llama_folder: Path) -> None:
+def test_classifier_with_a_label_is_accepted_as_reward(models: Path, tmp_path: Path, tiny_llama_folder: Path) -> None:
     last = f"stage: ppo, policy: sft, reward: [{{model: {models}/bert, label: 0}}], data: rows.jsonl"
     assert [step.action for step in planned(tmp_path, tiny_llama_folder, last)] == ["run", "run"]
 

@@ -106,7 +106,7 @@ def workdir(tmp_path: Path, tiny_tokenizer: Any) -> Path:
     return tmp_path
 
 
-def test_a_clean_run_of_several_families_says_nothing_on_stderr(workdir: Path) -> None:
+def test_clean_run_of_several_families_prints_nothing_on_stderr(workdir: Path) -> None:
     command = [sys.executable, "-m", "stages", "run", "quiet.yaml"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, cwd=workdir, env=environment, capture_output=True, text=True, timeout=600, check=False)

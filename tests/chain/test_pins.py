@@ -99,7 +99,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize(("model", "message"), MODELS.items(), ids=MODELS)
-def test_a_model_that_cannot_be_loaded_is_one_message_before_anything_is_trained(
+def test_unloadable_model_gives_one_message_before_training(
     model: str, message: str, fresh: Hub, hub_client: Client, workdir: Path
 ) -> None:
     override = f"verdict.judges=[{{model: {model}, label: POSITIVE}}]"
@@ -131,7 +131,7 @@ SOURCES = {
 
 
 @pytest.mark.parametrize(("source", "message"), SOURCES.items(), ids=SOURCES)
-def test_a_data_set_that_lacks_something_is_one_message_at_the_plan(
+def test_incomplete_data_set_gives_one_message_at_the_plan(
     source: str, message: str, fresh: Hub, hub_client: Client, workdir: Path
 ) -> None:
     answer = asked(hub_client, "plan", workdir, f"verdict.data={{{source}}}")
@@ -161,11 +161,11 @@ def test_a_data_set_that_lacks_something_is_one_message_at_the_plan(
         ("evaluation", "candidates.a.few_shot.choose.data", "validation"),
     ],
 )
-def test_the_plan_checks_the_split_that_the_reader_of_a_field_asks_for(stage: str, field_path: str, split: str) -> None:
+def test_plan_checks_the_default_split_of_each_field(stage: str, field_path: str, split: str) -> None:
     assert default_split(stage, field_path) == split
 
 
-def test_ids_that_resemble_something_here_are_the_hubs(fresh: Hub, hub_client: Client, workdir: Path) -> None:
+def test_hub_ids_that_resemble_local_names_stay_hub_ids(fresh: Hub, hub_client: Client, workdir: Path) -> None:
     """A step, a recipe or a folder of a similar name does not matter; the very name does, and hub: overrules it."""
     files = fresh.repositories["model", "org/model"].commits[fresh.commit("model", "org/model")]
     fresh.publish("model", "small/sft-2", files)  # near small/sft, and of an owner that is called as the recipe
@@ -191,9 +191,7 @@ def test_the_recipes_of_the_embedded_world_make_no_request(fresh: Hub, hub_clien
     assert fresh.requests == []
 
 
-def test_commits_stand_in_plan_manifest_and_summary_and_changes_are_noticed(
-    fresh: Hub, hub_client: Client, workdir: Path, tmp_path: Path
-) -> None:
+def test_commits_are_recorded_and_changes_are_detected(fresh: Hub, hub_client: Client, workdir: Path, tmp_path: Path) -> None:
     model, rows = fresh.commit("model", "org/model"), fresh.commit("dataset", "org/rows")
     answer = asked(hub_client, "run", workdir)
     assert answer.status == 0, answer.output
@@ -225,9 +223,7 @@ def test_commits_stand_in_plan_manifest_and_summary_and_changes_are_noticed(
     assert {step["action"] for step in planned(hub_client, workdir, *pinned).values()} == {"reuse"}
 
 
-def test_offline_the_cached_commits_are_used_and_what_is_missing_is_said(
-    fresh: Hub, hub_client: Client, hub_cache: Path, workdir: Path
-) -> None:
+def test_offline_run_uses_cached_commits_and_names_missing_ones(fresh: Hub, hub_client: Client, hub_cache: Path, workdir: Path) -> None:
     assert asked(hub_client, "run", workdir, home="first").status == 0
     before = planned(hub_client, workdir, home="first")
     fresh.publish("dataset", "org/rows", rows_of(ROWS[12:]))  # the cache does not know of it
@@ -252,7 +248,7 @@ def test_offline_the_cached_commits_are_used_and_what_is_missing_is_said(
     assert fresh.requests == []
 
 
-def test_a_hub_that_does_not_answer_is_left_after_a_few_seconds(fresh: Hub, workdir: Path, tmp_path: Path) -> None:
+def test_unresponsive_hub_is_given_up_after_a_few_seconds(fresh: Hub, workdir: Path, tmp_path: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         client = Client(fresh.environment(tmp_path / "cache", endpoint=f"http://127.0.0.1:{unused.getsockname()[1]}"))
@@ -265,7 +261,7 @@ def test_a_hub_that_does_not_answer_is_left_after_a_few_seconds(fresh: Hub, work
         client.close()
 
 
-def test_faults_that_pass_are_waited_out(fresh: Hub, hub_client: Client, workdir: Path) -> None:
+def test_temporary_hub_errors_are_retried(fresh: Hub, hub_client: Client, workdir: Path) -> None:
     """Busy answers, slow answers, and downloads that break off twice: rows and weights arrive whole."""
     long = [{"prompt": f"Question {number}:", "completion": " word", "note": "x" * 1000} for number in range(2000)]
     fresh.publish("dataset", "org/long", {"train.jsonl.gz": gzip.compress(json_lines(long), 0), "test.jsonl": json_lines(ROWS[:4])})
@@ -315,7 +311,7 @@ def _write_adapter(folder: Path, base: Path, files: dict[str, bytes]) -> None:
             (folder / name).write_bytes(files[name])
 
 
-def test_the_hub_is_read_though_a_folder_has_the_very_name(fresh: Hub, hub_client: Client, workdir: Path) -> None:
+def test_hub_prefix_reads_the_hub_if_a_folder_has_the_same_name(fresh: Hub, hub_client: Client, workdir: Path) -> None:
     """transformers reads a folder of the working directory before it asks the Hub; hub: must not end there."""
     said = _generated(hub_client, "org/model", workdir)
     assert said.status == 0, said.output

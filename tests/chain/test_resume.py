@@ -147,7 +147,7 @@ def undisturbed(data, step_context, resolve_folder, tiny_llama_folder, wholes) -
 
 @pytest.mark.parametrize("ending", ["killed", "SIGTERM"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_cut_off_ends_as_if_it_had_not_been(
+def test_resumed_run_equals_an_uninterrupted_one(
     data, undisturbed, step_context, resolve_folder, tiny_llama_folder, monkeypatch, stage, ending
 ) -> None:
     models = {"model": resolve_folder(tiny_llama_folder)}
@@ -181,7 +181,7 @@ def test_a_run_cut_off_ends_as_if_it_had_not_been(
         assert resumed["logs"] == uninterrupted["logs"]
 
 
-def test_checkpoints_of_an_adapter_hold_the_adapter(data, step_context, resolve_folder, tiny_llama_folder, monkeypatch) -> None:
+def test_adapter_checkpoints_contain_only_the_adapter(data, step_context, resolve_folder, tiny_llama_folder, monkeypatch) -> None:
     context = step_context("test/lora", 5, {"model": resolve_folder(tiny_llama_folder)})
     monkeypatch.setattr(Checkpoints, "is_due", lambda self: True)
     run("sft", data, context)
@@ -191,7 +191,7 @@ def test_checkpoints_of_an_adapter_hold_the_adapter(data, step_context, resolve_
     assert {path.suffix for path in kept[-1].iterdir()} == {".safetensors", ".json"}
 
 
-def test_the_best_is_published_beside_the_last(data, step_context, resolve_folder, tiny_llama_folder) -> None:
+def test_best_and_last_checkpoints_are_both_published(data, step_context, resolve_folder, tiny_llama_folder) -> None:
     context = step_context("test/step", 5, {"model": resolve_folder(tiny_llama_folder)})
     settings = {"learning_rate": 3e-2, "schedule": "constant", "epochs": 10.0, "batch_size": 6}  # far too fast: it gets worse again
     config = config_of("reward_model", data, keep_best=1)

@@ -114,7 +114,7 @@ def models(summary: dict[str, Any]) -> dict[str, Any]:
     return {step["name"]: step["model"] for step in summary["steps"]}
 
 
-def test_the_summary_has_what_it_promises(undisturbed) -> None:
+def test_summary_has_the_documented_fields(undisturbed) -> None:
     home, summary = undisturbed
     assert summary["finished"] and summary["wall_seconds"] > 0 and summary["peak_memory_bytes"] > 2**27
     assert [step["stage"] for step in summary["steps"]] == ["pretraining", "sft", "sentiment", "reward_model", "ppo", "dpo", "evaluation"]
@@ -135,7 +135,7 @@ def test_a_second_run_reuses_everything(undisturbed, recipe) -> None:
     assert models(second) == models(first) and second["win_rates"] == first["win_rates"]
 
 
-def test_a_changed_setting_redoes_what_depends_on_it(undisturbed, recipe) -> None:
+def test_changed_setting_reruns_dependent_steps(undisturbed, recipe) -> None:
     home, first = undisturbed
     changed = start(recipe, home, "aligned.kl_coef=0.2")
     assert {step["name"]: step["reused"] for step in changed["steps"]} == {
@@ -150,7 +150,7 @@ def test_a_changed_setting_redoes_what_depends_on_it(undisturbed, recipe) -> Non
     assert "kl.coef (0.05 -> 0.2)" in changed["steps"][4]["reason"]
 
 
-def test_killed_again_and_again_it_makes_the_same_models(undisturbed, recipe, tmp_path) -> None:
+def test_repeatedly_killed_run_produces_the_same_models(undisturbed, recipe, tmp_path) -> None:
     _, calm = undisturbed
     kills = 0
     for seconds in (9.0, 11.0, 13.0):

@@ -49,7 +49,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
 
 
 @pytest.mark.detail("G1")
-def test_a_scalar_head_takes_the_place_of_the_unembedding(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_scalar_head_replaces_the_unembedding(tiny_llama_folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     model = RewardModel.from_language_model(str(tiny_llama_folder), dtype=torch.float32)
@@ -89,7 +89,7 @@ def test_a_completion_begins_with_a_space_and_ends_with_the_end_token(tiny_token
 
 @pytest.mark.detail("G10")
 @pytest.mark.parametrize("pad", [0, 1, 250])
-def test_no_logit_depends_on_what_pads(tiny_llama_folder: Path, pad: int) -> None:
+def test_logits_do_not_depend_on_padding(tiny_llama_folder: Path, pad: int) -> None:
     from stages.models.responses import Policy, sequence_batch
 
     policy = Policy(load_language_model(str(tiny_llama_folder), dtype=torch.float32), temperature=1.0, autocast=None)
@@ -163,7 +163,7 @@ def test_sixteen_epochs_of_cosine_to_a_tenth() -> None:
 
 
 @pytest.mark.detail("S8")
-def test_evaluation_at_a_hundredth_is_sampling_that_all_but_takes_the_likeliest() -> None:
+def test_evaluation_at_temperature_0_01_samples_almost_greedily() -> None:
     from stages.sampling.choosing import sample_tokens
 
     noise = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
@@ -223,7 +223,7 @@ def test_more_than_one_epoch_is_warned_of(tmp_path: Path, step_context: Any, res
 
 
 @pytest.mark.detail("R13")
-def test_nothing_behind_the_end_moves_the_score(reward_model: RewardModel) -> None:
+def test_tokens_after_the_end_do_not_change_the_score(reward_model: RewardModel) -> None:
     mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0]])
     one, two = (reward_model.score(torch.tensor([[*TEXT, *tail]]), mask) for tail in ([PAD, PAD, PAD], [88, 200, 0]))
     assert torch.equal(one, two)  # to the bit
@@ -245,7 +245,7 @@ def test_the_reward_model_reads_the_prompt(saved_reward_model: Any) -> None:
 
 @pytest.mark.detail("R15")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_left_and_right_padding_hardly_differ(gpt2: Path, dtype: torch.dtype, bound: float) -> None:
+def test_left_and_right_padding_agree_up_to_rounding(gpt2: Path, dtype: torch.dtype, bound: float) -> None:
     model = RewardModel.from_language_model(str(gpt2), dtype=dtype, trainable=False)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(2, 300, (32, 12), generator=generator)

@@ -125,16 +125,16 @@ OURS = cases.Implementation(
 
 @pytest.mark.detail("G5", "P3", "P5", "P6", "P8", "P9", "P11", "P12", "P18", "P21", "P23", "P25", "P34", "R1", "R2", "R5", "R10")
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: f"{case.detail}-{case.needs}")
-def test_a_number_of_the_papers(case: Any) -> None:
+def test_function_returns_the_published_number(case: Any) -> None:
     actual = case.run(getattr(OURS, case.needs))
     assert cases.difference(actual, case.expected) <= case.tolerance, f"{case.what}: {actual}, expected {case.expected}"
 
 
-def test_torchs_adam_is_the_other_one() -> None:
+def test_torchs_adam_differs_from_tensorflows() -> None:
     assert _adam(1e-5, 1e-5, style="torch") == pytest.approx(0.5, rel=1e-3)  # 1e-5 / (1e-5 + 1e-5)
 
 
-def test_every_function_of_an_implementation_is_asked() -> None:
+def test_every_function_of_an_implementation_has_a_case() -> None:
     fields = set(cases.Implementation.__dataclass_fields__) - {"name"}
     assert {case.needs for case in cases.CASES} == fields
     assert cases.difference([1.0, 2.0], [1.0]) == math.inf and cases.difference([[1.0], [2.5]], [[1.0], [2.0]]) == 0.5

@@ -61,7 +61,7 @@ def test_every_detail_has_code_and_tests_that_exist() -> None:
             assert detail.id in tests[test], f"{test} is not marked for {detail.id}"
 
 
-def test_every_marked_test_stands_in_the_table() -> None:
+def test_every_marked_test_is_in_the_table() -> None:
     table = {detail.id: set(detail.tests) for detail in DETAILS}
     for test, ids in marked().items():
         for id in ids:

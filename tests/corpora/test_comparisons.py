@@ -114,7 +114,7 @@ def test_a_list_of_objects_is_read_by_the_path_to_its_fields(tmp_path: Path) -> 
         ("answers[].rank", r"columns names 'answers\[\].rank' for 'ranks', and the row has prompt, completions"),
     ],
 )
-def test_a_path_that_leads_nowhere_names_the_place(tmp_path: Path, name: str, message: str) -> None:
+def test_wrong_column_path_names_the_location(tmp_path: Path, name: str, message: str) -> None:
     path = tmp_path / "rankings.jsonl"
     path.write_text(json.dumps({"prompt": "p", "completions": [{"text": "a", "rank": 1}, {"text": "b"}]}) + "\n")
     with pytest.raises(DataError, match=message):

@@ -33,7 +33,7 @@ def count_words(text: str) -> int:
 
 
 @pytest.mark.detail("D1")
-def test_prompts_with_the_same_beginning_count_once() -> None:
+def test_prompts_with_the_same_prefix_are_deduplicated() -> None:
     table = rows(
         {"prompt": "Write a poem about the sea, please"},
         {"prompt": "write a poem about THE SEA and the sky"},
@@ -101,7 +101,7 @@ def test_lengths_are_counted_in_tokens() -> None:
         Curation(tokens={"completion": [48, 24]})
 
 
-def test_a_ranking_may_lose_the_texts_of_the_wrong_length_instead_of_the_row() -> None:
+def test_ranking_may_drop_texts_of_the_wrong_length_instead_of_the_row() -> None:
     table = rows(
         {"responses": ["one two three", "one", "one two", "one two"], "scores": [0.9, 0.5, 0.2, 0.2]},
         {"responses": ["one two three", "one"], "ranks": [0, 1]},

@@ -65,7 +65,7 @@ def test_every_format_is_read(name: str, tmp_path: Path) -> None:
     assert texts(write(tmp_path / name, "one", "two, three")) == ["one", "two, three"]
 
 
-def test_json_that_holds_lines_is_read_as_lines(tmp_path: Path) -> None:
+def test_json_file_with_json_lines_is_read_as_lines(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"text": "one"}\n\n{"text": "two"}\n')
     rows = read_rows([DataSource(path=str(tmp_path / "a.json"))])
     assert [(row["text"], row.location.rpartition(":")[2]) for row in rows] == [("one", "1"), ("two", "3")]
@@ -116,7 +116,7 @@ def test_folders_of_save_to_disk_are_read(tmp_path: Path) -> None:
     assert texts(tmp_path / "one", default="validation") == ["HARD", "HARD 2"]
 
 
-def test_a_folder_that_names_no_splits_is_read_whole_and_not_in_parts(tmp_path: Path) -> None:
+def test_folder_without_splits_is_read_completely(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", "one")
     write(tmp_path / "b" / "c.csv", "two")
     for split in ("train", "validation", "test"):
@@ -125,7 +125,7 @@ def test_a_folder_that_names_no_splits_is_read_whole_and_not_in_parts(tmp_path: 
         texts(tmp_path, split="test")
 
 
-def test_files_outside_of_all_splits_are_not_dropped_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_outside_of_all_splits_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "train.jsonl", "one")
     write(tmp_path / "more.jsonl", "two")
     with pytest.raises(DataError, match=r"some file names contain a split \(train\) and others do not \(more.jsonl\)"):
@@ -183,7 +183,7 @@ def test_the_fingerprint_of_a_folder_follows_what_decides_its_rows(tmp_path: Pat
     ("train", "held", "is_said"),
     [({}, {}, True), ({"limit": 2}, {"skip": 2}, False), ({"limit": 3}, {"skip": 2}, True), ({"split": "train"}, {}, True)],
 )
-def test_held_out_rows_that_are_trained_on_are_said(
+def test_held_out_rows_in_the_training_data_are_reported(
     train: dict[str, Any], held: dict[str, Any], is_said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A folder whose names tell no splits is the same rows for both; named splits are not."""
@@ -205,7 +205,7 @@ def test_named_splits_of_a_folder_are_apart(tmp_path: Path, caplog: pytest.LogCa
     assert caplog.text == ""
 
 
-def test_a_part_of_a_series_is_read_and_the_rest_is_missed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_incomplete_series_is_read_and_missing_files_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "train-00000-of-00002.parquet", "one")
     write(tmp_path / "test-00000-of-00001.parquet", "two")
     with caplog.at_level(logging.WARNING):

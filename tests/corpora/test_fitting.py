@@ -40,7 +40,7 @@ def test_a_single_line_is_cut_by_characters(tiny_tokenizer) -> None:
     assert len(encode_prompt(tiny_tokenizer, longer)) > limit
 
 
-def test_what_cannot_be_cut_is_said(tiny_tokenizer) -> None:
+def test_prompt_that_cannot_be_shortened_is_refused(tiny_tokenizer) -> None:
     with pytest.raises(DataError, match="has no text between 'BODY' and"):
         fit_prompt(post("x" * 99), PromptFit(max_tokens=50, after="BODY", before="TL"), tiny_tokenizer)
     with pytest.raises(DataError, match="more than 5 tokens even without"):

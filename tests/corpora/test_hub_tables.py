@@ -24,7 +24,7 @@ def test_a_series_that_is_cached_in_part_is_not_read() -> None:
     assert hub_layout(repository(*files), DataSource(path="org/rows")).splits == {"train": list(files)}  # so it was published
 
 
-def test_the_default_split_holds_where_names_tell_no_splits() -> None:
+def test_default_split_applies_if_names_define_no_splits() -> None:
     """A data set without splits is train on the Hub: an evaluation that names no split must not take it for a test split."""
     plain = repository("a.jsonl", "b.jsonl")
     assert chosen_files(plain, DataSource(path="org/rows"), "train") == ["a.jsonl", "b.jsonl"]
@@ -33,6 +33,6 @@ def test_the_default_split_holds_where_names_tell_no_splits() -> None:
     assert chosen_files(plain, DataSource(path="org/rows", data_files="b.jsonl"), "test") == ["b.jsonl"]
 
 
-def test_a_data_set_without_rows_says_what_it_has() -> None:
+def test_data_set_without_rows_lists_its_file_types() -> None:
     with pytest.raises(DataError, match=r"org/rows: the data set has no file in a supported format \(it has .md, .tar\)"):
         hub_layout(repository("about.md", "images.tar"), DataSource(path="org/rows"))

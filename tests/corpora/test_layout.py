@@ -49,7 +49,7 @@ NAMED = {
 
 
 @pytest.mark.parametrize(("names", "splits"), NAMED.values(), ids=NAMED)
-def test_names_tell_splits_as_datasets_has_it(names: list[str], splits: dict[str, list[str]], tmp_path: Path) -> None:
+def test_names_define_splits_as_in_datasets(names: list[str], splits: dict[str, list[str]], tmp_path: Path) -> None:
     assert layout(*names).splits == splits
     from datasets.data_files import DataFilesDict, get_data_patterns
 
@@ -60,7 +60,7 @@ def test_names_tell_splits_as_datasets_has_it(names: list[str], splits: dict[str
     assert {split: sorted(str(Path(file).relative_to(tmp_path)) for file in files) for split, files in theirs.items()} == splits
 
 
-def test_names_tell_splits_in_capitals_too() -> None:
+def test_names_in_capitals_define_splits() -> None:
     assert layout("Train/a.csv", "Test/a.csv").splits == {"train": ["Train/a.csv"], "test": ["Test/a.csv"]}
 
 
@@ -85,12 +85,12 @@ def test_names_tell_splits_in_capitals_too() -> None:
         "picture.png",
     ],
 )
-def test_files_that_are_no_data_are_left_out(name: str) -> None:
+def test_files_without_data_are_ignored(name: str) -> None:
     assert not is_data(name)
     assert layout("a.jsonl", name).splits == {"train": ["a.jsonl"]}
 
 
-def test_a_file_that_is_no_data_names_no_split() -> None:
+def test_file_without_data_defines_no_split() -> None:
     assert layout("rows.jsonl", "train.py", "test.md").splits == {"train": ["rows.jsonl"]}
 
 
@@ -148,7 +148,7 @@ WRONG: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("names", "choice", "message"), WRONG.values(), ids=WRONG)
-def test_a_choice_that_fits_nothing_is_refused(names: tuple[str, ...], choice: dict[str, Any], message: str) -> None:
+def test_selection_without_a_match_is_refused(names: tuple[str, ...], choice: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError) as caught:
         layout(*names, **choice)
     assert message in str(caught.value)
@@ -177,7 +177,7 @@ def test_folders_of_save_to_disk() -> None:
     ("wanted", "expected"),
     [("test", "test"), ("eval", "test"), ("valid", "dev"), ("validation", "dev"), ("dev", "dev"), ("train", "train")],
 )
-def test_a_split_is_found_by_what_its_name_means(wanted: str, expected: str) -> None:
+def test_split_is_found_by_the_meaning_of_its_name(wanted: str, expected: str) -> None:
     assert find_split(Layout({"train": ["a"], "dev": ["b"], "test": ["c"]}, True), wanted) == expected
 
 
@@ -196,7 +196,7 @@ def test_a_split_expression_chooses_rows() -> None:
         parts_of(three, None, "validation")
 
 
-def test_where_nothing_names_splits_all_rows_are_read_and_no_part_is_made_up() -> None:
+def test_without_named_splits_all_rows_are_read() -> None:
     plain = layout("a.jsonl", "b.jsonl")
     for default in ("train", "validation", "test"):
         assert [part.split for part in parts_of(plain, None, default)] == ["train"]
@@ -206,7 +206,7 @@ def test_where_nothing_names_splits_all_rows_are_read_and_no_part_is_made_up() -
 
 
 @pytest.mark.parametrize("folder", ["data/", "", "other/"])
-def test_a_file_that_a_series_lacks_is_named(folder: str) -> None:
+def test_missing_file_of_a_series_is_named(folder: str) -> None:
     incomplete = layout(f"{folder}train-00000-of-00003.parquet", f"{folder}train-00002-of-00003.parquet")
     assert incomplete.lost == f"1 of 3 files are missing, e.g. {folder}train-00001-of-00003.parquet"
     complete = layout(*(f"{folder}train-0000{number}-of-00003-{number}f.parquet" for number in range(3)))  # each with a hash of its own

@@ -112,7 +112,7 @@ def test_a_message_that_cannot_be_read_is_named(message, problem) -> None:
 
 
 @pytest.mark.parametrize("tools", ["hammer", {"name": "a"}, [1]])
-def test_tools_that_are_none_are_named(tools) -> None:
+def test_invalid_tools_are_refused(tools) -> None:
     with pytest.raises(DataError, match=r"chats.jsonl:7: tools is .* expected a list of JSON descriptions"):
         messages_of(row(messages=[user("hi")], tools=tools), "messages")
 

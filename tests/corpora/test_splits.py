@@ -46,7 +46,7 @@ def test_folds_hold_out_every_group_once(table: str) -> None:
     assert sorted(seen) == sorted(f"user-{number}" for number in range(12))
 
 
-def test_a_group_s_side_does_not_depend_on_the_other_rows(table: str) -> None:
+def test_side_of_a_group_does_not_depend_on_other_rows(table: str) -> None:
     first = {row["user"] for row in split(table, split_by="user", folds=3, fold=1)[1]}
     path = Path(table)
     path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
@@ -78,7 +78,7 @@ def test_contradictions_are_refused(table: str, fields: dict, message: str) -> N
         DataInput.model_validate({"train": table, **fields})
 
 
-def test_what_cannot_be_split_is_said(table: str) -> None:
+def test_unsplittable_data_is_refused(table: str) -> None:
     with pytest.raises(DataError, match="split_by: author needs that column in every row; the row has text, user"):
         split(table, split_by="author")
     with pytest.raises(DataError, match="12 different user are too few for 13 folds"):

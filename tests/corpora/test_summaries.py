@@ -45,14 +45,14 @@ def test_posts_are_demonstrations_and_prompts(tmp_path: Path) -> None:
     assert load_prompts([DataSource(**source(tmp_path, POST, COMPARISON))]) == [PROMPT]
 
 
-def test_comparisons_know_the_better_one_and_who_said_so(tmp_path: Path) -> None:
+def test_comparisons_keep_the_better_summary_and_its_annotator(tmp_path: Path) -> None:
     article = {**COMPARISON, "info": {"article": "News {of} today.", "post": None}, "choice": 0, "batch": "cnndm2"}
     first, second = load_comparisons(data(tmp_path, COMPARISON, article)).train
     assert (first.prompt, first.ranks, first.annotator, first.best) == (PROMPT, [1, 0], "worker-7", " I write too much.")
     assert (second.prompt, second.ranks) == ("Article:\nNews {of} today.\n\nTL;DR:", [0, 1])
 
 
-def test_the_same_as_trl_publishes_them(tmp_path: Path) -> None:
+def test_summaries_equal_those_published_by_trl(tmp_path: Path) -> None:
     rows = data(tmp_path, {"prompt": PROMPT, "completion": " I write too much."})
     pairs = data(tmp_path, {"prompt": PROMPT, "chosen": " I write too much.", "rejected": " Too long."})
     assert load_demonstrations(rows).train[0]["prompt"] == load_comparisons(pairs).train[0].prompt == PROMPT

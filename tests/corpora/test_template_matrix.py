@@ -137,7 +137,7 @@ def prompt_text(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
 
 
 @pytest.mark.parametrize("spoken", [SINGLE, MULTI], ids=["single", "multi"])
-def test_the_last_reply_trains_as_the_template_writes_it(tokenizer, name, spoken) -> None:
+def test_last_reply_trains_on_the_template_tokens(tokenizer, name, spoken) -> None:
     messages = turns(name, spoken)
     (made,) = training_rows(tokenizer, demonstration(row(messages=messages)), train_on="last_reply")
     expected = last(name, spoken[-1][1])
@@ -232,7 +232,7 @@ def test_generation_stops_at_the_turn_end(tokenizer, name) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_are_those_of_the_whole_rendering(tokenizer_of, name, kind) -> None:
+def test_tokens_equal_those_of_the_full_rendering(tokenizer_of, name, kind) -> None:
     """No token stands between prompt and reply that the tokenizer would not write there, on any kind of tokenizer."""
     tokenizer = tokenizer_of(kind)
     tokenizer.chat_template = TEMPLATES[name]
@@ -314,7 +314,7 @@ def test_generation_markers_are_followed_to_the_token(tokenizer_of) -> None:
     assert trained_runs(tokenizer, made) == ["\nthe sun is warm<|im_end|>", "\nthree<|im_end|>"]
 
 
-def test_a_call_is_missed_though_its_name_stands_among_the_tools(tokenizer_of) -> None:
+def test_dropped_tool_call_is_detected_although_its_name_is_in_the_tools(tokenizer_of) -> None:
     tokenizer = tokenizer_of("byte_bpe")
     listed = "{% if tools %}{{ tools | tojson }}{% endif %}"
     tokenizer.chat_template = listed + "{% for m in messages %}{{ m.content or '' }}<|im_end|>{% endfor %}"
@@ -324,7 +324,7 @@ def test_a_call_is_missed_though_its_name_stands_among_the_tools(tokenizer_of) -
         training_rows(tokenizer, read, train_on="last_reply")
 
 
-def test_a_think_block_that_the_template_writes_otherwise(tokenizer_of) -> None:
+def test_think_block_that_the_template_rewrites_trains_or_is_refused(tokenizer_of) -> None:
     """Its generation prompt and its replies both begin with the mark, and differ after it."""
     tokenizer = tokenizer_of("byte_bpe")
     tokenizer.chat_template = (
@@ -337,7 +337,7 @@ def test_a_think_block_that_the_template_writes_otherwise(tokenizer_of) -> None:
         render_pair(tokenizer, "hello", "fine")
 
 
-def test_a_turn_that_only_the_next_one_ends(tokenizer_of) -> None:
+def test_turn_that_only_the_next_turn_ends(tokenizer_of) -> None:
     """As GLM's: generation stops where the next speaker begins."""
     tokenizer = tokenizer_of("byte_bpe")
     tokenizer.chat_template = (

@@ -80,7 +80,7 @@ def test_arguments_are_written_as_json_once(tokenizer, name, arguments) -> None:
     assert written(tokenizer, row(arguments)) == WRITTEN[name] + "<|im_end|>"
 
 
-def test_a_template_that_takes_both_writes_both_alike(tokenizer) -> None:
+def test_template_that_accepts_both_forms_renders_both_equally(tokenizer) -> None:
     tokenizer.chat_template = BOTH
     assert argument_form(tokenizer) == ArgumentForm(objects=True, texts=True)
     for arguments in (ARGUMENTS, json.dumps(ARGUMENTS, indent=1)):
@@ -99,7 +99,7 @@ def test_templates_with_conditions_are_probed_within_them(tokenizer) -> None:
 
 
 @pytest.mark.parametrize("arguments", ["Köln", "[1, 2]", '{"town": '])
-def test_a_text_that_is_no_json_object_stays_or_is_refused(tokenizer, arguments) -> None:
+def test_arguments_that_are_not_a_json_object_are_kept_or_refused(tokenizer, arguments) -> None:
     tokenizer.chat_template = TEXTS["printed"]
     for text in (arguments, json.dumps(ARGUMENTS)):  # a JSON object stays as it is written, too
         assert written(tokenizer, row(text)) == f"[look_up {text}]<|im_end|>"
@@ -118,7 +118,7 @@ def test_a_transcript_shows_arguments_as_json_once() -> None:
     assert shown == 'user: hi\n\nassistant: [tool call] {"name": "look_up", "arguments": {"town": "Köln", "days": 3}}'
 
 
-def test_tool_calls_that_are_no_list_are_named() -> None:
+def test_tool_calls_that_are_not_a_list_are_refused() -> None:
     as_json = Row(messages=[{**call_of({}), "tool_calls": json.dumps(call_of({})["tool_calls"])}])
     assert messages_of(as_json, "messages") == [call_of({})]
     for calls in ("look_up()", [1], {"name": "look_up"}):
@@ -137,7 +137,7 @@ def table() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow", "saved"])
-def test_fields_that_the_table_added_are_left_out(tmp_path: Path, kind: str) -> None:
+def test_null_fields_added_by_the_table_are_removed(tmp_path: Path, kind: str) -> None:
     import pyarrow
     from pyarrow import feather, parquet
 

@@ -87,7 +87,7 @@ def test_the_preferred_completion_becomes_likelier(comparisons, step_context, re
     assert any("train/rewards/margins" in line for line in logged) and any("heldout/accuracy" in line for line in logged)
 
 
-def test_the_loss_is_the_papers(step_context, resolve_folder, tiny_llama_folder, tmp_path) -> None:
+def test_loss_equals_the_papers_formula(step_context, resolve_folder, tiny_llama_folder, tmp_path) -> None:
     """One batch against -log sigmoid(beta * ((log p - log p_ref of chosen) - (of rejected))), written out."""
     from transformers import AutoModelForCausalLM
 
@@ -128,16 +128,14 @@ def test_the_loss_is_the_papers(step_context, resolve_folder, tiny_llama_folder,
     assert measured["loss"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_pairs_that_do_not_fit(comparisons, step_context, resolve_folder, tiny_llama_folder) -> None:
+def test_no_pair_within_max_length_is_an_error(comparisons, step_context, resolve_folder, tiny_llama_folder) -> None:
     context = step_context(models={"model": resolve_folder(tiny_llama_folder)})
     with pytest.raises(DataError, match="no training pair fits max_length=4: the shortest of 64 has"):
         run(config(comparisons, max_length=4), context)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_the_reference_of_a_fresh_adapter_is_the_model_that_it_began_as(
-    step_context, resolve_folder, tiny_llama_folder, tmp_path, quantization
-) -> None:
+def test_reference_of_a_new_adapter_is_its_base_model(step_context, resolve_folder, tiny_llama_folder, tmp_path, quantization) -> None:
     """DPO on an SFT adapter: the reference's log-probabilities are the SFT model's own, as peft alone computes them, before and after a
     step, and not those of the bare base."""
     from peft import PeftModel

@@ -33,7 +33,7 @@ def gone(*pids: int, seconds: float = 30.0) -> bool:
 
 
 @pytest.mark.parametrize("end", ["run killed", "run terminated", "keeper asked", "keeper killed"])
-def test_nothing_outlives_the_run(end: str) -> None:
+def test_server_and_children_end_with_the_run(end: str) -> None:
     code = RUN.format(keeper=keeper.__file__, server=SERVER)
     run = subprocess.Popen([sys.executable, "-I", "-c", code], stdout=subprocess.PIPE, text=True)
     assert run.stdout is not None

@@ -42,7 +42,7 @@ def metrics_of(context: Any) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("fields", [LORA, {}], ids=["adapter", "whole"])
-def test_the_server_has_the_policy_of_every_iteration(stub, config, ppo_context, fields) -> None:
+def test_server_gets_the_policy_of_every_iteration(stub, config, ppo_context, fields) -> None:
     """The probe would end the run otherwise: its bound in fp32 is 0.001 nats, and a learning rate of 0.01 moves far more."""
     server = stub()
     result = run(config(server, training={"learning_rate": 1e-2}, **fields), ppo_context)
@@ -72,7 +72,7 @@ def test_a_stale_adapter_ends_the_run(stub, config, ppo_context) -> None:
     assert len(metrics_of(ppo_context)) == 1
 
 
-def test_a_run_whose_server_dies_goes_on_where_it_was(stub, config, ppo_context) -> None:
+def test_run_whose_server_dies_continues_from_its_checkpoint(stub, config, ppo_context) -> None:
     """It dies in the second rollout. The same command, with a server again, ends with the metrics of a run that was never cut off."""
 
     def metrics_of_a_run(server: Any) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def test_a_run_whose_server_dies_goes_on_where_it_was(stub, config, ppo_context)
         assert again[name] == uninterrupted[name], name
 
 
-def test_weights_of_tokens_that_another_policy_sampled(config, ppo_context) -> None:
+def test_importance_weights_of_tokens_from_another_policy(config, ppo_context) -> None:
     """The loss of a token is multiplied by min(p / q, cap): with q = p / 4 and a cap of 2 the gradient doubles, with q = 2 p it halves."""
     from stages.ppo.roles import load_roles
     from stages.ppo.rollout import TENSORS, targets
@@ -158,13 +158,13 @@ def test_weights_of_tokens_that_another_policy_sampled(config, ppo_context) -> N
         ({"generation": {"engine": "local"}, "importance_cap": 3.0}, "importance_cap requires generation.engine: vllm"),
     ],
 )
-def test_what_is_refused_at_the_plan(ppo_config, fields, message) -> None:
+def test_unusable_engine_settings_are_refused_at_the_plan(ppo_config, fields, message) -> None:
     generation = {"engine": {"vllm": {"url": "http://here:1"}}, **fields.get("generation", {})}
     with pytest.raises(ValueError, match=message):
         ppo_config(**{**fields, "generation": generation})
 
 
-def test_the_fingerprint_of_local_sampling_is_as_it_was(ppo_config) -> None:
+def test_fingerprint_of_local_sampling_is_unchanged(ppo_config) -> None:
     """A recipe that names no engine has the settings that it had before there were engines; where a server stands does not matter."""
     from stages.chain.fingerprints import settings_of
 
@@ -175,7 +175,7 @@ def test_the_fingerprint_of_local_sampling_is_as_it_was(ppo_config) -> None:
     assert here["importance_cap"] == 2.0 and here["generation"]["engine"] == {"vllm": {}}
 
 
-def test_the_rollout_in_hand_is_kept_with_the_samplers_logprobs(stub, config, ppo_context) -> None:
+def test_interrupted_rollout_is_stored_with_the_samplers_logprobs(stub, config, ppo_context) -> None:
     """Cut off in the middle of an update: the rollout is not sampled again, and its weights are as they were."""
     from stages.ppo.checkpoint import load_rollout, save_rollout
 

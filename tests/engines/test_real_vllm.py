@@ -80,7 +80,7 @@ def served(wide_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield sampler, policy, tokenizer
 
 
-def test_greedy_completions_and_logprobs_are_the_local_samplers(served) -> None:
+def test_greedy_completions_and_logprobs_equal_the_local_samplers(served) -> None:
     """With a fresh adapter, then with one that does something; stop tokens, at once and late."""
     sampler, policy, tokenizer = served
     local = LocalSampler(policy.model, tokenizer)
@@ -96,7 +96,7 @@ def test_greedy_completions_and_logprobs_are_the_local_samplers(served) -> None:
             same(sampler.sample(PROMPTS, chosen, SEEDS), local.sample(PROMPTS, chosen, SEEDS))
 
 
-def test_seeds_decide_and_logprobs_are_the_policys(served) -> None:
+def test_seeds_decide_completions_and_logprobs_are_the_policys(served) -> None:
     sampler, policy, tokenizer = served
     sampler.take_weights()
     chosen = SETTINGS.model_copy(update={"temperature": 1.0})
@@ -112,7 +112,7 @@ def test_seeds_decide_and_logprobs_are_the_policys(served) -> None:
             torch.testing.assert_close(one.logprobs[row][: len(response)], own, atol=1e-4, rtol=0)
 
 
-def test_a_stale_adapter_is_noticed(served, monkeypatch) -> None:
+def test_stale_adapter_is_detected(served, monkeypatch) -> None:
     """The policy moves on, and the files that the server loads are those of before."""
     from stages.engines import vllm_sampler
 
@@ -153,7 +153,7 @@ def shape(value: Any) -> Any:
     return [shape(value[0])] if isinstance(value, list) and value else type(value).__name__ if isinstance(value, str) else None
 
 
-def test_a_server_that_is_killed_in_mid_rollout_is_started_again(served) -> None:
+def test_server_killed_during_a_rollout_is_restarted(served) -> None:
     """The rollout goes on with the same weights; what was done by then is kept."""
     sampler, policy, tokenizer = served
     sampler.take_weights()
@@ -176,7 +176,7 @@ def test_a_server_that_is_killed_in_mid_rollout_is_started_again(served) -> None
     assert sampler.report()["restarts"] == 1
 
 
-def test_whole_weights_are_reloaded(served, wide_llama, tmp_path) -> None:
+def test_full_weights_are_reloaded(served, wide_llama, tmp_path) -> None:
     """On the same server: other whole weights, sent as a full fine-tuning would, then the probe."""
     from stages.engines.vllm_sampler import VllmSampler, Weights
 

@@ -55,7 +55,7 @@ def same(actual: Any, expected: Any) -> None:
         {"stop": ["ONE"], "ignore_eos": True, "stop_after": 1},
     ],
 )
-def test_greedy_completions_are_the_local_samplers(stub, settings, opened, fields) -> None:
+def test_greedy_completions_equal_the_local_samplers(stub, settings, opened, fields) -> None:
     """Wherever stop tokens may end a completion: the third token of the first prompt's greedy completion is such a token."""
     server = stub()
     opening, local = opened(settings(server))
@@ -73,7 +73,7 @@ def test_greedy_completions_are_the_local_samplers(stub, settings, opened, field
     }
 
 
-def test_what_is_asked_of_the_server(stub, settings, opened) -> None:
+def test_request_to_the_server(stub, settings, opened) -> None:
     """Every sampling parameter is said, so that no default of the model's generation config slips in; each prompt has its own seed."""
     first, second = stub(), stub()
     chosen = settings(first, second, top_k=3, top_p=0.5)
@@ -127,14 +127,14 @@ def test_a_stack_is_served_as_one_adapter(stub, settings, opened, stack) -> None
     assert server.adapted == {}  # a server that goes on without this run keeps nothing of it
 
 
-def test_a_stale_adapter_is_noticed(stub, settings, opened, stack) -> None:
+def test_stale_adapter_is_detected(stub, settings, opened, stack) -> None:
     server = stub()
     server.ignores_adapters = True
     with pytest.raises(TrainingError, match=r"the sampler does not have the policy's weights.*nats per token \(bound 0.001\)"):
         opened(settings(server), stack)[0].__enter__()
 
 
-def test_a_server_with_other_weights_is_noticed(stub, settings, opened, tiny_llama_folder, tmp_path) -> None:
+def test_server_with_other_weights_is_detected(stub, settings, opened, tiny_llama_folder, tmp_path) -> None:
     other = load_language_model(str(tiny_llama_folder), dtype=torch.float32)
     with torch.no_grad():
         other.lm_head.weight.mul_(1.5)
@@ -196,7 +196,7 @@ def test_base_models_of_different_names_and_a_server_that_dies_between_two_sampl
         assert [one["server"] for one in sampler.report()["left_out"]] == [first.url]
 
 
-def test_one_that_never_answered_is_left_out_where_another_does(stub, settings, opened) -> None:
+def test_unreachable_server_is_left_out_if_another_answers(stub, settings, opened) -> None:
     living, dead = stub(), stub()
     dead.die()
     with opened(settings(living, dead))[0] as sampler:
@@ -205,7 +205,7 @@ def test_one_that_never_answered_is_left_out_where_another_does(stub, settings, 
         check_reachable(settings(dead))
 
 
-def test_the_key_goes_into_the_header_alone(stub, over, settings, opened, monkeypatch) -> None:
+def test_key_is_only_sent_in_the_header(stub, over, settings, opened, monkeypatch) -> None:
     server = stub(key="sesame-sesame")
     chosen = settings(server, engine=over(server, api_key_variable="VLLM_TEST_KEY"))
     with pytest.raises(RecipeError, match="VLLM_TEST_KEY is not set"):
@@ -232,7 +232,7 @@ def test_the_key_goes_into_the_header_alone(stub, over, settings, opened, monkey
         ("/v1/models", {"data": []}, "lists no base model"),
     ],
 )
-def test_answers_that_cannot_be_used(stub, settings, opened, monkeypatch, path, content, message) -> None:
+def test_invalid_answers_are_refused(stub, settings, opened, monkeypatch, path, content, message) -> None:
     server = stub()
     answer = server.answer
     monkeypatch.setattr(server, "answer", lambda asked, body: (200, content) if asked == path else answer(asked, body))
@@ -248,7 +248,7 @@ def test_a_server_that_allows_fewer_tokens_is_named(stub, settings, opened, monk
             sampler.sample(PROMPTS, settings(server), SEEDS)
 
 
-def test_a_started_server_that_dies_is_started_again(stub, settings, opened, stack, monkeypatch) -> None:
+def test_started_server_that_dies_is_restarted(stub, settings, opened, stack, monkeypatch) -> None:
     """In mid-rollout, and between two rollouts: it gets the weights again, is probed again, and the completions are those of the seeds."""
     first = stub()
     chosen = settings(first, temperature=0)

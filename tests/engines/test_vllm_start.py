@@ -47,7 +47,7 @@ def server(python: str, tmp_path: Path, **fields: Any) -> StartedServer:
     return StartedServer(VllmStart(python=python, **fields), Served("model", "float32"), tmp_path / "vllm.log")
 
 
-def test_it_is_waited_for_and_ended(interpreter, tmp_path, monkeypatch) -> None:
+def test_started_server_is_awaited_and_ended(interpreter, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     started = server(interpreter(HEALTHY), tmp_path)
     started.start()
@@ -58,7 +58,7 @@ def test_it_is_waited_for_and_ended(interpreter, tmp_path, monkeypatch) -> None:
     started.end()  # twice is no error
 
 
-def test_one_that_does_not_come_up_says_why(interpreter, tmp_path) -> None:
+def test_failed_start_reports_the_end_of_the_log(interpreter, tmp_path) -> None:
     with pytest.raises(LaunchError, match=r"ended before it answered:\n  ValueError: heads of 8 are too narrow\nIts log: .*vllm.log"):
         server(interpreter(BROKEN), tmp_path).start()
     with pytest.raises(LaunchError, match=r"did not answer within 0.5 s \(generation.engine.vllm.start.wait_seconds\)"):
@@ -73,12 +73,12 @@ def test_one_that_does_not_come_up_says_why(interpreter, tmp_path) -> None:
         ("nonsense", "does not run"),
     ],
 )
-def test_environments_that_cannot_be_used(interpreter, packages, message) -> None:
+def test_unusable_environments_are_refused(interpreter, packages, message) -> None:
     with pytest.raises(LaunchError, match=message):
         find_installed(VllmStart(python=interpreter("", packages)))
 
 
-def test_the_command_line() -> None:
+def test_command_line_of_the_server() -> None:
     """What is said to the server for a LoRA run in bf16 on a shared GPU, on GPUs of its own, and on a CPU."""
     quantized = Served("base", "bfloat16", lora_rank=10, quantization="nf4", on_gpu=True)
     shared = " ".join(

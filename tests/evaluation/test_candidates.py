@@ -17,7 +17,7 @@ from stages.stats.best_of_n import best_of_n_kl
 PROMPTS = ["the film", "write a happy line about the music", "a fine film", "the plot was"]
 
 
-def test_completions_made_elsewhere(prompts, step_context, models, config, write_rows, read_run) -> None:
+def test_candidate_from_a_completions_file(prompts, step_context, models, config, write_rows, read_run) -> None:
     rows = [{"instruction": "the film", "output": "a long enough answer"}, {"prompt": PROMPTS[2], "completion": ""}]
     rows += [{"prompt": PROMPTS[2], "completion": "a second sample"}, {"prompt": "unknown", "completion": "x"}]
     elsewhere = write_rows("elsewhere", rows)
@@ -39,7 +39,7 @@ def test_completions_made_elsewhere(prompts, step_context, models, config, write
     assert result.metrics["left_out"] == 2
 
 
-def test_completions_of_other_prompts_are_an_error(prompts, config, write_rows) -> None:
+def test_completions_file_with_other_prompts_is_refused(prompts, config, write_rows) -> None:
     elsewhere = write_rows("elsewhere", [{"prompt": "unknown", "completion": "x"}])
     settings = config(prompts, candidates={"base": "b", "elsewhere": {"completions": elsewhere}})
     with pytest.raises(DataError, match="candidate 'elsewhere': its completions answer none of the 4 prompts"):
@@ -48,7 +48,7 @@ def test_completions_of_other_prompts_are_an_error(prompts, config, write_rows) 
         config(prompts, candidates={"x": {"completions": write_rows("bad", [{"prompt": "the film"}])}}).check_data()
 
 
-def test_several_samples_made_elsewhere(prompts, step_context, models, config, write_rows, read_run) -> None:
+def test_completions_file_with_several_samples(prompts, step_context, models, config, write_rows, read_run) -> None:
     rows = [{"prompt": prompt, "completion": f"{prompt} {number}"} for prompt in PROMPTS for number in range(2)]
     rows.pop()  # the last prompt has one sample only
     settings = config(prompts, candidates={"base": "b", "elsewhere": {"completions": write_rows("e", rows)}}, samples_per_prompt=2)
@@ -86,7 +86,7 @@ def test_duplicates_are_counted(prompts, step_context, models, config, write_row
 # Few-shot
 
 
-def test_the_few_shot_prompt_that_a_reward_likes_best(prompts, step_context, models, config, write_rows, read_run) -> None:
+def test_few_shot_prompt_with_the_highest_reward_is_chosen(prompts, step_context, models, config, write_rows, read_run) -> None:
     shots = write_rows("shots", [{"prompt": f"p{number}", "completion": f"c{number}"} for number in range(6)])
     validation = write_rows("validation", [{"prompt": prompt} for prompt in ["the ending", "the cast", "the film"]])
     choose = {"reward": {"function": "judges_for_tests:letters"}, "data": validation, "tries": 3}
@@ -106,7 +106,7 @@ def test_the_few_shot_prompt_that_a_reward_likes_best(prompts, step_context, mod
     assert tokenizer.decode(shown[0]) == tries[0]["text"] + "the film:"
 
 
-def test_few_shot_validation_is_kept_apart(prompts, config, write_rows) -> None:
+def test_few_shot_validation_prompts_are_not_evaluated(prompts, config, write_rows) -> None:
     shots = write_rows("shots", [{"prompt": "p", "completion": "c"}])
     choose = {"reward": {"function": "judges_for_tests:lengths"}, "data": prompts}
     few_shot = {"data": shots, "num_examples": 1, "choose": choose}
@@ -186,7 +186,7 @@ def test_alpaca_eval_format(prompts, step_context, models, config, read_run) -> 
     assert {row["generator"] for row in rows} == {"aligned"}
 
 
-def test_it_reads_what_it_writes(prompts, step_context, models, config, read_run) -> None:
+def test_completions_written_by_an_evaluation_can_be_read(prompts, step_context, models, config, read_run) -> None:
     context = step_context(models=models)
     run(config(prompts), context)
     _, lines = read_run(context)
@@ -205,12 +205,12 @@ def test_it_reads_what_it_writes(prompts, step_context, models, config, read_run
         ({"model": "a", "few_shot": {"data": "d", "instruction": ["x", "y"]}}, "instruction is a list: set choose"),
     ],
 )
-def test_contradictions(config, candidate: dict[str, Any], message: str) -> None:
+def test_contradicting_settings_are_refused(config, candidate: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         config("unused", candidates={"base": "b", "x": candidate})
 
 
-def test_a_reference_answers_plainly(config) -> None:
+def test_kl_reference_must_be_a_model_without_few_shot_or_best_of(config) -> None:
     best = {"model": "a", "best_of": {"reward": {"function": "a:b"}}}
     with pytest.raises(ValidationError, match="must be a model without few_shot"):
         config("unused", candidates={"base": "b", "best": best}, kl_reference="best")
@@ -218,7 +218,7 @@ def test_a_reference_answers_plainly(config) -> None:
         config("unused", token_details={})
 
 
-def test_the_value_network_of_a_ppo_step(step_context, tiny_llama_folder, tmp_path) -> None:
+def test_value_network_of_a_ppo_step_is_recorded(step_context, tiny_llama_folder, tmp_path) -> None:
     import shutil
 
     from stages.config import ModelInput

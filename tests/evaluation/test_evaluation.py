@@ -16,7 +16,7 @@ PROMPTS = ["the film", "write a happy line about the music", "a fine film", "the
 LENGTHS = "judges_for_tests:lengths"
 
 
-def test_a_whole_evaluation(prompts, step_context, models, tmp_path, config) -> None:
+def test_complete_evaluation(prompts, step_context, models, tmp_path, config) -> None:
     texts = tmp_path / "heldout.txt"
     texts.write_text("the acting was warm and the film was a joy\n")
     context = step_context(models=models)
@@ -38,7 +38,7 @@ def test_a_whole_evaluation(prompts, step_context, models, tmp_path, config) -> 
     assert json.loads((context.folder / "evaluation.json").read_text())["verdict"].startswith("By lengths, aligned")
 
 
-def test_several_samples_and_prompts_kept_apart(prompts, step_context, models, tmp_path, config) -> None:
+def test_samples_of_one_prompt_count_as_one_prompt(prompts, step_context, models, tmp_path, config) -> None:
     trained = tmp_path / "trained.jsonl"
     trained.write_text(json.dumps({"prompt": PROMPTS[1]}) + "\n")
     context = step_context(models=models)
@@ -51,7 +51,7 @@ def test_several_samples_and_prompts_kept_apart(prompts, step_context, models, t
         config(prompts, exclude=prompts).check_data()
 
 
-def test_one_model_twice_is_a_tie(prompts, step_context, resolve_folder, tiny_llama_folder, config) -> None:
+def test_model_against_itself_ties(prompts, step_context, resolve_folder, tiny_llama_folder, config) -> None:
     same = resolve_folder(tiny_llama_folder)
     result = run(config(prompts), step_context(models={"candidates.base": same, "candidates.aligned": same}))
     assert all(row["win_rate"] == 0.5 and row["ties"] == 4 for row in result.evaluation["win_rates"])
@@ -130,7 +130,7 @@ def test_a_prompted_candidate_sees_the_examples_and_is_cut(prompts, step_context
     assert all("e" not in line["completions"]["aligned"] for line in lines)
 
 
-def test_all_answer_the_same_prompts(prompts, step_context, models, tmp_path, config) -> None:
+def test_all_candidates_answer_the_same_prompts(prompts, step_context, models, tmp_path, config) -> None:
     path = tmp_path / "mixed.jsonl"
     path.write_text(json.dumps({"prompt": "film " * 300}) + "\n" + json.dumps({"prompt": "the film"}) + "\n")
     context = step_context(models=models)
@@ -140,7 +140,7 @@ def test_all_answer_the_same_prompts(prompts, step_context, models, tmp_path, co
         run(config(str(path), generation={"max_new_tokens": 100}, data={"path": str(path), "limit": 1}), context)
 
 
-def test_another_vocabulary_has_no_kl(prompts, step_context, models, config) -> None:
+def test_candidate_with_another_vocabulary_has_no_kl(prompts, step_context, models, config) -> None:
     from stages.pretraining.config import TokenizerSettings
     from stages.pretraining.tokenizer import train_tokenizer
 
@@ -164,7 +164,7 @@ def test_another_vocabulary_has_no_kl(prompts, step_context, models, config) -> 
         ({"candidates": {"b": {"model": "x", "few_shot": {"data": "d", "template": "{completion}"}}}}, "template must contain"),
     ],
 )
-def test_contradictions(fields, message, config) -> None:
+def test_contradicting_settings_are_refused(fields, message, config) -> None:
     with pytest.raises(ValidationError, match=message):
         config("unused", **fields)
 

@@ -19,7 +19,7 @@ def vote(prompt: str, choice: str, annotator: str = "ann", a: str = "base", b: s
     return {"prompt": prompt, "a": a, "b": b, "vote": choice, "annotator": annotator}
 
 
-def test_votes_of_people(prompts, step_context, models, config, write_rows, read_run) -> None:
+def test_human_votes_count_as_preferences(prompts, step_context, models, config, write_rows, read_run) -> None:
     rows = [
         vote(PROMPTS[0], "a", "ann"),
         vote(PROMPTS[0], "a", "bob"),
@@ -49,7 +49,7 @@ def test_votes_of_people(prompts, step_context, models, config, write_rows, read
     assert "people" not in evaluation["candidates"]["base"]["scores"]
 
 
-def test_ratings_of_people(prompts, step_context, models, config, write_rows, read_run) -> None:
+def test_human_ratings_count_as_scores(prompts, step_context, models, config, write_rows, read_run) -> None:
     rows = [
         {"prompt": PROMPTS[row], "candidate": name, "score": score, "annotator": who}
         for row, name, who, score in [
@@ -88,7 +88,7 @@ def test_ratings_of_people(prompts, step_context, models, config, write_rows, re
         ([{**vote("the film", "a"), "sample": -1}], "sample is -1; expected an integer >= 0"),
     ],
 )
-def test_bad_judgements(prompts, config, write_rows, rows: list[dict[str, Any]], message: str) -> None:
+def test_invalid_judgement_rows_are_refused(prompts, config, write_rows, rows: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(DataError, match=message):
         config(prompts, judges=[{"judgements": write_rows("judged", rows)}]).check_data()
 
@@ -100,7 +100,7 @@ def test_bad_judgements(prompts, config, write_rows, rows: list[dict[str, Any]],
         ("too_few", r"reward 'too_few' returned scores of shape \(1,\); expected one number per completion \(8\)"),
     ],
 )
-def test_a_judge_that_returns_nonsense(prompts, step_context, models, config, function: str, message: str) -> None:
+def test_judge_that_returns_invalid_scores_is_refused(prompts, step_context, models, config, function: str, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         run(config(prompts, judges=[{"function": f"judges_for_tests:{function}"}]), step_context(models=models))
 
@@ -133,7 +133,7 @@ class Endpoint:
         return {"comparisons": len(Endpoint.asked), "cost": None}
 
 
-def test_an_endpoint_judges_pairs(prompts, step_context, models, config, read_run, monkeypatch) -> None:
+def test_endpoint_judges_pairs(prompts, step_context, models, config, read_run, monkeypatch) -> None:
     monkeypatch.setattr("stages.judges.endpoint.EndpointClient", Endpoint)
     given = {**models, "candidates.third": models["candidates.base"]}
     endpoint = {"endpoint": "http://localhost:1/v1", "model": "m", "num_prompts": 3}

@@ -49,7 +49,7 @@ def evaluate(folder: Path, prefix: str, names: list[str], context: Any, **fields
     return json.loads((context.folder / "evaluation.json").read_text())
 
 
-def test_people_on_five_models(shared_data, writer, step_context, tmp_path) -> None:
+def test_human_votes_on_five_models_give_the_published_win_rates(shared_data, writer, step_context, tmp_path) -> None:
     names = writer.write_pandalm(tmp_path)
     evaluation = evaluate(
         tmp_path,
@@ -101,7 +101,7 @@ def test_people_on_five_models(shared_data, writer, step_context, tmp_path) -> N
         assert f"{rate['win_rate']:.2f} ({rate['ci_low']:.2f} to {rate['ci_high']:.2f})" in page
 
 
-def test_gpt4_on_eight_models(shared_data, writer, step_context, tmp_path) -> None:
+def test_gpt4_scores_of_eight_models_give_the_published_means(shared_data, writer, step_context, tmp_path) -> None:
     names = writer.write_alpaca(tmp_path)
     evaluation = evaluate(
         tmp_path, "alpaca", names, step_context(), judges=[{"judgements": str(tmp_path / "alpaca-scores.jsonl"), "name": "gpt4"}]

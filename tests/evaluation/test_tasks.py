@@ -48,13 +48,13 @@ def test_normalized_scores(model, tiny_tokenizer) -> None:
     assert by_byte == pytest.approx([plain[0] / 4, plain[1] / 13, plain[2] / 1])
 
 
-def test_batches_do_not_matter(model, tiny_tokenizer) -> None:
+def test_scores_do_not_depend_on_the_batch_size(model, tiny_tokenizer) -> None:
     together, alone = (score_choices(model, tiny_tokenizer, QUESTIONS, "none", batch_size=size) for size in (64, 1))
     for one, other in zip(together, alone, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
 
 
-def test_white_space_belongs_to_the_choice_and_long_contexts_lose_their_beginning(tiny_tokenizer) -> None:
+def test_leading_space_belongs_to_the_choice_and_long_contexts_are_cut_at_the_beginning(tiny_tokenizer) -> None:
     def text(ids: list[int]) -> str:
         return tiny_tokenizer.decode(ids)
 
@@ -77,7 +77,7 @@ def test_accuracy_by_hand() -> None:
     assert (result.ci_low, result.ci_high) == pytest.approx((0.12535, 0.87465), abs=1e-4)
 
 
-def test_a_model_that_learned_the_answers_gets_them_right(model, tiny_tokenizer) -> None:
+def test_model_trained_on_the_answers_scores_one(model, tiny_tokenizer) -> None:
     import copy
 
     pupil = copy.deepcopy(model).train()
@@ -126,7 +126,7 @@ def test_tasks_in_an_evaluation(tmp_path, monkeypatch, step_context, resolve_fol
     assert task_table({"base": {"scores": {}}}) is None
 
 
-def test_a_task_is_a_block_or_its_data() -> None:
+def test_task_can_be_written_as_block_or_as_data() -> None:
     from stages.evaluation.config import EvaluationConfig
 
     base = {"name": "v", "candidates": {"a": "b"}, "data": "p", "judges": [{"function": "m:f"}]}

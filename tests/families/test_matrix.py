@@ -58,12 +58,12 @@ def chosen(families: Any, first: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("name", "check"), chosen(DECODERS, "log-probabilities"))
-def test_a_decoder_computes_what_plain_transformers_computes(name: str, check: str, folders: Any, tmp_path: Path) -> None:
+def test_decoder_equals_plain_transformers(name: str, check: str, folders: Any, tmp_path: Path) -> None:
     assert DECODER_CHECKS[check](DECODERS[name], folders(name), tmp_path) < EXACT
 
 
 @pytest.mark.parametrize(("name", "check"), chosen(CLASSIFIERS, "classes"))
-def test_a_classifier_computes_what_plain_transformers_computes(name: str, check: str, folders: Any, tmp_path: Path) -> None:
+def test_classifier_equals_plain_transformers(name: str, check: str, folders: Any, tmp_path: Path) -> None:
     assert CLASSIFIER_CHECKS[check](CLASSIFIERS[name], folders(name), tmp_path) < TOLERANCE.get(check, EXACT)
 
 
@@ -71,7 +71,7 @@ REFUSED = [(name, check) for name, family in (DECODERS | CLASSIFIERS).items() fo
 
 
 @pytest.mark.parametrize(("name", "check"), REFUSED)
-def test_what_a_family_cannot_do_is_refused_in_one_message(name: str, check: str, folders: Any, tmp_path: Path) -> None:
+def test_unsupported_use_of_a_family_is_refused_in_one_message(name: str, check: str, folders: Any, tmp_path: Path) -> None:
     family = (DECODERS | CLASSIFIERS)[name]
     with pytest.raises(ModelError, match=re.escape(family.without[check])):
         (DECODER_CHECKS | CLASSIFIER_CHECKS)[check](family, folders(name), tmp_path)

@@ -37,7 +37,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 @pytest.mark.parametrize("stops", [(), tuple(range(16))], ids=["full", "ragged"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_recorded_steps_decode_what_computed_ones_do(recorded, stops: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_recorded_steps_decode_the_same_tokens_as_computed_ones(recorded, stops: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512,

@@ -91,7 +91,7 @@ def test_quantized_weights_with_adapters(recipe: Any, tmp_path: Path, tiny_llama
 
 @several
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_two_gpus_make_the_updates_of_one(recipe: Any, tmp_path: Path, name: str) -> None:
+def test_two_gpus_compute_the_updates_of_one(recipe: Any, tmp_path: Path, name: str) -> None:
     from safetensors.torch import load_file
 
     path = recipe(REWARD, PPO, precision="fp32")

@@ -55,7 +55,7 @@ def random_model(tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_ppo_runs_and_needs_what_was_planned(random_model, step_context, resolve_folder, tmp_path, monkeypatch, capsys, size) -> None:
+def test_ppo_needs_the_planned_memory(random_model, step_context, resolve_folder, tmp_path, monkeypatch, capsys, size) -> None:
     from stages.memory.estimate import Machine
     from stages.memory.models import View
     from stages.memory.shapes import shape_of_folder

@@ -90,7 +90,7 @@ def test_import_trl_value_head_publishes_policy_and_value(language_model: Any, f
         torch.testing.assert_close(loaded(input_ids=IDS).logits, language_model(input_ids=IDS).logits)
 
 
-def test_import_refuses_pickle_without_the_word_for_it(language_model: Any, folder: Path, registry: Registry) -> None:
+def test_import_refuses_pickle_without_the_option(language_model: Any, folder: Path, registry: Registry) -> None:
     language_model.config.save_pretrained(folder)
     torch.save(tensors(language_model), folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match="--pickle"):
@@ -236,7 +236,7 @@ def test_import_classifier_with_one_label_is_a_reward_model(language_model: Any,
         torch.testing.assert_close(score_of(record.path), model(input_ids=IDS, attention_mask=MASK).logits[:, 0])
 
 
-def test_import_says_what_a_folder_lacks(folder: Path, registry: Registry, tmp_path: Path) -> None:
+def test_import_names_the_missing_files_of_a_folder(folder: Path, registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="contains no weights"):
         import_model(folder, registry, "old/model")
     with pytest.raises(ModelError, match="no such folder"):

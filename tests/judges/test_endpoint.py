@@ -98,14 +98,14 @@ def test_both_orders_are_asked_and_averaged(server: Server) -> None:
     assert (asked.tally.identical, asked.tally.consistent, asked.tally.input_tokens) == (1, 3, 600)
 
 
-def test_a_judge_that_always_says_a_gives_ties(server: Server) -> None:
+def test_judge_that_always_prefers_the_first_gives_ties(server: Server) -> None:
     server.reply = lambda body, number: (200, said("A"), {})
     with client(server) as asked:
         assert asked.compare(PAIRS[:2]) == [0.5, 0.5]
     assert asked.tally.as_json(judge(server))["order_consistency"] == 0
 
 
-def test_the_request_is_what_the_protocol_says(server: Server) -> None:
+def test_request_follows_the_protocol(server: Server) -> None:
     with client(server, key="k-123", criteria="Which is {funnier}?") as asked:
         asked.compare([Comparison([{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}], "yes", "no")])
     headers, body = server.requests[0]
@@ -115,7 +115,7 @@ def test_the_request_is_what_the_protocol_says(server: Server) -> None:
     assert "<prompt>\nsystem: be brief\n\nuser: hi\n</prompt>" in body["messages"][1]["content"]
 
 
-def test_it_tries_again_with_growing_pauses(server: Server) -> None:
+def test_retries_wait_longer_each_time(server: Server) -> None:
     def reply(body: dict[str, Any], number: int) -> Reply:
         if number <= 2:
             return (429, {"error": "slow down"}, {"Retry-After": "3"}) if number == 1 else (503, {}, {})
@@ -129,7 +129,7 @@ def test_it_tries_again_with_growing_pauses(server: Server) -> None:
     assert asked.tally.retries == 2 and asked.tally.failed == 0
 
 
-def test_a_server_that_stays_down_stops_the_step_and_says_why(server: Server) -> None:
+def test_unreachable_server_stops_the_step_with_the_reason(server: Server) -> None:
     server.reply = lambda body, number: (500, {}, {})
     with client(server, concurrency=1) as asked, pytest.raises(ModelError, match=r"no verdict on 1 of the first 1 of 4 .*status 500 \(1\)"):
         asked.compare(PAIRS)
@@ -140,7 +140,7 @@ def test_a_server_that_stays_down_stops_the_step_and_says_why(server: Server) ->
     assert asked.tally.failed < 12
 
 
-def test_a_time_out_is_a_counted_exclusion(server: Server) -> None:
+def test_time_out_is_counted_as_an_exclusion(server: Server) -> None:
     def reply(body: dict[str, Any], number: int) -> Reply:
         if "slow" in body["messages"][1]["content"]:
             time.sleep(1.5)
@@ -162,7 +162,7 @@ def test_refusals_are_counted(server: Server) -> None:
     assert asked.tally.refused == 2
 
 
-def test_no_server_at_all(server: Server) -> None:
+def test_missing_server_is_an_error(server: Server) -> None:
     server.http.shutdown()
     server.http.server_close()
     with client(server, retries=1) as asked, pytest.raises(ModelError, match=r"no connection \(ConnectError\)"):
@@ -170,7 +170,7 @@ def test_no_server_at_all(server: Server) -> None:
     assert asked.tally.retries == 1
 
 
-def test_a_refused_key_stops_at_once_and_is_not_shown(server: Server) -> None:
+def test_refused_key_stops_at_once_and_is_not_printed(server: Server) -> None:
     server.reply = lambda body, number: (401, {"error": "Incorrect API key provided: k-secret-9"}, {})
     with client(server, key="k-secret-9") as asked, pytest.raises(ModelError) as caught:
         asked.compare(PAIRS[:1])
@@ -180,14 +180,14 @@ def test_a_refused_key_stops_at_once_and_is_not_shown(server: Server) -> None:
 
 
 @pytest.mark.parametrize("content", [b"not json", {"choices": []}, {"choices": [{"message": {"content": 5}}]}, [1]])
-def test_a_reply_that_is_no_chat_completion(server: Server, content: Any) -> None:
+def test_reply_that_is_not_a_chat_completion_is_refused(server: Server, content: Any) -> None:
     server.reply = lambda body, number: (200, content, {})
     with client(server, max_failed_share=1.0) as asked:
         assert asked.compare(PAIRS[:1]) == [None]
     assert asked.tally.reasons == {"the reply is not a chat completion": 1}
 
 
-def test_nothing_is_asked_twice(server: Server, tmp_path: Path) -> None:
+def test_no_question_is_sent_twice(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "cache" / "judgements.sqlite3"
     with client(server, key="k-123", cache=AnswerCache(path)) as asked:
         first = asked.compare(PAIRS)
@@ -224,7 +224,7 @@ def test_an_unreadable_reply_of_an_older_cache_is_asked_for_again(server: Server
     assert (again.tally.requests, again.tally.from_cache) == (2, 0)
 
 
-def test_a_broken_cache_is_said(tmp_path: Path) -> None:
+def test_broken_cache_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "judgements.sqlite3"
     path.write_text("not a data base, but long enough to be taken for one " * 4)
     with pytest.raises(ModelError, match="the cache of judgements .* cannot be used"):
@@ -240,7 +240,7 @@ def test_cost(server: Server) -> None:
     assert asked.tally.as_json(judge(server))["cost"] is None
 
 
-def test_what_the_judge_reads() -> None:
+def test_prompt_of_the_judge() -> None:
     text = shown("why?", "because", "don't know")
     assert text.index("why?") < text.index("because") < text.index("don't know")
 

@@ -167,5 +167,5 @@ def test_a_tie_is_read(reply: str) -> None:
 
 
 @pytest.mark.parametrize("reply", NONE)
-def test_nothing_is_guessed_from_a_reply_without_one_verdict(reply: str) -> None:
+def test_reply_without_exactly_one_verdict_gives_none(reply: str) -> None:
     assert read_verdict(reply) is None

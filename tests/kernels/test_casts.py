@@ -7,7 +7,7 @@ import torch
 from stages.kernels.casts import cast, kept_casts
 
 
-def test_a_parameter_is_cast_once_inside_and_anew_behind() -> None:
+def test_parameter_is_cast_once_inside_the_context_and_again_after_it() -> None:
     weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     with kept_casts("cpu"):
         first = cast(weight, torch.bfloat16)

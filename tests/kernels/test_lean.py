@@ -51,7 +51,7 @@ def test_gated_mlp(shape: tuple[int, ...], trained: list[bool]) -> None:
     same_with_gradients(gated_mlp, plain_mlp, draws(shape, (12, 8), (12, 8), (8, 12)), trained)
 
 
-def test_what_is_kept_is_not_changed_by_the_backward_pass() -> None:
+def test_saved_tensors_are_not_changed_by_the_backward_pass() -> None:
     """The backward pass works in place; with the graph kept, a second one finds what the first one found."""
     inputs = [value.float().requires_grad_() for value in draws((5, 8), (12, 8), (12, 8), (8, 12), (8,))]
     x, *weights, scale = inputs
@@ -60,7 +60,7 @@ def test_what_is_kept_is_not_changed_by_the_backward_pass() -> None:
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
 
 
-def test_what_is_kept() -> None:
+def test_saved_tensors_for_the_backward_pass() -> None:
     """Of a feed-forward layer two products, of a norm one number for each token; beside what they are given."""
     x, gate, up, down, scale = (value.float().requires_grad_() for value in draws((5, 8), (12, 8), (12, 8), (8, 12), (8,)))
     own, kept = {tensor.data_ptr() for tensor in (x, gate, up, down, scale)}, []

@@ -58,7 +58,7 @@ def test_frozen_operands_get_no_gradient(onednn) -> None:
 
 
 @pytest.mark.parametrize("case", ["bf16", "fp64", "autocast", "empty"])
-def test_what_it_is_not_meant_for_goes_pytorch_s_way(onednn, monkeypatch, case) -> None:
+def test_unsupported_inputs_use_pytorchs_linear(onednn, monkeypatch, case) -> None:
     monkeypatch.setattr(matmul, "_onednn", lambda *_: pytest.fail("oneDNN was asked"))
     dtype = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(case, torch.float32)
     x, weight = torch.randn(0 if case == "empty" else 3, 4, dtype=dtype), torch.randn(2, 4, dtype=dtype)
@@ -75,7 +75,7 @@ def test_layers_keep_their_parameters_and_names(onednn) -> None:
     torch.testing.assert_close(model(x), plain(x))
 
 
-def test_the_peak_is_a_speed() -> None:
+def test_measured_peak_is_a_plausible_speed() -> None:
     assert 1e8 < measure_peak(torch.float32, torch.device("cpu"), size=64) < 1e14
 
 
@@ -94,6 +94,6 @@ print(held[1] - held[0])
 """
 
 
-def test_products_of_ever_new_shapes_do_not_pile_up_their_code(onednn) -> None:
+def test_new_shapes_do_not_accumulate_compiled_kernels(onednn) -> None:
     made = subprocess.run([sys.executable, "-c", RAGGED], capture_output=True, text=True, check=True)
     assert float(made.stdout.splitlines()[-1]) < 8  # MiB; what oneDNN and PyTorch keep by default of 400 shapes is several times that

@@ -37,7 +37,7 @@ def test_two_tokens_by_hand() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_loss_and_gradients_equal_autograd_over_whole_logits(inputs, monkeypatch, temperature, with_bias, chunk) -> None:
+def test_loss_and_gradients_equal_autograd_over_full_logits(inputs, monkeypatch, temperature, with_bias, chunk) -> None:
     monkeypatch.setitem(output_layer.CHUNK_BYTES, "cpu", 4 * V * chunk)
     hidden, weight, bias, tokens = inputs
     scale = torch.linspace(-2, 2, N)
@@ -66,7 +66,7 @@ def test_loss_and_gradients_equal_autograd_over_whole_logits(inputs, monkeypatch
     torch.testing.assert_close(plain[1], entropies)
 
 
-def test_what_is_frozen_gets_no_gradient(inputs) -> None:
+def test_frozen_tensors_get_no_gradient(inputs) -> None:
     hidden, weight, bias, tokens = inputs
     hidden.requires_grad_()
     loss, logprobs, _ = summed_loss(hidden, weight, bias, tokens, lambda logprobs, entropies, rows: logprobs)
@@ -87,7 +87,7 @@ def test_impossible_tokens_do_not_make_nan(inputs) -> None:
     torch.testing.assert_close(entropies, -(log_softmax.exp() * log_softmax).sum(-1))
 
 
-def test_no_positions(inputs) -> None:
+def test_no_positions_give_empty_results(inputs) -> None:
     hidden, weight, bias, _ = inputs
     nothing = torch.zeros(0, dtype=torch.long)
     assert chosen_logprobs(hidden[:0], weight, bias, nothing)[0].shape == (0,)

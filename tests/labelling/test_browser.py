@@ -197,7 +197,7 @@ def _reward_model_ranks_heldout(folder: Path, step_context: Any, model: Any, tmp
 EVIL = '<img src=x onerror="window.evil=1"><script>window.evil=1</script>**not bold** [x](javascript:window.evil=1) & \u2028 end'
 
 
-def test_text_of_models_is_text(served) -> None:
+def test_text_of_models_is_escaped(served) -> None:
     browser = served(texts=[[EVIL, "</div><h1>big</h1>"], ["a", "b"]])
     assert sorted(texts(browser)) == sorted([EVIL, "</div><h1>big</h1>"])
     assert browser.execute_script("return window.evil") is None
@@ -207,7 +207,7 @@ def test_text_of_models_is_text(served) -> None:
     assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
 
 
-def test_half_done_answer_is_there_when_the_browser_comes_back(served) -> None:
+def test_draft_is_restored_when_the_browser_reopens(served) -> None:
     browser = served(number=3, k=3, questions="notes: true\nchecks: [{name: untrue, text: Untrue}]\n")
     shown = texts(browser)
     press(browser, "b", "1")
@@ -406,7 +406,7 @@ def test_leader_sees_the_numbers_and_makes_links(served, answer) -> None:
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
-def test_page_asks_for_the_password_and_goes_on(make_folder, browser) -> None:
+def test_page_asks_for_the_password_and_continues(make_folder, browser) -> None:
     with Served(make_folder()) as server:
         server.access.password = "correct horse"
         browser.get(link(server.base, server.access, "anna"))

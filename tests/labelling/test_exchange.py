@@ -100,7 +100,7 @@ def test_csv_and_comparisons(answered) -> None:
 
 
 @pytest.mark.parametrize("kind", ["argilla", "label-studio", "alpaca-eval", "pandalm", "csv"])
-def test_what_goes_out_comes_back(answered, make_folder, kind) -> None:
+def test_exported_answers_can_be_imported(answered, make_folder, kind) -> None:
     path, _ = written(answered, kind)
     empty = make_folder(texts=[["a", "b", "c"], ["x", "y"]], overlap=1.0, name="empty")
     said = import_answers(empty, kind, path)

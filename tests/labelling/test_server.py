@@ -64,7 +64,7 @@ def test_task_is_blind_and_in_the_recorded_order(page, answer) -> None:
     assert page.ask("/api/task", annotator="ben", id=task.id).status_code == 404  # it is anna's
 
 
-def test_changed_settings_are_in_force_without_a_restart(page, answer) -> None:
+def test_changed_settings_apply_without_a_restart(page, answer) -> None:
     said: list[str] = []
     page.client = TestClient(LabelServer(page.store, page.access, say=said.append).app(), base_url="http://127.0.0.1")
     before = page.ask("/api/session").json()
@@ -115,7 +115,7 @@ def test_bad_requests_get_a_message(page, answer) -> None:
     assert page.client.get("/static/../store.py").status_code == 404 and page.client.get("/static/%2e%2e%2fstore.py").status_code == 404
 
 
-def test_full_disk_is_told_and_the_answer_may_come_again(page, answer, monkeypatch) -> None:
+def test_full_disk_is_reported_and_the_answer_can_be_sent_again(page, answer, monkeypatch) -> None:
     sent = answer(page.store, "anna", page.store.next_task("anna").id, [0, 1, 2])
 
     def full(*_: Any) -> int:
@@ -169,7 +169,7 @@ def test_other_machines_need_a_password(make_folder) -> None:
         serve(make_folder(), ["anna"], host="0.0.0.0", port=0, password=None, console=Console(quiet=True))
 
 
-def test_port_in_use_is_told_and_another_is_found() -> None:
+def test_port_in_use_is_reported_and_a_free_one_is_chosen() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -255,14 +255,14 @@ def test_options_of_a_file_change_only_what_they_name(tmp_path, answer) -> None:
     again.close()
 
 
-def test_command_says_what_it_knows_where_it_finds_nothing(make_folder, tmp_path) -> None:
+def test_command_without_a_match_lists_known_steps(make_folder, tmp_path) -> None:
     with pytest.raises(DataError, match="'recipe/none' is neither a step that waits for people, nor a labelling folder, nor a file"):
         open_folder("recipe/none", tmp_path, {})
     with pytest.raises(DataError, match="the recipe defines the questions of these tasks"):
         open_folder(str(make_folder()), tmp_path, {"target": 1})
 
 
-def test_ctrl_c_ends_the_server_in_order(make_folder, start_server) -> None:
+def test_ctrl_c_ends_the_server_cleanly(make_folder, start_server) -> None:
     server = start_server(make_folder(), "anna")
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(timeout=20) == 130

@@ -87,7 +87,7 @@ def test_answer_is_flushed_to_the_device_before_it_is_acknowledged(make_folder, 
     store.close()
 
 
-def test_lines_that_many_write_at_once_stay_whole_and_share_flushes(tmp_path: Path, monkeypatch) -> None:
+def test_concurrent_lines_are_not_mixed_and_share_flushes(tmp_path: Path, monkeypatch) -> None:
     log = Log(tmp_path / "log.jsonl")
     log.open()
     flushes, fsync = [], os.fsync
@@ -275,7 +275,7 @@ GOLD = [
         ({"gold one": [0, 1, 1], "gold two": [0, 1]}, 0.5, False),  # a tie agrees with nothing, and the second task is wrong
     ],
 )
-def test_gold_tasks_come_first_and_decide_who_is_let_in(make_folder, answer, rankings, agreement, passed) -> None:
+def test_gold_tasks_come_first_and_decide_the_screening(make_folder, answer, rankings, agreement, passed) -> None:
     store = Store(make_folder(gold=GOLD))
     for _ in range(2):
         task = store.next_task("anna")

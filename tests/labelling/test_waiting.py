@@ -63,7 +63,7 @@ def rank_all(folder: Path, answer: Any, name: str = "anna", number: int = 100) -
     store.close()
 
 
-def test_collection_waits_with_a_command_and_goes_on_once_the_target_is_reached(prompts, step_context, models, answer) -> None:
+def test_collection_waits_with_a_command_and_continues_at_the_target(prompts, step_context, models, answer) -> None:
     context = step_context(name="recipe/step", models=models)
     asked = collection(prompts, {"target": 4, "overlap": 0.0})
     told = r"recipe/step: 0 of 4 tasks are ranked\. Rank them with: stages label recipe/step --home "
@@ -157,7 +157,7 @@ def test_wrong_settings_are_refused(prompts, people, fields, message) -> None:
         collection(prompts, people, **fields)
 
 
-def test_missing_question_file_is_told_before_a_model_is_loaded(prompts, tmp_path) -> None:
+def test_missing_question_file_is_reported_before_a_model_is_loaded(prompts, tmp_path) -> None:
     asked = collection(prompts, {"questions": str(tmp_path / "none.yaml")})
     with pytest.raises(DataError, match=r"none.yaml: no such file; questions must name a local file"):
         asked.check_data()

@@ -40,7 +40,7 @@ def test_weights_by_hand() -> None:
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_four_bits_are_what_bitsandbytes_stores(double: bool) -> None:
+def test_nf4_size_equals_what_bitsandbytes_stores(double: bool) -> None:
     import torch
     from bitsandbytes.functional import quantize_4bit
 
@@ -54,7 +54,7 @@ def test_four_bits_are_what_bitsandbytes_stores(double: bool) -> None:
     assert per_weight * weight.numel() == pytest.approx(packed.numel() + scales, rel=1e-6)
 
 
-def test_a_cache_is_as_large_as_transformers() -> None:
+def test_cache_size_equals_transformers() -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -83,7 +83,7 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer() -> None:
     assert activations(shape, 10, 4, lean=True) == 10 * 4 * (2 * lean + passing)
 
 
-def test_logits_in_chunks_and_whole() -> None:
+def test_logits_in_chunks_and_at_once() -> None:
     shape = llama()
     assert unchunked_logits(shape, 10) == 5 * 10 * 100 * 4
     assert chunked_logits(shape, 10, CPU, trains_output=False) == 4 * 10 * 100 * 4 + 2 * 10 * 64 * 4

@@ -50,7 +50,7 @@ def known() -> list[tuple[str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(("name", "listed"), known(), ids=[name for name, _ in known()])
-def test_known_models_are_as_transformers_builds_them(name: str, listed: dict[str, Any]) -> None:
+def test_known_models_have_the_shapes_of_transformers(name: str, listed: dict[str, Any]) -> None:
     from transformers import AutoConfig
 
     fields = dict(listed)
@@ -61,7 +61,7 @@ def test_known_models_are_as_transformers_builds_them(name: str, listed: dict[st
     assert shape.linear_weights + shape.other_weights + output == weights_of(model)
 
 
-def test_a_model_that_is_not_known_has_no_shape() -> None:
+def test_unknown_model_has_no_shape() -> None:
     assert shape_of_hub("nobody/ever-made-this") is None
     assert shape_of({"architectures": ["Mystery"]}) is None
 
@@ -87,7 +87,7 @@ def shape(**fields: Any) -> Shape:
 
 
 @pytest.mark.parametrize(("family", "lean"), [("llama", False), ("llama", True), ("gpt_neox", True), ("gpt2", True)])
-def test_what_a_layer_keeps_for_its_backward_pass(family: str, lean: bool) -> None:
+def test_saved_activations_of_a_layer(family: str, lean: bool) -> None:
     """Counted by autograd: two layers keep more than one by this much per token (within 15 %: rotations, masks and small things)."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -105,7 +105,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("target", "base", "quantization"), CASES)
-def test_an_adapter_computes_the_same_trained_read_stacked_and_exported(
+def test_adapter_gives_equal_outputs_trained_loaded_stacked_and_exported(
     bases: dict[str, Path], tiny_tokenizer: Any, tmp_path: Path, target: str, base: str, quantization: str
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -153,7 +153,7 @@ def larger_tokenizer(bases: dict[str, Path]) -> Any:
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("base", ["tied", "untied", "gpt2"])
-def test_rows_of_new_tokens_train_and_are_kept(
+def test_rows_of_new_tokens_train_and_are_saved(
     bases: dict[str, Path], larger_tokenizer: Any, tmp_path: Path, base: str, quantization: str
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -205,7 +205,7 @@ def test_rows_that_cannot_train_are_refused(
         load_language_model(str(bases[base]), dtype=torch.float32, lora=LoraSettings(**settings), tokenizer=larger_tokenizer)
 
 
-def test_whole_modules_hold_the_new_rows(bases: dict[str, Path], larger_tokenizer: Any, tmp_path: Path) -> None:
+def test_modules_to_save_contain_the_new_rows(bases: dict[str, Path], larger_tokenizer: Any, tmp_path: Path) -> None:
     lora = LoraSettings(r=2, modules_to_save=["embed_tokens", "lm_head"])
     model = load_language_model(str(bases["untied"]), dtype=torch.float32, lora=lora, tokenizer=larger_tokenizer)
     disturb(model)

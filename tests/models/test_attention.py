@@ -53,7 +53,7 @@ def chosen(auto: Any, config: Any, attention: str = "auto", dtype: torch.dtype =
         (transformers.Gemma3Config(text_config={"attn_logit_softcapping": 2.0}), "eager"),
     ],
 )
-def test_auto_takes_sdpa_unless_the_class_or_its_config_cannot(config: Any, expected: str | None) -> None:
+def test_auto_uses_sdpa_unless_class_or_config_forbid_it(config: Any, expected: str | None) -> None:
     assert chosen(AutoModelForCausalLM, config) == expected
 
 

@@ -70,7 +70,7 @@ def test_on_a_gpu_auto_begins_small_and_then_fills_the_free_memory(gpu, caplog) 
 
 
 @pytest.mark.parametrize(("free", "tokens"), [(10**15, 32_768), (0, 1_024)])
-def test_there_is_a_most_and_a_least(gpu, free: int, tokens: int) -> None:
+def test_budget_has_an_upper_and_a_lower_bound(gpu, free: int, tokens: int) -> None:
     budget = PassBudget("update", "cuda", "auto", rows=16, trains=True)
     run(budget, gpu, 2_000)  # a single pass: its gradients count as if they were of its tokens
     budget.settle(0, free=lambda: free)
@@ -107,7 +107,7 @@ def test_each_row_is_done_once_however_often_memory_runs_out(error: Exception, c
     assert sum("memory ran out" in record.message for record in caplog.records) == 1
 
 
-def test_other_errors_and_a_single_row_are_no_retreat() -> None:
+def test_other_errors_and_single_rows_are_not_retried() -> None:
     budget = PassBudget("scoring", "cpu", 8, rows=8, trains=False)
 
     def wrong(rows: list[int]) -> None:
@@ -124,7 +124,7 @@ def test_other_errors_and_a_single_row_are_no_retreat() -> None:
     assert budget.retreats == 1
 
 
-def test_what_decoding_keeps_is_freed_before_work_is_done_again(monkeypatch) -> None:
+def test_decoding_workspace_is_freed_before_a_retry(monkeypatch) -> None:
     monkeypatch.setattr(workspace, "_kept", object())
     PassBudget("update", "cpu", "auto", rows=1, trains=True).release()
     assert workspace._kept is None
@@ -147,7 +147,7 @@ def test_groups_are_halved_and_every_row_is_done_once(caplog) -> None:
         each_group("scoring", [[0]], lambda rows: (_ for _ in ()).throw(torch.OutOfMemoryError("x")))
 
 
-def test_with_sharded_weights_memory_that_runs_out_is_a_message_and_other_errors_are_left_alone() -> None:
+def test_out_of_memory_with_sharded_weights_gives_a_message_and_other_errors_propagate() -> None:
     with pytest.raises(TrainingError, match="microbatch_size to fewer episodes"):
         refuse_alone(torch.OutOfMemoryError("CUDA out of memory"))
     refuse_alone(RuntimeError("shapes differ"))

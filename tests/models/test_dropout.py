@@ -47,7 +47,7 @@ def outputs(model: Any, module: Any) -> torch.Tensor:
 
 @pytest.mark.detail("S2")
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "opt"])
-def test_only_the_branches_are_dropped(family: str) -> None:
+def test_dropout_applies_only_to_residual_branches(family: str) -> None:
     model = make(family)
     plain = model.eval()(input_ids=torch.arange(50)[None]).logits.detach()
     assert set_residual_dropout(model, 0.2) == 4
@@ -72,7 +72,7 @@ def test_only_the_branches_are_dropped(family: str) -> None:
     torch.testing.assert_close(first[kept], undropped[kept] / 0.8, rtol=1e-4, atol=1e-6)
 
 
-def test_a_family_with_other_parts_is_refused() -> None:
+def test_family_with_unknown_layers_is_refused() -> None:
     import transformers
 
     config = transformers.MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, state_size=4)

@@ -43,7 +43,7 @@ def test_weights_that_were_cut_off_are_called_damaged(folder: Path) -> None:
     assert "damaged or truncated" in said and ADVICE not in said
 
 
-def test_a_config_that_is_no_json_is_called_that(folder: Path) -> None:
+def test_config_that_is_not_json_is_reported(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "llama",')
     said = message(folder)
     assert "not valid JSON" in said and ADVICE not in said

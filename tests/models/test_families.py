@@ -25,7 +25,7 @@ from stages.models.loading import load_language_model
         transformers.Gemma3Config(),
     ],
 )
-def test_causal_language_models_are_taken(config: Any) -> None:
+def test_causal_language_models_are_accepted(config: Any) -> None:
     refuse_unfit(config, "some/model")
 
 
@@ -54,7 +54,7 @@ def test_code_that_comes_with_a_model_says_what_it_is() -> None:
         refuse_unfit(Custom(), "some/model")
 
 
-def test_a_policy_that_reads_backwards_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+def test_bidirectional_policy_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
     transformers.BertConfig().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"never read")
     with pytest.raises(ModelError, match="bert model; a policy or a scalar head needs a causal language model"):

@@ -207,7 +207,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(tiny_llama_folder: Path)
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-def test_a_head_is_as_wide_as_what_the_backbone_gives(architectures: dict[str, Path], tmp_path: Path) -> None:
+def test_head_width_equals_the_backbones_output_width(architectures: dict[str, Path], tmp_path: Path) -> None:
     source = str(architectures["opt"])
     reward = RewardModel.from_language_model(source, dtype=torch.float32)
     assert reward.score_head.in_features == 16  # the projection's width; the config says hidden_size 24

@@ -55,7 +55,7 @@ def loss_and_gradients(model: Any) -> tuple[Any, dict[str, Any]]:
         ("gpt_neox", (0, 0)),
     ],
 )
-def test_the_families(family: str, expected: tuple[int, int]) -> None:
+def test_families_use_the_expected_lean_layers(family: str, expected: tuple[int, int]) -> None:
     model = model_of(family, **({"head_dim": 8} if family in ("qwen3", "gemma") else {}))
     loss, gradients = loss_and_gradients(model)
     names, kinds = list(model.state_dict()), {type(module).__name__ for module in model.modules()}
@@ -70,7 +70,7 @@ def test_the_families(family: str, expected: tuple[int, int]) -> None:
         torch.testing.assert_close(lean_gradients[name], gradient, rtol=1e-4, atol=1e-6)  # sums in another order
 
 
-def test_the_lean_way_is_taken_only_where_a_backward_pass_in_fp32_may_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lean_layers_are_used_only_for_fp32_training(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama")
     use_lean_layers(model)
     taken: list[str] = []
@@ -92,7 +92,7 @@ def test_the_lean_way_is_taken_only_where_a_backward_pass_in_fp32_may_follow(mon
     assert calls == [1] and taken.count("_LeanMLP") == 1  # what listens to a product gets to hear it
 
 
-def test_a_layer_with_an_adapter_on_it_stays_as_it_is_written() -> None:
+def test_layer_with_an_adapter_is_not_replaced() -> None:
     from peft import LoraConfig, get_peft_model
 
     model = model_of("llama")
@@ -150,11 +150,11 @@ silu, gelu = torch.nn.functional.silu, torch.nn.functional.gelu
         (InTraining(silu), False),
     ],
 )
-def test_an_activation_is_told_apart_where_weights_are_near_zero(layer: Any, expected: bool) -> None:
+def test_activation_is_identified_for_weights_near_zero(layer: Any, expected: bool) -> None:
     assert bool(use_lean_layers(layer)) is expected
 
 
-def test_the_old_way_of_telling_would_be_fooled_here() -> None:
+def test_earlier_identification_would_fail_for_weights_near_zero() -> None:
     """At the weights of today both activations agree to the tolerance that was used; the probe must not look at them."""
     layer = Gated(gelu)
     x = torch.randn(3, 8)
@@ -194,7 +194,7 @@ class GatedNorm(Norm):
         (GatedNorm("plain"), False),
     ],
 )
-def test_norms_of_other_formulas_are_told_apart(layer: Any, expected: bool) -> None:
+def test_norms_with_other_formulas_are_distinguished(layer: Any, expected: bool) -> None:
     assert bool(use_lean_layers(layer)) is expected
 
 
@@ -205,7 +205,7 @@ def test_layers_of_one_class_with_different_settings_are_judged_apart() -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text", "granite", "cohere", "olmo2", "phi3", "helium", "glm4"])
-def test_training_is_the_familys_own_once_weights_have_grown(family: str) -> None:
+def test_training_equals_the_original_layers_for_large_weights(family: str) -> None:
     fields = {"head_dim": 8} if family in ("gemma", "gemma2", "gemma3_text", "glm4", "helium") else {}
     model = model_of(family, **fields, initializer_range=1e-4)
     lean = model_of(family, **fields, initializer_range=1e-4)

@@ -42,7 +42,7 @@ def test_only_counted_tokens_count_and_batches_do_not_matter(tiny_llama_folder: 
     assert model.training  # left as it was
 
 
-def test_nothing_counted_has_no_loss() -> None:
+def test_no_counted_tokens_give_no_loss() -> None:
     assert math.isnan(Likelihood(0.0, 0).loss)
 
 

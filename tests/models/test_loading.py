@@ -34,7 +34,7 @@ def test_a_missing_pad_token_becomes_the_unknown_token(shared_data: Path) -> Non
     assert model.config.pad_token_id == tokenizer.pad_token_id
 
 
-def test_padding_with_the_end_token_is_mended_and_said_once(
+def test_end_token_as_pad_token_is_replaced_and_logged_once(
     tiny_llama_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer = load_tokenizer(str(tiny_llama_folder))
@@ -93,7 +93,7 @@ def test_a_folder_without_weights_is_an_error_with_a_next_move(tmp_path: Path) -
         load_tokenizer(str(tmp_path))
 
 
-def test_missing_weights_of_the_transformer_are_never_made_up(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_missing_transformer_weights_are_refused(tiny_llama_folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(tiny_llama_folder / "model.safetensors")
@@ -145,7 +145,7 @@ def adapted_from(source: Any, target: Path, tokenizer: Any, seed: int = 1) -> An
     return model
 
 
-def test_an_adapter_starts_as_an_identity_and_trains_alone(tiny_llama_folder: Path) -> None:
+def test_new_adapter_is_an_identity_and_only_it_trains(tiny_llama_folder: Path) -> None:
     plain = load_language_model(str(tiny_llama_folder), dtype=torch.float32)
     model = load_language_model(str(tiny_llama_folder), dtype=torch.float32, lora=LoraSettings())
     torch.testing.assert_close(logits_of(model), logits_of(plain))
@@ -200,7 +200,7 @@ def test_quantized_models_answer_and_train_an_adapter(
 
 
 @pytest.mark.parametrize(("quantization", "tolerance"), [("nf4", 1e-5), ("int8", 2e-2)])
-def test_what_was_trained_on_a_quantized_base_stays_what_it_was(
+def test_merge_into_quantized_base_preserves_logprobs(
     tiny_llama_folder: Path,
     tiny_tokenizer: Any,
     step_context: Any,
@@ -260,7 +260,7 @@ def test_a_saved_model_stops_where_its_chat_template_ends_a_turn(tiny_llama_fold
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
-def test_a_mixture_of_experts_that_was_saved_with_its_router_loss_on_is_loaded_without(family: str, tmp_path: Path) -> None:
+def test_mixture_of_experts_is_loaded_without_its_router_loss(family: str, tmp_path: Path) -> None:
     """TRL's SFT leaves ``output_router_logits: true`` in the config. That loss takes no attention bias of four dimensions."""
     import transformers
 

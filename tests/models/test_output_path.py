@@ -57,9 +57,7 @@ def is_direct(model: Any) -> bool:
     ],
 )
 @pytest.mark.parametrize("weights", ["as drawn", "zeros"])
-def test_what_stands_between_the_hidden_states_and_the_logits_is_noticed(
-    kind: str, fields: dict[str, Any], expected: bool, weights: str
-) -> None:
+def test_operation_between_hidden_states_and_logits_is_detected(kind: str, fields: dict[str, Any], expected: bool, weights: str) -> None:
     model = model_of(kind, **fields)
     if weights == "zeros":  # then capped, scaled and plain logits are all 0
         nn.init.zeros_(model.get_output_embeddings().weight)
@@ -78,13 +76,13 @@ class Scaled(transformers.LlamaForCausalLM):
 
 
 @pytest.mark.parametrize("in_training", [False, True])
-def test_an_operation_of_one_mode_alone_is_noticed(in_training: bool) -> None:
+def test_operation_in_only_one_mode_is_detected(in_training: bool) -> None:
     model = Scaled(transformers.LlamaConfig(**SIZES))
     model.in_training = in_training
     assert not is_direct(model)
 
 
-def test_the_check_leaves_random_streams_mode_and_hooks_as_they_were() -> None:
+def test_check_restores_random_state_mode_and_hooks() -> None:
     model = model_of("gpt2", **GPT2).train()  # with dropout
     before = torch.get_rng_state()
     assert is_direct(model)

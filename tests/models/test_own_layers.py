@@ -31,7 +31,7 @@ def test_switched_layers_are_counted_and_logged(caplog: pytest.LogCaptureFixture
     assert all(isinstance(module, nn.Linear) for name, module in model.named_modules() if name.endswith("_proj"))
 
 
-def test_a_second_time_switches_nothing() -> None:
+def test_second_call_switches_no_layer() -> None:
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=16))
     use_own_layers(model)
     assert not use_own_layers(model)

@@ -179,14 +179,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_what_cannot_be_packed_is_padded(family: str) -> None:
+def test_models_that_cannot_be_packed_are_padded(family: str) -> None:
     config, reason = REFUSED[family]
     decoder = transformers.AutoModel.from_config(config())
     assert reason in why_not(decoder)
     assert packing_kernel(decoder, nullcontext) is None
 
 
-def test_a_trial_finds_a_look_across_sequences_and_the_log_says_it_once(monkeypatch, caplog) -> None:
+def test_attention_across_packed_sequences_is_detected_and_logged_once(monkeypatch, caplog) -> None:
     monkeypatch.setattr(packing, "_logged", set())
     caplog.set_level(logging.WARNING)
     for _ in range(2):

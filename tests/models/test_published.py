@@ -115,7 +115,7 @@ def test_a_merge_that_changes_a_tied_output_layer_is_not_published(
         save_model(model, tiny_tokenizer, tmp_path / "two", rows=ROWS)
 
 
-def test_whole_weights_saved_with_a_fault_are_refused(
+def test_full_weights_saved_with_a_fault_are_refused(
     tied_folder: Path, tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_language_model(str(tiny_llama_folder), dtype=torch.float32)
@@ -158,7 +158,7 @@ def test_reward_models_and_classifiers_are_compared_too(
         save_model(classifier, tiny_tokenizer, tmp_path / "spoilt", rows=ROWS)
 
 
-def test_the_check_leaves_adapters_and_random_numbers_as_they_were(tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_check_restores_adapters_and_random_state(tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
     model = disturb(load_language_model(str(tiny_llama_folder), dtype=torch.float32, lora=LoraSettings(r=2)))
     before = {name: (parameter.detach().clone(), parameter.requires_grad) for name, parameter in model.named_parameters()}
     torch.manual_seed(3)

@@ -72,7 +72,7 @@ def test_an_adapter_of_every_form_is_loaded_and_exported(kind: str, tiny_llama_f
 
 
 @pytest.mark.parametrize("kind", ["dora", "trained biases", "rows", "whole modules"])
-def test_an_adapter_of_every_form_stays_what_it_is_under_a_fresh_one(kind: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_every_adapter_kind_keeps_its_outputs_under_a_new_adapter(kind: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
     """On nf4 weights it stays apart from what is quantized, and a fresh adapter on top begins as an identity."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -88,7 +88,7 @@ def test_an_adapter_of_every_form_stays_what_it_is_under_a_fresh_one(kind: str, 
 
 
 @pytest.mark.parametrize("prefix", ["_fsdp_wrapped_module.", "_orig_mod.", "module."])
-def test_names_left_by_wrappers_are_understood(prefix: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_parameter_names_with_wrapper_prefixes_load(prefix: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
     expected = foreign(tiny_llama_folder, tmp_path)
     weights = load_file(tmp_path / "adapter_model.safetensors")
     renamed = {name.replace("base_model.model.", f"base_model.model.{prefix}"): value for name, value in weights.items()}
@@ -119,7 +119,7 @@ def test_adapters_of_language_models_serve_a_reward_model(tiny_llama_folder: Pat
 
 
 @pytest.mark.parametrize("labels", [2, 3])
-def test_a_classifier_s_adapter_brings_its_head(labels: int, tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_classifier_adapter_loads_its_head(labels: int, tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
     """Made by peft alone: no config.json beside it says how many classes there are, the head's rows do."""
     from transformers import AutoModelForSequenceClassification
 

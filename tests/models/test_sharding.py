@@ -104,7 +104,7 @@ runtime.leave()
 """
 
 
-def test_two_processes_with_half_the_weights_each_do_what_one_does(tmp_path: Path) -> None:
+def test_two_sharded_processes_compute_what_one_computes(tmp_path: Path) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     command = [sys.executable, "-m", "stages.process.launching", "--cpu", "--num_processes", "2", str(worker), str(tmp_path)]
@@ -129,7 +129,7 @@ def test_blocks_are_found_in_any_family(tiny_llama_folder: Path) -> None:
     assert len(list(blocks_of(encoder))) == 3
 
 
-def test_what_cannot_be_cut_is_refused() -> None:
+def test_models_that_cannot_be_sharded_are_refused() -> None:
     class Quantized(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -142,7 +142,7 @@ def test_what_cannot_be_cut_is_refused() -> None:
         shard(nn.Linear(2, 2), add_up=True)
 
 
-def test_without_sharding_everything_is_plain() -> None:
+def test_without_sharding_no_weight_is_wrapped() -> None:
     model = nn.Linear(2, 2)
     assert unsharded_state_dict(model) is None and len(grouped(model.parameters())) == 1
     with unsharded(model, None):

@@ -75,7 +75,7 @@ def test_adapters_share_one_backbone(recipe: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gib", [24, 12, 6])
-def test_the_advice_fits(recipe: Any, tmp_path: Path, gib: float) -> None:
+def test_advised_settings_fit(recipe: Any, tmp_path: Path, gib: float) -> None:
     path = recipe()
     step = planned(path, tmp_path, gib)["aligned"]
     assert step.memory is not None
@@ -88,13 +88,13 @@ def test_the_advice_fits(recipe: Any, tmp_path: Path, gib: float) -> None:
     assert after.advice == []
 
 
-def test_what_cannot_fit_is_said(recipe: Any, tmp_path: Path) -> None:
+def test_plan_reports_what_cannot_fit(recipe: Any, tmp_path: Path) -> None:
     step = planned(recipe(), tmp_path, 1)["aligned"]
     assert step.advice == []
     assert advice_lines([step]) == ["aligned: no known setting makes it fit; use a smaller model or a larger machine"]
 
 
-def test_sizes_that_are_not_known_are_no_guess(recipe: Any, tmp_path: Path) -> None:
+def test_unknown_sizes_are_not_guessed(recipe: Any, tmp_path: Path) -> None:
     step = planned(recipe(policy="nobody/secret", value="shared"), tmp_path, 24)["aligned"]
     assert step.memory is None
     assert "the size of nobody/secret is unknown until it is downloaded" in step.note
@@ -125,7 +125,7 @@ def test_lengths_come_from_the_data(recipe: Any, tmp_path: Path, tiny_llama_fold
     assert cache() > per_token * (9 * tokens)
 
 
-def test_the_7b_recipe_fits_the_cards_it_names(tmp_path: Path) -> None:
+def test_recipe_of_7b_fits_the_gpus_it_names(tmp_path: Path) -> None:
     path = REPOSITORY / "recipes" / "instructgpt-7b-qlora.yaml"
     for step in planned(path, tmp_path, 24).values():
         assert step.memory is not None
@@ -137,7 +137,7 @@ def test_the_7b_recipe_fits_the_cards_it_names(tmp_path: Path) -> None:
         assert step.memory.total < 12 * GIB - PROCESS["cuda"], step.name
 
 
-def test_the_command_prints_and_tells_programs(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_prints_tables_and_json(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     path = str(recipe())
     result = CliRunner().invoke(app, ["plan", path, "--home", str(tmp_path), "--device-memory", "24"])

@@ -138,7 +138,7 @@ CASES = [(cut, settings) for cut in CUTS for settings in SETTINGS if ONCE.get(cu
 
 @pytest.mark.detail("P18")
 @pytest.mark.parametrize(("cut", "settings"), CASES)
-def test_a_run_cut_off_anywhere_ends_as_if_it_had_not_been(
+def test_run_interrupted_anywhere_ends_like_an_uninterrupted_one(
     six_iterations, undisturbed, every, step_context, resolve_folder, tiny_llama_folder, monkeypatch, cut, settings
 ) -> None:
     method, number, then = CUTS[cut]
@@ -200,7 +200,7 @@ def test_the_best_iteration_is_published_beside_the_last(ppo_config, ppo_context
     assert last.keys() == load_file(best.path / "model.safetensors").keys()
 
 
-def test_only_adapters_are_kept_where_only_adapters_train(ppo_config, ppo_context, prompts) -> None:
+def test_only_adapters_are_stored_if_only_adapters_train(ppo_config, ppo_context, prompts) -> None:
     run(ppo_config(data=prompts, lora={"r": 2}), ppo_context)
     newest = max((ppo_context.checkpoint_folder / "ppo").glob("checkpoint-*"))
     assert all("lora_" in name for name in load_file(newest / "policy.safetensors"))
@@ -208,7 +208,7 @@ def test_only_adapters_are_kept_where_only_adapters_train(ppo_config, ppo_contex
     assert not [path for path in newest.iterdir() if path.suffix not in (".safetensors", ".json")]
 
 
-def test_the_history_is_appended_to_and_cut_where_a_run_was(tmp_path: Path) -> None:
+def test_history_is_appended_and_truncated_at_the_resumed_iteration(tmp_path: Path) -> None:
     entries = [{"metrics": {"a": number / 3}, "samples": ["…"]} for number in range(5)]
     log = HistoryLog(tmp_path / "history.jsonl")
     log.append(entries[:2])
@@ -222,7 +222,7 @@ def test_the_history_is_appended_to_and_cut_where_a_run_was(tmp_path: Path) -> N
     assert HistoryLog(tmp_path / "history.jsonl").first(mark) is None
 
 
-def test_what_sums_a_run_up_is_kept_as_columns_and_entries_until_they_are_written() -> None:
+def test_summary_data_is_stored_as_columns_until_it_is_written() -> None:
     told = {"metrics": {"monitors/a": 1.0, "policy/kl": 2.0, "time/update": 9.0}, "samples": []}
     made = {"metrics": {"monitors/a": 3.0, "time/update": 9.0}, "samples": ["x"]}
     history = RunHistory([told])

@@ -48,7 +48,7 @@ def rows(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_every_row_with_its_own_answer(grading, rows, ppo_config, ppo_context) -> None:
+def test_reward_function_gets_the_columns_of_each_row(grading, rows, ppo_config, ppo_context) -> None:
     rewards = [{"function": "grading:graded"}, {"function": "grading:even", "weight": 10.0}]
     config = ppo_config(data=rows, reward=rewards, total_episodes=12, ppo_epochs=1)
     run(config, ppo_context)
@@ -65,9 +65,7 @@ def test_every_row_with_its_own_answer(grading, rows, ppo_config, ppo_context) -
         assert sample["prompt"] == prompt and sample["score"] == pytest.approx(score + 0.01 * len(sample["completion"]), abs=1e-4)
 
 
-def test_a_run_that_was_cut_off_gives_the_same_rows(
-    grading, rows, ppo_config, step_context, resolve_folder, tiny_llama_folder, monkeypatch
-) -> None:
+def test_resumed_run_passes_the_same_rows(grading, rows, ppo_config, step_context, resolve_folder, tiny_llama_folder, monkeypatch) -> None:
     models = {"policy": resolve_folder(tiny_llama_folder)}
     config = ppo_config(data=rows, reward=[{"function": "grading:graded"}], total_episodes=24, ppo_epochs=1, checkpoint_seconds=1e9)
     run(config, step_context("test/whole", 1, models))
@@ -85,14 +83,14 @@ def test_a_run_that_was_cut_off_gives_the_same_rows(
 
 
 @pytest.mark.parametrize("by", ["check_data", "run"])
-def test_a_misspelt_column_is_one_message_before_training(grading, rows, ppo_config, ppo_context, by) -> None:
+def test_misspelt_column_gives_one_message_before_training(grading, rows, ppo_config, ppo_context, by) -> None:
     config = ppo_config(data=rows, reward=[{"function": "grading:misspelt"}])
     message = "grading:misspelt needs the column 'anwser', but the row has prompt, answer, level; did you mean 'answer'"
     with pytest.raises(DataError, match=message):
         config.check_data() if by == "check_data" else run(config, ppo_context)
 
 
-def test_after_the_retries_the_run_ends_with_its_episodes(grading, rows, ppo_config, ppo_context) -> None:
+def test_run_that_ends_after_retries_keeps_its_episodes(grading, rows, ppo_config, ppo_context) -> None:
     config = ppo_config(data=rows, reward=[{"function": "grading:down", "retries": 2, "backoff_seconds": 0.0}])
     with pytest.raises(TrainingError, match=r"raised ConnectionError: nobody answers \(attempt 3 of 3\).*episodes are in"):
         run(config, ppo_context)

@@ -27,7 +27,7 @@ def test_characters_to_tokens_by_hand(tiny_tokenizer) -> None:
     assert token_scores(tiny_tokenizer, [ids, ids], [[], [(1, 3.0)]], 7)[1].tolist() == [0, 0, 3.0, 0, 0, 0, 0]
 
 
-def test_a_function_of_tokens_in_a_whole_rollout(ppo_config, ppo_context) -> None:
+def test_token_level_function_in_a_complete_rollout(ppo_config, ppo_context) -> None:
     from stages.corpora.templates import encode_prompt
     from stages.ppo.rollout import collect, targets
 
@@ -48,7 +48,7 @@ def test_a_function_of_tokens_in_a_whole_rollout(ppo_config, ppo_context) -> Non
     assert paid > 3
 
 
-def test_what_a_function_of_tokens_may_return(tmp_path, monkeypatch) -> None:
+def test_token_level_function_with_invalid_results_is_refused(tmp_path, monkeypatch) -> None:
     (tmp_path / "span_rewards.py").write_text(
         "def floats(p, c): return [1.0 for _ in c]\ndef short(p, c): return []\ndef outside(p, c): return [[(9, 1.0)] for _ in c]\n"
     )
@@ -62,7 +62,7 @@ def test_what_a_function_of_tokens_may_return(tmp_path, monkeypatch) -> None:
             SpanFunctionSource(name, f"span_rewards:{name}").score_spans(["p"], ["joy"])
 
 
-def test_a_reward_model_s_parts_add_up_to_its_score(tiny_llama_folder, resolve_folder, tmp_path) -> None:
+def test_token_scores_of_a_reward_model_sum_to_its_score(tiny_llama_folder, resolve_folder, tmp_path) -> None:
     from stages.models.heads import RewardModel
 
     model = RewardModel.from_language_model(str(tiny_llama_folder), dtype=torch.float32, trainable=False)

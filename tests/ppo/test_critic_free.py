@@ -104,7 +104,7 @@ def prompts(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 2}], ids=["whole", "lora"])
-def test_there_is_no_value_network(ppo_config, ppo_context, prompts, monkeypatch, lora) -> None:
+def test_critic_free_methods_have_no_value_network(ppo_config, ppo_context, prompts, monkeypatch, lora) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("a value network was loaded")
 
@@ -123,7 +123,7 @@ def test_there_is_no_value_network(ppo_config, ppo_context, prompts, monkeypatch
     assert "policy.safetensors" in kept and not any(name.startswith("value") for name in kept)
 
 
-def test_the_completions_of_a_prompt_stand_in_a_row_and_differ(ppo_config, ppo_context, prompts) -> None:
+def test_completions_of_a_prompt_are_consecutive_rows_and_differ(ppo_config, ppo_context, prompts) -> None:
     run(ppo_config(**two(advantages="rloo", data=prompts, samples_per_prompt=4, num_samples=12)), ppo_context)
     rows = [json.loads(line) for line in (ppo_context.folder / "samples.jsonl").read_text().splitlines()]
     asked = [row["prompt"] for row in rows]
@@ -134,7 +134,7 @@ def test_the_completions_of_a_prompt_stand_in_a_row_and_differ(ppo_config, ppo_c
     assert all(len({row["completion"] for row in rows[start : start + 4]}) > 1 for start in range(0, 24, 4))
 
 
-def test_the_reward_rises(ppo_config, ppo_context, prompts) -> None:
+def test_training_raises_the_reward(ppo_config, ppo_context, prompts) -> None:
     config = ppo_config(
         data=prompts,
         reward=[{"function": "letters_reward:vowels"}],

@@ -171,7 +171,7 @@ def test_whitening_by_minibatch_needs_eight_episodes(ppo_config, ppo_context, ma
 
 
 @pytest.mark.detail("P13")
-def test_the_value_network_is_its_own_and_begins_as_the_reward_model(
+def test_value_network_is_separate_and_starts_from_the_reward_model(
     ppo_config, step_context, resolve_folder, tiny_llama_folder, reward_folder, make_rollout
 ) -> None:
     models = {"policy": resolve_folder(tiny_llama_folder), "reward[0].model": resolve_folder(reward_folder)}
@@ -221,7 +221,7 @@ def test_a_coefficient_of_zero_is_plain_ppo_to_the_bit(ppo_config, step_context,
 
 
 @pytest.mark.detail("P20")
-def test_pretraining_gradients_halve_what_is_forgotten(ppo_config, step_context, resolve_folder, tiny_llama_folder, tmp_path) -> None:
+def test_pretraining_mix_halves_the_loss_increase(ppo_config, step_context, resolve_folder, tiny_llama_folder, tmp_path) -> None:
     """The alignment tax in small: a model that knows a text is pushed away from it by a reward; with PPO-ptx it forgets less than half."""
     from stages.models.likelihood import measure_likelihood
     from stages.models.loading import load_language_model, load_tokenizer, save_model
@@ -289,7 +289,7 @@ def _batch(roles: Any, rollout: Any, row: int) -> Any:
 
 
 @pytest.mark.detail("P23", "P28")
-def test_what_comes_behind_the_end_counts_nowhere(ppo_config, ppo_context, make_rollout) -> None:
+def test_tokens_after_the_end_are_not_counted(ppo_config, ppo_context, make_rollout) -> None:
     """Sampling stops at the end token. The papers sample on and mask what follows: values and log-probabilities before it are the same."""
     config = ppo_config()
     roles = load_roles(config, ppo_context)

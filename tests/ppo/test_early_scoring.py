@@ -74,7 +74,7 @@ def test_scores_with_and_without_overlap_are_equal(server, ppo_config, ppo_conte
     assert early.hidden_seconds > 0 and late.hidden_seconds == 0
 
 
-def test_the_time_of_the_server_is_hidden_behind_sampling(server, ppo_config, ppo_context, monkeypatch) -> None:
+def test_scoring_overlaps_with_sampling(server, ppo_config, ppo_context, monkeypatch) -> None:
     def slow(body: dict[str, Any], number: int) -> tuple[int, Any]:
         time.sleep(0.1)
         return 200, {"rewards": lengths(body)}
@@ -98,7 +98,7 @@ def test_a_server_that_fails_ends_the_run_with_all_its_episodes(server, prompts,
     assert len((ppo_context.folder / "failed_rollout.jsonl").read_text().splitlines()) == 12
 
 
-def test_a_run_that_is_stopped_while_it_samples_asks_nothing_twice(
+def test_run_stopped_during_sampling_sends_no_request_twice(
     server, prompts, ppo_config, step_context, resolve_folder, tiny_llama_folder
 ) -> None:
     def stopping(body: dict[str, Any], number: int) -> tuple[int, Any]:

@@ -69,7 +69,7 @@ PLANTED: dict[str, Any] = {
 }
 
 
-def test_one_small_batch_below_zero_is_chance_and_all_of_them_are_none() -> None:
+def test_negative_kl_alarm_ignores_one_small_batch_but_not_all() -> None:
     def kls(low: set[int]) -> list[dict[str, float]]:
         return [healthy(i, **{"policy/kl": -0.9 if i in low else 0.1, "policy/kl_standard_error": 0.2}) for i in range(20)]
 
@@ -77,12 +77,12 @@ def test_one_small_batch_below_zero_is_chance_and_all_of_them_are_none() -> None
     assert [entry["name"] for entry in observed(kls(set(range(10, 20)))).summary()] == ["negative_kl"]
 
 
-def test_a_long_run_is_remembered_in_a_constant_size() -> None:
+def test_history_of_a_long_run_has_constant_size() -> None:
     sizes = {len(pickle.dumps(observed([healthy(i) for i in range(number)])._history)) for number in (50, 500)}
     assert max(sizes) - min(sizes) < 40  # pickle names a larger number in more bytes
 
 
-def test_reward_hacking_is_what_all_windows_of_the_whole_run_say() -> None:
+def test_reward_hacking_equals_the_check_over_all_windows_of_the_run() -> None:
     draw, width = random.Random(3), 4
     score, taste = [0.0], [0.0]
     for iteration in range(300):  # the monitor turns down, up and down again while the score goes on up
@@ -113,7 +113,7 @@ def test_every_check_has_a_planted_case() -> None:
     assert [f"_{name}" for name in PLANTED] == [check.__name__ for check in CHECKS]
 
 
-def test_a_healthy_run_is_quiet() -> None:
+def test_healthy_run_raises_no_alarm() -> None:
     health = observed([healthy(iteration) for iteration in range(80)])
     assert health.summary() == []
     # also one whose completions never end by themselves, as in the steering of a plain language model
@@ -122,7 +122,7 @@ def test_a_healthy_run_is_quiet() -> None:
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_an_alarm_fires_on_its_planted_case_and_no_other_does(name: str) -> None:
+def test_only_the_planted_alarm_fires(name: str) -> None:
     history = [healthy(iteration, **(PLANTED[name](iteration) if iteration >= 40 else {})) for iteration in range(60)]
     health = observed(history)
     alarms = health.summary()
@@ -131,7 +131,7 @@ def test_an_alarm_fires_on_its_planted_case_and_no_other_does(name: str) -> None
     assert len(alarms[0]["message"]) > 60 and not alarms[0]["message"].endswith(".")
 
 
-def test_what_goes_on_is_said_once_and_what_comes_back_again() -> None:
+def test_lasting_alarm_is_logged_once_and_a_returning_one_again() -> None:
     health = Health(HealthSettings())
     said = []
     for iteration, kl in enumerate([1.0, 99.0, 99.0, 1.0, 99.0]):
@@ -148,7 +148,7 @@ def test_what_goes_on_is_said_once_and_what_comes_back_again() -> None:
     }
 
 
-def test_null_switches_an_alarm_off() -> None:
+def test_null_disables_an_alarm() -> None:
     assert observed([healthy(0, **{"policy/kl": 1e3})], kl_limit=None).summary() == []
     with pytest.raises(ValidationError, match="stop_on"):
         HealthSettings(stop_on=["no_such_alarm"])

@@ -66,7 +66,7 @@ def test_a_value_network_starts_from_a_reward_model_that_reads_prompt_and_comple
     assert needed + 1 <= 16
 
 
-def test_a_value_network_is_not_started_from_a_model_that_reads_less_and_it_is_said(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_value_network_does_not_start_from_a_model_that_reads_less_and_this_is_logged(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config, context = step(WORDS)
     lines = said(context, monkeypatch)
     roles = load_roles(config, context)
@@ -75,7 +75,7 @@ def test_a_value_network_is_not_started_from_a_model_that_reads_less_and_it_is_s
     assert any("reads at most 16 tokens" in line and "it is not used as initial value network" in line for line in lines)
 
 
-def test_a_reward_model_of_another_vocabulary_does_not_start_the_value_network_and_it_is_said(
+def test_reward_model_with_another_vocabulary_does_not_start_the_value_network_and_this_is_logged(
     step: Any, short_reward: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = transformers.AutoTokenizer.from_pretrained(short_reward)
@@ -88,12 +88,12 @@ def test_a_reward_model_of_another_vocabulary_does_not_start_the_value_network_a
     assert any("has a different vocabulary than the policy; it is not used as initial value network" in line for line in lines)
 
 
-def test_a_value_that_the_recipe_names_and_that_reads_less_is_refused(step: Any) -> None:
+def test_named_value_model_that_reads_less_is_refused(step: Any) -> None:
     with pytest.raises(ModelError, match="reads at most 16 tokens, but a prompt with its completion has up to"):
         load_roles(*step(WORDS, value="short"))
 
 
-def test_prompts_are_held_to_what_policy_and_tokenizer_can_read(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_limited_to_what_policy_and_tokenizer_can_read(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config, context = step("joy", value="policy", max_prompt_tokens=500)
     roles = load_roles(config, context)
     roles.tokenizer.model_max_length = 9  # below the policy's 128 positions: 9 - 4 new tokens leave 5

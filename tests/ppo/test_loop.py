@@ -31,7 +31,7 @@ def weights(result: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.detail("P35")
-def test_the_sign_canary(ppo_config, ppo_context, prompts) -> None:
+def test_reward_for_and_against_a_token_moves_its_share(ppo_config, ppo_context, prompts) -> None:
     config = ppo_config(
         data=prompts,
         reward=[{"function": "letters_reward:vowels"}],
@@ -53,7 +53,7 @@ def test_the_sign_canary(ppo_config, ppo_context, prompts) -> None:
     assert len(samples) == 48 and set(samples[0]) == {"iteration", "prompt", "completion", "score"}
 
 
-def test_lora_publishes_an_adapter_that_stands_on_the_policy(ppo_config, ppo_context, prompts) -> None:
+def test_lora_publishes_an_adapter_on_the_policy(ppo_config, ppo_context, prompts) -> None:
     result = run(ppo_config(data=prompts, lora={"r": 2}), ppo_context)
     assert result.model.is_adapter and all("lora_" in name for name in weights(result))
     from stages.models.loading import load_language_model
@@ -64,7 +64,7 @@ def test_lora_publishes_an_adapter_that_stands_on_the_policy(ppo_config, ppo_con
 
 
 @pytest.mark.detail("P18")
-def test_the_average_is_what_is_published(ppo_config, step_context, resolve_folder, tiny_llama_folder, prompts) -> None:
+def test_weight_average_is_published(ppo_config, step_context, resolve_folder, tiny_llama_folder, prompts) -> None:
     models = {"policy": resolve_folder(tiny_llama_folder)}
     start = load_file(tiny_llama_folder / "model.safetensors")
     last = weights(run(ppo_config(data=prompts), step_context("test/last", 1, models)))
@@ -74,7 +74,7 @@ def test_the_average_is_what_is_published(ppo_config, step_context, resolve_fold
     torch.testing.assert_close(average[name], start[name], rtol=0, atol=1e-5)  # eight steps of a millionth each
 
 
-def test_the_average_by_iteration_and_the_last_weights_beside_it(
+def test_average_by_iteration_is_published_beside_the_last_weights(
     ppo_config, step_context, resolve_folder, tiny_llama_folder, prompts
 ) -> None:
     models = {"policy": resolve_folder(tiny_llama_folder)}
@@ -91,7 +91,7 @@ def test_the_average_by_iteration_and_the_last_weights_beside_it(
     assert not torch.allclose(every[name], average[name], atol=1e-5)
 
 
-def test_returns_by_hand_in_a_whole_rollout(ppo_config, ppo_context, make_rollout) -> None:
+def test_returns_by_hand_in_a_complete_rollout(ppo_config, ppo_context, make_rollout) -> None:
     from stages.ppo.roles import load_roles
 
     config = ppo_config(whiten_advantages=False, gae_lambda=1.0, missing_eos="subtract", missing_eos_penalty=3.0, length_penalty=0.5)

@@ -31,7 +31,7 @@ class Traveller(torch.nn.Module):
         return self
 
 
-def test_only_what_is_named_and_looked_after_moves() -> None:
+def test_only_managed_modules_in_use_move_to_the_device() -> None:
     one, other, stranger = Traveller(), Traveller(), Traveller()
     offload = Offload([one, other], torch.device("meta"), enabled=True)
     assert one.seen == other.seen == ["cpu"]
@@ -54,9 +54,7 @@ def weights(result: Any) -> dict[str, torch.Tensor]:
     return load_file(next(result.model.path.glob("*.safetensors")))
 
 
-def test_offloading_changes_nothing_but_the_place(
-    ppo_config, step_context, resolve_folder, tiny_llama_folder, tmp_path, monkeypatch
-) -> None:
+def test_offloading_changes_only_the_device(ppo_config, step_context, resolve_folder, tiny_llama_folder, tmp_path, monkeypatch) -> None:
     models = {"policy": resolve_folder(tiny_llama_folder)}
     awake: list[int] = []
     original = Offload.awake
@@ -114,12 +112,12 @@ def test_bitsandbytes_optimizers_follow_adamw(optimizer: str, tolerance: float) 
 @pytest.mark.parametrize(
     ("options", "named"), [({"offload": True}, "offload"), ({"training": {"optimizer": "adamw_8bit"}}, "training.optimizer: adamw_8bit")]
 )
-def test_what_needs_whole_models_does_not_go_with_fsdp(ppo_config, ppo_context, monkeypatch, options, named) -> None:
+def test_settings_that_need_unsharded_models_are_refused_with_fsdp(ppo_config, ppo_context, monkeypatch, options, named) -> None:
     monkeypatch.setattr(ppo_context.runtime, "shards", True)
     with pytest.raises(LaunchError, match=f"{named} does not support FSDP's sharded weights"):
         load_roles(ppo_config(**options), ppo_context)
 
 
-def test_contradictions(ppo_config) -> None:
+def test_contradicting_settings_are_refused(ppo_config) -> None:
     with pytest.raises(ValidationError, match="adam_style=tensorflow requires optimizer: adamw"):
         ppo_config(training={"adam_style": "tensorflow", "optimizer": "adamw_8bit"})

@@ -72,7 +72,7 @@ def kl(policy: torch.Tensor, reference: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("lora", [None, {"r": 8, "alpha": 32.0}], ids=["full", "lora"])
-def test_ppo_ends_at_the_best_policy(ppo_config, step_context, resolve_folder, bandit, tmp_path, seed, lora) -> None:
+def test_ppo_converges_to_the_optimal_policy(ppo_config, step_context, resolve_folder, bandit, tmp_path, seed, lora) -> None:
     from stages.ppo.loop import run
     from stages.registry.references import ResolvedModel
 

@@ -147,7 +147,7 @@ def raise_out_of_memory(failed: list[int], size: int) -> None:
 
 
 @pytest.mark.parametrize(("network", "in_backward"), [("policy", False), ("value", True)])
-def test_a_minibatch_that_runs_out_of_memory_is_done_again_in_smaller_passes(
+def test_minibatch_that_runs_out_of_memory_is_repeated_in_smaller_passes(
     ppo_config, ppo_context, make_rollout, monkeypatch, caplog, tmp_path, network: str, in_backward: bool
 ) -> None:
     corpus = tmp_path / "corpus.txt"
@@ -185,7 +185,7 @@ def test_a_minibatch_that_runs_out_of_memory_is_done_again_in_smaller_passes(
     assert limited.update(rollout, kl_coef=0.1, seed=1).retreats == 0  # passes stay small
 
 
-def test_measuring_retreats_and_loses_no_episode(ppo_config, ppo_context, make_rollout, monkeypatch) -> None:
+def test_measuring_in_smaller_passes_loses_no_episode(ppo_config, ppo_context, make_rollout, monkeypatch) -> None:
     config = ppo_config(microbatch_size=12)
     roles = load_roles(config, ppo_context)
     expected = make_rollout(roles, config)
@@ -205,7 +205,7 @@ def test_one_episode_that_does_not_fit_ends_the_run(ppo_config, ppo_context, mak
         make_updater(roles, config).accumulate(rollout, targets(rollout, config, kl_coef=0.1))
 
 
-def test_cut_weights_do_not_retreat_since_the_other_processes_wait(ppo_config, ppo_context, make_rollout, monkeypatch) -> None:
+def test_sharded_weights_are_not_retried_because_other_processes_wait(ppo_config, ppo_context, make_rollout, monkeypatch) -> None:
     config = ppo_config()
     roles = load_roles(config, ppo_context)
     rollout = make_rollout(roles, config)
@@ -221,7 +221,9 @@ WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero")  # what makes the CPU w
 
 
 @pytest.mark.parametrize(("kind", "packs"), [*((kind, False) for kind in KINDS), ("a value network", True), ("LoRA", True)])
-def test_an_optimizer_step_reads_numbers_once(ppo_config, ppo_context, make_rollout, monkeypatch, kind: str, packs: bool) -> None:
+def test_optimizer_step_copies_numbers_from_the_device_once(
+    ppo_config, ppo_context, make_rollout, monkeypatch, kind: str, packs: bool
+) -> None:
     config = ppo_config(microbatch_size=2, score_placement="after", ema_decay=0.9, **KINDS[kind])
     roles = load_roles(config, ppo_context)
     roles.packs = packs

@@ -32,7 +32,7 @@ def hand_made(**fields: Any) -> Rollout:
     return Rollout(**{**names, **tensors, "sampling_gap": 0.0, **fields})  # type: ignore[arg-type]
 
 
-def test_the_score_is_paid_at_the_last_token(ppo_config) -> None:
+def test_score_is_credited_to_the_last_token(ppo_config) -> None:
     config = ppo_config(whiten_advantages=False, gae_lambda=0.5)
     target = targets(hand_made(), config, kl_coef=0.1)
     # kl: 0.5, -1 | 0, 1, -1
@@ -45,7 +45,7 @@ def test_the_score_is_paid_at_the_last_token(ppo_config) -> None:
 
 
 @pytest.mark.detail("P27")
-def test_the_score_one_state_behind_where_there_is_room(ppo_config) -> None:
+def test_score_is_credited_to_an_extra_state_after_the_last_token(ppo_config) -> None:
     config = ppo_config(whiten_advantages=False, gae_lambda=0.5, score_placement="after")
     rollout = hand_made(bootstrap_mask=torch.tensor([True, False]), bootstrap_values=torch.tensor([8.0, 0.0]))
     target = targets(rollout, config, kl_coef=0.1)
@@ -63,7 +63,7 @@ def test_the_score_one_state_behind_where_there_is_room(ppo_config) -> None:
     torch.testing.assert_close(whitened.returns, target.returns)
 
 
-def test_scores_of_tokens_are_paid_where_they_arise(ppo_config) -> None:
+def test_token_scores_are_credited_to_their_tokens(ppo_config) -> None:
     config = ppo_config(whiten_advantages=False)
     target = targets(hand_made(token_scores=torch.tensor([[4.0, 3.0, 0.0], [0.0, 0.0, 0.0]])), config, kl_coef=0.0)
     assert target.rewards.tolist() == [[4.0, 6.0, 0.0], [0.0, 0.0, -4.0]]  # of 10, 3 have no place but the end
@@ -79,7 +79,7 @@ def test_a_separate_lambda_for_the_value(ppo_config) -> None:
 
 
 @pytest.mark.detail("P10")
-def test_whitening_by_process_is_each_share_alone(ppo_config) -> None:
+def test_whitening_by_process_whitens_each_share_separately(ppo_config) -> None:
     config = ppo_config(whitening_scope="process")
     two_processes = all_targets(hand_made(), config, kl_coef=0.1, num_processes=2)
     for row in range(2):
@@ -91,7 +91,7 @@ def test_whitening_by_process_is_each_share_alone(ppo_config) -> None:
     torch.testing.assert_close(together.advantages, targets(hand_made(), ppo_config(), kl_coef=0.1).advantages)
 
 
-def test_a_value_that_is_no_number_is_refused(ppo_config) -> None:
+def test_nan_value_is_refused(ppo_config) -> None:
     values = hand_made().values.clone()
     values[0, 1] = float("nan")
     with pytest.raises(TrainingError, match="is not finite"):
@@ -99,7 +99,7 @@ def test_a_value_that_is_no_number_is_refused(ppo_config) -> None:
 
 
 @pytest.mark.parametrize("value", ["policy", "shared"])
-def test_the_value_behind_the_end_is_read_at_the_last_token(ppo_config, ppo_context, make_rollout, value) -> None:
+def test_bootstrap_value_is_read_at_the_last_token(ppo_config, ppo_context, make_rollout, value) -> None:
     from stages.ppo.roles import load_roles
 
     config = ppo_config(score_placement="after", value=value)

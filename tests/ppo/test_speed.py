@@ -19,7 +19,7 @@ def llama() -> LlamaModel:
     )
 
 
-def test_operations_by_hand() -> None:
+def test_flops_by_hand() -> None:
     counter, output = MatmulCounter(), torch.nn.Linear(8, 20, bias=False)
     model = llama()
     attention = 4 * 8 * 2  # 4 d for each of the two tokens that one looks back on at the mean
@@ -32,7 +32,7 @@ def test_operations_by_hand() -> None:
     assert counter.take() == 8 * (2 * 2 * LLAMA + 3 * attention) and counter.take() == 0
 
 
-def test_packed_sequences_have_no_padding_and_look_back_inside_themselves() -> None:
+def test_packed_sequences_count_no_padding_and_attend_within_themselves() -> None:
     counter = MatmulCounter()
     batch = sequence_batch([[1, 2], [3]], [[4, 5], [6]], 0, "cpu", kernel="padded")  # four tokens and two
     counter.add(llama(), batch, backward=False)
@@ -45,7 +45,7 @@ def test_gpt2_s_layers_count_and_its_embeddings_do_not() -> None:
     assert counter.take() == 8 * (2 * (8 * 24 + 8 * 8 + 8 * 32 + 32 * 8) + 4 * 8 * 2)
 
 
-def test_phases() -> None:
+def test_phase_metrics_by_hand() -> None:
     seconds = {"generation": 2.0, "scoring": 1.0, "measuring": 1.0, "update": 4.0}
     metrics = speed_metrics(seconds, episodes=16, response_tokens=100, trained_tokens=400, flops=6e9, peak=3e9)
     assert metrics["time/episodes_per_second"] == 2.0 and metrics["time/generation_s"] == 2.0

@@ -137,7 +137,7 @@ def test_defaults_of_the_stage_survive_a_partial_block(corpus: Path) -> None:
         ({"architecture": {**TINY, "max_position_embeddings": 8}}, "block_size=16 is longer than the model's 8 positions"),
     ],
 )
-def test_an_architecture_that_cannot_be_is_named(corpus: Path, step_context: Any, fields: dict[str, Any], message: str) -> None:
+def test_impossible_architecture_is_refused_with_its_fields(corpus: Path, step_context: Any, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         run(config(corpus, **fields), step_context())
 

@@ -28,7 +28,7 @@ def test_every_launcher_is_understood(variables, processes, rank, monkeypatch: p
     assert (environment.launched_processes(), environment.launched_rank()) == (processes, rank)
 
 
-def test_the_command_to_go_on_is_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_to_continue_is_the_typed_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("STAGES_COMMAND", raising=False)
     monkeypatch.setattr(sys, "argv", ["/x/bin/stages", "run", "my recipe.yaml", "seed=8"])
     assert environment.command_to_go_on() == "stages run 'my recipe.yaml' seed=8"

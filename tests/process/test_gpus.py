@@ -72,7 +72,7 @@ def test_visible_gpus_are_those_of_cuda_visible_devices(smi: Path, monkeypatch, 
     assert len(gpus.gpus_of_machine()) == 3
 
 
-def test_a_part_of_a_gpu_is_described_by_torch(smi: Path, monkeypatch) -> None:
+def test_mig_slice_is_described_by_torch(smi: Path, monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-0f")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -97,7 +97,7 @@ def test_a_plan_is_for_the_gpus_that_the_processes_use(smi: Path, monkeypatch, v
     assert (machine.kind, machine.name) == planned
 
 
-def test_torch_is_asked_where_nvidia_smi_is_missing(monkeypatch, tmp_path: Path) -> None:
+def test_without_nvidia_smi_torch_describes_the_gpus(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert gpus.visible_gpus() == []
@@ -107,7 +107,7 @@ def test_torch_is_asked_where_nvidia_smi_is_missing(monkeypatch, tmp_path: Path)
     assert gpus.visible_gpus() == [{"name": "NVIDIA A10", "memory_bytes": 24 * GIB, "driver": None}]
 
 
-def test_a_gpu_run_turns_cudnn_attention_off_and_says_what_it_computes_with(smi: Path, monkeypatch, capsys) -> None:
+def test_gpu_run_disables_cudnn_attention_and_logs_its_device(smi: Path, monkeypatch, capsys) -> None:
     import accelerate
 
     turned: list[bool] = []
@@ -125,7 +125,7 @@ def test_a_gpu_run_turns_cudnn_attention_off_and_says_what_it_computes_with(smi:
     assert "ppo: policy: weights bfloat16, computes in bfloat16, attention sdpa" in said
 
 
-def test_a_cpu_run_touches_no_setting_and_says_nothing(monkeypatch, capsys) -> None:
+def test_cpu_run_changes_no_setting_and_logs_nothing(monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda _: pytest.fail("no GPU"))
     runtime = Runtime()
     if runtime.device.type != "cpu":
@@ -134,7 +134,7 @@ def test_a_cpu_run_touches_no_setting_and_says_nothing(monkeypatch, capsys) -> N
     assert capsys.readouterr().out == ""
 
 
-def test_a_phase_has_a_peak_of_its_own_and_the_run_the_largest(monkeypatch) -> None:
+def test_each_phase_has_its_own_memory_peak_and_the_run_the_largest(monkeypatch) -> None:
     cuda, peaks = Cuda(monkeypatch), dict[str, int]()
     cuda.peak = 3 * GIB  # while the models were loaded
     for phase, used in (("generation", 5), ("update", 2), ("generation", 4)):

@@ -47,7 +47,7 @@ def launch(arguments: list[str], environment: dict[str, str]) -> subprocess.Comp
 
 
 @pytest.mark.parametrize(("kind", "cpu"), [("MULTI_CPU", "true"), ("MULTI_GPU", "false")])
-def test_a_config_file_starts_as_many_processes_as_it_says(tmp_path: Path, environment: dict[str, str], kind: str, cpu: str) -> None:
+def test_config_file_sets_the_number_of_processes(tmp_path: Path, environment: dict[str, str], kind: str, cpu: str) -> None:
     import torch
 
     if torch.accelerator.is_available():
@@ -66,14 +66,14 @@ def test_a_config_file_starts_as_many_processes_as_it_says(tmp_path: Path, envir
         ("raise ValueError('a bug')", 1, "ValueError: a bug"),
     ],
 )
-def test_the_status_of_one_process_is_its_own(tmp_path: Path, environment: dict[str, str], code: str, status: int, said: str) -> None:
+def test_exit_status_is_that_of_the_process(tmp_path: Path, environment: dict[str, str], code: str, status: int, said: str) -> None:
     (tmp_path / "script.py").write_text(code)
     done = launch(["--cpu", str(tmp_path / "script.py")], environment)
     assert done.returncode == status and said in done.stderr
     assert "CalledProcessError" not in done.stderr
 
 
-def test_a_signal_gets_through_to_the_process(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_signal_reaches_the_process(tmp_path: Path, environment: dict[str, str]) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: (print('stopping', flush=True), sys.exit(143)))\n"
@@ -88,7 +88,7 @@ def test_a_signal_gets_through_to_the_process(tmp_path: Path, environment: dict[
     assert process.returncode == 143 and time.monotonic() - began < 20
 
 
-def test_what_cannot_be_started_is_said(tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_launch_is_reported(tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "zero.yaml").write_text(CONFIG.format(kind="DEEPSPEED", processes=2, cpu="false") + "deepspeed_config: {zero_stage: 3}\n")
     monkeypatch.setattr(launching, "_num_devices", lambda: 0)
     with pytest.raises(LaunchError, match="DeepSpeed was requested, but this machine has no GPU; use recipes/accelerate/fsdp2.yaml"):

@@ -212,7 +212,7 @@ def assert_same_scores(one: Path, two: Path) -> None:
             assert summaries[1]["candidates"][name].get(key) == pytest.approx(candidate.get(key), rel=1e-3, abs=1e-3), (name, key)
 
 
-def test_two_processes_make_the_updates_of_one(alone: Path, pair: Path) -> None:
+def test_two_processes_compute_the_updates_of_one(alone: Path, pair: Path) -> None:
     """Rounding differs with the shape of a batch; it grows from step to step, and from sft to what stands on it."""
     assert_same_updates(alone, pair, "sft", tolerance=2e-5)
     assert_same_updates(alone, pair, "preference", tolerance=1e-4)
@@ -221,7 +221,7 @@ def test_two_processes_make_the_updates_of_one(alone: Path, pair: Path) -> None:
     assert_same_scores(alone, pair)
 
 
-def test_each_process_has_its_own_rows_scored(pair: Path, server: Server) -> None:
+def test_each_process_scores_its_own_rows(pair: Path, server: Server) -> None:
     """The columns of a row stay with it, for a function and for a server; the server scores while the processes sample."""
     lines = (pair / "runs" / "pair" / "latest" / "aligned" / "metrics.jsonl").read_text().splitlines()
     for line in map(json.loads, lines):
@@ -229,7 +229,7 @@ def test_each_process_has_its_own_rows_scored(pair: Path, server: Server) -> Non
     assert 7 in {len(body["prompts"]) for body in server.bodies}  # half of the 14 episodes
 
 
-def test_sharded_over_two_processes_the_updates_are_the_same(workdir: Path, alone: Path) -> None:
+def test_sharding_over_two_processes_does_not_change_the_updates(workdir: Path, alone: Path) -> None:
     """FSDP2 over gloo, by the accelerate config that ships; sampling does not wait for the other process, so it cannot hang."""
     done = start(workdir, "sharded", *SHARDED)
     assert done.returncode == 0, done.stderr
@@ -256,7 +256,7 @@ def test_there_is_one_summary_and_one_version_of_each_model(pair: Path) -> None:
     assert len([path for path in (pair / "runs" / "pair").iterdir() if not path.is_symlink()]) == 1
 
 
-def test_processes_sample_apart_and_as_one_would(alone: Path, pair: Path) -> None:
+def test_processes_sample_different_rows_with_the_results_of_one_process(alone: Path, pair: Path) -> None:
     samples = [(home / "runs" / "pair" / "latest" / "aligned" / "samples.jsonl").read_text().splitlines() for home in (alone, pair)]
     texts = [[json.loads(line)["completion"] for line in lines] for lines in samples]
     assert len(texts[0]) == 70 and texts[0] == texts[1]
@@ -264,7 +264,7 @@ def test_processes_sample_apart_and_as_one_would(alone: Path, pair: Path) -> Non
     assert texts[1][0:14:2] != texts[1][1:14:2]
 
 
-def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_alone(workdir: Path, alone: Path, pair: Path) -> None:
+def test_dead_process_ends_the_others_and_one_process_can_resume(workdir: Path, alone: Path, pair: Path) -> None:
     shutil.copytree(pair / "registry", workdir / "cut" / "registry")
     Registry(workdir / "cut" / "registry").remove("pair/aligned")
     began = time.monotonic()
@@ -285,7 +285,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_alone(workdir: 
     assert_same_updates(alone, workdir / "cut", "aligned", tolerance=5e-4)
 
 
-def test_an_error_of_one_process_is_told(workdir: Path, pair: Path) -> None:
+def test_error_of_one_process_is_reported(workdir: Path, pair: Path) -> None:
     shutil.copytree(pair / "registry", workdir / "raising" / "registry")
     Registry(workdir / "raising" / "registry").remove("pair/aligned")
     done = start(workdir, "raising", *TWO, AT_CALL="1", IN_PROCESS="1", WHAT="raises")

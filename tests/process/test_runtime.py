@@ -10,7 +10,7 @@ from stages.process.hardware import cpu_name
 from stages.registry import references
 
 
-def test_names_that_moved_are_found_at_their_former_address() -> None:
+def test_moved_names_can_be_imported_from_the_old_module() -> None:
     assert runtime.ResolvedModel is references.ResolvedModel
     assert (runtime.StepContext, runtime.StepResult) == (step.StepContext, step.StepResult)
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):

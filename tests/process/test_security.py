@@ -60,7 +60,7 @@ class Owned:
         return os.mkdir, ("owned",)
 
 
-def test_a_pickle_is_refused_with_the_reason_and_never_read(tiny_llama_folder: Path) -> None:
+def test_pickle_is_refused_without_reading_it(tiny_llama_folder: Path) -> None:
     shutil.copytree(tiny_llama_folder, "model")
     Path("model/model.safetensors").unlink()
     Path("model/pytorch_model.bin").write_bytes(pickle.dumps(Owned()))
@@ -70,7 +70,7 @@ def test_a_pickle_is_refused_with_the_reason_and_never_read(tiny_llama_folder: P
     assert not Path("owned").exists()
 
 
-def test_a_pickle_beside_safetensors_is_not_read_either(tiny_llama_folder: Path, resolve_folder: Any) -> None:
+def test_pickle_beside_safetensors_is_not_read(tiny_llama_folder: Path, resolve_folder: Any) -> None:
     import torch
 
     from stages.models.heads import RewardModel
@@ -98,7 +98,7 @@ CODE = """
 """
 
 
-def test_code_that_comes_with_a_model_runs_only_by_the_recipes_own_word_and_is_recorded(
+def test_remote_code_runs_only_if_the_recipe_allows_it_and_is_recorded(
     tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -166,7 +166,7 @@ def test_yaml_is_read_safely() -> None:
     assert not Path("owned").exists()
 
 
-def test_what_lies_in_the_folder_does_not_stand_in_for_a_package() -> None:
+def test_file_in_the_working_folder_does_not_shadow_a_package() -> None:
     before = list(sys.path)
     try:
         sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
@@ -199,7 +199,7 @@ def test_names_cannot_leave_the_home_folder(name: str) -> None:
     assert not list(Path.cwd().rglob("*.safetensors"))
 
 
-def test_a_version_that_leads_out_by_a_link_is_refused(tmp_path: Path) -> None:
+def test_version_that_links_outside_the_registry_is_refused(tmp_path: Path) -> None:
     record = published()
     outside = tmp_path / "outside"
     shutil.move(str(record.folder), outside)
@@ -210,7 +210,7 @@ def test_a_version_that_leads_out_by_a_link_is_refused(tmp_path: Path) -> None:
     assert (outside / "model" / "model.safetensors").exists()
 
 
-def test_a_file_replaced_by_a_link_is_damage(tmp_path: Path) -> None:
+def test_file_replaced_by_a_link_counts_as_damage(tmp_path: Path) -> None:
     record = published()
     (tmp_path / "twin").write_bytes(b"weights")
     (record.path / "model.safetensors").unlink()
@@ -218,7 +218,7 @@ def test_a_file_replaced_by_a_link_is_damage(tmp_path: Path) -> None:
     assert Registry("home/registry").verify("safe/model") == ["model.safetensors was replaced by a symbolic link"]
 
 
-def test_a_manifest_cannot_claim_another_place() -> None:
+def test_manifest_cannot_claim_another_path() -> None:
     record = published()
     manifest = json.loads((record.folder / "manifest.json").read_text())
     for claim in ({"name": "../../../etc/x"}, {"name": "other/model"}, {"version": 7}):
@@ -227,7 +227,7 @@ def test_a_manifest_cannot_claim_another_place() -> None:
             Registry("home/registry").get("safe/model")
 
 
-def test_files_listed_in_a_manifest_are_looked_for_inside_alone() -> None:
+def test_manifest_files_are_only_read_inside_the_version() -> None:
     record = published()
     manifest = json.loads((record.folder / "manifest.json").read_text())
     manifest["files"].append({"path": "../../../../../etc/hostname", "size": 1, "sha256": "0"})
@@ -245,7 +245,7 @@ def test_export_does_not_follow_a_link_at_its_destination(tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "outside").iterdir()] == ["kept"]
 
 
-def test_an_adapter_is_sought_in_its_own_registry_alone() -> None:
+def test_base_of_an_adapter_is_only_searched_in_its_registry() -> None:
     from stages.models.stacks import find_base
 
     registry = Registry("home/registry")
@@ -278,7 +278,7 @@ def test_an_adapter_is_sought_in_its_own_registry_alone() -> None:
         ("https://user:hunter2@host/data.jsonl", "a password in a URL"),
     ],
 )
-def test_what_looks_like_a_secret_is_refused_in_a_recipe_without_being_shown(text: str, kind: str) -> None:
+def test_secret_in_a_recipe_is_refused_without_printing_it(text: str, kind: str) -> None:
     step = {"stage": "sft", "name": "sft", "model": "gpt2", "data": {"train": text}}
     recipe(step)
     for result in (run(), CliRunner().invoke(app, ["plan", "safe.yaml"])):
@@ -294,7 +294,7 @@ INNOCENT = ["world:prompts", "max_prompt_tokens", "task-sk-short", "a key", "htt
 
 
 @pytest.mark.parametrize("text", INNOCENT)
-def test_innocent_texts_are_left_alone(text: str) -> None:
+def test_texts_that_only_resemble_secrets_are_accepted(text: str) -> None:
     assert redaction.find_secret([text]) is None and redaction.without_secrets(text) == text
 
 

@@ -17,7 +17,7 @@ from stages.process.stopping import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_outside_of_deferred_blocks_it_is_raised_where_the_program_is(number: signal.Signals) -> None:
+def test_stop_request_raises_at_once_outside_of_deferred_blocks(number: signal.Signals) -> None:
     stop = StopRequest()
     before = signal.getsignal(number)
     with pytest.raises(Stopped) as caught, stop.installed():
@@ -27,7 +27,7 @@ def test_outside_of_deferred_blocks_it_is_raised_where_the_program_is(number: si
     assert signal.getsignal(number) is before
 
 
-def test_deferred_it_waits_for_the_end_or_a_check() -> None:
+def test_deferred_stop_request_waits_for_the_end_or_a_check() -> None:
     stop, passed = StopRequest(), []
     with stop.installed():
         with pytest.raises(Stopped), stop.deferred():
@@ -39,7 +39,7 @@ def test_deferred_it_waits_for_the_end_or_a_check() -> None:
     assert passed == ["still here"]
 
 
-def test_a_stretch_inside_may_be_broken_off() -> None:
+def test_interruptible_part_of_a_deferred_block_can_be_stopped() -> None:
     stop, reached = StopRequest(), []
     with stop.installed(), pytest.raises(Stopped), stop.deferred():
         try:
@@ -51,7 +51,7 @@ def test_a_stretch_inside_may_be_broken_off() -> None:
     assert reached == [1]  # what follows in the block is protected again
 
 
-def test_a_wish_that_came_before_ends_the_stretch_at_its_beginning() -> None:
+def test_earlier_stop_request_ends_the_interruptible_part_at_its_beginning() -> None:
     stop = StopRequest()
     with pytest.raises(Stopped), stop.deferred():
         stop.ask(signal.SIGTERM)
@@ -59,7 +59,7 @@ def test_a_wish_that_came_before_ends_the_stretch_at_its_beginning() -> None:
             raise AssertionError("not reached")
 
 
-def test_asked_again_after_a_while_the_process_ends_where_it_stands() -> None:
+def test_second_stop_request_after_a_while_ends_the_process_at_once() -> None:
     script = """
         import os, signal, time
         from stages.process import stopping
@@ -78,7 +78,7 @@ def test_asked_again_after_a_while_the_process_ends_where_it_stands() -> None:
     assert (done.returncode, done.stdout) == (130, "alive\n")
 
 
-def test_a_process_ends_with_its_launcher() -> None:
+def test_process_ends_when_its_launcher_ends() -> None:
     child = "import os, time, stages.process.stopping as s\ns.end_with_launcher()\nprint(os.getpid(), flush=True)\ntime.sleep(60)"
     parent = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {child!r}])\ntime.sleep(60)"
     launcher = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
@@ -97,7 +97,7 @@ def test_a_process_ends_with_its_launcher() -> None:
 
 
 @pytest.mark.parametrize("kind", ["__del__", "weak reference"])
-def test_inside_a_finalizer_it_waits_for_the_reminder(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_stop_request_inside_a_finalizer_is_repeated_later(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Python prints an exception that leaves a finalizer with its traceback, and goes on."""
     printed: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", printed.append)

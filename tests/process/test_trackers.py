@@ -39,7 +39,7 @@ def test_tensorboard(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_services_are_called_as_they_expect(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackers_get_the_calls_that_they_expect(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     class Run:
@@ -71,13 +71,13 @@ def test_nothing_is_opened_without_metrics(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_absent_package_is_said_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tracker_package_is_reported_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match="trackers: wandb is not installed; `pip install wandb`"):
         check_trackers(["wandb"])
 
 
-def test_the_recipe_names_them(tmp_path: Path) -> None:
+def test_recipe_selects_trackers(tmp_path: Path) -> None:
     path = tmp_path / "toy.yaml"
     (tmp_path / "a.txt").write_text("text")
     path.write_text("name: toy\nsteps:\n  - {stage: pretraining, name: base, architecture: {type: llama}, data: {train: a.txt}}\n")

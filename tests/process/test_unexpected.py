@@ -45,7 +45,7 @@ def raised(error: BaseException, folder: Path | None = None) -> BaseException:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-def test_an_unexpected_exception_is_one_message_and_a_file(tmp_path: Path, error: BaseException, said: str) -> None:
+def test_unexpected_exception_gives_one_message_and_a_file(tmp_path: Path, error: BaseException, said: str) -> None:
     explained = explain(raised(error, tmp_path / "run" / "sft"), "stages run", tmp_path)
     file = tmp_path / "run" / "sft" / "traceback.txt"
     message = str(explained)
@@ -76,7 +76,7 @@ def test_a_home_that_cannot_be_written_does_not_hide_the_error(tmp_path: Path, m
     assert str(explain(ValueError("odd"), "stages plan", tmp_path / "file")).endswith("ValueError: odd. --debug shows the traceback")
 
 
-def test_errors_with_a_message_keep_it(tmp_path: Path) -> None:
+def test_stages_errors_keep_their_message(tmp_path: Path) -> None:
     own = DataError("a.jsonl:1: no text")
     assert explain(raised(own), "stages run", tmp_path) is own
     assert explain(PermissionError(errno.EACCES, "denied", "/x"), "stages run", tmp_path).exit_status == 2
@@ -109,5 +109,5 @@ def test_only_an_exception_that_left_a_step_was_in_a_step(tmp_path: Path) -> Non
     ],
     ids=str,
 )
-def test_memory_that_ran_out_is_recognised_on_every_device(error: BaseException, expected: bool) -> None:
+def test_out_of_memory_is_recognised_on_every_device(error: BaseException, expected: bool) -> None:
     assert is_out_of_memory(error) is expected

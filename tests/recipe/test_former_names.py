@@ -87,7 +87,7 @@ def test_an_override_wins_under_either_name(tmp_path: Path, fields: str, overrid
     assert loaded.steps[0].config.kl.target == (2.0 if "target" in fields else None)
 
 
-def test_notices_name_the_field_of_today(tmp_path: Path) -> None:
+def test_notice_names_the_current_field(tmp_path: Path) -> None:
     notices = recipe(tmp_path, "    clip_range: 0.3\n", "aligned.kl_coef=0.1").notices()
     assert notices == [
         f"{tmp_path}/recipe.yaml:8: steps[0].clip.ratio is the name of clip_range today; the former name still works",
@@ -111,7 +111,7 @@ def test_notices_name_the_field_of_today(tmp_path: Path) -> None:
         ("    health: {length_factor: 3.0}\n", (), r"length_factor is a constant \(2.5\).*health.off: \[length_drift\]"),
     ],
 )
-def test_errors_name_the_field_of_today(tmp_path: Path, fields: str, overrides: tuple[str, ...], message: str) -> None:
+def test_error_names_the_current_field(tmp_path: Path, fields: str, overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         recipe(tmp_path, fields, *overrides)
 
@@ -121,14 +121,14 @@ def test_a_config_that_is_built_in_python_refuses_both_names() -> None:
         PPOStepConfig.model_validate({**STEP, "kl_coef": 0.1, "kl": {"coef": 0.1}})
 
 
-def test_a_sweep_varies_a_former_name(tmp_path: Path) -> None:
+def test_sweep_can_vary_a_former_name(tmp_path: Path) -> None:
     recipe(tmp_path, "    kl: {coef: 0.3}\n")
     grid = read_grid(str(tmp_path / "recipe.yaml"), ["aligned.kl_coef=[0.1,0.2]"])
     coefs = [load_recipe(tmp_path / "recipe.yaml", point.overrides).steps[0].config.kl.coef for point in grid.points()]
     assert coefs == [0.1, 0.2]
 
 
-def test_limits_that_are_constants_today_keep_their_fingerprint() -> None:
+def test_former_limits_that_are_now_constants_keep_the_fingerprint() -> None:
     former = HealthSettings.model_validate({"length_factor": None, "entropy_share": 0.1})
     assert former == HealthSettings(off=["length_drift"])
     settings = settings_of(former)

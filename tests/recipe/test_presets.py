@@ -125,7 +125,7 @@ def test_every_value_is_a_field_with_a_source() -> None:
             assert len(published) >= 4, f"{name}: {stage}"
 
 
-def test_a_preset_lies_beneath_recipe_and_command_line(tmp_path: Path) -> None:
+def test_recipe_and_command_line_override_a_preset(tmp_path: Path) -> None:
     config = configured(
         tmp_path, "ppo", "huang2024", "ppo.kl.coef=0.5", "ppo.training.learning_rate=1e-4", ppo_epochs=2, training={"adam_beta2": 0.9}
     )
@@ -158,7 +158,7 @@ def test_a_batch_that_is_overridden_need_not_be_a_multiple_of_a_microbatch(tmp_p
     assert (reward.training.batch_size, reward.training.rows_per_pass) == (12, 8)
 
 
-def test_what_a_preset_cannot_know_is_asked_for(tmp_path: Path) -> None:
+def test_preset_without_required_fields_names_them(tmp_path: Path) -> None:
     message = r"recipe.yaml:3: steps\[0\]: the preset 'instructgpt2022' needs pretraining_mix.data: .*Or set pretraining_mix: null"
     with pytest.raises(RecipeError, match=message):
         configured(tmp_path, "ppo", "instructgpt2022")
@@ -167,7 +167,7 @@ def test_what_a_preset_cannot_know_is_asked_for(tmp_path: Path) -> None:
         configured(tmp_path, "ppo", "instructgpt")
 
 
-def test_where_every_value_comes_from(tmp_path: Path) -> None:
+def test_settings_show_the_origin_of_every_value(tmp_path: Path) -> None:
     loaded = recipe(tmp_path, step("ppo", "instructgpt2022", **MIX, kl_coef=0.1), overrides=("ppo.ppo_epochs=2",))
     settings = {setting.path: setting for setting in settings_of_step(loaded, loaded.steps[0])}
     assert (settings["kl.coef"].kind, settings["ppo_epochs"].kind, settings["clip.ratio"].kind) == ("recipe", "override", "preset")
@@ -188,7 +188,7 @@ def test_where_every_value_comes_from(tmp_path: Path) -> None:
     assert {"kl.coef", "ppo_epochs", "clip.ratio", "pretraining_mix.coef"} <= shown and "entropy_coef" not in shown
 
 
-def test_the_plan_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_shows_the_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reward = {**FIELDS["reward_model"], "preset": "huang2024", "model": "sft"}
     recipe(tmp_path, FIELDS["sft"] | {"preset": "huang2024"}, reward, {**FIELDS["sft"], "name": "plain"})
     monkeypatch.setenv("COLUMNS", "200")

@@ -119,7 +119,7 @@ def changed(old: str, new: str) -> str:
     return GOOD.replace(old, new, 1)
 
 
-def test_a_good_recipe_is_read_whole(tmp_path: Path) -> None:
+def test_good_recipe_is_read_completely(tmp_path: Path) -> None:
     recipe = load(GOOD)
     assert (recipe.name, recipe.seed, [step.name for step in recipe.steps]) == ("quick", 7, ["base", "sft", "aligned", "verdict"])
     sft, aligned = recipe.steps[1], recipe.steps[2]
@@ -268,13 +268,13 @@ def test_an_override_that_is_wrong_is_named(override: str, message: str) -> None
     assert message in str(caught.value)
 
 
-def test_a_missing_recipe_names_its_neighbours() -> None:
+def test_missing_recipe_lists_recipes_nearby() -> None:
     load(GOOD)
     with pytest.raises(RecipeError, match=re.escape("did you mean 'recipes/x.yaml'?")):
         load_recipe("recipes/y.yaml")
 
 
-def test_references_are_understood_in_order(tmp_path: Path) -> None:
+def test_references_resolve_in_the_documented_order(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "registry")
     record = registry.publish("other/model", lambda folder: (folder / "config.json").write_text("{}") and None, role="language_model")
     (tmp_path / "recipes" / "mine").mkdir()
@@ -322,7 +322,7 @@ def test_data_is_found_beside_the_caller_first(tmp_path: Path) -> None:
     assert load(GOOD, "sft.data.train=stanfordnlp/imdb").steps[1].config.data.train[0].path == "stanfordnlp/imdb"
 
 
-def test_data_that_a_step_refuses_is_reported_with_the_place() -> None:
+def test_data_error_names_the_field_path() -> None:
     Path("empty.txt").write_text("")
     recipe = load(GOOD, "sft.data.train=empty.txt")
     with pytest.raises(DataError, match=r"^override 'sft.data.train=empty.txt': steps\[1\] \(sft\): .*empty.txt: no rows"):
@@ -332,7 +332,7 @@ def test_data_that_a_step_refuses_is_reported_with_the_place() -> None:
         recipe.check_data(recipe.steps[1])
 
 
-def test_an_alias_of_aliases_is_stopped() -> None:
+def test_nested_yaml_aliases_are_refused() -> None:
     bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
     bomb += "".join(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]\n" for level in range(1, 9))
     with pytest.raises(RecipeError, match="more than 100000 values"):
@@ -340,7 +340,7 @@ def test_an_alias_of_aliases_is_stopped() -> None:
 
 
 @pytest.mark.parametrize("path", [("a",), ("steps", 1, "training", "learning_rate"), ("reward", 0, "model"), ("a", 0, 1)])
-def test_paths_are_shown_and_read_alike(path: tuple[str | int, ...]) -> None:
+def test_field_paths_are_printed_and_parsed_in_the_same_form(path: tuple[str | int, ...]) -> None:
     assert parse_path(show(path)) == path
 
 
@@ -350,7 +350,7 @@ def test_reading_recipes_does_not_import_torch() -> None:
     assert run.stdout == "[]\n"
 
 
-def test_a_field_path_reaches_into_a_key_with_dots() -> None:
+def test_field_path_can_name_a_key_with_dots() -> None:
     from stages.recipe.source import value_at
 
     value = {"candidates": {"a-2.8b": {"model": "m"}, "a-2": {"8b": "other"}}, "judges": [{"label": 1}]}

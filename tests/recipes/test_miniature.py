@@ -48,7 +48,7 @@ def test_three_sizes_a_hundredfold_apart_and_every_kind_of_model_at_each() -> No
     assert seen["preference"] == {0} and min(seen["judge"]) >= steps["preference"].data.train[0].limit  # other comparisons
 
 
-def test_the_parameters_are_counted_as_they_are(figure1: Any, tmp_path: Path) -> None:
+def test_parameter_counts_match_the_models(figure1: Any, tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from stages.corpora.labels import read_answers
 
 
-def test_two_rounds_with_people_run_whole_and_are_reused(tmp_path: Path) -> None:
+def test_two_rounds_with_simulated_people_run_and_are_reused(tmp_path: Path) -> None:
     from stages.cli import app
 
     command = ["run", str(shrunk.RECIPES / "people.yaml"), *shrunk.SHRUNK["people"], "--home", str(tmp_path)]

@@ -46,7 +46,7 @@ def test_an_unchanged_file_is_read_once(tmp_path: Path, reads: list[Path], later
     assert file_sha256(file) and reads == [file, file]  # outside every byte is read
 
 
-def test_a_change_of_the_same_size_and_time_is_seen(tmp_path: Path, reads: list[Path], later: None) -> None:
+def test_change_with_equal_size_and_time_is_detected(tmp_path: Path, reads: list[Path], later: None) -> None:
     file = settled(tmp_path / "weights", "abc")
     with remembering(tmp_path / "cache" / "plan.json"):
         file_sha256(file)
@@ -70,7 +70,7 @@ def test_a_file_just_written_or_from_the_future_is_not_remembered(tmp_path: Path
     assert reads == [young, young, future, future]
 
 
-def test_checks_that_were_passed_are_not_made_again(tmp_path: Path) -> None:
+def test_passed_checks_are_not_repeated(tmp_path: Path) -> None:
     made: list[str] = []
 
     def fails() -> None:
@@ -86,7 +86,7 @@ def test_checks_that_were_passed_are_not_made_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"hashes": 3, "passed": []}', "\x00"])
-def test_a_spoilt_memory_is_forgotten(tmp_path: Path, content: str, later: None, reads: list[Path]) -> None:
+def test_damaged_hash_cache_is_discarded(tmp_path: Path, content: str, later: None, reads: list[Path]) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "plan.json").write_text(content)
     file = settled(tmp_path / "weights", "abc")
@@ -97,7 +97,7 @@ def test_a_spoilt_memory_is_forgotten(tmp_path: Path, content: str, later: None,
     assert len(reads) == 1
 
 
-def test_nothing_is_made_where_there_is_no_home_and_no_disk_is_no_harm(tmp_path: Path, later: None, reads: list[Path]) -> None:
+def test_hash_cache_without_home_or_disk_space_does_nothing(tmp_path: Path, later: None, reads: list[Path]) -> None:
     file = settled(tmp_path / "weights", "abc")
     with remembering(tmp_path / "nowhere" / "cache" / "plan.json"):
         file_sha256(file)

@@ -100,7 +100,7 @@ def used(folder: Path) -> int:
 
 
 @pytest.mark.timeout(600)
-def test_a_disk_that_is_full_at_any_write_costs_no_model(disk: Any, recipe: Path, tmp_path: Path) -> None:
+def test_full_disk_at_any_write_loses_no_model(disk: Any, recipe: Path, tmp_path: Path) -> None:
     calm = run(tmp_path / "calm")
     assert calm.exit_code == 0, calm.output
     total = used(tmp_path / "calm")
@@ -127,7 +127,7 @@ def test_a_disk_that_is_full_at_any_write_costs_no_model(disk: Any, recipe: Path
     assert stopped >= 4
 
 
-def test_a_home_that_cannot_be_written_is_read_all_the_same(disk: Any, recipe: Path) -> None:
+def test_read_only_home_can_be_read(disk: Any, recipe: Path) -> None:
     home = disk(20_000) / "home"
     assert run(home).exit_code == 0
     before = digests(home)
@@ -144,7 +144,7 @@ def test_a_home_that_cannot_be_written_is_read_all_the_same(disk: Any, recipe: P
     assert digests(home) == before
 
 
-def test_a_home_that_belongs_to_another_is_said(recipe: Path, tmp_path: Path) -> None:
+def test_home_of_another_user_is_reported(recipe: Path, tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     (tmp_path / "home").mkdir(mode=0o500)
@@ -152,7 +152,7 @@ def test_a_home_that_belongs_to_another_is_said(recipe: Path, tmp_path: Path) ->
     assert result.exit_code == 2 and "permission denied" in result.stderr
 
 
-def test_errors_of_the_disk_are_known_in_every_dress() -> None:
+def test_disk_errors_are_recognised_in_every_exception_type() -> None:
     full = OSError(28, "No space left on device", "/x/y")
     assert "no space is left on the device (/x/y)" in str(storage_error(full))
     try:
@@ -203,7 +203,7 @@ def test_one_flipped_bit_in_any_file_is_found_before_it_is_used(recipe: Path, tm
     assert records["fault/sft@2"] == before["fault/sft"]
 
 
-def test_a_version_of_a_newer_tristage_is_left_alone(recipe: Path, tmp_path: Path) -> None:
+def test_version_of_a_newer_tristage_is_not_changed(recipe: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     assert run(home).exit_code == 0
     path = Registry(home / "registry").get("fault/sft").folder / "manifest.json"
@@ -222,7 +222,7 @@ def fill(folder: Path, weights: bytes = b"weights") -> None:
     (folder / "model.safetensors").write_bytes(weights)
 
 
-def test_locks_and_leftovers_of_the_dead_hold_nobody_up(tmp_path: Path) -> None:
+def test_locks_and_leftovers_of_dead_processes_do_not_block(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "registry")
     registry.publish("fault/model", fill, role="language_model")
     (registry.root / "lock").write_text("4711")
@@ -234,7 +234,7 @@ def test_locks_and_leftovers_of_the_dead_hold_nobody_up(tmp_path: Path) -> None:
     assert list((registry.root / "tmp").iterdir()) == []
 
 
-def test_a_step_that_somebody_left_locked_is_run(recipe: Path, tmp_path: Path) -> None:
+def test_step_locked_by_a_dead_process_runs(recipe: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     planned = json.loads(CliRunner().invoke(app, ["plan", "fault.yaml", "--home", str(home), "--json"]).stdout)
     (home / "work").mkdir(parents=True)
@@ -260,7 +260,7 @@ def test_a_clock_that_jumps_back_does_not_bring_an_old_version_back(tmp_path: Pa
     assert second.manifest["created"] < first.manifest["created"]
 
 
-def test_a_run_under_a_jumping_clock_ends_as_ever(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_under_a_jumping_clock_finishes_normally(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
     assert run(tmp_path / "calm").exit_code == 0
@@ -348,7 +348,7 @@ def test_a_version_removed_while_all_are_listed_is_passed_over(tmp_path: Path, m
     assert "base@2" in [record.ref for record in registry.records()]
 
 
-def test_a_leftover_whose_owner_is_done_just_now_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftover_whose_owner_has_just_finished_does_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry(tmp_path)
     registry.publish("fault/base", fill, role="language_model")
     lock = tmp_path / "tmp" / "leftover.lock"

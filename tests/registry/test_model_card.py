@@ -43,7 +43,7 @@ def base(registry: Registry, tiny_llama_folder: Path) -> ModelRecord:
     return publish(registry, "base", lambda folder: shutil.copytree(tiny_llama_folder, folder, dirs_exist_ok=True), [hub])
 
 
-def test_the_card_says_where_it_came_from_and_how_it_did(registry, base) -> None:
+def test_card_states_origin_and_results(registry, base) -> None:
     kept = registry.root.parent / "results" / "ff"
     (kept / "files").mkdir(parents=True)
     (kept / "result.json").write_text(json.dumps({"name": "recipe/verdict", "created": "2026-11-24T20:00:00+00:00"}))
@@ -98,7 +98,7 @@ def test_the_card_of_an_adapter(registry, base, tmp_path) -> None:
     assert card.data.library_name == "transformers" and "adapter on" not in card.text.partition("## Use")[0]
 
 
-def test_an_exported_model_is_what_its_readers_expect(registry, base, tmp_path) -> None:
+def test_exported_model_loads_in_other_libraries(registry, base, tmp_path) -> None:
     """What lm-eval, vLLM and transformers serve need: an architecture they know, safetensors, a tokenizer that stands alone."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 

@@ -42,7 +42,7 @@ def resolved(record: ModelRecord) -> ResolvedModel:
     return ResolvedModel(record.ref, "registry", str(record.path), record.digest, ModelInput(ref=record.ref), record)
 
 
-def test_a_version_can_be_had_by_name_number_and_digest(tmp_path: Path) -> None:
+def test_version_can_be_read_by_name_number_or_digest(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
     first = publish(registry)
     second = publish(registry, fill=lambda folder: model_files(folder, b"others"))
@@ -55,7 +55,7 @@ def test_a_version_can_be_had_by_name_number_and_digest(tmp_path: Path) -> None:
     assert sorted(path.name for path in first.path.iterdir()) == ["config.json", "model.safetensors", "tokenizer_config.json"]
 
 
-def test_the_digest_depends_on_the_files_alone(tmp_path: Path) -> None:
+def test_digest_depends_only_on_the_files(tmp_path: Path) -> None:
     here = publish(Registry(tmp_path / "here"))
     there = publish(
         Registry(tmp_path / "there"), "other/name", lambda folder: model_files(folder, path_in_config="D:/elsewhere"), metrics={"loss": 1.0}
@@ -178,7 +178,7 @@ def test_two_processes_that_publish_one_name_get_two_versions(tmp_path: Path) ->
     assert contents == {"one", "two", "three"}
 
 
-def test_a_publisher_at_work_is_not_cleaned_away(tmp_path: Path) -> None:
+def test_unfinished_version_of_a_running_process_is_kept(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
 
     def fill(folder: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_newer_manifest_and_a_broken_one_are_refused(tmp_path: Path) -> None:
         ("../sft", "not a registry reference"),
     ],
 )
-def test_a_reference_that_does_not_resolve_says_what_there_is(tmp_path: Path, ref: str, message: str) -> None:
+def test_unresolved_reference_lists_known_models(tmp_path: Path, ref: str, message: str) -> None:
     registry = Registry(tmp_path)
     publish(registry)
     with pytest.raises(RegistryError, match=message):
@@ -282,7 +282,7 @@ def test_a_removed_number_is_not_given_again_and_an_ambiguous_removal_is_refused
     assert publish(registry).version == 3
 
 
-def test_export_copies_and_spares_what_is_there(tmp_path: Path) -> None:
+def test_export_copies_files_and_refuses_a_folder_with_files(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "registry")
     record = publish(registry)
     path = registry.export("quickstart/sft", tmp_path / "out")
@@ -309,7 +309,7 @@ def test_fingerprints_find_the_newest_version(tmp_path: Path) -> None:
     assert registry.find_fingerprint("") is None
 
 
-def test_a_real_model_saved_twice_from_different_places_has_one_digest(tmp_path: Path, tiny_llama_folder: Path) -> None:
+def test_model_saved_from_different_paths_has_one_digest(tmp_path: Path, tiny_llama_folder: Path) -> None:
     import shutil
 
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -59,7 +59,7 @@ def shown(browser: Any) -> list[str]:
     )
 
 
-def test_it_opens_without_errors_and_without_the_network(opened) -> None:
+def test_page_opens_without_errors_and_without_the_network(opened) -> None:
     assert opened.get_log("browser") == []
     assert opened.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert opened.title == "toy 20261124T203818Z"
@@ -114,7 +114,7 @@ def test_filter_by_who_won_and_by_margin(opened) -> None:
     assert shown(opened) == ["8", "7", "6", "5", "4", "3", "2", "1"]
 
 
-def test_a_judge_that_compares(opened) -> None:
+def test_judge_that_compares_can_be_filtered(opened) -> None:
     choose(opened, "b", "sft")
     choose(opened, "judge", "llm")
     choose(opened, "winner", "the second wins")
@@ -127,7 +127,7 @@ def test_a_judge_that_compares(opened) -> None:
     assert len(shown(opened)) == 6
 
 
-def test_candidates_can_be_hidden_and_missing_ones_are_said(opened) -> None:
+def test_candidates_can_be_hidden_and_missing_ones_are_named(opened) -> None:
     visible = "return [...document.querySelectorAll('article:nth-of-type(2) section')].filter(s => !s.hidden).map(s => s.dataset.c)"
     assert opened.execute_script(visible) == ["0", "1", "2", "3"]
     assert opened.find_element("css selector", "article:nth-of-type(2) .none").text == "no completion"
@@ -135,7 +135,7 @@ def test_candidates_can_be_hidden_and_missing_ones_are_said(opened) -> None:
     assert opened.execute_script(visible) == ["2", "3"]
 
 
-def test_tokens_take_colour(opened) -> None:
+def test_tokens_are_coloured(opened) -> None:
     text = opened.find_element("css selector", 'article:nth-of-type(3) section[data-c="3"] .text')
     before = text.text
     choose(opened, "colour", "KL")
@@ -148,7 +148,7 @@ def test_tokens_take_colour(opened) -> None:
     assert text.text == before and not text.find_elements("css selector", ".token")
 
 
-def test_the_keyboard_is_enough(opened) -> None:
+def test_page_can_be_used_with_the_keyboard_alone(opened) -> None:
     from selenium.webdriver import ActionChains, Keys
 
     ActionChains(opened).send_keys("/").perform()
@@ -167,7 +167,7 @@ def test_the_keyboard_is_enough(opened) -> None:
 
 
 @pytest.mark.parametrize("width", [360, 768, 1280, 1920])
-def test_nothing_sticks_out(opened, width: int) -> None:
+def test_no_element_is_wider_than_the_page(opened, width: int) -> None:
     screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
     opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     try:
@@ -203,7 +203,7 @@ def test_both_themes_are_readable(opened, scheme: str) -> None:
     assert opened.find_element("css selector", "body").value_of_css_property("background-color") != background
 
 
-def test_print_leaves_out_what_paper_cannot_do(opened) -> None:
+def test_print_hides_interactive_controls(opened) -> None:
     opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     assert not opened.find_element("css selector", ".tools").is_displayed()
     assert not opened.find_element("css selector", ".bar-nav").is_displayed()
@@ -212,7 +212,7 @@ def test_print_leaves_out_what_paper_cannot_do(opened) -> None:
     assert len(pdf) > 20_000
 
 
-def test_several_runs(browser, new_run, tmp_path) -> None:
+def test_comparison_of_several_runs_opens(browser, new_run, tmp_path) -> None:
     runs = [read_run(new_run(tmp_path / "toy" / name, kl_coef=coef)) for name, coef in (("one", 0.05), ("two", 0.2))]
     browser.get_log("browser")
     browser.get(write_comparison(runs, tmp_path / "comparison.html").path.as_uri())

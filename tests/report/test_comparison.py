@@ -16,7 +16,7 @@ from stages.report.run_folder import read_run
 from stages.report.training import data_efficiency
 
 
-def test_what_differs_between_runs(new_run, tmp_path) -> None:
+def test_differing_settings_are_listed(new_run, tmp_path) -> None:
     first = read_run(new_run(tmp_path / "toy" / "one"))
     second = read_run(new_run(tmp_path / "toy" / "two", kl_coef=0.2, seed=8))
     assert run_names([first, second]) == ["one", "two"]
@@ -45,7 +45,7 @@ def test_runs_of_two_recipes_and_a_missing_step(new_run, tmp_path) -> None:
     assert write_comparison(runs, tmp_path / "page.html").path.read_text().count('class="plot"') == 4
 
 
-def test_equal_runs_say_so(new_run, tmp_path) -> None:
+def test_equal_runs_are_reported_as_equal(new_run, tmp_path) -> None:
     runs = [read_run(new_run(tmp_path / "toy" / name)) for name in ("one", "two")]
     assert "Their settings are equal" in render_comparison(runs).html
 
@@ -76,7 +76,7 @@ def test_over_optimisation_has_best_of_n_beside_ppo(run_folder: Path) -> None:
     assert over_optimisation(run.steps[0]) is None
 
 
-def test_reward_for_kl_shows_the_way_of_ppo_on_an_axis_of_roots(run_folder: Path) -> None:
+def test_reward_against_kl_shows_ppo_iterations_on_a_square_root_axis(run_folder: Path) -> None:
     run = read_run(run_folder)
     evaluation, step = run.evaluations[0].evaluation, run.step("aligned")
     assert evaluation is not None and step is not None
@@ -88,7 +88,7 @@ def test_reward_for_kl_shows_the_way_of_ppo_on_an_axis_of_roots(run_folder: Path
     assert sum(watched[0]) > sum(watched[1])
 
 
-def test_an_axis_of_roots_is_marked_where_there_is_room() -> None:
+def test_square_root_axis_has_ticks_that_do_not_overlap() -> None:
     from matplotlib.figure import Figure
 
     axes = Figure().subplots()
@@ -111,7 +111,7 @@ def test_smoothing() -> None:
     assert smoothed([5.0] * 40) == [5.0] * 40
 
 
-def test_numbers_written_in_a_drawing_are_not_cut() -> None:
+def test_numbers_in_the_text_of_a_drawing_are_not_shortened() -> None:
     from matplotlib.figure import Figure
 
     drawing = Figure()

@@ -59,7 +59,7 @@ def html(new_run: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     return render_run(read_run(new_run(tmp_path_factory.mktemp("runs") / "toy" / "20261124T203818Z"))).html
 
 
-def test_foreign_text_stays_text(html: str) -> None:
+def test_text_of_models_is_escaped(html: str) -> None:
     page = Page(html)
     assert [tag for tag, _ in page.tags].count("img") == 0
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
@@ -70,7 +70,7 @@ def test_foreign_text_stays_text(html: str) -> None:
     assert page.words.count("{{ 7 * 7 }}") >= 6 and "/p> 49 ]]" not in page.words
 
 
-def test_nothing_is_fetched(html: str) -> None:
+def test_page_loads_nothing(html: str) -> None:
     page = Page(html)
     for tag, attributes in page.tags:
         for name in ("src", "href", "action", "xlink:href", "srcset", "poster"):
@@ -80,7 +80,7 @@ def test_nothing_is_fetched(html: str) -> None:
     assert "@import" not in html and not re.search(r"url\((?!#)", html)
 
 
-def test_the_policy_allows_this_script_and_no_other(html: str) -> None:
+def test_content_security_policy_allows_only_the_script_of_the_page(html: str) -> None:
     (meta,) = [attributes for tag, attributes in Page(html).tags if attributes.get("http-equiv") == "Content-Security-Policy"]
     policy = dict(part.strip().partition(" ")[::2] for part in str(meta["content"]).split(";"))
     (script,) = re.findall(r"<script>(.*?)</script>\s*</body>", html, re.DOTALL)
@@ -96,7 +96,7 @@ def test_the_headline_and_its_uncertainty(html: str) -> None:
     assert "By the same judge aligned also beats base and cannot be distinguished from best." in words
 
 
-def test_what_to_keep_in_mind(html: str) -> None:
+def test_remarks_name_alarms_exclusions_and_disagreement(html: str) -> None:
     words = Page(html).words
     assert "aligned: reward_hacking from iteration 9 on, in 3 iterations: the monitor fell" in words
     assert "1 of 8 prompts that base has no completion for." in words
@@ -106,7 +106,7 @@ def test_what_to_keep_in_mind(html: str) -> None:
     assert "for 80 % its verdict was the same in both orders" in words
 
 
-def test_the_chain(html: str) -> None:
+def test_chain_shows_steps_inputs_and_results(html: str) -> None:
     page = Page(html)
     assert sum(tag == "path" and attributes.get("class") == "arrow" for tag, attributes in page.tags) >= 5
     for said in (
@@ -123,7 +123,7 @@ def test_the_chain(html: str) -> None:
         assert said in page.words, said
 
 
-def test_figures(html: str) -> None:
+def test_page_has_all_figures(html: str) -> None:
     page = Page(html)
     figure_ids = [attributes.get("id") for tag, attributes in page.tags if tag == "figure"]
     assert figure_ids == [
@@ -151,7 +151,7 @@ def test_figures(html: str) -> None:
     assert "best of 4 (best) 0.64" in page.words
 
 
-def test_the_command_and_the_recipe(html: str) -> None:
+def test_page_shows_command_and_resolved_recipe(html: str) -> None:
     from ruamel.yaml import YAML
 
     page = Page(html)
@@ -163,7 +163,7 @@ def test_the_command_and_the_recipe(html: str) -> None:
     assert command({"command": "stages run toy --home elsewhere", "recipe_file": "toy"}) == "stages run toy --home elsewhere"
 
 
-def test_how_it_ran(html: str) -> None:
+def test_page_shows_seeds_devices_and_versions(html: str) -> None:
     words = Page(html).words
     for said in (
         "seed 7 precision bf16 device 2 CPU cores (Some CPU) processes 1 peak memory 1.00 GiB of the process",
@@ -199,7 +199,7 @@ def data_of(html: str) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_five_thousand_short_completions_are_all_there(run_folder: Path) -> None:
+def test_page_holds_five_thousand_short_completions(run_folder: Path) -> None:
     row = first_row(run_folder)
     rows = [
         {**row, "prompt": f"prompt {n}", "completions": {name: f"{name} {n} " * 12 for name in row["completions"]}} for n in range(1667)
@@ -210,7 +210,7 @@ def test_five_thousand_short_completions_are_all_there(run_folder: Path) -> None
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_what_has_no_room_is_sampled_evenly_and_counted(run_folder: Path) -> None:
+def test_completions_that_do_not_fit_are_sampled_evenly_and_counted(run_folder: Path) -> None:
     row = first_row(run_folder)
     texts = {name: "<&> \u00fcber. " * 500 for name in row["completions"]}  # 5,000 characters
     rows = [{**row, "prompt": f"prompt {n}", "completions": texts} for n in range(1667)]
@@ -233,7 +233,7 @@ def test_what_has_no_room_is_sampled_evenly_and_counted(run_folder: Path) -> Non
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_texts_of_any_kind_survive(run_folder: Path) -> None:
+def test_texts_with_any_characters_are_shown_unchanged(run_folder: Path) -> None:
     texts = ["\u0645\u0631\u062d\u0628\u0627", "a\x00b\u2028c\u202ed", "\U0001f600 </script><!--", "\ud800"]
     row = first_row(run_folder)
     rows = [{**row, "prompt": text, "completions": {"sft": text}, "scores": {"gold": {"sft": float("nan")}}} for text in texts]
@@ -244,14 +244,14 @@ def test_texts_of_any_kind_survive(run_folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_one_enormous_text_is_cut(run_folder: Path) -> None:
+def test_very_long_text_is_cut(run_folder: Path) -> None:
     row = first_row(run_folder)
     rows = [row, {**row, "prompt": "x" * 3_000_000}]
     made = render_run(read_run(rewrite(run_folder, rows)))
     assert len(data_of(made.html)["rows"]) == 2 and "verdict: 1 texts cut at 4,000 characters" in made.notes[0]
 
 
-def test_figures_make_room_for_completions(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_are_left_out_to_make_room_for_completions(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "LIMIT", 160_000)
     made = render_run(read_run(run_folder))
     assert len(made.html.encode()) <= 160_000 and len(data_of(made.html)["rows"]) == 8
@@ -264,7 +264,7 @@ def test_figures_make_room_for_completions(run_folder: Path, monkeypatch: pytest
 # Where it is written
 
 
-def test_the_page_goes_where_it_is_told(run_folder: Path, tmp_path: Path) -> None:
+def test_page_is_written_to_the_given_path(run_folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "notes.html"
     other.write_text("mine")
     for path, message in (
@@ -282,7 +282,7 @@ def test_the_page_goes_where_it_is_told(run_folder: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_an_earlier_report_is_replaced_whole_or_not_at_all(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_earlier_report_is_replaced_atomically(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "page.html"
     arguments = ["report", str(run_folder), "--out", str(path)]
     assert CliRunner().invoke(app, arguments).stdout.startswith(f"The report: {path} (0.")
@@ -323,7 +323,7 @@ def test_judges_that_only_compare(run_folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_reused_steps_without_logs_are_said(run_folder: Path) -> None:
+def test_reused_steps_without_logs_are_named(run_folder: Path) -> None:
     (run_folder / "sft" / "metrics.jsonl").unlink()
     words = Page(render_run(read_run(run_folder)).html).words
     assert "There is no training log of sft" in words
@@ -376,7 +376,7 @@ def test_thinned() -> None:
 
 @pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize("gpu", [{"name": "NVIDIA H200", "memory_bytes": 2**37, "driver": "580.95"}, "NVIDIA H200"], ids=["now", "older"])
-def test_a_gpu_run_shows_its_gpu_and_the_memory_of_it(new_run: Any, tmp_path: Path, gpu: Any) -> None:
+def test_gpu_run_shows_its_gpu_and_gpu_memory(new_run: Any, tmp_path: Path, gpu: Any) -> None:
     folder = new_run(tmp_path / "runs" / "toy" / "20261124T203818Z")
     summary = json.loads((folder / "summary.json").read_text())
     summary["environment"]["gpus"] = [gpu]

@@ -52,7 +52,7 @@ def test_ranks_by_hand() -> None:
     assert ranked([0.8, 0.9, 0.5], 0.15) == [0, 0, 2]
 
 
-def test_what_is_collected(prompts, step_context, models) -> None:
+def test_collection_writes_ranked_completions(prompts, step_context, models) -> None:
     context = step_context(models=models)
     made = collect_comparisons(collection(prompts), context, precision="fp32")
     assert len(made) == 8 and len({item.prompt for item in made}) == 8
@@ -74,13 +74,13 @@ def test_what_is_collected(prompts, step_context, models) -> None:
 
 
 @pytest.mark.detail("P26")
-def test_only_what_ends_is_shown(prompts, step_context, models) -> None:
+def test_only_finished_completions_are_ranked(prompts, step_context, models) -> None:
     settings = {"generation": {"max_new_tokens": 4, "stop": list("abcdefghijklmnop")}, "num_prompts": 3, "attempts": 40}
     made = collect_comparisons(collection(prompts, only_ended=True, **settings), step_context(models=models), precision="fp32")
     assert all(text[-1] in "abcdefghijklmnop" for item in made for text in item.completions)
 
 
-def test_a_reward_model_of_what_its_policy_says(prompts, step_context, models, tmp_path) -> None:
+def test_reward_model_trains_on_collected_completions(prompts, step_context, models, tmp_path) -> None:
     rows = [{"prompt": f"p {n}", "completions": ["a", "a long line of text"], "ranks": [0, 1]} for n in range(10)]
     path = tmp_path / "comparisons.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -101,7 +101,7 @@ def test_a_reward_model_of_what_its_policy_says(prompts, step_context, models, t
     assert len(result.model.manifest["parents"]) == 3
 
 
-def test_refused(prompts) -> None:
+def test_unusable_collection_settings_are_refused(prompts) -> None:
     with pytest.raises(ValidationError, match="a single model or function with one score per completion"):
         collection(prompts, judge=RewardInput.model_validate({"function": "a:b", "level": "token"}).model_dump(exclude_unset=True))
 

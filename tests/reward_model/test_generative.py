@@ -48,7 +48,7 @@ def source_of(model: ResolvedModel, **fields: Any) -> RewardSource:
     return load_source(RewardInput.model_validate({"model": model.ref, **fields}), model, **CPU)
 
 
-def test_a_language_model_as_it_is(pairs, tiny_llama_folder, resolve_folder, step_context, tmp_path, monkeypatch) -> None:
+def test_untrained_language_model_scores_by_log_odds(pairs, tiny_llama_folder, resolve_folder, step_context, tmp_path, monkeypatch) -> None:
     (tmp_path / "lengths_beside.py").write_text("def longer(p, c): return [len(text) for text in c]\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     folder = resolve_folder(tiny_llama_folder)

@@ -17,7 +17,7 @@ from stages.reward_model.run import run
 from stages.rl.ranking import ranking_losses, ranking_pairs
 
 
-def test_pairs_of_equal_texts_are_no_pairs() -> None:
+def test_pairs_of_equal_texts_are_dropped() -> None:
     ranks, prompts, texts = torch.tensor([0, 1, 2]), torch.zeros(3, dtype=torch.long), torch.tensor([0, 1, 0])
     better, worse = ranking_pairs(ranks, prompts, texts)
     assert list(zip(better.tolist(), worse.tolist(), strict=True)) == [(0, 1), (1, 2)]  # not (0, 2), which are one text
@@ -26,7 +26,7 @@ def test_pairs_of_equal_texts_are_no_pairs() -> None:
     assert float(ranking_losses(scores, ranks, prompts, texts)) == pytest.approx((0.3132617 + 1.3132617) / 2)
 
 
-def test_what_is_lost_by_hand(tiny_tokenizer) -> None:
+def test_lost_rows_by_hand(tiny_tokenizer) -> None:
     same_end = [f"{letter}{'z' * 30}" for letter in "ab"]  # a token per letter z, or nearly
     uncut = encode(Comparison("film", same_end, [0, 1]), tiny_tokenizer, 1000)
     assert uncut.cut == 0 and uncut.pairs == (1, 0)
@@ -43,7 +43,7 @@ def test_what_is_lost_by_hand(tiny_tokenizer) -> None:
     assert tie.pairs == (0, 0)
 
 
-def test_a_step_says_what_it_lost(tmp_path, step_context, resolve_folder, tiny_llama_folder) -> None:
+def test_step_reports_dropped_rows(tmp_path, step_context, resolve_folder, tiny_llama_folder) -> None:
     rows: list[dict[str, Any]] = [{"prompt": "film", "chosen": f"a{n} joy", "rejected": "dull"} for n in range(8)]
     path, same = tmp_path / "pairs.jsonl", {"prompt": "film", "chosen": "a" + "z" * 40, "rejected": "b" + "z" * 40}
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, same]))

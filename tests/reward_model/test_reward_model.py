@@ -52,7 +52,7 @@ def sft(resolve_folder, tiny_llama_folder) -> dict[str, Any]:
 
 
 @pytest.mark.detail("D9", "R11")
-def test_it_learns_and_centres(comparisons, step_context, sft) -> None:
+def test_training_learns_preferences_and_centres_scores(comparisons, step_context, sft) -> None:
     result = run(config(comparisons), step_context(models=sft))
     metrics = result.metrics
     assert metrics["heldout_accuracy"] > 0.9 and metrics["heldout_ci_low"] < metrics["heldout_accuracy"]
@@ -68,7 +68,7 @@ def test_it_learns_and_centres(comparisons, step_context, sft) -> None:
     assert abs(metrics["reward_bias"]) > 1e-3
 
 
-def test_named_demonstrations_set_the_zero(comparisons, step_context, sft, tmp_path) -> None:
+def test_demonstrations_set_the_zero_of_the_scores(comparisons, step_context, sft, tmp_path) -> None:
     path = tmp_path / "demonstrations.jsonl"
     path.write_text(json.dumps({"prompt": "write a line 0:", "completion": "the plot was weak"}) + "\n")
     result = run(config(comparisons, demonstrations=str(path)), step_context(models=sft))
@@ -79,7 +79,7 @@ def test_named_demonstrations_set_the_zero(comparisons, step_context, sft, tmp_p
 
 
 @pytest.mark.detail("R3")
-def test_a_prompt_is_never_split(tiny_tokenizer) -> None:
+def test_collated_batch_keeps_all_completions_of_a_prompt(tiny_tokenizer) -> None:
     items = [EncodedComparison([[5, 6, 7], [5]], [0, 1]), EncodedComparison([[8, 9], [8], [9]], [0, 1, 1])]
     batch = collate(items, 1)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 1, 1], [8, 9, 1], [8, 1, 1], [9, 1, 1]]
@@ -132,7 +132,7 @@ def test_measures_by_hand() -> None:
         measure(Fixed(), [], pad_token_id=0, batch_size=2)
 
 
-def test_long_texts_lose_their_beginning(tiny_tokenizer) -> None:
+def test_long_texts_are_cut_at_the_beginning(tiny_tokenizer) -> None:
     uncut = encode(Comparison("write a happy line:", ["the film"], [0]), tiny_tokenizer, 100).rows[0]
     assert uncut[-1] == tiny_tokenizer.eos_token_id
     assert encode(Comparison("write a happy line:", ["the film"], [0]), tiny_tokenizer, 4).rows[0] == uncut[-4:]
@@ -176,7 +176,7 @@ def test_every_completion_is_scored_once(comparisons, step_context, sft, tiny_ll
 
 
 @pytest.mark.detail("R5")
-def test_best_of_trains_too(comparisons, step_context, sft) -> None:
+def test_best_of_data_trains(comparisons, step_context, sft) -> None:
     result = run(config(comparisons, loss="best_of"), step_context(models=sft))
     assert result.metrics["heldout_accuracy"] > 0.8
 

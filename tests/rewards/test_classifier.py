@@ -110,7 +110,7 @@ def test_probabilities_are_the_pipelines(make_classifier, resolve_folder, kind, 
     torch.testing.assert_close(logit, by_pipeline(folder, label, function_to_apply="none"), rtol=1e-4, atol=1e-4)
 
 
-def test_a_regression_is_used_as_it_is(make_classifier, resolve_folder) -> None:
+def test_regression_score_is_its_raw_value(make_classifier, resolve_folder) -> None:
     folder = make_classifier("bert", word_tokenizer(special=True), num_labels=1, problem_type="regression")
     scores = source(folder, resolve_folder).score(["p"] * 3, TEXTS)
     torch.testing.assert_close(scores, by_pipeline(folder, "LABEL_0"), rtol=1e-4, atol=1e-5)
@@ -119,14 +119,14 @@ def test_a_regression_is_used_as_it_is(make_classifier, resolve_folder) -> None:
             source(folder, resolve_folder, output=output)
 
 
-def test_a_log_probability_of_a_sure_sigmoid_is_finite() -> None:
+def test_log_probability_of_a_saturated_sigmoid_is_finite() -> None:
     logits = torch.tensor([[-200.0], [0.0]])
     assert label_output(logits, 0, "sigmoid", "logprob").tolist() == [-200.0, pytest.approx(-0.6931472)]
 
 
 # RoBERTa has two rows of positions that no token can have.
 @pytest.mark.parametrize(("kind", "special", "positions"), [("bert", True, 12), ("roberta", True, 14), ("gpt2", False, 12)])
-def test_a_long_text_loses_the_beginning_of_its_prompt(make_classifier, resolve_folder, kind, special, positions) -> None:
+def test_long_text_is_cut_at_the_beginning_of_its_prompt(make_classifier, resolve_folder, kind, special, positions) -> None:
     tokenizer = word_tokenizer(special=special)
     folder = make_classifier(kind, tokenizer, positions=positions, num_labels=2)
     classifier = source(folder, resolve_folder, reads="prompt_and_completion")
@@ -147,7 +147,7 @@ def test_a_long_text_loses_the_beginning_of_its_prompt(make_classifier, resolve_
     assert alone.cut.item() and alone.completion_cut.item()
 
 
-def test_padding_changes_nothing(make_classifier, resolve_folder) -> None:
+def test_padding_does_not_change_scores(make_classifier, resolve_folder) -> None:
     for kind, special in (("gpt2", False), ("llama", False), ("roberta", True)):
         folder = make_classifier(kind, word_tokenizer(special=special), num_labels=2)
         texts = [*TEXTS, "the story ends [PAD]", "[PAD]"]  # a decoder must not take an end that looks like padding for padding

@@ -25,7 +25,7 @@ def source(
     return EndpointSource(RewardInput.model_validate(given), key=key, cache=cache, sleep=sleep)
 
 
-def test_what_goes_out_and_comes_back(server) -> None:
+def test_request_and_response_of_the_openrlhf_protocol(server) -> None:
     far = source(server, key="k-secret-9", columns=["level"], label_column="answer", batch_size=2, concurrency=1)
     details = Details({"answer": ["x", "y", "z"], "level": [1, 2, 3]})
     assert far.score(["p", TURNS, "q"], ["a", "bc", "d"], details).tolist() == [1.0, 2.0, 1.0]
@@ -87,7 +87,7 @@ def test_protocols(server, fields, answer, expected, sent) -> None:
         ([1.0, 2.0], "the answer does not follow protocol: openrlhf"),
     ],
 )
-def test_what_is_no_score_is_asked_for_again_and_then_ends_the_run(server, answer, message) -> None:
+def test_invalid_score_is_requested_again_and_then_ends_the_run(server, answer, message) -> None:
     server.reply = lambda body, number: (200, answer)
     with pytest.raises(TrainingError, match=f"reward 'far': .* gave no score for 2 of 2 completions: {message}"):
         source(server).score(["p", "q"], ["a", "b"])
@@ -119,7 +119,7 @@ def test_waiting_for_a_server(server) -> None:
     assert waits.count(30.0) == 2 and len(server.bodies) == 8  # two rounds of three attempts, and the second of the third
 
 
-def test_what_came_is_kept(server, tmp_path: Path) -> None:
+def test_received_scores_are_stored(server, tmp_path: Path) -> None:
     cache = AnswerCache(tmp_path / "rewards.sqlite3")
     server.reply = lambda body, number: (400, {}) if "bad" in body["completions"] else (200, {"rewards": lengths(body)})
     with pytest.raises(TrainingError, match="gave no score for 1 of 3"):
@@ -130,7 +130,7 @@ def test_what_came_is_kept(server, tmp_path: Path) -> None:
     assert server.bodies[-1]["completions"] == ["a"]
 
 
-def test_columns_that_are_not_there() -> None:
+def test_missing_columns_are_refused() -> None:
     row = Row({"prompt": "p", "answers": "x"})
     row.location = "data.jsonl:1"
     columns = columns_asked_for([RewardInput(endpoint="http://h/r", label_column="answer")])
@@ -139,7 +139,7 @@ def test_columns_that_are_not_there() -> None:
 
 
 @pytest.mark.parametrize("fields", [{"function": "a:b"}, {"endpoint": "http://h"}, {"model": "m", "answers": ["a", "b"]}])
-def test_settings_that_are_written_out_are_read_again(fields) -> None:
+def test_saved_settings_can_be_loaded(fields) -> None:
     source = RewardInput.model_validate(fields)
     assert RewardInput.model_validate(source.model_dump()) == source
 

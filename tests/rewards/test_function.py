@@ -86,7 +86,7 @@ def test_a_function_gets_what_its_signature_names(module, name, expected) -> Non
     assert FunctionSource("f", f"asking:{name}").score(["p", "q"], ["a", "bc"], COLUMNS).tolist() == expected
 
 
-def test_what_is_given_beside_the_texts(module) -> None:
+def test_function_gets_messages_and_token_ids(module) -> None:
     for name in ("everything", "trl", "optional"):
         FunctionSource("f", f"asking:{name}").score(["p", "q"], ["a", "b"], COLUMNS)
     FunctionSource("f", "asking:optional").score(["p", "q"], ["a", "b"])
@@ -100,7 +100,7 @@ def test_a_conversation_has_its_roles(module) -> None:
     assert module.calls == [(["system: be kind\n\nuser: hello", "hi"], [turns, [{"role": "user", "content": "hi"}]])]
 
 
-def test_a_function_that_cannot_be_given_what_it_asks_for(module) -> None:
+def test_function_with_an_unavailable_argument_is_an_error(module) -> None:
     with pytest.raises(RecipeError, match=r"takes \(texts\); expected a function of \(prompts, completions\)"):
         FunctionSource("f", "asking:one")
     with pytest.raises(TrainingError, match="needs 'answer', but this data has no such column"):
@@ -120,7 +120,7 @@ def test_signatures_are_the_same_with_and_without_the_module(module) -> None:
     assert signature_in_source("asking:wrapped") is None and signature_in_source("asking:nothing") is None
 
 
-def test_rows_of_one_prompt_with_other_answers_are_apart(module, tmp_path) -> None:
+def test_rows_with_one_prompt_and_different_answers_keep_their_columns(module, tmp_path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": "1+1", "answer": answer, "id": number} for number, answer in enumerate(("2", "two", "2"), 1)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -136,7 +136,7 @@ def test_rows_of_one_prompt_with_other_answers_are_apart(module, tmp_path) -> No
 
 
 @pytest.mark.parametrize("run", [True, False])
-def test_a_column_that_is_not_there_is_one_message(module, run) -> None:
+def test_missing_column_gives_one_message(module, run) -> None:
     row = Row({"prompt": "p", "answers": "a"})
     row.location = "data.jsonl:3"
     columns = columns_asked_for([RewardInput(function="asking:named")], run=run)
@@ -157,14 +157,14 @@ def test_none_is_left_out_of_the_sum(module) -> None:
     assert [math.isnan(value) for value in scores.parts["sometimes"].tolist()] == [False, True, False]
 
 
-def test_no_source_applies(module) -> None:
+def test_completion_without_any_score_is_an_error(module) -> None:
     reward = CombinedReward([(FunctionSource("never", "asking:never"), 1.0), (FunctionSource("sometimes", "asking:sometimes"), 1.0)])
     with pytest.raises(TrainingError, match="no reward applies to the completion 'x y': never, sometimes returned None"):
         reward.score(["p"] * 2, ["a", "x y"])
     assert reward.score(["p"], ["x"], may_abstain=True).total.tolist() == [0.0]  # judges that only watch
 
 
-def test_members_of_an_ensemble_that_do_not_apply(module) -> None:
+def test_ensemble_members_that_return_none_are_left_out(module) -> None:
     members = [{"function": "asking:sometimes"}, {"function": "asking:plain", "weight": 3.0}, {"function": "asking:never"}]
     reward = build_reward(
         [RewardInput.model_validate({"name": "all", "ensemble": members, "combine": "min"})],
@@ -178,7 +178,7 @@ def test_members_of_an_ensemble_that_do_not_apply(module) -> None:
     assert scores.parts["all.variance"].tolist() == [4.0, 0.0]  # of 2 and 6; of 3 alone
 
 
-def test_spans_of_none(module) -> None:
+def test_function_may_return_none_instead_of_spans(module) -> None:
     reward = CombinedReward([(SpanFunctionSource("s", "asking:spans"), 2.0), (FunctionSource("plain", "asking:plain"), 1.0)])
     scores = reward.score(["p"] * 2, ["ab", "x"])
     assert scores.total.tolist() == [8.0, 1.0] and scores.spans == [[(0, 2.0), (2, 4.0)], []]

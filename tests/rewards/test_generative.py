@@ -62,7 +62,7 @@ def test_a_pass_that_runs_out_of_memory_is_repeated_in_halves(tiny_tokenizer, ca
     assert model.sizes == [4, 2, 2] and "scoring by g: memory ran out in a pass of 4 sequences" in caplog.text
 
 
-def test_marks_inside_a_text_are_no_marks() -> None:
+def test_placeholders_inside_a_text_are_not_replaced() -> None:
     asked = RewardQuestion("{prompt} / {completion} / {prompt}", ("a", "b"))
     assert asked.filled("say {completion}", "no {prompt}") == "say {completion} / no {prompt} / say {completion}"
 

@@ -59,7 +59,7 @@ def grader(server: Server, folder: Path, *, cache: AnswerCache | None = None, **
     return RubricSource(given, key="k-secret-9", cache=cache, sleep=lambda seconds: None)
 
 
-def test_a_rubric_grades(server, tmp_path) -> None:
+def test_rubric_source_returns_grades(server, tmp_path) -> None:
     server.reply = lambda body, number: (200, chat(str(len(body["messages"][1]["content"].partition("<response>\n")[2].split("\n")[0]))))
     prices = {"price_per_million_input": 1.0, "price_per_million_output": 100.0}
     scores = CombinedReward([(grader(server, tmp_path, concurrency=1, **prices), 0.5)]).score([TURNS, "p"], ["ab", "abc"])
@@ -118,7 +118,7 @@ def test_contradictions_are_refused(fields, message) -> None:
         RewardInput.model_validate(fields)
 
 
-def test_a_judge_that_compares_is_told_from_one_that_scores() -> None:
+def test_pairwise_judge_is_distinguished_from_a_rubric_judge() -> None:
     from stages.evaluation.config import EvaluationConfig
 
     judges = [{"endpoint": "http://h/v1", "model": "m"}, {"endpoint": "http://h/r", "protocol": "openrlhf", "name": "far"}]

@@ -65,12 +65,12 @@ def test_outputs_of_a_classifier(classifier_folder, resolve_folder, tiny_tokeniz
     assert torch.isfinite(classifier(classifier_folder, resolve_folder, label=1, reads="completion").score(["p"], [""])).all()
 
 
-def test_a_label_that_is_not_there(classifier_folder, resolve_folder) -> None:
+def test_unknown_label_is_refused(classifier_folder, resolve_folder) -> None:
     with pytest.raises(ModelError, match=r"no label 'happy'; expected one of 0 \(NEGATIVE\), 1 \(POSITIVE\)"):
         classifier(classifier_folder, resolve_folder, label="happy")
 
 
-def test_weights_and_parts() -> None:
+def test_sources_are_weighted_and_logged_separately() -> None:
     class Constant:
         def __init__(self, name: str, value: float) -> None:
             self.name, self.value = name, value
@@ -83,7 +83,7 @@ def test_weights_and_parts() -> None:
     assert {name: part.tolist() for name, part in scores.parts.items()} == {"a": [2.0, 2.0], "b": [3.0, 3.0]}
 
 
-def test_functions() -> None:
+def test_functions_score_completions() -> None:
     source = FunctionSource("gold", "stages.corpora.world.gold:score_batch")
     prompt = "Compose one sentence on the romance Bitter Morning. Talk about the acting and stay negative."
     assert source.score([prompt], ["nothing"]).tolist() == [0.0]
@@ -135,7 +135,7 @@ def good(p, c): return (len(text) for text in c)
         ("good", "nonsense:good returned <generator"),
     ],
 )
-def test_a_function_that_hangs_raises_or_returns_nonsense(tmp_path, monkeypatch, name: str, message: str) -> None:
+def test_function_that_hangs_raises_or_returns_invalid_scores_is_an_error(tmp_path, monkeypatch, name: str, message: str) -> None:
     (tmp_path / "nonsense.py").write_text(REWARDS)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "nonsense", raising=False)
@@ -153,12 +153,12 @@ def test_a_function_is_called_again_after_an_error(tmp_path, monkeypatch) -> Non
     assert source.score(["p"], ["abcd"]).tolist() == [0.25]
 
 
-def test_scores_that_are_no_numbers() -> None:
+def test_non_finite_scores_are_refused() -> None:
     with pytest.raises(TrainingError, match="returned inf for the completion 'b'"):
         checked(torch.tensor([0.0, torch.inf]), "x", ["a", "b"])
 
 
-def test_a_list_finds_its_models(classifier_folder, resolve_folder) -> None:
+def test_models_of_a_reward_list_are_found_by_field_path(classifier_folder, resolve_folder) -> None:
     sources = [
         RewardInput.model_validate({"function": "stages.corpora.world.gold:score_batch", "weight": 2.0}),
         RewardInput.model_validate({"model": "m", "label": 0}),
@@ -171,12 +171,12 @@ def test_a_list_finds_its_models(classifier_folder, resolve_folder) -> None:
     ("fields", "message"),
     [({}, "exactly one"), ({"model": "m", "function": "a:b"}, "exactly one"), ({"function": "a:b", "label": 1}, "label needs")],
 )
-def test_inputs_that_make_no_sense(fields, message) -> None:
+def test_contradicting_reward_settings_are_refused(fields, message) -> None:
     with pytest.raises(ValidationError, match=message):
         RewardInput.model_validate(fields)
 
 
-def test_an_ensemble_is_one_source(tmp_path, monkeypatch, classifier_folder, resolve_folder) -> None:
+def test_ensemble_counts_as_one_source(tmp_path, monkeypatch, classifier_folder, resolve_folder) -> None:
     code = "def lengths(p, c): return [len(text) for text in c]\ndef ones(p, c): return [1.0 for _ in c]\n"
     (tmp_path / "ensemble_rewards.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -35,7 +35,7 @@ def test_leave_one_out_is_group_relative_scaled() -> None:
 
 
 @pytest.mark.parametrize("shift", [0.0, 100.0])
-def test_groups_do_not_see_each_other(shift: float) -> None:
+def test_groups_are_independent(shift: float) -> None:
     moved = RETURNS + torch.tensor([0.0, 0, 0, shift, shift, shift])
     for advantages in (leave_one_out, lambda returns, k: group_relative(returns, k, divide_by_deviation=True)):
         torch.testing.assert_close(advantages(moved, 3)[:3], advantages(RETURNS, 3)[:3])

@@ -17,7 +17,7 @@ def test_reductions_by_hand() -> None:
     assert masked_variance(X, MASK).item() == pytest.approx(2 / 3)  # ((-1)^2 + 0 + 1^2) / 3
 
 
-def test_nothing_counted_is_zero() -> None:
+def test_empty_mask_gives_zero() -> None:
     assert masked_mean(X, torch.zeros_like(MASK)).item() == 0
 
 

@@ -25,7 +25,7 @@ def test_the_loss_by_hand() -> None:
     assert ranking_loss(scores, ranks, prompts).item() == pytest.approx((first - logsigmoid(-1)) / 2)
 
 
-def test_equal_scores_cost_log_two_whatever_k() -> None:
+def test_equal_scores_cost_log_two_for_any_k() -> None:
     for k in (2, 4, 9):
         loss = ranking_loss(torch.zeros(k), torch.arange(k), torch.zeros(k, dtype=torch.long))
         assert loss.item() == pytest.approx(math.log(2))

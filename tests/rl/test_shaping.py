@@ -8,7 +8,7 @@ from stages.rl.shaping import last_token_index, penalize_length, penalize_missin
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 
 
-def test_last_token() -> None:
+def test_last_token_is_the_last_counted_position() -> None:
     assert last_token_index(MASK).tolist() == [2, 0]
 
 
@@ -18,7 +18,7 @@ def test_rewards_by_hand() -> None:
     torch.testing.assert_close(rewards, torch.tensor([[-0.1, 0.2, 9.7], [-5.4, 0.0, 0.0]]))
 
 
-def test_token_scores_add_up() -> None:
+def test_token_scores_are_added_to_the_rewards() -> None:
     rewards = shape_rewards(torch.zeros(2), torch.zeros(2, 3), MASK, kl_coef=1.0, token_scores=torch.tensor([[1.0, 2, 3], [4, 5, 6]]))
     assert rewards.tolist() == [[1, 2, 3], [4, 0, 0]]
 
@@ -28,7 +28,7 @@ def test_length_penalty_is_subtracted_for_each_token() -> None:
 
 
 @pytest.mark.detail("P25")
-def test_missing_eos() -> None:
+def test_missing_eos_replaces_or_reduces_the_score() -> None:
     scores, stopped = torch.tensor([0.5, 0.5]), torch.tensor([True, False])
     assert penalize_missing_eos(scores, stopped, how="none", penalty=1.0).tolist() == [0.5, 0.5]
     assert penalize_missing_eos(scores, stopped, how="replace", penalty=1.0).tolist() == [0.5, -1.0]

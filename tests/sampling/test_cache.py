@@ -17,7 +17,7 @@ def states(rows: int, tokens: int, generator: torch.Generator) -> tuple[torch.Te
 
 
 @pytest.mark.parametrize("made", [RoomyLayer, ColumnLayer])
-def test_a_layer_holds_what_transformers_own_holds(made: type[RoomyLayer]) -> None:
+def test_layer_stores_the_same_states_as_transformers(made: type[RoomyLayer]) -> None:
     draw = torch.Generator().manual_seed(0)
     ours, theirs = made(2), DynamicLayer()
     short, long = states(1, 3, draw), states(2, 5, draw)
@@ -36,7 +36,7 @@ def test_a_layer_holds_what_transformers_own_holds(made: type[RoomyLayer]) -> No
         assert ours.get_seq_length() == theirs.get_seq_length()
 
 
-def test_padding_of_a_new_cache_is_zero_whatever_lay_in_memory(monkeypatch) -> None:
+def test_padding_of_a_new_cache_is_zero(monkeypatch) -> None:
     empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: empty(self, *shape).fill_(torch.nan))
     layer = ColumnLayer(2)
@@ -46,7 +46,7 @@ def test_padding_of_a_new_cache_is_zero_whatever_lay_in_memory(monkeypatch) -> N
 
 
 @pytest.mark.parametrize(("heads", "masked", "scaling"), [(2, False, None), (2, True, None), (6, True, 0.3)])
-def test_one_token_attends_as_by_sdpa(heads: int, masked: bool, scaling: float | None) -> None:
+def test_one_token_attention_equals_sdpa(heads: int, masked: bool, scaling: float | None) -> None:
     draw = torch.Generator().manual_seed(0)
     query = torch.randn(3, heads, 1, 4, generator=draw)
     key, value = states(3, 7, draw)
@@ -65,7 +65,7 @@ def test_one_token_attends_as_by_sdpa(heads: int, masked: bool, scaling: float |
     torch.testing.assert_close(attended, expected)
 
 
-def test_what_is_not_one_token_is_left_to_sdpa() -> None:
+def test_several_tokens_use_sdpa() -> None:
     draw = torch.Generator().manual_seed(0)
     query, (key, value) = torch.randn(2, 2, 5, 4, generator=draw), states(2, 5, draw)
     module = SimpleNamespace(is_causal=True)

@@ -31,7 +31,7 @@ def test_shares_follow_the_distribution() -> None:
 
 
 @pytest.mark.parametrize("width", [1, 63, 64, 65, 1000, 4096])
-def test_two_levels_find_what_a_plain_search_finds(width: int) -> None:
+def test_two_level_search_equals_a_plain_search(width: int) -> None:
     generator = torch.Generator().manual_seed(width)
     weights = torch.rand(500, width, generator=generator) ** 8
     weights[:, ::3] = 0.0

@@ -64,7 +64,7 @@ def check_by_plain_passes(model: Any, generated: Generated, options: dict[str, A
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_completions_are_those_of_plain_passes(model, case: str) -> None:
+def test_completions_equal_those_of_plain_forward_passes(model, case: str) -> None:
     generated = sample(model, **CASES[case])
     check_by_plain_passes(model, generated, CASES[case])
     assert len(set(generated.lengths.tolist())) > 1 or case in ("full length", "one token")
@@ -72,7 +72,7 @@ def test_completions_are_those_of_plain_passes(model, case: str) -> None:
         assert min(generated.lengths.tolist()) > 7
 
 
-def test_completions_are_those_of_plain_passes_where_the_cache_lies_by_tokens(model, monkeypatch) -> None:
+def test_completions_equal_those_of_plain_forward_passes_with_a_cache_by_tokens(model, monkeypatch) -> None:
     monkeypatch.setattr(cache, "_reads_by_columns", lambda model: False)
     check_by_plain_passes(model, sample(model), {})
 
@@ -106,7 +106,7 @@ def test_finished_completions_are_reported_as_they_end(model) -> None:
         assert finished.response_ids == rows(made)[finished.row] and finished.stopped == bool(made.stopped[finished.row])
 
 
-def test_batch_after_batch_is_the_default_on_a_cpu_to_the_bit(model, monkeypatch) -> None:
+def test_cpu_default_decodes_batch_by_batch_bitwise_equal(model, monkeypatch) -> None:
     expected = sample(model, continuous_batching=False)
     monkeypatch.setattr(generation, "SlotDecoder", None)  # would fail if it was used
     generated = sample(model, continuous_batching="auto")
@@ -128,7 +128,7 @@ def on_small_tokens(options: dict[str, Any]) -> dict[str, Any]:
         ("bart", {}, "its cache cannot give the slot"),
     ],
 )
-def test_a_model_whose_rows_cannot_be_replaced_is_decoded_batch_by_batch_and_the_log_says_so_once(
+def test_model_whose_rows_cannot_be_replaced_is_decoded_batch_by_batch_and_logged_once(
     kind: str, fields: dict[str, Any], reason: str, monkeypatch, caplog
 ) -> None:
     monkeypatch.setattr(generation, "_said", set())
@@ -151,7 +151,7 @@ def test_a_model_whose_rows_cannot_be_replaced_is_decoded_batch_by_batch_and_the
         ("llama4_text", {"attention_chunk_size": 24}),
     ],
 )
-def test_a_model_with_windows_is_decoded_in_slots_as_long_as_no_text_is_longer(kind: str, fields: dict[str, Any], caplog) -> None:
+def test_model_with_sliding_windows_is_decoded_in_slots_if_no_text_is_longer(kind: str, fields: dict[str, Any], caplog) -> None:
     model = make(kind, **{"sliding_window": 24, **fields} if "attention_chunk_size" not in fields else fields)
     expected = sample(model, **on_small_tokens({"continuous_batching": False}))
     seen = []

@@ -190,7 +190,7 @@ def sample(model: Any, prompts: list[list[int]] = PROMPTS, **settings: Any) -> G
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_family_decodes_what_plain_transformers_computes(name: str) -> None:
+def test_family_decodes_the_tokens_of_plain_forward_passes(name: str) -> None:
     kind, fields = VARIANTS[name]
     model = make(kind, **fields)
     try:
@@ -222,7 +222,7 @@ def test_a_family_decodes_what_plain_transformers_computes(name: str) -> None:
         ("rwkv", {}, "without a cache"),
     ],
 )
-def test_a_class_gets_the_fastest_way_that_is_right(kind: str, fields: dict[str, Any], way: str) -> None:
+def test_class_gets_the_fastest_correct_decoding_method(kind: str, fields: dict[str, Any], way: str) -> None:
     support = usable_support(make(kind, **fields))
     cached = {"in place": support.adds_mask, "padded": support.hides_padding, "equal lengths": True}
     assert next((name for name, holds in cached.items() if support.cache_name and holds), "without a cache") == way
@@ -235,7 +235,7 @@ def test_flash_attention_gets_a_two_dimensional_mask() -> None:
     assert not support.adds_mask and support.hides_padding
 
 
-def test_a_class_that_promises_too_much_is_decoded_another_way_and_the_log_says_so(monkeypatch, caplog) -> None:
+def test_class_with_a_wrong_cache_is_decoded_by_another_method_and_logged(monkeypatch, caplog) -> None:
     monkeypatch.setattr(probe, "_said", set())
     model = make("bart")  # counts its positions from the first column, padding or not
     expected = [plain(model, prompt)[0] for prompt in PROMPTS]
@@ -247,7 +247,7 @@ def test_a_class_that_promises_too_much_is_decoded_another_way_and_the_log_says_
     assert len(caplog.messages) == 1 and "BartForCausalLM is decoded in batches of equal length" in caplog.messages[0]
 
 
-def test_a_probe_is_made_once_for_a_model(monkeypatch) -> None:
+def test_model_is_probed_once(monkeypatch) -> None:
     tried = []
     monkeypatch.setattr(probe, "_problem", lambda model, way: tried.append(way))
     mistral, llama = make("mistral"), make("llama")
@@ -256,7 +256,7 @@ def test_a_probe_is_made_once_for_a_model(monkeypatch) -> None:
     assert len(tried) == 1
 
 
-def test_rows_of_a_state_leave_the_batch_and_come_twice(monkeypatch) -> None:
+def test_recurrent_state_rows_can_be_dropped_and_repeated(monkeypatch) -> None:
     model = make("qwen3_next", **HYBRID)
     monkeypatch.setattr(decoding, "COMPACT_BELOW", 1.0)  # with every row that ends
     generated = sample(model, PROMPTS * 2, batch_size=10)
@@ -302,7 +302,7 @@ def test_a_causal_model_is_not_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "llama", "roberta"])
-def test_a_prompt_without_room_for_its_completion_is_one_message(kind: str) -> None:
+def test_prompt_without_room_for_its_completion_gives_one_message(kind: str) -> None:
     model = make(kind)
     positions = 95 if kind == "roberta" else 96  # whose first position is that of the pad token
     fits, too_long = [5] * (positions - NEW_TOKENS), [5] * (positions - NEW_TOKENS + 1)

@@ -124,7 +124,7 @@ def test_finished_completions_are_reported_once_while_others_are_sampled(model, 
     assert reported[0][0] < reported[2][0]
 
 
-def test_an_error_of_the_callback_ends_the_sampling_and_leaves_the_model_as_it_was(model) -> None:
+def test_callback_error_ends_sampling_and_restores_the_model(model) -> None:
     def fail(rows: list[Finished]) -> None:
         raise KeyError("mine")
 
@@ -136,7 +136,7 @@ def test_an_error_of_the_callback_ends_the_sampling_and_leaves_the_model_as_it_w
     model.eval()
 
 
-def test_the_model_s_mode_is_left_alone(model) -> None:
+def test_training_mode_of_the_model_is_restored(model) -> None:
     model.train()
     sample(model, PROMPTS[:1], [0])
     assert model.training

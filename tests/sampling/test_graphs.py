@@ -55,7 +55,7 @@ def kept_pool() -> GraphPool:
     return workspace._kept.workspace.pool
 
 
-def test_sizes_are_powers_of_two_and_for_columns_their_middles() -> None:
+def test_sizes_are_powers_of_two_and_for_columns_also_their_midpoints() -> None:
     assert graphs.row_sizes(64) == [1, 2, 4, 8, 16, 32, 64]
     assert graphs.row_sizes(24) == [1, 2, 4, 8, 16, 24] and graphs.row_sizes(1) == [1]
     assert graphs.column_sizes(448) == [64, 96, 128, 192, 256, 384, 448]
@@ -67,13 +67,13 @@ def test_sizes_are_powers_of_two_and_for_columns_their_middles() -> None:
 @pytest.mark.parametrize(
     "settings", [{}, {"temperature": 0.0}, {"top_k": 9, "batch_size": 6}, {"stops": ()}, {"continuous_batching": False}]
 )
-def test_recorded_steps_decode_what_computed_ones_do(model, recorder, settings: dict[str, Any]) -> None:
+def test_recorded_steps_decode_the_same_tokens_as_computed_ones(model, recorder, settings: dict[str, Any]) -> None:
     generated = sample(model, **settings)
     assert recorder.recorded and kept_pool().steps["replayed"]
     assert_same(generated, sample(model, **settings, cuda_graphs=False))
 
 
-def test_a_pool_serves_the_next_call_and_reads_the_weights_as_they_are_then(model, recorder) -> None:
+def test_pool_is_reused_by_the_next_call_with_the_current_weights(model, recorder) -> None:
     sample(model)
     recorded, computed = recorder.recorded, kept_pool().steps["computed"]
     weight = next(layer.weight for layer in model.modules() if isinstance(layer, nn.Linear))
@@ -103,7 +103,7 @@ def test_other_stop_tokens_seeds_and_fewer_tokens_need_no_new_recording(model, r
     assert recorder.recorded <= recorded + 1
 
 
-def test_rows_that_pad_a_size_change_no_other_row(model, recorder) -> None:
+def test_surplus_rows_do_not_change_other_rows(model, recorder) -> None:
     """Three slots are a size of their own; of four, three running rows are padded by one that has ended."""
     prompts = PROMPTS[:4]
     stops = tuple(token for token in range(300) if token % 17 == 3)
@@ -113,7 +113,7 @@ def test_rows_that_pad_a_size_change_no_other_row(model, recorder) -> None:
     assert_same(generated, sample(model, stops, prompts, batch_size=4, cuda_graphs=False))
 
 
-def test_a_row_that_has_ended_behind_the_columns_of_a_step_does_no_harm(model, recorder, monkeypatch, caplog) -> None:
+def test_finished_row_beyond_the_columns_of_a_step_changes_no_other_row(model, recorder, monkeypatch, caplog) -> None:
     monkeypatch.setattr(graphs, "SMALLEST_COLUMNS", 8)
     monkeypatch.setattr(graphs, "STEPS_ON_LARGER", 0)
     prompts = [list(range(60, 80)), [20], [30], [40]]
@@ -124,7 +124,7 @@ def test_a_row_that_has_ended_behind_the_columns_of_a_step_does_no_harm(model, r
     assert_same(generated, sample(model, (first,), prompts, batch_size=4, cuda_graphs=False))
 
 
-def test_a_cache_that_is_used_up_grows_and_its_steps_are_recorded_anew(model, recorder, monkeypatch) -> None:
+def test_full_cache_grows_and_its_steps_are_recorded_again(model, recorder, monkeypatch) -> None:
     monkeypatch.setattr(workspace, "RESPONSE_ROOM", 16)
     monkeypatch.setattr(graphs, "SMALLEST_COLUMNS", 8)
     generated = sample(model, ())
@@ -137,7 +137,7 @@ def test_a_cache_that_is_used_up_grows_and_its_steps_are_recorded_anew(model, re
     assert recorder.recorded <= recorded + 2  # sizes that the smaller cache had no longer recorded
 
 
-def test_a_pool_above_its_memory_is_dropped_and_the_log_says_so(model, recorder, caplog) -> None:
+def test_pool_above_its_memory_limit_is_dropped_and_logged(model, recorder, caplog) -> None:
     recorder.memory_limit = 1000
     with caplog.at_level(logging.INFO):
         generated = sample(model)
@@ -171,7 +171,7 @@ def test_a_pool_does_not_keep_its_model_alive(model, recorder) -> None:
     assert recorder.recorded
 
 
-def test_adapters_that_act_are_part_of_a_recording(model, recorder, tiny_llama_folder) -> None:
+def test_active_adapters_are_part_of_a_recording(model, recorder, tiny_llama_folder) -> None:
     from peft import LoraConfig, get_peft_model
 
     plain = load_language_model(str(tiny_llama_folder), dtype=torch.float32, trainable=False)
@@ -238,7 +238,7 @@ class Steps:
         self.pool.step(self._current, kind, compute, self.slots, remaining)
 
 
-def test_a_size_without_a_recording_goes_on_with_a_larger_one_until_its_own_pays() -> None:
+def test_size_without_a_recording_uses_a_larger_one_until_recording_pays() -> None:
     steps = Steps()
     steps.step(8, 70)
     assert steps.recorded == [Size(8, 96)]
@@ -266,7 +266,7 @@ def test_few_steps_are_not_worth_a_recording() -> None:
 
 
 @pytest.mark.parametrize("fails", ["raises", "differs"])
-def test_a_model_that_cannot_be_recorded_decodes_all_the_same(model, recorder, monkeypatch, caplog, fails: str) -> None:
+def test_model_that_cannot_be_recorded_still_decodes(model, recorder, monkeypatch, caplog, fails: str) -> None:
     monkeypatch.setattr(graphs, "_refusals", Counter())
     attempts = []
     own = recorder.record
@@ -291,7 +291,7 @@ def test_a_model_that_cannot_be_recorded_decodes_all_the_same(model, recorder, m
     assert len(said) == 1 and "long story" not in said[0] and "generation.cuda_graphs: false" in said[0]
 
 
-def test_a_refusal_is_said_again_when_there_are_ten_of_them(monkeypatch, caplog) -> None:
+def test_rejection_is_logged_again_at_the_tenth(monkeypatch, caplog) -> None:
     monkeypatch.setattr(graphs, "_refusals", Counter())
     with caplog.at_level(logging.WARNING):
         for _ in range(12):
@@ -299,7 +299,7 @@ def test_a_refusal_is_said_again_when_there_are_ten_of_them(monkeypatch, caplog)
     assert len(caplog.messages) == 2 and "(10 of the recordings so far" in caplog.messages[1]
 
 
-def test_a_model_that_asks_for_a_number_on_its_way_cannot_be_recorded(model, recorder, monkeypatch, caplog) -> None:
+def test_model_that_reads_a_number_from_the_gpu_cannot_be_recorded(model, recorder, monkeypatch, caplog) -> None:
     monkeypatch.setattr(graphs, "_refusals", Counter())
     forward = model.forward
 

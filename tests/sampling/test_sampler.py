@@ -12,7 +12,7 @@ from stages.sampling.generation import ending_tokens, generate
 from stages.sampling.sampler import LocalSampler
 
 
-def test_the_local_sampler_is_generate(tiny_llama_folder: Path, resolve_folder: Any) -> None:
+def test_local_sampler_equals_generate(tiny_llama_folder: Path, resolve_folder: Any) -> None:
     from stages.models.loading import load_language_model, load_tokenizer
 
     source = resolve_folder(tiny_llama_folder)

@@ -47,7 +47,7 @@ def config(reviews: str, **fields: Any) -> SentimentConfig:
     return SentimentConfig.model_validate({name: value for name, value in {**settings, **fields}.items() if value is not None})
 
 
-def test_it_learns_and_what_it_publishes_is_a_plain_classifier(reviews, step_context) -> None:
+def test_training_publishes_a_plain_classifier_that_learned(reviews, step_context) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     result = run(config(reviews), step_context())
@@ -61,7 +61,7 @@ def test_it_learns_and_what_it_publishes_is_a_plain_classifier(reviews, step_con
     assert logits.argmax().item() == 1
 
 
-def test_a_model_goes_on_and_lora_publishes_an_adapter(reviews, step_context, resolve_folder) -> None:
+def test_training_continues_a_model_and_lora_publishes_an_adapter(reviews, step_context, resolve_folder) -> None:
     first = run(config(reviews, training={"max_steps": 2}), step_context("test/one"))
     source = resolve_folder(first.model.path)
     fields = {"architecture": None, "tokenizer": None, "model": "x", "lora": {"r": 4}}
@@ -127,7 +127,7 @@ def test_batches_are_padded_and_masked() -> None:
         ({"labels": ["one"]}, "at least 2"),
     ],
 )
-def test_contradictions(fields, message) -> None:
+def test_contradicting_settings_are_refused(fields, message) -> None:
     with pytest.raises(ValidationError, match=message):
         config("unused", **fields)
 

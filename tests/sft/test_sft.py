@@ -48,7 +48,7 @@ def config(path: Path | str = "unused", **fields: Any) -> SFTStepConfig:
     return SFTStepConfig.model_validate({**settings, **fields})
 
 
-def test_what_counts_in_the_loss() -> None:
+def test_counted_tokens_of_the_loss() -> None:
     assert EncodedRow([1, 2, 3, 4], 2).counted(True) == [0, 0, 1, 1]
     assert EncodedRow([1, 2, 3, 4], 2).counted(False) == [0, 1, 1, 1]
     assert EncodedRow([1, 2, 3], 0).counted(True) == [0, 1, 1]  # nothing predicts the first token
@@ -195,7 +195,7 @@ def test_pretraining_texts_are_a_tenth_of_the_rows(
         assert result.metrics["pretraining_loss_after"] < result.metrics["pretraining_loss_before"] - 0.1
 
 
-def test_what_is_left_out_is_counted(tmp_path: Path, step_context: Any, tiny_llama_folder: Path, resolve_folder: Any) -> None:
+def test_left_out_rows_are_counted(tmp_path: Path, step_context: Any, tiny_llama_folder: Path, resolve_folder: Any) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"line {number}:", "completion": "a joy " * (1 + number % 3), "user": "u"} for number in range(20)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -127,7 +127,7 @@ def outputs(registry: Registry, ref: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["base", "reward", "value", "taste", "stack"])
-def test_a_version_comes_back_as_it_was(server, client, home, tmp_path, name) -> None:
+def test_pulled_version_equals_the_pushed_one(server, client, home, tmp_path, name) -> None:
     pushed = client.run("models", "push", f"recipe/{name}", f"org/{name}", "--home", str(home))
     assert pushed.status == 0, pushed.output
     pulled = client.run("models", "pull", f"org/{name}", "--as", "mine/copy", "--home", str(tmp_path))
@@ -151,7 +151,7 @@ def test_a_version_comes_back_as_it_was(server, client, home, tmp_path, name) ->
         assert f"recipe/reward@1 (reward_model, adapter on recipe/base@1, as described by org/value@{commit[:8]}" in tree.output
 
 
-def test_what_is_pushed_is_said_and_is_private(server, client, home) -> None:
+def test_push_prints_its_contents_and_is_private(server, client, home) -> None:
     done = client.run("models", "push", "recipe/base", "org/said", "-m", "first model", "--home", str(home))
     record = Registry(home / "registry").get("recipe/base")
     size = sum(file["size"] for file in record.manifest["files"])
@@ -208,7 +208,7 @@ def test_another_lineage_is_not_overwritten(server, client, home, tmp_path) -> N
     assert late.status == 2 and "was changed by somebody else meanwhile; push again" in late.output
 
 
-def test_the_hub_refuses(server, client, home) -> None:
+def test_refusal_of_the_hub_is_reported(server, client, home) -> None:
     def push(identifier: str, ref: str = "recipe/base") -> str:
         done = client.run("models", "push", ref, identifier, "--home", str(home))
         assert done.status == 2, done.output
@@ -226,7 +226,7 @@ def test_the_hub_refuses(server, client, home) -> None:
     assert "error: no model named 'nothing'" in push("org/model", "nothing")
 
 
-def test_what_is_not_whole_is_not_pulled(server, client, home, tmp_path) -> None:
+def test_incomplete_repository_is_not_pulled(server, client, home, tmp_path) -> None:
     assert client.run("models", "push", "recipe/base", "org/whole", "--public", "--home", str(home)).status == 0
     complete = server.repositories["model", "org/whole"].commits[server.commit("model", "org/whole")]
 
@@ -271,7 +271,7 @@ def described(home: Path, name: str, **changes: Any) -> str:
         ({"metrics": []}, "metrics is a list"),
     ],
 )
-def test_a_description_from_elsewhere_is_checked(home: Path, changes: dict[str, Any], message: str) -> None:
+def test_description_in_a_repository_is_validated(home: Path, changes: dict[str, Any], message: str) -> None:
     assert [version.ref for version in read_description(described(home, "stack"), "org/x")] == [
         "recipe/stack@1",
         "recipe/adapter@1",
@@ -290,12 +290,12 @@ def test_an_adapter_on_a_folder_cannot_be_shared(home: Path, tmp_path: Path, tin
         versions_to_share(record, registry)
 
 
-def test_only_paths_lose_their_folders() -> None:
+def test_only_local_paths_are_shortened() -> None:
     given = {"a": "/home/me/x.jsonl", "b": ["/", "/etc", "and/or", "/a b\n/c", "/home/me/run/"]}
     assert without_local_paths(given) == {"a": "x.jsonl", "b": ["/", "/etc", "and/or", "/a b\n/c", "run"]}
 
 
-def test_nobody_pushes_without_a_token_or_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_without_a_token_or_offline_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None, raising=False)
@@ -310,7 +310,7 @@ def test_nobody_pushes_without_a_token_or_offline(monkeypatch: pytest.MonkeyPatc
             check_identifier(identifier)
 
 
-def test_a_connection_that_breaks_off_is_one_message() -> None:
+def test_broken_connection_gives_one_message() -> None:
     from httpx2 import ConnectError
 
     with (

@@ -35,7 +35,7 @@ def test_the_estimate_is_unbiased() -> None:
     assert mean == pytest.approx(161 / 36)
 
 
-def test_kl() -> None:
+def test_kl_of_best_of_n_is_just_above_the_exact_kl() -> None:
     assert best_of_n_kl(1) == 0
     assert best_of_n_kl(4) == pytest.approx(math.log(4) - 3 / 4)
     # 2000 equally likely, distinct outcomes: the best of 4 is outcome k with probability (k/m)^4 - ((k-1)/m)^4
@@ -46,6 +46,6 @@ def test_kl() -> None:
     assert expected < best_of_n_kl(4)  # the formula is what many outcomes come to
 
 
-def test_too_many_are_refused() -> None:
+def test_n_above_the_sample_count_is_refused() -> None:
     with pytest.raises(ValueError, match="n=3 needs 1 <= n <= 2, the number of samples"):
         best_of_n_weights([1.0, 2.0], 3)

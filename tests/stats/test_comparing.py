@@ -36,7 +36,7 @@ def test_a_prompt_counts_once() -> None:
     assert prompt_means([1.0, 0.0, 1.0], ["b", "a", "b"]) == [1.0, 0.0]
 
 
-def test_nothing_compared_says_nothing() -> None:
+def test_no_comparisons_give_no_win_rate() -> None:
     rate = win_rate([])
     assert (rate.win_rate, rate.ci_low, rate.ci_high, rate.n) == (0.5, 0.0, 1.0, 0)
 
@@ -53,7 +53,7 @@ def draw(random: Random, prompts: int, skill: float, effect: float, bias: float)
     return [float(random.random() < logistic(skill + effect * math.tanh(length / spread))) for length in lengths], lengths
 
 
-def test_length_control_sees_through_longer_answers() -> None:
+def test_length_control_removes_the_preference_for_long_answers() -> None:
     random = Random(0)
     won, longer = draw(random, 6000, skill=0.0, effect=2.0, bias=30.0)
     assert win_rate(won).win_rate > 0.62  # longer answers win

@@ -32,7 +32,7 @@ def test_wins_and_losses_give_wilsons_interval() -> None:
     assert share_interval(values) == pytest.approx(wilson_interval(81, 263))
 
 
-def test_ties_make_it_narrower_and_never_a_point() -> None:
+def test_ties_narrow_the_interval_but_not_to_a_point() -> None:
     # 20 ties and 20 coin flips, with one 0 and one 1: mean 1/2, variance 11 * (1/4) * 2 / 42; a coin has 1/4
     values = [0.5] * 20 + [1.0, 0.0] * 10
     assert share_variance(values) == pytest.approx(5.5 / 42)
@@ -107,7 +107,7 @@ def test_bootstrap_by_hand() -> None:
     assert bootstrap_interval([0.0, 1.0] * 200) == (low, high)
 
 
-def test_the_number_of_prompts_has_the_power_it_promises() -> None:
+def test_number_of_prompts_gives_the_requested_power() -> None:
     # (1.96 + 0.8416)^2 = 7.849; 0.25 * 7.849 / 0.1^2 = 196.2
     assert prompts_needed(0.6, 0.25) == 197
     assert prompts_needed(0.4, 0.25) == 197

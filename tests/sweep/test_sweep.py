@@ -91,7 +91,7 @@ def test_fields_that_vary_together_seeds_of_a_step_and_lists_as_values() -> None
     assert overrides() == [()]
 
 
-def test_a_sweep_is_called_by_what_varies() -> None:
+def test_sweep_name_contains_the_varied_fields() -> None:
     assert read_grid("quick.yaml", ["base.rate+sft.rate=[1.0]", "side.rate=[2.0]"]).name == "base.rate-sft.rate-side.rate"
     assert read_grid("quick.yaml", ["seeds=2"]).name == "seeds"
     others = [read_grid("quick.yaml", ["base.rate=[1.0]", *fixed]).name for fixed in ([], ["side.rate=2.0"], ["side.rate=3.0"])]
@@ -114,7 +114,7 @@ def test_a_sweep_is_called_by_what_varies() -> None:
         (["sft.rate=[1.0", "a]"], "not readable as YAML"),
     ],
 )
-def test_mistakes_are_said_before_anything_runs(arguments: list[str], message: str) -> None:
+def test_mistakes_are_reported_before_anything_runs(arguments: list[str], message: str) -> None:
     from stages.sweep.run import load_sweep
 
     with pytest.raises(RecipeError, match=message):
@@ -146,7 +146,7 @@ def test_numbers_by_path() -> None:
         chosen_numbers(SUMMARY, ["candidates.sft.scores.glod"])
 
 
-def test_numbers_that_nobody_asked_for() -> None:
+def test_default_metrics_are_scores_or_step_metrics() -> None:
     assert default_patterns(SUMMARY) == ["candidates.base.scores.gold", "candidates.sft.scores.gold"]
     assert default_patterns({**SUMMARY, "candidates": {}}) == ["steps.v1.5.metrics.heldout_loss"]
 
@@ -176,7 +176,7 @@ def test_equal_steps_are_made_once_and_the_recipes_own_models_stay_the_newest() 
     assert json.loads(Path("outputs/runs/quick/latest/summary.json").read_text())["overrides"] == []
 
 
-def test_what_a_sweep_found_best_need_not_be_made_again() -> None:
+def test_best_run_of_a_sweep_is_reused_by_a_plain_run() -> None:
     sweep("sft.rate=[2.0]")
     result = CliRunner().invoke(app, ["run", "quick.yaml", "sft.rate=2.0"])
     assert result.stdout.count("reused:") == 3
@@ -203,7 +203,7 @@ def test_rows_means_and_picture() -> None:
     assert counts()["quick.sft.rate/base"] == 3  # one per seed, whatever sft does with it
 
 
-def test_the_same_command_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_command_continues_an_interrupted_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     import stages.chain.run as chain
 
     arguments = ["sft.rate=[1.0,2.0,3.0]", "--metric", "steps.sft.metrics.heldout_error"]
@@ -232,7 +232,7 @@ def test_the_same_command_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) 
     assert len(started) == 7
 
 
-def test_a_run_that_fails_is_a_row_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_run_is_a_row_and_the_others_continue(monkeypatch: pytest.MonkeyPatch) -> None:
     import stages.chain.run as chain
     from stages.errors import TrainingError
 
@@ -249,7 +249,7 @@ def test_a_run_that_fails_is_a_row_and_the_others_go_on(monkeypatch: pytest.Monk
     assert [(row["status"], row["error"]) for row in rows("sft.rate")] == [("done", None), ("failed", "the loss is nan"), ("done", None)]
 
 
-def test_plan_makes_nothing() -> None:
+def test_plan_creates_nothing() -> None:
     result = sweep("sft.rate=[1.0,2.0]", "--plan")
     assert result.exit_code == 0 and "sft.rate=2" in result.stdout and not Path("outputs").exists()
     sweep("sft.rate=[1.0]")
@@ -267,13 +267,13 @@ def test_json_and_a_wrong_metric_or_axis() -> None:
     assert "--name '../up': expected letters" in sweep("sft.rate=[1.0]", "--name", "../up").stderr
 
 
-def test_the_steps_behind_the_one_of_interest_are_left_out() -> None:
+def test_steps_after_the_measured_one_are_skipped() -> None:
     sweep("base.rate=[1.0,2.0]", "--until", "sft")
     assert counts() == {"quick.base.rate/base": 2, "quick.base.rate/sft": 2}
     assert "--until 'stf': the recipe has no such step; did you mean 'sft'?" in sweep("base.rate=[1.0]", "--until", "stf").stderr
 
 
-def test_headings_leave_out_what_all_paths_begin_with() -> None:
+def test_headings_drop_the_common_beginning_of_the_paths() -> None:
     from stages.sweep.run import shortened
 
     assert shortened(["candidates.ppo.scores.gold", "candidates.ppo.kl"]) == ("candidates.ppo", ["scores.gold", "kl"])

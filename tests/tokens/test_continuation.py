@@ -29,7 +29,7 @@ PAIRS = [
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("text", "addition"), PAIRS)
-def test_the_parts_make_the_whole_text(tokenizer_of, kind, text, addition) -> None:
+def test_tokens_of_the_parts_decode_to_the_full_text(tokenizer_of, kind, text, addition) -> None:
     tokenizer = tokenizer_of(kind)
     first, second = segment_ids(tokenizer, [text, addition])
     assert first == plain_ids(tokenizer, text)
@@ -46,7 +46,7 @@ def test_the_parts_make_the_whole_text(tokenizer_of, kind, text, addition) -> No
         ("time", "\nthere", ["\n", "t", "he", "re"]),
     ],
 )
-def test_no_space_is_made_up_before_a_completion(tokenizer_of, kind, text, addition, expected) -> None:
+def test_no_space_is_added_before_a_completion(tokenizer_of, kind, text, addition, expected) -> None:
     tokenizer = tokenizer_of(kind)
     ids = continued(tokenizer, text, plain_ids(tokenizer, text), addition)
     assert "".join(tokenizer.convert_ids_to_tokens(ids)) == "".join(expected)
@@ -75,7 +75,7 @@ def test_a_merge_over_the_boundary_leaves_the_prompt_alone(tokenizer_of, kind) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_text_of_a_continuation_is_read_in_its_place(tokenizer_of, kind) -> None:
+def test_continuation_is_decoded_after_its_prompt(tokenizer_of, kind) -> None:
     tokenizer = tokenizer_of(kind)
     for text, addition in (("how are you?", " i am fine"), ("the weather is wa", "rm today"), ("once upon\n", "a time")):
         before, ids = segment_ids(tokenizer, [text, addition])
@@ -109,7 +109,7 @@ FIRST_FORM = (
 )
 
 
-def test_models_of_earlier_versions_read_what_they_learned(tokenizer_of) -> None:
+def test_models_of_earlier_versions_keep_their_encoding(tokenizer_of) -> None:
     """Their plain templates write neither a beginning token nor the space, which was put before the completion."""
     tokenizer = tokenizer_of("sentencepiece")
     tokenizer.chat_template = FIRST_FORM

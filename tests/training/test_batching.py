@@ -16,7 +16,7 @@ def test_one_step_by_hand() -> None:
     assert BatchPlan(10, 10, 2, process_index=0, num_processes=3).microbatches(range(10)) == [[0, 3], [6, 9]]
 
 
-def test_a_process_without_a_row_still_makes_its_pass() -> None:
+def test_process_without_rows_still_runs_its_forward_pass() -> None:
     plans = [BatchPlan(num_rows=5, batch_size=4, microbatch_size=2, process_index=index, num_processes=2) for index in range(2)]
     last = plans[0].steps(0)[-1]
     assert [plan.microbatches(last) for plan in plans] == [[last], [[]]]
@@ -45,7 +45,7 @@ def test_processes_share_the_rows_of_every_step(rows: int, batch: int, micro: in
     assert len(plans[0]) == sum(len(plans[0].microbatches(step)) for step in steps)
 
 
-def test_epochs_and_seeds_shuffle_anew() -> None:
+def test_epochs_and_seeds_shuffle_differently() -> None:
     orders = {str(BatchPlan(50, 5, 5, seed).steps(epoch)) for seed in (1, 2) for epoch in (0, 1)}
     assert len(orders) == 4
 
@@ -58,7 +58,7 @@ def test_rows_of_like_length_share_a_step() -> None:
 
 
 @pytest.mark.parametrize("process", [0, 1])
-def test_the_loader_gives_what_the_plan_says_and_a_pass_that_does_not_count(process: int) -> None:
+def test_loader_follows_the_plan_and_adds_uncounted_passes(process: int) -> None:
     plan = BatchPlan(num_rows=5, batch_size=4, microbatch_size=1, process_index=process, num_processes=2)
     loader = make_loader([f"row {index}" for index in range(5)], lambda rows: rows, lambda rows: ["nothing"], plan)
     loader.set_epoch(2)

@@ -55,7 +55,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, runtime: Runtime) -> N
     assert not Checkpoints(tmp_path, runtime).wants(99.0)  # keep_best is 0
 
 
-def test_a_failure_while_writing_leaves_what_was_there(tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_earlier_checkpoints(tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Checkpoints(tmp_path, runtime)
     write(kept)
 
@@ -80,7 +80,7 @@ def test_a_failure_while_writing_leaves_what_was_there(tmp_path: Path, runtime: 
         (lambda path: (path / "checkpoint.json").write_text(NEWER), "by a newer tristage"),
     ],
 )
-def test_a_damaged_one_is_told_of_and_passed_over(tmp_path: Path, damage, problem: str, capsys) -> None:
+def test_damaged_checkpoint_is_reported_and_skipped(tmp_path: Path, damage, problem: str, capsys) -> None:
     runtime = Runtime()
     kept = Checkpoints(tmp_path, runtime)
     write(kept)
@@ -92,7 +92,7 @@ def test_a_damaged_one_is_told_of_and_passed_over(tmp_path: Path, damage, proble
     assert "checkpoint-000002 is skipped" in capsys.readouterr().out
 
 
-def test_without_its_manifest_it_was_never_finished(tmp_path: Path, runtime: Runtime) -> None:
+def test_checkpoint_without_manifest_is_ignored(tmp_path: Path, runtime: Runtime) -> None:
     kept = Checkpoints(tmp_path, runtime)
     write(kept)
     (tmp_path / "checkpoint-000001" / "checkpoint.json").unlink()
@@ -128,7 +128,7 @@ def test_slow_checkpoints_are_written_less_often(tmp_path: Path, runtime: Runtim
     assert Checkpoints(tmp_path, runtime, seconds=0.0).is_due()
 
 
-def test_tensors_round_trip_and_another_models_are_refused(tmp_path: Path) -> None:
+def test_tensors_round_trip_and_those_of_another_model_are_refused(tmp_path: Path) -> None:
     source = {"a": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), "b": torch.tensor(7.0)}
     save_tensors(source, tmp_path / "x.safetensors")
     target = {name: torch.zeros_like(value) for name, value in source.items()}

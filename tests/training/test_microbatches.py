@@ -58,7 +58,7 @@ def step(trainer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return loss, model.weight.grad
 
 
-def test_a_step_that_runs_out_of_memory_has_the_gradient_of_one_pass() -> None:
+def test_step_that_runs_out_of_memory_has_the_gradient_of_one_forward_pass() -> None:
     one_pass, cut = Plain(1000), Cut(20)
     loss, gradient = step(one_pass)
     cut_loss, cut_gradient = step(cut)
@@ -71,13 +71,13 @@ def test_a_step_that_runs_out_of_memory_has_the_gradient_of_one_pass() -> None:
     assert cut._metrics["train"]["entropy"] == [0.5] + [0.25] * 4
 
 
-def test_without_it_a_batch_is_one_pass() -> None:
+def test_batch_that_fits_takes_one_forward_pass() -> None:
     plain = Cut(1000, by_tokens=False)
     step(plain)
     assert plain.sizes == [54] and plain.budget is None
 
 
-def test_rows_lose_the_columns_that_are_padding() -> None:
+def test_chosen_rows_drop_padding_columns() -> None:
     chosen = chosen_rows({**batch(), "labels": torch.tensor([0, 1, 2, 3, 4, 5]), "name": "kept"}, [0, 2])
     assert chosen["input_ids"].tolist() == [[0, 1, 2], [18, 0, 0]] and chosen["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert chosen["labels"].tolist() == [0, 2] and chosen["name"] == "kept"

@@ -28,7 +28,7 @@ def third_is_best(prompts, completions):
 
 
 @pytest.mark.detail("S4")
-def test_the_reward_decides_and_not_the_loss() -> None:
+def test_selection_uses_the_reward_instead_of_the_loss() -> None:
     # the loss says the first, the reward the second
     tried = [Tried(10, score=0.1, heldout_loss=1.0), Tried(20, score=0.7, heldout_loss=1.5), Tried(30, score=0.4, heldout_loss=2.0)]
     assert best_of(tried).optimizer_step == 20
@@ -68,7 +68,7 @@ def weights(result: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.detail("S4")
 @pytest.mark.parametrize("lora", [None, {"r": 4}])
-def test_the_model_along_the_run_is_published(demonstrations, step_context, resolve_folder, tiny_llama_folder, lora) -> None:
+def test_best_model_of_the_run_is_published(demonstrations, step_context, resolve_folder, tiny_llama_folder, lora) -> None:
     models = {"model": resolve_folder(tiny_llama_folder)}
     result = run(config(demonstrations, "third_is_best", lora=lora), step_context("test/chosen", 3, models))
     # 16 rows in batches of 4: four optimizer steps an epoch, four tries
@@ -85,7 +85,7 @@ def test_the_model_along_the_run_is_published(demonstrations, step_context, reso
     assert (step_context("test/chosen", 3, models).folder / "metrics.jsonl").read_text().count("selection/score") == 4
 
 
-def test_a_cut_off_run_keeps_its_tries(demonstrations, step_context, resolve_folder, tiny_llama_folder) -> None:
+def test_interrupted_run_keeps_its_measurements(demonstrations, step_context, resolve_folder, tiny_llama_folder) -> None:
     models = {"model": resolve_folder(tiny_llama_folder)}
     settings = config(demonstrations, "fewest_e")
     uninterrupted = run(settings, step_context("test/whole", 3, models))

@@ -28,7 +28,7 @@ from stages.training.running import train
         (32, 8, 3, (6, 2)),  # 11 for the first two processes, 10 for the third: passes of 6 at most
     ],
 )
-def test_a_batch_is_shared_out(batch: int, micro: int, processes: int, expected: tuple[int, int]) -> None:
+def test_batch_is_divided_over_processes(batch: int, micro: int, processes: int, expected: tuple[int, int]) -> None:
     assert split_batch(OptimizerSettings(batch_size=batch, microbatch_size=micro), processes) == expected
 
 
@@ -107,7 +107,7 @@ def test_the_log_has_a_line_per_hundredth_and_the_metrics_are_of_the_whole_run(s
     assert result["train_loss"] == pytest.approx(sum(line["train/loss"] for line in logged) / 10)
 
 
-def test_the_microbatch_changes_no_step(step_context: Any, tiny_llama_folder: Path) -> None:
+def test_microbatch_size_does_not_change_an_optimizer_step(step_context: Any, tiny_llama_folder: Path) -> None:
     weights = []
     for microbatch, by_tokens in ((4, False), (1, False), (4, True)):
         context = step_context(name=f"test/micro{microbatch}{by_tokens}")
@@ -122,14 +122,14 @@ def test_the_microbatch_changes_no_step(step_context: Any, tiny_llama_folder: Pa
             torch.testing.assert_close(others[name], expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_trainers_that_depend_on_the_number_of_processes_are_not_taken(step_context: Any, tiny_llama_folder: Path) -> None:
+def test_plain_transformers_trainer_is_refused(step_context: Any, tiny_llama_folder: Path) -> None:
     from transformers import Trainer
 
     with pytest.raises(AssertionError, match="training.reproducible"):
         train(object.__new__(Trainer), step_context(), "plain")
 
 
-def test_a_loss_that_is_no_number_stops_the_run(step_context: Any, tiny_llama_folder: Path) -> None:
+def test_nan_loss_stops_the_run(step_context: Any, tiny_llama_folder: Path) -> None:
     context = step_context()
     trainer = make_trainer(context, tiny_llama_folder)
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_a_loss_that_is_no_number_stops_the_run(step_context: Any, tiny_llama_fo
     assert list(context.checkpoint_folder.glob("checkpoint-*")) == []
 
 
-def test_a_gradient_that_is_no_number_stops_the_run_before_the_step(step_context: Any, tiny_llama_folder: Path) -> None:
+def test_nan_gradient_stops_the_run_before_the_step(step_context: Any, tiny_llama_folder: Path) -> None:
     context = step_context()
     trainer = make_trainer(context, tiny_llama_folder)
     trainer.model.get_output_embeddings().weight.register_hook(lambda gradient: gradient * float("inf"))

@@ -45,7 +45,7 @@ def test_the_world_is_the_same_every_time() -> None:
     assert world_rows("world:prompts/heldout", 1)[0]["prompt"] == PROMPT
 
 
-def test_every_request_and_sentence_reads_back() -> None:
+def test_every_request_and_sentence_can_be_parsed_back() -> None:
     random = Random(1)
     for _ in range(300):
         request = draw_request(random, "train")
@@ -76,7 +76,7 @@ def test_gold_by_hand() -> None:
 
 
 @pytest.mark.parametrize("flaw", FLAWS)
-def test_every_flaw_costs(flaw) -> None:
+def test_every_flaw_lowers_the_gold_score(flaw) -> None:
     random = Random(flaw)
     good = bad = 0.0
     for _ in range(60):
@@ -126,7 +126,7 @@ INQUIRY = "Write a warm review of Silver Harbor in three sentences about the plo
 DIRECTOR = "Boris Rossi"
 
 
-def test_an_inquiry_and_its_answer_read_back() -> None:
+def test_inquiry_and_answer_can_be_parsed_back() -> None:
     random = Random(2)
     for _ in range(300):
         inquiry = draw_inquiry(random, "train")
@@ -167,7 +167,7 @@ def test_gold_of_an_inquiry_by_hand() -> None:
 
 
 @pytest.mark.parametrize("flaw", INQUIRY_FLAWS)
-def test_every_flaw_of_an_answer_costs(flaw) -> None:
+def test_every_flaw_of_an_answer_lowers_its_gold_score(flaw) -> None:
     random = Random(flaw)
     good = bad = 0.0
     for _ in range(60):
@@ -193,7 +193,7 @@ def test_the_library_knows_its_films_of_all_splits_and_asks_only_about_those_of_
 
 
 @pytest.mark.parametrize("task", ["facts", "verdicts", "continuations"])
-def test_tasks_have_one_right_answer_and_no_way_around_it(task) -> None:
+def test_tasks_have_one_right_answer_without_shortcuts(task) -> None:
     rows = world_rows(f"world:tasks/{task}/heldout")
     assert all(len(set(row["choices"])) == len(row["choices"]) and 0 <= row["answer"] < len(row["choices"]) for row in rows)
     share = sum(row["answer"] == 0 for row in rows) / len(rows)
