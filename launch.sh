@@ -43,8 +43,8 @@ find_python() {
     fail "no Python 3.11 to 3.13 with the venv module was found; install one (Debian: apt install python3 python3-venv), or name it in STAGES_PYTHON"
 }
 
-# The build of torch is chosen by the machine. No index is named here: uv knows the CPU and CUDA builds by --torch-backend; pip takes the
-# CPU build (a local version, +cpu) from the user's own index or wheel folder where there is one, else the default build of the pinned release.
+# The machine decides which build of torch is installed. No index is named here: uv selects the CPU or CUDA build with --torch-backend. pip uses
+# the CPU build (a local version, +cpu) if the user's index or wheel folder has it, else the default build of the pinned release.
 install_with_uv() {
     local backend=cpu
     if has_gpu; then backend=auto; fi
@@ -77,7 +77,7 @@ install() {
     printf 'Ready after %s s.\n' "$((SECONDS - started))" >&2
 }
 
-# What the environment was made for; when this changes, it is brought up to date.
+# The versions that the environment was made for. If they change, the environment is updated.
 wanted() {
     cksum <"$repository/pyproject.toml"
     printf '%s %s\n' "$torch_version" "$(has_gpu && echo gpu || echo cpu)"
@@ -86,7 +86,7 @@ wanted() {
 ensure_environment() {
     if [[ -f $stamp && $(<"$stamp") == "$(wanted)" ]]; then return; fi
     if command -v flock >/dev/null 2>&1; then
-        # Two first starts at once: the second waits and finds everything there.
+        # If two first starts run at once, the second one waits and finds everything installed.
         exec 9>"$venv.lock"
         flock 9
         if [[ -f $stamp && $(<"$stamp") == "$(wanted)" ]]; then exec 9>&-; return; fi
@@ -95,7 +95,7 @@ ensure_environment() {
     if command -v flock >/dev/null 2>&1; then exec 9>&-; fi
 }
 
-# vLLM pins other versions of torch and transformers than this project, so it gets an environment of its own, which no code here imports.
+# vLLM pins other versions of torch and transformers than this project, so it gets a separate environment, which no code here imports.
 vllm_wanted() { printf '%s %s\n' "$vllm_version" "$(has_gpu && echo gpu || echo cpu)"; }
 
 ensure_vllm() {
@@ -148,7 +148,7 @@ run_recipe() {
         # One process needs no launcher: signals and the exit status are its own.
         exec "$venv/bin/python" -m stages run "${arguments[@]}"
     fi
-    # accelerate launch, with every process that was asked for (on a CPU it would start one), its exit status, and signals passed on.
+    # accelerate launch: starts all requested processes (on a CPU it would start only one), keeps the exit status, and forwards signals.
     if ((processes > 1)); then launcher+=(--num_processes "$processes"); fi
     if ! has_gpu && [[ " ${launcher[*]} " != *" --config_file "* ]]; then launcher+=(--cpu); fi
     exec "$venv/bin/python" -m stages.process.launching "${launcher[@]}" -m stages run "${arguments[@]}"
@@ -173,14 +173,14 @@ main() {
         exec "$venv/bin/python" -m pytest "$@"
         ;;
     run | *.yaml | *.yml | -*)
-        # What a run that was stopped tells to type again.
+        # The command that a stopped run prints for continuing.
         STAGES_COMMAND="$0$(printf ' %q' "$@")"
         export STAGES_COMMAND
         if [[ $1 == run ]]; then shift; fi
         local argument
         for argument in "$@"; do
             if [[ ($argument == *.yaml || $argument == *.yml) && $argument != *=* && ! -f $argument && $argument != recipes/accelerate/* ]]; then
-                fail "no recipe at $argument; recipes that ship: $(cd "$repository" && echo recipes/*.yaml)"
+                fail "no recipe at $argument; shipped recipes: $(cd "$repository" && echo recipes/*.yaml)"
             fi
         done
         ensure_environment
