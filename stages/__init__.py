@@ -10,6 +10,7 @@ Importing this package is fast: names are imported on first use.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'stages' has no attribute {name!r}; it has {', '.join(__all__)}")
-    from importlib import import_module
 
     return getattr(import_module(f"stages.{_HOMES[name]}"), name)
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec, TypeVar
 import typer
 
 from stages import __version__
-from stages.errors import LaunchError, Stopped, Waiting
+from stages.errors import LaunchError, RegistryError, Stopped, Waiting
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -496,8 +496,6 @@ def _tree(node: Lineage, registry: Registry, everything: bool, branch: Tree | No
 
 def _is_here(node: Lineage, registry: Registry) -> bool:
     """Whether a version of a lineage is in the registry; those above a pulled one may not be."""
-    from stages.errors import RegistryError
-
     try:
         return registry.get(node["ref"]).digest == node["digest"]
     except RegistryError:

@@ -12,22 +12,30 @@ Every response has ``model`` and ``digest`` (of the model's content), so that ea
 from __future__ import annotations
 
 import hmac
+import json
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
 from stages.errors import LaunchError, StagesError
+from stages.rewards.classifier import ClassifierSource
+from stages.rewards.generative import GenerativeSource
+from stages.rewards.learned import RewardModelSource
+from stages.rewards.source import judge
 
 if TYPE_CHECKING:
-    from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
 
     from stages.corpora.messages import Prompt
     from stages.registry.references import ResolvedModel
-    from stages.rewards.classifier import ClassifierSource
-    from stages.rewards.generative import GenerativeSource
-    from stages.rewards.learned import RewardModelSource
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LONGEST_REQUEST = 64 * 2**20  # bytes
@@ -51,8 +59,6 @@ class Scorer:
         OpenRLHF sends no completions, and it has already applied a chat template to its prompts and queries. So a reward model with a chat
         template reads such a query unchanged and does not apply its template again.
         """
-        from stages.rewards.learned import RewardModelSource
-
         prompts, completions = _pairs(body)
         if "completions" not in body and isinstance(self.source, RewardModelSource) and self.source.tokenizer.chat_template:
             prompts, completions = None, _texts(body, "query")
@@ -74,8 +80,6 @@ class Scorer:
 
     def classify(self, body: dict[str, Any]) -> dict[str, Any]:
         """The probabilities of all labels for each complete text."""
-        from stages.rewards.classifier import ClassifierSource
-
         if not isinstance(self.source, ClassifierSource):
             raise BadRequest("a reward model has no classes; use /pooling, /score or /get_reward")
         texts = _texts(body, "input")
@@ -85,14 +89,10 @@ class Scorer:
         return _listed({"label": names[max(range(len(row)), key=row.__getitem__)], "probs": row, "num_classes": len(row)} for row in rows)
 
     def _score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-        from stages.rewards.source import judge
-
         with self._lock:
             return [float(score) for score in judge(self.source, prompts, completions).scores]
 
     def _score_texts(self, texts: Sequence[str]) -> list[float]:
-        from stages.rewards.generative import GenerativeSource
-
         if isinstance(self.source, GenerativeSource):
             raise BadRequest(
                 "this model reads a prompt and its completion separately, but these texts do not show where the completion begins. Send "
@@ -142,12 +142,6 @@ def _listed(rows: Any) -> dict[str, Any]:
 
 def make_app(scorer: Scorer, *, key: str | None = None) -> Starlette:
     """The ASGI application. With a ``key``, every request except /health must send it as a bearer token."""
-    import json
-
-    from starlette.applications import Starlette
-    from starlette.concurrency import run_in_threadpool
-    from starlette.responses import JSONResponse
-    from starlette.routing import Route
 
     def denied(request: Request) -> Response | None:
         sent = request.headers.get("authorization", "")
@@ -191,10 +185,6 @@ def serve(scorer: Scorer, *, host: str, port: int, key: str | None, say: Callabl
 
     Raises LaunchError if other machines can reach the address and there is no key, or if the port is not available.
     """
-    import socket
-
-    import uvicorn
-
     if host not in LOOPBACK and key is None:
         raise LaunchError(f"--host {host} lets other machines send requests. Name the variable that holds a key with --api-key-variable")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

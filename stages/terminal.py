@@ -8,8 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
+from stages.chain.pins import apart_from_folders, pinned_model
+from stages.chain.resolving import resolve
 from stages.config import DataSource, Engine, GenerationSettings, ModelInput
+from stages.corpora.prompts import load_prompts
+from stages.corpora.templates import encode_prompt
 from stages.errors import DataError, RecipeError
+from stages.recipe.schema import find_model
+from stages.rewards.config import RewardInput
+from stages.tokens.positions import readable_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,10 +36,6 @@ HELP = "/again: another reply   /forget: start again   /system TEXT: set the sys
 
 def resolve_model(ref: str, registry: Registry) -> ResolvedModel:
     """The model that a registry reference, folder or Hub id names. Raises RecipeError that lists what was searched."""
-    from stages.chain.pins import apart_from_folders, pinned_model
-    from stages.chain.resolving import resolve
-    from stages.recipe.schema import find_model
-
     reference = pinned_model(find_model(ModelInput(ref=ref), registry, [Path.cwd()]))
     return apart_from_folders(resolve(reference, registry))
 
@@ -68,7 +73,6 @@ class Speaker:
 
     def complete(self, prompts: Sequence[Prompt], settings: GenerationSettings, seeds: Sequence[int]) -> list[str]:
         """One completion per prompt. Equal seeds give equal completions."""
-        from stages.corpora.templates import encode_prompt
         from stages.sampling.generation import decode_completions
 
         generated = self.sampler.sample([encode_prompt(self.tokenizer, prompt) for prompt in prompts], settings, seeds)
@@ -76,17 +80,12 @@ class Speaker:
 
     def fits(self, prompt: Prompt, room: int) -> bool:
         """Whether ``room`` tokens remain after the prompt, within the limits of model and tokenizer."""
-        from stages.corpora.templates import encode_prompt
-        from stages.tokens.positions import readable_length
-
         positions = readable_length(self.model.config, self.tokenizer)
         return positions is None or len(encode_prompt(self.tokenizer, prompt)) + room <= positions
 
 
 def engine_of(text: str) -> Engine | None:
     """The engine for ``vllm`` (a server is started) or the address of a vLLM server; None for ``local``. Raises RecipeError for others."""
-    from pydantic import ValidationError
-
     if text == "local":
         return None
     try:
@@ -98,8 +97,6 @@ def engine_of(text: str) -> Engine | None:
 
 def read_prompts(texts: Sequence[str], file: Path | None, piped: Callable[[], str] | None) -> list[Prompt]:
     """Prompts from the command line, from a data file, or else one per line from standard input."""
-    from stages.corpora.prompts import load_prompts
-
     prompts: list[Prompt] = list(texts)
     if file is not None:
         prompts += load_prompts([DataSource(path=str(file))], split="test")
@@ -114,7 +111,6 @@ def score(ref: str, registry: Registry, runtime: Runtime, prompts: Sequence[Prom
     """A reward model's score of every completion, by column."""
     from stages.rewards.building import build_source
     from stages.rewards.checking import checked
-    from stages.rewards.config import RewardInput
 
     source = build_source(
         RewardInput(model=ModelInput(ref=ref)), resolve_model(ref, registry), device=runtime.device, dtype=runtime.dtype("auto")
@@ -124,9 +120,6 @@ def score(ref: str, registry: Registry, runtime: Runtime, prompts: Sequence[Prom
 
 def scorer(ref: str, registry: Registry, runtime: Runtime, *, label: str | None, output: str) -> Scorer:
     """The scorer behind `stages serve`. Raises RecipeError for invalid options, and ModelError for a model that cannot score."""
-    from pydantic import ValidationError
-
-    from stages.rewards.config import RewardInput
     from stages.rewards.learned import load_source
     from stages.serving import Scorer
 

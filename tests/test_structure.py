@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -267,6 +268,128 @@ def test_every_module_has_a_test_file_or_is_tested_by_its_room() -> None:
     for folder in MATHEMATICS:
         for path in (REPOSITORY / "stages" / folder).glob("[a-z]*.py"):
             assert (REPOSITORY / "tests" / folder / f"test_{path.stem}.py").exists()
+
+
+# Imports inside functions
+
+COMMANDS = {"stages", "stages.__main__", "stages.cli"}
+"""Modules behind ``import stages`` and ``stages --help``. A command imports what it needs when it runs."""
+
+STARTS_FAST = {
+    *COMMANDS,
+    "stages.api.functions",
+    "stages.api.inputs",
+    "stages.api.results",
+    "stages.api.running",
+    "stages.api.steps",
+    "stages.chain.run",
+    "stages.labelling.command",
+    "stages.planning.plan",
+    "stages.process.launching",
+    "stages.recipe.settings",
+    "stages.sharing.pull",
+    "stages.sharing.push",
+    "stages.stats.intervals",  # a report and the labelling page need its closed formulas only; the bootstrap needs torch
+    "stages.sweep.run",
+    "stages.terminal",
+}
+"""Modules that start, without torch: ``stages plan``, the checks before a run, and commands whose arguments are checked first.
+
+Added to these: each ``config.py``, and the modules of ``corpora`` that read data.
+"""
+
+LIGHT = {"httpx2", "pydantic", "pydantic_core", "rich", "ruamel", "typer"}
+"""Packages that a module that starts fast may import at its top."""
+
+DEFERRED = {
+    "IPython": "only in a notebook",
+    "bitsandbytes": "optional",
+    "flash_attn": "optional",
+    "peft": "loads bitsandbytes, which takes a second; models without adapters need neither",
+    "psutil": "optional",
+    "torch.nn.attention.varlen": "its arguments differ between versions of torch",
+}
+"""Packages that any function may import, with the reason."""
+
+
+def top_imports(statements: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The imports that run when a module is imported: not those in functions or for type checkers."""
+    for node in statements:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If | ast.Try | ast.With | ast.ClassDef):
+            is_for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            blocks = [] if is_for_types else [node.body, *(handler.body for handler in getattr(node, "handlers", []))]
+            for block in [*blocks, getattr(node, "orelse", []), getattr(node, "finalbody", [])]:
+                yield from top_imports(block)
+
+
+def function_imports(tree: ast.Module) -> list[ast.Import | ast.ImportFrom]:
+    at_top = {id(node) for node in top_imports(tree.body)}
+    inside = (part for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) for part in ast.walk(node))
+    return list({id(node): node for node in inside if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in at_top}.values())
+
+
+def imported(node: ast.Import | ast.ImportFrom, known: Iterable[str]) -> set[str]:
+    """The modules that an import statement names. ``from package import name`` is ``package.name`` if that is in ``known``."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    return {full if (full := f"{node.module}.{alias.name}") in known else str(node.module) for alias in node.names}
+
+
+def loads(imports: dict[str, set[str]], starts: Iterable[str]) -> set[str]:
+    """All modules that importing ``starts`` imports, with their packages."""
+    seen: set[str] = set()
+    todo = list(starts)
+    while todo:
+        name = todo.pop()
+        if name not in seen:
+            seen.add(name)
+            todo += [*imports.get(name, ()), *([name.rpartition(".")[0]] if name.startswith("stages.") else [])]
+    return seen
+
+
+def packages_of(names: Iterable[str]) -> set[str]:
+    """The third-party packages among modules."""
+    return {name.split(".")[0] for name in names} - {"stages", *sys.stdlib_module_names}
+
+
+def misplaced(trees: dict[str, ast.Module], fast: Iterable[str]) -> list[str]:
+    """The imports in functions that belong at the top of their module, and the heavy packages at the top of modules that start fast."""
+    imports = {name: {one for node in top_imports(tree.body) for one in imported(node, trees)} for name, tree in trees.items()}
+    light = loads(imports, fast) & set(trees)
+    found = [f"{name} imports {package} at its top" for name in light for package in packages_of(imports[name]) - LIGHT]
+    for name, tree in trees.items():
+        for node in function_imports(tree):
+            targets = imported(node, trees)
+            is_deferred = any(f"{target}.".startswith(f"{package}.") for package in DEFERRED for target in targets)
+            is_heavy = bool(packages_of(loads(imports, targets)) - LIGHT)
+            if is_deferred or (name in light and is_heavy) or (name in COMMANDS and not targets <= imports[name]):
+                continue
+            found.append(f"{name}:{node.lineno}: {ast.unparse(node)}")
+    return sorted(found)
+
+
+def test_functions_import_only_what_would_slow_down_the_start() -> None:
+    trees = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in modules()}
+    configs = {name for name in trees if name.endswith(("config", "_config"))}
+    readers = {name for name in trees if room(name) == "corpora" and name != "stages.corpora.packing"}
+    assert misplaced(trees, STARTS_FAST | configs | readers) == []
+
+
+def test_misplaced_imports_are_found() -> None:
+    sources = {
+        "stages.fast": "import pydantic\ndef f():\n    import torch\n    import stages.heavy\n    import stages.plain\n    import json\n",
+        "stages.heavy": "import torch\ndef f():\n    import transformers\n    import peft.utils\n",
+        "stages.plain": "import numpy\nif TYPE_CHECKING:\n    import torch\n",
+        "stages.config": "import stages.plain\n",
+    }
+    trees = {name: ast.parse(text) for name, text in sources.items()}
+    assert misplaced(trees, {"stages.fast"}) == [
+        "stages.fast:6: import json",
+        "stages.heavy:3: import transformers",
+    ]
+    assert misplaced(trees, {"stages.config"})[-1] == "stages.plain imports numpy at its top"
 
 
 @pytest.mark.parametrize("command", [["--help"], ["run", "--help"], ["models", "--help"]])

@@ -9,7 +9,12 @@ from pathlib import Path
 
 from stages.api.inputs import as_field
 from stages.api.results import Model, Results
+from stages.chain import run as chain
+from stages.chain.run import open_registry
 from stages.errors import Stopped
+from stages.process.environment import default_home
+from stages.process.runtime import Runtime
+from stages.recipe.schema import load_recipe
 from stages.run_summary import RunSummary
 
 Log = Callable[[str, int, dict[str, float]], None]
@@ -37,11 +42,6 @@ def run(
 
     Raises StagesError for invalid input, and KeyboardInterrupt if the run was stopped; the same call then continues it.
     """
-    from stages.chain import run as chain
-    from stages.process.environment import default_home
-    from stages.process.runtime import Runtime
-    from stages.recipe.schema import load_recipe
-
     home_folder = Path(home or default_home()).absolute()
     file = recipe if isinstance(recipe, str | Path) else write_recipe(recipe, name, seed, home_folder / "inputs")
     plain = {path: as_field(path.rpartition(".")[2], value, home_folder / "inputs") for path, value in (overrides or {}).items()}
@@ -70,8 +70,6 @@ def write_recipe(steps: Sequence[Mapping[str, object]], name: str, seed: int, fo
 
 def results_of(summary: RunSummary, home: Path) -> Results:
     """The results described by a run's summary."""
-    from stages.chain.run import open_registry
-
     registry, models = open_registry(home), {}
     for step in summary["steps"]:
         if step["model"] is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from stages.config import DataSource, ModelInput, Strict
+from stages.corpora.files import fingerprint
 from stages.json_types import JsonObject, json_object
 from stages.process.modules import source_of
 from stages.recipe.functions import addresses
@@ -93,7 +94,6 @@ def data_fingerprints(config: BaseModel) -> dict[str, str]:
     inputs = data_inputs(config)
     if not inputs:
         return {}
-    from stages.corpora.files import fingerprint
 
     return {field_path: fingerprint(sources) for field_path, sources in inputs.items()}
 

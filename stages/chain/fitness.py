@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stages.errors import ModelError, RecipeError
+from stages.chain.resolving import resolve
+from stages.errors import ModelError, RecipeError, StagesError
+from stages.models.stacks import stack_of
+from stages.recipe.source import value_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -54,7 +57,6 @@ def _is_classifier(step: RecipeStep, field_path: str) -> bool:
     """Whether the model in field ``field_path`` is a sequence classifier: in the sentiment stage, or a reward source with a label."""
     if step.stage == "sentiment":
         return True
-    from stages.recipe.source import value_at
 
     source = field_path.rpartition(".")[0]
     return bool(source) and getattr(value_at(step.config, source), "label", None) is not None
@@ -62,10 +64,6 @@ def _is_classifier(step: RecipeStep, field_path: str) -> bool:
 
 def _base(reference: Reference, registry: Registry) -> ResolvedModel | None:
     """The base model with full weights below any adapters; None if it cannot be determined now."""
-    from stages.chain.resolving import resolve
-    from stages.errors import StagesError
-    from stages.models.stacks import stack_of
-
     try:
         return stack_of(resolve(reference, registry)).base
     except (StagesError, OSError, ValueError):

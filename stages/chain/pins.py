@@ -7,11 +7,13 @@ config, the split and the columns that the recipe names.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages.config import DataSource, ModelInput
+from stages.corpora.hub_tables import check_source
 from stages.errors import DataError, HubError, HubMissing, HubUnreachable
 from stages.hub.models import adapter_base, check_model, download
 from stages.hub.repositories import COMMIT, Kind, Repository, look_up
@@ -158,8 +160,6 @@ def _resolve_base(adapter: str, named: tuple[str, str | None] | None, commits: C
 
 
 def _base_of_folder(folder: Path) -> tuple[str, str | None] | None:
-    import json
-
     try:
         config: dict[str, str | None] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -171,8 +171,6 @@ def _base_of_folder(folder: Path) -> tuple[str, str | None] | None:
 
 
 def _resolve_data(recipe: Recipe, step: RecipeStep, commits: Commits) -> None:
-    from stages.corpora.hub_tables import check_source
-
     for field_path, source in _hub_sources(step):
         try:
             repository = commits.look_up("dataset", source.hub_id, source.revision)

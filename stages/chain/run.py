@@ -53,6 +53,7 @@ from stages.registry.contents import remembering
 from stages.registry.ledger import Registry, installed_packages
 from stages.registry.record import FingerprintParts, ModelRecord
 from stages.registry.references import ResolvedModel
+from stages.report.run_folder import read_run
 from stages.run_summary import RunSummary
 from stages.step import StepContext, StepResult
 
@@ -287,7 +288,6 @@ class _Run:
     def _write_report(self) -> None:
         """Write the run's report page. All results are already stored, so an error here does not fail the run."""
         from stages.report.page import write_report
-        from stages.report.run_folder import read_run
 
         try:
             written = write_report(read_run(self.folder))

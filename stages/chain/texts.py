@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from stages.chain.resolving import resolve
+from stages.corpora.templates import check_rendering, set_template
 from stages.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -29,7 +31,6 @@ def check_texts(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
     shown = [row for row in rows() if not all(isinstance(text, str) for text in (row[0], *row[1]))][:CHECKED] if rows is not None else []
     if not shown:
         return
-    from stages.corpora.templates import check_rendering
 
     for field_path, reference in _readers(recipe, step).items():
         tokenizer = _tokenizer(recipe, reference, registry, getattr(step.config, "template", None) if step.stage == "sft" else None)
@@ -59,8 +60,6 @@ def _readers(recipe: Recipe, step: RecipeStep) -> dict[str, Reference]:
 
 def _tokenizer(recipe: Recipe, reference: Reference, registry: Registry, template: str | None) -> PreTrainedTokenizerBase | None:
     """The tokenizer that a model of the recipe will have, with ``template``; None if it is not known yet."""
-    from stages.chain.resolving import resolve
-    from stages.corpora.templates import set_template
     from stages.models.loading import load_tokenizer
 
     steps = {step.name: step for step in recipe.steps}

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from stages.config import Strict
+from stages.corpora.prompts import plain_text, prompt_in
 from stages.corpora.rows import Row
 from stages.errors import DataError
 
@@ -166,8 +167,6 @@ def _with_entries(row: Row, column: str, kept: Sequence[bool]) -> Row:
 
 
 def _prompt_text(row: Row) -> str:
-    from stages.corpora.prompts import plain_text, prompt_in
-
     return plain_text(prompt_in(row))
 
 

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from stages.config import HUB, DataInput, DataSource
 from stages.corpora.formats import EXPECTED, file_text, read_file, row_at, rows_of_parts, with_locations
+from stages.corpora.hub_tables import commit_of, read_hub
 from stages.corpora.labels import ANSWERS, TASKS, labelled_rows, labelling_folder_of
 from stages.corpora.layout import PACKED, SUFFIXES, UNSPLIT, Layout, is_data, layout_of, parts_of
 from stages.corpora.rows import Row, column_of
+from stages.corpora.splits import hold_out
 from stages.corpora.world.lexicon import world_files
 from stages.corpora.world.parts import PREFIX, world_rows
 from stages.errors import DataError
@@ -42,8 +44,6 @@ def read_rows(sources: Sequence[DataSource], *, split: str = "train") -> list[Ro
 
 def read_splits(data: DataInput, curator: RowFilter | None = None) -> tuple[list[Row], list[Row]]:
     """Read training and held-out rows, filtered by ``curator``. Without a validation source, part of the training rows is held out."""
-    from stages.corpora.splits import hold_out
-
     train = read_rows(data.train)
     if data.validation is not None:
         heldout = read_rows(data.validation, split="validation")
@@ -99,7 +99,6 @@ def _open(source: DataSource, split: str) -> Iterator[Row]:
         return with_locations(world_rows(source.path, None if source.limit is None else source.skip + source.limit), source.path)
     if source.on_hub:
         _refuse_file(source)
-        from stages.corpora.hub_tables import read_hub
 
         return read_hub(source, split)
     path = Path(source.path)
@@ -250,7 +249,6 @@ def _source_fingerprint(source: DataSource) -> str:
         return " ".join([source.path, *(file_sha256(file) for file in [*world_files(), *code])])
     if source.on_hub:
         _refuse_file(source)
-        from stages.corpora.hub_tables import commit_of
 
         return f"hub {source.hub_id}@{commit_of(source)} {source.name} {source.split} {source.data_dir} {source.data_files}"
     path = Path(source.path)

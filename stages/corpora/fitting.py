@@ -11,6 +11,7 @@ from pydantic import Field
 
 from stages.config import Strict
 from stages.corpora.messages import Prompt, errors_at, location_of
+from stages.corpora.templates import encode_prompt
 from stages.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ def fit_prompt(prompt: Prompt, fit: PromptFit, tokenizer: PreTrainedTokenizerBas
 
 
 def _fitted(prompt: Prompt, fit: PromptFit, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    from stages.corpora.templates import encode_prompt
-
     if len(encode_prompt(tokenizer, prompt)) <= fit.max_tokens:
         return prompt
     if not isinstance(prompt, str):

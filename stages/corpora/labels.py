@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stages.corpora.messages import Conversation, as_turns, completion_text
 from stages.errors import DataError
 
 SETTINGS, TASKS, GOLD, ANSWERS = "labelling.json", "tasks.jsonl", "gold.jsonl", "answers.jsonl"
@@ -46,15 +47,11 @@ class LabelTask:
     @property
     def asked(self) -> Prompt:
         """The prompt with its tools, as models receive it."""
-        from stages.corpora.messages import Conversation
-
         return self.prompt if isinstance(self.prompt, str) else Conversation(self.prompt, tools=self.tools)
 
     @property
     def texts(self) -> list[str]:
         """The completions as text for readers, with tool calls and further turns written out."""
-        from stages.corpora.messages import completion_text
-
         return [completion_text(completion) for completion in self.completions]
 
     def as_line(self) -> str:
@@ -187,7 +184,5 @@ def labelled_rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _alike(completions: list[Completion]) -> list[Completion]:
     """Convert the completions to one type: all texts, or all lists of messages."""
-    from stages.corpora.messages import as_turns
-
     are_texts = all(isinstance(completion, str) for completion in completions)
     return completions if are_texts else [as_turns(completion) for completion in completions]

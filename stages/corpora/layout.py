@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
 from stages.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
@@ -100,9 +103,6 @@ def _within(folder: str, names: list[str], read: Callable[[str], str], config: s
 
 def front_matter(readme: str) -> dict[str, Any]:
     """The YAML block at the start of a README; empty if there is none or it cannot be parsed."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
     match = re.match(r"\s*---\s*\n(.*?)\n---", readme, re.DOTALL)
     if match is None:
         return {}

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from stages.errors import DataError, ModelError
+from stages.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
     """Encode all texts as one token sequence. Each text ends with the end token, and begins with the tokenizer's usual prefix tokens."""
-    from stages.models.quiet import quiet_transformers
-
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ModelError("the tokenizer has no end token (eos_token), which separates documents; set one in its tokenizer_config.json")
@@ -31,8 +31,6 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
 
 def pack_blocks(tokens: Sequence[int], block_size: int) -> torch.Tensor:
     """Cut ``tokens`` into rows of ``block_size``. Returns a long tensor [blocks, block_size]; an incomplete last block is dropped."""
-    import torch
-
     count = len(tokens) // block_size
     if count == 0:
         raise DataError(f"the training corpus has {len(tokens)} tokens, less than one block; lower block_size={block_size} or add text")

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stages.config import DataSource
+from stages.corpora.comparisons import comparison
+from stages.corpora.demonstrations import demonstration
 from stages.corpora.files import read_rows
 from stages.corpora.messages import (
     Prompt,
@@ -22,6 +24,7 @@ from stages.corpora.messages import (
 )
 from stages.corpora.rows import Row, text_of
 from stages.corpora.summaries import compared_prompt, is_comparison, is_post, post_prompt
+from stages.corpora.templates import check_rendering
 from stages.errors import DataError
 
 if TYPE_CHECKING:
@@ -81,8 +84,6 @@ def prompt_in(row: Row, words: int | None = None) -> Prompt:
         column = "text" if "text" in row else "prompt"
         return " ".join(text_of(row, column).replace("<br />", " ").split()[:words])
     if holds_turns(row.get("chosen")) and "rejected" in row:
-        from stages.corpora.comparisons import comparison
-
         return comparison(row).prompt
     if "prompt" in row:
         return prompt_of(row)
@@ -90,8 +91,6 @@ def prompt_in(row: Row, words: int | None = None) -> Prompt:
         messages = messages_of(row, conversation)
         return split_messages(row, conversation)[0] if messages[-1]["role"] == "assistant" else messages
     if "instruction" in row:
-        from stages.corpora.demonstrations import demonstration
-
         return demonstration(Row({**row, "output": row.get("output") or "-"}))["prompt"]
     if is_post(row):
         return post_prompt(row)
@@ -113,7 +112,6 @@ def check_readers(models: Iterable[Any], prompts: Sequence[Prompt]) -> None:
     These are registry language models and reward models; classifiers read plain text. Only tokenizers are loaded. Raises DataError with the
     location of a conversation that a template rejects.
     """
-    from stages.corpora.templates import check_rendering
     from stages.models.loading import load_tokenizer
 
     for model in models:

@@ -18,7 +18,8 @@ from stages.config import (
     TrainingStepConfig,
     check_trainable,
 )
-from stages.corpora.curation import Curation
+from stages.corpora.comparisons import load_comparisons
+from stages.corpora.curation import Curation, Curator
 
 if TYPE_CHECKING:
     from stages.corpora.messages import Completion, Prompt
@@ -71,14 +72,9 @@ class DPOStepConfig(TrainingStepConfig):
 
     def check_data(self) -> None:
         """Raise DataError for data that this stage cannot use. No model is loaded."""
-        from stages.corpora.comparisons import load_comparisons
-        from stages.corpora.curation import Curator
-
         load_comparisons(self.data, preferred=self.preferred, curator=Curator(self.curation))
 
     def conversations(self) -> list[tuple[Prompt, Sequence[Completion], str]]:
         """Rows (prompt, completions, location) that the models of this step read; see ``chain/texts.py``."""
-        from stages.corpora.comparisons import load_comparisons
-
         loaded = load_comparisons(self.data, preferred=self.preferred)
         return [(item.prompt, item.completions, item.location) for side in (loaded.train, loaded.validation) for item in side]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel
 
 from stages.config import GenerationSettings
+from stages.engines.vllm_start import find_installed
 from stages.process.environment import secret
 
 
@@ -27,8 +28,6 @@ def check_installed(config: BaseModel) -> None:
     Raises LaunchError if this machine cannot start the vLLM that the config asks for. Raises RecipeError if the environment variable of an
     API key is not set.
     """
-    from stages.engines.vllm_start import find_installed
-
     for vllm in (settings.vllm for settings in generation_settings(config)):
         if vllm is not None and vllm.api_key_variable is not None:
             secret(vllm.api_key_variable)

@@ -13,18 +13,25 @@ from urllib.parse import urlsplit
 
 from stages.config import GenerationSettings, Vllm
 from stages.engines.vllm_client import Lost, VllmClient, logprobs_mode
+from stages.engines.vllm_sampler import VllmSampler, Weights, write_whole
+from stages.engines.vllm_servers import Servers
 from stages.engines.vllm_start import Served, StartedServer, wants_gpu
 from stages.errors import LaunchError, ModelError
+from stages.models.adapters import plain_model
+from stages.models.loading import config_of
+from stages.models.responses import Policy
+from stages.models.served_adapter import total_rank, updates_of
+from stages.models.sharding import unsharded_state_dict
+from stages.models.stacks import stack_of, trained_on
 from stages.process.environment import secret
 from stages.process.runtime import Runtime
 from stages.registry.references import ResolvedModel
+from stages.sampling.sampler import LocalSampler
 from stages.step import StepContext
 
 if TYPE_CHECKING:
     import torch
 
-    from stages.engines.vllm_sampler import Weights
-    from stages.models.responses import Policy
     from stages.sampling.sampler import Sampler
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -118,15 +125,10 @@ def open_sampler(
 
     Raises LaunchError if no server can be started or reached, ModelError if a server cannot serve the model.
     """
-    from stages.sampling.sampler import LocalSampler
-
     vllm = settings.vllm
     if vllm is None:
         yield LocalSampler(model, tokenizer)
         return
-    from stages.engines.vllm_sampler import VllmSampler
-    from stages.engines.vllm_servers import Servers
-    from stages.models.responses import Policy
 
     check_reachable(settings)
     policy = policy or Policy(model, temperature=1.0, autocast=None)
@@ -174,10 +176,6 @@ def _plan_weights(
     If a started server cannot begin with the saved base model, this writes the current weights for it. Raises ModelError if a server
     cannot serve the model.
     """
-    from stages.engines.vllm_sampler import Weights
-    from stages.models.served_adapter import total_rank, updates_of
-    from stages.models.stacks import stack_of
-
     vllm = settings.vllm
     assert vllm is not None
     on_gpu = vllm.start is not None and wants_gpu(vllm.start, runtime.device.type)
@@ -211,9 +209,6 @@ def _plan_weights(
 
 def _write_to_start(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, runtime: Runtime) -> None:
     """Write the current model and its tokenizer for a server to start from. Call it on every process."""
-    from stages.engines.vllm_sampler import write_whole
-    from stages.models.sharding import unsharded_state_dict
-
     state = unsharded_state_dict(model)
     if runtime.is_main:
         write_whole(model, folder, dtype, state)
@@ -225,8 +220,6 @@ def _merged_adapters(source: ResolvedModel) -> tuple[ResolvedModel, ...]:
 
     Raises ModelError if ``source`` was trained on quantized base weights: no server has those weights in full precision.
     """
-    from stages.models.stacks import stack_of, trained_on
-
     adapters = stack_of(source).adapters
     if adapters and (trained := trained_on(source).quantization) != "none":
         raise ModelError(
@@ -238,9 +231,6 @@ def _merged_adapters(source: ResolvedModel) -> tuple[ResolvedModel, ...]:
 
 def _same_rows(model: Any, base: ResolvedModel) -> None:
     """Raise ModelError if the embedding and the saved base have different numbers of rows: a server that loads the base lacks the rows."""
-    from stages.models.adapters import plain_model
-    from stages.models.loading import config_of
-
     rows, saved = plain_model(model).get_input_embeddings().weight.shape[0], int(config_of(base).get_text_config().vocab_size)
     if rows != saved:
         raise ModelError(

@@ -19,6 +19,7 @@ from stages.engines.vllm_client import Completed, Lost, VllmClient, logprobs_mod
 from stages.engines.vllm_servers import Servers
 from stages.errors import ModelError, TrainingError
 from stages.models.adapters import plain_model
+from stages.models.quiet import quiet_transformers
 from stages.models.responses import Policy, sequence_batch
 from stages.models.served_adapter import Update, updates_of, write_adapter
 from stages.models.sharding import unsharded_state_dict
@@ -262,8 +263,6 @@ def write_whole(model: Any, folder: Path, dtype: torch.dtype, state: dict[str, t
     ``state``: the unsharded state dict, if the model is sharded over processes; None: take it from ``model``. Raises ModelError if the
     model has peft adapters.
     """
-    from stages.models.quiet import quiet_transformers
-
     if hasattr(model, "peft_config"):
         raise ModelError("a model with adapters cannot be sent as full weights; its adapter is loaded by name")
     state = model.state_dict() if state is None else state

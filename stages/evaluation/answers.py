@@ -9,11 +9,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict, TypeVar
 
+from accelerate.utils import gather_object
+
+from stages.corpora.completions import load_completions, prompt_key
+from stages.corpora.packing import encode_documents, overlapping_windows
+from stages.corpora.templates import encode_prompt
+from stages.engines.opening import step_sampler
 from stages.errors import DataError, ModelError
 from stages.evaluation.config import BestOfN, EvaluationConfig
 from stages.evaluation.few_shot import FewShot, few_shot_prompts, few_shot_text, validation_prompts
 from stages.evaluation.prompts import Exclusion
+from stages.evaluation.tasks import measure_task
+from stages.models.likelihood import measure_likelihood
+from stages.models.loading import config_of, load_language_model, load_tokenizer
+from stages.rewards.building import build_source
 from stages.rewards.details import Details, columns_of
+from stages.rewards.source import judge
+from stages.sampling.generation import decode_completions, episode_seed
+from stages.stats.best_of_n import best_of_n_kl
+from stages.tokens.positions import readable_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,8 +106,6 @@ def distributed(runtime: Runtime, count: int, work: Callable[[list[int]], Sequen
     own = list(range(runtime.process_index, count, runtime.num_processes))
     made = list(zip(own, work(own), strict=True))
     if runtime.num_processes > 1:
-        from accelerate.utils import gather_object
-
         made = gather_object(made)
     return [item for _, item in sorted(made, key=lambda pair: pair[0])]
 
@@ -101,8 +113,6 @@ def distributed(runtime: Runtime, count: int, work: Callable[[list[int]], Sequen
 @contextmanager
 def loaded(config: EvaluationConfig, context: StepContext, name: str) -> Iterator[tuple[TransformersModel, PreTrainedTokenizerBase]]:
     """Model and tokenizer of a candidate. Only one candidate is in memory at a time."""
-    from stages.models.loading import load_language_model, load_tokenizer
-
     source = context.models[f"candidates.{name}"]
     tokenizer = load_tokenizer(source)
     dtype = context.runtime.dtype(config.precision)
@@ -125,8 +135,6 @@ def ask(
 
     ``columns``: the data columns that reward functions request, per prompt; None if there are none.
     """
-    from stages.models.loading import load_tokenizer
-
     encoded: dict[str, list[list[int]]] = {}
     few_shot: dict[str, list[FewShotTry]] = {}
     exclusions = []
@@ -198,16 +206,11 @@ def _few_shot_tries(config: EvaluationConfig, context: StepContext, name: str, p
 
 def _encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[list[int]]:
     """Token ids of each prompt, template included."""
-    from stages.corpora.templates import encode_prompt
-
     return [encode_prompt(tokenizer, prompt) for prompt in prompts]
 
 
 def _positions_of(model: ResolvedModel) -> int:
     """The maximum sequence length of a model and its tokenizer, in tokens. Uses the config of the base weights."""
-    from stages.models.loading import config_of, load_tokenizer
-    from stages.tokens.positions import readable_length
-
     return readable_length(config_of(model), load_tokenizer(model)) or 1_000_000
 
 
@@ -252,8 +255,6 @@ def read_answers(config: EvaluationConfig, asked: Asked, name: str) -> Answers:
 
     Raises DataError if no prompt has a completion.
     """
-    from stages.corpora.completions import load_completions, prompt_key
-
     sources = config.candidates[name].completions
     assert sources is not None
     completions = load_completions(sources)
@@ -297,9 +298,6 @@ def _sample(
 
     Prompts are distributed over the processes.
     """
-    from stages.engines.opening import step_sampler
-    from stages.sampling.generation import decode_completions, episode_seed
-
     source, dtype = context.models[f"candidates.{name}"], context.runtime.dtype(config.precision)
 
     def work(own: list[int]) -> list[Sample]:
@@ -332,8 +330,6 @@ def cut(sample: Sample, few_shot: FewShot | None) -> Sample:
 
 
 def _pick_best(config: EvaluationConfig, context: StepContext, asked: Asked, name: str, answers: Answers, best_of: BestOfN) -> None:
-    from stages.stats.best_of_n import best_of_n_kl
-
     assert answers.draws is not None
     prompts = [question.prompt for question in asked.questions for _ in range(best_of.n)]
     drawn = [sample for draws in answers.draws for sample in draws]
@@ -368,9 +364,6 @@ def score_texts(
 
     Logs how many texts were truncated.
     """
-    from stages.rewards.building import build_source
-    from stages.rewards.source import judge
-
     runtime = context.runtime
     source = build_source(
         reward,
@@ -415,8 +408,6 @@ def every_score(
 def _tasks(
     config: EvaluationConfig, context: StepContext, model: TransformersModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict[str, float]]:
-    from stages.evaluation.tasks import measure_task
-
     runtime = context.runtime
     shares = {"process_index": runtime.process_index, "num_processes": runtime.num_processes, "batch_size": config.generation.batch_size}
     return {name: measure_task(model, tokenizer, task.load(), task, **shares).as_json() for name, task in config.tasks.items()}
@@ -426,9 +417,6 @@ def _perplexity(
     config: EvaluationConfig, context: StepContext, model: TransformersModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[float, float]:
     """Perplexity per token, and bits per byte, which is comparable across tokenizers."""
-    from stages.corpora.packing import encode_documents, overlapping_windows
-    from stages.models.likelihood import measure_likelihood
-
     texts = config.load_texts()
     likelihood = measure_likelihood(
         model,

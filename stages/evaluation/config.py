@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from stages.config import DataField, DataSource, GenerationSettings, ModelField, ModelInput, StepConfig, Strict
+from stages.corpora.choices import Question, load_questions
 from stages.corpora.completions import load_completions, prompt_key
 from stages.corpora.files import read_rows
 from stages.corpora.judgements import load_judgements
@@ -17,7 +18,6 @@ from stages.corpora.rows import text_of
 from stages.errors import DataError
 from stages.evaluation.few_shot import FewShot, few_shot_text, validation_prompts
 from stages.evaluation.prompts import Exclusion, load_heldout
-from stages.evaluation.tasks import TaskField
 from stages.judges.config import JudgeInput, JudgementsFile, check_judges
 from stages.labelling.config import PeopleJudge
 from stages.rewards.config import RewardInput, check_rubrics, rubric_inputs
@@ -72,6 +72,29 @@ class TokenDetails(Strict):
 
     num_prompts: int = Field(24, ge=1, description="Number of prompts with token details.")
     value: ModelField | None = Field(None, description="A ppo step with publish_value: true, or a value network; null: only the KL.")
+
+
+class TaskInput(Strict):
+    """One task of an evaluation. A bare string, a source or a list of sources is its data."""
+
+    data: DataField = Field(description="Rows with context, choices and answer.")
+    context: str | None = Field(None, description="Context template with {column} slots, for rows without a context column.")
+    choices: list[str] | None = Field(None, min_length=2, description="Choices of every row, for rows without a choices column.")
+    normalize: Literal["none", "tokens", "bytes"] = Field(
+        "none", description="Divide a choice's log-likelihood by its number of tokens or bytes, for choices of unequal length."
+    )
+
+    def load(self) -> list[Question]:
+        """Load the questions. Raises DataError with the location of a malformed row."""
+        return load_questions(self.data, self.context, self.choices)
+
+
+def _task(value: object) -> object:
+    is_block = isinstance(value, dict) and ("data" in value or not value)
+    return value if is_block or isinstance(value, TaskInput) else {"data": value}
+
+
+TaskField = Annotated[TaskInput, BeforeValidator(_task)]
 
 
 class EvaluationConfig(StepConfig):

@@ -9,12 +9,26 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.config import DataSource
+from stages.corpora.completions import prompt_key
+from stages.corpora.files import fingerprint
+from stages.corpora.judgements import load_judgements
+from stages.corpora.labels import TASKS, read_tasks
 from stages.evaluation.answers import Answers, Question, details_of, score_texts
 from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.prompts import Exclusion
 from stages.json_types import JsonObject
 from stages.judges.config import EndpointJudge, JudgementsFile
+from stages.judges.endpoint import Comparison, EndpointClient
 from stages.labelling.config import PeopleJudge
+from stages.labelling.publishing import publish_tasks, step_folder
+from stages.labelling.tasks import task_of
+from stages.labelling.waiting import QUALITY, ask_people, home_of, keep_quality
+from stages.process.environment import secret
+from stages.process.remote import AnswerCache
+from stages.stats.agreement import cohens_kappa, fleiss_kappa, krippendorff_alpha, pair_agreement
+from stages.stats.comparing import prompt_means
+from stages.stats.intervals import share_interval
 
 if TYPE_CHECKING:
     from stages.corpora.judgements import Judgements
@@ -44,8 +58,6 @@ class Judged:
 
 def judge_all(config: EvaluationConfig, context: StepContext, questions: Sequence[Question], answers: dict[str, Answers]) -> list[Judged]:
     """Run every judge on every answer, one judge at a time. Scores are also stored with the answers."""
-    from stages.corpora.judgements import load_judgements
-
     made = []
     for index, judge in enumerate(config.judges):
         if isinstance(judge, EndpointJudge):
@@ -120,10 +132,6 @@ def _ask_endpoint(judge: EndpointJudge, context: StepContext, questions: Sequenc
     context.runtime.console.print(f"{context.name}: {judge.name} compares {len(asked)} pairs of completions, in both orders")
 
     def make() -> tuple[list[float | None], JsonObject]:
-        from stages.judges.endpoint import Comparison, EndpointClient
-        from stages.process.environment import secret
-        from stages.process.remote import AnswerCache
-
         key = secret(judge.api_key_variable) if judge.api_key_variable is not None else None
         comparisons = [Comparison(questions[row].prompt, texts[a][row] or "", texts[b][row] or "") for (a, b), row in asked]
         cache = AnswerCache(context.cache_folder / "judgements.sqlite3")
@@ -151,12 +159,6 @@ def _ask_people(
     judge: PeopleJudge, config: EvaluationConfig, context: StepContext, questions: Sequence[Question], answers: dict[str, Answers]
 ) -> Judged:
     """Publish the candidates' completions side by side without names. Once there are enough rankings, read them as votes."""
-    from stages.config import DataSource
-    from stages.corpora.judgements import load_judgements
-    from stages.corpora.labels import TASKS, read_tasks
-    from stages.labelling.publishing import publish_tasks
-    from stages.labelling.waiting import QUALITY, ask_people, keep_quality
-
     folder = _labelling_folder(judge, config, context)
     asked = _tasks_of(judge, context, questions, answers)
     if not context.runtime.decide((folder / TASKS).exists):
@@ -180,10 +182,6 @@ def _ask_people(
 
 def _labelling_folder(judge: PeopleJudge, config: EvaluationConfig, context: StepContext) -> Path:
     """The folder of the tasks. It depends on the questions and the models, so that a later run finds the same annotations."""
-    from stages.corpora.files import fingerprint
-    from stages.labelling.publishing import step_folder
-    from stages.labelling.waiting import home_of
-
     names = judge.candidates or list(config.candidates)
     candidates = {}
     for name in names:
@@ -212,8 +210,6 @@ def _tasks_of(
     judge: PeopleJudge, context: StepContext, questions: Sequence[Question], answers: dict[str, Answers]
 ) -> dict[tuple[str, int], LabelTask]:
     """One task per question with at least two different answers, by prompt and sample. Equal texts are shown once."""
-    from stages.labelling.tasks import task_of
-
     names = judge.candidates or list(answers)
     kept = _asked_prompts(judge, questions)
     tasks = {}
@@ -236,8 +232,6 @@ def _tasks_of(
 
 def _judged_by_people(name: str, judgements: Judgements, questions: Sequence[Question], answers: dict[str, Answers]) -> Judged:
     """Preferences from votes and ratings; averaged over annotators if several judged the same item."""
-    from stages.corpora.completions import prompt_key
-
     row_of = {(prompt_key(question.prompt), question.sample): row for row, question in enumerate(questions)}
     order = {name: index for index, name in enumerate(answers)}
     used = 0
@@ -296,10 +290,6 @@ def agreement(judges: Sequence[Judged], questions: Sequence[Question]) -> JsonOb
     ``alpha``: Krippendorff's, nominal. For each two judges: Cohen's kappa, and the share of agreement where neither ties, with an interval
     over prompts.
     """
-    from stages.stats.agreement import cohens_kappa, fleiss_kappa, krippendorff_alpha, pair_agreement
-    from stages.stats.comparing import prompt_means
-    from stages.stats.intervals import share_interval
-
     rated = {judge.name: _ratings(judge) for judge in judges}
     units = sorted({unit for ratings in rated.values() for unit in ratings})
     columns = {name: [ratings.get(unit) for unit in units] for name, ratings in rated.items()}

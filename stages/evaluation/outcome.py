@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from rich.table import Table
+
 from stages.evaluation.answers import Answers, Question
 from stages.evaluation.judging import Judged
 from stages.json_types import JsonObject
@@ -16,8 +18,6 @@ from stages.stats.comparing import distinct_ngrams, length_controlled_win_rate, 
 from stages.stats.intervals import bootstrap_interval
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from stages.registry.references import ResolvedModel
 
 
@@ -235,8 +235,6 @@ def _cell(row: Mapping[str, object], key: str, form: str) -> str:
 
 def evaluation_tables(outcome: Outcome) -> list[Table]:
     """Terminal tables: candidates, then win rates (row against column) by each judge."""
-    from rich.table import Table
-
     headings, rows = candidate_table(outcome.candidates, outcome.judges)
     first = Table(*headings, title="Candidates: mean score by judge, and their texts", title_justify="left")
     for cells in rows:

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from stages.corpora.prompts import check_readers
+from stages.evaluation.answers import answer, answered_by_someone, ask, missing_answers, read_answers, same_model
 from stages.evaluation.config import EvaluationConfig
+from stages.evaluation.judging import agreement, judge_all
+from stages.evaluation.outcome import compare, evaluation_tables, verdict
+from stages.evaluation.record import finite, write_alpaca_eval, write_completions, write_evaluation, write_lines
+from stages.evaluation.tasks import task_table
+from stages.evaluation.tokens import measure_kl, token_details
 from stages.run_summary import EvaluationResult
+from stages.step import StepResult
 
 if TYPE_CHECKING:
     from stages.evaluation.answers import Answers
-    from stages.step import StepContext, StepResult
+    from stages.step import StepContext
 
 
 def run(config: EvaluationConfig, context: StepContext) -> StepResult:
     """Evaluate the candidates. Its output files are listed in ``record``."""
-    from stages.corpora.prompts import check_readers
-    from stages.evaluation.answers import answer, answered_by_someone, ask, missing_answers, read_answers, same_model
-    from stages.evaluation.judging import agreement, judge_all
-    from stages.evaluation.outcome import compare, evaluation_tables, verdict
-    from stages.evaluation.record import finite, write_alpaca_eval, write_completions, write_evaluation, write_lines
-    from stages.evaluation.tasks import task_table
-    from stages.evaluation.tokens import measure_kl, token_details
-    from stages.step import StepResult
-
     heldout, exclusions = config.load_heldout()
     prompts = [row.prompt for row in heldout]
     check_readers([model for name, model in context.models.items() if not name.startswith("candidates.")], prompts)

@@ -8,44 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import BeforeValidator, Field
+import torch
+from accelerate.utils import gather_object
+from rich.table import Table
 
-from stages.config import DataField, Strict
+from stages.corpora.templates import encode_plain_pair
+from stages.evaluation.config import TaskInput
+from stages.models.budget import each_group
+from stages.models.responses import Policy, sequence_batch
 from stages.run_summary import Candidate
+from stages.stats.intervals import wilson_interval
+from stages.tokens.positions import readable_length
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from transformers import PreTrainedTokenizerBase
 
     from stages.corpora.choices import Question
     from stages.model_types import TransformersModel
-
-
-class TaskInput(Strict):
-    """One task of an evaluation. A bare string, a source or a list of sources is its data."""
-
-    data: DataField = Field(description="Rows with context, choices and answer.")
-    context: str | None = Field(None, description="Context template with {column} slots, for rows without a context column.")
-    choices: list[str] | None = Field(None, min_length=2, description="Choices of every row, for rows without a choices column.")
-    normalize: Literal["none", "tokens", "bytes"] = Field(
-        "none", description="Divide a choice's log-likelihood by its number of tokens or bytes, for choices of unequal length."
-    )
-
-    def load(self) -> list[Question]:
-        """Load the questions. Raises DataError with the location of a malformed row."""
-        from stages.corpora.choices import load_questions
-
-        return load_questions(self.data, self.context, self.choices)
-
-
-def _task(value: object) -> object:
-    is_block = isinstance(value, dict) and ("data" in value or not value)
-    return value if is_block or isinstance(value, TaskInput) else {"data": value}
-
-
-TaskField = Annotated[TaskInput, BeforeValidator(_task)]
 
 
 @dataclass(frozen=True)
@@ -77,8 +58,6 @@ def measure_task(
     num_processes: int = 1,
 ) -> TaskResult:
     """Score ``questions``, distributed over the processes. Every process returns the same result."""
-    from accelerate.utils import gather_object
-
     own = list(range(process_index, len(questions), num_processes))
     scores = score_choices(model, tokenizer, [questions[row] for row in own], task.normalize, batch_size=batch_size)
     made = list(zip(own, scores, strict=True))
@@ -88,10 +67,6 @@ def measure_task(
 
 def task_result(scores: Sequence[Sequence[float]], answers: Sequence[int]) -> TaskResult:
     """Compute the result from the scores (one per choice) and right choices of all questions. Tied best scores share the point."""
-    import torch
-
-    from stages.stats.intervals import wilson_interval
-
     points = [(row[answer] == max(row)) / row.count(max(row)) for row, answer in zip(map(list, scores), answers, strict=True)]
     right = [float(torch.tensor(row, dtype=torch.float64).softmax(0)[answer]) for row, answer in zip(scores, answers, strict=True)]
     num_questions = len(points)
@@ -104,12 +79,6 @@ def score_choices(
     model: TransformersModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], normalize: str, *, batch_size: int
 ) -> list[list[float]]:
     """Log-likelihood of every choice given its context. Batches contain sequences of similar length."""
-    import torch
-
-    from stages.models.budget import each_group
-    from stages.models.responses import Policy, sequence_batch
-    from stages.tokens.positions import readable_length
-
     policy = Policy(model, temperature=1.0, autocast=None)
     longest = readable_length(model.config, tokenizer)
     rows = [(index, choice_index) for index, question in enumerate(questions) for choice_index in range(len(question.choices))]
@@ -138,8 +107,6 @@ def encode_choice(tokenizer: PreTrainedTokenizerBase, context: str, choice: str,
 
     The two are encoded as one text. A context that is too long loses its beginning; an empty one becomes the start token.
     """
-    from stages.corpora.templates import encode_plain_pair
-
     ids, choice_ids = encode_plain_pair(tokenizer, context.rstrip(" "), choice)
     if longest is not None:
         ids = ids[-max(1, longest - len(choice_ids)) :]
@@ -152,8 +119,6 @@ def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def task_table(candidates: Mapping[str, Candidate]) -> Table | None:
     """Terminal table of the tasks: accuracy with its interval, one row per candidate; None without tasks."""
-    from rich.table import Table
-
     names = list(dict.fromkeys(name for row in candidates.values() for name in row.get("tasks", {})))
     if not names:
         return None

@@ -7,18 +7,25 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+import torch
+
+from stages.config import ModelInput
 from stages.errors import ModelError
 from stages.evaluation.answers import Answers, Asked, Sample, loaded
 from stages.evaluation.config import EvaluationConfig
 from stages.evaluation.prompts import Exclusion
 from stages.json_types import JsonObject
+from stages.models.budget import each_group
+from stages.models.heads import ValueModel
+from stages.models.loading import load_tokenizer
+from stages.models.responses import Policy, sequence_batch, sequence_values
+from stages.registry.references import ResolvedModel
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from stages.model_types import TransformersModel
-    from stages.registry.references import ResolvedModel
     from stages.step import StepContext
 
 
@@ -29,10 +36,6 @@ def measure_kl(config: EvaluationConfig, context: StepContext, answers: dict[str
     itself is exactly 0 in any precision; log-probabilities from sampling come from single-token passes. A model with different prompts
     (few-shot) or a different vocabulary has no KL.
     """
-    import torch
-
-    from stages.models.loading import load_tokenizer
-
     assert config.kl_reference is not None
     left_out, measured, own = [], {}, {}
     vocabulary = load_tokenizer(context.models[f"candidates.{config.kl_reference}"]).get_vocab()
@@ -61,11 +64,6 @@ def measure_kl(config: EvaluationConfig, context: StepContext, answers: dict[str
 
 def _logprobs(config: EvaluationConfig, model: TransformersModel, pad_token_id: int, samples: Sequence[Sample]) -> list[Tensor]:
     """Log-probabilities of each sample's tokens under ``model``, at the sampling temperature."""
-    import torch
-
-    from stages.models.budget import each_group
-    from stages.models.responses import Policy, sequence_batch
-
     policy = Policy(model, temperature=config.generation.temperature or 1.0, autocast=None)
     logprobs: list[Tensor] = []
 
@@ -85,7 +83,6 @@ def token_details(config: EvaluationConfig, context: StepContext, asked: Asked, 
     settings = config.token_details
     if settings is None:
         return []
-    from stages.models.loading import load_tokenizer
 
     rows = [row for row, question in enumerate(asked.questions) if question.prompt_number < settings.num_prompts and question.sample == 0]
     details = []
@@ -122,9 +119,6 @@ def value_network(context: StepContext) -> ResolvedModel:
 
     Raises ModelError if the step published none.
     """
-    from stages.config import ModelInput
-    from stages.registry.references import ResolvedModel
-
     source = context.models["token_details.value"]
     record = source.record
     if record is None or record.role != "language_model":
@@ -141,12 +135,6 @@ def _values(
     config: EvaluationConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, samples: list[Sample | None]
 ) -> list[list[float]] | None:
     """The value network's prediction before each response token; None if its vocabulary differs."""
-    import torch
-
-    from stages.models.heads import ValueModel
-    from stages.models.loading import load_tokenizer
-    from stages.models.responses import sequence_batch, sequence_values
-
     source = value_network(context)
     if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
         return None

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from httpx2 import TransportError
+
 from stages.errors import HubError, HubMissing, HubUnreachable, StorageError
 
 T = TypeVar("T")
@@ -107,7 +109,6 @@ def _quiet() -> Iterator[None]:
 
 def _asked(kind: Kind, identifier: str, revision: str | None, ask: Callable[[], T]) -> T:
     """Return the result of ``ask``. Raises HubError, or a subclass, that says what to do."""
-    from httpx2 import TransportError
     from huggingface_hub.errors import (
         DisabledRepoError,
         GatedRepoError,

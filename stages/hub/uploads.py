@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from httpx2 import TransportError
+
 from stages.errors import HubError, HubMissing, HubUnreachable
 from stages.hub.repositories import Repository, look_up
 
@@ -86,7 +88,6 @@ def commit_files(
 @contextmanager
 def _explained(doing: str, refusals: Mapping[int, str]) -> Iterator[None]:
     """Turn what the Hub's client raises into one message; ``refusals`` has the messages of single HTTP statuses."""
-    from httpx2 import TransportError
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:

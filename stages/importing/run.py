@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import transformers
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.errors import ModelError
 from stages.importing.layouts import HeadConfig, Layout, Role, recognise
@@ -75,8 +77,6 @@ def _with_role(layout: Layout, role: Role | None) -> Layout:
 
 def _convert_gguf(path: Path, folder: Path) -> Layout:
     """Dequantize a GGUF file with transformers' reader."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
     try:
@@ -99,8 +99,6 @@ def _convert_gguf(path: Path, folder: Path) -> Layout:
 
 def _unpacked() -> JsonObject:
     """The option that makes newer transformers releases dequantize a GGUF file."""
-    import transformers
-
     return {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
 
 

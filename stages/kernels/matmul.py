@@ -7,6 +7,7 @@ are used.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -120,8 +121,6 @@ def use_fast_matmuls(model: nn.Module, others: Mapping[type[nn.Module], type[nn.
 
 def measure_peak(dtype: torch.dtype, device: torch.device, *, size: int | None = None) -> float:
     """Peak flops per second of a large square matrix product, the best of several measurements."""
-    import time
-
     size = size or (4096 if device.type == "cuda" else 1024)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)

@@ -15,6 +15,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 from stages.errors import DataError
 
@@ -106,6 +107,5 @@ def link(base: str, access: Access, annotator: str | None) -> str:
     """The URL of an annotator's page, or of the leader's progress page if ``annotator`` is None."""
     if annotator is None:
         return f"{base}/progress?token={access.lead_token}"
-    from urllib.parse import quote
 
     return f"{base}/?annotator={quote(annotator, safe='')}&token={access.token(annotator)}"

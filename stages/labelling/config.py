@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from stages.config import DataField, DataSource, ModelField, Strict
 from stages.errors import DataError
@@ -148,9 +150,6 @@ def load_questions(source: DataSource | None) -> Questions:
     """
     if source is None:
         return Questions()
-    from pydantic import ValidationError
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
 
     text = _read(Path(source.path), "questions")
     try:

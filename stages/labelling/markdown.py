@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from markdown_it import MarkdownIt
+from markdown_it.common.utils import escapeHtml
+
 
 def render(text: str) -> str:
     """Convert Markdown to HTML. Raw HTML is shown as text, links open in a new tab, and images are replaced by their description."""
     if not text.strip():
         return ""
-    from markdown_it import MarkdownIt
 
     parser = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
     parser.validateLink = lambda url: url.lower().startswith(("http://", "https://", "mailto:", "#"))  # type: ignore[method-assign]
@@ -28,8 +30,6 @@ def _link_open(self: Any, tokens: Sequence[Any], index: int, options: Any, env: 
 
 
 def _image(self: Any, tokens: Sequence[Any], index: int, options: Any, env: Any) -> str:
-    from markdown_it.common.utils import escapeHtml
-
     return escapeHtml(f"[picture: {tokens[index].content}]")
 
 

@@ -8,8 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx2
+
 from stages.errors import TrainingError
 from stages.labelling.config import People, SimulatedPeople
+from stages.labelling.server import Served
 
 Opinion = Callable[[str, Any, Sequence[str]], Sequence[float]]
 
@@ -18,8 +21,6 @@ class SimulatedAnnotator:
     """A client that does what the page does, without a browser."""
 
     def __init__(self, base: str, name: str, token: str, opinion: Opinion, tie_width: float = 0.0) -> None:
-        import httpx2
-
         self.name, self.opinion, self.tie_width = name, opinion, tie_width
         self._client = httpx2.Client(
             base_url=base, params={"annotator": name}, headers={"authorization": f"Bearer {token}"}, timeout=60.0, trust_env=False
@@ -92,8 +93,6 @@ def simulate(folder: Path, people: People) -> int:
     ``people.annotators`` clients take turns, so two runs give the same rankings. Raises TrainingError if a client fails, or if no task is
     left before the target is reached.
     """
-    from stages.labelling.server import Served
-
     assert people.simulate is not None
     opinion = opinion_of(people.simulate)
     given = 0

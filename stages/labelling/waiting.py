@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.corpora.labels import ANSWERS, read_answers
+from stages.corpora.labels import ANSWERS, GOLD, latest, read_answers, read_tasks
 from stages.errors import Waiting
 from stages.labelling.config import People
 from stages.labelling.publishing import point_latest, publish_settings, read_settings
+from stages.labelling.report import quality
+from stages.labelling.store import read_labels
+from stages.process.environment import command_to_go_on, default_home
+from stages.process.storage import write_json
 
 if TYPE_CHECKING:
     from stages.step import StepContext
@@ -54,7 +59,6 @@ def ask_people(folder: Path, people: People, context: StepContext) -> None:
             if runtime.is_main:
                 context.checkpoint_folder.mkdir(parents=True, exist_ok=True)
                 (context.checkpoint_folder / WAITING).write_text(f"{ranked} of {target} tasks are ranked", encoding="utf-8")
-            from stages.process.environment import command_to_go_on
 
             raise Waiting(f"{text}\nThen continue with: {command_to_go_on()}   (or wait here with --wait)")
         if not is_told:
@@ -65,10 +69,6 @@ def ask_people(folder: Path, people: People, context: StepContext) -> None:
 
 def keep_quality(folder: Path, path: Path) -> dict[str, Any]:
     """Compute the report of a folder's labels, write it to ``path`` as JSON, and return it."""
-    from stages.labelling.report import quality
-    from stages.labelling.store import read_labels
-    from stages.process.storage import write_json
-
     content = quality(read_labels(folder))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, content)
@@ -77,18 +77,12 @@ def keep_quality(folder: Path, path: Path) -> dict[str, Any]:
 
 def num_ranked(folder: Path) -> int:
     """Number of tasks in a folder with at least one ranking. Screening tasks do not count."""
-    from stages.corpora.labels import GOLD, latest, read_tasks
-
     gold = set(read_tasks(folder / GOLD)) if (folder / GOLD).exists() else set()
     return len({answer.task for _, answer in latest(read_answers(folder / ANSWERS)) if answer.is_used} - gold)
 
 
 def command(context: StepContext) -> str:
     """The shell command that people type to rank the tasks of a step."""
-    import shlex
-
-    from stages.process.environment import default_home
-
     home = home_of(context)
     where = [] if home == default_home().absolute() else ["--home", str(home)]
     return shlex.join(["stages", "label", context.name, *where])

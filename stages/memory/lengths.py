@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.config import DataSource
+from stages.corpora.comparisons import comparison
+from stages.corpora.demonstrations import demonstration
 from stages.corpora.files import read_rows
 from stages.corpora.messages import completion_text
-from stages.corpora.prompts import plain_text
+from stages.corpora.prompts import load_prompts, plain_text
 from stages.corpora.rows import Row
 
 if TYPE_CHECKING:
@@ -61,8 +63,6 @@ def sample(sources: Sequence[DataSource]) -> list[Row]:
 
 def prompt_texts(data: Sequence[DataSource], prompt_words: int | None, *, split: str) -> list[str]:
     """Prompts of the local data, each as one text."""
-    from stages.corpora.prompts import load_prompts
-
     sources = [source for source in data if not source.on_hub]
     if not sources:
         return []
@@ -71,16 +71,12 @@ def prompt_texts(data: Sequence[DataSource], prompt_words: int | None, *, split:
 
 def demonstration_texts(data: Sequence[DataSource]) -> list[str]:
     """Prompts with their completions."""
-    from stages.corpora.demonstrations import demonstration
-
     rows = [demonstration(row) for row in sample(data)]
     return [f"{plain_text(row['prompt'])} {completion_text(row['completion'])}" for row in rows]
 
 
 def comparison_texts(data: Sequence[DataSource], preferred: str | None) -> tuple[list[str], int]:
     """(prompts with each of their completions, the most completions of one prompt)."""
-    from stages.corpora.comparisons import comparison
-
     items = [comparison(row, preferred=preferred) for row in sample(data)]
     texts = [f"{plain_text(item.prompt)} {completion_text(answer)}" for item in items for answer in item.completions]
     return texts, max((len(item.completions) for item in items), default=2)

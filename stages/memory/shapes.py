@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+from ruamel.yaml import YAML
+
 from stages.json_types import JsonObject
 from stages.tokens.positions import model_length
 
@@ -152,7 +154,5 @@ def shape_of_hub(identifier: str, revision: str | None = None) -> Shape | None:
 
 @cache
 def _known_models() -> dict[str, JsonObject]:
-    from ruamel.yaml import YAML
-
     content = YAML(typ="safe").load(KNOWN_MODELS)
     return {name.lower(): config for name, config in content.items()}

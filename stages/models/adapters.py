@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
@@ -26,7 +28,6 @@ from stages.models.saved_adapters import SavedAdapter, base_of, fitted, read_ada
 
 if TYPE_CHECKING:
     from torch.nn.modules.module import _IncompatibleKeys
-    from transformers import BitsAndBytesConfig
 
     from stages.registry.references import ResolvedModel
 
@@ -231,8 +232,6 @@ def _check_names(lora: LoraSettings, plain: Any, task: str) -> None:
 
 
 def _linear_modules(plain: Any) -> str:
-    from transformers.pytorch_utils import Conv1D
-
     adapted = {name: module for name, module in plain.named_modules() if next(adapter_layers_of(module), None) is not None}
     outside = {name: module for name, module in plain.named_modules() if not any(name.startswith(f"{layer}.") for layer in adapted)}
     linear = sorted({name.rpartition(".")[2] for name, module in outside.items() if isinstance(base_of(module), nn.Linear | Conv1D)})
@@ -539,7 +538,6 @@ def quantization_config(model: ModelInput, dtype: torch.dtype) -> BitsAndBytesCo
     """The bitsandbytes settings of a model input (None: not quantized). Matrix products use ``dtype``."""
     if model.quantization == "none":
         return None
-    from transformers import BitsAndBytesConfig
 
     if model.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)

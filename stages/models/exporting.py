@@ -12,11 +12,11 @@ from stages.models import heads, loading
 from stages.models.adapters import HEAD_FILE
 from stages.models.reward_question import read_question
 from stages.models.stacks import read_adapter_config
+from stages.registry.references import ResolvedModel
 
 if TYPE_CHECKING:
     from stages.registry.ledger import Registry
     from stages.registry.record import ModelRecord
-    from stages.registry.references import ResolvedModel
 
 
 def save_merged(adapter: ResolvedModel, folder: Path) -> None:
@@ -46,8 +46,6 @@ def _guess_role(adapter: ResolvedModel) -> str:
 
 def export_merged(record: ModelRecord, registry: Registry, folder: Path) -> None:
     """Save the registry's adapter version ``record`` as a full model for ``from_pretrained``."""
-    from stages.registry.references import ResolvedModel
-
     adapter = ResolvedModel(
         ref=record.ref, kind="registry", path=str(record.path), digest=record.digest, input=ModelInput(ref=record.ref), record=record
     )

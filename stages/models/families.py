@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from stages.errors import ModelError
 
@@ -16,8 +18,6 @@ def refuse_unfit(config: Any, name: str) -> None:
 
     ``name``: the model as written in the recipe. A model with remote code is judged by its ``auto_map``.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
@@ -72,8 +72,6 @@ def state_space_products(model: nn.Module) -> list[str]:
 
 def unquantized_modules(auto: Any, config: Any) -> list[str] | None:
     """Modules of the class that ``auto`` selects which must not be quantized; None for transformers' default."""
-    from transformers.quantizers.base import get_keys_to_not_convert
-
     text = config.get_text_config()
     if not any(hasattr(text, field) for field in ("mamba_d_state", "state_size", "mamba_state_dim")):
         return None

@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.utils import cached_file
 
 from stages.config import LoraSettings
 from stages.errors import ModelError
@@ -137,7 +141,6 @@ class ScalarModel(nn.Module):
         and ``rows`` see ``loading.save_model``: the saved files are read again and compared with this model.
         """
         from peft import PeftModel, get_peft_model_state_dict
-        from safetensors.torch import save_file
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -333,16 +336,11 @@ def last_positions(attention_mask: Tensor) -> Tensor:
 
 def _classifier_class(config: Any) -> str:
     """Name of transformers' sequence classifier of this architecture; the backbone's class if there is none."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-
     return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type, (config.architectures or ["AutoModel"])[0])
 
 
 def read_head(model: ResolvedModel) -> tuple[Tensor, float]:
     """Weight [1, d] and bias of a checkpoint's scalar head. ``reward_bias`` in the config takes precedence over a stored bias."""
-    from safetensors import safe_open
-    from transformers.utils import cached_file
-
     refused = ModelError(
         f"{model.ref!r} has no reward head (score.weight), and a random head is never used silently. "
         "Train one with a reward_model step, or use a model that has one"

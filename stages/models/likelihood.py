@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor
 from torch.nn import functional
 
@@ -54,9 +56,6 @@ def measure_likelihood(
     The rows are distributed over the processes and the sums are all-reduced, so every process returns the same value. Computes in
     ``dtype``. If memory runs out, a pass is repeated in halves; with sharded weights this is a TrainingError.
     """
-    from accelerate import PartialState
-    from accelerate.utils import reduce
-
     state = PartialState()
     order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))  # batches of similar lengths need little padding
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import cached_file
 
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
@@ -24,12 +27,12 @@ from stages.models.quiet import quiet_transformers
 from stages.models.saved_adapters import SavedAdapter, head_size, read_adapter
 from stages.models.stacking import dequantized, merged_stack, stacked_apart
 from stages.models.stacks import Stack, is_adapter, stack_of, tokenizer_source, trained_on
+from stages.registry.references import ResolvedModel
 from stages.tokens.turns import turn_end_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stages.registry.references import ResolvedModel
 
 logger = logging.getLogger(__name__)
 _warned: set[str] = set()
@@ -38,8 +41,6 @@ QUANTIZED_LAYERS = ("Linear4bit", "Linear8bitLt")
 
 def as_resolved(model: ResolvedModel | str | Path) -> ResolvedModel:
     """Convert a bare folder or Hub id to a ``ResolvedModel``. A resolved model is returned unchanged."""
-    from stages.registry.references import ResolvedModel
-
     if isinstance(model, ResolvedModel):
         return model
     kind = "folder" if Path(model).is_dir() else "hub"
@@ -54,8 +55,6 @@ def load_tokenizer(model: ResolvedModel | str | Path) -> PreTrainedTokenizerBase
 
     An adapter without a tokenizer uses the tokenizer of the model below it. Raises ModelError if there is no tokenizer.
     """
-    from transformers import AutoTokenizer
-
     model = tokenizer_source(as_resolved(model))
     with explained(model, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -88,8 +87,6 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, name: str = "the tokeni
 
 def config_of(model: ResolvedModel | str | Path) -> Any:
     """The config of the base weights below a model's adapters. Raises ModelError if it cannot be read."""
-    from transformers import AutoConfig
-
     base = stack_of(as_resolved(model)).base
     with explained(base, "model"):
         return AutoConfig.from_pretrained(base.path, revision=base.input.revision, trust_remote_code=base.input.trust_remote_code)
@@ -111,8 +108,6 @@ def load_language_model(
     ``trainable=False`` freezes all weights and sets evaluation mode. ``dropout=False`` disables dropout, because PPO needs
     log-probabilities that are equal in every forward pass.
     """
-    from transformers import AutoModelForCausalLM
-
     model = as_resolved(model)
     loaded, new_rows = _load(AutoModelForCausalLM, model, dtype, tokenizer, trainable, lora)
     require_causal(loaded, model.ref)
@@ -129,8 +124,6 @@ def load_backbone(
     dropout: bool = False,
 ) -> Any:
     """Load the transformer of a causal language model without its head (``AutoModel``). Arguments as in ``load_language_model``."""
-    from transformers import AutoModel
-
     model = as_resolved(model)
     return _finish(*_load(AutoModel, model, dtype, tokenizer, trainable, lora), model, lora, "FEATURE_EXTRACTION", trainable, dropout)
 
@@ -151,8 +144,6 @@ def load_classifier(
     ``labels`` names the classes (default: the checkpoint's). ``require_head=True`` raises ModelError if the checkpoint has no head weights
     or a different number of classes. ``False`` creates a new head, for training.
     """
-    from transformers import AutoModelForSequenceClassification
-
     model = as_resolved(model)
     options: dict[str, Any] = {}
     if labels is not None:
@@ -226,8 +217,6 @@ def load_base(model: ResolvedModel, *, dtype: torch.dtype, tokenizer: PreTrained
 
     ``tokenizer`` is ``model``'s tokenizer; the embedding grows to fit it. Used for roles that share one backbone.
     """
-    from transformers import AutoModelForCausalLM
-
     stack = stack_of(model)
     loaded = _base(AutoModelForCausalLM, model, stack, dtype, True, {}, []) if stack.adapters else None
     if loaded is None:
@@ -240,9 +229,6 @@ def load_base(model: ResolvedModel, *, dtype: torch.dtype, tokenizer: PreTrained
 
 def _class_names(auto: Any, stack: Stack, saved: Sequence[SavedAdapter]) -> dict[str, Any]:
     """Options for a classifier with the classes of the highest adapter that has a head; empty for other models."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-    from transformers.utils import cached_file
-
     if auto is not AutoModelForSequenceClassification:
         return {}
     for adapter, content in reversed(list(zip(stack.adapters, saved, strict=True))):
@@ -259,8 +245,6 @@ def _from_pretrained(
     auto: Any, model: ResolvedModel, dtype: torch.dtype, require_head: bool, options: dict[str, Any], supplied: Collection[str] = ()
 ) -> Any:
     """Load full weights from a folder or the Hub. ``supplied``: names of weights that an adapter will provide, e.g. a classifier head."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
     quantization = quantization_config(model.input, dtype)
     if quantization is not None:
         options = {**options, "quantization_config": quantization, "device_map": {"": _own_device()}}
@@ -324,8 +308,6 @@ def _keep_4bit_layout(model: nn.Module) -> None:
 
 def _own_device() -> Any:
     """The device for this process's quantized weights: its GPU, or the CPU."""
-    from accelerate import PartialState
-
     return PartialState().device
 
 

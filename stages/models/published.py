@@ -10,19 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from stages.config import ModelInput
 from stages.errors import ModelError
 from stages.models.adapters import activate, active_adapters, add_adapter, plain_model, remove_adapter, source_of
 from stages.models.saved_adapters import base_of
+from stages.registry.references import ResolvedModel
 from stages.tokens.positions import readable_length
-
-if TYPE_CHECKING:
-    from stages.registry.references import ResolvedModel
 
 SMALL = 300_000_000
 """Maximum parameters of a base that is loaded a second time for the check."""
@@ -80,8 +79,6 @@ def check_saved_adapter(
 def _check_adapter(
     model: Any, folder: Path, compute: Callable[[], list[Tensor]], reload: Callable[[ResolvedModel], list[Tensor]], scale: float
 ) -> None:
-    from stages.registry.references import ResolvedModel
-
     expected, acting = compute(), active_adapters(model)
     name, dtype = "published", _dtype_of(model)
     saved = ResolvedModel(folder.name, "folder", str(folder), "", _as_it_runs(model, folder), base=source_of(model, acting[-1]))
@@ -110,8 +107,6 @@ def check_saved_weights(
     model: Any, folder: Path, compute: Callable[[], list[Tensor]], reload: Callable[[ResolvedModel], list[Tensor]], *, scale: float = 0.0
 ) -> None:
     """Raise ModelError unless the full weights in ``folder`` equal those of ``model``. Arguments as in ``check_saved_adapter``."""
-    from stages.registry.references import ResolvedModel
-
     _check_sharing(model)
     _check_value_count(model, folder)
     if _size_of(model) > SMALL:
@@ -129,8 +124,6 @@ def _as_it_runs(model: Any, folder: Path) -> ModelInput:
 
 def _check_value_count(model: nn.Module, folder: Path) -> None:
     """Raise ModelError if the files in ``folder`` contain fewer values than ``model`` has weights (tied weights count once)."""
-    from safetensors import safe_open
-
     stored = 0
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(str(file), framework="pt") as content:

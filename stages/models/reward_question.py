@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers.utils import cached_file
+
 from stages.errors import ModelError
 
 if TYPE_CHECKING:
@@ -39,8 +41,6 @@ class RewardQuestion:
 
 def read_question(model: ResolvedModel) -> RewardQuestion | None:
     """The question of a generative reward model; None for any other model. Raises ModelError if the file is invalid."""
-    from transformers.utils import cached_file
-
     options = {"revision": model.input.revision, "_raise_exceptions_for_missing_entries": False}
     try:
         path = cached_file(model.path, QUESTION_FILE, **options)

@@ -13,8 +13,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
 
 from stages.errors import ModelError
 
@@ -60,9 +63,6 @@ class SavedAdapter:
 def read_adapter(adapter: ResolvedModel) -> SavedAdapter:
     """Read the adapter's config and weights. Raises ModelError if they are unreadable, or exist only as a pickle file."""
     from peft import PeftConfig
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    from transformers.utils import cached_file
 
     def cached(name: str) -> str | None:
         return cached_file(adapter.path, name, revision=adapter.input.revision, _raise_exceptions_for_missing_entries=False)

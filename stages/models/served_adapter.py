@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from stages.errors import ModelError
@@ -60,7 +61,6 @@ def write_adapter(updates: dict[str, list[Update]], folder: Path, base: str) -> 
     Modules with a smaller rank are padded with zeros, because some servers expect the same rank everywhere.
     """
     from peft import LoraConfig
-    from safetensors.torch import save_file
 
     rank = total_rank(updates)
     weights: dict[str, Tensor] = {}

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from stages.errors import ModelError
 
@@ -29,9 +31,6 @@ def shard(model: nn.Module, *, add_up: bool) -> None:
     ``add_up``: sum gradients over the processes instead of averaging them. The caller reduces the gradients of replicated parameters
     (``reduce_gradients``). Raises ModelError for quantized weights.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     blocks = list(blocks_of(model))
     if not blocks and sharded_blocks(model):
         return  # the backbone was already sharded
@@ -73,8 +72,6 @@ def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
 
 def sharded_blocks(model: nn.Module) -> list[Any]:
     """The blocks that ``shard`` has sharded."""
-    from torch.distributed.fsdp import FSDPModule
-
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 

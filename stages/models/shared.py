@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from stages.config import LoraSettings
@@ -131,7 +132,6 @@ class SharedBackbone:
 
         def save(folder: Path) -> None:
             from peft import get_peft_model_state_dict
-            from safetensors.torch import save_file
 
             body = f"{module_name(plain_model(self.model), transformer_of(self.model))}."
             weights = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)

@@ -11,6 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.errors import ModelError
 from stages.models.adapters import add_adapter, merge, module_name, plain_model
+from stages.models.embeddings import grow_embedding
+from stages.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from stages.models.saved_adapters import SavedAdapter
@@ -62,8 +64,6 @@ def is_unquantized(layer: Any) -> bool:
 
 def fit_embedding(model: Any, adapter: SavedAdapter, size: int) -> None:
     """Resize the embedding to its size when the adapter was trained: as its weights show, else at least ``size``."""
-    from stages.models.embeddings import grow_embedding
-
     embedding = model.get_input_embeddings()
     rows = adapter.embedding_rows(module_name(model, embedding))
     if rows is None:
@@ -76,8 +76,6 @@ def fit_embedding(model: Any, adapter: SavedAdapter, size: int) -> None:
 
 def dequantized(model: Any) -> Any:
     """Convert a quantized model to fp32 weights with the values that it computed with. GPT-2's Conv1D layers are restored."""
-    from stages.models.quiet import quiet_transformers
-
     transposed = [name for name, module in model.named_modules() if getattr(module, "source_cls", None) is Conv1D]
     with quiet_transformers():
         model = model.dequantize().float()

@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stages.config import ModelInput
 from stages.errors import ModelError
-
-if TYPE_CHECKING:
-    from stages.registry.references import ResolvedModel
+from stages.registry.ledger import Registry
+from stages.registry.references import ResolvedModel
 
 ADAPTER_CONFIG = "adapter_config.json"
 TOKENIZER_FILES = (
@@ -131,9 +130,6 @@ def find_base(adapter: ResolvedModel) -> ResolvedModel:
 
     Raises ModelError if the named base cannot be found, and RegistryError if the registry no longer has it.
     """
-    from stages.registry.ledger import Registry
-    from stages.registry.references import ResolvedModel
-
     if adapter.base is not None:
         return adapter.base
     record = adapter.record
@@ -153,8 +149,6 @@ def find_base(adapter: ResolvedModel) -> ResolvedModel:
 
 def _named_base(adapter: ResolvedModel) -> ResolvedModel:
     """The base in adapter_config.json: a folder (absolute, or relative to the adapter), else a Hub id at its revision."""
-    from stages.registry.references import ResolvedModel
-
     config = read_adapter_config(adapter)
     named = config.get("base_model_name_or_path")
     source_field = f"base_model_name_or_path in the {ADAPTER_CONFIG} of {adapter.ref!r}"

@@ -18,6 +18,7 @@ from stages.memory.estimate import Machine, Memory
 from stages.memory.lengths import Lengths
 from stages.memory.models import View
 from stages.memory.shapes import shape_of, shape_of_folder, shape_of_hub
+from stages.models.stacks import Stack, stack_of, weights_of
 from stages.planning.steps import lengths_of, memory_of
 from stages.recipe.schema import Recipe, RecipeStep, Reference, model_inputs
 from stages.registry.ledger import Registry
@@ -86,8 +87,6 @@ def _views(step: RecipeStep, made: Mapping[str, View], registry: Registry) -> tu
 
 def _foreign(reference: Reference, registry: Registry) -> View | None:
     """A model from outside the recipe, with its adapters; None if its size is unknown."""
-    from stages.models.stacks import Stack, stack_of, weights_of
-
     model = _unread(reference, registry)
     # Without a cached adapter config, only a request could tell whether a Hub model is an adapter; a plan makes no requests.
     stack = Stack(model, ()) if model.kind == "hub" and not _is_cached_adapter(model) else stack_of(model)

@@ -22,10 +22,14 @@ from stages.config import (
     check_trainable,
     is_changed,
 )
-from stages.corpora.curation import Curation
+from stages.corpora.curation import Curation, Curator
 from stages.corpora.fitting import PromptFit
+from stages.corpora.messages import location_of
+from stages.corpora.prompts import load_prompt_rows, load_prompts
+from stages.corpora.text import check_texts
 from stages.ppo.health import HealthSettings
 from stages.rewards.config import RewardInput, check_names, check_rubrics, reward_model_inputs, rubric_inputs
+from stages.rewards.signature import columns_asked_for
 
 
 class PPOOptimizer(Strict):
@@ -321,18 +325,10 @@ class PPOStepConfig(CheckpointedStepConfig):
 
     def conversations(self) -> list[tuple[Any, list[Any], str]]:
         """Rows of (prompt, its completions, the row's location) that the models of this step read; see ``chain/texts.py``."""
-        from stages.corpora.messages import location_of
-        from stages.corpora.prompts import load_prompts
-
         return [(prompt, [], location_of(prompt)) for prompt in load_prompts(self.data, prompt_words=self.prompt_words)]
 
     def check_data(self) -> None:
         """Raise DataError for prompts that this stage cannot use. Loads no model."""
-        from stages.corpora.curation import Curator
-        from stages.corpora.prompts import load_prompt_rows
-        from stages.corpora.text import check_texts
-        from stages.rewards.signature import columns_asked_for
-
         check_rubrics([*self.reward, *self.monitors])
         asked = columns_asked_for([*self.reward, *self.monitors], run=False)
         load_prompt_rows(self.data, prompt_words=self.prompt_words, curator=Curator(self.curation), columns=asked)

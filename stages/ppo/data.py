@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from stages.corpora import prompts as corpus
+from stages.corpora.curation import Curator
+from stages.corpora.files import read_rows
+from stages.corpora.packing import encode_documents, pack_blocks
+from stages.corpora.rows import text_of
+from stages.corpora.templates import check_rendering, count_tokens
 from stages.errors import DataError
+from stages.models.loading import load_tokenizer
 from stages.ppo.encoding import EncodedPrompt, encoded_prompts, prompt_room
 from stages.sampling.generation import episode_seed
 
@@ -18,10 +25,6 @@ if TYPE_CHECKING:
 
 def check_prompts(config: PPOStepConfig, context: StepContext) -> None:
     """Raise DataError with the row's location for a conversation that a chat template rejects, before weights are loaded."""
-    from stages.corpora import prompts as corpus
-    from stages.corpora.templates import check_rendering
-    from stages.models.loading import load_tokenizer
-
     prompts = corpus.load_prompts(config.data, prompt_words=config.prompt_words)
     check_rendering(load_tokenizer(context.models["policy"]), ((prompt, [], "") for prompt in prompts))
     corpus.check_readers(context.models.values(), prompts)
@@ -29,9 +32,6 @@ def check_prompts(config: PPOStepConfig, context: StepContext) -> None:
 
 def load_prompts(config: PPOStepConfig, context: StepContext, roles: Roles) -> list[EncodedPrompt]:
     """Load prompts with token ids. Prompts that are too long are left out, because truncation would change the question."""
-    from stages.corpora.curation import Curator
-    from stages.corpora.templates import count_tokens
-
     longest = prompt_room(config, roles.policy.model.config, roles.tokenizer)
     curator = Curator(config.curation, count_tokens(roles.tokenizer))
     encoded = encoded_prompts(config, roles.tokenizer, curator)
@@ -71,9 +71,6 @@ def load_pretraining_rows(config: PPOStepConfig, context: StepContext, roles: Ro
     mix = config.pretraining_mix
     if mix is None:
         return None
-    from stages.corpora.files import read_rows
-    from stages.corpora.packing import encode_documents, pack_blocks
-    from stages.corpora.rows import text_of
 
     tokens = encode_documents(roles.tokenizer, [text_of(row, "text") for row in read_rows(mix.data)])
     return PretrainingRows(pack_blocks(tokens, mix.block_size), context.seed)

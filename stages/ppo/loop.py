@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from stages.corpora.prompts import shuffled_forever
 from stages.engines.opening import check_reachable, step_sampler
 from stages.errors import Stopped, TrainingError
 from stages.models.sharding import grouped
@@ -27,14 +28,16 @@ from stages.ppo.rollout import Rollout, ScoringError, collect
 from stages.ppo.speed import peak_of
 from stages.ppo.update import UpdateProgress, Updater, UpdateResult
 from stages.process.gpus import measured_gpu_memory
+from stages.rewards.building import build_reward
 from stages.rewards.details import columns_of
 from stages.rl.kl import AdaptiveKLController, FixedKLController
 from stages.sampling.generation import episode_seed
 from stages.sampling.sampler import SamplerLost
+from stages.step import StepResult
 from stages.training.checkpoints import generator_states, set_generator_states, trainable
 
 if TYPE_CHECKING:
-    from stages.step import StepContext, StepResult
+    from stages.step import StepContext
 
 
 def run(config: PPOStepConfig, context: StepContext) -> StepResult:
@@ -50,8 +53,6 @@ class PPORun:
     """The parts of a run, and its ``state``."""
 
     def __init__(self, config: PPOStepConfig, context: StepContext) -> None:
-        from stages.rewards.building import build_reward
-
         runtime = context.runtime
         dtype = runtime.dtype(config.precision)
         self.config, self.context, self.runtime = config, context, runtime
@@ -141,8 +142,6 @@ class PPORun:
 
     def iterate(self) -> None:
         """Collect, update and log, until all episodes are done or a stop is requested."""
-        from stages.corpora.prompts import shuffled_forever
-
         config, state = self.config, self.state
         done = state.iteration * config.prompts_per_iteration
         order = itertools.islice(shuffled_forever(self.prompts, self.context.seed), done, None)
@@ -165,8 +164,6 @@ class PPORun:
 
     def publish(self) -> StepResult:
         """Publish the models in the registry."""
-        from stages.step import StepResult
-
         config, context, roles = self.config, self.context, self.roles
         if self.average is not None:
             if config.ema.publish_last:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from stages.corpora.messages import Prompt
@@ -169,7 +170,6 @@ def collect(
     )
     if num_processes == 1:
         return share
-    from accelerate.utils import gather_object
 
     return _assemble(gather_object([share]), list(prompts), list(prompt_ids))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as distributed
 from torch import Tensor
 
 SUMS = (
@@ -50,8 +51,6 @@ class Totals:
 
     def reduce(self, device: torch.device) -> None:
         """Reduce SUMS and the maximum over all processes, without reading them. Call it on every process."""
-        import torch.distributed as distributed
-
         zero = torch.zeros((), dtype=torch.float64, device=device)
         # A process without an episode in this minibatch has no sums yet.
         sums = torch.stack([self._waiting.get(name, zero) for name in SUMS])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as distributed
 from torch import Tensor
 
 from stages.config import AUTO_ROWS
@@ -343,8 +344,6 @@ def _check_finite(metrics: dict[str, float]) -> None:
 
 def _smallest_of_all(number: int) -> int:
     """The minimum over all processes."""
-    import torch.distributed as distributed
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     value = torch.tensor(number, device=device)
     distributed.all_reduce(value, op=distributed.ReduceOp.MIN)

@@ -18,6 +18,7 @@ from stages.config import (
     check_trainable,
     ref_shorthand,
 )
+from stages.corpora.text import load_text
 from stages.json_types import JsonObject
 
 
@@ -69,6 +70,4 @@ class PretrainingConfig(TrainingStepConfig):
 
     def check_data(self) -> None:
         """Raise DataError for data that this stage cannot use. No model is loaded."""
-        from stages.corpora.text import load_text
-
         load_text(self.data)

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stages.json_types import JsonObject
+from stages.recipe.presets import PRESETS
 from stages.recipe.schema import Recipe, RecipeStep
 from stages.recipe.source import Steps, entry, show
 
@@ -34,8 +35,6 @@ def settings_of_step(recipe: Recipe, step: RecipeStep) -> list[Setting]:
 
 def preset_settings(recipe: Recipe, step: RecipeStep) -> list[Setting]:
     """The settings that the step's preset defines, even if the recipe overrides them; empty without a preset."""
-    from stages.recipe.presets import PRESETS
-
     if step.preset is None:
         return []
     known = {*PRESETS[step.preset.name].stages[step.stage], *step.preset.values}

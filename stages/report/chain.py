@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ruamel.yaml import YAML
+from ruamel.yaml.compat import StringIO
+
 from stages.report.diagram import Diagram, draw_chain
 from stages.report.figures import number_text
 from stages.report.run_folder import RunFolder, StepFolder, shown_memory
@@ -102,9 +105,6 @@ def ancestors(run: RunFolder, evaluation: Row) -> set[str]:
 
 def recipe_text(run: RunFolder) -> str:
     """The resolved recipe, with defaults and overrides, as YAML that `stages run` accepts."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.compat import StringIO
-
     yaml = YAML()
     yaml.default_flow_style = False
     yaml.width = 120

@@ -11,11 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
 from stages.report.run_folder import thinned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Drawing
 
 DRAWN_POINTS = 250
 """Maximum number of drawn points of a curve. More points would not be visible, and would take space from completions."""
@@ -93,9 +97,6 @@ class Canvas:
     """A drawing in progress: draw on ``axes``, then call ``panel`` to get it as SVG."""
 
     def __init__(self, width: float = 4.9, height: float = 3.1, *, rows: int = 1) -> None:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure as Drawing
-
         self._context = rc_context(RC)
         self._context.__enter__()
         self.drawing: Drawing = Drawing(figsize=(width, height), layout="constrained")
@@ -164,8 +165,6 @@ def interval_points(
 
 def root_scale(axes: Axes) -> None:
     """Scale the horizontal axis by the square root, with plain numbers at its ticks. Call this after everything is drawn."""
-    import numpy as np
-
     low, high = axes.get_xlim()
     axes.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda root: np.sign(root) * root**2))
     axes.set_xlim(low if low >= 0 else max(low, -0.002 * high), high)
@@ -178,8 +177,6 @@ def root_scale(axes: Axes) -> None:
 
 def log_scale(axes: Axes, axis: str) -> None:
     """Make the ``axis`` ("x" or "y") logarithmic, with plain numbers at its ticks, because the page has no mathematical notation."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
     getattr(axes, f"set_{axis}scale")("log")
     chosen = getattr(axes, f"{axis}axis")
     chosen.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

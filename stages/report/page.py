@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
 from stages.report import curves, training
 from stages.report.chain import ancestors, diagram, made_by, recipe_text, step_row
 from stages.report.circumstances import bytes_text, command, device, facts, step_facts
@@ -133,9 +136,6 @@ def megabytes(size: int) -> str:
 
 def render(template: str, **values: Any) -> str:
     """Render a template of this package with its style, its script, and a policy that allows only these."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
     environment = Environment(
         loader=PackageLoader("stages", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from stages.report.figures import LINE, SERIES, Canvas, Figure, drawn, drawn_text, interval_points, log_scale, number_text, short, smoothed
 from stages.report.run_folder import RunFolder, StepFolder, thinned
+from stages.stats.intervals import wilson_interval
 
 Row = dict[str, Any]
 
@@ -169,8 +170,6 @@ def calibration(step: StepFolder) -> Figure | None:
 
 
 def _wilson(share: float, number: int) -> tuple[float, float]:
-    from stages.stats.intervals import wilson_interval
-
     return wilson_interval(share * number, number)
 
 

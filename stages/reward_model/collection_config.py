@@ -8,9 +8,11 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from stages.config import DataField, DataSource, GenerationSettings, ModelField, ModelInput, Strict
 from stages.corpora.labels import MOST_COMPLETIONS
+from stages.corpora.prompts import load_prompt_rows
 from stages.errors import DataError
 from stages.labelling.config import AskPeople, People
 from stages.rewards.config import RewardInput, check_rubrics, reward_model_inputs, rubric_inputs
+from stages.rewards.signature import columns_asked_for
 
 
 class CollectedPolicy(Strict):
@@ -104,9 +106,6 @@ class Collection(Strict):
 
     def check_data(self) -> None:
         """Raise DataError for files that this collection cannot use. No model is loaded."""
-        from stages.corpora.prompts import load_prompt_rows
-        from stages.rewards.signature import columns_asked_for
-
         judges = [self.judge] if isinstance(self.judge, RewardInput) else []
         check_rubrics(judges)
         prompts = load_prompt_rows(self.data, columns=columns_asked_for(judges, run=False))

@@ -22,7 +22,10 @@ from stages.config import (
     check_trainable,
     is_changed,
 )
-from stages.corpora.curation import Curation
+from stages.corpora.comparisons import load_comparisons
+from stages.corpora.curation import Curation, Curator
+from stages.corpora.demonstrations import demonstration
+from stages.corpora.files import read_rows
 from stages.corpora.fitting import PromptFit
 from stages.reward_model.collection_config import Collection
 from stages.rewards.config import QUESTION, RewardInput, check_names, check_question, check_rubrics, reward_model_inputs, rubric_inputs
@@ -159,9 +162,6 @@ class RewardModelConfig(TrainingStepConfig):
 
     def check_data(self) -> None:
         """Raise DataError for data that this stage cannot use. No model is loaded."""
-        from stages.corpora.comparisons import load_comparisons
-        from stages.corpora.curation import Curator
-
         load_comparisons(self.data, preferred=self.preferred, curator=Curator(self.curation), group_by=self.group_by)
         self.load_demonstrations()
         check_rubrics(self.beside)
@@ -170,16 +170,11 @@ class RewardModelConfig(TrainingStepConfig):
 
     def conversations(self) -> list[tuple[Prompt, Sequence[Completion], str]]:
         """Rows (prompt, completions, location) that the models of this step read; see ``chain/texts.py``."""
-        from stages.corpora.comparisons import load_comparisons
-
         loaded = load_comparisons(self.data, preferred=self.preferred, group_by=self.group_by)
         compared = [(item.prompt, item.completions, item.location) for side in (loaded.train, loaded.validation) for item in side]
         return [*compared, *((prompt, [completion], "") for prompt, completion in self.load_demonstrations())]
 
     def load_demonstrations(self) -> list[tuple[Prompt, Completion]]:
         """The named demonstrations as (prompt, completion); empty if there are none."""
-        from stages.corpora.demonstrations import demonstration
-        from stages.corpora.files import read_rows
-
         rows = [demonstration(row) for row in read_rows(self.demonstrations)] if self.demonstrations is not None else []
         return [(row["prompt"], row["completion"]) for row in rows]

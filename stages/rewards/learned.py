@@ -22,6 +22,7 @@ from stages.rewards.batching import like_length_batches, padded
 from stages.rewards.classifier import ClassifierSource
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement, Spans
+from stages.rewards.generative import load_generative
 from stages.rewards.source import RewardSource
 from stages.tokens.positions import readable_length
 
@@ -39,8 +40,6 @@ def load_source(
     """
     role = model.record.role if model.record is not None else None
     if source.answers is not None or is_generative(model):
-        from stages.rewards.generative import load_generative
-
         if role not in (None, "language_model", "generative_reward_model"):
             raise ModelError(f"{model.ref!r} is a {role.replace('_', ' ')}; answers needs a language model")
         if source.label is not None or source.level == "token":

@@ -18,6 +18,8 @@ from stages.config import (
     check_origin,
     check_trainable,
 )
+from stages.corpora.reviews import load_reviews
+from stages.corpora.text import check_texts
 from stages.json_types import JsonObject
 
 
@@ -80,9 +82,6 @@ class SentimentConfig(TrainingStepConfig):
 
     def check_data(self) -> None:
         """Raise DataError for data that this stage cannot use. No model is loaded."""
-        from stages.corpora.reviews import load_reviews
-        from stages.corpora.text import check_texts
-
         load_reviews(self.data, self.labels)
         if self.masked is not None and self.masked.data is not None:
             check_texts(self.masked.data)

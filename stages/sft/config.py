@@ -17,9 +17,13 @@ from stages.config import (
     TrainingStepConfig,
     check_trainable,
 )
-from stages.corpora.curation import Curation
+from stages.corpora.curation import Curation, Curator
+from stages.corpora.demonstrations import load_demonstrations
 from stages.corpora.fitting import PromptFit
+from stages.corpora.prompts import load_prompt_rows
+from stages.corpora.text import check_texts
 from stages.corpora.training_rows import TrainOn
+from stages.rewards.signature import columns_asked_for
 from stages.training.config import Selection
 
 if TYPE_CHECKING:
@@ -89,23 +93,14 @@ class SFTStepConfig(TrainingStepConfig):
 
     def check_data(self) -> None:
         """Raise DataError for data that this stage cannot use. No model is loaded."""
-        from stages.corpora.curation import Curator
-        from stages.corpora.demonstrations import load_demonstrations
-        from stages.corpora.prompts import load_prompt_rows
-        from stages.corpora.text import check_texts
-
         load_demonstrations(self.data, Curator(self.curation))
         if self.pretraining_mix is not None:
             check_texts(self.pretraining_mix.data)
         if self.selection is not None and self.selection.data is not None:
-            from stages.rewards.signature import columns_asked_for
-
             columns = columns_asked_for(self.selection.reward, run=False)
             load_prompt_rows(self.selection.data, split="validation", columns=columns)
 
     def conversations(self) -> list[tuple[Prompt, Sequence[Completion], str]]:
         """Rows (prompt, completions, location) that the models of this step read; see ``chain/texts.py``."""
-        from stages.corpora.demonstrations import load_demonstrations
-
         loaded = load_demonstrations(self.data)
         return [(row["prompt"], [row["completion"]], row.location) for side in (loaded.train, loaded.validation) for row in side]

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
 from stages.errors import RecipeError
 from stages.sweep.grid import shown_value
 from stages.sweep.metrics import Estimate
@@ -21,18 +24,14 @@ WIDE = 10  # ratio of largest to smallest value above which the x axis is logari
 
 def write_plot(result: SweepResult, path: Path, x: str | None = None) -> None:
     """Draw ``result`` to ``path``. ``x`` is an axis or a metric; default: the first axis with numeric values, else the first axis."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     metrics = [name for name in result.metrics if name != x]
     if not metrics:
         return
     lines = sweep_lines(result, x)
     columns = min(3, len(metrics))
     rows = math.ceil(len(metrics) / columns)
-    figure, panels = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")  # needs no display, unlike pyplot
+    panels = figure.subplots(rows, columns, squeeze=False)
     for panel in panels.flat[len(metrics) :]:
         panel.set_axis_off()
     common, short = shortened(metrics)
@@ -49,7 +48,6 @@ def write_plot(result: SweepResult, path: Path, x: str | None = None) -> None:
         if len(lines) > 1:
             panel.legend(fontsize="small")
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def sweep_lines(result: SweepResult, x: str | None) -> dict[str, list[tuple[float | str, dict[str, Estimate]]]]:
@@ -87,8 +85,6 @@ def _draw(panel: Axes, points: list[tuple[float | str, Estimate]], label: str) -
 
 def _scale(panel: Axes, values: Sequence[float | str]) -> None:
     """Use a logarithmic scale for widely spread values, and put ticks at the values themselves if there are few."""
-    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
-
     xs = [x for x in values if isinstance(x, int | float)]
     if not xs or len(xs) < len(values):
         return

@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import TrainingArguments
 
 from stages.config import OptimizerSettings, TrainingStepConfig
 from stages.errors import LaunchError, RecipeError
@@ -70,8 +71,6 @@ def training_arguments(settings: OptimizerSettings, context: StepContext, *, pre
     Checkpoints go to ``context.checkpoint_folder``. The Trainer itself evaluates nothing, saves nothing and prints nothing. Raises
     RecipeError for fp16 on a CPU, LaunchError for an optimizer that FSDP cannot shard.
     """
-    from transformers import TrainingArguments
-
     device, dtype = context.runtime.device, context.runtime.dtype(precision)
     if dtype == torch.float16 and device.type == "cpu":
         raise RecipeError("precision: fp16 cannot be trained on a CPU; use auto, fp32 or bf16")

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.data import DataLoader
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch.utils.data import DataLoader
 
 SORTED_STEPS = 50  # number of steps whose rows are sorted by length together
 
@@ -62,8 +63,6 @@ class BatchPlan:
 
 def make_loader(dataset: Any, collate: Callable[[list[Any]], Any], blank: Callable[[Any], Any], plan: BatchPlan) -> DataLoader[Any]:
     """A loader of this process's forward passes. ``blank`` makes a batch have no effect on the loss, for passes without a row."""
-    from torch.utils.data import DataLoader
-
     sampler = _Microbatches(plan)
 
     def batch(rows: list[Any]) -> Any:

@@ -22,6 +22,7 @@ import numpy
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stages.errors import ModelError
 from stages.process.runtime import Runtime
@@ -202,8 +203,6 @@ def load_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 def _like(value: Tensor, old: Tensor) -> Tensor:
     """``value`` on the device of ``old``, sharded in the same way."""
     if hasattr(old, "device_mesh"):
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
         assert isinstance(old, DTensor)
         return distribute_tensor(value.to(old.device, old.dtype), old.device_mesh, old.placements)
     return value.to(old.device)

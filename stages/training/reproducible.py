@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import torch
 from torch.nn import functional
 
@@ -57,8 +58,6 @@ class BatchesByRow(Trainer):
     steps_per_epoch: int
 
     def get_train_dataloader(self) -> Any:
-        import datasets
-
         dataset, collate = self.train_dataset, self.data_collator
         if isinstance(dataset, datasets.Dataset):
             dataset = self._remove_unused_columns(dataset, description="training")

@@ -134,7 +134,7 @@ class Endpoint:
 
 
 def test_endpoint_judges_pairs(prompts, step_context, models, config, read_run, monkeypatch) -> None:
-    monkeypatch.setattr("stages.judges.endpoint.EndpointClient", Endpoint)
+    monkeypatch.setattr("stages.evaluation.judging.EndpointClient", Endpoint)
     given = {**models, "candidates.third": models["candidates.base"]}
     endpoint = {"endpoint": "http://localhost:1/v1", "model": "m", "num_prompts": 3}
     candidates = {"third": "b", "base": "b", "aligned": "a"}

@@ -12,7 +12,8 @@ import torch
 from pydantic import ValidationError
 
 from stages.corpora.choices import Question
-from stages.evaluation.tasks import TaskInput, encode_choice, measure_task, score_choices, task_result, task_table
+from stages.evaluation.config import TaskInput
+from stages.evaluation.tasks import encode_choice, measure_task, score_choices, task_result, task_table
 
 QUESTIONS = [
     Question("the acting was", ["warm", "dull and weak", "a"], 0),

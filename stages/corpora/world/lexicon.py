@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml import YAML
+
 from stages.errors import DataError
 from stages.shipped import shipped_folder
 
@@ -59,8 +61,6 @@ def world_files() -> list[Path]:
 
 
 def _read(name: str) -> dict[str, Any]:
-    from ruamel.yaml import YAML
-
     path = WORLD_FOLDER / name
     if not path.is_file():
         raise DataError(f"the embedded world needs {path}; run from a checkout of the repository, installed with `pip install -e .`")
