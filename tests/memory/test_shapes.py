@@ -128,3 +128,7 @@ def test_a_folder_without_a_config_has_no_shape(tmp_path: Any, tiny_llama_folder
     shape = shape_of_folder(tiny_llama_folder)
     assert shape is not None
     assert (shape.hidden, shape.layers, shape.kv_width, shape.query_width) == (32, 2, 16, 32)
+
+
+def test_shape_of_a_config_with_one_size_per_layer_is_none() -> None:
+    assert shape_of({"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": [2, 4]}) is None
