@@ -815,7 +815,7 @@ def label(
         "target": target,
         "gold": gold and str(gold),
     }
-    settings = {name: value for name, value in given.items() if value is not None}
+    settings: JsonObject = {name: value for name, value in given.items() if value is not None}
     folder = command.open_folder(what, _home(home), settings)
     if import_from is not None:
         from stages.labelling.exchange import import_answers

@@ -15,8 +15,8 @@ import hmac
 import json
 import socket
 import threading
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.applications import Starlette
@@ -25,6 +25,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from stages.errors import LaunchError, StagesError
+from stages.json_types import JsonObject
 from stages.rewards.classifier import ClassifierSource
 from stages.rewards.generative import GenerativeSource
 from stages.rewards.learned import RewardModelSource
@@ -53,7 +54,7 @@ class Scorer:
         self.signature = {"model": model.ref, "digest": model.digest}
         self._lock = threading.Lock()
 
-    def get_reward(self, body: dict[str, Any]) -> dict[str, Any]:
+    def get_reward(self, body: Mapping[str, object]) -> JsonObject:
         """Scores of prompts and completions. Without ``completions``, the texts to score are in ``query``.
 
         OpenRLHF sends no completions, and it has already applied a chat template to its prompts and queries. So a reward model with a chat
@@ -65,11 +66,11 @@ class Scorer:
         scores = self._score(prompts, completions) if prompts is not None else self._score_texts(completions)
         return {"rewards": scores, "scores": scores, "extra_logs": {}}
 
-    def pooling(self, body: dict[str, Any]) -> dict[str, Any]:
+    def pooling(self, body: Mapping[str, object]) -> JsonObject:
         """The score of each complete text."""
         return _listed({"data": [score], "object": "pooling"} for score in self._score_texts(_texts(body, "input")))
 
-    def score(self, body: dict[str, Any]) -> dict[str, Any]:
+    def score(self, body: Mapping[str, object]) -> JsonObject:
         """The score of each pair of prompt and completion. A single text_1 is used with every text_2."""
         first, second = _texts(body, "text_1"), _texts(body, "text_2")
         if len(first) == 1:
@@ -78,7 +79,7 @@ class Scorer:
             raise BadRequest(f"text_1 has {len(first)} texts and text_2 {len(second)}; expected one, or as many")
         return _listed({"score": score, "object": "score"} for score in self._score(first, second))
 
-    def classify(self, body: dict[str, Any]) -> dict[str, Any]:
+    def classify(self, body: Mapping[str, object]) -> JsonObject:
         """The probabilities of all labels for each complete text."""
         if not isinstance(self.source, ClassifierSource):
             raise BadRequest("a reward model has no classes; use /pooling, /score or /get_reward")
@@ -102,7 +103,7 @@ class Scorer:
             return [float(score) for score in self.source.score_texts(texts)]
 
 
-def _pairs(body: dict[str, Any]) -> tuple[list[Prompt] | None, list[str]]:
+def _pairs(body: Mapping[str, object]) -> tuple[list[Prompt] | None, list[str]]:
     """(prompts, completions) of a request, or (None, complete texts) if the request does not separate them. Raises BadRequest."""
     if "completions" not in body:
         queries = _texts(body, "query")
@@ -114,7 +115,7 @@ def _pairs(body: dict[str, Any]) -> tuple[list[Prompt] | None, list[str]]:
         return list(prompts), [query[len(prompt) :] for query, prompt in zip(queries, prompts, strict=True)]
     completions = _texts(body, "completions")
     column = "messages" if body.get("messages") else "prompts"
-    given: Any = body.get(column)
+    given = body.get(column)
     if not isinstance(given, list) or len(given) != len(completions):
         raise BadRequest(f"{column} must be a list with one entry for each of the {len(completions)} completions")
     if column == "prompts":
@@ -127,7 +128,7 @@ def _pairs(body: dict[str, Any]) -> tuple[list[Prompt] | None, list[str]]:
     return [turns[0]["content"] for turns in given] if plain else given, completions
 
 
-def _texts(body: dict[str, Any], name: str) -> list[str]:
+def _texts(body: Mapping[str, object], name: str) -> list[str]:
     """The texts of a field: a list of strings, or one string. Raises BadRequest."""
     value = body.get(name)
     texts = [value] if isinstance(value, str) else value
@@ -136,7 +137,7 @@ def _texts(body: dict[str, Any], name: str) -> list[str]:
     return texts
 
 
-def _listed(rows: Any) -> dict[str, Any]:
+def _listed(rows: Iterable[Mapping[str, object]]) -> JsonObject:
     return {"object": "list", "data": [{"index": index, **row} for index, row in enumerate(rows)]}
 
 
@@ -149,7 +150,7 @@ def make_app(scorer: Scorer, *, key: str | None = None) -> Starlette:
             return None
         return JSONResponse({"error": "this server requires its key as a bearer token", **scorer.signature}, status_code=401)
 
-    def answering(work: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Request], Any]:
+    def answering(work: Callable[[JsonObject], JsonObject]) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
             if (refusal := denied(request)) is not None:
                 return refusal

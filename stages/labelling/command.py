@@ -6,11 +6,11 @@ import getpass
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from stages.errors import DataError, LaunchError
+from stages.json_types import JsonObject
 from stages.labelling.access import Access, check_annotator, is_loopback, link
 from stages.labelling.config import People
 from stages.labelling.publishing import find_folder, known_steps, publish_file
@@ -19,7 +19,7 @@ from stages.labelling.store import Store
 PASSWORD_VARIABLE = "STAGES_LABEL_PASSWORD"
 
 
-def open_folder(what: str, home: Path, settings: dict[str, Any]) -> Path:
+def open_folder(what: str, home: Path, settings: JsonObject) -> Path:
     """The labelling folder of a step or a file. ``settings`` are the command-line options for a file.
 
     Raises DataError if nothing matches ``what`` (the message lists the known steps), or if options are given for the tasks of a step.

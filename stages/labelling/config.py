@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -63,7 +63,7 @@ class Questions(Strict):
         return [check.name for check in self.checks]
 
 
-def _file(value: Any) -> Any:
+def _file(value: object) -> object:
     if isinstance(value, str):
         return {"path": value}
     raise ValueError(f"expected the path of a file, got {value!r}")

@@ -17,17 +17,17 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
 from stages.corpora.labels import LabelAnswer, LabelTask, labelled_rows
 from stages.corpora.prompts import plain_text
 from stages.errors import DataError
+from stages.json_types import JsonObject
 from stages.labelling.store import Labels, Store, read_labels
 
 RANKING = "ranking"
@@ -67,12 +67,12 @@ class Incoming:
         tasks = (task for task in self.labels.tasks.values() if len(task.completions) == 2)
         return {(plain_text(task.asked), frozenset(task.texts)): task for task in tasks}
 
-    def take(self, task: str, annotator: Any, ranks: list[int]) -> None:
+    def take(self, task: str, annotator: object, ranks: list[int]) -> None:
         """Add a ranking. The lowest rank is the best."""
         self.rankings.append(Taken(task, str(annotator), ranks))
 
 
-def _objects(content: Any) -> list[dict[str, Any]]:
+def _objects(content: object) -> list[JsonObject]:
     if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
         raise DataError("expected a JSON list of objects")
     return content
@@ -115,7 +115,7 @@ def _without_ties(answers: Iterable[LabelAnswer], lost: dict[str, int], reason: 
 # Argilla
 
 
-def _argilla_out(labels: Labels) -> tuple[Any, dict[str, int]]:
+def _argilla_out(labels: Labels) -> tuple[object, dict[str, int]]:
     records = []
     for task in labels.tasks.values():
         names = [f"completion_{index + 1}" for index in range(len(task.completions))]
@@ -136,7 +136,7 @@ def _argilla_out(labels: Labels) -> tuple[Any, dict[str, int]]:
     return records, {}
 
 
-def _argilla_value(names: list[str], answer: LabelAnswer) -> list[Any]:
+def _argilla_value(names: list[str], answer: LabelAnswer) -> Sequence[object]:
     """A ranking in Argilla's format: the names, best first. With ties, a list of {value, rank} whose ranks start at 1."""
     assert answer.ranks is not None
     order = _best_first(answer.ranks)
@@ -150,7 +150,7 @@ def _user_id(annotator: str) -> str:
     return str(uuid5(NAMESPACE_URL, f"annotator:{annotator}"))
 
 
-def _argilla_in(content: Any, labels: Labels, incoming: Incoming) -> None:
+def _argilla_in(content: object, labels: Labels, incoming: Incoming) -> None:
     names = {_user_id(annotator): annotator for annotator in labels.answers}
     for number, record in enumerate(_objects(content), 1):
         task = labels.tasks.get(str(record.get("id") or record.get("external_id")))
@@ -158,21 +158,22 @@ def _argilla_in(content: Any, labels: Labels, incoming: Incoming) -> None:
             incoming.skip("records that match no task")
             continue
         for response in _argilla_responses(record):
-            if isinstance(response, dict) and response.get("status") in ("draft", "discarded"):
-                incoming.skip(f"{response['status']} responses")
+            fields = response if isinstance(response, dict) else {}
+            if fields.get("status") in ("draft", "discarded"):
+                incoming.skip(f"{fields['status']} responses")
                 continue
-            value = response.get("value") if isinstance(response, dict) else None
+            value = fields.get("value")
             ranks = _argilla_ranks(value, len(task.completions))
             if ranks is None:
                 raise DataError(
                     f"record {number}: ranking is {value!r:.80}; expected completion_1 to completion_{len(task.completions)}, best first, "
                     "or {value, rank} for each"
                 )
-            user = str(response.get("user_id") or "argilla")
+            user = str(fields.get("user_id") or "argilla")
             incoming.take(task.id, names.get(user, user), ranks)
 
 
-def _argilla_responses(record: dict[str, Any]) -> list[Any]:
+def _argilla_responses(record: Mapping[str, object]) -> list[object]:
     """The responses to the ranking question.
 
     They are nested (Record.to_dict), or flattened into three parallel lists (to_list(flatten=True)). Raises DataError if the lists differ
@@ -180,17 +181,27 @@ def _argilla_responses(record: dict[str, Any]) -> list[Any]:
     """
     responses = record.get("responses")
     if isinstance(responses, dict):
-        return list(responses.get(RANKING) or [])
-    values = record.get(f"{RANKING}.responses")
-    if values is None:
-        return list(record.get(RANKING) or [])
-    users, states = (record.get(f"{RANKING}.responses.{name}") or [None] * len(values) for name in ("users", "status"))
+        return _listed(responses.get(RANKING), f"responses.{RANKING}")
+    if record.get(f"{RANKING}.responses") is None:
+        return _listed(record.get(RANKING), RANKING)
+    values = _listed(record[f"{RANKING}.responses"], f"{RANKING}.responses")
+    names = (f"{RANKING}.responses.users", f"{RANKING}.responses.status")
+    users, states = (_listed(record.get(name), name) or [None] * len(values) for name in names)
     if not len(values) == len(users) == len(states):
         raise DataError(f"record {record.get('id')}: {RANKING}.responses, its users and its status have different lengths")
     return [{"value": value, "user_id": user, "status": state} for value, user, state in zip(values, users, states, strict=True)]
 
 
-def _argilla_ranks(value: Any, number: int) -> list[int] | None:
+def _listed(value: object, name: str) -> list[object]:
+    """The list in the field ``name``; empty if the field is empty. Raises DataError for another value."""
+    if not value:
+        return []
+    if not isinstance(value, list):
+        raise DataError(f"{name} is {value!r:.60}; expected a list")
+    return value
+
+
+def _argilla_ranks(value: object, number: int) -> list[int] | None:
     """Ranks from Argilla's three formats. None if the value is not a complete ranking.
 
     The formats are: names, best first; a list of {value, rank}; {value: [names], rank: [numbers]}.
@@ -214,12 +225,12 @@ def _argilla_ranks(value: Any, number: int) -> list[int] | None:
 # Label Studio
 
 
-def _label_studio_out(labels: Labels) -> tuple[Any, dict[str, int]]:
+def _label_studio_out(labels: Labels) -> tuple[object, dict[str, int]]:
     lost: dict[str, int] = {}
     tasks = []
     for task in labels.tasks.values():
         is_pair = len(task.completions) == 2
-        data: dict[str, Any] = {"prompt": plain_text(task.asked), "task_id": task.id}
+        data: JsonObject = {"prompt": plain_text(task.asked), "task_id": task.id}
         if is_pair:
             data |= {"completion_1": task.texts[0], "completion_2": task.texts[1]}
         else:
@@ -240,19 +251,21 @@ def _label_studio_out(labels: Labels) -> tuple[Any, dict[str, int]]:
     return tasks, lost
 
 
-def _label_studio_in(content: Any, labels: Labels, incoming: Incoming) -> None:
+def _label_studio_in(content: object, labels: Labels, incoming: Incoming) -> None:
     for number, item in enumerate(_objects(content), 1):
-        data = item.get("data") if isinstance(item.get("data"), dict) else item
-        assert isinstance(data, dict)
+        data = item.get("data")
+        if not isinstance(data, dict):
+            data = item
         task = labels.tasks.get(str(data.get("task_id")))
         if task is None:
             incoming.skip("tasks that match no task")
             continue
-        for annotation in item.get("annotations") or []:
+        for annotation in _listed(item.get("annotations"), f"task {number}: annotations"):
             if not isinstance(annotation, dict) or annotation.get("was_cancelled"):
                 incoming.skip("cancelled annotations")
                 continue
-            result = next((one for one in annotation.get("result", []) if one.get("type") in ("ranker", "pairwise")), None)
+            results = _listed(annotation.get("result"), f"task {number}: result")
+            result = next((one for one in results if isinstance(one, dict) and one.get("type") in ("ranker", "pairwise")), None)
             if result is None:
                 incoming.skip("annotations without a ranking")
                 continue
@@ -265,7 +278,7 @@ def _label_studio_in(content: Any, labels: Labels, incoming: Incoming) -> None:
             incoming.take(task.id, (by.get("email") or by.get("id")) if isinstance(by, dict) else by or "label-studio", ranks)
 
 
-def _label_studio_ranks(result: dict[str, Any], number: int) -> list[int] | None:
+def _label_studio_ranks(result: Mapping[str, object], number: int) -> list[int] | None:
     value = result.get("value")
     if not isinstance(value, dict):
         return None
@@ -287,7 +300,7 @@ def _author(task: LabelTask, index: int) -> str:
     return "+".join(task.authors[index]) or f"completion_{index + 1}"
 
 
-def _alpaca_eval_out(labels: Labels) -> tuple[Any, dict[str, int]]:
+def _alpaca_eval_out(labels: Labels) -> tuple[object, dict[str, int]]:
     rows = []
     for task, answer in given_answers(labels):
         assert answer.ranks is not None
@@ -306,7 +319,7 @@ def _alpaca_eval_out(labels: Labels) -> tuple[Any, dict[str, int]]:
     return rows, {}
 
 
-def _alpaca_eval_in(content: Any, labels: Labels, incoming: Incoming) -> None:
+def _alpaca_eval_in(content: object, labels: Labels, incoming: Incoming) -> None:
     for number, row in enumerate(_objects(content), 1):
         preference = row.get("preference")
         if preference is None:
@@ -318,8 +331,8 @@ def _alpaca_eval_in(content: Any, labels: Labels, incoming: Incoming) -> None:
         _take_pair(incoming, row.get("instruction"), row.get("output_1"), row.get("output_2"), side, row.get("annotator") or "alpaca-eval")
 
 
-def _pandalm_out(labels: Labels) -> tuple[Any, dict[str, int]]:
-    rows: list[dict[str, Any]] = []
+def _pandalm_out(labels: Labels) -> tuple[object, dict[str, int]]:
+    rows: list[JsonObject] = []
     for task in labels.tasks.values():
         answers = answers_of(labels, task)
         for i, j in combinations(range(len(task.completions)), 2):
@@ -344,19 +357,20 @@ def _pandalm_vote(answer: LabelAnswer, i: int, j: int) -> int:
     return 0 if answer.ranks[i] == answer.ranks[j] else 1 if answer.ranks[i] < answer.ranks[j] else 2
 
 
-def _pandalm_in(content: Any, labels: Labels, incoming: Incoming) -> None:
+def _pandalm_in(content: object, labels: Labels, incoming: Incoming) -> None:
     for number, row in enumerate(_objects(content), 1):
-        prompt = "\n".join(part for part in (row.get("instruction"), row.get("input")) if part)
+        prompt = "\n".join(str(part) for part in (row.get("instruction"), row.get("input")) if part)
         texts = [row.get(f"response{side_number}", row.get(f"response_{side_number}")) for side_number in (1, 2)]
         votes = {name: vote for name, vote in row.items() if name.startswith("annotator") and name != "annotators"}
-        votes |= {f"annotator{side_number}": vote for side_number, vote in enumerate(row.get("annotators") or [], 1)}
+        listed = _listed(row.get("annotators"), f"row {number}: annotators")
+        votes |= {f"annotator{side_number}": vote for side_number, vote in enumerate(listed, 1)}
         for name, vote in votes.items():
-            if vote not in (0, 1, 2) or isinstance(vote, bool):
+            if not isinstance(vote, int | float) or vote not in (0, 1, 2) or isinstance(vote, bool):
                 raise DataError(f"row {number}: {name} is {vote!r:.40}; expected 1, 2, or 0 for a tie")
-            _take_pair(incoming, prompt, texts[0], texts[1], {0: 0, 1: 1, 2: -1}[vote], name)
+            _take_pair(incoming, prompt, texts[0], texts[1], {0: 0, 1: 1, 2: -1}[int(vote)], name)
 
 
-def _take_pair(incoming: Incoming, prompt: Any, first: Any, second: Any, side: int, annotator: Any) -> None:
+def _take_pair(incoming: Incoming, prompt: object, first: object, second: object, side: int, annotator: object) -> None:
     """Add a vote if a task has exactly these two completions.
 
     ``side``: 1 if the first is better, -1 if the second is better, 0 for a tie.
@@ -423,13 +437,13 @@ def _csv_in(text: str, labels: Labels, incoming: Incoming) -> None:
 
 # Export and import
 
-WRITERS: dict[str, Callable[[Labels], tuple[Any, dict[str, int]]]] = {
+WRITERS: dict[str, Callable[[Labels], tuple[object, dict[str, int]]]] = {
     "argilla": _argilla_out,
     "label-studio": _label_studio_out,
     "alpaca-eval": _alpaca_eval_out,
     "pandalm": _pandalm_out,
 }
-READERS: dict[str, Callable[[Any, Labels, Incoming], None]] = {
+READERS: dict[str, Callable[[object, Labels, Incoming], None]] = {
     "argilla": _argilla_in,
     "label-studio": _label_studio_in,
     "alpaca-eval": _alpaca_eval_in,

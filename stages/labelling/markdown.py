@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from markdown_it import MarkdownIt
 from markdown_it.common.utils import escapeHtml
+from markdown_it.renderer import RendererHTML
+from markdown_it.token import Token
+from markdown_it.utils import EnvType, OptionsDict
 
 
 def render(text: str) -> str:
@@ -23,17 +25,17 @@ def render(text: str) -> str:
     return str(parser.render(text))
 
 
-def _link_open(self: Any, tokens: Sequence[Any], index: int, options: Any, env: Any) -> str:
+def _link_open(self: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType) -> str:
     tokens[index].attrSet("target", "_blank")
     tokens[index].attrSet("rel", "noopener noreferrer")
     return str(self.renderToken(tokens, index, options, env))
 
 
-def _image(self: Any, tokens: Sequence[Any], index: int, options: Any, env: Any) -> str:
+def _image(self: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType) -> str:
     return escapeHtml(f"[picture: {tokens[index].content}]")
 
 
-def _lower_heading(self: Any, tokens: Sequence[Any], index: int, options: Any, env: Any) -> str:
+def _lower_heading(self: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType) -> str:
     """Lower a heading by two levels, because the page has its own h1 and h2."""
     tokens[index].tag = f"h{min(6, int(tokens[index].tag[1]) + 2)}"
     return str(self.renderToken(tokens, index, options, env))

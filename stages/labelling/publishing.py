@@ -10,11 +10,10 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from stages.corpora.labels import GOLD, SETTINGS, TASKS, LabelTask, is_labelling_folder, read_tasks
 from stages.errors import DataError
@@ -39,7 +38,7 @@ class LabelSettings:
     pass_mark: float
 
 
-def step_folder(home: Path, name: str, key: dict[str, Any]) -> Path:
+def step_folder(home: Path, name: str, key: Mapping[str, object]) -> Path:
     """The folder for the tasks of a step. ``key`` contains everything that decides the tasks.
 
     A later run with the same key finds the existing answers, even if other settings changed.

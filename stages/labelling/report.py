@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from itertools import combinations
 from statistics import median
-from typing import Any
+from typing import TypedDict, cast
 
 from stages.corpora.labels import LabelAnswer
 from stages.labelling.store import Labels, screen
@@ -23,12 +23,143 @@ from stages.stats.intervals import share_interval
 PAPER_AGREEMENT = {"training": 0.726, "held-out": 0.773}
 
 
-def quality(labels: Labels, now: datetime | None = None) -> dict[str, Any]:
+class Share(TypedDict):
+    """A share over pairs, with its 95 % interval over tasks; None without data."""
+
+    share: float | None
+    ci_low: float | None
+    ci_high: float | None
+    pairs: int
+    tasks: int
+
+
+class ModelShare(Share):
+    """How often a reward model orders a pair as people do."""
+
+    model: str
+
+
+class Reasons(TypedDict):
+    """A number of answers, and the most frequent reasons with their counts."""
+
+    count: int
+    reasons: dict[str, int]
+
+
+class Rate(TypedDict):
+    """The number of answers in the last hour, and per hour of work."""
+
+    last_hour: int
+    per_hour_of_work: float | None
+    hours_of_work: float
+
+
+class Times(TypedDict):
+    """Seconds per task."""
+
+    median: float | None
+    p90: float | None
+    mean: float | None
+
+
+class Agreement(TypedDict):
+    """Agreement on the tasks that several annotators ranked."""
+
+    overlap_tasks: int
+    alpha: float | None
+    pairwise: Share
+    with_ties: Share
+
+
+class RatingQuality(TypedDict):
+    """The answers to one Likert scale."""
+
+    text: str
+    mean: float | None
+    n: int
+    alpha: float | None
+
+
+class CheckQuality(TypedDict):
+    """The answers to one check box."""
+
+    text: str
+    share: float | None
+    n: int
+    kappa: float | None
+    compared: int
+    agreement: float | None
+
+
+class PositionRate(TypedDict):
+    """How often the completion at a position (from 1) was best, and how often that happens by chance."""
+
+    position: int
+    best: float
+    chance: float
+    n: int
+
+
+class PositionBias(TypedDict):
+    """How the position on the page influences the rank."""
+
+    earlier_wins: Share
+    best: list[PositionRate]
+
+
+class ScreeningState(TypedDict):
+    """An annotator's answers to the screening tasks. ``passed`` is None until all are answered."""
+
+    answered: int
+    of: int
+    ranking_agreement: float | None
+    check_agreement: float | None
+    passed: bool | None
+
+
+class AnnotatorQuality(TypedDict):
+    """The results of one annotator."""
+
+    name: str
+    answers: int
+    skipped: int
+    flagged: int
+    corrected: int
+    median_seconds: float | None
+    against_the_rest: Share
+    against_reward_model: Share | None
+    ties: float | None
+    screening: ScreeningState | None
+    last: str | None  # ISO 8601, UTC
+
+
+class Quality(TypedDict):
+    """All values of the report."""
+
+    name: str
+    tasks: int
+    target: int
+    ranked_tasks: int
+    answers: int
+    skipped: Reasons
+    flagged: Reasons
+    rate: Rate
+    seconds: Times
+    agreement: Agreement
+    paper_agreement: dict[str, float]
+    ratings: dict[str, RatingQuality]
+    checks: dict[str, CheckQuality]
+    position: PositionBias
+    reward_model: ModelShare | None
+    annotators: list[AnnotatorQuality]
+
+
+def quality(labels: Labels, now: datetime | None = None) -> Quality:
     """All values of the report, as JSON types. A share without data is None."""
     given = [answer for own in labels.answers.values() for name, answer in own.items() if name in labels.tasks]
     used = [answer for answer in given if answer.is_used]
     ranked = {answer.task for answer in used}
-    content = {
+    content: Quality = {
         "name": labels.settings.name,
         "tasks": len(labels.tasks),
         "target": labels.settings.target,
@@ -46,10 +177,10 @@ def quality(labels: Labels, now: datetime | None = None) -> dict[str, Any]:
         "reward_model": _reward_model(labels, used),
         "annotators": [_annotator(labels, name, used) for name in sorted(labels.answers)],
     }
-    return _finite(content)
+    return cast(Quality, _finite(content))  # the structure stays
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -57,12 +188,12 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, list) else value
 
 
-def _reasons(given: Iterable[str | None]) -> dict[str, Any]:
+def _reasons(given: Iterable[str | None]) -> Reasons:
     counted = Counter(reason for reason in given if reason is not None)
     return {"count": sum(counted.values()), "reasons": dict(counted.most_common(10))}
 
 
-def _rate(given: Sequence[LabelAnswer], now: datetime) -> dict[str, Any]:
+def _rate(given: Sequence[LabelAnswer], now: datetime) -> Rate:
     """Number of answers in the last hour, and answers per hour of work (the time during which tasks were visible)."""
     times = [datetime.fromisoformat(answer.time) for answer in given]
     hours = sum(answer.seconds for answer in given) / 3600
@@ -70,7 +201,7 @@ def _rate(given: Sequence[LabelAnswer], now: datetime) -> dict[str, Any]:
     return {"last_hour": recent, "per_hour_of_work": len(given) / hours if hours else math.nan, "hours_of_work": hours}
 
 
-def _times(used: Sequence[LabelAnswer]) -> dict[str, float]:
+def _times(used: Sequence[LabelAnswer]) -> Times:
     seconds = sorted(answer.seconds for answer in used if answer.seconds > 0)  # imported answers have no time
     if not seconds:
         return {"median": math.nan, "p90": math.nan, "mean": math.nan}
@@ -88,18 +219,18 @@ def _by_task(used: Iterable[LabelAnswer]) -> dict[str, list[LabelAnswer]]:
     return {name: answers for name, answers in tasks.items() if len(answers) > 1}
 
 
-def _side(ranks: Sequence[int], first: int, second: int) -> int:
+def _side(ranks: Sequence[float], first: int, second: int) -> int:
     """1 if ``first`` is better, -1 if ``second`` is better, 0 for a tie."""
     return (ranks[first] < ranks[second]) - (ranks[first] > ranks[second])
 
 
-def _agreeing(one: Sequence[int], other: Sequence[int]) -> list[float]:
+def _agreeing(one: Sequence[float], other: Sequence[float]) -> list[float]:
     """For each pair that both annotators decide: 1.0 if they agree, 0.0 if not."""
     sides = [(_side(one, i, j), _side(other, i, j)) for i, j in combinations(range(len(one)), 2)]
     return [float(a == b) for a, b in sides if a and b]
 
 
-def _share(groups: Iterable[Sequence[float]]) -> dict[str, Any]:
+def _share(groups: Iterable[Sequence[float]]) -> Share:
     """Share over all values, with a 95 % interval.
 
     The interval is computed over groups (tasks), because the values within a group are not independent.
@@ -113,7 +244,7 @@ def _share(groups: Iterable[Sequence[float]]) -> dict[str, Any]:
     return {"share": share, "ci_low": low, "ci_high": high, "pairs": number, "tasks": len(kept)}
 
 
-def agreement(used: Sequence[LabelAnswer]) -> dict[str, Any]:
+def agreement(used: Sequence[LabelAnswer]) -> Agreement:
     """Agreement on the tasks that several annotators ranked.
 
     ``pairwise``: share of agreement over the pairs that both annotators decide. ``with_ties``: the same over all pairs; a tie agrees only
@@ -143,7 +274,7 @@ def _mid_ranks(ranks: Sequence[int]) -> list[float]:
     return [sum(other < own for other in ranks) + (ranks.count(own) - 1) / 2 for own in ranks]
 
 
-def _rating(used: Sequence[LabelAnswer], name: str, text: str) -> dict[str, Any]:
+def _rating(used: Sequence[LabelAnswer], name: str, text: str) -> RatingQuality:
     """Mean of a Likert scale, and Krippendorff's ordinal alpha over the completions that several annotators rated."""
     values = [value for answer in used for value in answer.ratings.get(name, []) if value is not None]
     units = [
@@ -155,7 +286,7 @@ def _rating(used: Sequence[LabelAnswer], name: str, text: str) -> dict[str, Any]
     return {"text": text, "mean": mean, "n": len(values), "alpha": krippendorff_alpha(units, "ordinal")}
 
 
-def _check(used: Sequence[LabelAnswer], name: str, text: str) -> dict[str, Any]:
+def _check(used: Sequence[LabelAnswer], name: str, text: str) -> CheckQuality:
     """Share of ticked boxes, and Cohen's kappa.
 
     With more than two annotators, kappa is the mean over pairs of annotators, weighted by the number of boxes that both answered.
@@ -184,7 +315,7 @@ def _check(used: Sequence[LabelAnswer], name: str, text: str) -> dict[str, Any]:
 # Bias
 
 
-def position_bias(used: Sequence[LabelAnswer]) -> dict[str, Any]:
+def position_bias(used: Sequence[LabelAnswer]) -> PositionBias:
     """Whether the position of a completion on the page influences its rank.
 
     Orders are shuffled, so ``earlier_wins`` is near 0.5 if there is no bias. ``best``: for each position, how often the completion there
@@ -200,7 +331,7 @@ def position_bias(used: Sequence[LabelAnswer]) -> dict[str, Any]:
         for position, rank in enumerate(shown):
             best[position].append((rank == 0) / winners)
             chance[position].append(1 / len(shown))
-    by_position = []
+    by_position: list[PositionRate] = []
     for position, wins in sorted(best.items()):
         number = len(wins)
         by_position.append({"position": position + 1, "best": sum(wins) / number, "chance": sum(chance[position]) / number, "n": number})
@@ -210,7 +341,7 @@ def position_bias(used: Sequence[LabelAnswer]) -> dict[str, Any]:
 # Single annotators and the reward model
 
 
-def _annotator(labels: Labels, name: str, used: Sequence[LabelAnswer]) -> dict[str, Any]:
+def _annotator(labels: Labels, name: str, used: Sequence[LabelAnswer]) -> AnnotatorQuality:
     """Results of one annotator: the amount of work, and the agreement with other annotators and with the last reward model."""
     own = labels.answers[name]
     mine = [answer for answer in used if answer.annotator == name]
@@ -254,7 +385,7 @@ def _ties(mine: Sequence[LabelAnswer]) -> float:
     return sides.count(0) / len(sides) if sides else math.nan
 
 
-def _against_scores(labels: Labels, answers: Sequence[LabelAnswer]) -> dict[str, Any] | None:
+def _against_scores(labels: Labels, answers: Sequence[LabelAnswer]) -> Share | None:
     if labels.scores is None:
         return None
     groups = []
@@ -265,7 +396,7 @@ def _against_scores(labels: Labels, answers: Sequence[LabelAnswer]) -> dict[str,
     return _share(groups)
 
 
-def _reward_model(labels: Labels, used: Sequence[LabelAnswer]) -> dict[str, Any] | None:
+def _reward_model(labels: Labels, used: Sequence[LabelAnswer]) -> ModelShare | None:
     """How often the last round's reward model orders a pair as people do."""
     agreement = _against_scores(labels, used)
     return None if agreement is None or labels.scores is None else {"model": labels.scores["model"], **agreement}

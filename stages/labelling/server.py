@@ -25,7 +25,7 @@ from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import uvicorn
 from anyio.to_thread import run_sync
@@ -37,10 +37,11 @@ from starlette.routing import Route
 from stages.corpora.labels import LabelAnswer, LabelTask
 from stages.corpora.messages import completion_text
 from stages.errors import DataError, LaunchError, StorageError
+from stages.json_types import JsonObject
 from stages.labelling.access import Access, check_annotator, link
 from stages.labelling.markdown import render
 from stages.labelling.questions import AnswerError
-from stages.labelling.report import quality
+from stages.labelling.report import Quality, quality
 from stages.labelling.store import Store
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ PROGRESS_SECONDS = 3.0  # minimum time between two computations of the report
 class Refused(Exception):
     """A request that gets an error response."""
 
-    def __init__(self, status: int, message: str, **fields: Any) -> None:
+    def __init__(self, status: int, message: str, **fields: object) -> None:
         super().__init__(message)
         self.status, self.content = status, {"error": message, **fields}
 
@@ -73,7 +74,7 @@ class LabelServer:
         self.store, self.access, self.base, self._say = store, access, base, say
         self._read_settings()
         self._notice = ""
-        self._quality: tuple[float, dict[str, Any]] = (float("-inf"), {})
+        self._quality: tuple[float, Quality] | None = None  # the time, and the report of that time
         self._counting = threading.Lock()
 
     def app(self) -> Starlette:
@@ -124,7 +125,7 @@ class LabelServer:
             return
         if changed:
             self._read_settings()
-            self._quality = (float("-inf"), {})
+            self._quality = None
             self._notice = f"{datetime.now().astimezone():%H:%M}: these settings changed and now apply: {', '.join(changed)}"
             self._say(self._notice)
 
@@ -161,7 +162,7 @@ class LabelServer:
         if not self.access.is_lead(self._token(request)):
             raise Refused(403, "this link is not valid; `stages label` prints the right one")
 
-    async def _body(self, request: Request) -> Any:
+    async def _body(self, request: Request) -> object:
         body = b""
         async for part in request.stream():
             body += part
@@ -197,7 +198,7 @@ class LabelServer:
                 raise Refused(404, "you have no such answer")
             return JSONResponse({"task": self._shown(task, annotator), "answer": asdict(answer) | {"digests": None}})
         next_task = self.store.next_task(annotator, request.query_params.get("wish"))
-        content: dict[str, Any] = {"counts": self.store.counts(annotator), "task": None, "version": self._version}
+        content: JsonObject = {"counts": self.store.counts(annotator), "task": None, "version": self._version}
         if self.store.gold:
             screening = self.store.screening(annotator)
             content["screening"] = {"answered": screening.answered, "of": screening.of, "passed": screening.passed}
@@ -205,7 +206,7 @@ class LabelServer:
             content["task"] = self._shown(next_task, annotator)
         return JSONResponse(content)
 
-    def _shown(self, task: LabelTask, annotator: str) -> dict[str, Any]:
+    def _shown(self, task: LabelTask, annotator: str) -> JsonObject:
         """The parts of a task that an annotator may see: no authors, no digests, no gold answer."""
         order = self.store.order(task, annotator)
         texts = task.texts
@@ -228,13 +229,12 @@ class LabelServer:
         self._check_lead(request)
         return JSONResponse({**await run_sync(self._numbers), "notice": self._notice})
 
-    def _numbers(self) -> dict[str, Any]:
+    def _numbers(self) -> Quality:
         with self._counting:
-            made, content = self._quality
-            if time.monotonic() - made > PROGRESS_SECONDS:
+            if self._quality is None or time.monotonic() - self._quality[0] > PROGRESS_SECONDS:
                 content = quality(self.store.labels())
                 self._quality = (time.monotonic(), content)
-            return content
+            return self._quality[1]
 
     async def _invite(self, request: Request) -> Response:
         self._check_lead(request)
@@ -263,11 +263,11 @@ def _turns(task: LabelTask) -> str | list[dict[str, str]]:
     return tools + [{"role": str(message["role"]), "content": completion_text([message])} for message in task.prompt]
 
 
-def _refused_constant(name: str) -> Any:
+def _refused_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a valid JSON number")
 
 
-def _line(answer: LabelAnswer, task: LabelTask) -> dict[str, Any]:
+def _line(answer: LabelAnswer, task: LabelTask) -> dict[str, str]:
     prompt = task.prompt if isinstance(task.prompt, str) else completion_text(task.prompt[-1:])
     state = "skipped" if answer.skipped is not None else "flagged" if answer.flagged is not None else "ranked"
     return {"task": answer.task, "time": answer.time, "state": state, "prompt": prompt[:120]}
@@ -338,7 +338,7 @@ class Served:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self._server.should_exit = True
         self._thread.join(timeout=10)
         self._socket.close()

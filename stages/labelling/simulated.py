@@ -10,11 +10,12 @@ from typing import Any
 
 import httpx2
 
+from stages.corpora.messages import Prompt
 from stages.errors import TrainingError
 from stages.labelling.config import People, SimulatedPeople
 from stages.labelling.server import Served
 
-Opinion = Callable[[str, Any, Sequence[str]], Sequence[float]]
+Opinion = Callable[[str, Prompt, Sequence[str]], Sequence[float]]
 
 
 class SimulatedAnnotator:
@@ -27,7 +28,7 @@ class SimulatedAnnotator:
         )
         self._questions = self._ask("GET", "/api/session")["questions"]
 
-    def _ask(self, method: str, path: str, content: Any = None) -> Any:
+    def _ask(self, method: str, path: str, content: object = None) -> Any:
         response = self._client.request(method, path, json=content) if content is not None else self._client.request(method, path)
         if response.status_code != 200:
             raise TrainingError(
@@ -35,7 +36,7 @@ class SimulatedAnnotator:
             )
         return response.json()
 
-    def answer_next(self) -> dict[str, Any] | None:
+    def answer_next(self) -> dict[str, int] | None:
         """Answer the next task. Returns the server's counts, or None if there is no task. Raises TrainingError."""
         task = self._ask("GET", "/api/task")["task"]
         if task is None:
@@ -56,7 +57,8 @@ class SimulatedAnnotator:
             "ratings": {rating["name"]: _ratings(scores, rating["lowest"], rating["highest"]) for rating in self._questions["ratings"]},
             "checks": {check["name"]: [False] * len(scores) for check in self._questions["checks"]},
         }
-        return self._ask("POST", "/api/answer", content)["counts"]
+        counts: dict[str, int] = self._ask("POST", "/api/answer", content)["counts"]
+        return counts
 
     def close(self) -> None:
         """Close the connection."""

@@ -10,10 +10,11 @@ import fcntl
 import json
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from stages.corpora.labels import ANSWERS, GOLD, TASKS, LabelAnswer, LabelTask, latest, read_answers, read_tasks
 from stages.errors import DataError, StorageError
@@ -36,6 +37,14 @@ class Screening:
     passed: bool | None  # None until all gold tasks are answered
 
 
+class StoredScores(TypedDict):
+    """Scores of the last round's reward model: its reference and content digest, and by task a score per completion."""
+
+    model: str
+    digest: str
+    scores: dict[str, list[float]]
+
+
 @dataclass(frozen=True)
 class Labels:
     """The content of a labelling folder, as reports read it. ``answers``: annotator -> task -> the answer that counts.
@@ -48,7 +57,7 @@ class Labels:
     tasks: dict[str, LabelTask]
     gold: dict[str, LabelTask]
     answers: dict[str, dict[str, LabelAnswer]]
-    scores: dict[str, Any] | None
+    scores: StoredScores | None
 
 
 def read_labels(folder: Path) -> Labels:
@@ -60,10 +69,13 @@ def read_labels(folder: Path) -> Labels:
     return Labels(read_settings(folder), read_tasks(folder / TASKS), gold, answers, read_scores(folder))
 
 
-def read_scores(folder: Path) -> dict[str, Any] | None:
+def read_scores(folder: Path) -> StoredScores | None:
     """The last round's reward model scores of the completions. None if there are none."""
     path = folder / SCORES
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    scores: StoredScores = json.loads(path.read_text(encoding="utf-8"))
+    return scores
 
 
 @dataclass
@@ -257,7 +269,7 @@ class Store:
         with self._lock:
             return [answer for name, answer in reversed(self.answers.get(annotator, {}).items()) if name in self.tasks][:limit]
 
-    def record(self, annotator: str, content: Any) -> LabelAnswer:
+    def record(self, annotator: str, content: object) -> LabelAnswer:
         """Store an answer. It is flushed to disk when this returns.
 
         Raises AnswerError for an invalid answer, StorageError if the disk is full.
@@ -272,7 +284,7 @@ class Store:
         with writer:
             return self._record(annotator, task, content)
 
-    def _record(self, annotator: str, task: LabelTask, content: dict[str, Any]) -> LabelAnswer:
+    def _record(self, annotator: str, task: LabelTask, content: Mapping[str, object]) -> LabelAnswer:
         with self._lock:
             if (known := self._ids.get(str(content.get("id")))) is not None:
                 if (known.annotator, known.task) != (annotator, task.id):

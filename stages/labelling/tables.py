@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from stages.labelling.report import Quality, Share
 
-def report_tables(content: dict[str, Any]) -> RenderableType:
+
+def report_tables(content: Quality) -> RenderableType:
     """Tables for the result of ``report.quality``."""
     parts: list[RenderableType] = [_summary(content), _annotators(content)]
     if content["checks"] or content["ratings"]:
@@ -26,13 +26,13 @@ def _number(value: float | None, form: str = ".2f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def _interval(share: dict[str, Any] | None) -> str:
+def _interval(share: Share | None) -> str:
     if share is None or share["share"] is None:
         return "-"
     return f"{percent(share['share'])} (95 % {percent(share['ci_low'])} to {percent(share['ci_high'])}, {share['pairs']} pairs)"
 
 
-def _summary(content: dict[str, Any]) -> Table:
+def _summary(content: Quality) -> Table:
     table = Table(title=f"{content['name']}: labels", title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -57,7 +57,7 @@ def _summary(content: dict[str, Any]) -> Table:
     return table
 
 
-def _annotators(content: dict[str, Any]) -> Table:
+def _annotators(content: Quality) -> Table:
     table = Table("annotator", "answers", "skipped", "flagged", "corrected", "median s", "ties", "agrees with the others", "screening")
     for row in content["annotators"]:
         screening = row["screening"]
@@ -79,10 +79,11 @@ def _annotators(content: dict[str, Any]) -> Table:
     return table
 
 
-def _questions(content: dict[str, Any]) -> Table:
+def _questions(content: Quality) -> Table:
     table = Table("question", "answer", "agreement")
-    for row in content["ratings"].values():
-        table.add_row(Text(row["text"]), f"mean {_number(row['mean'])}", f"alpha {_number(row['alpha'])}")
-    for row in content["checks"].values():
-        table.add_row(Text(row["text"]), f"ticked {percent(row['share'])}", f"kappa {_number(row['kappa'])} ({row['compared']} compared)")
+    for rating in content["ratings"].values():
+        table.add_row(Text(rating["text"]), f"mean {_number(rating['mean'])}", f"alpha {_number(rating['alpha'])}")
+    for check in content["checks"].values():
+        kappa = f"kappa {_number(check['kappa'])} ({check['compared']} compared)"
+        table.add_row(Text(check["text"]), f"ticked {percent(check['share'])}", kappa)
     return table

@@ -7,19 +7,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from stages.config import DataSource
 from stages.corpora.comparisons import comparison
 from stages.corpora.completions import completion_in
 from stages.corpora.files import read_rows
 from stages.corpora.labels import MOST_COMPLETIONS, Completion, LabelTask
-from stages.corpora.messages import tools_of
+from stages.corpora.messages import Prompt, tools_of
 from stages.errors import DataError
 
 
 def task_of(
-    prompt: Any, completions: Sequence[Completion], authors: Sequence[Sequence[str]], digests: Sequence[Sequence[str]], sample: int = 0
+    prompt: Prompt, completions: Sequence[Completion], authors: Sequence[Sequence[str]], digests: Sequence[Sequence[str]], sample: int = 0
 ) -> LabelTask:
     """Create a task. Its id is a hash of its content."""
     tools = tools_of(prompt)
@@ -65,7 +64,7 @@ def file_tasks(path: Path) -> list[LabelTask]:
     Annotators do not see ranks from the file. Raises DataError with the location of a row that gives no valid task.
     """
     tasks: dict[str, LabelTask] = {}
-    single: dict[str, tuple[Any, list[str], list[list[str]], str]] = {}
+    single: dict[str, tuple[Prompt, list[str], list[list[str]], str]] = {}
     for row in read_rows([DataSource(path=str(path))], split="test"):
         if {"completion", "output"} & set(row):
             prompt, text = completion_in(row)
@@ -87,7 +86,7 @@ def file_tasks(path: Path) -> list[LabelTask]:
     return list(tasks.values())
 
 
-def _distinct_task(location: str, prompt: Any, completions: Sequence[Completion], names: Any) -> LabelTask:
+def _distinct_task(location: str, prompt: Prompt, completions: Sequence[Completion], names: object) -> LabelTask:
     """A task that contains each different completion once. Authors of the same text share it.
 
     ``names``: for each completion a name or a list of names.

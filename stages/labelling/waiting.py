@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.corpora.labels import ANSWERS, GOLD, latest, read_answers, read_tasks
 from stages.errors import Waiting
@@ -17,6 +17,7 @@ from stages.process.environment import command_to_go_on, default_home
 from stages.process.storage import write_json
 
 if TYPE_CHECKING:
+    from stages.labelling.report import Quality
     from stages.step import StepContext
 
 POLL_SECONDS = 2.0
@@ -67,7 +68,7 @@ def ask_people(folder: Path, people: People, context: StepContext) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def keep_quality(folder: Path, path: Path) -> dict[str, Any]:
+def keep_quality(folder: Path, path: Path) -> Quality:
     """Compute the report of a folder's labels, write it to ``path`` as JSON, and return it."""
     content = quality(read_labels(folder))
     path.parent.mkdir(parents=True, exist_ok=True)

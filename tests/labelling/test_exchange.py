@@ -149,6 +149,13 @@ def test_argilla_forms_of_a_ranking(make_folder) -> None:
         ),
         ("alpaca-eval", '[{"instruction": "i", "output_1": "a", "output_2": "b", "preference": 7}]', "row 1: preference is 7"),
         ("pandalm", '[{"instruction": "i", "response1": "a", "response2": "b", "annotator1": 5}]', "row 1: annotator1 is 5"),
+        ("argilla", '[{"id": "TASK", "ranking.responses": 3}]', "ranking.responses is 3; expected a list"),
+        ("label-studio", '[{"data": {"task_id": "TASK"}, "annotations": 3}]', "task 1: annotations is 3; expected a list"),
+        (
+            "pandalm",
+            '[{"instruction": "i", "response1": "a", "response2": "b", "annotators": 1}]',
+            "row 1: annotators is 1; expected a list",
+        ),
         ("csv", "a,b\n1,2\n", "expected task, annotator, completion and rank"),
         ("csv", "task,annotator,completion,rank\nx,y,one,2\n", "expected whole numbers"),
         ("argilla", "{", "cannot be read as argilla"),
