@@ -358,7 +358,7 @@ def misplaced(trees: dict[str, ast.Module], fast: Iterable[str]) -> list[str]:
     """The imports in functions that belong at the top of their module, and the heavy packages at the top of modules that start fast."""
     imports = {name: {one for node in top_imports(tree.body) for one in imported(node, trees)} for name, tree in trees.items()}
     light = loads(imports, fast) & set(trees)
-    found = [f"{name} imports {package} at its top" for name in light for package in packages_of(imports[name]) - LIGHT]
+    wrong = [f"{name} imports {package} at its top" for name in light for package in packages_of(imports[name]) - LIGHT]
     for name, tree in trees.items():
         for node in function_imports(tree):
             targets = imported(node, trees)
@@ -366,8 +366,8 @@ def misplaced(trees: dict[str, ast.Module], fast: Iterable[str]) -> list[str]:
             is_heavy = bool(packages_of(loads(imports, targets)) - LIGHT)
             if is_deferred or (name in light and is_heavy) or (name in COMMANDS and not targets <= imports[name]):
                 continue
-            found.append(f"{name}:{node.lineno}: {ast.unparse(node)}")
-    return sorted(found)
+            wrong.append(f"{name}:{node.lineno}: {ast.unparse(node)}")
+    return sorted(wrong)
 
 
 def test_functions_import_only_what_would_slow_down_the_start() -> None:
