@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
 from stages.chain.resolving import resolve
@@ -17,26 +18,38 @@ if TYPE_CHECKING:
     from stages.registry.references import ResolvedModel
 
 
-def check_models(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
-    """Check family, quantization and attention of every model that a step reads from a folder, the Hub or the registry.
+class ModelChecks:
+    """The checks of a recipe's models. Each model's config is read once, however many steps mention the model."""
 
-    Only configs are read. A model whose config cannot be read is skipped; the step itself reports the error. Raises RecipeError with the
-    location in the recipe.
-    """
-    for field_path, reference in step.models.items():
-        if reference.kind == "step":
-            continue
-        try:
-            _check(step, field_path, reference, registry)
-        except ModelError as error:
-            raise RecipeError(f"{recipe.source.location(('steps', step.index))} ({step.name}): {field_path}: {error}") from error
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self._configs: dict[tuple[str, str, str | None], PreTrainedConfig | None] = {}
+
+    def check(self, recipe: Recipe, step: RecipeStep) -> None:
+        """Check family, quantization and attention of every model that a step reads from a folder, the Hub or the registry.
+
+        Only configs are read. A model whose config cannot be read is skipped; the step itself reports the error. Raises RecipeError with
+        the location in the recipe.
+        """
+        for field_path, reference in step.models.items():
+            config = self._config_of(reference) if reference.kind != "step" else None
+            if config is None:
+                continue
+            try:
+                _check(step, field_path, reference, config)
+            except ModelError as error:
+                raise RecipeError(f"{recipe.source.location(('steps', step.index))} ({step.name}): {field_path}: {error}") from error
+
+    def _config_of(self, reference: Reference) -> PreTrainedConfig | None:
+        """A copy of the config of the model's base weights, because checks write into it; None if it cannot be read."""
+        key = (reference.kind, reference.target, reference.input.revision)
+        if key not in self._configs:
+            base = _base(reference, self.registry)
+            self._configs[key] = read_config(base) if base is not None else None
+        return deepcopy(self._configs[key])
 
 
-def _check(step: RecipeStep, field_path: str, reference: Reference, registry: Registry) -> None:
-    base = _base(reference, registry)
-    config = _config(base) if base is not None else None
-    if base is None or config is None:
-        return
+def _check(step: RecipeStep, field_path: str, reference: Reference, config: PreTrainedConfig) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -70,7 +83,7 @@ def _base(reference: Reference, registry: Registry) -> ResolvedModel | None:
         return None
 
 
-def _config(model: ResolvedModel) -> PreTrainedConfig | None:
+def read_config(model: ResolvedModel) -> PreTrainedConfig | None:
     """The model's config; None if it cannot be read or needs remote code."""
     from transformers import AutoConfig
 

@@ -31,11 +31,11 @@ from typing import TypeVar
 from rich.table import Table
 
 from stages.chain.fingerprints import fingerprint_of, parts_of, settings_of, why
-from stages.chain.fitness import check_models
+from stages.chain.fitness import ModelChecks
 from stages.chain.pins import Commits, apart_from_folders, hub_inputs, is_known, pinned, resolve_commits
 from stages.chain.resolving import resolve
 from stages.chain.results import StoredResult, last_result, load_result, restore_files, save_result
-from stages.chain.texts import check_texts
+from stages.chain.texts import check_texts, tokenizer_digests
 from stages.config import StepConfig
 from stages.engines.checks import check_installed
 from stages.errors import RecipeError, doing
@@ -96,6 +96,7 @@ def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]
     if not recipe.is_pinned:
         recipe = pinned(recipe, resolve_commits(recipe))
     registry = open_registry(home)
+    models = ModelChecks(registry)
     made: dict[str, ModelRecord | None] = {}
     plans = []
     with remembering(home / "cache" / "plan.json") as memo:
@@ -110,10 +111,11 @@ def plan(recipe: Recipe, home: Path, *, download: bool = True) -> list[StepPlan]
                 check_installed(step.config)
                 if is_known(step):
                     with doing(f"checking the models of step {step.name!r} ({step.stage})"):
-                        check_models(recipe, step, registry)
+                        models.check(recipe, step)
             if plans[-1].action != "reuse" and is_known(step) and (download or not on_hub(step)):
                 with doing(f"checking the data of step {step.name!r} ({step.stage})"):
-                    memo.check_once(fingerprint_of(parts_of(step, {})), partial(_check_data, recipe, step, registry))
+                    checked = fingerprint_of(parts_of(step, tokenizer_digests(recipe, step, registry)))
+                    memo.check_once(checked, partial(_check_data, recipe, step, registry))
     return plans
 
 

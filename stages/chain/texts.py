@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from stages.chain.resolving import resolve
 from stages.corpora.templates import check_rendering, set_template
-from stages.errors import DataError, ModelError
+from stages.errors import DataError, ModelError, StagesError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,13 +33,27 @@ def check_texts(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
         return
 
     for field_path, reference in _readers(recipe, step).items():
-        tokenizer = _tokenizer(recipe, reference, registry, getattr(step.config, "template", None) if step.stage == "sft" else None)
+        source = _tokenizer_source(recipe, step, reference)
+        tokenizer = _tokenizer(*source, registry) if source is not None else None
         if tokenizer is None:
             continue
         try:
             check_rendering(tokenizer, shown)
         except DataError as error:
             raise DataError(f"{recipe.source.location(('steps', step.index))} ({step.name}): {field_path} cannot read {error}") from error
+
+
+def tokenizer_digests(recipe: Recipe, step: RecipeStep, registry: Registry) -> dict[str, str]:
+    """What ``check_texts`` depends on besides the step: the digest of each reader's first model, and its template, by field path."""
+    digests = {}
+    for field_path, reference in _readers(recipe, step).items():
+        if (source := _tokenizer_source(recipe, step, reference)) is not None:
+            first, template = source
+            try:
+                digests[field_path] = f"{resolve(first, registry).digest} {template}"
+            except StagesError:  # the step itself reports this error
+                digests[field_path] = "unresolved"
+    return digests
 
 
 def _readers(recipe: Recipe, step: RecipeStep) -> dict[str, Reference]:
@@ -58,17 +72,26 @@ def _readers(recipe: Recipe, step: RecipeStep) -> dict[str, Reference]:
     return readers
 
 
-def _tokenizer(recipe: Recipe, reference: Reference, registry: Registry, template: str | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that a model of the recipe will have, with ``template``; None if it is not known yet."""
-    from stages.models.loading import load_tokenizer
+def _tokenizer_source(recipe: Recipe, step: RecipeStep, reference: Reference) -> tuple[Reference, str | None] | None:
+    """The first model of the chain that leads to the model ``reference`` of ``step``, and the template that the steps between them set.
 
-    steps = {step.name: step for step in recipe.steps}
+    The template is None if they set none. Returns None if a step between them makes a tokenizer.
+    """
+    template: str | None = getattr(step.config, "template", None) if step.stage == "sft" else None
+    steps = {other.name: other for other in recipe.steps}
     while reference.kind == "step":
         step = steps[reference.target]
         if step.stage not in KEEPS_TOKENIZER:
             return None
         template = template or getattr(step.config, "template", None)
         reference = step.models[KEEPS_TOKENIZER[step.stage]]
+    return reference, template
+
+
+def _tokenizer(reference: Reference, template: str | None, registry: Registry) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model, with ``template``; None if it cannot be loaded."""
+    from stages.models.loading import load_tokenizer
+
     try:
         tokenizer = load_tokenizer(resolve(reference, registry))
         if template is not None:

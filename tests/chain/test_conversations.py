@@ -194,3 +194,20 @@ def test_plan_refuses_such_a_role_in_a_later_step(folder) -> None:
         (folder / "chain.yaml").write_text(json.dumps({"name": "chats", "steps": steps}))
         with pytest.raises(DataError, match=rf"\({step}\): (policy|candidates.a) cannot read .*prompts.jsonl:1: .*no system turns"):
             plan(load_recipe(folder / "chain.yaml"), folder / "home")
+
+
+def test_the_plan_checks_the_data_again_after_the_template_of_a_local_model_changed(folder) -> None:
+    from stages.chain.run import plan
+    from stages.errors import DataError
+    from stages.recipe.schema import load_recipe
+
+    chain = json.loads((folder / "chain.yaml").read_text())
+    (folder / "chats.jsonl").write_text((json.dumps({"prompt": "hello", "completion": "fine"}) + "\n") * 8)  # any template takes these
+    (folder / "chain.yaml").write_text(json.dumps({"name": "chats", "steps": chain["steps"][:2]}))
+    (folder / "home").mkdir()
+    plan(load_recipe(folder / "chain.yaml"), folder / "home")
+    (folder / "model" / "chat_template.jinja").write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + TEMPLATE
+    )
+    with pytest.raises(DataError, match=r"\(preference\): model cannot read .*pairs.jsonl:1: .*no system turns"):
+        plan(load_recipe(folder / "chain.yaml"), folder / "home")

@@ -17,6 +17,8 @@ from transformers import (
     T5Model,
 )
 
+from stages.chain import fitness
+from stages.chain.fitness import read_config
 from stages.chain.run import plan
 from stages.errors import RecipeError
 from stages.recipe.schema import load_recipe
@@ -84,3 +86,11 @@ def test_a_candidate_whose_name_has_a_dot_is_planned(models: Path, tiny_llama_fo
         f"judges: [{{model: {models}/bert, label: LABEL_1}}]"
     )
     assert [step.action for step in planned(tmp_path, tiny_llama_folder, last)] == ["run", "run"]
+
+
+def test_the_config_of_a_model_is_read_once_for_all_steps(tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(fitness, "read_config", lambda model: read.append(model.path) or read_config(model))
+    last = f"stage: evaluation, candidates: {{a: sft, b: {tiny_llama_folder}, c: {tiny_llama_folder}}}, data: rows.jsonl, "
+    planned(tmp_path, tiny_llama_folder, f"{last} judges: [{{function: 'os:getcwd'}}]")
+    assert read == [str(tiny_llama_folder)]
