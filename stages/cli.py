@@ -622,7 +622,7 @@ def pull(
     if as_json:
         _print_json({"model": _row(record), "bases": [_row(base) for base in pulled.bases], "was_here": pulled.was_here})
     else:
-        typer.echo(f"{'was here already' if pulled.was_here else 'pulled'}: {record.ref} ({record.role}, {record.digest[:19]})")
+        typer.echo(f"{'already present' if pulled.was_here else 'pulled'}: {record.ref} ({record.role}, {record.digest[:19]})")
 
 
 def _progress(as_json: bool) -> Callable[[str], None]:

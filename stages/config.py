@@ -336,24 +336,24 @@ OWN_VLLM_ARGUMENTS = {
 
 
 class VllmStart(Strict):
-    """A vLLM server that the run starts in an environment of its own, and ends."""
+    """A vLLM server that the run starts in a separate environment, and ends."""
 
     python: str | None = Field(
         None,
-        description="Interpreter of an environment with vLLM; null: STAGES_VLLM_PYTHON, else what ./launch.sh --with-vllm made.",
+        description="Interpreter of an environment with vLLM. null: STAGES_VLLM_PYTHON, else the one made by ./launch.sh --with-vllm.",
     )
     gpus: list[int] | None = Field(
         None,
         min_length=1,
-        description="GPUs of its own, by number, the weights cut over them; null: it shares the run's first GPU, and sleeps while the run "
-        "trains.",
+        description="Numbers of separate GPUs for the server; the weights are divided over them. null: the server shares the run's first "
+        "GPU and sleeps while the run trains.",
     )
-    gpu_memory_utilization: float = Field(0.45, gt=0, le=1, description="Share of a GPU's memory that the server may take.")
-    max_model_len: int | None = Field(None, ge=2, description="Most tokens of prompt and completion; null: the model's positions.")
+    gpu_memory_utilization: float = Field(0.45, gt=0, le=1, description="Maximum share of a GPU's memory for the server.")
+    max_model_len: int | None = Field(None, ge=2, description="Maximum tokens of prompt and completion. null: the model's positions.")
     arguments: dict[str, str | int | float | bool] = Field(
         {}, description="Further arguments of the server by name, e.g. {max_num_seqs: 512}; true is a flag without a value."
     )
-    wait_seconds: float = Field(900.0, gt=0, description="How long the server may take to come up.")
+    wait_seconds: float = Field(900.0, gt=0, description="Maximum seconds until the server answers.")
 
     @field_validator("arguments")
     @classmethod
@@ -368,35 +368,35 @@ class Vllm(Strict):
     """Sampling by vLLM over HTTP: servers that run elsewhere (``url``), or one that the run starts (``start``)."""
 
     url: Annotated[list[str] | None, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
-        None, min_length=1, description="Address of a server, or several; prompts are dealt out among them in turn."
+        None, min_length=1, description="URL of a server, or of several. Prompts are distributed round-robin."
     )
-    start: VllmStart | None = Field(None, description="Start a server on this machine, and end it with the run; {}: with the defaults.")
+    start: VllmStart | None = Field(None, description="Start a server on this machine, and end it with the run. {}: default settings.")
     api_key_variable: str | None = Field(None, description="Environment variable that holds the key of the servers under url.")
     adapter_folder: str | None = Field(
         None,
-        description="Folder for adapters and weights that the servers read, by the same path there and here; null: this machine's shared "
-        "memory, or the home where a server is elsewhere.",
+        description="Folder for adapters and weights; the servers must read it under the same path. null: this machine's shared memory, "
+        "or the home if a server runs on another machine.",
     )
-    concurrency: int = Field(256, ge=1, description="Requests under way at once, per process, over all servers.")
-    timeout_seconds: float = Field(600.0, gt=0, description="Longest wait for one answer.")
+    concurrency: int = Field(256, ge=1, description="Maximum simultaneous requests per process, over all servers.")
+    timeout_seconds: float = Field(600.0, gt=0, description="Maximum seconds for one answer.")
     retries: int = Field(3, ge=0, description="Further attempts after a request without a usable answer.")
-    backoff_seconds: float = Field(0.5, ge=0, description="Wait before the first further attempt; it doubles with each.")
+    backoff_seconds: float = Field(0.5, ge=0, description="Seconds before the first further attempt, doubled for each one.")
     probe_bound: float | None = Field(
         None,
         gt=0,
-        description="Largest mean difference, in nats per token, between the servers' log-probabilities of a probe and the trainer's after "
-        "every transfer of weights; null: 0.001 in fp32, 0.1 in half precision or on quantized weights.",
+        description="After every transfer of weights, the maximum mean difference between the servers' and the trainer's "
+        "log-probabilities of a probe, in nats per token. null: 0.001 in fp32, 0.1 in half precision or on quantized weights.",
     )
 
     def without_effect(self) -> set[str]:
-        return set(type(self).model_fields)  # where a server stands changes no distribution; the probe sees to that
+        return set(type(self).model_fields)  # the address of a server does not change the distribution; the probe checks this
 
     @field_validator("url")
     @classmethod
     def _addresses(cls, value: list[str] | None) -> list[str] | None:
         for url in value or ():
             if not re.fullmatch(r"https?://[^/\s]+(/[^\s]*)?", url):
-                raise ValueError(f"url: {url!r} is no address; expected http://HOST:PORT")
+                raise ValueError(f"url: {url!r} is not a valid URL; expected http://HOST:PORT")
         if value is not None and len(set(value)) < len(value):
             raise ValueError("url names a server twice")
         return value
@@ -404,14 +404,14 @@ class Vllm(Strict):
     @model_validator(mode="after")
     def _one_of_both(self) -> "Vllm":
         if (self.url is None) == (self.start is None):
-            raise ValueError("vllm needs either url (servers that run) or start (a server to start), e.g. vllm: {start: {}}")
+            raise ValueError("vllm needs either url (running servers) or start (a server to start), e.g. vllm: {start: {}}")
         if self.start is not None and self.api_key_variable is not None:
-            raise ValueError("api_key_variable goes with url; a server that the run starts gets a key of its own")
+            raise ValueError("api_key_variable needs url; a server that the run starts gets a generated key")
         return self
 
 
 class Engine(Strict):
-    """Which engine samples, where it is not the local one."""
+    """The sampling engine, if it is not the local one."""
 
     vllm: Vllm
 
@@ -458,12 +458,14 @@ class GenerationSettings(Strict):
 
     @property
     def vllm(self) -> Vllm | None:
-        """The settings of vLLM where it samples; None where this process does."""
+        """The settings of vLLM, if it samples; None if this process samples."""
         return self.engine.vllm if self.engine is not None else None
 
     @model_validator(mode="after")
     def _engine_can(self) -> "GenerationSettings":
         vllm = self.vllm
         if vllm is not None and vllm.url is not None and not self.cuda_graphs:
-            raise ValueError("cuda_graphs=false does nothing for vLLM servers under url; start them with --enforce-eager, and leave it out")
+            raise ValueError(
+                "cuda_graphs=false does nothing for vLLM servers under url; start them with --enforce-eager, and remove cuda_graphs"
+            )
         return self

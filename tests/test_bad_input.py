@@ -272,7 +272,7 @@ RECIPES = {
 DATA = {
     "no such file": Case("got 'nowhere.jsonl', a file that does not exist", SFT, {"data": {"train": "nowhere.jsonl"}}),
     "a folder without data": Case(
-        "the folder holds no data file", PRETRAINING, {"data": {"train": "./empty"}}, prepare=lambda folder: (folder / "empty").mkdir()
+        "the folder contains no data file", PRETRAINING, {"data": {"train": "./empty"}}, prepare=lambda folder: (folder / "empty").mkdir()
     ),
     "an unknown suffix": Case("cannot read .xlsx", PRETRAINING, {"data": {"train": "texts.xlsx"}}, files={"texts.xlsx": "a"}),
     "an empty file": Case("texts.jsonl: no rows", PRETRAINING, files={"texts.jsonl": ""}),

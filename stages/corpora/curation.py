@@ -41,8 +41,8 @@ class Curation(Strict):
     )
     of_lists: Literal["rows", "entries"] = Field(
         "rows",
-        description="tokens, where a text of a list does not fit. rows: the row is left out; entries: that text, with its rank or score, "
-        "and the row where fewer than two texts are left.",
+        description="With tokens: what to drop if a text of a list does not fit. rows: the row. entries: the text with its rank or score, "
+        "or the row if fewer than two texts are left.",
     )
     prefix_words: int | None = Field(
         None, ge=1, description="Keep only the first of all prompts that share this many first words (the paper gives no number)."

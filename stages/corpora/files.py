@@ -125,7 +125,7 @@ def _check_single(path: Path, source: DataSource) -> None:
     fields = {"name": source.name, "data_dir": source.data_dir, "data_files": source.data_files, "revision": source.revision}
     given = [name for name, value in fields.items() if value is not None]
     if given:
-        raise DataError(f"{given[0]} is set, and the path is one file; leave {given[0]} out, or name the folder")
+        raise DataError(f"{given[0]} is set, and the path is one file; remove {given[0]}, or name the folder")
     if source.split is not None:
         parts = parts_of(layout_of([path.name], lambda name: ""), source.split, UNSPLIT)
         if any(part.written_slice for part in parts):
@@ -138,14 +138,14 @@ def _check_single(path: Path, source: DataSource) -> None:
 def folder_layout(path: Path, source: DataSource) -> Layout:
     """The data files of a local folder by split. Raises DataError if there are none, or if the source selects something that is missing."""
     if source.revision is not None:
-        raise DataError("revision is set, and the path is a local folder; leave revision out, or write hub:owner/name for the Hub")
+        raise DataError("revision is set, and the path is a local folder; remove revision, or write hub:owner/name for the Hub")
     names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
     files = [source.data_files] if isinstance(source.data_files, str) else source.data_files
     read = partial(_folder_text, path)
     layout = layout_of(names, read, name=source.name, data_dir=source.data_dir, data_files=files)
     if not any(layout.splits.values()):
-        others = f" (it holds {', '.join(sorted(names)[:5])})" if names else ""
-        raise DataError(f"the folder holds no data file{others}; expected {EXPECTED}")
+        others = f" (it contains {', '.join(sorted(names)[:5])})" if names else ""
+        raise DataError(f"the folder contains no data file{others}; expected {EXPECTED}")
     return layout
 
 

@@ -92,7 +92,7 @@ def _within(folder: str, names: list[str], read: Callable[[str], str], config: s
     below = [name.removeprefix(start) for name in names if name.startswith(start) and name != f"{start}README.md"]
     if not any(is_data(name) for name in below):
         folders = sorted({str(PurePosixPath(name).parent) for name in names if "/" in name and is_data(name)})
-        raise DataError(f"data_dir: {folder} holds no data file; {_nearest(folder.strip('/'), folders, 'folders with data')}")
+        raise DataError(f"data_dir: {folder} contains no data file; {_nearest(folder.strip('/'), folders, 'folders with data')}")
     inner = layout_of(below, lambda name: read(start + name), data_files=data_files)
     splits = {split: [start + name for name in files] for split, files in inner.splits.items()}
     return Layout(splits, inner.names_splits, [start + name for name in inner.unread], inner.is_declared, inner.lost)

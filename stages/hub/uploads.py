@@ -1,6 +1,6 @@
-"""Files up to a model repository of the Hub: the repository is created where it is missing, and all files arrive in one commit.
+"""Upload files to a model repository of the Hub: a missing repository is created, and all files are added in one commit.
 
-What goes wrong becomes one HubError that says what to do.
+An error becomes one HubError that says what to do.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*"
 def check_identifier(identifier: str) -> None:
     """Raise HubError unless ``identifier`` is ``owner/name``."""
     if IDENTIFIER.fullmatch(identifier) is None:
-        raise HubError(f"{identifier!r} is no repository of the Hub; expected owner/name, for example my-name/my-model")
+        raise HubError(f"{identifier!r} is not a repository id of the Hub; expected owner/name, for example my-name/my-model")
 
 
 def check_may_upload() -> None:
-    """Raise HubError where no token is set, HubUnreachable where the Hub must not be asked."""
+    """Raise HubError if no token is set, HubUnreachable if HF_HUB_OFFLINE is set."""
     from huggingface_hub import get_token, is_offline_mode
 
     if is_offline_mode():
         raise HubUnreachable("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it and try again")
     if get_token() is None:
-        raise HubError("there is no token of the Hub; log in with `hf auth login`, or set HF_TOKEN to a token that may write")
+        raise HubError("no Hub token is set; log in with `hf auth login`, or set HF_TOKEN to a token that may write")
 
 
 def look_up_own(identifier: str) -> Repository | None:
-    """The model repository at its newest commit; None where this account can read none of that name."""
+    """The model repository at its newest commit; None if this account can read no repository with this name."""
     try:
         return look_up("model", identifier)
     except HubMissing:
@@ -43,12 +43,12 @@ def look_up_own(identifier: str) -> Repository | None:
 
 
 def create_repository(identifier: str, *, private: bool) -> None:
-    """Create an empty model repository. Raises HubError where this account may not, or where there is one that it cannot read."""
+    """Create an empty model repository. Raises HubError if this account may not, or if it cannot read an existing one."""
     from huggingface_hub import HfApi
 
     refusals = {
-        403: f"this account may not create repositories of {identifier.partition('/')[0]!r}; choose another owner, or ask for the right",
-        409: f"the repository {identifier!r} exists, and this account may not read it; choose another name, or ask for access",
+        403: f"this account may not create repositories of {identifier.partition('/')[0]!r}; choose another owner, or ask for permission",
+        409: f"the repository {identifier!r} exists, but this account may not read it; choose another name, or ask for access",
     }
     with _explained(f"creating {identifier!r}", refusals):
         HfApi().create_repo(identifier, repo_type="model", private=private)
@@ -63,9 +63,9 @@ def commit_files(
     parent: str | None,
     say: Callable[[str], None],
 ) -> str:
-    """Put ``files`` (path in the repository -> file or content) and take ``delete`` out, in one commit; returns the commit's address.
+    """Add ``files`` (path in the repository -> file or content) and remove ``delete`` in one commit; returns the commit's address.
 
-    ``parent`` is the commit that must be the newest still. Until the commit is made nothing of the upload can be seen.
+    ``parent``: the commit that must still be the newest. The upload becomes visible only with the commit.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -74,10 +74,10 @@ def commit_files(
         operations.append(CommitOperationAdd(path, content if isinstance(content, bytes) else str(content)))
     operations += [CommitOperationDelete(path) for path in sorted(delete)]
     refusals = {
-        403: f"this account may not write to {identifier!r}; ask for the right, or push to another repository",
-        404: f"the repository {identifier!r} was removed while files were sent; push again",
-        409: f"the repository {identifier!r} was changed by somebody else meanwhile; push again",
-        412: f"the repository {identifier!r} was changed by somebody else meanwhile; push again",
+        403: f"this account may not write to {identifier!r}; ask for permission, or push to another repository",
+        404: f"the repository {identifier!r} was removed during the upload; push again",
+        409: f"the repository {identifier!r} was changed by another user during the upload; push again",
+        412: f"the repository {identifier!r} was changed by another user during the upload; push again",
     }
     with _explained(f"pushing to {identifier!r}", refusals):
         made = HfApi().create_commit(identifier, operations, commit_message=message, parent_commit=parent)
@@ -87,7 +87,7 @@ def commit_files(
 
 @contextmanager
 def _explained(doing: str, refusals: Mapping[int, str]) -> Iterator[None]:
-    """Turn what the Hub's client raises into one message; ``refusals`` has the messages of single HTTP statuses."""
+    """Convert exceptions of the Hub's client to one message. ``refusals``: messages by HTTP status."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
@@ -104,10 +104,10 @@ def _explained(doing: str, refusals: Mapping[int, str]) -> Iterator[None]:
                 said = refusals.get(status, f"the Hub answered HTTP {status} ({_line(refused)}); try again later")
             raise HubError(f"{doing}: {said}") from error
         if _first(error, TransportError) is None and _first(error, OSError) is None:
-            raise HubError(f"{doing}: {_line(error)}. Nothing of it can be seen on the Hub") from error
+            raise HubError(f"{doing}: {_line(error)}. The repository is unchanged") from error
         raise HubUnreachable(
-            f"{doing}: the connection broke off ({type(error).__name__}: {_line(error)}). The commit comes last, so nothing of it can be "
-            "seen; push again"
+            f"{doing}: the connection broke off ({type(error).__name__}: {_line(error)}). The commit comes last, so the repository is "
+            "unchanged; push again"
         ) from error
 
 

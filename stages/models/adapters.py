@@ -526,7 +526,7 @@ def _merge_some(model: Any, where: Callable[[Any], bool]) -> Any:
 
 
 def adapter_layers_of(module: Any) -> Iterator[Any]:
-    """``module`` itself where it carries low-rank updates, else nothing."""
+    """Yield ``module`` if it has low-rank updates, else nothing."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -159,7 +159,7 @@ def each_group(what: str, groups: Iterable[Sequence[int]], work: Callable[[Seque
             if not is_out_of_memory(error) or len(rows) <= 1:
                 raise
         if not most:
-            said = "%s: memory ran out in a pass of %d sequences; it goes on with half as many. The result is the same"
+            said = "%s: memory ran out in a forward pass over %d sequences; continuing with half as many. The result is the same"
             logger.warning(said, what, len(rows))
         most = -(-len(rows) // 2)
         waiting.insert(0, rows)

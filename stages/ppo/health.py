@@ -98,7 +98,7 @@ class HealthSettings(Strict):
     )
     window: int = Field(5, ge=3, description="Iterations that are averaged for value_blow_up and reward_hacking.")
     off: list[AlarmName] = Field([], description="Alarms that are not raised.")
-    stop_on: list[AlarmName] = Field([], description="Alarms that end the run; the others are said and counted.")
+    stop_on: list[AlarmName] = Field([], description="Alarms that end the run; the others are logged and counted.")
 
     @model_validator(mode="before")
     @classmethod

@@ -227,7 +227,7 @@ class PPORun:
         kept = keep_episodes(self.context, [{"prompt": one.prompt, "completion": text} for one, text in zip(rows, texts, strict=True)])
         if self.runtime.num_processes == 1:
             self._save()
-        return TrainingError(f"{self.context.name}: iteration {self.state.iteration}: {error}{kept}. The same command goes on from there")
+        return TrainingError(f"{self.context.name}: iteration {self.state.iteration}: {error}{kept}. The same command continues from there")
 
     def _update(self, rollout: Rollout) -> UpdateResult:
         iteration = self.state.iteration

@@ -154,7 +154,7 @@ def own_peak() -> Iterator[Peak]:
 
 
 def _take_peak(torch: ModuleType) -> None:
-    """Note the peak so far in every measurement that is going on, and count anew."""
+    """Record the peak so far in every active measurement, and reset the counter."""
     global _largest
     allocated = torch.cuda.max_memory_allocated()
     _largest = max(_largest, allocated)

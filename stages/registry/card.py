@@ -314,7 +314,7 @@ def _results(record: ModelRecord, evaluations: list[StoredEvaluation]) -> list[E
 
 
 def _usage_on_hub(record: ModelRecord, registry: Registry, repository: str) -> list[tuple[str, str]]:
-    """How to load a pushed version. An adapter has what it stands on in ``bases/``, unless that is on the Hub."""
+    """How to load a pushed version. The base of an adapter is in ``bases/``, unless it is on the Hub."""
     pull = ("Into a registry, with its lineage, under the name that a recipe uses:", f"stages models pull {repository}")
     base = record.base
     if base is None:

@@ -80,7 +80,7 @@ class Generative(Strict):
         description="The score is log P(first) - log P(second). Without a chat template a word usually begins with a space.",
     )
     question: str = Field(QUESTION, description="What the model is asked, with {prompt} and {completion}.")
-    train: bool = Field(False, description="Train on the comparisons by the ranking loss; false: publish the language model as it is.")
+    train: bool = Field(False, description="Train on the comparisons with the ranking loss. false: publish the language model unchanged.")
 
     @model_validator(mode="after")
     def _answerable(self) -> Generative:
@@ -137,14 +137,16 @@ class RewardModelConfig(TrainingStepConfig):
     def _check_generative(self, generative: Generative) -> None:
         """Raise ValueError for fields that a generative reward model does not use."""
         for names, why in (
-            (SCALAR_FIELDS, "belongs to a scalar head; leave it out beside generative"),
-            (() if generative.train else TRAINING_FIELDS, "is for training; set generative.train: true, or leave it out"),
+            (SCALAR_FIELDS, "is for a scalar head; remove it, because generative is set"),
+            (() if generative.train else TRAINING_FIELDS, "is for training; set generative.train: true, or remove it"),
         ):
             for name in names:
                 if is_changed(self, name):
                     raise ValueError(f"{name} {why}")
         if not generative.train and self.model.quantization != "none":
-            raise ValueError("model.quantization: a generative reward model is saved as it is; quantize it where it is used")
+            raise ValueError(
+                "model.quantization: a generative reward model is saved without quantization; set quantization in the steps that use it"
+            )
 
     def model_inputs(self) -> dict[str, ModelInput]:
         inputs = {"model": self.model}

@@ -169,7 +169,7 @@ def _train(
     answers = [judging.answer_ids(answer) for answer in judging.asked.answers]
     if any(len(ids) != 1 for ids in answers):
         shown = ", ".join(f"{answer!r} ({len(ids)} tokens)" for answer, ids in zip(judging.asked.answers, answers, strict=True))
-        raise ModelError(f"generative.train needs answers of one token each, got {shown}; choose others, or leave train out")
+        raise ModelError(f"generative.train needs answers of one token each, got {shown}; choose other answers, or remove train")
     rows, lost = usable([encode(item, judging) for item in comparisons.train if item.num_pairs])
     say_lost(context, "", lost, judging.max_length or 0)
     scorer = LogOdds(judging.model, answers[0][0], answers[1][0])

@@ -164,7 +164,7 @@ def test_one_file_has_no_splits_to_choose(fields: dict[str, Any], message: str, 
 
 def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# about")
-    with pytest.raises(DataError, match=r"the folder holds no data file \(it holds README.md\); expected .jsonl"):
+    with pytest.raises(DataError, match=r"the folder contains no data file \(it contains README.md\); expected .jsonl"):
         texts(tmp_path)
 
 

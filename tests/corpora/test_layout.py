@@ -139,7 +139,7 @@ WRONG: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "no such config": (CARD_FILES, {"name": "esy", "texts": {"README.md": CARD}}, "there is no config 'esy'; did you mean 'easy'"),
     "a folder is no config": (("base/train.jsonl",), {"name": "base"}, "the data set has no configs; write data_dir: base"),
     "several configs": (("a.csv",), {"texts": {"README.md": "---\nconfigs:\n- config_name: a\n- config_name: b\n---\n"}}, "name: a, b"),
-    "no such folder": (("base/train.jsonl",), {"data_dir": "bse"}, "data_dir: bse holds no data file; did you mean 'base'"),
+    "no such folder": (("base/train.jsonl",), {"data_dir": "bse"}, "data_dir: bse contains no data file; did you mean 'base'"),
     "no such file": (("base/train.jsonl",), {"data_files": ["base/trian.jsonl"]}, "no data file matches 'base/trian.jsonl'; did you mean"),
     "no pattern": (("a.jsonl",), {"data_files": ["a**b"]}, "not a valid file name pattern"),
     "both": (("base/train.jsonl",), {"data_dir": "base", "name": "base"}, "both select a part"),

@@ -154,7 +154,7 @@ def test_importance_weights_of_tokens_from_another_policy(config, ppo_context) -
         ({"generation": {"temperature": 0.7, "top_p": 0.9}}, "temperature=0.7 with top_k or top_p is not supported with engine: vllm"),
         ({"generation": {"cuda_graphs": False}}, "cuda_graphs=false does nothing for vLLM servers under url"),
         ({"generation": {"engine": {"vllm": {}}}}, "needs either url"),
-        ({"generation": {"engine": {"vllm": {"url": "localhost"}}}}, "no address; expected http://HOST:PORT"),
+        ({"generation": {"engine": {"vllm": {"url": "localhost"}}}}, "not a valid URL; expected http://HOST:PORT"),
         ({"generation": {"engine": "local"}, "importance_cap": 3.0}, "importance_cap requires generation.engine: vllm"),
     ],
 )

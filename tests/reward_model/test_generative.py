@@ -73,8 +73,8 @@ def test_untrained_language_model_scores_by_log_odds(pairs, tiny_llama_folder, r
     context.registry.export(made.model.ref, tmp_path / "out", merge=export_merged)
     torch.testing.assert_close(source_of(resolve_folder(tmp_path / "out")).score(PROMPTS, COMPLETIONS), expected, rtol=0, atol=0)
     for fields, message in (
-        ({"label": 1}, "leave out label"),
-        ({"level": "token"}, "leave out level: token"),
+        ({"label": 1}, "Remove label"),
+        ({"level": "token"}, "Remove level: token"),
         ({"answers": ["a", "b"]}, "already has a question and the answers 'y' and 'n'. Remove answers and question"),
     ):
         with pytest.raises(ModelError, match=message):
@@ -117,8 +117,8 @@ def test_training_moves_the_log_odds_towards_the_preferences(
         ({"generative": {"question": "Good?"}}, "question must hold {completion}"),
         ({"training": {"max_steps": 3}}, "training is for training; set generative.train: true"),
         ({"lora": {"r": 4}}, "lora is for training"),
-        ({"num_seeds": 2, "generative": {"train": True}}, "num_seeds belongs to a scalar head"),
-        ({"normalization": {"to": "standardize"}}, "normalization belongs to a scalar head"),
+        ({"num_seeds": 2, "generative": {"train": True}}, "num_seeds is for a scalar head"),
+        ({"normalization": {"to": "standardize"}}, "normalization is for a scalar head"),
     ],
 )
 def test_contradictions_are_refused(pairs, fields, message) -> None:

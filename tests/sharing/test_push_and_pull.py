@@ -143,7 +143,7 @@ def test_pulled_version_equals_the_pushed_one(server, client, home, tmp_path, na
         assert [record.ref for record in theirs.records()] == ["mine/copy@1", "recipe/adapter@1", "recipe/base@1"]
         assert torch.equal(outputs(theirs, "mine/copy"), outputs(ours, "recipe/stack"))
     again = client.run("models", "pull", f"org/{name}", "--as", "mine/copy", "--home", str(tmp_path))
-    assert again.status == 0 and "was here already: mine/copy@1" in again.output and len(theirs.versions("mine/copy")) == 1
+    assert again.status == 0 and "already present: mine/copy@1" in again.output and len(theirs.versions("mine/copy")) == 1
     tree = client.run("models", "lineage", "mine/copy", "--home", str(tmp_path))
     assert tree.status == 0 and client.run("models", "show", "mine/copy", "--all", "--home", str(tmp_path)).status == 0
     if name == "value":
@@ -205,7 +205,7 @@ def test_another_lineage_is_not_overwritten(server, client, home, tmp_path) -> N
     assert old.status == 2 and "pull that version first: `stages models pull org/line --as recipe/base`" in old.output
     server.moves_on = True
     late = client.run("models", "push", "recipe/base@1", "org/line", "--home", str(copied))
-    assert late.status == 2 and "was changed by somebody else meanwhile; push again" in late.output
+    assert late.status == 2 and "was changed by another user during the upload; push again" in late.output
 
 
 def test_refusal_of_the_hub_is_reported(server, client, home) -> None:
@@ -219,10 +219,10 @@ def test_refusal_of_the_hub_is_reported(server, client, home) -> None:
     assert "error: pushing to 'other/empty': this account may not write to 'other/empty'" in push("other/empty")
     server.publish("model", "other/hidden", {".gitattributes": b""})
     server.private.add("other/hidden")
-    assert "the repository 'other/hidden' exists, and this account may not read it" in push("other/hidden")
+    assert "the repository 'other/hidden' exists, but this account may not read it" in push("other/hidden")
     server.tokens.clear()
     assert "the Hub does not accept the token; log in with `hf auth login`" in push("org/model")
-    assert "error: 'model' is no repository of the Hub; expected owner/name" in push("model")
+    assert "error: 'model' is not a repository id of the Hub; expected owner/name" in push("model")
     assert "error: no model named 'nothing'" in push("org/model", "nothing")
 
 
@@ -245,7 +245,7 @@ def test_incomplete_repository_is_not_pulled(server, client, home, tmp_path) -> 
     assert "was not pushed by `stages models push`" in pull("org/other", {"config.json": b"{}"})
     assert "tristage.json of org/odd@" in pull("org/odd", {**complete, "tristage.json": b"{}"})
     assert "error: the Hub has no model 'org/nothing' that this account can read" in pull("org/nothing")
-    assert "error: 'nothing' is no repository of the Hub; expected owner/name" in pull("nothing")
+    assert "error: 'nothing' is not a repository id of the Hub; expected owner/name" in pull("nothing")
 
 
 # Without a server
@@ -300,7 +300,7 @@ def test_push_without_a_token_or_offline_is_refused(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None, raising=False)
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False, raising=False)
-    with pytest.raises(HubError, match="no token of the Hub; log in with `hf auth login`"):
+    with pytest.raises(HubError, match="no Hub token is set; log in with `hf auth login`"):
         check_may_upload()
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: True, raising=False)
     with pytest.raises(HubUnreachable, match="HF_HUB_OFFLINE is set, so nothing can be pushed"):
