@@ -44,7 +44,12 @@ def check_texts(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
 
 
 def tokenizer_digests(recipe: Recipe, step: RecipeStep, registry: Registry) -> dict[str, str]:
-    """What ``check_texts`` depends on besides the step: the digest of each reader's first model, and its template, by field path."""
+    """What ``check_texts`` depends on besides the step: the digest of each reader's first model, and its template, by field path.
+
+    Empty for a stage that reads no conversations.
+    """
+    if getattr(step.config, "conversations", None) is None:
+        return {}
     digests = {}
     for field_path, reference in _readers(recipe, step).items():
         if (source := _tokenizer_source(recipe, step, reference)) is not None:
