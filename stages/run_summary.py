@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from stages.json_types import JsonObject
+from stages.process.gpus import Gpu
 
 
 class Interval(TypedDict):
@@ -77,6 +78,63 @@ class EvaluationResult(TypedDict):
     judges: list[str]
 
 
+class BestOfPoint(TypedDict):
+    """The best of ``n`` samples: the KL to the sampling policy, the score that selects the best, and the scores by judge."""
+
+    n: int
+    kl: float
+    reward: Interval
+    scores: dict[str, Interval]
+
+
+class PairOfJudges(TypedDict):
+    """Agreement of two judges over ``n`` comparisons, and over those that neither ties (``decided``)."""
+
+    a: str
+    b: str
+    n: int
+    agreement: float | None
+    kappa: float | None
+    decided: int
+    agreement_decided: float | None
+    ci_low: float | None
+    ci_high: float | None
+
+
+class JudgeAgreement(TypedDict, total=False):
+    """Agreement between judges, and between the annotators of each judge."""
+
+    pairs: list[PairOfJudges]
+    units: int
+    alpha: float | None
+    annotators: dict[str, dict[str, float | None]]  # by judge
+
+
+class ExclusionRow(TypedDict):
+    """A number of excluded items, the total, the reason, and whether the recipe intends the exclusion."""
+
+    what: str
+    count: int
+    of: int
+    expected: bool
+
+
+class EvaluationFile(TypedDict):
+    """The content of evaluation.json. Numbers that are not finite are None."""
+
+    verdict: str
+    prompts: int
+    samples_per_prompt: int
+    kl_reference: str | None
+    candidates: dict[str, Candidate]
+    win_rates: list[WinRate]
+    judges: list[dict[str, Any]]  # name, kind, and what the kind of judge records
+    agreement: JudgeAgreement
+    best_of_n: dict[str, list[BestOfPoint]]
+    few_shot: JsonObject
+    exclusions: list[ExclusionRow]
+
+
 class SummaryModel(TypedDict):
     """The model that a step published: its name without the version, and its digest."""
 
@@ -108,6 +166,20 @@ class StepSummary(TypedDict):
     metrics: JsonObject
 
 
+class Environment(TypedDict, total=False):
+    """Facts besides the recipe that can influence the numbers of a run. Summaries of earlier versions lack some."""
+
+    python: str
+    platform: str
+    machine: str
+    cpu: str
+    cpu_count: int | None
+    num_processes: int
+    gpus: list[Gpu]
+    packages: dict[str, str]
+    sharded: bool
+
+
 class RunSummary(TypedDict):
     """The summary of a run, rewritten after every step."""
 
@@ -122,7 +194,7 @@ class RunSummary(TypedDict):
     wall_seconds: float
     peak_memory_bytes: int
     peak_gpu_memory_bytes: int | None
-    environment: JsonObject
+    environment: Environment
     steps: list[StepSummary]
     candidates: dict[str, Candidate]
     win_rates: list[WinRate]

@@ -54,7 +54,7 @@ from stages.registry.ledger import Registry, installed_packages
 from stages.registry.record import FingerprintParts, ModelRecord
 from stages.registry.references import ResolvedModel
 from stages.report.run_folder import read_run
-from stages.run_summary import RunSummary
+from stages.run_summary import Environment, RunSummary
 from stages.step import StepContext, StepResult
 
 T = TypeVar("T")
@@ -475,7 +475,7 @@ def _run_function(stage: str) -> Callable[[StepConfig, StepContext], StepResult]
     return function
 
 
-def environment() -> JsonObject:
+def environment() -> Environment:
     """Facts besides the recipe that can influence a run's numbers."""
     return {
         "python": platform.python_version(),

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ruamel.yaml import YAML
 from ruamel.yaml.compat import StringIO
 
 from stages.report.diagram import Diagram, draw_chain
 from stages.report.figures import number_text
-from stages.report.run_folder import RunFolder, StepFolder, shown_memory
-
-Row = dict[str, Any]
+from stages.report.run_folder import Row, RunFolder, StepFolder, shown_memory
+from stages.run_summary import EvaluationFile
 
 
 def diagram(run: RunFolder) -> Diagram:
@@ -24,7 +21,7 @@ def diagram(run: RunFolder) -> Diagram:
 
 def _inputs(run: RunFolder, step: StepFolder) -> list[str]:
     """The models that a step reads: the name of the step that made each of them, or else the reference."""
-    own = {str(entry.entry["model"]["ref"]) + f"@{entry.entry['version']}": entry.name for entry in run.steps if entry.entry.get("model")}
+    own = {ref: maker.name for ref, maker in made_by(run).items()}
     inputs = []
     for ref in (step.entry.get("inputs") or {}).values():
         short = ref.rpartition("/")[2] if ref.startswith(("/", ".")) else ref
@@ -74,7 +71,7 @@ def _data(step: StepFolder) -> list[str]:
     marks = step.entry.get("data") or {}
     shown_data = []
     for field_path, mark in marks.items():
-        value: Any = step.config
+        value: object = step.config
         for key in field_path.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         paths = [str(source.get("path")) for source in value if isinstance(source, dict)] if isinstance(value, list) else []
@@ -85,17 +82,18 @@ def _data(step: StepFolder) -> list[str]:
 
 def made_by(run: RunFolder) -> dict[str, StepFolder]:
     """Pinned model reference -> the step of this run that made the model."""
-    return {f"{step.entry['model']['ref']}@{step.entry['version']}": step for step in run.steps if step.entry.get("model")}
+    models = [(step.entry.get("model"), step) for step in run.steps]
+    return {f"{model['ref']}@{step.entry['version']}": step for model, step in models if model is not None}
 
 
-def ancestors(run: RunFolder, evaluation: Row) -> set[str]:
+def ancestors(run: RunFolder, evaluation: EvaluationFile) -> set[str]:
     """References of the models that the evaluation's KL reference was made from, directly or indirectly, by steps of this run."""
     reference = evaluation.get("kl_reference")
     own = made_by(run)
     waiting = [evaluation["candidates"][reference].get("model")] if reference is not None else []
     refs: set[str] = set()
     while waiting:
-        step = own.get(waiting.pop())
+        step = own.get(waiting.pop() or "")
         for ref in (step.entry.get("inputs") or {}).values() if step is not None else ():
             if ref not in refs:
                 refs.add(ref)

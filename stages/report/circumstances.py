@@ -6,17 +6,16 @@ A reused step was computed by an earlier run, perhaps on another machine. Its fa
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from stages.process.gpus import gpu_name
-from stages.report.run_folder import RunFolder, StepFolder
+from stages.report.run_folder import Row, RunFolder, StepFolder
+from stages.run_summary import Environment, RunSummary, StepSummary
 
-Row = dict[str, Any]
 UNKNOWN = "not recorded"
 
 
-def command(summary: Mapping[str, Any]) -> str:
+def command(summary: RunSummary) -> str:
     """The command that started the run. If it was not recorded, a command that does the same."""
     if summary.get("command"):
         return str(summary["command"])
@@ -25,7 +24,7 @@ def command(summary: Mapping[str, Any]) -> str:
 
 def facts(run: RunFolder) -> dict[str, str]:
     """Facts about the entire run, by name."""
-    summary, environment = run.summary, run.summary.get("environment", {})
+    summary, environment = run.summary, run.summary.get("environment", Environment())
     return {
         "seed": str(summary.get("seed", UNKNOWN)),
         "precision": _precision(run.steps),
@@ -57,9 +56,9 @@ def step_facts(run: RunFolder) -> list[Row]:
     return rows
 
 
-def device(summary: Mapping[str, Any]) -> str:
+def device(summary: RunSummary) -> str:
     """The GPUs of a run with their driver version, or its CPU."""
-    environment = summary.get("environment", {})
+    environment = summary.get("environment", Environment())
     gpus = environment.get("gpus") or []
     if not gpus:
         name = environment.get("cpu")
@@ -68,13 +67,13 @@ def device(summary: Mapping[str, Any]) -> str:
     return f"{len(gpus)} x {gpu_name(gpus[0])}{f', driver {driver}' if driver else ''}"
 
 
-def memory(entry: Mapping[str, Any]) -> str:
+def memory(entry: RunSummary | StepSummary | Row) -> str:
     """Peak memory of a run or a step: of the tensors on the GPU if there is one, and of the process."""
     shown = {"on the GPU": entry.get("peak_gpu_memory_bytes"), "of the process": entry.get("peak_memory_bytes")}
     return ", ".join(f"{bytes_text(value)} {what}" for what, value in shown.items() if value) or UNKNOWN
 
 
-def packages(environment: Mapping[str, Any]) -> str:
+def packages(environment: Environment) -> str:
     """Names and versions of the packages that affect the results."""
     return ", ".join(f"{name} {version}" for name, version in environment.get("packages", {}).items()) or UNKNOWN
 
@@ -109,7 +108,7 @@ def _precision(steps: Sequence[StepFolder]) -> str:
     return "; ".join(f"{precision}: {', '.join(steps)}" for precision, steps in names.items())
 
 
-def _processes(environment: Mapping[str, Any]) -> str:
+def _processes(environment: Environment) -> str:
     number = environment.get("num_processes")
     if number is None:
         return UNKNOWN

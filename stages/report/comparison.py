@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from stages.json_types import JsonObject
 from stages.report import training
 from stages.report.circumstances import command, facts, packages
 from stages.report.figures import SERIES, Figure
 from stages.report.page import Page, Written, fit_figures, render, shortened, write
-from stages.report.run_folder import RunFolder
+from stages.report.run_folder import Row, RunFolder
+from stages.run_summary import Candidate
 
-Row = dict[str, Any]
 LONGEST_CELL = 200
 """Maximum number of characters of a setting in the table of differences."""
 
@@ -109,7 +109,7 @@ def differing_settings(runs: Sequence[RunFolder]) -> list[list[str]]:
     return rows
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(value: object, prefix: str = "") -> JsonObject:
     """Nested settings as a flat dict: field path -> value."""
     if isinstance(value, dict) and value:
         return {path: leaf for key, item in value.items() for path, leaf in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()}
@@ -118,7 +118,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: value}
 
 
-def _word(settings: dict[str, Any], key: str) -> str:
+def _word(settings: JsonObject, key: str) -> str:
     return str(settings[key]) if key in settings else "absent"
 
 
@@ -129,14 +129,14 @@ def _scores(runs: Sequence[RunFolder], names: Sequence[str]) -> Row | None:
     judges = dict.fromkeys(judge for run in runs for row in run.summary.get("candidates", {}).values() for judge in row.get("scores", {}))
     for judge in judges:
         for candidate in candidates:
-            cells = [_score_cell(run.summary["candidates"].get(candidate, {}), judge) for run in runs]
+            cells = [_score_cell(run.summary["candidates"].get(candidate), judge) for run in runs]
             if any(cells):
                 rows.append({"name": f"{candidate}, by {judge}", "cells": cells})
     return {"caption": "Mean score, with 95 % interval over prompts.", "headings": ["", *names], "rows": rows} if rows else None
 
 
-def _score_cell(candidate: Row, judge: str) -> Row | None:
-    if candidate.get("scores", {}).get(judge) is None:
+def _score_cell(candidate: Candidate | None, judge: str) -> Row | None:
+    if candidate is None or candidate.get("scores", {}).get(judge) is None:
         return None
     low, high = candidate.get("score_intervals", {}).get(judge) or (None, None)
     interval = f"{low:.3f} to {high:.3f}" if low is not None and high is not None else ""

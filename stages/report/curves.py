@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from stages.report.figures import (
     LINE,
@@ -23,8 +23,11 @@ from stages.report.figures import (
 )
 from stages.report.run_folder import StepFolder, thinned
 from stages.report.training import monitors
+from stages.run_summary import EvaluationFile
 
-Row = dict[str, Any]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 TABLE_ROWS = 12  # rows of the table next to a curve
 
 
@@ -40,7 +43,7 @@ def series_of(candidates: Sequence[str]) -> dict[str, int]:
 
 
 def frontier(
-    evaluation: Row, colors: Mapping[str, int], ancestors: Collection[str] = (), trained: Mapping[str, StepFolder] | None = None
+    evaluation: EvaluationFile, colors: Mapping[str, int], ancestors: Collection[str] = (), trained: Mapping[str, StepFolder] | None = None
 ) -> Figure | None:
     """Mean score against KL to the reference, one panel per judge that gives scores: candidates with intervals, best-of-n as a curve.
 
@@ -80,7 +83,10 @@ def frontier(
             axes.plot(kls, means, "-", color=SERIES[colors[name]])
             axes.plot(kls, means, "o", color=SERIES[colors[name]], markersize=3)
             numbered += known[1:]
-            rows += [[judge, f"best of {point['n']} ({name})", f"{point['kl']:.2f}", _mean_text(point["scores"][judge])] for point in known]
+            for point in known:
+                score = point["scores"][judge]
+                text = _mean_text(score["mean"], score.get("ci_low"), score.get("ci_high"))
+                rows.append([judge, f"best of {point['n']} ({name})", f"{point['kl']:.2f}", text])
         for name, row in points.items():
             if judge not in row["scores"] or name in curves:
                 continue
@@ -89,7 +95,7 @@ def frontier(
             interval_points(axes, [row["kl"]], [mean], [mean if low is None else low], [mean if high is None else high], color, size=7)
             if row.get("kl_interval") and None not in row["kl_interval"]:
                 axes.hlines([mean], row["kl_interval"][0], row["kl_interval"][1], color=color, linewidth=1.4)
-            rows.append([judge, name, f"{row['kl']:.2f}", _mean_text({"mean": mean, "ci_low": low, "ci_high": high})])
+            rows.append([judge, name, f"{row['kl']:.2f}", _mean_text(mean, low, high)])
         for name, step in (trained or {}).items():
             if name in points and (path := _way(step, judge)) is not None:
                 has_way = True
@@ -110,13 +116,12 @@ def frontier(
     return Figure("frontier", "Reward for KL", caption, panels, legend, ["judge", "candidate", "KL", "mean score"], rows)
 
 
-def _mean_text(point: Mapping[str, Any]) -> str:
-    if point.get("ci_low") is None or point.get("ci_high") is None:
-        return f"{point['mean']:.3f}"
-    return f"{point['mean']:.3f} ({point['ci_low']:.3f} to {point['ci_high']:.3f})"
+def _mean_text(mean: float, low: float | None, high: float | None) -> str:
+    """A mean with its interval, if there is one."""
+    return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} ({low:.3f} to {high:.3f})"
 
 
-def _number(axes: Any, points: Sequence[tuple[int, float, float]]) -> None:
+def _number(axes: Axes, points: Sequence[tuple[int, float, float]]) -> None:
     """Write n next to the best-of-n points (n, KL, score). Numbers that would overlap are left out."""
     room, before = 0.045 * math.sqrt(axes.get_xlim()[1]), math.inf
     for number, kl, score in reversed(points):  # the largest n is always written
@@ -135,7 +140,7 @@ def _way(step: StepFolder, judge: str) -> tuple[list[float], list[float]] | None
     return None
 
 
-def over_optimisation(step: StepFolder, evaluation: Row | None = None) -> Figure | None:
+def over_optimisation(step: StepFolder, evaluation: EvaluationFile | None = None) -> Figure | None:
     """The trained reward and every monitor of a PPO step against the square root of KL (Gao et al. 2023).
 
     With best-of-n if the evaluation has it. Returns None if the step has fewer than five iterations or no monitor.
@@ -157,7 +162,7 @@ def over_optimisation(step: StepFolder, evaluation: Row | None = None) -> Figure
             continue
         smooth = smoothed(values, 0.1)
         canvas = Canvas(4.9, 2.6)
-        for _, curve in (evaluation or {}).get("best_of_n", {}).items():
+        for _, curve in (evaluation.get("best_of_n", {}) if evaluation is not None else {}).items():
             points = [(math.sqrt(point["kl"]), point["scores"][name]["mean"]) for point in curve if name in point["scores"]]
             if points:
                 has_best_of_n = True
@@ -194,7 +199,9 @@ def _rewards(step: StepFolder) -> list[str]:
 
 def distributions(step: StepFolder, colors: Mapping[str, int]) -> Figure | None:
     """Score distribution of each candidate, one panel per judge that gives scores: the share of completions at or above a score."""
-    evaluation = step.evaluation or {}
+    evaluation = step.evaluation
+    if evaluation is None:
+        return None
     panels, rows = [], []
     for judge in [entry["name"] for entry in evaluation.get("judges", [])]:
         scores = {
@@ -226,12 +233,14 @@ def distributions(step: StepFolder, colors: Mapping[str, int]) -> Figure | None:
 # Alignment tax
 
 
-def alignment_tax(evaluation: Row, colors: Mapping[str, int]) -> Figure | None:
+def alignment_tax(evaluation: EvaluationFile, colors: Mapping[str, int]) -> Figure | None:
     """The price of alignment: held-out bits per byte and the recipe's tasks, for each candidate."""
     candidates = evaluation["candidates"]
     panels, rows = [], []
-    measures: list[tuple[str, dict[str, tuple[float, Any, Any]], str]] = []
-    bits = {name: (row["bits_per_byte"], None, None) for name, row in candidates.items() if row.get("bits_per_byte") is not None}
+    measures: list[tuple[str, dict[str, tuple[float, float | None, float | None]], str]] = []
+    bits: dict[str, tuple[float, float | None, float | None]] = {
+        name: (value, None, None) for name, row in candidates.items() if (value := row.get("bits_per_byte")) is not None
+    }
     if len(set(candidates[name]["digest"] for name in bits)) > 1:
         measures.append(("held-out text", bits, "bits per byte (less is better)"))
     for task in dict.fromkeys(task for row in candidates.values() for task in row.get("tasks", {})):
@@ -242,7 +251,9 @@ def alignment_tax(evaluation: Row, colors: Mapping[str, int]) -> Figure | None:
             continue
         canvas = Canvas(3.4, 0.55 + 0.3 * len(values) + 0.35)
         chances = {row["tasks"][title].get("chance") for row in candidates.values() if isinstance(row.get("tasks", {}).get(title), dict)}
-        for chance in chances - {None}:
+        for chance in chances:
+            if chance is None:
+                continue
             canvas.axes.axvline(chance, color=LINE, linewidth=1.6, linestyle=":")
         names = list(values)[::-1]
         for height, name in enumerate(names):
@@ -266,7 +277,7 @@ def alignment_tax(evaluation: Row, colors: Mapping[str, int]) -> Figure | None:
     return Figure("tax", "Alignment tax", caption, panels, [], ["measure", "candidate", "value", "interval"], rows, small=True)
 
 
-def _task_value(task: Any) -> tuple[float, Any, Any] | None:
+def _task_value(task: object) -> tuple[float, float | None, float | None] | None:
     """(value, low, high) of a task's result, which is a number or a dict with a number. None if it has no number."""
     if isinstance(task, int | float):
         return float(task), None, None

@@ -209,7 +209,7 @@ def short(name: str, length: int = 16) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def number_text(value: Any) -> str:
+def number_text(value: object) -> str:
     """A number as text: with thousands separators, or with four significant digits. A dash for None."""
     if isinstance(value, bool) or value is None:
         return "-" if value is None else str(value)

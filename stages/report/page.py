@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -25,10 +24,9 @@ from stages.report.figures import Figure, number_text
 from stages.report.output import GENERATOR, write_page
 from stages.report.reader import LONGEST_TEXT, Reader, fitted, read_completions
 from stages.report.remarks import remarks
-from stages.report.run_folder import RunFolder, shown_memory
+from stages.report.run_folder import Row, RunFolder, shown_memory
 from stages.report.verdicts import verdict
 
-Row = dict[str, Any]
 HERE = Path(__file__).parent
 LIMIT = 2_000_000
 """Maximum size of a page in bytes."""
@@ -134,7 +132,7 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"
 
 
-def render(template: str, **values: Any) -> str:
+def render(template: str, **values: object) -> str:
     """Render a template of this package with its style, its script, and a policy that allows only these."""
     environment = Environment(
         loader=PackageLoader("stages", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -185,7 +183,7 @@ def _figure_groups(run: RunFolder) -> list[Row]:
         evaluation = step.evaluation
         assert evaluation is not None
         colors = curves.series_of(list(evaluation["candidates"]))
-        makers = {name: makers_of_models.get(row.get("model")) for name, row in evaluation["candidates"].items()}
+        makers = {name: makers_of_models.get(row.get("model") or "") for name, row in evaluation["candidates"].items()}
         ways = {name: step for name, step in makers.items() if step is not None and step.stage == "ppo"}
         frontier = curves.frontier(evaluation, colors, ancestors(run, evaluation), ways)
         outcome += [frontier, curves.distributions(step, colors), curves.alignment_tax(evaluation, colors)]

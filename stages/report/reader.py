@@ -13,13 +13,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 from stages.corpora.messages import transcript
 from stages.report import curves
-from stages.report.run_folder import StepFolder, thinned
+from stages.report.run_folder import Row, StepFolder, thinned
 
-Row = dict[str, Any]
 LONGEST_TEXT = 4000
 """Maximum number of characters of a text if not everything fits."""
 WITHOUT_SCRIPT, LONGEST_WITHOUT_SCRIPT = 12, 1000
@@ -121,7 +119,7 @@ def _fitted(reader: Reader, room: int) -> Reader:
     return replace(reader, rows=[text for text, _, _ in kept], completions=completions, cut=cut)
 
 
-def as_json(value: Any) -> str:
+def as_json(value: object) -> str:
     """JSON for a script element: without ``<``, so that no text can end the element. Numbers that are not finite become null.
 
     Unpaired surrogates, which UTF-8 cannot encode, are escaped.
@@ -135,7 +133,7 @@ def _size(row: str) -> int:
     return len(row.encode()) + 1
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

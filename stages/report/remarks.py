@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from itertools import combinations
-from typing import Any
 
 from stages.report import training
-from stages.report.run_folder import RunFolder, StepFolder
+from stages.report.run_folder import Row, RunFolder, StepFolder
 from stages.report.verdicts import listed, percent
 
-Row = dict[str, Any]
 NOISE = 0.6  # two judges whose agreement is lower get a remark
 
 

@@ -7,18 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from stages.errors import DataError
+from stages.json_types import JsonObject
+from stages.run_summary import EvaluationFile, RunSummary, StepSummary
 
-Row = dict[str, Any]
+Row: TypeAlias = dict[str, Any]
+"""An object of a run's log files, whose keys depend on the stage and on the version of Tristage that wrote it."""
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class StepFolder:
     """The files of one step. A reused step has the files of the run that made it. Files that this run did not keep are missing."""
 
-    entry: Row  # the step's entry in summary.json
+    entry: StepSummary  # the step's entry in summary.json
     folder: Path
 
     @property
@@ -35,7 +39,7 @@ class StepFolder:
         return self.entry.get("metrics") or {}
 
     @property
-    def config(self) -> Row:
+    def config(self) -> JsonObject:
         """The resolved config of the step. If the run did not record it, the step's settings."""
         return self.entry.get("config") or {**self.entry.get("settings", {}), "name": self.name, "stage": self.stage}
 
@@ -55,13 +59,14 @@ class StepFolder:
         return read_lines(self.folder / "samples.jsonl")
 
     @cached_property
-    def evaluation(self) -> Row | None:
+    def evaluation(self) -> EvaluationFile | None:
         """The content of evaluation.json. None for a step without an evaluation. Raises DataError if the file is damaged."""
         path = self.folder / "evaluation.json"
         if not path.is_file():
             return None
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
+            content: EvaluationFile = dict(json.loads(path.read_text(encoding="utf-8")))  # type: ignore[assignment]  # raises for another type
+            return content
         except (ValueError, TypeError) as error:
             raise DataError(f"{path}: not a valid evaluation ({error}); the file was changed or cut off. Run the step again") from error
 
@@ -81,7 +86,7 @@ class RunFolder:
     """A run of a recipe."""
 
     path: Path
-    summary: Row
+    summary: RunSummary
     steps: list[StepFolder] = field(default_factory=list)
 
     @property
@@ -149,13 +154,13 @@ def read_lines(path: Path) -> list[Row]:
     return rows
 
 
-def thinned(rows: Sequence[Any], number: int) -> list[Any]:
+def thinned(rows: Sequence[Item], number: int) -> list[Item]:
     """At most ``number`` of ``rows``, evenly spaced, including the first and the last."""
     if number < 2 or len(rows) <= number:
         return list(rows[:number])
     return [rows[round(index * (len(rows) - 1) / (number - 1))] for index in range(number)]
 
 
-def shown_memory(entry: dict[str, Any]) -> int | None:
+def shown_memory(entry: RunSummary | StepSummary) -> int | None:
     """Peak memory of a run or a step in bytes: of its GPU if it had one, else of the process."""
     return entry.get("peak_gpu_memory_bytes") or entry.get("peak_memory_bytes")

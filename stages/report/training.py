@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from stages.report.figures import LINE, SERIES, Canvas, Figure, drawn, drawn_text, interval_points, log_scale, number_text, short, smoothed
 from stages.report.run_folder import RunFolder, StepFolder, thinned
 from stages.stats.intervals import wilson_interval
-
-Row = dict[str, Any]
 
 STAGE_CURVES = {  # stage -> [(metric, title)]
     "pretraining": [("train/loss", "training loss (nats per token)")],

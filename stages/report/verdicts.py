@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from stages.report import curves
-from stages.report.run_folder import StepFolder
-
-Row = dict[str, Any]
+from stages.report.run_folder import Row, StepFolder
+from stages.run_summary import Candidate, EvaluationFile, WinRate
 
 
 def verdict(step: StepFolder) -> Row:
@@ -47,7 +45,7 @@ def verdict(step: StepFolder) -> Row:
     }
 
 
-def _headline(last: str, other: str | None, judge: str, rate: Row | None, evaluation: Row) -> str:
+def _headline(last: str, other: str | None, judge: str, rate: WinRate | None, evaluation: EvaluationFile) -> str:
     if rate is None or other is None or not rate["n"]:
         return str(evaluation["verdict"])
     interval = f"95 % interval {percent(rate['ci_low'])} to {percent(rate['ci_high'])}"
@@ -59,7 +57,7 @@ def _headline(last: str, other: str | None, judge: str, rate: Row | None, evalua
     return f"No difference was shown: {last} wins {share}."
 
 
-def _others(last: str, others: Sequence[str], judge: str, rates: Mapping[tuple[str, str, str], Row]) -> str:
+def _others(last: str, others: Sequence[str], judge: str, rates: Mapping[tuple[str, str, str], WinRate]) -> str:
     """One sentence about the remaining comparisons by the first judge. Empty if there are none."""
     groups: dict[str, list[str]] = {"beats": [], "loses to": [], "cannot be distinguished from": [], "was not compared with": []}
     for other in others:
@@ -82,7 +80,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _interval_row(name: str, rate: Row, color: int) -> Row:
+def _interval_row(name: str, rate: WinRate, color: int) -> Row:
     sure = rate["ci_low"] > 0.5 or rate["ci_high"] < 0.5
     controlled = rate.get("length_controlled") or {}
     return {
@@ -97,7 +95,7 @@ def _interval_row(name: str, rate: Row, color: int) -> Row:
     }
 
 
-def _columns(evaluation: Row, judges: Sequence[str]) -> Row:
+def _columns(evaluation: EvaluationFile, judges: Sequence[str]) -> Row:
     """Headings and cells of the table of candidates."""
     shown = {
         "length_words": ("words", "{:.1f}"),
@@ -113,12 +111,13 @@ def _columns(evaluation: Row, judges: Sequence[str]) -> Row:
     cells = {}
     for name, row in rows.items():
         scores = [_score_cell(row, judge) for judge in scoring]
-        others = [{"text": shown[key][1].format(row[key]) if row.get(key) is not None else "", "interval": ""} for key in keys]
+        values: Mapping[str, object] = row
+        others = [{"text": shown[key][1].format(values[key]) if values.get(key) is not None else "", "interval": ""} for key in keys]
         cells[name] = scores + others
     return {"headings": [*scoring, *(shown[key][0] for key in keys)], "cells": cells}
 
 
-def _score_cell(row: Row, judge: str) -> Row:
+def _score_cell(row: Candidate, judge: str) -> Row:
     """A candidate's mean score by a judge, with its interval if there is one."""
     if row["scores"].get(judge) is None:
         return {"text": "", "interval": ""}
@@ -127,7 +126,7 @@ def _score_cell(row: Row, judge: str) -> Row:
     return {"text": f"{row['scores'][judge]:.3f}", "interval": interval}
 
 
-def _matrix(judge: str, names: Sequence[str], rates: Mapping[tuple[str, str, str], Row]) -> Row:
+def _matrix(judge: str, names: Sequence[str], rates: Mapping[tuple[str, str, str], WinRate]) -> Row:
     """Win rates of the row against the column. ``strength`` in [-1, 1] sets the colour of the cell."""
     rows = []
     for a in names:
