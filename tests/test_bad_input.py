@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, a data set or a model is said in one message: exit status 2, no traceback, and the registry as it was.
+"""Errors in a recipe, a data set or a model give one message: exit status 2, no traceback, and an unchanged registry.
 
 A case is a recipe (from ``GOOD``, changed), the files beside it, and what the message must contain. Data and models are those of the
 smallest possible world; most cases end before a model is read.
@@ -107,7 +107,7 @@ class Case:
 
 
 def bad_row(name: str, line: int, row: Any) -> dict[str, str | bytes]:
-    """The good table ``name`` with row number ``place`` (from 1) in the place of another."""
+    """The good table ``name`` with ``row`` at line ``line`` (from 1)."""
     rows: list[Any] = list(ROWS[name])
     rows[line - 1] = row
     return {f"{name}.jsonl": lines(rows)}

@@ -29,7 +29,36 @@ BANNED_NAMES = {
 }
 """Identifier -> what to write instead."""
 
-BANNED_PHRASES = ("made anew", "the user's to mend", "not looked at", "of one's own")
+BANNED_PHRASES = (
+    "all the same",
+    "anew",
+    "as it is written",
+    "dealt out",
+    "go on with",
+    "goes on",
+    "in vain",
+    "is no number",
+    "less the",
+    "like length",
+    "looked after",
+    "made up",
+    "mended",
+    "not looked at",
+    "of one's own",
+    "one state behind",
+    "paid at",
+    "put together",
+    "stand on",
+    "stands on",
+    "that very",
+    "the user's to mend",
+    "the word for",
+    "told from",
+    "told of",
+    "what became of",
+    "where nothing",
+    "word of its own",
+)
 """Phrases in lower case. They may be split over two lines."""
 
 PROSE = ("stages/**/*.py", "tests/**/*.py", "docs/*.py", "docs/*.md", "*.md", "recipes/*.yaml", "data/**/*.md", "launch.sh")

@@ -48,7 +48,7 @@ def prompt_key(prompt: Prompt) -> str:
 
 
 def completion_in(row: Row) -> tuple[Prompt, str]:
-    """The row's prompt and its completion as text. Raises DataError with the row's location where there is no completion."""
+    """The row's prompt and its completion as text. Raises DataError with the row's location if there is no completion."""
     if (column := conversation_column(row)) is not None:
         asked, reply = split_messages(row, column)
         return asked, completion_text(reply)

@@ -63,7 +63,7 @@ def _annotators(content: Quality) -> Table:
         screening = row["screening"]
         state = "-"
         if screening is not None:
-            verdict = {None: f"{screening['answered']} of {screening['of']}", True: "let in", False: "not let in"}[screening["passed"]]
+            verdict = {None: f"{screening['answered']} of {screening['of']}", True: "passed", False: "not passed"}[screening["passed"]]
             state = f"{verdict}, {percent(screening['ranking_agreement'])}"
         table.add_row(
             Text(row["name"]),

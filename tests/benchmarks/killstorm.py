@@ -4,7 +4,7 @@ models of a run that nobody disturbed.
     python tests/benchmarks/killstorm.py                         at least 50 kills (SIGKILL of the whole process group); about 10 minutes
     python tests/benchmarks/killstorm.py --kills 12 --processes 2
 
-After every kill the registry has to verify. A storm is over when the chain finishes between two kills; storms go on until there were as
+After every kill the registry must verify. A storm ends when the chain finishes between two kills; storms continue until there were as
 many kills as asked for. Exit status 0 where every storm ended with the models of the calm run.
 """
 
@@ -145,7 +145,7 @@ def main() -> None:
     given = options.parse_args()
     draw = random.Random(given.seed)
     with tempfile.TemporaryDirectory(prefix="killstorm-") as folder:
-        # A copy: an edit of the code in the meantime would be a reason to begin anew.
+        # A copy, because an edit of the code in the meantime would make all steps run again.
         for name in ("stages", "data"):
             shutil.copytree(REPOSITORY / name, Path(folder, name))
         os.environ["PYTHONPATH"] = folder

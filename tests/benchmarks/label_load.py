@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python tests/benchmarks/label_load.py [--tasks 10000] [--annotators 8] [--answers 400]
 
-The server is a process of its own, pinned to one core. The annotators share another core where there is one. Each asks for a task, answers
+The server is a separate process, pinned to one core. The annotators share another core, if there is one. Each asks for a task, answers
 it at once, and so on without a pause: a thousand times faster than people. Times are taken at the client and include HTTP and fsync.
 The result goes to tests/benchmarks/results/label_load.json.
 """

@@ -40,7 +40,7 @@ def variants() -> dict[str, tuple[str, dict[str, Any]]]:
         "one-epoch": ("one epoch of eight minibatches (I) instead of four of two", {"ppo_epochs": 1, "minibatch_size": 8}),
         "whiten-rewards": ("rewards whitened (Z style)", {"whiten_rewards": True}),
         "by-minibatch": ("whitening and GAE by minibatch (Z)", {"whitening_scope": "minibatch"}),
-        "score-behind": ("score one state behind the end (H)", {"score_placement": "after"}),
+        "score-behind": ("score at the state after the end (H)", {"score_placement": "after"}),
         "value-policy": ("value network from the policy, head 0", {"value": "policy"}),
         "value-shared": ("value head on the policy (Z)", {"value": "shared"}),
         "adaptive-kl": ("adaptive KL, target 6 nats (Z)", {"kl_target": 6.0}),

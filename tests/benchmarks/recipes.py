@@ -26,7 +26,7 @@ from stand_in import Hub  # noqa: E402
 
 
 def run_recipe(client: Client, name: str, folder: Path) -> dict[str, Any]:
-    """What became of one recipe: status, seconds, steps and the commits that it read; the last line of output where it failed."""
+    """The result of one recipe: status, seconds, steps, commits that it read, and the last line of output if it failed."""
     began = time.monotonic()
     answer = client.run("run", str(RECIPES / f"{name}.yaml"), *SHRUNK[name], "--home", str(folder / "home"), folder=folder)
     result: dict[str, Any] = {"recipe": name, "status": answer.status, "seconds": round(time.monotonic() - began, 1)}

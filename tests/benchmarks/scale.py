@@ -3,7 +3,7 @@
     python tests/benchmarks/scale.py            about 10 minutes on 2 idle cores; --iterations 3 for a quicker look
 
 Every row is a run of its own of a policy with random weights and a value network beside it, fp32, one thread per process; the rows of a
-block differ in one quantity. Responses have their full length (no end token counts). Seconds are medians over the iterations less the
+block differ in one quantity. Responses have their full length (no end token counts). Seconds are medians over the iterations without the
 first; memory is the peak of the first process less that of a process that has only been started.
 """
 

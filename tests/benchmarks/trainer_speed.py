@@ -1,4 +1,4 @@
-"""Stages that stand on a Trainer against that Trainer alone: optimizer steps per second on the same rows, as a ratio.
+"""Stages that use a Trainer, compared with that Trainer alone: optimizer steps per second on the same rows, as a ratio.
 
     .venv/bin/python tests/benchmarks/trainer_speed.py [--rounds 3]
 

@@ -1,4 +1,4 @@
-"""The chain: what runs, what is reused and why, what a run leaves behind."""
+"""The chain: which steps run, which are reused and why, and which files a run writes."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_cached_hashes_do_not_hide_a_damaged_input(monkeypatch: pytest.MonkeyPat
     weights = Registry("home/registry").get("quick/sft").path / "model.safetensors"
     weights.write_text(weights.read_text().replace("rate", "ratf"))
     memory = json.loads(Path("home/cache/plan.json").read_text())
-    status = weights.stat()  # as if the disk had changed a bit behind the system's back
+    status = weights.stat()  # as if the disk had changed a bit without changing size and time
     memory["hashes"][str(weights.absolute())][:4] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
     Path("home/cache/plan.json").write_text(json.dumps(memory))
     assert plan()["a"][0] == "run"  # a plan believes its memory

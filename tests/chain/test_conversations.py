@@ -1,4 +1,4 @@
-"""Conversations of several turns through SFT, reward model, PPO and evaluation: what each stage read is what the chat template writes."""
+"""Conversations of several turns in SFT, reward model, PPO and evaluation: each stage reads the text that the chat template renders."""
 
 from __future__ import annotations
 

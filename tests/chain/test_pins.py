@@ -179,7 +179,7 @@ def test_hub_ids_that_resemble_local_names_stay_hub_ids(fresh: Hub, hub_client: 
     fresh.publish("dataset", "org/held", rows_of(ROWS[:8]))
     (workdir / "org" / "held").mkdir()
     (workdir / "org" / "held" / "test.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
-    assert "data" not in planned(hub_client, workdir, "verdict.data=org/held")["verdict"]["hub"]  # a folder of that very name
+    assert "data" not in planned(hub_client, workdir, "verdict.data=org/held")["verdict"]["hub"]  # a folder with the same name
     assert planned(hub_client, workdir, "verdict.data=hub:org/held")["verdict"]["hub"]["data"].startswith("org/held@")
     missing = asked(hub_client, "plan", workdir, "verdict.data=org/lines")
     assert missing.status == 2 and f"The folder {workdir / 'org'} has no 'lines' either" in missing.output
@@ -256,7 +256,7 @@ def test_unresponsive_hub_is_given_up_after_a_few_seconds(fresh: Hub, workdir: P
         assert answer.status == 2
         (line,) = answer.output.splitlines()
         assert "did not answer for the model 'org/model'" in line and "with HF_HUB_OFFLINE=1 the local cache is used" in line
-        answer = asked(client, "plan", workdir)  # the plan of memory and steps is shown all the same
+        answer = asked(client, "plan", workdir)  # the plan still shows memory and steps
         assert answer.status == 0 and "Not checked: small.yaml:6: steps[0].model: got 'org/model': the Hub at" in answer.output
         client.close()
 

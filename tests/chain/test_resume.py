@@ -1,4 +1,4 @@
-"""Every stage that trains with a Trainer goes on to the bit: weights, logs and metrics equal those of a run that nobody cut off."""
+"""Every stage that trains with a Trainer resumes bitwise: weights, logs and metrics equal those of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     for name, expected in uninterrupted["weights"].items():
         assert torch.equal(resumed["weights"][name], expected), name
     assert resumed["metrics"] == uninterrupted["metrics"]
-    if stage != "sentiment":  # its masked phase is done, and not told of again
+    if stage != "sentiment":  # its masked phase is finished and not logged again
         assert resumed["logs"] == uninterrupted["logs"]
 
 

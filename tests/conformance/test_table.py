@@ -1,4 +1,4 @@
-"""The table of details is true: code and tests exist, and what a test is marked for stands in the table."""
+"""The table of details is correct: its code and tests exist, and every test marked for a detail is in its row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multiple-choice rows: what is read, and what is refused with its place."""
+"""Multiple-choice rows: valid rows, and invalid rows that are refused with their location."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every form of a ranked comparison becomes ranks, 0 best; what is malformed is named with its line."""
+"""Every form of a ranked comparison is converted to ranks (0 is best). A malformed row is named with its line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is left out of a table: near-copies, a user's too many prompts, personal data, texts of the wrong length."""
+"""Rows that curation removes: near-copies, prompts above the limit per user, personal data, texts of the wrong length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of files and folders: each format, packed or not; the split of a folder that is named, and never another one's rows."""
+"""Rows of files and folders: every format, compressed or not. A split of a folder contains only its own rows."""
 
 from __future__ import annotations
 

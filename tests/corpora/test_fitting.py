@@ -1,4 +1,4 @@
-"""A long post loses lines from its end, never the form around it."""
+"""A long post is cut at its end; the format around it is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets of the Hub without a connection: what the cache holds in part is not read as if it were all."""
+"""Data sets of the Hub without a connection: an incomplete cached data set is not read as a complete one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations as data sets hold them: nothing in them is lost, and prompt and completion part where the assistant speaks."""
+"""Conversations of data sets: no field is lost, and the completion begins at an assistant turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Held-out groups: no user on both sides, and folds that each hold out every group once."""
+"""Held-out groups: no user is on both sides, and the folds together hold out every group once."""
 
 from __future__ import annotations
 

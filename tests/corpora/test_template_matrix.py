@@ -1,4 +1,4 @@
-"""Ten chat templates of the kinds that models have, on five kinds of tokenizers: what trains is what the template writes for the replies.
+"""Ten kinds of chat templates on five kinds of tokenizers: the trained tokens are those that the template renders for the replies.
 
 The whole rendering is transformers' own ``apply_chat_template``. What a template writes for a reply is given by hand in ``REPLY``.
 """

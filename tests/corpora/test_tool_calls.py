@@ -1,4 +1,4 @@
-"""A chat template gets the arguments of tool calls in the form that it writes as JSON, whatever file the calls come from."""
+"""A chat template gets the arguments of tool calls in the form that it renders as JSON, for every file format."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_templates_with_conditions_are_probed_within_them(tokenizer) -> None:
 @pytest.mark.parametrize("arguments", ["Köln", "[1, 2]", '{"town": '])
 def test_arguments_that_are_not_a_json_object_are_kept_or_refused(tokenizer, arguments) -> None:
     tokenizer.chat_template = TEXTS["printed"]
-    for text in (arguments, json.dumps(ARGUMENTS)):  # a JSON object stays as it is written, too
+    for text in (arguments, json.dumps(ARGUMENTS)):  # the text of a JSON object is kept, too
         assert written(tokenizer, row(text)) == f"[look_up {text}]<|im_end|>"
     tokenizer.chat_template = OBJECTS["tojson"]
     with pytest.raises(DataError, match=r"^calls.jsonl:7: the arguments of the tool call look_up are .*needs a JSON object$"):

@@ -1,4 +1,4 @@
-"""DPO: lists become pairs, the loss is the paper's, what is saved is what was trained, with and without an adapter."""
+"""DPO: rankings become pairs, the loss equals the paper's, and the saved model equals the trained one, with and without an adapter."""
 
 from __future__ import annotations
 

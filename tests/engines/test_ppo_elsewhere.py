@@ -1,4 +1,4 @@
-"""PPO whose rollouts come from a server: weights go there after every update, the gap is measured and weighed, and a cut run goes on."""
+"""PPO with a sampling server: weights are sent after every update, the sampling gap is corrected, and an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_stale_adapter_ends_the_run(stub, config, ppo_context) -> None:
 
 
 def test_run_whose_server_dies_continues_from_its_checkpoint(stub, config, ppo_context) -> None:
-    """It dies in the second rollout. The same command, with a server again, ends with the metrics of a run that was never cut off."""
+    """The server dies in the second rollout. The same command with a new server ends with the metrics of an uninterrupted run."""
 
     def metrics_of_a_run(server: Any) -> dict[str, Any]:
         ppo_context.runtime.begin_step(0)  # the fresh adapter is drawn
@@ -92,7 +92,9 @@ def test_run_whose_server_dies_continues_from_its_checkpoint(stub, config, ppo_c
             raise ConnectionError
 
     dying.before = die
-    with pytest.raises(TrainingError, match=r"iteration 1: no vLLM server is left.*episodes are in .*failed_rollout.jsonl.*goes on"):
+    with pytest.raises(
+        TrainingError, match=r"iteration 1: no vLLM server is left.*episodes are in .*failed_rollout.jsonl.*continues from there"
+    ):
         metrics_of_a_run(dying)
     kept = [json.loads(line) for line in (ppo_context.folder / "failed_rollout.jsonl").read_text().splitlines()]
     assert len(kept) <= 2 and all(set(one) == {"prompt", "completion"} for one in kept)
@@ -165,7 +167,7 @@ def test_unusable_engine_settings_are_refused_at_the_plan(ppo_config, fields, me
 
 
 def test_fingerprint_of_local_sampling_is_unchanged(ppo_config) -> None:
-    """A recipe that names no engine has the settings that it had before there were engines; where a server stands does not matter."""
+    """A recipe without an engine has the settings of versions before engines; the address of a server is not part of the fingerprint."""
     from stages.chain.fingerprints import settings_of
 
     local = settings_of(ppo_config())

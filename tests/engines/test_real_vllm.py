@@ -125,7 +125,7 @@ def test_stale_adapter_is_detected(served, monkeypatch) -> None:
 
 
 def test_answers_have_the_recorded_shapes(served) -> None:
-    """What the stub of the other tests answers is what this version answers."""
+    """The stub server of the other tests gives the same answers as this vLLM version."""
     sampler, _, _ = served
     client, key = sampler.servers.clients[0], sampler.servers.started.key
     with httpx2.Client(base_url=client.url, headers={"Authorization": f"Bearer {key}"}, timeout=600) as http:
@@ -154,7 +154,7 @@ def shape(value: Any) -> Any:
 
 
 def test_server_killed_during_a_rollout_is_restarted(served) -> None:
-    """The rollout goes on with the same weights; what was done by then is kept."""
+    """The rollout continues with the same weights, and keeps the finished completions."""
     sampler, policy, tokenizer = served
     sampler.take_weights()
     chosen = SETTINGS.model_copy(update={"max_new_tokens": 100})
@@ -177,7 +177,7 @@ def test_server_killed_during_a_rollout_is_restarted(served) -> None:
 
 
 def test_full_weights_are_reloaded(served, wide_llama, tmp_path) -> None:
-    """On the same server: other whole weights, sent as a full fine-tuning would, then the probe."""
+    """The same server gets other full weights, as in full fine-tuning, and answers the probe."""
     from stages.engines.vllm_sampler import VllmSampler, Weights
 
     sampler, _, tokenizer = served

@@ -1,4 +1,4 @@
-"""Sampling over HTTP, by a stub that computes with plain peft: the same completions and log-probabilities as here; what is noticed."""
+"""Sampling over HTTP from a stub that uses plain peft: completions and log-probabilities equal the local ones; faults are found."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_greedy_completions_equal_the_local_samplers(stub, settings, opened, fie
 
 
 def test_request_to_the_server(stub, settings, opened) -> None:
-    """Every sampling parameter is said, so that no default of the model's generation config slips in; each prompt has its own seed."""
+    """A request contains every sampling parameter, so the model's generation config has no effect; each prompt has its own seed."""
     first, second = stub(), stub()
     chosen = settings(first, second, top_k=3, top_p=0.5)
     with opened(chosen)[0] as sampler:
@@ -124,7 +124,7 @@ def test_a_stack_is_served_as_one_adapter(stub, settings, opened, stack) -> None
         (adapted,) = server.adapted.values()
         assert adapted.peft_config["default"].r == 5
         assert sampler.report()["weights"] == "adapter"
-    assert server.adapted == {}  # a server that goes on without this run keeps nothing of it
+    assert server.adapted == {}  # a server that outlives this run keeps nothing of it
 
 
 def test_stale_adapter_is_detected(stub, settings, opened, stack) -> None:
@@ -144,7 +144,7 @@ def test_server_with_other_weights_is_detected(stub, settings, opened, tiny_llam
 
 
 def test_temperature_needs_the_servers_processed_logprobs(stub, settings, opened, tiny_llama_folder) -> None:
-    """A policy at temperature 0.5: a server with raw log-probabilities is noticed, one with processed ones is not."""
+    """A policy at temperature 0.5: a server with raw log-probabilities is refused, one with processed ones is accepted."""
     from stages.models.responses import Policy
 
     policy = Policy(load_language_model(str(tiny_llama_folder), dtype=torch.float32), temperature=0.5, autocast=None)
@@ -256,7 +256,7 @@ def test_started_server_that_dies_is_restarted(stub, settings, opened, stack, mo
     expected = local.sample(PROMPTS, chosen, SEEDS)
 
     class Started:
-        """Stands in for a StartedServer."""
+        """Replaces a StartedServer."""
 
         shares_gpu = False
         url = first.url

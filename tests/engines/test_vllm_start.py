@@ -1,4 +1,4 @@
-"""Starting a server: the interpreter, the command line, waiting for it, and the message where it does not come up."""
+"""Starting a server: the interpreter, the command line, waiting for it, and the message if it does not start."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_unusable_environments_are_refused(interpreter, packages, message) -> No
 
 
 def test_command_line_of_the_server() -> None:
-    """What is said to the server for a LoRA run in bf16 on a shared GPU, on GPUs of its own, and on a CPU."""
+    """The server's command line for a LoRA run in bf16 on a shared GPU, on separate GPUs, and on a CPU."""
     quantized = Served("base", "bfloat16", lora_rank=10, quantization="nf4", on_gpu=True)
     shared = " ".join(
         StartedServer(VllmStart(arguments={"max_num_seqs": 64, "disable_log_stats": True}), quantized, Path("log")).arguments(7)

@@ -25,7 +25,7 @@ def test_candidate_from_a_completions_file(prompts, step_context, models, config
     result = run(config(prompts, candidates={"base": "b", "elsewhere": {"completions": elsewhere}}), context)
     evaluation, lines = read_run(context)
     assert [line["completions"].get("elsewhere") for line in lines] == ["a long enough answer", None, "", None]
-    # two of four prompts are left out of its comparisons, and that is said
+    # two of four prompts are left out of its comparisons, and this is reported
     assert evaluation["exclusions"] == [
         {"what": "prompts that elsewhere has no completion for (left out of its comparisons)", "count": 2, "of": 4, "expected": False}
     ]

@@ -170,7 +170,7 @@ def test_contradicting_settings_are_refused(fields, message, config) -> None:
 
 
 def test_the_conversations_of_an_evaluation_are_its_prompts(tmp_path) -> None:
-    """What the plan renders with the templates of the candidates: the prompts themselves, without their columns."""
+    """The plan renders the prompts with the candidates' templates, without the other columns."""
     import json
 
     from stages.evaluation.config import EvaluationConfig

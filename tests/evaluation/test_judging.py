@@ -106,7 +106,7 @@ def test_judge_that_returns_invalid_scores_is_refused(prompts, step_context, mod
 
 
 class Endpoint:
-    """Stands in for the client: prefers the longer text, and says nothing about one prompt."""
+    """Replaces the client: prefers the longer text, and gives no verdict on one prompt."""
 
     asked: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""Tasks: scores of choices against a plain computation, accuracy by hand, and the way through an evaluation."""
+"""Tasks: scores of choices against a plain computation, accuracy by hand, and tasks in an evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every family must do, beside an independent computation: plain transformers, eager attention, no cache, one row at a time, fp32.
+"""Checks for every family against an independent computation: plain transformers, eager attention, no cache, one row at a time, fp32.
 
 A check returns the largest difference, relative to the size of the numbers that it compares. B rows, T tokens, d hidden size.
 """
@@ -44,7 +44,7 @@ class Rows:
         return sequence_batch(self.prompts, self.responses, self.pad, "cpu")
 
     def padded(self, side: str) -> tuple[Tensor, Tensor]:
-        """(ids, mask) [B, T]; what is under the mask is a token that could be real."""
+        """(ids, mask) [B, T]; the ids under the mask are valid tokens."""
         width = max(map(len, self.sequences))
         ids, mask = torch.full((len(self.sequences), width), 7), torch.zeros((len(self.sequences), width), dtype=torch.long)
         for index, row in enumerate(self.sequences):

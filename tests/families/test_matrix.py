@@ -50,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 LEFT_OUT = ("codegen", "olmo", "qwen2_moe", "granitemoe", "cohere2", "nemotron", "deepseek_v2", "falcon_mamba", "camembert", "albert")
-"""Families like another one that is tried here; the whole matrix has them."""
+"""Families that resemble another one tested here; only the full matrix has them."""
 
 
 def chosen(families: Any, first: str) -> list[tuple[str, str]]:

@@ -321,7 +321,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(206, data[first : last + 1], headers, "application/octet-stream")
 
     def _commit(self, kind: str, identifier: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        """Hash and files of a commit; where there is none the error is sent."""
+        """Hash and files of a commit. Sends the error if there is no such commit."""
         repository = self.state.repositories.get((kind, identifier))
         if repository is None or (identifier in self.state.private and identifier.partition("/")[0] not in (self._owners() or ())):
             # The real Hub hides what does not exist from those who have not logged in.

@@ -52,7 +52,7 @@ def test_gated_mlp(shape: tuple[int, ...], trained: list[bool]) -> None:
 
 
 def test_saved_tensors_are_not_changed_by_the_backward_pass() -> None:
-    """The backward pass works in place; with the graph kept, a second one finds what the first one found."""
+    """The backward pass works in place. With a retained graph, a second backward pass gives the same gradients."""
     inputs = [value.float().requires_grad_() for value in draws((5, 8), (12, 8), (12, 8), (8, 12), (8,))]
     x, *weights, scale = inputs
     loss = gated_mlp(rms_norm(x, scale, 0.1), *weights).square().sum()
@@ -61,7 +61,7 @@ def test_saved_tensors_are_not_changed_by_the_backward_pass() -> None:
 
 
 def test_saved_tensors_for_the_backward_pass() -> None:
-    """Of a feed-forward layer two products, of a norm one number for each token; beside what they are given."""
+    """Besides its inputs, a feed-forward layer saves two products, and a norm saves one number per token."""
     x, gate, up, down, scale = (value.float().requires_grad_() for value in draws((5, 8), (12, 8), (12, 8), (8, 12), (8,)))
     own, kept = {tensor.data_ptr() for tensor in (x, gate, up, down, scale)}, []
 

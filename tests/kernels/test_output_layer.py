@@ -1,4 +1,4 @@
-"""Losses at the output layer against plain autograd over whole logits; chunks change nothing; garbage in no place it could hide."""
+"""Losses at the output layer against plain autograd over full logits. Chunks and values under the mask change nothing."""
 
 from __future__ import annotations
 

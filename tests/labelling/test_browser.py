@@ -167,7 +167,7 @@ def test_two_annotators_rank_through_two_kills_and_a_reward_model_learns_from_th
 
 
 def _reward_model_ranks_heldout(folder: Path, step_context: Any, model: Any, tmp_path: Path) -> None:
-    """The step reads the labelling folder as it is; of 16 unseen tasks (48 pairs) chance would get half right."""
+    """The step reads the labelling folder directly. Chance would get half of the 16 unseen tasks (48 pairs) right."""
     import json
 
     from stages.reward_model.config import RewardModelConfig

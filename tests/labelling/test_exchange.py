@@ -1,4 +1,4 @@
-"""Tasks and answers in the formats of other tools, out and in.
+"""Export and import of tasks and answers in the formats of other tools.
 
 The shapes are those of the tools' documentation: records of Argilla 2 (Record.to_dict), Label Studio's tasks with a Ranker or a Pairwise,
 AlpacaEval's annotations.json and PandaLM's testset-v1.json. The tests at the end run where the packages of Argilla and Label Studio are

@@ -1,4 +1,4 @@
-"""Each number of the report against one worked by hand."""
+"""Each number of the report against a value computed by hand."""
 
 from __future__ import annotations
 

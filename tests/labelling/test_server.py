@@ -1,4 +1,4 @@
-"""The HTTP interface: who may ask what, what is shown, that no model's text becomes markup, and that nothing acknowledged is lost."""
+"""The HTTP interface: permissions, visible content, escaped model text, and no loss of acknowledged answers."""
 
 from __future__ import annotations
 

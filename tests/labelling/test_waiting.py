@@ -1,4 +1,4 @@
-"""The chain and its people: status 75 and what it says, the same command that goes on, --wait, simulated people, and their judgements."""
+"""Steps that wait for people: exit status 75 and its message, continuing with the same command, --wait, simulated people, judgements."""
 
 from __future__ import annotations
 

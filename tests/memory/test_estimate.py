@@ -1,4 +1,4 @@
-"""Bytes worked out by hand, and against what torch, transformers and bitsandbytes hold."""
+"""Bytes by hand, and against the memory of torch, transformers and bitsandbytes."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def resolved(path: Path, base: ResolvedModel | None = None, **fields: Any) -> Re
 
 
 def disturb(model: Any, seed: int = 1) -> None:
-    """Make everything that trains differ from what it began as."""
+    """Change every trainable weight from its initial value."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -88,7 +88,7 @@ def by_peft(adapter: Path, base: Path, quantization: str, rows: int = VOCABULARY
 
 
 def assert_same(actual: torch.Tensor, expected: torch.Tensor, quantization: str = "none") -> None:
-    """int8 layers round activations too, which whole weights do not: there the difference may be 8 percent of the logits' size."""
+    """int8 layers also round activations, unlike merged weights: the difference may be 8 percent of the logits' size."""
     if quantization == "int8":
         assert (actual - expected).pow(2).mean() < 0.08**2 * expected.pow(2).mean()
     else:
@@ -238,7 +238,7 @@ def test_the_message_names_the_layers_of_a_model_under_adapters(bases: dict[str,
 def test_three_adapters_of_every_kind_compute_what_each_trained(
     bases: dict[str, Path], larger_tokenizer: Any, tiny_tokenizer: Any, tmp_path: Path, quantization: str
 ) -> None:
-    """New rows first, then an adapter on the embedding and output layer, then a module saved whole: each begins where the last ended."""
+    """New rows, then an adapter on embedding and output layer, then a fully saved module: each starts from the outputs of the one below."""
     from transformers import AutoModelForCausalLM
 
     below = resolved(bases["tied"], quantization=quantization)
@@ -260,7 +260,7 @@ def test_three_adapters_of_every_kind_compute_what_each_trained(
 
 @pytest.mark.parametrize("field", [None, "modules_to_save", "target_modules"])
 def test_copies_in_fp32_work_on_a_bf16_base(bases: dict[str, Path], larger_tokenizer: Any, tmp_path: Path, field: str | None) -> None:
-    """Without autocast, as PPO and the evaluation compute; saving compares what was saved by itself."""
+    """Without autocast, as in PPO and evaluation. Saving compares the saved adapter itself."""
     settings: dict[str, Any] = {field: ["embed_tokens", "lm_head"]} if field is not None else {}
     tokenizer = load_tokenizer(str(bases["untied"])) if field == "target_modules" else larger_tokenizer
     source = resolved(bases["untied"])

@@ -1,4 +1,4 @@
-"""Which attention a class gets, what is refused, and that each computes what plain transformers computes with eager attention."""
+"""The attention that a class gets, refused choices, and equality with plain transformers' eager attention."""
 
 from __future__ import annotations
 

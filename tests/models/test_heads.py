@@ -33,7 +33,7 @@ def score(model: RewardModel, ids: list[int], mask: list[int] | None = None) -> 
 
 @pytest.fixture(scope="module")
 def architectures(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> dict[str, Path]:
-    """A tiny random model of each family a reward model should stand on."""
+    """A tiny random model of each family that a reward model should support."""
     import transformers
 
     torch.manual_seed(0)

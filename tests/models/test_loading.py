@@ -1,4 +1,4 @@
-"""Tokenizers get a pad token that is not their end; models load whole or not at all; adapters and quantized weights do what they should."""
+"""Loading: a pad token other than the end token, refusal of incomplete models, adapters, and quantized weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logits that are capped or scaled are noticed whatever the weights are; a policy then lets the model make them itself."""
+"""Capped or scaled logits are detected for any weights; a policy then uses the logits of the model itself."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_check_restores_random_state_mode_and_hooks() -> None:
     [("gemma2", {"head_dim": 8}), ("cohere", {}), ("granite", {"logits_scaling": 8.0}), ("nanochat", {}), ("opt", OPT), ("llama", {})],
 )
 def test_log_probabilities_stay_right_when_the_weights_grow_after_the_check(kind: str, fields: dict[str, Any]) -> None:
-    """Reference: log-softmax of the whole model's logits, one row at a time."""
+    """Reference: log-softmax of the full model's logits, one row at a time."""
     model = model_of(kind, **fields)
     policy = Policy(model, temperature=0.7, autocast=None)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The one place that switches layers: it says what it switched, and what is saved stays as it was."""
+"""Replacing layers: the replaced layers are logged, and saved weights do not change."""
 
 from __future__ import annotations
 

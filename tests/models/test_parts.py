@@ -1,4 +1,4 @@
-"""Where a model's transformer is, and how wide its hidden states are."""
+"""Finding a model's transformer, and the width of its hidden states."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_an_adapter_of_every_form_is_loaded_and_exported(kind: str, tiny_llama_f
 
 @pytest.mark.parametrize("kind", ["dora", "trained biases", "rows", "whole modules"])
 def test_every_adapter_kind_keeps_its_outputs_under_a_new_adapter(kind: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
-    """On nf4 weights it stays apart from what is quantized, and a fresh adapter on top begins as an identity."""
+    """On nf4 weights the adapter stays unmerged, and a new adapter on top starts as an identity."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -98,7 +98,7 @@ def test_parameter_names_with_wrapper_prefixes_load(prefix: str, tiny_llama_fold
 
 
 def test_a_dora_adapter_above_another_is_merged_or_refused(tiny_llama_folder: Path, tmp_path: Path) -> None:
-    """Its magnitudes belong to the merged weights below it: right where they are merged, refused where they stay apart."""
+    """DoRA's magnitudes refer to the merged weights below: correct if these are merged, refused if they stay unmerged."""
     foreign(tiny_llama_folder, tmp_path / "one")
     merged = load_language_model(str(tmp_path / "one"), dtype=torch.float32, trainable=False)
     expected = foreign(tmp_path / "one", tmp_path / "two", loaded=merged, use_dora=True)
@@ -120,7 +120,7 @@ def test_adapters_of_language_models_serve_a_reward_model(tiny_llama_folder: Pat
 
 @pytest.mark.parametrize("labels", [2, 3])
 def test_classifier_adapter_loads_its_head(labels: int, tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
-    """Made by peft alone: no config.json beside it says how many classes there are, the head's rows do."""
+    """Saved by peft, without a config.json: the number of classes is the number of the head's rows."""
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(labels)
@@ -149,7 +149,7 @@ def backbone_of(policy: ResolvedModel) -> SharedBackbone:
 
 @pytest.mark.parametrize("kind", ["rows", "whole modules", "embedding", "rslora", "dora"])
 def test_roles_on_one_backbone_keep_their_own_copies(kind: str, tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
-    """The policy's adapter has rows or modules of its own, the reward model's adapter on the bare base has none: each as if alone."""
+    """The policy's adapter has its own rows or modules, the reward model's adapter has none: each computes as if it were alone."""
     expected = foreign(tiny_llama_folder, tmp_path / "policy", **KINDS[kind])
     tiny_tokenizer.save_pretrained(tmp_path / "policy")
     reward_model = RewardModel.from_language_model(str(tiny_llama_folder), dtype=torch.float32, lora=LoraSettings(r=2), trainable=False)
@@ -185,7 +185,7 @@ def test_an_adapter_that_changes_the_base_is_refused_on_a_shared_backbone(tiny_l
 def test_an_update_and_rows_of_one_embedding_are_refused_on_a_shared_backbone(
     tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Each alone is computed; so are both in a stack of their own, where the lower one is merged."""
+    """Each alone works; both also work in a separate stack, where the lower one is merged."""
     foreign(tiny_llama_folder, tmp_path / "rows", **KINDS["rows"])
     tiny_tokenizer.save_pretrained(tmp_path / "rows")
     merged = load_language_model(str(tmp_path / "rows"), dtype=torch.float32, trainable=False)

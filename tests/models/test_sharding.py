@@ -1,4 +1,4 @@
-"""Weights cut over two processes: gradients, norms, steps and saved weights are those of a model that is whole, and nothing waits."""
+"""Weights sharded over two processes: gradients, norms, steps and saved weights equal those of an unsharded model, without deadlocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model consists of is read at any depth: registry, folders and hub ids, at the revision that an adapter names."""
+"""Stacks of any depth are resolved: registry, folders and Hub ids, at the revision that an adapter names."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_next_quantized_input_below_decides_what_merged_weights_were_trained
 def test_an_adapter_trained_on_a_merged_quantized_stack_loads_as_it_was_trained(
     tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path, resolve_folder: Any
 ) -> None:
-    """The lower adapter on nf4 weights, the upper on the merge of both: the merge of all three is what the upper one computed."""
+    """The lower adapter is trained on nf4 weights, the upper one on their merge. The merge of all three equals the upper one's outputs."""
     ids = torch.tensor([[5, 17, 40, 3, 250]])
     below = resolve_folder(tiny_llama_folder, quantization="nf4")
     for name in ("one", "two"):

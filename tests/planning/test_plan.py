@@ -1,4 +1,4 @@
-"""The plan of whole recipes: what is counted, what does not fit, and that the advice fits."""
+"""Plans of complete recipes: the counted memory, steps that do not fit, and advice that fits."""
 
 from __future__ import annotations
 

@@ -9,12 +9,12 @@ def letters(prompts: list[str], completions: list[str]) -> list[float]:
 
 
 def vowels(prompts: list[str], completions: list[str]) -> list[float]:
-    """The share of vowels: what the sign canary has to raise."""
+    """The share of vowels."""
     return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in completions]
 
 
 def each_e(prompts: list[str], completions: list[str]) -> list[list[tuple[int, float]]]:
-    """One for every e, where it stands."""
+    """A score of 1 at the position of every e."""
     return [[(position, 1.0) for position, letter in enumerate(text) if letter == "e"] for text in completions]
 
 
@@ -24,5 +24,5 @@ def noisy(prompts: list[str], completions: list[str]) -> list[float]:
 
 
 def arms(prompts: list[str], completions: list[str]) -> list[float]:
-    """What the arms of a bandit pay: arm0 nothing, arm9 most; anything else costs."""
+    """The rewards of a bandit's arms: arm0 gives nothing, arm9 the most; any other text gives a negative reward."""
     return [int(text[3:]) / 6 if text.startswith("arm") else -0.5 for text in completions]

@@ -85,7 +85,7 @@ def six_iterations(ppo_config, prompts, tmp_path) -> Callable[[str], Any]:
 
 @pytest.fixture
 def undisturbed(six_iterations, step_context, resolve_folder, tiny_llama_folder) -> Callable[[str], dict[str, Any]]:
-    """The outcome of a run that nobody cut off; made once for each setting."""
+    """The results of an uninterrupted run, computed once for each setting."""
 
     def make(name: str) -> dict[str, Any]:
         if name not in WHOLE:
@@ -98,7 +98,7 @@ def undisturbed(six_iterations, step_context, resolve_folder, tiny_llama_folder)
 
 @pytest.fixture
 def every(monkeypatch) -> Callable[[int], None]:
-    """every(3): a checkpoint is due at every third safe point, whatever the clock says."""
+    """every(3): a checkpoint is due at every third safe point, independent of the clock."""
 
     def make(number: int) -> None:
         ticks = itertools.count(1)

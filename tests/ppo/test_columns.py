@@ -1,4 +1,4 @@
-"""What a PPO run hands to reward functions: the columns of each prompt's own row, messages, token ids; and scores of None."""
+"""The arguments of reward functions in PPO: the columns of each prompt's row, messages and token ids; and scores of None."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def down(prompts, completions): raise ConnectionError("nobody answers")
 
 @pytest.fixture
 def grading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module of the functions, imported anew."""
+    """The module of the functions, imported again."""
     (tmp_path / "grading.py").write_text(CODE)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "grading", raising=False)

@@ -1,4 +1,4 @@
-"""Which token is paid: characters to tokens by hand, in a whole rollout, and a reward model whose parts add up to its score."""
+"""Token-level rewards: characters to tokens by hand, a complete rollout, and token scores that sum to a reward model's score."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
 def test_characters_to_tokens_by_hand(tiny_tokenizer) -> None:
-    # byte pairs learned from the sentences of the fixture; " film" and "joy" are pieces put together here from single bytes
+    # byte pairs learned from the sentences of the fixture; " film" and "joy" are joined here from single bytes
     ids = [tiny_tokenizer.convert_tokens_to_ids(token) for token in ("\u0120", "f", "i", "x", "\u00c3", "\u00a9", "<|endoftext|>")]
     assert tiny_tokenizer.decode(ids, skip_special_tokens=True) == " fix\u00e9"
     # positions count from the f: f 0, i 1, x 2, e-acute 3 (two tokens, the second completes it), end 4
@@ -85,7 +85,7 @@ def test_token_scores_of_a_reward_model_sum_to_its_score(tiny_llama_folder, reso
 
 
 def _last_difference(model, ids: list[int]) -> float:
-    """The score with the last token of the text less the score without it."""
+    """The score with the last token of the text minus the score without it."""
     with torch.no_grad():
         scores = [model.score(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long)).item() for row in (ids[:-1], ids)]
     return scores[1] - scores[0]

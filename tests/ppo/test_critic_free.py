@@ -1,4 +1,4 @@
-"""PPO without a value network: targets by hand, contradictions refused, no value anywhere, and the reward rises."""
+"""PPO without a value network: targets by hand, refused contradictions, no values, and a rising reward."""
 
 from __future__ import annotations
 

@@ -315,7 +315,7 @@ def test_tokens_after_the_end_are_not_counted(ppo_config, ppo_context, make_roll
 
 @pytest.mark.detail("P24", "P25")
 def test_truncation_at_a_token_after_a_position(ppo_config, ppo_context, make_rollout) -> None:
-    """As LMHP: 'a' ends a completion from position 4 on; earlier ones do not, the end token does not, and the reward reads what is left."""
+    """As in LMHP: 'a' ends a completion from position 4 on, but not earlier; the end token does not. The reward reads the cut text."""
     letters = ["a", "e", "i"]
     generation = {"max_new_tokens": 12, "stop": letters, "stop_after": 4, "ignore_eos": True}
     config = ppo_config(generation=generation, missing_eos="replace", missing_eos_penalty=1.0)

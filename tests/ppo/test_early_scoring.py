@@ -1,4 +1,4 @@
-"""Rewards behind a server: completions are scored while others are sampled, and nothing but the time differs."""
+"""Rewards behind a server: completions are scored while others are sampled; only the time differs."""
 
 from __future__ import annotations
 

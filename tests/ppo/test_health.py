@@ -1,4 +1,4 @@
-"""Each alarm fires on a planted case and stays quiet on a healthy run; what is resumed raises the same."""
+"""Each alarm fires on its planted case and not on a healthy run; a resumed run raises the same alarms."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stages.ppo.loop import run
 
 
 def healthy(iteration: int, **fields: float) -> dict[str, float]:
-    """What a good run looks like: score and KL rise, entropy falls by half, all else keeps within its noise."""
+    """A healthy run: score and KL rise, entropy falls by half, everything else stays within its noise."""
     wave = math.sin(7.0 * iteration)  # stands in for the noise of a batch
     done = min(1.0, iteration / 40)
     return {
@@ -85,7 +85,7 @@ def test_history_of_a_long_run_has_constant_size() -> None:
 def test_reward_hacking_equals_the_check_over_all_windows_of_the_run() -> None:
     draw, width = random.Random(3), 4
     score, taste = [0.0], [0.0]
-    for iteration in range(300):  # the monitor turns down, up and down again while the score goes on up
+    for iteration in range(300):  # the monitor falls, rises and falls again while the score rises
         score.append(score[-1] + 0.05 + draw.gauss(0, 0.1))
         taste.append(taste[-1] + (0.06 if iteration % 120 < 60 else -0.08) + draw.gauss(0, 0.1))
     health, raised, expected = Health(HealthSettings(window=width)), [], []
@@ -97,7 +97,7 @@ def test_reward_hacking_equals_the_check_over_all_windows_of_the_run() -> None:
 
 
 def hacked(score: list[float], monitor: list[float], width: int, limit: float | None) -> bool:
-    """The same by numpy, over the whole run: the best mean of a window before the last, differences of means in standard errors."""
+    """The same with numpy over the full run: the best window mean before the last, and differences of means in standard errors."""
     scores, monitors = np.array(score), np.array(monitor)
     starts = range(len(score) - 2 * width + 1)
     best = max(starts, key=lambda start: monitors[start : start + width].mean())

@@ -1,4 +1,4 @@
-"""The whole stage: reward rises, resume equals never having stopped, LoRA and averages, what it leaves in the run folder."""
+"""The complete stage: the reward rises, a resumed run equals an uninterrupted one, LoRA, weight averages, files of the run folder."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from stages.ppo.roles import load_roles
 
 
 class Traveller(torch.nn.Module):
-    """Notes where it is sent."""
+    """Records the devices that it is moved to."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Ground truth for learning: a bandit whose best policy is known, reference times exp(reward / kl_coef), is what PPO ends at.
+"""PPO converges to the known optimum of a bandit: the reference times exp(reward / kl_coef), normalised.
 
 One prompt, one token, ten arms. What the run ends at is read off the published policy's probabilities, without sampling. Each of the six
 runs takes some seconds: sixty iterations are what it takes to settle.
@@ -20,7 +20,7 @@ KL_COEF = 0.5
 
 @pytest.fixture(scope="module")
 def bandit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of one layer that knows ten words, and does not like them all alike."""
+    """A Llama of one layer with ten words of unequal probability."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -110,11 +110,11 @@ def test_each_weight_is_cast_once_in_an_optimizer_step_and_the_gradient_is_autoc
         updater.accumulate(part, target)
     gradients = taken_gradients(roles)
     roles.__dict__["are_sharded"] = True  # as with weights that are cut over processes: nothing is kept
-    with Operations(weights) as anew:
+    with Operations(weights) as uncached:
         updater.accumulate(part, target)
     # Two layers of seven products in each network, the policy's output layer, weight and bias of the value head.
     assert kept.casts == 2 * 14 + 1 + 2
-    assert anew.casts >= 3 * kept.casts  # three passes
+    assert uncached.casts >= 3 * kept.casts  # three passes
     for name, gradient in taken_gradients(roles).items():
         assert torch.equal(gradient, gradients[name]), name  # to the bit
 

@@ -1,4 +1,4 @@
-"""Rewards, advantages and returns of rollouts made by hand: where the score sits, scores of tokens, what is whitened with what."""
+"""Rewards, advantages and returns of hand-made rollouts: position of the score, token scores, and groups of whitening."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Policy, reference, value network and reward model as adapters on one backbone compute what four models of their own compute."""
+"""Policy, reference, value network and reward model as adapters on one backbone compute the same as four separate models."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_the_update_equals_that_of_separate_models(family, lora_config, monkeypa
 def test_an_adapter_in_a_folder_shares_the_backbone_of_its_base_s_folder(
     tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A recipe's own folder has a digest, the base that an adapter names by its path has none; they are one model all the same."""
+    """A folder in a recipe has a digest, the base path of an adapter has none; both are recognised as one model."""
     adapted = RewardModel.from_language_model(str(tiny_llama_folder), dtype=torch.float32, lora=LoraSettings(r=2))
     adapted.save(tmp_path / "adapted", tiny_tokenizer)
 

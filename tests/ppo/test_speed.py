@@ -1,4 +1,4 @@
-"""Operations of matrix products by hand; tokens per second by phase."""
+"""Flops of matrix products by hand; tokens per second by phase."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def move_policy(roles: Any) -> None:
 
 
 def slow_loss(roles: Any, rollout: Any, target: Any, config: Any) -> torch.Tensor:
-    """PPO's loss, episode by episode and token by token, in plain Python on whole sequences: slow, and easy to see through."""
+    """PPO's loss by episode and token, in plain Python on full sequences: slow, but easy to verify."""
     policy_loss, value_loss, count, num_states = 0.0, 0.0, 0, 0
 
     def value_term(value: torch.Tensor, old: torch.Tensor, aim: torch.Tensor) -> torch.Tensor:

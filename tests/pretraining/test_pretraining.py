@@ -1,4 +1,4 @@
-"""Pretraining from random weights and from a model: blocks by hand, equal runs of equal bits, mistakes named."""
+"""Pretraining from random weights and from a model: blocks by hand, bitwise equal runs, errors that name the field."""
 
 from __future__ import annotations
 

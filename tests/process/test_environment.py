@@ -1,4 +1,4 @@
-"""What the environment says of launchers, and of what was typed."""
+"""Launchers and the typed command, read from the environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recipe's attention needs is asked for before any step runs."""
+"""The packages for a recipe's attention are checked before any step runs."""
 
 from __future__ import annotations
 

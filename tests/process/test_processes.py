@@ -1,4 +1,4 @@
-"""Two processes do what one does: the same updates, one summary, one version of each model; they end together, and go on as one.
+"""Two processes compute what one computes: the same updates, one summary, one version of each model. They end together; one can resume.
 
 Processes are started as users start them, on a CPU over gloo; each start costs seconds, so there are few and each shows several things.
 """
@@ -111,7 +111,7 @@ def about(prompts, completions, thing, number):
 
 
 def far(body: dict[str, Any], number: int) -> tuple[int, Any]:
-    """What a server answers: the length of each completion, and 100 where the columns are not those of the prompt's own row."""
+    """The server's scores: the length of each completion, and 100 if the columns are not those of the prompt's row."""
     rows = zip(body["prompts"], body["completions"], body["labels"], body["columns"]["number"], strict=True)
     return 200, {"rewards": [len(text) / 10 if prompt.endswith(f"{one} {row}") else 100.0 for prompt, text, one, row in rows]}
 
@@ -153,7 +153,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, s
 
 
 def start(workdir: Path, home: str, *launcher: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``stages run pair.yaml`` behind ``launcher``, in ``place``."""
+    """Run ``stages run pair.yaml`` with ``launcher`` in ``workdir``."""
     given = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{workdir}", "OMP_NUM_THREADS": "1", **environment}
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         given.pop(name, None)
@@ -185,7 +185,7 @@ def pair(workdir: Path) -> Path:
 
 
 def logs(home: Path, step: str) -> list[dict[str, float]]:
-    """What was logged, but times, and what TRL's DPOTrainer averages pass by pass, however many pairs a pass has."""
+    """The logged metrics without times, and without those that TRL's DPOTrainer averages per forward pass."""
     lines = (home / "runs" / "pair" / "latest" / step / "metrics.jsonl").read_text().splitlines()
     left_out = "time/" if step != "direct" else ("train/logits/", "train/logps/", "train/rewards/", "train/entropy", "train/mean_token")
     return [{name: value for name, value in json.loads(line).items() if not name.startswith(left_out)} for line in lines]
@@ -205,7 +205,7 @@ def assert_same_updates(one: Path, two: Path, step: str, *, tolerance: float) ->
 
 
 def assert_same_scores(one: Path, two: Path) -> None:
-    """The evaluation's, candidate by candidate: its prompts are shared out, and put together again in their order."""
+    """Compare the candidates' scores of the evaluation: processes divide its prompts and gather them in order."""
     summaries = [json.loads((home / "runs" / "pair" / "latest" / "summary.json").read_text()) for home in (one, two)]
     for name, candidate in summaries[0]["candidates"].items():
         for key in ("scores", "kl"):
@@ -213,7 +213,7 @@ def assert_same_scores(one: Path, two: Path) -> None:
 
 
 def test_two_processes_compute_the_updates_of_one(alone: Path, pair: Path) -> None:
-    """Rounding differs with the shape of a batch; it grows from step to step, and from sft to what stands on it."""
+    """Rounding depends on the shape of a batch. It grows with the optimizer steps, and from sft to the steps that use it."""
     assert_same_updates(alone, pair, "sft", tolerance=2e-5)
     assert_same_updates(alone, pair, "preference", tolerance=1e-4)
     assert_same_updates(alone, pair, "aligned", tolerance=5e-4)

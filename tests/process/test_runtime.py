@@ -1,4 +1,4 @@
-"""What a process says of itself, and names of ``stages.process.runtime`` that scripts outside of this repository import."""
+"""The description of a process, and names of ``stages.process.runtime`` that scripts outside of this repository import."""
 
 from __future__ import annotations
 

@@ -316,7 +316,7 @@ def test_only_secret_variables_are_protected() -> None:
 
 
 def test_secrets_of_the_environment_reach_no_log_manifest_or_report(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole chain, with a reward that prints the secrets, and one that fails with them in its message."""
+    """A complete chain with a reward that prints the secrets, and one that fails with them in its message."""
     monkeypatch.setenv("HF_TOKEN", HF_TOKEN)
     monkeypatch.setenv("JUDGE_API_KEY", PASSWORD)
     Path("leaky.py").write_text(

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: at once where nothing is lost, at the next safe point elsewhere, and without mercy when asked twice."""
+"""SIGTERM and Ctrl-C stop at once if nothing is lost, else at the next safe point, and immediately after a second request."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_process_ends_when_its_launcher_ends() -> None:
 
 @pytest.mark.parametrize("kind", ["__del__", "weak reference"])
 def test_stop_request_inside_a_finalizer_is_repeated_later(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Python prints an exception that leaves a finalizer with its traceback, and goes on."""
+    """Python prints the traceback of an exception in a finalizer and continues."""
     printed: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", printed.append)
     monkeypatch.setattr("stages.process.stopping.REMINDER_SECONDS", 0.1)

@@ -1,4 +1,4 @@
-"""Trackers by one setting: TensorBoard for real, W&B and trackio as their packages are called; an absent one is said at once."""
+"""The trackers setting: real TensorBoard, W&B and trackio as mocks of their packages; a missing package is reported at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An exception that nobody expected: one message with step, activity and file, exit status 1, no traceback on the screen."""
+"""An unexpected exception: one message with step, activity and file, exit status 1, no traceback on the screen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: what a good one means, and one clear message for each kind of bad one."""
+"""Recipes: the meaning of valid ones, and one clear message for each kind of invalid one."""
 
 from __future__ import annotations
 

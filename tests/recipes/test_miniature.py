@@ -1,4 +1,4 @@
-"""The miniature: its recipes say what the issue asks for, the studies' chain runs on a few rows, and figure 1 reads a summary."""
+"""The miniature: its recipes have the required sizes and candidates, the studies run on a few rows, and figure 1 reads a summary."""
 
 from __future__ import annotations
 

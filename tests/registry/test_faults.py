@@ -197,7 +197,7 @@ def test_one_flipped_bit_in_any_file_is_found_before_it_is_used(recipe: Path, tm
         file.write_bytes(original)
     weights = record.path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
-    result = run(home)  # makes it anew
+    result = run(home)  # rebuilds it
     assert result.exit_code == 0 and "fault/sft is damaged" in result.output
     records = {each.ref: each.digest for each in Registry(home / "registry").records()}
     assert records["fault/sft@2"] == before["fault/sft"]

@@ -1,4 +1,4 @@
-"""The registry: what is published stays whole, wherever, whenever and however often it is published."""
+"""The registry: published versions are complete and equal, for any path, time and number of publications."""
 
 from __future__ import annotations
 

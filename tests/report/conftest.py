@@ -1,4 +1,4 @@
-"""A run folder made by hand, with everything a report can show, and with texts that try to be more than text."""
+"""A hand-made run folder with everything that a report can show, and with texts that contain markup and scripts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of a run: everything foreign is escaped, nothing is fetched, what is shown is what the files say."""
+"""The page of a run: model and data texts are escaped, nothing is loaded, and the values equal those in the files."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def first_row(folder: Path, number: int = 4) -> dict[str, Any]:
 
 
 def data_of(html: str) -> dict[str, Any]:
-    """What the page's script reads."""
+    """The JSON that the page's script reads."""
     (content,) = re.findall(r'<script type="application/json" data-role="data">(.*?)</script>', html, re.DOTALL)
     return dict(json.loads(content))
 

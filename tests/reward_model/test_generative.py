@@ -1,4 +1,4 @@
-"""Generative reward models as versions of the registry: made from a language model, trained or as it is, and used everywhere."""
+"""Generative reward models in the registry: made from a language model, with or without training, and used in every role."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a length limit takes from comparisons: rows that are cut, and pairs whose two texts are the same tokens then."""
+"""Effects of a length limit on comparisons: truncated rows, and pairs whose two texts then have equal tokens."""
 
 from __future__ import annotations
 

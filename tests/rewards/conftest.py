@@ -1,4 +1,4 @@
-"""A server on the loopback address that stands for a remote reward or a grader."""
+"""A server on the loopback address that acts as a remote reward or a grader."""
 
 from __future__ import annotations
 

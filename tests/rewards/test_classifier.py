@@ -30,7 +30,7 @@ SMALL = {
 
 
 def word_tokenizer(*, special: bool, pad: bool = True) -> Any:
-    """A token per word, with [CLS] before and [SEP] behind a text where ``special``."""
+    """A tokenizer with one token per word. ``special``: add [CLS] before and [SEP] after a text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

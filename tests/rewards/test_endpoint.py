@@ -1,4 +1,4 @@
-"""Rewards behind an HTTP endpoint: what goes out, what comes back, and every way in which a server can fail."""
+"""Rewards behind an HTTP endpoint: requests, responses, and every failure of a server."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def slow_once(p, c):
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module ``asking``, imported anew."""
+    """The module ``asking``, imported again."""
     (tmp_path / "asking.py").write_text(CODE)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "asking", raising=False)

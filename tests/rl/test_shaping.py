@@ -1,4 +1,4 @@
-"""Per-token rewards: the score lands on the last counted token, KL on every one, and a missing end costs what the setting says."""
+"""Per-token rewards: the score at the last counted token, KL at every token, and the penalty for a missing end token."""
 
 import pytest
 import torch

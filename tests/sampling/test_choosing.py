@@ -1,4 +1,4 @@
-"""Choosing tokens: shares of a distribution, by hand; what has no weight is never chosen; log-probabilities of what was chosen."""
+"""Choosing tokens: shares of a distribution by hand, tokens with weight 0, and log-probabilities of the chosen tokens."""
 
 from __future__ import annotations
 

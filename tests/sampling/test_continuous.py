@@ -1,4 +1,4 @@
-"""Continuous batching: the same completions as of prompts alone, whatever ends them, and no more rows at a time than there are slots."""
+"""Continuous batching: completions equal those of single prompts for every kind of ending, with at most one row per slot."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_finished_completion_is_replaced_and_the_batch_stays_full(model, monke
     generated = sample(model)
     steps = [number for number, width in batches if width == 1]
     assert max(number for number, _ in batches) == 4
-    assert sum(steps) == int(generated.lengths.sum()) - len(PROMPTS)  # no row is computed in vain; the last token of none is read
+    assert sum(steps) == int(generated.lengths.sum()) - len(PROMPTS)  # no row is computed without need; no last token is read
     batches.clear()
     sample(model, continuous_batching=False)
     assert len(steps) < 0.8 * len([number for number, width in batches if width == 1])

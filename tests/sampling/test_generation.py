@@ -260,7 +260,7 @@ def test_a_completion_ends_where_the_chat_template_ends_a_turn(model, tokenizer_
 
 
 def test_a_completion_is_decoded_after_its_prompt(tokenizer_of) -> None:
-    """A word piece that goes on with the prompt's last word has no marks before it."""
+    """A word piece that continues the prompt's last word has no marker before it."""
     tokenizer = tokenizer_of("wordpiece")
     prompt = tokenizer("the weather is wa", add_special_tokens=False)["input_ids"]
     ids = tokenizer("the weather is warm today", add_special_tokens=False)["input_ids"][-1:]

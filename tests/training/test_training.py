@@ -1,4 +1,4 @@
-"""What the training stages share: batches over processes, schedules by hand, resuming to the same bits, and refusing to go on with NaN."""
+"""Code shared by the training stages: batches over processes, schedules by hand, bitwise resumption, and stopping at NaN."""
 
 from __future__ import annotations
 
