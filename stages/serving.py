@@ -86,7 +86,7 @@ class Scorer:
         texts = _texts(body, "input")
         with self._lock:
             rows = self.source.probabilities(texts)
-        names = self.source.model.config.id2label
+        names = self.source.names
         return _listed({"label": names[max(range(len(row)), key=row.__getitem__)], "probs": row, "num_classes": len(row)} for row in rows)
 
     def _score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:

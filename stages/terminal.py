@@ -55,12 +55,13 @@ class Speaker:
         """Context manager that loads the model ``ref``. ``engine``: what samples, as read by ``engine_of``."""
         from stages.engines.opening import check_reachable, open_sampler
         from stages.models.loading import load_language_model, load_tokenizer
+        from stages.models.parts import moved_to
 
         settings = GenerationSettings(engine=engine_of(engine))
         check_reachable(settings)
         source, dtype = resolve_model(ref, registry), runtime.dtype("auto")
         tokenizer = load_tokenizer(source)
-        model = load_language_model(source, dtype=dtype, trainable=False, tokenizer=tokenizer).to(runtime.device)
+        model = moved_to(load_language_model(source, dtype=dtype, trainable=False, tokenizer=tokenizer), runtime.device)
         cache = registry.root.parent / "cache"
         log, folder = cache / "vllm.log", cache / "served"
         with open_sampler(settings, model, tokenizer, source, runtime=runtime, log=log, folder=folder, dtype=dtype) as sampler:

@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "rewards": {"corpora", "models", "process", "registry", "rl", "sampling", "tokens"},
     "labelling": {"corpora", "process", "stats", "step"},
     "judges": {"corpora", "labelling", "process", "rewards"},
-    "training": {"corpora", "engines", "models", "process", "registry", "rewards", "sampling", "step"},
+    "training": {"corpora", "engines", "kernels", "models", "process", "registry", "rewards", "sampling", "step"},
     "report": {"corpora", "process", "stats"},
     "pretraining": {"corpora", "memory", "models", "step", "tokens", "training"},
     "sft": {"corpora", "memory", "models", "rewards", "step", "tokens", "training"},

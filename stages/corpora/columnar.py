@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     import pyarrow
 
 
-class JsonObject(dict[str, Any]):
+class JsonObject(dict[str, object]):
     """An object that the table stores as JSON text. Its None values come from the data."""
 
 
-def plain_rows(batch: pyarrow.RecordBatch) -> list[dict[str, Any]]:
+def plain_rows(batch: pyarrow.RecordBatch) -> list[dict[str, object]]:
     """Convert a batch to rows. Parses values of type ``arrow.json``, which ``datasets`` writes for objects of mixed types."""
-    rows: list[dict[str, Any]] = batch.to_pylist()
+    rows: list[dict[str, object]] = batch.to_pylist()
     for column in batch.schema:
         if _holds_json(column.type):
             for row in rows:
@@ -31,7 +31,7 @@ def _holds_json(kind: pyarrow.DataType) -> bool:
     return _is_json(kind) or any(_holds_json(kind.field(index).type) for index in range(kind.num_fields))
 
 
-def _parsed(value: Any, kind: pyarrow.DataType) -> Any:
+def _parsed(value: object, kind: pyarrow.DataType) -> object:
     """Parse the JSON inside ``value``. A text that is not valid JSON is returned unchanged."""
     if _is_json(kind) and isinstance(value, str):
         try:

@@ -52,7 +52,7 @@ class Curation(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _pairs(cls, value: Any) -> Any:
+    def _pairs(cls, value: object) -> object:
         """Accept lists: YAML has no tuples."""
         if isinstance(value, dict) and isinstance(value.get("tokens"), dict):
             pairs = {name: tuple(pair) if isinstance(pair, list) else pair for name, pair in value["tokens"].items()}
@@ -121,7 +121,7 @@ class Curator:
             row = _with_entries(row, column, fits)
         return row
 
-    def _fits(self, column: str, text: Any) -> bool:
+    def _fits(self, column: str, text: object) -> bool:
         """Whether the number of tokens is within the limits of the column. Values that are not texts always fit."""
         least, most = self.curation.tokens[column]
         return not isinstance(text, str) or self.count_tokens is None or least <= self.count_tokens(text) <= most
@@ -174,7 +174,7 @@ def _holds_pii(text: str) -> bool:
     return any(pattern.search(text) for pattern in PII.values())
 
 
-def _texts(value: Any) -> Iterable[str]:
+def _texts(value: object) -> Iterable[str]:
     """Yield every text in a row at any depth (messages, lists of completions)."""
     if isinstance(value, str):
         yield value

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.config import HUB, DataInput, DataSource
 from stages.corpora.formats import EXPECTED, file_text, read_file, row_at, rows_of_parts, with_locations
@@ -66,7 +66,7 @@ def _say_overlap(train: Sequence[DataSource], validation: Sequence[DataSource]) 
                 logger.warning("%s: held-out rows are also training rows; change split, skip or limit of one", held.path)
 
 
-def _rows_named(source: DataSource, default: str) -> tuple[Any, ...]:
+def _rows_named(source: DataSource, default: str) -> tuple[object, ...]:
     """What ``source`` reads apart from skip and limit. ``default`` is the split if it names none."""
     split = source.split or default
     path = Path(source.path)
@@ -197,7 +197,7 @@ def _renamed(row: Row, source: DataSource) -> Row:
     return row.with_values({**{name: value for name, value in row.items() if name not in replaced}, **values})
 
 
-def _at_path(row: Row, column: str, name: str) -> Any:
+def _at_path(row: Row, column: str, name: str) -> object:
     """The value at the path ``name``: a column, a field of an object (``turn.text``), or that field of every list entry (``turns[].text``).
 
     ``column`` is our name for it. Raises DataError with the row's location if a part of the path does not exist.
@@ -213,7 +213,7 @@ def _at_path(row: Row, column: str, name: str) -> Any:
         raise DataError(f"{row.location}: columns names {name!r} for {column!r}, and {error}") from error
 
 
-def _inside(value: Any, steps: Sequence[str], location: str) -> Any:
+def _inside(value: object, steps: Sequence[str], location: str) -> object:
     """Follow the parts of a path, ``steps``, into ``value``. ``location`` is the path so far, for the message."""
     if not steps:
         return value

@@ -9,14 +9,17 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NoReturn
 
 from stages.corpora.columnar import plain_rows
 from stages.corpora.layout import PACKED, SUFFIXES, Layout, Part, suffix_of
 from stages.corpora.rows import Row
 from stages.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 EXPECTED = f"{', '.join(SUFFIXES)} (packed: {', '.join(PACKED)})"
 
@@ -127,11 +130,11 @@ def _holds_lines(text: str) -> bool:
         return False
 
 
-def _refused(name: str) -> Any:
+def _refused(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def row_at(value: Any, location: str, *, has_escapes: bool = False) -> Row:
+def row_at(value: object, location: str, *, has_escapes: bool = False) -> Row:
     if not isinstance(value, dict):
         raise DataError(f"{location}: expected an object, got {type(value).__name__}")
     if has_escapes:
@@ -141,7 +144,7 @@ def row_at(value: Any, location: str, *, has_escapes: bool = False) -> Row:
     return row
 
 
-def _check_characters(value: Any, location: str) -> None:
+def _check_characters(value: object, location: str) -> None:
     """Raise DataError for characters that JSON escapes can express but text cannot: NUL, and half of a surrogate pair."""
     if isinstance(value, dict | list):
         for item in value.items() if isinstance(value, dict) else value:
@@ -157,7 +160,7 @@ def _check_characters(value: Any, location: str) -> None:
         raise DataError(f"{location}: holds a NUL character (\\u0000); expected text")
 
 
-def with_locations(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Row]:
+def with_locations(rows: Iterable[Mapping[str, object]], name: str) -> Iterator[Row]:
     return (row_at(row, f"{name}, row {index}") for index, row in enumerate(rows, 1))
 
 
@@ -204,7 +207,7 @@ def _read_arrow(path: Path, shown: str) -> Iterator[Row]:
         with memory_map(str(path)) as source:
             try:
                 reader = ipc.open_stream(source)
-                batches: Iterator[Any] = iter(reader)
+                batches: Iterator[pyarrow.RecordBatch] = iter(reader)
             except ArrowException:
                 source.seek(0)
                 file = ipc.open_file(source)

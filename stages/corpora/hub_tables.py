@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
 
 from stages.config import DataSource
 from stages.corpora.formats import read_file, rows_of_parts, with_locations
@@ -108,7 +107,7 @@ def _declared_columns(repository: Repository, source: DataSource) -> list[str]:
     if "README.md" not in repository.files or source.data_dir is not None or source.data_files is not None:
         return []
     infos = front_matter(fetch(repository, "README.md").read_text(encoding="utf-8", errors="replace")).get("dataset_info")
-    listed: list[Any] = infos if isinstance(infos, list) else [infos]
+    listed = infos if isinstance(infos, list) else [infos]
     known = {info.get("config_name", "default"): info for info in listed if isinstance(info, dict)}
     info = known.get(source.name or "default") or (next(iter(known.values())) if len(known) == 1 else {})
     return [str(item["name"]) for item in info.get("features") or () if isinstance(item, dict) and "name" in item]

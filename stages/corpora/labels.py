@@ -14,16 +14,24 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 from stages.corpora.messages import Conversation, as_turns, completion_text
 from stages.errors import DataError
+from stages.json_types import JsonObject
 
 SETTINGS, TASKS, GOLD, ANSWERS = "labelling.json", "tasks.jsonl", "gold.jsonl", "answers.jsonl"
 MOST_COMPLETIONS = 9
 
-Prompt = str | list[dict[str, Any]]
-Completion = str | list[dict[str, Any]]
+Prompt = str | list[JsonObject]
+Completion = str | list[JsonObject]
+
+
+class Gold(TypedDict, total=False):
+    """The known answer of a screening task."""
+
+    ranks: Required[list[int]]
+    checks: dict[str, list[bool]]
 
 
 @dataclass(frozen=True)
@@ -41,8 +49,8 @@ class LabelTask:
     authors: list[list[str]]
     digests: list[list[str]]
     sample: int = 0
-    gold: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] = field(default_factory=list)
+    gold: Gold | None = None
+    tools: list[JsonObject] = field(default_factory=list)
 
     @property
     def asked(self) -> Prompt:
@@ -156,7 +164,7 @@ def latest(answers: list[tuple[str, LabelAnswer]]) -> list[tuple[str, LabelAnswe
     return [(location, answer) for location, answer in answers if last[answer.annotator, answer.task] is answer]
 
 
-def labelled_rows(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def labelled_rows(folder: Path) -> Iterator[tuple[str, JsonObject]]:
     """Yield (location, row) for every usable ranking. Skipped, flagged and screening tasks are left out.
 
     A row has prompt, completions, ranks, annotator, authors, digests, sample and task.

@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from stages.errors import DataError
+from stages.json_types import JsonObject
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 PACKED = (".gz", ".zst", ".bz2", ".xz")
@@ -101,7 +101,7 @@ def _within(folder: str, names: list[str], read: Callable[[str], str], config: s
 # Configs declared in a README
 
 
-def front_matter(readme: str) -> dict[str, Any]:
+def front_matter(readme: str) -> JsonObject:
     """The YAML block at the start of a README; empty if there is none or it cannot be parsed."""
     match = re.match(r"\s*---\s*\n(.*?)\n---", readme, re.DOTALL)
     if match is None:
@@ -113,13 +113,13 @@ def front_matter(readme: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _configs(readme: str) -> dict[str, dict[str, Any]]:
+def _configs(readme: str) -> dict[str, JsonObject]:
     listed = front_matter(readme).get("configs")
     entries = listed if isinstance(listed, list) else []
     return {str(entry["config_name"]): entry for entry in entries if isinstance(entry, dict) and "config_name" in entry}
 
 
-def _config_name(configs: Mapping[str, dict[str, Any]], wanted: str | None) -> str:
+def _config_name(configs: Mapping[str, JsonObject], wanted: str | None) -> str:
     if wanted is not None:
         if wanted not in configs:
             raise DataError(f"there is no config {wanted!r}; {_nearest(wanted, configs, 'its configs')}")
@@ -130,7 +130,7 @@ def _config_name(configs: Mapping[str, dict[str, Any]], wanted: str | None) -> s
     return default[0]
 
 
-def _declared(names: list[str], configs: Mapping[str, dict[str, Any]], name: str) -> Layout:
+def _declared(names: list[str], configs: Mapping[str, JsonObject], name: str) -> Layout:
     config = configs[name]
     start = f"{str(config['data_dir']).strip('/')}/" if config.get("data_dir") else ""
     below = [other.removeprefix(start) for other in names if other.startswith(start) and is_data(other)]
@@ -144,7 +144,11 @@ def _declared(names: list[str], configs: Mapping[str, dict[str, Any]], name: str
         for entry in entries:
             split, patterns = (str(entry.get("split", UNSPLIT)), entry.get("path")) if isinstance(entry, dict) else (UNSPLIT, entry)
             named |= isinstance(entry, dict)
-            files = _matching(below, [patterns] if isinstance(patterns, str) else list(patterns or ()), None)
+            files = _matching(
+                below,
+                [patterns] if isinstance(patterns, str) else [str(one) for one in patterns] if isinstance(patterns, list) else [],
+                None,
+            )
             splits.setdefault(split, []).extend(files)
     lost = _lost_shards([other for files in splits.values() for other in files])
     return Layout({split: [start + other for other in files] for split, files in splits.items()}, named, is_declared=True, lost=lost)

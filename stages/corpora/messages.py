@@ -16,6 +16,7 @@ from stages.corpora.rows import Row, text_of
 from stages.corpora.sharegpt import as_message, is_sharegpt
 from stages.corpora.tool_calls import with_objects
 from stages.errors import DataError
+from stages.json_types import JsonObject
 
 Message = dict[str, Any]
 """``role`` and ``content``; if the data has them also ``name``, ``tool_calls``, ``tool_call_id``, ``reasoning_content`` and others."""
@@ -27,7 +28,7 @@ class Conversation(list[Message]):
     Equal messages with different tools are different prompts. The location does not affect equality.
     """
 
-    def __init__(self, messages: Iterable[Message] = (), *, tools: Sequence[dict[str, Any]] = (), location: str = "") -> None:
+    def __init__(self, messages: Iterable[Message] = (), *, tools: Sequence[JsonObject] = (), location: str = "") -> None:
         super().__init__(messages)
         self.tools = list(tools)
         self.location = location
@@ -74,13 +75,13 @@ def messages_of(row: Row, column: str) -> Conversation:
     return Conversation(messages, tools=_tools(row), location=row.location)
 
 
-def _message(entry: Any, *, columnar: bool) -> Message:
+def _message(entry: object, *, columnar: bool) -> Message:
     """Convert a conversation entry to a message without None fields. Raises DataError for an invalid entry."""
-    message = as_message(entry) if is_sharegpt(entry) else entry
+    message = as_message(entry) if isinstance(entry, dict) and is_sharegpt(entry) else entry
     if isinstance(message, dict) and isinstance(message.get("tool_calls"), str):
         message = {**message, "tool_calls": _read_json(message["tool_calls"])}
     problem = _problem(message)
-    if problem:
+    if problem or not isinstance(message, dict):
         raise DataError(f"{entry!r:.80}; {problem}")
     fields = {name: item for name, item in message.items() if item is not None or name == "content"}
     if fields.get("weight") == int(fields["role"] == "assistant"):  # the default: replies train, other turns do not
@@ -90,7 +91,7 @@ def _message(entry: Any, *, columnar: bool) -> Message:
     return {name: without_missing(item) for name, item in fields.items()} if columnar else fields
 
 
-def _read_json(text: str) -> Any:
+def _read_json(text: str) -> object:
     """Parse ``text`` as JSON. Returns the text itself if it is not JSON, and None if it is blank."""
     try:
         return json.loads(text) if text.strip() else None
@@ -127,12 +128,12 @@ def open_conversation(row: Row) -> Conversation | None:
     return None if messages[-1]["role"] == "assistant" else messages
 
 
-def holds_turns(value: Any) -> bool:
+def holds_turns(value: object) -> bool:
     """Whether an answer is given as turns: a list of messages, or a single message."""
     return isinstance(value, list | dict)
 
 
-def _problem(message: Any) -> str:
+def _problem(message: object) -> str:
     """What is wrong with a message; empty if nothing is."""
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         return f"expected a role ({', '.join(ROLES)}) and content"
@@ -154,7 +155,7 @@ def _problem(message: Any) -> str:
     return "expected text content (only an assistant message with tool_calls may have none)"
 
 
-def _tools(row: Row) -> list[dict[str, Any]]:
+def _tools(row: Row) -> list[JsonObject]:
     """The column ``tools``: function descriptions as a list or as JSON text. Raises DataError for anything else."""
     value = row.get("tools")
     if not value:
@@ -225,7 +226,7 @@ def as_turns(completion: Completion) -> list[Message]:
     return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
 
 
-def tools_of(prompt: object) -> list[dict[str, Any]]:
+def tools_of(prompt: object) -> list[JsonObject]:
     """The tools of a prompt; none for a text."""
     return list(getattr(prompt, "tools", ()))
 
@@ -267,7 +268,7 @@ def split_messages(row: Row, column: str = "messages") -> tuple[Conversation, Co
     return prompt, simplified(messages[-1:])
 
 
-def split_answers(row: Row, answers: Mapping[str, Any]) -> tuple[Prompt, list[Completion]]:
+def split_answers(row: Row, answers: Mapping[str, object]) -> tuple[Prompt, list[Completion]]:
     """Split a row into (prompt, completions). ``answers`` maps a name, used in messages, to each answer.
 
     An answer is a text, the turns after the prompt, or a full conversation that includes the prompt. The prompt is in the column ``prompt``
@@ -294,7 +295,7 @@ def as_question(text: str) -> list[Message]:
     return [{"role": "user", "content": text}]
 
 
-def _turns_in(row: Row, name: str, answer: Any) -> list[Message]:
+def _turns_in(row: Row, name: str, answer: object) -> list[Message]:
     """An answer as turns. Raises DataError if it is not a text and does not end with an assistant turn."""
     alone = row.with_values({name: [answer] if isinstance(answer, dict) else answer, "system": row.get("system")})
     if not holds_turns(answer):
@@ -382,6 +383,6 @@ def _text_of(message: Message) -> str:
     reasoning = next((message[name] for name in REASONING if message.get(name)), None)
     parts = [f"<think>\n{reasoning}\n</think>"] if reasoning else []
     parts += [text] if (text := content_text(message)) else []
-    calls = with_objects(message).get("tool_calls") or ()
+    calls: Any = with_objects(message).get("tool_calls") or ()
     parts += [f"[tool call] {json.dumps(call.get('function', call), ensure_ascii=False)}" for call in calls]
     return "\n".join(parts)

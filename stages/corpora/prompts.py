@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from stages.config import DataSource
 from stages.corpora.comparisons import comparison
@@ -26,9 +26,14 @@ from stages.corpora.rows import Row, text_of
 from stages.corpora.summaries import compared_prompt, is_comparison, is_post, post_prompt
 from stages.corpora.templates import check_rendering
 from stages.errors import DataError
+from stages.json_types import JsonObject
 
 if TYPE_CHECKING:
     from stages.corpora.rows import RowFilter
+    from stages.registry.references import ResolvedModel
+
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class PromptRow:
     """A prompt, and the other columns of its row that the caller requested."""
 
     prompt: Prompt
-    columns: dict[str, Any] = field(default_factory=dict)
+    columns: JsonObject = field(default_factory=dict)
 
 
 def load_prompts(
@@ -59,7 +64,7 @@ def load_prompt_rows(
     limit: int | None = None,
     split: str = "train",
     curator: RowFilter | None = None,
-    columns: Callable[[Row], dict[str, Any]] = lambda row: {},
+    columns: Callable[[Row], JsonObject] = lambda row: {},
 ) -> list[PromptRow]:
     """Like ``load_prompts``, with the values that ``columns`` selects from each row. Equal prompts with different values are kept."""
     prompts: list[PromptRow] = []
@@ -106,7 +111,7 @@ def prompt_in(row: Row, words: int | None = None) -> Prompt:
     )
 
 
-def check_readers(models: Iterable[Any], prompts: Sequence[Prompt]) -> None:
+def check_readers(models: Iterable[ResolvedModel], prompts: Sequence[Prompt]) -> None:
     """Render ``prompts`` with the chat template of each of ``models`` (resolved) that reads chats.
 
     These are registry language models and reward models; classifiers read plain text. Only tokenizers are loaded. Raises DataError with the
@@ -124,7 +129,7 @@ def plain_text(prompt: Prompt) -> str:
     return transcript(prompt)
 
 
-def shuffled_forever(items: Sequence[Any], seed: int) -> Any:
+def shuffled_forever(items: Sequence[Item], seed: int) -> Iterator[Item]:
     """Endless stream of ``items``. Each epoch has a new order, drawn from ``seed`` and the epoch's index."""
     epoch = 0
     while True:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, Protocol
 
 from stages.errors import DataError
@@ -20,7 +20,7 @@ class Row(dict[str, Any]):
     location: str = ""
     columnar: bool = False
 
-    def with_values(self, values: dict[str, Any]) -> Row:
+    def with_values(self, values: Mapping[str, object]) -> Row:
         """A row with other values at the same location."""
         made = Row(values)
         made.location, made.columnar = self.location, self.columnar

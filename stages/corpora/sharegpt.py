@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from stages.errors import DataError
+from stages.json_types import JsonObject
 
 SPEAKERS = {
     "human": "user",
@@ -22,12 +22,12 @@ SPEAKERS = {
 }
 
 
-def is_sharegpt(entry: Any) -> bool:
+def is_sharegpt(entry: object) -> bool:
     """Whether a conversation entry names its speaker in ``from`` and has no ``role``."""
     return isinstance(entry, dict) and entry.get("from") is not None and entry.get("role") is None
 
 
-def as_message(entry: dict[str, Any]) -> dict[str, Any]:
+def as_message(entry: JsonObject) -> JsonObject:
     """Convert an entry to a message with ``role`` and ``content``. Other fields are kept.
 
     The value of a ``function_call`` becomes ``tool_calls``.
@@ -46,7 +46,7 @@ def as_message(entry: dict[str, Any]) -> dict[str, Any]:
     return {"role": role, "content": content, **rest}
 
 
-def _calls(value: Any) -> list[dict[str, Any]]:
+def _calls(value: object) -> list[JsonObject]:
     """Parse the JSON value of a ``function_call``: an object ``{name, arguments}`` or a list of them."""
     try:
         parsed = json.loads(value) if isinstance(value, str) else value

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from stages.corpora.rows import Row, text_of
 from stages.errors import DataError
@@ -17,11 +16,11 @@ POST = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
 ARTICLE = "Article:\n{article}\n\nTL;DR:"
 
 
-def is_post(row: Mapping[str, Any]) -> bool:
+def is_post(row: Mapping[str, object]) -> bool:
     return "post" in row and "title" in row and "subreddit" in row
 
 
-def is_comparison(row: Mapping[str, Any]) -> bool:
+def is_comparison(row: Mapping[str, object]) -> bool:
     return "info" in row and "summaries" in row
 
 

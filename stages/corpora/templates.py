@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.corpora.messages import (
     REASONING,
@@ -25,6 +25,7 @@ from stages.corpora.messages import (
 )
 from stages.corpora.tool_calls import in_argument_form
 from stages.errors import DataError, ModelError
+from stages.json_types import JsonObject
 from stages.tokens.continuation import CONTEXT, beginning_ids, continued, plain_ids, segment_ids
 from stages.tokens.plain import is_begun, is_plain, plain_template
 from stages.tokens.turns import TurnForm, apply_template, argument_form, first_difference, turn_form
@@ -179,14 +180,14 @@ def _bare_completion(prompt: Prompt, completion: Completion) -> str:
 
 
 def _lost(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Any], text: str, *, generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[JsonObject], text: str, *, generation_prompt: bool
 ) -> str:
     """Describe what the template drops from a conversation; empty if nothing is missing from ``text``.
 
     Reasoning before the last reply may be missing, because many templates drop it on purpose.
     """
 
-    def makes_no_difference(others: Sequence[Message], tools: Sequence[Any]) -> bool:
+    def makes_no_difference(others: Sequence[Message], tools: Sequence[JsonObject]) -> bool:
         try:
             return apply_template(tokenizer, others, generation_prompt=generation_prompt, tools=tools) == text
         except DataError:
@@ -212,7 +213,7 @@ def _without(messages: Sequence[Message], turn: int, fields: Sequence[str]) -> l
     return [*messages[:turn], bare, *messages[turn + 1 :]]
 
 
-def _name(tool: dict[str, Any]) -> str:
+def _name(tool: JsonObject) -> str:
     inner = tool.get("function")
     return str((inner if isinstance(inner, dict) else tool).get("name"))
 

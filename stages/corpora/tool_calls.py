@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
 
 from stages.errors import DataError
+from stages.json_types import JsonObject
 from stages.tokens.turns import ArgumentForm
 
-Message = dict[str, Any]
+Message = JsonObject
 
 
 def in_argument_form(message: Message, form: ArgumentForm) -> Message:
@@ -25,7 +25,7 @@ def with_objects(message: Message) -> Message:
     return _with_arguments(message, lambda function: _in_form(function, ArgumentForm(objects=True, texts=True)))
 
 
-def _with_arguments(message: Message, convert: Callable[[dict[str, Any]], Any]) -> Message:
+def _with_arguments(message: Message, convert: Callable[[JsonObject], object]) -> Message:
     calls = message.get("tool_calls")
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         return message
@@ -39,11 +39,11 @@ def _with_arguments(message: Message, convert: Callable[[dict[str, Any]], Any]) 
     return {**message, "tool_calls": converted}
 
 
-def _arguments(function: dict[str, Any], convert: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+def _arguments(function: JsonObject, convert: Callable[[JsonObject], object]) -> JsonObject:
     return {"arguments": convert(function)} if "arguments" in function else {}
 
 
-def _in_form(function: dict[str, Any], form: ArgumentForm) -> Any:
+def _in_form(function: JsonObject, form: ArgumentForm) -> object:
     """The arguments of a called function in a form that the template accepts."""
     arguments = function["arguments"]
     if isinstance(arguments, str) and form.objects:
@@ -57,7 +57,7 @@ def _in_form(function: dict[str, Any], form: ArgumentForm) -> Any:
     return arguments
 
 
-def _json_object(text: str) -> dict[str, Any] | None:
+def _json_object(text: str) -> JsonObject | None:
     """Parse ``text`` as a JSON object. A blank text is an empty object (a call without arguments); anything else is None."""
     if not text.strip():
         return {}

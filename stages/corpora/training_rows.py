@@ -15,6 +15,7 @@ from stages.corpora.demonstrations import Demonstration
 from stages.corpora.messages import Conversation, Message, as_question, as_turns, errors_at, simplified, tools_of
 from stages.corpora.templates import encode_pair, encode_segments, in_its_form, render_pair, rendered
 from stages.errors import DataError
+from stages.json_types import JsonObject
 from stages.tokens.continuation import plain_ids
 from stages.tokens.turns import first_difference, turn_form
 
@@ -101,7 +102,7 @@ def _by_prefixes(tokenizer: PreTrainedTokenizerBase, messages: Conversation, rep
     return [TrainingRow([token for part in parts for token in part], len(parts[0]), trained), *apart]
 
 
-def _has_markers(tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]]) -> bool:
+def _has_markers(tokenizer: PreTrainedTokenizerBase, tools: Sequence[JsonObject]) -> bool:
     template = tokenizer.get_chat_template(None, list(tools) or None)
     return bool(tokenizer.is_fast and _MARKER.search(template))
 
@@ -110,8 +111,9 @@ def _by_markers(tokenizer: PreTrainedTokenizerBase, messages: Conversation, repl
     """Build a row whose trained tokens are enclosed by the template's generation markers, from the first trained reply on."""
     rendered(tokenizer, messages, messages, generation_prompt=False)  # raises if the template rejects or drops something
     contents: list[Message] = in_its_form(tokenizer, messages)
-    tools: Any = messages.tools or None
-    encoded: Any = tokenizer.apply_chat_template(contents, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    encoded: Any = tokenizer.apply_chat_template(
+        contents, tools=[*messages.tools] or None, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
     ids, marked = list(encoded["input_ids"]), list(encoded["assistant_masks"])
     before = rendered(tokenizer, messages[: replies[0]], messages, generation_prompt=False)
     length = first_difference(plain_ids(tokenizer, before), ids)

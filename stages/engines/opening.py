@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from stages.config import GenerationSettings, Vllm
@@ -17,7 +17,6 @@ from stages.engines.vllm_sampler import VllmSampler, Weights, write_whole
 from stages.engines.vllm_servers import Servers
 from stages.engines.vllm_start import Served, StartedServer, wants_gpu
 from stages.errors import LaunchError, ModelError
-from stages.models.adapters import plain_model
 from stages.models.loading import config_of
 from stages.models.responses import Policy
 from stages.models.served_adapter import total_rank, updates_of
@@ -27,11 +26,14 @@ from stages.process.environment import secret
 from stages.process.runtime import Runtime
 from stages.registry.references import ResolvedModel
 from stages.sampling.sampler import LocalSampler
+from stages.sampling.support import plain_model, weight_of
 from stages.step import StepContext
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
+    from stages.model_types import TransformersModel
     from stages.sampling.sampler import Sampler
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -68,8 +70,8 @@ def _key(vllm: Vllm) -> str | None:
 @contextmanager
 def step_sampler(
     settings: GenerationSettings,
-    model: Any,
-    tokenizer: Any,
+    model: TransformersModel,
+    tokenizer: PreTrainedTokenizerBase,
     source: ResolvedModel,
     context: StepContext,
     *,
@@ -103,8 +105,8 @@ def step_sampler(
 @contextmanager
 def open_sampler(
     settings: GenerationSettings,
-    model: Any,
-    tokenizer: Any,
+    model: TransformersModel,
+    tokenizer: PreTrainedTokenizerBase,
     source: ResolvedModel,
     *,
     runtime: Runtime,
@@ -162,8 +164,8 @@ def _started(server: StartedServer | None) -> tuple[list[str], str]:
 
 def _plan_weights(
     settings: GenerationSettings,
-    model: Any,
-    tokenizer: Any,
+    model: TransformersModel,
+    tokenizer: PreTrainedTokenizerBase,
     source: ResolvedModel,
     dtype: torch.dtype,
     trains: Trains,
@@ -207,7 +209,9 @@ def _plan_weights(
     return Weights("adapter" if rank else "base", merged, base.path), replace(served, lora_rank=rank)
 
 
-def _write_to_start(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, runtime: Runtime) -> None:
+def _write_to_start(
+    model: TransformersModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype, runtime: Runtime
+) -> None:
     """Write the current model and its tokenizer for a server to start from. Call it on every process."""
     state = unsharded_state_dict(model)
     if runtime.is_main:
@@ -229,9 +233,10 @@ def _merged_adapters(source: ResolvedModel) -> tuple[ResolvedModel, ...]:
     return adapters
 
 
-def _same_rows(model: Any, base: ResolvedModel) -> None:
+def _same_rows(model: TransformersModel, base: ResolvedModel) -> None:
     """Raise ModelError if the embedding and the saved base have different numbers of rows: a server that loads the base lacks the rows."""
-    rows, saved = plain_model(model).get_input_embeddings().weight.shape[0], int(config_of(base).get_text_config().vocab_size)
+
+    rows, saved = weight_of(plain_model(model).get_input_embeddings()).shape[0], int(config_of(base).get_text_config().vocab_size)
     if rows != saved:
         raise ModelError(
             f"the model has {rows} rows in its embedding, but its base {base.ref!r} has {saved}: tokens were added, and a vLLM server that "
@@ -251,7 +256,7 @@ def _refuse_quantization(quantization: str, vllm: Vllm, on_gpu: bool) -> None:
         raise ModelError("vLLM's build for CPUs has no bitsandbytes: remove quantization, or use generation.engine: local")
 
 
-def _shared_folder(vllm: Vllm, folder: Path, model: Any) -> Path:
+def _shared_folder(vllm: Vllm, folder: Path, model: TransformersModel) -> Path:
     """The folder in which servers read adapters and weights.
 
     It is ``adapter_folder`` of the settings if set. Otherwise it is shared memory, if all servers are on this machine and there is enough

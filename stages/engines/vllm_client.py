@@ -7,17 +7,20 @@ The endpoints and their answers are those of vLLM 0.32 (docs/vllm.md). A server 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stages.config import GenerationSettings, Vllm
 from stages.errors import ModelError
+from stages.json_types import JsonObject
 from stages.process.remote import GaveUp, JsonClient, Refused
 
 TESTED_VERSIONS = ("0.32",)
 """vLLM releases that are tested. Other releases are refused, because their answers may differ."""
+
+Answer = TypeVar("Answer")
 
 
 class Lost(Exception):
@@ -137,7 +140,7 @@ class VllmClient:
     def reload_weights(self, folder: Path) -> None:
         """Replace the server's weights by the full weights in ``folder``, and clear its prefix cache. Raises Lost, ModelError."""
         refusal = "full weights need a server with VLLM_SERVER_DEV_MODE=1 that can read this folder under the same path; or train with lora"
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        body: JsonObject = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         self._post("/collective_rpc", body, lambda _: None, refusal)
         self._post("/reset_prefix_cache", {}, lambda _: None, refusal)
 
@@ -153,13 +156,13 @@ class VllmClient:
 
     # Requests
 
-    def _get(self, path: str, read: Any) -> Any:
+    def _get(self, path: str, read: Callable[[object], Answer]) -> Answer:
         return self._answered(lambda: self._client.get(self.url + path, read), path, "")
 
-    def _post(self, path: str, body: dict[str, Any], read: Any, advice: str = "") -> Any:
+    def _post(self, path: str, body: JsonObject, read: Callable[[object], Answer], advice: str = "") -> Answer:
         return self._answered(lambda: self._client.post(self.url + path, body, read), path, advice)
 
-    def _answered(self, ask: Any, path: str, advice: str) -> Any:
+    def _answered(self, ask: Callable[[], Answer], path: str, advice: str) -> Answer:
         try:
             return ask()
         except Refused as error:
@@ -175,7 +178,7 @@ def logprobs_mode(temperature: float) -> str:
     return "raw_logprobs" if temperature == 1 else "processed_logprobs"
 
 
-def _field(answer: Any, name: str) -> Any:
+def _field(answer: object, name: str) -> Any:
     if not isinstance(answer, dict) or name not in answer:
         raise GaveUp(f"an answer without {name!r}")
     return answer[name]

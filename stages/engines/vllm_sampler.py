@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,7 +18,7 @@ from stages.config import GenerationSettings, Vllm
 from stages.engines.vllm_client import Completed, Lost, VllmClient, logprobs_mode
 from stages.engines.vllm_servers import Servers
 from stages.errors import ModelError, TrainingError
-from stages.models.adapters import plain_model
+from stages.json_types import JsonObject
 from stages.models.quiet import quiet_transformers
 from stages.models.responses import Policy, sequence_batch
 from stages.models.served_adapter import Update, updates_of, write_adapter
@@ -27,6 +27,12 @@ from stages.process.runtime import Runtime
 from stages.registry.references import ResolvedModel
 from stages.sampling.generation import Generated, OnFinished, ending_tokens, require_room
 from stages.sampling.padding import left_pad, right_pad
+from stages.sampling.support import plain_model, weight_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.model_types import TransformersModel
 
 PROBE_PROMPT, PROBE_TOKENS = 8, 16  # tokens of the probe's prompt and of its completion
 FP32_BOUND, ROUNDED_BOUND = 1e-3, 0.1  # bounds on the mean difference in fp32 and in lower precision, in nats per token
@@ -57,7 +63,7 @@ class VllmSampler:
     def __init__(
         self,
         policy: Policy,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         settings: Vllm,
         servers: Servers,
         weights: Weights,
@@ -132,7 +138,7 @@ class VllmSampler:
 
     def _probe_prompt(self) -> list[int]:
         """The token ids of the probe's prompt, spread over the vocabulary."""
-        size = min(len(self.tokenizer), plain_model(self.policy.model).get_input_embeddings().weight.shape[0])
+        size = min(len(self.tokenizer), weight_of(plain_model(self.policy.model).get_input_embeddings()).shape[0])
         return torch.linspace(1, size - 1, PROBE_PROMPT).long().tolist()
 
     def _check(self, url: str, probe: Completed) -> None:
@@ -243,7 +249,7 @@ class VllmSampler:
         if self._runtime.is_main:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> JsonObject:
         """For the run's summary: the engine, the servers, lost servers, restarts, transfers, and the limits of reproducibility."""
         return {
             "engine": "vllm",
@@ -257,7 +263,7 @@ class VllmSampler:
         }
 
 
-def write_whole(model: Any, folder: Path, dtype: torch.dtype, state: dict[str, torch.Tensor] | None) -> None:
+def write_whole(model: TransformersModel, folder: Path, dtype: torch.dtype, state: dict[str, torch.Tensor] | None) -> None:
     """Write the full weights in ``dtype`` in transformers' format.
 
     ``state``: the unsharded state dict, if the model is sharded over processes; None: take it from ``model``. Raises ModelError if the
@@ -268,4 +274,4 @@ def write_whole(model: Any, folder: Path, dtype: torch.dtype, state: dict[str, t
     state = model.state_dict() if state is None else state
     cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     with quiet_transformers():
-        model.save_pretrained(folder, state_dict=cast)
+        model.save_pretrained(str(folder), state_dict=cast)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from typing import Any
+from typing import TypeVar
 
 from stages.config import GenerationSettings, Vllm
 from stages.engines.vllm_client import Completed, Lost, VllmClient
@@ -17,6 +17,8 @@ from stages.sampling.generation import Finished, OnFinished, episode_seed
 from stages.sampling.sampler import SamplerLost
 
 RESTARTS = 3  # the most restarts of a started server; if it dies more often, the run gives up
+
+Result = TypeVar("Result")
 
 
 class Servers:
@@ -50,7 +52,7 @@ class Servers:
             total = len(self.clients) + len(self.left_out)
             self._say(f"the vLLM server {client.url} is lost ({why}). {len(self.clients)} of {total} servers are left")
 
-    def on_each(self, action: Callable[[VllmClient], Any]) -> dict[str, Any]:
+    def on_each(self, action: Callable[[VllmClient], Result]) -> dict[str, Result]:
         """Run ``action`` on every server; returns its results by server URL.
 
         A server that gets lost during the action is left out. Raises SamplerLost if no server is left.

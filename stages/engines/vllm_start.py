@@ -14,9 +14,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx2
 
@@ -232,7 +232,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _environment(variables: dict[str, Any]) -> dict[str, str]:
+def _environment(variables: Mapping[str, str]) -> dict[str, str]:
     """The environment of this process, without the variables of its own Python, launcher and GPUs, plus ``variables``."""
     kept = {name: value for name, value in environment_without_launcher().items() if name not in OWN_VARIABLES}
     return {**kept, **variables}

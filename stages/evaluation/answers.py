@@ -22,6 +22,7 @@ from stages.evaluation.prompts import Exclusion
 from stages.evaluation.tasks import measure_task
 from stages.models.likelihood import measure_likelihood
 from stages.models.loading import config_of, load_language_model, load_tokenizer
+from stages.models.parts import moved_to
 from stages.rewards.building import build_source
 from stages.rewards.details import Details, columns_of
 from stages.rewards.source import judge
@@ -113,10 +114,11 @@ def distributed(runtime: Runtime, count: int, work: Callable[[list[int]], Sequen
 @contextmanager
 def loaded(config: EvaluationConfig, context: StepContext, name: str) -> Iterator[tuple[TransformersModel, PreTrainedTokenizerBase]]:
     """Model and tokenizer of a candidate. Only one candidate is in memory at a time."""
+
     source = context.models[f"candidates.{name}"]
     tokenizer = load_tokenizer(source)
     dtype = context.runtime.dtype(config.precision)
-    model = load_language_model(source, dtype=dtype, trainable=False, tokenizer=tokenizer).to(context.runtime.device)
+    model = moved_to(load_language_model(source, dtype=dtype, trainable=False, tokenizer=tokenizer), context.runtime.device)
     context.runtime.say_model(f"{context.name}: {name}", model, dtype)
     try:
         yield model.eval(), tokenizer

@@ -6,13 +6,11 @@ Gradients are equal up to rounding.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stages.kernels.matmul import linear, product
+from stages.kernels.matmul import Context, linear, product
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -22,14 +20,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = upstream
         x, weight, scale = ctx.saved_tensors
         normed = x * scale
@@ -51,7 +49,7 @@ def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         gated, upped = linear(flat, gate), linear(flat, up)
         ctx.save_for_backward(flat, gated, upped, gate, up, down)
@@ -60,7 +58,7 @@ class _GatedMLP(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         flat, gated, upped, gate, up, down = ctx.saved_tensors
         shape = (*upstream[0].shape[:-1], flat.shape[-1])
         gradient = upstream[0].reshape(-1, len(down))

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -77,9 +77,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _onednn(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
 
 
+class Context(Protocol):
+    """The context of an autograd function, as far as this project uses it; PyTorch's class does not declare these attributes.
+
+    ``needs_input_grad``: one entry per input of the forward pass.
+    """
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+
+class _ShapeContext(Context, Protocol):
+    shape: torch.Size
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: _ShapeContext, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         ctx.save_for_backward(flat if ctx.needs_input_grad[1] else None, weight)
         ctx.shape = x.shape
@@ -87,7 +104,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _ShapeContext, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         flat, weight = ctx.saved_tensors
         gradient = upstream[0].reshape(-1, len(weight))
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from stages.kernels.casts import cast
-from stages.kernels.matmul import linear, product
+from stages.kernels.matmul import Context, linear, product
 
 CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 """Size of a chunk of fp32 logits by device type: what fits in a core's cache, or what keeps a GPU busy."""
@@ -77,7 +76,7 @@ def _of_chunk(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, term: Term, temperature: float
+        ctx: Context, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, term: Term, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         dtype = _compute_dtype(hidden, weight)
@@ -114,7 +113,7 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         # In place, because these buffers are used only in this backward pass.
         gradients = [None if gradient is None else gradient.mul_(upstream[0]) for gradient in ctx.saved_tensors]
         return (*gradients, None, None, None)
@@ -158,5 +157,5 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
-def _no_autocast(hidden: Tensor) -> AbstractContextManager[Any]:
+def _no_autocast(hidden: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(hidden.device.type, enabled=False)

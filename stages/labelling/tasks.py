@@ -12,7 +12,7 @@ from stages.config import DataSource
 from stages.corpora.comparisons import comparison
 from stages.corpora.completions import completion_in
 from stages.corpora.files import read_rows
-from stages.corpora.labels import MOST_COMPLETIONS, Completion, LabelTask
+from stages.corpora.labels import MOST_COMPLETIONS, Completion, Gold, LabelTask
 from stages.corpora.messages import Prompt, tools_of
 from stages.errors import DataError
 
@@ -52,7 +52,7 @@ def read_gold(sources: Sequence[DataSource], checks: Sequence[str]) -> list[Labe
                 raise DataError(f"{row.location}: checks.{name} is {values!r:.60}; expected {len(known.completions)} times true or false")
         nobody: list[list[str]] = [[] for _ in known.completions]
         task = task_of(known.prompt, known.completions, nobody, nobody)
-        gold = {"ranks": known.ranks, "checks": ticked}
+        gold: Gold = {"ranks": known.ranks, "checks": ticked}
         tasks[f"gold-{task.id}"] = replace(task, id=f"gold-{task.id}", gold=gold)
     return list(tasks.values())
 

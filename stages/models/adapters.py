@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -25,10 +25,17 @@ from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
 from stages.models.families import state_space_products
 from stages.models.saved_adapters import SavedAdapter, base_of, fitted, read_adapter
+from stages.sampling.support import plain_model, weight_of
 
 if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
     from torch.nn.modules.module import _IncompatibleKeys
+    from transformers import PreTrainedModel
 
+    from stages.model_types import TransformersModel
     from stages.registry.references import ResolvedModel
 
 FRESH = "default"
@@ -37,11 +44,14 @@ HEAD_FILE = "head.safetensors"
 """File of a reward or value model's fp32 scalar head, next to its adapter."""
 
 
+SOURCES, ACTIVE = "_stages_sources", "_stages_active"  # attributes of a PeftModel: initial model by adapter, and active adapters
+
+
 # Adding adapters
 
 
 def attach_lora(
-    model: Any,
+    model: TransformersModel,
     lora: LoraSettings,
     *,
     task: str,
@@ -49,7 +59,7 @@ def attach_lora(
     name: str = FRESH,
     new_rows: Collection[int] = (),
     source: ResolvedModel | None = None,
-) -> Any:
+) -> PeftModel:
     """Add a new adapter on top of the active ones. Wraps ``model`` in a PeftModel if necessary. The new adapter starts as the identity.
 
     ``task`` is a peft task type such as ``CAUSAL_LM``. ``base`` is the folder or Hub id to record as the adapter's base (the registry
@@ -61,13 +71,12 @@ def attach_lora(
 
     plain = plain_model(model)
     _check_names(lora, plain, task)
-    alpha: Any = lora.alpha  # peft's annotation is int, but it accepts floats
     # peft trains the full head of a classifier: every module whose name ends in classifier or score. It gets no adapter.
     head = [r".*(classifier|score)(\..*)?"] if task == "SEQ_CLS" else []
     excluded = "|".join([*head, *map(re.escape, state_space_products(plain))]) if lora.target_modules == "all-linear" else None
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft's annotation is int, but it accepts floats
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         exclude_modules=excluded or None,
@@ -89,9 +98,9 @@ def attach_lora(
             f"no adapter with target_modules={lora.target_modules!r} and modules_to_save={lora.modules_to_save!r} fits "
             f"{type(plain).__name__}: {error} {_linear_modules(plain)}"
         ) from error
-    model.peft_config[name].base_model_name_or_path = base
+    lora_config(model, name).base_model_name_or_path = base
     _prepare_wrappers(model, name)
-    model._stages_sources = {**getattr(model, "_stages_sources", {}), name: source}
+    setattr(model, SOURCES, {**getattr(model, SOURCES, {}), name: source})
     _start_from_what_acts(model, name)
     for parameter_name, parameter in model.named_parameters():
         if is_part_of(parameter_name, name) and parameter.is_floating_point():
@@ -100,7 +109,9 @@ def attach_lora(
     return model
 
 
-def add_adapter(model: Any, adapter: ResolvedModel | SavedAdapter, name: str, *, is_shared: bool = False) -> Any:
+def add_adapter(
+    model: TransformersModel, adapter: ResolvedModel | SavedAdapter, name: str, *, is_shared: bool = False
+) -> TransformersModel:
     """Load ``adapter`` frozen on top of the active ones. Wraps ``model`` in a PeftModel if necessary.
 
     The adapter may come from a model with a different head, because its effect on the transformer is the same. Weights for a head that
@@ -144,12 +155,29 @@ def add_adapter(model: Any, adapter: ResolvedModel | SavedAdapter, name: str, *,
     return model
 
 
-def source_of(model: Any, name: str) -> ResolvedModel | None:
+def adapted(model: nn.Module) -> PeftModel:
+    """``model`` itself, which must be a PeftModel."""
+    from peft import PeftModel
+
+    assert isinstance(model, PeftModel), f"{type(model).__name__} has no adapters"
+    return model
+
+
+def lora_config(model: PeftModel, name: str) -> LoraConfig:
+    """The config of the adapter ``name``."""
+    from peft import LoraConfig
+
+    config = model.peft_config[name]
+    assert isinstance(config, LoraConfig)
+    return config
+
+
+def source_of(model: TransformersModel, name: str) -> ResolvedModel | None:
     """The initial model of the PeftModel's adapter ``name``; None if ``attach_lora`` did not get it."""
-    return getattr(model, "_stages_sources", {}).get(name)
+    return getattr(model, SOURCES, {}).get(name)
 
 
-def _refuse_clash(plain: Any, who: str, config: Any) -> None:
+def _refuse_clash(plain: PreTrainedModel, who: str, config: LoraConfig) -> None:
     """Raise ModelError if two adapters change one module in different ways (update, full copy, rows).
 
     peft cannot compute this combination. In a model's own stack the lower adapters are merged; roles that share a backbone keep them
@@ -157,7 +185,7 @@ def _refuse_clash(plain: Any, who: str, config: Any) -> None:
     """
     from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 
-    def is_named(module: str, names: Any) -> bool:
+    def is_named(module: str, names: Iterable[object] | None) -> bool:
         if isinstance(names, str):
             return names != "all-linear" and re.fullmatch(names, module) is not None
         return any(module == name or module.endswith(f".{name}") for name in names or ())
@@ -178,24 +206,19 @@ def _refuse_clash(plain: Any, who: str, config: Any) -> None:
             )
 
 
-def plain_model(model: Any) -> Any:
-    """The transformers model inside a PeftModel; a model without adapters is returned unchanged."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def is_part_of(parameter: str, adapter: str) -> bool:
     """Whether the parameter with this name belongs to the adapter."""
     return adapter in parameter.split(".")
 
 
-def has_output_adapter(model: Any) -> bool:
+def has_output_adapter(model: TransformersModel) -> bool:
     """Whether a low-rank adapter changes the output layer of ``model``."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return isinstance(plain_model(model).get_output_embeddings(), BaseTunerLayer)
 
 
-def refuse_output_adapter(model: Any, lora: LoraSettings | None) -> None:
+def refuse_output_adapter(model: TransformersModel, lora: LoraSettings | None) -> None:
     """Raise ModelError for a low-rank adapter on the output layer if the trainer reads only that layer's own weight."""
     if lora is not None and has_output_adapter(model):
         name = module_name(plain_model(model), plain_model(model).get_output_embeddings()).rpartition(".")[2]
@@ -205,7 +228,7 @@ def refuse_output_adapter(model: Any, lora: LoraSettings | None) -> None:
         )
 
 
-def _check_names(lora: LoraSettings, plain: Any, task: str) -> None:
+def _check_names(lora: LoraSettings, plain: PreTrainedModel, task: str) -> None:
     """Raise ModelError for a module name in ``lora`` that does not exist; peft would ignore it silently.
 
     A bare transformer has no output layer, so there a name that only the language model has is allowed.
@@ -231,7 +254,8 @@ def _check_names(lora: LoraSettings, plain: Any, task: str) -> None:
             raise ModelError(f"lora.{field} names {', '.join(absent)}, which {kind} does not have. {_linear_modules(plain)}")
 
 
-def _linear_modules(plain: Any) -> str:
+def _linear_modules(plain: PreTrainedModel) -> str:
+
     adapted = {name: module for name, module in plain.named_modules() if next(adapter_layers_of(module), None) is not None}
     outside = {name: module for name, module in plain.named_modules() if not any(name.startswith(f"{layer}.") for layer in adapted)}
     linear = sorted({name.rpartition(".")[2] for name, module in outside.items() if isinstance(base_of(module), nn.Linear | Conv1D)})
@@ -241,18 +265,18 @@ def _linear_modules(plain: Any) -> str:
 # Rows of new tokens, and full copies of modules
 
 
-def module_name(model: Any, wanted: Any) -> str:
+def module_name(model: nn.Module, wanted: nn.Module) -> str:
     """The dotted name of a module of ``model``."""
     return next(name for name, module in model.named_modules() if module is wanted)
 
 
-def is_tied(model: Any) -> bool:
+def is_tied(model: PreTrainedModel) -> bool:
     """Whether the output layer of a transformers model shares its weights with the embedding."""
     output = model.get_output_embeddings()
-    return output is not None and base_of(output).weight is base_of(model.get_input_embeddings()).weight
+    return output is not None and weight_of(base_of(output)) is weight_of(base_of(model.get_input_embeddings()))
 
 
-def _rows_to_train(plain: Any, lora: LoraSettings, new_rows: Collection[int]) -> dict[str, list[int]] | None:
+def _rows_to_train(plain: PreTrainedModel, lora: LoraSettings, new_rows: Collection[int]) -> dict[str, list[int]] | None:
     """peft's ``trainable_token_indices``: rows by module name; None if no rows are trained.
 
     For tied weights the embedding is sufficient, because peft ties the output layer to it. Raises ModelError if the rows cannot be trained.
@@ -283,7 +307,7 @@ def _rows_to_train(plain: Any, lora: LoraSettings, new_rows: Collection[int]) ->
     return dict.fromkeys(names, sorted(new_rows))
 
 
-def _has_adapter(plain: Any, module: Any, lora: LoraSettings) -> bool:
+def _has_adapter(plain: PreTrainedModel, module: nn.Module, lora: LoraSettings) -> bool:
     """Whether ``lora.target_modules`` includes this module."""
     name = module_name(plain, module)
     if isinstance(lora.target_modules, str):
@@ -291,7 +315,7 @@ def _has_adapter(plain: Any, module: Any, lora: LoraSettings) -> bool:
     return any(name == one or name.endswith(f".{one}") for one in lora.target_modules)
 
 
-def _start_from_what_acts(model: Any, name: str) -> None:
+def _start_from_what_acts(model: TransformersModel, name: str) -> None:
     """Initialize full copies in the new adapter ``name`` from the active adapter below it. peft copies the base's modules instead."""
     for wrapper in wrappers_of(model):
         modules = getattr(wrapper, "modules_to_save", None)
@@ -300,7 +324,7 @@ def _start_from_what_acts(model: Any, name: str) -> None:
             modules[name].load_state_dict(modules[active[-1]].state_dict())
 
 
-def _prepare_wrappers(model: Any, name: str) -> None:
+def _prepare_wrappers(model: TransformersModel, name: str) -> None:
     """Fix peft's wrappers of full module copies and rows after adding the adapter ``name``.
 
     Full copies are fp32 while they are trained, but their base may be bf16. Let them compute in their own dtype and return the base's dtype
@@ -321,7 +345,7 @@ def _prepare_wrappers(model: Any, name: str) -> None:
 
 
 @cache
-def _rows_of_some() -> type[Any]:
+def _rows_of_some() -> type[TrainableTokensWrapper]:
     """peft's row wrapper for models in which only some adapters have rows. peft itself saves and loads rows for all adapters."""
     from peft.utils.other import TrainableTokensWrapper
 
@@ -338,26 +362,26 @@ def _rows_of_some() -> type[Any]:
     return RowsOfSome
 
 
-def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _cast_inputs(module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
     if torch.is_autocast_enabled(next(module.parameters()).device.type):
         return inputs
     dtype = next(module.parameters()).dtype
     return tuple(one.to(dtype) if isinstance(one, torch.Tensor) and one.is_floating_point() else one for one in inputs)
 
 
-def _cast_output(module: nn.Module, inputs: tuple[Any, ...], output: Any, *, dtype: torch.dtype) -> Any:
+def _cast_output(module: nn.Module, inputs: tuple[object, ...], output: object, *, dtype: torch.dtype) -> object:
     return output.to(dtype) if isinstance(output, torch.Tensor) and output.is_floating_point() else output
 
 
 # Active adapters
 
 
-def active_adapters(model: Any) -> tuple[str, ...]:
+def active_adapters(model: TransformersModel) -> tuple[str, ...]:
     """The active adapters, lowest first; empty for a model without adapters."""
-    return getattr(model, "_stages_active", ())
+    return getattr(model, ACTIVE, ())
 
 
-def activate(model: Any, names: Sequence[str], *, trainable: Sequence[str] | None = None) -> None:
+def activate(model: PeftModel, names: Sequence[str], *, trainable: Sequence[str] | None = None) -> None:
     """Make exactly ``names`` (lowest first) the active adapters; an empty list selects the bare base.
 
     ``trainable``: the adapters to train (None: unchanged). If several adapters contain a copy of one module, the highest one is used.
@@ -369,14 +393,14 @@ def activate(model: Any, names: Sequence[str], *, trainable: Sequence[str] | Non
             layer.set_adapter(list(names))
     for wrapper in wrappers_of(model):
         _activate_copies(wrapper, names)
-    model._stages_active = tuple(names)
+    setattr(model, ACTIVE, tuple(names))
     # peft makes exactly the active adapters trainable; here several roles train, but only one of them is active at a time.
     for name, parameter in model.named_parameters():
         of = next((adapter for adapter in model.peft_config if is_part_of(name, adapter)), None)
         parameter.requires_grad_(of in trainable if trainable is not None and of is not None else flags[name])
 
 
-def _activate_copies(wrapper: Any, names: Sequence[str]) -> None:
+def _activate_copies(wrapper: AuxiliaryTrainingWrapper, names: Sequence[str]) -> None:
     """Select the copies of ``names`` in a wrapper of full modules or rows."""
     own = [name for name in names if name in wrapper._get_available_adapters()]
     if (tokens := getattr(wrapper, "token_adapter", None)) is not None:
@@ -385,7 +409,7 @@ def _activate_copies(wrapper: Any, names: Sequence[str]) -> None:
     wrapper.enable_adapters(bool(own))
 
 
-def _is_covered(tokens: Any, name: str, above: Sequence[str]) -> bool:
+def _is_covered(tokens: TrainableTokensLayer, name: str, above: Sequence[str]) -> bool:
     """Whether higher adapters contain all rows of the adapter ``name``. Raises ModelError if they contain only some of them."""
     rows = set(tokens.token_indices[name])
     others = {row for other in above for row in tokens.token_indices[other]}
@@ -394,7 +418,7 @@ def _is_covered(tokens: Any, name: str, above: Sequence[str]) -> bool:
     return bool(rows & others)
 
 
-def _adapter_layers(model: Any) -> Iterator[Any]:
+def _adapter_layers(model: nn.Module) -> Iterator[BaseTunerLayer]:
     """Modules with a low-rank update."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -402,7 +426,7 @@ def _adapter_layers(model: Any) -> Iterator[Any]:
     return (module for module in model.modules() if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer))
 
 
-def wrappers_of(model: Any) -> list[Any]:
+def wrappers_of(model: nn.Module) -> list[AuxiliaryTrainingWrapper]:
     """Modules that contain copies per adapter: full modules or rows."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -410,37 +434,37 @@ def wrappers_of(model: Any) -> list[Any]:
 
 
 @contextmanager
-def as_it_starts(model: Any) -> Iterator[None]:
+def as_it_starts(model: TransformersModel) -> Iterator[None]:
     """Context manager that deactivates the new adapter, so that the model computes what it did before training."""
     acting = active_adapters(model)
-    activate(model, [name for name in acting if name != FRESH])
+    activate(adapted(model), [name for name in acting if name != FRESH])
     try:
         yield
     finally:
-        activate(model, acting)
+        activate(adapted(model), acting)
 
 
 @contextmanager
-def without_copies(model: Any) -> Iterator[None]:
+def without_copies(model: TransformersModel) -> Iterator[None]:
     """Context manager that removes adapters added by a library, and restores the active ones."""
     known, acting = set(getattr(model, "peft_config", {})), active_adapters(model)
     trainable = [name for name in acting if any(p.requires_grad for key, p in model.named_parameters() if is_part_of(key, name))]
     yield
     added = set(getattr(model, "peft_config", {})) - known
     for name in added:
-        remove_adapter(model, name)
+        remove_adapter(adapted(model), name)
     if added:
-        activate(model, acting, trainable=trainable)
+        activate(adapted(model), acting, trainable=trainable)
 
 
-def train_in_fp32(model: Any) -> None:
+def train_in_fp32(model: nn.Module) -> None:
     """Convert the trained weights back to fp32. TRL converts a quantized model's adapter to bf16, which would lose small updates."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype.itemsize < 4:
             parameter.data = parameter.data.float()
 
 
-def remove_adapter(model: Any, name: str) -> None:
+def remove_adapter(model: PeftModel, name: str) -> None:
     """Remove an adapter from a PeftModel that has others. One of the others becomes active."""
     activate(model, [other for other in model.peft_config if other != name][-1:])  # peft deletes an adapter only if at most one is active
     model.delete_adapter(name)
@@ -465,7 +489,7 @@ def _quiet_peft() -> Iterator[None]:
 # Merging
 
 
-def merge(model: Any, *, where: Callable[[Any], bool] | None = None) -> Any:
+def merge(model: PeftModel, *, where: Callable[[nn.Module], bool] | None = None) -> TransformersModel:
     """Merge the active adapters of a PeftModel into the weights and return the plain model.
 
     A tied embedding is untied if an adapter changes only one of embedding and output layer. ``where`` (a predicate of the base layer)
@@ -480,19 +504,20 @@ def merge(model: Any, *, where: Callable[[Any], bool] | None = None) -> Any:
     return merged
 
 
-def _untie(plain: Any) -> bool:
+def _untie(plain: PreTrainedModel) -> bool:
     """If an adapted embedding is tied, give the output layer its own copy of the weights. Returns whether it did."""
     output, embedding = plain.get_output_embeddings(), plain.get_input_embeddings()
     if output is None or not is_tied(plain) or (base_of(output) is output and base_of(embedding) is embedding):
         return False
-    base_of(output).weight = nn.Parameter(base_of(output).weight.detach().clone(), requires_grad=False)
+    base_of(output).weight = nn.Parameter(weight_of(base_of(output)).detach().clone(), requires_grad=False)
     return True
 
 
-def _tie_if_equal(plain: Any) -> None:
+def _tie_if_equal(plain: PreTrainedModel) -> None:
     """Tie embedding and output layer again if they are equal; else record in the config that they are not tied."""
     output, embedding = plain.get_output_embeddings(), plain.get_input_embeddings()
-    are_equal = output.weight.shape == embedding.weight.shape and torch.equal(output.weight, embedding.weight)
+    one, other = weight_of(output), weight_of(embedding)
+    are_equal = one.shape == other.shape and torch.equal(one, other)
     for config in (plain.config, plain.config.get_text_config()):
         config.tie_word_embeddings = are_equal  # peft has set it to False
     if are_equal:
@@ -501,12 +526,12 @@ def _tie_if_equal(plain: Any) -> None:
         plain.all_tied_weights_keys = {}  # keys that save_pretrained would omit
 
 
-def _merge_some(model: Any, where: Callable[[Any], bool]) -> Any:
+def _merge_some(model: PeftModel, where: Callable[[nn.Module], bool]) -> TransformersModel:
     """Merge the adapted layers whose base layer satisfies ``where``. Full copies and rows replace those of the base."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     plain, acting = plain_model(model), active_adapters(model)
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, nn.Module] = {}
     for name, module in plain.named_modules():
         if any(name.startswith(f"{outer}.") for outer in chosen):
             continue
@@ -525,7 +550,7 @@ def _merge_some(model: Any, where: Callable[[Any], bool]) -> Any:
     return plain
 
 
-def adapter_layers_of(module: Any) -> Iterator[Any]:
+def adapter_layers_of(module: nn.Module) -> Iterator[BaseTunerLayer]:
     """Yield ``module`` if it has low-rank updates, else nothing."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -15,16 +16,20 @@ from stages.models.attention import attention_of
 from stages.models.own_layers import use_own_layers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from stages.model_types import AutoClass
 
 
-def random_model(auto: Any, architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
+def random_model(
+    auto: AutoClass, architecture: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, **options: object
+) -> PreTrainedModel:
     """Create a model from ``{type: llama, hidden_size: 128, ...}`` in the class that ``auto`` selects, in fp32, with one row per token.
 
     ``options`` are additional config fields, such as labels. Raises ModelError for a type or field that transformers does not know.
     """
     fields = dict(architecture)
-    kind = fields.pop("type")
+    kind = str(fields.pop("type"))
     if kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(kind, CONFIG_MAPPING.keys(), n=3)
         raise ModelError(f"architecture.type={kind!r} is unknown; {'did you mean ' + ' or '.join(near) if near else 'try llama or gpt2'}")

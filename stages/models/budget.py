@@ -21,8 +21,6 @@ from stages.process.gpus import free_gpu_memory, own_peak
 from stages.process.unexpected import is_out_of_memory
 from stages.sampling.workspace import drop_kept_workspace
 
-__all__ = ["PassBudget", "each_group", "refuse_alone", "release_memory", "tokens_of"]
-
 logger = logging.getLogger(__name__)
 
 FIRST_TOKENS = 2_048  # budget of a training pass on a GPU before memory is measured

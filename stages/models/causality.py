@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from stages.errors import ModelError
-from stages.sampling.support import says_causal
+from stages.sampling.support import says_causal, weight_of
+
+if TYPE_CHECKING:
+    from stages.model_types import TransformersModel
 
 LENGTH = 6  # tokens of the test text
 
 
-def require_causal(model: Any, name: str) -> None:
+def require_causal(model: TransformersModel, name: str) -> None:
     """Raise ModelError if ``model``, called ``name``, is not causal.
 
     A class whose attention layers all declare themselves causal is trusted. Other models read two texts that differ in the last token: the
@@ -28,8 +31,8 @@ def require_causal(model: Any, name: str) -> None:
 
 
 @torch.no_grad()
-def _looks_ahead(model: Any) -> bool:
-    embedding = model.get_input_embeddings().weight
+def _looks_ahead(model: TransformersModel) -> bool:
+    embedding = weight_of(model.get_input_embeddings())
     size, pad = embedding.shape[0], getattr(model.config, "pad_token_id", None)
     tokens = [token for token in range(min(size, LENGTH + 2)) if token != pad][: LENGTH + 1]
     text = torch.tensor([tokens[:LENGTH], [*tokens[: LENGTH - 1], tokens[-1]]], device=embedding.device)

@@ -6,27 +6,32 @@ names do not change, so the saved model is the same.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.errors import ModelError
 from stages.models.loading import disable_dropout
+from stages.sampling.support import plain_model
+
+if TYPE_CHECKING:
+    from stages.model_types import TransformersModel
 
 BRANCHES = ("self_attn", "self_attention", "attn", "attention", "mlp", "feed_forward", "ffn", "fc2")
+RESIDUAL = "residual_dropout"  # attribute of a branch: its dropout probability
 
 
-def set_residual_dropout(model: Any, probability: float) -> int:
+def set_residual_dropout(model: TransformersModel, probability: float) -> int:
     """Apply dropout to the output of each attention and MLP in training mode, and set every other dropout to 0.
 
     Returns the number of branches. Raises ModelError for a model whose layers do not have exactly two.
     """
     disable_dropout(model)
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = plain_model(model)
     count = 0
     for layer in _layers(plain):
-        branches: list[Any] = [child for name, child in layer.named_children() if name in BRANCHES]
+        branches = [child for name, child in layer.named_children() if name in BRANCHES]
         if len(branches) != 2:
             names = ", ".join(name for name, _ in layer.named_children())
             raise ModelError(
@@ -34,7 +39,7 @@ def set_residual_dropout(model: Any, probability: float) -> int:
                 "among them. Remove residual_dropout for this family"
             )
         for branch in branches:
-            branch.residual_dropout = probability
+            setattr(branch, RESIDUAL, probability)
             branch.register_forward_hook(_drop)
             count += 1
     return count
@@ -50,7 +55,7 @@ def has_dropout(model: nn.Module) -> bool:
     return False
 
 
-def _layers(model: Any) -> nn.ModuleList:
+def _layers(model: TransformersModel) -> nn.ModuleList:
     num_layers = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
@@ -58,10 +63,10 @@ def _layers(model: Any) -> nn.ModuleList:
     raise ModelError(f"residual_dropout: {type(model).__name__} has no list of {num_layers} layers; remove residual_dropout")
 
 
-def _drop(module: Any, inputs: Any, output: Tensor | tuple[Any, ...]) -> Any:
+def _drop(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
     """Forward hook of a branch: apply dropout to its output (the first item of a tuple)."""
     if not module.training:
         return output
     if isinstance(output, tuple):
-        return (functional.dropout(output[0], module.residual_dropout), *output[1:])
-    return functional.dropout(output, module.residual_dropout)
+        return (functional.dropout(output[0], getattr(module, RESIDUAL)), *output[1:])
+    return functional.dropout(output, getattr(module, RESIDUAL))

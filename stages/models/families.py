@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,8 +12,13 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from stages.errors import ModelError
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-def refuse_unfit(config: Any, name: str) -> None:
+    from stages.model_types import AutoClass
+
+
+def refuse_unfit(config: PretrainedConfig, name: str) -> None:
     """Raise ModelError unless ``config`` belongs to a causal language model, as policies, reward models and value networks need.
 
     ``name``: the model as written in the recipe. A model with remote code is judged by its ``auto_map``.
@@ -34,13 +39,13 @@ def refuse_unfit(config: Any, name: str) -> None:
         )
 
 
-def refuse_quantization(config: Any, quantization: str, name: str) -> None:
+def refuse_quantization(config: PretrainedConfig, quantization: str, name: str) -> None:
     """Raise ModelError for a family whose class does not support weights of ``quantization``."""
     if config.model_type == "rwkv" and quantization == "nf4":
         raise ModelError(f"{name!r} is an rwkv model, whose class cannot rescale nf4 weights; write quantization: int8 or none")
 
 
-def refuse_without_linear_layers(auto: Any, config: Any, quantization: str, name: str) -> None:
+def refuse_without_linear_layers(auto: AutoClass, config: PretrainedConfig, quantization: str, name: str) -> None:
     """Raise ModelError if bitsandbytes would quantize none of the layers of the class that ``auto`` selects. Allocates no weights."""
     with torch.device("meta"):
         made = auto.from_config(config)
@@ -70,7 +75,7 @@ def state_space_products(model: nn.Module) -> list[str]:
     return names
 
 
-def unquantized_modules(auto: Any, config: Any) -> list[str] | None:
+def unquantized_modules(auto: AutoClass, config: PretrainedConfig) -> list[str] | None:
     """Modules of the class that ``auto`` selects which must not be quantized; None for transformers' default."""
     text = config.get_text_config()
     if not any(hasattr(text, field) for field in ("mamba_d_state", "state_size", "mamba_state_dim")):

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from safetensors import safe_open
@@ -29,15 +29,17 @@ from stages.models.published import check_saved_adapter, check_saved_weights, ro
 from stages.models.stacks import is_adapter
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from stages.model_types import TransformersModel
     from stages.registry.references import ResolvedModel
 
 
 class ScalarModel(nn.Module):
     """A transformer with a linear head that maps its last hidden states to one number per token. The head is always fp32."""
 
-    def __init__(self, backbone: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def __init__(self, backbone: TransformersModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.tokenizer = tokenizer
@@ -49,7 +51,7 @@ class ScalarModel(nn.Module):
         # For a backbone shared with other roles (models/shared.py): functions that activate and save this role's adapters.
         self.activate: Callable[[], None] = _nothing
         self.save_adapter: Callable[[Path], None] | None = None
-        self.adapted: Any = None  # the PeftModel around the shared backbone
+        self.adapted: PeftModel | None = None  # the PeftModel around the shared backbone
 
     # Creation
 
@@ -111,7 +113,7 @@ class ScalarModel(nn.Module):
 
     # Trainer interface
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, object] | None = None, **options: bool) -> None:
         """Recompute the backbone's activations in the backward pass. ``options`` are passed by transformers' trainer."""
         if hasattr(self.backbone, "activation_checkpointing_enable"):
             self.backbone.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
@@ -120,7 +122,7 @@ class ScalarModel(nn.Module):
         if not any(parameter.requires_grad for parameter in self.backbone.get_input_embeddings().parameters()):
             self.backbone.enable_input_require_grads()  # with a frozen embedding, the first block's input needs requires_grad
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any) -> None:
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, object] | None = None, **options: bool) -> None:
         """Alias of ``gradient_checkpointing_enable`` that transformers 5.24 and later call."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
 
@@ -211,7 +213,7 @@ class ScalarModel(nn.Module):
         return outputs
 
 
-def hidden_states(backbone: Any, input_ids: Tensor, packing: Packing | None = None) -> Tensor:
+def hidden_states(backbone: TransformersModel, input_ids: Tensor, packing: Packing | None = None) -> Tensor:
     """Last hidden states [B, T, d] of right-padded ids [B, T]; of packed ones [1, S] inside each of their sequences [1, S, d]."""
     if packing is None:
         with whole_rows():
@@ -334,7 +336,7 @@ def last_positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long() * columns).argmax(dim=-1)
 
 
-def _classifier_class(config: Any) -> str:
+def _classifier_class(config: PretrainedConfig) -> str:
     """Name of transformers' sequence classifier of this architecture; the backbone's class if there is none."""
     return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type, (config.architectures or ["AutoModel"])[0])
 

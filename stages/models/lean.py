@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
+from collections.abc import Hashable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from stages.kernels.lean import gated_mlp, rms_norm
 from stages.kernels.matmul import Linear, are_plain
+from stages.sampling.support import weight_of
 
 PRODUCTS = ("gate_proj", "up_proj", "down_proj")
 EPSILONS = ("variance_epsilon", "eps")
@@ -33,12 +34,12 @@ def use_lean_layers(model: nn.Module) -> Counter[str]:
 
     Returns the number of replaced layers per class.
     """
-    lean_classes: dict[Any, type[nn.Module] | None] = {}
+    lean_classes: dict[Hashable, type[_LeanNorm] | type[_LeanMLP] | None] = {}
     switched: Counter[str] = Counter()
     for module in model.modules():
         key = _alike(module)
         if key not in lean_classes:
-            kind: Any = type(module)
+            kind: type = type(module)
             lean_classes[key] = next((lean for lean in _leaner(kind) if _is_equal(module, lean)), None)
         if (lean := lean_classes[key]) is not None:
             switched[type(module).__name__] += 1
@@ -57,12 +58,12 @@ class _LeanNorm(nn.Module):
         names = [name for name, _ in module.named_parameters()]
         return names == ["weight"] and next(module.parameters()).ndim == 1 and _epsilon(module) is not None and not list(module.children())
 
-    def lean(self, x: Tensor) -> Tensor:
+    def lean(self: nn.Module, x: Tensor) -> Tensor:
         epsilon = _epsilon(self)
         assert epsilon is not None  # checked by ``fits``
-        return rms_norm(x, self.weight, epsilon)
+        return rms_norm(x, weight_of(self), epsilon)
 
-    def forward(self, *inputs: Any, **named: Any) -> Any:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         takes = len(inputs) == 1 and not named and torch.is_grad_enabled() and are_plain(inputs[0], self.weight)
         return self.lean(inputs[0]) if takes else super().forward(*inputs, **named)
 
@@ -77,10 +78,10 @@ class _LeanMLP(nn.Module):
         parameters = {name for name, _ in module.named_parameters()}
         return _has_plain_products(module) and parameters == {f"{name}.weight" for name in PRODUCTS} and all(map(_is_silu, named))
 
-    def lean(self, x: Tensor) -> Tensor:
+    def lean(self: nn.Module, x: Tensor) -> Tensor:
         return gated_mlp(x, *(getattr(self, name).weight for name in PRODUCTS))
 
-    def forward(self, *inputs: Any, **named: Any) -> Any:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         weights = (getattr(self, name).weight for name in PRODUCTS)
         takes = len(inputs) == 1 and not named and torch.is_grad_enabled() and _has_plain_products(self) and are_plain(inputs[0], *weights)
         return self.lean(inputs[0]) if takes else super().forward(*inputs, **named)
@@ -91,17 +92,19 @@ def _epsilon(module: nn.Module) -> float | None:
     return epsilons[0] if len(epsilons) == 1 else None
 
 
-def _is_silu(activation: Any) -> bool:
+def _is_silu(activation: object) -> bool:
     """Whether an activation is SiLU, x * sigmoid(x), by its identity or class, not by its values."""
     return activation is functional.silu or isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
 
 
 def _has_plain_products(module: nn.Module) -> bool:
-    products: list[Any] = [getattr(module, name, None) for name in PRODUCTS]
-    return all(type(one) in (nn.Linear, Linear) and one.bias is None and not one._forward_hooks for one in products)
+    products = [getattr(module, name, None) for name in PRODUCTS]
+    return all(
+        isinstance(one, nn.Linear) and type(one) in (nn.Linear, Linear) and one.bias is None and not one._forward_hooks for one in products
+    )
 
 
-def _alike(module: nn.Module) -> tuple[Any, ...]:
+def _alike(module: nn.Module) -> Hashable:
     """A key that is equal for layers which compute the same function of their weights: the class and its scalar settings."""
     settings = tuple(
         (name, value)
@@ -113,7 +116,7 @@ def _alike(module: nn.Module) -> tuple[Any, ...]:
 
 
 @cache
-def _leaner(kind: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+def _leaner(kind: type[nn.Module]) -> tuple[type[_LeanNorm] | type[_LeanMLP], ...]:
     """Candidate lean classes for layers of this class. They keep the original class name, because configs refer to classes by name."""
     if issubclass(kind, (_LeanNorm, _LeanMLP)) or not _takes_one_tensor(kind):
         return ()
@@ -126,7 +129,7 @@ def _takes_one_tensor(kind: type[nn.Module]) -> bool:
 
 
 @torch.no_grad()
-def _is_equal(module: Any, lean: Any) -> bool:
+def _is_equal(module: nn.Module, lean: type[_LeanNorm] | type[_LeanMLP]) -> bool:
     """Whether ``lean`` and ``module`` compute the same outputs for random weights and inputs."""
     if not lean.fits(module) or next(module.parameters()).dtype != torch.float32:
         return False
@@ -140,13 +143,13 @@ def _is_equal(module: Any, lean: Any) -> bool:
         return False
 
 
-def _with_drawn_weights(module: nn.Module) -> Any:
+def _with_drawn_weights(module: nn.Module) -> nn.Module:
     """A copy of a layer on the CPU with weights drawn from [-1.5, 1.5]. All rows of a matrix are views of one drawn row, to save memory.
 
     Matrix rows are scaled so that outputs have about the same scale as inputs.
     """
     generator = torch.Generator().manual_seed(0)
-    drawn: dict[int, Any] = {}
+    drawn: dict[int, object] = {}
     for parameter in module.parameters():
         row = torch.rand(parameter.shape[-1], generator=generator) * 3 - 1.5
         if parameter.ndim == 2:

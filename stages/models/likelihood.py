@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
@@ -18,6 +18,9 @@ from torch.nn import functional
 
 from stages.models.budget import MEMORY_ERRORS, each_group, refuse_alone
 from stages.models.sharding import gathers_in_passes
+
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Likelihood:
 
 @torch.inference_mode()
 def measure_likelihood(
-    model: Any,
+    model: torch.nn.Module,
     rows: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
     pad_token_id: int,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from accelerate import PartialState
@@ -15,28 +15,33 @@ from transformers.utils import cached_file
 
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
-from stages.models.adapters import FRESH, attach_lora, plain_model, quantization_config
+from stages.models.adapters import FRESH, attach_lora, lora_config, quantization_config
 from stages.models.attention import attention_of
 from stages.models.causality import require_causal
 from stages.models.embeddings import grow_embedding
 from stages.models.failures import explained
 from stages.models.families import no_linear_layers, refuse_quantization, refuse_unfit, unquantized_modules
 from stages.models.own_layers import use_own_layers
+from stages.models.parts import moved_to
 from stages.models.published import check_saved_adapter, check_saved_weights, outputs_of, rows_for
 from stages.models.quiet import quiet_transformers
 from stages.models.saved_adapters import SavedAdapter, head_size, read_adapter
 from stages.models.stacking import dequantized, merged_stack, stacked_apart
 from stages.models.stacks import Stack, is_adapter, stack_of, tokenizer_source, trained_on
 from stages.registry.references import ResolvedModel
+from stages.sampling.support import plain_model
 from stages.tokens.turns import turn_end_ids
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from stages.model_types import AutoClass, TransformersModel
 
 
 logger = logging.getLogger(__name__)
 _warned: set[str] = set()
 QUANTIZED_LAYERS = ("Linear4bit", "Linear8bitLt")
+REPACKS = "support_avx512bf16_for_cpu"  # attribute of bitsandbytes' 4-bit layers
 
 
 def as_resolved(model: ResolvedModel | str | Path) -> ResolvedModel:
@@ -85,7 +90,7 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, name: str = "the tokeni
 # Models
 
 
-def config_of(model: ResolvedModel | str | Path) -> Any:
+def config_of(model: ResolvedModel | str | Path) -> PretrainedConfig:
     """The config of the base weights below a model's adapters. Raises ModelError if it cannot be read."""
     base = stack_of(as_resolved(model)).base
     with explained(base, "model"):
@@ -100,7 +105,7 @@ def load_language_model(
     trainable: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dropout: bool = False,
-) -> Any:
+) -> TransformersModel:
     """Load a causal language model (``PreTrainedModel``, or ``PeftModel`` if ``lora`` is given) with weights of ``dtype``.
 
     If the model is an adapter, it is first merged into its base, or stays unmerged on a quantized base. ``lora`` then adds a new adapter.
@@ -122,7 +127,7 @@ def load_backbone(
     trainable: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dropout: bool = False,
-) -> Any:
+) -> TransformersModel:
     """Load the transformer of a causal language model without its head (``AutoModel``). Arguments as in ``load_language_model``."""
     model = as_resolved(model)
     return _finish(*_load(AutoModel, model, dtype, tokenizer, trainable, lora), model, lora, "FEATURE_EXTRACTION", trainable, dropout)
@@ -138,14 +143,14 @@ def load_classifier(
     trainable: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dropout: bool = False,
-) -> Any:
+) -> TransformersModel:
     """Load an ``AutoModelForSequenceClassification`` with weights of ``dtype``.
 
     ``labels`` names the classes (default: the checkpoint's). ``require_head=True`` raises ModelError if the checkpoint has no head weights
     or a different number of classes. ``False`` creates a new head, for training.
     """
     model = as_resolved(model)
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     if labels is not None:
         options["num_labels"] = len(labels)
         options["id2label"] = dict(enumerate(labels))
@@ -155,7 +160,7 @@ def load_classifier(
 
 
 def _load(
-    auto: Any,
+    auto: AutoClass,
     model: ResolvedModel,
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -163,8 +168,8 @@ def _load(
     lora: LoraSettings | None,
     *,
     require_head: bool = True,
-    options: dict[str, Any] | None = None,
-) -> tuple[Any, Collection[int]]:
+    options: Mapping[str, object] | None = None,
+) -> tuple[TransformersModel, Collection[int]]:
     """Return (the model in the class that ``auto`` selects, adapters merged, quantized if requested; the embedding rows added to it)."""
     quantized = model.input.quantization != "none"
     if quantized and trainable and lora is None:
@@ -179,7 +184,9 @@ def _load(
     return loaded, resize_embedding(plain_model(loaded), tokenizer) if tokenizer is not None else range(0)
 
 
-def _stack(auto: Any, model: ResolvedModel, dtype: torch.dtype, require_head: bool, options: dict[str, Any]) -> Any:
+def _stack(
+    auto: AutoClass, model: ResolvedModel, dtype: torch.dtype, require_head: bool, options: Mapping[str, object]
+) -> TransformersModel:
     """Load an adapter and all models below it in the class that ``auto`` selects: merged in fp32, or unmerged on quantized weights."""
     stack = stack_of(model)
     saved = [read_adapter(adapter) for adapter in stack.adapters]
@@ -187,18 +194,18 @@ def _stack(auto: Any, model: ResolvedModel, dtype: torch.dtype, require_head: bo
     loaded = _base(auto, model, stack, dtype, require_head, options or _class_names(auto, stack, saved), saved)
     if model.input.quantization != "none":
         return stacked_apart(loaded, saved, sizes)
-    return merged_stack(loaded, saved, sizes).to(dtype)
+    return moved_to(merged_stack(loaded, saved, sizes), dtype)
 
 
 def _base(
-    auto: Any,
+    auto: AutoClass,
     model: ResolvedModel,
     stack: Stack,
     dtype: torch.dtype,
     require_head: bool,
-    options: dict[str, Any],
+    options: Mapping[str, object],
     saved: Sequence[SavedAdapter],
-) -> Any:
+) -> PreTrainedModel:
     """Load the base weights of ``model``'s stack: quantized if ``model`` requests it, or in fp32 for merging.
 
     Adapters trained on quantized weights are merged into the dequantized weights, not into the original ones. For nf4 these equal the
@@ -212,7 +219,7 @@ def _base(
     return dequantized(loaded) if origin.quantization != "none" else loaded
 
 
-def load_base(model: ResolvedModel, *, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Collection[int]]:
+def load_base(model: ResolvedModel, *, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> tuple[TransformersModel, Collection[int]]:
     """Return (the base weights of ``model``'s stack as a frozen causal language model, the embedding rows that no adapter has trained).
 
     ``tokenizer`` is ``model``'s tokenizer; the embedding grows to fit it. Used for roles that share one backbone.
@@ -222,12 +229,12 @@ def load_base(model: ResolvedModel, *, dtype: torch.dtype, tokenizer: PreTrained
     if loaded is None:
         loaded = _from_pretrained(AutoModelForCausalLM, stack.base, dtype, True, {})
     elif model.input.quantization == "none":
-        loaded = loaded.to(dtype)
+        loaded = moved_to(loaded, dtype)
     new_rows = resize_embedding(loaded, tokenizer)
     return _finish(loaded, (), model, None, "CAUSAL_LM", False, False), () if stack.adapters else new_rows
 
 
-def _class_names(auto: Any, stack: Stack, saved: Sequence[SavedAdapter]) -> dict[str, Any]:
+def _class_names(auto: AutoClass, stack: Stack, saved: Sequence[SavedAdapter]) -> Mapping[str, object]:
     """Options for a classifier with the classes of the highest adapter that has a head; empty for other models."""
     if auto is not AutoModelForSequenceClassification:
         return {}
@@ -242,8 +249,13 @@ def _class_names(auto: Any, stack: Stack, saved: Sequence[SavedAdapter]) -> dict
 
 
 def _from_pretrained(
-    auto: Any, model: ResolvedModel, dtype: torch.dtype, require_head: bool, options: dict[str, Any], supplied: Collection[str] = ()
-) -> Any:
+    auto: AutoClass,
+    model: ResolvedModel,
+    dtype: torch.dtype,
+    require_head: bool,
+    options: Mapping[str, object],
+    supplied: Collection[str] = (),
+) -> PreTrainedModel:
     """Load full weights from a folder or the Hub. ``supplied``: names of weights that an adapter will provide, e.g. a classifier head."""
     quantization = quantization_config(model.input, dtype)
     if quantization is not None:
@@ -280,8 +292,8 @@ def _refuse_unquantized(loaded: nn.Module, model: ResolvedModel) -> None:
 
     It quantizes only plain linear layers. Falcon has its own layer class, and experts are often one tensor.
     """
-    layers: list[Any] = [module for module in loaded.modules() if type(module).__name__ in QUANTIZED_LAYERS]
-    taken = sum(layer.in_features * layer.out_features for layer in layers)
+    layers = [module for module in loaded.modules() if type(module).__name__ in QUANTIZED_LAYERS]
+    taken = sum(layer.in_features * layer.out_features for layer in layers if isinstance(layer, nn.Linear))
     if taken == 0:
         raise ModelError(no_linear_layers(type(loaded).__name__, model.input.quantization, model.ref))
     left = sum(parameter.numel() for parameter in loaded.parameters() if parameter.is_floating_point() and parameter.ndim > 2)
@@ -300,20 +312,25 @@ def _keep_4bit_layout(model: nn.Module) -> None:
     bitsandbytes repacks them at the first evaluation. This fails for widths that are not a multiple of 32, and training cannot read the
     result.
     """
-    modules: list[Any] = list(model.modules())
-    for module in modules:
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    for module in model.modules():
+        if hasattr(module, REPACKS):
+            setattr(module, REPACKS, False)
 
 
-def _own_device() -> Any:
+def _own_device() -> torch.device:
     """The device for this process's quantized weights: its GPU, or the CPU."""
     return PartialState().device
 
 
 def _finish(
-    model: Any, new_rows: Collection[int], source: ResolvedModel, lora: LoraSettings | None, task: str, trainable: bool, dropout: bool
-) -> Any:
+    model: TransformersModel,
+    new_rows: Collection[int],
+    source: ResolvedModel,
+    lora: LoraSettings | None,
+    task: str,
+    trainable: bool,
+    dropout: bool,
+) -> TransformersModel:
     _check_finite(model, source)
     model.requires_grad_(trainable and lora is None)  # merging an adapter leaves the base frozen
     if lora is not None:
@@ -325,7 +342,7 @@ def _finish(
     return model.train(trainable)
 
 
-def leave_out_router_loss(model: Any) -> None:
+def leave_out_router_loss(model: TransformersModel) -> None:
     """Disable router logits, and the load-balancing loss computed from them, in a mixture-of-experts model.
 
     Forward passes here need neither, and that loss does not support 4-dimensional attention masks. TRL's SFT and DPO enable it for their
@@ -366,7 +383,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
 
-def resize_embedding(model: Any, tokenizer: PreTrainedTokenizerBase) -> Collection[int]:
+def resize_embedding(model: TransformersModel, tokenizer: PreTrainedTokenizerBase) -> Collection[int]:
     """Grow the embedding (and the output matrix) to fit ``tokenizer``. Returns the new rows that need training.
 
     Also sets the config's pad token. Its row needs no training, because nothing reads or predicts it.
@@ -378,7 +395,7 @@ def resize_embedding(model: Any, tokenizer: PreTrainedTokenizerBase) -> Collecti
 
 
 def save_model(
-    model: Any,
+    model: TransformersModel,
     tokenizer: PreTrainedTokenizerBase | None,
     folder: Path | str,
     *,
@@ -393,13 +410,12 @@ def save_model(
     from peft import PeftModel
 
     folder = Path(folder)
-    is_adapter_alone = isinstance(model, PeftModel)
-    if is_adapter_alone:
+    if isinstance(model, PeftModel):
         # "auto" would ask the Hub about the base's vocabulary; loading resizes the base to the tokenizer instead
         with quiet_transformers():
             model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict, selected_adapters=[FRESH])
         (folder / "README.md").unlink(missing_ok=True)
-        if str(model.peft_config[FRESH].task_type) == "SEQ_CLS":
+        if str(lora_config(model, FRESH).task_type) == "SEQ_CLS":
             model.config.save_pretrained(folder)  # for the class names, which adapter_config.json cannot contain
     else:
         if tokenizer is not None:
@@ -414,14 +430,16 @@ def save_model(
     device, ids = next(model.parameters()).device, rows_for(model, rows)
 
     def reload(saved: ResolvedModel) -> list[torch.Tensor]:
-        dtype = torch.float32 if is_adapter_alone else next(model.parameters()).dtype
-        return outputs_of(load(saved, dtype=dtype, trainable=False).to(device), ids)
+        dtype = torch.float32 if isinstance(model, PeftModel) else next(model.parameters()).dtype
+        return outputs_of(moved_to(load(saved, dtype=dtype, trainable=False), device), ids)
 
-    check = check_saved_adapter if is_adapter_alone else check_saved_weights
-    check(model, folder, lambda: outputs_of(model, ids), reload)
+    if isinstance(model, PeftModel):
+        check_saved_adapter(model, folder, lambda: outputs_of(model, ids), reload)
+    else:
+        check_saved_weights(model, folder, lambda: outputs_of(model, ids), reload)
 
 
-def _stop_at_turn_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def _stop_at_turn_ends(model: TransformersModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Add the chat template's end-of-turn token to the generation config, where other programs look for it."""
     config = getattr(model, "generation_config", None)
     if config is None:
@@ -432,7 +450,7 @@ def _stop_at_turn_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         config.eos_token_id = list(dict.fromkeys(ends))
 
 
-def _loader_of(plain: Any) -> Any:
+def _loader_of(plain: PreTrainedModel) -> Callable[..., TransformersModel] | None:
     """The load function for this class; None for classes without a role, such as masked language models."""
     name = type(plain).__name__
     if name.endswith("ForSequenceClassification"):
@@ -441,6 +459,13 @@ def _loader_of(plain: Any) -> Any:
 
 
 # Refused models
+
+
+class LoadReport(TypedDict, total=False):
+    """What ``from_pretrained`` reports of the weights with ``output_loading_info``."""
+
+    missing_keys: Collection[str]
+    mismatched_keys: Collection[str | tuple[str, torch.Size, torch.Size]]
 
 
 def _refuse_pickle(model: ResolvedModel, path: str) -> None:
@@ -457,7 +482,9 @@ def _refuse_pickle(model: ResolvedModel, path: str) -> None:
         raise ModelError(f"{model.ref!r} ({path}) contains no *.safetensors; expected a folder written by save_pretrained")
 
 
-def _refuse_missing(loaded: Any, report: dict[str, Any], model: ResolvedModel, require_head: bool, supplied: Collection[str] = ()) -> None:
+def _refuse_missing(
+    loaded: PreTrainedModel, report: LoadReport, model: ResolvedModel, require_head: bool, supplied: Collection[str] = ()
+) -> None:
     """Raise ModelError if the checkpoint lacks weights that transformers then initialized randomly."""
     missing = sorted(set(report["missing_keys"]))
     wrong = sorted(str(item[0] if isinstance(item, tuple) else item) for item in report.get("mismatched_keys", ()))

@@ -11,18 +11,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from stages.sampling.support import plain_model
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
+
+    from stages.model_types import TransformersModel
 
 HIDDEN_SPREAD = 30.0  # standard deviation of the random hidden states
 LOGIT_SPREAD = 300.0  # the test logits cover [-300, 300] evenly, beyond every cap in use
 
 
 @torch.no_grad()
-def multiplies_directly(model: Any, decoder: nn.Module, output: nn.Module, precision: Callable[[], AbstractContextManager[Any]]) -> bool:
+def multiplies_directly(
+    model: TransformersModel, decoder: nn.Module, output: nn.Module, precision: Callable[[], AbstractContextManager[object]]
+) -> bool:
     """Whether ``model(ids).logits`` is ``output(decoder(ids).last_hidden_state)`` for any weights, in training and evaluation mode.
 
     ``model``: a causal language model, possibly inside a PeftModel; ``decoder`` and ``output`` are parts of it. ``precision()`` is the
@@ -69,7 +78,7 @@ def _unchanged(sent: Tensor | None, arrived: Tensor | None) -> bool:
     return torch.equal(sent.to(arrived.dtype), arrived)
 
 
-def _probe(model: Any, output: nn.Module, ids: Tensor) -> _Probe:
+def _probe(model: TransformersModel, output: nn.Module, ids: Tensor) -> _Probe:
     probe = _Probe()
     with _replaced(model, output, probe):
         probe.logits = model(input_ids=ids, use_cache=False).logits
@@ -77,11 +86,11 @@ def _probe(model: Any, output: nn.Module, ids: Tensor) -> _Probe:
 
 
 @contextmanager
-def _replaced(model: Any, output: nn.Module, probe: _Probe) -> Iterator[None]:
+def _replaced(model: TransformersModel, output: nn.Module, probe: _Probe) -> Iterator[None]:
     """Replace the last hidden states of every transformer inside ``model``, and the output of ``output``, by random numbers."""
     generator = torch.Generator().manual_seed(0)
 
-    def replace_hidden(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    def replace_hidden(module: nn.Module, inputs: object, outputs: ModelOutput) -> ModelOutput | None:
         own = getattr(outputs, "last_hidden_state", None)
         if own is None:
             return None
@@ -91,13 +100,13 @@ def _replaced(model: Any, output: nn.Module, probe: _Probe) -> Iterator[None]:
         outputs.last_hidden_state = probe.drawn_hidden
         return outputs
 
-    def replace_logits(module: nn.Module, inputs: Any, outputs: Tensor) -> Tensor:
+    def replace_logits(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
         probe.multiplied = inputs[0]
         even = torch.linspace(-LOGIT_SPREAD, LOGIT_SPREAD, outputs.numel())[torch.randperm(outputs.numel(), generator=generator)]
         probe.drawn_logits = even.view(outputs.shape).to(outputs)
         return probe.drawn_logits
 
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = plain_model(model)
     transformers = [module for module in plain.modules() if isinstance(module, PreTrainedModel) and module is not plain]
     handles = [module.register_forward_hook(replace_hidden) for module in transformers]
     handles.append(output.register_forward_hook(replace_logits))

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.kernels.matmul import linear, use_fast_matmuls
 from stages.models.lean import use_lean_layers
+from stages.sampling.support import weight_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,8 @@ class FastConv1D(Conv1D):
 class PlainDebertaAttention(DisentangledSelfAttention):
     """DeBERTa v1's attention without autocast. Under autocast it fills bf16 scores with the smallest fp32 number, which fails."""
 
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        weight: Any = self.in_proj.weight  # the base layer's weight if there is an adapter
+    def forward(self, *inputs: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight = weight_of(self.in_proj)  # the base layer's weight if there is an adapter
 
         def cast(value: Any) -> Any:
             return value.to(weight.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,7 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, masking_utils
 
-from stages.sampling.support import family_of, says_causal
+from stages.sampling.support import PASS_FAILURES, family_of, says_causal, weight_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from stages.model_types import TransformersModel
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +41,6 @@ queries, keys and values, which works everywhere."""
 PROBE_LENGTHS = (5, 9, 3)  # tokens of the test sequences
 TOLERANCE = 1e-4  # relative, in fp32: far above rounding errors, far below the effect of attention across sequences
 LOW_PRECISION_TOLERANCE = 5e-2  # the same in half precision
-FAILURES = (RuntimeError, IndexError, ValueError, TypeError, AttributeError, AssertionError, KeyError, NotImplementedError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ _now: Packing | None = None  # packing of the current pass; not thread-local, be
 
 
 @contextmanager
-def packed_attention(packing: Packing | None, *models: Any) -> Iterator[None]:
+def packed_attention(packing: Packing | None, *models: TransformersModel) -> Iterator[None]:
     """Context manager in which ``models`` attend only within the sequences of ``packing``. Does nothing if ``packing`` is None.
 
     With gradient checkpointing, the backward pass must be inside as well, because it recomputes the layers.
@@ -112,7 +116,7 @@ def whole_rows() -> Iterator[None]:
 
 
 def attend_packed(
-    module: Any,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -120,7 +124,7 @@ def attend_packed(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **options: Any,
+    **options: object,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of the current packing. query [1, H, S, D], key and value [1, H or fewer, S, D]; returns
     [1, S, H, D]. Raises ValueError for unsupported inputs (a mask, a bias, a soft cap), so that the test pass fails."""
@@ -177,18 +181,19 @@ def _by_padding(packing: Packing, q: Tensor, k: Tensor, v: Tensor, dropout: floa
         columns = torch.arange(longest, device=q.device)
         distance = columns[:, None] - columns
         band = (distance >= 0) & (distance < window)
-    options: dict[str, Any] = {"attn_mask": band, "is_causal": band is None, "dropout_p": dropout, "scale": scaling}
-    made = functional.scaled_dot_product_attention(query, key, value, **options)
+    made = functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=band, is_causal=band is None, dropout_p=dropout, scale=scaling
+    )
     return made.transpose(1, 2).reshape(rows * longest, *made.shape[1:2], made.shape[-1]).index_select(0, packing.kept)
 
 
 # Which models can be packed
 
-_kernels: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
+_kernels: WeakKeyDictionary[TransformersModel, str | None] = WeakKeyDictionary()
 _logged: set[str] = set()
 
 
-def packing_kernel(decoder: Any, precision: Any) -> str | None:
+def packing_kernel(decoder: TransformersModel, precision: Callable[[], AbstractContextManager[object]]) -> str | None:
     """The kernel for packed passes of ``decoder`` (a transformer without its output layer); None if it cannot be packed (logged once).
 
     ``precision`` creates the context of a pass (autocast).
@@ -202,7 +207,7 @@ def packing_kernel(decoder: Any, precision: Any) -> str | None:
     return _kernels[decoder]
 
 
-def _tried(decoder: Any, precision: Any) -> tuple[str | None, str]:
+def _tried(decoder: TransformersModel, precision: Callable[[], AbstractContextManager[object]]) -> tuple[str | None, str]:
     """(kernel, message for the log)."""
     if reason := why_not(decoder):
         return None, f"its passes are padded, not packed: {reason}"
@@ -217,7 +222,7 @@ def _tried(decoder: Any, precision: Any) -> tuple[str | None, str]:
     return None, f"its passes are padded, not packed: {'; '.join(reasons)}"
 
 
-def why_not(decoder: Any) -> str:
+def why_not(decoder: TransformersModel) -> str:
     """A clause that says why the class or config of ``decoder`` cannot be packed; empty if a test pass decides."""
     config = decoder.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -261,10 +266,10 @@ def usable_kernels(device_type: str) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def _problem(decoder: Any, kernel: str) -> str | None:
+def _problem(decoder: TransformersModel, kernel: str) -> str | None:
     """What is wrong with packed passes by ``kernel``; None if test sequences have the same hidden states as alone."""
     config = decoder.config.get_text_config()
-    device, size = next(decoder.parameters()).device, decoder.get_input_embeddings().weight.shape[0]
+    device, size = next(decoder.parameters()).device, weight_of(decoder.get_input_embeddings()).shape[0]
     rows = [torch.arange(1 + start, 1 + start + length, device=device) * 7 % size for start, length in enumerate(PROBE_LENGTHS)]
     packing = make_packing(PROBE_LENGTHS, device, kernel=kernel, traced=True)
     training = decoder.training
@@ -276,7 +281,7 @@ def _problem(decoder: Any, kernel: str) -> str | None:
         expected = torch.cat([decoder(input_ids=row[None], use_cache=False).last_hidden_state[0].float() for row in rows])
     except torch.OutOfMemoryError:
         raise
-    except FAILURES as error:
+    except (*PASS_FAILURES, ImportError) as error:
         return f"a test pass failed ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
     finally:
         decoder.train(training)
@@ -289,14 +294,14 @@ def _problem(decoder: Any, kernel: str) -> str | None:
     return f"its hidden states would differ by {difference:.0%}"
 
 
-def _slides(config: Any) -> int:
+def _slides(config: PretrainedConfig) -> int:
     """The number of layers with a sliding window, according to the config."""
     if kinds := getattr(config, "layer_types", None):
         return sum(kind == "sliding_attention" for kind in kinds)
     return config.num_hidden_layers if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True) else 0
 
 
-def make_packing(lengths: Sequence[int], device: Any, *, kernel: str = "padded", traced: bool = False) -> Packing:
+def make_packing(lengths: Sequence[int], device: torch.device | str, *, kernel: str = "padded", traced: bool = False) -> Packing:
     """The packing of sequences of ``lengths`` tokens, on ``device``."""
     positions, starts, padded, kept = (tensor.to(device) for tensor in packing_indices(lengths))
     return Packing(positions, starts.to(torch.int32), padded, kept, tuple(lengths), kernel, traced=traced)

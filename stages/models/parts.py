@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from stages.errors import ModelError
+from stages.sampling.support import plain_model
+
+if TYPE_CHECKING:
+    from stages.model_types import TransformersModel
 
 
-def transformer_of(model: Any) -> Any:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def transformer_of(model: TransformersModel) -> PreTrainedModel:
     """The transformer inside a causal language model (or a PeftModel of one), without the output matrix.
 
     Raises ModelError if its attribute cannot be determined.
     """
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    transformer = getattr(plain, plain.base_model_prefix, None) if plain.base_model_prefix else None
+    plain = plain_model(model)
+    transformer: PreTrainedModel | None = getattr(plain, plain.base_model_prefix, None) if plain.base_model_prefix else None
     if transformer is None:  # e.g. Llama 4's text model, whose prefix is not the attribute name
         children = [child for child in plain.children() if isinstance(child, PreTrainedModel)]
         transformer = children[0] if len(children) == 1 else None
     if transformer is None:
         raise ModelError(f"{type(plain).__name__} stores its transformer under an unknown attribute; use another model family")
     return transformer
+
+
+def moved_to(model: Model, target: torch.device | torch.dtype) -> Model:
+    """Move ``model`` to a device, or convert it to a dtype, in place; returns it.
+
+    It is ``model.to(target)``, whose annotation in transformers no type checker can read.
+    """
+    module: nn.Module = model
+    module.to(target)
+    return model
 
 
 @torch.no_grad()

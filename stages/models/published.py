@@ -10,19 +10,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from stages.config import ModelInput
 from stages.errors import ModelError
-from stages.models.adapters import activate, active_adapters, add_adapter, plain_model, remove_adapter, source_of
+from stages.models.adapters import activate, active_adapters, add_adapter, remove_adapter, source_of
 from stages.models.saved_adapters import base_of
 from stages.registry.references import ResolvedModel
+from stages.sampling.support import plain_model, weight_of
 from stages.tokens.positions import readable_length
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from stages.model_types import TransformersModel
 SMALL = 300_000_000
 """Maximum parameters of a base that is loaded a second time for the check."""
 NUM_ROWS, NUM_TOKENS = 4, 64
@@ -35,18 +41,18 @@ ROUNDED_INT8 = 0.25
 """The same for int8 layers, which also round activations."""
 
 
-def rows_for(model: Any, rows: Sequence[Sequence[int]] | None) -> list[list[int]]:
+def rows_for(model: TransformersModel, rows: Sequence[Sequence[int]] | None) -> list[list[int]]:
     """The token ids to compute with: the first of ``rows``, or ids spread over the vocabulary if there are none."""
     longest = min(NUM_TOKENS, readable_length(plain_model(model).config) or NUM_TOKENS)
     chosen = [list(row[:longest]) for row in rows or () if len(row) > 1][:NUM_ROWS]
     if chosen:
         return chosen
-    size = base_of(plain_model(model).get_input_embeddings()).weight.shape[0]
+    size = weight_of(base_of(plain_model(model).get_input_embeddings())).shape[0]
     return [torch.linspace(1, size - 1, min(8, longest)).long().tolist()]
 
 
 @torch.no_grad()
-def outputs_of(model: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+def outputs_of(model: TransformersModel, rows: Sequence[Sequence[int]]) -> list[Tensor]:
     """A transformers model's outputs for each row, one row per pass: token log-probabilities [T - 1], or classifier logits [labels]."""
     training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -65,7 +71,12 @@ def outputs_of(model: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 def check_saved_adapter(
-    model: Any, folder: Path, compute: Callable[[], list[Tensor]], reload: Callable[[ResolvedModel], list[Tensor]], *, scale: float = 0.0
+    model: PeftModel,
+    folder: Path,
+    compute: Callable[[], list[Tensor]],
+    reload: Callable[[ResolvedModel], list[Tensor]],
+    *,
+    scale: float = 0.0,
 ) -> None:
     """Raise ModelError unless the adapter in ``folder`` computes the same as the highest active adapter of the PeftModel ``model``.
 
@@ -77,7 +88,7 @@ def check_saved_adapter(
 
 
 def _check_adapter(
-    model: Any, folder: Path, compute: Callable[[], list[Tensor]], reload: Callable[[ResolvedModel], list[Tensor]], scale: float
+    model: PeftModel, folder: Path, compute: Callable[[], list[Tensor]], reload: Callable[[ResolvedModel], list[Tensor]], scale: float
 ) -> None:
     expected, acting = compute(), active_adapters(model)
     name, dtype = "published", _dtype_of(model)
@@ -104,7 +115,12 @@ def _check_adapter(
 
 
 def check_saved_weights(
-    model: Any, folder: Path, compute: Callable[[], list[Tensor]], reload: Callable[[ResolvedModel], list[Tensor]], *, scale: float = 0.0
+    model: nn.Module,
+    folder: Path,
+    compute: Callable[[], list[Tensor]],
+    reload: Callable[[ResolvedModel], list[Tensor]],
+    *,
+    scale: float = 0.0,
 ) -> None:
     """Raise ModelError unless the full weights in ``folder`` equal those of ``model``. Arguments as in ``check_saved_adapter``."""
     _check_sharing(model)
@@ -117,7 +133,7 @@ def check_saved_weights(
         _compare(reload(saved), compute(), SAME.get(dtype, SAME[torch.bfloat16]), scale, "loaded again")
 
 
-def _as_it_runs(model: Any, folder: Path) -> ModelInput:
+def _as_it_runs(model: nn.Module, folder: Path) -> ModelInput:
     """The saved model as an input. Remote code is allowed if this process already runs it, because the recipe then trusts it."""
     return ModelInput(ref=folder.name, trust_remote_code=type(plain_model(model)).__module__.startswith("transformers_modules"))
 
@@ -133,13 +149,14 @@ def _check_value_count(model: nn.Module, folder: Path) -> None:
         raise _refusal(f"its files contain {stored} values, but the model in memory has {needed} weights")
 
 
-def _check_sharing(model: Any) -> None:
+def _check_sharing(model: nn.Module) -> None:
     """Raise ModelError if the config says that embedding and output layer are tied, but they differ."""
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if output is None or not getattr(model.config, "tie_word_embeddings", False):
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if not isinstance(model, PreTrainedModel) or output is None or not getattr(model.config, "tie_word_embeddings", False):
         return
     embedding = model.get_input_embeddings()
-    if output.weight.shape == embedding.weight.shape and not torch.equal(output.weight, embedding.weight):
+    one, other = weight_of(output), weight_of(embedding)
+    if one.shape == other.shape and not torch.equal(one, other):
         raise _refusal("its config says that embedding and output layer are tied (tie_word_embeddings), but they differ")
 
 
@@ -148,9 +165,9 @@ def _size_of(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _dtype_of(model: Any) -> torch.dtype:
+def _dtype_of(model: TransformersModel) -> torch.dtype:
     """The compute dtype of a model: that of its embedding."""
-    dtype = base_of(plain_model(model).get_input_embeddings()).weight.dtype
+    dtype = weight_of(base_of(plain_model(model).get_input_embeddings())).dtype
     return dtype if dtype in SAME else torch.float32
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,10 @@ from stages.models.packing import Packing, packed_attention, packing_indices, pa
 from stages.models.parts import transformer_of
 from stages.rl.logprobs import entropy, token_logprobs
 from stages.sampling.padding import right_pad
+from stages.sampling.support import plain_model
+
+if TYPE_CHECKING:
+    from stages.model_types import TransformersModel
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def sequence_batch(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
     pad_token_id: int,
-    device: Any,
+    device: torch.device | str,
     *,
     bootstrap: Sequence[int] = (),
     kernel: str | None = None,
@@ -80,7 +84,7 @@ def sequence_batch(
     return SequenceBatch(ids, ends, rows, columns, tokens, packing)
 
 
-def moved_together(tensors: Sequence[Tensor], device: Any) -> list[Tensor]:
+def moved_together(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
     """Move tensors of the same dtype to ``device`` in one transfer, without making the CPU wait for a GPU."""
     if torch.device(device).type == "cpu":
         return list(tensors)
@@ -108,7 +112,7 @@ class Policy:
 
     def __init__(
         self,
-        model: Any,
+        model: TransformersModel,
         *,
         temperature: float,
         autocast: torch.dtype | None,
@@ -120,14 +124,14 @@ class Policy:
         self.value_head = shared_value_head
         self.activate = activate or (lambda: None)
         self.device = next(model.parameters()).device
-        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        plain = plain_model(model)
         self.decoder = transformer_of(model)
         self.output = plain.get_output_embeddings()
         self.activate()
         # Some families rescale or cap the logits after the output matrix; then the model itself must compute them.
         self.is_direct = type(self.output) in (nn.Linear, Linear) and multiplies_directly(model, self.decoder, self.output, self.precision)
 
-    def precision(self) -> AbstractContextManager[Any]:
+    def precision(self) -> AbstractContextManager[object]:
         """Mixed precision of forward passes, if the weights have a higher precision than the computation."""
         if self.autocast is None:
             return nullcontext()
@@ -192,7 +196,7 @@ class Policy:
         return PolicyLoss(summed, logprobs.detach(), entropies.detach(), None if hidden is None else self._values(hidden))
 
 
-def sequence_values(model: ValueModel, batch: SequenceBatch, precision: AbstractContextManager[Any]) -> Tensor:
+def sequence_values(model: ValueModel, batch: SequenceBatch, precision: AbstractContextManager[object]) -> Tensor:
     """Values before each response token [N] in fp32: the value network's output at the position that predicts the token."""
     with precision:
         return model.score_positions(batch.input_ids, batch.rows, batch.columns, batch.packing)

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from stages.errors import ModelError
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
+
     from stages.registry.references import ResolvedModel
 
 BEFORE = "base_model.model."
@@ -39,7 +42,7 @@ class SavedAdapter:
     """
 
     ref: str
-    config: Any
+    config: LoraConfig
     weights: dict[str, Tensor]
     changes_base: tuple[str, ...] = ()
 
@@ -97,7 +100,7 @@ def module_of(name: str) -> str:
     return name.removesuffix(TOKENS) if name.endswith(TOKENS) else name.rpartition(".")[0].removesuffix(".base_layer")
 
 
-def fitted(saved: SavedAdapter, plain: Any) -> SavedAdapter:
+def fitted(saved: SavedAdapter, plain: PreTrainedModel) -> SavedAdapter:
     """``saved`` with the names of ``plain``, a transformers model; frozen and without dropout.
 
     A model with a head has a prefix for its transformer; a bare transformer has none. Weights of a head that ``plain`` lacks are dropped.
@@ -126,26 +129,29 @@ def fitted(saved: SavedAdapter, plain: Any) -> SavedAdapter:
     return _with_changes(replace(saved, config=config, weights=weights), plain)
 
 
-def modules_of(plain: Any) -> dict[str, Any]:
+def modules_of(plain: PreTrainedModel) -> dict[str, nn.Module]:
     """The modules of a transformers model by their names before peft wrapped them."""
-    modules: dict[str, Any] = {}
+    modules: dict[str, nn.Module] = {}
     for name, module in plain.named_modules():
         modules.setdefault(re.sub(r"\.(original_module|base_layer)(?=\.|$)", "", name), module)
     return modules
 
 
-def _fitted_config(config: Any, weights: dict[str, Tensor], plain: Any, renamed: Any, modules: dict[str, Any]) -> Any:
+def _fitted_config(
+    config: LoraConfig, weights: dict[str, Tensor], plain: PreTrainedModel, renamed: Callable[[str], str], modules: dict[str, nn.Module]
+) -> LoraConfig:
     config = copy.deepcopy(config)
     config.inference_mode = True
     config.lora_dropout = 0.0  # dropout is only for training
     config.task_type = config.task_type if plain.base_model_prefix and hasattr(plain, plain.base_model_prefix) else "FEATURE_EXTRACTION"
     targets = sorted({module_of(name) for name in weights if ".lora_" in name})
     if not config.target_parameters:
-        config.target_modules, config.exclude_modules = set(targets), None
+        config.target_modules = set(targets)  # type: ignore[assignment]  # peft makes a set of a list itself; its annotation lacks sets
+        config.exclude_modules = None
         config.layers_to_transform = config.layers_pattern = None
     config.fan_in_fan_out = any(isinstance(base_of(modules[name]), Conv1D) for name in targets if name in modules)
 
-    def present(names: Any) -> list[str]:
+    def present(names: Iterable[str]) -> list[str]:
         asked = [renamed(name) if "." in name else name for name in names]
         return [name for name in asked if any(module.endswith(name) for module in modules)]
 
@@ -158,12 +164,12 @@ def _fitted_config(config: Any, weights: dict[str, Tensor], plain: Any, renamed:
     return config
 
 
-def _renamed_pattern(pattern: str, renamed: Any) -> str:
+def _renamed_pattern(pattern: str, renamed: Callable[[str], str]) -> str:
     start = "^" if pattern.startswith("^") else ""
     return start + renamed(pattern.removeprefix("^")) if "." in pattern else pattern
 
 
-def _with_changes(saved: SavedAdapter, plain: Any) -> SavedAdapter:
+def _with_changes(saved: SavedAdapter, plain: PreTrainedModel) -> SavedAdapter:
     """``saved`` with ``changes_base`` set, and without base weights that equal the base's own."""
     copies = saved.config.modules_to_save or []
     parameters = dict(plain.named_parameters(remove_duplicate=False))
@@ -186,7 +192,7 @@ def is_inside(module: str, names: Collection[str]) -> bool:
     return any(".".join(parts[:end]).endswith(name) for end in range(1, len(parts) + 1) for name in names)
 
 
-def base_of(module: Any) -> Any:
+def base_of(module: nn.Module) -> nn.Module:
     """The module below all peft wrappers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper

@@ -10,17 +10,19 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from stages.errors import ModelError
-from stages.models.adapters import active_adapters, adapter_layers_of, plain_model, wrappers_of
+from stages.models.adapters import active_adapters, adapter_layers_of, wrappers_of
 from stages.models.saved_adapters import BEFORE, TOKENS, SavedAdapter, fitted, module_of, read_adapter
+from stages.sampling.support import plain_model, weight_of
 
 if TYPE_CHECKING:
+    from stages.model_types import TransformersModel
     from stages.registry.references import ResolvedModel
 
 
@@ -33,7 +35,7 @@ class Update:
 
 
 @torch.no_grad()
-def updates_of(model: Any, merged: Sequence[ResolvedModel] = ()) -> dict[str, list[Update]]:
+def updates_of(model: TransformersModel, merged: Sequence[ResolvedModel] = ()) -> dict[str, list[Update]]:
     """The low-rank updates of every adapted module of ``model``, by the module's dotted name in the plain transformers model.
 
     They come from the active adapters of ``model`` (a PeftModel, or a model without adapters) and from ``merged``: adapters, the lowest
@@ -77,8 +79,10 @@ def write_adapter(updates: dict[str, list[Update]], folder: Path, base: str) -> 
     config.save_pretrained(str(folder))
 
 
-def _acting_updates(model: Any) -> Iterator[tuple[str, Update]]:
+def _acting_updates(model: TransformersModel) -> Iterator[tuple[str, Update]]:
     """Updates of the active adapters of ``model``, the lowest first for each module."""
+    from peft.tuners.lora import LoraLayer
+
     acting = active_adapters(model)
     if not acting:
         return
@@ -89,13 +93,14 @@ def _acting_updates(model: Any) -> Iterator[tuple[str, Update]]:
                 raise ModelError(_refusal(f"the adapter {name!r} has {kind} besides its low-rank updates"))
     for module_name, module in plain_model(model).named_modules():
         for layer in adapter_layers_of(module):
+            assert isinstance(layer, LoraLayer)  # adapters of other types are refused when they are read
             for name in acting:
                 if name in layer.lora_A and name in layer.lora_B:
                     if getattr(layer, "use_dora", {}).get(name) or getattr(layer, "lora_bias", {}).get(name):
                         raise ModelError(_refusal(f"the adapter {name!r} on {module_name} has DoRA magnitudes or a bias"))
                     if getattr(layer, "parameter_name", None):
                         raise ModelError(_refusal(f"the adapter {name!r} on {module_name} changes a parameter, not a linear layer"))
-                    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+                    a, b = weight_of(layer.lora_A[name]), weight_of(layer.lora_B[name])
                     yield module_name, _update(a, b, float(layer.scaling[name]))
                 elif name in getattr(layer, "lora_embedding_A", {}):
                     raise ModelError(_refusal(f"the adapter {name!r} changes the embedding {module_name}"))
@@ -112,8 +117,9 @@ def _saved_updates(saved: SavedAdapter) -> Iterator[tuple[str, Update]]:
         if not name.endswith(".lora_A.weight"):
             continue
         module_name = module_of(name)
-        key = next((key for key in config.alpha_pattern if re.match(rf"(.*\.)?({key})$", module_name)), None)
-        alpha, rank = config.alpha_pattern[key] if key is not None else config.lora_alpha, len(a)
+        alphas = config.alpha_pattern or {}
+        key = next((key for key in alphas if re.match(rf"(.*\.)?({key})$", module_name)), None)
+        alpha, rank = alphas[key] if key is not None else config.lora_alpha, len(a)
         scaling = alpha / rank**0.5 if config.use_rslora else alpha / rank
         yield module_name, _update(a, saved.weights[name.replace(".lora_A.", ".lora_B.")], scaling)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as distributed
@@ -21,6 +21,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from stages.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 BUCKET_VALUES = 16 * 2**20  # gradient values per all-reduce: 64 MiB in fp32
 
@@ -41,7 +45,7 @@ def shard(model: nn.Module, *, add_up: bool) -> None:
     mesh = init_device_mesh(next(blocks[0].parameters()).device.type, (distributed.get_world_size(),))
     for block in blocks:
         # Each block is a root for FSDP, which would keep a root gathered after its forward pass.
-        sharded: Any = fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=_replicated_parameters(block))
+        sharded = fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=_replicated_parameters(block))
         sharded.set_force_sum_reduction_for_comms(True)  # gloo (on CPUs) supports only sums
         if add_up:
             sharded.set_gradient_divide_factor(1.0)
@@ -70,7 +74,7 @@ def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
     return iter(max(lists, key=lambda members: sum(parameter.numel() for parameter in members.parameters()), default=[]))
 
 
-def sharded_blocks(model: nn.Module) -> list[Any]:
+def sharded_blocks(model: nn.Module) -> list[FSDPModule]:
     """The blocks that ``shard`` has sharded."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
@@ -94,7 +98,7 @@ def unsharded(*models: nn.Module | None) -> Iterator[None]:
 
 
 @contextmanager
-def _unsharded_blocks(blocks: list[Any]) -> Iterator[None]:
+def _unsharded_blocks(blocks: list[FSDPModule]) -> Iterator[None]:
     for block in blocks:
         block.set_reshard_after_forward(False)
         block.unshard()
@@ -142,7 +146,17 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
-def grouped(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; a replicated tensor itself."""
+    return cast("DTensor", tensor).to_local() if is_sharded(tensor) else tensor
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered from all processes; a replicated tensor itself."""
+    return cast("DTensor", tensor).full_tensor() if is_sharded(tensor) else tensor
+
+
+def grouped(parameters: Iterable[nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:
     """Optimizer parameter groups: sharded and replicated parameters separately, because fused kernels cannot mix them."""
     members = list(parameters)
     sides = [[parameter for parameter in members if is_sharded(parameter) == sharded] for sharded in (False, True)]
@@ -159,7 +173,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float | None) -> f
 @torch.no_grad()
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     """The norm of all gradients, including parts on other processes. It is a scalar on their device, so the CPU does not wait for it."""
-    gradients: list[Any] = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros((), device=parameters[0].device if parameters else None)
     if not any(map(is_sharded, gradients)):
@@ -170,14 +184,14 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     return (of_parts + torch.stack(squares[False]).sum() if squares[False] else of_parts).sqrt()
 
 
-def _square(gradient: Any) -> Tensor:
-    return (gradient.to_local() if is_sharded(gradient) else gradient).double().square().sum()
+def _square(gradient: Tensor) -> Tensor:
+    return _local(gradient).double().square().sum()
 
 
 @torch.no_grad()
 def scale_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, limit: float | None) -> None:
     """Scale the gradients down if their ``norm`` exceeds ``limit``, as torch.nn.utils.clip_grad_norm_ does."""
-    gradients: list[Any] = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if limit is None or not gradients:
         return
     if not any(map(is_sharded, gradients)):
@@ -185,12 +199,11 @@ def scale_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, limit: flo
         return
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
-        (gradient.to_local() if is_sharded(gradient) else gradient).mul_(factor)
+        _local(gradient).mul_(factor)
 
 
 def unsharded_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     """The unsharded state dict on the CPU; None if nothing is sharded. Call on every process."""
     if not sharded_blocks(model):
         return None
-    state: dict[str, Any] = model.state_dict()
-    return {name: (value.full_tensor() if is_sharded(value) else value).detach().cpu() for name, value in state.items()}
+    return {name: _full(value).detach().cpu() for name, value in model.state_dict().items()}

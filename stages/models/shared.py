@@ -9,21 +9,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from stages.config import LoraSettings
-from stages.models.adapters import activate, active_adapters, add_adapter, attach_lora, is_part_of, module_name, plain_model
+from stages.models.adapters import activate, active_adapters, adapted, add_adapter, attach_lora, is_part_of, lora_config, module_name
 from stages.models.heads import RewardModel, ScalarModel, ValueModel, read_head
 from stages.models.loading import load_base, load_tokenizer
-from stages.models.parts import transformer_of
+from stages.models.parts import moved_to, transformer_of
 from stages.models.saved_adapters import BEFORE
 from stages.models.stacks import stack_of, trained_on, weights_of
+from stages.sampling.support import plain_model
 
 if TYPE_CHECKING:
+    from stages.model_types import TransformersModel
     from stages.registry.references import ResolvedModel
 
 Scalar = TypeVar("Scalar", bound=ScalarModel)
@@ -48,7 +50,7 @@ class SharedBackbone:
         self.lora, self._dtype = lora, dtype
         self._source, self._path = model, stack_of(model).base.path
         backbone, self._new_rows = load_base(model, dtype=dtype, tokenizer=self.tokenizer)
-        self.model: Any = backbone.to(device)
+        self.model: TransformersModel = moved_to(backbone, device)
         self._vocabulary = self.tokenizer.get_vocab()
         self._frozen: dict[str, str] = {}  # digest or path of an adapter -> its name here
 
@@ -87,7 +89,7 @@ class SharedBackbone:
 
     def _let_act(self, names: Sequence[str]) -> None:
         if hasattr(self.model, "peft_config"):
-            activate(self.model, names)
+            activate(adapted(self.model), names)
 
     def activation(self, names: Iterable[str]) -> Callable[[], None]:
         """A function that makes exactly ``names`` active."""
@@ -95,7 +97,7 @@ class SharedBackbone:
 
         def activated() -> None:
             if active_adapters(self.model) != chosen:
-                activate(self.model, chosen)
+                activate(adapted(self.model), chosen)
 
         return activated
 
@@ -124,7 +126,8 @@ class SharedBackbone:
 
     def _scalar(self, kind: type[Scalar], names: Iterable[str]) -> Scalar:
         made = kind(transformer_of(self.model), self.tokenizer)
-        made.activate, made.adapted = self.activation(names), self.model
+        made.activate = self.activation(names)
+        made.adapted = adapted(self.model) if hasattr(self.model, "peft_config") else None
         return made
 
     def _saver(self, name: str) -> Callable[[Path], None]:
@@ -139,11 +142,11 @@ class SharedBackbone:
             own = {key: value for key, value in weights.items() if key.startswith(BEFORE + body)}
             renamed = {key.replace(BEFORE + body, BEFORE, 1): value.detach().cpu().contiguous() for key, value in own.items()}
             save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-            config = copy.deepcopy(self.model.peft_config[name])
+            config = copy.deepcopy(lora_config(adapted(self.model), name))
             config.task_type = "FEATURE_EXTRACTION"
-            if not isinstance(config.target_modules, str):
-                config.target_modules = {target.removeprefix(body) for target in config.target_modules}
-            if config.trainable_token_indices is not None:
+            if config.target_modules is not None and not isinstance(config.target_modules, str):
+                config.target_modules = {target.removeprefix(body) for target in config.target_modules}  # type: ignore[assignment]  # peft uses sets
+            if isinstance(config.trainable_token_indices, dict):
                 rows = config.trainable_token_indices.items()
                 config.trainable_token_indices = {key.removeprefix(body): value for key, value in rows if key.startswith(body)}
             config.save_pretrained(str(folder))

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from stages.errors import ModelError
-from stages.models.adapters import add_adapter, merge, module_name, plain_model
+from stages.models.adapters import adapted, add_adapter, merge, module_name
 from stages.models.embeddings import grow_embedding
 from stages.models.quiet import quiet_transformers
+from stages.sampling.support import plain_model, weight_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from stages.model_types import TransformersModel
     from stages.models.saved_adapters import SavedAdapter
 
 PROBE_TOKENS = 8
@@ -22,7 +26,7 @@ MERGE_TOLERANCE = 1e-3
 """Allowed root mean square difference after a merge, relative to the outputs'. fp32 rounding causes about 1e-6."""
 
 
-def merged_stack(base: Any, adapters: Sequence[SavedAdapter], sizes: Sequence[int]) -> Any:
+def merged_stack(base: PreTrainedModel, adapters: Sequence[SavedAdapter], sizes: Sequence[int]) -> PreTrainedModel:
     """Merge the adapters into ``base`` (fp32, a transformers model), lowest first.
 
     ``sizes``: numbers of tokens of the adapters' tokenizers; the embedding gets at least as many rows before the adapter is added. Raises
@@ -34,53 +38,55 @@ def merged_stack(base: Any, adapters: Sequence[SavedAdapter], sizes: Sequence[in
         if model is base:  # no weight of the adapter applies to this kind of model
             continue
         before = _probe(model)
-        base = merge(model)
+        base = plain_model(merge(adapted(model)))
         _check_merge(before, _probe(base), adapter.ref)
     return base
 
 
-def stacked_apart(base: Any, adapters: Sequence[SavedAdapter], sizes: Sequence[int]) -> Any:
+def stacked_apart(base: PreTrainedModel, adapters: Sequence[SavedAdapter], sizes: Sequence[int]) -> TransformersModel:
     """Put the adapters on the quantized ``base`` without merging them into quantized layers. Arguments as in ``merged_stack``.
 
     Changes of unquantized layers (embedding, output layer, heads) are merged.
     """
-    model = base
+    model: TransformersModel = base
     for index, (adapter, size) in enumerate(zip(adapters, sizes, strict=True)):
         fit_embedding(plain_model(model), adapter, size)
         laid = add_adapter(model, adapter, f"below-{index}")
         if laid is model and not hasattr(model, "peft_config"):
             continue
         before = _probe(laid)
-        model = merge(laid, where=is_unquantized)
+        model = merge(adapted(laid), where=is_unquantized)
         _check_merge(before, _probe(model), adapter.ref)
     return model
 
 
-def is_unquantized(layer: Any) -> bool:
+def is_unquantized(layer: nn.Module) -> bool:
     """Whether a layer's weights are unquantized."""
     weight = getattr(layer, "weight", None)
     return isinstance(weight, Tensor) and weight.is_floating_point() and not hasattr(weight, "quant_state")
 
 
-def fit_embedding(model: Any, adapter: SavedAdapter, size: int) -> None:
+def fit_embedding(model: PreTrainedModel, adapter: SavedAdapter, size: int) -> None:
     """Resize the embedding to its size when the adapter was trained: as its weights show, else at least ``size``."""
     embedding = model.get_input_embeddings()
+    size_now = weight_of(embedding).shape[0]
     rows = adapter.embedding_rows(module_name(model, embedding))
     if rows is None:
         grow_embedding(model, size)
-    elif rows > embedding.weight.shape[0]:
+    elif rows > size_now:
         grow_embedding(model, rows)
-    elif rows < embedding.weight.shape[0]:
+    elif rows < size_now:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def dequantized(model: Any) -> Any:
+def dequantized(model: PreTrainedModel) -> PreTrainedModel:
     """Convert a quantized model to fp32 weights with the values that it computed with. GPT-2's Conv1D layers are restored."""
     transposed = [name for name, module in model.named_modules() if getattr(module, "source_cls", None) is Conv1D]
     with quiet_transformers():
         model = model.dequantize().float()
     for name in transposed:
         layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)  # as transformers dequantizes it
         made = Conv1D(layer.out_features, layer.in_features)
         made.weight = nn.Parameter(layer.weight.detach().T.contiguous(), requires_grad=False)
         if layer.bias is not None:
@@ -90,11 +96,11 @@ def dequantized(model: Any) -> Any:
 
 
 @torch.no_grad()
-def _probe(model: Any) -> Tensor:
+def _probe(model: TransformersModel) -> Tensor:
     """A model's outputs for a few tokens from its vocabulary: logits, or hidden states if it has no head."""
     plain = plain_model(model)
     training = plain.training
-    weight = plain.get_input_embeddings().weight
+    weight = weight_of(plain.get_input_embeddings())
     ids = torch.linspace(1, weight.shape[0] - 1, PROBE_TOKENS, device=weight.device).long()[None]
     outputs = plain.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
     plain.train(training)

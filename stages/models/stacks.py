@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from stages.config import ModelInput
 from stages.errors import ModelError
+from stages.json_types import JsonObject
 from stages.registry.ledger import Registry
 from stages.registry.references import ResolvedModel
 
@@ -152,9 +152,9 @@ def _named_base(adapter: ResolvedModel) -> ResolvedModel:
     config = read_adapter_config(adapter)
     named = config.get("base_model_name_or_path")
     source_field = f"base_model_name_or_path in the {ADAPTER_CONFIG} of {adapter.ref!r}"
-    if not named:
+    if not isinstance(named, str) or not named:
         raise ModelError(f"{source_field} is empty; set it to the folder or the Hub id of the model that the adapter was trained on")
-    if str(named).startswith("sha256:"):
+    if named.startswith("sha256:"):
         raise ModelError(
             f"{source_field} is a registry digest ({named[:19]}); export the model merged (without --adapter), or set it to the folder or "
             "Hub id of its base"
@@ -166,12 +166,12 @@ def _named_base(adapter: ResolvedModel) -> ResolvedModel:
             return ResolvedModel(ref=named, kind="folder", path=str(folder), digest="", input=source)
     if named.startswith((".", "/", "~")):
         raise ModelError(f"{source_field} is {named!r}, a folder that does not exist; set it to the folder or the Hub id of its base")
-    revision = config.get("revision")
+    revision = str(config["revision"]) if config.get("revision") else None
     source = ModelInput(ref=named, revision=revision, trust_remote_code=trusted)
     return ResolvedModel(ref=named, kind="hub", path=named, digest=f"hub:{named}@{revision or 'main'}", input=source)
 
 
-def read_adapter_config(adapter: ResolvedModel) -> dict[str, Any]:
+def read_adapter_config(adapter: ResolvedModel) -> JsonObject:
     """Read the adapter_config.json of an adapter. Raises ModelError if it is unreadable."""
     try:
         if adapter.kind == "hub":

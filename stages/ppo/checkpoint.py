@@ -11,13 +11,13 @@ import json
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from stages.ppo.history import RunHistory
+from stages.ppo.history import Entry, RunHistory
 from stages.ppo.optimizers import WeightAverage
 from stages.ppo.rollout import TENSORS, Rollout
 from stages.ppo.update import UpdateProgress
@@ -119,6 +119,13 @@ class RunKeeper:
             load_tensors(self.average.weights, checkpoint.path / "average.safetensors")
 
 
+class Mark(TypedDict):
+    """The iterations that belong to a checkpoint: their number, and the digest of their lines."""
+
+    iterations: int
+    sha256: str
+
+
 class HistoryLog:
     """Append-only file with the metrics and samples of all iterations. A checkpoint records how many lines belong to it."""
 
@@ -127,7 +134,7 @@ class HistoryLog:
         self._written = 0
         self._hash = hashlib.sha256()
 
-    def append(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    def append(self, entries: list[Entry]) -> Mark:
         """Append iterations. Returns the mark with which ``first`` finds all iterations up to here."""
         lines = [json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in entries]
         with self.path.open("ab" if self._written else "wb") as file:
@@ -139,7 +146,7 @@ class HistoryLog:
         self._written += len(lines)
         return {"iterations": self._written, "sha256": self._hash.hexdigest()}
 
-    def first(self, mark: dict[str, Any]) -> list[dict[str, Any]] | None:
+    def first(self, mark: Mark) -> list[Entry] | None:
         """The iterations up to a checkpoint's mark; None if the file does not contain them unchanged.
 
         Later lines of an interrupted run are removed, so that appending continues from there.

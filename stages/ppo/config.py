@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,9 @@ from stages.corpora.text import check_texts
 from stages.ppo.health import HealthSettings
 from stages.rewards.config import RewardInput, check_names, check_rubrics, reward_model_inputs, rubric_inputs
 from stages.rewards.signature import columns_asked_for
+
+if TYPE_CHECKING:
+    from stages.corpora.messages import Completion, Prompt
 
 
 class PPOOptimizer(Strict):
@@ -323,7 +326,7 @@ class PPOStepConfig(CheckpointedStepConfig):
         inputs = {"data": self.data, **rubrics}
         return inputs if self.pretraining_mix is None else {**inputs, "pretraining_mix.data": self.pretraining_mix.data}
 
-    def conversations(self) -> list[tuple[Any, list[Any], str]]:
+    def conversations(self) -> list[tuple[Prompt, list[Completion], str]]:
         """Rows of (prompt, its completions, the row's location) that the models of this step read; see ``chain/texts.py``."""
         return [(prompt, [], location_of(prompt)) for prompt in load_prompts(self.data, prompt_words=self.prompt_words)]
 

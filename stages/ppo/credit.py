@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from stages.rewards.source import Spans
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def token_scores(tokenizer: Any, responses: Sequence[list[int]], spans: Spans, width: int) -> Tensor:
+
+def token_scores(tokenizer: PreTrainedTokenizerBase, responses: Sequence[list[int]], spans: Spans, width: int) -> Tensor:
     """Scores [B, width] of the response tokens (ids, one list per row). A span's score goes to the token that wrote the character at its
     position, or to the last token if the position is the end of the text.
 

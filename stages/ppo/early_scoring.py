@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 from stages.corpora.messages import Prompt
 from stages.rewards.background import RemoteSource
 from stages.rewards.details import Details
 from stages.rewards.source import CombinedReward
 from stages.sampling.generation import Finished, OnFinished, completion_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class EarlyScoring:
@@ -22,7 +26,7 @@ class EarlyScoring:
     def __init__(
         self,
         rewards: Sequence[CombinedReward],
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[Prompt],
         prompt_ids: Sequence[list[int]],
         details: Details,
@@ -33,7 +37,7 @@ class EarlyScoring:
     def __enter__(self) -> EarlyScoring:
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
             for source in self.sources:
                 source.forget()

@@ -9,11 +9,12 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 from pydantic import Field, model_validator
 
 from stages.config import Strict
+from stages.json_types import JsonObject
 
 Metrics = Mapping[str, float]
 AlarmName = Literal[
@@ -102,7 +103,7 @@ class HealthSettings(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _accept_former_limits(cls, value: Any) -> Any:
+    def _accept_former_limits(cls, value: object) -> object:
         """Accept a limit that is a constant today if it has the constant's value, or null: then its alarm is off."""
         if not isinstance(value, dict):
             return value
@@ -119,7 +120,7 @@ class HealthSettings(Strict):
                 )
         return {**kept, "off": [*kept.get("off", []), *off]} if off else kept
 
-    def former_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def former_settings(self, settings: JsonObject) -> JsonObject:
         """``settings`` with a limit for each alarm, null if it is off, as earlier versions had them."""
         constants = {name: constant for name, constant in LIMITS.values() if constant is not None}
         switched_off = {LIMITS[alarm][0]: None for alarm in self.off if alarm in LIMITS}
@@ -134,6 +135,16 @@ class Alarm:
 
     name: str
     message: str
+
+
+class RaisedAlarm(TypedDict):
+    """An alarm of a run: when it was raised, in how many iterations, and the message of the first one."""
+
+    name: str
+    first_iteration: int
+    iterations: int
+    message: str
+    last_iteration: int
 
 
 class History:
@@ -217,7 +228,7 @@ class Health:
         self.settings = settings
         self.begun: list[Alarm] = []  # new alarms of the last iteration; continuing ones are reported only once
         self._history = History(settings)
-        self._raised: dict[str, dict[str, Any]] = {}
+        self._raised: dict[str, RaisedAlarm] = {}
 
     def observe(self, metrics: Metrics) -> list[Alarm]:
         """Check the next iteration and return its alarms."""
@@ -226,15 +237,21 @@ class Health:
         alarms = [alarm for check in CHECKS for alarm in check(self._history, self.settings) if alarm.name not in self.settings.off]
         self.begun = []
         for alarm in alarms:
-            entry = self._raised.setdefault(alarm.name, {"first_iteration": iteration, "iterations": 0, "message": alarm.message})
-            if entry.get("last_iteration") != iteration - 1:
+            entry = self._raised.get(alarm.name)
+            if entry is None or entry["last_iteration"] != iteration - 1:
                 self.begun.append(alarm)
-            entry |= {"last_iteration": iteration, "iterations": entry["iterations"] + 1}
+            self._raised[alarm.name] = {
+                "name": alarm.name,
+                "first_iteration": iteration if entry is None else entry["first_iteration"],
+                "iterations": 1 if entry is None else entry["iterations"] + 1,
+                "message": alarm.message if entry is None else entry["message"],
+                "last_iteration": iteration,
+            }
         return alarms
 
-    def summary(self) -> list[dict[str, Any]]:
+    def summary(self) -> list[RaisedAlarm]:
         """All raised alarms in order of first occurrence: name, first and last iteration, number of iterations, message."""
-        return sorted(({"name": name, **entry} for name, entry in self._raised.items()), key=lambda entry: entry["first_iteration"])
+        return sorted(self._raised.values(), key=lambda entry: entry["first_iteration"])
 
 
 def alarm_metrics(alarms: list[Alarm]) -> dict[str, float]:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
+from stages.json_types import JsonObject
 from stages.ppo.metric_names import SUMMED_UP
+
+
+class Entry(TypedDict):
+    """What is kept of an iteration: its metrics, and some of its episodes."""
+
+    metrics: dict[str, float]
+    samples: list[JsonObject]
 
 
 class RunHistory:
@@ -15,10 +23,10 @@ class RunHistory:
     ``resumed``: complete entries of an interrupted run, to be logged again.
     """
 
-    def __init__(self, resumed: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(self, resumed: Sequence[Entry] = ()) -> None:
         self._columns: dict[str, array[float]] = {}
         self._resumed = list(resumed)
-        self._new: list[dict[str, Any]] = []
+        self._new: list[Entry] = []
         self._length = 0
         for entry in self._resumed:
             self._add_to_columns(entry)
@@ -26,23 +34,23 @@ class RunHistory:
     def __len__(self) -> int:
         return self._length
 
-    def append(self, entry: dict[str, Any]) -> None:
+    def append(self, entry: Entry) -> None:
         """Add an iteration: ``metrics`` and ``samples``."""
         self._add_to_columns(entry)
         self._new.append(entry)
 
-    def _add_to_columns(self, entry: dict[str, Any]) -> None:
+    def _add_to_columns(self, entry: Entry) -> None:
         for name, value in entry["metrics"].items():
             if name in SUMMED_UP or name.startswith("monitors/"):
                 self._columns.setdefault(name, array("d")).append(value)
         self._length += 1
 
-    def take_resumed(self) -> list[dict[str, Any]]:
+    def take_resumed(self) -> list[Entry]:
         """The entries of the interrupted run; empty on later calls."""
         resumed, self._resumed = self._resumed, []
         return resumed
 
-    def take_new(self) -> list[dict[str, Any]]:
+    def take_new(self) -> list[Entry]:
         """The entries since the last call."""
         new, self._new = self._new, []
         return new

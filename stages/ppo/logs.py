@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from stages.json_types import JsonObject
 
 if TYPE_CHECKING:
+    from stages.ppo.history import Entry
     from stages.ppo.rollout import Rollout
     from stages.step import StepContext
 
 
-def log(context: StepContext, iteration: int, entry: dict[str, Any]) -> None:
+def log(context: StepContext, iteration: int, entry: Entry) -> None:
     """Write an iteration's metrics and samples."""
     context.log(iteration, entry["metrics"])
     if context.runtime.is_main:
@@ -20,7 +23,7 @@ def log(context: StepContext, iteration: int, entry: dict[str, Any]) -> None:
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
 
-def samples_of(rollout: Rollout, iteration: int, count: int) -> list[dict[str, Any]]:
+def samples_of(rollout: Rollout, iteration: int, count: int) -> list[JsonObject]:
     """The first ``count`` episodes for samples.jsonl."""
     return [
         {
@@ -33,7 +36,7 @@ def samples_of(rollout: Rollout, iteration: int, count: int) -> list[dict[str, A
     ]
 
 
-def episodes_of(rollout: Rollout) -> list[dict[str, Any]]:
+def episodes_of(rollout: Rollout) -> list[JsonObject]:
     """All episodes with everything that is known about them."""
     return [
         {
@@ -48,7 +51,7 @@ def episodes_of(rollout: Rollout) -> list[dict[str, Any]]:
     ]
 
 
-def keep_episodes(context: StepContext, episodes: list[dict[str, Any]]) -> str:
+def keep_episodes(context: StepContext, episodes: list[JsonObject]) -> str:
     """Write the failed iteration's episodes next to the metrics. Returns the end of the message. Each process writes its own episodes."""
     index = context.runtime.process_index
     path = context.folder / ("failed_rollout.jsonl" if index == 0 else f"failed_rollout-{index}.jsonl")

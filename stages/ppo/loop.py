@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stages.corpora.prompts import shuffled_forever
 from stages.engines.opening import check_reachable, step_sampler
@@ -17,6 +17,7 @@ from stages.ppo.config import PPOStepConfig
 from stages.ppo.data import check_prompts, load_pretraining_rows, load_prompts
 from stages.ppo.encoding import EncodedPrompt
 from stages.ppo.health import Health, alarm_metrics
+from stages.ppo.history import Entry
 from stages.ppo.logs import episodes_of, keep_episodes, log, samples_of
 from stages.ppo.measuring import measuring_budget
 from stages.ppo.metrics import iteration_metrics, run_line, run_metrics
@@ -33,11 +34,8 @@ from stages.rewards.details import columns_of
 from stages.rl.kl import AdaptiveKLController, FixedKLController
 from stages.sampling.generation import episode_seed
 from stages.sampling.sampler import SamplerLost
-from stages.step import StepResult
+from stages.step import StepContext, StepResult
 from stages.training.checkpoints import generator_states, set_generator_states, trainable
-
-if TYPE_CHECKING:
-    from stages.step import StepContext
 
 
 def run(config: PPOStepConfig, context: StepContext) -> StepResult:
@@ -265,7 +263,7 @@ class PPORun:
         alarms = self.health.observe(metrics)
         metrics |= alarm_metrics(alarms)
         self.controller.update(metrics["policy/kl"], len(rollout.prompts))
-        entry = {"metrics": metrics, "samples": samples_of(rollout, iteration, self.config.num_samples)}
+        entry: Entry = {"metrics": metrics, "samples": samples_of(rollout, iteration, self.config.num_samples)}
         state.history.append(entry)
         log(self.context, iteration, entry)
         for alarm in self.health.begun:

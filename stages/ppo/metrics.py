@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
+from stages.json_types import JsonObject
 from stages.ppo.metric_names import FIRST_AND_LAST
 from stages.ppo.speed import speed_metrics
 from stages.rewards.details import applies
@@ -14,6 +15,7 @@ from stages.stats.comparing import repeated_ngrams
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from stages.ppo.health import RaisedAlarm
     from stages.ppo.history import RunHistory
     from stages.ppo.rollout import Rollout
     from stages.ppo.update import UpdateResult
@@ -120,10 +122,10 @@ def _means(room: str, parts: Mapping[str, Tensor]) -> dict[str, float]:
     return means
 
 
-def run_metrics(history: RunHistory, *, episodes_per_iteration: int, optimizer_steps: int) -> dict[str, Any]:
+def run_metrics(history: RunHistory, *, episodes_per_iteration: int, optimizer_steps: int) -> JsonObject:
     """Metrics of a run: means over its first and last tenth."""
     tenth = max(1, len(history) // 10)
-    metrics: dict[str, Any] = {"iterations": len(history), "episodes": len(history) * episodes_per_iteration}
+    metrics: JsonObject = {"iterations": len(history), "episodes": len(history) * episodes_per_iteration}
     metrics["optimizer_steps"] = optimizer_steps
     for name in [*FIRST_AND_LAST, *(name for name in history.names() if name.startswith("monitors/"))]:
         values = history.values(name)
@@ -135,11 +137,12 @@ def run_metrics(history: RunHistory, *, episodes_per_iteration: int, optimizer_s
     return metrics
 
 
-def run_line(metrics: dict[str, Any]) -> str:
+def run_line(metrics: JsonObject) -> str:
     """``run_metrics`` as one line for the terminal."""
+    alarms = cast("list[RaisedAlarm]", metrics["alarms"])
     return (
         f"score {metrics['score_mean_first']:.3f} -> {metrics['score_mean_last']:.3f}, "
         f"KL {metrics['kl_last']:.2f} nats, entropy {metrics['entropy_first']:.2f} -> {metrics['entropy_last']:.2f}, "
         f"length {metrics['length_mean_first']:.1f} -> {metrics['length_mean_last']:.1f}, {metrics['episodes_per_second']:.1f} episodes/s"
-        + (f"; alarms: {', '.join(alarm['name'] for alarm in metrics['alarms'])}" if metrics["alarms"] else "")
+        + (f"; alarms: {', '.join(alarm['name'] for alarm in alarms)}" if alarms else "")
     )

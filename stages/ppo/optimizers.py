@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ class TensorFlowAdam(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        params: Iterable[Tensor] | Iterable[dict[str, list[nn.Parameter]]],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -30,7 +29,7 @@ class TensorFlowAdam(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # PyTorch returns the loss of a closure; there is none here
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # PyTorch returns the loss of a closure; there is none here
         assert closure is None, "closures are not supported: compute gradients before the step"
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
@@ -50,7 +49,7 @@ class TensorFlowAdam(torch.optim.Optimizer):
                 parameter.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(group["eps"]), value=-rate)
 
 
-def make_optimizer(parameters: list[Tensor] | list[dict[str, Any]], settings: PPOOptimizer) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[Tensor] | list[dict[str, list[nn.Parameter]]], settings: PPOOptimizer) -> torch.optim.Optimizer:
     """Adam over ``parameters`` with the given settings. Its learning rate is set before every iteration."""
     betas = (settings.adam_beta1, settings.adam_beta2)
     if settings.adam_style == "tensorflow":

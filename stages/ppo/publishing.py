@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from stages.json_types import JsonObject
 from stages.models.sharding import unsharded_state_dict
 from stages.rewards.config import reward_model_inputs
 from stages.training.checkpoints import trainable
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
     from stages.step import StepContext
 
 
-def publish_policy(
-    config: PPOStepConfig, context: StepContext, roles: Roles, metrics: dict[str, Any], name: str | None = None
-) -> ModelRecord:
+def publish_policy(config: PPOStepConfig, context: StepContext, roles: Roles, metrics: JsonObject, name: str | None = None) -> ModelRecord:
     """Publish the current policy under the step's name or ``name``."""
     weights = unsharded_state_dict(roles.policy.model)
     return context.publish(

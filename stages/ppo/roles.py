@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from stages.models.adapters import FRESH
 from stages.models.heads import RewardModel, ValueModel
 from stages.models.loading import config_of, load_language_model, load_tokenizer, save_model
 from stages.models.packing import KERNELS, packing_kernel
-from stages.models.parts import hidden_width, transformer_of
+from stages.models.parts import hidden_width, moved_to, transformer_of
 from stages.models.responses import Policy, SequenceBatch, sequence_values
 from stages.models.reward_question import is_generative
 from stages.models.sharding import shard, sharded_blocks
@@ -36,6 +36,11 @@ from stages.sampling.sampler import LocalSampler, Sampler
 from stages.step import StepContext
 from stages.tokens.positions import model_length
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.model_types import TransformersModel
+
 
 @dataclass
 class Roles:
@@ -45,7 +50,7 @@ class Roles:
     the weights of a role on a shared backbone. ``sampler``: samples completions of the policy; the local sampler unless it is replaced.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     policy: Policy
     reference: Policy
     value: ValueModel | None
@@ -76,9 +81,9 @@ class Roles:
         """Whether the weights are sharded, so that every process must take part in every forward pass."""
         return any(sharded_blocks(model) for model in self.models())
 
-    def decoders(self, *names: str) -> list[Any]:
+    def decoders(self, *names: str) -> list[TransformersModel]:
         """The transformers of the named roles (``policy``, ``reference``, ``value``), without repetition. Missing roles are skipped."""
-        decoders = {"policy": self.policy.decoder, "reference": self.reference.decoder}
+        decoders: dict[str, TransformersModel] = {"policy": self.policy.decoder, "reference": self.reference.decoder}
         if self.value is not None:
             decoders["value"] = self.value.backbone
         return list({id(decoders[name]): decoders[name] for name in names if name in decoders}.values())
@@ -117,7 +122,7 @@ class Roles:
 
     def waiting(self) -> list[nn.Module]:
         """Models with their own weights that are idle most of the time, so that they can be offloaded."""
-        models = [] if self.reference.model is self.policy.model else [self.reference.model]
+        models: list[nn.Module] = [] if self.reference.model is self.policy.model else [self.reference.model]
         if self.value is not None and not self.shares(self.value):
             models.append(self.value)
         return models
@@ -163,7 +168,7 @@ def _full_roles(config: PPOStepConfig, context: StepContext) -> Roles:
     device, dtype = context.runtime.device, context.runtime.dtype(config.precision)
     source = context.models["policy"]
     tokenizer = load_tokenizer(source)
-    model = load_language_model(source, dtype=torch.float32, tokenizer=tokenizer).to(device)
+    model = moved_to(load_language_model(source, dtype=torch.float32, tokenizer=tokenizer), device)
     head = _shared_value_head(config, model)
     policy = Policy(model, temperature=config.generation.temperature, autocast=_autocast(dtype), shared_value_head=head)
     value = None
@@ -230,7 +235,7 @@ def _first(*modules: nn.Module | None) -> nn.Module:
     return next(module for module in modules if module is not None)
 
 
-def _shared_value_head(config: PPOStepConfig, model: Any) -> nn.Linear | None:
+def _shared_value_head(config: PPOStepConfig, model: TransformersModel) -> nn.Linear | None:
     if config.value != "shared":
         return None
     head = nn.Linear(hidden_width(transformer_of(model)), 1, device=next(model.parameters()).device)
@@ -239,7 +244,7 @@ def _shared_value_head(config: PPOStepConfig, model: Any) -> nn.Linear | None:
     return head
 
 
-def _reference(config: PPOStepConfig, context: StepContext, tokenizer: Any) -> Policy:
+def _reference(config: PPOStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase) -> Policy:
     """A separate frozen model: the reference of the recipe, or the initial policy."""
     source = context.models["policy"]
     chosen = context.models["reference"] if config.reference is not None else source
@@ -248,11 +253,11 @@ def _reference(config: PPOStepConfig, context: StepContext, tokenizer: Any) -> P
     if config.reference is not None and (short := _too_short(config, context, chosen, tokenizer)):
         raise ModelError(f"reference {chosen.ref!r} {short}. Use the initial policy as reference, or lower max_prompt_tokens")
     dtype = context.runtime.dtype(config.precision)
-    frozen = load_language_model(chosen, dtype=dtype, trainable=False, tokenizer=tokenizer).to(context.runtime.device)
+    frozen = moved_to(load_language_model(chosen, dtype=dtype, trainable=False, tokenizer=tokenizer), context.runtime.device)
     return Policy(frozen, temperature=config.generation.temperature, autocast=None)
 
 
-def _value_source(config: PPOStepConfig, context: StepContext, tokenizer: Any) -> tuple[ResolvedModel, bool]:
+def _value_source(config: PPOStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase) -> tuple[ResolvedModel, bool]:
     """The initial model of the value network, and whether it has a head. InstructGPT uses the reward model (section 3.5).
 
     A reward model is skipped with a note if it has a different vocabulary, or cannot read prompt and completion. Raises ModelError if the
@@ -284,7 +289,7 @@ def _value_source(config: PPOStepConfig, context: StepContext, tokenizer: Any) -
     return context.models["policy"], False
 
 
-def _too_short(config: PPOStepConfig, context: StepContext, model: ResolvedModel, tokenizer: Any) -> str:
+def _too_short(config: PPOStepConfig, context: StepContext, model: ResolvedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """A clause that says why ``model`` cannot read the longest prompt with its completion; empty if it can.
 
     The prompts are read only if the policy's own length limit does not decide.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -144,7 +143,7 @@ def collect(
     seeds: Sequence[int],
     config: PPOStepConfig,
     *,
-    columns: Mapping[str, Sequence[Any]] | None = None,
+    columns: Mapping[str, Sequence[object]] | None = None,
     process_index: int = 0,
     num_processes: int = 1,
     budget: PassBudget | None = None,
@@ -277,8 +276,7 @@ def _assemble(shares: list[Rollout], prompts: list[Prompt], prompt_ids: list[lis
     num_episodes, width = len(prompts), max(share.response_ids.shape[1] for share in shares)
     rows_of = [list(range(index, num_episodes, len(shares))) for index in range(len(shares))]
 
-    def joined(pick: Any) -> Tensor:
-        parts = [pick(share) for share in shares]
+    def joined(parts: list[Tensor]) -> Tensor:
         if parts[0].dim() == 2:
             parts = [right_pad(list(part), 0, width) for part in parts]
         full = torch.empty((num_episodes, *parts[0].shape[1:]), dtype=parts[0].dtype)
@@ -294,15 +292,15 @@ def _assemble(shares: list[Rollout], prompts: list[Prompt], prompt_ids: list[lis
         prompts=prompts,
         prompt_ids=prompt_ids,
         completions=completions,
-        parts={name: joined(lambda share, name=name: share.parts[name]) for name in shares[0].parts},
-        monitors={name: joined(lambda share, name=name: share.monitors[name]) for name in shares[0].monitors},
+        parts={name: joined([share.parts[name] for share in shares]) for name in shares[0].parts},
+        monitors={name: joined([share.monitors[name] for share in shares]) for name in shares[0].monitors},
         seconds={name: max(share.seconds[name] for share in shares) for name in shares[0].seconds},
         sampling_gap=max(share.sampling_gap for share in shares),
         hidden_seconds=max((share.hidden_seconds for share in shares if share.hidden_seconds is not None), default=None),
         sampled_elsewhere=shares[0].sampled_elsewhere,
         gpu_memory={name: max(share.gpu_memory[name] for share in shares) for name in shares[0].gpu_memory},
         retreats=sum(share.retreats for share in shares),
-        **{name: joined(lambda share, name=name: getattr(share, name)) for name in TENSORS},
+        **{name: joined([getattr(share, name) for share in shares]) for name in TENSORS},
     )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from stages.kernels.matmul import measure_peak
 from stages.models.responses import SequenceBatch
+
+if TYPE_CHECKING:
+    from stages.model_types import TransformersModel
 
 
 class MatmulCounter:
@@ -22,7 +25,7 @@ class MatmulCounter:
         self.flops = 0.0
         self._known: dict[int, tuple[float, float, int, int]] = {}
 
-    def add(self, decoder: nn.Module, batch: SequenceBatch, *, output: nn.Module | None = None, backward: bool = True) -> None:
+    def add(self, decoder: TransformersModel, batch: SequenceBatch, *, output: nn.Module | None = None, backward: bool = True) -> None:
         """Count a pass of ``decoder`` over a batch (``backward``: forward and backward), and of the output layer over its positions."""
         if id(decoder) not in self._known:
             self._known[id(decoder)] = _sizes(decoder)
@@ -43,10 +46,9 @@ class MatmulCounter:
         return taken
 
 
-def _sizes(decoder: nn.Module) -> tuple[float, float, int, int]:
+def _sizes(decoder: TransformersModel) -> tuple[float, float, int, int]:
     """(trained weights of linear layers, frozen weights of linear layers, layers, width) of a transformer."""
-    config: Any = decoder.config
-    config = config.get_text_config()
+    config = decoder.config.get_text_config()
     trained = frozen = 0.0
     for module in decoder.modules():
         if not isinstance(module, nn.Embedding) and not any(True for _ in module.children()):
@@ -55,15 +57,18 @@ def _sizes(decoder: nn.Module) -> tuple[float, float, int, int]:
     return trained, frozen, int(config.num_hidden_layers), int(config.hidden_size)
 
 
-def _weights(module: Any) -> tuple[float, float]:
+def _weights(module: nn.Module) -> tuple[float, float]:
     """(trained, frozen) size of a layer's matrix. The stored shape of a quantized weight differs from its logical shape."""
     weight = getattr(module, "weight", None)
     if weight is None:
         return 0.0, 0.0
-    has_shape = hasattr(module, "in_features") and hasattr(module, "out_features")
-    if not has_shape and weight.dim() != 2:
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if inputs is not None and outputs is not None:
+        size = float(inputs * outputs)
+    elif weight.dim() == 2:
+        size = float(weight.numel())
+    else:
         return 0.0, 0.0
-    size = float(module.in_features * module.out_features) if has_shape else float(weight.numel())
     return (size, 0.0) if weight.requires_grad else (0.0, size)
 
 

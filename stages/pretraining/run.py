@@ -30,6 +30,7 @@ from stages.training.running import train
 
 if TYPE_CHECKING:
     from stages.model_types import TransformersModel
+    from stages.training.step_trainer import StepTrainer
 
 
 def run(config: PretrainingConfig, context: StepContext) -> StepResult:
@@ -79,6 +80,7 @@ def _tokenizer(config: PretrainingConfig, context: StepContext, texts: Sequence[
 
 def _model(config: PretrainingConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase) -> TransformersModel:
     context.runtime.seed_everything(context.seed)  # so that data loading does not affect the initial weights
+    model: TransformersModel
     if config.architecture is not None:
         model = random_model(AutoModelForCausalLM, config.architecture, tokenizer)
     else:
@@ -116,7 +118,7 @@ def _collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def _measure(
-    trainer: Trainer,
+    trainer: StepTrainer,
     config: PretrainingConfig,
     context: StepContext,
     tokenizer: PreTrainedTokenizerBase,
@@ -134,6 +136,6 @@ def _measure(
 
 
 def _likelihood(
-    trainer: Trainer, config: PretrainingConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, tokens: list[int]
+    trainer: StepTrainer, config: PretrainingConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, tokens: list[int]
 ) -> Likelihood:
     return heldout_likelihood(trainer, context, tokenizer, overlapping_windows(tokens, config.block_size), config.precision)

@@ -31,6 +31,7 @@ from stages.labelling.simulated import ranked
 from stages.labelling.tasks import task_of
 from stages.labelling.waiting import QUALITY, ask_people, home_of, keep_quality
 from stages.models.loading import load_language_model, load_tokenizer
+from stages.models.parts import moved_to
 from stages.reward_model.collection_config import Collection
 from stages.rewards.building import build_source
 from stages.rewards.checking import checked
@@ -213,7 +214,7 @@ def _sample(
     source = context.models[f"collect.policies[{index}].model"]
     tokenizer = load_tokenizer(source)
     runtime, dtype = context.runtime, context.runtime.dtype(precision)
-    model = load_language_model(source, dtype=dtype, trainable=False, tokenizer=tokenizer).to(runtime.device)
+    model = moved_to(load_language_model(source, dtype=dtype, trainable=False, tokenizer=tokenizer), runtime.device)
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     completions: list[dict[str, list[int]]] = [{} for _ in prompts]
     with step_sampler(collection.generation, model, tokenizer, source, context, dtype=dtype) as sampler:

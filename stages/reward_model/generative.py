@@ -19,6 +19,7 @@ from stages.corpora.messages import completion_text
 from stages.errors import DataError, ModelError
 from stages.json_types import JsonObject
 from stages.models.loading import load_language_model, load_tokenizer, save_model
+from stages.models.parts import moved_to
 from stages.models.reward_question import RewardQuestion
 from stages.models.sharding import unsharded
 from stages.reward_model.config import RewardModelConfig
@@ -77,7 +78,9 @@ def run_generative(
         raise ModelError(f"model: {source.ref!r} is a {source.record.role.replace('_', ' ')}; generative needs a language model")
     tokenizer = load_tokenizer(source)
     dtype = weights_dtype(config, context) if trains else context.runtime.dtype(config.precision)
-    model = load_language_model(source, dtype=dtype, lora=config.lora, trainable=trains, tokenizer=tokenizer).to(context.runtime.device)
+    model = moved_to(
+        load_language_model(source, dtype=dtype, lora=config.lora, trainable=trains, tokenizer=tokenizer), context.runtime.device
+    )
     judging = GenerativeSource(
         context.name,
         model,

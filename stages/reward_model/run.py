@@ -20,6 +20,7 @@ from stages.errors import ModelError, TrainingError
 from stages.json_types import JsonObject
 from stages.models.heads import RewardModel
 from stages.models.loading import load_language_model, load_tokenizer
+from stages.models.parts import moved_to
 from stages.models.sharding import unsharded
 from stages.reward_model.collection import collect_comparisons
 from stages.reward_model.config import RewardModelConfig
@@ -173,7 +174,9 @@ def _texts_to_normalize_on(config: RewardModelConfig, context: StepContext, comp
         )
     runtime, generation = context.runtime, config.normalization.generation
     tokenizer = load_tokenizer(source)
-    policy = load_language_model(source, dtype=runtime.dtype(config.precision), trainable=False, tokenizer=tokenizer).to(runtime.device)
+    policy = moved_to(
+        load_language_model(source, dtype=runtime.dtype(config.precision), trainable=False, tokenizer=tokenizer), runtime.device
+    )
     distinct = list({repr(item.prompt): item.prompt for item in comparisons.train}.values())
     prompts = [distinct[index % len(distinct)] for index in range(config.normalization.num_samples)]
     seeds = [episode_seed(context.seed, -3, index) for index in range(len(prompts))]

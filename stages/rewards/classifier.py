@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from stages.corpora.messages import Prompt
 from stages.errors import ModelError
 from stages.models.budget import each_group
 from stages.models.loading import load_classifier, load_tokenizer
+from stages.models.parts import moved_to
 from stages.registry.references import ResolvedModel
 from stages.rewards.batching import like_length_batches
 from stages.rewards.config import RewardInput
@@ -25,12 +26,15 @@ from stages.rewards.details import NOTHING, Details, Judgement
 from stages.rewards.texts import whole_text
 from stages.tokens.positions import readable_length
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 Kind = Literal["softmax", "sigmoid", "regression"]
 Row = dict[str, list[int]]
 """The model inputs of one text: input_ids, and token_type_ids if the tokenizer makes them."""
 
 
-def probability_kind(config: Any) -> Kind:
+def probability_kind(config: PretrainedConfig) -> Kind:
     """The function that turns logits into probabilities, by the rule of transformers' pipeline."""
     if config.problem_type == "regression":
         return "regression"
@@ -57,8 +61,9 @@ class ClassifierSource:
         self.name, self.batch_size, self.output, self.reads = source.shown_name, source.batch_size, source.output, source.reads
         self.tokenizer = load_tokenizer(model)
         self.tokenizer.truncation_side = "left"
-        self.model = load_classifier(model, dtype=dtype, trainable=False, tokenizer=self.tokenizer).to(device)
-        self.label = _label_number(source.label, self.model.config.id2label, model.ref)
+        self.model = moved_to(load_classifier(model, dtype=dtype, trainable=False, tokenizer=self.tokenizer), device)
+        self.names = {int(number): str(name) for number, name in (self.model.config.id2label or {}).items()}
+        self.label = _label_number(source.label, self.names, model.ref)
         self.kind = probability_kind(self.model.config)
         if self.kind == "regression" and self.output != "logit":
             raise ModelError(
@@ -103,14 +108,17 @@ class ClassifierSource:
         for index, row in enumerate(rows):
             if self.max_length is None or len(row["input_ids"]) <= self.max_length:
                 continue
-            rows[index] = self._tokenize(texts[index], truncation=True, max_length=self.max_length)
+            rows[index] = self._tokenize(texts[index], max_length=self.max_length)
             cut[index] = True
             room = self.max_length - self.tokenizer.num_special_tokens_to_add()
             completion_cut[index] = len(self._tokenize(completions[index], add_special_tokens=False)["input_ids"]) > room
         return rows, cut, completion_cut
 
-    def _tokenize(self, text: str, **options: Any) -> Row:
-        encoded = self.tokenizer(text, verbose=False, **options)  # verbose=False: no warning about long texts, which this class cuts itself
+    def _tokenize(self, text: str, *, max_length: int | None = None, add_special_tokens: bool = True) -> Row:
+        # verbose=False: no warning about long texts, which this class cuts itself
+        encoded = self.tokenizer(
+            text, verbose=False, add_special_tokens=add_special_tokens, truncation=max_length is not None, max_length=max_length
+        )
         row = {name: list(values) for name, values in encoded.items() if name != "attention_mask" and name in self._accepted}
         return row if row["input_ids"] else {name: [self.tokenizer.pad_token_id if name == "input_ids" else 0] for name in row}
 
@@ -149,9 +157,8 @@ class ClassifierSource:
         return output.float()
 
 
-def _label_number(label: str | int | None, names: dict[int, str], ref: str) -> int:
+def _label_number(label: str | int | None, known: dict[int, str], ref: str) -> int:
     """The index of the class ``label``. Names are compared without regard to case. Raises ModelError if the model has no such class."""
-    known = {int(number): str(name) for number, name in names.items()}
     if isinstance(label, int) and label in known:
         return label
     for number, name in known.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ class Details:
     model that wrote them; None if no model of this run wrote them.
     """
 
-    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    columns: Mapping[str, Sequence[object]] = field(default_factory=dict)
     completion_ids: Sequence[list[int]] | None = None
 
     def rows(self, indices: Sequence[int]) -> Details:
@@ -34,7 +33,7 @@ class Details:
 NOTHING = Details()
 
 
-def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def columns_of(rows: Sequence[Mapping[str, object]]) -> dict[str, list[object]]:
     """Convert rows (name -> value) to columns (name -> list). A row without a name gets None in that column."""
     names: Iterator[str] = (name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(names)}

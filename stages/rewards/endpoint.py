@@ -18,13 +18,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from stages.corpora.messages import Prompt, transcript
 from stages.errors import TrainingError
+from stages.json_types import JsonObject
 from stages.process.remote import AnswerCache, GaveUp, JsonClient, Refused
 from stages.rewards.background import RemoteSource
 from stages.rewards.config import RewardInput
@@ -33,8 +34,18 @@ from stages.rewards.texts import conversation, whole_text
 
 logger = logging.getLogger(__name__)
 BETWEEN_ROUNDS = 30.0  # seconds between two rounds of attempts, for on_failure: wait
-Item = dict[str, Any]
-"""The request data of one completion: prompt, messages, completion, query (the full text to score), and columns."""
+
+
+class Item(TypedDict):
+    """The request data of one completion. ``query``: the full text to score."""
+
+    prompt: str
+    completion: str
+    messages: list[JsonObject]
+    query: str
+    columns: JsonObject
+
+
 Question = tuple[str, Item]
 """(key, item)."""
 
@@ -97,14 +108,14 @@ class EndpointSource(RemoteSource[Item, float]):
 
     # Requests
 
-    def _columns(self, details: Details, number: int) -> list[dict[str, Any]]:
+    def _columns(self, details: Details, number: int) -> list[JsonObject]:
         named = [*self.source.columns, *([self.source.label_column] if self.source.label_column is not None else [])]
         return [{name: details.columns[name][row] for name in named} for row in range(number)]
 
     def _items(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details) -> list[Item]:
         return [self._item(*one) for one in zip(prompts, completions, self._columns(details, len(completions)), strict=True)]
 
-    def _item(self, prompt: Prompt, completion: str, columns: dict[str, Any]) -> Item:
+    def _item(self, prompt: Prompt, completion: str, columns: JsonObject) -> Item:
         query = completion if self.source.reads == "completion" else whole_text(prompt, completion)
         return {
             "prompt": transcript(prompt),
@@ -114,7 +125,7 @@ class EndpointSource(RemoteSource[Item, float]):
             "columns": columns,
         }
 
-    def _body(self, items: Sequence[Item]) -> dict[str, Any]:
+    def _body(self, items: Sequence[Item]) -> JsonObject:
         source = self.source
         named = {"model": source.served_model} if source.served_model is not None else {}
         if source.protocol == "openrlhf":
@@ -163,17 +174,19 @@ class EndpointSource(RemoteSource[Item, float]):
                     failure = failure or error
         return failure
 
-    def _scores_in(self, answer: Any, number: int) -> list[float]:
+    def _scores_in(self, answer: object, number: int) -> list[float]:
         """The scores in an answer. Raises GaveUp if a score is missing or is not a finite number."""
         scores = self._numbers(answer, number)
         if len(scores) != number:
             raise GaveUp(f"the answer has {len(scores)} scores for {number} completions")
+        checked = []
         for score in scores:
             if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
                 raise GaveUp(f"the answer contains {score!r:.40} as a score")
-        return [float(score) for score in scores]
+            checked.append(float(score))
+        return checked
 
-    def _numbers(self, answer: Any, number: int) -> list[Any]:
+    def _numbers(self, answer: Any, number: int) -> list[object]:
         """The scores in an answer, without a check of their values. Raises GaveUp if the answer does not follow the protocol."""
         source = self.source
         try:
@@ -200,7 +213,7 @@ class EndpointSource(RemoteSource[Item, float]):
         return None if kept is None else float(kept)
 
 
-def _last_number(data: Any) -> Any:
+def _last_number(data: object) -> object:
     """The score in a pooling answer: the last number of a number, a list with one number per token, or rows of one number."""
     while isinstance(data, list):
         data = data[-1]

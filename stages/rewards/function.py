@@ -20,6 +20,7 @@ from torch import Tensor
 
 from stages.corpora.messages import Prompt, transcript
 from stages.errors import TrainingError
+from stages.json_types import JsonObject
 from stages.rewards.checking import checked
 from stages.rewards.details import NOTHING, Details, Judgement, Spans
 from stages.rewards.signature import GIVEN, Signature, load_function, signature_of
@@ -36,10 +37,10 @@ class Hung(Exception):
 class _Worker:
     """A thread that calls a function. It is a daemon thread: Python cannot end a hanging thread, so the process must not wait for it."""
 
-    def __init__(self, function: Callable[..., Any], name: str) -> None:
+    def __init__(self, function: Callable[..., object], name: str) -> None:
         self._function = function
-        self._calls: SimpleQueue[tuple[list[Any], dict[str, Any]]] = SimpleQueue()
-        self._outcomes: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+        self._calls: SimpleQueue[tuple[list[object], JsonObject]] = SimpleQueue()
+        self._outcomes: SimpleQueue[tuple[object, BaseException | None]] = SimpleQueue()
         threading.Thread(target=self._serve, name=name, daemon=True).start()
 
     def _serve(self) -> None:
@@ -50,7 +51,7 @@ class _Worker:
             except BaseException as error:  # also SystemExit and the like: the caller reports them
                 self._outcomes.put((None, error))
 
-    def call(self, arguments: list[Any], named: dict[str, Any], timeout: float | None) -> tuple[Any, BaseException | None]:
+    def call(self, arguments: list[object], named: JsonObject, timeout: float | None) -> tuple[object, BaseException | None]:
         """Call the function; returns (its result, the exception that it raised or None). Raises Hung after ``timeout`` seconds."""
         self._calls.put((arguments, named))
         try:
@@ -132,7 +133,7 @@ class FunctionSource:
         tried = f" (attempt {attempt + 1} of {self.retries + 1})" if self.retries else ""
         raise TrainingError(f"reward function {self.address} {reason}{tried}{advice}") from cause
 
-    def _arguments(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details) -> tuple[list[Any], dict[str, Any]]:
+    def _arguments(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details) -> tuple[list[object], JsonObject]:
         given = {
             "prompts": [transcript(prompt) for prompt in prompts],
             "completions": list(completions),

@@ -6,7 +6,7 @@ The score is the log-odds of two possible answers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,12 +16,18 @@ from stages.corpora.templates import encode_prompt
 from stages.errors import ModelError, TrainingError
 from stages.models.budget import each_group
 from stages.models.loading import load_language_model, load_tokenizer
+from stages.models.parts import moved_to
 from stages.models.reward_question import RewardQuestion, read_question
 from stages.registry.references import ResolvedModel
 from stages.rewards.batching import like_length_batches, padded
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement
 from stages.tokens.positions import readable_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.model_types import TransformersModel
 
 
 def load_generative(source: RewardInput, model: ResolvedModel, *, device: torch.device, dtype: torch.dtype) -> GenerativeSource:
@@ -39,7 +45,7 @@ def load_generative(source: RewardInput, model: ResolvedModel, *, device: torch.
             f"{own.answers[1]!r}. Remove answers and question, or name the language model that it was made from"
         )
     tokenizer = load_tokenizer(model)
-    made = load_language_model(model, dtype=dtype, trainable=False, tokenizer=tokenizer).to(device).eval()
+    made = moved_to(load_language_model(model, dtype=dtype, trainable=False, tokenizer=tokenizer), device).eval()
     longest = readable_length(made.config, tokenizer)
     return GenerativeSource(source.shown_name, made, tokenizer, asked, batch_size=source.batch_size, max_length=longest, ref=model.ref)
 
@@ -52,7 +58,15 @@ class GenerativeSource:
     """
 
     def __init__(
-        self, name: str, model: Any, tokenizer: Any, asked: RewardQuestion, *, batch_size: int, max_length: int | None, ref: str
+        self,
+        name: str,
+        model: TransformersModel,
+        tokenizer: PreTrainedTokenizerBase,
+        asked: RewardQuestion,
+        *,
+        batch_size: int,
+        max_length: int | None,
+        ref: str,
     ) -> None:
         self.name, self.model, self.tokenizer, self.asked = name, model, tokenizer, asked
         self.batch_size, self.max_length = batch_size, max_length

@@ -6,7 +6,7 @@ Each source has its own tokenizer. Sources receive texts, not token ids. N compl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from stages.rewards.details import NOTHING, Details, Judgement, Spans
 from stages.rewards.generative import load_generative
 from stages.rewards.source import RewardSource
 from stages.tokens.positions import readable_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RewardModelLoader = Callable[[ResolvedModel], RewardModel]
 
@@ -67,7 +70,7 @@ class RewardModelSource:
     def __init__(self, source: RewardInput, model: RewardModel) -> None:
         self.name, self.batch_size, self.model = source.shown_name, source.batch_size, model
         assert model.tokenizer is not None
-        self.tokenizer: Any = model.tokenizer
+        self.tokenizer: PreTrainedTokenizerBase = model.tokenizer
         self.max_length = readable_length(self.model.config, self.tokenizer)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Tensor:
@@ -79,7 +82,9 @@ class RewardModelSource:
         """Scores [N], and which rows were cut. If a row is too long for the model, its beginning is cut."""
         pairs = self._encode(prompts, completions)
         rows = [self._kept(ids) for ids, _ in pairs]
-        return Judgement(score_rows(rows, self.model, self.tokenizer.pad_token_id, self.batch_size), **self._cuts(pairs))
+        cut, completion_cut = self._cuts(pairs)
+        scores = score_rows(rows, self.model, self.tokenizer.pad_token_id, self.batch_size)
+        return Judgement(scores, cut=cut, completion_cut=completion_cut)
 
     @torch.inference_mode()
     def score_texts(self, texts: Sequence[str]) -> Tensor:
@@ -96,13 +101,11 @@ class RewardModelSource:
     def _kept(self, ids: list[int]) -> list[int]:
         return ids if self.max_length is None else ids[-self.max_length :]
 
-    def _cuts(self, pairs: Sequence[tuple[list[int], int]]) -> dict[str, Any]:
+    def _cuts(self, pairs: Sequence[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
         """Which rows [N] are cut, and in which of them a part of the completion is cut."""
         most = self.max_length if self.max_length is not None else float("inf")
-        return {
-            "cut": torch.tensor([len(ids) > most for ids, _ in pairs], dtype=torch.bool),
-            "completion_cut": torch.tensor([len(ids) - prompt_length > most for ids, prompt_length in pairs], dtype=torch.bool),
-        }
+        cut = torch.tensor([len(ids) > most for ids, _ in pairs], dtype=torch.bool)
+        return cut, torch.tensor([len(ids) - prompt_length > most for ids, prompt_length in pairs], dtype=torch.bool)
 
 
 class RewardModelSpans(RewardModelSource):
@@ -117,7 +120,9 @@ class RewardModelSpans(RewardModelSource):
         """The sum of the spans of each completion, the spans, and which rows were cut."""
         pairs = self._encode(prompts, completions)
         spans = self._spans(prompts, completions, pairs)
-        return Judgement(torch.tensor([sum(score for _, score in row) for row in spans]), spans, **self._cuts(pairs))
+        cut, completion_cut = self._cuts(pairs)
+        totals = torch.tensor([sum(score for _, score in row) for row in spans])
+        return Judgement(totals, spans, cut=cut, completion_cut=completion_cut)
 
     def score_spans(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Spans:
         """For each completion a list of (character position of a token's first character, score of the token).

@@ -11,13 +11,13 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from hashlib import sha256
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from stages.corpora.messages import Prompt, transcript
 from stages.errors import TrainingError
+from stages.json_types import JsonObject
 from stages.process.remote import AnswerCache, GaveUp, JsonClient, Refused, chat_reply
 from stages.rewards.background import RemoteSource
 from stages.rewards.config import RewardInput, read_rubric
@@ -47,7 +47,7 @@ def read_grade(reply: str, scale: Sequence[float]) -> float | None:
     return grade if grade is not None and scale[0] <= grade <= scale[1] else None
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -67,13 +67,13 @@ def shown(prompt: Prompt, completion: str) -> str:
     return f"<prompt>\n{transcript(prompt)}\n</prompt>\n\n<response>\n{completion}\n</response>"
 
 
-Question = tuple[str, dict[str, Any]]
+Question = tuple[str, JsonObject]
 """(key, body of the request for a grade)."""
 Grade = tuple[float | None, int, int]
 """(grade, tokens sent, tokens received); 0 tokens if the grade was already known."""
 
 
-class RubricSource(RemoteSource[dict[str, Any], Grade]):
+class RubricSource(RemoteSource[JsonObject, Grade]):
     """A language model behind an OpenAI-compatible endpoint that grades each completion by a rubric.
 
     After a reply without a grade, the request is repeated. Such a reply is never stored on disk. If no attempt gives a grade, the source
@@ -161,7 +161,7 @@ class RubricSource(RemoteSource[dict[str, Any], Grade]):
         bodies = [self._body(*pair) for pair in zip(prompts, completions, strict=True)]
         return [(sha256(json.dumps([self.judge_input.endpoint, body], sort_keys=True).encode()).hexdigest(), body) for body in bodies]
 
-    def _body(self, prompt: Prompt, completion: str) -> dict[str, Any]:
+    def _body(self, prompt: Prompt, completion: str) -> JsonObject:
         low, high = self.judge_input.scale
         system = GRADER.replace("{low}", f"{low:g}").replace("{high}", f"{high:g}").replace("{rubric}", self.rubric)
         return {
@@ -171,7 +171,7 @@ class RubricSource(RemoteSource[dict[str, Any], Grade]):
             "max_tokens": self.judge_input.max_tokens,
         }
 
-    def _grade(self, asked: str, body: dict[str, Any]) -> Grade:
+    def _grade(self, asked: str, body: JsonObject) -> Grade:
         """The grade for the request ``body``: from disk if it is known, else from up to ``attempts`` requests."""
         kept = self.cache.get(asked) if self.cache is not None else None
         if kept is not None and (grade := read_grade(kept, self.judge_input.scale)) is not None:

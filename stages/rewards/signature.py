@@ -15,10 +15,10 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter
-from typing import Any
 
 from stages.corpora.rows import Row
 from stages.errors import DataError, RecipeError
+from stages.json_types import JsonObject
 from stages.process.modules import source_of
 from stages.rewards.config import RewardInput, leaves
 
@@ -57,7 +57,7 @@ class Signature:
         positional = [one for one in self.parameters if one.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
         return len(positional) > 1 or any(one.kind is Parameter.VAR_POSITIONAL for one in self.parameters)
 
-    def columns(self, row: Row) -> dict[str, Any]:
+    def columns(self, row: Row) -> JsonObject:
         """The columns of ``row`` that the function receives. Raises DataError if a required column is missing."""
         columns = {}
         for one in self._named:
@@ -71,14 +71,14 @@ class Signature:
             columns |= {name: value for name, value in row.items() if name not in GIVEN and name.isidentifier()}
         return columns
 
-    def arguments(self, given: Mapping[str, Any], columns: Mapping[str, Sequence[Any]]) -> tuple[list[Any], dict[str, Any]]:
+    def arguments(self, given: Mapping[str, object], columns: Mapping[str, Sequence[object]]) -> tuple[list[object], JsonObject]:
         """(positional arguments, keyword arguments) of a call. ``given``: the values of the names in GIVEN; None: not available.
 
         Raises LookupError with the name of a required parameter that has no value.
         """
         values = {**columns, **{name: value for name, value in given.items() if value is not None}}
         ordered = [given["prompts"], given["completions"]] if self.by_position else []
-        named: dict[str, Any] = {}
+        named: JsonObject = {}
         for one in self._named:
             if one.name not in values:
                 if one.default is Parameter.empty:
@@ -105,7 +105,7 @@ class NamedColumns:
     who: str
     names: tuple[str, ...]
 
-    def columns(self, row: Row) -> dict[str, Any]:
+    def columns(self, row: Row) -> JsonObject:
         """The named columns of ``row``. Raises DataError if one is missing."""
         for name in self.names:
             if name not in row:
@@ -122,14 +122,14 @@ def _missing(who: str, name: str, row: Row) -> DataError:
     )
 
 
-def load_function(address: str) -> Callable[..., Any]:
+def load_function(address: str) -> Callable[..., object]:
     """Import the function ``package.module:name``.
 
     Raises RecipeError if the module cannot be imported, or the name is missing, not callable, or takes fewer than two lists.
     """
     module, _, name = address.partition(":")
     try:
-        function: Any = importlib.import_module(module)
+        function: object = importlib.import_module(module)
     except ImportError as error:
         raise RecipeError(f"function {address!r}: cannot import {module} ({error}); is it installed, or on PYTHONPATH?") from error
     except Exception as error:  # raised by the module's own code
@@ -144,11 +144,11 @@ def load_function(address: str) -> Callable[..., Any]:
     return function
 
 
-def _shown(function: Callable[..., Any]) -> str:
+def _shown(function: Callable[..., object]) -> str:
     return str(inspect.signature(function))
 
 
-def signature_of(function: Callable[..., Any], address: str) -> Signature:
+def signature_of(function: Callable[..., object], address: str) -> Signature:
     """The signature of an imported function. A function without one (some C functions) is called with prompts and completions."""
     try:
         return _signature(address, inspect.signature(function).parameters.values())
@@ -177,7 +177,7 @@ def signature_in_source(address: str) -> Signature | None:
 
 def _parameters(arguments: ast.arguments) -> list[Parameter]:
     """The parameters of a function definition. A parameter with a default gets the default None, because the value is not evaluated."""
-    ordered: list[tuple[ast.arg, Any]] = [(argument, Parameter.POSITIONAL_ONLY) for argument in arguments.posonlyargs]
+    ordered: list[tuple[ast.arg, inspect._ParameterKind]] = [(argument, Parameter.POSITIONAL_ONLY) for argument in arguments.posonlyargs]
     ordered += [(argument, Parameter.POSITIONAL_OR_KEYWORD) for argument in arguments.args]
     without = len(ordered) - len(arguments.defaults)
     parameters = [
@@ -207,7 +207,7 @@ def _signature(address: str, parameters: Iterable[Parameter]) -> Signature:
     return Signature(address, ordered, by_position=second or "completions" not in names)
 
 
-def columns_asked_for(sources: Sequence[RewardInput], *, run: bool = True) -> Callable[[Row], dict[str, Any]]:
+def columns_asked_for(sources: Sequence[RewardInput], *, run: bool = True) -> Callable[[Row], JsonObject]:
     """A function that selects the columns of a data row that the functions and endpoints among ``sources`` need.
 
     The returned function raises DataError if a required column is missing. ``run=False``: no module is imported; a function whose source
@@ -222,8 +222,8 @@ def columns_asked_for(sources: Sequence[RewardInput], *, run: bool = True) -> Ca
             signature = signature_of(load_function(source.function), source.function) if run else signature_in_source(source.function)
             signatures += [signature] if signature is not None else []
 
-    def columns(row: Row) -> dict[str, Any]:
-        selected: dict[str, Any] = {}
+    def columns(row: Row) -> JsonObject:
+        selected: JsonObject = {}
         for one in signatures:
             selected |= one.columns(row)
         return selected

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -19,15 +19,19 @@ from transformers.masking_utils import sdpa_mask
 
 from stages.sampling.support import DecodingSupport
 
+if TYPE_CHECKING:
+    from stages.model_types import TransformersModel
+
 FIRST_ROOM = 64  # initial capacity of a RoomyLayer, in response tokens; the capacity doubles when it is full
 COLUMN_ROOM = 24  # initial capacity of a ColumnLayer, in new tokens; also the least by which it grows
+Layer = TypeVar("Layer")
 BY_COLUMNS = "stages_by_columns"  # the name of ``attend_by_columns`` in transformers' registry of attention functions
 
 
 class PromptLayer(DynamicLayer):
     """Keys and values of prompts that are read in one forward pass. It keeps the model's tensors without copying them."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         self.keys, self.values = key_states, value_states
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         return key_states, value_states
@@ -59,7 +63,7 @@ class RoomyLayer(DynamicLayer):
             target[:, :, length - states.shape[2] :] = states
             target[:, :, : length - states.shape[2]] = 0.0  # padding has attention weight 0, and 0 times a finite value is 0
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Append [B, H, q, D]; returns all keys and values [B, H, T, D]."""
         assert self.keys is not None and self.values is not None
         start, end = self.length, self.length + key_states.shape[-2]
@@ -176,7 +180,7 @@ class SlotLayer(DynamicLayer):
             moved = states.gather(2, source_columns.expand(-1, states.shape[1], -1, states.shape[3]))
             self._by_token(storage)[:, :, :width].index_copy_(0, slots, moved)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write one token per row [rows, H, 1, D]; returns the keys and values of the window [rows, H, columns, D]."""
         assert self.keys is not None and self.values is not None
         return self._written(self.keys, key_states), self._written(self.values, value_states)
@@ -218,7 +222,7 @@ class SlotLayer(DynamicLayer):
 
 
 def attend_by_columns(
-    module: Any,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -249,7 +253,12 @@ AttentionInterface.register(BY_COLUMNS, attend_by_columns)
 AttentionMaskInterface.register(BY_COLUMNS, sdpa_mask)
 
 
-def make_cache(model: Any, most: int) -> Any:
+def layers_of(cache: DynamicCache, kind: type[Layer]) -> list[Layer]:
+    """The layers of a cache from this module. All of them are of the class ``kind``."""
+    return [layer for layer in cache.layers if isinstance(layer, kind)]
+
+
+def make_cache(model: TransformersModel, most: int) -> DynamicCache:
     """An empty cache for up to ``most`` new tokens of ``model``, whose attention layers must have no sliding window.
 
     Prompts are added in parts (``prompt_cache``, ``put_prompts``).
@@ -260,38 +269,38 @@ def make_cache(model: Any, most: int) -> Any:
     return cache
 
 
-def make_slot_cache(model: Any, window: SlotWindow, slots: int) -> Any:
+def make_slot_cache(model: TransformersModel, window: SlotWindow, slots: int) -> DynamicCache:
     """An empty cache for ``model`` with ``slots`` slots. Its layers apply no sliding window."""
     cache = DynamicCache(config=model.config)
     cache.layers = [SlotLayer(window, slots, by_columns=_reads_by_columns(model)) for _ in cache.layers]
     return cache
 
 
-def _reads_by_columns(model: Any) -> bool:
+def _reads_by_columns(model: TransformersModel) -> bool:
     """Whether ``attend_by_columns`` is the fastest attention for this model: in fp32 on a CPU, if the model uses sdpa."""
     weight = next(model.parameters())
     return weight.device.type == "cpu" and model.dtype == torch.float32 and model.config._attn_implementation == "sdpa"
 
 
-def prompt_cache(cache: Any) -> Any:
+def prompt_cache(cache: DynamicCache) -> DynamicCache:
     """An empty cache for one forward pass over some prompts. ``put_prompts`` then copies its keys and values into ``cache``."""
     made = DynamicCache()
     made.layers = [PromptLayer() for _ in cache.layers]
     return made
 
 
-def put_prompts(cache: Any, read: Any, row: int, rows: int, length: int) -> None:
+def put_prompts(cache: DynamicCache, read: DynamicCache, row: int, rows: int, length: int) -> None:
     """Copy keys and values of prompts from ``read`` (a filled ``prompt_cache``) into ``cache``.
 
     They go to the rows from ``row`` on, of ``rows`` rows in total, as the last of ``length`` tokens.
     """
-    for layer, part in zip(cache.layers, read.layers, strict=True):
-        if part.is_initialized:  # a layer that the model does not use is empty
+    for layer, part in zip(layers_of(cache, RoomyLayer), layers_of(read, PromptLayer), strict=True):
+        if part.keys is not None and part.values is not None:  # a layer that the model does not use is empty
             layer.put(part.keys, part.values, row, rows, length)
 
 
 @contextmanager
-def decoding_attention(model: Any, cache: Any) -> Iterator[None]:
+def decoding_attention(model: TransformersModel, cache: DynamicCache) -> Iterator[None]:
     """Inside this context ``model`` uses ``attend_by_columns``, if ``cache`` stores tokens as columns."""
     usual = model.config._attn_implementation
     if any(isinstance(layer, ColumnLayer) or getattr(layer, "by_columns", False) for layer in cache.layers):
@@ -302,16 +311,16 @@ def decoding_attention(model: Any, cache: Any) -> Iterator[None]:
         model.config._attn_implementation = usual
 
 
-def forward_options(support: DecodingSupport, cache: Any) -> dict[str, Any]:
+def forward_options(support: DecodingSupport, cache: DynamicCache | None) -> dict[str, object]:
     """Keyword arguments of a forward pass: to use ``cache`` (None: no cache), and to compute only the last token's logits."""
-    options: dict[str, Any] = {"use_cache": cache is not None} if support.takes_use_cache else {}
+    options: dict[str, object] = {"use_cache": cache is not None} if support.takes_use_cache else {}
     if cache is not None and support.cache_name is not None:
         options[support.cache_name] = cache
     return {**options, "logits_to_keep": 1} if support.limits_logits else options
 
 
-def keep_rows(cache: Any, rows: Tensor, first: int) -> None:
+def keep_rows(cache: DynamicCache, rows: Tensor, first: int) -> None:
     """Keep only ``rows`` (indices, which may repeat) in every layer of a cache from ``make_cache``; drop the tokens before ``first``."""
-    for layer in cache.layers:
+    for layer in layers_of(cache, RoomyLayer):
         if layer.is_initialized:
             layer.keep(rows, first)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +32,7 @@ class AutocastCopies:
         try:
             if torch.is_autocast_enabled(kind):
                 dtype = torch.get_autocast_dtype(kind)
-                refreshed: set[Any] = set()
+                refreshed: set[tuple[int, torch.Size, torch.dtype]] = set()
                 for module, name, parameter in _casted(model):
                     replaced.append((module, name, parameter))
                     module._parameters[name] = self._copy(parameter, dtype, refreshed)
@@ -46,7 +45,7 @@ class AutocastCopies:
         """Memory of all copies, in bytes."""
         return sum(copy.nbytes for copy in self._copies.values())
 
-    def _copy(self, parameter: nn.Parameter, dtype: torch.dtype, refreshed: set[Any]) -> nn.Parameter:
+    def _copy(self, parameter: nn.Parameter, dtype: torch.dtype, refreshed: set[tuple[int, torch.Size, torch.dtype]]) -> nn.Parameter:
         key = (parameter.data_ptr(), parameter.shape, dtype)
         if key not in self._copies:
             self._copies[key] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
@@ -67,7 +66,7 @@ def _casted(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     ]
 
 
-def uncached_casts(kind: str) -> AbstractContextManager[Any]:
+def uncached_casts(kind: str) -> AbstractContextManager[object]:
     """Autocast with its current settings for devices of type ``kind``, but without its cache of casts.
 
     Autocast would free that cache while a recorded CUDA graph still reads it.

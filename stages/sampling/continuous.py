@@ -9,19 +9,24 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from stages.config import GenerationSettings
-from stages.sampling.cache import forward_options
+from stages.sampling.cache import PromptLayer, forward_options, layers_of
 from stages.sampling.decoding import CUDA_CHECK_EVERY, Decoded, Endings
 from stages.sampling.padding import left_pad
 from stages.sampling.readers import read_in_parts
 from stages.sampling.slots import Choice
 from stages.sampling.support import DecodingSupport
 from stages.sampling.workspace import Workspace
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
+    from stages.model_types import TransformersModel
 
 REFILL_SHARE = 1 / 8  # free slots are filled when they reach this share of all slots, because reading several prompts together is cheaper
 
@@ -43,7 +48,7 @@ class SlotDecoder:
 
     def __init__(
         self,
-        model: Any,
+        model: TransformersModel,
         workspace: Workspace,
         prompts: Sequence[Sequence[int]],
         settings: GenerationSettings,
@@ -103,7 +108,7 @@ class SlotDecoder:
         for slot, row in zip(free, rows, strict=True):
             self._occupants[slot] = Occupant(row, len(self._prompts[row]))
 
-    def _put(self, read: Any, logits: Tensor, part: list[tuple[int, int, int]]) -> None:
+    def _put(self, read: DynamicCache, logits: Tensor, part: list[tuple[int, int, int]]) -> None:
         """Begin responses to prompts that were read in one forward pass; ``read`` is the cache of that pass.
 
         ``part``: (slot, row of the prompt, row in ``read`` and ``logits``) of each response.
@@ -115,8 +120,8 @@ class SlotDecoder:
         rows = [row for _, row, _ in part]
         slots, sources = (torch.tensor(column, device=self._device) for column in ([p[0] for p in part], [p[2] for p in part]))
         lengths = torch.tensor([len(self._prompts[row]) for row in rows], device=self._device)
-        for layer, states in zip(self._workspace.cache.layers, read.layers, strict=True):
-            if states.is_initialized:  # a layer that the model does not use is empty
+        for layer, states in zip(self._workspace.layers, layers_of(read, PromptLayer), strict=True):
+            if states.keys is not None and states.values is not None:  # a layer that the model does not use is empty
                 layer.put(states.keys, states.values, sources, slots, lengths, self._workspace.room)
         self._slots.admit(slots, lengths, self._noise[rows], logits[sources], self._choice)
 
@@ -155,7 +160,7 @@ class SlotDecoder:
             return
         targets = [slot for slot in range(rows) if slot not in self._occupants][: len(sources)]
         moved = torch.tensor(sources, device=self._device), torch.tensor(targets, device=self._device)
-        for layer in self._workspace.cache.layers:
+        for layer in self._workspace.layers:
             layer.move(*moved)
         self._slots.move(*moved)
         for source, target in zip(sources, targets, strict=True):

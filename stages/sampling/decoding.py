@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from stages.config import GenerationSettings
 from stages.sampling.choosing import sample_tokens
 from stages.sampling.readers import Reader, make_reader
 from stages.sampling.support import DecodingSupport
+
+if TYPE_CHECKING:
+    from stages.model_types import TransformersModel
 
 COMPACT_BELOW = 0.75  # finished rows leave the cache when the share of running rows falls below this
 CUDA_CHECK_EVERY = 8  # steps between two checks for finished rows; each check makes the CPU wait for the GPU
@@ -109,7 +112,7 @@ class Responses:
 
 
 def decode(
-    model: Any,
+    model: TransformersModel,
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     rows: Tensor,

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,6 +28,11 @@ from stages.sampling.workspace import workspace_for
 from stages.tokens.continuation import CONTEXT, continuation_text
 from stages.tokens.positions import model_length
 from stages.tokens.turns import turn_end_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.model_types import TransformersModel
 
 logger = logging.getLogger(__name__)
 _said: set[str] = set()  # model classes for which the log already says that they are decoded batch by batch
@@ -71,7 +76,7 @@ class Finished:
 OnFinished = Callable[[list[Finished]], None]
 
 
-def stop_token_ids(model: Any, tokenizer: Any, stop: Iterable[str] = ()) -> list[int]:
+def stop_token_ids(model: TransformersModel, tokenizer: PreTrainedTokenizerBase, stop: Iterable[str] = ()) -> list[int]:
     """The ids of the tokens that end a completion, sorted.
 
     They are the tokenizer's eos token, the eos tokens of the model's generation config, and the token that ends an assistant turn in the
@@ -85,6 +90,7 @@ def stop_token_ids(model: Any, tokenizer: Any, stop: Iterable[str] = ()) -> list
         ids.update(own if isinstance(own, list) else [own])
     for text in stop:
         token = tokenizer.convert_tokens_to_ids(text)
+        assert not isinstance(token, list)  # ``text`` is one token
         if token is None or token == tokenizer.unk_token_id and text != tokenizer.unk_token:
             tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
             if len(tokens) != 1:
@@ -94,7 +100,9 @@ def stop_token_ids(model: Any, tokenizer: Any, stop: Iterable[str] = ()) -> list
     return sorted(ids)
 
 
-def ending_tokens(model: Any, tokenizer: Any, settings: GenerationSettings) -> tuple[list[int], list[int]]:
+def ending_tokens(
+    model: TransformersModel, tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings
+) -> tuple[list[int], list[int]]:
     """The arguments ``stop_ids`` and ``late_stop_ids`` of ``generate``.
 
     The first list ends a completion at every position, the second from position ``settings.stop_after`` on. Raises ModelError like
@@ -108,7 +116,7 @@ def ending_tokens(model: Any, tokenizer: Any, settings: GenerationSettings) -> t
     return [], [token for token in named if token not in usual or token in own]
 
 
-def require_room(model: Any, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
+def require_room(model: TransformersModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
     """Raise ModelError if a prompt (token ids) plus ``settings.max_new_tokens`` needs more positions than ``model`` has."""
     positions = model_length(model.config)
     if positions is None:
@@ -125,7 +133,7 @@ def require_room(model: Any, prompts: Sequence[Sequence[int]], settings: Generat
 
 @torch.no_grad()
 def generate(
-    model: Any,
+    model: TransformersModel,
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     *,
@@ -218,7 +226,9 @@ class _Collected:
         return torch.tensor([len(response) for response in responses], device=responses[0].device)
 
 
-def decodes_in_slots(model: Any, support: DecodingSupport, settings: GenerationSettings, prompts: Sequence[Sequence[int]]) -> bool:
+def decodes_in_slots(
+    model: TransformersModel, support: DecodingSupport, settings: GenerationSettings, prompts: Sequence[Sequence[int]]
+) -> bool:
     """Whether ``prompts`` are decoded in slots instead of batch by batch. Continuous batching and CUDA graphs need slots.
 
     Slots are used on a GPU. On a CPU they are used only if the settings ask for continuous batching and there are more prompts than
@@ -247,7 +257,7 @@ def _say_batch_by_batch(name: str, window: int, tokens: int) -> None:
 
 
 def _decode_in_slots(
-    model: Any,
+    model: TransformersModel,
     support: DecodingSupport,
     prompts: Sequence[Sequence[int]],
     order: Sequence[int],
@@ -276,7 +286,7 @@ def _decode_in_slots(
 
 
 def _decode_in_batches(
-    model: Any,
+    model: TransformersModel,
     support: DecodingSupport,
     prompts: Sequence[Sequence[int]],
     order: Sequence[int],
@@ -325,7 +335,7 @@ def _uniform(seed: int, number: int) -> Tensor:
     return torch.rand(number, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def decode_completions(tokenizer: Any, generated: Generated) -> list[str]:
+def decode_completions(tokenizer: PreTrainedTokenizerBase, generated: Generated) -> list[str]:
     """The text of every completion (see ``completion_text``)."""
     responses = zip(generated.response_ids.cpu(), generated.response_mask.cpu(), strict=True)
     prompts = zip(generated.prompt_ids[:, -CONTEXT:].cpu(), generated.prompt_mask[:, -CONTEXT:].cpu().bool(), strict=True)
@@ -335,7 +345,7 @@ def decode_completions(tokenizer: Any, generated: Generated) -> list[str]:
     ]
 
 
-def completion_text(tokenizer: Any, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
+def completion_text(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
     """A completion as text, without the end-of-turn token, other special tokens, and white space at both ends.
 
     It is decoded as the continuation of its prompt, because some tokenizers decode a word differently at the beginning of a text.

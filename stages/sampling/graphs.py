@@ -13,12 +13,15 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from stages.sampling.slots import Slots
+
+if TYPE_CHECKING:
+    from stages.model_types import TransformersModel
 
 logger = logging.getLogger(__name__)
 _refusals: Counter[str] = Counter()  # counts of rejected recordings by the logged reason
@@ -215,7 +218,7 @@ class CudaRecorder:
         return Recording(graph.replay, logits, max(0, torch.cuda.memory_reserved() - reserved))
 
 
-def can_record(model: Any) -> bool:
+def can_record(model: TransformersModel) -> bool:
     """Whether the steps of ``model`` may be recordable: it is on a GPU and has no layer that is known to prevent recording."""
     # LLM.int8 searches for outliers on the GPU and makes the CPU wait for the result.
     waits = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())

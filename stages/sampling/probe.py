@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,22 +17,28 @@ from torch import Tensor
 
 from stages.errors import ModelError
 from stages.sampling.readers import make_reader
-from stages.sampling.support import DecodingSupport, decoding_support, family_of, plain_model, says_causal
+from stages.sampling.support import PASS_FAILURES, DecodingSupport, decoding_support, family_of, plain_model, says_causal, weight_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from stages.model_types import TransformersModel
 
 logger = logging.getLogger(__name__)
-_found: WeakKeyDictionary[Any, tuple[DecodingSupport, DecodingSupport]] = WeakKeyDictionary()  # (requested support, correct support)
-_fitting: WeakKeyDictionary[Any, tuple[DecodingSupport, bool]] = WeakKeyDictionary()  # (requested support, whether slots work)
+_found: WeakKeyDictionary[PreTrainedModel, tuple[DecodingSupport, DecodingSupport]] = (
+    WeakKeyDictionary()
+)  # (requested support, correct support)
+_fitting: WeakKeyDictionary[PreTrainedModel, tuple[DecodingSupport, bool]] = WeakKeyDictionary()  # (requested support, whether slots work)
 _said: set[str] = set()
 
 LENGTHS = (3, 7)  # tokens of the two test prompts
 STEPS = 2  # tokens after each prompt
 TOLERANCE = 1e-2  # share of the logits' spread: far above fp32 rounding, far below the effect of a wrong position
 LOW_PRECISION_TOLERANCE = 0.3  # the same for half precision and quantized weights, whose rounding errors are large
-FAILURES = (RuntimeError, IndexError, ValueError, TypeError, AttributeError, AssertionError, KeyError, NotImplementedError)
 
 
 @torch.no_grad()
-def usable_support(model: Any) -> DecodingSupport:
+def usable_support(model: TransformersModel) -> DecodingSupport:
     """The fastest correct decoding method for ``model``. It is tested if the model's class does not show that it is correct.
 
     Raises ModelError if no method is correct: the model is not causal, so it cannot generate token by token.
@@ -49,7 +55,7 @@ def usable_support(model: Any) -> DecodingSupport:
 
 
 @torch.no_grad()
-def fits_slots(model: Any, support: DecodingSupport, tokens: int) -> bool:
+def fits_slots(model: TransformersModel, support: DecodingSupport, tokens: int) -> bool:
     """Whether sequences of up to ``tokens`` tokens can be decoded in slots.
 
     Slots use one additive attention mask for all layers and a cache without sliding windows. A model with sliding windows fits if no
@@ -67,7 +73,7 @@ def fits_slots(model: Any, support: DecodingSupport, tokens: int) -> bool:
     return fits
 
 
-def _tried_out(model: Any, support: DecodingSupport) -> DecodingSupport:
+def _tried_out(model: TransformersModel, support: DecodingSupport) -> DecodingSupport:
     name, reason = type(plain_model(model)).__name__, ""
     for way, what in _ways(support):
         problem = _problem(model, way)
@@ -98,7 +104,7 @@ def without_cache(support: DecodingSupport) -> DecodingSupport:
     return replace(support, cache_name=None, hides_padding=False, adds_mask=False, slot_tokens=0)
 
 
-def _problem(model: Any, support: DecodingSupport) -> str | None:
+def _problem(model: TransformersModel, support: DecodingSupport) -> str | None:
     """What is wrong with this decoding method; None if its logits agree with those of plain forward passes."""
     lengths = LENGTHS if support.hides_padding else (LENGTHS[1],) * 2
     rows = _texts(model, [length + STEPS for length in lengths])
@@ -106,7 +112,7 @@ def _problem(model: Any, support: DecodingSupport) -> str | None:
         actual = _read(model, support, rows, lengths)
     except torch.cuda.OutOfMemoryError:
         raise
-    except FAILURES as error:
+    except PASS_FAILURES as error:
         return f"its forward pass fails ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
     expected = torch.stack(
         [model(input_ids=row[None]).logits[0, length - 1 :].float() for row, length in zip(rows, lengths, strict=True)]
@@ -120,9 +126,9 @@ def _problem(model: Any, support: DecodingSupport) -> str | None:
     return f"its logits would differ by {difference:.0%} of their spread from those of a plain forward pass"
 
 
-def _texts(model: Any, lengths: list[int]) -> list[Tensor]:
+def _texts(model: TransformersModel, lengths: list[int]) -> list[Tensor]:
     """Test texts of ``lengths`` tokens. The tokens are spread over the vocabulary; the pad token is left out."""
-    embedding = model.get_input_embeddings().weight
+    embedding = weight_of(plain_model(model).get_input_embeddings())
     size, pad = embedding.shape[0], getattr(model.config, "pad_token_id", None)
     tokens = [token for token in range(size) if token != pad]
     step = max(1, len(tokens) // sum(lengths))
@@ -130,7 +136,7 @@ def _texts(model: Any, lengths: list[int]) -> list[Tensor]:
     return [torch.tensor([next(drawn) for _ in range(length)], device=embedding.device) for length in lengths]
 
 
-def _read(model: Any, support: DecodingSupport, rows: list[Tensor], lengths: tuple[int, ...]) -> Tensor:
+def _read(model: TransformersModel, support: DecodingSupport, rows: list[Tensor], lengths: tuple[int, ...]) -> Tensor:
     """Logits after the prompt and after each further token [2, 1 + STEPS, V] fp32. The two rows are swapped before every step."""
     width = max(lengths)
     ids = torch.stack([torch.nn.functional.pad(row[:length], (width - length, 0)) for row, length in zip(rows, lengths, strict=True)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from transformers import DynamicCache
 from stages.kernels.token_budget import token_budget_batches
 from stages.sampling.cache import decoding_attention, forward_options, keep_rows, make_cache, prompt_cache, put_prompts
 from stages.sampling.support import DecodingSupport
+
+if TYPE_CHECKING:
+    from stages.model_types import TransformersModel
 
 PROMPT_TOKENS = 16_384  # tokens of one forward pass over prompts: enough to fill a GPU; it limits the memory for activations
 
@@ -37,7 +40,7 @@ class Reader(Protocol):
         """Keep only ``rows`` (indices, which may repeat). ``trim``: a reader may drop columns that are padding in all of them."""
 
 
-def make_reader(model: Any, support: DecodingSupport, most: int) -> Reader:
+def make_reader(model: TransformersModel, support: DecodingSupport, most: int) -> Reader:
     """The fastest correct reader for ``model``. ``most``: the most tokens after each prompt."""
     if support.adds_mask:
         return InPlaceReader(model, support, most)
@@ -51,7 +54,9 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-def read_in_parts(model: Any, cache: Any, options: dict[str, Any], ids: Tensor, mask: Tensor) -> Iterator[tuple[int, Any, Tensor]]:
+def read_in_parts(
+    model: TransformersModel, cache: DynamicCache, options: dict[str, object], ids: Tensor, mask: Tensor
+) -> Iterator[tuple[int, DynamicCache, Tensor]]:
     """Read prompts [prompts, P] in parts; yields (row of the part's first prompt, ``prompt_cache`` of the part, last logits [part, V]).
 
     Neighbouring prompts are read together if they fit into one forward pass. Padding columns that all of them share are left out;
@@ -70,7 +75,7 @@ def read_in_parts(model: Any, cache: Any, options: dict[str, Any], ids: Tensor, 
 class InPlaceReader:
     """A reader for models that accept an additive attention mask. It writes the cache in place and does not rebuild the mask per step."""
 
-    def __init__(self, model: Any, support: DecodingSupport, most: int) -> None:
+    def __init__(self, model: TransformersModel, support: DecodingSupport, most: int) -> None:
         self._model, self._most = model, most
         self._cache = make_cache(model, most)
         self._options = forward_options(support, self._cache)
@@ -115,7 +120,7 @@ class CacheReader:
     The model gets a 2-D mask if it can hide padding. Otherwise it gets none, and all rows of a batch must have the same length.
     """
 
-    def __init__(self, model: Any, support: DecodingSupport, most: int) -> None:
+    def __init__(self, model: TransformersModel, support: DecodingSupport, most: int) -> None:
         self._model, self._support, self._most = model, support, most
         self._cache = DynamicCache(config=model.config)
         self._options = forward_options(support, self._cache)
@@ -154,7 +159,7 @@ class CacheReader:
 class WholeReader:
     """A reader for models without a cache. Every step reads the full text again. All rows of a batch must have the same length."""
 
-    def __init__(self, model: Any, support: DecodingSupport) -> None:
+    def __init__(self, model: TransformersModel, support: DecodingSupport) -> None:
         self._model, self._options = model, forward_options(support, None)
         self._ids = torch.empty(0)
 

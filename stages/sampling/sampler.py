@@ -6,11 +6,17 @@ Rollouts, evaluation, data collection and the terminal use this interface only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from stages.config import GenerationSettings
 from stages.errors import LaunchError
+from stages.json_types import JsonObject
 from stages.sampling.generation import Generated, OnFinished, ending_tokens, generate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.model_types import TransformersModel
 
 
 class SamplerLost(LaunchError):
@@ -49,7 +55,7 @@ class Sampler(Protocol):
     def rest(self) -> None:
         """Release the memory that training can use, until the next ``take_weights``. Call it on every process."""
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> JsonObject:
         """A description of the sampling engine for the summary of a run."""
 
 
@@ -58,7 +64,7 @@ class LocalSampler:
 
     is_local = True
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: TransformersModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
 
     def take_weights(self) -> None:
@@ -88,6 +94,6 @@ class LocalSampler:
     def rest(self) -> None:
         """Do nothing: the workspace that is kept for the next call (see ``workspace``) is a small share of a GPU's memory."""
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> JsonObject:
         """The engine name ``local``."""
         return {"engine": "local"}

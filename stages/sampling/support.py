@@ -10,12 +10,23 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, cast, overload
 
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from stages.model_types import TransformersModel
+
 ADDED_MASK = ("eager", "sdpa")  # attention implementations that add a given 4-D mask to the scores
+
+
+PASS_FAILURES = (RuntimeError, IndexError, ValueError, TypeError, AttributeError, AssertionError, KeyError, NotImplementedError)
+"""What a test pass raises if a model does not support the way in which it is called."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ class DecodingSupport:
     slot_tokens: float
 
 
-def decoding_support(model: Any) -> DecodingSupport:
+def decoding_support(model: TransformersModel) -> DecodingSupport:
     """Detect the decoding support of ``model``, a causal language model with or without a peft adapter, from its class and config."""
     plain = plain_model(model)
     parameters = inspect.signature(family_of(plain).forward).parameters
@@ -83,25 +94,36 @@ def decoding_support(model: Any) -> DecodingSupport:
     )
 
 
-def family_of(model: Any) -> Any:
+def family_of(model: nn.Module) -> type[nn.Module]:
     """The class in the inheritance chain of ``model`` whose ``forward`` names ``input_ids``; the model's own class if there is none."""
-    classes: list[Any] = [kind for kind in type(model).__mro__ if "forward" in vars(kind)]
+    classes = [kind for kind in type(model).__mro__ if issubclass(kind, nn.Module) and "forward" in vars(kind)]
     return next((kind for kind in classes if "input_ids" in inspect.signature(kind.forward).parameters), type(model))
 
 
-def plain_model(model: Any) -> Any:
-    """``model`` without the peft wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+@overload
+def plain_model(model: TransformersModel) -> PreTrainedModel: ...
+@overload
+def plain_model(model: nn.Module) -> nn.Module: ...
+def plain_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PeftModel. A model without adapters is returned unchanged."""
+    return cast("PeftModel", model).get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def says_causal(model: Any) -> bool:
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a layer such as an embedding or an output layer."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def says_causal(model: nn.Module) -> bool:
     """Whether every attention layer of ``model`` is marked as causal; False if no layer has such a mark."""
     said = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
     decodes = [module.is_decoder for module in model.modules() if hasattr(module, "is_decoder")]
     return bool(said) and all(said) and all(decodes)
 
 
-def _cache_layers(model: Any) -> list[Any] | None:
+def _cache_layers(model: TransformersModel) -> list[object] | None:
     """The layers of an empty cache for ``model``; None if the model does not support transformers' cache."""
     supports = getattr(type(model), "_supports_default_dynamic_cache", None)
     if supports is not None and not supports():
@@ -109,7 +131,7 @@ def _cache_layers(model: Any) -> list[Any] | None:
     return list(DynamicCache(config=model.config).layers)
 
 
-def _looks_back(layers: Sequence[Any]) -> float:
+def _looks_back(layers: Sequence[object]) -> float:
     """The smallest attention window of the cache layers, in tokens (infinity without sliding windows).
 
     0 if a layer is neither a full nor a sliding-window attention layer, or if there are no layers.
@@ -119,7 +141,7 @@ def _looks_back(layers: Sequence[Any]) -> float:
     return min((layer.sliding_window for layer in layers if type(layer) is DynamicSlidingWindowLayer), default=math.inf)
 
 
-def _skips_padding(model: Any, layer: Any) -> bool:
+def _skips_padding(model: TransformersModel, layer: object) -> bool:
     """Whether left padding has no effect on a cache layer.
 
     The state of a recurrent layer is correct only if the model family zeroes the inputs at padding. A cache layer that the family defines
@@ -131,12 +153,12 @@ def _skips_padding(model: Any, layer: Any) -> bool:
     return type(layer).__module__ == DynamicLayer.__module__
 
 
-def _attends_by_distance(model: Any) -> bool:
+def _attends_by_distance(model: TransformersModel) -> bool:
     """Whether ``model`` uses ALiBi instead of position ids. Its bias depends on the distance of two tokens; padding does not change it."""
     return any("alibi" in name for module in model.modules() for name in vars(type(module)))
 
 
-def _numbers_tokens_itself(model: Any) -> bool:
+def _numbers_tokens_itself(model: TransformersModel) -> bool:
     """Whether ``model`` computes position ids from the tokens, as RoBERTa does: they start at ``pad_token_id + 1`` and skip pad tokens.
 
     A forward pass over one new token cannot know how many pad tokens came before it. So such a model must read the full text at every step.

@@ -12,16 +12,21 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from stages.sampling.cache import COLUMN_ROOM, SlotWindow, decoding_attention, forward_options, make_slot_cache
+from stages.sampling.cache import COLUMN_ROOM, SlotLayer, SlotWindow, decoding_attention, forward_options, layers_of, make_slot_cache
 from stages.sampling.casts import AutocastCopies, uncached_casts
 from stages.sampling.graphs import CudaRecorder, GraphPool, Recorder, Size, can_record, rounded_room
 from stages.sampling.slots import Choice, Slots
 from stages.sampling.support import DecodingSupport
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from stages.model_types import TransformersModel
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +37,7 @@ RESPONSE_ROOM = 512  # initial capacity of a cache on a GPU, in response tokens;
 class Workspace:
     """Slots, cache and recordings. It has no reference to the model, so it does not keep the model in memory."""
 
-    def __init__(self, model: Any, slots: int, longest: int, most: int, recorder: Recorder | None) -> None:
+    def __init__(self, model: TransformersModel, slots: int, longest: int, most: int, recorder: Recorder | None) -> None:
         """``longest``: tokens of the longest prompt; ``most``: most tokens of a response; ``recorder`` None: no CUDA graphs."""
         self._device = next(model.parameters()).device
         self._is_exact = recorder is None and self._device.type == "cpu"
@@ -40,12 +45,13 @@ class Workspace:
         self.slots = Slots(slots, most, self._device)
         self._window = SlotWindow(slots, 1, self.slots.positions)
         self.cache = make_slot_cache(model, self._window, slots)
+        self.layers = layers_of(self.cache, SlotLayer)
         self._recorder = recorder
         self.pool = None if recorder is None else GraphPool(recorder, slots, self.room)
         self._copies = AutocastCopies()
 
     @contextmanager
-    def in_use(self, model: Any) -> Iterator[None]:
+    def in_use(self, model: TransformersModel) -> Iterator[None]:
         """The context in which prompts must be read and steps must run."""
         with self._copies.in_use(model), uncached_casts(self._device.type):
             yield
@@ -59,7 +65,7 @@ class Workspace:
             return
         more = columns + max(COLUMN_ROOM, columns // 8) if self._is_exact else rounded_room(2 * columns)
         self.room = max(columns, min(more, limit)) if self._is_exact else min(more, rounded_room(limit))
-        for layer in self.cache.layers:
+        for layer in self.layers:
             layer.widen(self.room)
         if self._recorder is not None:
             self.pool = GraphPool(self._recorder, self.slots.number, self.room)
@@ -70,7 +76,7 @@ class Workspace:
             return self.pool.size(rows, columns)
         return Size(rows, columns if self._is_exact else min(self.room, -(-columns // EVEN_COLUMNS) * EVEN_COLUMNS))
 
-    def step(self, model: Any, support: DecodingSupport, size: Size, choice: Choice, remaining: int) -> None:
+    def step(self, model: TransformersModel, support: DecodingSupport, size: Size, choice: Choice, remaining: int) -> None:
         """Read the last token of the first rows and sample the next one.
 
         ``remaining``: the most steps that are left, including this one.
@@ -86,7 +92,7 @@ class Workspace:
             else:
                 self.pool.step(size, choice, compute, self.slots, remaining)
 
-    def _compute(self, model: Any, options: dict[str, Any], size: Size, choice: Choice) -> Tensor:
+    def _compute(self, model: TransformersModel, options: dict[str, object], size: Size, choice: Choice) -> Tensor:
         rows, columns = size
         # The position of a finished response may be beyond the columns of this step; then it writes to the last column.
         at = self.slots.positions[:rows].clamp(max=columns - 1)
@@ -100,7 +106,7 @@ class Workspace:
 
     def _dtype(self) -> torch.dtype:
         """The dtype of the cached keys. The attention mask must have the same dtype."""
-        return next(layer.dtype for layer in self.cache.layers if layer.is_initialized)
+        return next(layer.keys.dtype for layer in self.layers if layer.keys is not None)
 
     def serves(self, slots: int, longest: int, most: int) -> bool:
         """Whether a call can use this workspace: it is large enough, and not more than twice as large as the call needs."""
@@ -109,7 +115,7 @@ class Workspace:
 
     def num_bytes(self) -> int:
         """Memory of the cache, the slots, the weight copies and the recordings, in bytes."""
-        storages = [storage for layer in self.cache.layers if layer.is_initialized for storage in (layer.keys, layer.values)]
+        storages = [storage for layer in self.layers for storage in (layer.keys, layer.values) if storage is not None]
         recorded = 0 if self.pool is None else self.pool.num_bytes
         return sum(storage.nbytes for storage in storages) + self.slots.num_bytes() + self._copies.num_bytes() + recorded
 
@@ -121,7 +127,7 @@ def first_room(longest: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class _Kept:
-    model: weakref.ref[Any]
+    model: weakref.ref[TransformersModel]
     signature: Hashable
     workspace: Workspace
 
@@ -130,7 +136,7 @@ _kept: _Kept | None = None
 
 
 @contextmanager
-def workspace_for(model: Any, slots: int, longest: int, most: int, *, cuda_graphs: bool) -> Iterator[Workspace]:
+def workspace_for(model: TransformersModel, slots: int, longest: int, most: int, *, cuda_graphs: bool) -> Iterator[Workspace]:
     """A workspace for ``slots`` slots, prompts of up to ``longest`` tokens, and responses of up to ``most`` tokens.
 
     With CUDA graphs, the kept workspace is reused if it is suitable. At the end the workspace is kept if it is within the memory limit.
@@ -145,7 +151,7 @@ def workspace_for(model: Any, slots: int, longest: int, most: int, *, cuda_graph
     _keep(model, signature, workspace, recorder.memory_limit)
 
 
-def make_recorder(model: Any) -> Recorder | None:
+def make_recorder(model: TransformersModel) -> Recorder | None:
     """A recorder for the steps of ``model``; None if they cannot be recorded."""
     return CudaRecorder(next(model.parameters()).device) if can_record(model) else None
 
@@ -156,7 +162,7 @@ def drop_kept_workspace() -> None:
     _kept = None
 
 
-def _taken(model: Any, signature: Hashable, slots: int, longest: int, most: int) -> Workspace | None:
+def _taken(model: TransformersModel, signature: Hashable, slots: int, longest: int, most: int) -> Workspace | None:
     """The kept workspace if it is suitable, else None. In both cases it is no longer kept, because two would need too much memory."""
     kept = _kept
     drop_kept_workspace()
@@ -165,7 +171,7 @@ def _taken(model: Any, signature: Hashable, slots: int, longest: int, most: int)
     return kept.workspace
 
 
-def _keep(model: Any, signature: Hashable, workspace: Workspace, memory_limit: int) -> None:
+def _keep(model: TransformersModel, signature: Hashable, workspace: Workspace, memory_limit: int) -> None:
     global _kept
     if workspace.pool is None or not len(workspace.pool):
         return
@@ -182,16 +188,16 @@ def _keep(model: Any, signature: Hashable, workspace: Workspace, memory_limit: i
         )
 
 
-def weights_signature(model: Any) -> Hashable:
+def weights_signature(model: TransformersModel) -> Hashable:
     """The properties of ``model`` that a recording depends on: addresses of weights, state of adapters, precision, attention function."""
     weights = tuple((tensor.data_ptr(), tensor.dtype) for tensor in chain(model.parameters(), model.buffers()))
-    adapters = tuple(_adapter_state(module) for module in model.modules() if hasattr(module, "_active_adapter"))
+    adapters = tuple(_adapter_state(cast("BaseTunerLayer", module)) for module in model.modules() if hasattr(module, "_active_adapter"))
     kind = next(model.parameters()).device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return weights, adapters, autocast, model.config._attn_implementation
 
 
-def _adapter_state(module: Any) -> Hashable:
+def _adapter_state(module: BaseTunerLayer) -> Hashable:
     """State of a peft layer: active adapters in order, whether adapters are disabled, merged adapters, and the scale of each."""
     active = module._active_adapter
     scaling = getattr(module, "scaling", {})

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import TrainingArguments
 
 from stages.config import OptimizerSettings, TrainingStepConfig
 from stages.errors import LaunchError, RecipeError
+from stages.json_types import JsonObject
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from stages.step import StepContext
+    from stages.training.step_trainer import StepArguments
 
 TRAINER_OPTIMIZERS = {
     "adamw": "adamw_torch_fused",
@@ -45,7 +49,7 @@ def fills_memory(settings: OptimizerSettings, context: StepContext) -> bool:
     return settings.microbatch_size == "auto" and runtime.device.type != "cpu" and runtime.num_processes == 1
 
 
-def schedule_arguments(settings: OptimizerSettings) -> dict[str, Any]:
+def schedule_arguments(settings: OptimizerSettings) -> JsonObject:
     """The Trainer's arguments for a warmup, followed by a constant rate or a descent to ``final_learning_rate_fraction`` of the peak."""
     warmup = {"warmup_steps": settings.warmup_fraction}
     final = settings.final_learning_rate_fraction
@@ -65,7 +69,9 @@ def weights_dtype(config: TrainingStepConfig, context: StepContext) -> torch.dty
     return torch.float32 if config.lora is None else context.runtime.dtype(config.precision)
 
 
-def training_arguments(settings: OptimizerSettings, context: StepContext, *, precision: str, kind: Any = None, **options: Any) -> Any:
+def training_arguments(
+    settings: OptimizerSettings, context: StepContext, *, precision: str, kind: type[TrainingArguments] | None = None, **options: object
+) -> StepArguments:
     """``TrainingArguments`` (or an instance of its subclass ``kind``) of a step. ``options`` replace or add arguments.
 
     Checkpoints go to ``context.checkpoint_folder``. The Trainer itself evaluates nothing, saves nothing and prints nothing. Raises
@@ -116,7 +122,7 @@ def training_arguments(settings: OptimizerSettings, context: StepContext, *, pre
     with warnings.catch_warnings():
         # transformers renames gradient_checkpointing; TRL's arguments still have the old name.
         warnings.simplefilter("ignore", FutureWarning)
-        made: Any = (kind or TrainingArguments)(**{**arguments, **options})
+        made = cast("StepArguments", (kind or TrainingArguments)(**cast("dict[str, Any]", {**arguments, **options})))
     made.batch_size = settings.batch_size  # of all processes; the Trainer's own product of its arguments is rounded
     made.by_tokens = by_tokens  # training/microbatches.py cuts each step into passes
     if made.n_gpu > 1:

@@ -10,15 +10,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from torch.utils.data import DataLoader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch.utils.data import Dataset
 
+
+Example = TypeVar("Example")
+Example_co = TypeVar("Example_co", covariant=True)
+Batch = TypeVar("Batch")
 SORTED_STEPS = 50  # number of steps whose rows are sorted by length together
+
+
+class Rows(Protocol[Example_co]):
+    """Rows by index: a PyTorch data set, or one of the library datasets."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Example_co: ...
+    def __iter__(self) -> Iterator[Example_co]: ...
 
 
 @dataclass(frozen=True)
@@ -61,18 +74,20 @@ class BatchPlan:
         return full_steps * self.num_microbatches(self.batch_size) + (self.num_microbatches(rest) if rest else 0)
 
 
-def make_loader(dataset: Any, collate: Callable[[list[Any]], Any], blank: Callable[[Any], Any], plan: BatchPlan) -> DataLoader[Any]:
+def make_loader(
+    dataset: Rows[Example], collate: Callable[[list[Example]], Batch], blank: Callable[[Batch], Batch], plan: BatchPlan
+) -> DataLoader[Example]:
     """A loader of this process's forward passes. ``blank`` makes a batch have no effect on the loss, for passes without a row."""
     sampler = _Microbatches(plan)
 
-    def batch(rows: list[Any]) -> Any:
+    def batch(rows: list[Example]) -> Batch:
         return collate(rows) if rows else blank(collate([dataset[0]]))
 
     class Loader(DataLoader):
         def set_epoch(self, epoch: int) -> None:
             sampler.set_epoch(epoch)
 
-    return Loader(dataset, batch_sampler=sampler, collate_fn=batch)
+    return Loader(cast("Dataset[Example]", dataset), batch_sampler=sampler, collate_fn=batch)
 
 
 class _Microbatches:

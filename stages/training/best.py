@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,14 @@ from stages.training.state import load_weights, trained_parameters
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from stages.model_types import TransformersModel
     from stages.registry.record import ModelRecord
     from stages.step import StepContext
+    from stages.training.step_trainer import StepTrainer
 
 
 @contextmanager
-def best_weights(trainer: Any) -> Iterator[dict[str, float] | None]:
+def best_weights(trainer: StepTrainer) -> Iterator[dict[str, float] | None]:
     """Within this context the model has the weights of the best checkpoint. Yields its held-out loss and its optimizer step.
 
     Yields None, and changes nothing, if no best checkpoint is kept.
@@ -47,7 +49,7 @@ def best_weights(trainer: Any) -> Iterator[dict[str, float] | None]:
 
 
 def heldout_likelihood(
-    trainer: Any,
+    trainer: StepTrainer,
     context: StepContext,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[tuple[Sequence[int], Sequence[int]]],
@@ -66,11 +68,11 @@ def heldout_likelihood(
 
 
 def publish_best(
-    trainer: Any,
+    trainer: StepTrainer,
     context: StepContext,
     save: Callable[[Path, dict[str, torch.Tensor] | None], None],
     *,
-    prepare: Callable[[], Any] | None = None,
+    prepare: Callable[[], object] | None = None,
     **options: Any,
 ) -> None:
     """Publish the best checkpoint as ``<name>-best`` if one is kept. ``save(folder, gathered weights)`` writes its files.
@@ -87,13 +89,13 @@ def publish_best(
 
 
 def publish_trained(
-    trainer: Any,
+    trainer: StepTrainer,
     context: StepContext,
-    model: Any,
+    model: TransformersModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
     rows: Sequence[Sequence[int]],
-    metrics: dict[str, Any],
+    metrics: Mapping[str, object],
     **options: Any,
 ) -> ModelRecord:
     """Publish a trained transformers model and its tokenizer, and before it the best checkpoint as in ``publish_best``.
@@ -106,10 +108,10 @@ def publish_trained(
 
     publish_best(trainer, context, save, **options)
     weights = gathered_weights(trainer)
-    return context.publish(lambda folder: save(folder, weights), metrics=metrics, **options)
+    return context.publish(lambda folder: save(folder, weights), metrics=dict(metrics), **options)
 
 
-def gathered_weights(trainer: Any) -> dict[str, torch.Tensor] | None:
+def gathered_weights(trainer: StepTrainer) -> dict[str, torch.Tensor] | None:
     """All weights, if they are sharded over processes (FSDP, ZeRO); None if the model holds them. Call on every process."""
     if trainer.is_deepspeed_enabled:
         return trainer.accelerator.get_state_dict(trainer.model_wrapped)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stages.errors import ModelError
+from stages.json_types import JsonObject
 from stages.process.runtime import Runtime
 from stages.process.storage import sync, write_json
 from stages.registry.contents import file_sha256, files_of
@@ -231,7 +232,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Te
         path.with_suffix(".json").write_text(json.dumps({"groups": groups, "scalars": scalars}), encoding="utf-8")
 
 
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(group: Mapping[str, object]) -> JsonObject:
     return {key: value for key, value in group.items() if key != "params"}
 
 
@@ -250,7 +251,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Te
     # Fused kernels need step counts on the weights' device, others need them on the CPU.
     kinds = [(group.get("fused") or group.get("capturable"), group["params"]) for group in optimizer.param_groups]
     fused = {parameter for is_fused, members in kinds if is_fused for parameter in members}
-    state: dict[Tensor, dict[str, Any]] = {}
+    state: dict[Tensor, dict[str, Tensor | float]] = {}
     for key, value in {**load_file(path), **kept["scalars"]}.items():
         name, _, slot = key.rpartition("/")
         parameter = parameters[name]
@@ -265,11 +266,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Te
     optimizer.state.update(state)
 
 
-def generator_states(runtime: Runtime) -> dict[str, Any]:
+def generator_states(runtime: Runtime) -> JsonObject:
     """The random generator states of this process (Python, numpy, torch, its GPU), in JSON types."""
     version, words, gauss = random.getstate()
     name, keys, *rest = numpy.random.get_state()
-    state: dict[str, Any] = {
+    state: JsonObject = {
         "python": [version, list(words), gauss],
         "numpy": [name, numpy.asarray(keys).tolist(), *rest],
         "torch": torch.get_rng_state().tolist(),

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stages.models.budget import PassBudget, tokens_of
-
-if TYPE_CHECKING:
-    from transformers import Trainer
-else:
-    Trainer = object
+from stages.kernels.token_budget import tokens_of
+from stages.models.budget import PassBudget
+from stages.training.step_trainer import Batch, StepTrainer
 
 
-class PassesByTokens(Trainer):
+class PassesByTokens(StepTrainer):
     """With ``args.by_tokens`` the loader gives a complete step as one batch, and ``training_step`` splits it into passes.
 
     The loss of a pass must be its share of the step's loss, so that the sum over passes is the step's loss. ``sizes_of`` and ``part_of``
@@ -25,7 +21,7 @@ class PassesByTokens(Trainer):
     budget: PassBudget | None = None
 
     # The Trainer's gradient accumulation uses the same number of passes in each step. With a token budget this number differs per step.
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
         """Forward and backward passes over the step. Returns the summed loss. Gradients must be empty before the call."""
         if not getattr(self.args, "by_tokens", False):
             return super().training_step(model, inputs, num_items_in_batch)
@@ -46,7 +42,7 @@ class PassesByTokens(Trainer):
             self.budget.settle(self._pending_moments(model))
         return loss
 
-    def _all_passes(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
+    def _all_passes(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
         assert self.budget is not None
         sizes = self.sizes_of(inputs)
         order = sorted(range(len(sizes)), key=lambda row: -sizes[row])  # largest first, so that a pass that does not fit fails at once
@@ -56,15 +52,15 @@ class PassesByTokens(Trainer):
                 losses.append(super().training_step(model, self.part_of(inputs, sorted(rows)), num_items_in_batch))
         return torch.stack(losses).sum()
 
-    def sizes_of(self, batch: dict[str, Any]) -> list[int]:
+    def sizes_of(self, batch: Batch) -> list[int]:
         """Number of tokens of each example of a collated batch."""
         return row_lengths(batch)
 
-    def part_of(self, batch: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    def part_of(self, batch: Batch, rows: list[int]) -> Batch:
         """The examples ``rows`` of a collated batch."""
         return chosen_rows(batch, rows)
 
-    def _pending_moments(self, model: Any) -> int:
+    def _pending_moments(self, model: torch.nn.Module) -> int:
         """Bytes of the optimizer's moments, which are allocated at the first step. 0 if they are already allocated."""
         if self.optimizer is None or self.optimizer.state:
             return 0
@@ -75,9 +71,9 @@ class PassesByTokens(Trainer):
 class _MetricCounts:
     """The metrics that TRL's trainers have collected so far. ``restore`` removes those of failed passes, so repeated passes count once."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: StepTrainer) -> None:
         self._trainer = trainer
-        self._lists: Any = getattr(trainer, "_metrics", {}).get("train", {})
+        self._lists: dict[str, list[float]] = getattr(trainer, "_metrics", {}).get("train", {})
         self._lengths = {name: len(values) for name, values in self._lists.items()}
         self._tokens = getattr(trainer, "_total_train_tokens", None)
 
@@ -88,14 +84,14 @@ class _MetricCounts:
             self._trainer._total_train_tokens = self._tokens
 
 
-def row_lengths(batch: dict[str, Any]) -> list[int]:
+def row_lengths(batch: Batch) -> list[int]:
     """Number of tokens of each row of a batch with ``input_ids`` [B, T]: those that its mask counts, or T without a mask."""
     rows, width = batch["input_ids"].shape
     mask = batch.get("attention_mask")
     return [width] * rows if mask is None else mask.sum(dim=1).tolist()
 
 
-def chosen_rows(batch: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+def chosen_rows(batch: Batch, rows: Sequence[int]) -> Batch:
     """The rows of every tensor [B, ...] of a batch, without columns that are padding in all of these rows (padding is on the right)."""
     number, width = batch["input_ids"].shape
     lengths = row_lengths(batch)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
@@ -20,8 +20,11 @@ from stages.training.checkpoints import Checkpoints
 from stages.training.state import restore_state
 
 if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
     from stages.process.progress import ProgressBar
     from stages.step import StepContext
+    from stages.training.step_trainer import StepTrainer
 
 PROCESS_SEEDS = 100_003  # difference of the seeds of two neighbouring processes
 NUM_MEASURES = 10  # held-out measures per training run, if the best checkpoints are kept
@@ -30,7 +33,7 @@ Measure = Callable[[], float]
 
 
 def train(
-    trainer: Any,
+    trainer: StepTrainer,
     context: StepContext,
     description: str,
     *,
@@ -77,7 +80,7 @@ def train(
     }
 
 
-def _announce(trainer: Any, context: StepContext, description: str) -> None:
+def _announce(trainer: StepTrainer, context: StepContext, description: str) -> None:
     """Say which model is trained, in which precision, and whether the result depends on the number of processes."""
     runtime = context.runtime
     dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else torch.float32
@@ -89,7 +92,7 @@ def _announce(trainer: Any, context: StepContext, description: str) -> None:
         )
 
 
-def _replace_callbacks(trainer: Any, callback: TrainerCallback) -> None:
+def _replace_callbacks(trainer: StepTrainer, callback: TrainerCallback) -> None:
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     trainer.add_callback(callback)
@@ -102,7 +105,7 @@ class StepCallback(TrainerCallback):
 
     def __init__(
         self,
-        trainer: Any,
+        trainer: StepTrainer,
         context: StepContext,
         description: str,
         room: str,
@@ -115,7 +118,7 @@ class StepCallback(TrainerCallback):
         self.resumed_at = 0  # optimizer step
         self.shown: dict[str, float | str] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.bar = self.stack.enter_context(self.context.runtime.progress(self.description, state.max_steps))
         self.bar.advance(state.global_step)
         if self.checkpoint is None:
@@ -125,12 +128,12 @@ class StepCallback(TrainerCallback):
         for step, metrics in restore_state(self.trainer, self.checkpoint):
             self.context.log(step, metrics)
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Restore the random generators here if the checkpoint was written at the end of an epoch: the loader draws from them next."""
         if state.global_step % self.trainer.steps_per_epoch == 0:
             self.trainer.restore_generators()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.bar.advance(1, **self.shown)
         runtime, checkpoints = self.context.runtime, self.trainer.checkpoints
         due, stop = runtime.largest(float(runtime.is_main and checkpoints.is_due()), runtime.stop.number or 0)
@@ -144,11 +147,13 @@ class StepCallback(TrainerCallback):
             if checkpoints.wants(score):
                 self.trainer.score, control.should_save = score, True
 
-    def _is_measured(self, state: Any) -> bool:
+    def _is_measured(self, state: TrainerState) -> bool:
         count = min(NUM_MEASURES, state.max_steps)
         return any(state.global_step == state.max_steps * index // count for index in range(1, count + 1))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Mapping[str, object] | None = None, **_: object
+    ) -> None:
         metrics = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, int | float)}
         if "loss" not in metrics:  # the summary at the end
             return

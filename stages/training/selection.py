@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
@@ -27,6 +27,12 @@ from stages.sampling.generation import decode_completions, episode_seed, require
 from stages.step import StepContext
 from stages.training.checkpoints import load_tensors, save_tensors, trainable
 from stages.training.config import Selection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
+
+    from stages.model_types import TransformersModel
+    from stages.training.step_trainer import StepTrainer
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,12 @@ class Selector:
         self,
         selection: Selection,
         context: StepContext,
-        model: Any,
-        tokenizer: Any,
+        model: TransformersModel,
+        tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[PromptRow],
         measure_loss: Callable[[], float],
         *,
-        dtype: Any,
+        dtype: torch.dtype,
     ) -> None:
         self.selection, self.context, self.model, self.tokenizer = selection, context, model, tokenizer
         self.measure_loss, self.dtype = measure_loss, dtype
@@ -144,7 +150,7 @@ class Selector:
         return sum(scores) / len(scores)
 
 
-def selection_callback(selector: Selector, trainer: Any) -> Any:
+def selection_callback(selector: Selector, trainer: StepTrainer) -> TrainerCallback:
     """A Trainer callback that evaluates the model at regular intervals and at the end."""
     if trainer.is_deepspeed_enabled:
         raise RecipeError("selection samples during training and needs unsharded weights; remove it, or train without ZeRO")
@@ -152,12 +158,12 @@ def selection_callback(selector: Selector, trainer: Any) -> Any:
     class SelectionCallback(TrainerCallback):
         every = 0
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
             per_epoch = state.max_steps / max(state.num_train_epochs, 1e-9)
             self.every = max(1, round(per_epoch * selector.selection.every_epochs))
             selector.resume(state.global_step)
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
             if state.global_step % self.every == 0 or state.global_step == state.max_steps:
                 selector.try_out(state.global_step)
 

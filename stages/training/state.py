@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from stages.training.checkpoints import load_optimizer, load_tensors, save_generators, save_optimizer, save_tensors, trainable
 
+if TYPE_CHECKING:
+    from stages.training.step_trainer import StepTrainer
 
-def trained_parameters(trainer: Any) -> dict[str, torch.nn.Parameter]:
+
+def trained_parameters(trainer: StepTrainer) -> dict[str, torch.nn.Parameter]:
     """The parameters that ``trainer`` trains, by name."""
     return trainable(trainer.accelerator.unwrap_model(trainer.model))
 
 
-def save_state(trainer: Any) -> Callable[[Path], None]:
+def save_state(trainer: StepTrainer) -> Callable[[Path], None]:
     """Read the state of ``trainer`` and return the function that writes it into a folder. Call both on every process."""
     loss = trainer.accelerator.gather(trainer._tr_loss.reshape(1)).mean()
     state = {
@@ -38,6 +41,7 @@ def save_state(trainer: Any) -> Callable[[Path], None]:
         else:
             parameters = trained_parameters(trainer)
             save_tensors(parameters, folder / "weights.safetensors", write=is_main)
+            assert trainer.optimizer is not None
             save_optimizer(trainer.optimizer, parameters, folder / "optimizer.safetensors", write=is_main)
         save_generators(folder, trainer.runtime)
         if is_main:
@@ -47,7 +51,7 @@ def save_state(trainer: Any) -> Callable[[Path], None]:
     return write
 
 
-def restore_state(trainer: Any, folder: Path) -> list[tuple[int, dict[str, float]]]:
+def restore_state(trainer: StepTrainer, folder: Path) -> list[tuple[int, dict[str, float]]]:
     """Bring ``trainer`` to the state of the checkpoint in ``folder``. Returns the lines of the log until then: (step, metrics).
 
     The trainer must have its optimizer and its schedule. It restores the random generators itself, before its first batch. DeepSpeed
@@ -56,6 +60,7 @@ def restore_state(trainer: Any, folder: Path) -> list[tuple[int, dict[str, float
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if not trainer.is_deepspeed_enabled:
         load_weights(trainer, folder)
+        assert trainer.optimizer is not None
         load_optimizer(trainer.optimizer, trained_parameters(trainer), folder / "optimizer.safetensors")
     trainer.lr_scheduler.load_state_dict(state["scheduler"])
     if state["scaler"] is not None:
@@ -69,6 +74,6 @@ def restore_state(trainer: Any, folder: Path) -> list[tuple[int, dict[str, float
     return state["logged"]
 
 
-def load_weights(trainer: Any, folder: Path) -> None:
+def load_weights(trainer: StepTrainer, folder: Path) -> None:
     """Copy the weights of the checkpoint in ``folder`` into the model."""
     load_tensors(trained_parameters(trainer), folder / "weights.safetensors")

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from random import Random
-from typing import Any
 
 from stages.corpora.world.gold import INQUIRY_WEIGHTS, WEIGHTS, judge
 from stages.corpora.world.language import Request, read_request
@@ -98,7 +97,7 @@ def label_batch(prompts: Sequence[str], completions: Sequence[str]) -> list[floa
     return scores
 
 
-def opinion(annotator: str, prompt: Any, completions: Sequence[str]) -> list[float]:
+def opinion(annotator: str, prompt: object, completions: Sequence[str]) -> list[float]:
     """Noisy utility of each completion for the annotator ``annotator``: for ``people.simulate``.
 
     An unknown name is mapped to one of the twelve annotators. Raises DataError for a prompt that is not an instruction of the world.

@@ -9,7 +9,6 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
-from typing import Any
 
 from stages.corpora.world.annotators import annotators
 from stages.corpora.world.language import SPLITS, draw_inquiry, draw_request, films_of
@@ -31,10 +30,11 @@ from stages.corpora.world.writers import (
     write_review,
 )
 from stages.errors import DataError
+from stages.json_types import JsonObject
 
 PREFIX = "world:"
 HASTE = 4.0  # noise of rankings relative to comparisons: two annotators agree on 72 % of pairs (73 % in Ouyang et al.)
-Row = dict[str, Any]
+Row = JsonObject
 
 
 def _raw(random: Random, split: str) -> Row:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from random import Random
-from typing import Any
 
 from stages.corpora.world.language import Film, fact_values, library_films, write_sentence
 from stages.corpora.world.lexicon import FACTS, SENTIMENTS, lexicon
 from stages.corpora.world.writers import break_words, draw_rated_review, opinions
+from stages.json_types import JsonObject
 
 NUM_CHOICES = 4
 
@@ -25,7 +25,7 @@ def _questions(split: str) -> tuple[tuple[Film, str], ...]:
     return tuple(pairs)
 
 
-def fact_row(random: Random, split: str, index: int) -> dict[str, Any]:
+def fact_row(random: Random, split: str, index: int) -> JsonObject:
     """A cloze question about a film of ``split``: genre, director, place or year. No question occurs twice."""
     film, kind = _questions(split)[index]
     if kind == "genre":
@@ -38,7 +38,7 @@ def fact_row(random: Random, split: str, index: int) -> dict[str, Any]:
     return _shuffled(random, context, true, others)
 
 
-def verdict_row(random: Random, split: str) -> dict[str, Any]:
+def verdict_row(random: Random, split: str) -> JsonObject:
     """A review of mixed sentiment and the question which verdict its majority supports."""
     verdicts = lexicon().verdicts
     review, true = draw_rated_review(random, library_films(split))
@@ -46,7 +46,7 @@ def verdict_row(random: Random, split: str) -> dict[str, Any]:
     return {"context": f"{review}\n{verdicts['line']}", "choices": choices, "answer": choices.index(f"{true}.")}
 
 
-def continuation_row(random: Random, split: str) -> dict[str, Any]:
+def continuation_row(random: Random, split: str) -> JsonObject:
     """A review without its last sentence. Choices: the real one, the opposite sentiment, another film, and broken grammar."""
     words, film = lexicon(), random.choice(library_films(split))
     index = random.randrange(2)
@@ -65,7 +65,7 @@ def continuation_row(random: Random, split: str) -> dict[str, Any]:
     return _shuffled(random, " ".join(before), last, others)
 
 
-def _shuffled(random: Random, context: str, true: str, others: Sequence[str]) -> dict[str, Any]:
+def _shuffled(random: Random, context: str, true: str, others: Sequence[str]) -> JsonObject:
     choices = [true, *others]
     random.shuffle(choices)
     return {"context": context, "choices": choices, "answer": choices.index(true)}
