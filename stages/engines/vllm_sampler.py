@@ -1,13 +1,16 @@
 """Sampling from vLLM servers that hold the model's weights. Adapters are loaded by name; full weights are reloaded.
 
-After each transfer, a probe checks that the servers and the local model compute the same log-probabilities.
+After each transfer, a probe checks that the servers and the local model compute the same log-probabilities. The probe is kept: a server
+that gets the same weights later, when the local model has changed, is compared with it.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,12 +24,11 @@ from stages.errors import ModelError, TrainingError
 from stages.json_types import JsonObject
 from stages.models.quiet import quiet_transformers
 from stages.models.responses import Policy, sequence_batch
-from stages.models.served_adapter import Update, updates_of, write_adapter
+from stages.models.served_adapter import updates_of, write_adapter
 from stages.models.sharding import unsharded_state_dict
 from stages.process.runtime import Runtime
 from stages.registry.references import ResolvedModel
-from stages.sampling.generation import Generated, OnFinished, ending_tokens, require_room
-from stages.sampling.padding import left_pad, right_pad
+from stages.sampling.generation import Generated, OnFinished, ending_tokens, joined, require_room
 from stages.sampling.support import plain_model, weight_of
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from stages.model_types import TransformersModel
 
 PROBE_PROMPT, PROBE_TOKENS = 8, 16  # tokens of the probe's prompt and of its completion
+WEIGHTS, PROBE = "weights", "probe.json"  # what save_weights writes
 FP32_BOUND, ROUNDED_BOUND = 1e-3, 0.1  # bounds on the mean difference in fp32 and in lower precision, in nats per token
 NOT_PROMISED = (
     "vLLM's completions depend on its version, on the hardware and on the batching of requests. So the same seeds may give other "
@@ -53,6 +56,14 @@ class Weights:
     kind: str
     merged: tuple[ResolvedModel, ...] = ()
     base: str = ""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A completion by the weights that the servers have: its token ids, and its log-probabilities by the local model."""
+
+    tokens: list[int]
+    logprobs: list[float]
 
 
 class VllmSampler:
@@ -77,7 +88,8 @@ class VllmSampler:
         self._run = f"tristage-{secrets.token_hex(4)}"  # a unique name, because several runs may use one server
         self._transfers = 0
         self._model = ""  # the adapter's name on the servers; empty: the servers' base model
-        self._current: Path | None = None
+        self._current: Path | None = None  # files of the weights that the servers have; on the first process only
+        self._probe = Probe([], [])
         self._sleeps = False
         self._version = ""
         is_rounded = dtype != torch.float32 or any(not parameter.is_floating_point() for parameter in policy.model.parameters())
@@ -93,14 +105,46 @@ class VllmSampler:
         self.policy.activate()
         state = unsharded_state_dict(self.policy.model) if self.weights.kind == "whole" else None
         updates = updates_of(self.policy.model, self.weights.merged) if self.weights.kind == "adapter" else {}
-        self._transfers += 1
-        told = self._runtime.decide(lambda: self._transfer(updates, state))
-        self._model, probes = told
-        self.servers.keep(list(probes))
-        for url, probe in probes.items():
-            self._check(url, probe)
 
-    def _transfer(self, updates: dict[str, list[Update]], state: dict[str, torch.Tensor] | None) -> tuple[str, dict[str, Completed]]:
+        def write(folder: Path) -> None:
+            if self.weights.kind == "adapter":
+                write_adapter(updates, folder, self.weights.base)
+            elif self.weights.kind == "whole":
+                write_whole(self.policy.model, folder, self._dtype, state)
+
+        probes = self._transfer(write)
+        for url, answer in probes.items():
+            self._probe = Probe(answer.tokens, self._own_logprobs(answer.tokens))
+            self._compare(url, answer)
+
+    def save_weights(self, folder: Path) -> None:
+        """Copy the weights of the last transfer and their probe into ``folder``. Call it on the first process only."""
+        assert self._current is not None
+        shutil.copytree(self._current, folder / WEIGHTS)
+        (folder / PROBE).write_text(json.dumps(vars(self._probe)), encoding="utf-8")
+
+    def restore_weights(self, folder: Path) -> None:
+        """Send the weights that ``save_weights`` copied into ``folder`` to the servers. Call it on every process.
+
+        Raises TrainingError if a server's log-probabilities of the probe differ from the saved ones.
+        """
+        self._probe = Probe(**json.loads((folder / PROBE).read_text(encoding="utf-8")))
+        probes = self._transfer(lambda target: shutil.copytree(folder / WEIGHTS, target))
+        for url, answer in probes.items():
+            self._compare(url, answer)
+
+    def _transfer(self, write: Callable[[Path], object]) -> dict[str, Completed]:
+        """Load the weights that ``write(folder)`` writes on every server. Returns the probe's completion by server URL.
+
+        Call it on every process; only the first one writes and loads.
+        """
+        self.servers.share_losses(self._runtime.gather)
+        self._transfers += 1
+        self._model, probes = self._runtime.decide(lambda: self._send(write))
+        self.servers.use(list(probes))
+        return probes
+
+    def _send(self, write: Callable[[Path], object]) -> tuple[str, dict[str, Completed]]:
         """Write the weights and load them on every server. Call it on the first process only.
 
         Returns (adapter name on the servers, empty for the base model; the probe's completion by server URL).
@@ -109,12 +153,9 @@ class VllmSampler:
         self._replace_dead()
         before, old_folder = self._model, self._current
         name = f"{self._run}-{self._transfers}"
-        if self.weights.kind == "adapter":
+        if self.weights.kind != "base":
             self._current = self._folder / name
-            write_adapter(updates, self._current, self.weights.base)
-        elif self.weights.kind == "whole":
-            self._current = self._folder / name
-            write_whole(self.policy.model, self._current, self._dtype, state)
+            write(self._current)
         probes = self.servers.on_each(lambda client: self._equip(client, name))
         if self.weights.kind == "adapter" and before:
             self.servers.on_each(lambda client: client.unload_adapter(before))
@@ -141,18 +182,28 @@ class VllmSampler:
         size = min(len(self.tokenizer), weight_of(plain_model(self.policy.model).get_input_embeddings()).shape[0])
         return torch.linspace(1, size - 1, PROBE_PROMPT).long().tolist()
 
-    def _check(self, url: str, probe: Completed) -> None:
-        """Compare a server's log-probabilities of the probe with those of the local model. Raises TrainingError if they differ too much."""
+    def _own_logprobs(self, tokens: list[int]) -> list[float]:
+        """The local model's log-probabilities of ``tokens`` after the probe's prompt."""
         training = self.policy.model.training
         self.policy.model.eval()
         with torch.inference_mode():
-            batch = sequence_batch([self._probe_prompt()], [probe.tokens], self.tokenizer.pad_token_id, self.policy.device)
-            own = self.policy.logprobs(batch).cpu()
+            batch = sequence_batch([self._probe_prompt()], [tokens], self.tokenizer.pad_token_id, self.policy.device)
+            own: list[float] = self.policy.logprobs(batch).float().cpu().tolist()
         self.policy.model.train(training)
-        gap = float((own - torch.tensor(probe.logprobs)).abs().mean())
+        return own
+
+    def _compare(self, url: str, answer: Completed) -> None:
+        """Compare a server's log-probabilities of the probe with the kept ones. Raises TrainingError if they differ too much.
+
+        Only the first tokens that both completions share can be compared. If there are none, the server has other weights.
+        """
+        pairs = list(zip(self._probe.tokens, answer.tokens, strict=False))
+        shared = next((index for index, (kept, new) in enumerate(pairs) if kept != new), len(pairs))
+        differences = [abs(kept - new) for kept, new in zip(self._probe.logprobs[:shared], answer.logprobs[:shared], strict=True)]
+        gap = sum(differences) / shared if shared else math.inf
         if not gap <= self._bound:
             raise TrainingError(
-                f"the sampler does not have the policy's weights: on a probe of {len(probe.tokens)} tokens the log-probabilities of the "
+                f"the sampler does not have the policy's weights: on a probe of {max(1, shared)} tokens the log-probabilities of the "
                 f"vLLM server {url} differ from the trainer's by {gap:.3g} nats per token (bound {self._bound:g}). Does it serve the "
                 f"policy's base model, in the same dtype, with --logprobs-mode {logprobs_mode(self.policy.temperature)}? To "
                 "allow a larger difference, set generation.engine.vllm.probe_bound"
@@ -183,33 +234,35 @@ class VllmSampler:
             seeds,
             stop_ids=stop,
             late_stop_ids=late,
-            revive=self._revive,
+            # Several processes must restart a server together, so the caller does that (``revive``).
+            revive=lambda: self._runtime.num_processes == 1 and self.revive(),
             on_finished=on_finished,
         )
-        pad = self.tokenizer.pad_token_id
-        ids, mask = left_pad(prompts, pad)
-        lengths = torch.tensor([len(one.tokens) for one in made])
-        response_ids = right_pad([torch.tensor(one.tokens) for one in made], pad)
-        return Generated(
-            prompt_ids=ids,
-            prompt_mask=mask,
-            response_ids=response_ids,
-            response_mask=torch.arange(response_ids.shape[1]) < lengths[:, None],
-            logprobs=right_pad([torch.tensor(one.logprobs) for one in made], 0.0),
-            stopped=torch.tensor([one.stopped for one in made]),
-        )
+        return joined(prompts, made, self.tokenizer.pad_token_id)
 
-    def _revive(self) -> bool:
-        """Restart the server that this run started and load its last weights; returns whether it is available again."""
-        if self._runtime.num_processes > 1 or not self.servers.restart():
-            return False
+    def revive(self) -> bool:
+        """Restart the server that this run started, and load the weights of the last transfer. Call it on every process.
+
+        Returns whether it can sample again. The local model is not used, so it may be training. Raises TrainingError if the server's
+        log-probabilities of the probe differ from the kept ones.
+        """
+        self.servers.share_losses(self._runtime.gather)
+        probes = self._runtime.decide(self._restart)
+        self.servers.use(list(probes))
+        for url, answer in probes.items():
+            self._compare(url, answer)
+        return bool(probes)
+
+    def _restart(self) -> dict[str, Completed]:
+        """Call it on the first process only. Returns the probe's completion by server URL; empty if no server can be used."""
+        if not self.servers.restart():
+            return {}
+        (client,) = self.servers.clients
         try:
-            probe = self._equip(self.servers.clients[0], self._model)
+            return {client.url: self._equip(client, self._model)}
         except Lost as error:
-            self.servers.leave_out(self.servers.clients[0], str(error))
-            return False
-        self._check(self.servers.clients[0].url, probe)
-        return True
+            self.servers.leave_out(client, str(error))
+            return {}
 
     # A GPU shared with the run
 
@@ -238,14 +291,18 @@ class VllmSampler:
             self._model = ""  # a new server has no old adapter to unload
 
     def close(self) -> None:
-        """Unload this run's adapter from servers that the run did not start, and remove the adapter's files."""
+        """Break off all requests, unload this run's adapter from servers that the run did not start, and remove the adapter's files."""
+        urls = [client.url for client in self.servers.clients]
+        self.servers.close()
         if self._runtime.is_main and self._model and self.servers.started is None:
-            for client in self.servers.clients:
+            for url in urls:
+                client = self.servers.client(url)
                 try:
                     client.unload_adapter(self._model)
                 except Lost:
                     continue
-        self.servers.close()
+                finally:
+                    client.close()
         if self._runtime.is_main:
             shutil.rmtree(self._folder, ignore_errors=True)
 

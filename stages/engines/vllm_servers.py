@@ -1,10 +1,12 @@
 """Several vLLM servers used as one. Prompts are distributed round-robin; a server that dies is left out, or restarted.
 
-Sampling continues as long as at least one server is left.
+Sampling continues as long as at least one server is left. With several processes, each has its own ``Servers``. A process that loses a
+server tells the others at the next ``share_losses``.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import TypeVar
@@ -28,18 +30,40 @@ class Servers:
         self, urls: Sequence[str], settings: Vllm, key: str | None, *, say: Callable[[str], None], started: StartedServer | None = None
     ) -> None:
         self.settings, self.started, self._key, self._say = settings, started, key, say
-        self.clients = [VllmClient(url, settings, key) for url in urls]
+        self.clients = [self.client(url) for url in urls]
         self.left_out: list[dict[str, str]] = []
         self.restarts = 0
+        self._shared = 0  # number of lost servers in left_out that all processes know
+        self._closed = threading.Event()
 
     def close(self) -> None:
-        """Close the connections. It does not end a started server; the code that started it does."""
-        for client in self.clients:
+        """Break off all requests and close the connections. It does not end a started server; the code that started it does."""
+        self._closed.set()
+        for client in list(self.clients):
             client.close()
 
-    def keep(self, urls: Sequence[str]) -> None:
-        """Keep only the servers with these URLs, because another process of this run has left out the others."""
-        self.clients = [client for client in self.clients if client.url in urls]
+    def share_losses(self, gather: Callable[[list[dict[str, str]]], list[list[dict[str, str]]]]) -> None:
+        """Leave out, on every process, the servers that any process has lost since the last call.
+
+        Call it on every process. ``gather``: returns the values of all processes (``Runtime.gather``).
+        """
+        for losses in gather(self.left_out[self._shared :]):
+            for lost in losses:
+                client = next((client for client in self.clients if client.url == lost["server"]), None)
+                if client is not None:
+                    self.leave_out(client, lost["reason"])
+        self._shared = len(self.left_out)
+
+    def use(self, urls: Sequence[str]) -> None:
+        """Use exactly the servers with these URLs, in this order. Another process may have left out others, or restarted one."""
+        known = {client.url: client for client in self.clients}
+        for url in known.keys() - set(urls):
+            known[url].close()
+        self.clients = [known.get(url) or self.client(url) for url in urls]
+
+    def client(self, url: str) -> VllmClient:
+        """A new client of the server ``url``."""
+        return VllmClient(url, self.settings, self._key)
 
     def leave_out(self, client: VllmClient, why: str) -> None:
         """Continue without this server, and tell the user."""
@@ -48,7 +72,7 @@ class Servers:
         self.clients.remove(client)
         client.close()
         self.left_out.append({"server": client.url, "reason": why})
-        if self.clients or self.started is None:
+        if (self.clients or self.started is None) and not self._closed.is_set():
             total = len(self.clients) + len(self.left_out)
             self._say(f"the vLLM server {client.url} is lost ({why}). {len(self.clients)} of {total} servers are left")
 
@@ -66,15 +90,15 @@ class Servers:
         self.require_one({})
         return results
 
-    def require_one(self, completed: dict[int, list[int]]) -> None:
-        """Raise SamplerLost if no server is left. ``completed``: token ids of the finished completions by prompt index, for the error."""
+    def require_one(self, completed: dict[int, Finished]) -> None:
+        """Raise SamplerLost if no server is left. ``completed``: the finished completions by prompt index, for the error."""
         if not self.clients:
             last = self.left_out[-1]
             raise SamplerLost(f"no vLLM server is left. The last one, {last['server']}, was lost because: {last['reason']}", completed)
 
     def restart(self) -> bool:
         """Restart the server that this run started after it died; returns whether it runs again."""
-        if self.started is None or self.restarts >= RESTARTS:
+        if self.started is None or self.restarts >= RESTARTS or self._closed.is_set():
             return False
         self.restarts += 1
         self._say(f"the vLLM server that this run started died ({self.left_out[-1]['reason']}); starting it again")
@@ -84,7 +108,7 @@ class Servers:
         except LaunchError as error:
             self._say(str(error))
             return False
-        self.clients = [VllmClient(self.started.url, self.settings, self._key)]
+        self.clients = [self.client(self.started.url)]
         return True
 
     def complete(
@@ -98,26 +122,26 @@ class Servers:
         late_stop_ids: Sequence[int],
         revive: Callable[[], bool] = lambda: False,
         on_finished: OnFinished | None = None,
-    ) -> list[Completed]:
+    ) -> list[Finished]:
         """Sample a completion for each prompt (token ids). If a server dies, the others get its prompts, with the same seeds.
 
         ``model``: the adapter's name on the servers; empty: the base model of each server, whose names may differ.
         ``revive``: called if no server is left; it returns whether a server with the model is available again. ``on_finished`` gets every
         completion when it arrives. Raises SamplerLost if no server is left, ModelError if a server refuses a request.
         """
-        done: dict[int, Completed] = {}
+        done: dict[int, Finished] = {}
 
         def ask(row: int, client: VllmClient) -> Completed:
             return _complete(client, model or client.base_model(), prompts[row], settings, seeds[row], stop_ids, late_stop_ids)
 
         def arrived(row: int, one: Completed) -> None:
-            done[row] = one
+            done[row] = Finished(row, one.tokens, one.logprobs, one.stopped)
             if on_finished is not None:
-                on_finished([Finished(row, one.tokens, one.stopped)])
+                on_finished([done[row]])
 
         while len(done) < len(prompts):
             if not self.clients and not revive():
-                self.require_one({row: one.tokens for row, one in done.items()})
+                self.require_one(done)
             turn = list(self.clients)
             self._ask_all([(row, turn[row % len(turn)]) for row in range(len(prompts)) if row not in done], ask, arrived)
         return [done[row] for row in range(len(prompts))]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypedDict
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 from stages.ppo.history import Entry, RunHistory
 from stages.ppo.optimizers import WeightAverage
 from stages.ppo.rollout import TENSORS, Rollout
+from stages.ppo.sampling import SAMPLER, SampledSoFar
 from stages.ppo.update import UpdateProgress
 from stages.process.runtime import Runtime
 from stages.training.checkpoints import (
@@ -37,7 +39,11 @@ from stages.training.checkpoints import (
 
 @dataclass
 class RunState:
-    """The state of a run. ``rollout`` is None between iterations and during collection."""
+    """The state of a run.
+
+    ``rollout`` is None between iterations and during collection. ``sampled``: episodes that an engine outside this process has sampled for
+    an iteration without a rollout so far.
+    """
 
     iteration: int = 0  # completed iterations
     kl_coef: float = 0.0  # of the current iteration
@@ -45,6 +51,7 @@ class RunState:
     pretraining_draws: int = 0
     history: RunHistory = field(default_factory=lambda: RunHistory())  # completed iterations
     rollout: Rollout | None = None
+    sampled: SampledSoFar | None = None
     progress: UpdateProgress = field(default_factory=UpdateProgress)
 
 
@@ -66,8 +73,11 @@ class RunKeeper:
         self.parameters = {name: trainable(network) for name, network in networks.items()}
         self.log = HistoryLog(folder / "history.jsonl", is_main=runtime.is_main)
 
-    def save(self, state: RunState, *, score: float | None = None) -> None:
-        """Write a checkpoint. Call on every process."""
+    def save(self, state: RunState, *, score: float | None = None, save_sampler: Callable[[Path], None] | None = None) -> None:
+        """Write a checkpoint. Call on every process.
+
+        ``save_sampler``: writes the weights with which ``state.sampled`` must be continued into a folder.
+        """
         is_main = self.runtime.is_main
 
         def fill(folder: Path) -> None:
@@ -90,6 +100,11 @@ class RunKeeper:
                 (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
                 if state.rollout is not None:
                     save_rollout(state.rollout, folder)
+                if state.sampled is not None:
+                    state.sampled.save(folder)
+                if save_sampler is not None:
+                    (folder / SAMPLER).mkdir()
+                    save_sampler(folder / SAMPLER)
 
         self.checkpoints.write(fill, score=score)
 
@@ -109,7 +124,7 @@ class RunKeeper:
         load_generators(checkpoint.path, self.runtime)
         rollout = load_rollout(checkpoint.path) if (checkpoint.path / "rollout.json").exists() else None
         content |= {"history": RunHistory(history), "rollout": rollout, "progress": UpdateProgress(**content["progress"])}
-        return RunState(**content)
+        return RunState(**content, sampled=SampledSoFar.load(checkpoint.path))
 
     def load_weights(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint's weights into the networks and the average."""

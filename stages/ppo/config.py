@@ -195,6 +195,11 @@ class PPOStepConfig(CheckpointedStepConfig):
         description="With generation.engine: vllm, a token's loss is weighted by its probability under the policy divided by that under "
         "the sampler. This is the maximum weight.",
     )
+    overlap: Literal[0, 1] = Field(
+        0,
+        description="1, only with generation.engine: vllm: sample the next rollout while an update runs, with the policy before this "
+        "update. Importance weights (importance_cap) correct for the difference (docs/vllm.md).",
+    )
     pretraining_mix: PretrainingMix | None = Field(None, description="PPO-ptx; null: plain PPO.")
     num_samples: int = Field(2, ge=0, description="Sample completions to keep per iteration (samples.jsonl).")
     health: HealthSettings = Field(HealthSettings(), description="When to raise alarms, and which alarms end the run.")
@@ -244,6 +249,10 @@ class PPOStepConfig(CheckpointedStepConfig):
             raise ValueError("ema.publish_last requires ema.decay: without an average the last weights are published anyway")
         if self.generation.vllm is None and self.importance_cap != type(self).model_fields["importance_cap"].default:
             raise ValueError("importance_cap requires generation.engine: vllm; the local sampler is the policy itself")
+        if self.generation.vllm is None and self.overlap:
+            raise ValueError(
+                "overlap=1 requires generation.engine: vllm; the local sampler computes with the weights that the update is changing"
+            )
         generation = self.generation
         if generation.vllm is not None and generation.temperature != 1 and (generation.top_k or generation.top_p < 1):
             raise ValueError(
@@ -291,7 +300,8 @@ class PPOStepConfig(CheckpointedStepConfig):
 
     def without_effect(self) -> set[str]:
         unused = {"importance_cap", "health.sampler_gap"} if self.generation.vllm is None else set()
-        return unused if self.length_penalty else {*unused, "length_penalty"}
+        unused |= set() if self.length_penalty else {"length_penalty"}
+        return unused if self.overlap else {*unused, "overlap"}
 
     @property
     def has_value(self) -> bool:

@@ -39,8 +39,12 @@ class EarlyScoring:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
-            for source in self.sources:
-                source.forget()
+            self.forget()
+
+    def forget(self) -> None:
+        """Discard the scores that were requested."""
+        for source in self.sources:
+            source.forget()
 
     @property
     def on_finished(self) -> OnFinished | None:

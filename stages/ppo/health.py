@@ -86,7 +86,8 @@ class HealthSettings(Strict):
     sampler_gap: float | None = Field(
         0.1,
         gt=0,
-        description="sampler_disagrees: nats per token between the log-probabilities of vLLM and the trainer's, in the mean; null: off.",
+        description="sampler_disagrees: nats per token between the log-probabilities of vLLM and the trainer's, in the mean; null: off. "
+        "Not checked for episodes sampled before an update (overlap: 1).",
     )
     ratio_limit: float | None = Field(30.0, gt=0, description="ratio_blow_up: largest |ratio - 1| of an iteration; null: off.")
     flat_iterations: int | None = Field(
@@ -302,6 +303,8 @@ def _policies_disagree(history: History, settings: HealthSettings) -> Iterator[A
 
 def _sampler_disagrees(history: History, settings: HealthSettings) -> Iterator[Alarm]:
     gap = history.now.get("policy/sampling_gap_mean")  # only where another engine samples
+    if history.now.get("policy/sampling_lag"):
+        return  # the gap contains an update (overlap: 1)
     if settings.sampler_gap is not None and gap is not None and gap > settings.sampler_gap:
         yield Alarm(
             "sampler_disagrees",

@@ -26,6 +26,7 @@ from stages.ppo.optimizers import WeightAverage, learning_rate_factor, make_opti
 from stages.ppo.publishing import publish_best, publish_policy, publish_value
 from stages.ppo.roles import load_roles
 from stages.ppo.rollout import Rollout, ScoringError, collect
+from stages.ppo.sampling import ServedRollouts, check_overlap
 from stages.ppo.speed import peak_of
 from stages.ppo.update import UpdateProgress, Updater, UpdateResult
 from stages.process.gpus import measured_gpu_memory
@@ -56,6 +57,7 @@ class PPORun:
         self.config, self.context, self.runtime = config, context, runtime
         check_prompts(config, context)
         check_reachable(config.generation)
+        check_overlap(config, runtime.device.type)
         self.roles = roles = load_roles(config, context)
         runtime.say_model(f"{config.name}: policy", roles.policy.model, dtype)
         sources: dict[str, Any] = {
@@ -102,6 +104,7 @@ class PPORun:
         self.matmul_peak = peak_of(runtime.device, dtype)
         self.state = RunState(kl_coef=config.kl.coef)
         self._said_cuts: set[str] = set()
+        self.served: ServedRollouts | None = None  # None: the local sampler
 
     def resume(self) -> None:
         """Resume an interrupted run if there is one. Its logs are written again, so that they are complete."""
@@ -136,22 +139,32 @@ class PPORun:
             merges_adapters=config.lora is None,
         )
         with opened as roles.sampler:
-            yield
+            if not roles.sampler.is_local:
+                self.served = ServedRollouts(config, roles, self.reward, self.monitors, self.runtime, self.context.seed)
+            try:
+                yield
+            finally:
+                if self.served is not None:
+                    self.served.end()
 
     def iterate(self) -> None:
         """Collect, update and log, until all episodes are done or a stop is requested."""
         config, state = self.config, self.state
         done = state.iteration * config.prompts_per_iteration
         order = itertools.islice(shuffled_forever(self.prompts, self.context.seed), done, None)
+        chosen, following = self._choose(order), self._choose(order)
         with self.runtime.stop.deferred(), self.runtime.progress(f"{self.context.name}: ppo", config.num_iterations) as bar:
             bar.advance(state.iteration)
+            if self.served is not None and state.sampled is not None:
+                said = self.served.resume(state.sampled, chosen if state.sampled.iteration == state.iteration else following)
+                self.runtime.console.print(f"{self.context.name}: {said}")
             while state.iteration < config.num_iterations:
                 self._set_learning_rates()
-                asked = list(itertools.islice(order, config.prompts_per_iteration))
-                chosen = [prompt for prompt in asked for _ in range(config.samples_per_prompt)]
                 if state.rollout is None:
                     state.rollout = self._collect(chosen)
                     self._safe_point()
+                if config.overlap and state.iteration + 1 < config.num_iterations:
+                    self._sample_ahead(following, state.rollout)
                 metrics = self._log_iteration(state.rollout, self._update(state.rollout))
                 bar.advance(
                     1, score=metrics["rewards/score_mean"], kl=metrics["policy/kl"], episodes_per_s=metrics["time/episodes_per_second"]
@@ -159,6 +172,7 @@ class PPORun:
                 if self.keeper.checkpoints.wants(metrics["rewards/total_mean"]):
                     self._save(score=metrics["rewards/total_mean"])
                 self._safe_point()
+                chosen, following = following, self._choose(order)
 
     def publish(self) -> StepResult:
         """Publish the models in the registry."""
@@ -184,6 +198,11 @@ class PPORun:
 
     # Parts of an iteration
 
+    def _choose(self, order: Iterator[EncodedPrompt]) -> list[EncodedPrompt]:
+        """The prompts of the next iteration's episodes."""
+        asked = list(itertools.islice(order, self.config.prompts_per_iteration))
+        return [prompt for prompt in asked for _ in range(self.config.samples_per_prompt)]
+
     def _set_learning_rates(self) -> None:
         training = self.config.training
         factor = learning_rate_factor(training, self.state.iteration, self.config.num_iterations)
@@ -193,12 +212,15 @@ class PPORun:
                 group["lr"] = peaks[name] * factor
 
     def _collect(self, chosen: Sequence[EncodedPrompt]) -> Rollout:
-        iteration = self.state.iteration
+        """The rollout of the current iteration."""
+        iteration, served = self.state.iteration, self.served
         # Weights do not change while a rollout is collected, so a single process may stop there at any time.
         may_end = self.runtime.stop.allowed() if self.runtime.num_processes == 1 else nullcontext()
         try:
             with may_end, self._saved_when_stopped():
-                return collect(
+                if served is not None and served.current is None:
+                    served.begin(chosen, iteration)
+                rollout = collect(
                     self.roles,
                     self.reward,
                     self.monitors,
@@ -210,21 +232,41 @@ class PPORun:
                     process_index=self.runtime.process_index,
                     num_processes=self.runtime.num_processes,
                     budget=self.measuring,
+                    sampling=served.current if served is not None else None,
                 )
         except SamplerLost as error:
             raise self._sampler_lost(error, chosen) from error
         except ScoringError as error:
             kept = keep_episodes(self.context, [{"prompt": prompt, "completion": text} for prompt, text in error.episodes])
             raise TrainingError(f"{self.context.name}: iteration {iteration}: {error}{kept}") from error
+        if served is not None:
+            served.current = None
+            self._count_transfer(rollout)
+        return rollout
+
+    def _sample_ahead(self, following: Sequence[EncodedPrompt], rollout: Rollout) -> None:
+        """Start to sample the next iteration's episodes. ``rollout``: that of the current iteration."""
+        assert self.served is not None
+        try:
+            self.served.start_ahead(following, self.state.iteration)
+        except SamplerLost as error:
+            raise self._sampler_lost(error, following) from error
+        self._count_transfer(rollout)
+
+    def _count_transfer(self, rollout: Rollout) -> None:
+        """Add the seconds of the last transfer of weights to the times of an iteration."""
+        assert self.served is not None
+        seconds, self.served.transfer_seconds = self.served.transfer_seconds, 0.0
+        if seconds:
+            rollout.seconds["transfer"] = rollout.seconds.get("transfer", 0.0) + seconds
 
     def _sampler_lost(self, error: SamplerLost, chosen: Sequence[EncodedPrompt]) -> TrainingError:
-        """Keep what was sampled by then, and the run as it was before this rollout; returns what to raise."""
-        texts = self.roles.tokenizer.batch_decode(list(error.completed.values()), skip_special_tokens=True)
+        """Save the run with the episodes that are finished; returns the exception to raise. All processes lose the sampler together."""
+        texts = self.roles.tokenizer.batch_decode([one.response_ids for one in error.completed.values()], skip_special_tokens=True)
         own = range(self.runtime.process_index, len(chosen), self.runtime.num_processes)
         rows = [chosen[own[index]] for index in error.completed]
         kept = keep_episodes(self.context, [{"prompt": one.prompt, "completion": text} for one, text in zip(rows, texts, strict=True)])
-        if self.runtime.num_processes == 1:
-            self._save()
+        self._save()
         return TrainingError(f"{self.context.name}: iteration {self.state.iteration}: {error}{kept}. The same command continues from there")
 
     def _update(self, rollout: Rollout) -> UpdateResult:
@@ -291,7 +333,8 @@ class PPORun:
         self.state.optimizer_steps = self.updater.optimizer_steps
         if self.pretraining_rows is not None:
             self.state.pretraining_draws = self.pretraining_rows.draws
-        self.keeper.save(self.state, score=score)
+        self.state.sampled, save_sampler = self.served.so_far() if self.served is not None else (None, None)
+        self.keeper.save(self.state, score=score, save_sampler=save_sampler)
 
     def _safe_point(self) -> None:
         """A point where the run can be interrupted and resumed: write a checkpoint if it is due, and stop if requested."""

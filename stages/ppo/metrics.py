@@ -76,6 +76,7 @@ def iteration_metrics(
             peak=matmul_peak,
         ),
         **({"time/scoring_hidden_s": rollout.hidden_seconds} if rollout.hidden_seconds is not None else {}),
+        **_hidden_sampling_metrics(rollout),
         "time/update_pass_tokens": float(result.pass_tokens),
         "passes/retreats": float(rollout.retreats + result.retreats),
         **{f"memory/{phase}_gpu_gib": peak / 2**30 for phase, peak in rollout.gpu_memory.items()},
@@ -104,6 +105,22 @@ def _importance_metrics(rollout: Rollout, cap: float) -> dict[str, float]:
         "policy/sampling_gap_mean": float(gaps.mean()),
         "policy/importance_mean": float(counted.mean()),
         "policy/importance_capped_share": float((counted >= cap).float().mean()),
+        "policy/sampling_lag": float(rollout.lag),
+    }
+
+
+def _hidden_sampling_metrics(rollout: Rollout) -> dict[str, float]:
+    """Seconds of sampling during the update before, and the sampler's tokens per second. Empty without such sampling.
+
+    ``time/generation_s`` is then only the time that the run waited, so the speed must count the hidden time, too.
+    """
+    hidden = rollout.hidden_sampling_seconds
+    if hidden is None:
+        return {}
+    seconds = hidden + rollout.seconds["generation"]
+    return {
+        "time/generation_hidden_s": hidden,
+        "time/generation_tokens_per_second": int(rollout.lengths.sum()) / max(seconds, 1e-9),
     }
 
 

@@ -7,7 +7,7 @@ with the models, and whitening, the KL controller, minibatches and metrics are t
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,7 @@ from stages.ppo.credit import token_scores
 from stages.ppo.early_scoring import EarlyScoring
 from stages.ppo.measuring import measure, measuring_budget
 from stages.ppo.roles import Roles
+from stages.ppo.sampling import Sampling
 from stages.process.gpus import measured_gpu_memory
 from stages.rewards.details import Details
 from stages.rewards.source import CombinedReward, Scores
@@ -54,8 +55,8 @@ class Rollout:
     response_ids: Tensor  # [B, R]
     response_mask: Tensor  # [B, R] bool, True up to and including the stop token
     stopped: Tensor  # [B] bool: ended with a stop token
-    rollout_logprobs: Tensor  # [B, R] by the policy that sampled, at the sampling temperature
-    sampler_logprobs: Tensor  # [B, R] as returned by the sampler, which may be another engine
+    rollout_logprobs: Tensor  # [B, R] by the policy at the start of the update, at the sampling temperature
+    sampler_logprobs: Tensor  # [B, R] as returned by the sampler, which may be another engine, or have the policy of an earlier update
     reference_logprobs: Tensor  # [B, R]
     values: Tensor  # [B, R] value before each token, by the value network of the rollout
     bootstrap_values: Tensor  # [B] value after the last token, where bootstrap_mask is True
@@ -69,13 +70,19 @@ class Rollout:
     sampling_gap: float  # largest difference between sampled and recomputed log-probabilities; 0 if they are not recomputed
     hidden_seconds: float | None = None  # remote scoring in parallel with sampling and measuring; None without a remote source
     sampled_elsewhere: bool = False  # by another engine, whose log-probabilities differ slightly from the policy's
+    lag: int = 0  # number of updates between the policy that sampled and the policy that trains on these episodes
+    hidden_sampling_seconds: float | None = None  # of sampling while the update before ran; None without such sampling
     gpu_memory: dict[str, int] = field(default_factory=dict)  # peak bytes of GPU memory by phase, maximum over processes
     retreats: int = 0  # number of times that memory ran out while measuring, on all processes
 
     @property
     def kl(self) -> Tensor:
-        """k1 estimate per token [B, R], 0 outside the mask."""
-        return torch.where(self.response_mask, self.rollout_logprobs - self.reference_logprobs, 0.0)
+        """k1 estimate per token [B, R] for the policy that sampled, 0 outside the mask.
+
+        With a lag, this is the policy of an earlier update: the estimate is unbiased only for the policy whose samples these are.
+        """
+        logprobs = self.sampler_logprobs if self.lag else self.rollout_logprobs
+        return torch.where(self.response_mask, logprobs - self.reference_logprobs, 0.0)
 
     @property
     def lengths(self) -> Tensor:
@@ -106,6 +113,8 @@ class Rollout:
             sampling_gap=self.sampling_gap,
             hidden_seconds=self.hidden_seconds,
             sampled_elsewhere=self.sampled_elsewhere,
+            lag=self.lag,
+            hidden_sampling_seconds=self.hidden_sampling_seconds,
             gpu_memory=self.gpu_memory,
             retreats=self.retreats,
             **tensors,
@@ -147,9 +156,11 @@ def collect(
     process_index: int = 0,
     num_processes: int = 1,
     budget: PassBudget | None = None,
+    sampling: Sampling | None = None,
 ) -> Rollout:
     """Sample a completion for every prompt and measure it. Each process takes every ``num_processes``-th episode.
 
+    ``sampling``: samples this process's episodes by an engine outside this process, and may already run; None: the local sampler samples.
     ``budget``: token budget of the measuring passes, kept from one rollout to the next (None: a new one from the config). ``columns``:
     further columns of the prompts' rows, for reward functions that request them. Raises ScoringError if a reward source returns a
     non-finite score, SamplerLost if the sampler is no longer available.
@@ -166,6 +177,7 @@ def collect(
         config,
         details,
         budget or measuring_budget(config, roles.policy.device),
+        sampling,
     )
     if num_processes == 1:
         return share
@@ -183,20 +195,23 @@ def _collect_share(
     config: PPOStepConfig,
     details: Details,
     budget: PassBudget,
+    sampling: Sampling | None,
 ) -> Rollout:
     policy, sampler = roles.policy, roles.sampler
     seconds: dict[str, float] = {}
     gpu_memory: dict[str, int] = {}
     policy.activate()
-    with EarlyScoring((reward, monitors), roles.tokenizer, prompts, prompt_ids, details) as early:
+    early = sampling.early if sampling is not None else EarlyScoring((reward, monitors), roles.tokenizer, prompts, prompt_ids, details)
+    with early:
         with measured_gpu_memory(gpu_memory, "generation"), policy.precision():
             began = time.perf_counter()
-            sampler.take_weights()
-            seconds |= {} if sampler.is_local else {"transfer": time.perf_counter() - began}
-            began = time.perf_counter()
-            # The processes sample at their own pace, so each needs the complete policy. No other model is gathered.
-            with unsharded(policy.model if sampler.is_local else None):
-                generated = sampler.sample(prompt_ids, config.generation, seeds, on_finished=early.on_finished)
+            if sampling is not None:
+                generated = sampling.result(roles.tokenizer.pad_token_id)
+            else:
+                # The processes sample at their own pace, so each needs the complete policy. No other model is gathered.
+                with unsharded(policy.model):
+                    generated = sampler.sample(prompt_ids, config.generation, seeds, on_finished=early.on_finished)
+        waited = time.perf_counter() - began
         sampler.rest()
         completions = decode_completions(roles.tokenizer, generated)
         mask = generated.response_mask.cpu()
@@ -254,6 +269,8 @@ def _collect_share(
         sampling_gap=float((tokens["sampled"] - sampled).abs().max()) if recompute else 0.0,
         hidden_seconds=hidden,
         sampled_elsewhere=not sampler.is_local,
+        lag=sampling.lag if sampling is not None else 0,
+        hidden_sampling_seconds=max(0.0, sampling.seconds - waited) if sampling is not None and sampling.lag else None,
         gpu_memory=gpu_memory,
         retreats=budget.retreats - retreats,
     )
@@ -296,12 +313,18 @@ def _assemble(shares: list[Rollout], prompts: list[Prompt], prompt_ids: list[lis
         monitors={name: joined([share.monitors[name] for share in shares]) for name in shares[0].monitors},
         seconds={name: max(share.seconds[name] for share in shares) for name in shares[0].seconds},
         sampling_gap=max(share.sampling_gap for share in shares),
-        hidden_seconds=max((share.hidden_seconds for share in shares if share.hidden_seconds is not None), default=None),
+        hidden_seconds=_largest(share.hidden_seconds for share in shares),
         sampled_elsewhere=shares[0].sampled_elsewhere,
+        lag=shares[0].lag,
+        hidden_sampling_seconds=_largest(share.hidden_sampling_seconds for share in shares),
         gpu_memory={name: max(share.gpu_memory[name] for share in shares) for name in shares[0].gpu_memory},
         retreats=sum(share.retreats for share in shares),
         **{name: joined([getattr(share, name) for share in shares]) for name in TENSORS},
     )
+
+
+def _largest(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def targets(rollout: Rollout, config: PPOStepConfig, *, kl_coef: float) -> Targets:

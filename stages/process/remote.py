@@ -6,12 +6,15 @@ An API key is sent only in the request header.
 from __future__ import annotations
 
 import random
+import socket
 import sqlite3
 import threading
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx2
 
@@ -98,6 +101,8 @@ class JsonClient:
         self._key, self._counted = key, counted
         self._stopping = threading.Event()
         self._sleep = sleep if sleep is not None else self._stopping.wait
+        self._lock = threading.Lock()
+        self._sockets: weakref.WeakSet[Any] = weakref.WeakSet()
         self._random = random.Random()  # separate generator: the global one must be reproducible after a resume
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
@@ -108,19 +113,24 @@ class JsonClient:
         self._client.close()
 
     def stop(self) -> None:
-        """Make threads that wait for a retry give up."""
+        """Make threads give up that wait for a retry or for an answer."""
         self._stopping.set()
+        with self._lock:
+            sockets = list(self._sockets)
+        for connection in sockets:  # closing a socket would not wake the threads that read from it
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def post(self, url: str, body: object, read: Callable[[object], T]) -> T:
         """Post ``body`` and return ``read`` of the answer's JSON. If ``read`` raises GaveUp, the request is retried.
 
         Raises GaveUp if all attempts fail, and Refused if a retry cannot help.
         """
-        return self._ask(lambda: self._client.post(url, json=body), read)
+        return self._ask(lambda: self._client.post(url, json=body, extensions={"trace": self._remember_socket}), read)
 
     def get(self, url: str, read: Callable[[object], T]) -> T:
         """As ``post``, without a body."""
-        return self._ask(lambda: self._client.get(url), read)
+        return self._ask(lambda: self._client.get(url, extensions={"trace": self._remember_socket}), read)
 
     def _ask(self, send: Callable[[], httpx2.Response], read: Callable[[object], T]) -> T:
         reason, wait = "", 0.0
@@ -139,6 +149,8 @@ class JsonClient:
                 continue
             except httpx2.TransportError as error:
                 reason = f"no connection ({type(error).__name__})"
+                if self._stopping.is_set():
+                    break
                 continue
             if response.status_code == 200:
                 try:
@@ -153,6 +165,12 @@ class JsonClient:
                 raise Refused(f"{reason}: {self.without_key(response.text[:300])}")
             wait = asked_wait(response.headers.get("retry-after"))
         raise GaveUp(reason)
+
+    def _remember_socket(self, event: str, details: dict[str, Any]) -> None:
+        """Remember the socket of a new connection."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            with self._lock:
+                self._sockets.add(details["return_value"].get_extra_info("socket"))
 
     def _backoff(self, attempt: int) -> float:
         base = min(LONGEST_WAIT, self.backoff_seconds * 2 ** (attempt - 1))

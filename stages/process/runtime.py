@@ -197,6 +197,16 @@ class Runtime:
             raise outcome[0].error
         return outcome[0].results[0]
 
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, in the order of the processes, on every process."""
+        if launched_processes() == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        _ = self.state  # joins the process group
+        gathered: list[T] = gather_object([value])
+        return gathered
+
     def leave(self) -> None:
         """Shut down the communication between processes in order; otherwise its threads outlive the interpreter and abort it."""
         if launched_processes() > 1 and "state" in vars(self):

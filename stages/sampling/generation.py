@@ -64,12 +64,13 @@ class Generated:
 class Finished:
     """A finished completion. Other completions of the same call may still be running.
 
-    ``row``: row index of its prompt. ``response_ids``: its tokens, including the stop token if there is one. ``stopped``: whether it ended
-    with a stop token.
+    ``row``: row index of its prompt. ``response_ids``: its tokens, including the stop token if there is one. ``logprobs``: their
+    log-probabilities, as in ``Generated``. ``stopped``: whether it ended with a stop token.
     """
 
     row: int
     response_ids: list[int]
+    logprobs: list[float]
     stopped: bool
 
 
@@ -178,6 +179,21 @@ def generate(
     return made.generated(prompts, pad_token_id)
 
 
+def joined(prompts: Sequence[Sequence[int]], finished: Sequence[Finished], pad_token_id: int) -> Generated:
+    """The completions of ``prompts`` (token ids), one for each prompt and in their order, as tensors on the CPU."""
+    prompt_ids, prompt_mask = left_pad(prompts, pad_token_id)
+    response_ids = right_pad([torch.tensor(one.response_ids) for one in finished], pad_token_id)
+    lengths = torch.tensor([len(one.response_ids) for one in finished])
+    return Generated(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        response_ids=response_ids,
+        response_mask=torch.arange(response_ids.shape[1]) < lengths[:, None],
+        logprobs=right_pad([torch.tensor(one.logprobs) for one in finished], 0.0),
+        stopped=torch.tensor([one.stopped for one in finished]),
+    )
+
+
 class _Collected:
     """Collects finished completions by the row index of their prompt."""
 
@@ -195,7 +211,8 @@ class _Collected:
         if self._on_finished is not None:
             responses = [ids[:length] for ids, length in zip(made.ids.tolist(), made.lengths, strict=True)]
             stopped = self._stopped([self._responses[row] for row in made.rows]).tolist()
-            self._on_finished([Finished(*parts) for parts in zip(made.rows, responses, stopped, strict=True)])
+            logprobs = [values[:length] for values, length in zip(made.logprobs.tolist(), made.lengths, strict=True)]
+            self._on_finished([Finished(*parts) for parts in zip(made.rows, responses, logprobs, stopped, strict=True)])
 
     def take_batch(self, rows: Sequence[int], made: Decoded) -> None:
         """Store finished responses of a batch. ``rows``: the row index of the prompt of each row of the batch."""

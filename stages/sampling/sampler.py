@@ -6,12 +6,13 @@ Rollouts, evaluation, data collection and the terminal use this interface only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from stages.config import GenerationSettings
 from stages.errors import LaunchError
 from stages.json_types import JsonObject
-from stages.sampling.generation import Generated, OnFinished, ending_tokens, generate
+from stages.sampling.generation import Finished, Generated, OnFinished, ending_tokens, generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class SamplerLost(LaunchError):
-    """The sampling engine was lost. ``completed``: token ids of the completions that were finished, by the index of their prompt."""
+    """The sampling engine was lost. ``completed``: the completions that were finished, by the index of their prompt."""
 
-    def __init__(self, message: str, completed: dict[int, list[int]] | None = None) -> None:
+    def __init__(self, message: str, completed: dict[int, Finished] | None = None) -> None:
         super().__init__(message)
         self.completed = completed or {}
 
@@ -57,6 +58,22 @@ class Sampler(Protocol):
 
     def report(self) -> JsonObject:
         """A description of the sampling engine for the summary of a run."""
+
+
+class ServedSampler(Sampler, Protocol):
+    """A sampler outside this process. It keeps the weights of its last ``take_weights`` while those of the model change."""
+
+    def save_weights(self, folder: Path) -> None:
+        """Copy the weights that it samples with into ``folder``. Call it on the first process only."""
+
+    def restore_weights(self, folder: Path) -> None:
+        """Sample with the weights that ``save_weights`` copied into ``folder``. Call it on every process."""
+
+    def revive(self) -> bool:
+        """Bring the engine back after ``SamplerLost``, with the same weights. Call it on every process.
+
+        Returns whether sampling can go on; all processes get the same answer.
+        """
 
 
 class LocalSampler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from stages.config import GenerationSettings
 from tests.engines.stub_server import StubServer
-from tests.ppo.conftest import _reward_functions, ppo_config, ppo_context  # noqa: F401
+from tests.ppo.conftest import PROMPTS, _reward_functions, ppo_config, ppo_context  # noqa: F401
 
 
 @pytest.fixture
@@ -43,5 +44,24 @@ def settings(over: Any) -> Callable[..., GenerationSettings]:
 
     def make(*servers: StubServer, **fields: Any) -> GenerationSettings:
         return GenerationSettings.model_validate({"engine": over(*servers), "max_new_tokens": 8, **fields})
+
+    return make
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    return str(path)
+
+
+@pytest.fixture
+def config(ppo_config: Any, over: Any, prompts: str) -> Any:  # noqa: F811
+    """config(servers, **fields) -> two iterations of four episodes."""
+
+    def make(*servers: Any, **fields: Any) -> Any:
+        small = {"total_episodes": 8, "rollout_batch_size": 4, "minibatch_size": 4, "ppo_epochs": 1, "num_samples": 0}
+        generation = {"engine": over(*servers) if servers else "local", "max_new_tokens": 6}
+        return ppo_config(**{"data": prompts, **small, "generation": generation, **fields})
 
     return make

@@ -18,25 +18,6 @@ from tests.ppo.conftest import PROMPTS
 LORA = {"lora": {"r": 2}, "value": "policy"}
 
 
-@pytest.fixture
-def prompts(tmp_path: Path) -> str:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
-    return str(path)
-
-
-@pytest.fixture
-def config(ppo_config: Any, over: Any, prompts: str) -> Any:
-    """config(servers, **fields) -> two iterations of four episodes."""
-
-    def make(*servers: Any, **fields: Any) -> Any:
-        small = {"total_episodes": 8, "rollout_batch_size": 4, "minibatch_size": 4, "ppo_epochs": 1, "num_samples": 0}
-        generation = {"engine": over(*servers) if servers else "local", "max_new_tokens": 6}
-        return ppo_config(**{"data": prompts, **small, "generation": generation, **fields})
-
-    return make
-
-
 def metrics_of(context: Any) -> list[dict[str, float]]:
     return [json.loads(line) for line in (context.folder / "metrics.jsonl").read_text().splitlines()]
 

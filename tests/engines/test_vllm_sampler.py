@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from stages.config import LoraSettings, ModelInput
+from stages.config import LoraSettings, ModelInput, Vllm
 from stages.engines.opening import check_reachable, open_sampler
+from stages.engines.vllm_servers import Servers
 from stages.errors import LaunchError, ModelError, RecipeError, TrainingError
 from stages.models.loading import load_language_model, load_tokenizer, save_model
 from stages.process.runtime import Runtime
@@ -170,6 +171,32 @@ def test_a_server_that_dies_is_left_out(stub, settings, opened) -> None:
         with pytest.raises(SamplerLost, match="no vLLM server is left") as lost:
             sampler.sample(PROMPTS[:1] + PROMPTS[-1:], chosen.model_copy(update={"max_new_tokens": 1}), [1, 5])
         assert set(lost.value.completed) <= {0}
+
+
+def test_processes_leave_out_and_take_up_servers_together() -> None:
+    """Three servers, two processes. Each loses another one; both then have the third. A restarted server has another address."""
+    urls = [f"http://127.0.0.1:{port}" for port in (1, 2, 3)]
+    said: list[list[str]] = [[], []]
+    vllm = Vllm(url=urls)
+    both = [Servers(urls, vllm, None, say=said[number].append) for number in (0, 1)]
+    for number, servers in enumerate(both):
+        servers.leave_out(servers.clients[number], f"as process {number} saw")
+
+    def share() -> None:
+        news = [servers.left_out[servers._shared :] for servers in both]
+        for servers in both:
+            servers.share_losses(lambda own: news)
+
+    for _ in range(2):  # the second time there is no news
+        share()
+        for servers in both:
+            assert [client.url for client in servers.clients] == urls[2:]
+            assert sorted(lost["server"] for lost in servers.left_out) == urls[:2]
+            assert {lost["reason"] for lost in servers.left_out} == {"as process 0 saw", "as process 1 saw"}
+    assert len(said[0]) == len(said[1]) == 2
+    kept = both[1].clients[0]
+    both[1].use([urls[2], "http://127.0.0.1:4"])
+    assert both[1].clients[0] is kept and both[1].clients[1].url == "http://127.0.0.1:4"
 
 
 def test_base_models_of_different_names_and_a_server_that_dies_between_two_samplings(stub, settings, opened, monkeypatch) -> None:

@@ -1,0 +1,117 @@
+"""Two processes train, two servers sample: what one process loses, all leave out; they stop together and go on together."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import stages
+from stages.sampling.generation import episode_seed
+from tests.ppo.conftest import PROMPTS
+
+pytestmark = pytest.mark.timeout(900)  # a start takes 15 s where the machine is free, and minutes where it is not
+REPOSITORY = Path(__file__).resolve().parents[2]
+TWO = ("-m", "stages.process.launching", "--cpu", "--num_processes", "2")
+SEED, ITERATIONS, EPISODES = 3, 4, 8
+EPISODE_OF = {episode_seed(SEED, iteration, row): (iteration, row) for iteration in range(ITERATIONS) for row in range(EPISODES)}
+
+RECIPE = """
+name: pair
+seed: {seed}
+steps:
+  - stage: ppo
+    name: aligned
+    policy: {model}
+    precision: fp32
+    value: policy
+    lora: {{r: 2}}
+    reward: [{{function: "letters_reward:letters"}}]
+    data: prompts.jsonl
+    generation: {{engine: {{vllm: {{url: [{urls}], retries: 0, backoff_seconds: 0}}}}, max_new_tokens: 6}}
+    overlap: 1
+    total_episodes: {total}
+    rollout_batch_size: {episodes}
+    minibatch_size: 4
+    ppo_epochs: 1
+    checkpoint_seconds: 0
+    training: {{learning_rate: 0.01, adam_epsilon: 0.01}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    shutil.copy(REPOSITORY / "tests" / "ppo" / "letters_reward.py", tmp_path)
+    return tmp_path
+
+
+def write_recipe(folder: Path, model: Path, *servers: Any) -> None:
+    text = RECIPE.format(seed=SEED, model=model, urls=", ".join(one.url for one in servers), total=ITERATIONS * EPISODES, episodes=EPISODES)
+    (folder / "pair.yaml").write_text(text)
+
+
+def start(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Two processes."""
+    given = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{folder}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *TWO, "-m", "stages", "run", "pair.yaml", "--home", "home"]
+    return subprocess.run(command, cwd=folder, env=given, capture_output=True, text=True, check=False, timeout=600)
+
+
+def logs(home: Path) -> list[dict[str, float]]:
+    """The last run's metrics, without times."""
+    lines = (home / "runs" / "pair" / "latest" / "aligned" / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if not name.startswith("time/")} for line in lines]
+
+
+def episodes(server: Any) -> set[tuple[int, int]]:
+    """(iteration, row) of the episodes that a server was asked for."""
+    return {EPISODE_OF[body["seed"]] for path, body in server.requests if path == "/v1/completions" and body["seed"] in EPISODE_OF}
+
+
+def test_two_processes_over_two_servers(stub: Any, folder: Path, tiny_llama_folder: Path) -> None:
+    """The second server breaks off its connections to the second process alone, in iteration 1; both processes leave it out. The first
+    one dies in iteration 3: both stop. Two other servers take over. The result is that of one process over one server."""
+    write_recipe(folder, tiny_llama_folder, stub())
+    stages.run(folder / "pair.yaml", home=folder / "alone", quiet=True)
+
+    first, second = stub(), stub()
+
+    def fail_at_second_process(path: str, body: dict[str, Any]) -> None:
+        iteration, row = EPISODE_OF.get(body.get("seed", -1), (0, 0))
+        if iteration >= 1 and row % 2:
+            raise ConnectionError
+
+    def die(path: str, body: dict[str, Any]) -> None:
+        if EPISODE_OF.get(body.get("seed", -1), (0, 0))[0] == ITERATIONS - 1:
+            threading.Thread(target=first.die).start()
+            raise ConnectionError
+
+    second.before, first.before = fail_at_second_process, die
+    write_recipe(folder, tiny_llama_folder, first, second)
+    done = start(folder)
+    assert done.returncode == 2, done.stderr
+    assert "iteration 3: no vLLM server is left" in done.stderr and "Traceback" not in done.stderr
+    assert f"the vLLM server {second.url} is lost" in done.stdout
+    # Each process deals its four episodes out to both servers. The second server is asked no more after iteration 1.
+    assert {row for iteration, row in episodes(second) if iteration == 0} == {2, 3, 6, 7}
+    assert not {iteration for iteration, _ in episodes(second)} & {2, 3}
+    assert {row for iteration, row in episodes(first) if iteration == 2} == set(range(EPISODES))
+
+    others = stub(), stub()
+    write_recipe(folder, tiny_llama_folder, *others)
+    done = start(folder)
+    assert done.returncode == 0, done.stderr
+    assert "resuming after iteration 3" in done.stdout
+    assert episodes(others[0]) | episodes(others[1]) <= {(ITERATIONS - 1, row) for row in range(EPISODES)}
+    metrics, expected = logs(folder / "home"), logs(folder / "alone")
+    assert len(metrics) == len(expected) == ITERATIONS
+    for number, (one, other) in enumerate(zip(metrics, expected, strict=True)):
+        assert one == pytest.approx(other, rel=1e-3, abs=5e-4), f"iteration {number}"

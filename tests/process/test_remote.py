@@ -1,0 +1,33 @@
+"""Requests to JSON servers: what the tests of their users (rewards, judges, vLLM) do not show."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+from stages.process.remote import GaveUp, JsonClient
+
+
+def test_stopping_breaks_off_a_request_that_waits_for_its_answer() -> None:
+    """The server accepts the connection and never answers. Without the stop the client would wait for 60 s, and then try again."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    client = JsonClient(key=None, timeout=60.0, retries=3, backoff_seconds=10.0)
+    raised: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            client.post(f"http://127.0.0.1:{listening.getsockname()[1]}/", {}, lambda answer: answer)
+        except GaveUp as error:
+            raised.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    connection, _ = listening.accept()
+    assert connection.recv(10_000)
+    time.sleep(0.1)  # now the client waits for the answer
+    client.stop()
+    asking.join(10)
+    assert not asking.is_alive() and "no connection" in str(raised[0])
+    client.close()
+    listening.close()
