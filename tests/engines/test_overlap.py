@@ -15,7 +15,7 @@ import torch
 from stages.errors import LaunchError, Stopped, TrainingError
 from stages.models.served_adapter import updates_of
 from stages.ppo.loop import run
-from stages.ppo.sampling import check_overlap
+from stages.ppo.sampling import Sampling, check_overlap
 from stages.ppo.update import Updater
 from stages.sampling.generation import episode_seed
 from tests.engines.test_ppo_elsewhere import LORA, metrics_of
@@ -121,13 +121,18 @@ def test_the_next_rollout_is_sampled_during_the_update_by_the_policy_before_it(s
 
 
 @pytest.mark.parametrize("cut", ["signal", "server"])
-def test_a_cut_run_goes_on_with_the_episodes_and_the_policy_of_its_sampling(stub, config, ppo_context, start, watched, cut) -> None:
+def test_a_cut_run_goes_on_with_the_episodes_and_the_policy_of_its_sampling(
+    stub, config, ppo_context, start, watched, monkeypatch, cut
+) -> None:
     """It is cut when half of the last rollout is sampled, while the update before runs. Then it equals a run that was not cut."""
     start(config(stub(), **FIELDS))
     uncut = metrics_of(ppo_context)
     shutil.rmtree(ppo_context.checkpoint_folder)  # as the chain does after a step
     watched.policies.clear()
 
+    ahead: list[Sampling] = []
+    begin = Sampling.start
+    monkeypatch.setattr(Sampling, "start", lambda sampling: (ahead.append(sampling), begin(sampling)))
     server, released = stub(), threading.Event()
     last = ITERATIONS - 1
     done = lambda: len([1 for (iteration, _), _ in asked(server) if iteration == last]) == EPISODES  # noqa: E731
@@ -136,7 +141,7 @@ def test_a_cut_run_goes_on_with_the_episodes_and_the_policy_of_its_sampling(stub
         if iteration == last and row >= EPISODES // 2:
             wait_until(lambda: len(watched.policies) == last)  # the update runs
             if cut == "server":
-                time.sleep(0.2)
+                wait_until(lambda: len(ahead[-1].finished) == EPISODES // 2)
                 server.die()
                 raise ConnectionError
             released.wait(60)
@@ -147,7 +152,7 @@ def test_a_cut_run_goes_on_with_the_episodes_and_the_policy_of_its_sampling(stub
         if number == last - 1:
             wait_until(done)
             if cut == "signal":
-                time.sleep(0.2)
+                wait_until(lambda: len(ahead[-1].finished) == EPISODES // 2)
                 ppo_context.runtime.stop.ask(signal.SIGTERM)
 
     watched.before = stop
