@@ -225,7 +225,7 @@ def test_argilla_s_package_reads_our_records_and_we_read_what_it_writes(answered
         back = answered.parent / f"argilla-{number}.json"
         back.write_text(json.dumps(content))
         empty = make_folder(texts=[["a", "b", "c"], ["x", "y"]], overlap=1.0, name=f"empty-{number}")
-        assert "took in 3 rankings" in import_answers(empty, "argilla", back)
+        assert "imported 3 rankings" in import_answers(empty, "argilla", back)
         assert sorted(rankings(empty).values()) == [[0, 0, 2], [1, 0], [1, 2, 0]]
 
 
