@@ -230,6 +230,7 @@ class _Run:
         self.registry = open_registry(home)
         self.began = time.monotonic()
         self.made: dict[str, ModelRecord | None] = {}
+        self.replaced_layers: set[str] = set()  # the lines that were printed
         self.circumstances: dict[str, JsonObject] = {}  # by step; those of a reused step are of the run that made it
         if not recipe.is_pinned:
             commits: Commits = self.runtime.decide(lambda: resolve_commits(recipe))
@@ -363,6 +364,7 @@ class _Run:
             with doing(f"step {step.name!r} ({step.stage})", folder):
                 result = _run_function(step.stage)(step.config, context)
         finally:
+            self._say_replaced_layers(step)
             context.close()
             _free_memory()
         if context.sampling:
@@ -370,6 +372,14 @@ class _Run:
         assert (result.model is not None) == STAGES[step.stage].makes_model, f"stage {step.stage} must return the model it published"
         self.circumstances[step.name] = self._circumstances(step, time.monotonic() - began)
         return result
+
+    def _say_replaced_layers(self, step: RecipeStep) -> None:
+        """Print which layers of the step's models were replaced (``models/own_layers.py``), once per run for each model class."""
+        own_layers = sys.modules.get("stages.models.own_layers")  # not loaded: the step used no model
+        for note in own_layers.take_notes() if own_layers is not None else []:
+            if note not in self.replaced_layers:
+                self.replaced_layers.add(note)
+                self.runtime.console.print(f"{step.name}: {note} (STAGES_OWN_LAYERS=0 keeps those of transformers)", markup=False)
 
     def _circumstances(self, step: RecipeStep, seconds: float) -> JsonObject:
         """How this process computed a step: facts about the machine, which are no part of the step's fingerprint."""

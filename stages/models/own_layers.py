@@ -16,21 +16,35 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.kernels.matmul import linear, use_fast_matmuls
 from stages.models.lean import use_lean_layers
+from stages.process.environment import wants_own_layers
 from stages.sampling.support import weight_of
 
 logger = logging.getLogger(__name__)
+_notes: list[str] = []
 
 
 def use_own_layers(model: nn.Module) -> Counter[str]:
-    """Replace the layers of ``model`` for which this project has a faster or leaner class.
+    """Replace the layers of ``model`` for which this project has a faster or leaner class, unless STAGES_OWN_LAYERS=0 is set.
 
-    Returns the number of replaced modules per class, and logs it (level info).
+    DeBERTa's attention is always replaced, because it fails under autocast. Returns the number of replaced modules per class, and logs it
+    (level info). Raises LaunchError for another value of STAGES_OWN_LAYERS than 0 and 1.
     """
-    switched = use_fast_matmuls(model, {Conv1D: FastConv1D}) + use_lean_layers(model) + _leave_autocast(model)
+    switched: Counter[str] = Counter()
+    if wants_own_layers():
+        switched = use_fast_matmuls(model, {Conv1D: FastConv1D}) + use_lean_layers(model)
+    switched += _leave_autocast(model)
     if switched:
         named = ", ".join(f"{count} {name}" for name, count in sorted(switched.items()))
-        logger.info("%s: replaced layers: %s", type(model).__name__, named)
+        _notes.append(f"{type(model).__name__}: replaced layers: {named}")
+        logger.info(_notes[-1])
     return switched
+
+
+def take_notes() -> list[str]:
+    """One line for each different replacement since the last call."""
+    taken = list(dict.fromkeys(_notes))
+    _notes.clear()
+    return taken
 
 
 class FastConv1D(Conv1D):

@@ -67,6 +67,14 @@ def is_short_of_processes() -> bool:
     return by_accelerate and launched_processes() == 1 and not any(name in os.environ for name in ("WORLD_SIZE", "PMI_SIZE"))
 
 
+def wants_own_layers() -> bool:
+    """Whether models may use Tristage's own layers. Raises LaunchError for another value of STAGES_OWN_LAYERS than 0 and 1."""
+    value = os.environ.get("STAGES_OWN_LAYERS") or "1"
+    if value not in ("0", "1"):
+        raise LaunchError(f"STAGES_OWN_LAYERS={value}: expected 0 (keep the layers of transformers) or 1; set one of them, or unset it")
+    return value == "1"
+
+
 def environment_without_launcher() -> dict[str, str]:
     """The environment without a launcher's variables, for another launcher."""
     return {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "MASTER_", "KMP_"))}

@@ -146,6 +146,7 @@ def test_every_stage_reads_what_the_template_writes(folder, monkeypatch) -> None
     assert {text(ids) for ids in seen["sampled"]} == shown and len(seen["sampled"]) == 8
     ends = {tokenizer.convert_tokens_to_ids("<end_of_turn>"), tokenizer.eos_token_id}
     assert all(ends <= set(stop) for stop in seen["stop"])
+    assert done.output.count("LlamaForCausalLM: replaced layers: ") == 1  # although four steps load this model
     completions = [json.loads(line) for path in folder.rglob("completions.jsonl") for line in path.read_text().splitlines()]
     replies = {reply for line in completions for reply in line["completions"].values()}
     scored = [text(ids) for ids in seen["scored"]]

@@ -9,8 +9,9 @@ import torch
 import transformers
 from torch import nn
 
+from stages.errors import LaunchError
 from stages.kernels.matmul import prefers_onednn
-from stages.models.own_layers import use_own_layers
+from stages.models.own_layers import take_notes, use_own_layers
 
 
 def test_switched_layers_are_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -35,3 +36,21 @@ def test_second_call_switches_no_layer() -> None:
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=16))
     use_own_layers(model)
     assert not use_own_layers(model)
+
+
+def test_the_switch_keeps_the_layers_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+    )
+    take_notes()
+    monkeypatch.setenv("STAGES_OWN_LAYERS", "0")
+    assert not use_own_layers(transformers.LlamaForCausalLM(config)) and take_notes() == []
+    monkeypatch.setenv("STAGES_OWN_LAYERS", "1")
+    for _ in range(2):
+        use_own_layers(transformers.LlamaForCausalLM(config))
+    (note,) = take_notes()
+    assert note.startswith("LlamaForCausalLM: replaced layers: ") and "1 LlamaMLP, 3 LlamaRMSNorm" in note
+    assert take_notes() == []
+    monkeypatch.setenv("STAGES_OWN_LAYERS", "no")
+    with pytest.raises(LaunchError, match="STAGES_OWN_LAYERS=no: expected 0"):
+        use_own_layers(transformers.LlamaForCausalLM(config))
