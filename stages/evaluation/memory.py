@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from stages.evaluation.config import EvaluationConfig
-from stages.memory.estimate import FP32, Machine, Memory, dtype_bytes, inference, kv_cache, phases
+from stages.memory.estimate import FP32, Machine, Memory, dtype_bytes, kv_cache, phases
 from stages.memory.lengths import Counter, Lengths, prompt_texts
-from stages.memory.models import EVALUATION_ROWS, View, reading
+from stages.memory.models import EVALUATION_ROWS, View, inference_bytes, reading
 
 
 def lengths_of(config: EvaluationConfig, counter: Counter) -> Lengths:
@@ -21,11 +21,11 @@ def estimate(config: EvaluationConfig, models: Mapping[str, View], lengths: Leng
     candidates = []
     for field_path, view in models.items():
         if field_path.startswith("judges") or view.shape.encoder:
-            tokens = EVALUATION_ROWS * (lengths.prompt + new)
-            candidates.append(view.frozen(compute, output=False) + phases((0.0, inference(view.shape, tokens, compute), 0.0)))
+            read = inference_bytes(view.shape, EVALUATION_ROWS, lengths.prompt + new, compute, machine)
+            candidates.append(view.frozen(compute, output=False) + phases((0.0, read, 0.0)))
             continue
         rows = config.generation.batch_size
         read = reading(view.shape, rows, lengths.prompt, compute, machine)
-        cache = kv_cache(view.shape, rows, lengths.prompt, new, compute)
+        cache = kv_cache(view.shape, rows, lengths.prompt, new, compute, machine.kind)
         candidates.append(view.frozen(compute) + phases((cache, read, 3 * FP32 * rows * view.shape.vocabulary)))
     return max(candidates, key=lambda memory: memory.total, default=Memory())

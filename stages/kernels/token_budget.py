@@ -11,6 +11,9 @@ GPU_TOKENS = 32_768
 GPU_SHARE = 0.85
 """Share of free GPU memory that such a pass may use. The rest is for memory that the allocator loses between blocks."""
 
+KEPT_SHARE = 0.05
+"""Share of the GPU's memory up to which decoding keeps its cache and recorded steps between two calls."""
+
 
 def token_budget_batches(
     order: Sequence[int],

@@ -18,12 +18,14 @@ NF4_BYTES = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
 """Bytes per weight: four bits, and a scale per 64 weights (in 8 bits with double quantization)."""
 CHUNK = {"cpu": 2 << 20, "cuda": 256 << 20}
 """As in kernels/output_layer.py."""
-HEAP = {"ppo": 2.2, "ppo with adapters": 2.6, "trainer": 1.4}
+COLUMN_STEP = 64
+"""As in sampling/graphs.py."""
+HEAP = {"ppo": 2.2, "ppo with adapters": 3.8, "trainer": 1.4, "trainer with adapters": 2.05}
 """On a CPU, activations take this multiple of their size: glibc keeps freed blocks of up to 32 MiB and fragments them, more so if their
 sizes differ. Measured by tests/benchmarks/memory_plan.py. With immediate release of every block, a step needs the computed size but takes
 1.5 times as long."""
-LORA_ACTIVATIONS = 1.35
-"""Additional activations with adapters, relative to those of the model; measured in the same way."""
+LORA_ACTIVATIONS = 1.0
+"""Activations with adapters, relative to those of the model. Used where layers cannot be counted; of two families, 0.92 and 1.02."""
 
 
 @dataclass(frozen=True)
@@ -111,15 +113,20 @@ def inference(shape: Shape, tokens: float, compute: int) -> float:
     return tokens * (3 * shape.intermediate + 4 * shape.hidden) * compute
 
 
-def kv_cache(shape: Shape, rows: int, prompt: int, new: int, compute: int) -> float:
-    """Keys and values of a decoding batch. The cache doubles when it is full, one layer at a time."""
-    return 2 * shape.layers * shape.kv_width * rows * (prompt + new) * compute
+def kv_cache(shape: Shape, rows: int, prompt: int, new: int, compute: int, kind: str = "cpu") -> float:
+    """Keys and values of a decoding batch. The cache doubles when it is full, one layer at a time. A GPU's has multiples of 64 columns."""
+    columns = prompt + new if kind == "cpu" else -(-(prompt + new) // COLUMN_STEP) * COLUMN_STEP
+    return 2 * shape.layers * shape.kv_width * rows * columns * compute
 
 
-def chunked_logits(shape: Shape, positions: float, machine: Machine, *, trains_output: bool) -> float:
-    """Losses with a chunked output layer: a few chunks of logits, the gradient of the hidden states, the gradient of the layer."""
+def chunked_logits(shape: Shape, positions: float, machine: Machine, *, trains_output: bool, compute: int = FP32) -> float:
+    """Losses with a chunked output layer: a few chunks of logits, the gradient of the hidden states, the gradient of the layer.
+
+    In half precision, a trained layer has a cast.
+    """
     chunk = min(4 * positions * shape.vocabulary, CHUNK[machine.kind])
-    return 4 * chunk + positions * shape.hidden * FP32 * 2 + (shape.vocabulary * shape.hidden * FP32 if trains_output else 0)
+    output = shape.vocabulary * shape.hidden * (FP32 + (compute if compute < FP32 else 0)) if trains_output else 0
+    return 4 * chunk + positions * shape.hidden * FP32 * 2 + output
 
 
 def unchunked_logits(shape: Shape, positions: float) -> float:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from stages.config import LoraSettings, TrainingStepConfig
 from stages.kernels.token_budget import rows_per_batch
+from stages.memory.counting import PassKind, pass_memory
 from stages.memory.estimate import (
     FP32,
     Machine,
@@ -15,6 +16,7 @@ from stages.memory.estimate import (
     dtype_bytes,
     frozen_weights,
     inference,
+    kv_cache,
     lora_rank,
     phases,
     trained,
@@ -34,12 +36,15 @@ class TrainedStep(Protocol):
     """The fields of a step config that decide how much memory the activations take."""
 
     @property
+    def precision(self) -> str: ...
+    @property
     def lora(self) -> LoraSettings | None: ...
     @property
     def training(self) -> TrainingMemory: ...
 
 
 EVALUATION_ROWS = 64  # sequences per scoring batch if the recipe does not set it
+PROMPT_TOKENS = 16_384  # of a prefill pass, as in sampling/readers.py
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,50 @@ def trained_model(config: TrainingStepConfig, view: View, machine: Machine, *, o
     return Memory(weights=FP32 * weights) + trained(weights, config.training.optimizer)
 
 
-def kept_activations(config: TrainedStep, shape: Shape, tokens: float, compute: int, machine: Machine) -> float:
-    lora = bool(lora_rank(config))
-    lean = machine.kind == "cpu" and compute == FP32 and not lora
-    return activations(shape, tokens, compute, checkpointing=config.training.gradient_checkpointing, lora=lora, lean=lean)
+Phase = tuple[float, float, float]
+"""Bytes of cache, activations and logits, as ``phases`` combines them."""
+
+
+def training_phase(config: TrainedStep, view: View, rows: float, columns: int, machine: Machine, *, logits: float, masked: bool) -> Phase:
+    """A forward and backward pass over ``rows`` sequences of ``columns`` tokens. ``logits``: bytes of the loss, which is between the two.
+
+    The layers are counted on tensors without data (counting.py); constants replace a count that is impossible. ``masked``: the rows have
+    padding that attention must hide.
+    """
+    shape, rank, compute = view.shape, lora_rank(config), dtype_bytes(config.precision, machine)
+    checkpointing = config.training.gradient_checkpointing
+    counted = pass_memory(
+        PassKind(
+            config=shape.config,
+            vocabulary=shape.vocabulary,
+            device=machine.kind,
+            weights=compute if rank else FP32,
+            compute=compute,
+            trains=True,
+            checkpointing=checkpointing,
+            rank=rank,
+            quantization=view.quantization if rank else "none",
+            masked=masked,
+        )
+    )
+    if counted is None:
+        lean = machine.kind == "cpu" and compute == FP32 and not rank
+        kept = activations(shape, rows * columns, compute, checkpointing=checkpointing, lora=bool(rank), lean=lean)
+        return 0.0, kept, logits
+    kept, peak = (part.at(shape.layers, rows, columns) for part in (counted.kept, counted.peak))
+    return 0.0, peak, max(0.0, logits - (peak - kept))  # the backward pass of the layers begins when the logits are freed
+
+
+def inference_bytes(shape: Shape, rows: float, columns: int, compute: int, machine: Machine) -> float:
+    """The largest tensors of a pass without a backward pass over ``rows`` sequences of ``columns`` tokens."""
+    kind = PassKind(shape.config, shape.vocabulary, machine.kind, weights=compute, compute=compute, trains=False)
+    counted = pass_memory(kind)
+    return inference(shape, rows * columns, compute) if counted is None else counted.peak.at(shape.layers, rows, columns)
+
+
+def cast_bytes(weights: float, compute: int) -> float:
+    """Copies of fp32 weights in the compute dtype; 0 if that is fp32."""
+    return weights * compute if compute < FP32 else 0.0
 
 
 def rows_per_pass(config: TrainingStepConfig, processes: int) -> int:
@@ -85,11 +130,19 @@ def rows_per_pass(config: TrainingStepConfig, processes: int) -> int:
 
 def language_model(config: TrainingStepConfig, view: View, rows: int, columns: int, machine: Machine) -> Memory:
     """Next-token training with logits at every position."""
-    compute = dtype_bytes(config.precision, machine)
-    kept = kept_activations(config, view.shape, rows * columns, compute, machine)
-    return trained_model(config, view, machine) + phases((0.0, kept, unchunked_logits(view.shape, rows * columns)))
+    logits = unchunked_logits(view.shape, rows * columns)
+    return trained_model(config, view, machine) + phases(
+        training_phase(config, view, rows, columns, machine, logits=logits, masked=has_padding(config))
+    )
+
+
+def has_padding(config: TrainingStepConfig) -> bool:
+    """Whether the rows of a Trainer's step have different lengths, so that attention gets a mask."""
+    return not (config.stage == "pretraining" or getattr(config, "packing", False))
 
 
 def reading(shape: Shape, rows: int, prompt: int, compute: int, machine: Machine) -> float:
-    """Activations of a prefill pass over as many of ``rows`` prompts as fit into one pass."""
-    return inference(shape, rows_per_batch(rows, prompt, device_type=machine.kind) * prompt, compute)
+    """Activations, keys and values of a prefill pass over as many of ``rows`` prompts as fit into one pass."""
+    most = min(rows, max(1, PROMPT_TOKENS // max(1, prompt)))
+    read = rows_per_batch(most, prompt, device_type=machine.kind)
+    return inference_bytes(shape, read, prompt, compute, machine) + kv_cache(shape, read, prompt, 0, compute)

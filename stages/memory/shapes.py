@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +35,7 @@ class Shape:
     learned_positions: bool
     biases: str  # linear layers with a bias: all, qkv, none
     encoder: bool = False
+    config: str = field(default="", repr=False)  # the transformers config as JSON
 
     @property
     def kv_width(self) -> int:
@@ -102,10 +103,10 @@ ENCODERS = ("distilbert", "bert", "roberta")
 def shape_of(config: Mapping[str, object]) -> Shape | None:
     """The sizes in a transformers config (config.json, or a recipe's architecture block); None if one is missing or not a number."""
     sizes: dict[str, int] = {}
-    for field, names in NAMES.items():
+    for size, names in NAMES.items():
         value = next((config[name] for name in names if config.get(name) is not None), None)
         if isinstance(value, int | float):
-            sizes[field] = int(value)
+            sizes[size] = int(value)
     if not {"hidden", "layers", "heads"} <= sizes.keys():
         return None
     family = str(config.get("model_type", config.get("type", "llama")))
@@ -125,6 +126,7 @@ def shape_of(config: Mapping[str, object]) -> Shape | None:
         learned_positions=family in ("gpt2", "gpt_neo", "opt", "distilbert", "bert", "roberta"),
         biases="all" if family in UNGATED else "qkv" if family.startswith("qwen2") else "none",
         encoder=family in ENCODERS,
+        config=json.dumps({**config, "model_type": family}, sort_keys=True, default=str),
     )
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from stages.config import AUTO_ROWS, LoraSettings, ModelInput, StepConfig
 from stages.errors import RecipeError
 from stages.json_types import JsonObject
+from stages.memory.counting import kept_in
 from stages.memory.estimate import Machine, Memory
 from stages.memory.lengths import Lengths
 from stages.memory.models import View
@@ -52,7 +53,11 @@ def plan_memory(
     recipe: Recipe, registry: Registry, machine: Machine, *, reused: Mapping[str, Path] | None = None, processes: int = 1
 ) -> list[StepMemory]:
     """Estimate each step that would run. ``reused``: model folders of completed steps."""
-    reused = reused or {}
+    with kept_in(registry.root.parent / "cache" / "activations.json"):
+        return _plan_memory(recipe, registry, machine, reused or {}, processes)
+
+
+def _plan_memory(recipe: Recipe, registry: Registry, machine: Machine, reused: Mapping[str, Path], processes: int) -> list[StepMemory]:
     made: dict[str, View] = {}
     estimates = []
     for step in recipe.steps:

@@ -55,9 +55,14 @@ def memory_of(config: StepConfig, models: Mapping[str, View], lengths: Lengths, 
         rows //= 2
 
 
+def _heap(config: StepConfig) -> str:
+    """The key of HEAP for a Trainer's step."""
+    return "trainer with adapters" if getattr(config, "lora", None) is not None else "trainer"
+
+
 def _planner(stage: str) -> Planner | None:
     address = STAGES[stage].memory
     if address is None:
         return None
     module = importlib.import_module(address)
-    return Planner(module.lengths_of, module.estimate, getattr(module, "heap", lambda config: "trainer"))
+    return Planner(module.lengths_of, module.estimate, getattr(module, "heap", _heap))

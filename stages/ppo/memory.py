@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from stages.config import AUTO_ROWS
-from stages.kernels.token_budget import GPU_TOKENS, rows_per_batch
+from stages.kernels.token_budget import GPU_TOKENS, KEPT_SHARE, rows_per_batch
 from stages.memory.estimate import (
     FP32,
     Machine,
@@ -14,14 +14,13 @@ from stages.memory.estimate import (
     chunked_logits,
     dtype_bytes,
     fillable,
-    inference,
     kv_cache,
     lora_rank,
     phases,
     trained,
 )
 from stages.memory.lengths import Counter, Lengths, prompt_texts
-from stages.memory.models import EVALUATION_ROWS, View, kept_activations, reading
+from stages.memory.models import EVALUATION_ROWS, Phase, View, cast_bytes, inference_bytes, reading, training_phase
 from stages.ppo.config import PPOStepConfig
 
 
@@ -41,29 +40,47 @@ def estimate(config: PPOStepConfig, models: Mapping[str, View], lengths: Lengths
 
     decoding = min(config.generation.batch_size, max(1, config.rollout_batch_size // processes))
     trains_output = config.lora is None
-    sampling = (
-        kv_cache(shape, decoding, prompt, new, compute),
-        reading(shape, decoding, prompt, compute, machine),
-        3 * FP32 * decoding * shape.vocabulary,
-    )
-    bigger = shape if value is None or value.shape.hidden * value.shape.layers <= shape.hidden * shape.layers else value.shape
+    cache = kv_cache(shape, decoding, prompt, new, compute, machine.kind)
+    copies = cast_bytes(shape.linear_weights + shape.vocabulary * shape.hidden, compute) if config.lora is None else 0.0
+    sampling = (cache + copies, reading(shape, decoding, prompt, compute, machine), 3 * FP32 * decoding * shape.vocabulary)
+    # A GPU keeps the cache and the recorded steps for the next iteration, if they are small enough.
+    records = machine.kind == "cuda" and config.generation.cuda_graphs and policy.quantization != "int8"
+    kept = cache + copies if records and cache + copies <= KEPT_SHARE * machine.bytes else 0.0
+    bigger = policy if value is None or value.shape.hidden * value.shape.layers <= shape.hidden * shape.layers else value
+    # The casts of both networks stay for all passes of an optimizer step; a pass counts those of its own network.
+    other = 0.0 if value is None or config.lora is not None else cast_bytes(min(shape.linear_weights, value.shape.linear_weights), compute)
 
-    def update(rows: int) -> tuple[float, float, float]:
-        kept = kept_activations(config, bigger, rows * (prompt + new), compute, machine)
-        return 0.0, kept, chunked_logits(shape, rows * new, machine, trains_output=trains_output)
+    def trained_on(view: View, rows: float, columns: int, positions: float) -> Phase:
+        logits = chunked_logits(shape, positions, machine, trains_output=trains_output, compute=compute)
+        _, layers, loss = training_phase(config, view, rows, columns, machine, logits=logits, masked=False)
+        return kept, layers + other, loss
+
+    def update(rows: int) -> Phase:
+        return trained_on(bigger, rows, prompt + new, rows * new)
 
     share = -(-config.minibatch_size // processes)
     updating = update(_update_rows(config, prompt + new, machine, share, lambda rows: held.total + sum(update(rows))))
+    own = max(1, config.rollout_batch_size // processes)
     judges = [view for field_path, view in models.items() if field_path.startswith(("reward", "monitors"))]
-    scored = min(EVALUATION_ROWS, max(1, config.rollout_batch_size // processes)) * (prompt + new)
-    scoring = [(0.0, inference(view.shape, scored, compute), 0.0) for view in judges]
+    scored = min(EVALUATION_ROWS, own)
+    scoring = [(kept, inference_bytes(view.shape, scored, prompt + new, compute, machine), 0.0) for view in judges]
+    measured = _measured_rows(config, prompt + new, machine, own)
+    casts = other + (cast_bytes(shape.linear_weights, compute) if config.lora is None else 0.0)
+    read = inference_bytes(bigger.shape, measured, prompt + new, compute, machine)
+    measuring = (kept, read + casts, chunked_logits(shape, measured * new, machine, trains_output=False))
     mixing = []
     if config.pretraining_mix is not None:
         block = config.pretraining_mix.block_size
-        tokens = block * rows_per_batch(_rows(config), block, device_type=machine.kind)
-        kept = kept_activations(config, shape, tokens, compute, machine)
-        mixing.append((0.0, kept, chunked_logits(shape, tokens, machine, trains_output=trains_output)))
-    return held + phases(sampling, updating, *scoring, *mixing)
+        rows = rows_per_batch(_rows(config), block, device_type=machine.kind)
+        mixing.append(trained_on(policy, rows, block, rows * block))
+    return held + phases(sampling, updating, measuring, *scoring, *mixing)
+
+
+def _measured_rows(config: PPOStepConfig, length: int, machine: Machine, own: int) -> int:
+    """The most episodes of a pass without gradients, of ``own`` episodes of ``length`` tokens on this process."""
+    if config.microbatch_size == "auto" and machine.kind == "cuda":
+        return min(own, max(1, GPU_TOKENS // length))
+    return rows_per_batch(min(own, 2 * _rows(config)), length, device_type=machine.kind)
 
 
 def _rows(config: PPOStepConfig) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from stages.memory.estimate import FP32, Machine, Memory, dtype_bytes, inference, phases
+from stages.memory.estimate import FP32, Machine, Memory, dtype_bytes, phases
 from stages.memory.lengths import Counter, Lengths, comparison_texts
-from stages.memory.models import View, kept_activations, language_model, rows_per_pass, trained_model
+from stages.memory.models import View, inference_bytes, language_model, rows_per_pass, trained_model, training_phase
 from stages.reward_model.config import RewardModelConfig
 
 
@@ -25,6 +25,8 @@ def estimate(config: RewardModelConfig, models: Mapping[str, View], lengths: Len
     if config.generative is not None:
         if config.generative.train:
             return language_model(config, view, rows, columns, machine)
-        return view.frozen(compute) + phases((0.0, inference(view.shape, tokens, compute), FP32 * tokens * view.shape.vocabulary))
-    kept = kept_activations(config, view.shape, tokens, compute, machine)
-    return trained_model(config, view, machine, output=False) + phases((0.0, kept, 0.0))
+        return view.frozen(compute) + phases(
+            (0.0, inference_bytes(view.shape, rows, columns, compute, machine), FP32 * tokens * view.shape.vocabulary)
+        )
+    training = training_phase(config, view, rows, columns, machine, logits=0.0, masked=True)
+    return trained_model(config, view, machine, output=False) + phases(training)

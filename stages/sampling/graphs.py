@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from stages.kernels.token_budget import KEPT_SHARE
 from stages.sampling.slots import Slots
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ SAID_AT = (1, 10, 100, 1000)  # the log reports a reason at these counts of reje
 FEWEST_STEPS = 16  # a recording costs about as much as a few steps, so fewer steps than this do not justify one
 STEPS_ON_LARGER = 64  # steps on the graph of a larger size before a graph of the right size is recorded
 SMALLEST_COLUMNS = 64
-KEPT_SHARE = 0.05  # share of the device's memory that may stay allocated between two calls
 
 
 class Size(NamedTuple):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from stages.memory.estimate import Machine, Memory, activations, dtype_bytes, phases, unchunked_logits
+from stages.memory.estimate import Machine, Memory, phases, unchunked_logits
 from stages.memory.lengths import Counter, Lengths, sample
-from stages.memory.models import View, kept_activations, rows_per_pass, trained_model
+from stages.memory.models import View, rows_per_pass, trained_model, training_phase
 from stages.sentiment.config import SentimentConfig
 
 
@@ -17,15 +17,14 @@ def lengths_of(config: SentimentConfig, counter: Counter) -> Lengths:
 
 def estimate(config: SentimentConfig, models: Mapping[str, View], lengths: Lengths, machine: Machine, processes: int) -> Memory:
     """The peak memory of the step, per process."""
-    view, compute = models["model"], dtype_bytes(config.precision, machine)
+    view = models["model"]
     columns = min(config.max_length, lengths.text)
-    tokens = rows_per_pass(config, processes) * columns
-    kept = kept_activations(config, view.shape, tokens, compute, machine)
-    step = trained_model(config, view, machine, output=False) + phases((0.0, kept, 0.0))
+    training = training_phase(config, view, rows_per_pass(config, processes), columns, machine, logits=0.0, masked=True)
+    step = trained_model(config, view, machine, output=False) + phases(training)
     if config.masked is None:
         return step
     masked = config.model_copy(update={"training": config.masked.training, "lora": None})
-    tokens = rows_per_pass(masked, processes) * columns
-    guessing = (0.0, activations(view.shape, tokens, compute), unchunked_logits(view.shape, tokens))
+    rows = rows_per_pass(masked, processes)
+    guessing = training_phase(masked, view, rows, columns, machine, logits=unchunked_logits(view.shape, rows * columns), masked=True)
     first = trained_model(masked, view, machine) + phases(guessing)
     return max(step, first, key=lambda memory: memory.total)

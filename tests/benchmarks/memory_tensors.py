@@ -1,0 +1,122 @@
+"""What a plan says about a step's tensors, against the tensors of the step itself, on a CPU, for three families and more.
+
+    .venv/bin/python tests/benchmarks/memory_tensors.py [--only WORDS] [--markdown FILE]
+
+Each step runs with a small random model, and every tensor operation is watched: the peak of the bytes of all living tensors is the measured
+value. The planned value leaves out what an allocator adds to tensors (``HEAP``). Memory inside of an operation is not seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "gpu"))
+from measures import _context  # noqa: E402
+from workloads import Scale, prepare, settings_of  # noqa: E402
+
+COMMON = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 256}
+SHAPES = {
+    "Llama": {"model_type": "llama", **COMMON, "intermediate_size": 688, "tie_word_embeddings": True},
+    "GPT-NeoX": {"model_type": "gpt_neox", **COMMON, "intermediate_size": 1024},
+    "Qwen2": {"model_type": "qwen2", **COMMON, "intermediate_size": 688, "num_key_value_heads": 2, "tie_word_embeddings": False},
+    "Gemma2": {"model_type": "gemma2", **COMMON, "intermediate_size": 688, "num_key_value_heads": 2, "head_dim": 64},
+}
+SCALE = Scale(
+    shapes=SHAPES,
+    words=4096,
+    batch=16,
+    iterations=2,
+    epochs=1,
+    shortest_prompt=40,
+    longest_prompt=64,
+    new_tokens=32,
+    microbatches=(),
+    decoded_tokens=0,
+    waiting_prompts=0,
+    decoding_slots=0,
+    longest_completion=0,
+    rounds=0,
+)
+LORA: dict[str, Any] = {"lora": {"r": 16}}
+CHECKPOINTED = {"training": {"gradient_checkpointing": True}}
+SETUPS: dict[str, dict[str, Any]] = {
+    "Llama, PPO, full": {"shape": "Llama"},
+    "Llama, PPO, shared head": {"shape": "Llama", "fields": {"value": "shared"}},
+    "Llama, PPO, LoRA": {"shape": "Llama", "fields": LORA, "learned": False},
+    "Llama, PPO, checkpointing, 8-bit moments": {
+        "shape": "Llama",
+        "fields": {"training": {"gradient_checkpointing": True, "optimizer": "adamw_8bit"}},
+    },
+    "Llama, SFT, full": {"shape": "Llama", "stage": "sft"},
+    "GPT-NeoX, PPO, full, bf16": {"shape": "GPT-NeoX", "fields": {"precision": "bf16"}},
+    "GPT-NeoX, PPO, LoRA, bf16": {"shape": "GPT-NeoX", "fields": {**LORA, "precision": "bf16"}, "learned": False},
+    "GPT-NeoX, SFT, LoRA": {"shape": "GPT-NeoX", "stage": "sft", "fields": LORA},
+    "Qwen2, PPO, full": {"shape": "Qwen2"},
+    "Qwen2, PPO, nf4 LoRA, checkpointing, bf16": {
+        "shape": "Qwen2",
+        "fields": {**LORA, **CHECKPOINTED, "precision": "bf16"},
+        "learned": False,
+        "quantization": "nf4",
+    },
+    "Qwen2, reward model": {"shape": "Qwen2", "stage": "reward_model"},
+    "Gemma2, PPO, full": {"shape": "Gemma2"},
+}
+
+
+def measured(setup: dict[str, Any], work: Path) -> tuple[float, float]:
+    """(planned bytes, measured bytes) of a step's tensors."""
+    from stages.memory.counting import live_bytes
+    from stages.memory.estimate import Machine
+    from stages.memory.lengths import Counter
+    from stages.planning.plan import _folder, _loaded, _views
+    from stages.recipe.schema import STAGES, load_object, load_recipe
+    from stages.registry.ledger import Registry
+
+    stage = setup.get("stage", "ppo")
+    files = prepare(SCALE, setup["shape"], work, "cpu")
+    sys.path.insert(0, str(files))
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        fields = {"precision": "fp32", **setup.get("fields", {})}
+        quantization, learned = setup.get("quantization", "none"), setup.get("learned", stage == "ppo")
+        settings = settings_of(SCALE, files, stage=stage, quantization=quantization, learned_reward=learned, fields=fields)
+        (home / "recipe.yaml").write_text(json.dumps({"name": "tensors", "steps": [settings]}))
+        registry = Registry(home / "registry")
+        step = load_recipe(home / "recipe.yaml", [], registry).steps[0]
+        planner = importlib.import_module(str(STAGES[stage].memory))
+        models = _loaded(_views(step, {}, registry)[0], step.config)
+        lengths = planner.lengths_of(step.config, Counter(_folder(step, registry, {})))
+        planned = planner.estimate(step.config, models, lengths, Machine("cpu", 8 << 30, 4, "this machine"), 1)
+        context, _ = _context(step, home, registry)
+        with live_bytes(counts_inputs=True) as live:
+            load_object(STAGES[stage].run)(step.config, context)
+    return planned.total, live.peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[], metavar="WORD")
+    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    rows = ["| step | planned, MiB | measured, MiB | planned / measured |", "|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as work:
+        for name, setup in SETUPS.items():
+            if not all(word.lower() in name.lower() for word in options.only):
+                continue
+            planned, peak = measured(setup, Path(work))
+            rows.append(f"| {name} | {planned / 2**20:.0f} | {peak / 2**20:.0f} | {planned / peak:.2f} |")
+            print(rows[-1], flush=True)
+    if options.markdown is not None:
+        options.markdown.write_text("\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Activations counted on tensors without data are those of real passes."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.memory import counting
+from stages.memory.counting import PassKind, Polynomial, kept_in, live_bytes, pass_memory
+from stages.memory.shapes import shape_of
+
+SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 5, "num_attention_heads": 4, "max_position_embeddings": 256}
+EXTRA = {"gemma2": {"head_dim": 16, "num_key_value_heads": 2}, "qwen2": {"num_key_value_heads": 2}}
+
+
+def kind(family: str, **fields: Any) -> PassKind:
+    shape = shape_of({"model_type": family, "vocab_size": 90, **SIZES, **EXTRA.get(family, {})})
+    assert shape is not None
+    return PassKind(shape.config, 90, **{"device": "cpu", "weights": 4, "compute": 4, "trains": True, **fields})
+
+
+@pytest.fixture(autouse=True)
+def no_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "_counts", {})
+
+
+def test_living_tensors_are_counted_once_and_until_they_are_freed() -> None:
+    before = torch.ones(100)
+    with live_bytes() as live:
+        view = before[:50]  # of a tensor made before: 0 bytes
+        first = view + 1  # 200 bytes
+        turned = first.view(5, 10).T  # no bytes of its own
+        assert live.now == 200
+        second = turned @ torch.ones(5, 5)  # 5 x 5 is freed: 100 bytes, and 10 x 5: 200 bytes
+        assert (live.now, live.peak) == (400, 500)
+        del first, turned
+        assert live.now == 200
+    assert second.shape == (10, 5)
+    with live_bytes(counts_inputs=True) as live:
+        before.sum()
+    assert live.peak == 404
+
+
+def test_a_polynomial_by_hand() -> None:
+    taken = Polynomial(fixed=(7, 1), tokens=(2, 3), pairs=(0, 0.5))
+    assert taken.at(layers=4, rows=2, columns=10) == 7 + 4 + (2 + 12) * 20 + 2 * 200
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("llama", {}),
+        ("llama", {"checkpointing": True}),
+        ("llama", {"trains": False}),
+        ("gpt_neox", {"compute": 2}),
+        ("gemma2", {}),
+        ("qwen2", {"rank": 4}),
+    ],
+    ids=str,
+)
+def test_five_layers_take_what_was_counted_on_three(family: str, fields: dict[str, Any]) -> None:
+    """A real pass over another size, with weights; within 3 % (gradients of norms and other small tensors)."""
+    counted = pass_memory(kind(family, **fields))
+    assert counted is not None
+    own = counting._model(kind(family, **fields), 5)
+    model = own.to_empty(device="cpu")
+    for module in model.modules():
+        if "forward" in vars(module) and hasattr(module, "lean"):
+            del module.forward  # the lean layers take real tensors
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+        if parameter.requires_grad and fields.get("trains", True):
+            parameter.grad = torch.zeros_like(parameter)
+    ids = torch.ones(3, 120, dtype=torch.long)
+    with live_bytes() as live, counting._precision(kind(family, **fields)), torch.set_grad_enabled(fields.get("trains", True)):
+        hidden = model(input_ids=ids, use_cache=False)[0]
+        kept = live.now
+        if hidden.requires_grad:
+            hidden.backward(torch.ones_like(hidden))
+    assert counted.kept.at(5, 3, 120) == pytest.approx(kept, rel=0.03)
+    assert counted.peak.at(5, 3, 120) == pytest.approx(live.peak, rel=0.03)
+
+
+@pytest.mark.parametrize(("quantization", "kept"), [("nf4", 0), ("int8", 3 * 64 * 2)])
+def test_a_quantized_layer_takes_a_dequantized_weight_in_the_backward_pass(quantization: str, kept: int) -> None:
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 160, bias=False, dtype=torch.bfloat16))
+    counting._quantize(layers, quantization)
+    x = torch.ones(3, 64, dtype=torch.bfloat16, requires_grad=True)
+    with live_bytes() as live:
+        output = layers(x * 1)
+        assert live.now == 3 * 160 * 2 + kept  # the output; int8 also keeps the input
+        before = live.now
+        output.sum().backward()
+        assert live.peak >= before + 64 * 160 * 2  # the weight in bf16
+
+
+def test_counts_are_kept_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[PassKind] = []
+    count = counting.count
+    monkeypatch.setattr(counting, "count", lambda wanted: made.append(wanted) or count(wanted))
+    one = kind("gpt_neox", trains=False)
+    with kept_in(tmp_path / "cache" / "activations.json"):
+        first = pass_memory(one)
+        monkeypatch.setattr(counting, "_counts", {})  # as in another process
+        assert pass_memory(one) == first
+    assert made == [one] and len(json.loads((tmp_path / "cache" / "activations.json").read_text())) == 1
+    (tmp_path / "cache" / "activations.json").write_text("{broken")
+    monkeypatch.setattr(counting, "_counts", {})
+    with kept_in(tmp_path / "cache" / "activations.json"):
+        assert pass_memory(one) == first
+    assert made == [one, one]
+
+
+def test_a_family_that_cannot_be_counted_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    unknown = PassKind(json.dumps({"model_type": "nobody-made-this"}), 90, "cpu", 4, 4, True)
+    assert pass_memory(unknown) is None and pass_memory(unknown) is None
+    assert caplog.text.count("the activations of nobody-made-this are estimated by constants") == 1
+    assert pass_memory(PassKind("", 90, "cpu", 4, 4, True)) is None
+
+
+def test_no_tensor_outlives_a_count() -> None:
+    models: list[Any] = []
+    usual = counting._model
+    try:
+        counting._model = lambda *wanted: models.append(weakref.ref(made := usual(*wanted))) or made  # type: ignore[assignment]
+        pass_memory(kind("llama", trains=False))
+    finally:
+        counting._model = usual
+    import gc
+
+    gc.collect()
+    assert [model() for model in models] == [None]
