@@ -27,7 +27,7 @@ EPISODE_OF = {episode_seed(SEED, iteration, row): (iteration, row) for iteration
 
 def asked(server: Any) -> list[tuple[tuple[int, int], str]]:
     """((iteration, row), model) of all requests for completions, without probes."""
-    bodies = [body for path, body in server.requests if path == "/v1/completions" and body["seed"] in EPISODE_OF]
+    bodies = [body for path, body in server.requests if path == "/v1/completions" and body.get("seed") in EPISODE_OF]
     return [(EPISODE_OF[body["seed"]], body["model"]) for body in bodies]
 
 

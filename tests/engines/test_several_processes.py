@@ -73,7 +73,7 @@ def logs(home: Path) -> list[dict[str, float]]:
 
 def episodes(server: Any) -> set[tuple[int, int]]:
     """(iteration, row) of the episodes that a server was asked for."""
-    return {EPISODE_OF[body["seed"]] for path, body in server.requests if path == "/v1/completions" and body["seed"] in EPISODE_OF}
+    return {EPISODE_OF[body["seed"]] for path, body in server.requests if path == "/v1/completions" and body.get("seed") in EPISODE_OF}
 
 
 def test_two_processes_over_two_servers(stub: Any, folder: Path, tiny_llama_folder: Path) -> None:
