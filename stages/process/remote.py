@@ -152,6 +152,11 @@ class JsonClient:
                 if self._stopping.is_set():
                     break
                 continue
+            except RuntimeError:  # httpx's error if another thread has closed the client
+                if not self._stopping.is_set():
+                    raise
+                reason = "the client was closed"
+                break
             if response.status_code == 200:
                 try:
                     return read(_json_of(response))

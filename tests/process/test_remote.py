@@ -6,6 +6,8 @@ import socket
 import threading
 import time
 
+import pytest
+
 from stages.process.remote import GaveUp, JsonClient
 
 
@@ -30,4 +32,6 @@ def test_stopping_breaks_off_a_request_that_waits_for_its_answer() -> None:
     asking.join(10)
     assert not asking.is_alive() and "no connection" in str(raised[0])
     client.close()
+    with pytest.raises(GaveUp, match="closed"):  # a thread that comes late
+        client.get("http://127.0.0.1:1/", lambda answer: answer)
     listening.close()
