@@ -6,13 +6,14 @@ several passes keeps the casts for all of them, even if it does not enable autoc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_kept: dict[int, tuple[Tensor, Tensor]] | None = None  # id of a parameter -> it and its cast; None outside of ``kept_casts``
+_kept: dict[Hashable, tuple[Any, Tensor]] | None = None  # key of parameters -> they and their copy; None outside of ``kept_casts``
 
 
 @contextmanager
@@ -42,3 +43,14 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         made = tensor.detach().to(dtype)
         _kept[id(tensor)] = (tensor, made)  # the parameter is kept as well, so that its id is not reused
     return made
+
+
+def kept(parameters: Sequence[Tensor], form: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """``make()``, a tensor computed from ``parameters`` without gradient. Within ``kept_casts`` it is computed only once for the same
+    parameters and the same ``form``, which must say everything else that ``make`` depends on."""
+    if _kept is None:
+        return make()
+    key = (*map(id, parameters), form)
+    if key not in _kept:
+        _kept[key] = (tuple(parameters), make())
+    return _kept[key][1]

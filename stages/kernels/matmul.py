@@ -68,6 +68,26 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return _onednn(b.T, a).T if turn else _onednn(a, b.T)
 
 
+def scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """scaling * a @ b for matrices, without gradient. ``b`` may be some columns of a larger matrix."""
+    if _takes(a, b):
+        # oneDNN has no fast code for rows with gaps between them.
+        made = product(a, b if b.is_contiguous() or b.T.is_contiguous() else b.contiguous())
+        return made if scaling == 1.0 else made.mul_(scaling)
+    if scaling == 1.0:
+        return a @ b
+    # With beta 0 the first tensor is not read, so this is one product with a scale.
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b for matrices, in place, without gradient."""
+    if _takes(a, b):
+        total.add_(product(a, b))
+    else:
+        total.addmm_(a, b)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight^T + bias, differentiable."""
     if not _takes(x, weight):

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from stages.config import LoraSettings, ModelInput
 from stages.errors import ModelError
 from stages.models.families import state_space_products
+from stages.models.own_layers import use_folded_adapters
 from stages.models.saved_adapters import SavedAdapter, base_of, fitted, read_adapter
 from stages.sampling.support import plain_model, weight_of
 
@@ -106,6 +107,7 @@ def attach_lora(
         if is_part_of(parameter_name, name) and parameter.is_floating_point():
             parameter.data = parameter.data.float()
     activate(model, [*below, name], trainable=[name])
+    use_folded_adapters(model)
     return model
 
 
@@ -152,6 +154,7 @@ def add_adapter(
         wrong = f"{len(missing)} weights missing, {len(report.unexpected_keys)} unexpected, e.g. {[*missing, *report.unexpected_keys][0]}"
         raise ModelError(f"the adapter {saved.ref!r} does not fit its base {type(plain).__name__}: {wrong}")
     activate(model, [*below, name])
+    use_folded_adapters(model)
     return model
 
 
@@ -544,6 +547,7 @@ def _merge_some(model: PeftModel, where: Callable[[nn.Module], bool]) -> Transfo
         plain.set_submodule(name, module)
     if any(True for _ in _adapter_layers(model)):
         activate(model, acting)
+        use_folded_adapters(model)
         return model
     if hasattr(plain, "peft_config"):
         del plain.peft_config

@@ -1,4 +1,4 @@
-"""The only place that replaces layers of a loaded model: oneDNN matrix products, and lean norms and MLPs.
+"""The only place that replaces layers of a loaded model: oneDNN matrix products, lean norms and MLPs, and folded adapters.
 
 A module's class is changed to a subclass. Its outputs stay the same up to rounding. Parameters, names and the saved form do not change.
 """
@@ -15,6 +15,7 @@ from transformers.models.deberta.modeling_deberta import DisentangledSelfAttenti
 from transformers.pytorch_utils import Conv1D
 
 from stages.kernels.matmul import linear, use_fast_matmuls
+from stages.models.folding import fold_adapters
 from stages.models.lean import use_lean_layers
 from stages.process.environment import wants_own_layers
 from stages.sampling.support import weight_of
@@ -33,11 +34,26 @@ def use_own_layers(model: nn.Module) -> Counter[str]:
     if wants_own_layers():
         switched = use_fast_matmuls(model, {Conv1D: FastConv1D}) + use_lean_layers(model)
     switched += _leave_autocast(model)
+    _say("replaced layers", model, switched)
+    return switched
+
+
+def use_folded_adapters(model: nn.Module) -> Counter[str]:
+    """Let the adapters of ``model`` compute in few products, unless STAGES_OWN_LAYERS=0 is set. Call it after adapters were added, or layers
+    removed.
+
+    Returns the number of newly replaced modules per class, and logs it (level info).
+    """
+    switched = fold_adapters(model) if wants_own_layers() else Counter()
+    _say("adapters folded", model, switched)
+    return switched
+
+
+def _say(what: str, model: nn.Module, switched: Counter[str]) -> None:
     if switched:
         named = ", ".join(f"{count} {name}" for name, count in sorted(switched.items()))
-        _notes.append(f"{type(model).__name__}: replaced layers: {named}")
+        _notes.append(f"{type(model).__name__}: {what}: {named}")
         logger.info(_notes[-1])
-    return switched
 
 
 def take_notes() -> list[str]:
