@@ -38,8 +38,12 @@ AlarmName = Literal[
 NEGATIVE_KL_ERRORS = 4.0
 """negative_kl: standard errors by which the mean KL lies below 0. A normal variable falls so low once in 30,000 draws."""
 DISAGREEMENT = 0.1
-"""policies_disagree: |ratio - 1| in an iteration's first minibatch. The two passes compute the same function, so only rounding may
-move the ratio."""
+"""policies_disagree: difference of the rollout's log-probabilities and those of the update before its first optimizer step. Both
+compute the same function, so only rounding may differ. In fp32 this is the largest |ratio - 1|; rounding makes about 1e-5.
+
+In half precision it is the root mean square of the log-ratio, in nats. Passes of another width add their sums in another order. Then
+a logit may be rounded to a neighbour, and bf16 numbers between 16 and 32 are 1/8 apart. So single tokens differ by 0.1 to 0.4, but their
+root mean square is at most about 0.05. A policy that differs, e.g. by dropout or by its temperature, differs on most tokens."""
 VALUE_GROWTH = 20.0
 """value_blow_up: value loss as a multiple of its recent median. The loss is a mean over few episodes, so a small factor is noise."""
 ENTROPY_SHARE = 0.1
@@ -151,7 +155,8 @@ class RaisedAlarm(TypedDict):
 class History:
     """The data that the checks need: the first iterations, the last ones, and each monitor's trend. Its size does not grow with the run."""
 
-    def __init__(self, settings: HealthSettings) -> None:
+    def __init__(self, settings: HealthSettings, *, is_half: bool = False, is_recomputed: bool = False) -> None:
+        self.is_half, self.is_recomputed = is_half, is_recomputed
         self.length = 0  # number of iterations
         self.first: list[Metrics] = []
         self.recent: list[Metrics] = []  # the last entry is the current iteration
@@ -225,10 +230,12 @@ EARLY = 3  # number of iterations for "at first" and for recent means
 class Health:
     """Checks every iteration's metrics in turn."""
 
-    def __init__(self, settings: HealthSettings) -> None:
+    def __init__(self, settings: HealthSettings, *, is_half: bool = False, is_recomputed: bool = False) -> None:
+        """``is_half``: the models compute in half precision. ``is_recomputed``: the rollout's log-probabilities are those of a forward
+        pass, not those of sampling."""
         self.settings = settings
         self.begun: list[Alarm] = []  # new alarms of the last iteration; continuing ones are reported only once
-        self._history = History(settings)
+        self._history = History(settings, is_half=is_half, is_recomputed=is_recomputed)
         self._raised: dict[str, RaisedAlarm] = {}
 
     def observe(self, metrics: Metrics) -> list[Alarm]:
@@ -292,13 +299,20 @@ def _exploding_kl(history: History, settings: HealthSettings) -> Iterator[Alarm]
 
 
 def _policies_disagree(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    deviation = history.now["policy/ratio_first_deviation"]
-    if deviation > DISAGREEMENT:
-        yield Alarm(
-            "policies_disagree",
-            f"before the iteration's first optimizer step a probability ratio differs from 1 by {deviation:.3g}: sampling and training "
-            "compute different log-probabilities; set rollout_logprobs: recomputed, or precision: fp32",
-        )
+    if history.is_half:
+        difference = history.now.get("policy/log_ratio_first_rms", 0.0)  # runs of earlier versions do not have it
+        what = f"the log-probabilities differ by {difference:.3g} nats (root mean square), more than rounding explains"
+    else:
+        difference = history.now["policy/ratio_first_deviation"]
+        what = f"a probability ratio differs from 1 by {difference:.3g}"
+    if not difference > DISAGREEMENT:
+        return
+    if history.is_recomputed:
+        advice = "the model computes something else each time (dropout, or outputs that depend on the other sequences of a pass)"
+        advice += "; try precision: fp32" if history.is_half else ""
+    else:
+        advice = "sampling and training compute different log-probabilities; set rollout_logprobs: recomputed"
+    yield Alarm("policies_disagree", f"before the iteration's first optimizer step {what}: {advice}")
 
 
 def _sampler_disagrees(history: History, settings: HealthSettings) -> Iterator[Alarm]:

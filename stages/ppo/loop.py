@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
+
 from stages.corpora.prompts import shuffled_forever
 from stages.engines.opening import check_reachable, step_sampler
 from stages.errors import Stopped, TrainingError
@@ -25,7 +27,7 @@ from stages.ppo.offload import Offload
 from stages.ppo.optimizers import WeightAverage, learning_rate_factor, make_optimizer
 from stages.ppo.publishing import publish_best, publish_policy, publish_value
 from stages.ppo.roles import load_roles
-from stages.ppo.rollout import Rollout, ScoringError, collect
+from stages.ppo.rollout import Rollout, ScoringError, collect, recomputes_logprobs
 from stages.ppo.sampling import ServedRollouts, check_overlap
 from stages.ppo.speed import peak_of
 from stages.ppo.update import UpdateProgress, Updater, UpdateResult
@@ -100,7 +102,8 @@ class PPORun:
             keep_best=config.checkpoints.keep_best,
             seconds=config.checkpoints.seconds,
         )
-        self.health = Health(config.health)
+        is_recomputed = recomputes_logprobs(roles, config) or config.generation.vllm is not None
+        self.health = Health(config.health, is_half=dtype != torch.float32, is_recomputed=is_recomputed)
         self.matmul_peak = peak_of(runtime.device, dtype)
         self.state = RunState(kl_coef=config.kl.coef)
         self._said_cuts: set[str] = set()

@@ -123,6 +123,7 @@ class Updater:
             self._update_average()
         metrics = {name: sum(item[name] for item in collected) / len(collected) for name in collected[0]}
         metrics["policy/ratio_first_deviation"] = collected[0]["policy/ratio_max_deviation"]
+        metrics["policy/log_ratio_first_rms"] = math.sqrt(2 * collected[0]["policy/approx_kl"])
         metrics["policy/ratio_max_deviation"] = max(item["policy/ratio_max_deviation"] for item in collected)
         retreats, self.budget.retreats = self.budget.retreats, 0
         return UpdateResult(metrics, len(collected), progress.tokens, self.matmuls.take(), retreats, self.budget.largest)

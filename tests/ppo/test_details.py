@@ -121,6 +121,7 @@ def test_the_first_minibatch_has_ratio_one_and_no_kl(
     assert rollout.kl.abs().max() < tolerance
     result = make_updater(roles, config).update(rollout, kl_coef=0.1, seed=0)
     assert result.metrics["policy/ratio_first_deviation"] < tolerance
+    assert result.metrics["policy/log_ratio_first_rms"] < tolerance
 
 
 @pytest.mark.detail("P3")

@@ -41,6 +41,26 @@ def healthy(iteration: int, **fields: float) -> dict[str, float]:
     }
 
 
+@pytest.mark.parametrize(
+    ("metrics", "is_half", "is_recomputed", "said"),
+    [
+        ({"policy/ratio_first_deviation": 0.3, "policy/log_ratio_first_rms": 0.04}, True, True, None),  # bf16 rounds single logits
+        ({"policy/ratio_first_deviation": 0.3}, True, True, None),  # an entry of a run of an earlier version
+        ({"policy/ratio_first_deviation": 0.9, "policy/log_ratio_first_rms": 0.2}, True, True, "dropout"),
+        ({"policy/ratio_first_deviation": 0.9, "policy/log_ratio_first_rms": 0.2}, True, False, "set rollout_logprobs: recomputed"),
+        ({"policy/ratio_first_deviation": 0.3, "policy/log_ratio_first_rms": 0.04}, False, False, "set rollout_logprobs: recomputed"),
+        ({"policy/ratio_first_deviation": 0.3, "policy/log_ratio_first_rms": 0.04}, False, True, "dropout"),
+    ],
+)
+def test_in_half_precision_policies_may_differ_by_rounding_and_the_advice_is_not_what_is_set(
+    metrics: dict[str, float], is_half: bool, is_recomputed: bool, said: str | None
+) -> None:
+    alarms = Health(HealthSettings(), is_half=is_half, is_recomputed=is_recomputed).observe(healthy(0, **metrics))
+    assert [alarm.name for alarm in alarms] == ([] if said is None else ["policies_disagree"])
+    if said is not None:
+        assert said in alarms[0].message and ("recomputed" in alarms[0].message) == (not is_recomputed)
+
+
 def observed(history: list[dict[str, float]], **settings: Any) -> Health:
     health = Health(HealthSettings(**settings))
     for metrics in history:
