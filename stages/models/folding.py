@@ -76,14 +76,14 @@ def why_not_together(model: nn.Module, *roles: Sequence[str]) -> str:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     names = {name for role in roles for name in role}
-    for place, module in model.named_modules():
+    for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and names & set(module._get_available_adapters()):
-            return f"an adapter has full copies or rows of {place}"
+            return f"an adapter has full copies or rows of {name}"
         if isinstance(module, _Folded):
             if module.merged or not all(map(module.can_fold, names)):
-                return f"the adapter of {place} is not plain LoRA"
+                return f"the adapter of {name} is not plain LoRA"
         elif isinstance(module, BaseTunerLayer) and names & set(module._all_available_adapter_names()):
-            return f"the adapter of {place} is not plain LoRA of a linear layer"
+            return f"the adapter of {name} is not plain LoRA of a linear layer"
     return ""
 
 

@@ -70,17 +70,17 @@ class Case:
 @pytest.mark.parametrize("by_output", [False, True], ids=["weights", "an output"])
 @pytest.mark.parametrize("kind", RANKS)
 def test_outputs_and_gradients_equal_those_of_separate_operations(kind: str, by_output: bool, used: slice) -> None:
-    exact, single = Case(kind, torch.float64), Case(kind, torch.float32)
-    expected, found = exact.plain(), single.folded(by_output)
-    for ours, theirs in zip(found, expected, strict=True):
+    precise, single = Case(kind, torch.float64), Case(kind, torch.float32)
+    expected, actual = precise.plain(), single.folded(by_output)
+    for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(single.gradients(found, used), exact.gradients(expected, used), strict=True):
+    for ours, theirs in zip(single.gradients(actual, used), precise.gradients(expected, used), strict=True):
         theirs = torch.zeros_like(ours, dtype=torch.float64) if theirs is None and ours is not None else theirs
         assert (ours is None) == (theirs is None)
         if ours is not None:
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        for ours, theirs in zip(single.folded(by_output), found, strict=True):
+        for ours, theirs in zip(single.folded(by_output), actual, strict=True):
             assert torch.equal(ours, theirs)
 
 

@@ -106,11 +106,11 @@ def passed(model: Any, ids: torch.Tensor = IDS) -> tuple[torch.Tensor, dict[str,
     return logits.detach(), {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def check_equal(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5)
-    assert found[1].keys() == expected[1].keys()
+def check_equal(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-4, atol=1e-5)
+    assert actual[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(actual[1][name], gradient, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def folded(model: Any) -> Any:
@@ -125,12 +125,12 @@ def test_a_family_computes_the_same_and_its_layers_with_one_input_are_found(fami
     ours = folded(plain)
     check_equal(passed(ours), passed(plain))
     check_equal(passed(copy.deepcopy(ours)), passed(plain))
-    found: dict[str, list[str]] = {}
+    actual: dict[str, list[str]] = {}
     names = {module: name.rpartition(".")[2] for name, module in ours.named_modules()}
     for module, name in names.items():
         if followers := getattr(module, "fold_followers", ()):
-            assert found.setdefault(name, [names[one] for one in followers]) == [names[one] for one in followers]
-    assert found == FAMILIES[family][2]
+            assert actual.setdefault(name, [names[one] for one in followers]) == [names[one] for one in followers]
+    assert actual == FAMILIES[family][2]
     assert ours.state_dict().keys() == plain.state_dict().keys()
 
 
@@ -186,12 +186,12 @@ def test_adapters_on_quantized_weights_compute_the_same(
             torch.nn.init.normal_(parameter, std=0.2)
     expected = passed(plain)
     use_folded_adapters(plain)  # bitsandbytes' weights do not survive deepcopy in every version
-    found = passed(plain)
+    actual = passed(plain)
     if quantization == "nf4":
-        check_equal(found, expected)
+        check_equal(actual, expected)
     else:  # int8 rounds activations: another order of sums may round to a neighbour
-        torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0.05)
-        assert found[1].keys() == expected[1].keys()
+        torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=0.05)
+        assert actual[1].keys() == expected[1].keys()
 
 
 def passed_operations(model: Any) -> Operations:
@@ -239,9 +239,9 @@ def test_passes_of_two_roles_together_equal_two_passes() -> None:
         parameter.requires_grad_("lora_" in name)
     assert why_not_together(ours, ["policy"], ["value"]) == ""
     with roles_together(["policy"], ["value"]):
-        found = ours(input_ids=IDS.repeat(2, 1)).logits
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        found[:2].log_softmax(-1)[..., 7].sum().backward()
+        actual = ours(input_ids=IDS.repeat(2, 1)).logits
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+        actual[:2].log_softmax(-1)[..., 7].sum().backward()
     gradients = {name: parameter.grad.clone() for name, parameter in ours.named_parameters() if parameter.grad is not None}
     assert all(not gradient.any() for name, gradient in gradients.items() if ".value." in name)
     plain.base_model.set_adapter(["policy"])
