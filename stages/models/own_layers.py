@@ -39,8 +39,8 @@ def use_own_layers(model: nn.Module) -> Counter[str]:
 
 
 def use_folded_adapters(model: nn.Module) -> Counter[str]:
-    """Let the adapters of ``model`` compute in few products, unless STAGES_OWN_LAYERS=0 is set. Call it after adapters were added, or layers
-    removed.
+    """Let the adapters of ``model`` compute in few products, unless STAGES_OWN_LAYERS=0 is set.
+    Call it after adapters were added, or layers removed.
 
     Returns the number of newly replaced modules per class, and logs it (level info).
     """

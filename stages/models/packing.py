@@ -60,6 +60,13 @@ class Packing:
     def longest(self) -> int:
         return max(self.lengths)
 
+    def twice(self) -> Packing:
+        """The layout of a row with all sequences of this one two times."""
+        size, places = self.positions.shape[1], self.padded.numel()
+        starts = torch.cat([self.starts, self.starts[1:] + size])
+        padded, kept = torch.cat([self.padded, self.padded + size]), torch.cat([self.kept, self.kept + places])
+        return Packing(self.positions.repeat(1, 2), starts, padded, kept, self.lengths * 2, self.kernel)
+
 
 def packing_indices(lengths: Sequence[int]) -> list[Tensor]:
     """The tensors of a ``Packing``, in order, on the CPU, in int64."""

@@ -84,6 +84,17 @@ def sequence_batch(
     return SequenceBatch(ids, ends, rows, columns, tokens, packing)
 
 
+def repeated(batch: SequenceBatch) -> SequenceBatch:
+    """A batch with all sequences of ``batch`` two times: the first half of its tokens, and of its positions [2 N], is ``batch``."""
+    rows, columns, lengths, tokens = batch.rows.repeat(2), batch.columns.repeat(2), batch.lengths.repeat(2), batch.tokens.repeat(2)
+    number = len(batch.rows)
+    if batch.packing is None:
+        rows[number:] += len(batch.input_ids)
+        return SequenceBatch(batch.input_ids.repeat(2, 1), lengths, rows, columns, tokens)
+    columns[number:] += batch.input_ids.shape[1]
+    return SequenceBatch(batch.input_ids.repeat(1, 2), lengths, rows, columns, tokens, batch.packing.twice())
+
+
 def moved_together(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
     """Move tensors of the same dtype to ``device`` in one transfer, without making the CPU wait for a GPU."""
     if torch.device(device).type == "cpu":
@@ -166,7 +177,13 @@ class Policy:
         temperature = self.temperature if temperature is None else temperature
         if not self.is_direct:
             return self._loss_of_logits(batch, term, tokens, temperature)
-        hidden = self.hidden(batch)[batch.rows, batch.columns]
+        return self.loss_of(self.hidden(batch)[batch.rows, batch.columns], tokens, term, temperature)
+
+    def loss_of(self, hidden: Tensor, tokens: Tensor, term: Term, temperature: float) -> PolicyLoss:
+        """The sum of ``term`` over ``tokens`` [n], from the hidden states [N, d] of all positions, those of the tokens first.
+
+        Only for a model whose logits are a plain product (``is_direct``).
+        """
         with self.precision():
             sums = summed_loss(hidden[: len(tokens)], self.output.weight, self.output.bias, tokens, term, temperature=temperature)
         return PolicyLoss(*sums, values=self._values(hidden))
@@ -194,6 +211,20 @@ class Policy:
         logprobs, entropies = token_logprobs(logits, tokens, temperature=temperature), entropy(logits, temperature=temperature)
         summed = term(logprobs, entropies, slice(0, len(tokens))).sum()
         return PolicyLoss(summed, logprobs.detach(), entropies.detach(), None if hidden is None else self._values(hidden))
+
+
+def loss_and_values(policy: Policy, value: ValueModel, batch: SequenceBatch, term: Term, *, num_tokens: int) -> tuple[PolicyLoss, Tensor]:
+    """``policy.loss`` and ``sequence_values`` of a batch in one pass through the backbone that both share.
+
+    ``batch`` comes from ``repeated``: its first half is the policy's, the second one the value network's. Call it inside
+    ``roles_together``. Returns (loss of the first ``num_tokens`` positions, values [N] in fp32).
+    """
+    with policy.precision():
+        hidden = hidden_states(policy.decoder, batch.input_ids, batch.packing)[batch.rows, batch.columns]
+    of_policy, of_value = hidden.chunk(2)
+    loss = policy.loss_of(of_policy, batch.tokens[:num_tokens], term, policy.temperature)
+    with policy.precision():
+        return loss, value.score_head(of_value.float()).squeeze(-1)
 
 
 def sequence_values(model: ValueModel, batch: SequenceBatch, precision: AbstractContextManager[object]) -> Tensor:

@@ -6,6 +6,7 @@ is the policy without its new adapter, the value network is the reward model (or
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from stages.config import ModelInput
 from stages.errors import LaunchError, ModelError
 from stages.kernels.casts import kept_casts
-from stages.models.adapters import FRESH
+from stages.models.adapters import FRESH, active_adapters
+from stages.models.folding import why_not_together
 from stages.models.heads import RewardModel, ValueModel
 from stages.models.loading import config_of, load_language_model, load_tokenizer, save_model
 from stages.models.packing import KERNELS, packing_kernel
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
     from stages.model_types import TransformersModel
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Roles:
@@ -59,6 +63,7 @@ class Roles:
     has_value: bool = True
     offload: Offload = field(default_factory=lambda: Offload([], torch.device("cpu"), enabled=False))
     packs: bool | None = None  # whether passes are packed if the models support it; None: only on a GPU
+    joins: bool | None = None  # whether policy and value network share passes if they can; None: only on a GPU, where that saves passes
     sampler: Sampler = field(init=False)
 
     def __post_init__(self) -> None:
@@ -107,10 +112,29 @@ class Roles:
         known = [kernel for kernel in kernels if kernel is not None]
         return max(known, key=KERNELS.index) if len(known) == len(kernels) else None
 
+    @cached_property
+    def joint_adapters(self) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+        """The adapters of policy and value network for passes of both through one backbone; None if there are no such passes.
+
+        The reason is logged if they share a backbone.
+        """
+        wanted = self.policy.device.type == "cuda" if self.joins is None else self.joins
+        if not wanted or self.value is None or self.backbone is None or not self.shares(self.value) or self.are_sharded:
+            return None
+        self.value.activate()
+        of_value = active_adapters(self.policy.model)
+        self.policy.activate()
+        of_policy = active_adapters(self.policy.model)
+        reason = why_not_together(self.policy.decoder, of_policy, of_value)
+        if not self.policy.is_direct:
+            reason = "the model computes its logits itself"
+        logger.info("policy and value network %s", f"have separate passes: {reason}" if reason else "can share passes")
+        return None if reason else (of_policy, of_value)
+
     def casts_kept(self) -> AbstractContextManager[None]:
-        """Context manager for passes between which no weight changes: each weight is cast to half precision only once."""
+        """Context manager for passes between which no weight changes: casts and stacks of weights are made only once."""
         # Sharded weights are gathered block by block; keeping their casts would keep the full model in memory.
-        return nullcontext() if self.policy.autocast is None or self.are_sharded else kept_casts(self.policy.device.type)
+        return nullcontext() if self.are_sharded else kept_casts(self.policy.device.type)
 
     def networks(self) -> dict[str, nn.Module]:
         """The trained modules: policy, and value network or head."""

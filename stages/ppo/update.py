@@ -7,7 +7,7 @@ sum divided by the number of tokens of the full minibatch. Losses are per token;
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,8 +18,9 @@ from stages.config import AUTO_ROWS
 from stages.errors import TrainingError
 from stages.kernels.token_budget import tokens_of
 from stages.models.budget import PassBudget, refuse_alone
+from stages.models.folding import roles_together
 from stages.models.packing import packed_attention
-from stages.models.responses import Policy, PolicyLoss, SequenceBatch, moved_together, sequence_values
+from stages.models.responses import Policy, PolicyLoss, SequenceBatch, loss_and_values, moved_together, repeated, sequence_values
 from stages.models.sharding import gradient_norm, reduce_gradients, scale_gradients
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.data import PretrainingRows
@@ -182,10 +183,17 @@ class Updater:
         roles = self.roles
         totals = Totals({"tokens": float(episodes.num_tokens)})
         totals.add(states=float(episodes.num_states if roles.has_value else episodes.num_tokens))
+        packed = kernel is not None
+        joint = roles.joint_adapters if train_policy and self._joins(episodes, packed=packed) else None
+        copies = 1 if joint is None else 2
         with roles.casts_kept():
-            for rows, counts in self._microbatches(episodes, packed=kernel is not None):
-                with self.budget.one_pass(len(rows), tokens_of(rows, episodes.lengths, packed=kernel is not None)):
-                    self._pass(episodes.pick(rows, kernel=kernel), episodes, counts, train_policy, totals)
+            for rows, counts in self._microbatches(episodes, packed=packed, copies=copies):
+                with self.budget.one_pass(copies * len(rows), copies * tokens_of(rows, episodes.lengths, packed=packed)):
+                    one = episodes.pick(rows, kernel=kernel)
+                    if joint is None:
+                        self._pass(one, episodes, counts, train_policy, totals)
+                    else:
+                        self._joint_pass(one, episodes, joint, totals)
             if texts is not None:
                 self._pretraining_passes(texts, totals)
         return totals
@@ -216,6 +224,20 @@ class Updater:
             sum(losses[1:], losses[0]).backward()
         if counts:
             self._sum_up(one, policy, values, errors, totals)
+
+    def _joint_pass(self, one: Pass, episodes: Minibatch, adapters: tuple[Sequence[str], Sequence[str]], totals: Totals) -> None:
+        """``_pass`` of policy and value network together, for adapters on one backbone. The gradients are the same."""
+        roles = self.roles
+        assert roles.value is not None
+        batch = repeated(one.batch)
+        with packed_attention(batch.packing, roles.policy.decoder), roles_together(*adapters):
+            policy, values = loss_and_values(roles.policy, roles.value, batch, self._policy_term(one), num_tokens=one.num_tokens)
+            self.matmuls.add(roles.policy.decoder, one.batch, output=roles.policy.output)
+            self.matmuls.add(roles.value.backbone, one.batch)
+            errors = value_terms(values, one.rollout_values, one.returns, clip_range=self.config.clip.value)
+            of_values = self.config.value_coef * errors.sum() / float(episodes.num_states)
+            (policy.summed / float(episodes.num_tokens) + of_values).backward()
+        self._sum_up(one, policy, values, errors, totals)
 
     def _policy_term(self, one: Pass) -> Callable[[Tensor, Tensor, slice], Tensor]:
         """The policy's loss per token of a pass, as a function of its log-probabilities and entropies."""
@@ -261,13 +283,28 @@ class Updater:
             values=values.sum(),
         )
 
-    def _microbatches(self, episodes: Minibatch, *, packed: bool) -> Iterator[tuple[list[int], bool]]:
+    def _joins(self, episodes: Minibatch, *, packed: bool) -> bool:
+        """Whether passes of policy and value network together are fewer than separate ones.
+
+        A joint pass needs the memory of twice the tokens. So with a full token budget there are as many, and nothing is gained. A number of
+        episodes in the recipe is a decision about memory, which a joint pass would double.
+        """
+        if self.roles.joint_adapters is None:
+            return False
+        if self.roles.joins:
+            return True
+        if self.config.microbatch_size != "auto":
+            return False
+        joint, separate = (sum(1 for _ in self._microbatches(episodes, packed=packed, copies=copies)) for copies in (2, 1))
+        return joint < 2 * separate
+
+    def _microbatches(self, episodes: Minibatch, *, packed: bool, copies: int = 1) -> Iterator[tuple[list[int], bool]]:
         """This process's episodes in microbatches of similar length, the longest first, so that missing memory shows up immediately.
 
         With sharded weights, all processes must take part in every pass. Then every process gets the same number of microbatches, and the
-        second value says whether a microbatch counts.
+        second value says whether a microbatch counts. ``copies``: how often a pass has each episode.
         """
-        lengths = episodes.lengths
+        lengths = [copies * length for length in episodes.lengths]
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
         shares = [self.budget.groups(order[index :: self.num_processes], lengths, packed=packed) for index in range(self.num_processes)]
         own = shares[self.process_index]

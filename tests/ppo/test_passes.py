@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stages.errors import TrainingError
 from stages.ppo.data import load_pretraining_rows
 from stages.ppo.measuring import measure, measuring_budget
+from stages.ppo.minibatch import Minibatch
 from stages.ppo.optimizers import make_optimizer
 from stages.ppo.roles import load_roles
 from stages.ppo.rollout import targets
@@ -95,6 +96,85 @@ def test_packed_measuring_equals_padded_measuring(ppo_config, ppo_context, make_
     assert measured[0].keys() == measured[1].keys() == {"reference", "values", "bootstrap", "sampled"}
     for name, numbers in measured[0].items():
         torch.testing.assert_close(measured[1][name], numbers, rtol=1e-4, atol=1e-5)
+
+
+# Policy and value network together
+
+
+def calls_of(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns the list that gets the number of tokens of each later pass through ``model``."""
+    sizes: list[int] = []
+    forward = model.forward
+
+    def counted(*inputs: Any, **named: Any) -> Any:
+        sizes.append(named["input_ids"].numel())
+        return forward(*inputs, **named)
+
+    monkeypatch.setattr(model, "forward", counted)
+    return sizes
+
+
+@pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])
+def test_one_pass_of_policy_and_value_network_has_the_gradients_of_two(
+    ppo_config, ppo_context, make_rollout, monkeypatch, packs: bool
+) -> None:
+    training = {"learning_rate": 1e-3, "gradient_checkpointing": packs}
+    config = ppo_config(score_placement="after", lora={"r": 4, "alpha": 6}, training=training)
+    roles = load_roles(config, ppo_context)
+    roles.packs = packs
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in roles.policy.model.named_parameters():
+            if "lora_B" in name:  # neither adapter is the identity, and both differ
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        roles.value.score_head.weight.normal_(generator=generator)
+    rollout = make_rollout(roles, config)
+    target = targets(rollout, config, kl_coef=0.1)
+    updater = make_updater(roles, config)
+    sizes = calls_of(roles.policy.decoder, monkeypatch)
+    results = []
+    for joins in (False, True):
+        roles.joins = joins
+        roles.__dict__.pop("joint_adapters", None)
+        sizes.clear()
+        totals = updater.accumulate(rollout, target)
+        totals.read()
+        results.append((list(sizes), totals.sums, updater.matmuls.take(), taken_gradients(roles)))
+    (separate, sums, flops, expected), (joint, joint_sums, joint_flops, gradients) = results
+    assert len(joint) == len(separate) / 2 and sum(joint) == sum(separate)
+    assert joint_sums == pytest.approx(sums, rel=1e-4, abs=1e-5) and joint_flops == flops
+    assert gradients.keys() == expected.keys() and all(gradient.any() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("kind", ["a value network", "LoRA, a shared head"])
+def test_roles_without_a_common_backbone_of_adapters_have_no_joint_passes(ppo_config, ppo_context, kind: str) -> None:
+    roles = load_roles(ppo_config(**KINDS[kind]), ppo_context)
+    roles.joins = True
+    assert roles.joint_adapters is None
+
+
+def test_passes_are_joint_only_where_that_makes_fewer(ppo_config, ppo_context, make_rollout) -> None:
+    config = ppo_config(microbatch_size="auto", lora={"r": 4})
+    roles = load_roles(config, ppo_context)
+    assert roles.joint_adapters is None  # on a CPU
+    part = make_rollout(roles, config).rows(torch.arange(6))
+    roles.__dict__["joint_adapters"] = (("default",), ("value",))  # as on a GPU
+    updater = make_updater(roles, config)
+    episodes = Minibatch(part, targets(part, config, kl_coef=0.1), pad_token_id=1, device=torch.device("cpu"))
+    tokens = sum(episodes.lengths)
+    updater.budget.device, updater.budget.rows = torch.device("cuda"), None
+    chosen = {}
+    for share in (2.0, 1.0, 0.5):
+        updater.budget.tokens = share * tokens
+        chosen[share] = updater._joins(episodes, packed=True)
+    assert chosen[2.0]  # one pass instead of two
+    assert not chosen[1.0]  # two passes either way
+    assert updater.config.microbatch_size == "auto"
+    updater.config = ppo_config(microbatch_size=6, lora={"r": 4})
+    updater.budget.tokens = 2.0 * tokens
+    assert not updater._joins(episodes, packed=True)  # the recipe's number is a decision about memory
 
 
 # Casts
