@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_kept: dict[Hashable, tuple[Any, Tensor]] | None = None  # key of parameters -> they and their copy; None outside of ``kept_casts``
+_kept: dict[Hashable, tuple[object, Tensor]] | None = None  # key of parameters -> they and their copy; None outside of ``kept_casts``
 
 
 @contextmanager

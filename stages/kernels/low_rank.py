@@ -120,7 +120,7 @@ class _UpdatedLayers(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[object, ...]:
         given = next((gradient for gradient in upstream if gradient is not None), None)
         if given is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -128,7 +128,7 @@ class _UpdatedLayers(torch.autograd.Function):
             return _backward(ctx, upstream)
 
 
-def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[object, ...]:
     plans, a, bs = ctx.plans, ctx.a, ctx.bs
     tokens, low = ctx.saved_tensors
     num_parts, wanted = len(a), list(ctx.needs_input_grad[3 + ctx.num_outputs :])

@@ -106,7 +106,7 @@ class _Shared:
             self.x = None
         return output
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+    def __deepcopy__(self, memo: dict[int, object]) -> _Shared:
         return _Shared()
 
 
@@ -122,11 +122,11 @@ class _Folded(nn.Module):
     lora_A: Any
     lora_B: Any
     lora_dropout: Any
-    lora_variant: dict[str, Any]
+    lora_variant: dict[str, object]
     lora_bias: dict[str, bool]
     scaling: dict[str, float]
 
-    def forward(self, x: Tensor, *inputs: Any, **named: Any) -> Any:
+    def forward(self, x: Tensor, *inputs: object, **named: object) -> Tensor:
         if inputs or named:
             return super().forward(x, *inputs, **named)
         if self.fold_shared is not None and not self.fold_followers:
@@ -200,14 +200,15 @@ def _is_plain(module: Any) -> bool:
     return type(module.weight) in PLAIN and not module._forward_pre_hooks and not module._forward_hooks
 
 
-def _outputs(x: Tensor, layers: Sequence[tuple[_Folded, Any]]) -> tuple[Tensor, ...]:
+def _outputs(x: Tensor, layers: Sequence[tuple[_Folded, tuple[tuple[Update, ...], ...] | None]]) -> tuple[Tensor, ...]:
     """The outputs of ``layers``, each with its updates, for the same input."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     else:
-        dtype = next(update.a.dtype for _, parts in layers for part in parts for update in part)
+        dtype = next(update.a.dtype for _, parts in layers for part in parts or () for update in part)
     described = []
     for layer, parts in layers:
+        assert parts is not None
         weight, bias = layer.frozen_weight(dtype)
         described.append(UpdatedLayer(parts, weight, bias, None if weight is not None else layer.base_layer(x)))
     return updated_layers(x, described, dtype)
@@ -240,7 +241,7 @@ def _same_inputs(model: nn.Module, layers: dict[_Folded, str]) -> list[list[_Fol
         return []
     calls: list[tuple[_Folded, Tensor, int]] = []
 
-    def note(layer: Any, inputs: tuple[Any, ...]) -> None:
+    def note(layer: Any, inputs: tuple[Tensor, ...]) -> None:
         calls.append((layer, inputs[0], inputs[0]._version))
 
     handles = [layer.register_forward_pre_hook(note) for layer in layers]
@@ -254,7 +255,7 @@ def _same_inputs(model: nn.Module, layers: dict[_Folded, str]) -> list[list[_Fol
             handle.remove()
     times = Counter(id(layer) for layer, _, _ in calls)
     groups: list[list[_Folded]] = []
-    before: tuple[Any, ...] = ()
+    before: tuple[object, ...] = ()
     for layer, x, version in calls:
         now = (id(x), version, layers[layer].rpartition(".")[0])
         if now == before and times[id(layer)] == 1 and times[id(groups[-1][-1])] == 1:
