@@ -21,7 +21,6 @@ from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from stages.config import LoraSettings, ModelInput
@@ -96,17 +95,24 @@ def pass_memory(kind: PassKind) -> PassMemory | None:
     if key not in _counts:
         _counts.update(_read(_file.get()))
     if key not in _counts:
-        counted = _count_or_explain(kind)
-        _counts[key] = None if counted is None else asdict(counted)
+        _counts[key] = _count_or_explain(kind)
         _write(_file.get(), key)
     known = _counts[key]
-    return (
-        None if known is None else PassMemory(*(Polynomial(**{name: tuple(pair) for name, pair in known[part].items()}) for part in _PARTS))
-    )
+    if "reason" in known:
+        _warn(str(json.loads(kind.config).get("model_type", "this model")), known["reason"])
+        return None
+    return PassMemory(*(Polynomial(**{name: tuple(pair) for name, pair in known[part].items()}) for part in _PARTS))
+
+
+@cache
+def _warn(family: str, reason: str) -> None:
+    logger.warning("the activations of %s are estimated by constants, because its layers cannot be counted: %s", family, reason)
 
 
 _PARTS = ("kept", "peak")
-_counts: dict[str, Any] = {}  # of this process, by ``_key``; None: the layers cannot be counted
+_counts: dict[
+    str, dict[str, Any]
+] = {}  # by ``_key``: the fields of PassMemory, or ``reason`` if there is no count
 
 
 @cache
@@ -128,8 +134,8 @@ def _read(path: Path | None) -> dict[str, Any]:
 
 
 def _write(path: Path | None, key: str) -> None:
-    """Add a count to the file. Counts that failed are not kept, so that the reason is logged in every process."""
-    if path is None or _counts[key] is None:
+    """Add a count to the file."""
+    if path is None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,14 +144,17 @@ def _write(path: Path | None, key: str) -> None:
         logger.info("counts of activations are not kept: %s", error)
 
 
-def _count_or_explain(kind: PassKind) -> PassMemory | None:
+def _count_or_explain(kind: PassKind) -> dict[str, Any]:
+    """The count as fields, or the reason why there is none: any error of a family's own code. The plan then uses constants."""
+    fake = logging.getLogger("torch._subclasses.fake_tensor")  # it logs tracebacks of the errors that are caught here
+    level = fake.level
+    fake.setLevel(logging.CRITICAL)
     try:
-        return count(kind)
-    except Exception as error:  # any error of a family's own code; the plan then uses constants
-        family = json.loads(kind.config).get("model_type", "this model")
-        reason = " ".join(str(error).split())[:200]
-        logger.warning("the activations of %s are estimated by constants, because its layers cannot be counted: %s", family, reason)
-        return None
+        return asdict(count(kind))
+    except Exception as error:
+        return {"reason": " ".join(str(error).split())[:200]}
+    finally:
+        fake.setLevel(level)
 
 
 # Counting. Imports torch.
@@ -153,9 +162,10 @@ def _count_or_explain(kind: PassKind) -> PassMemory | None:
 
 def count(kind: PassKind) -> PassMemory:
     """Run the passes and fit the polynomials. Raises whatever the model's code raises on fake tensors."""
-    columns = min(COLUMNS, _positions(kind) // 2)
+    config = _config(kind)
+    columns = min(COLUMNS, (model_length(config) or 2 * COLUMNS) // 2)
     # With sdpa and no mask, nothing grows with pairs of tokens, and two sizes are enough.
-    has_pairs = kind.masked or _attention(kind, _config(kind)) == "eager"
+    has_pairs = kind.masked or _attention(kind, config) == "eager"
     sizes = [(2, columns), (4, columns), *([(2, 2 * columns)] if has_pairs else [])]
     # Two layers at least, because a pass without gradients frees a layer's input in the next layer.
     taken = [_runs(kind, layers, sizes) for layers in ((2, 3) if kind.trains else (2,))]
@@ -216,10 +226,6 @@ def _without_packing(kind: PassKind) -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = usual
-
-
-def _positions(kind: PassKind) -> int:
-    return model_length(SimpleNamespace(**json.loads(kind.config))) or 2 * COLUMNS
 
 
 def _is_encoder(model: Any) -> bool:

@@ -123,6 +123,23 @@ def test_a_family_that_cannot_be_counted_is_said_once(caplog: pytest.LogCaptureF
     assert pass_memory(PassKind("", 90, "cpu", 4, 4, True)) is None
 
 
+def test_a_failed_count_is_kept_and_its_reason_is_logged_in_each_process(tmp_path: Path, monkeypatch, caplog) -> None:
+    unknown = PassKind(json.dumps({"model_type": "nobody-made-this-either"}), 90, "cpu", 4, 4, True)
+    with kept_in(tmp_path / "activations.json"):
+        assert pass_memory(unknown) is None
+        monkeypatch.setattr(counting, "_counts", {})  # as in another process
+        counting._warn.cache_clear()
+        monkeypatch.setattr(counting, "count", lambda wanted: pytest.fail("counted again"))
+        assert pass_memory(unknown) is None
+    assert caplog.text.count("the activations of nobody-made-this-either are estimated by constants") == 2
+
+
+def test_short_models_are_counted_within_their_positions_and_without_a_traceback(caplog) -> None:
+    distilbert = {"model_type": "distilbert", "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 2}  # 512 positions by default
+    assert pass_memory(PassKind(json.dumps(distilbert), 90, "cpu", 4, 4, True, masked=True)) is not None
+    assert caplog.text == ""
+
+
 def test_no_tensor_outlives_a_count() -> None:
     models: list[Any] = []
     usual = counting._model
