@@ -362,7 +362,7 @@ class _Run:
         )
         try:
             with doing(f"step {step.name!r} ({step.stage})", folder):
-                result = _run_function(step.stage)(step.config, context)
+                result = run_function(step.stage)(step.config, context)
         finally:
             self._say_replaced_layers(step)
             context.close()
@@ -478,7 +478,7 @@ class _Run:
                 suffix += 1
 
 
-def _run_function(stage: str) -> Callable[[StepConfig, StepContext], StepResult]:
+def run_function(stage: str) -> Callable[[StepConfig, StepContext], StepResult]:
     """The function that runs a step of a stage. Imports its module."""
     module, _, name = STAGES[stage].run.partition(":")
     function: Callable[[StepConfig, StepContext], StepResult] = getattr(importlib.import_module(module), name)

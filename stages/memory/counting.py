@@ -110,9 +110,7 @@ def _warn(family: str, reason: str) -> None:
 
 
 _PARTS = ("kept", "peak")
-_counts: dict[
-    str, dict[str, Any]
-] = {}  # by ``_key``: the fields of PassMemory, or ``reason`` if there is no count
+_counts: dict[str, dict[str, Any]] = {}  # by ``_key``: the fields of PassMemory, or ``reason`` if there is no count
 
 
 @cache

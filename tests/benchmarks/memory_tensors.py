@@ -72,11 +72,12 @@ SETUPS: dict[str, dict[str, Any]] = {
 
 def measured(setup: dict[str, Any], work: Path) -> tuple[float, float]:
     """(planned bytes, measured bytes) of a step's tensors."""
+    from stages.chain.run import run_function
     from stages.memory.counting import live_bytes
     from stages.memory.estimate import Machine
     from stages.memory.lengths import Counter
     from stages.planning.plan import _folder, _loaded, _views
-    from stages.recipe.schema import STAGES, load_object, load_recipe
+    from stages.recipe.schema import STAGES, load_recipe
     from stages.registry.ledger import Registry
 
     stage = setup.get("stage", "ppo")
@@ -96,7 +97,7 @@ def measured(setup: dict[str, Any], work: Path) -> tuple[float, float]:
         planned = planner.estimate(step.config, models, lengths, Machine("cpu", 8 << 30, 4, "this machine"), 1)
         context, _ = _context(step, home, registry)
         with live_bytes(counts_inputs=True) as live:
-            load_object(STAGES[stage].run)(step.config, context)
+            run_function(stage)(step.config, context)
     return planned.total, live.peak
 
 

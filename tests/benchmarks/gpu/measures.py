@@ -29,11 +29,12 @@ def scale_of(task: dict[str, Any]) -> Scale:
 
 def step(task: dict[str, Any]) -> dict[str, Any]:
     """Plan and run one recipe step. ``task``: shape, stage, quantization, learned_reward, fields, profile."""
+    from stages.chain.run import run_function
     from stages.memory.estimate import Machine
     from stages.planning.plan import plan_memory
     from stages.process.gpus import peak_gpu_memory
     from stages.process.packages import missing_quantization_package
-    from stages.recipe.schema import STAGES, load_object, load_recipe
+    from stages.recipe.schema import load_recipe
     from stages.registry.ledger import Registry
 
     scale, on_gpu = scale_of(task), task["device"] == "cuda"
@@ -54,7 +55,7 @@ def step(task: dict[str, Any]) -> dict[str, Any]:
         memory = plan_memory(recipe, registry, machine)[0].memory
         context, clock = _context(recipe.steps[0], home, registry)
         with _profiled(clock, scale.iterations - 1, on_gpu) if task["profile"] else _plain() as idle:
-            load_object(STAGES[task["stage"]].run)(recipe.steps[0].config, context)
+            run_function(task["stage"])(recipe.steps[0].config, context)
     measured = {
         "planned_bytes": None if memory is None else round(memory.total),
         "peak_bytes": peak_gpu_memory(),
@@ -251,7 +252,8 @@ def in_turn(ways: dict[str, Callable[[int], int]], rounds: int) -> dict[str, flo
 
 def self_kl(task: dict[str, Any]) -> dict[str, Any]:
     """Mean KL in nats per completion of a model to itself in an evaluation. ``task``: shape, precision."""
-    from stages.recipe.schema import STAGES, load_object, load_recipe
+    from stages.chain.run import run_function
+    from stages.recipe.schema import load_recipe
     from stages.registry.ledger import Registry
 
     scale = scale_of(task)
@@ -275,7 +277,7 @@ def self_kl(task: dict[str, Any]) -> dict[str, Any]:
         registry = Registry(home / "registry")
         recipe = load_recipe(home / "recipe.yaml", [], registry)
         context, _ = _context(recipe.steps[0], home, registry)
-        result = load_object(STAGES["evaluation"].run)(recipe.steps[0].config, context)
+        result = run_function("evaluation")(recipe.steps[0].config, context)
     return {"kl": result.evaluation["candidates"]["after"]["kl"]}
 
 
