@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from generated import write_or_check
+
 PAGE = Path(__file__).resolve().parent / "nodes.md"
 FENCE = re.compile(r"(<!-- traffic -->\n\n)(.*?)(\n<!-- end -->)", re.DOTALL)
 ADAPTER_BYTES = 4  # adapters travel in fp32
@@ -95,14 +97,5 @@ def tables() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
-    page = PAGE.read_text(encoding="utf-8")
-    made = FENCE.sub(lambda match: match[1] + tables() + match[3], page)
-    if "--check" in sys.argv:
-        return int(made != page)
-    PAGE.write_text(made, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, FENCE, tables()))

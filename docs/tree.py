@@ -11,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 
+from generated import write_or_check
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs" / "architecture.md"
 MOST = 120  # characters of a sentence
@@ -42,14 +44,5 @@ def tree() -> str:
     return "\n".join(["stages/", *lines_of(REPOSITORY / "stages", 1)]) + "\n"
 
 
-def main() -> int:
-    page = PAGE.read_text(encoding="utf-8")
-    made = FENCE.sub(lambda match: match[1] + tree() + match[3], page)
-    if "--check" in sys.argv:
-        return int(made != page)
-    PAGE.write_text(made, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, FENCE, tree()))

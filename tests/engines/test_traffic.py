@@ -23,11 +23,13 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def traffic() -> Any:
+    sys.path.insert(0, str(REPOSITORY / "docs"))  # as when the script runs
     spec = importlib.util.spec_from_file_location("traffic", REPOSITORY / "docs" / "traffic.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["traffic"] = module  # for its dataclass
     spec.loader.exec_module(module)
+    sys.path.remove(str(REPOSITORY / "docs"))
     return module
 
 
