@@ -15,6 +15,7 @@ from stages.corpora.fitting import fit_prompt
 from stages.corpora.prompts import PromptRow, load_prompt_rows
 from stages.corpora.rows import Row
 from stages.corpora.templates import count_tokens, set_template
+from stages.errors import DataError
 from stages.json_types import JsonObject
 from stages.models.adapters import refuse_output_adapter
 from stages.models.dropout import set_residual_dropout
@@ -44,6 +45,8 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
         encode(side, tokenizer, config.train_on, completion_only=config.completion_only_loss)
         for side in (demonstrations.train, demonstrations.validation)
     )
+    _say_untrained(encoded, "training", context)
+    _say_untrained(encoded_heldout, "held-out", context)
     model = load_language_model(
         context.models["model"], dtype=weights_dtype(config, context), lora=config.lora, tokenizer=tokenizer, dropout=True
     )
@@ -98,11 +101,20 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     return StepResult(model=record, metrics=metrics)
 
 
+def _say_untrained(encoded: Encoded, which: str, context: StepContext) -> None:
+    """Report demonstrations without a trained reply. Raises DataError if no others are left."""
+    if not encoded.untrained:
+        return
+    if not encoded.rows:
+        raise DataError(f"all replies of the {encoded.untrained} {which} demonstrations have weight 0; expected replies with weight 1")
+    context.runtime.console.print(
+        f"{context.name}: left out {encoded.untrained} {which} demonstrations, because all their replies have weight 0"
+    )
+
+
 def _say_form(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, context: StepContext) -> None:
-    """Report demonstrations without a trained reply, replies in separate rows, and a chat template without an end token."""
+    """Report unexpected behaviour of the chat template: replies in separate rows, and replies without an end token."""
     console = context.runtime.console
-    if encoded.untrained:
-        console.print(f"{context.name}: left out {encoded.untrained} training demonstrations, because all their replies have weight 0")
     if encoded.separate:
         console.print(
             f"{context.name}: {encoded.separate} earlier replies are trained in separate rows: the chat template writes them differently "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,8 @@ from stages.errors import DataError
 from stages.models.loading import load_language_model
 from stages.sft.config import SFTStepConfig
 from stages.sft.packing import PackedCollator, pack_rows
-from stages.sft.rows import EncodedRow, encode, pretraining_blocks
-from stages.sft.run import run
+from stages.sft.rows import Encoded, EncodedRow, encode, pretraining_blocks
+from stages.sft.run import _say_untrained, run
 from stages.sft.trainer import make_trainer
 from stages.training.reproducible import IGNORED
 
@@ -64,6 +65,16 @@ def test_demonstrations_without_a_trained_reply_are_counted(tiny_tokenizer) -> N
     assert (len(encoded.rows), encoded.separate, encoded.untrained) == (2, 0, 1)
     with pytest.raises(DataError, match="a reply has weight 0, but completion_only_loss: false trains on every token"):
         encode(read, tiny_tokenizer, "all_assistant_turns", completion_only=False)
+
+
+def test_left_out_demonstrations_are_said_on_both_sides(capsys) -> None:
+    context = SimpleNamespace(name="sft", runtime=SimpleNamespace(console=SimpleNamespace(print=print)))
+    _say_untrained(Encoded([ROWS[0]], 0, 3), "held-out", context)
+    _say_untrained(Encoded([ROWS[0]], 0, 0), "training", context)
+    expected = "sft: left out 3 held-out demonstrations, because all their replies have weight 0\n"
+    assert capsys.readouterr().out == expected
+    with pytest.raises(DataError, match="all replies of the 2 training demonstrations have weight 0"):
+        _say_untrained(Encoded([], 0, 2), "training", context)
 
 
 def test_packing_by_hand() -> None:
