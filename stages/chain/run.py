@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import fcntl
 import gc
-import importlib
 import json
 import os
 import platform
@@ -48,7 +47,7 @@ from stages.process.hardware import cpu_name
 from stages.process.packages import missing_attention_package, missing_quantization_package
 from stages.process.runtime import Runtime
 from stages.process.storage import write_json
-from stages.recipe.schema import STAGES, Recipe, RecipeStep, data_inputs, model_inputs
+from stages.recipe.schema import STAGES, Recipe, RecipeStep, data_inputs, imported, model_inputs
 from stages.registry.contents import remembering
 from stages.registry.ledger import Registry, installed_packages
 from stages.registry.record import FingerprintParts, ModelRecord
@@ -480,8 +479,7 @@ class _Run:
 
 def run_function(stage: str) -> Callable[[StepConfig, StepContext], StepResult]:
     """The function that runs a step of a stage. Imports its module."""
-    module, _, name = STAGES[stage].run.partition(":")
-    function: Callable[[StepConfig, StepContext], StepResult] = getattr(importlib.import_module(module), name)
+    function: Callable[[StepConfig, StepContext], StepResult] = imported(STAGES[stage].run)
     return function
 
 

@@ -21,11 +21,11 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.kernels.low_rank import Update, UpdatedLayer, updated_layers
 from stages.kernels.matmul import PLAIN, Linear
+from stages.sampling.support import PASS_FAILURES
 
 logger = logging.getLogger(__name__)
 
 TRIAL_TOKENS = 2
-FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError, NotImplementedError)
 
 _roles: tuple[tuple[str, ...], ...] | None = None
 """Adapters of each part of the tokens; None: the active ones for all tokens. Not thread-local, because autograd recomputes in other
@@ -247,7 +247,7 @@ def _same_inputs(model: nn.Module, layers: dict[_Folded, str]) -> list[list[_Fol
     handles = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
         _trial(model)
-    except FAILURES as error:
+    except PASS_FAILURES as error:
         logger.debug("adapters compute alone: a trial pass failed (%s: %s)", type(error).__name__, error)
         return []
     finally:

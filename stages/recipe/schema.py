@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field
 
@@ -56,10 +56,15 @@ STAGES: dict[str, Stage] = {
 }
 
 
+def imported(address: str) -> Any:
+    """The object at ``address`` (module:name) of a stage. Imports the module."""
+    module, _, name = address.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def config_class(stage: str) -> type[StepConfig]:
     """The class of the step configs of a stage. Imports the stage's ``config`` module."""
-    module, _, name = STAGES[stage].config.partition(":")
-    config: type[StepConfig] = getattr(importlib.import_module(module), name)
+    config: type[StepConfig] = imported(STAGES[stage].config)
     return config
 
 
