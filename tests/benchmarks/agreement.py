@@ -1,9 +1,12 @@
-"""How often simulated annotators agree with each other and with the gold judge, as Ouyang et al. 2022 report for their labelers.
+"""How often the simulated annotators agree with each other and with the gold judge.
 
     python tests/benchmarks/agreement.py
 
-Every annotator ranks the same held-out rows; a pair of completions counts where both annotators have a preference. The paper: 72.6 +- 1.5 %
-among training labelers, 77.3 +- 1.3 % among held-out ones, 73 +- 4 % among the researchers of Stiennon et al. 2020.
+Every annotator ranks the completions of the same held-out rows. A pair of completions counts if both annotators prefer one of the two.
+Ouyang et al. 2022 report 72.6 +- 1.5 % agreement among training labelers and 77.3 +- 1.3 % among held-out labelers, and 73 +- 4 % among
+the researchers of Stiennon et al. 2020.
+
+Time: seconds. Result: printed as a table; docs/results.md, section "Reward models".
 """
 
 from __future__ import annotations
@@ -19,9 +22,12 @@ from stages.stats.replicates import mean_interval
 
 
 def agreement(part: str, haste: float) -> tuple[list[float], list[float], float]:
-    """(share of equal preferences of each pair of annotators, of each annotator with the judge, share of ties)."""
+    """(agreement of each pair of annotators, agreement of each annotator with the gold judge, share of ties).
+
+    Agreement is a share of the pairs of completions in which neither side has a tie.
+    """
     people = annotators()
-    same = {pair: [0, 0] for pair in itertools.combinations(range(len(people)), 2)}
+    between_annotators = {pair: [0, 0] for pair in itertools.combinations(range(len(people)), 2)}  # [agreements, comparisons]
     with_judge = [[0, 0] for _ in people]
     ties = total = 0
     for number, row in enumerate(world_rows(f"world:{part}/heldout")):
@@ -30,23 +36,23 @@ def agreement(part: str, haste: float) -> tuple[list[float], list[float], float]
         scores = [gold.score(row["prompt"], text) for text in texts]
         ranks = [person.rank(Random(f"agreement {number} {person.name}"), request, texts, haste=haste) for person in people]
         for a, b in itertools.combinations(range(len(texts)), 2):
-            views = [(rank[a] > rank[b]) - (rank[a] < rank[b]) for rank in ranks]  # 0: a tie
-            truth = (scores[a] < scores[b]) - (scores[a] > scores[b])
-            ties += views.count(0)
-            total += len(views)
-            for index, view in enumerate(views):
-                if view and truth:
-                    with_judge[index][0] += view == truth
+            preferences = [(rank[a] > rank[b]) - (rank[a] < rank[b]) for rank in ranks]  # 0: a tie
+            judge_preference = (scores[a] < scores[b]) - (scores[a] > scores[b])
+            ties += preferences.count(0)
+            total += len(preferences)
+            for index, preference in enumerate(preferences):
+                if preference and judge_preference:
+                    with_judge[index][0] += preference == judge_preference
                     with_judge[index][1] += 1
-            for (one, other), counts in same.items():
-                if views[one] and views[other]:
-                    counts[0] += views[one] == views[other]
+            for (first, second), counts in between_annotators.items():
+                if preferences[first] and preferences[second]:
+                    counts[0] += preferences[first] == preferences[second]
                     counts[1] += 1
-    return [hits / count for hits, count in same.values()], [hits / count for hits, count in with_judge], ties / total
+    return [hits / count for hits, count in between_annotators.values()], [hits / count for hits, count in with_judge], ties / total
 
 
 def main() -> None:
-    print("| part | two annotators agree (of pairs of annotators: mean, least, most) | with the gold judge (mean, least, most) | ties |")
+    print("| data | agreement of two annotators (mean, minimum, maximum) | agreement with the gold judge (mean, minimum, maximum) | ties |")
     print("|---|---|---|---|")
     for part, haste in (("comparisons", 1.0), ("rankings", HASTE)):
         pairs, judge, ties = agreement(part, haste)

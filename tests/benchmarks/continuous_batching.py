@@ -1,10 +1,17 @@
-"""Continuous batching against batch after batch: tokens per second, as a ratio.
+"""Speed of continuous batching compared with decoding batch by batch, in tokens per second.
 
     .venv/bin/python tests/benchmarks/continuous_batching.py [--rounds 3] [--device cuda --dtype bfloat16] [--json FILE]
 
-256 prompts of 8 to 32 tokens through 64 places, from random Llamas; completions of 16 to 512 tokens, as after the 16th one token in 256
-ends them. The ways take turns in one process; the first round is not counted. ``full batches``: batch after batch, where the rows that have
-ended stay to the end. All ways must give the same tokens (fp32).
+Llamas of random weights decode 256 prompts of 8 to 32 tokens in 64 slots. Completions have 16 to 512 tokens: after the 16th token, one
+token of the vocabulary in 256 ends a completion. There are three ways:
+
+    continuous            a waiting prompt takes the slot of a finished completion
+    batch after batch     finished rows leave the batch; the next batch starts when the last row is finished
+    full batches          finished rows stay in the batch until its last row is finished
+
+The ways take turns in one process, and the first round is not counted. In fp32 all ways must sample the same tokens.
+
+Time: not measured on an idle machine. Result: printed, and written to --json; docs/gpu.md, section "Decoding".
 """
 
 from __future__ import annotations
@@ -70,8 +77,8 @@ def sample(model: Any, prompts: list[list[int]], way: str, seed: int, batch_size
         decoding.COMPACT_BELOW = usual
 
 
-def measured(model: Any, prompts: list[list[int]], rounds: int, batch_size: int, clock: Any) -> dict[str, list[float]]:
-    """Tokens per second of each way, round by round."""
+def measure_ways(model: Any, prompts: list[list[int]], rounds: int, batch_size: int, clock: Any) -> dict[str, list[float]]:
+    """Tokens per second of each way, one number for each round but the first."""
     speeds: dict[str, list[float]] = {way: [] for way in WAYS}
     for turn in range(rounds + 1):
         made = {}
@@ -93,7 +100,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--cpu-time", action="store_true", help="Count processor time instead of wall time, on a machine that is not idle.")
+    parser.add_argument("--cpu-time", action="store_true", help="Measure processor time, for a machine that is not idle.")
     parser.add_argument("--json", type=Path, help="Write the result to this file as well.")
     options = parser.parse_args()
     clock = time.process_time if options.cpu_time else time.perf_counter
@@ -102,7 +109,7 @@ def main() -> None:
         model = model_on(*shape, options.device, getattr(torch, options.dtype))
         draw = random.Random(0)
         prompts = [[draw.randrange(1, shape[2]) for _ in range(draw.randint(8, 32))] for _ in range(options.prompts)]
-        speeds = measured(model, prompts, options.rounds, options.batch_size, clock)
+        speeds = measure_ways(model, prompts, options.rounds, options.batch_size, clock)
         base = speeds[WAYS[1]]
         results[name] = {
             way: {

@@ -1,12 +1,16 @@
-"""PPO's advantages compared on the quickstart: a value network (GAE) beside RLOO, GRPO, Dr. GRPO and REINFORCE, over seeds.
+"""Compares five advantage estimators of PPO on the quickstart: GAE with a value network, RLOO, GRPO, Dr. GRPO and REINFORCE.
 
     python tests/benchmarks/critic_free.py                                  # three seeds, 5,120 episodes each
     python tests/benchmarks/critic_free.py --episodes 640 --seeds 1         # a quick look
 
-Every run starts from one SFT model and one reward model and samples as many episodes, with the recipe's settings but the advantages. The
-table has means over seeds: win rate over SFT and score by the gold judge, which no training reads; the score that was trained on; KL; PPO's
-seconds on this machine. Four completions of a prompt for all but GAE, which asks four times as many prompts. Results go to ``--home``, and
-an interrupted run continues.
+All runs start from the same SFT model and reward model, sample the same number of episodes, and differ in the advantages only. GAE samples
+one completion for each prompt. The other estimators sample four completions for each of a quarter of the prompts.
+
+The table has means over seeds: the win rate over SFT and the score by the gold judge, which no step trains on; the score by the reward
+model, which PPO trains on; the KL; and PPO's seconds on this machine.
+
+Time: not measured on an idle machine (15 PPO runs with an evaluation each). Result: rows.jsonl in the folder of --home; docs/results.md,
+section "The quickstart". After an interruption, the same command continues.
 """
 
 from __future__ import annotations
@@ -35,13 +39,13 @@ KEPT_CANDIDATES = 'verdict.candidates={"sft": "sft", "aligned": "aligned"}'
 
 
 def overrides_of(method: str, seed: int, episodes: int) -> list[str]:
-    """The command line of one run."""
+    """The overrides of the quickstart for one run."""
     own = [f"aligned.{text}" for text in METHODS[method]]
     return [*own, f"aligned.seed={seed}", f"aligned.total_episodes={episodes}", KEPT_CANDIDATES, "verdict.token_details=null"]
 
 
 def measure(method: str, seed: int, episodes: int, home: Path) -> dict[str, Any]:
-    """Run the recipe so; returns what the table shows."""
+    """Run the recipe with these settings. Returns one row of the table."""
     recipe = load_recipe(REPOSITORY / "recipes" / "quickstart.yaml", overrides_of(method, seed, episodes), Registry(home / "registry"))
     recipe.steps[:] = [step for step in recipe.steps if step.name != "dpo"]
     summary = chain.run(recipe, home, Runtime(quiet=True))

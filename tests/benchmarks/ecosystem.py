@@ -1,10 +1,12 @@
-"""Does an exported model work where others would use it? transformers serve answers it, our own judge asks the server, lm-eval scores it.
+"""Checks that an exported model works in other programs: ``transformers serve``, an endpoint judge, and lm-eval.
 
-    python tests/benchmarks/ecosystem.py REF [--home DIR]        e.g. quickstart/aligned
+    python tests/benchmarks/ecosystem.py REF [--home DIR]        for example quickstart/aligned
 
-Makes an environment of its own beside the report (lm-eval and the server's packages on top of this one), exports REF, serves it on this
-machine, asks it through the OpenAI protocol, lets an ``EndpointClient`` judge two texts with it, and runs lm-eval on a task of local files.
-Nothing is downloaded but packages. vLLM is not run: its wheels need a GPU, or a build of their own.
+The script exports REF, serves it on this machine, sends it a chat request by the OpenAI protocol, lets an ``EndpointClient`` judge two
+texts with it, and runs lm-eval on a task of local files. lm-eval and the packages of the server are installed into a separate environment
+that also sees the packages of this one. Only packages are downloaded. vLLM is not run, because its wheels need a GPU.
+
+Time: a few minutes for the environment, the first time only; the rest depends on the model. Result: printed.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ ROWS = [
 
 
 def environment(folder: Path) -> Path:
-    """A Python with lm-eval and the server's packages; everything else is that of this one."""
+    """The Python of an environment with lm-eval and the server's packages. All other packages are those of this environment."""
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
@@ -102,7 +104,7 @@ def main() -> None:
 
 
 def wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
-    """Until the server answers; raises where it ends or takes three minutes."""
+    """Wait until the server answers. Exits if the server ends or does not answer within three minutes."""
     for _ in range(180):
         if server.poll() is not None:
             raise SystemExit(f"the server ended with status {server.returncode}")

@@ -1,10 +1,15 @@
-"""The whole family matrix: every check of every family, and with ``--chain`` every family through SFT, reward model, PPO and evaluation.
+"""Runs every check for every model family. With ``--chain``, every decoder also runs SFT, reward model, PPO and evaluation.
 
     python tests/benchmarks/families.py [--chain] [--only NAME ...] [--out tests/benchmarks/results]
 
-Writes families.md and families.json there. A cell is the largest relative difference to plain transformers (eager attention, no cache,
-one row at a time, fp32), ``ok`` for a chain that came to its end, or the refusal. The exit status is 1 where a cell is neither
-good nor expected.
+A cell of the table is one of these:
+
+- the largest relative difference to plain transformers (eager attention, no cache, one row at a time, fp32),
+- ``ok`` for a chain that finished,
+- ``refused: ...`` for an error that the catalogue of families expects,
+- ``FAILS: ...`` for anything else. Then the exit status is 1.
+
+Time: half an hour on two cores with ``--chain``. Result: families.md and families.json in the folder of --out; docs/families.md.
 """
 
 from __future__ import annotations
@@ -30,8 +35,8 @@ from stages.errors import StagesError  # noqa: E402
 CHAINS = {"chain, full": {}, "chain, LoRA": {"lora": {"r": 2}}, "chain, LoRA on nf4": {"lora": {"r": 2}, "quantization": "nf4"}}
 
 
-def checked(family: Family, folder: Path, checks: dict[str, Any]) -> dict[str, str]:
-    """The cell of each check: a difference, a refusal that the catalogue expects, or what went wrong behind ``FAILS``."""
+def check_family(family: Family, folder: Path, checks: dict[str, Any]) -> dict[str, str]:
+    """Run the checks. Returns the cell of each (see the module's docstring)."""
     cells = {}
     for name, check in checks.items():
         with tempfile.TemporaryDirectory() as scratch:
@@ -41,13 +46,13 @@ def checked(family: Family, folder: Path, checks: dict[str, Any]) -> dict[str, s
             except StagesError as error:
                 expected = family.without.get(name)
                 cells[name] = f"refused: {expected}" if expected is not None and expected in str(error) else f"FAILS: {error}"
-            except Exception as error:  # a table with every family is the point here
+            except Exception as error:  # one family must not stop the table of all families
                 cells[name] = f"FAILS: {type(error).__name__}: {error}"
     return cells
 
 
-def chained(family: Family, folder: Path, how: dict[str, Any]) -> str:
-    """One run of SFT, reward model, PPO and evaluation through the command line."""
+def run_chain(family: Family, folder: Path, how: dict[str, Any]) -> str:
+    """Run SFT, reward model, PPO and evaluation through the command line. Returns the cell."""
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         (work / "recipe.json").write_text(json.dumps(recipe(folder, work, how)), encoding="utf-8")
@@ -61,7 +66,7 @@ def chained(family: Family, folder: Path, how: dict[str, Any]) -> str:
 
 
 def recipe(folder: Path, work: Path, how: dict[str, Any]) -> dict[str, Any]:
-    """A chain of two optimizer steps each; YAML reads JSON."""
+    """A chain whose steps make two optimizer steps each. The caller writes it as JSON, which is YAML."""
     halves = [(text[: len(text) // 2].rstrip(), text[len(text) // 2 :].strip()) for text in TEXTS]
     rows = {
         "sft": [{"prompt": prompt, "completion": completion} for prompt, completion in halves],
@@ -107,7 +112,7 @@ def table(results: dict[str, dict[str, str]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="Names of families (default: all).")
-    parser.add_argument("--chain", action="store_true", help="Also run each decoder through the whole chain: full, LoRA, LoRA on nf4.")
+    parser.add_argument("--chain", action="store_true", help="Also run all stages with each decoder: full, LoRA, LoRA on nf4.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     groups = ((DECODERS, DECODER_CHECKS, AutoModelForCausalLM), (CLASSIFIERS, CLASSIFIER_CHECKS, AutoModelForSequenceClassification))
@@ -120,9 +125,9 @@ def main() -> int:
             began = time.monotonic()
             with tempfile.TemporaryDirectory() as folder:
                 save(family, Path(folder), auto)
-                results[name] = checked(family, Path(folder), checks)
+                results[name] = check_family(family, Path(folder), checks)
                 if arguments.chain and families is DECODERS:
-                    results[name] |= {column: chained(family, Path(folder), how) for column, how in CHAINS.items()}
+                    results[name] |= {column: run_chain(family, Path(folder), how) for column, how in CHAINS.items()}
             sys.stdout.write(f"{name} ({time.monotonic() - began:.0f} s): {results[name]}\n")
             sys.stdout.flush()
         tables.append(results)

@@ -1,11 +1,12 @@
-"""Kill storms: a small chain of all stages is killed at random moments and started again, until it is done; then it must have made the
-models of a run that nobody disturbed.
+"""Kills a small chain of all stages at random moments and starts it again until it finishes ("a storm").
 
-    python tests/benchmarks/killstorm.py                         at least 50 kills (SIGKILL of the whole process group); about 10 minutes
+    python tests/benchmarks/killstorm.py                         at least 50 kills (SIGKILL of all processes of the run)
     python tests/benchmarks/killstorm.py --kills 12 --processes 2
 
-After every kill the registry must verify. A storm ends when the chain finishes between two kills; storms continue until there were as
-many kills as asked for. Exit status 0 where every storm ended with the models of the calm run.
+Each storm must end with the same models as an undisturbed run, bit for bit. After every kill the registry must be valid. New storms start
+until there were as many kills as --kills says. The exit status is 0 if all models were equal.
+
+Time: about 10 minutes. Result: printed; docs/reliability.md, paragraph "Random kills".
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ def command(recipe: Path, home: Path, processes: int) -> list[str]:
     return [sys.executable, *launcher, "-m", "stages", "run", str(recipe), "--home", str(home)]
 
 
-def finished(recipe: Path, home: Path, processes: int, seconds: float | None) -> tuple[bool, str]:
-    """Whether the chain finished within ``seconds`` (else it is killed), and the last line it wrote."""
+def run_or_kill(recipe: Path, home: Path, processes: int, seconds: float | None) -> tuple[bool, str]:
+    """Run the chain and kill it after ``seconds``. Returns whether it finished before, and the step that was running when it was killed."""
     log = home.with_suffix(".log")
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -127,7 +128,7 @@ def finished(recipe: Path, home: Path, processes: int, seconds: float | None) ->
 
 
 def _last_step(log: Path) -> str:
-    """The step that was under way: its heading is the last one in the log."""
+    """The step that was running: its heading is the last one in the log."""
     steps = [line.split(" ")[0] for line in log.read_text().splitlines() if "): run," in line or "): resume," in line]
     return steps[-1] if steps else "starting"
 
@@ -145,37 +146,37 @@ def main() -> None:
     given = options.parse_args()
     draw = random.Random(given.seed)
     with tempfile.TemporaryDirectory(prefix="killstorm-") as folder:
-        # A copy, because an edit of the code in the meantime would make all steps run again.
+        # The runs use a copy of the code: if the code changed during the benchmark, all steps would run again.
         for name in ("stages", "data"):
             shutil.copytree(REPOSITORY / name, Path(folder, name))
         os.environ["PYTHONPATH"] = folder
         recipe = Path(folder, "storm.yaml")
         recipe.write_text(RECIPE)
         began = time.monotonic()
-        finished(recipe, Path(folder, "calm"), given.processes, None)
-        calm_seconds = time.monotonic() - began
-        calm = digests(Path(folder, "calm"))
-        print(f"undisturbed: {calm_seconds:.0f} s, {len(calm)} models", flush=True)
-        places: collections.Counter[str] = collections.Counter()
+        run_or_kill(recipe, Path(folder, "undisturbed"), given.processes, None)
+        undisturbed_seconds = time.monotonic() - began
+        expected = digests(Path(folder, "undisturbed"))
+        print(f"undisturbed run: {undisturbed_seconds:.0f} s, {len(expected)} models", flush=True)
+        killed_in: collections.Counter[str] = collections.Counter()
         kills, storms, differing = 0, 0, 0
         while kills < given.kills:
             storms += 1
             home = Path(folder, f"storm-{storms}")
             while True:
-                done, step_name = finished(recipe, home, given.processes, draw.uniform(1.0, 0.6 * calm_seconds))
+                done, step_name = run_or_kill(recipe, home, given.processes, draw.uniform(1.0, 0.6 * undisturbed_seconds))
                 if not done:
                     kills += 1
-                    places[step_name] += 1
+                    killed_in[step_name] += 1
                 registry = Registry(home / "registry")
-                wrong = {record.ref: problems for record in registry.records() if (problems := registry.verify(record.ref))}
-                if wrong:
-                    raise SystemExit(f"after {kills} kills the registry does not verify: {wrong}")
+                invalid = {record.ref: problems for record in registry.records() if (problems := registry.verify(record.ref))}
+                if invalid:
+                    raise SystemExit(f"after {kills} kills the registry is not valid: {invalid}")
                 if done:
                     break
-            same = digests(home) == calm
+            same = digests(home) == expected
             differing += not same
             print(f"storm {storms}: {kills} kills so far; models {'equal' if same else 'DIFFER: ' + str(digests(home))}", flush=True)
-        print(f"{kills} kills in {storms} storms; killed in {dict(places.most_common())}; storms with other models: {differing}")
+        print(f"{kills} kills in {storms} storms; killed steps: {dict(killed_in.most_common())}; storms with other models: {differing}")
         sys.exit(differing > 0)
 
 

@@ -1,10 +1,12 @@
-"""Load of `stages label`: 10,000 tasks open in under a second, and an answer is acknowledged in under 50 ms with 8 annotators at once.
+"""Load of ``stages label``: the time to open a file of 10,000 tasks, and the time of a request with 8 annotators at once.
 
-    PYTHONPATH=. python tests/benchmarks/label_load.py [--tasks 10000] [--annotators 8] [--answers 400]
+    PYTHONPATH=. python tests/benchmarks/label_load.py [--tasks 10000] [--annotators 8] [--answers 100]
 
-The server is a separate process, pinned to one core. The annotators share another core, if there is one. Each asks for a task, answers
-it at once, and so on without a pause: a thousand times faster than people. Times are taken at the client and include HTTP and fsync.
-The result goes to tests/benchmarks/results/label_load.json.
+The goal is to open the tasks in under a second and to acknowledge an answer in under 50 ms. The server is a separate process, pinned to one
+core. The annotators share the other cores. They answer in two ways: one answer about every half second, and without any pause, which is
+far faster than people are. The client measures the times; they include HTTP and fsync.
+
+Time: about a minute. Result: results/label_load.json; docs/labelling.md.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ RESULT = Path(__file__).parent / "results" / "label_load.json"
 
 
 def write_tasks(path: Path, number: int) -> None:
-    """Tasks with 4 completions of about 600 characters each, as InstructGPT's are."""
+    """Write tasks with 4 completions of about 600 characters each, a length typical of InstructGPT."""
     random = Random(0)
     words = [f"{first}{second}" for first in "bdfgklmn" for second in ("ana", "eso", "iru", "olt", "umen", "arith")]
     with path.open("w", encoding="utf-8") as file:
@@ -43,7 +45,7 @@ def write_tasks(path: Path, number: int) -> None:
 
 
 def start(folder: Path, names: list[str]) -> tuple[subprocess.Popen[str], dict[str, str], float, float]:
-    """(the server, links, seconds from the start of the process until the first task was shown, and how many of them it computed)."""
+    """(the server, the annotators' links, seconds from its start to the answer with the first task, processor seconds of these)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -125,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", type=int, default=10_000)
     parser.add_argument("--annotators", type=int, default=8)
-    parser.add_argument("--answers", type=int, default=100, help="of each annotator")
+    parser.add_argument("--answers", type=int, default=100, help="answers of each annotator")
     options = parser.parse_args()
     names = [f"annotator-{index}" for index in range(options.annotators)]
     with tempfile.TemporaryDirectory() as work:
@@ -162,7 +164,7 @@ def main() -> None:
         "machine": platform.machine(),
         "python": platform.python_version(),
         "cores_of_the_server": 1,
-        "real_time_scheduling": os.sched_getscheduler(0) == os.SCHED_FIFO,  # chrt -f 5: other work on the machine waits
+        "real_time_scheduling": os.sched_getscheduler(0) == os.SCHED_FIFO,  # with chrt -f 5, other processes wait
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))

@@ -1,10 +1,13 @@
-"""Learning curves of the quickstart's PPO over several seeds: gold and proxy score, KL, entropy and length against iterations.
+"""Learning curves of the quickstart's PPO over several seeds: gold score, proxy score, KL, entropy and length in each iteration.
 
-    python tests/benchmarks/learning_curves.py [--home outputs] [--seeds 5]      runs what is missing, then plots
-    python tests/benchmarks/learning_curves.py --plot                            plots again from the kept numbers
+    python tests/benchmarks/learning_curves.py [--home outputs] [--seeds 5]      runs the seeds that have not run yet, then plots
+    python tests/benchmarks/learning_curves.py --plot                            plots the saved numbers again
 
-The quickstart must have been run with the same --home: its sft and reward models are taken from there. The gold judge is a monitor here:
-it is logged and never trained on. Numbers and picture go to tests/benchmarks/results/.
+Run the quickstart with the same --home first: the SFT model and the reward models come from there. The gold judge is a monitor here: it is
+logged, and no step trains on it.
+
+Time: one PPO step of the quickstart for each seed. Result: results/learning_curves.json and .png; docs/results.md, section "The
+quickstart".
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ PANELS = {
 
 
 def quickstart_ppo() -> dict[str, Any]:
-    """The quickstart's PPO step as its recipe has it, on models of the registry, with the gold judge as a monitor."""
+    """The settings of the quickstart's PPO step, with models from the registry and the gold judge as a monitor."""
     from stages.recipe.source import read
 
     content = read(REPOSITORY / "recipes" / "quickstart.yaml").content
@@ -44,9 +47,9 @@ def quickstart_ppo() -> dict[str, Any]:
 
 
 def run_steps(recipe: str, steps: Mapping[str, Mapping[str, Any]], home: Path) -> dict[str, list[dict[str, float]]]:
-    """Run one PPO step for each entry of ``steps`` (fields laid over the quickstart's); its metrics by iteration, by step.
+    """Run one PPO step for each entry of ``steps``: step name -> fields that replace the quickstart's.
 
-    Steps that were run before are reused, and their metrics are found in the run folder that made them.
+    Returns step name -> metrics of each iteration. A step that has run before is reused; its metrics come from the run that made it.
     """
     from stages.chain import run as chain
     from stages.process.runtime import Runtime
@@ -62,10 +65,10 @@ def run_steps(recipe: str, steps: Mapping[str, Mapping[str, Any]], home: Path) -
 
 
 def metrics_of(runs: Path, step: str) -> list[dict[str, float]]:
-    """The metrics of the newest run of ``runs`` that made the step."""
+    """The metrics of each iteration, from the newest run in ``runs`` that trained the step."""
     files = sorted(runs.glob(f"*/{step}/metrics.jsonl"))
     if not files:
-        raise SystemExit(f"no run under {runs} holds the metrics of {step}; remove its model (stages models remove) and run again")
+        raise SystemExit(f"no run in {runs} has the metrics of {step}; remove its model (stages models remove) and run again")
     return [json.loads(line) for line in files[-1].read_text().splitlines()]
 
 
@@ -100,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--home", type=Path, default=Path("outputs"))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--plot", action="store_true", help="Plot the kept numbers again; run nothing.")
+    parser.add_argument("--plot", action="store_true", help="Plot the saved numbers again; run nothing.")
     options = parser.parse_args()
     numbers = RESULTS / "learning_curves.json"
     if not options.plot:

@@ -1,9 +1,12 @@
-"""What `stages plan` says a step will need, against what it needed: peak resident memory above an idle process, on a CPU.
+"""Compares the memory that ``stages plan`` predicts for a step with the measured memory, on a CPU.
 
     .venv/bin/python tests/benchmarks/memory_plan.py [--only NAME]
 
-Steps on a random Llama of 30 M parameters (512 wide, 8 layers, 8,192 tokens) whose tokens are words and whose tokenizer has no end token,
-so that every response has its full length and nothing but the step's own settings decides what it needs.
+The measured memory is the peak resident memory of the run minus that of an idle process. The steps use a Llama of random weights with 30 M
+parameters (512 wide, 8 layers, 8,192 tokens). Its tokens are words, and its tokenizer has no end token. So every response has its full
+length, and only the settings of the step decide how much memory it needs.
+
+Time: not measured; seven short steps. Result: printed.
 """
 
 from __future__ import annotations
@@ -66,7 +69,7 @@ SETUPS: dict[str, dict[str, Any]] = {
 
 
 def prepare(folder: Path) -> dict[str, str]:
-    """Models and data; returns what the set-ups' names stand for."""
+    """Write models and data. Returns the paths of the models: name in ``SETUPS`` -> path."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -106,11 +109,12 @@ def prepare(folder: Path) -> dict[str, str]:
     return {"MODEL": str(folder / "model"), "REWARD": str(folder / "reward"), "ADAPTED REWARD": str(folder / "adapted")}
 
 
-def filled(value: Any, names: dict[str, str]) -> Any:
+def with_paths(value: Any, names: dict[str, str]) -> Any:
+    """Settings in which the names of models are replaced by paths."""
     if isinstance(value, dict):
-        return {key: filled(item, names) for key, item in value.items()}
+        return {key: with_paths(item, names) for key, item in value.items()}
     if isinstance(value, list):
-        return [filled(item, names) for item in value]
+        return [with_paths(item, names) for item in value]
     return names.get(value, value) if isinstance(value, str) else value
 
 
@@ -136,14 +140,14 @@ def main() -> None:
             if options.only not in (None, name):
                 continue
             recipe = folder / "recipe.yaml"
-            recipe.write_text(json.dumps({"name": "memory", "steps": [filled(step, names)]}))  # JSON is YAML
+            recipe.write_text(json.dumps({"name": "memory", "steps": [with_paths(step, names)]}))  # JSON is YAML
             home = folder / "home" / name.replace(" ", "-").replace(",", "")
             command = [sys.executable, "-W", "ignore", "-m", "stages"]
             planned = json.loads(run([*command, "plan", str(recipe), "--home", str(home), "--json"]))["memory"][0]["bytes"]["total"]
             run([*command, "run", str(recipe), "--home", str(home)])
             summary = json.loads((home / "runs" / "memory" / "latest" / "summary.json").read_text())
             needed = summary["peak_memory_bytes"] - idle
-            comparison = f"planned {planned / 2**20:6.0f} MiB   needed {needed / 2**20:6.0f} MiB   planned / needed {planned / needed:.2f}"
+            comparison = f"planned {planned / 2**20:6.0f} MiB   measured {needed / 2**20:6.0f} MiB   ratio {planned / needed:.2f}"
             print(f"{name:36s} {comparison}", flush=True)
 
 

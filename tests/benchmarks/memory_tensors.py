@@ -1,9 +1,12 @@
-"""What a plan says about a step's tensors, against the tensors of the step itself, on a CPU, for three families and more.
+"""Compares the planned bytes of a step's tensors with the measured bytes, on a CPU, for four model families.
 
     .venv/bin/python tests/benchmarks/memory_tensors.py [--only WORDS] [--markdown FILE]
 
-Each step runs with a small random model, and every tensor operation is watched: the peak of the bytes of all living tensors is the measured
-value. The planned value leaves out what an allocator adds to tensors (``HEAP``). Memory inside of an operation is not seen.
+Each step runs with a small model of random weights. The measured value is the largest sum of the bytes of all live tensors, taken after
+every tensor operation. The memory that an operation uses inside is not measured. The planned value does not include the overhead of an
+allocator (``HEAP``).
+
+Time: not measured; twelve short steps. Result: printed, and written to --markdown; docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -70,7 +73,7 @@ SETUPS: dict[str, dict[str, Any]] = {
 }
 
 
-def measured(setup: dict[str, Any], work: Path) -> tuple[float, float]:
+def planned_and_measured(setup: dict[str, Any], work: Path) -> tuple[float, float]:
     """(planned bytes, measured bytes) of a step's tensors."""
     from stages.chain.run import run_function
     from stages.memory.counting import live_bytes
@@ -112,7 +115,7 @@ def main() -> None:
         for name, setup in SETUPS.items():
             if not all(word.lower() in name.lower() for word in options.only):
                 continue
-            planned, peak = measured(setup, Path(work))
+            planned, peak = planned_and_measured(setup, Path(work))
             rows.append(f"| {name} | {planned / 2**20:.0f} | {peak / 2**20:.0f} | {planned / peak:.2f} |")
             print(rows[-1], flush=True)
     if options.markdown is not None:

@@ -1,11 +1,16 @@
-"""Where the papers and common practice disagree: each choice against the default, on the quickstart's PPO, by the gold judge.
+"""Compares choices on which the papers and common practice differ with the defaults, on the quickstart's PPO, by the gold judge.
 
     python tests/benchmarks/paper_choices.py [--home outputs] [--seeds 3] [--only NAME ...]
 
-Presets follow the papers; defaults follow what is measured here. Every variant runs with the same seeds, so prompts and random streams are
-the same, and what is shown is the difference to the default seed by seed (mean and 95 % t-interval) over the last quarter of each run. Kept
-in tests/benchmarks/results/. What rollouts do not show is left out: the average of weights, which is what is published, and the sampling
-temperature, at which the completions themselves are judged.
+Run the quickstart with the same --home first. Each variant changes one choice. All variants use the same seeds, and so the same prompts and
+random streams. The table shows the difference to the default over the last quarter of each run: the mean over seeds, with a 95 %
+t-interval.
+
+Two choices are not compared, because the scores of rollouts do not show their effect: averaging the weights, which changes the published
+model only, and the sampling temperature, which changes the completions that are scored.
+
+Time: one PPO step of the quickstart for each of the twelve variants and each seed. Result: results/paper_choices.json (without --only);
+docs/results.md, section "The quickstart".
 """
 
 from __future__ import annotations
@@ -26,22 +31,22 @@ MEASURES = ("monitors/gold", "rewards/score_mean", "policy/kl", "responses/lengt
 
 
 def variants() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Name -> (what it is, the fields that differ from the quickstart's)."""
+    """Name -> (description, the fields that differ from the quickstart's). recipe/presets.py explains the letters Z, S, I and H."""
     training = quickstart_ppo()["training"]
     return {
-        "default": ("as the quickstart", {}),
+        "default": ("the quickstart's settings", {}),
         "tf-adam": ("TensorFlow's Adam (Z)", {"training": {**training, "adam_style": "tensorflow"}}),
         "no-clipping": ("gradients not clipped (Z, S, I, H)", {"training": {**training, "max_grad_norm": None}}),
         "warmup": (
             "constant after ten iterations of warmup (I)",
             {"training": {**training, "schedule": "constant", "warmup_iterations": 10}},
         ),
-        "value-warmup": ("the value network alone for five iterations", {"value_warmup_iterations": 5}),
+        "value-warmup": ("the first five iterations train the value network only", {"value_warmup_iterations": 5}),
         "one-epoch": ("one epoch of eight minibatches (I) instead of four of two", {"ppo_epochs": 1, "minibatch_size": 8}),
         "whiten-rewards": ("rewards whitened (Z style)", {"whiten_rewards": True}),
-        "by-minibatch": ("whitening and GAE by minibatch (Z)", {"whitening_scope": "minibatch"}),
-        "score-behind": ("score at the state after the end (H)", {"score_placement": "after"}),
-        "value-policy": ("value network from the policy, head 0", {"value": "policy"}),
+        "by-minibatch": ("whitening and GAE in each minibatch (Z)", {"whitening_scope": "minibatch"}),
+        "score-behind": ("score credited to the state after the last token (H)", {"score_placement": "after"}),
+        "value-policy": ("value network starts from the policy, with a zero head", {"value": "policy"}),
         "value-shared": ("value head on the policy (Z)", {"value": "shared"}),
         "adaptive-kl": ("adaptive KL, target 6 nats (Z)", {"kl_target": 6.0}),
     }
@@ -52,7 +57,7 @@ def last_quarter(metrics: list[dict[str, float]], name: str) -> float:
 
 
 def table(chosen: dict[str, tuple[str, dict[str, Any]]], results: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
-    """One row per variant: its means, and the differences to the default with half their 95 % intervals."""
+    """One row per variant: its means, its differences to the default, and half the width of their 95 % intervals."""
     rows = []
     for name, (what, _) in chosen.items():
         row: dict[str, Any] = {"variant": name, "what": what, "seeds": len(results[name])}
@@ -84,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--home", type=Path, default=Path("outputs"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", help="Variants to run; default is always among them.")
+    parser.add_argument("--only", nargs="*", help="Variants to run. The default always runs.")
     parser.add_argument("--episodes", type=int, help="Episodes per run (default: the quickstart's).")
     options = parser.parse_args()
     chosen = {name: kind for name, kind in variants().items() if not options.only or name in (*options.only, "default")}

@@ -1,16 +1,20 @@
-"""PPO here against TRL 1.12.0's, side by side: episodes per second, peak memory, and the score per iteration.
+"""Compares this project's PPO with that of TRL 1.12.0: episodes per second, peak memory, and the score of each iteration.
 
     ./launch.sh recipes/quickstart.yaml                                # makes the policy and the reward model of the first workload
     .venv/bin/python tests/benchmarks/ppo_speed.py [--pairs 3] [--iterations 8] [--trl-env FOLDER] [--json FILE]
 
-Both run the same initial weights, reward model, prompts (up to 32 tokens), 64 episodes of up to 48 new tokens an iteration, 4 epochs of one
-minibatch in microbatches of 16, fp32, the same number of threads, one process each, in turn. TRL gets an environment of its own, made once.
+Both use the same initial weights, reward model, prompts (up to 32 tokens) and number of threads, 64 episodes of up to 48 new tokens in an
+iteration, 4 epochs of one minibatch in microbatches of 16, and fp32. The runs take turns, each in a separate process. TRL has a separate
+environment, which is made the first time. There are two workloads:
 
-    natural      the quickstart's SFT policy: responses end where they end
-    no early end a policy of random weights, 4 M parameters (256 wide, 4 layers, 4,096 tokens), whose tokenizer has no end token
+    natural       the quickstart's SFT policy, which ends its responses itself
+    no early end  a policy of random weights with 4 M parameters (256 wide, 4 layers, 4,096 tokens), whose tokenizer has no end token
 
-TRL has a separate value network only; ours runs with a separate one and with a value head on the policy's own hidden states. The first
-iteration of a run is left out. Memory is the peak above the same process after its imports.
+TRL has a separate value network only. Ours runs with a separate value network, and with a value head on the policy. The first iteration of
+a run is not counted. Memory is the peak of the process minus its memory after the imports.
+
+Time: not measured on an idle machine. Result: printed, and written to --json (results/ppo_speed.json); docs/gpu.md, section "Speed on a
+CPU".
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ SETTINGS = {"batch": 64, "microbatch": 16, "epochs": 4, "new_tokens": 48, "promp
 
 
 def natural(folder: Path, home: Path, num_prompts: int) -> dict[str, Any]:
-    """The quickstart's models and prompts, as TRL can read them, too: without the reward bias, which it would drop in silence."""
+    """The quickstart's models and prompts in a form that TRL can load: the reward bias is 0, because TRL drops it without a message."""
     import torch
 
     from stages.config import DataSource
@@ -58,7 +62,7 @@ def natural(folder: Path, home: Path, num_prompts: int) -> dict[str, Any]:
 
 
 def no_early_end(folder: Path, num_prompts: int) -> dict[str, Any]:
-    """A random Llama whose tokens are words, so that text and tokens are the same thing; nothing it can sample ends a response."""
+    """A Llama of random weights. Its tokens are words, so text and tokens correspond. No token that it can sample ends a response."""
     import random
 
     import torch
@@ -72,7 +76,7 @@ def no_early_end(folder: Path, num_prompts: int) -> dict[str, Any]:
     blank.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=blank, pad_token="[PAD]")
     tokenizer.save_pretrained(folder / "policy")
-    ending = PreTrainedTokenizerFast(tokenizer_object=blank, pad_token="[PAD]", eos_token="[END]")  # TRL wants one; number 4096, no logit
+    ending = PreTrainedTokenizerFast(tokenizer_object=blank, pad_token="[PAD]", eos_token="[END]")  # TRL needs one: id 4096, no logit
     ending.save_pretrained(folder / "trl_tokenizer")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -103,11 +107,11 @@ def written(folder: Path, prompts: list[str], ids: list[list[int]], **models: st
     return {**SETTINGS, **models, **files, "reward_model": str(folder / "reward_model")}
 
 
-# One run of ours (a process of its own)
+# One run of this project's PPO, in a separate process
 
 
 def ours(workload: dict[str, Any], seed: int, value: str) -> dict[str, Any]:
-    # All that a run imports, before memory is read, as in the other script.
+    # Import everything that a run needs before reading the memory, as ppo_speed_trl.py does.
     import datasets  # noqa: F401
     import peft  # noqa: F401
     import torch
@@ -189,11 +193,11 @@ def resident_mib(field: str) -> float:
     raise LookupError(field)
 
 
-# Side by side
+# Comparison
 
 
 def trl_python(folder: Path) -> Path:
-    """The interpreter of TRL's own environment, made where it is missing."""
+    """The Python of TRL's environment. Makes the environment if it does not exist."""
     python = folder / "bin" / "python"
     if not python.exists():
         print(f"making an environment with trl 1.12.0 in {folder} (once)", file=sys.stderr)
@@ -212,7 +216,7 @@ def started(command: list[str], threads: int) -> dict[str, Any]:
 
 
 def speed(result: dict[str, Any], batch: int) -> float:
-    """Episodes per second over all iterations but the first."""
+    """Episodes per second of all iterations except the first."""
     return batch * (len(result["seconds"]) - 1) / sum(result["seconds"][1:])
 
 
@@ -254,8 +258,8 @@ def main() -> None:
     parser.add_argument("--home", type=Path, default=REPOSITORY / "outputs")
     parser.add_argument("--trl-env", type=Path, default=REPOSITORY / ".venv-trl112")
     parser.add_argument("--only", choices=["natural", "no-early-end"])
-    parser.add_argument("--skip-trl", action="store_true", help="Ours alone, for profiling.")
-    parser.add_argument("--json", type=Path, help="Also write all numbers here.")
+    parser.add_argument("--skip-trl", action="store_true", help="Run this project's PPO only, for profiling.")
+    parser.add_argument("--json", type=Path, help="Also write all numbers to this file.")
     parser.add_argument("--worker", nargs=3, metavar=("WORKLOAD", "SEED", "VALUE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:

@@ -1,6 +1,6 @@
-"""One run of TRL's last PPO trainer (trl.experimental.ppo, 1.12.0) on a workload that ppo_speed.py laid out; started by ppo_speed.py.
+"""One run of TRL's PPO trainer (trl.experimental.ppo, 1.12.0) on a workload that ppo_speed.py has written. ppo_speed.py starts it.
 
-Runs in an environment of its own and imports nothing of this project. Prints one JSON line: seconds per iteration, scores, memory.
+It runs in TRL's environment and imports nothing of this project. It prints one line of JSON: seconds of each iteration, scores, memory.
 """
 
 from __future__ import annotations

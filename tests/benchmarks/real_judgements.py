@@ -1,12 +1,16 @@
-"""Judgements of real people and of GPT-4 on real models, through the statistics of every evaluation, and a reward model beside them.
+"""Evaluates published judgements by people and by GPT-4, and compares a small reward model with them.
 
     python tests/benchmarks/real_judgements.py [--home DIR] [--override step.field=value ...]
 
-Reads ../shared/data: pandalm_human (pairs of answers of five models, three human votes each), alpaca_eval_ranking (eight models, judged by
-GPT-4-turbo), and instructions to train on. Writes their rows in the formats of an evaluation step (completions and judgements made
-elsewhere), trains a small language model and a reward model on GPT-4's rankings of other prompts (minutes on two CPU cores), and compares:
-people with each other, the models by people, the reward model (and the rule "longer is better") with people and with GPT-4. The numbers of
-the README are printed; the reports are in the run folder.
+The data are in ../shared/data: pandalm_human (pairs of answers of five models, three human votes for each), alpaca_eval_ranking (answers of
+eight models, scored by GPT-4-turbo), and instructions. The script
+
+1. writes their completions and judgements in the formats that an evaluation step reads;
+2. trains a small language model on the instructions, and a reward model on GPT-4's rankings of other prompts;
+3. evaluates: how often people agree with each other, which models people prefer, and how often the reward model and the rule "the longer
+   answer is better" agree with people and with GPT-4.
+
+Time: minutes on two CPU cores. Result: printed, and a report in the run folder; docs/results.md, section "Real judgements".
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ Row = dict[str, Any]
 
 RECIPE = """
 name: real-judgements
-description: A small reward model beside people and GPT-4.
+description: A small reward model compared with people and with GPT-4.
 seed: 1
 steps:
   - stage: pretraining
@@ -81,7 +85,10 @@ def prompt_of(row: Row) -> str:
 
 
 def write_pandalm(folder: Path) -> list[str]:
-    """Prompts, completions and votes of pandalm_human; a model that answered a prompt twice has two samples."""
+    """Write prompts, completions and votes of pandalm_human. If a model answered a prompt twice, it has two samples.
+
+    Returns the names of the models.
+    """
     completions: dict[str, dict[tuple[str, int], str]] = {}
     votes = []
     for row in read("pandalm_human/validation.jsonl.gz"):
@@ -103,7 +110,10 @@ def write_pandalm(folder: Path) -> list[str]:
 
 
 def write_alpaca(folder: Path) -> list[str]:
-    """Prompts, completions and GPT-4's scores of the held-out rows of alpaca_eval_ranking; weakest model first."""
+    """Write prompts, completions and GPT-4's scores of the held-out rows of alpaca_eval_ranking.
+
+    Returns the names of the models, the model with the lowest mean score first.
+    """
     rows = read("alpaca_eval_ranking/validation.jsonl.gz")
     completions: dict[str, list[Row]] = {}
     scores = []
@@ -120,13 +130,13 @@ def write_alpaca(folder: Path) -> list[str]:
 
 
 def write_texts(folder: Path) -> None:
-    """Instructions with their answers as plain documents, for the small language model; Alpaca's and Dolly's."""
+    """Write the instructions of Alpaca and Dolly, each with its answer, as documents for the small language model."""
     rows = read("instructions/train.jsonl.gz") + read("dolly/train.jsonl.gz")
     write(folder / "texts.jsonl", [{"text": f"{prompt_of(row)}\n\n{row['output']}"} for row in rows])
 
 
 def write_recipe(folder: Path) -> Path:
-    """Everything the recipe reads, and the recipe."""
+    """Write the recipe and all files that it reads. Returns the path of the recipe."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "lengths.py").write_text("def longer(prompts, completions): return [float(len(text)) for text in completions]\n")
     write_texts(folder)
@@ -139,7 +149,7 @@ def write_recipe(folder: Path) -> Path:
 
 
 def show(run: Path) -> None:
-    """The README's numbers."""
+    """Print the numbers of docs/results.md."""
     for step in ("people", "gpt4"):
         evaluation = json.loads((run / step / "evaluation.json").read_text())
         judge = evaluation["judges"][0]["name"]

@@ -1,10 +1,16 @@
-"""Sampling here against transformers' ``model.generate`` on the same batch: tokens per second, as a ratio.
+"""Compares the speed of this project's sampling with that of ``model.generate`` of transformers, in tokens per second.
 
     .venv/bin/python tests/benchmarks/sampling_speed.py [--rounds 5] [--device cuda]
 
-Pure sampling at temperature 1 from a random Llama of 4 M parameters (256 wide, 4 layers, 4,096 tokens), 64 left-padded prompts of 8 to 32
-tokens, up to 48 (--new-tokens) new ones. ``full``: nothing ends a response. ``ragged``: one token in sixteen does, so that rows end all
-along. The two take turns in one process; the first round is not counted.
+Both sample at temperature 1, without top-k or top-p, from a Llama of random weights with 4 M parameters (256 wide, 4 layers, 4,096 tokens).
+The batch has 64 left-padded prompts of 8 to 32 tokens and up to 48 new tokens (--new-tokens). There are two workloads:
+
+    full     no token ends a response
+    ragged   one token of the vocabulary in sixteen ends a response, so responses end at different times
+
+The two programs take turns in one process, and the first round is not counted.
+
+Time: not measured on an idle machine. Result: printed; docs/gpu.md, section "Speed on a CPU".
 """
 
 from __future__ import annotations
@@ -47,13 +53,13 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--cpu-time", action="store_true", help="Count processor time instead of wall time, on a machine that is not idle.")
-    parser.add_argument("--same-matmuls", action="store_true", help="Also here products by PyTorch's default library.")
+    parser.add_argument("--cpu-time", action="store_true", help="Measure processor time, for a machine that is not idle.")
+    parser.add_argument("--same-matmuls", action="store_true", help="Use PyTorch's default matrix products here, too.")
     options = parser.parse_args()
     clock = time.process_time if options.cpu_time else time.perf_counter
     model, plain = (model_on(options.device, getattr(torch, options.dtype)) for _ in range(2))
     if not options.same_matmuls:
-        use_fast_matmuls(model)  # as every model is that this project loads
+        use_fast_matmuls(model)  # as for every model that this project loads
     draw = random.Random(0)
     prompts = [[draw.randrange(1, 4096) for _ in range(draw.randint(8, 32))] for _ in range(64)]
     for name, stops in (("full", []), ("ragged", list(range(256)))):

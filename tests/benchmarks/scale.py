@@ -1,10 +1,12 @@
-"""How time and memory of a PPO iteration grow with the model, the lengths, the batch and the number of processes: one table.
+"""How the time and memory of a PPO iteration grow with the model, the lengths, the batch and the number of processes.
 
-    python tests/benchmarks/scale.py            about 10 minutes on 2 idle cores; --iterations 3 for a quicker look
+    python tests/benchmarks/scale.py [--iterations 6]
 
-Every row is a run of its own of a policy with random weights and a value network beside it, fp32, one thread per process; the rows of a
-block differ in one quantity. Responses have their full length (no end token counts). Seconds are medians over the iterations without the
-first; memory is the peak of the first process less that of a process that has only been started.
+Each row of the table is one run with a policy of random weights and a separate value network, in fp32, with one thread per process. The
+rows of a block differ in one quantity. All responses have their full length, because end tokens are ignored. Seconds are medians over all
+iterations except the first. Memory is the peak of the first process minus that of a process that has only imported the program.
+
+Time: about 10 minutes on 2 idle cores; less with --iterations 3. Result: printed as a table; docs/gpu.md, section "Speed on a CPU".
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ BLOCKS: dict[str, list[dict[str, int]]] = {
 
 
 def make_model(folder: Path, *, width: int, layers: int) -> int:
-    """A Llama of random weights with a byte tokenizer; returns its number of parameters."""
+    """Save a Llama of random weights with a byte tokenizer. Returns its number of parameters."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -60,7 +62,7 @@ def make_model(folder: Path, *, width: int, layers: int) -> int:
 
 
 def measure(workdir: Path, given: dict[str, int], iterations: int) -> dict[str, Any]:
-    """One run; seconds by phase and peak memory."""
+    """Make one run. Returns the number of parameters, the seconds of each phase and their sum, and the peak memory in bytes."""
     name = "-".join(map(str, given.values()))
     model = workdir / f"model-{given['width']}-{given['layers']}"
     parameters = make_model(model, width=given["width"], layers=given["layers"])
@@ -97,7 +99,7 @@ def measure(workdir: Path, given: dict[str, int], iterations: int) -> dict[str, 
 
 
 def idle_memory() -> int:
-    """Peak memory of a process that has imported what a run imports."""
+    """Peak memory, in bytes, of a process that has imported the modules of a run and has done nothing else."""
     code = "import resource, torch, transformers, peft, stages.ppo.loop; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     return int(subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout)
 
@@ -112,7 +114,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:
         workdir = Path(folder)
         (workdir / "scale_reward.py").write_text("def score(p, c):\n    return [text.count('e') / (len(text) + 1) for text in c]\n")
-        measured: dict[str, dict[str, Any]] = {}  # several blocks hold the same row
+        measured: dict[str, dict[str, Any]] = {}  # some rows are in several blocks
         for block, variants in BLOCKS.items():
             first = None
             for variant in variants:

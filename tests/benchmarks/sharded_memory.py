@@ -1,11 +1,13 @@
-"""Peak memory of PPO on two processes with FSDP2: one process, all models gathered while a rollout is made, and only the policy gathered.
+"""Peak memory of PPO on one process, and on two processes with FSDP2 with all models or only the policy gathered for a rollout.
 
-    python tests/benchmarks/sharded_memory.py            about 2 minutes on 2 idle cores
+    python tests/benchmarks/sharded_memory.py
 
 Policy, reference and value network are three separate Llama models with random weights (fp32, full fine-tuning). The row "all gathered" is
-how Tristage worked before: every process held all three models unsharded during a rollout. Memory is the peak of the first process, less
-that of a process that has only imported the program. MALLOC_MMAP_THRESHOLD_ makes glibc give freed tensors back to the system; without it
-the peak is mostly memory that is free already.
+how Tristage worked before: every process had all three models unsharded during a rollout. Memory is the peak of the first process minus
+that of a process that has only imported the program. MALLOC_MMAP_THRESHOLD_ makes glibc return freed tensors to the system. Without it, the
+peak is mostly freed memory.
+
+Time: about 2 minutes on 2 idle cores. Result: printed as a table; docs/processes.md.
 """
 
 from __future__ import annotations

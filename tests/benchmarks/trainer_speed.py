@@ -1,11 +1,17 @@
-"""Stages that use a Trainer, compared with that Trainer alone: optimizer steps per second on the same rows, as a ratio.
+"""Compares the stages that use a Trainer with that Trainer alone: optimizer steps per second on the same rows.
 
     .venv/bin/python tests/benchmarks/trainer_speed.py [--rounds 3]
 
-A random Llama of the quickstart's size (128 wide, 2 layers) on the embedded world: the sft stage against trl.SFTTrainer, the reward_model
-stage against a transformers.Trainer that sums the same ranking loss, the sentiment stage against a transformers.Trainer on a small
-DistilBERT. Both sides compute with PyTorch's default matrix products (--fast-matmuls: the stages with the processor's best, as users get).
-One process each, in turn; the time is the Trainer's own, start and evaluation are not in it.
+The model is a Llama of random weights of the quickstart's size (128 wide, 2 layers), and the data come from the embedded world:
+
+    sft            compared with trl.SFTTrainer
+    reward_model   compared with a transformers.Trainer with the same ranking loss
+    sentiment      compared with a transformers.Trainer; both train a small DistilBERT
+
+Both sides use PyTorch's default matrix products. With --fast-matmuls, the stages use the faster products of the two libraries, as they do
+for users. The runs take turns, each in a separate process. The time is the one that the Trainer reports, without start and evaluation.
+
+Time: not measured on an idle machine. Result: printed; docs/gpu.md, section "Speed on a CPU".
 """
 
 from __future__ import annotations
@@ -59,14 +65,15 @@ def base_model(folder: Path) -> None:
 
 
 def step(kind: str) -> dict[str, Any]:
-    made: dict[str, Any] = {"stage": kind, "name": "step", "precision": "fp32", "data": DATA[kind]}
-    made["training"] = {**TRAINING, "max_steps": STEPS[kind]}
+    training = {**TRAINING, "max_steps": STEPS[kind]}
+    common = {"stage": kind, "name": "step", "precision": "fp32", "data": DATA[kind], "training": training}
     if kind == "sentiment":
-        return {**made, "architecture": {"type": "distilbert", "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4}, "max_length": 64}
-    return {**made, "model": "MODEL"}
+        architecture = {"type": "distilbert", "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4}
+        return {**common, "architecture": architecture, "max_length": 64}
+    return {**common, "model": "MODEL"}
 
 
-# One run of each (a process of its own)
+# One run, in a separate process
 
 
 def ours(kind: str, folder: Path) -> float:
@@ -200,8 +207,8 @@ def main() -> None:
                     side_speeds.append(float(done.stdout.split()[-1]))
             ratios = [one / other for one, other in zip(speeds["ours"], speeds["theirs"], strict=True)]
             ours_median, theirs_median = (statistics.median(side_speeds) for side_speeds in speeds.values())
-            told = f"{ours_median:6.1f} steps/s here, {theirs_median:6.1f} by the Trainer alone"
-            print(f"{kind:12s} {told}: {statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+            speed = f"{ours_median:6.1f} steps/s here, {theirs_median:6.1f} by the Trainer alone"
+            print(f"{kind:12s} {speed}: {statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The measurements of the GPU table. Each function takes a task (a dict) and returns a dict that JSON can hold.
+"""The measurements of the GPU table. Each function takes a task (a dict) and returns a dict that can be written as JSON.
 
-``table.py`` runs each task in a process of its own, so that no measurement sees the memory of another one.
+``table.py`` runs each task in a separate process, so that one measurement does not affect the memory of the next.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def trl(task: dict[str, Any]) -> dict[str, Any]:
-    """The files that TRL's own process reads: their folder, and the settings of the workload. ``task``: shape."""
+    """Prepare the files that TRL's process reads. Returns their folder and the settings of the workload. ``task``: shape."""
     scale = scale_of(task)
     workdir = prepare(scale, task["shape"], Path(task["work"]), task["device"])
     workload = {"batch": scale.batch, "epochs": scale.epochs, "iterations": scale.iterations, "new_tokens": scale.new_tokens}
@@ -186,7 +186,7 @@ def trl(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def decoding(task: dict[str, Any]) -> dict[str, Any]:
-    """Tokens per second here and by ``model.generate``, in turn. ``task``: shape, ragged (one token in 64 ends a row)."""
+    """Tokens per second here and by ``model.generate``; they take turns. ``task``: shape, ragged (one token in 64 ends a row)."""
     import torch
 
     from stages.config import GenerationSettings
@@ -234,7 +234,7 @@ def continuous(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_turn(ways: dict[str, Callable[[int], int]], rounds: int) -> dict[str, float]:
-    """Median of tokens per second of each way. The ways take turns; each runs once more at the start, which is not counted."""
+    """Median of tokens per second of each way. The ways take turns. One more round at the start is not counted."""
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():

@@ -2,7 +2,7 @@
 
     PYTHON ppo_trl.py JSON
 
-JSON has ``place`` (the folder of the files), ``packages`` (a folder to import TRL from, or null), ``device``, ``microbatch``, and the
+JSON has ``workdir`` (the folder of the files), ``packages`` (a folder to import TRL from, or null), ``device``, ``microbatch``, and the
 settings of the workload. The last line of the output is JSON: seconds per iteration, and peak GPU memory in bytes (null on a CPU).
 """
 

@@ -1,11 +1,14 @@
-"""Speed and memory on a GPU as one table, in JSON and Markdown.
+"""Measures speed and memory on a GPU and writes one table, in JSON and Markdown.
 
-    .venv/bin/python tests/benchmarks/gpu/table.py [--trl PLACE] [--only WORDS] [--out FOLDER]
+    .venv/bin/python tests/benchmarks/gpu/table.py [--trl FOLDER] [--only WORDS] [--out FOLDER]
     .venv/bin/python tests/benchmarks/gpu/table.py --tiny      # every row at toy size on a CPU, to test this program
 
-Weights are random and have the shapes of known models, so nothing is downloaded. PLACE is an environment (a folder with bin/python) or a
-folder of packages with TRL 1.12; without it, the rows that compare with TRL say so. Each measurement has a process of its own. A set-up
-that does not fit, or that lacks a package, is a row with the reason. The exit status is 1 only if a measurement crashed.
+The models have random weights and the shapes of known models, so nothing is downloaded. The folder of --trl is an environment (with
+bin/python) or a folder of packages, with TRL 1.12. Without --trl, the rows that compare with TRL have no number. Each measurement runs in a
+separate process. If a set-up does not fit into memory or lacks a package, its row gives the reason. The exit status is 1 only if a
+measurement crashed.
+
+Result: gpu.json and gpu.md in the folder of --out; docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ CHECKPOINTED = {"gradient_checkpointing": True}
 
 @dataclass(frozen=True)
 class Setup:
-    """One recipe step that is run. ``profile``: also measure the share of the update in which the GPU is idle."""
+    """A recipe step to run. ``profile``: also measure the share of the update in which the GPU is idle."""
 
     shape: str
     fields: dict[str, Any] = field(default_factory=dict)
@@ -173,7 +176,7 @@ class Table:
         return self._task(name, {"measure": "step", **asdict(SETUPS[name])})
 
     def _best_of_trl(self) -> dict[str, Any]:
-        """TRL's fastest microbatch: its speed and peak memory, and what the others made."""
+        """Speed and peak memory of TRL with its fastest microbatch, and the speed of the other microbatches or why they failed."""
         if self.options.trl is None:
             return {"skipped": "--trl does not name an environment with TRL 1.12"}
         files = self._task("the files for TRL", {"measure": "trl", "shape": "410M"})
@@ -234,7 +237,7 @@ def gib(size: float | None) -> float | None:
 
 
 def interpreter(path: Path) -> tuple[Path, str | None]:
-    """(the Python that imports TRL, a folder of packages to import first or None). ``place``: an environment, or a folder of packages."""
+    """(the Python that imports TRL, a folder of packages to import first or None). ``path``: an environment, or a folder of packages."""
     own = path / "bin" / "python"
     return (own, None) if own.exists() else (Path(sys.executable), str(path.absolute()))
 
@@ -258,7 +261,7 @@ def in_process(command: list[str], task: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_own_process(task: dict[str, Any]) -> dict[str, Any]:
-    """The result of a task, measured in a process of its own."""
+    """The result of a task, measured in a separate process."""
     return in_process([sys.executable, "-W", "ignore", str(HERE / "measures.py")], task)
 
 
@@ -277,7 +280,7 @@ def in_this_process(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on and with."""
+    """The machine and the versions that the numbers were measured with."""
     from importlib.metadata import PackageNotFoundError, version
 
     from stages.process.gpus import visible_gpus
@@ -324,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write ``gpu.json`` and ``gpu.md``, and print the table. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="Toy sizes on a CPU, in this process.")
-    parser.add_argument("--trl", type=Path, metavar="PLACE", help="An environment or a folder of packages with TRL 1.12.")
+    parser.add_argument("--trl", type=Path, metavar="FOLDER", help="An environment or a folder of packages with TRL 1.12.")
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="Make only rows whose name has all these words.")
     parser.add_argument("--out", type=Path, default=Path("gpu-table"), metavar="FOLDER", help="Folder for gpu.json and gpu.md.")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="Folder for the models (about 40 GB), kept; default: a temporary one.")

@@ -1,4 +1,4 @@
-"""The GPU table at toy size on a CPU: its rows, its reasons, and its output."""
+"""The GPU table at toy size on a CPU: its rows, the reasons for missing numbers, and its output."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def shown(row: Any) -> tuple[str, float | None, str]:
     return row.case, row.value, row.note
 
 
-def test_a_table_has_every_row_of_the_issue_and_each_measurement_runs_once(tmp_path: Path) -> None:
+def test_the_table_has_all_rows_and_each_measurement_runs_once(tmp_path: Path) -> None:
     asked: list[dict[str, Any]] = []
     results = {
         "step": {"planned_bytes": 2**31, "peak_bytes": None, "idle_share": None, "episodes_per_second": 3.0},
@@ -53,7 +53,7 @@ def test_a_table_has_every_row_of_the_issue_and_each_measurement_runs_once(tmp_p
 
 
 def test_the_ratio_is_to_the_best_microbatch_of_trl(tmp_path: Path) -> None:
-    """8 episodes in 2 iterations after the first: 4 per second where they take 2 s, and the other microbatch does not fit."""
+    """TRL samples 8 episodes in 2 iterations after the first, in 2 s: 4 per second. The other microbatch does not fit into memory."""
     script = tmp_path / "bin" / "python"
     script.parent.mkdir()
     script.write_text(
@@ -72,7 +72,7 @@ def test_the_ratio_is_to_the_best_microbatch_of_trl(tmp_path: Path) -> None:
     assert best["failed"] == {4: "does not fit: the process ran out of memory"}
 
 
-def test_a_crash_is_a_row_and_an_exit_status(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_crash_is_shown_in_its_row_and_gives_exit_status_1(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(table, "in_this_process", lambda task: {"crashed": "RuntimeError: shapes | differ"})
     assert table.main(["--tiny", "--only", "decoding", "ragged", "--out", str(tmp_path)]) == 1
     assert "error: these measurements crashed: decoding 1B Llama, ragged" in capsys.readouterr().err
@@ -82,7 +82,7 @@ def test_a_crash_is_a_row_and_an_exit_status(tmp_path: Path, monkeypatch, capsys
     assert "crashed: RuntimeError: shapes / differ |" in (tmp_path / "gpu.md").read_text()
 
 
-def test_processes_report_results_and_reasons(capsys) -> None:
+def test_a_process_returns_its_result_or_the_reason_for_having_none(capsys) -> None:
     def code(text: str) -> dict[str, Any]:
         return table.in_process([sys.executable, "-c", text], {"a": 1})
 
@@ -94,11 +94,11 @@ def test_processes_report_results_and_reasons(capsys) -> None:
 @pytest.mark.parametrize(
     ("intervals", "length"), [([], 0), ([(0, 2), (1, 3), (5, 6)], 4), ([(5, 6), (0, 10)], 10), ([(0, 1), (1, 2), (0, 1)], 2)]
 )
-def test_time_is_covered_once(intervals, length) -> None:
+def test_covered_counts_overlapping_intervals_once(intervals, length) -> None:
     assert measures.covered(intervals) == length
 
 
-def test_what_does_not_fit_or_lacks_a_package_is_a_reason(monkeypatch) -> None:
+def test_memory_errors_and_missing_packages_are_reasons_for_having_no_result(monkeypatch) -> None:
     def raises(error: BaseException) -> Any:
         def measure(_: dict[str, Any]) -> dict[str, Any]:
             raise error
@@ -114,7 +114,7 @@ def test_what_does_not_fit_or_lacks_a_package_is_a_reason(monkeypatch) -> None:
         raises(ValueError("shapes"))
 
 
-def test_a_step_and_decoding_run_at_toy_size(tmp_path: Path) -> None:
+def test_a_step_and_decoding_give_numbers_at_toy_size(tmp_path: Path) -> None:
     made = table.Table(options(), tmp_path, table.in_this_process)
     step, decoded = (
         made._setup("410M, PPO, shared value head"),

@@ -1,6 +1,6 @@
 """Models of random weights, texts, and PPO settings for the GPU table: the shapes of known models, or toy shapes of the same families.
 
-Tokens are words and no token ends a response, so that text and tokens are the same thing and every response has its full length.
+Tokens are words, so text and tokens correspond. No token ends a response, so every response has its full length.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Scale:
-    """The amount of work of one table. Lengths are in tokens. ``microbatches``: those that TRL is tried with."""
+    """The amount of work of one table. Lengths are in tokens. ``microbatches``: the sizes that TRL runs with."""
 
     shapes: dict[str, dict[str, Any]]  # name -> fields of a transformers config
     words: int  # size of the vocabulary that texts are made of
@@ -25,7 +25,7 @@ class Scale:
     longest_prompt: int
     new_tokens: int
     microbatches: tuple[int, ...]
-    decoded_tokens: int  # most tokens of a completion when only decoding is measured
+    decoded_tokens: int  # maximum tokens of a completion when only decoding is measured
     waiting_prompts: int  # prompts for continuous batching
     decoding_slots: int
     longest_completion: int  # of continuous batching
@@ -191,7 +191,7 @@ def prepare(scale: Scale, shape: str, folder: Path, device: str) -> Path:
 def settings_of(
     scale: Scale, workdir: Path, *, stage: str, quantization: str, learned_reward: bool, fields: dict[str, Any]
 ) -> dict[str, Any]:
-    """The recipe step of one set-up. Microbatches are left to the program unless ``fields`` names them."""
+    """The recipe step of one set-up. The program chooses the microbatch size unless ``fields`` has it."""
     policy = {"ref": str(workdir / "policy"), "quantization": quantization}
     common = {"stage": stage, "name": "step", "precision": "bf16"}
     if stage != "ppo":
