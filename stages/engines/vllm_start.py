@@ -233,6 +233,9 @@ def _free_port() -> int:
 
 
 def _environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """The environment of this process, without the variables of its own Python, launcher and GPUs, plus ``variables``."""
+    """The environment of this process, without the variables of its own Python, launcher and GPUs, plus ``variables``.
+
+    With PYTHONSAFEPATH, Python does not import from the working directory, where a clone of vLLM or a file vllm.py would hide the package.
+    """
     kept = {name: value for name, value in environment_without_launcher().items() if name not in OWN_VARIABLES}
-    return {**kept, **variables}
+    return {**kept, "PYTHONSAFEPATH": "1", **variables}

@@ -16,6 +16,7 @@ from stages.errors import LaunchError
 HEALTHY = """
 import http.server, os, sys
 assert os.environ["VLLM_API_KEY"] and os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True" and "PYTHONPATH" not in os.environ
+assert os.environ["PYTHONSAFEPATH"] == "1", "a file vllm.py in the working directory would hide the package"
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
