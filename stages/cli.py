@@ -182,7 +182,7 @@ def run(
     home: Home = None,
     debug: Debug = False,
 ) -> None:
-    """Run a recipe: make what is missing or changed, reuse the rest."""
+    """Run a recipe: run the steps that are new or changed, and reuse the others."""
     from stages.chain import run as chain
     from stages.process.environment import command_to_go_on, has_launcher
     from stages.process.launching import start_missing_processes

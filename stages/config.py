@@ -222,8 +222,8 @@ class OptimizerSettings(Strict):
     batch_size: int = Field(32, ge=1, description="Sequences per optimizer step, summed over processes.")
     microbatch_size: Microbatch = Field(
         "auto",
-        description="Most sequences per forward pass and process; larger batches use gradient accumulation. auto: 32 on a CPU and with "
-        "several processes; on one GPU as many tokens as its free memory holds.",
+        description="Maximum sequences per forward pass and process; larger batches use gradient accumulation. auto: 32 on a CPU and with "
+        "several processes; on one GPU as many tokens as fit into its free memory.",
     )
     optimizer: Optimizer = Field("adamw", description=OPTIMIZER_HELP)
     weight_decay: float = Field(0.0, ge=0)
@@ -371,7 +371,7 @@ class Vllm(Strict):
         None, min_length=1, description="URL of a server, or of several. Prompts are distributed round-robin."
     )
     start: VllmStart | None = Field(None, description="Start a server on this machine, and end it with the run. {}: default settings.")
-    api_key_variable: str | None = Field(None, description="Environment variable that holds the key of the servers under url.")
+    api_key_variable: str | None = Field(None, description="Environment variable with the API key of the servers under url.")
     adapter_folder: str | None = Field(
         None,
         description="Folder for adapters and weights; the servers must read it under the same path. null: this machine's shared memory, "
@@ -398,7 +398,7 @@ class Vllm(Strict):
             if not re.fullmatch(r"https?://[^/\s]+(/[^\s]*)?", url):
                 raise ValueError(f"url: {url!r} is not a valid URL; expected http://HOST:PORT")
         if value is not None and len(set(value)) < len(value):
-            raise ValueError("url names a server twice")
+            raise ValueError("url has the same server twice; name each server once")
         return value
 
     @model_validator(mode="after")

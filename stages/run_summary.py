@@ -88,7 +88,7 @@ class BestOfPoint(TypedDict):
 
 
 class PairOfJudges(TypedDict):
-    """Agreement of two judges over ``n`` comparisons, and over those that neither ties (``decided``)."""
+    """Agreement of two judges over ``n`` comparisons, and over those without a tie (``decided``)."""
 
     a: str
     b: str

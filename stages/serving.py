@@ -123,7 +123,7 @@ def _pairs(body: Mapping[str, object]) -> tuple[list[Prompt] | None, list[str]]:
     for turns in given:
         good = isinstance(turns, list) and turns and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns)
         if not good:
-            raise BadRequest(f"messages holds {turns!r:.60}; expected a list of messages {{role, content}} for each completion")
+            raise BadRequest(f"messages contains {turns!r:.60}; expected a list of messages {{role, content}} for each completion")
     plain = all(len(turns) == 1 and set(turns[0]) == {"role", "content"} and turns[0]["role"] == "user" for turns in given)
     return [turns[0]["content"] for turns in given] if plain else given, completions
 
@@ -187,7 +187,7 @@ def serve(scorer: Scorer, *, host: str, port: int, key: str | None, say: Callabl
     Raises LaunchError if other machines can reach the address and there is no key, or if the port is not available.
     """
     if host not in LOOPBACK and key is None:
-        raise LaunchError(f"--host {host} lets other machines send requests. Name the variable that holds a key with --api-key-variable")
+        raise LaunchError(f"--host {host} lets other machines send requests. Name the variable with the API key: --api-key-variable NAME")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -298,10 +298,10 @@ DATA = {
         files={"texts.jsonl": lines(ROWS["texts"][:1]).encode() + b'{"text": "\xff"}\n'},
     ),
     "Latin-1": Case("not valid UTF-8 (byte 0xe9); convert the file to UTF-8", PRETRAINING, files={"texts.jsonl": b'{"text": "caf\xe9"}\n'}),
-    "a NUL byte": Case("texts.jsonl:1: holds a NUL byte", PRETRAINING, files={"texts.jsonl": '{"text": "a\0b"}\n'}),
-    "an escaped NUL": Case("texts.jsonl:5: holds a NUL character", PRETRAINING, files=bad_row("texts", 5, {"text": "a\0b"})),
+    "a NUL byte": Case("texts.jsonl:1: contains a NUL byte", PRETRAINING, files={"texts.jsonl": '{"text": "a\0b"}\n'}),
+    "an escaped NUL": Case("texts.jsonl:5: contains a NUL character", PRETRAINING, files=bad_row("texts", 5, {"text": "a\0b"})),
     "half a surrogate": Case(
-        "texts.jsonl:5: holds \\ud800, half of a surrogate pair",
+        "texts.jsonl:5: contains \\ud800, half of a surrogate pair",
         PRETRAINING,
         files={"texts.jsonl": lines(ROWS["texts"][:4]) + '{"text": "a\\ud800b"}\n' + lines(ROWS["texts"])},
     ),

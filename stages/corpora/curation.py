@@ -45,7 +45,9 @@ class Curation(Strict):
         "or the row if fewer than two texts are left.",
     )
     prefix_words: int | None = Field(
-        None, ge=1, description="Keep only the first of all prompts that share this many first words (the paper gives no number)."
+        None,
+        ge=1,
+        description="Number of first words to compare: of prompts that share them, only the first is kept. The paper gives no number.",
     )
     max_per_user: int | None = Field(None, ge=1, description="Maximum prompts per user; 200 in the paper.")
     user_column: str = Field("user", description="The column that names the user.")

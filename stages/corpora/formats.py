@@ -79,7 +79,7 @@ def file_text(path: Path, shown: str) -> str:
         line = data[: error.start].count(b"\n") + 1
         raise DataError(f"{shown}:{line}: not valid UTF-8 (byte 0x{data[error.start]:02x}); convert the file to UTF-8") from error
     if "\0" in text:
-        raise DataError(f"{shown}:{text[: text.index(chr(0))].count(chr(10)) + 1}: holds a NUL byte; expected text")
+        raise DataError(f"{shown}:{text[: text.index(chr(0))].count(chr(10)) + 1}: contains a NUL byte; expected text")
     return text
 
 
@@ -154,10 +154,10 @@ def _check_characters(value: object, location: str) -> None:
             value.encode()
         except UnicodeEncodeError as error:
             raise DataError(
-                f"{location}: holds \\u{ord(value[error.start]):04x}, half of a surrogate pair; expected valid Unicode"
+                f"{location}: contains \\u{ord(value[error.start]):04x}, half of a surrogate pair; expected valid Unicode"
             ) from error
     if isinstance(value, str) and "\0" in value:
-        raise DataError(f"{location}: holds a NUL character (\\u0000); expected text")
+        raise DataError(f"{location}: contains a NUL character (\\u0000); expected text")
 
 
 def with_locations(rows: Iterable[Mapping[str, object]], name: str) -> Iterator[Row]:

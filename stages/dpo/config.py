@@ -36,8 +36,8 @@ class DPOOptimizer(OptimizerSettings):
     batch_size: int = Field(32, ge=1, description="Pairs per optimizer step, summed over processes.")
     microbatch_size: Microbatch = Field(
         "auto",
-        description="Most pairs per forward pass and process; larger batches use gradient accumulation. auto: 8 on a CPU and with "
-        "several processes; on one GPU as many tokens as its free memory holds.",
+        description="Maximum pairs per forward pass and process; larger batches use gradient accumulation. auto: 8 on a CPU and with "
+        "several processes; on one GPU as many tokens as fit into its free memory.",
     )
 
 

@@ -40,7 +40,7 @@ class FewShot(Strict):
         if self.template.find("{prompt}") < 0 or self.template.find("{completion}") < self.template.find("{prompt}"):
             raise ValueError(f"template must contain {{prompt}} and then {{completion}}, got {self.template!r}")
         if isinstance(self.instruction, list) and (self.choose is None or not self.instruction):
-            raise ValueError("instruction is a list: set choose, which picks one of at least one instruction")
+            raise ValueError("instruction is a list: give it at least one text, and set choose, which selects one of them")
         return self
 
 

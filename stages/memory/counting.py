@@ -139,7 +139,7 @@ def _write(path: Path | None, key: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**_read(path), key: _counts[key]}), encoding="utf-8")
     except OSError as error:
-        logger.info("counts of activations are not kept: %s", error)
+        logger.info("the counts of activations cannot be saved: %s", error)
 
 
 def _count_or_explain(kind: PassKind) -> dict[str, Any]:

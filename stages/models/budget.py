@@ -108,7 +108,7 @@ class PassBudget:
         if not self.retreats:
             logger.warning(
                 "%s: memory ran out in a pass of %d tokens (%d sequences); it is repeated with at most half as many. "
-                "The result is the same. Later retreats are counted in the metric passes/retreats",
+                "The result is the same. The metric passes/retreats counts later repetitions",
                 self.what,
                 tokens,
                 sequences,

@@ -344,7 +344,7 @@ def _classifier_class(config: PretrainedConfig) -> str:
 def read_head(model: ResolvedModel) -> tuple[Tensor, float]:
     """Weight [1, d] and bias of a checkpoint's scalar head. ``reward_bias`` in the config takes precedence over a stored bias."""
     refused = ModelError(
-        f"{model.ref!r} has no reward head (score.weight), and a random head is never used silently. "
+        f"{model.ref!r} has no reward head (score.weight), and a random head would give meaningless scores. "
         "Train one with a reward_model step, or use a model that has one"
     )
     names = [HEAD_FILE] if is_adapter(model) else ["model.safetensors.index.json", "model.safetensors"]

@@ -496,13 +496,13 @@ def _refuse_missing(
     body = [name for name in [*missing, *wrong] if not has_prefix or name.startswith(prefix)]
     if body:
         raise ModelError(
-            f"{model.ref!r} lacks weights of {type(loaded).__name__} ({_some(body)} missing or misshapen); the folder is incomplete"
+            f"{model.ref!r} lacks weights of {type(loaded).__name__} ({_some(body)} missing or of another shape); the folder is incomplete"
         )
     head = [name for name in [*missing, *wrong] if name not in supplied]  # the transformer is complete, so these belong to the head
     if head and require_head:
         raise ModelError(
             f"{model.ref!r} has no trained head for {type(loaded).__name__} ({_some(head)} missing or with a different shape); "
-            "a random head is never used silently. Train one with a step of this recipe, or use a model that has one"
+            "a random head would give meaningless scores. Train one with a step of this recipe, or use a model that has one"
         )
 
 

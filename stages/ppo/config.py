@@ -41,9 +41,9 @@ class PPOOptimizer(Strict):
     learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of the policy.")
     value_learning_rate: float | None = Field(None, gt=0, description="Peak learning rate of the value network; null: the policy's.")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Learning rate schedule after warmup, over iterations.")
-    final_learning_rate_fraction: float = Field(0.0, ge=0, le=1, description="Learning rate after the last iteration / the peak.")
+    final_learning_rate_fraction: float = Field(0.0, ge=0, le=1, description="Final learning rate as a share of the peak.")
     warmup_iterations: int = Field(0, ge=0, description="Iterations of linear warmup.")
-    warmup_start_fraction: float = Field(0.1, ge=0, le=1, description="Learning rate of the first warmup iteration / the peak.")
+    warmup_start_fraction: float = Field(0.1, ge=0, le=1, description="Learning rate of the first warmup iteration as a share of the peak.")
     optimizer: Optimizer = Field("adamw", description=OPTIMIZER_HELP)
     adam_style: Literal["torch", "tensorflow"] = Field(
         "torch", description="tensorflow: epsilon outside the bias correction, as in the papers' original code (smaller first steps)."
@@ -181,8 +181,8 @@ class PPOStepConfig(CheckpointedStepConfig):
     )
     score_placement: Literal["last_token", "after"] = Field(
         "last_token",
-        description="Add the score at the last token, or one state after it, which has its own value, if the response leaves room "
-        "(Huang et al. 2024).",
+        description="Credit the score to the last token, or to an extra state after it (Huang et al. 2024). The extra state has its own "
+        "value. A response of the maximum length has no extra state.",
     )
     value_warmup_iterations: int = Field(0, ge=0, description="Number of first iterations that train only the value network.")
     rollout_logprobs: Literal["auto", "sampled", "recomputed"] = Field(

@@ -90,7 +90,7 @@ class HealthSettings(Strict):
     sampler_gap: float | None = Field(
         0.1,
         gt=0,
-        description="sampler_disagrees: nats per token between the log-probabilities of vLLM and the trainer's, in the mean; null: off. "
+        description="sampler_disagrees: mean difference of the log-probabilities of vLLM and the trainer, in nats per token; null: off. "
         "Not checked for episodes sampled before an update (overlap: 1).",
     )
     ratio_limit: float | None = Field(30.0, gt=0, description="ratio_blow_up: largest |ratio - 1| of an iteration; null: off.")
@@ -100,7 +100,7 @@ class HealthSettings(Strict):
     hacking_errors: float | None = Field(
         5.0,
         gt=0,
-        description="reward_hacking: standard errors by which a monitor fell from its best while the score rose as clearly; null: off.",
+        description="reward_hacking: number of standard errors by which a monitor fell from its best value and the score rose; null: off.",
     )
     window: int = Field(5, ge=3, description="Iterations that are averaged for value_blow_up and reward_hacking.")
     off: list[AlarmName] = Field([], description="Alarms that are not raised.")
@@ -121,7 +121,7 @@ class HealthSettings(Strict):
                 off.append(alarm)
             elif value[name] != constant:
                 raise ValueError(
-                    f"{name} is a constant ({constant:g}) and no setting; remove it, or switch its alarm off with health.off: [{alarm}]"
+                    f"{name} is not a setting but a constant ({constant:g}); remove it, or turn its alarm off with health.off: [{alarm}]"
                 )
         return {**kept, "off": [*kept.get("off", []), *off]} if off else kept
 
@@ -293,8 +293,8 @@ def _exploding_kl(history: History, settings: HealthSettings) -> Iterator[Alarm]
     if settings.kl_limit is not None and kl > settings.kl_limit:
         yield Alarm(
             "exploding_kl",
-            f"the KL to the reference is {kl:.1f} nats per completion (limit {settings.kl_limit:g}): the policy has left what the reward "
-            "model knows; raise kl.coef, set kl.target, or lower training.learning_rate",
+            f"the KL to the reference is {kl:.1f} nats per completion (limit {settings.kl_limit:g}): the policy writes texts unlike those "
+            "that the reward model was trained on; raise kl.coef, set kl.target, or lower training.learning_rate",
         )
 
 
@@ -308,7 +308,7 @@ def _policies_disagree(history: History, settings: HealthSettings) -> Iterator[A
     if not difference > DISAGREEMENT:
         return
     if history.is_recomputed:
-        advice = "the model computes something else each time (dropout, or outputs that depend on the other sequences of a pass)"
+        advice = "the model gives different results each time (dropout, or outputs that depend on the other sequences of a pass)"
         advice += "; try precision: fp32" if history.is_half else ""
     else:
         advice = "sampling and training compute different log-probabilities; set rollout_logprobs: recomputed"
@@ -323,7 +323,7 @@ def _sampler_disagrees(history: History, settings: HealthSettings) -> Iterator[A
         yield Alarm(
             "sampler_disagrees",
             f"the sampler's log-probabilities are {gap:.3g} nats per token away from the trainer's (limit {settings.sampler_gap:g}): it "
-            "computes another policy than the one that trains; let it compute in the trainer's dtype, check its logprobs mode, or use "
+            "does not compute the trained policy; use the trainer's dtype on the server, check its logprobs mode, or use "
             "generation.engine: local",
         )
 
@@ -359,7 +359,7 @@ def _entropy_collapse(history: History, settings: HealthSettings) -> Iterator[Al
     if first is not None and now < ENTROPY_SHARE * first:
         yield Alarm(
             "entropy_collapse",
-            f"the entropy fell from {first:.3g} to {now:.3g} nats per token: the policy says one thing only; raise kl.coef, or lower "
+            f"the entropy fell from {first:.3g} to {now:.3g} nats per token: the policy gives almost the same answer every time; raise kl.coef, or lower "
             "training.learning_rate",
         )
 
@@ -439,7 +439,7 @@ def _reward_hacking(history: History, settings: HealthSettings) -> Iterator[Alar
             yield Alarm(
                 "reward_hacking",
                 f"{name} fell from {best.monitor:.3f} to {now.monitor:.3f} while the score rose from {best.score:.3f} to {now.score:.3f}: "
-                "the policy has found what the reward overrates; stop earlier, raise kl.coef, or use an ensemble of reward models",
+                "the policy exploits an error of the reward; stop earlier, raise kl.coef, or use an ensemble of reward models",
             )
             return
 

@@ -31,7 +31,7 @@ def check_overlap(config: PPOStepConfig, device_type: str) -> None:
     if config.overlap and device_type == "cuda" and vllm is not None and vllm.start is not None and vllm.start.gpus is None:
         raise LaunchError(
             f"{config.name}: overlap=1 samples while the policy trains, but the started vLLM server shares the run's GPU and sleeps while "
-            "it trains; give the server GPUs of its own (generation.engine.vllm.start.gpus), name servers under url, or set overlap: 0"
+            "it trains; give the server separate GPUs (generation.engine.vllm.start.gpus), name servers under url, or set overlap: 0"
         )
 
 

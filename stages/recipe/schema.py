@@ -255,10 +255,10 @@ def _refuse_secrets(source: RecipeSource, overrides: Sequence[str]) -> None:
     advice = "recipes are stored in manifests and logs. Put the secret into an environment variable, and revoke this one"
     for path, text in _texts(source.content, ()):
         if (kind := find_secret([text])) is not None:
-            raise source.error(path, f"holds {kind}; {advice}")
+            raise source.error(path, f"contains {kind}; {advice}")
     for text in overrides:
         if (kind := find_secret([text])) is not None:
-            raise RecipeError(f"override {text.partition('=')[0]!r}: holds {kind}; {advice}")
+            raise RecipeError(f"override {text.partition('=')[0]!r}: contains {kind}; {advice}")
 
 
 def _texts(value: object, path: Steps) -> Iterator[tuple[Steps, str]]:

@@ -466,12 +466,12 @@ def _check_allowed(model: Path, name: str) -> None:
     unsafe = [path for path in paths if path.endswith(UNSAFE_SUFFIXES)]
     if unsafe:
         raise RegistryError(
-            f"{name!r} holds {', '.join(unsafe)}: pickle-based weights are refused because reading them can run code. "
+            f"{name!r} contains {', '.join(unsafe)}: pickle-based weights are refused because reading them can run code. "
             "Save as safetensors (save_pretrained does) and leave trainer state in the checkpoint folder"
         )
     links = [path for path, file in paths.items() if file.is_symlink()]
     if links:
-        raise RegistryError(f"{name!r} holds symbolic links ({', '.join(links)}); a version must contain its files")
+        raise RegistryError(f"{name!r} contains symbolic links ({', '.join(links)}); a version must contain its files")
 
 
 def _recorded(record: ModelRecord, parent: ModelDescription) -> Lineage | None:

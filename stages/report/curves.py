@@ -271,7 +271,7 @@ def alignment_tax(evaluation: EvaluationFile, colors: Mapping[str, int]) -> Figu
     if not panels:
         return None
     caption = (
-        "Abilities that alignment may cost. Compare with the first candidate, because fine-tuning has a cost, too. "
+        "Abilities that alignment may reduce. Compare with the first candidate, because fine-tuning has a cost, too. "
         "Dotted: the result of guessing."
     )
     return Figure("tax", "Alignment tax", caption, panels, [], ["measure", "candidate", "value", "interval"], rows, small=True)

@@ -65,7 +65,7 @@ def _evaluation_notes(step: StepFolder, about: str) -> list[Row]:
     for pair in evaluation.get("agreement", {}).get("pairs", []):
         share = pair.get("agreement_decided")
         if share is not None and pair["decided"] >= 20 and share < NOISE:
-            where = f"on {percent(share)} of the {pair['decided']:,} comparisons that neither ties"
+            where = f"on {percent(share)} of the {pair['decided']:,} comparisons without a tie"
             notes.append({"kind": "note", "text": f"{about}{pair['a']} and {pair['b']} agree {where}: they judge different things."})
     for entry in evaluation["judges"]:
         if entry["kind"] == "llm":

@@ -19,7 +19,7 @@ class CollectedPolicy(Strict):
     """A policy whose completions are compared. A bare string is its reference."""
 
     model: ModelField
-    weight: float = Field(1.0, gt=0, description="Its share of the completions, relative to the other weights.")
+    weight: float = Field(1.0, gt=0, description="This policy's share of the completions, relative to the other weights.")
 
 
 def _policies(value: object) -> object:

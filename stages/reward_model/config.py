@@ -44,8 +44,8 @@ class RewardModelOptimizer(OptimizerSettings):
     batch_size: int = Field(64, ge=1, description="Prompts per optimizer step, summed over processes.")
     microbatch_size: Microbatch = Field(
         "auto",
-        description="Most prompts per forward pass and process; larger batches use gradient accumulation. auto: 8 on a CPU and with "
-        "several processes; on one GPU as many tokens as its free memory holds.",
+        description="Maximum prompts per forward pass and process; larger batches use gradient accumulation. auto: 8 on a CPU and with "
+        "several processes; on one GPU as many tokens as fit into its free memory.",
     )
 
 

@@ -23,7 +23,7 @@ def check_question(question: str, answers: list[str]) -> None:
     if not all(answers) or answers[0] == answers[1]:
         raise ValueError(f"answers is {list(answers)}; expected two texts that differ")
     if "{completion}" not in question:
-        raise ValueError("question must hold {completion}, and usually {prompt}")
+        raise ValueError("question must contain {completion}, and usually {prompt}")
 
 
 class RubricJudge(Strict):
@@ -34,11 +34,11 @@ class RubricJudge(Strict):
     rubric: DataField = Field(description="A text file that describes good completions.")
     scale: list[float] = Field([1.0, 10.0], min_length=2, max_length=2, description="Lowest and highest grade.")
     api_key_variable: str | None = Field(
-        None, pattern=r"^[A-Za-z_]\w*$", description="Environment variable that holds the key. The key is never written to a file."
+        None, pattern=r"^[A-Za-z_]\w*$", description="Environment variable with the API key. The key is never written to a file."
     )
     max_tokens: int = Field(16, ge=1, description="Maximum number of tokens of a reply.")
     attempts: int = Field(2, ge=1, description="Maximum requests per completion until a reply has a grade.")
-    max_refused_share: float = Field(0.1, ge=0, le=1, description="Share of a call's completions without a grade above which the run ends.")
+    max_refused_share: float = Field(0.1, ge=0, le=1, description="The run ends if a larger share of a call's completions has no grade.")
     concurrency: int = Field(8, ge=1, description="Maximum number of simultaneous requests.")
     timeout_seconds: float = Field(60.0, gt=0, description="Maximum time for one reply, in seconds.")
     retries: int = Field(4, ge=0, description="Further attempts after a time-out, a dropped connection, or status 408, 429 or 5xx.")
@@ -71,8 +71,8 @@ class RewardInput(Strict):
     function: str | None = Field(
         None,
         pattern=r"^[\w.]+:\w+$",
-        description="package.module:function. It gets lists of prompts and completions, and whatever its other parameters name: "
-        "columns of the data, messages, completion_ids. It returns one score per completion, or None where it does not apply.",
+        description="package.module:function. It gets lists of prompts and completions. Further parameters name what else it gets: "
+        "columns of the data, messages, completion_ids. It returns one score per completion, or None if it does not apply to it.",
     )
     endpoint: str | None = Field(
         None, pattern=r"^https?://\S+$", description="The URL of a server's scoring call, e.g. http://localhost:5000/get_reward."
@@ -82,7 +82,7 @@ class RewardInput(Strict):
         None,
         min_length=2,
         max_length=2,
-        description="Two answers to question. They make a language model a reward: the score is log P(first) - log P(second).",
+        description="Two answers to the question. The score of a language model is then log P(first) - log P(second).",
     )
     question: str = Field(QUESTION, description="With answers: the question to the model, with {prompt} and {completion}.")
     ensemble: list[RewardInput] | None = Field(
@@ -99,8 +99,8 @@ class RewardInput(Strict):
     label: str | int | None = Field(None, description="Classifier: the class whose output is the score, by name or index.")
     output: Literal["logit", "probability", "logprob"] = Field(
         "logit",
-        description="Classifier: the output of the label that is the score. The probability is a softmax, or a sigmoid if several labels "
-        "may hold at once (problem_type in the model's config) or there is only one label. A regression has only a logit: its value.",
+        description="Classifier: the output for the label that is the score. The probability is a softmax. It is a sigmoid if a text may "
+        "have several labels (problem_type in the model's config) or if there is only one label. A regression has only a logit: its value.",
     )
     reads: Literal["completion", "prompt_and_completion"] = Field(
         "prompt_and_completion",
@@ -133,7 +133,7 @@ class RewardInput(Strict):
     api_key_variable: str | None = Field(
         None,
         pattern=r"^[A-Za-z_]\w*$",
-        description="endpoint: environment variable that holds the key. The key is never written to a file.",
+        description="endpoint: environment variable with the API key. The key is never written to a file.",
     )
     concurrency: int = Field(8, ge=1, description="endpoint: maximum number of simultaneous requests.")
     on_failure: Literal["stop", "wait"] = Field(

@@ -166,7 +166,7 @@ def refuse(reason: str) -> None:
     _refusals[reason] += 1
     if _refusals[reason] in SAID_AT:
         logger.warning(
-            "decoding without a CUDA graph: %s (%d of the recordings so far; generation.cuda_graphs: false skips the attempt)",
+            "decoding without a CUDA graph: %s (%d recordings so far; set generation.cuda_graphs: false to avoid the attempts)",
             reason,
             _refusals[reason],
         )

@@ -282,11 +282,11 @@ def test_secret_in_a_recipe_is_refused_without_printing_it(text: str, kind: str)
     step = {"stage": "sft", "name": "sft", "model": "gpt2", "data": {"train": text}}
     recipe(step)
     for result in (run(), CliRunner().invoke(app, ["plan", "safe.yaml"])):
-        assert result.exit_code == 2 and f"steps[0].data.train: holds {kind}" in result.stderr
+        assert result.exit_code == 2 and f"steps[0].data.train: contains {kind}" in result.stderr
         assert text not in result.output
     recipe({**step, "data": {"train": "world:demonstrations"}})
     result = run(f"sft.data.train={text}")
-    assert result.exit_code == 2 and f"override 'sft.data.train': holds {kind}" in result.stderr and text not in result.output
+    assert result.exit_code == 2 and f"override 'sft.data.train': contains {kind}" in result.stderr and text not in result.output
     assert not list(Path("outputs").rglob("*")) if Path("outputs").exists() else True
 
 
@@ -368,4 +368,4 @@ def test_secrets_of_the_environment_reach_no_log_manifest_or_report(tiny_llama_f
         assert HF_TOKEN.encode() not in content and PASSWORD.encode() not in content, path
     recipe({"stage": "sft", "name": "sft", "model": "gpt2", "data": {"train": f"/data/{PASSWORD}/x.jsonl"}})
     result = run()
-    assert "holds the value of a secret variable of the environment" in result.stderr and PASSWORD not in result.output
+    assert "contains the value of a secret variable of the environment" in result.stderr and PASSWORD not in result.output

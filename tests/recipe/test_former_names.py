@@ -108,7 +108,7 @@ def test_notice_names_the_current_field(tmp_path: Path) -> None:
         ),
         ("    whitening_scope: minibatch\n    minibatch_size: 4\n", (), "whiten.scope=minibatch needs minibatch_size >= 8"),
         ("    kl: {coeff: 0.1}\n", (), r"steps\[0\].kl.coeff: unknown field 'coeff'; did you mean 'coef'"),
-        ("    health: {length_factor: 3.0}\n", (), r"length_factor is a constant \(2.5\).*health.off: \[length_drift\]"),
+        ("    health: {length_factor: 3.0}\n", (), r"length_factor is not a setting but a constant \(2.5\).*health.off: \[length_drift\]"),
     ],
 )
 def test_error_names_the_current_field(tmp_path: Path, fields: str, overrides: tuple[str, ...], message: str) -> None:

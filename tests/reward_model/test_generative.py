@@ -114,7 +114,7 @@ def test_training_moves_the_log_odds_towards_the_preferences(
     ("fields", "message"),
     [
         ({"generative": {"answers": ["a", "a"]}}, "expected two texts that differ"),
-        ({"generative": {"question": "Good?"}}, "question must hold {completion}"),
+        ({"generative": {"question": "Good?"}}, "question must contain {completion}"),
         ({"training": {"max_steps": 3}}, "training is for training; set generative.train: true"),
         ({"lora": {"r": 4}}, "lora is for training"),
         ({"num_seeds": 2, "generative": {"train": True}}, "num_seeds is for a scalar head"),

@@ -108,7 +108,7 @@ def test_a_rubric_is_an_input_of_the_step(tmp_path) -> None:
         ({"judge": {"endpoint": "http://h", "model": "m", "rubric": "r.md", "scale": [5, 5]}}, r"scale is \[5, 5\]"),
         ({"judge": {"endpoint": "http://u:p@h", "model": "m", "rubric": "r.md"}}, "contains a password"),
         ({"model": "m", "answers": ["Yes", "Yes"]}, "expected two texts that differ"),
-        ({"model": "m", "answers": ["Yes", "No"], "question": "Good?"}, "question must hold {completion}"),
+        ({"model": "m", "answers": ["Yes", "No"], "question": "Good?"}, "question must contain {completion}"),
         ({"model": "m", "answers": ["Yes", "No"], "label": 1}, "answers needs model"),
         ({"model": "m", "question": "{completion}"}, "question needs answers"),
     ],

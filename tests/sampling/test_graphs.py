@@ -296,7 +296,7 @@ def test_rejection_is_logged_again_at_the_tenth(monkeypatch, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         for _ in range(12):
             graphs.refuse("the logits of a replayed step differ from those of a computed one")
-    assert len(caplog.messages) == 2 and "(10 of the recordings so far" in caplog.messages[1]
+    assert len(caplog.messages) == 2 and "(10 recordings so far" in caplog.messages[1]
 
 
 def test_model_that_reads_a_number_from_the_gpu_cannot_be_recorded(model, recorder, monkeypatch, caplog) -> None:
