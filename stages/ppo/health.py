@@ -359,7 +359,7 @@ def _entropy_collapse(history: History, settings: HealthSettings) -> Iterator[Al
     if first is not None and now < ENTROPY_SHARE * first:
         yield Alarm(
             "entropy_collapse",
-            f"the entropy fell from {first:.3g} to {now:.3g} nats per token: the policy gives almost the same answer every time; raise kl.coef, or lower "
+            f"the entropy fell from {first:.3g} to {now:.3g} nats per token: the policy repeats one answer; raise kl.coef, or lower "
             "training.learning_rate",
         )
 
