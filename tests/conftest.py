@@ -7,8 +7,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported; no test of this process contacts the real Hub
 
 import copy
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,15 @@ def resolve_folder() -> Any:
     return resolve
 
 
+def check_declared(metrics: Iterable[str]) -> None:
+    """Assert that each metric has a meaning in stages/metric_names.py, where ``<...>`` stands for any name."""
+    from stages.metric_names import MEANINGS
+
+    patterns = [re.sub("<[a-z ]+>", ".+", re.escape(name)) for name in MEANINGS]
+    unknown = [name for name in metrics if not any(re.fullmatch(pattern, name) for pattern in patterns)]
+    assert not unknown, f"no meaning in stages/metric_names.py: {unknown}"
+
+
 @pytest.fixture
 def step_context(tmp_path: Path) -> Any:
     """step_context(name="test/step", seed=0, **models) -> StepContext with its own registry and folders."""
@@ -105,6 +115,7 @@ def step_context(tmp_path: Path) -> Any:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.mkdir(parents=True, exist_ok=True)
         runtime = Runtime(quiet=True)
+        runtime.listeners.append(lambda _, __, metrics: check_declared(metrics))
         runtime.begin_step(seed)
         return StepContext(
             name=name,

@@ -15,6 +15,7 @@ from stages.dpo.measuring import completion_logprobs, measure
 from stages.dpo.pairs import encode, usable
 from stages.dpo.trainer import load_reference, make_trainer
 from stages.json_types import JsonObject
+from stages.metric_names import HELDOUT_LOG_ACCURACY, HELDOUT_LOG_MARGIN, NUM_COMPARISONS, NUM_PAIRS, curation_names, heldout_names
 from stages.models.adapters import as_it_starts, refuse_output_adapter
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.step import Publication, StepContext, StepResult
@@ -47,20 +48,20 @@ def run(config: DPOStepConfig, context: StepContext) -> StepResult:
 
     trained = train(trainer, context, f"{context.name}: dpo", rule=config, measure=lambda: measured()["loss"])
     after = measured()
-    context.log(trainer.state.global_step, {"heldout/accuracy": after["accuracy"], "heldout/margin": after["margin"]})
+    context.log(trainer.state.global_step, {HELDOUT_LOG_ACCURACY: after["accuracy"], HELDOUT_LOG_MARGIN: after["margin"]})
     context.runtime.console.print(
         f"{context.name}: held-out accuracy {after['accuracy']:.3f} (95 % {after['ci_low']:.3f} to {after['ci_high']:.3f}, "
         f"{len(heldout)} pairs), margin {after['margin']:.3f}"
     )
     metrics: JsonObject = {
-        **{f"heldout_{name}": value for name, value in after.items()},
+        **heldout_names(after),
         **trained,
-        "comparisons": len(comparisons.train),
-        "pairs": len(pairs),
+        NUM_COMPARISONS: len(comparisons.train),
+        NUM_PAIRS: len(pairs),
         "heldout_pairs": len(heldout),
         **left_out,
-        **{f"heldout_{reason}": count for reason, count in heldout_left_out.items()},
-        **{f"curation_{reason}": count for reason, count in sorted(curator.left_out.items())},
+        **heldout_names(heldout_left_out),
+        **curation_names(curator.left_out),
     }
     published: Publication = {"role": "language_model", "base": source if config.lora is not None else None}
     shown = [[*pair.prompt_ids, *pair.chosen_ids] for pair in heldout]  # rows on which the saved model is checked

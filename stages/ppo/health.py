@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, TypedDict
 
 from pydantic import Field, model_validator
 
+from stages import metric_names
 from stages.config import Strict
 from stages.json_types import JsonObject
 
@@ -170,10 +171,10 @@ class History:
             self.first.append(dict(metrics))
         self.recent = [*self.recent, dict(metrics)][-self._kept :]
         for name in metrics:
-            if name.startswith("monitors/") and not name.endswith("_std"):
+            if metric_names.is_monitor(name) and not name.endswith("_std"):
                 known = [entry for entry in self.recent if name in entry]  # a monitor may apply to none of an iteration's episodes
                 self.trends.setdefault(name, Trend(self._window)).add(
-                    [entry[name] for entry in known], [entry["rewards/score_mean"] for entry in known]
+                    [entry[name] for entry in known], [entry[metric_names.SCORE_MEAN] for entry in known]
                 )
 
     @property
@@ -264,7 +265,7 @@ class Health:
 
 def alarm_metrics(alarms: list[Alarm]) -> dict[str, float]:
     """``health/alarms``, and a 1 for each raised alarm."""
-    return {"health/alarms": float(len(alarms)), **{f"health/{alarm.name}": 1.0 for alarm in alarms}}
+    return {metric_names.ALARMS: float(len(alarms)), **{metric_names.alarm_name(alarm.name): 1.0 for alarm in alarms}}
 
 
 # The checks
@@ -278,8 +279,8 @@ def _at_first(history: History, name: str) -> float | None:
 
 def _negative_kl(history: History, settings: HealthSettings) -> Iterator[Alarm]:
     recent = history.recent[-EARLY:]  # single small batches can be far below 0 by chance; a real mismatch shows in all
-    kl = statistics.fmean(now["policy/kl"] for now in recent)
-    error = math.hypot(*(now["policy/kl_standard_error"] for now in recent)) / len(recent)
+    kl = statistics.fmean(now[metric_names.KL] for now in recent)
+    error = math.hypot(*(now[metric_names.KL_STANDARD_ERROR] for now in recent)) / len(recent)
     if kl < -NEGATIVE_KL_ERRORS * error - 1e-3:
         yield Alarm(
             "negative_kl",
@@ -289,7 +290,7 @@ def _negative_kl(history: History, settings: HealthSettings) -> Iterator[Alarm]:
 
 
 def _exploding_kl(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    kl = history.now["policy/kl"]
+    kl = history.now[metric_names.KL]
     if settings.kl_limit is not None and kl > settings.kl_limit:
         yield Alarm(
             "exploding_kl",
@@ -300,10 +301,10 @@ def _exploding_kl(history: History, settings: HealthSettings) -> Iterator[Alarm]
 
 def _policies_disagree(history: History, settings: HealthSettings) -> Iterator[Alarm]:
     if history.is_half:
-        difference = history.now.get("policy/log_ratio_first_rms", 0.0)  # runs of earlier versions do not have it
+        difference = history.now.get(metric_names.LOG_RATIO_FIRST_RMS, 0.0)  # runs of earlier versions do not have it
         what = f"the log-probabilities differ by {difference:.3g} nats (root mean square), more than rounding explains"
     else:
-        difference = history.now["policy/ratio_first_deviation"]
+        difference = history.now[metric_names.RATIO_FIRST_DEVIATION]
         what = f"a probability ratio differs from 1 by {difference:.3g}"
     if not difference > DISAGREEMENT:
         return
@@ -316,8 +317,8 @@ def _policies_disagree(history: History, settings: HealthSettings) -> Iterator[A
 
 
 def _sampler_disagrees(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    gap = history.now.get("policy/sampling_gap_mean")  # only where another engine samples
-    if history.now.get("policy/sampling_lag"):
+    gap = history.now.get(metric_names.SAMPLING_GAP_MEAN)  # only where another engine samples
+    if history.now.get(metric_names.SAMPLING_LAG):
         return  # the gap contains an update (overlap: 1)
     if settings.sampler_gap is not None and gap is not None and gap > settings.sampler_gap:
         yield Alarm(
@@ -329,7 +330,7 @@ def _sampler_disagrees(history: History, settings: HealthSettings) -> Iterator[A
 
 
 def _ratio_blow_up(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    deviation = history.now["policy/ratio_max_deviation"]
+    deviation = history.now[metric_names.RATIO_MAX_DEVIATION]
     if settings.ratio_limit is not None and deviation > settings.ratio_limit:
         yield Alarm(
             "ratio_blow_up",
@@ -339,14 +340,14 @@ def _ratio_blow_up(history: History, settings: HealthSettings) -> Iterator[Alarm
 
 
 def _value_blow_up(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    if "value/loss" not in history.now:  # no value network
+    if metric_names.VALUE_LOSS not in history.now:  # no value network
         return
-    before = [entry["value/loss"] for entry in history.recent[-1 - settings.window : -1]]
+    before = [entry[metric_names.VALUE_LOSS] for entry in history.recent[-1 - settings.window : -1]]
     if len(before) < EARLY:
         return
-    loss, usual = history.now["value/loss"], statistics.median(before)
+    loss, usual = history.now[metric_names.VALUE_LOSS], statistics.median(before)
     # A value network may be wrong by the spread of the returns; below that no loss is a blow-up, however small the last ones were.
-    if loss > VALUE_GROWTH * usual and loss > history.now["value/returns_variance"]:
+    if loss > VALUE_GROWTH * usual and loss > history.now[metric_names.RETURNS_VARIANCE]:
         yield Alarm(
             "value_blow_up",
             f"the value loss is {loss:.3g}, {loss / max(usual, 1e-9):.0f} times its recent median: lower training.value_learning_rate, or "
@@ -355,7 +356,7 @@ def _value_blow_up(history: History, settings: HealthSettings) -> Iterator[Alarm
 
 
 def _entropy_collapse(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    first, now = _at_first(history, "policy/entropy"), history.now["policy/entropy"]
+    first, now = _at_first(history, metric_names.ENTROPY), history.now[metric_names.ENTROPY]
     if first is not None and now < ENTROPY_SHARE * first:
         yield Alarm(
             "entropy_collapse",
@@ -365,7 +366,7 @@ def _entropy_collapse(history: History, settings: HealthSettings) -> Iterator[Al
 
 
 def _length_drift(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    first, now = _at_first(history, "responses/length_mean"), history.now["responses/length_mean"]
+    first, now = _at_first(history, metric_names.LENGTH_MEAN), history.now[metric_names.LENGTH_MEAN]
     if first is None:
         return
     if now > LENGTH_FACTOR * first or now < first / LENGTH_FACTOR:
@@ -377,7 +378,7 @@ def _length_drift(history: History, settings: HealthSettings) -> Iterator[Alarm]
 
 
 def _repetition(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    first, now = _at_first(history, "responses/repetition"), history.now["responses/repetition"]
+    first, now = _at_first(history, metric_names.REPETITION), history.now[metric_names.REPETITION]
     if first is not None and now > first + REPETITION_RISE:
         yield Alarm(
             "repetition",
@@ -386,7 +387,7 @@ def _repetition(history: History, settings: HealthSettings) -> Iterator[Alarm]:
 
 
 def _sameness(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    first, now = _at_first(history, "responses/distinct_share"), history.now["responses/distinct_share"]
+    first, now = _at_first(history, metric_names.DISTINCT_SHARE), history.now[metric_names.DISTINCT_SHARE]
     if first is not None and now < DISTINCT_SHARE * first:
         yield Alarm(
             "sameness",
@@ -395,7 +396,7 @@ def _sameness(history: History, settings: HealthSettings) -> Iterator[Alarm]:
 
 
 def _missing_eos(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    first, now = _at_first(history, "responses/stopped_share"), history.now["responses/stopped_share"]
+    first, now = _at_first(history, metric_names.STOPPED_SHARE), history.now[metric_names.STOPPED_SHARE]
     if first is not None and now < first - STOPPED_DROP:
         yield Alarm(
             "missing_eos",
@@ -405,10 +406,12 @@ def _missing_eos(history: History, settings: HealthSettings) -> Iterator[Alarm]:
 
 
 def _weak_eos_penalty(history: History, settings: HealthSettings) -> Iterator[Alarm]:
-    recent = [entry for entry in history.recent[-EARLY:] if "responses/unstopped_score" in entry]
-    if len(recent) < EARLY or history.now["responses/stopped_share"] > 1 - UNSTOPPED_SHARE:
+    recent = [entry for entry in history.recent[-EARLY:] if metric_names.UNSTOPPED_SCORE in entry]
+    if len(recent) < EARLY or history.now[metric_names.STOPPED_SHARE] > 1 - UNSTOPPED_SHARE:
         return
-    stopped, unstopped = (statistics.fmean(entry[f"responses/{group}_score"] for entry in recent) for group in ("stopped", "unstopped"))
+    stopped, unstopped = (
+        statistics.fmean(entry[name] for entry in recent) for name in (metric_names.STOPPED_SCORE, metric_names.UNSTOPPED_SCORE)
+    )
     if unstopped >= stopped:
         yield Alarm(
             "weak_eos_penalty",
@@ -421,10 +424,10 @@ def _flat_reward(history: History, settings: HealthSettings) -> Iterator[Alarm]:
     num_iterations = settings.flat_iterations
     if num_iterations is None or history.length < num_iterations:
         return
-    if all(entry["rewards/score_std"] < 1e-6 for entry in history.recent[-num_iterations:]):
+    if all(entry[metric_names.SCORE_STD] < 1e-6 for entry in history.recent[-num_iterations:]):
         yield Alarm(
             "flat_reward",
-            f"all completions of {num_iterations} iterations score {history.now['rewards/score_mean']:.3g}: no learning signal; check "
+            f"all completions of {num_iterations} iterations score {history.now[metric_names.SCORE_MEAN]:.3g}: no learning signal; check "
             "that the reward is the right one and reads the completion",
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from stages.json_types import JsonObject
-from stages.ppo.metric_names import SUMMED_UP
+from stages.metric_names import SUMMED_UP, is_monitor
 
 
 class Entry(TypedDict):
@@ -41,7 +41,7 @@ class RunHistory:
 
     def _add_to_columns(self, entry: Entry) -> None:
         for name, value in entry["metrics"].items():
-            if name in SUMMED_UP or name.startswith("monitors/"):
+            if name in SUMMED_UP or is_monitor(name):
                 self._columns.setdefault(name, array("d")).append(value)
         self._length += 1
 

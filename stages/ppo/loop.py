@@ -13,6 +13,16 @@ import torch
 from stages.corpora.prompts import shuffled_forever
 from stages.engines.opening import check_reachable, step_sampler
 from stages.errors import Stopped, TrainingError
+from stages.metric_names import (
+    COMPLETION_CUT_SHARE,
+    CUT_SHARE,
+    EPISODES_PER_SECOND,
+    KL,
+    LEARNING_RATE,
+    RAISED_ALARMS,
+    SCORE_MEAN,
+    TOTAL_MEAN,
+)
 from stages.models.sharding import grouped
 from stages.ppo.checkpoint import RunKeeper, RunState
 from stages.ppo.config import PPOStepConfig
@@ -169,11 +179,9 @@ class PPORun:
                 if config.overlap and state.iteration + 1 < config.num_iterations:
                     self._sample_ahead(following, state.rollout)
                 metrics = self._log_iteration(state.rollout, self._update(state.rollout))
-                bar.advance(
-                    1, score=metrics["rewards/score_mean"], kl=metrics["policy/kl"], episodes_per_s=metrics["time/episodes_per_second"]
-                )
-                if self.keeper.checkpoints.wants(metrics["rewards/total_mean"]):
-                    self._save(score=metrics["rewards/total_mean"])
+                bar.advance(1, score=metrics[SCORE_MEAN], kl=metrics[KL], episodes_per_s=metrics[EPISODES_PER_SECOND])
+                if self.keeper.checkpoints.wants(metrics[TOTAL_MEAN]):
+                    self._save(score=metrics[TOTAL_MEAN])
                 self._safe_point()
                 chosen, following = following, self._choose(order)
 
@@ -188,7 +196,7 @@ class PPORun:
             **run_metrics(
                 self.state.history, episodes_per_iteration=config.rollout_batch_size, optimizer_steps=self.updater.optimizer_steps
             ),
-            "alarms": self.health.summary(),
+            RAISED_ALARMS: self.health.summary(),
             **({"sampling": self.context.sampling} if self.context.sampling else {}),
         }
         self.runtime.console.print(f"{context.name}: {run_line(metrics)}")
@@ -303,11 +311,11 @@ class PPORun:
             matmul_peak=self.matmul_peak,
             penalizes_missing_eos=self.config.missing_eos != "none",
         )
-        metrics["policy/learning_rate"] = self.optimizers["policy"].param_groups[0]["lr"]
+        metrics[LEARNING_RATE] = self.optimizers["policy"].param_groups[0]["lr"]
         self._say_cuts(metrics)
         alarms = self.health.observe(metrics)
         metrics |= alarm_metrics(alarms)
-        self.controller.update(metrics["policy/kl"], len(rollout.prompts))
+        self.controller.update(metrics[KL], len(rollout.prompts))
         entry: Entry = {"metrics": metrics, "samples": samples_of(rollout, iteration, self.config.num_samples)}
         state.history.append(entry)
         log(self.context, iteration, entry)
@@ -324,9 +332,9 @@ class PPORun:
     def _say_cuts(self, metrics: dict[str, float]) -> None:
         """Report once per reward source that it truncates texts."""
         for name, share in metrics.items():
-            if name.endswith("_cut_share") and share and name not in self._said_cuts:
+            if name.endswith(f"_{CUT_SHARE}") and share and name not in self._said_cuts:
                 self._said_cuts.add(name)
-                what = "completions are truncated to" if name.endswith("_completion_cut_share") else "texts are truncated to"
+                what = "completions are truncated to" if name.endswith(f"_{COMPLETION_CUT_SHARE}") else "texts are truncated to"
                 said = f"iteration {self.state.iteration}: {share:.0%} of {what} this reward's maximum length ({name})"
                 self.runtime.console.print(f"{self.context.name}: {said}", style="yellow", markup=False)
 

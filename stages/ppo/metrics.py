@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, cast
 
+from stages import metric_names
 from stages.json_types import JsonObject
-from stages.ppo.metric_names import FIRST_AND_LAST
 from stages.ppo.speed import speed_metrics
 from stages.rewards.details import applies
 from stages.stats.comparing import repeated_ngrams
@@ -29,7 +29,7 @@ def group_metrics(scores: Tensor, samples_per_prompt: int) -> dict[str, float]:
     if samples_per_prompt == 1:
         return {}
     spreads = scores.view(-1, samples_per_prompt).std(dim=1, correction=0)
-    return {"rewards/prompt_std": float(spreads.mean()), "rewards/flat_prompt_share": float((spreads < 1e-6).float().mean())}
+    return {metric_names.PROMPT_STD: float(spreads.mean()), metric_names.FLAT_PROMPT_SHARE: float((spreads < 1e-6).float().mean())}
 
 
 def iteration_metrics(
@@ -49,23 +49,23 @@ def iteration_metrics(
     sequence_kl = rollout.kl.sum(dim=1)
     lengths = rollout.lengths.float()
     return {
-        "rewards/score_mean": float(rollout.scores.mean()),
-        "rewards/score_std": float(rollout.scores.std(correction=0)),
+        metric_names.SCORE_MEAN: float(rollout.scores.mean()),
+        metric_names.SCORE_STD: float(rollout.scores.std(correction=0)),
         **group_metrics(rollout.scores, samples_per_prompt),
-        **_means("rewards", rollout.parts),
-        **_means("monitors", rollout.monitors),
-        "rewards/total_mean": float((rollout.scores - kl_coef * sequence_kl).mean()),
-        "policy/kl": float(sequence_kl.mean()),
-        "policy/kl_standard_error": float(sequence_kl.std(correction=0)) / math.sqrt(len(sequence_kl)),
-        "policy/kl_coef": kl_coef,
+        **_means(metric_names.reward_name, rollout.parts),
+        **_means(metric_names.monitor_name, rollout.monitors),
+        metric_names.TOTAL_MEAN: float((rollout.scores - kl_coef * sequence_kl).mean()),
+        metric_names.KL: float(sequence_kl.mean()),
+        metric_names.KL_STANDARD_ERROR: float(sequence_kl.std(correction=0)) / math.sqrt(len(sequence_kl)),
+        metric_names.KL_COEF: kl_coef,
         **result.metrics,
-        "responses/length_mean": float(lengths.mean()),
-        "responses/length_max": float(lengths.max()),
-        "responses/stopped_share": float(rollout.stopped.float().mean()),
+        metric_names.LENGTH_MEAN: float(lengths.mean()),
+        metric_names.LENGTH_MAX: float(lengths.max()),
+        metric_names.STOPPED_SHARE: float(rollout.stopped.float().mean()),
         **(_scores_by_ending(rollout) if penalizes_missing_eos else {}),
-        "responses/repetition": repeated_ngrams([rollout.response(row) for row in range(len(rollout.prompts))], 4),
-        "responses/distinct_share": len(set(rollout.completions)) / len(rollout.completions),
-        "policy/sampling_gap": rollout.sampling_gap,
+        metric_names.REPETITION: repeated_ngrams([rollout.response(row) for row in range(len(rollout.prompts))], 4),
+        metric_names.DISTINCT_SHARE: len(set(rollout.completions)) / len(rollout.completions),
+        metric_names.SAMPLING_GAP: rollout.sampling_gap,
         **_importance_metrics(rollout, importance_cap),
         **speed_metrics(
             rollout.seconds,
@@ -75,11 +75,11 @@ def iteration_metrics(
             flops=result.flops,
             peak=matmul_peak,
         ),
-        **({"time/scoring_hidden_s": rollout.hidden_seconds} if rollout.hidden_seconds is not None else {}),
+        **({metric_names.SCORING_HIDDEN_SECONDS: rollout.hidden_seconds} if rollout.hidden_seconds is not None else {}),
         **_hidden_sampling_metrics(rollout),
-        "time/update_pass_tokens": float(result.pass_tokens),
-        "passes/retreats": float(rollout.retreats + result.retreats),
-        **{f"memory/{phase}_gpu_gib": peak / 2**30 for phase, peak in rollout.gpu_memory.items()},
+        metric_names.UPDATE_PASS_TOKENS: float(result.pass_tokens),
+        metric_names.RETREATS: float(rollout.retreats + result.retreats),
+        **{metric_names.gpu_memory_name(phase): peak / 2**30 for phase, peak in rollout.gpu_memory.items()},
     }
 
 
@@ -89,8 +89,8 @@ def _scores_by_ending(rollout: Rollout) -> dict[str, float]:
     if stopped.all() or not stopped.any():
         return {}
     return {
-        "responses/stopped_score": float(rollout.scores[stopped].mean()),
-        "responses/unstopped_score": float(rollout.scores[~stopped].mean()),
+        metric_names.STOPPED_SCORE: float(rollout.scores[stopped].mean()),
+        metric_names.UNSTOPPED_SCORE: float(rollout.scores[~stopped].mean()),
     }
 
 
@@ -102,10 +102,10 @@ def _importance_metrics(rollout: Rollout, cap: float) -> dict[str, float]:
     mask = rollout.response_mask
     gaps, counted = (rollout.rollout_logprobs - rollout.sampler_logprobs).abs()[mask], weights[mask]
     return {
-        "policy/sampling_gap_mean": float(gaps.mean()),
-        "policy/importance_mean": float(counted.mean()),
-        "policy/importance_capped_share": float((counted >= cap).float().mean()),
-        "policy/sampling_lag": float(rollout.lag),
+        metric_names.SAMPLING_GAP_MEAN: float(gaps.mean()),
+        metric_names.IMPORTANCE_MEAN: float(counted.mean()),
+        metric_names.IMPORTANCE_CAPPED_SHARE: float((counted >= cap).float().mean()),
+        metric_names.SAMPLING_LAG: float(rollout.lag),
     }
 
 
@@ -119,47 +119,53 @@ def _hidden_sampling_metrics(rollout: Rollout) -> dict[str, float]:
         return {}
     seconds = hidden + rollout.seconds["generation"]
     return {
-        "time/generation_hidden_s": hidden,
-        "time/generation_tokens_per_second": int(rollout.lengths.sum()) / max(seconds, 1e-9),
+        metric_names.GENERATION_HIDDEN_SECONDS: hidden,
+        metric_names.tokens_per_second_name("generation"): int(rollout.lengths.sum()) / max(seconds, 1e-9),
     }
 
 
-def _means(room: str, parts: Mapping[str, Tensor]) -> dict[str, float]:
+def _means(metric_of: Callable[[str], str], parts: Mapping[str, Tensor]) -> dict[str, float]:
     """The mean of each part [B] over the episodes that it applies to, and the number of other episodes if there are any.
 
-    A part whose name already contains a room (``scoring/...``) keeps its name.
+    ``metric_of``: the metric of a source's score. Other measurements (``scoring/...``) are metrics already and keep their name.
     """
     means: dict[str, float] = {}
     for name, part in parts.items():
         present = part[applies(part)]
         if len(present):
-            means[name if "/" in name else f"{room}/{name}"] = float(present.mean())
+            means[name if "/" in name else metric_of(name)] = float(present.mean())
         if len(present) < len(part):
-            means[f"scoring/{name}_not_applied"] = float(len(part) - len(present))
+            means[metric_names.scoring_name(name, metric_names.NOT_APPLIED)] = float(len(part) - len(present))
     return means
 
 
 def run_metrics(history: RunHistory, *, episodes_per_iteration: int, optimizer_steps: int) -> JsonObject:
     """Metrics of a run: means over its first and last tenth."""
     tenth = max(1, len(history) // 10)
-    metrics: JsonObject = {"iterations": len(history), "episodes": len(history) * episodes_per_iteration}
-    metrics["optimizer_steps"] = optimizer_steps
-    for name in [*FIRST_AND_LAST, *(name for name in history.names() if name.startswith("monitors/"))]:
+    metrics: JsonObject = {
+        metric_names.NUM_ITERATIONS: len(history),
+        metric_names.NUM_EPISODES: len(history) * episodes_per_iteration,
+        metric_names.NUM_OPTIMIZER_STEPS: optimizer_steps,
+    }
+    for name in [*metric_names.FIRST_AND_LAST, *filter(metric_names.is_monitor, history.names())]:
         values = history.values(name)
-        short = name.rpartition("/")[2]
-        metrics[f"{short}_first"], metrics[f"{short}_last"] = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
-    if "value/explained_variance" in history.names():
-        metrics["value_explained_variance"] = history.values("value/explained_variance")[-1]
-    metrics["episodes_per_second"] = sum(history.values("time/episodes_per_second")) / len(history)
+        metrics[metric_names.first_tenth(name)] = sum(values[:tenth]) / tenth
+        metrics[metric_names.last_tenth(name)] = sum(values[-tenth:]) / tenth
+    if metric_names.EXPLAINED_VARIANCE in history.names():
+        metrics["value_explained_variance"] = history.values(metric_names.EXPLAINED_VARIANCE)[-1]
+    metrics["episodes_per_second"] = sum(history.values(metric_names.EPISODES_PER_SECOND)) / len(history)
     return metrics
 
 
 def run_line(metrics: JsonObject) -> str:
     """``run_metrics`` as one line for the terminal."""
-    alarms = cast("list[RaisedAlarm]", metrics["alarms"])
+    alarms = cast("list[RaisedAlarm]", metrics[metric_names.RAISED_ALARMS])
+
+    def moved(name: str, digits: int) -> str:
+        return f"{metrics[metric_names.first_tenth(name)]:.{digits}f} -> {metrics[metric_names.last_tenth(name)]:.{digits}f}"
+
     return (
-        f"score {metrics['score_mean_first']:.3f} -> {metrics['score_mean_last']:.3f}, "
-        f"KL {metrics['kl_last']:.2f} nats, entropy {metrics['entropy_first']:.2f} -> {metrics['entropy_last']:.2f}, "
-        f"length {metrics['length_mean_first']:.1f} -> {metrics['length_mean_last']:.1f}, {metrics['episodes_per_second']:.1f} episodes/s"
-        + (f"; alarms: {', '.join(alarm['name'] for alarm in alarms)}" if alarms else "")
+        f"score {moved(metric_names.SCORE_MEAN, 3)}, KL {metrics[metric_names.last_tenth(metric_names.KL)]:.2f} nats, "
+        f"entropy {moved(metric_names.ENTROPY, 2)}, length {moved(metric_names.LENGTH_MEAN, 1)}, "
+        f"{metrics['episodes_per_second']:.1f} episodes/s" + (f"; alarms: {', '.join(alarm['name'] for alarm in alarms)}" if alarms else "")
     )

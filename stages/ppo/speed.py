@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from stages.kernels.matmul import measure_peak
+from stages.metric_names import EPISODES_PER_SECOND, UPDATE_MATMUL_SHARE, seconds_name, tokens_per_second_name
 from stages.models.responses import SequenceBatch
 
 if TYPE_CHECKING:
@@ -77,12 +78,12 @@ def speed_metrics(
 ) -> dict[str, float]:
     """Metrics ``time/...`` of an iteration. Generation, scoring and measuring count response tokens per second; the update counts all
     trained tokens of all passes. ``peak``: flops per second of a large matrix product on this machine."""
-    metrics = {f"time/{name}_s": value for name, value in seconds.items()}
-    metrics["time/episodes_per_second"] = episodes / max(sum(seconds.values()), 1e-9)
+    metrics = {seconds_name(name): value for name, value in seconds.items()}
+    metrics[EPISODES_PER_SECOND] = episodes / max(sum(seconds.values()), 1e-9)
     for name, value in seconds.items():
         tokens = trained_tokens if name == "update" else response_tokens
-        metrics[f"time/{name}_tokens_per_second"] = tokens / max(value, 1e-9)
-    metrics["time/update_matmul_share"] = flops / max(seconds.get("update", 0.0), 1e-9) / peak
+        metrics[tokens_per_second_name(name)] = tokens / max(value, 1e-9)
+    metrics[UPDATE_MATMUL_SHARE] = flops / max(seconds.get("update", 0.0), 1e-9) / peak
     return metrics
 
 

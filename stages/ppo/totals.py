@@ -8,6 +8,8 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
+from stages import metric_names
+
 SUMS = (
     "policy_loss",
     "value_loss",
@@ -76,13 +78,13 @@ def policy_metrics(sums: dict[str, float], largest: float) -> dict[str, float]:
     """Means over the minibatch's tokens. ``largest``: the maximum of |ratio - 1|."""
     mean = {name: value / max(sums["tokens"], 1.0) for name, value in sums.items()}
     return {
-        "policy/loss": mean["policy_loss"],
-        "policy/entropy": mean["entropy"],
-        "policy/approx_kl": mean["approx_kl"],
-        "policy/clip_fraction": mean["clipped"],
-        "policy/ratio_mean": mean["ratio"],
-        "policy/ratio_variance": max(0.0, mean["ratio_squared"] - mean["ratio"] ** 2),
-        "policy/ratio_max_deviation": largest,
+        metric_names.POLICY_LOSS: mean["policy_loss"],
+        metric_names.ENTROPY: mean["entropy"],
+        metric_names.APPROX_KL: mean["approx_kl"],
+        metric_names.CLIP_FRACTION: mean["clipped"],
+        metric_names.RATIO_MEAN: mean["ratio"],
+        metric_names.RATIO_VARIANCE: max(0.0, mean["ratio_squared"] - mean["ratio"] ** 2),
+        metric_names.RATIO_MAX_DEVIATION: largest,
     }
 
 
@@ -91,11 +93,11 @@ def value_metrics(sums: dict[str, float]) -> dict[str, float]:
     mean = {name: value / max(sums["states"], 1.0) for name, value in sums.items()}
     variance = mean["returns_squared"] - mean["returns"] ** 2
     return {
-        "value/loss": mean["value_loss"],
-        "value/clip_fraction": mean.get("value_clipped", 0.0),
-        "value/mean": mean["values"],
-        "value/returns_mean": mean["returns"],
-        "value/returns_variance": variance,
+        metric_names.VALUE_LOSS: mean["value_loss"],
+        metric_names.VALUE_CLIP_FRACTION: mean.get("value_clipped", 0.0),
+        metric_names.VALUE_MEAN: mean["values"],
+        metric_names.RETURNS_MEAN: mean["returns"],
+        metric_names.RETURNS_VARIANCE: variance,
         # 1 - error / variance: 1 is perfect, 0 no better than the mean, below 0 worse.
-        "value/explained_variance": 1 - mean["error"] / max(variance, 1e-8),
+        metric_names.EXPLAINED_VARIANCE: 1 - mean["error"] / max(variance, 1e-8),
     }

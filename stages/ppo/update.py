@@ -17,6 +17,16 @@ from torch import Tensor
 from stages.config import AUTO_ROWS
 from stages.errors import TrainingError
 from stages.kernels.token_budget import tokens_of
+from stages.metric_names import (
+    APPROX_KL,
+    LOG_RATIO_FIRST_RMS,
+    POLICY_LOSS,
+    PRETRAINING_LOSS,
+    RATIO_FIRST_DEVIATION,
+    RATIO_MAX_DEVIATION,
+    VALUE_LOSS,
+    grad_norm_name,
+)
 from stages.models.budget import PassBudget, refuse_alone
 from stages.models.folding import roles_together
 from stages.models.packing import packed_attention
@@ -118,14 +128,14 @@ class Updater:
                 progress.tokens += sum(part.lengths.tolist())
                 if after_minibatch is not None:
                     after_minibatch()
-            if config.kl.update_limit is not None and collected[position - 1]["policy/approx_kl"] > config.kl.update_limit:
+            if config.kl.update_limit is not None and collected[position - 1][APPROX_KL] > config.kl.update_limit:
                 break
         if train_policy and config.ema.cadence == "iteration":
             self._update_average()
         metrics = {name: sum(item[name] for item in collected) / len(collected) for name in collected[0]}
-        metrics["policy/ratio_first_deviation"] = collected[0]["policy/ratio_max_deviation"]
-        metrics["policy/log_ratio_first_rms"] = math.sqrt(2 * collected[0]["policy/approx_kl"])
-        metrics["policy/ratio_max_deviation"] = max(item["policy/ratio_max_deviation"] for item in collected)
+        metrics[RATIO_FIRST_DEVIATION] = collected[0][RATIO_MAX_DEVIATION]
+        metrics[LOG_RATIO_FIRST_RMS] = math.sqrt(2 * collected[0][APPROX_KL])
+        metrics[RATIO_MAX_DEVIATION] = max(item[RATIO_MAX_DEVIATION] for item in collected)
         retreats, self.budget.retreats = self.budget.retreats, 0
         return UpdateResult(metrics, len(collected), progress.tokens, self.matmuls.take(), retreats, self.budget.largest)
 
@@ -133,13 +143,13 @@ class Updater:
         """Compute the gradients of one minibatch and make one optimizer step; returns its metrics. The device is read once."""
         totals = self.accumulate(part, part_targets, train_policy=train_policy)
         norms = {name: gradient_norm(list(trainable(network).values())) for name, network in self.roles.networks().items()}
-        totals.add(**{f"{name}/grad_norm": norm for name, norm in norms.items()})
+        totals.add(**{grad_norm_name(name): norm for name, norm in norms.items()})
         largest = totals.read()
         sums = totals.sums
         metrics = {**policy_metrics(sums, largest), **(value_metrics(sums) if self.roles.has_value else {})}
         if self.config.pretraining_mix is not None and train_policy:
-            metrics["policy/pretraining_loss"] = sums.get("pretraining_loss", 0.0)
-        metrics |= {f"{name}/grad_norm": sums[f"{name}/grad_norm"] for name in norms}
+            metrics[PRETRAINING_LOSS] = sums.get("pretraining_loss", 0.0)
+        metrics |= {grad_norm_name(name): sums[grad_norm_name(name)] for name in norms}
         _check_finite(metrics)
         self._step(norms, train_policy)
         return metrics
@@ -369,13 +379,13 @@ class Updater:
 
 def _check_finite(metrics: dict[str, float]) -> None:
     """Raise TrainingError if a loss or gradient norm of a minibatch is not finite."""
-    losses = {name: metrics[f"{name}/loss"] for name in ("policy", "value") if f"{name}/loss" in metrics}
+    losses = {name: metrics[metric] for name, metric in (("policy", POLICY_LOSS), ("value", VALUE_LOSS)) if metric in metrics}
     advice = "lower training.learning_rate, or use precision: fp32"
     if not math.isfinite(sum(losses.values())):
         said = " and ".join(f"the {name} loss is {loss}" for name, loss in losses.items())
         raise TrainingError(f"{said}; {advice}")
     for name in ("policy", "value"):
-        norm = metrics.get(f"{name}/grad_norm", 0.0)
+        norm = metrics.get(grad_norm_name(name), 0.0)
         if not math.isfinite(norm):
             raise TrainingError(f"the gradient norm of the {name} is {norm}; {advice}")
 

@@ -16,6 +16,7 @@ from stages.corpora.packing import encode_documents, overlapping_windows, pack_b
 from stages.corpora.text import load_text
 from stages.errors import ModelError
 from stages.json_types import JsonObject
+from stages.metric_names import HELDOUT_BITS_PER_BYTE, HELDOUT_LOG_BITS_PER_BYTE, HELDOUT_LOG_PERPLEXITY, HELDOUT_PERPLEXITY
 from stages.models.architectures import random_model
 from stages.models.likelihood import Likelihood
 from stages.models.loading import load_language_model, load_tokenizer
@@ -128,11 +129,12 @@ def _measure(
 ) -> dict[str, float]:
     """Held-out perplexity and bits per byte. End tokens are predicted as well and count in both."""
     likelihood = _likelihood(trainer, config, context, tokenizer, tokens)
-    measured = {"heldout_perplexity": likelihood.perplexity, "heldout_bits_per_byte": likelihood.bits_per_byte(num_bytes)}
-    context.log(0 if when == "before" else trainer.state.global_step, {f"heldout/{name[8:]}": value for name, value in measured.items()})
-    shown = f"perplexity {likelihood.perplexity:.4g}, {measured['heldout_bits_per_byte']:.4g} bits per byte"
+    perplexity, bits = likelihood.perplexity, likelihood.bits_per_byte(num_bytes)
+    step = 0 if when == "before" else trainer.state.global_step
+    context.log(step, {HELDOUT_LOG_PERPLEXITY: perplexity, HELDOUT_LOG_BITS_PER_BYTE: bits})
+    shown = f"perplexity {perplexity:.4g}, {bits:.4g} bits per byte"
     context.runtime.console.print(f"{context.name}: held-out {when}: {shown}")
-    return {f"{name}_{when}": value for name, value in measured.items()}
+    return {f"{HELDOUT_PERPLEXITY}_{when}": perplexity, f"{HELDOUT_BITS_PER_BYTE}_{when}": bits}
 
 
 def _likelihood(

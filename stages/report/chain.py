@@ -5,6 +5,15 @@ from __future__ import annotations
 from ruamel.yaml import YAML
 from ruamel.yaml.compat import StringIO
 
+from stages.metric_names import (
+    HELDOUT_ACCURACY,
+    HELDOUT_BESIDE,
+    HELDOUT_LOSS_AFTER,
+    HELDOUT_PERPLEXITY_AFTER,
+    SCORE_MEAN,
+    first_tenth,
+    last_tenth,
+)
 from stages.report.diagram import Diagram, draw_chain
 from stages.report.figures import number_text
 from stages.report.run_folder import Row, RunFolder, StepFolder, shown_memory
@@ -31,17 +40,17 @@ def _inputs(run: RunFolder, step: StepFolder) -> list[str]:
 
 def _key_result(step: StepFolder) -> str:
     metrics = step.metrics
-    if step.stage == "ppo" and "score_mean_last" in metrics:
-        return f"score {metrics['score_mean_first']:.2f} to {metrics['score_mean_last']:.2f}"
+    if step.stage == "ppo" and last_tenth(SCORE_MEAN) in metrics:
+        return f"score {metrics[first_tenth(SCORE_MEAN)]:.2f} to {metrics[last_tenth(SCORE_MEAN)]:.2f}"
     if step.evaluation is not None:
         return f"{step.evaluation['prompts']} prompts"
     for key, form in (
-        ("heldout_accuracy", "accuracy {:.3f}"),
-        ("heldout_perplexity_after", "perplexity {:.2f}"),
-        ("heldout_loss_after", "loss {:.3f}"),
+        (HELDOUT_ACCURACY, "accuracy {:.3f}"),
+        (HELDOUT_PERPLEXITY_AFTER, "perplexity {:.2f}"),
+        (HELDOUT_LOSS_AFTER, "loss {:.3f}"),
     ):
         if isinstance(metrics.get(key), int | float):
-            others = [f"{name} {other['accuracy']:.3f}" for name, other in (metrics.get("heldout_beside") or {}).items()]
+            others = [f"{name} {other['accuracy']:.3f}" for name, other in (metrics.get(HELDOUT_BESIDE) or {}).items()]
             return "; ".join([form.format(metrics[key]), *others])
     return ""
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from stages.metric_names import KL, SCORE_MEAN, is_monitor, is_reward, monitor_name, reward_name, source_of
 from stages.report.figures import (
     LINE,
     PAPER,
@@ -132,8 +133,8 @@ def _number(axes: Axes, points: Sequence[tuple[int, float, float]]) -> None:
 
 def _way(step: StepFolder, judge: str) -> tuple[list[float], list[float]] | None:
     """KL and a judge's mean score over the iterations of a PPO step, as running means. None if the judge did not score every iteration."""
-    steps, kls = step.series("policy/kl")
-    for metric in (f"monitors/{judge}", f"rewards/{judge}"):
+    steps, kls = step.series(KL)
+    for metric in (monitor_name(judge), reward_name(judge)):
         scored, values = step.series(metric)
         if len(values) > 1 and scored == steps:
             return smoothed(kls, 0.1), smoothed(values, 0.1)
@@ -145,12 +146,12 @@ def over_optimisation(step: StepFolder, evaluation: EvaluationFile | None = None
 
     With best-of-n if the evaluation has it. Returns None if the step has fewer than five iterations or no monitor.
     """
-    kl_steps, kls = step.series("policy/kl")
+    kl_steps, kls = step.series(KL)
     if len(kls) < 5:
         return None
     trained = _rewards(step)
-    names = {"rewards/score_mean": trained[0] if len(trained) == 1 else "trained reward"}
-    names |= {name: name.removeprefix("monitors/") for name in monitors(step)}
+    names = {SCORE_MEAN: trained[0] if len(trained) == 1 else "trained reward"}
+    names |= {name: source_of(name) for name in monitors(step)}
     if len(names) < 2:
         return None
     roots = [math.sqrt(max(0.0, value)) for value in smoothed(kls, 0.1)]
@@ -174,7 +175,7 @@ def over_optimisation(step: StepFolder, evaluation: EvaluationFile | None = None
         canvas.axes.plot([roots[best]], [smooth[best]], "o", color=SERIES[1], markersize=6, markeredgecolor=PAPER)
         canvas.axes.set_xlabel("square root of the KL to the reference (nats)")
         canvas.axes.set_ylabel("mean score")
-        panels.append(canvas.panel(f"{name}, {'trained on' if metric.startswith('rewards/') else 'monitor'}"))
+        panels.append(canvas.panel(f"{name}, {'monitor' if is_monitor(metric) else 'trained on'}"))
         for index in thinned(range(len(roots)), TABLE_ROWS):
             rows.append([name, f"{steps[index]:.0f}", f"{roots[index]:.2f}", f"{smooth[index]:.3f}"])
     caption = (
@@ -190,8 +191,7 @@ def over_optimisation(step: StepFolder, evaluation: EvaluationFile | None = None
 
 def _rewards(step: StepFolder) -> list[str]:
     """Names of the reward sources that the policy was trained on."""
-    own = ("score_mean", "score_std", "total_mean")
-    return sorted({name.removeprefix("rewards/") for row in step.log[:1] for name in row if name.startswith("rewards/")} - set(own))
+    return sorted({source_of(name) for row in step.log[:1] for name in row if is_reward(name)})
 
 
 # Scores

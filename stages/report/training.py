@@ -4,31 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from stages import metric_names
 from stages.report.figures import LINE, SERIES, Canvas, Figure, drawn, drawn_text, interval_points, log_scale, number_text, short, smoothed
 from stages.report.run_folder import RunFolder, StepFolder, thinned
 from stages.stats.intervals import wilson_interval
 
 STAGE_CURVES = {  # stage -> [(metric, title)]
-    "pretraining": [("train/loss", "training loss (nats per token)")],
-    "sft": [("train/loss", "training loss (nats per token)")],
-    "reward_model": [("train/loss", "ranking loss (nats)")],
-    "sentiment": [("train/loss", "training loss (nats)")],
-    "dpo": [("train/loss", "DPO loss (nats)"), ("train/rewards/margins", "margin of implicit rewards")],
+    "pretraining": [(metric_names.TRAIN_LOSS, "training loss (nats per token)")],
+    "sft": [(metric_names.TRAIN_LOSS, "training loss (nats per token)")],
+    "reward_model": [(metric_names.TRAIN_LOSS, "ranking loss (nats)")],
+    "sentiment": [(metric_names.TRAIN_LOSS, "training loss (nats)")],
+    "dpo": [(metric_names.TRAIN_LOSS, "DPO loss (nats)"), (metric_names.TRAIN_MARGINS, "margin of implicit rewards")],
     "ppo": [
-        ("rewards/score_mean", "score"),
-        ("policy/kl", "KL to the reference (nats)"),
-        ("policy/entropy", "entropy (nats per token)"),
-        ("responses/length_mean", "length (tokens)"),
-        ("value/explained_variance", "explained variance of values"),
-        ("policy/clip_fraction", "clipped share of ratios"),
+        (metric_names.SCORE_MEAN, "score"),
+        (metric_names.KL, "KL to the reference (nats)"),
+        (metric_names.ENTROPY, "entropy (nats per token)"),
+        (metric_names.LENGTH_MEAN, "length (tokens)"),
+        (metric_names.EXPLAINED_VARIANCE, "explained variance of values"),
+        (metric_names.CLIP_FRACTION, "clipped share of ratios"),
     ],
 }
 HELDOUT = {  # stage -> (metric before, metric after, title)
-    "pretraining": ("heldout_perplexity_before", "heldout_perplexity_after", "held-out perplexity"),
-    "sft": ("heldout_loss_before", "heldout_loss_after", "held-out loss"),
-    "reward_model": ("heldout_accuracy_before", "heldout_accuracy", "held-out accuracy"),
-    "sentiment": ("heldout_accuracy_before", "heldout_accuracy", "held-out accuracy"),
-    "dpo": ("", "heldout_accuracy", "held-out accuracy"),
+    "pretraining": (metric_names.HELDOUT_PERPLEXITY_BEFORE, metric_names.HELDOUT_PERPLEXITY_AFTER, "held-out perplexity"),
+    "sft": (metric_names.HELDOUT_LOSS_BEFORE, metric_names.HELDOUT_LOSS_AFTER, "held-out loss"),
+    "reward_model": (metric_names.HELDOUT_ACCURACY_BEFORE, metric_names.HELDOUT_ACCURACY, "held-out accuracy"),
+    "sentiment": (metric_names.HELDOUT_ACCURACY_BEFORE, metric_names.HELDOUT_ACCURACY, "held-out accuracy"),
+    "dpo": ("", metric_names.HELDOUT_ACCURACY, "held-out accuracy"),
 }
 MOST_GROUPS = 12
 """Maximum number of values of a column in the figure that splits accuracy by it."""
@@ -37,9 +38,11 @@ MOST_GROUPS = 12
 def training(step: StepFolder) -> Figure | None:
     """The curves of one training step as small multiples. None if it has no curves."""
     panels, rows, longest = [], [], 0
-    wanted = list(STAGE_CURVES.get(step.stage, [("train/loss", "training loss")]))
+    wanted = list(STAGE_CURVES.get(step.stage, [(metric_names.TRAIN_LOSS, "training loss")]))
+    seeds = _seed_losses(step)
+    wanted += [(metric, f"{wanted[0][1]}, seed {seed}") for metric, seed in seeds.items()]
     if step.stage == "ppo":
-        wanted[1:1] = [(name, f"monitor: {name.removeprefix('monitors/')}") for name in monitors(step)]
+        wanted[1:1] = [(name, f"monitor: {metric_names.source_of(name)}") for name in monitors(step)]
     for metric, title in wanted:
         steps, values = step.series(metric)
         if len(values) < 2:
@@ -49,7 +52,7 @@ def training(step: StepFolder) -> Figure | None:
         canvas.axes.plot(at, points, color=SERIES[1], linewidth=0.7, alpha=0.45)
         canvas.axes.plot(at, smooth, color=SERIES[1])
         longest = max(longest, len(values))
-        if metric.startswith("train/loss") and 0 < 50 * min(values) < max(values):
+        if metric in (metric_names.TRAIN_LOSS, *seeds) and 0 < 50 * min(values) < max(values):
             log_scale(canvas.axes, "y")
         canvas.axes.set_xlabel("iteration" if step.stage == "ppo" else "optimizer step")
         panels.append(canvas.panel(title))
@@ -70,18 +73,26 @@ def training(step: StepFolder) -> Figure | None:
     )
 
 
+def _seed_losses(step: StepFolder) -> dict[str, str]:
+    """The training losses of a reward model that was trained with several seeds: metric -> seed."""
+    logged = dict.fromkeys(name for row in step.log for name in row)
+    return {name: seed for name in logged if (seed := metric_names.seed_of_loss(name)) is not None}
+
+
 def monitors(step: StepFolder) -> list[str]:
-    return sorted({name for row in step.log for name in row if name.startswith("monitors/")})
+    return sorted({name for row in step.log for name in row if metric_names.is_monitor(name)})
 
 
 def heldout_text(step: StepFolder) -> str:
     """A sentence with the step's held-out metric before and after training. For PPO: scores, KL and episodes."""
     if step.stage not in HELDOUT:
-        if step.stage == "ppo" and "score_mean_first" in step.metrics:
+        first, last = (name(metric_names.SCORE_MEAN) for name in (metric_names.first_tenth, metric_names.last_tenth))
+        if step.stage == "ppo" and first in step.metrics:
             metrics = step.metrics
             return (
-                f"Score {metrics['score_mean_first']:.3f} to {metrics['score_mean_last']:.3f} (first and last tenth), "
-                f"KL {metrics['kl_last']:.2f} nats at the end, {metrics['episodes']:,} episodes. Thick lines are running means."
+                f"Score {metrics[first]:.3f} to {metrics[last]:.3f} (first and last tenth), "
+                f"KL {metrics[metric_names.last_tenth(metric_names.KL)]:.2f} nats at the end, "
+                f"{metrics[metric_names.NUM_EPISODES]:,} episodes. Thick lines are running means."
             )
         return ""
     before, after, title = HELDOUT[step.stage]
@@ -93,7 +104,7 @@ def heldout_text(step: StepFolder) -> str:
 
 def _beside_text(step: StepFolder) -> str:
     """A sentence with the accuracy of other rewards on the same held-out comparisons. Empty if none was measured."""
-    others = step.metrics.get("heldout_beside") or {}
+    others = step.metrics.get(metric_names.HELDOUT_BESIDE) or {}
     if not others:
         return ""
     shown = [f"{name} {one['accuracy']:.3f} (95 %: {one['ci_low']:.3f} to {one['ci_high']:.3f})" for name, one in others.items()]
@@ -108,7 +119,7 @@ def calibration(step: StepFolder) -> Figure | None:
 
     Returns None if the step did not measure calibration.
     """
-    bins = step.metrics.get("heldout_calibration") or step.metrics.get("calibration")
+    bins = step.metrics.get(metric_names.HELDOUT_CALIBRATION) or step.metrics.get("calibration")
     if not bins:
         return None
     panels, rows = [], []
@@ -127,16 +138,16 @@ def calibration(step: StepFolder) -> Figure | None:
     )
     axes.set_xlabel("predicted probability")
     axes.set_ylabel("accuracy")
-    error = step.metrics.get("heldout_calibration_error")
+    error = step.metrics.get(metric_names.HELDOUT_CALIBRATION_ERROR)
     panels.append(canvas.panel("reliability" + (f" (calibration error {error:.3f})" if error is not None else "")))
     rows += [["sure", f"{item['confidence']:.2f}", f"{item['accuracy']:.3f}", f"{item['count']:,}"] for item in bins]
     splits = []  # (title, x axis label, [(name, accuracy and pairs)])
-    margins = step.metrics.get("heldout_accuracy_by_margin") or []
+    margins = step.metrics.get(metric_names.HELDOUT_ACCURACY_BY_MARGIN) or []
     edges = [f"{item['from']:g} to {item['to']:g}" if item["to"] is not None else f"above {item['from']:g}" for item in margins]
     splits.append(("accuracy by margin", "difference of the two scores", list(zip(edges, margins, strict=True))))
-    lengths = step.metrics.get("heldout_accuracy_by_length") or []
+    lengths = step.metrics.get(metric_names.HELDOUT_ACCURACY_BY_LENGTH) or []
     splits.append(("accuracy by length", "the better completion is", [(item["better_is"], item) for item in lengths]))
-    for column, items in (step.metrics.get("heldout_accuracy_by_group") or {}).items():
+    for column, items in (step.metrics.get(metric_names.HELDOUT_ACCURACY_BY_GROUP) or {}).items():
         shown = f" (the first {MOST_GROUPS} of {len(items):,} values)" if len(items) > MOST_GROUPS else ""
         splits.append((f"accuracy by {column}{shown}", column, [(str(item["value"]), item) for item in items[:MOST_GROUPS]]))
     for split, label, named in splits:
@@ -172,7 +183,12 @@ def _wilson(share: float, number: int) -> tuple[float, float]:
 
 # Data efficiency
 
-EXAMPLES = {"sft": "demonstrations", "reward_model": "comparisons", "sentiment": "reviews", "dpo": "pairs"}
+EXAMPLES = {
+    "sft": metric_names.NUM_DEMONSTRATIONS,
+    "reward_model": metric_names.NUM_COMPARISONS,
+    "sentiment": metric_names.NUM_REVIEWS,
+    "dpo": metric_names.NUM_PAIRS,
+}
 
 
 def data_efficiency(runs: Sequence[RunFolder]) -> Figure | None:

@@ -18,6 +18,16 @@ from stages.corpora.comparisons import Comparison, Comparisons
 from stages.corpora.messages import completion_text
 from stages.errors import DataError, ModelError
 from stages.json_types import JsonObject
+from stages.metric_names import (
+    HELDOUT_ACCURACY_BEFORE,
+    HELDOUT_BESIDE,
+    HELDOUT_LOG_ACCURACY,
+    HELDOUT_LOG_LOSS,
+    NUM_COMPARISONS,
+    NUM_PAIRS,
+    curation_names,
+    heldout_names,
+)
 from stages.models.loading import load_language_model, load_tokenizer, save_model
 from stages.models.parts import moved_to
 from stages.models.reward_question import RewardQuestion
@@ -102,19 +112,19 @@ def run_generative(
     if trains:
         trainer, trained = _train(config, context, judging, comparisons, lambda: measure(judging, texts, counted))
         after = measure(judging, texts, counted)
-    context.log(int(trained.get("optimizer_steps", 0)), {"heldout/accuracy": after["accuracy"], "heldout/loss": after["loss"]})
+    context.log(int(trained.get("optimizer_steps", 0)), {HELDOUT_LOG_ACCURACY: after["accuracy"], HELDOUT_LOG_LOSS: after["loss"]})
     moved = f"{before['accuracy']:.3f} -> {after['accuracy']:.3f}" if trains else f"{after['accuracy']:.3f}"
     context.runtime.console.print(
         f"{context.name}: held-out accuracy {moved} (95 % {after['ci_low']:.3f} to {after['ci_high']:.3f}, {after['pairs']} pairs)"
     )
     beside = measure_beside(config, context, texts, counted)
     metrics = {
-        **({"heldout_accuracy_before": before["accuracy"]} if trains else {}),
-        **({"heldout_beside": beside} if beside else {}),
-        **{f"heldout_{name}": value for name, value in after.items()},
+        **({HELDOUT_ACCURACY_BEFORE: before["accuracy"]} if trains else {}),
+        **({HELDOUT_BESIDE: beside} if beside else {}),
+        **heldout_names(after),
         **trained,
-        **{f"heldout_{name}": value for name, value in lost.as_metrics().items()},
-        **{f"curation_{reason}": number for reason, number in sorted(left_out.items())},
+        **heldout_names(lost.as_metrics()),
+        **curation_names(left_out),
     }
     kind: Publication = {"role": ROLE, "base": source if config.lora is not None else None}
     rows = [item.rows[0] for item in counted]
@@ -180,5 +190,5 @@ def _train(
     trainer = make_trainer(scorer, arguments, rows, judging.tokenizer.pad_token_id, config.loss)
     context.runtime.seed_everything(context.seed)
     trained = train(trainer, context, f"{context.name}: generative reward model", rule=config, measure=lambda: measured()["loss"])
-    counts = {"comparisons": len(rows), "pairs": sum(item.pairs[0] for item in rows), **lost.as_metrics()}
+    counts = {NUM_COMPARISONS: len(rows), NUM_PAIRS: sum(item.pairs[0] for item in rows), **lost.as_metrics()}
     return trainer, {**trained, **counts}

@@ -18,6 +18,17 @@ from stages.corpora.templates import check_rendering, count_tokens, encode_promp
 from stages.engines.opening import step_sampler
 from stages.errors import ModelError, TrainingError
 from stages.json_types import JsonObject
+from stages.metric_names import (
+    HELDOUT_ACCURACY_BEFORE,
+    HELDOUT_BESIDE,
+    HELDOUT_LOG_ACCURACY,
+    HELDOUT_LOG_LOSS,
+    NUM_COMPARISONS,
+    NUM_DEMONSTRATIONS,
+    NUM_PAIRS,
+    curation_names,
+    heldout_names,
+)
 from stages.models.heads import RewardModel
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.parts import moved_to
@@ -105,27 +116,27 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     gain, deviation = normalise(model)
     after = measure(model, measuring, gain=gain, **scoring)
 
-    context.log(int(best.trained["optimizer_steps"]), {"heldout/accuracy": after["accuracy"], "heldout/loss": after["loss"]})
+    context.log(int(best.trained["optimizer_steps"]), {HELDOUT_LOG_ACCURACY: after["accuracy"], HELDOUT_LOG_LOSS: after["loss"]})
     context.runtime.console.print(
         f"{context.name}: held-out accuracy {before['accuracy']:.3f} -> {after['accuracy']:.3f} "
         f"(95 % {after['ci_low']:.3f} to {after['ci_high']:.3f}, {after['pairs']} pairs)"
     )
     beside = measure_beside(config, context, texts_of_measuring, measuring)
     metrics: JsonObject = {
-        "heldout_accuracy_before": before["accuracy"],
-        **({"heldout_beside": beside} if beside else {}),
-        **{f"heldout_{name}": value for name, value in after.items()},
+        HELDOUT_ACCURACY_BEFORE: before["accuracy"],
+        **({HELDOUT_BESIDE: beside} if beside else {}),
+        **heldout_names(after),
         **best.trained,
-        "comparisons": len(train_rows),
-        "pairs": sum(item.pairs[0] for item in train_rows),
+        NUM_COMPARISONS: len(train_rows),
+        NUM_PAIRS: sum(item.pairs[0] for item in train_rows),
         "all_ties": sum(not item.num_pairs for item in comparisons.train),
         **lost.as_metrics(),
-        **{f"heldout_{name}": value for name, value in lost_heldout.as_metrics().items()},
+        **heldout_names(lost_heldout.as_metrics()),
         "reward_bias": model.reward_bias,
         "reward_gain": gain,
-        "demonstrations": len(texts),
+        NUM_DEMONSTRATIONS: len(texts),
         "demonstration_reward_std": deviation,
-        **{f"curation_{reason}": count for reason, count in sorted(left_out.items())},
+        **curation_names(left_out),
     }
     if config.collect is not None:
         metrics["collected"] = comparisons.collected

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from stages.metric_names import TRAIN_ROOM, seed_room
 from stages.models.heads import RewardModel
 from stages.reward_model.config import RewardModelConfig
 from stages.reward_model.measuring import measure
@@ -67,7 +68,7 @@ def train_with_seed(
         trainer,
         own,
         f"{context.name}: reward model",
-        room=f"train_seed_{seed}" if several else "train",
+        room=seed_room(seed) if several else TRAIN_ROOM,
         rule=config,
         measure=lambda: measure(model, deciding, **scoring)["loss"],
     )

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from stages.metric_names import COMPLETION_CUT_SHARE, CUT_SHARE, scoring_name
+
 Spans = list[list[tuple[int, float]]]
 """For each completion a list of (character position, score)."""
 
@@ -57,9 +59,9 @@ class Judgement:
 
     def notes(self, name: str) -> dict[str, Tensor]:
         """The measurements other than the scores, [N] each, by metric name (``scoring/<name>_...``)."""
-        flags = {"cut_share": self.cut, "completion_cut_share": self.completion_cut}
+        flags = {CUT_SHARE: self.cut, COMPLETION_CUT_SHARE: self.completion_cut}
         cuts = {key: value.float() for key, value in flags.items() if value is not None}
-        return {f"scoring/{name}_{key}": value for key, value in {**cuts, **self.measured}.items()}
+        return {scoring_name(name, key): value for key, value in {**cuts, **self.measured}.items()}
 
 
 def applies(scores: Tensor) -> Tensor:

@@ -9,6 +9,14 @@ from transformers import Trainer
 
 from stages.corpora.reviews import load_reviews
 from stages.json_types import JsonObject
+from stages.metric_names import (
+    HELDOUT_ACCURACY_BEFORE,
+    HELDOUT_LOG_ACCURACY,
+    HELDOUT_LOG_LOSS,
+    HELDOUT_LOSS_BEFORE,
+    NUM_REVIEWS,
+    heldout_names,
+)
 from stages.sentiment.config import SentimentConfig
 from stages.sentiment.measuring import examples_of, measure, predict, show
 from stages.sentiment.model import tokenizer_and_model
@@ -52,14 +60,14 @@ def run(config: SentimentConfig, context: StepContext) -> StepResult:
     measured, measured_before = measure(after, truth), measure(before, truth)
     examples = examples_of(reviews.validation, before, after, config)
     show(examples, measured, measured_before, context)
-    context.log(trainer.state.global_step, {"heldout/accuracy": measured["accuracy"], "heldout/loss": measured["loss"]})
+    context.log(trainer.state.global_step, {HELDOUT_LOG_ACCURACY: measured["accuracy"], HELDOUT_LOG_LOSS: measured["loss"]})
     metrics: JsonObject = {
-        **{f"heldout_{name}": value for name, value in measured.items()},
-        "heldout_accuracy_before": measured_before["accuracy"],
+        **heldout_names(measured),
+        HELDOUT_ACCURACY_BEFORE: measured_before["accuracy"],
         "heldout_f1_before": measured_before["f1"],
-        "heldout_loss_before": measured_before["loss"],
+        HELDOUT_LOSS_BEFORE: measured_before["loss"],
         **trained,
-        "reviews": len(rows),
+        NUM_REVIEWS: len(rows),
         "heldout_reviews": len(heldout),
         "cut_share": cut / len(rows),
         "heldout_cut_share": heldout_cut / len(heldout),

@@ -17,6 +17,7 @@ from stages.corpora.rows import Row
 from stages.corpora.templates import count_tokens, set_template
 from stages.errors import DataError
 from stages.json_types import JsonObject
+from stages.metric_names import HELDOUT_LOG_LOSS, HELDOUT_LOSS_AFTER, HELDOUT_LOSS_BEFORE, NUM_DEMONSTRATIONS, curation_names
 from stages.models.adapters import refuse_output_adapter
 from stages.models.dropout import set_residual_dropout
 from stages.models.likelihood import Likelihood
@@ -79,13 +80,13 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
 
     num_tokens = sum(len(row.ids) for row in rows + mixed.train)
     metrics: JsonObject = {
-        "heldout_loss_before": before,
-        "heldout_loss_after": after,
+        HELDOUT_LOSS_BEFORE: before,
+        HELDOUT_LOSS_AFTER: after,
         **trained,
-        "demonstrations": len(rows),
+        NUM_DEMONSTRATIONS: len(rows),
         "heldout_demonstrations": len(heldout),
         "dropped_too_long": len(encoded.rows) + len(encoded_heldout.rows) - len(rows) - len(heldout),
-        **{f"curation_{reason}": count for reason, count in sorted(curator.left_out.items())},
+        **curation_names(curator.left_out),
         **selected,
         "tokens_per_second": trained["steps_per_second"] * config.training.batch_size * num_tokens / len(trainer.train_dataset),
     }
@@ -165,7 +166,7 @@ def _measure(
     when: str,
 ) -> float:
     likelihood = _likelihood(trainer, config, context, tokenizer, heldout)
-    context.log(0 if when == "before" else trainer.state.global_step, {"heldout/loss": likelihood.loss})
+    context.log(0 if when == "before" else trainer.state.global_step, {HELDOUT_LOG_LOSS: likelihood.loss})
     context.runtime.console.print(f"{context.name}: held-out {when}: loss {likelihood.loss:.4f} over {likelihood.tokens} tokens")
     return likelihood.loss
 

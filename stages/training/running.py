@@ -13,6 +13,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from stages.config import CheckpointedStepConfig
 from stages.errors import RecipeError
+from stages.metric_names import TRAIN_ROOM
 from stages.models.dropout import has_dropout
 from stages.models.quiet import quiet_transformers
 from stages.models.sharding import shard, unsharded
@@ -37,7 +38,7 @@ def train(
     context: StepContext,
     description: str,
     *,
-    room: str = "train",
+    room: str = TRAIN_ROOM,
     rule: CheckpointedStepConfig | None = None,
     measure: Measure | None = None,
 ) -> dict[str, float]:

@@ -19,6 +19,7 @@ from stages.corpora.prompts import PromptRow
 from stages.corpora.templates import encode_prompt
 from stages.engines.opening import step_sampler
 from stages.errors import RecipeError
+from stages.metric_names import SELECTION_LOSS, SELECTION_SCORE
 from stages.models.sharding import unsharded
 from stages.process.storage import sync, write_json
 from stages.rewards.building import build_reward
@@ -98,7 +99,7 @@ class Selector:
         with unsharded(self.model):  # the processes sample independently
             tried = Tried(optimizer_step, self._score(), self.measure_loss())
         self.tried.append(tried)
-        self.context.log(optimizer_step, {"selection/score": tried.score, "selection/heldout_loss": tried.heldout_loss})
+        self.context.log(optimizer_step, {SELECTION_SCORE: tried.score, SELECTION_LOSS: tried.heldout_loss})
         is_main = self.context.runtime.is_main
         if is_main:
             self.folder.mkdir(parents=True, exist_ok=True)

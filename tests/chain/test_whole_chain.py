@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import check_declared
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 RECIPE = """
@@ -124,6 +126,13 @@ def test_summary_has_the_documented_fields(undisturbed) -> None:
     folder = home / "runs" / "tiny" / "latest" / "verdict"
     assert (folder.parent / "report.html").exists() and len((folder / "completions.jsonl").read_text().splitlines()) == 8
     assert summary["candidates"]["sft"]["kl"] == pytest.approx(0, abs=1e-3)
+
+
+def test_every_logged_metric_has_a_meaning(undisturbed) -> None:
+    home, _ = undisturbed
+    logged = {name for path in home.glob("runs/tiny/latest/*/metrics.jsonl") for line in path.open() for name in json.loads(line)}
+    assert {"policy/kl", "rewards/preference", "heldout/perplexity", "train/rewards/margins"} <= logged
+    check_declared(logged - {"step"})
 
 
 def test_a_second_run_reuses_everything(undisturbed, recipe) -> None:
