@@ -206,6 +206,8 @@ Microbatch = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeVali
 """How many sequences go through a model at once: a number, or auto, as many as pay on this machine and fit into its memory."""
 AUTO_ROWS = {"pretraining": 32, "sft": 32, "sentiment": 32, "reward_model": 8, "dpo": 8, "ppo": 16}
 """By stage: rows of a pass on a CPU with microbatch_size: auto. More make nothing faster there."""
+SCORING_ROWS = 64
+"""Texts per forward pass of a reward model or classifier, if the recipe does not set it."""
 
 
 class OptimizerSettings(Strict):

@@ -338,7 +338,7 @@ DETAILS = (
     _detail(
         "P7",
         "Returns are computed before whitening",
-        "ppo/rollout.py:targets",
+        "ppo/targets.py:targets",
         "ppo/test_details.py::test_returns_come_before_the_whitening",
     ),
     _detail(
@@ -351,7 +351,7 @@ DETAILS = (
     _detail(
         "P10",
         "Whitening and GAE within the minibatch (Z), per process (H), or over the rollout",
-        "ppo/rollout.py:all_targets",
+        "ppo/targets.py:all_targets",
         "ppo/test_details.py::test_whitening_by_minibatch_needs_eight_episodes "
         "ppo/test_rollout.py::test_whitening_by_process_whitens_each_share_separately",
     ),
@@ -442,14 +442,14 @@ DETAILS = (
     _detail(
         "P27",
         "The score is added one state after the end if there is room (H)",
-        "ppo/rollout.py:targets",
+        "ppo/targets.py:targets",
         "ppo/test_rollout.py::test_score_is_credited_to_an_extra_state_after_the_last_token "
         "ppo/test_update.py::test_gradients_equal_the_slow_reference_for_any_microbatch",
     ),
     _detail(
         "P28",
         "Values of a truncated response are computed on the truncated text",
-        "ppo/rollout.py:collect",
+        "ppo/collecting.py:collect",
         "ppo/test_details.py::test_tokens_after_the_end_are_not_counted",
     ),
     _detail(

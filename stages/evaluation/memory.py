@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from stages.config import SCORING_ROWS
 from stages.evaluation.config import EvaluationConfig
 from stages.memory.estimate import FP32, Machine, Memory, dtype_bytes, kv_cache, phases
 from stages.memory.lengths import Counter, Lengths, prompt_texts
-from stages.memory.models import EVALUATION_ROWS, View, inference_bytes, reading
+from stages.memory.models import View, inference_bytes, reading
 
 
 def lengths_of(config: EvaluationConfig, counter: Counter) -> Lengths:
@@ -21,7 +22,7 @@ def estimate(config: EvaluationConfig, models: Mapping[str, View], lengths: Leng
     candidates = []
     for field_path, view in models.items():
         if field_path.startswith("judges") or view.shape.encoder:
-            read = inference_bytes(view.shape, EVALUATION_ROWS, lengths.prompt + new, compute, machine)
+            read = inference_bytes(view.shape, SCORING_ROWS, lengths.prompt + new, compute, machine)
             candidates.append(view.frozen(compute, output=False) + phases((0.0, read, 0.0)))
             continue
         rows = config.generation.batch_size

@@ -14,9 +14,7 @@ from torch import Tensor
 
 from stages.kernels.casts import cast
 from stages.kernels.matmul import Context, linear, product
-
-CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
-"""Size of a chunk of fp32 logits by device type: what fits in a core's cache, or what keeps a GPU busy."""
+from stages.kernels.token_budget import CHUNK_BYTES
 
 Term = Callable[[Tensor, Tensor, slice], Tensor]
 """term(logprobs, entropies, rows) -> loss per position, all [n]. ``rows``: the chunk's positions among all N."""

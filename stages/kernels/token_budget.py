@@ -1,4 +1,4 @@
-"""Token budgets: how to divide sequences into forward passes."""
+"""Token budgets: how to divide sequences into forward passes; and the sizes that passes and the memory planner share."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ GPU_SHARE = 0.85
 
 KEPT_SHARE = 0.05
 """Share of the GPU's memory up to which decoding keeps its cache and recorded steps between two calls."""
+CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
+"""Size of a chunk of fp32 logits by device type: what fits in a core's cache, or what keeps a GPU busy."""
+PROMPT_TOKENS = 16_384
+"""Tokens of one forward pass over prompts before decoding: enough to fill a GPU; it limits the memory for activations."""
+GRAPH_COLUMNS = 64
+"""On a GPU, the columns of the KV cache are a multiple of this; it is also the smallest size of a recorded decoding step."""
 
 
 def token_budget_batches(

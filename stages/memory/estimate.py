@@ -10,16 +10,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 from stages.config import LoraSettings
-from stages.kernels.token_budget import GPU_SHARE
+from stages.kernels.token_budget import CHUNK_BYTES, GPU_SHARE, GRAPH_COLUMNS
 from stages.memory.shapes import Shape
 
 FP32, HALF = 4, 2
 NF4_BYTES = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
 """Bytes per weight: four bits, and a scale per 64 weights (in 8 bits with double quantization)."""
-CHUNK = {"cpu": 2 << 20, "cuda": 256 << 20}
-"""As in kernels/output_layer.py."""
-COLUMN_STEP = 64
-"""As in sampling/graphs.py."""
 HEAP = {"ppo": 2.2, "ppo with adapters": 3.8, "trainer": 1.4, "trainer with adapters": 2.05}
 """On a CPU, activations take this multiple of their size: glibc keeps freed blocks of up to 32 MiB and fragments them, more so if their
 sizes differ. Measured by tests/benchmarks/memory_plan.py. With immediate release of every block, a step needs the computed size but takes
@@ -115,7 +111,7 @@ def inference(shape: Shape, tokens: float, compute: int) -> float:
 
 def kv_cache(shape: Shape, rows: int, prompt: int, new: int, compute: int, kind: str = "cpu") -> float:
     """Keys and values of a decoding batch. The cache doubles when it is full, one layer at a time. A GPU's has multiples of 64 columns."""
-    columns = prompt + new if kind == "cpu" else -(-(prompt + new) // COLUMN_STEP) * COLUMN_STEP
+    columns = prompt + new if kind == "cpu" else -(-(prompt + new) // GRAPH_COLUMNS) * GRAPH_COLUMNS
     return 2 * shape.layers * shape.kv_width * rows * columns * compute
 
 
@@ -124,7 +120,7 @@ def chunked_logits(shape: Shape, positions: float, machine: Machine, *, trains_o
 
     In half precision, a trained layer has a cast.
     """
-    chunk = min(4 * positions * shape.vocabulary, CHUNK[machine.kind])
+    chunk = min(4 * positions * shape.vocabulary, CHUNK_BYTES[machine.kind])
     output = shape.vocabulary * shape.hidden * (FP32 + (compute if compute < FP32 else 0)) if trains_output else 0
     return 4 * chunk + positions * shape.hidden * FP32 * 2 + output
 

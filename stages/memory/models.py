@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from stages.config import LoraSettings, TrainingStepConfig
-from stages.kernels.token_budget import rows_per_batch
+from stages.kernels.token_budget import PROMPT_TOKENS, rows_per_batch
 from stages.memory.counting import PassKind, pass_memory
 from stages.memory.estimate import (
     FP32,
@@ -41,10 +41,6 @@ class TrainedStep(Protocol):
     def lora(self) -> LoraSettings | None: ...
     @property
     def training(self) -> TrainingMemory: ...
-
-
-EVALUATION_ROWS = 64  # sequences per scoring batch if the recipe does not set it
-PROMPT_TOKENS = 16_384  # of a prefill pass, as in sampling/readers.py
 
 
 @dataclass(frozen=True)

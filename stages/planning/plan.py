@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from rich.table import Table
 
-from stages.config import AUTO_ROWS, LoraSettings, ModelInput, StepConfig
+from stages.config import LoraSettings, ModelInput, StepConfig
 from stages.errors import RecipeError
 from stages.json_types import JsonObject
 from stages.memory.counting import kept_in
@@ -230,8 +230,7 @@ def _remedies(config: StepConfig, views: Mapping[str, View]) -> list[tuple[str, 
     sizes = []
     setting = "microbatch_size" if config.stage == "ppo" else "training.microbatch_size"
     owner = config if config.stage == "ppo" else getattr(config, "training", None)
-    chosen = getattr(owner, "microbatch_size", 1)
-    size: int = AUTO_ROWS[config.stage] if chosen == "auto" else chosen  # on a GPU auto fits what is there by itself
+    size: int = getattr(owner, "rows_per_pass", 1)  # on a GPU auto fits what is there by itself
     while size > 1:
         size //= 2
         sizes.append((setting, size))

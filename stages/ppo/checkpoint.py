@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from stages.ppo.history import Entry, RunHistory
 from stages.ppo.optimizers import WeightAverage
-from stages.ppo.rollout import TENSORS, Rollout
+from stages.ppo.rollout import TENSOR_GROUPS, TENSORS, Rollout
 from stages.ppo.sampling import SAMPLER, SampledSoFar
 from stages.ppo.update import UpdateProgress
 from stages.process.runtime import Runtime
@@ -188,12 +188,10 @@ class HistoryLog:
 def save_rollout(rollout: Rollout, folder: Path) -> None:
     """Save tensors as safetensors, and texts and numbers as JSON."""
     tensors = {name: getattr(rollout, name) for name in TENSORS}
-    tensors |= {f"parts.{name}": part for name, part in rollout.parts.items()}
-    tensors |= {f"monitors.{name}": part for name, part in rollout.monitors.items()}
+    tensors |= {f"{group}.{name}": part for group in TENSOR_GROUPS for name, part in getattr(rollout, group).items()}
     save_file({name: value.clone() for name, value in tensors.items()}, folder / "rollout.safetensors")  # some tensors share memory
-    plain = [item.name for item in fields(Rollout) if item.name not in (*TENSORS, "parts", "monitors")]
-    content = {name: getattr(rollout, name) for name in plain}
-    content |= {"parts": list(rollout.parts), "monitors": list(rollout.monitors)}  # in order, because metrics are written in this order
+    content = {item.name: getattr(rollout, item.name) for item in fields(Rollout) if item.name not in (*TENSORS, *TENSOR_GROUPS)}
+    content |= {group: list(getattr(rollout, group)) for group in TENSOR_GROUPS}  # in order, because metrics are written in this order
     (folder / "rollout.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
@@ -201,7 +199,7 @@ def load_rollout(folder: Path) -> Rollout:
     """Load what ``save_rollout`` saved."""
     tensors = load_file(folder / "rollout.safetensors")
     content = json.loads((folder / "rollout.json").read_text(encoding="utf-8"))
-    for group in ("parts", "monitors"):
+    for group in TENSOR_GROUPS:
         content[group] = {name: tensors[f"{group}.{name}"] for name in content[group]}
     kept: dict[str, Any] = {**content, **{name: tensors[name] for name in TENSORS}}
     return Rollout(**kept)

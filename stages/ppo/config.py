@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import attrgetter
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from stages.config import (
+    AUTO_ROWS,
     OPTIMIZER_HELP,
     CheckpointedStepConfig,
     DataField,
@@ -28,7 +30,7 @@ from stages.corpora.messages import location_of
 from stages.corpora.prompts import load_prompt_rows, load_prompts
 from stages.corpora.text import check_texts
 from stages.ppo.health import HealthSettings
-from stages.rewards.config import RewardInput, check_names, check_rubrics, reward_model_inputs, rubric_inputs
+from stages.rewards.config import RewardInput, check_names, check_rubrics, leaves, reward_model_inputs, rubric_inputs
 from stages.rewards.signature import columns_asked_for
 
 if TYPE_CHECKING:
@@ -307,6 +309,32 @@ class PPOStepConfig(CheckpointedStepConfig):
     def has_value(self) -> bool:
         """Whether there is a value network or a value head on the policy."""
         return self.advantages == "gae"
+
+    def value_input(self, fits: Callable[[str], bool]) -> str | None:
+        """The model input that the value network starts from, e.g. ``reward[0].model``; None if it has no backbone of its own.
+
+        A start from ``policy`` has a new head. ``fits(input)``: whether a reward model can read the policy's texts; it is asked in the
+        order of the sources if ``value`` is null, until one fits. InstructGPT starts from the reward model (section 3.5).
+        """
+        if self.value == "shared" or not self.has_value:
+            return None
+        if isinstance(self.value, ModelInput):
+            return "value"
+        if self.value is None:
+            for path, source in leaves(self.reward, "reward").items():
+                if source.model is not None and source.label is None and source.answers is None and fits(f"{path}.model"):
+                    return f"{path}.model"
+        return "policy"
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Maximum episodes of a pass with gradients, where passes are not filled by tokens."""
+        return AUTO_ROWS["ppo"] if self.microbatch_size == "auto" else self.microbatch_size
+
+    @property
+    def measuring_rows(self) -> int:
+        """``rows_per_pass`` of a pass without gradients: twice as many fit."""
+        return 2 * self.rows_per_pass
 
     @property
     def whitens_advantages(self) -> bool:

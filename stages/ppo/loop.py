@@ -25,6 +25,7 @@ from stages.metric_names import (
 )
 from stages.models.sharding import grouped
 from stages.ppo.checkpoint import RunKeeper, RunState
+from stages.ppo.collecting import ScoringError, collect, recomputes_logprobs
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.data import check_prompts, load_pretraining_rows, load_prompts
 from stages.ppo.encoding import EncodedPrompt
@@ -37,7 +38,7 @@ from stages.ppo.offload import Offload
 from stages.ppo.optimizers import WeightAverage, learning_rate_factor, make_optimizer
 from stages.ppo.publishing import publish_best, publish_policy, publish_value
 from stages.ppo.roles import load_roles
-from stages.ppo.rollout import Rollout, ScoringError, collect, recomputes_logprobs
+from stages.ppo.rollout import Rollout
 from stages.ppo.sampling import ServedRollouts, check_overlap
 from stages.ppo.speed import peak_of
 from stages.ppo.update import UpdateProgress, Updater, UpdateResult

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from stages.config import AUTO_ROWS
 from stages.models.budget import PassBudget, refuse_alone
 from stages.models.packing import packed_attention
 from stages.models.responses import sequence_batch
@@ -20,9 +19,9 @@ from stages.ppo.roles import Roles
 
 
 def measuring_budget(config: PPOStepConfig, device: torch.device) -> PassBudget:
-    """Token budget of the passes that measure a rollout. Without gradients, twice the rows of the update fit."""
-    size = config.microbatch_size
-    return PassBudget("PPO measuring", device, size if size == "auto" else 2 * size, rows=2 * AUTO_ROWS["ppo"], trains=False)
+    """Token budget of the passes that measure a rollout."""
+    size = config.microbatch_size if config.microbatch_size == "auto" else config.measuring_rows
+    return PassBudget("PPO measuring", device, size, rows=config.measuring_rows, trains=False)
 
 
 def measure(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from stages.config import AUTO_ROWS
+from stages.config import SCORING_ROWS
 from stages.kernels.token_budget import GPU_TOKENS, KEPT_SHARE, rows_per_batch
 from stages.memory.estimate import (
     FP32,
@@ -20,7 +20,7 @@ from stages.memory.estimate import (
     trained,
 )
 from stages.memory.lengths import Counter, Lengths, prompt_texts
-from stages.memory.models import EVALUATION_ROWS, Phase, View, cast_bytes, inference_bytes, reading, training_phase
+from stages.memory.models import Phase, View, cast_bytes, inference_bytes, reading, training_phase
 from stages.ppo.config import PPOStepConfig
 
 
@@ -62,7 +62,7 @@ def estimate(config: PPOStepConfig, models: Mapping[str, View], lengths: Lengths
     updating = update(_update_rows(config, prompt + new, machine, share, lambda rows: held.total + sum(update(rows))))
     own = max(1, config.rollout_batch_size // processes)
     judges = [view for field_path, view in models.items() if field_path.startswith(("reward", "monitors"))]
-    scored = min(EVALUATION_ROWS, own)
+    scored = min(SCORING_ROWS, own)
     scoring = [(kept, inference_bytes(view.shape, scored, prompt + new, compute, machine), 0.0) for view in judges]
     measured = _measured_rows(config, prompt + new, machine, own)
     casts = other + (cast_bytes(shape.linear_weights, compute) if config.lora is None else 0.0)
@@ -71,7 +71,7 @@ def estimate(config: PPOStepConfig, models: Mapping[str, View], lengths: Lengths
     mixing = []
     if config.pretraining_mix is not None:
         block = config.pretraining_mix.block_size
-        rows = rows_per_batch(_rows(config), block, device_type=machine.kind)
+        rows = rows_per_batch(config.rows_per_pass, block, device_type=machine.kind)
         mixing.append(trained_on(policy, rows, block, rows * block))
     return held + phases(sampling, updating, measuring, *scoring, *mixing)
 
@@ -80,12 +80,7 @@ def _measured_rows(config: PPOStepConfig, length: int, machine: Machine, own: in
     """The most episodes of a pass without gradients, of ``own`` episodes of ``length`` tokens on this process."""
     if config.microbatch_size == "auto" and machine.kind == "cuda":
         return min(own, max(1, GPU_TOKENS // length))
-    return rows_per_batch(min(own, 2 * _rows(config)), length, device_type=machine.kind)
-
-
-def _rows(config: PPOStepConfig) -> int:
-    """The most episodes of a pass on a CPU."""
-    return AUTO_ROWS["ppo"] if config.microbatch_size == "auto" else config.microbatch_size
+    return rows_per_batch(min(own, config.measuring_rows), length, device_type=machine.kind)
 
 
 def _update_rows(config: PPOStepConfig, length: int, machine: Machine, share: int, needed: Callable[[int], float]) -> int:
@@ -95,7 +90,7 @@ def _update_rows(config: PPOStepConfig, length: int, machine: Machine, share: in
     GPU, the number is as large as the memory allows, and at least one.
     """
     if config.microbatch_size != "auto" or machine.kind == "cpu":
-        return rows_per_batch(min(_rows(config), share), length, device_type=machine.kind)
+        return rows_per_batch(min(config.rows_per_pass, share), length, device_type=machine.kind)
     rows = max(1, min(share, GPU_TOKENS // length))
     while rows > 1 and needed(rows) > fillable(machine):
         rows -= 1
@@ -109,15 +104,13 @@ def heap(config: PPOStepConfig) -> str:
 
 def _value_view(config: PPOStepConfig, models: Mapping[str, View]) -> View | None:
     """The initial value network; None for a head on the policy's hidden states, and without a value network."""
-    if config.value == "shared" or not config.has_value:
-        return None
-    if "value" in models:
-        return models["value"]
-    if config.value is None:
-        for field_path, view in models.items():
-            if field_path.startswith("reward") and view.shape.vocabulary == models["policy"].shape.vocabulary and not view.shape.encoder:
-                return view
-    return models["policy"]
+
+    def fits(name: str) -> bool:
+        """Without tokenizers, models with equally many tokens count as having the same vocabulary."""
+        return models[name].shape.vocabulary == models["policy"].shape.vocabulary and not models[name].shape.encoder
+
+    start = config.value_input(fits)
+    return None if start is None else models[start]
 
 
 def _held_by_full_training(config: PPOStepConfig, models: Mapping[str, View], value: View | None, compute: int) -> Memory:

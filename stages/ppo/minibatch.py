@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from stages.models.responses import SequenceBatch, moved_together, sequence_batch
-from stages.ppo.rollout import Rollout, Targets
+from stages.ppo.rollout import Rollout
+from stages.ppo.targets import Targets
 
 
 @dataclass(frozen=True)

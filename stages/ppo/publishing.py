@@ -9,7 +9,6 @@ import torch
 
 from stages.json_types import JsonObject
 from stages.models.sharding import unsharded_state_dict
-from stages.rewards.config import reward_model_inputs
 from stages.training.checkpoints import trainable
 
 if TYPE_CHECKING:
@@ -53,15 +52,13 @@ def publish_best(config: PPOStepConfig, context: StepContext, roles: Roles, keep
 
 def publish_value(config: PPOStepConfig, context: StepContext, roles: Roles) -> None:
     """Publish the value network as ``<name>-value``."""
-    value = roles.value
-    assert value is not None
-    fields = [field_path for field_path in ("value", *reward_model_inputs(config.reward, "reward")) if field_path in context.models]
-    base = context.models[fields[0]] if fields else context.models["policy"]
+    value, start = roles.value, roles.value_start
+    assert value is not None and start is not None
     weights = unsharded_state_dict(value)
     context.publish(
         lambda folder: value.save(folder, roles.tokenizer, state_dict=weights),
         role="value_model",
         metrics={},
-        base=base if config.lora is not None else None,
+        base=context.models[start] if config.lora is not None else None,
         name=f"{context.name}-value",
     )

@@ -7,6 +7,7 @@ is the policy without its new adapter, the value network is the reward model (or
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from stages.config import ModelInput
 from stages.errors import LaunchError, ModelError
 from stages.kernels.casts import kept_casts
 from stages.models.adapters import FRESH, active_adapters
@@ -33,7 +33,6 @@ from stages.ppo.config import PPOStepConfig
 from stages.ppo.encoding import longest_sequence, prompt_room
 from stages.ppo.offload import Offload
 from stages.registry.references import ResolvedModel
-from stages.rewards.config import leaves
 from stages.sampling.sampler import LocalSampler, Sampler
 from stages.step import StepContext
 from stages.tokens.positions import model_length
@@ -51,7 +50,8 @@ class Roles:
     """The networks of a PPO step. ``value`` is None with a value head on the policy's hidden states, and without a value network.
 
     ``has_value``: whether values are computed at all (``advantages: gae``). ``trained``: the trained modules by name: full models, or only
-    the weights of a role on a shared backbone. ``sampler``: samples completions of the policy; the local sampler unless it is replaced.
+    the weights of a role on a shared backbone. ``value_start``: the model input that ``value`` started from. ``sampler``: samples
+    completions of the policy; the local sampler unless it is replaced.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -60,6 +60,7 @@ class Roles:
     value: ValueModel | None
     trained: dict[str, nn.Module]
     backbone: SharedBackbone | None = None
+    value_start: str | None = None
     has_value: bool = True
     offload: Offload = field(default_factory=lambda: Offload([], torch.device("cpu"), enabled=False))
     packs: bool | None = None  # whether passes are packed if the models support it; None: only on a GPU
@@ -196,14 +197,14 @@ def _full_roles(config: PPOStepConfig, context: StepContext) -> Roles:
     head = _shared_value_head(config, model)
     policy = Policy(model, temperature=config.generation.temperature, autocast=_autocast(dtype), shared_value_head=head)
     value = None
-    if head is None and config.has_value:
-        chosen, with_head = _value_source(config, context, tokenizer)
-        load = ValueModel.from_pretrained if with_head else ValueModel.from_policy
-        value = load(chosen, dtype=torch.float32, trainable=True).to(device)
+    start = _value_start(config, context, tokenizer)
+    if start is not None:
+        value = _value_loader(start)(context.models[start], dtype=torch.float32, trainable=True).to(device)
     networks: dict[str, nn.Module] = {"policy": model}
     if config.has_value:
         networks["value"] = _first(value, head)
-    return Roles(tokenizer, policy, _reference(config, context, tokenizer), value, networks, has_value=config.has_value)
+    reference = _reference(config, context, tokenizer)
+    return Roles(tokenizer, policy, reference, value, networks, value_start=start, has_value=config.has_value)
 
 
 def _adapted_roles(config: PPOStepConfig, context: StepContext) -> Roles:
@@ -216,7 +217,8 @@ def _adapted_roles(config: PPOStepConfig, context: StepContext) -> Roles:
     below = backbone.frozen(source)
     acting = [*below, backbone.fresh(FRESH, below)]
     # The value network's adapter is added before the objects below are created, because adding an adapter can wrap the model again.
-    value, extra = _adapted_value(config, context, backbone)
+    start = _value_start(config, context, backbone.tokenizer)
+    value, extra = _adapted_value(config, context, backbone, start)
     model = backbone.model
     head = _shared_value_head(config, model)
     policy = Policy(model, temperature=temperature, autocast=_autocast(dtype), shared_value_head=head, activate=backbone.activation(acting))
@@ -233,22 +235,26 @@ def _adapted_roles(config: PPOStepConfig, context: StepContext) -> Roles:
         networks["value"] = RoleParameters([*extra, *head_weights]) if extra else value
     elif head is not None:
         networks["value"] = head
-    return Roles(backbone.tokenizer, policy, reference, value, networks, backbone, has_value=config.has_value)
+    return Roles(backbone.tokenizer, policy, reference, value, networks, backbone, value_start=start, has_value=config.has_value)
 
 
 def _adapted_value(
-    config: PPOStepConfig, context: StepContext, backbone: SharedBackbone
+    config: PPOStepConfig, context: StepContext, backbone: SharedBackbone, start: str | None
 ) -> tuple[ValueModel | None, list[tuple[str, nn.Parameter]]]:
-    """(value network, its weights on the shared backbone; an empty list if it has its own backbone)."""
-    if config.value == "shared" or not config.has_value:
+    """(value network that starts from the model input ``start``, its weights on the shared backbone; none if it has its own backbone)."""
+    if start is None:
         return None, []
-    chosen, with_head = _value_source(config, context, backbone.tokenizer)
+    chosen = context.models[start]
     if backbone.holds(chosen):
-        value = backbone.value_model(chosen, with_head=with_head)
+        value = backbone.value_model(chosen, with_head=start != "policy")
         return value, backbone.named_parameters("value")
-    load = ValueModel.from_pretrained if with_head else ValueModel.from_policy
     dtype = context.runtime.dtype(config.precision)
-    return load(chosen, dtype=dtype, lora=config.lora, trainable=True).to(context.runtime.device), []
+    return _value_loader(start)(chosen, dtype=dtype, lora=config.lora, trainable=True).to(context.runtime.device), []
+
+
+def _value_loader(start: str) -> Callable[..., ValueModel]:
+    """How to load the value network from the model input ``start``: with its head, or with a new head on the policy."""
+    return ValueModel.from_policy if start == "policy" else ValueModel.from_pretrained
 
 
 def _autocast(dtype: torch.dtype) -> torch.dtype | None:
@@ -281,14 +287,26 @@ def _reference(config: PPOStepConfig, context: StepContext, tokenizer: PreTraine
     return Policy(frozen, temperature=config.generation.temperature, autocast=None)
 
 
-def _value_source(config: PPOStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase) -> tuple[ResolvedModel, bool]:
-    """The initial model of the value network, and whether it has a head. InstructGPT uses the reward model (section 3.5).
+def _value_start(config: PPOStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The model input that the value network starts from; None if it has no backbone of its own.
 
     A reward model is skipped with a note if it has a different vocabulary, or cannot read prompt and completion. Raises ModelError if the
     recipe names such a model as ``value``.
     """
-    vocabulary = tokenizer.get_vocab()
-    if isinstance(config.value, ModelInput):
+    vocabulary, console = tokenizer.get_vocab(), context.runtime.console
+
+    def fits(name: str) -> bool:
+        model = context.models[name]
+        if is_generative(model):
+            return False
+        is_other = load_tokenizer(model).get_vocab() != vocabulary
+        unfit = "has a different vocabulary than the policy" if is_other else _too_short(config, context, model, tokenizer)
+        if unfit:
+            console.print(f"{context.name}: the reward model {model.ref} {unfit}; it is not used as initial value network")
+        return not unfit
+
+    start = config.value_input(fits)
+    if start == "value":
         source = context.models["value"]
         if load_tokenizer(source).get_vocab() != vocabulary:
             raise ModelError(
@@ -297,20 +315,9 @@ def _value_source(config: PPOStepConfig, context: StepContext, tokenizer: PreTra
             )
         if short := _too_short(config, context, source, tokenizer):
             raise ModelError(f"value {source.ref!r} {short}. Use value: policy, or lower max_prompt_tokens")
-        return source, True
-    if config.value is None:
-        console = context.runtime.console
-        for field_path, reward in leaves(config.reward, "reward").items():
-            model = context.models.get(f"{field_path}.model")
-            if model is None or reward.label is not None or reward.answers is not None or is_generative(model):
-                continue
-            is_other = load_tokenizer(model).get_vocab() != vocabulary
-            unfit = "has a different vocabulary than the policy" if is_other else _too_short(config, context, model, tokenizer)
-            if not unfit:
-                return model, True
-            console.print(f"{context.name}: the reward model {model.ref} {unfit}; it is not used as initial value network")
+    if start == "policy" and config.value is None:
         console.print(f"{context.name}: no reward model can read the policy's texts; the value network is initialized from the policy")
-    return context.models["policy"], False
+    return start
 
 
 def _too_short(config: PPOStepConfig, context: StepContext, model: ResolvedModel, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from stages.config import AUTO_ROWS
 from stages.errors import TrainingError
 from stages.kernels.token_budget import tokens_of
 from stages.metric_names import (
@@ -37,8 +36,9 @@ from stages.ppo.data import PretrainingRows
 from stages.ppo.minibatch import Minibatch, Pass
 from stages.ppo.optimizers import WeightAverage
 from stages.ppo.roles import Roles
-from stages.ppo.rollout import Rollout, Targets, all_targets, targets
+from stages.ppo.rollout import Rollout
 from stages.ppo.speed import MatmulCounter
+from stages.ppo.targets import Targets, all_targets, targets
 from stages.ppo.totals import Totals, policy_metrics, value_metrics
 from stages.rl.losses import policy_clipped, policy_terms, value_terms
 from stages.training.checkpoints import trainable
@@ -83,7 +83,7 @@ class Updater:
         self.process_index, self.num_processes = process_index, num_processes
         self.optimizer_steps = 0  # since the start of the run
         self.matmuls = MatmulCounter()
-        self.budget = PassBudget("PPO update", roles.policy.device, config.microbatch_size, rows=AUTO_ROWS["ppo"], trains=True)
+        self.budget = PassBudget("PPO update", roles.policy.device, config.microbatch_size, rows=config.rows_per_pass, trains=True)
 
     def update(
         self,

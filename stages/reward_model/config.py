@@ -48,6 +48,11 @@ class RewardModelOptimizer(OptimizerSettings):
         "several processes; on one GPU as many tokens as fit into its free memory.",
     )
 
+    @property
+    def measuring_rows(self) -> int:
+        """Texts of a pass without gradients. A training pass has ``rows_per_pass`` prompts, each with several texts."""
+        return 8 * self.rows_per_pass
+
 
 class Normalization(Strict):
     """Offset and scale of the scores. A ranking loss determines neither, but PPO's KL penalty depends on both."""

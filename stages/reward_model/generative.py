@@ -96,7 +96,7 @@ def run_generative(
         model,
         tokenizer,
         asked,
-        batch_size=8 * config.training.rows_per_pass,
+        batch_size=config.training.measuring_rows,
         max_length=row_length(config.max_length, model.config, tokenizer, unlimited=2048),
         ref=source.ref,
     )

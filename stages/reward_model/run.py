@@ -74,7 +74,7 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
         )
     texts = _texts_to_normalize_on(config, context, comparisons)
     rows_of_texts = encode_pairs(texts, tokenizer, max_length)
-    scoring = {"pad_token_id": tokenizer.pad_token_id, "batch_size": 8 * config.training.rows_per_pass}
+    scoring = {"pad_token_id": tokenizer.pad_token_id, "batch_size": config.training.measuring_rows}
     before = measure(model.to(context.runtime.device), measuring, **scoring)
 
     def normalise(model: RewardModel) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from stages.config import DataField, DataSource, ModelField, ModelInput, Strict
+from stages.config import SCORING_ROWS, DataField, DataSource, ModelField, ModelInput, Strict
 from stages.errors import RecipeError
 
 ENDPOINT_FIELDS = ("protocol", "served_model", "columns", "label_column", "api_key_variable", "concurrency", "on_failure", "cache")
@@ -112,7 +112,7 @@ class RewardInput(Strict):
         description="token: rewards are credited to single tokens instead of the last one. For a reward model: the change of its score by "
         "each token. For a function: it returns, per completion, a list of (character position, score).",
     )
-    batch_size: int = Field(64, ge=1, description="Texts per forward pass and process.")
+    batch_size: int = Field(SCORING_ROWS, ge=1, description="Texts per forward pass and process.")
     timeout_seconds: float | None = Field(
         600.0, gt=0, description="function: maximum seconds of one call. A longer call ends the run. null: no limit."
     )

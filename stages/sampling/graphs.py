@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from stages.kernels.token_budget import KEPT_SHARE
+from stages.kernels.token_budget import GRAPH_COLUMNS, KEPT_SHARE
 from stages.sampling.slots import Slots
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ _refusals: Counter[str] = Counter()  # counts of rejected recordings by the logg
 SAID_AT = (1, 10, 100, 1000)  # the log reports a reason at these counts of rejected recordings
 FEWEST_STEPS = 16  # a recording costs about as much as a few steps, so fewer steps than this do not justify one
 STEPS_ON_LARGER = 64  # steps on the graph of a larger size before a graph of the right size is recorded
-SMALLEST_COLUMNS = 64
 
 
 class Size(NamedTuple):
@@ -48,7 +47,7 @@ def row_sizes(most: int) -> list[int]:
 
 def column_sizes(room: int) -> list[int]:
     """The column counts for which graphs are recorded: powers of two from 64 on, 1.5 times each of them, and ``room``."""
-    made, size = [], SMALLEST_COLUMNS
+    made, size = [], GRAPH_COLUMNS
     while size < room:
         made += [size, size + size // 2]
         size *= 2
@@ -57,7 +56,7 @@ def column_sizes(room: int) -> list[int]:
 
 def rounded_room(tokens: int) -> int:
     """``tokens`` rounded up to a multiple of 64 columns, so that a later batch with a slightly longer prompt fits as well."""
-    return -(-tokens // SMALLEST_COLUMNS) * SMALLEST_COLUMNS
+    return -(-tokens // GRAPH_COLUMNS) * GRAPH_COLUMNS
 
 
 def next_size(sizes: list[int], wanted: int) -> int:

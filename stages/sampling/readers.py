@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from stages.kernels.token_budget import token_budget_batches
+from stages.kernels.token_budget import PROMPT_TOKENS, token_budget_batches
 from stages.sampling.cache import decoding_attention, forward_options, keep_rows, make_cache, prompt_cache, put_prompts
 from stages.sampling.support import DecodingSupport
 
 if TYPE_CHECKING:
     from stages.model_types import TransformersModel
-
-PROMPT_TOKENS = 16_384  # tokens of one forward pass over prompts: enough to fill a GPU; it limits the memory for activations
 
 
 class Reader(Protocol):

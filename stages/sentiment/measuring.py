@@ -9,6 +9,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from stages.config import SCORING_ROWS
 from stages.corpora.reviews import Review
 from stages.models.budget import each_group
 from stages.models.sharding import unsharded
@@ -36,7 +37,7 @@ class Measured(TypedDict):
     loss: float
 
 
-def predict(model: TransformersModel, rows: Sequence[EncodedReview], pad_token_id: int, batch_size: int = 64) -> torch.Tensor:
+def predict(model: TransformersModel, rows: Sequence[EncodedReview], pad_token_id: int, batch_size: int = SCORING_ROWS) -> torch.Tensor:
     """Class probabilities [N, C] on the CPU. The model's mode is restored."""
     collate = Collator(pad_token_id)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))

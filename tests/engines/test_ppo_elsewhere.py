@@ -87,7 +87,8 @@ def test_run_whose_server_dies_continues_from_its_checkpoint(stub, config, ppo_c
 def test_importance_weights_of_tokens_from_another_policy(config, ppo_context) -> None:
     """The loss of a token is multiplied by min(p / q, cap): with q = p / 4 and a cap of 2 the gradient doubles, with q = 2 p it halves."""
     from stages.ppo.roles import load_roles
-    from stages.ppo.rollout import TENSORS, targets
+    from stages.ppo.rollout import TENSORS
+    from stages.ppo.targets import targets
     from stages.ppo.update import Updater
 
     settings = config(**LORA, entropy_coef=0.0)

@@ -29,7 +29,8 @@ def test_characters_to_tokens_by_hand(tiny_tokenizer) -> None:
 
 def test_token_level_function_in_a_complete_rollout(ppo_config, ppo_context) -> None:
     from stages.corpora.templates import encode_prompt
-    from stages.ppo.rollout import collect, targets
+    from stages.ppo.collecting import collect
+    from stages.ppo.targets import targets
 
     reward_input = {"function": "letters_reward:each_e", "level": "token", "weight": 2.0}
     config = ppo_config(reward=[reward_input], whiten_advantages=False, generation={"max_new_tokens": 30})

@@ -16,7 +16,7 @@ from stages.ppo.loop import run
 from stages.ppo.metrics import iteration_metrics
 from stages.ppo.optimizers import make_optimizer
 from stages.ppo.roles import load_roles
-from stages.ppo.rollout import targets
+from stages.ppo.targets import targets
 from stages.ppo.update import Updater
 from stages.training.checkpoints import trainable
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from stages.errors import DataError, TrainingError
 from stages.ppo.loop import run
-from stages.ppo.rollout import targets
+from stages.ppo.targets import targets
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def test_offloading_changes_only_the_device(ppo_config, step_context, resolve_fo
 
 @pytest.mark.parametrize("checkpointing", [True])
 def test_gradient_checkpointing_gives_the_same_gradients(ppo_config, ppo_context, make_rollout, checkpointing) -> None:
-    from stages.ppo.rollout import targets
+    from stages.ppo.targets import targets
     from stages.ppo.update import Updater
 
     gradients = []

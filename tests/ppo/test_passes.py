@@ -14,7 +14,7 @@ from stages.ppo.measuring import measure, measuring_budget
 from stages.ppo.minibatch import Minibatch
 from stages.ppo.optimizers import make_optimizer
 from stages.ppo.roles import load_roles
-from stages.ppo.rollout import targets
+from stages.ppo.targets import targets
 from stages.ppo.update import Updater
 from stages.training.checkpoints import trainable
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from stages.errors import TrainingError
-from stages.ppo.rollout import Rollout, all_targets, targets
+from stages.ppo.checkpoint import load_rollout, save_rollout
+from stages.ppo.rollout import TENSOR_GROUPS, TENSORS, Rollout, joined
+from stages.ppo.targets import all_targets, targets
 
 
 def hand_made(**fields: Any) -> Rollout:
@@ -42,6 +47,34 @@ def test_score_is_credited_to_the_last_token(ppo_config) -> None:
     torch.testing.assert_close(target.advantages, torch.tensor([[4.625, 9.85, 0.0], [-2.275, -2.55, -2.9]]))
     torch.testing.assert_close(target.returns, torch.tensor([[5.125, 10.1, 0.0], [-1.275, -2.55, -3.9]]))
     assert target.bootstrap_returns.tolist() == [0.0, 0.0]
+
+
+def assert_same(got: Rollout, expected: Rollout) -> None:
+    for item in fields(Rollout):
+        one, other = getattr(got, item.name), getattr(expected, item.name)
+        if item.name in (*TENSORS, *TENSOR_GROUPS):
+            torch.testing.assert_close(one, other, equal_nan=True, msg=item.name)
+        else:
+            assert one == other, item.name
+
+
+def test_every_field_survives_division_joining_and_a_checkpoint(tmp_path: Path) -> None:
+    tensors = {"parts": {"a": torch.tensor([1.0, math.nan])}, "monitors": {"b": torch.tensor([2.0, 3.0])}}
+    times = {"seconds": {"scoring": 2.0}, "hidden_seconds": 1.5}
+    rollout = hand_made(**tensors, **times, gpu_memory={"scoring": 7}, retreats=2, lag=1, sampled_elsewhere=True)
+    first, second = rollout.rows(torch.tensor([0])), rollout.rows(torch.tensor([1]))
+    assert (second.prompts, second.completions, second.scores.tolist(), second.parts["a"].isnan().item()) == (["b"], ["y"], [-4.0], True)
+    # The first process's longest response has two tokens, so its tensors are narrower; it waited longer, and ran out of memory alone.
+    wide = {name: value for name, value in vars(first).items() if isinstance(value, torch.Tensor) and value.dim() == 2}
+    narrow = {name: value[:, :2] for name, value in wide.items()}
+    assert len(narrow) == 7
+    shares = [
+        replace(first, **narrow, seconds={"scoring": 5.0}, sampling_gap=0.5, retreats=3),
+        replace(second, retreats=0, hidden_seconds=None),
+    ]
+    assert_same(joined(shares), replace(rollout, seconds={"scoring": 5.0}, sampling_gap=0.5, retreats=3))
+    save_rollout(rollout, tmp_path)
+    assert_same(load_rollout(tmp_path), rollout)
 
 
 @pytest.mark.detail("P27")

@@ -15,9 +15,11 @@ from stages.models.heads import RewardModel
 from stages.models.loading import load_language_model, save_model
 from stages.models.responses import Policy, sequence_batch, sequence_values
 from stages.models.shared import SharedBackbone, backbone_key
+from stages.ppo.collecting import collect
 from stages.ppo.loop import run
+from stages.ppo.publishing import publish_value
 from stages.ppo.roles import load_roles
-from stages.ppo.rollout import collect, targets
+from stages.ppo.targets import targets
 from stages.ppo.update import Updater
 from stages.registry.references import ResolvedModel
 from stages.rewards.building import build_reward
@@ -214,6 +216,13 @@ def test_switching_off_every_adapter_leaves_the_base(tiny_llama_folder: Path) ->
     activate(model, ["default"])
     assert torch.equal(model(input_ids=ids).logits, adapted)
     assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.parametrize(("value", "base"), [("policy", "test/sft@1"), (None, "test/preference@1")])
+def test_published_value_network_has_the_base_that_it_started_from(family, lora_config, value, base) -> None:
+    context, config = family("none"), lora_config(value=value)
+    publish_value(config, context, load_roles(config, context))
+    assert context.registry.get("test/aligned-value").manifest["base"]["ref"] == base
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

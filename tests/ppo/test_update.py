@@ -11,7 +11,7 @@ from stages.errors import TrainingError
 from stages.ppo.data import load_pretraining_rows
 from stages.ppo.optimizers import make_optimizer
 from stages.ppo.roles import load_roles
-from stages.ppo.rollout import targets
+from stages.ppo.targets import targets
 from stages.ppo.update import Updater
 from stages.training.checkpoints import trainable
 

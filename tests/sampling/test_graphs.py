@@ -114,7 +114,7 @@ def test_surplus_rows_do_not_change_other_rows(model, recorder) -> None:
 
 
 def test_finished_row_beyond_the_columns_of_a_step_changes_no_other_row(model, recorder, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(graphs, "SMALLEST_COLUMNS", 8)
+    monkeypatch.setattr(graphs, "GRAPH_COLUMNS", 8)
     monkeypatch.setattr(graphs, "STEPS_ON_LARGER", 0)
     prompts = [list(range(60, 80)), [20], [30], [40]]
     first = int(sample(model, (), prompts[:1], max_new_tokens=1, cuda_graphs=False).response_ids[0, 0])
@@ -126,7 +126,7 @@ def test_finished_row_beyond_the_columns_of_a_step_changes_no_other_row(model, r
 
 def test_full_cache_grows_and_its_steps_are_recorded_again(model, recorder, monkeypatch) -> None:
     monkeypatch.setattr(workspace, "RESPONSE_ROOM", 16)
-    monkeypatch.setattr(graphs, "SMALLEST_COLUMNS", 8)
+    monkeypatch.setattr(graphs, "GRAPH_COLUMNS", 8)
     generated = sample(model, ())
     assert_same(generated, sample(model, (), cuda_graphs=False))
     kept = workspace._kept.workspace
