@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from stages.sampling.sampler import Sampler
 
 SHARED_MEMORY = Path("/dev/shm")
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Sizes of attention heads that vLLM's build for CPUs can compute (0.32)."""
 Trains = Literal["nothing", "adapter", "whole"]
 
 
@@ -183,6 +185,8 @@ def _plan_weights(
     on_gpu = vllm.start is not None and wants_gpu(vllm.start, runtime.device.type)
     base, quantization = stack_of(source).base, source.input.quantization
     _refuse_quantization(quantization, vllm, on_gpu)
+    if vllm.start is not None and not on_gpu:
+        _refuse_head_size(base)
     served = Served(
         base.path,
         dtype=str(dtype).removeprefix("torch."),
@@ -254,6 +258,20 @@ def _refuse_quantization(quantization: str, vllm: Vllm, on_gpu: bool) -> None:
         )
     if not on_gpu:
         raise ModelError("vLLM's build for CPUs has no bitsandbytes: remove quantization, or use generation.engine: local")
+
+
+def _refuse_head_size(base: ResolvedModel) -> None:
+    """Raise ModelError if vLLM's build for CPUs cannot compute the attention heads of the model."""
+    config = config_of(base).get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    if heads is None or getattr(config, "kv_lora_rank", None) is not None:  # no attention, or a latent one with other sizes
+        return
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if size not in CPU_HEAD_SIZES:
+        raise ModelError(
+            f"the attention heads of {base.ref!r} have {size} dimensions, and vLLM's build for CPUs has only heads of "
+            f"{', '.join(map(str, CPU_HEAD_SIZES))}. Use generation.engine: local, or a server on a GPU (generation.engine.vllm.url)"
+        )
 
 
 def _shared_folder(vllm: Vllm, folder: Path, model: TransformersModel) -> Path:
