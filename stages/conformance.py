@@ -216,7 +216,7 @@ DETAILS = (
         "R4",
         "Ties are dropped",
         "rl/ranking.py:ranking_pairs",
-        "rl/test_ranking.py::test_a_prompt_of_ties_neither_adds_nor_dilutes "
+        "rl/test_ranking.py::test_prompt_with_only_ties_does_not_change_the_mean "
         "rl/test_ranking.py::test_pairs_leave_out_ties_and_other_prompts",
     ),
     _detail(
@@ -224,13 +224,13 @@ DETAILS = (
         "Softmax loss on the best of K completions (Z)",
         "rl/ranking.py:best_of_ranked_loss",
         f"{NUMBERS} rl/test_ranking.py::test_best_of_ranked_completions_by_hand "
-        "reward_model/test_reward_model.py::test_best_of_data_trains",
+        "reward_model/test_reward_model.py::test_training_with_best_of_loss_runs_on_best_of_data",
     ),
     _detail(
         "R7",
         "One epoch; a warning for more",
         "reward_model/run.py:run",
-        "conformance/test_details.py::test_more_than_one_epoch_is_warned_of",
+        "conformance/test_details.py::test_more_than_one_epoch_gives_a_warning",
     ),
     _detail(
         "R8",
@@ -286,7 +286,7 @@ DETAILS = (
         "Calibration",
         "stats/classification.py:expected_calibration_error",
         "stats/test_classification.py::test_calibration_by_hand "
-        "reward_model/test_reward_model.py::test_the_gain_is_taken_out_of_the_calibration",
+        "reward_model/test_reward_model.py::test_calibration_is_computed_without_the_gain",
     ),
     _detail(
         "R18",
@@ -333,7 +333,7 @@ DETAILS = (
         "P6",
         "Generalised advantage estimation",
         "rl/gae.py:gae",
-        f"{NUMBERS} rl/test_gae.py::test_a_padded_batch_equals_its_rows_alone",
+        f"{NUMBERS} rl/test_gae.py::test_padded_batch_equals_its_rows_computed_separately",
     ),
     _detail(
         "P7",
@@ -467,7 +467,7 @@ DETAILS = (
         "ppo/metrics.py:iteration_metrics",
         f"{NUMBERS} ppo/test_details.py::test_the_metrics_of_the_papers_are_there_without_padding",
     ),
-    _detail("P35", "The sign of the reward", "ppo/loop.py:run", "ppo/test_loop.py::test_reward_for_and_against_a_token_moves_its_share"),
+    _detail("P35", "The sign of the reward", "ppo/loop.py:run", "ppo/test_loop.py::test_reward_or_penalty_of_a_token_changes_its_share"),
     _detail(
         "P36",
         "Reward model and policy share no trained weights",

@@ -30,7 +30,7 @@ def stages(installed: Path, folder: Path, *arguments: str) -> subprocess.Complet
     )
 
 
-def test_wheel_holds_recipes_data_and_licence(installed: Path) -> None:
+def test_wheel_contains_recipes_data_and_licence(installed: Path) -> None:
     shipped = installed / "stages" / "shipped_files"
     assert (shipped / "recipes" / "quickstart.yaml").is_file()
     assert (shipped / "data" / "world" / "lexicon.yaml").is_file()

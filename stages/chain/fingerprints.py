@@ -60,7 +60,7 @@ def settings_of(config: BaseModel) -> JsonObject:
 
 
 def _leave_out(settings: JsonObject, paths: set[str]) -> None:
-    """Take the dotted ``paths`` out of nested settings."""
+    """Remove the dotted ``paths`` from nested settings."""
     for path in paths:
         *outer, last = path.split(".")
         inner = settings

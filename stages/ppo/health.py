@@ -37,32 +37,33 @@ AlarmName = Literal[
 
 
 NEGATIVE_KL_ERRORS = 4.0
-"""negative_kl: standard errors by which the mean KL lies below 0. A normal variable falls so low once in 30,000 draws."""
+"""negative_kl: number of standard errors by which the mean KL is below 0. A normal variable is so low once in 30,000 draws."""
 DISAGREEMENT = 0.1
-"""policies_disagree: difference of the rollout's log-probabilities and those of the update before its first optimizer step. Both
-compute the same function, so only rounding may differ. In fp32 this is the largest |ratio - 1|; rounding makes about 1e-5.
+"""policies_disagree: difference between the rollout's log-probabilities and those of the update before its first optimizer step. Both
+are values of the same function, so they may differ only by rounding errors. In fp32 this is the largest |ratio - 1|; rounding errors are
+about 1e-5.
 
-In half precision it is the root mean square of the log-ratio, in nats. Passes of another width add their sums in another order. Then
-a logit may be rounded to a neighbour, and bf16 numbers between 16 and 32 are 1/8 apart. So single tokens differ by 0.1 to 0.4, but their
-root mean square is at most about 0.05. A policy that differs, e.g. by dropout or by its temperature, differs on most tokens."""
+In half precision it is the root mean square of the log-ratio, in nats. A pass of another width adds its sums in another order, so a logit
+may be rounded to the next bf16 number; bf16 numbers between 16 and 32 are 1/8 apart. So single tokens differ by 0.1 to 0.4, but their
+root mean square is at most about 0.05. If the policies really differ, for example by dropout or temperature, most tokens differ."""
 VALUE_GROWTH = 20.0
-"""value_blow_up: value loss as a multiple of its recent median. The loss is a mean over few episodes, so a small factor is noise."""
+"""value_blow_up: value loss divided by its recent median. The loss is a mean over few episodes, so a small factor is noise."""
 ENTROPY_SHARE = 0.1
-"""entropy_collapse: entropy per token as a share of that at first. A policy that learns a task becomes more certain; a tenth of the
-entropy is almost one answer."""
+"""entropy_collapse: entropy per token as a share of that at first. A policy that learns a task becomes more certain. With a tenth of the
+entropy, it gives almost the same answer every time."""
 LENGTH_FACTOR = 2.5
-"""length_drift: times longer or shorter than at first. A learned style may change the length; more suggests that the reward pays
-for length."""
+"""length_drift: factor by which completions are longer or shorter than at first. A learned style may change the length. A larger change
+suggests that the reward favours a length."""
 REPETITION_RISE = 0.25
-"""repetition: rise of the share of 4-grams that a completion has twice. Sampled text has some repetition from the start, so the
+"""repetition: rise of the share of 4-grams that occur twice in a completion. Sampled text has some repetition from the start, so only the
 rise counts."""
 DISTINCT_SHARE = 0.5
-"""sameness: share of different completions, against that at first. Short answers may agree by chance; half of them may not."""
+"""sameness: share of different completions, relative to that at first. A few short answers are equal by chance, but not half of them."""
 STOPPED_DROP = 0.3
-"""missing_eos: fall of the share of completions that end by themselves. The share of a batch of 64 varies by about 0.06 (one
-standard error)."""
+"""missing_eos: fall of the share of completions that have an end token. In a batch of 64, this share varies by about 0.06 (one standard
+error)."""
 UNSTOPPED_SHARE = 0.05
-"""weak_eos_penalty: share of completions without an end token from which their mean score counts."""
+"""weak_eos_penalty: minimum share of completions without an end token. With fewer of them, their mean score is not compared."""
 
 LIMITS: dict[AlarmName, tuple[str, float | None]] = {
     "negative_kl": ("negative_kl_errors", NEGATIVE_KL_ERRORS),
@@ -346,7 +347,7 @@ def _value_blow_up(history: History, settings: HealthSettings) -> Iterator[Alarm
     if len(before) < EARLY:
         return
     loss, usual = history.now[metric_names.VALUE_LOSS], statistics.median(before)
-    # A value network may be wrong by the spread of the returns; below that no loss is a blow-up, however small the last ones were.
+    # A loss up to the variance of the returns is normal for a value network, even if the recent losses were much smaller.
     if loss > VALUE_GROWTH * usual and loss > history.now[metric_names.RETURNS_VARIANCE]:
         yield Alarm(
             "value_blow_up",

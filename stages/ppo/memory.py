@@ -77,7 +77,7 @@ def estimate(config: PPOStepConfig, models: Mapping[str, View], lengths: Lengths
 
 
 def _measured_rows(config: PPOStepConfig, length: int, machine: Machine, own: int) -> int:
-    """The most episodes of a pass without gradients, of ``own`` episodes of ``length`` tokens on this process."""
+    """Maximum number of episodes in a pass without gradients. This process has ``own`` episodes of ``length`` tokens."""
     if config.microbatch_size == "auto" and machine.kind == "cuda":
         return min(own, max(1, GPU_TOKENS // length))
     return rows_per_batch(min(own, config.measuring_rows), length, device_type=machine.kind)

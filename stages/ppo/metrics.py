@@ -42,9 +42,9 @@ def iteration_metrics(
     matmul_peak: float = math.inf,
     penalizes_missing_eos: bool = False,
 ) -> dict[str, float]:
-    """Of one iteration. KL is summed over tokens and averaged over episodes, in nats; ``matmul_peak`` in operations/s.
+    """Metrics of one iteration. KL is summed over tokens and averaged over episodes, in nats. ``matmul_peak`` is in flops per second.
 
-    ``importance_cap``: that of the weights of tokens that another engine sampled.
+    ``importance_cap``: maximum importance weight of a token that another engine sampled.
     """
     sequence_kl = rollout.kl.sum(dim=1)
     lengths = rollout.lengths.float()
@@ -110,7 +110,7 @@ def _importance_metrics(rollout: Rollout, cap: float) -> dict[str, float]:
 
 
 def _hidden_sampling_metrics(rollout: Rollout) -> dict[str, float]:
-    """Seconds of sampling during the update before, and the sampler's tokens per second. Empty without such sampling.
+    """Seconds of sampling during the previous update, and the sampler's tokens per second. Empty without such sampling.
 
     ``time/generation_s`` is then only the time that the run waited, so the speed must count the hidden time, too.
     """

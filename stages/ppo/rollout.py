@@ -86,7 +86,7 @@ class Rollout:
     def kl(self) -> Tensor:
         """k1 estimate per token [B, R] for the policy that sampled, 0 outside the mask.
 
-        With a lag, this is the policy of an earlier update: the estimate is unbiased only for the policy whose samples these are.
+        With a lag, this is the policy before an earlier update. The estimate is unbiased only for the policy that sampled.
         """
         logprobs = self.sampler_logprobs if self.lag else self.rollout_logprobs
         return torch.where(self.response_mask, logprobs - self.reference_logprobs, 0.0)

@@ -1,4 +1,4 @@
-"""Sampling of a rollout's episodes by an engine outside this process: at once, or in a thread while the update before runs."""
+"""Sampling of a rollout's episodes by an engine outside this process: immediately, or in a thread during the previous update."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class Sampling:
 
 
 class ServedRollouts:
-    """Samples the episodes of one iteration after another by an engine outside this process. ``current``: the sampling in hand.
+    """Samples the episodes of one iteration after another by an engine outside this process. ``current``: the current sampling.
 
     It is used on every process; each one samples every n-th episode of n processes. ``transfer_seconds``: of the transfers of weights that
     the caller has not counted so far.
@@ -209,7 +209,7 @@ class ServedRollouts:
         return SampledSoFar(self.current.iteration, self.current.lag, finished), self._sampler.save_weights if needed else None
 
     def end(self) -> None:
-        """Discard the sampling in hand when the run ends. The sampler's own end breaks off its requests."""
+        """Discard the current sampling when the run ends. Closing the sampler ends its requests."""
         if self.current is not None:
             self.current.early.forget()
 

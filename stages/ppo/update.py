@@ -296,7 +296,7 @@ class Updater:
     def _joins(self, episodes: Minibatch, *, packed: bool) -> bool:
         """Whether passes of policy and value network together are fewer than separate ones.
 
-        A joint pass needs the memory of twice the tokens. So with a full token budget there are as many, and nothing is gained. A number of
+        A joint pass needs the memory of twice the tokens. So with a full token budget, their number would be the same. A number of
         episodes in the recipe is a decision about memory, which a joint pass would double.
         """
         if self.roles.joint_adapters is None:

@@ -30,10 +30,11 @@ def policy_clipped(logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tenso
 
 
 def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, *, cap: float) -> Tensor:
-    """min(p / q, ``cap``) for tokens that another engine sampled: p is their probability by the policy as it was then, q the engine's own.
+    """min(p / q, ``cap``) for tokens that another engine sampled.
 
-    The expectation of a loss over the engine's tokens, weighted by p / q, is that over the policy's; the cap bounds its variance at the
-    price of a small bias (truncated importance sampling). Inputs are log-probabilities; 1 where both agree.
+    p is a token's probability under the policy at the start of the update, q its probability under the engine when it was sampled. A loss
+    weighted by p / q has the same expectation as over tokens of the policy. The cap bounds the variance and adds a small bias (truncated
+    importance sampling). Inputs are log-probabilities; the weight is 1 where they agree.
     """
     return (logprobs - sampler_logprobs).exp().clamp(max=cap)
 

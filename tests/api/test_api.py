@@ -104,7 +104,7 @@ def test_run_takes_a_recipe_file_with_overrides(tmp_path: Path, home: Path, tiny
     assert stages.Registry(home / "registry").get(results.models["base"].ref).role == "language_model"
 
 
-def test_bad_input_raises_an_error_with_the_place(pair: tuple[Any, Any], home: Path, tmp_path: Path) -> None:
+def test_bad_input_raises_an_error_with_its_location(pair: tuple[Any, Any], home: Path, tmp_path: Path) -> None:
     with pytest.raises(stages.StagesError, match="kl_coeff"):
         ppo(pair, shortness, kl_coeff=0.1).train(home, quiet=True)
     with pytest.raises(stages.StagesError, match="has no tokenizer"):

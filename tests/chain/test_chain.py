@@ -257,7 +257,7 @@ def test_data_is_checked_once() -> None:
         fake.TrainConfig.check_data = original
 
 
-def test_a_cut_off_step_is_resumed_from_its_checkpoint() -> None:
+def test_interrupted_step_is_resumed_from_its_checkpoint() -> None:
     with pytest.raises(RuntimeError, match="the machine failed"):
         run("sft.stop_after=2")
     summary = json.loads(Path("home/runs/quick/latest/summary.json").read_text())
@@ -272,7 +272,7 @@ def test_a_cut_off_step_is_resumed_from_its_checkpoint() -> None:
     assert list(Path("home/work").iterdir()) == []
 
 
-def test_wrong_data_is_found_before_anything_runs() -> None:
+def test_wrong_data_is_reported_before_anything_runs() -> None:
     Path("b.txt").write_text("")
     with pytest.raises(DataError, match=r"quick.yaml:5: steps\[1\] \(sft\): .*b.txt: no rows"):
         run()

@@ -156,7 +156,7 @@ def test_every_stage_reads_what_the_template_writes(folder, monkeypatch) -> None
     assert completions[0]["prompt"] == opening(0)
 
 
-def test_a_role_that_the_template_refuses_is_one_message_before_a_model_is_loaded(folder, monkeypatch) -> None:
+def test_role_that_the_template_refuses_gives_one_message_before_a_model_is_loaded(folder, monkeypatch) -> None:
     import stages.models.loading as loading
 
     tokenizer_file = next(path for path in (folder / "model").iterdir() if path.name == "chat_template.jinja")
@@ -177,7 +177,7 @@ def test_a_role_that_the_template_refuses_is_one_message_before_a_model_is_loade
         assert "jsonl:1: the model's chat template rejects the conversation (system, user" in message and "no system turns" in message
 
 
-def test_plan_refuses_such_a_role_in_a_later_step(folder) -> None:
+def test_plan_refuses_a_role_that_the_template_of_a_later_step_refuses(folder) -> None:
     """The prompts of the last step are refused before the first one trains."""
     from stages.chain.run import plan
     from stages.errors import DataError

@@ -199,7 +199,7 @@ def test_a_prompt_is_one_element_of_a_batch(tiny_tokenizer: Any) -> None:
 
 
 @pytest.mark.detail("R7")
-def test_more_than_one_epoch_is_warned_of(tmp_path: Path, step_context: Any, resolve_folder: Any, tiny_llama_folder: Path) -> None:
+def test_more_than_one_epoch_gives_a_warning(tmp_path: Path, step_context: Any, resolve_folder: Any, tiny_llama_folder: Path) -> None:
     path = tmp_path / "comparisons.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"p {n}", "chosen": "a joy", "rejected": "dull"}) + "\n" for n in range(8)))
     for epochs, warned in ((1.0, 0), (2.0, 1)):

@@ -90,7 +90,7 @@ def test_json_file_with_json_lines_is_read_as_lines(tmp_path: Path) -> None:
         ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"),
     ],
 )
-def test_a_split_of_a_folder_holds_its_own_rows_only(train: str, test: str, tmp_path: Path) -> None:
+def test_split_of_a_folder_contains_only_its_rows(train: str, test: str, tmp_path: Path) -> None:
     write(tmp_path / train, "learned")
     write(tmp_path / test, "held out")
     (tmp_path / "LICENSE.txt").write_text("no data")
@@ -125,7 +125,7 @@ def test_folder_without_splits_is_read_completely(tmp_path: Path) -> None:
         texts(tmp_path, split="test")
 
 
-def test_files_outside_of_all_splits_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_that_belong_to_no_split_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "train.jsonl", "one")
     write(tmp_path / "more.jsonl", "two")
     with pytest.raises(DataError, match=r"some file names contain a split \(train\) and others do not \(more.jsonl\)"):
@@ -162,13 +162,13 @@ def test_one_file_has_no_splits_to_choose(fields: dict[str, Any], message: str, 
     assert texts(write(tmp_path / "test.jsonl", "held"), split="test") == ["held"]
 
 
-def test_a_folder_without_data_says_what_it_holds(tmp_path: Path) -> None:
+def test_folder_without_data_lists_its_files(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# about")
     with pytest.raises(DataError, match=r"the folder contains no data file \(it contains README.md\); expected .jsonl"):
         texts(tmp_path)
 
 
-def test_the_fingerprint_of_a_folder_follows_what_decides_its_rows(tmp_path: Path) -> None:
+def test_fingerprint_of_a_folder_depends_on_everything_that_decides_its_rows(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", "one")
     sources = [DataSource(path=str(tmp_path))]
     before = fingerprint(sources)
@@ -195,7 +195,7 @@ def test_held_out_rows_in_the_training_data_are_reported(
     assert ("held-out rows are also training rows" in caplog.text) == is_said
 
 
-def test_named_splits_of_a_folder_are_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_named_splits_of_a_folder_are_separate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "train.jsonl", "one")
     write(tmp_path / "dev.jsonl", "two")
     source = DataSource(path=str(tmp_path))

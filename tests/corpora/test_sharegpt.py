@@ -107,7 +107,7 @@ def test_a_function_call_becomes_tool_calls() -> None:
         messages_of(row(conversations=[said("function_call", "look_up()")]), "conversations")
 
 
-def test_a_weight_that_says_nothing_is_left_out() -> None:
+def test_weight_without_effect_is_left_out() -> None:
     weighted = [{**said("human", "hi"), "weight": 0.0}, {**said("gpt", "a"), "weight": 1.0}, {**said("gpt", "b"), "weight": 0}]
     read = messages_of(row(conversations=weighted), "conversations")
     assert read == [turn("user", "hi"), turn("assistant", "a"), {**turn("assistant", "b"), "weight": 0}]

@@ -64,7 +64,7 @@ def test_summaries_equal_those_published_by_trl(tmp_path: Path) -> None:
     ]
 
 
-def test_both_forms_make_the_same_tokens(tmp_path: Path, tiny_tokenizer: Any) -> None:
+def test_both_formats_of_summaries_give_the_same_tokens(tmp_path: Path, tiny_tokenizer: Any) -> None:
     from stages.corpora.templates import encode_pair
 
     published = load_demonstrations(data(tmp_path, POST)).train[0]
@@ -89,7 +89,7 @@ def test_bad_comparisons(tmp_path: Path, change: dict[str, Any], message: str) -
         load_comparisons(data(tmp_path, {**COMPARISON, **change}))
 
 
-def test_a_post_without_its_summary_is_no_demonstration(tmp_path: Path) -> None:
+def test_post_without_a_summary_is_not_a_demonstration(tmp_path: Path) -> None:
     row = {key: value for key, value in POST.items() if key != "summary"}
     with pytest.raises(DataError, match="no column 'summary'"):
         load_demonstrations(data(tmp_path, row))

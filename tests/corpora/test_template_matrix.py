@@ -337,7 +337,7 @@ def test_think_block_that_the_template_rewrites_trains_or_is_refused(tokenizer_o
         render_pair(tokenizer, "hello", "fine")
 
 
-def test_turn_that_only_the_next_turn_ends(tokenizer_of) -> None:
+def test_a_turn_may_end_with_the_start_of_the_next_turn(tokenizer_of) -> None:
     """As GLM's: generation stops where the next speaker begins."""
     tokenizer = tokenizer_of("byte_bpe")
     tokenizer.chat_template = (

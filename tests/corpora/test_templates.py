@@ -29,7 +29,7 @@ def test_named_templates(tokenizer) -> None:
     assert render_prompt(tokenizer, "why?") == "Question: why?\nAnswer:"
 
 
-def test_completion_gets_a_space_where_the_prompt_ends_in_a_mark(tokenizer) -> None:
+def test_completion_gets_a_space_after_a_prompt_without_trailing_white_space(tokenizer) -> None:
     set_template(tokenizer, "question")
     ids, prompt_length = encode_pair(tokenizer, "why?", "because")
     assert tokenizer.decode(ids[:prompt_length]) == "Question: why?\nAnswer:"

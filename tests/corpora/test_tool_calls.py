@@ -88,7 +88,7 @@ def test_template_that_accepts_both_forms_renders_both_equally(tokenizer) -> Non
     assert written(tokenizer, row("Köln")) == "[look_up Köln]<|im_end|>"
 
 
-def test_templates_with_conditions_are_probed_within_them(tokenizer) -> None:
+def test_argument_form_is_detected_inside_conditions_of_a_template(tokenizer) -> None:
     tokenizer.chat_template = NINE + OBJECTS["tojson"]
     assert argument_form(tokenizer) == ArgumentForm(objects=True, texts=False)
     tokenizer.chat_template = {item["name"]: item["template"] for item in NAMED}

@@ -165,7 +165,7 @@ def test_import_openrlhf_critic_is_a_value_model(language_model: Any, folder: Pa
     torch.testing.assert_close(values_of(record.path), expected(language_model, weight))
 
 
-def test_an_imported_model_is_not_said_to_be_made_of_random_weights(language_model: Any, folder: Path, registry: Registry) -> None:
+def test_imported_model_is_not_described_as_random_weights(language_model: Any, folder: Path, registry: Registry) -> None:
     from stages.cli import _chosen_rows
 
     language_model.save_pretrained(folder)

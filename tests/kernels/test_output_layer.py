@@ -74,7 +74,7 @@ def test_frozen_tensors_get_no_gradient(inputs) -> None:
     assert hidden.grad is not None and weight.grad is None and not logprobs.requires_grad
 
 
-def test_impossible_tokens_do_not_make_nan(inputs) -> None:
+def test_tokens_of_probability_zero_give_no_nan(inputs) -> None:
     hidden, weight, _, tokens = inputs
     bias = torch.zeros(V)
     bias[0] = -torch.inf

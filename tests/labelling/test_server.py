@@ -136,7 +136,7 @@ def test_headers_forbid_foreign_scripts_and_frames(page) -> None:
         assert headers["referrer-policy"] == "no-referrer"  # the address holds a token
 
 
-def test_instructions_are_markdown_without_markup_of_their_own(page) -> None:
+def test_instructions_are_markdown_without_html_or_scripts(page) -> None:
     made = page.ask("/api/session").json()["instructions"]
     assert made.startswith("<h3>How</h3>") and "<script" not in made and 'href="javascript' not in made
     table = render("| a |\n|---|\n| <img src=x onerror=evil()> |\n\n![pic](http://example.com/a.png) [good](https://example.com)")

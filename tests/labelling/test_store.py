@@ -115,7 +115,7 @@ def test_concurrent_lines_are_not_mixed_and_share_flushes(tmp_path: Path, monkey
     assert len(flushes) < 160  # eight writers wait for one flush together
 
 
-def test_full_disk_refuses_the_answer_and_leaves_whole_lines(make_folder, answer, monkeypatch) -> None:
+def test_full_disk_refuses_the_answer_and_leaves_only_complete_lines(make_folder, answer, monkeypatch) -> None:
     folder = make_folder()
     store = Store(folder)
     first, write = store.next_task("anna").id, os.write
@@ -238,7 +238,7 @@ def test_skipped_and_flagged_tasks_go_to_others_and_do_not_count(make_folder, an
         read_rows([DataSource(path=str(store.folder))])
 
 
-def test_order_differs_between_annotators_and_stays_for_each() -> None:
+def test_order_differs_between_annotators_and_is_constant_for_each() -> None:
     orders = {name: [shown_order(f"task {task}", name, 4, 0) for task in range(50)] for name in ("anna", "ben")}
     assert orders["anna"] != orders["ben"]
     assert all(sorted(order) == [0, 1, 2, 3] for order in orders["anna"])
@@ -290,7 +290,7 @@ def test_gold_tasks_come_first_and_decide_the_screening(make_folder, answer, ran
     store.close()
 
 
-def test_check_boxes_of_gold_tasks_count_by_themselves(make_folder, answer) -> None:
+def test_check_boxes_of_gold_tasks_are_screened_separately_from_ranks(make_folder, answer) -> None:
     gold = [{**GOLD[1], "checks": {"untrue": [True, False]}}]
     store = Store(make_folder(gold=gold, questions="checks: [{name: untrue, text: Untrue}]\n"))
     store.record("anna", answer(store, "anna", store.next_task("anna").id, [1, 0], checks={"untrue": [False, False]}))

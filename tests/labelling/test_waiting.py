@@ -87,7 +87,7 @@ def test_collection_waits_with_a_command_and_continues_at_the_target(prompts, st
     assert json.loads((context.folder / "labels.json").read_text())["ranked_tasks"] == 4
 
 
-def test_labels_outlive_other_settings_of_the_step(prompts, step_context, models, answer, tmp_path) -> None:
+def test_rankings_are_kept_when_other_settings_of_the_step_change(prompts, step_context, models, answer, tmp_path) -> None:
     context = step_context(name="recipe/step", models=models)
     with pytest.raises(Waiting):
         collect_comparisons(collection(prompts, {"target": 2}), context, precision="fp32")

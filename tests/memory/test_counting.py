@@ -29,7 +29,7 @@ def no_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counting, "_counts", {})
 
 
-def test_living_tensors_are_counted_once_and_until_they_are_freed() -> None:
+def test_live_tensors_are_counted_once_until_they_are_freed() -> None:
     before = torch.ones(100)
     with live_bytes() as live:
         view = before[:50]  # of a tensor made before: 0 bytes
@@ -63,7 +63,7 @@ def test_a_polynomial_by_hand() -> None:
     ],
     ids=str,
 )
-def test_five_layers_take_what_was_counted_on_three(family: str, fields: dict[str, Any]) -> None:
+def test_memory_of_five_layers_is_extrapolated_from_three(family: str, fields: dict[str, Any]) -> None:
     """A real pass over another size, with weights; within 3 % (gradients of norms and other small tensors)."""
     counted = pass_memory(kind(family, **fields))
     assert counted is not None
@@ -116,7 +116,7 @@ def test_counts_are_kept_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert made == [one, one]
 
 
-def test_a_family_that_cannot_be_counted_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_family_that_cannot_be_counted_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     unknown = PassKind(json.dumps({"model_type": "nobody-made-this"}), 90, "cpu", 4, 4, True)
     assert pass_memory(unknown) is None and pass_memory(unknown) is None
     assert caplog.text.count("the activations of nobody-made-this are estimated by constants") == 1

@@ -83,7 +83,7 @@ def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer() -> None:
     assert activations(shape, 10, 4, lean=True) == 10 * 4 * (2 * lean + passing)
 
 
-def test_logits_in_chunks_and_at_once() -> None:
+def test_logits_in_chunks_and_all_together() -> None:
     shape = llama()
     assert unchunked_logits(shape, 10) == 5 * 10 * 100 * 4
     assert chunked_logits(shape, 10, CPU, trains_output=False) == 4 * 10 * 100 * 4 + 2 * 10 * 64 * 4

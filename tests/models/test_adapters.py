@@ -235,7 +235,7 @@ def test_the_message_names_the_layers_of_a_model_under_adapters(bases: dict[str,
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_three_adapters_of_every_kind_compute_what_each_trained(
+def test_each_of_three_stacked_adapters_computes_its_training_outputs(
     bases: dict[str, Path], larger_tokenizer: Any, tiny_tokenizer: Any, tmp_path: Path, quantization: str
 ) -> None:
     """New rows, then an adapter on embedding and output layer, then a fully saved module: each starts from the outputs of the one below."""

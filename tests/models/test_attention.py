@@ -113,13 +113,13 @@ def test_flash_attention_is_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatc
         chosen(AutoModelForCausalLM, transformers.LlamaConfig(), "flash_attention_2", torch.bfloat16)
 
 
-def test_auto_takes_flash_attention_where_sdpa_cannot_and_a_gpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_uses_flash_attention_on_a_gpu_if_sdpa_is_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages, "is_installed", lambda module: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert chosen(AutoModelForCausalLM, transformers.Gemma2Config(), dtype=torch.bfloat16) == "flash_attention_2"
     assert chosen(AutoModelForCausalLM, transformers.Gemma2Config(), dtype=torch.float32) == "eager"  # it computes in half precision alone
 
 
-def test_an_unknown_attention_is_a_message_with_the_known_ones() -> None:
+def test_unknown_attention_gives_a_message_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="attention='flash_attention' is unknown.*Did you mean flash_attention_"):
         ModelInput(ref="x", attention="flash_attention")

@@ -90,7 +90,7 @@ def test_without_a_backward_pass_nothing_is_measured() -> None:
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), MemoryError()])
-def test_each_row_is_done_once_however_often_memory_runs_out(error: Exception, caplog) -> None:
+def test_each_row_is_computed_once_even_if_memory_runs_out_repeatedly(error: Exception, caplog) -> None:
     done: list[int] = []
     sizes: list[int] = []
 
@@ -130,7 +130,7 @@ def test_decoding_workspace_is_freed_before_a_retry(monkeypatch) -> None:
     assert workspace._kept is None
 
 
-def test_groups_are_halved_and_every_row_is_done_once(caplog) -> None:
+def test_groups_are_halved_and_every_row_is_computed_once(caplog) -> None:
     done: list[int] = []
     sizes: list[int] = []
 

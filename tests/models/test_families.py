@@ -45,7 +45,7 @@ def test_other_models_are_refused(config: Any, reason: str) -> None:
         refuse_unfit(config, "some/model")
 
 
-def test_code_that_comes_with_a_model_says_what_it_is() -> None:
+def test_model_with_remote_code_is_judged_by_its_auto_map() -> None:
     class Custom(transformers.LlamaConfig):
         model_type = "custom"
 

@@ -120,7 +120,7 @@ def folded(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_computes_the_same_and_its_layers_with_one_input_are_found(family: str) -> None:
+def test_folding_keeps_outputs_of_a_family_and_detects_layers_with_equal_input(family: str) -> None:
     plain = adapted(family)
     ours = folded(plain)
     check_equal(passed(ours), passed(plain))
@@ -144,7 +144,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_settings_of_peft_compute_the_same(kind: str) -> None:
+def test_folding_keeps_outputs_for_the_settings_of_peft(kind: str) -> None:
     plain = adapted(**SETTINGS[kind])
     ours = folded(plain)
     check_equal(passed(ours), passed(plain))
@@ -156,7 +156,7 @@ def test_settings_of_peft_compute_the_same(kind: str) -> None:
     torch.testing.assert_close(ours(input_ids=IDS).logits, plain(input_ids=IDS).logits)
 
 
-def test_active_dropout_draws_peft_s_numbers_and_inactive_dropout_is_folded() -> None:
+def test_active_dropout_draws_the_same_numbers_as_peft_and_inactive_dropout_is_folded() -> None:
     plain = adapted(lora_dropout=0.5)
     ours = folded(plain)
     torch.manual_seed(3)
@@ -170,7 +170,7 @@ def test_active_dropout_draws_peft_s_numbers_and_inactive_dropout_is_folded() ->
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_adapters_on_quantized_weights_compute_the_same(
+def test_folding_keeps_outputs_of_adapters_on_quantized_weights(
     tiny_llama_folder: Any, resolve_folder: Any, quantization: str, monkeypatch: Any
 ) -> None:
     from stages.config import LoraSettings

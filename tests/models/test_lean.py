@@ -198,7 +198,7 @@ def test_norms_with_other_formulas_are_distinguished(layer: Any, expected: bool)
     assert bool(use_lean_layers(layer)) is expected
 
 
-def test_layers_of_one_class_with_different_settings_are_judged_apart() -> None:
+def test_layers_of_one_class_with_different_settings_are_checked_separately() -> None:
     layers = torch.nn.Sequential(Norm("plain"), Norm("plus one"), Norm("plain"))
     assert use_lean_layers(layers) == {"Norm": 2}
     assert [isinstance(layer, _LeanNorm) for layer in layers] == [True, False, True]

@@ -28,7 +28,7 @@ def test_perplexity_of_a_uniform_model_is_the_vocabulary_size(tiny_llama_folder:
     assert measured.bits_per_byte(8) == pytest.approx(4.1144, abs=1e-3)
 
 
-def test_only_counted_tokens_count_and_batches_do_not_matter(tiny_llama_folder: Path) -> None:
+def test_loss_is_over_counted_tokens_and_independent_of_batches(tiny_llama_folder: Path) -> None:
     model = load_language_model(str(tiny_llama_folder), dtype=torch.float32)
     model.train()
     rows = [([5, 6, 7, 8, 30, 31], [0, 0, 0, 1, 1, 0]), ([9, 10, 11], [0, 1, 1]), ([4, 2], [0, 1])]
@@ -71,7 +71,7 @@ def test_a_pass_that_runs_out_of_memory_is_repeated_in_halves(tiny_llama_folder:
     assert measured.tokens == expected.tokens == 6 and measured.nats == pytest.approx(expected.nats, rel=1e-6)
 
 
-def test_processes_that_share_weights_do_not_retreat_alone(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_with_sharded_weights_does_not_repeat_a_pass_alone(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_language_model(str(tiny_llama_folder), dtype=torch.float32)
     next(model.parameters()).ds_id = 0  # as DeepSpeed's ZeRO-3 marks a parameter
     sizes = run_out_above(model, 1, monkeypatch)

@@ -104,7 +104,7 @@ runtime.leave()
 """
 
 
-def test_two_sharded_processes_compute_what_one_computes(tmp_path: Path) -> None:
+def test_two_sharded_processes_compute_the_same_as_one(tmp_path: Path) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     command = [sys.executable, "-m", "stages.process.launching", "--cpu", "--num_processes", "2", str(worker), str(tmp_path)]

@@ -66,7 +66,7 @@ def test_bases_that_form_a_circle_are_refused(tmp_path: Path) -> None:
         stack_of(write_adapter(tmp_path / "two", str(tmp_path / "one")))
 
 
-def test_the_next_quantized_input_below_decides_what_merged_weights_were_trained_on(tmp_path: Path, monkeypatch: Any) -> None:
+def test_trained_on_is_the_quantization_of_the_next_quantized_input_below(tmp_path: Path, monkeypatch: Any) -> None:
     """Adapter 1 on nf4 weights; adapter 2 on the two of them merged: its base is what nf4 made of the weights, not the weights."""
     base = folder_of(tmp_path / "base", quantization="nf4")
     one = ResolvedModel("one", "folder", "one", "", ModelInput(ref="one"), base=base)

@@ -157,7 +157,9 @@ def test_run_interrupted_anywhere_ends_like_an_uninterrupted_one(
     assert_equal(undisturbed(settings), outcome(run(six_iterations(settings), again), again))
 
 
-def test_three_cuts_in_one_run(six_iterations, undisturbed, every, step_context, resolve_folder, tiny_llama_folder, monkeypatch) -> None:
+def test_run_interrupted_three_times_ends_like_an_uninterrupted_one(
+    six_iterations, undisturbed, every, step_context, resolve_folder, tiny_llama_folder, monkeypatch
+) -> None:
     models = {"policy": resolve_folder(tiny_llama_folder)}
     context = step_context("test/cut", 5, models)
     for number in (13, 5, 4):

@@ -66,7 +66,7 @@ def test_targets_by_hand(ppo_config, fields, first) -> None:
     torch.testing.assert_close(shared.advantages, expected)  # a prompt's completions are compared over all processes
 
 
-def test_whitening_is_off_unless_asked_for(ppo_config) -> None:
+def test_whitening_is_off_by_default(ppo_config) -> None:
     target = targets(hand_made(), ppo_config(**two(advantages="rloo", whiten_advantages=True)), kl_coef=0.1)
     counted = target.advantages[hand_made().response_mask]
     assert counted.mean().abs() < 1e-6 and counted.var(correction=0) == pytest.approx(1.0, abs=1e-5)

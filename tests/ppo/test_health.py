@@ -52,7 +52,7 @@ def healthy(iteration: int, **fields: float) -> dict[str, float]:
         ({"policy/ratio_first_deviation": 0.3, "policy/log_ratio_first_rms": 0.04}, False, True, "dropout"),
     ],
 )
-def test_in_half_precision_policies_may_differ_by_rounding_and_the_advice_is_not_what_is_set(
+def test_half_precision_rounding_raises_no_alarm_and_advice_is_not_the_current_setting(
     metrics: dict[str, float], is_half: bool, is_recomputed: bool, said: str | None
 ) -> None:
     alarms = Health(HealthSettings(), is_half=is_half, is_recomputed=is_recomputed).observe(healthy(0, **metrics))

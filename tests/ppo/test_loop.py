@@ -31,7 +31,7 @@ def weights(result: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.detail("P35")
-def test_reward_for_and_against_a_token_moves_its_share(ppo_config, ppo_context, prompts) -> None:
+def test_reward_or_penalty_of_a_token_changes_its_share(ppo_config, ppo_context, prompts) -> None:
     config = ppo_config(
         data=prompts,
         reward=[{"function": "letters_reward:vowels"}],
@@ -138,7 +138,7 @@ def test_an_update_that_fails_keeps_its_episodes_and_the_last_checkpoint(ppo_con
     assert any((ppo_context.checkpoint_folder / "ppo").iterdir())
 
 
-def test_prompts_that_leave_no_room_are_left_out(ppo_config, ppo_context, tmp_path) -> None:
+def test_prompts_without_room_for_a_completion_are_left_out(ppo_config, ppo_context, tmp_path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"prompt": "film " * 200}) + "\n")
     with pytest.raises(DataError, match="none of 1 prompts has at most 118 tokens"):  # 128 positions less 10 new tokens

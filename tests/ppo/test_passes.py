@@ -155,7 +155,7 @@ def test_roles_without_a_common_backbone_of_adapters_have_no_joint_passes(ppo_co
     assert roles.joint_adapters is None
 
 
-def test_passes_are_joint_only_where_that_makes_fewer(ppo_config, ppo_context, make_rollout) -> None:
+def test_passes_are_joint_only_if_this_reduces_their_number(ppo_config, ppo_context, make_rollout) -> None:
     config = ppo_config(microbatch_size="auto", lora={"r": 4})
     roles = load_roles(config, ppo_context)
     assert roles.joint_adapters is None  # on a CPU

@@ -187,7 +187,7 @@ def test_early_stop_by_kl(ppo_config, ppo_context, make_rollout) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 6])
-def test_the_sums_of_a_minibatch_are_read_once_however_many_microbatches_it_has(
+def test_sums_of_a_minibatch_are_read_once_for_any_number_of_microbatches(
     ppo_config, ppo_context, make_rollout, monkeypatch, size: int
 ) -> None:
     config = ppo_config(minibatch_size=6, microbatch_size=size)

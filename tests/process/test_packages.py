@@ -20,7 +20,7 @@ def test_attention_of_pytorch_needs_no_package(attention: str, monkeypatch: pyte
     assert packages.missing_attention_package(attention) == ""
 
 
-def test_a_package_or_the_kernels_of_the_hub_serve_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_needs_its_package_or_hub_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     for installed, missing in (("flash_attn", False), ("kernels", False), ("other", True)):
         monkeypatch.setattr(packages, "is_installed", lambda module, installed=installed: module == installed)
         assert bool(packages.missing_attention_package("flash_attention_2")) == missing

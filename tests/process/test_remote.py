@@ -11,7 +11,7 @@ import pytest
 from stages.process.remote import GaveUp, JsonClient
 
 
-def test_stopping_breaks_off_a_request_that_waits_for_its_answer() -> None:
+def test_stop_request_ends_a_waiting_http_request() -> None:
     """The server accepts the connection and never answers. Without the stop the client would wait for 60 s, and then try again."""
     listening = socket.create_server(("127.0.0.1", 0))
     client = JsonClient(key=None, timeout=60.0, retries=3, backoff_seconds=10.0)

@@ -17,7 +17,7 @@ def test_moved_names_can_be_imported_from_the_old_module() -> None:
         _ = runtime.Nothing
 
 
-def test_compute_is_described_once_a_step_has_asked_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compute_is_described_only_after_a_device_was_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     process = runtime.Runtime(quiet=True)
     assert process.describe_compute("fp32") == {}

@@ -89,7 +89,7 @@ def test_secrets_do_not_reach_the_file(tmp_path: Path) -> None:
     assert secret not in (tmp_path / "errors" / "traceback.txt").read_text()
 
 
-def test_only_an_exception_that_left_a_step_was_in_a_step(tmp_path: Path) -> None:
+def test_was_in_step_is_true_only_for_exceptions_of_a_step(tmp_path: Path) -> None:
     assert was_in_step(raised(KeyboardInterrupt(), tmp_path))
     assert not was_in_step(raised(KeyboardInterrupt()))  # Ctrl-C while `stages generate` loads a model
 

@@ -295,7 +295,7 @@ def test_references_resolve_in_the_documented_order(tmp_path: Path) -> None:
         load(GOOD, "aligned.policy=other/model@2", registry=registry)
 
 
-def test_only_exact_names_keep_an_id_from_the_hub(tmp_path: Path) -> None:
+def test_a_name_that_is_only_similar_to_a_local_one_is_a_hub_id(tmp_path: Path) -> None:
     """What resembles a step, a version or a folder is an id of the Hub; the resemblance is kept for the case that it is not there."""
     registry = Registry(tmp_path / "registry")
     registry.publish("other/model", lambda folder: (folder / "config.json").write_text("{}") and None, role="language_model")
@@ -316,7 +316,7 @@ def test_only_exact_names_keep_an_id_from_the_hub(tmp_path: Path) -> None:
     assert load(GOOD, "sft.data.train=texts/mine").steps[1].config.data.train[0].path == str(tmp_path / "recipes" / "texts" / "mine")
 
 
-def test_data_is_found_beside_the_caller_first(tmp_path: Path) -> None:
+def test_data_is_searched_first_in_the_current_folder(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("nearer\n")
     assert load(GOOD).steps[1].config.data.train[0].path == str(tmp_path / "texts.txt")
     assert load(GOOD, "sft.data.train=stanfordnlp/imdb").steps[1].config.data.train[0].path == "stanfordnlp/imdb"

@@ -33,7 +33,7 @@ def parameters(architecture: dict[str, Any]) -> int:
     return architecture["num_hidden_layers"] * (4 * hidden**2 + 3 * hidden * inner + 2 * hidden) + hidden
 
 
-def test_three_sizes_a_hundredfold_apart_and_every_kind_of_model_at_each() -> None:
+def test_recipe_has_every_kind_of_model_in_three_sizes_that_differ_by_a_factor_of_100() -> None:
     recipe = load_recipe(REPOSITORY / "recipes" / "instructgpt-miniature.yaml")
     steps = {step.name: step.config for step in recipe.steps}
     sizes = [parameters(steps[f"base-{size}"].architecture) for size in "sml"]
@@ -57,7 +57,7 @@ def test_parameter_counts_match_the_models(figure1: Any, tmp_path: Path) -> None
     assert figure1.non_embedding_parameters(tmp_path, "mini/base@1") == parameters(shape)
 
 
-def test_figure_1_says_which_claims_hold(figure1: Any) -> None:
+def test_figure_1_reports_which_claims_the_run_shows(figure1: Any) -> None:
     strength = {f"{kind}-{size}": index + 0.1 * step for step, size in enumerate("sml") for index, kind in enumerate(KINDS)}
     strength["ppo-m"] = strength["sft-m"]  # one claim that does not hold
 

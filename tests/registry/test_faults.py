@@ -333,7 +333,7 @@ def test_eight_processes_publish_read_and_remove_at_once(tmp_path: Path) -> None
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-def test_a_version_removed_while_all_are_listed_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_removed_during_listing_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry(tmp_path)
     for _ in range(2):
         registry.publish("base", fill, role="language_model")

@@ -124,7 +124,7 @@ def test_a_symbolic_link_cannot_lead_out_of_the_registry(tmp_path: Path) -> None
         publish(registry, fill=fill)
 
 
-def test_a_fill_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_failed_publication_leaves_no_files(tmp_path: Path) -> None:
     def fill(folder: Path) -> None:
         model_files(folder)
         raise OSError("disk full")
@@ -259,7 +259,7 @@ def test_lineage_is_the_tree_of_parents(tmp_path: Path) -> None:
     assert registry.lineage(sft.ref)["parents"][0]["removed"] is True
 
 
-def test_removing_a_base_is_refused_while_adapters_stand_on_it(tmp_path: Path) -> None:
+def test_removing_a_base_is_refused_while_adapters_depend_on_it(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
     base = publish(registry, "quickstart/base")
     publish(registry, fill=adapter_files, base=resolved(base))
@@ -272,7 +272,7 @@ def test_removing_a_base_is_refused_while_adapters_stand_on_it(tmp_path: Path) -
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-def test_a_removed_number_is_not_given_again_and_an_ambiguous_removal_is_refused(tmp_path: Path) -> None:
+def test_removed_version_number_is_not_reused_and_ambiguous_removal_is_refused(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
     publish(registry)
     publish(registry)

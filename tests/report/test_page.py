@@ -199,7 +199,7 @@ def data_of(html: str) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_page_holds_five_thousand_short_completions(run_folder: Path) -> None:
+def test_page_has_room_for_five_thousand_short_completions(run_folder: Path) -> None:
     row = first_row(run_folder)
     rows = [
         {**row, "prompt": f"prompt {n}", "completions": {name: f"{name} {n} " * 12 for name in row["completions"]}} for n in range(1667)
@@ -344,7 +344,7 @@ def test_old_summaries_are_read(run_folder: Path) -> None:
 # Finding and reading
 
 
-def test_finding_a_run(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_found_by_its_folder_and_by_its_name(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (run_folder.parent / "latest").symlink_to(run_folder.name)
     for name in (str(run_folder), "toy", f"toy/{run_folder.name}", "runs/toy/latest"):
@@ -358,7 +358,7 @@ def test_finding_a_run(run_folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
         render_run(read_run(run_folder))
 
 
-def test_reading_lines(tmp_path: Path) -> None:
+def test_incomplete_last_line_is_ignored_and_other_bad_lines_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert read_lines(path) == []
     path.write_text('{"a": 1}\n\n{"a": 2}\n{"a": ')
@@ -368,7 +368,7 @@ def test_reading_lines(tmp_path: Path) -> None:
         read_lines(path)
 
 
-def test_thinned() -> None:
+def test_thinned_keeps_evenly_spaced_items() -> None:
     assert thinned(range(10), 4) == [0, 3, 6, 9]
     assert thinned([1, 2], 4) == [1, 2]
     assert thinned([1, 2], 1) == [1] and thinned([1, 2], 0) == []

@@ -176,7 +176,7 @@ def test_every_completion_is_scored_once(comparisons, step_context, sft, tiny_ll
 
 
 @pytest.mark.detail("R5")
-def test_best_of_data_trains(comparisons, step_context, sft) -> None:
+def test_training_with_best_of_loss_runs_on_best_of_data(comparisons, step_context, sft) -> None:
     result = run(config(comparisons, loss="best_of"), step_context(models=sft))
     assert result.metrics["heldout_accuracy"] > 0.8
 
@@ -207,7 +207,7 @@ def test_standardizing_on_samples(comparisons, step_context, sft) -> None:
 
 
 @pytest.mark.detail("R17")
-def test_the_gain_is_taken_out_of_the_calibration() -> None:
+def test_calibration_is_computed_without_the_gain() -> None:
     items = [EncodedComparison([[4], [2]], [0, 1]), EncodedComparison([[2], [3], [1]], [0, 1, 2])]
     scores = torch.tensor([2.0, 1.0, 1.0, 1.5, 0.5])
     plain, stretched = agreement(scores, items), agreement(scores * 7, items, gain=7.0)

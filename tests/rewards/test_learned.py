@@ -10,7 +10,7 @@ from stages.rewards.config import RewardInput
 from stages.rewards.learned import RewardModelSpans, score_rows
 
 
-def test_rows_of_like_length_share_a_batch() -> None:
+def test_rows_of_similar_length_share_a_batch() -> None:
     lengths = [50, 10, 11, 30, 12, 13, 48, 31, 14, 10]
     batches = like_length_batches(lengths, 8)  # a quarter is 2 rows; then a row more than a fifth longer than the first begins a new batch
     assert [[lengths[row] for row in batch] for batch in batches] == [[10, 10, 11, 12], [13, 14], [30, 31], [48, 50]]

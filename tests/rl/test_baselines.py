@@ -8,7 +8,7 @@ from stages.rl.baselines import batch_baseline, group_relative, leave_one_out, s
 RETURNS = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])  # two prompts of three completions
 
 
-def test_leave_one_out_is_each_return_less_the_mean_of_the_others() -> None:
+def test_leave_one_out_is_each_return_minus_the_mean_of_the_others() -> None:
     # 1 - (2+6)/2 = -3, 2 - (1+6)/2 = -1.5, 6 - (1+2)/2 = 4.5; equal returns have no advantage
     torch.testing.assert_close(leave_one_out(RETURNS, 3), torch.tensor([-3.0, -1.5, 4.5, 0.0, 0.0, 0.0]))
 

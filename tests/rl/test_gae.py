@@ -15,7 +15,7 @@ def test_gae_credits_a_final_reward_backwards() -> None:
     torch.testing.assert_close(returns, expected + values)
 
 
-def test_lambda_one_is_the_return_less_the_value() -> None:
+def test_lambda_one_gives_the_return_minus_the_value() -> None:
     rewards, values = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0.5, -1.0, 3.0]])
     # discounted returns at gamma 0.5: 4; 2 + 2 = 4; 1 + 2 = 3
     advantages, returns = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma=0.5, gae_lambda=1.0)
@@ -24,7 +24,7 @@ def test_lambda_one_is_the_return_less_the_value() -> None:
 
 
 @pytest.mark.detail("P6")
-def test_a_padded_batch_equals_its_rows_alone() -> None:
+def test_padded_batch_equals_its_rows_computed_separately() -> None:
     generator = torch.Generator().manual_seed(0)
     rewards, values = torch.randn(3, 6, generator=generator), torch.randn(3, 6, generator=generator)
     lengths = torch.tensor([6, 1, 4])

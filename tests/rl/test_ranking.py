@@ -32,7 +32,7 @@ def test_equal_scores_cost_log_two_for_any_k() -> None:
 
 
 @pytest.mark.detail("R4")
-def test_a_prompt_of_ties_neither_adds_nor_dilutes() -> None:
+def test_prompt_with_only_ties_does_not_change_the_mean() -> None:
     scores, ranks, prompts = torch.tensor([1.0, 0.0, 5.0, 9.0]), torch.tensor([0, 1, 0, 0]), torch.tensor([0, 0, 1, 1])
     assert ranking_loss(scores, ranks, prompts).item() == pytest.approx(-logsigmoid(1))
     only_ties = torch.tensor([5.0, 9.0], requires_grad=True)
@@ -41,7 +41,7 @@ def test_a_prompt_of_ties_neither_adds_nor_dilutes() -> None:
     assert loss.item() == 0 and only_ties.grad.abs().sum() == 0
 
 
-def test_gradient_raises_the_better() -> None:
+def test_gradient_raises_the_better_score() -> None:
     scores = torch.zeros(2, requires_grad=True)
     ranking_loss(scores, torch.tensor([1, 0]), torch.zeros(2)).backward()
     assert scores.grad.tolist() == [0.5, -0.5]  # the second is preferred; sigmoid(0) = 1/2
@@ -53,7 +53,7 @@ def test_best_of_four() -> None:
     assert best_of_loss(scores, torch.tensor([3])).item() == pytest.approx(math.log(2))
 
 
-def test_equal_scores_are_no_success() -> None:
+def test_equal_scores_count_as_wrong() -> None:
     assert pairwise_correct(torch.tensor([1.0, 1.0]), torch.tensor([0, 1]), torch.zeros(2)).tolist() == [False]
 
 

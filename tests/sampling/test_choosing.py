@@ -19,7 +19,7 @@ def shares(**settings: Any) -> list[float]:
     return [round(x, 3) for x in (torch.bincount(tokens, minlength=4) / 1000).tolist()]
 
 
-def test_shares_follow_the_distribution() -> None:
+def test_sampled_shares_follow_the_distribution() -> None:
     assert shares() == [0.5, 0.2, 0.2, 0.1]
     assert shares(temperature=0.0) == [1.0, 0.0, 0.0, 0.0]
     assert shares(top_k=1) == [1.0, 0.0, 0.0, 0.0]

@@ -171,7 +171,7 @@ def test_the_cache_grows_and_loses_rows_without_changing_a_text(model, monkeypat
         assert rows(sample(model, PROMPTS, [1, 2, 3, 4], **settings)) == expected
 
 
-def test_prompts_are_read_in_parts_of_like_length_without_their_padding(model, monkeypatch) -> None:
+def test_prompts_of_similar_length_are_read_together_without_padding(model, monkeypatch) -> None:
     prompts = [[row + 5, *range(20, 20 + length)] for row, length in enumerate([2, 9, 3, 3, 8, 1])]
     seeds = list(range(6))
     together = sample(model, prompts, seeds)
@@ -224,7 +224,7 @@ def test_stop_words(model, tiny_tokenizer) -> None:
         stop_token_ids(model, tiny_tokenizer, ["happy ending!"])
 
 
-def test_only_the_named_tokens_end_a_completion_where_the_end_token_is_ignored(model, tiny_tokenizer) -> None:
+def test_with_ignore_eos_only_stop_tokens_end_a_completion(model, tiny_tokenizer) -> None:
     eos, letter = tiny_tokenizer.eos_token_id, tiny_tokenizer.convert_tokens_to_ids("a")
     assert ending_tokens(model, tiny_tokenizer, GenerationSettings(stop=["a"])) == ([eos], [letter])
     for stop, late in (([], []), (["a"], [letter]), (["a", "<|endoftext|>"], sorted([eos, letter]))):

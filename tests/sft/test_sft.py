@@ -67,7 +67,7 @@ def test_demonstrations_without_a_trained_reply_are_counted(tiny_tokenizer) -> N
         encode(read, tiny_tokenizer, "all_assistant_turns", completion_only=False)
 
 
-def test_left_out_demonstrations_are_said_on_both_sides(capsys) -> None:
+def test_left_out_demonstrations_are_reported_for_training_and_held_out_rows(capsys) -> None:
     context = SimpleNamespace(name="sft", runtime=SimpleNamespace(console=SimpleNamespace(print=print)))
     _say_untrained(Encoded([ROWS[0]], 0, 3), "held-out", context)
     _say_untrained(Encoded([ROWS[0]], 0, 0), "training", context)

@@ -91,7 +91,7 @@ def test_model_length_knows_the_names_of_models_with_their_own_code(name: str) -
     assert model_length(SimpleNamespace(model_type="custom", **{name: 96})) == 96
 
 
-def test_a_tokenizer_limits_what_the_model_could_read_and_the_reverse() -> None:
+def test_readable_length_is_the_smaller_limit_of_model_and_tokenizer() -> None:
     config = transformers.LlamaConfig(max_position_embeddings=64)
     assert readable_length(config, SimpleNamespace(model_max_length=48)) == 48
     assert readable_length(config, SimpleNamespace(model_max_length=80)) == 64

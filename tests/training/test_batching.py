@@ -50,7 +50,7 @@ def test_epochs_and_seeds_shuffle_differently() -> None:
     assert len(orders) == 4
 
 
-def test_rows_of_like_length_share_a_step() -> None:
+def test_rows_of_similar_length_share_a_step() -> None:
     lengths = [row % 10 for row in range(100)]
     steps = BatchPlan(100, 10, 10, lengths=lengths).steps(0)
     assert [lengths[row] for row in steps[0]] == [9] * 10  # the longest first: what does not fit into memory shows at once

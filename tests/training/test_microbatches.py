@@ -93,7 +93,7 @@ def test_pairs_stay_together() -> None:
 
 
 @pytest.mark.parametrize("loss", ["pairs", "best_of"])
-def test_rankings_are_cut_between_prompts(loss: str) -> None:
+def test_rankings_are_split_between_prompts(loss: str) -> None:
     from stages.reward_model.training import RankingTrainer
     from stages.rl.ranking import best_of_ranked_losses, ranking_losses
 

@@ -97,7 +97,7 @@ def make_trainer(
     )
 
 
-def test_the_log_has_a_line_per_hundredth_and_the_metrics_are_of_the_whole_run(step_context: Any, tiny_llama_folder: Path) -> None:
+def test_log_has_a_hundred_lines_and_metrics_cover_the_complete_run(step_context: Any, tiny_llama_folder: Path) -> None:
     context = step_context()
     result = train(make_trainer(context, tiny_llama_folder), context, "whole")
     assert result["optimizer_steps"] == 10
