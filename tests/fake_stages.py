@@ -1,4 +1,4 @@
-"""Stages that make models in no time, for tests of the chain and the commands. Copied beside a test and imported from there."""
+"""Stages that make models without training, for tests of chain and commands. A test copies this file to its folder and imports it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TrainConfig(StepConfig):
     model: ModelField | None = None
     data: DataField
     rate: float = 1.0
-    stop_after: int | None = None  # raise there, as if the machine had failed
+    stop_after: int | None = None  # raise an error there, as if the machine had failed
 
     def model_inputs(self) -> dict[str, ModelInput]:
         return {"model": self.model} if self.model is not None else {}
@@ -32,7 +32,7 @@ class TrainConfig(StepConfig):
 
 
 def train(config: TrainConfig, context: StepContext) -> StepResult:
-    """Three counted steps with a checkpoint after each; the weights depend on all that the fingerprint names but on no path."""
+    """Three counted steps with a checkpoint after each. The weights depend on the parts of the fingerprint, but not on paths."""
     checkpoint = context.checkpoint_folder / "step.json"
     first = json.loads(checkpoint.read_text()) if checkpoint.exists() else 0
     for step in range(first, 3):
@@ -43,7 +43,7 @@ def train(config: TrainConfig, context: StepContext) -> StepResult:
     content = {
         "data": [Path(source.path).read_text() for source in config.data],
         "model": context.models["model"].digest if config.model else None,
-        "rate": int(config.rate),  # a rate of 1.5 makes what a rate of 1.0 makes
+        "rate": int(config.rate),  # a rate of 1.5 gives the same weights as 1.0
         "seed": context.seed,
     }
 
@@ -83,6 +83,6 @@ def judge(config: JudgeConfig, context: StepContext) -> StepResult:
 
 
 def install() -> None:
-    """Make the stages known to this process."""
+    """Register the stages in this process."""
     STAGES["train"] = Stage(f"{__name__}:TrainConfig", f"{__name__}:train")
     STAGES["judge"] = Stage(f"{__name__}:JudgeConfig", f"{__name__}:judge", makes_model=False)

@@ -1,7 +1,7 @@
 """Errors in a recipe, a data set or a model give one message: exit status 2, no traceback, and an unchanged registry.
 
-A case is a recipe (from ``GOOD``, changed), the files beside it, and what the message must contain. Data and models are those of the
-smallest possible world; most cases end before a model is read.
+A case is a recipe (from ``GOOD``, changed), the files beside it, and what the message must contain. Data and models are as small
+as possible, and most cases end before a model is read.
 """
 
 from __future__ import annotations
@@ -482,7 +482,7 @@ def without_a_layer(folder: Path) -> None:
 
 
 def other_vocabulary(folder: Path) -> None:
-    """A second model, ``./other``, with a tokenizer of its own."""
+    """A second model, ``./other``, with another tokenizer."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model").train_new_from_iterator(["other words entirely"], 280)
@@ -594,7 +594,7 @@ CASES = {f"{kind}: {name}": case for kind, cases in TABLES.items() for name, cas
 
 @pytest.fixture
 def workdir(tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a model, a good table for every stage, and a registry that holds one model."""
+    """A folder with a model, a valid table for every stage, and a registry with one model."""
     from stages.registry.ledger import Registry
 
     monkeypatch.chdir(tmp_path)
@@ -613,7 +613,7 @@ def workdir(tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyP
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below ``folder``; locks and the counters beside them are no content."""
+    """Every file below ``folder`` except locks and version counters."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
 
 
@@ -659,7 +659,7 @@ def test_debug_prints_the_traceback(workdir: Path, name: str) -> None:
 
 @pytest.mark.parametrize("step", [PRETRAINING, SFT, REWARD, SENTIMENT, PPO, EVALUATION], ids=lambda step: step["stage"])
 def test_good_recipe_runs(workdir: Path, step: dict[str, Any]) -> None:
-    """Else a case could be refused for another reason than its own."""
+    """If this recipe failed, all cases could fail for another reason than theirs."""
     (workdir / "good_rewards.py").write_text("def ones(p, c):\n    return [1.0] * len(c)\n")
     text = json.dumps(step).replace("stages.corpora.world.gold:score_batch", "good_rewards:ones")
     (workdir / "good.yaml").write_text(f"name: good\nsteps:\n  - {text}\n")

@@ -42,7 +42,7 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     importlib.import_module("fake_stages").install()
     monkeypatch.setattr(
         "stages.report.page.write_report", lambda run: Written(run.path / "report.html", 0, [])
-    )  # drawing takes a second a run
+    )  # drawing takes a second for each run
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("STAGES_HOME", raising=False)
     Path("a.txt").write_text("a")

@@ -1,4 +1,4 @@
-"""The documentation is true: its Python snippets run, its links lead somewhere, and the files it names exist."""
+"""The documentation is correct: its Python snippets run, its links have targets, and the files that it names exist."""
 
 from __future__ import annotations
 

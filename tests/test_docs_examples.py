@@ -40,7 +40,7 @@ def _commands() -> list[str]:
 
 
 def _mentions() -> list[str]:
-    """Commands between backticks in a sentence. They may leave out what they work on: `stages models show`."""
+    """Commands between backticks in a sentence. They may have no arguments: `stages models show`."""
     texts = [re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL) for page in PAGES]
     return sorted({line for text in texts for line in re.findall(r"`((?:stages|\./launch\.sh|accelerate launch|python) [^`]+)`", text)})
 
@@ -64,7 +64,7 @@ def test_the_parser_refuses_a_wrong_command(arguments: list[str]) -> None:
 
 
 def _recipe_words(words: list[str]) -> None:
-    """A shipped recipe that a command names exists and takes the overrides behind it."""
+    """Check that a shipped recipe in a command exists and accepts the overrides after it."""
     recipes = [word for word in words if word.startswith("recipes/") and word.endswith(".yaml") and "/accelerate/" not in word]
     for recipe in recipes:
         load_recipe(REPOSITORY / recipe, [word for word in words if OVERRIDE.match(word)])
@@ -86,7 +86,7 @@ def test_mentioned_command_is_accepted(line: str) -> None:
 
 def _check(line: str) -> None:
     """Give a command to the parser of the program that it starts."""
-    words = shlex.split(re.split(r"\s\.\.\.(?:\s|$)", line)[0], comments=True)  # an unquoted ... stands for more words
+    words = shlex.split(re.split(r"\s\.\.\.(?:\s|$)", line)[0], comments=True)  # an unquoted ... means further words
     if not words or words[:1] == ["git"] or "pip" in words[0] or "pre-commit" in words[0]:
         return
     if words[0] == "stages":
@@ -143,7 +143,7 @@ def test_yaml_example_is_accepted(block: str, tmp_path: Path) -> None:
     recipe = YAML(typ="safe").load(RECIPE)
     if isinstance(content, list):  # steps
         recipe["steps"] = content
-    elif "steps" in content:  # a whole recipe
+    elif "steps" in content:  # a complete recipe
         recipe = content
     elif "validation" in content.get("data", {}):  # the data of a sentiment classifier
         recipe["steps"] = [{"stage": "sentiment", "name": "sentiment", "model": "distilbert-base-uncased", **content}]

@@ -1,4 +1,4 @@
-"""Whatever is written into a recipe, a reference or a registry: an answer or a message of ours, and never a broken registry."""
+"""Any content of a recipe, a reference or a registry gives a result or one of our messages, and never damages the registry."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ KEYS = st.sampled_from(
 
 
 def places(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
-    """Every place in a recipe."""
+    """Every path in a recipe."""
     below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path, *(path_found for key, item in below for path_found in places(item, (*path, key)))]
 
@@ -75,7 +75,7 @@ def test_recipe_with_any_value_at_any_path_is_read_or_refused_in_one_line(tmp_pa
     try:
         changed = put(BASE, changed_path, value)
     except (TypeError, KeyError, IndexError):
-        return  # no such place
+        return  # no such path
     file = tmp_path / "some.yaml"
     file.write_text(json.dumps(changed, ensure_ascii=True), encoding="utf-8")  # JSON is YAML
     try:
@@ -145,14 +145,14 @@ def test_valid_names_stay_inside_the_registry(tmp_path: Path, name: str) -> None
         return
     folder = root / name
     assert folder.resolve().is_relative_to(root.resolve()) and folder.resolve() != root.resolve()
-    assert all(not part.isdigit() for part in name.split("/"))  # else it could be taken for a version of another name
+    assert all(not part.isdigit() for part in name.split("/"))  # otherwise it could be read as a version of another name
 
 
 # Registry histories
 
 
 class Histories(RuleBasedStateMachine):
-    """Versions come and go; the ledger kept beside says what has to be there."""
+    """Versions are published and removed. A second list in the test has the expected versions."""
 
     refs = Bundle("refs")
     names = st.sampled_from(["quick/base", "quick/sft", "other", "quick"])
@@ -162,7 +162,7 @@ class Histories(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory(prefix="histories-")
         self.registry = Registry(Path(self.folder.name, "registry"))
         self.ledger: dict[str, tuple[str, bytes]] = {}  # ref -> digest, weights
-        self.last: dict[str, int] = {}  # name -> the highest number ever given
+        self.last: dict[str, int] = {}  # name -> the highest version number so far
         self.bases: dict[str, str] = {}  # adapter's ref -> the digest of its base
         self.damaged: set[str] = set()
 
@@ -183,7 +183,7 @@ class Histories(RuleBasedStateMachine):
             record = self.registry.get(base)
             origin = ResolvedModel(base, "registry", str(record.path), record.digest, ModelInput(ref=base), record)
         made = self.registry.publish(name, fill, role="language_model", base=origin, fingerprint=f"fingerprint of {name}")
-        assert made.version == self.last.get(name, 0) + 1  # a number is never given twice
+        assert made.version == self.last.get(name, 0) + 1  # a version number is never used twice
         self.last[name] = made.version
         self.ledger[made.ref] = (made.digest, next(iter(files.values())))
         return made.ref

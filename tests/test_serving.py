@@ -1,4 +1,4 @@
-"""`stages serve`: scores over HTTP equal those of the model here, every answer has the digest, and bad requests are told what is wrong."""
+"""`stages serve`: scores over HTTP equal those of the model here, every answer has the digest, and a bad request gets a message."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Served = dict[str, tuple[str, Scorer]]
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, tiny_tokenizer: Any) -> Iterator[Served]:
-    """(address, scorer) of a reward model with a template and a classifier, each behind a server of its own."""
+    """(address, scorer) of a reward model with a template and a classifier, each on a separate server."""
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
     folder = tmp_path_factory.mktemp("served")
@@ -110,9 +110,9 @@ def test_openrlhfs_own_requests(served) -> None:
     expected = made.source.score(prompts, [" the film", " dull"])
     assert answer["rewards"] == answer["scores"] == pytest.approx(expected.tolist(), abs=1e-5)
     assert (answer["model"], answer["digest"]) == (made.signature["model"], made.signature["digest"])
-    answer = httpx2.post(f"{address}/get_reward", json={"query": query}).json()  # nothing says where the prompts end
+    answer = httpx2.post(f"{address}/get_reward", json={"query": query}).json()  # nothing shows where the prompts end
     assert answer["rewards"] == pytest.approx(made.source.score_texts(query).tolist(), abs=1e-5)
-    address, made = served["rm"]  # with a chat template, which has written these texts already
+    address, made = served["rm"]  # with a chat template, which has already been applied to these texts
     prompts = ["user: a film\nassistant: ", "user: p\nassistant: "]
     query = [prompt + text for prompt, text in zip(prompts, TEXTS, strict=True)]
     body, key = {"query": query, "prompts": prompts, "labels": [None, None]}, {"authorization": "Bearer k-secret-9"}

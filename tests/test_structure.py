@@ -1,4 +1,4 @@
-"""The structure of the code: who may import whom, what lies where, and that starting is quick."""
+"""The structure of the code: allowed imports, allowed files, and a fast start."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 FOR_EVERYONE = {"config", "errors", "json_types", "metric_names", "model_types", "run_summary", "shipped"}
-# Room -> rooms it may import, beside itself and those of FOR_EVERYONE.
+# Room -> rooms that it may import, in addition to itself and those of FOR_EVERYONE.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
@@ -155,7 +155,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def circles(imports: dict[str, set[str]]) -> list[set[str]]:
-    """Groups of modules each of which leads back to itself (strongly connected components of more than one module)."""
+    """Circles of imports (strongly connected components of more than one module)."""
 
     def reached(start: str) -> set[str]:
         seen: set[str] = set()
@@ -180,7 +180,7 @@ def test_imports_follow_the_arrows() -> None:
     for module, imported in graph().items():
         here = room(module)
         used[here] |= {room(name) for name in imported} - {here, "__init__"} - FOR_EVERYONE
-    assert used == ARROWS  # none that is not in the table, and none in the table that nobody needs
+    assert used == ARROWS  # every import is in the table, and every entry of the table is needed
 
 
 def test_imports_in_functions_and_for_type_checkers_are_seen() -> None:
@@ -290,7 +290,7 @@ STARTS_FAST = {
     "stages.recipe.settings",
     "stages.sharing.pull",
     "stages.sharing.push",
-    "stages.stats.intervals",  # a report and the labelling page need its closed formulas only; the bootstrap needs torch
+    "stages.stats.intervals",  # a report and the labelling page need only its closed formulas; the bootstrap needs torch
     "stages.sweep.run",
     "stages.terminal",
 }
@@ -413,7 +413,7 @@ def test_mathematics_imports_without_transformers() -> None:
 
 
 MOST_ANY = 2
-"""The most uses of ``Any``, without imports, per thousand lines."""
+"""Maximum number of uses of ``Any``, without imports, per thousand lines."""
 
 
 def test_any_is_rare() -> None:

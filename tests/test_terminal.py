@@ -1,4 +1,4 @@
-"""The terminal: prompts from three places, completions side by side, scores, and a conversation that remembers and forgets."""
+"""The terminal: prompts from three sources, completions side by side, scores, and a conversation with a limited context."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stages.terminal import Chat, read_prompts
 
 
 class Parrot:
-    """A speaker that says how much it was told; ``room`` messages fit its context."""
+    """A speaker that answers with the number of messages that it got. ``room`` messages fit into its context."""
 
     def __init__(self, name: str, converses: bool = True, room: int = 100) -> None:
         self.name, self.converses, self.room = name, converses, room

@@ -44,7 +44,7 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("a.txt").write_text("a")
     Path("b.txt").write_text("b")
     Path("quick.yaml").write_text(RECIPE)
-    # Drawing takes a second a run; one test below has the page made.
+    # Drawing the page takes a second for each run; one test below draws it.
     monkeypatch.setattr("stages.report.page.write_report", lambda run: Written(run.path / "report.html", 0, []))
 
 
@@ -101,13 +101,13 @@ def test_summary_records_steps_models_and_results(tmp_path: Path) -> None:
 
 def test_reused_evaluation_copies_its_files_and_figures() -> None:
     run()
-    shutil.rmtree(next(path for path in Path("home/runs/quick").iterdir() if not path.is_symlink()))  # run folders are the user's to delete
+    shutil.rmtree(next(path for path in Path("home/runs/quick").iterdir() if not path.is_symlink()))  # a user may delete run folders
     summary = run()
     assert actions(summary)["verdict"] == "reuse"
     latest = Path("home/runs/quick/latest")
     assert "a completion" in (latest / "verdict" / "completions.jsonl").read_text()
     assert summary["candidates"]["sft"]["scores"] == {"gold": 0.5}
-    (latest / "verdict" / "evaluation.json").write_text("edited")  # an edit in a run folder does not reach what is kept
+    (latest / "verdict" / "evaluation.json").write_text("edited")  # an edit in a run folder does not change the stored files
     assert actions(run())["verdict"] == "reuse"
     kept = next(Path("home/results").glob("*/files/evaluation.json"))
     kept.write_text("damaged")
@@ -146,7 +146,7 @@ def test_a_report_that_fails_does_not_fail_the_run(monkeypatch: pytest.MonkeyPat
 
 def test_models_of_two_homes_agree(tmp_path: Path) -> None:
     models = [{step["name"]: step["model"] for step in run(home=home)["steps"]} for home in ("home", "deeper/home")]
-    run("base.rate=2.0", home="third")  # gives the third home other version numbers
+    run("base.rate=2.0", home="third")  # so the third home has other version numbers
     models.append({step["name"]: step["model"] for step in run(home="third")["steps"]})
     assert models[0] == models[1] == models[2]
 
@@ -181,7 +181,7 @@ def test_changed_data_reruns_the_step_and_its_dependents() -> None:
 
 def test_rerun_with_equal_content_does_not_rerun_dependents() -> None:
     run()
-    summary = run("base.rate=1.5")  # another setting, the same weights
+    summary = run("base.rate=1.5")  # another setting that does not change the weights
     assert actions(summary) == {"base": "run", "sft": "reuse", "side": "reuse", "verdict": "reuse"}
 
 
@@ -225,17 +225,17 @@ def test_cached_hashes_do_not_hide_a_damaged_input(monkeypatch: pytest.MonkeyPat
     from stages.registry import contents
 
     monkeypatch.setattr(contents, "LARGE_BYTES", 0)
-    monkeypatch.setattr(contents.time, "time", lambda: 1e12)  # all that is on the disk is settled
+    monkeypatch.setattr(contents.time, "time", lambda: 1e12)  # all files are old enough for the cache to trust their times
     run()
     Path("quick.yaml").write_text("name: other\nsteps:\n  - {stage: train, name: a, model: quick/sft, data: a.txt}\n")
     assert plan()["a"][0] == "run"
     weights = Registry("home/registry").get("quick/sft").path / "model.safetensors"
     weights.write_text(weights.read_text().replace("rate", "ratf"))
     memory = json.loads(Path("home/cache/plan.json").read_text())
-    status = weights.stat()  # as if the disk had changed a bit without changing size and time
+    status = weights.stat()  # a bit flip on the disk: same size and time
     memory["hashes"][str(weights.absolute())][:4] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
     Path("home/cache/plan.json").write_text(json.dumps(memory))
-    assert plan()["a"][0] == "run"  # a plan believes its memory
+    assert plan()["a"][0] == "run"  # a plan trusts the cached hashes
     with pytest.raises(RegistryError, match="quick/sft@1 is damaged: model.safetensors was changed"):
         run()
 

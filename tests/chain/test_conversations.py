@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from stages.cli import app
 
-TEMPLATE = (  # its turn end is not the end token, and it trims replies, as Gemma's does
+TEMPLATE = (  # like Gemma's: the turn end is not the end token, and replies are trimmed
     "{{ bos_token }}{% for m in messages %}"
     "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' + m.content | trim + '<end_of_turn>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
@@ -136,7 +136,7 @@ def test_every_stage_reads_what_the_template_writes(folder, monkeypatch) -> None
         trained = text([token for token, counts in zip(row.ids, row.counted(True), strict=True) if counts])
         assert trained == "the sun is warm<end_of_turn>\ni am fine<end_of_turn>\n"
 
-    # Reward model: both sides of the conversation, whole.
+    # Reward model: both complete conversations.
     sides = {tuple(text(ids) for ids in row.rows) for row in seen["reward_model"]}
     endings = [tuple(SHOWN.format(number) + f"{reply}<end_of_turn>\n" for reply in ("i am fine", "no")) for number in range(8)]
     assert sides and sides <= set(endings)
@@ -187,7 +187,7 @@ def test_plan_refuses_a_role_that_the_template_of_a_later_step_refuses(folder) -
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + TEMPLATE
     )
     chain = json.loads((folder / "chain.yaml").read_text())
-    for name in ("chats", "pairs"):  # rows that it takes: one turn each
+    for name in ("chats", "pairs"):  # rows that this template accepts: one turn each
         row = json.dumps({"prompt": "hello", "completion": "fine", "chosen": "fine", "rejected": "no"}) + "\n"
         (folder / f"{name}.jsonl").write_text(row * 8)
     evaluated = [*chain["steps"][:2], chain["steps"][3] | {"candidates": {"a": "sft"}}]
@@ -203,7 +203,7 @@ def test_the_plan_checks_the_data_again_after_the_template_of_a_local_model_chan
     from stages.recipe.schema import load_recipe
 
     chain = json.loads((folder / "chain.yaml").read_text())
-    (folder / "chats.jsonl").write_text((json.dumps({"prompt": "hello", "completion": "fine"}) + "\n") * 8)  # any template takes these
+    (folder / "chats.jsonl").write_text((json.dumps({"prompt": "hello", "completion": "fine"}) + "\n") * 8)  # every template accepts these
     (folder / "chain.yaml").write_text(json.dumps({"name": "chats", "steps": chain["steps"][:2]}))
     (folder / "home").mkdir()
     plan(load_recipe(folder / "chain.yaml"), folder / "home")

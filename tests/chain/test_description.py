@@ -1,4 +1,4 @@
-"""What `models show` tells people: rows of data, settings that are no defaults, numbers with three digits."""
+"""What `models show` prints: rows of data, settings that are no defaults, numbers with three digits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that cannot play their part are refused when the recipe is planned, before any step trains."""
+"""Models that do not fit their role are refused when the recipe is planned, before any step trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A clean run says nothing on stderr: no library's warnings on models of several families, with adapters, nf4 and checkpointing."""
+"""A run without problems prints nothing on stderr: no warnings of libraries, for several families, adapters, nf4 and checkpointing."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a recipe reads on the Hub: checked at the plan from metadata alone, read at the commits of the plan, and read again offline.
 
-Commands run in a process of their own with the real client libraries, against the stand-in of the Hub (tests/hub/stand_in.py).
+Commands run in a separate process with the real client libraries. A local server replaces the Hub (tests/hub/stand_in.py).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def rows_of(train: list[dict[str, Any]], **others: list[dict[str, Any]]) -> dict
 
 @pytest.fixture
 def fresh(hub: Hub) -> Iterator[Hub]:
-    """The hub with ``org/model`` and ``org/rows`` as they were first, and without faults."""
+    """The Hub without faults, with the first versions of ``org/model`` and ``org/rows``."""
     gpt2 = hub.repositories["model", "openai-community/gpt2"]
     files = gpt2.commits[gpt2.refs["main"]]
     hub.publish("model", "org/model", files)
@@ -110,7 +110,7 @@ def test_unloadable_model_gives_one_message_before_training(
         assert line.startswith("error: override 'verdict.judges=[{model: ")
         assert "steps[1].judges[0].model: got" in line
         assert re.search(message, line), line
-        assert "pytorch_model.bin," not in line  # the advice must not ask for what is refused
+        assert "pytorch_model.bin," not in line  # the advice must not suggest a value that is refused
     assert not any(name.endswith((".safetensors", ".bin", ".parquet")) for name in fresh.downloads())
     assert not (workdir / "home" / "work").exists()
 
@@ -166,10 +166,10 @@ def test_plan_checks_the_default_split_of_each_field(stage: str, field_path: str
 
 
 def test_hub_ids_that_resemble_local_names_stay_hub_ids(fresh: Hub, hub_client: Client, workdir: Path) -> None:
-    """A step, a recipe or a folder of a similar name does not matter; the very name does, and hub: overrules it."""
+    """A step, recipe or folder with a similar name has no effect. One with the same name has precedence, except over ``hub:``."""
     files = fresh.repositories["model", "org/model"].commits[fresh.commit("model", "org/model")]
-    fresh.publish("model", "small/sft-2", files)  # near small/sft, and of an owner that is called as the recipe
-    fresh.publish("model", "small/sft", files)  # the very name of a step
+    fresh.publish("model", "small/sft-2", files)  # similar to small/sft; the owner has the name of the recipe
+    fresh.publish("model", "small/sft", files)  # exactly the name of a step
     (workdir / "org").mkdir()
     (workdir / "lvwerra").mkdir()
     steps = planned(hub_client, workdir, "verdict.candidates={a: small/sft-2, b: small/sft, c: 'hub:small/sft'}")
@@ -214,7 +214,7 @@ def test_commits_are_recorded_and_changes_are_detected(fresh: Hub, hub_client: C
     assert (steps["sft"]["action"], steps["sft"]["reason"]) == ("run", "data changed: data.train, data.validation")
     fresh.publish("model", "org/model", {**fresh.repositories["model", "org/model"].commits[model], "NOTES": b"retrained"})
     assert planned(hub_client, workdir)["sft"]["reason"] == "input changed: model; data changed: data.train, data.validation"
-    # Pinned to the commits of the first run, all of it is reused: which branch led there does not matter.
+    # Pinned to the commits of the first run, all steps are reused, although the revision is another text.
     pinned = [
         f"sft.model={{ref: org/model, revision: {model}}}",
         f"verdict.candidates.base={{ref: org/model, revision: {model}}}",
@@ -226,7 +226,7 @@ def test_commits_are_recorded_and_changes_are_detected(fresh: Hub, hub_client: C
 def test_offline_run_uses_cached_commits_and_names_missing_ones(fresh: Hub, hub_client: Client, hub_cache: Path, workdir: Path) -> None:
     assert asked(hub_client, "run", workdir, home="first").status == 0
     before = planned(hub_client, workdir, home="first")
-    fresh.publish("dataset", "org/rows", rows_of(ROWS[12:]))  # the cache does not know of it
+    fresh.publish("dataset", "org/rows", rows_of(ROWS[12:]))  # the cache does not have it
     fresh.requests.clear()
     offline = Client(fresh.environment(hub_cache, offline=True))
     after = planned(offline, workdir, home="first")
@@ -262,7 +262,7 @@ def test_unresponsive_hub_is_given_up_after_a_few_seconds(fresh: Hub, workdir: P
 
 
 def test_temporary_hub_errors_are_retried(fresh: Hub, hub_client: Client, workdir: Path) -> None:
-    """Busy answers, slow answers, and downloads that break off twice: rows and weights arrive whole."""
+    """The Hub answers busily and slowly, and downloads break off twice. Rows and weights are complete nevertheless."""
     long = [{"prompt": f"Question {number}:", "completion": " word", "note": "x" * 1000} for number in range(2000)]
     fresh.publish("dataset", "org/long", {"train.jsonl.gz": gzip.compress(json_lines(long), 0), "test.jsonl": json_lines(ROWS[:4])})
     fresh.failures, fresh.slow_seconds = 2, 0.05
@@ -312,13 +312,13 @@ def _write_adapter(folder: Path, base: Path, files: dict[str, bytes]) -> None:
 
 
 def test_hub_prefix_reads_the_hub_if_a_folder_has_the_same_name(fresh: Hub, hub_client: Client, workdir: Path) -> None:
-    """transformers reads a folder of the working directory before it asks the Hub; hub: must not end there."""
+    """transformers prefers a folder in the working directory to the Hub; with ``hub:`` it must not."""
     said = _generated(hub_client, "org/model", workdir)
     assert said.status == 0, said.output
     (workdir / "org" / "model").mkdir(parents=True)
     (workdir / "org" / "model" / "config.json").write_text("{}")
     local = _generated(hub_client, "org/model", workdir)
-    assert local.status == 2  # the folder is meant, and it holds no model
+    assert local.status == 2  # the name means the folder, which contains no model
     forced = _generated(hub_client, "hub:org/model", workdir)
     assert forced.output.splitlines()[-1].replace("hub:org/model", "org/model") == said.output.splitlines()[-1]
 

@@ -25,7 +25,7 @@ TIMES = ("train_seconds", "steps_per_second", "tokens_per_second")
 RANKED = ("prompt", "completions", "ranks")
 THINGS = ("film", "plot", "music", "ending", "acting")
 STAGES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    # Dropout draws from the process's random stream, packing and masking are the awkward ways to make a batch.
+    # Dropout uses the random stream of the process. Packing and masking are the most complicated ways to make a batch.
     "pretraining": (
         pretraining,
         pretraining.PretrainingConfig,
@@ -92,7 +92,7 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One file that has the columns of every stage."""
+    """One file with the columns of all stages."""
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     rows = [
         {
@@ -154,7 +154,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     context = step_context("test/cut", 5, models)
     steps = 0
 
-    def is_due(self: Checkpoints) -> bool:  # asked once after every optimizer step
+    def is_due(self: Checkpoints) -> bool:  # called once after every optimizer step
         nonlocal steps
         steps += 1
         if steps in (3, 6):
@@ -169,9 +169,9 @@ def test_resumed_run_equals_an_uninterrupted_one(
             run(stage, data, context)
         context.close()
         context.runtime.stop.number = None
-    again = step_context("test/again", 5, models)  # the chain gives every attempt a run folder of its own
+    again = step_context("test/again", 5, models)  # the chain makes a new run folder for every attempt
     again.checkpoint_folder = context.checkpoint_folder
-    torch.manual_seed(999)  # whatever the process did in between
+    torch.manual_seed(999)  # as if the process had used random numbers in between
     resumed, uninterrupted = run(stage, data, again), undisturbed(stage)
     assert resumed["weights"].keys() == uninterrupted["weights"].keys()
     for name, expected in uninterrupted["weights"].items():
@@ -193,7 +193,7 @@ def test_adapter_checkpoints_contain_only_the_adapter(data, step_context, resolv
 
 def test_best_and_last_checkpoints_are_both_published(data, step_context, resolve_folder, tiny_llama_folder) -> None:
     context = step_context("test/step", 5, {"model": resolve_folder(tiny_llama_folder)})
-    settings = {"learning_rate": 3e-2, "schedule": "constant", "epochs": 10.0, "batch_size": 6}  # far too fast: it gets worse again
+    settings = {"learning_rate": 3e-2, "schedule": "constant", "epochs": 10.0, "batch_size": 6}  # too high: it gets worse again
     config = config_of("reward_model", data, keep_best=1)
     config = config.model_copy(update={"training": config.training.model_copy(update=settings)})
     result = reward_model.run(config, context)

@@ -1,4 +1,4 @@
-"""All stages in one chain on a few rows of the embedded world, as a user starts it: run, rerun, override, and a kill in the middle."""
+"""All stages in one chain on a few rows of the embedded world: a run, a second run, an override, and a run that is killed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Numbers of the papers, worked out by hand, for anybody's functions: ours (test_numbers.py), TRL's (tests/benchmarks/conformance_trl.py).
+"""Numbers of the papers, computed by hand, to check implementations: ours (test_numbers.py), TRL's (tests/benchmarks/conformance_trl.py).
 
-A case asks an ``Implementation`` and compares with a number. What an implementation has no function for stays None there.
+A case calls a function of an ``Implementation`` and compares the result with a number. If an implementation lacks a function, it is None.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ONES = torch.ones(1, 3, dtype=torch.bool)
 
 @dataclass(frozen=True, kw_only=True)
 class Implementation:
-    """What a library offers. B sequences, R tokens; masks are True where a token counts."""
+    """The functions of a library. B sequences, R tokens; masks are True where a token counts."""
 
     name: str
     whiten: Callable[[Tensor, Tensor], Tensor] | None = None  # (x [B, R], mask) -> zero mean, unit variance
@@ -30,7 +30,7 @@ class Implementation:
     adam: Callable[[float, float], float] | None = None  # (gradient, epsilon) -> first step / learning rate, betas 0.9, 0.999
     penalize: Callable[[Tensor, Tensor], Tensor] | None = None  # (scores, stopped), penalty 1 -> scores
     ranking_loss: Callable[[Sequence[Sequence[float]]], float] | None = None  # scores of each prompt, best first -> mean over prompts
-    best_of: Callable[[Sequence[float], int], float] | None = None  # (scores, place of the best)
+    best_of: Callable[[Sequence[float], int], float] | None = None  # (scores, index of the best)
     response_mask: Callable[[Tensor, int], Tensor] | None = None  # (response ids [B, R], end token) -> True through the end token
     logprobs: Callable[[Tensor, Tensor, float], Tensor] | None = None  # (logits, tokens, temperature)
     mean_entropy: Callable[[Tensor, Tensor], float] | None = None  # (logits [B, R, V], mask)
@@ -41,11 +41,11 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Case:
-    """A number to meet."""
+    """An expected number."""
 
     detail: str  # id of stages/conformance.py
     what: str
-    needs: str  # which function of an Implementation
+    needs: str  # name of the function of an Implementation
     run: Callable[[Any], Any]
     expected: Any
     tolerance: float = 1e-5
@@ -56,7 +56,7 @@ def _grid(*rows: Sequence[float]) -> Tensor:
 
 
 def _masked(whiten: Any) -> list[float]:
-    """Whitened values at counted places, with numbers under the mask that must not matter."""
+    """Whitened values of the counted entries. The numbers under the mask must have no effect."""
     x, mask = _grid([1.0, 2.0, 99.0], [3.0, -50.0, 7.0]), torch.tensor([[True, True, False], [True, False, False]])
     return whiten(x, mask)[mask].tolist()
 
@@ -77,12 +77,12 @@ def _ragged_gae(function: Any) -> list[float]:
 
 
 def _weights_of_prompts(function: Any) -> list[float]:
-    """What nine completions of equal score cost, and four: the same."""
+    """The losses of nine and of four completions with equal scores; they must be equal."""
     return [function([[0.0] * 9]), function([[0.0] * 4]), function([[0.0] * 9, [1.0, 0.0]])]
 
 
 def _certain_last() -> Tensor:
-    """Logits [1, 3, 8]: twice uniform, then all on one token."""
+    """Logits [1, 3, 8]: two uniform distributions, then one with all probability on one token."""
     return torch.stack([torch.zeros(8), torch.zeros(8), torch.tensor([99.0] + [0.0] * 7)])[None]
 
 
@@ -198,7 +198,7 @@ CASES = [
 
 
 def difference(actual: Any, expected: Any) -> float:
-    """The largest distance between two numbers, or lists of them; infinite where their shapes differ."""
+    """The largest difference between two numbers or lists of numbers; infinite if their shapes differ."""
     if isinstance(expected, list):
         if not isinstance(actual, list) or len(actual) != len(expected):
             return math.inf

@@ -1,4 +1,4 @@
-"""Details of the papers that are about models, tokens and reward models: each as its row in the checklist asks for it."""
+"""Details of the papers about models, tokens and reward models, as in the rows of stages/conformance.py."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PAD = 1
 
 
 def gpt2_folder(folder: Path, tokenizer: Any) -> Path:
-    """A tiny GPT-2, whose config has dropout 0.1 everywhere, and learned positions."""
+    """A tiny GPT-2 with learned positions. Its config has dropout 0.1 everywhere."""
     import transformers
 
     torch.manual_seed(1)
@@ -83,7 +83,7 @@ def test_a_completion_begins_with_a_space_and_ends_with_the_end_token(tiny_token
     ids, length = encode_pair(tokenizer, "POST: x", "foo")
     assert ids[length:] == tokenizer(" foo")["input_ids"] + [tokenizer.eos_token_id]
     assert ids[length:-1] != tokenizer("foo")["input_ids"]
-    assert encode_pair(tokenizer, "POST: x", " foo")[0] == ids  # data that has the space already is left alone
+    assert encode_pair(tokenizer, "POST: x", " foo")[0] == ids  # data that already has the space is not changed
     assert encode_completion(tokenizer, " foo")[-1] == tokenizer.eos_token_id
 
 
@@ -126,7 +126,7 @@ def test_positions_follow_the_mask(gpt2: Path) -> None:
 @pytest.mark.detail("G13")
 def test_processes_sample_differently_from_one_order_of_prompts(tiny_llama_folder: Path) -> None:
     seeds = [episode_seed(7, iteration, row) for iteration in range(50) for row in range(64)]
-    assert len(set(seeds)) == len(seeds)  # one stream per episode, whichever process takes it
+    assert len(set(seeds)) == len(seeds)  # one random stream per episode, independent of the process that samples it
     model = load_language_model(str(tiny_llama_folder), dtype=torch.float32, trainable=False)
     settings = GenerationSettings(max_new_tokens=8)
     # process 0 takes the even episodes and process 1 the odd ones; here of the same prompt
@@ -170,7 +170,7 @@ def test_evaluation_at_temperature_0_01_samples_almost_greedily() -> None:
     logits = torch.tensor([0.0, 0.02]).expand(1000, 2)
     tokens, _ = sample_tokens(logits, noise, temperature=GenerationSettings(temperature=0.01).temperature)
     share = tokens.float().mean().item()
-    assert share == pytest.approx(1 / (1 + 2.718281828**-2), abs=2e-3)  # 0.88, and not 1: T = 0.01 is no greedy decoding
+    assert share == pytest.approx(1 / (1 + 2.718281828**-2), abs=2e-3)  # 0.88, not 1: T = 0.01 is not greedy decoding
 
 
 # Reward models
@@ -227,7 +227,7 @@ def test_tokens_after_the_end_do_not_change_the_score(reward_model: RewardModel)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0]])
     one, two = (reward_model.score(torch.tensor([[*TEXT, *tail]]), mask) for tail in ([PAD, PAD, PAD], [88, 200, 0]))
     assert torch.equal(one, two)  # to the bit
-    # read at the last real token and nowhere else
+    # read at the last real token only
     tokens = reward_model.score_tokens(torch.tensor([[*TEXT, PAD, PAD, PAD]]), mask)
     torch.testing.assert_close(one, tokens[:, 3])
     assert (tokens[:, 2] - one).abs() > 1e-4
@@ -259,7 +259,7 @@ def test_left_and_right_padding_agree_up_to_rounding(gpt2: Path, dtype: torch.dt
 def test_a_reward_model_of_another_family_and_vocabulary_scores_texts(
     tmp_path: Path, resolve_folder: Any, ppo_policy: Any, step_context: Any
 ) -> None:
-    """The policy is a Llama of 300 tokens; the reward model a GPT-2 with a tokenizer of 270 that cuts texts otherwise."""
+    """The policy is a Llama with 300 tokens. The reward model is a GPT-2 whose tokenizer has 270 tokens and splits texts differently."""
     from stages.ppo.config import PPOStepConfig
     from stages.ppo.roles import load_roles
 
@@ -268,7 +268,7 @@ def test_a_reward_model_of_another_family_and_vocabulary_scores_texts(
     context = step_context(models={"policy": ppo_policy, "reward[0].model": resolve_folder(other)})
     config = PPOStepConfig.model_validate({"name": "p", "policy": "x", "reward": [{"model": "other"}], "data": "u", "precision": "fp32"})
     roles = load_roles(config, context)
-    assert roles.value is not None  # of the policy's family: the reward model cannot read the policy's tokens
+    assert roles.value is not None  # the value network is of the policy's family, because the reward model cannot read the policy's tokens
     assert roles.value.config.model_type == "llama"
     source = scorer(resolve_folder(other))
     before = source.score(["the film"], ["a joy"])
@@ -277,7 +277,7 @@ def test_a_reward_model_of_another_family_and_vocabulary_scores_texts(
         for network in roles.networks().values():
             for parameter in network.parameters():
                 parameter.add_(1.0)
-    assert torch.equal(source.score(["the film"], ["a joy"]), before)  # nothing is shared with what trains
+    assert torch.equal(source.score(["the film"], ["a joy"]), before)  # no weights are shared with trained models
 
 
 @pytest.fixture

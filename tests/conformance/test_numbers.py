@@ -1,4 +1,4 @@
-"""The papers' numbers against our functions; and that a case does tell right from wrong."""
+"""Our functions return the papers' numbers, and a wrong function fails its case."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stages.rl.shaping import penalize_missing_eos, shape_rewards
 _spec = importlib.util.spec_from_file_location("conformance_cases", Path(__file__).with_name("cases.py"))
 assert _spec is not None and _spec.loader is not None
 cases = importlib.util.module_from_spec(_spec)
-__import__("sys").modules["conformance_cases"] = cases  # dataclasses look their module up
+__import__("sys").modules["conformance_cases"] = cases  # dataclasses look up their module by name
 _spec.loader.exec_module(cases)
 
 
@@ -59,7 +59,7 @@ def _average(average: float, weight: float, decay: float, times: int) -> float:
 
 
 def _head(width: int) -> float:
-    """As drawn in RewardModel.from_language_model, over many draws of one head's width."""
+    """The standard deviation of many heads of one width, drawn as in RewardModel.from_language_model."""
     from transformers import LlamaConfig, LlamaModel
 
     from stages.models.heads import RewardModel

@@ -82,7 +82,7 @@ def test_real_preference_pairs(shared_data: Path) -> None:
 
 
 def test_a_list_of_objects_is_read_by_the_path_to_its_fields(tmp_path: Path) -> None:
-    """UltraFeedback's form: each completion is an object that holds its text and its grades."""
+    """UltraFeedback's format: each completion is an object with its text and its grades."""
     row = {
         "instruction": "Name a colour.",
         "completions": [

@@ -71,7 +71,7 @@ def test_the_two_hundred_and_first_prompt_of_a_user_is_dropped() -> None:
 def test_personal_data_is_found(text: str) -> None:
     table = rows({"prompt": "fine"}, {"prompt": text}, {"messages": [{"role": "user", "content": text}]})
     assert Curator(Curation(pii="drop")).training(table) == [{"prompt": "fine"}]
-    assert len(Curator(Curation(pii="drop")).heldout(table)) == 3  # the training split alone
+    assert len(Curator(Curation(pii="drop")).heldout(table)) == 3  # only the training split
     masked = Curator(Curation(pii="mask")).training(table)
     assert len(masked) == 3 and "[" in masked[1]["prompt"] and masked[2]["messages"][0]["content"] == masked[1]["prompt"]
     assert table[1]["prompt"] == text, "the table itself stays as it was"
@@ -92,7 +92,7 @@ def test_lengths_are_counted_in_tokens() -> None:
     curator = Curator(Curation(tokens={"completion": [24, 48]}), count_words)
     assert [count_words(row["completion"]) for row in curator.training(table)] == [24, 48]
     assert curator.left_out == {"length": 2}
-    assert len(Curator(Curation(tokens={"completion": [24, 48]})).training(table)) == 4  # no tokenizer yet: nothing is judged
+    assert len(Curator(Curation(tokens={"completion": [24, 48]})).training(table)) == 4  # no tokenizer yet: no length is checked
     lists = rows({"completions": ["a b", "a b c"]}, {"completions": ["a b", "a"]})
     assert len(Curator(Curation(tokens={"completions": [2, 9]}), count_words).training(lists)) == 1
     with pytest.raises(DataError, match="names the column 'completion'"):

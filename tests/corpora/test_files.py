@@ -20,7 +20,7 @@ Rows = list[dict[str, Any]]
 
 
 def write(path: Path, *texts: str) -> Path:
-    """A file of one row for each text, in the format that its name says."""
+    """Write a file with one row for each text, in the format of its name."""
     import pyarrow
     from pyarrow import csv, ipc, parquet
 
@@ -53,7 +53,7 @@ def _zstd(path: Path, data: bytes) -> bytes:
 
 
 def texts(path: Path, default: str = "train", **fields: Any) -> list[str]:
-    """The texts of ``path``; ``default`` is the split that the reader asks for where ``fields`` name none."""
+    """The texts of ``path``. ``default``: the split to read if ``fields`` name none."""
     return [row["text"] for row in read_rows([DataSource(path=str(path), **fields)], split=default)]
 
 
@@ -186,7 +186,7 @@ def test_fingerprint_of_a_folder_depends_on_everything_that_decides_its_rows(tmp
 def test_held_out_rows_in_the_training_data_are_reported(
     train: dict[str, Any], held: dict[str, Any], is_said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A folder whose names tell no splits is the same rows for both; named splits are not."""
+    """Without split names, both sources read the same rows of a folder; with split names they do not."""
     write(tmp_path / "plain" / "a.jsonl", "one", "two", "three", "four")
     plain = str(tmp_path / "plain")
     data = DataInput(train=[DataSource(path=plain, **train)], validation=[DataSource(path=plain, **held)])

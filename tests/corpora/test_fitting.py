@@ -21,7 +21,7 @@ def test_lines_are_cut_from_the_end_of_the_post(tiny_tokenizer) -> None:
     full = post("\n".join(lines))
     lengths = [len(encode_prompt(tiny_tokenizer, post("\n".join(lines[:kept])))) for kept in range(4)]
     for kept in (3, 2, 1):
-        for limit in (lengths[kept], lengths[kept] + 3):  # just fits, or a few tokens more than fit
+        for limit in (lengths[kept], lengths[kept] + 3):  # exactly the limit, or a few tokens more
             if kept < 3 and limit >= lengths[kept + 1]:
                 continue
             assert fit_prompt(full, PromptFit(max_tokens=limit, **FIT), tiny_tokenizer) == post("\n".join(lines[:kept]))
@@ -34,7 +34,7 @@ def test_a_single_line_is_cut_by_characters(tiny_tokenizer) -> None:
     fitted = fit_prompt(full, PromptFit(max_tokens=limit, **FIT), tiny_tokenizer)
     assert fitted.endswith("\n\nTL;DR:") and fitted.startswith("SUBREDDIT: r/film\n\nTITLE: a film\n\nPOST: a fine film")
     assert len(encode_prompt(tiny_tokenizer, fitted)) <= limit
-    # one character more would not have fitted
+    # one more character would not fit
     kept = len(fitted.split("POST: ")[1].split("\n\nTL;DR:")[0])
     longer = post("a fine film with a bright and honest story"[: kept + 1])
     assert len(encode_prompt(tiny_tokenizer, longer)) > limit

@@ -21,11 +21,11 @@ def test_a_series_that_is_cached_in_part_is_not_read() -> None:
     message = r"in part \(1 of 2 files are missing, .* hf download org/rows --repo-type dataset --revision 0"
     with pytest.raises(HubUnreachable, match=message):
         hub_layout(repository(*files, is_cached=True), DataSource(path="org/rows"))
-    assert hub_layout(repository(*files), DataSource(path="org/rows")).splits == {"train": list(files)}  # so it was published
+    assert hub_layout(repository(*files), DataSource(path="org/rows")).splits == {"train": list(files)}  # as it was published
 
 
 def test_default_split_applies_if_names_define_no_splits() -> None:
-    """A data set without splits is train on the Hub: an evaluation that names no split must not take it for a test split."""
+    """A data set without splits is read as train. An evaluation without ``split`` must not read it as a test split."""
     plain = repository("a.jsonl", "b.jsonl")
     assert chosen_files(plain, DataSource(path="org/rows"), "train") == ["a.jsonl", "b.jsonl"]
     with pytest.raises(DataError, match=r"there is no split 'test' \(the default here; set split to read another\); its splits: train"):

@@ -1,4 +1,4 @@
-"""Which files belong to which split: as ``datasets`` has it, without leaks and without files that are no data."""
+"""Which files belong to which split: the same as in ``datasets``, without leaks and without files that are not data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stages.errors import DataError
 
 
 def layout(*names: str, texts: dict[str, str] | None = None, **choice: Any) -> Layout:
-    """The layout of files of these names; ``texts`` gives what stands in some of them."""
+    """The layout of files with these names. ``texts``: the content of some of them."""
     contents = texts or {}
     return layout_of([*names, *(name for name in contents if name not in names)], lambda name: contents.get(name, ""), **choice)
 
@@ -159,7 +159,7 @@ def saved(*files: str) -> str:
 
 
 def test_folders_of_save_to_disk() -> None:
-    """Splits of any name, and only the files that state.json lists: cache files of map() are none of the data."""
+    """Splits with any name, and only the files that state.json lists. Cache files of map() are not data."""
     texts = {
         "dataset_dict.json": '{"splits": ["train", "hard"]}',
         "train/state.json": saved("data-00000-of-00001.arrow"),
@@ -209,5 +209,5 @@ def test_without_named_splits_all_rows_are_read() -> None:
 def test_missing_file_of_a_series_is_named(folder: str) -> None:
     incomplete = layout(f"{folder}train-00000-of-00003.parquet", f"{folder}train-00002-of-00003.parquet")
     assert incomplete.lost == f"1 of 3 files are missing, e.g. {folder}train-00001-of-00003.parquet"
-    complete = layout(*(f"{folder}train-0000{number}-of-00003-{number}f.parquet" for number in range(3)))  # each with a hash of its own
+    complete = layout(*(f"{folder}train-0000{number}-of-00003-{number}f.parquet" for number in range(3)))  # each with another hash
     assert complete.lost == ""

@@ -123,7 +123,7 @@ HISTORY = [user("hi"), bot("hello")]
 @pytest.mark.parametrize(
     ("columns", "prompt", "completions"),
     [
-        # turns that follow the prompt; what both sides begin with belongs to the prompt
+        # turns that follow the prompt; the common beginning of both sides belongs to the prompt
         ({"prompt": [user("hi")], "chosen": [bot("a")], "rejected": [bot("b")]}, [user("hi")], ["a", "b"]),
         (
             {"prompt": [user("hi")], "chosen": [bot("hello"), user("and?"), bot("a")], "rejected": [bot("hello"), user("what?"), bot("b")]},
@@ -135,7 +135,7 @@ HISTORY = [user("hi"), bot("hello")]
             [user("hi"), bot("hello"), user("so?")],
             ["a", "b"],
         ),
-        # whole conversations, without a prompt or beside one
+        # complete conversations, with or without a prompt column
         ({"chosen": [*HISTORY, user("so?"), bot("a")], "rejected": [*HISTORY, user("so?"), bot("b")]}, [*HISTORY, user("so?")], ["a", "b"]),
         ({"prompt": "hi", "chosen": [user("hi"), bot("a")], "rejected": [user("hi"), bot("b")]}, "hi", ["a", "b"]),
         (
@@ -148,10 +148,10 @@ HISTORY = [user("hi"), bot("hello")]
             ["a", "b"],
         ),
         ({"prompt": [user("hi")], "chosen": [user("hi"), bot("a")], "rejected": [user("hi"), bot("b")]}, [user("hi")], ["a", "b"]),
-        # a text prompt, a turn of the assistant's; sides of different forms and lengths
+        # a text prompt and an assistant turn; the two sides have different formats and lengths
         ({"prompt": "hi", "chosen": [bot("a")], "rejected": "b"}, "hi", ["a", "b"]),
         ({"prompt": "hi", "chosen": [CALL, RESULT, bot("a")], "rejected": [bot("b")]}, "hi", [[CALL, RESULT, bot("a")], "b"]),
-        # several ranked ones
+        # several ranked completions
         (
             {"prompt": "hi", "responses": [[bot("a")], [bot("b")], [bot("c"), user("x"), bot("d")]]},
             "hi",

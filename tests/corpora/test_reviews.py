@@ -1,4 +1,4 @@
-"""Labels by number or by name; everything else is an error with its place."""
+"""Labels by number or by name. Any other label is an error with its location."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows in ShareGPT's form are read as the same conversations with roles are."""
+"""Rows in ShareGPT's format give the same conversations as rows with roles."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def test_no_user_is_on_both_sides(table: str) -> None:
     assert not users[0] & users[1] and (len(users[0]), len(users[1])) == (9, 3)
     numbers = [int(row["text"][1:]) for row in train]
     assert len(train) + len(heldout) == 60 and numbers == sorted(numbers)
-    assert {row["user"] for row in split(table)[1]} & {row["user"] for row in split(table)[0]}  # by row, users are on both sides
+    assert {row["user"] for row in split(table)[1]} & {row["user"] for row in split(table)[0]}  # split by row: users on both sides
 
 
 @pytest.mark.detail("R19")

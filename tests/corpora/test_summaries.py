@@ -1,4 +1,4 @@
-"""TL;DR data as published (Stiennon et al. 2020) and as TRL publishes them again, on small local files of the same form."""
+"""TL;DR data in the original format (Stiennon et al. 2020) and in TRL's format, as small local files."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Ten kinds of chat templates on five kinds of tokenizers: the trained tokens are those that the template renders for the replies.
 
-The whole rendering is transformers' own ``apply_chat_template``. What a template writes for a reply is given by hand in ``REPLY``.
+The full rendering is transformers' ``apply_chat_template``. ``REPLY`` has, by hand, the text that each template writes for a reply.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ TEMPLATES = {
     "{% endif %}{{ m.content + '<|end|>' }}{% else %}{{ '<|assistant|>' }}{% generation %}{{ m.content + '<|end|>' }}{% endgeneration %}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
 }
-REPLY = {  # what each writes for a reply after its generation prompt
+REPLY = {  # the text that each template writes for a reply after its generation prompt
     "chatml": "{}<|im_end|>\n",
     "llama2": " {} </s>",
     "llama3": "{}<|eot|>",
@@ -70,10 +70,10 @@ REPLY = {  # what each writes for a reply after its generation prompt
     "phi": "{}<|end|>\n",
     "zephyr": "{}</s>\n",
     "qwen3": "<think>\n\n</think>\n\n{}<|im_end|>\n",
-    "deepseek": "so\n</think>\n\n{}</s>",  # its generation prompt opens the block, and its replies are given with one
+    "deepseek": "so\n</think>\n\n{}</s>",  # the generation prompt opens the think block, and replies contain one
     "marked": "{}<|end|>",
 }
-CLOSING = {"phi": "</s>"}  # what it writes once, after the last turn
+CLOSING = {"phi": "</s>"}  # the text that it writes once, after the last turn
 TURN_END = {
     "chatml": "<|im_end|>",
     "llama2": "</s>",
@@ -86,7 +86,7 @@ TURN_END = {
     "deepseek": "</s>",
     "marked": "<|end|>",
 }
-DROPS_THOUGHTS = ("qwen3", "deepseek")  # from replies before the last user turn: those train in rows of their own
+DROPS_THOUGHTS = ("qwen3", "deepseek")  # of replies before the last user turn: such replies are trained in separate rows
 KINDS = ("byte_bpe", "sentencepiece", "metaspace", "unigram", "wordpiece")
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
@@ -95,12 +95,12 @@ MULTI = [*SINGLE, (USER, "how are you?"), (ASSISTANT, "the sun is warm"), (USER,
 
 
 def said(name: str, reply: str) -> str:
-    """A reply as the data of this template's users has it."""
+    """A reply in the format of data for this template."""
     return f"<think>\nso\n</think>\n\n{reply}" if name == "deepseek" else reply
 
 
 def last(name: str, reply: str) -> str:
-    """What the template writes for the last reply of a conversation."""
+    """The text that the template writes for the last reply of a conversation."""
     return REPLY[name].format(reply) + CLOSING.get(name, "")
 
 
@@ -143,7 +143,7 @@ def test_last_reply_trains_on_the_template_tokens(tokenizer, name, spoken) -> No
     expected = last(name, spoken[-1][1])
     assert trained_runs(tokenizer, made) == [expected]
     assert tokenizer.decode(made.ids) == prompt_text(tokenizer, messages[:-1]) + expected
-    if name != "deepseek":  # which does not write what its own generation prompt opens
+    if name != "deepseek":  # this template does not write the block that its generation prompt opens
         assert tokenizer.decode(made.ids) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
@@ -171,7 +171,7 @@ def test_every_reply_of_a_conversation_trains(tokenizer, name) -> None:
         assert len(made) == 1 and trained_runs(tokenizer, made[0]) == expected
         assert tokenizer.decode(made[0].ids) == tokenizer.apply_chat_template(messages, tokenize=False)
         return
-    # Each as the last turn, after the history as the template writes it then.
+    # Each reply is the last turn of its row, after the history that the template renders for that row.
     ordered = sorted(made, key=lambda one: len(one.ids))
     assert [trained_runs(tokenizer, one) for one in ordered] == [[text] for text in expected]
     for one, end in zip(ordered, (1, 3, 5), strict=True):
@@ -233,7 +233,7 @@ def test_generation_stops_at_the_turn_end(tokenizer, name) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_equal_those_of_the_full_rendering(tokenizer_of, name, kind) -> None:
-    """No token stands between prompt and reply that the tokenizer would not write there, on any kind of tokenizer."""
+    """For every kind of tokenizer, the tokens of prompt and reply are those of the full rendering."""
     tokenizer = tokenizer_of(kind)
     tokenizer.chat_template = TEMPLATES[name]
     messages = turns(name, MULTI[:4])
@@ -252,12 +252,12 @@ def test_think_blocks(tokenizer_of, reply) -> None:
     thought = "hm" if "hm" in reply else ""
     assert render_pair(tokenizer, "hello", reply)[1] == f"<think>\n{thought}\n</think>\n\ni am fine<|im_end|>\n"
     tokenizer.chat_template = TEMPLATES["deepseek"]
-    if thought:  # the generation prompt has opened the block already
+    if thought:  # the generation prompt has already opened the block
         assert render_pair(tokenizer, "hello", reply) == ("<s><|user|>hello<|assistant|><think>\n", "hm\n</think>\n\ni am fine</s>")
         return
     with pytest.raises(DataError, match="the generation prompt opens <think>: end the reasoning in each reply with </think>"):
         render_pair(tokenizer, "hello", reply)
-    # A sample that was cut inside the block is scored as it was sampled, closed by the turn end.
+    # A sample that ended inside the block is scored unchanged, followed by the turn end.
     assert render_pair(tokenizer, "hello", reply, sampled=True)[1] == "i am fine</s>"
 
 
@@ -297,7 +297,7 @@ def test_a_template_that_drops_a_system_turn_is_refused(tokenizer_of) -> None:
 
 
 def test_generation_markers_are_followed_to_the_token(tokenizer_of) -> None:
-    """They may enclose the line end of the generation prompt. Nothing before the completion of a row with a prompt trains."""
+    """The markers may enclose the line end of the generation prompt. In a row with a prompt, only tokens of the completion are trained."""
     tokenizer = tokenizer_of("byte_bpe")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.role == 'assistant' %}{% generation %}"
@@ -325,7 +325,7 @@ def test_dropped_tool_call_is_detected_although_its_name_is_in_the_tools(tokeniz
 
 
 def test_think_block_that_the_template_rewrites_trains_or_is_refused(tokenizer_of) -> None:
-    """Its generation prompt and its replies both begin with the mark, and differ after it."""
+    """The generation prompt and the replies of this template both begin with the mark and differ after it."""
     tokenizer = tokenizer_of("byte_bpe")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' and '</think>' not in m.content %}"
@@ -338,7 +338,7 @@ def test_think_block_that_the_template_rewrites_trains_or_is_refused(tokenizer_o
 
 
 def test_a_turn_may_end_with_the_start_of_the_next_turn(tokenizer_of) -> None:
-    """As GLM's: generation stops where the next speaker begins."""
+    """Like GLM's template: generation stops where the next speaker begins."""
     tokenizer = tokenizer_of("byte_bpe")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content }}{% endfor %}"

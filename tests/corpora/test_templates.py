@@ -1,4 +1,4 @@
-"""The template travels with the tokenizer; prompt and completion are encoded as the text that they make."""
+"""The template is saved with the tokenizer. Prompt and completion are encoded as one text."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_conversations(tokenizer) -> None:
     with pytest.raises(DataError, match="no chat template; set template in its sft step"):
         encode_prompt(tokenizer, messages)
     set_template(tokenizer, "dialogue")
-    # An earlier reply stands in the prompt as it was learned: with the space that a completion gets.
+    # An earlier reply in the prompt has the same form as in training: with the space before a completion.
     assert render_prompt(tokenizer, messages) == "\n\nHuman: a\n\nAssistant: b<|endoftext|>\n\nHuman: c\n\nAssistant:"
 
 

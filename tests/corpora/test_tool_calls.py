@@ -101,7 +101,7 @@ def test_argument_form_is_detected_inside_conditions_of_a_template(tokenizer) ->
 @pytest.mark.parametrize("arguments", ["Köln", "[1, 2]", '{"town": '])
 def test_arguments_that_are_not_a_json_object_are_kept_or_refused(tokenizer, arguments) -> None:
     tokenizer.chat_template = TEXTS["printed"]
-    for text in (arguments, json.dumps(ARGUMENTS)):  # the text of a JSON object is kept, too
+    for text in (arguments, json.dumps(ARGUMENTS)):  # the text of a JSON object is unchanged, too
         assert written(tokenizer, row(text)) == f"[look_up {text}]<|im_end|>"
     tokenizer.chat_template = OBJECTS["tojson"]
     with pytest.raises(DataError, match=r"^calls.jsonl:7: the arguments of the tool call look_up are .*needs a JSON object$"):

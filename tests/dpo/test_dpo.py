@@ -82,13 +82,13 @@ def test_the_preferred_completion_becomes_likelier(comparisons, step_context, re
     record = result.model
     assert record.role == "language_model" and record.is_adapter == (lora is not None)
     names = {path.name for path in record.path.iterdir()}
-    assert not any(path.is_dir() for path in record.path.iterdir()), names  # no second adapter of TRL's
+    assert not any(path.is_dir() for path in record.path.iterdir()), names  # TRL has not added a second adapter
     logged = [json.loads(line) for line in (context.folder / "metrics.jsonl").read_text().splitlines()]
     assert any("train/rewards/margins" in line for line in logged) and any("heldout/accuracy" in line for line in logged)
 
 
 def test_loss_equals_the_papers_formula(step_context, resolve_folder, tiny_llama_folder, tmp_path) -> None:
-    """One batch against -log sigmoid(beta * ((log p - log p_ref of chosen) - (of rejected))), written out."""
+    """One batch. Expected: -log sigmoid(beta * ((log p - log p_ref of chosen) - (the same of rejected)))."""
     from transformers import AutoModelForCausalLM
 
     source = resolve_folder(tiny_llama_folder)
@@ -119,7 +119,7 @@ def test_loss_equals_the_papers_formula(step_context, resolve_folder, tiny_llama
     trainer = make_trainer(settings, context, model, reference, tokenizer, pairs)
     batch = trainer.data_collator([{name: getattr(pair, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for pair in pairs])
     assert float(trainer.compute_loss(model, batch).detach()) == pytest.approx(expected, abs=1e-4)
-    # and our own measure of the same pairs agrees
+    # our measurement of the same pairs agrees
     measured = measure(
         completion_logprobs(settings, context, model, pairs, tokenizer),
         completion_logprobs(settings, context, reference, pairs, tokenizer),
@@ -181,7 +181,7 @@ def test_reference_of_a_new_adapter_is_its_base_model(step_context, resolve_fold
     context = step_context(models={"model": source})
     model = load_language_model(source, dtype=torch.float32, lora=settings.lora, tokenizer=tokenizer)
     trainer = make_trainer(settings, context, model, None, tokenizer, [pair])
-    assert "ref" not in model.peft_config  # TRL's copy of the fresh adapter, which is not the reference
+    assert "ref" not in model.peft_config  # TRL's copy of the new adapter, which is not the reference
     batch = trainer.data_collator([{name: getattr(pair, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}])
     for _ in range(2):
         loss = trainer.compute_loss(model, batch)

@@ -49,7 +49,7 @@ def config() -> Any:
 
 @pytest.fixture
 def other_folder(tiny_llama_folder: Path, tmp_path: Path) -> Path:
-    """The tiny Llama with other weights."""
+    """A tiny Llama with other weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)

@@ -124,7 +124,7 @@ def test_best_of_n_is_the_best_of_its_own_samples(prompts, step_context, models,
     context = step_context(models=given)
     result = run(settings, context)
     evaluation, lines = read_run(context)
-    # its first draw is the plain answer, so the best can never be shorter
+    # its first sample is the plain answer, so the best one cannot be shorter
     assert all(len(line["completions"]["best"]) >= len(line["completions"]["base"]) for line in lines)
     (rate,) = [row for row in evaluation["win_rates"] if (row["a"], row["b"]) == ("best", "base")]
     assert rate["win_rate"] > 0.5
@@ -133,7 +133,7 @@ def test_best_of_n_is_the_best_of_its_own_samples(prompts, step_context, models,
     assert [point["kl"] for point in curve] == pytest.approx([best_of_n_kl(n) for n in (1, 2, 4, 5)])
     means = [point["reward"]["mean"] for point in curve]
     assert means == sorted(means) and means == pytest.approx([point["scores"]["lengths"]["mean"] for point in curve])
-    # the best of all five is what was answered; its mean is that of the candidate
+    # the best of all five is the candidate's answer, so the means are equal
     assert means[-1] == pytest.approx(evaluation["candidates"]["best"]["scores"]["lengths"])
     assert result.evaluation["candidates"]["best"]["kl"] == pytest.approx(best_of_n_kl(5))
     assert result.evaluation["candidates"]["best"]["best_of"] == 5

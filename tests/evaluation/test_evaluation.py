@@ -1,4 +1,4 @@
-"""The evaluation: same prompts and streams, few-shot prompts, judges, KL and perplexity, and the files it leaves."""
+"""The evaluation: same prompts and streams, few-shot prompts, judges, KL and perplexity, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_samples_of_one_prompt_count_as_one_prompt(prompts, step_context, models
     result = run(config(prompts, exclude=str(trained), samples_per_prompt=3), context)
     lines = [json.loads(line) for line in (context.folder / "completions.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == [prompt for prompt in PROMPTS if prompt != PROMPTS[1] for _ in range(3)]
-    assert len({line["completions"]["base"] for line in lines}) > 3  # every sample has a stream of its own
+    assert len({line["completions"]["base"] for line in lines}) > 3  # every sample has its own random stream
     assert result.metrics["prompts"] == 3 and all(row["n"] == 3 for row in result.evaluation["win_rates"])
     with pytest.raises(DataError, match="all 4 prompts of data occur in exclude"):
         config(prompts, exclude=prompts).check_data()

@@ -1,4 +1,4 @@
-"""Judges of every kind in an evaluation: what they say of pairs, how far they agree, and what happens when one fails."""
+"""All kinds of judges in an evaluation: preferences of pairs, agreement between judges, and judges that fail."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_human_ratings_count_as_scores(prompts, step_context, models, config, wr
             (2, "base", "ann", 4),
         ]
     ]
-    rows.append(vote(PROMPTS[3], "a", "cid"))  # a vote beside the ratings
+    rows.append(vote(PROMPTS[3], "a", "cid"))  # a vote in addition to the ratings
     context = step_context(models=models)
     run(config(prompts, judges=[{"judgements": write_rows("ratings", rows), "name": "stars"}]), context)
     evaluation, _ = read_run(context)
@@ -164,7 +164,7 @@ def test_agreement_by_hand() -> None:
     other = Judged("other", "llm", {pair: [1.0, 0.25, 0.0, 1.0, None]})
     evaluation = agreement([gold, other], questions)
     (row,) = evaluation["pairs"]
-    # first, first, second, tie against first, second, second, first: 2 of 4 agree; neither ties in three, of which 2 agree
+    # first, first, second, tie and first, second, second, first: 2 of 4 agree; three have no tie, and 2 of these agree
     assert (row["n"], row["agreement"], row["decided"]) == (4, 0.5, 3)
     assert row["agreement_decided"] == pytest.approx(2 / 3)
     # chance: gold has 2/4 first, 1/4 second, 1/4 tie; other 2/4 first, 2/4 second: 1/4 + 1/8 = 3/8; (1/2 - 3/8) / (5/8)

@@ -1,4 +1,4 @@
-"""Votes of real people and scores of GPT-4 through the evaluation, against the same numbers worked out from the raw rows in another way."""
+"""Evaluations of votes by real people and of GPT-4's scores. The expected numbers are computed from the raw rows in another way."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_human_votes_on_five_models_give_the_published_win_rates(shared_data, wr
     assert people["agreement"] == pytest.approx(observed.mean())
     assert people["fleiss_kappa"] == pytest.approx((observed.mean() - expected) / (1 - expected))
     assert people["unanimous"] == pytest.approx((votes.max(axis=1) == votes.min(axis=1)).mean())
-    # with equally many ratings alpha is kappa, corrected for the sample: 1 - (1 - kappa) (N - 1) / N with N ratings
+    # with equal numbers of ratings, alpha is kappa with a correction for the sample size: 1 - (1 - kappa) (N - 1) / N with N ratings
     assert people["alpha"] == pytest.approx(1 - (1 - people["fleiss_kappa"]) * (votes.size - 1) / votes.size, abs=1e-12)
 
     # win rates: a comparison counts the mean of its votes, a prompt the mean of its comparisons of the pair
@@ -91,9 +91,11 @@ def test_human_votes_on_five_models_give_the_published_win_rates(shared_data, wr
         draws = np.random.default_rng(0).choice(means, (4000, len(means))).mean(axis=1)
         low, high = np.quantile(draws, [0.025, 0.975])
         assert (rates[pair]["bootstrap_low"], rates[pair]["bootstrap_high"]) == pytest.approx((low, high), abs=0.02)
-        assert (rates[pair]["ci_low"], rates[pair]["ci_high"]) == pytest.approx((low, high), abs=0.025)  # another way to the same end
+        assert (rates[pair]["ci_low"], rates[pair]["ci_high"]) == pytest.approx(
+            (low, high), abs=0.025
+        )  # another way to compute the same number
 
-    # the docs say so
+    # as in docs/results.md
     page = " ".join(RESULTS_PAGE.read_text().split())
     assert f"{people['fleiss_kappa']:.2f}" in page and f"{100 * people['agreement']:.1f} %" in page
     for a, b in (("llama-7b", "cerebras-gpt-6.7B"), ("llama-7b", "opt-7b")):
@@ -110,7 +112,7 @@ def test_gpt4_scores_of_eight_models_give_the_published_means(shared_data, write
     table = {name: {row["prompt"]: row["scores"][row["models"].index(name)] for row in rows if name in row["models"]} for name in names}
     for name in names:
         assert evaluation["candidates"][name]["scores"]["gpt4"] == pytest.approx(np.mean(list(table[name].values())))
-    assert names[-1] == "gpt-3.5-turbo-1106"  # the strongest, as the card of the data says
+    assert names[-1] == "gpt-3.5-turbo-1106"  # the strongest model according to the card of the data set
     rates = {(row["a"], row["b"]): row for row in evaluation["win_rates"]}
     for a, b in combinations(names, 2):
         both = sorted(table[a].keys() & table[b].keys())

@@ -1,7 +1,7 @@
-"""The families of the matrix: one tiny model of random weights each, with a tokenizer of the kind that the family has.
+"""The families of the matrix: for each, one tiny model of random weights with the kind of tokenizer that the family has.
 
-Sizes are chosen so that nothing agrees by chance: heads share keys, the width of the heads is not the width of the model divided by their
-number where a config allows it, sliding windows are shorter than the texts, caps and scales are felt.
+Sizes are chosen so that errors show: heads share keys, the width of the heads is not the width of the model divided by their
+number if a config allows it, sliding windows are shorter than the texts, and caps and scales change the results.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ POSITIONS = 64
 
 @dataclass(frozen=True)
 class Family:
-    """``kind``: transformers' model type. ``without``: what the family cannot do here, by check; docs/families.md says the same."""
+    """``kind``: transformers' model type. ``without``: unsupported checks and the message, as in docs/families.md."""
 
     kind: str
     fields: dict[str, Any] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """Checks for every family against an independent computation: plain transformers, eager attention, no cache, one row at a time, fp32.
 
-A check returns the largest difference, relative to the size of the numbers that it compares. B rows, T tokens, d hidden size.
+A check returns the largest difference, relative to the largest expected number. B rows, T tokens, d hidden size.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def check_logprobs(family: Family, folder: Path, scratch: Path) -> float:
 
 
 def check_gradient(family: Family, folder: Path, scratch: Path) -> float:
-    """One full step: the gradient of the summed log-probabilities, and the weights after an SGD step of our own."""
+    """One full step: the gradient of the summed log-probabilities, and the weights after an SGD step by hand."""
     rows = Rows(family)
     model = load_language_model(str(folder), dtype=torch.float32)
     policy = Policy(model, temperature=1.0, autocast=None)
@@ -116,7 +116,7 @@ def check_gradient(family: Family, folder: Path, scratch: Path) -> float:
 
 
 def check_rewards(family: Family, folder: Path, scratch: Path) -> float:
-    """Scores and values, padded on either side; the model saved, reloaded here and by AutoModelForSequenceClassification."""
+    """Scores and values with padding on either side, also after saving and loading here and by AutoModelForSequenceClassification."""
     rows, saved = Rows(family), scratch / "reward"
     reward = RewardModel.from_language_model(str(folder), dtype=torch.float32, trainable=False)
     reward.center(0.5)
@@ -147,7 +147,7 @@ def policy_precision() -> Any:
 
 
 def check_lora(family: Family, folder: Path, scratch: Path) -> float:
-    """An adapter's log-probabilities and gradient against peft's own model on eager attention; then merged, exported and reloaded."""
+    """An adapter's log-probabilities and gradient equal those of peft with eager attention, also after merging, exporting and loading."""
     rows, adapter, merged = Rows(family), scratch / "adapter", scratch / "merged"
     model = load_language_model(str(folder), dtype=torch.float32, lora=LORA, tokenizer=load_tokenizer(str(folder)))
     grow(model)
@@ -173,7 +173,7 @@ def check_lora(family: Family, folder: Path, scratch: Path) -> float:
 
 
 def grow(model: Any) -> None:
-    """Draw the half of an adapter that begins at 0."""
+    """Set the matrices of an adapter that are 0 at first to random numbers."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -182,7 +182,7 @@ def grow(model: Any) -> None:
 
 
 def check_nf4(family: Family, folder: Path, scratch: Path) -> float:
-    """Log-probabilities of an adapter on nf4 weights, against transformers' own quantized model with eager attention."""
+    """Log-probabilities of an adapter on nf4 weights equal those of transformers' quantized model with eager attention."""
     rows, adapter = Rows(family), scratch / "nf4-adapter"
     source = resolved(folder, quantization="nf4")
     model = load_language_model(source, dtype=torch.float32, lora=LORA)
@@ -208,7 +208,7 @@ def check_nf4(family: Family, folder: Path, scratch: Path) -> float:
 
 
 def check_decoding(family: Family, folder: Path, scratch: Path) -> float:
-    """Greedy completions of prompts of different lengths, token by token the reference's; their log-probabilities, too."""
+    """Greedy completions of prompts of different lengths have the tokens and log-probabilities of the reference."""
     rows = Rows(family)
     model = load_language_model(str(folder), dtype=torch.float32, trainable=False)
     settings = GenerationSettings(max_new_tokens=6, temperature=0.0)
@@ -268,7 +268,7 @@ def check_classes(family: Family, folder: Path, scratch: Path) -> float:
 
 
 def check_classifier_lora(family: Family, folder: Path, scratch: Path) -> float:
-    """An adapter with its trained head, saved, merged and reloaded by plain transformers."""
+    """An adapter with its trained head is saved, merged, and loaded by plain transformers."""
     rows, adapter, merged = texts_of(family), scratch / "adapter", scratch / "merged"
     tokenizer = tokenizer_of(family.tokenizer)
     model = load_classifier(str(folder), dtype=torch.float32, lora=LORA, tokenizer=load_tokenizer(str(folder)))
@@ -284,7 +284,7 @@ def check_classifier_lora(family: Family, folder: Path, scratch: Path) -> float:
 
 
 def check_classifier_bf16(family: Family, folder: Path, scratch: Path) -> float:
-    """A LoRA classifier in bf16, as ``precision: auto`` makes it on a GPU: it computes, and near its fp32 self."""
+    """A LoRA classifier in bf16, as with ``precision: auto`` on a GPU: its outputs are close to those in fp32."""
     rows = texts_of(family)
     reference = plain_classes(plain(folder, AutoModelForSequenceClassification), rows).detach()
     ids, mask = padded(rows, tokenizer_of(family.tokenizer).pad_token_id)
@@ -302,4 +302,4 @@ CLASSIFIER_CHECKS = {
 }
 
 TOLERANCE = {"LoRA in bf16": 0.1}  # bf16 keeps 8 bits; the models are 2 layers deep
-EXACT = 2e-4  # fp32 in another order of summation
+EXACT = 2e-4  # fp32 sums in another order

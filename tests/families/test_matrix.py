@@ -17,7 +17,7 @@ from catalogue import CLASSIFIERS, DECODERS, save  # noqa: E402
 from checks import CLASSIFIER_CHECKS, DECODER_CHECKS, EXACT, TOLERANCE  # noqa: E402
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "families.md"
-# Each family through one check; these few, of different kinds, through more. Decoding has its own matrix in tests/sampling.
+# Each family has one check. These few families of different kinds have more. Decoding has its own matrix in tests/sampling.
 MORE = {
     "opt-projected": ["rewards and values", "LoRA, merged and reloaded"],
     "rwkv": ["rewards and values"],
@@ -50,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 LEFT_OUT = ("codegen", "olmo", "qwen2_moe", "granitemoe", "cohere2", "nemotron", "deepseek_v2", "falcon_mamba", "camembert", "albert")
-"""Families that resemble another one tested here; only the full matrix has them."""
+"""Families that are similar to another one in this test. Only the full matrix tests them."""
 
 
 def chosen(families: Any, first: str) -> list[tuple[str, str]]:

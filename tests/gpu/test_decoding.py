@@ -1,4 +1,4 @@
-"""Decoding with a CUDA graph says what decoding without says. Needs a GPU.
+"""Decoding with a CUDA graph gives the same tokens as decoding without. Needs a GPU.
 
 .venv/bin/python -m pytest -m gpu tests/gpu/test_decoding.py
 """
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each recording is of use."""
+    """Whether each recording was accepted."""
     workspace.drop_kept_workspace()
     outcomes: list[bool] = []
     own = graphs.checked_recording
@@ -68,7 +68,7 @@ def test_recorded_steps_decode_the_same_tokens_as_computed_ones(recorded, stops:
         if recorded_sample.response_ids.shape == expected.response_ids.shape
         else torch.zeros(1)
     )
-    # With a mask there is another kernel than without, so a token in thousands may fall to the other side.
+    # With a mask, another kernel runs, so one token in thousands may differ by rounding.
     assert same.float().mean() > (0.97 if dtype == torch.float32 else 0.3)
     first = recorded_sample.response_mask[:, :8] & expected.response_mask[:, :8] & same[:, :8].bool()
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""What needs GPUs: one, and several by each accelerate config that ships. Skipped without them.
+"""Tests on one GPU, and on several with each shipped accelerate config. Skipped without GPUs.
 
 .venv/bin/python -m pytest -m gpu tests/gpu
 """

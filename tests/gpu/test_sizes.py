@@ -1,4 +1,4 @@
-"""PPO at the shapes of the recipes for one GPU, with random weights: it runs, and peak memory is what the planner says.
+"""PPO with random weights of the shapes in the recipes for one GPU: it runs, and its peak memory is as planned.
 
 .venv/bin/python -m pytest -m gpu tests/gpu/test_sizes.py -s        # prints peak memory and tokens per second
 """
@@ -20,9 +20,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.timeout(3600),
 ]
-VOCABULARY = 8192  # words that prompts are made of; the models keep their own, larger vocabulary
+VOCABULARY = 8192  # number of words in the prompts; the vocabularies of the models are larger
 SIZES = {
-    # recipe: (known model, bytes the card must have, step fields)
+    # recipe: (known model, minimum memory of the GPU in bytes, step fields)
     "instructgpt-1b, LoRA": ("EleutherAI/pythia-1b-deduped", 16, {"lora": {"r": 16}, "microbatch_size": 8}),
     "instructgpt-1b, full": ("EleutherAI/pythia-1b-deduped", 48, {"microbatch_size": 8}),
     "instructgpt-7b-qlora": (

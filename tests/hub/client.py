@@ -1,8 +1,8 @@
 """Runs ``stages`` commands one after another in one process, which imports the libraries once: ``python tests/hub/client.py``.
 
-Reads ``{"arguments": [...], "folder": ...}`` from stdin, a line each, and answers ``{"status": ..., "output": ...}`` on stdout. What a
-command is told by its environment (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE) is read by the libraries when they are imported, so it is the
-process that is started in that environment.
+It reads ``{"arguments": [...], "folder": ...}`` from stdin, one line for each command, and writes ``{"status": ..., "output": ...}`` to
+stdout. The libraries read HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE when they are imported. So a test that needs other values must start
+another process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Answer:
 
 
 class Client:
-    """A process in an environment of its own, that runs commands."""
+    """A process with its own environment variables that runs commands."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         root = str(Path(__file__).resolve().parents[2])
@@ -71,8 +71,8 @@ def _run(command: dict[str, Any], printed: io.StringIO) -> dict[str, Any]:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints past sys.stdout must not be taken for an answer
-    printed = io.StringIO()  # one for all commands: the loggers of libraries hold on to it
+    os.dup2(2, 1)  # output of libraries that bypasses sys.stdout must not be read as an answer
+    printed = io.StringIO()  # one object for all commands, because loggers of libraries keep a reference to it
     for line in sys.stdin:
         answers.write(json.dumps(_run(json.loads(line), printed)) + "\n")
         answers.flush()

@@ -1,6 +1,6 @@
-"""What the recipes that ship read on the Hub, in small: the real names, file names, READMEs and columns; tiny models, few rows.
+"""Small versions of what the shipped recipes read on the Hub: the real names, file names, READMEs and columns; tiny models, few rows.
 
-The texts come from the embedded world. A change of the real repositories would have to be made here, too.
+The texts come from the embedded world. If a real repository changes, change it here, too.
 """
 
 from __future__ import annotations

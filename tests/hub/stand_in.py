@@ -1,4 +1,4 @@
-"""A stand-in of the Hub: its HTTP interface, as huggingface_hub, transformers and datasets use it, over repositories made by a test.
+"""A local replacement of the Hub: the HTTP interface that huggingface_hub, transformers and datasets use, for repositories of a test.
 
     hub = Hub(folder); hub.start()
     commit = hub.publish("model", "org/name", files)      # {path: bytes}, or a folder; ``revision`` is a branch or a tag
@@ -6,10 +6,10 @@
     environment = hub.environment(cache, token="secret")  # for the process of a client
     hub.stop()
 
-Uploads go as huggingface_hub sends them without Xet: the repository is created, the files that are large are sent by LFS, and one request
-commits all. Weights are large here whatever their size.
-A commit stays readable by its hash when its branch has moved, as on the real Hub. Faults are switched on by attributes: ``gated``,
-``slow_seconds``, ``cut_after``, ``failures``, ``is_down``. ``requests`` lists what was asked.
+Uploads use the protocol of huggingface_hub without Xet: the repository is created, large files are sent by LFS, and one request commits
+all files. Weights of any size are large files here.
+As on the real Hub, a commit can be read by its hash after its branch has moved. Attributes turn on faults: ``gated``, ``slow_seconds``,
+``cut_after``, ``failures``, ``is_down``. ``requests`` lists all requests.
 """
 
 from __future__ import annotations
@@ -46,26 +46,26 @@ class Repository:
 
 @dataclass
 class Hub:
-    """Repositories, and the faults that the server shows."""
+    """Repositories, and the faults of the server."""
 
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)  # by kind (model, dataset) and id
     redirects: dict[str, str] = field(default_factory=dict)  # old id -> new id
-    gated: set[str] = field(default_factory=set)  # ids whose files are refused; what the API tells of them is public
+    gated: set[str] = field(default_factory=set)  # ids whose files are refused; their metadata are public
     slow_seconds: float = 0.0  # before each answer
-    cut_after: int | None = None  # bytes after which a download breaks off,
-    cuts: int = 0  # so many times
-    failures: int = 0  # so many requests are answered with status 503
+    cut_after: int | None = None  # number of bytes after which a download breaks off, ...
+    cuts: int = 0  # ... this many times
+    failures: int = 0  # number of requests that get status 503
     is_down: bool = False  # connections are closed without an answer
     tokens: dict[str, set[str]] = field(default_factory=dict)
-    private: set[str] = field(default_factory=set)  # ids that are seen by tokens of their owner alone
+    private: set[str] = field(default_factory=set)  # ids that only tokens of their owner can see
     objects: dict[str, bytes] = field(default_factory=dict)  # of LFS, by SHA-256
     messages: list[str] = field(default_factory=list)  # of the commits
-    moves_on: bool = False  # each commit comes too late: another one was made meanwhile
+    moves_on: bool = False  # each commit fails, because another one was made in the meantime
     requests: list[str] = field(default_factory=list)  # "GET /path"
     _server: ThreadingHTTPServer | None = None
 
     def publish(self, kind: str, identifier: str, files: dict[str, bytes] | Path, revision: str = "main") -> str:
-        """Make ``files`` the newest commit of a branch or tag; returns its hash, which depends on the content alone."""
+        """Make ``files`` the newest commit of a branch or tag; returns its hash, which depends only on the content."""
         if isinstance(files, Path):
             files = {path.relative_to(files).as_posix(): path.read_bytes() for path in sorted(files.rglob("*")) if path.is_file()}
         digest = hashlib.sha1(identifier.encode())
@@ -107,7 +107,7 @@ class Hub:
         return {**kept, **own, "HF_HUB_DISABLE_XET": "1", **{key: value for key, value in chosen.items() if value}}
 
     def downloads(self) -> list[str]:
-        """The names of the files that were downloaded whole or in part."""
+        """The names of the files that were downloaded, completely or partly."""
         files = [request for request in self.requests if request.startswith("GET ") and "/resolve/" in request]
         return [request.rpartition("/resolve/")[2].partition("/")[2] for request in files]
 
@@ -324,7 +324,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Hash and files of a commit. Sends the error if there is no such commit."""
         repository = self.state.repositories.get((kind, identifier))
         if repository is None or (identifier in self.state.private and identifier.partition("/")[0] not in (self._owners() or ())):
-            # The real Hub hides what does not exist from those who have not logged in.
+            # Without a login, the real Hub answers in the same way for private and for missing repositories.
             self._error(401, "RepoNotFound", "Repository not found")
             return None
         commit = repository.refs.get(revision, revision)

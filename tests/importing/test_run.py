@@ -1,4 +1,4 @@
-"""Models in the forms of other libraries: scores and values equal those that the original computes."""
+"""Models in the formats of other libraries: scores and values equal those of the original model."""
 
 from __future__ import annotations
 

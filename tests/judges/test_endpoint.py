@@ -40,7 +40,7 @@ class Server:
                 for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                with suppress(BrokenPipeError):  # who asked may have gone
+                with suppress(BrokenPipeError):  # the client may have closed the connection
                     self.wfile.write(data)
 
             def log_message(self, *_: Any) -> None:
@@ -125,7 +125,7 @@ def test_retries_wait_longer_each_time(server: Server) -> None:
     pauses: list[float] = []
     with client(server, pauses=pauses, concurrency=1) as asked:
         assert asked.compare([PAIRS[0]]) == [0.5]
-    assert pauses == [3.0, 1.0]  # what the server asks for; then 0.5 doubled
+    assert pauses == [3.0, 1.0]  # the wait that the server requests; then 0.5, doubled
     assert asked.tally.retries == 2 and asked.tally.failed == 0
 
 
@@ -133,7 +133,7 @@ def test_unreachable_server_stops_the_step_with_the_reason(server: Server) -> No
     server.reply = lambda body, number: (500, {}, {})
     with client(server, concurrency=1) as asked, pytest.raises(ModelError, match=r"no verdict on 1 of the first 1 of 4 .*status 500 \(1\)"):
         asked.compare(PAIRS)
-    # much may fail here, but not all of the first eight
+    # a large share may fail here, but not all of the first eight
     many = [Comparison(f"p{number}", "x", "xx") for number in range(100)]
     with client(server, concurrency=1, max_failed_share=0.5) as asked, pytest.raises(ModelError, match="on 8 of the first 8 of 100"):
         asked.compare(many)

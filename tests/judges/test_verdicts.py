@@ -1,4 +1,4 @@
-"""Reading a judge's verdict: the forms that language models reply in, and the replies that give no verdict."""
+"""Reading a judge's verdict: forms of replies of language models, and replies without a verdict."""
 
 import re
 
@@ -152,7 +152,7 @@ def test_the_first_response_is_read(reply: str) -> None:
 
 
 def swapped(reply: str) -> str:
-    """The same reply about the other response."""
+    """The same reply in favour of the other response."""
     return re.sub(r"(?<![A-Za-z])[ABab\uff21\uff22\u24b6\u24b7](?![A-Za-z])", lambda match: OTHER[match[0]], reply)
 
 

@@ -14,7 +14,7 @@ def test_parameter_is_cast_once_inside_the_context_and_again_after_it() -> None:
         assert cast(weight, torch.bfloat16) is first and not first.requires_grad
         assert cast(weight, torch.float16).dtype == torch.float16
         assert cast(weight, torch.float32).data_ptr() == weight.data_ptr()
-        made = weight * 2  # no parameter: it is made again in every pass
+        made = weight * 2  # not a parameter: it is cast again in every pass
         assert cast(made, torch.bfloat16) is not cast(made, torch.bfloat16)
     with torch.no_grad():
         weight += 1
@@ -34,7 +34,7 @@ def test_gradients_of_several_passes_go_through_one_cast() -> None:
                 with torch.autocast("cpu", torch.bfloat16):
                     loss = layer(x).float().square().sum()
                 loss.backward()
-                assert not torch.is_autocast_enabled("cpu")  # only the passes themselves compute in bf16
+                assert not torch.is_autocast_enabled("cpu")  # only the passes compute in bf16
         assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
         gradients.append(layer.weight.grad.clone())
     assert torch.equal(*gradients)

@@ -1,4 +1,4 @@
-"""The lean layers against the same written operation by operation, in double precision, with autograd's own gradients."""
+"""The lean layers equal plain operations in double precision, with gradients by autograd."""
 
 from __future__ import annotations
 

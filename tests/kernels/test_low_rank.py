@@ -1,4 +1,4 @@
-"""Layers with low-rank updates against the same written operation by operation, in double precision, with autograd's own gradients."""
+"""Layers with low-rank updates equal plain operations in double precision, with gradients by autograd."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_stacked_weights_are_made_once_per_optimizer_step_and_belong_to_their_la
     torch.testing.assert_close(second + bases[1], before[1])
     with torch.no_grad():
         case.factors[0][0][0][1].zero_()
-        assert not torch.equal(case.folded(False)[0], before[0])  # nothing is kept afterwards
+        assert not torch.equal(case.folded(False)[0], before[0])  # no cast or stack remains afterwards
 
 
 def test_under_half_precision_the_gradients_have_the_dtypes_of_their_weights() -> None:

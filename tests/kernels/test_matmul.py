@@ -1,4 +1,4 @@
-"""Products by oneDNN equal PyTorch's own, with their gradients; anything it is not meant for goes PyTorch's way."""
+"""Products by oneDNN and their gradients equal PyTorch's. Inputs that oneDNN does not support use PyTorch's products."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stages.kernels.matmul import Linear, linear, measure_peak, product, use_fas
 
 @pytest.fixture
 def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a processor that prefers it."""
+    """Use oneDNN, as on a processor where it is faster."""
     if not matmul._onednn_works():
         pytest.skip("this build of PyTorch has no oneDNN linear operator")
     monkeypatch.setattr(matmul, "prefers_onednn", lambda: True)

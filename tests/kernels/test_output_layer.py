@@ -43,7 +43,7 @@ def test_loss_and_gradients_equal_autograd_over_full_logits(inputs, monkeypatch,
     scale = torch.linspace(-2, 2, N)
 
     def term(logprobs: torch.Tensor, entropies: torch.Tensor, rows: slice) -> torch.Tensor:
-        return scale[rows] * (logprobs + 1).exp() - 0.3 * entropies  # both matter, and the gradient differs from place to place
+        return scale[rows] * (logprobs + 1).exp() - 0.3 * entropies  # both contribute, and the gradient differs between positions
 
     leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
     logits = (leaves[0] @ leaves[1].T + (leaves[2] if with_bias else 0.0)) / temperature

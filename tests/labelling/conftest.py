@@ -1,4 +1,4 @@
-"""A small labelling folder, and clients that speak to it as the page does."""
+"""A small labelling folder, and clients that send the same requests as the page."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Started:
-    """``stages label`` as a process of its own."""
+    """``stages label`` in a separate process."""
 
     def __init__(self, folder: Path, port: int, annotators: Sequence[str]) -> None:
         self.folder, self.port, self.annotators = folder, port, annotators
         named = [part for name in annotators for part in ("--annotator", name)]
         command = [sys.executable, "-m", "stages", "label", str(folder), "--port", str(port), *named]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-        # A test run in the background ignores Ctrl-C, and its children would, too.
+        # A test run in the background ignores Ctrl-C, and so would its child processes.
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""The page in a real browser: keys, drag, a phone, both themes, screen readers' names, killed servers; and a reward model of the result."""
+"""The page in a real browser: keys, drag, phone, themes, screen readers, killed servers, a reward model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def wait(check: Callable[[], Any], seconds: float = 30.0) -> Any:
         try:
             if result := check():
                 return result
-        except Exception:  # the page is between two states
+        except Exception:  # the page is changing
             pass
         time.sleep(0.02)
     raise AssertionError(f"not within {seconds} s")
@@ -139,7 +139,7 @@ def test_two_annotators_rank_through_two_kills_and_a_reward_model_learns_from_th
         browser.switch_to.window(tabs[name])
         before = texts(browser)
         if kills < 2 and answered >= (kills + 1) * NUM_TASKS // 3:
-            server.kill()  # the answer is given while nobody listens
+            server.kill()  # the answer is sent while no server runs
             by[name](browser)
             wait(lambda: "cannot be reached" in one(browser, "#banner").text)
             server.__init__(server.folder, server.port, server.annotators)
@@ -192,7 +192,7 @@ def _reward_model_ranks_heldout(folder: Path, step_context: Any, model: Any, tmp
     assert result.metrics["heldout_ci_low"] > 0.5, result.metrics["heldout_accuracy"]
 
 
-# What a page must never do, and always
+# What the page must never do, and what it must always do
 
 EVIL = '<img src=x onerror="window.evil=1"><script>window.evil=1</script>**not bold** [x](javascript:window.evil=1) & \u2028 end'
 
@@ -290,7 +290,7 @@ def test_keys_rank_tie_rate_skip_flag_and_correct(served) -> None:
     wait(lambda: texts(browser) != first)
     corrected = store.answer_of("anna", kept.task)
     assert [corrected.ranks[index] for index in corrected.order] == [0, 0, 2] and corrected.replaces == kept.id
-    assert "Personal data" in one(browser, "#flag-line").text  # the open task is as it was left
+    assert "Personal data" in one(browser, "#flag-line").text  # the open task is unchanged
 
 
 def test_screening_that_is_not_passed_ends_the_tasks(served) -> None:
@@ -366,7 +366,7 @@ def test_page_fits_phone_and_desktop_in_both_themes(served, width: int, number: 
     assert browser.execute_script(small) == 0
     outside = """const box = document.querySelector('#submit').getBoundingClientRect();
         return box.right > innerWidth || box.bottom > innerHeight"""
-    assert browser.execute_script(outside) is False  # within reach without scrolling
+    assert browser.execute_script(outside) is False  # visible without scrolling
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 

@@ -1,6 +1,6 @@
 """Export and import of tasks and answers in the formats of other tools.
 
-The shapes are those of the tools' documentation: records of Argilla 2 (Record.to_dict), Label Studio's tasks with a Ranker or a Pairwise,
+The formats are those of the tools' documentation: records of Argilla 2 (Record.to_dict), Label Studio's tasks with a Ranker or a Pairwise,
 AlpacaEval's annotations.json and PandaLM's testset-v1.json. The tests at the end run where the packages of Argilla and Label Studio are
 installed (the extra ``exchange``).
 """
@@ -109,9 +109,9 @@ def test_exported_answers_can_be_imported(answered, make_folder, kind) -> None:
         assert after == before
     elif kind == "argilla":  # users are known by UUIDs there
         assert sorted(after.values()) == sorted(before.values())
-    elif kind == "label-studio":  # ties do not go out
+    elif kind == "label-studio":  # ties are not exported
         assert list(after.values()) == [[1, 2, 0], [1, 0]]
-    else:  # pairs of three completions do not make a ranking
+    else:  # these pairs of three completions do not give a ranking
         assert list(after.values()) == [[1, 0]] and "left out: " in said
     assert "already existed" in import_answers(empty, kind, path)
     assert rankings(empty) == after
@@ -237,7 +237,7 @@ def test_label_studio_s_package_accepts_our_results(answered) -> None:
         config.validate()
         assert all(tag.value_name in task["data"] for tag in config.objects)
     assert ranker.validate_annotation(first["annotations"][0])
-    # Its check of annotations knows no Pairwise: what it writes itself is the reference.
+    # Its check of annotations does not support Pairwise, so its own output is the reference.
     theirs = pairwise.get_control("ranking").label("right")._dict()
     (ours,) = second["annotations"][0]["result"]
     assert {name: ours[name] for name in ("from_name", "to_name", "type", "value")} == {

@@ -34,7 +34,7 @@ def test_alpha_on_ranks_by_hand() -> None:
     # With two values every metric is the nominal one: observed disagreement 2 units x 2 ordered pairs / 1 = 4; expected 2*4*4 / 7 = 32/7.
     answers = [given("one", "anna", [0, 1]), given("one", "ben", [0, 1]), given("two", "anna", [0, 1]), given("two", "ben", [1, 0])]
     assert agreement(answers)["alpha"] == pytest.approx(1 - 4 / (32 / 7))
-    # Ties share the mean of their places: anna 0, 1.5, 1.5; ben 0, 1, 2. Counts 0: 2, 1: 1, 1.5: 2, 2: 1; middles 1, 2.5, 4, 5.5.
+    # Tied completions have the mean of their ranks: anna 0, 1.5, 1.5; ben 0, 1, 2. Counts 0: 2, 1: 1, 1.5: 2, 2: 1; middles 1, 2.5, 4, 5.5.
     # Observed: 2 * 2.25 in the second unit and in the third. Expected, over ordered pairs:
     # 2 * (2*1*2.25 + 2*2*9 + 2*1*20.25 + 1*2*2.25 + 1*1*9 + 2*1*2.25) / 5 = 39.6
     tied = [given("one", "anna", [0, 1, 1]), given("one", "ben", [0, 1, 2])]
@@ -45,7 +45,7 @@ def test_alpha_on_ranks_by_hand() -> None:
 
 def test_position_bias_by_hand() -> None:
     # anna saw 2, 0, 1 and ranked 2 best: the first shown wins its two pairs; of the other two the earlier (0) loses
-    # ben saw 0, 1 and ties them: no decided pair, and both places share the win
+    # ben saw 0, 1 and ties them: no decided pair, and both positions share the win
     report = position_bias([given("one", "anna", [2, 1, 0], [2, 0, 1]), given("two", "ben", [0, 0])])
     assert report["earlier_wins"]["share"] == pytest.approx(2 / 3) and report["earlier_wins"]["pairs"] == 3
     first = report["best"][0]

@@ -61,7 +61,7 @@ def test_task_is_blind_and_in_the_recorded_order(page, answer) -> None:
     assert again["answer"]["ranks"] == [0, 1, 2] and "model-" not in json.dumps(again) and "sha256" not in json.dumps(again)
     (line,) = page.ask("/api/answers").json()["answers"]
     assert line["task"] == task.id and line["state"] == "ranked"
-    assert page.ask("/api/task", annotator="ben", id=task.id).status_code == 404  # it is anna's
+    assert page.ask("/api/task", annotator="ben", id=task.id).status_code == 404  # the answer belongs to anna
 
 
 def test_changed_settings_apply_without_a_restart(page, answer) -> None:
@@ -84,10 +84,10 @@ def test_changed_settings_apply_without_a_restart(page, answer) -> None:
     assert after["counts"]["target"] == 2 and page.ask("/api/task").json()["task"]["id"] == held  # still reserved for anna
     assert page.ask("/api/answer", body={**sent, "ratings": {"quality": [7, 1, 2]}}).status_code == 200
     assert page.store.num_begun() == 1  # two more people rank this task
-    publish_settings(page.store.folder, "recipe/step", 0, people)  # written again, and nothing differs
+    publish_settings(page.store.folder, "recipe/step", 0, people)  # written again without a change
     page.ask("/api/session")
     (page.store.folder / "labelling.json").write_text("{")
-    assert page.ask("/api/session").json()["counts"]["mine"] == 1  # the old settings stay
+    assert page.ask("/api/session").json()["counts"]["mine"] == 1  # the old settings still apply
     assert len(said) == 2 and "the changed settings cannot be read" in said[1]
 
 
@@ -133,7 +133,7 @@ def test_headers_forbid_foreign_scripts_and_frames(page) -> None:
         headers = page.client.get(path).headers
         assert "script-src 'self'" in headers["content-security-policy"] and "default-src 'none'" in headers["content-security-policy"]
         assert "frame-ancestors 'none'" in headers["content-security-policy"] and headers["x-content-type-options"] == "nosniff"
-        assert headers["referrer-policy"] == "no-referrer"  # the address holds a token
+        assert headers["referrer-policy"] == "no-referrer"  # the address contains a token
 
 
 def test_instructions_are_markdown_without_html_or_scripts(page) -> None:
@@ -186,7 +186,7 @@ def test_port_in_use_is_reported_and_a_free_one_is_chosen() -> None:
 
 
 def test_kill_storm_loses_no_acknowledged_answer(make_folder, start_server) -> None:
-    """Two annotators answer without a pause while the server is killed again and again; each answer is sent until it is acknowledged."""
+    """Two annotators answer without a pause while the server is killed repeatedly. Each answer is sent until it is acknowledged."""
     folder = make_folder(number=600, overlap=0.5)
     server = start_server(folder, "anna", "ben")
     acknowledged: dict[str, list[int]] = {}
@@ -233,7 +233,7 @@ def test_kill_storm_loses_no_acknowledged_answer(make_folder, start_server) -> N
     assert len(acknowledged) >= 36
     assert acknowledged.items() <= kept.items()
     assert len(kept) == len(read_answers(folder / "answers.jsonl"))  # sent again, and kept once
-    assert len(kept) - len(acknowledged) <= 2  # those under way when it all ended
+    assert len(kept) - len(acknowledged) <= 2  # answers that were being sent at the end
 
 
 # The command

@@ -1,4 +1,4 @@
-"""Answers are kept once, for good and in order; tasks go to the right people; screening lets in who agrees with the gold answers."""
+"""Answers are stored once, permanently and in order. Tasks go to the right people. Screening accepts who agrees with the gold answers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_answer_is_one_line_with_all_that_reports_need(make_folder, answer) -> N
     (line,) = (folder / "answers.jsonl").read_text().splitlines()
     kept = json.loads(line)
     assert kept["annotator"] == "anna" and kept["task"] == task.id and kept["seconds"] == 2.0
-    assert kept["ranks"] == [2, 0, 0]  # how many are better: two, none, none
+    assert kept["ranks"] == [2, 0, 0]  # number of better completions for each: two, none, none
     assert kept["order"] == store.order(task, "anna")
     assert kept["digests"] == [["sha256:0"], ["sha256:1"], ["sha256:2"]]
     assert kept["time"].endswith("+00:00") and len(kept["id"]) == 32
@@ -124,7 +124,7 @@ def test_full_disk_refuses_the_answer_and_leaves_only_complete_lines(make_folder
 
     def full(file: int, data: bytes) -> int:
         if len(data) > 20:
-            return write(file, data[:20])  # the disk takes a part, and then no more
+            return write(file, data[:20])  # the disk stores a part, then it is full
         raise OSError(28, "no space left on device")
 
     monkeypatch.setattr(os, "write", lambda file, data: full(file, bytes(data)) if len(data) > 20 else full(file, b""))
@@ -205,12 +205,12 @@ def test_open_task_is_leased_and_comes_back_to_the_same_person(make_folder, answ
     assert mine.id != theirs.id
     assert store.next_task("anna").id == mine.id  # the browser was closed and opened again
     store.close()
-    again = Store(store.folder)  # a new server knows what is open
+    again = Store(store.folder)  # a new server knows the open tasks
     assert again.next_task("carol").id not in (mine.id, theirs.id)
     assert again.next_task("ben").id == theirs.id and again.next_task("anna").id == mine.id
     again.close()
     (store.folder / "open.json").write_text("{")
-    third = Store(store.folder)  # the note is lost: the page says what it has open
+    third = Store(store.folder)  # the file of open tasks is lost: the page says which task it has open
     assert third.next_task("ben", wish=theirs.id).id == theirs.id
     third.close()
 
@@ -272,7 +272,7 @@ GOLD = [
         # four gold pairs: three of the first task, one of the second
         ({"gold one": [0, 1, 2], "gold two": [1, 0]}, 1.0, True),
         ({"gold one": [0, 2, 1], "gold two": [1, 0]}, 0.75, True),  # fair and bad swapped
-        ({"gold one": [0, 1, 1], "gold two": [0, 1]}, 0.5, False),  # a tie agrees with nothing, and the second task is wrong
+        ({"gold one": [0, 1, 1], "gold two": [0, 1]}, 0.5, False),  # a tie counts as disagreement, and the second task is wrong
     ],
 )
 def test_gold_tasks_come_first_and_decide_the_screening(make_folder, answer, rankings, agreement, passed) -> None:

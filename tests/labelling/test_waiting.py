@@ -122,7 +122,7 @@ def test_simulated_people_answer_over_http_and_the_same_way_twice(prompts, step_
     people = {"annotators": 2, "overlap": 0.5, "simulate": {"function": "persons:shorter"}}
     context = step_context(name="recipe/step", models=models)
     made = collect_comparisons(collection(prompts, people), context, precision="fp32")
-    assert len(made) == 6 + 3  # half of six tasks went to both
+    assert len(made) == 6 + 3  # three of the six tasks went to both people
     for item in made:
         lengths = [len(text) for text in item.completions]
         assert item.ranks == [sum(other < own for other in lengths) for own in lengths]

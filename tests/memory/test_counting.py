@@ -1,4 +1,4 @@
-"""Activations counted on tensors without data are those of real passes."""
+"""Activations counted on tensors without data equal those of real passes."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def no_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_live_tensors_are_counted_once_until_they_are_freed() -> None:
     before = torch.ones(100)
     with live_bytes() as live:
-        view = before[:50]  # of a tensor made before: 0 bytes
+        view = before[:50]  # a view of an earlier tensor: 0 bytes
         first = view + 1  # 200 bytes
-        turned = first.view(5, 10).T  # no bytes of its own
+        turned = first.view(5, 10).T  # a view: no additional bytes
         assert live.now == 200
         second = turned @ torch.ones(5, 5)  # 5 x 5 is freed: 100 bytes, and 10 x 5: 200 bytes
         assert (live.now, live.peak) == (400, 500)

@@ -1,4 +1,4 @@
-"""Bytes by hand, and against the memory of torch, transformers and bitsandbytes."""
+"""Bytes computed by hand, and compared with the memory of torch, transformers and bitsandbytes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_moments_and_gradients() -> None:
 
 def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer() -> None:
     shape = llama()
-    layer = 5 * 64 + 3 * 64 + 2 * 32 + 4 * 160  # as SAVED says of gated families, fp32
+    layer = 5 * 64 + 3 * 64 + 2 * 32 + 4 * 160  # as in SAVED for gated families, fp32
     passing = 3 * 160
     assert activations(shape, 10, 4) == 10 * 4 * (2 * layer + passing)
     assert activations(shape, 10, 4, checkpointing=True) == 10 * 4 * (2 * 64 + layer + passing)

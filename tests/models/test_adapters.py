@@ -1,4 +1,4 @@
-"""What an adapter computes is the same while it trains, as peft reads it, laid on its base again, and merged and exported."""
+"""An adapter computes the same while it is trained, when peft loads it, when it is loaded here, and when it is merged and exported."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def logits_of(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
 
 
 def by_peft(adapter: Path, base: Path, quantization: str, rows: int = VOCABULARY) -> Any:
-    """The adapter as peft itself reads it, on a base that transformers loads."""
+    """The adapter, loaded by peft on a base that transformers loads."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

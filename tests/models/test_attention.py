@@ -1,4 +1,4 @@
-"""The attention that a class gets, refused choices, and equality with plain transformers' eager attention."""
+"""The attention implementation of each class, refused choices, and equality with transformers' eager attention."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_capped_scores_are_computed_as_the_config_says(cap: str, tmp_path: Path)
         reference.config.attn_logit_softcapping = None
         for layer in reference.model.layers:
             layer.self_attn.attn_logit_softcapping = None
-        assert not torch.allclose(loaded(input_ids=ids).logits, reference(input_ids=ids).logits, atol=1e-3)  # the cap is felt here
+        assert not torch.allclose(loaded(input_ids=ids).logits, reference(input_ids=ids).logits, atol=1e-3)  # the cap has an effect here
 
 
 def test_a_recipe_chooses_the_attention(tmp_path: Path, resolve_folder: Any) -> None:
@@ -117,7 +117,7 @@ def test_auto_uses_flash_attention_on_a_gpu_if_sdpa_is_unsupported(monkeypatch: 
     monkeypatch.setattr(packages, "is_installed", lambda module: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert chosen(AutoModelForCausalLM, transformers.Gemma2Config(), dtype=torch.bfloat16) == "flash_attention_2"
-    assert chosen(AutoModelForCausalLM, transformers.Gemma2Config(), dtype=torch.float32) == "eager"  # it computes in half precision alone
+    assert chosen(AutoModelForCausalLM, transformers.Gemma2Config(), dtype=torch.float32) == "eager"  # it supports only half precision
 
 
 def test_unknown_attention_gives_a_message_with_the_known_ones() -> None:

@@ -1,4 +1,4 @@
-"""How large passes are: rows on a CPU, tokens on a GPU (played by numbers), and what happens when memory runs out."""
+"""The size of passes: rows on a CPU, tokens on a GPU (simulated), and what happens when memory runs out."""
 
 from __future__ import annotations
 
@@ -60,19 +60,19 @@ def test_on_a_gpu_auto_begins_small_and_then_fills_the_free_memory(gpu, caplog) 
     run(budget, gpu, 2_000, fixed=9_000 * MIB)  # the gradients, which stay
     run(budget, gpu, 1_500)
     run(budget, gpu, 2_000)
-    budget.settle(3_000 * MIB, free=lambda: 13_000 * MIB)  # moments are still to come
+    budget.settle(3_000 * MIB, free=lambda: 13_000 * MIB)  # the optimizer moments do not exist yet
     assert budget.tokens == 8 * 1024  # 0.85 * 10,000 = 8,500 tokens of a MiB, in whole steps of 1,024
     assert budget.rows is None and budget.largest == 2_000
     assert "update: up to 8192 tokens in a pass (1024.0 KiB each, 9.8 GiB free)" in caplog.text
     run(budget, gpu, 8_000)
     budget.settle(0, free=lambda: 10**15)
-    assert budget.tokens == 8 * 1024  # once for the run
+    assert budget.tokens == 8 * 1024  # only once in a run
 
 
 @pytest.mark.parametrize(("free", "tokens"), [(10**15, 32_768), (0, 1_024)])
 def test_budget_has_an_upper_and_a_lower_bound(gpu, free: int, tokens: int) -> None:
     budget = PassBudget("update", "cuda", "auto", rows=16, trains=True)
-    run(budget, gpu, 2_000)  # a single pass: its gradients count as if they were of its tokens
+    run(budget, gpu, 2_000)  # a single pass: its gradients are counted as memory of its tokens
     budget.settle(0, free=lambda: free)
     assert budget.tokens == tokens
 

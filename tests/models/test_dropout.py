@@ -1,4 +1,4 @@
-"""Residual dropout: what attention and MLP add is dropped, and nothing else, in families with dropout modules and without."""
+"""Residual dropout applies only to the outputs of attention and MLP, in families with and without dropout modules."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make(family: str) -> Any:
 
 
 def outputs(model: Any, module: Any) -> torch.Tensor:
-    """What ``module`` gave in one forward pass."""
+    """The outputs of ``module`` in one forward pass."""
     seen: list[Any] = []
     handle = module.register_forward_hook(lambda _m, _i, output: seen.append(output[0] if isinstance(output, tuple) else output))
     model(input_ids=torch.arange(50)[None] % 300)
@@ -53,7 +53,7 @@ def test_dropout_applies_only_to_residual_branches(family: str) -> None:
     assert set_residual_dropout(model, 0.2) == 4
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
     assert names == [], "the family's own dropouts are off"
-    torch.testing.assert_close(model(input_ids=torch.arange(50)[None]).logits, plain)  # evaluation is as it was
+    torch.testing.assert_close(model(input_ids=torch.arange(50)[None]).logits, plain)  # evaluation has not changed
     model.train()
     branches = [module for name, module in model.named_modules() if name.endswith((".attn", ".attention", ".self_attn", ".mlp", ".fc2"))]
     assert len(branches) == 4
@@ -63,7 +63,7 @@ def test_dropout_applies_only_to_residual_branches(family: str) -> None:
         assert (dropped == 0).float().mean().item() == pytest.approx(0.2, abs=0.05)
     embedding = model.get_input_embeddings()
     assert (outputs(model, embedding) == 0).sum() == 0
-    # what is kept is scaled up by 1 / 0.8
+    # the other values are scaled by 1 / 0.8
     torch.manual_seed(3)
     first = outputs(model, branches[0])
     model.eval()

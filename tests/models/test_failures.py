@@ -1,4 +1,4 @@
-"""Every failure of loading names its own cause; the advice about ``save_pretrained`` stands under an incomplete folder alone."""
+"""Every loading error names its cause. Only an incomplete folder gives the advice about ``save_pretrained``."""
 
 from __future__ import annotations
 

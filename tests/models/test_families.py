@@ -1,4 +1,4 @@
-"""A model that is not a causal language model is refused in one sentence before its weights are read."""
+"""A model that is not a causal language model is refused with one message before its weights are read."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, list[str]]]] = {  # class, config,
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations that would be kernels on a GPU: not those that only make another view, or empty memory."""
+    """Counts the operations that would be kernels on a GPU. Views and allocations are not counted."""
 
     VIEWS = {
         "view",
@@ -83,7 +83,7 @@ class Operations(TorchDispatchMode):
 
 
 def adapted(family: str = "llama", names: tuple[str, ...] = ("default",), **settings: Any) -> Any:
-    """peft's own model with adapters that do something."""
+    """peft's model with adapters that change its outputs."""
     torch.manual_seed(0)
     kind, config, _ = FAMILIES[family]
     model = kind(copy.deepcopy(config)).train()
@@ -185,11 +185,11 @@ def test_folding_keeps_outputs_of_adapters_on_quantized_weights(
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     expected = passed(plain)
-    use_folded_adapters(plain)  # bitsandbytes' weights do not survive deepcopy in every version
+    use_folded_adapters(plain)  # deepcopy fails for bitsandbytes' weights in some versions
     actual = passed(plain)
     if quantization == "nf4":
         check_equal(actual, expected)
-    else:  # int8 rounds activations: another order of sums may round to a neighbour
+    else:  # int8 rounds activations: sums in another order may round differently
         torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=0.05)
         assert actual[1].keys() == expected[1].keys()
 
@@ -197,7 +197,7 @@ def test_folding_keeps_outputs_of_adapters_on_quantized_weights(
 def passed_operations(model: Any) -> Operations:
     """The operations of a pass in bf16 that is not the first one of its optimizer step."""
     with kept_casts("cpu"), torch.autocast("cpu", torch.bfloat16):
-        passed(model)  # makes what is kept for the optimizer step
+        passed(model)  # makes the casts that are kept for the optimizer step
         model.zero_grad()
         with Operations() as seen:
             passed(model)

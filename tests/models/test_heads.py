@@ -1,4 +1,4 @@
-"""Scores are read at the last real token whichever side is padded; head and bias survive every way of saving; no head is random."""
+"""Scores are read at the last real token for either padding side. Head and bias are saved in every format. No head is random."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def architectures(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any)
     configs = {
         "gpt2": transformers.GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=32),
         "gpt_neox": transformers.GPTNeoXConfig(**common, intermediate_size=16, max_position_embeddings=32),
-        # 24 wide inside, and hidden states of 16 behind its projection, as OPT-350m has 1024 and 512
+        # layers of width 24 and projected hidden states of width 16, like OPT-350m with 1024 and 512
         "opt": transformers.OPTConfig(
             vocab_size=300,
             hidden_size=24,
@@ -88,7 +88,7 @@ def test_every_family_scores_saves_and_reloads(architectures: dict[str, Path], f
     assert score(model, [PAD, PAD] + TEXT, [0, 0, 1, 1, 1, 1]) == pytest.approx(plain, abs=1e-5)
     model.save(tmp_path)
     assert score(RewardModel.from_pretrained(str(tmp_path), dtype=torch.float32), TEXT) == pytest.approx(plain, abs=1e-6)
-    # transformers' own class reads the same weights, and lacks the bias alone
+    # transformers' class loads the same weights; only the bias is missing
     foreign = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert float(foreign(input_ids=torch.tensor([TEXT])).logits) - 0.25 == pytest.approx(plain, abs=1e-5)
 
@@ -172,7 +172,7 @@ def test_the_head_stays_in_full_precision_on_a_quantized_backbone(
     model.save(tmp_path)
     again = RewardModel.from_pretrained(str(tmp_path), dtype=torch.float32)  # on the unquantized base
     torch.testing.assert_close(again.score_head.weight, model.score_head.weight)
-    assert score(again, TEXT) == pytest.approx(score(model.eval(), TEXT), abs=0.3)  # off by the quantization alone
+    assert score(again, TEXT) == pytest.approx(score(model.eval(), TEXT), abs=0.3)  # differs only by the quantization
 
 
 def test_the_value_at_the_last_token_is_the_score(reward_model: RewardModel) -> None:

@@ -1,4 +1,4 @@
-"""Which layers of which families become lean, and that a model with them is the model it was."""
+"""Which layers of each family are replaced by lean layers, and that the model's outputs stay the same."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model_of(family: str, **fields: Any) -> Any:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SIZES, **fields})).eval()
     for name, parameter in model.named_parameters():
-        if "norm" in name:  # a norm whose weights are all 1 would hide a weight left out
+        if "norm" in name:  # with weights that are all 1, a missing weight would not be noticed
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return model
 
@@ -89,7 +89,7 @@ def test_lean_layers_are_used_only_for_fp32_training(monkeypatch: pytest.MonkeyP
     calls: list[int] = []
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
     model(input_ids=ids)
-    assert calls == [1] and taken.count("_LeanMLP") == 1  # what listens to a product gets to hear it
+    assert calls == [1] and taken.count("_LeanMLP") == 1  # hooks on a product are called
 
 
 def test_layer_with_an_adapter_is_not_replaced() -> None:
@@ -102,7 +102,7 @@ def test_layer_with_an_adapter_is_not_replaced() -> None:
     assert len(gradients) == 4 and all(gradient.abs().sum() > 0 for gradient in gradients.values())
 
 
-# What a layer computes is not guessed from the weights of today.
+# The check of a layer does not depend on its current weights.
 
 
 class Gated(torch.nn.Module):
@@ -155,7 +155,7 @@ def test_activation_is_identified_for_weights_near_zero(layer: Any, expected: bo
 
 
 def test_earlier_identification_would_fail_for_weights_near_zero() -> None:
-    """At the weights of today both activations agree to the tolerance that was used; the probe must not look at them."""
+    """With the current weights, both activations agree within the earlier tolerance. So the probe must not use these weights."""
     layer = Gated(gelu)
     x = torch.randn(3, 8)
     plain = layer.down_proj(silu(layer.gate_proj(x)) * layer.up_proj(x))
@@ -178,7 +178,7 @@ class Norm(torch.nn.Module):
 
 
 class GatedNorm(Norm):
-    """As Mamba 2's: without a gate it is a plain RMS norm, but it is called with one."""
+    """Like Mamba 2's norm: without a gate it is a plain RMS norm, but the model calls it with a gate."""
 
     def forward(self, x: Any, gate: Any = None) -> Any:
         return super().forward(x if gate is None else x * silu(gate))

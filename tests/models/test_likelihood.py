@@ -1,4 +1,4 @@
-"""Likelihood of held-out tokens: a model that knows nothing has the vocabulary's size as its perplexity."""
+"""Likelihood of held-out tokens: the perplexity of a uniform model is the size of the vocabulary."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_loss_is_over_counted_tokens_and_independent_of_batches(tiny_llama_folde
     one, three = (measure_likelihood(model, rows, batch_size=size, **CPU) for size in (1, 3))
     assert one.tokens == three.tokens == 5
     assert one.nats == pytest.approx(three.nats, rel=1e-5)
-    assert model.training  # left as it was
+    assert model.training  # not changed
 
 
 def test_no_counted_tokens_give_no_loss() -> None:

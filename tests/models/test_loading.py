@@ -30,7 +30,7 @@ def test_a_missing_pad_token_becomes_the_unknown_token(shared_data: Path) -> Non
     assert tokenizer.pad_token == "<unk>"
     assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
     model = load_language_model(str(folder), dtype=torch.float32, tokenizer=tokenizer)
-    assert model.get_input_embeddings().weight.shape[0] == 512  # nothing had to be added
+    assert model.get_input_embeddings().weight.shape[0] == 512  # no token was added
     assert model.config.pad_token_id == tokenizer.pad_token_id
 
 
@@ -127,11 +127,11 @@ def test_dropout_is_switched_off_in_modules_and_in_attention(tiny_tokenizer: Any
         disable_dropout(model)
         model.train()
         torch.testing.assert_close(model(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=0, atol=0)
-    assert llama.config.attention_dropout == 0.5  # what is saved is as it was
+    assert llama.config.attention_dropout == 0.5  # the saved config has not changed
 
 
 def adapted(folder: Path, target: Path, tokenizer: Any) -> Any:
-    """A model with a LoRA adapter that does something, and that adapter saved in ``target``."""
+    """A model with a LoRA adapter that changes its outputs. The adapter is also saved in ``target``."""
     return adapted_from(str(folder), target, tokenizer)
 
 
@@ -209,8 +209,8 @@ def test_merge_into_quantized_base_preserves_logprobs(
     quantization: str,
     tolerance: float,
 ) -> None:
-    """An adapter on an adapter on quantized weights: reloaded as it was trained, merged, exported. int8 also rounds activations, which
-    whole weights do not: hence its tolerance, of logits around 1."""
+    """An adapter on an adapter on quantized weights is loaded as it was trained, merged and exported. int8 also rounds activations, which
+    full weights do not, so its tolerance is larger (logits are about 1)."""
     from stages.registry.references import ResolvedModel
 
     def resolved(record: Any, **fields: Any) -> ResolvedModel:
@@ -232,7 +232,7 @@ def test_merge_into_quantized_base_preserves_logprobs(
 
     torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "exported")), expected, rtol=0, atol=tolerance)
     plain = load_language_model(str(tiny_llama_folder), dtype=torch.float32)
-    assert (logits_of(plain) - expected).abs().max() > 5 * tolerance  # the adapters do something
+    assert (logits_of(plain) - expected).abs().max() > 5 * tolerance  # the adapters change the outputs
 
 
 def test_a_classifier_adapter_keeps_its_head_and_labels(tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:

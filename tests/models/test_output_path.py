@@ -45,7 +45,7 @@ def is_direct(model: Any) -> bool:
     [
         ("llama", {}, True),
         ("gpt2", GPT2, True),
-        ("opt", OPT, True),  # a projection behind the layers; the model with a head goes past its own outer transformer
+        ("opt", OPT, True),  # a projection after the layers; the model with a head does not call its outer transformer
         ("cohere", {"logit_scale": 1.0}, True),
         ("granite", {"logits_scaling": 1.0}, True),
         ("gemma3_text", {"head_dim": 8}, True),
@@ -65,7 +65,7 @@ def test_operation_between_hidden_states_and_logits_is_detected(kind: str, field
 
 
 class Scaled(transformers.LlamaForCausalLM):
-    """Like MiniCPM's own code: divides the hidden states that the output matrix is given; here in one mode alone."""
+    """Like MiniCPM's code: it divides the input of the output matrix; here in only one mode."""
 
     in_training = False
 

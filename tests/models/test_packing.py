@@ -112,11 +112,11 @@ def test_a_value_network_reads_packed_rows() -> None:
     )
 
 
-# The kernels for sequences of any lengths, played by a loop
+# The kernels for sequences of any lengths, replaced by a loop
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, left: int) -> Tensor:
-    """Causal attention [S, H, D] sequence by sequence; ``left``: how many tokens before itself a token sees (-1: all)."""
+    """Causal attention [S, H, D], one sequence at a time. ``left``: number of earlier tokens that a token attends to (-1: all)."""
     k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
     parts = []
     for first, last in zip(starts.tolist(), starts.tolist()[1:], strict=False):
@@ -132,7 +132,7 @@ def naive(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, left: i
 def test_kernels_get_the_sequences_the_scale_and_the_window(family: str, kernel: str, monkeypatch) -> None:
     def of_torch(q, k, v, starts, starts_k, longest, longest_k, *, scale, window_size):
         assert torch.equal(starts, starts_k) and starts.dtype == torch.int32 and longest == longest_k == 8
-        assert k.shape[1] == q.shape[1] and window_size[1] == 0  # it shares no keys in every version; 0: no look ahead
+        assert k.shape[1] == q.shape[1] and window_size[1] == 0  # some versions do not support shared keys; 0: no later tokens
         return naive(q, k, v, starts, scale, window_size[0])
 
     def of_flash(q, k, v, starts, starts_k, longest, longest_k, *, dropout_p, softmax_scale, causal, window_size):
@@ -152,7 +152,7 @@ def test_the_fastest_kernel_that_is_installed_comes_first(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     assert usable_kernels("cuda") == ("torch", "padded") and usable_kernels("cpu") == ("padded",)
     usable_kernels.cache_clear()
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v, is_causal: q)  # an older one, without windows
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v, is_causal: q)  # an older kernel without windows
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
     assert usable_kernels("cuda") == ("flash_attn", "padded")
     usable_kernels.cache_clear()
@@ -192,7 +192,7 @@ def test_attention_across_packed_sequences_is_detected_and_logged_once(monkeypat
     for _ in range(2):
         decoder = transformers.AutoModel.from_config(FAMILIES["llama, two heads share keys"]())
         norm = decoder.norm.forward
-        decoder.norm.forward = lambda hidden, norm=norm: norm(hidden + hidden.roll(1, dims=1))  # each token sees the one before it
+        decoder.norm.forward = lambda hidden, norm=norm: norm(hidden + hidden.roll(1, dims=1))  # each token attends to the previous one
         assert packing_kernel(decoder, nullcontext) is None
     assert [record.message.partition(" would")[0] for record in caplog.records] == [
         "LlamaModel: its passes are padded, not packed: padded: its hidden states"

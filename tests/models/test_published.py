@@ -1,4 +1,4 @@
-"""A saved model that computes something else than the one in memory ends the step, and the registry has no version of it."""
+"""If a saved model computes other outputs than the model in memory, the step ends and publishes nothing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def disturb(model: Any) -> Any:
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]) -> None:
-    """Let every model be saved with a fault: ``change`` of its folder, after peft or transformers wrote it."""
+    """Save every model with a fault: call ``change`` with its folder after peft or transformers wrote it."""
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -103,7 +103,7 @@ def test_an_adapter_saved_with_a_fault_is_not_published(
 def test_a_merge_that_changes_a_tied_output_layer_is_not_published(
     tied_folder: Path, tiny_tokenizer: Any, resolve_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The fault of old: the embedding's adapter merged into a matrix that is also the output layer. Both checks see it by themselves."""
+    """An earlier bug: the embedding's adapter was merged into a matrix that is also the output layer. Each of the two checks detects it."""
     lora = LoraSettings(r=2, target_modules=["embed_tokens"])
     model = disturb(load_language_model(resolve_folder(tied_folder), dtype=torch.float32, lora=lora))
     save_model(model, tiny_tokenizer, tmp_path / "whole", rows=ROWS)

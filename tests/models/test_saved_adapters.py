@@ -1,4 +1,4 @@
-"""Adapters as people have them: made by peft alone, in the forms that it writes, and what no stack can compute."""
+"""Adapters made by peft alone, in all formats that it writes, and adapters that cannot be stacked."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_dora_adapter_above_another_is_merged_or_refused(tiny_llama_folder: Pa
 
 
 def test_adapters_of_language_models_serve_a_reward_model(tiny_llama_folder: Path, tmp_path: Path) -> None:
-    """What belongs to the output layer alone is no part of a reward model; what belongs to the transformer is."""
+    """A reward model uses the adapter's weights of the transformer, but not those of the output layer."""
     foreign(tiny_llama_folder, tmp_path / "adapter", **KINDS["rows"])
     language_model = load_language_model(str(tmp_path / "adapter"), dtype=torch.float32, trainable=False)
     reward_model = RewardModel.from_language_model(str(tmp_path / "adapter"), dtype=torch.float32)
@@ -149,7 +149,7 @@ def backbone_of(policy: ResolvedModel) -> SharedBackbone:
 
 @pytest.mark.parametrize("kind", ["rows", "whole modules", "embedding", "rslora", "dora"])
 def test_roles_on_one_backbone_keep_their_own_copies(kind: str, tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
-    """The policy's adapter has its own rows or modules, the reward model's adapter has none: each computes as if it were alone."""
+    """The policy's adapter has rows or modules, the reward model's adapter has none. Each computes the same as on a separate backbone."""
     expected = foreign(tiny_llama_folder, tmp_path / "policy", **KINDS[kind])
     tiny_tokenizer.save_pretrained(tmp_path / "policy")
     reward_model = RewardModel.from_language_model(str(tiny_llama_folder), dtype=torch.float32, lora=LoraSettings(r=2), trainable=False)
@@ -185,7 +185,7 @@ def test_an_adapter_that_changes_the_base_is_refused_on_a_shared_backbone(tiny_l
 def test_an_update_and_rows_of_one_embedding_are_refused_on_a_shared_backbone(
     tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Each alone works; both also work in a separate stack, where the lower one is merged."""
+    """Each of them works alone. Both also work in a separate stack, where the lower one is merged."""
     foreign(tiny_llama_folder, tmp_path / "rows", **KINDS["rows"])
     tiny_tokenizer.save_pretrained(tmp_path / "rows")
     merged = load_language_model(str(tmp_path / "rows"), dtype=torch.float32, trainable=False)
@@ -228,7 +228,7 @@ def test_a_policy_with_new_tokens_trains_their_rows_apart_from_its_value_network
                 if "trainable_tokens" in name:
                     parameter.add_(number + 1.0)
     values = value.score_tokens(ids, torch.ones_like(ids)).detach()
-    value.save(tmp_path / "value", tokenizer)  # checks by itself that what is read again computes the same
+    value.save(tmp_path / "value", tokenizer)  # publishing checks that the saved adapter computes the same
     read = ValueModel.from_pretrained(
         ResolvedModel("value", "folder", str(tmp_path / "value"), "", ModelInput(ref="value"), base=source), dtype=torch.float32
     )

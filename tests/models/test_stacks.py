@@ -30,7 +30,7 @@ def write_adapter(folder: Path, base: Any, **config: Any) -> ResolvedModel:
 def test_three_adapters_in_folders_are_read_to_the_bottom(tmp_path: Path, tiny_llama_folder: Path) -> None:
     write_adapter(tmp_path / "one", str(tiny_llama_folder))
     write_adapter(tmp_path / "two", str(tmp_path / "one"))
-    top = write_adapter(tmp_path / "three", "../two")  # beside its own folder, wherever the command runs
+    top = write_adapter(tmp_path / "three", "../two")  # relative to the adapter's folder, for any working directory
     stack = stack_of(top)
     assert stack.base.path == str(tiny_llama_folder)
     assert [Path(adapter.path).name for adapter in stack.adapters] == ["one", "two", "three"]
@@ -67,7 +67,7 @@ def test_bases_that_form_a_circle_are_refused(tmp_path: Path) -> None:
 
 
 def test_trained_on_is_the_quantization_of_the_next_quantized_input_below(tmp_path: Path, monkeypatch: Any) -> None:
-    """Adapter 1 on nf4 weights; adapter 2 on the two of them merged: its base is what nf4 made of the weights, not the weights."""
+    """Adapter 1 is on nf4 weights, adapter 2 on the merge of both: its base are the dequantized nf4 weights, not the original ones."""
     base = folder_of(tmp_path / "base", quantization="nf4")
     one = ResolvedModel("one", "folder", "one", "", ModelInput(ref="one"), base=base)
     two = ResolvedModel("two", "folder", "two", "", ModelInput(ref="two"), base=one)

@@ -49,7 +49,7 @@ def recipe(tmp_path: Path, tiny_llama_folder: Path) -> Any:
 def test_full_fine_tuning_by_hand(recipe: Any, tmp_path: Path) -> None:
     memory = planned(recipe(precision="fp32"), tmp_path, 80)["aligned"].memory
     assert memory is not None
-    policy, value = 1_543_714_304, 1_543_714_304  # Qwen2.5-1.5B as its card has it (embeddings tied: no output layer to leave out)
+    policy, value = 1_543_714_304, 1_543_714_304  # Qwen2.5-1.5B as in its model card (tied embeddings: no output layer)
     assert memory.weights == 4 * (policy + value + policy)  # policy, value network, reference
     assert memory.gradients == 4 * (policy + value)
     assert memory.optimizer == 8 * (policy + value)

@@ -12,7 +12,7 @@ import torch
 
 from stages.ppo.config import PPOStepConfig
 
-# A random model samples each of 300 tokens alike: with 62 stop tokens responses are ragged.
+# A random model samples its 300 tokens with similar probabilities: with 62 stop tokens, responses differ in length.
 LETTERS = list(string.ascii_letters + string.digits)
 PROMPTS = [
     "write a happy line",

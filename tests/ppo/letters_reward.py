@@ -4,7 +4,7 @@ import random
 
 
 def letters(prompts: list[str], completions: list[str]) -> list[float]:
-    """Varies from text to text: the share of the letter e, and the length."""
+    """Different for different texts: depends on the share of the letter e and on the length."""
     return [text.count("e") / (len(text) + 1) + 0.05 * len(text) for text in completions]
 
 
@@ -19,10 +19,10 @@ def each_e(prompts: list[str], completions: list[str]) -> list[list[tuple[int, f
 
 
 def noisy(prompts: list[str], completions: list[str]) -> list[float]:
-    """As ``letters``, with noise from the process's own random stream."""
+    """Like ``letters``, with noise from the random stream of the process."""
     return [score + 0.1 * random.random() for score in letters(prompts, completions)]
 
 
 def arms(prompts: list[str], completions: list[str]) -> list[float]:
-    """The rewards of a bandit's arms: arm0 gives nothing, arm9 the most; any other text gives a negative reward."""
+    """The rewards of a bandit's arms: 0 for arm0, the highest for arm9, and a negative reward for any other text."""
     return [int(text[3:]) / 6 if text.startswith("arm") else -0.5 for text in completions]

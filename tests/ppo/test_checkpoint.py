@@ -1,4 +1,4 @@
-"""Resuming PPO to the bit, wherever it was cut off: weights, metrics and sampled texts equal those of a run that was left alone."""
+"""Resuming PPO after any interruption is bitwise exact: weights, metrics and samples equal those of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Killed(BaseException):
 
 
 def at_call(number: int, then: Callable[[], None], original: Callable[..., Any]) -> Callable[..., Any]:
-    """``original``, which calls ``then`` first when it is called for the ``number``th time."""
+    """``original`` with one change: its ``number``th call calls ``then`` first."""
     calls = 0
 
     def counted(*arguments: Any, **options: Any) -> Any:
@@ -130,8 +130,8 @@ CUTS = {
     "SIGTERM in the update": ("minibatch", 10, terminate),
     "SIGTERM in the rollout": ("score", 3, terminate),  # while the third is scored
 }
-ONCE = {"killed between": "average, adaptive KL"}  # a cut that one setting is enough for
-# settings that one cut is enough for: bitsandbytes takes its time on CPUs
+ONCE = {"killed between": "average, adaptive KL"}  # an interruption that is tested with one setting only
+# settings that are tested with one interruption only: bitsandbytes is slow on CPUs
 SLOW = {"8-bit moments": "killed inside", "leave-one-out": "killed inside"}
 CASES = [(cut, settings) for cut in CUTS for settings in SETTINGS if ONCE.get(cut, settings) == settings and SLOW.get(settings, cut) == cut]
 
@@ -145,15 +145,15 @@ def test_run_interrupted_anywhere_ends_like_an_uninterrupted_one(
     models = {"policy": resolve_folder(tiny_llama_folder)}
     context = step_context("test/cut", 5, models)
     with monkeypatch.context() as patch:
-        every(3)  # the newest checkpoint is now inside an iteration, now between two, and rarely at the cut
+        every(3)  # the newest checkpoint is sometimes inside an iteration, sometimes between two, and rarely at the interruption
         target: Any = {"collect": loop, "minibatch": Updater, "score": CombinedReward}[method]
         patch.setattr(target, method, at_call(number, then, getattr(target, method)))
         with pytest.raises(Killed if then is kill else Stopped), context.runtime.stop.installed():
             run(six_iterations(settings), context)
     context.close()
-    again = step_context("test/again", 5, models)  # the chain gives every attempt a run folder of its own
+    again = step_context("test/again", 5, models)  # the chain makes a new run folder for every attempt
     again.checkpoint_folder = context.checkpoint_folder
-    torch.manual_seed(999)  # whatever the process did in between
+    torch.manual_seed(999)  # as if the process had used random numbers in between
     assert_equal(undisturbed(settings), outcome(run(six_iterations(settings), again), again))
 
 
@@ -215,7 +215,7 @@ def test_history_is_appended_and_truncated_at_the_resumed_iteration(tmp_path: Pa
     log = HistoryLog(tmp_path / "history.jsonl")
     log.append(entries[:2])
     mark = log.append(entries[2:3])
-    log.append(entries[3:])  # by a run that is then cut off before its checkpoint is whole
+    log.append(entries[3:])  # by a run that is interrupted before its checkpoint is complete
     again = HistoryLog(tmp_path / "history.jsonl")
     assert again.first(mark) == entries[:3]
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 3

@@ -16,7 +16,7 @@ CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
 def test_characters_to_tokens_by_hand(tiny_tokenizer) -> None:
-    # byte pairs learned from the sentences of the fixture; " film" and "joy" are joined here from single bytes
+    # the fixture's tokenizer has learned byte pairs of other sentences; here " film" and "joy" are several tokens
     ids = [tiny_tokenizer.convert_tokens_to_ids(token) for token in ("\u0120", "f", "i", "x", "\u00c3", "\u00a9", "<|endoftext|>")]
     assert tiny_tokenizer.decode(ids, skip_special_tokens=True) == " fix\u00e9"
     # positions count from the f: f 0, i 1, x 2, e-acute 3 (two tokens, the second completes it), end 4
@@ -77,7 +77,7 @@ def test_token_scores_of_a_reward_model_sum_to_its_score(tiny_llama_folder, reso
     spans = source["token"].score_spans(prompts, texts)
     scores = source["completion"].score(prompts, texts)
     torch.testing.assert_close(torch.tensor([sum(score for _, score in row) for row in spans]), scores)
-    # each part is the difference of the scores of two beginnings
+    # each part is the difference of the scores of two prefixes
     tokenizer = model.tokenizer
     ids = tokenizer("write a line")["input_ids"] + tokenizer(" the film was a joy")["input_ids"]
     assert spans[0][-2][1] == pytest.approx(_last_difference(model, ids), abs=1e-5)

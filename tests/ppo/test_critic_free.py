@@ -131,7 +131,7 @@ def test_completions_of_a_prompt_are_consecutive_rows_and_differ(ppo_config, ppo
     assert len(asked) == 24  # two iterations of three prompts, four times each
     groups = [asked[start : start + 4] for start in range(0, 24, 4)]
     assert all(len(set(group)) == 1 for group in groups)
-    assert len({group[0] for group in groups}) == 6  # no prompt is asked twice before all were asked once
+    assert len({group[0] for group in groups}) == 6  # no prompt occurs twice before every prompt has occurred once
     assert all(len({row["completion"] for row in rows[start : start + 4]}) > 1 for start in range(0, 24, 4))
 
 

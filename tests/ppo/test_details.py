@@ -1,4 +1,4 @@
-"""Details of the papers that are about PPO: each as its row in the checklist asks for it (stages/conformance.py)."""
+"""Details of the papers about PPO, as in the rows of stages/conformance.py."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_weights_are_fp32_while_the_forward_pass_is_half(ppo_config, ppo_context
     with roles.policy.precision():
         ids = torch.tensor([[5, 6, 7]])
         assert roles.policy.model(input_ids=ids).logits.dtype == torch.bfloat16
-    # a thousand steps of 1e-8 add up; in bf16 (or fp16) each of them would round to nothing
+    # a thousand steps of 1e-8 add up; in bf16 (or fp16) each of them would be rounded to 0
     weight = torch.full((1,), 0.01, requires_grad=True)
     halves = weight.detach().bfloat16()
     optimizer = torch.optim.SGD([weight], lr=1e-8)
@@ -70,7 +70,7 @@ def test_weights_are_fp32_while_the_forward_pass_is_half(ppo_config, ppo_context
         weight.grad = torch.ones(1)
         optimizer.step()
         halves -= 1e-8
-    # a step of 1e-8 is rounded to the 9.3e-10 between neighbouring fp32 numbers here: off by 5 % at most
+    # fp32 numbers here are 9.3e-10 apart, so a step of 1e-8 is rounded by at most 5 %
     assert weight.item() == pytest.approx(0.01 - 1e-5, abs=6e-7) and halves.item() == torch.tensor(0.01).bfloat16().item()
 
 
@@ -81,7 +81,7 @@ def test_a_prompt_of_1001_tokens_is_left_out_and_not_cut(ppo_config, ppo_context
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts.values()))
     config = ppo_config(data=str(path), max_prompt_tokens=1000)
     roles = load_roles(config, ppo_context)
-    roles.policy.model.config.max_position_embeddings = 2000  # the limit that counts here is the step's
+    roles.policy.model.config.max_position_embeddings = 2000  # the limit of the step applies here
     kept = load_prompts(config, ppo_context, roles)
     assert [(len(ids), prompt) for prompt, ids, _ in kept] == [(999, texts[999]), (1000, texts[1000])]
 
@@ -90,7 +90,7 @@ def test_a_prompt_of_1001_tokens_is_left_out_and_not_cut(ppo_config, ppo_context
 def test_dropout_is_off_everywhere(ppo_config, gpt2_context, make_rollout) -> None:
     config = ppo_config(generation={"max_new_tokens": 10, "stop": list("abcdefghijklmnopqrstuvwxyz")})
     roles = load_roles(config, gpt2_context)
-    assert roles.policy.model.config.resid_pdrop == 0.1  # what the config says is kept for whoever loads the model next
+    assert roles.policy.model.config.resid_pdrop == 0.1  # the config is unchanged for later users of the model
     ids = torch.tensor([[5, 6, 7, 8]])
     for network in (roles.policy.model, roles.value, roles.reference.model):
         network.train()
@@ -112,7 +112,7 @@ def test_dropout_is_off_everywhere(ppo_config, gpt2_context, make_rollout) -> No
 def test_the_first_minibatch_has_ratio_one_and_no_kl(
     ppo_config, ppo_context, gpt2_context, make_rollout, pad, family, precision, tolerance
 ) -> None:
-    # In bf16 a row's log-probabilities depend a little on what it is batched with: eight bits of mantissa. In fp32 that is 1e-6.
+    # A row's log-probabilities depend a little on the other rows of the batch: bf16 has eight bits of mantissa. In fp32 it is 1e-6.
     config = ppo_config(precision=precision, ppo_epochs=1)
     roles = load_roles(config, ppo_context if family == "llama" else gpt2_context)
     roles.tokenizer.pad_token = pad
@@ -136,7 +136,7 @@ def test_rewards_add_up_to_the_score_and_their_kl_is_the_rollouts(ppo_config, pp
     assert rollout.kl.abs().max() > 0.1
     target = targets(rollout, config, kl_coef=0.3)
     torch.testing.assert_close(target.rewards.sum(dim=1) + 0.3 * rollout.kl.sum(dim=1), rollout.scores, rtol=1e-5, atol=1e-5)
-    # four epochs move the policy; the penalty stays that of the rollout, for the targets are made of the rollout alone
+    # four epochs change the policy; the penalty is still that of the rollout, because targets depend only on the rollout
     make_updater(roles, config).update(rollout, kl_coef=0.3, seed=0)
     again = targets(rollout, config, kl_coef=0.3)
     assert torch.equal(again.rewards, target.rewards) and torch.equal(again.returns, target.returns)
@@ -185,7 +185,7 @@ def test_value_network_is_separate_and_starts_from_the_reward_model(
         with torch.no_grad():
             value = roles.value(ids, torch.ones_like(ids))[0, -1]
         torch.testing.assert_close(value, reward.score(ids, torch.ones_like(ids)).detach()[0])
-    # the value loss gives the policy no gradient, and the policy's loss none to the value network
+    # the value loss has no gradient in the policy, and the policy's loss has none in the value network
     updater = make_updater(roles, config)
     target = targets(rollout, config, kl_coef=0.1)
     zero = type(target)(target.rewards, torch.zeros_like(target.advantages), target.returns + 1, target.bootstrap_returns)
@@ -223,7 +223,7 @@ def test_a_coefficient_of_zero_is_plain_ppo_to_the_bit(ppo_config, step_context,
 
 @pytest.mark.detail("P20")
 def test_pretraining_mix_halves_the_loss_increase(ppo_config, step_context, resolve_folder, tiny_llama_folder, tmp_path) -> None:
-    """The alignment tax in small: a model that knows a text is pushed away from it by a reward; with PPO-ptx it forgets less than half."""
+    """A small alignment tax: a reward makes a model forget a text that it knows. With PPO-ptx, it forgets less than half as much."""
     from stages.models.likelihood import measure_likelihood
     from stages.models.loading import load_language_model, load_tokenizer, save_model
 
@@ -279,8 +279,8 @@ def test_recomputed_logprobs_are_the_samplers(ppo_config, ppo_context, make_roll
     for row in range(3):
         batch = _batch(roles, rollout, row)
         with torch.no_grad():
-            assert (other.policy.logprobs(batch) - roles.policy.logprobs(batch)).abs().max() > 1e-3  # a wrong temperature shows
-            torch.testing.assert_close(roles.reference_logprobs(batch), roles.policy.logprobs(batch))  # the reference's is divided, too
+            assert (other.policy.logprobs(batch) - roles.policy.logprobs(batch)).abs().max() > 1e-3  # a wrong temperature is detected
+            torch.testing.assert_close(roles.reference_logprobs(batch), roles.policy.logprobs(batch))  # the same for the reference
 
 
 def _batch(roles: Any, rollout: Any, row: int) -> Any:
@@ -291,7 +291,7 @@ def _batch(roles: Any, rollout: Any, row: int) -> Any:
 
 @pytest.mark.detail("P23", "P28")
 def test_tokens_after_the_end_are_not_counted(ppo_config, ppo_context, make_rollout) -> None:
-    """Sampling stops at the end token. The papers sample on and mask what follows: values and log-probabilities before it are the same."""
+    """Sampling stops at the end token. The papers continue and mask the later tokens; values and log-probabilities before are the same."""
     config = ppo_config()
     roles = load_roles(config, ppo_context)
     rollout = make_rollout(roles, config)
@@ -303,7 +303,7 @@ def test_tokens_after_the_end_are_not_counted(ppo_config, ppo_context, make_roll
     with torch.no_grad():
         long_values = roles.value(on_and_on, torch.ones_like(on_and_on))[0, : short.shape[1]]
         torch.testing.assert_close(long_values, roles.value(short, torch.ones_like(short))[0])
-    # garbage behind the end changes no reward, advantage, whitening or metric
+    # garbage after the end changes no reward, advantage, whitening or metric
     spoiled = {name: getattr(rollout, name).clone() for name in ("rollout_logprobs", "reference_logprobs", "values")}
     for tensor in spoiled.values():
         tensor[~rollout.response_mask] = 1e6
@@ -316,7 +316,7 @@ def test_tokens_after_the_end_are_not_counted(ppo_config, ppo_context, make_roll
 
 @pytest.mark.detail("P24", "P25")
 def test_truncation_at_a_token_after_a_position(ppo_config, ppo_context, make_rollout) -> None:
-    """As in LMHP: 'a' ends a completion from position 4 on, but not earlier; the end token does not. The reward reads the cut text."""
+    """As in LMHP: 'a' ends a completion from position 4 on, but not earlier. The end token does not. The reward reads the cut text."""
     letters = ["a", "e", "i"]
     generation = {"max_new_tokens": 12, "stop": letters, "stop_after": 4, "ignore_eos": True}
     config = ppo_config(generation=generation, missing_eos="replace", missing_eos_penalty=1.0)
@@ -341,7 +341,7 @@ def test_truncation_at_a_token_after_a_position(ppo_config, ppo_context, make_ro
             else:
                 assert positions == [] and len(response) == 12 and float(rollout.scores[row]) == -1.0
             text = roles.tokenizer.decode(response, skip_special_tokens=True).strip()
-            assert rollout.completions[row] == text  # what the reward read is the truncated text
+            assert rollout.completions[row] == text  # the reward read the truncated text
     assert early and short
 
 
@@ -394,7 +394,7 @@ def test_the_metrics_of_the_papers_are_there_without_padding(ppo_config, ppo_con
 def test_a_policy_s_samples_become_labels_of_the_next_reward_model(
     ppo_config, step_context, resolve_folder, tiny_llama_folder, reward_folder, tmp_path
 ) -> None:
-    """Reward model 1 -> policy 1 -> comparisons -> reward model 2: the registry tells it in its lineage."""
+    """Reward model 1 -> policy 1 -> comparisons -> reward model 2: the lineage in the registry shows these steps."""
     from dataclasses import replace
 
     from stages.registry.references import ResolvedModel

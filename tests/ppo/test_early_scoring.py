@@ -1,4 +1,4 @@
-"""Rewards behind a server: completions are scored while others are sampled; only the time differs."""
+"""Rewards that use a server: completions are scored while others are sampled, with the same scores."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def remote(server: Server, **fields: Any) -> dict[str, Any]:
 
 
 def collected(config: Any, context: Any, *, overlap: bool, monkeypatch: pytest.MonkeyPatch, seconds_per_step: float = 0.0) -> Any:
-    """A rollout of twelve episodes, with a policy that takes so long for each token."""
+    """A rollout of twelve episodes with a slow policy; the argument is its time for each token."""
     from stages.corpora.templates import encode_prompt
     from stages.ppo.collecting import collect
     from stages.ppo.early_scoring import EarlyScoring
@@ -64,7 +64,7 @@ def test_scores_with_and_without_overlap_are_equal(server, ppo_config, ppo_conte
     ensemble = {"ensemble": [remote(server, name="one"), {"function": "letters_reward:letters"}], "name": "both"}
     config = ppo_config(reward=[remote(server), ensemble], monitors=[remote(server, name="watch")], generation={"batch_size": 3})
     early = collected(config, ppo_context, overlap=True, monkeypatch=monkeypatch)
-    assert sum(len(body["completions"]) for body in server.bodies) == 3 * 12  # each source asked once for each completion
+    assert sum(len(body["completions"]) for body in server.bodies) == 3 * 12  # each source gets one request for each completion
     late = collected(config, ppo_context, overlap=False, monkeypatch=monkeypatch)
     assert early.completions == late.completions and len(set(early.completions)) > 6
     expected = [100.0 * row + len(text) for row, text in enumerate(early.completions)]
@@ -94,7 +94,7 @@ def test_a_server_that_fails_ends_the_run_with_all_its_episodes(server, prompts,
     config = ppo_config(data=prompts, reward=reward, generation={"batch_size": 3})
     with pytest.raises(TrainingError, match="gave no score for 1[01] of 12 completions: status 503.*episodes are in"):
         run(config, ppo_context)
-    assert len(server.bodies) == 1 + 3  # after three attempts for the second batch, nothing further is asked
+    assert len(server.bodies) == 1 + 3  # after three attempts for the second batch, there are no further requests
     assert len((ppo_context.folder / "failed_rollout.jsonl").read_text().splitlines()) == 12
 
 

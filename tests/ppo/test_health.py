@@ -19,7 +19,7 @@ from stages.ppo.loop import run
 
 def healthy(iteration: int, **fields: float) -> dict[str, float]:
     """A healthy run: score and KL rise, entropy falls by half, everything else stays within its noise."""
-    wave = math.sin(7.0 * iteration)  # stands in for the noise of a batch
+    wave = math.sin(7.0 * iteration)  # imitates the noise of a batch
     done = min(1.0, iteration / 40)
     return {
         "policy/kl": 8 * done + 0.1 * wave,
@@ -99,7 +99,7 @@ def test_negative_kl_alarm_ignores_one_small_batch_but_not_all() -> None:
 
 def test_history_of_a_long_run_has_constant_size() -> None:
     sizes = {len(pickle.dumps(observed([healthy(i) for i in range(number)])._history)) for number in (50, 500)}
-    assert max(sizes) - min(sizes) < 40  # pickle names a larger number in more bytes
+    assert max(sizes) - min(sizes) < 40  # pickle needs more bytes for a larger number
 
 
 def test_reward_hacking_equals_the_check_over_all_windows_of_the_run() -> None:
@@ -117,7 +117,7 @@ def test_reward_hacking_equals_the_check_over_all_windows_of_the_run() -> None:
 
 
 def hacked(score: list[float], monitor: list[float], width: int, limit: float | None) -> bool:
-    """The same with numpy over the full run: the best window mean before the last, and differences of means in standard errors."""
+    """The check with numpy over the full run: the best window mean before the last, and differences of means in standard errors."""
     scores, monitors = np.array(score), np.array(monitor)
     starts = range(len(score) - 2 * width + 1)
     best = max(starts, key=lambda start: monitors[start : start + width].mean())
@@ -136,7 +136,7 @@ def test_every_check_has_a_planted_case() -> None:
 def test_healthy_run_raises_no_alarm() -> None:
     health = observed([healthy(iteration) for iteration in range(80)])
     assert health.summary() == []
-    # also one whose completions never end by themselves, as in the steering of a plain language model
+    # also a run whose completions never have an end token, as when a plain language model is steered
     endless = [healthy(iteration, **{"responses/stopped_share": 0.0, "responses/length_mean": 48.0}) for iteration in range(80)]
     assert observed(endless).summary() == []
 
@@ -179,7 +179,7 @@ def test_hacking_needs_a_rising_score() -> None:
         healthy(i, **({"monitors/taste": 0.7 - 0.02 * (i - 40), "rewards/score_mean": 2 - 0.1 * (i - 40)} if i >= 40 else {}))
         for i in range(60)
     ]
-    assert observed(falls).summary() == []  # both fall: the run gets worse, but nobody is deceived
+    assert observed(falls).summary() == []  # both fall: the run gets worse, but this is not reward hacking
 
 
 def prompts(tmp_path: Any) -> str:

@@ -1,4 +1,4 @@
-"""No network of PPO is asked to read more than it can: prompts are left out, and a value network is not started from a shorter model."""
+"""No network of PPO gets more tokens than it can read: prompts are left out, and a value network does not start from a shorter model."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_average_by_iteration_is_published_beside_the_last_weights(
     models = {"policy": resolve_folder(tiny_llama_folder)}
     start = load_file(tiny_llama_folder / "model.safetensors")
     name = "model.embed_tokens.weight"
-    # one iteration of four optimizer steps: by iteration the average takes in the last weights once
+    # one iteration of four optimizer steps: with updates by iteration, the average includes the last weights once
     one = ppo_config(data=prompts, total_episodes=12, ema_decay=0.75, ema_cadence="iteration", publish_last=True)
     context = step_context("test/average", 1, models)
     average = weights(run(one, context))
@@ -101,7 +101,7 @@ def test_returns_by_hand_in_a_complete_rollout(ppo_config, ppo_context, make_rol
     target = targets(rollout, config, kl_coef=0.2)
     for row in range(len(rollout.prompts)):
         length = int(rollout.lengths[row])
-        # at gamma = lambda = 1 the return of the first token is everything that follows
+        # at gamma = lambda = 1 the return of the first token is the sum of all rewards
         expected = float(rollout.scores[row]) - 0.2 * float(rollout.kl[row].sum())
         assert float(target.returns[row, 0]) == pytest.approx(expected, abs=1e-4)
         assert float(target.rewards[row, length - 1]) == pytest.approx(

@@ -1,4 +1,4 @@
-"""Offloaded models are awake while they compute and change nothing; 8-bit and paged optimizers follow AdamW."""
+"""Offloaded models are on the device while they compute, and results do not change. 8-bit and paged optimizers approximate AdamW."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_only_managed_modules_in_use_move_to_the_device() -> None:
     with pytest.raises(ZeroDivisionError), offload.awake(one, None, stranger):
         assert one.seen == ["cpu", "meta"] and other.seen == ["cpu"] and stranger.seen == []
         raise ZeroDivisionError
-    assert one.seen == ["cpu", "meta", "cpu"]  # back to sleep whatever happened
+    assert one.seen == ["cpu", "meta", "cpu"]  # back in CPU memory also after an error
     off = Offload([Traveller()], torch.device("meta"), enabled=False)
     with off.awake(*off.modules):
         assert off.modules[0].seen == []
@@ -92,7 +92,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(ppo_config, ppo_context
 
 @pytest.mark.parametrize(("optimizer", "tolerance"), [("paged_adamw", 1e-6), ("adamw_8bit", 0.05), ("paged_adamw_8bit", 0.05)])
 def test_bitsandbytes_optimizers_follow_adamw(optimizer: str, tolerance: float) -> None:
-    """A hundred steps of a noisy quadratic; 8-bit moments are off by a few per cent of the way gone, paged ones not at all."""
+    """A hundred steps on a noisy quadratic: 8-bit moments differ by a few per cent of the weights' change, paged ones not at all."""
     ends = []
     for kind in ("adamw", optimizer):
         weight = torch.nn.Parameter(torch.linspace(-1, 1, 8192))

@@ -1,7 +1,7 @@
 """PPO converges to the known optimum of a bandit: the reference times exp(reward / kl_coef), normalised.
 
-One prompt, one token, ten arms. What the run ends at is read off the published policy's probabilities, without sampling. Each of the six
-runs takes some seconds: sixty iterations are what it takes to settle.
+One prompt, one token, ten arms. The result is read from the published policy's probabilities, without sampling. Each of the six runs
+takes some seconds, because PPO needs sixty iterations to converge.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def probabilities(folder: Path | Any) -> torch.Tensor:
 
 
 def payoffs(reference: torch.Tensor) -> torch.Tensor:
-    """What each token of the vocabulary pays."""
+    """The reward of each token of the vocabulary."""
     from letters_reward import arms
 
     words = ["", "", "pull", *ARMS]
@@ -108,7 +108,7 @@ def test_ppo_converges_to_the_optimal_policy(ppo_config, step_context, resolve_f
     }
     # the optimum's value is kl_coef * log E_reference[exp(reward / kl_coef)]
     assert objective["best"] == pytest.approx(KL_COEF * math.log(float((reference * (reward / KL_COEF).exp()).sum())))
-    # The objective is flat at its best: a policy a few percent off in KL has all but all of it.
+    # The objective is flat near its maximum: a policy that differs by a few percent in KL has almost the same objective.
     assert objective["found"] == pytest.approx(objective["best"], abs=0.02 * (objective["best"] - objective["start"]))
     assert expected_reward(trained, reward) == pytest.approx(expected_reward(best, reward), rel=0.02)
     assert kl(trained, reference) == pytest.approx(kl(best, reference), rel=0.08)

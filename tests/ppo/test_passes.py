@@ -1,4 +1,4 @@
-"""Passes of the update: packed, with casts kept, retreating when memory runs out, and without waiting for the device."""
+"""Passes of the update: packed, with kept casts, repeated when memory runs out, and without waiting for the device."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_one_pass_of_policy_and_value_network_has_the_gradients_of_two(
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in roles.policy.model.named_parameters():
-            if "lora_B" in name:  # neither adapter is the identity, and both differ
+            if "lora_B" in name:  # neither adapter is the identity, and the two are different
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
         roles.value.score_head.weight.normal_(generator=generator)
     rollout = make_rollout(roles, config)
@@ -174,7 +174,7 @@ def test_passes_are_joint_only_if_this_reduces_their_number(ppo_config, ppo_cont
     assert updater.config.microbatch_size == "auto"
     updater.config = ppo_config(microbatch_size=6, lora={"r": 4})
     updater.budget.tokens = 2.0 * tokens
-    assert not updater._joins(episodes, packed=True)  # the recipe's number is a decision about memory
+    assert not updater._joins(episodes, packed=True)  # a number in the recipe limits the memory
 
 
 # Casts
@@ -189,7 +189,7 @@ def test_each_weight_is_cast_once_in_an_optimizer_step_and_the_gradient_is_autoc
     with Operations(weights) as kept:
         updater.accumulate(part, target)
     gradients = taken_gradients(roles)
-    roles.__dict__["are_sharded"] = True  # as with weights that are cut over processes: nothing is kept
+    roles.__dict__["are_sharded"] = True  # as with sharded weights: no casts are kept
     with Operations(weights) as uncached:
         updater.accumulate(part, target)
     # Two layers of seven products in each network, the policy's output layer, weight and bias of the value head.
@@ -203,7 +203,7 @@ def test_each_weight_is_cast_once_in_an_optimizer_step_and_the_gradient_is_autoc
 
 
 def run_out_above(model: Any, tokens: int, monkeypatch: pytest.MonkeyPatch, *, in_backward: bool = False) -> list[int]:
-    """Let passes of ``model`` run out of memory above so many tokens; returns the list of those that did."""
+    """Let passes of ``model`` with more tokens than this run out of memory. Returns the list of failed passes."""
     failed: list[int] = []
     forward = model.forward
 
@@ -253,7 +253,7 @@ def test_minibatch_that_runs_out_of_memory_is_repeated_in_smaller_passes(
     small.budget.tokens = limited.budget.tokens
     expected = small.accumulate(rollout, target)
     expected.read()
-    assert totals.sums == expected.sums  # no episode counts twice, and none is lost
+    assert totals.sums == expected.sums  # every episode counts exactly once
     for name, gradient in taken_gradients(roles).items():
         assert torch.equal(gradients[name], gradient), name  # to the bit: the passes are the same
     one_pass = updater()
@@ -262,7 +262,7 @@ def test_minibatch_that_runs_out_of_memory_is_repeated_in_smaller_passes(
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=2e-6)  # fp32 sums in another order
     result = limited.update(rollout, kl_coef=0.1, seed=0)
     assert result.retreats == 2 and 0 < result.pass_tokens <= 100
-    assert limited.update(rollout, kl_coef=0.1, seed=1).retreats == 0  # passes stay small
+    assert limited.update(rollout, kl_coef=0.1, seed=1).retreats == 0  # later passes have the smaller size
 
 
 def test_measuring_in_smaller_passes_loses_no_episode(ppo_config, ppo_context, make_rollout, monkeypatch) -> None:
@@ -297,7 +297,7 @@ def test_sharded_weights_are_not_retried_because_other_processes_wait(ppo_config
 
 # Waiting
 
-WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero")  # what makes the CPU wait for a GPU
+WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero")  # operations that make the CPU wait for a GPU
 
 
 @pytest.mark.parametrize(("kind", "packs"), [*((kind, False) for kind in KINDS), ("a value network", True), ("LoRA", True)])
@@ -309,7 +309,7 @@ def test_optimizer_step_copies_numbers_from_the_device_once(
     roles.packs = packs
     part = make_rollout(roles, config).rows(torch.arange(6))
     target, updater = targets(part, config, kl_coef=0.1), make_updater(roles, config)
-    updater.minibatch(part, target)  # makes what stays: optimizer states, the answer whether rows can be packed
+    updater.minibatch(part, target)  # makes what later steps reuse: optimizer states, the result of the packing test
     reads: list[str] = []
     for name in ("tolist", "item", "__float__", "__bool__", "__int__", "cpu", "numpy"):
         own = getattr(torch.Tensor, name)
@@ -321,5 +321,5 @@ def test_optimizer_step_copies_numbers_from_the_device_once(
     with Operations() as seen:
         updater.minibatch(part, target)
     assert {name: seen.counts[name] for name in WAITS if name in seen.counts} == {}
-    # Three lists of the rollout, which lies on the CPU (lengths, token ids, which states count), and the sums of the minibatch.
+    # Three lists of the rollout, which is on the CPU (lengths, token ids, which states count), and the sums of the minibatch.
     assert reads.count("tolist") == 4 and set(reads) <= {"tolist"}

@@ -64,7 +64,7 @@ def test_every_field_survives_division_joining_and_a_checkpoint(tmp_path: Path) 
     rollout = hand_made(**tensors, **times, gpu_memory={"scoring": 7}, retreats=2, lag=1, sampled_elsewhere=True)
     first, second = rollout.rows(torch.tensor([0])), rollout.rows(torch.tensor([1]))
     assert (second.prompts, second.completions, second.scores.tolist(), second.parts["a"].isnan().item()) == (["b"], ["y"], [-4.0], True)
-    # The first process's longest response has two tokens, so its tensors are narrower; it waited longer, and ran out of memory alone.
+    # The first process has responses of at most two tokens, so narrower tensors. It waited longer, and only it ran out of memory.
     wide = {name: value for name, value in vars(first).items() if isinstance(value, torch.Tensor) and value.dim() == 2}
     narrow = {name: value[:, :2] for name, value in wide.items()}
     assert len(narrow) == 7
@@ -82,13 +82,13 @@ def test_score_is_credited_to_an_extra_state_after_the_last_token(ppo_config) ->
     config = ppo_config(whiten_advantages=False, gae_lambda=0.5, score_placement="after")
     rollout = hand_made(bootstrap_mask=torch.tensor([True, False]), bootstrap_values=torch.tensor([8.0, 0.0]))
     target = targets(rollout, config, kl_coef=0.1)
-    # row 0: the last token keeps its KL alone; the score is paid in the state after it, whose value is 8
+    # row 0: the last token has only its KL; the score is credited to the state after it, whose value is 8
     torch.testing.assert_close(target.rewards, torch.tensor([[-0.05, 0.1, 0.0], [0.0, -0.1, -3.9]]))
     # deltas -0.3, 0.1 + 8 - 0.25 = 7.85, 10 - 8 = 2; A2 = 2, A1 = 7.85 + 1, A0 = -0.3 + 4.425
     torch.testing.assert_close(target.advantages, torch.tensor([[4.125, 8.85, 0.0], [-2.275, -2.55, -2.9]]))
     torch.testing.assert_close(target.returns, torch.tensor([[4.625, 9.1, 0.0], [-1.275, -2.55, -3.9]]))
     assert target.bootstrap_returns.tolist() == [10.0, 0.0]
-    # whitening is over the policy's tokens alone, of which the state behind is none
+    # whitening covers only the policy's tokens, not the state after the last token
     whitened = targets(rollout, ppo_config(gae_lambda=0.5, score_placement="after"), kl_coef=0.1)
     counted = target.advantages[rollout.response_mask]
     expected = (counted - counted.mean()) / (counted.var(correction=0) + 1e-8).sqrt()
@@ -99,7 +99,7 @@ def test_score_is_credited_to_an_extra_state_after_the_last_token(ppo_config) ->
 def test_token_scores_are_credited_to_their_tokens(ppo_config) -> None:
     config = ppo_config(whiten_advantages=False)
     target = targets(hand_made(token_scores=torch.tensor([[4.0, 3.0, 0.0], [0.0, 0.0, 0.0]])), config, kl_coef=0.0)
-    assert target.rewards.tolist() == [[4.0, 6.0, 0.0], [0.0, 0.0, -4.0]]  # of 10, 3 have no place but the end
+    assert target.rewards.tolist() == [[4.0, 6.0, 0.0], [0.0, 0.0, -4.0]]  # of the score 10, 3 belong to no token and are added at the end
 
 
 def test_a_separate_lambda_for_the_value(ppo_config) -> None:
@@ -107,7 +107,7 @@ def test_a_separate_lambda_for_the_value(ppo_config) -> None:
     one = targets(hand_made(), ppo_config(**settings, value_gae_lambda=1.0), kl_coef=0.1)
     other = targets(hand_made(), ppo_config(**settings), kl_coef=0.1)
     torch.testing.assert_close(one.advantages, other.advantages)
-    # at lambda = 1 a return is what follows: -0.05 + 10.1, 10.1 | -4, -4, -3.9
+    # at lambda = 1 a return is the sum of the later rewards: -0.05 + 10.1, 10.1 | -4, -4, -3.9
     torch.testing.assert_close(one.returns, torch.tensor([[10.05, 10.1, 0.0], [-4.0, -4.0, -3.9]]))
 
 
@@ -160,7 +160,7 @@ def test_each_phase_of_an_iteration_has_its_peak_of_gpu_memory(ppo_config, ppo_c
 
     config = ppo_config()
     roles = load_roles(config, ppo_context)
-    peaks = iter([0, 5 * 2**30, 0, 3 * 2**30, 0, 2**30])  # before and at the end of generation, measuring, scoring
+    peaks = iter([0, 5 * 2**30, 0, 3 * 2**30, 0, 2**30])  # at the beginning, and at the end of generation, measuring and scoring
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: next(peaks))

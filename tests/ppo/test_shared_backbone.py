@@ -30,7 +30,7 @@ QUANTIZATIONS = ["none", "nf4", "int8"]
 
 
 def disturb(model: Any, seed: int) -> None:
-    """Make the trainable adapter do something."""
+    """Change the trainable adapter from its initial values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -107,7 +107,7 @@ def test_scores_values_and_logprobs_equal_those_of_separate_models(family, lora_
     policy, preference = context.models["policy"], context.models["reward[0].model"]
     separate = Policy(load_language_model(policy, dtype=torch.float32, trainable=False), temperature=1.0, autocast=None)
     expected = separate.logprobs(batch)
-    # int8 rounds activations, so that a sum in another order may fall to another step: 1/127 of logits around 1
+    # int8 rounds activations, so a sum in another order may round differently: 1/127 of logits around 1
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if quantization != "int8" else {"rtol": 0, "atol": 2e-2}
     torch.testing.assert_close(rollout.rollout_logprobs[mask], expected, **tolerance)
     torch.testing.assert_close(rollout.reference_logprobs[mask], expected, **tolerance)
@@ -128,7 +128,7 @@ def test_the_update_equals_that_of_separate_models(family, lora_config, monkeypa
             if not shared:
                 patch.setattr(SharedBackbone, "holds", lambda self, model: False)
             roles = load_roles(config, context)
-            for name, network in roles.networks().items():  # equal adapters on both sides, and none an identity
+            for name, network in roles.networks().items():  # the adapters are equal on both sides, and none is the identity
                 disturb(network, len(name))
                 with torch.no_grad():
                     for key, parameter in network.named_parameters():
@@ -160,7 +160,7 @@ def test_the_update_equals_that_of_separate_models(family, lora_config, monkeypa
 def test_an_adapter_in_a_folder_shares_the_backbone_of_its_base_s_folder(
     tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder in a recipe has a digest, the base path of an adapter has none; both are recognised as one model."""
+    """A folder in a recipe has a digest, but the base path of an adapter has none. Both are recognised as the same model."""
     adapted = RewardModel.from_language_model(str(tiny_llama_folder), dtype=torch.float32, lora=LoraSettings(r=2))
     adapted.save(tmp_path / "adapted", tiny_tokenizer)
 

@@ -22,7 +22,7 @@ def llama() -> LlamaModel:
 def test_flops_by_hand() -> None:
     counter, output = MatmulCounter(), torch.nn.Linear(8, 20, bias=False)
     model = llama()
-    attention = 4 * 8 * 2  # 4 d for each of the two tokens that one looks back on at the mean
+    attention = 4 * 8 * 2  # 4 d for each of the two earlier tokens that a token attends to on average
     counter.add(model, BATCH, output=output, backward=False)
     assert counter.take() == 8 * (2 * LLAMA + attention) + 5 * 2 * 160
     counter.add(model, BATCH, output=output)

@@ -31,7 +31,7 @@ def gradients(roles: Any) -> dict[str, torch.Tensor]:
 
 
 def move_policy(roles: Any) -> None:
-    """As after some optimizer steps: otherwise every ratio is 1 and every clip idle."""
+    """Change the policy as some optimizer steps would. Otherwise every ratio is 1 and no clip is active."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for network in roles.networks().values():
@@ -199,7 +199,7 @@ def test_sums_of_a_minibatch_are_read_once_for_any_number_of_microbatches(
         plain = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda tensor, name=name, plain=plain: reads.append(name) or plain(tensor))
     updater.accumulate(part, target)
-    assert len(reads) <= 2  # the counts of tokens and of states, which lie on the CPU
+    assert len(reads) <= 2  # the counts of tokens and of states, which are on the CPU
 
 
 def test_totals_are_sums_in_double_precision_and_the_largest_number() -> None:

@@ -78,7 +78,7 @@ def test_from_random_weights_to_a_published_model(corpus: Path, step_context: An
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     results = [run(config(corpus), step_context(name=f"test/base{turn}", seed=5)) for turn in range(2)]
-    assert results[0].model.digest == results[1].model.digest  # equal bits from run to run
+    assert results[0].model.digest == results[1].model.digest  # equal runs give equal bits
     assert run(config(corpus), step_context(name="test/other", seed=6)).model.digest != results[0].model.digest
     metrics = results[0].metrics
     assert metrics["heldout_perplexity_before"] == pytest.approx(300, rel=0.15)  # small random weights are nearly uniform

@@ -1,4 +1,4 @@
-"""How a process notices that the others are gone."""
+"""How a process detects that the other processes have ended."""
 
 from __future__ import annotations
 

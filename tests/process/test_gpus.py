@@ -20,7 +20,7 @@ GIB = 2**30
 
 @pytest.fixture
 def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An nvidia-smi that lists three GPUs and notes its arguments."""
+    """An nvidia-smi that lists three GPUs and records its arguments."""
     program = tmp_path / "nvidia-smi"
     program.write_text(
         f"#!/bin/sh\necho \"$@\" >> {tmp_path}/asked\necho 'GPU-8932f937-a1, NVIDIA H200, 143771, 580.95.05'\n"
@@ -63,7 +63,7 @@ def test_the_environment_of_a_run_names_its_gpus_before_torch_is_loaded(smi: Pat
         ("0,-1,1", ["NVIDIA H200"]),  # CUDA ignores everything from an invalid entry on
         ("0,7,1", ["NVIDIA H200"]),
         ("GPU-77,GPU-8932f", ["NVIDIA L4", "NVIDIA H200"]),
-        ("GPU-8932", []),  # two GPUs begin so
+        ("GPU-8932", []),  # two GPUs have this prefix
     ],
 )
 def test_visible_gpus_are_those_of_cuda_visible_devices(smi: Path, monkeypatch, chosen: str, names: list[str]) -> None:

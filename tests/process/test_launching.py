@@ -1,4 +1,4 @@
-"""As many processes as were asked for, or a message that says why not; exit statuses and signals that get through."""
+"""The launcher starts the requested number of processes or says why not. It passes on exit statuses and signals."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_failed_launch_is_reported(tmp_path: Path, environment: dict[str, str], 
 def test_missing_processes_are_noticed(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert not process_environment.is_short_of_processes()
     monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")
-    assert not process_environment.is_short_of_processes()  # one was asked for
+    assert not process_environment.is_short_of_processes()  # one process was requested
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert process_environment.is_short_of_processes()
     monkeypatch.setattr(launching, "_arguments_of_launcher", lambda: None)

@@ -1,6 +1,6 @@
 """Two processes compute what one computes: the same updates, one summary, one version of each model. They end together; one can resume.
 
-Processes are started as users start them, on a CPU over gloo; each start costs seconds, so there are few and each shows several things.
+Processes are started as users start them, on a CPU with gloo. Each start takes seconds, so there are few, and each tests several things.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from stages.registry.ledger import Registry
 from tests.rewards.conftest import Server
 
-pytestmark = pytest.mark.timeout(900)  # a start takes 15 s where the machine is free, and minutes where it is not
+pytestmark = pytest.mark.timeout(900)  # a start takes 15 s on an idle machine, and minutes on a busy one
 REPOSITORY = Path(__file__).resolve().parents[2]
 ACCELERATE = Path(sys.executable).with_name("accelerate")
 
@@ -178,7 +178,7 @@ def alone(workdir: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(workdir: Path) -> Path:
-    """Started by plain ``accelerate launch``, which alone would start one process and say nothing."""
+    """Started by ``accelerate launch``, which by itself would start only one process without a message."""
     done = start(workdir, "pair", *TWO_BY_ACCELERATE)
     assert done.returncode == 0, done.stderr
     return workdir / "pair"
@@ -222,7 +222,7 @@ def test_two_processes_compute_the_updates_of_one(alone: Path, pair: Path) -> No
 
 
 def test_each_process_scores_its_own_rows(pair: Path, server: Server) -> None:
-    """The columns of a row stay with it, for a function and for a server; the server scores while the processes sample."""
+    """A function and a server get the columns of each row. The server scores while the processes sample."""
     lines = (pair / "runs" / "pair" / "latest" / "aligned" / "metrics.jsonl").read_text().splitlines()
     for line in map(json.loads, lines):
         assert line["rewards/about"] == 1.0 and line["rewards/far"] < 100.0 and "time/scoring_hidden_s" in line
@@ -230,7 +230,7 @@ def test_each_process_scores_its_own_rows(pair: Path, server: Server) -> None:
 
 
 def test_sharding_over_two_processes_does_not_change_the_updates(workdir: Path, alone: Path) -> None:
-    """FSDP2 over gloo, by the accelerate config that ships; sampling does not wait for the other process, so it cannot hang."""
+    """FSDP2 with gloo, by the shipped accelerate config. Sampling does not wait for the other process, so it cannot hang."""
     done = start(workdir, "sharded", *SHARDED)
     assert done.returncode == 0, done.stderr
     home = workdir / "sharded"
@@ -260,7 +260,7 @@ def test_processes_sample_different_rows_with_the_results_of_one_process(alone: 
     samples = [(home / "runs" / "pair" / "latest" / "aligned" / "samples.jsonl").read_text().splitlines() for home in (alone, pair)]
     texts = [[json.loads(line)["completion"] for line in lines] for lines in samples]
     assert len(texts[0]) == 70 and texts[0] == texts[1]
-    # The episodes of the first rollout by process: were their streams alike, the completions would be.
+    # The episodes of the first rollout by process: with equal random streams, the completions would be equal.
     assert texts[1][0:14:2] != texts[1][1:14:2]
 
 
@@ -269,7 +269,7 @@ def test_dead_process_ends_the_others_and_one_process_can_resume(workdir: Path, 
     Registry(workdir / "cut" / "registry").remove("pair/aligned")
     began = time.monotonic()
     done = start(workdir, "cut", *TWO, AT_CALL="3", IN_PROCESS="1", WHAT="dies")
-    assert time.monotonic() - began < 100  # the start included; the end itself takes a moment
+    assert time.monotonic() - began < 100  # including the start; ending takes a moment
     assert done.returncode == 128 + signal.SIGKILL
     assert "process 1 of 2 was ended by SIGKILL; the others were ended with it" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Requests to JSON servers: what the tests of their users (rewards, judges, vLLM) do not show."""
+"""Requests to JSON servers: cases that the tests of rewards, judges and vLLM do not cover."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ def test_stop_request_ends_a_waiting_http_request() -> None:
     asking.join(10)
     assert not asking.is_alive() and "no connection" in str(raised[0])
     client.close()
-    with pytest.raises(GaveUp, match="closed"):  # a thread that comes late
+    with pytest.raises(GaveUp, match="closed"):  # a thread that starts after the stop
         client.get("http://127.0.0.1:1/", lambda answer: answer)
     listening.close()

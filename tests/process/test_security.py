@@ -1,4 +1,4 @@
-"""What lets nothing in and nothing out: code, paths, pickles and secrets."""
+"""Security: code does not run, paths do not leave their folder, pickles are not read, and secrets are not written."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_interruptible_part_of_a_deferred_block_can_be_stopped() -> None:
                 time.sleep(5)
         finally:
             reached.append(stop._deferred)
-    assert reached == [1]  # what follows in the block is protected again
+    assert reached == [1]  # the rest of the block is protected again
 
 
 def test_earlier_stop_request_ends_the_interruptible_part_at_its_beginning() -> None:

@@ -18,7 +18,7 @@ from stages.recipe.schema import load_recipe
 def process() -> None:
     from accelerate import PartialState
 
-    PartialState()  # as runtime.state is before a step logs
+    PartialState()  # runtime.state exists before a step logs
 
 
 def trackers(folder: Path, *names: str) -> StepTrackers:

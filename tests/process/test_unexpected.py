@@ -18,7 +18,7 @@ class Unprintable(Exception):
 
 
 class OutOfMemoryError(RuntimeError):
-    """Named as torch names its own."""
+    """Has the same name as torch's class."""
 
 
 def raised(error: BaseException, folder: Path | None = None) -> BaseException:

@@ -61,7 +61,7 @@ def test_flat_and_grouped_settings_are_the_same_step_with_the_same_fingerprint()
     assert flat == grouped and set(FLAT) == set(PPOStepConfig.former_names)
     settings = settings_of(flat)
     assert settings == settings_of(grouped)
-    # the form of the versions that had no groups: every flat name, and no group
+    # settings as in versions without groups: every flat name and no group
     assert {name: settings[name] for name in FLAT} == FLAT and not set(GROUPED) & set(settings)
 
 

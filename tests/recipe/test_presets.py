@@ -1,4 +1,4 @@
-"""Presets: the published numbers, beneath recipe and command line, scaled with batch sizes; and where each setting's value comes from."""
+"""Presets: the published numbers, overridden by recipe and command line, scaled with batch sizes; and the origin of each value."""
 
 from __future__ import annotations
 
@@ -130,9 +130,9 @@ def test_recipe_and_command_line_override_a_preset(tmp_path: Path) -> None:
         tmp_path, "ppo", "huang2024", "ppo.kl.coef=0.5", "ppo.training.learning_rate=1e-4", ppo_epochs=2, training={"adam_beta2": 0.9}
     )
     assert (config.kl.coef, config.training.learning_rate, config.ppo_epochs, config.training.adam_beta2) == (0.5, 1e-4, 2, 0.9)
-    assert (config.training.adam_epsilon, config.rollout_batch_size) == (1e-5, 512)  # the rest stays
+    assert (config.training.adam_epsilon, config.rollout_batch_size) == (1e-5, 512)  # the other fields are unchanged
     assert configured(tmp_path, "ppo", "huang2024", "ppo.preset=null").rollout_batch_size == 64  # our default
-    assert configured(tmp_path, "ppo", "stiennon2020", "ppo.prompt_fit=null").prompt_fit is None  # a block set to null is an answer
+    assert configured(tmp_path, "ppo", "stiennon2020", "ppo.prompt_fit=null").prompt_fit is None  # a block set to null overrides the preset
 
 
 @pytest.mark.detail("P15")

@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class TrainConfig(TrainingStepConfig):
-    """A training stage in little."""
+    """A small training stage."""
 
     stage: Literal["train"] = "train"
     model: ModelField | None = None
@@ -296,7 +296,7 @@ def test_references_resolve_in_the_documented_order(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_only_similar_to_a_local_one_is_a_hub_id(tmp_path: Path) -> None:
-    """What resembles a step, a version or a folder is an id of the Hub; the resemblance is kept for the case that it is not there."""
+    """A name that is only similar to a step, version or folder is a Hub id. If the Hub lacks it, the advice names the similar one."""
     registry = Registry(tmp_path / "registry")
     registry.publish("other/model", lambda folder: (folder / "config.json").write_text("{}") and None, role="language_model")
     (tmp_path / "recipes" / "texts" / "mine").mkdir(parents=True)

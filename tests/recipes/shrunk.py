@@ -1,4 +1,4 @@
-"""Overrides that make each recipe that ships small: fewer rows, steps and tokens. Its models, data sets, splits and columns stay."""
+"""Overrides that make each shipped recipe small: fewer rows, steps and tokens, with the same models, data sets, splits and columns."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def summaries(steps: str) -> list[str]:
 
 
 def assistant(best_of: str, policies: str) -> list[str]:
-    """Fields of the recipes that make an assistant. Demonstrations: rows 0 to 59 train and prompt, those behind are held out."""
+    """Fields of the recipes that make an assistant. Demonstrations: rows 0 to 59 are for training and prompts, later rows are held out."""
     return [
         *each("sft preference judge dpo", *TRAINING),
         *each("sft", "data.train.limit=30", "data.validation.skip=60", "data.validation.limit=6"),
@@ -63,7 +63,7 @@ SHRUNK: dict[str, list[str]] = {
         "verdict.token_details.num_prompts=2",
         "verdict.candidates.best-of-16.best_of.n=4",
     ],
-    # The judge's pairs begin behind those of the reward model: 21,000 of 42,500 there, 30 of 60 here.
+    # The judge's pairs begin after those of the reward model: at 21,000 of 42,500 in the recipe, at 30 of 60 here.
     "hh-harmless": [
         *each("sft preference judge dpo", *TRAINING),
         *each("preference dpo", "data.train.limit=30"),
@@ -170,4 +170,4 @@ SHRUNK: dict[str, list[str]] = {
         "verdict.candidates.best-of-64.best_of.n=2",
     ],
 }
-"""By the recipe's name; every recipe that ships has an entry."""
+"""Name of the recipe -> overrides. Every shipped recipe has an entry."""

@@ -28,7 +28,7 @@ def figure1() -> Any:
 
 
 def parameters(architecture: dict[str, Any]) -> int:
-    """Weights of a Llama beside its embedding: four attention matrices, three of the MLP, two norms per layer and one at the end."""
+    """Weights of a Llama without the embedding: four attention matrices, three of the MLP, two norms per layer and one at the end."""
     hidden, inner = architecture["hidden_size"], architecture["intermediate_size"]
     return architecture["num_hidden_layers"] * (4 * hidden**2 + 3 * hidden * inner + 2 * hidden) + hidden
 
@@ -40,7 +40,7 @@ def test_recipe_has_every_kind_of_model_in_three_sizes_that_differ_by_a_factor_o
     assert sizes[2] >= 100 * sizes[0] and sizes[0] < sizes[1] < sizes[2]
     assert [round(size / 1e6, 2) for size in sizes] == [0.06, 0.5, 5.58]
     assert set(steps["verdict"].candidates) == {f"{kind}-{size}" for kind in KINDS for size in "sml"}
-    for size in "sml":  # one reward model for all, and the same chain but for size and rates
+    for size in "sml":  # one reward model for all sizes; the chains differ only in size and learning rates
         assert recipe.steps[[step.name for step in recipe.steps].index(f"ppo-{size}")].models["reward[0].model"].target == "preference"
         assert steps[f"ppo-{size}"].pretraining_mix is None and steps[f"ptx-{size}"].pretraining_mix is not None
         assert steps[f"ppo-{size}"].total_episodes == steps[f"ptx-{size}"].total_episodes == steps["ppo-s"].total_episodes
@@ -59,7 +59,7 @@ def test_parameter_counts_match_the_models(figure1: Any, tmp_path: Path) -> None
 
 def test_figure_1_reports_which_claims_the_run_shows(figure1: Any) -> None:
     strength = {f"{kind}-{size}": index + 0.1 * step for step, size in enumerate("sml") for index, kind in enumerate(KINDS)}
-    strength["ppo-m"] = strength["sft-m"]  # one claim that does not hold
+    strength["ppo-m"] = strength["sft-m"]  # one claim that this run does not show
 
     def rate(a: str, b: str) -> dict[str, Any]:
         middle = 0.5 + 0.2 * ((strength[a] > strength[b]) - (strength[a] < strength[b]))

@@ -1,4 +1,4 @@
-"""recipes/people.yaml from its first step to its report, made small; what people said is in the run folder, and is used again."""
+"""A small version of recipes/people.yaml from its first step to its report. The rankings are in the run folder and are reused."""
 
 from __future__ import annotations
 

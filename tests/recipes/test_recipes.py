@@ -1,4 +1,4 @@
-"""Recipes that ship, from their first step to their report, on what they read on the Hub: no data and no model is replaced.
+"""Shipped recipes from their first step to their report, with the models and data sets that they name on the (local) Hub.
 
 These are the fast ones; ``python tests/benchmarks/recipes.py`` runs all of them.
 """
@@ -37,7 +37,7 @@ def test_every_recipe_that_ships_can_be_made_small() -> None:
 
 
 def _sources(step: Any) -> list[tuple[str, Any, ...]]:
-    """What is read of the Hub's data sets, but for which rows."""
+    """The fields of Hub data sets without the selection of rows."""
     from stages.recipe.schema import data_inputs
 
     sources = [(field_path, source) for field_path, inputs in data_inputs(step.config).items() for source in inputs if source.on_hub]
@@ -65,7 +65,7 @@ def _commits(hub: Hub, identifier: str) -> set[str]:
 
 
 def _check_instructgpt(summary: dict[str, Any]) -> None:
-    """The settings of Huang et al. 2024 where no override shortens them; and every number of the alignment tax is there."""
+    """The settings are those of Huang et al. 2024, except for overrides that shorten the run. All numbers of the alignment tax exist."""
     configs = {step["name"]: step["config"] for step in summary["steps"]}
     assert configs["sft"]["training"]["learning_rate"] == 3e-6
     assert (configs["aligned"]["kl"]["coef"], configs["aligned"]["ppo_epochs"]) == (0.05, 4)

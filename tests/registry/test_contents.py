@@ -1,4 +1,4 @@
-"""What planning remembers of large files, and when it does not trust that."""
+"""The cached hashes of large files for planning, and when they are not trusted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def settled(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock is ten seconds ahead: what a test has just written is settled."""
+    """The clock is ten seconds ahead, so files that a test has just written count as old."""
     now = time.time
     monkeypatch.setattr(contents.time, "time", lambda: now() + 10)
 
@@ -43,7 +43,7 @@ def test_an_unchanged_file_is_read_once(tmp_path: Path, reads: list[Path], later
         with remembering(tmp_path / "cache" / "plan.json"):
             assert file_sha256(file) == hashlib.sha256(b"abc").hexdigest()
     assert reads == [file]
-    assert file_sha256(file) and reads == [file, file]  # outside every byte is read
+    assert file_sha256(file) and reads == [file, file]  # outside of the context, every byte is read
 
 
 def test_change_with_equal_size_and_time_is_detected(tmp_path: Path, reads: list[Path], later: None) -> None:
@@ -52,7 +52,7 @@ def test_change_with_equal_size_and_time_is_detected(tmp_path: Path, reads: list
         file_sha256(file)
     times = file.stat()
     file.write_text("abd")
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # the system's own mark of the change (ctime) cannot be set back
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # the file system's time of the change (ctime) cannot be set
     with remembering(tmp_path / "cache" / "plan.json"):
         assert file_sha256(file) == hashlib.sha256(b"abd").hexdigest()
 

@@ -1,4 +1,4 @@
-"""Full and read-only disks, flipped bits, leftovers, clocks that jump, and many processes at once: an error or a wait, and nothing lost."""
+"""Full and read-only disks, flipped bits, leftover files, clock jumps, many processes: there is an error or a wait, and no data is lost."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def disk(tmp_path: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A step of supervised fine-tuning and one of PPO, with checkpoints all along."""
+    """A step of supervised fine-tuning and one of PPO, both with frequent checkpoints."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "fault_rewards.py").write_text("def score(p, c):\n    return [len(text) / 10 for text in c]\n")
@@ -104,7 +104,7 @@ def test_full_disk_at_any_write_loses_no_model(disk: Any, recipe: Path, tmp_path
     calm = run(tmp_path / "calm")
     assert calm.exit_code == 0, calm.output
     total = used(tmp_path / "calm")
-    stopped = 0  # checkpoints take more room than what is left in the end
+    stopped = 0  # checkpoints need more space than the final files
     for share in (0.02, 0.2, 0.5, 0.8, 1.1, 1.4, 1.7, 2.0, 3.0):
         home = disk(max(8, int(total * share))) / f"home-{share}"
         result = run(home)
@@ -228,8 +228,8 @@ def test_locks_and_leftovers_of_dead_processes_do_not_block(tmp_path: Path) -> N
     (registry.root / "lock").write_text("4711")
     for name in ("0123", "4567"):
         (registry.root / "tmp" / name / "model").mkdir(parents=True)
-    (registry.root / "tmp" / "0123.lock").write_text("4711")  # its process is gone, and the lock with it
-    (registry.root / "models" / "fault" / "model" / "last_version").write_text("")  # a crash while it was written
+    (registry.root / "tmp" / "0123.lock").write_text("4711")  # its process has ended, which released the lock
+    (registry.root / "models" / "fault" / "model" / "last_version").write_text("")  # a crash during the write
     assert registry.publish("fault/model", fill, role="language_model").version == 2
     assert list((registry.root / "tmp").iterdir()) == []
 
@@ -323,7 +323,7 @@ def test_eight_processes_publish_read_and_remove_at_once(tmp_path: Path) -> None
     outcomes = [worker.communicate(timeout=200) for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * 8, [error[-500:] for _, error in outcomes if error]
     made = [line.split() for output, _ in outcomes for line in output.splitlines()]
-    assert len({ref for ref, _ in made}) == 8 * 12  # no number twice
+    assert len({ref for ref, _ in made}) == 8 * 12  # no version number occurs twice
     registry = Registry(tmp_path)
     published = dict((ref, digest) for ref, digest in made)
     left = registry.records()

@@ -99,10 +99,10 @@ def test_the_card_of_an_adapter(registry, base, tmp_path) -> None:
 
 
 def test_exported_model_loads_in_other_libraries(registry, base, tmp_path) -> None:
-    """What lm-eval, vLLM and transformers serve need: an architecture they know, safetensors, a tokenizer that stands alone."""
+    """lm-eval, vLLM and transformers serve need a known architecture, safetensors and a complete tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    (base.path / "model.safetensors").chmod(0o600)  # as transformers may leave it
+    (base.path / "model.safetensors").chmod(0o600)  # as transformers may write it
     folder = registry.export(base.ref, tmp_path / "out", merge=export_merged)
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in folder.iterdir())
     write_card(base, registry, folder, merged=True)

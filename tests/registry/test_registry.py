@@ -183,7 +183,7 @@ def test_unfinished_version_of_a_running_process_is_kept(tmp_path: Path) -> None
 
     def fill(folder: Path) -> None:
         model_files(folder)
-        publish(registry, "other/model")  # cleans leftovers, while this one is under way
+        publish(registry, "other/model")  # cleans up leftover files while this version is being written
 
     assert publish(registry, fill=fill).version == 1
     assert len(registry.records()) == 2

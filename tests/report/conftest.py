@@ -39,7 +39,7 @@ def rate(a: str, b: str, judge: str, share: float, low: float, high: float) -> d
 
 
 def completions(number: int) -> list[dict[str, Any]]:
-    """Row r: gold prefers aligned over sft by r - 2 tenths (rows 0, 1 sft; 2 tie; then aligned); the llm prefers sft throughout."""
+    """Row r: by gold, aligned is better than sft by (r - 2) / 10 (rows 0, 1: sft; row 2: a tie). The llm always prefers sft."""
     rows = []
     for row in range(number):
         scores = {"base": 0.1, "sft": 0.5, "aligned": round(0.5 + (row - 2) / 10, 3)}
@@ -277,7 +277,7 @@ def make_run(folder: Path, *, number: int = 8, seed: int = 7, kl_coef: float = 0
 
 @pytest.fixture(scope="session")
 def evil() -> str:
-    """A text that would run, break out of its element or be computed, were it not escaped."""
+    """A text that would run, leave its element or be evaluated if it were not escaped."""
     return EVIL
 
 

@@ -1,4 +1,4 @@
-"""The page in a real browser: no errors, no requests, search and filters do what they say, text stays text, any width, any theme."""
+"""The page in a real browser: no errors, no requests, search and filters work, text is escaped, and the page fits any width and theme."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_many_prompts_are_paged(browser, new_run, tmp_path) -> None:
     for _ in range(2):
         part(browser, "later").click()
     assert shown(browser) == [str(number) for number in range(49, 61)] and not part(browser, "later").is_enabled()
-    part(browser, "search").send_keys("zebra30")  # searched are all prompts, and not those of the page
+    part(browser, "search").send_keys("zebra30")  # the search covers all prompts, not only those of the page
     assert shown(browser) == ["31"] and not part(browser, "pages").is_displayed()
 
 

@@ -95,7 +95,7 @@ def test_square_root_axis_has_ticks_that_do_not_overlap() -> None:
     axes.plot([0, 144], [0, 1])
     axes.set_xlim(-0.1, 144)
     root_scale(axes)
-    # 12 is the root of the end; marks of 1, 2, 5, ... as far as 0.09 * 12 = 1.08 of the roots lies between them
+    # the axis ends at the root 12; marks 1, 2, 5, ... are kept if their roots are at least 0.09 * 12 = 1.08 apart
     assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "2", "10", "20", "50", "100"]
     assert axes.transData.transform((36, 0))[0] == pytest.approx(axes.transData.transform([(0, 0), (144, 0)])[:, 0].mean())
 
@@ -129,7 +129,7 @@ def test_a_chain_is_drawn_from_left_to_right() -> None:
     x = {box.name: box.x for box in drawn.boxes}
     assert x["base"] == x["hub/model"] < x["sft"] < x["preference"] < x["aligned"] < x["verdict"]
     assert [box.name for box in drawn.boxes if box.is_foreign] == ["hub/model"]
-    # aligned reads sft through preference, verdict reads everything through aligned: five arrows tell the whole
+    # aligned reads sft through preference, and verdict reads everything through aligned: five arrows are enough
     assert len(drawn.arrows) == 5
     places = {(box.x, box.y) for box in drawn.boxes}
     assert len(places) == len(drawn.boxes)

@@ -24,7 +24,7 @@ VOID = {"meta", "input", "link", "br", "img"}
 
 
 class Page(HTMLParser):
-    """Tags and texts of a page; fails where tags do not match."""
+    """Tags and texts of a page; fails if tags do not match."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -142,12 +142,12 @@ def test_page_has_all_figures(html: str) -> None:
     assert len(plots) > 10
     for plot in plots:
         assert "<style" not in plot and "var(--" in plot
-        assert not re.findall(r"(?:fill|stroke): #[0-9a-f]{3,6}", plot)  # every colour is the page's
+        assert not re.findall(r"(?:fill|stroke): #[0-9a-f]{3,6}", plot)  # every colour is defined by the page
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids)), sorted(name for name in set(ids) if ids.count(name) > 1)[:3]
     for said in ("accuracy by length", "the better completion is", "accuracy by annotator"):
         assert said in page.words
-    # best of 4 stands at the KL log 4 - 3/4, as text beside the drawing
+    # the KL of best of 4 is log 4 - 3/4, as text next to the drawing
     assert "best of 4 (best) 0.64" in page.words
 
 
@@ -168,7 +168,7 @@ def test_page_shows_seeds_devices_and_versions(html: str) -> None:
     for said in (
         "seed 7 precision bf16 device 2 CPU cores (Some CPU) processes 1 peak memory 1.00 GiB of the process",
         "system Python 3.11, Linux packages torch 2.13",
-        "base 7 bf16 1 min 15 s 900 MiB of the process 20261123T000000Z Some CPU",  # reused: the facts of the run that computed it
+        "base 7 bf16 1 min 15 s 900 MiB of the process 20261123T000000Z Some CPU",  # reused: the values of the run that computed it
         "sft 7 bf16 12.5 s 900 MiB of the process this run Some CPU",
     ):
         assert said in words, said
@@ -179,7 +179,7 @@ def test_page_shows_seeds_devices_and_versions(html: str) -> None:
 
 @pytest.fixture
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes a second."""
+    """Leave out the figures, because drawing takes a second."""
     monkeypatch.setattr(page, "_figure_groups", lambda run: [])
 
 
@@ -239,8 +239,8 @@ def test_texts_with_any_characters_are_shown_unchanged(run_folder: Path) -> None
     rows = [{**row, "prompt": text, "completions": {"sft": text}, "scores": {"gold": {"sft": float("nan")}}} for text in texts]
     made = write_report(read_run(rewrite(run_folder, rows)), run_folder / "page.html")
     shown = data_of(made.path.read_text())["rows"]
-    assert [row["c"][1] for row in shown] == texts  # the half of a pair comes back from its escape
-    assert shown[0]["s"][0] == [None] * 4  # a number that is none is not judged
+    assert [row["c"][1] for row in shown] == texts  # half of a surrogate pair is restored from its escape
+    assert shown[0]["s"][0] == [None] * 4  # a value that is not a number gets no verdict
 
 
 @pytest.mark.usefixtures("without_figures")
@@ -261,7 +261,7 @@ def test_figures_are_left_out_to_make_room_for_completions(run_folder: Path, mon
     assert note in Page(made.html).words and made.html.count("<figure") == 10 - number > 0
 
 
-# Where it is written
+# The path of the page
 
 
 def test_page_is_written_to_the_given_path(run_folder: Path, tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_reused_steps_without_logs_are_named(run_folder: Path) -> None:
 
 
 def test_old_summaries_are_read(run_folder: Path) -> None:
-    """A run of a version that kept less: no inputs, no config, no description."""
+    """A run of an earlier version without inputs, config and description."""
     summary = json.loads((run_folder / "summary.json").read_text())
     for key in ("description", "environment"):
         del summary[key]
@@ -341,7 +341,7 @@ def test_old_summaries_are_read(run_folder: Path) -> None:
     assert "aligned wins 70 %" in Page(render_run(read_run(run_folder)).html).words
 
 
-# Finding and reading
+# Reading run folders
 
 
 def test_a_run_is_found_by_its_folder_and_by_its_name(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

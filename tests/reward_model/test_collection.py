@@ -1,4 +1,4 @@
-"""Comparisons of what policies say now: different completions, from all policies, ranked by the judge; kept for a cut-off run."""
+"""Collected comparisons: distinct completions of all policies, ranked by the judge, and stored for an interrupted run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def models(resolve_folder: Any, tiny_llama_folder: Path) -> dict[str, Any]:
 def test_ranks_by_hand() -> None:
     assert ranked([0.1, 0.9, 0.5], 0.0) == [2, 0, 1]
     assert ranked([0.9, 0.5, 0.9], 0.0) == [0, 2, 0]
-    # neighbours within 0.15 share a rank: 0.9 and 0.8; 0.5 does not
+    # scores within 0.15 share a rank: 0.9 and 0.8, but not 0.5
     assert ranked([0.8, 0.9, 0.5], 0.15) == [0, 0, 2]
 
 
@@ -67,7 +67,7 @@ def test_collection_writes_ranked_completions(prompts, step_context, models) -> 
         )
     rows = [json.loads(line) for line in (context.folder / "collected.jsonl").read_text().splitlines()]
     drawn = [policy for row in rows for policy in row["policies"]]
-    assert 0 < drawn.count("ppo") < drawn.count("sft")  # most by the policy with the greater weight, some by the other
+    assert 0 < drawn.count("ppo") < drawn.count("sft")  # most completions are by the policy with the larger weight
     # a second attempt of the step samples nothing again
     (context.checkpoint_folder / "collected.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
     assert len(collect_comparisons(collection(prompts), context, precision="fp32")) == 3
@@ -122,4 +122,4 @@ def test_the_annotators_of_the_embedded_world_label() -> None:
         for b in range(a)
         if prompts[a] == prompts[b] and abs(gold[a] - gold[b]) > 0.2
     ]
-    assert sum(agree) / len(agree) > 0.85  # people who err, not dice
+    assert sum(agree) / len(agree) > 0.85  # simulated people make errors, but do not rank at random

@@ -61,7 +61,7 @@ def test_untrained_language_model_scores_by_log_odds(pairs, tiny_llama_folder, r
     right = [plain.score([row["prompt"]] * 2, [row["chosen"], row["rejected"]]).diff().item() < 0 for row in rows]
     assert made.metrics["heldout_accuracy"] == sum(right) / 8 and made.metrics["heldout_pairs"] == 8
     assert made.metrics["heldout_beside"]["longer"]["accuracy"] == 0.75
-    # the version has model, question and answers, and is a reward without naming them again
+    # the version contains model, question and answers, so a reward does not have to name them
     assert made.model.role == "generative_reward_model"
     asked = json.loads((made.model.path / "reward_question.json").read_text())
     assert asked["answers"] == ["y", "n"] and asked["question"] == QUESTION
@@ -69,7 +69,7 @@ def test_untrained_language_model_scores_by_log_odds(pairs, tiny_llama_folder, r
     # another question is another model
     other = run(step(pairs, generative={"question": "{completion} ok?"}), step_context("test/other", models={"model": folder}))
     assert other.model.digest != made.model.digest
-    # written out, it is one still
+    # an exported folder works in the same way
     context.registry.export(made.model.ref, tmp_path / "out", merge=export_merged)
     torch.testing.assert_close(source_of(resolve_folder(tmp_path / "out")).score(PROMPTS, COMPLETIONS), expected, rtol=0, atol=0)
     for fields, message in (

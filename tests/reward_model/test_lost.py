@@ -20,7 +20,7 @@ from stages.rl.ranking import ranking_losses, ranking_pairs
 def test_pairs_of_equal_texts_are_dropped() -> None:
     ranks, prompts, texts = torch.tensor([0, 1, 2]), torch.zeros(3, dtype=torch.long), torch.tensor([0, 1, 0])
     better, worse = ranking_pairs(ranks, prompts, texts)
-    assert list(zip(better.tolist(), worse.tolist(), strict=True)) == [(0, 1), (1, 2)]  # not (0, 2), which are one text
+    assert list(zip(better.tolist(), worse.tolist(), strict=True)) == [(0, 1), (1, 2)]  # not (0, 2), which are equal texts
     scores = torch.tensor([1.0, 0.0, 1.0])
     # -log sigmoid(1) and -log sigmoid(-1), each half of the prompt's weight
     assert float(ranking_losses(scores, ranks, prompts, texts)) == pytest.approx((0.3132617 + 1.3132617) / 2)
@@ -36,7 +36,7 @@ def test_lost_rows_by_hand(tiny_tokenizer) -> None:
     assert three.cut == 2 and three.pairs == (2, 1)
     kept, lost = usable([uncut, cut, three])
     assert kept == [uncut, three] and lost == Lost(rows=7, cut=4, pairs=5, equal=2)
-    # the one text that counts twice is in no pair: two pairs, of which the scores have one right
+    # the text that occurs twice forms no pair with itself: two pairs, of which the scores rank one correctly
     measured = agreement(torch.tensor([3.0, 3.0, 1.0]), [three])
     assert measured["pairs"] == 2 and measured["accuracy"] == 1.0
     tie = EncodedComparison([[1], [1]], [0, 0])

@@ -56,7 +56,7 @@ def test_training_learns_preferences_and_centres_scores(comparisons, step_contex
     result = run(config(comparisons), step_context(models=sft))
     metrics = result.metrics
     assert metrics["heldout_accuracy"] > 0.9 and metrics["heldout_ci_low"] < metrics["heldout_accuracy"]
-    # six held-out rows with K = 2, 3, 4 twice: 1, 2 and 5 pairs that are no tie
+    # six held-out rows with K = 2, 3, 4 twice: 1, 2 and 5 pairs without a tie
     assert metrics["heldout_pairs"] == 16
     model = RewardModel.from_pretrained(str(result.model.path), dtype=torch.float32)
     best = [
@@ -91,15 +91,15 @@ def test_gradient_does_not_depend_on_the_microbatch(comparisons, step_context, s
     start = RewardModel.from_language_model(tiny_llama_folder, dtype=torch.float32)
     made = []
     for microbatch in (1, 4):
-        # One step of Adam with so large an epsilon moves a weight by g / (|g| + 1): the gradient itself, where the usual epsilon would
-        # make a full step of every rounding error.
+        # With this large epsilon, one step of Adam changes a weight by g / (|g| + 1), about the gradient. With the usual epsilon, it
+        # would change by a full step for every rounding error.
         training = {"learning_rate": 1.0, "adam_epsilon": 1.0, "max_grad_norm": None, "batch_size": 4, "max_steps": 1}
         settings = config(comparisons, training={**training, "microbatch_size": microbatch})
         result = run(settings, step_context(f"test/m{microbatch}", models=sft))
         made.append(RewardModel.from_pretrained(str(result.model.path), dtype=torch.float32))
     for (name, before), one, two in zip(start.named_parameters(), made[0].parameters(), made[1].parameters(), strict=True):
         if name == "score_head.bias":
-            continue  # of a pair's difference nothing is left in it; the centring moves it
+            continue  # the bias cancels in the difference of a pair; only the centring changes it
         one, two, before = one.detach(), two.detach(), before.detach()
         largest = float((one - before).abs().max())
         assert largest > 1e-4, f"{name} did not train"
@@ -171,7 +171,7 @@ def test_every_completion_is_scored_once(comparisons, step_context, sft, tiny_ll
     seen: list[int] = []
     model.backbone.register_forward_hook(lambda _module, _inputs, output: seen.append(output.last_hidden_state.shape[0]))
     trainer.train()
-    # 13 rows for the 6 + 36 pairs, in one step, and no prompt split
+    # 13 rows for the 6 + 36 pairs, in one step; no prompt is split
     assert seen == [13]
 
 
@@ -224,23 +224,23 @@ def test_the_best_of_several_seeds_is_kept_and_measured_on_other_comparisons(com
     accuracies = result.metrics["seeds"]
     assert list(accuracies) == ["5", "6", "7"]
     assert accuracies[str(result.metrics["selected_seed"])] == max(accuracies.values())
-    # twelve held-out comparisons with K = 2, 3, 4 in turn: every second one measures: 3, 2, 4, 3, 2, 4 completions
+    # twelve held-out comparisons with K = 2, 3, 4, 2, ...: every second one is for measuring: 3, 2, 4, 3, 2, 4 completions
     assert result.metrics["heldout_pairs"] == 2 * (2 + 1 + 5)
-    # what was kept is the seed's own model: training it alone ends with the same weights
+    # the kept model is that of this seed: training with it alone gives the same weights
     seed = result.metrics["selected_seed"]
     once = config(comparisons, lora=lora, data={"train": comparisons, "validation_fraction": 0.4})
     alone = run(once, step_context("test/alone", seed, models=sft))
     one, two = (load_file(next(made.model.path.glob("*model.safetensors"))) for made in (result, alone))
     for name in one:
         torch.testing.assert_close(one[name], two[name], msg=name)
-    # a run that is cut off afterwards trains no seed again
+    # a run that is interrupted after this trains no seed again
     again = run(settings, context)
     assert again.metrics["seeds"] == accuracies and again.model.digest == result.model.digest
 
 
 @pytest.mark.detail("R16", "R18")
 def test_accuracy_by_length_and_by_group_by_hand() -> None:
-    # lengths after the prompt (2 tokens): 8 beats 2, 2 beats 8, 4 beats 4; scores say: longer, longer, first
+    # lengths after the prompt (2 tokens): 8 beats 2, 2 beats 8, 4 beats 4; the scores prefer: longer, longer, first
     def item(better: int, worse: int, group: str) -> EncodedComparison:
         return EncodedComparison([[7] * (2 + better), [7, 7] + [8] * worse], [0, 1], {"batch": group}, 2)
 

@@ -1,4 +1,4 @@
-"""Classifiers as rewards: the numbers of transformers' own pipeline, and texts that are too long."""
+"""Classifiers as rewards: scores equal those of transformers' pipeline; texts that are too long."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def word_tokenizer(*, special: bool, pad: bool = True) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    names = ["[CLS]", "[PAD]", "[SEP]", "[UNK]"]  # 1 pads, as in RoBERTa
+    names = ["[CLS]", "[PAD]", "[SEP]", "[UNK]"]  # the pad id is 1, as in RoBERTa
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate([*names, *WORDS])}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if special:
@@ -75,7 +75,7 @@ def source(folder: Path, resolve: Any, **fields: Any) -> ClassifierSource:
 
 
 def by_pipeline(folder: Path, label: str, **options: Any) -> torch.Tensor:
-    """One text at a time, as the library's users do it."""
+    """The pipeline on one text at a time."""
     from transformers import pipeline
 
     classify = pipeline("text-classification", str(folder), top_k=None, device="cpu", **options)
@@ -103,7 +103,7 @@ def test_probabilities_are_the_pipelines(make_classifier, resolve_folder, kind, 
     expected = by_pipeline(folder, label)
     scores = source(folder, resolve_folder, label=label, output="probability").score(["p"] * 3, TEXTS)
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
-    assert len(set(scores.tolist())) == 3  # no constant
+    assert len(set(scores.tolist())) == 3  # the scores differ
     logprob = source(folder, resolve_folder, label=label, output="logprob").score(["p"] * 3, TEXTS)
     torch.testing.assert_close(logprob, expected.log(), rtol=1e-3, atol=1e-4)
     logit = source(folder, resolve_folder, label=label, output="logit").score(["p"] * 3, TEXTS)
@@ -124,7 +124,7 @@ def test_log_probability_of_a_saturated_sigmoid_is_finite() -> None:
     assert label_output(logits, 0, "sigmoid", "logprob").tolist() == [-200.0, pytest.approx(-0.6931472)]
 
 
-# RoBERTa has two rows of positions that no token can have.
+# RoBERTa has two position embeddings that no token uses.
 @pytest.mark.parametrize(("kind", "special", "positions"), [("bert", True, 12), ("roberta", True, 14), ("gpt2", False, 12)])
 def test_long_text_is_cut_at_the_beginning_of_its_prompt(make_classifier, resolve_folder, kind, special, positions) -> None:
     tokenizer = word_tokenizer(special=special)
@@ -150,7 +150,7 @@ def test_long_text_is_cut_at_the_beginning_of_its_prompt(make_classifier, resolv
 def test_padding_does_not_change_scores(make_classifier, resolve_folder) -> None:
     for kind, special in (("gpt2", False), ("llama", False), ("roberta", True)):
         folder = make_classifier(kind, word_tokenizer(special=special), num_labels=2)
-        texts = [*TEXTS, "the story ends [PAD]", "[PAD]"]  # a decoder must not take an end that looks like padding for padding
+        texts = [*TEXTS, "the story ends [PAD]", "[PAD]"]  # a decoder must not treat an end token that equals the pad token as padding
         together = source(folder, resolve_folder).score(["p"] * 5, texts)
         alone = torch.cat([source(folder, resolve_folder, batch_size=1).score(["p"], [text]) for text in texts])
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)

@@ -103,7 +103,7 @@ def test_errors_of_the_server(server) -> None:
     assert 1.0 <= waits[0] <= 1.5 and 2.0 <= waits[1] <= 3.0 and waits[1] != 2 * waits[0]  # with jitter
     server.reply = lambda body, number: (401, {"error": "the key k-secret-9 is wrong"})
     with pytest.raises(TrainingError, match="status 401.*Check the server, endpoint, protocol and api_key_variable") as caught:
-        source(server, key="k-secret-9", on_failure="wait").score(["p"], ["abc"])  # waiting cannot help
+        source(server, key="k-secret-9", on_failure="wait").score(["p"], ["abc"])  # a retry cannot help
     assert "k-secret-9" not in str(caught.value) and len(server.bodies) == 4
     server.server.server_close()
     server.server.shutdown()
@@ -116,7 +116,7 @@ def test_waiting_for_a_server(server) -> None:
     server.reply = lambda body, number: (500, {}) if number < 8 else (200, {"rewards": lengths(body)})
     far = source(server, on_failure="wait", sleep=waits.append, backoff_seconds=0.0)
     assert far.score(["p"], ["abc"]).tolist() == [3.0]
-    assert waits.count(30.0) == 2 and len(server.bodies) == 8  # two rounds of three attempts, and the second of the third
+    assert waits.count(30.0) == 2 and len(server.bodies) == 8  # two rounds of three attempts, then the second attempt of the third round
 
 
 def test_received_scores_are_stored(server, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_received_scores_are_stored(server, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="gave no score for 1 of 3"):
         source(server, cache=cache, batch_size=1, concurrency=1).score(["p"] * 3, ["a", "bb", "bad"])
     assert source(server, cache=cache).score(["p"] * 4, ["bb", "a", "new", "new"]).tolist() == [2.0, 1.0, 3.0, 3.0]
-    assert server.bodies[-1]["completions"] == ["new"]  # the rest was known, and of equal ones one is asked
+    assert server.bodies[-1]["completions"] == ["new"]  # the others were cached, and equal completions are sent once
     source(server, cache=cache).score(["another prompt"], ["a"])
     assert server.bodies[-1]["completions"] == ["a"]
 

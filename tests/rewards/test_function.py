@@ -1,4 +1,4 @@
-"""What reward functions are given, what they may answer, and what happens when they fail."""
+"""Reward functions: their arguments, the values that they may return, and their failures."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_completion_without_any_score_is_an_error(module) -> None:
     reward = CombinedReward([(FunctionSource("never", "asking:never"), 1.0), (FunctionSource("sometimes", "asking:sometimes"), 1.0)])
     with pytest.raises(TrainingError, match="no reward applies to the completion 'x y': never, sometimes returned None"):
         reward.score(["p"] * 2, ["a", "x y"])
-    assert reward.score(["p"], ["x"], may_abstain=True).total.tolist() == [0.0]  # judges that only watch
+    assert reward.score(["p"], ["x"], may_abstain=True).total.tolist() == [0.0]  # monitors
 
 
 def test_ensemble_members_that_return_none_are_left_out(module) -> None:
@@ -193,7 +193,7 @@ def test_retries_with_a_growing_wait(module) -> None:
         FunctionSource("f", "asking:flaky", retries=1, sleep=waits.append).score(["p"], ["a"])
     module.calls.clear()
     source = FunctionSource("f", "asking:slow_once", retries=1, timeout=0.2, sleep=waits.append)
-    assert source.score(["p"], ["a"]).tolist() == [2.0]  # the call that hangs is left behind
+    assert source.score(["p"], ["a"]).tolist() == [2.0]  # the hanging call continues in its thread
     assert source.score(["p", "q"], ["a", "b"]).tolist() == [2.0, 2.0]
     with pytest.raises(ValueError, match="retries needs a function or an endpoint"):
         RewardInput.model_validate({"model": "m", "label": 1, "retries": 2})

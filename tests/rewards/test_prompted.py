@@ -78,10 +78,10 @@ def test_replies_without_a_grade(server, tmp_path) -> None:
     server.reply = lambda body, number: (200, chat("I will not." if "bad" in body["messages"][1]["content"] else "5"))
     with pytest.raises(TrainingError, match=r"gave no grade for 1 of 3 completions \(max_refused_share=0.1\), the first 'bad'"):
         grader(server, tmp_path, cache=cache).score(["p"] * 3, ["a", "bad", "c"])
-    assert len(server.bodies) == 4  # the one without a grade twice
+    assert len(server.bodies) == 4  # the reply without a grade is requested twice
     grades = grader(server, tmp_path, cache=cache, max_refused_share=0.5).score(["p"] * 3, ["a", "bad", "c"])
     assert grades.tolist()[::2] == [5.0, 5.0] and math.isnan(grades[1])
-    assert len(server.bodies) == 6  # grades are kept, and a reply without one is not
+    assert len(server.bodies) == 6  # grades are cached, but a reply without a grade is not
     server.reply = lambda body, number: (500, {})
     with pytest.raises(TrainingError, match="gave no grade: status 500. The grades received so far are stored"):
         grader(server, tmp_path, retries=1).score(["p"], ["new"])

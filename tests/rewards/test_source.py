@@ -1,4 +1,4 @@
-"""Reward sources: their own tokenizer, the label asked for, weights and parts, and refusals."""
+"""Reward sources: separate tokenizers, labels, weights and parts, and refused settings."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_ensemble_counts_as_one_source(tmp_path, monkeypatch, classifier_folder,
         how: RewardInput.model_validate({"name": "both", "ensemble": members, "combine": how, "weight": 2.0, "uncertainty_coef": 0.5})
         for how in ("mean", "min", "uncertainty")
     }
-    # lengths 1 and 5 beside the constant 3: means 2 and 4, minima 1 and 3, variances 1 and 1
+    # lengths 1 and 5, and the constant 3: means 2 and 4, minima 1 and 3, variances 1 and 1
     for how, expected in (("mean", [4.0, 8.0]), ("min", [2.0, 6.0]), ("uncertainty", [3.0, 7.0])):
         scores = build_reward([inputs[how]], {}, "reward", **CPU).score(["p", "p"], ["a", "abcde"])
         assert scores.total.tolist() == expected and scores.spans is None

@@ -7,7 +7,7 @@ import torch
 
 from stages.rl.logprobs import entropy, token_logprobs
 
-LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])) + 7.0  # a constant must not matter
+LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])) + 7.0  # adding a constant must not change the result
 
 
 def test_logprobs_by_hand() -> None:

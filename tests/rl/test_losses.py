@@ -18,7 +18,7 @@ def test_policy_terms_by_hand() -> None:
 def test_clipped_tokens_give_no_gradient() -> None:
     logprobs = RATIOS.log().requires_grad_()
     policy_terms(logprobs, torch.zeros(6), ADVANTAGES, clip_range=0.2).sum().backward()
-    # d(-A * ratio) / d logprob = -A * ratio where it counts: 0, -1, -2.2, 3, 0, 2.2
+    # d(-A * ratio) / d logprob = -A * ratio for tokens that are not clipped: 0, -1, -2.2, 3, 0, 2.2
     torch.testing.assert_close(logprobs.grad, torch.tensor([0.0, -1.0, -2.2, 3.0, 0.0, 2.2]))
     clipped = policy_clipped(RATIOS.log(), torch.zeros(6), ADVANTAGES, clip_range=0.2)
     assert clipped.tolist() == [True, False, False, False, True, False]

@@ -1,4 +1,4 @@
-"""Masked reductions: hand numbers, and nothing under the mask matters, not even infinity."""
+"""Masked reductions: numbers by hand, and values under the mask have no effect, not even infinity."""
 
 import pytest
 import torch

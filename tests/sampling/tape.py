@@ -1,6 +1,6 @@
-"""A recorder that does on a CPU what a CUDA graph does: it runs the same operations on the same memory again, and no Python.
+"""A recorder that works on a CPU like a CUDA graph: it runs the same operations on the same memory again, without Python.
 
-An operation that makes new tensors writes them to those of the recording. An operation that asks for a number fails, as under capture.
+An operation that makes new tensors writes them to those of the recording. An operation that reads a number fails, as during a capture.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stages.sampling.graphs import Recording
 
 
 class Tape(TorchDispatchMode):
-    """Writes down every operation that runs within it."""
+    """Records every operation that runs inside the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Tape(TorchDispatchMode):
         for function, arguments, options, result in self.operations:
             aliases = [returned.alias_info for returned in function._schema.returns]
             if any(alias is not None and not alias.is_write for alias in aliases):
-                continue  # a view, whose memory is where it was
+                continue  # a view: its memory is not copied
             again = function(*arguments, **options)
             if any(alias is not None for alias in aliases):
                 continue  # written in place
@@ -50,7 +50,7 @@ class TapeRecorder:
         self.memory_limit, self.recorded = memory_limit, 0
 
     def record(self, step: Callable[[], Tensor]) -> Recording:
-        step()  # a run that gets libraries ready
+        step()  # a run that initialises libraries
         tape = Tape()
         with tape:
             logits = step()

@@ -1,4 +1,4 @@
-"""The cache and its attention against transformers' own, in the layouts by tokens and by columns."""
+"""The cache and its attention equal those of transformers, for both layouts: by tokens and by columns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_layer_stores_the_same_states_as_transformers(made: type[RoomyLayer]) ->
     padded = [torch.cat([torch.nn.functional.pad(one, (0, 0, 2, 0)), two]) for one, two in zip(short, long, strict=True)]
     theirs.update(*padded)
     for step in range(12):
-        if step == 5:  # rows leave and come twice, and a column of padding goes
+        if step == 5:  # rows are dropped and repeated, and a column of padding is dropped
             rows = torch.tensor([2, 0, 2])
             ours.keep(rows, 1)
             theirs.keys, theirs.values = theirs.keys[rows][:, :, 1:], theirs.values[rows][:, :, 1:]
@@ -76,7 +76,7 @@ def test_several_tokens_use_sdpa() -> None:
     six, shared = torch.randn(2, 6, 1, 4, generator=draw), SimpleNamespace(is_causal=True, num_key_value_groups=3)
     expected, _ = sdpa_attention_forward(shared, six, key, value, each)
     torch.testing.assert_close(attend_by_columns(shared, six, key, value, each)[0], expected)
-    # a mask of truth values is not something to add
+    # a boolean mask cannot be added
     allowed = torch.ones(2, 1, 1, 5, dtype=torch.bool)
     allowed[0, ..., :3] = False
     expected, _ = sdpa_attention_forward(module, query[:, :, :1], key, value, allowed)

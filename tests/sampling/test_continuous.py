@@ -15,7 +15,7 @@ from stages.sampling.choosing import sample_tokens
 from stages.sampling.generation import Finished, Generated, generate
 from tests.sampling.test_families import HYBRID, make
 
-# Equal prompts, prompts of every length from 1 to 12: more of them than slots.
+# Equal prompts, and prompts of every length from 1 to 12: more prompts than slots.
 PROMPTS = [[row + 5, *range(20, 20 + length)] for row, length in enumerate([2, 9, 3, 3, 0, 8, 11, 1, 5])] + [[40, 41]] * 3
 STOPS = tuple(range(100, 115))  # a twentieth of the tokens: completions have many lengths
 
@@ -47,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def check_by_plain_passes(model: Any, generated: Generated, options: dict[str, Any]) -> None:
-    """Every token and its log-probability from a pass over the prompt's text alone, without cache or padding; ends by their definition."""
+    """Compare tokens and log-probabilities with a pass over one sequence without cache or padding, and the ends with their definition."""
     most, temperature = options.get("max_new_tokens", 24), options.get("temperature", 1.0)
     chosen = {name: options[name] for name in ("temperature", "top_k", "top_p") if name in options}
     stops, late, stop_after = options.get("stops", STOPS), options.get("late", ()), options.get("stop_after", 0)
@@ -89,7 +89,7 @@ def test_a_finished_completion_is_replaced_and_the_batch_stays_full(model, monke
     generated = sample(model)
     steps = [number for number, width in batches if width == 1]
     assert max(number for number, _ in batches) == 4
-    assert sum(steps) == int(generated.lengths.sum()) - len(PROMPTS)  # no row is computed without need; no last token is read
+    assert sum(steps) == int(generated.lengths.sum()) - len(PROMPTS)  # no surplus row is computed; the last token of a response is not read
     batches.clear()
     sample(model, continuous_batching=False)
     assert len(steps) < 0.8 * len([number for number, width in batches if width == 1])
@@ -110,7 +110,7 @@ def test_cpu_default_decodes_batch_by_batch_bitwise_equal(model, monkeypatch) ->
     expected = sample(model, continuous_batching=False)
     monkeypatch.setattr(generation, "SlotDecoder", None)  # would fail if it was used
     generated = sample(model, continuous_batching="auto")
-    few = sample(model, batch_size=len(PROMPTS))  # nothing waits
+    few = sample(model, batch_size=len(PROMPTS))  # no prompt waits
     assert torch.equal(generated.logprobs, expected.logprobs) and torch.equal(generated.response_ids, expected.response_ids)
     assert rows(few) == rows(expected)
 

@@ -1,4 +1,4 @@
-"""Every kind of model decodes as plain transformers computes it: eager attention, no cache, one unpadded row at a time, argmax.
+"""Every kind of model decodes the same tokens as plain transformers: eager attention, no cache, one unpadded row at a time, argmax.
 
 The models are tiny and random, with weights so large (standard deviation 0.3) that a wrong position, mask or state changes the tokens.
 """
@@ -98,7 +98,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 4},
     "deepseek_v3": MLA,
     "minicpm3": MLA,
-    # learned, offset or own positions
+    # learned, offset or computed positions
     "gpt2": {},
     "opt": {},
     "gpt_bigcode": {},
@@ -123,7 +123,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama4_text": {},
     "deepseek_v32": MLA,
     "cohere2": {"layer_types": ["sliding_attention", "full_attention"]},
-    # states instead of a cache, or beside one
+    # states instead of a cache, or with a cache
     "mamba": {},
     "falcon_mamba": {},
     "rwkv": {},
@@ -195,7 +195,7 @@ def test_family_decodes_the_tokens_of_plain_forward_passes(name: str) -> None:
     model = make(kind, **fields)
     try:
         reference = make(kind, "sdpa" if name == "falcon with alibi" else "eager", **fields)  # Falcon's eager attention adds ALiBi twice
-    except ValueError:  # a family with one attention of its own
+    except ValueError:  # a family with only one attention implementation
         reference = model
     expected = {tuple(prompt): plain(reference, prompt) for prompt in PROMPTS}
     use_own_layers(model)
@@ -258,7 +258,7 @@ def test_model_is_probed_once(monkeypatch) -> None:
 
 def test_recurrent_state_rows_can_be_dropped_and_repeated(monkeypatch) -> None:
     model = make("qwen3_next", **HYBRID)
-    monkeypatch.setattr(decoding, "COMPACT_BELOW", 1.0)  # with every row that ends
+    monkeypatch.setattr(decoding, "COMPACT_BELOW", 1.0)  # at every row that ends
     generated = sample(model, PROMPTS * 2, batch_size=10)
     assert torch.equal(generated.response_ids[:5], generated.response_ids[5:])
     for row, prompt in enumerate(PROMPTS):
@@ -282,7 +282,7 @@ def test_right_padded_sequences_without_a_mask_have_the_log_probabilities_of_the
     policy = Policy(model.train(), temperature=1.0, autocast=None)
     batch = sequence_batch(PROMPTS, responses, 0, "cpu")
     torch.testing.assert_close(policy.logprobs(batch), torch.cat(expected), rtol=1e-3, atol=1e-4)
-    loss = policy.loss(batch, lambda logprobs, entropies, rows: -logprobs)  # the pass that training makes
+    loss = policy.loss(batch, lambda logprobs, entropies, rows: -logprobs)  # the forward pass of training
     loss.summed.backward()
     torch.testing.assert_close(loss.logprobs, torch.cat(expected), rtol=1e-3, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""Sampling: left padding is invisible, streams belong to rows, stop tokens end rows, log-probabilities are those of the model."""
+"""Sampling: left padding has no effect, each row has its random stream, stop tokens end rows, log-probabilities are the model's."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_finished_completions_are_reported_once_while_others_are_sampled(model, 
     assert sorted(row.row for _, row in reported) == [0, 1, 2, 3]
     for _, row in reported:
         assert row.response_ids == rows(made)[row.row] and row.stopped == bool(made.stopped[row.row])
-    # Three rows in the first batch: the first of them to end is reported before the last one's steps are over.
+    # Three rows in the first batch: the first one that ends is reported before the last one has ended.
     assert reported[0][0] < reported[2][0]
 
 
@@ -185,7 +185,7 @@ def test_prompts_of_similar_length_are_read_together_without_padding(model, monk
     monkeypatch.setattr(model, "forward", counted)
     monkeypatch.setattr(token_budget, "CPU_TOKENS", 12)
     parts = sample(model, prompts, seeds)
-    # lengths in order: 2, 3 | 4, 4 | 9 | 10, as 12 tokens with their padding are the most
+    # lengths in order: 2, 3 | 4, 4 | 9 | 10, because a pass has at most 12 tokens with padding
     assert shapes[:4] == [(2, 3), (2, 4), (1, 9), (1, 10)] and shapes[4] == (6, 1)
     assert rows(parts) == rows(together)
     torch.testing.assert_close(parts.logprobs, together.logprobs, rtol=1e-4, atol=1e-5)
@@ -242,7 +242,7 @@ def test_decoding_leaves_out_stop_tokens(tiny_tokenizer) -> None:
 
 
 def test_a_completion_ends_where_the_chat_template_ends_a_turn(model, tokenizer_of) -> None:
-    """Its turn end is neither the end token nor, here, a token that the tokenizer calls special."""
+    """The turn end is neither the end token nor, here, a special token of the tokenizer."""
     tokenizer = tokenizer_of("byte_bpe")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role + ':' + m.content + '</tool_call>\n' }}{% endfor %}"

@@ -79,7 +79,7 @@ def test_pool_is_reused_by_the_next_call_with_the_current_weights(model, recorde
     weight = next(layer.weight for layer in model.modules() if isinstance(layer, nn.Linear))
     before = weight.detach().clone()
     try:
-        for factor in (1.0, -0.5):  # as it was; and after an update in place
+        for factor in (1.0, -0.5):  # before and after an in-place update of the weights
             weight.data.mul_(factor)
             assert_same(sample(model), sample(model, cuda_graphs=False))
             assert recorder.recorded == recorded and kept_pool().steps["computed"] == computed
@@ -99,12 +99,12 @@ def test_other_stop_tokens_seeds_and_fewer_tokens_need_no_new_recording(model, r
     recorded = recorder.recorded
     for options in ({"stops": STOPS[:4]}, {"max_new_tokens": 30}, {"prompts": PROMPTS[::-1]}):
         assert_same(sample(model, **options), sample(model, **options, cuda_graphs=False))
-    # rows that end later may want one size more, which no earlier call had
+    # rows that end later may need one more size, which no earlier call had
     assert recorder.recorded <= recorded + 1
 
 
 def test_surplus_rows_do_not_change_other_rows(model, recorder) -> None:
-    """Three slots are a size of their own; of four, three running rows are padded by one that has ended."""
+    """Three slots are a size. With four slots, three running rows and one finished row are computed together."""
     prompts = PROMPTS[:4]
     stops = tuple(token for token in range(300) if token % 17 == 3)
     generated = sample(model, stops, prompts, batch_size=4, continuous_batching=False)
@@ -118,7 +118,7 @@ def test_finished_row_beyond_the_columns_of_a_step_changes_no_other_row(model, r
     monkeypatch.setattr(graphs, "STEPS_ON_LARGER", 0)
     prompts = [list(range(60, 80)), [20], [30], [40]]
     first = int(sample(model, (), prompts[:1], max_new_tokens=1, cuda_graphs=False).response_ids[0, 0])
-    generated = sample(model, (first,), prompts, batch_size=4)  # the row of 20 tokens ends at once, and pads the other three
+    generated = sample(model, (first,), prompts, batch_size=4)  # the row of 20 tokens ends first: a surplus row
     assert generated.lengths[0] == 1 and min(generated.lengths[1:]) > 8
     assert Size(4, 8) in {size for size, _ in kept_pool()._recordings} and not caplog.messages
     assert_same(generated, sample(model, (first,), prompts, batch_size=4, cuda_graphs=False))
@@ -134,7 +134,7 @@ def test_full_cache_grows_and_its_steps_are_recorded_again(model, recorder, monk
     assert {size.columns for size, _ in kept.pool._recordings} <= {8, 12, 16, 24, 32, 48}
     recorded = recorder.recorded
     assert_same(sample(model, ()), generated)
-    assert recorder.recorded <= recorded + 2  # sizes that the smaller cache had no longer recorded
+    assert recorder.recorded <= recorded + 2  # sizes that were recorded for the smaller cache are recorded again
 
 
 def test_pool_above_its_memory_limit_is_dropped_and_logged(model, recorder, caplog) -> None:
@@ -163,7 +163,7 @@ def test_a_pool_does_not_keep_its_model_alive(model, recorder) -> None:
     sample(other)
     recorder.recorded = 0
     gone = weakref.ref(other)
-    workspace._kept.workspace.pool._recordings.clear()  # a tape holds the weights; a CUDA graph holds none
+    workspace._kept.workspace.pool._recordings.clear()  # a tape has references to the weights; a CUDA graph has none
     del other
     gc.collect()
     assert gone() is None
@@ -202,7 +202,7 @@ def test_under_autocast_a_kept_recording_reads_casts_of_the_new_weights(model, r
             weight.data.mul_(factor)
             with torch.autocast("cpu", torch.bfloat16):
                 generated, expected = sample(model), sample(model, cuda_graphs=False)
-            first = slice(0, 4)  # bf16 falls to the other side sooner or later
+            first = slice(0, 4)  # in bf16, a rounding error changes a token sooner or later
             assert torch.equal(generated.response_ids[:, first], expected.response_ids[:, first])
             torch.testing.assert_close(generated.logprobs[:, first], expected.logprobs[:, first], rtol=0, atol=0.05)
             recorded, recorder.recorded = recorder.recorded, 0
@@ -316,7 +316,7 @@ def test_model_that_reads_a_number_from_the_gpu_cannot_be_recorded(model, record
 
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 3.45e-4), (torch.float16, 0.03125), (torch.bfloat16, 0.0884)])
 def test_a_replay_may_differ_by_the_root_of_the_precision(dtype: torch.dtype, share: float) -> None:
-    computed = torch.tensor([[3.0, -1.0, -2.0, -torch.inf], [1.0, 5.0, 0.0, -torch.inf]])  # a token that is never said
+    computed = torch.tensor([[3.0, -1.0, -2.0, -torch.inf], [1.0, 5.0, 0.0, -torch.inf]])  # a token that is never sampled
     spread = (computed - computed.where(torch.isfinite(computed), torch.tensor(0.0)).mean(dim=-1, keepdim=True))[:, :3]
     missing = computed.where(torch.isfinite(computed), torch.tensor(0.0)).mean(dim=-1)  # the spread counts that token as 0
     norm = float((spread.square().sum() + missing.square().sum()).sqrt())

@@ -1,4 +1,4 @@
-"""The seam: the local sampler gives exactly what ``generate`` gives, with the tokens that end a completion found by itself."""
+"""The local sampler returns the same as ``generate`` with the end tokens of model, tokenizer and template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sentiment stage: it learns a plain rule, reads past HTML tags, measures by hand-checked formulas, and masks as BERT does."""
+"""The sentiment stage: it learns a simple rule, ignores HTML tags, measures as computed by hand, and masks tokens as BERT does."""
 
 from __future__ import annotations
 

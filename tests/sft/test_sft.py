@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: only completions are learned, packing changes no gradient, over-long rows are left out and said."""
+"""Supervised fine-tuning: only completions are trained, packing changes no gradient, rows that are too long are left out and reported."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_packing_by_hand() -> None:
 
 
 def gradient(context: Any, folder: Path, tokenizer: Any, rows: list[EncodedRow], **fields: Any) -> dict[str, torch.Tensor]:
-    """The gradient of one optimizer step's loss over all ``rows``, as TRL's trainer computes it."""
+    """The gradient of the loss over all ``rows`` in one optimizer step, computed by TRL's trainer."""
     model = load_language_model(str(folder), dtype=torch.float32)
     settings = config(training={"batch_size": len(rows), "microbatch_size": len(rows)}, **fields)
     trainer = make_trainer(settings, context, model, tokenizer, rows, 16)
@@ -193,7 +193,7 @@ def test_pretraining_texts_are_a_tenth_of_the_rows(
     mix = {"data": str(corpus), "block_size": 8}
     drawn = pretraining_blocks(config(demonstrations, pretraining_mix=mix), tiny_tokenizer, 9000, seed=1)
     assert len(drawn.train) / (len(drawn.train) + 9000) == pytest.approx(0.10, abs=0.01)
-    assert all(len(row.ids) == 8 and row.counted(True) == [0] + [1] * 7 for row in drawn.train)  # every token counts but the first
+    assert all(len(row.ids) == 8 and row.counted(True) == [0] + [1] * 7 for row in drawn.train)  # every token counts except the first
     assert [row.ids for row in drawn.train] != [
         row.ids for row in pretraining_blocks(config(demonstrations, pretraining_mix=mix), tiny_tokenizer, 9000, seed=2).train
     ]
@@ -202,7 +202,7 @@ def test_pretraining_texts_are_a_tenth_of_the_rows(
     for packing in (False, True):
         context = step_context(name=f"test/mixed{packing}", models={"model": resolve_folder(tiny_llama_folder)})
         result = run(config(demonstrations, pretraining_mix={**mix, "share": 0.2}, packing=packing), context)
-        assert result.metrics["pretraining_rows"] == 4  # beside 16 demonstrations
+        assert result.metrics["pretraining_rows"] == 4  # in addition to 16 demonstrations
         assert result.metrics["pretraining_loss_after"] < result.metrics["pretraining_loss_before"] - 0.1
 
 

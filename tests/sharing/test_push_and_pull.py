@@ -1,4 +1,4 @@
-"""Models to the Hub and back: the client library of the Hub against the stand-in in tests/hub, one registry pushing, another pulling."""
+"""Push models to the Hub from one registry and pull them into another, with the Hub's client library and the local server of tests/hub."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def resolved(record: ModelRecord) -> ResolvedModel:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> Path:
-    """A home with a model of every kind, made from each other as the steps of a recipe make them."""
+    """A home with models of every kind, each made from the previous one as in a recipe."""
     from transformers import AutoModelForSequenceClassification
 
     from stages.models.heads import RewardModel, ValueModel
@@ -107,7 +107,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> P
 
 
 def plain(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal on both sides: all but the name, what this machine's paths were, and that it was pulled."""
+    """The part of a manifest that must be equal on both sides: without the name, local paths, and the note of the pull."""
     ours = ("name", "version", "fingerprint", "pulled")
     return {key: value for key, value in without_local_paths(manifest).items() if key not in ours}
 
@@ -137,7 +137,7 @@ def test_pulled_version_equals_the_pushed_one(server, client, home, tmp_path, na
     assert after.digest == before.digest and theirs.verify(after.ref) == []
     assert plain(after.manifest) == plain(before.manifest)
     assert without_notes(theirs.lineage("mine/copy")) == without_notes(without_local_paths(ours.lineage(f"recipe/{name}")))
-    # No recipe here takes it for its own result.
+    # No recipe reuses it as its own result.
     assert after.manifest["fingerprint"] == "" and after.manifest["pulled"]["fingerprint"] == f"mark of {name}"
     if name == "stack":  # the adapter and the base below it came along, each under its own name
         assert [record.ref for record in theirs.records()] == ["mine/copy@1", "recipe/adapter@1", "recipe/base@1"]
@@ -188,7 +188,7 @@ def test_another_lineage_is_not_overwritten(server, client, home, tmp_path) -> N
     foreign = client.run("models", "push", "recipe/base", "org/foreign", "--home", str(home))
     assert foreign.status == 2 and "contains files that `stages models push` did not write (config.json" in foreign.output
     assert server.commit("model", "org/line") == before
-    # A new version of the same name takes the place of the old one, whose files leave.
+    # A new version of the same name replaces the old one, whose files are removed.
     copied = tmp_path / "home"
     shutil.copytree(home, copied)
     registry = Registry(copied / "registry")
@@ -201,7 +201,7 @@ def test_another_lineage_is_not_overwritten(server, client, home, tmp_path) -> N
     newer = client.run("models", "push", "recipe/base", "org/line", "--home", str(copied))
     assert newer.status == 0 and "replaces recipe/base@1 (sha256:" in newer.output and "its visibility does not change" in newer.output
     assert "generation_config.json" not in server.repositories["model", "org/line"].commits[server.commit("model", "org/line")]
-    old = client.run("models", "push", "recipe/base@1", "org/line", "--home", str(home))  # a registry that does not know the new one
+    old = client.run("models", "push", "recipe/base@1", "org/line", "--home", str(home))  # a registry without the new version
     assert old.status == 2 and "pull that version first: `stages models pull org/line --as recipe/base`" in old.output
     server.moves_on = True
     late = client.run("models", "push", "recipe/base@1", "org/line", "--home", str(copied))

@@ -14,7 +14,7 @@ def test_cohens_kappa() -> None:
     pairs = [("yes", "yes")] * 20 + [("yes", "no")] * 5 + [("no", "yes")] * 10 + [("no", "no")] * 15
     assert cohens_kappa(*zip(*pairs, strict=True)) == pytest.approx(0.4)
     assert cohens_kappa([1, 0, 1, None], [1, 0, 1, 0]) == 1
-    assert cohens_kappa([1, 1], [1, 1]) == 1  # nothing to disagree on
+    assert cohens_kappa([1, 1], [1, 1]) == 1  # all ratings are equal, so there can be no disagreement
     assert math.isnan(cohens_kappa([1, None], [None, 1]))
 
 

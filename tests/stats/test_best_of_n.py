@@ -1,4 +1,4 @@
-"""Best-of-n: the estimator against every subset, and the KL against a sum over a small distribution."""
+"""Best-of-n: the estimator equals the mean over all subsets, and the KL equals a sum over a small distribution."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_weights_are_the_share_of_subsets(scores: list[float], n: int) -> None:
     assert sum(weights) == pytest.approx(1)
     if len(set(scores)) == 5:
         assert weights == pytest.approx(expected)
-    for value in set(scores):  # among equal scores the split is by symmetry; their sum is exact
+    for value in set(scores):  # equal scores may share their weight in any way; the sum of their weights is exact
         indices = [index for index, score in enumerate(scores) if score == value]
         assert sum(weights[index] for index in indices) == pytest.approx(sum(expected[index] for index in indices))
 
@@ -43,7 +43,7 @@ def test_kl_of_best_of_n_is_just_above_the_exact_kl() -> None:
     chances = [(k / m) ** 4 - ((k - 1) / m) ** 4 for k in range(1, m + 1)]
     expected = sum(p * math.log(p * m) for p in chances)
     assert best_of_n_kl(4) == pytest.approx(expected, abs=2e-3)
-    assert expected < best_of_n_kl(4)  # the formula is what many outcomes come to
+    assert expected < best_of_n_kl(4)  # the formula is the limit for many outcomes
 
 
 def test_n_above_the_sample_count_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Win rates, with and without the help of length, and text variety: by hand and by simulation."""
+"""Win rates, with and without control for length, and text variety: by hand and by simulation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_prompt_counts_once() -> None:
     rate = win_rate([1.0, 1.0, 0.0, 0.0] * 10, [index // 4 for index in range(40)])
     assert (rate.n, rate.samples, rate.wins, rate.win_rate) == (10, 40, 20, 0.5)
     assert 0.2366 < rate.ci_low < 0.5  # Wilson at 5 of 10: 0.2366
-    # one prompt with three samples does not outvote one with a single sample
+    # a prompt with three samples has the same weight as one with a single sample
     assert win_rate([1.0, 1.0, 1.0, 0.0], ["a", "a", "a", "b"]).win_rate == 0.5
     assert prompt_means([1.0, 0.0, 1.0], ["b", "a", "b"]) == [1.0, 0.0]
 
@@ -67,7 +67,7 @@ def test_length_control_without_a_length_effect_changes_little() -> None:
     won, longer = draw(random, 4000, skill=0.8, effect=0.0, bias=30.0)
     controlled = length_controlled_win_rate(won, longer)
     assert controlled.win_rate == pytest.approx(logistic(0.8), abs=0.03)
-    same = length_controlled_win_rate(won, [0.0] * 4000)  # equal lengths: nothing to control
+    same = length_controlled_win_rate(won, [0.0] * 4000)  # equal lengths: no length effect to control for
     assert same.win_rate == pytest.approx(win_rate(won).win_rate, abs=1e-4) and same.length_effect == 0
 
 
@@ -94,7 +94,7 @@ def test_distinct_ngrams() -> None:
 
 
 def test_repeated_ngrams() -> None:
-    # abab: ab, ba, ab, of which one came before; ab: one, new in its own row
+    # abab: ab, ba, ab, one of which is repeated; ab: one, new in its row
     assert repeated_ngrams([["a", "b", "a", "b"], ["a", "b"]], 2) == pytest.approx(1 / 4)
     assert repeated_ngrams([[7] * 10], 4) == pytest.approx(6 / 7)
     assert repeated_ngrams([[1, 2]], 4) == 0.0

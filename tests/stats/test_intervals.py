@@ -1,4 +1,4 @@
-"""Intervals by hand and by published examples, and by simulation: what says 95 % covers between 93 % and 97 % of the time."""
+"""Intervals by hand, by published examples, and by simulation: 95 % intervals cover the true value in 93 % to 97 % of the cases."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_coverage_with_ties(case: str, prompts: int) -> None:
     truth, random = wins + ties / 2, Random(f"{case} {prompts}")
     covered = 0
     for _ in range(3000):
-        # Counts are whole: at one number of prompts even a perfect interval is off by a point or two. Over several it is not.
+        # Counts are integers: for one number of prompts, the coverage of a correct interval may differ by 1 or 2 %, but not on average.
         number = random.randint(prompts * 3 // 4, prompts * 5 // 4)
         draws = random.choices((1.0, 0.5, 0.0), (wins, ties, 1 - wins - ties), k=number)
         low, high = share_interval(draws)
@@ -73,7 +73,7 @@ def test_coverage_with_ties(case: str, prompts: int) -> None:
 @pytest.mark.parametrize(("prompts", "samples"), [(64, 4), (256, 2)])
 @pytest.mark.parametrize("even", [True, False])
 def test_coverage_with_several_samples_per_prompt(prompts: int, samples: int, even: bool) -> None:
-    # A prompt's own chance of a win is Beta(2, 2) or Beta(4, 1.6): samples of one prompt go together
+    # The win probability of a prompt is from Beta(2, 2) or Beta(4, 1.6), so samples of one prompt are correlated
     a, b = (2.0, 2.0) if even else (4.0, 1.6)
     truth, random = a / (a + b), Random(f"{prompts} {samples} {even}")
     covered = flat = 0
@@ -82,10 +82,10 @@ def test_coverage_with_several_samples_per_prompt(prompts: int, samples: int, ev
         means = [sum(random.random() < chance for _ in range(samples)) / samples for chance in chances]
         low, high = share_interval(means)
         covered += low <= truth <= high
-        low, high = wilson_interval(sum(means) * samples, prompts * samples)  # as if samples were prompts
+        low, high = wilson_interval(sum(means) * samples, prompts * samples)  # wrong: treats samples as independent prompts
         flat += low <= truth <= high
     assert 0.93 <= covered / 2000 <= 0.97
-    assert flat < covered  # too sure of itself
+    assert flat < covered  # this interval is too narrow
 
 
 def test_bootstrap_covers_the_difference_of_paired_scores() -> None:

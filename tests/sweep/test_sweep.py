@@ -1,4 +1,4 @@
-"""Sweeps: what a command line asks for, what is made once, what a second start finds, and what is left behind."""
+"""Sweeps: grids of the command line, shared steps, continuing a sweep, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     importlib.import_module("fake_stages").install()
     monkeypatch.setattr(
         "stages.report.page.write_report", lambda run: Written(run.path / "report.html", 0, [])
-    )  # drawing takes a second a run
+    )  # drawing takes a second for each run
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("STAGES_HOME", raising=False)
     Path("a.txt").write_text("a")
@@ -95,7 +95,7 @@ def test_sweep_name_contains_the_varied_fields() -> None:
     assert read_grid("quick.yaml", ["base.rate+sft.rate=[1.0]", "side.rate=[2.0]"]).name == "base.rate-sft.rate-side.rate"
     assert read_grid("quick.yaml", ["seeds=2"]).name == "seeds"
     others = [read_grid("quick.yaml", ["base.rate=[1.0]", *fixed]).name for fixed in ([], ["side.rate=2.0"], ["side.rate=3.0"])]
-    assert others[0] == "base.rate" and len(set(others)) == 3  # rows of one are not rows of another
+    assert others[0] == "base.rate" and len(set(others)) == 3  # the rows of one sweep are not those of another
     many = [f"{'+'.join(f'step{index}.a_long_field_name' for index in range(9))}=[1]"]
     assert len(read_grid("quick.yaml", many).name) == 89
 
@@ -159,7 +159,7 @@ def test_equal_steps_are_made_once_and_the_recipes_own_models_stay_the_newest() 
     own = Registry("outputs/registry").get("quick/sft")
     result = sweep("sft.rate=[1.0,2.0,3.0]")
     assert result.exit_code == 0, result.output
-    # base and side were made by the recipe, and so was sft at its own rate; each is taken in once
+    # the recipe has made base, side and sft at its own rate; each is adopted once
     assert counts() == {
         "quick/base": 1,
         "quick/sft": 1,
@@ -200,7 +200,7 @@ def test_rows_means_and_picture() -> None:
     assert (mean, low, high) == pytest.approx((2.08, 2.08 - 0.024841, 2.08 + 0.024841), abs=1e-5)
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "2.08 (2.055 to 2.105)" in result.stdout
-    assert counts()["quick.sft.rate/base"] == 3  # one per seed, whatever sft does with it
+    assert counts()["quick.sft.rate/base"] == 3  # one per seed, for every setting of sft
 
 
 def test_repeated_command_continues_an_interrupted_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,12 +219,12 @@ def test_repeated_command_continues_an_interrupted_sweep(monkeypatch: pytest.Mon
     assert sweep(*arguments).exit_code != 0
     assert len(rows("sft.rate")) == 1
     assert sweep(*arguments).exit_code == 0
-    assert len(started) == 4  # one finished, one cut off, then the two that were missing
+    assert len(started) == 4  # one finished, one interrupted, then the two that were missing
     first = rows("sft.rate")
     result = sweep(*arguments)
     assert len(started) == 4 and result.stdout.count("already done") == 3
     assert rows("sft.rate") == first
-    # other numbers of the same runs need no run
+    # other metrics of the same runs need no new run
     sweep("sft.rate=[1.0,2.0,3.0]", "--metric", "steps.sft.metrics.loss")
     assert len(started) == 4 and rows("sft.rate")[0]["metrics"] == {"steps.sft.metrics.loss": 0.5}
     Path("a.txt").write_text("changed")

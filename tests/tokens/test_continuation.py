@@ -1,4 +1,4 @@
-"""A text and what continues it, on every kind of tokenizer: the first keeps its tokens, and together they are the text."""
+"""A text and its continuation, for every kind of tokenizer: the first part keeps its tokens, and all tokens decode to the full text."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_real_stories_are_encoded_as_one_text(shared_data) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merge_over_the_boundary_leaves_the_prompt_alone(tokenizer_of, kind) -> None:
-    """'there was' is one text, cut inside a word: the first part keeps the tokens that it has alone."""
+    """'there was' is split inside a word. The first part has the same tokens as without the continuation."""
     tokenizer = tokenizer_of(kind)
     first, second = segment_ids(tokenizer, ["the weather is wa", "rm today"])
     assert first == plain_ids(tokenizer, "the weather is wa")
@@ -97,7 +97,7 @@ def test_a_plain_text_begins_as_the_tokenizer_begins_texts(tokenizer_of, kind, t
     ids, length = encode_pair(tokenizer, "hi", "the cat")
     assert ids[:length] == encode_prompt(tokenizer, "hi") and ids[-1] == tokenizer.eos_token_id
     assert ids[:-1] == tokenizer(f"{text} the cat")["input_ids"]
-    if template is not None:  # other programs read the same, by the template alone
+    if template is not None:  # other programs get the same text from the template
         turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the cat"}]
         begins = "" if kind == "byte_bpe" else "<s>"
         assert tokenizer.apply_chat_template(turns, tokenize=False) == f"{begins}{text} the cat</s>"
@@ -110,7 +110,7 @@ FIRST_FORM = (
 
 
 def test_models_of_earlier_versions_keep_their_encoding(tokenizer_of) -> None:
-    """Their plain templates write neither a beginning token nor the space, which was put before the completion."""
+    """Their plain templates have no beginning token and no space. The space was added before the completion."""
     tokenizer = tokenizer_of("sentencepiece")
     tokenizer.chat_template = FIRST_FORM
     assert render_prompt(tokenizer, "hi") == 'Q "{": hi\nA:'

@@ -1,4 +1,4 @@
-"""``readable_length`` against what tiny models can really read, and against the numbers of published configs."""
+"""``readable_length`` equals the length that tiny models can compute, and the numbers of published configs."""
 
 from __future__ import annotations
 

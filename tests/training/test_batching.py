@@ -1,4 +1,4 @@
-"""Rows, steps and forward passes: every row once an epoch, the same steps whatever the number of processes."""
+"""Rows, steps and forward passes: every row occurs once in an epoch, and steps do not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_epochs_and_seeds_shuffle_differently() -> None:
 def test_rows_of_similar_length_share_a_step() -> None:
     lengths = [row % 10 for row in range(100)]
     steps = BatchPlan(100, 10, 10, lengths=lengths).steps(0)
-    assert [lengths[row] for row in steps[0]] == [9] * 10  # the longest first: what does not fit into memory shows at once
+    assert [lengths[row] for row in steps[0]] == [9] * 10  # the longest first, so that a lack of memory shows immediately
     assert all(max(lengths[row] for row in step) == min(lengths[row] for row in step) for step in steps)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, kept by the rule, refused where a byte is not as written; tensors and random streams round-trip."""
+"""Checkpoints are complete or absent, kept by the settings, and refused if a byte changed. Tensors and random streams round-trip."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_failed_write_keeps_earlier_checkpoints(tmp_path: Path, runtime: Runtime
 
     with pytest.raises(OSError, match="No space left"):
         kept.write(full)
-    monkeypatch.setattr(module, "write_json", full)  # the last write of all
+    monkeypatch.setattr(module, "write_json", full)  # the very last write
     with pytest.raises((OSError, TypeError)):
         write(kept)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
@@ -121,7 +121,7 @@ def test_slow_checkpoints_are_written_less_often(tmp_path: Path, runtime: Runtim
         now += 3.0
 
     kept.write(slow)
-    now += 59.0  # 20 times 3 seconds are to pass
+    now += 59.0  # 20 times 3 seconds must pass
     assert not kept.is_due()
     now += 1.0
     assert kept.is_due()
@@ -148,7 +148,7 @@ def test_optimizers_round_trip_with_their_settings(tmp_path: Path) -> None:
     weight, optimizer = made()
     weight.grad = torch.arange(4.0)
     optimizer.step()
-    optimizer.param_groups[0]["lr"] = 0.25  # a schedule's work
+    optimizer.param_groups[0]["lr"] = 0.25  # as a schedule does
     save_optimizer(optimizer, {"w": weight}, tmp_path / "o.safetensors")
     other_weight, other = made()
     load_optimizer(other, {"w": other_weight}, tmp_path / "o.safetensors")

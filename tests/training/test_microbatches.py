@@ -1,4 +1,4 @@
-"""Steps of a Trainer cut into passes by tokens: the same loss and gradient, also when memory runs out; every kind of batch can be cut."""
+"""Steps of a Trainer are split into passes by tokens: same loss and gradient, also if memory runs out, for every kind of batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stages.training.microbatches import PassesByTokens, chosen_rows
 
 
 class Plain:
-    """The part of a Trainer that counts here: one pass, its loss a share of the step's; above ``most`` tokens memory runs out."""
+    """The relevant part of a Trainer: one pass with its share of the step's loss. Above ``most`` tokens, memory runs out."""
 
     def __init__(self, most: int, *, by_tokens: bool = True) -> None:
         self.args = SimpleNamespace(
@@ -31,7 +31,7 @@ class Plain:
         self._total_train_tokens += int(mask.sum())
         loss = (model(ids).squeeze(-1) * mask).sum() / num_items_in_batch
         if ids.numel() > self.most:
-            half = model.weight.sum() * 0.5  # a part of the pass's gradient is there already
+            half = model.weight.sum() * 0.5  # a part of the pass's gradient has already been added
             half.backward()
             raise torch.OutOfMemoryError("CUDA out of memory")
         loss.backward()

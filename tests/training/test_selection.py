@@ -1,4 +1,4 @@
-"""The model that a reward likes best is kept, whatever the held-out loss says; a cut-off run tries again what it lost."""
+"""The model with the highest reward is kept, for any held-out loss. An interrupted run evaluates the lost models again."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def third_is_best(prompts, completions):
 
 @pytest.mark.detail("S4")
 def test_selection_uses_the_reward_instead_of_the_loss() -> None:
-    # the loss says the first, the reward the second
+    # the loss prefers the first, the reward the second
     tried = [Tried(10, score=0.1, heldout_loss=1.0), Tried(20, score=0.7, heldout_loss=1.5), Tried(30, score=0.4, heldout_loss=2.0)]
     assert best_of(tried).optimizer_step == 20
-    assert best_of([*tried, Tried(40, score=0.7, heldout_loss=0.1)]).optimizer_step == 20  # of equals the earliest
+    assert best_of([*tried, Tried(40, score=0.7, heldout_loss=0.1)]).optimizer_step == 20  # of equal models the earliest one
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_interrupted_run_keeps_its_measurements(demonstrations, step_context, re
     original = Selector.try_out
 
     class PowerCut(BaseException):
-        """Nothing may catch it."""
+        """No code may catch this exception."""
 
     def cut_in_the_third(self: Selector, optimizer_step: int) -> None:
         nonlocal calls

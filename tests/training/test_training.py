@@ -88,7 +88,7 @@ def make_trainer(
 
     from stages.models.loading import load_language_model
 
-    # Epsilon keeps Adam from making full steps of rounding errors.
+    # With this epsilon, Adam does not make full steps for rounding errors.
     settings = OptimizerSettings(batch_size=4, microbatch_size=microbatch_size, learning_rate=learning_rate, adam_epsilon=1e-2)
     arguments = training_arguments(settings, context, precision="fp32", remove_unused_columns=False, **options)
     data = list(torch.randint(0, 300, (rows, 8), generator=torch.Generator().manual_seed(0)))
@@ -138,7 +138,7 @@ def test_nan_loss_stops_the_run(step_context: Any, tiny_llama_folder: Path) -> N
     with pytest.raises(TrainingError, match="the loss is nan at optimizer step 1; lower training.learning_rate"):
         train(trainer, context, "nan")
     for name, value in trainer.model.state_dict().items():
-        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True, msg=name)  # no step was made
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True, msg=name)  # there was no optimizer step
     assert list(context.checkpoint_folder.glob("checkpoint-*")) == []
 
 

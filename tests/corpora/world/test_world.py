@@ -1,4 +1,4 @@
-"""The embedded world: disjoint splits, equal draws, a judge that knows good from bad, annotators who mostly agree with it."""
+"""The embedded world: disjoint splits, reproducible rows, a gold judge that detects errors, annotators who mostly agree with it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_gold_by_hand() -> None:
     perfect = write_review(Random(0), read_request(PROMPT))
     assert gold.parts(PROMPT, perfect)["score"] == pytest.approx(1.0), perfect
     assert gold.score(PROMPT, "") == 0 and gold.score(PROMPT, "acting negative Bitter Morning romance") == 0
-    # said twice: one sentence too many (length 0.5 of 0.25), half of the sentences new
+    # a repeated sentence: one sentence too many (length 0.5 of 0.25), half of the sentences are new
     twice = gold.parts(PROMPT, f"{perfect} {perfect}")
     assert twice["length"] == 0.5 and twice["freshness"] <= 0.5
     assert twice["score"] <= 0.5 * (1 - 0.125)
@@ -101,7 +101,7 @@ def test_annotators_agree_with_the_judge_mostly_and_not_always(part, low, high) 
                     total += 1
                     agree += (row["ranks"][a] < row["ranks"][b]) == (scores[a] > scores[b])
     assert ties > 20
-    assert low < agree / total < high  # useful, and imperfect
+    assert low < agree / total < high  # better than chance, but not perfect
     assert len({person.name for person in annotators()}) == 12
 
 
@@ -119,7 +119,7 @@ def test_two_annotators_in_a_hurry_agree_as_often_as_the_papers_labelers() -> No
     assert 0.70 < agree / total < 0.75
 
 
-# The library: inquiries that ask for knowledge, too
+# The library: inquiries that also ask for a fact
 
 
 INQUIRY = "Write a warm review of Silver Harbor in three sentences about the plot. Say who directed it."
@@ -143,7 +143,7 @@ def test_facts_are_drawn_by_the_title_and_spread_evenly() -> None:
         counts: dict[str, int] = {}
         for film in films():
             counts[film.facts[fact]] = counts.get(film.facts[fact], 0) + 1
-        assert max(counts.values()) < 100, fact  # of 900: nobody does well by guessing the commonest
+        assert max(counts.values()) < 100, fact  # of 900: guessing the most common answer is not a good strategy
 
 
 def test_gold_of_an_inquiry_by_hand() -> None:
@@ -154,15 +154,15 @@ def test_gold_of_an_inquiry_by_hand() -> None:
     wrong = next(f"It was directed by {film.facts['director']}." for film in films() if film.facts["director"] != DIRECTOR)
     perfect = gold.parts(INQUIRY, f"{opinions} {right}")
     assert perfect["facts"] == 1 and perfect["score"] == pytest.approx(1.0)
-    assert gold.parts(INQUIRY, f"{right} {opinions}") == perfect  # a fact has its place anywhere
-    # a false fact earns nothing of the quarter that the fact is worth
+    assert gold.parts(INQUIRY, f"{right} {opinions}") == perfect  # a fact may be at any position
+    # a false fact gets none of the 0.25 for the fact
     assert gold.score(INQUIRY, f"{opinions} {wrong}") == pytest.approx(0.75)
-    # a guess beside the right answer: half of the quarter, and one sentence too many (0.5 of 0.2)
+    # a guess in addition to the right answer: half of the 0.25, and one sentence too many (0.5 of 0.2)
     both = gold.parts(INQUIRY, f"{opinions} {right} {wrong}")
     assert both["facts"] == 0.5 and both["length"] == 0.5 and both["sentiment"] == 1
-    # a name the world does not have is no sentence of it
+    # a sentence with an unknown name does not belong to the world
     assert gold.parts(INQUIRY, f"{opinions} {other}")["coherence"] == pytest.approx(2 / 3)
-    # facts alone are no opinion
+    # facts alone are not an opinion
     assert gold.parts(INQUIRY, right)["sentiment"] == 0
 
 
@@ -174,7 +174,7 @@ def test_every_flaw_of_an_answer_lowers_its_gold_score(flaw) -> None:
         inquiry = draw_inquiry(random, "train")
         good += gold.judge(inquiry, write_review(random, inquiry))["score"] / 60
         bad += gold.judge(inquiry, write_review(random, inquiry, (flaw,)))["score"] / 60
-    assert good > 0.97 and bad < good - 0.025, (good, bad)  # the genre alone is worth 0.03
+    assert good > 0.97 and bad < good - 0.025, (good, bad)  # the genre alone gives 0.03
 
 
 def test_the_library_knows_its_films_of_all_splits_and_asks_only_about_those_of_one() -> None:
