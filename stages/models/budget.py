@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from stages.config import Microbatch
 from stages.errors import TrainingError
 from stages.kernels.token_budget import GPU_SHARE, GPU_TOKENS, rows_per_batch, token_budget_batches, tokens_of
+from stages.models.sharding import in_lockstep, sharded_blocks
 from stages.process.gpus import free_gpu_memory, own_peak
 from stages.process.unexpected import is_out_of_memory
 from stages.sampling.workspace import drop_kept_workspace
@@ -138,12 +140,31 @@ class PassBudget:
             waiting = self.groups([row for group in waiting for row in group], lengths, packed=packed)
 
 
-def each_group(what: str, groups: Iterable[Sequence[int]], work: Callable[[Sequence[int]], None]) -> None:
+def _each_group_together(groups: Iterable[Sequence[int]], work: Callable[[Sequence[int]], None], device: torch.device) -> None:
+    """``each_group`` for a model with sharded weights. It repeats the last group while other processes have more groups."""
+    try:
+        for rows in in_lockstep([list(group) for group in groups], device):
+            work(rows)
+    except RuntimeError as error:
+        refuse_alone(error)
+        raise
+
+
+def each_group(
+    what: str, groups: Iterable[Sequence[int]], work: Callable[[Sequence[int]], None], *, model: nn.Module | None = None
+) -> None:
     """Call ``work(rows)`` for every group of rows, in order.
 
     If memory runs out, the group is repeated in halves, and later groups are split to that size. The log says so once and names ``what``.
     ``work`` must have no side effects if it fails.
+
+    ``model``: the model of the passes. If its weights are sharded, call this on every process with at least one group. All processes then
+    make the same number of passes, and memory that runs out is an error. Call it with ``torch.no_grad``: FSDP keeps buffers of a pass, and
+    tensors of the inference mode are not allowed there.
     """
+    if model is not None and sharded_blocks(model):
+        _each_group_together(groups, work, next(model.parameters()).device)
+        return
     waiting, most = [list(group) for group in groups], 0  # 0: no limit yet
     while waiting:
         rows = waiting.pop(0)

@@ -49,6 +49,15 @@ def shard(model: nn.Module, *, add_up: bool) -> None:
         sharded.set_force_sum_reduction_for_comms(True)  # gloo (on CPUs) supports only sums
         if add_up:
             sharded.set_gradient_divide_factor(1.0)
+    _release_files(model)
+
+
+@torch.no_grad()
+def _release_files(model: nn.Module) -> None:
+    """Copy the replicated CPU weights of ``model``. safetensors maps files into memory, and one tensor of a file keeps all of it there."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and not hasattr(parameter, "full_tensor"):
+            parameter.data = parameter.data.clone()
 
 
 def _replicated_parameters(block: nn.Module) -> set[nn.Parameter]:
@@ -108,6 +117,16 @@ def _unsharded_blocks(blocks: list[FSDPModule]) -> Iterator[None]:
         for block in blocks:
             block.set_reshard_after_forward(True)
             block.reshard()
+
+
+def in_lockstep(groups: list[list[int]], device: torch.device) -> list[list[int]]:
+    """``groups`` with the last one repeated until every process has the same number of passes. Call on every process.
+
+    All processes take part in each pass through a sharded model. A repeated pass computes the same values again.
+    """
+    count = torch.tensor(len(groups), device=device)
+    distributed.all_reduce(count, op=distributed.ReduceOp.MAX)
+    return groups + [groups[-1]] * (int(count) - len(groups))
 
 
 @torch.no_grad()

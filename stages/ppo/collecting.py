@@ -210,8 +210,7 @@ def _score(roles: Roles, reward: CombinedReward, monitors: CombinedReward, share
     judges = [*reward.modules(), *monitors.modules()]
     known = Details(share.details.columns, sampled.responses())
     try:
-        # A reward model on the policy's backbone is sharded with it, and each process scores at its own pace.
-        with roles.offload.awake(*judges), unsharded(*judges):
+        with roles.offload.awake(*judges):
             scored = reward.score(share.prompts, sampled.completions, known)
             if not monitors.sources:
                 return scored, Scores(torch.zeros(0), {})

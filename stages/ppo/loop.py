@@ -9,10 +9,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
 from stages.corpora.prompts import shuffled_forever
 from stages.engines.opening import check_reachable, step_sampler
-from stages.errors import Stopped, TrainingError
+from stages.errors import ModelError, Stopped, TrainingError
 from stages.metric_names import (
     COMPLETION_CUT_SHARE,
     CUT_SHARE,
@@ -23,7 +24,7 @@ from stages.metric_names import (
     SCORE_MEAN,
     TOTAL_MEAN,
 )
-from stages.models.sharding import grouped
+from stages.models.sharding import grouped, shard
 from stages.ppo.checkpoint import RunKeeper, RunState
 from stages.ppo.collecting import ScoringError, collect, recomputes_logprobs
 from stages.ppo.config import PPOStepConfig
@@ -82,6 +83,8 @@ class PPORun:
         self.reward = build_reward(config.reward, context.models, "reward", **sources)
         self.monitors = build_reward(config.monitors, context.models, "monitors", **sources)
         judges = [module for module in (*self.reward.modules(), *self.monitors.modules()) if not roles.shares(module)]
+        if runtime.shards:
+            self._shard(judges)
         roles.offload = Offload([*roles.waiting(), *judges], runtime.device, enabled=config.offload)
         self.prompts = load_prompts(config, context, roles)
         self.pretraining_rows = load_pretraining_rows(config, context, roles)
@@ -119,6 +122,15 @@ class PPORun:
         self.state = RunState(kl_coef=config.kl.coef)
         self._said_cuts: set[str] = set()
         self.served: ServedRollouts | None = None  # None: the local sampler
+
+    def _shard(self, judges: Sequence[nn.Module]) -> None:
+        """Shard the models of the rewards and monitors that have their own weights. One that cannot be sharded stays whole."""
+        for module in judges:
+            try:
+                shard(module, add_up=True)
+            except ModelError as error:
+                name = type(module).__name__
+                self.runtime.console.print(f"{self.config.name}: each process holds a whole {name} for a reward: {error}", markup=False)
 
     def resume(self) -> None:
         """Resume an interrupted run if there is one. Its logs are written again, so that they are complete."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as distributed
 from torch import Tensor
 
 from stages.models.budget import PassBudget, refuse_alone
 from stages.models.packing import packed_attention
 from stages.models.responses import sequence_batch
+from stages.models.sharding import in_lockstep
 from stages.ppo.config import PPOStepConfig
 from stages.ppo.roles import Roles
 
@@ -73,13 +73,3 @@ def measure(
             with roles.casts_kept():
                 budget.each(order, lengths, one_pass, packed=kernel is not None)
     return {name: torch.cat([by_row[row] for row in range(len(lengths))]).cpu() for name, by_row in pieces.items()}
-
-
-def in_lockstep(groups: list[list[int]], device: torch.device) -> list[list[int]]:
-    """``groups`` with the last one repeated until every process has the same number of passes. Call on every process.
-
-    All processes take part in each pass through a sharded model. A repeated pass computes the same values again.
-    """
-    count = torch.tensor(len(groups), device=device)
-    distributed.all_reduce(count, op=distributed.ReduceOp.MAX)
-    return groups + [groups[-1]] * (int(count) - len(groups))

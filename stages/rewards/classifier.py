@@ -77,7 +77,7 @@ class ClassifierSource:
         """The scores [N] of ``judge``."""
         return self.judge(prompts, completions, details).scores
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
         """Scores [N], and which texts were cut."""
         pairs = list(zip(prompts, completions, strict=True))
@@ -87,13 +87,13 @@ class ClassifierSource:
 
     def score_texts(self, texts: Sequence[str]) -> Tensor:
         """Scores [N] of full texts that are not split into prompt and completion."""
-        with torch.inference_mode():
+        with torch.no_grad():
             return self._score_rows(self._encode(texts, texts)[0])
 
     def probabilities(self, texts: Sequence[str]) -> list[list[float]]:
         """The probabilities of all labels for each full text. For a regression they are its raw values, as in transformers' pipeline."""
         probabilities = []
-        with torch.inference_mode():
+        with torch.no_grad():
             for row in self._encode(texts, texts)[0]:
                 logits = self._logits([row])[0]
                 probabilities.append(
@@ -129,7 +129,12 @@ class ClassifierSource:
             logits = self._logits([rows[index] for index in indices])
             scores[list(indices)] = label_output(logits, self.label, self.kind, self.output).cpu()
 
-        each_group(f"scoring by {self.name}", like_length_batches([len(row["input_ids"]) for row in rows], self.batch_size), score)
+        each_group(
+            f"scoring by {self.name}",
+            like_length_batches([len(row["input_ids"]) for row in rows], self.batch_size),
+            score,
+            model=self.model,
+        )
         return scores
 
     def _logits(self, rows: Sequence[Row]) -> Tensor:

@@ -84,7 +84,7 @@ class GenerativeSource:
         """The scores [N] of ``judge``."""
         return self.judge(prompts, completions, details).scores
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
         """Log-odds [N], and which texts were cut. Raises TrainingError if the question alone is too long for the model."""
         answers = [self.answer_ids(answer) for answer in self.asked.answers]
@@ -147,5 +147,5 @@ class GenerativeSource:
                 steps = logits[row, span].float().log_softmax(dim=-1).cpu()
                 logprobs[index] = steps.gather(1, torch.tensor(tokens[-length:])[:, None]).sum()
 
-        each_group(f"scoring by {self.name}", like_length_batches([len(ids) for ids, _ in rows], self.batch_size), score)
+        each_group(f"scoring by {self.name}", like_length_batches([len(ids) for ids, _ in rows], self.batch_size), score, model=self.model)
         return logprobs

@@ -77,7 +77,7 @@ class RewardModelSource:
         """The scores [N] of ``judge``."""
         return self.judge(prompts, completions, details).scores
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
         """Scores [N], and which rows were cut. If a row is too long for the model, its beginning is cut."""
         pairs = self._encode(prompts, completions)
@@ -86,7 +86,7 @@ class RewardModelSource:
         scores = score_rows(rows, self.model, self.tokenizer.pad_token_id, self.batch_size)
         return Judgement(scores, cut=cut, completion_cut=completion_cut)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score_texts(self, texts: Sequence[str]) -> Tensor:
         """Scores [N] of full texts. No chat template is applied. The end token is added to a text that does not end with it."""
         end = self.tokenizer.eos_token_id
@@ -131,7 +131,7 @@ class RewardModelSpans(RewardModelSource):
         """
         return self._spans(prompts, completions, self._encode(prompts, completions))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _spans(self, prompts: Sequence[Prompt], completions: Sequence[str], encoded: Sequence[tuple[list[int], int]]) -> Spans:
         spans: Spans = [[] for _ in completions]
         device = next(self.model.parameters()).device
@@ -148,7 +148,12 @@ class RewardModelSpans(RewardModelSource):
                 spans[index] = [(position, float(value)) for position, value in zip(positions, added, strict=True)]
 
         order = range(len(completions))
-        each_group(f"scoring by {self.name}", [order[start : start + self.batch_size] for start in order[:: self.batch_size]], score)
+        each_group(
+            f"scoring by {self.name}",
+            [order[start : start + self.batch_size] for start in order[:: self.batch_size]],
+            score,
+            model=self.model,
+        )
         return spans
 
     def _token_positions(self, prompt: Prompt, completion: str) -> list[int]:
@@ -167,10 +172,10 @@ def score_rows(
     if device is None:
         assert isinstance(scorer, torch.nn.Module)
         device = next(scorer.parameters()).device
-    scores = torch.empty(len(rows))
+    scores, model = torch.empty(len(rows)), scorer if isinstance(scorer, torch.nn.Module) else None
 
     def score(indices: Sequence[int]) -> None:
         scores[list(indices)] = scorer(*padded([rows[index] for index in indices], pad_token_id, device)).float().cpu()
 
-    each_group("scoring", like_length_batches([len(row) for row in rows], batch_size), score)
+    each_group("scoring", like_length_batches([len(row) for row in rows], batch_size), score, model=model)
     return scores

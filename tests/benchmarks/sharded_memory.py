@@ -2,12 +2,12 @@
 
     python tests/benchmarks/sharded_memory.py
 
-Policy, reference and value network are three separate Llama models with random weights (fp32, full fine-tuning). The row "all gathered" is
-how Tristage worked before: every process had all three models unsharded during a rollout. Memory is the peak of the first process minus
-that of a process that has only imported the program. MALLOC_MMAP_THRESHOLD_ makes glibc return freed tensors to the system. Without it, the
-peak is mostly freed memory.
+Policy, reference, value network and reward model are four separate Llama models with random weights (fp32, full fine-tuning). The row "all
+gathered" is how Tristage worked at first: every process had all models unsharded during a rollout. In the next row the reward model is not
+sharded. Memory is the peak of the first process minus that of a process that has only imported the program. MALLOC_MMAP_THRESHOLD_ makes
+glibc return freed tensors to the system. Without it, the peak is mostly freed memory.
 
-Time: about 2 minutes on 2 idle cores. Result: printed as a table; docs/processes.md.
+Time: about 3 minutes on 2 idle cores. Result: printed as a table; docs/processes.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import torch
 from scale import idle_memory, make_model
+from transformers import AutoTokenizer
+
+from stages.models.heads import RewardModel
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARDED = ["-m", "stages.process.launching", "--config_file", str(REPOSITORY / "recipes" / "accelerate" / "fsdp2.yaml"), "--cpu"]
@@ -41,20 +45,32 @@ def gathered(roles, *arguments, **options):
 
 
 loop.collect = gathered
+loop.PPORun._shard = lambda run, judges: None
+runpy.run_module("stages", run_name="__main__")
+"""
+REWARD_WHOLE = """\
+import runpy
+
+import stages.ppo.loop as loop
+
+loop.PPORun._shard = lambda run, judges: None
 runpy.run_module("stages", run_name="__main__")
 """
 ROWS = {
     "one process": ["-m", "stages"],
     "two processes, all gathered": [*SHARDED, "--num_processes", "2", "-m", "all_gathered"],
+    "two processes, policy gathered, reward model not sharded": [*SHARDED, "--num_processes", "2", "-m", "reward_whole"],
     "two processes, policy gathered": [*SHARDED, "--num_processes", "2", "-m", "stages"],
 }
 
 
 def write_recipe(folder: Path, width: int, layers: int) -> int:
-    """Write model, data, reward function and recipe into ``folder``. Returns the number of parameters of one model."""
+    """Write models, data and recipe into ``folder``. Returns the number of parameters of one model."""
     parameters = make_model(folder / "model", width=width, layers=layers)
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{number:03d} prompt"}) + "\n" for number in range(64)))
-    (folder / "memory_reward.py").write_text("def score(p, c):\n    return [text.count('e') / (len(text) + 1) for text in c]\n")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    RewardModel.from_language_model(str(folder / "model"), dtype=torch.float32).save(folder / "judge", tokenizer)
+    (folder / "reward_whole.py").write_text(REWARD_WHOLE)
     (folder / "all_gathered.py").write_text(ALL_GATHERED)
     step = {
         "stage": "ppo",
@@ -63,7 +79,7 @@ def write_recipe(folder: Path, width: int, layers: int) -> int:
         "policy": "model",
         "value": "policy",
         "data": "prompts.jsonl",
-        "reward": [{"function": "memory_reward:score"}],
+        "reward": [{"model": "judge"}],
         "generation": {"max_new_tokens": 8, "ignore_eos": True},
         "total_episodes": 16,
         "rollout_batch_size": 8,
@@ -95,7 +111,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sharded-") as name:
         folder = Path(name)
         parameters = write_recipe(folder, given.width, given.layers)
-        print(f"three models of {parameters / 1e6:.0f} M parameters ({parameters * 4 / 2**20:.0f} MiB each)\n")
+        print(f"four models of {parameters / 1e6:.0f} M parameters ({parameters * 4 / 2**20:.0f} MiB each)\n")
         print("| run | peak memory of a process, MiB |\n|---|---:|", flush=True)
         for number, (row, launcher) in enumerate(ROWS.items()):
             print(f"| {row} | {(peak_of(folder, f'home{number}', launcher) - idle) / 2**20:.0f} |", flush=True)

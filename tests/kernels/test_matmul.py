@@ -76,7 +76,7 @@ def test_layers_keep_their_parameters_and_names(onednn) -> None:
 
 
 def test_measured_peak_is_a_plausible_speed() -> None:
-    assert 1e8 < measure_peak(torch.float32, torch.device("cpu"), size=64) < 1e14
+    assert 1e6 < measure_peak(torch.float32, torch.device("cpu"), size=64) < 1e14  # a busy machine measures 5e7
 
 
 RAGGED = """

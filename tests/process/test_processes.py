@@ -102,6 +102,13 @@ def vowels(prompts, completions):
             time.sleep(1)
         if what == "raises":
             raise ValueError("no reward today")
+        if what == "lists":
+            import gc
+            from torch.distributed.fsdp import FSDPModule
+            from stages.models.heads import RewardModel
+            models = [thing for thing in gc.get_objects() if type(thing) is RewardModel]
+            sharded = [model for model in models if any(isinstance(module, FSDPModule) for module in model.modules())]
+            open("sharded_rewards.txt", "w").write(f"{len(sharded)} of {len(models)}")
     return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in completions]
 
 def about(prompts, completions, thing, number):
@@ -231,8 +238,9 @@ def test_each_process_scores_its_own_rows(pair: Path, server: Server) -> None:
 
 def test_sharding_over_two_processes_does_not_change_the_updates(workdir: Path, alone: Path) -> None:
     """FSDP2 with gloo, by the shipped accelerate config. Sampling does not wait for the other process, so it cannot hang."""
-    done = start(workdir, "sharded", *SHARDED)
+    done = start(workdir, "sharded", *SHARDED, AT_CALL="1", IN_PROCESS="0", WHAT="lists")
     assert done.returncode == 0, done.stderr
+    assert (workdir / "sharded_rewards.txt").read_text() == "1 of 1"  # the reward model, which shares no weights with the policy
     home = workdir / "sharded"
     summary = json.loads((home / "runs" / "pair" / "latest" / "summary.json").read_text())
     assert summary["environment"]["sharded"] and summary["environment"]["num_processes"] == 2
