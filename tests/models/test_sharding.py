@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stages.training.checkpoints import load_optimizer, load_tensors, save_optimizer, save_tensors, trainable
 from stages.config import LoraSettings
 from stages.models.adapters import attach_lora
+from stages.models.budget import each_group
 from stages.models.sharding import clip_gradients, grouped, is_sharded, reduce_gradients, shard, sharded_blocks
 from stages.models.sharding import unsharded, unsharded_state_dict
 from stages.ppo.optimizers import WeightAverage
@@ -82,6 +83,12 @@ for lora in (None, LoraSettings(r=2)):
         for length in range(3, 6 + 4 * runtime.process_index):  # another number of passes on each process
             torch.testing.assert_close(cut(input_ids=ids[:, :length]).logits, plain(input_ids=ids[:, :length]).logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss_of(cut, ids), loss_of(plain, ids), rtol=1e-4, atol=1e-5)
+
+    with torch.no_grad():  # another number of groups on each process, without gathering
+        scored, groups = {}, [[row] for row in range(1 + runtime.state.process_index)]
+        each_group("scoring", groups, lambda rows: scored.update({rows[0]: cut(input_ids=ids[rows]).logits}), model=cut)
+        for row in range(len(groups)):
+            torch.testing.assert_close(scored[row], plain(input_ids=ids[[row]]).logits, rtol=1e-4, atol=1e-5)
 
     weights, moments = Path(sys.argv[1], f"weights-{lora is None}.safetensors"), Path(sys.argv[1], f"moments-{lora is None}.safetensors")
     save_tensors(trainable(cut), weights, write=runtime.is_main)
