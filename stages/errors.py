@@ -1,6 +1,6 @@
 """Errors that a user can fix. Each message names the value, what was expected and the next move; the command exits with status 2.
 
-``doing`` records the current activity, for the message of an unexpected error.
+``doing`` records the current activity, for the message of an unexpected error. ``is_out_of_memory`` recognizes that memory ran out.
 
     StagesError
     |- RecipeError      the recipe file, or an override on the command line
@@ -18,6 +18,7 @@
     Stopped             not an error: SIGTERM or Ctrl-C requested an orderly stop
 """
 
+import errno
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +81,32 @@ class UnexpectedError(StagesError):
     """An unexpected exception. The message names the activity and the path of the traceback."""
 
     exit_status = 1
+
+
+ALLOCATION_FAILURES = (
+    "out of memory",
+    "out_of_memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "alloc_failed",
+    "bad_alloc",
+)
+"""In the messages of errors without a class of their own: CUDA, Triton, torch's allocators, the system, cuBLAS and similar, C++."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the CPU or a GPU. The only place that decides this.
+
+    Python and NumPy raise MemoryError, the system an OSError, torch on a GPU OutOfMemoryError. Torch on a CPU, libraries of CUDA and
+    safetensors raise errors of a general class, which only their message distinguishes.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    by_message = isinstance(error, RuntimeError | OSError) or type(error).__name__ == "SafetensorError"
+    return by_message and any(words in str(error).lower() for words in ALLOCATION_FAILURES)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from stages.config import LoraSettings, ModelInput
-from stages.errors import ModelError
+from stages.errors import ModelError, is_out_of_memory
 from stages.models.families import state_space_products
 from stages.models.own_layers import use_folded_adapters
 from stages.models.saved_adapters import SavedAdapter, base_of, fitted, read_adapter
@@ -95,6 +95,8 @@ def attach_lora(
             else:
                 model = get_peft_model(model, config, adapter_name=name)
     except (ValueError, TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
             f"no adapter with target_modules={lora.target_modules!r} and modules_to_save={lora.modules_to_save!r} fits "
             f"{type(plain).__name__}: {error} {_linear_modules(plain)}"
@@ -147,6 +149,8 @@ def add_adapter(
             # peft's own annotation is the function namedtuple, which is no type.
             report = cast("_IncompatibleKeys", set_peft_model_state_dict(model, saved.weights, adapter_name=name))
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(f"the adapter {saved.ref!r} does not fit its base {type(plain).__name__}: {error}") from error
     own = {key for key, _ in model.named_parameters()}  # tied rows have two names; named_parameters() yields the first
     missing = [key for key in report.missing_keys if is_part_of(key, name) and key in own]

@@ -16,18 +16,16 @@ import torch
 from torch import nn
 
 from stages.config import Microbatch
-from stages.errors import TrainingError
+from stages.errors import TrainingError, is_out_of_memory
 from stages.kernels.token_budget import GPU_SHARE, GPU_TOKENS, rows_per_batch, token_budget_batches, tokens_of
 from stages.models.sharding import in_lockstep, sharded_blocks
 from stages.process.gpus import free_gpu_memory, own_peak
-from stages.process.unexpected import is_out_of_memory
 from stages.sampling.workspace import drop_kept_workspace
 
 logger = logging.getLogger(__name__)
 
 FIRST_TOKENS = 2_048  # budget of a training pass on a GPU before memory is measured
 STEP_TOKENS = 1_024  # budgets are multiples of this, so that equal machines get equal budgets
-MEMORY_ERRORS = (RuntimeError, MemoryError)  # the classes of errors by which memory can run out; see ``is_out_of_memory``
 
 
 class PassBudget:
@@ -131,7 +129,7 @@ class PassBudget:
             try:
                 with self.one_pass(len(rows), tokens_of(rows, lengths, packed=packed)):
                     work(rows)
-            except MEMORY_ERRORS as error:
+            except Exception as error:
                 self.retreat(error)
             else:
                 del waiting[0]
@@ -174,7 +172,7 @@ def each_group(
         try:
             work(rows)
             continue
-        except MEMORY_ERRORS as error:
+        except Exception as error:
             if not is_out_of_memory(error) or len(rows) <= 1:
                 raise
         if not most:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from stages.errors import ModelError, doing
+from stages.errors import ModelError, doing, is_out_of_memory
 
 if TYPE_CHECKING:
     from stages.registry.references import ResolvedModel
@@ -22,6 +22,7 @@ FAILURES = (
     AttributeError,
     ImportError,
     LookupError,
+    MemoryError,
     OSError,
     RuntimeError,
     SafetensorError,
@@ -79,7 +80,7 @@ def _move(model: ResolvedModel, error: BaseException) -> str:
         return "a field of its config.json has an invalid value; correct that field"
     if "attn_implementation" in text or "attention implementation" in text or "Flash Attention" in text or "FlashAttention" in text:
         return f"its class does not support attention: {model.input.attention}; write attention: eager, which every class supports"
-    if "out of memory" in text:
+    if is_out_of_memory(error):
         return "it does not fit into memory; quantize it (quantization: nf4), or use a smaller model"
     if model.kind == "hub":
         return "check the id (owner/name), the connection and the access rights, or download it and use its folder"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from stages.errors import is_out_of_memory
 from stages.kernels.low_rank import Update, UpdatedLayer, updated_layers
 from stages.kernels.matmul import PLAIN, Linear
 from stages.sampling.support import PASS_FAILURES
@@ -248,6 +249,8 @@ def _same_inputs(model: nn.Module, layers: dict[_Folded, str]) -> list[list[_Fol
     try:
         _trial(model)
     except PASS_FAILURES as error:
+        if is_out_of_memory(error):
+            raise
         logger.debug("adapters compute alone: a trial pass failed (%s: %s)", type(error).__name__, error)
         return []
     finally:

@@ -16,7 +16,7 @@ from accelerate.utils import reduce
 from torch import Tensor
 from torch.nn import functional
 
-from stages.models.budget import MEMORY_ERRORS, each_group, refuse_alone
+from stages.models.budget import each_group, refuse_alone
 from stages.models.sharding import gathers_in_passes
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def measure_likelihood(
                 index = turn * state.num_processes + state.process_index
                 try:
                     sums = one_pass(batches[min(index, len(batches) - 1)])
-                except MEMORY_ERRORS as error:
+                except Exception as error:
                     refuse_alone(error, "training.microbatch_size to fewer rows")
                     raise
                 if index < len(batches):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, masking_utils
 
+from stages.errors import is_out_of_memory
 from stages.sampling.support import PASS_FAILURES, family_of, says_causal, weight_of
 
 if TYPE_CHECKING:
@@ -286,9 +287,9 @@ def _problem(decoder: TransformersModel, kernel: str) -> str | None:
             inputs = {"input_ids": torch.cat(rows)[None], "position_ids": packing.positions}
             packed = decoder(**inputs, use_cache=False).last_hidden_state[0].float()
         expected = torch.cat([decoder(input_ids=row[None], use_cache=False).last_hidden_state[0].float() for row in rows])
-    except torch.OutOfMemoryError:
-        raise
     except (*PASS_FAILURES, ImportError) as error:
+        if is_out_of_memory(error):
+            raise
         return f"a test pass failed ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
     finally:
         decoder.train(training)

@@ -66,7 +66,7 @@ def measure(
             try:
                 for rows in in_lockstep(budget.groups(order, lengths), roles.policy.device):
                     one_pass(rows)
-            except RuntimeError as error:
+            except Exception as error:
                 refuse_alone(error)
                 raise
         else:

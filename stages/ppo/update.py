@@ -168,7 +168,7 @@ class Updater:
             try:
                 totals = self._passes(episodes, texts, kernel, train_policy)
                 break
-            except RuntimeError as error:
+            except Exception as error:
                 self._retreat(error)
             # After the except clause, because the error kept the tensors of the failed pass alive.
             for network in self.roles.networks().values():
@@ -182,7 +182,7 @@ class Updater:
             self.budget.settle(self._pending_moments(), agree=_smallest_of_all if self.roles.are_sharded else None)
         return totals
 
-    def _retreat(self, error: RuntimeError) -> None:
+    def _retreat(self, error: Exception) -> None:
         """Reduce the token budget. Raises ``error`` if memory did not run out, or if a pass cannot be smaller."""
         if self.roles.are_sharded:
             refuse_alone(error)

@@ -10,15 +10,13 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from stages.errors import StagesError, UnexpectedError
+from stages.errors import StagesError, UnexpectedError, is_out_of_memory
 from stages.process.environment import launched_rank
 from stages.process.redaction import without_secrets
 from stages.process.storage import storage_error
 
 LONGEST_REASON = 300  # characters of the exception's first line
 PACKAGE = Path(__file__).resolve().parents[1]
-ALLOCATION_FAILURES = ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed")
-"""In the messages of errors without a class of their own: CUDA, torch's CPU allocator, and cuBLAS, cuDNN and similar libraries."""
 OUT_OF_MEMORY = (
     "Memory ran out: lower microbatch_size or the lengths in tokens, or set training.gradient_checkpointing; `stages plan` estimates what "
     "a step needs"
@@ -71,15 +69,6 @@ def _location(error: BaseException) -> str:
         if path.is_relative_to(PACKAGE):
             return f" ({path.relative_to(PACKAGE.parent)}:{frame.lineno})"
     return ""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on the CPU or a GPU. It is a MemoryError, or a RuntimeError that torch or a library of CUDA raised."""
-    if isinstance(error, MemoryError):
-        return True
-    if not isinstance(error, RuntimeError):
-        return False
-    return type(error).__name__ == "OutOfMemoryError" or any(words in str(error).lower() for words in ALLOCATION_FAILURES)
 
 
 def _write(lines: list[str], folder: Path) -> Path | None:

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from stages.errors import ModelError
+from stages.errors import ModelError, is_out_of_memory
 from stages.sampling.readers import make_reader
 from stages.sampling.support import PASS_FAILURES, DecodingSupport, decoding_support, family_of, plain_model, says_causal, weight_of
 
@@ -110,9 +110,9 @@ def _problem(model: TransformersModel, support: DecodingSupport) -> str | None:
     rows = _texts(model, [length + STEPS for length in lengths])
     try:
         actual = _read(model, support, rows, lengths)
-    except torch.cuda.OutOfMemoryError:
-        raise
     except PASS_FAILURES as error:
+        if is_out_of_memory(error):
+            raise
         return f"its forward pass fails ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
     expected = torch.stack(
         [model(input_ids=row[None]).logits[0, length - 1 :].float() for row, length in zip(rows, lengths, strict=True)]

@@ -32,7 +32,7 @@ class PassesByTokens(StepTrainer):
             try:
                 loss = self._all_passes(model, inputs, num_items_in_batch)
                 break
-            except RuntimeError as error:
+            except Exception as error:
                 self.budget.retreat(error)
             # This is after the except clause, because the error keeps the tensors of the failed pass in memory.
             model.zero_grad(set_to_none=True)

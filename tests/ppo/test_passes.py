@@ -212,7 +212,7 @@ def run_out_above(model: Any, tokens: int, monkeypatch: pytest.MonkeyPatch, *, i
         output = forward(*inputs, **named)
         if size > tokens:
             if in_backward:
-                output.last_hidden_state.register_hook(lambda _: raise_out_of_memory(failed, size))
+                output.last_hidden_state.register_hook(lambda _: raise_out_of_memory(failed, size, MemoryError()))
             else:
                 raise_out_of_memory(failed, size)
         return output
@@ -221,9 +221,9 @@ def run_out_above(model: Any, tokens: int, monkeypatch: pytest.MonkeyPatch, *, i
     return failed
 
 
-def raise_out_of_memory(failed: list[int], size: int) -> None:
+def raise_out_of_memory(failed: list[int], size: int, error: BaseException | None = None) -> None:
     failed.append(size)
-    raise torch.OutOfMemoryError("CUDA out of memory")
+    raise error or torch.OutOfMemoryError("CUDA out of memory")
 
 
 @pytest.mark.parametrize(("network", "in_backward"), [("policy", False), ("value", True)])

@@ -9,16 +9,12 @@ from typing import Any
 import pytest
 
 from stages.errors import DataError, UnexpectedError, doing
-from stages.process.unexpected import explain, is_out_of_memory, was_in_step
+from stages.process.unexpected import explain, was_in_step
 
 
 class Unprintable(Exception):
     def __str__(self) -> str:
         raise RuntimeError("no text")
-
-
-class OutOfMemoryError(RuntimeError):
-    """Has the same name as torch's class."""
 
 
 def raised(error: BaseException, folder: Path | None = None) -> BaseException:
@@ -39,7 +35,6 @@ def raised(error: BaseException, folder: Path | None = None) -> BaseException:
         (RecursionError("x" * 1000), "x... "),
         (Unprintable(), "unexpected Unprintable: (its message cannot be printed). The"),
         (MemoryError(), "lower microbatch_size"),
-        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "lower microbatch_size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "lower microbatch_size"),
         (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"), "unexpected UnicodeEncodeError"),
     ],
@@ -92,22 +87,3 @@ def test_secrets_do_not_reach_the_file(tmp_path: Path) -> None:
 def test_was_in_step_is_true_only_for_exceptions_of_a_step(tmp_path: Path) -> None:
     assert was_in_step(raised(KeyboardInterrupt(), tmp_path))
     assert not was_in_step(raised(KeyboardInterrupt()))  # Ctrl-C while `stages generate` loads a model
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (MemoryError(), True),
-        (OutOfMemoryError("CUDA out of memory"), True),
-        (RuntimeError("CUDA error: out of memory"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
-        (RuntimeError("DefaultCPUAllocator: not enough memory"), True),
-        (RuntimeError("shapes differ"), False),
-        (ValueError("out of memory"), False),
-    ],
-    ids=str,
-)
-def test_out_of_memory_is_recognised_on_every_device(error: BaseException, expected: bool) -> None:
-    assert is_out_of_memory(error) is expected

@@ -15,7 +15,8 @@ from stages.training.microbatches import PassesByTokens, chosen_rows
 class Plain:
     """The relevant part of a Trainer: one pass with its share of the step's loss. Above ``most`` tokens, memory runs out."""
 
-    def __init__(self, most: int, *, by_tokens: bool = True) -> None:
+    def __init__(self, most: int, *, by_tokens: bool = True, failure: BaseException | None = None) -> None:
+        self.failure = failure or torch.OutOfMemoryError("CUDA out of memory")
         self.args = SimpleNamespace(
             by_tokens=by_tokens, device=torch.device("cpu"), per_device_eval_batch_size=8, optim="adamw_torch_fused"
         )
@@ -33,7 +34,7 @@ class Plain:
         if ids.numel() > self.most:
             half = model.weight.sum() * 0.5  # a part of the pass's gradient has already been added
             half.backward()
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.failure
         loss.backward()
         return loss.detach()
 
@@ -58,8 +59,9 @@ def step(trainer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return loss, model.weight.grad
 
 
-def test_step_that_runs_out_of_memory_has_the_gradient_of_one_forward_pass() -> None:
-    one_pass, cut = Plain(1000), Cut(20)
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=["on a GPU", "on a CPU"])
+def test_step_that_runs_out_of_memory_has_the_gradient_of_one_forward_pass(failure: BaseException) -> None:
+    one_pass, cut = Plain(1000), Cut(20, failure=failure)
     loss, gradient = step(one_pass)
     cut_loss, cut_gradient = step(cut)
     torch.testing.assert_close(cut_loss, loss)

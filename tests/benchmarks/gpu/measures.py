@@ -314,7 +314,7 @@ def measured(task: dict[str, Any]) -> dict[str, Any]:
 
     If memory ran out or a package is missing, the result has the reason as ``skipped``. Other errors are raised.
     """
-    from stages.process.unexpected import is_out_of_memory
+    from stages.errors import is_out_of_memory
 
     try:
         if task["device"] == "cuda":
