@@ -122,10 +122,8 @@ install_vllm() {
     fi
 }
 
-cores() { nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1; }
-
 run_recipe() {
-    local processes=1 arguments=() launcher=() threads
+    local processes=1 arguments=() launcher=()
     while (($#)); do
         case $1 in
         --num_processes | --num-processes) [[ $# -gt 1 ]] || fail "$1 needs a number"; processes=$2; shift 2 ;;
@@ -139,8 +137,6 @@ run_recipe() {
         esac
     done
     [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "--num_processes $processes: expected a whole number of at least 1"
-    threads=$(($(cores) / processes))
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
     if ((processes == 1 && ${#launcher[@]} == 0)); then
         # One process needs no launcher: it receives signals directly, and its exit status is that of this script.
         exec "$venv/bin/python" -m stages run "${arguments[@]}"

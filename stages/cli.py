@@ -165,8 +165,10 @@ def root(
 ) -> None:
     """Chains of training stages: from raw text to an aligned language model."""
     from stages.process.environment import protect_secrets
+    from stages.process.threads import set_up_threads
 
     protect_secrets()
+    set_up_threads()  # before torch is imported
     # A recipe may name functions (package.module:function) in the current folder. Unlike `python -m`, the `stages` script does not search
     # it. It is added last, so that a local file cannot replace an installed package.
     if os.getcwd() not in sys.path:
@@ -279,14 +281,14 @@ def _machine(device_memory: float | None) -> Machine:
     from stages.memory.estimate import Machine
     from stages.process.environment import wants_cpu
     from stages.process.gpus import visible_gpus
-    from stages.process.hardware import cpu_memory, has_amx
+    from stages.process.hardware import cpu_memory
 
     if device_memory is not None:
         return Machine("cuda", int(device_memory * 2**30), 2, f"a GPU of {device_memory:g} GiB")
     if not wants_cpu() and (gpus := visible_gpus()[: _processes()]):
         smallest = min(gpus, key=lambda gpu: gpu["memory_bytes"])  # each process uses one of them
         return Machine("cuda", smallest["memory_bytes"], 2, smallest["name"])
-    return Machine("cpu", cpu_memory(), 2 if has_amx() else 4, "this machine's memory")
+    return Machine("cpu", cpu_memory(), 4, "this machine's memory")  # fp32, which needs more memory than the bf16 that a step may choose
 
 
 def _processes() -> int:

@@ -253,7 +253,11 @@ class StepConfig(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the step; its model is called <recipe>/<name>.")
     stage: str = Field(description="The stage to run.")
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="Random seed of this step (default: the recipe's).")
-    precision: Precision = Field("auto", description="auto: bf16 if a measurement shows that it is faster on this hardware, else fp32.")
+    precision: Precision = Field(
+        "auto",
+        description="auto: bf16 on a GPU of CUDA capability 8 or higher, and on a CPU with matrix tiles (AMX) if a short measurement at "
+        "the model's width shows that it is faster; else fp32. A resumed step keeps its dtype.",
+    )
 
     former_names: ClassVar[dict[str, str]] = {}
     """Flat field names of earlier versions, and their path today: {"kl_coef": "kl.coef"}. Both are accepted, and have one fingerprint."""

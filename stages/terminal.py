@@ -16,11 +16,13 @@ from stages.config import DataSource, Engine, GenerationSettings, ModelInput
 from stages.corpora.prompts import load_prompts
 from stages.corpora.templates import encode_prompt
 from stages.errors import DataError, RecipeError
+from stages.models.precision import auto_precision, width_of
 from stages.recipe.schema import find_model
 from stages.rewards.config import RewardInput
 from stages.tokens.positions import readable_length
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from stages.corpora.messages import Message, Prompt
@@ -59,7 +61,8 @@ class Speaker:
 
         settings = GenerationSettings(engine=engine_of(engine))
         check_reachable(settings)
-        source, dtype = resolve_model(ref, registry), runtime.dtype("auto")
+        source = resolve_model(ref, registry)
+        dtype = _dtype(source, registry, runtime)
         tokenizer = load_tokenizer(source)
         model = moved_to(load_language_model(source, dtype=dtype, trainable=False, tokenizer=tokenizer), runtime.device)
         cache = registry.root.parent / "cache"
@@ -113,9 +116,8 @@ def score(ref: str, registry: Registry, runtime: Runtime, prompts: Sequence[Prom
     from stages.rewards.building import build_source
     from stages.rewards.checking import checked
 
-    source = build_source(
-        RewardInput(model=ModelInput(ref=ref)), resolve_model(ref, registry), device=runtime.device, dtype=runtime.dtype("auto")
-    )
+    model = resolve_model(ref, registry)
+    source = build_source(RewardInput(model=ModelInput(ref=ref)), model, device=runtime.device, dtype=_dtype(model, registry, runtime))
     return [checked(source.score(prompts, column), ref, column).tolist() for column in columns]
 
 
@@ -130,7 +132,14 @@ def scorer(ref: str, registry: Registry, runtime: Runtime, *, label: str | None,
     except ValidationError as error:
         raise RecipeError(f"serve {ref}: {error.errors()[0]['msg']}") from error
     model = resolve_model(ref, registry)
-    return Scorer(load_source(given, model, device=runtime.device, dtype=runtime.dtype("auto")), model)  # type: ignore[arg-type]
+    return Scorer(load_source(given, model, device=runtime.device, dtype=_dtype(model, registry, runtime)), model)  # type: ignore[arg-type]
+
+
+def _dtype(model: ResolvedModel, registry: Registry, runtime: Runtime) -> torch.dtype:
+    """The dtype of ``precision: auto`` for a model that is used outside of a step."""
+    if runtime.device.type == "cpu":
+        runtime.auto = auto_precision(lambda: width_of([model]), registry.root.parent / "cache")
+    return runtime.dtype("auto")
 
 
 class Chat:

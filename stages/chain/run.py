@@ -40,11 +40,13 @@ from stages.engines.checks import check_installed
 from stages.errors import RecipeError, doing
 from stages.json_types import JsonObject
 from stages.labelling.waiting import WAITING
+from stages.models.precision import auto_precision, width_of
 from stages.models.stacks import check_folder
-from stages.process.environment import launched_processes
+from stages.process.environment import launched_processes, wants_cpu
 from stages.process.gpus import peak_gpu_memory, visible_gpus
 from stages.process.hardware import cpu_name
 from stages.process.packages import missing_attention_package, missing_quantization_package
+from stages.process.precision import AutoPrecision
 from stages.process.runtime import Runtime
 from stages.process.storage import write_json
 from stages.recipe.schema import STAGES, Recipe, RecipeStep, data_inputs, imported, model_inputs
@@ -342,7 +344,7 @@ class _Run:
         if self.runtime.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             work.mkdir(parents=True, exist_ok=True)
-        self.runtime.begin_step(step.seed)
+        self.runtime.begin_step(step.seed, self._auto_precision(step, planned, work))
         self.runtime.wait_for_everyone()
         context = StepContext(
             name=self.recipe.model_name(step),
@@ -372,6 +374,17 @@ class _Run:
         self.circumstances[step.name] = self._circumstances(step, time.monotonic() - began)
         return result
 
+    def _auto_precision(self, step: RecipeStep, planned: StepPlan, work: Path) -> AutoPrecision | None:
+        """The meaning of ``precision: auto`` if the step computes on a CPU; None on a GPU. A resumed step keeps its first one."""
+        if step.config.precision != "auto" or visible_gpus() and not wants_cpu():
+            return None
+        trained = [planned.models[name] for name in ("policy", "model") if name in planned.models]
+        architecture = getattr(step.config, "architecture", None)
+        kept = _beside(work, ".precision.json")
+        return self.runtime.decide(
+            lambda: auto_precision(lambda: width_of(trained or planned.models.values(), architecture), self.home / "cache", kept=kept)
+        )
+
     def _say_replaced_layers(self, step: RecipeStep) -> None:
         """Print which layers of the step's models were replaced (``models/own_layers.py``), once per run for each model class."""
         own_layers = sys.modules.get("stages.models.own_layers")  # not loaded: the step used no model
@@ -394,7 +407,8 @@ class _Run:
     def _clear(self, work: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
         # A process that waits for the lock will find the step done, so removing the lock file is safe.
-        work.with_suffix(".lock").unlink(missing_ok=True)
+        _beside(work, ".lock").unlink(missing_ok=True)
+        _beside(work, ".precision.json").unlink(missing_ok=True)
 
     def _keep(self, step: RecipeStep, planned: StepPlan, result: StepResult) -> None:
         kept: StoredResult = {
@@ -414,7 +428,7 @@ class _Run:
             yield
             return
         work.parent.mkdir(parents=True, exist_ok=True)
-        lock = work.with_suffix(".lock")
+        lock = _beside(work, ".lock")
         with lock.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -499,6 +513,11 @@ def environment() -> Environment:
 
 def _work_folder(home: Path, fingerprint: str) -> Path:
     return home / "work" / fingerprint
+
+
+def _beside(work: Path, suffix: str) -> Path:
+    """A file next to a step's work folder: a work folder with files means that there is something to resume."""
+    return work.with_suffix(suffix)
 
 
 def _free_memory() -> None:

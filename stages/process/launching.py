@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 from stages.errors import LaunchError
 from stages.process import ending, environment
+from stages.process.threads import set_up_threads
 
 
 def main() -> None:
@@ -56,6 +57,7 @@ def launch(arguments: Sequence[str]) -> int:
     from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser, multi_gpu_launcher
 
     parsed = launch_command_parser().parse_args(list(arguments))
+    names_threads = parsed.num_cpu_threads_per_process is not None
     logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # it would list all defaults
     try:
         parsed, _, _ = _validate_launch_command(parsed)
@@ -65,6 +67,9 @@ def launch(arguments: Sequence[str]) -> int:
     devices = _num_devices()
     on_cpu = bool(parsed.cpu or parsed.use_cpu or devices == 0)
     per_machine = max(1, parsed.num_processes // (parsed.num_machines or 1))
+    if not names_threads:
+        set_up_threads(os.environ, processes=per_machine)
+        parsed.num_cpu_threads_per_process = int(os.environ["OMP_NUM_THREADS"])
     if on_cpu and parsed.use_deepspeed:
         raise LaunchError("DeepSpeed was requested, but this machine has no GPU; use recipes/accelerate/fsdp2.yaml (runs on CPUs)")
     if not on_cpu and per_machine > devices:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Generic, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Generic, NotRequired, TypedDict, TypeVar
 
 from rich.console import Console
 
@@ -30,8 +30,10 @@ from stages.process.environment import (
 )
 from stages.process.gpus import describe_model, gpu_name, set_up_gpu, visible_gpus
 from stages.process.hardware import cpu_name
+from stages.process.precision import AutoPrecision
 from stages.process.progress import ProgressBar, progress_bar
 from stages.process.stopping import StopRequest
+from stages.process.threads import describe_threads, set_up_threads
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +49,11 @@ class Compute(TypedDict, total=False):
     device: str
     processes: int
     precision: str
+    precision_reason: NotRequired[str]  # of ``auto``
+    threads: NotRequired[str]  # of a CPU: how many, on which cores, and how they wait
+
+
+NAMED_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass
@@ -64,6 +71,7 @@ class Runtime:
         self.is_main = launched_rank() == 0
         noise.silence()
         limit_onednn_caches()
+        set_up_threads()
         # Wide enough for tables if the output is a file; rich would otherwise wrap at 80 columns.
         width = None if sys.stdout.isatty() else 140
         self.shards = takes_sharding_over()
@@ -72,6 +80,9 @@ class Runtime:
         self.stop = StopRequest()
         self.listeners: list[Callable[[str, int, dict[str, float]], None]] = []  # called with all logged metrics; only on rank zero
         self.waits_for_people = False  # wait for annotators instead of ending with status 75
+        self.auto: AutoPrecision | None = None  # the meaning of precision: auto in the current step; only on a CPU
+        self._in_step = False
+        self._said: set[str] = set()  # lines about the CPU that were printed
 
     @cached_property
     def state(self) -> PartialState:
@@ -103,14 +114,18 @@ class Runtime:
 
     _accelerator: Accelerator | None = None
 
-    def begin_step(self, seed: int) -> None:
-        """Reset process-wide state for a new step: seeds, and the previous step's precision."""
+    def begin_step(self, seed: int, auto: AutoPrecision | None = None) -> None:
+        """Reset process-wide state for a new step: seeds, and the previous step's precision.
+
+        ``auto``: the meaning of ``precision: auto`` in this step, if its device is a CPU (None: fp32).
+        """
         from accelerate.state import AcceleratorState, GradientState
 
         # AcceleratorState is a process-wide singleton that keeps the first precision; PartialState (the process group) stays.
         AcceleratorState._reset_state()
         GradientState._reset_state()
         self._accelerator = None
+        self.auto, self._in_step = auto, True
         self.seed_everything(seed)
 
     @property
@@ -126,30 +141,55 @@ class Runtime:
         return self.state.process_index
 
     def dtype(self, precision: str) -> torch.dtype:
-        """The compute dtype of a precision setting.
+        """The compute dtype of a precision setting. On a CPU, a step's first call prints the processor, its threads and the dtype.
 
-        ``auto`` is bf16 on hardware known to be faster with it (CUDA capability 8 and higher, CPUs with AMX tiles), else fp32. It depends
-        on the hardware and not on a timing, so that two runs on one machine give the same bits.
+        ``auto`` is bf16 on a GPU with CUDA capability 8 or higher. On a CPU it is what was decided for the step (``begin_step``).
         """
         import torch
 
-        named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        if precision in named:
-            return named[precision]
+        name, reason = self._resolved(precision)
+        if self.device.type == "cpu" and self._in_step:
+            self._say_cpu(f"computes in {name} ({reason})")
+        dtype: torch.dtype = getattr(torch, NAMED_DTYPES[name])
+        return dtype
+
+    def _resolved(self, precision: str) -> tuple[str, str]:
+        """The name of the dtype, and the reason for it."""
+        import torch
+
+        if precision != "auto":
+            return precision, f"precision: {precision}"
         if self.device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.get_device_capability(self.device)[0] >= 8 else torch.float32
-        has_amx = self.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if has_amx else torch.float32
+            capability = torch.cuda.get_device_capability(self.device)[0]
+            return "bf16" if capability >= 8 else "fp32", f"precision: auto; CUDA capability {capability}"
+        if self.device.type == "cpu" and self.auto is not None:
+            return self.auto.precision, f"precision: auto; {self.auto.reason}"
+        return "fp32", "precision: auto"
+
+    def _say_cpu(self, dtype: str) -> None:
+        """Print how this process computes on its CPU: one line, and a short line whenever the dtype changes."""
+        if dtype not in self._said:
+            machine = "" if self._said else f"{cpu_name()}; {describe_threads()}; "
+            self.console.print(f"CPU: {machine}{dtype}", markup=False, soft_wrap=True)
+            self._said.add(dtype)
 
     def describe_compute(self, precision: str) -> Compute:
         """``device``, ``processes`` and the dtype of ``precision``; empty if no step has used a device yet."""
         if "state" not in self.__dict__:
             return {}
         gpus = visible_gpus() if self.device.type == "cuda" else []
-        device = gpu_name(gpus[0]) if gpus else cpu_name() if self.device.type == "cpu" else str(self.device)
-        named = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-        dtype = str(self.dtype(precision)).removeprefix("torch.")
-        return {"device": device, "processes": self.num_processes, "precision": named.get(dtype, dtype)}
+        is_cpu = self.device.type == "cpu"
+        name, reason = self._resolved(precision)
+        made: Compute = {
+            "device": gpu_name(gpus[0]) if gpus else cpu_name() if is_cpu else str(self.device),
+            "processes": self.num_processes,
+            "precision": name,
+        }
+        if is_cpu:
+            made["threads"] = describe_threads()
+        if precision == "auto":
+            made["precision_reason"] = reason
+        return made
 
     def seed_everything(self, seed: int) -> None:
         """Seed Python, numpy and torch equally on every process."""

@@ -15,6 +15,7 @@ import pytest
 from stages.chain import run as chain
 from stages.chain.fingerprints import code_version, why
 from stages.errors import DataError, RegistryError
+from stages.process.precision import AutoPrecision
 from stages.process.runtime import Runtime
 from stages.recipe.schema import STAGES, load_recipe
 from stages.registry.ledger import Registry
@@ -269,6 +270,27 @@ def test_interrupted_step_is_resumed_from_its_checkpoint() -> None:
     summary = run("sft.stop_after=2")
     assert actions(summary)["sft"] == "resume"
     assert summary["steps"][1]["metrics"]["first_step"] == 2
+    assert list(Path("home/work").iterdir()) == []
+
+
+def test_interrupted_step_keeps_its_dtype_on_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+    begin = Runtime.begin_step
+
+    def note(runtime: Runtime, seed: int, auto: AutoPrecision | None = None) -> None:
+        begun.append(auto.precision if auto is not None else "as on a GPU")
+        begin(runtime, seed, auto)
+
+    monkeypatch.setattr(Runtime, "begin_step", note)
+    monkeypatch.setattr("stages.chain.run.visible_gpus", list)
+    monkeypatch.setattr("stages.models.precision.has_tiles", lambda: True)
+    monkeypatch.setattr("stages.models.precision.pass_seconds", lambda width: {"fp32": 2.0, "bf16": 1.0})
+    with pytest.raises(RuntimeError, match="the machine failed"):
+        run("sft.stop_after=2")
+    monkeypatch.setattr("stages.models.precision.has_tiles", lambda: False)
+    run("sft.stop_after=2")
+    # base and sft; then the resumed sft, and two steps that begin on the second machine
+    assert begun == ["bf16", "bf16", "bf16", "fp32", "fp32"]
     assert list(Path("home/work").iterdir()) == []
 
 
