@@ -628,7 +628,7 @@ def pull(
 
 
 def _progress(as_json: bool) -> Callable[[str], None]:
-    """Where a command tells what it does: on stdout, and on stderr where stdout is for a program."""
+    """The function that prints the messages of a command: on stdout, and on stderr where stdout is for a program."""
     return lambda line: typer.echo(line, err=as_json)
 
 

@@ -33,11 +33,11 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
 
     def former_settings(self, settings: JsonObject) -> JsonObject:
-        """``settings``, the values of this block, in the form of the first version. Fingerprints use it, so that they outlive renamings."""
+        """``settings`` (of this block) in the format of the first version. Fingerprints use it, so new field names do not change them."""
         return settings
 
     def without_effect(self) -> set[str]:
-        """Fields (dotted paths) that change nothing of a result as the others stand; the fingerprint of a step leaves them out."""
+        """Fields (dotted paths) that have no effect with the current values of the others. The fingerprint of a step leaves them out."""
         return set()
 
 
@@ -203,9 +203,9 @@ def _rows_or_auto(value: object) -> object:
 
 
 Microbatch = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_rows_or_auto)]
-"""How many sequences go through a model at once: a number, or auto, as many as pay on this machine and fit into its memory."""
+"""Number of sequences in a forward pass. auto: as many as are useful on this machine and fit into its memory."""
 AUTO_ROWS = {"pretraining": 32, "sft": 32, "sentiment": 32, "reward_model": 8, "dpo": 8, "ppo": 16}
-"""By stage: rows of a pass on a CPU with microbatch_size: auto. More make nothing faster there."""
+"""By stage: rows of a pass on a CPU with microbatch_size: auto. More rows are not faster there."""
 SCORING_ROWS = 64
 """Texts per forward pass of a reward model or classifier, if the recipe does not set it."""
 

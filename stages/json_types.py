@@ -1,4 +1,4 @@
-"""Types of JSON content. Content with known keys has a ``TypedDict`` or a dataclass of its own instead."""
+"""Types of JSON content. Content with known keys has a ``TypedDict`` or a dataclass instead."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Errors in a recipe, a data set or a model give one message: exit status 2, no traceback, and an unchanged registry.
 
-A case is a recipe (from ``GOOD``, changed), the files beside it, and what the message must contain. Data and models are as small
+A case is a recipe (from ``GOOD``, changed), the files in its folder, and what the message must contain. Data and models are as small
 as possible, and most cases end before a model is read.
 """
 
@@ -95,7 +95,7 @@ def lines(rows: list[Any]) -> str:
 
 @dataclass
 class Case:
-    """``message`` is what stderr has to contain; ``step`` with ``fields`` over it, or a whole ``recipe`` text."""
+    """``message`` is what stderr has to contain; ``step`` with ``fields`` over it, or a complete ``recipe`` text."""
 
     message: str
     step: dict[str, Any] | None = None
@@ -255,7 +255,7 @@ RECIPES = {
         PPO,
         overrides=("aligned.rollout_batch_size=9", "aligned.minibatch_size=4"),
     ),
-    "an override beside a mistake of the file": Case(
+    "an override and a mistake in the file": Case(
         "error: bad.yaml:4: steps[0].sed: unknown field 'sed'", SFT, {"sed": 1}, overrides=("sft.seed=1",)
     ),
     "an override that names data of another kind": Case(

@@ -24,8 +24,10 @@ BANNED_NAMES = {
     "place_of": "location_of",
     "rows_of_a_pass": "rows_per_batch",
     "whole": "unsharded, full or all",
+    "whole_rows": "one_sequence_per_row",
     "whole_state_dict": "unsharded_state_dict",
     "whole_targets": "all_targets",
+    "whole_text": "full_text",
 }
 """Identifier -> what to write instead."""
 
@@ -33,17 +35,25 @@ BANNED_PHRASES = (
     "all the same",
     "anew",
     "as it is written",
+    "as they are written",
+    "as they stand",
     "dealt out",
+    "deals out",
     "go on with",
     "goes on",
+    "however many",
+    "in little",
     "in vain",
     "is no number",
+    "laid out",
     "less the",
     "like length",
     "looked after",
     "made up",
     "mended",
+    "nothing but",
     "not looked at",
+    "of old",
     "of one's own",
     "one state behind",
     "paid at",
@@ -102,5 +112,18 @@ def test_banned_phrases_are_not_used() -> None:
         for file in files(*PROSE)
         for text in [file.read_text(encoding="utf-8").lower()]
         for match in phrases.finditer(text)
+    ]
+    assert not used, "\n".join(used)
+
+
+def test_banned_identifiers_are_not_used_in_scripts_of_pages() -> None:
+    """JavaScript without comments. Words of texts count as well, because texts contain identifiers in ``${...}``."""
+    scripts = files("stages/**/*.js")
+    assert len(scripts) > 3
+    pattern = re.compile(rf"\b({'|'.join(BANNED_NAMES)})\b")
+    used = [
+        f"{file.relative_to(REPOSITORY)}: {name} -> {BANNED_NAMES[name]}"
+        for file in scripts
+        for name in pattern.findall(re.sub(r"//[^\n]*|/\*.*?\*/", "", file.read_text(encoding="utf-8"), flags=re.DOTALL))
     ]
     assert not used, "\n".join(used)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ModelChecks:
-    """The checks of a recipe's models. Each model's config is read once, however many steps mention the model."""
+    """The checks of a recipe's models. Each model's config is read once, also if several steps name the model."""
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry

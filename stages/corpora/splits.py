@@ -1,6 +1,6 @@
 """Choose held-out rows: the last ones, or all rows of some groups (users, annotators), so that no group is in both splits.
 
-For cross-validation, groups are assigned to folds once, and each fold is held out in turn (Ouyang et al. 2022, E.2).
+For cross-validation, groups are assigned to folds once, and each fold is held out once (Ouyang et al. 2022, E.2).
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""The chat format of SmolLM and Qwen. It adds no system turn of its own."""
+"""The chat format of SmolLM and Qwen. It adds no system turn."""
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:

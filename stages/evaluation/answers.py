@@ -81,7 +81,7 @@ class Answers:
     draw_scores: dict[str, list[list[float]]] = field(default_factory=dict)  # score of each draw, by judge
     token_kl: list[list[float]] | None = None  # nats per response token to the reference
     kl: list[float] | None = None  # nats per completion to the reference
-    expected_kl: float | None = None  # for best-of-n, which has no log-probabilities of its own
+    expected_kl: float | None = None  # for best-of-n, whose samples have no log-probabilities under the candidate
     perplexity: float | None = None
     bits_per_byte: float | None = None
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)  # by name, as TaskResult

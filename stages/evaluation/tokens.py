@@ -115,7 +115,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
 
 
 def value_network(context: StepContext) -> ResolvedModel:
-    """The value network of token_details.value: the model itself, or the one that a ppo step published beside its policy.
+    """The value network of token_details.value: the model itself, or the one that a ppo step published with its policy.
 
     Raises ModelError if the step published none.
     """

@@ -159,7 +159,7 @@ def _count_or_explain(kind: PassKind) -> dict[str, Any]:
 
 
 def count(kind: PassKind) -> PassMemory:
-    """Run the passes and fit the polynomials. Raises whatever the model's code raises on fake tensors."""
+    """Run the passes and fit the polynomials. Raises the errors of the model's code on fake tensors."""
     config = _config(kind)
     columns = min(COLUMNS, (model_length(config) or 2 * COLUMNS) // 2)
     # With sdpa and no mask, nothing grows with pairs of tokens, and two sizes are enough.

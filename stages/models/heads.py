@@ -23,7 +23,7 @@ from stages.config import LoraSettings
 from stages.errors import ModelError
 from stages.models.adapters import FRESH, HEAD_FILE, is_part_of
 from stages.models.loading import as_resolved, load_backbone, load_tokenizer
-from stages.models.packing import Packing, packed_attention, whole_rows
+from stages.models.packing import Packing, one_sequence_per_row, packed_attention
 from stages.models.parts import hidden_width
 from stages.models.published import check_saved_adapter, check_saved_weights, rows_for
 from stages.models.stacks import is_adapter
@@ -216,7 +216,7 @@ class ScalarModel(nn.Module):
 def hidden_states(backbone: TransformersModel, input_ids: Tensor, packing: Packing | None = None) -> Tensor:
     """Last hidden states [B, T, d] of right-padded ids [B, T]; of packed ones [1, S] inside each of their sequences [1, S, d]."""
     if packing is None:
-        with whole_rows():
+        with one_sequence_per_row():
             return backbone(input_ids=input_ids, use_cache=False).last_hidden_state
     with packed_attention(packing, backbone):
         return backbone(input_ids=input_ids, position_ids=packing.positions, use_cache=False).last_hidden_state

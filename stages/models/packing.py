@@ -107,7 +107,7 @@ def packed_attention(packing: Packing | None, *models: TransformersModel) -> Ite
 
 
 @contextmanager
-def whole_rows() -> Iterator[None]:
+def one_sequence_per_row() -> Iterator[None]:
     """Context manager in which transformers treats every row of a pass as one sequence, without looking for several.
 
     Otherwise transformers checks the position ids of every pass without a mask, which makes the CPU wait for the GPU. The result is the

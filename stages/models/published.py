@@ -111,7 +111,7 @@ def _check_adapter(
     _compare(reload(saved), expected, max(ROUNDED[dtype], ROUNDED_INT8 if is_int8 else 0.0), scale, "merged into its base")
 
 
-# Whole weights
+# Full weights
 
 
 def check_saved_weights(

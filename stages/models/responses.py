@@ -19,7 +19,7 @@ from stages.kernels.matmul import Linear
 from stages.kernels.output_layer import Term, chosen_logprobs, summed_loss
 from stages.models.heads import ValueModel, hidden_states
 from stages.models.output_path import multiplies_directly
-from stages.models.packing import Packing, packed_attention, packing_indices, packing_kernel, whole_rows
+from stages.models.packing import Packing, one_sequence_per_row, packed_attention, packing_indices, packing_kernel
 from stages.models.parts import transformer_of
 from stages.rl.logprobs import entropy, token_logprobs
 from stages.sampling.padding import right_pad
@@ -201,7 +201,7 @@ class Policy:
         """Logits [N, V] computed by the model itself."""
         self.activate()
         positions = {} if batch.packing is None else {"position_ids": batch.packing.positions}
-        rows = whole_rows() if batch.packing is None else packed_attention(batch.packing, self.decoder)
+        rows = one_sequence_per_row() if batch.packing is None else packed_attention(batch.packing, self.decoder)
         with self.precision(), rows:
             return self.model(input_ids=batch.input_ids, use_cache=False, **positions).logits[batch.rows, batch.columns]
 

@@ -230,7 +230,7 @@ def _remedies(config: StepConfig, views: Mapping[str, View]) -> list[tuple[str, 
     sizes = []
     setting = "microbatch_size" if config.stage == "ppo" else "training.microbatch_size"
     owner = config if config.stage == "ppo" else getattr(config, "training", None)
-    size: int = getattr(owner, "rows_per_pass", 1)  # on a GPU auto fits what is there by itself
+    size: int = getattr(owner, "rows_per_pass", 1)  # on a GPU, auto fills the free memory
     while size > 1:
         size //= 2
         sizes.append((setting, size))

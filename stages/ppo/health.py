@@ -230,7 +230,7 @@ EARLY = 3  # number of iterations for "at first" and for recent means
 
 
 class Health:
-    """Checks every iteration's metrics in turn."""
+    """Checks the metrics of one iteration after another."""
 
     def __init__(self, settings: HealthSettings, *, is_half: bool = False, is_recomputed: bool = False) -> None:
         """``is_half``: the models compute in half precision. ``is_recomputed``: the rollout's log-probabilities are those of a forward

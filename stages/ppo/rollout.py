@@ -129,7 +129,7 @@ def _chosen(value: EpisodeValue, rows: Tensor) -> EpisodeValue:
 def joined(shares: list[Rollout]) -> Rollout:
     """Join the shares of all processes to the complete rollout, in the order of the episodes."""
     num_episodes, width = sum(len(share.prompts) for share in shares), max(share.response_ids.shape[1] for share in shares)
-    # Each process has every n-th episode. The shares behind each other are sorted into the order of the episodes.
+    # Each process has every n-th episode. The concatenated shares are sorted into the order of the episodes.
     order = torch.cat([torch.arange(index, num_episodes, len(shares)) for index in range(len(shares))]).argsort()
 
     def padded(part: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def leave_at_once(status: int) -> None:
 
 
 def lost_the_others(error: BaseException) -> bool:
-    """Whether ``error`` means that another process of this run is gone. gloo and NCCL notice it at their next communication."""
+    """Whether ``error`` means that another process of this run has ended. gloo and NCCL notice it at their next communication."""
     if launched_processes() == 1:
         return False
     if type(error).__name__ in ("DistBackendError", "DistNetworkError"):

@@ -81,7 +81,7 @@ def environment_without_launcher() -> dict[str, str]:
 
 
 def takes_sharding_over() -> bool:
-    """Whether an accelerate config requested FSDP2. This project then shards by itself (models/sharding.py), on CPUs and GPUs.
+    """Whether an accelerate config requested FSDP2. This project then shards the models (models/sharding.py), on CPUs and GPUs.
 
     Raises LaunchError for unsupported options.
     """

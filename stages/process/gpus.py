@@ -137,7 +137,7 @@ class Peak:
 
 @contextmanager
 def own_peak() -> Iterator[Peak]:
-    """Measure the peak of GPU memory within it; such measurements may lie inside each other. Nothing is measured without a GPU."""
+    """Measure the peak of GPU memory within it; such measurements may be nested. Nothing is measured without a GPU."""
     peak = Peak()
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():

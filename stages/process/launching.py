@@ -2,7 +2,7 @@
 
     python -m stages.process.launching [options of accelerate launch] -m stages run RECIPE [step.field=value ...]
 
-On a CPU, accelerate alone starts one process whatever the number (it would need MPI), always exits with status 1 on failure, and on a
+On a CPU, accelerate alone starts one process for any requested number (it would need MPI), always exits with status 1 on failure, and on a
 signal ends without its children. ``stages run`` under a plain ``accelerate launch`` detects missing processes and starts this launcher
 instead.
 """

@@ -58,7 +58,7 @@ NAMED_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 @dataclass
 class _Outcome(Generic[T]):
-    """What rank zero tells the other processes: one result, or an error."""
+    """What rank zero sends to the other processes: one result, or an error."""
 
     results: list[T] = field(default_factory=list)
     error: StagesError | None = None
@@ -91,7 +91,7 @@ class Runtime:
         from accelerate import PartialState
 
         # Without cpu=True accelerate joins no process group on a CPU, and each launched process would train alone. The timeout is long
-        # because rank zero may write for a long time; the launcher detects processes that are gone.
+        # because rank zero may write for a long time; the launcher detects processes that have ended.
         state = PartialState(cpu=wants_cpu() or not torch.accelerator.is_available(), timeout=timedelta(hours=3))
         if state.num_processes != launched_processes():
             raise LaunchError(

@@ -14,7 +14,7 @@ from types import FrameType
 from stages.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-PATIENCE_SECONDS = 3.0  # a second signal after this time ends the process at once; before, it is a repeat of the first
+PATIENCE_SECONDS = 3.0  # a second signal after this time ends the process immediately; before, it is a repeat of the first
 REMINDER_SECONDS = 2.0
 
 
@@ -107,7 +107,7 @@ def _in_finalizer(frame: FrameType | None) -> bool:
 
 
 def end_with_launcher() -> None:
-    """Request a stop when the launcher of this process is gone, because killed launchers leave their processes behind."""
+    """Request a stop when the launcher of this process has ended, because killed launchers leave their processes behind."""
     launcher = os.getppid()
 
     def watch() -> None:

@@ -40,7 +40,7 @@ class Stage:
 
 
 def _stage(name: str, config: str, *, run: str = "run", makes_model: bool = True) -> Stage:
-    """The parts of a stage that lies in a folder of its own."""
+    """The parts of a stage in the folder ``stages/<name>``."""
     folder = f"stages.{name}"
     return Stage(f"{folder}.config:{config}", f"{folder}.{run}:run", f"{folder}.memory", makes_model)
 

@@ -178,7 +178,7 @@ def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-# Where it came from
+# Origin
 
 
 def _tree(node: Lineage, depth: int = 0) -> Iterator[str]:
@@ -235,7 +235,7 @@ def _data_lines(manifest: Manifest) -> list[str]:
     return lines
 
 
-# How it did
+# Results
 
 
 class CardRow(TypedDict):
@@ -310,7 +310,7 @@ def _results(record: ModelRecord, evaluations: list[StoredEvaluation]) -> list[E
     ]
 
 
-# How to load it
+# Usage
 
 
 def _usage_on_hub(record: ModelRecord, registry: Registry, repository: str) -> list[tuple[str, str]]:

@@ -174,7 +174,7 @@ class Registry:
         return folder / str(manifest["version"])
 
     def adopt(self, record: ModelRecord, name: str) -> ModelRecord:
-        """Add a version made by another recipe under ``name``, with the models published beside it (``<name>-value``).
+        """Add a version made by another recipe under ``name``, with the models published together with it (``<name>-value``).
 
         Files are hard-linked if the file system allows it, because versions never change.
         """

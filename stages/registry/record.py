@@ -39,7 +39,7 @@ class Lineage(TypedDict):
     quantization: NotRequired[str]
     double_quantization: NotRequired[bool]
     trust_remote_code: NotRequired[bool]
-    removed: NotRequired[bool]  # a version of the registry that is gone
+    removed: NotRequired[bool]  # the version was removed from the registry
     recorded: NotRequired[str]  # the repository that described this ancestor of a pulled version
 
 

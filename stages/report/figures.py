@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DRAWN_POINTS = 250
 """Maximum number of drawn points of a curve. More points would not be visible, and would take space from completions."""
-# Marker colours: matplotlib draws each role in a colour of its own, which ``VARIABLES`` maps to a CSS variable.
+# Marker colours: matplotlib draws each role in a separate colour, which ``VARIABLES`` maps to a CSS variable.
 INK, SOFT, LINE, PAPER = "#010101", "#020202", "#030303", "#040404"
 SERIES = tuple(f"#0a0a{number:02x}" for number in range(1, 13))
 VARIABLES = {INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)", PAPER: "var(--card)"} | {

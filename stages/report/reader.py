@@ -143,7 +143,7 @@ def _finite(value: object) -> object:
     return value
 
 
-# Keys of a row: n number of the prompt, p prompt, c completions by candidate, o candidates whose completion did not end by itself,
+# Keys of a row: n number of the prompt, p prompt, c completions by candidate, o candidates whose completion has no end token,
 # s scores by judge and candidate, f preferences [judge, candidate, candidate, share], t token details by candidate,
 # m missing characters by candidate (-1: of the prompt)
 

@@ -40,13 +40,13 @@
       return null;
     }
 
-    function scoresOf(row, place) {
-      return judges.flatMap((judge, number) => row.s[number][place] === null ? [] : [`${judge} ${row.s[number][place].toFixed(3)}`]);
+    function scoresOf(row, candidate) {
+      return judges.flatMap((judge, number) => row.s[number][candidate] === null ? [] : [`${judge} ${row.s[number][candidate].toFixed(3)}`]);
     }
 
     // The text that the search reads; computed once per row.
     function words(row) {
-      row.words ??= [row.n, row.p, ...row.c, ...names.flatMap((_, place) => scoresOf(row, place))].join("\n").toLowerCase();
+      row.words ??= [row.n, row.p, ...row.c, ...names.flatMap((_, candidate) => scoresOf(row, candidate))].join("\n").toLowerCase();
       return row.words;
     }
 
@@ -72,7 +72,7 @@
     }
 
     function show() {
-      list.replaceChildren(...fitting.slice(start, start + SHOWN).map(({row, margin}, place) => article(row, margin, place >= PRINTED)));
+      list.replaceChildren(...fitting.slice(start, start + SHOWN).map(({row, margin}, index) => article(row, margin, index >= PRINTED)));
       part("pages").hidden = fitting.length <= SHOWN;
       part("range").textContent = `${count(start + 1)} to ${count(Math.min(start + SHOWN, fitting.length))} of ${count(fitting.length)}`;
       part("earlier").disabled = start === 0;
@@ -83,35 +83,35 @@
     function article(row, margin, extra) {
       const [, a, b] = compared(), onlyTwo = part("others") !== null && !part("others").checked;
       const side = make("div", "side");
-      names.forEach((name, place) => {
-        const wins = margin !== null && ((place === a && margin > 0) || (place === b && margin < 0));
-        const section = make("section", [place === a ? "first" : "", place === b ? "second" : "", wins ? "wins" : ""].filter(Boolean).join(" "));
+      names.forEach((name, candidate) => {
+        const wins = margin !== null && ((candidate === a && margin > 0) || (candidate === b && margin < 0));
+        const section = make("section", [candidate === a ? "first" : "", candidate === b ? "second" : "", wins ? "wins" : ""].filter(Boolean).join(" "));
         const dot = make("i", "dot");
-        dot.style.setProperty("--c", `var(--s${colors[place]})`);
-        section.dataset.c = place;
-        section.hidden = onlyTwo && place !== a && place !== b;
-        section.append(make("h4", "", dot, name), textOf(row, place), make("p", "scores", ...scoresOf(row, place).flatMap(score => [make("span", "", score), " "])));
+        dot.style.setProperty("--c", `var(--s${colors[candidate]})`);
+        section.dataset.c = candidate;
+        section.hidden = onlyTwo && candidate !== a && candidate !== b;
+        section.append(make("h4", "", dot, name), textOf(row, candidate), make("p", "scores", ...scoresOf(row, candidate).flatMap(score => [make("span", "", score), " "])));
         side.append(section);
       });
-      const found = make("article", extra ? "extra" : "", make("h3", "", make("span", "count", row.n), row.p, ...missing(row, -1)), side);
-      found.row = row;
-      return found;
+      const element = make("article", extra ? "extra" : "", make("h3", "", make("span", "count", row.n), row.p, ...missing(row, -1)), side);
+      element.row = row;
+      return element;
     }
 
-    function textOf(row, place) {
-      const text = row.c[place];
+    function textOf(row, candidate) {
+      const text = row.c[candidate];
       if (text === null) return make("p", "text none", "no completion");
-      const found = make("p", "text", text, ...(text ? [] : [make("span", "cut", "(empty)")]), ...missing(row, place));
-      if ((row.o || []).includes(place)) {
+      const paragraph = make("p", "text", text, ...(text ? [] : [make("span", "cut", "(empty)")]), ...missing(row, candidate));
+      if ((row.o || []).includes(candidate)) {
         const going = make("span", "cut", " …");
         going.title = "Cut off at max_new_tokens";
-        found.append(going);
+        paragraph.append(going);
       }
-      return found;
+      return paragraph;
     }
 
-    function missing(row, place) {
-      const number = (row.m || {})[place];
+    function missing(row, candidate) {
+      const number = (row.m || {})[candidate];
       return number ? [make("span", "cut", ` … (${count(number)} more characters)`)] : [];
     }
 
@@ -129,7 +129,7 @@
           const text = section.querySelector(".text"), detail = (element.row.t || {})[section.dataset.c];
           if (!detail || !detail[by]) continue;
           coloured.set(text, [...text.childNodes]);
-          text.replaceChildren(...detail.tokens.map((token, place) => tokenOf(token, detail[by][place], place, by, low, high)));
+          text.replaceChildren(...detail.tokens.map((token, index) => tokenOf(token, detail[by][index], index, by, low, high)));
         }
       }
       const kept = rows.reduce((sum, row) => sum + Object.values(row.t || {}).filter(detail => detail[by]).length, 0);
@@ -137,8 +137,8 @@
         ? `Red: more likely than under the reference; blue: less likely; full colour at 3 nats. Token details exist for ${count(kept)} completions.`
         : `A stronger colour is a higher value before the token (${low.toPrecision(3)} to ${high.toPrecision(3)}). Token details exist for ${count(kept)} completions.`;
     }
-    function tokenOf(token, number, place, by, low, high) {
-      const span = make("span", "token", place === 0 ? token.trimStart() : token);
+    function tokenOf(token, number, index, by, low, high) {
+      const span = make("span", "token", index === 0 ? token.trimStart() : token);
       const share = by === "kl" ? Math.min(1, Math.abs(number) / 3) : (number - low) / Math.max(1e-9, high - low);
       span.style.setProperty("--t", by === "kl" && number < 0 ? "55 103 181" : "194 81 47");
       span.style.setProperty("--a", (0.75 * share).toFixed(3));

@@ -99,7 +99,7 @@ def _columns(evaluation: EvaluationFile, judges: Sequence[str]) -> Row:
     """Headings and cells of the table of candidates."""
     shown = {
         "length_words": ("words", "{:.1f}"),
-        "stopped_share": ("ended by itself", "{:.0%}"),
+        "stopped_share": ("has an end token", "{:.0%}"),
         "distinct_2": ("distinct bigrams", "{:.3f}"),
         "perplexity": ("perplexity", "{:.4g}"),
         "bits_per_byte": ("bits per byte", "{:.3f}"),

@@ -23,7 +23,7 @@ from stages.registry.references import ResolvedModel
 from stages.rewards.batching import like_length_batches
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement
-from stages.rewards.texts import whole_text
+from stages.rewards.texts import full_text
 from stages.tokens.positions import readable_length
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class ClassifierSource:
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[str], details: Details = NOTHING) -> Judgement:
         """Scores [N], and which texts were cut."""
         pairs = list(zip(prompts, completions, strict=True))
-        texts = [completion if self.reads == "completion" else whole_text(prompt, completion) for prompt, completion in pairs]
+        texts = [completion if self.reads == "completion" else full_text(prompt, completion) for prompt, completion in pairs]
         rows, cut, completion_cut = self._encode(texts, completions)
         return Judgement(self._score_rows(rows), cut=cut, completion_cut=completion_cut)
 

@@ -30,7 +30,7 @@ from stages.process.remote import AnswerCache, GaveUp, JsonClient, Refused
 from stages.rewards.background import RemoteSource
 from stages.rewards.config import RewardInput
 from stages.rewards.details import NOTHING, Details, Judgement
-from stages.rewards.texts import conversation, whole_text
+from stages.rewards.texts import conversation, full_text
 
 logger = logging.getLogger(__name__)
 BETWEEN_ROUNDS = 30.0  # seconds between two rounds of attempts, for on_failure: wait
@@ -116,7 +116,7 @@ class EndpointSource(RemoteSource[Item, float]):
         return [self._item(*one) for one in zip(prompts, completions, self._columns(details, len(completions)), strict=True)]
 
     def _item(self, prompt: Prompt, completion: str, columns: JsonObject) -> Item:
-        query = completion if self.source.reads == "completion" else whole_text(prompt, completion)
+        query = completion if self.source.reads == "completion" else full_text(prompt, completion)
         return {
             "prompt": transcript(prompt),
             "messages": conversation(prompt),

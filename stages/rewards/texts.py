@@ -10,7 +10,7 @@ def conversation(prompt: Prompt) -> list[Message]:
     return as_question(prompt) if isinstance(prompt, str) else [dict(message) for message in prompt]
 
 
-def whole_text(prompt: Prompt, completion: str) -> str:
+def full_text(prompt: Prompt, completion: str) -> str:
     """Prompt and completion as one text that ends with the completion. In a conversation every turn names its speaker."""
     before = transcript(prompt)
     if not isinstance(prompt, str) and before != content_text(prompt[0]):

@@ -45,7 +45,7 @@ class PassesByTokens(StepTrainer):
     def _all_passes(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
         assert self.budget is not None
         sizes = self.sizes_of(inputs)
-        order = sorted(range(len(sizes)), key=lambda row: -sizes[row])  # largest first, so that a pass that does not fit fails at once
+        order = sorted(range(len(sizes)), key=lambda row: -sizes[row])  # largest first, so that a pass that does not fit fails immediately
         losses = []
         for rows in self.budget.groups(order, sizes):
             with self.budget.one_pass(len(rows), tokens_of(rows, sizes)):

@@ -142,7 +142,7 @@ class LosslessCheckpoints(StepTrainer):
         self.checkpoints.write(save_state(self), score=self.score)
         self.score = None
 
-    # The Trainer raises an error for a checkpoint without files of its own format.
+    # The Trainer raises an error for a checkpoint without files in its format.
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Do nothing: the callback restores the weights (``training.state.restore_state``)."""
 

@@ -1,4 +1,4 @@
-"""Load of ``stages label``: the time to open a file of 10,000 tasks, and the time of a request with 8 annotators at once.
+"""Load of ``stages label``: the time to open a file of 10,000 tasks, and the time of a request with 8 simultaneous annotators.
 
     PYTHONPATH=. python tests/benchmarks/label_load.py [--tasks 10000] [--annotators 8] [--answers 100]
 

@@ -97,7 +97,7 @@ CASES = [
         1e-4,
     ),
     Case("P6", "GAE, lambda 0.95: advantages and returns", "gae", _gae, [[0.45125, 0.475, 0.5], [0.95125, 0.975, 1.0]]),
-    Case("P6", "GAE: nothing behind the last token counts", "gae", _ragged_gae, [0.475, 0.5]),
+    Case("P6", "GAE: entries after the last token have no effect", "gae", _ragged_gae, [0.475, 0.5]),
     Case(
         "P11",
         "clipped objective at ratio 1.5 with advantage 1 and -1",

@@ -98,7 +98,7 @@ def test_packed_passes_equal_plain_ones_and_so_do_their_gradients(family: str) -
         torch.testing.assert_close(
             gradient, wanted[name], rtol=1e-3, atol=1e-5 * float(largest), msg=lambda text, name=name: f"{name}: {text}"
         )
-    assert model.config._attn_implementation == "sdpa"  # as before
+    assert model.config._attn_implementation == "sdpa"  # unchanged
 
 
 def test_a_value_network_reads_packed_rows() -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C stop at once if nothing is lost, else at the next safe point, and immediately after a second request."""
+"""SIGTERM and Ctrl-C stop immediately if nothing is lost, else at the next safe point, and immediately after a second request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trackers setting: real TensorBoard, W&B and trackio as mocks of their packages; a missing package is reported at once."""
+"""The trackers setting: real TensorBoard, W&B and trackio as mocks of their packages; a missing package is reported immediately."""
 
 from __future__ import annotations
 

@@ -271,7 +271,7 @@ def test_run_under_a_jumping_clock_finishes_normally(recipe: Path, tmp_path: Pat
     assert digests(tmp_path / "jumping") == digests(tmp_path / "calm")
 
 
-# Many at once
+# Many processes together
 
 WORKER = """
     import random, sys

@@ -20,7 +20,7 @@ NUM_ANNOTATORS = 12
 
 @dataclass(frozen=True)
 class Annotator:
-    """One simulated annotator. Utilities lie around [0, 1]; noise and tie_width have the same unit."""
+    """One simulated annotator. Utilities are about in [0, 1]; noise and tie_width have the same unit."""
 
     name: str
     weights: dict[str, float]

@@ -2,7 +2,7 @@
 
 import { make } from "./server.js";
 
-export const letter = (place) => String.fromCharCode(65 + place);
+export const letter = (position) => String.fromCharCode(65 + position);
 
 /** The prompt: a text, or the turns of a conversation. */
 export function showPrompt(element, prompt) {
@@ -15,28 +15,28 @@ export function showPrompt(element, prompt) {
   );
 }
 
-/** Cards for the completions. Each choice calls `changed(place, what, name, value)`. */
+/** Cards for the completions. Each choice calls `changed(position, what, name, value)`. */
 export function makeCards(task, questions, state, changed) {
-  return task.completions.map((text, place) => {
-    const name = letter(place);
-    return make("article", { class: "card", tabindex: "-1", id: `card-${place}`, "aria-labelledby": `card-title-${place}` },
+  return task.completions.map((text, position) => {
+    const name = letter(position);
+    return make("article", { class: "card", tabindex: "-1", id: `card-${position}`, "aria-labelledby": `card-title-${position}` },
       make("div", { class: "card-head" },
-        make("h3", { id: `card-title-${place}` }, make("span", { class: "visually-hidden" }, "Answer "), make("span", { class: "badge" }, name)),
-        radios(`rank-${place}`, `Rank of answer ${name}; 1 is best`, "Rank", numbers(1, task.completions.length), state.ranks[place],
-          (value) => changed(place, "ranks", null, value))),
+        make("h3", { id: `card-title-${position}` }, make("span", { class: "visually-hidden" }, "Answer "), make("span", { class: "badge" }, name)),
+        radios(`rank-${position}`, `Rank of answer ${name}; 1 is best`, "Rank", numbers(1, task.completions.length), state.ranks[position],
+          (value) => changed(position, "ranks", null, value))),
       make("div", { class: "text", dir: "auto" }, text === "" ? make("i", { class: "hint" }, "(an empty answer)") : text),
       ...questions.ratings.map((rating) =>
         make("div", { class: "rating" },
-          radios(`rating-${rating.name}-${place}`, `${rating.text}, answer ${name}${scaleWords(rating)}`, rating.text,
-            numbers(rating.lowest, rating.highest), state.ratings[rating.name][place],
-            (value) => changed(place, "ratings", rating.name, value)),
+          radios(`rating-${rating.name}-${position}`, `${rating.text}, answer ${name}${scaleWords(rating)}`, rating.text,
+            numbers(rating.lowest, rating.highest), state.ratings[rating.name][position],
+            (value) => changed(position, "ratings", rating.name, value)),
           rating.low || rating.high
             ? make("p", { class: "ends", "aria-hidden": "true" }, make("span", {}, rating.low), make("span", {}, rating.high)) : null)),
       questions.checks.length
         ? make("fieldset", { class: "checks" }, make("legend", { class: "visually-hidden" }, `Answer ${name}: tick what is true`),
           make("div", { class: "check-grid" }, ...questions.checks.map((check) => {
-            const box = make("input", { type: "checkbox", id: `check-${check.name}-${place}`, checked: state.checks[check.name][place],
-              onchange: (event) => changed(place, "checks", check.name, event.target.checked) });
+            const box = make("input", { type: "checkbox", id: `check-${check.name}-${position}`, checked: state.checks[check.name][position],
+              onchange: (event) => changed(position, "checks", check.name, event.target.checked) });
             return make("label", { class: "check" }, box, make("span", {}, check.text));
           })))
         : null);
@@ -59,10 +59,10 @@ function radios(name, legend, shown, values, chosen, choose) {
 
 /** Set the rank buttons of the cards to the given ranks. */
 export function showRanks(ranks, selected) {
-  ranks.forEach((rank, place) => {
-    for (const input of document.getElementsByName(`rank-${place}`)) input.checked = Number(input.value) === rank;
-    const card = document.getElementById(`card-${place}`);
+  ranks.forEach((rank, position) => {
+    for (const input of document.getElementsByName(`rank-${position}`)) input.checked = Number(input.value) === rank;
+    const card = document.getElementById(`card-${position}`);
     card.classList.toggle("ranked", rank !== null);
-    card.classList.toggle("selected", place === selected);
+    card.classList.toggle("selected", position === selected);
   });
 }

@@ -3,14 +3,14 @@
 import { letter } from "./answers.js";
 import { make } from "./server.js";
 
-/** Draw the board. A moved chip calls `place(chip, rank)` with its new rank; null removes the rank. */
-export function drawBoard(board, texts, ranks, { place, key }) {
+/** Draw the board. A moved chip calls `rankChip(chip, rank)` with its new rank; null removes the rank. */
+export function drawBoard(board, texts, ranks, { rankChip, key }) {
   const focused = document.activeElement?.dataset?.chip;
   board.classList.toggle("many", texts.length > 5);
   const chip = (index) =>
     make("button", { type: "button", class: "chip", "data-chip": index, "aria-label":
         `Answer ${letter(index)}: ${ranks[index] === null ? "not ranked" : `rank ${ranks[index]}`}. Arrow keys or a number move it.`,
-      onkeydown: (event) => key(event, index), onpointerdown: (event) => drag(event, board, (rank) => place(index, rank)) },
+      onkeydown: (event) => key(event, index), onpointerdown: (event) => drag(event, board, (rank) => rankChip(index, rank)) },
       make("span", { class: "badge" }, letter(index)), make("span", { class: "chip-text" }, texts[index].replace(/\s+/g, " ").slice(0, 60)));
   const row = (rank, name) =>
     make("div", { class: "row", "data-rank": rank ?? "", role: "group", "aria-label": rank === null ? "Not ranked yet" : `Rank ${rank}` },

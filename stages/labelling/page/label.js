@@ -30,27 +30,27 @@ function keepDraft() {
   if (task) remember(`draft:${task.id}`, state);
 }
 
-function changed(place, what, name, value) {
+function changed(position, what, name, value) {
   state.id = null; // not the answer that may already have been sent
-  if (what === "ranks") setRank(place, value);
-  else state[what][name][place] = value;
+  if (what === "ranks") setRank(position, value);
+  else state[what][name][position] = value;
   banner(null);
-  if (place !== null) select(place, false);
+  if (position !== null) select(position, false);
   keepDraft();
 }
 
-function setRank(place, rank) {
+function setRank(position, rank) {
   if (rank !== null && !session.questions.ties) {
     const holder = state.ranks.indexOf(rank);
-    if (holder >= 0 && holder !== place) state.ranks[holder] = state.ranks[place];
+    if (holder >= 0 && holder !== position) state.ranks[holder] = state.ranks[position];
   }
-  state.ranks[place] = rank;
+  state.ranks[position] = rank;
   state.id = null;
   banner(null);
   keepDraft();
   showRanking();
-  const tied = state.ranks.flatMap((other, index) => (other === rank && index !== place ? [letter(index)] : []));
-  say(rank === null ? `Answer ${letter(place)} has no rank.` : `Answer ${letter(place)}: rank ${rank}${tied.length ? `, tied with ${tied.join(" and ")}` : ""}.`);
+  const tied = state.ranks.flatMap((other, index) => (other === rank && index !== position ? [letter(index)] : []));
+  say(rank === null ? `Answer ${letter(position)} has no rank.` : `Answer ${letter(position)}: rank ${rank}${tied.length ? `, tied with ${tied.join(" and ")}` : ""}.`);
 }
 
 // Showing
@@ -80,7 +80,7 @@ function showCounts(counts) {
 }
 
 function showRanking() {
-  const hooks = { place: (index, rank) => { setRank(index, rank); select(index, false); }, key: (event, index) => chipKey(event, index) };
+  const hooks = { rankChip: (index, rank) => { setRank(index, rank); select(index, false); }, key: (event, index) => chipKey(event, index) };
   drawBoard(byId("board"), task.completions, state.ranks, hooks);
   showRanks(state.ranks, selected);
   byId("summary").textContent = rankingLine(state.ranks);
@@ -190,10 +190,10 @@ function asSent(skipped) {
 
 function missing() {
   const unranked = state.ranks.indexOf(null);
-  if (unranked >= 0) return { place: unranked, text: `Answer ${letter(unranked)} has no rank yet.`, name: `rank-${unranked}` };
+  if (unranked >= 0) return { position: unranked, text: `Answer ${letter(unranked)} has no rank yet.`, name: `rank-${unranked}` };
   for (const rating of session.questions.ratings.filter((item) => item.required)) {
     const unrated = state.ratings[rating.name].indexOf(null);
-    if (unrated >= 0) return { place: unrated, text: `${rating.text}: answer ${letter(unrated)} has no rating yet.`, name: `rating-${rating.name}-${unrated}` };
+    if (unrated >= 0) return { position: unrated, text: `${rating.text}: answer ${letter(unrated)} has no rating yet.`, name: `rating-${rating.name}-${unrated}` };
   }
   return null;
 }
@@ -203,8 +203,8 @@ async function submit(skipped = null) {
   const gap = skipped === null ? missing() : null;
   if (gap) {
     banner(gap.text);
-    select(gap.place, false);
-    byId(`card-${gap.place}`).scrollIntoView({ block: "nearest" });
+    select(gap.position, false);
+    byId(`card-${gap.position}`).scrollIntoView({ block: "nearest" });
     document.getElementsByName(gap.name)[0].focus();
     return;
   }
@@ -235,36 +235,36 @@ function fatal(error) {
 
 // Keys
 
-function select(place, moveFocus = true) {
-  selected = place;
+function select(position, moveFocus = true) {
+  selected = position;
   showRanks(state.ranks, selected);
   if (!moveFocus) return;
-  const card = byId(`card-${place}`);
+  const card = byId(`card-${position}`);
   card.focus({ preventScroll: true });
   card.scrollIntoView({ block: "nearest" });
 }
 
-function shift(place, step) {
-  const number = state.ranks.length, rank = state.ranks[place];
-  if (rank === null) setRank(place, step > 0 ? number : 1);
-  else if (rank + step >= 1 && rank + step <= number) setRank(place, rank + step);
+function shift(position, step) {
+  const number = state.ranks.length, rank = state.ranks[position];
+  if (rank === null) setRank(position, step > 0 ? number : 1);
+  else if (rank + step >= 1 && rank + step <= number) setRank(position, rank + step);
 }
 
 /** Handle keys that act on one answer. Returns whether the key was one of them. */
-function answerKey(event, place) {
+function answerKey(event, position) {
   const digit = /^(Digit|Numpad)([1-9])$/.exec(event.code)?.[2];
-  if (event.key === "ArrowUp") shift(place, -1);
-  else if (event.key === "ArrowDown") shift(place, 1);
-  else if (event.key === "Backspace" || event.key === "Delete") setRank(place, null);
+  if (event.key === "ArrowUp") shift(position, -1);
+  else if (event.key === "ArrowDown") shift(position, 1);
+  else if (event.key === "Backspace" || event.key === "Delete") setRank(position, null);
   else if (digit && event.shiftKey) {
     const rating = session.questions.ratings[0];
     if (!rating || digit < rating.lowest || digit > rating.highest) return false;
-    changed(place, "ratings", rating.name, Number(digit));
-    for (const input of document.getElementsByName(`rating-${rating.name}-${place}`)) input.checked = input.value === digit;
-    say(`Answer ${letter(place)}: ${rating.text} ${digit}.`);
+    changed(position, "ratings", rating.name, Number(digit));
+    for (const input of document.getElementsByName(`rating-${rating.name}-${position}`)) input.checked = input.value === digit;
+    say(`Answer ${letter(position)}: ${rating.text} ${digit}.`);
   } else if (digit && Number(digit) <= state.ranks.length) {
-    const wasRanked = state.ranks[place] !== null;
-    setRank(place, Number(digit));
+    const wasRanked = state.ranks[position] !== null;
+    setRank(position, Number(digit));
     const following = state.ranks.indexOf(null);
     if (!wasRanked && following >= 0 && !document.activeElement?.dataset?.chip && !session.questions.ratings.length) select(following);
   } else return false;
@@ -294,11 +294,11 @@ function pageKey(event) {
     submit();
     return;
   }
-  const place = event.key.length === 1 && !event.shiftKey ? event.key.toLowerCase().charCodeAt(0) - 97 : -1;
-  if (place >= 0 && place < task.completions.length) {
+  const position = event.key.length === 1 && !event.shiftKey ? event.key.toLowerCase().charCodeAt(0) - 97 : -1;
+  if (position >= 0 && position < task.completions.length) {
     event.preventDefault();
-    select(place);
-    say(`Answer ${letter(place)}.`);
+    select(position);
+    say(`Answer ${letter(position)}.`);
     return;
   }
   // Arrow keys move a focused radio button. They scroll the page if no card has the focus.

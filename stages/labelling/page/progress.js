@@ -62,7 +62,7 @@ function show(content) {
     const fill = make("div", { class: "fill" }), line = make("div", { class: "chance" });
     fill.style.setProperty("--share", row.best);
     line.style.setProperty("--chance", row.chance);
-    return make("div", {}, make("span", {}, `place ${row.position}`), make("div", { class: "track" }, fill, line), make("span", {}, `${percent(row.best)} of ${row.n}`));
+    return make("div", {}, make("span", {}, `position ${row.position}`), make("div", { class: "track" }, fill, line), make("span", {}, `${percent(row.best)} of ${row.n}`));
   }));
   const reasons = [...Object.entries(content.skipped.reasons).map(([reason, count]) => [reason, "skipped", `${count}`]), ...Object.entries(content.flagged.reasons).map(([reason, count]) => [reason, "flagged", `${count}`])];
   byId("reasons-section").hidden = reasons.length === 0;

@@ -69,18 +69,18 @@ export function newId() {
 
 // Drafts: answers that are not sent yet. If the browser's storage is disabled, they are lost when the page is closed.
 
-const place = (name) => `stages-label:${annotator}:${name}`;
+const storageKey = (name) => `stages-label:${annotator}:${name}`;
 
 export function remember(name, value) {
   try {
-    if (value === null) localStorage.removeItem(place(name));
-    else localStorage.setItem(place(name), JSON.stringify(value));
+    if (value === null) localStorage.removeItem(storageKey(name));
+    else localStorage.setItem(storageKey(name), JSON.stringify(value));
   } catch { /* no storage */ }
 }
 
 export function recall(name) {
   try {
-    return JSON.parse(localStorage.getItem(place(name)));
+    return JSON.parse(localStorage.getItem(storageKey(name)));
   } catch {
     return null;
   }
