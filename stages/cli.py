@@ -429,7 +429,7 @@ def _chosen_rows(record: ModelRecord) -> list[tuple[str, str]]:
 
 
 def _origin(manifest: Manifest) -> str:
-    """What a model was made from: its parents, the library whose file was imported, or random weights."""
+    """The origin of a model: its parents, the library whose file was imported, or random weights."""
     if manifest["parents"]:
         return "\n".join(parent["ref"] for parent in manifest["parents"])
     imported = manifest["extra"].get("imported")

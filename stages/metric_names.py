@@ -92,7 +92,7 @@ def scoring_name(source: str, measured: str) -> str:
 
 
 CUT_SHARE, COMPLETION_CUT_SHARE, NOT_APPLIED = "cut_share", "completion_cut_share", "not_applied"
-"""What reward sources measure about texts, as ``measured`` of ``scoring_name``."""
+"""Measurements of reward sources about texts, as ``measured`` of ``scoring_name``."""
 
 
 def seconds_name(phase: str) -> str:

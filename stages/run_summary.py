@@ -71,7 +71,7 @@ class WinRate(TypedDict):
 
 
 class EvaluationResult(TypedDict):
-    """What an evaluation step returns to the run."""
+    """The result of an evaluation step for the run."""
 
     candidates: dict[str, Candidate]
     win_rates: list[WinRate]

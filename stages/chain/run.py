@@ -64,7 +64,7 @@ ACTION_STYLES = {"reuse": "green", "run": "yellow", "resume": "cyan"}
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What happens to one step, and why."""
+    """The plan for one step: whether it runs, resumes or is reused, and why."""
 
     name: str
     stage: str

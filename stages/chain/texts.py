@@ -44,7 +44,7 @@ def check_texts(recipe: Recipe, step: RecipeStep, registry: Registry) -> None:
 
 
 def tokenizer_digests(recipe: Recipe, step: RecipeStep, registry: Registry) -> dict[str, str]:
-    """What ``check_texts`` depends on besides the step: the digest of each reader's first model, and its template, by field path.
+    """The inputs of ``check_texts`` in addition to the step: the digest of each reader's first model, and its template, by field path.
 
     Empty for a stage that reads no conversations.
     """

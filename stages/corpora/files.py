@@ -67,7 +67,7 @@ def _say_overlap(train: Sequence[DataSource], validation: Sequence[DataSource]) 
 
 
 def _rows_named(source: DataSource, default: str) -> tuple[object, ...]:
-    """What ``source`` reads apart from skip and limit. ``default`` is the split if it names none."""
+    """The table that ``source`` reads, without skip and limit. ``default`` is the split if it names none."""
     split = source.split or default
     path = Path(source.path)
     if not source.on_hub and not (path.is_dir() and folder_layout(path, source).names_splits):

@@ -49,7 +49,7 @@ def text_of(row: Row, column: str, *, empty: bool = False) -> str:
 
 
 class RowFilter(Protocol):
-    """What leaves rows out before they are used; corpora/curation.py has the implementation."""
+    """The interface of filters that leave rows out before they are used; corpora/curation.py has the implementation."""
 
     left_out: Counter[str]
     """How many rows were left out, by reason."""

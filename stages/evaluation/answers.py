@@ -348,7 +348,7 @@ def _pick_best(config: EvaluationConfig, context: StepContext, asked: Asked, nam
 
 
 def details_of(questions: Sequence[Question], samples: Sequence[Sample]) -> Details:
-    """What reward sources can read about samples besides their texts. Token ids are included if a model of this run wrote all of them."""
+    """Information about samples for reward sources besides the texts. Token ids are included if a model of this run wrote all of them."""
     sampled = all(sample.prompt_ids for sample in samples)
     return Details(columns_of([question.columns for question in questions]), [one.response_ids for one in samples] if sampled else None)
 

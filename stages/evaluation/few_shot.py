@@ -64,7 +64,7 @@ def few_shot_text(settings: FewShot, seed: int, *, draw: int = 0, instruction: i
 
 
 def few_shot_prompts(settings: FewShot, text: str, prompts: list[Prompt]) -> list[Prompt]:
-    """What a candidate sees: the few-shot text, then the prompt up to the start of its completion."""
+    """The input of a candidate: the few-shot text, then the prompt up to the start of its completion."""
     head = settings.template.partition("{completion}")[0]
     # Trailing white space belongs to the completion, because a tokenizer joins it to the first word.
     return [(text + head.replace("{prompt}", transcript(prompt))).rstrip(" ") for prompt in prompts]

@@ -115,7 +115,7 @@ _counts: dict[str, dict[str, Any]] = {}  # by ``_key``: the fields of PassMemory
 
 @cache
 def _key(kind: PassKind) -> str:
-    """What a count depends on: the pass, the libraries, and this module."""
+    """The key of a count: it depends on the pass, the libraries, and this module."""
     libraries = [version(name) for name in ("torch", "transformers", "peft")]
     content = json.dumps([asdict(kind), libraries, Path(__file__).read_text(encoding="utf-8")], sort_keys=True)
     return sha256(content.encode()).hexdigest()[:32]

@@ -26,7 +26,7 @@ LONGEST = 20  # number of longest texts (in characters) that are tokenized
 
 @dataclass(frozen=True)
 class Lengths:
-    """Longest texts in tokens; 512 is assumed if the data is not downloaded. ``completions``: the most completions of one comparison."""
+    """Longest texts in tokens; 512 is assumed if the data is not downloaded. ``completions``: the most of one comparison."""
 
     prompt: int = 512
     demonstration: int = 512
@@ -76,7 +76,7 @@ def demonstration_texts(data: Sequence[DataSource]) -> list[str]:
 
 
 def comparison_texts(data: Sequence[DataSource], preferred: str | None) -> tuple[list[str], int]:
-    """(prompts with each of their completions, the most completions of one prompt)."""
+    """(prompts with each of their completions, maximum number of completions of one prompt)."""
     items = [comparison(row, preferred=preferred) for row in sample(data)]
     texts = [f"{plain_text(item.prompt)} {completion_text(answer)}" for item in items for answer in item.completions]
     return texts, max((len(item.completions) for item in items), default=2)

@@ -1,4 +1,4 @@
-"""Select the attention implementation of a model: the fastest one that its class supports and that computes what its config says."""
+"""Select the attention implementation of a model: the fastest one that its class supports and that follows its config."""
 
 from __future__ import annotations
 

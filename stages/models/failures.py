@@ -50,7 +50,7 @@ def explained(model: ResolvedModel, what: str) -> Iterator[None]:
 
 
 def _incomplete_folder(model: ResolvedModel, what: str) -> str:
-    """What a folder lacks compared with the output of ``save_pretrained``; empty for a complete folder and for the Hub."""
+    """The files that a folder lacks, compared with the output of ``save_pretrained``; empty for a complete folder and for the Hub."""
     folder = Path(model.path)
     if not folder.is_dir():
         return ""

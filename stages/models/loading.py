@@ -462,7 +462,7 @@ def _loader_of(plain: PreTrainedModel) -> Callable[..., TransformersModel] | Non
 
 
 class LoadReport(TypedDict, total=False):
-    """What ``from_pretrained`` reports of the weights with ``output_loading_info``."""
+    """The report of ``from_pretrained`` about the weights with ``output_loading_info``."""
 
     missing_keys: Collection[str]
     mismatched_keys: Collection[str | tuple[str, torch.Size, torch.Size]]

@@ -275,7 +275,7 @@ def usable_kernels(device_type: str) -> tuple[str, ...]:
 
 @torch.no_grad()
 def _problem(decoder: TransformersModel, kernel: str) -> str | None:
-    """What is wrong with packed passes by ``kernel``; None if test sequences have the same hidden states as alone."""
+    """The problem of packed passes by ``kernel``; None if packed and separate test sequences have the same hidden states."""
     config = decoder.config.get_text_config()
     device, size = next(decoder.parameters()).device, weight_of(decoder.get_input_embeddings()).shape[0]
     rows = [torch.arange(1 + start, 1 + start + length, device=device) * 7 % size for start, length in enumerate(PROBE_LENGTHS)]

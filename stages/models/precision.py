@@ -1,10 +1,10 @@
-"""The only place that decides what ``precision: auto`` means on a CPU, by a short measurement at the width of the step's models.
+"""Decides the dtype of ``precision: auto`` on a CPU by a short measurement at the width of the step's models.
 
-Only CPUs with matrix tiles for bf16 (AMX) are measured: on others bf16 gains too little for its rounding. A pass in bf16 also casts tensors
-and starts more operations, so narrow models are often slower in it.
+Only CPUs with matrix tiles for bf16 (AMX) are measured: on other CPUs, bf16 is not much faster, but less precise. A pass in bf16 also casts tensors
+and starts more operations, so narrow models are often slower in bf16.
 
 A measurement is kept in the home's ``cache`` folder, so that later runs on the same type of machine decide the same. The decision of a step
-is kept beside its checkpoints, so that a resumed step never changes its dtype.
+is stored with its checkpoints, so a resumed step never changes its dtype.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NEEDED_GAIN = 1.25
-"""bf16 is chosen if a pass in fp32 takes at least this multiple of its time. Less does not pay for its rounding, and may be noise."""
+"""bf16 is chosen if a pass in fp32 takes at least this multiple of its time. A smaller gain may be noise and does not justify the lower precision."""
 WIDEST = 1024  # the width of wider models in the measurement: the gain grows with the width
 UNKNOWN_WIDTH = 512
 TOKENS = 512
@@ -89,9 +89,9 @@ def _gain(width: int, file: Path) -> tuple[float, bool]:
 
 
 def pass_seconds(width: int) -> dict[str, float]:
-    """Seconds of a training pass through a small Llama of this width, in fp32 and in bf16: the least of several rounds that alternate.
+    """Seconds of a training pass through a small Llama of this width, in fp32 and in bf16: the minimum over several alternating rounds.
 
-    The least is what other programs disturb the least. The random generators are left as they were.
+    Other programs affect the minimum the least. The states of the random generators are restored.
     """
     import torch
 
@@ -128,7 +128,7 @@ def _model(width: int) -> PreTrainedModel:
     )
     model = LlamaForCausalLM(config)
     use_own_layers(model)
-    take_notes()  # no model of the user's
+    take_notes()  # this small model is not one of the user's models
     return model
 
 
@@ -150,7 +150,7 @@ def width_of(models: Iterable[ResolvedModel], architecture: Mapping[str, object]
     named = [(architecture or {}).get(name) for name in ("hidden_size", "n_embd", "dim", "d_model")]
     widths = [int(value) for value in named if isinstance(value, int | float)]
     for model in models:
-        with suppress(StagesError, OSError, ValueError, AttributeError):  # the step says what is wrong with the model
+        with suppress(StagesError, OSError, ValueError, AttributeError):  # the step reports the problem of the model
             widths.append(int(config_of(stack_of(model).base).get_text_config().hidden_size))
     return max(widths, default=UNKNOWN_WIDTH)
 

@@ -1,6 +1,6 @@
-"""Check saved files before publishing: the model that they contain must compute the same as the model in memory.
+"""Check saved files before publishing: the saved model must compute the same outputs as the model in memory.
 
-An adapter is always read again and put on the base in memory. Models with up to ``SMALL`` parameters are also loaded completely, as the
+An adapter is always loaded again on the base in memory. Models with up to ``SMALL`` parameters are also loaded completely, as the
 next step would load them (adapters merged). For larger full weights only the number of values and the tying of weights are checked.
 Sharded models are not checked by computation.
 """

@@ -1,4 +1,4 @@
-"""What a language model computes for given responses: log-probabilities, entropies and values at the response tokens only.
+"""Outputs of a language model for given responses: log-probabilities, entropies and values at the response tokens only.
 
 B sequences, T = prompt and response, S tokens of all sequences, N response tokens of a batch, V vocabulary, d hidden size. Rows are right
 padded: a forward pass over full sequences does not need prompts that end at the same column, and grouping rows of similar length minimizes

@@ -186,7 +186,7 @@ def _sample(roles: Roles, share: _Share, config: PPOStepConfig, sampling: Sampli
 
 @dataclass(frozen=True)
 class _Measured:
-    """What forward passes without gradient say about the sampled completions. Fields as in ``Rollout``."""
+    """Measurements of the sampled completions by forward passes without gradient. Fields as in ``Rollout``."""
 
     logprobs: Tensor | None  # [B, R] of the policy; None if those of sampling are used
     reference_logprobs: Tensor

@@ -11,7 +11,7 @@ from stages.metric_names import SUMMED_UP, is_monitor
 
 
 class Entry(TypedDict):
-    """What is kept of an iteration: its metrics, and some of its episodes."""
+    """The stored part of an iteration: its metrics, and some of its episodes."""
 
     metrics: dict[str, float]
     samples: list[JsonObject]

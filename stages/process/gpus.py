@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _largest = 0  # bytes; maximum over all phases, because each phase resets the counter
-_open: list[Peak] = []  # the measurements that are going on
+_open: list[Peak] = []  # the measurements in progress
 
 
 class Gpu(TypedDict):
@@ -124,14 +124,14 @@ def describe_model(model: nn.Module, dtype: torch.dtype) -> str:
 
 @dataclass(eq=False)
 class Peak:
-    """A measurement of GPU memory in bytes: the most that tensors took at a time, and what they took when it began."""
+    """A measurement of GPU memory in bytes: the maximum that tensors took at a time, and the value at its beginning."""
 
     total: int = 0
     before: int = 0
 
     @property
     def added(self) -> int:
-        """The most that came on top of what was there when it began."""
+        """The maximum increase since its beginning."""
         return max(0, self.total - self.before)
 
 
@@ -164,7 +164,7 @@ def _take_peak(torch: ModuleType) -> None:
 
 
 def free_gpu_memory() -> int:
-    """Bytes that tensors can still take: what the GPU has free, and what PyTorch holds without using it."""
+    """Bytes that tensors can still take: the free memory of the GPU, and memory that PyTorch has reserved but does not use."""
     import torch
 
     free, _ = torch.cuda.mem_get_info()

@@ -1,4 +1,4 @@
-"""What ``precision: auto`` means in a step."""
+"""The dtype of ``precision: auto`` in a step."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 
 class Compute(TypedDict, total=False):
-    """What a step computed on, as summaries record it; empty if no step used a device."""
+    """The device and dtype of a step, as summaries record them; empty if no step used a device."""
 
     device: str
     processes: int

@@ -1,6 +1,6 @@
-"""The only place that decides how many threads a process computes with on a CPU, and how they wait for each other. Does not import torch.
+"""Decides the number of threads of a process on a CPU, and how they wait for each other. Does not import torch.
 
-OpenMP reads both from environment variables when torch is imported, so ``set_up_threads`` must run before. Settings of the user count.
+OpenMP reads both from environment variables when torch is imported, so ``set_up_threads`` must run before. Settings of the user have priority.
 
 The number of threads depends on the cores and not on the load, because sums in fp32 depend on it: equal runs must give equal bits.
 """
@@ -18,7 +18,7 @@ from stages.process.environment import launched_processes
 
 SPIN_COUNT = 20_000
 """Turns of the loop in which a thread waits for the others before it sleeps. A turn takes 25 ns (EPYC, Zen 5) to 50 ns (Xeon), so a thread
-sleeps after 0.5 to 1 ms. libgomp's own 300,000 turns are longer than the time slice of a core: beside a busy process each parallel
+sleeps after 0.5 to 1 ms. libgomp's default of 300,000 turns is longer than the time slice of a core: if another process is busy, each parallel
 operation then waits for threads that have no core (tests/benchmarks/cpu_threads.py)."""
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 CHOSEN = "STAGES_CHOSEN"
@@ -26,7 +26,7 @@ CHOSEN = "STAGES_CHOSEN"
 
 
 def set_up_threads(environment: MutableMapping[str, str] | None = None, *, processes: int | None = None) -> None:
-    """Set OpenMP's number of threads and how they wait, unless the user has. Call it before torch is imported.
+    """Set OpenMP's number of threads and how they wait, unless the user has set them. Call it before torch is imported.
 
     ``processes``: number of processes on this machine, which share its cores (default: as the launcher says). In a process that has
     already imported torch, the number of threads is lowered to that of the usable cores; how threads wait can no longer be changed.

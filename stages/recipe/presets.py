@@ -112,7 +112,7 @@ _Z_MISSING = {"sft": "Ziegler et al. start from a pretrained model without fine-
 
 
 class _ZieglerTask(TypedDict):
-    """What the summarisation tasks of Ziegler et al. share."""
+    """Settings that the summarisation tasks of Ziegler et al. have in common."""
 
     length: int
     stop: str
@@ -362,7 +362,7 @@ def _instructgpt(*, sft_rate: float, init_rate: float, sft_batch: int, value_rat
 
 
 class _Size(TypedDict):
-    """What InstructGPT sets per model size."""
+    """Settings of InstructGPT that depend on the model size."""
 
     sft_rate: float
     init_rate: float

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from stages.model_types import TransformersModel
 
 FIRST_ROOM = 64  # initial capacity of a RoomyLayer, in response tokens; the capacity doubles when it is full
-COLUMN_ROOM = 24  # initial capacity of a ColumnLayer, in new tokens; also the least by which it grows
+COLUMN_ROOM = 24  # initial capacity of a ColumnLayer, in new tokens; also the minimum by which it grows
 Layer = TypeVar("Layer")
 BY_COLUMNS = "stages_by_columns"  # the name of ``attend_by_columns`` in transformers' registry of attention functions
 

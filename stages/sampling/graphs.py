@@ -78,7 +78,7 @@ class Recording:
 
 
 class Recorder(Protocol):
-    """Records steps on a device. ``memory_limit``: the most bytes of recordings and their cache to keep between two calls."""
+    """Records steps on a device. ``memory_limit``: the maximum bytes of recordings and their cache to keep between two calls."""
 
     memory_limit: int
 
@@ -114,8 +114,8 @@ class GraphPool:
     def step(self, size: Size, kind: Hashable, compute: Callable[[Size], Tensor], slots: Slots, remaining: int) -> None:
         """Run one step of ``size``, by replaying a recording or by calling ``compute``.
 
-        ``kind``: everything else that a graph fixes, such as the temperature. ``remaining``: the most steps that are left, including this
-        one.
+        ``kind``: everything else that a graph fixes, such as the temperature. ``remaining``: maximum number of steps that
+        are left, including this one.
         """
         recording = self._recordings.get((size, kind)) or self._recorded(size, kind, compute, slots, remaining) or self._larger(size, kind)
         if recording is None:

@@ -121,7 +121,7 @@ def _steps(recipe: Recipe, until: str | None) -> list[RecipeStep]:
 
 
 def plan_table(sweep: Sweep, home: Path) -> Table:
-    """What each run would make and reuse. A step shared by several runs is made by the first of them."""
+    """A table of what each run would make and reuse. A step shared by several runs is made by the first of them."""
     table = Table("run", "makes", "reuses", title=f"{sweep.name}: {len(sweep.recipes)} runs", title_justify="left")
     commits = Commits()
     for point, recipe in sweep.recipes:

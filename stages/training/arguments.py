@@ -124,7 +124,7 @@ def training_arguments(
         warnings.simplefilter("ignore", FutureWarning)
         made = cast("StepArguments", (kind or TrainingArguments)(**cast("dict[str, Any]", {**arguments, **options})))
     made.batch_size = settings.batch_size  # of all processes; the Trainer's own product of its arguments is rounded
-    made.by_tokens = by_tokens  # training/microbatches.py cuts each step into passes
+    made.by_tokens = by_tokens  # training/microbatches.py splits each step into passes
     if made.n_gpu > 1:
         made._n_gpu = 1  # one process trains on one GPU (runtime.device); accelerate launch starts one process per GPU
     return made

@@ -1,4 +1,4 @@
-"""Runs a Trainer to its end: progress, logs, checkpoints, and going on after an interruption."""
+"""Runs a Trainer to its end: progress, logs, checkpoints, and continuing after an interruption."""
 
 from __future__ import annotations
 

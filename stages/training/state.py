@@ -1,4 +1,4 @@
-"""What a checkpoint of a Trainer holds: trained weights, optimizer, schedule, random generators, and sums that are not logged yet."""
+"""The content of a Trainer's checkpoint: trained weights, optimizer, schedule, random generators, and sums that are not logged yet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all Trainers of this project have besides the methods of transformers' Trainer: the parts of a step, and its checkpoints."""
+"""The common part of this project's Trainers, in addition to transformers' Trainer: the parts of a step, and its checkpoints."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Film:
 
 @dataclass(frozen=True)
 class Request:
-    """What an instruction asks for. An inquiry (``fact`` is set) also asks for a fact, and does not state the genre."""
+    """The content of an instruction. An inquiry (``fact`` is set) also asks for a fact, and does not state the genre."""
 
     film: Film
     sentiment: str
