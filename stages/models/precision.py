@@ -1,7 +1,7 @@
 """Decides the dtype of ``precision: auto`` on a CPU by a short measurement at the width of the step's models.
 
-Only CPUs with matrix tiles for bf16 (AMX) are measured: on other CPUs, bf16 is not much faster, but less precise. A pass in bf16 also casts tensors
-and starts more operations, so narrow models are often slower in bf16.
+Only CPUs with matrix tiles for bf16 (AMX) are measured: on other CPUs, bf16 is not much faster, but less precise. A pass in bf16 also casts
+tensors and starts more operations, so narrow models are often slower in bf16.
 
 A measurement is kept in the home's ``cache`` folder, so that later runs on the same type of machine decide the same. The decision of a step
 is stored with its checkpoints, so a resumed step never changes its dtype.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NEEDED_GAIN = 1.25
-"""bf16 is chosen if a pass in fp32 takes at least this multiple of its time. A smaller gain may be noise and does not justify the lower precision."""
+"""bf16 is chosen if a pass in fp32 takes at least this multiple of its time. A smaller gain may be noise."""
 WIDEST = 1024  # the width of wider models in the measurement: the gain grows with the width
 UNKNOWN_WIDTH = 512
 TOKENS = 512

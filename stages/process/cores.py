@@ -54,7 +54,7 @@ def _physical(numbers: Iterable[int], cpus: Path) -> int:
 
 
 def cpu_quota(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float:
-    """Number of CPUs that the control groups of this process allow (the minimum over its group and those above); infinity without a limit."""
+    """Number of CPUs that the control groups of this process allow (minimum over its group and those above); infinity without a limit."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:

@@ -1,6 +1,6 @@
 """Decides the number of threads of a process on a CPU, and how they wait for each other. Does not import torch.
 
-OpenMP reads both from environment variables when torch is imported, so ``set_up_threads`` must run before. Settings of the user have priority.
+OpenMP reads both from environment variables when torch is imported, so ``set_up_threads`` must run before. The user's settings have priority.
 
 The number of threads depends on the cores and not on the load, because sums in fp32 depend on it: equal runs must give equal bits.
 """
@@ -18,8 +18,8 @@ from stages.process.environment import launched_processes
 
 SPIN_COUNT = 20_000
 """Turns of the loop in which a thread waits for the others before it sleeps. A turn takes 25 ns (EPYC, Zen 5) to 50 ns (Xeon), so a thread
-sleeps after 0.5 to 1 ms. libgomp's default of 300,000 turns is longer than the time slice of a core: if another process is busy, each parallel
-operation then waits for threads that have no core (tests/benchmarks/cpu_threads.py)."""
+sleeps after 0.5 to 1 ms. libgomp's default of 300,000 turns is longer than the time slice of a core: if another process is busy, each
+parallel operation waits for threads that have no core (tests/benchmarks/cpu_threads.py)."""
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 CHOSEN = "STAGES_CHOSEN"
 """Environment variable with the names of the variables that Tristage set, for this process and those that it starts."""
