@@ -1,6 +1,6 @@
 """Decides the number of threads of a process on a CPU, and how they wait for each other. Does not import torch.
 
-OpenMP reads both from environment variables when torch is imported, so ``set_up_threads`` must run before. The user's settings have priority.
+OpenMP reads both from environment variables when torch is imported, so ``set_up_threads`` must run before. User settings have priority.
 
 The number of threads depends on the cores and not on the load, because sums in fp32 depend on it: equal runs must give equal bits.
 """
