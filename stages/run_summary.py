@@ -119,6 +119,14 @@ class ExclusionRow(TypedDict):
     expected: bool
 
 
+class CutTexts(TypedDict):
+    """How many texts a reward source could not read completely, of all texts that it was asked about."""
+
+    reader: str
+    count: int
+    of: int
+
+
 class EvaluationFile(TypedDict):
     """The content of evaluation.json. Numbers that are not finite are None."""
 
@@ -133,6 +141,7 @@ class EvaluationFile(TypedDict):
     best_of_n: dict[str, list[BestOfPoint]]
     few_shot: JsonObject
     exclusions: list[ExclusionRow]
+    cut_texts: NotRequired[list[CutTexts]]  # missing in files of earlier versions
 
 
 class SummaryModel(TypedDict):

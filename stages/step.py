@@ -15,7 +15,7 @@ from stages.process.trackers import StepTrackers
 from stages.registry.ledger import Registry
 from stages.registry.record import FingerprintParts, ModelRecord
 from stages.registry.references import ResolvedModel
-from stages.run_summary import EvaluationResult
+from stages.run_summary import CutTexts, EvaluationResult
 
 
 class Publication(TypedDict):
@@ -53,6 +53,7 @@ class StepContext:
     run: str = ""  # name of the run folder; trackers use it as the run's name
     trackers: Sequence[str] = ("tensorboard",)
     sampling: list[JsonObject] = field(default_factory=list)  # engines outside of this process that sampled, for the summary
+    cut_texts: dict[str, CutTexts] = field(default_factory=dict)  # by the field of the reward source that cut them, for the summary
     recorded: list[tuple[int, dict[str, float]]] | None = None  # log entries to store in checkpoints, for a resumed run
     _trackers: StepTrackers | None = None
 

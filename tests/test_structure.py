@@ -421,3 +421,19 @@ def test_any_is_rare() -> None:
     names = [node.id for text in texts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)]
     per_thousand_lines = 1000 * names.count("Any") / sum(text.count("\n") for text in texts)
     assert per_thousand_lines <= MOST_ANY, f"{per_thousand_lines:.1f} per thousand lines; give the new code real types"
+
+
+MOST_LINES = 60
+"""The most lines of a function, with its signature and docstring. A longer one is split by concept, so that it reads like its contents."""
+LONGER: dict[str, str] = {}
+"""Functions that may be longer: address -> reason."""
+
+
+def test_functions_are_short() -> None:
+    long = {
+        f"{path.relative_to(REPOSITORY)}:{node.name}"
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (node.end_lineno or 0) - node.lineno >= MOST_LINES
+    }
+    assert long == set(LONGER)

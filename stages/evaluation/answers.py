@@ -364,7 +364,7 @@ def score_texts(
 ) -> list[float | None]:
     """A reward source's score of every completion, or None where it does not apply. Each process scores its share.
 
-    Logs how many texts were truncated.
+    Counts in ``context.cut_texts``, and says, how many texts were cut.
     """
     runtime = context.runtime
     source = build_source(
@@ -386,6 +386,9 @@ def score_texts(
     if cut := sum(lost for _, lost in made):
         said = f"{reward.shown_name} truncated the beginning of {cut} of {len(made)} texts that were too long"
         runtime.console.print(f"{context.name}: {said}")
+    counted = context.cut_texts.setdefault(field_path, {"reader": reward.shown_name, "count": 0, "of": 0})
+    counted["count"] += cut
+    counted["of"] += len(made)
     return [score for score, _ in made]
 
 

@@ -271,51 +271,63 @@ _I_COSINE: Settings = {
 _PRETRAINING_DATA = "texts of the pretraining distribution"
 
 
-def _instructgpt(*, sft_rate: float, init_rate: float, sft_batch: int, value_rate: float, init: bool) -> Preset:
-    if init:
-        sft = (
-            _I_ADAM
-            | _I_COSINE
-            | {
-                "training.epochs": Value(2.0, "I C.3"),
-                "training.learning_rate": Value(init_rate, "I C.3"),
-                "training.batch_size": Value(sft_batch, "I C.3"),
-                "pretraining_mix.share": Value(0.1, "I C.3, E.8: 10 % pretraining data"),
-                "residual_dropout": ours(None, "C.1 states it for supervised fine-tuning only"),
-                "completion_only_loss": ours(True, UNSAID),
-            }
-        )
-        required = {"pretraining_mix.data": f"{_PRETRAINING_DATA}, for one row in ten (I C.3)"}
-        return Preset(
-            "Ouyang et al. 2022",
-            {"sft": sft},
-            {stage: "init is the model that PPO starts from" for stage in ("reward_model", "ppo")},
-            required={"sft": required},
-        )
-    sft = (
-        _I_ADAM
-        | _I_COSINE
-        | {
-            "training.epochs": Value(16.0, "I 3.5, C.1"),
-            "training.learning_rate": Value(sft_rate, "I C.1"),
-            "training.batch_size": Value(sft_batch, "I C.1"),
-            "residual_dropout": Value(0.2, "I C.1"),
-            "completion_only_loss": ours(True, UNSAID),
-        }
+_I_REWARD: Settings = {
+    **_I_ADAM,
+    **_I_COSINE,
+    "loss": Value("pairs", "I equation 1: all C(K, 2) pairs of a prompt as one element"),
+    "training.epochs": Value(1.0, "I C.2"),
+    "training.learning_rate": Value(9e-6, "I C.2"),
+    "training.batch_size": Value(64, "I C.2: prompts"),
+    "normalization.to": Value("center", "I 3.5: demonstrations have a mean score of 0"),
+    "normalization.on": Value("demonstrations", "I 3.5"),
+}
+
+
+def _instructgpt_sft(*, epochs: Value, rate: Value, batch: int, section: str, own: Settings) -> Settings:
+    """Supervised fine-tuning as in ``section`` of the paper; ``own``: settings that only one of its two runs has."""
+    return {
+        **_I_ADAM,
+        **_I_COSINE,
+        "training.epochs": epochs,
+        "training.learning_rate": rate,
+        "training.batch_size": Value(batch, section),
+        **own,
+        "completion_only_loss": ours(True, UNSAID),
+    }
+
+
+def _instructgpt_init(size: _Size) -> Preset:
+    """The model that PPO starts from: the demonstrations mixed with pretraining data."""
+    own: Settings = {
+        "pretraining_mix.share": Value(0.1, "I C.3, E.8: 10 % pretraining data"),
+        "residual_dropout": ours(None, "C.1 states it for supervised fine-tuning only"),
+    }
+    epochs, rate = Value(2.0, "I C.3"), Value(size["init_rate"], "I C.3")
+    return Preset(
+        "Ouyang et al. 2022",
+        {"sft": _instructgpt_sft(epochs=epochs, rate=rate, batch=size["sft_batch"], section="I C.3", own=own)},
+        {stage: "init is the model that PPO starts from" for stage in ("reward_model", "ppo")},
+        required={"sft": {"pretraining_mix.data": f"{_PRETRAINING_DATA}, for one row in ten (I C.3)"}},
     )
-    reward = (
-        _I_ADAM
-        | _I_COSINE
-        | {
-            "loss": Value("pairs", "I equation 1: all C(K, 2) pairs of a prompt as one element"),
-            "training.epochs": Value(1.0, "I C.2"),
-            "training.learning_rate": Value(9e-6, "I C.2"),
-            "training.batch_size": Value(64, "I C.2: prompts"),
-            "normalization.to": Value("center", "I 3.5: demonstrations have a mean score of 0"),
-            "normalization.on": Value("demonstrations", "I 3.5"),
-        }
+
+
+def _instructgpt(size: _Size) -> Preset:
+    epochs, rate = Value(16.0, "I 3.5, C.1"), Value(size["sft_rate"], "I C.1")
+    own: Settings = {"residual_dropout": Value(0.2, "I C.1")}
+    sft = _instructgpt_sft(epochs=epochs, rate=rate, batch=size["sft_batch"], section="I C.1", own=own)
+    return Preset(
+        "Ouyang et al. 2022",
+        {"sft": sft, "reward_model": _I_REWARD, "ppo": _instructgpt_ppo(size["value_rate"])},
+        required={"ppo": {"pretraining_mix.data": f"{_PRETRAINING_DATA}, whose gradients PPO-ptx adds (I C.4)"}},
+        notes={
+            "sft": "the paper selects the checkpoint with the best reward model score on validation prompts (selection.reward)",
+            "ppo": "the paper's policy starts not from the sft model but from one trained with the preset instructgpt2022/init",
+        },
     )
-    ppo = _I_ADAM | {
+
+
+def _instructgpt_ppo(value_rate: float) -> Settings:
+    return _I_ADAM | {
         "value": Value(None, "I C.4: a separate network that starts from the reward model (null: the first reward model)"),
         "total_episodes": Value(256_000, "I C.4"),
         "rollout_batch_size": Value(512, "I C.4"),
@@ -350,15 +362,6 @@ def _instructgpt(*, sft_rate: float, init_rate: float, sft_batch: int, value_rat
         "ema.cadence": ours("optimizer_step", UNSAID),
         "kl.update_limit": ours(None, UNSAID),
     }
-    return Preset(
-        "Ouyang et al. 2022",
-        {"sft": sft, "reward_model": reward, "ppo": ppo},
-        required={"ppo": {"pretraining_mix.data": f"{_PRETRAINING_DATA}, whose gradients PPO-ptx adds (I C.4)"}},
-        notes={
-            "sft": "the paper selects the checkpoint with the best reward model score on validation prompts (selection.reward)",
-            "ppo": "the paper's policy starts not from the sft model but from one trained with the preset instructgpt2022/init",
-        },
-    )
 
 
 class _Size(TypedDict):
@@ -459,10 +462,10 @@ PRESETS: dict[str, Preset] = {
     "stiennon2020": _stiennon(6.35e-5, 1.5e-5, 1.5e-5, 512),
     "stiennon2020/1.3b": _stiennon(6.35e-5, 1.5e-5, 1.5e-5, 512),
     "stiennon2020/6.7b": _stiennon(2.83e-5, 5e-6, 7e-6, 256),
-    "instructgpt2022": _instructgpt(**_I_SIZES["1.3b"], init=False),
-    "instructgpt2022/init": _instructgpt(**_I_SIZES["1.3b"], init=True),
-    **{f"instructgpt2022/{size}": _instructgpt(**rates, init=False) for size, rates in _I_SIZES.items()},
-    **{f"instructgpt2022/{size}-init": _instructgpt(**rates, init=True) for size, rates in _I_SIZES.items()},
+    "instructgpt2022": _instructgpt(_I_SIZES["1.3b"]),
+    "instructgpt2022/init": _instructgpt_init(_I_SIZES["1.3b"]),
+    **{f"instructgpt2022/{name}": _instructgpt(size) for name, size in _I_SIZES.items()},
+    **{f"instructgpt2022/{name}-init": _instructgpt_init(size) for name, size in _I_SIZES.items()},
     "huang2024": _HUANG,
 }
 

@@ -24,7 +24,7 @@ from stages.report.figures import (
 )
 from stages.report.run_folder import StepFolder, thinned
 from stages.report.training import monitors
-from stages.run_summary import EvaluationFile
+from stages.run_summary import BestOfPoint, Candidate, EvaluationFile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,50 +62,28 @@ def frontier(
     }
     if reference is None or len(points) < 2:
         return None
-    judges = [judge["name"] for judge in evaluation["judges"] if any(judge["name"] in row["scores"] for row in points.values())]
     digest = evaluation["candidates"][reference]["digest"]
     curves = {name: curve for name, curve in evaluation.get("best_of_n", {}).items() if evaluation["candidates"][name]["digest"] == digest}
     panels, rows = [], []
     has_way = False
-    for judge in judges:
+    for judge in [judge["name"] for judge in evaluation["judges"] if any(judge["name"] in row["scores"] for row in points.values())]:
         canvas = Canvas()
-        axes, numbered = canvas.axes, []
-        for name, curve in curves.items():
-            known = [point for point in curve if judge in point["scores"]]
-            kls, means = [point["kl"] for point in known], [point["scores"][judge]["mean"] for point in known]
-            axes.fill_between(
-                kls,
-                [point["scores"][judge]["ci_low"] for point in known],
-                [point["scores"][judge]["ci_high"] for point in known],
-                color=SERIES[colors[name]],
-                alpha=0.15,
-                linewidth=0,
-            )
-            axes.plot(kls, means, "-", color=SERIES[colors[name]])
-            axes.plot(kls, means, "o", color=SERIES[colors[name]], markersize=3)
-            numbered += known[1:]
-            for point in known:
-                score = point["scores"][judge]
-                text = _mean_text(score["mean"], score.get("ci_low"), score.get("ci_high"))
-                rows.append([judge, f"best of {point['n']} ({name})", f"{point['kl']:.2f}", text])
+        known = {name: [point for point in curve if judge in point["scores"]] for name, curve in curves.items()}
+        for name, curve in known.items():
+            rows += _draw_best_of_n(canvas.axes, judge, name, curve, SERIES[colors[name]])
         for name, row in points.items():
-            if judge not in row["scores"] or name in curves:
-                continue
-            low, high = row.get("score_intervals", {}).get(judge, (None, None))
-            mean, color = row["scores"][judge], SERIES[colors[name]]
-            interval_points(axes, [row["kl"]], [mean], [mean if low is None else low], [mean if high is None else high], color, size=7)
-            if row.get("kl_interval") and None not in row["kl_interval"]:
-                axes.hlines([mean], row["kl_interval"][0], row["kl_interval"][1], color=color, linewidth=1.4)
-            rows.append([judge, name, f"{row['kl']:.2f}", _mean_text(mean, low, high)])
+            if judge in row["scores"] and name not in curves:
+                rows.append(_draw_candidate(canvas.axes, judge, name, row, SERIES[colors[name]]))
         for name, step in (trained or {}).items():
             if name in points and (path := _way(step, judge)) is not None:
                 has_way = True
-                axes.plot(*drawn(*path), color=SERIES[colors[name]], linewidth=1, alpha=0.7)
-        axes.set_xlabel(f"KL to {reference}, nats per completion")
-        axes.set_ylabel("mean score")
-        axes.margins(x=0.08, y=0.15)
-        root_scale(axes)
-        _number(axes, [(point["n"], point["kl"], point["scores"][judge]["mean"]) for point in numbered])
+                canvas.axes.plot(*drawn(*path), color=SERIES[colors[name]], linewidth=1, alpha=0.7)
+        canvas.axes.set_xlabel(f"KL to {reference}, nats per completion")
+        canvas.axes.set_ylabel("mean score")
+        canvas.axes.margins(x=0.08, y=0.15)
+        root_scale(canvas.axes)
+        numbered = [point for curve in known.values() for point in curve[1:]]
+        _number(canvas.axes, [(point["n"], point["kl"], point["scores"][judge]["mean"]) for point in numbered])
         panels.append(canvas.panel(f"by {judge}"))
     best = " The line is best-of-n for several n, computed from one set of samples (unbiased; KL = log n - (n - 1)/n)." if curves else ""
     way = " Thin lines are PPO iterations on the training prompts, as running means." if has_way else ""
@@ -115,6 +93,28 @@ def frontier(
     )
     legend = [(name, colors[name]) for name in points]
     return Figure("frontier", "Reward for KL", caption, panels, legend, ["judge", "candidate", "KL", "mean score"], rows)
+
+
+def _draw_best_of_n(axes: Axes, judge: str, name: str, curve: Sequence[BestOfPoint], color: str) -> list[list[str]]:
+    """Draw the best-of-n curve of a candidate with its interval. Returns the rows of the table: judge, candidate, KL, mean score."""
+    kls, scores = [point["kl"] for point in curve], [point["scores"][judge] for point in curve]
+    means = [score["mean"] for score in scores]
+    lows, highs = [score["ci_low"] for score in scores], [score["ci_high"] for score in scores]
+    axes.fill_between(kls, lows, highs, color=color, alpha=0.15, linewidth=0)
+    axes.plot(kls, means, "-", color=color)
+    axes.plot(kls, means, "o", color=color, markersize=3)
+    texts = [_mean_text(score["mean"], score.get("ci_low"), score.get("ci_high")) for score in scores]
+    return [[judge, f"best of {point['n']} ({name})", f"{point['kl']:.2f}", text] for point, text in zip(curve, texts, strict=True)]
+
+
+def _draw_candidate(axes: Axes, judge: str, name: str, row: Candidate, color: str) -> list[str]:
+    """Draw a candidate as a point with its intervals. Returns its row of the table: judge, candidate, KL, mean score."""
+    low, high = row.get("score_intervals", {}).get(judge, (None, None))
+    mean = row["scores"][judge]
+    interval_points(axes, [row["kl"]], [mean], [mean if low is None else low], [mean if high is None else high], color, size=7)
+    if row.get("kl_interval") and None not in row["kl_interval"]:
+        axes.hlines([mean], row["kl_interval"][0], row["kl_interval"][1], color=color, linewidth=1.4)
+    return [judge, name, f"{row['kl']:.2f}", _mean_text(mean, low, high)]
 
 
 def _mean_text(mean: float, low: float | None, high: float | None) -> str:

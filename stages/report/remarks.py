@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
+from stages.metric_names import NUM_ITERATIONS, RAISED_ALARMS
 from stages.report import training
 from stages.report.run_folder import Row, RunFolder, StepFolder
 from stages.report.verdicts import listed, percent
@@ -15,11 +16,11 @@ def remarks(run: RunFolder) -> list[Row]:
     """All remarks on a run, as rows with ``kind`` (alarm, good or note) and ``text``."""
     notes = []
     for step in run.steps:
-        for alarm in step.metrics.get("alarms") or []:
+        for alarm in step.metrics.get(RAISED_ALARMS) or []:
             when = f"from iteration {alarm.get('first_iteration')} on, in {alarm.get('iterations')} iterations"
             notes.append({"kind": "alarm", "text": f"{step.name}: {alarm['name']} {when}: {alarm['message']}"})
-        if step.stage == "ppo" and step.metrics.get("alarms") == []:
-            number = step.metrics.get("iterations", "?")
+        if step.stage == "ppo" and step.metrics.get(RAISED_ALARMS) == []:
+            number = step.metrics.get(NUM_ITERATIONS, "?")
             notes.append({"kind": "good", "text": f"{step.name}: no health alarm was raised in {number} iterations of PPO."})
     for step in run.evaluations:
         notes += _evaluation_notes(step, f"{step.name}: " if len(run.evaluations) > 1 else "")
@@ -45,6 +46,9 @@ def _evaluation_notes(step: StepFolder, about: str) -> list[Row]:
         text = f"{about}{item['count']:,} of {item['of']:,} {item['what']}."
         serious = item["count"] > 0.1 * item["of"] and not item.get("expected")
         notes.append({"kind": "alarm" if serious else "note", "text": text})
+    for cut in evaluation.get("cut_texts", []):
+        text = f"{about}{cut['reader']} read {cut['count']:,} of {cut['of']:,} texts without their beginning: they were too long."
+        notes.append({"kind": "alarm" if cut["count"] > 0.1 * cut["of"] else "note", "text": text})
     names = list(evaluation["candidates"])
     judge = evaluation["judges"][0]["name"]
     unsure = []

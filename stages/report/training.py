@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from stages import metric_names
-from stages.report.figures import LINE, SERIES, Canvas, Figure, drawn, drawn_text, interval_points, log_scale, number_text, short, smoothed
-from stages.report.run_folder import RunFolder, StepFolder, thinned
+from stages.report.figures import (
+    LINE,
+    SERIES,
+    Canvas,
+    Figure,
+    Panel,
+    drawn,
+    drawn_text,
+    interval_points,
+    log_scale,
+    number_text,
+    short,
+    smoothed,
+)
+from stages.report.run_folder import Row, RunFolder, StepFolder, thinned
 from stages.stats.intervals import wilson_interval
 
 STAGE_CURVES = {  # stage -> [(metric, title)]
@@ -122,53 +136,11 @@ def calibration(step: StepFolder) -> Figure | None:
     bins = step.metrics.get(metric_names.HELDOUT_CALIBRATION) or step.metrics.get("calibration")
     if not bins:
         return None
-    panels, rows = [], []
-    canvas = Canvas()
-    axes = canvas.axes
-    low = 0.5 if step.stage == "reward_model" else 0.0
-    axes.plot([low, 1], [low, 1], color=LINE, linewidth=1)
-    intervals = [_wilson(item["accuracy"], item["count"]) for item in bins]
-    interval_points(
-        axes,
-        [item["confidence"] for item in bins],
-        [item["accuracy"] for item in bins],
-        [end[0] for end in intervals],
-        [end[1] for end in intervals],
-        SERIES[1],
-    )
-    axes.set_xlabel("predicted probability")
-    axes.set_ylabel("accuracy")
-    error = step.metrics.get(metric_names.HELDOUT_CALIBRATION_ERROR)
-    panels.append(canvas.panel("reliability" + (f" (calibration error {error:.3f})" if error is not None else "")))
-    rows += [["sure", f"{item['confidence']:.2f}", f"{item['accuracy']:.3f}", f"{item['count']:,}"] for item in bins]
-    splits = []  # (title, x axis label, [(name, accuracy and pairs)])
-    margins = step.metrics.get(metric_names.HELDOUT_ACCURACY_BY_MARGIN) or []
-    edges = [f"{item['from']:g} to {item['to']:g}" if item["to"] is not None else f"above {item['from']:g}" for item in margins]
-    splits.append(("accuracy by margin", "difference of the two scores", list(zip(edges, margins, strict=True))))
-    lengths = step.metrics.get(metric_names.HELDOUT_ACCURACY_BY_LENGTH) or []
-    splits.append(("accuracy by length", "the better completion is", [(item["better_is"], item) for item in lengths]))
-    for column, items in (step.metrics.get(metric_names.HELDOUT_ACCURACY_BY_GROUP) or {}).items():
-        shown = f" (the first {MOST_GROUPS} of {len(items):,} values)" if len(items) > MOST_GROUPS else ""
-        splits.append((f"accuracy by {column}{shown}", column, [(str(item["value"]), item) for item in items[:MOST_GROUPS]]))
-    for split, label, named in splits:
-        if not named:
-            continue
-        canvas = Canvas()
-        intervals = [_wilson(item["accuracy"], item["pairs"]) for _, item in named]
-        canvas.axes.axhline(0.5, color=LINE, linewidth=1)
-        interval_points(
-            canvas.axes,
-            list(range(len(named))),
-            [item["accuracy"] for _, item in named],
-            [end[0] for end in intervals],
-            [end[1] for end in intervals],
-            SERIES[1],
-        )
-        canvas.axes.set_xticks(range(len(named)), [short(name, 60 // len(named)) for name, _ in named])
-        canvas.axes.set_xlabel(label)
-        canvas.axes.set_ylabel("accuracy")
-        panels.append(canvas.panel(split))
-        rows += [[split, name, f"{item['accuracy']:.3f}", f"{item['pairs']:,}"] for name, item in named]
+    panels = [_reliability(step, bins)]
+    rows = [["sure", f"{item['confidence']:.2f}", f"{item['accuracy']:.3f}", f"{item['count']:,}"] for item in bins]
+    for split in _splits(step):
+        panels.append(_accuracy_panel(split))
+        rows += [[split.title, name, f"{item['accuracy']:.3f}", f"{item['pairs']:,}"] for name, item in split.parts]
     pairs = ", which treat pairs of one prompt as independent" if step.stage == "reward_model" else ""
     caption = (
         "Held-out data. On the diagonal, confidence equals accuracy; below it, the model is overconfident. Bars are Wilson's 95 % "
@@ -177,8 +149,58 @@ def calibration(step: StepFolder) -> Figure | None:
     return Figure(f"calibration-{step.name}", f"Calibration of {step.name}", caption, panels, [], ["", "value", "accuracy", "count"], rows)
 
 
-def _wilson(share: float, number: int) -> tuple[float, float]:
-    return wilson_interval(share * number, number)
+def _reliability(step: StepFolder, bins: Sequence[Row]) -> Panel:
+    """The accuracy by predicted probability, one point per bin, and the diagonal."""
+    canvas = Canvas()
+    low = 0.5 if step.stage == "reward_model" else 0.0
+    canvas.axes.plot([low, 1], [low, 1], color=LINE, linewidth=1)
+    _accuracies(canvas, [item["confidence"] for item in bins], [(item["accuracy"], item["count"]) for item in bins])
+    canvas.axes.set_xlabel("predicted probability")
+    error = step.metrics.get(metric_names.HELDOUT_CALIBRATION_ERROR)
+    return canvas.panel("reliability" + (f" (calibration error {error:.3f})" if error is not None else ""))
+
+
+@dataclass(frozen=True)
+class _Split:
+    """The held-out pairs divided into parts: (name of a part, its ``accuracy`` and number of ``pairs``)."""
+
+    title: str
+    label: str  # of the x axis
+    parts: list[tuple[str, Row]]
+
+
+def _splits(step: StepFolder) -> list[_Split]:
+    """The divisions that the step measured: by margin, by length, and by each column of ``group_by``."""
+    margins = step.metrics.get(metric_names.HELDOUT_ACCURACY_BY_MARGIN) or []
+    edges = [f"{item['from']:g} to {item['to']:g}" if item["to"] is not None else f"above {item['from']:g}" for item in margins]
+    lengths = step.metrics.get(metric_names.HELDOUT_ACCURACY_BY_LENGTH) or []
+    splits = [
+        _Split("accuracy by margin", "difference of the two scores", list(zip(edges, margins, strict=True))),
+        _Split("accuracy by length", "the better completion is", [(item["better_is"], item) for item in lengths]),
+    ]
+    for column, items in (step.metrics.get(metric_names.HELDOUT_ACCURACY_BY_GROUP) or {}).items():
+        shown = f" (the first {MOST_GROUPS} of {len(items):,} values)" if len(items) > MOST_GROUPS else ""
+        parts = [(str(item["value"]), item) for item in items[:MOST_GROUPS]]
+        splits.append(_Split(f"accuracy by {column}{shown}", column, parts))
+    return [split for split in splits if split.parts]
+
+
+def _accuracy_panel(split: _Split) -> Panel:
+    canvas = Canvas()
+    canvas.axes.axhline(0.5, color=LINE, linewidth=1)
+    places = list(range(len(split.parts)))
+    _accuracies(canvas, places, [(item["accuracy"], item["pairs"]) for _, item in split.parts])
+    canvas.axes.set_xticks(places, [short(name, 60 // len(split.parts)) for name, _ in split.parts])
+    canvas.axes.set_xlabel(split.label)
+    return canvas.panel(split.title)
+
+
+def _accuracies(canvas: Canvas, at: Sequence[float], measured: Sequence[tuple[float, int]]) -> None:
+    """Draw accuracies with Wilson's 95 % intervals at the x values ``at``. ``measured``: (accuracy, number of trials)."""
+    intervals = [wilson_interval(accuracy * trials, trials) for accuracy, trials in measured]
+    lows, highs = [low for low, _ in intervals], [high for _, high in intervals]
+    interval_points(canvas.axes, at, [accuracy for accuracy, _ in measured], lows, highs, SERIES[1])
+    canvas.axes.set_ylabel("accuracy")
 
 
 # Data efficiency

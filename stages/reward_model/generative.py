@@ -7,6 +7,7 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,6 @@ from stages.json_types import JsonObject
 from stages.metric_names import (
     HELDOUT_ACCURACY_BEFORE,
     HELDOUT_BESIDE,
-    HELDOUT_LOG_ACCURACY,
-    HELDOUT_LOG_LOSS,
     NUM_COMPARISONS,
     NUM_PAIRS,
     curation_names,
@@ -33,7 +32,7 @@ from stages.models.parts import moved_to
 from stages.models.reward_question import RewardQuestion
 from stages.models.sharding import unsharded
 from stages.reward_model.config import RewardModelConfig
-from stages.reward_model.measuring import measure_beside
+from stages.reward_model.measuring import measure_beside, say_measured
 from stages.reward_model.preferences import Agreement, EncodedComparison, agreement
 from stages.reward_model.rows import say_lost, usable
 from stages.reward_model.training import RankingTrainer, make_trainer
@@ -81,26 +80,9 @@ def run_generative(
     a language model, DataError if no held-out comparison has a preference.
     """
     assert config.generative is not None
-    trains = config.generative.train
-    asked = RewardQuestion(config.generative.question, (config.generative.answers[0], config.generative.answers[1]))
-    source = context.models["model"]
-    if source.record is not None and source.record.role not in ("language_model", ROLE):
-        raise ModelError(f"model: {source.ref!r} is a {source.record.role.replace('_', ' ')}; generative needs a language model")
-    tokenizer = load_tokenizer(source)
-    dtype = weights_dtype(config, context) if trains else context.runtime.dtype(config.precision)
-    model = moved_to(
-        load_language_model(source, dtype=dtype, lora=config.lora, trainable=trains, tokenizer=tokenizer), context.runtime.device
-    )
-    judging = GenerativeSource(
-        context.name,
-        model,
-        tokenizer,
-        asked,
-        batch_size=config.training.measuring_rows,
-        max_length=row_length(config.max_length, model.config, tokenizer, unlimited=2048),
-        ref=source.ref,
-    )
-    comparisons, left_out = load(tokenizer)
+    trains, source = config.generative.train, context.models["model"]
+    judging = _load_judging(config, context)
+    comparisons, left_out = load(judging.tokenizer)
     heldout = [item for item in comparisons.validation if item.num_pairs]
     encoded = [encode(item, judging) for item in heldout]
     counted, lost = usable(encoded)
@@ -112,11 +94,7 @@ def run_generative(
     if trains:
         trainer, trained = _train(config, context, judging, comparisons, lambda: measure(judging, texts, counted))
         after = measure(judging, texts, counted)
-    context.log(int(trained.get("optimizer_steps", 0)), {HELDOUT_LOG_ACCURACY: after["accuracy"], HELDOUT_LOG_LOSS: after["loss"]})
-    moved = f"{before['accuracy']:.3f} -> {after['accuracy']:.3f}" if trains else f"{after['accuracy']:.3f}"
-    context.runtime.console.print(
-        f"{context.name}: held-out accuracy {moved} (95 % {after['ci_low']:.3f} to {after['ci_high']:.3f}, {after['pairs']} pairs)"
-    )
+    say_measured(context, int(trained.get("optimizer_steps", 0)), before if trains else None, after)
     beside = measure_beside(config, context, texts, counted)
     metrics = {
         **({HELDOUT_ACCURACY_BEFORE: before["accuracy"]} if trains else {}),
@@ -127,18 +105,41 @@ def run_generative(
         **curation_names(left_out),
     }
     kind: Publication = {"role": ROLE, "base": source if config.lora is not None else None}
-    rows = [item.rows[0] for item in counted]
-
-    def save(folder: Path, weights: dict[str, Tensor] | None) -> None:
-        own = None if weights is None else {name.removeprefix("language_model."): value for name, value in weights.items()}
-        save_model(model, tokenizer, folder, state_dict=own, rows=rows)
-        asked.write(folder)
-
+    save = partial(_save, judging, [item.rows[0] for item in counted])
     if trainer is not None:
         publish_best(trainer, context, save, **kind)
     weights = gathered_weights(trainer) if trainer is not None else None
     record = context.publish(lambda folder: save(folder, weights), metrics=metrics, **kind)
     return StepResult(model=record, metrics=metrics)
+
+
+def _load_judging(config: RewardModelConfig, context: StepContext) -> GenerativeSource:
+    """Load the language model with its question. Raises ModelError if ``model`` is not a language model."""
+    assert config.generative is not None
+    trains, source = config.generative.train, context.models["model"]
+    if source.record is not None and source.record.role not in ("language_model", ROLE):
+        raise ModelError(f"model: {source.ref!r} is a {source.record.role.replace('_', ' ')}; generative needs a language model")
+    tokenizer = load_tokenizer(source)
+    dtype = weights_dtype(config, context) if trains else context.runtime.dtype(config.precision)
+    model = moved_to(
+        load_language_model(source, dtype=dtype, lora=config.lora, trainable=trains, tokenizer=tokenizer), context.runtime.device
+    )
+    return GenerativeSource(
+        context.name,
+        model,
+        tokenizer,
+        RewardQuestion(config.generative.question, (config.generative.answers[0], config.generative.answers[1])),
+        batch_size=config.training.measuring_rows,
+        max_length=row_length(config.max_length, model.config, tokenizer, unlimited=2048),
+        ref=source.ref,
+    )
+
+
+def _save(judging: GenerativeSource, rows: list[list[int]], folder: Path, weights: dict[str, Tensor] | None) -> None:
+    """Save the model with its question. ``weights``: those of the trainer if they are sharded. ``rows``: the saved model is compared on."""
+    own = None if weights is None else {name.removeprefix("language_model."): value for name, value in weights.items()}
+    save_model(judging.model, judging.tokenizer, folder, state_dict=own, rows=rows)
+    judging.asked.write(folder)
 
 
 def encode(comparison: Comparison, judging: GenerativeSource) -> EncodedComparison:

@@ -10,6 +10,7 @@ import torch
 from stages.corpora.comparisons import Comparison
 from stages.corpora.messages import completion_text
 from stages.errors import DataError
+from stages.metric_names import HELDOUT_LOG_ACCURACY, HELDOUT_LOG_LOSS
 from stages.models.heads import RewardModel
 from stages.models.sharding import unsharded
 from stages.reward_model.config import RewardModelConfig
@@ -48,6 +49,15 @@ def measure_beside(
             f"{measured['ci_high']:.3f})"
         )
     return agreements
+
+
+def say_measured(context: StepContext, optimizer_step: int, before: Agreement | None, after: Agreement) -> None:
+    """Log and print the held-out accuracy. ``before``: that before training; None without training."""
+    context.log(optimizer_step, {HELDOUT_LOG_ACCURACY: after["accuracy"], HELDOUT_LOG_LOSS: after["loss"]})
+    moved = f"{after['accuracy']:.3f}" if before is None else f"{before['accuracy']:.3f} -> {after['accuracy']:.3f}"
+    context.runtime.console.print(
+        f"{context.name}: held-out accuracy {moved} (95 % {after['ci_low']:.3f} to {after['ci_high']:.3f}, {after['pairs']} pairs)"
+    )
 
 
 def inference(model: RewardModel) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -5,12 +5,12 @@ All pairs of a prompt are one batch element: each of its K completions is scored
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from stages.corpora.comparisons import Comparisons, load_comparisons
+from stages.corpora.comparisons import Comparison, Comparisons, load_comparisons
 from stages.corpora.curation import Curator
 from stages.corpora.fitting import fit_prompt
 from stages.corpora.messages import Completion, Prompt
@@ -21,8 +21,6 @@ from stages.json_types import JsonObject
 from stages.metric_names import (
     HELDOUT_ACCURACY_BEFORE,
     HELDOUT_BESIDE,
-    HELDOUT_LOG_ACCURACY,
-    HELDOUT_LOG_LOSS,
     NUM_COMPARISONS,
     NUM_DEMONSTRATIONS,
     NUM_PAIRS,
@@ -36,8 +34,9 @@ from stages.models.sharding import unsharded
 from stages.reward_model.collection import collect_comparisons
 from stages.reward_model.config import RewardModelConfig
 from stages.reward_model.generative import run_generative
-from stages.reward_model.measuring import inference, measure, measure_beside
-from stages.reward_model.rows import encode, encode_pairs, say_lost, usable
+from stages.reward_model.measuring import inference, measure, measure_beside, say_measured
+from stages.reward_model.preferences import Agreement, EncodedComparison
+from stages.reward_model.rows import Lost, encode, encode_pairs, say_lost, usable
 from stages.reward_model.training import Attempt, finished, new_model, train_with_seed
 from stages.rewards.learned import score_rows
 from stages.sampling.generation import decode_completions, episode_seed
@@ -58,54 +57,30 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
     tokenizer = model.tokenizer
     assert tokenizer is not None
     max_length = row_length(config.max_length, model.config, tokenizer, unlimited=2048)
-    comparisons, left_out = _load_comparisons(config, context, tokenizer)
-    train_rows, lost = usable([encode(item, tokenizer, max_length) for item in comparisons.train if item.num_pairs])
-    validation = [item for item in comparisons.validation if item.num_pairs]
-    encoded = [encode(item, tokenizer, max_length) for item in validation]
-    heldout, lost_heldout = usable(encoded)
-    texts_of_heldout = [item for item, rows in zip(validation, encoded, strict=True) if rows.pairs[0]]
-    for which, counts in (("", lost), ("held-out ", lost_heldout)):
-        say_lost(context, which, counts, max_length)
-    deciding, measuring = (heldout, heldout) if config.num_seeds == 1 else (heldout[::2], heldout[1::2])
-    texts_of_measuring = texts_of_heldout if config.num_seeds == 1 else texts_of_heldout[1::2]
-    if config.training.epochs > 1:
-        context.runtime.console.print(
-            f"{context.name}: {config.training.epochs:g} epochs; reward models overfit quickly (Ouyang et al. 2022, C.2: one epoch)"
-        )
-    texts = _texts_to_normalize_on(config, context, comparisons)
+    data = _load_data(config, context, tokenizer, max_length)
+    _warn_of_overfitting(config, context)
+    texts = _texts_to_normalize_on(config, context, data.comparisons)
     rows_of_texts = encode_pairs(texts, tokenizer, max_length)
     scoring = {"pad_token_id": tokenizer.pad_token_id, "batch_size": config.training.measuring_rows}
-    before = measure(model.to(context.runtime.device), measuring, **scoring)
+    before = measure(model.to(context.runtime.device), data.measuring, **scoring)
 
     def normalise(model: RewardModel) -> tuple[float, float]:
-        """Normalise the scores. Returns (gain, previous standard deviation of the scores)."""
-        with unsharded(model):
-            scores = score_rows(rows_of_texts, inference(model.eval()), **scoring, device=context.runtime.device).double()
-        mean, deviation = float(scores.mean()), float(scores.std(correction=0))
-        if config.normalization.to == "standardize":
-            return model.standardize(mean, deviation), deviation
-        if config.normalization.to == "center":
-            model.center(mean)
-        return 1.0, deviation
+        return _normalise(config, context, model, rows_of_texts, scoring)
 
     attempts: list[Attempt] = []
-    for offset in range(config.num_seeds):
-        seed = context.seed + offset
-        if offset:
+    for seed in range(context.seed, context.seed + config.num_seeds):
+        if seed != context.seed:
             context.runtime.seed_everything(seed)  # adapter weights are drawn from the process's generator
             model = new_model(config, context, seed).to(context.runtime.device)
         if config.normalization.before_training:
             normalise(model)
-        attempt, trainer = train_with_seed(config, context, model, train_rows, deciding, scoring, seed)
+        attempt, trainer = train_with_seed(config, context, model, data.train, data.deciding, scoring, seed)
         attempts.append(attempt)
     best = max(attempts, key=lambda attempt: attempt.accuracy)  # the first of equal ones
     if best is not attempts[-1]:
-        kept = finished(context, best.seed).newest()
-        if kept is None:
-            raise TrainingError(f"{context.name}: the saved weights of seed {best.seed} are damaged; run the command again")
-        load_tensors(trainable(model), kept.path / "model.safetensors")
+        _load_attempt(context, model, best)
     kind: Publication = {"role": "reward_model", "base": context.models["model"] if config.lora is not None else None}
-    shown = [item.rows[0] for item in heldout]  # rows on which the saved model is compared with the model in memory
+    shown = [item.rows[0] for item in data.heldout]  # rows on which the saved model is compared with the model in memory
     publish_best(
         trainer,
         context,
@@ -114,38 +89,22 @@ def run(config: RewardModelConfig, context: StepContext) -> StepResult:
         **kind,
     )
     gain, deviation = normalise(model)
-    after = measure(model, measuring, gain=gain, **scoring)
-
-    context.log(int(best.trained["optimizer_steps"]), {HELDOUT_LOG_ACCURACY: after["accuracy"], HELDOUT_LOG_LOSS: after["loss"]})
-    context.runtime.console.print(
-        f"{context.name}: held-out accuracy {before['accuracy']:.3f} -> {after['accuracy']:.3f} "
-        f"(95 % {after['ci_low']:.3f} to {after['ci_high']:.3f}, {after['pairs']} pairs)"
-    )
-    beside = measure_beside(config, context, texts_of_measuring, measuring)
-    metrics: JsonObject = {
-        HELDOUT_ACCURACY_BEFORE: before["accuracy"],
-        **({HELDOUT_BESIDE: beside} if beside else {}),
-        **heldout_names(after),
-        **best.trained,
-        NUM_COMPARISONS: len(train_rows),
-        NUM_PAIRS: sum(item.pairs[0] for item in train_rows),
-        "all_ties": sum(not item.num_pairs for item in comparisons.train),
-        **lost.as_metrics(),
-        **heldout_names(lost_heldout.as_metrics()),
+    after = measure(model, data.measuring, gain=gain, **scoring)
+    say_measured(context, int(best.trained["optimizer_steps"]), before, after)
+    beside = measure_beside(config, context, data.texts_of_measuring, data.measuring)
+    scale: JsonObject = {
         "reward_bias": model.reward_bias,
         "reward_gain": gain,
         NUM_DEMONSTRATIONS: len(texts),
         "demonstration_reward_std": deviation,
-        **curation_names(left_out),
     }
-    if config.collect is not None:
-        metrics["collected"] = comparisons.collected
-    if config.num_seeds > 1:
-        metrics |= {"seeds": {str(attempt.seed): attempt.accuracy for attempt in attempts}, "selected_seed": best.seed}
+    metrics = _metrics(config, data, attempts, best, before, after, beside, scale)
     weights = gathered_weights(trainer)
     record = context.publish(lambda folder: model.save(folder, tokenizer, state_dict=weights, rows=shown), metrics=metrics, **kind)
     return StepResult(model=record, metrics=metrics)
 
+
+# Data
 
 COLLECTED = "collected by the step"  # annotator name of comparisons made by the step
 
@@ -153,6 +112,40 @@ COLLECTED = "collected by the step"  # annotator name of comparisons made by the
 def _check_texts(config: RewardModelConfig, context: StepContext) -> None:
     """Raise DataError with the row's location for a conversation that the chat template rejects, before weights are loaded."""
     check_rendering(load_tokenizer(context.models["model"]), config.conversations())
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The comparisons of the step as token ids. Those without a preference, or without room for one, are left out.
+
+    ``deciding``: held-out comparisons that choose among several seeds. ``measuring``: those of the published accuracy, with their texts.
+    With one seed both are ``heldout``; with several they are its two halves. ``lost``: what did not fit the maximum length. ``left_out``:
+    numbers of rows that the curation left out, by reason.
+    """
+
+    comparisons: Comparisons
+    train: list[EncodedComparison]
+    heldout: list[EncodedComparison]
+    deciding: list[EncodedComparison]
+    measuring: list[EncodedComparison]
+    texts_of_measuring: list[Comparison]
+    lost: Lost
+    lost_heldout: Lost
+    left_out: dict[str, int]
+
+
+def _load_data(config: RewardModelConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase, max_length: int) -> _Data:
+    """Load and encode the comparisons. Says how many did not fit ``max_length`` tokens."""
+    comparisons, left_out = _load_comparisons(config, context, tokenizer)
+    train, lost = usable([encode(item, tokenizer, max_length) for item in comparisons.train if item.num_pairs])
+    validation = [item for item in comparisons.validation if item.num_pairs]
+    encoded = [encode(item, tokenizer, max_length) for item in validation]
+    heldout, lost_heldout = usable(encoded)
+    texts = [item for item, rows in zip(validation, encoded, strict=True) if rows.pairs[0]]
+    for which, counts in (("", lost), ("held-out ", lost_heldout)):
+        say_lost(context, which, counts, max_length)
+    halves = (heldout, heldout, texts) if config.num_seeds == 1 else (heldout[::2], heldout[1::2], texts[1::2])
+    return _Data(comparisons, train, heldout, *halves, lost, lost_heldout, left_out)
 
 
 def _load_comparisons(
@@ -198,3 +191,66 @@ def _texts_to_normalize_on(config: RewardModelConfig, context: StepContext, comp
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return list(zip(prompts, texts, strict=True))
+
+
+# Training
+
+
+def _warn_of_overfitting(config: RewardModelConfig, context: StepContext) -> None:
+    if config.training.epochs > 1:
+        context.runtime.console.print(
+            f"{context.name}: {config.training.epochs:g} epochs; reward models overfit quickly (Ouyang et al. 2022, C.2: one epoch)"
+        )
+
+
+def _normalise(
+    config: RewardModelConfig, context: StepContext, model: RewardModel, rows: list[list[int]], scoring: dict[str, int]
+) -> tuple[float, float]:
+    """Normalise the scores on the texts ``rows``. Returns (gain, previous standard deviation of the scores)."""
+    with unsharded(model):
+        scores = score_rows(rows, inference(model.eval()), **scoring, device=context.runtime.device).double()
+    mean, deviation = float(scores.mean()), float(scores.std(correction=0))
+    if config.normalization.to == "standardize":
+        return model.standardize(mean, deviation), deviation
+    if config.normalization.to == "center":
+        model.center(mean)
+    return 1.0, deviation
+
+
+def _load_attempt(context: StepContext, model: RewardModel, attempt: Attempt) -> None:
+    """Load the final weights of an earlier attempt into ``model``. Raises TrainingError if they are damaged."""
+    kept = finished(context, attempt.seed).newest()
+    if kept is None:
+        raise TrainingError(f"{context.name}: the saved weights of seed {attempt.seed} are damaged; run the command again")
+    load_tensors(trainable(model), kept.path / "model.safetensors")
+
+
+def _metrics(
+    config: RewardModelConfig,
+    data: _Data,
+    attempts: list[Attempt],
+    best: Attempt,
+    before: Agreement,
+    after: Agreement,
+    beside: dict[str, dict[str, float]],
+    scale: JsonObject,
+) -> JsonObject:
+    """The summary of the step. ``beside``: held-out agreement of other rewards. ``scale``: how the scores were normalised."""
+    metrics: JsonObject = {
+        HELDOUT_ACCURACY_BEFORE: before["accuracy"],
+        **({HELDOUT_BESIDE: beside} if beside else {}),
+        **heldout_names(after),
+        **best.trained,
+        NUM_COMPARISONS: len(data.train),
+        NUM_PAIRS: sum(item.pairs[0] for item in data.train),
+        "all_ties": sum(not item.num_pairs for item in data.comparisons.train),
+        **data.lost.as_metrics(),
+        **heldout_names(data.lost_heldout.as_metrics()),
+        **scale,
+        **curation_names(data.left_out),
+    }
+    if config.collect is not None:
+        metrics["collected"] = data.comparisons.collected
+    if config.num_seeds > 1:
+        metrics |= {"seeds": {str(attempt.seed): attempt.accuracy for attempt in attempts}, "selected_seed": best.seed}
+    return metrics

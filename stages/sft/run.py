@@ -6,6 +6,7 @@ Rows are tokenized here with the template that is saved with the model, so that 
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
@@ -34,12 +35,13 @@ from stages.training.best import heldout_likelihood, publish_trained
 from stages.training.running import train
 from stages.training.selection import Selector, selection_callback
 
+if TYPE_CHECKING:
+    from stages.model_types import TransformersModel
+
 
 def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     """Fine-tune and publish the language model with its held-out loss (nats per counted token) before and after."""
-    tokenizer = load_tokenizer(context.models["model"])
-    if config.template is not None:
-        set_template(tokenizer, config.template)
+    tokenizer = _load_tokenizer(config, context)
     curator = Curator(config.curation, count_tokens(tokenizer))
     demonstrations = fitted(load_demonstrations(config.data, curator), config, tokenizer)
     encoded, encoded_heldout = (
@@ -48,12 +50,7 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     )
     _say_untrained(encoded, "training", context)
     _say_untrained(encoded_heldout, "held-out", context)
-    model = load_language_model(
-        context.models["model"], dtype=weights_dtype(config, context), lora=config.lora, tokenizer=tokenizer, dropout=True
-    )
-    refuse_output_adapter(model, config.lora)
-    if config.residual_dropout is not None:
-        set_residual_dropout(model, config.residual_dropout)
+    model = _load_model(config, context, tokenizer)
     max_length: int = row_length(config.max_length, model.config, tokenizer, unlimited=1024)
     _say_form(tokenizer, encoded, context)
     rows = short_enough(encoded.rows, max_length, context, "training")
@@ -71,10 +68,7 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
         rule=config,
         measure=lambda: _likelihood(trainer, config, context, tokenizer, heldout).loss,
     )
-    selected = {}
-    if selector is not None:
-        best = selector.load_best()
-        selected = {"selected_optimizer_step": best.optimizer_step, "selection": [asdict(one) for one in selector.tried]}
+    selected = _load_best(selector) if selector is not None else {}
     after = _measure(trainer, config, context, tokenizer, heldout, "after")
     remembered = _measure_pretraining(trainer, config, context, tokenizer, mixed.heldout)
 
@@ -100,6 +94,30 @@ def run(config: SFTStepConfig, context: StepContext) -> StepResult:
     shown = [row.ids for row in heldout]  # rows on which the saved model is compared with the model in memory
     record = publish_trained(trainer, context, model, tokenizer, rows=shown, metrics=metrics, **kind)
     return StepResult(model=record, metrics=metrics)
+
+
+def _load_tokenizer(config: SFTStepConfig, context: StepContext) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with the template of the recipe if there is one."""
+    tokenizer = load_tokenizer(context.models["model"])
+    if config.template is not None:
+        set_template(tokenizer, config.template)
+    return tokenizer
+
+
+def _load_model(config: SFTStepConfig, context: StepContext, tokenizer: PreTrainedTokenizerBase) -> TransformersModel:
+    """The model to train, with its adapter and dropout."""
+    source, dtype = context.models["model"], weights_dtype(config, context)
+    model = load_language_model(source, dtype=dtype, lora=config.lora, tokenizer=tokenizer, dropout=True)
+    refuse_output_adapter(model, config.lora)
+    if config.residual_dropout is not None:
+        set_residual_dropout(model, config.residual_dropout)
+    return model
+
+
+def _load_best(selector: Selector) -> JsonObject:
+    """Load the weights of the selected checkpoint into the model. Returns the metrics of the selection."""
+    best = selector.load_best()
+    return {"selected_optimizer_step": best.optimizer_step, "selection": [asdict(one) for one in selector.tried]}
 
 
 def _say_untrained(encoded: Encoded, which: str, context: StepContext) -> None:

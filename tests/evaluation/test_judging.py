@@ -6,11 +6,15 @@ import itertools
 from typing import Any
 
 import pytest
+import torch
 
 from stages.errors import DataError, ModelError, TrainingError
+from stages.evaluation import answers
 from stages.evaluation.answers import Question
 from stages.evaluation.judging import Judged, agreement
 from stages.evaluation.run import run
+from stages.rewards.details import Judgement
+from tests.evaluation.conftest import LENGTHS
 
 PROMPTS = ["the film", "write a happy line about the music", "a fine film", "the plot was"]
 
@@ -47,6 +51,19 @@ def test_human_votes_count_as_preferences(prompts, step_context, models, config,
     assert lines[3]["preferences"]["people"] == [] and lines[2]["preferences"]["people"][0]["preference"] == 0.0
     assert evaluation["verdict"].startswith("By people, aligned")
     assert "people" not in evaluation["candidates"]["base"]["scores"]
+
+
+def test_texts_that_a_judge_or_a_selecting_reward_cut_are_counted(prompts, step_context, models, config, read_run, monkeypatch) -> None:
+    def cut_first(source: Any, asked: Any, completions: list[str], details: Any) -> Judgement:
+        return Judgement(torch.zeros(len(completions)), cut=torch.arange(len(completions)) < 3)
+
+    monkeypatch.setattr(answers, "judge", cut_first)
+    best_of = {"n": 2, "reward": {"function": LENGTHS, "name": "chooser"}}
+    context = step_context(models=models)
+    result = run(config(prompts, candidates={"base": "b", "aligned": {"model": "a", "best_of": best_of}}), context)
+    # The reward that selects reads 4 prompts x 2 samples at once; the judge reads 2 candidates x 4 completions, then all 8 samples.
+    expected = [{"reader": "chooser", "count": 3, "of": 8}, {"reader": "lengths", "count": 6, "of": 16}]
+    assert result.metrics["cut_texts"] == read_run(context)[0]["cut_texts"] == expected
 
 
 def test_human_ratings_count_as_scores(prompts, step_context, models, config, write_rows, read_run) -> None:

@@ -144,6 +144,7 @@ def make_run(folder: Path, *, number: int = 8, seed: int = 7, kl_coef: float = 0
         "best_of_n": {"best": curve},
         "few_shot": {"best": [{"text": EVIL, "score": 0.5}, {"text": "worse", "score": 0.1}]},
         "exclusions": [{"what": "prompts that base has no completion for", "count": 1, "of": number}],
+        "cut_texts": [{"reader": "gold", "count": 3, "of": 40}],
     }
     steps: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
         "base": ("pretraining", {"heldout_perplexity_before": 900.0, "heldout_perplexity_after": 3.1}, {}),

@@ -100,6 +100,7 @@ def test_remarks_name_alarms_exclusions_and_disagreement(html: str) -> None:
     words = Page(html).words
     assert "aligned: reward_hacking from iteration 9 on, in 3 iterations: the monitor fell" in words
     assert "1 of 8 prompts that base has no completion for." in words
+    assert "gold read 3 of 40 texts without their beginning: they were too long." in words
     assert "8 prompts do not distinguish aligned from best (52 %; about 90 prompts would be needed)" in words
     assert "gold and llm agree on 52 % of the 25 comparisons without a tie: they judge different things." in words
     assert "llm was asked 12 times (3 replies from the cache, 1 retries, 1 refusals, 0 failures), for 0.02" in words
