@@ -23,6 +23,7 @@ from stages.config import LoraSettings
 from stages.errors import ModelError
 from stages.models.adapters import FRESH, HEAD_FILE, is_part_of
 from stages.models.loading import as_resolved, load_backbone, load_tokenizer
+from stages.models.longrope import positions_of_rows
 from stages.models.packing import Packing, one_sequence_per_row, packed_attention
 from stages.models.parts import hidden_width
 from stages.models.published import check_saved_adapter, check_saved_weights, rows_for
@@ -89,10 +90,15 @@ class ScalarModel(nn.Module):
         """One number per position, computed from that token and those before it. Inputs [B, T]; returns [B, T] fp32."""
         return self.score_head(self._hidden(input_ids, attention_mask).float()).squeeze(-1)
 
-    def score_positions(self, input_ids: Tensor, rows: Tensor, columns: Tensor, packing: Packing | None = None) -> Tensor:
-        """The numbers [N] at positions (``rows``, ``columns``) [N] of right-padded ids [B, T], or of packed ids [1, S]."""
+    def score_positions(
+        self, input_ids: Tensor, rows: Tensor, columns: Tensor, packing: Packing | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        """The numbers [N] at positions (``rows``, ``columns``) [N] of right-padded ids [B, T], or of packed ids [1, S].
+
+        ``lengths`` [B]: of the padded rows; None: all rows have T tokens.
+        """
         self.activate()
-        return self.score_head(hidden_states(self.backbone, input_ids, packing)[rows, columns].float()).squeeze(-1)
+        return self.score_head(hidden_states(self.backbone, input_ids, packing, lengths)[rows, columns].float()).squeeze(-1)
 
     def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Last hidden states [B, T, d].
@@ -103,11 +109,11 @@ class ScalarModel(nn.Module):
         """
         self.activate()
         if bool(attention_mask[:, 0].all()):
-            return hidden_states(self.backbone, input_ids)
+            return hidden_states(self.backbone, input_ids, lengths=attention_mask.sum(dim=1))
         starts = attention_mask.long().argmax(dim=1, keepdim=True)  # first real token of each row
         columns, width = torch.arange(input_ids.shape[1], device=input_ids.device), input_ids.shape[1]
         moved = input_ids.gather(1, (columns + starts) % width)
-        hidden = hidden_states(self.backbone, moved)
+        hidden = hidden_states(self.backbone, moved, lengths=attention_mask.sum(dim=1))
         back = (columns - starts) % width
         return hidden.gather(1, back[..., None].expand_as(hidden))
 
@@ -213,11 +219,15 @@ class ScalarModel(nn.Module):
         return outputs
 
 
-def hidden_states(backbone: TransformersModel, input_ids: Tensor, packing: Packing | None = None) -> Tensor:
-    """Last hidden states [B, T, d] of right-padded ids [B, T]; of packed ones [1, S] inside each of their sequences [1, S, d]."""
+def hidden_states(backbone: TransformersModel, input_ids: Tensor, packing: Packing | None = None, lengths: Tensor | None = None) -> Tensor:
+    """Last hidden states [B, T, d] of right-padded ids [B, T]; of packed ones [1, S] inside each of their sequences [1, S, d].
+
+    ``lengths`` [B]: of the padded rows; None: all rows have T tokens.
+    """
     if packing is None:
         with one_sequence_per_row():
-            return backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+            positions = positions_of_rows(backbone, input_ids, lengths)
+            return backbone(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
     with packed_attention(packing, backbone):
         return backbone(input_ids=input_ids, position_ids=packing.positions, use_cache=False).last_hidden_state
 

@@ -21,6 +21,7 @@ from stages.models.causality import require_causal
 from stages.models.embeddings import grow_embedding
 from stages.models.failures import explained
 from stages.models.families import no_linear_layers, refuse_quantization, refuse_unfit, unquantized_modules
+from stages.models.longrope import choose_frequencies_by_sequence
 from stages.models.own_layers import use_own_layers
 from stages.models.parts import moved_to
 from stages.models.published import check_saved_adapter, check_saved_weights, outputs_of, rows_for
@@ -338,6 +339,7 @@ def _finish(
     if not dropout:
         disable_dropout(model)
     use_own_layers(model)
+    choose_frequencies_by_sequence(model)
     leave_out_router_loss(model)
     return model.train(trainable)
 

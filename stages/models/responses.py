@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stages.kernels.matmul import Linear
 from stages.kernels.output_layer import Term, chosen_logprobs, summed_loss
 from stages.models.heads import ValueModel, hidden_states
+from stages.models.longrope import positions_of_rows
 from stages.models.output_path import multiplies_directly
 from stages.models.packing import Packing, one_sequence_per_row, packed_attention, packing_indices, packing_kernel
 from stages.models.parts import transformer_of
@@ -157,7 +158,7 @@ class Policy:
         """Hidden states [B, T, d], or [1, S, d] for a packed batch."""
         self.activate()
         with self.precision():
-            return hidden_states(self.decoder, batch.input_ids, batch.packing)
+            return hidden_states(self.decoder, batch.input_ids, batch.packing, batch.lengths)
 
     def logprobs(self, batch: SequenceBatch) -> Tensor:
         """Log-probabilities of the response tokens [N] in fp32, at the sampling temperature, without gradient."""
@@ -200,8 +201,10 @@ class Policy:
     def _logits(self, batch: SequenceBatch) -> Tensor:
         """Logits [N, V] computed by the model itself."""
         self.activate()
-        positions = {} if batch.packing is None else {"position_ids": batch.packing.positions}
-        rows = one_sequence_per_row() if batch.packing is None else packed_attention(batch.packing, self.decoder)
+        if batch.packing is None:
+            positions, rows = positions_of_rows(self.decoder, batch.input_ids, batch.lengths), one_sequence_per_row()
+        else:
+            positions, rows = {"position_ids": batch.packing.positions}, packed_attention(batch.packing, self.decoder)
         with self.precision(), rows:
             return self.model(input_ids=batch.input_ids, use_cache=False, **positions).logits[batch.rows, batch.columns]
 
@@ -220,7 +223,7 @@ def loss_and_values(policy: Policy, value: ValueModel, batch: SequenceBatch, ter
     ``roles_together``. Returns (loss of the first ``num_tokens`` positions, values [N] in fp32).
     """
     with policy.precision():
-        hidden = hidden_states(policy.decoder, batch.input_ids, batch.packing)[batch.rows, batch.columns]
+        hidden = hidden_states(policy.decoder, batch.input_ids, batch.packing, batch.lengths)[batch.rows, batch.columns]
     of_policy, of_value = hidden.chunk(2)
     loss = policy.loss_of(of_policy, batch.tokens[:num_tokens], term, policy.temperature)
     with policy.precision():
@@ -230,4 +233,4 @@ def loss_and_values(policy: Policy, value: ValueModel, batch: SequenceBatch, ter
 def sequence_values(model: ValueModel, batch: SequenceBatch, precision: AbstractContextManager[object]) -> Tensor:
     """Values before each response token [N] in fp32: the value network's output at the position that predicts the token."""
     with precision:
-        return model.score_positions(batch.input_ids, batch.rows, batch.columns, batch.packing)
+        return model.score_positions(batch.input_ids, batch.rows, batch.columns, batch.packing, batch.lengths)

@@ -15,7 +15,7 @@ from stages.corpora.templates import check_rendering, count_tokens
 from stages.errors import DataError
 from stages.models.loading import load_tokenizer
 from stages.ppo.encoding import EncodedPrompt, encoded_prompts, prompt_room
-from stages.sampling.generation import episode_seed
+from stages.sampling.generation import episode_seed, require_room
 
 if TYPE_CHECKING:
     from stages.ppo.config import PPOStepConfig
@@ -47,6 +47,7 @@ def load_prompts(config: PPOStepConfig, context: StepContext, roles: Roles) -> l
     if len(kept) < len(encoded):
         left_out = len(encoded) - len(kept)
         context.runtime.console.print(f"{context.name}: left out {left_out} of {len(encoded)} prompts ({longest} tokens at most)")
+    require_room(roles.policy.model, [one.ids for one in kept], config.generation)  # fail now instead of in a later iteration
     return kept
 
 

@@ -26,7 +26,7 @@ from stages.sampling.probe import fits_slots, usable_support
 from stages.sampling.support import DecodingSupport, plain_model
 from stages.sampling.workspace import workspace_for
 from stages.tokens.continuation import CONTEXT, continuation_text
-from stages.tokens.positions import model_length
+from stages.tokens.positions import frequency_switch, model_length
 from stages.tokens.turns import turn_end_ids
 
 if TYPE_CHECKING:
@@ -118,7 +118,11 @@ def ending_tokens(
 
 
 def require_room(model: TransformersModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
-    """Raise ModelError if a prompt (token ids) plus ``settings.max_new_tokens`` needs more positions than ``model`` has."""
+    """Raise ModelError if a prompt (token ids) plus ``settings.max_new_tokens`` needs more positions than ``model`` has.
+
+    Also if the completion may begin at or below the length from which the model uses other frequencies, and end above it.
+    """
+    _refuse_switch(model, prompts, settings)
     positions = model_length(model.config)
     if positions is None:
         return
@@ -129,6 +133,19 @@ def require_room(model: TransformersModel, prompts: Sequence[Sequence[int]], set
             f"{len(too_long)} of {len(prompts)} prompts are too long: the longest has {max(too_long)} tokens, and the model "
             f"has {positions} positions, of which generation.max_new_tokens={settings.max_new_tokens} leaves {max(room, 0)}. "
             "Leave out or shorten long prompts, or lower max_new_tokens"
+        )
+
+
+def _refuse_switch(model: TransformersModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
+    """Raise ModelError if a completion may cross the length of ``frequency_switch``: the cached keys have the frequencies of before."""
+    switch, new = frequency_switch(model.config), settings.max_new_tokens
+    crossing = [len(prompt) for prompt in prompts if switch is not None and len(prompt) <= switch < len(prompt) + new]
+    if crossing:
+        raise ModelError(
+            f"{len(crossing)} of {len(prompts)} prompts, e.g. one of {max(crossing)} tokens, may get a completion that crosses {switch} "
+            f"tokens, where this model changes its frequencies (longrope). Prompt and completion (generation.max_new_tokens={new}) must "
+            f"both be below it, or the prompt above it. Keep prompts of at most {max(0, (switch or 0) - new)} tokens, e.g. by "
+            "max_prompt_tokens, or lower max_new_tokens"
         )
 
 

@@ -90,6 +90,14 @@ def model_length(config: PretrainedConfig | SimpleNamespace) -> int | None:
     return max(1, _extended(text, named) - _skipped_rows(text, kind))
 
 
+def frequency_switch(config: PretrainedConfig) -> int | None:
+    """The length in tokens beyond which a longrope model uses other frequencies for all tokens of a sequence; None for other models."""
+    rope = getattr(_text_config(config), "rope_parameters", None)
+    candidates = [rope, *rope.values()] if isinstance(rope, dict) else []  # some families have parameters for each type of layer
+    found = [item for item in candidates if isinstance(item, dict) and item.get("rope_type") == "longrope"]
+    return min((int(item["original_max_position_embeddings"]) for item in found), default=None)
+
+
 def tokenizer_length(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
     """The tokenizer's ``model_max_length``; None if it is not set."""
     limit = getattr(tokenizer, "model_max_length", None)
