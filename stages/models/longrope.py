@@ -78,7 +78,7 @@ class _BySequence(nn.Module):
         prefix = "" if layer_type is None else f"{layer_type}_"
         settings = self.config.rope_parameters if layer_type is None else self.config.rope_parameters[layer_type]
         original: int = settings["original_max_position_embeddings"]
-        plain = inspect.unwrap(super().forward.__func__)  # without the choice by the largest position
+        plain = inspect.unwrap(super().forward)  # without the choice by the largest position
         frequencies = getattr(self, f"{prefix}inv_freq")
         embeddings = []
         for chosen in (getattr(self, f"{prefix}original_inv_freq"), self._long(x.device, original, layer_type, prefix)):

@@ -104,7 +104,7 @@ def _collect_share(
         hidden_seconds = early.seconds() if early.sources else None
         with phases.phase("scoring"):
             scored, judged = _score(roles, reward, monitors, share, sampled)
-    scores, paid = _penalized(roles, scored, sampled, config)
+    scores, paid = _penalized(roles, share, scored, sampled, config)
     is_ahead = sampling is not None and sampling.lag > 0
     return Rollout(
         prompts=share.prompts,
@@ -219,11 +219,11 @@ def _score(roles: Roles, reward: CombinedReward, monitors: CombinedReward, share
         raise ScoringError(str(error), list(zip(share.prompts, sampled.completions, strict=True))) from error
 
 
-def _penalized(roles: Roles, scored: Scores, sampled: _Sampled, config: PPOStepConfig) -> tuple[Tensor, Tensor]:
+def _penalized(roles: Roles, share: _Share, scored: Scores, sampled: _Sampled, config: PPOStepConfig) -> tuple[Tensor, Tensor]:
     """(scores [B] after the penalties for length and for a missing stop token, the parts of them with a position in the text [B, R])."""
     paid = torch.zeros(sampled.mask.shape)
     if scored.spans is not None:
-        paid = token_scores(roles.tokenizer, sampled.responses(), scored.spans, sampled.mask.shape[1])
+        paid = token_scores(roles.tokenizer, share.prompt_ids, sampled.responses(), scored.spans, sampled.mask.shape[1])
     if config.missing_eos == "replace":  # the penalty replaces the complete score
         paid[~sampled.stopped] = 0.0
     shorter = penalize_length(scored.total, sampled.mask.sum(dim=1), penalty=config.length_penalty)

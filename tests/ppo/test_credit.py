@@ -20,11 +20,21 @@ def test_characters_to_tokens_by_hand(tiny_tokenizer) -> None:
     ids = [tiny_tokenizer.convert_tokens_to_ids(token) for token in ("\u0120", "f", "i", "x", "\u00c3", "\u00a9", "<|endoftext|>")]
     assert tiny_tokenizer.decode(ids, skip_special_tokens=True) == " fix\u00e9"
     # positions count from the f: f 0, i 1, x 2, e-acute 3 (two tokens, the second completes it), end 4
-    paid = token_scores(tiny_tokenizer, [ids], [[(0, 1.0), (2, 2.0), (4, 4.0), (2, 0.5)]], 8)
+    paid = token_scores(tiny_tokenizer, [[]], [ids], [[(0, 1.0), (2, 2.0), (4, 4.0), (2, 0.5)]], 8)
     assert paid.tolist() == [[0.0, 1.0, 0.0, 2.5, 0.0, 0.0, 4.0, 0.0]]
-    accent = token_scores(tiny_tokenizer, [ids], [[(3, 1.0)]], 8)[0]
+    accent = token_scores(tiny_tokenizer, [[]], [ids], [[(3, 1.0)]], 8)[0]
     assert accent[4] + accent[5] == 1.0
-    assert token_scores(tiny_tokenizer, [ids, ids], [[], [(1, 3.0)]], 7)[1].tolist() == [0, 0, 3.0, 0, 0, 0, 0]
+    assert token_scores(tiny_tokenizer, [[], []], [ids, ids], [[], [(1, 3.0)]], 7)[1].tolist() == [0, 0, 3.0, 0, 0, 0, 0]
+
+
+def test_characters_are_those_of_the_text_after_the_prompt(tokenizer_of) -> None:
+    # WordPiece writes "##" before a piece inside a word if the text begins with it: the response is "warmth", and "##warmth" alone.
+    tokenizer = tokenizer_of("wordpiece")
+    prompt, response = (tokenizer.convert_tokens_to_ids(pieces) for pieces in (["u", "##n"], ["##w", "##a", "##rm", "##t", "##h"]))
+    assert tokenizer.decode(prompt + response) == "unwarmth"
+    # w 0, a 1, rm 2 and 3, t 4, h 5
+    paid = token_scores(tokenizer, [prompt], [response], [[(0, 1.0), (3, 2.0), (5, 4.0)]], 5)
+    assert paid.tolist() == [[1.0, 0.0, 2.0, 0.0, 4.0]]
 
 
 def test_token_level_function_in_a_complete_rollout(ppo_config, ppo_context) -> None:
