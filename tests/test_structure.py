@@ -32,7 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "tokens": set(),
     "sampling": {"kernels", "tokens"},
     "models": {"kernels", "process", "registry", "rl", "sampling", "tokens"},
-    "memory": {"corpora", "kernels", "models", "tokens"},
+    "memory": {"corpora", "kernels", "models", "sampling", "tokens"},
     "engines": {"models", "process", "registry", "sampling", "step"},
     "corpora": {"hub", "models", "registry", "tokens"},
     "rewards": {"corpora", "models", "process", "registry", "rl", "sampling", "tokens"},

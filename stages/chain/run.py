@@ -42,6 +42,7 @@ from stages.json_types import JsonObject
 from stages.labelling.waiting import WAITING
 from stages.models.precision import auto_precision, width_of
 from stages.models.stacks import check_folder
+from stages.process.announcing import announcing
 from stages.process.environment import launched_processes, wants_cpu
 from stages.process.gpus import peak_gpu_memory, visible_gpus
 from stages.process.hardware import cpu_name
@@ -231,7 +232,6 @@ class _Run:
         self.registry = open_registry(home)
         self.began = time.monotonic()
         self.made: dict[str, ModelRecord | None] = {}
-        self.replaced_layers: set[str] = set()  # the lines that were printed
         self.circumstances: dict[str, JsonObject] = {}  # by step; those of a reused step are of the run that made it
         if not recipe.is_pinned:
             commits: Commits = self.runtime.decide(lambda: resolve_commits(recipe))
@@ -362,10 +362,9 @@ class _Run:
             trackers=self.recipe.trackers,
         )
         try:
-            with doing(f"step {step.name!r} ({step.stage})", folder):
+            with doing(f"step {step.name!r} ({step.stage})", folder), announcing(partial(self._announce, step)):
                 result = run_function(step.stage)(step.config, context)
         finally:
-            self._say_replaced_layers(step)
             context.close()
             _free_memory()
         if context.sampling:
@@ -385,13 +384,8 @@ class _Run:
             lambda: auto_precision(lambda: width_of(trained or planned.models.values(), architecture), self.home / "cache", kept=kept)
         )
 
-    def _say_replaced_layers(self, step: RecipeStep) -> None:
-        """Print which layers of the step's models were replaced (``models/own_layers.py``), once per run for each model class."""
-        own_layers = sys.modules.get("stages.models.own_layers")  # not loaded: the step used no model
-        for note in own_layers.take_notes() if own_layers is not None else []:
-            if note not in self.replaced_layers:
-                self.replaced_layers.add(note)
-                self.runtime.console.print(f"{step.name}: {note} (STAGES_OWN_LAYERS=0 keeps those of transformers)", markup=False)
+    def _announce(self, step: RecipeStep, line: str) -> None:
+        self.runtime.console.print(f"{step.name}: {line}", markup=False)
 
     def _circumstances(self, step: RecipeStep, seconds: float) -> JsonObject:
         """How this process computed a step: facts about the machine, which are no part of the step's fingerprint."""

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from stages.config import LoraSettings, TrainingStepConfig
 from stages.kernels.token_budget import PROMPT_TOKENS, rows_per_batch
-from stages.memory.counting import PassKind, pass_memory
+from stages.memory.counting import pass_memory
 from stages.memory.estimate import (
     FP32,
     Machine,
@@ -22,6 +22,7 @@ from stages.memory.estimate import (
     trained,
     unchunked_logits,
 )
+from stages.memory.passes import PassKind
 from stages.memory.shapes import Shape
 
 

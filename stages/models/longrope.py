@@ -23,13 +23,13 @@ LONGROPE = "longrope"
 
 def choose_frequencies_by_sequence(model: nn.Module) -> int:
     """Replace the rotary embeddings of ``model`` that have two sets of frequencies. Returns their number. Outputs of single rows stay."""
-    found = [(parent, child) for parent in model.modules() for child in parent.children() if _has_two_sets(child)]
-    for parent, child in found:
+    pairs = [(parent, child) for parent in model.modules() for child in parent.children() if _has_two_sets(child)]
+    for parent, child in pairs:
         kind = type(child)
         child.__class__ = type(kind.__name__, (_BySequence, kind), {"__module__": kind.__module__})
         parent.register_forward_pre_hook(_note_lengths, with_kwargs=True)
         parent.register_forward_hook(_forget_lengths, always_call=True)
-    return len(found)
+    return len(pairs)
 
 
 def positions_of_rows(backbone: nn.Module, input_ids: Tensor, lengths: Tensor | None) -> dict[str, Tensor]:

@@ -17,11 +17,11 @@ from transformers.pytorch_utils import Conv1D
 from stages.kernels.matmul import linear, use_fast_matmuls
 from stages.models.folding import fold_adapters
 from stages.models.lean import use_lean_layers
+from stages.process.announcing import announce
 from stages.process.environment import wants_own_layers
 from stages.sampling.support import weight_of
 
 logger = logging.getLogger(__name__)
-_notes: list[str] = []
 
 
 def use_own_layers(model: nn.Module) -> Counter[str]:
@@ -50,17 +50,13 @@ def use_folded_adapters(model: nn.Module) -> Counter[str]:
 
 
 def _say(what: str, model: nn.Module, switched: Counter[str]) -> None:
-    if switched:
-        named = ", ".join(f"{count} {name}" for name, count in sorted(switched.items()))
-        _notes.append(f"{type(model).__name__}: {what}: {named}")
-        logger.info(_notes[-1])
-
-
-def take_notes() -> list[str]:
-    """One line for each different replacement since the last call."""
-    taken = list(dict.fromkeys(_notes))
-    _notes.clear()
-    return taken
+    """Log a replacement. The console gets the first one of a step for each model class."""
+    if not switched:
+        return
+    named = ", ".join(f"{count} {name}" for name, count in sorted(switched.items()))
+    line = f"{type(model).__name__}: {what}: {named}"
+    logger.info(line)
+    announce((what, type(model).__name__), f"{line} (STAGES_OWN_LAYERS=0 keeps those of transformers)")
 
 
 class FastConv1D(Conv1D):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from stages.errors import StagesError
 from stages.models.stacks import stack_of
+from stages.process.announcing import announcing
 from stages.process.hardware import cpu_name, has_amx
 from stages.process.precision import AutoPrecision
 from stages.registry.references import ResolvedModel
@@ -114,7 +115,7 @@ VOCABULARY = 1024
 def _model(width: int) -> PreTrainedModel:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from stages.models.own_layers import take_notes, use_own_layers
+    from stages.models.own_layers import use_own_layers
 
     heads = max(1, width // HEAD)
     config = LlamaConfig(
@@ -127,8 +128,8 @@ def _model(width: int) -> PreTrainedModel:
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config)
-    use_own_layers(model)
-    take_notes()  # this small model is not one of the user's models
+    with announcing(lambda line: None):  # this small model is not one of the user's models
+        use_own_layers(model)
     return model
 
 

@@ -94,8 +94,8 @@ def frequency_switch(config: PretrainedConfig) -> int | None:
     """The length in tokens beyond which a longrope model uses other frequencies for all tokens of a sequence; None for other models."""
     rope = getattr(_text_config(config), "rope_parameters", None)
     candidates = [rope, *rope.values()] if isinstance(rope, dict) else []  # some families have parameters for each type of layer
-    found = [item for item in candidates if isinstance(item, dict) and item.get("rope_type") == "longrope"]
-    return min((int(item["original_max_position_embeddings"]) for item in found), default=None)
+    longropes = [item for item in candidates if isinstance(item, dict) and item.get("rope_type") == "longrope"]
+    return min((int(item["original_max_position_embeddings"]) for item in longropes), default=None)
 
 
 def tokenizer_length(tokenizer: PreTrainedTokenizerBase | None) -> int | None:

@@ -76,8 +76,8 @@ SETUPS: dict[str, dict[str, Any]] = {
 def planned_and_measured(setup: dict[str, Any], work: Path) -> tuple[float, float]:
     """(planned bytes, measured bytes) of a step's tensors."""
     from stages.chain.run import run_function
-    from stages.memory.counting import live_bytes
     from stages.memory.estimate import Machine
+    from stages.memory.fake_passes import LiveBytes
     from stages.memory.lengths import Counter
     from stages.planning.plan import _folder, _loaded, _views
     from stages.recipe.schema import STAGES, load_recipe
@@ -99,7 +99,7 @@ def planned_and_measured(setup: dict[str, Any], work: Path) -> tuple[float, floa
         lengths = planner.lengths_of(step.config, Counter(_folder(step, registry, {})))
         planned = planner.estimate(step.config, models, lengths, Machine("cpu", 8 << 30, 4, "this machine"), 1)
         context, _ = _context(step, home, registry)
-        with live_bytes(counts_inputs=True) as live:
+        with LiveBytes(counts_inputs=True) as live:
             run_function(stage)(step.config, context)
     return planned.total, live.peak
 

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from stages.memory import counting
-from stages.memory.counting import PassKind, Polynomial, kept_in, live_bytes, pass_memory
+from stages.memory import counting, fake_passes
+from stages.memory.counting import kept_in, pass_memory
+from stages.memory.fake_passes import LiveBytes
+from stages.memory.passes import PassKind, Polynomial
 from stages.memory.shapes import shape_of
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 5, "num_attention_heads": 4, "max_position_embeddings": 256}
@@ -31,7 +33,7 @@ def no_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_live_tensors_are_counted_once_until_they_are_freed() -> None:
     before = torch.ones(100)
-    with live_bytes() as live:
+    with LiveBytes() as live:
         view = before[:50]  # a view of an earlier tensor: 0 bytes
         first = view + 1  # 200 bytes
         turned = first.view(5, 10).T  # a view: no additional bytes
@@ -41,7 +43,7 @@ def test_live_tensors_are_counted_once_until_they_are_freed() -> None:
         del first, turned
         assert live.now == 200
     assert second.shape == (10, 5)
-    with live_bytes(counts_inputs=True) as live:
+    with LiveBytes(counts_inputs=True) as live:
         before.sum()
     assert live.peak == 404
 
@@ -67,7 +69,7 @@ def test_memory_of_five_layers_is_extrapolated_from_three(family: str, fields: d
     """A real pass over another size, with weights; within 3 % (gradients of norms and other small tensors)."""
     counted = pass_memory(kind(family, **fields))
     assert counted is not None
-    own = counting._model(kind(family, **fields), 5)
+    own = fake_passes._model(kind(family, **fields), 5)
     model = own.to_empty(device="cpu")
     for module in model.modules():
         if "forward" in vars(module) and hasattr(module, "lean"):
@@ -77,7 +79,7 @@ def test_memory_of_five_layers_is_extrapolated_from_three(family: str, fields: d
         if parameter.requires_grad and fields.get("trains", True):
             parameter.grad = torch.zeros_like(parameter)
     ids = torch.ones(3, 120, dtype=torch.long)
-    with live_bytes() as live, counting._precision(kind(family, **fields)), torch.set_grad_enabled(fields.get("trains", True)):
+    with LiveBytes() as live, fake_passes._precision(kind(family, **fields)), torch.set_grad_enabled(fields.get("trains", True)):
         hidden = model(input_ids=ids, use_cache=False)[0]
         kept = live.now
         if hidden.requires_grad:
@@ -89,9 +91,9 @@ def test_memory_of_five_layers_is_extrapolated_from_three(family: str, fields: d
 @pytest.mark.parametrize(("quantization", "kept"), [("nf4", 0), ("int8", 3 * 64 * 2)])
 def test_a_quantized_layer_takes_a_dequantized_weight_in_the_backward_pass(quantization: str, kept: int) -> None:
     layers = torch.nn.Sequential(torch.nn.Linear(64, 160, bias=False, dtype=torch.bfloat16))
-    counting._quantize(layers, quantization)
+    fake_passes._quantize(layers, quantization)
     x = torch.ones(3, 64, dtype=torch.bfloat16, requires_grad=True)
-    with live_bytes() as live:
+    with LiveBytes() as live:
         output = layers(x * 1)
         assert live.now == 3 * 160 * 2 + kept  # the output; int8 also keeps the input
         before = live.now
@@ -101,8 +103,8 @@ def test_a_quantized_layer_takes_a_dequantized_weight_in_the_backward_pass(quant
 
 def test_counts_are_kept_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[PassKind] = []
-    count = counting.count
-    monkeypatch.setattr(counting, "count", lambda wanted: made.append(wanted) or count(wanted))
+    count = fake_passes.count
+    monkeypatch.setattr(fake_passes, "count", lambda wanted: made.append(wanted) or count(wanted))
     one = kind("gpt_neox", trains=False)
     with kept_in(tmp_path / "cache" / "activations.json"):
         first = pass_memory(one)
@@ -129,7 +131,7 @@ def test_a_failed_count_is_kept_and_its_reason_is_logged_in_each_process(tmp_pat
         assert pass_memory(unknown) is None
         monkeypatch.setattr(counting, "_counts", {})  # as in another process
         counting._warn.cache_clear()
-        monkeypatch.setattr(counting, "count", lambda wanted: pytest.fail("counted again"))
+        monkeypatch.setattr(fake_passes, "count", lambda wanted: pytest.fail("counted again"))
         assert pass_memory(unknown) is None
     assert caplog.text.count("the activations of nobody-made-this-either are estimated by constants") == 2
 
@@ -142,12 +144,12 @@ def test_short_models_are_counted_within_their_positions_and_without_a_traceback
 
 def test_no_tensor_outlives_a_count() -> None:
     models: list[Any] = []
-    usual = counting._model
+    usual = fake_passes._model
     try:
-        counting._model = lambda *wanted: models.append(weakref.ref(made := usual(*wanted))) or made  # type: ignore[assignment]
+        fake_passes._model = lambda *wanted: models.append(weakref.ref(made := usual(*wanted))) or made  # type: ignore[assignment]
         pass_memory(kind("llama", trains=False))
     finally:
-        counting._model = usual
+        fake_passes._model = usual
     import gc
 
     gc.collect()

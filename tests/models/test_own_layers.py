@@ -11,7 +11,8 @@ from torch import nn
 
 from stages.errors import LaunchError
 from stages.kernels.matmul import prefers_onednn
-from stages.models.own_layers import take_notes, use_own_layers
+from stages.models.own_layers import use_own_layers
+from stages.process.announcing import announcing
 
 
 def test_switched_layers_are_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -42,15 +43,24 @@ def test_the_switch_keeps_the_layers_of_transformers(monkeypatch: pytest.MonkeyP
     config = transformers.LlamaConfig(
         vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
     )
-    take_notes()
-    monkeypatch.setenv("STAGES_OWN_LAYERS", "0")
-    assert not use_own_layers(transformers.LlamaForCausalLM(config)) and take_notes() == []
-    monkeypatch.setenv("STAGES_OWN_LAYERS", "1")
-    for _ in range(2):
+    said: list[str] = []
+    with announcing(said.append):
+        monkeypatch.setenv("STAGES_OWN_LAYERS", "0")
+        assert not use_own_layers(transformers.LlamaForCausalLM(config)) and said == []
+        monkeypatch.setenv("STAGES_OWN_LAYERS", "1")
         use_own_layers(transformers.LlamaForCausalLM(config))
-    (note,) = take_notes()
-    assert note.startswith("LlamaForCausalLM: replaced layers: ") and "1 LlamaMLP, 3 LlamaRMSNorm" in note
-    assert take_notes() == []
+        (line,) = said  # at once, not at the end of the step
+        assert line.startswith("LlamaForCausalLM: replaced layers: ") and "1 LlamaMLP, 3 LlamaRMSNorm" in line
+        assert line.endswith("(STAGES_OWN_LAYERS=0 keeps those of transformers)")
+        use_own_layers(transformers.LlamaForCausalLM(config))
+        assert len(said) == 1  # of the same kind
+        use_own_layers(transformers.LlamaModel(config))
+        assert len(said) == 2
+    use_own_layers(transformers.LlamaForCausalLM(config))  # outside of a step: only the log
+    assert len(said) == 2
+    with announcing(said.append):
+        use_own_layers(transformers.LlamaForCausalLM(config))
+    assert len(said) == 3  # once per step
     monkeypatch.setenv("STAGES_OWN_LAYERS", "no")
     with pytest.raises(LaunchError, match="STAGES_OWN_LAYERS=no: expected 0"):
         use_own_layers(transformers.LlamaForCausalLM(config))

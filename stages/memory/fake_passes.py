@@ -1,0 +1,293 @@
+"""Count the memory of a pass by running a few layers of the model on tensors without data.
+
+The layers are those of transformers with this project's replacements, adapters and gradient checkpointing. Autograd runs as in training,
+but torch's fake tensors have only a shape, so a count needs no weights, no memory and no GPU. The difference between three layers and two
+is the memory of each further layer. R rows (sequences), C columns (tokens of a row).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, masking_utils
+
+from stages.config import LoraSettings, ModelInput
+from stages.memory.passes import PassKind, PassMemory, Polynomial
+from stages.models.adapters import attach_lora
+from stages.models.attention import attention_of, class_of
+from stages.models.lean import use_lean_layers
+from stages.models.loading import disable_dropout
+from stages.sampling.support import plain_model
+from stages.tokens.positions import model_length
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from stages.model_types import TransformersModel
+
+COLUMNS = 512  # of the passes that are counted; the positions of the model if those are fewer
+HALF = 2  # bytes
+
+
+def count(kind: PassKind) -> PassMemory:
+    """Run the passes and fit the polynomials. Raises the errors of the model's code on fake tensors."""
+    config = _config(kind)
+    columns = min(COLUMNS, (model_length(config) or 2 * COLUMNS) // 2)
+    # With sdpa and no mask, nothing grows with pairs of tokens, and two sizes are enough.
+    has_pairs = kind.masked or _attention(kind, config) == "eager"
+    sizes = [(2, columns), (4, columns), *([(2, 2 * columns)] if has_pairs else [])]
+    # Two layers at least, because a pass without gradients frees a layer's input in the next layer.
+    taken = [_runs(kind, layers, sizes) for layers in ((2, 3) if kind.trains else (2,))]
+    kept, peak = (_fitted(columns, [[run[part] for run in runs] for runs in taken]) for part in (0, 1))
+    return PassMemory(kept, peak)
+
+
+def _fitted(columns: int, taken: Sequence[Sequence[float]]) -> Polynomial:
+    """The polynomial through the bytes of two and three layers, each at (2, columns), (4, columns) and, with pairs, (2, 2 columns).
+
+    Without three layers, the bytes do not depend on the number of layers.
+    """
+    of_layers = []
+    tokens = 2 * columns
+    for small, rows, *wide in taken:
+        # With n = R C tokens at the first size: small = f + t n + p n C; rows = f + 2 t n + 2 p n C; wide = f + 2 t n + 4 p n C.
+        pairs = (wide[0] - rows) / (2 * tokens * columns) if wide else 0.0
+        fixed = 2 * small - rows
+        of_layers.append((fixed, (small - fixed) / tokens - pairs * columns, pairs))
+    two, three = of_layers[0], of_layers[-1]
+    slopes = [more - fewer for fewer, more in zip(two, three, strict=True)]
+    return Polynomial(*((value - 2 * slope, slope) for value, slope in zip(two, slopes, strict=True)))
+
+
+def _runs(kind: PassKind, layers: int, sizes: Sequence[tuple[int, int]]) -> list[tuple[float, float]]:
+    """(bytes kept after the forward pass, most bytes) of passes over (rows, columns)."""
+    model = _model(kind, layers)
+    with FakeTensorMode(allow_non_fake_inputs=True), _without_packing(kind):
+        _give_fake_weights(model, kind)
+        return [_run(model, kind, *size) for size in sizes]
+
+
+def _run(model: TransformersModel, kind: PassKind, rows: int, columns: int) -> tuple[float, float]:
+    ids = torch.ones(rows, columns, dtype=torch.long)
+    live = LiveBytes()
+    with _precision(kind), torch.set_grad_enabled(kind.trains), live:
+        hidden = model(input_ids=ids, **({} if _is_encoder(model) else {"use_cache": False}))[0]
+        kept = live.now
+        if kind.trains:
+            hidden.backward(torch.empty_like(hidden))
+    return kept, live.peak
+
+
+@contextmanager
+def _without_packing(kind: PassKind) -> Iterator[None]:
+    """Without padding there is no attention mask. transformers cannot see this on fake tensors, and would build a mask for packed rows."""
+    usual = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if kind.masked or usual is None:
+        yield
+        return
+    masking_utils.find_packed_sequence_indices = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = usual
+
+
+def _is_encoder(model: TransformersModel) -> bool:
+    return "use_cache" not in inspect.signature(plain_model(model).forward).parameters
+
+
+def _config(kind: PassKind, **changes: int) -> PretrainedConfig:
+    """The transformers config with other sizes. Fields that list layers are left out; transformers computes them again."""
+    fields = json.loads(kind.config)
+    layers = fields.get("num_hidden_layers") or fields.get("n_layer") or fields.get("n_layers")
+    lists = [name for name, value in fields.items() if isinstance(value, list) and len(value) == layers]
+    left_out = {"model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "quantization_config", *lists}
+    kept = {name: value for name, value in fields.items() if name not in left_out}
+    config: PretrainedConfig = CONFIG_MAPPING[fields["model_type"]](**kept)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def _model(kind: PassKind, layers: int) -> TransformersModel:
+    """The transformer with some layers on the meta device, as a training step prepares it."""
+    dtype = torch.float32 if kind.weights > HALF else torch.bfloat16
+    config = _config(kind, num_hidden_layers=layers, vocab_size=kind.vocabulary)
+    with torch.device("meta"):
+        model: TransformersModel = AutoModel.from_config(config, dtype=dtype, attn_implementation=_attention(kind, config))
+    disable_dropout(model)
+    if kind.quantization != "none":
+        _quantize(model, kind.quantization)
+    if kind.rank:
+        model.requires_grad_(False)
+        model = attach_lora(model, LoraSettings(r=kind.rank), task="FEATURE_EXTRACTION", base="count")
+    elif kind.device == "cpu" and kind.compute > HALF and kind.trains:
+        _use_lean_layers(model, kind)
+    model.train(kind.trains)
+    if kind.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if kind.rank:
+            model.enable_input_require_grads()
+    return model
+
+
+def _attention(kind: PassKind, config: PretrainedConfig) -> str:
+    """eager if a step would use it, else sdpa. Flash attention keeps what sdpa keeps."""
+    chosen = attention_of(AutoModelForCausalLM, config, ModelInput(ref="count"), torch.float32 if kind.compute > HALF else torch.bfloat16)
+    known = class_of(AutoModelForCausalLM, config)
+    return "eager" if chosen == "eager" or (known is not None and not known._supports_sdpa) else "sdpa"
+
+
+def _use_lean_layers(model: nn.Module, kind: PassKind) -> None:
+    """Use the lean layers of ``models/lean.py``. They are chosen on a small real model, because the choice compares outputs."""
+    config = _config(kind)
+    width = 8 * config.num_attention_heads
+    sizes = {"hidden_size": width, "intermediate_size": width, "head_dim": 8, "vocab_size": 16, "num_hidden_layers": 1}
+    small = AutoModel.from_config(_config(kind, **{name: size for name, size in sizes.items() if hasattr(config, name)}))
+    usual = {name: type(module).__name__ for name, module in small.named_modules()}
+    use_lean_layers(small)
+    lean = {usual[name]: type(module) for name, module in small.named_modules() if hasattr(module, "lean")}
+    for module in model.modules():
+        if (chosen := lean.get(type(module).__name__)) is not None:
+            module.__class__ = chosen
+            setattr(module, "forward", getattr(module, "lean"))  # noqa: B009, B010  # its own forward would refuse fake tensors
+
+
+def _give_fake_weights(model: nn.Module, kind: PassKind) -> None:
+    """Replace the tensors on the meta device by fake ones on a CPU. Trained weights get gradients, as after an earlier pass of a step."""
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                made = torch.empty(parameter.shape, dtype=parameter.dtype)
+                made = nn.Parameter(made, requires_grad=parameter.requires_grad and kind.trains)
+                if made.requires_grad:
+                    made.grad = torch.empty_like(made)
+                module._parameters[name] = made
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+@contextmanager
+def _precision(kind: PassKind) -> Iterator[None]:
+    """Autocast as in training in half precision. Autocast of a GPU computes layer norms in fp32, that of a CPU does not."""
+    if kind.compute > HALF or not kind.trains:
+        yield
+        return
+    usual = functional.layer_norm
+
+    def in_fp32(x: Tensor, shape: list[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+        weight, bias = (None if one is None else one.float() for one in (weight, bias))
+        return usual(x.float(), shape, weight, bias, eps)
+
+    if kind.device == "cuda":
+        functional.layer_norm = in_fp32  # type: ignore[assignment]
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            yield
+    finally:
+        functional.layer_norm = usual
+
+
+class _Saved(Protocol):
+    """What ``_Quantized`` keeps between its passes."""
+
+    weight: Tensor
+    x: Tensor
+
+
+class _Quantized(torch.autograd.Function):
+    """x [..., K] times a frozen weight [N, K]. int8 keeps x, and quantizes a copy of it in fp16; nf4 keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: _Saved, x: Tensor, weight: Tensor, quantization: str) -> Tensor:
+        ctx.weight = weight
+        if quantization == "int8":
+            ctx.x = x
+            half = x.to(torch.float16)
+            codes = torch.empty_like(half, dtype=torch.int8)
+            del half
+            output = x.new_empty(*x.shape[:-1], len(weight))
+            del codes
+            return output
+        return x @ torch.empty_like(weight, dtype=x.dtype).T
+
+    @staticmethod
+    def backward(ctx: _Saved, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = upstream
+        return gradient @ torch.empty_like(ctx.weight, dtype=gradient.dtype), None, None
+
+
+class _QuantizedLinear(nn.Linear):
+    """A linear layer with the memory behaviour of one of bitsandbytes in nf4: a dequantized copy of the weight in each product."""
+
+    quantization = "nf4"
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
+        output: Tensor = _Quantized.apply(input.to(dtype), self.weight, self.quantization)
+        return output if self.bias is None else output + self.bias.to(dtype)
+
+
+class _Int8Linear(_QuantizedLinear):
+    """The same in int8."""
+
+    quantization = "int8"
+
+
+def _quantize(model: nn.Module, quantization: str) -> None:
+    """Make the linear layers behave like quantized ones."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = _Int8Linear if quantization == "int8" else _QuantizedLinear
+            module.requires_grad_(False)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Context manager that counts the bytes of the tensors made within it: ``now``, those that are alive, and their ``peak``.
+
+    It works on fake tensors and on real ones, and sees every operation, also in backward passes. ``counts_inputs``: also count tensors that
+    were made before, from their first use on.
+    """
+
+    def __init__(self, *, counts_inputs: bool = False) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._counts_inputs = counts_inputs
+        self._sizes: dict[int, int] = {}  # bytes of each storage by its address
+
+    def __torch_dispatch__(
+        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        self._see((args, kwargs), is_new=False)  # made before, e.g. weights; operations may return views of them
+        made = func(*args, **(kwargs or {}))
+        self._see(made, is_new=True)
+        return made
+
+    def _see(self, tensors: object, *, is_new: bool) -> None:
+        for leaf in tree_leaves(tensors):
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+                self._add(leaf.untyped_storage(), is_new)
+
+    def _add(self, storage: torch.UntypedStorage, is_new: bool) -> None:
+        address = storage._cdata
+        if address in self._sizes:
+            return
+        self._sizes[address] = size = storage.nbytes() if is_new or self._counts_inputs else 0
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, address)
+
+    def _drop(self, address: int) -> None:
+        self.now -= self._sizes.pop(address, 0)
