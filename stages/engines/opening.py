@@ -1,4 +1,4 @@
-"""Opens the sampler that the settings ask for. Only this module knows all engines."""
+"""Opens the sampler that the settings ask for. Only this module imports all engines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from stages.config import GenerationSettings, Vllm
 from stages.engines.vllm_client import Lost, VllmClient, logprobs_mode
-from stages.engines.vllm_sampler import VllmSampler, Weights, write_whole
+from stages.engines.vllm_sampler import VllmSampler, Weights, write_full_weights
 from stages.engines.vllm_servers import Servers
 from stages.engines.vllm_start import Served, StartedServer, wants_gpu
 from stages.errors import LaunchError, ModelError
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 SHARED_MEMORY = Path("/dev/shm")
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Sizes of attention heads that vLLM's build for CPUs can compute (0.32)."""
-Trains = Literal["nothing", "adapter", "whole"]
+Trains = Literal["nothing", "adapter", "full"]
 
 
 def check_reachable(settings: GenerationSettings) -> None:
@@ -197,8 +197,8 @@ def _plan_weights(
         on_gpu=on_gpu,
     )
     try:
-        if trains == "whole":
-            raise ModelError("whole weights train")
+        if trains == "full":
+            raise ModelError("all weights train")
         merged = _merged_adapters(source) if merges_adapters and quantization == "none" else ()
         _same_rows(model, base)
         rank = total_rank(updates_of(model, merged))
@@ -209,7 +209,7 @@ def _plan_weights(
             runtime.console.print(f"vLLM serves {source.ref} with its adapters merged: {error}", markup=False)
         if vllm.start is not None:
             _write_to_start(model, tokenizer, shared / "start", dtype, runtime)
-        return Weights("whole" if trains == "whole" else "base"), replace(served, model=str(shared / "start"), revision=None)
+        return Weights("full" if trains == "full" else "base"), replace(served, model=str(shared / "start"), revision=None)
     return Weights("adapter" if rank else "base", merged, base.path), replace(served, lora_rank=rank)
 
 
@@ -219,7 +219,7 @@ def _write_to_start(
     """Write the current model and its tokenizer for a server to start from. Call it on every process."""
     state = unsharded_state_dict(model)
     if runtime.is_main:
-        write_whole(model, folder, dtype, state)
+        write_full_weights(model, folder, dtype, state)
         tokenizer.save_pretrained(folder)
 
 

@@ -1,4 +1,4 @@
-"""Sampling from vLLM servers that hold the model's weights. Adapters are loaded by name; full weights are reloaded.
+"""Sampling from vLLM servers that have the model's weights. Adapters are loaded by name; full weights are reloaded.
 
 After each transfer, a probe checks that the servers and the local model compute the same log-probabilities. The probe is kept: a server
 that gets the same weights later, when the local model has changed, is compared with it.
@@ -49,7 +49,7 @@ NOT_PROMISED = (
 class Weights:
     """How the model's weights reach the servers.
 
-    ``kind``: ``adapter`` (loaded by name), ``whole`` (full weights, reloaded), or ``base`` (the servers already have them). ``merged``:
+    ``kind``: ``adapter`` (loaded by name), ``full`` (all weights, reloaded), or ``base`` (the servers already have them). ``merged``:
     adapters that are merged into the local weights, but not into the weights of the servers. ``base``: path of the base model.
     """
 
@@ -103,14 +103,14 @@ class VllmSampler:
         Raises TrainingError if a server's log-probabilities of the probe differ from those of the local model.
         """
         self.policy.activate()
-        state = unsharded_state_dict(self.policy.model) if self.weights.kind == "whole" else None
+        state = unsharded_state_dict(self.policy.model) if self.weights.kind == "full" else None
         updates = updates_of(self.policy.model, self.weights.merged) if self.weights.kind == "adapter" else {}
 
         def write(folder: Path) -> None:
             if self.weights.kind == "adapter":
                 write_adapter(updates, folder, self.weights.base)
-            elif self.weights.kind == "whole":
-                write_whole(self.policy.model, folder, self._dtype, state)
+            elif self.weights.kind == "full":
+                write_full_weights(self.policy.model, folder, self._dtype, state)
 
         probes = self._transfer(write)
         for url, answer in probes.items():
@@ -170,7 +170,7 @@ class VllmSampler:
         if self.weights.kind == "adapter":
             assert self._current is not None
             client.load_adapter(name, self._current)
-        elif self.weights.kind == "whole":
+        elif self.weights.kind == "full":
             assert self._current is not None
             client.reload_weights(self._current)
         served = name if self.weights.kind == "adapter" else client.base_model()
@@ -291,7 +291,7 @@ class VllmSampler:
             self._model = ""  # a new server has no old adapter to unload
 
     def close(self) -> None:
-        """Break off all requests, unload this run's adapter from servers that the run did not start, and remove the adapter's files."""
+        """Cancel all requests, unload this run's adapter from servers that the run did not start, and remove the adapter's files."""
         urls = [client.url for client in self.servers.clients]
         self.servers.close()
         if self._runtime.is_main and self._model and self.servers.started is None:
@@ -320,7 +320,7 @@ class VllmSampler:
         }
 
 
-def write_whole(model: TransformersModel, folder: Path, dtype: torch.dtype, state: dict[str, torch.Tensor] | None) -> None:
+def write_full_weights(model: TransformersModel, folder: Path, dtype: torch.dtype, state: dict[str, torch.Tensor] | None) -> None:
     """Write the full weights in ``dtype`` in transformers' format.
 
     ``state``: the unsharded state dict, if the model is sharded over processes; None: take it from ``model``. Raises ModelError if the

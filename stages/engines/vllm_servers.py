@@ -37,7 +37,7 @@ class Servers:
         self._closed = threading.Event()
 
     def close(self) -> None:
-        """Break off all requests and close the connections. It does not end a started server; the code that started it does."""
+        """Cancel all requests and close the connections. It does not end a started server; the code that started it does."""
         self._closed.set()
         for client in list(self.clients):
             client.close()
@@ -79,7 +79,7 @@ class Servers:
     def on_each(self, action: Callable[[VllmClient], Result]) -> dict[str, Result]:
         """Run ``action`` on every server; returns its results by server URL.
 
-        A server that gets lost during the action is left out. Raises SamplerLost if no server is left.
+        A server that is lost during the action is left out. Raises SamplerLost if no server is left.
         """
         results = {}
         for client in list(self.clients):

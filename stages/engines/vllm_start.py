@@ -49,7 +49,7 @@ class Installed:
 
 
 def find_installed(settings: VllmStart) -> Installed:
-    """Find the vLLM environment: ``settings.python``, the variable STAGES_VLLM_PYTHON, or the environment beside this one, in this order.
+    """Find the vLLM environment: ``settings.python``, the variable STAGES_VLLM_PYTHON, or the environment next to this one, in this order.
 
     Raises LaunchError if there is none, or if its vLLM version is not tested.
     """
@@ -139,7 +139,7 @@ class StartedServer:
         arguments += ["--dtype", served.dtype, "--generation-config", "vllm", "--logprobs-mode", served.logprobs_mode]
         if served.lora_rank:
             rank = next((rank for rank in LORA_RANKS if rank >= served.lora_rank), served.lora_rank)
-            arguments += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]  # room for the new adapter beside the old one
+            arguments += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]  # room for the old and the new adapter
         if served.quantization == "nf4":
             arguments += ["--quantization", "bitsandbytes"]
         if served.revision is not None:

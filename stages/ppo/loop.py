@@ -124,13 +124,16 @@ class PPORun:
         self.served: ServedRollouts | None = None  # None: the local sampler
 
     def _shard(self, judges: Sequence[nn.Module]) -> None:
-        """Shard the models of the rewards and monitors that have their own weights. One that cannot be sharded stays whole."""
+        """Shard the models of the rewards and monitors that have their own weights.
+
+        A model that cannot be sharded stays complete on every process.
+        """
         for module in judges:
             try:
                 shard(module, add_up=True)
             except ModelError as error:
                 name = type(module).__name__
-                self.runtime.console.print(f"{self.config.name}: each process holds a whole {name} for a reward: {error}", markup=False)
+                self.runtime.console.print(f"{self.config.name}: each process has a complete {name} for a reward: {error}", markup=False)
 
     def resume(self) -> None:
         """Resume an interrupted run if there is one. Its logs are written again, so that they are complete."""
@@ -160,7 +163,7 @@ class PPORun:
             self.context.models["policy"],
             self.context,
             dtype=self.runtime.dtype(config.precision),
-            trains="whole" if config.lora is None else "adapter",
+            trains="full" if config.lora is None else "adapter",
             policy=roles.policy,
             merges_adapters=config.lora is None,
         )

@@ -137,7 +137,7 @@ class Selector:
             self.context.models["model"],
             self.context,
             dtype=self.dtype,
-            trains="adapter" if hasattr(self.model, "peft_config") else "whole",
+            trains="adapter" if hasattr(self.model, "peft_config") else "full",
         )
         with opened as sampler, torch.autocast(runtime.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             sampler.take_weights()

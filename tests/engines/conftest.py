@@ -30,7 +30,7 @@ def stub(tiny_llama_folder: Path) -> Iterator[Callable[..., StubServer]]:
 
 @pytest.fixture
 def over() -> Callable[..., dict[str, Any]]:
-    """over(servers..., **fields) -> generation.engine for them, impatient."""
+    """over(servers..., **fields) -> generation.engine for these servers, with one retry and no waiting time."""
 
     def make(*servers: StubServer, **fields: Any) -> dict[str, Any]:
         return {"vllm": {"url": [server.url for server in servers], "backoff_seconds": 0.0, "retries": 1, "concurrency": 8, **fields}}
@@ -40,7 +40,7 @@ def over() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def settings(over: Any) -> Callable[..., GenerationSettings]:
-    """settings(servers..., **fields) -> generation settings over them."""
+    """settings(servers..., **fields) -> generation settings with these servers."""
 
     def make(*servers: StubServer, **fields: Any) -> GenerationSettings:
         return GenerationSettings.model_validate({"engine": over(*servers), "max_new_tokens": 8, **fields})
@@ -57,7 +57,7 @@ def prompts(tmp_path: Path) -> str:
 
 @pytest.fixture
 def config(ppo_config: Any, over: Any, prompts: str) -> Any:  # noqa: F811
-    """config(servers, **fields) -> two iterations of four episodes."""
+    """config(servers..., **fields) -> a PPO config with two iterations of four episodes; without servers it samples locally."""
 
     def make(*servers: Any, **fields: Any) -> Any:
         small = {"total_episodes": 8, "rollout_batch_size": 4, "minibatch_size": 4, "ppo_epochs": 1, "num_samples": 0}

@@ -1,8 +1,9 @@
 """A server with vLLM's HTTP interface, for tests: answers in the shapes that vLLM 0.32.0 gave (recorded.json), computed by plain peft.
 
-    python stub_server.py --model FOLDER --port PORT [arguments of vLLM, which are checked for and ignored]
+    python stub_server.py --model FOLDER --port PORT [other arguments of vLLM, which are ignored]
 
-Its models are what transformers and peft make of the same folders: every token by a whole forward pass, one row at a time, without a cache.
+Transformers and peft load the models and adapters from the same folders as vLLM would. Each token takes a forward pass over the full
+sequence, one row at a time, without a cache.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "recorded.json").
 
 
 class StubServer:
-    """Serves one folder. ``requests`` keeps what was asked, as (path, body); ``before`` is called with each and may raise or sleep."""
+    """Serves one folder.
+
+    ``requests``: all requests so far, as (path, body). ``before``: called with each request; it may raise or sleep.
+    """
 
     def __init__(self, model: str, *, port: int = 0, key: str | None = None, processed: bool = False) -> None:
         from transformers import AutoModelForCausalLM
@@ -34,7 +38,7 @@ class StubServer:
         self.key, self.processed = key, processed
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.before: Callable[[str, dict[str, Any]], None] = lambda path, body: None
-        self.ignores_adapters = False  # as a server would whose adapters are stale
+        self.ignores_adapters = False  # as a server whose adapters are stale
         self._lock = threading.Lock()
         self._connections: set[Any] = set()
         server = self
@@ -75,12 +79,12 @@ class StubServer:
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
 
     def start(self) -> StubServer:
-        """Answer from a thread of this process."""
+        """Start to answer, in a thread of this process."""
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
     def die(self) -> None:
-        """Break off every connection and answer no more."""
+        """Close every connection and stop answering."""
         self.http.shutdown()
         self.http.server_close()
         for connection in list(self._connections):

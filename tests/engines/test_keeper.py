@@ -1,4 +1,4 @@
-"""A server ends with the run that started it, however the run ends, and its children with it."""
+"""A server and its children end with the run that started the server, however the run ends."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_server_and_children_end_with_the_run(end: str) -> None:
             run.terminate()
         else:
             os.kill(kept, signal.SIGTERM if end == "keeper asked" else signal.SIGKILL)
-        # Linux ends the server when its keeper is killed; the server's own children are its affair then.
+        # If the keeper is killed, Linux ends the server. Nobody ends the server's children then.
         assert gone(kept, server.pid, *([] if end == "keeper killed" else [grandchild]))
     finally:
         for pid in (run.pid, kept, server.pid, grandchild):

@@ -1,4 +1,4 @@
-"""What a started vLLM server refuses before it starts."""
+"""Models that are refused before a vLLM server starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from stages.registry.references import ResolvedModel
 
 
 def test_heads_that_vllm_cannot_compute_on_a_cpu_are_refused_before_a_server_starts(tiny_llama_folder: Path, tmp_path: Path) -> None:
-    """The tiny Llama is 32 wide with 4 heads, so its heads have 8 dimensions. There is no interpreter: a start would fail otherwise."""
+    """The tiny Llama is 32 wide with 4 heads, so its heads have 8 dimensions.
+
+    The interpreter does not exist, so a start would fail with another error.
+    """
     source = ResolvedModel("tiny", "folder", str(tiny_llama_folder), "sha256:test", ModelInput(ref=str(tiny_llama_folder)))
     tokenizer = load_tokenizer(source)
     model = load_language_model(source, dtype=torch.float32, trainable=False, tokenizer=tokenizer)

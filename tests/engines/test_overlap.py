@@ -44,7 +44,11 @@ def wait_until(is_true: Callable[[], bool]) -> None:
 
 
 class Watched:
-    """The updates of a run: the policy's adapter before each one, when it ran, and ``before``, called with its number."""
+    """Records the updates of a run.
+
+    ``policies``: the policy's adapter before each update. ``times``: when each update began and ended. ``before``: called with
+    the number of each update when it begins.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.policies: list[dict[str, torch.Tensor]] = []
@@ -71,25 +75,25 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 
 @pytest.fixture
 def start(ppo_context: Any) -> Callable[[Any], Any]:
-    """start(config) -> the result of a run, from the beginning or from the last checkpoint."""
+    """start(config) -> the result of a run. It begins at the last checkpoint if there is one."""
 
     def make(config: Any) -> Any:
-        ppo_context.runtime.begin_step(SEED)  # the fresh adapter is drawn
+        ppo_context.runtime.begin_step(SEED)  # the seed for the fresh adapter
         (ppo_context.folder / "metrics.jsonl").unlink(missing_ok=True)
         return run(config, ppo_context)
 
     return make
 
 
-def test_the_next_rollout_is_sampled_during_the_update_by_the_policy_before_it(stub, config, ppo_context, start, watched) -> None:
-    """The server holds back the episodes of a rollout until the update before it runs; the update waits for a request."""
+def test_the_next_rollout_is_sampled_during_an_update_by_the_policy_before_that_update(stub, config, ppo_context, start, watched) -> None:
+    """The server delays the episodes of a rollout until the previous update runs, and this update waits for the first of their requests."""
     server = stub()
     requests: list[tuple[float, int]] = []
     adapters: dict[str, dict[str, torch.Tensor]] = {}
 
     def hold(iteration: int, row: int) -> None:
         requests.append((time.monotonic(), iteration))
-        (name,) = server.adapted  # the adapter of the update before is unloaded
+        (name,) = server.adapted  # the previous adapter is unloaded
         adapters[name] = {key: value.clone() for key, value in server.adapted[name].state_dict().items() if "lora_" in key}
         wait_until(lambda: len(watched.policies) >= iteration)
 
@@ -114,17 +118,20 @@ def test_the_next_rollout_is_sampled_during_the_update_by_the_policy_before_it(s
     assert "time/generation_hidden_s" not in first
     for entry in others:
         assert entry["policy/sampling_lag"] == 1 and entry["time/generation_hidden_s"] > 0
-        # The sampler's policy is another one, but the ratios of the update start at 1.
+        # The sampler had another policy, but the ratios of the update start at 1.
         assert entry["policy/sampling_gap"] > 1e-3 and abs(entry["policy/importance_mean"] - 1) > 1e-4
         assert entry["policy/ratio_first_deviation"] < 1e-4
     assert [entry["time/transfer_s"] > 0 for entry in (first, others[0])] == [True, True] and "time/transfer_s" not in others[1]
 
 
 @pytest.mark.parametrize("cut", ["signal", "server"])
-def test_a_cut_run_goes_on_with_the_episodes_and_the_policy_of_its_sampling(
+def test_an_interrupted_run_continues_with_the_finished_episodes_and_the_policy_that_sampled_them(
     stub, config, ppo_context, start, watched, monkeypatch, cut
 ) -> None:
-    """It is cut when half of the last rollout is sampled, while the update before runs. Then it equals a run that was not cut."""
+    """It is interrupted during the second-last update, when half of the last rollout is sampled.
+
+    Its metrics equal those of an uninterrupted run.
+    """
     start(config(stub(), **FIELDS))
     uncut = metrics_of(ppo_context)
     shutil.rmtree(ppo_context.checkpoint_folder)  # as the chain does after a step
@@ -160,7 +167,7 @@ def test_a_cut_run_goes_on_with_the_episodes_and_the_policy_of_its_sampling(
     if cut == "signal":
         with pytest.raises(Stopped):
             start(config(server, **FIELDS))
-        assert time.monotonic() - began < 30  # the server still holds back two answers
+        assert time.monotonic() - began < 30  # the server still delays two answers
         released.set()
         ppo_context.runtime.stop.number = None
     else:
@@ -171,13 +178,13 @@ def test_a_cut_run_goes_on_with_the_episodes_and_the_policy_of_its_sampling(
     again = stub()
     watched.before = lambda number: None
     start(config(again, **FIELDS))
-    assert {episode for episode, _ in asked(again)} == {(last, 2), (last, 3)}  # the others are kept
+    assert {episode for episode, _ in asked(again)} == {(last, 2), (last, 3)}  # the checkpoint has the others
     for after, expected in zip(metrics_of(ppo_context), uncut, strict=True):
         for name, value in expected.items():
             assert name.startswith("time/") or after[name] == value, name
 
 
-def test_an_update_that_fails_does_not_wait_for_the_sampling(stub, config, start, watched) -> None:
+def test_a_failed_update_does_not_wait_for_the_sampling(stub, config, start, watched) -> None:
     server, released = stub(), threading.Event()
     on_episode(server, lambda iteration, row: released.wait(60) and None if iteration else None)
 
@@ -191,10 +198,10 @@ def test_an_update_that_fails_does_not_wait_for_the_sampling(stub, config, start
         start(config(server, **FIELDS))
     assert time.monotonic() - began < 30
     released.set()
-    assert server.adapted == {}  # the run's adapter is unloaded nevertheless
+    assert server.adapted == {}  # the run's adapter is unloaded after the failure, too
 
 
-def test_overlap_is_refused_where_it_cannot_work(ppo_config) -> None:
+def test_overlap_is_refused_for_local_sampling_and_on_a_shared_gpu(ppo_config) -> None:
     with pytest.raises(ValueError, match="overlap=1 requires generation.engine: vllm"):
         ppo_config(overlap=1)
     shared = ppo_config(overlap=1, generation={"engine": {"vllm": {"start": {}}}})

@@ -22,9 +22,9 @@ def metrics_of(context: Any) -> list[dict[str, float]]:
     return [json.loads(line) for line in (context.folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("fields", [LORA, {}], ids=["adapter", "whole"])
+@pytest.mark.parametrize("fields", [LORA, {}], ids=["adapter", "full"])
 def test_server_gets_the_policy_of_every_iteration(stub, config, ppo_context, fields) -> None:
-    """The probe would end the run otherwise: its bound in fp32 is 0.001 nats, and a learning rate of 0.01 moves far more."""
+    """With an old policy, the probe would end the run: its bound in fp32 is 0.001 nats, and a learning rate of 0.01 changes more."""
     server = stub()
     result = run(config(server, training={"learning_rate": 1e-2}, **fields), ppo_context)
     paths = [path for path, _ in server.requests]
@@ -45,7 +45,7 @@ def test_server_gets_the_policy_of_every_iteration(stub, config, ppo_context, fi
 
 
 def test_a_stale_adapter_ends_the_run(stub, config, ppo_context) -> None:
-    """The fresh adapter adds nothing, so the first iteration is right; the second would be sampled from the old policy."""
+    """The fresh adapter changes nothing, so the first iteration is correct. The second one would be sampled from the old policy."""
     server = stub()
     server.ignores_adapters = True
     with pytest.raises(TrainingError, match="the sampler does not have the policy's weights"):
@@ -57,12 +57,12 @@ def test_run_whose_server_dies_continues_from_its_checkpoint(stub, config, ppo_c
     """The server dies in the second rollout. The same command with a new server ends with the metrics of an uninterrupted run."""
 
     def metrics_of_a_run(server: Any) -> dict[str, Any]:
-        ppo_context.runtime.begin_step(0)  # the fresh adapter is drawn
+        ppo_context.runtime.begin_step(0)  # the seed for the fresh adapter
         (ppo_context.folder / "metrics.jsonl").unlink(missing_ok=True)
         return run(config(server, **LORA), ppo_context).metrics
 
     uninterrupted = metrics_of_a_run(stub())
-    shutil.rmtree(ppo_context.checkpoint_folder)  # as the chain does with that of a step that is done
+    shutil.rmtree(ppo_context.checkpoint_folder)  # as the chain does after a step
     dying = stub()
     seen: list[str] = []
 
@@ -149,7 +149,7 @@ def test_unusable_engine_settings_are_refused_at_the_plan(ppo_config, fields, me
 
 
 def test_fingerprint_of_local_sampling_is_unchanged(ppo_config) -> None:
-    """A recipe without an engine has the settings of versions before engines; the address of a server is not part of the fingerprint."""
+    """A recipe without ``engine`` has the settings from before engines existed. The address of a server is not in the fingerprint."""
     from stages.chain.fingerprints import settings_of
 
     local = settings_of(ppo_config())
@@ -160,7 +160,7 @@ def test_fingerprint_of_local_sampling_is_unchanged(ppo_config) -> None:
 
 
 def test_interrupted_rollout_is_stored_with_the_samplers_logprobs(stub, config, ppo_context) -> None:
-    """Cut off in the middle of an update: the rollout is not sampled again, and its weights are as they were."""
+    """After an interruption in an update, the rollout is not sampled again, and its importance weights are the same as before."""
     from stages.ppo.checkpoint import load_rollout, save_rollout
 
     ppo = PPORun(config(stub(), **LORA), ppo_context)

@@ -1,4 +1,4 @@
-"""Against vLLM itself: runs where an environment has it (STAGES_VLLM_PYTHON, or ./launch.sh --with-vllm); one server for all tests."""
+"""Tests with vLLM itself. They need an environment with vLLM (STAGES_VLLM_PYTHON, or ./launch.sh --with-vllm), and share one server."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def wide_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
-    """A random Llama whose heads are 32 wide: vLLM's attention on CPUs takes no narrower ones."""
+    """A random Llama with heads of 32 dimensions, the smallest that vLLM's attention on CPUs supports."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -63,7 +63,7 @@ SETTINGS = GenerationSettings.model_validate({"engine": {"vllm": {"start": {}}},
 
 @pytest.fixture(scope="module")
 def served(wide_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """(sampler over a started server, policy with a fresh adapter that trains, tokenizer)."""
+    """(sampler with a started server, policy with a fresh trainable adapter, tokenizer)."""
     from stages.config import ModelInput
     from stages.registry.references import ResolvedModel
 
@@ -81,7 +81,7 @@ def served(wide_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def test_greedy_completions_and_logprobs_equal_the_local_samplers(served) -> None:
-    """With a fresh adapter, then with one that does something; stop tokens, at once and late."""
+    """With a fresh adapter, then with two random ones. Stop tokens apply from the first token, or from the tenth token on."""
     sampler, policy, tokenizer = served
     local = LocalSampler(policy.model, tokenizer)
     for seed in (0, 1, 2):
@@ -113,7 +113,7 @@ def test_seeds_decide_completions_and_logprobs_are_the_policys(served) -> None:
 
 
 def test_stale_adapter_is_detected(served, monkeypatch) -> None:
-    """The policy moves on, and the files that the server loads are those of before."""
+    """The policy changes, but the server loads the files of the earlier policy."""
     from stages.engines import vllm_sampler
 
     sampler, policy, _ = served
@@ -183,8 +183,8 @@ def test_full_weights_are_reloaded(served, wide_llama, tmp_path) -> None:
     sampler, _, tokenizer = served
     model = load_language_model(str(wide_llama), dtype=torch.float32, tokenizer=tokenizer)
     policy = Policy(model, temperature=1.0, autocast=None)
-    options = {"runtime": Runtime(quiet=True), "dtype": torch.float32, "folder": tmp_path / "whole"}
-    full = VllmSampler(policy, tokenizer, SETTINGS.vllm, sampler.servers, Weights("whole"), **options)  # type: ignore[arg-type]
+    options = {"runtime": Runtime(quiet=True), "dtype": torch.float32, "folder": tmp_path / "full"}
+    full = VllmSampler(policy, tokenizer, SETTINGS.vllm, sampler.servers, Weights("full"), **options)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -194,7 +194,7 @@ def test_full_weights_are_reloaded(served, wide_llama, tmp_path) -> None:
 
 
 def test_the_server_ends_with_its_run(served) -> None:
-    """Last: the keeper ends with all its children."""
+    """This test must be the last one, because it ends the shared server. The keeper ends with all its children."""
     sampler, _, _ = served
     keeper = psutil.Process(sampler.servers.started._process.pid)
     everyone = [keeper, *keeper.children(recursive=True)]

@@ -1,4 +1,4 @@
-"""Two processes train, two servers sample: what one process loses, all leave out; they stop together and go on together."""
+"""Two processes train and two servers sample. If one process loses a server, both leave it out; they stop and continue together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import stages
 from stages.sampling.generation import episode_seed
 from tests.ppo.conftest import PROMPTS
 
-pytestmark = pytest.mark.timeout(900)  # a start takes 15 s where the machine is free, and minutes where it is not
+pytestmark = pytest.mark.timeout(900)  # a start takes 15 s on an idle machine, and minutes on a busy one
 REPOSITORY = Path(__file__).resolve().parents[2]
 TWO = ("-m", "stages.process.launching", "--cpu", "--num_processes", "2")
 SEED, ITERATIONS, EPISODES = 3, 4, 8
@@ -59,7 +59,7 @@ def write_recipe(folder: Path, model: Path, *servers: Any) -> None:
 
 
 def start(folder: Path) -> subprocess.CompletedProcess[str]:
-    """Two processes."""
+    """Run the recipe with two processes."""
     given = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{folder}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *TWO, "-m", "stages", "run", "pair.yaml", "--home", "home"]
     return subprocess.run(command, cwd=folder, env=given, capture_output=True, text=True, check=False, timeout=600)
@@ -77,8 +77,11 @@ def episodes(server: Any) -> set[tuple[int, int]]:
 
 
 def test_two_processes_over_two_servers(stub: Any, folder: Path, tiny_llama_folder: Path) -> None:
-    """The second server breaks off its connections to the second process alone, in iteration 1; both processes leave it out. The first
-    one dies in iteration 3: both stop. Two other servers take over. The result is that of one process over one server."""
+    """Both servers are lost, one after the other, and two others continue. The metrics equal those of one process with one server.
+
+    In iteration 1, the second server closes its connections to the second process only; both processes leave it out. In iteration 3, the
+    first server dies, and both processes stop.
+    """
     write_recipe(folder, tiny_llama_folder, stub())
     stages.run(folder / "pair.yaml", home=folder / "alone", quiet=True)
 
@@ -100,7 +103,7 @@ def test_two_processes_over_two_servers(stub: Any, folder: Path, tiny_llama_fold
     assert done.returncode == 2, done.stderr
     assert "iteration 3: no vLLM server is left" in done.stderr and "Traceback" not in done.stderr
     assert f"the vLLM server {second.url} is lost" in done.stdout
-    # Each process deals its four episodes out to both servers. The second server is asked no more after iteration 1.
+    # Each process distributes its four episodes over both servers. The second server gets no requests after iteration 1.
     assert {row for iteration, row in episodes(second) if iteration == 0} == {2, 3, 6, 7}
     assert not {iteration for iteration, _ in episodes(second)} & {2, 3}
     assert {row for iteration, row in episodes(first) if iteration == 2} == set(range(EPISODES))

@@ -1,4 +1,4 @@
-"""The sizes in docs/nodes.md: what the formulas say, and what is written and answered."""
+"""The sizes in docs/nodes.md: the formulas are compared with files that are written, and with an answer of a server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stages.config import LoraSettings
-from stages.engines.vllm_sampler import write_whole
+from stages.engines.vllm_sampler import write_full_weights
 from stages.models.loading import load_language_model, load_tokenizer
 from stages.models.served_adapter import updates_of, write_adapter
 from tests.engines.stub_server import RECORDED
@@ -39,7 +39,7 @@ def test_the_tables_in_the_docs_are_up_to_date() -> None:
 
 
 def test_models_have_their_published_sizes(traffic: Any) -> None:
-    """The model cards name 1.24, 8.03 and 70.6 billion weights."""
+    """The model cards say 1.24, 8.03 and 70.6 billion weights."""
     assert [round(shape.parameters() / 1e9, 2) for shape in traffic.SHAPES] == [1.24, 8.03, 70.55]
 
 
@@ -58,8 +58,8 @@ def test_files_have_the_computed_sizes(traffic: Any, tiny_llama_folder: Path, tm
         given.vocab_size,
         given.tie_word_embeddings,
     )
-    write_whole(model, tmp_path / "whole", torch.bfloat16, None)
-    assert size_of(tmp_path / "whole" / "model.safetensors") == traffic.weight_bytes(shape)
+    write_full_weights(model, tmp_path / "full", torch.bfloat16, None)
+    assert size_of(tmp_path / "full" / "model.safetensors") == traffic.weight_bytes(shape)
     adapted = load_language_model(str(tiny_llama_folder), dtype=torch.float32, lora=LoraSettings(r=3), tokenizer=tokenizer)
     write_adapter(updates_of(adapted), tmp_path / "adapter", "base")
     assert size_of(tmp_path / "adapter" / "adapter_model.safetensors") == traffic.adapter_bytes(shape, 3)
@@ -72,7 +72,10 @@ def size_of(path: Path) -> int:
 
 
 def test_an_answer_has_about_the_computed_size(traffic: Any) -> None:
-    """The lists with one entry per sampled token, in an answer that vLLM gave. Texts of tokens are longer in real vocabularies."""
+    """A recorded answer of vLLM; only lists with one entry per sampled token count.
+
+    In real vocabularies, the texts of tokens are longer.
+    """
     (choice,) = RECORDED["completion"]["choices"]
     lists = [choice["token_ids"], *choice["logprobs"].values()]
     each = sum(len(json.dumps(values)) for values in lists) / len(choice["token_ids"])

@@ -26,7 +26,7 @@ SEEDS = [1, 2, 3, 4, 5]
 
 @pytest.fixture
 def opened(tiny_llama_folder: Path, resolve_folder: Any, tmp_path: Path) -> Any:
-    """opened(settings, source=tiny Llama, model=None) -> (context manager of the sampler, the local one of the same model)."""
+    """opened(settings, source=tiny Llama, **options) -> (context manager of the sampler, local sampler of the same model)."""
 
     def make(settings: Any, source: Any = None, **fields: Any) -> Any:
         source = source or resolve_folder(tiny_llama_folder)
@@ -57,7 +57,7 @@ def same(actual: Any, expected: Any) -> None:
     ],
 )
 def test_greedy_completions_equal_the_local_samplers(stub, settings, opened, fields) -> None:
-    """Wherever stop tokens may end a completion: the third token of the first prompt's greedy completion is such a token."""
+    """Stop tokens apply from different positions on. The stop token is the third token of the first prompt's greedy completion."""
     server = stub()
     opening, local = opened(settings(server))
     greedy = local.sample(PROMPTS, settings(server, temperature=0), SEEDS)
@@ -125,7 +125,7 @@ def test_a_stack_is_served_as_one_adapter(stub, settings, opened, stack) -> None
         (adapted,) = server.adapted.values()
         assert adapted.peft_config["default"].r == 5
         assert sampler.report()["weights"] == "adapter"
-    assert server.adapted == {}  # a server that outlives this run keeps nothing of it
+    assert server.adapted == {}  # this run leaves no adapter on a server that continues to run
 
 
 def test_stale_adapter_is_detected(stub, settings, opened, stack) -> None:
@@ -173,8 +173,11 @@ def test_a_server_that_dies_is_left_out(stub, settings, opened) -> None:
         assert set(lost.value.completed) <= {0}
 
 
-def test_processes_leave_out_and_take_up_servers_together() -> None:
-    """Three servers, two processes. Each loses another one; both then have the third. A restarted server has another address."""
+def test_all_processes_leave_out_a_server_that_one_lost_and_use_a_restarted_one() -> None:
+    """There are three servers and two processes. Each process loses a different server; then both have only the third one.
+
+    A restarted server has another address.
+    """
     urls = [f"http://127.0.0.1:{port}" for port in (1, 2, 3)]
     said: list[list[str]] = [[], []]
     vllm = Vllm(url=urls)
@@ -276,7 +279,10 @@ def test_a_server_that_allows_fewer_tokens_is_named(stub, settings, opened, monk
 
 
 def test_started_server_that_dies_is_restarted(stub, settings, opened, stack, monkeypatch) -> None:
-    """In mid-rollout, and between two rollouts: it gets the weights again, is probed again, and the completions are those of the seeds."""
+    """It dies during a rollout, and between two rollouts.
+
+    Each time it gets the weights and the probe again, and the completions are the same as without a restart.
+    """
     first = stub()
     chosen = settings(first, temperature=0)
     opening, local = opened(chosen, stack)

